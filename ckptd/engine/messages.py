@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What daemon and worker say to each other: tagged msgpack messages, one per packet of a SOCK_SEQPACKET socketpair.
+
+    daemon -> worker    Start (fds: pidfd of the target if any, output fd of an export if any)   Cancel   Thaw   UnitDone
+    worker -> daemon    Phase   Progress   UnitRequest   Frozen   Log    and last: Finished or Failed
+
+End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from ckptd.errors import CkptError, Refusal, from_details
+
+MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
+
+Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export']
+FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
+After = Literal['resume', 'kill', 'freeze']
+PHASES = ('resolve', 'scan', 'freeze', 'rescan', 'seize', 'state', 'memory', 'release', 'write', 'publish')
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who asks, as the bus says. capabilities: effective set of the calling process as a mask, -1 if unknown."""
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+    pid: int = 0
+    capabilities: int = -1
+
+
+class JobRequest(msgspec.Struct, frozen=True):
+    """One operation. target: 'pid:N', a unit name, 'cgroup:/path'; 'self' and pidfds have become pid:N with has_pidfd.
+
+    timeout_usec: deadline of the freeze. spool: directory of images; image: id of the image to write or read.
+    runtime: directory of the freeze journal. avoid: pids that must not be in the tree (the daemon, its bus, its client).
+    systemd: a systemd manager can be asked to freeze units (UnitRequest).
+    """
+    operation: Operation
+    target: str
+    caller: Caller
+    spool: str
+    runtime: str
+    job: int = 0
+    image: str = ''
+    freeze: FreezeMode = 'auto'
+    after: After = 'resume'
+    timeout_usec: int = 10_000_000
+    has_pidfd: bool = False
+    has_output: bool = False
+    format: str = ''
+    avoid: tuple[int, ...] = ()
+    systemd: bool = False
+
+
+class Message(msgspec.Struct, tag=True, frozen=True):
+    """Base of all."""
+
+
+class Start(Message, frozen=True):
+    request: JobRequest
+
+
+class Cancel(Message, frozen=True):
+    pass
+
+
+class Thaw(Message, frozen=True):
+    """Let go of what Frozen announced; the worker answers Finished."""
+
+
+class UnitDone(Message, frozen=True):
+    """Answer to UnitRequest; error is empty on success."""
+    error: str = ''
+
+
+class Phase(Message, frozen=True):
+    name: str
+
+
+class Progress(Message, frozen=True):
+    tasks_done: int
+    tasks_total: int
+    bytes_done: int
+    bytes_total: int
+
+
+class UnitRequest(Message, frozen=True):
+    """Please FreezeUnit or ThawUnit."""
+    unit: str
+    action: Literal['freeze', 'thaw']
+
+
+class Frozen(Message, frozen=True):
+    """The tree is frozen and this worker holds it (operation freeze, or after=freeze once the image is published)."""
+    target: str
+    tasks: int
+    mode: str
+
+
+class Log(Message, frozen=True):
+    level: int
+    text: str
+
+
+class Finished(Message, frozen=True):
+    """result: checkpoint: the manifest's summary; check: {'refusals': [...]}; scan, tree: {'tasks': [...]};
+    verify: {'damages': [...]}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
+    result: dict[str, Any] = {}
+    more: bool = False
+
+
+class Failed(Message, frozen=True):
+    name: str
+    message: str
+    details: dict[str, Any]
+
+    @classmethod
+    def of(cls, error: CkptError) -> 'Failed':
+        return cls(error.name, error.message, error.details())
+
+    def error(self) -> CkptError:
+        return from_details(self.name, self.message, self.details)
+
+
+ToWorker = Start | Cancel | Thaw | UnitDone
+FromWorker = Phase | Progress | UnitRequest | Frozen | Log | Finished | Failed
+
+
+def refusal_row(refusal: Refusal) -> dict[str, Any]:
+    """A refusal as a message carries it."""
+    return {field: getattr(refusal, field) for field in Refusal.__dataclass_fields__}

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The grammar of an image's record files: typed, length-prefixed, checksummed records of unsigned fields.
+
+All integers are little-endian.
+
+    file    = header record* end
+    header  = "CKPTDIMG" u16:format u16:0 u32:part          part: a four-letter code, b'TREE', b'MEM ' ...
+    record  = u16:tag u8:version u8:flags u32:length u32:crc payload[length]
+    end     = a record with tag 0xffff, payload u64: records before it
+    payload = field*                                        in the order of the class that owns the tag
+    field   = u8 | u16 | u32 | u64
+            | bytes: u32:length byte[length]      | str: the same, UTF-8 (surrogateescape: paths are bytes)
+            | list:  u32:count field[count]       | struct: its fields in a row
+
+crc is zlib.crc32 over the record's first eight bytes and its payload. flags: 1 = optional, a reader that does not know
+the tag skips it; an unknown tag without it is an error. A newer version of a record only adds fields at its end, each
+with a default: an older payload gets the defaults, and a reader ignores what it does not know at the end of a newer one.
+"""
+
+import dataclasses
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
+
+from ckptd.errors import ImageDamaged
+
+FORMAT = 1
+MAGIC = b'CKPTDIMG'
+END = 0xFFFF
+OPTIONAL = 1
+MAX_RECORD = 256 << 20      # a bound for a reader, far above what a writer makes
+
+_HEADER = struct.Struct('<8sHHI')
+_RECORD = struct.Struct('<HBBII')
+_LENGTH = struct.Struct('<I')
+
+U8 = Annotated[int, 'B']
+U16 = Annotated[int, 'H']
+U32 = Annotated[int, 'I']
+U64 = Annotated[int, 'Q']
+
+T = TypeVar('T')
+Encoder = Callable[[Any, bytearray], None]
+Decoder = Callable[[memoryview, int], tuple[Any, int]]
+RECORDS: dict[int, type['Record']] = {}
+
+
+class Struct:
+    """A group of fields without a tag of its own. Subclasses are made by @layout."""
+    _codec: ClassVar['Codec']
+
+    def encode(self) -> bytes:
+        """The payload: this object's fields in a row."""
+        out = bytearray()
+        self._codec.encode(self, out)
+        return bytes(out)
+
+    @classmethod
+    def decode(cls: type[T], payload: bytes | memoryview) -> T:
+        """The object back; ImageDamaged where the bytes do not fit. Bytes after the last known field are ignored."""
+        codec = cast(Codec, cls._codec)  # type: ignore[attr-defined]
+        return cast(T, codec.decode(memoryview(payload), 0, partial=True)[0])
+
+
+class Record(Struct):
+    """A tagged group of fields: what a record file is a sequence of."""
+    tag: ClassVar[int]
+    version: ClassVar[int]
+    optional: ClassVar[bool]
+
+
+@dataclass_transform(frozen_default=True)
+def layout(cls: type[T]) -> type[T]:
+    """A frozen dataclass with slots and a codec compiled from its annotations."""
+    made = dataclasses.dataclass(frozen=True, slots=True)(cls)
+    made._codec = Codec(made)  # type: ignore[attr-defined]
+    return made
+
+
+@dataclass_transform(frozen_default=True)
+def record(tag: int, *, version: int = 1, optional: bool = False) -> Callable[[type[T]], type[T]]:
+    """@layout with a tag; the tag is the format's for ever."""
+    def decorate(cls: type[T]) -> type[T]:
+        made = cast(Any, layout(cls))
+        made.tag, made.version, made.optional = tag, version, optional
+        if tag in RECORDS or tag == END:
+            raise TypeError(f'record tag {tag:#x} is taken')
+        RECORDS[tag] = made
+        return cast(type[T], made)
+    return decorate
+
+
+class Codec:
+    """Encode and decode one class: runs of integers are packed at once, everything else field by field."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.fields = dataclasses.fields(cls)
+        hints = get_type_hints(cls, include_extras=True)
+        self.steps: list[tuple[tuple[str, ...], struct.Struct | None, Encoder | None, Decoder | None]] = []
+        run: list[tuple[str, str]] = []
+        for field in self.fields:
+            code = _int_code(hints[field.name])
+            # a field with a default may be missing at the end of an older payload, so it ends the run
+            if code is not None and field.default is dataclasses.MISSING:
+                run.append((field.name, code))
+                continue
+            self._flush(run)
+            if code is not None:
+                self._flush([(field.name, code)])
+            else:
+                self.steps.append(((field.name,), None, *_field_codec(hints[field.name])))
+        self._flush(run)
+
+    def _flush(self, run: list[tuple[str, str]]) -> None:
+        if run:
+            packer = struct.Struct('<' + ''.join(code for _, code in run))
+            self.steps.append((tuple(name for name, _ in run), packer, None, None))
+            run.clear()
+
+    def encode(self, value: Any, out: bytearray) -> None:
+        for names, packer, encoder, _ in self.steps:
+            if packer is not None:
+                out += packer.pack(*[getattr(value, name) for name in names])
+            elif encoder is not None:
+                encoder(getattr(value, names[0]), out)
+
+    def decode(self, data: memoryview, at: int, *, partial: bool = False) -> tuple[Any, int]:
+        values: list[Any] = []
+        for _, packer, _, decoder in self.steps:
+            if partial and at == len(data):
+                break
+            if packer is not None:
+                values += _unpack(packer, data, at)
+                at += packer.size
+            elif decoder is not None:
+                value, at = decoder(data, at)
+                values.append(value)
+        try:
+            return self.cls(*values), at
+        except TypeError as error:
+            raise ImageDamaged(f'record {self.cls.__name__} ends before its last field') from error
+
+
+def _unpack(packer: struct.Struct, data: memoryview, at: int) -> tuple[Any, ...]:
+    if at + packer.size > len(data):
+        raise ImageDamaged(f'record cut short at byte {at} of {len(data)}')
+    return packer.unpack_from(data, at)
+
+
+def _int_code(annotation: Any) -> str | None:
+    return get_args(annotation)[1] if get_origin(annotation) is Annotated else None
+
+
+def _field_codec(annotation: Any) -> tuple[Encoder, Decoder]:
+    code = _int_code(annotation)
+    if code is not None:
+        packer = struct.Struct('<' + code)
+
+        def encode_int(value: Any, out: bytearray) -> None:
+            out += packer.pack(value)
+
+        return encode_int, lambda data, at: (_unpack(packer, data, at)[0], at + packer.size)
+    if annotation is bytes:
+        return _encode_bytes, _decode_bytes
+    if annotation is str:
+        return _encode_str, _decode_str
+    if get_origin(annotation) is tuple:
+        return _list_codec(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, Struct):
+        return annotation._codec.encode, annotation._codec.decode
+    raise TypeError(f'no encoding for {annotation!r}')
+
+
+def _encode_bytes(value: Any, out: bytearray) -> None:
+    out += _LENGTH.pack(len(value))
+    out += value
+
+
+def _decode_bytes(data: memoryview, at: int) -> tuple[bytes, int]:
+    length, start = _unpack(_LENGTH, data, at)[0], at + 4
+    if length > len(data) - start:
+        raise ImageDamaged(f'field of {length} bytes at byte {at} of a record of {len(data)}')
+    return bytes(data[start:start + length]), start + length
+
+
+def _encode_str(value: Any, out: bytearray) -> None:
+    _encode_bytes(value.encode('utf-8', 'surrogateescape'), out)
+
+
+def _decode_str(data: memoryview, at: int) -> tuple[str, int]:
+    value, at = _decode_bytes(data, at)
+    return value.decode('utf-8', 'surrogateescape'), at
+
+
+def _list_codec(item: Any) -> tuple[Encoder, Decoder]:
+    code = _int_code(item)
+    if code is not None:
+        return _int_list_codec(code)
+    encode_item, decode_item = _field_codec(item)
+
+    def encode_list(value: Any, out: bytearray) -> None:
+        out += _LENGTH.pack(len(value))
+        for one in value:
+            encode_item(one, out)
+
+    def decode_list(data: memoryview, at: int) -> tuple[tuple[Any, ...], int]:
+        count, at = _unpack(_LENGTH, data, at)[0], at + 4
+        if count > len(data) - at:      # every item has at least one byte
+            raise ImageDamaged(f'list of {count} items in {len(data) - at} bytes')
+        items = []
+        for _ in range(count):
+            one, at = decode_item(data, at)
+            items.append(one)
+        return tuple(items), at
+
+    return encode_list, decode_list
+
+
+def _int_list_codec(code: str) -> tuple[Encoder, Decoder]:
+    size = struct.calcsize('<' + code)
+
+    def encode_ints(value: Any, out: bytearray) -> None:
+        out += struct.pack(f'<I{len(value)}{code}', len(value), *value)
+
+    def decode_ints(data: memoryview, at: int) -> tuple[tuple[int, ...], int]:
+        count, at = _unpack(_LENGTH, data, at)[0], at + 4
+        if count > (len(data) - at) // size:
+            raise ImageDamaged(f'list of {count} integers in {len(data) - at} bytes')
+        return struct.unpack_from(f'<{count}{code}', data, at), at + count * size
+
+    return encode_ints, decode_ints
+
+
+def encode_header(part: bytes) -> bytes:
+    """The first bytes of a record file; part is its four-letter code."""
+    return _HEADER.pack(MAGIC, FORMAT, 0, int.from_bytes(part.ljust(4), 'little'))
+
+
+def encode_record(value: Record) -> bytes:
+    """One record: header, checksum, payload."""
+    payload = value.encode()
+    return _frame(value.tag, value.version, OPTIONAL if value.optional else 0, payload)
+
+
+def encode_end(records: int) -> bytes:
+    return _frame(END, 1, 0, struct.pack('<Q', records))
+
+
+def _frame(tag: int, version: int, flags: int, payload: bytes) -> bytes:
+    head = struct.pack('<HBBI', tag, version, flags, len(payload))
+    return head + struct.pack('<I', zlib.crc32(payload, zlib.crc32(head))) + payload
+
+
+def decode_records(data: bytes | memoryview, part: bytes, name: str) -> Iterator[Record]:
+    """The records of one file. name is for messages. ImageDamaged at the first byte that is not as it must be."""
+    view = memoryview(data)
+    if len(view) < _HEADER.size:
+        raise ImageDamaged(f'{name}: cut short in its header', resource=name)
+    magic, form, _, kind = _HEADER.unpack_from(view)
+    if magic != MAGIC or kind != int.from_bytes(part.ljust(4), 'little'):
+        raise ImageDamaged(f'{name}: not a {part.decode()} part of a ckptd image', resource=name)
+    if form > FORMAT:
+        raise ImageDamaged(f'{name}: format {form} is newer than this ckptd ({FORMAT})', resource=name,
+                           hint='use the ckptd that wrote the image, or a newer one')
+    at, count = _HEADER.size, 0
+    while True:
+        tag, flags, payload = _decode_frame(view, at, name)
+        at += _RECORD.size + len(payload)
+        if tag == END:
+            break
+        count += 1
+        cls = RECORDS.get(tag)
+        if cls is not None:
+            yield cls.decode(payload)
+        elif not flags & OPTIONAL:
+            raise ImageDamaged(f'{name}: record {tag:#x} is unknown to this ckptd', resource=name)
+    if len(payload) != 8 or int.from_bytes(payload, 'little') != count or at != len(view):
+        raise ImageDamaged(f'{name}: records are missing or bytes follow the end', resource=name)
+
+
+def _decode_frame(view: memoryview, at: int, name: str) -> tuple[int, int, memoryview]:
+    if at + _RECORD.size > len(view):
+        raise ImageDamaged(f'{name}: cut short at byte {at}', resource=name)
+    tag, _, flags, length, crc = _RECORD.unpack_from(view, at)
+    start = at + _RECORD.size
+    if length > MAX_RECORD or start + length > len(view):
+        raise ImageDamaged(f'{name}: record {tag:#x} at byte {at} is cut short', resource=name)
+    payload = view[start:start + length]
+    if zlib.crc32(payload, zlib.crc32(view[at:at + 8])) != crc:
+        raise ImageDamaged(f'{name}: record {tag:#x} at byte {at} has a wrong checksum', resource=name)
+    return tag, flags, payload
