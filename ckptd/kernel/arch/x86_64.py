@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""x86-64: registers, system call numbers, and the code that makes a stopped task do system calls.
+
+The code blob runs in the tracee, from a place that holds nothing (see ckptd.engine.remote). It uses no stack and no
+FPU register, and its end puts every register back by itself:
+
+    entry:  straight system call, arguments as immediates    (BOOT), or a walk over a table of calls at rbx (LOOP)
+    trap:   tgkill(self, a signal that is ignored by default): a tracer sees a signal-delivery-stop and takes over;
+            without one nothing happens and the code goes on
+    heal:   munmap(r15, r14), rt_sigprocmask(original mask), flags, 15 registers, jmp to where the task was
+
+So a tracee whose tracer vanishes in the middle heals itself, and, unlike with rt_sigreturn, keeps its restart block:
+an interrupted nanosleep goes on with the time that was left. (Linux kernel/signal.c: rt_sigreturn sets
+do_no_restart_syscall; arch/x86/kernel/signal.c: a restart needs rax and rip - 2 only.)
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+
+from ckptd.kernel.decl import cstruct, u64
+
+EM = 62                     # EM_X86_64 of <elf.h>
+NT_XSTATE = 0x202           # NT_X86_XSTATE
+FXSAVE_SIZE = 512           # NT_FPREGSET: the legacy area at the start of xstate
+CS_64 = 0x33                # __USER_CS: any other code segment is a 32-bit task
+GPR_SIZE = 216
+
+# <asm/unistd_64.h>: what is called by number, here or in a tracee
+NR = {
+    'mmap': 9, 'munmap': 11, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'getitimer': 36, 'shmctl': 31, 'getpid': 39,
+    'sigaltstack': 131, 'prctl': 157, 'timer_gettime': 224, 'timer_getoverrun': 225, 'tgkill': 234, 'waitid': 247,
+    'ioprio_set': 251, 'ioprio_get': 252, 'get_robust_list': 274, 'process_vm_readv': 310, 'process_vm_writev': 311,
+    'kcmp': 312, 'sched_setattr': 314, 'sched_getattr': 315, 'pidfd_send_signal': 424, 'pidfd_open': 434, 'clone3': 435,
+    'pidfd_getfd': 438, 'restart_syscall': 219, 'memfd_create': 319,
+}
+
+# include/linux/errno.h: what rax holds in a task that was interrupted inside a system call
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+
+_MASK64 = 2**64 - 1
+
+
+@cstruct(size=GPR_SIZE)
+class user_regs_struct(ctypes.Structure):
+    """<sys/user.h>; also the NT_PRSTATUS regset and pr_reg of a core."""
+    r15: u64
+    r14: u64
+    r13: u64
+    r12: u64
+    rbp: u64
+    rbx: u64
+    r11: u64
+    r10: u64
+    r9: u64
+    r8: u64
+    rax: u64
+    rcx: u64
+    rdx: u64
+    rsi: u64
+    rdi: u64
+    orig_rax: u64
+    rip: u64
+    cs: u64
+    eflags: u64
+    rsp: u64
+    ss: u64
+    fs_base: u64
+    gs_base: u64
+    ds: u64
+    es: u64
+    fs: u64
+    gs: u64
+
+
+# general registers that `mov r64, imm64` can load, by their number in the encoding; rsp is never changed
+_ENCODING = {'rax': 0, 'rcx': 1, 'rdx': 2, 'rbx': 3, 'rbp': 5, 'rsi': 6, 'rdi': 7, 'r8': 8, 'r9': 9, 'r10': 10,
+             'r11': 11, 'r12': 12, 'r13': 13, 'r14': 14, 'r15': 15}
+_ARGUMENTS = ('rdi', 'rsi', 'rdx', 'r10', 'r8', 'r9')
+_SYSCALL = b'\x0f\x05'
+_EFLAGS_DF, _EFLAGS_OF = 0x400, 0x800
+
+ENTRY_SIZE = 64             # one row of the table: number, six arguments, result, each u64
+_LOOP = bytes.fromhex(
+    '488b03'                # loop: mov rax, [rbx]
+    '4883f8ff'              #       cmp rax, -1
+    '7427'                  #       je  end
+    '488b7b08'              #       mov rdi, [rbx+8]
+    '488b7310'              #       mov rsi, [rbx+16]
+    '488b5318'              #       mov rdx, [rbx+24]
+    '4c8b5320'              #       mov r10, [rbx+32]
+    '4c8b4328'              #       mov r8, [rbx+40]
+    '4c8b4b30'              #       mov r9, [rbx+48]
+    '0f05'                  #       syscall
+    '48894338'              #       mov [rbx+56], rax
+    '4883c340'              #       add rbx, 64
+    'ebd0'                  #       jmp loop
+)                           # end:
+
+
+def _mov(register: str, value: int) -> bytes:
+    number = _ENCODING[register]
+    return bytes((0x48 | number >> 3, 0xB8 | number & 7)) + struct.pack('<Q', value & _MASK64)
+
+
+def _call(number: int, arguments: Sequence[int]) -> bytes:
+    loads = [_mov(register, value) for register, value in zip(_ARGUMENTS, arguments, strict=False)]
+    return b''.join(loads) + _mov('rax', number) + _SYSCALL
+
+
+def interrupted(regs: user_regs_struct) -> user_regs_struct:
+    """The registers with which the task goes on from user mode as the kernel would have let it: a system call that was
+    interrupted and is to be restarted is issued again, by rip - 2."""
+    after = user_regs_struct.from_buffer_copy(regs)
+    if ctypes.c_int64(regs.orig_rax).value >= 0:
+        code = -ctypes.c_int64(regs.rax).value
+        if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
+            after.rax, after.rip = regs.orig_rax, regs.rip - 2
+        elif code == ERESTART_RESTARTBLOCK:
+            after.rax, after.rip = NR['restart_syscall'], regs.rip - 2
+    return after
+
+
+def _flags(eflags: int) -> bytes:
+    """Load the flags without the stack: sahf takes SF ZF AF PF CF from ah; adding 0x7f to al = 1 overflows, to 0 not."""
+    ax = (eflags & 0xFF) << 8 | bool(eflags & _EFLAGS_OF)
+    direction = b'\xfd' if eflags & _EFLAGS_DF else b'\xfc'
+    return _mov('rax', ax) + b'\x04\x7f' + b'\x9e' + direction
+
+
+def _tail(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -> bytes:
+    """trap and heal. tgid, tid: as the tracee's own pid namespace has them."""
+    after = interrupted(regs)
+    trap = _call(NR['tgkill'], (tgid, tid, signal))
+    unmap = b'\x4c\x89\xff' + b'\x4c\x89\xf6' + _mov('rax', NR['munmap']) + _SYSCALL     # mov rdi, r15; mov rsi, r14
+    # the original mask lies behind the code: lea rsi, [rip + distance]
+    set_mask = (_mov('rdi', 2) + b'\x48\x8d\x35%s' + _mov('rdx', 0) + _mov('r10', 8)
+                + _mov('rax', NR['rt_sigprocmask']) + _SYSCALL)
+    registers = _flags(regs.eflags) + b''.join(_mov(name, getattr(after, name)) for name in _ENCODING)
+    jump = b'\xff\x25' + struct.pack('<i', 8)                                            # jmp [rip + 8]
+    distance = len(set_mask) - 2 + 4 - 17 + len(registers) + len(jump)
+    code = set_mask.replace(b'%s', struct.pack('<i', distance)) + registers + jump
+    return trap + unmap + code + struct.pack('<QQ', mask, after.rip)
+
+
+def boot_code(number: int, arguments: Sequence[int], regs: user_regs_struct, mask: int, tgid: int, tid: int,
+              signal: int) -> bytes:
+    """One system call; at the trap its result is in r15."""
+    return _call(number, arguments) + b'\x49\x89\xc7' + _tail(regs, mask, tgid, tid, signal)    # mov r15, rax
+
+
+def loop_code(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -> bytes:
+    """The calls of the table at rbx, up to a row whose number is -1."""
+    return _LOOP + _tail(regs, mask, tgid, tid, signal)
+
+
+def encode_calls(calls: Sequence[tuple[int, Sequence[int]]]) -> bytes:
+    """The table: (number, arguments) each, and the row that ends it."""
+    rows = [struct.pack('<8Q', number, *[arg & _MASK64 for arg in [*args, *[0] * (6 - len(args))]], 0)
+            for number, args in calls]
+    return b''.join(rows) + struct.pack('<8Q', _MASK64, *[0] * 7)
+
+
+def decode_results(table: bytes, count: int) -> list[int]:
+    """What each call returned: as system calls do, -errno on failure."""
+    return [struct.unpack_from('<q', table, row * ENTRY_SIZE + 56)[0] for row in range(count)]
+
+
+def start_registers(regs: user_regs_struct, code: int, table: int, area: int, length: int) -> user_regs_struct:
+    """Registers to run the blob with: orig_rax -1 tells the kernel that there is no system call to restart."""
+    start = user_regs_struct.from_buffer_copy(regs)
+    start.rip, start.rbx, start.r15, start.r14 = code, table, area, length
+    start.orig_rax, start.rax = _MASK64, 0
+    return start

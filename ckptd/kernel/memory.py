@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The memory of another process: reading and writing it, and which of its pages are worth reading."""
+
+import array
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+
+from ckptd.kernel.decl import IOWR, c_int, c_ssize_t, c_ulong, c_void_p, cstruct, libc, u64
+from ckptd.kernel.ptrace import iovec
+
+PAGE = 4096
+IOV_MAX = 1024              # <limits.h>
+
+# <linux/fs.h>, since 6.7; GUARD since 6.15
+PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_PFNZERO, PAGE_IS_GUARD = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 8
+
+# bits of a word of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst); GUARD since 6.15
+_PM_PRESENT, _PM_SWAP, _PM_FILE, _PM_GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
+
+Range = tuple[int, int]     # start, end
+
+
+@cstruct(size=96)
+class pm_scan_arg(ctypes.Structure):
+    """<linux/fs.h>"""
+    size: u64
+    flags: u64
+    start: u64
+    end: u64
+    walk_end: u64
+    vec: u64
+    vec_len: u64
+    max_pages: u64
+    category_inverted: u64
+    category_mask: u64
+    category_anyof_mask: u64
+    return_mask: u64
+
+
+@cstruct(size=24)
+class page_region(ctypes.Structure):
+    """<linux/fs.h>"""
+    start: u64
+    end: u64
+    categories: u64
+
+
+PAGEMAP_SCAN = IOWR('f', 16, ctypes.sizeof(pm_scan_arg))
+
+
+@libc
+def process_vm_readv(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_iov: c_void_p, riovcnt: c_ulong,
+                     flags: c_ulong = 0) -> c_ssize_t: ...
+
+
+@libc
+def process_vm_writev(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_iov: c_void_p, riovcnt: c_ulong,
+                      flags: c_ulong = 0) -> c_ssize_t: ...
+
+
+def read_into(pid: int, ranges: Sequence[Range], address: int) -> int:
+    """Copy the ranges of process pid, in a row, to our memory at `address`; at most IOV_MAX ranges. Bytes copied: fewer
+    than asked for where a page cannot be read. EFAULT where the first one cannot."""
+    remote = (iovec * len(ranges))(*[(start, end - start) for start, end in ranges])
+    local = iovec(address, sum(end - start for start, end in ranges))
+    return process_vm_readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0)
+
+
+class Mem:
+    """/proc/PID/mem: reads and writes whatever a tracer may, protections notwithstanding. One owner, one `with`."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.fd = os.open(f'/proc/{pid}/mem', os.O_RDWR | os.O_CLOEXEC)
+
+    def __enter__(self) -> 'Mem':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+        self.fd = -1
+
+    def read(self, address: int, length: int) -> bytes:
+        """EIO where nothing is mapped. Addresses above 2**63 cannot be asked for."""
+        data = os.pread(self.fd, length, address)
+        if len(data) != length:
+            raise OSError(errno.EIO, f'process {self.pid}: {len(data)} of {length} bytes at {address:#x}')
+        return data
+
+    def write(self, address: int, data: bytes) -> None:
+        if os.pwrite(self.fd, data, address) != len(data):
+            raise OSError(errno.EIO, f'process {self.pid}: cannot write {len(data)} bytes at {address:#x}')
+
+
+class PageMap:
+    """/proc/PID/pagemap: which pages hold something of their own. PAGEMAP_SCAN where the kernel has it."""
+
+    _categories: int | None = None      # what the ioctl knows; 0: it does not exist; None: not asked yet
+    _VEC = 2048
+
+    def __init__(self, pid: int) -> None:
+        self.fd = os.open(f'/proc/{pid}/pagemap', os.O_RDONLY | os.O_CLOEXEC)
+        self._vec = (page_region * self._VEC)()
+
+    def __enter__(self) -> 'PageMap':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+        self.fd = -1
+
+    def anonymous(self, start: int, end: int) -> list[Range]:
+        """Runs of private pages: present or swapped, and neither of a file, nor the zero page, nor a guard."""
+        known = self._probe()
+        if not known:
+            return self._words(start, end, lambda word: bool(word & (_PM_PRESENT | _PM_SWAP))
+                               and not word & (_PM_FILE | _PM_GUARD))
+        never = PAGE_IS_FILE | PAGE_IS_PFNZERO | known & PAGE_IS_GUARD
+        return self._scan(start, end, inverted=never, mask=never, anyof=PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
+
+    def present(self, start: int, end: int) -> list[Range]:
+        """Runs of pages that are mapped right now, or swapped, whatever they belong to."""
+        if not self._probe():
+            return self._words(start, end, lambda word: bool(word & (_PM_PRESENT | _PM_SWAP)))
+        return self._scan(start, end, anyof=PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
+
+    def guards(self, start: int, end: int) -> list[Range]:
+        """Runs that madvise(MADV_GUARD_INSTALL) closed; empty where the kernel has none (< 6.13) or cannot tell (< 6.15)."""
+        known = self._probe()
+        if not known:
+            return self._words(start, end, lambda word: bool(word & _PM_GUARD))
+        return self._scan(start, end, mask=PAGE_IS_GUARD) if known & PAGE_IS_GUARD else []
+
+    def _probe(self) -> int:
+        cls = type(self)
+        if cls._categories is None:
+            cls._categories = 0
+            for extra in (PAGE_IS_GUARD, 0):
+                try:
+                    self._scan(0, PAGE, anyof=PAGE_IS_PRESENT | extra)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                        raise
+                else:
+                    cls._categories = PAGE_IS_PRESENT | extra
+                    break
+        return cls._categories
+
+    def _scan(self, start: int, end: int, *, inverted: int = 0, mask: int = 0, anyof: int = 0) -> list[Range]:
+        found: list[Range] = []
+        while start < end:
+            arg = pm_scan_arg(ctypes.sizeof(pm_scan_arg), 0, start, end, 0, ctypes.addressof(self._vec), self._VEC, 0,
+                              inverted, mask, anyof, 0)
+            count = fcntl.ioctl(self.fd, PAGEMAP_SCAN, arg)
+            for region in self._vec[:count]:
+                _append(found, region.start, region.end)
+            start = arg.walk_end if count == self._VEC else end
+        return found
+
+    def _words(self, start: int, end: int, wanted: Callable[[int], bool]) -> list[Range]:
+        found: list[Range] = []
+        step = 512 * PAGE
+        for base in range(start, end, step):
+            data = os.pread(self.fd, (min(base + step, end) - base) // PAGE * 8, base // PAGE * 8)
+            for index, word in enumerate(array.array('Q', data)):
+                if wanted(word):
+                    _append(found, base + index * PAGE, base + (index + 1) * PAGE)
+        return found
+
+
+def _append(ranges: list[Range], start: int, end: int) -> None:
+    """Add a run, joined to the last one where they touch."""
+    if ranges and ranges[-1][1] == start:
+        ranges[-1] = (ranges[-1][0], end)
+    else:
+        ranges.append((start, end))

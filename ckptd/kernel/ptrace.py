@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ptrace(2) by SEIZE: a Tracee belongs to the thread that seized it (any other gets ESRCH)."""
+
+import ctypes
+import errno
+import os
+import signal
+import time
+from typing import Self
+
+from ckptd.kernel.arch.x86_64 import GPR_SIZE, NT_XSTATE, user_regs_struct
+from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc, u32, u64
+
+# <linux/ptrace.h>
+PTRACE_CONT = 7
+PTRACE_DETACH = 17
+PTRACE_SETOPTIONS = 0x4200
+PTRACE_GETSIGINFO = 0x4202
+PTRACE_GETREGSET = 0x4204
+PTRACE_SETREGSET = 0x4205
+PTRACE_SEIZE = 0x4206
+PTRACE_INTERRUPT = 0x4207
+PTRACE_PEEKSIGINFO = 0x4209
+PTRACE_GETSIGMASK = 0x420A
+PTRACE_SETSIGMASK = 0x420B
+PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
+PTRACE_PEEKSIGINFO_SHARED = 1
+PTRACE_EVENT_STOP = 128
+
+NT_PRSTATUS = 1             # <elf.h>
+WALL = 0x40000000           # __WALL: threads of other processes too
+SIGINFO_SIZE = 128
+XSTATE_MAX = 16 << 10       # AMX has 11 KiB; the kernel answers with what there is
+
+
+@cstruct(size=16)
+class iovec(ctypes.Structure):
+    """<sys/uio.h>"""
+    iov_base: u64
+    iov_len: u64
+
+
+@cstruct(size=24)
+class ptrace_rseq_configuration(ctypes.Structure):
+    """<linux/ptrace.h>, since 5.13"""
+    rseq_abi_pointer: u64
+    rseq_abi_size: u32
+    signature: u32
+    flags: u32
+    pad: u32
+
+
+@cstruct(size=16)
+class ptrace_peeksiginfo_args(ctypes.Structure):
+    """<linux/ptrace.h>, since 3.10"""
+    off: u64
+    flags: u32
+    nr: u32
+
+
+@libc
+def ptrace(request: c_int, pid: c_int, addr: c_void_p, data: c_void_p) -> c_long: ...
+
+
+class Tracee:
+    """A seized task. `with` detaches at the end; a tracee whose tracer dies is detached by the kernel.
+
+    stop_signal: the signal of the group-stop (job control) that the task is in, else 0.
+    """
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.stop_signal = 0
+        self.stopped = False
+        self.attached = True
+
+    @classmethod
+    def seize(cls, tid: int, options: int = 0) -> Self:
+        """Attach without stopping. EPERM: not permitted, traced already, or a kernel thread; ESRCH: gone."""
+        ptrace(PTRACE_SEIZE, tid, None, options)
+        return cls(tid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def interrupt(self) -> None:
+        """Ask for a stop; `wait` sees it."""
+        ptrace(PTRACE_INTERRUPT, self.tid, None, None)
+
+    def wait(self, deadline: float | None = None) -> int:
+        """The status of the next stop, as waitpid(2). deadline: of time.monotonic(); TimeoutError when it has passed.
+        ProcessLookupError: the task died. With a deadline SIGCHLD must be blocked in this thread: it ends the wait."""
+        pid, status = self._poll(0 if deadline is None else os.WNOHANG)
+        while pid == 0 and deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(errno.ETIMEDOUT, f'task {self.tid} does not stop')
+            signal.sigtimedwait({signal.SIGCHLD}, min(left, 1.0))
+            pid, status = self._poll(os.WNOHANG)
+        if not os.WIFSTOPPED(status):
+            self.attached = False
+            raise ProcessLookupError(errno.ESRCH, f'task {self.tid} died')
+        self.stopped = True
+        return status
+
+    def _poll(self, flags: int) -> tuple[int, int]:
+        try:
+            return os.waitpid(self.tid, flags | WALL)
+        except ChildProcessError as error:
+            self.attached = False
+            raise ProcessLookupError(errno.ESRCH, f'task {self.tid} is gone') from error
+
+    def stop(self, deadline: float | None = None) -> None:
+        """Interrupt and wait for PTRACE_EVENT_STOP. A signal that arrives first is delivered, and the stop asked again."""
+        self.interrupt()
+        while (status := self.wait(deadline)) >> 16 != PTRACE_EVENT_STOP:
+            # any trap clears a pending interrupt (kernel/signal.c, ptrace_stop), so it has to be asked for again
+            self.cont(os.WSTOPSIG(status))
+            self.interrupt()
+        stop_signal = os.WSTOPSIG(status)
+        self.stop_signal = 0 if stop_signal == signal.SIGTRAP else stop_signal
+
+    def cont(self, sig: int = 0) -> None:
+        ptrace(PTRACE_CONT, self.tid, None, sig)
+        self.stopped = False
+
+    def detach(self, sig: int = 0) -> None:
+        """Let go; the task runs on, or stays in the group-stop that it was in. Nothing if it died meanwhile."""
+        if not self.attached:
+            return
+        self.attached = False
+        try:
+            ptrace(PTRACE_DETACH, self.tid, None, sig)
+        except ProcessLookupError:
+            # dead or dying: reap it, or as its tracer we would keep the zombie from its parent
+            self._reap()
+
+    def _reap(self) -> None:
+        try:
+            os.waitpid(self.tid, os.WNOHANG | WALL)
+        except ChildProcessError:
+            return
+
+    # ------------------------------------------------------------ state of a stopped task
+
+    def _regset(self, request: int, kind: int, buffer: ctypes.Array[ctypes.c_char] | user_regs_struct) -> int:
+        vector = iovec(ctypes.addressof(buffer), ctypes.sizeof(buffer))
+        ptrace(request, self.tid, kind, ctypes.byref(vector))
+        return int(vector.iov_len)
+
+    @property
+    def regs(self) -> user_regs_struct:
+        regs = user_regs_struct()
+        if self._regset(PTRACE_GETREGSET, NT_PRSTATUS, regs) != GPR_SIZE:
+            raise OSError(errno.EINVAL, f'task {self.tid} has 32-bit registers')
+        return regs
+
+    @regs.setter
+    def regs(self, regs: user_regs_struct) -> None:
+        self._regset(PTRACE_SETREGSET, NT_PRSTATUS, regs)
+
+    def xstate(self) -> bytes:
+        """All of FPU, SSE, AVX and later, as XSAVE stores them (2,432 bytes with AVX-512)."""
+        buffer = ctypes.create_string_buffer(XSTATE_MAX)
+        return buffer.raw[:self._regset(PTRACE_GETREGSET, NT_XSTATE, buffer)]
+
+    @property
+    def sigmask(self) -> int:
+        """Blocked signals, bit n-1 = signal n; inside sigsuspend(2) the mask that it will put back."""
+        mask = ctypes.c_uint64()
+        ptrace(PTRACE_GETSIGMASK, self.tid, 8, ctypes.byref(mask))
+        return mask.value
+
+    @sigmask.setter
+    def sigmask(self, value: int) -> None:
+        mask = ctypes.c_uint64(value)
+        ptrace(PTRACE_SETSIGMASK, self.tid, 8, ctypes.byref(mask))
+
+    def siginfo(self) -> bytes:
+        """siginfo_t of the stop: 128 bytes."""
+        buffer = ctypes.create_string_buffer(SIGINFO_SIZE)
+        ptrace(PTRACE_GETSIGINFO, self.tid, None, buffer)
+        return buffer.raw
+
+    def pending(self, *, shared: bool) -> tuple[bytes, ...]:
+        """Queued siginfo_t, of the process (shared) or of this thread, in queue order. Nothing is taken off."""
+        found: list[bytes] = []
+        batch = 32
+        buffer = ctypes.create_string_buffer(SIGINFO_SIZE * batch)
+        while True:
+            args = ptrace_peeksiginfo_args(len(found), PTRACE_PEEKSIGINFO_SHARED if shared else 0, batch)
+            count = ptrace(PTRACE_PEEKSIGINFO, self.tid, ctypes.byref(args), buffer)
+            found += [buffer.raw[i * SIGINFO_SIZE:(i + 1) * SIGINFO_SIZE] for i in range(count)]
+            if count < batch:
+                return tuple(found)
+
+    def rseq(self) -> ptrace_rseq_configuration:
+        """Where the thread registered its struct rseq; all zero where it did not, or the kernel cannot say (< 5.13)."""
+        config = ptrace_rseq_configuration()
+        try:
+            ptrace(PTRACE_GET_RSEQ_CONFIGURATION, self.tid, ctypes.sizeof(config), ctypes.byref(config))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        return config
