@@ -14,14 +14,27 @@ All integers are little-endian.
 
 crc is zlib.crc32 over the record's first eight bytes and its payload. flags: 1 = optional, a reader that does not know
 the tag skips it; an unknown tag without it is an error. A newer version of a record only adds fields at its end, each
-with a default: an older payload gets the defaults, and a reader ignores what it does not know at the end of a newer one.
+with a default: an older payload gets the defaults, a reader ignores what it does not know at the end of a newer one.
+The fields of a struct never change, for nothing tells where the next one of a list begins.
 """
 
 import dataclasses
+import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ckptd.errors import ImageDamaged
 
@@ -29,10 +42,12 @@ FORMAT = 1
 MAGIC = b'CKPTDIMG'
 END = 0xFFFF
 OPTIONAL = 1
-MAX_RECORD = 256 << 20      # a bound for a reader, far above what a writer makes
+MAX_RECORD = 16 << 20       # bounds what a hostile length makes a reader allocate; long lists go into several records
 
 _HEADER = struct.Struct('<8sHHI')
 _RECORD = struct.Struct('<HBBII')
+_HEAD = struct.Struct('<HBBI')      # what the checksum covers of it
+_CRC = struct.Struct('<I')
 _LENGTH = struct.Struct('<I')
 
 U8 = Annotated[int, 'B']
@@ -47,7 +62,8 @@ RECORDS: dict[int, type['Record']] = {}
 
 
 class Struct:
-    """A group of fields without a tag of its own. Subclasses are made by @layout."""
+    """A group of fields without a tag of its own, for ever as it is. Subclasses are made by @layout."""
+    __slots__ = ()
     _codec: ClassVar['Codec']
 
     def encode(self) -> bytes:
@@ -65,6 +81,7 @@ class Struct:
 
 class Record(Struct):
     """A tagged group of fields: what a record file is a sequence of."""
+    __slots__ = ()
     tag: ClassVar[int]
     version: ClassVar[int]
     optional: ClassVar[bool]
@@ -120,11 +137,14 @@ class Codec:
             run.clear()
 
     def encode(self, value: Any, out: bytearray) -> None:
-        for names, packer, encoder, _ in self.steps:
-            if packer is not None:
-                out += packer.pack(*[getattr(value, name) for name in names])
-            elif encoder is not None:
-                encoder(getattr(value, names[0]), out)
+        try:
+            for names, packer, encoder, _ in self.steps:
+                if packer is not None:
+                    out += packer.pack(*[getattr(value, name) for name in names])
+                elif encoder is not None:
+                    encoder(getattr(value, names[0]), out)
+        except struct.error as error:
+            raise ValueError(f'{self.cls.__name__}.{"/".join(names)}: {error}') from error
 
     def decode(self, data: memoryview, at: int, *, partial: bool = False) -> tuple[Any, int]:
         values: list[Any] = []
@@ -239,55 +259,86 @@ def encode_header(part: bytes) -> bytes:
 
 
 def encode_record(value: Record) -> bytes:
-    """One record: header, checksum, payload."""
+    """One record: header, checksum, payload. ValueError where a value does not fit its field."""
     payload = value.encode()
+    if len(payload) > MAX_RECORD:
+        raise ValueError(f'{type(value).__name__} of {len(payload)} bytes: a record has at most {MAX_RECORD}')
     return _frame(value.tag, value.version, OPTIONAL if value.optional else 0, payload)
 
 
 def encode_end(records: int) -> bytes:
+    """The last bytes of a record file of so many records."""
     return _frame(END, 1, 0, struct.pack('<Q', records))
 
 
 def _frame(tag: int, version: int, flags: int, payload: bytes) -> bytes:
-    head = struct.pack('<HBBI', tag, version, flags, len(payload))
-    return head + struct.pack('<I', zlib.crc32(payload, zlib.crc32(head))) + payload
+    head = _HEAD.pack(tag, version, flags, len(payload))
+    return head + _CRC.pack(zlib.crc32(payload, zlib.crc32(head))) + payload
 
 
 def decode_records(data: bytes | memoryview, part: bytes, name: str) -> Iterator[Record]:
-    """The records of one file. name is for messages. ImageDamaged at the first byte that is not as it must be."""
-    view = memoryview(data)
-    if len(view) < _HEADER.size:
+    """The records of one file that is in memory; see `read_records`."""
+    return read_records(io.BytesIO(data), part, name)
+
+
+def read_records(file: BinaryIO, part: bytes, name: str) -> Iterator[Record]:
+    """The records of one file, one in memory at a time. name is for messages.
+
+    ImageDamaged at the first byte that is not as it must be, before anything is allocated for it.
+    """
+    _read_header(file, part, name)
+    at, count = _HEADER.size, 0
+    while True:
+        tag, version, flags, payload = _read_frame(file, at, name)
+        if tag == END:
+            break
+        value = _decode_payload(tag, version, flags, payload, f'{name}: record {tag:#x} at byte {at}')
+        at, count = at + _RECORD.size + len(payload), count + 1
+        if value is not None:
+            yield value
+    if len(payload) != 8 or int.from_bytes(payload, 'little') != count or file.read(1):
+        raise ImageDamaged(f'{name}: records are missing or bytes follow the end', resource=name)
+
+
+def _read_header(file: BinaryIO, part: bytes, name: str) -> None:
+    head = file.read(_HEADER.size)
+    if len(head) < _HEADER.size:
         raise ImageDamaged(f'{name}: cut short in its header', resource=name)
-    magic, form, _, kind = _HEADER.unpack_from(view)
-    if magic != MAGIC or kind != int.from_bytes(part.ljust(4), 'little'):
+    magic, form, reserved, kind = _HEADER.unpack(head)
+    if magic != MAGIC or reserved or not form or kind != int.from_bytes(part.ljust(4), 'little'):
         raise ImageDamaged(f'{name}: not a {part.decode()} part of a ckptd image', resource=name)
     if form > FORMAT:
         raise ImageDamaged(f'{name}: format {form} is newer than this ckptd ({FORMAT})', resource=name,
                            hint='use the ckptd that wrote the image, or a newer one')
-    at, count = _HEADER.size, 0
-    while True:
-        tag, flags, payload = _decode_frame(view, at, name)
-        at += _RECORD.size + len(payload)
-        if tag == END:
-            break
-        count += 1
-        cls = RECORDS.get(tag)
-        if cls is not None:
-            yield cls.decode(payload)
-        elif not flags & OPTIONAL:
-            raise ImageDamaged(f'{name}: record {tag:#x} is unknown to this ckptd', resource=name)
-    if len(payload) != 8 or int.from_bytes(payload, 'little') != count or at != len(view):
-        raise ImageDamaged(f'{name}: records are missing or bytes follow the end', resource=name)
 
 
-def _decode_frame(view: memoryview, at: int, name: str) -> tuple[int, int, memoryview]:
-    if at + _RECORD.size > len(view):
+def _read_frame(file: BinaryIO, at: int, name: str) -> tuple[int, int, int, bytes]:
+    """tag, version, flags and payload of the record at byte `at`."""
+    head = file.read(_RECORD.size)
+    if len(head) < _RECORD.size:
         raise ImageDamaged(f'{name}: cut short at byte {at}', resource=name)
-    tag, _, flags, length, crc = _RECORD.unpack_from(view, at)
-    start = at + _RECORD.size
-    if length > MAX_RECORD or start + length > len(view):
+    tag, version, flags, length, crc = _RECORD.unpack(head)
+    if length > MAX_RECORD:
+        raise ImageDamaged(f'{name}: record {tag:#x} at byte {at} claims {length} bytes', resource=name)
+    payload = file.read(length)
+    if len(payload) < length:
         raise ImageDamaged(f'{name}: record {tag:#x} at byte {at} is cut short', resource=name)
-    payload = view[start:start + length]
-    if zlib.crc32(payload, zlib.crc32(view[at:at + 8])) != crc:
+    if zlib.crc32(payload, zlib.crc32(head[:_HEAD.size])) != crc:
         raise ImageDamaged(f'{name}: record {tag:#x} at byte {at} has a wrong checksum', resource=name)
-    return tag, flags, payload
+    return tag, version, flags, payload
+
+
+def _decode_payload(tag: int, version: int, flags: int, payload: bytes, where: str) -> Record | None:
+    """The record; None for one that is unknown and optional."""
+    cls = RECORDS.get(tag)
+    if cls is None:
+        if flags & OPTIONAL:
+            return None
+        raise ImageDamaged(f'{where} is unknown to this ckptd', resource=where.partition(':')[0])
+    try:
+        value, end = cls._codec.decode(memoryview(payload), 0, partial=version < cls.version)
+        if end != len(payload) and version <= cls.version:
+            raise ImageDamaged(f'{len(payload) - end} bytes follow its last field')
+    except ImageDamaged as error:
+        raise ImageDamaged(f'{where} ({cls.__name__}): {error}', resource=where.partition(':')[0]) from error
+    return cast(Record, value)

@@ -18,6 +18,14 @@ from ckptd.image.grammar import U8, U16, U32, U64, Record, Struct, layout, recor
 CHUNK = 256             # tasks per TaskIds record, as in Linux-CR
 PAGE = 4096
 
+# four-letter code of a part: its file. A record's part is the high byte of its tag: 0 tree, 1 tasks, 2 files, 3 memory
+PARTS = {'TREE': 'tree.img', 'TASK': 'tasks.img', 'FILE': 'files.img', 'MEM ': 'memory.img'}
+
+
+def data_name(part: int) -> str:
+    """File name of a data part."""
+    return f'data-{part}.img'
+
 
 @layout
 class Extent(Struct):
@@ -76,7 +84,8 @@ class Task(Record):
 
 @record(0x0101)
 class Credentials(Record):
-    """uids, gids: real, effective, saved, file system. capabilities: inheritable, permitted, effective, bounding, ambient."""
+    """uids, gids: real, effective, saved, file system. capabilities: inheritable, permitted, effective, bounding,
+    ambient."""
     vpid: U32
     uids: tuple[U32, ...]
     gids: tuple[U32, ...]
@@ -278,7 +287,7 @@ ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEA
 @record(0x0302)
 class Vma(Record):
     """protection: PROT_*. flags: MAP_* that make it again. vm_flags: two-letter codes of smaps, a space between.
-    offset: bytes into the object. object: backing_id or shm_id by kind. name: prctl PR_SET_VMA_ANON_NAME, or as in maps.
+    offset: bytes into the object. object: backing_id or shm_id by kind. name: of PR_SET_VMA_ANON_NAME, or as in maps.
     locked: 0 no, 1 mlock, 2 on fault."""
     mm_id: U32
     start: U64

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files of an image: opening, writing and reading them with errors that say which path failed and what to do.
+
+An image may come from anybody, so a reader follows no symbolic link and opens nothing but regular files.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckptd.errors import ImageDamaged, SpoolFailed
+
+BUFFER = 4 << 20        # sha256 of cached data gains nothing from a larger one
+
+_HINTS = {
+    errno.ENOSPC: 'free space on the file system of the spool (ckptctl remove IMAGE), or name another with --spool DIR',
+    errno.EDQUOT: 'remove images (ckptctl remove IMAGE) or raise the quota, or name another spool with --spool DIR',
+    errno.EROFS: 'mount the file system of the spool read-write, or name another with --spool DIR',
+    errno.ENOENT: 'the spool has vanished: mount or create it again, or name another with --spool DIR',
+    errno.ENOTDIR: 'the spool must be a directory: create it, or name another with --spool DIR',
+    errno.ESTALE: 'the network file system of the spool went away: mount it again, or name another with --spool DIR',
+    errno.EACCES: 'ckptd needs to write in the spool: correct its owner and mode, or name another with --spool DIR',
+    errno.EIO: 'the disk of the spool fails: see the kernel log (journalctl -k), and name another with --spool DIR',
+    errno.EEXIST: 'an image of this name is there: try again, ids are drawn anew each time',
+    errno.EFBIG: 'the image is larger than a file may be: raise the file size limit (ulimit -f) of ckptd',
+}
+_HINTS[errno.EPERM], _HINTS[errno.ENOTEMPTY] = _HINTS[errno.EACCES], _HINTS[errno.EEXIST]
+
+
+def spool_failed(path: Path, error: OSError) -> SpoolFailed:
+    """The SpoolFailed for an OSError on `path`."""
+    number = error.errno or errno.EIO
+    return SpoolFailed(f'cannot write {path}: {os.strerror(number)}', errno=number, resource=str(path), phase='write',
+                       hint=_HINTS.get(number))
+
+
+@contextmanager
+def spooling(path: Path) -> Iterator[None]:
+    """OSError of the body becomes SpoolFailed naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise spool_failed(path, error) from error
+
+
+def create(path: Path) -> int:
+    """A new file for the owner only, open for reading and writing."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
+    """write(2) until nothing is left: a full disk or a signal may cut one call short."""
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(fd, view):]
+
+
+def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """pwrite(2) until nothing is left."""
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def sync_directory(path: Path) -> None:
+    """fsync of a directory: names made or changed in it are on the disk after this."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_regular(directory: int, name: str) -> int:
+    """`name` in an open directory, for reading. ImageDamaged where it is missing or no regular file."""
+    # O_NONBLOCK: a FIFO put there would hold an open(2) for ever; regular files ignore the flag
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        reason = 'is missing' if error.errno == errno.ENOENT else f'cannot be opened: {error.strerror}'
+        raise ImageDamaged(f'{name} {reason}', resource=name) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ImageDamaged(f'{name} is not a regular file', resource=name)
+    return fd

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""manifest.json: what an image is, written last. JSON for people and tools, sealed by a digest of its own.
+
+    {
+      "format": 1,
+      "image": "20240131_235959_sleep_3fa9",
+      ...
+      "parts": {
+        "data-0.img": {"size": 4096, "sha256": "..."},
+        ...
+      },
+      "digest": "<sha256 of every byte before this line>"
+    }
+
+A manifest that somebody edits by hand no longer fits its digest: that is damage, as in any other part.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from ckptd.errors import ImageDamaged, Refusal
+from ckptd.image.files import open_regular
+from ckptd.image.grammar import FORMAT
+from ckptd.image.ids import is_image_id
+
+NAME = 'manifest.json'
+MAX_MANIFEST = 4 << 20
+
+_TAIL = re.compile(rb',\n  "digest": "([0-9a-f]{64})"\n}\n')
+_TAIL_SIZE = len(',\n  "digest": ""\n}\n') + 64
+
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Uid = Annotated[int, Meta(ge=0, lt=1 << 32)]
+Text = Annotated[str, Meta(max_length=4096)]
+PartName = Annotated[str, Meta(pattern=r'^(tree|tasks|files|memory|data-(0|[1-9][0-9]{0,4}))\.img$')]
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of the image: its size in bytes and sha256 as 64 hexadecimal digits."""
+    size: Count
+    sha256: Annotated[str, Meta(pattern=r'^[0-9a-f]{64}$')]
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Microseconds and pages. freezing_time: until all stood still; frozen_time: how long the tree stood still;
+    memdump_time: reading memory, memwrite_time: writing it and bringing it to the disk; total_time: the whole job."""
+    freezing_time: Count = 0
+    frozen_time: Count = 0
+    memdump_time: Count = 0
+    memwrite_time: Count = 0
+    total_time: Count = 0
+    pages_scanned: Count = 0
+    pages_written: Count = 0
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """created_usec: realtime. root: vpid of the first root, command: its comm. kernel: release of the kernel.
+    target: as asked for. freeze_mode: what froze the tree. warnings: what the image lacks. parts: by file name."""
+    format: Annotated[int, Meta(ge=1, lt=1 << 16)] = FORMAT
+    image: Text
+    created_usec: Count
+    ckptd_version: Text
+    kernel: Text
+    architecture: Text = 'x86-64'
+    boot_id: Text
+    owner_uid: Uid
+    owner_gid: Uid
+    target: Text
+    root: Count
+    command: Text
+    tasks: Count
+    processes: Count
+    freeze_mode: Text
+    statistics: Statistics = Statistics()
+    warnings: tuple[Refusal, ...] = ()
+    parts: dict[PartName, Part] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size for part in self.parts.values())
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json."""
+    text = msgspec.json.format(msgspec.json.encode(_printable(msgspec.to_builtins(manifest))), indent=2)
+    body = text.removesuffix(b'\n}')
+    return body + b',\n  "digest": "' + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
+
+
+def _printable(value: Any) -> Any:
+    # a comm or path is bytes, kept as surrogates where it is no UTF-8, and JSON has no surrogates: U+FFFD instead
+    if isinstance(value, str):
+        return value.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(item) for item in value]
+    return value
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The manifest that these bytes hold. ImageDamaged where digest, types or bounds do not fit."""
+    tail = _TAIL.fullmatch(data[-_TAIL_SIZE:])
+    if tail is None or hashlib.sha256(data[:-_TAIL_SIZE]).hexdigest() != tail[1].decode():
+        raise ImageDamaged(f'{NAME}: its digest does not fit its content', resource=NAME)
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ImageDamaged(f'{NAME}: {error}', resource=NAME) from error
+    if manifest.format > FORMAT:
+        raise ImageDamaged(f'{NAME}: format {manifest.format} is newer than this ckptd ({FORMAT})', resource=NAME,
+                           hint='use the ckptd that wrote the image, or a newer one')
+    if not is_image_id(manifest.image):
+        raise ImageDamaged(f'{NAME}: "{manifest.image}" is no image id', resource=NAME)
+    return manifest
+
+
+def read_manifest_at(directory: int) -> Manifest:
+    """The manifest in an open directory. ImageDamaged."""
+    fd = open_regular(directory, NAME)
+    try:
+        if os.fstat(fd).st_size > MAX_MANIFEST:
+            raise ImageDamaged(f'{NAME} is larger than {MAX_MANIFEST} bytes', resource=NAME)
+        with os.fdopen(fd, 'rb', closefd=False) as file:
+            return decode_manifest(file.read(MAX_MANIFEST))
+    except OSError as error:
+        raise ImageDamaged(f'{NAME} cannot be read: {error.strerror}', resource=NAME) from error
+    finally:
+        os.close(fd)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the image in `directory`. ImageDamaged."""
+    fd = open_image(directory)
+    try:
+        return read_manifest_at(fd)
+    finally:
+        os.close(fd)
+
+
+def open_image(directory: Path) -> int:
+    """A directory fd of an image. ImageDamaged."""
+    try:
+        return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageDamaged(f'{directory} cannot be opened: {error.strerror}', resource=str(directory)) from error

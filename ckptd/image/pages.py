@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Bulk bytes of an image: data-N.img, written at reserved page-aligned offsets, and the page runs that point there."""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ckptd.image.files import create, pwrite_all, spooling
+from ckptd.image.records import PAGE, Extent, PageRun, PageRuns, data_name
+
+RUNS_PER_RECORD = 1 << 16       # 1.4 MiB a record
+
+
+def page_align(length: int) -> int:
+    """`length` rounded up to whole pages."""
+    return -(-length // PAGE) * PAGE
+
+
+def page_runs(owner_kind: int, owner: int, runs: Sequence[PageRun]) -> Iterator[PageRuns]:
+    """The records for all runs of one owner, each of a size that a reader takes."""
+    for first in range(0, len(runs), RUNS_PER_RECORD):
+        yield PageRuns(owner_kind, owner, tuple(runs[first:first + RUNS_PER_RECORD]))
+
+
+class DataWriter:
+    """One data-N.img. Threads reserve their own extents and write into them, by `pwrite` or by pwrite(2) on `fileno`.
+
+        with spooling(data.path):                       # a full disk: SpoolFailed
+            libc.pwritev(data.fileno(), iov, ..., data.reserve(length).offset)
+
+    An extent that was reserved and not written reads as zeros.
+    """
+
+    def __init__(self, directory: Path, part: int) -> None:
+        self.path = directory / data_name(part)
+        self.part = part
+        self._end = 0
+        self._lock = threading.Lock()
+        with spooling(self.path):
+            self._fd = create(self.path)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    @property
+    def size(self) -> int:
+        """Bytes reserved so far."""
+        return self._end
+
+    def reserve(self, length: int) -> Extent:
+        """`length` bytes at the next page boundary, for the caller alone."""
+        with self._lock:
+            return self._take(length)
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write into a reserved extent. SpoolFailed."""
+        with spooling(self.path):
+            pwrite_all(self._fd, data, offset)
+
+    def add(self, chunks: Iterable[bytes | bytearray | memoryview]) -> Extent:
+        """Everything that `chunks` gives as one extent; other threads' reservations wait. SpoolFailed."""
+        with self._lock:
+            start, length = self._end, 0
+            for chunk in chunks:
+                self.pwrite(chunk, start + length)
+                length += len(memoryview(chunk).cast('B'))
+            return self._take(length)
+
+    def _take(self, length: int) -> Extent:
+        extent = Extent(self.part, self._end, length)
+        self._end += page_align(length)
+        return extent
+
+    def finish(self) -> None:
+        """Give the file its full size: the last page is whole, so that mmap(2) and preadv(2) of pages find it."""
+        with spooling(self.path):
+            os.ftruncate(self._fd, self._end)
+
+    def close(self) -> None:
+        """Close the file; a network file system reports a full disk only here. SpoolFailed."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with spooling(self.path):
+                os.close(fd)

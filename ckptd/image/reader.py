@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ImageReader: the records of one image by type and id, and its bulk bytes. Believes nothing: else ImageDamaged."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from ckptd.errors import ImageDamaged
+from ckptd.image.files import open_regular
+from ckptd.image.grammar import Record, read_records
+from ckptd.image.manifest import open_image, read_manifest_at
+from ckptd.image.records import (
+    OF_MM,
+    OF_SHARED_MEMORY,
+    PARTS,
+    Extent,
+    GuardRegions,
+    Header,
+    Mm,
+    PageRun,
+    PageRuns,
+    Range,
+    Task,
+    TaskIds,
+    Vma,
+    data_name,
+)
+
+R = TypeVar('R', bound=Record)
+CHUNK = 1 << 20     # bytes of an extent held in memory at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTask:
+    """A task with its ids, in depth-first order as the image has them."""
+    vpid: int
+    vtgid: int
+    vppid: int
+    vpgid: int
+    vsid: int
+    record: Task
+
+    @property
+    def is_leader(self) -> bool:
+        return self.vpid == self.vtgid
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """An address space: its VMAs, where in the data parts its pages are, and its guard regions; all ascending."""
+    mm: Mm
+    vmas: tuple[Vma, ...]
+    runs: tuple[PageRun, ...]
+    guards: tuple[Range, ...]
+
+
+class _Index:
+    """Records of one part by class, and there by their id (the first field)."""
+
+    def __init__(self, name: str, records: Iterator[Record]) -> None:
+        self.lists: dict[type[Record], list[Record]] = defaultdict(list)
+        for one in records:
+            self.lists[type(one)].append(one)
+        self.name = name
+        self._tables: dict[type[Record], dict[int, Record]] = {}
+
+    def table(self, cls: type[Record]) -> dict[int, Record]:
+        if cls not in self._tables:
+            key = fields(cast(Any, cls))[0].name
+            table = {getattr(one, key): one for one in self.lists[cls]}
+            if len(table) != len(self.lists[cls]):
+                raise ImageDamaged(f'{self.name}: two {cls.__name__} records have the same {key}', resource=self.name)
+            self._tables[cls] = table
+        return self._tables[cls]
+
+
+class ImageReader:
+    """An open image. Parts are read when they are first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        self._directory = open_image(directory)
+        self._data: dict[int, int] = {}
+        self._indices: dict[str, _Index] = {}
+        try:
+            self.manifest = read_manifest_at(self._directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file; a second call does nothing."""
+        for fd in self._data.values():
+            os.close(fd)
+        self._data.clear()
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+    # ------------------------------------------------------------ records
+
+    def records(self, code: str) -> Iterator[Record]:
+        """Records of the part 'TREE', 'TASK', 'FILE' or 'MEM ' in their order, one in memory at a time."""
+        name = PARTS[code]
+        with os.fdopen(open_regular(self._directory, name), 'rb') as file:
+            try:
+                yield from read_records(file, code.encode(), name)
+            except OSError as error:
+                raise ImageDamaged(f'{name} cannot be read: {error.strerror}', resource=name) from error
+
+    def every(self, cls: type[R]) -> Sequence[R]:
+        """All records of a class, in their order."""
+        return cast(Sequence[R], self._index(cls).lists[cls])
+
+    def table(self, cls: type[R]) -> Mapping[int, R]:
+        """All records of a class by id: the first field, a vpid or mm_id or file_id ..."""
+        return cast(Mapping[int, R], self._index(cls).table(cls))
+
+    def get(self, cls: type[R], key: int) -> R:
+        """The record of that id; ImageDamaged where the image has none."""
+        found = self.table(cls).get(key)
+        if found is None:
+            name = _part_of(cls)
+            raise ImageDamaged(f'{PARTS[name]}: no {cls.__name__} {key}', resource=PARTS[name])
+        return found
+
+    def _index(self, cls: type[Record]) -> _Index:
+        code = _part_of(cls)
+        if code not in self._indices:
+            self._indices[code] = _Index(PARTS[code], self.records(code))
+        return self._indices[code]
+
+    # ------------------------------------------------------------ views
+
+    @cached_property
+    def header(self) -> Header:
+        headers = self.every(Header)
+        if len(headers) != 1:
+            raise ImageDamaged(f'{PARTS["TREE"]}: {len(headers)} headers', resource=PARTS['TREE'])
+        return headers[0]
+
+    @cached_property
+    def tasks(self) -> tuple[ImageTask, ...]:
+        """Every task, in depth-first order."""
+        tasks = self.table(Task)
+        made = []
+        for chunk in self.every(TaskIds):
+            lists = (chunk.vpid, chunk.vtgid, chunk.vppid, chunk.vpgid, chunk.vsid)
+            if len({len(one) for one in lists}) != 1:
+                raise ImageDamaged(f'{PARTS["TREE"]}: the lists of TaskIds differ in length', resource=PARTS['TREE'])
+            made += [ImageTask(*ids, self.get(Task, ids[0])) for ids in zip(*lists, strict=True)]
+        if len(made) != len(tasks) or len({task.vpid for task in made}) != len(made):
+            raise ImageDamaged(f'{PARTS["TREE"]}: TaskIds and Task records differ', resource=PARTS['TREE'])
+        return tuple(made)
+
+    @cached_property
+    def processes(self) -> Mapping[int, tuple[ImageTask, ...]]:
+        """The tasks of each process by vtgid, the leader first, in the order of the leaders."""
+        groups: dict[int, list[ImageTask]] = defaultdict(list)
+        for task in self.tasks:
+            groups[task.vtgid].append(task)
+        return {vtgid: tuple(sorted(group, key=lambda task: not task.is_leader)) for vtgid, group in groups.items()}
+
+    def memory(self, mm_id: int) -> Memory:
+        """The address space `mm_id`."""
+        vmas = sorted(self._by_mm.get(mm_id, ()), key=lambda vma: vma.start)
+        guards = [one for region in self.every(GuardRegions) if region.mm_id == mm_id for one in region.ranges]
+        return Memory(self.get(Mm, mm_id), tuple(vmas), self.runs(OF_MM, mm_id),
+                      tuple(sorted(guards, key=lambda one: one.start)))
+
+    def runs(self, owner_kind: int, owner: int) -> tuple[PageRun, ...]:
+        """Page runs of an address space or shared object, ascending."""
+        return self._runs.get((owner_kind, owner), ())
+
+    def shared_runs(self, shm_id: int) -> tuple[PageRun, ...]:
+        """Page runs of a SharedMemory object; `start` is a byte offset into it."""
+        return self.runs(OF_SHARED_MEMORY, shm_id)
+
+    @cached_property
+    def _by_mm(self) -> Mapping[int, list[Vma]]:
+        groups: dict[int, list[Vma]] = defaultdict(list)
+        for vma in self.every(Vma):
+            groups[vma.mm_id].append(vma)
+        return groups
+
+    @cached_property
+    def _runs(self) -> Mapping[tuple[int, int], tuple[PageRun, ...]]:
+        groups: dict[tuple[int, int], list[PageRun]] = defaultdict(list)
+        for chunk in self.every(PageRuns):
+            groups[chunk.owner_kind, chunk.owner] += chunk.runs
+        return {key: tuple(sorted(runs, key=lambda run: run.start)) for key, runs in groups.items()}
+
+    # ------------------------------------------------------------ bulk bytes
+
+    def data_fd(self, part: int) -> int:
+        """An fd of data-<part>.img, open for reading; the reader's own, do not close."""
+        if part not in self._data:
+            name = data_name(part)
+            if name not in self.manifest.parts:
+                raise ImageDamaged(f'{name} is named by a record and not by the manifest', resource=name)
+            self._data[part] = open_regular(self._directory, name)
+        return self._data[part]
+
+    def pread_into(self, buffer: memoryview, part: int, offset: int) -> None:
+        """Fill `buffer` with the bytes at `offset` of a data part."""
+        name, fd = data_name(part), self.data_fd(part)
+        while len(buffer):
+            try:
+                done = os.preadv(fd, [buffer], offset)
+            except (OSError, OverflowError) as error:
+                raise ImageDamaged(f'{name} cannot be read at byte {offset}: {error}', resource=name) from error
+            if not done:
+                raise ImageDamaged(f'{name} ends at byte {offset}, a record says otherwise', resource=name)
+            buffer, offset = buffer[done:], offset + done
+
+    def read_extent(self, extent: Extent) -> Iterator[bytes]:
+        """The bytes of an extent in chunks of at most 1 MiB, whatever length a record claims."""
+        at, end = extent.offset, extent.offset + extent.length
+        while at < end:
+            chunk = bytearray(min(CHUNK, end - at))
+            self.pread_into(memoryview(chunk), extent.part, at)
+            yield bytes(chunk)
+            at += len(chunk)
+
+
+def _part_of(cls: type[Record]) -> str:
+    return list(PARTS)[cls.tag >> 8]

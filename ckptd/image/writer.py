@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ImageWriter: one image on its way into the spool, published whole or never seen.
+
+    SPOOL/
+        20240131_235959_sleep_3fa9/         a published image; its name never names anything incomplete
+            tree.img tasks.img files.img memory.img data-0.img ... manifest.json
+        .incoming-20240131_235959_.../      0700, being written: its writer holds a flock(2) on the directory
+
+A writer that dies leaves a directory whose lock is free: `remove_stale` takes it away. Order of publishing: parts and
+their digests, manifest, each with fsync; the directory; rename; the spool.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from ckptd.errors import SpoolFailed
+from ckptd.image.files import BUFFER, create, spool_failed, spooling, sync_directory, write_all
+from ckptd.image.grammar import Record, encode_end, encode_header, encode_record
+from ckptd.image.manifest import NAME, Manifest, Part, encode_manifest
+from ckptd.image.pages import DataWriter
+from ckptd.image.records import PARTS
+
+INCOMING = '.incoming-'
+FLUSH = 1 << 20
+
+
+class PartWriter:
+    """One record file, tree.img and its like."""
+
+    def __init__(self, directory: Path, code: str) -> None:
+        self.path = directory / PARTS[code]
+        self.records = 0
+        self._buffer = bytearray(encode_header(code.encode()))
+        with spooling(self.path):
+            self._fd = create(self.path)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, record: Record) -> None:
+        """Append a record. SpoolFailed."""
+        self._buffer += encode_record(record)
+        self.records += 1
+        if len(self._buffer) >= FLUSH:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write the end record. SpoolFailed."""
+        self._buffer += encode_end(self.records)
+        self._flush()
+
+    def _flush(self) -> None:
+        with spooling(self.path):
+            write_all(self._fd, self._buffer)
+        self._buffer.clear()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with spooling(self.path):
+                os.close(fd)
+
+
+class ImageWriter:
+    """Owner of SPOOL/.incoming-IMAGE; leaving the `with` before `publish` removes it.
+
+        with ImageWriter(spool, image) as writer:
+            writer.part('TREE').write(record)
+            writer.data.add(chunks)
+            writer.seal()                       # after the tree was let go: reads everything again for the digests
+            writer.publish(manifest)
+    """
+
+    def __init__(self, spool: Path, image: str) -> None:
+        self.spool, self.image = spool, image
+        self.path = spool / f'{INCOMING}{image}'
+        self._parts: dict[str, PartWriter] = {}
+        self._data: list[DataWriter] = []
+        self._sealed: dict[str, Part] | None = None
+        self._lock = _make_locked(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.abort()
+
+    def part(self, code: str) -> PartWriter:
+        """The writer of 'TREE', 'TASK', 'FILE' or 'MEM '; the file is made at the first call. SpoolFailed."""
+        if code not in self._parts:
+            self._parts[code] = PartWriter(self.path, code)
+        return self._parts[code]
+
+    @property
+    def data(self) -> DataWriter:
+        """data-0.img."""
+        return self._data[0] if self._data else self.new_data()
+
+    def new_data(self) -> DataWriter:
+        """A further data-N.img, for a process or thread that writes on its own. SpoolFailed."""
+        self._data.append(DataWriter(self.path, len(self._data)))
+        return self._data[-1]
+
+    def seal(self) -> dict[str, Part]:
+        """Complete all parts, bring them to the disk, return their sizes and digests. SpoolFailed."""
+        if self._sealed is None:
+            for code in PARTS:      # a part without records is still there: missing files are damage
+                self.part(code)
+            writers: list[PartWriter | DataWriter] = [self.data, *self._data[1:], *self._parts.values()]
+            for writer in writers:
+                writer.finish()
+            # the disk and sha256 work at the same time: both leave the interpreter's lock alone
+            with ThreadPoolExecutor(1, 'fsync') as pool:
+                synced = [pool.submit(_sync, writer) for writer in writers]
+                sealed = {writer.path.name: _digest(writer) for writer in writers}
+                for future in synced:
+                    future.result()
+            for writer in writers:
+                writer.close()
+            self._sealed = sealed
+        return self._sealed
+
+    def publish(self, manifest: Manifest) -> Manifest:
+        """Make the image visible under its id; the manifest with its parts filled in. SpoolFailed."""
+        manifest = msgspec.structs.replace(manifest, image=self.image, parts=self.seal())
+        self._write_manifest(encode_manifest(manifest))
+        final = self.spool / self.image
+        with spooling(final):
+            sync_directory(self.path)
+            if final.exists():      # rename(2) would replace an empty directory
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            self.path.rename(final)
+        self._unlock()
+        try:
+            with spooling(self.spool):
+                sync_directory(self.spool)
+        except SpoolFailed:
+            shutil.rmtree(final, ignore_errors=True)    # not surely on the disk is not published
+            raise
+        return manifest
+
+    def _write_manifest(self, content: bytes) -> None:
+        path = self.path / NAME
+        with spooling(path):
+            fd = create(path)
+            try:
+                write_all(fd, content)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def abort(self) -> None:
+        """Remove what is not published; nothing to do after `publish`. Never fails: `remove_stale` comes later."""
+        if self._lock < 0:
+            return
+        writers: list[PartWriter | DataWriter] = [*self._parts.values(), *self._data]
+        for writer in writers:
+            with suppress(SpoolFailed):
+                writer.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _make_locked(path: Path) -> int:
+    """A new directory and the fd that holds its lock. SpoolFailed."""
+    while True:
+        with spooling(path):
+            path.mkdir(mode=0o700)
+        try:
+            fd = _open_directory(path)
+        except FileNotFoundError:
+            continue            # `remove_stale` saw it before it was locked
+        except OSError as error:
+            raise spool_failed(path, error) from error
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if _is_at(fd, path):
+            return fd
+        os.close(fd)
+
+
+def _open_directory(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), there)
+
+
+def _sync(writer: PartWriter | DataWriter) -> None:
+    with spooling(writer.path):
+        os.fsync(writer.fileno())
+
+
+def _digest(writer: PartWriter | DataWriter) -> Part:
+    with spooling(writer.path):
+        size, digest = digest_file(writer.fileno())
+    return Part(size=size, sha256=digest)
+
+
+def digest_file(fd: int) -> tuple[int, str]:
+    """Size and sha256 of a whole file, read with a buffer of its own (the file position stays)."""
+    hasher, buffer, at = hashlib.sha256(), memoryview(bytearray(BUFFER)), 0
+    while done := os.preadv(fd, [buffer], at):
+        hasher.update(buffer[:done])
+        at += done
+    return at, hasher.hexdigest()
+
+
+def remove_stale(spool: Path) -> list[str]:
+    """Remove what dead writers left behind; ids of the images that were never finished. SpoolFailed."""
+    with spooling(spool):
+        entries = sorted(spool.glob(f'{INCOMING}*'))
+    removed = []
+    for path in entries:
+        with suppress(FileNotFoundError), spooling(path):
+            if _remove_unlocked(path):
+                removed.append(path.name.removeprefix(INCOMING))
+    return removed
+
+
+def _remove_unlocked(path: Path) -> bool:
+    try:
+        fd = _open_directory(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # between listing and locking it may have been published: the lock of what is still here has no other owner
+        if not _is_at(fd, path):
+            return False
+        shutil.rmtree(path)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
