@@ -70,6 +70,11 @@ def _fail(name: str) -> OSError:
     return OSError(number, f'{name}: {os.strerror(number)}')
 
 
+def _call_name(fn: Callable[..., Any]) -> str:
+    # a stub `_kcmp` leaves the name `kcmp` to the function that wraps it
+    return fn.__name__.lstrip('_')
+
+
 def _stub(call: Any, fn: Callable[P, R], fixed: tuple[Any, ...]) -> Callable[P, R]:
     signature = inspect.signature(fn)
     hints = get_type_hints(fn, include_extras=True)
@@ -77,7 +82,7 @@ def _stub(call: Any, fn: Callable[P, R], fixed: tuple[Any, ...]) -> Callable[P, 
     call.restype = _ctype(hints['return'])
     defaults = [p.default for p in signature.parameters.values()]
     names, required = list(signature.parameters), sum(d is inspect.Parameter.empty for d in defaults)
-    name = fn.__name__
+    name = _call_name(fn)
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +102,7 @@ def _stub(call: Any, fn: Callable[P, R], fixed: tuple[Any, ...]) -> Callable[P, 
 def libc(fn: Callable[P, R]) -> Callable[P, R]:
     """A libc function by the stub's name and annotations."""
     # a prototype of its own: another stub of the same function may have other types
-    pointer = ctypes.cast(getattr(_libc, fn.__name__), ctypes.c_void_p).value
+    pointer = ctypes.cast(getattr(_libc, _call_name(fn)), ctypes.c_void_p).value
     return _stub(_prototype(pointer), fn, ())
 
 

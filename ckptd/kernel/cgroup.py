@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""cgroup v2: where it is mounted and what a cgroup directory offers; the kernel's admin-guide/cgroup-v2.rst."""
+
+import errno
+import os
+import select
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ckptd.kernel.mountinfo import Mount, read_mountinfo
+from ckptd.kernel.procfs import read_file
+from ckptd.kernel.task import read_cgroup2
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMount:
+    """A mounted v2 hierarchy, alone ('pure') or beside v1 controllers ('hybrid'). root: the cgroup at `path`."""
+    path: Path
+    root: str
+
+    def directory(self, cgroup: str) -> Path:
+        """Where the cgroup of a /proc/PID/cgroup path is. FileNotFoundError if this mount does not show it."""
+        try:
+            return self.path / PurePosixPath(cgroup).relative_to(self.root)
+        except ValueError:
+            raise FileNotFoundError(errno.ENOENT, f'not below the mounted cgroup {self.root}', cgroup) from None
+
+
+def mount_of(mounts: Iterable[Mount]) -> CgroupMount | None:
+    """The v2 hierarchy among mounts; where it is mounted more than once, the mount that shows most of it."""
+    found = [CgroupMount(Path(mount.mount_point), mount.root) for mount in mounts if mount.fs_type == 'cgroup2']
+    return min(found, key=lambda mount: len(mount.root), default=None)
+
+
+def find_mount() -> CgroupMount:
+    """The v2 hierarchy of this mount namespace. FileNotFoundError if there is none."""
+    mount = mount_of(read_mountinfo())
+    if mount is None:
+        raise FileNotFoundError(errno.ENOENT, 'no cgroup v2 hierarchy is mounted')
+    return mount
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """One cgroup, by its directory. Methods raise FileNotFoundError or OSError ENODEV once it is removed.
+
+    The root cgroup has no cgroup.freeze, cgroup.events and cgroup.kill: it is never frozen and cannot be.
+    """
+    path: Path
+
+    @classmethod
+    def of(cls, pid: int) -> 'Cgroup':
+        """The cgroup of a process (of a threaded one, that of its leader)."""
+        return cls(find_mount().directory(read_cgroup2(pid) or '/'))
+
+    @classmethod
+    def named(cls, name: str) -> 'Cgroup':
+        """The cgroup with this path below the mount, '/system.slice/x.service'. It need not exist."""
+        return cls(find_mount().path / name.lstrip('/'))
+
+    @property
+    def name(self) -> str:
+        """The path below the mount, '/' for the mount itself."""
+        relative = self.path.relative_to(find_mount().path).as_posix()
+        return '/' if relative == '.' else f'/{relative}'
+
+    @property
+    def parent(self) -> 'Cgroup | None':
+        """None for the topmost one that the mount shows."""
+        above = Cgroup(self.path.parent)
+        return above if (above.path / 'cgroup.procs').exists() else None
+
+    def children(self) -> list['Cgroup']:
+        """Those directly below."""
+        return [Cgroup(entry) for entry in sorted(self.path.iterdir()) if entry.is_dir()]
+
+    def walk(self) -> Iterator['Cgroup']:
+        """This one and all below, parents first; those that vanish meanwhile are left out."""
+        yield self
+        try:
+            below = self.children()
+        except FileNotFoundError:
+            return
+        for child in below:
+            yield from child.walk()
+
+    def procs(self, recursive: bool = False) -> list[int]:
+        """Processes, ascending: of this cgroup, or of all below it as well. Zombies are in no cgroup.procs file."""
+        return self._members('cgroup.procs', recursive)
+
+    def threads(self, recursive: bool = False) -> list[int]:
+        """The same for threads."""
+        return self._members('cgroup.threads', recursive)
+
+    def _members(self, file: str, recursive: bool) -> list[int]:
+        found = set(self._numbers(file))
+        if recursive:
+            for group in self.walk():
+                try:
+                    found.update(group._numbers(file))
+                except OSError as error:
+                    # gone meanwhile; or threaded, and then its processes are in the cgroup.procs of its domain
+                    if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+                        raise
+        return sorted(found)
+
+    def _numbers(self, file: str) -> list[int]:
+        return [int(number) for number in read_file(f'{self.path}/{file}').split()]
+
+    @property
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    @property
+    def frozen_wanted(self) -> bool:
+        """What was last written to this cgroup's own cgroup.freeze."""
+        try:
+            return read_file(f'{self.path}/cgroup.freeze').strip() == b'1'
+        except FileNotFoundError:
+            return self._absent()
+
+    @property
+    def frozen(self) -> bool:
+        """Every task in it and below is frozen, by its own cgroup.freeze or one above (cgroup.events)."""
+        try:
+            return _is_frozen(read_file(f'{self.path}/cgroup.events'))
+        except FileNotFoundError:
+            return self._absent()
+
+    def _absent(self) -> bool:
+        # the root cgroup lacks the freezer's files; of any other cgroup they are gone with the cgroup
+        if not self.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        return False
+
+    def freeze(self) -> None:
+        """Ask for it; `wait` says when it is so."""
+        self._write('cgroup.freeze', '1')
+
+    def thaw(self) -> None:
+        """Ask for it; a cgroup above may keep the tasks frozen."""
+        self._write('cgroup.freeze', '0')
+
+    def wait(self, frozen: bool, deadline_monotonic: float, also: int | None = None) -> bool:
+        """Wait until cgroup.events says `frozen`. False when the deadline (time.monotonic()) passed or the fd `also`
+        became readable before."""
+        fd = os.open(self.path / 'cgroup.events', os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLPRI)
+            if also is not None:
+                poll.register(also, select.POLLIN)
+            # kernfs reports a change since the last read, so reading first and polling then misses none
+            while _is_frozen(os.pread(fd, 4096, 0)) != frozen:
+                left = deadline_monotonic - time.monotonic()
+                events = poll.poll(left * 1000) if left > 0 else []
+                if not events or any(ready == also for ready, _ in events):
+                    return _is_frozen(os.pread(fd, 4096, 0)) == frozen
+            return True
+        finally:
+            os.close(fd)
+
+    def create(self, name: str) -> 'Cgroup':
+        """A new cgroup below this one. FileExistsError if there is one."""
+        child = self.path / name
+        child.mkdir(mode=0o755)
+        return Cgroup(child)
+
+    def attach(self, pid: int) -> None:
+        """Move a process here with all its threads. Frozen or not, it becomes what this cgroup is."""
+        self._write('cgroup.procs', str(pid))
+
+    def remove(self) -> None:
+        """OSError EBUSY while a live process or a cgroup is in it."""
+        self.path.rmdir()
+
+    def kill(self) -> None:
+        """SIGKILL to all in it and below, frozen or not; since 5.14."""
+        self._write('cgroup.kill', '1')
+
+    def writable(self) -> bool:
+        """The caller may move processes here and make cgroups below. A delegation boundary may still forbid a move."""
+        return os.access(self.path, os.W_OK) and os.access(self.path / 'cgroup.procs', os.W_OK)
+
+    def _write(self, file: str, value: str) -> None:
+        # one write(2): a kernel file takes each as a command of its own
+        fd = os.open(self.path / file, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+
+
+def _is_frozen(events: bytes) -> bool:
+    return b'\nfrozen 1' in b'\n' + events

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Credentials of the calling thread: capabilities(7), and taking another user's for good."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ckptd.kernel.decl import c_int, c_ulong, c_void_p, cstruct, libc, u32
+
+# <linux/capability.h>, those that ckptd speaks of
+CAP_CHOWN = 0
+CAP_DAC_OVERRIDE = 1
+CAP_DAC_READ_SEARCH = 2
+CAP_FOWNER = 3
+CAP_KILL = 5
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SETPCAP = 8
+CAP_NET_ADMIN = 12
+CAP_SYS_CHROOT = 18
+CAP_SYS_PTRACE = 19
+CAP_SYS_ADMIN = 21
+CAP_SYS_NICE = 23
+CAP_SYS_RESOURCE = 24
+CAP_CHECKPOINT_RESTORE = 40
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+# <linux/prctl.h>
+PR_SET_KEEPCAPS = 8
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+_LOW = 0xFFFFFFFF
+
+
+@cstruct(size=8)
+class cap_user_header(ctypes.Structure):
+    """struct __user_cap_header_struct of <linux/capability.h>"""
+    version: u32
+    pid: c_int
+
+
+@cstruct(size=12)
+class cap_user_data(ctypes.Structure):
+    """struct __user_cap_data_struct: one 32-bit half of each set"""
+    effective: u32
+    permitted: u32
+    inheritable: u32
+
+
+@libc
+def _capget(header: c_void_p, data: c_void_p) -> c_int: ...
+
+
+@libc
+def _capset(header: c_void_p, data: c_void_p) -> c_int: ...
+
+
+@libc
+def prctl(option: c_int, arg2: c_ulong = 0, arg3: c_ulong = 0, arg4: c_ulong = 0, arg5: c_ulong = 0) -> c_int: ...
+
+
+class Capabilities(NamedTuple):
+    """Three sets as masks: bit n is capability n."""
+    effective: int
+    permitted: int
+    inheritable: int
+
+
+def capget(pid: int = 0) -> Capabilities:
+    """The sets of a thread, 0 for the calling one."""
+    header = cap_user_header(LINUX_CAPABILITY_VERSION_3, pid)
+    low, high = data = (cap_user_data * 2)()
+    _capget(ctypes.byref(header), data)
+    return Capabilities(low.effective | high.effective << 32, low.permitted | high.permitted << 32,
+                        low.inheritable | high.inheritable << 32)
+
+
+def capset(capabilities: Capabilities) -> None:
+    """Set those of the calling thread (of no other thread of the process)."""
+    header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
+    data = (cap_user_data * 2)(cap_user_data(*[mask & _LOW for mask in capabilities]),
+                               cap_user_data(*[mask >> 32 for mask in capabilities]))
+    _capset(ctypes.byref(header), data)
+
+
+def set_keepcaps(keep: bool) -> None:
+    """Whether leaving uid 0 keeps the permitted set; execve(2) turns it off, PR_SET_KEEPCAPS(2const)."""
+    prctl(PR_SET_KEEPCAPS, int(keep))
+
+
+def become(uid: int, gid: int, groups: Sequence[int], capabilities_mask: int) -> None:
+    """Take these ids, and of the own permitted capabilities only those in the mask. There is no way back.
+
+    For a freshly forked child: capabilities belong to one thread, ids to all. PermissionError if the ids are not the
+    caller's and it has no CAP_SETUID and CAP_SETGID; what has been taken by then stays taken, so exit.
+    """
+    if capabilities_mask < 0:
+        raise ValueError('a capability mask is not negative; unknown is not all')
+    set_keepcaps(True)
+    _set_ids(uid, gid, groups)
+    kept = capget().permitted & capabilities_mask
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    capset(Capabilities(effective=kept, permitted=kept, inheritable=0))
+    set_keepcaps(False)
+
+
+def _set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
+    # setgroups(2) asks for CAP_SETGID even where nothing would change, and an ordinary user has none
+    if set(os.getgroups()) != set(groups):
+        os.setgroups(groups)
+    if os.getresgid() != (gid, gid, gid):
+        os.setresgid(gid, gid, gid)
+    if os.getresuid() != (uid, uid, uid):
+        os.setresuid(uid, uid, uid)

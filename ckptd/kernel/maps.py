@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""/proc/PID/maps and smaps: the memory mappings of a process, proc_pid_maps(5), proc_pid_smaps(5)."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from ckptd.kernel.procfs import read_task_file, task_dir, text
+
+DELETED = ' (deleted)'
+_NUMBERS = {b'Rss': 0, b'Swap': 1, b'Locked': 2}
+
+
+class Mapping(NamedTuple):
+    """One virtual memory area. start, end, offset, rss, swap, locked: bytes. path: the rest of the line as it stands,
+    '' for nameless anonymous memory, else a path (perhaps with ' (deleted)'), '[heap]', '[anon:NAME]' ...
+    vm_flags: two-letter codes of smaps. vm_flags, rss, swap and locked are empty or 0 when made from maps.
+    """
+    start: int
+    end: int
+    read: bool
+    write: bool
+    execute: bool
+    shared: bool
+    offset: int
+    major: int
+    minor: int
+    inode: int
+    path: str
+    vm_flags: frozenset[str] = frozenset()
+    rss: int = 0
+    swap: int = 0
+    locked: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    @property
+    def deleted(self) -> bool:
+        """The kernel says that the file has no name any more. A name may also end so: inode and stat(2) decide."""
+        return self.path.endswith(DELETED)
+
+    @property
+    def file_path(self) -> str:
+        """Path of the mapped file without ' (deleted)', or '' if no file is mapped."""
+        if not self.path.startswith('/'):
+            return ''
+        # newline is the one character that the kernel escapes here (seq_file_path(m, file, "\n"))
+        return self.path.removesuffix(DELETED).replace('\\012', '\n')
+
+
+def parse_maps(data: bytes) -> list[Mapping]:
+    """Mappings in ascending order. A path may have any byte but newline, so lines end at newline only."""
+    return [_parse_line(line) for line in data.split(b'\n') if line]
+
+
+def parse_smaps(data: bytes) -> list[Mapping]:
+    """The same with what smaps adds."""
+    found: list[Mapping] = []
+    line = b''
+    numbers, flags = [0, 0, 0], b''
+    for row in data.split(b'\n'):
+        # a mapping begins with a lower-case hexadecimal address, each of its fields with a capital
+        if not b'A' <= row[:1] <= b'Z':
+            if line:
+                found.append(_with_fields(line, numbers, flags))
+            line, numbers, flags = row, [0, 0, 0], b''
+            continue
+        key, _, value = row.partition(b':')
+        if key in _NUMBERS:
+            numbers[_NUMBERS[key]] = int(value[:-3]) << 10
+        elif key == b'VmFlags':
+            flags = value
+    if line:
+        found.append(_with_fields(line, numbers, flags))
+    return found
+
+
+def read_maps(pid: int) -> list[Mapping]:
+    """Mappings of a process; none for a kernel thread or a zombie. PermissionError without PTRACE_MODE_READ access."""
+    return parse_maps(read_task_file(task_dir(pid), 'maps'))
+
+
+def read_smaps(pid: int) -> list[Mapping]:
+    """The same with flags and sizes. It walks every page table: some milliseconds per GiB of touched memory."""
+    return parse_smaps(read_task_file(task_dir(pid), 'smaps'))
+
+
+def _parse_line(line: bytes) -> Mapping:
+    area, modes, offset, device, inode, *path = line.split(None, 5)
+    start, end = area.split(b'-')
+    major, minor = device.split(b':')
+    return Mapping(int(start, 16), int(end, 16), modes[0] == 0x72, modes[1] == 0x77, modes[2] == 0x78, modes[3] == 0x73,
+                   int(offset, 16), int(major, 16), int(minor, 16), int(inode), text(path[0]) if path else '')
+
+
+def _with_fields(line: bytes, numbers: list[int], flags: bytes) -> Mapping:
+    rss, swap, locked = numbers
+    return _parse_line(line)._replace(vm_flags=_flags(flags), rss=rss, swap=swap, locked=locked)
+
+
+@lru_cache(maxsize=256)     # a process has thousands of mappings and a dozen sets of flags
+def _flags(value: bytes) -> frozenset[str]:
+    return frozenset(value.decode().split())

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Scheduling attributes of a thread: sched_getattr(2), ioprio_get(2). Affinity: os.sched_getaffinity."""
+
+import ctypes
+from typing import NamedTuple
+
+from ckptd.kernel.arch.x86_64 import NR
+from ckptd.kernel.decl import c_int, c_uint, c_void_p, cstruct, s32, syscall, u32, u64
+
+IOPRIO_WHO_PROCESS = 1      # <linux/ioprio.h>; one thread in spite of its name
+
+
+@cstruct(size=56)
+class sched_attr(ctypes.Structure):
+    """<linux/sched/types.h>; the last two fields since 5.3"""
+    size: u32
+    sched_policy: u32
+    sched_flags: u64
+    sched_nice: s32
+    sched_priority: u32
+    sched_runtime: u64
+    sched_deadline: u64
+    sched_period: u64
+    sched_util_min: u32
+    sched_util_max: u32
+
+
+@syscall(NR['sched_getattr'])
+def _sched_getattr(pid: c_int, attr: c_void_p, size: c_uint, flags: c_uint = 0) -> c_int: ...
+
+
+@syscall(NR['ioprio_get'])
+def _ioprio_get(which: c_int, who: c_int) -> c_int: ...
+
+
+class SchedAttr(NamedTuple):
+    """policy: os.SCHED_*. flags: SCHED_FLAG_*. nice: -20 to 19. runtime, deadline, period: nanoseconds."""
+    policy: int
+    flags: int
+    nice: int
+    priority: int
+    runtime: int
+    deadline: int
+    period: int
+
+
+def sched_getattr(tid: int) -> SchedAttr:
+    """Attributes of one thread, 0 for the caller. ProcessLookupError when it is gone."""
+    attr = sched_attr()
+    _sched_getattr(tid, ctypes.byref(attr), ctypes.sizeof(attr))
+    return SchedAttr(attr.sched_policy, attr.sched_flags, attr.sched_nice, attr.sched_priority, attr.sched_runtime,
+                     attr.sched_deadline, attr.sched_period)
+
+
+def ioprio_get(tid: int) -> int:
+    """I/O class << 13 | level of one thread, 0 for the caller."""
+    return _ioprio_get(IOPRIO_WHO_PROCESS, tid)
