@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Interfaces as data: what an object exports is read off its class once, into typed tables.
+
+router.py has a full example. The tables are what dispatch, introspection and the standard interfaces work from.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, overload
+
+from ckptd.bus.values import split_signature
+
+Emits = Literal['true', 'invalidates', 'const', 'false']
+Annotations = Mapping[str, str]
+F = TypeVar('F', bound=Callable[..., Any])
+
+EMITS_CHANGED = 'org.freedesktop.DBus.Property.EmitsChangedSignal'
+DEPRECATED = 'org.freedesktop.DBus.Deprecated'
+NO_REPLY = 'org.freedesktop.DBus.Method.NoReply'
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of a method or signal: a complete type and a name for introspection."""
+    signature: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """types: D-Bus types of the keys of a{sv} results, {'pid': 'u'}; an int without one becomes 't'."""
+    name: str
+    handler: Callable[..., Awaitable[Any]]
+    inputs: tuple[Argument, ...]
+    outputs: tuple[Argument, ...]
+    types: Mapping[str, str]
+    annotations: Annotations
+
+    @property
+    def in_signature(self) -> str:
+        return ''.join(argument.signature for argument in self.inputs)
+
+    @property
+    def out_signature(self) -> str:
+        return ''.join(argument.signature for argument in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Property:
+    """A read-only property. emits: what PropertiesChanged says of it; 'const' never changes while the object lives."""
+    name: str
+    getter: Callable[[Any], Any]
+    signature: str
+    emits: Emits
+    types: Mapping[str, str]
+    annotations: Annotations
+
+
+class Emitter(Protocol):
+    """Where the signals of an exported object go: the router."""
+
+    def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
+             types: Mapping[str, str]) -> None: ...
+
+    def properties_changed(self, path: str, exported: 'Exported', names: Sequence[str]) -> None: ...
+
+
+class BoundSignal:
+    """`self.JobNew(7, path)` sends the signal; before export and after unexport it does nothing."""
+    __slots__ = ('_owner', '_signal')
+
+    def __init__(self, signal_: 'Signal', owner: 'Exported') -> None:
+        self._signal, self._owner = signal_, owner
+
+    def __call__(self, *values: Any) -> None:
+        row, owner = self._signal, self._owner
+        if owner.emitter is not None:
+            owner.emitter.emit(owner.path, owner.interface, row.name, row.signature, values, row.types)
+
+
+@dataclass(slots=True, eq=False)
+class Signal:
+    """A signal of the class it is an attribute of."""
+    arguments: tuple[Argument, ...]
+    types: Mapping[str, str]
+    annotations: Annotations
+    name: str = ''
+    signature: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.signature = ''.join(argument.signature for argument in self.arguments)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = self.name or _dbus_name(name)
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> 'Signal': ...
+    @overload
+    def __get__(self, instance: 'Exported', owner: type) -> BoundSignal: ...
+
+    def __get__(self, instance: 'Exported | None', owner: type) -> 'Signal | BoundSignal':
+        return self if instance is None else BoundSignal(self, instance)
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """The tables of one exported class."""
+    name: str
+    methods: dict[str, Method]
+    properties: dict[str, Property]
+    signals: dict[str, Signal]
+
+
+class Exported:
+    """Base of everything that the bus can call: one interface at one path. Subclasses set `interface`."""
+    interface: ClassVar[str]
+    table: ClassVar[Interface]
+    path: str = ''
+    emitter: Emitter | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if 'interface' not in cls.__dict__:
+            return
+        members = [value for base in reversed(cls.__mro__) for value in base.__dict__.values()]
+        rows = [getattr(value, '_dbus_row', value) for value in members]
+        cls.table = Interface(
+            cls.interface,
+            {row.name: row for row in rows if isinstance(row, Method)},
+            {row.name: row for row in rows if isinstance(row, Property)},
+            {row.name: row for row in rows if isinstance(row, Signal)})
+
+    def changed(self, *names: str) -> None:
+        """Say that these properties have new values: PropertiesChanged, a few a second, the last always."""
+        if self.emitter is not None:
+            self.emitter.properties_changed(self.path, self, names)
+
+
+def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, name: str = '',
+           types: Mapping[str, str] | None = None, annotations: Annotations | None = None) -> Callable[[F], F]:
+    """Export `async def Name(self, call, *arguments)`. names: of the inputs, then of the outputs.
+
+    The handler returns the value of its one output, a tuple for several, None for none.
+    """
+    def decorate(handler: F) -> F:
+        taken, given = _arguments(inputs, names), split_signature(outputs)
+        rest = names[len(taken):] or [f'result{index}' if index else 'result' for index in range(len(given))]
+        _expect_parameters(handler, len(taken))
+        row = Method(name or _dbus_name(handler.__name__), handler, taken,
+                     _pair(given, rest), types or {}, annotations or {})
+        handler._dbus_row = row    # type: ignore[attr-defined]
+        return handler
+    return decorate
+
+
+def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: Mapping[str, str] | None = None,
+              annotations: Annotations | None = None) -> Callable[[F], F]:
+    """Export `def Name(self) -> value`. One that raises is left out of GetAll and answered with an error by Get."""
+    def decorate(getter: F) -> F:
+        shown = dict(annotations or {})
+        if emits != 'true':
+            shown[EMITS_CHANGED] = emits
+        row = Property(name or _dbus_name(getter.__name__), getter, signature, emits, types or {}, shown)
+        getter._dbus_row = row     # type: ignore[attr-defined]
+        return getter
+    return decorate
+
+
+def signal(signature: str = '', names: Sequence[str] = (), *, name: str = '', types: Mapping[str, str] | None = None,
+           annotations: Annotations | None = None) -> Signal:
+    """`JobNew = signal('uo', names=('id', 'job'))`; `self.JobNew(7, path)` sends it."""
+    return Signal(_arguments(signature, names), types or {}, annotations or {}, name)
+
+
+def _arguments(signature: str, names: Sequence[str]) -> tuple[Argument, ...]:
+    kinds = split_signature(signature)
+    shown = names[:len(kinds)] or [f'arg{index}' for index in range(len(kinds))]
+    return _pair(kinds, shown)
+
+
+def _pair(kinds: Sequence[str], names: Sequence[str]) -> tuple[Argument, ...]:
+    return tuple(Argument(kind, name) for kind, name in zip(kinds, names, strict=True))
+
+
+def _dbus_name(name: str) -> str:
+    """'CheckpointProcess' for itself and for 'checkpoint_process'."""
+    return name if name[0].isupper() else ''.join(part.capitalize() for part in name.split('_'))
+
+
+def _expect_parameters(handler: Callable[..., Any], count: int) -> None:
+    found = len(inspect.signature(handler).parameters) - 2
+    if found != count or not inspect.iscoroutinefunction(handler):
+        raise TypeError(f'{handler.__qualname__} must be async and take self, call and {count} arguments, not {found}')

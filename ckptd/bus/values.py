@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Plain Python values and what the wire layer takes: variants are unwrapped on the way in, made on the way out.
+
+    s, o, g  str        b  bool       y n q i u x t  int       d  float       ay  bytes
+    (...)    list or tuple, list on the way in       a{..}  dict   other arrays  list       v  the value alone
+
+A variant on the way out gets its type from a type map by key ({'pid': 'u'}), else from the value: bool b, int t (x if
+negative), float d, str s, bytes ay, dict a{sv}, list of dict aa{sv}, other lists by their first item, empty lists as.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptd.bus.wire import SignatureType, Variant, parse_signature
+
+NO_TYPES: Mapping[str, str] = {}
+
+
+def split_signature(signature: str) -> list[str]:
+    """The complete types of a signature: 'sa{sv}' -> ['s', 'a{sv}']. ValueError for what is none."""
+    return [kind.signature for kind in parse_signature(signature)]
+
+
+def plain(value: Any) -> Any:
+    """A decoded value with every variant replaced by what it holds."""
+    if isinstance(value, Variant):
+        return plain(value.value)
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def to_body(signature: str, values: Iterable[Any], types: Mapping[str, str] = NO_TYPES) -> list[Any]:
+    """Plain values as a message body of that signature."""
+    return [_wrap(kind, value, types) for kind, value in zip(parse_signature(signature), values, strict=True)]
+
+
+def to_variant(value: Any, signature: str = '', types: Mapping[str, str] = NO_TYPES) -> Variant:
+    """One plain value as a variant, its type guessed where none is given."""
+    if isinstance(value, Variant):
+        return value
+    kind = parse_signature(signature or _guess(value))[0]
+    return Variant(kind, _wrap(kind, value, types))
+
+
+def to_variants(row: Mapping[str, Any], types: Mapping[str, str] = NO_TYPES) -> dict[str, Variant]:
+    """A plain dict as a{sv}. A value of None says that there is none: its key is left out."""
+    return {key: to_variant(value, types.get(key, ''), types) for key, value in row.items() if value is not None}
+
+
+def to_text(value: str) -> str:
+    """A str that D-Bus can carry: bytes of a path that were no UTF-8, and NUL, become visible escapes."""
+    if value.isascii() and '\0' not in value:
+        return value
+    return value.replace('\0', '\\x00').encode('utf-8', 'backslashreplace').decode()
+
+
+def _guess(value: Any) -> str:
+    if isinstance(value, bool):
+        return 'b'
+    if isinstance(value, int):
+        return 't' if value >= 0 else 'x'
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return 'a' + (_guess(next(iter(value))) if value else 's')
+    for kind, signature in ((str, 's'), (float, 'd'), (bytes, 'ay'), (Mapping, 'a{sv}')):
+        if isinstance(value, kind):
+            return signature
+    raise TypeError(f'no D-Bus type for {type(value).__name__}')
+
+
+def _wrap(kind: SignatureType, value: Any, types: Mapping[str, str]) -> Any:
+    token = kind.token
+    if token == 's':
+        return to_text(value)
+    if token == 'v':
+        return to_variant(value, '', types)
+    if token == '(':
+        return [_wrap(child, item, types) for child, item in zip(kind.children, value, strict=True)]
+    if token != 'a':
+        return value
+    child = kind.children[0]
+    if child.token == 'y':
+        return bytes(value)
+    if child.token != '{':
+        return [_wrap(child, item, types) for item in value]
+    if kind.signature == 'a{sv}':
+        return to_variants(value, types)
+    return {_wrap(child.children[0], key, types): _wrap(child.children[1], item, types) for key, item in value.items()}

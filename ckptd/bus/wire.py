@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""dbus-next 0.2.3 as a wire layer: address, SASL and marshalling. The only module that imports it.
+
+What is taken: `Message` to make messages, `Variant`, the signature parser, the (un)marshaller, and the connecting half
+of `MessageBus`. Its reader, writer, dispatch and ServiceInterface are not: stream.py, connection.py and router.py are
+ours, because those of the library let any client on the bus stop or disconnect the daemon.
+
+    message = endian u8:type u8:flags u8:1 u32:body_length u32:serial a(yv):fields pad8 body
+"""
+
+import io
+import os
+import socket
+import struct
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Final
+
+if not hasattr(typing, 'no_type_check_decorator'):
+    # Python 3.15 removed it (deprecated since 3.13) and dbus_next.service imports it at the top: without a stand-in the
+    # import fails. It only ever marked annotations as "not types", so a decorator that does nothing is the same.
+    typing.no_type_check_decorator = lambda decorator: decorator
+
+# after the stand-in
+from dbus_next import Message, Variant
+from dbus_next import MessageFlag as _Flag
+from dbus_next import MessageType as _Type
+from dbus_next._private.address import get_system_bus_address
+from dbus_next._private.unmarshaller import Unmarshaller
+from dbus_next.aio import MessageBus
+from dbus_next.errors import AuthError
+from dbus_next.signature import SignatureTree, SignatureType
+from dbus_next.validators import is_object_path_valid
+
+__all__ = ['CALL', 'ERROR', 'MAX_BODY', 'RETURN', 'SIGNAL', 'AuthError', 'DBusError', 'Fds', 'Message', 'ProtocolError', 'Received',
+           'SignatureType', 'Variant', 'is_object_path_valid', 'make_call', 'make_error', 'make_return', 'make_signal',
+           'marshal', 'open_socket', 'parse_header', 'parse_signature', 'resolve_address']
+
+MAX_BODY: Final = 256 << 10         # of a method call or signal; decoding is pure Python, some 2 MB/s
+MAX_SIGNATURES: Final = 1024
+FIXED: Final = 16                   # bytes of a message that are always there, up to the length of the field array
+LINE_LIMIT: Final = 4096
+
+_FIXED = {ord('l'): struct.Struct('<BBBBIII'), ord('B'): struct.Struct('>BBBBIII')}
+
+
+class MessageType(IntEnum):
+    CALL = 1
+    RETURN = 2
+    ERROR = 3
+    SIGNAL = 4
+
+
+CALL, RETURN, ERROR, SIGNAL = MessageType.CALL, MessageType.RETURN, MessageType.ERROR, MessageType.SIGNAL
+NO_REPLY_EXPECTED: Final = 1
+ALLOW_INTERACTIVE: Final = 4
+
+# number of a header field -> attribute of Received, type; the rest of the numbers are skipped
+# (D-Bus specification, "Header Fields": unknown fields must be ignored)
+_FIELDS = {1: ('path', 'o'), 2: ('interface', 's'), 3: ('member', 's'), 4: ('error_name', 's'),
+           5: ('reply_serial', 'u'), 6: ('destination', 's'), 7: ('sender', 's'), 8: ('signature', 'g'),
+           9: ('fd_count', 'u')}
+
+
+class ProtocolError(Exception):
+    """The bus sent what is no message; the connection cannot go on."""
+
+
+class DBusError(Exception):
+    """An error on the bus: what a call was answered with, or what a call is to be answered with.
+
+    body: of the error message, plain values; by convention the first is a sentence.
+    """
+
+    def __init__(self, name: str, message: str, body: Sequence[Any] = ()) -> None:
+        super().__init__(f'{name}: {message}')
+        self.name, self.message, self.body = name, message, tuple(body)
+
+
+class Fds:
+    """File descriptors that came with a message; closed with it unless taken."""
+    __slots__ = ('_open', 'count')
+
+    def __init__(self, fds: Iterable[int] = ()) -> None:
+        self._open = list(fds)
+        self.count = len(self._open)
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise ProtocolError(f'fd index {index} in a message with {self.count} fds')
+        return self._open[index]
+
+    def add(self, fds: Iterable[int]) -> None:
+        self._open.extend(fds)
+        self.count = len(self._open)
+
+    def take(self, fd: int) -> int:
+        """Make this fd the caller's; -1 is left in its place."""
+        self._open[self._open.index(fd)] = -1
+        return fd
+
+    def close(self) -> None:
+        """Close what nobody took. Again: nothing."""
+        for index, fd in enumerate(self._open):
+            if fd >= 0:
+                self._open[index] = -1
+                os.close(fd)
+
+
+@dataclass(slots=True, eq=False)
+class Received:
+    """A message from the bus. The body stays bytes until somebody who knows what it should be asks for it."""
+    type: int
+    flags: int
+    serial: int
+    endian: int
+    length: int
+    path: str = ''
+    interface: str = ''
+    member: str = ''
+    error_name: str = ''
+    reply_serial: int = 0
+    destination: str = ''
+    sender: str = ''
+    signature: str = ''
+    fd_count: int = 0
+    fds: Fds = field(default_factory=Fds)
+    raw: bytes | bytearray | None = b''         # None: longer than the reader takes, thrown away unread
+
+    @property
+    def wants_reply(self) -> bool:
+        return self.type == CALL and not self.flags & NO_REPLY_EXPECTED
+
+    @property
+    def interactive(self) -> bool:
+        """The sender waits long enough for a person to be asked."""
+        return bool(self.flags & ALLOW_INTERACTIVE)
+
+    def body(self) -> list[Any]:
+        """The decoded arguments, fds in place of their indexes. ProtocolError for a body that is not its signature."""
+        if self.raw is None:
+            raise ProtocolError(f'a body of {self.length} bytes was not read')
+        try:
+            return _Body(self.raw, self.endian, self.fds).arguments(self.signature)
+        except (EOFError, ValueError, TypeError, struct.error, RecursionError, IndexError) as error:
+            raise ProtocolError(f'malformed body: {error}') from error
+
+
+class _Body(Unmarshaller):     # type: ignore[misc]
+    """The library's decoder over bytes in memory; 'h' reads as the fd itself, its index checked."""
+
+    def __init__(self, data: bytes | bytearray, endian: int, fds: Fds | None = None) -> None:
+        super().__init__(io.BytesIO())      # an empty stream: reading past the end is EOFError
+        self.buf, self.endian, self._fds = data, endian, fds or Fds()
+        self.readers['h'] = self._read_fd
+
+    def _read_fd(self, _: object = None) -> int:
+        return self._fds[self.read_uint32()]
+
+    def arguments(self, signature: str) -> list[Any]:
+        return [self.read_argument(kind) for kind in parse_signature(signature)]
+
+
+def parse_header(fixed: bytes, rest: bytes) -> Received:
+    """A message without its body, from its first 16 bytes and its field array (padded or not)."""
+    layout = _FIXED.get(fixed[0])
+    if layout is None or fixed[3] != 1:
+        raise ProtocolError(f'not a D-Bus message: {fixed!r}')
+    endian, kind, flags, _, length, serial, _ = layout.unpack(fixed)
+    message = Received(kind, flags, serial, endian, length)
+    decoder = _Body(fixed + rest, endian)
+    decoder.offset = FIXED - 4
+    try:
+        [fields] = decoder.arguments('a(yv)')
+    except (EOFError, ValueError, TypeError, struct.error, RecursionError, IndexError) as error:
+        raise ProtocolError(f'malformed header: {error}') from error
+    for number, variant in fields:
+        name, signature = _FIELDS.get(number, ('', ''))
+        if name and variant.signature == signature:
+            setattr(message, name, variant.value)
+    return message
+
+
+def lengths(fixed: bytes) -> tuple[int, int]:
+    """(bytes of the field array with its padding, bytes of the body)"""
+    layout = _FIXED.get(fixed[0])
+    if layout is None:
+        raise ProtocolError(f'not a D-Bus message: {fixed!r}')
+    values = layout.unpack(fixed)
+    return (values[6] + 7) & ~7, values[4]
+
+
+def parse_signature(signature: str) -> list[SignatureType]:
+    """The complete types of a signature. ValueError for what is none."""
+    # the library keeps every signature it ever saw, and variants bring those of any client: memory without end
+    if len(SignatureTree._cache) > MAX_SIGNATURES:
+        SignatureTree._cache.clear()
+    return SignatureTree._get(signature).types
+
+
+def marshal(message: Message) -> bytes:
+    return message._marshall(negotiate_unix_fd=True)
+
+
+def make_call(destination: str, path: str, interface: str, member: str, signature: str = '', body: Sequence[Any] = (),
+              flags: int = 0) -> Message:
+    return Message(destination=destination, path=path, interface=interface, member=member, flags=_Flag(flags),
+                   signature=signature, body=list(body), unix_fds=[])
+
+
+def make_return(call: Received, signature: str = '', body: Sequence[Any] = ()) -> Message:
+    return Message(message_type=_Type.METHOD_RETURN, reply_serial=call.serial, destination=call.sender,
+                   signature=signature, body=list(body), unix_fds=[])
+
+
+def make_error(call: Received, name: str, signature: str, body: Sequence[Any]) -> Message:
+    return Message(message_type=_Type.ERROR, reply_serial=call.serial, destination=call.sender, error_name=name,
+                   signature=signature, body=list(body), unix_fds=[])
+
+
+def make_signal(path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> Message:
+    return Message(message_type=_Type.SIGNAL, path=path, interface=interface, member=member, signature=signature,
+                   body=list(body), unix_fds=[])
+
+
+def resolve_address(bus: str) -> str:
+    """The address that 'system' or 'session' stands for; an address for itself. OSError where there is none."""
+    if bus == 'system':
+        return str(get_system_bus_address())
+    if bus != 'session':
+        return bus
+    if address := os.environ.get('DBUS_SESSION_BUS_ADDRESS'):
+        return address
+    runtime = os.environ.get('XDG_RUNTIME_DIR')
+    if not runtime:
+        raise OSError('no session bus: neither DBUS_SESSION_BUS_ADDRESS nor XDG_RUNTIME_DIR is set')
+    return f'unix:path={runtime}/bus'
+
+
+class _Connecting(MessageBus):     # type: ignore[misc]
+    """Address, socket and SASL of the library; nothing of it runs once the socket is ours."""
+
+    def _setup_socket(self) -> None:
+        errors: list[Exception] = []
+        for transport, options in self._bus_address:
+            name = options.get('path') or '\0' + options.get('abstract', '')
+            if transport != 'unix' or name == '\0':
+                errors.append(OSError(f'cannot connect to {transport}:{options}'))
+                continue
+            # the library leaves the sockets of failed attempts to the garbage collector
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.connect(name)
+            except OSError as error:
+                sock.close()
+                errors.append(error)
+                continue
+            sock.setblocking(False)
+            self._sock, self._fd, self._stream = sock, sock.fileno(), io.BytesIO()   # type: ignore[assignment]
+            return
+        raise errors[-1]
+
+    async def _auth_readline(self) -> str:
+        line = b''
+        while not line.endswith(b'\r\n'):
+            piece = await self._loop.sock_recv(self._sock, 1)
+            # the library's loop never ends at end-of-file, and never yields: the whole process hangs
+            if not piece or len(line) > LINE_LIMIT:
+                raise ConnectionError('the bus closed the connection during authentication')
+            line += piece
+        return line[:-2].decode('ascii', 'replace')
+
+
+async def open_socket(address: str) -> socket.socket:
+    """A socket after SASL with fd passing agreed. OSError, AuthError, or ValueError (a bad address)."""
+    bus = _Connecting(address, negotiate_unix_fd=True)
+    try:
+        await bus._authenticate()      # type: ignore[no-untyped-call]
+    except BaseException:
+        bus._sock.close()
+        raise
+    return bus._sock
