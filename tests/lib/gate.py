@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a test needs of the machine, and the command that brings it.
+
+A test says `@pytest.mark.needs('root', 'gdb')`. What is missing skips it with the reason and the remedy;
+CKPTD_REQUIRE=root,gdb (or all) turns that skip into a failure, so a gap in CI cannot pass for success.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PTRACE_SEIZE = 0x4206       # <linux/ptrace.h>
+
+
+@dataclass(frozen=True)
+class Need:
+    """missing() is a sentence when the thing is not there, else ''. fix is the command that brings it."""
+    missing: Callable[[], str]
+    fix: str
+
+
+def _program(*names: str) -> Callable[[], str]:
+    def missing() -> str:
+        absent = [name for name in names if shutil.which(name, path=f'{os.environ["PATH"]}:/usr/sbin:/sbin') is None]
+        return f'no {" and no ".join(absent)} on PATH' if absent else ''
+    return missing
+
+
+def _file(*paths: str) -> Callable[[], str]:
+    return lambda: '' if any(Path(path).exists() for path in paths) else f'no {paths[0]}'
+
+
+def _root() -> str:
+    return '' if os.geteuid() == 0 else f'running as uid {os.geteuid()}, not as root'
+
+
+def cgroup2_mount() -> Path | None:
+    """Where cgroup2 is mounted, read apart from ckptd's own code; the first one wins."""
+    for line in Path('/proc/self/mountinfo').read_text().splitlines():
+        left, _, right = line.partition(' - ')
+        if right.split()[0] == 'cgroup2':
+            return Path(left.split()[4])
+    return None
+
+
+def own_cgroup() -> Path | None:
+    """The directory of this process's cgroup2, None where there is no mount of it."""
+    mount = cgroup2_mount()
+    for line in Path('/proc/self/cgroup').read_text().splitlines():
+        if mount is not None and line.startswith('0::'):
+            return mount / line[3:].lstrip('/')
+    return None
+
+
+def _cgroup2() -> str:
+    own = own_cgroup()
+    if own is None:
+        return 'no cgroup2 is mounted'
+    probe = own / f'probe-{os.getpid()}'
+    try:
+        probe.mkdir()
+    except OSError as error:
+        return f'cannot make a cgroup: {error}'
+    try:
+        return '' if (probe / 'cgroup.freeze').exists() else f'{probe} has no cgroup.freeze'
+    finally:
+        probe.rmdir()
+
+
+def _ptrace() -> str:
+    """PTRACE_SEIZE of an own child: Yama, seccomp or a missing CAP_SYS_PTRACE may forbid it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        result = libc.ptrace(PTRACE_SEIZE, child, None, None)
+        return '' if result == 0 else f'PTRACE_SEIZE of a child: {os.strerror(ctypes.get_errno())}'
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _systemd() -> str:
+    """A systemd to boot in a container of our own: the binary, root, and a cgroup2 to give to it."""
+    return _file('/lib/systemd/systemd', '/usr/lib/systemd/systemd')() or _root() or _cgroup2()
+
+
+APT = 'sudo apt-get install -y '
+NEEDS = {
+    'root': Need(_root, 'run as root: sudo make test'),
+    'cgroup2': Need(_cgroup2, 'sudo mount -t cgroup2 none /sys/fs/cgroup/unified, and run as root'),
+    'ptrace': Need(_ptrace, 'sudo sysctl kernel.yama.ptrace_scope=0, or run as root with CAP_SYS_PTRACE'),
+    'systemd': Need(_systemd, APT + 'systemd util-linux, and run as root'),
+    'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),
+    'busctl': Need(_program('busctl'), APT + 'systemd'),
+    'dbus': Need(_program('dbus-daemon'), APT + 'dbus-daemon'),
+    'dbus-broker': Need(_program('dbus-broker'), APT + 'dbus-broker'),
+    'polkit': Need(_file('/usr/lib/polkit-1/polkitd', '/usr/libexec/polkitd'), APT + 'polkitd'),
+    'gcc': Need(_program('gcc'), APT + 'gcc libc6-dev'),
+    'gdb': Need(_program('gdb'), APT + 'gdb'),
+    'sqlite3': Need(_program('sqlite3'), APT + 'sqlite3'),
+    'perl': Need(_program('perl'), APT + 'perl'),
+    'ip': Need(_program('ip', 'ss'), APT + 'iproute2'),
+    'ps': Need(_program('ps'), APT + 'procps'),
+    'unshare': Need(_program('unshare', 'nsenter'), APT + 'util-linux'),
+}
+
+
+@functools.cache
+def missing(name: str) -> str:
+    """Why `name` cannot be had here, '' when it can. Asked once a process."""
+    return NEEDS[name].missing()
+
+
+def required() -> frozenset[str]:
+    """The names in CKPTD_REQUIRE; `all` is every one. ValueError for a name that no test knows."""
+    names = frozenset(filter(None, os.environ.get('CKPTD_REQUIRE', '').replace(' ', ',').split(',')))
+    if 'all' in names:
+        return frozenset(NEEDS)
+    unknown = names - NEEDS.keys()
+    if unknown:
+        raise ValueError(f'CKPTD_REQUIRE: unknown {", ".join(sorted(unknown))}; known: all, {", ".join(NEEDS)}')
+    return names
+
+
+def verdict(names: Iterable[str]) -> tuple[str, bool]:
+    """(why a test that needs `names` cannot run, whether that is a failure); ('', False) when it can."""
+    for name in names:
+        reason = missing(name)
+        if reason:
+            return f'needs {name}: {reason}. To have it: {NEEDS[name].fix}', name in required()
+    return '', False
+
+
+def summary() -> list[str]:
+    """One line for each thing that is not there."""
+    return [f'{name}: {missing(name)}. To have it: {need.fix}' for name, need in NEEDS.items() if missing(name)]
+
+
+if __name__ == '__main__':
+    with contextlib.suppress(BrokenPipeError):
+        print('\n'.join(summary()) or 'nothing is missing')
+    sys.exit(bool(summary()))

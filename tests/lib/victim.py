@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Running victims: small programs that prepare something, say that they are ready, wait, then check themselves.
+
+The handshake, the same for tests/victims/victim.h and tests/victims/victim.py:
+
+    CKPTD_VICTIM_READY=fd      the victim writes "PID\\n" there once it is ready, and closes it
+    CKPTD_VICTIM_GO=path       a FIFO that the victim has open for reading and writing; one byte from it means: check
+
+stdin is /dev/null, stdout and stderr go to a file in the victim's directory, which is its working directory too. So a
+ready victim holds nothing whose other end is outside its tree, and can be checkpointed, killed and restored.
+"""
+
+import contextlib
+import functools
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Self
+
+from tests.lib.bus import read_line
+
+VICTIMS = Path(__file__).parents[1] / 'victims'
+READY_TIMEOUT = 20.0
+CHECK_TIMEOUT = 30.0
+
+
+@functools.cache
+def build(name: str) -> Path:
+    """The compiled program tests/victims/NAME.c, or the script NAME.py itself."""
+    script = VICTIMS / f'{name}.py'
+    if script.exists():
+        return script
+    make = subprocess.run(['make', '--no-print-directory', '-C', VICTIMS, f'build/{name}'],
+                          capture_output=True, text=True, check=False)
+    assert make.returncode == 0, make.stderr
+    return VICTIMS / 'build' / name
+
+
+def names() -> list[str]:
+    """Every victim there is."""
+    return sorted(path.stem for path in VICTIMS.glob('*.[cp]*') if path.stem != 'victim')
+
+
+class Victim:
+    """One run of a victim, in a session of its own. pid is the root of its tree."""
+
+    def __init__(self, name: str, *args: str, directory: Path, env: dict[str, str] | None = None,
+                 cgroup: Path | None = None) -> None:
+        self.name, self.args, self.directory = name, args, directory
+        self._env, self._cgroup = env or {}, cgroup
+        self._process: subprocess.Popen[bytes] | None = None
+        self.extra: dict[str, str] = {}
+
+    @property
+    def process(self) -> 'subprocess.Popen[bytes]':
+        assert self._process is not None, 'the victim was not started'
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def fifo(self) -> Path:
+        return self.directory / 'go'
+
+    @property
+    def output(self) -> str:
+        return (self.directory / 'output').read_text(errors='replace')
+
+    def start(self) -> Self:
+        """Start it and return when it is ready."""
+        program = build(self.name)
+        command = [str(program)] if program.suffix != '.py' else [sys.executable, str(program)]
+        self.directory.mkdir(mode=0o777)
+        os.mkfifo(self.fifo)
+        self.fifo.chmod(0o666)
+        ready, theirs = os.pipe()
+        try:
+            with (self.directory / 'output').open('ab') as output:
+                self._process = subprocess.Popen(
+                    [*command, *self.args], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.directory,
+                    pass_fds=[theirs], start_new_session=True, preexec_fn=self._enter_cgroup if self._cgroup else None,
+                    env={**os.environ, 'CKPTD_VICTIM_READY': str(theirs), 'CKPTD_VICTIM_GO': str(self.fifo),
+                         'PYTHONPATH': str(VICTIMS), 'PYTHONDONTWRITEBYTECODE': '1', **self._env})
+            os.close(theirs)
+            theirs = -1
+            line = read_line(ready, READY_TIMEOUT)
+        finally:
+            os.close(ready)
+            if theirs != -1:
+                os.close(theirs)
+        if not line.endswith('\n'):
+            self.close()
+            raise AssertionError(f'{self} was not ready:\n{self.output}')
+        return self
+
+    def _enter_cgroup(self) -> None:
+        assert self._cgroup is not None
+        (self._cgroup / 'cgroup.procs').write_text('0')
+
+    def go(self) -> None:
+        """Tell it to check itself."""
+        fd = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            os.write(fd, b'g')
+        finally:
+            os.close(fd)
+
+    def finish(self) -> None:
+        """Tell it to check itself, wait, and fail with its own words when it did not find all as it was."""
+        self.go()
+        self.expect_success()
+
+    def expect_success(self) -> None:
+        try:
+            status = self.process.wait(CHECK_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f'{self} did not end:\n{self.output}') from None
+        assert status == 0, f'{self} ended with {status}:\n{self.output}'
+
+    def close(self) -> None:
+        """Kill what is left of its session, the way a terminal's end would not spare it either."""
+        if self._process is None:
+            return
+        for pid in session_members(self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def __str__(self) -> str:
+        return f'victim {shlex.join([self.name, *self.args])}'
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def session_members(sid: int) -> list[int]:
+    """Processes of the session and what descends from them, deepest first."""
+    parents: dict[int, tuple[int, int]] = {}
+    for entry in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            fields = (entry / 'stat').read_text().rpartition(')')[2].split()
+            parents[int(entry.name)] = int(fields[1]), int(fields[3])
+    members = {pid for pid, (_, session) in parents.items() if session == sid or pid == sid}
+    while more := {pid for pid, (ppid, _) in parents.items() if ppid in members} - members:
+        members |= more
+    return sorted(members, reverse=True)
+
+
+def wait_readable(fd: int, timeout: float) -> bool:
+    return bool(select.select([fd], [], [], timeout)[0])
