@@ -49,7 +49,9 @@ class Status(NamedTuple):
 
 def parse_status(data: bytes) -> Status:
     """The record of one file. KeyError or ValueError if it is no such file."""
-    field = dict(line.split(b':\t', 1) for line in data.split(b'\n') if b':\t' in line)
+    # processor and memory masks, a third of the text, come last and are not wanted
+    lines = data.partition(b'\nCpus_allowed:')[0].rstrip(b'\n').split(b'\n')
+    field: dict[bytes, bytes] = dict([line.split(b':\t', 1) for line in lines])
     get = field.get
     return Status(
         text(_unescape(field[b'Name'])), int(get(b'Umask', b'0'), 8), chr(field[b'State'][0]),

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""System V shared memory segments, shmctl(2). A mapping of one shows its shmid as inode in /proc/PID/maps."""
+
+import ctypes
+from typing import NamedTuple
+
+from ckptd.kernel.decl import c_int, c_ulong, c_void_p, cstruct, libc, s32, s64, u16, u32, u64
+
+IPC_STAT = 2            # <linux/ipc.h>
+SHM_DEST = 0o1000       # <linux/shm.h>, of mode: destroyed at the last detach
+SHM_LOCKED = 0o2000
+SHM_HUGETLB = 0o4000    # of shmget(2), also seen in mode
+
+
+@cstruct(size=48)
+class ipc_perm(ctypes.Structure):
+    """struct ipc64_perm of <asm-generic/ipcbuf.h>"""
+    key: s32
+    uid: u32
+    gid: u32
+    cuid: u32
+    cgid: u32
+    mode: u32
+    seq: u16
+    pad2: u16
+    unused1: c_ulong
+    unused2: c_ulong
+
+
+@cstruct(size=112)
+class shmid_ds(ctypes.Structure):
+    """struct shmid64_ds of <asm-generic/shmbuf.h>"""
+    shm_perm: ipc_perm
+    shm_segsz: u64
+    shm_atime: s64
+    shm_dtime: s64
+    shm_ctime: s64
+    shm_cpid: s32
+    shm_lpid: s32
+    shm_nattch: u64
+    unused4: c_ulong
+    unused5: c_ulong
+
+
+@libc
+def _shmctl(shmid: c_int, cmd: c_int, buf: c_void_p) -> c_int: ...
+
+
+class ShmidDs(NamedTuple):
+    """size: bytes. mode: permission bits, | SHM_DEST, SHM_LOCKED, SHM_HUGETLB. key: unsigned, 0 for IPC_PRIVATE."""
+    shmid: int
+    key: int
+    mode: int
+    uid: int
+    gid: int
+    cuid: int
+    cgid: int
+    size: int
+    attached: int
+    creator: int
+    last: int
+
+
+def shmctl_stat(shmid: int) -> ShmidDs:
+    """IPC_STAT of a segment of the caller's IPC namespace. EINVAL: none such; EACCES: no read permission."""
+    data = shmid_ds()
+    _shmctl(shmid, IPC_STAT, ctypes.byref(data))
+    perm = data.shm_perm
+    return ShmidDs(shmid, perm.key & 0xFFFFFFFF, perm.mode, perm.uid, perm.gid, perm.cuid, perm.cgid, data.shm_segsz,
+                   data.shm_nattch, data.shm_cpid, data.shm_lpid)
