@@ -148,7 +148,7 @@ class Router:
         self._changes.add(path, exported, names)
 
     def route(self, message: Received) -> None:
-        """A method call came in: find what it means, and serve it in a task. The message's fds are closed at the end."""
+        """A method call came in: find what it means and serve it in a task, at whose end its fds are closed."""
         call = Call(message, self.peers)
         try:
             exported, row = self._accept(message)
@@ -171,7 +171,8 @@ class Router:
             raise DBusError(f'{ERROR}InvalidArgs',
                             f'{row.name} takes "{row.in_signature}", not "{message.signature}"')
         if message.fds.count != message.fd_count:
-            raise DBusError(f'{ERROR}InconsistentMessage', f'{message.fds.count} fds came instead of {message.fd_count}')
+            # the kernel drops what does not fit under RLIMIT_NOFILE (recvmsg(2), MSG_CTRUNC)
+            raise LimitsExceeded(f'{message.fds.count} file descriptors came instead of {message.fd_count}')
         return exported, row
 
     async def serve(self, call: Call, exported: Exported, row: Method) -> None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# mypy: allow-untyped-calls
 """dbus-next 0.2.3 as a wire layer: address, SASL and marshalling. The only module that imports it.
 
 What is taken: `Message` to make messages, `Variant`, the signature parser, the (un)marshaller, and the connecting half
@@ -24,19 +25,20 @@ if not hasattr(typing, 'no_type_check_decorator'):
     typing.no_type_check_decorator = lambda decorator: decorator
 
 # after the stand-in
-from dbus_next import Message, Variant
-from dbus_next import MessageFlag as _Flag
-from dbus_next import MessageType as _Type
 from dbus_next._private.address import get_system_bus_address
 from dbus_next._private.unmarshaller import Unmarshaller
-from dbus_next.aio import MessageBus
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import MessageFlag as _Flag
+from dbus_next.constants import MessageType as _Type
 from dbus_next.errors import AuthError
-from dbus_next.signature import SignatureTree, SignatureType
+from dbus_next.message import Message
+from dbus_next.signature import SignatureTree, SignatureType, Variant
 from dbus_next.validators import is_object_path_valid
 
-__all__ = ['CALL', 'ERROR', 'MAX_BODY', 'RETURN', 'SIGNAL', 'AuthError', 'DBusError', 'Fds', 'Message', 'ProtocolError', 'Received',
-           'SignatureType', 'Variant', 'is_object_path_valid', 'make_call', 'make_error', 'make_return', 'make_signal',
-           'marshal', 'open_socket', 'parse_header', 'parse_signature', 'resolve_address']
+__all__ = ['CALL', 'ERROR', 'MAX_BODY', 'RETURN', 'SIGNAL', 'AuthError', 'DBusError', 'Fds', 'Message',
+           'ProtocolError', 'Received', 'SignatureType', 'Variant', 'is_object_path_valid', 'lengths', 'make_call',
+           'make_error', 'make_return', 'make_signal', 'marshal', 'open_socket', 'parse_header', 'parse_signature',
+           'resolve_address']
 
 MAX_BODY: Final = 256 << 10         # of a method call or signal; decoding is pure Python, some 2 MB/s
 MAX_SIGNATURES: Final = 1024
@@ -128,6 +130,7 @@ class Received:
     fd_count: int = 0
     fds: Fds = field(default_factory=Fds)
     raw: bytes | bytearray | None = b''         # None: longer than the reader takes, thrown away unread
+    _decoded: list[Any] | None = None
 
     @property
     def wants_reply(self) -> bool:
@@ -142,18 +145,21 @@ class Received:
         """The decoded arguments, fds in place of their indexes. ProtocolError for a body that is not its signature."""
         if self.raw is None:
             raise ProtocolError(f'a body of {self.length} bytes was not read')
+        if self._decoded is not None:
+            return self._decoded
         try:
-            return _Body(self.raw, self.endian, self.fds).arguments(self.signature)
+            self._decoded = _Body(self.raw, self.endian, self.fds).arguments(self.signature)
+            return self._decoded
         except (EOFError, ValueError, TypeError, struct.error, RecursionError, IndexError) as error:
             raise ProtocolError(f'malformed body: {error}') from error
 
 
-class _Body(Unmarshaller):     # type: ignore[misc]
+class _Body(Unmarshaller):
     """The library's decoder over bytes in memory; 'h' reads as the fd itself, its index checked."""
 
     def __init__(self, data: bytes | bytearray, endian: int, fds: Fds | None = None) -> None:
         super().__init__(io.BytesIO())      # an empty stream: reading past the end is EOFError
-        self.buf, self.endian, self._fds = data, endian, fds or Fds()
+        self.buf, self.endian, self._fds = bytearray(data), endian, fds or Fds()
         self.readers['h'] = self._read_fd
 
     def _read_fd(self, _: object = None) -> int:
@@ -197,11 +203,13 @@ def parse_signature(signature: str) -> list[SignatureType]:
     # the library keeps every signature it ever saw, and variants bring those of any client: memory without end
     if len(SignatureTree._cache) > MAX_SIGNATURES:
         SignatureTree._cache.clear()
-    return SignatureTree._get(signature).types
+    types: list[SignatureType] = SignatureTree._get(signature).types
+    return types
 
 
 def marshal(message: Message) -> bytes:
-    return message._marshall(negotiate_unix_fd=True)
+    """The bytes of a message whose serial is set. ValueError where body and signature disagree."""
+    return bytes(message._marshall(negotiate_unix_fd=True))
 
 
 def make_call(destination: str, path: str, interface: str, member: str, signature: str = '', body: Sequence[Any] = (),
@@ -239,7 +247,7 @@ def resolve_address(bus: str) -> str:
     return f'unix:path={runtime}/bus'
 
 
-class _Connecting(MessageBus):     # type: ignore[misc]
+class _Connecting(MessageBus):
     """Address, socket and SASL of the library; nothing of it runs once the socket is ours."""
 
     def _setup_socket(self) -> None:
@@ -277,7 +285,7 @@ async def open_socket(address: str) -> socket.socket:
     """A socket after SASL with fd passing agreed. OSError, AuthError, or ValueError (a bad address)."""
     bus = _Connecting(address, negotiate_unix_fd=True)
     try:
-        await bus._authenticate()      # type: ignore[no-untyped-call]
+        await bus._authenticate()
     except BaseException:
         bus._sock.close()
         raise

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One connection to a message bus: outgoing calls with a timeout, incoming calls handed on, signals by match rule."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Self
+
+from ckptd.bus import wire
+from ckptd.bus.stream import MessageReader, MessageWriter
+from ckptd.bus.values import plain, to_body
+from ckptd.bus.wire import AuthError, DBusError, Message, ProtocolError, Received
+from ckptd.errors import Busy, Unavailable
+
+log = logging.getLogger(__name__)
+
+DRIVER: Final = 'org.freedesktop.DBus'
+DRIVER_PATH: Final = '/org/freedesktop/DBus'
+ERROR: Final = 'org.freedesktop.DBus.Error.'
+MAX_REPLY: Final = 128 << 20        # D-Bus specification: no message is longer
+TIMEOUT: Final = 25.0               # seconds, as libdbus and sd-bus have it
+
+DO_NOT_QUEUE: Final = 4
+PRIMARY_OWNER, ALREADY_OWNER = 1, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which signals: the keys of a match rule. sender: a unique name or the bus itself; empty: anybody's."""
+    sender: str = ''
+    interface: str = ''
+    member: str = ''
+    path: str = ''
+    path_namespace: str = ''
+    arg0: str = ''
+
+    def rule(self) -> str:
+        """The rule in the words of AddMatch."""
+        keys = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return ','.join(["type='signal'"] + [f"{name}='{value}'" for name, value in keys if value])
+
+    def fits(self, message: Received) -> bool:
+        """Whether the signal is one of these; the bus delivers unasked what is addressed to us."""
+        for name in ('sender', 'interface', 'member', 'path'):
+            wanted = getattr(self, name)
+            if wanted and wanted != getattr(message, name):
+                return False
+        below = self.path_namespace
+        if below and message.path != below and not message.path.startswith(below.rstrip('/') + '/'):
+            return False
+        return not self.arg0 or (message.signature.startswith('s') and message.body()[0] == self.arg0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subscription:
+    """Signals of a match go to callback(message) until cancel()."""
+    connection: 'Connection'
+    match: Match
+    callback: Callable[[Received], None]
+
+    def cancel(self) -> None:
+        """No more callbacks. Again: nothing."""
+        if self.connection.forget(self):
+            # a rule that stays counts against max_match_rules_per_connection, 512 on many buses
+            self.connection.send(wire.make_call(DRIVER, DRIVER_PATH, DRIVER, 'RemoveMatch', 's', [self.match.rule()],
+                                                wire.NO_REPLY_EXPECTED))
+
+
+class Connection:
+    """Made by `open`. on_call gets every method call, and has to close its fds.
+
+    No call waits without end: it is answered, times out, or fails when the connection is lost.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._reader = MessageReader(sock, self._limit)
+        self._writer = MessageWriter(sock, self._lost)
+        self._pending: dict[int, tuple[str, asyncio.Future[Received]]] = {}
+        self._subscriptions: list[Subscription] = []
+        self._serial = 0
+        self._closed = asyncio.Event()
+        self.connected = True
+        self.error: Exception | None = None
+        self.unique_name = ''
+        self.on_call: Callable[[Received], None] | None = None
+        self._loop.add_reader(sock, self._readable)
+
+    @classmethod
+    async def open(cls, bus: str, *, timeout: float = TIMEOUT) -> Self:  # noqa: ASYNC109 - of several steps
+        """Connect to 'system', 'session' or an address and say Hello. Unavailable where there is no bus."""
+        try:
+            async with asyncio.timeout(timeout):
+                connection = cls(await wire.open_socket(wire.resolve_address(bus)))
+                try:
+                    [connection.unique_name] = await connection.call(DRIVER, DRIVER_PATH, DRIVER, 'Hello')
+                except BaseException:
+                    connection.abort()
+                    raise
+        except (OSError, AuthError, ValueError, DBusError) as error:
+            raise Unavailable(f'cannot connect to the {bus} bus: {error}' if bus in ('system', 'session') else
+                              f'cannot connect to the bus at {bus}: {error}', hint='is it running?') from error
+        return connection
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Send what is queued and disconnect. Again: nothing."""
+        if self.connected:
+            try:
+                async with asyncio.timeout(1):
+                    await self._writer.flush()
+            except TimeoutError:
+                log.warning('the bus does not read; what was queued is lost')
+        self.abort()
+
+    def abort(self) -> None:
+        """Disconnect now."""
+        self._lost(None)
+
+    async def wait_closed(self) -> Exception | None:
+        """Wait until the connection is gone. Why: None when we closed it."""
+        await self._closed.wait()
+        return self.error
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Queue a message, its fds duplicated; what cannot be sent any more is dropped. ValueError for a bad body."""
+        if not self.connected:
+            return
+        # a serial is never 0 and has 32 bits
+        self._serial = self._serial % 0xFFFFFFFF + 1
+        message.serial, message.unix_fds = self._serial, list(fds)
+        self._writer.send(wire.marshal(message), fds)
+
+    async def drain(self) -> None:
+        """Wait until the bus has read most of what was sent."""
+        await self._writer.drain()
+
+    async def call(self, destination: str, path: str, interface: str, member: str, signature: str = '',
+                   body: Sequence[Any] = (), *, timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
+                   fds: Sequence[int] = (), flags: int = 0) -> list[Any]:
+        """Call a method; plain values back. An 'h' of the body is an index into fds. DBusError."""
+        reply = await self.request(wire.make_call(destination, path, interface, member, signature,
+                                                  to_body(signature, body), flags), timeout=timeout, fds=fds)
+        try:
+            return [plain(value) for value in reply.body()]
+        finally:
+            reply.fds.close()
+
+    async def request(self, message: Message, *, timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
+                      fds: Sequence[int] = ()) -> Received:
+        """Send a method call; its reply back, whose fds are now the caller's to close. DBusError."""
+        if not self.connected:
+            raise DBusError(f'{ERROR}Disconnected', f'not connected to the bus: {self.error or "closed"}')
+        future: asyncio.Future[Received] = self._loop.create_future()
+        self.send(message, fds)
+        serial = message.serial
+        self._pending[serial] = message.destination, future
+        if not self.connected:
+            self._fail_pending()
+        try:
+            async with asyncio.timeout(timeout):
+                reply = await future
+        except TimeoutError:
+            raise DBusError(f'{ERROR}NoReply', f'no reply to {message.member} within {timeout} s') from None
+        except asyncio.CancelledError:
+            # the reply may have come in the same moment, and nobody else knows of its fds
+            if future.done() and not future.cancelled() and not future.exception():
+                future.result().fds.close()
+            raise
+        finally:
+            del self._pending[serial]
+        if reply.type == wire.ERROR:
+            raise _error_of(reply)
+        return reply
+
+    async def subscribe(self, match: Match, callback: Callable[[Received], None]) -> Subscription:
+        """From now on callback(message) for these signals; their fds are closed when it returns."""
+        subscription = Subscription(self, match, callback)
+        self._subscriptions.append(subscription)
+        try:
+            await self.call(DRIVER, DRIVER_PATH, DRIVER, 'AddMatch', 's', [match.rule()])
+        except BaseException:
+            self.forget(subscription)
+            raise
+        return subscription
+
+    def forget(self, subscription: Subscription) -> bool:
+        """No more callbacks; the bus is not told. False if it was forgotten before."""
+        if subscription not in self._subscriptions:
+            return False
+        self._subscriptions.remove(subscription)
+        return True
+
+    async def request_name(self, name: str) -> None:
+        """Own a name; only after everything is exported, for calls to it may be waiting. Busy if another has it."""
+        [code] = await self.call(DRIVER, DRIVER_PATH, DRIVER, 'RequestName', 'su', [name, DO_NOT_QUEUE])
+        if code not in (PRIMARY_OWNER, ALREADY_OWNER):
+            raise Busy(f'another process owns the name {name} on this bus', hint='stop it first, or use another bus')
+
+    def _limit(self, message: Received) -> int:
+        if message.type in (wire.RETURN, wire.ERROR):
+            return MAX_REPLY if self._waiting_for(message) else 0
+        return wire.MAX_BODY
+
+    def _waiting_for(self, message: Received) -> asyncio.Future[Received] | None:
+        """The call that this answers: who was asked must be who answers, or the bus in its place."""
+        destination, future = self._pending.get(message.reply_serial, ('', None))
+        if future is None or future.done():
+            return None
+        # a well-known name has an owner that the call does not know; the bus lets only that one reply
+        exact = destination == DRIVER or destination.startswith(':')
+        instead = message.type == wire.ERROR and message.sender == DRIVER
+        return future if instead or not exact or message.sender == destination else None
+
+    def _readable(self) -> None:
+        try:
+            for message in self._reader.messages():
+                self._dispatch(message)
+                if not self.connected:
+                    return
+        except (OSError, EOFError, ProtocolError) as error:
+            self._lost(error)
+
+    def _dispatch(self, message: Received) -> None:
+        if message.type == wire.CALL and self.on_call is not None:
+            self.on_call(message)
+            return
+        if message.type in (wire.RETURN, wire.ERROR) and (future := self._waiting_for(message)):
+            future.set_result(message)
+            return
+        try:
+            if message.type == wire.SIGNAL and message.raw is not None:
+                self._deliver(message)
+            elif message.wants_reply:
+                self.send(wire.make_error(message, f'{ERROR}UnknownObject', 's', ['nothing is exported here']))
+        except ProtocolError as error:
+            log.warning('signal %s of %s: %s', message.member, message.sender, error)
+        finally:
+            message.fds.close()
+
+    def _deliver(self, message: Received) -> None:
+        for subscription in [one for one in self._subscriptions if one.match.fits(message)]:
+            subscription.callback(message)
+
+    def _lost(self, error: Exception | None) -> None:
+        if not self.connected:
+            return
+        self.connected, self.error = False, error
+        self._loop.remove_reader(self._sock)
+        self._writer.close()
+        self._reader.close()
+        self._sock.close()
+        self._fail_pending()
+        self._closed.set()
+
+    def _fail_pending(self) -> None:
+        for _, future in self._pending.values():
+            if not future.done():
+                future.set_exception(DBusError(f'{ERROR}Disconnected', f'the bus is gone: {self.error or "closed"}'))
+
+
+def _error_of(reply: Received) -> DBusError:
+    try:
+        body = [plain(value) for value in reply.body()]
+    except ProtocolError:
+        body = []
+    finally:
+        reply.fds.close()
+    text = body[0] if body and isinstance(body[0], str) else ''
+    return DBusError(reply.error_name, text, body)
+

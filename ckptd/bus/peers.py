@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is at the other end of the bus: credentials of senders, as the bus and the kernel say.
+
+The uid and groups are those of the connection, from the bus; authorization stands on them. The pid is only good for
+naming a process: it may be dead and its number another's. So it is turned into a pidfd, and the bus is asked again.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ckptd.bus import wire
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match, Subscription
+from ckptd.bus.values import plain
+from ckptd.bus.wire import DBusError, Received
+from ckptd.engine.messages import Caller
+from ckptd.errors import PermissionDenied
+from ckptd.kernel.pidfd import pidfd_open, wait_dead
+from ckptd.kernel.status import Status, read_status
+
+MAX_PEERS: Final = 128      # remembered; each costs a match rule, of which a bus allows some 512, and a pidfd
+NOBODY: Final = 65534       # /proc/sys/kernel/overflowgid
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """A connection on the bus. pidfd: of its process, -1 where that is gone or cannot be told."""
+    sender: str
+    uid: int = -1
+    groups: tuple[int, ...] = ()
+    pid: int = 0
+    pidfd: int = -1
+    watch: Subscription | None = None
+    on_gone: list[Callable[[], None]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Forget the process and stop watching the name."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        if self.watch is not None:
+            self.watch.cancel()
+
+    def status(self) -> Status | None:
+        """/proc/PID/status of this very process, or None when it is gone or has another uid now."""
+        if self.pidfd < 0:
+            return None
+        try:
+            status = read_status(self.pid)
+        except (OSError, ValueError, KeyError):
+            return None
+        # alive after the file was read: the number was not another's in between
+        return None if wait_dead(self.pidfd, 0) or status.uids[1] != self.uid else status
+
+
+class Peers:
+    """Senders that have called, remembered until they leave the bus."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._known: dict[str, Peer] = {}
+
+    async def caller(self, sender: str) -> Caller:
+        """Who this sender is now. PermissionDenied when it has left the bus."""
+        peer = await self._peer(sender)
+        status = peer.status()
+        if status is None:
+            gid = peer.groups[0] if peer.groups else NOBODY
+            return Caller(peer.uid, gid, peer.groups, 0, -1)
+        return Caller(peer.uid, status.gids[1], peer.groups or status.groups, peer.pid, status.cap_eff)
+
+    async def when_gone(self, sender: str, callback: Callable[[], None]) -> None:
+        """Call back once, when the sender leaves the bus; at once if it has left."""
+        try:
+            peer = await self._peer(sender)
+        except PermissionDenied:
+            callback()
+        else:
+            peer.on_gone.append(callback)
+
+    def close(self) -> None:
+        for peer in self._known.values():
+            peer.close()
+        self._known.clear()
+
+    async def _peer(self, sender: str) -> Peer:
+        if (known := self._known.get(sender)) is not None:
+            return known
+        peer = Peer(sender)
+        try:
+            await self._ask(peer)
+        except BaseException:
+            peer.close()
+            raise
+        if (other := self._known.get(sender)) is not None:
+            # two calls of one sender at once: the first answer stays
+            peer.close()
+            return other
+        self._known[sender] = peer
+        self._forget_oldest()
+        return peer
+
+    async def _ask(self, peer: Peer) -> None:
+        gone = asyncio.Event()
+
+        def left(message: Received) -> None:
+            if message.body()[2] == '':
+                gone.set()
+                self._left(peer)
+
+        # before the question: who leaves after the answer is noticed
+        peer.watch = await self._connection.subscribe(
+            Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=peer.sender), left)
+        try:
+            await self._fill(peer)
+        except DBusError as error:
+            raise PermissionDenied(f'the bus does not know the caller {peer.sender}: {error.message}') from error
+        if gone.is_set():
+            raise PermissionDenied(f'the caller {peer.sender} has left the bus')
+
+    async def _fill(self, peer: Peer) -> None:
+        facts = await self._credentials(peer)
+        peer.uid = int(facts['UnixUserID'])
+        peer.groups = tuple(facts.get('UnixGroupIDs', ()))
+        peer.pid = int(facts.get('ProcessID', 0))
+        if peer.pidfd < 0 and peer.pid:
+            with contextlib.suppress(OSError):      # dead already; then it stays unknown
+                peer.pidfd = pidfd_open(peer.pid)
+            again = await self._credentials(Peer(peer.sender))
+            if (again.get('ProcessID'), again.get('UnixUserID')) != (peer.pid, peer.uid):
+                raise PermissionDenied(f'the caller {peer.sender} changed while it was asked about')
+
+    async def _credentials(self, peer: Peer) -> dict[str, Any]:
+        """The answer of the bus. ProcessFD, where the bus has it, is the pidfd that nothing can get wrong."""
+        reply = await self._connection.request(wire.make_call(
+            DRIVER, DRIVER_PATH, DRIVER, 'GetConnectionCredentials', 's', [peer.sender]))
+        try:
+            facts: dict[str, Any] = plain(reply.body()[0])
+            if 'ProcessFD' in facts:
+                peer.pidfd = reply.fds.take(facts['ProcessFD'])
+            return facts
+        finally:
+            reply.fds.close()
+
+    def _left(self, peer: Peer) -> None:
+        if self._known.get(peer.sender) is peer:
+            del self._known[peer.sender]
+        peer.close()
+        for callback in peer.on_gone:
+            callback()
+
+    def _forget_oldest(self) -> None:
+        """Keep the table small; a peer that somebody waits for is kept in any case."""
+        if len(self._known) > MAX_PEERS:
+            peer = next((peer for peer in self._known.values() if not peer.on_gone), None)
+            if peer is not None:
+                del self._known[peer.sender]
+                peer.close()

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The standard interfaces, declared like our own (D-Bus specification, "Standard Interfaces")."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ckptd.bus.export import Exported, Property, method, signal
+from ckptd.bus.introspect import introspection_xml
+from ckptd.bus.registry import ERROR, Registry
+from ckptd.bus.values import to_variant
+from ckptd.bus.wire import DBusError, Variant
+
+if TYPE_CHECKING:
+    from ckptd.bus.router import Call
+
+log = logging.getLogger(__name__)
+
+CHANGE_INTERVAL: Final = 0.15       # seconds between two PropertiesChanged of one interface: some 7 a second
+PROPERTIES: Final = 'org.freedesktop.DBus.Properties'
+MACHINE_ID: Final = (Path('/etc/machine-id'), Path('/var/lib/dbus/machine-id'))
+
+
+class Peer(Exported):
+    interface = 'org.freedesktop.DBus.Peer'
+
+    @method()
+    async def Ping(self, call: 'Call') -> None:
+        pass
+
+    @method('', 's', names=('machine_uuid',))
+    async def GetMachineId(self, call: 'Call') -> str:
+        for path in MACHINE_ID:
+            if path.exists():
+                return path.read_text().strip()
+        raise DBusError(f'{ERROR}FileNotFound', 'this machine has no id')
+
+
+class Introspectable(Exported):
+    interface = 'org.freedesktop.DBus.Introspectable'
+    registry: Registry
+
+    @method('', 's', names=('xml_data',))
+    async def Introspect(self, call: 'Call') -> str:
+        path = call.message.path
+        tables = [exported.table for exported in self.registry.interfaces(path).values()]
+        return introspection_xml(tables, self.registry.children(path))
+
+
+class Properties(Exported):
+    interface = PROPERTIES
+    registry: Registry
+
+    PropertiesChanged = signal('sa{sv}as', names=('interface_name', 'changed_properties', 'invalidated_properties'))
+
+    @method('ss', 'v', names=('interface_name', 'property_name', 'value'))
+    async def Get(self, call: 'Call', interface: str, name: str) -> Variant:
+        for exported in self._chosen(call, interface):
+            if row := exported.table.properties.get(name):
+                return read_property(exported, row)
+        raise DBusError(f'{ERROR}UnknownProperty', f'no property {name} of {interface or "any interface"}')
+
+    @method('s', 'a{sv}', names=('interface_name', 'properties'))
+    async def GetAll(self, call: 'Call', interface: str) -> dict[str, Variant]:
+        return {name: value for exported in self._chosen(call, interface)
+                for name, value in read_properties(exported).items()}
+
+    @method('ssv', names=('interface_name', 'property_name', 'value'))
+    async def Set(self, call: 'Call', interface: str, name: str, value: object) -> None:
+        await self.Get(call, interface, name)
+        raise DBusError(f'{ERROR}PropertyReadOnly', f'{name} cannot be set')
+
+    def _chosen(self, call: 'Call', interface: str) -> list[Exported]:
+        """The interface that is meant; an empty name means all."""
+        found = self.registry.interfaces(call.message.path)
+        if interface and interface not in found:
+            raise DBusError(f'{ERROR}UnknownInterface', f'no interface {interface} at {call.message.path}')
+        return [found[interface]] if interface else list(found.values())
+
+
+class ObjectManager(Exported):
+    """On one root path; its signals come from there, wherever below the object is."""
+    interface = 'org.freedesktop.DBus.ObjectManager'
+
+    def __init__(self, registry: Registry, root: str) -> None:
+        self._registry, self._root = registry, root
+
+    InterfacesAdded = signal('oa{sa{sv}}', names=('object_path', 'interfaces_and_properties'))
+    InterfacesRemoved = signal('oas', names=('object_path', 'interfaces'))
+
+    @method('', 'a{oa{sa{sv}}}', names=('objects',))
+    async def GetManagedObjects(self, call: 'Call') -> dict[str, dict[str, dict[str, Variant]]]:
+        return {path: _picture(list(self._registry.at(path).values())) for path in self._registry.below(self._root)}
+
+    def added(self, path: str, exported: Sequence[Exported]) -> None:
+        if path != self._root:
+            self.InterfacesAdded(path, _picture(exported))
+
+    def removed(self, path: str, exported: Sequence[Exported]) -> None:
+        if path != self._root and exported:
+            self.InterfacesRemoved(path, [one.interface for one in exported])
+
+
+class Changes:
+    """PropertiesChanged, throttled: the first at once, further ones gathered, the last always sent."""
+
+    def __init__(self, emit: Callable[..., None]) -> None:
+        self._emit = emit
+        self._waiting: dict[Exported, dict[str, None]] = {}     # names in the order they changed
+        self._timers: dict[Exported, asyncio.TimerHandle] = {}
+
+    def add(self, path: str, exported: Exported, names: Sequence[str]) -> None:
+        """These properties have new values."""
+        self._waiting.setdefault(exported, {}).update(dict.fromkeys(names))
+        if exported not in self._timers:
+            # not now: what changes together is told together
+            self._timers[exported] = asyncio.get_running_loop().call_later(0, self._due, exported)
+
+    def flush(self, path: str) -> None:
+        """Send what waits for this object now: it goes away."""
+        for exported in [one for one in self._timers if one.path == path]:
+            self._timers.pop(exported).cancel()
+            self._send(exported)
+
+    def _due(self, exported: Exported) -> None:
+        del self._timers[exported]
+        if self._send(exported):
+            self._timers[exported] = asyncio.get_running_loop().call_later(CHANGE_INTERVAL, self._due, exported)
+
+    def _send(self, exported: Exported) -> bool:
+        names = self._waiting.pop(exported, {})
+        rows = [exported.table.properties[name] for name in names]
+        values = _readable(exported, [row for row in rows if row.emits == 'true'])
+        gone = [row.name for row in rows if row.emits != 'const' and row.name not in values]
+        if values or gone:
+            self._emit(exported.path, PROPERTIES, 'PropertiesChanged', 'sa{sv}as', (exported.interface, values, gone))
+        return bool(names)
+
+
+def read_property(exported: Exported, row: Property) -> Variant:
+    return to_variant(row.getter(exported), row.signature, row.types)
+
+
+def read_properties(exported: Exported) -> dict[str, Variant]:
+    """All that can be read; a getter that fails costs its own property only."""
+    return _readable(exported, exported.table.properties.values())
+
+
+def _readable(exported: Exported, rows: Any) -> dict[str, Variant]:
+    values = {}
+    for row in rows:
+        try:
+            values[row.name] = read_property(exported, row)
+        except Exception:
+            # anything at all: the others are still good
+            log.exception('property %s.%s at %s', exported.interface, row.name, exported.path)
+    return values
+
+
+def _picture(exported: Sequence[Exported]) -> dict[str, dict[str, Variant]]:
+    return {one.interface: read_properties(one) for one in exported}
