@@ -5,6 +5,7 @@ An image may come from anybody, so a reader follows no symbolic link and opens n
 """
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -88,3 +89,12 @@ def open_regular(directory: int, name: str) -> int:
         os.close(fd)
         raise ImageDamaged(f'{name} is not a regular file', resource=name)
     return fd
+
+
+def digest_file(fd: int) -> tuple[int, str]:
+    """Size and sha256 of a whole file, read with a buffer of its own (the file position stays)."""
+    hasher, buffer, at = hashlib.sha256(), memoryview(bytearray(BUFFER)), 0
+    while done := os.preadv(fd, [buffer], at):
+        hasher.update(buffer[:done])
+        at += done
+    return at, hasher.hexdigest()

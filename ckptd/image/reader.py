@@ -2,10 +2,12 @@
 """ImageReader: the records of one image by type and id, and its bulk bytes. Believes nothing: else ImageDamaged."""
 
 import os
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -17,6 +19,7 @@ from ckptd.image.manifest import open_image, read_manifest_at
 from ckptd.image.records import (
     OF_MM,
     OF_SHARED_MEMORY,
+    PAGE,
     PARTS,
     Extent,
     GuardRegions,
@@ -176,9 +179,8 @@ class ImageReader:
     def memory(self, mm_id: int) -> Memory:
         """The address space `mm_id`."""
         vmas = sorted(self._by_mm.get(mm_id, ()), key=lambda vma: vma.start)
-        guards = [one for region in self.every(GuardRegions) if region.mm_id == mm_id for one in region.ranges]
-        return Memory(self.get(Mm, mm_id), tuple(vmas), self.runs(OF_MM, mm_id),
-                      tuple(sorted(guards, key=lambda one: one.start)))
+        guards = sorted(self._guards_by_mm.get(mm_id, ()), key=lambda one: one.start)
+        return Memory(self.get(Mm, mm_id), tuple(vmas), self.runs(OF_MM, mm_id), tuple(guards))
 
     def runs(self, owner_kind: int, owner: int) -> tuple[PageRun, ...]:
         """Page runs of an address space or shared object, ascending."""
@@ -193,6 +195,13 @@ class ImageReader:
         groups: dict[int, list[Vma]] = defaultdict(list)
         for vma in self.every(Vma):
             groups[vma.mm_id].append(vma)
+        return groups
+
+    @cached_property
+    def _guards_by_mm(self) -> Mapping[int, list[Range]]:
+        groups: dict[int, list[Range]] = defaultdict(list)
+        for regions in self.every(GuardRegions):
+            groups[regions.mm_id] += regions.ranges
         return groups
 
     @cached_property
@@ -225,6 +234,14 @@ class ImageReader:
                 raise ImageDamaged(f'{name} ends at byte {offset}, a record says otherwise', resource=name)
             buffer, offset = buffer[done:], offset + done
 
+    def read_memory(self, memory: Memory, start: int, length: int) -> bytes:
+        """Private memory at an address, for small lengths; zeros where the image has nothing."""
+        found = bytearray(length)
+        for run in runs_between(memory.runs, start, start + length):
+            low, high = max(run.start, start), min(run.start + run.pages * PAGE, start + length)
+            self.pread_into(memoryview(found)[low - start:high - start], run.part, run.offset + low - run.start)
+        return bytes(found)
+
     def read_extent(self, extent: Extent) -> Iterator[bytes]:
         """The bytes of an extent in chunks of at most 1 MiB, whatever length a record claims."""
         at, end = extent.offset, extent.offset + extent.length
@@ -233,6 +250,17 @@ class ImageReader:
             self.pread_into(memoryview(chunk), extent.part, at)
             yield bytes(chunk)
             at += len(chunk)
+
+
+def runs_between(runs: Sequence[PageRun], start: int, end: int) -> Iterator[PageRun]:
+    """Those of ascending `runs` that touch [start, end)."""
+    # one that begins before `start` may reach into the range
+    first = max(0, bisect_right(runs, start, key=attrgetter('start')) - 1)
+    for index in range(first, len(runs)):
+        if runs[index].start >= end:
+            return
+        if runs[index].start + runs[index].pages * PAGE > start:
+            yield runs[index]
 
 
 def _part_of(cls: type[Record]) -> str:

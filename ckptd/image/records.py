@@ -280,7 +280,7 @@ class Mm(Record):
     thp_disabled: U8
 
 
-# Vma.kind
+# Vma.kind. Pages of a VDSO are in the image as those of ANON are: another kernel's would not fit its callers
 ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP = range(1, 10)
 
 
@@ -358,7 +358,8 @@ class SharedMemory(Record):
 
 @record(0x0306)
 class Backing(Record):
-    """A mapped file or an executable, by path. mtime in nanoseconds. deleted: its content is in `content`."""
+    """A mapped file or an executable, by path. device, inode: st_dev and st_ino of the file itself. mtime in
+    nanoseconds. deleted: the path is gone or another file's, `content` has its bytes from 0 on (as far as needed)."""
     backing_id: U32
     path: str
     device: U64

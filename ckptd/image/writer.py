@@ -12,7 +12,6 @@ their digests, manifest, each with fsync; the directory; rename; the spool.
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,9 @@ from typing import Self
 import msgspec
 
 from ckptd.errors import SpoolFailed
-from ckptd.image.files import BUFFER, create, spool_failed, spooling, sync_directory, write_all
+from ckptd.image.files import create, digest_file, spool_failed, spooling, sync_directory, write_all
 from ckptd.image.grammar import Record, encode_end, encode_header, encode_record
+from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import NAME, Manifest, Part, encode_manifest
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import PARTS
@@ -82,6 +82,8 @@ class ImageWriter:
     """
 
     def __init__(self, spool: Path, image: str) -> None:
+        if not is_image_id(image):
+            raise ValueError(f'{image!r} is no image id')
         self.spool, self.image = spool, image
         self.path = spool / f'{INCOMING}{image}'
         self._parts: dict[str, PartWriter] = {}
@@ -215,15 +217,6 @@ def _digest(writer: PartWriter | DataWriter) -> Part:
     with spooling(writer.path):
         size, digest = digest_file(writer.fileno())
     return Part(size=size, sha256=digest)
-
-
-def digest_file(fd: int) -> tuple[int, str]:
-    """Size and sha256 of a whole file, read with a buffer of its own (the file position stays)."""
-    hasher, buffer, at = hashlib.sha256(), memoryview(bytearray(BUFFER)), 0
-    while done := os.preadv(fd, [buffer], at):
-        hasher.update(buffer[:done])
-        at += done
-    return at, hasher.hexdigest()
 
 
 def remove_stale(spool: Path) -> list[str]:

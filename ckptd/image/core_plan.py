@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The plan of a core: which bytes of an image go where in an ELF core, before any is written.
+
+    ELF header, program headers (, section header 0 for 65,535 and more of them)
+    PT_NOTE                 see core_notes
+    PT_LOAD per VMA         page-aligned; absent pages are holes of the file
+
+What a PT_LOAD has of its VMA, much as core(5) has it:
+
+    private and shared memory       all, if the image has a page of it; else p_filesz 0
+    private file, changed           all: changed pages from the image, the others from the file. Where the file is gone
+                                    or changed, a PT_LOAD for each changed piece, so that nothing is shown as zeros
+    file, unchanged                 the first page if it is an ELF header: debuggers know the file by its build id
+    vvar, vsyscall, MADV_DONTDUMP   nothing
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptd.errors import ImageDamaged, NoSuchTarget
+from ckptd.image.backing import BackingFile
+from ckptd.image.core_notes import encode_notes
+from ckptd.image.elf import EM_X86_64, PT_LOAD, PT_NOTE, Phdr, encode_headers, headers_size
+from ckptd.image.pages import page_align
+from ckptd.image.reader import ImageReader, ImageTask, Memory, runs_between
+from ckptd.image.records import (
+    FILE_PRIVATE,
+    FILE_SHARED,
+    PAGE,
+    SHARED_MEMORY,
+    VSYSCALL,
+    VVAR,
+    Backing,
+    PageRun,
+    Registers,
+    Vma,
+)
+
+MAX_CORE = 1 << 62      # bytes, holes counted: below what off_t holds
+_DEAD = (ord('Z'), ord('X'))
+_ELF_MAGIC = b'\x7fELF'
+
+
+class Source(Protocol):
+    """Where bytes of a core come from."""
+    def read_into(self, buffer: memoryview, offset: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """A data part of the image."""
+    reader: ImageReader
+    part: int
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        self.reader.pread_into(buffer, self.part, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`length` bytes for byte `at` of the core (of the segment, inside one): `offset` of `source`."""
+    at: int
+    length: int
+    source: Source
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A PT_LOAD to be: [start, end) of which the first `filesz` bytes are in the core; what no piece has is zero."""
+    start: int
+    end: int
+    protection: int
+    filesz: int = 0
+    pieces: Sequence[Piece] = ()
+
+    @property
+    def flags(self) -> int:
+        """PF_*: PROT_* with read and execute swapped."""
+        return (self.protection & 1) << 2 | self.protection & 2 | (self.protection & 4) >> 2
+
+
+class Core:
+    """The plan of one core: its head (headers and notes), its pieces in ascending order and its size."""
+
+    def __init__(self, reader: ImageReader, tasks: Sequence[ImageTask]) -> None:
+        memory = reader.memory(tasks[0].record.mm_id)
+        self._segments = tuple(segments(reader, memory))
+        notes = encode_notes(reader, tasks, memory)
+        count = len(self._segments) + 1
+        self._data_start = page_align(headers_size(count) + len(notes))
+        phdrs = [Phdr(PT_NOTE, 4, headers_size(count), 0, len(notes), 0, 4), *self._loads()]
+        machine = reader.get(Registers, tasks[0].vpid).machine or EM_X86_64
+        self.head = encode_headers(machine, phdrs) + notes
+        self.size = self._data_start + sum(segment.filesz for segment in self._segments)
+
+    def _loads(self) -> Iterator[Phdr]:
+        at = self._data_start
+        for one in self._segments:
+            yield Phdr(PT_LOAD, one.flags, at, one.start, one.filesz, one.end - one.start, PAGE)
+            at += one.filesz
+            if at > MAX_CORE:
+                raise ImageDamaged(f'memory.img: a VMA of {one.filesz} bytes', resource='memory.img')
+
+    def pieces(self) -> Iterator[Piece]:
+        """Everything after the head that is no hole."""
+        at = self._data_start
+        for segment in self._segments:
+            for piece in segment.pieces:
+                yield Piece(at + piece.at, piece.length, piece.source, piece.offset)
+            at += segment.filesz
+
+
+def exportable(reader: ImageReader) -> list[int]:
+    """vtgid of each process that had memory: zombies have no core."""
+    return [vtgid for vtgid in reader.processes if _living(reader, vtgid)]
+
+
+def plan_core(reader: ImageReader, vpid: int) -> Core:
+    """The plan for one process. NoSuchTarget where the image has none of that number, or it was a zombie."""
+    tasks = _living(reader, vpid)
+    if not tasks:
+        raise NoSuchTarget(f'the image has no living process {vpid}', resource=f'vpid {vpid}',
+                           hint='run "ckptctl tree IMAGE" to see what is in it')
+    return Core(reader, tasks)
+
+
+def _living(reader: ImageReader, vtgid: int) -> list[ImageTask]:
+    # a leader that called pthread_exit is a zombie without registers while other threads live on
+    return [task for task in reader.processes.get(vtgid, ()) if task.record.state not in _DEAD and task.record.mm_id]
+
+
+# ---------------------------------------------------------------- segments
+
+def segments(reader: ImageReader, memory: Memory) -> Iterator[Segment]:
+    """The PT_LOADs for every VMA of an address space."""
+    for vma in memory.vmas:
+        if vma.start >= vma.end or vma.start % PAGE or vma.end % PAGE:
+            raise ImageDamaged(f'memory.img: a VMA {vma.start:x}-{vma.end:x}', resource='memory.img')
+        if vma.kind in (VVAR, VSYSCALL) or 'dd' in vma.vm_flags.split():
+            yield Segment(vma.start, vma.end, vma.protection)
+        elif vma.kind in (FILE_PRIVATE, FILE_SHARED):
+            yield from _file_segments(reader, memory, vma)
+        elif vma.kind == SHARED_MEMORY:
+            yield _whole(vma, _clip(reader, reader.shared_runs(vma.object), vma.offset, vma.end - vma.start))
+        else:
+            yield _whole(vma, _clip(reader, memory.runs, vma.start, vma.end - vma.start))
+
+
+def _whole(vma: Vma, pieces: list[Piece]) -> Segment:
+    return Segment(vma.start, vma.end, vma.protection, vma.end - vma.start if pieces else 0, pieces)
+
+
+def _clip(reader: ImageReader, runs: Sequence[PageRun], start: int, length: int) -> list[Piece]:
+    """What `runs` have of [start, start + length), as pieces relative to `start`."""
+    pieces, done = [], start
+    for run in runs_between(runs, start, start + length):
+        # runs of a hostile image may overlap; a core is written forward only
+        low, high = max(run.start, done), min(run.start + run.pages * PAGE, start + length)
+        if low < high:
+            pieces.append(Piece(low - start, high - low, DataSource(reader, run.part), run.offset + low - run.start))
+            done = high
+    return pieces
+
+
+def _file_segments(reader: ImageReader, memory: Memory, vma: Vma) -> Iterator[Segment]:
+    changed = _clip(reader, memory.runs, vma.start, vma.end - vma.start) if vma.kind == FILE_PRIVATE else []
+    backing = reader.get(Backing, vma.object)
+    file = _file_pieces(reader, backing, vma)
+    if not changed:
+        first = file[:1] if vma.offset == 0 and _is_elf(file) else []
+        yield Segment(vma.start, vma.end, vma.protection, PAGE if first else 0,
+                      [Piece(0, min(PAGE, one.length), one.source, one.offset) for one in first])
+    elif file:
+        yield _whole(vma, list(_overlay(file, changed)))
+    else:
+        yield from _alone(vma, changed)
+
+
+def _file_pieces(reader: ImageReader, backing: Backing, vma: Vma) -> list[Piece]:
+    """The mapped bytes as they are in the file, from `vma.offset` on; none where they cannot be had any more."""
+    if not backing.deleted:
+        file = BackingFile(backing)
+        length = min(vma.end - vma.start, page_align(max(0, backing.size - vma.offset)))
+        return [Piece(0, length, file, vma.offset)] if length and file.is_unchanged() else []
+    pieces, at = [], 0
+    for extent in backing.content:
+        low, high = max(at, vma.offset), min(at + extent.length, vma.offset + vma.end - vma.start)
+        if low < high:
+            pieces.append(Piece(low - vma.offset, high - low, DataSource(reader, extent.part),
+                                extent.offset + low - at))
+        at += extent.length
+    return pieces
+
+
+def _is_elf(file: Sequence[Piece]) -> bool:
+    if not file or file[0].at or file[0].length < len(_ELF_MAGIC):
+        return False
+    magic = bytearray(len(_ELF_MAGIC))
+    file[0].source.read_into(memoryview(magic), file[0].offset)
+    return magic == _ELF_MAGIC
+
+
+def _overlay(below: Sequence[Piece], above: Sequence[Piece]) -> Iterator[Piece]:
+    """Pieces of both in ascending order; where both have something, `above` wins."""
+    at = 0
+    rest = list(reversed(below))
+    for piece in above:
+        yield from _between(rest, at, piece.at)
+        yield piece
+        at = piece.at + piece.length
+    yield from _between(rest, at, MAX_CORE)
+
+
+def _between(stack: list[Piece], start: int, end: int) -> Iterator[Piece]:
+    """What the pieces on `stack` (the first on top) have of [start, end); those that end before `end` are popped."""
+    while stack and stack[-1].at < end:
+        one = stack[-1]
+        low, high = max(one.at, start), min(one.at + one.length, end)
+        if low < high:
+            yield Piece(low, high - low, one.source, one.offset + low - one.at)
+        if one.at + one.length > end:
+            return
+        stack.pop()
+
+
+def _alone(vma: Vma, changed: Sequence[Piece]) -> Iterator[Segment]:
+    """A segment for each changed piece and one without data for each gap: a debugger then asks the file it knows."""
+    at = vma.start
+    for piece in changed:
+        start = vma.start + piece.at
+        if at < start:
+            yield Segment(at, start, vma.protection)
+        at = start + piece.length
+        yield Segment(start, at, vma.protection, piece.length, [Piece(0, piece.length, piece.source, piece.offset)])
+    if at < vma.end:
+        yield Segment(at, vma.end, vma.protection)

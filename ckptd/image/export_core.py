@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Writing of cores: into a file, a directory, or a tar stream. Holes stay holes; a megabyte of memory is enough.
+
+A tar stream holds cores in GNU sparse format 1.0 of POSIX (pax) archives, which GNU tar, libarchive and Python's
+tarfile unpack into sparse files: header, then as decimal lines the number of pieces and each one's offset and length,
+padded to 512 bytes, then the pieces in a row. See "Storing Sparse Files" in the manual of GNU tar.
+"""
+
+import errno
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ckptd.errors import CkptError
+from ckptd.image.core_plan import Core, exportable, plan_core
+from ckptd.image.reader import ImageReader
+
+_CHUNK = 1 << 20
+_BLOCK = tarfile.BLOCKSIZE
+_HINTS = {
+    errno.ENOSPC: 'free space there or export to another place; a core is as large as the memory of its process',
+    errno.EFBIG: 'export to a file system that takes larger (sparse) files',
+    errno.EEXIST: 'remove the old cores or export to another directory',
+    errno.EPIPE: 'the reader of the stream went away',
+}
+
+
+@contextmanager
+def _writing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.EIO
+        raise CkptError(f'cannot write {name}: {os.strerror(number)}', errno=number, resource=name, phase='export',
+                        hint=_HINTS.get(number)) from error
+
+
+def _write(out: BinaryIO, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[out.write(view):]       # an unbuffered file may take less at a time
+
+
+def core_name(vpid: int) -> str:
+    """File name of the core of a process."""
+    return f'core.{vpid}'
+
+
+def write_core(reader: ImageReader, vpid: int, out: BinaryIO) -> None:
+    """Write the core of one process to an empty seekable file. NoSuchTarget, ImageDamaged; CkptError on a full disk."""
+    core = plan_core(reader, vpid)
+    with _writing(core_name(vpid)):
+        base = out.tell()
+        for at, chunk in _chunks(core):
+            out.seek(base + at)     # what is jumped over becomes a hole
+            _write(out, chunk)
+        out.flush()
+        out.truncate(base + core.size)
+
+
+def export(reader: ImageReader, sink: Path | BinaryIO) -> list[str]:
+    """Write a core of every process that had memory; their names. sink: a directory, or where a tar stream goes."""
+    vpids = exportable(reader)
+    if isinstance(sink, Path):
+        for vpid in vpids:
+            _export_file(reader, vpid, sink / core_name(vpid))
+    else:
+        for vpid in vpids:
+            with _writing('the tar stream'):
+                _export_member(reader, vpid, sink)
+        with _writing('the tar stream'):
+            _write(sink, bytes(2 * _BLOCK))
+            sink.flush()
+    return [core_name(vpid) for vpid in vpids]
+
+
+def _export_file(reader: ImageReader, vpid: int, path: Path) -> None:
+    with _writing(str(path)):
+        # a core is as secret as the memory it shows; never written through a link that lies there
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with _writing(str(path)), os.fdopen(fd, 'wb') as out:
+            write_core(reader, vpid, out)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _chunks(core: Core) -> Iterator[tuple[int, memoryview]]:
+    """(offset in the core, bytes), ascending; the bytes are good until the next one."""
+    yield 0, memoryview(core.head)
+    buffer = memoryview(bytearray(_CHUNK))
+    for piece in core.pieces():
+        for done in range(0, piece.length, _CHUNK):
+            chunk = buffer[:min(_CHUNK, piece.length - done)]
+            piece.source.read_into(chunk, piece.offset + done)
+            yield piece.at + done, chunk
+
+
+# ---------------------------------------------------------------- tar
+
+def _export_member(reader: ImageReader, vpid: int, out: BinaryIO) -> None:
+    core = plan_core(reader, vpid)
+    extents = _extents(core)
+    table = _sparse_map(extents)
+    length = sum(length for _, length in extents)
+    info = tarfile.TarInfo(f'./GNUSparseFile.0/{core_name(vpid)}')
+    info.size, info.mode = len(table) + length, 0o600
+    info.mtime = reader.manifest.created_usec // 1_000_000
+    info.uid, info.gid = reader.manifest.owner_uid, reader.manifest.owner_gid
+    info.pax_headers = {'GNU.sparse.major': '1', 'GNU.sparse.minor': '0', 'GNU.sparse.name': core_name(vpid),
+                        'GNU.sparse.realsize': str(core.size)}
+    _write(out, info.tobuf(tarfile.PAX_FORMAT) + table)
+    for _, chunk in _chunks(core):
+        _write(out, chunk)
+    _write(out, bytes(-length % _BLOCK))
+
+
+def _extents(core: Core) -> list[tuple[int, int]]:
+    """(offset, length) of what is no hole; the last is empty and says where the file ends, as GNU tar has it."""
+    extents = [(0, len(core.head))]
+    for piece in core.pieces():
+        at, length = extents[-1]
+        if at + length == piece.at:
+            extents[-1] = at, length + piece.length
+        else:
+            extents.append((piece.at, piece.length))
+    return [*extents, (core.size, 0)]
+
+
+def _sparse_map(extents: Sequence[tuple[int, int]]) -> bytes:
+    text = b''.join([b'%d\n' % len(extents), *(b'%d\n%d\n' % extent for extent in extents)])
+    return text + bytes(-len(text) % _BLOCK)

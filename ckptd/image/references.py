@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the records of an image say of each other: ids that must exist, ranges in order, extents inside their files."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, cast
+
+from ckptd.image.grammar import Record, Struct
+from ckptd.image.manifest import NAME, Manifest
+from ckptd.image.records import (
+    CHUNK,
+    FILE_PRIVATE,
+    FILE_SHARED,
+    OF_MM,
+    OF_SHARED_MEMORY,
+    PAGE,
+    PARTS,
+    SHARED_MEMORY,
+    Backing,
+    Credentials,
+    Extent,
+    FdTable,
+    Fs,
+    GuardRegions,
+    Header,
+    Mm,
+    OpenFile,
+    PageRuns,
+    Registers,
+    SharedMemory,
+    SignalActions,
+    Task,
+    TaskIds,
+    ThreadSignals,
+    Vma,
+    data_name,
+)
+
+MAX_DAMAGES = 1000
+
+# field of a record: the class of the record whose id it holds; 0 means none
+_REFERENCES: dict[type[Record], dict[str, type[Record]]] = {
+    Task: {'mm_id': Mm, 'files_id': FdTable, 'fs_id': Fs, 'sighand_id': SignalActions, 'parent': Task},
+    Mm: {'exe': Backing},
+    Vma: {'mm_id': Mm},
+    GuardRegions: {'mm_id': Mm},
+}
+_OBJECTS: dict[int, type[Record]] = {FILE_PRIVATE: Backing, FILE_SHARED: Backing, SHARED_MEMORY: SharedMemory}
+_OWNERS: dict[int, type[Record]] = {OF_MM: Mm, OF_SHARED_MEMORY: SharedMemory}
+_MANY = (Header, TaskIds, Vma, PageRuns, GuardRegions)      # their first field is no id of their own
+_OF_LIVING = (Registers, Credentials, ThreadSignals)
+_DEAD = (ord('Z'), ord('X'))
+
+
+class RecordChecker:
+    """Takes all records of an image in their order and says what does not fit together. `sizes`: bytes by file name."""
+
+    def __init__(self, sizes: dict[str, int], damages: list[str]) -> None:
+        self.sizes = sizes
+        self._damages = damages
+        self._ids: dict[type[Record], set[int]] = {}
+        self._uses: set[tuple[str, type[Record], int]] = set()
+        self._ends: dict[object, int] = {}
+        self._headers: list[Header] = []
+        self._listed: list[int] = []
+        self._leaders = 0
+        self._checks: dict[type[Record], Callable[[Any], None]] = {
+            Header: self._headers.append, TaskIds: self._check_ids, Task: self._check_task, FdTable: self._check_fds,
+            Vma: self._check_vma, PageRuns: self._check_runs, GuardRegions: self._check_guards,
+        }
+
+    def _damage(self, text: str) -> None:
+        if len(self._damages) < MAX_DAMAGES:
+            self._damages.append(text)
+
+    def add(self, one: Record) -> None:
+        """Check one record for itself; remember what it is and what it names."""
+        cls = type(one)
+        first = fields(cast(Any, one))[0].name
+        key = getattr(one, first)
+        where = f'{cls.__name__} {key}' if isinstance(key, int) else cls.__name__
+        if cls not in _MANY:
+            known = self._ids.setdefault(cls, set())
+            if key in known or not key:
+                self._damage(f'{where}: its id is {"taken" if key else "0"}')
+            known.add(key)
+        if first == 'vpid' and cls not in (Task, TaskIds):
+            self._use(where, Task, key)
+        for name, target in _REFERENCES.get(cls, {}).items():
+            self._use(where, target, getattr(one, name))
+        for extent in _extents(one):
+            self._check_extent(where, extent.part, extent.offset, extent.length)
+        if check := self._checks.get(cls):
+            check(one)
+
+    def _use(self, where: str, target: type[Record], key: int) -> None:
+        if key:
+            self._uses.add((where, target, key))
+
+    # ------------------------------------------------------------ records one by one
+
+    def _check_ids(self, ids: TaskIds) -> None:
+        lists = (ids.vpid, ids.vtgid, ids.vppid, ids.vpgid, ids.vsid)
+        if len({len(one) for one in lists}) != 1 or len(ids.vpid) > CHUNK:
+            self._damage(f'TaskIds: lists of {", ".join(str(len(one)) for one in lists)} ids')
+        self._listed += ids.vpid
+        self._leaders += sum(vpid == vtgid for vpid, vtgid in zip(ids.vpid, ids.vtgid, strict=False))
+        for vtgid in ids.vtgid:
+            self._use('TaskIds', Task, vtgid)
+
+    def _check_task(self, task: Task) -> None:
+        if task.state not in _DEAD:
+            for cls in _OF_LIVING:
+                self._use(f'Task {task.vpid}', cls, task.vpid)
+
+    def _check_fds(self, table: FdTable) -> None:
+        for fd in table.fds:
+            self._use(f'FdTable {table.files_id}: fd {fd.fd}', OpenFile, fd.file_id)
+
+    def _check_vma(self, vma: Vma) -> None:
+        where = f'Vma {vma.start:x}-{vma.end:x} of mm {vma.mm_id}'
+        self._check_range(where, (Vma, vma.mm_id), vma.start, vma.end)
+        if target := _OBJECTS.get(vma.kind):
+            self._use(where, target, vma.object)
+
+    def _check_guards(self, guards: GuardRegions) -> None:
+        for one in guards.ranges:
+            where = f'GuardRegions {one.start:x}-{one.end:x} of mm {guards.mm_id}'
+            self._check_range(where, (GuardRegions, guards.mm_id), one.start, one.end)
+
+    def _check_runs(self, runs: PageRuns) -> None:
+        target = _OWNERS.get(runs.owner_kind)
+        if target is None:
+            self._damage(f'PageRuns of {runs.owner}: owner kind {runs.owner_kind}')
+            return
+        where = f'PageRuns of {target.__name__} {runs.owner}'
+        self._use(where, target, runs.owner)
+        for run in runs.runs:
+            length = run.pages * PAGE
+            self._check_range(where, (PageRuns, target, runs.owner), run.start, run.start + length)
+            self._check_extent(where, run.part, run.offset, length)
+
+    def _check_range(self, where: str, sequence: object, start: int, end: int) -> None:
+        """Whole pages, not empty, after what came before in the same sequence."""
+        if start % PAGE or end % PAGE or start >= end or end > 1 << 64:
+            self._damage(f'{where}: no range of pages')
+        elif start < self._ends.get(sequence, 0):
+            self._damage(f'{where}: {start:x} is not in ascending order')
+        self._ends[sequence] = max(end, self._ends.get(sequence, 0))
+
+    def _check_extent(self, where: str, part: int, offset: int, length: int) -> None:
+        name = data_name(part)
+        if offset % PAGE:
+            self._damage(f'{where}: byte {offset} of {name} is no page boundary')
+        elif offset + length > self.sizes.get(name, 0):
+            self._damage(f'{where}: bytes {offset} to {offset + length} are not in {name}')
+
+    # ------------------------------------------------------------ all together
+
+    def finish(self, manifest: Manifest | None) -> None:
+        """What only the whole can tell: names that nothing bears, and counts."""
+        for where, target, key in sorted(self._uses, key=lambda use: (use[0], use[1].tag, use[2])):
+            if key not in self._ids.get(target, ()):
+                self._damage(f'{where}: there is no {target.__name__} {key}')
+        tasks = self._ids.get(Task, set())
+        if len(self._headers) != 1:
+            self._damage(f'{PARTS["TREE"]}: {len(self._headers)} headers')
+        if len(self._listed) != len(set(self._listed)) or set(self._listed) != tasks:
+            self._damage(f'{PARTS["TREE"]}: TaskIds and Task records differ')
+        said = [('header', one) for one in self._headers] + ([(NAME, manifest)] if manifest else [])
+        for name, one in cast(list[tuple[str, Header | Manifest]], said):
+            if (one.tasks, one.processes) != (len(tasks), self._leaders):
+                self._damage(f'{name}: {one.tasks} tasks in {one.processes} processes, '
+                             f'but there are {len(tasks)} in {self._leaders}')
+            if one.root not in tasks:
+                self._damage(f'{name}: the root {one.root} is no task of the image')
+
+
+def _extents(value: Struct) -> Iterable[Extent]:
+    """Extents among the fields of a record."""
+    for field in fields(cast(Any, value)):
+        content = getattr(value, field.name)
+        if isinstance(content, Extent):
+            yield content
+        elif isinstance(content, tuple):
+            yield from (one for one in content if isinstance(one, Extent))

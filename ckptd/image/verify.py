@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""verify: every damage of an image at once: files, digests, grammar, and what the records say of each other."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ckptd.errors import ImageDamaged
+from ckptd.image.files import digest_file, open_regular
+from ckptd.image.grammar import read_records
+from ckptd.image.manifest import NAME, Manifest, open_image, read_manifest_at
+from ckptd.image.records import PARTS
+from ckptd.image.references import MAX_DAMAGES, RecordChecker
+
+
+def verify(directory: Path) -> list[str]:
+    """One sentence per damage of the image in `directory`; empty for a sound one. At most `MAX_DAMAGES`."""
+    damages: list[str] = []
+    try:
+        fd = open_image(directory)
+    except ImageDamaged as error:
+        return [error.message]
+    try:
+        manifest = _read_manifest(fd, damages)
+        with os.scandir(fd) as entries:
+            found = [entry.name for entry in entries]
+        _verify_names(found, manifest, damages)
+        # without a manifest, whatever data part is there may be meant
+        names = manifest.parts if manifest else {name for name in found if name.startswith('data-')}
+        sizes = {name: _verify_file(fd, name, manifest, damages) for name in sorted({*names, *PARTS.values()})}
+        checker = RecordChecker({name: size for name, size in sizes.items() if size is not None}, damages)
+        whole = [_verify_records(fd, code, checker, damages) for code, name in PARTS.items() if sizes.get(name)]
+        # a part that broke off lacks records that others name: those are no damages of their own
+        if len(whole) == len(PARTS) and all(whole):
+            checker.finish(manifest)
+    finally:
+        os.close(fd)
+    return damages[:MAX_DAMAGES]
+
+
+def _read_manifest(directory: int, damages: list[str]) -> Manifest | None:
+    try:
+        return read_manifest_at(directory)
+    except ImageDamaged as error:
+        damages.append(error.message)
+        return None
+
+
+def _verify_names(found: Iterable[str], manifest: Manifest | None, damages: list[str]) -> None:
+    if manifest is not None:
+        expected = {NAME, *manifest.parts}
+        damages += [f'{name} does not belong to the image' for name in sorted(set(found) - expected)]
+        damages += [f'{NAME}: names no part {name}' for name in PARTS.values() if name not in expected]
+
+
+def _verify_file(directory: int, name: str, manifest: Manifest | None, damages: list[str]) -> int | None:
+    """Its size; None where there is no such file."""
+    part = manifest.parts.get(name) if manifest else None
+    try:
+        fd = open_regular(directory, name)
+    except ImageDamaged as error:
+        damages.append(error.message)
+        return None
+    try:
+        size = os.fstat(fd).st_size
+        if part is not None and size != part.size:
+            damages.append(f'{name} has {size} bytes, not {part.size}')
+        elif part is not None and digest_file(fd)[1] != part.sha256:
+            damages.append(f'{name}: its digest does not fit its content')
+        return size
+    except OSError as error:
+        damages.append(f'{name} cannot be read: {error.strerror}')
+        return None
+    finally:
+        os.close(fd)
+
+
+def _verify_records(directory: int, code: str, checker: RecordChecker, damages: list[str]) -> bool:
+    name = PARTS[code]
+    try:
+        with os.fdopen(open_regular(directory, name), 'rb') as file:
+            for one in read_records(file, code.encode(), name):
+                if list(PARTS)[one.tag >> 8:][:1] != [code]:
+                    damages.append(f'{name}: a {type(one).__name__} record does not belong there')
+                checker.add(one)
+        return True
+    except ImageDamaged as error:
+        damages.append(error.message)
+    except OSError as error:
+        damages.append(f'{name} cannot be read: {error.strerror}')
+    return False
