@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which file system a file is on, statfs(2): what tells a file of tmpfs from a secret or a message queue."""
+
+import ctypes
+from typing import Annotated
+
+from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc
+
+# <linux/magic.h>; MQUEUE_MAGIC of ipc/mqueue.c
+ANON_INODE_FS_MAGIC = 0x09041934
+BPF_FS_MAGIC = 0xCAFE4A11
+CGROUP2_SUPER_MAGIC = 0x63677270
+HUGETLBFS_MAGIC = 0x958458F6
+MQUEUE_MAGIC = 0x19800202
+NSFS_MAGIC = 0x6E736673
+PID_FS_MAGIC = 0x50494446
+PIPEFS_MAGIC = 0x50495045
+PROC_SUPER_MAGIC = 0x9FA0
+SECRETMEM_MAGIC = 0x5345434D
+SOCKFS_MAGIC = 0x534F434B
+SYSFS_MAGIC = 0x62656572
+TMPFS_MAGIC = 0x01021994
+
+
+@cstruct(size=120)
+class statfs_buf(ctypes.Structure):
+    """struct statfs of <asm-generic/statfs.h>, 64-bit; only the type is read."""
+    f_type: c_long
+    rest: Annotated[object, ctypes.c_long * 14]
+
+
+@libc
+def statfs(path: c_void_p, buf: c_void_p) -> c_int: ...
+
+
+def file_system(path: str) -> int:
+    """The magic number of the file system that `path` is on; /proc/PID/fd/N is followed to the open file itself."""
+    buf = statfs_buf()
+    statfs(path.encode('utf-8', 'surrogateescape'), ctypes.byref(buf))
+    return buf.f_type & 0xFFFFFFFF

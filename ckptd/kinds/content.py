@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Bulk bytes of a file that a restart could not find by its name, holes left out."""
+
+import errno
+import os
+from collections.abc import Iterator
+
+from ckptd.image.grammar import U64, Struct, layout
+from ckptd.image.records import Extent
+from ckptd.kinds.base import Content
+
+CHUNK = 1 << 20
+
+
+@layout
+class Segment(Struct):
+    """Bytes of a file from `start`, kept in `extent`. What no segment covers is zero."""
+    start: U64
+    extent: Extent
+
+
+def dump_content(fd: int, size: int, content: Content) -> tuple[Segment, ...]:
+    """The data of a file of `size` bytes, by a description of our own: SEEK_DATA moves the position."""
+    return tuple(Segment(start, content.add(_chunks(fd, start, end))) for start, end in _data(fd, size))
+
+
+def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """[start, end) of what is not a hole, lseek(2)."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:      # nothing but hole up to the end
+                return
+            if error.errno != errno.EINVAL:     # a file system without holes
+                raise
+            start, at = at, size
+        if start < at:
+            yield start, at
+
+
+def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:
+    while start < end:
+        chunk = os.pread(fd, min(CHUNK, end - start), start)
+        if not chunk:       # truncated meanwhile, by somebody outside of the tree
+            return
+        start += len(chunk)
+        yield chunk

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A memfd: shared memory with an fd and a name for people, memfd_create(2)."""
+
+import fcntl
+import os
+import stat
+from typing import Protocol, runtime_checkable
+
+from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.kinds.base import Content, Kind, OpenFile
+from ckptd.kinds.content import Segment, dump_content
+from ckptd.kinds.locks import Lock, read_locks
+from ckptd.kinds.shmem import on_shm_mount
+
+PREFIX = '/memfd:'
+
+
+@runtime_checkable
+class SharedContent(Protocol):
+    """A Content that dumps shared memory itself, once per object, mapped or not."""
+
+    def shared_memory(self, file: OpenFile) -> int:
+        """shm_id of the object."""
+        ...
+
+
+@layout
+class Memfd(Struct):
+    """device, inode: equal for every description and mapping of one object. shm_id: the SharedMemory record that has
+    the content, 0 if it is in `content`. seals: F_SEAL_*."""
+    name: str
+    device: U64
+    inode: U64
+    size: U64
+    mode: U32
+    uid: U32
+    gid: U32
+    seals: U32
+    shm_id: U32
+    content: tuple[Segment, ...]
+    locks: tuple[Lock, ...]
+
+
+class MemfdKind(Kind[Memfd], tag='memfd'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)
+                and file.link.startswith(PREFIX))
+
+    def dump(self, file: OpenFile, content: Content) -> Memfd:
+        of = file.stat
+        shm_id = content.shared_memory(file) if isinstance(content, SharedContent) else 0
+        segments = () if shm_id else self._content(file, content)
+        with file.duplicate() as fd:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        return Memfd(file.path.removeprefix(PREFIX), of.st_dev, of.st_ino, of.st_size, of.st_mode, of.st_uid, of.st_gid,
+                     seals, shm_id, segments, read_locks(file))
+
+    def _content(self, file: OpenFile, content: Content) -> tuple[Segment, ...]:
+        with file.reopen(os.O_RDONLY) as fd:
+            return dump_content(fd, file.stat.st_size, content)

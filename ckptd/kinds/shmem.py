@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kernel's own tmpfs mount, where memfds, shared anonymous memory and System V segments live without a name."""
+
+import functools
+import os
+
+
+@functools.cache
+def shm_device() -> int:
+    """st_dev of that mount; no mountinfo lists it, but every memfd is on it (shm_mnt of mm/shmem.c)."""
+    fd = os.memfd_create('ckptd', os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+
+
+def on_shm_mount(stat: os.stat_result) -> bool:
+    return stat.st_dev == shm_device()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What no kind matches: refused, under its real name."""
+
+import errno
+import os
+import socket
+import stat
+from typing import NoReturn
+
+from ckptd.errors import Refused
+from ckptd.image.grammar import Struct
+from ckptd.kernel import statfs
+from ckptd.kinds.base import Content, Kind, OpenFile, Reason
+from ckptd.kinds.shmem import on_shm_mount
+from ckptd.kinds.tty import PTMX
+
+# what follows 'anon_inode:' in the link, brackets and number aside; the names are those of the kernel's callers of
+# anon_inode_getfile() and its like
+_ANON_INODES = {
+    'bpf-map': 'a BPF map', 'bpf-prog': 'a BPF program', 'bpf_link': 'a BPF link', 'bpf_iter': 'a BPF iterator',
+    'btf': 'a BPF type description (BTF)', 'eventfd': 'an eventfd', 'eventpoll': 'an epoll instance',
+    'fanotify': 'a fanotify group', 'fscontext': 'a file system context (fsopen)', 'inotify': 'an inotify instance',
+    'io_uring': 'an io_uring', 'kvm-vcpu': 'a KVM virtual CPU', 'kvm-vm': 'a KVM virtual machine',
+    'landlock-ruleset': 'a Landlock ruleset', 'perf_event': 'a perf event', 'pidfd': 'a pidfd',
+    'seccomp notify': 'a seccomp listener', 'signalfd': 'a signalfd', 'timerfd': 'a timerfd',
+    'userfaultfd': 'a userfaultfd',
+}
+_BY_MAGIC = {
+    statfs.HUGETLBFS_MAGIC: 'a file of huge pages', statfs.MQUEUE_MAGIC: 'a POSIX message queue',
+    statfs.NSFS_MAGIC: 'a namespace', statfs.PID_FS_MAGIC: 'a pidfd', statfs.SECRETMEM_MAGIC: 'secret memory',
+}
+_FAMILIES = {socket.AF_UNIX: 'unix', socket.AF_INET: 'IPv4', socket.AF_INET6: 'IPv6', socket.AF_NETLINK: 'netlink',
+             socket.AF_PACKET: 'packet'}
+_TYPES = {socket.SOCK_STREAM: 'stream', socket.SOCK_DGRAM: 'datagram', socket.SOCK_SEQPACKET: 'seqpacket',
+          socket.SOCK_RAW: 'raw'}
+
+
+class Unsupported(Kind[Struct], tag='unsupported'):
+    """The last resort; the registry asks it when no other kind matches."""
+
+    def matches(self, file: OpenFile) -> bool:
+        return False
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        return [Reason('EOPNOTSUPP', f'{describe(file)} ({file.link}) cannot be dumped yet',
+                       'close it before the checkpoint, or checkpoint a tree without it')]
+
+    def dump(self, file: OpenFile, content: Content) -> NoReturn:
+        reason = self.refusals(file)[0]
+        raise Refused(f'task {file.pid}: fd {file.fd}: {reason.reason}', errno=errno.EOPNOTSUPP, task=file.pid,
+                      resource=f'fd {file.fd}', hint=reason.hint)
+
+
+def describe(file: OpenFile) -> str:
+    """What it is, for people: 'an eventfd', 'a listening IPv4 stream socket'."""
+    if file.is_path:
+        return 'an O_PATH reference'
+    if file.link.startswith('anon_inode:'):
+        return _anon_inode(file.link)
+    if file.magic in _BY_MAGIC:
+        return _BY_MAGIC[file.magic]
+    if on_shm_mount(file.stat):
+        return 'shared anonymous memory opened as a file'
+    return _by_mode(file)
+
+
+def _anon_inode(link: str) -> str:
+    name = link.removeprefix('anon_inode:').removeprefix('[').removesuffix(']')
+    return _ANON_INODES.get(name.split(':')[0], f'a file of the kernel named {name!r}')
+
+
+def _by_mode(file: OpenFile) -> str:
+    mode, device = file.stat.st_mode, file.stat.st_rdev
+    if stat.S_ISSOCK(mode):
+        return _socket(file)
+    if stat.S_ISCHR(mode):
+        name = 'the master of a pseudo-terminal' if device == PTMX else 'a character device'
+        return f'{name} {os.major(device)}:{os.minor(device)}'
+    if stat.S_ISBLK(mode):
+        return f'a block device {os.major(device)}:{os.minor(device)}'
+    return f'a file of unknown type {stat.S_IFMT(mode):#o}'
+
+
+def _socket(file: OpenFile) -> str:
+    try:
+        with file.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
+            listening = 'listening ' if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) else ''
+            family, kind = _FAMILIES.get(sock.family), _TYPES.get(sock.type)
+    except OSError:
+        return 'a socket'       # the name of its sort is for people and not worth a failure
+    words = f'{listening}{family or f"family {int(sock.family)}"} {kind or f"type {int(sock.type)}"} socket'
+    return f'{"an" if words[0] in "aeiouI" else "a"} {words}'

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The live tree: from the name of a target to its roots, from roots to a Tree, and a hold on each task of it.
+
+    resolve_target('demo.service', 0)   Target(kind='unit', roots=(100, 140), cgroup='/system.slice/demo.service', ...)
+    scan_tree((100, 140))               100 leader, 100's other threads by tid, then for each thread of 100 its
+                                        children, each the same way; then 140
+    Handles(tree)                       a pidfd per process
+
+A scan reads one stat line per task and one children list per thread, so its time grows linearly with the tasks.
+Nothing is held still meanwhile: a task that vanishes during the scan is left out, one that is born may be missed. Two
+scans that agree, the later one with the tree frozen, are the proof (Tree.changes).
+"""
+
+import errno
+import os
+import resource
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+from ckptd.errors import InvalidArgument, NoSuchTarget
+from ckptd.kernel.cgroup import Cgroup, CgroupMount, mount_of
+from ckptd.kernel.mountinfo import read_mountinfo
+from ckptd.kernel.pidfd import pidfd_open, wait_dead
+from ckptd.kernel.stat import Stat, read_stat
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import read_children, read_threads
+from ckptd.tree import Task, TaskId, Tree
+
+UNIT_SUFFIXES = ('.service', '.scope', '.slice', '.socket', '.mount', '.swap')     # the units that have a cgroup
+
+
+# ---------------------------------------------------------------- targets
+
+class Target(NamedTuple):
+    """What a checkpoint is asked of. roots: pids, the main one first. cgroup: the path below the v2 mount when the
+    target is exactly that cgroup and everything in it, None for a tree of processes wherever they are."""
+    kind: Literal['pid', 'unit', 'cgroup']
+    roots: tuple[int, ...]
+    cgroup: str | None
+    unit: str | None
+    description: str
+
+
+def resolve_target(target: str, caller_pid: int) -> Target:
+    """'pid:N', 'foo.service', 'cgroup:/path' or 'self' (the process `caller_pid`). InvalidArgument, NoSuchTarget."""
+    if target == 'self':
+        return _process(caller_pid, f'the calling process {caller_pid}')
+    scheme, colon, rest = target.partition(':')
+    if colon and scheme == 'pid':
+        if not (rest.isascii() and rest.isdecimal() and 0 < int(rest) < 1 << 31):
+            raise InvalidArgument(f'not a pid: {rest!r}', hint='write pid:N with a number N')
+        return _process(int(rest), f'process {int(rest)}')
+    if colon and scheme == 'cgroup':
+        return _cgroup(rest)
+    if target.endswith(UNIT_SUFFIXES):
+        return _unit(target)
+    raise InvalidArgument(f'not a target: {target!r}', hint=NoSuchTarget.default_hint)
+
+
+def _process(pid: int, description: str) -> Target:
+    try:
+        tgid = read_status(pid).tgid
+    except ProcessLookupError:
+        raise NoSuchTarget(f'no process {pid}', task=pid) from None
+    if tgid != pid:
+        raise InvalidArgument(f'{pid} is a thread of process {tgid}', task=pid, hint=f'name the process: pid:{tgid}')
+    return Target('pid', (pid,), None, None, description)
+
+
+def _cgroup(path: str) -> Target:
+    parts = Path(path).parts
+    if parts[:1] != ('/',) or '..' in parts or '\0' in path:
+        raise InvalidArgument(f'not a cgroup path: {path!r}', hint='write cgroup:/PATH as /proc/PID/cgroup shows it')
+    if len(parts) == 1:
+        raise InvalidArgument('the root cgroup holds the whole system and cannot be frozen')
+    name = '/' + '/'.join(parts[1:])
+    directory = _mount().path.joinpath(*parts[1:])
+    if not directory.is_dir():
+        raise NoSuchTarget(f'no cgroup {name}')
+    return Target('cgroup', _cgroup_roots(directory, f'cgroup {name}'), name, None, f'cgroup {name}')
+
+
+def _unit(unit: str) -> Target:
+    if '/' in unit or '\0' in unit:
+        raise InvalidArgument(f'not a unit name: {unit!r}')
+    mount = _mount().path
+    # systemd escapes what could be a file of the cgroup file system with '_' (cg_escape in systemd's cgroup-util.c)
+    directory = '_' + unit if unit.startswith(('_', '.', 'cgroup.')) else unit
+    found = sorted(Path(top, directory) for top, below, _ in os.walk(mount) if directory in below)
+    if not found:
+        raise NoSuchTarget(f'no unit {unit} has a cgroup', hint='is it running? systemctl status ' + unit)
+    if len(found) > 1:
+        names = [f'cgroup:/{path.relative_to(mount)}' for path in found]
+        raise InvalidArgument(f'{unit} is the name of {len(found)} units: {", ".join(names)}', hint='name one of these')
+    roots = _cgroup_roots(found[0], f'unit {unit}')
+    return Target('unit', roots, f'/{found[0].relative_to(mount)}', unit, f'unit {unit}')
+
+
+def _mount() -> CgroupMount:
+    mount = mount_of(read_mountinfo())
+    if mount is None:
+        raise NoSuchTarget('no cgroup v2 hierarchy is mounted', hint='name a process: pid:N')
+    return mount
+
+
+def _cgroup_roots(directory: Path, description: str) -> tuple[int, ...]:
+    """Processes of the cgroup and those below it that no other one of them is the parent of; the oldest first.
+
+    A service manager starts the main process first, daemons that forked twice are younger.
+    """
+    found: list[Stat] = []
+    for pid in Cgroup(directory).procs(recursive=True):
+        with suppress(ProcessLookupError):
+            found.append(read_stat(pid))
+    members = {stat.pid for stat in found}
+    if not members:
+        raise NoSuchTarget(f'{description} has no processes')
+    roots = [stat for stat in found if stat.ppid not in members]
+    return tuple(stat.pid for stat in sorted(roots, key=lambda stat: (stat.start_time, stat.pid)))
+
+
+# ---------------------------------------------------------------- the scan
+
+class _Visit(NamedTuple):
+    """A process still to be read. parent_*: the thread that has it among its children, 0 for a root."""
+    tgid: int
+    parent_tid: int
+    parent_tgid: int
+    vppid: int
+    depth: int
+
+
+def scan_tree(roots: Sequence[int]) -> Tree:
+    """The tasks below `roots` (pids of processes), themselves included. NoSuchTarget if no root is alive."""
+    level = pid_level(roots)
+    # a stack and not recursion: a chain of 10,000 processes is a legal tree
+    stack = [_Visit(root, 0, 0, _outer_parent(root, level), 0) for root in reversed(roots)]
+    tasks: list[Task] = []
+    seen: set[int] = set()
+    while stack:
+        visit = stack.pop()
+        if visit.tgid in seen:      # reparented while we looked, from a thread already read to a later one
+            continue
+        seen.add(visit.tgid)
+        threads = _scan_process(visit, level)
+        tasks += threads
+        children = [_Visit(child, thread.tid, thread.tgid, thread.vtgid, visit.depth + 1)
+                    for thread in threads for child in _children(thread)]
+        stack += reversed(children)
+    if not tasks:
+        raise _no_task(roots)
+    return Tree(tuple(tasks))
+
+
+def pid_level(roots: Sequence[int]) -> int:
+    """How many pid namespaces below this /proc the first living root is: the index of its vpid in NSpid."""
+    for root in roots:
+        with suppress(ProcessLookupError):
+            return len(read_status(root).ns_pid) - 1
+    raise _no_task(roots)
+
+
+def _no_task(roots: Sequence[int]) -> NoSuchTarget:
+    return NoSuchTarget(f'no task {" ".join(map(str, roots))}', task=roots[0] if roots else 0)
+
+
+def _outer_parent(root: int, level: int) -> int:
+    """vpid of a root's parent, which is not in the tree; 0 if it is outside of the root's pid namespace."""
+    try:
+        parent = read_stat(root).ppid
+        return _at(read_status(parent).ns_tgid, level) if parent else 0
+    except ProcessLookupError:
+        return 0
+
+
+def _scan_process(visit: _Visit, level: int) -> list[Task]:
+    """Threads of one process, the leader first; empty when it is gone or is not the process that was listed."""
+    tasks: list[Task] = []
+    with suppress(ProcessLookupError):
+        for tid in read_threads(visit.tgid):
+            task = _scan_task(visit, tid, level)
+            # the listed child has died and a stranger has its number: a child of ours would have our process as parent
+            if task and visit.parent_tgid and task.ppid != visit.parent_tgid:
+                return []
+            tasks += [task] if task else []
+    return tasks
+
+
+def _scan_task(visit: _Visit, tid: int, level: int) -> Task | None:
+    try:
+        stat = read_stat(visit.tgid, tid)
+        vtid, vtgid, vpgid, vsid = _virtual_ids(stat, visit.tgid, level)
+    except ProcessLookupError:
+        return None
+    parent_tid = visit.parent_tid if tid == visit.tgid else visit.tgid
+    return Task(tid, visit.tgid, stat.ppid, stat.pgrp, stat.session, vtid, vtgid, visit.vppid, vpgid, vsid, parent_tid,
+                stat.start_time, stat.comm, stat.state, visit.depth, stat.flags, stat.exit_signal, stat.exit_code)
+
+
+def _virtual_ids(stat: Stat, tgid: int, level: int) -> tuple[int, int, int, int]:
+    # a root in the namespace of this /proc has there the ids that stat shows; status, thrice as long, is not needed
+    if level == 0:
+        return stat.pid, tgid, stat.pgrp, stat.session
+    status = read_status(tgid, stat.pid)
+    return (_at(status.ns_pid, level), _at(status.ns_tgid, level), _at(status.ns_pgid, level),
+            _at(status.ns_sid, level))
+
+
+def _at(ids: Sequence[int], level: int) -> int:
+    return ids[level] if level < len(ids) else 0
+
+
+def _children(thread: Task) -> list[int]:
+    if thread.is_zombie:            # its children have a new parent
+        return []
+    try:
+        return read_children(thread.tgid, thread.tid)
+    except ProcessLookupError:
+        return []
+
+
+# ---------------------------------------------------------------- the hold
+
+class Handles:
+    """A pidfd for every process of a tree: `with Handles(tree) as handles`. None is reused while it is open.
+
+    Where RLIMIT_NOFILE ends before the tree does, the rest is known by its start time alone (`complete` is False).
+    """
+
+    SPARE = 256         # fds left for everything else that the process does
+
+    def __init__(self, tree: Tree) -> None:
+        self._fds: dict[TaskId, int] = {}
+        self.gone: list[Task] = []
+        self.complete = True
+        room = _raise_nofile(len(tree) + self.SPARE) - self.SPARE
+        try:
+            for task in tree.leaders:
+                if len(self._fds) >= room or not self._open(task):
+                    self.complete = False
+                    break
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, task: Task) -> bool:
+        try:
+            fd = pidfd_open(task.tid)
+        except ProcessLookupError:
+            self.gone.append(task)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                return False
+            raise
+        # the pidfd is of whoever has the number now; only the start time says that it is the task that was scanned
+        if is_same(task):
+            self._fds[task.id] = fd
+        else:
+            os.close(fd)
+            self.gone.append(task)
+        return True
+
+    def __getitem__(self, task: Task) -> int:
+        """The pidfd of a process; KeyError if there is none (a thread, or the limit was reached)."""
+        return self._fds[task.id]
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def dead(self, tree: Tree) -> list[Task]:
+        """Processes that have exited since they were scanned, zombies of the scan left aside."""
+        return [task for task in tree.leaders if not task.is_zombie and self._is_dead(task)]
+
+    def _is_dead(self, task: Task) -> bool:
+        fd = self._fds.get(task.id)
+        return not is_same(task) if fd is None else wait_dead(fd, 0)
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+def is_same(task: Task) -> bool:
+    """Whether the task that was scanned still has its number."""
+    try:
+        return read_stat(task.tgid, task.tid).start_time == task.start_time
+    except ProcessLookupError:
+        return False
+
+
+def _raise_nofile(wanted: int) -> int:
+    """Raise the soft limit of open files if need be, at most to the hard one; the limit that holds then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max(soft, wanted)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
