@@ -64,7 +64,7 @@ def process_vm_writev(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_
 def read_into(pid: int, ranges: Sequence[Range], address: int) -> int:
     """Copy the ranges of process pid, in a row, to our memory at `address`; at most IOV_MAX ranges. Bytes copied: fewer
     than asked for where a page cannot be read. EFAULT where the first one cannot."""
-    remote = (iovec * len(ranges))(*[(start, end - start) for start, end in ranges])
+    remote = (iovec * len(ranges))(*[iovec(start, end - start) for start, end in ranges])
     local = iovec(address, sum(end - start for start, end in ranges))
     return process_vm_readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0)
 

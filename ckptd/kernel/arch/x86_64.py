@@ -28,7 +28,7 @@ GPR_SIZE = 216
 
 # <asm/unistd_64.h>: what is called by number, here or in a tracee
 NR = {
-    'mmap': 9, 'munmap': 11, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'getitimer': 36, 'shmctl': 31, 'getpid': 39,
+    'mmap': 9, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'getitimer': 36, 'shmctl': 31, 'getpid': 39,
     'sigaltstack': 131, 'prctl': 157, 'timer_gettime': 224, 'timer_getoverrun': 225, 'tgkill': 234, 'waitid': 247,
     'ioprio_set': 251, 'ioprio_get': 252, 'get_robust_list': 274, 'process_vm_readv': 310, 'process_vm_writev': 311,
     'kcmp': 312, 'sched_setattr': 314, 'sched_getattr': 315, 'pidfd_send_signal': 424, 'pidfd_open': 434, 'clone3': 435,
@@ -38,6 +38,7 @@ NR = {
 # include/linux/errno.h: what rax holds in a task that was interrupted inside a system call
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 
+SIG_SETMASK = 2
 _MASK64 = 2**64 - 1
 
 
@@ -84,7 +85,7 @@ ENTRY_SIZE = 64             # one row of the table: number, six arguments, resul
 _LOOP = bytes.fromhex(
     '488b03'                # loop: mov rax, [rbx]
     '4883f8ff'              #       cmp rax, -1
-    '7427'                  #       je  end
+    '7424'                  #       je  end
     '488b7b08'              #       mov rdi, [rbx+8]
     '488b7310'              #       mov rsi, [rbx+16]
     '488b5318'              #       mov rdx, [rbx+24]
@@ -94,7 +95,7 @@ _LOOP = bytes.fromhex(
     '0f05'                  #       syscall
     '48894338'              #       mov [rbx+56], rax
     '4883c340'              #       add rbx, 64
-    'ebd0'                  #       jmp loop
+    'ebd3'                  #       jmp loop
 )                           # end:
 
 
@@ -133,14 +134,13 @@ def _tail(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -
     after = interrupted(regs)
     trap = _call(NR['tgkill'], (tgid, tid, signal))
     unmap = b'\x4c\x89\xff' + b'\x4c\x89\xf6' + _mov('rax', NR['munmap']) + _SYSCALL     # mov rdi, r15; mov rsi, r14
-    # the original mask lies behind the code: lea rsi, [rip + distance]
-    set_mask = (_mov('rdi', 2) + b'\x48\x8d\x35%s' + _mov('rdx', 0) + _mov('r10', 8)
-                + _mov('rax', NR['rt_sigprocmask']) + _SYSCALL)
+    after_lea = _mov('rdx', 0) + _mov('r10', 8) + _mov('rax', NR['rt_sigprocmask']) + _SYSCALL
     registers = _flags(regs.eflags) + b''.join(_mov(name, getattr(after, name)) for name in _ENCODING)
     jump = b'\xff\x25' + struct.pack('<i', 8)                                            # jmp [rip + 8]
-    distance = len(set_mask) - 2 + 4 - 17 + len(registers) + len(jump)
-    code = set_mask.replace(b'%s', struct.pack('<i', distance)) + registers + jump
-    return trap + unmap + code + struct.pack('<QQ', mask, after.rip)
+    # the original mask lies behind the jump, where it jumps to behind the mask
+    distance = len(after_lea) + len(registers) + len(jump)
+    set_mask = _mov('rdi', SIG_SETMASK) + b'\x48\x8d\x35' + struct.pack('<i', distance) + after_lea   # lea rsi, [rip + ..]
+    return trap + unmap + set_mask + registers + jump + struct.pack('<QQ', mask, after.rip)
 
 
 def boot_code(number: int, arguments: Sequence[int], regs: user_regs_struct, mask: int, tgid: int, tid: int,

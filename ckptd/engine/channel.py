@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The worker's end of its socket: messages out, Cancel and end-of-file in."""
+
+import array
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from ckptd.engine.messages import (
+    MAX_MESSAGE,
+    Cancel,
+    Finished,
+    Message,
+    Phase,
+    Progress,
+    Start,
+    Thaw,
+    ToWorker,
+    UnitDone,
+    UnitRequest,
+)
+from ckptd.errors import Cancelled, CkptError
+
+PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
+_MAX_FDS = 4
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToWorker).decode
+
+
+class Channel:
+    """Owner of the socket. A dead daemon is a Cancelled like any other: the tree is released, nothing is finished."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._cancelled = False
+        self._next_progress = 0.0
+        self.phase_name = ''
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    # ------------------------------------------------------------ in
+
+    def receive(self) -> tuple[Message | None, list[int]]:
+        """The next message and its fds, waiting for it; None at end-of-file."""
+        data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(_MAX_FDS * 4),
+                                                     socket.MSG_CMSG_CLOEXEC)
+        fds = array.array('i')
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(payload[:len(payload) // fds.itemsize * fds.itemsize])
+        return (_decode(data) if data else None), list(fds)
+
+    def wait_start(self) -> tuple[Start, list[int]] | None:
+        """The job; None when the daemon has none for this worker."""
+        message, fds = self.receive()
+        return (message, fds) if isinstance(message, Start) else None
+
+    def wait_thaw(self) -> None:
+        """Wait until the daemon wants the tree back, or is gone."""
+        while not isinstance(self.receive()[0], Thaw | Cancel | None):
+            continue
+
+    def check(self) -> None:
+        """Cancelled if the daemon said so or is gone. Costs one poll(2)."""
+        if not self._cancelled and select.select([self._socket], [], [], 0)[0]:
+            message, fds = self.receive()
+            for fd in fds:
+                os.close(fd)
+            self._cancelled = isinstance(message, Cancel | None)
+        if self._cancelled:
+            raise Cancelled('the job was cancelled', phase=self.phase_name)
+
+    def forget_cancel(self) -> None:
+        """From here on nothing is cancelled: undoing must not be interrupted."""
+        self._cancelled = False
+
+    # ------------------------------------------------------------ out
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send and wait for room; Cancelled when the daemon is gone."""
+        try:
+            socket.send_fds(self._socket, [_encode(message)], fds)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            self._cancelled = True
+            raise Cancelled('the daemon is gone', phase=self.phase_name) from error
+
+    def phase(self, name: str) -> None:
+        self.phase_name = name
+        self.check()
+        self.send(Phase(name))
+
+    def progress(self, tasks_done: int, tasks_total: int, bytes_done: int, bytes_total: int, *,
+                 last: bool = False) -> None:
+        """Tell the daemon, not more than twenty times a second, and look whether it wants to stop."""
+        now = time.monotonic()
+        if now < self._next_progress and not last:
+            return
+        self._next_progress = now + PROGRESS_INTERVAL
+        self.check()
+        self.send(Progress(tasks_done, tasks_total, bytes_done, bytes_total))
+
+    def finish(self, rows_name: str, rows: Sequence[object], result: dict[str, object] | None = None) -> None:
+        """Finished, in as many packets as the rows need."""
+        head = dict(result or {})
+        rest = list(rows)
+        while True:
+            taken, size = [], 1024 + len(_encode(head))
+            while rest and size < MAX_MESSAGE // 2:
+                size += len(_encode(rest[0]))
+                taken.append(rest.pop(0))
+            self.send(Finished({**head, rows_name: taken} if rows_name else head, more=bool(rest)))
+            if not rest:
+                return
+            head = {}
+
+    def unit(self, unit: str, action: str) -> None:
+        """Have the daemon ask systemd to freeze or thaw a unit. CkptError with systemd's words if it does not."""
+        self.send(UnitRequest(unit, 'freeze' if action == 'freeze' else 'thaw'))
+        while True:
+            message, _ = self.receive()
+            if isinstance(message, UnitDone):
+                if message.error:
+                    raise CkptError(f'systemd does not {action} {unit}: {message.error}', resource=unit,
+                                    phase=self.phase_name)
+                return
+            if isinstance(message, Cancel | None):
+                self._cancelled = True
+                if message is None:
+                    raise Cancelled('the daemon is gone', phase=self.phase_name)

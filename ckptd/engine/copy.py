@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Copying page data into the image: one thread reads the next chunk while another writes the last.
+
+process_vm_readv(2) and pwrite(2) both leave the interpreter's lock alone, so the two overlap; each byte is copied
+twice, by the kernel, and no page passes through a Python object.
+"""
+
+import ctypes
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
+
+from ckptd.image.pages import DataWriter
+from ckptd.image.records import Extent, PageRun
+from ckptd.kernel.memory import IOV_MAX, PAGE, Mem, Range, read_into
+
+CHUNK_SIZE = 4 << 20
+BUFFERS = 3
+
+
+class _Buffer:
+    """CHUNK_SIZE bytes that ctypes and pwrite both take."""
+
+    def __init__(self) -> None:
+        self._map = mmap.mmap(-1, CHUNK_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self._map)
+        pointer = ctypes.c_char.from_buffer(self._map)
+        self.address = ctypes.addressof(pointer)
+        del pointer
+
+    def close(self) -> None:
+        self.view.release()
+        self._map.close()
+
+
+class Copier:
+    """Writes memory of stopped processes to a data part. on_bytes(n) is called after each chunk, for progress and cancel.
+
+    Leaving the `with` waits for the writer; an error of a write (SpoolFailed) shows at the next copy or in `flush`.
+    """
+
+    def __init__(self, data: DataWriter, on_bytes: Callable[[int], None]) -> None:
+        self.data, self._on_bytes = data, on_bytes
+        self._pool = ThreadPoolExecutor(1, 'write')
+        self._buffers = [_Buffer() for _ in range(BUFFERS)]
+        self._free = deque(self._buffers)
+        self._busy: deque[tuple[Future[None], _Buffer]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for buffer in self._buffers:
+            buffer.close()
+
+    def flush(self) -> None:
+        """Wait until everything is written. SpoolFailed."""
+        while self._busy:
+            self._reclaim()
+
+    def _reclaim(self) -> None:
+        future, buffer = self._busy.popleft()
+        self._free.append(buffer)
+        future.result()
+
+    def _take(self) -> _Buffer:
+        if not self._free:
+            self._reclaim()
+        return self._free.popleft()
+
+    def _write(self, buffer: _Buffer, length: int, offset: int) -> None:
+        """Hand a full buffer to the writing thread."""
+        self._busy.append((self._pool.submit(self.data.pwrite, buffer.view[:length], offset), buffer))
+        self._on_bytes(length)
+
+    def copy_memory(self, mem: Mem, ranges: Sequence[Range], *, base: int = 0) -> list[PageRun]:
+        """Copy page-aligned ranges of a process; the runs, whose start is the address minus `base`."""
+        extent = self.data.reserve(sum(end - start for start, end in ranges))
+        offset = extent.offset
+        for chunk in _chunks(ranges):
+            buffer = self._take()
+            length = _read(mem, chunk, buffer)
+            self._write(buffer, length, offset)
+            offset += length
+        return _runs(ranges, extent, base)
+
+    def copy_file(self, fd: int, size: int) -> list[PageRun]:
+        """Copy the data of a file or shared object, without its holes; the runs, by byte offset, whole pages."""
+        ranges = list(data_ranges(fd, size))
+        extent = self.data.reserve(sum(end - start for start, end in ranges))
+        offset = extent.offset
+        for chunk in _chunks(ranges):
+            buffer, length = self._take(), 0
+            for start, end in chunk:
+                view = buffer.view[length:length + end - start]
+                done = os.preadv(fd, [view], start)
+                view[done:] = bytes(len(view) - done)       # the end of the last page, or cut off meanwhile
+                length += end - start
+            self._write(buffer, length, offset)
+            offset += length
+        return _runs(ranges, extent, 0)
+
+
+def data_ranges(fd: int, size: int) -> Iterator[Range]:
+    """Page-aligned ranges of a file that may hold data, lseek(2) SEEK_DATA."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:         # ENXIO: nothing but a hole up to the end
+            return
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        start, end = start // PAGE * PAGE, -(-min(at, size) // PAGE) * PAGE
+        if start < end:
+            yield start, end
+        at = max(at, end)
+
+
+def _chunks(ranges: Iterable[Range]) -> Iterator[list[Range]]:
+    """The same bytes in groups that fit into a buffer and into one process_vm_readv."""
+    group: list[Range] = []
+    room = CHUNK_SIZE
+    for start, end in ranges:
+        while start < end:
+            stop = min(end, start + room)
+            group.append((start, stop))
+            room -= stop - start
+            start = stop
+            if not room or len(group) == IOV_MAX:
+                yield group
+                group, room = [], CHUNK_SIZE
+    if group:
+        yield group
+
+
+def _read(mem: Mem, ranges: Sequence[Range], buffer: _Buffer) -> int:
+    """Fill the buffer; bytes read. What has no read permission is read through /proc/PID/mem, as a tracer may."""
+    total = sum(end - start for start, end in ranges)
+    try:
+        done = read_into(mem.pid, ranges, buffer.address)
+    except OSError:
+        done = 0
+    if done < total:
+        at = 0
+        for start, end in ranges:
+            buffer.view[at:at + end - start] = mem.read(start, end - start)
+            at += end - start
+    return total
+
+
+def _runs(ranges: Sequence[Range], extent: Extent, base: int) -> list[PageRun]:
+    runs, offset = [], extent.offset
+    for start, end in ranges:
+        runs.append(PageRun(start - base, (end - start) // PAGE, extent.part, offset))
+        offset += end - start
+    return runs

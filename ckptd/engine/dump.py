@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A stopped tree to records and page data.
+
+    Dump(tree, stopped, cgroups, data, ...)
+        .read_state()      procfs, ptrace and remote calls, process by process: records are collected in memory
+        .read_memory()     pages, into the data part
+    then, after the tree was let go,
+        .write(writer)     the records
+
+The order of the read matters. smaps come before the remote calls of a process, which map and unmap a few pages, and
+its pages are chosen after them, so that neither shows in the image.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from ckptd.engine import state
+from ckptd.engine.copy import Copier
+from ckptd.engine.faults import fault
+from ckptd.engine.memory import MemoryDump
+from ckptd.engine.openfiles import FileDump
+from ckptd.engine.questions import Answers, ThreadAnswers, ask
+from ckptd.engine.remote import OwnIds
+from ckptd.engine.seize import Stopped
+from ckptd.engine.sharing import TaskSharing
+from ckptd.errors import NotSupported, TreeChanged
+from ckptd.image import records
+from ckptd.image.grammar import Record
+from ckptd.image.pages import DataWriter
+from ckptd.image.writer import ImageWriter
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.maps import Mapping as Map
+from ckptd.kernel.maps import read_smaps
+from ckptd.kernel.stat import read_stat
+from ckptd.kernel.status import Status, read_status
+from ckptd.tree import Task, Tree
+
+Report = Callable[[int, int, int, int], None]       # tasks done, of; bytes done, of
+
+_U32 = 2**32 - 1
+
+
+@dataclass(slots=True)
+class _Ids:
+    """Ids of the shared objects that a task uses; 0: a zombie has none."""
+    mm: int = 0
+    files: int = 0
+    fs: int = 0
+    sighand: int = 0
+
+
+class Dump:
+    """One dump. cgroups: path by tgid as it was before the freeze. Nothing here changes the tree.
+
+    `with` closes what it has open; the stopped tasks and the data part are their owners'.
+    """
+
+    def __init__(self, tree: Tree, stopped: Stopped, cgroups: Mapping[int, str], data: DataWriter,
+                 report: Report) -> None:
+        self._tree, self._stopped, self._cgroups, self._report = tree, stopped, cgroups, report
+        self._data = data
+        self._vtids = {task.tid: task.vtid for task in tree}
+        self._groups = {task.pgid: task.vpgid for task in tree}
+        self._sharing = TaskSharing()
+        self._sighands: set[int] = set()
+        self._tree_records: list[Record] = []
+        self._task_records: list[Record] = []
+        self._memory = MemoryDump()
+        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.objects.close()
+
+    @property
+    def pages_scanned(self) -> int:
+        return self._memory.pages_scanned
+
+    @property
+    def pages_written(self) -> int:
+        return self._memory.pages_written
+
+    # ------------------------------------------------------------ state
+
+    def read_state(self) -> None:
+        """Everything but pages."""
+        processes: dict[int, list[Task]] = {}
+        for task in self._tree:
+            processes.setdefault(task.tgid, []).append(task)
+        self._tree_records += [self._header(len(processes)), *state.task_ids(self._tree)]
+        done = 0
+        for threads in processes.values():
+            self._process(threads)
+            done += len(threads)
+            self._report(done, len(self._tree), 0, 0)
+        fault('state-read')
+
+    def _header(self, processes: int) -> records.Header:
+        return records.Header(
+            self._tree.root.vtid, len(self._tree), processes, time.time_ns(),
+            time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            os.sysconf('SC_PAGE_SIZE'), os.uname().machine)
+
+    def _process(self, threads: list[Task]) -> None:
+        alive = [task for task in threads if task.tid in self._stopped.tracees]
+        try:
+            ids = self._alive(threads[0], alive) if alive else {}
+        except ProcessLookupError as error:
+            raise TreeChanged(f'{threads[0].comm}[{threads[0].tid}] died while it was read', task=threads[0].tid,
+                              phase='state') from error
+        self._tree_records += [self._task(task, ids.get(task.tid, _Ids())) for task in threads]
+
+    def _task(self, task: Task, ids: _Ids) -> records.Task:
+        tracee = self._stopped.tracees.get(task.tid)
+        return records.Task(
+            task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, ord(task.state), task.exit_code & _U32,
+            task.exit_signal & _U32, tracee.stop_signal if tracee else 0, task.flags, ids.mm, ids.files, ids.fs,
+            ids.sighand, self._cgroups.get(task.tgid, ''))
+
+    def _alive(self, leader: Task, alive: list[Task]) -> dict[int, _Ids]:
+        """All of a process that has a thread to ask; a leader that has exited is not the one."""
+        anchor = alive[0]
+        mappings = read_smaps(anchor.tid)
+        statuses = {task.tid: read_status(task.tid) for task in alive}
+        ids = self._share(leader, alive, statuses)
+        for task in alive:
+            self._check_registers(task)
+        answers = self._ask(alive, mappings)
+        for task in alive:
+            self._task_records += self._thread(task, statuses[task.tid], answers.threads[task.tid])
+        stat = read_stat(anchor.tid)
+        self._task_records += [
+            state.process_state(leader, stat, self._stopped.tracees[anchor.tid], answers.process, self._groups),
+            state.limits(leader, anchor.tid),
+            records.IntervalTimers(leader.vtid, answers.process.itimers),
+            state.posix_timers(leader, answers.timers, self._vtids)]
+        mine = ids[anchor.tid]
+        if mine.sighand not in self._sighands:
+            self._sighands.add(mine.sighand)
+            self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
+        self._memory.add(mine.mm, anchor.tid, mappings, stat, answers.process)
+        return ids
+
+    def _check_registers(self, task: Task) -> None:
+        """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only."""
+        if self._stopped.tracees[task.tid].regs.cs != arch.CS_64:
+            raise NotSupported(f'{task.comm}[{task.tid}] runs 32-bit code', task=task.tid, resource='registers',
+                               phase='state', hint='only 64-bit tasks can be checkpointed')
+
+    def _share(self, leader: Task, alive: list[Task], statuses: Mapping[int, Status]) -> dict[int, _Ids]:
+        """Ids of what each thread uses; the first user of a table of files or of an fs struct reads it."""
+        anchor = alive[0].tid
+        mm, _ = self._sharing.mm.id_of(anchor)
+        sighand, _ = self._sharing.sighand.id_of(anchor)
+        ids: dict[int, _Ids] = {}
+        for task in alive:
+            files, new_files = self._sharing.files.id_of(task.tid)
+            if new_files:
+                self._files.read_table(files, leader.tgid, task.tid)
+            fs, new_fs = self._sharing.fs.id_of(task.tid)
+            if new_fs:
+                self._task_records.append(state.fs(fs, task.tid, statuses[task.tid].umask))
+            ids[task.tid] = _Ids(mm, files, fs, sighand)
+        return ids
+
+    def _ask(self, alive: list[Task], mappings: Sequence[Map]) -> Answers:
+        return ask([(self._stopped.tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive], mappings)
+
+    def _thread(self, task: Task, status: Status, answers: ThreadAnswers) -> Iterator[Record]:
+        tracee = self._stopped.tracees[task.tid]
+        yield state.credentials(task, status, answers)
+        yield state.scheduling(task, answers)
+        yield state.registers(task, tracee)
+        yield state.thread_signals(task, tracee, answers)
+        yield state.thread_pointers(task, tracee, answers)
+
+    # ------------------------------------------------------------ memory
+
+    def read_memory(self) -> None:
+        """The chosen pages of all address spaces and the content of shared objects, into the data part."""
+        total, done, tasks = self._memory.scan(), 0, len(self._tree)
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            if done < total // 2 <= done + count:
+                fault('memory-half')
+            done += count
+            self._report(tasks, tasks, min(done, total), total)
+
+        with Copier(self._data, on_bytes) as copier:
+            self._memory.copy(copier)
+        fault('memory-read')
+
+    # ------------------------------------------------------------ after the tree was let go
+
+    def write(self, writer: ImageWriter) -> None:
+        """All records. SpoolFailed."""
+        parts = {'TREE': self._tree_records, 'TASK': self._task_records, 'FILE': self._files.records(),
+                 'MEM ': self._memory.records()}
+        for code, rows in parts.items():
+            part = writer.part(code)
+            for row in rows:
+                part.write(row)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Address spaces: what is mapped, which pages are worth writing, and where they go."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from ckptd.engine.copy import Copier
+from ckptd.engine.questions import ProcessAnswers
+from ckptd.engine.vmas import MAP_PRIVATE, Objects, Shared, View, vma_record
+from ckptd.image import records
+from ckptd.image.grammar import Record
+from ckptd.image.pages import page_runs
+from ckptd.image.records import MEMFD, OF_MM, OF_SHARED_MEMORY, PAGE, SYSV, VDSO, VSYSCALL, VVAR, PageRun
+from ckptd.kernel.maps import Mapping
+from ckptd.kernel.memory import Mem, PageMap, Range
+from ckptd.kernel.shm import shmctl_stat
+from ckptd.kernel.stat import Stat
+from ckptd.kernel.task import read_auxv
+
+_NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; of these only the vdso's text is kept, for debuggers
+
+
+@dataclass(slots=True)
+class _Space:
+    """One address space, read through the stopped thread `tid`."""
+    mm_id: int
+    tid: int
+    mm: records.Mm
+    vmas: list[records.Vma]
+    ranges: list[Range] = field(default_factory=list)
+    guards: list[Range] = field(default_factory=list)
+    runs: list[PageRun] = field(default_factory=list)
+
+
+class MemoryDump:
+    """All address spaces and shared objects of a tree: `add` each, then `scan`, `copy`, `records`."""
+
+    def __init__(self) -> None:
+        self.objects = Objects()
+        self._spaces: dict[int, _Space] = {}
+        self._shared: list[Record] = []
+        self.pages_scanned = 0
+        self.pages_written = 0
+
+    def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, process: ProcessAnswers) -> None:
+        """Enter an address space, once."""
+        if mm_id in self._spaces:
+            return
+        layout = (stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, process.brk,
+                  stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end)
+        mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), process.dumpable,
+                        process.thp_disabled)
+        vmas = [vma_record(mm_id, tid, mapping, self.objects) for mapping in mappings]
+        self._spaces[mm_id] = _Space(mm_id, tid, mm, vmas)
+
+    def scan(self) -> int:
+        """Choose the pages of every address space; bytes to copy (of shared objects: at most)."""
+        for space in self._spaces.values():
+            self._scan_space(space)
+        private = sum(end - start for space in self._spaces.values() for start, end in space.ranges)
+        return private + sum(shared.extent for shared in self.objects.shared.values())
+
+    def _scan_space(self, space: _Space) -> None:
+        private = [vma for vma in space.vmas if vma.flags & MAP_PRIVATE and vma.kind not in _NO_PAGES]
+        low = min((vma.start for vma in private), default=0)
+        high = max((vma.end for vma in private), default=0)
+        with PageMap(space.tid) as pagemap:
+            chosen = pagemap.anonymous(low, high)
+            space.guards = pagemap.guards(low, high)
+        text = [(vma.start, vma.end) for vma in space.vmas if vma.kind == VDSO]
+        space.ranges = sorted([*_inside(chosen, private), *text])
+        self.pages_scanned += sum(vma.end - vma.start for vma in space.vmas) // PAGE
+        self.pages_written += sum(end - start for start, end in space.ranges) // PAGE
+
+    def copy(self, copier: Copier) -> None:
+        """Copy the chosen pages, the content of shared objects, and deleted files that are mapped."""
+        for space in self._spaces.values():
+            with Mem(space.tid) as mem:
+                space.runs = copier.copy_memory(mem, space.ranges)
+        for shared in self.objects.shared.values():
+            self._shared += self._copy_shared(shared, copier)
+        for index, view in self.objects.deleted:
+            self.objects.backings[index] = _with_content(self.objects.backings[index], view, copier)
+        copier.flush()
+
+    def _copy_shared(self, shared: Shared, copier: Copier) -> Iterator[Record]:
+        with ExitStack() as stack:
+            fd = shared.fd if shared.fd >= 0 else stack.enter_context(_map_file(shared.views))
+            if fd >= 0:
+                at = os.fstat(fd)
+                size, mode, uid, gid = at.st_size, at.st_mode, at.st_uid, at.st_gid
+                runs = copier.copy_file(fd, size)
+            else:
+                size, mode, uid, gid = shared.extent, 0o600, 0, 0
+                runs = _copy_views(shared, copier)
+            # F_GET_SEALS asks the inode, so any fd of it does
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS) if fd >= 0 and shared.kind == MEMFD else 0
+        key = 0
+        if shared.kind == SYSV:
+            ipc = shmctl_stat(shared.inode)
+            key, mode, uid, gid, size = ipc.key, ipc.mode, ipc.uid, ipc.gid, ipc.size
+        self.pages_scanned += -(-size // PAGE)
+        self.pages_written += sum(run.pages for run in runs)
+        yield records.SharedMemory(shared.shm_id, shared.kind, size, shared.name, seals, mode, uid, gid, key,
+                                   shared.inode if shared.kind == SYSV else 0, 0)
+        yield from page_runs(OF_SHARED_MEMORY, shared.shm_id, runs)
+
+    def records(self) -> Iterator[Record]:
+        """Everything for memory.img."""
+        yield from self.objects.backings
+        yield from self._shared
+        for space in self._spaces.values():
+            yield space.mm
+            yield from space.vmas
+            yield from page_runs(OF_MM, space.mm_id, space.runs)
+            if space.guards:
+                yield records.GuardRegions(space.mm_id, tuple(records.Range(*guard) for guard in space.guards))
+
+
+def _inside(ranges: Sequence[Range], vmas: Sequence[records.Vma]) -> Iterator[Range]:
+    """The parts of ascending ranges that lie in ascending vmas, never across the border of two."""
+    index = 0
+    for start, end in ranges:
+        while index < len(vmas) and vmas[index].end <= start:
+            index += 1
+        at = index
+        while at < len(vmas) and vmas[at].start < end:
+            yield max(start, vmas[at].start), min(end, vmas[at].end)
+            at += 1
+
+
+@contextmanager
+def _map_file(views: Sequence[View]) -> Iterator[int]:
+    """The object behind a mapping, opened; -1 where only CAP_CHECKPOINT_RESTORE opens map_files (proc_pid_map_files(5))."""
+    fd = -1
+    for view in views:
+        path = f'/proc/{view.tid}/map_files/{view.mapping.start:x}-{view.mapping.end:x}'
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:
+            continue
+        break
+    try:
+        yield fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _copy_views(shared: Shared, copier: Copier) -> list[PageRun]:
+    """Through the mappings: all that they cover, each part once. Pages that nobody mapped are beyond reach."""
+    runs: list[PageRun] = []
+    done = 0
+    for view in sorted(shared.views, key=lambda view: view.mapping.offset):
+        start, end = max(view.mapping.offset, done), view.mapping.offset + view.mapping.size
+        if start < end:
+            base = view.mapping.start - view.mapping.offset
+            with Mem(view.tid) as mem:
+                runs += copier.copy_memory(mem, [(base + start, base + end)], base=base)
+            done = end
+    return runs
+
+
+def _with_content(backing: records.Backing, view: View, copier: Copier) -> records.Backing:
+    """The record of a deleted file with what was in it."""
+    path = f'/proc/{view.tid}/map_files/{view.mapping.start:x}-{view.mapping.end:x}'
+    fd = os.open(path if view.mapping.size else f'/proc/{view.tid}/exe', os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        at = os.fstat(fd)
+        content = copier.data.add(iter(lambda: os.read(fd, 1 << 20), b''))
+    finally:
+        os.close(fd)
+    return records.Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns,
+                           at.st_mode, 1, (content,))

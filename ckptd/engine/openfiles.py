@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Open files of stopped tasks: each description once, with the tables of fds that lead to it."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+
+from ckptd.engine.sharing import Sharing
+from ckptd.engine.vmas import Objects
+from ckptd.image import records
+from ckptd.image.grammar import Record
+from ckptd.image.pages import DataWriter
+from ckptd.image.records import Extent
+from ckptd.kernel.fdinfo import list_fds
+from ckptd.kernel.kcmp import kcmp_file
+from ckptd.kinds.base import OpenFile, read_open_file
+from ckptd.kinds.registry import kind_of
+
+
+class _Content:
+    """Bulk bytes go to the data part; shared memory goes with the address spaces that map it."""
+
+    def __init__(self, data: DataWriter, objects: Objects) -> None:
+        self._data, self._objects = data, objects
+
+    def add(self, chunks: Iterable[bytes]) -> Extent:
+        return self._data.add(chunks)
+
+    def shared_memory(self, file: OpenFile) -> int:
+        return self._objects.share_file(file.stat, file.path, file.proc_path)
+
+
+class FileDump:
+    """Descriptions and tables of a tree. ids: vpid (of a task or a group) by pid, for the owners of signals."""
+
+    def __init__(self, data: DataWriter, objects: Objects, ids: Mapping[int, int]) -> None:
+        self._content = _Content(data, objects)
+        self._ids = ids
+        # who has the same flags, position and inode may have the same description; kcmp(2) tells
+        self._sharing = Sharing[tuple[int, int]](lambda a, b: kcmp_file(*a, *b))
+        self._files: list[records.OpenFile] = []
+        self._tables: list[records.FdTable] = []
+
+    def read_table(self, files_id: int, tgid: int, tid: int) -> None:
+        """Enter the table of a task, and each of its files that no other table had."""
+        fds = [self._enter(read_open_file(tgid, fd, tid)) for fd in list_fds(tid)]
+        self._tables.append(records.FdTable(files_id, tuple(fds)))
+
+    def _enter(self, file: OpenFile) -> records.Fd:
+        cloexec = int(bool(file.flags & os.O_CLOEXEC))
+        flags = file.flags & ~os.O_CLOEXEC
+        key = (file.stat.st_dev, file.stat.st_ino, flags, file.info.pos)
+        file_id, new = self._sharing.id_of((file.tid, file.fd), key)
+        if new:
+            self._files.append(self._describe(file_id, file, flags))
+        return records.Fd(file.fd, file_id, cloexec)
+
+    def _describe(self, file_id: int, file: OpenFile, flags: int) -> records.OpenFile:
+        kind, owner = kind_of(file), file.owner()
+        data = kind.dump(file, self._content).encode()
+        return records.OpenFile(file_id, kind.tag, flags, file.info.pos & (1 << 64) - 1, file.stat.st_mode, owner.type,
+                                self._ids.get(owner.pid, 0), owner.signal, file.link, data)
+
+    def records(self) -> Iterator[Record]:
+        """Everything for files.img."""
+        yield from self._files
+        yield from self._tables

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What only the task itself can say, asked by remote system calls: one batch for a thread, one more for its process."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptd.engine.remote import Batch, Out, OwnIds, Remote
+from ckptd.image.records import IntervalTimer, SigAction
+from ckptd.kernel.maps import Mapping
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.task import ProcTimer, read_timers
+
+SIGNALS = range(1, 65)
+_NEVER_HANDLED = (9, 19)        # SIGKILL, SIGSTOP: rt_sigaction of them is EINVAL
+_TIMERS_PER_BATCH = 100
+_SIGSET_SIZE = 8
+
+# <linux/prctl.h>
+PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TIMERSLACK = 2, 3, 7, 27, 30
+PR_GET_CHILD_SUBREAPER, PR_GET_TID_ADDRESS, PR_GET_THP_DISABLE = 37, 40, 42
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadAnswers:
+    """altstack: ss_sp, ss_flags, ss_size. clear_child_tid: an address. timer_slack: nanoseconds."""
+    altstack: tuple[int, int, int]
+    clear_child_tid: int
+    pdeath_signal: int
+    keepcaps: int
+    securebits: int
+    timer_slack: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessAnswers:
+    """actions: signals 1 to 64. itimers: real, virtual, prof."""
+    actions: tuple[SigAction, ...]
+    itimers: tuple[IntervalTimer, ...]
+    brk: int
+    dumpable: int
+    child_subreaper: int
+    thp_disabled: int
+
+
+class ThreadQuestions:
+    """The calls about one thread, added to a batch; `answers` after it ran."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._altstack, self._address, self._pdeath = batch.buffer(24), batch.buffer(8), batch.buffer(8)
+        batch.call('sigaltstack', 0, self._altstack)
+        batch.call('prctl', PR_GET_TID_ADDRESS, self._address)
+        batch.call('prctl', PR_GET_PDEATHSIG, self._pdeath)
+        self._plain = [batch.call('prctl', option) for option in
+                       (PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TIMERSLACK)]
+
+    def answers(self) -> ThreadAnswers:
+        data = self._batch.data
+        keepcaps, securebits, slack = (self._batch.result(call) for call in self._plain)
+        sp, flags, size = struct.unpack('<QixxxxQ', data(self._altstack))
+        return ThreadAnswers((sp, flags & 0xFFFFFFFF, size), _u64(data(self._address)), _u64(data(self._pdeath)),
+                             keepcaps, securebits, slack)
+
+
+class ProcessQuestions:
+    """The calls about a process, added to a batch; `answers` after it ran."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._actions = list(self._ask_actions())
+        self._itimers = [batch.buffer(32) for _ in range(3)]
+        for which, out in enumerate(self._itimers):
+            batch.call('getitimer', which, out)
+        self._brk = batch.call('brk', 0)
+        self._dumpable = batch.call('prctl', PR_GET_DUMPABLE)
+        self._thp = batch.call('prctl', PR_GET_THP_DISABLE, 0, 0, 0, 0)
+        self._subreaper = batch.buffer(8)
+        batch.call('prctl', PR_GET_CHILD_SUBREAPER, self._subreaper)
+
+    def _ask_actions(self) -> Iterator[Out | None]:
+        for number in SIGNALS:
+            if number in _NEVER_HANDLED:
+                yield None
+                continue
+            out = self._batch.buffer(32)
+            self._batch.call('rt_sigaction', number, 0, out, _SIGSET_SIZE)
+            yield out
+
+    def answers(self) -> ProcessAnswers:
+        batch = self._batch
+        actions = tuple(SigAction(*struct.unpack('<4Q', batch.data(out))) if out else SigAction(0, 0, 0, 0)
+                        for out in self._actions)
+        itimers = tuple(_itimer(batch.data(out)) for out in self._itimers)
+        return ProcessAnswers(actions, itimers, batch.result(self._brk), batch.result(self._dumpable),
+                              _u64(batch.data(self._subreaper)), batch.result(self._thp))
+
+
+@dataclass(frozen=True, slots=True)
+class TimerAnswer:
+    """Nanoseconds; overruns counted by the last expiry."""
+    interval_ns: int
+    value_ns: int
+    overrun: int
+
+
+def ask_timers(remote: Remote, tracee: Tracee, ids: OwnIds, timer_ids: Sequence[int]) -> list[TimerAnswer]:
+    """timer_gettime(2) and timer_getoverrun(2) of each, in batches."""
+    found: list[TimerAnswer] = []
+    for first in range(0, len(timer_ids), _TIMERS_PER_BATCH):
+        batch = Batch()
+        rows = [(batch.buffer(32), number) for number in timer_ids[first:first + _TIMERS_PER_BATCH]]
+        calls = [(batch.call('timer_gettime', number, out), batch.call('timer_getoverrun', number), out)
+                 for out, number in rows]
+        remote.run(tracee, ids, batch)
+        for gettime, getoverrun, out in calls:
+            batch.result(gettime)
+            interval, interval_ns, value, value_ns = struct.unpack('<4q', batch.data(out))
+            found.append(TimerAnswer(interval * 10**9 + interval_ns, value * 10**9 + value_ns,
+                                     batch.result(getoverrun)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Of one process; threads by tid."""
+    threads: dict[int, ThreadAnswers]
+    process: ProcessAnswers
+    timers: list[tuple[ProcTimer, TimerAnswer]]
+
+
+def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Answers:
+    """Ask all stopped threads of one process; the first one speaks for the process. They end as they were."""
+    first, ids = threads[0]
+    with Remote(first, ids, mappings) as remote:
+        batch = Batch()
+        process = ProcessQuestions(batch)
+        answers = {first.tid: _ask_thread(remote, first, ids, batch)}
+        for tracee, own in threads[1:]:
+            answers[tracee.tid] = _ask_thread(remote, tracee, own, Batch())
+        timers = read_timers(first.tid)
+        timer_answers = ask_timers(remote, first, ids, [timer.id for timer in timers])
+    return Answers(answers, process.answers(), list(zip(timers, timer_answers, strict=True)))
+
+
+def _ask_thread(remote: Remote, tracee: Tracee, ids: OwnIds, batch: Batch) -> ThreadAnswers:
+    questions = ThreadQuestions(batch)
+    remote.run(tracee, ids, batch)
+    return questions.answers()
+
+
+def _itimer(data: bytes) -> IntervalTimer:
+    interval, interval_us, value, value_us = struct.unpack('<4q', data)
+    return IntervalTimer(interval * 10**6 + interval_us, value * 10**6 + value_us)
+
+
+def _u64(data: bytes) -> int:
+    return int.from_bytes(data, 'little')

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Remote system calls: a batch of calls that a stopped task does itself, for one stop in all.
+
+    with Remote(pid, layout) as remote:             one per address space, for as long as calls are needed
+        batch = Batch()
+        out = batch.buffer(32)                      32 bytes of the tracee's memory, for a result
+        call = batch.call('rt_sigaction', 2, 0, out, 8)
+        remote.run(tracee, ids, batch)
+        batch.result(call), batch.data(out)
+
+The code lies in bytes of an executable private mapping that hold nothing: the zeros behind the end of the vdso, or of any
+other text page. Nothing runs there, so a tracer that dies leaves no damage, and the task heals itself (see
+kernel/arch/x86_64.py). The table of calls and the buffers lie in pages that the first remote call maps and the last one
+unmaps.
+"""
+
+import ctypes
+import os
+import signal
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+from ckptd.engine.faults import fault
+from ckptd.errors import CkptError, NotSupported
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.maps import Mapping
+from ckptd.kernel.memory import PAGE, Mem
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.status import read_status
+
+AREA_PAGES = 8
+CODE_ROOM = 512             # bytes of code, rounded up
+_PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 3, 0x22
+# rseq_cs of struct rseq, <linux/rseq.h>; start_ip, post_commit_offset and abort_ip of struct rseq_cs
+_RSEQ_CS = 8
+_ALL_SIGNALS = 2**64 - 1
+
+
+class OwnIds(NamedTuple):
+    """A task's ids as its own pid namespace has them."""
+    tgid: int
+    tid: int
+
+
+class Out(NamedTuple):
+    """A place in the batch's buffers; as an argument of a call it becomes its address in the tracee."""
+    offset: int
+    length: int
+
+
+@dataclass
+class Batch:
+    """Calls and buffers of one run."""
+    calls: list[tuple[int, tuple[int | Out, ...]]] = field(default_factory=list)
+    used: int = 0
+    inputs: list[tuple[int, bytes]] = field(default_factory=list)
+    results: list[int] = field(default_factory=list)
+    contents: bytes = b''
+
+    def buffer(self, length: int, content: bytes = b'') -> Out:
+        """Room for `length` bytes, zero or `content` at first."""
+        out = Out(self.used, length)
+        self.used += (length + 7) & ~7
+        if content:
+            self.inputs.append((out.offset, content))
+        return out
+
+    def call(self, name: str, *arguments: int | Out) -> int:
+        """Add a system call; the number is for `result`."""
+        self.calls.append((arch.NR[name], arguments))
+        return len(self.calls) - 1
+
+    def result(self, call: int) -> int:
+        """What it returned; OSError if it failed."""
+        value = self.results[call]
+        if -4096 < value < 0:
+            number = self.calls[call][0]
+            name = next(name for name, nr in arch.NR.items() if nr == number)
+            raise OSError(-value, f'remote {name}: {os.strerror(-value)}')
+        return value
+
+    def data(self, out: Out) -> bytes:
+        return self.contents[out.offset:out.offset + out.length]
+
+
+def find_room(mem: Mem, mappings: Iterable[Mapping]) -> int:
+    """Address of CODE_ROOM bytes that hold nothing in an executable private mapping: the vdso first, then any text."""
+    text = [m for m in mappings if m.execute and not m.shared and m.path != '[vsyscall]']
+    for mapping in sorted(text, key=lambda m: m.path != '[vdso]'):
+        address = (mapping.end - CODE_ROOM) & ~15
+        try:
+            if not mem.read(address, mapping.end - address).strip(b'\0'):
+                return address
+        except OSError:
+            continue    # a text page behind the end of its file
+    raise NotSupported(f'process {mem.pid} has no room for remote calls: no vdso and no text page that ends in zeros',
+                       task=mem.pid, resource='vdso')
+
+
+class Remote:
+    """System calls in one address space, through any stopped thread of it, one at a time."""
+
+    def __init__(self, tracee: Tracee, ids: OwnIds, mappings: Iterable[Mapping]) -> None:
+        self._boot = (tracee, ids)
+        self._mem = Mem(tracee.tid)
+        try:
+            self._code = find_room(self._mem, mappings)
+        except (OSError, CkptError):
+            self._mem.__exit__()
+            raise
+        self._length = AREA_PAGES * PAGE
+        self._area = 0
+
+    def __enter__(self) -> Self:
+        tracee, ids = self._boot
+        try:
+            area = self._single(tracee, ids, 'mmap', (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS,
+                                                      _ALL_SIGNALS, 0))
+            if area < 0:
+                raise OSError(-area, f'remote mmap: {os.strerror(-area)}')
+            self._area = area
+        except BaseException:
+            self._close()
+            raise
+        fault('remote-mapped')
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        tracee, ids = self._boot
+        try:
+            if tracee.attached:
+                area, self._area = self._area, 0
+                self._single(tracee, ids, 'munmap', (area, self._length))
+        except ProcessLookupError:
+            return          # killed meanwhile: there is nothing to unmap
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Put back the zeros that the code lay on."""
+        try:
+            self._mem.write(self._code, bytes(CODE_ROOM))
+        except OSError:
+            return          # the process died: its memory is gone
+        finally:
+            self._mem.__exit__()
+
+    def run(self, tracee: Tracee, ids: OwnIds, batch: Batch) -> None:
+        """Have the task do all calls of the batch; results and buffers are then in it. The task ends as it was."""
+        table_size = (len(batch.calls) + 1) * arch.ENTRY_SIZE
+        if table_size + batch.used > self._length:
+            raise ValueError(f'batch of {len(batch.calls)} calls and {batch.used} bytes is too large')
+        base = self._area + table_size
+        calls = [(number, [base + arg.offset if isinstance(arg, Out) else arg for arg in args])
+                 for number, args in batch.calls]
+        buffers = bytearray(batch.used)
+        for offset, content in batch.inputs:
+            buffers[offset:offset + len(content)] = content
+        self._mem.write(self._area, arch.encode_calls(calls) + buffers)
+        with _Borrowed(tracee, self._mem) as borrowed:
+            code = arch.loop_code(borrowed.resume, borrowed.mask, ids.tgid, ids.tid, borrowed.signal)
+            self._mem.write(self._code, code)
+            borrowed.run(self._code, table=self._area, area=self._area, length=self._length)
+        after = self._mem.read(self._area, table_size + batch.used)
+        batch.results = arch.decode_results(after, len(calls))
+        batch.contents = after[table_size:]
+
+    def _single(self, tracee: Tracee, ids: OwnIds, name: str, arguments: tuple[int, ...]) -> int:
+        """One call without the table; its result, or -errno."""
+        with _Borrowed(tracee, self._mem) as borrowed:
+            code = arch.boot_code(arch.NR[name], arguments, borrowed.resume, borrowed.mask, ids.tgid, ids.tid,
+                                  borrowed.signal)
+            self._mem.write(self._code, code)
+            # r14 is the length that a task without a tracer unmaps at r15, the result: right after mmap, nothing else
+            length = self._length if name == 'mmap' else 0
+            result = borrowed.run(self._code, table=0, area=0, length=length)
+        return ctypes.c_int64(result).value
+
+
+class _Borrowed:
+    """A stopped task lent for remote calls: registers, signal mask and rseq are put back at the end.
+
+    While it runs, every signal but one is blocked; the one, ignored by default and not pending, is the trap.
+    """
+
+    def __init__(self, tracee: Tracee, mem: Mem) -> None:
+        self.tracee, self._mem = tracee, mem
+        self.regs = tracee.regs
+        if self.regs.cs != arch.CS_64:
+            raise NotSupported(f'task {tracee.tid} runs 32-bit code', task=tracee.tid, resource='architecture')
+        self.mask = tracee.sigmask
+        self.signal = _quiet_signal(tracee)
+        self._rseq_at, self._rseq_cs = self._rseq()
+
+    def _rseq(self) -> tuple[int, int]:
+        config = self.tracee.rseq()
+        if not config.rseq_abi_pointer:
+            return 0, 0
+        at = config.rseq_abi_pointer + _RSEQ_CS
+        return at, struct.unpack('<Q', self._mem.read(at, 8))[0]
+
+    @property
+    def resume(self) -> arch.user_regs_struct:
+        """Where a task without a tracer goes on: inside a restartable sequence at its abort handler."""
+        if not self._rseq_cs:
+            return self.regs
+        start, length, abort = struct.unpack('<8x3Q', self._mem.read(self._rseq_cs, 32))
+        regs = arch.user_regs_struct.from_buffer_copy(self.regs)
+        if start <= regs.rip < start + length:
+            regs.rip = abort
+        return regs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def run(self, code: int, *, table: int, area: int, length: int) -> int:
+        """Run the blob to its trap; r15 as it left it."""
+        self.tracee.sigmask = _ALL_SIGNALS & ~(1 << self.signal - 1)
+        self.tracee.regs = arch.start_registers(self.regs, code, table, area, length)
+        fault('running-remote')
+        self.tracee.cont()
+        status = self.tracee.wait()
+        if os.WSTOPSIG(status) != self.signal or status >> 16:
+            raise CkptError(f'task {self.tracee.tid} stopped with status {status:#x} in a remote call',
+                            task=self.tracee.tid, resource='ptrace')
+        return self.tracee.regs.r15
+
+    def __exit__(self, *_: object) -> None:
+        if not self.tracee.attached:
+            return
+        self.tracee.regs = self.regs
+        self.tracee.sigmask = self.mask
+        # running elsewhere made the kernel clear rseq_cs (kernel/rseq.c, clear_rseq_cs): without it the task would go
+        # on in the middle of a sequence that it must start again
+        if self._rseq_cs:
+            self._mem.write(self._rseq_at, struct.pack('<Q', self._rseq_cs))
+
+
+def _quiet_signal(tracee: Tracee) -> int:
+    """A signal ignored by default, without a handler in this process and not pending."""
+    status = read_status(tracee.tid)
+    taken = status.sig_cgt | status.sig_pnd | status.shd_pnd
+    for candidate in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD):
+        if not taken >> candidate - 1 & 1:
+            return candidate
+    pending = status.sig_pnd | status.shd_pnd
+    return next((c for c in (signal.SIGURG, signal.SIGWINCH) if not pending >> c - 1 & 1), signal.SIGCHLD)

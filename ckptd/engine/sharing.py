@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which tasks share a kernel object: kcmp(2) orders objects, so a member is found by bisection, not by comparing all."""
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+from ckptd.kernel.kcmp import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
+
+M = TypeVar('M')
+
+_EQUAL, _LESS = 0, 1
+
+
+class Sharing(Generic[M]):
+    """Gives each distinct object an id, from 1. compare(a, b): 0 the same object, 1 a before b, 2 after (kcmp(2)).
+
+    key: what members of one object surely have in common; only members of the same key are compared.
+    """
+
+    def __init__(self, compare: Callable[[M, M], int]) -> None:
+        self._compare = compare
+        self._sorted: dict[Hashable, list[tuple[M, int]]] = {}
+        self._last = 0
+
+    def id_of(self, member: M, key: Hashable = None) -> tuple[int, bool]:
+        """(id, True if this member is the first of its object)."""
+        known = self._sorted.setdefault(key, [])
+        low, high = 0, len(known)
+        while low < high:
+            middle = (low + high) // 2
+            order = self._compare(member, known[middle][0])
+            if order == _EQUAL:
+                return known[middle][1], False
+            low, high = (low, middle) if order == _LESS else (middle + 1, high)
+        self._last += 1
+        known.insert(low, (member, self._last))
+        return self._last, True
+
+    def __len__(self) -> int:
+        return self._last
+
+
+class TaskSharing:
+    """mm, files, fs and sighand ids of tasks."""
+
+    def __init__(self) -> None:
+        self.mm = Sharing[int](lambda a, b: kcmp(a, b, KCMP_VM))
+        self.files = Sharing[int](lambda a, b: kcmp(a, b, KCMP_FILES))
+        self.fs = Sharing[int](lambda a, b: kcmp(a, b, KCMP_FS))
+        self.sighand = Sharing[int](lambda a, b: kcmp(a, b, KCMP_SIGHAND))

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Memory mappings as records: what kind each is, and the files and shared objects behind them."""
+
+import os
+from dataclasses import dataclass, field
+
+from ckptd.image import records
+from ckptd.image.records import (
+    ANON,
+    FILE_PRIVATE,
+    FILE_SHARED,
+    HEAP,
+    MEMFD,
+    SHARED_MEMORY,
+    SHMEM,
+    STACK,
+    SYSV,
+    VDSO,
+    VSYSCALL,
+    VVAR,
+)
+from ckptd.kernel.maps import DELETED, Mapping
+
+# <linux/mman.h>
+MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 1, 2, 0x20
+_MAP_BY_VM_FLAG = {'gd': 0x100, 'lo': 0x2000, 'nr': 0x4000, 'ht': 0x40000, 'sf': 0x80000}
+_ANON_PREFIX, _SHARED_ANON_PREFIX = '[anon:', '[anon_shmem:'
+
+_SPECIAL = {'[vdso]': VDSO, '[vvar]': VVAR, '[vvar_vclock]': VVAR, '[vsyscall]': VSYSCALL, '[heap]': HEAP,
+            '[stack]': STACK}
+# what the kernel calls a shared object that has no name in the file system, mm/shmem.c and ipc/shm.c
+_SHARED_OBJECTS = {'/memfd:': MEMFD, '/SYSV': SYSV, '/dev/zero (deleted)': SHMEM, '[anon_shmem:': SHMEM}
+
+
+def shared_kind(path: str) -> int:
+    """SHMEM, MEMFD or SYSV for the path of a mapping (or of an open file); 0 for anything else."""
+    return next((kind for prefix, kind in _SHARED_OBJECTS.items() if path.startswith(prefix)), 0)
+
+
+def map_flags(mapping: Mapping) -> int:
+    """MAP_* that make such a mapping again."""
+    flags = MAP_SHARED if mapping.shared else MAP_PRIVATE
+    if not mapping.inode:
+        flags |= MAP_ANONYMOUS
+    for code, bit in _MAP_BY_VM_FLAG.items():
+        if code in mapping.vm_flags:
+            flags |= bit
+    return flags
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A mapping of a shared object: where process `tid` has which part of it."""
+    tid: int
+    mapping: Mapping
+
+
+@dataclass(slots=True)
+class Shared:
+    """A shared object and the mappings through which it can be read."""
+    shm_id: int
+    kind: int
+    path: str
+    inode: int
+    views: list[View] = field(default_factory=list)
+    fd: int = -1
+
+    @property
+    def name(self) -> str:
+        """As memfd_create(2) or PR_SET_VMA_ANON_NAME got it."""
+        for prefix in ('/memfd:', _SHARED_ANON_PREFIX):
+            if self.path.startswith(prefix):
+                return self.path.removeprefix(prefix).removesuffix(']')
+        return ''
+
+    @property
+    def extent(self) -> int:
+        """Bytes of the object that mappings cover, from its start."""
+        return max((view.mapping.offset + view.mapping.size for view in self.views), default=0)
+
+
+class Objects:
+    """Backings (mapped files) and shared objects of a tree, each once."""
+
+    def __init__(self) -> None:
+        self.backings: list[records.Backing] = []
+        self.deleted: list[tuple[int, View]] = []       # index into backings, a view to read it through
+        self.shared: dict[tuple[int, int, int], Shared] = {}
+        self._backing_ids: dict[tuple[int, int, int, str], int] = {}
+
+    def backing(self, view: View) -> int:
+        """Id of the file behind a mapping."""
+        mapping = view.mapping
+        key = (mapping.major, mapping.minor, mapping.inode, mapping.path)
+        if key not in self._backing_ids:
+            record = self._describe(view)
+            self._backing_ids[key] = record.backing_id
+            if record.deleted:
+                self.deleted.append((len(self.backings), view))
+            self.backings.append(record)
+        return self._backing_ids[key]
+
+    def _describe(self, view: View) -> records.Backing:
+        mapping = view.mapping
+        device = os.makedev(mapping.major, mapping.minor)
+        number = len(self.backings) + 1
+        # a name may itself end in " (deleted)": only the inode tells
+        for path in (mapping.path, mapping.file_path):
+            at = _stat(view, path)
+            if at is not None and (at.st_ino == mapping.inode or not mapping.deleted):
+                # st_dev and not maps' numbers: on btrfs and overlayfs they differ, and stat(2) is what a restart asks
+                return records.Backing(number, path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode, 0, ())
+        return records.Backing(number, mapping.file_path, device, mapping.inode, 0, 0, 0, 1, ())
+
+    def executable(self, tid: int) -> int:
+        """Backing id of /proc/TID/exe. The link opens the file itself, so a deleted one is found, too."""
+        exe = f'/proc/{tid}/exe'
+        path, at = os.readlink(exe), os.stat(exe)  # noqa: PTH115, PTH116
+        mapping = Mapping(0, 0, True, False, True, False, 0, os.major(at.st_dev), os.minor(at.st_dev), at.st_ino, path)
+        return self.backing(View(tid, mapping))
+
+    def share(self, view: View, kind: int) -> int:
+        """Id of the shared object behind a mapping."""
+        mapping = view.mapping
+        key = (mapping.major, mapping.minor, mapping.inode)
+        if key not in self.shared:
+            path = mapping.path.removesuffix(DELETED)
+            self.shared[key] = Shared(len(self.shared) + 1, kind, path, mapping.inode)
+        self.shared[key].views.append(view)
+        return self.shared[key].shm_id
+
+    def share_file(self, at: os.stat_result, path: str, open_path: str) -> int:
+        """Id of the memfd that an open file is, mapped or not. It is opened anew: SEEK_DATA moves a file position."""
+        key = (os.major(at.st_dev), os.minor(at.st_dev), at.st_ino)
+        shared = self.shared.setdefault(key, Shared(len(self.shared) + 1, MEMFD, path.removesuffix(DELETED), at.st_ino))
+        if shared.fd < 0:
+            shared.fd = os.open(open_path, os.O_RDONLY | os.O_CLOEXEC)
+        return shared.shm_id
+
+    def close(self) -> None:
+        for shared in self.shared.values():
+            if shared.fd >= 0:
+                os.close(shared.fd)
+                shared.fd = -1
+
+
+def _stat(view: View, path: str) -> os.stat_result | None:
+    """The file that the path names for that task; None where it names none."""
+    try:
+        return os.stat(f'/proc/{view.tid}/root{path}')  # noqa: PTH116
+    except OSError:
+        return None
+
+
+def vma_record(mm_id: int, tid: int, mapping: Mapping, objects: Objects) -> records.Vma:
+    """The record of one mapping; its file or shared object is entered in `objects`."""
+    kind, number = _classify(View(tid, mapping), objects)
+    protection = mapping.read | mapping.write << 1 | mapping.execute << 2
+    locked = 2 if 'lf' in mapping.vm_flags else int('lo' in mapping.vm_flags)
+    return records.Vma(mm_id, mapping.start, mapping.end, protection, map_flags(mapping), kind, mapping.offset, number,
+                       locked, ' '.join(sorted(mapping.vm_flags)), _name(mapping))
+
+
+def _classify(view: View, objects: Objects) -> tuple[int, int]:
+    mapping = view.mapping
+    if mapping.path in _SPECIAL:
+        return _SPECIAL[mapping.path], 0
+    if not mapping.inode:
+        return (STACK if 'gd' in mapping.vm_flags else ANON), 0
+    kind = shared_kind(mapping.path)
+    if kind:
+        return SHARED_MEMORY, objects.share(view, kind)
+    return (FILE_SHARED if mapping.shared else FILE_PRIVATE), objects.backing(view)
+
+
+def _name(mapping: Mapping) -> str:
+    """The name that prctl(PR_SET_VMA) gave, or what maps shows."""
+    for prefix in (_ANON_PREFIX, _SHARED_ANON_PREFIX):
+        if mapping.path.startswith(prefix):
+            return mapping.path.removeprefix(prefix).removesuffix(']')
+    return mapping.path
