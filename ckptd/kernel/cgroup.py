@@ -125,12 +125,21 @@ class Cgroup:
     def frozen(self) -> bool:
         """Every task in it and below is frozen, by its own cgroup.freeze or one above (cgroup.events)."""
         try:
-            return _is_frozen(read_file(f'{self.path}/cgroup.events'))
+            return _is_set(read_file(f'{self.path}/cgroup.events'), b'frozen')
         except FileNotFoundError:
             return self._absent()
 
+    @property
+    def type(self) -> str:
+        """'domain', 'threaded', 'domain threaded' or 'domain invalid'; processes move whole only between domains."""
+        try:
+            return read_file(f'{self.path}/cgroup.type').decode().strip()
+        except FileNotFoundError:
+            self._absent()
+            return 'domain'
+
     def _absent(self) -> bool:
-        # the root cgroup lacks the freezer's files; of any other cgroup they are gone with the cgroup
+        # the root cgroup lacks these files; of any other cgroup they are gone with the cgroup
         if not self.path.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         return False
@@ -146,6 +155,13 @@ class Cgroup:
     def wait(self, frozen: bool, deadline_monotonic: float, also: int | None = None) -> bool:
         """Wait until cgroup.events says `frozen`. False when the deadline (time.monotonic()) passed or the fd `also`
         became readable before."""
+        return self._wait(b'frozen', frozen, deadline_monotonic, also)
+
+    def wait_empty(self, deadline_monotonic: float) -> bool:
+        """Wait until no live process is in it or below. False when the deadline passed before."""
+        return self._wait(b'populated', False, deadline_monotonic, None)
+
+    def _wait(self, key: bytes, wanted: bool, deadline_monotonic: float, also: int | None) -> bool:
         fd = os.open(self.path / 'cgroup.events', os.O_RDONLY | os.O_CLOEXEC)
         try:
             poll = select.poll()
@@ -153,11 +169,11 @@ class Cgroup:
             if also is not None:
                 poll.register(also, select.POLLIN)
             # kernfs reports a change since the last read, so reading first and polling then misses none
-            while _is_frozen(os.pread(fd, 4096, 0)) != frozen:
+            while _is_set(os.pread(fd, 4096, 0), key) != wanted:
                 left = deadline_monotonic - time.monotonic()
                 events = poll.poll(left * 1000) if left > 0 else []
                 if not events or any(ready == also for ready, _ in events):
-                    return _is_frozen(os.pread(fd, 4096, 0)) == frozen
+                    return _is_set(os.pread(fd, 4096, 0), key) == wanted
             return True
         finally:
             os.close(fd)
@@ -193,5 +209,5 @@ class Cgroup:
             os.close(fd)
 
 
-def _is_frozen(events: bytes) -> bool:
-    return b'\nfrozen 1' in b'\n' + events
+def _is_set(events: bytes, key: bytes) -> bool:
+    return b'\n%s 1' % key in b'\n' + events

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One journal entry: the steps of one freeze, in a locked file."""
+
+import errno
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from ckptd.errors import CkptError
+from ckptd.journal.steps import VERSION, WORK_PREFIX, AnyStep, Begin, Move, Moved, Undone
+
+MAX_ENTRY = 32 << 20        # bytes; a tree of 100,000 processes has about 6 MiB
+SUFFIX = '.jsonl'
+
+_line: msgspec.json.Decoder[AnyStep | Undone] = msgspec.json.Decoder(AnyStep | Undone)
+_first_line = msgspec.json.Decoder(Begin)
+
+
+class Contents(NamedTuple):
+    """What an entry says. damaged: lines that say nothing; None stands for such a step, to keep the numbering."""
+    begin: Begin
+    steps: list[AnyStep | None]
+    undone: set[int]
+    damaged: int
+
+
+def parse_entry(data: bytes) -> Contents:
+    """Every line that can be understood; ValueError if the first one cannot be."""
+    first, *lines = data.split(b'\n')
+    try:
+        contents = Contents(_first_line.decode(first), [], set(), 0)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f'not a freeze entry: {error}') from None
+    if contents.begin.version != VERSION:
+        raise ValueError(f'version {contents.begin.version} of the journal is not known here')
+    damaged = 0
+    for line in lines[:-1]:         # what follows the last newline was never finished
+        try:
+            step = _line.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            damaged += 1
+            contents.steps.append(None)
+            continue
+        if isinstance(step, Undone):
+            contents.undone.add(step.step)
+        else:
+            contents.steps.append(step)
+    return contents._replace(damaged=damaged)
+
+
+class Entry:
+    """One freeze in the journal. Owns the locked fd; `finish` deletes the file, `close` leaves it for a recovery."""
+
+    def __init__(self, path: Path, fd: int, contents: Contents) -> None:
+        self.path = path
+        self.begin, self.steps, self._undone, self.damaged = contents
+        self._fd = fd
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(SUFFIX)
+
+    @property
+    def work_name(self) -> str:
+        """The name of the cgroup that this freeze may make."""
+        return WORK_PREFIX + self.name
+
+    @property
+    def closed(self) -> bool:
+        return self._fd == -1
+
+    def add(self, step: AnyStep) -> int:
+        """Write a step down before it is taken; its number."""
+        self.append(step)
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+    def undone(self, number: int) -> None:
+        """Step `number` was undone while later ones stand."""
+        self.append(Undone(number))
+        self._undone.add(number)
+
+    def standing(self) -> list[tuple[int, AnyStep]]:
+        """Steps that are still to be undone, newest first."""
+        return [(number, step) for number, step in reversed(list(enumerate(self.steps)))
+                if step is not None and number not in self._undone]
+
+    def origins(self) -> dict[int, Moved]:
+        """Where each process was that a step has moved."""
+        return {process.pid: process for step in self.steps if isinstance(step, Move) for process in step.processes}
+
+    def finish(self) -> None:
+        """All is undone. Twice does nothing."""
+        if not self.closed:
+            self.path.unlink(missing_ok=True)
+            self.close()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd != -1:
+            os.close(fd)
+
+    def append(self, line: AnyStep | Begin | Undone) -> None:
+        """Write a line and fsync; CkptError if that cannot be, and then nothing was added."""
+        data = _encode(line)
+        end = os.fstat(self._fd).st_size
+        try:
+            if end + len(data) > MAX_ENTRY:
+                raise OSError(errno.EFBIG, 'too many processes for one journal entry')
+            write_all(self._fd, data)
+            os.fsync(self._fd)
+        except OSError as error:
+            # half a line would spoil the next one
+            os.ftruncate(self._fd, end)
+            raise journal_failed(self.path, error) from error
+
+
+def _encode(line: msgspec.Struct) -> bytes:
+    try:
+        return msgspec.json.encode(line) + b'\n'
+    except UnicodeEncodeError:
+        raise OSError(errno.EILSEQ, 'the name of a cgroup is not UTF-8') from None
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """write(2) until all is written."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def journal_failed(path: Path, error: OSError) -> CkptError:
+    return CkptError(f'cannot write the freeze journal {path}: {error.strerror}', errno=error.errno, resource='journal',
+                     phase='freeze', hint='name another directory with --runtime DIR')

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How each step is taken and undone: the same code for a freeze that ends well, one that fails, and a recovery."""
+
+import errno
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import NoReturn
+
+from ckptd.errors import CkptError
+from ckptd.journal.entry import Entry
+from ckptd.journal.steps import AnyStep, FreezeCgroup, FreezeUnit, MakeCgroup, Move, Moved, ThawUnit
+from ckptd.kernel.cgroup import Cgroup, CgroupMount
+from ckptd.kernel.stat import read_stat
+
+UnitCall = Callable[[str], None]
+FaultPoint = Callable[[str], None]
+
+ROUNDS = 64                 # of moving what is in a cgroup; in a frozen one nothing is born, so two are the rule
+EMPTY_SECONDS = 5.0         # how long a killed process may take to leave its cgroup
+GONE = (errno.ENOENT, errno.ENODEV)
+
+
+def no_fault(point: str) -> None:
+    """The fault point of those who inject none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hands:
+    """What steps act on. freeze_unit, thaw_unit: ask systemd; OSError or CkptError when it does not do it."""
+    mount: CgroupMount | None
+    freeze_unit: UnitCall | None = None
+    thaw_unit: UnitCall | None = None
+
+    def cgroup(self, name: str) -> Cgroup:
+        """By its name in /proc/PID/cgroup. FileNotFoundError if no mount shows it."""
+        if self.mount is None:
+            raise FileNotFoundError(errno.ENOENT, 'no cgroup v2 hierarchy is mounted', name)
+        return Cgroup(self.mount.directory(name))
+
+    def name_of(self, cgroup: Cgroup) -> str:
+        """The opposite of `cgroup`."""
+        if self.mount is None:
+            raise FileNotFoundError(errno.ENOENT, 'no cgroup v2 hierarchy is mounted')
+        return str(PurePosixPath(self.mount.root) / cgroup.path.relative_to(self.mount.path))
+
+    # ------------------------------------------------------------ take
+
+    def take(self, step: AnyStep) -> None:
+        """Change the system. Processes that died meanwhile are passed over; else OSError."""
+        match step:
+            case MakeCgroup(cgroup):
+                path = PurePosixPath(cgroup)
+                self.cgroup(str(path.parent)).create(path.name)
+            case FreezeCgroup(cgroup):
+                self.cgroup(cgroup).freeze()
+            case Move(to, processes):
+                work = self.cgroup(to)
+                for process in processes:
+                    _attach(work, process.pid)
+            case FreezeUnit(unit):
+                (self.freeze_unit or _no_systemd)(unit)
+            case ThawUnit(unit):
+                (self.thaw_unit or _no_systemd)(unit)
+
+    # ------------------------------------------------------------ undo
+
+    def undo(self, step: AnyStep, origins: Mapping[int, Moved]) -> None:
+        """The opposite, also if the step was not taken, or undone before. origins: `Entry.origins`."""
+        try:
+            self._undo(step, origins)
+        except OSError as error:
+            if error.errno not in GONE:     # a cgroup that is no more keeps nothing frozen
+                raise
+
+    def _undo(self, step: AnyStep, origins: Mapping[int, Moved]) -> None:
+        match step:
+            case MakeCgroup(cgroup):
+                self._bring_back(self.cgroup(cgroup), dict(origins))
+                _remove(self.cgroup(cgroup))
+            case FreezeCgroup(cgroup):
+                self.cgroup(cgroup).thaw()
+            case Move(to):
+                self._bring_back(self.cgroup(to), dict(origins))
+            case FreezeUnit(unit):
+                (self.thaw_unit or _no_systemd)(unit)
+            case ThawUnit(unit):
+                (self.freeze_unit or _no_systemd)(unit)
+
+    def _bring_back(self, work: Cgroup, origins: dict[int, Moved]) -> None:
+        """Empty a work cgroup: each process to where it was, one that was born there to where its parent was."""
+        work.freeze()           # or a tree that forks could outrun us
+        for _ in range(ROUNDS):
+            inside = work.procs(recursive=True)
+            if not inside:
+                return
+            for pid in inside:
+                self._send_home(pid, origins, work)
+        raise OSError(errno.EBUSY, f'cannot empty the cgroup {work.path}')
+
+    def _send_home(self, pid: int, origins: dict[int, Moved], work: Cgroup) -> None:
+        try:
+            stat = read_stat(pid)
+        except ProcessLookupError:
+            return
+        known = origins.get(pid)
+        if known is None or known.start_time != stat.start_time:
+            parent = origins.get(stat.ppid) or next(iter(origins.values()), None)
+            home = parent.cgroup if parent else str(PurePosixPath(self.name_of(work)).parent)
+            known = origins[pid] = Moved(pid, stat.start_time, home)
+        _attach(self._nearest(known.cgroup), pid)
+
+    def _nearest(self, name: str) -> Cgroup:
+        """The cgroup, or if it was removed meanwhile the next one above it."""
+        path = PurePosixPath(name)
+        return next(cgroup for above in (path, *path.parents) if (cgroup := self.cgroup(str(above))).exists)
+
+
+def undo_all(entry: Entry, hands: Hands, at: FaultPoint = no_fault) -> list[str]:
+    """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was."""
+    origins, failures = entry.origins(), []
+    for _, step in entry.standing():
+        at(f'undo-{step.point}')
+        try:
+            hands.undo(step, origins)
+        except (OSError, CkptError) as error:
+            failures.append(f'cannot undo {describe(step)}: {error}')
+    if not failures:
+        entry.finish()
+    return failures
+
+
+def describe(step: AnyStep) -> str:
+    """For a person: 'freezing cgroup /a'."""
+    match step:
+        case MakeCgroup(cgroup):
+            return f'making cgroup {cgroup}'
+        case FreezeCgroup(cgroup):
+            return f'freezing cgroup {cgroup}'
+        case Move(to, processes):
+            return f'moving {len(processes)} processes to cgroup {to}'
+        case FreezeUnit(unit):
+            return f'freezing unit {unit}'
+        case ThawUnit(unit):
+            return f'thawing unit {unit}'
+
+
+def _attach(cgroup: Cgroup, pid: int) -> None:
+    try:
+        cgroup.attach(pid)
+    except ProcessLookupError:
+        return      # died; its cgroup forgets it by itself
+
+
+def _remove(cgroup: Cgroup) -> None:
+    try:
+        cgroup.remove()
+    except OSError as error:
+        # a process that was killed is in its cgroup until it has let go of its memory
+        if error.errno != errno.EBUSY or not cgroup.wait_empty(time.monotonic() + EMPTY_SECONDS):
+            raise
+        cgroup.remove()
+
+
+def _no_systemd(unit: str) -> NoReturn:
+    raise OSError(errno.EOPNOTSUPP, f'no systemd to ask for {unit}')

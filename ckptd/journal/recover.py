@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What dead owners left: every freeze in the journal that nobody holds is undone."""
+
+from ckptd.journal.entry import Entry
+from ckptd.journal.hands import Hands, UnitCall, describe, undo_all
+from ckptd.journal.store import Journal
+from ckptd.kernel.cgroup import mount_of
+from ckptd.kernel.mountinfo import read_mountinfo
+from ckptd.kernel.task import boot_id
+
+
+def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: UnitCall | None = None) -> list[str]:
+    """Undo each entry whose owner is dead; one sentence for each thing done or not done. Twice does no harm.
+
+    Owners that live are left alone. A worker that was killed holds its lock until it is a zombie: wait for it first.
+    An entry that cannot be undone wholly stays, for the next time. OSError if the journal itself cannot be read.
+    """
+    hands = Hands(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    report: list[str] = []
+    for found in journal.claim():
+        if isinstance(found, Entry):
+            report += _recover_entry(found, hands)
+        else:
+            path, reason = found
+            path.unlink(missing_ok=True)
+            report.append(f'{path.name}: removed, it says nothing: {reason}')
+    return report
+
+
+def _recover_entry(entry: Entry, hands: Hands) -> list[str]:
+    try:
+        if entry.begin.boot != boot_id():
+            entry.finish()
+            return [f'{entry.name}: removed, it is of an earlier boot']
+        damage = [f'{entry.name}: {entry.damaged} damaged lines'] if entry.damaged else []
+        done = [f'{entry.name}: undone {describe(step)}' for _, step in entry.standing()]
+        failures = undo_all(entry, hands)
+        return damage + ([f'{entry.name}: {failure}' for failure in failures] or done)
+    finally:
+        entry.close()

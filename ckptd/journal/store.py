@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The directory of entries: making, listing and claiming them."""
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from ckptd.journal.entry import MAX_ENTRY, SUFFIX, Contents, Entry, journal_failed, parse_entry
+from ckptd.journal.steps import VERSION, AnyStep, Begin
+from ckptd.kernel.procfs import read_file
+from ckptd.kernel.task import boot_id
+
+MAX_ENTRIES = 4096
+
+
+class Listing(NamedTuple):
+    """An entry as others see it. alive: its owner is."""
+    name: str
+    alive: bool
+    begin: Begin
+    steps: tuple[AnyStep, ...]
+
+
+class Journal:
+    """All freezes of one runtime directory. Daemon and workers each have their own object of it."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.directory = runtime / 'freezes'
+
+    def begin(self, job: int, target: str, mode: str) -> Entry:
+        """A new entry, owned by this process."""
+        begin = Begin(VERSION, boot_id(), job, target[:4096], mode)
+        try:
+            with self._locked() as directory:
+                path = self.directory / f'{job}-{secrets.token_hex(4)}{SUFFIX}'
+                fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                entry = Entry(path, fd, Contents(begin, [], set(), 0))
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entry.append(begin)
+                os.fsync(directory)
+                return entry
+        except OSError as error:
+            raise journal_failed(self.directory, error) from error
+
+    def entries(self) -> list[Listing]:
+        """What is there, by name; files that are no entries are left out."""
+        found: list[Listing] = []
+        with self._locked():
+            for path in self._paths():
+                alive = False
+                try:
+                    fd, alive = _open(path)
+                    with os.fdopen(fd, 'rb') as file:
+                        contents = parse_entry(file.read(MAX_ENTRY))
+                except (OSError, ValueError):
+                    continue
+                entry = Entry(path, -1, contents)
+                found.append(Listing(entry.name, alive, entry.begin, tuple(step for _, step in entry.standing())[::-1]))
+        return found
+
+    def claim(self) -> Iterator[Entry | tuple[Path, str]]:
+        """Entries without an owner, now owned by this process; or for a file that is none, its path and why."""
+        with self._locked():
+            claimed = [found for path in self._paths() if (found := _claim(path)) is not None]
+        yield from claimed
+
+    def _paths(self) -> list[Path]:
+        found = sorted(path for path in self.directory.iterdir() if path.name.endswith(SUFFIX))
+        return found[:MAX_ENTRIES]
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            facts = os.fstat(fd)
+            if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+                raise PermissionError(errno.EPERM, 'it must be ours, and nobody else may write there')
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """The fd of an entry and whether somebody else has it; if not, the fd has the lock now. OSError for no entry."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_size > MAX_ENTRY:
+            raise OSError(errno.EBADMSG, 'not a regular file of ours of at most 32 MiB')
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return fd, True
+        # its owner may have deleted it between open and flock
+        if os.fstat(fd).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, False
+
+
+def _claim(path: Path) -> Entry | tuple[Path, str] | None:
+    """None if it has an owner or is gone."""
+    try:
+        fd, alive = _open(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return path, error.strerror or str(error)
+    try:
+        if alive:
+            os.close(fd)
+            return None
+        return Entry(path, fd, parse_entry(read_file(str(path))))
+    except ValueError as error:
+        os.close(fd)
+        return path, str(error)
