@@ -61,7 +61,7 @@ class ShmidDs(NamedTuple):
     last: int
 
 
-def shm_stat(shmid: int) -> ShmidDs:
+def shmctl_stat(shmid: int) -> ShmidDs:
     """IPC_STAT of a segment of the caller's IPC namespace. EINVAL: none such; EACCES: no read permission."""
     data = shmid_ds()
     _shmctl(shmid, IPC_STAT, ctypes.byref(data))
