@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Every kernel feature and right that ckptd uses, whether it is here, what is lost without it, and how to get it.
+
+The feature is tried, never the version asked (trial.py has the experiments). They run in a child process: should one be
+killed by a seccomp filter, or not come back, that one is unknown and the next child goes on behind it.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ckptd.kernel import creds, trial
+from ckptd.kernel.cgroup import Cgroup
+
+_TIMEOUT = 5.0      # seconds without an answer after which an experiment is given up
+
+_OLD = 'boot a newer kernel'
+_ROOT = 'run as root'
+_CAPABILITY = 'run as root, or as a service with AmbientCapabilities={0} (and {0} in CapabilityBoundingSet=)'
+_PTRACE = 'allow ptrace: kernel.yama.ptrace_scope=0 or 1, and no seccomp filter or container policy against it'
+_DELEGATE = 'run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes ...'
+_CR = 'boot a kernel with CONFIG_CHECKPOINT_RESTORE=y'
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """present: None where it cannot be told. required: without it nothing can be checkpointed at all.
+    detail: what was found, or the kernel's error. lost and hint: what its absence costs, and how to get it."""
+    name: str
+    present: bool | None
+    required: bool
+    needed_for: str
+    lost: str
+    hint: str
+    detail: str
+
+
+class _Probe(NamedTuple):
+    name: str
+    test: Callable[[], str]
+    needed_for: str
+    lost: str
+    hint: str
+    required: bool = False
+
+
+def _capability(name: str, needed_for: str, lost: str) -> _Probe:
+    return _Probe(name, trial.capability(getattr(creds, name)), needed_for, lost, _CAPABILITY.format(name))
+
+
+PROBES: Sequence[_Probe] = (
+    _Probe('pidfd_open', trial.open_pidfd, 'holding each task of a tree', 'everything', _OLD + ' (5.3)', True),
+    _Probe('pidfd_send_signal', trial.signal_pidfd, 'killing exactly the tree that was checkpointed (--kill)',
+           '--kill', _OLD + ' (5.1)'),
+    _Probe('PIDFD_THREAD', trial.thread_pidfd, 'holding each thread of a tree',
+           'threads are told apart by their start time only', _OLD + ' (6.9)'),
+    _Probe('pidfd_getfd', trial.getfd, 'reading open files of a task', 'everything', _PTRACE, True),
+    _Probe('kcmp', trial.compare, 'what tasks share, and the permission check', 'everything',
+           'boot a kernel with CONFIG_KCMP=y, and let no seccomp filter forbid kcmp', True),
+    _Probe('/proc/PID/task/TID/children', trial.children_files, 'scanning a tree', 'everything',
+           'boot a kernel with CONFIG_PROC_CHILDREN=y', True),
+    _Probe('processes of others in /proc', trial.other_users_processes, 'scanning a tree of several users',
+           'trees of other users are not seen', 'mount /proc with hidepid=0, or ' + _ROOT),
+    _Probe('file descriptors', trial.many_fds, f'a pidfd per task of a tree of {trial.LARGE_TREE} tasks',
+           'large trees cannot be held', 'raise the hard limit: LimitNOFILE= of the service, or ulimit -Hn'),
+    _Probe('PTRACE_SEIZE', trial.seize, 'registers, signals, and stopping tasks without a freezer', 'everything',
+           _PTRACE, True),
+    _Probe('PTRACE_PEEKSIGINFO', trial.pending_signals, 'pending signals', 'everything', _CR, True),
+    _Probe('PTRACE_GET_RSEQ_CONFIGURATION', trial.rseq_configuration, 'the rseq area of a thread',
+           'the restart of programs that use rseq (glibc 2.35 and newer)', _OLD + ' (5.13) with CONFIG_RSEQ=y'),
+    _Probe('/proc/PID/mem', trial.write_memory, 'remote system calls', 'everything',
+           'let no kernel option (proc_mem.force_override=never) forbid writing to a tracee', True),
+    _Probe('yama ptrace_scope', trial.ptrace_scope, 'tracing tasks that ckptd did not start itself',
+           'only own children, so --standalone on a running tree fails',
+           'sysctl kernel.yama.ptrace_scope=0, or give ckptd CAP_SYS_PTRACE'),
+    _Probe('process_vm_readv', trial.readv, 'copying memory', 'everything',
+           'boot a kernel with CONFIG_CROSS_MEMORY_ATTACH=y', True),
+    _Probe('/proc/PID/pagemap', trial.pagemap, 'choosing the pages to write', 'everything',
+           'boot a kernel with CONFIG_PROC_PAGE_MONITOR=y', True),
+    _Probe('PAGEMAP_SCAN', trial.pagemap_scan, 'choosing pages fast, and leaving out pages of zeros',
+           'pagemap is read word by word, and zero pages are written', _OLD + ' (6.7)'),
+    _Probe('guard regions', trial.guard_regions, 'MADV_GUARD_INSTALL ranges', 'guard pages are not restored',
+           _OLD + ' (6.15)'),
+    _Probe('soft-dirty', trial.soft_dirty, 'incremental images (to come)', 'each image has all pages',
+           'boot a kernel with CONFIG_MEM_SOFT_DIRTY=y'),
+    _Probe('/proc/PID/map_files', trial.map_files, 'mapped files that are deleted or hidden by a mount',
+           'trees that map such files are refused', _CAPABILITY.format('CAP_CHECKPOINT_RESTORE')),
+    _Probe('/proc/PID/timers', trial.timers_file, 'POSIX timers', 'POSIX timers are not in the image', _CR),
+    _Probe('cgroup v2', trial.cgroup_mounted, 'freezing without ptrace', 'the ptrace freezer is used',
+           'mount -t cgroup2 cgroup2 /sys/fs/cgroup (systemd does)'),
+    _Probe('cgroup v2 writable', trial.cgroup_writable, 'a child cgroup for a tree that shares its own with others',
+           'the ptrace freezer is used', _DELEGATE),
+    _Probe('cgroup.freeze', trial.cgroup_freeze, 'freezing a tree at once', 'the ptrace freezer is used',
+           _OLD + ' (5.2)'),
+    _Probe('cgroup.kill', trial.cgroup_kill, 'killing a tree at once', 'tasks are killed one by one',
+           _OLD + ' (5.14)'),
+    _Probe('clone3 set_tid', trial.set_tid, 'restarting with the same pids', 'restart',
+           _CAPABILITY.format('CAP_CHECKPOINT_RESTORE')),
+    _Probe('proc connector', trial.proc_connector, 'seeing forks and exits during a job', 'the tree is scanned again',
+           'run in the first pid and network namespace, with CAP_NET_ADMIN before Linux 6.6 (CONFIG_PROC_EVENTS=y)'),
+    _Probe('sock_diag', trial.sock_diag, 'unix sockets and their peers', 'refusals do not name the other end',
+           'modprobe unix_diag, or boot a kernel with CONFIG_UNIX_DIAG=y'),
+    _capability('CAP_SYS_PTRACE', 'trees of other users', 'only trees of the own user'),
+    _capability('CAP_CHECKPOINT_RESTORE', 'map_files, and choosing pids at restart', 'restart with the same pids'),
+    _capability('CAP_SYS_ADMIN', 'namespaces at restart', 'restart in a namespace of its own'),
+    _capability('CAP_SYS_RESOURCE', 'raising hard limits at restart', 'limits above those of ckptd are not restored'),
+    _capability('CAP_SYS_NICE', 'timer slack of tasks of others, and real-time scheduling at restart',
+                'the default timer slack is assumed'),
+    _capability('CAP_DAC_READ_SEARCH', 'content of deleted files of other users', 'trees with such files are refused'),
+    _capability('CAP_DAC_OVERRIDE', 'cgroups and files of other users', 'the ptrace freezer is used'),
+    _capability('CAP_KILL', '--kill of trees of other users', '--kill of own trees only'),
+    _capability('CAP_SETUID', 'asking the kernel as the caller, and credentials at restart',
+                'callers other than the own user are turned away'),
+    _capability('CAP_SETGID', 'asking the kernel as the caller, and credentials at restart',
+                'callers other than the own user are turned away'),
+    _capability('CAP_SETPCAP', 'capability bounds at restart', 'such trees cannot be restarted'),
+    _capability('CAP_CHOWN', 'owners of files at restart', 'files belong to the restarting user'),
+    _capability('CAP_FOWNER', 'modes and times of files of others at restart', 'such files are refused at restart'),
+    _capability('CAP_SYS_CHROOT', 'trees with a root directory of their own, at restart',
+                'such trees cannot be restarted'),
+    _capability('CAP_NET_ADMIN', 'the proc connector before Linux 6.6', 'the tree is scanned again'),
+)
+
+
+def probe_features() -> list[Feature]:
+    """Try everything, in order; 0.3 s. Leaves no process, fd or cgroup behind."""
+    answers: list[_Answer] = []
+    while len(answers) < len(PROBES):
+        answers += _try(PROBES[len(answers):])
+    return [Feature(probe.name, answer.present, probe.required, probe.needed_for, probe.lost, probe.hint, answer.detail)
+            for probe, answer in zip(PROBES, answers, strict=True)]
+
+
+class _Answer(NamedTuple):
+    present: bool | None
+    detail: str
+
+
+def _try(probes: Sequence[_Probe]) -> list[_Answer]:
+    """Answers to the first of these, at least one: all, unless the child ends early."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _child(probes, writer)
+    os.close(writer)
+    try:
+        answers = _collect(reader, len(probes))
+    finally:
+        os.close(reader)
+        how = _end(pid)
+    if len(answers) < len(probes):
+        answers.append(_Answer(None, how))
+    return answers
+
+
+def _child(probes: Sequence[_Probe], writer: int) -> None:
+    try:
+        # Tracee.stop waits for SIGCHLD with sigtimedwait(2)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        for probe in probes:
+            os.write(writer, json.dumps(_answer(probe.test)).encode() + b'\n')
+    finally:
+        os._exit(0)
+
+
+def _answer(test: Callable[[], str]) -> _Answer:
+    try:
+        return _Answer(True, test())
+    except OSError as error:
+        return _Answer(False, error.strerror or str(error))
+    except (trial.Unknown, ArithmeticError, LookupError, ValueError, struct.error, ImportError) as error:
+        # text in /proc that we cannot read says nothing about the feature
+        return _Answer(None, str(error) or type(error).__name__)
+
+
+def _collect(reader: int, count: int) -> list[_Answer]:
+    data, last = b'', time.monotonic()
+    while data.count(b'\n') < count and select.select([reader], [], [], last + _TIMEOUT - time.monotonic())[0]:
+        chunk = os.read(reader, 1 << 16)
+        if not chunk:
+            break
+        data, last = data + chunk, time.monotonic()
+    rows: list[Any] = [json.loads(line) for line in data.split(b'\n')[:-1]]
+    return [_Answer(present, detail) for present, detail in rows]
+
+
+def _end(pid: int) -> str:
+    """Reap the child, by force if it still runs, and what it left; returns how it ended."""
+    fd = os.pidfd_open(pid)
+    try:
+        alive = not select.select([fd], [], [], 0.5)[0]
+        if alive:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    finally:
+        os.close(fd)
+    status = os.waitpid(pid, 0)[1]
+    _remove_cgroup_of(pid)
+    if alive:
+        return f'no answer within {_TIMEOUT:.0f} s'
+    if os.WIFSIGNALED(status):
+        return f'the experiment was ended by {signal.Signals(os.WTERMSIG(status)).name}'
+    return 'the experiment ended early'
+
+
+def _remove_cgroup_of(pid: int) -> None:
+    """What a child that was killed in the middle of a cgroup experiment could not remove."""
+    with contextlib.suppress(OSError):      # as a rule there is none
+        group = Cgroup.of(os.getpid()).path / f'{trial.CGROUP_PREFIX}{pid}'
+        for member in Cgroup(group).procs():
+            os.kill(member, signal.SIGKILL)     # a frozen task dies of it as well
+        Cgroup(group).wait_empty(time.monotonic() + trial.PATIENCE)
+        group.rmdir()
