@@ -87,6 +87,7 @@ class Connection:
         self.error: Exception | None = None
         self.unique_name = ''
         self.on_call: Callable[[Received], None] | None = None
+        self.on_lost: list[Callable[[], None]] = []
         self._loop.add_reader(sock, self._readable)
 
     @classmethod
@@ -169,7 +170,7 @@ class Connection:
             async with asyncio.timeout(timeout):
                 reply = await future
         except TimeoutError:
-            raise DBusError(f'{ERROR}NoReply', f'no reply to {message.member} within {timeout} s') from None
+            raise DBusError(f'{ERROR}Timeout', f'no reply to {message.member} within {timeout} s') from None
         except asyncio.CancelledError:
             # the reply may have come in the same moment, and nobody else knows of its fds
             if future.done() and not future.cancelled() and not future.exception():
@@ -260,6 +261,8 @@ class Connection:
         self._sock.close()
         self._fail_pending()
         self._closed.set()
+        for callback in self.on_lost:
+            callback()
 
     def _fail_pending(self) -> None:
         for _, future in self._pending.values():

@@ -118,6 +118,7 @@ class Router:
         properties.registry = introspectable.registry = self.registry
         self._adopt(root, self.manager)
         connection.on_call = self.route
+        connection.on_lost.append(self._lost)
 
     def export(self, path: str, *exported: Exported) -> None:
         """Make these interfaces one object. Subscribers hear InterfacesAdded, from the root path."""
@@ -132,6 +133,10 @@ class Router:
         for one in gone:
             one.emitter = None
         self.manager.removed(path, gone)
+
+    def _lost(self) -> None:
+        self._changes.close()
+        self.peers.close()
 
     def _adopt(self, path: str, exported: Exported) -> None:
         if not wire.is_object_path_valid(path):

@@ -124,6 +124,11 @@ class Changes:
             self._timers.pop(exported).cancel()
             self._send(exported)
 
+    def close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
     def _due(self, exported: Exported) -> None:
         del self._timers[exported]
         if self._send(exported):

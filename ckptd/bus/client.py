@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A client of the bus: calls that raise CkptError, and signals of one service in order.
+
+    async with await connect('system') as client:
+        async with client.signals(BUS_NAME, ROOT) as signals:       # before the call, so that none is missed
+            job = await client.call(BUS_NAME, ROOT, MANAGER, 'Checkpoint', 'sa{sv}', 'pid:42', {'after': 'kill'})
+            async for signal in signals:
+                print(signal.path, signal.interface, signal.member, signal.args)
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, TIMEOUT, Connection, Match
+from ckptd.bus.names import BUS_NAME, job_path
+from ckptd.bus.standard import PROPERTIES
+from ckptd.bus.values import NO_TYPES, plain, split_signature, to_body
+from ckptd.bus.wire import DBusError, ProtocolError, Received
+from ckptd.errors import (
+    ERROR_PREFIX,
+    CkptError,
+    InvalidArgument,
+    LimitsExceeded,
+    NoSuchImage,
+    NoSuchJob,
+    NoSuchTarget,
+    NotSupported,
+    PermissionDenied,
+    Unavailable,
+    from_details,
+)
+
+# errors of the bus and of systemd, as ours; the rest become CkptError
+_OTHERS: Final[Mapping[str, type[CkptError]]] = {
+    f'{ERROR}ServiceUnknown': Unavailable,
+    f'{ERROR}NameHasNoOwner': Unavailable,
+    f'{ERROR}NoReply': Unavailable,             # it died while it worked on the call
+    f'{ERROR}Timeout': Unavailable,
+    f'{ERROR}Disconnected': Unavailable,
+    f'{ERROR}Spawn.ChildExited': Unavailable,
+    f'{ERROR}AccessDenied': PermissionDenied,
+    f'{ERROR}InteractiveAuthorizationRequired': PermissionDenied,
+    f'{ERROR}InvalidArgs': InvalidArgument,
+    f'{ERROR}UnknownMethod': NotSupported,
+    f'{ERROR}UnknownInterface': NotSupported,
+    f'{ERROR}NotSupported': NotSupported,
+    f'{ERROR}LimitsExceeded': LimitsExceeded,
+    'org.freedesktop.systemd1.NoSuchUnit': NoSuchTarget,
+}
+_JOBS = job_path(0).removesuffix('0')
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One signal, its arguments plain."""
+    path: str
+    interface: str
+    member: str
+    args: tuple[Any, ...]
+
+
+class Signals:
+    """Signals in the order they came. Raises Unavailable when the service or the bus is gone."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Signal | CkptError] = asyncio.Queue()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Signal:
+        item = await self._queue.get()
+        if isinstance(item, CkptError):
+            raise item
+        return item
+
+    def add(self, message: Received) -> None:
+        self._queue.put_nowait(Signal(message.path, message.interface, message.member, tuple(plain(message.body()))))
+
+    def end(self, reason: str) -> None:
+        self._queue.put_nowait(Unavailable(reason))
+
+
+class Client:
+    """Calls of one connection; see the module's example."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.connection.close()
+
+    async def close(self) -> None:
+        await self.connection.close()
+
+    async def call(self, destination: str, path: str, interface: str, member: str, signature: str = '', *args: Any,
+                   timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
+                   types: Mapping[str, str] = NO_TYPES) -> Any:
+        """Call a method; its only result, None if it has none, a tuple of several.
+
+        Values are plain, an 'h' is an open fd; types: of the keys of a{sv} arguments. Raises the CkptError it answers.
+        """
+        indexed, fds = _index_fds(signature, args)
+        try:
+            values = await self.connection.call(destination, path, interface, member, signature,
+                                                to_body(signature, indexed, types), timeout=timeout, fds=fds)
+        except DBusError as error:
+            raise as_ckpt_error(error, path) from error
+        except ProtocolError as error:
+            raise CkptError(f'{destination} answered nonsense: {error}') from error
+        return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+    async def properties(self, destination: str, path: str, interface: str) -> dict[str, Any]:
+        """All properties of one interface of an object."""
+        return dict(await self.call(destination, path, PROPERTIES, 'GetAll', 's', interface))
+
+    async def property_(self, destination: str, path: str, interface: str, name: str) -> Any:
+        return await self.call(destination, path, PROPERTIES, 'Get', 'ss', interface, name)
+
+    async def owner(self, name: str, *, start: bool = False) -> str:
+        """Unique name of the owner of a name; started by the bus if wanted and possible. Unavailable if none."""
+        if start:
+            await self.call(DRIVER, DRIVER_PATH, DRIVER, 'StartServiceByName', 'su', name, 0)
+        return str(await self.call(DRIVER, DRIVER_PATH, DRIVER, 'GetNameOwner', 's', name))
+
+    @contextlib.asynccontextmanager
+    async def signals(self, service: str, path_namespace: str = '', interface: str = '',
+                      member: str = '') -> AsyncIterator[Signals]:
+        """Signals of this service, from its owner of now and from nobody else, until the context ends."""
+        signals = Signals()
+        owner = await self.owner(service) if await self._is_there(service) else await self.owner(service, start=True)
+        gone = f'{service} has left the bus'
+
+        def left(message: Received) -> None:
+            signals.end(gone)
+
+        def lost() -> None:
+            signals.end('the bus is gone')
+
+        with contextlib.ExitStack() as stack:
+            for match, callback in (
+                    (Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=owner), left),
+                    (Match(owner, interface, member, path_namespace=path_namespace), signals.add)):
+                subscription = await self.connection.subscribe(match, callback)
+                stack.callback(subscription.cancel)
+            self.connection.on_lost.append(lost)
+            stack.callback(self.connection.on_lost.remove, lost)
+            if not await self._is_there(owner):
+                signals.end(gone)
+            yield signals
+
+    async def _is_there(self, name: str) -> bool:
+        return bool(await self.call(DRIVER, DRIVER_PATH, DRIVER, 'NameHasOwner', 's', name))
+
+
+async def connect(bus: str, *, timeout: float = TIMEOUT) -> Client:  # noqa: ASYNC109 - of several steps
+    """Connect to 'system', 'session' or an address. Unavailable where there is no bus."""
+    return Client(await Connection.open(bus, timeout=timeout))
+
+
+def as_ckpt_error(error: DBusError, path: str = '') -> CkptError:
+    """The error of ours that an answer means; path: of the object that was called."""
+    details = error.body[1] if len(error.body) > 1 and isinstance(error.body[1], dict) else {}
+    if error.name.startswith(ERROR_PREFIX):
+        return from_details(error.name, error.message, details)
+    if error.name == f'{ERROR}UnknownObject':
+        if path.startswith(_JOBS):
+            return NoSuchJob(f'no job {path.removeprefix(_JOBS)}: it ended some time ago')
+        return NoSuchImage(error.message)
+    kind = _OTHERS.get(error.name, CkptError)
+    text = error.message if kind is not CkptError else f'{error.name}: {error.message}'
+    return kind(text, hint=None if BUS_NAME in text or kind is not Unavailable else '')
+
+
+def _index_fds(signature: str, args: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """On the wire an 'h' is an index into the fds that go along."""
+    fds: list[int] = []
+    values = []
+    for kind, value in zip(split_signature(signature), args, strict=True):
+        if kind == 'h':
+            fds.append(value)
+        values.append(len(fds) - 1 if kind == 'h' else value)
+    return values, fds
