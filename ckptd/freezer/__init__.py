@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The freezer: brings a tree to rest, and the state that was found back.
+
+    with freeze(tree, target, 'auto', deadline, journal, rescan) as frozen:
+        seize every thread              adds to frozen.tracees; frozen.tree is the tree to work with
+        frozen.let_run()                only the tracer's remote system calls run now
+        ...
+        frozen.restore()                or frozen.hold(), to leave the tree frozen until the block ends
+    at the end of the block, whatever happened: the state found is back, then the tracees run
+
+    mode        what brings the tree to rest
+    auto        unit, cgroup or ptrace: the first of them that can
+    cgroup      cgroup.freeze                                               groups.py
+    unit        systemd's FreezeUnit                                        units.py
+    ptrace      PTRACE_SEIZE and PTRACE_INTERRUPT of every thread           traced.py
+    caller      the caller has done so; a task that is not frozen is EBUSY  caller.py
+
+Synchronous, in the thread that traces. What a freeze changes is in the journal before it is changed, so that
+ckptd.journal.recover undoes what a killed owner leaves.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ckptd.errors import CkptError, NotSupported, Refused
+from ckptd.freezer.base import CannotFreezeError, Frozen, Goal, Terms, nothing_to_check, refuse_own_tree
+from ckptd.freezer.caller import check_frozen
+from ckptd.freezer.groups import CgroupFrozen
+from ckptd.freezer.traced import TracedFrozen
+from ckptd.freezer.units import UnitFrozen
+from ckptd.journal.hands import FaultPoint, Hands, UnitCall, no_fault
+from ckptd.journal.store import Journal
+from ckptd.kernel.cgroup import mount_of
+from ckptd.kernel.mountinfo import read_mountinfo
+from ckptd.tree import Tree
+
+__all__ = ['Frozen', 'freeze']
+
+
+@contextmanager
+def freeze(tree: Tree, target: Goal, mode: str, deadline: float, journal: Journal, rescan: Callable[[], Tree], *,
+           job: int = 0, freeze_unit: UnitCall | None = None, thaw_unit: UnitCall | None = None,
+           also: int | None = None, check: Callable[[], None] = nothing_to_check, remote_calls: bool = True,
+           at: FaultPoint = no_fault) -> Iterator[Frozen]:
+    """A tree at rest for the time of the block; base.Terms says what the arguments are.
+
+    freeze_unit and thaw_unit are None where no systemd can be asked. FreezeTimeout names the tasks that did not come to
+    rest; NotFrozen, NotSupported, TreeChanged, PermissionDenied, Cancelled. Nothing is left changed by any of them.
+    """
+    refuse_own_tree(tree)
+    hands = Hands(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    terms = Terms(target, deadline, journal, hands, rescan, job, also, check, remote_calls, at)
+    frozen = _first_that_can(_freezers(tree, mode, terms), tree, terms)
+    try:
+        yield frozen
+    except BaseException as error:
+        _close_after(frozen, error)
+        raise
+    frozen.close()
+
+
+def _freezers(tree: Tree, mode: str, terms: Terms) -> list[type[Frozen]]:
+    """What may bring the tree to rest in this mode, the best first."""
+    match mode:
+        case 'caller':
+            return _for_caller(tree, terms)
+        case 'unit':
+            return [UnitFrozen]
+        case 'cgroup':
+            return [CgroupFrozen]
+        case 'ptrace':
+            return [TracedFrozen]
+    with_unit: list[type[Frozen]] = [UnitFrozen] if terms.target.unit and terms.hands.freeze_unit else []
+    return [*with_unit, CgroupFrozen, TracedFrozen]
+
+
+def _for_caller(tree: Tree, terms: Terms) -> list[type[Frozen]]:
+    refusals = check_frozen(tree, terms.hands)
+    if refusals:
+        raise Refused.because(refusals, 'freeze')
+    # frozen by a cgroup, the tree runs no remote system call: it has to move to a frozen cgroup that may be thawed
+    stopped = all(task.state in 'TtZX' for task in tree)
+    return [Frozen] if stopped or not terms.remote_calls else [CgroupFrozen]
+
+
+def _first_that_can(freezers: list[type[Frozen]], tree: Tree, terms: Terms) -> Frozen:
+    reasons: list[str] = []
+    for freezer in freezers:
+        frozen = freezer(tree, terms)
+        try:
+            frozen.freeze()
+        except CannotFreezeError as error:
+            frozen.close()
+            reasons.append(f'{freezer.mode} freezer: {error}')
+        except BaseException as error:
+            _close_after(frozen, error)
+            raise
+        else:
+            return frozen
+    raise NotSupported(f'{terms.target.description} cannot be frozen: {"; ".join(reasons)}', phase='freeze')
+
+
+def _close_after(frozen: Frozen, error: BaseException) -> None:
+    """Undo after a failure; what cannot be undone is told along with the failure, and is left to a recovery."""
+    try:
+        frozen.close()
+    except CkptError as failure:
+        error.add_note(failure.message)

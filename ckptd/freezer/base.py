@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What all freezers share: the terms of a freeze, and a frozen tree with the way back."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn, Protocol
+
+from ckptd.errors import CkptError, FreezeTimeout, InvalidArgument, Refusal
+from ckptd.journal.entry import Entry
+from ckptd.journal.hands import FaultPoint, Hands, describe, undo_all
+from ckptd.journal.steps import AnyStep, FreezeCgroup, FreezeUnit
+from ckptd.journal.store import Journal
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.wchan import read_wchan
+from ckptd.tree import Task, Tree
+
+# names of a freezer's sleep in wchan (older kernels have do_freezer_trap inlined), and of a parent in vfork(2), which
+# sleeps in state D and yet counts as frozen: kernel/signal.c and wait_for_vfork_done in kernel/fork.c
+RESTING = ('do_freezer_trap', 'get_signal', 'ptrace_stop', 'do_signal_stop', 'kernel_clone', 'wait_for_vfork_done')
+MAX_NAMED = 64              # tasks that an error names
+
+
+class Goal(Protocol):
+    """Of ckptd.scan.Target, what a freezer looks at. cgroup: the tree is everything in it, if not None."""
+    @property
+    def cgroup(self) -> str | None: ...
+    @property
+    def unit(self) -> str | None: ...
+    @property
+    def description(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one freeze is given.
+
+    deadline: of time.monotonic(). rescan: scans the tree again. also: an fd that ends a wait early when readable;
+    `check` is called then and between rounds, reads what is there, and raises Cancelled if that is what it says.
+    remote_calls: the tree must be able to run for its tracer (let_run), so no cgroup that was found frozen may hold it.
+    at: called with the name of each fault point.
+    """
+    target: Goal
+    deadline: float
+    journal: Journal
+    hands: Hands
+    rescan: Callable[[], Tree]
+    job: int
+    also: int | None
+    check: Callable[[], None]
+    remote_calls: bool
+    at: FaultPoint
+
+    def next_round(self) -> None:
+        """Between two rounds of catching up with a tree that forks: Cancelled, or FreezeTimeout."""
+        self.check()
+        if time.monotonic() >= self.deadline:
+            raise FreezeTimeout(f'{self.target.description} forks faster than it can be frozen', phase='freeze')
+
+
+class CannotFreezeError(Exception):
+    """This freezer cannot, another one may. Says why; nothing is left changed."""
+
+
+class Frozen:
+    """A tree at rest, and what it takes to bring back the state that was found. This one was at rest already.
+
+        tree        as scanned last, with every task at rest
+        tracees     by tid; stopped under ptrace. The ptrace freezer fills it, the engine adds its own; all of them are
+                    detached at the end, after the state found is back, so what was found frozen never runs in between
+        let_run()   thaw, so that tracees can run remote system calls; needs every thread to be stopped under ptrace
+        hold()      freeze again what let_run has thawed
+        restore()   bring back the state that was found; the tracees stay stopped
+        close()     restore, then let the tracees go
+    """
+    mode: ClassVar[str] = 'caller'
+
+    def __init__(self, tree: Tree, terms: Terms) -> None:
+        self.tree = tree
+        self.tracees: dict[int, Tracee] = {}
+        self._terms = terms
+        self._entry: Entry | None = None
+
+    def freeze(self) -> None:
+        """Bring the tree to rest. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then `close` undoes it."""
+
+    def let_run(self) -> None:
+        """CkptError if the system does not let us."""
+        for number, step in self._brakes():
+            self._terms.at(f'let-run-{step.point}')
+            try:
+                self._terms.hands.undo(step, {})
+            except OSError as error:
+                raise CkptError(f'cannot undo {describe(step)}: {error.strerror}', errno=error.errno) from error
+            self._journal().undone(number)
+            self._terms.at(f'let-run-{step.point}-done')
+
+    def hold(self) -> None:
+        """Nothing, where let_run had nothing to thaw."""
+
+    def restore(self) -> None:
+        """Twice does nothing more. CkptError if a step cannot be undone; the journal keeps it for a recovery."""
+        if self._entry is None or self._entry.closed:
+            return
+        try:
+            failures = undo_all(self._entry, self._terms.hands, self._terms.at)
+        finally:
+            self._entry.close()
+        if failures:
+            raise CkptError('; '.join(failures), phase='release', hint='the daemon tries again when it starts')
+
+    def close(self) -> None:
+        try:
+            self.restore()
+        finally:
+            while self.tracees:
+                self.tracees.popitem()[1].detach()
+
+    # ------------------------------------------------------------ for freezers
+
+    def _journal(self) -> Entry:
+        if self._entry is None:
+            terms = self._terms
+            self._entry = terms.journal.begin(terms.job, terms.target.description, self.mode)
+            terms.at('freeze-begin')
+        return self._entry
+
+    def _take(self, step: AnyStep) -> None:
+        """Write the step down, then take it. CannotFreezeError if the system does not let us."""
+        try:
+            self._journal().add(step)
+            self._terms.at(f'freeze-{step.point}')
+            self._terms.hands.take(step)
+        except OSError as error:
+            raise CannotFreezeError(f'{describe(step)}: {error.strerror or error}') from error
+        self._terms.at(f'freeze-{step.point}-done')
+
+    def _take_again(self, step: AnyStep) -> None:
+        """The same once the tree is frozen, when no other freezer can step in any more."""
+        try:
+            self._take(step)
+        except CannotFreezeError as error:
+            raise CkptError(str(error), phase='freeze') from error
+
+    def _brakes(self) -> list[tuple[int, FreezeCgroup | FreezeUnit]]:
+        """Steps that keep the tree from running, newest first."""
+        standing = self._entry.standing() if self._entry else []
+        return [(number, step) for number, step in standing if isinstance(step, FreezeCgroup | FreezeUnit)]
+
+
+def nothing_to_check() -> None:
+    """The `check` of those who have no control socket."""
+
+
+def refuse_own_tree(tree: Tree) -> None:
+    """A process that freezes itself can thaw nothing any more."""
+    if os.getpid() in tree:
+        raise InvalidArgument('the tree holds the process that would freeze it', task=os.getpid(), phase='freeze',
+                              hint='name a smaller target')
+
+
+def timed_out(tasks: list[Task], what: str) -> NoReturn:
+    """FreezeTimeout that names these tasks, each with its state and where it sleeps."""
+    rows = [_row(task, what) for task in tasks[:MAX_NAMED]]
+    if not rows:
+        raise FreezeTimeout('the tree did not come to rest in time', phase='freeze')
+    more = f' (and {len(tasks) - 1} more)' if len(tasks) > 1 else ''
+    first = rows[0]
+    raise FreezeTimeout(f'{first.comm}[{first.pid}] {first.reason}{more}', task=first.pid, resource=first.resource,
+                        phase='freeze', refusals=rows)
+
+
+def restless(tree: Tree) -> list[Task]:
+    """Tasks that keep a cgroup from being frozen. The kernel does not tell them, but shows where they sleep."""
+    awake = [task for task in tree if task.state not in 'TtZXx' and _place(task) not in RESTING]
+    # without wchan a frozen task looks like any that sleeps; one in D or R is not frozen for certain
+    return [task for task in awake if task.state in 'DR'] or awake
+
+
+def _row(task: Task, what: str) -> Refusal:
+    where = _place(task)
+    reason = f'{what}: state {task.state}' + (f', sleeps in {where}' if where else '')
+    return Refusal(task.tid, task.comm, f'state {task.state}', 'ETIMEDOUT', reason, FreezeTimeout.default_hint)
+
+
+def _place(task: Task) -> str:
+    try:
+        return read_wchan(task.tgid, task.tid)
+    except ProcessLookupError:
+        return ''

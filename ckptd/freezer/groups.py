@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The cgroup freezer: `cgroup.freeze` of the tree's own cgroup, or of a work cgroup that the tree is moved to.
+
+    the tree is all of /a/b, nothing frozen         freeze /a/b
+    the tree shares /a/b with strangers             /a/b/ckptd-JOB-RANDOM    frozen; the tree moves there and back
+    ... and /a/b or /a was found frozen             /ckptd-JOB-RANDOM        beside the topmost frozen one
+
+Moved from one frozen cgroup to another a task stays asleep all the way, and what was found frozen is not touched at
+all. The work cgroup is frozen before the first process moves in, so a process that is in it forks no more, and each
+round of moving leaves fewer outside.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+
+from ckptd.errors import TreeChanged
+from ckptd.freezer.base import CannotFreezeError, Frozen, Terms, restless, timed_out
+from ckptd.journal.hands import Hands
+from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved
+from ckptd.kernel.task import read_cgroup2
+from ckptd.tree import Tree
+
+ROUNDS = 64                 # of moving what was born outside meanwhile
+
+
+class CgroupFrozen(Frozen):
+    """Frozen through cgroup.freeze."""
+    mode = 'cgroup'
+
+    def __init__(self, tree: Tree, terms: Terms) -> None:
+        super().__init__(tree, terms)
+        self._cgroup = ''
+        self._moves = False
+
+    def freeze(self) -> None:
+        hands = self._terms.hands
+        if hands.mount is None:
+            raise CannotFreezeError('no cgroup v2 hierarchy is mounted')
+        try:
+            places = read_places(self.tree)
+            if not places:
+                return          # all dead
+            own = self._own_cgroup(places)
+            if own is None:
+                self._make_work_cgroup(places)
+            else:
+                self._take(FreezeCgroup(own))
+                self._cgroup = own
+        except OSError as error:
+            raise CannotFreezeError(f'{error.strerror}: {error.filename}') from error
+        self._settle(places)
+
+    def hold(self) -> None:
+        if self._cgroup and not self._brakes():
+            self._take_again(FreezeCgroup(self._cgroup))
+            self._wait()
+
+    def _own_cgroup(self, places: dict[int, str]) -> str | None:
+        """The cgroup that may be frozen as it is: it holds this tree and nobody else, and was not found frozen."""
+        hands = self._terms.hands
+        own = self._terms.target.cgroup or common(places.values())
+        found_frozen = (any(topmost_frozen(hands, place) for place in {own, *places.values()})
+                        if self._terms.remote_calls else own != '/' and hands.cgroup(own).frozen_wanted)
+        return own if not found_frozen and self._is_exactly(own, places) else None
+
+    def _is_exactly(self, own: str, places: dict[int, str]) -> bool:
+        if own == '/' or not all(is_below(place, own) for place in places.values()):
+            return False
+        members = set(self._terms.hands.cgroup(own).procs(recursive=True))
+        if not members <= places.keys():
+            # a child that was born since the scan is no stranger
+            self.tree = self._terms.rescan()
+            places.clear()
+            places.update(read_places(self.tree))
+        return members <= places.keys()
+
+    def _make_work_cgroup(self, places: dict[int, str]) -> None:
+        hands = self._terms.hands
+        threaded = [place for place in sorted(set(places.values())) if hands.cgroup(place).type != 'domain']
+        if threaded:
+            raise CannotFreezeError(f'cgroup {threaded[0]} is threaded, its processes cannot be moved')
+        base = common(places.values())
+        if self._terms.remote_calls:
+            frozen = [top for place in set(places.values()) if (top := topmost_frozen(hands, place))]
+            base = common([base, *(str(PurePosixPath(top).parent) for top in frozen)])
+        self._cgroup = str(PurePosixPath(base) / self._journal().work_name)
+        self._take(MakeCgroup(self._cgroup))
+        self._take(FreezeCgroup(self._cgroup))
+        self._moves = True
+
+    def _settle(self, places: dict[int, str]) -> None:
+        """Bring in what is outside and wait, until a scan of the frozen tree finds nothing outside."""
+        for _ in range(ROUNDS):
+            outside = {tgid: place for tgid, place in places.items() if not is_below(place, self._cgroup)}
+            if outside:
+                self._bring_in(outside)
+            self._wait()
+            self._terms.next_round()
+            self.tree = self._terms.rescan()
+            places = read_places(self.tree)
+            if all(is_below(place, self._cgroup) for place in places.values()):
+                return
+        raise TreeChanged(f'{self._terms.target.description} forks faster than it can be moved', phase='freeze')
+
+    def _bring_in(self, outside: dict[int, str]) -> None:
+        if not self._moves:
+            raise TreeChanged(f'process {min(outside)} left cgroup {self._cgroup}', task=min(outside), phase='freeze')
+        self._take(Move(self._cgroup, tuple(Moved(tgid, self.tree[tgid].start_time, place)
+                                            for tgid, place in outside.items() if tgid in self.tree)))
+
+    def _wait(self) -> None:
+        terms = self._terms
+        cgroup = terms.hands.cgroup(self._cgroup)
+        try:
+            while not cgroup.wait(True, terms.deadline, terms.also):
+                terms.check()
+                if time.monotonic() >= terms.deadline:
+                    timed_out(restless(terms.rescan()), 'does not freeze')
+        except OSError as error:
+            raise TreeChanged(f'cgroup {self._cgroup}: {error.strerror}', phase='freeze') from error
+
+
+# ---------------------------------------------------------------- where the processes are
+
+def read_places(tree: Tree) -> dict[int, str]:
+    """The cgroup of each process of the tree that has a living thread, by tgid."""
+    places: dict[int, str] = {}
+    for task in tree:
+        # a leader may be dead while other threads live, and a dead task keeps the name of the cgroup it died in
+        if task.is_zombie or task.tgid in places:
+            continue
+        try:
+            place = read_cgroup2(task.tid)
+        except ProcessLookupError:
+            continue
+        if '/..' in place:
+            raise CannotFreezeError(f'process {task.tgid} is in a cgroup outside of our cgroup namespace')
+        places[task.tgid] = place
+    return places
+
+
+def common(names: Iterable[str]) -> str:
+    """The deepest cgroup that has all of these in it or below."""
+    return os.path.commonpath(list(names))
+
+
+def is_below(name: str, above: str) -> bool:
+    """Whether `name` is this cgroup or one below it."""
+    return name == above or name.startswith(above.rstrip('/') + '/')
+
+
+def ways_up(name: str) -> Iterator[str]:
+    """The cgroup and all above it, '/' last."""
+    path = PurePosixPath(name)
+    yield from map(str, (path, *path.parents))
+
+
+def topmost_frozen(hands: Hands, name: str) -> str:
+    """Of this cgroup and those above it the highest whose cgroup.freeze is 1; '' if none is."""
+    frozen = ''
+    for above in ways_up(name):
+        try:
+            frozen = above if hands.cgroup(above).frozen_wanted else frozen
+        except FileNotFoundError:
+            break       # above what the mount shows
+    return frozen

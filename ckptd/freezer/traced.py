@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The ptrace freezer: every thread is seized and interrupted, where no cgroup can be written.
+
+Stopped tasks fork no more, so each scan finds fewer that run. No journal is needed to undo it: the kernel detaches the
+tracees of a tracer that dies, and they run on.
+"""
+
+import os
+import signal
+import time
+
+from ckptd.errors import PermissionDenied, TreeChanged
+from ckptd.freezer.base import CannotFreezeError, Frozen, timed_out
+from ckptd.freezer.groups import read_places, topmost_frozen
+from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
+from ckptd.kernel.signalfd import ChildSignals
+from ckptd.kernel.stat import read_stat
+from ckptd.kernel.status import read_status
+from ckptd.tree import Task
+
+ROUNDS = 64                 # of seizing what was born meanwhile
+
+
+class TracedFrozen(Frozen):
+    """Frozen by ptrace: `tracees` has every living thread of `tree`, and the engine works with these."""
+    mode = 'ptrace'
+
+    def freeze(self) -> None:
+        terms = self._terms
+        self._refuse_frozen()
+        self._journal()
+        with ChildSignals() as signals:
+            for _ in range(ROUNDS):
+                awake = [task for task in self.tree if not task.is_zombie and task.tid not in self.tracees]
+                if not awake:
+                    return
+                for task in awake:
+                    self._seize(task)
+                terms.at('freeze-seize')
+                for task in awake:
+                    self._wait(task, awake, signals)
+                terms.at('freeze-seize-done')
+                terms.next_round()
+                self.tree = terms.rescan()
+        raise TreeChanged(f'{terms.target.description} forks faster than it can be stopped', phase='freeze')
+
+    def let_run(self) -> None:
+        """Nothing: each tracee is stopped by itself."""
+
+    def _refuse_frozen(self) -> None:
+        # a frozen task can be stopped, but runs no remote system call: it goes back to the freezer's sleep first
+        hands = self._terms.hands
+        if not self._terms.remote_calls or hands.mount is None:
+            return
+        for place in set(read_places(self.tree).values()):
+            if frozen := topmost_frozen(hands, place):
+                raise CannotFreezeError(f'cgroup {frozen} is frozen, and what is in it cannot run for its tracer')
+
+    def _seize(self, task: Task) -> None:
+        try:
+            tracee = Tracee.seize(task.tid)
+            self.tracees[task.tid] = tracee
+            tracee.interrupt()
+        except ProcessLookupError:
+            self.tracees.pop(task.tid, None)        # died; the next scan does not find it
+        except PermissionError as error:
+            if not _is_dead(task):
+                raise _not_permitted(task, error) from error
+
+    def _wait(self, task: Task, awake: list[Task], signals: ChildSignals) -> None:
+        terms = self._terms
+        while task.tid in self.tracees and not self._has_stopped(self.tracees[task.tid]):
+            if time.monotonic() >= terms.deadline:
+                timed_out([other for other in awake if self._runs(other)], 'does not stop')
+            signals.wait(terms.deadline - time.monotonic(), terms.also)
+            terms.check()
+
+    def _has_stopped(self, tracee: Tracee) -> bool:
+        """Without waiting. A tracee that died is forgotten."""
+        try:
+            status = tracee.wait(0.0)
+            if status >> 16 == PTRACE_EVENT_STOP:
+                tracee.stop_signal = os.WSTOPSIG(status) if os.WSTOPSIG(status) != signal.SIGTRAP else 0
+                return True
+            # a signal was being delivered; any trap clears the interrupt, so it has to be asked for again
+            tracee.cont(os.WSTOPSIG(status))
+            tracee.interrupt()
+        except TimeoutError:
+            return False
+        except ProcessLookupError:
+            del self.tracees[tracee.tid]
+        return False
+
+    def _runs(self, task: Task) -> bool:
+        tracee = self.tracees.get(task.tid)
+        return tracee is not None and not tracee.stopped and not self._has_stopped(tracee)
+
+
+def _is_dead(task: Task) -> bool:
+    try:
+        return read_stat(task.tgid, task.tid).state in 'ZX'
+    except ProcessLookupError:
+        return True
+
+
+def _not_permitted(task: Task, error: PermissionError) -> PermissionDenied:
+    try:
+        tracer = read_status(task.tgid, task.tid).tracer_pid
+    except ProcessLookupError:
+        tracer = 0
+    reason = f'is being traced by process {tracer}' if tracer else 'may not be traced'
+    return PermissionDenied(f'{task.comm}[{task.tid}] {reason}', task=task.tid, resource='ptrace', phase='freeze',
+                            hint='let the other tracer go' if tracer else None)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The unit freezer: systemd freezes a unit that is exactly the tree. Attributes of its cgroup are systemd's to write,
+and its watchdog kills a unit that was frozen behind its back."""
+
+from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument
+from ckptd.freezer.base import CannotFreezeError, Terms
+from ckptd.freezer.groups import CgroupFrozen, read_places, topmost_frozen
+from ckptd.journal.steps import FreezeUnit, ThawUnit
+from ckptd.tree import Tree
+
+
+class UnitFrozen(CgroupFrozen):
+    """Frozen through FreezeUnit. A unit that was found frozen is thawed by let_run only, and then frozen again."""
+    mode = 'unit'
+
+    def __init__(self, tree: Tree, terms: Terms) -> None:
+        super().__init__(tree, terms)
+        if terms.target.unit is None or terms.target.cgroup is None:
+            raise InvalidArgument(f'{terms.target.description} is not a unit', hint='freeze=unit needs a unit name')
+        self._unit = terms.target.unit
+        self._cgroup = terms.target.cgroup
+        self._found_frozen = False
+
+    def freeze(self) -> None:
+        hands = self._terms.hands
+        if hands.freeze_unit is None or hands.thaw_unit is None:
+            raise CannotFreezeError('no systemd can be asked')
+        try:
+            places = read_places(self.tree)
+            if not self._is_exactly(self._cgroup, places):
+                raise CannotFreezeError(f'unit {self._unit} has processes that are not of the tree')
+            frozen = {top for place in places.values() if (top := topmost_frozen(hands, place))}
+        except OSError as error:
+            raise CannotFreezeError(f'{error.strerror}: {error.filename}') from error
+        if frozen - {self._cgroup}:
+            raise CannotFreezeError(f'cgroup {min(frozen - {self._cgroup})} is frozen, so the unit cannot be thawed')
+        self._found_frozen = bool(frozen)
+        if not self._found_frozen:
+            self._ask_systemd()
+        self._settle(places)
+
+    def _ask_systemd(self) -> None:
+        try:
+            self._take(FreezeUnit(self._unit))
+        except (Cancelled, FreezeTimeout):
+            raise
+        except CkptError as error:
+            raise CannotFreezeError(f'systemd does not freeze {self._unit}: {error.message}') from error
+
+    def let_run(self) -> None:
+        if self._found_frozen:
+            self._take_again(ThawUnit(self._unit))
+        else:
+            super().let_run()
+
+    def hold(self) -> None:
+        if self._found_frozen:
+            self.restore()
+        elif not self._brakes():
+            self._take_again(FreezeUnit(self._unit))
+        self._wait()
