@@ -7,10 +7,10 @@ import stat
 from typing import Protocol, runtime_checkable
 
 from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.kernel.shmem import on_shm_mount
 from ckptd.kinds.base import Content, Kind, OpenFile
 from ckptd.kinds.content import Segment, dump_content
 from ckptd.kinds.locks import Lock, read_locks
-from ckptd.kinds.shmem import on_shm_mount
 
 PREFIX = '/memfd:'
 

@@ -7,10 +7,10 @@ import stat
 
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.kernel import statfs
+from ckptd.kernel.shmem import on_shm_mount
 from ckptd.kinds.base import Content, Kind, OpenFile, Reason
 from ckptd.kinds.content import Segment, dump_content
 from ckptd.kinds.locks import LEASE, Lock, read_locks
-from ckptd.kinds.shmem import on_shm_mount
 
 # regular by their mode, and yet no files with a name and content
 _NOT_FILES = {statfs.ANON_INODE_FS_MAGIC, statfs.HUGETLBFS_MAGIC, statfs.MQUEUE_MAGIC, statfs.NSFS_MAGIC,

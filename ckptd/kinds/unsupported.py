@@ -10,8 +10,8 @@ from typing import NoReturn
 from ckptd.errors import Refused
 from ckptd.image.grammar import Struct
 from ckptd.kernel import statfs
+from ckptd.kernel.shmem import on_shm_mount
 from ckptd.kinds.base import Content, Kind, OpenFile, Reason
-from ckptd.kinds.shmem import on_shm_mount
 from ckptd.kinds.tty import PTMX
 
 # what follows 'anon_inode:' in the link, brackets and number aside; the names are those of the kernel's callers of

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Why a tree cannot be dumped: every refusal of every task at once, and warnings of what a dump will lack.
+
+    check_access    may the caller look at these tasks? Asked of the kernel, with the caller's credentials
+    check_tasks     state, tracer, namespaces, kernel threads, 32-bit programs, seccomp
+    check_frozen    freeze=caller only: is everything at rest?
+    check_vmas      mappings whose memory no code can dump
+    check_files     open files of no known kind
+
+Nothing is told of a task that the caller may not look at but that it may not.
+"""
+
+from collections.abc import Collection
+
+from ckptd.checks.access import Caller, check_access
+from ckptd.checks.files import check_files
+from ckptd.checks.frozen import check_frozen
+from ckptd.checks.rows import refuse
+from ckptd.checks.tasks import check_tasks
+from ckptd.checks.vmas import check_vmas
+from ckptd.errors import Refusal
+from ckptd.tree import Tree
+
+__all__ = ['Caller', 'check_access', 'check_files', 'check_frozen', 'check_tasks', 'check_tree', 'check_vmas']
+
+
+def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
+               avoid: Collection[int] = ()) -> list[Refusal]:
+    """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
+
+    frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it.
+    """
+    found = check_avoid(tree, avoid) + check_access(tree, caller)
+    denied = {refusal.pid for refusal in found}
+    if 0 in denied:
+        return found
+    seen = [task for task in tree if task.tid not in denied]
+    found += check_tasks(tree, seen)
+    if frozen_required:
+        found += check_frozen(seen, caller.pid)
+    found += check_vmas(seen)
+    found += check_files(seen)
+    return list(dict.fromkeys(found))
+
+
+def check_avoid(tree: Tree, avoid: Collection[int]) -> list[Refusal]:
+    """The daemon, its bus and its worker, which a freeze would stop for good."""
+    return [refuse(tree[pid], 'task', 'EDEADLK', 'is needed for the checkpoint itself and cannot be frozen',
+                   'checkpoint a tree without it') for pid in avoid if pid in tree]
