@@ -11,9 +11,10 @@ import os
 import select
 import signal
 import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ckptd.kernel import creds, trial
@@ -217,3 +218,12 @@ def _remove_cgroup_of(pid: int) -> None:
             os.kill(member, signal.SIGKILL)     # a frozen task dies of it as well
         Cgroup(group).wait_empty(time.monotonic() + trial.PATIENCE)
         group.rmdir()
+
+
+def main() -> None:
+    """python -m ckptd.kernel.probe: the features as JSON, for a client, which is not to try such things itself."""
+    json.dump([asdict(feature) for feature in probe_features()], sys.stdout)
+
+
+if __name__ == '__main__':
+    main()

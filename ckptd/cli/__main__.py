@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""python -m ckptd.cli"""
+
+import sys
+
+from ckptd.cli.main import main
+
+sys.exit(main())

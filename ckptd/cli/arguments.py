@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: a table of commands, and the parsers made from it.
+
+The options that every command has may stand before or after its name. A mistake raises InvalidArgument, so that it is
+reported like every other error. The handlers are named, not imported: `ckptctl --help` loads nothing but argparse.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ckptd import __version__
+from ckptd.cli.quantities import parse_timespan
+from ckptd.errors import InvalidArgument
+
+FREEZE_MODES = ('auto', 'cgroup', 'unit', 'ptrace', 'caller')
+FORMATS = ('core',)
+COMMON_DEFAULTS = {'json': False, 'standalone': False, 'spool': None, 'address': None, 'bus': 'system',
+                   'legend': True}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises instead of writing usage to stderr and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f'run "{self.prog} --help"'
+        if message.endswith('required: COMMAND'):
+            message = 'no command'
+        unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if unknown:
+            message = f'unknown command {unknown[1]!r}'
+            close = difflib.get_close_matches(unknown[1], COMMANDS, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else 'run "ckptctl --help" for the list of commands'
+        raise InvalidArgument(message, hint=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """handler: 'module:coroutine' below ckptd.cli. example: command lines for the end of --help."""
+    handler: str
+    summary: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    description: str = ''
+
+
+def target(text: str) -> str:
+    """A target as the daemon takes it; a bare number is a pid."""
+    return f'pid:{int(text)}' if text.isascii() and text.isdigit() else text
+
+
+def timespan(text: str) -> int:
+    """parse_timespan for argparse, which shows the text of an ArgumentTypeError only."""
+    try:
+        return parse_timespan(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _target(parser: argparse.ArgumentParser, metavar: str = 'TARGET') -> None:
+    parser.add_argument('target', metavar=metavar, type=target,
+                        help='pid:N or just N, a unit name (app.service), cgroup:/PATH, or self')
+
+
+def _freezing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--freeze', choices=FREEZE_MODES, default='auto', metavar='MODE',
+                        help='what stops the tree: auto (default), cgroup, unit (through systemd), ptrace, or caller '
+                             '(you have frozen it already)')
+    parser.add_argument('--timeout', type=timespan, metavar='SPAN',
+                        help='give up when the tree is not frozen after SPAN: "10s" (default), "500ms", "2min"')
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    _target(parser)
+    _freezing(parser)
+    after = parser.add_mutually_exclusive_group()
+    after.add_argument('--kill', dest='after', action='store_const', const='kill', default='resume',
+                       help='kill the tree once its image is published')
+    after.add_argument('--leave-frozen', dest='after', action='store_const', const='freeze',
+                       help='keep the tree frozen afterwards, until "ckptctl thaw TARGET"')
+    parser.add_argument('--detach', action='store_true', help='print the job and return while it runs')
+    parser.add_argument('-q', '--quiet', action='store_true', help='print the id of the image and nothing else')
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    _target(parser)
+
+
+def _freeze(parser: argparse.ArgumentParser) -> None:
+    _target(parser)
+    _freezing(parser)
+
+
+def _tree(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('target', metavar='TARGET|IMAGE', type=target, help='what runs, or the id of an image')
+    parser.add_argument('--files', action='store_true', help='draw each open file on a line of its own')
+    parser.add_argument('--threads', action='store_true', help='draw each thread, also where many have one name')
+
+
+def _job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('jobs', metavar='JOB', type=int, nargs='+', help='number of a job, as "ckptctl jobs" shows it')
+
+
+def _image(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('image', metavar='IMAGE', help='id of an image, as "ckptctl list" shows it')
+
+
+def _images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='id of an image, as "ckptctl list" shows it')
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--format', choices=FORMATS, default='core', help='core: one ELF core per process (default)')
+    parser.add_argument('--force', action='store_true', help='overwrite core files that are in DIR already')
+    _image(parser)
+    parser.add_argument('directory', metavar='DIR', help='where core.N of each process goes; made if it is not there')
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--freeze', choices=('auto', 'cgroup', 'ptrace'), default='auto', metavar='MODE',
+                        help='what stops the tree: auto (default), cgroup or ptrace')
+    parser.add_argument('--keep', action='store_true', help='keep the spool and the cores, and say where they are')
+
+
+COMMANDS: dict[str, Command] = {
+    'checkpoint': Command(
+        'checkpoint:checkpoint', 'Write an image of a running tree of processes',
+        'ckptctl checkpoint 1234\nckptctl checkpoint app.service --kill --timeout 30s\n'
+        'ckptctl checkpoint 1234 --standalone --spool ~/images --json', _checkpoint,
+        'Freeze the tree below TARGET, write it to an image in the spool, and let it run on. '
+        'Ctrl-C cancels: the tree runs on and nothing is left behind.'),
+    'check': Command(
+        'checkpoint:check', 'Say what stands in the way of a checkpoint',
+        'ckptctl check 1234\nckptctl check app.service --json', _check,
+        'Run every check of a checkpoint, with nothing frozen and nothing written, and list everything found.'),
+    'tree': Command(
+        'tree:tree', 'Draw a tree of processes, live or from an image',
+        'ckptctl tree 1234 --files\nckptctl tree 20240131_235959_sleep_3fa9', _tree,
+        'Draw the processes and threads below TARGET, or in IMAGE, with their memory and open files.'),
+    'freeze': Command(
+        'freeze:freeze', 'Freeze a tree and hold it',
+        'ckptctl freeze app.service\nckptctl freeze 1234 --freeze ptrace --standalone', _freeze,
+        'Return once every task of the tree has stopped; the daemon holds it until "ckptctl thaw". With --standalone '
+        'there is no daemon to hold it: the command stays, and thaws the tree on Ctrl-C.'),
+    'thaw': Command(
+        'freeze:thaw', 'Let go of a frozen tree', 'ckptctl thaw app.service', _check,
+        'Thaw what "ckptctl freeze" or "ckptctl checkpoint --leave-frozen" holds.'),
+    'jobs': Command('jobs:jobs', 'List the jobs of the daemon', 'ckptctl jobs --json'),
+    'cancel': Command('jobs:cancel', 'Cancel jobs', 'ckptctl cancel 7', _job,
+                      'The tree of a cancelled job runs on, and nothing of its image stays.'),
+    'list': Command('images:list_images', 'List the images in the spool', 'ckptctl list\nckptctl list --json'),
+    'show': Command('images:show', 'Show what is known about an image',
+                    'ckptctl show 20240131_235959_sleep_3fa9', _image),
+    'verify': Command('images:verify', 'Check that images are whole and unaltered',
+                      'ckptctl verify 20240131_235959_sleep_3fa9', _images,
+                      'Compare every part with its digest and every record with the grammar, and list all damages.'),
+    'remove': Command('images:remove', 'Remove images', 'ckptctl remove 20240131_235959_sleep_3fa9', _images),
+    'export': Command(
+        'export:export', 'Write ELF cores of an image',
+        'ckptctl export --format core 20240131_235959_sleep_3fa9 cores\ngdb /usr/bin/sleep cores/core.1234', _export,
+        'Write one ELF core per process to DIR, as core.N with N its pid, for gdb and other debuggers.'),
+    'monitor': Command('monitor:monitor', 'Show jobs and images as they come and go', 'ckptctl monitor --json',
+                       description='Print every signal of the daemon until Ctrl-C; with --json, one object a line.'),
+    'doctor': Command('doctor:doctor', 'Say what this machine has of what ckptd needs',
+                      'ckptctl doctor\nsudo ckptctl doctor --json',
+                      description='List every kernel feature and right that ckptd uses, whether it is there, what is '
+                                  'lost without it and how to get it. Needs no daemon.'),
+    'demo': Command('demo:demo', 'Checkpoint a small tree, end to end', 'ckptctl demo', _demo,
+                    'Start a tree of counting processes and a daemon of its own, checkpoint the tree, look at the '
+                    'image in every way there is, and clean up. Needs no service and no configuration.'),
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line with all defaults filled in. InvalidArgument, or SystemExit after --help and --version."""
+    parser = build_parser()
+    values, rest = parser.parse_known_args(argv)
+    if rest:
+        raise InvalidArgument(f'unrecognized arguments: {" ".join(rest)}',
+                              hint=f'run "ckptctl {values.command} --help"')
+    for key, default in COMMON_DEFAULTS.items():
+        if not hasattr(values, key):
+            setattr(values, key, default)
+    if values.spool is not None and not values.standalone:
+        raise InvalidArgument('--spool is for --standalone: the spool of a running daemon is its own',
+                              hint='add --standalone, or leave out --spool')
+    if values.standalone and (values.address or values.bus != 'system'):
+        raise InvalidArgument('--standalone brings a bus of its own',
+                              hint='leave out --address, --user and --system')
+    return values
+
+
+def build_parser() -> Parser:
+    """The whole parser. Also what the completions are checked against."""
+    parser = Parser(prog='ckptctl', usage='ckptctl [OPTION...] COMMAND ...', allow_abbrev=False,
+                    formatter_class=Formatter, description='Checkpoint trees of running processes through ckptd.',
+                    epilog=_epilog('ckptctl doctor\nckptctl demo\nckptctl checkpoint 1234 --standalone'))
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True, title='commands')
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.summary, allow_abbrev=False, formatter_class=Formatter,
+                                  description=command.description or command.summary + '.',
+                                  epilog=_epilog(command.example))
+        command.arguments(sub)
+        sub.usage = ' '.join(['ckptctl', name, '[OPTION...]', *_positionals(sub)])
+        _add_common(sub)
+    parser.add_argument('--version', action='version', version=f'ckptctl {__version__}')
+    _add_common(parser)
+    return parser
+
+
+def _positionals(parser: argparse.ArgumentParser) -> list[str]:
+    return [f'{action.metavar}{"..." if action.nargs == "+" else ""}'
+            for action in parser._actions if not action.option_strings]
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the examples as they are, wraps the description, and leaves room for long option names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith('example'):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def _epilog(example: str) -> str:
+    lines = example.splitlines()
+    return f'example{"s" if len(lines) > 1 else ""}:\n' + '\n'.join(f'  {line}' for line in lines)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command. SUPPRESS: a sub-parser's default would overwrite what stood before the command."""
+    group = parser.add_argument_group('common options')
+    bus = group.add_mutually_exclusive_group()
+    for add, flag, help_text, how in (
+            (group, '--json', 'print JSON instead of text', {'action': 'store_true'}),
+            (group, '--no-legend', 'no heading and no total on lists', {'action': 'store_false', 'dest': 'legend'}),
+            (bus, '--system', 'use the system bus (default)',
+             {'action': 'store_const', 'dest': 'bus', 'const': 'system'}),
+            (bus, '--user', 'use your own daemon, on the session bus',
+             {'action': 'store_const', 'dest': 'bus', 'const': 'session'}),
+            (bus, '--address', 'use the bus at this D-Bus address', {'metavar': 'ADDR'}),
+            (group, '--standalone', 'use a bus and a daemon for this command only', {'action': 'store_true'}),
+            (group, '--spool', 'directory of the images, with --standalone', {'metavar': 'DIR'})):
+        add.add_argument(flag, help=help_text, default=argparse.SUPPRESS, **how)  # type: ignore[arg-type]

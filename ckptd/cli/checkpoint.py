@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptctl checkpoint and ckptctl check."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ckptd.cli.follow import run_job
+from ckptd.cli.freeze import hold
+from ckptd.cli.options import request_options
+from ckptd.cli.output import Output, refusal_dict, refusal_from
+from ckptd.cli.progress import ProgressBar
+from ckptd.cli.quantities import format_bytes, format_count, format_timespan
+from ckptd.cli.session import LONG, Session
+from ckptd.errors import InvalidArgument, Refusal, Refused
+
+PAGE = os.sysconf('SC_PAGE_SIZE')
+
+
+async def checkpoint(session: Session) -> int:
+    """Write an image of a tree; with --detach only start to."""
+    args, out = session.args, session.out
+    if args.detach and args.standalone:
+        raise InvalidArgument('a job cannot outlive the private daemon of --standalone', hint='leave out --detach')
+    bar = ProgressBar(out, args.target)     # before the tree is frozen: importing rich takes longer than a small dump
+    async with session.daemon() as daemon:
+        if args.detach:
+            path = await daemon.manager('Checkpoint', 'sa{sv}', args.target, request_options(args))
+            return _report_job(out, path, await daemon.manager('ListJobs'))
+        with bar:
+            result = await run_job(daemon, args.target, request_options(args), bar)
+        _report(out, result, args)
+        if args.standalone and args.after == 'freeze':
+            await hold(session, daemon, args.target)
+    return 0
+
+
+async def check(session: Session) -> int:
+    """List refusals and warnings; the status is that of the error a checkpoint would end with."""
+    out = session.out
+    async with session.daemon() as daemon:
+        rows = await daemon.manager('Check', 'sa{sv}', session.args.target, {}, seconds=LONG)
+    findings = [refusal_from(row) for row in rows]
+    refusals = [finding for finding in findings if finding.severity == 'refusal']
+    if out.json:
+        out.document({'target': session.args.target, 'possible': not refusals,
+                      'refusals': [refusal_dict(finding) for finding in findings if finding.severity == 'refusal'],
+                      'warnings': [refusal_dict(finding) for finding in findings if finding.severity == 'warning']})
+    else:
+        _report_check(out, session.args.target, findings, refusals)
+    return Refused.because(refusals).exit_status if refusals else 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What a finished checkpoint did, in one line."""
+    pages = int(result.get('pages_written', 0))
+    times = [format_timespan(int(result.get(name, 0))) for name in ('frozen_time', 'total_time')]
+    return (f'{format_count(int(result.get("tasks", 0)), "task")}, {format_count(pages, "page")} '
+            f'({format_bytes(pages * PAGE)}) written, frozen for {times[0]}, {times[1]} in all')
+
+
+def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> None:
+    if out.json:
+        out.document({**result, 'target': args.target})
+        return
+    out.line(str(result['image']))
+    if args.quiet:
+        return
+    fate = {'resume': 'The tree runs on.', 'kill': 'The tree was killed.',
+            'freeze': f'The tree stays frozen until "ckptctl thaw {args.target}".'}[args.after]
+    if args.standalone and args.after == 'freeze':
+        fate = 'The tree stays frozen.'
+    out.note(f'{summary(result)}. {fate}', 'dim')
+    warnings = [refusal_from(row) for row in result.get('warnings', ()) if isinstance(row, dict)]
+    out.refusals(warnings, on_stderr=True)
+
+
+def _report_job(out: Output, path: str, jobs: Sequence[Sequence[Any]]) -> int:
+    """jobs: ListJobs, which knows the number; the path has the token of this call instead."""
+    number = next((row[0] for row in jobs if row[1] == path), 0)
+    if out.json:
+        out.document({'job': number, 'path': path})
+    else:
+        out.line(str(number))
+        out.note(f'job {number} runs: "ckptctl jobs" shows it, "ckptctl cancel {number}" stops it', 'dim')
+    return 0
+
+
+def _report_check(out: Output, target: str, findings: list[Refusal], refusals: list[Refusal]) -> None:
+    out.refusals(findings)
+    if refusals:
+        out.line(f'{target} cannot be checkpointed: {format_count(len(refusals), "refusal")}.', 'bold red')
+    else:
+        warned = f', with {format_count(len(findings), "warning")}' if findings else ''
+        out.line(f'{target} can be checkpointed{warned}.', 'bold green')

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptctl demo: a real tree, checkpointed while it counts, and every look at its image that ckptctl has."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptd.cli import demo_tree
+from ckptd.cli.checkpoint import summary
+from ckptd.cli.doctor import report_missing
+from ckptd.cli.export import export_to
+from ckptd.cli.follow import run_job
+from ckptd.cli.output import Output, refusal_from
+from ckptd.cli.progress import ProgressBar, ProgressLines
+from ckptd.cli.quantities import format_bytes, format_count, format_timespan
+from ckptd.cli.session import LONG, Daemon, Session
+from ckptd.cli.standalone import environment
+from ckptd.cli.tree import draw_tree
+from ckptd.errors import CkptError, Refused
+
+START_TIMEOUT = 20.0
+GDB_TIMEOUT = 60.0
+BACKTRACE_LINES = 14
+
+
+@dataclass(slots=True)
+class Demo:
+    """One run. facts: what --json prints at the end."""
+    out: Output
+    daemon: Daemon
+    directory: Path
+    pid: int
+    freeze: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        return f'pid:{self.pid}'
+
+    async def check(self) -> None:
+        self.title('Check: what stands in the way of a checkpoint of it?', f'ckptctl check {self.pid}')
+        rows = await self.daemon.manager('Check', 'sa{sv}', self.target, {}, seconds=LONG)
+        findings = [refusal_from(row) for row in rows]
+        self.out.refusals(findings)
+        if refusals := [finding for finding in findings if finding.severity == 'refusal']:
+            raise Refused.because(refusals, 'check')
+        self.out.line('nothing: it can be checkpointed', 'green')
+
+    async def checkpoint(self) -> str:
+        self.title('Checkpoint: freeze, scan, check, write, let go', f'ckptctl checkpoint {self.pid}')
+        before = demo_tree.read_counters(self.directory)
+        with self._progress() as progress:
+            result = await run_job(self.daemon, self.target, {'freeze': self.freeze, 'after': 'resume'}, progress)
+        self.facts |= {**result, 'counters_before': before}
+        self.out.line(f'image {result["image"]}: {summary(result)}', 'green')
+        return str(result['image'])
+
+    async def tree(self, image: str) -> dict[str, Any]:
+        """Draw the image; the row of a process worth a backtrace."""
+        self.title('Tree: the processes in the image', f'ckptctl tree {image}')
+        rows = await self.daemon.image(image, 'Tree', seconds=LONG)
+        draw_tree(self.out, rows)
+        return next((row for row in rows if row['comm'] == 'counter'), rows[0])
+
+    async def statistics(self, image: str) -> None:
+        self.title('Statistics: where the time went', f'ckptctl show {image}')
+        properties = await self.daemon.image_properties(image)
+        for name, value in properties['Statistics'].items():
+            shown = format_timespan(value) if name.endswith('_time') else format_count(value, 'page')
+            self.out.line(f'{name:>15}  {shown}')
+        self.out.line(f'{"size":>15}  {format_bytes(properties["Size"])}')
+        self.facts['size'] = properties['Size']
+
+    async def verify(self, image: str) -> None:
+        self.title('Verify: is the image whole and unaltered?', f'ckptctl verify {image}')
+        damages = await self.daemon.manager('VerifyImage', 's', image, seconds=LONG)
+        self.facts['damages'] = damages
+        for damage in damages:
+            self.out.line(damage, 'red')
+        if damages:
+            raise CkptError(f'the image just written has {format_count(len(damages), "damage")}')
+        self.out.line('every part has its digest, every record its form', 'green')
+
+    async def export(self, image: str, row: dict[str, Any]) -> None:
+        """Cores of all processes, and gdb's view of one of them."""
+        cores = self.directory / 'cores'
+        self.title('Export: cores for a debugger', f'ckptctl export --format core {image} cores')
+        written = await export_to(self.daemon, image, cores)
+        self.facts['cores'] = [name for name, _ in written]
+        for name, size in written:
+            self.out.line(f'{name}  {format_bytes(size)}')
+        core = cores / f'core.{row.get("vtid") or row["tid"]}'
+        self.facts['backtrace'] = await self._backtrace(core)
+
+    async def _backtrace(self, core: Path) -> list[str]:
+        gdb = shutil.which('gdb')
+        program = str(await asyncio.to_thread(Path(sys.executable).resolve))
+        self.title(f'Backtrace of {core.name}, from the image alone', f'gdb {program} {core.name}')
+        if gdb is None:
+            self.out.line('gdb is not installed ("apt-get install gdb"): it would show the stack of every thread here')
+            return []
+        lines = [line for line in await _run_gdb(gdb, program, core) if line.startswith(('#', 'Thread'))]
+        for line in lines[:BACKTRACE_LINES]:
+            self.out.line(line if len(line) <= 118 else line[:117] + '…')
+        if len(lines) > BACKTRACE_LINES:
+            self.out.line(f'... and {len(lines) - BACKTRACE_LINES} lines more', 'dim')
+        return lines
+
+    async def still_counts(self) -> None:
+        self.title('And the tree? It counts on', '')
+        before = self.facts['counters_before']
+        first = demo_tree.read_counters(self.directory)
+        async with asyncio.timeout(START_TIMEOUT):
+            # memory that another process writes has no event to wait for
+            while not _all_grew(first, demo_tree.read_counters(self.directory)):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        after = demo_tree.read_counters(self.directory)
+        for name, then, now in zip(demo_tree.SLOTS, before, after, strict=True):
+            self.out.line(f'{name:>20}  {then:>6} before the checkpoint, {now:>6} now')
+        self.facts['counters_after'] = after
+
+    def title(self, text: str, command: str) -> None:
+        self.out.line()
+        self.out.line(text, 'bold cyan')
+        if command:
+            self.out.line(f'$ {command}', 'dim')
+
+    def _progress(self) -> ProgressBar | ProgressLines:
+        return ProgressBar(self.out, self.target, keep=True) if self.out.stderr.isatty() else ProgressLines(self.out)
+
+
+async def demo(session: Session) -> int:
+    """Everything below one temporary directory, which goes with it; --keep leaves it."""
+    out = session.out
+    directory = Path(tempfile.mkdtemp(prefix='ckptd-demo-'))
+    out.line('A tree of counting processes, with threads, a pipe and shared memory; a private bus and daemon.', 'bold')
+    try:
+        async with _counting_tree(directory) as tree, session.private_daemon(directory / 'spool') as daemon:
+            run = Demo(out, daemon, directory, tree.pid, session.args.freeze)
+            out.line(f'{run.target} is the supervisor of {format_count(4, "process").replace("ss", "sses")}.')
+            await _steps(run)
+        run.facts['tree_exit_status'] = tree.returncode
+        _conclude(out, run.facts, tree.returncode)
+        return 0 if tree.returncode == 0 else 1
+    except CkptError:
+        await report_missing(out)
+        raise
+    finally:
+        if session.args.keep:
+            out.note(f'kept: {directory}')
+        else:
+            await asyncio.to_thread(shutil.rmtree, directory)
+
+
+def _all_grew(before: list[int], now: list[int]) -> bool:
+    return all(later > earlier for later, earlier in zip(now, before, strict=True))
+
+
+async def _steps(run: Demo) -> None:
+    await run.check()
+    image = await run.checkpoint()
+    row = await run.tree(image)
+    await run.statistics(image)
+    await run.verify(image)
+    await run.export(image, row)
+    await run.still_counts()
+
+
+def _conclude(out: Output, facts: dict[str, Any], status: int | None) -> None:
+    if out.json:
+        out.document(facts)
+    out.line()
+    if status == 0:
+        out.line('The tree was told to end, found no count or number missing, and exited with status 0.', 'bold green')
+    else:
+        out.line(f'The tree ended with status {status}: it was harmed.', 'bold red')
+
+
+@contextlib.asynccontextmanager
+async def _counting_tree(directory: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """demo_tree, ready; ended and waited for at the end. A session of its own keeps Ctrl-C away from it."""
+    ready = directory / demo_tree.READY
+    os.mkfifo(ready)
+    with (directory / 'tree.log').open('wb') as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, '-P', '-m', 'ckptd.cli.demo_tree', str(directory), env=environment(),
+            start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        await _wait_ready(process, ready, directory / 'tree.log')
+        yield process
+    finally:
+        await _end(process)
+
+
+async def _wait_ready(process: asyncio.subprocess.Process, ready: Path, log: Path) -> None:
+    """The FIFO becomes readable once the tree is complete; a tree that ends instead tells why in its log."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+    fifo = os.open(ready, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    loop.add_reader(fifo, _resolve, readable)
+    ended = asyncio.ensure_future(process.wait())
+    either: set[asyncio.Future[Any]] = {readable, ended}
+    try:
+        await asyncio.wait(either, timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        loop.remove_reader(fifo)
+        os.close(fifo)
+        ended.cancel()
+    if not readable.done():
+        said = await asyncio.to_thread(log.read_text)
+        raise CkptError(f'the demo\'s tree did not start: {said.strip() or "it said nothing"}', hint='')
+
+
+def _resolve(future: 'asyncio.Future[None]') -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            await process.wait()
+    except TimeoutError:
+        os.killpg(process.pid, 9)
+        await process.wait()
+
+
+async def _run_gdb(gdb: str, program: str, core: Path) -> list[str]:
+    """What gdb says of all threads. No initialization files, no questions, no downloads."""
+    process = await asyncio.create_subprocess_exec(
+        gdb, '-nx', '-batch', '-iex', 'set debuginfod enabled off', '-ex', 'thread apply all bt', program, str(core),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        async with asyncio.timeout(GDB_TIMEOUT):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return said.decode(errors='replace').splitlines()

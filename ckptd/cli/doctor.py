@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptctl doctor: what this machine has of what ckptd uses.
+
+The kernel is probed in a process of its own: probing tries things out (namespaces, ptrace, becoming somebody else), and
+the client shall not be the one that they are done to.
+"""
+
+import asyncio
+import json
+import shutil
+import sys
+from typing import Any
+
+from ckptd.cli.output import Output
+from ckptd.cli.session import Session
+from ckptd.cli.standalone import environment
+from ckptd.errors import CkptError, NotSupported
+
+PROBE_TIMEOUT = 60.0
+MARKS = {True: ('yes', 'green'), False: ('no ', 'red'), None: ('?  ', 'yellow')}
+
+# programs that ckptd or its users call: what for, what is lost without, how to get it
+PROGRAMS = {
+    'dbus-daemon': ('a private bus', '--standalone and demo', 'apt-get install dbus-daemon'),
+    'gdb': ('looking at exported cores', 'backtraces in the demo', 'apt-get install gdb'),
+}
+
+
+async def doctor(session: Session) -> int:
+    """List features and programs; status 1 if one is missing without which nothing works."""
+    features = await read_features() + [_program(name) for name in PROGRAMS]
+    features.append(await _daemon(session))
+    if session.out.json:
+        session.out.document(features)
+    else:
+        for feature in features:
+            print_feature(session.out, feature)
+        _total(session.out, features)
+    return NotSupported.exit_status if any(map(is_fatal, features)) else 0
+
+
+async def read_features() -> list[dict[str, Any]]:
+    """What ckptd.kernel.probe finds: name, present (null: cannot be told), required, needed_for, lost, hint, detail."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, '-P', '-m', 'ckptd.kernel.probe', env=environment(),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            answer, complaint = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        said = complaint.decode(errors='replace').strip().splitlines()
+        raise CkptError(f'the kernel could not be probed: {said[-1] if said else process.returncode}', hint='')
+    features: list[dict[str, Any]] = json.loads(answer)
+    return features
+
+
+async def report_missing(out: Output) -> None:
+    """The features that are not there, on the way out of something that failed. Says nothing if it cannot tell."""
+    try:
+        missing = [feature for feature in await read_features() if feature['present'] is False]
+    except CkptError:
+        return
+    if missing:
+        out.line()
+        out.line('Of what ckptd uses, this machine or user lacks:', 'bold')
+    for feature in missing:
+        print_feature(out, feature)
+
+
+def print_feature(out: Output, feature: dict[str, Any]) -> None:
+    """One line for what is there; what is lost and how to get it for what is not."""
+    mark, style = MARKS[feature['present']]
+    detail = f': {feature["detail"]}' if feature['detail'] else ''
+    out.line(f'{mark}  {feature["name"]:<30}  {feature["needed_for"]}{detail}', style)
+    if feature['present'] is True:
+        return
+    out.line(f'     lost without it: {feature["lost"]}')
+    if feature['hint']:
+        out.line(f'     to get it:       {feature["hint"]}')
+
+
+def _program(name: str) -> dict[str, Any]:
+    path = shutil.which(name)
+    needed_for, lost, hint = PROGRAMS[name]
+    return _row(name, path is not None, needed_for, lost, hint, path or '')
+
+
+async def _daemon(session: Session) -> dict[str, Any]:
+    """Whether ckptd answers on the bus of this command line."""
+    name, needed_for = 'ckptd on the bus', 'commands without --standalone'
+    try:
+        async with session.daemon() as daemon:
+            properties = await daemon.manager_properties()
+    except CkptError as error:
+        return _row(name, False, needed_for, 'needs --standalone', error.hint, error.message)
+    return _row(name, True, needed_for, '', '', f'version {properties["Version"]}, spool {properties["Spool"]}')
+
+
+def _row(name: str, present: bool, needed_for: str, lost: str, hint: str, detail: str) -> dict[str, Any]:
+    """A row like those of the probe."""
+    return {'name': name, 'present': present, 'required': False, 'needed_for': needed_for, 'lost': lost, 'hint': hint,
+            'detail': detail}
+
+
+def _total(out: Output, features: list[dict[str, Any]]) -> None:
+    if not out.legend:
+        return
+    present = sum(feature['present'] is True for feature in features)
+    out.line(f'\n{present} of {len(features)} are there.')
+    if missing := [feature['name'] for feature in features if is_fatal(feature)]:
+        out.line(f'Nothing can be checkpointed without {", ".join(missing)}.', 'bold red')
+    else:
+        out.line('Trees can be checkpointed.', 'bold green')
+
+
+def is_fatal(feature: dict[str, Any]) -> bool:
+    return feature['required'] and feature['present'] is False

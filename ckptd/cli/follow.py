@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Start a job and follow it to its end.
+
+The signals are subscribed to before the call, so the first of them cannot be missed however short the job is.
+"""
+
+import asyncio
+from typing import Any
+
+from ckptd.bus.names import JOB, MANAGER
+from ckptd.cli.progress import Follower
+from ckptd.cli.session import Daemon, Signals
+from ckptd.errors import NoSuchJob, from_details
+
+CANCEL_TIMEOUT = 30.0
+
+
+async def run_job(daemon: Daemon, target: str, options: dict[str, Any], bar: Follower) -> dict[str, Any]:
+    """Checkpoint `target`; the Result of the job. Raises the job's error; Ctrl-C cancels it and raises Cancelled."""
+    async with daemon.signals() as signals:
+        call = asyncio.ensure_future(daemon.manager('Checkpoint', 'sa{sv}', target, options))
+        try:
+            # shield: interrupted here, the job exists and its path has to be known before it can be cancelled
+            path = await asyncio.shield(call)
+            await _follow(signals, path, bar)
+        except asyncio.CancelledError:
+            _forget_interrupt()
+            bar.message('cancelling')
+            path = await call
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                await _cancel(daemon, path)
+                await _follow(signals, path, bar)
+        return await outcome(daemon, path)
+
+
+async def outcome(daemon: Daemon, path: str) -> dict[str, Any]:
+    """Result of a job that has ended; raises what it failed with."""
+    job = await daemon.job_properties(path)
+    if job['State'] == 'done':
+        return dict(job['Result'])
+    error = dict(job['Error'])
+    raise from_details(error.pop('name', ''), error.pop('message', f'the job ended as {job["State"]}'), error)
+
+
+async def _follow(signals: Signals, path: str, bar: Follower) -> None:
+    """Until JobRemoved says that the job at `path` has ended."""
+    async for signal in signals:
+        if signal.path == path and signal.member == 'Progress' and signal.interface == JOB:
+            phase, progress, bytes_done, bytes_total = signal.args
+            bar.update(phase, progress, bytes_done, bytes_total)
+        elif signal.interface == MANAGER and signal.member == 'JobRemoved' and signal.args[1] == path:
+            return
+
+
+async def _cancel(daemon: Daemon, path: str) -> None:
+    """Cancel; a job that ended in the meantime has nothing left to cancel."""
+    try:
+        await daemon.call(path, JOB, 'Cancel', 'a{sv}', {})
+    except NoSuchJob:
+        return
+
+
+def _forget_interrupt() -> None:
+    """Take back the cancellation of this task: it has been turned into the cancellation of the job."""
+    task = asyncio.current_task()
+    if task is not None:
+        task.uncancel()

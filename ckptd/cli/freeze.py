@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptctl freeze and ckptctl thaw."""
+
+import asyncio
+import os
+from pathlib import Path
+
+from ckptd.cli.options import request_options
+from ckptd.cli.quantities import format_count
+from ckptd.cli.session import LONG, Daemon, Session, until_interrupted
+from ckptd.errors import NoSuchTarget
+
+
+async def freeze(session: Session) -> int:
+    """Freeze a tree. The daemon holds it; a private daemon lives no longer than this command, which therefore stays."""
+    args, out = session.args, session.out
+    async with session.daemon() as daemon:
+        tasks = await daemon.manager('Freeze', 'sa{sv}', args.target, request_options(args), seconds=LONG)
+        if out.json:
+            out.document({'target': args.target, 'tasks': tasks})
+        out.line(f'{args.target} is frozen: {format_count(tasks, "task")}.')
+        if args.standalone:
+            await hold(session, daemon, args.target)
+        else:
+            out.note(f'"ckptctl thaw {args.target}" lets it run on', 'dim')
+    return 0
+
+
+async def thaw(session: Session) -> int:
+    """Let go of a tree that the daemon holds."""
+    target = session.args.target
+    if session.args.standalone:
+        holders = _holders(target)
+        raise NoSuchTarget(f'a private daemon holds only what its own command froze; {target} is held by '
+                           f'{", ".join(holders) or "no ckptctl that can be seen"}', hint=_how_to_end(holders))
+    async with session.daemon() as daemon:
+        await daemon.manager('Thaw', 'sa{sv}', target, {})
+    if session.out.json:
+        session.out.document({'target': target, 'thawed': True})
+    session.out.line(f'{target} runs on.')
+    return 0
+
+
+async def hold(session: Session, daemon: Daemon, target: str) -> None:
+    """Wait for Ctrl-C or SIGTERM, then thaw."""
+    session.out.note(f'holding {target}; Ctrl-C (or kill -INT {os.getpid()}) thaws it')
+    with until_interrupted():
+        await asyncio.get_running_loop().create_future()
+    await daemon.manager('Thaw', 'sa{sv}', target, {})
+    session.out.note(f'{target} runs on')
+
+
+def _holders(target: str) -> list[str]:
+    """Commands that hold this target in the foreground: 'ckptctl[123]'."""
+    import psutil
+    names = {target, target.removeprefix('pid:')}
+    found = []
+    for process in psutil.process_iter(['cmdline']):
+        words = process.info['cmdline'] or []
+        ours = any(Path(word).name == 'ckptctl' for word in words[:3])
+        if ours and '--standalone' in words and not names.isdisjoint(words) and process.pid != os.getpid():
+            found.append(f'ckptctl[{process.pid}]')
+    return found
+
+
+def _how_to_end(holders: list[str]) -> str:
+    if not holders:
+        return 'without --standalone this asks the system\'s daemon'
+    pids = ' '.join(holder[len('ckptctl['):-1] for holder in holders)
+    return f'press Ctrl-C where it runs, or: kill -INT {pids}'

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptctl: parse, dispatch, report. Exit statuses are those of ckptd.errors; 128 + N after signal N."""
+
+import asyncio
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+from ckptd.cli.arguments import COMMANDS, parse
+from ckptd.cli.output import Output
+from ckptd.errors import CkptError, PermissionDenied
+
+if TYPE_CHECKING:
+    from ckptd.cli.session import Session
+
+Handler = Callable[['Session'], Awaitable[int]]
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of one command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')   # type: ignore[union-attr]
+    # a wrong command line has to be reported in the form that it asks for, before it can be parsed
+    command = next((word for word in argv if word in COMMANDS), '')
+    output = Output(json='--json' in argv)
+    try:
+        return _dispatch(argv, output)
+    except CkptError as error:
+        output.error(error, command)
+        return error.exit_status
+    except BrokenPipeError:
+        # the reader went away (| head): what the interpreter flushes at exit would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        failure = _from_os_error(error)
+        output.error(failure, command)
+        return failure.exit_status
+
+
+def _dispatch(argv: Sequence[str], output: Output) -> int:
+    args = parse(argv)
+    output.json, output.legend = args.json, args.legend
+    from ckptd.cli.session import Session
+    module, _, name = COMMANDS[args.command].handler.partition(':')
+    handler = cast(Handler, getattr(importlib.import_module(f'ckptd.cli.{module}'), name))
+    return asyncio.run(_interruptible(handler, Session(args, output)))
+
+
+async def _interruptible(handler: Handler, session: 'Session') -> int:
+    """The handler, cancelled by Ctrl-C, SIGTERM and SIGHUP: its context managers clean up before the process ends."""
+    task = asyncio.current_task()
+    assert task is not None
+    received: list[signal.Signals] = []
+
+    def interrupt(number: signal.Signals) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in INTERRUPTS:
+        asyncio.get_running_loop().add_signal_handler(number, interrupt, number)
+    try:
+        return await handler(session)
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        return 128 + received[0]
+
+
+def _from_os_error(error: OSError) -> CkptError:
+    kind = PermissionDenied if isinstance(error, PermissionError) else CkptError
+    where = f'{error.filename}: ' if error.filename is not None else ''
+    return kind(f'{where}{error.strerror or error}', errno=error.errno, hint='')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What ckptctl writes: tables, one JSON document, errors. Colour and rich only on a terminal, and not with NO_COLOR.
+
+rich takes a tenth of a second to import, as long as everything else that a listing does: output to a pipe does without.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+from ckptd.errors import CkptError, Refusal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """right: numbers. style: a rich style. fold, cut: gives way when the terminal is too narrow, by going on in the
+    next line, or by ending in an ellipsis."""
+    title: str
+    right: bool = False
+    style: str = ''
+    fold: bool = False
+    cut: bool = False
+
+
+REFUSALS = (Column('PID', right=True), Column('COMMAND', style='bold'), Column('RESOURCE', fold=True),
+            Column('ERRNO', style='red'), Column('REASON', fold=True))
+
+
+def use_colour(stream: IO[str]) -> bool:
+    """https://no-color.org: a NO_COLOR that is not empty turns colour off."""
+    return stream.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
+
+
+@dataclass(slots=True)
+class Output:
+    """Where a command writes: results to stdout, everything else to stderr. json: stdout carries JSON only."""
+    json: bool = False
+    legend: bool = True
+    stdout: IO[str] = field(default_factory=lambda: sys.stdout)
+    stderr: IO[str] = field(default_factory=lambda: sys.stderr)
+
+    def document(self, value: Any) -> None:
+        """A JSON document on stdout; indented for a reader on a terminal."""
+        text = json.dumps(value, ensure_ascii=False, indent=2 if self.stdout.isatty() else None)
+        self._write(self.stdout, text)
+
+    def line(self, text: str = '', style: str = '') -> None:
+        """One line of a result; nothing with --json."""
+        if not self.json:
+            self._styled(self.stdout, text, style)
+
+    def note(self, text: str, style: str = '') -> None:
+        """One line beside the result, on stderr; nothing with --json."""
+        if not self.json:
+            self._styled(self.stderr, text, style)
+
+    def table(self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str = '',
+              what: str = '') -> None:
+        """A listing on stdout. empty: said on stderr where there are no rows; what: names them in the closing count."""
+        rows = list(rows)
+        if not rows:
+            if self.legend and empty:
+                self.note(empty)
+            return
+        self._table(self.stdout, columns, rows, legend=self.legend)
+        if self.legend and what:
+            self.line(f'\n{len(rows)} {what if len(rows) != 1 else what.removesuffix("s")} listed.')
+
+    def refusals(self, refusals: Sequence[Refusal], *, on_stderr: bool = False) -> None:
+        """Why a tree cannot be dumped, a row each; then what helps, each hint once."""
+        if self.json or not refusals:
+            return
+        stream = self.stderr if on_stderr else self.stdout
+        self._table(stream, REFUSALS, [refusal_cells(refusal) for refusal in refusals])
+        for hint in dict.fromkeys(refusal.hint for refusal in refusals if refusal.hint):
+            self._styled(stream, f'hint: {hint}', 'dim')
+
+    def error(self, error: CkptError, command: str) -> None:
+        """One line, a row per refusal, a hint, on stderr; with --json one object on stdout."""
+        if self.json:
+            self.document({'error': {'name': error.name, 'message': error.message, **error.details(),
+                                     'exit_status': error.exit_status}})
+            return
+        where = f'ckptctl: {command}: ' if command else 'ckptctl: '
+        self._styled(self.stderr, where + error.message, 'bold red')
+        self.refusals(error.refusals, on_stderr=True)
+        if error.hint and error.hint not in {refusal.hint for refusal in error.refusals}:
+            self._styled(self.stderr, f'hint: {error.hint}', 'dim')
+
+    def console(self, stream: IO[str]) -> 'Console':
+        """A rich console that adds nothing of its own to what is printed."""
+        from rich.console import Console
+        return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False,
+                       no_color=not use_colour(stream))
+
+    def _table(self, stream: IO[str], columns: Sequence[Column], rows: Sequence[Sequence[str]],
+               legend: bool = True) -> None:
+        if self.json:
+            return
+        rows = [[printable(cell) for cell in row] for row in rows]
+        if stream.isatty():
+            self._rich_table(stream, columns, rows, legend)
+        else:
+            self._write(stream, '\n'.join(plain_table(columns, rows, legend)))
+
+    def _rich_table(self, stream: IO[str], columns: Sequence[Column], rows: Sequence[Sequence[str]],
+                    legend: bool) -> None:
+        from rich.table import Table
+        from rich.text import Text
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=legend, header_style='underline', pad_edge=False)
+        for column in columns:
+            table.add_column(column.title, justify='right' if column.right else 'left', style=column.style,
+                             no_wrap=not (column.fold or column.cut))
+        for row in rows:
+            table.add_row(*[Text(cell, no_wrap=column.cut or None, overflow='ellipsis' if column.cut else 'fold')
+                            for cell, column in zip(row, columns, strict=True)])
+        self.console(stream).print(table)
+
+    def _styled(self, stream: IO[str], text: str, style: str) -> None:
+        text = printable(text)
+        if style and use_colour(stream):
+            codes = ';'.join(_SGR[word] for word in style.split())
+            text = f'\x1b[{codes}m{text}\x1b[0m'
+        self._write(stream, text)
+
+    def _write(self, stream: IO[str], text: str) -> None:
+        stream.write(text + '\n')
+        stream.flush()
+
+
+_SGR = {'bold': '1', 'dim': '2', 'red': '31', 'green': '32', 'yellow': '33', 'cyan': '36'}
+
+
+def printable(text: str) -> str:
+    """Names of processes and files are anybody's bytes: what a terminal would obey is shown as an escape instead."""
+    return text if text.isprintable() else ''.join(map(_visible, text))
+
+
+def _visible(char: str) -> str:
+    if char.isprintable() or char == '\n':
+        return char
+    return char.encode('unicode_escape').decode()
+
+
+def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], legend: bool = True) -> list[str]:
+    """Columns two blanks apart, nothing cut off: for pipes and files."""
+    lines = [[column.title for column in columns]] if legend else []
+    lines += [list(row) for row in rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))] if lines else []
+    return ['  '.join(cell.rjust(width) if column.right else cell.ljust(width)
+                      for cell, width, column in zip(line, widths, columns, strict=True)).rstrip() for line in lines]
+
+
+def refusal_cells(refusal: Refusal) -> list[str]:
+    """A row of REFUSALS; the tree as a whole has no pid."""
+    return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno, refusal.reason]
+
+
+def refusal_from(row: dict[str, Any]) -> Refusal:
+    """A row of Manager.Check."""
+    return Refusal(**{key: row.get(key, '') for key in Refusal.__dataclass_fields__ if key != 'severity'},
+                   severity='warning' if row.get('severity') == 'warning' else 'refusal')
+
+
+def refusal_dict(refusal: Refusal) -> dict[str, Any]:
+    return asdict(refusal)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The progress bar: phase, share of the whole, bytes and time, on a terminal's stderr; gone when the job has ended."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ckptd.cli.output import Output
+from ckptd.cli.quantities import format_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+# what each phase of a job (ckptd.engine.messages) does, for people
+PHASES = {
+    '': 'waiting', 'resolve': 'finding the tree', 'scan': 'scanning', 'freeze': 'freezing', 'rescan': 'scanning again',
+    'seize': 'stopping threads', 'state': 'reading state', 'memory': 'copying memory', 'release': 'letting go',
+    'write': 'writing', 'publish': 'publishing',
+}
+
+
+class Follower(Protocol):
+    """What is told how far a job is."""
+
+    def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+class ProgressLines:
+    """A line per signal, for where a bar cannot be drawn and every step is worth seeing."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    def __enter__(self) -> 'ProgressLines':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """There is nothing to take away."""
+
+    def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None:
+        volume = f', {format_bytes(bytes_done)} of {format_bytes(bytes_total)}' if bytes_total else ''
+        self._output.line(f'  {progress * 100:3.0f}%  {PHASES.get(phase, phase)}{volume}')
+
+    def message(self, text: str) -> None:
+        self._output.line(f'        {text}')
+
+
+class ProgressBar:
+    """`with ProgressBar(output) as bar: bar.update(...)`. Draws nothing where stderr is no terminal, or with --json."""
+
+    def __init__(self, output: Output, what: str, *, keep: bool = False) -> None:
+        """keep: leave the finished bar on the screen."""
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        if not output.json and output.stderr.isatty():
+            self._progress = _make(output, keep)
+            self._task = self._progress.add_task(what, total=1.0, phase=PHASES[''], volume='')
+
+    def __enter__(self) -> 'ProgressBar':
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None:
+        """What a Progress signal says. bytes_total 0: unknown."""
+        if self._progress is None or self._task is None:
+            return
+        volume = f'{format_bytes(bytes_done)} of {format_bytes(bytes_total)}' if bytes_total else (
+            format_bytes(bytes_done) if bytes_done else '')
+        changed: dict[str, Any] = {'phase': PHASES.get(phase, phase), 'volume': volume}
+        self._progress.update(self._task, completed=min(max(progress, 0.0), 1.0), refresh=True, **changed)
+
+    def message(self, text: str) -> None:
+        """Replace the phase by any text."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, phase=text, refresh=True)
+
+
+def _make(output: Output, keep: bool) -> 'Progress':
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    return Progress(
+        TextColumn('{task.description}', style='bold'), BarColumn(bar_width=30),
+        TextColumn('{task.percentage:>3.0f}%'), TextColumn('{task.fields[phase]}', style='cyan'),
+        TextColumn('{task.fields[volume]}', style='dim'), TimeElapsedColumn(),
+        console=output.console(output.stderr), transient=not keep)
