@@ -79,9 +79,9 @@ class Channel:
         if self._cancelled:
             raise Cancelled('the job was cancelled', phase=self.phase_name)
 
-    def forget_cancel(self) -> None:
-        """From here on nothing is cancelled: undoing must not be interrupted."""
-        self._cancelled = False
+    def cancel(self) -> None:
+        """From a signal handler: the next `check` raises."""
+        self._cancelled = True
 
     # ------------------------------------------------------------ out
 

@@ -37,7 +37,7 @@ class _Buffer:
 
 
 class Copier:
-    """Writes memory of stopped processes to a data part. on_bytes(n) is called after each chunk, for progress and cancel.
+    """Writes memory of stopped processes to a data part. on_bytes(n) is called after each chunk: progress, cancel.
 
     Leaving the `with` waits for the writer; an error of a write (SpoolFailed) shows at the next copy or in `flush`.
     """

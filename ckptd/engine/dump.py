@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A stopped tree to records and page data.
 
-    Dump(tree, stopped, cgroups, data, ...)
+    Dump(tree, tracees, cgroups, data, ...)
         .read_state()      procfs, ptrace and remote calls, process by process: records are collected in memory
         .read_memory()     pages, into the data part
     then, after the tree was let go,
@@ -24,7 +24,6 @@ from ckptd.engine.memory import MemoryDump
 from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import Answers, ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
-from ckptd.engine.seize import Stopped
 from ckptd.engine.sharing import TaskSharing
 from ckptd.errors import NotSupported, TreeChanged
 from ckptd.image import records
@@ -34,6 +33,7 @@ from ckptd.image.writer import ImageWriter
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.maps import Mapping as Map
 from ckptd.kernel.maps import read_smaps
+from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import Status, read_status
 from ckptd.tree import Task, Tree
@@ -58,9 +58,10 @@ class Dump:
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
 
-    def __init__(self, tree: Tree, stopped: Stopped, cgroups: Mapping[int, str], data: DataWriter,
+    def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], cgroups: Mapping[int, str], data: DataWriter,
                  report: Report) -> None:
-        self._tree, self._stopped, self._cgroups, self._report = tree, stopped, cgroups, report
+        self.tree = tree
+        self._tracees, self._cgroups, self._report = tracees, cgroups, report
         self._data = data
         self._vtids = {task.tid: task.vtid for task in tree}
         self._groups = {task.pgid: task.vpgid for task in tree}
@@ -90,24 +91,24 @@ class Dump:
     def read_state(self) -> None:
         """Everything but pages."""
         processes: dict[int, list[Task]] = {}
-        for task in self._tree:
+        for task in self.tree:
             processes.setdefault(task.tgid, []).append(task)
-        self._tree_records += [self._header(len(processes)), *state.task_ids(self._tree)]
+        self._tree_records += [self._header(len(processes)), *state.task_ids(self.tree)]
         done = 0
         for threads in processes.values():
             self._process(threads)
             done += len(threads)
-            self._report(done, len(self._tree), 0, 0)
+            self._report(done, len(self.tree), 0, 0)
         fault('state-read')
 
     def _header(self, processes: int) -> records.Header:
         return records.Header(
-            self._tree.root.vtid, len(self._tree), processes, time.time_ns(),
+            self.tree.root.vtid, len(self.tree), processes, time.time_ns(),
             time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             os.sysconf('SC_PAGE_SIZE'), os.uname().machine)
 
     def _process(self, threads: list[Task]) -> None:
-        alive = [task for task in threads if task.tid in self._stopped.tracees]
+        alive = [task for task in threads if task.tid in self._tracees]
         try:
             ids = self._alive(threads[0], alive) if alive else {}
         except ProcessLookupError as error:
@@ -116,7 +117,7 @@ class Dump:
         self._tree_records += [self._task(task, ids.get(task.tid, _Ids())) for task in threads]
 
     def _task(self, task: Task, ids: _Ids) -> records.Task:
-        tracee = self._stopped.tracees.get(task.tid)
+        tracee = self._tracees.get(task.tid)
         return records.Task(
             task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, ord(task.state), task.exit_code & _U32,
             task.exit_signal & _U32, tracee.stop_signal if tracee else 0, task.flags, ids.mm, ids.files, ids.fs,
@@ -135,7 +136,7 @@ class Dump:
             self._task_records += self._thread(task, statuses[task.tid], answers.threads[task.tid])
         stat = read_stat(anchor.tid)
         self._task_records += [
-            state.process_state(leader, stat, self._stopped.tracees[anchor.tid], answers.process, self._groups),
+            state.process_state(leader, stat, self._tracees[anchor.tid], answers.process, self._groups),
             state.limits(leader, anchor.tid),
             records.IntervalTimers(leader.vtid, answers.process.itimers),
             state.posix_timers(leader, answers.timers, self._vtids)]
@@ -148,7 +149,7 @@ class Dump:
 
     def _check_registers(self, task: Task) -> None:
         """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only."""
-        if self._stopped.tracees[task.tid].regs.cs != arch.CS_64:
+        if self._tracees[task.tid].regs.cs != arch.CS_64:
             raise NotSupported(f'{task.comm}[{task.tid}] runs 32-bit code', task=task.tid, resource='registers',
                                phase='state', hint='only 64-bit tasks can be checkpointed')
 
@@ -169,10 +170,10 @@ class Dump:
         return ids
 
     def _ask(self, alive: list[Task], mappings: Sequence[Map]) -> Answers:
-        return ask([(self._stopped.tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive], mappings)
+        return ask([(self._tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive], mappings)
 
     def _thread(self, task: Task, status: Status, answers: ThreadAnswers) -> Iterator[Record]:
-        tracee = self._stopped.tracees[task.tid]
+        tracee = self._tracees[task.tid]
         yield state.credentials(task, status, answers)
         yield state.scheduling(task, answers)
         yield state.registers(task, tracee)
@@ -183,7 +184,7 @@ class Dump:
 
     def read_memory(self) -> None:
         """The chosen pages of all address spaces and the content of shared objects, into the data part."""
-        total, done, tasks = self._memory.scan(), 0, len(self._tree)
+        total, done, tasks = self._memory.scan(), 0, len(self.tree)
 
         def on_bytes(count: int) -> None:
             nonlocal done

@@ -3,8 +3,8 @@
 
     CKPTD_FAULT="POINT=ACTION[,POINT=ACTION]"      ACTION: kill | pause | error:ERRNO
 
-kill ends the worker by SIGKILL. pause stops it there until it is killed (it writes POINT to the fd CKPTD_FAULT_FD first,
-if that is set). error raises OSError with that errno. A point that no code passes is an error of the test.
+kill ends the worker by SIGKILL. pause stops it there until it is killed; it first writes POINT to the file
+CKPTD_FAULT_FILE (a FIFO), if that is set. error raises OSError with that errno. An unknown point ends the worker.
 """
 
 import errno
@@ -13,15 +13,17 @@ import signal
 import threading
 
 POINTS = frozenset((
-    'resolved', 'scanned', 'journaled', 'frozen', 'rescanned', 'seized-one', 'seized', 'running-remote', 'remote-mapped',
-    'state-read', 'memory-half', 'memory-read', 'before-release', 'released', 'written', 'before-publish', 'published'))
+    'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'running-remote', 'remote-mapped',
+    'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written', 'sealed', 'published'))
+# the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
+PREFIXES = ('freeze-', 'let-run-', 'undo-')
 
 
 def _plan() -> dict[str, str]:
     plan = {}
     for part in filter(None, os.environ.get('CKPTD_FAULT', '').split(',')):
         point, _, action = part.partition('=')
-        if point not in POINTS:
+        if point not in POINTS and not point.startswith(PREFIXES):
             raise SystemExit(f'CKPTD_FAULT: no point {point!r}; there are {", ".join(sorted(POINTS))}')
         plan[point] = action
     return plan
@@ -48,6 +50,7 @@ def fault(point: str) -> None:
 
 
 def _announce(point: str) -> None:
-    fd = os.environ.get('CKPTD_FAULT_FD')
-    if fd:
-        os.write(int(fd), f'{point}\n'.encode())
+    path = os.environ.get('CKPTD_FAULT_FILE')
+    if path:
+        with open(path, 'ab', buffering=0) as file:  # noqa: PTH123
+            file.write(f'{point}\n'.encode())

@@ -134,7 +134,7 @@ def _inside(ranges: Sequence[Range], vmas: Sequence[records.Vma]) -> Iterator[Ra
 
 @contextmanager
 def _map_file(views: Sequence[View]) -> Iterator[int]:
-    """The object behind a mapping, opened; -1 where only CAP_CHECKPOINT_RESTORE opens map_files (proc_pid_map_files(5))."""
+    """The object behind a mapping, opened; -1 without CAP_CHECKPOINT_RESTORE, which proc_pid_map_files(5) asks for."""
     fd = -1
     for view in views:
         path = f'/proc/{view.tid}/map_files/{view.mapping.start:x}-{view.mapping.end:x}'

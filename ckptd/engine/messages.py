@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What daemon and worker say to each other: tagged msgpack messages, one per packet of a SOCK_SEQPACKET socketpair.
 
-    daemon -> worker    Start (fds: pidfd of the target if any, output fd of an export if any)   Cancel   Thaw   UnitDone
+    daemon -> worker    Start (with fds: pidfd of the target, output of an export, if any)   Cancel   Thaw   UnitDone
     worker -> daemon    Phase   Progress   UnitRequest   Frozen   Log    and last: Finished or Failed
 
 End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up.
@@ -34,8 +34,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     """One operation. target: 'pid:N', a unit name, 'cgroup:/path'; 'self' and pidfds have become pid:N with has_pidfd.
 
     timeout_usec: deadline of the freeze. spool: directory of images; image: id of the image to write or read.
-    runtime: directory of the freeze journal. avoid: pids that must not be in the tree (the daemon, its bus, its client).
-    systemd: a systemd manager can be asked to freeze units (UnitRequest).
+    runtime: directory of the freeze journal. systemd: a systemd manager can be asked to freeze units (UnitRequest).
+    avoid: pids that must not be in the tree (the daemon, its bus, its client).
     """
     operation: Operation
     target: str

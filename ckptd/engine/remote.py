@@ -8,10 +8,10 @@
         remote.run(tracee, ids, batch)
         batch.result(call), batch.data(out)
 
-The code lies in bytes of an executable private mapping that hold nothing: the zeros behind the end of the vdso, or of any
-other text page. Nothing runs there, so a tracer that dies leaves no damage, and the task heals itself (see
-kernel/arch/x86_64.py). The table of calls and the buffers lie in pages that the first remote call maps and the last one
-unmaps.
+The code lies in bytes of an executable private mapping that hold nothing: the zeros behind the end of the vdso, or of
+any other text page. Nothing runs there, so a tracer that dies leaves no damage, and the task heals itself (see
+kernel/arch/x86_64.py). The table of calls and the buffers lie in pages that the first remote call maps and the last
+one unmaps.
 """
 
 import ctypes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which tasks share a kernel object: kcmp(2) orders objects, so a member is found by bisection, not by comparing all."""
+"""Which tasks share a kernel object: kcmp(2) orders objects, so one is found by bisection, not by comparing all."""
 
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar

@@ -109,7 +109,8 @@ class Objects:
             at = _stat(view, path)
             if at is not None and (at.st_ino == mapping.inode or not mapping.deleted):
                 # st_dev and not maps' numbers: on btrfs and overlayfs they differ, and stat(2) is what a restart asks
-                return records.Backing(number, path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode, 0, ())
+                return records.Backing(number, path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode, 0,
+                                       ())
         return records.Backing(number, mapping.file_path, device, mapping.inode, 0, 0, 0, 1, ())
 
     def executable(self, tid: int) -> int:

@@ -128,7 +128,7 @@ class PageMap:
         return self._scan(start, end, anyof=PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
 
     def guards(self, start: int, end: int) -> list[Range]:
-        """Runs that madvise(MADV_GUARD_INSTALL) closed; empty where the kernel has none (< 6.13) or cannot tell (< 6.15)."""
+        """Runs that madvise(MADV_GUARD_INSTALL) closed (6.13); empty where the kernel cannot tell (< 6.15)."""
         known = self._probe()
         if not known:
             return self._words(start, end, lambda word: bool(word & _PM_GUARD))

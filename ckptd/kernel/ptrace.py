@@ -104,6 +104,9 @@ class Tracee:
             self.attached = False
             raise ProcessLookupError(errno.ESRCH, f'task {self.tid} died')
         self.stopped = True
+        if status >> 16 == PTRACE_EVENT_STOP:
+            stop_signal = os.WSTOPSIG(status)
+            self.stop_signal = 0 if stop_signal == signal.SIGTRAP else stop_signal
         return status
 
     def _poll(self, flags: int) -> tuple[int, int]:
@@ -114,14 +117,12 @@ class Tracee:
             raise ProcessLookupError(errno.ESRCH, f'task {self.tid} is gone') from error
 
     def stop(self, deadline: float | None = None) -> None:
-        """Interrupt and wait for PTRACE_EVENT_STOP. A signal that arrives first is delivered, and the stop asked again."""
+        """Interrupt and wait for PTRACE_EVENT_STOP. A signal that comes first is delivered, then asked again."""
         self.interrupt()
         while (status := self.wait(deadline)) >> 16 != PTRACE_EVENT_STOP:
             # any trap clears a pending interrupt (kernel/signal.c, ptrace_stop), so it has to be asked for again
             self.cont(os.WSTOPSIG(status))
             self.interrupt()
-        stop_signal = os.WSTOPSIG(status)
-        self.stop_signal = 0 if stop_signal == signal.SIGTRAP else stop_signal
 
     def cont(self, sig: int = 0) -> None:
         ptrace(PTRACE_CONT, self.tid, None, sig)

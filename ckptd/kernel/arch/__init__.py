@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The running machine's tables: registers, system call numbers, code. One module per architecture, the same names in each."""
+"""The machine's tables: registers, system call numbers, code. One module per architecture, the same names in each."""
 
 import platform
 

@@ -28,11 +28,10 @@ GPR_SIZE = 216
 
 # <asm/unistd_64.h>: what is called by number, here or in a tracee
 NR = {
-    'mmap': 9, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'getitimer': 36, 'shmctl': 31, 'getpid': 39,
-    'sigaltstack': 131, 'prctl': 157, 'timer_gettime': 224, 'timer_getoverrun': 225, 'tgkill': 234, 'waitid': 247,
-    'ioprio_set': 251, 'ioprio_get': 252, 'get_robust_list': 274, 'process_vm_readv': 310, 'process_vm_writev': 311,
-    'kcmp': 312, 'sched_setattr': 314, 'sched_getattr': 315, 'pidfd_send_signal': 424, 'pidfd_open': 434, 'clone3': 435,
-    'pidfd_getfd': 438, 'restart_syscall': 219, 'memfd_create': 319,
+    'mmap': 9, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'getitimer': 36, 'getpid': 39,
+    'sigaltstack': 131, 'prctl': 157, 'restart_syscall': 219, 'timer_gettime': 224, 'timer_getoverrun': 225,
+    'tgkill': 234, 'ioprio_get': 252, 'get_robust_list': 274, 'kcmp': 312, 'sched_getattr': 315, 'clone3': 435,
+    'pidfd_getfd': 438,
 }
 
 # include/linux/errno.h: what rax holds in a task that was interrupted inside a system call
@@ -123,7 +122,7 @@ def interrupted(regs: user_regs_struct) -> user_regs_struct:
 
 
 def _flags(eflags: int) -> bytes:
-    """Load the flags without the stack: sahf takes SF ZF AF PF CF from ah; adding 0x7f to al = 1 overflows, to 0 not."""
+    """Load the flags without the stack: sahf takes SF ZF AF PF CF from ah; 0x7f added to al = 1 overflows, to 0 not."""
     ax = (eflags & 0xFF) << 8 | bool(eflags & _EFLAGS_OF)
     direction = b'\xfd' if eflags & _EFLAGS_DF else b'\xfc'
     return _mov('rax', ax) + b'\x04\x7f' + b'\x9e' + direction
@@ -139,7 +138,8 @@ def _tail(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -
     jump = b'\xff\x25' + struct.pack('<i', 8)                                            # jmp [rip + 8]
     # the original mask lies behind the jump, where it jumps to behind the mask
     distance = len(after_lea) + len(registers) + len(jump)
-    set_mask = _mov('rdi', SIG_SETMASK) + b'\x48\x8d\x35' + struct.pack('<i', distance) + after_lea   # lea rsi, [rip + ..]
+    lea_rsi = b'\x48\x8d\x35' + struct.pack('<i', distance)                             # lea rsi, [rip + distance]
+    set_mask = _mov('rdi', SIG_SETMASK) + lea_rsi + after_lea
     return trap + unmap + set_mask + registers + jump + struct.pack('<QQ', mask, after.rip)
 
 

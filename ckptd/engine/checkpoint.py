@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operation checkpoint: the order of a dump, and what a failure leaves behind (nothing).
+
+    resolve, scan       roots, tree, all refusals; the spool takes an image
+    freeze, rescan      everything at rest, looked at once more
+    seize, state, memory
+    release             after=resume: the tree runs on from here, and only then is the image brought to the disk
+    write, publish
+    release             after=kill and after=freeze: not before the image is safe
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from ckptd import __version__
+from ckptd.engine.dump import Dump
+from ckptd.engine.faults import fault
+from ckptd.engine.job import Job
+from ckptd.engine.messages import Frozen as FrozenMessage
+from ckptd.engine.seize import seize_all
+from ckptd.errors import Refusal, SpoolFailed, TreeChanged
+from ckptd.freezer import Frozen
+from ckptd.image.files import spooling
+from ckptd.image.manifest import Manifest, Statistics
+from ckptd.image.writer import ImageWriter
+from ckptd.kernel.pidfd import pidfd_send_signal
+from ckptd.kernel.ptrace import WALL
+from ckptd.kernel.task import boot_id, read_cgroup2
+from ckptd.scan import Handles
+from ckptd.tree import Tree
+
+SIGKILL = 9
+LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
+
+
+class Clock:
+    """Time spent in each part of a dump."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._spent: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[name] = self._spent.get(name, 0.0) + time.monotonic() - begin
+
+    def usec(self, name: str) -> int:
+        return round(self._spent.get(name, 0.0) * 1e6)
+
+    def total_usec(self) -> int:
+        return round((time.monotonic() - self._start) * 1e6)
+
+
+def checkpoint(job: Job) -> None:
+    """Dump the tree, publish the image, leave the tree as `request.after` says, tell the daemon."""
+    Checkpoint(job).run()
+
+
+class Checkpoint:
+    """One checkpoint, phase by phase."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._request, self._channel = job, job.request, job.channel
+        self._clock = Clock()
+        self._warnings: list[Refusal] = []
+
+    def run(self) -> None:
+        self._channel.phase('resolve')
+        target = self._job.resolve()
+        fault('resolved')
+        self._channel.phase('scan')
+        tree = self._job.scan()
+        self._job.require(tree)
+        cgroups = _cgroups(tree)
+        spool = Path(self._request.spool)
+        _require_room(spool)
+        fault('scanned')
+        # the spool is tried before anything is frozen: where it is full or read-only, the tree never stops
+        with ImageWriter(spool, self._request.image) as writer, ExitStack() as stack:
+            self._channel.phase('freeze')
+            with self._clock.measure('freezing'):
+                frozen = stack.enter_context(self._job.frozen(target, tree, remote_calls=True))
+            with self._clock.measure('frozen'):
+                dump = stack.enter_context(self._dump(frozen, cgroups, writer))
+                if self._request.after == 'resume':
+                    self._release(frozen)
+            manifest = self._publish(writer, dump, frozen)
+            self._finish(frozen, manifest)
+
+    def _dump(self, frozen: Frozen, cgroups: Mapping[int, str], writer: ImageWriter) -> Dump:
+        """Everything that needs the tree to stand still."""
+        fault('frozen')
+        self._channel.phase('rescan')
+        tree = self._rescan(frozen)
+        self._channel.phase('seize')
+        deadline = time.monotonic() + self._request.timeout_usec / 1e6
+        seize_all(tree, frozen.tracees, deadline, lambda count: self._channel.progress(count, len(tree), 0, 0))
+        # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
+        frozen.let_run()
+        self._channel.phase('state')
+        dump = Dump(tree, frozen.tracees, cgroups, writer.data, self._channel.progress)
+        with ExitStack() as undo:
+            undo.push(dump)
+            dump.read_state()
+            self._channel.phase('memory')
+            with self._clock.measure('memdump'):
+                dump.read_memory()
+            undo.pop_all()
+        return dump
+
+    def _rescan(self, frozen: Frozen) -> Tree:
+        """The tree once more, now that nothing moves: the same tasks, and every check again."""
+        tree = self._job.scan()
+        changes = frozen.tree.changes(tree)
+        if changes:
+            raise TreeChanged(f'the tree changed while it was frozen: {changes[0]}', phase='rescan')
+        self._warnings = self._job.require(tree)
+        fault('rescanned')
+        return tree
+
+    def _release(self, frozen: Frozen) -> None:
+        self._channel.phase('release')
+        frozen.restore()
+        fault('restored')
+        frozen.close()
+        fault('released')
+
+    def _publish(self, writer: ImageWriter, dump: Dump, frozen: Frozen) -> Manifest:
+        self._channel.phase('write')
+        with self._clock.measure('memwrite'):
+            dump.write(writer)
+            fault('written')
+            writer.seal()
+        fault('sealed')
+        self._channel.phase('publish')
+        manifest = writer.publish(self._manifest(dump, frozen))
+        fault('published')
+        return manifest
+
+    def _manifest(self, dump: Dump, frozen: Frozen) -> Manifest:
+        request, tree = self._request, dump.tree
+        statistics = Statistics(
+            freezing_time=self._clock.usec('freezing'), frozen_time=self._clock.usec('frozen'),
+            memdump_time=self._clock.usec('memdump'), memwrite_time=self._clock.usec('memwrite'),
+            total_time=self._clock.total_usec(), pages_scanned=dump.pages_scanned, pages_written=dump.pages_written)
+        return Manifest(
+            image=request.image, created_usec=time.time_ns() // 1000, ckptd_version=__version__,
+            kernel=os.uname().release, boot_id=boot_id(), owner_uid=request.caller.uid, owner_gid=request.caller.gid,
+            target=request.target, root=tree.root.vtid, command=tree.root.comm, tasks=len(tree),
+            processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics,
+            warnings=tuple(self._warnings))
+
+    def _finish(self, frozen: Frozen, manifest: Manifest) -> None:
+        after = self._request.after
+        if after == 'kill':
+            self._channel.phase('release')
+            kill(frozen)
+        elif after == 'freeze':
+            self._channel.phase('release')
+            hold(frozen)
+            self._channel.send(FrozenMessage(self._request.target, len(frozen.tree), frozen.mode))
+        self._channel.finish('', (), summary(manifest))
+        if after == 'freeze':
+            self._channel.wait_thaw()
+
+
+def summary(manifest: Manifest) -> dict[str, object]:
+    """What a finished checkpoint says of itself: counts, bytes, microseconds."""
+    numbers = {name: getattr(manifest.statistics, name) for name in Statistics.__struct_fields__}
+    return {'image': manifest.image, 'target': manifest.target, 'command': manifest.command, 'tasks': manifest.tasks,
+            'processes': manifest.processes, 'size': manifest.size, 'freeze_mode': manifest.freeze_mode,
+            'warnings': len(manifest.warnings), **numbers}
+
+
+def hold(frozen: Frozen) -> None:
+    """Leave the tree frozen. Where a cgroup holds it, the tracees are let go: a debugger may want them."""
+    frozen.hold()
+    if frozen.mode != 'ptrace':
+        while frozen.tracees:
+            frozen.tracees.popitem()[1].detach()
+
+
+def kill(frozen: Frozen) -> None:
+    """End every process of the tree at once, and see it dead. Parents outside get to know as of any death."""
+    with Handles(frozen.tree) as handles:
+        for task in frozen.tree.leaders:
+            with suppress(ProcessLookupError, KeyError):
+                pidfd_send_signal(handles[task], SIGKILL)
+    # a tracer has to see its tracees die, the leader of a process after its other threads
+    for task in sorted(frozen.tree, key=lambda task: task.is_leader):
+        tracee = frozen.tracees.pop(task.tid, None)
+        if tracee is not None:
+            with suppress(ChildProcessError):
+                os.waitpid(tracee.tid, WALL)
+
+
+def _cgroups(tree: Tree) -> dict[int, str]:
+    """Where each process was before the freeze, which may move it."""
+    found = {}
+    for task in tree.leaders:
+        with suppress(ProcessLookupError):
+            found[task.tgid] = read_cgroup2(task.tgid)
+    return found
+
+
+def _require_room(spool: Path) -> None:
+    with spooling(spool):
+        at = os.statvfs(spool)
+    free = at.f_bavail * at.f_frsize
+    if free < LEAST_ROOM:
+        raise SpoolFailed(f'{spool} has only {free >> 20} MiB free', resource=str(spool), phase='scan')

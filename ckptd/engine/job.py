@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A job as the worker has it: the request, the way to the daemon, and the target's tree."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd.checks import check_access, check_avoid, check_tree
+from ckptd.engine.channel import Channel
+from ckptd.engine.faults import fault
+from ckptd.engine.messages import JobRequest
+from ckptd.errors import NoSuchTarget, Refusal, Refused
+from ckptd.freezer import Frozen, freeze
+from ckptd.journal.store import Journal
+from ckptd.kernel.pidfd import pidfd_pid
+from ckptd.scan import Target, resolve_target, scan_tree
+from ckptd.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """pidfd: of the target, if the caller gave one, else -1. output: where an export goes, else -1."""
+    request: JobRequest
+    channel: Channel
+    pidfd: int = -1
+    output: int = -1
+
+    def resolve(self) -> Target:
+        """The target as it is now. NoSuchTarget also when the pidfd's process has died and its number is another's."""
+        name = self.request.target
+        if self.pidfd >= 0:
+            pid = pidfd_pid(self.pidfd)
+            if pid < 0:
+                raise NoSuchTarget('the process of the pidfd is dead', phase='resolve')
+            name = f'pid:{pid}'
+        return resolve_target(name, self.request.caller.pid)
+
+    def scan(self) -> Tree:
+        """Resolve and scan: a cgroup may have got further roots since it was resolved first."""
+        return scan_tree(self.resolve().roots)
+
+    def refusals(self, tree: Tree) -> list[Refusal]:
+        """All refusals and warnings."""
+        return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
+                          avoid=self._avoid)
+
+    def require(self, tree: Tree) -> list[Refusal]:
+        """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them."""
+        return self._warnings(self.refusals(tree))
+
+    def require_access(self, tree: Tree) -> None:
+        """Only what a freeze needs: the caller's right to these tasks."""
+        self._warnings([*check_avoid(tree, self._avoid), *check_access(tree, self.request.caller)])
+
+    @property
+    def _avoid(self) -> set[int]:
+        return {os.getpid(), *self.request.avoid}
+
+    def _warnings(self, rows: list[Refusal]) -> list[Refusal]:
+        refusals = [row for row in rows if row.severity == 'refusal']
+        if refusals:
+            raise Refused.because(refusals, self.channel.phase_name)
+        return rows
+
+    @contextmanager
+    def frozen(self, target: Target, tree: Tree, *, remote_calls: bool) -> Iterator[Frozen]:
+        """The tree at rest for the time of the block, by what the request asks for."""
+        request, channel = self.request, self.channel
+
+        def unit_call(action: str) -> Callable[[str], None] | None:
+            return (lambda unit: channel.unit(unit, action)) if request.systemd else None
+
+        deadline = time.monotonic() + request.timeout_usec / 1e6
+        with freeze(tree, target, request.freeze, deadline, Journal(Path(request.runtime)), self.scan, job=request.job,
+                    freeze_unit=unit_call('freeze'), thaw_unit=unit_call('thaw'), also=channel.fileno(),
+                    check=channel.check, remote_calls=remote_calls, at=fault) as frozen:
+            yield frozen

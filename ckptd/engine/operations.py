@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a worker can do, by name. Each operation sends Finished itself; an exception becomes Failed."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ckptd.engine.checkpoint import checkpoint, hold
+from ckptd.engine.job import Job
+from ckptd.engine.messages import Frozen, refusal_row
+from ckptd.engine.rows import image_rows, live_rows
+from ckptd.errors import InvalidArgument, NoSuchImage
+from ckptd.image.export_core import export
+from ckptd.image.ids import is_image_id
+from ckptd.image.reader import ImageReader
+from ckptd.image.verify import verify
+
+
+def check(job: Job) -> None:
+    """Every refusal and warning; nothing is frozen and nothing written."""
+    job.channel.phase('resolve')
+    job.resolve()
+    job.channel.phase('scan')
+    tree = job.scan()
+    job.channel.finish('refusals', [refusal_row(row) for row in job.refusals(tree)], {'tasks': len(tree)})
+
+
+def scan(job: Job) -> None:
+    """The tree as rows."""
+    job.channel.phase('scan')
+    job.channel.finish('tasks', live_rows(job.scan()))
+
+
+def freeze(job: Job) -> None:
+    """Freeze, and hold until Thaw, Cancel or the daemon's end."""
+    job.channel.phase('resolve')
+    target = job.resolve()
+    job.channel.phase('scan')
+    tree = job.scan()
+    job.require_access(tree)
+    job.channel.phase('freeze')
+    with job.frozen(target, tree, remote_calls=False) as frozen:
+        hold(frozen)
+        job.channel.send(Frozen(job.request.target, len(frozen.tree), frozen.mode))
+        job.channel.finish('', (), {'tasks': len(frozen.tree), 'freeze_mode': frozen.mode})
+        job.channel.wait_thaw()
+
+
+def verify_image(job: Job) -> None:
+    """Every damage of an image."""
+    job.channel.finish('damages', verify(_image(job)))
+
+
+def tree(job: Job) -> None:
+    """The tree of an image as rows."""
+    with ImageReader(_image(job)) as reader:
+        job.channel.finish('tasks', image_rows(reader))
+
+
+def export_image(job: Job) -> None:
+    """A tar stream of cores, one per process, to the caller's fd."""
+    if job.request.format != 'core':
+        raise InvalidArgument(f'unknown format {job.request.format!r}', hint='formats: core')
+    with ImageReader(_image(job)) as reader, os.fdopen(os.dup(job.output), 'wb') as sink:
+        names = export(reader, sink)
+    job.channel.finish('files', names)
+
+
+def _image(job: Job) -> Path:
+    path = Path(job.request.spool) / job.request.image
+    if not is_image_id(job.request.image) or not path.is_dir():
+        raise NoSuchImage(f'no image {job.request.image!r}')
+    return path
+
+
+OPERATIONS: Mapping[str, Callable[[Job], None]] = {
+    'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image, 'tree': tree,
+    'export': export_image}

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The worker process: one job, one tree, one thread that traces. Started by the daemon as
+
+    python -m ckptd.engine.worker FD        FD: its end of a SOCK_SEQPACKET socketpair, see messages.py
+"""
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+from ckptd.engine.channel import Channel
+from ckptd.engine.job import Job
+from ckptd.engine.messages import Failed, Log, Start
+from ckptd.engine.operations import OPERATIONS
+from ckptd.errors import Cancelled, CkptError
+
+log = logging.getLogger('ckptd.engine')
+
+
+class _ToDaemon(logging.Handler):
+    """The worker's log lines go to the daemon's log."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._channel.send(Log(record.levelno, self.format(record)))
+        except Cancelled:
+            return          # nobody is left to read it
+
+
+def _set_up_signals(channel: Channel) -> None:
+    # SIGCHLD is waited for (Tracee.wait with a deadline), never handled
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    # Ctrl-C in a terminal reaches the whole group; it is the client's to turn into Cancel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def on_term(number: int, frame: FrameType | None) -> None:
+        channel.cancel()
+
+    signal.signal(signal.SIGTERM, on_term)
+
+
+def _error_of(error: BaseException, phase: str) -> CkptError:
+    """What the daemon is told. Errors of the system keep their errno; anything else is ours, with a traceback."""
+    if isinstance(error, CkptError):
+        if not error.phase:
+            error.phase = phase
+        return error
+    if isinstance(error, OSError):
+        log.debug('in phase %s', phase, exc_info=error)
+        return CkptError(str(error), errno=error.errno, phase=phase,
+                         hint='the daemon log has more with CKPTD_DEBUG=ckptd.engine')
+    log.error('internal error in phase %s', phase, exc_info=error)
+    return CkptError('internal error', phase=phase, hint='this is a bug of ckptd: see the daemon log')
+
+
+def run(channel: Channel) -> int:
+    """Wait for the job and do it; the exit status."""
+    got = channel.wait_start()
+    if got is None:
+        return 0
+    start, fds = got
+    try:
+        OPERATIONS[start.request.operation](_job(start, fds, channel))
+    except Exception as error:  # noqa: BLE001 - the boundary of the process: every failure becomes a message
+        failure = _error_of(error, channel.phase_name)
+        try:
+            channel.send(Failed.of(failure))
+        except Cancelled:
+            return 1
+        return failure.exit_status
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return 0
+
+
+def _job(start: Start, fds: list[int], channel: Channel) -> Job:
+    given = iter(fds)
+    pidfd = next(given, -1) if start.request.has_pidfd else -1
+    output = next(given, -1) if start.request.has_output else -1
+    return Job(start.request, channel, pidfd, output)
+
+
+def main() -> int:
+    channel = Channel(int(sys.argv[1]))
+    _set_up_signals(channel)
+    logging.basicConfig(level=os.environ.get('CKPTD_LOG_LEVEL', 'INFO'), handlers=[_ToDaemon(channel)],
+                        format='%(message)s')
+    try:
+        return run(channel)
+    finally:
+        channel.close()
+
+
+if __name__ == '__main__':
+    sys.exit(main())
