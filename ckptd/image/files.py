@@ -93,7 +93,8 @@ def open_regular(directory: int, name: str) -> int:
 
 def digest_file(fd: int) -> tuple[int, str]:
     """Size and sha256 of a whole file, read with a buffer of its own (the file position stays)."""
-    hasher, buffer, at = hashlib.sha256(), memoryview(bytearray(BUFFER)), 0
+    size = max(1, min(BUFFER, os.fstat(fd).st_size))
+    hasher, buffer, at = hashlib.sha256(), memoryview(bytearray(size)), 0
     while done := os.preadv(fd, [buffer], at):
         hasher.update(buffer[:done])
         at += done

@@ -38,13 +38,13 @@ _TAIL_SIZE = len(',\n  "digest": ""\n}\n') + 64
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Uid = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Text = Annotated[str, Meta(max_length=4096)]
-PartName = Annotated[str, Meta(pattern=r'^(tree|tasks|files|memory|data-(0|[1-9][0-9]{0,4}))\.img$')]
+PartName = Annotated[str, Meta(pattern=r'^(tree|tasks|files|memory|data-(0|[1-9][0-9]{0,4}))\.img\Z')]
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One file of the image: its size in bytes and sha256 as 64 hexadecimal digits."""
     size: Count
-    sha256: Annotated[str, Meta(pattern=r'^[0-9a-f]{64}$')]
+    sha256: Annotated[str, Meta(pattern=r'^[0-9a-f]{64}\Z')]
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):

@@ -222,7 +222,7 @@ def _digest(writer: PartWriter | DataWriter) -> Part:
 def remove_stale(spool: Path) -> list[str]:
     """Remove what dead writers left behind; ids of the images that were never finished. SpoolFailed."""
     with spooling(spool):
-        entries = sorted(spool.glob(f'{INCOMING}*'))
+        entries = sorted(path for path in spool.iterdir() if path.name.startswith(INCOMING))
     removed = []
     for path in entries:
         with suppress(FileNotFoundError), spooling(path):
