@@ -12,6 +12,14 @@ def job_path(number: int) -> str:
     return f'{ROOT}/job/{number}'
 
 
+def token_path(sender: str, token: str) -> str:
+    """Where the job of a call with the option handle_token is. Known before the call, so subscribing cannot race.
+
+    sender: unique name of the caller, ':1.42'. Never the path of a number, for there are two numbers in it.
+    """
+    return f'{ROOT}/job/{sender[1:].replace(".", "_")}_{token}'
+
+
 def image_path(image: str) -> str:
     """Image ids are made of [a-z0-9_], so an id is a path element as it is."""
     return f'{ROOT}/image/{image}'

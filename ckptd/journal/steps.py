@@ -10,10 +10,10 @@ WORK_PREFIX = 'ckptd-'
 # no '.' or '..' on the way, and for what may be emptied and removed: a name that only a freeze gives
 _NO_DOTS = r'\A(?!.*/\.{1,2}(/|\Z))'
 CgroupName = Annotated[str, msgspec.Meta(pattern=_NO_DOTS + r'/[^\0\n]*\Z', max_length=4096)]
-WorkName = Annotated[str, msgspec.Meta(pattern=_NO_DOTS + r'/([^\0\n]*/)?ckptd-[0-9a-z-]+\Z', max_length=4096)]
+WorkName = Annotated[str, msgspec.Meta(pattern=_NO_DOTS + r'/([^\0\n]*/)?ckptd-[0-9]+-[0-9a-f]+\Z', max_length=4096)]
 UnitName = Annotated[str, msgspec.Meta(pattern=r'\A[^\0\n/]+\Z', max_length=255)]
 Pid = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]                # PID_MAX_LIMIT of <linux/threads.h>
-Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""org.ckptd1.Image at /org/ckptd1/image/ID: a published image."""
+
+from typing import Any
+
+from ckptd.bus.export import Exported, method, property_
+from ckptd.bus.names import IMAGE
+from ckptd.bus.options import NONE, parse_options
+from ckptd.bus.router import Call
+from ckptd.errors import InvalidArgument
+from ckptd.jobs.library import Library
+from ckptd.jobs.spool import ImageInfo
+
+FORMATS = ('core',)
+# of the rows of Scan and Tree: what is not said here is 's', or 't' for a number
+TASK_TYPES = {'tid': 'u', 'tgid': 'u', 'ppid': 'u', 'pgid': 'u', 'sid': 'u', 'vtid': 'u', 'parent_tid': 'u',
+              'depth': 'u', 'uid': 'u', 'fds': 'as'}
+
+
+class ImageObject(Exported):
+    interface = IMAGE
+
+    def __init__(self, info: ImageInfo, library: Library) -> None:
+        self.info, self._library = info, library
+
+    @method('', 'aa{sv}', names=('tasks',), types=TASK_TYPES)
+    async def Tree(self, call: Call) -> list[dict[str, Any]]:
+        return await self._library.tree(self.info.id, await call.credentials())
+
+    @method('hsa{sv}', names=('output', 'format', 'options'))
+    async def Export(self, call: Call, output: int, format: str, options: dict[str, Any]) -> None:
+        """Write the image to `output` as a tar stream of files in that format; returns when all is written."""
+        parse_options(options, NONE)
+        if format not in FORMATS:
+            raise InvalidArgument(f'no format {format[:32]!r}', hint=f'formats: {", ".join(FORMATS)}')
+        await self._library.export(self.info.id, output, format, await call.credentials())
+
+    @method('', 'as', names=('damages',))
+    async def Verify(self, call: Call) -> list[str]:
+        return await self._library.verify(self.info.id, await call.credentials())
+
+    @method()
+    async def Remove(self, call: Call) -> None:
+        await self._library.remove(self.info.id, await call.credentials())
+
+    @property_('s', emits='const')
+    def Id(self) -> str:
+        return self.info.id
+
+    @property_('s', emits='const')
+    def Target(self) -> str:
+        return self.info.target
+
+    @property_('s', emits='const')
+    def Command(self) -> str:
+        return self.info.command
+
+    @property_('t', emits='const')
+    def Created(self) -> int:
+        return self.info.created
+
+    @property_('u', emits='const')
+    def Owner(self) -> int:
+        return self.info.owner
+
+    @property_('u', emits='const')
+    def Tasks(self) -> int:
+        return self.info.tasks
+
+    @property_('u', emits='const')
+    def Processes(self) -> int:
+        return self.info.processes
+
+    @property_('t', emits='const')
+    def Size(self) -> int:
+        return self.info.size
+
+    @property_('s', emits='const')
+    def Kernel(self) -> str:
+        return self.info.kernel
+
+    @property_('s', emits='const')
+    def Architecture(self) -> str:
+        return self.info.architecture
+
+    @property_('s', emits='const')
+    def BootId(self) -> str:
+        return self.info.boot_id
+
+    @property_('a{st}', emits='const')
+    def Statistics(self) -> dict[str, int]:
+        return self.info.statistics

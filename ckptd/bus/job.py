@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""org.ckptd1.Job at /org/ckptd1/job/N: what a job does, and how far it is."""
+
+from typing import Any
+
+from ckptd.bus.export import Exported, method, property_, signal
+from ckptd.bus.names import JOB, job_path
+from ckptd.bus.options import NONE, parse_options
+from ckptd.bus.router import ERROR_TYPES, Call
+from ckptd.errors import PermissionDenied
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.state import Job
+
+MOVING = ('TasksDone', 'TasksTotal', 'BytesDone', 'BytesTotal', 'Progress', 'ExpectedEndTime')
+
+
+def path_of(job: Job) -> str:
+    return job.token or job_path(job.number)
+
+
+class JobObject(Exported):
+    interface = JOB
+
+    def __init__(self, job: Job, queue: Queue) -> None:
+        self.job, self._queue = job, queue
+
+    @method('a{sv}', names=('options',))
+    async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
+        """Release the tree and leave nothing. A job that is over stays as it is."""
+        parse_options(options, NONE)
+        caller = await call.credentials()
+        if caller.uid not in (0, self.job.request.caller.uid):
+            raise PermissionDenied(f'{self.job.name} belongs to uid {self.job.request.caller.uid}')
+        self._queue.cancel(self.job.number)
+
+    # a property has the name already
+    progressed = signal('sdtt', ('phase', 'progress', 'bytes_done', 'bytes_total'), name='Progress')
+
+    def tell_state(self) -> None:
+        self.changed('State', 'Phase', 'Error', 'Result', *MOVING)
+
+    def tell_progress(self) -> None:
+        """The signal, and the properties with it."""
+        job = self.job
+        self.progressed(job.phase, job.progress, job.counts.bytes_done, job.counts.bytes_total)
+        self.changed(*MOVING)
+
+    @property_('s')
+    def State(self) -> str:
+        return self.job.state.value
+
+    @property_('s')
+    def Phase(self) -> str:
+        return self.job.phase
+
+    @property_('s', emits='const')
+    def Operation(self) -> str:
+        return self.job.request.operation
+
+    @property_('s', emits='const')
+    def Target(self) -> str:
+        return self.job.request.target
+
+    @property_('s', emits='const')
+    def Image(self) -> str:
+        """The id that the image has, or will have; '' for a job that is about none."""
+        return self.job.request.image
+
+    @property_('u')
+    def TasksDone(self) -> int:
+        return self.job.counts.tasks_done
+
+    @property_('u')
+    def TasksTotal(self) -> int:
+        return self.job.counts.tasks_total
+
+    @property_('t')
+    def BytesDone(self) -> int:
+        return self.job.counts.bytes_done
+
+    @property_('t')
+    def BytesTotal(self) -> int:
+        return self.job.counts.bytes_total
+
+    @property_('d')
+    def Progress(self) -> float:
+        return self.job.progress
+
+    @property_('t', emits='const')
+    def StartTime(self) -> int:
+        return self.job.start_time
+
+    @property_('t')
+    def ExpectedEndTime(self) -> int:
+        return self.job.expected_end
+
+    @property_('u', emits='const')
+    def StartedByUID(self) -> int:
+        return self.job.request.caller.uid
+
+    @property_('a{sv}', types=ERROR_TYPES)
+    def Error(self) -> dict[str, Any]:
+        error = self.job.error
+        return {'name': error.dbus_name, 'message': error.message, **error.details()} if error else {}
+
+    @property_('a{sv}', types={'tasks': 'u', 'processes': 'u'})
+    def Result(self) -> dict[str, Any]:
+        return self.job.result

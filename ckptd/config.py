@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Configuration as systemd's programs have it (systemd-system.conf(5)): ckptd.conf and drop-ins.
+
+    [Manager]
+    Spool=/var/spool/ckptd
+    MaxJobs=4
+    FreezeTimeoutSec=10s
+
+Read in this order, the later assignment wins: /etc/ckptd/ckptd.conf, then every ckptd.conf.d/*.conf of /usr/lib/ckptd,
+/run/ckptd and /etc/ckptd by file name, where a file of /etc hides one of the same name in /run, and that one in
+/usr/lib. A user's daemon reads $XDG_CONFIG_HOME/ckptd. An empty assignment brings the default back. What is not
+understood is a warning, never a reason not to start: a newer configuration must not stop an older daemon.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+SECTION = 'Manager'
+INFINITY = (1 << 64) - 1
+VENDOR = Path('/usr/lib/ckptd')
+RUN = Path('/run/ckptd')
+ETC = Path('/etc/ckptd')
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Times in microseconds. None: the default of the bus that the daemon is on. INFINITY: no limit.
+
+    max_jobs: workers at once. The limits per user do not bind root. keep_jobs: how long a finished job's object stays.
+    """
+    spool: Path | None = None
+    max_jobs: int = 4
+    max_jobs_per_user: int = 16
+    max_images_per_user: int = 1000
+    max_bytes_per_user: int = INFINITY
+    freeze_timeout_usec: int = 10_000_000
+    keep_jobs_usec: int = 30_000_000
+
+
+class Assignment(NamedTuple):
+    section: str
+    key: str
+    value: str
+    where: str      # file:line
+
+
+def parse_span(text: str) -> int:
+    """A time span as systemd.time(7) writes it, '1min 30s' or '90', in microseconds. ValueError."""
+    if text.strip() == 'infinity':
+        return INFINITY
+    if not re.fullmatch(r'(\s*\d+(\.\d+)?\s*[a-z]*)+\s*', text):
+        raise ValueError(f'{text!r} is no time span')
+    parts = re.findall(r'(\d+(?:\.\d+)?)\s*([a-z]*)', text)
+    if any(unit not in SPANS for _, unit in parts):
+        raise ValueError(f'{text!r} has an unknown unit of time')
+    return sum(round(float(number) * SPANS[unit]) for number, unit in parts)
+
+
+SPANS = {'us': 1, 'usec': 1, 'ms': 1_000, 'msec': 1_000, '': 1_000_000, 's': 1_000_000, 'sec': 1_000_000,
+         'second': 1_000_000, 'seconds': 1_000_000, 'm': 60_000_000, 'min': 60_000_000, 'minute': 60_000_000,
+         'minutes': 60_000_000, 'h': 3_600_000_000, 'hr': 3_600_000_000, 'hour': 3_600_000_000,
+         'hours': 3_600_000_000}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, with K, M, G or T of 1024. ValueError."""
+    found = re.fullmatch(r'(\d+)\s*([KMGT]?)', text)
+    if text == 'infinity':
+        return INFINITY
+    if found is None:
+        raise ValueError(f'{text!r} is no size')
+    return int(found[1]) << {'': 0, 'K': 10, 'M': 20, 'G': 30, 'T': 40}[found[2]]
+
+
+def parse_count(text: str) -> int:
+    """A number above 0. ValueError."""
+    if text == 'infinity':
+        return INFINITY
+    if not re.fullmatch(r'[0-9]{1,9}', text) or int(text) == 0:
+        raise ValueError(f'{text!r} is no number above 0')
+    return int(text)
+
+
+def parse_directory(text: str) -> Path:
+    """An absolute path. ValueError."""
+    path = Path(text)
+    if not path.is_absolute() or '..' in path.parts:
+        raise ValueError(f'{text!r} is no absolute path')
+    return path
+
+
+KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    'Spool': ('spool', parse_directory),
+    'MaxJobs': ('max_jobs', parse_count),
+    'MaxJobsPerUser': ('max_jobs_per_user', parse_count),
+    'MaxImagesPerUser': ('max_images_per_user', parse_count),
+    'MaxBytesPerUser': ('max_bytes_per_user', parse_size),
+    'FreezeTimeoutSec': ('freeze_timeout_usec', parse_span),
+    'KeepJobsSec': ('keep_jobs_usec', parse_span),
+}
+
+
+def parse_config(text: str, name: str) -> Iterator[Assignment]:
+    """The assignments of one file, in order. A line that is none is a warning."""
+    section, begun, start = '', '', 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith(('#', ';')):    # also between continued lines, systemd.syntax(7)
+            continue
+        start = start if begun else number
+        begun += line.removesuffix('\\') + ' ' if line.endswith('\\') else line
+        if line.endswith('\\'):
+            continue
+        whole, begun = begun.strip(), ''
+        key, equals, value = whole.partition('=')
+        if whole.startswith('[') and whole.endswith(']'):
+            section = whole[1:-1]
+        elif equals:
+            yield Assignment(section, key.strip(), value.strip(), f'{name}:{start}')
+        elif whole:
+            log.warning('%s:%d: not an assignment: %s', name, start, whole)
+
+
+def apply(config: Config, assignment: Assignment) -> Config:
+    """The configuration with one assignment more; unchanged, with a warning, where it cannot be."""
+    section, key, value, where = assignment
+    if section != SECTION or key not in KEYS:
+        known = ', '.join(KEYS)
+        log.warning('%s: unknown %s, ignored; [%s] knows %s', where,
+                    f'section [{section}]' if section != SECTION else f'key {key}=', SECTION, known)
+        return config
+    field, parse = KEYS[key]
+    try:
+        parsed = parse(value) if value else getattr(Config(), field)
+    except ValueError as error:
+        log.warning('%s: %s=: %s, ignored', where, key, error)
+        return config
+    return dataclasses.replace(config, **{field: parsed})
+
+
+def find_files(main: Path, drop_ins: Iterable[Path]) -> list[Path]:
+    """The main file, then the drop-ins by name; of one name the last directory's counts."""
+    by_name = {path.name: path for directory in drop_ins for path in sorted(directory.glob('*.conf'))}
+    return [main, *(by_name[name] for name in sorted(by_name))]
+
+
+def read_config(main: Path, drop_ins: Iterable[Path]) -> Config:
+    """A file that is missing has nothing to say; one that cannot be read is a warning."""
+    config = Config()
+    for path in find_files(main, drop_ins):
+        try:
+            text = path.read_text(encoding='utf-8')
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            log.warning('%s cannot be read: %s', path, error)
+            continue
+        for assignment in parse_config(text, str(path)):
+            config = apply(config, assignment)
+    return config
+
+
+def load(file: Path | None, system: bool) -> Config:
+    """The configuration of a daemon: of `file` and FILE.d if it is given, else of the system or the user."""
+    if file is not None:
+        return read_config(file, [Path(f'{file}.d')])
+    if system:
+        return read_config(ETC / 'ckptd.conf', [base / 'ckptd.conf.d' for base in (VENDOR, RUN, ETC)])
+    home = Path(os.environ.get('XDG_CONFIG_HOME') or Path.home() / '.config') / 'ckptd'
+    return read_config(home / 'ckptd.conf', [home / 'ckptd.conf.d'])

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptd: the daemon. Wires bus, queue and spool together; there is no policy here.
+
+    start   spool and runtime directory, bus, thaw what an earlier daemon left, export, own the name, READY=1
+    stop    STOPPING=1, cancel jobs, thaw trees, end workers, leave the bus; on SIGTERM, SIGINT, or when the bus is gone
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd import __version__, config, logs
+from ckptd.bus.announce import Announcer
+from ckptd.bus.client import Client
+from ckptd.bus.connection import Connection
+from ckptd.bus.manager import ManagerObject
+from ckptd.bus.names import BUS_NAME, ROOT
+from ckptd.bus.private import private_bus
+from ckptd.bus.router import Router
+from ckptd.bus.systemd import Systemd
+from ckptd.errors import CkptError, Unavailable
+from ckptd.jobs.library import Library
+from ckptd.jobs.orders import Orders
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.recovery import Recovery
+from ckptd.jobs.spool import Spool
+from ckptd.jobs.watch import SpoolWatch
+from ckptd.jobs.worker import WorkerPool
+from ckptd.notify import notify, watchdog_interval
+from ckptd.places import Places, prepare_runtime
+
+log = logging.getLogger(__name__)
+
+EPILOG = """example:
+  ckptd --private --spool /tmp/images --verbose
+
+Without a bus option ckptd serves the system bus if root starts it, else the session bus."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a daemon is started with. bus: 'system', 'session', an address; or '' for a bus of its own.
+
+    parent: pid of the process that started a daemon with a bus of its own, and that it does not outlive; 0 for none.
+    """
+    bus: str
+    config: config.Config
+    spool: Path
+    runtime: Path
+    parent: int = 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser('ckptd', description='Checkpoint running process trees, over D-Bus.',
+                                     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    bus = parser.add_mutually_exclusive_group()
+    bus.add_argument('--address', metavar='ADDR', help='serve the bus at this D-Bus address')
+    bus.add_argument('--system', action='store_true', help='serve the system bus')
+    bus.add_argument('--user', action='store_true', help='serve the session bus')
+    bus.add_argument('--private', action='store_true', help='start a bus of its own, print "DBUS_ADDRESS=..." when '
+                     'ready, and end when the process that started ckptd ends')
+    parser.add_argument('--spool', metavar='DIR', type=Path, help='directory of images')
+    parser.add_argument('--config', metavar='FILE', type=Path, help='configuration, instead of /etc/ckptd/ckptd.conf')
+    parser.add_argument('--runtime', metavar='DIR', type=Path, help='directory of the freeze journal')
+    parser.add_argument('--verbose', action='store_true', help='log what happens, not only what goes wrong')
+    parser.add_argument('--version', action='version', version=f'ckptd {__version__}')
+    return parser.parse_args(argv)
+
+
+def make_settings(options: argparse.Namespace) -> Settings:
+    """Arguments win over configuration, that over the defaults of the system or the user."""
+    system = not options.user and os.geteuid() == 0
+    conf = config.load(options.config, system)
+    spool, runtime = options.spool or conf.spool, options.runtime
+    if spool is None or runtime is None:
+        places = Places.of(system)
+        spool, runtime = spool or places.spool, runtime or places.runtime
+    bus = options.address or ('' if options.private else 'system' if options.system or system else 'session')
+    return Settings(bus, conf, spool.absolute(), runtime.absolute(), os.getppid() if options.private else 0)
+
+
+class Daemon:
+    """One daemon, from `run` to its end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._spool = Spool(settings.spool)
+        self._address = settings.bus
+        self._stack = contextlib.AsyncExitStack()
+
+    async def run(self) -> None:
+        """Serve until told to stop. CkptError when it cannot begin, Unavailable when the bus goes away."""
+        async with self._stack:
+            await asyncio.to_thread(self._prepare)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._stop.set)
+            if self._settings.parent > 1:
+                self._follow(self._settings.parent)
+            self._address, avoid = await self._find_bus()
+            connection = await self._stack.enter_async_context(await Connection.open(self._address))
+            queue = await self._export(connection, avoid)
+            try:
+                await self._serve(connection)
+            finally:
+                notify('STOPPING=1')
+                await queue.stop()
+
+    def _prepare(self) -> None:
+        self._spool.prepare()
+        prepare_runtime(self._settings.runtime)
+        self._spool.adopt(self._spool.look())
+
+    async def _find_bus(self) -> tuple[str, tuple[int, ...]]:
+        """The address to connect to, and the processes that keep this daemon going."""
+        if self._settings.bus:
+            return self._settings.bus, (os.getpid(),)
+        bus = await self._stack.enter_async_context(private_bus())
+        return bus.address, (os.getpid(), bus.pid)
+
+    async def _export(self, connection: Connection, avoid: tuple[int, ...]) -> Queue:
+        """Everything is there before the name is: whoever activated ckptd has a call waiting."""
+        settings = self._settings
+        units = await self._find_systemd(connection)
+        announcer = Announcer(self._spool)
+        recovery = Recovery(settings.runtime, self._spool, units)
+        queue = Queue(settings.config, WorkerPool(), recovery, units, announcer)
+        orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None)
+        library = Library(self._spool, queue, orders)
+        router = Router(connection, queue.spawn, ROOT)
+        self._stack.callback(router.peers.close)
+        announcer.begin(router, ManagerObject(queue, orders, library), queue, library)
+
+        def look() -> None:
+            queue.spawn(announcer.images_changed(), name='look into the spool')
+
+        self._stack.enter_context(SpoolWatch(settings.spool, look))
+        await queue.start()
+        return queue
+
+    async def _find_systemd(self, connection: Connection) -> Systemd | None:
+        """The manager of the units that this daemon may be asked about; None where none runs."""
+        where = 'system' if os.geteuid() == 0 else 'session'
+        if self._settings.bus != where:
+            try:
+                connection = await self._stack.enter_async_context(await Connection.open(where))
+            except Unavailable as error:
+                log.info('no systemd: %s', error)
+                return None
+        systemd = Systemd(Client(connection))
+        return systemd if await systemd.is_there() else None
+
+    async def _serve(self, connection: Connection) -> None:
+        await connection.request_name(BUS_NAME)
+        if not self._settings.bus:
+            print(f'DBUS_ADDRESS={self._address}', flush=True)
+        notify('READY=1', f'STATUS=Images in {self._settings.spool}')
+        self._feed_watchdog(watchdog_interval())
+        log.info('ready: %s, images in %s', BUS_NAME, self._settings.spool)
+        gone = self._loop.create_task(connection.wait_closed())
+        stopped = self._loop.create_task(self._stop.wait())
+        await asyncio.wait((gone, stopped), return_when=asyncio.FIRST_COMPLETED)
+        for task in (gone, stopped):
+            task.cancel()
+        if not self._stop.is_set():
+            raise Unavailable(f'the bus is gone: {connection.error or "it closed the connection"}',
+                              hint='start the bus, then ckptd')
+
+    def _feed_watchdog(self, interval: float | None) -> None:
+        # from the loop: a daemon whose loop hangs is not fed
+        if interval is not None:
+            notify('WATCHDOG=1')
+            self._loop.call_later(interval, self._feed_watchdog, interval)
+
+    def _follow(self, parent: int) -> None:
+        """Stop when the process that started us ends, however it ends: nobody else knows our bus."""
+        try:
+            pidfd = os.pidfd_open(parent)
+        except ProcessLookupError:
+            self._stop.set()
+            return
+        self._stack.callback(os.close, pidfd)
+        self._stack.callback(self._loop.remove_reader, pidfd)
+        self._loop.add_reader(pidfd, self._stop.set)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 after a stop in order, else that of the error, which is said in one line with its hint."""
+    options = parse_arguments(argv)
+    logs.setup(options.verbose)
+
+    async def run() -> None:
+        await Daemon(make_settings(options)).run()
+
+    try:
+        asyncio.run(run())
+    except CkptError as error:
+        print(f'ckptd: {error.message}' + (f' ({error.hint})' if error.hint else ''), file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

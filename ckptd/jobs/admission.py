@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which requests may join the queue: not too many of one user, never two at work on one tree. Pure."""
+
+from collections.abc import Iterable, Mapping
+
+from ckptd.engine.messages import JobRequest
+from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
+from ckptd.jobs.state import Job
+
+FREEZING = frozenset({'checkpoint', 'freeze'})
+
+
+def refuse_too_many(request: JobRequest, others: Iterable[Job], limit: int) -> None:
+    """LimitsExceeded when a user (never root) has `limit` jobs and freezes already."""
+    uid = request.caller.uid
+    own = sum(job.request.caller.uid == uid for job in others)
+    if uid and own >= limit:
+        raise LimitsExceeded(f'uid {uid} has {own} jobs and freezes already', resource='MaxJobsPerUser',
+                             hint='wait for them (ckptctl jobs) or thaw what is frozen')
+
+
+def refuse_active(target: str, active: Iterable[Job]) -> None:
+    """Busy while a job freezes this target, or will."""
+    for job in active:
+        if job.request.operation in FREEZING and job.request.target == target:
+            raise Busy(f'{job.name} works on {target}', resource=target)
+
+
+def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Mapping[str, Job]) -> None:
+    """Busy when the request would freeze what another freezes, or hold what is held.
+
+    A checkpoint of a tree that is held is welcome: a caller may well freeze, look, and then dump.
+    """
+    if request.operation not in FREEZING:
+        return
+    refuse_active(request.target, active)
+    if request.target in held and (request.operation == 'freeze' or request.after == 'freeze'):
+        raise Busy(f'{request.target} is held frozen already', resource=request.target, hint='thaw it first')
+
+
+def refuse_token(token: str, known: Iterable[Job]) -> None:
+    """InvalidArgument for a path that another job has."""
+    if token and any(job.token == token for job in known):
+        raise InvalidArgument('the handle_token is in use', resource='handle_token', hint='take another')

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What may be done with published images, and by whom: their owner and root."""
+
+import asyncio
+from typing import Any
+
+from ckptd.engine.messages import Caller
+from ckptd.errors import Busy
+from ckptd.jobs.orders import Orders
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.spool import ImageInfo, Spool
+
+
+class Library:
+    """Reading an image is done by workers: an image is untrusted input, and large."""
+
+    def __init__(self, spool: Spool, queue: Queue, orders: Orders) -> None:
+        self.spool = spool
+        self._queue, self._orders = queue, orders
+
+    async def verify(self, image: str, caller: Caller) -> list[str]:
+        """Every damage of the image, one sentence each."""
+        info = self._open(image, caller, 'verify')
+        result = await self._queue.call(self._orders.on_image('verify', info, caller))
+        return [str(damage) for damage in result.get('damages', ())]
+
+    async def tree(self, image: str, caller: Caller) -> list[dict[str, Any]]:
+        """Rows as Manager.Scan has them, from the image."""
+        info = self._open(image, caller, 'read')
+        result = await self._queue.call(self._orders.on_image('tree', info, caller))
+        return list(result.get('tasks', ()))
+
+    async def export(self, image: str, output: int, format_: str, caller: Caller) -> None:
+        """Write a tar stream to the fd `output`."""
+        info = self._open(image, caller, 'export')
+        request = self._orders.on_image('export', info, caller, format=format_, has_output=True)
+        await self._queue.call(request, [output])
+
+    async def remove(self, image: str, caller: Caller) -> None:
+        info = self._open(image, caller, 'remove')
+        if self._queue.works_on(image):
+            raise Busy(f'a job reads image {image}', resource=image)
+        await asyncio.to_thread(self.spool.remove, info)
+
+    def _open(self, image: str, caller: Caller, verb: str) -> ImageInfo:
+        info = self.spool.find(image)
+        info.check_owner(caller.uid, verb)
+        return info

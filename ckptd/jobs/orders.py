@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From what a caller asks for to the request that a worker gets."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ckptd.config import INFINITY, Config
+from ckptd.engine.messages import Caller, JobRequest, Operation
+from ckptd.errors import InvalidArgument, LimitsExceeded, NoSuchTarget
+from ckptd.image.ids import new_image_id
+from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.kernel.stat import read_stat
+
+MAX_TARGET = 4096       # a cgroup's path has this bound from the kernel (PATH_MAX)
+UNIT = re.compile(r'[A-Za-z0-9:_.\\@-]{1,255}', re.ASCII)       # systemd.unit(5)
+MAX_TIMEOUT = 3600 * 1_000_000
+
+
+def parse_target(text: str, caller: Caller) -> str:
+    """A target in its one spelling: 'pid:12', 'cgroup:/a/b' or a unit's name; 'self' becomes the caller's pid."""
+    kind, colon, rest = text.partition(':')
+    if text == 'self':
+        if not caller.pid:
+            raise NoSuchTarget('the bus does not say which process calls', resource='self', hint='name it: pid:N')
+        return f'pid:{caller.pid}'
+    if kind == 'pid' and colon and re.fullmatch('[0-9]{1,9}', rest, re.ASCII) and int(rest) > 0:
+        return f'pid:{int(rest)}'
+    if kind == 'cgroup' and rest.startswith('/') and len(rest) < MAX_TARGET and '..' not in PurePosixPath(rest).parts:
+        return f'cgroup:/{rest.strip("/")}'
+    if kind not in ('pid', 'cgroup') and UNIT.fullmatch(text):
+        return text if '.' in text else f'{text}.service'
+    raise InvalidArgument(f'{text[:80]!r} is no target', resource='target',
+                          hint='a target is pid:N, a unit name, cgroup:/path or self')
+
+
+def command_of(target: str) -> str:
+    """A short name for an image of this target; it says nothing, people just like it in the id."""
+    kind, _, rest = target.partition(':')
+    if kind == 'pid':
+        try:
+            return read_stat(int(rest)).comm
+        except ProcessLookupError:
+            raise NoSuchTarget(f'there is no process {rest}', resource=target) from None
+    return PurePosixPath(rest).name if kind == 'cgroup' else target.rsplit('.', 1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What is the same in every request of this daemon.
+
+    avoid: processes that nobody may freeze, the daemon and its own bus. client: the process that started this daemon
+    for itself alone, and waits for its answer, or 0: it may not freeze itself either.
+    """
+    config: Config
+    spool: Spool
+    runtime: Path
+    avoid: tuple[int, ...]
+    client: int
+    systemd: bool
+
+    def on_target(self, operation: Operation, target: str, caller: Caller, *, freeze: str = 'auto',
+                  after: str = 'resume', timeout: int = 0, has_pidfd: bool = False) -> JobRequest:
+        """A request about live tasks. InvalidArgument, NoSuchTarget, LimitsExceeded."""
+        where = parse_target(target, caller)
+        image = ''
+        if operation == 'checkpoint':
+            self._refuse_full(caller.uid)
+            image = new_image_id(command_of(where))
+        return self._request(operation, where, caller, image=image, freeze=freeze, after=after, has_pidfd=has_pidfd,
+                             timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT))
+
+    def on_image(self, operation: Operation, image: ImageInfo, caller: Caller, **more: Any) -> JobRequest:
+        """A request about an image that is there; whether the caller may ask is checked elsewhere."""
+        return self._request(operation, image.target, caller, image=image.id, **more)
+
+    def _request(self, operation: Operation, target: str, caller: Caller, **more: Any) -> JobRequest:
+        client = (self.client,) if self.client and self.client == caller.pid else ()
+        return JobRequest(operation, target, caller, str(self.spool.directory), str(self.runtime),
+                          avoid=(*self.avoid, *client), systemd=self.systemd, **more)
+
+    def _refuse_full(self, uid: int) -> None:
+        images, size = self.spool.usage(uid)
+        limits = self.config
+        if uid and (images >= limits.max_images_per_user or size >= limits.max_bytes_per_user):
+            most = '' if limits.max_bytes_per_user == INFINITY else f' and {limits.max_bytes_per_user} bytes'
+            raise LimitsExceeded(
+                f'uid {uid} has {images} images of {size} bytes; {limits.max_images_per_user}{most} are allowed',
+                resource='spool', hint='remove some (ckptctl remove IMAGE)')

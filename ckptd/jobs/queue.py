@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The queue: who may work when, and the only owner of asyncio tasks.
+
+A job waits for a place in its lane, works in a process of its own, is settled (done, failed or cancelled) and stays
+known for a while, so that a late question about it is still answered. A job that leaves a freeze behind keeps its
+worker, out of the lane, until somebody thaws. There are two lanes, so that a long dump does not hold up a quick scan.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+
+from ckptd.config import Config
+from ckptd.engine.messages import FromWorker, JobRequest, Progress
+from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, PermissionDenied, Unavailable, WorkerDied
+from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
+from ckptd.jobs.pacer import Pacer
+from ckptd.jobs.recovery import Recovery
+from ckptd.jobs.run import Run, Units
+from ckptd.jobs.state import Job
+from ckptd.jobs.tasks import Tasks
+from ckptd.jobs.worker import WorkerPool
+
+log = logging.getLogger(__name__)
+
+# operations that everybody sees as jobs; the others are short, and only their caller cares
+ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export'})
+PROGRESS_INTERVAL = 0.1     # seconds
+CANCEL_PATIENCE = 8.0      # a worker that does not let go for so long is killed; recovery then lets go for it
+
+
+class Listener(Protocol):
+    """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more."""
+    def job_new(self, job: Job) -> None: ...
+    def job_changed(self, job: Job) -> None: ...
+    def job_progress(self, job: Job) -> None: ...
+    def job_removed(self, job: Job) -> None: ...
+    def job_forgotten(self, job: Job) -> None: ...
+    def frozen_changed(self) -> None: ...
+    async def images_changed(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
+    freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then."""
+    job: Job
+    fds: list[int]
+    lane: asyncio.Semaphore
+    pacer: Pacer
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    run: Run | None = None
+    let_go: asyncio.Future[None] | None = None
+    deadline: asyncio.TimerHandle | None = None
+
+    def kill(self) -> None:
+        if self.run is not None:
+            log.error('%s does not let go: killing worker %d', self.job.name, self.run.worker.pid)
+            self.run.worker.kill()
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+        if self.deadline is not None:
+            self.deadline.cancel()
+
+
+class Queue:
+    """Made inside a running loop."""
+
+    def __init__(self, config: Config, pool: WorkerPool, recovery: Recovery, units: Units | None,
+                 listener: Listener) -> None:
+        self._config, self._pool, self._recovery = config, pool, recovery
+        self._units, self._listener = units, listener
+        self._loop = asyncio.get_running_loop()
+        self._tasks = Tasks()
+        self.spawn = self._tasks.spawn
+        self._numbers = itertools.count(1)
+        self._lanes = {True: asyncio.Semaphore(config.max_jobs), False: asyncio.Semaphore(config.max_jobs)}
+        self._entries: dict[Job, Entry] = {}    # not over
+        self._known: dict[int, Job] = {}        # announced, over or not
+        self._held: dict[str, Entry] = {}       # by target
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._stopping = False
+
+    # ------------------------------------------------------------ questions
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Announced jobs by number, those that were settled a moment ago included."""
+        return list(self._known.values())
+
+    @property
+    def frozen_targets(self) -> list[str]:
+        return sorted(self._held)
+
+    def works_on(self, image: str) -> bool:
+        """Some job reads or writes this image."""
+        return any(job.request.image == image for job in self._entries)
+
+    # ------------------------------------------------------------ requests
+
+    def submit(self, request: JobRequest, fds: Sequence[int] = (), token: str = '') -> Job:
+        """Take a request in. The fds are duplicated. Busy, LimitsExceeded, InvalidArgument, Unavailable."""
+        return self._enter(request, fds, token).job
+
+    async def call(self, request: JobRequest, fds: Sequence[int] = ()) -> dict[str, Any]:
+        """Take a request in and wait for its result or error. A caller that goes away cancels it."""
+        entry = self._enter(request, fds, '')
+        try:
+            await entry.over.wait()
+        finally:
+            self._cancel(entry)
+        if entry.job.error is not None:
+            raise entry.job.error
+        return entry.job.result
+
+    def cancel(self, number: int) -> None:
+        """Ask a job to let go and leave nothing. One that is over stays as it is. NoSuchJob."""
+        if number not in self._known:
+            raise NoSuchJob(f'there is no job {number}')
+        entry = self._entries.get(self._known[number])
+        if entry is not None:
+            self._cancel(entry)
+
+    async def thaw(self, target: str, uid: int) -> None:
+        """Let go of what `Freeze` or after=freeze left frozen. NoSuchTarget, PermissionDenied, Busy, WorkerDied."""
+        entry = self._held.get(target)
+        if entry is None or entry.run is None or entry.let_go is None:
+            raise NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
+                               hint='the property FrozenTargets names what is')
+        if uid not in (0, entry.job.request.caller.uid):
+            raise PermissionDenied(f'{target} was frozen by uid {entry.job.request.caller.uid}', resource=target)
+        refuse_active(target, self._entries)
+        entry.run.thaw()
+        await asyncio.shield(entry.let_go)
+
+    def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
+        if self._stopping:
+            raise Unavailable('ckptd is stopping')
+        held = {target: entry.job for target, entry in self._held.items()}
+        refuse_too_many(request, [*self._entries, *held.values()], self._config.max_jobs_per_user)
+        refuse_conflict(request, self._entries, held)
+        refuse_token(token, self._known.values())
+        entry = self._make(request, fds, token)
+        self._entries[entry.job] = entry
+        if entry.job.number:
+            self._known[entry.job.number] = entry.job
+            self._listener.job_new(entry.job)
+        self.spawn(self._live(entry), name=entry.job.name)
+        return entry
+
+    def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
+        announced = request.operation in ANNOUNCED
+        number = next(self._numbers) if announced else 0
+        request = msgspec.structs.replace(request, job=number)
+        job = Job(number, request, time.time_ns() // 1000, token)
+        pacer = Pacer(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
+        return Entry(job, [os.dup(fd) for fd in fds], self._lanes[announced], pacer)
+
+    # ------------------------------------------------------------ the life of a job
+
+    async def _live(self, entry: Entry) -> None:
+        async with entry.lane:
+            if entry.job.over:      # cancelled while it waited
+                return
+            try:
+                worker = self._pool.take()
+                self._loop.call_soon(self._pool.warm)
+                entry.run = Run(entry.job, worker, self._units, partial(self._changed, entry), self._pool.pids)
+                await self._work(entry, entry.run)
+            except WorkerDied as error:
+                self._settle(entry, error)
+            finally:
+                # nothing above raises but by a mistake of ours: the caller still gets an answer, the tree its freedom
+                if not entry.job.over:
+                    entry.kill()
+                    self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
+
+    async def _work(self, entry: Entry, run: Run) -> None:
+        try:
+            result = await run.work(entry.fds)
+        except CkptError as error:
+            died = await self._bury(run, isinstance(error, WorkerDied))
+            self._settle(entry, _reason(entry, error, died))
+            return
+        if run.job.request.operation == 'checkpoint':
+            await self._listener.images_changed()
+        if run.frozen is not None:
+            self._hold(entry, run)
+        self._settle(entry, result)
+        if run.frozen is None:
+            await self._bury(run, False)
+
+    def _hold(self, entry: Entry, run: Run) -> None:
+        target = run.job.request.target
+        entry.let_go = self._loop.create_future()
+        self._held[target] = entry
+        self._listener.frozen_changed()
+        self.spawn(self._keep(entry, run, entry.let_go), name=f'freeze of {target}')
+        if self._stopping:
+            self._let_go(entry)
+
+    async def _keep(self, entry: Entry, run: Run, let_go: asyncio.Future[None]) -> None:
+        failure: CkptError | None = None
+        try:
+            await run.hold()
+        except CkptError as error:
+            log.error('%s: the freeze of %s is lost: %s', run.job.name, run.job.request.target, error)
+            failure = error
+        died = await self._bury(run, isinstance(failure, WorkerDied))
+        del self._held[run.job.request.target]
+        self._listener.frozen_changed()
+        if failure is None:
+            let_go.set_result(None)
+        else:
+            let_go.set_exception(_reason(entry, failure, died))
+            let_go.exception()      # where nobody waits for it, the log has it
+
+    async def _bury(self, run: Run, died: bool) -> str:
+        """End the worker and put right what a dead one left: 'was killed by SIGKILL', or '' after a proper end."""
+        status = await self._pool.give_back(run.worker)
+        if status >= 0 and not died:
+            return ''
+        how = run.worker.describe(status)
+        log.error('%s: worker %d %s', run.job.name, run.worker.pid, how)
+        await self._recovery.run()
+        await self._listener.images_changed()
+        return how
+
+    def _settle(self, entry: Entry, outcome: CkptError | dict[str, Any]) -> None:
+        job = entry.job
+        if job.over:
+            return
+        if isinstance(outcome, CkptError):
+            job.fail(outcome)
+        else:
+            job.finish(outcome)
+        del self._entries[job]
+        entry.close()
+        if job.number:
+            entry.pacer.poke()
+            entry.pacer.flush()
+            self._listener.job_changed(job)
+            self._listener.job_removed(job)
+            self._timers[job.number] = self._loop.call_later(self._config.keep_jobs_usec / 1e6, self._forget, job)
+        entry.over.set()
+
+    def _forget(self, job: Job) -> None:
+        del self._known[job.number], self._timers[job.number]
+        self._listener.job_forgotten(job)
+
+    def _changed(self, entry: Entry, message: FromWorker | None) -> None:
+        if entry.job.number and not entry.job.over:
+            if isinstance(message, Progress):
+                entry.pacer.poke()
+            else:
+                self._listener.job_changed(entry.job)
+
+    def _cancel(self, entry: Entry) -> None:
+        if entry.job.over or entry.deadline is not None:
+            return
+        if entry.run is None:
+            self._settle(entry, Cancelled(f'{entry.job.name} was cancelled before it began'))
+            return
+        entry.run.cancel()
+        entry.deadline = self._loop.call_later(CANCEL_PATIENCE, entry.kill)
+
+    # ------------------------------------------------------------ beginning and end
+
+    async def start(self) -> None:
+        """Put right what an earlier daemon left, and have a worker ready."""
+        await self._recovery.run()
+        self._pool.warm()
+
+    async def stop(self) -> None:
+        """Cancel every job, thaw every tree, end every worker. Afterwards nothing of this daemon is left."""
+        self._stopping = True
+        for entry in list(self._entries.values()):
+            self._cancel(entry)
+        for entry in self._held.values():
+            self._let_go(entry)
+        await self._tasks.drain(CANCEL_PATIENCE + 2.0, self._kill_all)
+        for timer in self._timers.values():
+            timer.cancel()
+        await self._pool.close()
+
+    def _let_go(self, entry: Entry) -> None:
+        try:
+            if entry.run is not None:
+                entry.run.thaw()
+        except CkptError as error:
+            log.error('%s: %s', entry.job.name, error)
+
+    def _kill_all(self) -> None:
+        for entry in (*self._entries.values(), *self._held.values()):
+            entry.kill()
+
+
+def _reason(entry: Entry, error: CkptError, died: str) -> CkptError:
+    """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""
+    if not isinstance(error, WorkerDied):
+        return error
+    name = entry.job.name
+    if entry.deadline is not None:
+        return Cancelled(f'{name} was cancelled; its worker did not let go and was ended by force')
+    return WorkerDied(f'the worker of {name} {died}' if died else error.message, phase=entry.job.phase)

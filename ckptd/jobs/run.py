@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One worker at work on one job: what its messages do to the job.
+
+    Start -> Phase, Progress, UnitRequest, Log ... -> Finished | Failed | end-of-file (it died)
+
+A worker that holds a freeze has said Frozen. For operation freeze that is the result; a checkpoint with after=freeze
+says it before Finished. It then keeps the freeze until Thaw, and ends.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from ckptd.engine import messages
+from ckptd.engine.messages import FromWorker
+from ckptd.errors import CkptError
+from ckptd.jobs.state import Job
+from ckptd.jobs.worker import Worker
+
+log = logging.getLogger(__name__)
+engine_log = logging.getLogger('ckptd.engine')
+
+
+class Units(Protocol):
+    """A systemd manager; timeout in seconds. CkptError when it will not."""
+    async def freeze(self, unit: str, timeout: float) -> None: ...  # noqa: ASYNC109 - systemd's own, too
+    async def thaw(self, unit: str) -> None: ...
+
+
+class Run:
+    """A job and its worker. `changed` is called when the job began, and after each message that changed it.
+
+    avoid: the workers there are, this one included; none may be in the tree.
+    """
+
+    def __init__(self, job: Job, worker: Worker, units: Units | None, changed: Callable[[FromWorker | None], None],
+                 avoid: Sequence[int] = ()) -> None:
+        self.job, self.worker = job, worker
+        self.frozen: messages.Frozen | None = None
+        self._units, self._changed = units, changed
+        self._avoid = tuple(avoid)
+        self._result: dict[str, Any] = {}
+        self._clock = asyncio.get_running_loop().time
+
+    async def work(self, fds: Sequence[int]) -> dict[str, Any]:
+        """From Start to the result. The error of the job; WorkerDied when the worker ends without either."""
+        self.job.start(self._clock())
+        self.job.worker = self.worker.pid
+        self._changed(None)
+        request = msgspec.structs.replace(self.job.request, avoid=(*self.job.request.avoid, *self._avoid))
+        self.worker.send(messages.Start(request), fds)
+        while (message := await self.worker.receive()) is not None:
+            match message:
+                case messages.Failed():
+                    raise message.error()
+                case messages.Finished():
+                    if self._collect(message):
+                        return self._result
+                case messages.Frozen() if self.job.request.operation == 'freeze':
+                    self.frozen = message
+                    return {'tasks': message.tasks, 'mode': message.mode}
+                case _:
+                    await self._note(message)
+        raise self.worker.died('it closed its socket before the job was over')
+
+    async def hold(self) -> None:
+        """While the worker holds a freeze: until it said that it let go. As `work` otherwise."""
+        while (message := await self.worker.receive()) is not None:
+            match message:
+                case messages.Failed():
+                    raise message.error()
+                case messages.Finished():
+                    return
+                case _:
+                    await self._note(message)
+        raise self.worker.died('it died while it held a freeze')
+
+    def thaw(self) -> None:
+        self.worker.send(messages.Thaw())
+
+    def cancel(self) -> None:
+        """Ask the worker to let go and leave nothing; `work` ends with Cancelled. A dead worker needs no asking."""
+        with contextlib.suppress(CkptError):
+            self.worker.send(messages.Cancel())
+
+    def _collect(self, message: messages.Finished) -> bool:
+        """Join a result that came in pieces; True when it is whole."""
+        for key, value in message.result.items():
+            if isinstance(value, list):
+                self._result.setdefault(key, []).extend(value)
+            else:
+                self._result[key] = value
+        return not message.more
+
+    async def _note(self, message: FromWorker) -> None:
+        match message:
+            case messages.Phase(name):
+                self.job.enter(name, self._clock())
+            case messages.Progress():
+                self.job.advance(message, self._clock())
+            case messages.Frozen():
+                self.frozen = message
+            case messages.Log(level, text):
+                engine_log.log(level, '%s: %s', self.job.name, text)
+            case messages.UnitRequest(unit, action):
+                self.worker.send(messages.UnitDone(await self._ask_systemd(unit, action)))
+        self._changed(message)
+
+    async def _ask_systemd(self, unit: str, action: str) -> str:
+        """What systemd has against it; '' when it is done."""
+        if self._units is None:
+            return 'no systemd manager can be asked'
+        try:
+            if action == 'freeze':
+                await self._units.freeze(unit, self.job.request.timeout_usec / 1e6)
+            else:
+                await self._units.thaw(unit)
+        except CkptError as error:
+            log.warning('%s: %s of %s: %s', self.job.name, action, unit, error)
+            return error.message
+        return ''
