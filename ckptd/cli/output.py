@@ -96,8 +96,9 @@ class Output:
     def console(self, stream: IO[str]) -> 'Console':
         """A rich console that adds nothing of its own to what is printed."""
         from rich.console import Console
-        return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False,
-                       no_color=not use_colour(stream))
+        # rich's own no_color keeps bold and underline
+        return Console(file=stream, highlight=False, markup=False, emoji=False,
+                       color_system='auto' if use_colour(stream) else None)
 
     def _table(self, stream: IO[str], columns: Sequence[Column], rows: Sequence[Sequence[str]],
                legend: bool = True) -> None:
