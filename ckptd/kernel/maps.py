@@ -4,7 +4,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-from ckptd.kernel.procfs import read_task_file, task_dir, text
+from ckptd.kernel.procfs import read_memory_file, task_dir, text
 
 DELETED = ' (deleted)'
 _NUMBERS = {b'Rss': 0, b'Swap': 1, b'Locked': 2}
@@ -78,12 +78,12 @@ def parse_smaps(data: bytes) -> list[Mapping]:
 
 def read_maps(pid: int) -> list[Mapping]:
     """Mappings of a process; none for a kernel thread or a zombie. PermissionError without PTRACE_MODE_READ access."""
-    return parse_maps(read_task_file(task_dir(pid), 'maps'))
+    return parse_maps(read_memory_file(task_dir(pid), 'maps'))
 
 
 def read_smaps(pid: int) -> list[Mapping]:
     """The same with flags and sizes. It walks every page table: some milliseconds per GiB of touched memory."""
-    return parse_smaps(read_task_file(task_dir(pid), 'smaps'))
+    return parse_smaps(read_memory_file(task_dir(pid), 'smaps'))
 
 
 def _parse_line(line: bytes) -> Mapping:

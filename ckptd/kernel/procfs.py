@@ -21,6 +21,17 @@ def read_task_file(directory: str, name: str) -> bytes:
         raise gone_or(error, directory) from None
 
 
+def read_memory_file(directory: str, name: str) -> bytes:
+    """The same for a file about the address space: empty for a task that has none, a zombie or a kernel thread."""
+    try:
+        return read_task_file(directory, name)
+    except ProcessLookupError:
+        # older kernels give an empty file, newer ones ESRCH as if the task were gone (proc_mem_open)
+        if not Path(directory).exists():
+            raise
+        return b''
+
+
 def read_file(path: str) -> bytes:
     """The whole of a file whose size stat(2) does not know."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from ckptd.kernel.procfs import gone_or, list_numbers, read_file, read_task_file, task_dir, text
+from ckptd.kernel.procfs import gone_or, list_numbers, read_file, read_memory_file, read_task_file, task_dir, text
 
 RLIM_INFINITY = (1 << 64) - 1
 RLIM_NLIMITS = 16
@@ -81,7 +81,7 @@ def read_namespaces(pid: int, tid: int | None = None) -> dict[str, int]:
 
 def read_auxv(pid: int) -> bytes:
     """The auxiliary vector as the kernel keeps it; empty for a kernel thread or a zombie."""
-    return read_task_file(task_dir(pid), 'auxv')
+    return read_memory_file(task_dir(pid), 'auxv')
 
 
 def parse_auxv(data: bytes) -> dict[int, int]:

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Every struct, constant and system call number of ckptd/kernel against the headers of this system, by compiling C.
+
+Nothing has to be listed here for a public constant that is a macro of INCLUDES under its own name. Otherwise:
+ENUMERATORS (a name that the preprocessor does not know), EXPRESSIONS (another name, or an expression), STRUCTS (each
+@cstruct), OWN (numbers that no header has, with the reason). What these headers are too old for is skipped by name.
+"""
+
+import ast
+import ctypes
+import importlib
+import inspect
+import pkgutil
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import pytest
+
+import ckptd.kernel
+import ckptd.kernel.arch
+from ckptd.kernel.arch.x86_64 import NR
+
+INCLUDES = (
+    'stddef.h', 'stdio.h', 'elf.h', 'sys/user.h', 'asm/statfs.h', 'linux/fcntl.h', 'asm/socket.h', 'linux/memfd.h',
+    'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h',
+    'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
+    'linux/ipc.h', 'linux/kcmp.h', 'linux/magic.h', 'linux/netlink.h', 'linux/pidfd.h', 'linux/prctl.h',
+    'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h', 'linux/signal.h',
+    'linux/signalfd.h', 'linux/sock_diag.h', 'linux/uio.h', 'linux/unix_diag.h', 'linux/wait.h',
+)
+
+ENUMERATORS = {
+    'kcmp': ['KCMP_FILE', 'KCMP_VM', 'KCMP_FILES', 'KCMP_FS', 'KCMP_SIGHAND', 'KCMP_IO', 'KCMP_SYSVSEM',
+             'KCMP_EPOLL_TFD'],
+    'sched': ['IOPRIO_WHO_PROCESS'],
+}
+
+EXPRESSIONS = {
+    'creds': {'LINUX_CAPABILITY_VERSION_3': '_LINUX_CAPABILITY_VERSION_3'},
+    'netlink': {'_EVENT_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg)',
+                '_EVENT_DATA_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg) + offsetof(struct proc_event, event_data)',
+                '_EVENT_NONE': 'PROC_EVENT_NONE', '_EVENT_FORK': 'PROC_EVENT_FORK', '_EVENT_EXIT': 'PROC_EVENT_EXIT'},
+    'memory': {'IOV_MAX': 'UIO_MAXIOV'},
+    'signalfd': {'SIGINFO_SIZE': 'sizeof(struct signalfd_siginfo)'},
+    'ptrace': {'WALL': '__WALL', 'SIGINFO_SIZE': 'sizeof(siginfo_t)'},
+    'task': {'RLIM_INFINITY': 'RLIM64_INFINITY'},
+    'arch.x86_64': {'GPR_SIZE': 'sizeof(struct user_regs_struct)', 'NT_XSTATE': 'NT_X86_XSTATE', 'EM': 'EM_X86_64'},
+}
+
+# what the kernel shows to nobody but the kernel, or what is ours; by module, with the place that has it
+OWN = {
+    'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
+    'stat': {'PF_EXITING', 'PF_FORKNOEXEC', 'PF_SUPERPRIV', 'PF_SIGNALED', 'PF_KTHREAD'},   # include/linux/sched.h
+    'ptrace': {'XSTATE_MAX'},
+    'memory': {'PAGE'},
+    'pipe': {'SPLICE_F_NONBLOCK'},                                         # splice(2): C libraries only
+    'signalfd': {'SIGSET_SIZE'},                                            # include/linux/signal.h
+    'statfs': {'MQUEUE_MAGIC'},                                             # ipc/mqueue.c
+    'trial': {'LARGE_TREE'},
+    'shm': {'SHM_DEST', 'SHM_LOCKED'},                                      # include/linux/shm.h
+    'arch.x86_64': {'ERESTARTSYS', 'ERESTARTNOINTR', 'ERESTARTNOHAND', 'ERESTART_RESTARTBLOCK',   # linux/errno.h
+                    'CS_64', 'FXSAVE_SIZE', 'ENTRY_SIZE'},
+}
+
+# macros that came after Linux 6.1, which Debian 12 has headers of
+NEWER = {
+    'PIDFD_THREAD', 'PAGEMAP_SCAN', 'PAGE_IS_FILE', 'PAGE_IS_PRESENT', 'PAGE_IS_SWAPPED', 'PAGE_IS_PFNZERO',
+    'PAGE_IS_GUARD', 'PID_FS_MAGIC',
+}
+
+
+@dataclass(frozen=True)
+class CStruct:
+    """name: in C. guard: a macro of the same age, where the headers may be too old. fields: those with another name
+    in C, or with '' for what stands for several."""
+    name: str
+    guard: str = ''
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+STRUCTS = {
+    'arch.x86_64.user_regs_struct': CStruct('struct user_regs_struct'),
+    'creds.cap_user_data': CStruct('struct __user_cap_data_struct'),
+    'creds.cap_user_header': CStruct('struct __user_cap_header_struct'),
+    'memory.page_region': CStruct('struct page_region', 'PAGEMAP_SCAN'),
+    'memory.pm_scan_arg': CStruct('struct pm_scan_arg', 'PAGEMAP_SCAN'),
+    'ptrace.iovec': CStruct('struct iovec'),
+    'ptrace.ptrace_peeksiginfo_args': CStruct('struct ptrace_peeksiginfo_args'),
+    'ptrace.ptrace_rseq_configuration': CStruct('struct ptrace_rseq_configuration', 'PTRACE_GET_RSEQ_CONFIGURATION'),
+    'sched.sched_attr': CStruct('struct sched_attr'),
+    'shm.ipc_perm': CStruct('struct ipc64_perm', fields={'unused1': '__unused1', 'unused2': '__unused2',
+                                                         'pad2': '__pad2'}),
+    'shm.shmid_ds': CStruct('struct shmid64_ds', fields={'unused4': '__unused4', 'unused5': '__unused5'}),
+    'statfs.statfs_buf': CStruct('struct statfs', fields={'rest': ''}),
+    'trial.clone_args': CStruct('struct clone_args'),
+}
+
+
+def modules() -> dict[str, ModuleType]:
+    """Every module of the kernel layer by its name below ckptd.kernel."""
+    found = {}
+    for package in (ckptd.kernel, ckptd.kernel.arch):
+        for info in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):
+            found[info.name.removeprefix('ckptd.kernel.')] = importlib.import_module(info.name)
+    return found
+
+
+MODULES = modules()
+
+
+def constants(name: str) -> dict[str, int]:
+    """Public integers in capitals that the module itself assigns (not those it imports)."""
+    tree = ast.parse(inspect.getsource(MODULES[name]))
+    targets = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    names = {leaf.id for node in targets for leaf in ast.walk(node)
+             if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)}
+    values = {key: getattr(MODULES[name], key) for key in names if key.isupper() and not key.startswith('_')}
+    return {key: value for key, value in values.items() if isinstance(value, int)}
+
+
+def structs() -> dict[str, type[ctypes.Structure]]:
+    return {f'{name}.{key}': value for name, module in MODULES.items() for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, ctypes.Structure) and value.__module__ == module.__name__}
+
+
+def struct_lines(key: str, cls: type[ctypes.Structure], c: CStruct) -> Iterator[str]:
+    if c.guard:
+        yield f'#ifdef {c.guard}'
+    yield f'printf("{key} %zu\\n", sizeof({c.name}));'
+    for name, *_ in cls._fields_:
+        member = c.fields.get(name, name)
+        if not member:
+            continue
+        yield f'printf("{key}.{name} %zu\\n", offsetof({c.name}, {member}));'
+        yield f'printf("{key}.{name}.size %zu\\n", sizeof((({c.name} *)0)->{member}));'
+    if c.guard:
+        yield '#endif'
+
+
+def constant_lines(name: str) -> Iterator[str]:
+    expressions = EXPRESSIONS.get(name, {}) | {key: key for key in ENUMERATORS.get(name, ())}
+    for key in constants(name):
+        if key not in expressions and key not in OWN.get(name, ()):
+            yield f'#ifdef {key}\nprintf("{name}.{key} %llu\\n", (unsigned long long)({key}));\n#endif'
+    for key, expression in expressions.items():
+        yield f'printf("{name}.{key} %llu\\n", (unsigned long long)({expression}));'
+
+
+@pytest.fixture(scope='module')
+def header_numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """What the headers say, by 'module.NAME', 'module.struct', 'module.struct.field' and 'NR.call'."""
+    compiler = shutil.which('gcc') or shutil.which('cc')
+    if compiler is None:
+        pytest.skip('needs a C compiler: apt-get install gcc libc6-dev linux-libc-dev')
+    lines = [line for key, cls in structs().items() if key in STRUCTS for line in struct_lines(key, cls, STRUCTS[key])]
+    lines += [line for name in MODULES for line in constant_lines(name)]
+    lines += [f'#ifdef __NR_{call}\nprintf("NR.{call} %d\\n", __NR_{call});\n#endif' for call in NR]
+    includes = '\n'.join(f'#include <{header}>' for header in INCLUDES)
+    directory = tmp_path_factory.mktemp('headers')
+    source = directory / 'numbers.c'
+    source.write_text(includes + '\nint main(void) {\n' + '\n'.join(lines) + '\nreturn 0; }\n')
+    made = subprocess.run([compiler, '-w', '-o', directory / 'numbers', source], timeout=30, capture_output=True,
+                          text=True)
+    assert made.returncode == 0, made.stderr
+    answer = subprocess.run([directory / 'numbers'], check=True, timeout=5, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in (line.split() for line in answer.splitlines())}
+
+
+def test_every_struct_is_in_the_table() -> None:
+    assert set(structs()) == set(STRUCTS)
+
+
+@pytest.mark.parametrize('key', sorted(STRUCTS))
+def test_struct(key: str, header_numbers: dict[str, int]) -> None:
+    cls = structs()[key]
+    if key not in header_numbers:
+        pytest.skip(f'these headers have no {STRUCTS[key].name}')
+    ours = {key: ctypes.sizeof(cls)}
+    for name in (name for name, *_ in cls._fields_ if STRUCTS[key].fields.get(name, name)):
+        ours |= {f'{key}.{name}': getattr(cls, name).offset, f'{key}.{name}.size': getattr(cls, name).size}
+    assert ours == {name: header_numbers[name] for name in ours}
+
+
+@pytest.mark.parametrize('name', sorted(MODULES))
+def test_constants(name: str, header_numbers: dict[str, int]) -> None:
+    expected = constants(name) | {key: getattr(MODULES[name], key) for key in EXPRESSIONS.get(name, ())}
+    ours = {key: value % 2**64 for key, value in expected.items() if key not in OWN.get(name, ())}
+    theirs = {key: header_numbers[f'{name}.{key}'] for key in ours if f'{name}.{key}' in header_numbers}
+    assert theirs == {key: ours[key] for key in theirs}
+    assert ours.keys() - theirs.keys() <= NEWER, 'no header has these: see the head of this file'
+
+
+def test_system_call_numbers(header_numbers: dict[str, int]) -> None:
+    theirs = {call: header_numbers[f'NR.{call}'] for call in NR if f'NR.{call}' in header_numbers}
+    assert theirs == NR
