@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 # operations that everybody sees as jobs; the others are short, and only their caller cares
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export'})
 PROGRESS_INTERVAL = 0.1     # seconds
+MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 CANCEL_PATIENCE = 8.0      # a worker that does not let go for so long is killed; recovery then lets go for it
 
 
@@ -189,7 +190,7 @@ class Queue:
         try:
             result = await run.work(entry.fds)
         except CkptError as error:
-            died = await self._bury(run, isinstance(error, WorkerDied))
+            died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS)
             self._settle(entry, _reason(entry, error, died))
             return
         if run.job.request.operation == 'checkpoint':
@@ -198,7 +199,7 @@ class Queue:
             self._hold(entry, run)
         self._settle(entry, result)
         if run.frozen is None:
-            await self._bury(run, False)
+            await self._bury(run, MAX_STATUS)
 
     def _hold(self, entry: Entry, run: Run) -> None:
         target = run.job.request.target
@@ -214,21 +215,26 @@ class Queue:
         try:
             await run.hold()
         except CkptError as error:
-            log.error('%s: the freeze of %s is lost: %s', run.job.name, run.job.request.target, error)
             failure = error
-        died = await self._bury(run, isinstance(failure, WorkerDied))
+        died = await self._bury(run, 0 if failure is None else MAX_STATUS)
+        if died:
+            failure = _reason(entry, WorkerDied(''), died)
         del self._held[run.job.request.target]
         self._listener.frozen_changed()
         if failure is None:
             let_go.set_result(None)
         else:
-            let_go.set_exception(_reason(entry, failure, died))
+            log.error('%s: the freeze of %s was lost: %s', run.job.name, run.job.request.target, failure)
+            let_go.set_exception(failure)
             let_go.exception()      # where nobody waits for it, the log has it
 
-    async def _bury(self, run: Run, died: bool) -> str:
-        """End the worker and put right what a dead one left: 'was killed by SIGKILL', or '' after a proper end."""
+    async def _bury(self, run: Run, proper: int) -> str:
+        """End the worker and put right what a dead one left: 'was killed by SIGKILL'; '' after a proper end.
+
+        proper: the highest exit status that is one; -1 for none, since it is known to have died.
+        """
         status = await self._pool.give_back(run.worker)
-        if status >= 0 and not died:
+        if 0 <= status <= proper:
             return ''
         how = run.worker.describe(status)
         log.error('%s: worker %d %s', run.job.name, run.worker.pid, how)

@@ -3,8 +3,7 @@
 
     Start -> Phase, Progress, UnitRequest, Log ... -> Finished | Failed | end-of-file (it died)
 
-A worker that holds a freeze has said Frozen. For operation freeze that is the result; a checkpoint with after=freeze
-says it before Finished. It then keeps the freeze until Thaw, and ends.
+A worker that said Frozen before Finished holds a freeze: it stays until Thaw, lets go, and ends with status 0.
 """
 
 import asyncio
@@ -60,24 +59,16 @@ class Run:
                 case messages.Finished():
                     if self._collect(message):
                         return self._result
-                case messages.Frozen() if self.job.request.operation == 'freeze':
-                    self.frozen = message
-                    return {'tasks': message.tasks, 'mode': message.mode}
                 case _:
                     await self._note(message)
         raise self.worker.died('it closed its socket before the job was over')
 
     async def hold(self) -> None:
-        """While the worker holds a freeze: until it said that it let go. As `work` otherwise."""
+        """While the worker holds a freeze: until it closes its socket. The error if it could not let go."""
         while (message := await self.worker.receive()) is not None:
-            match message:
-                case messages.Failed():
-                    raise message.error()
-                case messages.Finished():
-                    return
-                case _:
-                    await self._note(message)
-        raise self.worker.died('it died while it held a freeze')
+            if isinstance(message, messages.Failed):
+                raise message.error()
+            await self._note(message)
 
     def thaw(self) -> None:
         self.worker.send(messages.Thaw())
