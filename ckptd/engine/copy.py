@@ -17,8 +17,8 @@ from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent, PageRun
 from ckptd.kernel.memory import IOV_MAX, PAGE, Mem, Range, read_into
 
-CHUNK_SIZE = 4 << 20
-BUFFERS = 3
+CHUNK_SIZE = 512 << 10     # small enough that a chunk is still in the cache when it is written
+BUFFERS = 4
 
 
 class _Buffer:
