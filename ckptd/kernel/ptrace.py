@@ -166,7 +166,8 @@ class Tracee:
     def xstate(self) -> bytes:
         """All of FPU, SSE, AVX and later, as XSAVE stores them (2,432 bytes with AVX-512)."""
         buffer = ctypes.create_string_buffer(XSTATE_MAX)
-        return buffer.raw[:self._regset(PTRACE_GETREGSET, NT_XSTATE, buffer)]
+        size = self._regset(PTRACE_GETREGSET, NT_XSTATE, buffer)
+        return buffer.raw[:size]        # `raw` is a copy: taken before the call it would hold zeros
 
     @property
     def sigmask(self) -> int:
