@@ -27,7 +27,8 @@ from ckptd.errors import CkptError, Refused
 
 START_TIMEOUT = 20.0
 GDB_TIMEOUT = 60.0
-BACKTRACE_LINES = 14
+BACKTRACE_FRAMES = 5      # of each thread
+WIDTH = 118
 
 
 @dataclass(slots=True)
@@ -106,11 +107,11 @@ class Demo:
         if gdb is None:
             self.out.line('gdb is not installed ("apt-get install gdb"): it would show the stack of every thread here')
             return []
-        lines = [line for line in await _run_gdb(gdb, program, core) if line.startswith(('#', 'Thread'))]
-        for line in lines[:BACKTRACE_LINES]:
-            self.out.line(line if len(line) <= 118 else line[:117] + '…')
-        if len(lines) > BACKTRACE_LINES:
-            self.out.line(f'... and {len(lines) - BACKTRACE_LINES} lines more', 'dim')
+        said = await _run_gdb(gdb, program, core)
+        first = next((index for index, line in enumerate(said) if line.startswith('Thread ')), len(said))
+        lines = [line for line in said[first:] if line.startswith(('#', 'Thread '))]
+        for line in lines:
+            self.out.line(line if len(line) <= WIDTH else f'{line[:WIDTH - 1]}…')
         return lines
 
     async def still_counts(self) -> None:
@@ -144,7 +145,7 @@ async def demo(session: Session) -> int:
     try:
         async with _counting_tree(directory) as tree, session.private_daemon(directory / 'spool') as daemon:
             run = Demo(out, daemon, directory, tree.pid, session.args.freeze)
-            out.line(f'{run.target} is the supervisor of {format_count(4, "process").replace("ss", "sses")}.')
+            out.line(f'{run.target} supervises four processes, two of them with two threads more.')
             await _steps(run)
         run.facts['tree_exit_status'] = tree.returncode
         _conclude(out, run.facts, tree.returncode)
@@ -237,7 +238,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 async def _run_gdb(gdb: str, program: str, core: Path) -> list[str]:
     """What gdb says of all threads. No initialization files, no questions, no downloads."""
     process = await asyncio.create_subprocess_exec(
-        gdb, '-nx', '-batch', '-iex', 'set debuginfod enabled off', '-ex', 'thread apply all bt', program, str(core),
+        gdb, '-nx', '-batch', '-iex', 'set debuginfod enabled off', '-ex', 'set print frame-arguments none',
+        '-ex', f'thread apply all bt {BACKTRACE_FRAMES}', program, str(core),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
     try:
         async with asyncio.timeout(GDB_TIMEOUT):

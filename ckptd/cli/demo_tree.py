@@ -43,7 +43,8 @@ def main(directory: Path) -> int:
     counters = _map(directory)
     receiver, sender = os.pipe()
     jobs: list[tuple[str, Callable[[], int]]] = [
-        ('counter', lambda: _count(counters, 0)), ('counter', lambda: _count(counters, 2)),
+        ('counter', lambda: _count(counters, 0, receiver, sender)),
+        ('counter', lambda: _count(counters, 2, receiver, sender)),
         ('producer', lambda: _produce(counters, sender, receiver)),
         ('consumer', lambda: _consume(counters, receiver, sender))]
     signal.signal(signal.SIGTERM, lambda number, frame: _stop.set())
@@ -93,8 +94,10 @@ def _introduce(name: str) -> None:
     libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(_PR_SET_PTRACER_ANY), 0, 0, 0)
 
 
-def _count(counters: mmap.mmap, first: int) -> int:
+def _count(counters: mmap.mmap, first: int, *unused: int) -> int:
     """Two threads: count in shared and in private memory; they must agree at the end."""
+    for fd in unused:
+        os.close(fd)
     ballast = bytearray(os.urandom(BALLAST))
     digest = hash(bytes(ballast))
     private = [0, 0]

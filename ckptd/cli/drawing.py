@@ -87,6 +87,20 @@ def _thread_labels(threads: Sequence[Row], every: bool) -> Iterator[str]:
 
 
 def count_files(row: Row) -> list[str]:
-    """Links of the open files, each once, with how often it is open: '/dev/null (3)'."""
-    links: Counter[str] = Counter(row.get('fds', ()))
-    return [f'{link} ({count})' if count > 1 else link for link, count in links.items()]
+    """The open files, those with one name together: ['0-2 /dev/null', '3,5 pipe:[7]']. A row has 'FD LINK' for each."""
+    by_link: dict[str, list[int]] = {}
+    for file in row.get('fds', ()):
+        number, _, link = file.partition(' ')
+        by_link.setdefault(link, []).append(int(number))
+    return [f'{_ranges(numbers)} {link}' for link, numbers in by_link.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """'0-2,5' for [0, 1, 2, 5]."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ','.join(str(run[0]) if len(run) == 1 else f'{run[0]}-{run[-1]}' for run in runs)

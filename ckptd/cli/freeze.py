@@ -31,8 +31,8 @@ async def thaw(session: Session) -> int:
     target = session.args.target
     if session.args.standalone:
         holders = _holders(target)
-        raise NoSuchTarget(f'a private daemon holds only what its own command froze; {target} is held by '
-                           f'{", ".join(holders) or "no ckptctl that can be seen"}', hint=_how_to_end(holders))
+        raise NoSuchTarget(f'{target} is held by {", ".join(holders)}' if holders else
+                           f'no ckptctl that can be seen here holds {target}', hint=_how_to_end(holders))
     async with session.daemon() as daemon:
         await daemon.manager('Thaw', 'sa{sv}', target, {})
     if session.out.json:
@@ -65,6 +65,6 @@ def _holders(target: str) -> list[str]:
 
 def _how_to_end(holders: list[str]) -> str:
     if not holders:
-        return 'without --standalone this asks the system\'s daemon'
+        return 'a private daemon holds only what its own command froze; leave out --standalone to ask the system\'s'
     pids = ' '.join(holder[len('ckptctl['):-1] for holder in holders)
     return f'press Ctrl-C where it runs, or: kill -INT {pids}'

@@ -5,7 +5,7 @@ import os
 import pwd
 
 from ckptd.cli.output import Column, Output
-from ckptd.cli.quantities import format_bytes, format_time, format_timespan
+from ckptd.cli.quantities import format_bytes, format_count, format_time, format_timespan
 from ckptd.cli.session import LONG, Session
 from ckptd.errors import CkptError, ImageDamaged
 
@@ -40,7 +40,8 @@ async def show(session: Session) -> int:
     statistics = image.get('Statistics', {})
     rows = [('Image', image['Id']), ('Command', image['Command']), ('Target', image['Target']),
             ('Created', format_time(image['Created'])), ('Owner', user_name(image['Owner'])),
-            ('Tasks', f'{image["Tasks"]} in {image["Processes"]} processes'), ('Size', format_bytes(image['Size'])),
+            ('Tasks', f'{image["Tasks"]} in {format_count(image["Processes"], "process")}'),
+            ('Size', format_bytes(image['Size'])),
             ('Kernel', f'{image["Kernel"]} ({image["Architecture"]})'), ('Boot', image['BootId'])]
     rows += [(_title(key), format_timespan(statistics[key])) for key in TIMES if key in statistics]
     rows += [(_title(key), f'{statistics[key]} ({format_bytes(statistics[key] * PAGE)})') for key in PAGES

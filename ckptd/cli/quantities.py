@@ -56,8 +56,9 @@ def format_bytes(count: int) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """'1 task', '2 tasks'."""
-    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+    """'1 task', '2 tasks', '3 processes'."""
+    plural = f'{noun}es' if noun.endswith('s') else f'{noun}s'
+    return f'{number} {noun if number == 1 else plural}'
 
 
 def format_time(usec: int) -> str:

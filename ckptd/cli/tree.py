@@ -36,7 +36,7 @@ def draw_tree(out: Output, rows: Sequence[dict[str, Any]], *, all_threads: bool 
     if rows and out.legend:
         processes = sum(row['tid'] == row['tgid'] for row in rows)
         memory = sum(row.get('rss', 0) for row in rows)
-        out.line(f'\n{format_count(processes, "process").replace("sss", "sses")}, '
+        out.line(f'\n{format_count(processes, "process")}, '
                  f'{format_count(len(rows), "task")}, {format_bytes(memory)} resident.')
 
 

@@ -47,9 +47,10 @@ def test_the_last_thread_of_a_process_without_children_closes_its_branch() -> No
 
 
 def test_open_files_stand_below_their_process() -> None:
-    rows = [row(1, 'one', fds=('/dev/null', '/dev/null', 'pipe:[7]')), row(2, 'two', 1)]
-    assert lines(rows, files=True) == ['one 1', '│ /dev/null (2)', '│ pipe:[7]', '└─two 2']
-    assert count_files(rows[0]) == ['/dev/null (2)', 'pipe:[7]']
+    null = tuple(f'{fd} /dev/null' for fd in (0, 1, 2, 5))
+    rows = [row(1, 'one', fds=(*null, '7 pipe:[7]')), row(2, 'two', 1)]
+    assert lines(rows, files=True) == ['one 1', '│ 0-2,5 /dev/null', '│ 7 pipe:[7]', '└─two 2']
+    assert count_files(rows[0]) == ['0-2,5 /dev/null', '7 pipe:[7]']
 
 
 def test_a_chain_deeper_than_python_recurses_is_drawn() -> None:
