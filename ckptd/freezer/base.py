@@ -97,7 +97,15 @@ class Frozen:
             self._terms.at(f'let-run-{step.point}-done')
 
     def hold(self) -> None:
-        """Nothing, where let_run had nothing to thaw."""
+        """CkptError if the system does not let us; FreezeTimeout. Nothing where let_run had nothing to thaw."""
+        for number, step in self._entry.released() if self._entry else ():
+            self._journal().redone(number)
+            self._terms.at(f'hold-{step.point}')
+            try:
+                self._terms.hands.take(step)
+            except OSError as error:
+                raise CkptError(f'{describe(step)}: {error.strerror}', errno=error.errno) from error
+            self._terms.at(f'hold-{step.point}-done')
 
     def restore(self) -> None:
         """Twice does nothing more. CkptError if a step cannot be undone; the journal keeps it for a recovery."""
@@ -135,13 +143,6 @@ class Frozen:
         except OSError as error:
             raise CannotFreezeError(f'{describe(step)}: {error.strerror or error}') from error
         self._terms.at(f'freeze-{step.point}-done')
-
-    def _take_again(self, step: AnyStep) -> None:
-        """The same once the tree is frozen, when no other freezer can step in any more."""
-        try:
-            self._take(step)
-        except CannotFreezeError as error:
-            raise CkptError(str(error), phase='freeze') from error
 
     def _brakes(self) -> list[tuple[int, FreezeCgroup | FreezeUnit]]:
         """Steps that keep the tree from running, newest first."""

@@ -53,8 +53,8 @@ class CgroupFrozen(Frozen):
         self._settle(places)
 
     def hold(self) -> None:
-        if self._cgroup and not self._brakes():
-            self._take_again(FreezeCgroup(self._cgroup))
+        super().hold()
+        if self._cgroup:
             self._wait()
 
     def _own_cgroup(self, places: dict[int, str]) -> str | None:

@@ -49,13 +49,14 @@ class UnitFrozen(CgroupFrozen):
 
     def let_run(self) -> None:
         if self._found_frozen:
-            self._take_again(ThawUnit(self._unit))
+            try:
+                self._take(ThawUnit(self._unit))
+            except CannotFreezeError as error:
+                raise CkptError(str(error), phase='freeze') from error
         else:
             super().let_run()
 
     def hold(self) -> None:
         if self._found_frozen:
             self.restore()
-        elif not self._brakes():
-            self._take_again(FreezeUnit(self._unit))
-        self._wait()
+        super().hold()

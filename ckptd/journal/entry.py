@@ -9,12 +9,12 @@ from typing import NamedTuple
 import msgspec
 
 from ckptd.errors import CkptError
-from ckptd.journal.steps import VERSION, WORK_PREFIX, AnyStep, Begin, Move, Moved, Undone
+from ckptd.journal.steps import VERSION, WORK_PREFIX, AnyStep, Begin, Move, Moved, Redone, Undone
 
 MAX_ENTRY = 32 << 20        # bytes; a tree of 100,000 processes has about 6 MiB
 SUFFIX = '.jsonl'
 
-_line: msgspec.json.Decoder[AnyStep | Undone] = msgspec.json.Decoder(AnyStep | Undone)
+_line: msgspec.json.Decoder[AnyStep | Undone | Redone] = msgspec.json.Decoder(AnyStep | Undone | Redone)
 _first_line = msgspec.json.Decoder(Begin)
 
 
@@ -43,10 +43,13 @@ def parse_entry(data: bytes) -> Contents:
             damaged += 1
             contents.steps.append(None)
             continue
-        if isinstance(step, Undone):
-            contents.undone.add(step.step)
-        else:
-            contents.steps.append(step)
+        match step:
+            case Undone(number):
+                contents.undone.add(number)
+            case Redone(number):
+                contents.undone.discard(number)
+            case _:
+                contents.steps.append(step)
     return contents._replace(damaged=damaged)
 
 
@@ -82,6 +85,15 @@ class Entry:
         self.append(Undone(number))
         self._undone.add(number)
 
+    def redone(self, number: int) -> None:
+        """Written before step `number`, which was undone, is taken once more."""
+        self.append(Redone(number))
+        self._undone.discard(number)
+
+    def released(self) -> list[tuple[int, AnyStep]]:
+        """Steps that were undone out of turn, oldest first."""
+        return [(number, step) for number, step in enumerate(self.steps) if step is not None and number in self._undone]
+
     def standing(self) -> list[tuple[int, AnyStep]]:
         """Steps that are still to be undone, newest first."""
         return [(number, step) for number, step in reversed(list(enumerate(self.steps)))
@@ -102,7 +114,7 @@ class Entry:
         if fd != -1:
             os.close(fd)
 
-    def append(self, line: AnyStep | Begin | Undone) -> None:
+    def append(self, line: AnyStep | Begin | Undone | Redone) -> None:
         """Write a line and fsync; CkptError if that cannot be, and then nothing was added."""
         data = _encode(line)
         end = os.fstat(self._fd).st_size

@@ -73,4 +73,9 @@ class Undone(msgspec.Struct, tag=True, frozen=True):
     step: Count
 
 
+class Redone(msgspec.Struct, tag=True, frozen=True):
+    """Step number `step` is about to be taken once more. It keeps its place: what came after is undone before it."""
+    step: Count
+
+
 AnyStep = MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit
