@@ -198,7 +198,7 @@ def build_parser() -> Parser:
     parser = Parser(prog='ckptctl', usage='ckptctl [OPTION...] COMMAND ...', allow_abbrev=False,
                     formatter_class=Formatter, description='Checkpoint trees of running processes through ckptd.',
                     epilog=_epilog('ckptctl doctor\nckptctl demo\nckptctl checkpoint 1234 --standalone'))
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True, title='commands')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True, title='commands', prog='ckptctl')
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.summary, allow_abbrev=False, formatter_class=Formatter,
                                   description=command.description or command.summary + '.',

@@ -28,7 +28,7 @@ from ckptd.errors import CkptError, Refused
 START_TIMEOUT = 20.0
 GDB_TIMEOUT = 60.0
 BACKTRACE_FRAMES = 5      # of each thread
-WIDTH = 118
+WIDTH = 118                # where there is no terminal
 
 
 @dataclass(slots=True)
@@ -107,11 +107,12 @@ class Demo:
         if gdb is None:
             self.out.line('gdb is not installed ("apt-get install gdb"): it would show the stack of every thread here')
             return []
+        width = shutil.get_terminal_size((WIDTH, 0)).columns
         said = await _run_gdb(gdb, program, core)
         first = next((index for index, line in enumerate(said) if line.startswith('Thread ')), len(said))
         lines = [line for line in said[first:] if line.startswith(('#', 'Thread '))]
         for line in lines:
-            self.out.line(line if len(line) <= WIDTH else f'{line[:WIDTH - 1]}…')
+            self.out.line(line if len(line) <= width else f'{line[:width - 1]}…')
         return lines
 
     async def still_counts(self) -> None:
@@ -239,7 +240,7 @@ async def _run_gdb(gdb: str, program: str, core: Path) -> list[str]:
     """What gdb says of all threads. No initialization files, no questions, no downloads."""
     process = await asyncio.create_subprocess_exec(
         gdb, '-nx', '-batch', '-iex', 'set debuginfod enabled off', '-ex', 'set print frame-arguments none',
-        '-ex', f'thread apply all bt {BACKTRACE_FRAMES}', program, str(core),
+        '-ex', 'set filename-display basename', '-ex', f'thread apply all bt {BACKTRACE_FRAMES}', program, str(core),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
     try:
         async with asyncio.timeout(GDB_TIMEOUT):

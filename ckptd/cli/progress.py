@@ -37,8 +37,8 @@ class ProgressLines:
         """There is nothing to take away."""
 
     def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None:
-        volume = f', {format_bytes(bytes_done)} of {format_bytes(bytes_total)}' if bytes_total else ''
-        self._output.line(f'  {progress * 100:3.0f}%  {PHASES.get(phase, phase)}{volume}')
+        volume = _volume(phase, bytes_done, bytes_total)
+        self._output.line(f'  {progress * 100:3.0f}%  {PHASES.get(phase, phase):<17} {volume}'.rstrip())
 
     def message(self, text: str) -> None:
         self._output.line(f'        {text}')
@@ -68,15 +68,20 @@ class ProgressBar:
         """What a Progress signal says. bytes_total 0: unknown."""
         if self._progress is None or self._task is None:
             return
-        volume = f'{format_bytes(bytes_done)} of {format_bytes(bytes_total)}' if bytes_total else (
-            format_bytes(bytes_done) if bytes_done else '')
-        changed: dict[str, Any] = {'phase': PHASES.get(phase, phase), 'volume': volume}
+        changed: dict[str, Any] = {'phase': PHASES.get(phase, phase), 'volume': _volume(phase, bytes_done, bytes_total)}
         self._progress.update(self._task, completed=min(max(progress, 0.0), 1.0), refresh=True, **changed)
 
     def message(self, text: str) -> None:
         """Replace the phase by any text."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, phase=text, refresh=True)
+
+
+def _volume(phase: str, done: int, total: int) -> str:
+    """Bytes of the phases that move them; in the others they stand still at the last count that was sent."""
+    if phase in PHASES and phase != 'memory':
+        return ''
+    return f'{format_bytes(done)} of {format_bytes(total)}' if total else format_bytes(done) if done else ''
 
 
 def _make(output: Output, keep: bool) -> 'Progress':

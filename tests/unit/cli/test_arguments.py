@@ -61,6 +61,12 @@ def test_a_wrong_command_line_is_an_error_with_a_hint(argv: list[str], message: 
     assert caught.value.hint
 
 
+def test_the_hint_of_a_wrong_option_names_the_help_of_its_command() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        parse(['checkpoint'])
+    assert caught.value.hint == 'run "ckptctl checkpoint --help"'
+
+
 def test_a_misspelt_command_brings_a_proposal() -> None:
     with pytest.raises(InvalidArgument) as caught:
         parse(['exprt'])
