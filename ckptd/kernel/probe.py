@@ -13,6 +13,7 @@ import signal
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from ckptd.kernel import creds, trial
 from ckptd.kernel.cgroup import Cgroup
 
 _TIMEOUT = 5.0      # seconds without an answer after which an experiment is given up
+_GRACE = 0.5        # seconds for a child to exit after its last answer
 
 _OLD = 'boot a newer kernel'
 _ROOT = 'run as root'
@@ -147,15 +149,20 @@ class _Answer(NamedTuple):
 def _try(probes: Sequence[_Probe]) -> list[_Answer]:
     """Answers to the first of these, at least one: all, unless the child ends early."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # 3.12 warns where there are threads: one of them may hold a lock that the child then waits for, up to _TIMEOUT
+        warnings.simplefilter('ignore', DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         _child(probes, writer)
     os.close(writer)
+    pidfd = os.pidfd_open(pid)
     try:
-        answers = _collect(reader, len(probes))
+        answers = _collect(reader, pidfd, len(probes))
+        how = _end(pid, pidfd)
     finally:
+        os.close(pidfd)
         os.close(reader)
-        how = _end(pid)
     if len(answers) < len(probes):
         answers.append(_Answer(None, how))
     return answers
@@ -181,9 +188,13 @@ def _answer(test: Callable[[], str]) -> _Answer:
         return _Answer(None, str(error) or type(error).__name__)
 
 
-def _collect(reader: int, count: int) -> list[_Answer]:
+def _collect(reader: int, pidfd: int, count: int) -> list[_Answer]:
     data, last = b'', time.monotonic()
-    while data.count(b'\n') < count and select.select([reader], [], [], last + _TIMEOUT - time.monotonic())[0]:
+    while data.count(b'\n') < count:
+        # the end of the pipe says nothing: a frozen child of an experiment may hold its other end
+        ready = select.select([reader, pidfd], [], [], max(0.0, last + _TIMEOUT - time.monotonic()))[0]
+        if reader not in ready:
+            break
         chunk = os.read(reader, 1 << 16)
         if not chunk:
             break
@@ -192,19 +203,15 @@ def _collect(reader: int, count: int) -> list[_Answer]:
     return [_Answer(present, detail) for present, detail in rows]
 
 
-def _end(pid: int) -> str:
+def _end(pid: int, pidfd: int) -> str:
     """Reap the child, by force if it still runs, and what it left; returns how it ended."""
-    fd = os.pidfd_open(pid)
-    try:
-        alive = not select.select([fd], [], [], 0.5)[0]
-        if alive:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-    finally:
-        os.close(fd)
+    alive = not select.select([pidfd], [], [], _GRACE)[0]
+    if alive:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     _remove_cgroup_of(pid)
     if alive:
-        return f'no answer within {_TIMEOUT:.0f} s'
+        return f'no answer within {_TIMEOUT:g} s'
     if os.WIFSIGNALED(status):
         return f'the experiment was ended by {signal.Signals(os.WTERMSIG(status)).name}'
     return 'the experiment ended early'
