@@ -27,7 +27,7 @@ from ckptd.errors import CkptError, NotSupported
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memory import PAGE, Mem
-from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
 from ckptd.kernel.status import read_status
 
 AREA_PAGES = 8
@@ -36,6 +36,7 @@ _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 3, 0x22
 # rseq_cs of struct rseq, <linux/rseq.h>; start_ip, post_commit_offset and abort_ip of struct rseq_cs
 _RSEQ_CS = 8
 _ALL_SIGNALS = 2**64 - 1
+_QUIET = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)      # ignored by default, signal(7)
 
 
 class OwnIds(NamedTuple):
@@ -112,6 +113,7 @@ class Remote:
             raise
         self._length = AREA_PAGES * PAGE
         self._area = 0
+        self._caught = read_status(tracee.tid).sig_cgt
 
     def __enter__(self) -> Self:
         tracee, ids = self._boot
@@ -159,39 +161,38 @@ class Remote:
         for offset, content in batch.inputs:
             buffers[offset:offset + len(content)] = content
         self._mem.write(self._area, arch.encode_calls(calls) + buffers)
-        with _Borrowed(tracee, self._mem) as borrowed:
+        with _Borrowed(tracee, self._mem, self._caught) as borrowed:
             code = arch.loop_code(borrowed.resume, borrowed.mask, ids.tgid, ids.tid, borrowed.signal)
-            self._mem.write(self._code, code)
-            borrowed.run(self._code, table=self._area, area=self._area, length=self._length)
+            borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
         after = self._mem.read(self._area, table_size + batch.used)
         batch.results = arch.decode_results(after, len(calls))
         batch.contents = after[table_size:]
 
     def _single(self, tracee: Tracee, ids: OwnIds, name: str, arguments: tuple[int, ...]) -> int:
         """One call without the table; its result, or -errno."""
-        with _Borrowed(tracee, self._mem) as borrowed:
+        with _Borrowed(tracee, self._mem, self._caught) as borrowed:
             code = arch.boot_code(arch.NR[name], arguments, borrowed.resume, borrowed.mask, ids.tgid, ids.tid,
                                   borrowed.signal)
-            self._mem.write(self._code, code)
             # r14 is the length that a task without a tracer unmaps at r15, the result: right after mmap, nothing else
             length = self._length if name == 'mmap' else 0
-            result = borrowed.run(self._code, table=0, area=0, length=length)
+            result = borrowed.run(self._code, code, table=0, area=0, length=length)
         return ctypes.c_int64(result).value
 
 
 class _Borrowed:
     """A stopped task lent for remote calls: registers, signal mask and rseq are put back at the end.
 
-    While it runs, every signal but one is blocked; the one, ignored by default and not pending, is the trap.
+    While it runs, every signal but one is blocked; the one, ignored by default and without a handler, is the trap.
     """
 
-    def __init__(self, tracee: Tracee, mem: Mem) -> None:
+    def __init__(self, tracee: Tracee, mem: Mem, caught: int) -> None:
         self.tracee, self._mem = tracee, mem
         self.regs = tracee.regs
         if self.regs.cs != arch.CS_64:
             raise NotSupported(f'task {tracee.tid} runs 32-bit code', task=tracee.tid, resource='architecture')
         self.mask = tracee.sigmask
-        self.signal = _quiet_signal(tracee)
+        # with a handler for each of them, a task whose tracer dies right now runs one of the handlers once
+        self.signal = next((sig for sig in _QUIET if not caught >> sig - 1 & 1), _QUIET[0])
         self._rseq_at, self._rseq_cs = self._rseq()
 
     def _rseq(self) -> tuple[int, int]:
@@ -215,17 +216,32 @@ class _Borrowed:
     def __enter__(self) -> Self:
         return self
 
-    def run(self, code: int, *, table: int, area: int, length: int) -> int:
-        """Run the blob to its trap; r15 as it left it."""
-        self.tracee.sigmask = _ALL_SIGNALS & ~(1 << self.signal - 1)
-        self.tracee.regs = arch.start_registers(self.regs, code, table, area, length)
+    def run(self, at: int, code: bytes, *, table: int, area: int, length: int) -> int:
+        """Run the code, placed at address `at`, to its trap; r15 as it left it."""
+        tracee = self.tracee
+        self._mem.write(at, code)
+        tracee.sigmask = _ALL_SIGNALS & ~(1 << self.signal - 1)
+        tracee.regs = arch.start_registers(self.regs, at, table, area, length)
         fault('running-remote')
-        self.tracee.cont()
-        status = self.tracee.wait()
-        if os.WSTOPSIG(status) != self.signal or status >> 16:
-            raise CkptError(f'task {self.tracee.tid} stopped with status {status:#x} in a remote call',
-                            task=self.tracee.tid, resource='ptrace')
-        return self.tracee.regs.r15
+        tracee.cont()
+        trap = at + arch.trap_offset(code)
+        while not self._at_trap(tracee.wait(), trap):
+            tracee.cont()
+        return tracee.regs.r15
+
+    def _at_trap(self, status: int, trap: int) -> bool:
+        """False for a stop by something else, which is remembered: SIGSTOP cannot be blocked, a trap signal of
+        somebody else's is not, and a group-stop that the task was in may show itself again."""
+        if status >> 16 == PTRACE_EVENT_STOP:
+            return False
+        sig = os.WSTOPSIG(status)
+        if sig == self.signal and self.tracee.regs.rip == trap:
+            return True
+        if sig in (self.signal, signal.SIGSTOP):
+            self.tracee.deferred.append(sig)
+            return False
+        raise CkptError(f'task {self.tracee.tid} stopped with status {status:#x} in a remote call',
+                        task=self.tracee.tid, resource='ptrace')
 
     def __exit__(self, *_: object) -> None:
         if not self.tracee.attached:
@@ -236,14 +252,3 @@ class _Borrowed:
         # on in the middle of a sequence that it must start again
         if self._rseq_cs:
             self._mem.write(self._rseq_at, struct.pack('<Q', self._rseq_cs))
-
-
-def _quiet_signal(tracee: Tracee) -> int:
-    """A signal ignored by default, without a handler in this process and not pending."""
-    status = read_status(tracee.tid)
-    taken = status.sig_cgt | status.sig_pnd | status.shd_pnd
-    for candidate in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD):
-        if not taken >> candidate - 1 & 1:
-            return candidate
-    pending = status.sig_pnd | status.shd_pnd
-    return next((c for c in (signal.SIGURG, signal.SIGWINCH) if not pending >> c - 1 & 1), signal.SIGCHLD)

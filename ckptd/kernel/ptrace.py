@@ -65,12 +65,14 @@ def ptrace(request: c_int, pid: c_int, addr: c_void_p, data: c_void_p) -> c_long
 class Tracee:
     """A seized task. `with` detaches at the end; a tracee whose tracer dies is detached by the kernel.
 
-    stop_signal: the signal of the group-stop (job control) that the task is in, else 0.
+    stop_signal: the signal of the group-stop (job control) that the task is in, else 0. deferred: signals that were
+    about to be delivered while the task was borrowed; `detach` delivers them.
     """
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
         self.stop_signal = 0
+        self.deferred: list[int] = []
         self.stopped = False
         self.attached = True
 
@@ -128,13 +130,16 @@ class Tracee:
         ptrace(PTRACE_CONT, self.tid, None, sig)
         self.stopped = False
 
-    def detach(self, sig: int = 0) -> None:
+    def detach(self) -> None:
         """Let go; the task runs on, or stays in the group-stop that it was in. Nothing if it died meanwhile."""
         if not self.attached:
             return
         self.attached = False
+        first, *rest = self.deferred or [0]
         try:
-            ptrace(PTRACE_DETACH, self.tid, None, sig)
+            for sig in rest:
+                os.kill(self.tid, sig)
+            ptrace(PTRACE_DETACH, self.tid, None, first)
         except ProcessLookupError:
             # dead or dying: reap it, or as its tracer we would keep the zombie from its parent
             self._reap()

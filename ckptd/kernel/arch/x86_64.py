@@ -108,6 +108,9 @@ def _call(number: int, arguments: Sequence[int]) -> bytes:
     return b''.join(loads) + _mov('rax', number) + _SYSCALL
 
 
+_UNMAP = b'\x4c\x89\xff' + b'\x4c\x89\xf6' + _mov('rax', NR['munmap']) + _SYSCALL        # mov rdi, r15; mov rsi, r14
+
+
 def interrupted(regs: user_regs_struct) -> user_regs_struct:
     """The registers with which the task goes on from user mode as the kernel would have let it: a system call that was
     interrupted and is to be restarted is issued again, by rip - 2."""
@@ -131,8 +134,7 @@ def _flags(eflags: int) -> bytes:
 def _tail(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -> bytes:
     """trap and heal. tgid, tid: as the tracee's own pid namespace has them."""
     after = interrupted(regs)
-    trap = _call(NR['tgkill'], (tgid, tid, signal))
-    unmap = b'\x4c\x89\xff' + b'\x4c\x89\xf6' + _mov('rax', NR['munmap']) + _SYSCALL     # mov rdi, r15; mov rsi, r14
+    trap = _call(NR['tgkill'], (tgid, tid, signal))             # it ends at trap_offset
     after_lea = _mov('rdx', 0) + _mov('r10', 8) + _mov('rax', NR['rt_sigprocmask']) + _SYSCALL
     registers = _flags(regs.eflags) + b''.join(_mov(name, getattr(after, name)) for name in _ENCODING)
     jump = b'\xff\x25' + struct.pack('<i', 8)                                            # jmp [rip + 8]
@@ -140,7 +142,7 @@ def _tail(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -
     distance = len(after_lea) + len(registers) + len(jump)
     lea_rsi = b'\x48\x8d\x35' + struct.pack('<i', distance)                             # lea rsi, [rip + distance]
     set_mask = _mov('rdi', SIG_SETMASK) + lea_rsi + after_lea
-    return trap + unmap + set_mask + registers + jump + struct.pack('<QQ', mask, after.rip)
+    return trap + _UNMAP + set_mask + registers + jump + struct.pack('<QQ', mask, after.rip)
 
 
 def boot_code(number: int, arguments: Sequence[int], regs: user_regs_struct, mask: int, tgid: int, tid: int,
@@ -152,6 +154,11 @@ def boot_code(number: int, arguments: Sequence[int], regs: user_regs_struct, mas
 def loop_code(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -> bytes:
     """The calls of the table at rbx, up to a row whose number is -1."""
     return _LOOP + _tail(regs, mask, tgid, tid, signal)
+
+
+def trap_offset(code: bytes) -> int:
+    """Where in the code a task stands when it has sent itself the trap signal: behind the system call before heal."""
+    return code.index(_UNMAP)
 
 
 def encode_calls(calls: Sequence[tuple[int, Sequence[int]]]) -> bytes:
