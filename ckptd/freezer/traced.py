@@ -69,14 +69,17 @@ class TracedFrozen(Frozen):
 
     def _wait(self, task: Task, awake: list[Task], signals: ChildSignals) -> None:
         terms = self._terms
-        while task.tid in self.tracees and not self._has_stopped(self.tracees[task.tid]):
+        while not self._is_settled(task.tid):
             if time.monotonic() >= terms.deadline:
-                timed_out([other for other in awake if self._runs(other)], 'does not stop')
+                timed_out([other for other in awake if not self._is_settled(other.tid)], 'does not stop')
             signals.wait(terms.deadline - time.monotonic(), terms.also)
             terms.check()
 
-    def _has_stopped(self, tracee: Tracee) -> bool:
-        """Without waiting. A tracee that died is forgotten."""
+    def _is_settled(self, tid: int) -> bool:
+        """It has stopped, or died and is forgotten. Does not wait."""
+        tracee = self.tracees.get(tid)
+        if tracee is None or tracee.stopped:
+            return True
         try:
             status = tracee.wait(0.0)
             if status >> 16 == PTRACE_EVENT_STOP:
@@ -88,12 +91,9 @@ class TracedFrozen(Frozen):
         except TimeoutError:
             return False
         except ProcessLookupError:
-            del self.tracees[tracee.tid]
+            del self.tracees[tid]
+            return True
         return False
-
-    def _runs(self, task: Task) -> bool:
-        tracee = self.tracees.get(task.tid)
-        return tracee is not None and not tracee.stopped and not self._has_stopped(tracee)
 
 
 def _is_dead(task: Task) -> bool:

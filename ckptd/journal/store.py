@@ -76,7 +76,9 @@ class Journal:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # mode is of the last directory only: parents get theirs from the umask
+        self.directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             facts = os.fstat(fd)

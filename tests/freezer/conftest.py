@@ -15,6 +15,7 @@ import pytest
 
 from ckptd.journal import Journal
 from ckptd.kernel.cgroup import find_mount
+from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2, read_children
 from ckptd.scan import Target, scan_tree
 from ckptd.tree import Tree
@@ -77,6 +78,13 @@ class Ticker:
         while self.count(slot) == before and time.monotonic() < deadline:
             time.sleep(0.001)
         return self.count(slot) != before
+
+    def comes_to(self, state: str) -> bool:
+        """The root is in this state, within 2 s."""
+        deadline = time.monotonic() + 2
+        while (found := read_stat(self.pid).state) != state and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return found == state
 
     def stands_still(self, slots: int = 1) -> bool:
         before = self.counts(slots)

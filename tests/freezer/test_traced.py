@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The ptrace freezer: every thread stops, and runs on as if nothing had been."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.errors import Cancelled, FreezeTimeout, NotSupported, PermissionDenied
+from ckptd.freezer import Frozen, freeze
+from ckptd.journal import Journal
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.status import read_status
+from tests.freezer.conftest import Ticker, is_frozen, set_frozen
+
+pytestmark = pytest.mark.needs('ptrace', 'root', 'cgroup2')
+Freeze = Callable[..., AbstractContextManager[Frozen]]
+Tick = Callable[..., Ticker]
+
+
+@pytest.fixture
+def stopped(journal: Journal) -> Freeze:
+    """stopped(ticker): its tree, frozen by ptrace."""
+    @contextmanager
+    def start(ticker: Ticker, timeout: float = 5, **kwargs: Any) -> Iterator[Frozen]:
+        with freeze(ticker.scan(), ticker.target, 'ptrace', time.monotonic() + timeout, journal, ticker.scan,
+                    **kwargs) as frozen:
+            yield frozen
+    return start
+
+
+def test_every_thread_is_stopped_and_runs_on(cgroup: Path, tick: Tick, stopped: Freeze, journal: Journal) -> None:
+    ticker, stranger = tick(children=2, how='threads'), tick()
+    with stopped(ticker) as held:
+        assert ticker.stands_still(3)
+        assert stranger.runs()
+        assert not is_frozen(cgroup)
+        assert {task.tid for task in ticker.scan()} == held.tracees.keys()
+        assert {task.state for task in ticker.scan()} == {'t'}
+        assert [entry.begin.mode for entry in journal.entries()] == ['ptrace']
+        held.let_run()
+        held.hold()
+        assert ticker.stands_still(3)
+    assert all(ticker.runs(slot) for slot in range(3))
+    assert all(read_status(task.tgid, task.tid).tracer_pid == 0 for task in ticker.scan())
+    assert journal.entries() == []
+
+
+def test_tree_that_forks_all_the_time(tick: Tick, stopped: Freeze) -> None:
+    ticker = tick(children=6, how='churn')
+    for _ in range(5):
+        with stopped(ticker) as held:
+            assert ticker.stands_still(7)
+            assert held.tree.ids == ticker.scan().ids
+        assert all(ticker.runs(slot) for slot in range(7))
+
+
+def test_group_stop_stays(tick: Tick, stopped: Freeze) -> None:
+    ticker = tick()
+    os.kill(ticker.pid, signal.SIGSTOP)
+    assert os.waitpid(ticker.pid, os.WUNTRACED)[0] == ticker.pid
+    with stopped(ticker) as held:
+        assert held.tracees[ticker.pid].stop_signal == signal.SIGSTOP
+    assert ticker.comes_to('T')
+    os.kill(ticker.pid, signal.SIGCONT)
+    assert ticker.runs()
+
+
+@pytest.mark.parametrize('how', ['stuck', 'vfork'])
+def test_deadline_names_the_task_that_is_stuck(tick: Tick, stopped: Freeze, how: str) -> None:
+    ticker = tick(children=1, how=how)
+    assert ticker.comes_to('D')
+    with pytest.raises(FreezeTimeout, match='does not stop: state D') as caught, stopped(ticker, timeout=0.1):
+        pass
+    assert [row.pid for row in caught.value.refusals] == [ticker.pid]
+    assert ticker.runs(1)
+
+
+def test_control_fd_cancels_the_wait(tick: Tick, stopped: Freeze) -> None:
+    ticker = tick(children=1, how='stuck')
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+
+    def check() -> None:
+        if os.read(ours, 1):
+            raise Cancelled('cancelled')
+
+    try:
+        assert ticker.comes_to('D')
+        with pytest.raises(Cancelled), stopped(ticker, timeout=30, also=ours, check=check,
+                                               at=lambda point: os.write(theirs, b'c') and None):
+            pass
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert ticker.runs(1)
+
+
+def test_other_tracer_is_named(tick: Tick, stopped: Freeze) -> None:
+    ticker = tick(children=1)
+    child = os.fork()
+    if child == 0:
+        Tracee.seize(ticker.pids[1])
+        signal.pause()
+    try:
+        deadline = time.monotonic() + 2
+        while read_status(ticker.pids[1]).tracer_pid != child:
+            assert time.monotonic() < deadline
+        with pytest.raises(PermissionDenied, match=f'is being traced by process {child}'), stopped(ticker):
+            pass
+        assert ticker.runs()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_frozen_tree_is_refused(cgroup: Path, tick: Tick, stopped: Freeze) -> None:
+    ticker = tick()
+    set_frozen(cgroup, True)
+    with pytest.raises(NotSupported, match='is frozen'), stopped(ticker):
+        pass
+    with stopped(ticker, remote_calls=False):
+        set_frozen(cgroup, False)
+        assert ticker.stands_still()
+    assert ticker.runs()
+
+
+def test_signal_mask_is_as_before(tick: Tick, stopped: Freeze) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with stopped(tick()):
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
