@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, TIMEOUT, Connection, Match
 from ckptd.bus.names import BUS_NAME, job_path
 from ckptd.bus.standard import PROPERTIES
-from ckptd.bus.values import NO_TYPES, plain, split_signature, to_body
+from ckptd.bus.values import NO_TYPES, split_signature, to_body
 from ckptd.bus.wire import DBusError, ProtocolError, Received
 from ckptd.errors import (
     ERROR_PREFIX,
@@ -78,7 +78,7 @@ class Signals:
         return item
 
     def add(self, message: Received) -> None:
-        self._queue.put_nowait(Signal(message.path, message.interface, message.member, tuple(plain(message.body()))))
+        self._queue.put_nowait(Signal(message.path, message.interface, message.member, tuple(message.body())))
 
     def end(self, reason: str) -> None:
         self._queue.put_nowait(Unavailable(reason))

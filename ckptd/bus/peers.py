@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from ckptd.bus import wire
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match, Subscription
-from ckptd.bus.values import plain
 from ckptd.bus.wire import DBusError, Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
@@ -81,6 +80,12 @@ class Peers:
         else:
             peer.on_gone.append(callback)
 
+    def never_mind(self, sender: str, callback: Callable[[], None]) -> None:
+        """No call back any more."""
+        peer = self._known.get(sender)
+        if peer is not None and callback in peer.on_gone:
+            peer.on_gone.remove(callback)
+
     def close(self) -> None:
         for peer in self._known.values():
             peer.close()
@@ -138,7 +143,7 @@ class Peers:
         reply = await self._connection.request(wire.make_call(
             DRIVER, DRIVER_PATH, DRIVER, 'GetConnectionCredentials', 's', [peer.sender]))
         try:
-            facts: dict[str, Any] = plain(reply.body()[0])
+            facts: dict[str, Any] = reply.body()[0]
             if 'ProcessFD' in facts:
                 peer.pidfd = reply.fds.take(facts['ProcessFD'])
             return facts

@@ -45,9 +45,10 @@ from `types` or by guess. They raise CkptError for what the caller is to know.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from ckptd.bus import wire
@@ -56,7 +57,7 @@ from ckptd.bus.export import Exported, Method
 from ckptd.bus.peers import Peers
 from ckptd.bus.registry import ERROR, Registry
 from ckptd.bus.standard import Changes, Introspectable, ObjectManager, Peer, Properties
-from ckptd.bus.values import NO_TYPES, plain, to_body
+from ckptd.bus.values import NO_TYPES, to_body
 from ckptd.bus.wire import DBusError, Message, ProtocolError, Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded
@@ -65,6 +66,7 @@ log = logging.getLogger(__name__)
 
 MAX_CALLS = 32          # in flight, of one sender
 MAX_FDS = 16            # with one call
+LARGE = 256             # rows of a result that another thread marshals
 ERROR_TYPES = {'task': 'u', 'pid': 'u', 'refusals': 'aa{sv}'}
 
 
@@ -95,6 +97,21 @@ class Call:
     async def credentials(self) -> Caller:
         """Who calls, as the bus says."""
         return await self._peers.caller(self.sender)
+
+    @contextlib.asynccontextmanager
+    async def attended(self) -> AsyncIterator[None]:
+        """Cancel the block when the caller leaves the bus: nobody waits for its result any more."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        def leave() -> None:
+            task.cancel()
+
+        await self._peers.when_gone(self.sender, leave)
+        try:
+            yield
+        finally:
+            self._peers.never_mind(self.sender, leave)
 
     def take(self, fd: int) -> int:
         """Make an fd argument the handler's own; all others are closed when it returns."""
@@ -184,7 +201,7 @@ class Router:
         """Run the handler and answer, whatever happens."""
         try:
             result = await row.handler(exported, call, *self._arguments(call.message))
-            self._reply(call, row, result)
+            await self._reply(call, row, result)
         except asyncio.CancelledError:
             self._fail(call, Cancelled('the daemon stops'))
             raise
@@ -199,15 +216,22 @@ class Router:
     @staticmethod
     def _arguments(message: Received) -> list[Any]:
         try:
-            return [plain(value) for value in message.body()]
+            return message.body()
         except ProtocolError as error:
             raise InvalidArgument(str(error)) from error
 
-    def _reply(self, call: Call, row: Method, result: Any) -> None:
-        kinds = len(row.outputs)
-        values = () if kinds == 0 else (result,) if kinds == 1 else result
-        message = wire.make_return(call.message, row.out_signature, to_body(row.out_signature, values, row.types))
-        self._answer(call, message)
+    async def _reply(self, call: Call, row: Method, result: Any) -> None:
+        def make() -> Message:
+            values = (result,) if len(row.outputs) == 1 else result or ()
+            return wire.make_return(call.message, row.out_signature, to_body(row.out_signature, values, row.types))
+
+        if call.answered:
+            return
+        if isinstance(result, (list, dict)) and len(result) > LARGE:
+            await self.connection.send_large(make)
+        else:
+            self.connection.send(make())
+        call.answered = True
 
     def _fail(self, call: Call, error: DBusError | CkptError) -> None:
         if isinstance(error, CkptError):

@@ -5,7 +5,7 @@
     (...)    list or tuple, list on the way in       a{..}  dict   other arrays  list       v  the value alone
 
 A variant on the way out gets its type from a type map by key ({'pid': 'u'}), else from the value: bool b, int t (x if
-negative), float d, str s, bytes ay, dict a{sv}, list of dict aa{sv}, other lists by their first item, empty lists as.
+negative), float d, str s, bytes ay, dict a{sv}, a list by its items (av if they differ), an empty list as.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,17 +19,6 @@ NO_TYPES: Mapping[str, str] = {}
 def split_signature(signature: str) -> list[str]:
     """The complete types of a signature: 'sa{sv}' -> ['s', 'a{sv}']. ValueError for what is none."""
     return [kind.signature for kind in parse_signature(signature)]
-
-
-def plain(value: Any) -> Any:
-    """A decoded value with every variant replaced by what it holds."""
-    if isinstance(value, Variant):
-        return plain(value.value)
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return value
 
 
 def to_body(signature: str, values: Iterable[Any], types: Mapping[str, str] = NO_TYPES) -> list[Any]:
@@ -63,11 +52,17 @@ def _guess(value: Any) -> str:
     if isinstance(value, int):
         return 't' if value >= 0 else 'x'
     if isinstance(value, (list, tuple, set, frozenset)):
-        return 'a' + (_guess(next(iter(value))) if value else 's')
+        return 'a' + _common({_guess(item) for item in value})
     for kind, signature in ((str, 's'), (float, 'd'), (bytes, 'ay'), (Mapping, 'a{sv}')):
         if isinstance(value, kind):
             return signature
     raise TypeError(f'no D-Bus type for {type(value).__name__}')
+
+
+def _common(kinds: set[str]) -> str:
+    if len(kinds) > 1:
+        return 'x' if kinds == {'t', 'x'} else 'v'
+    return kinds.pop() if kinds else 's'
 
 
 def _wrap(kind: SignatureType, value: Any, types: Mapping[str, str]) -> Any:

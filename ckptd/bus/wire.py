@@ -9,6 +9,7 @@ ours, because those of the library let any client on the bus stop or disconnect 
     message = endian u8:type u8:flags u8:1 u32:body_length u32:serial a(yv):fields pad8 body
 """
 
+import functools
 import io
 import os
 import socket
@@ -45,6 +46,8 @@ MAX_SIGNATURES: Final = 1024
 FIXED: Final = 16                   # bytes of a message that are always there, up to the length of the field array
 LINE_LIMIT: Final = 4096
 
+# arrays of these are decoded in one go; D-Bus type -> struct code
+_NUMBERS = {'n': 'h', 'q': 'H', 'i': 'i', 'u': 'I', 'x': 'q', 't': 'Q', 'd': 'd'}
 _FIXED = {ord('l'): struct.Struct('<BBBBIII'), ord('B'): struct.Struct('>BBBBIII')}
 
 
@@ -142,7 +145,7 @@ class Received:
         return bool(self.flags & ALLOW_INTERACTIVE)
 
     def body(self) -> list[Any]:
-        """The decoded arguments, fds in place of their indexes. ProtocolError for a body that is not its signature."""
+        """The decoded arguments, plain values. ProtocolError for a body that is not its signature."""
         if self.raw is None:
             raise ProtocolError(f'a body of {self.length} bytes was not read')
         if self._decoded is not None:
@@ -155,7 +158,7 @@ class Received:
 
 
 class _Body(Unmarshaller):
-    """The library's decoder over bytes in memory; 'h' reads as the fd itself, its index checked."""
+    """The library's decoder over bytes in memory, with plain values: a variant is what it holds, 'h' is the fd."""
 
     def __init__(self, data: bytes | bytearray, endian: int, fds: Fds | None = None) -> None:
         super().__init__(io.BytesIO())      # an empty stream: reading past the end is EOFError
@@ -165,8 +168,32 @@ class _Body(Unmarshaller):
     def _read_fd(self, _: object = None) -> int:
         return self._fds[self.read_uint32()]
 
+    def read_variant(self, _: object = None) -> Any:
+        [kind] = parse_signature(self.read_signature())
+        return self.read_argument(kind)
+
+    def read_array(self, kind: SignatureType) -> Any:
+        code = _NUMBERS.get(kind.children[0].token)
+        if code is None:
+            return super().read_array(kind)
+        # item by item, 256 KiB of them would take the loop a tenth of a second
+        length = self.read_uint32()
+        size = struct.calcsize(code)
+        self.align(size)
+        order = '<' if self.endian == ord('l') else '>'
+        return list(struct.unpack_from(f'{order}{length // size}{code}', self.buf, self.read(length)))
+
     def arguments(self, signature: str) -> list[Any]:
         return [self.read_argument(kind) for kind in parse_signature(signature)]
+
+
+class _Fields(_Body):
+    """The same for header fields, where the type of a variant matters: (signature, value)."""
+
+    def read_variant(self, _: object = None) -> tuple[str, Any]:
+        signature = self.read_signature()
+        [kind] = parse_signature(signature)
+        return signature, self.read_argument(kind)
 
 
 def parse_header(fixed: bytes, rest: bytes) -> Received:
@@ -176,16 +203,16 @@ def parse_header(fixed: bytes, rest: bytes) -> Received:
         raise ProtocolError(f'not a D-Bus message: {fixed!r}')
     endian, kind, flags, _, length, serial, _ = layout.unpack(fixed)
     message = Received(kind, flags, serial, endian, length)
-    decoder = _Body(fixed + rest, endian)
+    decoder = _Fields(fixed + rest, endian)
     decoder.offset = FIXED - 4
     try:
         [fields] = decoder.arguments('a(yv)')
     except (EOFError, ValueError, TypeError, struct.error, RecursionError, IndexError) as error:
         raise ProtocolError(f'malformed header: {error}') from error
-    for number, variant in fields:
-        name, signature = _FIELDS.get(number, ('', ''))
-        if name and variant.signature == signature:
-            setattr(message, name, variant.value)
+    for number, (signature, value) in fields:
+        name, wanted = _FIELDS.get(number, ('', ''))
+        if name and signature == wanted:
+            setattr(message, name, value)
     return message
 
 
@@ -198,13 +225,11 @@ def lengths(fixed: bytes) -> tuple[int, int]:
     return (values[6] + 7) & ~7, values[4]
 
 
+@functools.lru_cache(MAX_SIGNATURES)
 def parse_signature(signature: str) -> list[SignatureType]:
     """The complete types of a signature. ValueError for what is none."""
-    # the library keeps every signature it ever saw, and variants bring those of any client: memory without end
-    if len(SignatureTree._cache) > MAX_SIGNATURES:
-        SignatureTree._cache.clear()
-    types: list[SignatureType] = SignatureTree._get(signature).types
-    return types
+    # the library's own cache (SignatureTree._get) keeps all that it ever saw, and variants bring those of any client
+    return list(SignatureTree(signature).types)
 
 
 def marshal(message: Message) -> bytes:
@@ -214,8 +239,11 @@ def marshal(message: Message) -> bytes:
 
 def make_call(destination: str, path: str, interface: str, member: str, signature: str = '', body: Sequence[Any] = (),
               flags: int = 0) -> Message:
-    return Message(destination=destination, path=path, interface=interface, member=member, flags=_Flag(flags),
-                   signature=signature, body=list(body), unix_fds=[])
+    call = Message(destination=destination, path=path, member=member, flags=_Flag(flags), signature=signature,
+                   body=list(body), unix_fds=[])
+    if interface:       # a call need not name one
+        call.interface = interface
+    return call
 
 
 def make_return(call: Received, signature: str = '', body: Sequence[Any] = ()) -> Message:

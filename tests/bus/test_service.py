@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls to exported objects: what a caller gets, whatever the handler does."""
+
+import asyncio
+import logging
+
+import pytest
+
+from ckptd.bus.client import Client
+from ckptd.bus.connection import Connection, Match
+from ckptd.bus.export import Exported, method
+from ckptd.bus.router import Call
+from ckptd.bus.values import to_body
+from ckptd.bus.wire import DBusError, make_call
+from ckptd.errors import Busy, Cancelled, CkptError, NoSuchJob, PermissionDenied, Unavailable
+from tests.bus.conftest import Service, serving
+from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item
+
+
+async def ask(client: Client, member: str, signature: str = '', *args: object, interface: str = INTERFACE,
+              path: str = ROOT) -> list[object]:
+    """A call whose errors are as they came."""
+    return await client.connection.call(NAME, path, interface, member, signature, args, timeout=5)
+
+
+async def test_values_are_plain_on_both_sides(service: Service) -> None:
+    async with service.client() as client:
+        given = {'pid': 7, 'text': 'ä', 'rows': [{'pid': 1}], 'yes': True, 'empty': []}
+        assert await client.call(NAME, ROOT, INTERFACE, 'Echo', 'a{sv}', given) == given
+        assert await ask(client, 'OldStyleName') == [True]
+        assert await ask(client, 'OldStyleName', interface='') == [True]       # a call need not name an interface
+
+
+@pytest.mark.parametrize(('arguments', 'error'), [
+    ({'member': 'Nothing'}, 'UnknownMethod'), ({'member': 'Echo', 'interface': 'a.b'}, 'UnknownInterface'),
+    ({'member': 'Echo', 'path': '/nowhere'}, 'UnknownObject'), ({'member': 'Echo'}, 'InvalidArgs'),
+    ({'member': 'Echo', 'path': '/org', }, 'UnknownInterface')])
+async def test_calls_of_nothing(service: Service, arguments: dict[str, str], error: str) -> None:
+    async with service.client() as client:
+        with pytest.raises(DBusError) as caught:
+            await ask(client, **arguments)
+    assert caught.value.name == f'org.freedesktop.DBus.Error.{error}'
+    assert not service.sample.calls
+
+
+async def test_an_error_of_ours_keeps_all_it_says(service: Service) -> None:
+    async with service.client() as client:
+        with pytest.raises(DBusError) as raw:
+            await ask(client, 'Refuse')
+        with pytest.raises(PermissionDenied) as caught:
+            await client.call(NAME, ROOT, INTERFACE, 'Refuse')
+    assert raw.value.name == 'org.ckptd1.Error.PermissionDenied'
+    assert raw.value.body[1]['errno'] == 'EPERM'
+    error = caught.value
+    assert (error.message, error.task, error.resource) == ('not yours', 42, 'ptrace')
+    assert [(row.pid, row.hint) for row in error.refusals] == [(42, 'be root')]
+
+
+@pytest.mark.parametrize('member', ['Crash', 'Wrong'])
+async def test_other_errors_are_logged_and_not_shown(service: Service, member: str,
+                                                     caplog: pytest.LogCaptureFixture) -> None:
+    async with service.client() as client:
+        with pytest.raises(CkptError) as caught:
+            await client.call(NAME, ROOT, INTERFACE, member)
+    assert caught.value.message == 'internal error'
+    assert 'secret' not in str(caught.value.details())
+    assert member in caplog.text
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+async def test_a_cancelled_handler_is_answered(service: Service) -> None:
+    async with service.client() as client:
+        call = asyncio.create_task(client.call(NAME, ROOT, INTERFACE, 'Wait'))
+        await service.sample.started.wait()
+        [task] = service.tasks
+        task.cancel()
+        with pytest.raises(Cancelled):
+            await call
+        assert task.cancelled()         # and re-raised
+
+
+async def test_a_call_cancelled_before_it_began_is_answered_too(service: Service) -> None:
+    async with service.client() as client:
+        spawn = service.router._spawn
+
+        def spawn_dead(coro: object, *, name: str | None = None) -> 'asyncio.Task[None]':
+            task = spawn(coro, name=name)       # type: ignore[arg-type]
+            task.cancel()
+            return task
+
+        service.router._spawn = spawn_dead      # type: ignore[assignment]
+        with pytest.raises(Cancelled):
+            await client.call(NAME, ROOT, INTERFACE, 'Wait')
+
+
+async def test_export_comes_before_the_name(address: str) -> None:
+    """The call that waits for the name must find its object."""
+    async with await Connection.open(address) as caller:
+        owned = asyncio.Event()
+        await caller.subscribe(Match(member='NameOwnerChanged', arg0=NAME), lambda message: owned.set())
+        async with serving(address):
+            await owned.wait()
+            assert await caller.call(NAME, ROOT, INTERFACE, 'OldStyleName') == [True]
+
+
+async def test_a_name_has_one_owner(service: Service) -> None:
+    async with service.client() as client:
+        with pytest.raises(Busy):
+            await client.connection.request_name(NAME)
+
+
+async def test_no_call_waits_for_ever(service: Service) -> None:
+    async with service.client() as client:
+        with pytest.raises(Unavailable):
+            await client.call(NAME, ROOT, INTERFACE, 'Wait', timeout=0.05)
+        assert await ask(client, 'OldStyleName') == [True]
+        waiting = asyncio.create_task(client.call(NAME, ROOT, INTERFACE, 'Wait'))
+        await service.sample.started.wait()
+        client.connection.abort()
+        for call in (waiting, client.call(NAME, ROOT, INTERFACE, 'Wait')):
+            with pytest.raises(Unavailable):
+                async with asyncio.timeout(5):
+                    await call
+
+
+async def test_a_reply_too_late_is_dropped(service: Service) -> None:
+    async with service.client() as client:
+        with pytest.raises(Unavailable):
+            await client.call(NAME, ROOT, INTERFACE, 'Wait', timeout=0.05)
+        service.sample.release.set()
+        assert await ask(client, 'OldStyleName') == [True]
+
+
+async def test_a_reply_of_somebody_else_is_none(service: Service) -> None:
+    async with service.client() as client:
+        message = make_call(':1.77', '/', 'a.b', 'C')
+        request = asyncio.create_task(client.connection.request(message, timeout=5))
+        with pytest.raises(DBusError) as caught:        # the bus's answer, and only the bus may answer for another
+            await request
+        assert caught.value.name.startswith('org.freedesktop.DBus.Error.')
+
+
+async def test_objects_come_and_go(service: Service) -> None:
+    path = f'{ROOT}/item/a'
+    async with service.client() as client, client.signals(NAME) as signals:
+        service.router.export(path, Item())
+        added = await anext(signals)
+        assert (added.path, added.member, added.args) == (ROOT, 'InterfacesAdded', (path, {ITEM: {'Name': 'a'}}))
+        assert await client.properties(NAME, path, ITEM) == {'Name': 'a'}
+        service.router.unexport(path)
+        removed = await anext(signals)
+        assert (removed.path, removed.member, removed.args) == (ROOT, 'InterfacesRemoved', (path, [ITEM]))
+        with pytest.raises(DBusError, match='UnknownObject'):
+            await ask(client, 'GetAll', 's', '', interface='org.freedesktop.DBus.Properties', path=path)
+
+
+async def test_a_job_that_is_gone(service: Service) -> None:
+    async with service.client() as client:
+        with pytest.raises(NoSuchJob):
+            await client.call(NAME, '/org/ckptd1/job/7', 'org.ckptd1.Job', 'Cancel', 'a{sv}', {})
+
+
+async def test_a_big_reply(service: Service) -> None:
+    class Big(Exported):
+        interface = 'org.ckptd1.Big'
+
+        @method('', 'aa{sv}')
+        async def Rows(self, call: Call) -> list[dict[str, object]]:
+            return [{'pid': number, 'comm': 'x' * 50} for number in range(20_000)]
+
+    service.router.export(f'{ROOT}/big', Big())
+    async with service.client() as client:
+        rows = await client.call(NAME, f'{ROOT}/big', 'org.ckptd1.Big', 'Rows')
+    assert [row['pid'] for row in rows] == list(range(20_000))
+
+
+def test_a_handler_must_fit_its_signature() -> None:
+    with pytest.raises(TypeError, match='must be async and take'):
+        class Bad(Exported):
+            interface = 'a.b'
+
+            @method('ss')
+            async def Do(self, call: Call, one: str) -> None: ...
+
+
+def test_a_signal_of_nobody_is_nothing() -> None:
+    from tests.bus.sample import Sample
+    Sample().Happened(1, 'x')
+    assert to_body('us', (1, 'x')) == [1, 'x']

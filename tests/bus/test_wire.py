@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The layer on dbus-next: its import, headers, signatures, authentication."""
+
+import asyncio
+import itertools
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckptd.bus import wire
+from ckptd.bus.connection import Connection
+from ckptd.bus.wire import ProtocolError, SignatureTree
+from ckptd.errors import Unavailable
+from tests.bus.raw import CALL, DESTINATION, INTERFACE, MEMBER, PATH, SIGNATURE, message
+
+BUS = Path(wire.__file__).parent
+FIELDS = [(PATH, 'o', '/a/b'), (INTERFACE, 's', 'c.d'), (MEMBER, 's', 'E'), (DESTINATION, 's', ':1.1'),
+          (SIGNATURE, 'g', 's')]
+
+
+def header(data: bytes) -> wire.Received:
+    fields, length = wire.lengths(data[:16])
+    assert len(data) == 16 + fields + length
+    return wire.parse_header(data[:16], data[16:16 + fields])
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+
+
+def test_import_without_no_type_check_decorator() -> None:
+    """As on Python 3.15."""
+    gone = 'import typing\nif hasattr(typing, "no_type_check_decorator"): del typing.no_type_check_decorator\n'
+    assert 'ImportError' in python(gone + 'import dbus_next').stderr
+    done = python(gone + 'import ckptd.bus.wire')
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_other_module_imports_the_library() -> None:
+    others = [path.name for path in BUS.parent.rglob('*.py')
+              if path != BUS / 'wire.py' and 'import dbus_next' in path.read_text().replace('from', 'import')]
+    assert not others
+
+
+@pytest.mark.parametrize('extra', [(10, 's', 'x'), (200, 'u', 1), (255, 'g', 'as')])
+def test_unknown_fields_anywhere_are_skipped(extra: wire.Any) -> None:
+    for place in range(len(FIELDS) + 1):
+        found = header(message(CALL, 7, [*FIELDS[:place], extra, *FIELDS[place:]]))
+        assert (found.path, found.interface, found.member, found.signature) == ('/a/b', 'c.d', 'E', 's')
+
+
+def test_a_field_of_the_wrong_type_counts_for_nothing() -> None:
+    assert header(message(CALL, 7, [(PATH, 'u', 1), (MEMBER, 's', 'E')])).path == ''
+
+
+@pytest.mark.parametrize('data', [
+    b'x' * 16, b'l\1\0\2' + bytes(12), b'l\1\0\1' + struct.pack('<III', 0, 1, 8) + b'\1' * 8])
+def test_nonsense_is_a_protocol_error(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.parse_header(data[:16], data[16:])
+
+
+@pytest.mark.parametrize(('signature', 'raw'), [
+    ('s', b'\xff\xff\xff\xff'), ('s', struct.pack('<I', 1) + b'\xff\0'), ('au', struct.pack('<I', 400)), ('v', b'\1'),
+    ('v', b'\2yy\0'), ('h', struct.pack('<I', 0)), ('(', b'')])
+def test_a_malformed_body_is_a_protocol_error(signature: str, raw: bytes) -> None:
+    received = wire.Received(CALL, 0, 1, ord('l'), len(raw), signature=signature, raw=raw)
+    with pytest.raises(ProtocolError):
+        received.body()
+
+
+def test_signatures_of_strangers_are_not_kept_for_ever() -> None:
+    """The library keeps the type of every variant it ever decoded."""
+    before = len(SignatureTree._cache)
+    for letters in itertools.product('ynqiuxtdsog', repeat=3):
+        kind = f'({"".join(letters)})'.encode()
+        raw = bytes([len(kind)]) + kind + b'\0' + bytes(32)
+        assert len(wire.Received(CALL, 0, 1, ord('l'), len(raw), signature='v', raw=raw).body()[0]) == 3
+    assert len(SignatureTree._cache) == before
+    assert wire.parse_signature.cache_info().currsize <= wire.MAX_SIGNATURES
+
+
+@pytest.mark.parametrize('kind', list('nqiuxtd'))
+@pytest.mark.parametrize('order', ['<', '>'])
+def test_arrays_of_numbers(kind: str, order: str) -> None:
+    code = {'n': 'h', 'q': 'H', 'i': 'i', 'u': 'I', 'x': 'q', 't': 'Q', 'd': 'd'}[kind]
+    items = struct.pack(f'{order}3{code}', 1, 2, 3)
+    raw = b'\7' + bytes(3) + struct.pack(f'{order}I', len(items)) + items + b'\7'
+    endian = ord('l' if order == '<' else 'B')
+    assert wire.Received(CALL, 0, 1, endian, len(raw), signature=f'ya{kind}y', raw=raw).body() == [7, [1, 2, 3], 7]
+
+
+async def test_a_bus_that_hangs_up_while_authenticating(tmp_path: Path) -> None:
+    """The library would spin for ever, without yielding once."""
+    def hang_up(sock: socket.socket) -> None:
+        peer, _ = sock.accept()
+        peer.recv(100)
+        peer.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / 's'))
+        listener.listen()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(listener, hang_up, listener)
+        with pytest.raises(Unavailable):
+            await Connection.open(f'unix:path={tmp_path}/s', timeout=5)
+        loop.remove_reader(listener)
+
+
+async def test_a_bus_that_says_nothing(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / 's'))
+        listener.listen()
+        with pytest.raises(Unavailable):
+            await Connection.open(f'unix:path={tmp_path}/s', timeout=0.05)
+
+
+@pytest.mark.parametrize('address', [
+    'unix:path=/nonexistent/bus', 'unix:path=/a;unix:path=/b', 'nonsense', 'tcp:host=x', 'unix:runtime=yes', ''])
+async def test_no_bus_there(address: str) -> None:
+    with pytest.raises(Unavailable):
+        await Connection.open(address, timeout=5)
+
+
+def test_the_session_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('DBUS_SESSION_BUS_ADDRESS', 'unix:path=/x')
+    assert wire.resolve_address('session') == 'unix:path=/x'
+    monkeypatch.delenv('DBUS_SESSION_BUS_ADDRESS')
+    monkeypatch.setenv('XDG_RUNTIME_DIR', '/run/user/7')
+    assert wire.resolve_address('session') == 'unix:path=/run/user/7/bus'
+    monkeypatch.delenv('XDG_RUNTIME_DIR')
+    with pytest.raises(OSError, match='no session bus'):
+        wire.resolve_address('session')
