@@ -21,7 +21,7 @@ from ckptd.cli.output import Output, refusal_from
 from ckptd.cli.progress import ProgressBar, ProgressLines
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, Daemon, Session
-from ckptd.cli.standalone import environment
+from ckptd.cli.standalone import end_with_parent, environment
 from ckptd.cli.tree import draw_tree
 from ckptd.errors import CkptError, Refused
 
@@ -193,7 +193,8 @@ async def _counting_tree(directory: Path) -> AsyncIterator[asyncio.subprocess.Pr
     with (directory / 'tree.log').open('wb') as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable, '-P', '-m', 'ckptd.cli.demo_tree', str(directory), env=environment(),
-            start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log)
+            start_new_session=True, preexec_fn=end_with_parent, stdin=asyncio.subprocess.DEVNULL,
+            stdout=log, stderr=log)
     try:
         await _wait_ready(process, ready, directory / 'tree.log')
         yield process

@@ -5,12 +5,14 @@ The signals are subscribed to before the call, so the first of them cannot be mi
 """
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from ckptd.bus.names import JOB, MANAGER
 from ckptd.cli.progress import Follower
 from ckptd.cli.session import Daemon, Signals
-from ckptd.errors import NoSuchJob, from_details
+from ckptd.errors import NoSuchJob, Unavailable, from_details
 
 CANCEL_TIMEOUT = 30.0
 
@@ -18,19 +20,30 @@ CANCEL_TIMEOUT = 30.0
 async def run_job(daemon: Daemon, target: str, options: dict[str, Any], bar: Follower) -> dict[str, Any]:
     """Checkpoint `target`; the Result of the job. Raises the job's error; Ctrl-C cancels it and raises Cancelled."""
     async with daemon.signals() as signals:
-        call = asyncio.ensure_future(daemon.manager('Checkpoint', 'sa{sv}', target, options))
-        try:
-            # shield: interrupted here, the job exists and its path has to be known before it can be cancelled
-            path = await asyncio.shield(call)
-            await _follow(signals, path, bar)
-        except asyncio.CancelledError:
-            _forget_interrupt()
-            bar.message('cancelling')
-            path = await call
-            async with asyncio.timeout(CANCEL_TIMEOUT):
-                await _cancel(daemon, path)
+        with _lost_hint(target):
+            call = asyncio.ensure_future(daemon.manager('Checkpoint', 'sa{sv}', target, options))
+            try:
+                # shield: interrupted here, the job exists and its path has to be known before it can be cancelled
+                path = await asyncio.shield(call)
                 await _follow(signals, path, bar)
-        return await outcome(daemon, path)
+            except asyncio.CancelledError:
+                _forget_interrupt()
+                bar.message('cancelling')
+                path = await call
+                async with asyncio.timeout(CANCEL_TIMEOUT):
+                    await _cancel(daemon, path)
+                    await _follow(signals, path, bar)
+            return await outcome(daemon, path)
+
+
+@contextlib.contextmanager
+def _lost_hint(target: str) -> Iterator[None]:
+    """A daemon that goes away in the middle is another matter than one that was never there."""
+    try:
+        yield
+    except Unavailable as error:
+        raise Unavailable(f'{error.message}, while it worked on {target}',
+                          hint='the tree is released by itself; see the daemon\'s log (journalctl -u ckptd)') from error
 
 
 async def outcome(daemon: Daemon, path: str) -> dict[str, Any]:

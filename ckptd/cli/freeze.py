@@ -57,7 +57,7 @@ def _holders(target: str) -> list[str]:
     found = []
     for process in psutil.process_iter(['cmdline']):
         words = process.info['cmdline'] or []
-        ours = any(Path(word).name == 'ckptctl' for word in words[:3])
+        ours = any(Path(word).name in ('ckptctl', 'ckptd.cli') for word in words[:4])
         if ours and '--standalone' in words and not names.isdisjoint(words) and process.pid != os.getpid():
             found.append(f'ckptctl[{process.pid}]')
     return found

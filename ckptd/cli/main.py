@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Handler = Callable[['Session'], Awaitable[int]]
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_KEY = 0.3          # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,12 +59,19 @@ async def _interruptible(handler: Handler, session: 'Session') -> int:
     assert task is not None
     received: list[signal.Signals] = []
 
+    loop = asyncio.get_running_loop()
+    deaf_until = 0.0
+
     def interrupt(number: signal.Signals) -> None:
-        received.append(number)
-        task.cancel()
+        nonlocal deaf_until
+        # timeout(1) and sudo(8) pass on the SIGINT that the terminal sent us too: one Ctrl-C is not two
+        if loop.time() >= deaf_until:
+            deaf_until = loop.time() + SAME_KEY
+            received.append(number)
+            task.cancel()
 
     for number in INTERRUPTS:
-        asyncio.get_running_loop().add_signal_handler(number, interrupt, number)
+        loop.add_signal_handler(number, interrupt, number)
     try:
         return await handler(session)
     except asyncio.CancelledError:

@@ -5,6 +5,7 @@ import json
 import time
 from typing import Any
 
+from ckptd.bus.names import JOB
 from ckptd.cli.output import Output
 from ckptd.cli.progress import PHASES
 from ckptd.cli.quantities import format_bytes
@@ -17,25 +18,17 @@ ARGUMENTS = {
     'PropertiesChanged': ('interface', 'changed', 'invalidated'), 'InterfacesAdded': ('path', 'interfaces'),
     'InterfacesRemoved': ('path', 'interfaces'),
 }
-# said again by JobNew and ImageAdded, in fewer words
-MACHINE_ONLY = ('InterfacesAdded', 'InterfacesRemoved', 'PropertiesChanged')
 
 
 async def monitor(session: Session) -> int:
     """Print signals until Ctrl-C, which ends it as it should: status 0."""
+    words = Words()
     async with session.daemon() as daemon, daemon.signals() as signals:
         session.out.note('watching; Ctrl-C ends it', 'dim')
         with until_interrupted():
             async for signal in signals:
-                _print(session.out, signal)
+                _print(session.out, signal, words.of(signal))
     return 0
-
-
-def _print(out: Output, signal: Signal) -> None:
-    if out.json:
-        print(json.dumps(as_document(signal)), file=out.stdout, flush=True)
-    elif signal.member not in MACHINE_ONLY:
-        out.line(f'{_clock()} {signal.member:<12} {describe(signal)}')
 
 
 def as_document(signal: Signal) -> dict[str, Any]:
@@ -49,19 +42,40 @@ def as_document(signal: Signal) -> dict[str, Any]:
             'object': signal.path, 'arguments': arguments}
 
 
-def describe(signal: Signal) -> str:
-    """The arguments of a signal in a few words."""
-    match signal.member, list(signal.args):
-        case 'Progress', [str(phase), float(progress), int(done), int(total)]:
-            volume = f', {format_bytes(done)} of {format_bytes(total)}' if total else ''
-            return f'job {signal.path.rsplit("/", 1)[-1]}  {progress * 100:3.0f}%  {PHASES.get(phase, phase)}{volume}'
-        case 'JobNew', [number, *_]:
-            return f'job {number}'
-        case 'JobRemoved', [number, _, result]:
-            return f'job {number}  {result}'
-        case _, [first, *_]:
-            return str(first)
-    return signal.path
+class Words:
+    """Signals in a few words; '' for those that only say again, for machines, what another one says for people.
+
+    Knows the jobs that it has seen: a Progress signal names its job by path, and JobNew tells no target.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._orders: dict[str, str] = {}
+
+    def of(self, signal: Signal) -> str:
+        match signal.member, list(signal.args):
+            case 'InterfacesAdded', [str(path), {'org.ckptd1.Job': {'Operation': operation, 'Target': target}}]:
+                self._orders[path] = f'{operation} {target}'.strip()
+            case 'JobNew', [int(number), str(path)]:
+                self._numbers[path] = number
+                return f'job {number}  {self._orders.pop(path, "")}'.strip()
+            case 'JobRemoved', [int(number), str(path), str(result)]:
+                self._numbers.pop(path, None)
+                return f'job {number}  {result}'
+            case 'Progress', [str(phase), float(progress), int(done), int(total)] if signal.interface == JOB:
+                job = self._numbers.get(signal.path, signal.path.rpartition('/')[2])
+                volume = f'  {format_bytes(done)} of {format_bytes(total)}' if total and phase == 'memory' else ''
+                return f'job {job}  {progress * 100:3.0f}%  {PHASES.get(phase, phase)}{volume}'
+            case 'ImageAdded' | 'ImageRemoved', [str(image), *_]:
+                return f'image {image}'
+        return ''
+
+
+def _print(out: Output, signal: Signal, words: str) -> None:
+    if out.json:
+        print(json.dumps(as_document(signal)), file=out.stdout, flush=True)
+    elif words:
+        out.line(f'{_clock()} {signal.member:<12} {words}')
 
 
 def _clock() -> str:

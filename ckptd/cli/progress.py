@@ -51,6 +51,7 @@ class ProgressBar:
         """keep: leave the finished bar on the screen."""
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._message = ''
         if not output.json and output.stderr.isatty():
             self._progress = _make(output, keep)
             self._task = self._progress.add_task(what, total=1.0, phase=PHASES[''], volume='')
@@ -68,13 +69,15 @@ class ProgressBar:
         """What a Progress signal says. bytes_total 0: unknown."""
         if self._progress is None or self._task is None:
             return
-        changed: dict[str, Any] = {'phase': PHASES.get(phase, phase), 'volume': _volume(phase, bytes_done, bytes_total)}
+        changed: dict[str, Any] = {'phase': self._message or PHASES.get(phase, phase),
+                                   'volume': '' if self._message else _volume(phase, bytes_done, bytes_total)}
         self._progress.update(self._task, completed=min(max(progress, 0.0), 1.0), refresh=True, **changed)
 
     def message(self, text: str) -> None:
-        """Replace the phase by any text."""
+        """Any text in place of the phase, from now on."""
+        self._message = text
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, phase=text, refresh=True)
+            self._progress.update(self._task, phase=text, volume='', refresh=True)
 
 
 def _volume(phase: str, done: int, total: int) -> str:

@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ from ckptd.errors import Unavailable
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
 READY = b'DBUS_ADDRESS='
+_libc = ctypes.CDLL(None)       # loaded here: not between fork and exec
+_PR_SET_PDEATHSIG = 1           # <linux/prctl.h>
 KEPT_LINES = 50         # of the daemon's log, for the message when it does not start
 
 
@@ -28,8 +31,8 @@ async def private_daemon(spool: str | Path | None) -> AsyncIterator[str]:
     """
     log: deque[str] = deque(maxlen=KEPT_LINES)
     process = await asyncio.create_subprocess_exec(
-        *daemon_command(spool), env=environment(), start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+        *daemon_command(spool), env=environment(), start_new_session=True, preexec_fn=end_with_parent,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
     drain = asyncio.create_task(_drain(process.stderr, log))
     try:
         yield await _address(process, drain, log)
@@ -38,6 +41,14 @@ async def private_daemon(spool: str | Path | None) -> AsyncIterator[str]:
         # a grandchild that outlives a killed daemon for a moment has the log open too
         await asyncio.wait({drain}, timeout=1)
         drain.cancel()
+
+
+def end_with_parent() -> None:
+    """In a new child: SIGTERM when the client is gone, for not even kill -9 of it shall leave anything running.
+
+    prctl(2): kept across execve(2). The client has one thread that starts processes, and it ends last.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def daemon_command(spool: str | Path | None) -> list[str]:
