@@ -165,12 +165,9 @@ class Daemon:
         notify('READY=1', f'STATUS=Images in {self._settings.spool}')
         self._feed_watchdog(watchdog_interval())
         log.info('ready: %s, images in %s', BUS_NAME, self._settings.spool)
-        gone = self._loop.create_task(connection.wait_closed())
-        stopped = self._loop.create_task(self._stop.wait())
-        await asyncio.wait((gone, stopped), return_when=asyncio.FIRST_COMPLETED)
-        for task in (gone, stopped):
-            task.cancel()
-        if not self._stop.is_set():
+        connection.on_lost.append(self._stop.set)
+        await self._stop.wait()
+        if not connection.connected:
             raise Unavailable(f'the bus is gone: {connection.error or "it closed the connection"}',
                               hint='start the bus, then ckptd')
 

@@ -25,7 +25,8 @@ class ImageObject(Exported):
 
     @method('', 'aa{sv}', names=('tasks',), types=TASK_TYPES)
     async def Tree(self, call: Call) -> list[dict[str, Any]]:
-        return await self._library.tree(self.info.id, await call.credentials())
+        async with call.attended():
+            return await self._library.tree(self.info.id, await call.credentials())
 
     @method('hsa{sv}', names=('output', 'format', 'options'))
     async def Export(self, call: Call, output: int, format: str, options: dict[str, Any]) -> None:
@@ -33,11 +34,13 @@ class ImageObject(Exported):
         parse_options(options, NONE)
         if format not in FORMATS:
             raise InvalidArgument(f'no format {format[:32]!r}', hint=f'formats: {", ".join(FORMATS)}')
-        await self._library.export(self.info.id, output, format, await call.credentials())
+        async with call.attended():
+            await self._library.export(self.info.id, output, format, await call.credentials())
 
     @method('', 'as', names=('damages',))
     async def Verify(self, call: Call) -> list[str]:
-        return await self._library.verify(self.info.id, await call.credentials())
+        async with call.attended():
+            return await self._library.verify(self.info.id, await call.credentials())
 
     @method()
     async def Remove(self, call: Call) -> None:

@@ -63,7 +63,8 @@ class ManagerObject(Exported):
                    known: tuple[Option, ...]) -> dict[str, Any]:
         given = parse_options(options, known)
         request = self._orders.on_target(operation, target, await call.credentials(), **given)
-        return await self._queue.call(request)
+        async with call.attended():
+            return await self._queue.call(request)
 
     @method('sa{sv}', names=('target', 'options'))
     async def Thaw(self, call: Call, target: str, options: dict[str, Any]) -> None:
@@ -91,7 +92,8 @@ class ManagerObject(Exported):
     @method('s', 'as', names=('image', 'damages'))
     async def VerifyImage(self, call: Call, image: str) -> list[str]:
         """What is wrong with an image, one sentence each; nothing for one that is whole."""
-        return await self._library.verify(image, await call.credentials())
+        async with call.attended():
+            return await self._library.verify(image, await call.credentials())
 
     @method('s', names=('image',))
     async def RemoveImage(self, call: Call, image: str) -> None:

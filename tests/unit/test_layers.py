@@ -30,9 +30,12 @@ LAYERS: dict[str, set[str]] = {
     'engine': {'errors', 'tree', 'kernel', 'image', 'kinds', 'scan', 'checks', 'freezer', 'journal'},
     'jobs': {'errors', 'tree', 'kernel', 'image', 'scan', 'freezer', 'journal', 'engine', 'config'},
     'bus': {'errors', 'tree', 'kernel', 'image', 'engine', 'jobs', 'config'},
-    'daemon': {'errors', 'tree', 'kernel', 'image', 'freezer', 'journal', 'engine', 'jobs', 'bus', 'config', 'notify'},
+    'daemon': {'errors', 'tree', 'kernel', 'image', 'freezer', 'journal', 'engine', 'jobs', 'bus', 'config', 'notify',
+               'places', 'logs'},
     'config': {'errors'},
     'notify': {'errors'},
+    'places': {'errors'},
+    'logs': set(),
     'cli': {'errors', 'image', 'bus'},
 }
 # finer than a layer: what of another layer may be used

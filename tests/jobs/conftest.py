@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A queue whose workers play scenes (player.py), and a listener that remembers what it heard."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from ckptd.config import Config
+from ckptd.engine.messages import Caller, JobRequest
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.recovery import Recovery
+from ckptd.jobs.run import Units
+from ckptd.jobs.spool import Spool
+from ckptd.jobs.state import Job
+from ckptd.jobs.worker import WorkerPool
+
+PLAYER = (sys.executable, str(Path(__file__).with_name('player.py')))
+
+
+def request_of(scene: str, operation: str = 'checkpoint', uid: int = 0, **more: object) -> JobRequest:
+    return JobRequest(operation, f'cgroup:/{scene}', Caller(uid, uid), '/nowhere', '/nowhere', **more)
+
+
+class Heard:
+    """A listener. events: (what, number of the job or 0) in order; progress: (loop time, progress)."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.progress: list[tuple[float, float]] = []
+        self._phases: dict[int, str] = {}
+        self._more = asyncio.Event()
+
+    def _add(self, what: str, number: int) -> None:
+        self.events.append((what, number))
+        self._more.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something was heard after which the condition holds."""
+        async with asyncio.timeout(20):
+            while not condition():
+                self._more.clear()
+                await self._more.wait()
+
+    async def wait(self, what: str, number: int = 0) -> None:
+        await self.until(lambda: (what, number) in self.events)
+
+    def job_new(self, job: Job) -> None:
+        self._add('new', job.number)
+
+    def job_changed(self, job: Job) -> None:
+        if self._phases.get(job.number, '') != job.phase:
+            self._phases[job.number] = job.phase
+            self._add(job.phase, job.number)
+
+    def job_progress(self, job: Job) -> None:
+        self.progress.append((asyncio.get_running_loop().time(), job.progress))
+
+    def job_removed(self, job: Job) -> None:
+        self._add(job.state.value, job.number)
+
+    def job_forgotten(self, job: Job) -> None:
+        self._add('forgotten', job.number)
+
+    def frozen_changed(self) -> None:
+        self._add('frozen', 0)
+
+    async def images_changed(self) -> None:
+        self._add('images', 0)
+
+
+@pytest.fixture
+async def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+async def make_queue(heard: Heard, spool: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Queue]]:
+    """Queues of this test, stopped at its end."""
+    made: list[Queue] = []
+
+    def make(units: Units | None = None, **settings: object) -> Queue:
+        recovery = Recovery(tmp_path / 'runtime', Spool(spool), units)
+        made.append(Queue(Config(**settings), WorkerPool(PLAYER), recovery, units, heard))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        await queue.stop()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@pytest.fixture
+async def queue(make_queue: Callable[..., Queue]) -> Queue:
+    return make_queue()

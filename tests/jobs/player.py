@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A worker that plays a scene: `python player.py FD`, the scene's name in the request's target, 'cgroup:/SCENE'.
+
+It speaks the protocol of ckptd.engine.messages without touching any tree, so that what the daemon's side does with each
+turn of a job, a death included, is seen by itself.
+"""
+
+import os
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+import msgspec
+
+from ckptd.engine.messages import (
+    MAX_MESSAGE,
+    Cancel,
+    Failed,
+    Finished,
+    Frozen,
+    Log,
+    Message,
+    Phase,
+    Progress,
+    Start,
+    Thaw,
+    ToWorker,
+    UnitDone,
+    UnitRequest,
+)
+from ckptd.errors import Cancelled, Refusal, Refused
+
+
+class Player:
+    def __init__(self, fd: int) -> None:
+        self.socket = socket.socket(fileno=fd)
+        self.fds: list[int] = []
+
+    def say(self, *messages: Message) -> None:
+        for message in messages:
+            self.socket.send(msgspec.msgpack.encode(message))
+
+    def hear(self) -> Message | None:
+        data, fds, _, _ = socket.recv_fds(self.socket, MAX_MESSAGE, 4)
+        self.fds += fds
+        return msgspec.msgpack.decode(data, type=ToWorker) if data else None
+
+    def until_cancelled(self) -> NoReturn:
+        while not isinstance(self.hear(), Cancel | None):
+            pass
+        self.say(Failed.of(Cancelled('as you wish')))
+        sys.exit(130)
+
+    # ------------------------------------------------------------ scenes
+
+    def finish(self, start: Start) -> None:
+        self.say(Phase('scan'), Progress(1, 2, 0, 0), Phase('memory'), Progress(2, 2, 50, 100), Log(20, 'half'),
+                 Finished({'image': start.request.image, 'tasks': 2, 'avoid': list(start.request.avoid)}))
+
+    def refuse(self, start: Start) -> None:
+        rows = [Refusal(7, 'sh', 'fd 3', 'EOPNOTSUPP', 'is a socket', 'close it')] * 2
+        self.say(Phase('scan'), Failed.of(Refused.because(rows)))
+        sys.exit(3)
+
+    def die(self, start: Start) -> None:
+        self.say(Phase('memory'))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def leave(self, start: Start) -> None:
+        sys.exit(4)
+
+    def babble(self, start: Start) -> None:
+        self.socket.send(b'\xc1 is no msgpack')
+        self.hear()
+
+    def slow(self, start: Start) -> None:
+        self.say(Phase('memory'))
+        self.until_cancelled()
+
+    def deaf(self, start: Start) -> None:
+        self.say(Phase('memory'))
+        signal.pause()
+
+    def many(self, start: Start) -> None:
+        self.say(Phase('memory'), *(Progress(1, 1, count, 1000) for count in range(1, 1001)), Finished({}))
+
+    def rows(self, start: Start) -> None:
+        self.say(Finished({'tasks': [{'tid': 1}], 'count': 3}, more=True), Finished({'tasks': [{'tid': 2}]}, more=True),
+                 Finished({'tasks': [{'tid': 3}]}))
+
+    def hold(self, start: Start) -> None:
+        self.say(Phase('freeze'), Frozen(start.request.target, 3, 'cgroup'), Finished({'tasks': 3}))
+        while not isinstance(self.hear(), Thaw | Cancel | None):
+            pass
+
+    def drop(self, start: Start) -> None:
+        self.hold(start)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def unit(self, start: Start) -> None:
+        self.say(UnitRequest('a.service', 'freeze'))
+        answer = self.hear()
+        assert isinstance(answer, UnitDone)
+        self.say(Finished({'error': answer.error}))
+
+    def write(self, start: Start) -> None:
+        os.write(self.fds[-1], b'written by the worker')
+        self.say(Finished({}))
+
+
+def main() -> None:
+    player = Player(int(sys.argv[1]))
+    start = player.hear()
+    if isinstance(start, Start):
+        getattr(player, start.request.target.removeprefix('cgroup:/'))(start)
+
+
+if __name__ == '__main__':
+    main()

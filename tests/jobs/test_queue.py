@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Jobs from asking to end, with real worker processes that play scenes."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptd.errors import (
+    Busy,
+    Cancelled,
+    CkptError,
+    InvalidArgument,
+    LimitsExceeded,
+    NoSuchJob,
+    NoSuchTarget,
+    PermissionDenied,
+    Refused,
+    Unavailable,
+    WorkerDied,
+)
+from ckptd.jobs import queue as queue_module
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.state import Job, State
+from tests.jobs.conftest import Heard, request_of
+
+
+async def run(queue: Queue, heard: Heard, scene: str, **more: object) -> Job:
+    """Submit and wait for the end."""
+    job = queue.submit(request_of(scene, **more))
+    await heard.until(lambda: job.over)
+    return job
+
+
+async def test_a_job_is_announced_works_and_ends(queue: Queue, heard: Heard) -> None:
+    job = await run(queue, heard, 'finish', image='the_image')
+    assert (job.number, job.state, job.progress) == (1, State.DONE, 1.0)
+    assert job.result['image'] == 'the_image'
+    # the image is on the bus before the job is said to be over
+    assert heard.events == [('new', 1), ('scan', 1), ('memory', 1), ('images', 0), ('done', 1)]
+    assert heard.progress[-1][1] == 1.0
+
+
+async def test_no_worker_may_be_in_a_tree(queue: Queue, heard: Heard) -> None:
+    job = await run(queue, heard, 'finish', avoid=(17,))
+    assert {17, job.worker} <= set(job.result['avoid'])
+
+
+async def test_numbers_count_announced_jobs_from_1(queue: Queue, heard: Heard) -> None:
+    assert (await queue.call(request_of('rows', 'scan')))['count'] == 3
+    first, second = await run(queue, heard, 'finish'), await run(queue, heard, 'finish')
+    assert [first.number, second.number] == [1, 2] == [job.number for job in queue.jobs]
+
+
+async def test_a_long_result_comes_in_pieces(queue: Queue) -> None:
+    result = await queue.call(request_of('rows', 'scan'))
+    assert result == {'tasks': [{'tid': 1}, {'tid': 2}, {'tid': 3}], 'count': 3}
+
+
+async def test_an_error_keeps_all_it_says(queue: Queue) -> None:
+    with pytest.raises(Refused) as caught:
+        await queue.call(request_of('refuse', 'check'))
+    assert (caught.value.task, caught.value.phase, len(caught.value.refusals)) == (7, 'scan', 2)
+
+
+async def test_a_killed_worker(queue: Queue, heard: Heard) -> None:
+    job = await run(queue, heard, 'die')
+    assert job.state is State.FAILED
+    assert isinstance(job.error, WorkerDied)
+    assert (job.error.message, job.error.phase) == ('the worker of job 1 was killed by SIGKILL', 'memory')
+
+
+@pytest.mark.parametrize(('scene', 'message'), [('leave', 'exited with status 4'), ('babble', 'the worker of')])
+async def test_a_worker_that_breaks_the_protocol(queue: Queue, scene: str, message: str) -> None:
+    with pytest.raises(WorkerDied, match=message):
+        await queue.call(request_of(scene, 'scan'))
+
+
+async def test_cancel_lets_the_worker_let_go(queue: Queue, heard: Heard) -> None:
+    job = queue.submit(request_of('slow'))
+    await heard.wait('memory', 1)
+    queue.cancel(1)
+    await heard.wait('cancelled', 1)
+    assert isinstance(job.error, Cancelled)
+    assert job.error.message == 'as you wish'
+    queue.cancel(1)     # of a job that is over: nothing
+    with pytest.raises(NoSuchJob):
+        queue.cancel(2)
+
+
+async def test_cancel_of_a_deaf_worker_kills_it(queue: Queue, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, 'CANCEL_PATIENCE', 0.1)
+    job = queue.submit(request_of('deaf'))
+    await heard.wait('memory', 1)
+    queue.cancel(1)
+    await heard.wait('cancelled', 1)
+    assert 'ended by force' in str(job.error)
+
+
+async def test_cancel_of_a_job_that_waits(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(max_jobs=1)
+    queue.submit(request_of('slow'))
+    await heard.wait('memory', 1)
+    waiting = queue.submit(request_of('finish'))
+    assert waiting.state is State.QUEUED
+    queue.cancel(2)
+    assert waiting.state is State.CANCELLED
+    # the other lane is free
+    assert (await queue.call(request_of('rows', 'scan')))['count'] == 3
+
+
+async def test_a_caller_that_leaves_cancels_its_call(queue: Queue, heard: Heard) -> None:
+    task = asyncio.create_task(queue.call(request_of('slow', 'freeze')))
+    await heard.wait('memory', 1)
+    task.cancel()
+    await heard.wait('cancelled', 1)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_as_many_at_once_as_configured(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(max_jobs=2)
+    jobs = [queue.submit(request_of('slow', 'export')) for _ in range(3)]
+    await heard.wait('memory', 1)
+    await heard.wait('memory', 2)
+    assert jobs[2].state is State.QUEUED
+    queue.cancel(1)
+    await heard.wait('memory', 3)
+    assert [job.state for job in jobs] == [State.CANCELLED, State.RUNNING, State.RUNNING]
+
+
+async def test_two_jobs_on_one_target(queue: Queue, heard: Heard) -> None:
+    queue.submit(request_of('slow'))
+    with pytest.raises(Busy, match='job 1 works on cgroup:/slow'):
+        queue.submit(request_of('slow'))
+    with pytest.raises(Busy):
+        await queue.call(request_of('slow', 'freeze'))
+    await heard.wait('memory', 1)
+
+
+async def test_limit_of_a_user_but_not_of_root(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(max_jobs_per_user=1)
+    queue.submit(request_of('slow', 'verify', uid=1000))
+    with pytest.raises(LimitsExceeded):
+        queue.submit(request_of('slow', 'verify', uid=1000))
+    queue.submit(request_of('finish', 'verify', uid=1001))
+    queue.submit(request_of('finish', 'verify'))
+    queue.submit(request_of('finish', 'verify'))
+    await heard.wait('memory', 1)
+
+
+async def test_a_token_is_taken_once(queue: Queue, heard: Heard) -> None:
+    queue.submit(request_of('finish'), token='/job/1_2_mine')
+    with pytest.raises(InvalidArgument, match='handle_token'):
+        queue.submit(request_of('rows'), token='/job/1_2_mine')
+    await heard.wait('done', 1)
+
+
+async def test_freeze_holds_until_thaw(queue: Queue, heard: Heard) -> None:
+    target = 'cgroup:/hold'
+    assert await queue.call(request_of('hold', 'freeze', uid=1000)) == {'tasks': 3}
+    assert queue.frozen_targets == [target]
+    with pytest.raises(Busy, match='held frozen already'):
+        await queue.call(request_of('hold', 'freeze'))
+    with pytest.raises(PermissionDenied):
+        await queue.thaw(target, 1001)
+    await queue.thaw(target, 1000)
+    assert queue.frozen_targets == []
+    with pytest.raises(NoSuchTarget, match='is not frozen'):
+        await queue.thaw(target, 0)
+
+
+async def test_a_checkpoint_may_leave_its_tree_frozen(queue: Queue, heard: Heard) -> None:
+    job = await run(queue, heard, 'hold', after='freeze')
+    assert job.state is State.DONE
+    assert queue.frozen_targets == ['cgroup:/hold']
+    await queue.thaw('cgroup:/hold', 0)
+
+
+async def test_a_holder_that_is_killed(queue: Queue, heard: Heard) -> None:
+    job = await run(queue, heard, 'hold', after='freeze')
+    os.kill(job.worker, signal.SIGKILL)
+    await heard.until(lambda: not queue.frozen_targets)
+
+
+async def test_thaw_tells_of_a_holder_that_dies(queue: Queue, heard: Heard) -> None:
+    await run(queue, heard, 'drop', after='freeze')
+    with pytest.raises(WorkerDied, match='SIGKILL'):
+        await queue.thaw('cgroup:/drop', 0)
+
+
+async def test_progress_ten_times_a_second_and_the_last(queue: Queue, heard: Heard) -> None:
+    await run(queue, heard, 'many')
+    times = [when for when, _ in heard.progress]
+    # the first, perhaps one on time, and the last; a thousand were said
+    assert len(times) <= 2 + 10 * (times[-1] - times[0])
+    assert heard.progress[-1][1] == 1.0
+
+
+class Units:
+    """A systemd that refuses everything."""
+
+    async def freeze(self, unit: str, timeout: float) -> None:
+        raise CkptError(f'{unit} is masked')
+
+    async def thaw(self, unit: str) -> None:
+        raise CkptError(f'{unit} is masked')
+
+
+async def test_units_are_asked_of_systemd(make_queue: Callable[..., Queue]) -> None:
+    assert (await make_queue(Units()).call(request_of('unit', 'check')))['error'] == 'a.service is masked'
+    assert 'no systemd' in (await make_queue().call(request_of('unit', 'check')))['error']
+
+
+async def test_fds_go_along(queue: Queue, tmp_path: Path) -> None:
+    path = tmp_path / 'output'
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        await queue.call(request_of('write', 'export', has_output=True), [fd])
+    finally:
+        os.close(fd)
+    assert path.read_bytes() == b'written by the worker'
+
+
+async def test_a_job_is_forgotten_after_a_while(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(keep_jobs_usec=1000)
+    await run(queue, heard, 'finish')
+    await heard.wait('forgotten', 1)
+    assert queue.jobs == []
+
+
+async def test_stop_ends_everything(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue()
+    slow, held = queue.submit(request_of('slow')), queue.submit(request_of('hold', after='freeze'))
+    await heard.wait('done', held.number)
+    await heard.wait('memory', slow.number)
+    await queue.stop()
+    assert slow.state is State.CANCELLED
+    assert queue.frozen_targets == []
+    with pytest.raises(Unavailable):
+        queue.submit(request_of('finish'))
