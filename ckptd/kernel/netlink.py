@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What netlink tells: forks and exits as they happen (proc connector), and unix sockets with their peers (sock_diag).
 
-pyroute2 knows the messages; the sockets are plain ones, as its readers neither time out where a kernel does not answer
-nor survive a flood of events. It takes 0.3 s to import, so it is imported where it is used.
+pyroute2 knows the messages of sock_diag, with their attributes. The sockets are plain ones, as its readers do not time
+out where a kernel does not answer; it takes 0.3 s to import, so it is imported where it is used. Proc events are read
+without it: a flood of them makes its reader raise, and a struct says all there is.
 """
 
 import contextlib
@@ -21,9 +22,11 @@ NETLINK_CONNECTOR = 11
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 CN_IDX_PROC = CN_VAL_PROC = 1
+PROC_CN_MCAST_LISTEN, PROC_CN_MCAST_IGNORE = 1, 2     # <linux/cn_proc.h>
 SO_RCVBUFFORCE = 33     # <asm-generic/socket.h>
 
-_HEADER = struct.Struct('=IHHII')
+_HEADER = struct.Struct('=IHHII')       # struct nlmsghdr
+_CONNECTOR = struct.Struct('=4I2H')     # struct cn_msg
 _RECV = 1 << 16
 _ANSWER_TIMEOUT = 1.0   # seconds; the kernel answers before sendto(2) returns
 
@@ -130,17 +133,12 @@ class ForkWatch:
 
 
 def _control(*, listen: bool) -> bytes:
-    from pyroute2.netlink.connector.cn_proc import PROC_CN_MCAST_IGNORE, PROC_CN_MCAST_LISTEN, proc_event_control
-    message = proc_event_control()
-    message['header'] = {'type': NLMSG_DONE, 'flags': 0, 'sequence_number': 0, 'pid': 0}
-    message['idx'], message['val'], message['len'] = CN_IDX_PROC, CN_VAL_PROC, 4
-    message['action'] = PROC_CN_MCAST_LISTEN if listen else PROC_CN_MCAST_IGNORE
-    message.encode()
-    return bytes(message.data)
+    operation = PROC_CN_MCAST_LISTEN if listen else PROC_CN_MCAST_IGNORE
+    body = _CONNECTOR.pack(CN_IDX_PROC, CN_VAL_PROC, 0, 0, 4, 0) + struct.pack('=I', operation)
+    return _HEADER.pack(_HEADER.size + len(body), NLMSG_DONE, 0, 0, 0) + body
 
 
 def _task_events(data: bytes) -> Iterator[TaskEvent]:
-    # struct and not pyroute2: a make -j floods with thousands a second, and a comm that is not UTF-8 raises there
     at = 0
     while at + _HEADER.size <= len(data):
         length = _HEADER.unpack_from(data, at)[0]

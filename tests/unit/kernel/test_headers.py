@@ -41,7 +41,8 @@ ENUMERATORS = {
 
 EXPRESSIONS = {
     'creds': {'LINUX_CAPABILITY_VERSION_3': '_LINUX_CAPABILITY_VERSION_3'},
-    'netlink': {'_EVENT_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg)',
+    'netlink': {'PROC_CN_MCAST_LISTEN': 'PROC_CN_MCAST_LISTEN', 'PROC_CN_MCAST_IGNORE': 'PROC_CN_MCAST_IGNORE',
+                '_EVENT_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg)',
                 '_EVENT_DATA_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg) + offsetof(struct proc_event, event_data)',
                 '_EVENT_NONE': 'PROC_EVENT_NONE', '_EVENT_FORK': 'PROC_EVENT_FORK', '_EVENT_EXIT': 'PROC_EVENT_EXIT'},
     'memory': {'IOV_MAX': 'UIO_MAXIOV'},
