@@ -8,12 +8,16 @@ from contextlib import contextmanager
 
 from ckptd.image.records import Backing
 
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: what was a file may have become a FIFO since it was looked at
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
 
 class BackingFile:
-    """A file named by a Backing record.
+    """A file named by a Backing record. It is opened for each piece and never held: a thousand libraries cost no fds.
 
-    Its owner may put a link to somebody else's file at the path, of the same size and mtime: only the very inode that
-    was mapped is read. It is opened for each piece and never held, so a thousand mapped libraries cost no fds.
+    The export runs with more rights than the owner of the image has, who may put a symbolic link anywhere on a path of
+    his, to a file that he may not read. The path of a mapping has no links in it, so none is followed.
     """
 
     def __init__(self, record: Backing) -> None:
@@ -22,24 +26,30 @@ class BackingFile:
     @contextmanager
     def _open(self) -> Iterator[int]:
         """An fd; -1 where the path leads to nothing or to another file."""
-        path = os.fsencode(self.record.path)
-        fd = -1
+        fd = self._open_same()
         try:
-            # the path of a mapping is resolved already. O_NONBLOCK: it may have become a FIFO or a device
-            if path.startswith(b'/') and stat.S_ISREG(os.lstat(path).st_mode):
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        except (OSError, ValueError):       # ValueError: a zero byte in a path from a hostile image
-            fd = -1
-        try:
-            yield fd if fd >= 0 and self._is_same(os.fstat(fd)) else -1
+            yield fd
         finally:
             if fd >= 0:
                 os.close(fd)
 
+    def _open_same(self) -> int:
+        path = os.fsencode(self.record.path)
+        if not path.startswith(b'/'):
+            return -1
+        try:
+            fd = _open_without_links(path)
+        except (OSError, ValueError):       # ValueError: a zero byte in a path, from a hostile image
+            return -1
+        if fd >= 0 and not self._is_same(os.fstat(fd)):
+            os.close(fd)
+            return -1
+        return fd
+
     def _is_same(self, found: os.stat_result) -> bool:
         record = self.record
         return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) == (
-            record.device, record.inode, record.size, record.mtime) and stat.S_ISREG(found.st_mode)
+            record.device, record.inode, record.size, record.mtime)
 
     def is_unchanged(self) -> bool:
         """Whether the file is still there, the same, and can be read."""
@@ -58,3 +68,19 @@ class BackingFile:
                 if not done:
                     return
                 buffer, offset = buffer[done:], offset + done
+
+
+def _open_without_links(path: bytes) -> int:
+    """A regular file for reading, no component of its path a symbolic link; -1 where it is no regular file."""
+    *directories, name = [part for part in path.split(b'/') if part] or [b'.']
+    at = os.open('/', _DIRECTORY)
+    try:
+        for part in directories:
+            below = os.open(part, _DIRECTORY, dir_fd=at)
+            os.close(at)
+            at = below
+        if not stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+            return -1
+        return os.open(name, _FILE, dir_fd=at)
+    finally:
+        os.close(at)

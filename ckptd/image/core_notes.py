@@ -33,6 +33,7 @@ from ckptd.image.records import (
     Scheduling,
     ThreadSignals,
 )
+from ckptd.image.xstate import for_debuggers
 
 _ARG_START, _ARG_END = 7, 8     # places in Mm.layout
 _PSARGS = 79
@@ -63,7 +64,7 @@ def _thread_notes(reader: ImageReader, task: ImageTask) -> list[bytes]:
         notes.append(note(NT_SIGINFO, info))
     if len(registers.xstate) >= FPREGS_SIZE:
         notes += [note(NT_FPREGSET, registers.xstate[:FPREGS_SIZE]),
-                  note(NT_X86_XSTATE, registers.xstate, b'LINUX')]
+                  note(NT_X86_XSTATE, for_debuggers(registers.xstate), b'LINUX')]
     return notes
 
 

@@ -156,6 +156,8 @@ def _clip(reader: ImageReader, runs: Sequence[PageRun], start: int, length: int)
     """What `runs` have of [start, start + length), as pieces relative to `start`."""
     pieces, done = [], start
     for run in runs_between(runs, start, start + length):
+        if run.start % PAGE:
+            raise ImageDamaged(f'memory.img: a page at {run.start:x}', resource='memory.img')
         # runs of a hostile image may overlap; a core is written forward only
         low, high = max(run.start, done), min(run.start + run.pages * PAGE, start + length)
         if low < high:
@@ -186,6 +188,8 @@ def _file_pieces(reader: ImageReader, backing: Backing, vma: Vma) -> list[Piece]
         return [Piece(0, length, file, vma.offset)] if length and file.is_unchanged() else []
     pieces, at = [], 0
     for extent in backing.content:
+        if at % PAGE:
+            raise ImageDamaged(f'memory.img: Backing {backing.backing_id} has half a page', resource='memory.img')
         low, high = max(at, vma.offset), min(at + extent.length, vma.offset + vma.end - vma.start)
         if low < high:
             pieces.append(Piece(low - vma.offset, high - low, DataSource(reader, extent.part),

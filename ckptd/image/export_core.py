@@ -3,7 +3,7 @@
 
 A tar stream holds cores in GNU sparse format 1.0 of POSIX (pax) archives, which GNU tar, libarchive and Python's
 tarfile unpack into sparse files: header, then as decimal lines the number of pieces and each one's offset and length,
-padded to 512 bytes, then the pieces in a row. See "Storing Sparse Files" in the manual of GNU tar.
+padded to 512 bytes, then the pieces, each padded so, too. See "Storing Sparse Files" in the manual of GNU tar.
 """
 
 import errno
@@ -116,19 +116,25 @@ def _export_member(reader: ImageReader, vpid: int, out: BinaryIO) -> None:
     _write(out, info.tobuf(tarfile.PAX_FORMAT) + table)
     for _, chunk in _chunks(core):
         _write(out, chunk)
-    _write(out, bytes(-length % _BLOCK))
+        _write(out, bytes(-len(chunk) % _BLOCK))
 
 
 def _extents(core: Core) -> list[tuple[int, int]]:
     """(offset, length) of what is no hole; the last is empty and says where the file ends, as GNU tar has it."""
-    extents = [(0, len(core.head))]
+    # GNU tar reads whole blocks of each piece, others in a row: padding that counts suits both. Pieces begin at pages,
+    # so what is added is zero in the core
+    extents = [(0, _blocks(len(core.head)))]
     for piece in core.pieces():
         at, length = extents[-1]
         if at + length == piece.at:
-            extents[-1] = at, length + piece.length
+            extents[-1] = at, length + _blocks(piece.length)
         else:
-            extents.append((piece.at, piece.length))
+            extents.append((piece.at, _blocks(piece.length)))
     return [*extents, (core.size, 0)]
+
+
+def _blocks(length: int) -> int:
+    return length + -length % _BLOCK
 
 
 def _sparse_map(extents: Sequence[tuple[int, int]]) -> bytes:

@@ -126,10 +126,11 @@ def read_manifest_at(directory: int) -> Manifest:
     """The manifest in an open directory. ImageDamaged."""
     fd = open_regular(directory, NAME)
     try:
-        if os.fstat(fd).st_size > MAX_MANIFEST:
+        size = os.fstat(fd).st_size
+        if size > MAX_MANIFEST:
             raise ImageDamaged(f'{NAME} is larger than {MAX_MANIFEST} bytes', resource=NAME)
         with os.fdopen(fd, 'rb', closefd=False) as file:
-            return decode_manifest(file.read(MAX_MANIFEST))
+            return decode_manifest(file.read(size))
     except OSError as error:
         raise ImageDamaged(f'{NAME} cannot be read: {error.strerror}', resource=NAME) from error
     finally:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The XSAVE area of a core as debuggers expect it. Pure.
+
+The standard format puts each component where CPUID leaf 0xD of that processor says, and an image has the area as the
+processor had it. Intel's keep the place of MPX (960 to 1088) and more before AVX-512 and PKRU; AMD's, which never had
+MPX, close the gap. gdb before version 14 knows Intel's places only, and later ones guess from the size alone
+(gdb/i387-tdep.c, i387_guess_xsave_layout): any other area is "too small" to them and the vector registers are lost.
+"""
+
+import struct
+from typing import NamedTuple
+
+HEADER_END = 576        # legacy area, then the XSAVE header; AVX comes next in every layout
+_XCR0 = struct.Struct('<Q')
+_XCR0_AT = 464          # where NT_X86_XSTATE says which components there are, <asm/user.h>
+
+
+class _Component(NamedTuple):
+    """bit: in XCR0. closed: its offset with the gap closed, by the size of the whole area."""
+    bit: int
+    size: int
+    offset: int
+    closed: dict[int, int]
+
+
+_AVX_END = 832
+_COMPONENTS = (
+    _Component(5, 64, 1088, {2432: 832, 2440: 832}),        # opmask
+    _Component(6, 512, 1152, {2432: 896, 2440: 896}),       # upper halves of ZMM0 to ZMM15
+    _Component(7, 1024, 1664, {2432: 1408, 2440: 1408}),    # ZMM16 to ZMM31
+    _Component(9, 8, 2688, {2440: 2432, 840: 832}),         # PKRU
+)
+_KNOWN = 0b111 | sum(1 << one.bit for one in _COMPONENTS)   # x87, SSE, AVX and those
+
+
+def for_debuggers(xstate: bytes) -> bytes:
+    """The same area with Intel's offsets; as it is where it has them already or is of a kind unknown here."""
+    if len(xstate) < HEADER_END:
+        return xstate
+    [xcr0] = _XCR0.unpack_from(xstate, _XCR0_AT)
+    present = [one for one in _COMPONENTS if xcr0 >> one.bit & 1]
+    if not present or xcr0 & ~_KNOWN or not all(len(xstate) in one.closed for one in present):
+        return xstate
+    spread = bytearray(present[-1].offset + present[-1].size)
+    spread[:_AVX_END] = xstate[:_AVX_END]
+    for one in present:
+        at = one.closed[len(xstate)]
+        spread[one.offset:one.offset + one.size] = xstate[at:at + one.size]
+    return bytes(spread)
