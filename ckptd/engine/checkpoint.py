@@ -117,7 +117,7 @@ class Checkpoint:
 
     def _rescan(self, frozen: Frozen) -> Tree:
         """The tree once more, now that nothing moves: the same tasks, and every check again."""
-        tree = self._job.scan()
+        tree = frozen.rescan()
         changes = frozen.tree.changes(tree)
         if changes:
             raise TreeChanged(f'the tree changed while it was frozen: {changes[0]}', phase='rescan')

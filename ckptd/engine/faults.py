@@ -16,7 +16,7 @@ POINTS = frozenset((
     'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'running-remote', 'remote-mapped',
     'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written', 'sealed', 'published'))
 # the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
-PREFIXES = ('freeze-', 'let-run-', 'undo-')
+PREFIXES = ('freeze-', 'let-run-', 'hold-', 'undo-')
 
 
 def _plan() -> dict[str, str]:

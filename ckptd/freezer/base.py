@@ -69,6 +69,7 @@ class Frozen:
         tree        as scanned last, with every task at rest
         tracees     by tid; stopped under ptrace. The ptrace freezer fills it, the engine adds its own; all of them are
                     detached at the end, after the state found is back, so what was found frozen never runs in between
+        rescan()    the tree as it is now
         let_run()   thaw, so that tracees can run remote system calls; needs every thread to be stopped under ptrace
         hold()      freeze again what let_run has thawed
         restore()   bring back the state that was found; the tracees stay stopped
@@ -84,6 +85,10 @@ class Frozen:
 
     def freeze(self) -> None:
         """Bring the tree to rest. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then `close` undoes it."""
+
+    def rescan(self) -> Tree:
+        """The tree as it is now, wherever the freeze has put it."""
+        return self._terms.rescan()
 
     def let_run(self) -> None:
         """CkptError if the system does not let us."""

@@ -20,6 +20,7 @@ from ckptd.freezer.base import CannotFreezeError, Frozen, Terms, restless, timed
 from ckptd.journal.hands import Hands
 from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved
 from ckptd.kernel.task import read_cgroup2
+from ckptd.scan import scan_tree
 from ckptd.tree import Tree
 
 ROUNDS = 64                 # of moving what was born outside meanwhile
@@ -52,6 +53,13 @@ class CgroupFrozen(Frozen):
             raise CannotFreezeError(f'{error.strerror}: {error.filename}') from error
         self._settle(places)
 
+    def rescan(self) -> Tree:
+        goal = self._terms.target.cgroup
+        if not self._moves or goal is None or is_below(self._cgroup, goal):
+            return super().rescan()
+        # moved away from the cgroup that was asked for, the tree is no more what is in it; but its roots are known
+        return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
+
     def hold(self) -> None:
         super().hold()
         if self._cgroup:
@@ -71,7 +79,7 @@ class CgroupFrozen(Frozen):
         members = set(self._terms.hands.cgroup(own).procs(recursive=True))
         if not members <= places.keys():
             # a child that was born since the scan is no stranger
-            self.tree = self._terms.rescan()
+            self.tree = self.rescan()
             places.clear()
             places.update(read_places(self.tree))
         return members <= places.keys()
@@ -98,7 +106,7 @@ class CgroupFrozen(Frozen):
                 self._bring_in(outside)
             self._wait()
             self._terms.next_round()
-            self.tree = self._terms.rescan()
+            self.tree = self.rescan()
             places = read_places(self.tree)
             if all(is_below(place, self._cgroup) for place in places.values()):
                 return
@@ -117,7 +125,7 @@ class CgroupFrozen(Frozen):
             while not cgroup.wait(True, terms.deadline, terms.also):
                 terms.check()
                 if time.monotonic() >= terms.deadline:
-                    timed_out(restless(terms.rescan()), 'does not freeze')
+                    timed_out(restless(self.rescan()), 'does not freeze')
         except OSError as error:
             raise TreeChanged(f'cgroup {self._cgroup}: {error.strerror}', phase='freeze') from error
 

@@ -121,8 +121,8 @@ def undo_all(entry: Entry, hands: Hands, at: FaultPoint = no_fault) -> list[str]
     """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was."""
     origins, failures = entry.origins(), []
     for _, step in entry.standing():
-        at(f'undo-{step.point}')
         try:
+            at(f'undo-{step.point}')
             hands.undo(step, origins)
         except (OSError, CkptError) as error:
             failures.append(f'cannot undo {describe(step)}: {error}')

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The cgroup freezer on real trees: what stops, what does not, and what is there again afterwards."""
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,9 @@ import pytest
 
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument, NotFrozen, NotSupported
 from ckptd.freezer import Frozen, freeze
-from ckptd.journal import Journal
+from ckptd.journal import Journal, recover
 from ckptd.kernel.ptrace import Tracee
-from ckptd.scan import Target, scan_tree
+from ckptd.scan import Target, resolve_target, scan_tree
 from tests.freezer.conftest import Ticker, cgroups_of, is_frozen, name_of, put, set_frozen
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')
@@ -125,6 +126,25 @@ def test_found_frozen_never_runs(nest: Nest, tick: Tick, frozen: Freeze, where: 
     for path in reversed(frozen_cgroups):
         set_frozen(path, False)
     assert all(ticker.runs(slot) for slot in range(3))
+
+
+@pytest.mark.parametrize('frozen_name', ['a', 'a/b'])
+def test_cgroup_target_found_frozen(nest: Nest, cgroup: Path, journal: Journal, tick: Tick, frozen_name: str) -> None:
+    """Moved elsewhere, it is still found; a new look at the cgroup would find nobody."""
+    ticker = tick(cgroup=nest('a/b'), children=1)
+    set_frozen(cgroup / frozen_name, True)
+    target = resolve_target(f'cgroup:{name_of(cgroup)}/a', 0)
+
+    def scan() -> Any:
+        return scan_tree(resolve_target(f'cgroup:{name_of(cgroup)}/a', 0).roots)
+
+    with freeze(scan(), target, 'auto', time.monotonic() + 5, journal, scan) as held:
+        assert cgroups_of(ticker.pids)[0].rpartition('/')[2].startswith('ckptd-')
+        assert held.tree.ids == held.rescan().ids == ticker.scan().ids
+    assert cgroups_of(ticker.pids) == [f'{name_of(cgroup)}/a/b'] * 2
+    assert ticker.stands_still(2)
+    set_frozen(cgroup / frozen_name, False)
+    assert ticker.runs(1)
 
 
 def test_partly_frozen_tree(nest: Nest, tick: Tick, frozen: Freeze) -> None:
@@ -292,6 +312,31 @@ def test_an_exception_undoes_all(cgroup: Path, tick: Tick, frozen: Freeze) -> No
         dump()
     assert ticker.runs(1)
     assert list(cgroup.glob('*/')) == []
+
+
+@pytest.mark.parametrize('point', ['freeze-move', 'let-run-freeze', 'undo-move', 'undo-freeze', 'undo-make'])
+def test_an_error_at_a_step_undoes_all(cgroup: Path, tick: Tick, journal: Journal, point: str) -> None:
+    ticker, _stranger = tick(children=1), tick()
+
+    def fail(here: str) -> None:
+        if here == point:
+            raise OSError(errno.EIO, 'fault')
+
+    def dump() -> None:
+        with freeze(ticker.scan(), ticker.target, 'cgroup', time.monotonic() + 5, journal, ticker.scan,
+                    at=fail) as held:
+            seize(held)
+            held.let_run()
+            held.hold()
+
+    with pytest.raises((CkptError, OSError), match='fault'):
+        dump()
+    # a step whose undoing failed is left to a recovery, the others are undone
+    assert [entry.alive for entry in journal.entries()] == [False] * point.startswith('undo-')
+    recover(journal)
+    assert cgroups_of(ticker.pids) == [name_of(cgroup)] * 2
+    assert list(cgroup.glob('*/')) == []
+    assert ticker.runs(1)
 
 
 def test_tree_that_dies_while_frozen(cgroup: Path, tick: Tick, frozen: Freeze) -> None:

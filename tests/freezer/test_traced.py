@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The ptrace freezer: every thread stops, and runs on as if nothing had been."""
 
+import ctypes
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,11 +18,15 @@ from ckptd.freezer import Frozen, freeze
 from ckptd.journal import Journal
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.status import read_status
+from ckptd.scan import Target, scan_tree
+from ckptd.tree import Tree
 from tests.freezer.conftest import Ticker, is_frozen, set_frozen
 
 pytestmark = pytest.mark.needs('ptrace', 'root', 'cgroup2')
 Freeze = Callable[..., AbstractContextManager[Frozen]]
 Tick = Callable[..., Ticker]
+NOBODY = 65534
+PR_SET_DUMPABLE = 4             # <linux/prctl.h>
 
 
 @pytest.fixture
@@ -128,6 +134,61 @@ def test_frozen_tree_is_refused(cgroup: Path, tick: Tick, stopped: Freeze) -> No
         set_frozen(cgroup, False)
         assert ticker.stands_still()
     assert ticker.runs()
+
+
+def test_ordinary_user_gets_the_ptrace_freezer(tmp_path: Path) -> None:
+    """Who may not write to the cgroup still freezes what is theirs."""
+    tmp_path.chmod(0o711)
+    for path in tmp_path.parents[:2]:
+        path.chmod(0o711)
+    runtime = tmp_path / 'run'
+    runtime.mkdir()
+    os.chown(runtime, NOBODY, NOBODY)
+    victim = as_nobody(signal.pause)
+
+    def freeze_it() -> None:
+        def scan() -> Tree:
+            return scan_tree((victim,))
+
+        target = Target('pid', (victim,), None, None, 'victim')
+        deadline = time.monotonic() + 5
+        with freeze(scan(), target, 'auto', deadline, Journal(runtime), scan) as frozen:
+            assert (frozen.mode, scan().root.state) == ('ptrace', 't')
+        with pytest.raises(NotSupported, match='cgroup freezer: making cgroup'), \
+                freeze(scan(), target, 'cgroup', deadline, Journal(runtime), scan):
+            pass
+
+    try:
+        assert os.waitpid(as_nobody(freeze_it), 0)[1] == 0
+    finally:
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+    assert list((runtime / 'freezes').iterdir()) == []
+
+
+def as_nobody(work: Callable[[], object]) -> int:
+    """The pid of a child that does the work as an ordinary user, and ends with 0 if it can."""
+    ready, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            # a change of uid makes it undumpable, and then no other process of that user may trace it: prctl(2)
+            ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+            os.write(theirs, b'r')
+            work()
+            status = 0
+        finally:
+            if status:
+                traceback.print_exc()
+            os._exit(status)
+    os.close(theirs)
+    assert os.read(ready, 1) == b'r'
+    os.close(ready)
+    return child
 
 
 def test_signal_mask_is_as_before(tick: Tick, stopped: Freeze) -> None:
