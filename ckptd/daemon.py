@@ -80,8 +80,8 @@ def make_settings(options: argparse.Namespace) -> Settings:
     conf = config.load(options.config, system)
     spool, runtime = options.spool or conf.spool, options.runtime
     if spool is None or runtime is None:
-        places = Places.of(system)
-        spool, runtime = spool or places.spool, runtime or places.runtime
+        places = Places.of(system, runtime)
+        spool, runtime = spool or places.spool, places.runtime
     bus = options.address or ('' if options.private else 'system' if options.system or system else 'session')
     return Settings(bus, conf, spool.absolute(), runtime.absolute(), os.getppid() if options.private else 0)
 

@@ -15,12 +15,12 @@ class Places:
     runtime: Path
 
     @classmethod
-    def of(cls, system: bool) -> 'Places':
-        """NotSupported for a user without $XDG_RUNTIME_DIR."""
+    def of(cls, system: bool, runtime: Path | None = None) -> 'Places':
+        """runtime: the one to use instead. NotSupported for a user without that and without $XDG_RUNTIME_DIR."""
         if system:
-            return cls(Path('/var/spool/ckptd'), Path('/run/ckptd'))
+            return cls(Path('/var/spool/ckptd'), runtime or Path('/run/ckptd'))
         state = Path(os.environ.get('XDG_STATE_HOME') or Path.home() / '.local/state')
-        return cls(state / 'ckptd', _user_runtime() / 'ckptd')
+        return cls(state / 'ckptd', runtime or _user_runtime() / 'ckptd')
 
 
 def _user_runtime() -> Path:
