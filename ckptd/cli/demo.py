@@ -61,6 +61,7 @@ class Demo:
             result = await run_job(self.daemon, self.target, {'freeze': self.freeze, 'after': 'resume'}, progress)
         self.facts |= {**result, 'counters_before': before}
         self.out.line(f'image {result["image"]}: {summary(result)}', 'green')
+        self.out.line(f'what froze the tree: {result["freeze_mode"]}')
         return str(result['image'])
 
     async def tree(self, image: str) -> dict[str, Any]:

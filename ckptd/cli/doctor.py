@@ -17,6 +17,7 @@ from ckptd.cli.standalone import environment
 from ckptd.errors import CkptError, NotSupported
 
 PROBE_TIMEOUT = 60.0
+YAMA = 'yama ptrace_scope'      # not fatal to everybody: 1 spares the daemon's own children
 MARKS = {True: ('yes', 'green'), False: ('no ', 'red'), None: ('?  ', 'yellow')}
 
 # programs that ckptd or its users call: what for, what is lost without, how to get it
@@ -59,14 +60,14 @@ async def read_features() -> list[dict[str, Any]]:
 
 
 async def report_missing(out: Output) -> None:
-    """The features that are not there, on the way out of something that failed. Says nothing if it cannot tell."""
+    """What no checkpoint can do without and is not there, on the way out of one that failed."""
     try:
-        missing = [feature for feature in await read_features() if feature['present'] is False]
+        missing = [feature for feature in await read_features() if is_fatal(feature) or (
+            feature['present'] is False and feature['name'] == YAMA)]
     except CkptError:
-        return
+        return      # the failure itself is about to be reported
     if missing:
-        out.line()
-        out.line('Of what ckptd uses, this machine or user lacks:', 'bold')
+        out.line('\nThis machine, or this user, lacks:', 'bold')
     for feature in missing:
         print_feature(out, feature)
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -54,7 +55,17 @@ def end_with_parent() -> None:
 def daemon_command(spool: str | Path | None) -> list[str]:
     """-P: a directory called ckptd in the current directory must not be what root runs (Python 3.11)."""
     directory = ['--spool', str(Path(spool).absolute())] if spool is not None else []
-    return [sys.executable, '-P', '-m', 'ckptd.daemon', '--private', *directory]
+    return [sys.executable, '-P', '-m', 'ckptd.daemon', '--private', *directory, *_runtime()]
+
+
+def _runtime() -> list[str]:
+    """Where the daemon would find no directory for its journal: cron, containers and su(1) come without
+    XDG_RUNTIME_DIR, or with somebody else's. One name for all runs, so that each undoes what a killed one left; the
+    daemon takes it only if nobody else can write it."""
+    usual = os.environ.get('XDG_RUNTIME_DIR') or f'/run/user/{os.getuid()}'
+    if os.geteuid() == 0 or os.access(usual, os.W_OK):
+        return []
+    return ['--runtime', f'{tempfile.gettempdir()}/ckptd-{os.getuid()}']
 
 
 def environment() -> dict[str, str]:
