@@ -29,8 +29,8 @@ def test_a_sound_image_has_no_damage(image: Path) -> None:
 
 
 def strides(bits: int) -> range:
-    """Some hundred of so many, of every place in a byte. The tests of grammar and manifest flip and cut every one."""
-    return range(0, bits, 1 + bits // 200 // 2 * 2)
+    """Some eighty of so many, of every place in a byte. The tests of grammar and manifest flip and cut every one."""
+    return range(0, bits, 1 + bits // 80 // 2 * 2)
 
 
 @pytest.mark.parametrize('name', FILES)
