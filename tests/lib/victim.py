@@ -13,11 +13,11 @@ ready victim holds nothing whose other end is outside its tree, and can be check
 import contextlib
 import functools
 import os
-import select
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Self
 
@@ -26,6 +26,8 @@ from tests.lib.bus import read_line
 VICTIMS = Path(__file__).parents[1] / 'victims'
 READY_TIMEOUT = 20.0
 CHECK_TIMEOUT = 30.0
+# those whose tasks run while they wait; all others are at rest, down to the last thread
+RESTLESS = frozenset({'registers', 'threads', 'interpreter', 'counter'})
 
 
 @functools.cache
@@ -90,6 +92,8 @@ class Victim:
             os.close(theirs)
             theirs = -1
             line = read_line(ready, READY_TIMEOUT)
+            if line.endswith('\n') and read_line(ready, READY_TIMEOUT):
+                raise AssertionError(f'{self} reported twice')
         finally:
             os.close(ready)
             if theirs != -1:
@@ -97,7 +101,20 @@ class Victim:
         if not line.endswith('\n'):
             self.close()
             raise AssertionError(f'{self} was not ready:\n{self.output}')
+        self._await_waiting()
         return self
+
+    def _await_waiting(self) -> None:
+        """Until the first thread is in read(2), where it waits for the word to go (proc(5), /proc/PID/syscall)."""
+        deadline = time.monotonic() + READY_TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                if Path(f'/proc/{self.pid}/syscall').read_text().split()[0] == '0':
+                    return
+            except PermissionError:     # an ordinary user may not look at one that is not dumpable
+                return
+            os.sched_yield()
+        raise AssertionError(f'{self} does not wait')
 
     def _enter_cgroup(self) -> None:
         assert self._cgroup is not None
@@ -153,7 +170,3 @@ def session_members(sid: int) -> list[int]:
     while more := {pid for pid, (ppid, _) in parents.items() if ppid in members} - members:
         members |= more
     return sorted(members, reverse=True)
-
-
-def wait_readable(fd: int, timeout: float) -> bool:
-    return bool(select.select([fd], [], [], timeout)[0])
