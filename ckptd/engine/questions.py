@@ -2,10 +2,11 @@
 """What only the task itself can say, asked by remote system calls: one batch for a thread, one more for its process."""
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from ckptd.engine.remote import Batch, Out, OwnIds, Remote
+from ckptd.engine.remote import Batch, Out, OwnIds, Remote, Results
 from ckptd.image.records import IntervalTimer, SigAction
 from ckptd.kernel.maps import Mapping
 from ckptd.kernel.ptrace import Tracee
@@ -14,7 +15,7 @@ from ckptd.kernel.task import ProcTimer, read_timers
 SIGNALS = range(1, 65)
 _NEVER_HANDLED = (9, 19)        # SIGKILL, SIGSTOP: rt_sigaction of them is EINVAL
 _TIMERS_PER_BATCH = 100
-_SIGSET_SIZE = 8
+_SIGSET_SIZE, _ACTION_SIZE = 8, 32
 
 # <linux/prctl.h>
 PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TIMERSLACK = 2, 3, 7, 27, 30
@@ -43,11 +44,10 @@ class ProcessAnswers:
     thp_disabled: int
 
 
-class ThreadQuestions:
-    """The calls about one thread, added to a batch; `answers` after it ran."""
+class _Thread:
+    """The calls about one thread."""
 
     def __init__(self, batch: Batch) -> None:
-        self._batch = batch
         self._altstack, self._address, self._pdeath = batch.buffer(24), batch.buffer(8), batch.buffer(8)
         batch.call('sigaltstack', 0, self._altstack)
         batch.call('prctl', PR_GET_TID_ADDRESS, self._address)
@@ -55,20 +55,22 @@ class ThreadQuestions:
         self._plain = [batch.call('prctl', option) for option in
                        (PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TIMERSLACK)]
 
-    def answers(self) -> ThreadAnswers:
-        data = self._batch.data
-        keepcaps, securebits, slack = (self._batch.result(call) for call in self._plain)
-        sp, flags, size = struct.unpack('<QixxxxQ', data(self._altstack))
-        return ThreadAnswers((sp, flags & 0xFFFFFFFF, size), _u64(data(self._address)), _u64(data(self._pdeath)),
-                             keepcaps, securebits, slack)
+    def answers(self, results: Results) -> ThreadAnswers:
+        keepcaps, securebits, slack = (results.value(call) for call in self._plain)
+        sp, flags, size = struct.unpack('<QixxxxQ', results.data(self._altstack))
+        return ThreadAnswers((sp, flags & 0xFFFFFFFF, size), _u64(results.data(self._address)),
+                             _u64(results.data(self._pdeath)), keepcaps, securebits, slack)
 
 
-class ProcessQuestions:
-    """The calls about a process, added to a batch; `answers` after it ran."""
+class _Process:
+    """The calls about a process."""
 
     def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self._actions = list(self._ask_actions())
+        self._actions = batch.buffer(len(SIGNALS) * _ACTION_SIZE)
+        for number in SIGNALS:
+            if number not in _NEVER_HANDLED:
+                at = self._actions.offset + (number - 1) * _ACTION_SIZE
+                batch.call('rt_sigaction', number, 0, Out(at, _ACTION_SIZE), _SIGSET_SIZE)
         self._itimers = [batch.buffer(32) for _ in range(3)]
         for which, out in enumerate(self._itimers):
             batch.call('getitimer', which, out)
@@ -78,22 +80,17 @@ class ProcessQuestions:
         self._subreaper = batch.buffer(8)
         batch.call('prctl', PR_GET_CHILD_SUBREAPER, self._subreaper)
 
-    def _ask_actions(self) -> Iterator[Out | None]:
-        for number in SIGNALS:
-            if number in _NEVER_HANDLED:
-                yield None
-                continue
-            out = self._batch.buffer(32)
-            self._batch.call('rt_sigaction', number, 0, out, _SIGSET_SIZE)
-            yield out
+    def answers(self, results: Results) -> ProcessAnswers:
+        itimers = tuple(_itimer(results.data(out)) for out in self._itimers)
+        return ProcessAnswers(_actions(results.data(self._actions)), itimers, results.value(self._brk),
+                              results.value(self._dumpable), _u64(results.data(self._subreaper)),
+                              results.value(self._thp))
 
-    def answers(self) -> ProcessAnswers:
-        batch = self._batch
-        actions = tuple(SigAction(*struct.unpack('<4Q', batch.data(out))) if out else SigAction(0, 0, 0, 0)
-                        for out in self._actions)
-        itimers = tuple(_itimer(batch.data(out)) for out in self._itimers)
-        return ProcessAnswers(actions, itimers, batch.result(self._brk), batch.result(self._dumpable),
-                              _u64(batch.data(self._subreaper)), batch.result(self._thp))
+
+# the same questions for everybody, encoded once
+_THREAD_BATCH, _FIRST_BATCH = Batch(), Batch()
+_THREAD = _Thread(_THREAD_BATCH)
+_FIRST, _PROCESS = _Thread(_FIRST_BATCH), _Process(_FIRST_BATCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +109,12 @@ def ask_timers(remote: Remote, tracee: Tracee, ids: OwnIds, timer_ids: Sequence[
         rows = [(batch.buffer(32), number) for number in timer_ids[first:first + _TIMERS_PER_BATCH]]
         calls = [(batch.call('timer_gettime', number, out), batch.call('timer_getoverrun', number), out)
                  for out, number in rows]
-        remote.run(tracee, ids, batch)
+        results = remote.run(tracee, ids, batch)
         for gettime, getoverrun, out in calls:
-            batch.result(gettime)
-            interval, interval_ns, value, value_ns = struct.unpack('<4q', batch.data(out))
+            results.value(gettime)
+            interval, interval_ns, value, value_ns = struct.unpack('<4q', results.data(out))
             found.append(TimerAnswer(interval * 10**9 + interval_ns, value * 10**9 + value_ns,
-                                     batch.result(getoverrun)))
+                                     results.value(getoverrun)))
     return found
 
 
@@ -133,20 +130,18 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
     """Ask all stopped threads of one process; the first one speaks for the process. They end as they were."""
     first, ids = threads[0]
     with Remote(first, ids, mappings) as remote:
-        batch = Batch()
-        process = ProcessQuestions(batch)
-        answers = {first.tid: _ask_thread(remote, first, ids, batch)}
+        results = remote.run(first, ids, _FIRST_BATCH)
+        answers = {first.tid: _FIRST.answers(results)}
         for tracee, own in threads[1:]:
-            answers[tracee.tid] = _ask_thread(remote, tracee, own, Batch())
+            answers[tracee.tid] = _THREAD.answers(remote.run(tracee, own, _THREAD_BATCH))
         timers = read_timers(first.tid)
         timer_answers = ask_timers(remote, first, ids, [timer.id for timer in timers])
-    return Answers(answers, process.answers(), list(zip(timers, timer_answers, strict=True)))
+    return Answers(answers, _PROCESS.answers(results), list(zip(timers, timer_answers, strict=True)))
 
 
-def _ask_thread(remote: Remote, tracee: Tracee, ids: OwnIds, batch: Batch) -> ThreadAnswers:
-    questions = ThreadQuestions(batch)
-    remote.run(tracee, ids, batch)
-    return questions.answers()
+@lru_cache(maxsize=64)      # forked children have their parent's table
+def _actions(data: bytes) -> tuple[SigAction, ...]:
+    return tuple(SigAction(*row) for row in struct.iter_unpack('<4Q', data))
 
 
 def _itimer(data: bytes) -> IntervalTimer:

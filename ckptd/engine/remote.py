@@ -5,8 +5,8 @@
         batch = Batch()
         out = batch.buffer(32)                      32 bytes of the tracee's memory, for a result
         call = batch.call('rt_sigaction', 2, 0, out, 8)
-        remote.run(tracee, ids, batch)
-        batch.result(call), batch.data(out)
+        results = remote.run(tracee, ids, batch)
+        results.value(call), results.data(out)
 
 The code lies in bytes of an executable private mapping that hold nothing: the zeros behind the end of the vdso, or of
 any other text page. Nothing runs there, so a tracer that dies leaves no damage, and the task heals itself (see
@@ -18,8 +18,8 @@ import ctypes
 import os
 import signal
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 from ckptd.engine.faults import fault
@@ -35,7 +35,7 @@ CODE_ROOM = 512             # bytes of code, rounded up
 _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 3, 0x22
 # rseq_cs of struct rseq, <linux/rseq.h>; start_ip, post_commit_offset and abort_ip of struct rseq_cs
 _RSEQ_CS = 8
-_ALL_SIGNALS = 2**64 - 1
+_ALL_ONES = 2**64 - 1
 _QUIET = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)      # ignored by default, signal(7)
 
 
@@ -51,35 +51,58 @@ class Out(NamedTuple):
     length: int
 
 
-@dataclass
 class Batch:
-    """Calls and buffers of one run."""
-    calls: list[tuple[int, tuple[int | Out, ...]]] = field(default_factory=list)
-    used: int = 0
-    inputs: list[tuple[int, bytes]] = field(default_factory=list)
-    results: list[int] = field(default_factory=list)
-    contents: bytes = b''
+    """Calls and buffers, to be run any number of times, by any task."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._rows = array('Q')
+        self._relocations: list[int] = []       # indices of rows whose values are offsets into the buffers
+        self._buffers = bytearray()
 
     def buffer(self, length: int, content: bytes = b'') -> Out:
         """Room for `length` bytes, zero or `content` at first."""
-        out = Out(self.used, length)
-        self.used += (length + 7) & ~7
-        if content:
-            self.inputs.append((out.offset, content))
+        out = Out(len(self._buffers), length)
+        self._buffers += content.ljust((length + 7) & ~7, b'\0')
         return out
 
     def call(self, name: str, *arguments: int | Out) -> int:
-        """Add a system call; the number is for `result`."""
-        self.calls.append((arch.NR[name], arguments))
-        return len(self.calls) - 1
+        """Add a system call; the number is for `Results.value`."""
+        self._names.append(name)
+        self._rows.append(arch.NR[name])
+        for argument in arguments:
+            if isinstance(argument, Out):
+                self._relocations.append(len(self._rows))
+            self._rows.append((argument.offset if isinstance(argument, Out) else argument) & _ALL_ONES)
+        self._rows.extend([0] * (arch.ROW - 1 - len(arguments)))
+        return len(self._names) - 1
 
-    def result(self, call: int) -> int:
-        """What it returned; OSError if it failed."""
-        value = self.results[call]
+    def encode(self, base: int) -> bytes:
+        """The table of calls and the buffers behind it, for memory at address `base`."""
+        rows = self._rows + arch.LAST_ROW
+        buffers = base + len(rows) * rows.itemsize
+        for index in self._relocations:
+            rows[index] += buffers
+        return rows.tobytes() + self._buffers
+
+    def decode(self, memory: bytes) -> 'Results':
+        """What the same memory holds after the run."""
+        end = len(self._names) * arch.ROW * 8
+        values = array('q', memory[:end])[arch.ROW - 1::arch.ROW]
+        return Results(self._names, values, memory[end + len(arch.LAST_ROW) * 8:])
+
+
+class Results(NamedTuple):
+    """Of one run of a batch."""
+    names: Sequence[str]
+    values: 'array[int]'
+    contents: bytes
+
+    def value(self, call: int) -> int:
+        """What the call returned; OSError if it failed."""
+        value = self.values[call]
         if -4096 < value < 0:
-            number = self.calls[call][0]
-            name = next(name for name, nr in arch.NR.items() if nr == number)
-            raise OSError(-value, f'remote {name}: {os.strerror(-value)}')
+            raise OSError(-value, f'remote {self.names[call]}: {os.strerror(-value)}')
         return value
 
     def data(self, out: Out) -> bytes:
@@ -119,7 +142,7 @@ class Remote:
         tracee, ids = self._boot
         try:
             area = self._single(tracee, ids, 'mmap', (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS,
-                                                      _ALL_SIGNALS, 0))
+                                                      _ALL_ONES, 0))
             if area < 0:
                 raise OSError(-area, f'remote mmap: {os.strerror(-area)}')
             self._area = area
@@ -149,24 +172,16 @@ class Remote:
         finally:
             self._mem.__exit__()
 
-    def run(self, tracee: Tracee, ids: OwnIds, batch: Batch) -> None:
-        """Have the task do all calls of the batch; results and buffers are then in it. The task ends as it was."""
-        table_size = (len(batch.calls) + 1) * arch.ENTRY_SIZE
-        if table_size + batch.used > self._length:
-            raise ValueError(f'batch of {len(batch.calls)} calls and {batch.used} bytes is too large')
-        base = self._area + table_size
-        calls = [(number, [base + arg.offset if isinstance(arg, Out) else arg for arg in args])
-                 for number, args in batch.calls]
-        buffers = bytearray(batch.used)
-        for offset, content in batch.inputs:
-            buffers[offset:offset + len(content)] = content
-        self._mem.write(self._area, arch.encode_calls(calls) + buffers)
+    def run(self, tracee: Tracee, ids: OwnIds, batch: Batch) -> Results:
+        """Have the task do all calls of the batch. It ends as it was."""
+        memory = batch.encode(self._area)
+        if len(memory) > self._length:
+            raise ValueError(f'batch of {len(memory)} bytes is too large')
+        self._mem.write(self._area, memory)
         with _Borrowed(tracee, self._mem, self._caught) as borrowed:
             code = arch.loop_code(borrowed.resume, borrowed.mask, ids.tgid, ids.tid, borrowed.signal)
             borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
-        after = self._mem.read(self._area, table_size + batch.used)
-        batch.results = arch.decode_results(after, len(calls))
-        batch.contents = after[table_size:]
+        return batch.decode(self._mem.read(self._area, len(memory)))
 
     def _single(self, tracee: Tracee, ids: OwnIds, name: str, arguments: tuple[int, ...]) -> int:
         """One call without the table; its result, or -errno."""
@@ -220,7 +235,7 @@ class _Borrowed:
         """Run the code, placed at address `at`, to its trap; r15 as it left it."""
         tracee = self.tracee
         self._mem.write(at, code)
-        tracee.sigmask = _ALL_SIGNALS & ~(1 << self.signal - 1)
+        tracee.sigmask = _ALL_ONES & ~(1 << self.signal - 1)
         tracee.regs = arch.start_registers(self.regs, at, table, area, length)
         fault('running-remote')
         tracee.cont()

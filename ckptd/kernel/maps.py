@@ -7,13 +7,12 @@ from typing import NamedTuple
 from ckptd.kernel.procfs import read_memory_file, task_dir, text
 
 DELETED = ' (deleted)'
-_NUMBERS = {b'Rss': 0, b'Swap': 1, b'Locked': 2}
 
 
 class Mapping(NamedTuple):
-    """One virtual memory area. start, end, offset, rss, swap, locked: bytes. path: the rest of the line as it stands,
-    '' for nameless anonymous memory, else a path (perhaps with ' (deleted)'), '[heap]', '[anon:NAME]' ...
-    vm_flags: two-letter codes of smaps. vm_flags, rss, swap and locked are empty or 0 when made from maps.
+    """One virtual memory area. start, end, offset: bytes. path: the rest of the line as it stands, '' for nameless
+    anonymous memory, else a path (perhaps with ' (deleted)'), '[heap]', '[anon:NAME]' ... vm_flags: two-letter codes
+    of smaps, empty when made from maps.
     """
     start: int
     end: int
@@ -27,9 +26,6 @@ class Mapping(NamedTuple):
     inode: int
     path: str
     vm_flags: frozenset[str] = frozenset()
-    rss: int = 0
-    swap: int = 0
-    locked: int = 0
 
     @property
     def size(self) -> int:
@@ -55,24 +51,15 @@ def parse_maps(data: bytes) -> list[Mapping]:
 
 
 def parse_smaps(data: bytes) -> list[Mapping]:
-    """The same with what smaps adds."""
+    """The same with the flags of smaps."""
+    # each mapping is its line of maps, some twenty "Name: value" lines, and VmFlags as the last one
     found: list[Mapping] = []
-    line = b''
-    numbers, flags = [0, 0, 0], b''
-    for row in data.split(b'\n'):
-        # a mapping begins with a lower-case hexadecimal address, each of its fields with a capital
-        if not b'A' <= row[:1] <= b'Z':
-            if line:
-                found.append(_with_fields(line, numbers, flags))
-            line, numbers, flags = row, [0, 0, 0], b''
-            continue
-        key, _, value = row.partition(b':')
-        if key in _NUMBERS:
-            numbers[_NUMBERS[key]] = int(value[:-3]) << 10
-        elif key == b'VmFlags':
-            flags = value
-    if line:
-        found.append(_with_fields(line, numbers, flags))
+    blocks = data.split(b'\nVmFlags:')
+    line = blocks[0].partition(b'\n')[0]
+    for block in blocks[1:]:
+        flags, _, after = block.partition(b'\n')
+        found.append(_parse_line(line)._replace(vm_flags=_flags(flags)))
+        line = after.partition(b'\n')[0]
     return found
 
 
@@ -82,7 +69,7 @@ def read_maps(pid: int) -> list[Mapping]:
 
 
 def read_smaps(pid: int) -> list[Mapping]:
-    """The same with flags and sizes. It walks every page table: some milliseconds per GiB of touched memory."""
+    """The same with flags. The kernel walks every page table for it: some milliseconds per GiB of touched memory."""
     return parse_smaps(read_memory_file(task_dir(pid), 'smaps'))
 
 
@@ -92,11 +79,6 @@ def _parse_line(line: bytes) -> Mapping:
     major, minor = device.split(b':')
     return Mapping(int(start, 16), int(end, 16), modes[0] == 0x72, modes[1] == 0x77, modes[2] == 0x78, modes[3] == 0x73,
                    int(offset, 16), int(major, 16), int(minor, 16), int(inode), text(path[0]) if path else '')
-
-
-def _with_fields(line: bytes, numbers: list[int], flags: bytes) -> Mapping:
-    rss, swap, locked = numbers
-    return _parse_line(line)._replace(vm_flags=_flags(flags), rss=rss, swap=swap, locked=locked)
 
 
 @lru_cache(maxsize=256)     # a process has thousands of mappings and a dozen sets of flags

@@ -32,11 +32,11 @@ def one_of_each(tracee: Tracee, ids: OwnIds) -> dict[str, Any]:
     calls = {'getpid': batch.call('getpid'), 'action': batch.call('rt_sigaction', signal.SIGUSR1, 0, action, 8),
              'error': batch.call('rt_sigaction', 999, 0, action, 8)}
     with Remote(tracee, ids, read_maps(tracee.tid)) as remote:
-        remote.run(tracee, ids, batch)
-    found: dict[str, Any] = {'pid': batch.result(calls['getpid']), 'text': batch.data(text)}
-    assert batch.result(calls['action']) == 0
+        results = remote.run(tracee, ids, batch)
+    found: dict[str, Any] = {'pid': results.value(calls['getpid']), 'text': results.data(text)}
+    assert results.value(calls['action']) == 0
     with pytest.raises(OSError, match='remote rt_sigaction: Invalid argument'):
-        batch.result(calls['error'])
+        results.value(calls['error'])
     return found
 
 
@@ -55,7 +55,8 @@ def picture(tracee: Tracee) -> dict[str, Any]:
     """Whatever a remote call might disturb."""
     status = read_status(tracee.tid)
     return {'regs': bytes(tracee.regs), 'xstate': tracee.xstate(), 'mask': tracee.sigmask,
-            'maps': read_maps(tracee.tid), 'pending': (status.sig_pnd, status.shd_pnd), 'queue': tracee.pending(shared=False),
+            'maps': read_maps(tracee.tid), 'pending': (status.sig_pnd, status.shd_pnd),
+            'queue': tracee.pending(shared=False),
             'shared': tracee.pending(shared=True)}
 
 

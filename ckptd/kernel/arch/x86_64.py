@@ -16,6 +16,7 @@ do_no_restart_syscall; arch/x86/kernel/signal.c: a restart needs rax and rip - 2
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Sequence
 
 from ckptd.kernel.decl import cstruct, u64
@@ -80,7 +81,8 @@ _ARGUMENTS = ('rdi', 'rsi', 'rdx', 'r10', 'r8', 'r9')
 _SYSCALL = b'\x0f\x05'
 _EFLAGS_DF, _EFLAGS_OF = 0x400, 0x800
 
-ENTRY_SIZE = 64             # one row of the table: number, six arguments, result, each u64
+ROW = 8                     # u64 in a row of the table: number, six arguments, result
+LAST_ROW = array('Q', [2**64 - 1, *[0] * 7])
 _LOOP = bytes.fromhex(
     '488b03'                # loop: mov rax, [rbx]
     '4883f8ff'              #       cmp rax, -1
@@ -159,18 +161,6 @@ def loop_code(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: in
 def trap_offset(code: bytes) -> int:
     """Where in the code a task stands when it has sent itself the trap signal: behind the system call before heal."""
     return code.index(_UNMAP)
-
-
-def encode_calls(calls: Sequence[tuple[int, Sequence[int]]]) -> bytes:
-    """The table: (number, arguments) each, and the row that ends it."""
-    rows = [struct.pack('<8Q', number, *[arg & _MASK64 for arg in [*args, *[0] * (6 - len(args))]], 0)
-            for number, args in calls]
-    return b''.join(rows) + struct.pack('<8Q', _MASK64, *[0] * 7)
-
-
-def decode_results(table: bytes, count: int) -> list[int]:
-    """What each call returned: as system calls do, -errno on failure."""
-    return [struct.unpack_from('<q', table, row * ENTRY_SIZE + 56)[0] for row in range(count)]
 
 
 def start_registers(regs: user_regs_struct, code: int, table: int, area: int, length: int) -> user_regs_struct:
