@@ -33,10 +33,10 @@ from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
 from ckptd.jobs.worker import WorkerPool
-from ckptd.notify import notify, watchdog_interval
+from ckptd.notify import ServiceManager
 from ckptd.places import Places, prepare_runtime
 
-log = logging.getLogger(__name__)
+log = logging.getLogger('ckptd.daemon')     # also when it is __main__
 
 EPILOG = """example:
   ckptd --private --spool /tmp/images --verbose
@@ -93,6 +93,7 @@ class Daemon:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        self._starter = ServiceManager.take()
         self._spool = Spool(settings.spool)
         self._address = settings.bus
         self._stack = contextlib.AsyncExitStack()
@@ -111,7 +112,7 @@ class Daemon:
             try:
                 await self._serve(connection)
             finally:
-                notify('STOPPING=1')
+                self._starter.notify('STOPPING=1')
                 await queue.stop()
 
     def _prepare(self) -> None:
@@ -162,8 +163,8 @@ class Daemon:
         await connection.request_name(BUS_NAME)
         if not self._settings.bus:
             print(f'DBUS_ADDRESS={self._address}', flush=True)
-        notify('READY=1', f'STATUS=Images in {self._settings.spool}')
-        self._feed_watchdog(watchdog_interval())
+        self._starter.notify('READY=1', f'STATUS=Images in {self._settings.spool}')
+        self._feed_watchdog(self._starter.watchdog)
         log.info('ready: %s, images in %s', BUS_NAME, self._settings.spool)
         connection.on_lost.append(self._stop.set)
         await self._stop.wait()
@@ -174,7 +175,7 @@ class Daemon:
     def _feed_watchdog(self, interval: float | None) -> None:
         # from the loop: a daemon whose loop hangs is not fed
         if interval is not None:
-            notify('WATCHDOG=1')
+            self._starter.notify('WATCHDOG=1')
             self._loop.call_later(interval, self._feed_watchdog, interval)
 
     def _follow(self, parent: int) -> None:

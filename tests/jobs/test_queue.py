@@ -203,7 +203,7 @@ async def test_progress_ten_times_a_second_and_the_last(queue: Queue, heard: Hea
 class Units:
     """A systemd that refuses everything."""
 
-    async def freeze(self, unit: str, timeout: float) -> None:
+    async def freeze(self, unit: str, timeout: float) -> None:  # noqa: ASYNC109 - as Units has it
         raise CkptError(f'{unit} is masked')
 
     async def thaw(self, unit: str) -> None:

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Targets and limits: what joins the queue, and under which name."""
+
+from pathlib import Path
+
+import pytest
+
+from ckptd.config import Config
+from ckptd.engine.messages import Caller
+from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
+from ckptd.jobs.admission import refuse_conflict
+from ckptd.jobs.orders import Orders, command_of, parse_target
+from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.jobs.state import Job
+from tests.jobs.conftest import request_of
+
+ME = Caller(1000, 1000, pid=4242)
+
+
+@pytest.mark.parametrize(('text', 'target'), [
+    ('pid:12', 'pid:12'), ('pid:007', 'pid:7'), ('self', 'pid:4242'), ('a.service', 'a.service'), ('a', 'a.service'),
+    ('a@b:c.scope', 'a@b:c.scope'), ('cgroup:/a/b/', 'cgroup:/a/b'), ('cgroup:/', 'cgroup:/'),
+])
+def test_a_target_has_one_spelling(text: str, target: str) -> None:
+    assert parse_target(text, ME) == target
+
+
+@pytest.mark.parametrize('text', ['', 'pid:', 'pid:0', 'pid:-1', 'pid:x', 'pid:1234567890', 'cgroup:', 'cgroup:a',
+                                  'cgroup:/a/../b', 'a b', '/etc/passwd', 'pid:１２', 'x' * 300])
+def test_what_is_no_target(text: str) -> None:
+    with pytest.raises(InvalidArgument, match='is no target') as caught:
+        parse_target(text, ME)
+    assert 'cgroup:/path' in caught.value.hint
+
+
+def test_self_needs_a_pid() -> None:
+    with pytest.raises(NoSuchTarget):
+        parse_target('self', Caller(0, 0))
+
+
+def test_the_name_in_an_image_id() -> None:
+    assert [command_of(target) for target in ('nginx.service', 'cgroup:/a/job-7', 'cgroup:/')] == ['nginx', 'job-7', '']
+    with pytest.raises(NoSuchTarget, match='no process'):
+        command_of('pid:4194305')
+
+
+@pytest.mark.parametrize(('operation', 'after', 'busy'), [
+    ('checkpoint', 'resume', False), ('checkpoint', 'kill', False), ('checkpoint', 'freeze', True),
+    ('freeze', 'resume', True), ('scan', 'resume', False),
+])
+def test_what_may_be_done_to_a_held_tree(operation: str, after: str, busy: bool) -> None:
+    request = request_of('a', operation, after=after)
+    held = {request.target: Job(1, request_of('a', 'freeze'), 0)}
+    try:
+        refuse_conflict(request, [], held)
+    except Busy:
+        assert busy
+    else:
+        assert not busy
+
+
+def orders(spool: Spool, **settings: object) -> Orders:
+    return Orders(Config(**settings), spool, Path('/run/x'), (5, 6), 4242, systemd=True)
+
+
+def test_a_request_has_what_the_worker_needs() -> None:
+    request = orders(Spool(Path('/spool'))).on_target('checkpoint', 'a.service', ME, freeze='unit', timeout=7)
+    assert (request.spool, request.runtime, request.freeze, request.timeout_usec) == ('/spool', '/run/x', 'unit', 7)
+    assert request.systemd
+    assert '_a_' in request.image
+    # the daemon, its bus, and the client that waits for it alone
+    assert request.avoid == (5, 6, 4242)
+    other = orders(Spool(Path('/spool'))).on_target('check', 'a.service', Caller(1000, 1000, pid=1))
+    assert (other.avoid, other.timeout_usec, other.image) == ((5, 6), 10_000_000, '')
+
+
+@pytest.mark.parametrize('settings', [{'max_images_per_user': 2}, {'max_bytes_per_user': 30}])
+def test_a_full_share_of_the_spool(settings: dict[str, int]) -> None:
+    spool = Spool(Path('/spool'))
+    ids = ['20240131_235959_a_0001', '20240131_235959_a_0002']
+    spool.adopt({name: ImageInfo(name, Path('/spool') / name, owner=1000, size=20) for name in ids})
+    with pytest.raises(LimitsExceeded, match='has 2 images of 40 bytes'):
+        orders(spool, **settings).on_target('checkpoint', 'a.service', ME)
+    for caller in (Caller(0, 0), Caller(1001, 1001)):
+        orders(spool, **settings).on_target('checkpoint', 'a.service', caller)
+    orders(spool, **settings).on_target('check', 'a.service', ME)
+
+
