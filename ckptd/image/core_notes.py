@@ -115,6 +115,11 @@ def _arguments(reader: ImageReader, memory: Memory) -> bytes:
 
 
 def _mapped_files(reader: ImageReader, memory: Memory) -> list[MappedFile]:
-    return [MappedFile(vma.start, vma.end, vma.offset, reader.get(Backing, vma.object).path.encode(
-                'utf-8', 'surrogateescape'))
+    return [MappedFile(vma.start, vma.end, vma.offset, _path(reader.get(Backing, vma.object)))
             for vma in memory.vmas if vma.kind in (FILE_PRIVATE, FILE_SHARED) and vma.object]
+
+
+def _path(backing: Backing) -> bytes:
+    # as the kernel writes it: without, a debugger would take the file that is at the path now for the one that was
+    deleted = b' (deleted)' if backing.deleted else b''
+    return backing.path.encode('utf-8', 'surrogateescape').replace(b'\0', b'?') + deleted

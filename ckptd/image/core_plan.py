@@ -10,6 +10,7 @@ What a PT_LOAD has of its VMA, much as core(5) has it:
     private and shared memory       all, if the image has a page of it; else p_filesz 0
     private file, changed           all: changed pages from the image, the others from the file. Where the file is gone
                                     or changed, a PT_LOAD for each changed piece, so that nothing is shown as zeros
+    file, deleted                   all: nobody else has it
     file, unchanged                 the first page if it is an ELF header: debuggers know the file by its build id
     vvar, vsyscall, MADV_DONTDUMP   nothing
 """
@@ -170,7 +171,9 @@ def _file_segments(reader: ImageReader, memory: Memory, vma: Vma) -> Iterator[Se
     changed = _clip(reader, memory.runs, vma.start, vma.end - vma.start) if vma.kind == FILE_PRIVATE else []
     backing = reader.get(Backing, vma.object)
     file = _file_pieces(reader, backing, vma)
-    if not changed:
+    if backing.deleted:
+        yield _whole(vma, list(_overlay(file, changed)))
+    elif not changed:
         first = file[:1] if vma.offset == 0 and _is_elf(file) else []
         yield Segment(vma.start, vma.end, vma.protection, PAGE if first else 0,
                       [Piece(0, min(PAGE, one.length), one.source, one.offset) for one in first])

@@ -152,13 +152,18 @@ def test_a_fifo_in_place_of_the_file(loads: Callable[..., Loads], file: Path) ->
 
 
 def test_a_deleted_file_from_its_content(loads: Callable[..., Loads], file: Path) -> None:
+    """Whole, whether shared or private, changed or not."""
     content = (r.Extent(0, PAGE, 2 * PAGE), r.Extent(0, 3 * PAGE, 3))
-    record = backing(file, path='/gone', deleted=1, content=content)
-    memory = [record, private(3), private(2, PAGE, BASE + 4 * PAGE),
-              r.PageRuns(r.OF_MM, 1, (run(BASE + PAGE, 0),))]
-    first = b'\x7fELF'.ljust(PAGE, b'x')
+    memory = [backing(file, path='/gone', deleted=1, content=content),
+              private(3), private(2, PAGE, BASE + 3 * PAGE),
+              replace(private(4, 0, BASE + 5 * PAGE), kind=r.FILE_SHARED),
+              private(1, 7 * PAGE, BASE + 9 * PAGE), r.PageRuns(r.OF_MM, 1, (run(BASE + PAGE, 0),))]
+    first, end = b'\x7fELF'.ljust(PAGE, b'x'), b'end'.ljust(PAGE, b'\0')
     assert loads(memory, [page('A'), first + page('y'), b'end']) == [
-        (BASE, 3 * PAGE, first + page('A') + b'end'.ljust(PAGE, b'\0')), (BASE + 4 * PAGE, 2 * PAGE, b'')]
+        (BASE, 3 * PAGE, first + page('A') + end),
+        (BASE + 3 * PAGE, 2 * PAGE, page('y') + end),
+        (BASE + 5 * PAGE, 4 * PAGE, first + page('y') + end + page('\0')),
+        (BASE + 9 * PAGE, PAGE, b'')]
 
 
 # ---------------------------------------------------------------- processes
@@ -254,7 +259,7 @@ def test_a_tar_stream_through_a_pipe(sparse: Path, tmp_path: Path, buffering: in
     with os.fdopen(theirs, 'rb') as stream, tarfile.open(fileobj=stream, mode='r|') as tar:
         for member in tar:
             assert (member.name, member.mode, member.issparse()) == ('core.7', 0o600, True)
-            tar.extract(member, tmp_path)
+            tar.extract(member, tmp_path, filter='data')
     writer.join()
     assert is_the_sparse_core(tmp_path / 'core.7')
 
