@@ -162,8 +162,10 @@ async def _address(reader: int, home: Path) -> str:
 
 
 async def _stop(process: 'subprocess.Popen[bytes]') -> None:
+    if process.poll() is not None:
+        return
+    pidfd = os.pidfd_open(process.pid)      # a child's pid is its own until it is waited for
     process.send_signal(signal.SIGTERM)
-    pidfd = os.pidfd_open(process.pid)      # ours until wait(), dead or not
     try:
         async with asyncio.timeout(STOP_TIMEOUT):
             await _readable(pidfd)

@@ -60,9 +60,9 @@ def _guess(value: Any) -> str:
 
 
 def _common(kinds: set[str]) -> str:
-    if len(kinds) > 1:
-        return 'x' if kinds == {'t', 'x'} else 'v'
-    return kinds.pop() if kinds else 's'
+    if not kinds:
+        return 's'
+    return kinds.pop() if len(kinds) == 1 else 'v'
 
 
 def _wrap(kind: SignatureType, value: Any, types: Mapping[str, str]) -> Any:

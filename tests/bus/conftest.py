@@ -75,6 +75,7 @@ async def serving(address: str, *others: tuple[str, Exported]) -> AsyncIterator[
     finally:
         await spawner.stop()
         await connection.close()
+        await asyncio.get_running_loop().shutdown_default_executor()
 
 
 @pytest_asyncio.fixture

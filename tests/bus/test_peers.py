@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who calls: credentials from the bus and the kernel, remembered until the caller leaves."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckptd.bus import peers
+from ckptd.bus.connection import DRIVER, Connection
+from ckptd.bus.peers import Peers
+from ckptd.errors import PermissionDenied
+from ckptd.kernel.status import read_status
+from tests.bus.conftest import Service
+from tests.bus.raw import open_fds
+from tests.bus.sample import INTERFACE, NAME, ROOT
+
+# a client that is another process and, if told so, another user: it says its unique name, and leaves on end-of-file
+CLIENT = '''
+import asyncio, concurrent.futures.thread, os, sys
+sys.path.insert(0, sys.argv[2])
+from ckptd.bus.connection import Connection
+if sys.argv[3] != '-':
+    os.setgroups([7, 9])
+    os.setgid(int(sys.argv[3]))
+    os.setuid(int(sys.argv[3]))
+async def main():
+    async with await Connection.open(sys.argv[1]) as connection:
+        print(connection.unique_name, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+asyncio.run(main())
+'''
+
+
+async def start(address: str, uid: str = '-') -> tuple['asyncio.subprocess.Process', str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, '-c', CLIENT, address, str(Path(__file__).parents[2]), uid, stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    return process, (await process.stdout.readline()).decode().strip()
+
+
+def open_to_all(address: str) -> None:
+    socket = Path(address.removeprefix('unix:path=').partition(',')[0])
+    socket.parent.chmod(0o711)
+    socket.chmod(0o666)
+
+
+async def end(process: 'asyncio.subprocess.Process') -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    await process.wait()
+
+
+async def test_a_handler_learns_who_calls(service: Service) -> None:
+    async with service.client() as client:
+        uid, pid, capabilities = await client.call(NAME, ROOT, INTERFACE, 'WhoAmI')
+    assert (uid, pid, int(capabilities, 16)) == (os.getuid(), os.getpid(), read_status(os.getpid()).cap_eff)
+
+
+async def test_another_process(service: Service) -> None:
+    process, name = await start(service.address)
+    caller = await service.router.peers.caller(name)
+    await end(process)
+    assert (caller.uid, caller.gid, caller.pid) == (os.getuid(), os.getgid(), process.pid)
+    assert set(os.getgroups()) <= set(caller.groups) | {os.getgid()}
+
+
+@pytest.mark.needs('root')
+async def test_another_user(service: Service) -> None:
+    open_to_all(service.address)
+    process, name = await start(service.address, '1')
+    caller = await service.router.peers.caller(name)
+    await end(process)
+    assert (caller.uid, caller.gid, caller.capabilities) == (1, 1, 0)
+    assert {7, 9} <= set(caller.groups)
+
+
+async def test_a_caller_that_has_left_is_refused_and_forgotten(service: Service) -> None:
+    before = open_fds()
+    process, name = await start(service.address)
+    gone = asyncio.Event()
+    await service.router.peers.when_gone(name, gone.set)
+    assert len(open_fds() - before) >= 1        # its pidfd
+    await end(process)
+    async with asyncio.timeout(5):
+        await gone.wait()
+    assert open_fds() == before
+    assert not service.router.peers._known
+    assert not service.connection._subscriptions
+    with pytest.raises(PermissionDenied):
+        await service.router.peers.caller(name)
+    at_once = asyncio.Event()
+    await service.router.peers.when_gone(name, at_once.set)
+    assert at_once.is_set()
+
+
+async def test_a_caller_that_leaves_while_it_is_asked_about(service: Service) -> None:
+    """The watch is there before the question, so the caller is not remembered for ever."""
+    other = await Connection.open(service.address)
+    request = service.connection.request
+
+    async def leave_first(*arguments: object, **options: object) -> object:
+        reply = await request(*arguments, **options)        # type: ignore[arg-type]
+        if other.connected:
+            await other.close()
+            await service.connection.call(DRIVER, '/org/freedesktop/DBus', DRIVER, 'GetId')     # a round trip later
+        return reply
+
+    service.connection.request = leave_first        # type: ignore[assignment, method-assign]
+    with pytest.raises(PermissionDenied):
+        await service.router.peers.caller(other.unique_name)
+    assert not service.router.peers._known
+    assert not service.connection._subscriptions
+
+
+async def test_a_pid_that_is_another_ones_now_is_not_believed(service: Service) -> None:
+    process, name = await start(service.address)
+    peer = await service.router.peers._peer(name)
+    process.kill()
+    await process.wait()
+    assert peer.status() is None
+    await end(process)
+
+
+async def test_few_peers_are_remembered(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, 'MAX_PEERS', 3)
+    before, known = open_fds(), Peers(service.connection)
+    others = [await Connection.open(service.address) for _ in range(6)]
+    for other in others:
+        assert (await known.caller(other.unique_name)).pid == os.getpid()
+    assert len(known._known) == 3
+    assert len(service.connection._subscriptions) == 3
+    for other in others:
+        await other.close()
+    known.close()
+    assert open_fds() == before
+
+
+async def test_many_callers_leave_no_match_rule_behind(service: Service) -> None:
+    """A bus allows some 512 rules."""
+    for _ in range(600):
+        async with await Connection.open(service.address) as other:
+            await service.router.peers.caller(other.unique_name)
+    async with service.client() as client:
+        assert (await client.call(NAME, ROOT, INTERFACE, 'WhoAmI'))[0] == os.getuid()
