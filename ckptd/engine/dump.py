@@ -13,16 +13,17 @@ its pages are chosen after them, so that neither shows in the image.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from ckptd.engine import state
 from ckptd.engine.copy import Copier
 from ckptd.engine.faults import fault
+from ckptd.engine.interleave import Steps, interleave
 from ckptd.engine.memory import MemoryDump
 from ckptd.engine.openfiles import FileDump
-from ckptd.engine.questions import Answers, ThreadAnswers, ask
+from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
 from ckptd.errors import NotSupported, TreeChanged
@@ -31,7 +32,6 @@ from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.writer import ImageWriter
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.maps import Mapping as Map
 from ckptd.kernel.maps import read_smaps
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
@@ -67,6 +67,9 @@ class Dump:
         self._groups = {task.pgid: task.vpgid for task in tree}
         self._sharing = TaskSharing()
         self._sighands: set[int] = set()
+        self._ids: dict[int, _Ids] = {}
+        self._asked: set[int] = set()
+        self._done = 0
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
         self._memory = MemoryDump()
@@ -93,12 +96,9 @@ class Dump:
         processes: dict[int, list[Task]] = {}
         for task in self.tree:
             processes.setdefault(task.tgid, []).append(task)
+        interleave(self._process(threads) for threads in processes.values())
         self._tree_records += [self._header(len(processes)), *state.task_ids(self.tree)]
-        done = 0
-        for threads in processes.values():
-            self._process(threads)
-            done += len(threads)
-            self._report(done, len(self.tree), 0, 0)
+        self._tree_records += [self._task(task) for task in self.tree]
         fault('state-read')
 
     def _header(self, processes: int) -> records.Header:
@@ -107,45 +107,52 @@ class Dump:
             time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             os.sysconf('SC_PAGE_SIZE'), os.uname().machine)
 
-    def _process(self, threads: list[Task]) -> None:
+    def _process(self, threads: list[Task]) -> Steps[None]:
         alive = [task for task in threads if task.tid in self._tracees]
         try:
-            ids = self._alive(threads[0], alive) if alive else {}
+            if alive:
+                yield from self._alive(threads[0], alive)
         except ProcessLookupError as error:
             raise TreeChanged(f'{threads[0].comm}[{threads[0].tid}] died while it was read', task=threads[0].tid,
                               phase='state') from error
-        self._tree_records += [self._task(task, ids.get(task.tid, _Ids())) for task in threads]
+        self._done += len(threads)
+        self._report(self._done, len(self.tree), 0, 0)
 
-    def _task(self, task: Task, ids: _Ids) -> records.Task:
-        tracee = self._tracees.get(task.tid)
+    def _task(self, task: Task) -> records.Task:
+        tracee, ids = self._tracees.get(task.tid), self._ids.get(task.tid, _Ids())
         return records.Task(
             task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, ord(task.state), task.exit_code & _U32,
             task.exit_signal & _U32, tracee.stop_signal if tracee else 0, task.flags, ids.mm, ids.files, ids.fs,
             ids.sighand, self._cgroups.get(task.tgid, ''))
 
-    def _alive(self, leader: Task, alive: list[Task]) -> dict[int, _Ids]:
+    def _alive(self, leader: Task, alive: list[Task]) -> Steps[None]:
         """All of a process that has a thread to ask; a leader that has exited is not the one."""
         anchor = alive[0]
-        mappings = read_smaps(anchor.tid)
-        statuses = {task.tid: read_status(task.tid) for task in alive}
-        ids = self._share(leader, alive, statuses)
         for task in alive:
             self._check_registers(task)
-        answers = self._ask(alive, mappings)
+        mappings = read_smaps(anchor.tid)
+        statuses = {task.tid: read_status(task.tid) for task in alive}
+        self._share(leader, alive, statuses)
+        mine, stat = self._ids[anchor.tid], read_stat(anchor.tid)
+        threads = [(self._tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive]
+        while mine.mm in self._asked:       # processes that share one address space share the place of the code, too
+            yield
+        self._asked.add(mine.mm)
+        try:
+            answers = yield from ask(threads, mappings)
+        finally:
+            self._asked.remove(mine.mm)
         for task in alive:
             self._task_records += self._thread(task, statuses[task.tid], answers.threads[task.tid])
-        stat = read_stat(anchor.tid)
         self._task_records += [
             state.process_state(leader, stat, self._tracees[anchor.tid], answers.process, self._groups),
             state.limits(leader, anchor.tid),
             records.IntervalTimers(leader.vtid, answers.process.itimers),
             state.posix_timers(leader, answers.timers, self._vtids)]
-        mine = ids[anchor.tid]
         if mine.sighand not in self._sighands:
             self._sighands.add(mine.sighand)
             self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
         self._memory.add(mine.mm, anchor.tid, mappings, stat, answers.process)
-        return ids
 
     def _check_registers(self, task: Task) -> None:
         """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only."""
@@ -153,12 +160,11 @@ class Dump:
             raise NotSupported(f'{task.comm}[{task.tid}] runs 32-bit code', task=task.tid, resource='registers',
                                phase='state', hint='only 64-bit tasks can be checkpointed')
 
-    def _share(self, leader: Task, alive: list[Task], statuses: Mapping[int, Status]) -> dict[int, _Ids]:
+    def _share(self, leader: Task, alive: list[Task], statuses: Mapping[int, Status]) -> None:
         """Ids of what each thread uses; the first user of a table of files or of an fs struct reads it."""
         anchor = alive[0].tid
         mm, _ = self._sharing.mm.id_of(anchor)
         sighand, _ = self._sharing.sighand.id_of(anchor)
-        ids: dict[int, _Ids] = {}
         for task in alive:
             files, new_files = self._sharing.files.id_of(task.tid)
             if new_files:
@@ -166,11 +172,7 @@ class Dump:
             fs, new_fs = self._sharing.fs.id_of(task.tid)
             if new_fs:
                 self._task_records.append(state.fs(fs, task.tid, statuses[task.tid].umask))
-            ids[task.tid] = _Ids(mm, files, fs, sighand)
-        return ids
-
-    def _ask(self, alive: list[Task], mappings: Sequence[Map]) -> Answers:
-        return ask([(self._tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive], mappings)
+            self._ids[task.tid] = _Ids(mm, files, fs, sighand)
 
     def _thread(self, task: Task, status: Status, answers: ThreadAnswers) -> Iterator[Record]:
         tracee = self._tracees[task.tid]

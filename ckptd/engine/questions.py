@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ckptd.engine.interleave import Steps, finish
 from ckptd.engine.remote import Batch, Out, OwnIds, Remote, Results
 from ckptd.image.records import IntervalTimer, SigAction
 from ckptd.kernel.maps import Mapping
@@ -101,7 +102,7 @@ class TimerAnswer:
     overrun: int
 
 
-def ask_timers(remote: Remote, tracee: Tracee, ids: OwnIds, timer_ids: Sequence[int]) -> list[TimerAnswer]:
+def _ask_timers(remote: Remote, tracee: Tracee, ids: OwnIds, timer_ids: Sequence[int]) -> Steps[list[TimerAnswer]]:
     """timer_gettime(2) and timer_getoverrun(2) of each, in batches."""
     found: list[TimerAnswer] = []
     for first in range(0, len(timer_ids), _TIMERS_PER_BATCH):
@@ -109,7 +110,7 @@ def ask_timers(remote: Remote, tracee: Tracee, ids: OwnIds, timer_ids: Sequence[
         rows = [(batch.buffer(32), number) for number in timer_ids[first:first + _TIMERS_PER_BATCH]]
         calls = [(batch.call('timer_gettime', number, out), batch.call('timer_getoverrun', number), out)
                  for out, number in rows]
-        results = remote.run(tracee, ids, batch)
+        results = yield from remote.run(tracee, ids, batch)
         for gettime, getoverrun, out in calls:
             results.value(gettime)
             interval, interval_ns, value, value_ns = struct.unpack('<4q', results.data(out))
@@ -126,16 +127,22 @@ class Answers:
     timers: list[tuple[ProcTimer, TimerAnswer]]
 
 
-def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Answers:
+def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Steps[Answers]:
     """Ask all stopped threads of one process; the first one speaks for the process. They end as they were."""
     first, ids = threads[0]
-    with Remote(first, ids, mappings) as remote:
-        results = remote.run(first, ids, _FIRST_BATCH)
+    remote = Remote(first, ids, mappings)
+    try:
+        yield from remote.open()
+        results = yield from remote.run(first, ids, _FIRST_BATCH)
         answers = {first.tid: _FIRST.answers(results)}
         for tracee, own in threads[1:]:
-            answers[tracee.tid] = _THREAD.answers(remote.run(tracee, own, _THREAD_BATCH))
+            answers[tracee.tid] = _THREAD.answers((yield from remote.run(tracee, own, _THREAD_BATCH)))
         timers = read_timers(first.tid)
-        timer_answers = ask_timers(remote, first, ids, [timer.id for timer in timers])
+        timer_answers = yield from _ask_timers(remote, first, ids, [timer.id for timer in timers])
+    except BaseException:
+        finish(remote.close())
+        raise
+    yield from remote.close()
     return Answers(answers, _PROCESS.answers(results), list(zip(timers, timer_answers, strict=True)))
 
 

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Remote system calls: a batch of calls that a stopped task does itself, for one stop in all.
 
-    with Remote(pid, layout) as remote:             one per address space, for as long as calls are needed
-        batch = Batch()
-        out = batch.buffer(32)                      32 bytes of the tracee's memory, for a result
-        call = batch.call('rt_sigaction', 2, 0, out, 8)
-        results = remote.run(tracee, ids, batch)
+    batch = Batch()
+    out = batch.buffer(32)                      32 bytes of the tracee's memory, for a result
+    call = batch.call('rt_sigaction', 2, 0, out, 8)
+
+    remote = Remote(tracee, ids, mappings)      one per address space
+    def work() -> Steps[None]:                  waits are yields, see interleave.py
+        yield from remote.open()
+        results = yield from remote.run(tracee, ids, batch)
         results.value(call), results.data(out)
+        yield from remote.close()
 
 The code lies in bytes of an executable private mapping that hold nothing: the zeros behind the end of the vdso, or of
 any other text page. Nothing runs there, so a tracer that dies leaves no damage, and the task heals itself (see
@@ -23,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 from ckptd.engine.faults import fault
+from ckptd.engine.interleave import Steps
 from ckptd.errors import CkptError, NotSupported
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.maps import Mapping
@@ -124,55 +129,46 @@ def find_room(mem: Mem, mappings: Iterable[Mapping]) -> int:
 
 
 class Remote:
-    """System calls in one address space, through any stopped thread of it, one at a time."""
+    """System calls in one address space, through any stopped thread of it, one at a time.
+
+    Once it is open it must be closed, on failure too: by `close`, or where nothing can be yielded by finish(close()).
+    """
 
     def __init__(self, tracee: Tracee, ids: OwnIds, mappings: Iterable[Mapping]) -> None:
-        self._boot = (tracee, ids)
+        self._tracee, self._ids = tracee, ids
         self._mem = Mem(tracee.tid)
-        try:
-            self._code = find_room(self._mem, mappings)
-        except (OSError, CkptError):
-            self._mem.__exit__()
-            raise
         self._length = AREA_PAGES * PAGE
         self._area = 0
-        self._caught = read_status(tracee.tid).sig_cgt
-
-    def __enter__(self) -> Self:
-        tracee, ids = self._boot
         try:
-            area = self._single(tracee, ids, 'mmap', (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS,
-                                                      _ALL_ONES, 0))
-            if area < 0:
-                raise OSError(-area, f'remote mmap: {os.strerror(-area)}')
-            self._area = area
+            self._code = find_room(self._mem, mappings)
+            self._caught = read_status(tracee.tid).sig_cgt
         except BaseException:
-            self._close()
+            self._mem.close()
             raise
+
+    def open(self) -> Steps[None]:
+        """Map the pages for calls and buffers."""
+        arguments = (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, _ALL_ONES, 0)
+        area = yield from self._single('mmap', arguments)
+        if area < 0:
+            raise OSError(-area, f'remote mmap: {os.strerror(-area)}')
+        self._area = area
         fault('remote-mapped')
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        tracee, ids = self._boot
+    def close(self) -> Steps[None]:
+        """Unmap them, and put back the zeros that the code lay on. A process that was killed has nothing to undo."""
+        area, self._area = self._area, 0
         try:
-            if tracee.attached:
-                area, self._area = self._area, 0
-                self._single(tracee, ids, 'munmap', (area, self._length))
-        except ProcessLookupError:
-            return          # killed meanwhile: there is nothing to unmap
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        """Put back the zeros that the code lay on."""
-        try:
+            if area and self._tracee.attached:
+                yield from self._single('munmap', (area, self._length))
             self._mem.write(self._code, bytes(CODE_ROOM))
-        except OSError:
-            return          # the process died: its memory is gone
+        except (ProcessLookupError, OSError):
+            if self._tracee.attached and read_status(self._tracee.tid).state not in 'ZX':
+                raise
         finally:
-            self._mem.__exit__()
+            self._mem.close()
 
-    def run(self, tracee: Tracee, ids: OwnIds, batch: Batch) -> Results:
+    def run(self, tracee: Tracee, ids: OwnIds, batch: Batch) -> Steps[Results]:
         """Have the task do all calls of the batch. It ends as it was."""
         memory = batch.encode(self._area)
         if len(memory) > self._length:
@@ -180,17 +176,18 @@ class Remote:
         self._mem.write(self._area, memory)
         with _Borrowed(tracee, self._mem, self._caught) as borrowed:
             code = arch.loop_code(borrowed.resume, borrowed.mask, ids.tgid, ids.tid, borrowed.signal)
-            borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
+            yield from borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
         return batch.decode(self._mem.read(self._area, len(memory)))
 
-    def _single(self, tracee: Tracee, ids: OwnIds, name: str, arguments: tuple[int, ...]) -> int:
+    def _single(self, name: str, arguments: tuple[int, ...]) -> Steps[int]:
         """One call without the table; its result, or -errno."""
-        with _Borrowed(tracee, self._mem, self._caught) as borrowed:
+        ids = self._ids
+        with _Borrowed(self._tracee, self._mem, self._caught) as borrowed:
             code = arch.boot_code(arch.NR[name], arguments, borrowed.resume, borrowed.mask, ids.tgid, ids.tid,
                                   borrowed.signal)
             # r14 is the length that a task without a tracer unmaps at r15, the result: right after mmap, nothing else
             length = self._length if name == 'mmap' else 0
-            result = borrowed.run(self._code, code, table=0, area=0, length=length)
+            result = yield from borrowed.run(self._code, code, table=0, area=0, length=length)
         return ctypes.c_int64(result).value
 
 
@@ -231,7 +228,7 @@ class _Borrowed:
     def __enter__(self) -> Self:
         return self
 
-    def run(self, at: int, code: bytes, *, table: int, area: int, length: int) -> int:
+    def run(self, at: int, code: bytes, *, table: int, area: int, length: int) -> Steps[int]:
         """Run the code, placed at address `at`, to its trap; r15 as it left it."""
         tracee = self.tracee
         self._mem.write(at, code)
@@ -239,9 +236,12 @@ class _Borrowed:
         tracee.regs = arch.start_registers(self.regs, at, table, area, length)
         fault('running-remote')
         tracee.cont()
-        trap = at + arch.trap_offset(code)
-        while not self._at_trap(tracee.wait(), trap):
-            tracee.cont()
+        try:
+            yield
+        finally:
+            trap = at + arch.trap_offset(code)
+            while not self._at_trap(tracee.wait(), trap):
+                tracee.cont()
         return tracee.regs.r15
 
     def _at_trap(self, status: int, trap: int) -> bool:

@@ -80,6 +80,9 @@ class Mem:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         os.close(self.fd)
         self.fd = -1
 

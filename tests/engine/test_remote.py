@@ -13,6 +13,7 @@ import pytest
 
 from ckptd.engine import faults
 from ckptd.engine import remote as remote_module
+from ckptd.engine.interleave import finish
 from ckptd.engine.remote import Batch, OwnIds, Remote
 from ckptd.kernel.maps import read_maps
 from ckptd.kernel.ptrace import Tracee
@@ -31,8 +32,12 @@ def one_of_each(tracee: Tracee, ids: OwnIds) -> dict[str, Any]:
     action, text = batch.buffer(32), batch.buffer(8, b'hello')
     calls = {'getpid': batch.call('getpid'), 'action': batch.call('rt_sigaction', signal.SIGUSR1, 0, action, 8),
              'error': batch.call('rt_sigaction', 999, 0, action, 8)}
-    with Remote(tracee, ids, read_maps(tracee.tid)) as remote:
-        results = remote.run(tracee, ids, batch)
+    remote = Remote(tracee, ids, read_maps(tracee.tid))
+    try:
+        finish(remote.open())
+        results = finish(remote.run(tracee, ids, batch))
+    finally:
+        finish(remote.close())
     found: dict[str, Any] = {'pid': results.value(calls['getpid']), 'text': results.data(text)}
     assert results.value(calls['action']) == 0
     with pytest.raises(OSError, match='remote rt_sigaction: Invalid argument'):
