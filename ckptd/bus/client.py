@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, TIMEOUT, Connection, Match
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PROPERTIES, TIMEOUT, Connection, Match
+from ckptd.bus.message import DBusError, ProtocolError
 from ckptd.bus.names import BUS_NAME, job_path
-from ckptd.bus.standard import PROPERTIES
 from ckptd.bus.values import NO_TYPES, split_signature, to_body
-from ckptd.bus.wire import DBusError, ProtocolError, Received
+from ckptd.bus.wire import Received
 from ckptd.errors import (
     ERROR_PREFIX,
     CkptError,

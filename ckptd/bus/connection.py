@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, Self
 
 from ckptd.bus import wire
+from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError, MessageType, ProtocolError
 from ckptd.bus.stream import MessageReader, MessageWriter
 from ckptd.bus.values import to_body
-from ckptd.bus.wire import AuthError, DBusError, Message, ProtocolError, Received
+from ckptd.bus.wire import AuthError, Message, Received
 from ckptd.errors import Busy, Unavailable
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 DRIVER: Final = 'org.freedesktop.DBus'
 DRIVER_PATH: Final = '/org/freedesktop/DBus'
 ERROR: Final = 'org.freedesktop.DBus.Error.'
+PROPERTIES: Final = 'org.freedesktop.DBus.Properties'
 MAX_REPLY: Final = 128 << 20        # D-Bus specification: no message is longer
 TIMEOUT: Final = 25.0               # seconds, as libdbus and sd-bus have it
 
@@ -65,7 +67,7 @@ class Subscription:
         if self.connection.forget(self):
             # a rule that stays counts against max_match_rules_per_connection, 512 on many buses
             self.connection.send(wire.make_call(DRIVER, DRIVER_PATH, DRIVER, 'RemoveMatch', 's', [self.match.rule()],
-                                                wire.NO_REPLY_EXPECTED))
+                                                NO_REPLY_EXPECTED))
 
 
 class Connection:
@@ -193,7 +195,7 @@ class Connection:
             raise
         finally:
             del self._pending[serial]
-        if reply.type == wire.ERROR:
+        if reply.type == MessageType.ERROR:
             raise _error_of(reply)
         return reply
 
@@ -222,7 +224,7 @@ class Connection:
             raise Busy(f'another process owns the name {name} on this bus', hint='stop it first, or use another bus')
 
     def _limit(self, message: Received) -> int:
-        if message.type in (wire.RETURN, wire.ERROR):
+        if message.type in (MessageType.RETURN, MessageType.ERROR):
             return MAX_REPLY if self._waiting_for(message) else 0
         return wire.MAX_BODY
 
@@ -233,7 +235,7 @@ class Connection:
             return None
         # a well-known name has an owner that the call does not know; the bus lets only that one reply
         exact = destination == DRIVER or destination.startswith(':')
-        instead = message.type == wire.ERROR and message.sender == DRIVER
+        instead = message.type == MessageType.ERROR and message.sender == DRIVER
         return future if instead or not exact or message.sender == destination else None
 
     def _readable(self) -> None:
@@ -246,14 +248,14 @@ class Connection:
             self._lost(error)
 
     def _dispatch(self, message: Received) -> None:
-        if message.type == wire.CALL and self.on_call is not None:
+        if message.type == MessageType.CALL and self.on_call is not None:
             self.on_call(message)
             return
-        if message.type in (wire.RETURN, wire.ERROR) and (future := self._waiting_for(message)):
+        if message.type in (MessageType.RETURN, MessageType.ERROR) and (future := self._waiting_for(message)):
             future.set_result(message)
             return
         try:
-            if message.type == wire.SIGNAL and message.raw is not None:
+            if message.type == MessageType.SIGNAL and message.raw is not None:
                 self._deliver(message)
             elif message.wants_reply:
                 self.send(wire.make_error(message, f'{ERROR}UnknownObject', 's', ['nothing is exported here']))

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from ckptd.bus import wire
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match, Subscription
-from ckptd.bus.wire import DBusError, Received
+from ckptd.bus.message import DBusError
+from ckptd.bus.wire import Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
 from ckptd.kernel.pidfd import pidfd_open, wait_dead

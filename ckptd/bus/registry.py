@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 
 from ckptd.bus.export import Exported, Method
-from ckptd.bus.wire import DBusError
+from ckptd.bus.message import DBusError
 
 ERROR = 'org.freedesktop.DBus.Error.'
 

@@ -54,11 +54,12 @@ from typing import Any, Protocol
 from ckptd.bus import wire
 from ckptd.bus.connection import Connection
 from ckptd.bus.export import Exported, Method
+from ckptd.bus.message import DBusError, ProtocolError
 from ckptd.bus.peers import Peers
 from ckptd.bus.registry import ERROR, Registry
 from ckptd.bus.standard import Changes, Introspectable, ObjectManager, Peer, Properties
 from ckptd.bus.values import NO_TYPES, to_body
-from ckptd.bus.wire import DBusError, Message, ProtocolError, Received
+from ckptd.bus.wire import Message, Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ckptd.bus.connection import PROPERTIES
 from ckptd.bus.export import Exported, Property, method, signal
 from ckptd.bus.introspect import introspection_xml
+from ckptd.bus.message import DBusError
 from ckptd.bus.registry import ERROR, Registry
 from ckptd.bus.values import to_variant
-from ckptd.bus.wire import DBusError, Variant
+from ckptd.bus.wire import Variant
 
 if TYPE_CHECKING:
     from ckptd.bus.router import Call
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHANGE_INTERVAL: Final = 0.15       # seconds between two PropertiesChanged of one interface: some 7 a second
-PROPERTIES: Final = 'org.freedesktop.DBus.Properties'
 MACHINE_ID: Final = (Path('/etc/machine-id'), Path('/var/lib/dbus/machine-id'))
 
 

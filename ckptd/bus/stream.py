@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from ckptd.bus.wire import FIXED, Fds, Received, lengths, parse_header
+from ckptd.bus.message import Fds
+from ckptd.bus.wire import FIXED, Received, lengths, parse_header
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ import os
 import socket
 import struct
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, Final
 
 if not hasattr(typing, 'no_type_check_decorator'):
@@ -36,10 +35,9 @@ from dbus_next.message import Message
 from dbus_next.signature import SignatureTree, SignatureType, Variant
 from dbus_next.validators import is_object_path_valid
 
-__all__ = ['CALL', 'ERROR', 'MAX_BODY', 'RETURN', 'SIGNAL', 'AuthError', 'DBusError', 'Fds', 'Message',
-           'ProtocolError', 'Received', 'SignatureType', 'Variant', 'is_object_path_valid', 'lengths', 'make_call',
-           'make_error', 'make_return', 'make_signal', 'marshal', 'open_socket', 'parse_header', 'parse_signature',
-           'resolve_address']
+from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, Fds, MessageType, ProtocolError
+
+__all__ = ['AuthError', 'Message', 'SignatureType', 'Variant', 'is_object_path_valid']
 
 MAX_BODY: Final = 256 << 10         # of a method call or signal; decoding is pure Python, some 2 MB/s
 MAX_SIGNATURES: Final = 1024
@@ -51,67 +49,11 @@ _NUMBERS = {'n': 'h', 'q': 'H', 'i': 'i', 'u': 'I', 'x': 'q', 't': 'Q', 'd': 'd'
 _FIXED = {ord('l'): struct.Struct('<BBBBIII'), ord('B'): struct.Struct('>BBBBIII')}
 
 
-class MessageType(IntEnum):
-    CALL = 1
-    RETURN = 2
-    ERROR = 3
-    SIGNAL = 4
-
-
-CALL, RETURN, ERROR, SIGNAL = MessageType.CALL, MessageType.RETURN, MessageType.ERROR, MessageType.SIGNAL
-NO_REPLY_EXPECTED: Final = 1
-ALLOW_INTERACTIVE: Final = 4
-
 # number of a header field -> attribute of Received, type; the rest of the numbers are skipped
 # (D-Bus specification, "Header Fields": unknown fields must be ignored)
 _FIELDS = {1: ('path', 'o'), 2: ('interface', 's'), 3: ('member', 's'), 4: ('error_name', 's'),
            5: ('reply_serial', 'u'), 6: ('destination', 's'), 7: ('sender', 's'), 8: ('signature', 'g'),
            9: ('fd_count', 'u')}
-
-
-class ProtocolError(Exception):
-    """The bus sent what is no message; the connection cannot go on."""
-
-
-class DBusError(Exception):
-    """An error on the bus: what a call was answered with, or what a call is to be answered with.
-
-    body: of the error message, plain values; by convention the first is a sentence.
-    """
-
-    def __init__(self, name: str, message: str, body: Sequence[Any] = ()) -> None:
-        super().__init__(f'{name}: {message}')
-        self.name, self.message, self.body = name, message, tuple(body)
-
-
-class Fds:
-    """File descriptors that came with a message; closed with it unless taken."""
-    __slots__ = ('_open', 'count')
-
-    def __init__(self, fds: Iterable[int] = ()) -> None:
-        self._open = list(fds)
-        self.count = len(self._open)
-
-    def __getitem__(self, index: int) -> int:
-        if not 0 <= index < self.count:
-            raise ProtocolError(f'fd index {index} in a message with {self.count} fds')
-        return self._open[index]
-
-    def add(self, fds: Iterable[int]) -> None:
-        self._open.extend(fds)
-        self.count = len(self._open)
-
-    def take(self, fd: int) -> int:
-        """Make this fd the caller's; -1 is left in its place."""
-        self._open[self._open.index(fd)] = -1
-        return fd
-
-    def close(self) -> None:
-        """Close what nobody took. Again: nothing."""
-        for index, fd in enumerate(self._open):
-            if fd >= 0:
-                self._open[index] = -1
-                os.close(fd)
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +79,7 @@ class Received:
 
     @property
     def wants_reply(self) -> bool:
-        return self.type == CALL and not self.flags & NO_REPLY_EXPECTED
+        return self.type == MessageType.CALL and not self.flags & NO_REPLY_EXPECTED
 
     @property
     def interactive(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ckptd.bus import wire
+from ckptd.bus.message import MessageType
 from ckptd.bus.wire import Variant
 from tests.lib.bus import terminate
 
@@ -81,4 +82,4 @@ class Broker:
         call.destination, call.serial, call.unix_fds = None, 1, [listener.fileno()]
         socket.send_fds(controller, [wire.marshal(call)], [listener.fileno()])
         reply = controller.recv(4096)
-        assert reply[1:2] == bytes([wire.RETURN]), reply
+        assert reply[1:2] == bytes([MessageType.RETURN]), reply

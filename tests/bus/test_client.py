@@ -6,8 +6,9 @@ import asyncio
 import pytest
 
 from ckptd.bus.client import as_ckpt_error, connect
+from ckptd.bus.message import DBusError
 from ckptd.bus.systemd import Systemd
-from ckptd.bus.wire import DBusError, make_signal
+from ckptd.bus.wire import make_signal
 from ckptd.errors import CkptError, InvalidArgument, NoSuchTarget, PermissionDenied, Unavailable
 from tests.bus.conftest import Service, serving
 from tests.bus.sample import INTERFACE, NAME, ROOT

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from ckptd.bus import router, stream, wire
+from ckptd.bus.message import MessageType
 from tests.bus.conftest import Service
 from tests.bus.raw import (
     DESTINATION,
@@ -45,7 +46,7 @@ async def test_unknown_header_fields_are_skipped(service: Service, number: int) 
     async with await Raw.open(service.address) as raw:
         fields = [(number, 's', 'what is this'), *fields_of('Echo', 'a{sv}'), (number, 'u', 7)]
         reply = await raw.ask(fields, EMPTY)
-        assert reply is None or reply.type == wire.RETURN
+        assert reply is None or reply.type == MessageType.RETURN
     await answers(service)
     assert service.connection.connected
 
@@ -91,12 +92,12 @@ async def test_fds_nobody_asked_for_are_closed(service: Service) -> None:
             with null_fd() as one, null_fd() as two:
                 serial = await raw.call([*fields_of('Echo', 'a{sv}'), (UNIX_FDS, 'u', 2)], EMPTY,
                                         [one, two])
-                assert (await raw.reply_to(serial)).type == wire.RETURN
+                assert (await raw.reply_to(serial)).type == MessageType.RETURN
         for member, signature in (('Nothing', ''), ('Echo', 's')):      # refused before a handler runs
             with null_fd() as one:
                 fields = [*fields_of(member, signature), (UNIX_FDS, 'u', 1)]
                 body = struct.pack('<I', 0) + b'\0' if signature else b''
-                assert (await raw.reply_to(await raw.call(fields, body, [one]))).type == wire.ERROR
+                assert (await raw.reply_to(await raw.call(fields, body, [one]))).type == MessageType.ERROR
     assert open_fds() == before
 
 
@@ -185,9 +186,9 @@ async def test_one_sender_has_a_bounded_number_of_calls_in_flight(service: Servi
         await answers(service)          # another sender has its own
         service.sample.release.set()
         replies = [(await raw.receive()).type for _ in range(router.MAX_CALLS)]
-        assert set(replies) == {wire.RETURN}
+        assert set(replies) == {MessageType.RETURN}
         # and the places are free again
-        assert (await raw.reply_to(await raw.call(fields_of('Wait')))).type == wire.RETURN
+        assert (await raw.reply_to(await raw.call(fields_of('Wait')))).type == MessageType.RETURN
 
 
 async def test_a_burst_of_signals_does_not_disconnect(service: Service) -> None:
@@ -205,7 +206,7 @@ async def test_a_deep_variant_costs_its_sender_only(service: Service) -> None:
     body = struct.pack('<II', len(entry), 0) + entry
     async with await Raw.open(service.address) as raw:
         reply = await raw.ask(fields_of('Echo', 'a{sv}'), body)
-        assert reply is None or reply.type in (wire.RETURN, wire.ERROR)
+        assert reply is None or reply.type in (MessageType.RETURN, MessageType.ERROR)
     await answers(service)
 
 

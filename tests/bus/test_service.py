@@ -9,9 +9,10 @@ import pytest
 from ckptd.bus.client import Client
 from ckptd.bus.connection import Connection, Match
 from ckptd.bus.export import Exported, method
+from ckptd.bus.message import DBusError
 from ckptd.bus.router import Call
 from ckptd.bus.values import to_body
-from ckptd.bus.wire import DBusError, make_call
+from ckptd.bus.wire import make_call
 from ckptd.errors import Busy, Cancelled, CkptError, NoSuchJob, PermissionDenied, Unavailable
 from tests.bus.conftest import Service, serving
 from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from ckptd.bus import standard
-from ckptd.bus.connection import Match
+from ckptd.bus.connection import PROPERTIES, Match
 from ckptd.bus.introspect import introspection_xml
-from ckptd.bus.standard import PROPERTIES
-from ckptd.bus.wire import DBusError
+from ckptd.bus.message import DBusError
 from tests.bus.conftest import Service
 from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item, Sample
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from ckptd.bus import stream
+from ckptd.bus.message import ProtocolError
 from ckptd.bus.stream import MessageReader, MessageWriter
-from ckptd.bus.wire import ProtocolError, Received
+from ckptd.bus.wire import Received
 from tests.bus.raw import CALL, MEMBER, PATH, SIGNATURE, UNIX_FDS, message, null_fd, open_fds
 
 Pair = tuple[socket.socket, socket.socket]

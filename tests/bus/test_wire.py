@@ -13,7 +13,8 @@ import pytest
 
 from ckptd.bus import wire
 from ckptd.bus.connection import Connection
-from ckptd.bus.wire import ProtocolError, SignatureTree
+from ckptd.bus.message import ProtocolError
+from ckptd.bus.wire import SignatureTree
 from ckptd.errors import Unavailable
 from tests.bus.raw import CALL, DESTINATION, INTERFACE, MEMBER, PATH, SIGNATURE, message
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What messages are made of besides bytes: their types and flags, the fds that come with them, errors. Pure."""
+
+import os
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, Final
+
+
+class MessageType(IntEnum):
+    CALL = 1
+    RETURN = 2
+    ERROR = 3
+    SIGNAL = 4
+
+
+NO_REPLY_EXPECTED: Final = 1
+ALLOW_INTERACTIVE: Final = 4
+
+
+class ProtocolError(Exception):
+    """The bus sent what is no message; the connection cannot go on."""
+
+
+class DBusError(Exception):
+    """An error on the bus: what a call was answered with, or what a call is to be answered with.
+
+    body: of the error message, plain values; by convention the first is a sentence.
+    """
+
+    def __init__(self, name: str, message: str, body: Sequence[Any] = ()) -> None:
+        super().__init__(f'{name}: {message}')
+        self.name, self.message, self.body = name, message, tuple(body)
+
+
+class Fds:
+    """File descriptors that came with a message; closed with it unless taken."""
+    __slots__ = ('_open', 'count')
+
+    def __init__(self, fds: Iterable[int] = ()) -> None:
+        self._open = list(fds)
+        self.count = len(self._open)
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise ProtocolError(f'fd index {index} in a message with {self.count} fds')
+        return self._open[index]
+
+    def add(self, fds: Iterable[int]) -> None:
+        self._open.extend(fds)
+        self.count = len(self._open)
+
+    def take(self, fd: int) -> int:
+        """Make this fd the caller's; -1 is left in its place."""
+        self._open[self._open.index(fd)] = -1
+        return fd
+
+    def close(self) -> None:
+        """Close what nobody took. Again: nothing."""
+        for index, fd in enumerate(self._open):
+            if fd >= 0:
+                self._open[index] = -1
+                os.close(fd)
