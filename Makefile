@@ -37,7 +37,8 @@ $(BIN)/python:
 $(VENV)/.run: requirements.lock requirements-build.lock pyproject.toml | $(BIN)/python
 	@$(PIP_INSTALL) -r requirements-build.lock
 	@$(PIP_INSTALL) -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation -e .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+		--no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.test: requirements-test.lock $(VENV)/.run
@@ -118,7 +119,8 @@ FILES = \
 	units/user/ckptd.service:$(UNITDIR)/user/ckptd.service \
 	units/ckptd.tmpfiles.conf:$(PREFIX)/lib/tmpfiles.d/ckptd.conf \
 	units/checkpoint-before-stop.conf:$(DOCDIR)/examples/checkpoint-before-stop.conf \
-	docs/ckptctl.bash:$(PREFIX)/share/bash-completion/completions/ckptctl \
+	ckptd/cli/completion/ckptctl.bash:$(PREFIX)/share/bash-completion/completions/ckptctl \
+	ckptd/cli/completion/_ckptctl:$(PREFIX)/share/zsh/site-functions/_ckptctl \
 	docs/architecture.md:$(DOCDIR)/architecture.md \
 	README.md:$(DOCDIR)/README.md \
 	CHANGELOG.md:$(DOCDIR)/CHANGELOG.md \
@@ -127,7 +129,7 @@ source_of = $(word 1,$(subst :, ,$(1)))
 target_of = $(DESTDIR)$(word 2,$(subst :, ,$(1)))
 
 # A venv without pip at LIBDIR holds the program and the locked wheels, so `python -m ckptd.engine.worker` needs no
-# PYTHONPATH; its python is a link to the system's. The two programs are three-line scripts in PREFIX/bin.
+# PYTHONPATH; its python is a link to the system's, and no file in it names DESTDIR. The two programs are three-line scripts in PREFIX/bin.
 install: $(VENV)/.run  ## install into DESTDIR with PREFIX (default /usr/local)
 	@test -n '$(INSTALL_PYTHON)' || { echo 'no system Python 3.11 with venv: apt-get install -y python3-venv' >&2; exit 1; }
 	rm -rf '$(DESTDIR)$(LIBDIR)'
@@ -137,7 +139,8 @@ install: $(VENV)/.run  ## install into DESTDIR with PREFIX (default /usr/local)
 	find '$(DESTDIR)$(LIBDIR)/bin' -type f -delete
 	@set -e; site=$$(echo '$(DESTDIR)$(LIBDIR)'/lib/python3.*/site-packages); \
 	tar -c --exclude=__pycache__ --owner=0 --group=0 ckptd | tar -x --no-same-owner -C "$$site"; \
-	'$(DESTDIR)$(LIBDIR)/bin/python' -m compileall -q -s '$(DESTDIR)' "$$site" >/dev/null || true
+	sed -i '/^command/d' '$(DESTDIR)$(LIBDIR)/pyvenv.cfg'; \
+	'$(DESTDIR)$(LIBDIR)/bin/python' -m compileall -q -s '$(DESTDIR)' "$$site"
 	@install -d '$(DESTDIR)$(PREFIX)/bin'
 	@for program in ckptd:ckptd.daemon ckptctl:ckptd.cli.main; do \
 		printf '#!%s -I\nimport sys\nfrom %s import main\nsys.exit(main())\n' \
@@ -145,7 +148,8 @@ install: $(VENV)/.run  ## install into DESTDIR with PREFIX (default /usr/local)
 		chmod 755 '$(DESTDIR)$(PREFIX)/bin/'"$${program%%:*}"; \
 	done
 	@$(foreach row,$(FILES),install -D -m 644 '$(call source_of,$(row))' '$(call target_of,$(row))' && ) true
-	@sed -i 's|/usr/bin/ckpt|$(PREFIX)/bin/ckpt|g' $(foreach row,$(filter units/% dbus/%,$(FILES)),'$(call target_of,$(row))')
+	@sed -i -e 's|/usr/bin/ckpt|$(PREFIX)/bin/ckpt|g' -e 's|/usr/share/doc/ckptd|$(DOCDIR)|g' \
+		$(foreach row,$(filter units/% dbus/%,$(FILES)),'$(call target_of,$(row))')
 	@test -n '$(DESTDIR)' || ! [ -d /run/systemd/system ] || systemctl daemon-reload
 	@echo 'installed below $(DESTDIR)$(PREFIX)'
 

@@ -105,16 +105,20 @@ class Victim:
         return self
 
     def _await_waiting(self) -> None:
-        """Until the first thread is in read(2), where it waits for the word to go (proc(5), /proc/PID/syscall)."""
+        """Until the first thread is in read(2), where it waits for the word to go, and all others are at rest too."""
         deadline = time.monotonic() + READY_TIMEOUT
-        while time.monotonic() < deadline:
-            try:
-                if Path(f'/proc/{self.pid}/syscall').read_text().split()[0] == '0':
-                    return
-            except PermissionError:     # an ordinary user may not look at one that is not dumpable
-                return
+        while not self._waits():
+            if time.monotonic() > deadline:
+                raise AssertionError(f'{self} does not wait')
             os.sched_yield()
-        raise AssertionError(f'{self} does not wait')
+
+    def _waits(self) -> bool:
+        try:
+            # proc(5): number and arguments of the system call that the task is blocked in
+            in_read = Path(f'/proc/{self.pid}/syscall').read_text().split()[0] == '0'
+        except PermissionError:     # an ordinary user may not look at one that is not dumpable
+            in_read = True
+        return in_read and (self.name in RESTLESS or 'R' not in states(self.pid))
 
     def _enter_cgroup(self) -> None:
         assert self._cgroup is not None
@@ -157,6 +161,15 @@ class Victim:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def states(root: int) -> str:
+    """The state letters of all tasks of a tree that does not change."""
+    letters = ''
+    for task in Path(f'/proc/{root}/task').iterdir():
+        letters += (task / 'stat').read_text().rpartition(')')[2].split()[0]
+        letters += ''.join(states(int(child)) for child in (task / 'children').read_text().split())
+    return letters
 
 
 def session_members(sid: int) -> list[int]:

@@ -34,6 +34,8 @@ LAYERS: dict[str, set[str]] = {
                'places', 'logs'},
     'config': {'errors'},
     'notify': {'errors'},
+    'logs': set(),
+    'places': {'errors'},
     'places': {'errors'},
     'logs': set(),
     'cli': {'errors', 'image', 'bus'},
