@@ -19,27 +19,30 @@ from ckptd.checks.rows import refuse
 from ckptd.checks.tasks import check_tasks
 from ckptd.checks.vmas import check_vmas
 from ckptd.errors import Refusal
+from ckptd.picture import Picture
 from ckptd.tree import Tree
 
 __all__ = ['Caller', 'check_access', 'check_files', 'check_frozen', 'check_tasks', 'check_tree', 'check_vmas']
 
 
 def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
-               avoid: Collection[int] = ()) -> list[Refusal]:
+               avoid: Collection[int] = (), picture: Picture | None = None) -> list[Refusal]:
     """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
 
-    frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it.
+    frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it. picture: of a
+    tree at rest, what is read for the checks and what others want to know as well.
     """
+    picture = picture or Picture()
     found = check_avoid(tree, avoid) + check_access(tree, caller)
     denied = {refusal.pid for refusal in found}
     if 0 in denied:
         return found
     seen = [task for task in tree if task.tid not in denied]
-    found += check_tasks(tree, seen)
+    found += check_tasks(tree, seen, picture)
     if frozen_required:
         found += check_frozen(seen, caller.pid)
-    found += check_vmas(seen)
-    found += check_files(seen)
+    found += check_vmas(seen, picture)
+    found += check_files(seen, picture)
     return list(dict.fromkeys(found))
 
 

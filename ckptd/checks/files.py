@@ -2,20 +2,21 @@
 """Open files: what their kinds refuse, and which have an end outside of the tree."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ckptd.checks.rows import Process, guarded, processes, refuse, warn
 from ckptd.errors import Refusal
-from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.kcmp import KCMP_FILES, kcmp
-from ckptd.kinds.base import Endpoint, Kind, OpenFile, Reason, read_open_file
+from ckptd.kinds.base import Endpoint, Kind, OpenFile, Reason
 from ckptd.kinds.registry import kind_of
+from ckptd.picture import Picture
 from ckptd.tree import Task
 
 
-def check_files(tasks: Iterable[Task]) -> list[Refusal]:
+def check_files(tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
     """One row for each refused fd, resource 'fd N'. The same warning about the same file stands once for the tree."""
-    check = _Check()
+    check = _Check(picture)
     for process in processes(tasks):
         for task in _tables(process):
             check.rows += guarded(task, 'fd', check.table, task)
@@ -48,7 +49,8 @@ class _End(NamedTuple):
 class _Check:
     """One look at a tree. Files that look alike in all that a kind goes by get one verdict."""
 
-    def __init__(self) -> None:
+    def __init__(self, picture: Picture) -> None:
+        self._picture = picture
         self.rows: list[Refusal] = []
         self._verdicts: dict[tuple[Any, ...], _Verdict] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -57,12 +59,9 @@ class _Check:
     def table(self, task: Task) -> list[Refusal]:
         """Rows of one fd table."""
         found: list[Refusal] = []
-        for fd in list_fds(task.tid):
-            try:
-                file = read_open_file(task.tgid, fd, task.tid)
+        for file in self._picture.files(task):
+            with suppress(FileNotFoundError):       # closed since it was listed
                 found += self._rows(task, file)
-            except FileNotFoundError:       # closed since it was listed
-                continue
         return found
 
     def _rows(self, task: Task, file: OpenFile) -> list[Refusal]:

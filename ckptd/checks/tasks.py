@@ -11,6 +11,7 @@ from ckptd.kernel.procfs import read_task_file, task_dir
 from ckptd.kernel.stat import PF_KTHREAD
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_auxv, read_link, read_namespaces
+from ckptd.picture import Picture
 from ckptd.tree import Task, Tree
 
 # <linux/sched.h>: kernel code that runs as a thread of a process, for io_uring or vhost
@@ -23,22 +24,22 @@ _FORKS = {56, 57, 58, 435}
 _FOR_CHILDREN = '_for_children'
 
 
-def check_tasks(tree: Tree, tasks: Iterable[Task]) -> list[Refusal]:
+def check_tasks(tree: Tree, tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
     """The checks of one task each. `tasks` are those of the tree that may be looked at."""
     tasks = list(tasks)
     home = _root_namespaces(tree)
     found: list[Refusal] = []
     for task in tasks:
-        found += guarded(task, 'task', _check_task, task, home)
+        found += guarded(task, 'task', _check_task, task, home, picture)
     for process in processes(tasks):
         found += guarded(process.leader, 'process', _check_process, process)
     return found
 
 
-def _check_task(task: Task, home: dict[str, int]) -> list[Refusal]:
+def _check_task(task: Task, home: dict[str, int], picture: Picture) -> list[Refusal]:
     if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
         return check_kthread(task)      # it has nothing else to look at
-    status = read_status(task.tgid, task.tid)
+    status = picture.status(task)
     if status.state in 'Xx':
         return [dead(task)]
     if status.state == 'Z':

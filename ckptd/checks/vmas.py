@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple
 
 from ckptd.checks.rows import Process, guarded, processes
 from ckptd.errors import Refusal
-from ckptd.kernel.maps import Mapping, read_smaps
+from ckptd.kernel.maps import Mapping
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.shmem import shm_device
+from ckptd.picture import Picture
 from ckptd.tree import Task
 
 
@@ -52,20 +53,21 @@ _PATHS = (
 _DEV_ZERO = os.makedev(1, 5)
 
 
-def check_vmas(tasks: Iterable[Task]) -> list[Refusal]:
+def check_vmas(tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
     """One row for each mapping, resource 'vma START-END'. A warning about a file stands once for the tree."""
     files = _MappedFiles()
     found: list[Refusal] = []
     for process in processes(tasks):
-        found += guarded(process.leader, 'maps', _check_process, process, files)
+        found += guarded(process.leader, 'maps', _check_process, process, files, picture)
     return found
 
 
-def _check_process(process: Process, files: '_MappedFiles') -> list[Refusal]:
+def _check_process(process: Process, files: '_MappedFiles', picture: Picture) -> list[Refusal]:
     tid, leader = process.reader.tid, process.leader
     return [Refusal(leader.tid, leader.comm, f'vma {mapping.start:x}-{mapping.end:x}', fact.errno, fact.reason,
                     fact.hint, fact.severity)
-            for mapping in read_smaps(tid) if (fact := check_mapping(mapping) or files.check(tid, mapping))]
+            for mapping in picture.mappings(process.reader)
+            if (fact := check_mapping(mapping) or files.check(tid, mapping))]
 
 
 def check_mapping(mapping: Mapping) -> _Fact | None:

@@ -29,6 +29,7 @@ from ckptd.image.writer import ImageWriter
 from ckptd.kernel.pidfd import pidfd_send_signal
 from ckptd.kernel.ptrace import WALL
 from ckptd.kernel.task import boot_id, read_cgroup2
+from ckptd.picture import Picture
 from ckptd.scan import Handles
 from ckptd.tree import Tree
 
@@ -98,14 +99,15 @@ class Checkpoint:
         """Everything that needs the tree to stand still."""
         fault('frozen')
         self._channel.phase('rescan')
-        tree = self._rescan(frozen)
+        picture = Picture()
+        tree = self._rescan(frozen, picture)
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
         seize_all(tree, frozen.tracees, deadline, lambda count: self._channel.progress(count, len(tree), 0, 0))
         # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
         frozen.let_run()
         self._channel.phase('state')
-        dump = Dump(tree, frozen.tracees, cgroups, writer.data, self._channel.progress)
+        dump = Dump(tree, frozen.tracees, picture, cgroups, writer.data, self._channel.progress)
         with ExitStack() as undo:
             undo.push(dump)
             dump.read_state()
@@ -115,13 +117,13 @@ class Checkpoint:
             undo.pop_all()
         return dump
 
-    def _rescan(self, frozen: Frozen) -> Tree:
+    def _rescan(self, frozen: Frozen, picture: Picture) -> Tree:
         """The tree once more, now that nothing moves: the same tasks, and every check again."""
         tree = frozen.rescan()
         changes = frozen.tree.changes(tree)
         if changes:
             raise TreeChanged(f'the tree changed while it was frozen: {changes[0]}', phase='rescan')
-        self._warnings = self._job.require(tree)
+        self._warnings = self._job.require(tree, picture)
         fault('rescanned')
         return tree
 

@@ -32,10 +32,10 @@ from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.writer import ImageWriter
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.maps import read_smaps
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
-from ckptd.kernel.status import Status, read_status
+from ckptd.kernel.status import Status
+from ckptd.picture import Picture
 from ckptd.tree import Task, Tree
 
 Report = Callable[[int, int, int, int], None]       # tasks done, of; bytes done, of
@@ -58,9 +58,9 @@ class Dump:
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
 
-    def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], cgroups: Mapping[int, str], data: DataWriter,
-                 report: Report) -> None:
-        self.tree = tree
+    def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: Picture, cgroups: Mapping[int, str],
+                 data: DataWriter, report: Report) -> None:
+        self.tree, self._picture = tree, picture
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
         self._data = data
         self._vtids = {task.tid: task.vtid for task in tree}
@@ -130,8 +130,8 @@ class Dump:
         anchor = alive[0]
         for task in alive:
             self._check_registers(task)
-        mappings = read_smaps(anchor.tid)
-        statuses = {task.tid: read_status(task.tid) for task in alive}
+        mappings = self._picture.mappings(anchor)
+        statuses = {task.tid: self._picture.status(task) for task in alive}
         self._share(leader, alive, statuses)
         mine, stat = self._ids[anchor.tid], read_stat(anchor.tid)
         threads = [(self._tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive]
@@ -153,6 +153,8 @@ class Dump:
             self._sighands.add(mine.sighand)
             self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
         self._memory.add(mine.mm, anchor.tid, mappings, stat, answers.process)
+        for task in alive:
+            self._picture.forget(task)
 
     def _check_registers(self, task: Task) -> None:
         """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only."""
@@ -168,7 +170,7 @@ class Dump:
         for task in alive:
             files, new_files = self._sharing.files.id_of(task.tid)
             if new_files:
-                self._files.read_table(files, leader.tgid, task.tid)
+                self._files.enter(files, self._picture.files(task))
             fs, new_fs = self._sharing.fs.id_of(task.tid)
             if new_fs:
                 self._task_records.append(state.fs(fs, task.tid, statuses[task.tid].umask))

@@ -16,6 +16,7 @@ from ckptd.errors import NoSuchTarget, Refusal, Refused
 from ckptd.freezer import Frozen, freeze
 from ckptd.journal.store import Journal
 from ckptd.kernel.pidfd import pidfd_pid
+from ckptd.picture import Picture
 from ckptd.scan import Target, resolve_target, scan_tree
 from ckptd.tree import Tree
 
@@ -42,14 +43,14 @@ class Job:
         """Resolve and scan: a cgroup may have got further roots since it was resolved first."""
         return scan_tree(self.resolve().roots)
 
-    def refusals(self, tree: Tree) -> list[Refusal]:
-        """All refusals and warnings."""
+    def refusals(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
+        """All refusals and warnings. picture: of a tree at rest, what is read of it."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
-                          avoid=self._avoid)
+                          avoid=self._avoid, picture=picture)
 
-    def require(self, tree: Tree) -> list[Refusal]:
+    def require(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
         """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them."""
-        return self._warnings(self.refusals(tree))
+        return self._warnings(self.refusals(tree, picture))
 
     def require_access(self, tree: Tree) -> None:
         """Only what a freeze needs: the caller's right to these tasks."""

@@ -10,9 +10,8 @@ from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
-from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.kcmp import kcmp_file
-from ckptd.kinds.base import OpenFile, read_open_file
+from ckptd.kinds.base import OpenFile
 from ckptd.kinds.registry import kind_of
 
 
@@ -40,10 +39,9 @@ class FileDump:
         self._files: list[records.OpenFile] = []
         self._tables: list[records.FdTable] = []
 
-    def read_table(self, files_id: int, tgid: int, tid: int) -> None:
+    def enter(self, files_id: int, files: Iterable[OpenFile]) -> None:
         """Enter the table of a task, and each of its files that no other table had."""
-        fds = [self._enter(read_open_file(tgid, fd, tid)) for fd in list_fds(tid)]
-        self._tables.append(records.FdTable(files_id, tuple(fds)))
+        self._tables.append(records.FdTable(files_id, tuple(self._enter(file) for file in files)))
 
     def _enter(self, file: OpenFile) -> records.Fd:
         cloexec = int(bool(file.flags & os.O_CLOEXEC))

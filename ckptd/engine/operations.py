@@ -61,7 +61,7 @@ def export_image(job: Job) -> None:
     """A tar stream of cores, one per process, to the caller's fd."""
     if job.request.format != 'core':
         raise InvalidArgument(f'unknown format {job.request.format!r}', hint='formats: core')
-    with ImageReader(_image(job)) as reader, os.fdopen(os.dup(job.output), 'wb') as sink:
+    with ImageReader(_image(job)) as reader, os.fdopen(os.dup(job.output), 'wb', buffering=0) as sink:
         names = export(reader, sink)
     job.channel.finish('files', names)
 
