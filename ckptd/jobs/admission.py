@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which requests may join the queue: not too many of one user, never two at work on one tree. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from ckptd.engine.messages import JobRequest
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
 from ckptd.jobs.state import Job
 
+Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
 FREEZING = frozenset({'checkpoint', 'freeze'})
 
 
@@ -19,23 +20,25 @@ def refuse_too_many(request: JobRequest, others: Iterable[Job], limit: int) -> N
                              hint='wait for them (ckptctl jobs) or thaw what is frozen')
 
 
-def refuse_active(target: str, active: Iterable[Job]) -> None:
-    """Busy while a job freezes this target, or will."""
+def refuse_active(target: str, active: Iterable[Job], overlap: Overlap) -> None:
+    """Busy while a job freezes tasks of this target, or will."""
     for job in active:
-        if job.request.operation in FREEZING and job.request.target == target:
-            raise Busy(f'{job.name} works on {target}', resource=target)
+        if job.request.operation in FREEZING and overlap(job.request.target, target):
+            raise Busy(f'{job.name} works on {job.request.target}', resource=target)
 
 
-def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Mapping[str, Job]) -> None:
+def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Iterable[str], overlap: Overlap) -> None:
     """Busy when the request would freeze what another freezes, or hold what is held.
 
-    A checkpoint of a tree that is held is welcome: a caller may well freeze, look, and then dump.
+    A checkpoint of exactly what is held is welcome: a caller may well freeze, look, and then dump.
     """
     if request.operation not in FREEZING:
         return
-    refuse_active(request.target, active)
-    if request.target in held and (request.operation == 'freeze' or request.after == 'freeze'):
-        raise Busy(f'{request.target} is held frozen already', resource=request.target, hint='thaw it first')
+    refuse_active(request.target, active, overlap)
+    for target in held:
+        exact = request.target == target and request.operation == 'checkpoint' and request.after != 'freeze'
+        if not exact and overlap(target, request.target):
+            raise Busy(f'{target} is held frozen already', resource=request.target, hint=f'thaw {target} first')
 
 
 def refuse_token(token: str, known: Iterable[Job]) -> None:

@@ -22,6 +22,7 @@ from ckptd.config import Config
 from ckptd.engine.messages import FromWorker, JobRequest, Progress
 from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, PermissionDenied, Unavailable, WorkerDied
 from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
+from ckptd.jobs.overlap import overlap
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Run, Units
@@ -140,16 +141,16 @@ class Queue:
                                hint='the property FrozenTargets names what is')
         if uid not in (0, entry.job.request.caller.uid):
             raise PermissionDenied(f'{target} was frozen by uid {entry.job.request.caller.uid}', resource=target)
-        refuse_active(target, self._entries)
+        refuse_active(target, self._entries, overlap)
         entry.run.thaw()
         await asyncio.shield(entry.let_go)
 
     def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
         if self._stopping:
             raise Unavailable('ckptd is stopping')
-        held = {target: entry.job for target, entry in self._held.items()}
-        refuse_too_many(request, [*self._entries, *held.values()], self._config.max_jobs_per_user)
-        refuse_conflict(request, self._entries, held)
+        held = [entry.job for entry in self._held.values()]
+        refuse_too_many(request, [*self._entries, *held], self._config.max_jobs_per_user)
+        refuse_conflict(request, self._entries, self._held, overlap)
         refuse_token(token, self._known.values())
         entry = self._make(request, fds, token)
         self._entries[entry.job] = entry

@@ -2,6 +2,7 @@
 """org.ckptd1 on a real bus, as clients see it."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import xml.etree.ElementTree as ElementTree
@@ -40,10 +41,16 @@ class Api:
         return await self.client.properties(BUS_NAME, job, JOB)
 
 
-@pytest.fixture
-async def api(daemon: Daemon) -> AsyncIterator[Api]:
+@contextlib.asynccontextmanager
+async def api_of(daemon: Daemon) -> AsyncIterator[Api]:
     async with await connect(daemon.address) as client, client.signals(BUS_NAME, ROOT) as signals:
         yield Api(client, signals)
+
+
+@pytest.fixture
+async def api(daemon: Daemon) -> AsyncIterator[Api]:
+    async with api_of(daemon) as made:
+        yield made
 
 
 @pytest.fixture

@@ -7,25 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ckptd import __version__
+from tests.daemon.conftest import COMMAND, places
 from tests.lib.bus import ROOT, Daemon, PrivateBus, read_line, terminate
-
-COMMAND = [sys.executable, '-m', 'ckptd.daemon']
 
 
 def run(*arguments: str, **environment: str) -> 'subprocess.CompletedProcess[str]':
     """A daemon that is expected to end by itself."""
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=30, cwd=ROOT, check=False,
                           env={**os.environ, **environment})
-
-
-def places(tmp_path: Path) -> list[str]:
-    return ['--spool', str(tmp_path / 'spool'), '--runtime', str(tmp_path / 'run')]
 
 
 def test_version() -> None:
@@ -61,20 +56,6 @@ def test_a_spool_that_cannot_be(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == (f'ckptd: spool {tmp_path}/file/spool: Not a directory '
                            '(run as a user who may write there, or name another with --spool DIR)\n')
-
-
-@pytest.fixture
-def on_bus(private_bus: PrivateBus, tmp_path: Path) -> Iterator['subprocess.Popen[bytes]']:
-    """A daemon on somebody else's bus, ready; its log is on stderr."""
-    with subprocess.Popen([*COMMAND, '--address', private_bus.address, *places(tmp_path), '--verbose'],
-                          stderr=subprocess.PIPE, cwd=ROOT) as process:
-        assert process.stderr is not None
-        try:
-            while 'ready' not in (line := read_line(process.stderr.fileno(), 20)):
-                assert line
-            yield process
-        finally:
-            terminate(process)
 
 
 def test_the_name_is_taken(on_bus: 'subprocess.Popen[bytes]', private_bus: PrivateBus, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Targets and limits: what joins the queue, and under which name."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from ckptd.engine.messages import Caller
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.jobs.admission import refuse_conflict
 from ckptd.jobs.orders import Orders, command_of, parse_target
+from ckptd.jobs.overlap import overlap
 from ckptd.jobs.spool import ImageInfo, Spool
-from ckptd.jobs.state import Job
+from ckptd.kernel.task import read_cgroup2
 from tests.jobs.conftest import request_of
 
 ME = Caller(1000, 1000, pid=4242)
@@ -50,13 +53,29 @@ def test_the_name_in_an_image_id() -> None:
 ])
 def test_what_may_be_done_to_a_held_tree(operation: str, after: str, busy: bool) -> None:
     request = request_of('a', operation, after=after)
-    held = {request.target: Job(1, request_of('a', 'freeze'), 0)}
     try:
-        refuse_conflict(request, [], held)
+        refuse_conflict(request, [], [request.target], overlap)
     except Busy:
         assert busy
     else:
         assert not busy
+
+
+def test_trees_that_share_tasks() -> None:
+    """This process, its child, and their cgroups."""
+    with subprocess.Popen(['sleep', '1000']) as child:
+        try:
+            me, it = f'pid:{os.getpid()}', f'pid:{child.pid}'
+            home = f'cgroup:{read_cgroup2(child.pid)}'
+            for one, other in ((me, it), (it, it), (home, it), ('cgroup:/', home), ('cgroup:/', it), ('a.b', 'a.b')):
+                assert overlap(one, other)
+                assert overlap(other, one)
+            for one, other in (('pid:4194305', it), ('cgroup:/none', it), ('cgroup:/a', 'cgroup:/ab'), ('a.b', it),
+                               ('pid:2', it), ('a.b', 'c.d')):
+                assert not overlap(one, other)
+                assert not overlap(other, one)
+        finally:
+            child.kill()
 
 
 def orders(spool: Spool, **settings: object) -> Orders:

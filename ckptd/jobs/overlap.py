@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether two targets share tasks, as far as /proc can tell at once.
+
+A hint, not a lock: trees change, and another daemon may be at work. Who comes second all the same is refused by the
+kernel, which lets a task have one tracer.
+"""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from ckptd.kernel.stat import read_stat
+from ckptd.kernel.task import read_cgroup2
+
+
+def overlap(one: str, other: str) -> bool:
+    """Two targets as parse_target spells them. Units are compared by name alone: only systemd knows their cgroups."""
+    if one == other:
+        return True
+    kinds = {target.partition(':')[0]: target.partition(':')[2] for target in (one, other)}
+    if kinds.keys() == {'pid'}:
+        first, second = int(one.removeprefix('pid:')), int(other.removeprefix('pid:'))
+        return first in ancestors(second) or second in ancestors(first)
+    if kinds.keys() == {'cgroup'}:
+        return _contains(one, other) or _contains(other, one)
+    if kinds.keys() == {'pid', 'cgroup'}:
+        return _is_in(int(kinds['pid']), f'cgroup:{kinds["cgroup"]}')
+    return False
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """The parents of a process, nearest first, without 1: that is everybody's, and nobody dumps it."""
+    try:
+        while (pid := read_stat(pid).ppid) > 1:
+            yield pid
+    except ProcessLookupError:
+        return
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return PurePosixPath(inner.removeprefix('cgroup:')).is_relative_to(outer.removeprefix('cgroup:'))
+
+
+def _is_in(pid: int, cgroup: str) -> bool:
+    """The root of the tree is; its descendants mostly are where it is."""
+    try:
+        return _contains(cgroup, f'cgroup:{read_cgroup2(pid)}')
+    except ProcessLookupError:
+        return False

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A daemon of root's, called by somebody else: what the caller may do is what its uid may."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.bus.client import connect
+from ckptd.bus.names import BUS_NAME, IMAGE, ROOT, image_path
+from tests.daemon.test_api import Api
+from tests.jobs.test_spool import write_image
+from tests.lib.bus import PrivateBus
+
+pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')
+
+NOBODY = 65534
+MANAGER, JOB = 'org.ckptd1.Manager', 'org.ckptd1.Job'
+
+
+class Busctl:
+    """busctl as some uid."""
+
+    def __init__(self, bus: PrivateBus, uid: int) -> None:
+        self._bus, self._uid = bus, uid
+
+    def call(self, interface: str, member: str, *arguments: str, path: str = '/org/ckptd1') -> Any:
+        """The values of the answer, or the words of the error."""
+        done = subprocess.run(['busctl', f'--address={self._bus.address}', '--json=short', 'call', 'org.ckptd1', path,
+                               interface, member, *arguments], capture_output=True, text=True, timeout=30, check=False,
+                              user=self._uid, group=self._uid, extra_groups=[], cwd='/')
+        if done.returncode:
+            return done.stderr.strip()
+        return json.loads(done.stdout)['data'] if done.stdout else None
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> tuple[str, str]:
+    """One of nobody's and one of another user's, there before the daemon is."""
+    spool = tmp_path / 'spool'
+    spool.mkdir(mode=0o700)
+    return write_image(spool, NOBODY), write_image(spool, 1000)
+
+
+@pytest.fixture
+def nobody(private_bus: PrivateBus, on_bus: 'subprocess.Popen[bytes]') -> Busctl:
+    return Busctl(private_bus, NOBODY)
+
+
+@pytest.fixture
+def root(private_bus: PrivateBus, on_bus: 'subprocess.Popen[bytes]') -> Busctl:
+    return Busctl(private_bus, 0)
+
+
+@contextlib.contextmanager
+def sleeping(uid: int) -> Iterator['subprocess.Popen[bytes]']:
+    """A process of that uid."""
+    with subprocess.Popen(['sleep', '1000'], user=uid, group=uid, extra_groups=[], cwd='/', stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ones_own_process(nobody: Busctl) -> None:
+    with sleeping(NOBODY) as process:
+        assert nobody.call(MANAGER, 'Freeze', 'sa{sv}', f'pid:{process.pid}', '0') == [1]
+        assert nobody.call(MANAGER, 'Thaw', 'sa{sv}', f'pid:{process.pid}', '0') is None
+
+
+def test_no_process_of_another(nobody: Busctl, root: Busctl) -> None:
+    with sleeping(0) as process:
+        target = f'pid:{process.pid}'
+        assert 'EPERM' in nobody.call(MANAGER, 'Freeze', 'sa{sv}', target, '0')
+        assert root.call(MANAGER, 'Freeze', 'sa{sv}', target, '0') == [1]
+        assert 'was frozen by uid 0' in nobody.call(MANAGER, 'Thaw', 'sa{sv}', target, '0')
+        assert root.call(MANAGER, 'Thaw', 'sa{sv}', target, '0') is None
+
+
+def test_ones_own_images_and_no_other(images: tuple[str, str], nobody: Busctl, root: Busctl, tmp_path: Path) -> None:
+    mine, other = images
+    for member in ('VerifyImage', 'RemoveImage'):
+        assert f'uid {NOBODY} may not' in nobody.call(MANAGER, member, 's', other)
+    [damages] = nobody.call(MANAGER, 'VerifyImage', 's', mine)
+    assert 'tree.img: 0 headers' in damages
+    assert nobody.call(MANAGER, 'RemoveImage', 's', mine) is None
+    assert root.call(MANAGER, 'RemoveImage', 's', other) is None
+    assert list((tmp_path / 'spool').iterdir()) == []
+
+
+def test_no_job_of_another(nobody: Busctl, root: Busctl) -> None:
+    with sleeping(0) as process:
+        [path] = root.call(MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '0')
+        assert 'belongs to uid 0' in nobody.call(JOB, 'Cancel', 'a{sv}', '0', path=path)
+
+
+async def test_the_image_belongs_to_the_caller(private_bus: PrivateBus, nobody: Busctl) -> None:
+    with sleeping(NOBODY) as process:
+        async with await connect(private_bus.address) as client, client.signals(BUS_NAME, ROOT) as signals:
+            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '1',
+                                            'after', 's', 'kill')
+            shown = await Api(client, signals).ended(job)
+            assert shown['StartedByUID'] == NOBODY
+            assert await client.property_(BUS_NAME, image_path(shown['Image']), IMAGE, 'Owner') == NOBODY
+        assert process.wait(10) == -signal.SIGKILL
+    await asyncio.get_running_loop().shutdown_default_executor()
