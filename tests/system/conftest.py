@@ -2,7 +2,7 @@
 """One installation and one booted machine for all tests of this directory."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +10,33 @@ import pytest
 from tests.lib.gate import verdict
 from tests.system.container import ROOT, Container
 
-COUNTER = """[Unit]
-Description=A service to checkpoint
-[Service]
-ExecStart=/bin/sh -c 'n=0; while :; do n=$((n+1)); echo $n > /run/counter; read -t 0.05 _ < /run/never; done'
-ExecStartPre=/bin/sh -c 'test -p /run/never || mkfifo /run/never'
+# a service whose memory goes on: what it counted is seen in its file, and a lost count would be too
+COUNTER = """#!/usr/bin/python3 -I
+import os, sys, time
+path = sys.argv[1]
+count = 0
+while True:
+    count += 1
+    with open(path + '.new', 'w') as file:
+        file.write(f'{os.getpid()} {count}')
+    os.rename(path + '.new', path)
+    time.sleep(0.01)
 """
+# a file instead of the journal's socket, which cannot be dumped yet
+UNIT = """[Unit]
+Description=Counts
+[Service]
+ExecStart=/usr/local/bin/count /run/%N
+StandardOutput=append:/run/%N.log
+"""
+HOOK = ROOT / 'units/checkpoint-before-stop.conf'
+FILES = {
+    '/usr/local/bin/count': COUNTER,
+    '/etc/systemd/system/counter.service': UNIT,
+    '/etc/systemd/system/hooked.service': UNIT,
+    '/etc/systemd/system/hooked.service.d/checkpoint-before-stop.conf': HOOK.read_text(),
+    '/etc/systemd/system/of-nobody.service': UNIT.replace('/run/%N', '/tmp/%N') + 'User=nobody\n',
+}
 
 
 @pytest.fixture(scope='session')
@@ -35,5 +56,23 @@ def machine(test_cgroup: Path | None, installed: Path, tmp_path_factory: pytest.
         (pytest.fail if failure else pytest.skip)(reason)
     assert test_cgroup is not None
     # beside the cgroup of the tests: what systemd makes and removes there is no test's leaving
-    with Container(test_cgroup.parent, tmp_path_factory.mktemp('machine'), stage=installed) as booted:
+    with Container(test_cgroup.parent, tmp_path_factory.mktemp('machine'), stage=installed, files=FILES) as booted:
+        booted.run('chmod', '755', '/usr/local/bin/count')
         yield booted
+
+
+@pytest.fixture
+def service(machine: Container) -> Iterator[Callable[[str], str]]:
+    """Start a unit for the time of the test; returns its name."""
+    started: list[str] = []
+
+    def start(unit: str) -> str:
+        started.append(unit)
+        machine.run('systemctl', 'start', unit)
+        return unit
+
+    yield start
+    for unit in started:
+        machine.run('systemctl', 'kill', '--signal=KILL', unit, check=False)
+        machine.run('systemctl', 'stop', unit, check=False)
+        machine.run('systemctl', 'reset-failed', unit, check=False)

@@ -105,7 +105,7 @@ class Container:
             user: str | None = None) -> 'subprocess.CompletedProcess[str]':
         """Run a command inside, in a cgroup beside the units, as a visitor by ssh would be."""
         visitors = self._cgroup / 'machine/visitors/cgroup.procs'
-        become = ['setpriv', f'--reuid={user}', f'--regid={user}', '--init-groups', '--'] if user else []
+        become = ['runuser', '-u', user, '--'] if user else []
         done = subprocess.run(
             ['nsenter', '--target', str(self.pid), '--all', '--', *become, *command], capture_output=True, text=True,
             timeout=timeout, check=False, stdin=subprocess.DEVNULL, env={'PATH': PATH, 'LANG': 'C.UTF-8'},

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptd as a service of a real systemd: activated by a call, checkpointing units, seen through systemd's own eyes."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.system.container import ROOT, Container
+
+pytestmark = [pytest.mark.xdist_group('system'), pytest.mark.needs('systemd', 'unshare', 'busctl')]
+
+MANAGER = ('org.ckptd1', '/org/ckptd1', 'org.ckptd1.Manager')
+RECIPES = '<!-- recipes: tests/system/test_service.py runs this block -->\n```sh\n'
+
+
+@pytest.fixture(autouse=True)
+def no_image_left(machine: Container) -> Iterator[None]:
+    yield
+    for image in ctl(machine, 'list'):
+        ctl(machine, 'remove', image['image'])
+
+
+def ctl(machine: Container, *args: str) -> Any:
+    """ckptctl --json on the system bus, decoded; images and jobs as lists."""
+    done = machine.run('ckptctl', '--json', *args)
+    return json.loads(done.stdout) if done.stdout.strip() else None
+
+
+def count_of(machine: Container, unit: str, directory: str = '/run') -> tuple[int, int]:
+    """(pid, count) that the unit has written last; (0, 0) before it did."""
+    done = machine.run('cat', f'{directory}/{unit.removesuffix(".service")}', check=False)
+    pid, count = done.stdout.split() or (0, 0)
+    return int(pid), int(count)
+
+
+def await_count(machine: Container, unit: str, above: int, directory: str = '/run') -> tuple[int, int]:
+    """Poll the file of the running process from outside: the counter knows of nobody to tell."""
+    main = int(machine.property(unit, 'MainPID'))
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        pid, count = count_of(machine, unit, directory)
+        if pid == main and count > above:
+            return pid, count
+    raise AssertionError(f'{unit} does not count: {machine.run("systemctl", "status", unit, check=False).stdout}')
+
+
+@contextlib.contextmanager
+def overheard(machine: Container, member: str) -> Iterator[list[str]]:
+    """The calls of a method that anybody made meanwhile, as `busctl monitor` shows them: a view that is not ckptd's."""
+    machine.run('systemd-run', f'--unit=listener-{member}', f'-pStandardOutput=truncate:/run/heard-{member}',
+                f'-pStandardError=truncate:/run/listening-{member}', '--', 'busctl', 'monitor', '--json=short',
+                f"--match=type='method_call',member='{member}'")
+    deadline = time.monotonic() + 10
+    while 'Monitoring' not in machine.run('cat', f'/run/listening-{member}', check=False).stdout:
+        assert time.monotonic() < deadline, 'busctl monitor does not start'
+    heard: list[str] = []
+    try:
+        yield heard
+    finally:
+        machine.run('systemctl', 'stop', f'listener-{member}.service')
+        heard += [line for line in machine.output('cat', f'/run/heard-{member}').splitlines() if f'"{member}"' in line]
+
+
+def test_a_call_activates_the_service(machine: Container) -> None:
+    machine.run('systemctl', 'stop', 'ckptd.service')
+    assert machine.property('ckptd.service', 'ActiveState') == 'inactive'
+    version = machine.output('busctl', 'get-property', *MANAGER, 'Version')
+    assert version.startswith('s "')
+    assert machine.property('ckptd.service', 'ActiveState') == 'active'
+    assert machine.property('ckptd.service', 'Type') == 'notify'
+
+
+def test_checkpoint_of_a_unit_frozen_by_systemd(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('counter.service')
+    pid, before = await_count(machine, unit, 0)
+    with overheard(machine, 'FreezeUnit') as freezes, overheard(machine, 'ThawUnit') as thaws:
+        result = ctl(machine, 'checkpoint', unit, '--freeze', 'unit')
+    assert len(freezes) == 1
+    assert unit in freezes[0]
+    assert len(thaws) == 1
+    assert result['tasks'] == 1
+    assert result['pages_written'] > 100
+    assert result['frozen_time'] <= result['total_time']
+    after_pid, _ = await_count(machine, unit, before + 5)
+    assert after_pid == pid
+    assert machine.property(unit, 'FreezerState') == 'running'
+    assert machine.property(unit, 'NRestarts') == '0'
+    machine.run('ckptctl', 'verify', result['image'])
+
+
+def test_automatic_choice_for_a_unit_is_systemd(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('counter.service')
+    _, before = await_count(machine, unit, 0)
+    image = ctl(machine, 'checkpoint', unit)['image']
+    manifest = json.loads(machine.output('cat', f'/var/spool/ckptd/{image}/manifest.json'))
+    assert manifest['freeze_mode'] == 'unit'
+    await_count(machine, unit, before)
+
+
+def test_unit_stays_frozen_and_is_thawed(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('counter.service')
+    await_count(machine, unit, 0)
+    machine.run('ckptctl', 'freeze', unit)
+    assert machine.property(unit, 'FreezerState') == 'frozen'
+    _, frozen_at = count_of(machine, unit)
+    assert machine.output('busctl', 'get-property', *MANAGER, 'FrozenTargets') == f'as 1 "{unit}"'
+    assert count_of(machine, unit)[1] == frozen_at
+    machine.run('ckptctl', 'thaw', unit)
+    await_count(machine, unit, frozen_at)
+
+
+def test_daemon_that_is_stopped_lets_go(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('counter.service')
+    _, count = await_count(machine, unit, 0)
+    machine.run('ckptctl', 'freeze', unit)
+    machine.run('systemctl', 'stop', 'ckptd.service')
+    assert machine.property(unit, 'FreezerState') == 'running'
+    await_count(machine, unit, count)
+
+
+def test_daemon_that_is_killed_thaws_at_its_next_start(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('counter.service')
+    _, count = await_count(machine, unit, 0)
+    machine.run('ckptctl', 'freeze', unit)
+    machine.run('systemctl', 'kill', '--signal=KILL', 'ckptd.service')
+    machine.output('busctl', 'get-property', *MANAGER, 'Version')       # Restart= or activation, whichever is first
+    await_count(machine, unit, count)
+    assert machine.property(unit, 'FreezerState') == 'running'
+
+
+def test_hook_checkpoints_before_the_stop(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('hooked.service')
+    pid, _ = await_count(machine, unit, 0)
+    machine.run('systemctl', 'stop', unit)
+    images = ctl(machine, 'list')
+    assert len(images) == 1, machine.journal(unit)
+    assert images[0]['tasks'] == 1
+    tree = machine.output('ckptctl', 'tree', images[0]['image'])
+    assert str(pid) in tree
+    assert machine.property(unit, 'Result') == 'success'
+
+
+def test_users_have_their_own_and_no_others(machine: Container, service: Callable[[str], str]) -> None:
+    own, foreign = service('of-nobody.service'), service('counter.service')
+    await_count(machine, own, 0, '/tmp')
+    await_count(machine, foreign, 0)
+    done = machine.run('ckptctl', '--json', 'checkpoint', own, '--freeze', 'ptrace', user='nobody')
+    image = json.loads(done.stdout)['image']
+    refused = machine.run('ckptctl', 'checkpoint', foreign, user='nobody', check=False)
+    assert refused.returncode == 4, refused.stderr
+    assert 'hint' in refused.stderr
+    assert machine.run('ls', '/var/spool/ckptd', user='nobody', check=False).returncode != 0
+    machine.run('ckptctl', 'remove', image, user='nobody')
+
+
+def test_recipes_of_the_readme(machine: Container, service: Callable[[str], str]) -> None:
+    """The block is run as it stands; each busctl line must succeed."""
+    unit = service('counter.service')
+    pid, count = await_count(machine, unit, 0)
+    block = (ROOT / 'README.md').read_text().partition(RECIPES)[2].partition('```')[0]
+    assert block.count('busctl') > 15
+    script = f'set -eu; cd /tmp; pid={pid}\n{block}'
+    done = machine.run('bash', '-c', script, check=False)
+    assert done.returncode == 0, f'{done.stdout}{done.stderr}{machine.journal("ckptd.service")}'
+    await_count(machine, unit, count)
