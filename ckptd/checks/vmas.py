@@ -5,12 +5,11 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ckptd.checks.rows import Process, guarded, processes
 from ckptd.errors import Refusal
-from ckptd.kernel.maps import Mapping
+from ckptd.kernel.maps import Mapping, stat_mapped
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.shmem import shm_device
 from ckptd.picture import Picture
@@ -55,14 +54,14 @@ _DEV_ZERO = os.makedev(1, 5)
 
 def check_vmas(tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
     """One row for each mapping, resource 'vma START-END'. A warning about a file stands once for the tree."""
-    files = _MappedFiles()
+    files = MappedFiles()
     found: list[Refusal] = []
     for process in processes(tasks):
         found += guarded(process.leader, 'maps', _check_process, process, files, picture)
     return found
 
 
-def _check_process(process: Process, files: '_MappedFiles', picture: Picture) -> list[Refusal]:
+def _check_process(process: Process, files: 'MappedFiles', picture: Picture) -> list[Refusal]:
     tid, leader = process.reader.tid, process.leader
     return [Refusal(leader.tid, leader.comm, f'vma {mapping.start:x}-{mapping.end:x}', fact.errno, fact.reason,
                     fact.hint, fact.severity)
@@ -83,7 +82,7 @@ def check_mapping(mapping: Mapping) -> _Fact | None:
     return next((fact for flag, fact in _FLAGS.items() if flag in mapping.vm_flags), None)
 
 
-class _MappedFiles:
+class MappedFiles:
     """What is mapped by name, each file looked at once: a thousand processes map the same libraries."""
 
     def __init__(self) -> None:
@@ -102,7 +101,7 @@ class _MappedFiles:
 
 
 def _check_file(tid: int, mapping: Mapping) -> _Fact | None:
-    mapped = _stat_mapped(tid, mapping)
+    mapped = stat_mapped(tid, mapping)
     named = lstat_of_task(tid, mapping.file_path)
     is_there = named is not None and named.st_ino == (mapped.st_ino if mapped else mapping.inode)
     of = mapped or (named if is_there else None)
@@ -119,14 +118,6 @@ def _check_file(tid: int, mapping: Mapping) -> _Fact | None:
         return None         # its content goes into the image
     return _Fact('ENOENT', f'{mapping.path} is another file now, or covered by a mount',
                  'a restart maps files by path: uncover the mount or put the file back', 'warning')
-
-
-def _stat_mapped(tid: int, mapping: Mapping) -> os.stat_result | None:
-    """The mapped file itself; None without CAP_CHECKPOINT_RESTORE, which proc_pid_map_files(5) asks for."""
-    try:
-        return Path(f'/proc/{tid}/map_files/{mapping.start:x}-{mapping.end:x}').stat()
-    except (PermissionError, FileNotFoundError):
-        return None
 
 
 def _device(sort: str, mapping: Mapping, of: os.stat_result) -> _Fact:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ckptd.engine.copy import Copier
 from ckptd.engine.questions import ProcessAnswers
-from ckptd.engine.vmas import MAP_PRIVATE, Objects, Shared, View, vma_record
+from ckptd.engine.vmas import MAP_PRIVATE, Objects, Shared, View, mapped_path, vma_record
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import page_runs
@@ -137,9 +137,8 @@ def _map_file(views: Sequence[View]) -> Iterator[int]:
     """The object behind a mapping, opened; -1 without CAP_CHECKPOINT_RESTORE, which proc_pid_map_files(5) asks for."""
     fd = -1
     for view in views:
-        path = f'/proc/{view.tid}/map_files/{view.mapping.start:x}-{view.mapping.end:x}'
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError:
             continue
         break
@@ -166,8 +165,7 @@ def _copy_views(shared: Shared, copier: Copier) -> list[PageRun]:
 
 def _with_content(backing: records.Backing, view: View, copier: Copier) -> records.Backing:
     """The record of a deleted file with what was in it."""
-    path = f'/proc/{view.tid}/map_files/{view.mapping.start:x}-{view.mapping.end:x}'
-    fd = os.open(path if view.mapping.size else f'/proc/{view.tid}/exe', os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
     try:
         at = os.fstat(fd)
         content = copier.data.add(iter(lambda: os.read(fd, 1 << 20), b''))

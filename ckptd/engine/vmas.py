@@ -19,7 +19,8 @@ from ckptd.image.records import (
     VSYSCALL,
     VVAR,
 )
-from ckptd.kernel.maps import DELETED, Mapping
+from ckptd.kernel.maps import DELETED, Mapping, map_file, stat_mapped
+from ckptd.kernel.namei import lstat_of_task
 
 # <linux/mman.h>
 MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 1, 2, 0x20
@@ -101,17 +102,18 @@ class Objects:
         return self._backing_ids[key]
 
     def _describe(self, view: View) -> records.Backing:
-        mapping = view.mapping
-        device = os.makedev(mapping.major, mapping.minor)
-        number = len(self.backings) + 1
+        mapping, number = view.mapping, len(self.backings) + 1
+        mapped = stat_mapped(view.tid, mapping) if mapping.size else os.stat(mapped_path(view))  # noqa: PTH116
         # a name may itself end in " (deleted)": only the inode tells
         for path in (mapping.path, mapping.file_path):
-            at = _stat(view, path)
-            if at is not None and (at.st_ino == mapping.inode or not mapping.deleted):
-                # st_dev and not maps' numbers: on btrfs and overlayfs they differ, and stat(2) is what a restart asks
-                return records.Backing(number, path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode, 0,
-                                       ())
-        return records.Backing(number, mapping.file_path, device, mapping.inode, 0, 0, 0, 1, ())
+            named = lstat_of_task(view.tid, path)
+            if named is not None and (os.path.samestat(named, mapped) if mapped else named.st_ino == mapping.inode):
+                return _backing(number, path, named)
+        if mapped is None and not mapping.deleted:
+            # out of our sight, and not ours to open: the kernel's numbers, by which a restart knows it again
+            device = os.makedev(mapping.major, mapping.minor)
+            return records.Backing(number, mapping.path, device, mapping.inode, 0, 0, 0, 0, ())
+        return records.Backing(number, mapping.file_path, 0, mapping.inode, 0, 0, 0, 1, ())
 
     def executable(self, tid: int) -> int:
         """Backing id of /proc/TID/exe. The link opens the file itself, so a deleted one is found, too."""
@@ -145,12 +147,14 @@ class Objects:
                 shared.fd = -1
 
 
-def _stat(view: View, path: str) -> os.stat_result | None:
-    """The file that the path names for that task; None where it names none."""
-    try:
-        return os.stat(f'/proc/{view.tid}/root{path}')  # noqa: PTH116
-    except OSError:
-        return None
+def _backing(number: int, path: str, at: os.stat_result) -> records.Backing:
+    # st_dev and not the numbers of maps: on btrfs and overlayfs they differ, and stat(2) is what a restart asks
+    return records.Backing(number, path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode, 0, ())
+
+
+def mapped_path(view: View) -> str:
+    """A magic link to the mapped file, deleted or not; for a View without addresses, to the task's program."""
+    return map_file(view.tid, view.mapping) if view.mapping.size else f'/proc/{view.tid}/exe'
 
 
 def vma_record(mm_id: int, tid: int, mapping: Mapping, objects: Objects) -> records.Vma:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """/proc/PID/maps and smaps: the memory mappings of a process, proc_pid_maps(5), proc_pid_smaps(5)."""
 
+import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -71,6 +72,20 @@ def read_maps(pid: int) -> list[Mapping]:
 def read_smaps(pid: int) -> list[Mapping]:
     """The same with flags. The kernel walks every page table for it: some milliseconds per GiB of touched memory."""
     return parse_smaps(read_memory_file(task_dir(pid), 'smaps'))
+
+
+def map_file(pid: int, mapping: Mapping) -> str:
+    """A magic link to the mapped file itself, deleted or not, proc_pid_map_files(5); to follow it takes
+    CAP_CHECKPOINT_RESTORE."""
+    return f'/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}'
+
+
+def stat_mapped(pid: int, mapping: Mapping) -> os.stat_result | None:
+    """stat(2) of the mapped file; None if we may not, or if the mapping is gone."""
+    try:
+        return os.stat(map_file(pid, mapping))  # noqa: PTH116
+    except (PermissionError, FileNotFoundError):
+        return None
 
 
 def _parse_line(line: bytes) -> Mapping:
