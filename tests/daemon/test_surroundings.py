@@ -40,12 +40,12 @@ def test_nobody_to_notify(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('usec', 'pid', 'interval'), [
-    ('3000000', '', 1.5), ('3000000', str(os.getpid()), 1.5), ('3000000', '1', None), ('', '', None), ('0', '', None),
+    ('3000000', '', 1.5), ('3000000', 'own', 1.5), ('3000000', '1', None), ('', '', None), ('0', '', None),
     ('soon', '', None),
 ])
 def test_watchdog(usec: str, pid: str, interval: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('WATCHDOG_USEC', usec)
-    monkeypatch.setenv('WATCHDOG_PID', pid)
+    monkeypatch.setenv('WATCHDOG_PID', str(os.getpid()) if pid == 'own' else pid)
     assert ServiceManager.take().watchdog == interval
 
 
