@@ -103,10 +103,11 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, and the same ckptd, from wherever this one was imported."""
+    """Ours, the same ckptd from wherever this one was imported, and what of its log anybody will read."""
     home = str(Path(ckptd.__file__).parent.parent)
     others = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and path != home]
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join([home, *others])}
+    level = logging.getLevelName(logging.getLogger('ckptd.engine').getEffectiveLevel())
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join([home, *others]), 'CKPTD_LOG_LEVEL': level}
 
 
 async def _wait_exit(pid: int, patience: float | None) -> bool:

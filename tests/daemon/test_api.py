@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -167,6 +168,17 @@ async def test_images_of_others_come_and_go(api: Api, daemon: Daemon) -> None:
     with pytest.raises(NoSuchImage):
         await api('VerifyImage', 's', image)
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def test_export_writes_a_tar_stream(api: Api, sleeper: str, tmp_path: Path) -> None:
+    image = (await api.ended(await api('Checkpoint', 'sa{sv}', sleeper, {})))['Image']
+    with (tmp_path / 'cores.tar').open('wb') as sink:
+        for format, error in (('core', None), ('coer', InvalidArgument)):
+            with contextlib.nullcontext() if error is None else pytest.raises(error, match='no format'):
+                await api('Export', 'hsa{sv}', sink.fileno(), format, {}, path=image_path(image), interface=IMAGE)
+    with tarfile.open(tmp_path / 'cores.tar') as tar:
+        [core] = tar.getmembers()
+    assert core.name.startswith('core')
 
 
 async def test_everything_at_once(api: Api, sleeper: str) -> None:
