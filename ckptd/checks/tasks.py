@@ -102,6 +102,9 @@ def _root_namespaces(tree: Tree) -> dict[str, int]:
 def check_namespaces(task: Task, home: dict[str, int]) -> list[Refusal]:
     """Any namespace other than the root's; also those that its next children will be in (pid_for_children)."""
     own = read_namespaces(task.tgid, task.tid)
+    if 'pid' in own:
+        # a new pid namespace has no link before its first process is in it (kernel/pid_namespace.c)
+        own.setdefault('pid_for_children', 0)
     other = sorted(name for name, inode in own.items() if inode != home.get(name.removesuffix(_FOR_CHILDREN), inode))
     return [refuse(task, f'namespace {name}', 'EPERM', f'is in another {name} namespace than the root of the tree',
                    'checkpoint the tree below the task that made the namespace') for name in other]

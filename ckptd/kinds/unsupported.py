@@ -89,4 +89,4 @@ def _socket(file: OpenFile) -> str:
     except OSError:
         return 'a socket'       # the name of its sort is for people and not worth a failure
     words = f'{listening}{family or f"family {int(sock.family)}"} {kind or f"type {int(sock.type)}"} socket'
-    return f'{"an" if words[0] in "aeiouI" else "a"} {words}'
+    return f'{"an" if words.startswith("IP") else "a"} {words}'

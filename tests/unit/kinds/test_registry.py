@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Every kind is tried on every sort of open file: exactly one matches, or none and it is refused by its real name."""
+
+import ctypes
+import os
+import pty
+import select
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptd.errors import Refused
+from ckptd.kinds.base import OpenFile
+from ckptd.kinds.registry import BY_TAG, KINDS, UNSUPPORTED, kind_of
+from tests.lib.brood import libc
+
+Opened = Callable[[Callable[[], int]], OpenFile]
+
+# <asm/unistd_64.h>
+NR = {'userfaultfd': 323, 'bpf': 321, 'perf_event_open': 298, 'io_uring_setup': 425, 'memfd_secret': 447,
+      'landlock_create_ruleset': 444, 'fsopen': 430}
+
+
+def fd_of(result: int) -> int:
+    """The fd that a C function returned; the child fails, and its test with it, on -1."""
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def deleted_file() -> int:
+    fd = os.open('gone', os.O_RDWR | os.O_CREAT)
+    Path('gone').unlink()
+    return fd
+
+
+def message_queue() -> int:
+    name = f'/ckptd-{os.getpid()}'.encode()
+    fd = fd_of(libc.mq_open(name, os.O_RDWR | os.O_CREAT, 0o600, None))
+    libc.mq_unlink(name)
+    return fd
+
+
+def named_fifo() -> int:
+    os.mkfifo('fifo')
+    return os.open('fifo', os.O_RDWR)
+
+
+SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
+    'regular file': ('regular', lambda: os.open('file', os.O_RDWR | os.O_CREAT)),
+    'deleted file': ('regular', deleted_file),
+    'nameless file': ('regular', lambda: os.open('.', os.O_RDWR | os.O_TMPFILE)),
+    'file named like a deleted one': ('regular', lambda: os.open('x (deleted)', os.O_RDWR | os.O_CREAT)),
+    'file of proc': ('regular', lambda: os.open('/proc/self/status', os.O_RDONLY)),
+    'directory': ('directory', lambda: os.open('.', os.O_RDONLY)),
+    'null': ('chardev', lambda: os.open('/dev/null', os.O_RDWR)),
+    'zero': ('chardev', lambda: os.open('/dev/zero', os.O_RDWR)),
+    'full': ('chardev', lambda: os.open('/dev/full', os.O_RDWR)),
+    'random': ('chardev', lambda: os.open('/dev/random', os.O_RDONLY)),
+    'urandom': ('chardev', lambda: os.open('/dev/urandom', os.O_RDONLY)),
+    'pipe, read end': ('pipe', lambda: os.pipe()[0]),
+    'pipe, write end': ('pipe', lambda: os.pipe()[1]),
+    'FIFO': ('fifo', named_fifo),
+    'terminal': ('tty', lambda: pty.openpty()[1]),
+    'memfd': ('memfd', lambda: os.memfd_create('x')),
+}
+
+REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
+    'eventfd': ('an eventfd', lambda: libc.eventfd(0, 0)),
+    'semaphore eventfd': ('an eventfd', lambda: libc.eventfd(1, 1)),
+    'epoll': ('an epoll instance', lambda: libc.epoll_create1(0)),
+    'signalfd': ('a signalfd', lambda: libc.signalfd(-1, ctypes.create_string_buffer(128), 0)),
+    'timerfd': ('a timerfd', lambda: libc.timerfd_create(1, 0)),
+    'inotify': ('an inotify instance', lambda: libc.inotify_init1(0)),
+    'fanotify': ('a fanotify group', lambda: libc.fanotify_init(0, 0)),
+    'pidfd': ('a pidfd', lambda: os.pidfd_open(os.getpid())),
+    'io_uring': ('an io_uring', lambda: libc.syscall(NR['io_uring_setup'], 4, ctypes.create_string_buffer(120))),
+    'userfaultfd': ('a userfaultfd', lambda: libc.syscall(NR['userfaultfd'], 0)),
+    'BPF map': ('a BPF map', lambda: libc.syscall(NR['bpf'], 0, struct.pack('5I', 2, 4, 4, 1, 0) + bytes(64), 72)),
+    'perf event': ('a perf event', lambda: libc.syscall(NR['perf_event_open'],
+                                                        struct.pack('2IQ', 1, 128, 0) + bytes(112), 0, -1, -1, 0)),
+    'Landlock ruleset': ('a Landlock ruleset',
+                         lambda: libc.syscall(NR['landlock_create_ruleset'], b'\1' + bytes(7), 8, 0)),
+    'secret memory': ('secret memory', lambda: libc.syscall(NR['memfd_secret'], 0)),
+    'file system context': ('a file system context', lambda: libc.syscall(NR['fsopen'], b'tmpfs', 0)),
+    'message queue': ('a POSIX message queue', message_queue),
+    'namespace': ('a namespace', lambda: os.open('/proc/self/ns/net', os.O_RDONLY)),
+    'O_PATH': ('an O_PATH reference', lambda: os.open('.', os.O_PATH)),
+    'O_PATH of null': ('an O_PATH reference', lambda: os.open('/dev/null', os.O_PATH)),
+    'stream socket': ('an IPv4 stream socket', lambda: socket.socket().detach()),
+    'datagram socket': ('a unix datagram socket', lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
+    'listening socket': ('a listening IPv4 stream socket', lambda: socket.create_server(('127.0.0.1', 0)).detach()),
+    'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
+    'pty master': ('the master of a pseudo-terminal 5:2', lambda: pty.openpty()[0]),
+    'device': ('a character device 1:11', lambda: os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)),
+    'huge page memfd': ('a file of huge pages', lambda: os.memfd_create('x', os.MFD_HUGETLB)),
+}
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(('tag', 'work'), SUPPORTED.values(), ids=SUPPORTED)
+def test_exactly_one_kind_matches(opened: Opened, tag: str, work: Callable[[], int]) -> None:
+    file = opened(work)
+    assert [kind.tag for kind in KINDS if kind.matches(file)] == [tag]
+    assert kind_of(file).tag == tag
+    assert not [reason for reason in kind_of(file).refusals(file) if reason.severity == 'refusal']
+
+
+@pytest.mark.parametrize(('name', 'work'), REFUSED.values(), ids=REFUSED)
+def test_what_no_kind_matches_is_refused_by_its_name(opened: Opened, name: str, work: Callable[[], int],
+                                                     request: pytest.FixtureRequest) -> None:
+    def run() -> int:
+        try:
+            return fd_of(work())
+        except OSError:
+            return -1       # this kernel lacks it, or we lack the right
+    file = opened_or_skip(opened, run)
+    assert [kind.tag for kind in KINDS if kind.matches(file)] == []
+    assert kind_of(file) is UNSUPPORTED
+    assert UNSUPPORTED.refusals(file)[0].reason.startswith(name)
+    with pytest.raises(Refused) as caught:
+        UNSUPPORTED.dump(file, None)    # type: ignore[arg-type]
+    assert (caught.value.task, caught.value.resource) == (file.pid, f'fd {file.fd}')
+    assert file.link in caught.value.message
+
+
+def opened_or_skip(opened: Opened, work: Callable[[], int]) -> OpenFile:
+    try:
+        return opened(work)
+    except FileNotFoundError:
+        pytest.skip('this kernel or user cannot make one')
+
+
+def test_tags_are_the_formats_for_ever() -> None:
+    """An image says 'pipe' and means PipeKind. A tag may be added, never changed."""
+    assert {'chardev', 'directory', 'fifo', 'memfd', 'pipe', 'regular', 'tty'} <= BY_TAG.keys()
+    assert all(kind.tag == tag for tag, kind in BY_TAG.items())
+
+
+def test_epoll_object_of_python_is_refused_too(opened: Opened) -> None:
+    kept = []
+
+    def work() -> int:
+        kept.append(select.epoll())
+        return kept[0].fileno()
+    assert kind_of(opened(work)) is UNSUPPORTED

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Refusals and warnings, each provoked by a real task."""
+
+import ctypes
+import dataclasses
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.checks import check_tree
+from ckptd.checks.tasks import check_kthread, check_seccomp
+from ckptd.checks.vmas import MappedFiles, check_mapping
+from ckptd.engine.messages import Caller
+from ckptd.errors import Refusal, Refused
+from ckptd.kernel.maps import parse_maps, parse_smaps
+from ckptd.kernel.stat import PF_KTHREAD
+from ckptd.kernel.status import read_status
+from ckptd.scan import scan_tree
+from ckptd.tree import Tree
+from tests.lib.brood import Brood, become, fork, libc
+
+ROOT = Caller(uid=0, gid=0)
+NOBODY = 65534
+OTHER = 65533
+CLONE_NEWUTS = 0x04000000
+PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
+PTRACE_SEIZE = 0x4206
+needs_root = pytest.mark.needs('root')
+
+
+@pytest.fixture
+def brood() -> Iterator[Brood]:
+    with Brood() as running:
+        yield running
+
+
+def check(pid: int, caller: Caller | None = None, **options: Any) -> list[Refusal]:
+    """What is found of the tree at pid, by default for the test's own user."""
+    own = caller or Caller(os.getuid(), os.getgid(), tuple(os.getgroups()), os.getpid())
+    return check_tree(scan_tree([pid]), own, **options)
+
+
+def refusals(rows: Iterable[Refusal], *, but: str = 'fd ') -> list[tuple[int, str, str]]:
+    """(pid, resource, errno) of the refusals; the files that a child has from the test process are not its own."""
+    return [(row.pid, row.resource, row.errno) for row in rows
+            if row.severity == 'refusal' and not row.resource.startswith(but)]
+
+
+def fd_rows(rows: Iterable[Refusal], fd: int) -> list[tuple[str, str, str]]:
+    return [(row.severity, row.errno, row.reason) for row in rows if row.resource == f'fd {fd}']
+
+
+def test_plain_tree_has_none(brood: Brood) -> None:
+    root, _ = brood.ask(lambda: brood.fork())
+    assert refusals(check(root)) == []
+
+
+# ---------------------------------------------------------------- access
+
+@needs_root
+def test_stranger_may_not_look(brood: Brood) -> None:
+    root, child = brood.ask(lambda: brood.fork())
+    rows = check(root, Caller(NOBODY, NOBODY))
+    assert [(row.pid, row.resource) for row in rows] == [(root, 'ptrace'), (child, 'ptrace')]
+    assert {row.errno for row in rows} == {'EPERM'}
+    assert Refused.because(rows).exit_status == 4
+
+
+@needs_root
+def test_owner_may_look_and_is_told_of_the_others(brood: Brood) -> None:
+    def root() -> int:
+        child = brood.fork()
+        become(NOBODY)
+        return child
+    owned, others = brood.ask(root)
+    rows = check(owned, Caller(NOBODY, NOBODY))
+    assert refusals(rows) == [(others, 'ptrace', 'EPERM')]
+    # nothing but that is told of a task that the caller may not look at
+    assert [row.resource for row in rows if row.pid == others] == ['ptrace']
+
+
+@needs_root
+def test_undumpable_task_is_not_its_owners(brood: Brood) -> None:
+    pid = brood.fork(lambda: (become(NOBODY), libc.prctl(4, 0, 0, 0, 0))[1])
+    assert refusals(check(pid, Caller(NOBODY, NOBODY))) == [(pid, 'ptrace', 'EPERM')]
+    assert refusals(check(pid)) == []
+
+
+@needs_root
+def test_capability_of_the_caller_counts(brood: Brood) -> None:
+    pid = brood.fork(lambda: become(OTHER))
+    cap_sys_ptrace = 1 << 19
+    assert refusals(check(pid, Caller(NOBODY, NOBODY, (), os.getpid(), cap_sys_ptrace))) == []
+    assert refusals(check(pid, Caller(NOBODY, NOBODY, (), os.getpid(), 0))) == [(pid, 'ptrace', 'EPERM')]
+    # of a caller that is gone nobody knows whose namespace its capabilities are of
+    assert refusals(check(pid, Caller(NOBODY, NOBODY, (), 0, cap_sys_ptrace))) == [(pid, 'ptrace', 'EPERM')]
+
+
+@needs_root
+def test_capability_in_another_user_namespace_does_not_count(brood: Brood) -> None:
+    caller = brood.fork(lambda: (become(NOBODY), libc.unshare(0x10000000))[1])
+    pid = brood.fork(lambda: become(OTHER))
+    assert int(read_status(caller).cap_eff) != 0
+    rows = check(pid, Caller(NOBODY, NOBODY, (), caller, read_status(caller).cap_eff))
+    assert refusals(rows) == [(pid, 'ptrace', 'EPERM')]
+
+
+def as_user(brood: Brood, uid: int, work: Callable[[], list[Refusal]]) -> list[Refusal]:
+    """What check finds when ckptd itself runs as an ordinary user."""
+    def run() -> list[dict[str, Any]]:
+        become(uid)
+        return [dataclasses.asdict(row) for row in work()]
+    return [Refusal(**row) for row in brood.ask(run)[1]]
+
+
+@needs_root
+def test_ordinary_users_ckptd_checks_that_users_tree(brood: Brood) -> None:
+    def own() -> list[Refusal]:
+        root, _ = brood.ask(lambda: brood.fork())
+        return check(root, Caller(NOBODY, NOBODY))
+    assert refusals(as_user(brood, NOBODY, own)) == []
+
+
+@needs_root
+def test_ordinary_users_ckptd_refuses_what_it_may_not_read(brood: Brood) -> None:
+    pid = brood.fork()
+    rows = as_user(brood, NOBODY, lambda: check(pid, Caller(NOBODY, NOBODY)))
+    assert refusals(rows) == [(pid, 'ptrace', 'EPERM')]
+
+
+@needs_root
+def test_ordinary_users_ckptd_cannot_act_for_others(brood: Brood) -> None:
+    pid = brood.fork(lambda: become(OTHER))
+    rows = as_user(brood, NOBODY, lambda: check(pid, Caller(OTHER, OTHER)))
+    assert [(row.pid, row.resource, row.errno) for row in rows] == [(0, 'credentials', 'EPERM')]
+
+
+@needs_root
+def test_deleted_mapped_file_needs_root(brood: Brood, tmp_path: Path) -> None:
+    def own() -> list[Refusal]:
+        with (tmp_path / 'gone').open('r+b') as file:
+            mapping = mmap.mmap(file.fileno(), 4096)
+        (tmp_path / 'gone').unlink()
+        rows = check(brood.fork(), Caller(NOBODY, NOBODY))
+        mapping.close()
+        return rows
+    (tmp_path / 'gone').write_bytes(bytes(4096))
+    for path in (tmp_path, tmp_path / 'gone'):
+        os.chown(path, NOBODY, NOBODY)
+    for path in list(tmp_path.parents)[:2]:
+        path.chmod(0o755)
+    rows = [row for row in as_user(brood, NOBODY, own) if '/gone' in row.reason]
+    assert [(row.errno, row.severity) for row in rows] == [('EPERM', 'refusal')]
+
+
+# ---------------------------------------------------------------- tasks
+
+def test_dead_task_is_eagain(brood: Brood) -> None:
+    root = brood.fork()
+    alive = scan_tree([root]).root
+    pid = os.posix_spawn('/bin/true', ['true'], {})
+    os.waitpid(pid, 0)
+    tree = Tree((alive, dataclasses.replace(alive, tid=pid, tgid=pid)))
+    rows = check_tree(tree, Caller(os.getuid(), os.getgid()))
+    assert refusals(rows) == [(pid, 'task', 'EAGAIN')]
+    assert Refused.because(row for row in rows if row.severity == 'refusal').exit_status == 75
+
+
+def test_zombie_is_no_refusal(brood: Brood) -> None:
+    def root() -> None:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(3)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert refusals(check(brood.fork(root))) == []
+
+
+@needs_root
+def test_other_namespace(brood: Brood) -> None:
+    root, child = brood.ask(lambda: brood.fork(lambda: libc.unshare(CLONE_NEWUTS)))
+    assert refusals(check(root)) == [(child, 'namespace uts', 'EPERM')]
+    assert refusals(check(child)) == []
+
+
+@needs_root
+def test_namespace_of_future_children(brood: Brood) -> None:
+    pid = brood.fork(lambda: libc.unshare(0x20000000))
+    assert refusals(check(pid)) == [(pid, 'namespace pid_for_children', 'EPERM')]
+
+
+def test_traced_by_somebody_else(brood: Brood) -> None:
+    def root() -> int:
+        child = brood.fork()
+        assert libc.ptrace(PTRACE_SEIZE, child, 0, 0) == 0
+        return child
+    tracer, tracee = brood.ask(root)
+    rows = check(tracer)
+    assert refusals(rows) == [(tracee, 'ptrace', 'EBUSY')]
+    assert f'[{tracer}]' in rows[-1].reason or any(f'[{tracer}]' in row.reason for row in rows)
+
+
+def test_traced_by_us_is_fine(brood: Brood) -> None:
+    pid = brood.fork()
+    assert libc.ptrace(PTRACE_SEIZE, pid, 0, 0) == 0
+    assert refusals(check(pid)) == []
+
+
+def allow_everything() -> None:
+    """A seccomp filter of one instruction: return SECCOMP_RET_ALLOW."""
+    code = ctypes.create_string_buffer(struct.pack('=HBBI', 0x06, 0, 0, 0x7fff0000))
+    program = ctypes.create_string_buffer(struct.pack('=HxxxxxxQ', 1, ctypes.addressof(code)))
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0) == 0
+
+
+def test_seccomp_filter(brood: Brood) -> None:
+    pid = brood.fork(allow_everything)
+    assert refusals(check(pid)) == [(pid, 'seccomp', 'EOPNOTSUPP')]
+
+
+def test_seccomp_strict_mode(brood: Brood) -> None:
+    task = scan_tree([brood.fork()]).root
+    status = read_status(task.tid)
+    assert check_seccomp(task, status) == []
+    assert 'strict' in check_seccomp(task, status._replace(seccomp=1))[0].reason
+
+
+def test_kernel_thread(brood: Brood) -> None:
+    task = scan_tree([brood.fork()]).root
+    assert 'kernel thread' in check_kthread(dataclasses.replace(task, flags=PF_KTHREAD))[0].reason
+    assert 'io_uring' in check_kthread(dataclasses.replace(task, flags=0x10))[0].reason
+
+
+def test_vfork_wait(brood: Brood, tmp_path: Path) -> None:
+    """posix_spawn(3) suspends its caller until the child has called execve; a FIFO keeps it from that."""
+    fifo = str(tmp_path / 'fifo')
+    os.mkfifo(fifo)
+
+    pid = fork()
+    if pid == 0:
+        os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, fifo, os.O_RDONLY, 0)])
+        os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+    try:
+        while not any(task.depth for task in scan_tree([pid])) or scan_tree([pid]).root.state != 'D':
+            os.sched_yield()
+        assert (pid, 'task', 'EAGAIN') in refusals(check(pid))
+    finally:
+        os.close(os.open(fifo, os.O_WRONLY))
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def elf32() -> bytes:
+    """A static i386 program: mov eax, 29 (pause); int 0x80; jmp back."""
+    code = b'\xb8\x1d\x00\x00\x00\xcd\x80\xeb\xf7'
+    base, size = 0x08048000, 52 + 32 + len(code)
+    header = struct.pack('<16sHHIIIIIHHHHHH', b'\x7fELF\x01\x01\x01', 2, 3, 1, base + 84, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    return header + struct.pack('<IIIIIIII', 1, 0, base, base, size, size, 5, 4096) + code
+
+
+def test_32_bit_program(tmp_path: Path) -> None:
+    program = tmp_path / 'i386'
+    program.write_bytes(elf32())
+    program.chmod(0o755)
+    try:
+        pid = os.posix_spawn(program, ['i386'], {})
+    except OSError as error:
+        pytest.skip(f'this kernel runs no 32-bit programs: {error}')
+    try:
+        assert refusals(check(pid)) == [(pid, 'exe', 'EOPNOTSUPP')]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_deleted_directory_is_a_warning(brood: Brood, tmp_path: Path) -> None:
+    def leave() -> None:
+        os.chdir(tmp_path / 'gone')
+        (tmp_path / 'gone').rmdir()
+    (tmp_path / 'gone').mkdir()
+    rows = [row for row in check(brood.fork(leave)) if row.resource == 'cwd']
+    assert [(row.severity, row.errno) for row in rows] == [('warning', 'ENOENT')]
+
+
+def test_ckptd_itself_in_the_tree(brood: Brood) -> None:
+    root, child = brood.ask(lambda: brood.fork())
+    assert refusals(check(root, avoid=[child, os.getpid()])) == [(child, 'task', 'EDEADLK')]
+
+
+# ---------------------------------------------------------------- frozen
+
+def test_not_frozen_is_ebusy_unless_self(brood: Brood, cgroup: Path) -> None:
+    root, child = brood.ask(lambda: brood.fork())
+    for pid in (root, child):
+        (cgroup / 'cgroup.procs').write_text(str(pid))
+    assert refusals(check(root, frozen_required=True)) == [(root, 'cgroup', 'EBUSY'), (child, 'cgroup', 'EBUSY')]
+    itself = Caller(os.getuid(), os.getgid(), (), root)
+    assert refusals(check(root, itself, frozen_required=True)) == [(child, 'cgroup', 'EBUSY')]
+    freeze(cgroup, True)
+    assert refusals(check(root, frozen_required=True)) == []
+    freeze(cgroup, False)
+
+
+def freeze(cgroup: Path, wanted: bool) -> None:
+    fd = os.open(cgroup / 'cgroup.events', os.O_RDONLY)
+    poll = select.poll()
+    poll.register(fd, select.POLLPRI)
+    (cgroup / 'cgroup.freeze').write_text(str(int(wanted)))
+    while f'frozen {int(wanted)}' not in os.pread(fd, 100, 0).decode():
+        poll.poll(1000)
+    os.close(fd)
+
+
+# ---------------------------------------------------------------- mappings
+
+def vma(line: str, flags: str = 'rd wr mr mw me ac') -> Any:
+    return check_mapping(parse_smaps(f'{line}\nRss:  4 kB\nVmFlags: {flags} \n'.encode())[0])
+
+
+@pytest.mark.parametrize('flags', ['ht', 'pf', 'io', 'um', 'uw', 'ui', 'ss', 'sf'])
+def test_flags_of_special_memory(flags: str) -> None:
+    assert vma('7f0000000000-7f0000001000 rw-p 00000000 00:00 0', f'rd wr {flags}').errno == 'EOPNOTSUPP'
+
+
+@pytest.mark.parametrize('path', ['/[aio] (deleted)', 'anon_inode:[perf_event]', 'anon_inode:[io_uring]', '[uprobes]',
+                                  'anon_inode:kvm-vcpu:0', '/secretmem (deleted)', 'socket:[123]', '[new]'])
+def test_names_of_special_memory(path: str) -> None:
+    fact = vma(f'7f0000000000-7f0000001000 rw-s 00000000 00:0e 1031                       {path}')
+    assert path.removesuffix(' (deleted)') in fact.reason
+
+
+@pytest.mark.parametrize('path', ['', '[heap]', '[stack]', '[anon:jit]', '[anon_shmem:x]', '/memfd:x (deleted)',
+                                  '/usr/lib/x', '/SYSV00000000 (deleted)', '/dev/zero (deleted)'])
+def test_ordinary_memory(path: str) -> None:
+    assert vma(f'7f0000000000-7f0000001000 rw-p 00000000 00:01 1031                       {path}') is None
+
+
+@pytest.mark.parametrize('name', ['[vvar]', '[vvar_vclock]', '[vdso]'])
+def test_the_kernels_own_mappings(name: str) -> None:
+    assert vma(f'7f0000000000-7f0000001000 r--p 00000000 00:00 0    {name}', 'rd mr pf io de dd') is None
+
+
+def test_mappings_of_this_process_are_ordinary(brood: Brood) -> None:
+    assert not [row for row in check(brood.fork()) if row.resource.startswith('vma') and row.severity == 'refusal']
+
+
+def test_aio_ring(brood: Brood) -> None:
+    context = ctypes.c_ulong(0)
+    pid = brood.fork(lambda: libc.syscall(206, 8, ctypes.byref(context)))
+    rows = [row for row in check(pid) if row.resource.startswith('vma')]
+    assert [(row.errno, 'io_setup' in row.reason) for row in rows] == [('EOPNOTSUPP', True)]
+
+
+@needs_root
+def test_device_mapping(brood: Brood, tmp_path: Path) -> None:
+    def map_device(path: str, flags: int) -> Callable[[], None]:
+        def work() -> None:
+            fd = os.open(path, os.O_RDWR)
+            brood.kept = mmap.mmap(fd, 4096, flags=flags)   # type: ignore[attr-defined]
+            os.close(fd)
+        return work
+    zero = brood.fork(map_device('/dev/zero', mmap.MAP_PRIVATE))
+    assert not [row for row in check(zero) if row.resource.startswith('vma')]
+
+
+def test_replaced_mapped_file_is_a_warning(brood: Brood, tmp_path: Path) -> None:
+    """A rename over a mapped file makes it deleted, a mount over it does not; the line is made up, the file is real."""
+    (tmp_path / 'file').write_bytes(bytes(4096))
+    mapping = parse_maps(f'7f0000000000-7f0000001000 r--p 00000000 fe:00 1    {tmp_path}/file\n'.encode())[0]
+    files = MappedFiles()
+    fact = files.check(os.getpid(), mapping)
+    assert fact is not None
+    assert (fact.severity, fact.errno) == ('warning', 'ENOENT')
+    assert files.check(os.getpid(), mapping) is None        # once for the tree
+
+
+# ---------------------------------------------------------------- open files
+
+def test_every_refusal_of_every_task_at_once(brood: Brood) -> None:
+    def root() -> list[int]:
+        pair = socket.socketpair()
+        fds = [pair[0].detach(), libc.eventfd(0, 0)]
+        pair[1].detach()
+        return [*fds, brood.fork(allow_everything)]
+    pid, (sock, event, child) = brood.ask(root)
+    rows = check(pid)
+    found = {(row.pid, row.resource) for row in rows if row.severity == 'refusal'}
+    assert found >= {(pid, f'fd {sock}'), (pid, f'fd {event}'), (child, f'fd {sock}'), (child, f'fd {event}'),
+                     (child, 'seccomp')}
+    assert 'a unix stream socket' in fd_rows(rows, sock)[0][2]
+
+
+def test_pipe_with_an_end_outside_is_a_warning(brood: Brood) -> None:
+    def inside() -> list[int]:
+        return [*os.pipe()]
+    read, write = os.pipe()
+    outer = brood.fork(lambda: os.close(read))
+    rows = check(outer)
+    os.close(read)
+    os.close(write)
+    assert [(severity, errno) for severity, errno, _ in fd_rows(rows, write)] == [('warning', 'EPIPE')]
+    pid, ends = brood.ask(inside)
+    rows = check(pid)
+    assert [fd_rows(rows, end) for end in ends] == [[], []]
+
+
+def test_pipe_whose_other_end_is_closed_is_none(brood: Brood) -> None:
+    def closed() -> int:
+        read, write = os.pipe()
+        os.close(write)
+        return read
+    pid, read = brood.ask(closed)
+    assert fd_rows(check(pid), read) == []
+
+
+def test_same_terminal_is_told_of_once(brood: Brood) -> None:
+    def on_terminal() -> list[int]:
+        master, slave = os.openpty()
+        brood.fork()
+        return [master, slave]
+    pid, (master, slave) = brood.ask(on_terminal)
+    rows = check(pid)
+    assert [severity for severity, _, _ in fd_rows(rows, slave)] == ['warning']
+    assert [severity for severity, _, _ in fd_rows(rows, master)] == ['refusal', 'refusal']
+
+
+def test_thread_with_its_own_fd_table(brood: Brood) -> None:
+    def root() -> int:
+        found: list[int] = []
+        started = threading.Event()
+
+        def thread() -> None:
+            assert libc.unshare(0x400) == 0     # CLONE_FILES
+            found.append(libc.eventfd(0, 0))
+            started.set()
+            brood.wait()
+        threading.Thread(target=thread, daemon=True).start()
+        started.wait()
+        return found[0]
+    pid, event = brood.ask(root)
+    assert ('refusal', 'EOPNOTSUPP') in [row[:2] for row in fd_rows(check(pid), event)]
+
+
+def test_lock_on_what_keeps_none_is_a_warning(brood: Brood) -> None:
+    def lock() -> int:
+        fd = os.open('/dev/null', os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
+    pid, fd = brood.ask(lock)
+    assert [row[:2] for row in fd_rows(check(pid), fd)] == [('warning', 'ENOLCK')]
