@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Self
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.kernel.cgroup import Cgroup, CgroupMount, mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
-from ckptd.kernel.pidfd import pidfd_open, wait_dead
+from ckptd.kernel.pidfd import pidfd_open, pidfd_send_signal, wait_dead
 from ckptd.kernel.stat import Stat, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
@@ -278,6 +278,15 @@ class Handles:
     def _is_dead(self, task: Task) -> bool:
         fd = self._fds.get(task.id)
         return not is_same(task) if fd is None else wait_dead(fd, 0)
+
+    def send_signal(self, task: Task, sig: int) -> None:
+        """To this process and no other; nothing if it is dead."""
+        fd = self._fds.get(task.id)
+        with suppress(ProcessLookupError):
+            if fd is not None:
+                pidfd_send_signal(fd, sig)
+            elif is_same(task):     # a stopped tracee keeps its number until its tracer has seen it die
+                os.kill(task.tid, sig)
 
     def close(self) -> None:
         while self._fds:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ckptd import __version__
+from ckptd.engine.deaths import Deaths
 from ckptd.engine.dump import Dump
 from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
@@ -26,7 +27,6 @@ from ckptd.freezer import Frozen
 from ckptd.image.files import spooling
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
-from ckptd.kernel.pidfd import pidfd_send_signal
 from ckptd.kernel.ptrace import WALL
 from ckptd.kernel.task import boot_id, read_cgroup2
 from ckptd.picture import Picture
@@ -89,13 +89,14 @@ class Checkpoint:
             with self._clock.measure('freezing'):
                 frozen = stack.enter_context(self._job.frozen(target, tree, remote_calls=True))
             with self._clock.measure('frozen'):
-                dump = stack.enter_context(self._dump(frozen, cgroups, writer))
+                deaths = stack.enter_context(Deaths(frozen.tree))
+                dump = stack.enter_context(self._dump(frozen, cgroups, writer, deaths))
                 if self._request.after == 'resume':
                     self._release(frozen)
             manifest = self._publish(writer, dump, frozen)
-            self._finish(frozen, manifest)
+            self._finish(frozen, manifest, deaths.handles)
 
-    def _dump(self, frozen: Frozen, cgroups: Mapping[int, str], writer: ImageWriter) -> Dump:
+    def _dump(self, frozen: Frozen, cgroups: Mapping[int, str], writer: ImageWriter, deaths: Deaths) -> Dump:
         """Everything that needs the tree to stand still."""
         fault('frozen')
         self._channel.phase('rescan')
@@ -107,13 +108,20 @@ class Checkpoint:
         # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
         frozen.let_run()
         self._channel.phase('state')
-        dump = Dump(tree, frozen.tracees, picture, cgroups, writer.data, self._channel.progress)
+
+
+        def report(tasks_done: int, tasks: int, bytes_done: int, size: int) -> None:
+            deaths.check()
+            self._channel.progress(tasks_done, tasks, bytes_done, size)
+
+        dump = Dump(tree, frozen.tracees, picture, cgroups, writer.data, report)
         with ExitStack() as undo:
             undo.push(dump)
             dump.read_state()
             self._channel.phase('memory')
             with self._clock.measure('memdump'):
                 dump.read_memory()
+            deaths.require_none()
             undo.pop_all()
         return dump
 
@@ -159,11 +167,11 @@ class Checkpoint:
             processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics,
             warnings=tuple(self._warnings))
 
-    def _finish(self, frozen: Frozen, manifest: Manifest) -> None:
+    def _finish(self, frozen: Frozen, manifest: Manifest, handles: Handles) -> None:
         after = self._request.after
         if after == 'kill':
             self._channel.phase('release')
-            kill(frozen)
+            kill(frozen, handles)
         elif after == 'freeze':
             self._channel.phase('release')
             hold(frozen)
@@ -189,12 +197,11 @@ def hold(frozen: Frozen) -> None:
             frozen.tracees.popitem()[1].detach()
 
 
-def kill(frozen: Frozen) -> None:
+def kill(frozen: Frozen, handles: Handles) -> None:
     """End every process of the tree at once, and see it dead. Parents outside get to know as of any death."""
-    with Handles(frozen.tree) as handles:
-        for task in frozen.tree.leaders:
-            with suppress(ProcessLookupError, KeyError):
-                pidfd_send_signal(handles[task], SIGKILL)
+    for task in frozen.tree.leaders:
+        if not task.is_zombie:
+            handles.send_signal(task, SIGKILL)
     # a tracer has to see its tracees die, the leader of a process after its other threads
     for task in sorted(frozen.tree, key=lambda task: task.is_leader):
         tracee = frozen.tracees.pop(task.tid, None)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ckptd.checks import check_access
 from ckptd.engine.checkpoint import checkpoint, hold
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen, refusal_row
@@ -26,9 +27,11 @@ def check(job: Job) -> None:
 
 
 def scan(job: Job) -> None:
-    """The tree as rows."""
+    """The tree as rows; memory and open files of those tasks only that the caller may look at."""
     job.channel.phase('scan')
-    job.channel.finish('tasks', live_rows(job.scan()))
+    tree = job.scan()
+    denied = {refusal.pid for refusal in check_access(tree, job.request.caller)}
+    job.channel.finish('tasks', live_rows(tree, denied))
 
 
 def freeze(job: Job) -> None:
@@ -51,7 +54,7 @@ def verify_image(job: Job) -> None:
     job.channel.finish('damages', verify(_image(job)))
 
 
-def tree(job: Job) -> None:
+def image_tree(job: Job) -> None:
     """The tree of an image as rows."""
     with ImageReader(_image(job)) as reader:
         job.channel.finish('tasks', image_rows(reader))
@@ -74,5 +77,5 @@ def _image(job: Job) -> Path:
 
 
 OPERATIONS: Mapping[str, Callable[[Job], None]] = {
-    'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image, 'tree': tree,
+    'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image, 'tree': image_tree,
     'export': export_image}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A tree as rows for people and programs: live, or from an image; the same keys in both."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ckptd.image.reader import ImageReader
@@ -13,17 +14,20 @@ from ckptd.tree import Task, Tree
 Row = dict[str, Any]
 
 
-def live_rows(tree: Tree) -> list[Row]:
-    """A row a task: ids, comm, state, depth, uid; of a process also rss (bytes) and fds ('FD LINK')."""
-    return [_live_row(task) for task in tree]
+def live_rows(tree: Tree, denied: Collection[int] = ()) -> list[Row]:
+    """A row a task: ids, comm, state, depth, uid; of a process also rss (bytes) and fds ('FD LINK').
+
+    denied: tasks of which only that is told which everybody may know. 0 stands for all.
+    """
+    return [_live_row(task, show=task.is_leader and 0 not in denied and task.tid not in denied) for task in tree]
 
 
-def _live_row(task: Task) -> Row:
+def _live_row(task: Task, *, show: bool) -> Row:
     rss, uid, fds = 0, 0, []
     try:
         status = read_status(task.tgid, task.tid)
-        rss, uid = (status.vm_rss if task.is_leader else 0), status.uids[0]
-        fds = _links(task) if task.is_leader else []
+        rss, uid = (status.vm_rss if show else 0), status.uids[0]
+        fds = _links(task) if show else []
     except ProcessLookupError:
         pass            # it died since the scan: what was read stays
     return {'tid': task.tid, 'tgid': task.tgid, 'ppid': task.ppid, 'pgid': task.pgid, 'sid': task.sid,

@@ -28,7 +28,7 @@ SO_RCVBUFFORCE = 33     # <asm-generic/socket.h>
 _HEADER = struct.Struct('=IHHII')       # struct nlmsghdr
 _CONNECTOR = struct.Struct('=4I2H')     # struct cn_msg
 _RECV = 1 << 16
-_ANSWER_TIMEOUT = 1.0   # seconds; the kernel answers before sendto(2) returns
+_ANSWER_TIMEOUT = 0.05  # seconds; a kernel that answers does so before sendto(2) returns
 
 # <linux/cn_proc.h>: offsets after nlmsghdr (16) and cn_msg (20)
 _EVENT = struct.Struct('=I4xQ')

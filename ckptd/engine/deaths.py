@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Deaths in a stopped tree: SIGKILL reaches a task that is frozen and traced, and half of it must not become an image.
+
+The proc connector tells of an exit as it happens, where the kernel has one for us; the pidfds, asked at the end, are
+the truth everywhere.
+"""
+
+from contextlib import ExitStack
+from typing import Self
+
+from ckptd.errors import TreeChanged
+from ckptd.kernel.netlink import ForkWatch
+from ckptd.scan import Handles
+from ckptd.tree import Task, Tree
+
+
+class Deaths:
+    """Watches the tasks of a tree at rest. `handles` has their pidfds."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._alive = {task.tid: task for task in tree if not task.is_zombie}
+        with ExitStack() as stack:
+            # the watch first: who dies after its pidfd was opened is told of
+            self._watch = stack.enter_context(ForkWatch())
+            self.handles = stack.enter_context(Handles(tree))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def check(self) -> None:
+        """TreeChanged if an exit has been told of. Costs one recvfrom(2)."""
+        for event in self._watch.read():
+            if event.kind == 'exit' and event.tid in self._alive:
+                raise self._died(self._alive[event.tid])
+
+    def require_none(self) -> None:
+        """TreeChanged if any process has died since the scan, told of or not."""
+        for task in self.handles.dead(self._tree):
+            raise self._died(task)
+
+    def _died(self, task: Task) -> TreeChanged:
+        return TreeChanged(f'{task.comm}[{task.tid}] died while it was dumped', task=task.tid, resource='task')
