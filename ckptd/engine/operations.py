@@ -77,5 +77,5 @@ def _image(job: Job) -> Path:
 
 
 OPERATIONS: Mapping[str, Callable[[Job], None]] = {
-    'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image, 'tree': image_tree,
-    'export': export_image}
+    'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
+    'tree': image_tree, 'export': export_image}
