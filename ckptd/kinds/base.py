@@ -10,6 +10,7 @@ order, each without any effect on the task:
     dump(file, content) the record that is kept, its bulk bytes given to `content`
 """
 
+import errno
 import fcntl
 import os
 import struct
@@ -130,10 +131,17 @@ class OpenFile:
 
     @contextmanager
     def duplicate(self) -> Iterator[int]:
-        """An fd of the same description. Its position and status flags are the task's: read with pread(2) only."""
+        """An fd of the same description. Its position and status flags are the task's: read with pread(2) only.
+
+        FileNotFoundError if the task, running, has closed it since.
+        """
         pidfd = pidfd_open(self.tid, PIDFD_THREAD if self.tid != self.pid else 0)
         try:
             fd = pidfd_getfd(pidfd, self.fd)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise FileNotFoundError(errno.ENOENT, 'closed', self.proc_path) from None
         finally:
             os.close(pidfd)
         try:
