@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Every victim is checkpointed and goes on: unchanged, unharmed, with an image that says what other tools say."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptd.errors import PermissionDenied
+from ckptd.image.reader import ImageReader
+from ckptd.image.verify import verify
+from tests.engine import views
+from tests.engine.driver import ORDINARY_UID, Place, as_user, place_of
+from tests.lib.procdiff import Picture, differences, take_picture
+from tests.lib.victim import RESTLESS, VICTIMS, Victim, build, names
+
+pytestmark = pytest.mark.needs('ptrace', 'gcc')
+
+# its sleeps end while we look
+BRIEF = {'interrupted'}
+# gdb lets what SIGTSTP stopped run, and attaches to no zombie
+DISTURBED_BY_GDB = {'stopped', 'tree'}
+# of a deleted file that is mapped only root can read the content: proc(5), /proc/PID/map_files
+REFUSED_TO_USERS = {'shared': 'is deleted and its content cannot be read'}
+READERS = (views.of_ps, views.of_prlimit, views.of_psutil, views.of_memory, views.of_shared_memory)
+
+
+def changes(before: Picture, after: Picture) -> list[str]:
+    """What a checkpoint may not change. It may change this:
+
+    A sleep that was interrupted goes on as restart_syscall(2), number 219, as after any SIGSTOP. The code of the remote
+    calls lay in the vdso, so a page of it is the process's own now, with the bytes it had before.
+    """
+    vdso = {(task, name) for (task, source, name), value in before.rows.items()
+            if source == 'maps' and value.endswith('[vdso]')}
+    for (task, source, name), now in after.rows.items():
+        if (source, name, now) == ('file', 'syscall', '219') or (source == 'maps pages' and (task, name) in vdso):
+            before.rows[task, source, name] = now
+    return differences(before, after)
+
+
+def dump_and_go_on(running: Victim, place: Place, *, freeze: str, forked: bool = False) -> Path:
+    """Checkpoint a victim. It is as it was, and the image is sound."""
+    before = take_picture(running.pid, moving=running.name in RESTLESS)
+    image = place.checkpoint(running.pid, forked=forked, freeze=freeze)
+    after = take_picture(running.pid, moving=running.name in RESTLESS)
+    assert changes(before, after) == []
+    assert verify(image) == []
+    return image
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path).make()
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+@pytest.mark.parametrize('name', names())
+def test_as_root(victim: Callable[..., Victim], place: Place, name: str, freeze: str) -> None:
+    running = victim(name)
+    image = dump_and_go_on(running, place, freeze=freeze)
+    with ImageReader(image) as reader:
+        assert reader.manifest.freeze_mode == {'auto': 'cgroup'}.get(freeze, freeze)
+    running.finish()
+
+
+@pytest.mark.parametrize('name', names())
+def test_as_an_ordinary_user(name: str) -> None:
+    uid = os.geteuid() or ORDINARY_UID
+    program = build(name)
+
+    def work() -> None:
+        place = Place(Path.cwd()).make()
+        with Victim(name, directory=place.path / 'victim') as running:
+            if name in REFUSED_TO_USERS:
+                with pytest.raises(PermissionDenied, match=REFUSED_TO_USERS[name]):
+                    dump_and_go_on(running, place, freeze='ptrace', forked=True)
+                running.finish()
+                return
+            image = dump_and_go_on(running, place, freeze='ptrace', forked=True)
+            with ImageReader(image) as reader:
+                assert reader.manifest.owner_uid == uid
+            running.finish()
+
+    with place_of(uid) as home:
+        if not readable_by(uid, program):
+            pytest.skip(f'uid {uid} cannot read {VICTIMS}')
+        as_user(uid, home, work)
+
+
+def readable_by(uid: int, path: Path) -> bool:
+    if uid == os.geteuid():
+        return True
+    return bool(path.stat().st_mode & 0o004) and all(at.stat().st_mode & 0o001 for at in path.parents)
+
+
+@pytest.mark.needs('root', 'ps')
+@pytest.mark.parametrize('name', sorted(set(names()) - RESTLESS - BRIEF))
+def test_image_against_other_tools(victim: Callable[..., Victim], place: Place, name: str) -> None:
+    running = victim(name)
+    with ImageReader(place.checkpoint(running.pid)) as reader:
+        assert [line for view in READERS for line in view(reader)] == []
+    running.finish()
+
+
+@pytest.mark.needs('root', 'gdb')
+@pytest.mark.parametrize('name', sorted(set(names()) - RESTLESS - BRIEF - DISTURBED_BY_GDB))
+def test_registers_against_gdb(victim: Callable[..., Victim], place: Place, name: str) -> None:
+    running = victim(name)
+    with ImageReader(place.checkpoint(running.pid)) as reader:
+        assert list(views.of_gdb(reader, place.path)) == []
+    running.finish()
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+@pytest.mark.parametrize('name', ['interrupted', 'registers', 'signals', 'threads'])
+def test_many_in_a_row(victim: Callable[..., Victim], place: Place, name: str, freeze: str) -> None:
+    running = victim(name)
+    images = [place.checkpoint(running.pid, freeze=freeze) for _ in range(5)]
+    assert len(set(images)) == 5
+    running.finish()
