@@ -21,6 +21,7 @@ from ckptd.engine.dump import Dump
 from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen as FrozenMessage
+from ckptd.engine.resume import issue_again
 from ckptd.engine.seize import seize_all
 from ckptd.errors import Refusal, SpoolFailed, TreeChanged
 from ckptd.freezer import Frozen
@@ -105,6 +106,7 @@ class Checkpoint:
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
         seize_all(tree, frozen.tracees, deadline, lambda count: self._channel.progress(count, len(tree), 0, 0))
+        issue_again(frozen.tracees)
         # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
         frozen.let_run()
         self._channel.phase('state')

@@ -97,6 +97,7 @@ class Dump:
         for task in self.tree:
             processes.setdefault(task.tgid, []).append(task)
         interleave(self._process(threads) for threads in processes.values())
+        self._files.describe()
         self._tree_records += [self._header(len(processes)), *state.task_ids(self.tree)]
         self._tree_records += [self._task(task) for task in self.tree]
         fault('state-read')

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Named fault points: what the tests use to make an operation die where it hurts.
 
-    CKPTD_FAULT="POINT=ACTION[,POINT=ACTION]"      ACTION: kill | pause | error:ERRNO
+    CKPTD_FAULT="POINT=ACTION[,POINT=ACTION]"      ACTION: kill | pause | error:ERRNO | ask     POINT: or * for any
 
 kill ends the worker by SIGKILL. pause stops it there until it is killed; it first writes POINT to the file
-CKPTD_FAULT_FILE (a FIFO), if that is set. error raises OSError with that errno. An unknown point ends the worker.
+CKPTD_FAULT_FILE (a FIFO), if that is set. error raises OSError with that errno. ask connects to the SOCK_SEQPACKET
+socket CKPTD_FAULT_FILE, sends POINT and waits for one of the other actions, or nothing to go on. An unknown point ends
+the worker.
 """
 
 import errno
 import os
 import signal
+import socket
 import threading
 
 POINTS = frozenset((
-    'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'running-remote', 'remote-mapped',
-    'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written', 'sealed', 'published'))
+    'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'issued-again', 'running-remote',
+    'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written', 'sealed', 'published'))
 # the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
+ANY = '*'
 PREFIXES = ('freeze-', 'let-run-', 'hold-', 'undo-')
 
 
@@ -23,7 +27,7 @@ def _plan() -> dict[str, str]:
     plan = {}
     for part in filter(None, os.environ.get('CKPTD_FAULT', '').split(',')):
         point, _, action = part.partition('=')
-        if point not in POINTS and not point.startswith(PREFIXES):
+        if point not in POINTS and point != ANY and not point.startswith(PREFIXES):
             raise SystemExit(f'CKPTD_FAULT: no point {point!r}; there are {", ".join(sorted(POINTS))}')
         plan[point] = action
     return plan
@@ -34,9 +38,12 @@ _PLAN = _plan()
 
 def fault(point: str) -> None:
     """Do what CKPTD_FAULT says for this point; nothing in normal life."""
-    action = _PLAN.get(point)
-    if action is None:
-        return
+    action = _PLAN.get(point, _PLAN.get(ANY, ''))
+    if action:
+        _act(point, _ask(point) if action == 'ask' else action)
+
+
+def _act(point: str, action: str) -> None:
     if action == 'kill':
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == 'pause':
@@ -45,7 +52,7 @@ def fault(point: str) -> None:
     elif action.startswith('error:'):
         number = getattr(errno, action.removeprefix('error:'))
         raise OSError(number, f'fault at {point}: {os.strerror(number)}')
-    else:
+    elif action:
         raise SystemExit(f'CKPTD_FAULT: no action {action!r}')
 
 
@@ -54,3 +61,10 @@ def _announce(point: str) -> None:
     if path:
         with open(path, 'ab', buffering=0) as file:  # noqa: PTH123
             file.write(f'{point}\n'.encode())
+
+
+def _ask(point: str) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+        asking.connect(os.environ['CKPTD_FAULT_FILE'])
+        asking.send(point.encode())
+        return asking.recv(64).decode()

@@ -2,7 +2,8 @@
 """Open files of stopped tasks: each description once, with the tables of fds that lead to it."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ckptd.engine.sharing import Sharing
 from ckptd.engine.vmas import Objects
@@ -36,27 +37,35 @@ class FileDump:
         self._ids = ids
         # who has the same flags, position and inode may have the same description; kcmp(2) tells
         self._sharing = Sharing[tuple[int, int]](lambda a, b: kcmp_file(*a, *b))
+        self._holders: dict[int, list[OpenFile]] = {}
         self._files: list[records.OpenFile] = []
         self._tables: list[records.FdTable] = []
 
     def enter(self, files_id: int, files: Iterable[OpenFile]) -> None:
-        """Enter the table of a task, and each of its files that no other table had."""
+        """Enter the table of a task."""
         self._tables.append(records.FdTable(files_id, tuple(self._enter(file) for file in files)))
 
     def _enter(self, file: OpenFile) -> records.Fd:
         cloexec = int(bool(file.flags & os.O_CLOEXEC))
         flags = file.flags & ~os.O_CLOEXEC
         key = (file.stat.st_dev, file.stat.st_ino, flags, file.info.pos)
-        file_id, new = self._sharing.id_of((file.tid, file.fd), key)
-        if new:
-            self._files.append(self._describe(file_id, file, flags))
+        file_id, _ = self._sharing.id_of((file.tid, file.fd), key)
+        self._holders.setdefault(file_id, []).append(file)
         return records.Fd(file.fd, file_id, cloexec)
 
-    def _describe(self, file_id: int, file: OpenFile, flags: int) -> records.OpenFile:
+    def describe(self) -> None:
+        """Dump each description, when all tables are entered: a kind may want to know every process that has it."""
+        for file_id, holders in self._holders.items():
+            self._files.append(self._describe(file_id, holders))
+        self._holders.clear()
+
+    def _describe(self, file_id: int, holders: Sequence[OpenFile]) -> records.OpenFile:
+        file = replace(holders[0], holders=tuple((other.pid, other.fd) for other in holders[1:]))
         kind, owner = kind_of(file), file.owner()
         data = kind.dump(file, self._content).encode()
-        return records.OpenFile(file_id, kind.tag, flags, file.info.pos & (1 << 64) - 1, file.stat.st_mode, owner.type,
-                                self._ids.get(owner.pid, 0), owner.signal, file.link, data)
+        return records.OpenFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
+                                file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
+                                data)
 
     def records(self) -> Iterator[Record]:
         """Everything for files.img."""

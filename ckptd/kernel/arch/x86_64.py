@@ -15,6 +15,7 @@ do_no_restart_syscall; arch/x86/kernel/signal.c: a restart needs rax and rip - 2
 """
 
 import ctypes
+import errno
 import struct
 from array import array
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ NR = {
     'tgkill': 234, 'ioprio_get': 252, 'get_robust_list': 274, 'kcmp': 312, 'sched_getattr': 315, 'clone3': 435,
     'pidfd_getfd': 438,
 }
+
+# semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2
+_NEVER_RESTARTED = frozenset((65, 69, 70, 128, 208, 220, 232, 281, 333, 441))
 
 # include/linux/errno.h: what rax holds in a task that was interrupted inside a system call
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -123,6 +127,18 @@ def interrupted(regs: user_regs_struct) -> user_regs_struct:
             after.rax, after.rip = regs.orig_rax, regs.rip - 2
         elif code == ERESTART_RESTARTBLOCK:
             after.rax, after.rip = NR['restart_syscall'], regs.rip - 2
+    return after
+
+
+def interrupted_for_good(regs: user_regs_struct) -> bool:
+    """Whether the task is about to return EINTR from a system call that no kernel restarts."""
+    return ctypes.c_int64(regs.rax).value == -errno.EINTR and regs.orig_rax in _NEVER_RESTARTED
+
+
+def again(regs: user_regs_struct) -> user_regs_struct:
+    """Registers with which the task issues the system call again that it is returning from."""
+    after = user_regs_struct.from_buffer_copy(regs)
+    after.rax, after.rip, after.orig_rax = regs.orig_rax, regs.rip - 2, _MASK64
     return after
 
 
