@@ -52,7 +52,7 @@ demo: $(VENV)/.run  ## checkpoint a live process tree, on a private bus, with pr
 	@$(BIN)/ckptctl demo
 
 test: $(VENV)/.test  ## all tests (what cannot run here is skipped and named; CKPTD_REQUIRE=... makes that a failure)
-	$(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: lint unit  ## linters and unit tests: before each commit
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One installation and one booted machine for all tests of this directory."""
 
+import fcntl
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,11 +43,17 @@ FILES = {
 
 @pytest.fixture(scope='session')
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make install DESTDIR=` makes, for PREFIX=/usr as a distribution would."""
-    stage = tmp_path_factory.mktemp('stage')
-    done = subprocess.run(['make', '--no-print-directory', 'install', f'DESTDIR={stage}', 'PREFIX=/usr'],
-                          cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """What `make install DESTDIR=` makes, for PREFIX=/usr as a distribution would; once for all pytest workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+    stage, done = shared / 'stage', shared / 'stage.done'
+    with (shared / 'stage.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            made = subprocess.run(['make', '--no-print-directory', 'install', f'DESTDIR={stage}', 'PREFIX=/usr'],
+                                  cwd=ROOT, capture_output=True, text=True, check=False)
+            assert made.returncode == 0, made.stdout + made.stderr
+            done.touch()
     return stage
 
 

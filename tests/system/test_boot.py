@@ -8,7 +8,7 @@ import pytest
 
 from tests.system.container import Container
 
-pytestmark = [pytest.mark.xdist_group('system'), pytest.mark.needs('systemd', 'unshare', 'busctl')]
+pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl')
 
 
 def test_systemd_is_pid_1_and_runs(machine: Container) -> None:

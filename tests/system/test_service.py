@@ -11,7 +11,7 @@ import pytest
 
 from tests.system.container import ROOT, Container
 
-pytestmark = [pytest.mark.xdist_group('system'), pytest.mark.needs('systemd', 'unshare', 'busctl')]
+pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl')
 
 MANAGER = ('org.ckptd1', '/org/ckptd1', 'org.ckptd1.Manager')
 RECIPES = '<!-- recipes: tests/system/test_service.py runs this block -->\n```sh\n'

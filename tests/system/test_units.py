@@ -10,8 +10,6 @@ import pytest
 
 from tests.system.container import ROOT, Container
 
-pytestmark = pytest.mark.xdist_group('system')
-
 EXPECTED = {
     'usr/bin/ckptd', 'usr/bin/ckptctl', 'usr/lib/systemd/system/ckptd.service', 'usr/lib/systemd/user/ckptd.service',
     'usr/lib/tmpfiles.d/ckptd.conf', 'usr/share/dbus-1/system.d/org.ckptd1.conf',

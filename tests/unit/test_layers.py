@@ -37,8 +37,6 @@ LAYERS: dict[str, set[str]] = {
     'notify': {'errors'},
     'logs': set(),
     'places': {'errors'},
-    'places': {'errors'},
-    'logs': set(),
     'cli': {'errors', 'image', 'bus'},
 }
 # finer than a layer: what of another layer may be used
