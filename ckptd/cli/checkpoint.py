@@ -72,8 +72,7 @@ def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> No
     if args.standalone and args.after == 'freeze':
         fate = 'The tree stays frozen.'
     out.note(f'{summary(result)}. {fate}', 'dim')
-    if warnings := int(result.get('warnings', 0)):
-        out.note(f'{format_count(warnings, "warning")}: "ckptctl check {args.target}" tells more', 'yellow')
+    out.refusals([refusal_from(row) for row in result.get('warnings', ())], on_stderr=True)
 
 
 def _report_job(out: Output, path: str, jobs: Sequence[Sequence[Any]]) -> int:

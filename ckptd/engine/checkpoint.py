@@ -21,6 +21,7 @@ from ckptd.engine.dump import Dump
 from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen as FrozenMessage
+from ckptd.engine.messages import refusal_row
 from ckptd.engine.resume import issue_again
 from ckptd.engine.seize import seize_all
 from ckptd.errors import Refusal, SpoolFailed, TreeChanged
@@ -35,6 +36,7 @@ from ckptd.scan import Handles
 from ckptd.tree import Tree
 
 SIGKILL = 9
+MAX_WARNINGS = 100          # rows in a job's result; the manifest has all
 LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
 
 
@@ -149,12 +151,23 @@ class Checkpoint:
         with self._clock.measure('memwrite'):
             dump.write(writer)
             fault('written')
-            writer.seal()
+            self._seal(writer, len(dump.tree))
         fault('sealed')
         self._channel.phase('publish')
         manifest = writer.publish(self._manifest(dump, frozen))
         fault('published')
         return manifest
+
+    def _seal(self, writer: ImageWriter, tasks: int) -> None:
+        """Digests and disk: the longest part of a large image, and cancelled like any other."""
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            self._channel.progress(tasks, tasks, min(done, writer.size), writer.size)
+
+        writer.seal(on_bytes)
 
     def _manifest(self, dump: Dump, frozen: Frozen) -> Manifest:
         request, tree = self._request, dump.tree
@@ -184,11 +197,11 @@ class Checkpoint:
 
 
 def summary(manifest: Manifest) -> dict[str, object]:
-    """What a finished checkpoint says of itself: counts, bytes, microseconds."""
+    """What a finished checkpoint says of itself: counts, bytes, microseconds, and what the image lacks."""
     numbers = {name: getattr(manifest.statistics, name) for name in Statistics.__struct_fields__}
     return {'image': manifest.image, 'target': manifest.target, 'command': manifest.command, 'tasks': manifest.tasks,
             'processes': manifest.processes, 'size': manifest.size, 'freeze_mode': manifest.freeze_mode,
-            'warnings': len(manifest.warnings), **numbers}
+            'warnings': [refusal_row(warning) for warning in manifest.warnings[:MAX_WARNINGS]], **numbers}
 
 
 def hold(frozen: Frozen) -> None:

@@ -17,10 +17,11 @@ import threading
 
 POINTS = frozenset((
     'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'issued-again', 'running-remote',
-    'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written', 'sealed', 'published'))
+    'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written', 'sealed',
+    'published'))
 # the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
-ANY = '*'
 PREFIXES = ('freeze-', 'let-run-', 'hold-', 'undo-')
+ANY = '*'
 
 
 def _plan() -> dict[str, str]:

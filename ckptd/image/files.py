@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,11 +91,16 @@ def open_regular(directory: int, name: str) -> int:
     return fd
 
 
-def digest_file(fd: int) -> tuple[int, str]:
-    """Size and sha256 of a whole file, read with a buffer of its own (the file position stays)."""
+def digest_file(fd: int, on_bytes: Callable[[int], None] | None = None) -> tuple[int, str]:
+    """Size and sha256 of a whole file, read with a buffer of its own (the file position stays).
+
+    on_bytes(n) is called after every n bytes, for progress and cancel.
+    """
     size = max(1, min(BUFFER, os.fstat(fd).st_size))
     hasher, buffer, at = hashlib.sha256(), memoryview(bytearray(size)), 0
     while done := os.preadv(fd, [buffer], at):
         hasher.update(buffer[:done])
         at += done
+        if on_bytes:
+            on_bytes(done)
     return at, hasher.hexdigest()

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -114,8 +115,16 @@ class ImageWriter:
         self._data.append(DataWriter(self.path, len(self._data)))
         return self._data[-1]
 
-    def seal(self) -> dict[str, Part]:
-        """Complete all parts, bring them to the disk, return their sizes and digests. SpoolFailed."""
+    @property
+    def size(self) -> int:
+        """Bytes of page data and other bulk so far: nearly all of an image."""
+        return sum(data.size for data in self._data)
+
+    def seal(self, on_bytes: Callable[[int], None] | None = None) -> dict[str, Part]:
+        """Complete all parts, bring them to the disk, return their sizes and digests. SpoolFailed.
+
+        on_bytes(n) is called after every n bytes that have their digest; what it raises ends the work.
+        """
         if self._sealed is None:
             for code in PARTS:      # a part without records is still there: missing files are damage
                 self.part(code)
@@ -125,7 +134,7 @@ class ImageWriter:
             # the disk and sha256 work at the same time: both leave the interpreter's lock alone
             with ThreadPoolExecutor(1, 'fsync') as pool:
                 synced = [pool.submit(_sync, writer) for writer in writers]
-                sealed = {writer.path.name: _digest(writer) for writer in writers}
+                sealed = {writer.path.name: _digest(writer, on_bytes) for writer in writers}
                 for future in synced:
                     future.result()
             for writer in writers:
@@ -213,9 +222,9 @@ def _sync(writer: PartWriter | DataWriter) -> None:
         os.fsync(writer.fileno())
 
 
-def _digest(writer: PartWriter | DataWriter) -> Part:
+def _digest(writer: PartWriter | DataWriter, on_bytes: Callable[[int], None] | None) -> Part:
     with spooling(writer.path):
-        size, digest = digest_file(writer.fileno())
+        size, digest = digest_file(writer.fileno(), on_bytes)
     return Part(size=size, sha256=digest)
 
 

@@ -53,7 +53,7 @@ class Slice:
 SLICES: dict[str, Slice] = {
     'resolve': Slice(0.0, 0.01), 'scan': Slice(0.01, 0.03), 'freeze': Slice(0.03, 0.05), 'rescan': Slice(0.05, 0.06),
     'seize': Slice(0.06, 0.08, 'tasks'), 'state': Slice(0.08, 0.12, 'tasks'), 'memory': Slice(0.12, 0.75, 'bytes'),
-    'release': Slice(0.75, 0.76), 'write': Slice(0.76, 0.98), 'publish': Slice(0.98, 1.0),
+    'release': Slice(0.75, 0.76), 'write': Slice(0.76, 0.98, 'bytes'), 'publish': Slice(0.98, 1.0),
 }
 
 

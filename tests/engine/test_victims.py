@@ -12,13 +12,11 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from tests.engine import views
 from tests.engine.driver import ORDINARY_UID, Place, as_user, place_of
-from tests.lib.procdiff import Picture, differences, take_picture
+from tests.engine.unharmed import BRIEF, changes, look
 from tests.lib.victim import RESTLESS, VICTIMS, Victim, build, names
 
 pytestmark = pytest.mark.needs('ptrace', 'gcc')
 
-# its sleeps end while we look
-BRIEF = {'interrupted'}
 # gdb lets what SIGTSTP stopped run, and attaches to no zombie
 DISTURBED_BY_GDB = {'stopped', 'tree'}
 # of a deleted file that is mapped only root can read the content: proc(5), /proc/PID/map_files
@@ -26,26 +24,11 @@ REFUSED_TO_USERS = {'shared': 'is deleted and its content cannot be read'}
 READERS = (views.of_ps, views.of_prlimit, views.of_psutil, views.of_memory, views.of_shared_memory)
 
 
-def changes(before: Picture, after: Picture) -> list[str]:
-    """What a checkpoint may not change. It may change this:
-
-    A sleep that was interrupted goes on as restart_syscall(2), number 219, as after any SIGSTOP. The code of the remote
-    calls lay in the vdso, so a page of it is the process's own now, with the bytes it had before.
-    """
-    vdso = {(task, name) for (task, source, name), value in before.rows.items()
-            if source == 'maps' and value.endswith('[vdso]')}
-    for (task, source, name), now in after.rows.items():
-        if (source, name, now) == ('file', 'syscall', '219') or (source == 'maps pages' and (task, name) in vdso):
-            before.rows[task, source, name] = now
-    return differences(before, after)
-
-
 def dump_and_go_on(running: Victim, place: Place, *, freeze: str, forked: bool = False) -> Path:
     """Checkpoint a victim. It is as it was, and the image is sound."""
-    before = take_picture(running.pid, moving=running.name in RESTLESS)
+    before = look(running)
     image = place.checkpoint(running.pid, forked=forked, freeze=freeze)
-    after = take_picture(running.pid, moving=running.name in RESTLESS)
-    assert changes(before, after) == []
+    assert changes(before, look(running), brief=running.name in BRIEF) == []
     assert verify(image) == []
     return image
 

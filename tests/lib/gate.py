@@ -100,6 +100,7 @@ NEEDS = {
     'cgroup2': Need(_cgroup2, 'sudo mount -t cgroup2 none /sys/fs/cgroup/unified, and run as root'),
     'ptrace': Need(_ptrace, 'sudo sysctl kernel.yama.ptrace_scope=0, or run as root with CAP_SYS_PTRACE'),
     'systemd': Need(_systemd, APT + 'systemd util-linux, and run as root'),
+    'user-session': Need(_file('/usr/lib/systemd/user/dbus.socket'), APT + 'dbus-user-session libpam-systemd'),
     'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),
     'busctl': Need(_program('busctl'), APT + 'systemd'),
     'dbus': Need(_program('dbus-daemon'), APT + 'dbus-daemon'),

@@ -115,8 +115,8 @@ class Container:
                                  f'{self.journal()}')
         return done
 
-    def output(self, *command: str, **kwargs: float) -> str:
-        return self.run(*command, **kwargs).stdout.strip()
+    def output(self, *command: str, user: str | None = None) -> str:
+        return self.run(*command, user=user).stdout.strip()
 
     def journal(self, unit: str = '') -> str:
         """The end of the journal, for messages."""

@@ -50,10 +50,10 @@ def await_count(machine: Container, unit: str, above: int, directory: str = '/ru
 
 @contextlib.contextmanager
 def overheard(machine: Container, member: str) -> Iterator[list[str]]:
-    """The calls of a method that anybody made meanwhile, as `busctl monitor` shows them: a view that is not ckptd's."""
+    """Calls or signals of this name meanwhile, as `busctl monitor` shows them: a view that is not ckptd's."""
     machine.run('systemd-run', f'--unit=listener-{member}', f'-pStandardOutput=truncate:/run/heard-{member}',
                 f'-pStandardError=truncate:/run/listening-{member}', '--', 'busctl', 'monitor', '--json=short',
-                f"--match=type='method_call',member='{member}'")
+                f"--match=member='{member}'")
     deadline = time.monotonic() + 10
     while 'Monitoring' not in machine.run('cat', f'/run/listening-{member}', check=False).stdout:
         assert time.monotonic() < deadline, 'busctl monitor does not start'
@@ -167,3 +167,25 @@ def test_recipes_of_the_readme(machine: Container, service: Callable[[str], str]
     done = machine.run('bash', '-c', script, check=False)
     assert done.returncode == 0, f'{done.stdout}{done.stderr}{machine.journal("ckptd.service")}'
     await_count(machine, unit, count)
+
+
+def test_signals_are_seen_by_busctl_monitor(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('counter.service')
+    await_count(machine, unit, 0)
+    with overheard(machine, 'JobNew') as new, overheard(machine, 'Progress') as progress, \
+            overheard(machine, 'JobRemoved') as removed, overheard(machine, 'ImageAdded') as added:
+        image = ctl(machine, 'checkpoint', unit)['image']
+    assert len(new) == len(removed) == len(added) == 1
+    assert '"done"' in removed[0]
+    assert image in added[0]
+    assert progress
+
+
+def test_only_root_may_be_ckptd(machine: Container) -> None:
+    """The bus policy: anybody may talk to the name, nobody else may own it."""
+    machine.run('systemctl', 'stop', 'ckptd.service')
+    done = machine.run('busctl', 'call', 'org.freedesktop.DBus', '/org/freedesktop/DBus', 'org.freedesktop.DBus',
+                       'RequestName', 'su', 'org.ckptd1', '0', user='nobody', check=False)
+    assert done.returncode != 0
+    assert 'denied' in done.stderr.lower() or 'not allowed' in done.stderr.lower() or 'permi' in done.stderr.lower()
+    assert machine.output('busctl', 'get-property', *MANAGER, 'Version', user='nobody').startswith('s ')
