@@ -13,6 +13,7 @@ from tests.system.container import ROOT, Container
 
 pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl')
 
+SYSTEMD = 'org.freedesktop.systemd1.Manager'
 MANAGER = ('org.ckptd1', '/org/ckptd1', 'org.ckptd1.Manager')
 RECIPES = '<!-- recipes: tests/system/test_service.py runs this block -->\n```sh\n'
 
@@ -49,11 +50,11 @@ def await_count(machine: Container, unit: str, above: int, directory: str = '/ru
 
 
 @contextlib.contextmanager
-def overheard(machine: Container, member: str) -> Iterator[list[str]]:
+def overheard(machine: Container, interface: str, member: str) -> Iterator[list[str]]:
     """Calls or signals of this name meanwhile, as `busctl monitor` shows them: a view that is not ckptd's."""
     machine.run('systemd-run', f'--unit=listener-{member}', f'-pStandardOutput=truncate:/run/heard-{member}',
                 f'-pStandardError=truncate:/run/listening-{member}', '--', 'busctl', 'monitor', '--json=short',
-                f"--match=member='{member}'")
+                f"--match=interface='{interface}',member='{member}'")
     deadline = time.monotonic() + 10
     while 'Monitoring' not in machine.run('cat', f'/run/listening-{member}', check=False).stdout:
         assert time.monotonic() < deadline, 'busctl monitor does not start'
@@ -77,7 +78,7 @@ def test_a_call_activates_the_service(machine: Container) -> None:
 def test_checkpoint_of_a_unit_frozen_by_systemd(machine: Container, service: Callable[[str], str]) -> None:
     unit = service('counter.service')
     pid, before = await_count(machine, unit, 0)
-    with overheard(machine, 'FreezeUnit') as freezes, overheard(machine, 'ThawUnit') as thaws:
+    with overheard(machine, SYSTEMD, 'FreezeUnit') as freezes, overheard(machine, SYSTEMD, 'ThawUnit') as thaws:
         result = ctl(machine, 'checkpoint', unit, '--freeze', 'unit')
     assert len(freezes) == 1
     assert unit in freezes[0]
@@ -172,8 +173,9 @@ def test_recipes_of_the_readme(machine: Container, service: Callable[[str], str]
 def test_signals_are_seen_by_busctl_monitor(machine: Container, service: Callable[[str], str]) -> None:
     unit = service('counter.service')
     await_count(machine, unit, 0)
-    with overheard(machine, 'JobNew') as new, overheard(machine, 'Progress') as progress, \
-            overheard(machine, 'JobRemoved') as removed, overheard(machine, 'ImageAdded') as added:
+    manager = MANAGER[2]
+    with overheard(machine, manager, 'JobNew') as new, overheard(machine, 'org.ckptd1.Job', 'Progress') as progress, \
+            overheard(machine, manager, 'JobRemoved') as removed, overheard(machine, manager, 'ImageAdded') as added:
         image = ctl(machine, 'checkpoint', unit)['image']
     assert len(new) == len(removed) == len(added) == 1
     assert '"done"' in removed[0]

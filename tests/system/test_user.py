@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptd on the session bus of a user: activated, in the user's own cgroup, with the user's own images."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system.container import Container
+
+pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl', 'user-session')
+
+USER, UID = 'alice', 4242
+
+
+@pytest.fixture(scope='module')
+def session(machine: Container) -> Iterator[Container]:
+    """The machine with a user whose manager and bus run."""
+    machine.run('useradd', '--create-home', '--uid', str(UID), USER)
+    machine.run('systemctl', 'start', f'user@{UID}.service')
+    yield machine
+    machine.run('systemctl', 'stop', f'user@{UID}.service')
+    machine.run('userdel', '--remove', USER)
+
+
+def as_user(machine: Container, *command: str, check: bool = True) -> 'subprocess.CompletedProcess[str]':
+    runtime = f'/run/user/{UID}'
+    return machine.run('env', f'XDG_RUNTIME_DIR={runtime}', f'DBUS_SESSION_BUS_ADDRESS=unix:path={runtime}/bus',
+                       *command, user=USER, check=check)
+
+
+def test_a_call_activates_the_users_daemon(session: Container) -> None:
+    spool = as_user(session, 'busctl', '--user', 'get-property', 'org.ckptd1', '/org/ckptd1', 'org.ckptd1.Manager',
+                    'Spool')
+    assert spool.stdout == f's "/home/{USER}/.local/state/ckptd"\n'
+    shown = as_user(session, 'systemctl', '--user', 'show', '--property=ActiveState,ControlGroup', 'ckptd.service')
+    assert 'ActiveState=active' in shown.stdout
+    assert f'/user.slice/user-{UID}.slice/user@{UID}.service/session.slice/ckptd.service' in shown.stdout
+
+
+@pytest.mark.parametrize('mode', ['auto', 'unit', 'ptrace'])
+def test_a_user_checkpoints_an_own_unit(session: Container, mode: str) -> None:
+    unit = f'counter-{mode}.service'
+    as_user(session, 'systemd-run', '--user', f'--unit={unit}', f'-pStandardOutput=append:/tmp/{mode}.log', '--',
+            '/usr/local/bin/count', f'/tmp/{mode}')
+    before = await_count(session, mode, 0)
+    done = as_user(session, 'ckptctl', '--user', '--json', 'checkpoint', unit, '--freeze', mode)
+    image = json.loads(done.stdout)['image']
+    await_count(session, mode, before)
+    assert session.run('stat', '--format=%U %a', f'/home/{USER}/.local/state/ckptd').stdout == f'{USER} 700\n'
+    assert as_user(session, 'ckptctl', '--user', 'verify', image).returncode == 0
+    as_user(session, 'ckptctl', '--user', 'remove', image)
+    as_user(session, 'systemctl', '--user', 'stop', unit)
+
+
+def await_count(machine: Container, name: str, above: int) -> int:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        text = machine.run('cat', f'/tmp/{name}', check=False).stdout
+        if text and int(text.split()[1]) > above:
+            return int(text.split()[1])
+    raise AssertionError(f'{name} does not count')
