@@ -175,14 +175,12 @@ class Connection:
     async def request(self, message: Message, *, timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
                       fds: Sequence[int] = ()) -> Received:
         """Send a method call; its reply back, whose fds are now the caller's to close. DBusError."""
-        if not self.connected:
-            raise DBusError(f'{ERROR}Disconnected', f'not connected to the bus: {self.error or "closed"}')
         future: asyncio.Future[Received] = self._loop.create_future()
         self.send(message, fds)
+        if not self.connected:      # before, or because of this message
+            raise self._disconnected()
         serial = message.serial
         self._pending[serial] = message.destination, future
-        if not self.connected:
-            self._fail_pending()
         try:
             async with asyncio.timeout(timeout):
                 reply = await future
@@ -284,7 +282,10 @@ class Connection:
     def _fail_pending(self) -> None:
         for _, future in self._pending.values():
             if not future.done():
-                future.set_exception(DBusError(f'{ERROR}Disconnected', f'the bus is gone: {self.error or "closed"}'))
+                future.set_exception(self._disconnected())
+
+    def _disconnected(self) -> DBusError:
+        return DBusError(f'{ERROR}Disconnected', f'not connected to the bus: {self.error or "closed"}')
 
 
 def _error_of(reply: Received) -> DBusError:

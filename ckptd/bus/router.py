@@ -199,13 +199,10 @@ class Router:
         return exported, row
 
     async def serve(self, call: Call, exported: Exported, row: Method) -> None:
-        """Run the handler and answer, whatever happens."""
+        """Run the handler and answer, whatever happens; if it is cancelled, `_finished` answers."""
         try:
             result = await row.handler(exported, call, *self._arguments(call.message))
             await self._reply(call, row, result)
-        except asyncio.CancelledError:
-            self._fail(call, Cancelled('the daemon stops'))
-            raise
         except (DBusError, CkptError) as error:
             self._fail(call, error)
         except Exception:
@@ -247,7 +244,7 @@ class Router:
             call.answered = True
 
     def _finished(self, call: Call) -> None:
-        """The task is done, or was cancelled before it began: then nobody has answered yet."""
+        """The task is done. Cancelled, perhaps before it began, it has not answered: a caller would wait for ever."""
         self._in_flight[call.sender] -= 1
         if not self._in_flight[call.sender]:
             del self._in_flight[call.sender]

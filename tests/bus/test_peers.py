@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,32 +98,40 @@ async def test_a_caller_that_has_left_is_refused_and_forgotten(service: Service)
     assert at_once.is_set()
 
 
-async def test_a_caller_that_leaves_while_it_is_asked_about(service: Service) -> None:
+@pytest.mark.parametrize('after', ['_credentials', '_fill'])
+async def test_a_caller_that_leaves_while_it_is_asked_about(service: Service, monkeypatch: pytest.MonkeyPatch,
+                                                            after: str) -> None:
     """The watch is there before the question, so the caller is not remembered for ever."""
     other = await Connection.open(service.address)
-    request = service.connection.request
+    step = getattr(Peers, after)
 
-    async def leave_first(*arguments: object, **options: object) -> object:
-        reply = await request(*arguments, **options)        # type: ignore[arg-type]
+    async def leave_then(self: Peers, peer: peers.Peer) -> object:
+        result = await step(self, peer)
         if other.connected:
             await other.close()
             await service.connection.call(DRIVER, '/org/freedesktop/DBus', DRIVER, 'GetId')     # a round trip later
-        return reply
+        return result
 
-    service.connection.request = leave_first        # type: ignore[assignment, method-assign]
+    monkeypatch.setattr(Peers, after, leave_then)
     with pytest.raises(PermissionDenied):
         await service.router.peers.caller(other.unique_name)
     assert not service.router.peers._known
     assert not service.connection._subscriptions
 
 
-async def test_a_pid_that_is_another_ones_now_is_not_believed(service: Service) -> None:
-    process, name = await start(service.address)
-    peer = await service.router.peers._peer(name)
-    process.kill()
-    await process.wait()
+def test_a_pid_that_is_another_ones_now_is_not_believed() -> None:
+    process = subprocess.Popen(['true'])
+    pidfd = os.pidfd_open(process.pid)
+    process.wait()
+    peer = peers.Peer(':1.1', os.getuid(), pid=os.getpid(), pidfd=pidfd)
     assert peer.status() is None
-    await end(process)
+    peer.close()
+
+
+def test_a_process_that_became_another_user_is_not_believed() -> None:
+    peer = peers.Peer(':1.1', os.getuid() + 1, pid=os.getpid(), pidfd=os.pidfd_open(os.getpid()))
+    assert peer.status() is None
+    peer.close()
 
 
 async def test_few_peers_are_remembered(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
