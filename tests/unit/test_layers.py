@@ -2,6 +2,7 @@
 """The layers of docs/architecture.md, read from the imports, and the sizes that keep modules readable."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ ONLY = {
 RESTRICTED = {'cli': {'bus', 'kernel'}, 'jobs': {'engine'}, 'bus': {'engine'}, 'daemon': {'engine'}}
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def layer_of(module: str) -> str:
     """'kernel' for ckptd.kernel.arch.x86_64, '' for the package itself."""
     return module.split('.')[1] if '.' in module else ''
@@ -59,10 +65,11 @@ def module_name(path: Path) -> str:
     return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
 
 
+@functools.cache
 def imports_of(path: Path) -> list[tuple[int, str]]:
     """(line, module) of each import of ckptd, also inside functions; `from ckptd import tree` counts as ckptd.tree."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -102,14 +109,14 @@ def test_no_kind_is_named_outside_kinds() -> None:
 def test_only_the_queue_makes_tasks() -> None:
     """One owner of asyncio tasks per process: the queue; the bus router serves calls, which are its own."""
     others = [path for path in MODULES if layer_of(module_name(path)) not in ('jobs', 'bus', 'cli')]
-    makers = [path.name for path in others for node in ast.walk(ast.parse(path.read_text()))
+    makers = [path.name for path in others for node in ast.walk(tree_of(path))
               if isinstance(node, ast.Attribute) and node.attr in ('create_task', 'ensure_future')]
     assert not makers
 
 
 def test_kernel_layer_neither_logs_nor_awaits() -> None:
     for path in (PACKAGE / 'kernel').rglob('*.py'):
-        names = {alias.name.split('.')[0] for node in ast.walk(ast.parse(path.read_text()))
+        names = {alias.name.split('.')[0] for node in ast.walk(tree_of(path))
                  if isinstance(node, ast.Import) for alias in node.names}
         assert not names & {'logging', 'asyncio'}, path
 
@@ -124,6 +131,6 @@ def test_sizes(path: Path) -> None:
     text = path.read_text()
     lines = len(text.splitlines())
     assert lines <= LONG_TABLES.get(module_name(path), MAX_MODULE), f'{path} has {lines} lines'
-    functions = [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in ast.walk(ast.parse(text))
+    functions = [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in ast.walk(tree_of(path))
                  if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert not [(name, size) for name, size in functions if size > MAX_FUNCTION]
