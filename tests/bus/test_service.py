@@ -117,6 +117,7 @@ async def test_no_call_waits_for_ever(service: Service) -> None:
         with pytest.raises(Unavailable):
             await client.call(NAME, ROOT, INTERFACE, 'Wait', timeout=0.05)
         assert await ask(client, 'OldStyleName') == [True]
+        service.sample.started.clear()
         waiting = asyncio.create_task(client.call(NAME, ROOT, INTERFACE, 'Wait'))
         await service.sample.started.wait()
         client.connection.abort()
