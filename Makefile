@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--require-hashes --only-binary :all: --no-deps
 
-.PHONY: help venv demo test check unit unit-all lint bench lock dist install uninstall clean
+.PHONY: help venv demo test check unit unit-others unit-all lint bench lock dist install uninstall clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -61,14 +61,16 @@ unit: $(VENV)/.test  ## unit tests: no root, no bus, seconds
 
 # each other interpreter gets a venv of its own under .cache; pyenv's shims are on PATH but answer only when asked right
 PYENV_ROOT ?= $(HOME)/.pyenv
-unit-all: unit  ## unit tests on every Python 3.12, 3.13, ... found on PATH and under PYENV_ROOT
-	@set -e; seen='$(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')'; \
-	for python in python3.11 python3.12 python3.13 python3.14 '$(PYENV_ROOT)'/versions/3.1[1-9]*/bin/python3; do \
+unit-others: $(VENV)/.test  ## unit tests on every other Python 3.11 to 3.14 found on PATH and under PYENV_ROOT
+	@set -e; seen=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	for python in python3.11 python3.12 python3.13 python3.14 '$(PYENV_ROOT)'/versions/3.1[1-4]*/bin/python3; do \
 		version=$$("$$python" -c 'import sys, venv, ensurepip; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
 		case " $$seen " in *" $$version "*) continue;; esac; seen="$$seen $$version"; \
 		echo "== Python $$version"; \
 		$(MAKE) --no-print-directory unit VENV=.cache/venv-$$version PYTHON="$$python"; \
 	done
+
+unit-all: unit unit-others  ## unit tests on this Python and every other
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
