@@ -10,6 +10,7 @@ from typing import NoReturn
 from ckptd.errors import Refused
 from ckptd.image.grammar import Struct
 from ckptd.kernel import statfs
+from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.kinds.base import Content, Kind, OpenFile, Reason
 from ckptd.kinds.tty import PTMX
@@ -89,4 +90,25 @@ def _socket(file: OpenFile) -> str:
     except OSError:
         return 'a socket'       # the name of its sort is for people and not worth a failure
     words = f'{listening}{family or f"family {int(sock.family)}"} {kind or f"type {int(sock.type)}"} socket'
-    return f'{"an" if words.startswith("IP") else "a"} {words}'
+    where = _unix_name(file.stat.st_ino) if family == 'unix' else ''
+    return f'{"an" if words.startswith("IP") else "a"} {words}{where}'
+
+
+def _unix_name(inode: int) -> str:
+    """' bound to /run/x', ' connected to @abstract' or '': whom to ask for it."""
+    try:
+        known = unix_sockets()
+    except OSError:
+        return ''       # no sock_diag: the same refusal with less to go by
+    own = known.get(inode)
+    if own is None:     # of another network namespace
+        return ''
+    peer = known.get(own.peer)
+    if own.name:
+        return f' bound to {_printable(own.name)}'
+    return f' connected to {_printable(peer.name)}' if peer and peer.name else ''
+
+
+def _printable(name: bytes) -> str:
+    # an abstract name begins with NUL, unix(7), and is shown as ss(8) and netstat(8) do
+    return name.replace(b'\0', b'@').decode('utf-8', 'backslashreplace')

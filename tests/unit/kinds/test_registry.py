@@ -68,6 +68,26 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'memfd': ('memfd', lambda: os.memfd_create('x')),
 }
 
+
+def abstract() -> tuple[socket.socket, str]:
+    """A listening unix socket with an abstract name of this test's own."""
+    name = f'\0ckptd-test-{os.getppid()}'
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(name)
+    server.listen()
+    return server, name
+
+
+def connected() -> int:
+    """A socket that is connected to such a one."""
+    server, name = abstract()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(name)
+    server.accept()[0].detach()
+    server.detach()
+    return client.detach()
+
+
 REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'eventfd': ('an eventfd', lambda: libc.eventfd(0, 0)),
     'semaphore eventfd': ('an eventfd', lambda: libc.eventfd(1, 1)),
@@ -92,6 +112,9 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'O_PATH of null': ('an O_PATH reference', lambda: os.open('/dev/null', os.O_PATH)),
     'stream socket': ('an IPv4 stream socket', lambda: socket.socket().detach()),
     'datagram socket': ('a unix datagram socket', lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
+    'bound socket': (f'a listening unix stream socket bound to @ckptd-test-{os.getpid()}',
+                     lambda: abstract()[0].detach()),
+    'connected socket': (f'a unix stream socket connected to @ckptd-test-{os.getpid()}', connected),
     'listening socket': ('a listening IPv4 stream socket', lambda: socket.create_server(('127.0.0.1', 0)).detach()),
     'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
     'pty master': ('the master of a pseudo-terminal 5:2', lambda: pty.openpty()[0]),
