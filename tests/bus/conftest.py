@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,15 @@ from ckptd.bus.router import Router
 from tests.bus.broker import Broker
 from tests.bus.sample import NAME, ROOT, Sample
 from tests.lib.bus import PrivateBus
+
+
+@pytest.fixture(autouse=True)
+def no_thread_per_child() -> Iterator[None]:
+    """Python 3.11 waits for each child in a thread, which ends a moment after it has told the loop."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith('asyncio-waitpid'):
+            thread.join(5)
 
 
 @pytest.fixture(params=[pytest.param('dbus-daemon', marks=pytest.mark.needs('dbus')),
