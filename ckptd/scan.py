@@ -272,8 +272,9 @@ class Handles:
         return len(self._fds)
 
     def dead(self, tree: Tree) -> list[Task]:
-        """Processes that have exited since they were scanned, zombies of the scan left aside."""
-        return [task for task in tree.leaders if not task.is_zombie and self._is_dead(task)]
+        """Processes that have exited since they were scanned; what was dead by then is left aside."""
+        alive = tree.alive()
+        return [task for task in tree.leaders if task.tgid in alive and self._is_dead(task)]
 
     def _is_dead(self, task: Task) -> bool:
         fd = self._fds.get(task.id)

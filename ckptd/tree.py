@@ -87,12 +87,17 @@ class Tree:
         """All tasks of one thread group, the leader first."""
         return [task for task in self.tasks if task.tgid == tgid]
 
+    def alive(self) -> frozenset[int]:
+        """tgids of the processes that have a living thread; the leader may have exited before it."""
+        return frozenset(task.tgid for task in self.tasks if not task.is_zombie)
+
     @property
     def ids(self) -> frozenset[TaskId]:
         return frozenset(task.id for task in self.tasks)
 
     def changes(self, later: 'Tree') -> list[str]:
         """What a later scan of the same tree has more and less, one sentence a task; empty when nothing changed."""
-        gone = [f'{task.comm}[{task.tid}] is gone' for task in self.tasks if task.id not in later.ids]
-        born = [f'{task.comm}[{task.tid}] is new' for task in later.tasks if task.id not in self.ids]
+        before, after = self.ids, later.ids
+        gone = [f'{task.comm}[{task.tid}] is gone' for task in self.tasks if task.id not in after]
+        born = [f'{task.comm}[{task.tid}] is new' for task in later.tasks if task.id not in before]
         return gone + born

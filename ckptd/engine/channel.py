@@ -28,8 +28,27 @@ from ckptd.errors import Cancelled, CkptError
 PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
 _MAX_FDS = 4
 
-_encode = msgspec.msgpack.Encoder().encode
+_encoder = msgspec.msgpack.Encoder()
 _decode = msgspec.msgpack.Decoder(ToWorker).decode
+
+
+def _encode(message: object) -> bytes:
+    try:
+        return _encoder.encode(message)
+    except UnicodeEncodeError:
+        return _encoder.encode(_printable(msgspec.to_builtins(message, str_keys=True)))
+
+
+def _printable(value: object) -> object:
+    """The same with each byte that is no UTF-8 as '\\xff': messages are for people, the image has the bytes."""
+    match value:
+        case str():
+            return value.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+        case dict():
+            return {_printable(key): _printable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_printable(item) for item in value]
+    return value
 
 
 class Channel:

@@ -214,8 +214,9 @@ def hold(frozen: Frozen) -> None:
 
 def kill(frozen: Frozen, handles: Handles) -> None:
     """End every process of the tree at once, and see it dead. Parents outside get to know as of any death."""
+    alive = frozen.tree.alive()
     for task in frozen.tree.leaders:
-        if not task.is_zombie:
+        if task.tgid in alive:
             handles.send_signal(task, SIGKILL)
     # a tracer has to see its tracees die, the leader of a process after its other threads
     for task in sorted(frozen.tree, key=lambda task: task.is_leader):

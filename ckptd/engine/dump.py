@@ -122,9 +122,16 @@ class Dump:
     def _task(self, task: Task) -> records.Task:
         tracee, ids = self._tracees.get(task.tid), self._ids.get(task.tid, _Ids())
         return records.Task(
-            task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, ord(task.state), task.exit_code & _U32,
+            task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, self._state(task, tracee), task.exit_code & _U32,
             task.exit_signal & _U32, tracee.stop_signal if tracee else 0, task.flags, ids.mm, ids.files, ids.fs,
             ids.sighand, self._cgroups.get(task.tgid, ''))
+
+    @staticmethod
+    def _state(task: Task, tracee: Tracee | None) -> int:
+        """As it was found: a task that the ptrace freezer has stopped slept or ran."""
+        if task.state != 't' or tracee is None:
+            return ord(task.state)
+        return ord('T' if tracee.stop_signal else 'S')
 
     def _alive(self, leader: Task, alive: list[Task]) -> Steps[None]:
         """All of a process that has a thread to ask; a leader that has exited is not the one."""
@@ -158,7 +165,15 @@ class Dump:
             self._picture.forget(task)
 
     def _check_registers(self, task: Task) -> None:
-        """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only."""
+        """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only.
+
+        With Syscall User Dispatch (Wine, emulators) a remote call would be a SIGSYS, and as that is forced while it is
+        blocked, the kernel would set its handler to default (kernel/signal.c, force_sig_info_to_task).
+        """
+        if self._tracees[task.tid].user_dispatch().mode:
+            raise NotSupported(f'{task.comm}[{task.tid}] has its system calls dispatched to itself', task=task.tid,
+                               resource='registers', phase='state',
+                               hint='a program under Syscall User Dispatch (prctl(2)) cannot be checkpointed yet')
         if self._tracees[task.tid].regs.cs != arch.CS_64:
             raise NotSupported(f'{task.comm}[{task.tid}] runs 32-bit code', task=task.tid, resource='registers',
                                phase='state', hint='only 64-bit tasks can be checkpointed')

@@ -60,7 +60,7 @@ class FileDump:
         self._holders.clear()
 
     def _describe(self, file_id: int, holders: Sequence[OpenFile]) -> records.OpenFile:
-        file = replace(holders[0], holders=tuple((other.pid, other.fd) for other in holders[1:]))
+        file = replace(holders[0], holders=tuple((other.tid, other.fd) for other in holders[1:]))
         kind, owner = kind_of(file), file.owner()
         data = kind.dump(file, self._content).encode()
         return records.OpenFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,

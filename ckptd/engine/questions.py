@@ -57,7 +57,7 @@ class _Thread:
                        (PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TIMERSLACK)]
 
     def answers(self, results: Results) -> ThreadAnswers:
-        keepcaps, securebits, slack = (results.value(call) for call in self._plain)
+        keepcaps, securebits, slack = (results.unsigned(call) for call in self._plain)
         sp, flags, size = struct.unpack('<QixxxxQ', results.data(self._altstack))
         return ThreadAnswers((sp, flags & 0xFFFFFFFF, size), _u64(results.data(self._address)),
                              _u64(results.data(self._pdeath)), keepcaps, securebits, slack)

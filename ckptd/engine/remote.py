@@ -110,6 +110,10 @@ class Results(NamedTuple):
             raise OSError(-value, f'remote {self.names[call]}: {os.strerror(-value)}')
         return value
 
+    def unsigned(self, call: int) -> int:
+        """What a call returned that cannot fail, and may use the whole width of a register."""
+        return self.values[call] & _ALL_ONES
+
     def data(self, out: Out) -> bytes:
         return self.contents[out.offset:out.offset + out.length]
 
@@ -151,7 +155,11 @@ class Remote:
         arguments = (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, _ALL_ONES, 0)
         area = yield from self._single('mmap', arguments)
         if area < 0:
-            raise OSError(-area, f'remote mmap: {os.strerror(-area)}')
+            tid = self._tracee.tid
+            raise CkptError(f'process {tid} gets no memory for remote calls: mmap of {self._length >> 10} KiB:'
+                            f' {os.strerror(-area)}', errno=-area, task=tid, resource='mmap', phase='state',
+                            hint=f'raise its limits meanwhile: prlimit --pid {tid} --as= --data= (and --memlock= after'
+                                 ' mlockall), or vm.max_map_count')
         self._area = area
         fault('remote-mapped')
 
@@ -203,9 +211,19 @@ class _Borrowed:
         if self.regs.cs != arch.CS_64:
             raise NotSupported(f'task {tracee.tid} runs 32-bit code', task=tracee.tid, resource='architecture')
         self.mask = tracee.sigmask
-        # with a handler for each of them, a task whose tracer dies right now runs one of the handlers once
-        self.signal = next((sig for sig in _QUIET if not caught >> sig - 1 & 1), _QUIET[0])
+        self.signal = self._choose_signal(caught)
         self._rseq_at, self._rseq_cs = self._rseq()
+
+    def _choose_signal(self, caught: int) -> int:
+        """One that has no handler and is not pending: unblocked for the trap, it would be taken off its queue. What is
+        neither blocked nor caught is never pending, the kernel drops it (kernel/signal.c, sig_ignored)."""
+        free = [sig for sig in _QUIET if not (caught | self.mask) >> sig - 1 & 1]
+        if free:
+            return free[0]
+        status = read_status(self.tracee.tid)
+        pending = status.sig_pnd | status.shd_pnd
+        # with a handler for each of them, a task whose tracer dies right now runs one of the handlers once
+        return min(_QUIET, key=lambda sig: (pending >> sig - 1 & 1, caught >> sig - 1 & 1))
 
     def _rseq(self) -> tuple[int, int]:
         config = self.tracee.rseq()

@@ -4,6 +4,7 @@
 import errno
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NoReturn
@@ -13,6 +14,7 @@ from ckptd.journal.entry import Entry
 from ckptd.journal.steps import AnyStep, FreezeCgroup, FreezeUnit, MakeCgroup, Move, Moved, ThawUnit
 from ckptd.kernel.cgroup import Cgroup, CgroupMount
 from ckptd.kernel.stat import read_stat
+from ckptd.kernel.status import read_status
 
 UnitCall = Callable[[str], None]
 FaultPoint = Callable[[str], None]
@@ -92,7 +94,7 @@ class Hands:
         """Empty a work cgroup: each process to where it was, one that was born there to where its parent was."""
         work.freeze()           # or a tree that forks could outrun us
         for _ in range(ROUNDS):
-            inside = work.procs(recursive=True)
+            inside = work.procs(recursive=True) or _processes_by_thread(work)
             if not inside:
                 return
             for pid in inside:
@@ -144,6 +146,16 @@ def describe(step: AnyStep) -> str:
             return f'freezing unit {unit}'
         case ThawUnit(unit):
             return f'thawing unit {unit}'
+
+
+def _processes_by_thread(cgroup: Cgroup) -> list[int]:
+    """Processes whose leader has exited while other threads live: these were moved, the leader was not, and it is by
+    the leader that cgroup.procs lists a process (css_task_iter_advance in kernel/cgroup/cgroup.c)."""
+    found = set()
+    for tid in cgroup.threads(recursive=True):
+        with suppress(ProcessLookupError):
+            found.add(read_status(tid).tgid)
+    return sorted(found)
 
 
 def _attach(cgroup: Cgroup, pid: int) -> None:

@@ -24,6 +24,7 @@ PTRACE_PEEKSIGINFO = 0x4209
 PTRACE_GETSIGMASK = 0x420A
 PTRACE_SETSIGMASK = 0x420B
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
+PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 PTRACE_PEEKSIGINFO_SHARED = 1
 PTRACE_EVENT_STOP = 128
 
@@ -56,6 +57,15 @@ class ptrace_peeksiginfo_args(ctypes.Structure):
     off: u64
     flags: u32
     nr: u32
+
+
+@cstruct(size=32)
+class ptrace_sud_config(ctypes.Structure):
+    """<linux/ptrace.h>, since 6.4"""
+    mode: u64
+    selector: u64
+    offset: u64
+    len: u64
 
 
 @libc
@@ -203,6 +213,17 @@ class Tracee:
             found += [buffer.raw[i * SIGINFO_SIZE:(i + 1) * SIGINFO_SIZE] for i in range(count)]
             if count < batch:
                 return tuple(found)
+
+    def user_dispatch(self) -> ptrace_sud_config:
+        """How system calls of the thread are sent to its SIGSYS handler (Syscall User Dispatch), mode 0: not at all, or
+        the kernel cannot say (< 6.4)."""
+        config = ptrace_sud_config()
+        try:
+            ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, self.tid, ctypes.sizeof(config), ctypes.byref(config))
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EINVAL):
+                raise
+        return config
 
     def rseq(self) -> ptrace_rseq_configuration:
         """Where the thread registered its struct rseq; all zero where it did not, or the kernel cannot say (< 5.13)."""

@@ -64,13 +64,13 @@ OWN = {
     'trial': {'LARGE_TREE'},
     'shm': {'SHM_DEST', 'SHM_LOCKED'},                                      # include/linux/shm.h
     'arch.x86_64': {'ERESTARTSYS', 'ERESTARTNOINTR', 'ERESTARTNOHAND', 'ERESTART_RESTARTBLOCK',   # linux/errno.h
-                    'CS_64', 'FXSAVE_SIZE', 'ENTRY_SIZE'},
+                    'CS_64', 'FXSAVE_SIZE', 'ENTRY_SIZE', 'ROW'},
 }
 
 # macros that came after Linux 6.1, which Debian 12 has headers of
 NEWER = {
     'PIDFD_THREAD', 'PAGEMAP_SCAN', 'PAGE_IS_FILE', 'PAGE_IS_PRESENT', 'PAGE_IS_SWAPPED', 'PAGE_IS_PFNZERO',
-    'PAGE_IS_GUARD', 'PID_FS_MAGIC',
+    'PAGE_IS_GUARD', 'PID_FS_MAGIC', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG',
 }
 
 
@@ -92,6 +92,7 @@ STRUCTS = {
     'ptrace.iovec': CStruct('struct iovec'),
     'ptrace.ptrace_peeksiginfo_args': CStruct('struct ptrace_peeksiginfo_args'),
     'ptrace.ptrace_rseq_configuration': CStruct('struct ptrace_rseq_configuration', 'PTRACE_GET_RSEQ_CONFIGURATION'),
+    'ptrace.ptrace_sud_config': CStruct('struct ptrace_sud_config', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG'),
     'sched.sched_attr': CStruct('struct sched_attr'),
     'shm.ipc_perm': CStruct('struct ipc64_perm', fields={'unused1': '__unused1', 'unused2': '__unused2',
                                                          'pad2': '__pad2'}),
