@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Trees in odd states, each once the end of a checkpoint or of its tree."""
+
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptd.errors import CkptError, NotSupported
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import Limits, ProcessState, Scheduling
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import read_threads
+from tests.engine.driver import Place
+from tests.engine.test_victims import changes
+from tests.lib.procdiff import take_picture
+
+pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
+
+HEAD = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+static void ready(void) { if (write(1, "r", 1) != 1) _exit(99); close(1); }
+"""
+START = Callable[[str], 'subprocess.Popen[bytes]']
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[START]:
+    """start(code): a C program, running since it called ready()."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def run(code: str) -> 'subprocess.Popen[bytes]':
+        source = tmp_path / 'program.c'
+        source.write_text(HEAD + code)
+        subprocess.run(['gcc', '-O1', '-pthread', '-o', tmp_path / 'program', source], check=True)
+        process = subprocess.Popen([tmp_path / 'program'], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        running.append(process)
+        assert process.stdout is not None
+        with process.stdout:
+            assert process.stdout.read() == b'r'
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path / 'place').make()
+
+
+@pytest.fixture(autouse=True)
+def _directory(tmp_path: Path) -> None:
+    (tmp_path / 'place').mkdir()
+
+
+PENDING = r"""
+int main(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGURG), sigaddset(&set, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &set, 0);
+    sigqueue(getpid(), SIGURG, (union sigval){.sival_int = 4242});
+    ready();
+    siginfo_t info;
+    sigdelset(&set, SIGURG);
+    while (sigwaitinfo(&set, &info) != SIGUSR1);
+    sigaddset(&set, SIGURG);
+    int got = sigtimedwait(&set, &info, &(struct timespec){0});
+    return !(got == SIGURG && info.si_code == SI_QUEUE && info.si_value.sival_int == 4242);
+}
+"""
+
+
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+def test_a_pending_signal_is_not_taken_for_the_trap(start: START, place: Place, freeze: str) -> None:
+    process = start(PENDING)
+    with ImageReader(place.checkpoint(process.pid, freeze=freeze)) as reader:
+        (info,) = reader.get(ProcessState, process.pid).shared_pending
+        assert int.from_bytes(info[:4], 'little') == signal.SIGURG
+        assert int.from_bytes(info[24:28], 'little') == 4242
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) == 0
+
+
+LEADERLESS = r"""
+static void *thread(void *unused)
+{
+    nanosleep(&(struct timespec){0, 50000000}, 0);      /* until the leader is dead for certain */
+    ready();
+    for (;;) pause();
+}
+int main(void)
+{
+    pthread_t one;
+    pthread_create(&one, 0, thread, 0);
+    syscall(SYS_exit, 0);
+}
+"""
+
+
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+def test_a_process_whose_leader_has_exited(start: START, place: Place, freeze: str) -> None:
+    process = start(LEADERLESS)
+    (thread,) = set(read_threads(process.pid)) - {process.pid}
+    before = take_picture(process.pid, moving=True)
+    image = place.checkpoint(process.pid, freeze=freeze)
+    assert changes(before, take_picture(process.pid, moving=True)) == []
+    assert read_status(thread).state == 'S'
+    with ImageReader(image) as reader:
+        assert [(task.vpid, chr(task.record.state)) for task in reader.tasks] == [(process.pid, 'Z'), (thread, 'S')]
+        assert len(reader.get(Limits, process.pid).limits) == 16
+        assert reader.tasks[1].record.mm_id
+
+
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+def test_a_process_whose_leader_has_exited_is_killed(start: START, place: Place, freeze: str) -> None:
+    process = start(LEADERLESS)
+    place.checkpoint(process.pid, freeze=freeze, after='kill')
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_the_longest_timer_slack(start: START, place: Place) -> None:
+    process = start('int main(void) { prctl(PR_SET_TIMERSLACK, -1UL); ready(); pause(); }')
+    with ImageReader(place.checkpoint(process.pid)) as reader:
+        assert reader.get(Scheduling, process.pid).timer_slack == 2**64 - 1
+
+
+def test_a_process_at_its_limit_of_memory_says_so(start: START, place: Place) -> None:
+    process = start('int main(void) { ready(); pause(); }')
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+    with pytest.raises(CkptError, match='gets no memory for remote calls') as caught:
+        place.checkpoint(process.pid)
+    assert 'prlimit' in caught.value.hint
+    assert read_status(process.pid).tracer_pid == 0
+
+
+DISPATCHED = r"""
+static volatile char block;
+static volatile sig_atomic_t hits;
+static void on_sigsys(int signal) { block = 0, hits++; }
+int main(void)
+{
+    signal(SIGSYS, on_sigsys);
+    prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, 1, 0, 0, &block);
+    sigset_t set;
+    int got;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &set, 0);
+    ready();
+    sigwait(&set, &got);
+    block = 1;
+    getppid();
+    return hits != 1;
+}
+"""
+
+
+def test_a_program_under_syscall_user_dispatch_is_refused(start: START, place: Place) -> None:
+    """It was killed: its handler for SIGSYS was lost."""
+    process = start(DISPATCHED)
+    with pytest.raises(NotSupported, match='system calls dispatched'):
+        place.checkpoint(process.pid)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) == 0
+    assert not any(place.spool.iterdir())
+
+
+def test_names_that_are_no_text(start: START, place: Place) -> None:
+    process = start(r'int main(void) { prctl(PR_SET_NAME, "a\n)\xff ("); ready(); pause(); }')
+    with ImageReader(place.checkpoint(process.pid)) as reader:
+        assert os.fsencode(reader.tasks[0].record.comm) == b'a\n)\xff ('
+    process.kill()      # before others look at the names of all processes
+    process.wait()
