@@ -65,11 +65,10 @@ class MemoryDump:
 
     def _scan_space(self, space: _Space) -> None:
         private = [vma for vma in space.vmas if vma.flags & MAP_PRIVATE and vma.kind not in _NO_PAGES]
-        low = min((vma.start for vma in private), default=0)
-        high = max((vma.end for vma in private), default=0)
+        spans = [(vma.start, vma.end) for vma in private]
         with PageMap(space.tid) as pagemap:
-            chosen = pagemap.anonymous(low, high)
-            space.guards = pagemap.guards(low, high)
+            chosen = pagemap.anonymous(spans)
+            space.guards = pagemap.guards(spans)
         text = [(vma.start, vma.end) for vma in space.vmas if vma.kind == VDSO]
         space.ranges = sorted([*_inside(chosen, private), *text])
         self.pages_scanned += sum(vma.end - vma.start for vma in space.vmas) // PAGE

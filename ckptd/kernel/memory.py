@@ -115,27 +115,23 @@ class PageMap:
         os.close(self.fd)
         self.fd = -1
 
-    def anonymous(self, start: int, end: int) -> list[Range]:
-        """Runs of private pages: present or swapped, and neither of a file, nor the zero page, nor a guard."""
+    def anonymous(self, spans: Sequence[Range]) -> list[Range]:
+        """Runs of private pages: present or swapped, and neither of a file, nor the zero page, nor a guard.
+
+        spans: what to look at, ascending; where the ioctl does the looking, what lies between is looked at, too."""
         known = self._probe()
         if not known:
-            return self._words(start, end, lambda word: bool(word & (_PM_PRESENT | _PM_SWAP))
+            return self._words(spans, lambda word: bool(word & (_PM_PRESENT | _PM_SWAP))
                                and not word & (_PM_FILE | _PM_GUARD))
         never = PAGE_IS_FILE | PAGE_IS_PFNZERO | known & PAGE_IS_GUARD
-        return self._scan(start, end, inverted=never, mask=never, anyof=PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
+        return self._scan(*_hull(spans), inverted=never, mask=never, anyof=PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
 
-    def present(self, start: int, end: int) -> list[Range]:
-        """Runs of pages that are mapped right now, or swapped, whatever they belong to."""
-        if not self._probe():
-            return self._words(start, end, lambda word: bool(word & (_PM_PRESENT | _PM_SWAP)))
-        return self._scan(start, end, anyof=PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
-
-    def guards(self, start: int, end: int) -> list[Range]:
+    def guards(self, spans: Sequence[Range]) -> list[Range]:
         """Runs that madvise(MADV_GUARD_INSTALL) closed (6.13); empty where the kernel cannot tell (< 6.15)."""
         known = self._probe()
         if not known:
-            return self._words(start, end, lambda word: bool(word & _PM_GUARD))
-        return self._scan(start, end, mask=PAGE_IS_GUARD) if known & PAGE_IS_GUARD else []
+            return self._words(spans, lambda word: bool(word & _PM_GUARD))
+        return self._scan(*_hull(spans), mask=PAGE_IS_GUARD) if known & PAGE_IS_GUARD else []
 
     def _probe(self) -> int:
         cls = type(self)
@@ -163,15 +159,20 @@ class PageMap:
             start = arg.walk_end if count == self._VEC else end
         return found
 
-    def _words(self, start: int, end: int, wanted: Callable[[int], bool]) -> list[Range]:
+    def _words(self, spans: Sequence[Range], wanted: Callable[[int], bool]) -> list[Range]:
+        # mapping by mapping: from the program to the stack are 40 TB of nothing: ten thousand million words
         found: list[Range] = []
         step = 512 * PAGE
-        for base in range(start, end, step):
-            data = os.pread(self.fd, (min(base + step, end) - base) // PAGE * 8, base // PAGE * 8)
+        for base, stop in ((base, min(base + step, end)) for start, end in spans for base in range(start, end, step)):
+            data = os.pread(self.fd, (stop - base) // PAGE * 8, base // PAGE * 8)
             for index, word in enumerate(array.array('Q', data)):
                 if wanted(word):
                     _append(found, base + index * PAGE, base + (index + 1) * PAGE)
         return found
+
+
+def _hull(spans: Sequence[Range]) -> Range:
+    return (spans[0][0], spans[-1][1]) if spans else (0, 0)
 
 
 def _append(ranges: list[Range], start: int, end: int) -> None:
