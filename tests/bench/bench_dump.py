@@ -33,9 +33,10 @@ while done < size:
     done += os.write(fd, view[done:done + (64 << 20)])
 written = time.monotonic() - start
 os.fsync(fd)
-print(written, time.monotonic() - start, flush=True)
+synced = time.monotonic() - start
 os.close(fd)
 os.unlink(path)
+print(written, synced, flush=True)
 sys.stdin.read()
 """
 

@@ -7,7 +7,7 @@
 
 Compared: ids, states, masks and sets of status, limits, mappings with their flags, open files with position and flags,
 namespaces, links, cgroup, timers, scheduling, the place in the tree. Left out is what a process that only waits may
-change by itself: counters, times, sizes of its resident pages. `moving` leaves out what one that runs changes too.
+change by itself: counters, times, how many of its pages are there. `moving` leaves out what one that runs changes too.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def _add_thread(picture: Picture, task: Path, moving: bool) -> None:
         name, _, value = line.partition(':')
         if name not in left_out:
             picture.add(tid, 'status', name, value.strip())
-    fields = (task / 'stat').read_text().rpartition(')')[2].split()
+    fields = (task / 'stat').read_text(errors='replace').rpartition(')')[2].split()
     # proc(5): exit_signal, rt_priority, policy, nice, number of threads, start time
     for name, number in {'ppid': 4, 'pgrp': 5, 'session': 6, 'tty': 7, 'nice': 19, 'threads': 20, 'start': 22,
                          'exit_signal': 38, 'rt_priority': 40, 'policy': 41, 'exit_code': 52}.items():
@@ -100,18 +100,8 @@ def _add_mappings(picture: Picture, pid: int) -> None:
         elif line.startswith('VmFlags:'):
             flags = set(line.split()[1:]) - KERNELS_OWN
             picture.add(pid, 'maps flags', name, ' '.join(sorted(flags)))
-        elif line.startswith(('Anonymous:', 'Swap:', 'Locked:')):
-            picture.rows[pid, 'maps pages', name] = _sum(picture.rows.get((pid, 'maps pages', name), ''), line)
-
-
-def _sum(so_far: str, line: str) -> str:
-    """'Anonymous 8 Swap 0 Locked 0' with one more; swapped or not is the kernel's choice, so both count together."""
-    name, size = line.split()[0].rstrip(':'), int(line.split()[1])
-    words = so_far.split()
-    sums = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-    key = 'Anonymous' if name == 'Swap' else name
-    sums[key] = sums.get(key, 0) + size
-    return ' '.join(f'{one} {sums[one]}' for one in sorted(sums))
+        elif line.startswith('Locked:'):
+            picture.add(pid, 'maps locked', name, line.split()[1])
 
 
 def _add_files(picture: Picture, pid: int, moving: bool) -> None:
