@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Rows that all checks make, and what becomes of a task that vanishes or cannot be read while it is checked."""
 
+import errno as errnos
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, ParamSpec
 
@@ -51,3 +52,8 @@ def guarded(task: Task, resource: str, check: Callable[P, list[Refusal]], *args:
     except PermissionError as error:
         return [refuse(task, resource, 'EPERM', f'ckptd may not read it: {error.filename or error.strerror}',
                        'run ckptd as root, or as the owner of the tree with the task dumpable (prctl PR_SET_DUMPABLE)')]
+    except OSError as error:
+        if error.errno != errnos.ENAMETOOLONG:
+            raise
+        return [refuse(task, resource, 'ENAMETOOLONG', f'the path of {error.filename} is longer than 4095 bytes',
+                       'no call can tell such a path: use a shorter one')]

@@ -66,7 +66,7 @@ def _check_process(process: Process, files: 'MappedFiles', picture: Picture) -> 
     return [Refusal(leader.tid, leader.comm, f'vma {mapping.start:x}-{mapping.end:x}', fact.errno, fact.reason,
                     fact.hint, fact.severity)
             for mapping in picture.mappings(process.reader)
-            if (fact := check_mapping(mapping) or files.check(tid, mapping))]
+            if (fact := check_mapping(mapping) or _check_segment(tid, mapping) or files.check(tid, mapping))]
 
 
 def check_mapping(mapping: Mapping) -> _Fact | None:
@@ -80,6 +80,15 @@ def check_mapping(mapping: Mapping) -> _Fact | None:
     if mapping.path in _OWN:
         return None
     return next((fact for flag, fact in _FLAGS.items() if flag in mapping.vm_flags), None)
+
+
+def _check_segment(tid: int, mapping: Mapping) -> _Fact | None:
+    """shmctl(2) asks the caller's IPC namespace, where the same number is another segment or none."""
+    if not mapping.path.startswith('/SYSV') or os.makedev(mapping.major, mapping.minor) != shm_device():
+        return None
+    if os.path.samefile(f'/proc/{tid}/ns/ipc', '/proc/self/ns/ipc'):  # noqa: PTH121
+        return None
+    return _Fact('EOPNOTSUPP', 'a System V segment of another IPC namespace than that of ckptd', _CLOSE)
 
 
 class MappedFiles:

@@ -113,7 +113,6 @@ class Checkpoint:
         frozen.let_run()
         self._channel.phase('state')
 
-
         def report(tasks_done: int, tasks: int, bytes_done: int, size: int) -> None:
             deaths.check()
             self._channel.progress(tasks_done, tasks, bytes_done, size)
@@ -121,11 +120,15 @@ class Checkpoint:
         dump = Dump(tree, frozen.tracees, picture, cgroups, writer.data, report)
         with ExitStack() as undo:
             undo.push(dump)
-            dump.read_state()
-            self._channel.phase('memory')
-            with self._clock.measure('memdump'):
-                dump.read_memory()
-            deaths.require_none()
+            try:
+                dump.read_state()
+                self._channel.phase('memory')
+                with self._clock.measure('memdump'):
+                    dump.read_memory()
+            except OSError:
+                deaths.require_none(frozen.tracees)     # what cannot be read may be a task that was killed
+                raise
+            deaths.require_none(frozen.tracees)
             undo.pop_all()
         return dump
 

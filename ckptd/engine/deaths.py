@@ -5,11 +5,13 @@ The proc connector tells of an exit as it happens, where the kernel has one for 
 the truth everywhere.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Self
 
 from ckptd.errors import TreeChanged
 from ckptd.kernel.netlink import ForkWatch
+from ckptd.kernel.ptrace import Tracee
 from ckptd.scan import Handles
 from ckptd.tree import Task, Tree
 
@@ -38,10 +40,15 @@ class Deaths:
             if event.kind == 'exit' and event.tid in self._alive:
                 raise self._died(self._alive[event.tid])
 
-    def require_none(self) -> None:
-        """TreeChanged if any process has died since the scan, told of or not."""
+    def require_none(self, tracees: Mapping[int, Tracee]) -> None:
+        """TreeChanged if any task has died since the scan, told of or not."""
         for task in self.handles.dead(self._tree):
             raise self._died(task)
+        # one that was killed may take long to let go of its memory, and counts as alive until then; but it is not
+        # stopped any more, and its memory looks empty
+        for tid, tracee in tracees.items():
+            if not tracee.is_stopped():
+                raise self._died(self._tree[tid])
 
     def _died(self, task: Task) -> TreeChanged:
         return TreeChanged(f'{task.comm}[{task.tid}] died while it was dumped', task=task.tid, resource='task')

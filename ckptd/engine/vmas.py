@@ -21,6 +21,7 @@ from ckptd.image.records import (
 )
 from ckptd.kernel.maps import DELETED, Mapping, map_file, stat_mapped
 from ckptd.kernel.namei import lstat_of_task
+from ckptd.kernel.shmem import shm_device
 
 # <linux/mman.h>
 MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 1, 2, 0x20
@@ -41,7 +42,7 @@ def shared_kind(path: str) -> int:
 def map_flags(mapping: Mapping) -> int:
     """MAP_* that make such a mapping again."""
     flags = MAP_SHARED if mapping.shared else MAP_PRIVATE
-    if not mapping.inode:
+    if mapping.anonymous:
         flags |= MAP_ANONYMOUS
     for code, bit in _MAP_BY_VM_FLAG.items():
         if code in mapping.vm_flags:
@@ -170,10 +171,11 @@ def _classify(view: View, objects: Objects) -> tuple[int, int]:
     mapping = view.mapping
     if mapping.path in _SPECIAL:
         return _SPECIAL[mapping.path], 0
-    if not mapping.inode:
+    if mapping.anonymous:
         return (STACK if 'gd' in mapping.vm_flags else ANON), 0
     kind = shared_kind(mapping.path)
-    if kind:
+    # a file may have such a name, too
+    if kind and os.makedev(mapping.major, mapping.minor) == shm_device():
         return SHARED_MEMORY, objects.share(view, kind)
     return (FILE_SHARED if mapping.shared else FILE_PRIVATE), objects.backing(view)
 

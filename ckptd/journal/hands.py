@@ -13,8 +13,9 @@ from ckptd.errors import CkptError
 from ckptd.journal.entry import Entry
 from ckptd.journal.steps import AnyStep, FreezeCgroup, FreezeUnit, MakeCgroup, Move, Moved, ThawUnit
 from ckptd.kernel.cgroup import Cgroup, CgroupMount
-from ckptd.kernel.stat import read_stat
+from ckptd.kernel.stat import PF_EXITING, read_stat
 from ckptd.kernel.status import read_status
+from ckptd.kernel.task import read_threads
 
 UnitCall = Callable[[str], None]
 FaultPoint = Callable[[str], None]
@@ -93,8 +94,10 @@ class Hands:
     def _bring_back(self, work: Cgroup, origins: dict[int, Moved]) -> None:
         """Empty a work cgroup: each process to where it was, one that was born there to where its parent was."""
         work.freeze()           # or a tree that forks could outrun us
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             inside = work.procs(recursive=True) or _processes_by_thread(work)
+            if number > 1:      # what exits cannot be moved any more, and leaves by itself: `_remove` waits for it
+                inside = [pid for pid in inside if not _is_dying(pid)]
             if not inside:
                 return
             for pid in inside:
@@ -156,6 +159,13 @@ def _processes_by_thread(cgroup: Cgroup) -> list[int]:
         with suppress(ProcessLookupError):
             found.add(read_status(tid).tgid)
     return sorted(found)
+
+
+def _is_dying(pid: int) -> bool:
+    try:
+        return all(read_stat(pid, tid).flags & PF_EXITING for tid in read_threads(pid))
+    except ProcessLookupError:
+        return True
 
 
 def _attach(cgroup: Cgroup, pid: int) -> None:

@@ -33,6 +33,11 @@ class Mapping(NamedTuple):
         return self.end - self.start
 
     @property
+    def anonymous(self) -> bool:
+        """Nothing is mapped. An inode of 0 alone does not say so: the first System V segment has it, too."""
+        return not self.inode and not self.path.startswith('/')
+
+    @property
     def deleted(self) -> bool:
         """The kernel says that the file has no name any more. A name may also end so: inode and stat(2) decide."""
         return self.path.endswith(DELETED)

@@ -196,6 +196,13 @@ class Tracee:
         mask = ctypes.c_uint64(value)
         ptrace(PTRACE_SETSIGMASK, self.tid, 8, ctypes.byref(mask))
 
+    def is_stopped(self) -> bool:
+        """Asks the kernel: a tracee leaves its stop only for its tracer, or to die."""
+        try:
+            return self.sigmask >= 0
+        except ProcessLookupError:
+            return False
+
     def siginfo(self) -> bytes:
         """siginfo_t of the stop: 128 bytes."""
         buffer = ctypes.create_string_buffer(SIGINFO_SIZE)

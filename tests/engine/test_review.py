@@ -4,18 +4,23 @@
 import os
 import resource
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ckptd.errors import CkptError, NotSupported
+from ckptd.engine.vmas import map_flags
+from ckptd.errors import CkptError, NotSupported, Refused, TreeChanged
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Limits, ProcessState, Scheduling
+from ckptd.kernel.cgroup import find_mount
+from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
-from ckptd.kernel.task import read_threads
-from tests.engine.driver import Place
+from ckptd.kernel.task import read_children, read_threads
+from tests.engine.driver import DirectWorker, Place
 from tests.engine.test_victims import changes
 from tests.lib.procdiff import take_picture
 
@@ -97,6 +102,80 @@ def test_a_pending_signal_is_not_taken_for_the_trap(start: START, place: Place, 
         assert int.from_bytes(info[24:28], 'little') == 4242
     process.send_signal(signal.SIGUSR1)
     assert process.wait(10) == 0
+
+
+SEGMENT = r"""
+#include <sched.h>
+#include <sys/shm.h>
+int main(int argc, char **argv)
+{
+    if (argc) unshare(CLONE_NEWIPC);                    /* where the first segment has number 0 */
+    char *at = shmat(shmget(IPC_PRIVATE, 8192, 0600), 0, 0);
+    at[4096] = 'x';
+    ready();
+    pause();
+}
+"""
+
+
+def test_a_segment_of_another_ipc_namespace_is_refused(start: START, place: Place) -> None:
+    process = start(SEGMENT)
+    with pytest.raises(Refused, match='another IPC namespace'):
+        place.checkpoint(process.pid)
+
+
+def test_the_first_segment_is_no_private_memory() -> None:
+    line = b'7f00-8f00 rw-s 00000000 00:01 0                          /SYSV00000000 (deleted)\n'
+    (segment,) = parse_maps(line)
+    (nothing,) = parse_maps(b'7f00-8f00 rw-p 00000000 00:00 0 \n')
+    assert not segment.anonymous
+    assert map_flags(segment) == 1
+    assert nothing.anonymous
+
+
+BIG = r"""
+#include <sys/mman.h>
+int main(void)
+{
+    size_t size = 600L << 20;
+    pid_t child = fork();
+    if (!child) {
+        char *at = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        memset(at, 7, size);
+        ready();
+    }
+    close(1);
+    for (;;) pause();
+}
+"""
+
+
+@pytest.mark.parametrize('point', ['state-read', 'memory-half'])
+def test_a_member_that_dies_slowly_leaves_no_cgroup(start: START, place: Place, point: str) -> None:
+    """To give back memory takes a while, and in the meantime a task cannot be moved to another cgroup."""
+    process = start(BIG)
+    (child,) = read_children(process.pid, process.pid)
+    cgroups = set(find_mount().path.rglob('ckptd-1-*'))
+    env = {'CKPTD_FAULT': f'{point}=ask', 'CKPTD_FAULT_FILE': str(place.path / 'ask')}
+    with DirectWorker(env=env) as worker, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
+        asked.bind(env['CKPTD_FAULT_FILE'])
+        asked.listen()
+        killer = threading.Thread(target=_kill_when_asked, args=(asked, child))
+        killer.start()
+        with pytest.raises(TreeChanged, match='died'):
+            worker.run(place.request(process.pid))
+        killer.join()
+    assert set(find_mount().path.rglob('ckptd-1-*')) <= cgroups
+    assert not place.freezes
+    assert read_status(process.pid).tracer_pid == 0
+
+
+def _kill_when_asked(asked: socket.socket, pid: int) -> None:
+    connection, _ = asked.accept()
+    with connection:
+        connection.recv(64)
+        os.kill(pid, signal.SIGKILL)
+        connection.send(b'')
 
 
 LEADERLESS = r"""
