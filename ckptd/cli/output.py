@@ -104,7 +104,8 @@ class Output:
                legend: bool = True) -> None:
         if self.json:
             return
-        rows = [[printable(cell) for cell in row] for row in rows]
+        # a name with a newline must not look like one more row
+        rows = [[printable(cell).replace('\n', '\\n') for cell in row] for row in rows]
         if stream.isatty():
             self._rich_table(stream, columns, rows, legend)
         else:

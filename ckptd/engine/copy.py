@@ -6,6 +6,7 @@ twice, by the kernel, and no page passes through a Python object.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 from collections import deque
@@ -104,6 +105,17 @@ class Copier:
             offset += length
         return _runs(ranges, extent, 0)
 
+    def copy_whole(self, fd: int, size: int) -> Extent:
+        """Copy a file as one extent. Its holes are holes in the data part, too, so they cost no room."""
+        extent = self.data.reserve(size)
+        for start, end in data_ranges(fd, size):
+            for at in range(start, end, CHUNK_SIZE):
+                buffer, length = self._take(), min(CHUNK_SIZE, end - at)
+                done = os.preadv(fd, [buffer.view[:length]], at)
+                buffer.view[done:length] = bytes(length - done)
+                self._write(buffer, length, extent.offset + at)
+        return extent
+
 
 def data_ranges(fd: int, size: int) -> Iterator[Range]:
     """Page-aligned ranges of a file that may hold data, lseek(2) SEEK_DATA."""
@@ -111,7 +123,9 @@ def data_ranges(fd: int, size: int) -> Iterator[Range]:
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:         # ENXIO: nothing but a hole up to the end
+        except OSError as error:
+            if error.errno != errno.ENXIO:      # nothing but a hole up to the end
+                raise
             return
         at = os.lseek(fd, start, os.SEEK_HOLE)
         start, end = start // PAGE * PAGE, -(-min(at, size) // PAGE) * PAGE

@@ -167,7 +167,7 @@ def _with_content(backing: records.Backing, view: View, copier: Copier) -> recor
     fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
     try:
         at = os.fstat(fd)
-        content = copier.data.add(iter(lambda: os.read(fd, 1 << 20), b''))
+        content = copier.copy_whole(fd, at.st_size)
     finally:
         os.close(fd)
     return records.Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns,

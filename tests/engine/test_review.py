@@ -15,7 +15,7 @@ import pytest
 from ckptd.engine.vmas import map_flags
 from ckptd.errors import CkptError, NotSupported, Refused, TreeChanged
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import Limits, ProcessState, Scheduling
+from ckptd.image.records import Backing, Extent, Limits, ProcessState, Scheduling
 from ckptd.kernel.cgroup import find_mount
 from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
@@ -176,6 +176,35 @@ def _kill_when_asked(asked: socket.socket, pid: int) -> None:
         connection.recv(64)
         os.kill(pid, signal.SIGKILL)
         connection.send(b'')
+
+
+SPARSE = r"""
+#include <fcntl.h>
+#include <sys/mman.h>
+int main(void)
+{
+    off_t size = 1L << 30;
+    int fd = open("/dev/shm/ckptd-sparse", O_RDWR | O_CREAT | O_EXCL, 0600);
+    unlink("/dev/shm/ckptd-sparse");
+    if (ftruncate(fd, size + 5)) return 1;
+    char *at = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    at[12345] = 'a', at[size - 1] = 'z';
+    ready();
+    pause();
+}
+"""
+
+
+def test_a_deleted_file_with_holes_takes_little_room(start: START, place: Place) -> None:
+    image = place.checkpoint(start(SPARSE).pid)
+    assert sum(file.stat().st_blocks for file in image.iterdir()) * 512 < 32 << 20
+    with ImageReader(image) as reader:
+        (backing,) = (one for one in reader.every(Backing) if 'ckptd-sparse' in one.path)
+        (extent,) = backing.content
+        assert extent.length == backing.size == (1 << 30) + 5
+        for at, byte in ((12345, b'a'), ((1 << 30) - 1, b'z'), (99999, b'\0')):
+            assert b''.join(reader.read_extent(Extent(extent.part, extent.offset + at, 1))) == byte
 
 
 LEADERLESS = r"""
