@@ -37,6 +37,10 @@ def cgroup_of_our_own() -> Iterator[Path | None]:
     if home is None or not os.access(home / 'cgroup.procs', os.W_OK):
         yield None
         return
+    for stale in home.glob('ckptd-tests-*'):        # of test runs that were killed
+        if not Path('/proc', stale.name.rpartition('-')[2]).exists():
+            with contextlib.suppress(OSError):      # another worker was faster
+                remove_cgroup(stale)
     own = home / f'ckptd-tests-{os.getpid()}'
     own.mkdir()
     (own / 'cgroup.procs').write_text(str(os.getpid()))
@@ -76,7 +80,7 @@ def children() -> list[int]:
 
 def is_zombie(pid: int) -> bool:
     try:
-        stat = Path(f'/proc/{pid}/stat').read_text()
+        stat = Path(f'/proc/{pid}/stat').read_text(errors='replace')
     except (FileNotFoundError, ProcessLookupError):
         return True
     return stat.rpartition(')')[2].split()[0] in 'ZX'
@@ -101,7 +105,7 @@ def describe(pid: int) -> str:
     """'pid (command line) state' for a message; the process may vanish at any time."""
     with contextlib.suppress(OSError):
         line = Path(f'/proc/{pid}/cmdline').read_bytes().replace(b'\0', b' ').decode(errors='replace').strip()
-        rows = Path(f'/proc/{pid}/status').read_text().splitlines()
+        rows = Path(f'/proc/{pid}/status').read_text(errors='replace').splitlines()
         fields = dict(row.split(':\t', 1) for row in rows if ':\t' in row)
         return f'{pid} ({line or fields["Name"]}) state {fields["State"]} tracer {fields["TracerPid"]}'
     return f'{pid} (gone)'

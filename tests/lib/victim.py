@@ -167,7 +167,7 @@ def states(root: int) -> str:
     """The state letters of all tasks of a tree that does not change."""
     letters = ''
     for task in Path(f'/proc/{root}/task').iterdir():
-        letters += (task / 'stat').read_text().rpartition(')')[2].split()[0]
+        letters += (task / 'stat').read_text(errors='replace').rpartition(')')[2].split()[0]
         letters += ''.join(states(int(child)) for child in (task / 'children').read_text().split())
     return letters
 
@@ -177,7 +177,8 @@ def session_members(sid: int) -> list[int]:
     parents: dict[int, tuple[int, int]] = {}
     for entry in Path('/proc').glob('[0-9]*'):
         with contextlib.suppress(OSError):
-            fields = (entry / 'stat').read_text().rpartition(')')[2].split()
+            # a name may be any bytes
+            fields = (entry / 'stat').read_text(errors='replace').rpartition(')')[2].split()
             parents[int(entry.name)] = int(fields[1]), int(fields[3])
     members = {pid for pid, (_, session) in parents.items() if session == sid or pid == sid}
     while more := {pid for pid, (ppid, _) in parents.items() if ppid in members} - members:
