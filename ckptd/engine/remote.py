@@ -142,7 +142,7 @@ class Remote:
         self._tracee, self._ids = tracee, ids
         self._mem = Mem(tracee.tid)
         self._length = AREA_PAGES * PAGE
-        self._area = 0
+        self._area = self._result = 0
         try:
             self._code = find_room(self._mem, mappings)
             self._caught = read_status(tracee.tid).sig_cgt
@@ -153,24 +153,29 @@ class Remote:
     def open(self) -> Steps[None]:
         """Map the pages for calls and buffers."""
         arguments = (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, _ALL_ONES, 0)
-        area = yield from self._single('mmap', arguments)
-        if area < 0:
-            tid = self._tracee.tid
+        try:
+            yield from self._single('mmap', arguments)
+        finally:
+            # also if the others failed and this generator is closed: the pages are there, and `close` unmaps them
+            self._area = max(self._result, 0)
+        if self._result < 0:
+            tid, error = self._tracee.tid, -self._result
             raise CkptError(f'process {tid} gets no memory for remote calls: mmap of {self._length >> 10} KiB:'
-                            f' {os.strerror(-area)}', errno=-area, task=tid, resource='mmap', phase='state',
+                            f' {os.strerror(error)}', errno=error, task=tid, resource='mmap', phase='state',
                             hint=f'raise its limits meanwhile: prlimit --pid {tid} --as= --data= (and --memlock= after'
                                  ' mlockall), or vm.max_map_count')
-        self._area = area
         fault('remote-mapped')
 
     def close(self) -> Steps[None]:
         """Unmap them, and put back the zeros that the code lay on. A process that was killed has nothing to undo."""
         area, self._area = self._area, 0
         try:
-            if area and self._tracee.attached:
-                yield from self._single('munmap', (area, self._length))
-            self._mem.write(self._code, bytes(CODE_ROOM))
-        except (ProcessLookupError, OSError):
+            try:
+                if area and self._tracee.attached:
+                    yield from self._single('munmap', (area, self._length))
+            finally:
+                self._mem.write(self._code, bytes(CODE_ROOM))
+        except OSError:
             if self._tracee.attached and read_status(self._tracee.tid).state not in 'ZX':
                 raise
         finally:
@@ -187,16 +192,19 @@ class Remote:
             yield from borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
         return batch.decode(self._mem.read(self._area, len(memory)))
 
-    def _single(self, name: str, arguments: tuple[int, ...]) -> Steps[int]:
-        """One call without the table; its result, or -errno."""
+    def _single(self, name: str, arguments: tuple[int, ...]) -> Steps[None]:
+        """One call without the table; its result, or -errno, is then in `_result`, 0 if it was not done."""
         ids = self._ids
+        self._result = 0
         with _Borrowed(self._tracee, self._mem, self._caught) as borrowed:
             code = arch.boot_code(arch.NR[name], arguments, borrowed.resume, borrowed.mask, ids.tgid, ids.tid,
                                   borrowed.signal)
             # r14 is the length that a task without a tracer unmaps at r15, the result: right after mmap, nothing else
             length = self._length if name == 'mmap' else 0
-            result = yield from borrowed.run(self._code, code, table=0, area=0, length=length)
-        return ctypes.c_int64(result).value
+            try:
+                yield from borrowed.run(self._code, code, table=0, area=0, length=length)
+            finally:
+                self._result = ctypes.c_int64(borrowed.result).value
 
 
 class _Borrowed:
@@ -207,6 +215,7 @@ class _Borrowed:
 
     def __init__(self, tracee: Tracee, mem: Mem, caught: int) -> None:
         self.tracee, self._mem = tracee, mem
+        self.result = 0
         self.regs = tracee.regs
         if self.regs.cs != arch.CS_64:
             raise NotSupported(f'task {tracee.tid} runs 32-bit code', task=tracee.tid, resource='architecture')
@@ -246,8 +255,8 @@ class _Borrowed:
     def __enter__(self) -> Self:
         return self
 
-    def run(self, at: int, code: bytes, *, table: int, area: int, length: int) -> Steps[int]:
-        """Run the code, placed at address `at`, to its trap; r15 as it left it."""
+    def run(self, at: int, code: bytes, *, table: int, area: int, length: int) -> Steps[None]:
+        """Run the code, placed at address `at`, to its trap; r15 as it left it is then in `result`."""
         tracee = self.tracee
         self._mem.write(at, code)
         tracee.sigmask = _ALL_ONES & ~(1 << self.signal - 1)
@@ -260,7 +269,7 @@ class _Borrowed:
             trap = at + arch.trap_offset(code)
             while not self._at_trap(tracee.wait(), trap):
                 tracee.cont()
-        return tracee.regs.r15
+            self.result = tracee.regs.r15
 
     def _at_trap(self, status: int, trap: int) -> bool:
         """False for a stop by something else, which is remembered: SIGSTOP cannot be blocked, a trap signal of
