@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # operations that everybody sees as jobs; the others are short, and only their caller cares
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export'})
+FREEZING = frozenset({'checkpoint', 'freeze'})
 PROGRESS_INTERVAL = 0.1     # seconds
 MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 CANCEL_PATIENCE = 8.0      # a worker that does not let go for so long is killed; recovery then lets go for it
@@ -191,7 +192,7 @@ class Queue:
         try:
             result = await run.work(entry.fds)
         except CkptError as error:
-            died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS)
+            died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, failed=True)
             self._settle(entry, _reason(entry, error, died))
             return
         if run.job.request.operation == 'checkpoint':
@@ -217,7 +218,7 @@ class Queue:
             await run.hold()
         except CkptError as error:
             failure = error
-        died = await self._bury(run, 0 if failure is None else MAX_STATUS)
+        died = await self._bury(run, 0 if failure is None else MAX_STATUS, failed=failure is not None)
         if died:
             failure = _reason(entry, WorkerDied(''), died)
         del self._held[run.job.request.target]
@@ -229,19 +230,21 @@ class Queue:
             let_go.set_exception(failure)
             let_go.exception()      # where nobody waits for it, the log has it
 
-    async def _bury(self, run: Run, proper: int) -> str:
+    async def _bury(self, run: Run, proper: int, *, failed: bool = False) -> str:
         """End the worker and put right what a dead one left: 'was killed by SIGKILL'; '' after a proper end.
 
-        proper: the highest exit status that is one; -1 for none, since it is known to have died.
+        proper: the highest exit status that is one; -1 for none, since it is known to have died. failed: it said what
+        went wrong, and that may have been the letting go: what the journal still names is then undone here.
         """
         status = await self._pool.give_back(run.worker)
-        if 0 <= status <= proper:
-            return ''
-        how = run.worker.describe(status)
-        log.error('%s: worker %d %s', run.job.name, run.worker.pid, how)
-        await self._recovery.run()
-        await self._listener.images_changed()
-        return how
+        died = '' if 0 <= status <= proper else run.worker.describe(status)
+        if died:
+            log.error('%s: worker %d %s', run.job.name, run.worker.pid, died)
+        if died or (failed and run.job.request.operation in FREEZING):
+            await self._recovery.run()
+        if died:
+            await self._listener.images_changed()
+        return died
 
     def _settle(self, entry: Entry, outcome: CkptError | dict[str, Any]) -> None:
         job = entry.job
