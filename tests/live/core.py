@@ -90,10 +90,10 @@ def pages(mapping: Mapping, kind: int, key: int, mem: Mem, pagemap: PageMap, wri
     if kind in (r.VVAR, r.VSYSCALL):
         return
     whole = kind in (r.SHARED_MEMORY, r.VDSO)
-    choose = pagemap.present if whole else pagemap.anonymous
+    span = (mapping.start, mapping.end)
     base = mapping.start - mapping.offset if kind == r.SHARED_MEMORY else 0
     runs = []
-    for start, end in choose(mapping.start, mapping.end):
+    for start, end in [span] if whole else pagemap.anonymous([span]):
         extent = writer.data.add([mem.read(start, end - start)])
         runs.append(r.PageRun(start - base, (end - start) // PAGE, extent.part, extent.offset))
     if runs:

@@ -13,7 +13,7 @@ from elftools.elf.elffile import ELFFile
 from ckptd.image.export_core import export
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from tests.unit.image import live
+from tests.live import core as live
 from tests.unit.image.samples import PAGE
 
 pytestmark = pytest.mark.needs('gcc', 'gdb', 'ptrace')
