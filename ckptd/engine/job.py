@@ -16,9 +16,10 @@ from ckptd.errors import NoSuchTarget, Refusal, Refused
 from ckptd.freezer import Frozen, freeze
 from ckptd.journal.store import Journal
 from ckptd.kernel.pidfd import pidfd_pid
+from ckptd.kernel.stat import read_stat
 from ckptd.picture import Picture
 from ckptd.scan import Target, resolve_target, scan_tree
-from ckptd.tree import Tree
+from ckptd.tree import Task, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,15 @@ class Job:
                           avoid=self._avoid, picture=picture)
 
     def require(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
-        """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them."""
-        return self._warnings(self.refusals(tree, picture))
+        """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them.
+
+        Of a running tree (no picture) a task that dies meanwhile is no reason, or no shell script could be frozen: who
+        is there then is checked again.
+        """
+        rows = self.refusals(tree, picture)
+        if picture is None:
+            rows = [row for row in rows if row.pid not in tree or _lives(tree[row.pid])]
+        return self._warnings(rows)
 
     def require_access(self, tree: Tree) -> None:
         """Only what a freeze needs: the caller's right to these tasks."""
@@ -79,3 +87,12 @@ class Job:
                     freeze_unit=unit_call('freeze'), thaw_unit=unit_call('thaw'), also=channel.fileno(),
                     check=channel.check, remote_calls=remote_calls, at=fault) as frozen:
             yield frozen
+
+
+def _lives(task: Task) -> bool:
+    """It was alive when it was scanned, or it is now."""
+    try:
+        stat = read_stat(task.tgid, task.tid)
+    except ProcessLookupError:
+        return False
+    return stat.start_time == task.start_time and (stat.state not in 'ZX' or task.is_zombie)

@@ -178,6 +178,32 @@ def _kill_when_asked(asked: socket.socket, pid: int) -> None:
         connection.send(b'')
 
 
+RESTLESS = r"""
+#include <sys/wait.h>
+static void *nothing(void *unused) { return unused; }
+int main(void)
+{
+    ready();
+    for (;;) {
+        pid_t child = fork();
+        if (!child) _exit(0);
+        waitpid(child, 0, 0);
+        pthread_t one;
+        pthread_create(&one, 0, nothing, 0);
+        pthread_join(one, 0);
+    }
+}
+"""
+
+
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+def test_children_that_come_and_go_are_no_reason(start: START, place: Place, freeze: str) -> None:
+    process = start(RESTLESS)
+    for _ in range(5):
+        place.checkpoint(process.pid, freeze=freeze)
+    assert read_status(process.pid).tracer_pid == 0
+
+
 SPARSE = r"""
 #include <fcntl.h>
 #include <sys/mman.h>
