@@ -56,7 +56,7 @@ class TracedFrozen(Frozen):
             if frozen := topmost_frozen(hands, place):
                 raise CannotFreezeError(f'cgroup {frozen} is frozen, and what is in it cannot run for its tracer')
 
-    def _seize(self, task: Task) -> None:
+    def _seize(self, task: Task, *, again: bool = True) -> None:
         try:
             tracee = Tracee.seize(task.tid)
             self.tracees[task.tid] = tracee
@@ -64,8 +64,12 @@ class TracedFrozen(Frozen):
         except ProcessLookupError:
             self.tracees.pop(task.tid, None)        # died; the next scan does not find it
         except PermissionError as error:
-            if not _is_dead(task):
+            if _is_dead(task):
+                return
+            # in an execve(2) of another thread the leader dies, EPERM, and that thread takes its number, alive
+            if not again:
                 raise _not_permitted(task, error) from error
+            self._seize(task, again=False)
 
     def _wait(self, task: Task, awake: list[Task], signals: ChildSignals) -> None:
         terms = self._terms
