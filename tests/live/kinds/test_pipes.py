@@ -13,7 +13,7 @@ from ckptd.kinds.fifo import Fifo
 from ckptd.kinds.pipe import Pipe
 from ckptd.kinds.registry import kind_of
 from tests.lib.brood import Brood
-from tests.unit.kinds.conftest import Bulk
+from tests.live.kinds.conftest import Bulk
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 

@@ -19,7 +19,7 @@ from ckptd.kinds.registry import kind_of
 from ckptd.kinds.regular import Regular
 from ckptd.kinds.tty import Tty, is_tty, parse_drivers
 from tests.lib.brood import Brood
-from tests.unit.kinds.conftest import Bulk
+from tests.live.kinds.conftest import Bulk
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 MIB = 1 << 20
