@@ -2,6 +2,7 @@
 """Remote system calls: what they return, and that the task is afterwards as it was, whatever happens to its tracer."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import struct
@@ -92,7 +93,8 @@ def test_a_signal_that_comes_meanwhile_is_not_lost(victim: Any, tracer: Stop, mo
     def send_once(point: str) -> None:
         if point == 'running-remote' and not sent:
             sent.append(sig)
-            os.kill(one.pid, sig)
+            # to this thread: of a process the kernel chooses one that runs
+            assert ctypes.CDLL(None).tgkill(one.pid, one.pid, sig) == 0
 
     monkeypatch.setattr(remote_module, 'fault', send_once)
     assert one_of_each(tracee, ids)['pid'] == one.pid
