@@ -26,15 +26,8 @@ class _Buffer:
     """CHUNK_SIZE bytes that ctypes and pwrite both take."""
 
     def __init__(self) -> None:
-        self._map = mmap.mmap(-1, CHUNK_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.view = memoryview(self._map)
-        pointer = ctypes.c_char.from_buffer(self._map)
-        self.address = ctypes.addressof(pointer)
-        del pointer
-
-    def close(self) -> None:
-        self.view.release()
-        self._map.close()
+        self.view = memoryview(mmap.mmap(-1, CHUNK_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
 
 
 class Copier:
@@ -46,17 +39,16 @@ class Copier:
     def __init__(self, data: DataWriter, on_bytes: Callable[[int], None]) -> None:
         self.data, self._on_bytes = data, on_bytes
         self._pool = ThreadPoolExecutor(1, 'write')
-        self._buffers = [_Buffer() for _ in range(BUFFERS)]
-        self._free = deque(self._buffers)
+        self._free = deque(_Buffer() for _ in range(BUFFERS))
         self._busy: deque[tuple[Future[None], _Buffer]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # buffers are unmapped with the last reference: the traceback of a write that failed holds a slice of one, and
+        # closing that would be a BufferError
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for buffer in self._buffers:
-            buffer.close()
 
     def flush(self) -> None:
         """Wait until everything is written. SpoolFailed."""

@@ -179,7 +179,9 @@ class ImageWriter:
         for writer in writers:
             with suppress(SpoolFailed):
                 writer.close()
-        shutil.rmtree(self.path, ignore_errors=True)
+        # the spool may have another path by now, or none: the directory is known by its fd
+        here = Path(os.readlink(f'/proc/self/fd/{self._lock}'))  # noqa: PTH115
+        shutil.rmtree(here if _is_at(self._lock, here) else self.path, ignore_errors=True)
         self._unlock()
 
     def _unlock(self) -> None:
