@@ -60,8 +60,9 @@ class Place:
         return list((self.runtime / 'freezes').glob('*.jsonl'))
 
     def request(self, pid: int, **more: Any) -> JobRequest:
-        return JobRequest('checkpoint', f'pid:{pid}', me(), str(self.spool), str(self.runtime), job=1,
-                          image=new_image_id('test'), **more)
+        return JobRequest(**{'operation': 'checkpoint', 'target': f'pid:{pid}', 'caller': me(), 'job': 1,
+                             'spool': str(self.spool), 'runtime': str(self.runtime), 'image': new_image_id('test'),
+                             **more})
 
     def checkpoint(self, pid: int, *, forked: bool = False, **more: Any) -> Path:
         """The image of a tree, made by a worker of its own."""
