@@ -85,7 +85,7 @@ def check_vfork(task: Task, status: Status) -> list[Refusal]:
     if not number.isdigit() or int(number) not in _FORKS:
         return []
     return [refuse(task, 'task', 'EAGAIN', 'waits in vfork for its child to run a program',
-                   'try again; it lasts until the child has called execve')]
+                   'try again; if it lasts, the child is one that never runs a program, and cannot be dumped yet')]
 
 
 def _root_namespaces(tree: Tree) -> dict[str, int]:

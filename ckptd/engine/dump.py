@@ -111,6 +111,8 @@ class Dump:
     def _process(self, threads: list[Task]) -> Steps[None]:
         alive = [task for task in threads if task.tid in self._tracees]
         try:
+            self._task_records += [state.zombie_credentials(task, self._picture.status(task))
+                                   for task in threads if task.is_zombie]
             if alive:
                 yield from self._alive(threads[0], alive)
         except ProcessLookupError as error:
@@ -147,20 +149,23 @@ class Dump:
             yield
         self._asked.add(mine.mm)
         try:
+            # before the task is asked: its trap may take the place of a pending signal
+            pending = {task.tid: self._tracees[task.tid].pending(shared=False) for task in alive}
+            shared = self._tracees[anchor.tid].pending(shared=True)
             answers = yield from ask(threads, mappings)
         finally:
             self._asked.remove(mine.mm)
         for task in alive:
-            self._task_records += self._thread(task, statuses[task.tid], answers.threads[task.tid])
+            self._task_records += self._thread(task, statuses[task.tid], pending[task.tid], answers.threads[task.tid])
         self._task_records += [
-            state.process_state(leader, stat, self._tracees[anchor.tid], answers.process, self._groups),
+            state.process_state(leader, stat, self._tracees[anchor.tid], shared, answers.process, self._groups),
             state.limits(leader, anchor.tid),
             records.IntervalTimers(leader.vtid, answers.process.itimers),
             state.posix_timers(leader, answers.timers, self._vtids)]
         if mine.sighand not in self._sighands:
             self._sighands.add(mine.sighand)
             self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
-        self._memory.add(mine.mm, anchor.tid, mappings, stat, answers.process)
+        self._memory.add(mine.mm, anchor.tid, mappings, stat, answers)
         for task in alive:
             self._picture.forget(task)
 
@@ -192,12 +197,13 @@ class Dump:
                 self._task_records.append(state.fs(fs, task.tid, statuses[task.tid].umask))
             self._ids[task.tid] = _Ids(mm, files, fs, sighand)
 
-    def _thread(self, task: Task, status: Status, answers: ThreadAnswers) -> Iterator[Record]:
+    def _thread(self, task: Task, status: Status, pending: tuple[bytes, ...],
+                answers: ThreadAnswers) -> Iterator[Record]:
         tracee = self._tracees[task.tid]
         yield state.credentials(task, status, answers)
         yield state.scheduling(task, answers)
         yield state.registers(task, tracee)
-        yield state.thread_signals(task, tracee, answers)
+        yield state.thread_signals(task, tracee, pending, answers)
         yield state.thread_pointers(task, tracee, answers)
 
     # ------------------------------------------------------------ memory

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from ckptd.engine.copy import Copier
-from ckptd.engine.questions import ProcessAnswers
+from ckptd.engine.questions import Answers
 from ckptd.engine.vmas import MAP_PRIVATE, Objects, Shared, View, mapped_path, vma_record
 from ckptd.image import records
 from ckptd.image.grammar import Record
@@ -45,14 +45,15 @@ class MemoryDump:
         self.pages_scanned = 0
         self.pages_written = 0
 
-    def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, process: ProcessAnswers) -> None:
+    def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, answers: Answers) -> None:
         """Enter an address space, once."""
         if mm_id in self._spaces:
             return
+        process = answers.process
         layout = (stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, process.brk,
                   stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end)
         mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), process.dumpable,
-                        process.thp_disabled)
+                        process.thp_disabled, answers.lock_future)
         vmas = [vma_record(mm_id, tid, mapping, self.objects) for mapping in mappings]
         self._spaces[mm_id] = _Space(mm_id, tid, mm, vmas)
 
@@ -104,7 +105,7 @@ class MemoryDump:
         self.pages_scanned += -(-size // PAGE)
         self.pages_written += sum(run.pages for run in runs)
         yield records.SharedMemory(shared.shm_id, shared.kind, size, shared.name, seals, mode, uid, gid, key,
-                                   shared.inode if shared.kind == SYSV else 0, 0)
+                                   shared.inode if shared.kind == SYSV else 0)
         yield from page_runs(OF_SHARED_MEMORY, shared.shm_id, runs)
 
     def records(self) -> Iterator[Record]:

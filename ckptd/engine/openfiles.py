@@ -65,7 +65,7 @@ class FileDump:
         data = kind.dump(file, self._content).encode()
         return records.OpenFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
                                 file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
-                                data)
+                                data, owner.uid, owner.euid)
 
     def records(self) -> Iterator[Record]:
         """Everything for files.img."""

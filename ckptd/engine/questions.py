@@ -9,7 +9,7 @@ from functools import lru_cache
 from ckptd.engine.interleave import Steps, finish
 from ckptd.engine.remote import Batch, Out, OwnIds, Remote, Results
 from ckptd.image.records import IntervalTimer, SigAction
-from ckptd.kernel.maps import Mapping
+from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import ProcTimer, read_timers
 
@@ -125,6 +125,7 @@ class Answers:
     threads: dict[int, ThreadAnswers]
     process: ProcessAnswers
     timers: list[tuple[ProcTimer, TimerAnswer]]
+    lock_future: int
 
 
 def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Steps[Answers]:
@@ -133,6 +134,7 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
     remote = Remote(first, ids, mappings)
     try:
         yield from remote.open()
+        lock_future = _lock_future(first, remote.area) if any('lo' in mapping.vm_flags for mapping in mappings) else 0
         results = yield from remote.run(first, ids, _FIRST_BATCH)
         answers = {first.tid: _FIRST.answers(results)}
         for tracee, own in threads[1:]:
@@ -143,7 +145,14 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
         finish(remote.close())
         raise
     yield from remote.close()
-    return Answers(answers, _PROCESS.answers(results), list(zip(timers, timer_answers, strict=True)))
+    return Answers(answers, _PROCESS.answers(results), list(zip(timers, timer_answers, strict=True)),
+                   lock_future)
+
+
+def _lock_future(tracee: Tracee, area: int) -> int:
+    """What mlockall(2) left for new mappings, such as that at `area`: 0 nothing, 1 MCL_FUTURE, 2 with MCL_ONFAULT."""
+    flags = next(mapping.vm_flags for mapping in read_smaps(tracee.tid) if mapping.start <= area < mapping.end)
+    return 2 if 'lf' in flags else int('lo' in flags)
 
 
 @lru_cache(maxsize=64)      # forked children have their parent's table

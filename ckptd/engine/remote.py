@@ -150,6 +150,11 @@ class Remote:
             self._mem.close()
             raise
 
+    @property
+    def area(self) -> int:
+        """Address of the pages for calls and buffers, 0 while there are none."""
+        return self._area
+
     def open(self) -> Steps[None]:
         """Map the pages for calls and buffers."""
         arguments = (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, _ALL_ONES, 0)
@@ -267,21 +272,24 @@ class _Borrowed:
             yield
         finally:
             trap = at + arch.trap_offset(code)
-            while not self._at_trap(tracee.wait(), trap):
-                tracee.cont()
+            while (sig := self._signal_to_go_on(tracee.wait(), trap)) is not None:
+                tracee.cont(sig)
             self.result = tracee.regs.r15
 
-    def _at_trap(self, status: int, trap: int) -> bool:
-        """False for a stop by something else, which is remembered: SIGSTOP cannot be blocked, a trap signal of
-        somebody else's is not, and a group-stop that the task was in may show itself again."""
+    def _signal_to_go_on(self, status: int, trap: int) -> int | None:
+        """None at the trap. A stop by something else is passed: a group-stop shows itself and leaves the task to its
+        tracer, so does one that begins now, since SIGSTOP cannot be blocked; a trap signal of somebody else's, which is
+        not blocked either, is kept for the task."""
         if status >> 16 == PTRACE_EVENT_STOP:
-            return False
+            return 0
         sig = os.WSTOPSIG(status)
+        if sig == signal.SIGSTOP:
+            return sig      # the kernel has to know of it: a SIGCONT that comes now takes it back
         if sig == self.signal and self.tracee.regs.rip == trap:
-            return True
-        if sig in (self.signal, signal.SIGSTOP):
+            return None
+        if sig == self.signal:
             self.tracee.deferred.append(sig)
-            return False
+            return 0
         raise CkptError(f'task {self.tracee.tid} stopped with status {status:#x} in a remote call',
                         task=self.tracee.tid, resource='ptrace')
 

@@ -33,20 +33,30 @@ def credentials(task: Task, status: Status, answers: ThreadAnswers) -> records.C
         answers.securebits, int(status.no_new_privs), answers.keepcaps)
 
 
+def zombie_credentials(task: Task, status: Status) -> records.Credentials:
+    """What is left of a dead task: its parent gets the real uid with the exit code, waitid(2) si_uid."""
+    return records.Credentials(
+        task.vtid, status.uids, status.gids, status.groups,
+        (status.cap_inh, status.cap_prm, status.cap_eff, status.cap_bnd, status.cap_amb), 0,
+        int(status.no_new_privs), 0)
+
+
 def scheduling(task: Task, answers: ThreadAnswers) -> records.Scheduling:
     attr = sched_getattr(task.tid)
     mask = sum(1 << cpu for cpu in os.sched_getaffinity(task.tid))
     return records.Scheduling(
         task.vtid, attr.policy, attr.flags, attr.nice + 20, attr.priority, attr.runtime, attr.deadline, attr.period,
-        mask.to_bytes((mask.bit_length() + 63) // 64 * 8, 'little'), ioprio_get(task.tid), answers.timer_slack)
+        mask.to_bytes((mask.bit_length() + 63) // 64 * 8, 'little'), ioprio_get(task.tid), answers.timer_slack,
+        attr.util_min, attr.util_max)
 
 
 def registers(task: Task, tracee: Tracee) -> records.Registers:
     return records.Registers(task.vtid, arch.EM, bytes(tracee.regs), tracee.xstate())
 
 
-def thread_signals(task: Task, tracee: Tracee, answers: ThreadAnswers) -> records.ThreadSignals:
-    return records.ThreadSignals(task.vtid, tracee.sigmask, *answers.altstack, tracee.pending(shared=False))
+def thread_signals(task: Task, tracee: Tracee, pending: tuple[bytes, ...],
+                   answers: ThreadAnswers) -> records.ThreadSignals:
+    return records.ThreadSignals(task.vtid, tracee.sigmask, *answers.altstack, pending)
 
 
 def thread_pointers(task: Task, tracee: Tracee, answers: ThreadAnswers) -> records.ThreadPointers:
@@ -56,12 +66,12 @@ def thread_pointers(task: Task, tracee: Tracee, answers: ThreadAnswers) -> recor
         rseq.signature, rseq.flags, answers.pdeath_signal)
 
 
-def process_state(leader: Task, stat: Stat, tracee: Tracee, answers: ProcessAnswers,
+def process_state(leader: Task, stat: Stat, tracee: Tracee, pending: tuple[bytes, ...], answers: ProcessAnswers,
                   groups: MappingABC[int, int]) -> records.ProcessState:
     """groups: vpgid by pgid, for the foreground group of the terminal; one that the tree does not have is 0."""
     return records.ProcessState(
         leader.vtid, read_personality(tracee.tid), read_oom_score_adj(tracee.tid) + 1000, answers.child_subreaper,
-        tracee.pending(shared=True), stat.tty_nr & _U32, groups.get(stat.tpgid, 0))
+        pending, stat.tty_nr & _U32, groups.get(stat.tpgid, 0))
 
 
 def limits(leader: Task, anchor: int) -> records.Limits:

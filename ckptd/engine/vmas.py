@@ -164,7 +164,7 @@ def vma_record(mm_id: int, tid: int, mapping: Mapping, objects: Objects) -> reco
     protection = mapping.read | mapping.write << 1 | mapping.execute << 2
     locked = 2 if 'lf' in mapping.vm_flags else int('lo' in mapping.vm_flags)
     return records.Vma(mm_id, mapping.start, mapping.end, protection, map_flags(mapping), kind, mapping.offset, number,
-                       locked, ' '.join(sorted(mapping.vm_flags)), _name(mapping))
+                       locked, ' '.join(sorted(mapping.vm_flags)), _name(mapping), mapping.pkey)
 
 
 def _classify(view: View, objects: Objects) -> tuple[int, int]:

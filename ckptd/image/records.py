@@ -99,7 +99,7 @@ class Credentials(Record):
 @record(0x0102)
 class Scheduling(Record):
     """sched_getattr(2) and friends. nice: 0..39 (nice value + 20). affinity: CPU bit mask, little-endian bytes.
-    timer_slack and default_timer_slack in nanoseconds. ioprio: ioprio_get(2)."""
+    timer_slack in nanoseconds. ioprio: ioprio_get(2). util_min, util_max: utilisation clamps, of 1024."""
     vpid: U32
     policy: U32
     flags: U64
@@ -111,6 +111,8 @@ class Scheduling(Record):
     affinity: bytes
     ioprio: U32
     timer_slack: U64
+    util_min: U32 = 0
+    util_max: U32 = 0
 
 
 @record(0x0103)
@@ -239,7 +241,8 @@ class Fs(Record):
 class OpenFile(Record):
     """One open file description. kind: tag of the class in ckptd.kinds that wrote `data` and reads it back.
     flags: O_* as in fdinfo, without O_CLOEXEC. link: what /proc/PID/fd shows, for people.
-    owner: fcntl F_GETOWN_EX, type (F_OWNER_*) and vpid; owner_signal: F_GETSIG."""
+    owner: fcntl F_GETOWN_EX, type (F_OWNER_*) and vpid; owner_signal: F_GETSIG; owner_uid, owner_euid: whose rights
+    decide whether the signal may be sent."""
     file_id: U32
     kind: str
     flags: U32
@@ -250,6 +253,8 @@ class OpenFile(Record):
     owner_signal: U32
     link: str
     data: bytes
+    owner_uid: U32 = 0
+    owner_euid: U32 = 0
 
 
 @layout
@@ -271,13 +276,15 @@ class FdTable(Record):
 @record(0x0301)
 class Mm(Record):
     """layout: start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start,
-    env_end (struct prctl_mm_map). exe: backing_id of the executable. auxv: as /proc/PID/auxv."""
+    env_end (struct prctl_mm_map). exe: backing_id of the executable. auxv: as /proc/PID/auxv. lock_future: mlockall(2),
+    1 MCL_FUTURE, 2 with MCL_ONFAULT."""
     mm_id: U32
     layout: tuple[U64, ...]
     auxv: bytes
     exe: U32
     dumpable: U8
     thp_disabled: U8
+    lock_future: U8 = 0
 
 
 # Vma.kind. Pages of a VDSO are in the image as those of ANON are: another kernel's would not fit its callers
@@ -288,7 +295,7 @@ ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEA
 class Vma(Record):
     """protection: PROT_*. flags: MAP_* that make it again. vm_flags: two-letter codes of smaps, a space between.
     offset: bytes into the object. object: backing_id or shm_id by kind. name: of PR_SET_VMA_ANON_NAME, or as in maps.
-    locked: 0 no, 1 mlock, 2 on fault."""
+    locked: 0 no, 1 mlock, 2 on fault. pkey: protection key, pkeys(7)."""
     mm_id: U32
     start: U64
     end: U64
@@ -300,6 +307,7 @@ class Vma(Record):
     locked: U8
     vm_flags: str
     name: str
+    pkey: U8 = 0
 
 
 @layout
@@ -353,7 +361,6 @@ class SharedMemory(Record):
     gid: U32
     key: U32
     shmid: U32
-    huge: U8
 
 
 @record(0x0306)

@@ -13,7 +13,7 @@ DELETED = ' (deleted)'
 class Mapping(NamedTuple):
     """One virtual memory area. start, end, offset: bytes. path: the rest of the line as it stands, '' for nameless
     anonymous memory, else a path (perhaps with ' (deleted)'), '[heap]', '[anon:NAME]' ... vm_flags: two-letter codes
-    of smaps, empty when made from maps.
+    of smaps, empty when made from maps; pkey: protection key, pkeys(7), 0 likewise.
     """
     start: int
     end: int
@@ -27,6 +27,7 @@ class Mapping(NamedTuple):
     inode: int
     path: str
     vm_flags: frozenset[str] = frozenset()
+    pkey: int = 0
 
     @property
     def size(self) -> int:
@@ -61,11 +62,11 @@ def parse_smaps(data: bytes) -> list[Mapping]:
     # each mapping is its line of maps, some twenty "Name: value" lines, and VmFlags as the last one
     found: list[Mapping] = []
     blocks = data.split(b'\nVmFlags:')
-    line = blocks[0].partition(b'\n')[0]
+    line, key = blocks[0].partition(b'\n')[0], _pkey(blocks[0])
     for block in blocks[1:]:
         flags, _, after = block.partition(b'\n')
-        found.append(_parse_line(line)._replace(vm_flags=_flags(flags)))
-        line = after.partition(b'\n')[0]
+        found.append(_parse_line(line)._replace(vm_flags=_flags(flags), pkey=key))
+        line, key = after.partition(b'\n')[0], _pkey(after)
     return found
 
 
@@ -99,6 +100,12 @@ def _parse_line(line: bytes) -> Mapping:
     major, minor = device.split(b':')
     return Mapping(int(start, 16), int(end, 16), modes[0] == 0x72, modes[1] == 0x77, modes[2] == 0x78, modes[3] == 0x73,
                    int(offset, 16), int(major, 16), int(minor, 16), int(inode), text(path[0]) if path else '')
+
+
+def _pkey(block: bytes) -> int:
+    """Of the field in front of VmFlags; a processor without protection keys has none."""
+    name, _, value = block.rpartition(b'\n')[2].partition(b':')
+    return int(value) if name == b'ProtectionKey' else 0
 
 
 @lru_cache(maxsize=256)     # a process has thousands of mappings and a dozen sets of flags

@@ -34,7 +34,8 @@ def _ioprio_get(which: c_int, who: c_int) -> c_int: ...
 
 
 class SchedAttr(NamedTuple):
-    """policy: os.SCHED_*. flags: SCHED_FLAG_*. nice: -20 to 19. runtime, deadline, period: nanoseconds."""
+    """policy: os.SCHED_*. flags: SCHED_FLAG_*. nice: -20 to 19. runtime, deadline, period: nanoseconds.
+    util_min, util_max: utilisation clamps, of 1024; all ones where none was set, 0 on kernels without them."""
     policy: int
     flags: int
     nice: int
@@ -42,6 +43,8 @@ class SchedAttr(NamedTuple):
     runtime: int
     deadline: int
     period: int
+    util_min: int
+    util_max: int
 
 
 def sched_getattr(tid: int) -> SchedAttr:
@@ -49,7 +52,7 @@ def sched_getattr(tid: int) -> SchedAttr:
     attr = sched_attr()
     _sched_getattr(tid, ctypes.byref(attr), ctypes.sizeof(attr))
     return SchedAttr(attr.sched_policy, attr.sched_flags, attr.sched_nice, attr.sched_priority, attr.sched_runtime,
-                     attr.sched_deadline, attr.sched_period)
+                     attr.sched_deadline, attr.sched_period, attr.sched_util_min, attr.sched_util_max)
 
 
 def ioprio_get(tid: int) -> int:

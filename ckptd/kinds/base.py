@@ -36,7 +36,9 @@ DELETED = ' (deleted)'
 # <asm-generic/fcntl.h>; the struct is f_owner_ex {int type; pid_t pid;}
 F_GETSIG = 11
 F_GETOWN_EX = 16
+F_GETOWNER_UIDS = 17        # uid_t[2], with CONFIG_CHECKPOINT_RESTORE
 _OWNER = struct.Struct('=ii')
+_UIDS = struct.Struct('=II')
 
 
 class Content(Protocol):
@@ -62,10 +64,13 @@ class Endpoint(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """fcntl(2) F_GETOWN_EX and F_GETSIG. type: F_OWNER_TID 0, PID 1, PGRP 2; pid: as the daemon sees it, 0 for none."""
+    """fcntl(2) F_GETOWN_EX and F_GETSIG. type: F_OWNER_TID 0, PID 1, PGRP 2; pid: as the daemon sees it, 0 for none.
+    uid, euid: of who set it, by whose rights the signal is sent; 0 where the kernel does not tell."""
     type: int
     pid: int
     signal: int
+    uid: int
+    euid: int
 
 
 @dataclass(frozen=True)
@@ -161,10 +166,20 @@ class OpenFile:
     def owner(self) -> Owner:
         """Who gets SIGIO. Zeros for an O_PATH file, which has no such thing."""
         if self.is_path:
-            return Owner(0, 0, 0)
+            return Owner(0, 0, 0, 0, 0)
         with self.duplicate() as fd:
             kind, pid = _OWNER.unpack(fcntl.fcntl(fd, F_GETOWN_EX, _OWNER.pack(0, 0)))
-            return Owner(kind, pid, fcntl.fcntl(fd, F_GETSIG))
+            return Owner(kind, pid, fcntl.fcntl(fd, F_GETSIG), *_owner_uids(fd))
+
+
+def _owner_uids(fd: int) -> tuple[int, int]:
+    try:
+        uid, euid = _UIDS.unpack(fcntl.fcntl(fd, F_GETOWNER_UIDS, _UIDS.pack(0, 0)))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0, 0
+    return uid, euid
 
 
 def read_open_file(pid: int, fd: int, tid: int | None = None, holders: tuple[tuple[int, int], ...] = ()) -> OpenFile:

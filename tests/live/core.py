@@ -69,7 +69,7 @@ def memory(pid: int, writer: ImageWriter) -> Iterator[Record]:
                 kind = KINDS[mapping.path]
             elif mapping.path.startswith('/dev/zero'):
                 kind, key = r.SHARED_MEMORY, number
-                yield r.SharedMemory(key, r.SHMEM, mapping.size, '', 0, 0, 0, 0, 0, 0, 0)
+                yield r.SharedMemory(key, r.SHMEM, mapping.size, '', 0, 0, 0, 0, 0, 0)
             elif mapping.inode:
                 if mapping.path not in backings:
                     backings[mapping.path] = len(backings) + 1

@@ -69,7 +69,7 @@ def test_a_run_over_two_vmas(loads: Callable[..., Loads]) -> None:
 
 
 def test_shared_memory_by_its_offset(loads: Callable[..., Loads]) -> None:
-    memory = [r.SharedMemory(4, r.SHMEM, 4 * PAGE, '', 0, 0, 0, 0, 0, 0, 0),
+    memory = [r.SharedMemory(4, r.SHMEM, 4 * PAGE, '', 0, 0, 0, 0, 0, 0),
               r.PageRuns(r.OF_SHARED_MEMORY, 4, (run(PAGE, 0, 2),)),
               vma(BASE, 2, kind=r.SHARED_MEMORY, object=4, offset=2 * PAGE),
               vma(BASE + 2 * PAGE, 1, kind=r.SHARED_MEMORY, object=4, offset=0)]
