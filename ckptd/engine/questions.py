@@ -11,6 +11,7 @@ from ckptd.engine.remote import Batch, Out, OwnIds, Remote, Results
 from ckptd.image.records import IntervalTimer, SigAction
 from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.status import read_status
 from ckptd.kernel.task import ProcTimer, read_timers
 
 SIGNALS = range(1, 65)
@@ -134,7 +135,7 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
     remote = Remote(first, ids, mappings)
     try:
         yield from remote.open()
-        lock_future = _lock_future(first, remote.area) if any('lo' in mapping.vm_flags for mapping in mappings) else 0
+        lock_future = _lock_future(first, remote.area)
         results = yield from remote.run(first, ids, _FIRST_BATCH)
         answers = {first.tid: _FIRST.answers(results)}
         for tracee, own in threads[1:]:
@@ -151,6 +152,8 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
 
 def _lock_future(tracee: Tracee, area: int) -> int:
     """What mlockall(2) left for new mappings, such as that at `area`: 0 nothing, 1 MCL_FUTURE, 2 with MCL_ONFAULT."""
+    if not read_status(tracee.tid).vm_lck:
+        return 0
     flags = next(mapping.vm_flags for mapping in read_smaps(tracee.tid) if mapping.start <= area < mapping.end)
     return 2 if 'lf' in flags else int('lo' in flags)
 

@@ -10,7 +10,8 @@ Four = tuple[int, int, int, int]
 
 class Status(NamedTuple):
     """uids, gids: real, effective, saved, file system. ns_*: the id in each pid namespace, outermost (the reader's)
-    first. vm_rss: bytes. Masks: bit n-1 is signal n; cap_*: bit n is capability n. seccomp: 0 off, 1 strict, 2 filter.
+    first. vm_rss, vm_lck: bytes. Masks: bit n-1 is signal n; cap_*: bit n is capability n. seccomp: 0 off, 1 strict,
+    2 filter.
 
     What a zombie has no more is 0 or empty (umask, vm_rss, tracer). kthread is False where the kernel does not say
     (then Stat.flags has PF_KTHREAD), seccomp_filters 0 where it does not count them.
@@ -31,6 +32,7 @@ class Status(NamedTuple):
     ns_sid: tuple[int, ...]
     kthread: bool
     vm_rss: int
+    vm_lck: int
     threads: int
     sig_pnd: int
     shd_pnd: int
@@ -58,7 +60,8 @@ def parse_status(data: bytes) -> Status:
         int(field[b'Tgid']), int(field[b'Pid']), int(field[b'PPid']), int(field[b'TracerPid']),
         _four(field[b'Uid']), _four(field[b'Gid']), _ints(get(b'Groups', b'')),
         _ints(field[b'NStgid']), _ints(field[b'NSpid']), _ints(field[b'NSpgid']), _ints(field[b'NSsid']),
-        get(b'Kthread') == b'1', int(get(b'VmRSS', b'0 kB')[:-3]) * 1024, int(get(b'Threads', b'0')),
+        get(b'Kthread') == b'1', int(get(b'VmRSS', b'0 kB')[:-3]) * 1024,
+        int(get(b'VmLck', b'0 kB')[:-3]) * 1024, int(get(b'Threads', b'0')),
         int(get(b'SigPnd', b'0'), 16), int(get(b'ShdPnd', b'0'), 16), int(get(b'SigBlk', b'0'), 16),
         int(get(b'SigIgn', b'0'), 16), int(get(b'SigCgt', b'0'), 16),
         int(field[b'CapInh'], 16), int(field[b'CapPrm'], 16), int(field[b'CapEff'], 16), int(field[b'CapBnd'], 16),

@@ -15,7 +15,17 @@ import pytest
 from ckptd.engine.vmas import map_flags
 from ckptd.errors import CkptError, NotSupported, Refused, TreeChanged
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import Backing, Extent, Limits, ProcessState, Scheduling
+from ckptd.image.records import (
+    Backing,
+    Credentials,
+    Extent,
+    Limits,
+    Mm,
+    OpenFile,
+    ProcessState,
+    Scheduling,
+    Task,
+)
 from ckptd.kernel.cgroup import find_mount
 from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
@@ -323,3 +333,38 @@ def test_names_that_are_no_text(start: START, place: Place) -> None:
         assert os.fsencode(reader.tasks[0].record.comm) == b'a\n)\xff ('
     process.kill()      # before others look at the names of all processes
     process.wait()
+
+
+LOCKED_WITH_ZOMBIE = r"""
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+int main(void)
+{
+    struct f_owner_ex owner = {F_OWNER_PID, 0};
+    siginfo_t info;
+    pid_t pid;
+
+    if (mlockall(MCL_FUTURE | MCL_ONFAULT) != 0)
+        return 1;
+    owner.pid = getpid();
+    fcntl(0, F_SETOWN_EX, &owner);
+    pid = fork();
+    if (pid == 0)
+        _exit(setresuid(1234, 1235, 1236) == 0 ? 3 : 1);
+    waitid(P_PID, pid, &info, WEXITED | WNOWAIT);
+    ready();
+    pause();
+}
+"""
+
+
+def test_locks_to_come_and_what_is_left_of_the_dead(start: START, place: Place) -> None:
+    process = start(LOCKED_WITH_ZOMBIE)
+    zombie, = read_children(process.pid, process.pid)
+    with ImageReader(place.checkpoint(process.pid)) as reader:
+        assert [mm.lock_future for mm in reader.every(Mm)] == [2]
+        assert reader.get(Credentials, zombie).uids[:3] == (1234, 1235, 1236)
+        assert reader.get(Task, zombie).exit_code == 3 << 8
+        owned = next(file for file in reader.every(OpenFile) if file.owner)
+        assert (owned.owner, owned.owner_uid, owned.owner_euid) == (process.pid, os.getuid(), os.geteuid())
