@@ -78,7 +78,8 @@ def test_every_field_of_a_captured_file() -> None:
         'uids': (1000, 1001, 1002, 1003), 'gids': (100, 101, 102, 103), 'groups': (4, 24, 1000),
         'ns_tgid': (312, 12), 'ns_pid': (313, 13), 'ns_pgid': (200, 0), 'ns_sid': (199, 0), 'kthread': False,
         'vm_rss': 1784 * 1024, 'vm_lck': 48 * 1024, 'threads': 2, 'sig_pnd': 1, 'shd_pnd': 2, 'sig_blk': 4,
-        'sig_ign': 0x1000, 'sig_cgt': 1 << 63, 'cap_inh': 1, 'cap_prm': 0x1FFFFFFFFFF, 'cap_eff': 3, 'cap_bnd': 0x1FFFEFFFFFF,
+        'sig_ign': 0x1000, 'sig_cgt': 1 << 63, 'cap_inh': 1, 'cap_prm': 0x1FFFFFFFFFF, 'cap_eff': 3,
+        'cap_bnd': 0x1FFFEFFFFFF,
         'cap_amb': 5, 'no_new_privs': True, 'seccomp': 2, 'seccomp_filters': 3}
 
 
