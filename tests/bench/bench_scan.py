@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long the scan and the checks of a tree take, by its size: python -m tests.bench.bench_scan [TASKS ...]
+"""How long the scan and the checks of a tree take, by its size.
 
 The tree is made of processes of a small C program that sleep; every tenth has children of its own. It ends with the
 pipe that this program holds, so nothing is left of it however the benchmark ends.
@@ -8,12 +8,12 @@ pipe that this program holds, so nothing is left of it however the benchmark end
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from ckptd.checks import check_tree
@@ -62,6 +62,11 @@ class Times(NamedTuple):
         """Microseconds of scan for one task."""
         return self.scan / self.tasks * 1e6
 
+    def facts(self) -> dict[str, float]:
+        """For a program: microseconds."""
+        return {'tasks': self.tasks, 'scan_time': self.scan * 1e6, 'scan_time_per_task': self.per_task,
+                'pidfds_time': self.handles * 1e6, 'check_time': self.check * 1e6}
+
 
 def room() -> int:
     """How many more processes this machine takes."""
@@ -102,25 +107,28 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - start
 
 
-def measure(root: int) -> Times:
+def measure(root: int, runs: int) -> Times:
     tree = scan_tree([root])
-    scan = min(timed(lambda: scan_tree([root])) for _ in range(3))
 
     def hold() -> None:
         with Handles(tree):
             pass
+
+    def usual(work: Callable[[], object]) -> float:
+        timed(work)     # does not count: caches, and the first touch of memory
+        return median(timed(work) for _ in range(runs))
     caller = Caller(os.getuid(), os.getgid(), tuple(os.getgroups()), os.getpid())
-    return Times(len(tree), scan, timed(hold), timed(lambda: check_tree(tree, caller)))
+    return Times(len(tree), usual(lambda: scan_tree([root])), usual(hold), usual(lambda: check_tree(tree, caller)))
 
 
-def run(sizes: Sequence[int] = (1000, 10_000)) -> list[Times]:
-    """Times of trees of these sizes, or of the largest that there is room for."""
+def run(sizes: Sequence[int], runs: int) -> list[Times]:
+    """Medians, of trees of these sizes or of the largest that there is room for."""
     with tempfile.TemporaryDirectory(prefix='ckptd-bench-') as directory:
         program = build(Path(directory))
         found = []
         for size in sizes:
             with sleeping_tree(program, max(1, min(size, room()))) as root:
-                found.append(measure(root))
+                found.append(measure(root, runs))
         return found
 
 
@@ -129,7 +137,3 @@ def table(rows: Sequence[Times]) -> str:
     lines += [f'{row.tasks:>7} {row.scan * 1e3:>9.1f} {row.per_task:>8.1f} {row.handles * 1e3:>10.1f} '
               f'{row.check * 1e3:>9.1f}' for row in rows]
     return '\n'.join(lines)
-
-
-if __name__ == '__main__':
-    print(table(run([int(size) for size in sys.argv[1:]] or (1000, 10_000))))

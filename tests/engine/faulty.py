@@ -10,7 +10,7 @@ import struct
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ckptd.bus.client import Client, Signals, connect
 from ckptd.bus.names import BUS_NAME, JOB, MANAGER, ROOT
@@ -117,7 +117,7 @@ class Api:
     def __init__(self, client: Client, signals: Signals) -> None:
         self.client, self.signals = client, signals
 
-    async def checkpoint(self, pid: int, options: dict[str, str]) -> str:
+    async def checkpoint(self, pid: int, options: dict[str, Any]) -> str:
         return str(await self.client.call(BUS_NAME, ROOT, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{pid}', options))
 
     async def cancel(self, job: str) -> None:
@@ -126,9 +126,9 @@ class Api:
     async def thaw(self, pid: int) -> None:
         await self.client.call(BUS_NAME, ROOT, MANAGER, 'Thaw', 'sa{sv}', f'pid:{pid}', {})
 
-    async def ended(self, job: str) -> dict[str, object]:
+    async def ended(self, job: str, patience: float = PATIENCE) -> dict[str, Any]:
         """Properties of the job after it ended."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             async for one in self.signals:
                 if one.member == 'JobRemoved' and one.args[1] == job:
                     break

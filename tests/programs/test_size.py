@@ -24,10 +24,11 @@ def test_a_thousand_sleeping_processes(standalone: Standalone, tmp_path: Path) -
 
 
 def test_a_gibibyte_of_random_memory(standalone: Standalone, tmp_path: Path) -> None:
-    with memory_process(1024, tmp_path) as (pid, _):
-        await_that('it waits', lambda: states(pid) == 'S')
-        before = take_picture(pid)
-        result = standalone.checkpoint(pid)
+    """It sums up its memory before and after."""
+    with memory_process(1024, tmp_path) as memory:
+        await_that('it waits', lambda: states(memory.pid) == 'S')
+        before = take_picture(memory.pid)
+        result = standalone.checkpoint(memory.pid)
         assert 1 << 18 <= result['pages_written'] < 1.1 * (1 << 18)
-        assert not differences(before, take_picture(pid))
+        assert not differences(before, take_picture(memory.pid))
     standalone('remove', result['image'])
