@@ -66,6 +66,7 @@ def test_python_multiprocessing_pool(program: Program, standalone: Standalone, t
 
 # counts until there is a file of that name
 COUNT = """BEGIN { while ((getline line < "enough") < 0) print ++n }"""
+LAST = 'END { print NR, $1 }'
 
 
 def test_shell_pipeline(program: Program, standalone: Standalone, tmp_path: Path) -> None:
@@ -85,6 +86,25 @@ def test_shell_pipeline(program: Program, standalone: Standalone, tmp_path: Path
     assert backtraces(shutil.which('sh') or '', cores[process.pid])
     with gzip.open(compressed, 'rt') as lines:
         assert all(line == f'line {number}\n' for number, line in enumerate(lines, 1))
+
+
+def test_five_checkpoints_in_a_row(program: Program, standalone: Standalone, tmp_path: Path) -> None:
+    """Of the same tree, by both freezers in turn: nothing adds up in it."""
+    process = program('sh', '-c', f"awk '{COUNT}' | sort -n --parallel=2 -S 1M -T . | awk '{LAST}'")
+    await_that('sort has temporary files', lambda: list(tmp_path.glob('sort*')))
+    maps = mapped(process.pid)
+    images = [standalone.checkpoint(process.pid, '--freeze', freeze)['image']
+              for freeze in ('auto', 'ptrace', 'auto', 'ptrace', 'auto')]
+    assert len(set(images)) == 5
+    assert mapped(process.pid) == maps
+    (tmp_path / 'enough').write_text('yes\n')
+    assert process.wait(200) == 0, (tmp_path / 'output.errors').read_text()
+    lines, last = map(int, (tmp_path / 'output').read_text().split())
+    assert lines == last > 0
+
+
+def mapped(pid: int) -> list[str]:
+    return Path(f'/proc/{pid}/maps').read_text().splitlines()
 
 
 @pytest.mark.needs('gcc')
