@@ -39,7 +39,7 @@ class Gate:
         self._socket.close()
         self._home.cleanup()
 
-    async def stand(self, point: str, nth: int = 1) -> 'Standing | None':
+    async def stand(self, point: str, nth: int = 1) -> 'Standing':
         """A worker that comes to the point for the nth time; all others go on. Cancel it to give up."""
         loop = asyncio.get_running_loop()
         while True:

@@ -74,6 +74,7 @@ CASES = [
     *(Case('kill', point) for point in ('memory-read', 'sealed', 'published'))]
 VICTIMS = ('interrupted', 'signals', 'tree', 'registers', 'pipes', 'threads')
 ERRORS = ('ENOSPC', 'EIO')
+WITHOUT_CALLER = ('resolved', 'freeze-move', 'seized', 'memory-half', 'undo-move', 'written', 'hold-freeze')
 
 
 class Trial:
@@ -190,7 +191,7 @@ async def cancel(trial: Trial) -> None:
 
 async def caller_leaves(trial: Trial) -> None:
     """The job goes on without its caller."""
-    if trial.case.first or trial.case.way == 'kill':
+    if trial.case.point not in WITHOUT_CALLER or trial.case.first or trial.case.way == 'kill':
         return
     subject = trial.subject()
     async with api(trial.daemon) as client:
@@ -283,4 +284,6 @@ async def test_the_client_of_a_private_daemon_is_killed(point: str, gate: Gate, 
             os.close(pidfd)
     assert subject.wrong() == []
     assert list(left_in_spool(spool)) == []
+    # its journal is the system's
+    assert [entry for entry in left_in_journal(Path('/run/ckptd')) if f'process {subject.victim.pid}"' in entry] == []
     assert subject.finish() == []
