@@ -14,6 +14,7 @@ from ckptd.kernel.decl import c_int, c_void_p, libc
 SFD_NONBLOCK, SFD_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC     # <sys/signalfd.h>
 SIGSET_SIZE = 128                                           # sizeof(sigset_t) of libc
 SIGINFO_SIZE = 128                                          # sizeof(struct signalfd_siginfo)
+_LATE = 0.25                # seconds after which to look anyway
 
 
 @libc
@@ -45,12 +46,15 @@ class ChildSignals:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
     def wait(self, timeout: float, also: int | None = None) -> None:
-        """Until a child or tracee changes state, the fd `also` becomes readable, or `timeout` seconds have passed."""
+        """Until a child or tracee changes state, the fd `also` becomes readable, or `timeout` seconds have passed.
+
+        At times it returns sooner: a thread that has SIGCHLD not blocked, if there is one, may have been given it.
+        """
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         if also is not None:
             poll.register(also, select.POLLIN)
-        poll.poll(max(0.0, timeout) * 1000)
+        poll.poll(min(max(0.0, timeout), _LATE) * 1000)
         try:
             os.read(self.fd, 16 * SIGINFO_SIZE)
         except BlockingIOError as error:

@@ -21,6 +21,7 @@ from ckptd.kernel.status import read_status
 from ckptd.scan import Target, scan_tree
 from ckptd.tree import Tree
 from tests.freezer.conftest import Ticker, is_frozen, set_frozen
+from tests.lib.ways import let_others_through
 
 pytestmark = pytest.mark.needs('ptrace', 'root', 'cgroup2')
 Freeze = Callable[..., AbstractContextManager[Frozen]]
@@ -138,9 +139,7 @@ def test_frozen_tree_is_refused(cgroup: Path, tick: Tick, stopped: Freeze) -> No
 
 def test_ordinary_user_gets_the_ptrace_freezer(tmp_path: Path) -> None:
     """Who may not write to the cgroup still freezes what is theirs."""
-    tmp_path.chmod(0o711)
-    for path in tmp_path.parents[:2]:
-        path.chmod(0o711)
+    let_others_through(tmp_path)
     runtime = tmp_path / 'run'
     runtime.mkdir()
     os.chown(runtime, NOBODY, NOBODY)

@@ -28,6 +28,7 @@ from ckptd.kernel.status import read_status
 from ckptd.scan import scan_tree
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, become, fork, libc
+from tests.lib.ways import let_others_through
 
 ROOT = Caller(uid=0, gid=0)
 NOBODY = 65534
@@ -157,8 +158,7 @@ def test_deleted_mapped_file_needs_root(brood: Brood, tmp_path: Path) -> None:
     (tmp_path / 'gone').write_bytes(bytes(4096))
     for path in (tmp_path, tmp_path / 'gone'):
         os.chown(path, NOBODY, NOBODY)
-    for path in list(tmp_path.parents)[:2]:
-        path.chmod(0o755)
+    let_others_through(tmp_path)
     rows = [row for row in as_user(brood, NOBODY, own) if '/gone' in row.reason]
     assert [(row.errno, row.severity) for row in rows] == [('EPERM', 'refusal')]
 
