@@ -67,7 +67,7 @@ def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> No
     out.line(str(result['image']))
     if args.quiet:
         return
-    fate = {'resume': 'The tree runs on.', 'kill': 'The tree was killed.',
+    fate = {'resume': 'The tree is as it was.', 'kill': 'The tree was killed.',
             'freeze': f'The tree stays frozen until "ckptctl thaw {args.target}".'}[args.after]
     if args.standalone and args.after == 'freeze':
         fate = 'The tree stays frozen.'

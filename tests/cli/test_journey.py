@@ -58,7 +58,7 @@ def test_for_people_the_id_stands_alone_on_stdout(ctl: Ctl, tree: Victim) -> Non
     done = ctl('checkpoint', f'pid:{tree.pid}')
     assert is_image_id(done.out.strip())
     assert '4 tasks' in done.err
-    assert 'The tree runs on.' in done.err
+    assert 'The tree is as it was.' in done.err
 
 
 def test_an_image_is_listed_shown_verified_and_removed(ctl: Ctl, tree: Victim, image: str) -> None:
