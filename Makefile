@@ -57,7 +57,7 @@ test: $(VENV)/.test  ## all tests (what cannot run here is skipped and named; CK
 check: lint unit  ## linters and unit tests: before each commit
 
 unit: $(VENV)/.test  ## unit tests: no root, no bus, seconds
-	$(BIN)/pytest tests/unit $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal tests/unit $(PYTEST_ARGS)
 
 # each other interpreter gets a venv of its own under .cache; pyenv's shims are on PATH but answer only when asked right
 PYENV_ROOT ?= $(HOME)/.pyenv

@@ -75,7 +75,8 @@ def remove_cgroup(path: Path) -> None:
 
 def children() -> list[int]:
     """All direct children of this process, of every thread, zombies too."""
-    return [int(pid) for task in Path('/proc/self/task').iterdir() for pid in (task / 'children').read_text().split()]
+    return [int(pid) for task in os.listdir('/proc/self/task')  # noqa: PTH208
+            for pid in Path(f'/proc/self/task/{task}/children').read_text().split()]
 
 
 def is_zombie(pid: int) -> bool:
@@ -94,10 +95,10 @@ def reap(pids: list[int]) -> None:
 
 def _open_files() -> dict[int, str]:
     found = {}
-    for entry in list(Path('/proc/self/fd').iterdir()):
+    for entry in os.listdir('/proc/self/fd'):  # noqa: PTH208 - twice a test, and four times as fast as pathlib
         # the listing's own fd is in the list and gone by now
         with contextlib.suppress(FileNotFoundError):
-            found[int(entry.name)] = str(entry.readlink())
+            found[int(entry)] = os.readlink(f'/proc/self/fd/{entry}')  # noqa: PTH115
     return found
 
 
