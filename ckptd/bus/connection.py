@@ -84,7 +84,6 @@ class Connection:
         self._pending: dict[int, tuple[str, asyncio.Future[Received]]] = {}
         self._subscriptions: list[Subscription] = []
         self._serial = 0
-        self._closed = asyncio.Event()
         self.connected = True
         self.error: Exception | None = None
         self.unique_name = ''
@@ -127,11 +126,6 @@ class Connection:
     def abort(self) -> None:
         """Disconnect now."""
         self._lost(None)
-
-    async def wait_closed(self) -> Exception | None:
-        """Wait until the connection is gone. Why: None when we closed it."""
-        await self._closed.wait()
-        return self.error
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Queue a message, its fds duplicated; what cannot be sent any more is dropped. ValueError for a bad body."""
@@ -275,7 +269,6 @@ class Connection:
         self._reader.close()
         self._sock.close()
         self._fail_pending()
-        self._closed.set()
         for callback in self.on_lost:
             callback()
 

@@ -9,7 +9,6 @@ from ckptd.errors import CkptError, Unavailable
 SERVICE: Final = 'org.freedesktop.systemd1'
 PATH: Final = '/org/freedesktop/systemd1'
 MANAGER: Final = 'org.freedesktop.systemd1.Manager'
-UNIT: Final = 'org.freedesktop.systemd1.Unit'
 
 
 class Systemd:
@@ -31,20 +30,6 @@ class Systemd:
 
     async def thaw(self, unit: str, timeout: float = 25) -> None:  # noqa: ASYNC109 - of the call
         await self._manager('ThawUnit', unit, timeout)
-
-    async def unit_path(self, unit: str) -> str:
-        """Object path of a loaded unit. NoSuchTarget for one that is not."""
-        return str(await self._manager('GetUnit', unit))
-
-    async def freezer_state(self, unit: str) -> str:
-        """'running', 'freezing', 'frozen', 'thawing' (and since v256 'frozen-by-parent')."""
-        return str(await self._client.property_(SERVICE, await self.unit_path(unit), UNIT, 'FreezerState'))
-
-    async def control_group(self, unit: str) -> str:
-        """The unit's cgroup below the mount, '' while it has none."""
-        path = await self.unit_path(unit)
-        kind = unit.rpartition('.')[2].capitalize()
-        return str(await self._client.property_(SERVICE, path, f'org.freedesktop.systemd1.{kind}', 'ControlGroup'))
 
     async def _manager(self, method: str, unit: str, timeout: float = 25) -> object:  # noqa: ASYNC109 - of the call
         try:

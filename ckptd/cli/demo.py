@@ -18,6 +18,7 @@ from ckptd.cli.doctor import report_missing
 from ckptd.cli.export import export_to
 from ckptd.cli.follow import run_job
 from ckptd.cli.output import Output, refusal_from
+from ckptd.cli.program import run_program
 from ckptd.cli.progress import ProgressBar, ProgressLines
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, Daemon, Session
@@ -240,15 +241,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 async def _run_gdb(gdb: str, program: str, core: Path) -> list[str]:
     """What gdb says of all threads. No initialization files, no questions, no downloads."""
-    process = await asyncio.create_subprocess_exec(
+    done = await run_program(
         gdb, '-nx', '-batch', '-iex', 'set debuginfod enabled off', '-ex', 'set print frame-arguments none',
         '-ex', 'set filename-display basename', '-ex', f'thread apply all bt {BACKTRACE_FRAMES}', program, str(core),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
-    try:
-        async with asyncio.timeout(GDB_TIMEOUT):
-            said, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return said.decode(errors='replace').splitlines()
+        seconds=GDB_TIMEOUT)
+    return done.out.splitlines()

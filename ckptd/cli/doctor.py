@@ -5,13 +5,13 @@ The kernel is probed in a process of its own: probing tries things out (namespac
 the client shall not be the one that they are done to.
 """
 
-import asyncio
 import json
 import shutil
 import sys
 from typing import Any
 
 from ckptd.cli.output import Output
+from ckptd.cli.program import run_program
 from ckptd.cli.session import Session
 from ckptd.cli.standalone import environment
 from ckptd.errors import CkptError, NotSupported
@@ -42,20 +42,11 @@ async def doctor(session: Session) -> int:
 
 async def read_features() -> list[dict[str, Any]]:
     """What ckptd.kernel.probe finds: name, present (null: cannot be told), required, needed_for, lost, hint, detail."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, '-P', '-m', 'ckptd.kernel.probe', env=environment(),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
-    try:
-        async with asyncio.timeout(PROBE_TIMEOUT):
-            answer, complaint = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        said = complaint.decode(errors='replace').strip().splitlines()
-        raise CkptError(f'the kernel could not be probed: {said[-1] if said else process.returncode}', hint='')
-    features: list[dict[str, Any]] = json.loads(answer)
+    done = await run_program(sys.executable, '-P', '-m', 'ckptd.kernel.probe', seconds=PROBE_TIMEOUT, env=environment())
+    if done.status != 0:
+        said = done.complaint.strip().splitlines()
+        raise CkptError(f'the kernel could not be probed: {said[-1] if said else done.status}', hint='')
+    features: list[dict[str, Any]] = json.loads(done.out)
     return features
 
 

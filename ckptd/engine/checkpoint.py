@@ -32,7 +32,7 @@ from ckptd.image.writer import ImageWriter
 from ckptd.kernel.ptrace import WALL
 from ckptd.kernel.task import boot_id, read_cgroup2
 from ckptd.picture import Picture
-from ckptd.scan import Handles
+from ckptd.scan import Handles, scan_tree
 from ckptd.tree import Tree
 
 SIGKILL = 9
@@ -80,7 +80,7 @@ class Checkpoint:
         target = self._job.resolve()
         fault('resolved')
         self._channel.phase('scan')
-        tree = self._job.scan()
+        tree = scan_tree(target.roots)
         self._job.require(tree)
         cgroups = _cgroups(tree)
         spool = Path(self._request.spool)

@@ -41,7 +41,7 @@ class Job:
         return resolve_target(name, self.request.caller.pid)
 
     def scan(self) -> Tree:
-        """Resolve and scan: a cgroup may have got further roots since it was resolved first."""
+        """Resolve and scan; again after a while, as a cgroup may have got further roots since."""
         return scan_tree(self.resolve().roots)
 
     def refusals(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:

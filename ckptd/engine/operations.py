@@ -15,14 +15,15 @@ from ckptd.image.export_core import export
 from ckptd.image.ids import is_image_id
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
+from ckptd.scan import scan_tree
 
 
 def check(job: Job) -> None:
     """Every refusal and warning; nothing is frozen and nothing written."""
     job.channel.phase('resolve')
-    job.resolve()
+    target = job.resolve()
     job.channel.phase('scan')
-    tree = job.scan()
+    tree = scan_tree(target.roots)
     job.channel.finish('refusals', [refusal_row(row) for row in job.refusals(tree)], {'tasks': len(tree)})
 
 
@@ -39,7 +40,7 @@ def freeze(job: Job) -> None:
     job.channel.phase('resolve')
     target = job.resolve()
     job.channel.phase('scan')
-    tree = job.scan()
+    tree = scan_tree(target.roots)
     job.require_access(tree)
     job.channel.phase('freeze')
     with job.frozen(target, tree, remote_calls=False) as frozen:

@@ -4,11 +4,9 @@
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-from ckptd.kernel.kcmp import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
+from ckptd.kernel.kcmp import EQUAL, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, LESS, kcmp
 
 M = TypeVar('M')
-
-_EQUAL, _LESS = 0, 1
 
 
 class Sharing(Generic[M]):
@@ -29,9 +27,9 @@ class Sharing(Generic[M]):
         while low < high:
             middle = (low + high) // 2
             order = self._compare(member, known[middle][0])
-            if order == _EQUAL:
+            if order == EQUAL:
                 return known[middle][1], False
-            low, high = (low, middle) if order == _LESS else (middle + 1, high)
+            low, high = (low, middle) if order == LESS else (middle + 1, high)
         self._last += 1
         known.insert(low, (member, self._last))
         return self._last, True

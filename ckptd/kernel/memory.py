@@ -56,11 +56,6 @@ def process_vm_readv(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_i
                      flags: c_ulong = 0) -> c_ssize_t: ...
 
 
-@libc
-def process_vm_writev(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_iov: c_void_p, riovcnt: c_ulong,
-                      flags: c_ulong = 0) -> c_ssize_t: ...
-
-
 def read_into(pid: int, ranges: Sequence[Range], address: int) -> int:
     """Copy the ranges of process pid, in a row, to our memory at `address`; at most IOV_MAX ranges. Bytes copied: fewer
     than asked for where a page cannot be read. EFAULT where the first one cannot."""

@@ -14,8 +14,6 @@ from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc, u32, u64
 # <linux/ptrace.h>
 PTRACE_CONT = 7
 PTRACE_DETACH = 17
-PTRACE_SETOPTIONS = 0x4200
-PTRACE_GETSIGINFO = 0x4202
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
 PTRACE_SEIZE = 0x4206
@@ -202,12 +200,6 @@ class Tracee:
             return self.sigmask >= 0
         except ProcessLookupError:
             return False
-
-    def siginfo(self) -> bytes:
-        """siginfo_t of the stop: 128 bytes."""
-        buffer = ctypes.create_string_buffer(SIGINFO_SIZE)
-        ptrace(PTRACE_GETSIGINFO, self.tid, None, buffer)
-        return buffer.raw
 
     def pending(self, *, shared: bool) -> tuple[bytes, ...]:
         """Queued siginfo_t, of the process (shared) or of this thread, in queue order. Nothing is taken off."""

@@ -24,7 +24,6 @@ from ckptd.kernel.decl import cstruct, u64
 
 EM = 62                     # EM_X86_64 of <elf.h>
 NT_XSTATE = 0x202           # NT_X86_XSTATE
-FXSAVE_SIZE = 512           # NT_FPREGSET: the legacy area at the start of xstate
 CS_64 = 0x33                # __USER_CS: any other code segment is a 32-bit task
 GPR_SIZE = 216
 

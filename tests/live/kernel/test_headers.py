@@ -64,7 +64,7 @@ OWN = {
     'trial': {'LARGE_TREE'},
     'shm': {'SHM_DEST', 'SHM_LOCKED'},                                      # include/linux/shm.h
     'arch.x86_64': {'ERESTARTSYS', 'ERESTARTNOINTR', 'ERESTARTNOHAND', 'ERESTART_RESTARTBLOCK',   # linux/errno.h
-                    'CS_64', 'FXSAVE_SIZE', 'ENTRY_SIZE', 'ROW'},
+                    'CS_64', 'ROW'},
 }
 
 # macros that came after Linux 6.1, which Debian 12 has headers of
