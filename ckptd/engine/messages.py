@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What daemon and worker say to each other: tagged msgpack messages, one per packet of a SOCK_SEQPACKET socketpair.
 
-    daemon -> worker    Start (with fds: pidfd of the target, output of an export, if any)   Cancel   Thaw   UnitDone
-    worker -> daemon    Phase   Progress   UnitRequest   Frozen   Log    and last: Finished or Failed
+    daemon -> worker    Start (with fds: pidfd of the target, output of an export, a terminal,
+                        if any, in this order)   Cancel   Thaw   UnitDone
+    worker -> daemon    Phase   Progress   UnitRequest   ScopeRequest   Frozen   Running   Log
+                        and last: Finished or Failed
 
 End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up.
 """
@@ -15,10 +17,13 @@ from ckptd.errors import CkptError, Refusal, from_details
 
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
 
-Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export']
+Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'restore',
+                    'check-restore']
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
+ChangedFiles = Literal['refuse', 'accept', 'rollback']
 PHASES = ('resolve', 'scan', 'freeze', 'rescan', 'seize', 'state', 'memory', 'release', 'write', 'publish')
+RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place', 'start', 'attend')
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -36,6 +41,11 @@ class JobRequest(msgspec.Struct, frozen=True):
     timeout_usec: deadline of the freeze. spool: directory of images; image: id of the image to write or read.
     runtime: directory of the freeze journal. systemd: a systemd manager can be asked to freeze units (UnitRequest).
     avoid: pids that must not be in the tree (the daemon, its bus, its client).
+    save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
+    Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
+    leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
+    when the root has ended. changed_files: what to do about files that went on living. has_terminal: the caller gives
+    a terminal for those that the image only names.
     """
     operation: Operation
     target: str
@@ -52,6 +62,14 @@ class JobRequest(msgspec.Struct, frozen=True):
     format: str = ''
     avoid: tuple[int, ...] = ()
     systemd: bool = False
+    save_files: bool = False
+    save_limit: int = 1 << 30
+    cgroup: str = ''
+    new_pidns: bool = False
+    leave_stopped: bool = False
+    wait: bool = False
+    changed_files: ChangedFiles = 'refuse'
+    has_terminal: bool = False
 
 
 class Message(msgspec.Struct, tag=True, frozen=True):
@@ -71,7 +89,7 @@ class Thaw(Message, frozen=True):
 
 
 class UnitDone(Message, frozen=True):
-    """Answer to UnitRequest; error is empty on success."""
+    """Answer to UnitRequest and ScopeRequest; error is empty on success."""
     error: str = ''
 
 
@@ -92,6 +110,18 @@ class UnitRequest(Message, frozen=True):
     action: Literal['freeze', 'thaw']
 
 
+class ScopeRequest(Message, frozen=True):
+    """Please have systemd make a scope of these processes (StartTransientUnit); answered when it is there."""
+    scope: str
+    pids: tuple[int, ...]
+
+
+class Running(Message, frozen=True):
+    """The restored tree runs. root: its pid as the worker sees it. With `wait` the worker now attends its end."""
+    root: int
+    tasks: int
+
+
 class Frozen(Message, frozen=True):
     """The tree is frozen and this worker holds it (operation freeze, or after=freeze once the image is published)."""
     target: str
@@ -105,8 +135,10 @@ class Log(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """result: checkpoint: the manifest's summary; check: {'refusals': [...]}; scan, tree: {'tasks': [...]};
-    verify: {'damages': [...]}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
+    """result: checkpoint: the manifest's summary; check, check-restore: {'refusals': [...], 'tasks': N};
+    scan, tree: {'tasks': [...]}; verify: {'damages': [...]}; restore: {'image', 'root', 'tasks', 'processes',
+    'cgroup', 'warnings': [...], 'restored_usec', times in microseconds}, with `wait` also {'exit_status': as of
+    wait(2)}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
     result: dict[str, Any] = {}
     more: bool = False
 
@@ -125,7 +157,7 @@ class Failed(Message, frozen=True):
 
 
 ToWorker = Start | Cancel | Thaw | UnitDone
-FromWorker = Phase | Progress | UnitRequest | Frozen | Log | Finished | Failed
+FromWorker = Phase | Progress | UnitRequest | ScopeRequest | Frozen | Running | Log | Finished | Failed
 
 
 def refusal_row(refusal: Refusal) -> dict[str, Any]:

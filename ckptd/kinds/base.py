@@ -8,6 +8,13 @@ order, each without any effect on the task:
     refusals(file)      why it cannot be dumped, or what its dump will lack
     endpoint(file)      what joins it to other open files, of a pipe its two ends
     dump(file, content) the record that is kept, its bulk bytes given to `content`
+
+and of a restart, where `saved` is what every kind has in common of the file (image.records.OpenFile):
+
+    obstacles(record, saved, looking)    why it cannot be opened again, or what it will lack; changes nothing
+    restore(record, saved, ctx)          a new description: an fd with the access mode and flags of `saved.flags`
+    finish(record, saved, fd, ctx)       what needs the tasks, or the other files: locks, what an epoll watches
+    commit(record, saved, fd, ctx)       what cannot be undone, done when nothing else can fail
 """
 
 import errno
@@ -15,14 +22,16 @@ import fcntl
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
+from ckptd.errors import NotSupported
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent
+from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.fdinfo import FdInfo, read_fdinfo
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_getfd, pidfd_open
@@ -45,6 +54,70 @@ class Content(Protocol):
     """Where bulk bytes go: a page-aligned stretch of the image's data file."""
 
     def add(self, chunks: Iterable[bytes]) -> Extent: ...
+
+
+ChangedFiles = Literal['refuse', 'accept', 'rollback']
+
+
+class Looking(Protocol):
+    """What a kind may look at before a restart begins. Paths are those of the image, looked up by the caller's rights.
+
+    changed_files: what to do about files that went on living. terminal: the caller gives one.
+    """
+    changed_files: ChangedFiles
+    terminal: bool
+
+    def lstat(self, path: str) -> os.stat_result | None:
+        """None where there is nothing, or nothing that the caller may see."""
+        ...
+
+    def may(self, path: str, access: int) -> bool:
+        """os.access(2) for the caller: os.R_OK | os.W_OK ..."""
+        ...
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        """open(2) by the caller's rights, O_CLOEXEC added; the fd is the kind's to close, or to return."""
+        ...
+
+    def pread(self, extent: Extent, length: int, offset: int) -> bytes:
+        """A few bytes of an extent of the image."""
+        ...
+
+
+class Restoring(Looking, Protocol):
+    """The same while a restart is at work. What is opened here is closed by it, whatever happens."""
+    terminal_fd: int        # of the caller's terminal, -1 without
+
+    def once(self, key: Hashable, make: Callable[[], int]) -> int:
+        """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
+        restart. Not to be returned by `restore`: open_again() of it is."""
+        ...
+
+    def copy(self, extent: Extent, fd: int, offset: int) -> None:
+        """Bytes of the image into a file at `offset`, by the kernel alone."""
+        ...
+
+    def shared_memory(self, shm_id: int) -> int:
+        """The fd of a shared object (image.records.SharedMemory), open for reading and writing; as of `once`."""
+        ...
+
+    def pid(self, vpid: int) -> int:
+        """The restored task or group of that number, as we see it; 0 if the tree has none. From `finish` on."""
+        ...
+
+    def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
+        """(vpid of a process, fd) that lead to a description, one for each table that has it, from `finish` on."""
+        ...
+
+    def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
+        """A system call by a restored process itself; bytes are put into its memory. Its result; OSError. From
+        `finish` on."""
+        ...
+
+
+def open_again(fd: int, flags: int) -> int:
+    """A further description of an open file, proc_pid_fd(5): of a pipe, FIFO, memfd or deleted file, too."""
+    return os.open(f'/proc/self/fd/{fd}', flags | os.O_CLOEXEC)
 
 
 class Reason(NamedTuple):
@@ -214,3 +287,15 @@ class Kind(ABC, Generic[R]):
 
     @abstractmethod
     def dump(self, file: OpenFile, content: Content) -> R: ...
+
+    def obstacles(self, record: R, saved: SavedFile, looking: Looking) -> list[Reason]:
+        return []
+
+    def restore(self, record: R, saved: SavedFile, ctx: Restoring) -> int:
+        raise NotSupported(f'a file of kind {self.tag} cannot be opened again', resource=saved.link)
+
+    def finish(self, record: R, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        return
+
+    def commit(self, record: R, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        return
