@@ -12,8 +12,9 @@ from ckptd.checks import check_access, check_avoid, check_tree
 from ckptd.engine.channel import Channel
 from ckptd.engine.faults import fault
 from ckptd.engine.messages import JobRequest
-from ckptd.errors import NoSuchTarget, Refusal, Refused
+from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused
 from ckptd.freezer import Frozen, freeze
+from ckptd.image.ids import is_image_id
 from ckptd.journal.store import Journal
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.kernel.stat import read_stat
@@ -24,11 +25,13 @@ from ckptd.tree import Task, Tree
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """pidfd: of the target, if the caller gave one, else -1. output: where an export goes, else -1."""
+    """pidfd: of the target, if the caller gave one, else -1. output: where an export goes, else -1. terminal: for a
+    restart, else -1."""
     request: JobRequest
     channel: Channel
     pidfd: int = -1
     output: int = -1
+    terminal: int = -1
 
     def resolve(self) -> Target:
         """The target as it is now. NoSuchTarget also when the pidfd's process has died and its number is another's."""
@@ -96,3 +99,11 @@ def _lives(task: Task) -> bool:
     except ProcessLookupError:
         return False
     return stat.start_time == task.start_time and (stat.state not in 'ZX' or task.is_zombie)
+
+
+def image_path(job: Job) -> Path:
+    """The directory of the image that the job is about. NoSuchImage."""
+    path = Path(job.request.spool) / job.request.image
+    if not is_image_id(job.request.image) or not path.is_dir():
+        raise NoSuchImage(f'no image {job.request.image!r}')
+    return path

@@ -3,16 +3,15 @@
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from ckptd.checks import check_access
 from ckptd.engine.checkpoint import checkpoint, hold
-from ckptd.engine.job import Job
+from ckptd.engine.job import Job, image_path
 from ckptd.engine.messages import Frozen, refusal_row
+from ckptd.engine.restore.run import restore
 from ckptd.engine.rows import image_rows, live_rows
-from ckptd.errors import InvalidArgument, NoSuchImage
+from ckptd.errors import InvalidArgument
 from ckptd.image.export_core import export
-from ckptd.image.ids import is_image_id
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.scan import scan_tree
@@ -52,12 +51,12 @@ def freeze(job: Job) -> None:
 
 def verify_image(job: Job) -> None:
     """Every damage of an image."""
-    job.channel.finish('damages', verify(_image(job)))
+    job.channel.finish('damages', verify(image_path(job)))
 
 
 def image_tree(job: Job) -> None:
     """The tree of an image as rows."""
-    with ImageReader(_image(job)) as reader:
+    with ImageReader(image_path(job)) as reader:
         job.channel.finish('tasks', image_rows(reader))
 
 
@@ -65,18 +64,11 @@ def export_image(job: Job) -> None:
     """A tar stream of cores, one per process, to the caller's fd."""
     if job.request.format != 'core':
         raise InvalidArgument(f'unknown format {job.request.format!r}', hint='formats: core')
-    with ImageReader(_image(job)) as reader, os.fdopen(os.dup(job.output), 'wb', buffering=0) as sink:
+    with ImageReader(image_path(job)) as reader, os.fdopen(os.dup(job.output), 'wb', buffering=0) as sink:
         names = export(reader, sink)
     job.channel.finish('files', names)
 
 
-def _image(job: Job) -> Path:
-    path = Path(job.request.spool) / job.request.image
-    if not is_image_id(job.request.image) or not path.is_dir():
-        raise NoSuchImage(f'no image {job.request.image!r}')
-    return path
-
-
 OPERATIONS: Mapping[str, Callable[[Job], None]] = {
     'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
-    'tree': image_tree, 'export': export_image}
+    'tree': image_tree, 'export': export_image, 'restore': restore}

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ckptd.engine.batch import Batch, Out, Results
 from ckptd.engine.interleave import Steps, finish
-from ckptd.engine.remote import Batch, Out, OwnIds, Remote, Results
+from ckptd.engine.remote import OwnIds, Remote
 from ckptd.image.records import IntervalTimer, SigAction
 from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.ptrace import Tracee

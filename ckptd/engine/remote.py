@@ -22,10 +22,10 @@ import ctypes
 import os
 import signal
 import struct
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, Self
 
+from ckptd.engine.batch import Batch, Results
 from ckptd.engine.faults import fault
 from ckptd.engine.interleave import Steps
 from ckptd.errors import CkptError, NotSupported
@@ -48,74 +48,6 @@ class OwnIds(NamedTuple):
     """A task's ids as its own pid namespace has them."""
     tgid: int
     tid: int
-
-
-class Out(NamedTuple):
-    """A place in the batch's buffers; as an argument of a call it becomes its address in the tracee."""
-    offset: int
-    length: int
-
-
-class Batch:
-    """Calls and buffers, to be run any number of times, by any task."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._rows = array('Q')
-        self._relocations: list[int] = []       # indices of rows whose values are offsets into the buffers
-        self._buffers = bytearray()
-
-    def buffer(self, length: int, content: bytes = b'') -> Out:
-        """Room for `length` bytes, zero or `content` at first."""
-        out = Out(len(self._buffers), length)
-        self._buffers += content.ljust((length + 7) & ~7, b'\0')
-        return out
-
-    def call(self, name: str, *arguments: int | Out) -> int:
-        """Add a system call; the number is for `Results.value`."""
-        self._names.append(name)
-        self._rows.append(arch.NR[name])
-        for argument in arguments:
-            if isinstance(argument, Out):
-                self._relocations.append(len(self._rows))
-            self._rows.append((argument.offset if isinstance(argument, Out) else argument) & _ALL_ONES)
-        self._rows.extend([0] * (arch.ROW - 1 - len(arguments)))
-        return len(self._names) - 1
-
-    def encode(self, base: int) -> bytes:
-        """The table of calls and the buffers behind it, for memory at address `base`."""
-        rows = self._rows + arch.LAST_ROW
-        buffers = base + len(rows) * rows.itemsize
-        for index in self._relocations:
-            rows[index] += buffers
-        return rows.tobytes() + self._buffers
-
-    def decode(self, memory: bytes) -> 'Results':
-        """What the same memory holds after the run."""
-        end = len(self._names) * arch.ROW * 8
-        values = array('q', memory[:end])[arch.ROW - 1::arch.ROW]
-        return Results(self._names, values, memory[end + len(arch.LAST_ROW) * 8:])
-
-
-class Results(NamedTuple):
-    """Of one run of a batch."""
-    names: Sequence[str]
-    values: 'array[int]'
-    contents: bytes
-
-    def value(self, call: int) -> int:
-        """What the call returned; OSError if it failed."""
-        value = self.values[call]
-        if -4096 < value < 0:
-            raise OSError(-value, f'remote {self.names[call]}: {os.strerror(-value)}')
-        return value
-
-    def unsigned(self, call: int) -> int:
-        """What a call returned that cannot fail, and may use the whole width of a register."""
-        return self.values[call] & _ALL_ONES
-
-    def data(self, out: Out) -> bytes:
-        return self.contents[out.offset:out.offset + out.length]
 
 
 def find_room(mem: Mem, mappings: Iterable[Mapping]) -> int:

@@ -85,7 +85,8 @@ def _job(start: Start, fds: list[int], channel: Channel) -> Job:
     given = iter(fds)
     pidfd = next(given, -1) if start.request.has_pidfd else -1
     output = next(given, -1) if start.request.has_output else -1
-    return Job(start.request, channel, pidfd, output)
+    terminal = next(given, -1) if start.request.has_terminal else -1
+    return Job(start.request, channel, pidfd, output, terminal)
 
 
 def main() -> int:

@@ -4,9 +4,11 @@
 import ctypes
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
-from ckptd.kernel.decl import c_int, c_ulong, c_void_p, cstruct, libc, u32
+from ckptd.kernel.decl import c_int, c_uint, c_ulong, c_void_p, cstruct, libc, u32
+from ckptd.kernel.procfs import read_file
 
 # <linux/capability.h>, those that ckptd speaks of
 CAP_CHOWN = 0
@@ -59,6 +61,16 @@ def _capset(header: c_void_p, data: c_void_p) -> c_int: ...
 
 @libc
 def prctl(option: c_int, arg2: c_ulong = 0, arg3: c_ulong = 0, arg4: c_ulong = 0, arg5: c_ulong = 0) -> c_int: ...
+
+
+@libc
+def setfsuid(fsuid: c_uint) -> c_uint:
+    """The uid that files are looked up and made with, setfsuid(2); the one before."""
+
+
+@libc
+def setfsgid(fsgid: c_uint) -> c_uint:
+    """The same for the group."""
 
 
 class Capabilities(NamedTuple):
@@ -114,3 +126,9 @@ def _set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
         os.setresgid(gid, gid, gid)
     if os.getresuid() != (uid, uid, uid):
         os.setresuid(uid, uid, uid)
+
+
+@cache
+def last_capability() -> int:
+    """The highest that this kernel knows."""
+    return int(read_file('/proc/sys/kernel/cap_last_cap'))

@@ -64,6 +64,27 @@ def read_into(pid: int, ranges: Sequence[Range], address: int) -> int:
     return process_vm_readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0)
 
 
+@libc
+def process_vm_writev(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_iov: c_void_p, riovcnt: c_ulong,
+                      flags: c_ulong = 0) -> c_ssize_t: ...
+
+
+def read_bytes(pid: int, address: int, length: int) -> bytes:
+    """A few bytes of readable memory, without an fd of /proc/PID/mem. EFAULT."""
+    buffer = ctypes.create_string_buffer(length)
+    if read_into(pid, [(address, address + length)], ctypes.addressof(buffer)) != length:
+        raise OSError(errno.EFAULT, f'process {pid}: no {length} bytes at {address:#x}')
+    return buffer.raw
+
+
+def write_bytes(pid: int, address: int, data: bytes) -> None:
+    """The same for writable memory."""
+    local = iovec(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0, len(data))
+    remote = iovec(address, len(data))
+    if process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0) != len(data):
+        raise OSError(errno.EFAULT, f'process {pid}: no room for {len(data)} bytes at {address:#x}')
+
+
 class Mem:
     """/proc/PID/mem: reads and writes whatever a tracer may, protections notwithstanding. One owner, one `with`."""
 

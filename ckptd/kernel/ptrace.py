@@ -13,9 +13,12 @@ from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc, u32, u64
 
 # <linux/ptrace.h>
 PTRACE_CONT = 7
+PTRACE_SYSCALL = 24
 PTRACE_DETACH = 17
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
+PTRACE_SETOPTIONS = 0x4200
+PTRACE_GETEVENTMSG = 0x4201
 PTRACE_SEIZE = 0x4206
 PTRACE_INTERRUPT = 0x4207
 PTRACE_PEEKSIGINFO = 0x4209
@@ -24,7 +27,17 @@ PTRACE_SETSIGMASK = 0x420B
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
 PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 PTRACE_PEEKSIGINFO_SHARED = 1
+PTRACE_EVENT_FORK = 1
+PTRACE_EVENT_VFORK = 2
+PTRACE_EVENT_CLONE = 3
+PTRACE_EVENT_EXEC = 4
 PTRACE_EVENT_STOP = 128
+PTRACE_O_TRACESYSGOOD = 1
+PTRACE_O_TRACEFORK = 1 << PTRACE_EVENT_FORK
+PTRACE_O_TRACEVFORK = 1 << PTRACE_EVENT_VFORK
+PTRACE_O_TRACECLONE = 1 << PTRACE_EVENT_CLONE
+PTRACE_O_TRACEEXEC = 1 << PTRACE_EVENT_EXEC
+PTRACE_O_EXITKILL = 1 << 20
 
 NT_PRSTATUS = 1             # <elf.h>
 WALL = 0x40000000           # __WALL: threads of other processes too
@@ -138,6 +151,20 @@ class Tracee:
         ptrace(PTRACE_CONT, self.tid, None, sig)
         self.stopped = False
 
+    def cont_to_syscall(self) -> None:
+        """Go on to the next entry into or end of a system call; with PTRACE_O_TRACESYSGOOD a stop by SIGTRAP | 0x80."""
+        ptrace(PTRACE_SYSCALL, self.tid, None, None)
+        self.stopped = False
+
+    def set_options(self, options: int) -> None:
+        ptrace(PTRACE_SETOPTIONS, self.tid, None, options)
+
+    def event_message(self) -> int:
+        """Of the event that it stopped at: the new task's id, as the tracer sees it."""
+        value = ctypes.c_ulong()
+        ptrace(PTRACE_GETEVENTMSG, self.tid, None, ctypes.byref(value))
+        return value.value
+
     def detach(self) -> None:
         """Let go; the task runs on, or stays in the group-stop that it was in. Nothing if it died meanwhile."""
         if not self.attached:
@@ -181,6 +208,10 @@ class Tracee:
         buffer = ctypes.create_string_buffer(XSTATE_MAX)
         size = self._regset(PTRACE_GETREGSET, NT_XSTATE, buffer)
         return buffer.raw[:size]        # `raw` is a copy: taken before the call it would hold zeros
+
+    def set_xstate(self, area: bytes) -> None:
+        """EINVAL or EFAULT where the area is not of this processor's size."""
+        self._regset(PTRACE_SETREGSET, NT_XSTATE, ctypes.create_string_buffer(area, len(area)))
 
     @property
     def sigmask(self) -> int:

@@ -8,6 +8,9 @@ from ckptd.kernel.arch.x86_64 import NR
 from ckptd.kernel.decl import c_int, c_uint, c_void_p, cstruct, s32, syscall, u32, u64
 
 IOPRIO_WHO_PROCESS = 1      # <linux/ioprio.h>; one thread in spite of its name
+# <linux/sched.h>, <linux/sched/types.h>
+SCHED_FLAG_UTIL_CLAMP_MIN, SCHED_FLAG_UTIL_CLAMP_MAX = 0x20, 0x40
+SCHED_CAPACITY, SCHED_ATTR_SIZE_VER0 = 1024, 48
 
 
 @cstruct(size=56)
@@ -31,6 +34,14 @@ def _sched_getattr(pid: c_int, attr: c_void_p, size: c_uint, flags: c_uint = 0) 
 
 @syscall(NR['ioprio_get'])
 def _ioprio_get(which: c_int, who: c_int) -> c_int: ...
+
+
+@syscall(NR['sched_setattr'])
+def _sched_setattr(pid: c_int, attr: c_void_p, flags: c_uint = 0) -> c_int: ...
+
+
+@syscall(NR['ioprio_set'])
+def _ioprio_set(which: c_int, who: c_int, ioprio: c_int) -> c_int: ...
 
 
 class SchedAttr(NamedTuple):
@@ -58,3 +69,21 @@ def sched_getattr(tid: int) -> SchedAttr:
 def ioprio_get(tid: int) -> int:
     """I/O class << 13 | level of one thread, 0 for the caller."""
     return _ioprio_get(IOPRIO_WHO_PROCESS, tid)
+
+
+def sched_setattr(tid: int, to: SchedAttr) -> None:
+    """Set what sched_getattr gave. PermissionError: a better priority without CAP_SYS_NICE."""
+    size, flags = ctypes.sizeof(sched_attr), to.flags
+    for value, flag in ((to.util_min, SCHED_FLAG_UTIL_CLAMP_MIN), (to.util_max, SCHED_FLAG_UTIL_CLAMP_MAX)):
+        # what was never set is not set: kernels without clamps refuse the flags
+        flags |= flag if 0 < value <= SCHED_CAPACITY else 0
+    if not flags & (SCHED_FLAG_UTIL_CLAMP_MIN | SCHED_FLAG_UTIL_CLAMP_MAX):
+        size = SCHED_ATTR_SIZE_VER0
+    attr = sched_attr(size, to.policy, flags, to.nice, to.priority, to.runtime, to.deadline, to.period, to.util_min,
+                      to.util_max)
+    _sched_setattr(tid, ctypes.byref(attr))
+
+
+def ioprio_set(tid: int, ioprio: int) -> None:
+    """Set I/O class << 13 | level of one thread."""
+    _ioprio_set(IOPRIO_WHO_PROCESS, tid, ioprio)

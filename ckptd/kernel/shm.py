@@ -2,11 +2,30 @@
 """System V shared memory segments, shmctl(2). A mapping of one shows its shmid as inode in /proc/PID/maps."""
 
 import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from ckptd.kernel.decl import c_int, c_ulong, c_void_p, cstruct, libc, s32, s64, u16, u32, u64
+from ckptd.kernel.decl import (
+    c_int,
+    c_size_t,
+    c_ssize_t,
+    c_ulong,
+    c_void_p,
+    cstruct,
+    libc,
+    s32,
+    s64,
+    u16,
+    u32,
+    u64,
+)
 
-IPC_STAT = 2            # <linux/ipc.h>
+IPC_RMID, IPC_SET, IPC_STAT = 0, 1, 2       # <linux/ipc.h>
+IPC_CREAT, IPC_EXCL = 0o1000, 0o2000
+SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000    # of shmat(2)
 SHM_DEST = 0o1000       # <linux/shm.h>, of mode: destroyed at the last detach
 SHM_LOCKED = 0o2000
 SHM_HUGETLB = 0o4000    # of shmget(2), also seen in mode
@@ -46,6 +65,18 @@ class shmid_ds(ctypes.Structure):
 def _shmctl(shmid: c_int, cmd: c_int, buf: c_void_p) -> c_int: ...
 
 
+@libc
+def _shmget(key: c_int, size: c_size_t, shmflg: c_int) -> c_int: ...
+
+
+@libc
+def _shmat(shmid: c_int, shmaddr: c_void_p, shmflg: c_int) -> c_ssize_t: ...
+
+
+@libc
+def _shmdt(shmaddr: c_void_p) -> c_int: ...
+
+
 class ShmidDs(NamedTuple):
     """size: bytes. mode: permission bits, | SHM_DEST, SHM_LOCKED, SHM_HUGETLB. key: unsigned, 0 for IPC_PRIVATE."""
     shmid: int
@@ -68,3 +99,37 @@ def shmctl_stat(shmid: int) -> ShmidDs:
     perm = data.shm_perm
     return ShmidDs(shmid, perm.key & 0xFFFFFFFF, perm.mode, perm.uid, perm.gid, perm.cuid, perm.cgid, data.shm_segsz,
                    data.shm_nattch, data.shm_cpid, data.shm_lpid)
+
+
+def shmget_at(shmid: int, key: int, size: int, mode: int) -> None:
+    """A new segment with this very id. EEXIST: another one has the id or the key; EPERM without
+    CAP_CHECKPOINT_RESTORE (sysctl kernel.shm_next_id, proc_sys_kernel(5))."""
+    with open('/proc/sys/kernel/shm_next_id', 'wb', buffering=0) as file:  # noqa: PTH123
+        file.write(str(shmid).encode())
+    got = _shmget(ctypes.c_int(key).value, size, mode | IPC_CREAT | IPC_EXCL)
+    if got != shmid:
+        shmctl_remove(got)
+        raise OSError(errno.EEXIST, f'shmget: {os.strerror(errno.EEXIST)}: id {got} instead of {shmid}')
+
+
+def shmctl_set(shmid: int, uid: int, gid: int, mode: int) -> None:
+    """IPC_SET: owner and permission bits."""
+    data = shmid_ds()
+    _shmctl(shmid, IPC_STAT, ctypes.byref(data))
+    data.shm_perm.uid, data.shm_perm.gid, data.shm_perm.mode = uid, gid, mode
+    _shmctl(shmid, IPC_SET, ctypes.byref(data))
+
+
+def shmctl_remove(shmid: int) -> None:
+    """IPC_RMID: gone with its last user."""
+    _shmctl(shmid, IPC_RMID, None)
+
+
+@contextmanager
+def attached(shmid: int, size: int) -> Iterator[memoryview]:
+    """The segment's memory, for the time of the block."""
+    address = _shmat(shmid, None, 0)
+    try:
+        yield memoryview((ctypes.c_ubyte * size).from_address(address)).cast('B')
+    finally:
+        _shmdt(address)

@@ -23,16 +23,28 @@ from collections.abc import Sequence
 from ckptd.kernel.decl import cstruct, u64
 
 EM = 62                     # EM_X86_64 of <elf.h>
+TASK_SIZE = 0x7ffffffff000  # what mmap(2) without a hint above it uses, also with five-level page tables
+# <asm/prctl.h>: maps vvar at the address and the vdso behind it
+ARCH_MAP_VDSO_64 = 0x2003
 NT_XSTATE = 0x202           # NT_X86_XSTATE
 CS_64 = 0x33                # __USER_CS: any other code segment is a 32-bit task
 GPR_SIZE = 216
 
 # <asm/unistd_64.h>: what is called by number, here or in a tracee
 NR = {
-    'mmap': 9, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'getitimer': 36, 'getpid': 39,
-    'sigaltstack': 131, 'prctl': 157, 'restart_syscall': 219, 'timer_gettime': 224, 'timer_getoverrun': 225,
-    'tgkill': 234, 'ioprio_get': 252, 'get_robust_list': 274, 'kcmp': 312, 'sched_getattr': 315, 'clone3': 435,
-    'pidfd_getfd': 438,
+    'close': 3, 'lseek': 8, 'mmap': 9, 'mprotect': 10, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13,
+    'rt_sigprocmask': 14, 'ioctl': 16, 'mremap': 25, 'madvise': 28, 'shmat': 30, 'shmdt': 67, 'getitimer': 36,
+    'setitimer': 38, 'getpid': 39, 'recvmsg': 47, 'exit': 60, 'wait4': 61, 'kill': 62, 'fcntl': 72, 'fchdir': 81,
+    'umask': 95, 'setuid': 105, 'setpgid': 109, 'setsid': 112, 'setgroups': 116, 'setresuid': 117, 'setresgid': 119,
+    'setfsuid': 122, 'setfsgid': 123, 'capset': 126, 'rt_sigtimedwait': 128, 'rt_sigqueueinfo': 129,
+    'sigaltstack': 131, 'personality': 135, 'mlock': 149, 'mlockall': 151, 'prctl': 157, 'arch_prctl': 158,
+    'chroot': 161, 'set_tid_address': 218, 'restart_syscall': 219, 'timer_create': 222, 'timer_settime': 223,
+    'timer_gettime': 224, 'timer_getoverrun': 225, 'timer_delete': 226, 'exit_group': 231, 'tgkill': 234,
+    'waitid': 247, 'ioprio_set': 251, 'ioprio_get': 252, 'unshare': 272, 'set_robust_list': 273,
+    'get_robust_list': 274, 'epoll_ctl': 233, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297, 'kcmp': 312,
+    'sched_setattr': 314, 'sched_getattr': 315, 'membarrier': 324, 'mlock2': 325, 'execveat': 322,
+    'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'rseq': 334, 'clone3': 435, 'close_range': 436,
+    'openat2': 437, 'pidfd_getfd': 438,
 }
 
 # semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2
@@ -184,3 +196,60 @@ def start_registers(regs: user_regs_struct, code: int, table: int, area: int, le
     start.rip, start.rbx, start.r15, start.r14 = code, table, area, length
     start.orig_rax, start.rax = _MASK64, 0
     return start
+
+
+# ---------------------------------------------------------------- a restart's stub
+
+# The calls of the table at rbx, then int3: a tracer takes over, and there always is one (PTRACE_O_EXITKILL).
+STUB = _LOOP + b'\xcc'
+
+
+def stub_registers(code: int, table: int) -> user_regs_struct:
+    """Registers to run STUB with, placed at address `code`; it uses no stack."""
+    return user_regs_struct(rip=code, rbx=table, orig_rax=_MASK64, cs=CS_64, ss=0x2B, eflags=0x202)
+
+
+def stub_trapped(code: int) -> int:
+    """rip of a task that has done all calls of its table."""
+    return code + len(STUB)
+
+
+def stub_program(address: int) -> bytes:
+    """A static program of one page at `address` that does nothing but trap."""
+    page = 4096
+    header = struct.pack('<16sHHIQQQIHHHHHH', b'\x7fELF\x02\x01\x01', 2, EM, 1, address + 120, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    load = struct.pack('<IIQQQQQQ', 1, 5, 0, address, address, page, page, page)
+    return (header + load + b'\xcc').ljust(page, b'\xcc')
+
+
+def jump(to: int) -> bytes:
+    """Code that goes on at an address: mov r11, to; jmp r11. r11 is the caller's to lose in any call."""
+    return b'\x49\xbb' + struct.pack('<Q', to) + b'\x41\xff\xe3'
+
+
+# The first process of a pid namespace: reaps whatever dies, and ends as its `pid` ended when there is nobody left.
+_REAPER = (
+    '4531e4'                # xor r12d, r12d
+    '48c7c7ffffffff'        # loop: mov rdi, -1
+    '488d742480'            # lea rsi, [rsp - 128]
+    'ba00000040'            # mov edx, __WALL
+    '4531d2'                # xor r10d, r10d
+    'b83d000000' '0f05'     # mov eax, wait4; syscall
+    '3d' '{pid}'            # cmp eax, pid
+    '7505'                  # jne next
+    '448b642480'            # mov r12d, [rsp - 128]
+    '4883f8f6'              # next: cmp rax, -ECHILD
+    '75d3'                  # jne loop
+    '4489e7' '83e77f'       # mov edi, r12d; and edi, 0x7f
+    '7408'                  # jz exited
+    '81c780000000'          # add edi, 128: as a shell tells of a signal
+    'eb0c'                  # jmp end
+    '4489e7' 'c1ef08'       # exited: mov edi, r12d; shr edi, 8
+    '81e7ff000000'          # and edi, 0xff
+    'b8e7000000' '0f05'     # end: mov eax, exit_group; syscall
+)
+
+
+def reaper(pid: int) -> bytes:
+    """Code of a namespace's first process; it needs 128 bytes below rsp."""
+    return bytes.fromhex(_REAPER.replace('{pid}', struct.pack('<I', pid).hex()))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fds that the stubs inherit: everything that tasks are made of is opened here first, above all numbers that they use.
+
+    0 .. base-1     what a task has in the end
+    base ..         the bank; each task duplicates from it what it is to have, and then closes the rest at once
+"""
+
+import fcntl
+import os
+import resource
+from collections.abc import Callable, Hashable
+from typing import Self
+
+from ckptd.errors import LimitsExceeded
+
+_LEAST = 64
+
+
+class Bank:
+    """Owner of the fds; `with` closes them. They are not close-on-exec: the seed is a program of its own."""
+
+    def __init__(self, highest: int) -> None:
+        self.base = max(highest + 1, _LEAST)
+        self._fds: set[int] = set()
+        self._known: dict[Hashable, int] = {}
+
+    def __enter__(self) -> Self:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+        self._known.clear()
+
+    def add(self, fd: int) -> int:
+        """Move an fd into the bank; its number there."""
+        try:
+            kept = fcntl.fcntl(fd, fcntl.F_DUPFD, self.base)
+        except OSError as error:
+            raise LimitsExceeded(f'{len(self._fds)} open files and more at a time, from number {self.base} on:'
+                                 f' {error.strerror}', errno=error.errno, resource='RLIMIT_NOFILE',
+                                 hint='raise the limit of ckptd (LimitNOFILE= of its unit, ulimit -Hn)') from error
+        finally:
+            os.close(fd)
+        self._fds.add(kept)
+        return kept
+
+    def once(self, key: Hashable, make: Callable[[], int]) -> int:
+        """The fd of this key, made by the first who asks."""
+        if key not in self._known:
+            self._known[key] = self.add(make())
+        return self._known[key]

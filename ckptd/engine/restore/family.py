@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The order in which the tasks of an image are made again, as a list of steps. Pure.
+
+Each process is made by the thread that was its parent, with what the two share. Sessions decide the order, for a
+process is born into the session of its maker:
+
+    child in the parent's session              made by the parent
+    child in the session that the parent left  made by the parent before its setsid(2)
+    orphan in the session of a sibling         made by the sibling, with CLONE_PARENT
+    orphan in the session of a descendant      made by a child of that one which then dies; the parent is the subreaper
+    member of a session whose leader is dead   made by a ghost: a process with the leader's number, dead before the start
+
+Process groups are joined when all are there; a dead group leader is a ghost, too.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptd.errors import Refusal
+from ckptd.image.reader import ImageTask
+from ckptd.image.records import Task
+from ckptd.kernel.clone import (
+    CLONE_FILES,
+    CLONE_FS,
+    CLONE_PARENT,
+    CLONE_SIGHAND,
+    CLONE_SYSVSEM,
+    CLONE_THREAD,
+    CLONE_VM,
+)
+
+SEED = 0                # the maker of the roots, which is no task of the tree
+_DEAD = (ord('Z'), ord('X'))
+_SHARES = {'mm_id': CLONE_VM, 'files_id': CLONE_FILES, 'fs_id': CLONE_FS, 'sighand_id': CLONE_SIGHAND}
+_OF_THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Task `maker` makes process `vpid` (0: a number of no importance), or a thread of its own."""
+    vpid: int
+    maker: int
+    flags: int = 0
+    exit_signal: int = 0
+
+    def __str__(self) -> str:
+        what = 'thread' if self.flags & CLONE_THREAD else 'process'
+        return f'{what} {self.vpid} made by {self.maker or "ckptd"}'
+
+
+@dataclass(frozen=True, slots=True)
+class NewSession:
+    vpid: int
+
+    def __str__(self) -> str:
+        return f'{self.vpid} begins session {self.vpid}'
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGroup:
+    vpid: int
+    vpgid: int
+
+    def __str__(self) -> str:
+        return f'{self.vpid} joins group {self.vpgid}'
+
+
+@dataclass(frozen=True, slots=True)
+class Subreaper:
+    """Orphans below `vpid` become its children, while it is on."""
+    vpid: int
+    on: bool
+
+    def __str__(self) -> str:
+        return f'{self.vpid} {"takes" if self.on else "no longer takes"} orphans'
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    """A ghost ends, and `waiter` forgets it."""
+    vpid: int
+    waiter: int
+
+    def __str__(self) -> str:
+        return f'{self.vpid} was only needed for its number, and ends'
+
+
+Step = Spawn | NewSession | JoinGroup | Subreaper | Dismiss
+
+
+@dataclass(slots=True)
+class Process:
+    """A process of the image. ids: what its first living thread uses. sid, pgid: as they are to be."""
+    leader: ImageTask
+    threads: list[ImageTask]
+    parent: int                 # the thread that has it among its children
+    sid: int
+    pgid: int
+    children: list['Process'] = field(default_factory=list)
+
+    @property
+    def vpid(self) -> int:
+        return self.leader.vpid
+
+    @property
+    def alive(self) -> list[ImageTask]:
+        return [task for task in (self.leader, *self.threads) if task.record.state not in _DEAD]
+
+    @property
+    def ids(self) -> Task:
+        return (self.alive or [self.leader])[0].record
+
+
+class CannotMake(Exception):  # noqa: N818 - a reason, not an error
+    """Why the order does not exist."""
+
+    def __init__(self, process: Process, reason: str) -> None:
+        super().__init__(reason)
+        self.process, self.reason = process, reason
+
+
+def processes_of(tasks: Sequence[ImageTask]) -> list[Process]:
+    """Processes in depth-first order, each with its children."""
+    found: dict[int, Process] = {}
+    owner = {task.vpid: task.vtgid for task in tasks}
+    for task in tasks:
+        if task.is_leader:
+            found[task.vpid] = Process(task, [], task.record.parent, task.vsid, task.vpgid)
+    for task in tasks:
+        if not task.is_leader:
+            found[task.vtgid].threads.append(task)
+    for process in found.values():
+        if process.parent:
+            found[owner[process.parent]].children.append(process)
+    return list(found.values())
+
+
+def settle_sessions(processes: Sequence[Process], taken: Mapping[int, str], *, own: bool) -> list[Refusal]:
+    """Sessions and groups whose leaders are outside of the tree and cannot be had: the first member leads a new one.
+
+    taken: who has a number now. own: never a session of somebody else, for the tree gets a terminal.
+    """
+    inside = {process.vpid for process in processes}
+    warnings = []
+    for process in processes:
+        outside = process.sid
+        if outside in inside or not (own or not outside or outside in taken):
+            continue
+        group = process.pgid
+        for other in processes:
+            if other.sid == outside:
+                other.sid = process.vpid
+            if other.pgid == group and (group not in inside or other is process):
+                other.pgid = process.vpid
+        if outside in taken:
+            warnings.append(_changed(process, f'session {outside}', taken[outside]))
+    for process in processes:
+        group = process.pgid
+        if group not in inside and (not group or group in taken):
+            for other in processes:
+                other.pgid = process.vpid if other.pgid == group and other.sid == process.sid else other.pgid
+            warnings.append(_changed(process, f'group {group}', taken.get(group, 'nobody')))
+    return warnings
+
+
+def _changed(process: Process, what: str, who: str) -> Refusal:
+    return Refusal(process.vpid, process.leader.record.comm, what, 'EEXIST', f'{what} is that of {who} now',
+                   'it gets one of its own instead', 'warning')
+
+
+class Family:
+    """Makes the list. `child_of_us`: the roots become our children, not those of the seed, which ends."""
+
+    def __init__(self, processes: Sequence[Process], *, child_of_us: bool) -> None:
+        self._processes = {process.vpid: process for process in processes}
+        self._order = list(processes)
+        self._for_roots = CLONE_PARENT if child_of_us else 0
+        self._owner = {task.vpid: process.vpid for process in processes for task in (process.leader, *process.threads)}
+        self._records = {task.vpid: task.record for process in processes for task in (process.leader, *process.threads)}
+        self._session: dict[int, int] = {SEED: -1}      # of each process that has been made
+        self._parent: dict[int, int] = {}               # the thread above it
+        self._ghosts: dict[int, int] = {}               # and who reaps it
+        self._shared: set[tuple[str, int]] = set()      # what some task that was made has
+        self.steps: list[Step] = []
+
+    def plan(self) -> list[Step]:
+        """All steps. CannotMake."""
+        waiting = [process for process in self._order if not process.parent]
+        while waiting:
+            later = [process for process in waiting if not self._walk(process)]
+            if len(later) == len(waiting):
+                raise CannotMake(later[0], f'session {later[0].sid} cannot be joined: its leader comes after it')
+            waiting = later
+            waiting += [child for process in self._order if process.vpid in self._session for child in process.children
+                        if child.vpid not in self._session and child not in waiting]
+        self._groups()
+        self.steps += [Dismiss(vpid, waiter) for vpid, waiter in reversed(self._ghosts.items())]
+        return self.steps
+
+    def _walk(self, process: Process) -> bool:
+        """Make it and what can be made below; False if its session is not there yet."""
+        if not self._make(process):
+            return False
+        self._threads(process)
+        born_into = self._session[process.vpid]
+        early = [child for child in process.children if _leads(process) and _birth_session(child) == born_into]
+        for child in early:
+            self._walk(child)
+        if _leads(process):
+            self.steps.append(NewSession(process.vpid))
+            self._session[process.vpid] = process.vpid
+        for child in process.children:
+            if child not in early:
+                self._walk(child)
+        return True
+
+    # ------------------------------------------------------------ one process
+
+    def _make(self, process: Process) -> bool:
+        above, session = process.parent, _birth_session(process)
+        for maker, flags in self._makers(above, session):
+            shares = self._shares(process.ids, maker)
+            if shares is not None:
+                self._spawn(process, maker, flags | shares, session)
+                return True
+        if session is None or session == self._session[self._owner.get(above, SEED)] or session in self._ghosts:
+            raise CannotMake(process, 'it shares memory, files, directories or signal handlers with a process that is'
+                                      ' neither its parent nor a sibling')
+        if maker := self._below(above, session):
+            self._spawn_orphan(process, maker, session)
+            return True
+        if session in self._processes:
+            return False
+        self._ghost(session, above)
+        self.steps.append(NewSession(session))
+        self._session[session] = session
+        return self._make(process)
+
+    def _makers(self, above: int, session: int | None) -> Iterator[tuple[int, int]]:
+        """Tasks in the session that can make a child of `above`, with the flag for that."""
+        if session is None or self._session[self._owner.get(above, SEED)] == session:
+            yield above, self._for_roots if above == SEED else 0
+        for vpid, other in self._session.items():
+            if (session is None or other == session) and vpid != SEED and self._parent[vpid] == above:
+                yield vpid, CLONE_PARENT
+
+    def _shares(self, ids: Task, maker: int) -> int | None:
+        """CLONE_* of what the two share; None if it shares with somebody else what it does not share with `maker`."""
+        record, flags = self._records.get(maker), 0
+        for name, flag in _SHARES.items():
+            number = getattr(ids, name)
+            if number and record is not None and getattr(record, name) == number:
+                flags |= flag
+            elif (name, number) in self._shared:
+                return None
+        # the kernel has no shared handlers without shared memory
+        return flags if flags & CLONE_VM else flags & ~CLONE_SIGHAND
+
+    def _spawn(self, process: Process, maker: int, flags: int, session: int | None) -> None:
+        self.steps.append(Spawn(process.vpid, maker, flags, process.leader.record.exit_signal & 0xFF))
+        self._session[process.vpid] = self._session[self._owner.get(maker, maker)] if session is None else session
+        self._parent[process.vpid] = process.parent
+        self._note(process.ids)
+
+    def _spawn_orphan(self, process: Process, maker: int, session: int) -> None:
+        """A grandchild of the maker whose parent dies: it goes to the subreaper above."""
+        reaper = self._owner.get(process.parent, SEED)
+        if self._shares(process.ids, SEED) is None:
+            raise CannotMake(process, 'an orphan that shares with others cannot be made')
+        self.steps += [Subreaper(reaper, True), Spawn(0, maker),
+                       Spawn(process.vpid, -1, 0, process.leader.record.exit_signal & 0xFF), Dismiss(-1, maker),
+                       Subreaper(reaper, False)]
+        self._session[process.vpid], self._parent[process.vpid] = session, process.parent
+        self._note(process.ids)
+
+    def _below(self, above: int, session: int) -> int:
+        """A process in the session that descends from `above`; 0 if none does. The seed cannot take orphans."""
+        for vpid, other in self._session.items():
+            at = vpid
+            while other == session and at in self._parent:
+                at = self._owner.get(self._parent[at], self._parent[at])
+                if above != SEED and at == self._owner[above]:
+                    return vpid
+        return 0
+
+    def _ghost(self, vpid: int, above: int) -> None:
+        self.steps.append(Spawn(vpid, above, self._for_roots if above == SEED else 0))
+        self._ghosts[vpid] = above
+        self._parent[vpid] = above
+        self._session[vpid] = self._session[self._owner.get(above, above)]
+
+    def _note(self, ids: Task) -> None:
+        self._shared |= {(name, getattr(ids, name)) for name in _SHARES if getattr(ids, name)}
+
+    def _threads(self, process: Process) -> None:
+        made = [process.leader]
+        for thread in process.threads:
+            record = thread.record
+            maker = next((one for one in made if _same(one.record, record, 'files_id') and
+                          _same(one.record, record, 'fs_id')), process.leader)
+            # a dead leader stands for what its threads have: it was made with that
+            ids = process.ids if maker is process.leader else maker.record
+            flags = _OF_THREAD | (CLONE_FILES if _same(ids, record, 'files_id') else 0) | (
+                CLONE_FS if _same(ids, record, 'fs_id') else 0)
+            self.steps.append(Spawn(thread.vpid, maker.vpid, flags))
+            self._note(record)
+            made.append(thread)
+
+    # ------------------------------------------------------------ groups
+
+    def _groups(self) -> None:
+        joined: set[int] = set()
+        for process in sorted(self._order, key=lambda one: one.pgid != one.vpid):
+            group = process.pgid
+            if process.sid == process.vpid:     # a session leader leads its group, and may not leave it
+                continue
+            if group != process.vpid and group not in self._processes and group not in self._ghosts:
+                self._ghost(group, process.vpid)
+                self.steps.append(JoinGroup(group, group))
+            joined.add(process.vpid)
+            self.steps.append(JoinGroup(process.vpid, group))
+
+
+def _leads(process: Process) -> bool:
+    return process.sid == process.vpid
+
+
+def _birth_session(process: Process) -> int | None:
+    """The session that it must be born into; None: any, as it begins one of its own and no child needs another."""
+    if not _leads(process):
+        return process.sid
+    below = {one.vpid for one in _descendants(process)}
+    return next((one.sid for one in process.children if one.sid != process.vpid and one.sid not in below), None)
+
+
+def _descendants(process: Process) -> Iterator[Process]:
+    yield process
+    for child in process.children:
+        yield from _descendants(child)
+
+
+def _same(one: Task, other: Task, name: str) -> bool:
+    return bool(getattr(one, name) == getattr(other, name))
+
+
+def needed_numbers(processes: Collection[Process], steps: Sequence[Step]) -> set[int]:
+    """Every pid that the steps make."""
+    return {step.vpid for step in steps if isinstance(step, Spawn) and step.vpid}
+
+
+__all__ = ['SEED', 'CannotMake', 'Dismiss', 'Family', 'JoinGroup', 'NewSession', 'Process', 'Spawn', 'Step',
+           'Subreaper', 'needed_numbers', 'processes_of', 'replace', 'settle_sessions']

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Open files: each description opened once, in the bank, and handed to the tables that had it."""
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ckptd.checks import Caller
+from ckptd.engine.batch import Batch
+from ckptd.engine.interleave import Steps
+from ckptd.engine.restore.bank import Bank
+from ckptd.engine.restore.objects import Objects
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.rights import rights_of
+from ckptd.engine.restore.script import Script
+from ckptd.errors import CkptError, ImageDamaged
+from ckptd.image.grammar import Struct
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import Extent, Fd, FdTable, OpenFile
+from ckptd.kinds.base import ChangedFiles, Kind
+from ckptd.kinds.registry import BY_TAG
+
+F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
+F_OWNER_PGRP = 2
+# what F_SETFL changes, fcntl(2)
+_STATUS_FLAGS = os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
+_TO_THE_END = (1 << 32) - 1
+_CHUNK = 1 << 20
+
+
+class Access:
+    """What kinds may look at, see kinds.base.Looking. The paths of an image are those of our own mount namespace."""
+
+    def __init__(self, reader: ImageReader, caller: Caller, changed_files: ChangedFiles, terminal_fd: int) -> None:
+        self._reader, self._caller = reader, caller
+        self.changed_files, self.terminal_fd = changed_files, terminal_fd
+
+    @property
+    def terminal(self) -> bool:
+        return self.terminal_fd >= 0
+
+    def lstat(self, path: str) -> os.stat_result | None:
+        try:
+            with rights_of(self._caller):
+                return os.lstat(path)  # noqa: PTH116
+        except (OSError, ValueError):
+            return None
+
+    def may(self, path: str, access: int) -> bool:
+        with rights_of(self._caller):
+            # with AT_EACCESS faccessat2(2) goes by the file-system ids (fs/open.c, do_faccessat)
+            return os.access(path, access, effective_ids=True)
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        with rights_of(self._caller):
+            return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def pread(self, extent: Extent, length: int, offset: int) -> bytes:
+        data = bytearray(min(length, max(extent.length - offset, 0)))
+        self._reader.pread_into(memoryview(data), extent.part, extent.offset + offset)
+        return bytes(data)
+
+
+class Files(Access):
+    """Opens what the image has, by its kinds; see kinds.base.Restoring."""
+
+    def __init__(self, reader: ImageReader, bank: Bank, caller: Caller, changed_files: ChangedFiles, terminal_fd: int
+                 ) -> None:
+        super().__init__(reader, caller, changed_files, terminal_fd)
+        self._bank = bank
+        self._fds: dict[int, int] = {}
+        self._puppets: Mapping[int, Puppet] = {}
+        self._pids: Mapping[int, int] = {}
+        self._holders: dict[int, list[tuple[int, int]]] = {}
+        self._late: set[int] = set()
+        self._mail = _mail(bank)
+        self.objects: Objects
+
+    # ------------------------------------------------------------ for kinds
+
+    def once(self, key: Hashable, make: Callable[[], int]) -> int:
+        return self._bank.once(key, make)
+
+    def copy(self, extent: Extent, fd: int, offset: int) -> None:
+        source, at, end = self._reader.data_fd(extent.part), extent.offset, extent.offset + extent.length
+        os.lseek(fd, offset, os.SEEK_SET)
+        while at < end:
+            done = os.sendfile(fd, source, at, min(_CHUNK, end - at))
+            if not done:
+                raise ImageDamaged('a data part ends before an extent does')
+            at += done
+
+    def shared_memory(self, shm_id: int) -> int:
+        return self.objects.shared(shm_id)
+
+    def pid(self, vpid: int) -> int:
+        return self._pids.get(vpid, 0)
+
+    def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
+        return self._holders.get(file_id, [])
+
+    def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
+        return Script(self._puppets[vpid]).call_now(name, *arguments)
+
+    # ------------------------------------------------------------ all files
+
+    def open_all(self, *, late: bool) -> None:
+        """Open the descriptions; late: those that can be only once the tasks exist."""
+        for saved in self._reader.every(OpenFile):
+            kind, record = decode(saved)
+            if kind.late(record, saved) == late:
+                self._fds[saved.file_id] = self._bank.add(self._open(kind, record, saved))
+                self._late |= {saved.file_id} if late else set()
+
+    def _open(self, kind: Kind[Any], record: Struct, saved: OpenFile) -> int:
+        try:
+            fd = kind.restore(record, saved, self)
+        except OSError as error:
+            raise CkptError(f'{saved.link} cannot be opened: {error.strerror}', errno=error.errno, resource=saved.link,
+                            hint='see "ckptctl restore --dry-run"') from error
+        try:
+            _set_state(fd, saved)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def attach(self, puppets: Mapping[int, Puppet], holders: Mapping[int, list[int]]) -> None:
+        """The tasks are there. holders: a task of each table, by files_id, as (vpids of the processes)."""
+        self._puppets = puppets
+        self._pids = {vpid: puppet.tid for vpid, puppet in puppets.items()}
+        for table in self._reader.every(FdTable):
+            for fd in table.fds:
+                for vpid in holders.get(table.files_id, [])[:1]:
+                    self._holders.setdefault(fd.file_id, []).append((vpid, fd.fd))
+
+    def install(self, puppet: Puppet, files_id: int) -> Steps[None]:
+        """Make the table of a task: what it had at its numbers, nothing of the bank."""
+        script = Script(puppet)
+        for fd in self._reader.get(FdTable, files_id).fds:
+            if fd.file_id not in self._late:
+                script.call('dup3', self._fds[fd.file_id], fd.fd, _cloexec(fd), about=f'fd {fd.fd}')
+        yield from script.run()
+        for fd in self._reader.get(FdTable, files_id).fds:
+            if fd.file_id in self._late:
+                self._hand_over(puppet, fd)
+
+    def _hand_over(self, puppet: Puppet, fd: Fd) -> None:
+        """Give a stub an fd that it did not inherit, unix(7) SCM_RIGHTS."""
+        ours, theirs = self._mail
+        socket.send_fds(ours, [b'f'], [self._fds[fd.file_id]])
+        batch = Batch()
+        byte, iov, control = batch.buffer(8), batch.buffer(16, struct.pack('<QQ', 0, 1)), batch.buffer(24)
+        header = batch.buffer(56, struct.pack('<QIxxxxQQQQi', 0, 0, 0, 1, 0, 24, 0))
+        batch.pointer(iov.offset, byte)
+        batch.pointer(header.offset + 16, iov)
+        batch.pointer(header.offset + 32, control)
+        batch.call('recvmsg', theirs, header, 0)
+        [received] = struct.unpack_from('<i', puppet.do(batch).data(control), 16)
+        script = Script(puppet)
+        if received != fd.fd:
+            script.call('dup3', received, fd.fd, _cloexec(fd))
+            script.call('close', received)
+        elif fd.cloexec:
+            script.call('fcntl', received, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        script.do()
+
+    def finish(self) -> None:
+        """What needs the tasks and all files: owners of signals, locks, what an epoll watches."""
+        for saved in self._reader.every(OpenFile):
+            kind, record = decode(saved)
+            fd = self._fds[saved.file_id]
+            kind.finish(record, saved, fd, self)
+            self._set_owner(fd, saved)
+
+    def commit(self) -> None:
+        for saved in self._reader.every(OpenFile):
+            kind, record = decode(saved)
+            kind.commit(record, saved, self._fds[saved.file_id], self)
+
+    def _set_owner(self, fd: int, saved: OpenFile) -> None:
+        """Who gets SIGIO. Set by the uids that set it then: theirs are the rights to send it (fs/fcntl.c, sigio_perm)."""
+        if saved.owner_signal:
+            fcntl.fcntl(fd, F_SETSIG, saved.owner_signal)
+        pid = self.pid(saved.owner)
+        if not pid:
+            return
+        others = os.geteuid() == 0 and (saved.owner_uid or saved.owner_euid)
+        if others:
+            os.setresuid(saved.owner_uid, saved.owner_euid, 0)
+        try:
+            fcntl.fcntl(fd, F_SETOWN_EX, struct.pack('=ii', saved.owner_type, pid))
+        finally:
+            if others:
+                os.setresuid(0, 0, 0)
+
+
+def _mail(bank: Bank) -> tuple[socket.socket, int]:
+    """A way to send fds to stubs: our end, and theirs in the bank."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return ours, bank.add(theirs.detach())
+
+
+def _cloexec(fd: Fd) -> int:
+    return os.O_CLOEXEC if fd.cloexec else 0
+
+
+def decode(saved: OpenFile) -> tuple[Kind[Any], Struct]:
+    """The kind that wrote the record of an open file, and what it wrote. ImageDamaged."""
+    kind = BY_TAG.get(saved.kind)
+    if kind is None:
+        raise ImageDamaged(f'{saved.link}: a file of kind {saved.kind!r}, which this ckptd does not know',
+                           resource=saved.link, hint='use the ckptd that wrote the image, or a newer one')
+    return kind, kind.record.decode(saved.data)
+
+
+def _set_state(fd: int, saved: OpenFile) -> None:
+    """Position and status flags, where a kind could not give them to open(2)."""
+    if saved.flags & os.O_PATH:
+        return
+    if 0 < saved.position < 1 << 63:
+        with suppress(OSError):     # what has no position has 0, or the kernel's own count
+            os.lseek(fd, saved.position, os.SEEK_SET)
+    now = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if (now ^ saved.flags) & _STATUS_FLAGS:
+        fcntl.fcntl(fd, fcntl.F_SETFL, saved.flags)

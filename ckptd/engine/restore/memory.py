@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An address space, made by one of its own tasks: mapped, its pages read from the image straight into place.
+
+    map        mmap(2) of everything at its old address, writable where pages are to come
+    fill       preadv(2) by the task from the data part: one copy, by the kernel
+    finish     protections, advice, names, locks, guard regions, and what the kernel knows of the layout
+
+What no page run names stays untouched: absent, zero, or as in the file.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator, Sequence
+
+from ckptd.engine.interleave import Steps
+from ckptd.engine.restore.objects import Objects, may_write
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.script import Script
+from ckptd.engine.restore.vdso import VdsoPlan
+from ckptd.image import records
+from ckptd.image.reader import ImageReader, Memory, runs_between
+from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VDSO, VSYSCALL, VVAR, PageRun, SharedMemory, Vma
+from ckptd.kernel.decl import cstruct, u32, u64
+from ckptd.kernel.memory import IOV_MAX, Mem
+from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
+
+# <linux/mman.h>
+PROT_WRITE, PROT_EXEC = 2, 4
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_LOCKED, MAP_FIXED_NOREPLACE = 2, 0x20, 0x2000, 0x100000
+MLOCK_ONFAULT = 1
+MCL_FUTURE, MCL_ONFAULT = 2, 4
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+MADV_GUARD_INSTALL = 102
+_ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
+# <linux/prctl.h>
+PR_SET_DUMPABLE, PR_SET_MM, PR_SET_MM_MAP, PR_SET_THP_DISABLE = 4, 35, 14, 41
+PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
+_KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
+_READ_AT_ONCE = 32 << 20        # between two looks at whether the job was cancelled
+
+
+@cstruct(size=104)
+class prctl_mm_map(ctypes.Structure):
+    """<linux/prctl.h>"""
+    start_code: u64
+    end_code: u64
+    start_data: u64
+    end_data: u64
+    start_brk: u64
+    brk: u64
+    start_stack: u64
+    arg_start: u64
+    arg_end: u64
+    env_start: u64
+    env_end: u64
+    auxv: u64
+    auxv_size: u32
+    exe_fd: u32
+
+
+class Space:
+    """One address space, worked on through `puppet`. on_bytes(n): n bytes of pages are in place."""
+
+    def __init__(self, reader: ImageReader, mm_id: int, objects: Objects, vdso: VdsoPlan,
+                 on_bytes: Callable[[int], None]) -> None:
+        self.mm_id = mm_id
+        self._memory: Memory = reader.memory(mm_id)
+        self._reader, self._objects, self._vdso = reader, objects, vdso
+        self._on_bytes = on_bytes
+        self._ordinary = [vma for vma in self._memory.vmas if vma.kind not in _KERNELS_OWN]
+
+    def open(self) -> None:
+        """Everything that is mapped or read, before the task exists that inherits it."""
+        for vma in self._ordinary:
+            if not self._is_segment(vma):
+                self._fd(vma)
+        for run in self._memory.runs:
+            self._objects.data(run.part)
+        self._objects.backing(self._memory.mm.exe, writable=False)
+
+    def build(self, puppet: Puppet) -> Steps[None]:
+        """Everything but the layout, by a task of this address space."""
+        self._puppet = puppet
+        script = Script(self._puppet)
+        for vma in self._ordinary:
+            self._map(script, vma)
+        self._vdso.map(script, self._reader, self._memory)
+        yield from script.run()
+        yield from self._fill()
+        for vma in self._ordinary:
+            self._finish(script, vma)
+        for guard in self._memory.guards:
+            script.call('madvise', guard.start, guard.end - guard.start, MADV_GUARD_INSTALL, about='guard region')
+        yield from script.run()
+        self._force()
+        self._vdso.patch(self._puppet.tid, self._reader, self._memory)
+
+    # ------------------------------------------------------------ map
+
+    def _map(self, script: Script, vma: Vma) -> None:
+        about = f'{vma.start:x}-{vma.end:x} {vma.name}'.rstrip()
+        if self._is_segment(vma):
+            self._attach(script, vma, about)
+            return
+        flags = vma.flags & ~MAP_LOCKED | MAP_FIXED_NOREPLACE
+        script.call('mmap', vma.start, vma.end - vma.start, self._first_protection(vma), flags, self._fd(vma),
+                    vma.offset, about=about, expect=vma.start)
+
+    def _fd(self, vma: Vma) -> int:
+        if vma.flags & MAP_ANONYMOUS:
+            return -1
+        writable = not vma.flags & MAP_PRIVATE and may_write(vma)
+        if vma.kind == SHARED_MEMORY:
+            return self._objects.shared(vma.object, writable=writable)
+        return self._objects.backing(vma.object, writable=writable)
+
+    def _first_protection(self, vma: Vma) -> int:
+        """Writable where pages come, and where it was once writable: that it counts as committed memory shows ('ac')."""
+        flags = vma.vm_flags.split()
+        if vma.flags & MAP_PRIVATE and 'ac' in flags:
+            return vma.protection | PROT_WRITE
+        if self._is_filled(vma):
+            return vma.protection | PROT_WRITE
+        return vma.protection
+
+    def _attach(self, script: Script, vma: Vma, about: str) -> None:
+        """shmat(2) attaches all of a segment: elsewhere, when only a part of it was mapped, which is then moved."""
+        shmid, size = self._objects.segment(vma.object), self._reader.get(SharedMemory, vma.object).size
+        flags = (0 if may_write(vma) else SHM_RDONLY) | (SHM_EXEC if vma.protection & PROT_EXEC else 0)
+        length, whole = vma.end - vma.start, -(-size // PAGE) * PAGE
+        if not vma.offset and length == whole:
+            script.call('shmat', shmid, vma.start, flags, about=about, expect=vma.start)
+            return
+        # room for the whole is behind the arena, where nothing of the tree is
+        room = self._puppet.arena.end + PAGE
+        script.call('shmat', shmid, room, flags, about=about, expect=room)
+        script.call('mremap', room + vma.offset, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, vma.start, about=about,
+                    expect=vma.start)
+        script.call('munmap', room, whole)
+
+    # ------------------------------------------------------------ fill
+
+    def _is_filled(self, vma: Vma) -> bool:
+        """Whether pages come that the task itself may read into place."""
+        return (bool(vma.flags & MAP_PRIVATE) and ('ac' in vma.vm_flags.split() or bool(vma.protection & PROT_WRITE)
+                                                   or 'nr' in vma.vm_flags.split() or vma.kind == ANON)
+                and any(runs_between(self._memory.runs, vma.start, vma.end)))
+
+    def _runs(self, filled: bool) -> Iterator[PageRun]:
+        """Runs inside ordinary mappings, by who puts them into place: the task, or we by force."""
+        for vma in self._ordinary:
+            if vma.flags & MAP_PRIVATE and self._is_filled(vma) == filled:
+                yield from runs_between(self._memory.runs, vma.start, vma.end)
+
+    def _fill(self) -> Steps[None]:
+        for part, offset, ranges in _reads(self._runs(True)):
+            script = Script(self._puppet)
+            size = sum(end - start for start, end in ranges)
+            iov = b''.join(struct.pack('<QQ', start, end - start) for start, end in ranges)
+            script.call('preadv', self._objects.data(part), iov, len(ranges), offset, 0, about='pages', expect=size)
+            yield from script.run()
+            self._on_bytes(size)
+
+    def _force(self) -> None:
+        """Pages of what the program itself could never write, a breakpoint in its text: as a debugger writes them."""
+        with Mem(self._puppet.tid) as mem:
+            for run in self._runs(False):
+                for page in range(run.pages):
+                    data = bytearray(PAGE)
+                    self._reader.pread_into(memoryview(data), run.part, run.offset + page * PAGE)
+                    mem.write(run.start + page * PAGE, bytes(data))
+
+    # ------------------------------------------------------------ finish
+
+    def _finish(self, script: Script, vma: Vma) -> None:
+        about, length = f'{vma.start:x}-{vma.end:x} {vma.name}'.rstrip(), vma.end - vma.start
+        if vma.pkey:
+            script.call('pkey_mprotect', vma.start, length, vma.protection, vma.pkey, about=about)
+        elif self._is_mapped_otherwise(vma):
+            script.call('mprotect', vma.start, length, vma.protection, about=about)
+        for flag in vma.vm_flags.split():
+            if flag in _ADVICE:
+                script.call('madvise', vma.start, length, _ADVICE[flag], about=about)
+        if vma.locked:
+            script.call('mlock2', vma.start, length, MLOCK_ONFAULT if vma.locked == 2 else 0, about=about)
+        if vma.name and not vma.name.startswith(('/', '[')) and vma.kind in (ANON, SHARED_MEMORY):
+            name = vma.name.encode('utf-8', 'surrogateescape') + b'\0'
+            script.call('prctl', PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, length, name, about=about)
+
+    def _is_mapped_otherwise(self, vma: Vma) -> bool:
+        return self._is_segment(vma) or self._first_protection(vma) != vma.protection
+
+    def _is_segment(self, vma: Vma) -> bool:
+        return vma.kind == SHARED_MEMORY and self._reader.get(SharedMemory, vma.object).kind == SYSV
+
+    def describe(self, script: Script) -> None:
+        """What the kernel itself keeps of an address space; its program is to be mapped by then, the stub's no more."""
+        mm = self._memory.mm
+        exe = self._objects.backing(mm.exe, writable=False)
+        auxv = mm.auxv.ljust(8, b'\0')
+        layout = prctl_mm_map(*mm.layout, 0, len(mm.auxv), exe)
+        script.call_with_pointer('prctl', (PR_SET_MM, PR_SET_MM_MAP, ctypes.sizeof(layout), 0), 2, bytes(layout),
+                                 prctl_mm_map.auxv.offset, auxv, about='the layout of the address space')
+        if mm.thp_disabled:
+            script.call('prctl', PR_SET_THP_DISABLE, mm.thp_disabled, 0, 0, 0)
+
+    def lock(self, script: Script) -> None:
+        """mlockall(2) for what is mapped from now on."""
+        future = self._memory.mm.lock_future
+        if future:
+            script.call('mlockall', MCL_FUTURE | (MCL_ONFAULT if future == 2 else 0))
+
+    @property
+    def memory(self) -> Memory:
+        return self._memory
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(run.pages for run in self._runs(True)) * PAGE
+
+
+def _reads(runs: Iterator[PageRun]) -> Iterator[tuple[int, int, Sequence[tuple[int, int]]]]:
+    """(part, offset, ranges) of reads that take many runs at a time, where these follow each other in the image."""
+    part = offset = size = 0
+    ranges: list[tuple[int, int]] = []
+    for run in runs:
+        start, at, left = run.start, run.offset, run.pages * PAGE
+        while left:
+            if ranges and (run.part != part or at != offset + size or len(ranges) == IOV_MAX or size >= _READ_AT_ONCE):
+                yield part, offset, ranges
+                ranges, size = [], 0
+            if not ranges:
+                part, offset = run.part, at
+            taken = min(left, _READ_AT_ONCE - size)
+            ranges.append((start, start + taken))
+            start, at, left, size = start + taken, at + taken, left - taken, size + taken
+    if ranges:
+        yield part, offset, ranges
+
+
+def mapped_ranges(reader: ImageReader) -> list[tuple[int, int]]:
+    """All mappings of all address spaces of an image."""
+    return [(vma.start, vma.end) for vma in reader.every(records.Vma) if vma.kind != VSYSCALL]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Carries out the steps of family.py: stubs with the numbers, parents, sessions and groups of the tasks to be."""
+
+import ctypes
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+from ckptd.engine.batch import Batch
+from ckptd.engine.restore.family import SEED, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.errors import Busy, CkptError
+from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_PARENT, CLONE_THREAD, clone_args
+from ckptd.kernel.ptrace import WALL
+
+PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
+_TEMPORARY = -1
+
+
+class Nursery:
+    """The stubs by vpid. Whoever leaves it without `release` kills them all, and sees them dead.
+
+    cgroup: an fd of the directory that processes are born into, -1 for ours. describe: who has a number, for an error.
+    """
+
+    def __init__(self, seed: Puppet, cgroup: int, describe: Callable[[int], str]) -> None:
+        self.puppets: dict[int, Puppet] = {SEED: seed}
+        self._cgroup, self._describe = cgroup, describe
+        self._ours = {seed.tid}         # those whose parent we are
+        self.others: dict[int, Puppet] = {}     # by tid: what is no task of the tree
+
+    def __iter__(self) -> Iterator[tuple[int, Puppet]]:
+        return iter((vpid, puppet) for vpid, puppet in self.puppets.items() if vpid not in (SEED, _TEMPORARY))
+
+    def __getitem__(self, vpid: int) -> Puppet:
+        return self.puppets[vpid]
+
+    def take(self, step: Step) -> None:
+        match step:
+            case Spawn():
+                self._spawn(step)
+            case NewSession(vpid):
+                self._do(vpid, 'setsid')
+            case JoinGroup(vpid, vpgid):
+                self._do(vpid, 'setpgid', 0, vpgid)
+            case Subreaper(vpid, on):
+                self._do(vpid, 'prctl', PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
+            case Dismiss(vpid, waiter):
+                self.dismiss(vpid, waiter)
+
+    def _do(self, vpid: int, name: str, *arguments: int) -> None:
+        batch = Batch()
+        batch.call(name, *arguments)
+        self.puppets[vpid].do(batch)
+
+    def _spawn(self, step: Spawn) -> None:
+        maker = self.puppets[step.maker]
+        is_process = not step.flags & CLONE_THREAD
+        into = CLONE_INTO_CGROUP if is_process and self._cgroup >= 0 and step.maker == SEED else 0
+        child = self.clone(maker, step.vpid, step.flags | into, step.exit_signal)
+        if step.flags & CLONE_PARENT and maker.tid in self._ours and is_process:
+            self._ours.add(child.tid)
+        self.puppets[step.vpid or _TEMPORARY] = child
+
+    def clone(self, maker: Puppet, vpid: int, flags: int, exit_signal: int = 0) -> Puppet:
+        """A new task of that number, 0 for any. Busy if somebody has it."""
+        batch = Batch()
+        number = batch.buffer(8, vpid.to_bytes(8, 'little'))
+        args = clone_args(flags=flags, exit_signal=exit_signal, set_tid_size=1 if vpid else 0,
+                          cgroup=self._cgroup if flags & CLONE_INTO_CGROUP else 0)
+        buffer = batch.buffer(ctypes.sizeof(args), bytes(args))
+        if vpid:
+            batch.pointer(buffer.offset + clone_args.set_tid.offset, number)
+        batch.call('clone3', buffer, ctypes.sizeof(args))
+        try:
+            maker.do(batch)
+        except OSError as error:
+            raise self._cannot(vpid, error) from error
+        [tid] = maker.born
+        return maker.adopt(tid)
+
+    def _cannot(self, vpid: int, error: OSError) -> CkptError:
+        if error.errno == errno.EEXIST:
+            return Busy(f'pid {vpid} is in use by {self._describe(vpid)}', resource=f'pid {vpid}',
+                        hint='end that process, or restore with --new-pidns')
+        hint = 'see limits on processes (ulimit -u, pids.max of the cgroup)' if error.errno == errno.EAGAIN else None
+        return CkptError(f'process {vpid} cannot be made: {error.strerror}', errno=error.errno, resource=f'pid {vpid}',
+                         hint=hint)
+
+    # ------------------------------------------------------------ ends
+
+    def dismiss(self, vpid: int, waiter: int) -> None:
+        """End a process of the nursery, and have its parent forget it."""
+        puppet = self.puppets.pop(vpid)
+        puppet.die(0)
+        if puppet.tid not in self._ours:
+            # without an exit signal it is waited for by __WALL only, and nobody hears of it
+            number = vpid if vpid > 0 else -1
+            self._do(waiter, 'wait4', number, 0, WALL, 0)
+
+    def kill(self) -> None:
+        """SIGKILL to all, and see them dead."""
+        puppets = [*self.puppets.values(), *self.others.values()]
+        for puppet in puppets:
+            try:
+                os.kill(puppet.tid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for puppet in puppets:
+            _reap(puppet.tid)
+
+
+def _reap(tid: int) -> None:
+    try:
+        while not os.WIFEXITED(status := os.waitpid(tid, WALL)[1]) and not os.WIFSIGNALED(status):
+            continue
+    except ChildProcessError:
+        return

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What address spaces map: files by their paths, deleted files and shared memory made again with their content."""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from ckptd.engine.restore.bank import Bank
+from ckptd.errors import Busy, CkptError
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
+from ckptd.kernel.shm import SHM_DEST, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
+
+Open = Callable[[str, int], int]
+
+
+class Objects:
+    """Made when first asked for; fds are those of the bank. `undo` takes back what would outlive a failure."""
+
+    def __init__(self, reader: ImageReader, bank: Bank, open_: Open, deleted: Callable[[Backing], int]) -> None:
+        self._reader, self._bank, self._open, self._deleted = reader, bank, open_, deleted
+        self._made_segments: list[int] = []
+        self._prepared: set[int] = set()
+
+    def data(self, part: int) -> int:
+        """A data part, for preadv(2)."""
+        return self._bank.once(('data', part), lambda: os.dup(self._reader.data_fd(part)))
+
+    def backing(self, number: int, *, writable: bool) -> int:
+        """A mapped file or executable."""
+        record = self._reader.get(Backing, number)
+        if record.deleted:
+            return self._deleted(record)
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        return self._bank.once(('backing', number, writable), lambda: self._open(record.path, flags))
+
+    def shared(self, number: int, *, writable: bool = True) -> int:
+        """A shared object that is no System V segment, with its content."""
+        fd = self._bank.once(('shared', number), lambda: self._make(self._reader.get(SharedMemory, number)))
+        if writable:
+            return fd
+        return self._bank.once(('shared', number, 'r'), lambda: os.open(f'/proc/self/fd/{fd}', os.O_RDONLY))
+
+    # ------------------------------------------------------------ shared memory
+
+    def _make(self, record: SharedMemory) -> int:
+        runs = self._reader.shared_runs(record.shm_id)
+        if record.kind == MEMFD:
+            fd = os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        else:
+            fd = _anonymous(record.size)
+        try:
+            _set_owner(fd, record)
+            whole = -(-record.size // PAGE) * PAGE
+            if os.fstat(fd).st_size != whole:
+                os.ftruncate(fd, whole)
+            self._fill(fd, runs, whole)
+            if whole != record.size:
+                os.ftruncate(fd, record.size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _fill(self, fd: int, runs: Iterable[PageRun], size: int) -> None:
+        """By the kernel alone: pages go from the image's page cache into the object's."""
+        if not size:
+            return
+        with mmap.mmap(fd, size) as memory, memoryview(memory) as view:
+            for run in runs:
+                self._read(view[run.start:run.start + run.pages * PAGE], run.part, run.offset)
+
+    def _read(self, view: memoryview, part: int, offset: int) -> None:
+        self._reader.pread_into(view, part, offset)
+
+    def seal(self) -> None:
+        """F_ADD_SEALS, when all is mapped: a mapping that can be written forbids F_SEAL_WRITE, and the other way round."""
+        for record in self._reader.every(SharedMemory):
+            if record.kind == MEMFD:
+                seals = record.seals
+                # 1 is F_SEAL_SEAL; a memfd made without MFD_ALLOW_SEALING has just that
+                if seals & ~1:
+                    fcntl.fcntl(self.shared(record.shm_id), fcntl.F_ADD_SEALS, seals)
+                elif seals:
+                    fcntl.fcntl(self.shared(record.shm_id), fcntl.F_ADD_SEALS, 1)
+
+    # ------------------------------------------------------------ System V
+
+    def segment(self, number: int) -> int:
+        """The shmid of a segment, which is the same as it was."""
+        record = self._reader.get(SharedMemory, number)
+        if number not in self._prepared:
+            self._prepared.add(number)
+            self._make_segment(record)
+        return record.shmid
+
+    def _make_segment(self, record: SharedMemory) -> None:
+        mode = record.mode & 0o777
+        if not self._adopt(record):
+            try:
+                shmget_at(record.shmid, record.key, record.size, mode)
+            except OSError as error:
+                raise CkptError(f'System V segment {record.shmid} cannot be made: {error.strerror}', errno=error.errno,
+                                resource=f'shmid {record.shmid}') from error
+            self._made_segments.append(record.shmid)
+        shmctl_set(record.shmid, record.uid, record.gid, mode)
+        with attached(record.shmid, record.size) as view:
+            for run in self._reader.shared_runs(record.shm_id):
+                end = min(run.start + run.pages * PAGE, len(view))
+                self._read(view[run.start:end], run.part, run.offset)
+
+    def _adopt(self, record: SharedMemory) -> bool:
+        """A segment outlives those who used it: the very same one, if nobody uses it now, is taken again."""
+        try:
+            found = shmctl_stat(record.shmid)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EIDRM):
+                return False
+            raise
+        if (found.key, found.size) != (record.key, record.size) or found.attached:
+            raise Busy(f'System V segment {record.shmid} is in use', resource=f'shmid {record.shmid}',
+                       hint='ipcs -m -i shows by whom; ipcrm -m removes it')
+        return True
+
+    def finish(self) -> None:
+        """Segments that were marked for destruction are so again, now that they are attached."""
+        for record in self._reader.every(SharedMemory):
+            if record.kind == SYSV and record.shm_id in self._prepared and record.mode & SHM_DEST:
+                shmctl_remove(record.shmid)
+        self._made_segments.clear()
+
+    def undo(self) -> None:
+        while self._made_segments:
+            with suppress(OSError):
+                shmctl_remove(self._made_segments.pop())
+
+
+def _set_owner(fd: int, record: SharedMemory) -> None:
+    at = os.fstat(fd)
+    if (at.st_uid, at.st_gid) != (record.uid, record.gid) and record.kind == MEMFD:
+        os.fchown(fd, record.uid, record.gid)
+    if at.st_mode & 0o7777 != record.mode & 0o7777:
+        os.fchmod(fd, record.mode & 0o7777)
+
+
+def _anonymous(size: int) -> int:
+    """The object behind a shared anonymous mapping, opened. Without the right to open it (CAP_CHECKPOINT_RESTORE in
+    the first user namespace, proc_pid_map_files(5)) a memfd, which differs in name only."""
+    length = max(-(-size // PAGE) * PAGE, PAGE)
+    with mmap.mmap(-1, length) as memory:
+        hold = ctypes.c_char.from_buffer(memory)
+        at = ctypes.addressof(hold)
+        try:
+            return os.open(f'/proc/self/map_files/{at:x}-{at + length:x}', os.O_RDWR | os.O_CLOEXEC)
+        except PermissionError:
+            return os.memfd_create('shared', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        finally:
+            del hold
+
+
+def may_write(vma: Vma) -> bool:
+    """Whether a shared mapping was made of a file that is open for writing."""
+    return 'mw' in vma.vm_flags.split()
+

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a restart is going to do, as data: made once, looked at by a dry run, carried out by run.py."""
+
+from dataclasses import dataclass, field
+
+from ckptd.engine.restore.family import (
+    CannotMake,
+    Family,
+    Process,
+    Spawn,
+    Step,
+    processes_of,
+    settle_sessions,
+)
+from ckptd.engine.restore.memory import mapped_ranges
+from ckptd.engine.restore.puppet import Arena
+from ckptd.engine.restore.seed import find_arena
+from ckptd.errors import Refusal
+from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.image.records import FdTable
+from ckptd.kernel.numbers import Numbers
+
+DEAD = (ord('Z'), ord('X'))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """processes: in depth-first order. steps: how they are made. arena: where stubs have their code. highest: the
+    largest fd of any table. refusals: why the tree cannot be made; warnings among them."""
+    processes: list[Process]
+    steps: list[Step]
+    arena: Arena
+    highest: int
+    refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[ImageTask]:
+        """In the order of the image."""
+        return [task for process in self.processes for task in (process.leader, *process.threads)]
+
+    @property
+    def alive(self) -> list[ImageTask]:
+        return [task for task in self.tasks if task.record.state not in DEAD]
+
+    @property
+    def numbers(self) -> set[int]:
+        """Every pid that is needed, those of ghosts included."""
+        return {step.vpid for step in self.steps if isinstance(step, Spawn) and step.vpid > 0}
+
+    def users(self, name: str) -> dict[int, int]:
+        """The first living task that uses each object of 'mm_id', 'files_id', 'fs_id' or 'sighand_id': vpid by id."""
+        found: dict[int, int] = {}
+        for task in self.alive:
+            found.setdefault(getattr(task.record, name), task.vpid)
+        return found
+
+
+def make_plan(reader: ImageReader, numbers: Numbers, *, own_session: bool, child_of_us: bool) -> Plan:
+    """numbers: who has which pid now; nobody in a new pid namespace. own_session: the tree gets a terminal."""
+    processes = processes_of(reader.tasks)
+    refusals = settle_sessions(processes, numbers, own=own_session)
+    steps: list[Step] = []
+    try:
+        steps = Family(processes, child_of_us=child_of_us).plan()
+    except CannotMake as error:
+        refusals.append(Refusal(error.process.vpid, error.process.leader.record.comm, 'task', 'EOPNOTSUPP',
+                                error.reason, 'checkpoint a tree without it'))
+    highest = max((fd.fd for table in reader.every(FdTable) for fd in table.fds), default=2)
+    plan = Plan(processes, steps, find_arena(mapped_ranges(reader)), highest, refusals)
+    refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'pid {vpid} is in use by {numbers[vpid]}',
+                         'end that process, or restore with --new-pidns') for vpid in sorted(plan.numbers & numbers.keys())]
+    return plan

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A task that is being made: a stub that does batches of system calls, and what of it the tracer holds.
+
+Each has the same few pages at the same place, the arena, inherited from the first one:
+
+    arena      one page of code (kernel/arch, STUB): walks the table of calls, then int3
+    + PAGE     the table and its buffers; a stack for what needs one ends at the arena's end
+
+It is born stopped (PTRACE_O_TRACECLONE and its like) and dies with its tracer (PTRACE_O_EXITKILL), so a restart that
+breaks off leaves nothing. While it is a stub every signal but SIGTRAP is blocked.
+"""
+
+import ctypes
+import os
+import signal
+from typing import NamedTuple, Self
+
+from ckptd.engine.batch import Batch, Results
+from ckptd.engine.interleave import Steps, finish
+from ckptd.errors import CkptError
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.memory import PAGE, read_bytes, write_bytes
+from ckptd.kernel.ptrace import (
+    PTRACE_EVENT_CLONE,
+    PTRACE_EVENT_FORK,
+    PTRACE_EVENT_STOP,
+    PTRACE_EVENT_VFORK,
+    PTRACE_O_EXITKILL,
+    PTRACE_O_TRACECLONE,
+    PTRACE_O_TRACEEXEC,
+    PTRACE_O_TRACEFORK,
+    PTRACE_O_TRACESYSGOOD,
+    PTRACE_O_TRACEVFORK,
+    WALL,
+    Tracee,
+)
+from ckptd.kernel.stat import read_stat
+
+OPTIONS = (PTRACE_O_EXITKILL | PTRACE_O_TRACECLONE | PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACEEXEC
+           | PTRACE_O_TRACESYSGOOD)
+BLOCK_ALL = (1 << 64) - 1 & ~(1 << signal.SIGTRAP - 1)
+_BIRTHS = (PTRACE_EVENT_FORK, PTRACE_EVENT_VFORK, PTRACE_EVENT_CLONE)
+_SYSCALL_STOP = signal.SIGTRAP | 0x80
+_PR_SET_DUMPABLE = 4        # <linux/prctl.h>
+
+
+class Arena(NamedTuple):
+    """Where the pages of the stubs are, the same in all. room: bytes for a batch."""
+    start: int
+    length: int
+    code: int
+    table: int
+    room: int
+
+    @classmethod
+    def at(cls, start: int, length: int) -> Self:
+        """The last page is left to a stack."""
+        return cls(start, length, start, start + PAGE, length - 2 * PAGE)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class Puppet:
+    """A stopped stub. born: tids of the tasks that its last batch made, as we see them."""
+
+    def __init__(self, tracee: Tracee, arena: Arena) -> None:
+        self.tracee, self.arena = tracee, arena
+        self.born: list[int] = []
+
+    @property
+    def tid(self) -> int:
+        return self.tracee.tid
+
+    def do(self, batch: Batch) -> Results:
+        """Have it do a batch. OSError of any call that fails; CkptError if it dies."""
+        return finish(self.run(batch))
+
+    def run(self, batch: Batch) -> Steps[Results]:
+        """The same in steps, see interleave.py."""
+        results = yield from self.attempt(batch)
+        results.require()
+        return results
+
+    def attempt(self, batch: Batch) -> Steps[Results]:
+        """The same, whatever the calls return."""
+        memory = batch.encode(self.arena.table)
+        if len(memory) > self.arena.room:
+            raise ValueError(f'batch of {len(memory)} bytes is too large')
+        write_bytes(self.tid, self.arena.table, memory)
+        yield from self.go()
+        return batch.decode(read_bytes(self.tid, self.arena.table, len(memory)))
+
+    def go(self) -> Steps[None]:
+        """Run the code over the table as it is."""
+        self.born = []
+        self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
+        self.tracee.cont()
+        yield
+        trap = arch.stub_trapped(self.arena.code)
+        while not self._has_trapped(self._wait(), trap):
+            self.tracee.cont()
+
+    def _wait(self) -> int:
+        try:
+            return self.tracee.wait()
+        except ProcessLookupError as error:
+            raise CkptError(f'task {self.tid} was killed while it was restored', task=self.tid) from error
+
+    def _has_trapped(self, status: int, trap: int) -> bool:
+        """Births are noted, and stops of others' making (a SIGSTOP cannot be blocked) are passed by."""
+        if status >> 16 in _BIRTHS:
+            self.born.append(self.tracee.event_message())
+            return False
+        if status >> 16 or os.WSTOPSIG(status) != signal.SIGTRAP:
+            if os.WSTOPSIG(status) in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL):
+                raise CkptError(f'task {self.tid} got {signal.Signals(os.WSTOPSIG(status)).name} while it was restored',
+                                task=self.tid)
+            return False
+        return self.tracee.regs.rip == trap
+
+    def die(self, status: int) -> None:
+        """End with a wait(2) status, and see it dead. A parent other than us may still wait for it."""
+        if status & 0x7F:
+            # injected instead of the SIGTRAP that it has stopped for; without dumpable memory no core is written, nor
+            # the program of core_pattern(5) run
+            batch = Batch()
+            batch.call('prctl', _PR_SET_DUMPABLE, 0, 0, 0, 0)
+            self.do(batch)
+            self.tracee.sigmask = 0
+            self.tracee.cont(status & 0x7F)
+        else:
+            self._begin('exit_group', status >> 8)
+        while os.WIFSTOPPED(os.waitpid(self.tid, WALL)[1]):
+            self.tracee.cont()
+        self.tracee.attached = False
+
+    def exit_thread(self) -> None:
+        """End as one thread of several; of a leader nobody is told before the others have ended."""
+        self._begin('exit', 0)
+        while self._state() not in 'ZX':
+            pid, _ = os.waitpid(self.tid, WALL | os.WNOHANG)
+            if pid:
+                self.tracee.cont()
+            os.sched_yield()
+
+    def _begin(self, name: str, *arguments: int) -> None:
+        """Start a call that does not return."""
+        batch = Batch()
+        batch.call(name, *arguments)
+        write_bytes(self.tid, self.arena.table, batch.encode(self.arena.table))
+        self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
+        self.tracee.cont()
+
+    def _state(self) -> str:
+        try:
+            return read_stat(self.tid).state
+        except ProcessLookupError:
+            return 'X'
+
+    def adopt(self, tid: int) -> 'Puppet':
+        """The task that was just born: traced by us already, about to stop."""
+        tracee = Tracee(tid)
+        status = tracee.wait()
+        if status >> 16 != PTRACE_EVENT_STOP:
+            raise CkptError(f'task {tid} was born with status {status:#x}', task=tid)
+        return Puppet(tracee, self.arena)
+
+    def leave(self, last: Batch, *, unmap: bool) -> Steps[None]:
+        """Do the last calls, and unmap the arena unless others still use it. The task then stands wherever its registers are set to.
+
+        It never runs from pages that are gone, nor into the int3: it stops at the entry and the end of each call, and
+        an interrupt that waits at the last end makes it stop again where signals are handled. There the kernel restarts
+        a call that the task was interrupted in, as for any task (arch_do_signal_or_restart).
+        """
+        if unmap:
+            last.call('munmap', self.arena.start, self.arena.length)
+        write_bytes(self.tid, self.arena.table, last.encode(self.arena.table))
+        tracee = self.tracee
+        tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
+        for _ in range(len(last)):
+            for _ in ('entry', 'end'):
+                tracee.cont_to_syscall()
+                yield
+                while os.WSTOPSIG(self._wait()) != _SYSCALL_STOP:
+                    tracee.cont_to_syscall()
+            if -4096 < (result := ctypes.c_int64(tracee.regs.rax).value) < 0:
+                raise CkptError(f'task {self.tid} cannot leave its stub: {os.strerror(-result)}', task=self.tid)
+        tracee.interrupt()
+        tracee.cont()
+        yield
+        while self._wait() >> 16 != PTRACE_EVENT_STOP:
+            tracee.cont()

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operation restore, phase by phase; a failure anywhere before the start leaves nothing.
+
+    verify      the image is whole
+    plan        all that stands in the way, at once; nothing has been touched
+    open        files, shared memory, terminals, in the bank
+    create      stubs with the right numbers, parents, sessions, groups
+    fill        address spaces and their pages
+    rebuild     open files, state, rights
+    place       cgroups
+    start       registers; all run
+    attend      with `wait`: until the root has ended
+"""
+
+import os
+from contextlib import ExitStack
+
+from ckptd.engine.faults import fault
+from ckptd.engine.interleave import Steps, interleave
+from ckptd.engine.job import Job, image_path
+from ckptd.engine.messages import Running
+from ckptd.engine.restore import state
+from ckptd.engine.restore.bank import Bank
+from ckptd.engine.restore.family import SEED, Process
+from ckptd.engine.restore.files import Files
+from ckptd.engine.restore.memory import Space
+from ckptd.engine.restore.nursery import Nursery
+from ckptd.engine.restore.objects import Objects
+from ckptd.engine.restore.plan import DEAD, Plan, make_plan
+from ckptd.engine.restore.script import Script
+from ckptd.engine.restore.seed import plant
+from ckptd.engine.restore.vdso import VdsoPlan
+from ckptd.errors import ImageDamaged, Refused
+from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.image.records import PAGE, Fs
+from ckptd.image.verify import verify
+from ckptd.kernel.numbers import numbers_in_use
+
+BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
+_NO_LIMIT = (1 << 32) - 1
+
+
+class Restore:
+    """One restart."""
+
+    def __init__(self, job: Job, reader: ImageReader, plan: Plan) -> None:
+        self._job, self._channel, self._request = job, job.channel, job.request
+        self._reader, self._plan = reader, plan
+        self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
+        self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
+        self._tasks_done = self._bytes_done = self._bytes_total = 0
+
+    def run(self) -> None:
+        with ExitStack() as stack:
+            self._channel.phase('open')
+            self._open(stack)
+            fault('opened')
+            self._channel.phase('create')
+            self._create(stack)
+            fault('created')
+            self._channel.phase('fill')
+            interleave(space.build(self._nursery[self._mms[mm_id]]) for mm_id, space in self._spaces.items())
+            fault('filled')
+            self._channel.phase('rebuild')
+            self._rebuild()
+            fault('rebuilt')
+            self._channel.phase('start')
+            self._objects.finish()
+            self._leave()
+            self._start()
+            stack.pop_all()
+
+    # ------------------------------------------------------------ open, create
+
+    def _open(self, stack: ExitStack) -> None:
+        """Before there is any task: what is opened here is inherited by all."""
+        reader, request = self._reader, self._request
+        self._bank = stack.enter_context(Bank(self._plan.highest))
+        self._files = Files(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
+        self._objects = Objects(reader, self._bank, self._files.open, self._files.deleted)
+        self._files.objects = self._objects
+        stack.callback(self._objects.undo)
+        self._files.open_all(late=False)
+        vdso = VdsoPlan(self._plan.arena.end + BESIDE)
+        self._spaces = {mm_id: Space(reader, mm_id, self._objects, vdso, self._on_bytes) for mm_id in self._mms}
+        for space in self._spaces.values():
+            space.open()
+        for fs_id in self._fss:
+            record = reader.get(Fs, fs_id)
+            self._directory(record.cwd)
+            self._directory(record.root)
+
+    def _directory(self, path: str) -> int:
+        return self._bank.once(('directory', path),
+                               lambda: self._files.open(path, os.O_PATH | os.O_DIRECTORY))
+
+    def _create(self, stack: ExitStack) -> None:
+        self._nursery = Nursery(plant(self._plan.arena), -1, lambda vpid: numbers_in_use().get(vpid, 'nobody'))
+        stack.callback(self._nursery.kill)
+        for step in self._plan.steps:
+            self._nursery.take(step)
+            fault('created-one')
+        self._nursery.puppets.pop(SEED).die(0)
+
+    # ------------------------------------------------------------ rebuild
+
+    def _rebuild(self) -> None:
+        nursery, plan = self._nursery, self._plan
+        holders = {files_id: [vpid] for files_id, vpid in self._tables.items()}
+        self._files.attach(dict(nursery), holders)
+        self._files.open_all(late=True)
+        interleave(self._files.install(nursery[vpid], files_id) for files_id, vpid in self._tables.items())
+        self._files.finish()
+        self._objects.seal()
+        interleave(self._process(process) for process in plan.processes if process.alive)
+        for task in plan.tasks:
+            if task.record.state in DEAD:
+                self._bury(task)
+
+    def _process(self, process: Process) -> Steps[None]:
+        """All threads of a process, up to their rights."""
+        reader, nursery = self._reader, self._nursery
+        first = process.alive[0]
+        state.limits(reader, process.vpid, nursery[first.vpid].tid)
+        state.oom_score_adj(reader, process.vpid, nursery[first.vpid].tid)
+        script = Script(nursery[first.vpid])
+        self._of_objects(first, script)
+        state.process(reader, process.vpid, script)
+        yield from script.run()
+        for task in process.alive:
+            puppet = nursery[task.vpid]
+            script = Script(puppet)
+            if task is not first:
+                self._of_objects(task, script)
+            state.thread(reader, task.vpid, script)
+            state.schedule(reader, task.vpid, puppet.tid)
+            yield from script.run()
+
+    def _of_objects(self, task: ImageTask, script: Script) -> None:
+        """What belongs to an object that several tasks may share is put back by the first of them."""
+        record = task.record
+        if self._mms[record.mm_id] == task.vpid:
+            self._spaces[record.mm_id].describe(script)
+        if self._fss[record.fs_id] == task.vpid:
+            state.fs(self._reader, record.fs_id, script, self._directory)
+
+    def _bury(self, task: ImageTask) -> None:
+        """A task that was dead."""
+        puppet = self._nursery.puppets.pop(task.vpid)
+        script = Script(puppet)
+        script.call('prctl', state.PR_SET_NAME, state.name_of(task.record))
+        state.credentials(self._reader, task.vpid, script, ids=True)
+        script.do()
+        process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
+        if process.alive:
+            puppet.exit_thread()
+            self._nursery.puppets[task.vpid] = puppet
+        else:
+            puppet.die(task.record.exit_code)
+
+    # ------------------------------------------------------------ start
+
+    def _leave(self) -> None:
+        """The last calls of all, then nobody has a stub any more."""
+        interleave(self._last(process) for process in self._plan.processes if process.alive)
+        interleave(self._go(task) for task in self._plan.alive if self._sighands[task.record.sighand_id] == task.vpid
+                   and self._mms[task.record.mm_id] != task.vpid)
+        interleave(self._go(task) for task in self._plan.alive if self._mms[task.record.mm_id] == task.vpid)
+        for task in self._plan.alive:
+            state.registers(self._reader, task.vpid, self._nursery[task.vpid])
+
+    def _last(self, process: Process) -> Steps[None]:
+        reader, nursery = self._reader, self._nursery
+        first = process.alive[0]
+        for task in process.alive:
+            record, script = task.record, Script(nursery[task.vpid])
+            if self._tables[record.files_id] == task.vpid:
+                script.call('close_range', self._bank.base, _NO_LIMIT, 0)
+            if self._sighands[record.sighand_id] == task.vpid:
+                state.actions(reader, record.sighand_id, script)
+            if task is first:
+                yield from script.run()
+                state.timers(reader, process.vpid, nursery[task.vpid])
+                state.drain(nursery[task.vpid])
+                state.queue(reader, process.vpid, process.vpid, script, shared=True)
+            state.queue(reader, process.vpid, task.vpid, script, shared=False)
+            if self._mms[record.mm_id] == task.vpid:
+                self._spaces[record.mm_id].lock(script)
+            state.credentials(reader, task.vpid, script, ids=True)
+            yield from script.run()
+
+    def _go(self, task: ImageTask) -> Steps[None]:
+        last = state.last_calls(self._reader, task.record.sighand_id)
+        return self._nursery[task.vpid].leave(last, unmap=self._mms[task.record.mm_id] == task.vpid)
+
+    def _start(self) -> None:
+        root = self._nursery[self._plan.processes[0].vpid].tid
+        fault('ready')
+        self._files.commit()
+        for _, puppet in self._nursery:
+            puppet.tracee.detach()
+        fault('started')
+        self._channel.send(Running(root, len(self._plan.tasks)))
+        self._channel.finish('', (), {'image': self._request.image, 'root': root, 'tasks': len(self._plan.tasks),
+                                      'processes': len(self._plan.processes)})
+
+    def _on_bytes(self, count: int) -> None:
+        self._bytes_done += count
+        tasks = len(self._plan.tasks)
+        self._channel.progress(tasks, tasks, self._bytes_done, self._bytes_total)
+
+
+def restore(job: Job) -> None:
+    """Bring the tree of an image back."""
+    job.channel.phase('verify')
+    path = image_path(job)
+    damages = verify(path)
+    if damages:
+        raise ImageDamaged(f'{damages[0]}' + (f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''))
+    with ImageReader(path) as reader:
+        job.channel.phase('plan')
+        plan = make_plan(reader, numbers_in_use(), own_session=job.terminal >= 0, child_of_us=job.request.wait)
+        refusals = [row for row in plan.refusals if row.severity == 'refusal']
+        if refusals:
+            raise Refused.because(refusals, 'plan')
+        Restore(job, reader, plan).run()

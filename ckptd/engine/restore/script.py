@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls for one task in a row, in as many batches as its arena makes of them."""
+
+import errno
+import os
+
+from ckptd.engine.batch import Batch
+from ckptd.engine.interleave import Steps, finish
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.errors import CkptError
+
+
+class Script:
+    """`call` collects, `run` has the task do it all. An error names the call and, if `about` was said, the matter."""
+
+    def __init__(self, puppet: Puppet) -> None:
+        self._puppet = puppet
+        self._batches = [Batch()]
+        self._notes: list[dict[int, tuple[str, int | None]]] = [{}]
+
+    def call(self, name: str, *arguments: int | bytes, about: str = '', expect: int | None = None) -> None:
+        """Add a system call. Bytes become a buffer of the task, and its address the argument. expect: what it must
+        return; else anything that is no error will do."""
+        self._make_room(sum(len(one) + 8 for one in arguments if isinstance(one, bytes)))
+        batch = self._batches[-1]
+        row = batch.call(name, *[batch.buffer(len(one), one) if isinstance(one, bytes) else one for one in arguments])
+        if about or expect is not None:
+            self._notes[-1][row] = about, expect
+
+    def call_with_pointer(self, name: str, arguments: tuple[int, ...], position: int, content: bytes, at: int,
+                          target: bytes, *, about: str = '') -> None:
+        """A call whose argument number `position` is a buffer of `content`, in which the eight bytes at `at` are the
+        address of another one, `target`."""
+        self._make_room(len(content) + len(target) + 16)
+        batch = self._batches[-1]
+        outer, inner = batch.buffer(len(content), content), batch.buffer(len(target), target)
+        batch.pointer(outer.offset + at, inner)
+        row = batch.call(name, *arguments[:position], outer, *arguments[position:])
+        self._notes[-1][row] = about, None
+
+    def _make_room(self, length: int) -> None:
+        if self._batches[-1].size + length + 2 * 64 > self._puppet.arena.room:
+            self._batches.append(Batch())
+            self._notes.append({})
+
+    def run(self) -> Steps[None]:
+        """Do what was collected; more can be collected afterwards."""
+        batches, notes = self._batches, self._notes
+        self._batches, self._notes = [Batch()], [{}]
+        for batch, note in zip(batches, notes, strict=True):
+            if not len(batch):
+                continue
+            results = yield from self._puppet.attempt(batch)
+            for row, name in enumerate(results.names):
+                about, expect = note.get(row, ('', None))
+                value = results.values[row]
+                if -4096 < value < 0:
+                    raise self._failed(name, -value, about)
+                if expect is not None and value != expect:
+                    raise self._failed(name, errno.EIO, about or f'{value} and not {expect}')
+
+    def call_now(self, name: str, *arguments: int | bytes) -> int:
+        """One call at once; its result. OSError."""
+        batch = Batch()
+        row = batch.call(name, *[batch.buffer(len(one), one) if isinstance(one, bytes) else one for one in arguments])
+        return self._puppet.do(batch).value(row)
+
+    def do(self) -> None:
+        finish(self.run())
+
+    def _failed(self, name: str, number: int, about: str) -> CkptError:
+        what = f' ({about})' if about else ''
+        return CkptError(f'task {self._puppet.tid} cannot be restored: {name}{what}: {os.strerror(number)}', errno=number,
+                         task=self._puppet.tid, resource=about or name)

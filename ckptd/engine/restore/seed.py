@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The first stub: a child of ours that runs a program of one page and then only what it is told to.
+
+It makes the roots of the tree. Whatever tasks inherit from their maker for ever (no_new_privs, seccomp filters, mount
+namespace, capability bounds) they inherit from this process, so a restart is never at work inside a sandbox.
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Iterable
+
+from ckptd.engine.batch import Batch
+from ckptd.engine.restore.puppet import BLOCK_ALL, OPTIONS, Arena, Puppet
+from ckptd.errors import CkptError, NotSupported
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.memory import PAGE, Mem
+from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Tracee
+
+_PROGRAM_AT = 0x200000
+ARENA_LENGTH = 64 * PAGE
+_LOWEST = 1 << 32           # above what programs without PIE and their heaps use
+_DISTANCE = 4 << 20         # from anything: a mapping that grows down keeps 256 pages of guard gap, mm/mmap.c
+_READ, _WRITE, _EXEC = 1, 2, 4
+_PRIVATE_ANONYMOUS_FIXED = 0x100022     # with MAP_FIXED_NOREPLACE
+
+
+def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
+    """A place that no address space of the image uses. taken: [start, end) of all mappings."""
+    start = _LOWEST
+    for low, high in sorted(taken):
+        if low >= start + ARENA_LENGTH + _DISTANCE:
+            break
+        start = max(start, high + _DISTANCE)
+    if start + ARENA_LENGTH > arch.TASK_SIZE - _DISTANCE:
+        raise NotSupported('the address spaces of the image leave no room for a stub', resource='memory')
+    return Arena.at(start, ARENA_LENGTH)
+
+
+def plant(arena: Arena) -> Puppet:
+    """Start the first stub. Its address space has the arena and nothing else; it is a child of ours."""
+    program = _program()
+    try:
+        tracee = _start(program)
+    finally:
+        os.close(program)
+    tracee.sigmask = BLOCK_ALL
+    # until it has an arena, its own page holds the code, and the top of its stack the table
+    boot = Arena(_PROGRAM_AT, PAGE, _PROGRAM_AT, (tracee.regs.rsp & -PAGE) - PAGE, PAGE)
+    first = Puppet(tracee, boot)
+    with Mem(tracee.tid) as mem:
+        mem.write(boot.code, arch.STUB)
+        batch = Batch()
+        batch.call('mmap', arena.start, PAGE, _READ | _EXEC, _PRIVATE_ANONYMOUS_FIXED, -1, 0)
+        batch.call('mmap', arena.table, arena.length - PAGE, _READ | _WRITE, _PRIVATE_ANONYMOUS_FIXED, -1, 0)
+        first.do(batch)
+        mem.write(arena.code, arch.STUB)
+    seed = Puppet(tracee, arena)
+    clear(seed)
+    return seed
+
+
+def clear(puppet: Puppet) -> None:
+    """Unmap all but the arena."""
+    batch = Batch()
+    batch.call('munmap', 0, puppet.arena.start)
+    batch.call('munmap', puppet.arena.end, arch.TASK_SIZE - puppet.arena.end)
+    puppet.do(batch)
+
+
+def _program() -> int:
+    """An fd of the program, not open for writing, which execve(2) would refuse (ETXTBSY)."""
+    writable = os.memfd_create('ckptd-stub', os.MFD_CLOEXEC)
+    try:
+        os.write(writable, arch.stub_program(_PROGRAM_AT))
+        return os.open(f'/proc/self/fd/{writable}', os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(writable)
+
+
+def _start(program: int) -> Tracee:
+    wait, go = os.pipe2(os.O_CLOEXEC)
+    with warnings.catch_warnings():
+        # Python 3.12 warns where there are threads, for locks that they may hold; the child takes none
+        warnings.simplefilter('ignore', DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(go)
+            os.read(wait, 1)
+            os.execve(program, ['ckptd-stub'], {})
+        finally:
+            os._exit(127)
+    os.close(wait)
+    try:
+        tracee = Tracee.seize(pid, OPTIONS)
+    finally:
+        os.close(go)        # it goes on, traced or not
+    try:
+        status = tracee.wait(time.monotonic() + 10)
+    except ProcessLookupError as error:
+        raise CkptError('the stub cannot be started', hint='see limits on memory and processes') from error
+    if status >> 16 != PTRACE_EVENT_EXEC:
+        raise CkptError(f'the stub stopped with status {status:#x}')
+    return tracee

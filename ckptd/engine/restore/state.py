@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Everything of a task that is neither memory nor open file, put back by calls of its own or by us from outside.
+
+The order matters. Rights go last: a stub is what we are until then. After them come only calls that need none, and of
+these PR_SET_PDEATHSIG and PR_SET_DUMPABLE because a change of ids clears them (kernel/cred.c, commit_creds).
+"""
+
+import ctypes
+import errno
+import os
+import resource
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+
+from ckptd.engine.batch import Batch
+from ckptd.engine.interleave import finish
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.script import Script
+from ckptd.errors import CkptError
+from ckptd.image import records
+from ckptd.image.reader import ImageReader
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.creds import LINUX_CAPABILITY_VERSION_3, capget, last_capability
+from ckptd.kernel.sched import SchedAttr, ioprio_set, sched_setattr
+from ckptd.kernel.task import SIGEV_THREAD_ID
+
+# <linux/prctl.h>
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECUREBITS, PR_SET_TIMERSLACK = 1, 4, 15, 28, 29
+PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 24, 36, 38, 47
+PR_TIMER_CREATE_RESTORE_IDS = 77        # since 6.15
+PR_CAP_AMBIENT_RAISE = 2
+SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/securebits.h>
+SS_ONSTACK, SS_DISABLE = 1, 2           # <asm-generic/signal-defs.h>
+SIGTRAP = 5
+_NEVER_HANDLED = (9, 19)
+_ALL = (1 << 64) - 1
+_RSEQ_CS = 8                            # of struct rseq, <linux/rseq.h>
+
+
+# ---------------------------------------------------------------- threads
+
+def thread(reader: ImageReader, vpid: int, script: Script) -> None:
+    """What each thread has: name, stack for signals, addresses that the kernel keeps, slack."""
+    task, signals = reader.get(records.Task, vpid), reader.get(records.ThreadSignals, vpid)
+    pointers = reader.get(records.ThreadPointers, vpid)
+    script.call('prctl', PR_SET_NAME, name_of(task))
+    flags = signals.altstack_flags & ~SS_ONSTACK
+    if not flags & SS_DISABLE and signals.altstack_size:
+        stack = struct.pack('<QixxxxQ', signals.altstack_sp, ctypes.c_int32(flags).value, signals.altstack_size)
+        script.call('sigaltstack', stack, 0, about='the stack for signal handlers')
+    script.call('set_tid_address', pointers.clear_child_tid)
+    if pointers.robust_list_len:
+        script.call('set_robust_list', pointers.robust_list, pointers.robust_list_len)
+    if pointers.rseq:
+        script.call('rseq', pointers.rseq, pointers.rseq_len, pointers.rseq_flags, pointers.rseq_signature,
+                    about='rseq')
+    scheduling = reader.get(records.Scheduling, vpid)
+    script.call('prctl', PR_SET_TIMERSLACK, scheduling.timer_slack)
+
+
+def name_of(task: records.Task) -> bytes:
+    return task.comm.encode('utf-8', 'surrogateescape')[:15] + b'\0'
+
+
+def schedule(reader: ImageReader, vpid: int, tid: int) -> None:
+    """Policy, priority, processors, done from outside while the stub has our rights."""
+    record = reader.get(records.Scheduling, vpid)
+    allowed = {cpu for cpu in range(len(record.affinity) * 8) if record.affinity[cpu // 8] >> cpu % 8 & 1}
+    here = os.sched_getaffinity(0)
+    os.sched_setaffinity(tid, allowed & here or here)
+    try:
+        sched_setattr(tid, SchedAttr(record.policy, record.flags, record.nice - 20, record.priority, record.runtime,
+                                     record.deadline, record.period, record.util_min, record.util_max))
+        ioprio_set(tid, record.ioprio)
+    except OSError as error:
+        raise CkptError(f'the scheduling of task {vpid} cannot be restored: {error}', errno=error.errno, task=tid,
+                        resource='scheduling', hint='run ckptd with CAP_SYS_NICE') from error
+
+
+def credentials(reader: ImageReader, vpid: int, script: Script, *, ids: bool) -> None:
+    """Ids, groups, capabilities, securebits, and what depends on them. ids: False where a user namespace gives the
+    only ids that there are, and setgroups(2) is forbidden in it."""
+    record, mm_id = reader.get(records.Credentials, vpid), reader.get(records.Task, vpid).mm_id
+    inheritable, permitted, effective, bounding, ambient = record.capabilities
+    for capability in range(last_capability() + 1):
+        if not bounding >> capability & 1:
+            script.call('prctl', PR_CAPBSET_DROP, capability, 0, 0, 0, about='the capability bounding set')
+    if ids:
+        script.call('prctl', PR_SET_SECUREBITS, SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
+        script.call('setgroups', len(record.groups), struct.pack(f'<{len(record.groups)}I', *record.groups) or b'\0')
+        script.call('setresgid', *record.gids[:3], about='group ids')
+        script.call('setfsgid', record.gids[3])
+        script.call('setresuid', *record.uids[:3], about='user ids')
+        script.call('setfsuid', record.uids[3])
+    full = capget().permitted if ids else _ALL >> 63 - last_capability()
+    _capset(script, full | permitted, full | permitted, inheritable)
+    for capability in range(last_capability() + 1):
+        if ambient >> capability & 1:
+            script.call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0, about='ambient capabilities')
+    script.call('prctl', PR_SET_SECUREBITS, record.securebits, 0, 0, 0, about='securebits')
+    _capset(script, effective, permitted, inheritable)
+    if record.no_new_privs:
+        script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if mm_id and (dumpable := reader.get(records.Mm, mm_id).dumpable) < 2:
+        # 2 comes from a change of ids and fs.suid_dumpable alone; it is that already
+        script.call('prctl', PR_SET_DUMPABLE, dumpable, 0, 0, 0)
+    death = reader.get(records.ThreadPointers, vpid).pdeath_signal
+    script.call('prctl', PR_SET_PDEATHSIG, death, 0, 0, 0)
+
+
+def _capset(script: Script, effective: int, permitted: int, inheritable: int) -> None:
+    low = (1 << 32) - 1
+    header = struct.pack('<Ii', LINUX_CAPABILITY_VERSION_3, 0)
+    data = struct.pack('<6I', effective & low, permitted & low, inheritable & low, effective >> 32, permitted >> 32,
+                       inheritable >> 32)
+    script.call('capset', header, data, about='capabilities')
+
+
+# ---------------------------------------------------------------- processes
+
+def limits(reader: ImageReader, vpid: int, tid: int) -> None:
+    """From outside, while the stub has our ids: then prlimit(2) needs no right but for raising hard limits."""
+    for number, limit in enumerate(reader.get(records.Limits, vpid).limits):
+        wanted = (_limit(limit.soft), _limit(limit.hard))
+        if resource.prlimit(tid, number) != wanted:
+            resource.prlimit(tid, number, wanted)
+
+
+def _limit(value: int) -> int:
+    return resource.RLIM_INFINITY if value == _ALL else value
+
+
+def oom_score_adj(reader: ImageReader, vpid: int, tid: int) -> None:
+    wanted = reader.get(records.ProcessState, vpid).oom_score_adj - 1000
+    with open(f'/proc/{tid}/oom_score_adj', 'rb+', buffering=0) as file:  # noqa: PTH123
+        if int(file.read(16)) != wanted:
+            file.write(str(wanted).encode())
+
+
+def process(reader: ImageReader, vpid: int, script: Script) -> None:
+    """What a process has besides its memory."""
+    state = reader.get(records.ProcessState, vpid)
+    script.call('personality', state.personality)
+    script.call('prctl', PR_SET_CHILD_SUBREAPER, state.child_subreaper, 0, 0, 0)
+    for which, timer in enumerate(reader.get(records.IntervalTimers, vpid).timers):
+        script.call('setitimer', which, struct.pack('<4q', *divmod(timer.interval, 10**6), *divmod(timer.value, 10**6)),
+                    0)
+
+
+def timers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
+    """POSIX timers, by their old numbers."""
+    found = reader.get(records.PosixTimers, vpid).timers
+    if not found:
+        return
+    by_id = _restore_ids(puppet, True)
+    for timer in found:
+        if not by_id:
+            _skip_to(puppet, timer)
+        _create(puppet, timer, by_id=by_id)
+    if by_id:
+        _restore_ids(puppet, False)
+    script = Script(puppet)
+    for timer in found:
+        value = struct.pack('<4q', *divmod(timer.interval_ns, 10**9), *divmod(timer.value_ns, 10**9))
+        script.call('timer_settime', timer.id, 0, value, 0, about=f'POSIX timer {timer.id}')
+    script.do()
+
+
+def _restore_ids(puppet: Puppet, on: bool) -> bool:
+    """Whether timer_create(2) now takes the number from its third argument."""
+    with suppress(OSError):
+        Script(puppet).call_now('prctl', PR_TIMER_CREATE_RESTORE_IDS, int(on), 0, 0, 0)
+        return True
+    return False
+
+
+def _create(puppet: Puppet, timer: records.PosixTimer, *, by_id: bool) -> int:
+    batch = Batch()
+    event = struct.pack('<QiiI', timer.value, ctypes.c_int32(timer.signal).value, timer.notify,
+                        timer.vtid if timer.notify & SIGEV_THREAD_ID else 0).ljust(64, b'\0')
+    number = batch.buffer(8, struct.pack('<q', timer.id if by_id else 0))
+    batch.call('timer_create', ctypes.c_int32(timer.clock).value, batch.buffer(64, event), number)
+    try:
+        results = puppet.do(batch)
+    except OSError as error:
+        raise CkptError(f'POSIX timer {timer.id} cannot be made: {error.strerror}', errno=error.errno, task=puppet.tid,
+                        resource=f'timer {timer.id}') from error
+    return int.from_bytes(results.data(number)[:4], 'little')
+
+
+def _skip_to(puppet: Puppet, timer: records.PosixTimer) -> None:
+    """Before 6.15 numbers of a process are given in turn: use up those before the one that is wanted."""
+    while True:
+        number = _create(puppet, timer, by_id=False)
+        Script(puppet).call_now('timer_delete', number)
+        if number >= timer.id - 1 or not timer.id:
+            break
+
+
+def fs(reader: ImageReader, fs_id: int, script: Script, directories: Callable[[str], int]) -> None:
+    """Root, working directory and umask. directories: an fd of one by its path."""
+    record = reader.get(records.Fs, fs_id)
+    if record.root != '/':
+        script.call('fchdir', directories(record.root), about=f'root directory {record.root}')
+        script.call('chroot', b'.\0', about=f'root directory {record.root}')
+    script.call('fchdir', directories(record.cwd), about=f'working directory {record.cwd}')
+    script.call('umask', record.umask)
+
+
+def actions(reader: ImageReader, sighand_id: int, script: Script) -> None:
+    """All but that of SIGTRAP, which stubs need to have its default."""
+    for number, action in enumerate(reader.get(records.SignalActions, sighand_id).actions, 1):
+        if number not in (*_NEVER_HANDLED, SIGTRAP):
+            script.call('rt_sigaction', number, action.encode(), 0, 8, about=f'signal {number}')
+
+
+def last_calls(reader: ImageReader, sighand_id: int) -> Batch:
+    """What a task does when it leaves its stub."""
+    batch = Batch()
+    action = reader.get(records.SignalActions, sighand_id).actions[SIGTRAP - 1].encode()
+    batch.call('rt_sigaction', SIGTRAP, batch.buffer(len(action), action), 0, 8)
+    return batch
+
+
+# ---------------------------------------------------------------- signals and registers
+
+def drain(puppet: Puppet) -> None:
+    """Take off what making the tree has sent: SIGCHLD of ghosts and zombies."""
+    while True:
+        batch = Batch()
+        everything, nothing = batch.buffer(8, b'\xff' * 8), batch.buffer(16)
+        rows = [batch.call('rt_sigtimedwait', everything, 0, nothing, 8) for _ in range(4)]
+        results = finish(puppet.attempt(batch))
+        if any(results.values[row] == -errno.EAGAIN for row in rows):
+            return
+
+
+def queue(reader: ImageReader, vtgid: int, vpid: int, script: Script, *, shared: bool) -> None:
+    """Signals that were pending, with all that they carry; the task sends them to itself."""
+    if shared:
+        for info in reader.get(records.ProcessState, vtgid).shared_pending:
+            script.call('rt_sigqueueinfo', vtgid, info[0], info, about=f'pending signal {info[0]}')
+        return
+    for info in reader.get(records.ThreadSignals, vpid).pending:
+        script.call('rt_tgsigqueueinfo', vtgid, vpid, info[0], info, about=f'pending signal {info[0]}')
+
+
+def registers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
+    """Set those of a task that has left its stub, or is about to run on from it, and its signal mask."""
+    record = reader.get(records.Registers, vpid)
+    tracee = puppet.tracee
+    tracee.set_xstate(record.xstate)
+    tracee.regs = arch.user_regs_struct.from_buffer_copy(record.gpr)
+    tracee.sigmask = reader.get(records.ThreadSignals, vpid).mask

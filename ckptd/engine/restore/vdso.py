@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The vdso, which is the kernel's own: mapped again at its old place, or on another kernel bridged.
+
+Programs keep addresses of functions inside it (libc resolves them once), and another kernel has those elsewhere, with
+other data in vvar. The old text then stays where it was as ordinary memory, each function of it a jump to the one of
+the same name in the new kernel's, which lies elsewhere.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from ckptd.engine.restore.script import Script
+from ckptd.errors import ImageDamaged
+from ckptd.image.reader import ImageReader, Memory
+from ckptd.image.records import VDSO, VVAR, Vma
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.maps import read_maps
+from ckptd.kernel.memory import Mem, read_bytes
+
+_MAP_PRIVATE_ANONYMOUS_FIXED = 0x100022     # with MAP_FIXED_NOREPLACE
+_READ_WRITE, _READ_EXEC = 3, 5
+# <elf.h>
+_PT_DYNAMIC, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _STT_FUNC = 2, 4, 5, 6, 2
+_PHDR, _DYN, _SYM = struct.Struct('<IIQQQQQQ'), struct.Struct('<qQ'), struct.Struct('<IBBHQQ')
+
+
+@dataclass(frozen=True)
+class Vdso:
+    """Text of a vdso, and how many bytes of vvar lie before it."""
+    text: bytes
+    data_length: int
+
+    @cached_property
+    def functions(self) -> dict[str, int]:
+        """Offset of each function by its name."""
+        return parse_functions(self.text)
+
+
+@cache
+def own() -> Vdso:
+    """Of this kernel."""
+    found = {one.path: one for one in reversed(read_maps(os.getpid())) if one.path in ('[vdso]', '[vvar]')}
+    if '[vdso]' not in found:
+        return Vdso(b'', 0)
+    text = found['[vdso]']
+    return Vdso(read_bytes(os.getpid(), text.start, text.size), text.start - found['[vvar]'].start)
+
+
+def parse_functions(text: bytes) -> dict[str, int]:
+    """The dynamic symbols of the ELF file that a vdso is. ImageDamaged where it is none."""
+    try:
+        entries = dict(_dynamic(text))
+        symbols, strings = entries[_DT_SYMTAB], entries[_DT_STRTAB]
+        if _DT_HASH in entries:
+            count = struct.unpack_from('<I', text, entries[_DT_HASH] + 4)[0]
+        else:
+            count = (strings - symbols) // _SYM.size      # linkers put the strings right behind
+        found = {}
+        for index in range(count):
+            name, info, _, section, value, _ = _SYM.unpack_from(text, symbols + index * _SYM.size)
+            if info & 15 == _STT_FUNC and section:
+                found[text[strings + name:text.index(b'\0', strings + name)].decode()] = value
+        return found
+    except (struct.error, KeyError, ValueError) as error:
+        raise ImageDamaged(f'the vdso of the image is no ELF file: {error}', resource='vdso') from error
+
+
+def _dynamic(text: bytes) -> list[tuple[int, int]]:
+    offset, size, count = struct.unpack_from('<Q14xHH', text, 32)
+    for index in range(count):
+        kind, _, at, _, _, length, _, _ = _PHDR.unpack_from(text, offset + index * size)
+        if kind == _PT_DYNAMIC:
+            return list(_DYN.iter_unpack(text[at:at + length]))
+    raise KeyError('no PT_DYNAMIC')
+
+
+class VdsoPlan:
+    """How the vdso of an address space comes back. elsewhere: where a bridged one may lie."""
+
+    def __init__(self, elsewhere: int) -> None:
+        self._elsewhere = elsewhere
+
+    def is_bridged(self, reader: ImageReader, memory: Memory) -> bool:
+        """Whether the image's vdso is not this kernel's."""
+        return _text(memory.vmas) is not None and _old(reader, memory) != own()
+
+    def map(self, script: Script, reader: ImageReader, memory: Memory) -> None:
+        text = _text(memory.vmas)
+        if text is None:
+            return
+        old = _old(reader, memory)
+        if old == own():
+            script.call('arch_prctl', arch.ARCH_MAP_VDSO_64, text.start - old.data_length, about='the vdso')
+            return
+        script.call('mmap', text.start, text.end - text.start, _READ_EXEC, _MAP_PRIVATE_ANONYMOUS_FIXED, -1, 0,
+                    about='the old vdso', expect=text.start)
+        if own().text:
+            script.call('arch_prctl', arch.ARCH_MAP_VDSO_64, self._elsewhere, about='the vdso')
+
+    def patch(self, tid: int, reader: ImageReader, memory: Memory) -> None:
+        """Write the old text with its jumps, where there is one."""
+        text = _text(memory.vmas)
+        if text is None or (old := _old(reader, memory)) == own():
+            return
+        with Mem(tid) as mem:
+            mem.write(text.start, bridge(old, own(), self._elsewhere + own().data_length))
+
+
+def bridge(old: Vdso, new: Vdso, at: int) -> bytes:
+    """The old text, each of its functions a jump into the new one, which is mapped at `at`."""
+    text = bytearray(old.text)
+    for name, offset in old.functions.items():
+        if name in new.functions:
+            code = arch.jump(at + new.functions[name])
+            text[offset:offset + len(code)] = code
+    return bytes(text)
+
+
+def _text(vmas: Sequence[Vma]) -> Vma | None:
+    return next((vma for vma in vmas if vma.kind == VDSO), None)
+
+
+def _old(reader: ImageReader, memory: Memory) -> Vdso:
+    text = _text(memory.vmas)
+    assert text is not None
+    data = [vma.start for vma in memory.vmas if vma.kind == VVAR]
+    return Vdso(reader.read_memory(memory, text.start, text.end - text.start), text.start - min(data, default=text.start))
+
