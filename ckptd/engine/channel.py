@@ -56,6 +56,7 @@ class Channel:
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
+        self._socket.set_inheritable(False)     # it was inherited from the daemon, and goes no further
         self._cancelled = False
         self._next_progress = 0.0
         self.phase_name = ''

@@ -65,6 +65,11 @@ def cstruct(size: int) -> Callable[[type[S]], type[S]]:
     return decorate
 
 
+def offset_of(cls: type[ctypes.Structure], name: str) -> int:
+    """offsetof(3) of a member."""
+    return int(getattr(cls, name).offset)
+
+
 def _fail(name: str) -> OSError:
     number = ctypes.get_errno()
     return OSError(number, f'{name}: {os.strerror(number)}')

@@ -8,7 +8,7 @@ import fcntl
 import os
 from collections.abc import Callable, Sequence
 
-from ckptd.kernel.decl import IOWR, c_int, c_ssize_t, c_ulong, c_void_p, cstruct, libc, u64
+from ckptd.kernel.decl import IOWR, c_int, c_ssize_t, c_ulong, c_void_p, cstruct, libc, u32, u64
 from ckptd.kernel.ptrace import iovec
 
 PAGE = 4096
@@ -46,6 +46,25 @@ class page_region(ctypes.Structure):
     start: u64
     end: u64
     categories: u64
+
+
+@cstruct(size=104)
+class prctl_mm_map(ctypes.Structure):
+    """<linux/prctl.h>"""
+    start_code: u64
+    end_code: u64
+    start_data: u64
+    end_data: u64
+    start_brk: u64
+    brk: u64
+    start_stack: u64
+    arg_start: u64
+    arg_end: u64
+    env_start: u64
+    env_end: u64
+    auxv: u64
+    auxv_size: u32
+    exe_fd: u32
 
 
 PAGEMAP_SCAN = IOWR('f', 16, ctypes.sizeof(pm_scan_arg))

@@ -8,7 +8,7 @@ process is born into the session of its maker:
     child in the session that the parent left  made by the parent before its setsid(2)
     orphan in the session of a sibling         made by the sibling, with CLONE_PARENT
     orphan in the session of a descendant      made by a child of that one which then dies; the parent is the subreaper
-    member of a session whose leader is dead   made by a ghost: a process with the leader's number, dead before the start
+    member of a session whose leader is dead   made by a ghost: a process of that number, dead before the start
 
 Process groups are joined when all are there; a dead group leader is a ghost, too.
 """
@@ -29,6 +29,7 @@ from ckptd.kernel.clone import (
     CLONE_VM,
 )
 
+SIGCHLD = 17
 SEED = 0                # the maker of the roots, which is no task of the tree
 _DEAD = (ord('Z'), ord('X'))
 _SHARES = {'mm_id': CLONE_VM, 'files_id': CLONE_FILES, 'fs_id': CLONE_FS, 'sighand_id': CLONE_SIGHAND}
@@ -111,7 +112,7 @@ class Process:
         return (self.alive or [self.leader])[0].record
 
 
-class CannotMake(Exception):  # noqa: N818 - a reason, not an error
+class CannotMake(Exception):
     """Why the order does not exist."""
 
     def __init__(self, process: Process, reason: str) -> None:
@@ -257,7 +258,9 @@ class Family:
         return flags if flags & CLONE_VM else flags & ~CLONE_SIGHAND
 
     def _spawn(self, process: Process, maker: int, flags: int, session: int | None) -> None:
-        self.steps.append(Spawn(process.vpid, maker, flags, process.leader.record.exit_signal & 0xFF))
+        # with CLONE_PARENT a child has the exit signal of its maker, clone(2)
+        signal = 0 if flags & CLONE_PARENT else process.leader.record.exit_signal & 0xFF
+        self.steps.append(Spawn(process.vpid, maker, flags, signal))
         self._session[process.vpid] = self._session[self._owner.get(maker, maker)] if session is None else session
         self._parent[process.vpid] = process.parent
         self._note(process.ids)
@@ -284,7 +287,8 @@ class Family:
         return 0
 
     def _ghost(self, vpid: int, above: int) -> None:
-        self.steps.append(Spawn(vpid, above, self._for_roots if above == SEED else 0))
+        flags = self._for_roots if above == SEED else 0
+        self.steps.append(Spawn(vpid, above, flags, 0 if flags else SIGCHLD))
         self._ghosts[vpid] = above
         self._parent[vpid] = above
         self._session[vpid] = self._session[self._owner.get(above, above)]

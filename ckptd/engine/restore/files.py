@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from ckptd.checks import Caller
@@ -20,8 +20,9 @@ from ckptd.engine.restore.script import Script
 from ckptd.errors import CkptError, ImageDamaged
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import Extent, Fd, FdTable, OpenFile
+from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
 from ckptd.kinds.base import ChangedFiles, Kind
+from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
@@ -38,15 +39,15 @@ class Access:
     def __init__(self, reader: ImageReader, caller: Caller, changed_files: ChangedFiles, terminal_fd: int) -> None:
         self._reader, self._caller = reader, caller
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
+        self.terminal = terminal_fd >= 0
 
-    @property
-    def terminal(self) -> bool:
-        return self.terminal_fd >= 0
+    def as_caller(self) -> AbstractContextManager[object]:
+        return rights_of(self._caller)
 
     def lstat(self, path: str) -> os.stat_result | None:
         try:
             with rights_of(self._caller):
-                return os.lstat(path)  # noqa: PTH116
+                return os.lstat(path)
         except (OSError, ValueError):
             return None
 
@@ -60,7 +61,7 @@ class Access:
             return os.open(path, flags | os.O_CLOEXEC, mode)
 
     def pread(self, extent: Extent, length: int, offset: int) -> bytes:
-        data = bytearray(min(length, max(extent.length - offset, 0)))
+        data = bytearray(max(min(length, extent.length - offset), 0))
         self._reader.pread_into(memoryview(data), extent.part, extent.offset + offset)
         return bytes(data)
 
@@ -93,6 +94,10 @@ class Files(Access):
             if not done:
                 raise ImageDamaged('a data part ends before an extent does')
             at += done
+
+    def deleted(self, record: Backing) -> int:
+        """A mapped file that had lost its name."""
+        return deleted_file(record.path, record.device, record.inode, record.size, whole(record.content), self)
 
     def shared_memory(self, shm_id: int) -> int:
         return self.objects.shared(shm_id)
@@ -183,7 +188,7 @@ class Files(Access):
             kind.commit(record, saved, self._fds[saved.file_id], self)
 
     def _set_owner(self, fd: int, saved: OpenFile) -> None:
-        """Who gets SIGIO. Set by the uids that set it then: theirs are the rights to send it (fs/fcntl.c, sigio_perm)."""
+        """Who gets SIGIO. Set by the uids that set it then, whose rights decide (fs/fcntl.c, sigio_perm)."""
         if saved.owner_signal:
             fcntl.fcntl(fd, F_SETSIG, saved.owner_signal)
         pid = self.pid(saved.owner)

@@ -20,8 +20,8 @@ from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.image import records
 from ckptd.image.reader import ImageReader, Memory, runs_between
 from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VDSO, VSYSCALL, VVAR, PageRun, SharedMemory, Vma
-from ckptd.kernel.decl import cstruct, u32, u64
-from ckptd.kernel.memory import IOV_MAX, Mem
+from ckptd.kernel.decl import offset_of
+from ckptd.kernel.memory import IOV_MAX, Mem, prctl_mm_map
 from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
 
 # <linux/mman.h>
@@ -37,25 +37,6 @@ PR_SET_DUMPABLE, PR_SET_MM, PR_SET_MM_MAP, PR_SET_THP_DISABLE = 4, 35, 14, 41
 PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
 _READ_AT_ONCE = 32 << 20        # between two looks at whether the job was cancelled
-
-
-@cstruct(size=104)
-class prctl_mm_map(ctypes.Structure):
-    """<linux/prctl.h>"""
-    start_code: u64
-    end_code: u64
-    start_data: u64
-    end_data: u64
-    start_brk: u64
-    brk: u64
-    start_stack: u64
-    arg_start: u64
-    arg_end: u64
-    env_start: u64
-    env_end: u64
-    auxv: u64
-    auxv_size: u32
-    exe_fd: u32
 
 
 class Space:
@@ -115,7 +96,7 @@ class Space:
         return self._objects.backing(vma.object, writable=writable)
 
     def _first_protection(self, vma: Vma) -> int:
-        """Writable where pages come, and where it was once writable: that it counts as committed memory shows ('ac')."""
+        """Writable where pages come, and where it once was: as committed memory it shows that ('ac')."""
         flags = vma.vm_flags.split()
         if vma.flags & MAP_PRIVATE and 'ac' in flags:
             return vma.protection | PROT_WRITE
@@ -200,7 +181,7 @@ class Space:
         auxv = mm.auxv.ljust(8, b'\0')
         layout = prctl_mm_map(*mm.layout, 0, len(mm.auxv), exe)
         script.call_with_pointer('prctl', (PR_SET_MM, PR_SET_MM_MAP, ctypes.sizeof(layout), 0), 2, bytes(layout),
-                                 prctl_mm_map.auxv.offset, auxv, about='the layout of the address space')
+                                 offset_of(prctl_mm_map, 'auxv'), auxv, about='the layout of the address space')
         if mm.thp_disabled:
             script.call('prctl', PR_SET_THP_DISABLE, mm.thp_disabled, 0, 0, 0)
 

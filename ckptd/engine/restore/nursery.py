@@ -5,13 +5,15 @@ import ctypes
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ckptd.engine.batch import Batch
 from ckptd.engine.restore.family import SEED, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.errors import Busy, CkptError
 from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_PARENT, CLONE_THREAD, clone_args
+from ckptd.kernel.decl import offset_of
+from ckptd.kernel.numbers import numbers_in_use
 from ckptd.kernel.ptrace import WALL
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
@@ -21,12 +23,12 @@ _TEMPORARY = -1
 class Nursery:
     """The stubs by vpid. Whoever leaves it without `release` kills them all, and sees them dead.
 
-    cgroup: an fd of the directory that processes are born into, -1 for ours. describe: who has a number, for an error.
+    cgroup: an fd of the directory that processes are born into, -1 for ours.
     """
 
-    def __init__(self, seed: Puppet, cgroup: int, describe: Callable[[int], str]) -> None:
+    def __init__(self, seed: Puppet, cgroup: int) -> None:
         self.puppets: dict[int, Puppet] = {SEED: seed}
-        self._cgroup, self._describe = cgroup, describe
+        self._cgroup = cgroup
         self._ours = {seed.tid}         # those whose parent we are
         self.others: dict[int, Puppet] = {}     # by tid: what is no task of the tree
 
@@ -71,7 +73,7 @@ class Nursery:
                           cgroup=self._cgroup if flags & CLONE_INTO_CGROUP else 0)
         buffer = batch.buffer(ctypes.sizeof(args), bytes(args))
         if vpid:
-            batch.pointer(buffer.offset + clone_args.set_tid.offset, number)
+            batch.pointer(buffer.offset + offset_of(clone_args, 'set_tid'), number)
         batch.call('clone3', buffer, ctypes.sizeof(args))
         try:
             maker.do(batch)
@@ -82,7 +84,8 @@ class Nursery:
 
     def _cannot(self, vpid: int, error: OSError) -> CkptError:
         if error.errno == errno.EEXIST:
-            return Busy(f'pid {vpid} is in use by {self._describe(vpid)}', resource=f'pid {vpid}',
+            holder = numbers_in_use().get(vpid, 'somebody')
+            return Busy(f'pid {vpid} is in use by {holder}', resource=f'pid {vpid}',
                         hint='end that process, or restore with --new-pidns')
         hint = 'see limits on processes (ulimit -u, pids.max of the cgroup)' if error.errno == errno.EAGAIN else None
         return CkptError(f'process {vpid} cannot be made: {error.strerror}', errno=error.errno, resource=f'pid {vpid}',
@@ -95,7 +98,6 @@ class Nursery:
         puppet = self.puppets.pop(vpid)
         puppet.die(0)
         if puppet.tid not in self._ours:
-            # without an exit signal it is waited for by __WALL only, and nobody hears of it
             number = vpid if vpid > 0 else -1
             self._do(waiter, 'wait4', number, 0, WALL, 0)
 

@@ -78,7 +78,7 @@ class Objects:
         self._reader.pread_into(view, part, offset)
 
     def seal(self) -> None:
-        """F_ADD_SEALS, when all is mapped: a mapping that can be written forbids F_SEAL_WRITE, and the other way round."""
+        """F_ADD_SEALS, when all is mapped: a sealed memfd cannot be mapped as it was before it was sealed."""
         for record in self._reader.every(SharedMemory):
             if record.kind == MEMFD:
                 seals = record.seals

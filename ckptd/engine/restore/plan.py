@@ -68,5 +68,6 @@ def make_plan(reader: ImageReader, numbers: Numbers, *, own_session: bool, child
     highest = max((fd.fd for table in reader.every(FdTable) for fd in table.fds), default=2)
     plan = Plan(processes, steps, find_arena(mapped_ranges(reader)), highest, refusals)
     refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'pid {vpid} is in use by {numbers[vpid]}',
-                         'end that process, or restore with --new-pidns') for vpid in sorted(plan.numbers & numbers.keys())]
+                         'end that process, or restore with --new-pidns')
+                 for vpid in sorted(plan.numbers & numbers.keys())]
     return plan

@@ -99,10 +99,11 @@ class Puppet:
         self.tracee.cont()
         yield
         trap = arch.stub_trapped(self.arena.code)
-        while not self._has_trapped(self._wait(), trap):
+        while not self._has_trapped(self.wait(), trap):
             self.tracee.cont()
 
-    def _wait(self) -> int:
+    def wait(self) -> int:
+        """The status of its next stop; CkptError if it died."""
         try:
             return self.tracee.wait()
         except ProcessLookupError as error:
@@ -168,7 +169,8 @@ class Puppet:
         return Puppet(tracee, self.arena)
 
     def leave(self, last: Batch, *, unmap: bool) -> Steps[None]:
-        """Do the last calls, and unmap the arena unless others still use it. The task then stands wherever its registers are set to.
+        """Do the last calls, and unmap the arena unless others still use it. The task then stands wherever its
+        registers are set to.
 
         It never runs from pages that are gone, nor into the int3: it stops at the entry and the end of each call, and
         an interrupt that waits at the last end makes it stop again where signals are handled. There the kernel restarts
@@ -183,12 +185,33 @@ class Puppet:
             for _ in ('entry', 'end'):
                 tracee.cont_to_syscall()
                 yield
-                while os.WSTOPSIG(self._wait()) != _SYSCALL_STOP:
+                while os.WSTOPSIG(self.wait()) != _SYSCALL_STOP:
                     tracee.cont_to_syscall()
             if -4096 < (result := ctypes.c_int64(tracee.regs.rax).value) < 0:
                 raise CkptError(f'task {self.tid} cannot leave its stub: {os.strerror(-result)}', task=self.tid)
         tracee.interrupt()
         tracee.cont()
         yield
-        while self._wait() >> 16 != PTRACE_EVENT_STOP:
+        while self.wait() >> 16 != PTRACE_EVENT_STOP:
             tracee.cont()
+
+
+def stop(puppet: Puppet, wanted: int, *, begin: bool) -> None:
+    """Have a task that left its stub take part in a group-stop by the signal `wanted`, which its first one begins.
+
+    Nothing but that is let in meanwhile; the task's own signal mask is back at the end.
+    """
+    tracee = puppet.tracee
+    mask = tracee.sigmask
+    tracee.sigmask = (1 << 64) - 1 & ~(1 << wanted - 1)
+    if begin:
+        # SIGSTOP is the one that no mask keeps out; at its delivery it becomes the one that is wanted
+        os.kill(puppet.tid, signal.SIGSTOP)
+    sig = 0
+    while True:
+        tracee.cont(sig)
+        status = puppet.wait()
+        if status >> 16 == PTRACE_EVENT_STOP and os.WSTOPSIG(status) != signal.SIGTRAP:
+            break
+        sig = wanted if os.WSTOPSIG(status) == signal.SIGSTOP else 0
+    tracee.sigmask = mask

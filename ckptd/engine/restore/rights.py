@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files are opened by the caller's rights: for a caller other than us, with its file-system ids and groups for a moment."""
+"""Files are opened by the caller's rights: of another one than us, with its file-system ids and groups for a moment."""
 
 import os
 from collections.abc import Iterator

@@ -13,10 +13,12 @@
 """
 
 import os
+import signal
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from ckptd.engine.faults import fault
-from ckptd.engine.interleave import Steps, interleave
+from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.job import Job, image_path
 from ckptd.engine.messages import Running
 from ckptd.engine.restore import state
@@ -27,6 +29,7 @@ from ckptd.engine.restore.memory import Space
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.plan import DEAD, Plan, make_plan
+from ckptd.engine.restore.puppet import stop
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.vdso import VdsoPlan
@@ -38,6 +41,7 @@ from ckptd.kernel.numbers import numbers_in_use
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
 _NO_LIMIT = (1 << 32) - 1
+_P_PID = 1
 
 
 class Restore:
@@ -48,7 +52,8 @@ class Restore:
         self._reader, self._plan = reader, plan
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
         self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
-        self._tasks_done = self._bytes_done = self._bytes_total = 0
+        self._above = {child.vpid: process for process in plan.processes for child in process.children}
+        self._bytes_done = self._bytes_total = 0
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -95,7 +100,7 @@ class Restore:
                                lambda: self._files.open(path, os.O_PATH | os.O_DIRECTORY))
 
     def _create(self, stack: ExitStack) -> None:
-        self._nursery = Nursery(plant(self._plan.arena), -1, lambda vpid: numbers_in_use().get(vpid, 'nobody'))
+        self._nursery = Nursery(plant(self._plan.arena, self._bank.base), -1)
         stack.callback(self._nursery.kill)
         for step in self._plan.steps:
             self._nursery.take(step)
@@ -162,12 +167,47 @@ class Restore:
 
     def _leave(self) -> None:
         """The last calls of all, then nobody has a stub any more."""
-        interleave(self._last(process) for process in self._plan.processes if process.alive)
-        interleave(self._go(task) for task in self._plan.alive if self._sighands[task.record.sighand_id] == task.vpid
-                   and self._mms[task.record.mm_id] != task.vpid)
-        interleave(self._go(task) for task in self._plan.alive if self._mms[task.record.mm_id] == task.vpid)
-        for task in self._plan.alive:
+        running: list[Process] = []
+        # children first: that they stop, their parents hear while they are stubs, and have heard before
+        for process in reversed(self._plan.processes):
+            if process.alive and self._stop_signal(process):
+                finish(self._last(process))
+                self._go_all([process])
+                self._stop(process)
+            elif process.alive:
+                running.insert(0, process)
+        interleave(self._last(process) for process in running)
+        self._go_all(running)
+
+    def _go_all(self, processes: Sequence[Process]) -> None:
+        tasks = [task for process in processes for task in process.alive]
+        # the pages of the stub go with the last who uses them
+        last = [task for task in tasks if self._mms[task.record.mm_id] == task.vpid]
+        interleave(self._go(task) for task in tasks if self._sighands[task.record.sighand_id] == task.vpid
+                   and task not in last)
+        interleave(self._go(task) for task in last)
+        for task in tasks:
             state.registers(self._reader, task.vpid, self._nursery[task.vpid])
+
+    def _stop_signal(self, process: Process) -> int:
+        """The signal of the group-stop that it is to be in; 0 for none."""
+        wanted = process.alive[0].record.stop_signal
+        if not wanted:
+            return signal.SIGSTOP if self._request.leave_stopped else 0
+        # the others stop no process whose group is orphaned (kernel/signal.c, get_signal), as that of a root is now
+        above = self._above.get(process.vpid)
+        return wanted if above and above.sid == process.sid and above.pgid != process.pgid else signal.SIGSTOP
+
+    def _stop(self, process: Process) -> None:
+        wanted = self._stop_signal(process)
+        for task in process.alive:
+            stop(self._nursery[task.vpid], wanted, begin=task is process.alive[0])
+        above = self._above.get(process.vpid)
+        if above and not process.alive[0].record.exit_code & 0x7F:
+            # its parent has waited for it then (fs/proc/array.c: exit_code is the signal until somebody has)
+            script = Script(self._nursery[process.parent])
+            script.call('waitid', _P_PID, process.vpid, 0, os.WSTOPPED | os.WNOHANG, 0)
+            script.do()
 
     def _last(self, process: Process) -> Steps[None]:
         reader, nursery = self._reader, self._nursery
@@ -179,8 +219,9 @@ class Restore:
             if self._sighands[record.sighand_id] == task.vpid:
                 state.actions(reader, record.sighand_id, script)
             if task is first:
+                state.interval_timers(reader, process.vpid, script)
                 yield from script.run()
-                state.timers(reader, process.vpid, nursery[task.vpid])
+                state.posix_timers(reader, process.vpid, nursery[task.vpid])
                 state.drain(nursery[task.vpid])
                 state.queue(reader, process.vpid, process.vpid, script, shared=True)
             state.queue(reader, process.vpid, task.vpid, script, shared=False)

@@ -70,5 +70,5 @@ class Script:
 
     def _failed(self, name: str, number: int, about: str) -> CkptError:
         what = f' ({about})' if about else ''
-        return CkptError(f'task {self._puppet.tid} cannot be restored: {name}{what}: {os.strerror(number)}', errno=number,
-                         task=self._puppet.tid, resource=about or name)
+        return CkptError(f'task {self._puppet.tid} cannot be restored: {name}{what}: {os.strerror(number)}',
+                         errno=number, task=self._puppet.tid, resource=about or name)

@@ -37,8 +37,9 @@ def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
     return Arena.at(start, ARENA_LENGTH)
 
 
-def plant(arena: Arena) -> Puppet:
-    """Start the first stub. Its address space has the arena and nothing else; it is a child of ours."""
+def plant(arena: Arena, bank: int) -> Puppet:
+    """Start the first stub. Its address space has the arena and nothing else, its files are those from number `bank`
+    on; it is a child of ours."""
     program = _program()
     try:
         tracee = _start(program)
@@ -56,16 +57,12 @@ def plant(arena: Arena) -> Puppet:
         first.do(batch)
         mem.write(arena.code, arch.STUB)
     seed = Puppet(tracee, arena)
-    clear(seed)
-    return seed
-
-
-def clear(puppet: Puppet) -> None:
-    """Unmap all but the arena."""
     batch = Batch()
-    batch.call('munmap', 0, puppet.arena.start)
-    batch.call('munmap', puppet.arena.end, arch.TASK_SIZE - puppet.arena.end)
-    puppet.do(batch)
+    batch.call('munmap', 0, arena.start)
+    batch.call('munmap', arena.end, arch.TASK_SIZE - arena.end)
+    batch.call('close_range', 0, bank - 1, 0)
+    seed.do(batch)
+    return seed
 
 
 def _program() -> int:

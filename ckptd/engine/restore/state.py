@@ -22,6 +22,7 @@ from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import LINUX_CAPABILITY_VERSION_3, capget, last_capability
+from ckptd.kernel.itimer import cpu_itimer_excess
 from ckptd.kernel.sched import SchedAttr, ioprio_set, sched_setattr
 from ckptd.kernel.task import SIGEV_THREAD_ID
 
@@ -34,6 +35,7 @@ SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/secureb
 SS_ONSTACK, SS_DISABLE = 1, 2           # <asm-generic/signal-defs.h>
 SIGTRAP = 5
 _NEVER_HANDLED = (9, 19)
+_ITIMER_REAL = 0
 _ALL = (1 << 64) - 1
 _RSEQ_CS = 8                            # of struct rseq, <linux/rseq.h>
 
@@ -70,6 +72,8 @@ def schedule(reader: ImageReader, vpid: int, tid: int) -> None:
     here = os.sched_getaffinity(0)
     os.sched_setaffinity(tid, allowed & here or here)
     try:
+        # of these policies alone sched_setattr(2) takes a nice value, but all keep one
+        os.setpriority(os.PRIO_PROCESS, tid, record.nice - 20)
         sched_setattr(tid, SchedAttr(record.policy, record.flags, record.nice - 20, record.priority, record.runtime,
                                      record.deadline, record.period, record.util_min, record.util_max))
         ioprio_set(tid, record.ioprio)
@@ -143,14 +147,21 @@ def process(reader: ImageReader, vpid: int, script: Script) -> None:
     state = reader.get(records.ProcessState, vpid)
     script.call('personality', state.personality)
     script.call('prctl', PR_SET_CHILD_SUBREAPER, state.child_subreaper, 0, 0, 0)
+
+
+def interval_timers(reader: ImageReader, vpid: int, script: Script) -> None:
+    """They run from here on."""
     for which, timer in enumerate(reader.get(records.IntervalTimers, vpid).timers):
-        script.call('setitimer', which, struct.pack('<4q', *divmod(timer.interval, 10**6), *divmod(timer.value, 10**6)),
-                    0)
+        value = timer.value
+        if value and which != _ITIMER_REAL:
+            value = max(1, value - cpu_itimer_excess())
+        script.call('setitimer', which, struct.pack('<4q', *divmod(timer.interval, 10**6), *divmod(value, 10**6)), 0)
 
 
-def timers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
-    """POSIX timers, by their old numbers."""
-    found = reader.get(records.PosixTimers, vpid).timers
+def posix_timers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
+    """By their old numbers. They run from here on."""
+    # /proc/PID/timers has the newest first
+    found = reader.get(records.PosixTimers, vpid).timers[::-1]
     if not found:
         return
     by_id = _restore_ids(puppet, True)

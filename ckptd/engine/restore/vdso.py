@@ -126,6 +126,6 @@ def _text(vmas: Sequence[Vma]) -> Vma | None:
 def _old(reader: ImageReader, memory: Memory) -> Vdso:
     text = _text(memory.vmas)
     assert text is not None
-    data = [vma.start for vma in memory.vmas if vma.kind == VVAR]
-    return Vdso(reader.read_memory(memory, text.start, text.end - text.start), text.start - min(data, default=text.start))
+    first = min((vma.start for vma in memory.vmas if vma.kind == VVAR), default=text.start)
+    return Vdso(reader.read_memory(memory, text.start, text.end - text.start), text.start - first)
 

@@ -217,7 +217,8 @@ def stub_trapped(code: int) -> int:
 def stub_program(address: int) -> bytes:
     """A static program of one page at `address` that does nothing but trap."""
     page = 4096
-    header = struct.pack('<16sHHIQQQIHHHHHH', b'\x7fELF\x02\x01\x01', 2, EM, 1, address + 120, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    ident = b'\x7fELF\x02\x01\x01'        # 64-bit, little-endian; type 2 is ET_EXEC
+    header = struct.pack('<16sHHIQQQIHHHHHH', ident, 2, EM, 1, address + 120, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     load = struct.pack('<IIQQQQQQ', 1, 5, 0, address, address, page, page, page)
     return (header + load + b'\xcc').ljust(page, b'\xcc')
 
