@@ -12,6 +12,7 @@ order, each without any effect on the task:
 and of a restart, where `saved` is what every kind has in common of the file (image.records.OpenFile):
 
     obstacles(record, saved, looking)    why it cannot be opened again, or what it will lack; changes nothing
+    late(record, saved)                  whether it can be opened only when the tasks exist
     restore(record, saved, ctx)          a new description: an fd with the access mode and flags of `saved.flags`
     finish(record, saved, fd, ctx)       what needs the tasks, or the other files: locks, what an epoll watches
     commit(record, saved, fd, ctx)       what cannot be undone, done when nothing else can fail
@@ -23,12 +24,11 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
-from ckptd.errors import NotSupported
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
@@ -48,6 +48,10 @@ F_GETOWN_EX = 16
 F_GETOWNER_UIDS = 17        # uid_t[2], with CONFIG_CHECKPOINT_RESTORE
 _OWNER = struct.Struct('=ii')
 _UIDS = struct.Struct('=II')
+
+_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
+# what open(2) of a magic link stumbles over: it is a link; and O_ASYNC comes by F_SETFL only, open(2)
+_NOT_AGAIN = os.O_NOFOLLOW | os.O_ASYNC | os.O_CREAT | os.O_EXCL | os.O_TRUNC
 
 
 class Content(Protocol):
@@ -85,8 +89,12 @@ class Looking(Protocol):
 
 
 class Restoring(Looking, Protocol):
-    """The same while a restart is at work. What is opened here is closed by it, whatever happens."""
+    """The same while a restart is at work. It closes what `once` makes and what `restore` returns, whatever happens."""
     terminal_fd: int        # of the caller's terminal, -1 without
+
+    def as_caller(self) -> AbstractContextManager[object]:
+        """A block in which what this thread does with paths is done by the caller's rights: mkfifo(2), unlink(2)."""
+        ...
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
@@ -117,7 +125,17 @@ class Restoring(Looking, Protocol):
 
 def open_again(fd: int, flags: int) -> int:
     """A further description of an open file, proc_pid_fd(5): of a pipe, FIFO, memfd or deleted file, too."""
-    return os.open(f'/proc/self/fd/{fd}', flags | os.O_CLOEXEC)
+    return os.open(f'/proc/self/fd/{fd}', opening(flags) & ~_NOT_AGAIN | os.O_CLOEXEC)
+
+
+def opening(flags: int) -> int:
+    """Flags of an open file as open(2) takes them to open an existing one: O_TMPFILE, which stays on, makes a file."""
+    return flags & ~(os.O_TMPFILE if flags & _TMPFILE else 0)
+
+
+def access_of(flags: int) -> int:
+    """os.R_OK and os.W_OK for an access mode."""
+    return {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}.get(flags & os.O_ACCMODE, os.R_OK | os.W_OK)
 
 
 class Reason(NamedTuple):
@@ -291,8 +309,11 @@ class Kind(ABC, Generic[R]):
     def obstacles(self, record: R, saved: SavedFile, looking: Looking) -> list[Reason]:
         return []
 
-    def restore(self, record: R, saved: SavedFile, ctx: Restoring) -> int:
-        raise NotSupported(f'a file of kind {self.tag} cannot be opened again', resource=saved.link)
+    def late(self, record: R, saved: SavedFile) -> bool:
+        return False
+
+    @abstractmethod
+    def restore(self, record: R, saved: SavedFile, ctx: Restoring) -> int: ...
 
     def finish(self, record: R, saved: SavedFile, fd: int, ctx: Restoring) -> None:
         return

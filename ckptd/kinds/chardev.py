@@ -5,7 +5,9 @@ import os
 import stat
 
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.kinds.base import Content, Kind, OpenFile
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, opening
+from ckptd.kinds.device import is_device, open_device
 
 # Documentation/admin-guide/devices.txt
 STATELESS = {os.makedev(1, 3): 'null', os.makedev(1, 5): 'zero', os.makedev(1, 7): 'full', os.makedev(1, 8): 'random',
@@ -27,3 +29,17 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
 
     def dump(self, file: OpenFile, content: Content) -> CharacterDevice:
         return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode)
+
+    def obstacles(self, record: CharacterDevice, saved: SavedFile, looking: Looking) -> list[Reason]:
+        found = looking.lstat(record.path)
+        if found is None:
+            return [Reason('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
+        if not is_device(found, record.device):
+            return [Reason('ENODEV', f'{record.path} is another file than the device '
+                           f'{os.major(record.device)}:{os.minor(record.device)}', 'make the device again (mknod)')]
+        if not looking.may(record.path, access_of(saved.flags)):
+            return [Reason('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
+        return []
+
+    def restore(self, record: CharacterDevice, saved: SavedFile, ctx: Restoring) -> int:
+        return open_device(record.path, record.device, opening(saved.flags), ctx)

@@ -3,11 +3,12 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 
 from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import Extent
-from ckptd.kinds.base import Content
+from ckptd.kinds.base import Content, Restoring
 
 CHUNK = 1 << 20
 
@@ -21,10 +22,31 @@ class Segment(Struct):
 
 def dump_content(fd: int, size: int, content: Content) -> tuple[Segment, ...]:
     """The data of a file of `size` bytes, by a description of our own: SEEK_DATA moves the position."""
-    return tuple(Segment(start, content.add(_chunks(fd, start, end))) for start, end in _data(fd, size))
+    return tuple(Segment(start, content.add(_chunks(fd, start, end))) for start, end in data_ranges(fd, size))
 
 
-def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
+def restore_content(fd: int, size: int, segments: Iterable[Segment], ctx: Restoring) -> None:
+    """The same data in a new file."""
+    for segment in segments:
+        ctx.copy(segment.extent, fd, segment.start)
+    # what is behind the last segment is a hole; a segment may have been longer than the file, by pages
+    os.ftruncate(fd, size)
+
+
+def set_owner(fd: int, mode: int, uid: int, gid: int) -> None:
+    """Owner and permissions of an inode of our own. Without the right to give it away it stays ours, as good a file for
+    those who have it open, and set-user-ID for nobody."""
+    of, mode = os.fstat(fd), stat.S_IMODE(mode)
+    if (of.st_uid, of.st_gid) != (uid, gid):
+        try:
+            os.fchown(fd, uid, gid)     # takes set-user-ID away, so the mode comes after it
+        except PermissionError:
+            mode &= 0o777
+    if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+        os.fchmod(fd, mode)
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """[start, end) of what is not a hole, lseek(2)."""
     at = 0
     while at < size:

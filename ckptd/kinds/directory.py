@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """An open directory, kept by name."""
 
+import os
 import stat
 
+from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.kinds.base import Content, Kind, OpenFile, Reason
-from ckptd.kinds.locks import Lock, read_locks
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, opening
+from ckptd.kinds.locks import Lock, read_locks, restore_locks
 
 
 @layout
@@ -35,3 +38,26 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def dump(self, file: OpenFile, content: Content) -> Directory:
         of = file.stat
         return Directory(file.path, of.st_dev, of.st_ino, of.st_mode, read_locks(file))
+
+    def obstacles(self, record: Directory, saved: SavedFile, looking: Looking) -> list[Reason]:
+        found = looking.lstat(record.path)
+        if found is None:
+            return [Reason('ENOENT', f'{record.path} is missing', 'make the directory again')]
+        if not stat.S_ISDIR(found.st_mode):
+            return [Reason('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
+        if not looking.may(record.path, os.R_OK):
+            return [Reason('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
+        if found.st_ino != record.inode:
+            return [Reason('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
+                           'a listing that was under way may skip or repeat names', 'warning')]
+        return []
+
+    def restore(self, record: Directory, saved: SavedFile, ctx: Restoring) -> int:
+        fd = ctx.open(record.path, opening(saved.flags) | os.O_NONBLOCK)
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise CkptError(f'{record.path} is no directory any more', resource=record.path)
+        return fd
+
+    def finish(self, record: Directory, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        restore_locks(record.locks, record.path, saved, fd, ctx)

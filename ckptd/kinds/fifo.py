@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One end of a FIFO, a pipe with a name, fifo(7). What is in it goes with the read end."""
 
+import errno
 import os
 import stat
 
+from ckptd.errors import Busy, CkptError
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent
+from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.kinds.base import Content, Endpoint, Kind, OpenFile, Reason
-from ckptd.kinds.pipe import dump_pipe_data, pipe_endpoint
+from ckptd.kinds.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring
+from ckptd.kinds.content import set_owner
+from ckptd.kinds.deleted import deleted_obstacles, home_of, names_for
+from ckptd.kinds.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
 
 
 @layout
@@ -48,3 +53,64 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             data, lengths = dump_pipe_data(file, fd, content)
             return Fifo(file.path, of.st_dev, of.st_ino, of.st_mode, of.st_uid, of.st_gid, file.deleted,
                         pipe.capacity(fd), bool(file.flags & os.O_DIRECT), data, lengths)
+
+    def obstacles(self, record: Fifo, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if record.deleted:
+            return deleted_obstacles(record.path, looking)
+        found = looking.lstat(record.path)
+        if found is None:
+            return [Reason('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
+        if not stat.S_ISFIFO(found.st_mode):
+            return [Reason('ESTALE', f'{record.path} is no FIFO any more', 'put the FIFO back')]
+        # a restart opens it both ways, so that neither end waits for the other
+        if not looking.may(record.path, os.R_OK | os.W_OK):
+            return [Reason('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
+        return []
+
+    def restore(self, record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
+        def make() -> int:
+            base = _make_deleted(record, saved, ctx) if record.deleted else _open(record, ctx)
+            set_capacity(base, record.capacity)
+            return base
+        return restore_end(_key(record), make, saved.flags, ctx)
+
+    def finish(self, record: Fifo, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        fill(_key(record), fd, record.data, record.lengths, record.path, ctx)
+
+
+def _key(record: Fifo) -> Key:
+    return 'fifo', record.device, record.inode
+
+
+def _open(record: Fifo, ctx: Restoring) -> int:
+    """Both ends of the FIFO that is there."""
+    base = ctx.open(record.path, os.O_RDWR | os.O_NONBLOCK)
+    problem = None
+    if not stat.S_ISFIFO(os.fstat(base).st_mode):
+        problem = CkptError(f'{record.path} is no FIFO any more', errno=errno.ESTALE, resource=record.path)
+    elif pipe.bytes_in(base):
+        problem = Busy(f'{record.path} is in use: somebody else\'s data is in it', resource=record.path,
+                       hint='read it empty, or end the programs that have it open')
+    if problem:
+        os.close(base)
+        raise problem
+    return base
+
+
+def _make_deleted(record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
+    """Both ends of a new one that had a name for a moment."""
+    home = home_of(record.path, ctx)
+    for name in names_for(record.path, home) if home else ():
+        try:
+            with ctx.as_caller():
+                os.mkfifo(name, 0o600)
+                try:
+                    base = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+                finally:
+                    os.unlink(name)  # noqa: PTH108
+        except FileExistsError:
+            continue
+        set_owner(base, saved.mode, record.uid, record.gid)
+        return base
+    raise CkptError(f'{record.path} was deleted and cannot be made again', errno=errno.EACCES, resource=record.path,
+                    hint='make its directory, writable for the caller')

@@ -1,10 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Locks and leases on a file, as its holders' fdinfo has them: fcntl_locking(2), flock(2), F_SETLEASE of fcntl(2)."""
 
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+
+from ckptd.errors import Busy, NotSupported
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.status import read_status
-from ckptd.kinds.base import OpenFile
+from ckptd.kinds.base import Looking, OpenFile, Reason, Restoring
+
+# <asm-generic/fcntl.h>; struct flock {short l_type, l_whence; off_t l_start, l_len; pid_t l_pid;}, 32 bytes
+F_SETLK = 6
+F_OFD_GETLK = 36
+F_OFD_SETLK = 37
+_FLOCK = struct.Struct('@hhqqi4x')
 
 POSIX, FLOCK, OFD, LEASE = 1, 2, 3, 4
 EOF = (1 << 64) - 1
@@ -46,3 +60,73 @@ def read_locks(file: OpenFile) -> tuple[Lock, ...]:
 
 def has_locks(file: OpenFile) -> bool:
     return 'lock' in file.info.fields
+
+
+# ---------------------------------------------------------------- restart
+
+def lock_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+    """Locks that somebody else has now. Of flock(2) and leases no call tells without taking one."""
+    ranges = [lock for lock in locks if lock.kind in (POSIX, OFD)]
+    if not ranges:
+        return []
+    try:
+        fd = looking.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return []       # not readable for the caller; the restart then finds out
+    try:
+        return [Reason('EBUSY', f'{path} is locked by {holder}', 'end that program, or wait for it')
+                for holder in dict.fromkeys(_holder(fd, lock) for lock in ranges) if holder]
+    finally:
+        os.close(fd)
+
+
+def _holder(fd: int, lock: Lock) -> str:
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, F_OFD_GETLK, _flock(lock)))
+    if kind == fcntl.F_UNLCK:
+        return ''
+    return f'process {pid}' if pid > 0 else 'another program'      # -1: an OFD lock, which is of no process
+
+
+def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    """Take the locks again. Busy if somebody else has one now.
+
+    POSIX locks are a process's own, and it loses them when it closes any fd of the file, fcntl_locking(2): no process
+    may close one after this.
+    """
+    for lock in locks:
+        try:
+            if lock.kind == POSIX:
+                vpid, number = _lead(lock, saved, path, ctx)
+                ctx.call(vpid, 'fcntl', number, F_SETLK, _flock(lock))
+            else:
+                _take(lock, fd)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise Busy(f'{path} is locked by somebody else', resource=path,
+                       hint='end the program that has it locked, or wait for it') from error
+
+
+def _take(lock: Lock, fd: int) -> None:
+    """A lock of the description itself."""
+    if lock.kind == OFD:
+        fcntl.fcntl(fd, F_OFD_SETLK, _flock(lock))
+    elif lock.kind == FLOCK:
+        fcntl.flock(fd, (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    else:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK)
+
+
+def _lead(lock: Lock, saved: SavedFile, path: str, ctx: Restoring) -> tuple[int, int]:
+    """(vpid, fd): who takes a POSIX lock, and by which fd. Processes that share a table of fds share their locks."""
+    holders = ctx.holders(saved.file_id)
+    own = [(vpid, number) for vpid, number in holders if vpid == lock.holder]
+    if own or len(holders) == 1:
+        return (own or holders)[0]
+    raise NotSupported(f'{path}: process {lock.holder} has a lock and no longer an fd of it', resource=path,
+                       hint='release the lock before the checkpoint')
+
+
+def _flock(lock: Lock) -> bytes:
+    length = 0 if lock.end == EOF else lock.end - lock.start + 1
+    return _FLOCK.pack(fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK, os.SEEK_SET, lock.start, length, 0)

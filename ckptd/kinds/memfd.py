@@ -7,10 +7,11 @@ import stat
 from typing import Protocol, runtime_checkable
 
 from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.kinds.base import Content, Kind, OpenFile
-from ckptd.kinds.content import Segment, dump_content
-from ckptd.kinds.locks import Lock, read_locks
+from ckptd.kinds.base import Content, Kind, OpenFile, Restoring, open_again
+from ckptd.kinds.content import Segment, dump_content, restore_content, set_owner
+from ckptd.kinds.locks import Lock, read_locks, restore_locks
 
 PREFIX = '/memfd:'
 
@@ -59,3 +60,23 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
     def _content(self, file: OpenFile, content: Content) -> tuple[Segment, ...]:
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
+
+    def restore(self, record: Memfd, saved: SavedFile, ctx: Restoring) -> int:
+        return open_again(self._object(record, ctx), saved.flags)
+
+    def _object(self, record: Memfd, ctx: Restoring) -> int:
+        if record.shm_id:
+            return ctx.shared_memory(record.shm_id)
+
+        def make() -> int:
+            fd = os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            restore_content(fd, record.size, record.content, ctx)
+            set_owner(fd, record.mode, record.uid, record.gid)
+            return fd
+        return ctx.once(('memfd', record.device, record.inode), make)
+
+    def finish(self, record: Memfd, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        restore_locks(record.locks, f'memfd {record.name}', saved, fd, ctx)
+        # the seals of an object that the address spaces have are set with its content
+        if not record.shm_id and record.seals & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS):
+            fcntl.fcntl(self._object(record, ctx), fcntl.F_ADD_SEALS, record.seals)

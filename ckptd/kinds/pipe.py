@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One end of a pipe, pipe(7). What is in it goes with the read end, whose holder would have read it."""
+"""One end of a pipe, pipe(7). What is in it goes with the read end, whose holder would have read it.
+
+A restart makes each pipe once, with a base fd that is both ends; the ends of the tree are further descriptions of it.
+The base is closed with the restart: an end whose other ends were outside of the tree then is at its end by itself.
+"""
 
 import errno
+import fcntl
+import functools
 import os
+import select
 import stat
+from collections.abc import Callable, Iterator, Sequence
 
+from ckptd.errors import CkptError, ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent
+from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.kinds.base import Content, Endpoint, Kind, OpenFile
+from ckptd.kinds.base import Content, Endpoint, Kind, OpenFile, Restoring, open_again
+from ckptd.kinds.content import set_owner
+
+Key = tuple[str, int, int]
+O_LARGEFILE = 0o100000      # <asm-generic/fcntl.h>; in C libraries for 64 bit it is 0
 
 
 @layout
@@ -39,6 +53,18 @@ class PipeKind(Kind[Pipe], tag='pipe'):
             return Pipe(file.stat.st_ino, pipe.capacity(fd), bool(file.flags & os.O_DIRECT), file.stat.st_uid,
                         file.stat.st_gid, data, lengths)
 
+    def restore(self, record: Pipe, saved: SavedFile, ctx: Restoring) -> int:
+        def make() -> int:
+            base = make_pipe(key, ctx)
+            set_capacity(base, record.capacity)
+            set_owner(base, saved.mode, record.uid, record.gid)
+            return base
+        key = ('pipe', 0, record.inode)
+        return restore_end(key, make, saved.flags, ctx)
+
+    def finish(self, record: Pipe, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        fill(('pipe', 0, record.inode), fd, record.data, record.lengths, saved.link, ctx)
+
 
 def pipe_endpoint(name: str, file: OpenFile) -> Endpoint:
     """The ends that `file` is, and the one that it is not if somebody has that open."""
@@ -56,3 +82,96 @@ def dump_pipe_data(file: OpenFile, fd: int, content: Content) -> tuple[tuple[Ext
     if sum(map(len, chunks)) != pipe.bytes_in(fd):
         raise BlockingIOError(errno.EAGAIN, f'{file.link} of task {file.pid} is being written to while it is dumped')
     return ((content.add(chunks),) if chunks else ()), tuple(map(len, chunks))
+
+
+# ---------------------------------------------------------------- restart
+
+def make_pipe(key: Key, ctx: Restoring) -> int:
+    """Both ends of a new pipe as one description; the two of pipe(2) are kept for the first that ask for them."""
+    ends = os.pipe2(os.O_CLOEXEC)
+    for mode, end in zip((os.O_RDONLY, os.O_WRONLY), ends, strict=True):
+        ctx.once((*key, 'first', mode), functools.partial(int, end))
+    return open_again(ends[0], os.O_RDWR | os.O_NONBLOCK)
+
+
+def set_capacity(fd: int, capacity: int) -> None:
+    if pipe.capacity(fd) == capacity:
+        return
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, capacity)
+    except PermissionError as error:
+        raise CkptError(f'a pipe of {capacity:,} bytes may not be made', errno=errno.EPERM,
+                        hint='raise the sysctl fs.pipe-max-size, or run as root') from error
+
+
+def restore_end(key: Key, make: Callable[[], int], flags: int, ctx: Restoring) -> int:
+    """An end of the pipe that `make` makes, if no other end did."""
+    base = ctx.once(key, make)
+    fd = _end(key, base, flags, ctx)
+    # open(2) knows no O_DIRECT of pipes, and owners of signals come later
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_ASYNC)
+    if flags & os.O_DIRECT and flags & os.O_ACCMODE != os.O_RDONLY:
+        # the sign for `fill` that what the pipe holds came in packets
+        ctx.once((*key, 'packets'), lambda: _writer(base, packets=True))
+    return fd
+
+
+def _end(key: Key, base: int, flags: int, ctx: Restoring) -> int:
+    """A description that is to go into the tree. open(2) sets O_LARGEFILE and nothing takes it away, pipe(2) does not;
+    so the first plain ends are those of pipe(2), and what fcntl(2) F_GETFL tells the program stays the same."""
+    fresh: list[int] = []
+
+    def take() -> int:
+        fresh.append(os.dup(base))
+        return fresh[0]
+    mode = flags & os.O_ACCMODE
+    if mode != os.O_RDWR and key[0] == 'pipe' and not flags & O_LARGEFILE:
+        ctx.once((*key, 'taken', mode), take)
+    # an open of one end waits for the other, which the base is
+    return os.dup(ctx.once((*key, 'first', mode), lambda: base)) if fresh else open_again(base, mode | os.O_NONBLOCK)
+
+
+def _writer(fd: int, *, packets: bool) -> int:
+    writer = open_again(fd, os.O_WRONLY | os.O_NONBLOCK)
+    if packets:
+        fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
+    return writer
+
+
+def fill(key: Key, fd: int, data: Sequence[Extent], lengths: Sequence[int], link: str, ctx: Restoring) -> None:
+    """Put the content into a pipe by any end of it, once, when all are there: several may have been dumped with it."""
+    if not data:
+        return
+
+    def write() -> int:
+        plain = _writer(fd, packets=False)
+        try:
+            # several lengths are packets: pipe.peek gives what else there is in one piece
+            packets = ctx.once((*key, 'packets'), lambda: _writer(fd, packets=len(lengths) > 1))
+            for chunk in _chunks(data, lengths, link, ctx):
+                # a packet has PIPE_BUF bytes at most, pipe(7), so a longer one is none
+                _write(packets if len(chunk) <= select.PIPE_BUF else plain, chunk, link)
+        except BaseException:
+            os.close(plain)
+            raise
+        return plain
+    ctx.once((*key, 'content'), write)
+
+
+def _write(fd: int, chunk: bytes, link: str) -> None:
+    try:
+        done = os.write(fd, chunk)
+    except BlockingIOError:
+        done = 0
+    if done != len(chunk):
+        raise CkptError(f'{link} does not take all that was in it', errno=errno.ENOSPC, resource=link)
+
+
+def _chunks(data: Sequence[Extent], lengths: Sequence[int], link: str, ctx: Restoring) -> Iterator[bytes]:
+    if sum(extent.length for extent in data) != sum(lengths):
+        raise ImageDamaged(f'{link}: its content has not the length of its packets', resource=link)
+    content = b''.join(ctx.pread(extent, extent.length, 0) for extent in data)
+    at = 0
+    for length in lengths:
+        yield content[at:at + length]
+        at += length

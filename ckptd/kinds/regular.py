@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A regular file, kept by name; one that has lost its name is kept with its content."""
 
+import errno
 import os
 import re
 import stat
 
+from ckptd.errors import CkptError
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.identity import MISSING, Identity, changes
+from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.kinds.base import Content, Kind, OpenFile, Reason
-from ckptd.kinds.content import Segment, dump_content
-from ckptd.kinds.locks import LEASE, Lock, read_locks
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, opening
+from ckptd.kinds.content import Segment, dump_content, set_owner
+from ckptd.kinds.deleted import deleted_file, deleted_obstacles, open_nameless
+from ckptd.kinds.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
+from ckptd.kinds.rollback import SavingContent, digest_tail, only_appended, roll_back
 
 # regular by their mode, and yet no files with a name and content
 _NOT_FILES = {statfs.ANON_INODE_FS_MAGIC, statfs.HUGETLBFS_MAGIC, statfs.MQUEUE_MAGIC, statfs.NSFS_MAGIC,
               statfs.PID_FS_MAGIC, statfs.SECRETMEM_MAGIC}
 _OF_PROCESS = re.compile(r'/proc/\d+/')
+_VERBS = {os.R_OK: 'read', os.W_OK: 'written', os.R_OK | os.W_OK: 'read and written'}
 
 
 @layout
@@ -35,6 +42,9 @@ class Regular(Struct):
     deleted: U8
     content: tuple[Segment, ...]
     locks: tuple[Lock, ...]
+    is_saved: U8 = 0
+    saved: tuple[Segment, ...] = ()
+    tail: bytes = b''
 
 
 class RegularKind(Kind[Regular], tag='regular'):
@@ -68,12 +78,105 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def dump(self, file: OpenFile, content: Content) -> Regular:
         of = file.stat
+        locks = read_locks(file)
+        is_saved, saved, tail = (0, (), b'') if file.deleted else self._saved(file, content, locks)
         return Regular(file.path, of.st_dev, of.st_ino, of.st_size, max(of.st_mtime_ns, 0), of.st_mode, of.st_uid,
                        of.st_gid, of.st_nlink, file.magic, file.deleted, self._content(file, content),
-                       read_locks(file))
+                       locks, is_saved, saved, tail)
 
     def _content(self, file: OpenFile, content: Content) -> tuple[Segment, ...]:
         if not file.deleted:
             return ()
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
+
+    def _saved(self, file: OpenFile, content: Content,
+               locks: tuple[Lock, ...]) -> tuple[int, tuple[Segment, ...], bytes]:
+        """What brings a file back that goes on living: of one that the tree writes, and that can be read."""
+        written = content.written(file) if isinstance(content, SavingContent) else file.writable
+        # opening a leased file breaks the lease
+        if not written or file.magic in statfs.MADE_UP or any(lock.kind == LEASE for lock in locks):
+            return 0, (), b''
+        try:
+            with file.reopen(os.O_RDONLY) as fd:
+                tail = digest_tail(fd, file.stat.st_size)
+            segments = content.save(file) if isinstance(content, SavingContent) else None
+        except PermissionError:
+            return 0, (), b''
+        return int(segments is not None), segments or (), tail
+
+    # ------------------------------------------------------------ restart
+
+    def obstacles(self, record: Regular, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if record.deleted:
+            return deleted_obstacles(record.path, looking)
+        if self.late(record, saved):
+            return []       # what it belongs to is yet to be made
+        found = looking.lstat(record.path)
+        words = changes(_identity(record), found)
+        if found is None:
+            return [Reason('ENOENT', f'{record.path} {MISSING}', 'put the file back where it was')]
+        if not stat.S_ISREG(found.st_mode):
+            return [Reason('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
+        if not looking.may(record.path, access_of(saved.flags)):
+            return [Reason('EACCES', f'{record.path} may not be {_VERBS[access_of(saved.flags)]}',
+                           'run as its owner, or as root')]
+        rows = [self._changed(record, words, found, looking)] if words else []
+        return rows + lock_obstacles(record.locks, record.path, looking)
+
+    def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: Looking) -> Reason:
+        how = f'{record.path} {" and ".join(words)}'
+        if looking.changed_files == 'accept':
+            return Reason('ESTALE', how, 'the tree finds it as it is now', 'warning')
+        if looking.changed_files == 'refuse':
+            return Reason('ESTALE', how, '--changed-files=accept goes on with it, rollback puts it back if the '
+                          'checkpoint was made with --save-files or it was only appended to')
+        why = self._no_rollback(record, found, looking)
+        if why:
+            return Reason('ESTALE', f'{how}, and cannot be put back: {why}',
+                          'checkpoint with --save-files, or use --changed-files=accept')
+        return Reason('ESTALE', how, 'it is put back as it was', 'warning')
+
+    def _no_rollback(self, record: Regular, found: os.stat_result, looking: Looking) -> str:
+        """Why the file cannot be brought back, '' if it can."""
+        if not looking.may(record.path, os.R_OK | os.W_OK):
+            return 'it may not be read and written'
+        if any(lock.kind == LEASE for lock in record.locks):
+            return 'it is leased'
+        if record.is_saved or only_appended(record.path, _identity(record), record.tail, found, looking):
+            return ''
+        if not record.tail:
+            return 'the tree did not have it open for writing, or its content could not be read'
+        return 'its content was not saved, and it was not only appended to'
+
+    def late(self, record: Regular, saved: SavedFile) -> bool:
+        return record.file_system == statfs.PROC_SUPER_MAGIC and bool(_OF_PROCESS.match(record.path))
+
+    def restore(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
+        if record.deleted:
+            return self._restore_deleted(record, saved, ctx)
+        fd = ctx.open(record.path, opening(saved.flags))
+        words = changes(_identity(record), os.fstat(fd))
+        # the file was looked at before; what has happened to it since must not pass unseen
+        if words and (ctx.changed_files == 'refuse' or not stat.S_ISREG(os.fstat(fd).st_mode)):
+            os.close(fd)
+            raise CkptError(f'{record.path} {" and ".join(words)}', errno=errno.ESTALE, resource=record.path)
+        return fd
+
+    def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
+        base = deleted_file(record.path, record.device, record.inode, record.size, record.content, ctx)
+        set_owner(base, record.mode, record.uid, record.gid)
+        fd = open_nameless(base, saved.flags)
+        os.utime(base, ns=(record.mtime, record.mtime))
+        return fd
+
+    def finish(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        restore_locks(record.locks, record.path, saved, fd, ctx)
+
+    def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        if ctx.changed_files == 'rollback' and record.tail and not record.deleted:
+            roll_back(record.path, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
+
+
+def _identity(record: Regular) -> Identity:
+    return Identity(record.mode, record.inode, record.size, record.mtime, record.file_system in statfs.MADE_UP)

@@ -7,10 +7,13 @@ import stat
 from typing import NamedTuple
 
 from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.procfs import read_file
-from ckptd.kinds.base import Content, Kind, OpenFile, Reason
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, open_again, opening
+from ckptd.kinds.device import is_device, open_device
 
 PTMX = os.makedev(5, 2)
+OWN = os.makedev(5, 0)
 
 
 @layout
@@ -58,3 +61,21 @@ class TtyKind(Kind[Tty], tag='tty'):
 
     def dump(self, file: OpenFile, content: Content) -> Tty:
         return Tty(file.path, file.stat.st_rdev, file.stat.st_mode)
+
+    def obstacles(self, record: Tty, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if looking.terminal:
+            return []
+        found = None if record.device == OWN else looking.lstat(record.path)
+        if found is None or not is_device(found, record.device):
+            return [Reason('ENOTTY', f'{record.path} is a terminal that is gone', 'give the restart a terminal')]
+        if not looking.may(record.path, access_of(saved.flags)):
+            return [Reason('EACCES', f'{record.path} is another\'s terminal now', 'give the restart a terminal')]
+        return [Reason('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
+                       'warning')]
+
+    def restore(self, record: Tty, saved: SavedFile, ctx: Restoring) -> int:
+        flags = opening(saved.flags) | os.O_NOCTTY
+        if ctx.terminal_fd >= 0:
+            return open_again(ctx.terminal_fd, flags)
+        # a serial line waits for its carrier, termios(3)
+        return open_device(record.path, record.device, flags | os.O_NONBLOCK, ctx)

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open files of a forked child, and an image that keeps its bulk bytes in memory."""
+"""Open files of a forked child, an image that keeps its bulk bytes in memory, and a restart in the test's process."""
 
-from collections.abc import Callable, Iterable, Iterator
+import ctypes
+import fcntl
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 
 from ckptd.image.records import Extent
-from ckptd.kinds.base import OpenFile, read_open_file
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kinds.base import ChangedFiles, Content, OpenFile, read_open_file
 from ckptd.kinds.content import Segment
-from tests.lib.brood import Brood
+from ckptd.kinds.registry import BY_TAG, kind_of
+from tests.lib.brood import Brood, libc
 
 
 class Bulk:
@@ -52,3 +59,142 @@ def opened(brood: Brood) -> Callable[[Callable[[], int]], OpenFile]:
     def run(work: Callable[[], int]) -> OpenFile:
         return read_open_file(*brood.ask(work))
     return run
+
+
+class Restart:
+    """A Restoring whose restored process is the test itself: vpid is its pid, and fds are as `place` puts them."""
+
+    def __init__(self, bulk: Bulk, changed_files: ChangedFiles = 'refuse', terminal_fd: int = -1) -> None:
+        self.bulk = bulk
+        self.changed_files: ChangedFiles = changed_files
+        self.terminal_fd = terminal_fd
+        self.terminal = terminal_fd >= 0
+        self.vpid = os.getpid()
+        self.shared: dict[int, int] = {}
+        self.calls: list[tuple[str, int]] = []
+        self._once: dict[Hashable, int] = {}
+        self._returned: list[int] = []
+        self._held: dict[int, list[tuple[int, int]]] = {}
+
+    # ------------------------------------------------------------ what a kind asks for
+
+    def as_caller(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def lstat(self, path: str) -> os.stat_result | None:
+        try:
+            return os.lstat(path)
+        except OSError:
+            return None
+
+    def may(self, path: str, access: int) -> bool:
+        return os.access(path, access, effective_ids=True)
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def pread(self, extent: Extent, length: int, offset: int) -> bytes:
+        return self.bulk.read(extent)[offset:offset + length]
+
+    def once(self, key: Hashable, make: Callable[[], int]) -> int:
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    def copy(self, extent: Extent, fd: int, offset: int) -> None:
+        data = memoryview(self.bulk.read(extent))
+        while data:
+            done = os.pwrite(fd, data, offset)
+            data, offset = data[done:], offset + done
+
+    def shared_memory(self, shm_id: int) -> int:
+        return self.shared[shm_id]
+
+    def pid(self, vpid: int) -> int:
+        return vpid if vpid == self.vpid else 0
+
+    def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
+        return self._held.get(file_id, ())
+
+    def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
+        assert vpid == self.vpid
+        self.calls.append((name, len(arguments)))
+        result = getattr(libc, name)(*arguments)
+        if result < 0:
+            raise OSError(ctypes.get_errno(), f'{name}: {os.strerror(ctypes.get_errno())}')
+        return int(result)
+
+    # ------------------------------------------------------------ what the engine does
+
+    def restore(self, saved: SavedFile, *, at: int | None = None) -> int:
+        """A restored description, with its status flags as the engine sets them; at: the fd it has in the process."""
+        record, kind = decoded(saved), BY_TAG[saved.kind]
+        assert kind.late(record, saved) in (False, True)
+        fd = kind.restore(record, saved, self)
+        if at is not None:
+            os.dup2(fd, at, inheritable=False)
+            os.close(fd)
+            fd = at
+        if saved.flags != fcntl.fcntl(fd, fcntl.F_GETFL):
+            fcntl.fcntl(fd, fcntl.F_SETFL, saved.flags)
+        self._returned.append(fd)
+        self._held.setdefault(saved.file_id, []).append((self.vpid, fd))
+        return fd
+
+    def finish(self, saved: SavedFile, fd: int) -> None:
+        BY_TAG[saved.kind].finish(decoded(saved), saved, fd, self)
+
+    def commit(self, saved: SavedFile, fd: int) -> None:
+        BY_TAG[saved.kind].commit(decoded(saved), saved, fd, self)
+
+    def whole(self, saved: SavedFile, *, at: int | None = None) -> int:
+        """All of it for a file that depends on no other."""
+        fd = self.restore(saved, at=at)
+        self.finish(saved, fd)
+        self.commit(saved, fd)
+        return fd
+
+    def obstacles(self, saved: SavedFile) -> list[tuple[str, str, str]]:
+        """(severity, errno, reason) of each."""
+        return [(reason.severity, reason.errno, reason.reason)
+                for reason in BY_TAG[saved.kind].obstacles(decoded(saved), saved, self)]
+
+    def let_go(self, fd: int) -> None:
+        """The restored process closes an fd."""
+        self._returned.remove(fd)
+        os.close(fd)
+
+    def close_shared(self) -> None:
+        """The end of the restart."""
+        while self._once:
+            os.close(self._once.popitem()[1])
+
+    def close(self) -> None:
+        self.close_shared()
+        while self._returned:
+            os.close(self._returned.pop())
+
+
+def decoded(saved: SavedFile) -> Any:
+    return BY_TAG[saved.kind].record.decode(saved.data)
+
+
+def saved_of(file: OpenFile, content: Content, file_id: int = 1) -> SavedFile:
+    """The OpenFile record of a file, after a journey through an image."""
+    kind, owner = kind_of(file), file.owner()
+    made = SavedFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos, file.stat.st_mode, owner.type,
+                     owner.pid, owner.signal, file.link, kind.dump(file, content).encode(), owner.uid, owner.euid)
+    return SavedFile.decode(made.encode())
+
+
+@pytest.fixture
+def restart(bulk: Bulk) -> Iterator[Callable[..., Restart]]:
+    """restart(changed_files='accept', terminal_fd=3): a restart from the bulk of this test; closed after it."""
+    made: list[Restart] = []
+
+    def start(**options: Any) -> Restart:
+        made.append(Restart(bulk, **options))
+        return made[-1]
+    yield start
+    for one in made:
+        one.close()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Copying between two files by the kernel alone: shared blocks where the file system can, ioctl_ficlonerange(2), else
+copy_file_range(2), else sendfile(2)."""
+
+import errno
+import fcntl
+import os
+import struct
+
+from ckptd.kernel.decl import IOW, c_int, c_long, libc
+
+_CLONE_RANGE = struct.Struct('=qQQQ')       # struct file_clone_range of <linux/fs.h>
+FICLONERANGE = IOW('\x94', 13, _CLONE_RANGE.size)
+
+_MOST = 1 << 30      # bytes a call, so that a signal gets its turn
+_ZEROS = 1 << 20
+# other file systems, a file system without it, files that are no plain ones, an unaligned range
+_NOT_SO = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EBADF, errno.EPERM,
+           errno.ETXTBSY)
+
+
+def clone_range(source: int, start: int, length: int, target: int, offset: int) -> bool:
+    """Share the blocks. False where that cannot be done. OSError for a full or broken disk."""
+    try:
+        fcntl.ioctl(target, FICLONERANGE, _CLONE_RANGE.pack(source, start, length, offset))
+    except OSError as error:
+        if error.errno not in _NOT_SO:
+            raise
+        return False
+    return True
+
+
+def copy_range(source: int, start: int, length: int, target: int, offset: int) -> int:
+    """Copy bytes; how many there were: fewer than `length` if the source ends before.
+
+    target must not be O_APPEND, and its position may move.
+    """
+    if length and clone_range(source, start, length, target, offset):
+        return length
+    done = 0
+    while done < length:
+        count = _copy(source, start + done, min(_MOST, length - done), target, offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _copy(source: int, start: int, length: int, target: int, offset: int) -> int:
+    try:
+        return os.copy_file_range(source, target, length, start, offset)
+    except OSError as error:
+        if error.errno not in _NOT_SO:
+            raise
+    os.lseek(target, offset, os.SEEK_SET)
+    return os.sendfile(target, source, start, length)
+
+
+# <linux/falloc.h>
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+
+
+@libc
+def fallocate(fd: c_int, mode: c_int, offset: c_long, len: c_long) -> c_int: ...
+
+
+def zero_range(fd: int, start: int, end: int) -> None:
+    """Make a hole, or write zeros where the file system has none."""
+    try:
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
+        return
+    except OSError as error:
+        if error.errno not in _NOT_SO:
+            raise
+    while start < end:
+        start += os.pwrite(fd, bytes(min(_ZEROS, end - start)), start)

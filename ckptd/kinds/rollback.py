@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A file that went on living after the checkpoint, brought back to what it was.
+
+With its content in the image (checkpoint --save-files) whatever was done to it; without, if it was only appended to:
+the image has a digest of the last bytes that it had, and what is behind them is cut off.
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol, runtime_checkable
+
+from ckptd.errors import CkptError
+from ckptd.image.identity import Identity
+from ckptd.kernel.copyrange import copy_range, zero_range
+from ckptd.kinds.base import Looking, OpenFile, Restoring
+from ckptd.kinds.content import Segment, data_ranges
+from ckptd.kinds.deleted import make_nameless
+
+TAIL = 64 << 10     # bytes that the digest is of
+
+
+@runtime_checkable
+class SavingContent(Protocol):
+    """A Content that keeps named files, too. Of each file once, however many descriptions it has."""
+
+    def written(self, file: OpenFile) -> bool:
+        """Whether the tree has the file open for writing, by this description or another one."""
+        ...
+
+    def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
+        """The data of the file; None if it is not to be kept."""
+        ...
+
+
+def digest_tail(fd: int, size: int) -> bytes:
+    """Of the last TAIL bytes before `size`; b'' if there are fewer, as the file is shorter by now."""
+    length = min(TAIL, size)
+    data = os.pread(fd, length, size - length)
+    return hashlib.blake2b(data, digest_size=16).digest() if len(data) == length else b''
+
+
+def only_appended(path: str, saved: Identity, tail: bytes, found: os.stat_result, looking: Looking) -> bool:
+    """Whether the bytes before the size that it had end as they did."""
+    if not tail or found.st_ino != saved.inode or found.st_size < saved.size:
+        return False
+    try:
+        fd = looking.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return digest_tail(fd, saved.size) == tail
+    finally:
+        os.close(fd)
+
+
+def roll_back(path: str, saved: Identity, content: Sequence[Segment] | None, tail: bytes, fd: int,
+              ctx: Restoring) -> None:
+    """Make the file what it was, its time of change included; content None: cut off what was appended.
+
+    CkptError if that fails, and then the file is as it was found.
+    """
+    # not the tree's own description: it may be for appending only, and pwrite(2) heeds no offset then
+    mine = ctx.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        found = os.fstat(mine)
+        if not os.path.samestat(found, os.fstat(fd)):
+            raise CkptError(f'{path} was replaced during the restart', errno=errno.ESTALE, resource=path)
+        if (found.st_size, found.st_mtime_ns) == (saved.size, saved.mtime):
+            return      # by another description of the same file
+        if content is not None:
+            _put_back(path, mine, saved.size, content, ctx)
+        elif found.st_size >= saved.size and digest_tail(mine, saved.size) == tail:
+            os.ftruncate(mine, saved.size)
+        else:
+            raise CkptError(f'{path} has changed further during the restart', errno=errno.ESTALE, resource=path)
+        with suppress(PermissionError):     # utimensat(2): the owner's right, and a writer need not be the owner
+            os.utime(mine, ns=(found.st_atime_ns, saved.mtime))
+    except OSError as error:
+        raise CkptError(f'{path} cannot be put back as it was, and was left as it is: {error.strerror}',
+                        errno=error.errno, resource=path, hint='free space on its file system, or use '
+                        '--changed-files=accept') from error
+    finally:
+        os.close(mine)
+
+
+def _put_back(path: str, fd: int, size: int, content: Sequence[Segment], ctx: Restoring) -> None:
+    """First a copy of what will be overwritten, then all the room that is needed, only then a byte of the file."""
+    backup = make_nameless(path, ctx, os.O_RDWR)
+    try:
+        before = os.fstat(fd).st_size
+        _copy_data(fd, backup, before)
+        try:
+            for segment in content:
+                os.posix_fallocate(fd, segment.start, segment.extent.length)
+            for segment in content:
+                ctx.copy(segment.extent, fd, segment.start)
+            _zero_between([(segment.start, segment.start + segment.extent.length) for segment in content], fd, size)
+            os.ftruncate(fd, size)
+        except BaseException:
+            _copy_data(backup, fd, before)
+            raise
+    finally:
+        os.close(backup)
+
+
+def _copy_data(source: int, target: int, size: int) -> None:
+    """The content of one file into another, holes as holes."""
+    ranges = list(data_ranges(source, size))
+    for start, end in ranges:
+        copy_range(source, start, end - start, target, start)
+    _zero_between(ranges, target, size)
+    os.ftruncate(target, size)
+
+
+def _zero_between(ranges: Sequence[tuple[int, int]], fd: int, size: int) -> None:
+    """Whatever of the file's first `size` bytes no range covers is to be a hole."""
+    end = min(size, os.fstat(fd).st_size)
+    at = 0
+    for start, stop in (*ranges, (end, end)):
+        if at < min(start, end):
+            zero_range(fd, at, min(start, end))
+        at = max(at, stop)
