@@ -13,7 +13,7 @@ import pytest
 from ckptd.errors import CkptError, NotSupported
 from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kinds.base import OpenFile
+from ckptd.kinds.base import OpenFile, read_open_file
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG, KINDS, UNSUPPORTED
 from tests.lib.brood import Brood
@@ -176,7 +176,6 @@ def test_descriptions_and_mappings_share_a_deleted_file(brood: Brood, bulk: Bulk
         os.write(fd, b'content')
         return [fd, os.open('gone', os.O_RDONLY), Path('gone').unlink() or 0]
     pid, (write, read, _) = brood.ask(work)
-    from ckptd.kinds.base import read_open_file
     files = [saved_of(read_open_file(pid, fd), bulk, fd) for fd in (write, read)]
     job = restart()
     writer, reader = map(job.whole, files)
