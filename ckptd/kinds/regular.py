@@ -97,12 +97,12 @@ class RegularKind(Kind[Regular], tag='regular'):
         # opening a leased file breaks the lease
         if not written or file.magic in statfs.MADE_UP or any(lock.kind == LEASE for lock in locks):
             return 0, (), b''
+        segments = content.save(file) if isinstance(content, SavingContent) else None
         try:
             with file.reopen(os.O_RDONLY) as fd:
                 tail = digest_tail(fd, file.stat.st_size)
-            segments = content.save(file) if isinstance(content, SavingContent) else None
         except PermissionError:
-            return 0, (), b''
+            tail = b''
         return int(segments is not None), segments or (), tail
 
     # ------------------------------------------------------------ restart
@@ -174,7 +174,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         restore_locks(record.locks, record.path, saved, fd, ctx)
 
     def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
-        if ctx.changed_files == 'rollback' and record.tail and not record.deleted:
+        if ctx.changed_files == 'rollback' and (record.tail or record.is_saved):
             roll_back(record.path, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
 
 
