@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Named files that the tree writes, kept as they are at the freeze: checkpoint --save-files."""
 
-import os
 from typing import NamedTuple
 
 from ckptd.image.files import spooling
 from ckptd.image.pages import DataWriter
 from ckptd.kernel.copyrange import copy_range
 from ckptd.kinds.base import OpenFile
-from ckptd.kinds.content import Segment, data_ranges
+from ckptd.kinds.content import Segment, data_ranges, open_quietly
 
 Inode = tuple[int, int]
 
@@ -56,7 +55,7 @@ class SavedFiles:
         return self._done[key]
 
     def _save(self, file: OpenFile) -> tuple[Segment, ...] | None:
-        with file.reopen(os.O_RDONLY) as fd:
+        with open_quietly(file) as fd:
             ranges = list(data_ranges(fd, file.stat.st_size))
             size = sum(end - start for start, end in ranges)
             if size > self._room:

@@ -13,7 +13,7 @@ from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, opening
-from ckptd.kinds.content import Segment, dump_content, set_owner
+from ckptd.kinds.content import Segment, dump_content, open_quietly, set_owner
 from ckptd.kinds.deleted import deleted_file, deleted_obstacles, open_nameless
 from ckptd.kinds.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
 from ckptd.kinds.rollback import SavingContent, digest_tail, only_appended, roll_back
@@ -99,7 +99,7 @@ class RegularKind(Kind[Regular], tag='regular'):
             return 0, (), b''
         segments = content.save(file) if isinstance(content, SavingContent) else None
         try:
-            with file.reopen(os.O_RDONLY) as fd:
+            with open_quietly(file) as fd:
                 tail = digest_tail(fd, file.stat.st_size)
         except PermissionError:
             tail = b''

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A timerfd: a timer that is read, timerfd_create(2)."""
 
-import errno
 import os
 import time
 
@@ -53,15 +52,17 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
                        setting.value, now)
 
     def restore(self, record: Timerfd, saved: SavedFile, ctx: Restoring) -> int:
-        fd = timerfd_create(record.clock, TFD_CLOEXEC | saved.flags & os.O_NONBLOCK)
+        fd = -1
         try:
+            fd = timerfd_create(record.clock, TFD_CLOEXEC | saved.flags & os.O_NONBLOCK)
             self._arm(record, fd)
             if record.ticks:
                 set_ticks(fd, record.ticks)
         except OSError as error:
-            os.close(fd)
-            raise CkptError(f'a timerfd cannot be set: {error.strerror}', errno=error.errno or errno.EIO,
-                            resource=saved.link) from error
+            if fd >= 0:
+                os.close(fd)
+            raise CkptError(f'a timerfd of clock {record.clock} cannot be set again: {error.strerror}',
+                            errno=error.errno, resource=saved.link) from error
         return fd
 
     def _arm(self, record: Timerfd, fd: int) -> None:

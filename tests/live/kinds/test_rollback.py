@@ -312,6 +312,13 @@ def test_files_are_saved_once_and_within_the_limit(brood: Brood, data: DataWrite
     assert data.size < 3 * MIB
 
 
+def test_reading_leaves_the_time_of_access(brood: Brood, bulk: Bulk, path: Path) -> None:
+    os.utime(path, ns=(10**9, 2 * 10**9))       # relatime: a read would set it
+    saved = saved_of(read_open_file(*brood.ask(lambda: os.open(path, os.O_RDWR))), bulk)
+    assert decoded(saved).tail
+    assert path.stat().st_atime_ns == 10**9
+
+
 def test_nothing_is_saved_unless_it_is_asked_for(brood: Brood, data: DataWriter, path: Path) -> None:
     file = read_open_file(*brood.ask(lambda: os.open(path, os.O_RDWR)))
     saved = SavedFiles(data, 0)
