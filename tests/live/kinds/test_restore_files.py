@@ -74,6 +74,12 @@ def test_file_of_a_process_is_opened_late(saved: Saved, restart: Start) -> None:
     assert BY_TAG[one.kind].late(decoded(one), one)
 
 
+def test_directory_of_a_process_is_opened_late(saved: Saved, restart: Start) -> None:
+    one = saved(lambda: os.open('/proc/self/task', os.O_RDONLY))
+    assert restart().obstacles(one) == []
+    assert BY_TAG[one.kind].late(decoded(one), one)
+
+
 def make_file() -> int:
     fd = os.open('file', os.O_RDWR | os.O_CREAT)
     os.write(fd, b'hello')

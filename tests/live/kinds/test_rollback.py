@@ -13,7 +13,7 @@ from ckptd.errors import CkptError
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kernel.copyrange import copy_range, zero_range
+from ckptd.kernel.copyrange import copy_range, copy_with_holes, zero_range
 from ckptd.kinds.base import OpenFile, read_open_file
 from ckptd.kinds.content import Segment, dump_content
 from tests.lib.brood import Brood, libc
@@ -345,3 +345,18 @@ def test_copies_by_the_kernel(tmp_path: Path) -> None:
             assert other.read_bytes() == bytes(8192) + b'x' * 808 + bytes(10) + b'x' * 3182
     finally:
         other.unlink()
+
+
+@pytest.mark.parametrize('size', [0, 6 * MIB, 20 * MIB], ids=['new', 'shorter', 'longer'])
+def test_copies_with_holes(tmp_path: Path, size: int) -> None:
+    one, other = tmp_path / 'one', tmp_path / 'other'
+    with one.open('w+b') as source, other.open('w+b') as target:
+        os.pwrite(source.fileno(), b'a' * 5000, MIB)
+        os.pwrite(source.fileno(), b'b' * MIB, 4 * MIB)
+        os.ftruncate(source.fileno(), 9 * MIB)
+        os.pwrite(target.fileno(), b'z' * size, 0)
+        assert copy_with_holes(source.fileno(), 4096, 9 * MIB, target.fileno(), 8192) == 9 * MIB - 4096
+        os.ftruncate(target.fileno(), 9 * MIB + 4096)
+        expected, found = one.read_bytes()[4096:], other.read_bytes()
+        assert found == b'z' * min(size, 8192) + bytes(8192 - min(size, 8192)) + expected
+        assert other.stat().st_blocks * 512 < 2 * MIB
