@@ -100,7 +100,7 @@ class Restoring(Looking, Protocol):
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
-        restart. Not to be returned by `restore`: open_again() of it is."""
+        restart. Not to be returned by `restore`: open_again() of it is. The number may be another than `make` gave."""
         ...
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:

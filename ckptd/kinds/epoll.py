@@ -10,7 +10,7 @@ import errno
 from collections import Counter
 from collections.abc import Iterator
 
-from ckptd.errors import NotSupported
+from ckptd.errors import CkptError, NotSupported
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.epoll import EPOLL_CLOEXEC, EPOLL_CTL_ADD, Target, epoll_create1, pack_event, parse_target
@@ -67,8 +67,11 @@ class EpollKind(Kind[Epoll], tag='epoll'):
         for watch in record.watches:
             # processes that share a table of fds are one of them there
             vpid = watch.vpid if watch.vpid in known else holders[0][0]
-            event = pack_event(watch.events, watch.data)
-            ctx.call(vpid, 'epoll_ctl', known[vpid], EPOLL_CTL_ADD, watch.fd, event)
+            try:
+                ctx.call(vpid, 'epoll_ctl', known[vpid], EPOLL_CTL_ADD, watch.fd, pack_event(watch.events, watch.data))
+            except OSError as error:
+                raise CkptError(f'an epoll instance cannot watch fd {watch.fd} of process {vpid} again: '
+                                f'{error.strerror}', errno=error.errno, resource=saved.link) from error
 
 
 def _targets(file: OpenFile) -> Iterator[tuple[Target, int]]:

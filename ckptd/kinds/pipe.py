@@ -7,7 +7,6 @@ The base is closed with the restart: an end whose other ends were outside of the
 
 import errno
 import fcntl
-import functools
 import os
 import select
 import stat
@@ -88,10 +87,11 @@ def dump_pipe_data(file: OpenFile, fd: int, content: Content) -> tuple[tuple[Ext
 
 def make_pipe(key: Key, ctx: Restoring) -> int:
     """Both ends of a new pipe as one description; the two of pipe(2) are kept for the first that ask for them."""
-    ends = os.pipe2(os.O_CLOEXEC)
-    for mode, end in zip((os.O_RDONLY, os.O_WRONLY), ends, strict=True):
-        ctx.once((*key, 'first', mode), functools.partial(int, end))
-    return open_again(ends[0], os.O_RDWR | os.O_NONBLOCK)
+    read, write = os.pipe2(os.O_CLOEXEC)
+    base = open_again(read, os.O_RDWR | os.O_NONBLOCK)
+    ctx.once((*key, 'first', os.O_RDONLY), lambda: read)
+    ctx.once((*key, 'first', os.O_WRONLY), lambda: write)
+    return base
 
 
 def set_capacity(fd: int, capacity: int) -> None:

@@ -2,6 +2,7 @@
 """eventfds, epolls, timerfds and signalfds: what they hold, what they watch, what was missed meanwhile."""
 
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ckptd.errors import NotSupported
+from ckptd.errors import CkptError, NotSupported
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import timerfd
 from ckptd.kernel.epoll import Target, parse_target
@@ -233,6 +234,18 @@ def test_watch_of_another_process(brood: Brood, bulk: Bulk, restart: Start, monk
     monkeypatch.setattr(job, 'call', lambda *arguments: asked.append(arguments[:5]))
     job.finish(saved, fd)
     assert asked == [(child, 'epoll_ctl', 4, 1, event)]
+
+
+def test_watch_that_cannot_be_added(bulk: Bulk, restart: Start) -> None:
+    epoll, event = libc.epoll_create1(0), os.eventfd(1)
+    watch(epoll, event, select.EPOLLIN)
+    job = restart()
+    saved = save_own([epoll, event], bulk, job)
+    fd = job.restore(saved[epoll], at=epoll)
+    os.close(event)
+    with pytest.raises(CkptError, match=f'cannot watch fd {event} of process') as caught:
+        job.finish(saved[epoll], fd)
+    assert caught.value.errno == errno.EBADF
 
 
 def test_row_of_fdinfo() -> None:

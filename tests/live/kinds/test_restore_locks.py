@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Locks taken again: another process finds them taken, and one that somebody else has now is an error that says so."""
 
+import errno
 import fcntl
 import os
 import struct
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.errors import Busy, NotSupported
+from ckptd.errors import Busy, CkptError, NotSupported
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kinds.base import read_open_file
 from ckptd.kinds.locks import F_OFD_GETLK, F_OFD_SETLK
@@ -133,6 +134,18 @@ def test_lock_of_a_process_without_an_fd(first: First, bulk: Bulk, restart: Star
     monkeypatch.setattr(job, 'holders', lambda file_id: [(1, fd), (2, fd)])
     with pytest.raises(NotSupported, match='has a lock and no longer an fd'):
         job.finish(saved, fd)
+
+
+def test_lock_that_cannot_be_taken(first: First, bulk: Bulk, restart: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> int:
+        raise OSError(errno.ENOLCK, 'No locks available')
+    saved = first(posix, bulk)
+    job = restart()
+    fd = job.restore(saved)
+    monkeypatch.setattr(job, 'call', no_locks)
+    with pytest.raises(CkptError, match='cannot be locked again') as caught:
+        job.finish(saved, fd)
+    assert caught.value.errno == errno.ENOLCK
 
 
 def test_file_that_cannot_be_looked_into(first: First, bulk: Bulk, restart: Start,
