@@ -81,7 +81,9 @@ class _Check:
 
     def _verdict(self, file: OpenFile) -> _Verdict:
         key = (file.link, file.stat.st_dev, file.stat.st_ino, file.stat.st_rdev, file.stat.st_mode, file.flags,
-               tuple(file.info.fields.get('lock', ())))
+               tuple(file.info.fields.get('lock', ())),
+               # of what watches fds it counts whose those are
+               file.proc_path if 'tfd' in file.info.fields else '')
         if key not in self._verdicts:
             kind = kind_of(file)
             self._verdicts[key] = _Verdict(kind.refusals(file) + _lost_locks(kind, file), kind.endpoint(file))

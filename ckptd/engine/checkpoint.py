@@ -117,11 +117,13 @@ class Checkpoint:
             deaths.check()
             self._channel.progress(tasks_done, tasks, bytes_done, size)
 
-        dump = Dump(tree, frozen.tracees, picture, cgroups, writer.data, report)
+        dump = Dump(tree, frozen.tracees, picture, cgroups, writer.data, report,
+                    self._request.save_limit if self._request.save_files else 0)
         with ExitStack() as undo:
             undo.push(dump)
             try:
                 dump.read_state()
+                self._warnings += dump.unsaved
                 self._channel.phase('memory')
                 with self._clock.measure('memdump'):
                     dump.read_memory()

@@ -26,7 +26,7 @@ from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
-from ckptd.errors import NotSupported, TreeChanged
+from ckptd.errors import NotSupported, Refusal, TreeChanged
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
@@ -53,13 +53,14 @@ class _Ids:
 
 
 class Dump:
-    """One dump. cgroups: path by tgid as it was before the freeze. Nothing here changes the tree.
+    """One dump. cgroups: path by tgid as it was before the freeze. save_limit: bytes of files open for writing that are
+    kept. Nothing here changes the tree.
 
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: Picture, cgroups: Mapping[int, str],
-                 data: DataWriter, report: Report) -> None:
+                 data: DataWriter, report: Report, save_limit: int = 0) -> None:
         self.tree, self._picture = tree, picture
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
         self._data = data
@@ -73,7 +74,7 @@ class Dump:
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
         self._memory = MemoryDump()
-        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids)
+        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids, save_limit)
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +89,14 @@ class Dump:
     @property
     def pages_written(self) -> int:
         return self._memory.pages_written
+
+    @property
+    def unsaved(self) -> list[Refusal]:
+        """A warning for each file that was to be saved and is not."""
+        return [Refusal(file.pid, self.tree[file.tid].comm, f'fd {file.fd}', errno,
+                        f'{file.path} is not saved: it {why}',
+                        'checkpoint with a higher --save-limit, and as a user who may read it', 'warning')
+                for file, errno, why in self._files.saved.unsaved]
 
     # ------------------------------------------------------------ state
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ckptd.engine.savefiles import SavedFiles
 from ckptd.engine.sharing import Sharing
 from ckptd.engine.vmas import Objects
 from ckptd.image import records
@@ -17,10 +18,12 @@ from ckptd.kinds.registry import kind_of
 
 
 class _Content:
-    """Bulk bytes go to the data part; shared memory goes with the address spaces that map it."""
+    """Bulk bytes go to the data part, and so do named files that are to be saved; shared memory goes with the address
+    spaces that map it."""
 
-    def __init__(self, data: DataWriter, objects: Objects) -> None:
+    def __init__(self, data: DataWriter, objects: Objects, saved: SavedFiles) -> None:
         self._data, self._objects = data, objects
+        self.written, self.save = saved.written, saved.save
 
     def add(self, chunks: Iterable[bytes]) -> Extent:
         return self._data.add(chunks)
@@ -30,10 +33,12 @@ class _Content:
 
 
 class FileDump:
-    """Descriptions and tables of a tree. ids: vpid (of a task or a group) by pid, for the owners of signals."""
+    """Descriptions and tables of a tree. ids: vpid (of a task or a group) by pid, for the owners of signals.
+    save_limit: bytes of named files to keep."""
 
-    def __init__(self, data: DataWriter, objects: Objects, ids: Mapping[int, int]) -> None:
-        self._content = _Content(data, objects)
+    def __init__(self, data: DataWriter, objects: Objects, ids: Mapping[int, int], save_limit: int = 0) -> None:
+        self.saved = SavedFiles(data, save_limit)
+        self._content = _Content(data, objects, self.saved)
         self._ids = ids
         # who has the same flags, position and inode may have the same description; kcmp(2) tells
         self._sharing = Sharing[tuple[int, int]](lambda a, b: kcmp_file(*a, *b))
@@ -46,6 +51,7 @@ class FileDump:
         self._tables.append(records.FdTable(files_id, tuple(self._enter(file) for file in files)))
 
     def _enter(self, file: OpenFile) -> records.Fd:
+        self.saved.enter(file)
         cloexec = int(bool(file.flags & os.O_CLOEXEC))
         flags = file.flags & ~os.O_CLOEXEC
         key = (file.stat.st_dev, file.stat.st_ino, flags, file.info.pos)

@@ -75,3 +75,33 @@ def zero_range(fd: int, start: int, end: int) -> None:
             raise
     while start < end:
         start += os.pwrite(fd, bytes(min(_ZEROS, end - start)), start)
+
+
+def copy_with_holes(source: int, start: int, length: int, target: int, offset: int) -> int:
+    """As copy_range, and a hole of the source is one of the target, too, whatever was there."""
+    if length and clone_range(source, start, length, target, offset):
+        return length
+    at, end = start, min(start + length, os.fstat(source).st_size)
+    while at < end:
+        data, stop = _next_data(source, at, end)
+        _make_hole(target, offset + at - start, offset + data - start)
+        copy_range(source, data, stop - data, target, offset + data - start)
+        at = stop
+    return end - start
+
+
+def _next_data(fd: int, at: int, end: int) -> tuple[int, int]:
+    """[start, end) of the next data from `at` on, lseek(2); empty at `end` if there is none."""
+    try:
+        data = os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return end, end
+    return (data, min(os.lseek(fd, data, os.SEEK_HOLE), end)) if data < end else (end, end)
+
+
+def _make_hole(fd: int, start: int, end: int) -> None:
+    size = os.fstat(fd).st_size
+    if start < min(end, size):
+        zero_range(fd, start, min(end, size))

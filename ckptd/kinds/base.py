@@ -21,6 +21,7 @@ and of a restart, where `saved` is what every kind has in common of the file (im
 import errno
 import fcntl
 import os
+import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -49,6 +50,7 @@ F_GETOWNER_UIDS = 17        # uid_t[2], with CONFIG_CHECKPOINT_RESTORE
 _OWNER = struct.Struct('=ii')
 _UIDS = struct.Struct('=II')
 
+_OF_PROCESS = re.compile(r'/proc/\d+(/|$)')
 _TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
 # what open(2) of a magic link stumbles over: it is a link; and O_ASYNC comes by F_SETFL only, open(2)
 _NOT_AGAIN = os.O_NOFOLLOW | os.O_ASYNC | os.O_CREAT | os.O_EXCL | os.O_TRUNC
@@ -98,7 +100,7 @@ class Restoring(Looking, Protocol):
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
-        restart. Not to be returned by `restore`: open_again() of it is."""
+        restart. Not to be returned by `restore`: open_again() of it is. The number may be another than `make` gave."""
         ...
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
@@ -131,6 +133,11 @@ def open_again(fd: int, flags: int) -> int:
 def opening(flags: int) -> int:
     """Flags of an open file as open(2) takes them to open an existing one: O_TMPFILE, which stays on, makes a file."""
     return flags & ~(os.O_TMPFILE if flags & _TMPFILE else 0)
+
+
+def of_process(path: str) -> bool:
+    """/proc/PID or below it: there once the process is."""
+    return bool(_OF_PROCESS.match(path))
 
 
 def access_of(flags: int) -> int:

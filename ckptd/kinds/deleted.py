@@ -22,7 +22,7 @@ TRIES = 100
 def home_of(path: str, looking: Looking) -> str:
     """The directory that a deleted file is made in again: its own, or the next one above that is still there and may be
     written; '' if there is none."""
-    for parent in PurePath(path).parents:
+    for parent in PurePath(path).parents if path.startswith('/') else ():
         found = looking.lstat(str(parent))
         if found and stat.S_ISDIR(found.st_mode) and looking.may(str(parent), os.W_OK | os.X_OK):
             return str(parent)

@@ -7,7 +7,7 @@ import stat
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, opening
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, of_process, opening
 from ckptd.kinds.locks import Lock, read_locks, restore_locks
 
 
@@ -39,7 +39,12 @@ class DirectoryKind(Kind[Directory], tag='directory'):
         of = file.stat
         return Directory(file.path, of.st_dev, of.st_ino, of.st_mode, read_locks(file))
 
+    def late(self, record: Directory, saved: SavedFile) -> bool:
+        return of_process(record.path)
+
     def obstacles(self, record: Directory, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if self.late(record, saved):
+            return []       # what it belongs to is yet to be made
         found = looking.lstat(record.path)
         if found is None:
             return [Reason('ENOENT', f'{record.path} is missing', 'make the directory again')]

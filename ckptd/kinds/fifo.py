@@ -72,7 +72,13 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             base = _make_deleted(record, saved, ctx) if record.deleted else _open(record, ctx)
             set_capacity(base, record.capacity)
             return base
-        return restore_end(_key(record), make, saved.flags, ctx)
+        fd = restore_end(_key(record), make, saved.flags, ctx)
+        # what others wrote meanwhile came after what was in it then, and cannot be put behind it
+        if record.data and pipe.bytes_in(fd):
+            os.close(fd)
+            raise Busy(f'{record.path} is in use: somebody else\'s data is in it', resource=record.path,
+                       hint='read it empty, or end the programs that have it open')
+        return fd
 
     def finish(self, record: Fifo, saved: SavedFile, fd: int, ctx: Restoring) -> None:
         fill(_key(record), fd, record.data, record.lengths, record.path, ctx)
@@ -85,15 +91,9 @@ def _key(record: Fifo) -> Key:
 def _open(record: Fifo, ctx: Restoring) -> int:
     """Both ends of the FIFO that is there."""
     base = ctx.open(record.path, os.O_RDWR | os.O_NONBLOCK)
-    problem = None
     if not stat.S_ISFIFO(os.fstat(base).st_mode):
-        problem = CkptError(f'{record.path} is no FIFO any more', errno=errno.ESTALE, resource=record.path)
-    elif pipe.bytes_in(base):
-        problem = Busy(f'{record.path} is in use: somebody else\'s data is in it', resource=record.path,
-                       hint='read it empty, or end the programs that have it open')
-    if problem:
         os.close(base)
-        raise problem
+        raise CkptError(f'{record.path} is no FIFO any more', errno=errno.ESTALE, resource=record.path)
     return base
 
 

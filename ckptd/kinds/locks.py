@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Sequence
 
-from ckptd.errors import Busy, NotSupported
+from ckptd.errors import Busy, CkptError, NotSupported
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.fdinfo import read_fdinfo
@@ -102,7 +102,8 @@ def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, c
                 _take(lock, fd)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+                raise CkptError(f'{path} cannot be locked again: {error.strerror}', errno=error.errno,
+                                resource=path) from error
             raise Busy(f'{path} is locked by somebody else', resource=path,
                        hint='end the program that has it locked, or wait for it') from error
 

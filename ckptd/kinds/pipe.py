@@ -7,7 +7,6 @@ The base is closed with the restart: an end whose other ends were outside of the
 
 import errno
 import fcntl
-import functools
 import os
 import select
 import stat
@@ -88,10 +87,11 @@ def dump_pipe_data(file: OpenFile, fd: int, content: Content) -> tuple[tuple[Ext
 
 def make_pipe(key: Key, ctx: Restoring) -> int:
     """Both ends of a new pipe as one description; the two of pipe(2) are kept for the first that ask for them."""
-    ends = os.pipe2(os.O_CLOEXEC)
-    for mode, end in zip((os.O_RDONLY, os.O_WRONLY), ends, strict=True):
-        ctx.once((*key, 'first', mode), functools.partial(int, end))
-    return open_again(ends[0], os.O_RDWR | os.O_NONBLOCK)
+    read, write = os.pipe2(os.O_CLOEXEC)
+    base = open_again(read, os.O_RDWR | os.O_NONBLOCK)
+    ctx.once((*key, 'first', os.O_RDONLY), lambda: read)
+    ctx.once((*key, 'first', os.O_WRONLY), lambda: write)
+    return base
 
 
 def set_capacity(fd: int, capacity: int) -> None:
@@ -148,7 +148,7 @@ def fill(key: Key, fd: int, data: Sequence[Extent], lengths: Sequence[int], link
         try:
             # several lengths are packets: pipe.peek gives what else there is in one piece
             packets = ctx.once((*key, 'packets'), lambda: _writer(fd, packets=len(lengths) > 1))
-            for chunk in _chunks(data, lengths, link, ctx):
+            for chunk in _chunks(data, lengths, pipe.capacity(fd), link, ctx):
                 # a packet has PIPE_BUF bytes at most, pipe(7), so a longer one is none
                 _write(packets if len(chunk) <= select.PIPE_BUF else plain, chunk, link)
         except BaseException:
@@ -167,9 +167,12 @@ def _write(fd: int, chunk: bytes, link: str) -> None:
         raise CkptError(f'{link} does not take all that was in it', errno=errno.ENOSPC, resource=link)
 
 
-def _chunks(data: Sequence[Extent], lengths: Sequence[int], link: str, ctx: Restoring) -> Iterator[bytes]:
-    if sum(extent.length for extent in data) != sum(lengths):
+def _chunks(data: Sequence[Extent], lengths: Sequence[int], room: int, link: str, ctx: Restoring) -> Iterator[bytes]:
+    size = sum(lengths)
+    if sum(extent.length for extent in data) != size:
         raise ImageDamaged(f'{link}: its content has not the length of its packets', resource=link)
+    if size > room:
+        raise ImageDamaged(f'{link}: a pipe of {room:,} bytes does not have {size:,} in it', resource=link)
     content = b''.join(ctx.pread(extent, extent.length, 0) for extent in data)
     at = 0
     for length in lengths:

@@ -3,7 +3,6 @@
 
 import errno
 import os
-import re
 import stat
 
 from ckptd.errors import CkptError
@@ -12,8 +11,8 @@ from ckptd.image.identity import MISSING, Identity, changes
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, opening
-from ckptd.kinds.content import Segment, dump_content, set_owner
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, of_process, opening
+from ckptd.kinds.content import Segment, dump_content, open_quietly, set_owner
 from ckptd.kinds.deleted import deleted_file, deleted_obstacles, open_nameless
 from ckptd.kinds.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
 from ckptd.kinds.rollback import SavingContent, digest_tail, only_appended, roll_back
@@ -21,7 +20,6 @@ from ckptd.kinds.rollback import SavingContent, digest_tail, only_appended, roll
 # regular by their mode, and yet no files with a name and content
 _NOT_FILES = {statfs.ANON_INODE_FS_MAGIC, statfs.HUGETLBFS_MAGIC, statfs.MQUEUE_MAGIC, statfs.NSFS_MAGIC,
               statfs.PID_FS_MAGIC, statfs.SECRETMEM_MAGIC}
-_OF_PROCESS = re.compile(r'/proc/\d+/')
 _VERBS = {os.R_OK: 'read', os.W_OK: 'written', os.R_OK | os.W_OK: 'read and written'}
 
 
@@ -59,7 +57,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         if not file.reachable:
             return [Reason('ENOENT', f'{file.path} is another file now, or covered by a mount',
                            'a restart opens files by path: uncover the mount or put the file back', 'warning')]
-        if file.magic == statfs.PROC_SUPER_MAGIC and _OF_PROCESS.match(file.path):
+        if file.magic == statfs.PROC_SUPER_MAGIC and of_process(file.path):
             return [Reason('ENOENT', f'{file.path} belongs to a process',
                            'a restart needs a process with that pid', 'warning')]
         return []
@@ -97,12 +95,12 @@ class RegularKind(Kind[Regular], tag='regular'):
         # opening a leased file breaks the lease
         if not written or file.magic in statfs.MADE_UP or any(lock.kind == LEASE for lock in locks):
             return 0, (), b''
+        segments = content.save(file) if isinstance(content, SavingContent) else None
         try:
-            with file.reopen(os.O_RDONLY) as fd:
+            with open_quietly(file) as fd:
                 tail = digest_tail(fd, file.stat.st_size)
-            segments = content.save(file) if isinstance(content, SavingContent) else None
         except PermissionError:
-            return 0, (), b''
+            tail = b''
         return int(segments is not None), segments or (), tail
 
     # ------------------------------------------------------------ restart
@@ -150,7 +148,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         return 'its content was not saved, and it was not only appended to'
 
     def late(self, record: Regular, saved: SavedFile) -> bool:
-        return record.file_system == statfs.PROC_SUPER_MAGIC and bool(_OF_PROCESS.match(record.path))
+        return record.file_system == statfs.PROC_SUPER_MAGIC and of_process(record.path)
 
     def restore(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
         if record.deleted:
@@ -174,7 +172,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         restore_locks(record.locks, record.path, saved, fd, ctx)
 
     def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
-        if ctx.changed_files == 'rollback' and record.tail and not record.deleted:
+        if ctx.changed_files == 'rollback' and (record.tail or record.is_saved):
             roll_back(record.path, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
 
 

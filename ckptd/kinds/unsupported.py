@@ -20,11 +20,10 @@ from ckptd.kinds.tty import PTMX
 # anon_inode_getfile() and its like
 _ANON_INODES = {
     'bpf-map': 'a BPF map', 'bpf-prog': 'a BPF program', 'bpf_link': 'a BPF link', 'bpf_iter': 'a BPF iterator',
-    'btf': 'a BPF type description (BTF)', 'eventfd': 'an eventfd', 'eventpoll': 'an epoll instance',
-    'fanotify': 'a fanotify group', 'fscontext': 'a file system context (fsopen)', 'inotify': 'an inotify instance',
-    'io_uring': 'an io_uring', 'kvm-vcpu': 'a KVM virtual CPU', 'kvm-vm': 'a KVM virtual machine',
-    'landlock-ruleset': 'a Landlock ruleset', 'perf_event': 'a perf event', 'pidfd': 'a pidfd',
-    'seccomp notify': 'a seccomp listener', 'signalfd': 'a signalfd', 'timerfd': 'a timerfd',
+    'btf': 'a BPF type description (BTF)', 'fanotify': 'a fanotify group',
+    'fscontext': 'a file system context (fsopen)', 'inotify': 'an inotify instance', 'io_uring': 'an io_uring',
+    'kvm-vcpu': 'a KVM virtual CPU', 'kvm-vm': 'a KVM virtual machine', 'landlock-ruleset': 'a Landlock ruleset',
+    'perf_event': 'a perf event', 'pidfd': 'a pidfd', 'seccomp notify': 'a seccomp listener',
     'userfaultfd': 'a userfaultfd',
 }
 _BY_MAGIC = {
@@ -58,7 +57,7 @@ class Unsupported(Kind[Struct], tag='unsupported'):
 
 
 def describe(file: OpenFile) -> str:
-    """What it is, for people: 'an eventfd', 'a listening IPv4 stream socket'."""
+    """What it is, for people: 'an io_uring', 'a listening IPv4 stream socket'."""
     if file.is_path:
         return 'an O_PATH reference'
     if file.link.startswith('anon_inode:'):

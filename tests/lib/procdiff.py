@@ -19,6 +19,8 @@ from pathlib import Path
 COUNTERS = frozenset({'VmPeak', 'VmHWM', 'VmRSS', 'RssAnon', 'RssFile', 'RssShmem', 'VmSwap', 'VmPTE',
                       'voluntary_ctxt_switches', 'nonvoluntary_ctxt_switches', 'THP_enabled', 'SigQ'})
 MOVING = frozenset({'State', 'SigPnd', 'ShdPnd', 'SigBlk', 'VmSize', 'VmData', 'VmStk', 'VmLck'})
+# of a timerfd the time that is left; the number of an eventfd
+FILES_OWN = frozenset({'it_value', 'eventfd-id'})
 # names of the smaps flags that the kernel sets by itself: soft-dirty
 KERNELS_OWN = {'sd'}
 
@@ -111,7 +113,9 @@ def _add_files(picture: Picture, pid: int, moving: bool) -> None:
                 picture.add(pid, 'fd', entry.name, str(entry.readlink()))
                 for line in _lines(Path(f'/proc/{pid}/fdinfo/{entry.name}')):
                     name, _, value = line.partition(':')
-                    if not (moving and name == 'pos'):
+                    if name == 'tfd':       # a row for each file that an epoll watches, in no order
+                        name, value = f'tfd {" ".join(value.split()[:5])}', ''
+                    if not (moving and name == 'pos') and name not in FILES_OWN:
                         picture.add(pid, f'fd {entry.name}', name, value.strip())
 
 

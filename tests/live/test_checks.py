@@ -408,7 +408,7 @@ def test_replaced_mapped_file_is_a_warning(brood: Brood, tmp_path: Path) -> None
 def test_every_refusal_of_every_task_at_once(brood: Brood) -> None:
     def root() -> list[int]:
         pair = socket.socketpair()
-        fds = [pair[0].detach(), libc.eventfd(0, 0)]
+        fds = [pair[0].detach(), libc.inotify_init1(0)]
         pair[1].detach()
         return [*fds, brood.fork(allow_everything)]
     pid, (sock, event, child) = brood.ask(root)
@@ -460,7 +460,7 @@ def test_thread_with_its_own_fd_table(brood: Brood) -> None:
 
         def thread() -> None:
             assert libc.unshare(0x400) == 0     # CLONE_FILES
-            found.append(libc.eventfd(0, 0))
+            found.append(libc.inotify_init1(0))
             started.set()
             brood.wait()
         threading.Thread(target=thread, daemon=True).start()

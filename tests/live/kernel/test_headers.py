@@ -26,7 +26,8 @@ pytestmark = pytest.mark.needs('gcc')
 
 INCLUDES = (
     'stddef.h', 'stdio.h', 'elf.h', 'sys/user.h', 'asm/statfs.h', 'linux/fcntl.h', 'asm/socket.h', 'linux/memfd.h',
-    'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/falloc.h',
+    'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/eventpoll.h', 'linux/falloc.h',
+    'linux/timerfd.h',
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/magic.h', 'linux/netlink.h', 'linux/pidfd.h', 'linux/prctl.h',
     'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h', 'linux/signal.h',

@@ -98,7 +98,10 @@ class Restart:
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         if key not in self._once:
-            self._once[key] = make()
+            made = make()
+            # to another number, as the engine does
+            self._once[key] = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, 500)
+            os.close(made)
         return self._once[key]
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:

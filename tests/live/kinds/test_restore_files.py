@@ -13,7 +13,7 @@ import pytest
 from ckptd.errors import CkptError, NotSupported
 from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kinds.base import OpenFile
+from ckptd.kinds.base import OpenFile, read_open_file
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG, KINDS, UNSUPPORTED
 from tests.lib.brood import Brood
@@ -71,6 +71,12 @@ def test_file_of_proc(saved: Saved, restart: Start) -> None:
 def test_file_of_a_process_is_opened_late(saved: Saved, restart: Start) -> None:
     one = saved(lambda: os.open('/proc/self/status', os.O_RDONLY))
     assert restart().obstacles(one) == []       # who knows whether that process is yet to be made
+    assert BY_TAG[one.kind].late(decoded(one), one)
+
+
+def test_directory_of_a_process_is_opened_late(saved: Saved, restart: Start) -> None:
+    one = saved(lambda: os.open('/proc/self/task', os.O_RDONLY))
+    assert restart().obstacles(one) == []
     assert BY_TAG[one.kind].late(decoded(one), one)
 
 
@@ -176,7 +182,6 @@ def test_descriptions_and_mappings_share_a_deleted_file(brood: Brood, bulk: Bulk
         os.write(fd, b'content')
         return [fd, os.open('gone', os.O_RDONLY), Path('gone').unlink() or 0]
     pid, (write, read, _) = brood.ask(work)
-    from ckptd.kinds.base import read_open_file
     files = [saved_of(read_open_file(pid, fd), bulk, fd) for fd in (write, read)]
     job = restart()
     writer, reader = map(job.whole, files)

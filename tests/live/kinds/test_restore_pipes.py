@@ -132,6 +132,17 @@ def test_image_that_lies_about_lengths(bulk: Bulk, restart: Start) -> None:
         job.finish(lying, fd)
 
 
+def test_image_that_has_more_than_fits(bulk: Bulk, restart: Start) -> None:
+    read, write = os.pipe()
+    os.write(write, b'x' * 8192)
+    saved = save_all((read, write), bulk)[0]
+    job = restart()
+    fd = job.restore(saved)
+    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 4096)
+    with pytest.raises(CkptError, match='does not have 8,192 in it'):
+        job.finish(saved, fd)
+
+
 # ---------------------------------------------------------------- FIFOs
 
 @pytest.fixture
@@ -182,6 +193,19 @@ def test_fifo_that_is_in_use(bulk: Bulk, restart: Start, fifo: Path) -> None:
         with pytest.raises(Busy, match='somebody else'):
             restart().restore(saved[0])
         assert os.read(others[0], 100) == b'in the queue'
+    finally:
+        for fd in others:
+            os.close(fd)
+
+
+def test_fifo_in_which_others_wrote_meanwhile(bulk: Bulk, restart: Start, fifo: Path) -> None:
+    read, write = ends_of(fifo)
+    os.read(read, 100)
+    saved = save_all((read, write), bulk)
+    others = ends_of(fifo)
+    try:
+        fds = bring_back(restart(), saved)
+        assert os.read(fds[0], 100) == b'in the queue'
     finally:
         for fd in others:
             os.close(fd)

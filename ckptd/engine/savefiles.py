@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Named files that the tree writes, kept as they are at the freeze: checkpoint --save-files."""
+
+from typing import NamedTuple
+
+from ckptd.image.files import spooling
+from ckptd.image.pages import DataWriter
+from ckptd.kernel.copyrange import copy_range
+from ckptd.kinds.base import OpenFile
+from ckptd.kinds.content import Segment, data_ranges, open_quietly
+
+Inode = tuple[int, int]
+
+
+class Unsaved(NamedTuple):
+    """why: what follows the name, 'has 5,000 bytes, more than ...'."""
+    file: OpenFile
+    errno: str
+    why: str
+
+
+class SavedFiles:
+    """Data of files, each once, at most `limit` bytes in all (0: none) of what is no hole.
+
+    They go into the data part by reflink where it is on the same file system and that can, else by the kernel's copy.
+    """
+
+    def __init__(self, data: DataWriter, limit: int) -> None:
+        self._data, self._limit = data, limit
+        self._room = limit
+        self._written: set[Inode] = set()
+        self._done: dict[Inode, tuple[Segment, ...] | None] = {}
+        self.unsaved: list[Unsaved] = []
+
+    def enter(self, file: OpenFile) -> None:
+        """Take notice of a description of the tree."""
+        if file.writable:
+            self._written.add(_inode(file))
+
+    def written(self, file: OpenFile) -> bool:
+        """Whether any description of the tree may write it."""
+        return _inode(file) in self._written
+
+    def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
+        """The data of a file; None, with the reason in `unsaved`, where it is not kept. SpoolFailed."""
+        if not self._limit:
+            return None
+        key = _inode(file)
+        if key not in self._done:
+            try:
+                self._done[key] = self._save(file)
+            except PermissionError:
+                self._done[key] = None
+                self.unsaved.append(Unsaved(file, 'EACCES', 'may not be read'))
+        return self._done[key]
+
+    def _save(self, file: OpenFile) -> tuple[Segment, ...] | None:
+        with open_quietly(file) as fd:
+            ranges = list(data_ranges(fd, file.stat.st_size))
+            size = sum(end - start for start, end in ranges)
+            if size > self._room:
+                why = f'has {size:,} bytes, and {self._room:,} of the limit are left'
+                self.unsaved.append(Unsaved(file, 'EFBIG', why))
+                return None
+            self._room -= size
+            return tuple(self._copy(fd, start, end) for start, end in ranges)
+
+    def _copy(self, fd: int, start: int, end: int) -> Segment:
+        extent = self._data.reserve(end - start)
+        with spooling(self._data.path):
+            copy_range(fd, start, end - start, self._data.fileno(), extent.offset)
+        return Segment(start, extent)
+
+
+def _inode(file: OpenFile) -> Inode:
+    return file.stat.st_dev, file.stat.st_ino

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""epoll(7): an instance of our own as a plain fd, and what /proc says of another's."""
+
+import os
+import struct
+from typing import NamedTuple
+
+from ckptd.kernel.decl import c_int, libc
+
+EPOLL_CLOEXEC = os.O_CLOEXEC
+EPOLL_CTL_ADD = 1
+_EVENT = struct.Struct('=IQ')       # struct epoll_event, packed on x86-64
+
+
+@libc
+def epoll_create1(flags: c_int) -> c_int: ...
+
+
+def pack_event(events: int, data: int) -> bytes:
+    """struct epoll_event."""
+    return _EVENT.pack(events, data)
+
+
+class Target(NamedTuple):
+    """tfd: the number that it had when it was added, in the table of who added it. events: EPOLL*."""
+    tfd: int
+    events: int
+    data: int
+
+
+def parse_target(row: str) -> Target:
+    """'       5 events:       19 data:                5  pos:0 ino:e6f sdev:d', a tfd row of fdinfo."""
+    tfd, _, events, _, data, *_ = row.split()
+    return Target(int(tfd), int(events, 16), int(data, 16))

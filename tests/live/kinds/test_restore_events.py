@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""eventfds, epolls, timerfds and signalfds: what they hold, what they watch, what was missed meanwhile."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from ckptd.errors import CkptError, NotSupported
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel import timerfd
+from ckptd.kernel.epoll import Target, parse_target
+from ckptd.kernel.timerfd import Setting, timerfd_create, timerfd_gettime, timerfd_settime
+from ckptd.kinds.base import OpenFile, read_open_file
+from ckptd.kinds.epoll import Epoll, Watch, _watches
+from ckptd.kinds.eventfd import Eventfd, EventfdKind
+from ckptd.kinds.registry import kind_of
+from ckptd.kinds.timerfd import Timerfd
+from tests.lib.brood import Brood, libc
+from tests.live.kinds.conftest import Bulk, Restart, decoded, saved_of
+from tests.live.kinds.test_files import Opened
+
+Start = Callable[..., Restart]
+SECOND = 10**9
+
+
+# ---------------------------------------------------------------- eventfd
+
+COUNTERS = {'zero': 0, 'one': 1, 'beyond 32 bits': 1 << 40, 'full': (1 << 64) - 2}
+
+
+@pytest.mark.parametrize('count', COUNTERS.values(), ids=COUNTERS)
+def test_counter(opened: Opened, bulk: Bulk, restart: Start, count: int) -> None:
+    def work() -> int:
+        fd = os.eventfd(0, os.EFD_NONBLOCK)
+        os.eventfd_write(fd, count)
+        return fd
+    file = opened(work)
+    saved = saved_of(file, bulk)
+    assert decoded(saved) == Eventfd(count, 0)
+    job = restart()
+    assert job.obstacles(saved) == []
+    fd = job.whole(saved)
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) == saved.flags
+    if count:
+        assert os.eventfd_read(fd) == count
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(fd)
+
+
+def test_semaphore(opened: Opened, bulk: Bulk, restart: Start) -> None:
+    file = opened(lambda: os.eventfd(3, os.EFD_SEMAPHORE | os.EFD_NONBLOCK))
+    if kind_of(file).refusals(file):
+        pytest.skip('this kernel does not tell a semaphore')
+    fd = restart().whole(saved_of(file, bulk))
+    assert [os.eventfd_read(fd) for _ in range(3)] == [1, 1, 1]
+
+
+def test_kernel_that_does_not_tell_semaphores(opened: Opened) -> None:
+    file = opened(lambda: os.eventfd(7))
+    fields = {key: rows for key, rows in file.info.fields.items() if key != 'eventfd-semaphore'}
+    older = OpenFile(file.pid, file.tid, file.fd, file.link, file.stat, file.info._replace(fields=fields))
+    assert [reason.severity for reason in EventfdKind().refusals(older)] == ['warning']
+    assert EventfdKind().dump(older, Bulk()) == Eventfd(7, 0)
+
+
+# ---------------------------------------------------------------- epoll
+
+class Poll:
+    """An epoll instance of the test process, by number, and what it says is ready."""
+
+    def __init__(self, fd: int) -> None:
+        self._poll = select.epoll.fromfd(os.dup(fd))
+
+    def ready(self) -> dict[int, int]:
+        return dict(self._poll.poll(0))
+
+    def close(self) -> None:
+        self._poll.close()
+
+
+@pytest.fixture
+def polls() -> Iterator[Callable[[int], Poll]]:
+    made: list[Poll] = []
+
+    def make(fd: int) -> Poll:
+        made.append(Poll(fd))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+def watch(epoll: int, fd: int, events: int, data: int | None = None) -> None:
+    event = struct.pack('=IQ', events, fd if data is None else data)
+    assert libc.epoll_ctl(epoll, 1, fd, event) == 0
+
+
+def bring_back(job: Restart, saved: dict[int, SavedFile]) -> None:
+    """All files at the numbers that they had; then what needs the others."""
+    for number, one in saved.items():
+        job.restore(one, at=number)
+    for number, one in saved.items():
+        job.finish(one, number)
+
+
+def save_own(fds: list[int], bulk: Bulk, job: Restart) -> dict[int, SavedFile]:
+    """Records of fds of the test process, which is the restored one, too: the new files take the place of these."""
+    assert job.vpid == os.getpid()
+    return {fd: saved_of(read_open_file(os.getpid(), fd), bulk, number) for number, fd in enumerate(fds, 1)}
+
+
+def test_epoll(bulk: Bulk, restart: Start, polls: Callable[[int], Poll]) -> None:
+    epoll, event, idle, (read, write) = libc.epoll_create1(0), os.eventfd(1), os.eventfd(0), os.pipe()
+    watch(epoll, event, select.EPOLLIN)
+    watch(epoll, idle, select.EPOLLIN)
+    watch(epoll, read, select.EPOLLIN | select.EPOLLET, 1 << 50)
+    watch(epoll, write, select.EPOLLOUT)
+    before = read_open_file(os.getpid(), epoll).info.fields['tfd']
+    os.write(write, b'x')
+    job = restart()
+    saved = save_own([epoll, event, idle, read, write], bulk, job)
+    bring_back(job, saved)
+    job.close_shared()
+    after = read_open_file(os.getpid(), epoll).info.fields['tfd']
+    assert sorted(map(parse_target, after)) == sorted(map(parse_target, before))
+    assert polls(epoll).ready() == {event: select.EPOLLIN, write: select.EPOLLOUT,
+                                    ctypes.c_int(1 << 50).value: select.EPOLLIN}
+    os.eventfd_read(event)
+    assert event not in polls(epoll).ready()
+    os.eventfd_write(idle, 1)
+    assert polls(epoll).ready()[idle] == select.EPOLLIN
+
+
+def test_epoll_in_an_epoll(bulk: Bulk, restart: Start, polls: Callable[[int], Poll]) -> None:
+    outer, inner, event = libc.epoll_create1(0), libc.epoll_create1(0), os.eventfd(1)
+    watch(inner, event, select.EPOLLIN)
+    watch(outer, inner, select.EPOLLIN)
+    job = restart()
+    bring_back(job, save_own([outer, inner, event], bulk, job))
+    assert polls(outer).ready() == {inner: select.EPOLLIN}
+
+
+def test_disarmed_one_shot_stays_disarmed(bulk: Bulk, restart: Start, polls: Callable[[int], Poll]) -> None:
+    epoll, event = libc.epoll_create1(0), os.eventfd(1)
+    watch(epoll, event, select.EPOLLIN | select.EPOLLONESHOT)
+    assert polls(epoll).ready() == {event: select.EPOLLIN}
+    job = restart()
+    # the duplicate that asked for what is ready holds the old instance, and is no part of the new one
+    bring_back(job, save_own([epoll, event], bulk, job))
+    poll = polls(epoll)
+    assert poll.ready() == {}
+    assert libc.epoll_ctl(epoll, 3, event, struct.pack('=IQ', select.EPOLLIN, event)) == 0       # EPOLL_CTL_MOD
+    assert poll.ready() == {event: select.EPOLLIN}
+
+
+def closed_but_watched() -> int:
+    """The file is kept open by another number, so the epoll still watches it."""
+    epoll, event = libc.epoll_create1(0), os.eventfd(1)
+    watch(epoll, event, select.EPOLLIN)
+    os.dup(event)
+    os.close(event)
+    return epoll
+
+
+def replaced_but_watched() -> int:
+    epoll, event = libc.epoll_create1(0), os.eventfd(1)
+    watch(epoll, event, select.EPOLLIN)
+    os.dup(event)
+    os.dup2(os.eventfd(0), event)
+    return epoll
+
+
+@pytest.mark.parametrize('work', [closed_but_watched, replaced_but_watched])
+def test_what_cannot_be_added_again_is_refused(opened: Opened, bulk: Bulk, work: Callable[[], int]) -> None:
+    file = opened(work)
+    assert [(reason.severity, reason.errno) for reason in kind_of(file).refusals(file)] == [('warning', 'EBADF')]
+    with pytest.raises(NotSupported, match='no longer fd') as caught:
+        kind_of(file).dump(file, bulk)
+    assert (caught.value.task, caught.value.resource) == (file.pid, f'fd {file.fd}')
+
+
+def test_number_that_two_files_had(opened: Opened, bulk: Bulk) -> None:
+    """The epoll has two targets under one number; the one that still has it is told from the other."""
+    def work() -> list[int]:
+        epoll, event = libc.epoll_create1(0), os.eventfd(1)
+        watch(epoll, event, select.EPOLLIN, 1)
+        kept = os.dup(event)
+        os.dup2(os.eventfd(0), event)
+        watch(epoll, event, select.EPOLLIN, 2)
+        return [epoll, event, kept]
+    with Brood() as own:
+        pid, (epoll, event, _) = own.ask(work)
+        file = read_open_file(pid, epoll)
+        kind: Any = kind_of(file)
+        targets = [parse_target(row) for row in file.info.fields['tfd']]
+        assert sorted(target.data for target in targets) == [1, 2]
+        watches = []
+        for nth, target in enumerate(targets):
+            if _watches(file, pid, epoll, target, nth):
+                watches.append(target.data)
+        assert watches == [2]
+        assert [reason.reason for reason in kind.refusals(file)] == [
+            f'an epoll instance watches a file that is no longer fd {event} here']
+
+
+def test_watch_of_another_process(brood: Brood, bulk: Bulk, restart: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a child added is known by the child's number."""
+    def parent() -> list[int]:
+        epoll = libc.epoll_create1(0)
+
+        def child() -> int:
+            event = os.eventfd(1)
+            watch(epoll, event, select.EPOLLIN)
+            return event
+        return [epoll, *brood.ask(child)]
+    pid, (epoll, child, event) = brood.ask(parent)
+    alone = read_open_file(pid, epoll)
+    assert [reason.severity for reason in kind_of(alone).refusals(alone)] == ['warning']
+    file = read_open_file(pid, epoll, holders=((child, epoll),))
+    saved = saved_of(file, bulk)
+    assert decoded(saved) == Epoll((Watch(child, event, select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP, event),))
+    job, asked = restart(), []
+    fd = job.restore(saved)
+    monkeypatch.setattr(job, 'holders', lambda file_id: [(pid, 3), (child, 4)])
+    monkeypatch.setattr(job, 'call', lambda *arguments: asked.append(arguments[:5]))
+    job.finish(saved, fd)
+    assert asked == [(child, 'epoll_ctl', 4, 1, event)]
+
+
+def test_watch_that_cannot_be_added(bulk: Bulk, restart: Start) -> None:
+    epoll, event = libc.epoll_create1(0), os.eventfd(1)
+    watch(epoll, event, select.EPOLLIN)
+    job = restart()
+    saved = save_own([epoll, event], bulk, job)
+    fd = job.restore(saved[epoll], at=epoll)
+    os.close(event)
+    with pytest.raises(CkptError, match=f'cannot watch fd {event} of process') as caught:
+        job.finish(saved[epoll], fd)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_row_of_fdinfo() -> None:
+    assert parse_target('       5 events: 80000019 data:     ffffffffffff  pos:0 ino:e6f sdev:d') == Target(
+        5, 0x80000019, (1 << 48) - 1)
+
+
+# ---------------------------------------------------------------- timerfd
+
+def timer(clock: int, setting: Setting, flags: int = 0) -> Callable[[], int]:
+    def work() -> int:
+        fd = timerfd_create(clock, timerfd.TFD_NONBLOCK)
+        timerfd_settime(fd, flags, setting)
+        return fd
+    return work
+
+
+def test_timer_goes_on_with_the_time_left(opened: Opened, bulk: Bulk, restart: Start) -> None:
+    saved = saved_of(opened(timer(time.CLOCK_MONOTONIC, Setting(7 * SECOND, 1000 * SECOND))), bulk)
+    record = decoded(saved)
+    assert isinstance(record, Timerfd)
+    fd = restart().whole(saved)
+    interval, value = timerfd_gettime(fd)
+    assert interval == 7 * SECOND
+    assert record.value - 100 * SECOND < value <= record.value <= 1000 * SECOND
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) == saved.flags
+    with pytest.raises(BlockingIOError):
+        os.read(fd, 8)
+
+
+def test_timer_of_a_time_of_day(opened: Opened, bulk: Bulk, restart: Start) -> None:
+    at = time.time_ns() + 1000 * SECOND
+    saved = saved_of(opened(timer(time.CLOCK_REALTIME, Setting(0, at), timerfd.TFD_TIMER_ABSTIME)), bulk)
+    record = decoded(saved)
+    assert abs(record.now + record.value - at) < SECOND
+    late = Timerfd(record.clock, record.flags, 0, 0, record.value, record.now - 2000 * SECOND)
+    fd = restart().whole(saved)
+    assert abs(time.time_ns() + timerfd_gettime(fd).value - at) < SECOND
+    missed = restart().whole(SavedFile(1, 'timerfd', saved.flags, 0, 0, 0, 0, 0, saved.link, late.encode()))
+    assert select.select([missed], [], [], 10)[0] == [missed]
+    assert os.read(missed, 8) == struct.pack('=Q', 1)
+
+
+def test_timer_that_is_not_armed(opened: Opened, bulk: Bulk, restart: Start) -> None:
+    fd = restart().whole(saved_of(opened(lambda: timerfd_create(time.CLOCK_BOOTTIME, 0)), bulk))
+    assert timerfd_gettime(fd) == (0, 0)
+
+
+def test_expirations_that_were_not_read(opened: Opened, bulk: Bulk, restart: Start) -> None:
+    def work(setting: Setting) -> Callable[[], int]:
+        def expire() -> int:
+            fd = timer(time.CLOCK_MONOTONIC, setting)()
+            select.select([fd], [], [])
+            return fd
+        return expire
+    once = restart().whole(saved_of(opened(work(Setting(0, 1))), bulk))
+    assert os.read(once, 8) == struct.pack('=Q', 1)
+    assert timerfd_gettime(once) == (0, 0)
+    file = opened(work(Setting(1000 * SECOND, 1)))
+    saved = saved_of(file, bulk)
+    assert decoded(saved).value > 0         # by fdinfo alone it would never go off again
+    again = restart().whole(saved)
+    assert os.read(again, 8) == struct.pack('=Q', 1)
+    assert 0 < timerfd_gettime(again).value <= 1000 * SECOND
+
+
+# ---------------------------------------------------------------- signalfd
+
+def test_signalfd(opened: Opened, bulk: Bulk, restart: Start) -> None:
+    def work() -> int:
+        mask = ctypes.create_string_buffer((1 << signal.SIGUSR1 - 1 | 1 << 63).to_bytes(8, 'little'), 128)
+        return int(libc.signalfd(-1, mask, os.O_NONBLOCK))
+    file = opened(work)
+    saved = saved_of(file, bulk)
+    fd = restart().whole(saved)
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) == saved.flags
+    assert read_open_file(os.getpid(), fd).info.fields['sigmask'] == file.info.fields['sigmask']
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        assert os.read(fd, 128)[:4] == struct.pack('=I', signal.SIGUSR1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
