@@ -110,6 +110,8 @@ NEEDS = {
     'gdb': Need(_program('gdb'), APT + 'gdb'),
     'sqlite3': Need(_program('sqlite3'), APT + 'sqlite3'),
     'perl': Need(_program('perl'), APT + 'perl'),
+    'node': Need(_program('node'), APT + 'nodejs'),
+    'java': Need(_program('java', 'javac'), APT + 'default-jdk-headless'),
     'ip': Need(_program('ip', 'ss'), APT + 'iproute2'),
     'ps': Need(_program('ps'), APT + 'procps'),
     'unshare': Need(_program('unshare', 'nsenter'), APT + 'util-linux'),
