@@ -52,8 +52,7 @@ class Standalone:
         assert process.poll() is None, f'{process.args!r} has ended already'
         result = self.checkpoint(process.pid, '--kill', *args)
         assert process.wait(10) == -signal.SIGKILL
-        # the orphans of a tree that was killed are ours to wait for, see tests/lib/settled.py
-        settled.reap([pid for pid in settled.children() if settled.is_zombie(pid)])
+        settled.reap_orphans()
         assert not session_members(process.pid)
         return result
 
