@@ -20,6 +20,7 @@ from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.kinds.severed import Severed
+from tests.lib import settled
 from tests.lib.bus import ROOT, PrivateBus
 from tests.lib.victim import session_members
 
@@ -157,6 +158,23 @@ def test_nobody_else_severs_it(private_bus: PrivateBus, on_bus: 'subprocess.Pope
         assert f'connected to {private_bus.address.removeprefix("unix:path=").split(",")[0]}' in reason
         process.stdin.close()
         assert process.wait(10) == 0
+
+
+# ---------------------------------------------------------------- restored
+
+def test_restored_from_it(start: Start, private_bus: PrivateBus, tmp_path: Path) -> None:
+    """The other return: the same memory, child and thread, on no bus any more; and again from the same image."""
+    process = start(options=', after="kill"', before=CHILD, after=CHILD_ENDS)
+    assert process.wait(30) == -signal.SIGKILL
+    settled.reap_orphans()      # the child, whose pid is to be free
+    image = the_image(tmp_path).name
+    for times in (1, 2):
+        (tmp_path / 'output').write_text('')
+        done = subprocess.run([sys.executable, '-m', 'ckptd.cli', 'restore', image, '--wait', '--changed-files',
+                               'accept', '--address', private_bus.address], capture_output=True, text=True, cwd=ROOT,
+                              timeout=60, check=False)
+        assert done.returncode == 0, f'time {times}: {done.stderr}{(tmp_path / "output").read_text()}'
+        assert (tmp_path / 'output').read_text() == 'restored\n'
 
 
 # ---------------------------------------------------------------- the helper by itself
