@@ -6,9 +6,7 @@ and what says so goes to the program that was restarted. It tells by files only,
 """
 
 import gzip
-import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -226,13 +224,6 @@ def test_c_program_with_100_threads(victim: Callable[..., Victim], standalone: S
     running = victim('threads')
     result = standalone.checkpoint_and_kill(running.process)
     assert result['tasks'] == 101
-    # the FIFO has a reader and a writer all the time, so the word to go may be said before the program is there
-    fifo = os.open(running.fifo, os.O_RDWR)
-    try:
-        with standalone.restore(result['image']) as restored:
-            running.go()
-            restored.finish()
-    finally:
-        os.close(fifo)
-    assert running.process.returncode == -signal.SIGKILL
+    with running.told_to_go(), standalone.restore(result['image']) as restored:
+        restored.finish()
     assert running.output == ''
