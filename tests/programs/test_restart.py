@@ -163,7 +163,7 @@ def test_sqlite3_in_a_transaction(program: Program, standalone: Standalone, tmp_
     assert not locked_out(tmp_path)
 
 
-FUNCTIONS = 700
+FUNCTIONS = 500
 FUNCTION = """static unsigned f{0}(unsigned a, unsigned b)
 {{
     unsigned s = {0};
