@@ -134,7 +134,8 @@ class Daemon:
         announcer = Announcer(self._spool)
         recovery = Recovery(settings.runtime, self._spool, units)
         queue = Queue(settings.config, WorkerPool(), recovery, units, announcer)
-        orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None)
+        orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None,
+                        connection.inode)
         library = Library(self._spool, queue, orders)
         router = Router(connection, queue.spawn, ROOT)
         self._stack.callback(router.peers.close)

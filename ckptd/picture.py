@@ -4,6 +4,9 @@
 Only what a tree at rest shows stays true: a check of a running tree makes a picture of its own, and throws it away.
 """
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.status import Status, read_status
@@ -12,9 +15,13 @@ from ckptd.tree import Task
 
 
 class Picture:
-    """Errors are those of the readers: ProcessLookupError for a task that is gone, PermissionError."""
+    """Errors are those of the readers: ProcessLookupError for a task that is gone, PermissionError.
 
-    def __init__(self) -> None:
+    severed: inodes of sockets that do not outlive the dump.
+    """
+
+    def __init__(self, severed: Collection[int] = ()) -> None:
+        self._severed = severed
         self._statuses: dict[int, Status] = {}
         self._mappings: dict[int, list[Mapping]] = {}
         self._files: dict[int, list[OpenFile]] = {}
@@ -33,7 +40,7 @@ class Picture:
     def files(self, task: Task) -> list[OpenFile]:
         """Of the task's table, by fd. One that is closed while the table is read is left out."""
         if task.tid not in self._files:
-            self._files[task.tid] = _read_files(task)
+            self._files[task.tid] = _read_files(task, self._severed)
         return self._files[task.tid]
 
     def forget(self, task: Task) -> None:
@@ -43,11 +50,17 @@ class Picture:
         self._files.pop(task.tid, None)
 
 
-def _read_files(task: Task) -> list[OpenFile]:
+def _read_files(task: Task, severed: Collection[int]) -> list[OpenFile]:
     found = []
     for fd in list_fds(task.tid):
         try:
-            found.append(read_open_file(task.tgid, fd, task.tid))
+            file = read_open_file(task.tgid, fd, task.tid)
         except FileNotFoundError:
             continue
+        found.append(replace(file, severed=True) if _socket(file) in severed else file)
     return found
+
+
+def _socket(file: OpenFile) -> int:
+    """The inode of a socket, proc_pid_fd(5), 0 for another file."""
+    return file.stat.st_ino if file.link.startswith('socket:') else 0

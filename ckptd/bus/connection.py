@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -78,6 +79,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self.inode = os.fstat(sock.fileno()).st_ino     # sock_diag(7) knows it by that
         self._loop = asyncio.get_running_loop()
         self._reader = MessageReader(sock, self._limit)
         self._writer = MessageWriter(sock, self._lost)
@@ -188,7 +190,7 @@ class Connection:
         finally:
             del self._pending[serial]
         if reply.type == MessageType.ERROR:
-            raise _error_of(reply)
+            raise error_of(reply)
         return reply
 
     async def subscribe(self, match: Match, callback: Callable[[Received], None]) -> Subscription:
@@ -281,7 +283,8 @@ class Connection:
         return DBusError(f'{ERROR}Disconnected', f'not connected to the bus: {self.error or "closed"}')
 
 
-def _error_of(reply: Received) -> DBusError:
+def error_of(reply: Received) -> DBusError:
+    """What an error message says; its fds are closed."""
     try:
         body = reply.body()
     except ProtocolError:

@@ -9,7 +9,7 @@ from ckptd.bus.export import Exported, method, property_, signal
 from ckptd.bus.image import TASK_TYPES
 from ckptd.bus.job import path_of
 from ckptd.bus.names import MANAGER, image_path, token_path
-from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, NONE, Option, parse_options
+from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, NONE, SELF, Option, parse_options
 from ckptd.bus.router import Call
 from ckptd.engine.messages import Operation
 from ckptd.errors import InvalidArgument, NoSuchTarget
@@ -37,6 +37,15 @@ class ManagerObject(Exported):
     async def CheckpointProcess(self, call: Call, pidfd: int, options: dict[str, Any]) -> str:
         """The same for the process behind a pidfd, which cannot become another one meanwhile."""
         return await self._checkpoint(call, f'pid:{_pid_of(pidfd)}', options, (pidfd,))
+
+    @method('a{sv}', 's', names=('options', 'image'))
+    async def CheckpointSelf(self, call: Call, options: dict[str, Any]) -> str:
+        """Dump the tree of the caller; answered when the image, its result, is published. Restored from it, the caller
+        reads end-of-file from this bus instead of the answer."""
+        given = parse_options(options, SELF)
+        request = self._orders.on_target('checkpoint', 'self', await call.credentials(), **given)
+        # not attended: with after=kill the caller leaves the bus because all went well
+        return str((await self._queue.call(request))['image'])
 
     async def _checkpoint(self, call: Call, target: str, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
         given = parse_options(options, CHECKPOINT)

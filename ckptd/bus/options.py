@@ -39,6 +39,7 @@ TIMEOUT = Option('timeout', f'a number of microseconds from 1 to {MAX_TIMEOUT}',
 HANDLE_TOKEN = Option('handle_token', '1 to 64 characters of A-Z a-z 0-9 _', _is_token)
 
 CHECKPOINT = (FREEZE, AFTER, TIMEOUT, HANDLE_TOKEN)
+SELF = tuple(option for option in CHECKPOINT if option is not HANDLE_TOKEN)     # who waits needs no name of the job
 CHECK = (FREEZE,)
 FREEZING = (FREEZE, TIMEOUT)
 NONE: tuple[Option, ...] = ()

@@ -25,7 +25,7 @@ if not hasattr(typing, 'no_type_check_decorator'):
     typing.no_type_check_decorator = lambda decorator: decorator
 
 # after the stand-in
-from dbus_next._private.address import get_system_bus_address
+from dbus_next._private.address import get_system_bus_address, parse_address
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import MessageFlag as _Flag
@@ -217,14 +217,25 @@ def resolve_address(bus: str) -> str:
     return f'unix:path={runtime}/bus'
 
 
+def socket_names(address: str) -> list[str]:
+    """Of the unix sockets in an address, in its order: paths, or abstract names with their NUL. ValueError."""
+    return [name for transport, options in parse_address(address)
+            if transport == 'unix' and (name := _socket_name(options))]
+
+
+def _socket_name(options: dict[str, str]) -> str:
+    name = options.get('path') or '\0' + options.get('abstract', '')
+    return '' if name == '\0' else name
+
+
 class _Connecting(MessageBus):
     """Address, socket and SASL of the library; nothing of it runs once the socket is ours."""
 
     def _setup_socket(self) -> None:
         errors: list[Exception] = []
         for transport, options in self._bus_address:
-            name = options.get('path') or '\0' + options.get('abstract', '')
-            if transport != 'unix' or name == '\0':
+            name = _socket_name(options)
+            if transport != 'unix' or not name:
                 errors.append(OSError(f'cannot connect to {transport}:{options}'))
                 continue
             # the library leaves the sockets of failed attempts to the garbage collector

@@ -103,7 +103,7 @@ class Checkpoint:
         """Everything that needs the tree to stand still."""
         fault('frozen')
         self._channel.phase('rescan')
-        picture = Picture()
+        picture = self._job.picture()
         tree = self._rescan(frozen, picture)
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6

@@ -16,8 +16,10 @@ from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused
 from ckptd.freezer import Frozen, freeze
 from ckptd.image.ids import is_image_id
 from ckptd.journal.store import Journal
+from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.kernel.stat import read_stat
+from ckptd.kernel.unix import clients_beside
 from ckptd.picture import Picture
 from ckptd.scan import Target, resolve_target, scan_tree
 from ckptd.tree import Task, Tree
@@ -47,10 +49,19 @@ class Job:
         """Resolve and scan; again after a while, as a cgroup may have got further roots since."""
         return scan_tree(self.resolve().roots)
 
+    def picture(self) -> Picture:
+        """Nothing read yet. Of a request about the caller itself, its connections to our bus are severed."""
+        if not self.request.sever:
+            return Picture()
+        try:
+            return Picture(clients_beside(self.request.sever, unix_sockets()))
+        except OSError:
+            return Picture()    # no sock_diag: they are refused, as any socket is
+
     def refusals(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
         """All refusals and warnings. picture: of a tree at rest, what is read of it."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
-                          avoid=self._avoid, picture=picture)
+                          avoid=self._avoid, picture=picture or self.picture())
 
     def require(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
         """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them.

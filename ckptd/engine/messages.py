@@ -41,6 +41,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     timeout_usec: deadline of the freeze. spool: directory of images; image: id of the image to write or read.
     runtime: directory of the freeze journal. systemd: a systemd manager can be asked to freeze units (UnitRequest).
     avoid: pids that must not be in the tree (the daemon, its bus, its client).
+    sever: of a request about the caller itself, inode of the daemon's own socket to the bus: what the tree has
+    connected to that bus does not outlive the dump. Else 0.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
@@ -62,6 +64,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     format: str = ''
     avoid: tuple[int, ...] = ()
     systemd: bool = False
+    sever: int = 0
     save_files: bool = False
     save_limit: int = 1 << 30
     cgroup: str = ''

@@ -51,7 +51,8 @@ class Orders:
     """What is the same in every request of this daemon.
 
     avoid: processes that nobody may freeze, the daemon and its own bus. client: the process that started this daemon
-    for itself alone, and waits for its answer, or 0: it may not freeze itself either.
+    for itself alone, and waits for its answer, or 0: it may not freeze itself either. bus: inode of this daemon's
+    socket to its bus.
     """
     config: Config
     spool: Spool
@@ -59,6 +60,7 @@ class Orders:
     avoid: tuple[int, ...]
     client: int
     systemd: bool
+    bus: int = 0
 
     def on_target(self, operation: Operation, target: str, caller: Caller, *, freeze: str = 'auto',
                   after: str = 'resume', timeout: int = 0, has_pidfd: bool = False) -> JobRequest:
@@ -69,6 +71,7 @@ class Orders:
             self._refuse_full(caller.uid)
             image = new_image_id(command_of(where))
         return self._request(operation, where, caller, image=image, freeze=freeze, after=after, has_pidfd=has_pidfd,
+                             sever=self.bus if target == 'self' else 0,
                              timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT))
 
     def on_image(self, operation: Operation, image: ImageInfo, caller: Caller, **more: Any) -> JobRequest:

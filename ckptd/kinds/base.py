@@ -176,6 +176,7 @@ class OpenFile:
     """An open file description, known by one fd of one task. tid: the thread whose table has the fd, mostly the leader.
 
     link: what /proc/PID/fd/FD shows. stat: of the file itself. holders: further (pid, fd) of the same description.
+    severed: a connection that does not outlive the dump, of whoever asked for it to the bus.
     """
     pid: int
     tid: int
@@ -184,6 +185,7 @@ class OpenFile:
     stat: os.stat_result
     info: FdInfo
     holders: tuple[tuple[int, int], ...] = ()
+    severed: bool = False
 
     @property
     def proc_path(self) -> str:

@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,12 +95,25 @@ def _systemd() -> str:
     return _file('/lib/systemd/systemd', '/usr/lib/systemd/systemd')() or _root() or _cgroup2()
 
 
+def _user_namespaces() -> str:
+    """Whether an ordinary user may make one, and in it a pid namespace and a /proc of its own."""
+    drop = ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups'] if os.geteuid() == 0 else []
+    try:
+        done = subprocess.run([*drop, 'unshare', '--user', '--map-root-user', '--pid', '--fork', '--mount-proc',
+                               'true'], capture_output=True, text=True, check=False, cwd='/')
+    except FileNotFoundError as error:
+        return f'no {error.filename} on PATH'
+    return f'an ordinary user cannot make one: {done.stderr.strip()}' if done.returncode else ''
+
+
 APT = 'sudo apt-get install -y '
 NEEDS = {
     'root': Need(_root, 'run as root: sudo make test'),
     'cgroup2': Need(_cgroup2, 'sudo mount -t cgroup2 none /sys/fs/cgroup/unified, and run as root'),
     'ptrace': Need(_ptrace, 'sudo sysctl kernel.yama.ptrace_scope=0, or run as root with CAP_SYS_PTRACE'),
     'systemd': Need(_systemd, APT + 'systemd util-linux, and run as root'),
+    'user-namespaces': Need(_user_namespaces, 'sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 '
+                            'user.max_user_namespaces=10000, and ' + APT + 'util-linux'),
     'user-session': Need(_file('/usr/lib/systemd/user/dbus.socket'), APT + 'dbus-user-session libpam-systemd'),
     'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),
     'busctl': Need(_program('busctl'), APT + 'systemd'),
@@ -110,6 +124,8 @@ NEEDS = {
     'gdb': Need(_program('gdb'), APT + 'gdb'),
     'sqlite3': Need(_program('sqlite3'), APT + 'sqlite3'),
     'perl': Need(_program('perl'), APT + 'perl'),
+    'node': Need(_program('node'), APT + 'nodejs'),
+    'java': Need(_program('java', 'javac'), APT + 'default-jdk-headless'),
     'ip': Need(_program('ip', 'ss'), APT + 'iproute2'),
     'ps': Need(_program('ps'), APT + 'procps'),
     'unshare': Need(_program('unshare', 'nsenter'), APT + 'util-linux'),

@@ -93,6 +93,11 @@ def reap(pids: list[int]) -> None:
             os.waitpid(pid, os.WNOHANG)
 
 
+def reap_orphans() -> None:
+    """What a killed tree left to us, its subreaper: until it is waited for, its pids are taken."""
+    reap([pid for pid in children() if is_zombie(pid)])
+
+
 def _open_files() -> dict[int, str]:
     found = {}
     for entry in os.listdir('/proc/self/fd'):  # noqa: PTH208 - twice a test, and four times as fast as pathlib

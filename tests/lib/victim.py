@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -48,11 +49,11 @@ def names() -> list[str]:
 
 
 class Victim:
-    """One run of a victim, in a session of its own. pid is the root of its tree."""
+    """One run of a victim, in a session of its own. pid is the root of its tree. program: a copy of the built one."""
 
     def __init__(self, name: str, *args: str, directory: Path, env: dict[str, str] | None = None,
-                 cgroup: Path | None = None) -> None:
-        self.name, self.args, self.directory = name, args, directory
+                 cgroup: Path | None = None, program: Path | None = None) -> None:
+        self.name, self.args, self.directory, self._program = name, args, directory, program
         self._env, self._cgroup = env or {}, cgroup
         self._process: subprocess.Popen[bytes] | None = None
         self.extra: dict[str, str] = {}
@@ -76,7 +77,7 @@ class Victim:
 
     def start(self) -> Self:
         """Start it and return when it is ready."""
-        program = build(self.name)
+        program = self._program or build(self.name)
         command = [str(program)] if program.suffix != '.py' else [sys.executable, str(program)]
         self.directory.mkdir(mode=0o777)
         os.mkfifo(self.fifo)
@@ -136,6 +137,17 @@ class Victim:
         """Tell it to check itself, wait, and fail with its own words when it did not find all as it was."""
         self.go()
         self.expect_success()
+
+    @contextlib.contextmanager
+    def told_to_go(self) -> Iterator[None]:
+        """Tell one that is dead, and will be restored in this block: the FIFO keeps the word for it."""
+        # with a reader and a writer nobody who opens it waits, and nothing in it is lost
+        fifo = os.open(self.fifo, os.O_RDWR)
+        try:
+            self.go()
+            yield
+        finally:
+            os.close(fifo)
 
     def expect_success(self) -> None:
         try:

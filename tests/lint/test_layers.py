@@ -39,6 +39,7 @@ LAYERS: dict[str, set[str]] = {
     'logs': set(),
     'places': {'errors'},
     'cli': {'errors', 'image', 'bus'},
+    'client': {'errors', 'kernel', 'bus'},
 }
 # finer than a layer: what of another layer may be used
 ONLY = {

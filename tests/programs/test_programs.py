@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Real programs: checkpointed while they work, unharmed afterwards with the right answer, their cores opened by gdb."""
 
-import functools
 import gzip
-import inspect
-import operator
 import os
 import random
 import shutil
@@ -16,40 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests.lib.victim import Victim
-from tests.programs.conftest import Standalone, await_that, backtraces
+from tests.programs.conftest import WORK, Standalone, await_that, backtraces, pooled
 
 pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'gdb'), pytest.mark.timeout(240)]
 
 Program = Callable[..., 'subprocess.Popen[bytes]']
 
-def work(number: int) -> int:
-    value = number
-    for _ in range(20_000):
-        value = (value * 6364136223846793005 + 1442695040888963407) % 2**64
-    return value
-
-
-POOL = f"""
-import multiprocessing, pathlib
-{inspect.getsource(work)}
-if __name__ == '__main__':
-    multiprocessing.set_start_method('fork')
-    enough, done, count, total = pathlib.Path('enough'), pathlib.Path('done'), 0, 0
-    with multiprocessing.Pool(3) as pool:
-        while not enough.exists():
-            for value in pool.imap(work, range(count, count + 50)):
-                total ^= value
-                count += 1
-            done.touch()
-    print(count, total)
-"""
-
 
 def test_python_multiprocessing_pool(program: Program, standalone: Standalone, tmp_path: Path) -> None:
     """Processes, threads, pipes, POSIX semaphores in shared memory."""
-    (tmp_path / 'pool.py').write_text(POOL)
-    process = program(sys.executable, '-I', 'pool.py')
-    await_that('the pool works', (tmp_path / 'done').exists)
+    process = program(sys.executable, '-I', WORK / 'pool.py')
+    await_that('the pool works', (tmp_path / 'working').exists)
     result = standalone.checkpoint(process.pid)
     assert process.poll() is None
     (tmp_path / 'enough').touch()
@@ -61,7 +35,7 @@ def test_python_multiprocessing_pool(program: Program, standalone: Standalone, t
     assert sorted(len(backtraces(sys.executable, core)) for core in cores.values()) == [1, 1, 1, 4]
     assert process.wait(200) == 0, (tmp_path / 'output.errors').read_text()
     count, total = map(int, (tmp_path / 'output').read_text().split())
-    assert total == functools.reduce(operator.xor, map(work, range(count)))
+    assert total == pooled(count)
 
 
 # counts until there is a file of that name

@@ -162,6 +162,16 @@ static void take_picture(char *out, size_t size)
     }
 }
 
+/* What is called between the two pictures may go deeper than they do, and the stack would grow by that. */
+__attribute__((noinline))
+static void touch_below(void)
+{
+    char below[1 << 15];
+
+    fill(below, sizeof below, 10);
+    check_filled(below, sizeof below, 10, "below");
+}
+
 __attribute__((noinline))
 static void wait_with_a_deep_stack(void)
 {
@@ -170,6 +180,7 @@ static void wait_with_a_deep_stack(void)
     void *end_of_heap;
 
     fill(deep, sizeof deep, 9);
+    touch_below();
     end_of_heap = sbrk(0);
     take_picture(before, sizeof before);
     ready();

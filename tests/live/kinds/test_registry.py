@@ -70,6 +70,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'epoll': ('epoll', lambda: libc.epoll_create1(0)),
     'signalfd': ('signalfd', lambda: libc.signalfd(-1, ctypes.create_string_buffer(128), 0)),
     'timerfd': ('timerfd', lambda: libc.timerfd_create(1, 0)),
+    'socket whose other end is gone': ('severed', lambda: socket.socketpair()[0].detach()),
 }
 
 
@@ -90,6 +91,23 @@ def connected() -> int:
     server.accept()[0].detach()
     server.detach()
     return client.detach()
+
+
+def not_accepted() -> int:
+    """A socket that waits for a server to accept it: nobody has the other end, and it is not gone."""
+    server, name = abstract()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(name)
+    server.detach()
+    return client.detach()
+
+
+def shut_down() -> int:
+    """A socket whose other end is open, and has shut both directions down."""
+    one, other = socket.socketpair()
+    other.shutdown(socket.SHUT_RDWR)
+    other.detach()
+    return one.detach()
 
 
 REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
@@ -114,6 +132,11 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'bound socket': (f'a listening unix stream socket bound to @ckptd-test-{os.getpid()}',
                      lambda: abstract()[0].detach()),
     'connected socket': (f'a unix stream socket connected to @ckptd-test-{os.getpid()}', connected),
+    'unconnected socket': ('a unix stream socket', lambda: socket.socket(socket.AF_UNIX).detach()),
+    'socket in a queue': ('a unix stream socket', not_accepted),
+    'socket that was shut down': ('a unix stream socket', shut_down),
+    'half of a seqpacket pair': ('a unix seqpacket socket',
+                                 lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()),
     'listening socket': ('a listening IPv4 stream socket', lambda: socket.create_server(('127.0.0.1', 0)).detach()),
     'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
     'pty master': ('the master of a pseudo-terminal 5:2', lambda: pty.openpty()[0]),

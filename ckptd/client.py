@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""For programs: have one's own process tree checkpointed.
+
+    from ckptd.client import checkpoint_self
+
+    for round in work:
+        if checkpoint_self() == 'restored':
+            log('here I am again, in round', round)     # another run of the same memory, perhaps days later
+
+Like the two returns of fork(2): the call returns once in the tree that goes on, and once in each tree that is restored
+from the image. It needs no event loop and leaves nothing open.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from ckptd.bus import wire
+from ckptd.bus.client import as_ckpt_error
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, MAX_REPLY, error_of
+from ckptd.bus.message import MessageType, ProtocolError
+from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
+from ckptd.bus.stream import MessageReader
+from ckptd.bus.values import to_body
+from ckptd.bus.wire import Received
+from ckptd.errors import CkptError, Unavailable
+from ckptd.kernel.stat import parse_stat
+from ckptd.kernel.task import boot_id
+
+__all__ = ['Outcome', 'checkpoint_self']
+
+Outcome = Literal['checkpointed', 'restored']
+LINE: Final = 4096          # bytes of an answer of SASL, at most
+
+
+def checkpoint_self(bus: str = 'system', **options: Any) -> Outcome:
+    """Checkpoint the tree of the calling process: itself and all that descends from it.
+
+    bus: where ckptd is, 'system', 'session' or an address. options: those of Manager.CheckpointSelf: after='resume',
+    'kill' or 'freeze', freeze=, timeout= in microseconds. 'checkpointed' when the image is published; 'restored' in a
+    tree that came from it. CkptError: Refused with every reason, PermissionDenied, Unavailable where no ckptd is.
+    """
+    before = _identity()
+    try:
+        with _connected(bus) as (sock, replies):
+            _call(sock, replies, 1, DRIVER, DRIVER_PATH, DRIVER, 'Hello')
+            _call(sock, replies, 2, BUS_NAME, ROOT, MANAGER, 'CheckpointSelf', 'a{sv}', options)
+    except (EOFError, OSError) as error:
+        # the bus that this process was connected to belongs to the life before
+        if _identity() != before:
+            return 'restored'
+        raise Unavailable(f'the bus is gone: {error}', hint='is it running?') from error
+    except ProtocolError as error:
+        raise CkptError(f'the bus sent nonsense: {error}') from error
+    return 'checkpointed'
+
+
+def _identity() -> tuple[str, int]:
+    """Of this process, which a restored one does not share, whatever its pid: its boot and its start."""
+    return boot_id(), parse_stat(Path('/proc/self/stat').read_bytes()).start_time
+
+
+@contextmanager
+def _connected(bus: str) -> Iterator[tuple[socket.socket, Iterator[Received]]]:
+    """A blocking socket after SASL, and what comes from it."""
+    try:
+        sock = _connect(bus)
+    except (OSError, EOFError, ValueError) as error:
+        raise Unavailable(f'cannot connect to the {bus} bus: {error}', hint='is it running?') from error
+    with sock, closing(MessageReader(sock, lambda _: MAX_REPLY)) as reader:
+        yield sock, _messages(reader)
+
+
+def _connect(bus: str) -> socket.socket:
+    names = wire.socket_names(wire.resolve_address(bus))
+    for number, name in enumerate(names, 1):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(name)
+            _authenticate(sock)
+        except BaseException as error:
+            sock.close()
+            if number == len(names) or not isinstance(error, OSError):
+                raise
+        else:
+            return sock
+    raise OSError('its address names no unix socket')
+
+
+def _authenticate(sock: socket.socket) -> None:
+    """SASL EXTERNAL, as the D-Bus specification has it: we are who the kernel says."""
+    sock.sendall(b'\0AUTH EXTERNAL %s\r\n' % str(os.geteuid()).encode().hex().encode())
+    line = b''
+    while not line.endswith(b'\r\n'):
+        piece = sock.recv(1)
+        if not piece or len(line) > LINE:
+            raise EOFError('it closed the connection during authentication')
+        line += piece
+    if not line.startswith(b'OK '):
+        raise OSError(f'it does not take us for uid {os.geteuid()}: {line.decode("ascii", "replace").strip()}')
+    sock.sendall(b'BEGIN\r\n')
+
+
+def _messages(reader: MessageReader) -> Iterator[Received]:
+    while True:
+        yield from reader.messages()
+
+
+def _call(sock: socket.socket, messages: Iterator[Received], serial: int, destination: str, path: str, interface: str,
+          member: str, signature: str = '', *args: Any) -> None:
+    """Call a method and wait for its answer, however long that takes. The CkptError that it answers."""
+    call = wire.make_call(destination, path, interface, member, signature, to_body(signature, args))
+    call.serial = serial
+    sock.sendall(wire.marshal(call))
+    for message in messages:
+        try:
+            if message.reply_serial != serial or message.type not in (MessageType.RETURN, MessageType.ERROR):
+                continue        # a signal to us, as that of our name
+            if message.type == MessageType.ERROR:
+                raise as_ckpt_error(error_of(message), path)
+            return
+        finally:
+            message.fds.close()
