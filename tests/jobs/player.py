@@ -23,6 +23,8 @@ from ckptd.engine.messages import (
     Message,
     Phase,
     Progress,
+    Running,
+    ScopeRequest,
     Start,
     Thaw,
     ToWorker,
@@ -103,6 +105,33 @@ class Player:
         answer = self.hear()
         assert isinstance(answer, UnitDone)
         self.say(Finished({'error': answer.error}))
+
+    def scope(self, start: Start) -> None:
+        self.say(ScopeRequest('a.scope', (1, 2)))
+        answer = self.hear()
+        assert isinstance(answer, UnitDone)
+        self.say(Finished({'error': answer.error}))
+
+    def restore(self, start: Start) -> None:
+        self.say(Phase('fill'), Progress(2, 2, 1, 1), Phase('start'), Running(4242, 2),
+                 Finished({'image': start.request.image, 'root': 4242, 'tasks': 2}))
+
+    def attend(self, start: Start) -> None:
+        """Until told to let go of it."""
+        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        while not isinstance(self.hear(), Cancel | None):
+            pass
+        self.say(Finished({'root': 4242}))
+
+    def watch(self, start: Start) -> None:
+        """Until the end of the tree: of a pipe that was given."""
+        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        os.read(self.fds[-1], 1)
+        self.say(Finished({'root': 4242, 'exit_status': 3 << 8}))
+
+    def desert(self, start: Start) -> None:
+        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, start: Start) -> None:
         os.write(self.fds[-1], b'written by the worker')
