@@ -55,8 +55,12 @@ class Entry:
             log.error('%s does not let go: killing worker %d', self.job.name, self.run.worker.pid)
             self.run.worker.kill()
 
-    def close(self) -> None:
+    def close_fds(self) -> None:
+        """Once the worker has them. A terminal that is held here would be in use for as long as the job."""
         while self.fds:
             os.close(self.fds.pop())
+
+    def close(self) -> None:
+        self.close_fds()
         if self.deadline is not None:
             self.deadline.cancel()

@@ -161,7 +161,9 @@ class Queue:
 
     async def _work(self, entry: Entry, run: Run) -> None:
         try:
-            result = await run.work(entry.fds)
+            run.start(entry.fds)
+            entry.close_fds()
+            result = await run.work()
         except CkptError as error:
             died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, failed=True)
             self._settle(entry, _reason(entry, error, died))

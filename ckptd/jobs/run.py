@@ -47,13 +47,16 @@ class Run:
         self._result: dict[str, Any] = {}
         self._clock = asyncio.get_running_loop().time
 
-    async def work(self, fds: Sequence[int]) -> dict[str, Any]:
-        """From Start to the result. The error of the job; WorkerDied when the worker ends without either."""
+    def start(self, fds: Sequence[int]) -> None:
+        """Say Start. WorkerDied when nobody hears it."""
         self.job.start(self._clock())
         self.job.worker = self.worker.pid
         self._changed(None)
         request = msgspec.structs.replace(self.job.request, avoid=(*self.job.request.avoid, *self._avoid))
         self.worker.send(messages.Start(request), fds)
+
+    async def work(self) -> dict[str, Any]:
+        """From there to the result. The error of the job; WorkerDied when the worker ends without either."""
         while (message := await self.worker.receive()) is not None:
             match message:
                 case messages.Failed():

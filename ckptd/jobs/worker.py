@@ -51,10 +51,12 @@ class Worker(ABC):
 
     async def receive(self) -> FromWorker | None:
         """The next message; None when the worker has closed its end (it ended, or it died)."""
+        loop = asyncio.get_running_loop()
         try:
-            packet = await asyncio.get_running_loop().sock_recv(self._socket, MAX_MESSAGE + 1)
-        except ConnectionError:
-            return None     # it died with packets of ours unread
+            packet = await loop.sock_recv(self._socket, MAX_MESSAGE + 1)
+        except ConnectionResetError:
+            # it has ended with a packet of ours unread. That is told once, and before what it had sent (sock_error())
+            packet = await loop.sock_recv(self._socket, MAX_MESSAGE + 1)
         if not packet:
             return None
         try:

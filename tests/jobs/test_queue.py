@@ -91,6 +91,15 @@ async def test_cancel_lets_the_worker_let_go(queue: Queue, heard: Heard) -> None
         queue.cancel(2)
 
 
+async def test_cancel_that_comes_too_late(queue: Queue, heard: Heard) -> None:
+    """The worker was done, and never read it."""
+    job = queue.submit(request_of('hasty'))
+    await heard.wait('memory', 1)
+    queue.cancel(1)
+    await heard.wait('done', 1)
+    assert job.result == {'tasks': 1}
+
+
 async def test_cancel_of_a_deaf_worker_kills_it(queue: Queue, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, 'CANCEL_PATIENCE', 0.1)
     job = queue.submit(request_of('deaf'))
