@@ -66,9 +66,13 @@ def stage(tmp_path: Path, spool: Path) -> Iterator[Callable[..., Stage]]:
 
 
 def end(pid: int) -> None:
-    """Of a tree that outlived its worker; it has become our child (settled.py)."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    """Of a tree that outlives its worker, whose child it may still be; then it becomes ours (settled.py)."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 10)[0]
+    finally:
+        os.close(pidfd)
 
 
 def test_a_tree_that_is_not_waited_for(stage: Callable[..., Stage]) -> None:
