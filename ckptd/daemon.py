@@ -28,11 +28,11 @@ from ckptd.bus.systemd import Systemd
 from ckptd.errors import CkptError, Unavailable
 from ckptd.jobs.library import Library
 from ckptd.jobs.orders import Orders
+from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
-from ckptd.jobs.worker import WorkerPool
 from ckptd.notify import ServiceManager
 from ckptd.places import Places, prepare_runtime
 
@@ -97,6 +97,7 @@ class Daemon:
         self._spool = Spool(settings.spool)
         self._address = settings.bus
         self._stack = contextlib.AsyncExitStack()
+        self._own_bus = 'system' if os.geteuid() == 0 else 'session'    # where a systemd manages what we may manage
 
     async def run(self) -> None:
         """Serve until told to stop. CkptError when it cannot begin, Unavailable when the bus goes away."""
@@ -133,7 +134,9 @@ class Daemon:
         units = await self._find_systemd(connection)
         announcer = Announcer(self._spool)
         recovery = Recovery(settings.runtime, self._spool, units)
-        queue = Queue(settings.config, WorkerPool(), recovery, units, announcer)
+        # a daemon that systemd knows has a sandbox, and a stop that ends all its children: not the place for a restart
+        pool = WorkerPool(services=units if settings.bus == self._own_bus else None)
+        queue = Queue(settings.config, pool, recovery, units, announcer)
         orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None,
                         connection.inode)
         library = Library(self._spool, queue, orders)
@@ -150,10 +153,9 @@ class Daemon:
 
     async def _find_systemd(self, connection: Connection) -> Systemd | None:
         """The manager of the units that this daemon may be asked about; None where none runs."""
-        where = 'system' if os.geteuid() == 0 else 'session'
-        if self._settings.bus != where:
+        if self._settings.bus != self._own_bus:
             try:
-                connection = await self._stack.enter_async_context(await Connection.open(where))
+                connection = await self._stack.enter_async_context(await Connection.open(self._own_bus))
             except Unavailable as error:
                 log.info('no systemd: %s', error)
                 return None

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PROPERTIES, TIMEOUT, Connection, Match
-from ckptd.bus.message import DBusError, ProtocolError
+from ckptd.bus.message import DBusError, Fd, ProtocolError
 from ckptd.bus.names import BUS_NAME, job_path
-from ckptd.bus.values import NO_TYPES, split_signature, to_body
+from ckptd.bus.values import NO_TYPES, index_fds, split_signature, to_body
 from ckptd.bus.wire import Received
 from ckptd.errors import (
     ERROR_PREFIX,
@@ -104,7 +104,8 @@ class Client:
                    types: Mapping[str, str] = NO_TYPES) -> Any:
         """Call a method; its only result, None if it has none, a tuple of several.
 
-        Values are plain, an 'h' is an open fd; types: of the keys of a{sv} arguments. Raises the CkptError it answers.
+        Values are plain, an 'h' is an open fd, in a variant an Fd; types: of the keys of a{sv} arguments. Raises the
+        CkptError it answers.
         """
         indexed, fds = _index_fds(signature, args)
         try:
@@ -181,9 +182,6 @@ def as_ckpt_error(error: DBusError, path: str = '') -> CkptError:
 def _index_fds(signature: str, args: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """On the wire an 'h' is an index into the fds that go along."""
     fds: list[int] = []
-    values = []
-    for kind, value in zip(split_signature(signature), args, strict=True):
-        if kind == 'h':
-            fds.append(value)
-        values.append(len(fds) - 1 if kind == 'h' else value)
+    values = [index_fds(Fd(value) if kind == 'h' else value, fds)
+              for kind, value in zip(split_signature(signature), args, strict=True)]
     return values, fds

@@ -6,6 +6,7 @@ from typing import Any
 from ckptd.bus.export import Exported, method, property_
 from ckptd.bus.names import IMAGE
 from ckptd.bus.options import NONE, parse_options
+from ckptd.bus.restore import check_restore, restore
 from ckptd.bus.router import Call
 from ckptd.errors import InvalidArgument
 from ckptd.jobs.library import Library
@@ -15,6 +16,8 @@ FORMATS = ('core',)
 # of the rows of Scan and Tree: what is not said here is 's', or 't' for a number
 TASK_TYPES = {'tid': 'u', 'tgid': 'u', 'ppid': 'u', 'pgid': 'u', 'sid': 'u', 'vtid': 'u', 'parent_tid': 'u',
               'depth': 'u', 'uid': 'u', 'fds': 'as'}
+
+ROW_TYPES = {'pid': 'u'}        # of refusals
 
 
 class ImageObject(Exported):
@@ -41,6 +44,15 @@ class ImageObject(Exported):
     async def Verify(self, call: Call) -> list[str]:
         async with call.attended():
             return await self._library.verify(self.info.id, await call.credentials())
+
+    @method('a{sv}', 'o', names=('options', 'job'))
+    async def Restore(self, call: Call, options: dict[str, Any]) -> str:
+        """As Manager.Restore."""
+        return await restore(self._library, call, self.info.id, options)
+
+    @method('a{sv}', 'aa{sv}', names=('options', 'refusals'), types=ROW_TYPES)
+    async def CheckRestore(self, call: Call, options: dict[str, Any]) -> list[dict[str, Any]]:
+        return await check_restore(self._library, call, self.info.id, options)
 
     @method()
     async def Remove(self, call: Call) -> None:

@@ -11,6 +11,7 @@ from ckptd.errors import PermissionDenied
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import Job
 
+RESULT_TYPES = {'tasks': 'u', 'processes': 'u', 'root': 'u', 'exit_status': 'u', 'pid': 'u', 'warnings': 'aa{sv}'}
 MOVING = ('TasksDone', 'TasksTotal', 'BytesDone', 'BytesTotal', 'Progress', 'ExpectedEndTime')
 
 
@@ -26,7 +27,7 @@ class JobObject(Exported):
 
     @method('a{sv}', names=('options',))
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
-        """Release the tree and leave nothing. A job that is over stays as it is."""
+        """Release the tree and leave nothing; a restored one that runs is let go. A job that is over stays as it is."""
         parse_options(options, NONE)
         caller = await call.credentials()
         if caller.uid not in (0, self.job.request.caller.uid):
@@ -37,7 +38,7 @@ class JobObject(Exported):
     progressed = signal('sdtt', ('phase', 'progress', 'bytes_done', 'bytes_total'), name='Progress')
 
     def tell_state(self) -> None:
-        self.changed('State', 'Phase', 'Error', 'Result', *MOVING)
+        self.changed('State', 'Phase', 'Root', 'Error', 'Result', *MOVING)
 
     def tell_progress(self) -> None:
         """The signal, and the properties with it."""
@@ -65,6 +66,11 @@ class JobObject(Exported):
     def Image(self) -> str:
         """The id that the image has, or will have; '' for a job that is about none."""
         return self.job.request.image
+
+    @property_('u')
+    def Root(self) -> int:
+        """The pid of a restored tree's root, once it runs; 0 before, and for other jobs."""
+        return self.job.root
 
     @property_('u')
     def TasksDone(self) -> int:
@@ -103,6 +109,6 @@ class JobObject(Exported):
         error = self.job.error
         return {'name': error.dbus_name, 'message': error.message, **error.details()} if error else {}
 
-    @property_('a{sv}', types={'tasks': 'u', 'processes': 'u'})
+    @property_('a{sv}', types=RESULT_TYPES)
     def Result(self) -> dict[str, Any]:
         return self.job.result

@@ -6,10 +6,11 @@ from typing import Any
 
 from ckptd import __version__
 from ckptd.bus.export import Exported, method, property_, signal
-from ckptd.bus.image import TASK_TYPES
+from ckptd.bus.image import ROW_TYPES, TASK_TYPES
 from ckptd.bus.job import path_of
 from ckptd.bus.names import MANAGER, image_path, token_path
 from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, NONE, SELF, Option, parse_options
+from ckptd.bus.restore import check_restore, restore
 from ckptd.bus.router import Call
 from ckptd.engine.messages import Operation
 from ckptd.errors import InvalidArgument, NoSuchTarget
@@ -18,7 +19,6 @@ from ckptd.jobs.orders import Orders, parse_target
 from ckptd.jobs.queue import Queue
 from ckptd.kernel.pidfd import pidfd_pid
 
-ROW_TYPES = {'pid': 'u'}
 IMAGE_TYPES = {'path': 'o', 'owner': 'u', 'tasks': 'u'}
 
 
@@ -81,6 +81,16 @@ class ManagerObject(Exported):
         parse_options(options, NONE)
         caller = await call.credentials()
         await self._queue.thaw(parse_target(target, caller), caller.uid)
+
+    @method('sa{sv}', 'o', names=('image', 'options', 'job'))
+    async def Restore(self, call: Call, image: str, options: dict[str, Any]) -> str:
+        """Start a job that brings the tree of an image back; the path of its object."""
+        return await restore(self._library, call, image, options)
+
+    @method('sa{sv}', 'aa{sv}', names=('image', 'options', 'refusals'), types=ROW_TYPES)
+    async def CheckRestore(self, call: Call, image: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every refusal and warning that such a restore would have; no process is made and nothing changed."""
+        return await check_restore(self._library, call, image, options)
 
     @method('', 'a(uosss)', names=('jobs',))
     async def ListJobs(self, call: Call) -> list[tuple[int, str, str, str, str]]:

@@ -33,6 +33,11 @@ class DBusError(Exception):
         self.name, self.message, self.body = name, message, tuple(body)
 
 
+class Fd(int):
+    """An open file descriptor inside a value. On the wire it is an index into the fds of its message: a number that a
+    client writes into a variant never becomes one."""
+
+
 class Fds:
     """File descriptors that came with a message; closed with it unless taken."""
     __slots__ = ('_open', 'count')
@@ -41,10 +46,10 @@ class Fds:
         self._open = list(fds)
         self.count = len(self._open)
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index: int) -> Fd:
         if not 0 <= index < self.count:
             raise ProtocolError(f'fd index {index} in a message with {self.count} fds')
-        return self._open[index]
+        return Fd(self._open[index])
 
     def add(self, fds: Iterable[int]) -> None:
         self._open.extend(fds)

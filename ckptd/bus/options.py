@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The a{sv} options of methods: which there are, of what type, and what is said of any other."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, get_args
 
-from ckptd.engine.messages import After, FreezeMode
+from ckptd.bus.message import Fd
+from ckptd.engine.messages import After, ChangedFiles, FreezeMode
 from ckptd.errors import InvalidArgument
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds
+MAX_SIZE = 2**63 - 1                # bytes
+MAX_PATH = 4096                     # PATH_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +38,38 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r'[A-Za-z0-9_]{1,64}', value, re.ASCII) is not None
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
+
+
+def _is_cgroup(value: Any) -> bool:
+    return (isinstance(value, str) and value.startswith('/') and len(value) < MAX_PATH and '\0' not in value
+            and '..' not in PurePosixPath(value).parts)
+
+
+def _is_terminal(value: Any) -> bool:
+    # a plain int would be whatever the daemon has open under that number
+    return isinstance(value, Fd) and os.isatty(value)
+
+
+def _flag(name: str) -> Option:
+    return Option(name, 'true or false', lambda value: isinstance(value, bool))
+
+
 FREEZE = _choice('freeze', get_args(FreezeMode))
 AFTER = _choice('after', get_args(After))
 TIMEOUT = Option('timeout', f'a number of microseconds from 1 to {MAX_TIMEOUT}', _is_timeout)
 HANDLE_TOKEN = Option('handle_token', '1 to 64 characters of A-Z a-z 0-9 _', _is_token)
+SAVE_FILES = _flag('save_files')
+SAVE_LIMIT = Option('save_limit', f'a number of bytes from 1 to {MAX_SIZE}', _is_size)
+CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgroup)
+CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
+TERMINAL = Option('terminal', 'a file descriptor of a terminal', _is_terminal)
 
-CHECKPOINT = (FREEZE, AFTER, TIMEOUT, HANDLE_TOKEN)
+CHECKPOINT = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT, HANDLE_TOKEN)
 SELF = tuple(option for option in CHECKPOINT if option is not HANDLE_TOKEN)     # who waits needs no name of the job
+CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'), TERMINAL)
+RESTORE = (*CHECK_RESTORE, HANDLE_TOKEN)
 CHECK = (FREEZE,)
 FREEZING = (FREEZE, TIMEOUT)
 NONE: tuple[Option, ...] = ()

@@ -1,14 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """org.freedesktop.systemd1: what ckptd asks of the service manager, org.freedesktop.systemd1(5)."""
 
-from typing import Final
+import asyncio
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from ckptd.bus.client import Client
+from ckptd.bus.connection import PROPERTIES
+from ckptd.bus.message import Fd
+from ckptd.bus.values import to_variant
 from ckptd.errors import CkptError, Unavailable
+from ckptd.jobs.service import Service
 
 SERVICE: Final = 'org.freedesktop.systemd1'
 PATH: Final = '/org/freedesktop/systemd1'
 MANAGER: Final = 'org.freedesktop.systemd1.Manager'
+UNIT_SERVICE: Final = 'org.freedesktop.systemd1.Service'
+START_TIMEOUT: Final = 25.0     # seconds, of a unit that runs a program which waits for nothing
+EXIT_TIMEOUT: Final = 10.0      # seconds until systemd has seen a death
+
+# systemd.service(5), .exec(5), .kill(5), .unit(5). No sandbox, no limit that a restored tree did not have. process: the
+# tree that a worker made outlives it. AddRef: it is known until we have asked how it ended, or have left the bus.
+TRANSIENT: Final[Mapping[str, tuple[str, Any]]] = {
+    'Type': ('s', 'exec'), 'KillMode': ('s', 'process'), 'CollectMode': ('s', 'inactive-or-failed'),
+    'AddRef': ('b', True), 'StandardOutput': ('s', 'null'), 'StandardError': ('s', 'journal'),
+    'LimitNOFILE': ('t', 524288), 'TasksMax': ('t', 2**64 - 1),
+}
+SCOPE: Final[Mapping[str, tuple[str, Any]]] = {
+    'Delegate': ('b', True), 'CollectMode': ('s', 'inactive-or-failed'), 'TasksMax': ('t', 2**64 - 1),
+}
 
 
 class Systemd:
@@ -31,9 +53,62 @@ class Systemd:
     async def thaw(self, unit: str, timeout: float = 25) -> None:  # noqa: ASYNC109 - of the call
         await self._manager('ThawUnit', unit, timeout)
 
+    async def scope(self, scope: str, pids: Sequence[int], description: str) -> None:
+        """Make a scope of these processes; done when they are in it."""
+        await self._start(scope, {**SCOPE, 'Description': ('s', description), 'PIDs': ('au', list(pids))})
+
+    async def start_service(self, service: Service) -> None:
+        """Start a program without any sandbox; done when it has been executed. `exit_status` ends what is kept."""
+        command = (service.command[0], list(service.command), False)
+        environment = [f'{name}={value}' for name, value in service.environment.items()]
+        await self._start(service.unit, {
+            **TRANSIENT, 'Description': ('s', service.description), 'ExecStart': ('a(sasb)', [command]),
+            'Environment': ('as', environment), 'StandardInputFileDescriptor': ('h', Fd(service.stdin))})
+
+    async def main_pid(self, unit: str) -> int:
+        return int(await self._client.property_(SERVICE, unit_path(unit), UNIT_SERVICE, 'MainPID'))
+
+    async def exit_status(self, unit: str) -> int:
+        """Of a service's process, once systemd has reaped it: negative for a signal."""
+        path = unit_path(unit)
+        try:
+            async with asyncio.timeout(EXIT_TIMEOUT), \
+                    self._client.signals(SERVICE, path, PROPERTIES, 'PropertiesChanged') as signals:
+                while not (code := await self._client.property_(SERVICE, path, UNIT_SERVICE, 'ExecMainCode')):
+                    await anext(signals)
+        except TimeoutError:
+            raise CkptError(f'systemd does not see the end of {unit}', resource=f'unit {unit}') from None
+        status = int(await self._client.property_(SERVICE, path, UNIT_SERVICE, 'ExecMainStatus'))
+        await self._manager('UnrefUnit', unit)
+        return status if code == os.CLD_EXITED else -status
+
+    async def _start(self, unit: str, properties: Mapping[str, tuple[str, Any]]) -> None:
+        """Make a transient unit and wait for the end of its start job, which tells its fate."""
+        rows = [(name, to_variant(value, kind) if kind != 'h' else value) for name, (kind, value) in properties.items()]
+        try:
+            async with asyncio.timeout(START_TIMEOUT), \
+                    self._client.signals(SERVICE, PATH, MANAGER, 'JobRemoved') as signals:
+                job = await self._client.call(SERVICE, PATH, MANAGER, 'StartTransientUnit', 'ssa(sv)a(sa(sv))', unit,
+                                              'fail', rows, [])
+                while (signal := await anext(signals)).args[1] != job:
+                    continue
+        except TimeoutError:
+            raise CkptError(f'{unit} did not start within {START_TIMEOUT:.0f} s', resource=f'unit {unit}') from None
+        except CkptError as error:
+            error.resource = error.resource or f'unit {unit}'
+            raise
+        if signal.args[3] != 'done':
+            raise CkptError(f'{unit} did not start: {signal.args[3]}', resource=f'unit {unit}')
+
     async def _manager(self, method: str, unit: str, timeout: float = 25) -> object:  # noqa: ASYNC109 - of the call
         try:
             return await self._client.call(SERVICE, PATH, MANAGER, method, 's', unit, timeout=timeout)
         except CkptError as error:
             error.resource = error.resource or f'unit {unit}'
             raise
+
+
+def unit_path(unit: str) -> str:
+    """Where a unit's object is: bytes that no path has are their hex code (sd_bus_path_encode(3))."""
+    name = re.sub(r'[^A-Za-z0-9]', lambda match: f'_{ord(match[0]):02x}', unit)
+    return f'{PATH}/unit/{name}'

@@ -2,15 +2,16 @@
 """Plain Python values and what the wire layer takes: variants are unwrapped on the way in, made on the way out.
 
     s, o, g  str        b  bool       y n q i u x t  int       d  float       ay  bytes
-    (...)    list or tuple, list on the way in       a{..}  dict   other arrays  list       v  the value alone
+    h  Fd     (...)  list or tuple, list on the way in       a{..}  dict   other arrays  list       v  the value alone
 
 A variant on the way out gets its type from a type map by key ({'pid': 'u'}), else from the value: bool b, int t (x if
-negative), float d, str s, bytes ay, dict a{sv}, a list by its items (av if they differ), an empty list as.
+negative), Fd h, float d, str s, bytes ay, dict a{sv}, a list by its items (av if they differ), an empty list as.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ckptd.bus.message import Fd
 from ckptd.bus.wire import SignatureType, Variant, parse_signature
 
 NO_TYPES: Mapping[str, str] = {}
@@ -39,6 +40,19 @@ def to_variants(row: Mapping[str, Any], types: Mapping[str, str] = NO_TYPES) -> 
     return {key: to_variant(value, types.get(key, ''), types) for key, value in row.items() if value is not None}
 
 
+def index_fds(value: Any, fds: list[int]) -> Any:
+    """The same value with each Fd in it as its index into `fds`, to which they are added; still an Fd, for its type."""
+    match value:
+        case Fd():
+            fds.append(int(value))
+            return Fd(len(fds) - 1)
+        case dict():
+            return {key: index_fds(item, fds) for key, item in value.items()}
+        case list() | tuple():
+            return [index_fds(item, fds) for item in value]
+    return value
+
+
 def to_text(value: str) -> str:
     """A str that D-Bus can carry: bytes of a path that were no UTF-8, and NUL, become visible escapes."""
     if value.isascii() and '\0' not in value:
@@ -49,6 +63,8 @@ def to_text(value: str) -> str:
 def _guess(value: Any) -> str:
     if isinstance(value, bool):
         return 'b'
+    if isinstance(value, Fd):
+        return 'h'
     if isinstance(value, int):
         return 't' if value >= 0 else 'x'
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ckptd import __version__
-from ckptd.cli.quantities import parse_timespan
+from ckptd.cli.quantities import parse_size, parse_timespan
 from ckptd.errors import InvalidArgument
 
 FREEZE_MODES = ('auto', 'cgroup', 'unit', 'ptrace', 'caller')
+CHANGED_FILES = ('refuse', 'accept', 'rollback')
 FORMATS = ('core',)
 COMMON_DEFAULTS = {'json': False, 'standalone': False, 'spool': None, 'address': None, 'bus': 'system',
                    'legend': True}
@@ -60,6 +61,14 @@ def timespan(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def size(text: str) -> int:
+    """parse_size for argparse."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _target(parser: argparse.ArgumentParser, metavar: str = 'TARGET') -> None:
     parser.add_argument('target', metavar=metavar, type=target,
                         help='pid:N or just N, a unit name (app.service), cgroup:/PATH, or self')
@@ -81,8 +90,32 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
                        help='kill the tree once its image is published')
     after.add_argument('--leave-frozen', dest='after', action='store_const', const='freeze',
                        help='keep the tree frozen afterwards, until "ckptctl thaw TARGET"')
+    parser.add_argument('--save-files', action='store_true',
+                        help='keep the content of files that are open for writing, for "restore --changed-files '
+                             'rollback"')
+    parser.add_argument('--save-limit', type=size, metavar='SIZE',
+                        help='save no more than SIZE of them in all: "64M", "1G" (default)')
     parser.add_argument('--detach', action='store_true', help='print the job and return while it runs')
     parser.add_argument('-q', '--quiet', action='store_true', help='print the id of the image and nothing else')
+
+
+def _restore(parser: argparse.ArgumentParser) -> None:
+    _image(parser)
+    stay = parser.add_mutually_exclusive_group()
+    stay.add_argument('--wait', action='store_true',
+                      help='stay until the root of the tree has ended, pass on signals and the terminal, and end with '
+                           'its exit status')
+    stay.add_argument('--detach', dest='wait', action='store_false',
+                      help='return once the tree runs, and print the pid of its root (default)')
+    parser.add_argument('--new-pidns', action='store_true',
+                        help='in a new pid namespace, where every pid is free')
+    parser.add_argument('--cgroup', metavar='PATH', type=lambda text: text.removeprefix('cgroup:'),
+                        help='the cgroup that the tree is to live in, instead of the one it was in')
+    parser.add_argument('--leave-stopped', action='store_true', help='leave every process stopped, as by SIGSTOP')
+    parser.add_argument('--changed-files', choices=CHANGED_FILES, metavar='HOW',
+                        help='of files that went on living since: refuse (default), accept, or rollback to what they '
+                             'were')
+    parser.add_argument('--dry-run', action='store_true', help='list what stands in the way, and change nothing')
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +165,13 @@ COMMANDS: dict[str, Command] = {
         'ckptctl checkpoint 1234 --standalone --spool ~/images --json', _checkpoint,
         'Freeze the tree below TARGET, write it to an image in the spool, and let it run on. '
         'Ctrl-C cancels: the tree runs on and nothing is left behind.'),
+    'restore': Command(
+        'restore:restore', 'Bring the tree of an image back',
+        'ckptctl restore 20240131_235959_sleep_3fa9 --dry-run\nckptctl restore 20240131_235959_sleep_3fa9\n'
+        'ckptctl restore 20240131_235959_sleep_3fa9 --wait --new-pidns\n'
+        'ckptctl restore 20240131_235959_sort_71c0 --standalone --spool ~/images --changed-files rollback', _restore,
+        'Make every process of IMAGE again and let the tree run on from where it was; nothing runs before all is '
+        'ready. Ctrl-C until then cancels, and nothing is left behind.'),
     'check': Command(
         'checkpoint:check', 'Say what stands in the way of a checkpoint',
         'ckptctl check 1234\nckptctl check app.service --json', _check,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ckptd.cli.follow import run_job
+from ckptd.cli.follow import Order, run_job
 from ckptd.cli.freeze import hold
 from ckptd.cli.options import request_options
 from ckptd.cli.output import Output, refusal_dict, refusal_from
@@ -23,13 +23,15 @@ async def checkpoint(session: Session) -> int:
     args, out = session.args, session.out
     if args.detach and args.standalone:
         raise InvalidArgument('a job cannot outlive the private daemon of --standalone', hint='leave out --detach')
+    if args.save_limit is not None and not args.save_files:
+        raise InvalidArgument('--save-limit is for --save-files', hint='add --save-files')
     bar = ProgressBar(out, args.target)     # before the tree is frozen: importing rich takes longer than a small dump
     async with session.daemon() as daemon:
         if args.detach:
             path = await daemon.manager('Checkpoint', 'sa{sv}', args.target, request_options(args))
             return _report_job(out, path, await daemon.manager('ListJobs'))
         with bar:
-            result = await run_job(daemon, args.target, request_options(args), bar)
+            result = await run_job(daemon, Order('Checkpoint', args.target, request_options(args)), bar)
         _report(out, result, args)
         if args.standalone and args.after == 'freeze':
             await hold(session, daemon, args.target)
@@ -38,17 +40,22 @@ async def checkpoint(session: Session) -> int:
 
 async def check(session: Session) -> int:
     """List refusals and warnings; the status is that of the error a checkpoint would end with."""
-    out = session.out
+    target = session.args.target
     async with session.daemon() as daemon:
-        rows = await daemon.manager('Check', 'sa{sv}', session.args.target, {}, seconds=LONG)
+        rows = await daemon.manager('Check', 'sa{sv}', target, {}, seconds=LONG)
+    return report_findings(session.out, rows, {'target': target}, f'{target} can{{}} be checkpointed')
+
+
+def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str, str], sentence: str) -> int:
+    """Rows of Check or CheckRestore; the exit status. about: of the JSON document; sentence: '... can{} be ...'."""
     findings = [refusal_from(row) for row in rows]
     refusals = [finding for finding in findings if finding.severity == 'refusal']
     if out.json:
-        out.document({'target': session.args.target, 'possible': not refusals,
-                      'refusals': [refusal_dict(finding) for finding in findings if finding.severity == 'refusal'],
+        out.document({**about, 'possible': not refusals,
+                      'refusals': [refusal_dict(finding) for finding in refusals],
                       'warnings': [refusal_dict(finding) for finding in findings if finding.severity == 'warning']})
     else:
-        _report_check(out, session.args.target, findings, refusals)
+        _report_check(out, sentence, findings, refusals)
     return Refused.because(refusals).exit_status if refusals else 0
 
 
@@ -86,10 +93,10 @@ def _report_job(out: Output, path: str, jobs: Sequence[Sequence[Any]]) -> int:
     return 0
 
 
-def _report_check(out: Output, target: str, findings: list[Refusal], refusals: list[Refusal]) -> None:
+def _report_check(out: Output, sentence: str, findings: list[Refusal], refusals: list[Refusal]) -> None:
     out.refusals(findings)
     if refusals:
-        out.line(f'{target} cannot be checkpointed: {format_count(len(refusals), "refusal")}.', 'bold red')
+        out.line(f'{sentence.format("not")}: {format_count(len(refusals), "refusal")}.', 'bold red')
     else:
         warned = f', with {format_count(len(findings), "warning")}' if findings else ''
-        out.line(f'{target} can be checkpointed{warned}.', 'bold green')
+        out.line(f'{sentence.format("")}{warned}.', 'bold green')

@@ -16,7 +16,7 @@ from ckptd.cli import demo_tree
 from ckptd.cli.checkpoint import summary
 from ckptd.cli.doctor import report_missing
 from ckptd.cli.export import export_to
-from ckptd.cli.follow import run_job
+from ckptd.cli.follow import Order, run_job
 from ckptd.cli.output import Output, refusal_from
 from ckptd.cli.program import run_program
 from ckptd.cli.progress import ProgressBar, ProgressLines
@@ -58,8 +58,9 @@ class Demo:
     async def checkpoint(self) -> str:
         self.title('Checkpoint: freeze, scan, check, write, let go', f'ckptctl checkpoint {self.pid}')
         before = demo_tree.read_counters(self.directory)
+        order = Order('Checkpoint', self.target, {'freeze': self.freeze, 'after': 'resume'})
         with self._progress() as progress:
-            result = await run_job(self.daemon, self.target, {'freeze': self.freeze, 'after': 'resume'}, progress)
+            result = await run_job(self.daemon, order, progress)
         self.facts |= {**result, 'counters_before': before}
         self.out.line(f'image {result["image"]}: {summary(result)}', 'green')
         self.out.line(f'what froze the tree: {result["freeze_mode"]}')

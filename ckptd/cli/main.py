@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ckptd.cli.session import Session
 
 Handler = Callable[['Session'], Awaitable[int]]
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)      # all that Interrupts of session.py is about
 SAME_KEY = 0.3          # seconds
 
 
@@ -64,6 +64,8 @@ async def _interruptible(handler: Handler, session: 'Session') -> int:
 
     def interrupt(number: signal.Signals) -> None:
         nonlocal deaf_until
+        if session.interrupts.taker is not None and session.interrupts.taker(number):
+            return
         # timeout(1) and sudo(8) pass on the SIGINT that the terminal sent us too: one Ctrl-C is not two
         if loop.time() >= deaf_until:
             deaf_until = loop.time() + SAME_KEY

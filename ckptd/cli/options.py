@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The a{sv} of options that Checkpoint and Freeze take, from the command line."""
+"""The a{sv} of options that Checkpoint, Freeze and Restore take, from the command line."""
 
 import argparse
 import os
@@ -14,5 +14,24 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
         options['timeout'] = args.timeout
     if args.command == 'checkpoint':
         options['after'] = args.after
-        options['handle_token'] = f'ckptctl_{os.getpid()}_{secrets.token_hex(4)}'
+        options['handle_token'] = _token()
+        if args.save_files:
+            options['save_files'] = True
+        if args.save_limit is not None:
+            options['save_limit'] = args.save_limit
     return options
+
+
+def restore_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of CheckRestore; Restore has a handle_token and perhaps a terminal besides."""
+    flags = {name: True for name in ('wait', 'new_pidns', 'leave_stopped') if getattr(args, name)}
+    texts = {name: getattr(args, name) for name in ('cgroup', 'changed_files') if getattr(args, name) is not None}
+    return {**flags, **texts}
+
+
+def with_token(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, 'handle_token': _token()}
+
+
+def _token() -> str:
+    return f'ckptctl_{os.getpid()}_{secrets.token_hex(4)}'

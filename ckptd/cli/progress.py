@@ -14,7 +14,12 @@ PHASES = {
     '': 'waiting', 'resolve': 'finding the tree', 'scan': 'scanning', 'freeze': 'freezing', 'rescan': 'scanning again',
     'seize': 'stopping threads', 'state': 'reading state', 'memory': 'copying memory', 'release': 'letting go',
     'write': 'writing', 'publish': 'publishing',
+    'verify': 'verifying', 'plan': 'planning', 'open': 'opening files', 'create': 'making processes',
+    'fill': 'filling memory', 'rebuild': 'rebuilding state', 'place': 'placing', 'start': 'starting',
+    'attend': 'running',
 }
+# the phases that move bytes
+MOVING = ('memory', 'fill')
 
 
 class Follower(Protocol):
@@ -62,8 +67,13 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take it off the terminal; again: nothing."""
         if self._progress:
             self._progress.stop()
+            self._progress = None
 
     def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None:
         """What a Progress signal says. bytes_total 0: unknown."""
@@ -82,7 +92,7 @@ class ProgressBar:
 
 def _volume(phase: str, done: int, total: int) -> str:
     """Bytes of the phases that move them; in the others they stand still at the last count that was sent."""
-    if phase in PHASES and phase != 'memory':
+    if phase in PHASES and phase not in MOVING:
         return ''
     return f'{format_bytes(done)} of {format_bytes(total)}' if total else format_bytes(done) if done else ''
 

@@ -14,6 +14,8 @@ _UNITS = {
     'm': 60 * USEC_PER_SEC, 'min': 60 * USEC_PER_SEC, 'minute': 60 * USEC_PER_SEC, 'minutes': 60 * USEC_PER_SEC,
     'h': 3600 * USEC_PER_SEC, 'hr': 3600 * USEC_PER_SEC, 'hour': 3600 * USEC_PER_SEC, 'hours': 3600 * USEC_PER_SEC,
 }
+# binary prefixes, as systemd reads sizes: 'K' is 1024
+_SIZE = re.compile(r'(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?', re.IGNORECASE | re.ASCII)
 _SPAN = re.compile(r'\s*(\d+(?:\.\d+)?)\s*([a-zµμ]*)')
 
 
@@ -28,6 +30,15 @@ def parse_timespan(text: str) -> int:
         at = match.end()
     if not 1 <= total < 2**63:
         raise ValueError(f'{text!r} is not a time span above zero')
+    return round(total)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '4096', '64M', '64 MiB', '1.5G'. ValueError for anything else, and for zero."""
+    match = _SIZE.fullmatch(text.strip())
+    total = float(match[1]) * 1024 ** ' KMGT'.index((match[2] or ' ').upper()) if match else 0
+    if not 1 <= total < 2**63:
+        raise ValueError(f'{text!r} is not a size such as "4096", "64M" or "1GiB"')
     return round(total)
 
 

@@ -4,8 +4,9 @@
 import argparse
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,18 @@ class Daemon:
             yield signals
 
 
+@dataclass(slots=True)
+class Interrupts:
+    """What Ctrl-C, SIGTERM and SIGHUP do: they cancel the command, unless there is a taker that wants this one."""
+    taker: Callable[[signal.Signals], bool] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """What every command gets."""
     args: argparse.Namespace
     out: Output
+    interrupts: Interrupts = field(default_factory=Interrupts)
 
     @contextlib.asynccontextmanager
     async def daemon(self) -> AsyncIterator[Daemon]:

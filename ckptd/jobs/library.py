@@ -2,6 +2,7 @@
 """What may be done with published images, and by whom: their owner and root."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from ckptd.engine.messages import Caller
@@ -9,6 +10,7 @@ from ckptd.errors import Busy
 from ckptd.jobs.orders import Orders
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.jobs.state import Job
 
 
 class Library:
@@ -35,6 +37,18 @@ class Library:
         info = self._open(image, caller, 'export')
         request = self._orders.on_image('export', info, caller, format=format_, has_output=True)
         await self._queue.call(request, [output])
+
+    def restore(self, image: str, caller: Caller, fds: Sequence[int], token: str, **wishes: Any) -> Job:
+        """Bring the tree of the image back: a job. wishes: fields of JobRequest."""
+        info = self._open(image, caller, 'restore')
+        return self._queue.submit(self._orders.on_image('restore', info, caller, **wishes), fds, token)
+
+    async def check_restore(self, image: str, caller: Caller, fds: Sequence[int], **wishes: Any
+                            ) -> list[dict[str, Any]]:
+        """Every refusal and warning that such a restore would have, as rows."""
+        info = self._open(image, caller, 'restore')
+        result = await self._queue.call(self._orders.on_image('check-restore', info, caller, **wishes), fds)
+        return list(result.get('refusals', ()))
 
     async def remove(self, image: str, caller: Caller) -> None:
         info = self._open(image, caller, 'remove')

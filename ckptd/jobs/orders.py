@@ -63,8 +63,8 @@ class Orders:
     bus: int = 0
 
     def on_target(self, operation: Operation, target: str, caller: Caller, *, freeze: str = 'auto',
-                  after: str = 'resume', timeout: int = 0, has_pidfd: bool = False) -> JobRequest:
-        """A request about live tasks. InvalidArgument, NoSuchTarget, LimitsExceeded."""
+                  after: str = 'resume', timeout: int = 0, has_pidfd: bool = False, **more: Any) -> JobRequest:
+        """A request about live tasks; more: further fields of it. InvalidArgument, NoSuchTarget, LimitsExceeded."""
         where = parse_target(target, caller)
         image = ''
         if operation == 'checkpoint':
@@ -72,7 +72,7 @@ class Orders:
             image = new_image_id(command_of(where))
         return self._request(operation, where, caller, image=image, freeze=freeze, after=after, has_pidfd=has_pidfd,
                              sever=self.bus if target == 'self' else 0,
-                             timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT))
+                             timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT), **more)
 
     def on_image(self, operation: Operation, image: ImageInfo, caller: Caller, **more: Any) -> JobRequest:
         """A request about an image that is there; whether the caller may ask is checked elsewhere."""

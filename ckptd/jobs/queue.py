@@ -3,7 +3,8 @@
 
 A job waits for a place in its lane, works in a process of its own, is settled (done, failed or cancelled) and stays
 known for a while, so that a late question about it is still answered. A job that leaves a freeze behind keeps its
-worker, out of the lane, until somebody thaws. There are two lanes, so that a long dump does not hold up a quick scan.
+worker, out of the lane, until somebody thaws; one that attends the end of a restored tree runs on out of it, for as
+long as that takes. There are two lanes, so that a long dump does not hold up a quick scan.
 """
 
 import asyncio
@@ -12,68 +13,32 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from ckptd.config import Config
-from ckptd.engine.messages import FromWorker, JobRequest, Progress
+from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
 from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, PermissionDenied, Unavailable, WorkerDied
 from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
+from ckptd.jobs.entry import Entry, Listener
 from ckptd.jobs.overlap import overlap
 from ckptd.jobs.pacer import Pacer
+from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Run, Units
 from ckptd.jobs.state import Job
 from ckptd.jobs.tasks import Tasks
-from ckptd.jobs.worker import WorkerPool
 
 log = logging.getLogger(__name__)
 
 # operations that everybody sees as jobs; the others are short, and only their caller cares
-ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export'})
+ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'restore'})
 FREEZING = frozenset({'checkpoint', 'freeze'})
 PROGRESS_INTERVAL = 0.1     # seconds
 MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 CANCEL_PATIENCE = 8.0      # a worker that does not let go for so long is killed; recovery then lets go for it
-
-
-class Listener(Protocol):
-    """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more."""
-    def job_new(self, job: Job) -> None: ...
-    def job_changed(self, job: Job) -> None: ...
-    def job_progress(self, job: Job) -> None: ...
-    def job_removed(self, job: Job) -> None: ...
-    def job_forgotten(self, job: Job) -> None: ...
-    def frozen_changed(self) -> None: ...
-    async def images_changed(self) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
-    freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then."""
-    job: Job
-    fds: list[int]
-    lane: asyncio.Semaphore
-    pacer: Pacer
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-    run: Run | None = None
-    let_go: asyncio.Future[None] | None = None
-    deadline: asyncio.TimerHandle | None = None
-
-    def kill(self) -> None:
-        if self.run is not None:
-            log.error('%s does not let go: killing worker %d', self.job.name, self.run.worker.pid)
-            self.run.worker.kill()
-
-    def close(self) -> None:
-        while self.fds:
-            os.close(self.fds.pop())
-        if self.deadline is not None:
-            self.deadline.cancel()
 
 
 class Queue:
@@ -106,8 +71,8 @@ class Queue:
         return sorted(self._held)
 
     def works_on(self, image: str) -> bool:
-        """Some job reads or writes this image."""
-        return any(job.request.image == image for job in self._entries)
+        """Some job reads or writes this image; a tree that was restored and runs needs it no more."""
+        return any(job.request.image == image and not job.root for job in self._entries)
 
     # ------------------------------------------------------------ requests
 
@@ -172,25 +137,33 @@ class Queue:
     # ------------------------------------------------------------ the life of a job
 
     async def _live(self, entry: Entry) -> None:
-        async with entry.lane:
-            if entry.job.over:      # cancelled while it waited
-                return
-            try:
-                worker = self._pool.take()
-                self._loop.call_soon(self._pool.warm)
-                entry.run = Run(entry.job, worker, self._units, partial(self._changed, entry), self._pool.pids)
-                await self._work(entry, entry.run)
-            except WorkerDied as error:
-                self._settle(entry, error)
-            finally:
-                # nothing above raises but by a mistake of ours: the caller still gets an answer, the tree its freedom
-                if not entry.job.over:
-                    entry.kill()
-                    self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
+        await entry.enter_lane()
+        try:
+            if not entry.job.over:      # cancelled while it waited
+                await self._begin(entry)
+        except WorkerDied as error:
+            self._settle(entry, error)
+        finally:
+            entry.leave_lane()
+            # nothing above raises but by a mistake of ours: the caller still gets an answer, the tree its freedom
+            if not entry.job.over:
+                entry.kill()
+                self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
+
+    async def _begin(self, entry: Entry) -> None:
+        worker = await self._pool.take(entry.job)
+        self._loop.call_soon(self._pool.warm)
+        if entry.job.over:      # cancelled while systemd started it
+            await self._pool.give_back(worker)
+            return
+        entry.run = Run(entry.job, worker, self._units, partial(self._changed, entry), self._pool.pids)
+        await self._work(entry, entry.run)
 
     async def _work(self, entry: Entry, run: Run) -> None:
         try:
-            result = await run.work(entry.fds)
+            run.start(entry.fds)
+            entry.close_fds()
+            result = await run.work()
         except CkptError as error:
             died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, failed=True)
             self._settle(entry, _reason(entry, error, died))
@@ -269,6 +242,8 @@ class Queue:
         self._listener.job_forgotten(job)
 
     def _changed(self, entry: Entry, message: FromWorker | None) -> None:
+        if isinstance(message, Running) and entry.job.request.wait:
+            entry.leave_lane()
         if entry.job.number and not entry.job.over:
             if isinstance(message, Progress):
                 entry.pacer.poke()
@@ -319,7 +294,12 @@ def _reason(entry: Entry, error: CkptError, died: str) -> CkptError:
     """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""
     if not isinstance(error, WorkerDied):
         return error
-    name = entry.job.name
+    job = entry.job
     if entry.deadline is not None:
-        return Cancelled(f'{name} was cancelled; its worker did not let go and was ended by force')
-    return WorkerDied(f'the worker of {name} {died}' if died else error.message, phase=entry.job.phase)
+        return Cancelled(f'{job.name} was cancelled; its worker did not let go and was ended by force')
+    message = f'the worker of {job.name} {died}' if died else error.message
+    if job.root:
+        return WorkerDied(f'{message}; the tree may run on, as process {job.root}', phase=job.phase,
+                          task=job.root, hint=f'how it ends is not known any more; "ckptctl tree {job.root}" shows it')
+    hint = 'nothing of the tree was left; see the daemon\'s log' if job.request.operation == 'restore' else None
+    return WorkerDied(message, phase=job.phase, hint=hint)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One worker at work on one job: what its messages do to the job.
 
-    Start -> Phase, Progress, UnitRequest, Log ... -> Finished | Failed | end-of-file (it died)
+    Start -> Phase, Progress, UnitRequest, ScopeRequest, Log ... -> Finished | Failed | end-of-file (it died)
 
-A worker that said Frozen before Finished holds a freeze: it stays until Thaw, lets go, and ends with status 0.
+A worker that said Frozen before Finished holds a freeze: it stays until Thaw, lets go, and ends with status 0. One that
+said Running has made a tree that needs it no longer; if the request says wait, Finished comes when the root has ended.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ class Units(Protocol):
     """A systemd manager; timeout in seconds. CkptError when it will not."""
     async def freeze(self, unit: str, timeout: float) -> None: ...  # noqa: ASYNC109 - systemd's own, too
     async def thaw(self, unit: str) -> None: ...
+    async def scope(self, scope: str, pids: Sequence[int], description: str) -> None: ...
 
 
 class Run:
@@ -45,13 +47,16 @@ class Run:
         self._result: dict[str, Any] = {}
         self._clock = asyncio.get_running_loop().time
 
-    async def work(self, fds: Sequence[int]) -> dict[str, Any]:
-        """From Start to the result. The error of the job; WorkerDied when the worker ends without either."""
+    def start(self, fds: Sequence[int]) -> None:
+        """Say Start. WorkerDied when nobody hears it."""
         self.job.start(self._clock())
         self.job.worker = self.worker.pid
         self._changed(None)
         request = msgspec.structs.replace(self.job.request, avoid=(*self.job.request.avoid, *self._avoid))
         self.worker.send(messages.Start(request), fds)
+
+    async def work(self) -> dict[str, Any]:
+        """From there to the result. The error of the job; WorkerDied when the worker ends without either."""
         while (message := await self.worker.receive()) is not None:
             match message:
                 case messages.Failed():
@@ -97,20 +102,25 @@ class Run:
                 self.frozen = message
             case messages.Log(level, text):
                 engine_log.log(level, '%s: %s', self.job.name, text)
-            case messages.UnitRequest(unit, action):
-                self.worker.send(messages.UnitDone(await self._ask_systemd(unit, action)))
+            case messages.Running(root):
+                self.job.root = root
+            case messages.UnitRequest() | messages.ScopeRequest():
+                self.worker.send(messages.UnitDone(await self._ask_systemd(message)))
         self._changed(message)
 
-    async def _ask_systemd(self, unit: str, action: str) -> str:
+    async def _ask_systemd(self, wish: messages.UnitRequest | messages.ScopeRequest) -> str:
         """What systemd has against it; '' when it is done."""
         if self._units is None:
             return 'no systemd manager can be asked'
         try:
-            if action == 'freeze':
-                await self._units.freeze(unit, self.job.request.timeout_usec / 1e6)
-            else:
-                await self._units.thaw(unit)
+            match wish:
+                case messages.UnitRequest(unit, 'freeze'):
+                    await self._units.freeze(unit, self.job.request.timeout_usec / 1e6)
+                case messages.UnitRequest(unit, 'thaw'):
+                    await self._units.thaw(unit)
+                case messages.ScopeRequest(scope, pids):
+                    await self._units.scope(scope, pids, f'Restored from {self.job.request.image}')
         except CkptError as error:
-            log.warning('%s: %s of %s: %s', self.job.name, action, unit, error)
+            log.warning('%s: %s: %s', self.job.name, wish, error)
             return error.message
         return ''

@@ -50,18 +50,25 @@ class Slice:
 
 
 # Memory takes the time in any tree worth watching: copying it, then digests and the disk.
-SLICES: dict[str, Slice] = {
+CHECKPOINT: dict[str, Slice] = {
     'resolve': Slice(0.0, 0.01), 'scan': Slice(0.01, 0.03), 'freeze': Slice(0.03, 0.05), 'rescan': Slice(0.05, 0.06),
     'seize': Slice(0.06, 0.08, 'tasks'), 'state': Slice(0.08, 0.12, 'tasks'), 'memory': Slice(0.12, 0.75, 'bytes'),
     'release': Slice(0.75, 0.76), 'write': Slice(0.76, 0.98, 'bytes'), 'publish': Slice(0.98, 1.0),
 }
+# Nothing is left to do once the tree runs; its end is waited for.
+RESTORE: dict[str, Slice] = {
+    'verify': Slice(0.0, 0.10, 'bytes'), 'plan': Slice(0.10, 0.13), 'open': Slice(0.13, 0.15),
+    'create': Slice(0.15, 0.20, 'tasks'), 'fill': Slice(0.20, 0.88, 'bytes'), 'rebuild': Slice(0.88, 0.97, 'tasks'),
+    'place': Slice(0.97, 0.99), 'start': Slice(0.99, 1.0), 'attend': Slice(1.0, 1.0),
+}
+SLICES = {**CHECKPOINT, **RESTORE}
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """start_time: microseconds of the real-time clock when the job was asked for; every other time is a `now` in
     seconds of a monotonic clock. token: another name for it, that its caller chose, or ''.
-    worker: pid of its process, or 0."""
+    worker: pid of its process, or 0. root: of the tree that it restored and that runs, or 0."""
     number: int
     request: JobRequest
     start_time: int
@@ -74,6 +81,7 @@ class Job:
     error: CkptError | None = None
     result: dict[str, Any] = field(default_factory=dict)
     worker: int = 0
+    root: int = 0
     _began: float = 0.0
     _phase_began: float = 0.0
     _phase_from: float = 0.0

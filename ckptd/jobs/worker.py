@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Worker processes: one for each job, and a warm spare, since Python takes longer to start than a small dump.
 
+What a worker restores inherits for ever what the worker itself is under (seccomp filter, mount namespace, no_new_privs,
+capability bounds): where systemd can be asked, restores are done by a service of their own, service.py.
+
 A worker is `python -m ckptd.engine.worker FD`, in a session of its own so that a terminal's Ctrl-C reaches the daemon
 only. FD is its end of a SOCK_SEQPACKET pair; ckptd.engine.messages says what goes over it. Either side learns of the
 other's death by end-of-file.
@@ -14,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,29 +36,11 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromWorker)
 
 
-class Worker:
+class Worker(ABC):
     """One worker process and the daemon's end of its socket. Owned by whoever took it from the pool, until `end`."""
 
-    def __init__(self, command: Sequence[str] = COMMAND) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        with theirs:
-            theirs.setblocking(True)
-            try:
-                self._process = subprocess.Popen(
-                    [*command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=_environment())
-            except OSError as error:
-                self._socket.close()
-                raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno,
-                                 hint='see limits on processes and memory') from error
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self._socket, self.pid = sock, pid
 
     def send(self, message: ToWorker, fds: Sequence[int] = ()) -> None:
         """One packet. It does not wait: what a worker is ever sent fits the socket's buffer many times over."""
@@ -65,10 +51,12 @@ class Worker:
 
     async def receive(self) -> FromWorker | None:
         """The next message; None when the worker has closed its end (it ended, or it died)."""
+        loop = asyncio.get_running_loop()
         try:
-            packet = await asyncio.get_running_loop().sock_recv(self._socket, MAX_MESSAGE + 1)
-        except ConnectionError:
-            return None     # it died with packets of ours unread
+            packet = await loop.sock_recv(self._socket, MAX_MESSAGE + 1)
+        except ConnectionResetError:
+            # it has ended with a packet of ours unread. That is told once, and before what it had sent (sock_error())
+            packet = await loop.sock_recv(self._socket, MAX_MESSAGE + 1)
         if not packet:
             return None
         try:
@@ -79,18 +67,17 @@ class Worker:
     def died(self, why: str) -> WorkerDied:
         return WorkerDied(f'worker {self.pid}: {why}')
 
-    def kill(self) -> None:
-        """SIGKILL; safe at any time, since the process is not reaped by anybody but this object."""
-        self._process.kill()
+    def close(self) -> None:
+        """Close the socket: a worker that lives lets go and ends."""
+        self._socket.close()
 
+    @abstractmethod
+    def kill(self) -> None:
+        """SIGKILL; safe at any time until `end` has returned."""
+
+    @abstractmethod
     async def end(self, patience: float) -> int:
         """Close the socket, wait for the exit, SIGKILL after `patience` seconds. The status as subprocess has it."""
-        self._socket.close()
-        if self.alive and not await _wait_exit(self._process.pid, patience):
-            log.error('worker %d does not end: killing it', self.pid)
-            self.kill()
-            await _wait_exit(self._process.pid, None)
-        return self._process.wait()
 
     @staticmethod
     def describe(status: int) -> str:
@@ -100,6 +87,45 @@ class Worker:
         with contextlib.suppress(ValueError):
             return f'was killed by {signal.Signals(-status).name}'
         return f'was killed by signal {-status}'
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """(the daemon's end, the worker's): the one never blocks, the other does."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    theirs.setblocking(True)
+    return ours, theirs
+
+
+class ChildWorker(Worker):
+    """A child of the daemon. No signal hits another process: nobody but this object reaps it."""
+
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        ours, theirs = socket_pair()
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    [*command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=_environment())
+            except OSError as error:
+                ours.close()
+                raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno,
+                                 hint='see limits on processes and memory') from error
+        super().__init__(ours, self._process.pid)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    async def end(self, patience: float) -> int:
+        self.close()
+        if self.alive and not await _wait_exit(self.pid, patience):
+            log.error('worker %d does not end: killing it', self.pid)
+            self.kill()
+            await _wait_exit(self.pid, None)
+        return self._process.wait()
 
 
 def _environment() -> dict[str, str]:
@@ -124,49 +150,3 @@ async def _wait_exit(pid: int, patience: float | None) -> bool:
         loop.remove_reader(pidfd)
         os.close(pidfd)
     return True
-
-
-class WorkerPool:
-    """Starts workers and keeps one ready."""
-
-    def __init__(self, command: Sequence[str] = COMMAND) -> None:
-        self._command = command
-        self._spare: Worker | None = None
-        self._taken: set[Worker] = set()
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Every worker that there is: none may be in a tree that one of them freezes."""
-        spare = (self._spare.pid,) if self._spare else ()
-        return spare + tuple(worker.pid for worker in self._taken)
-
-    def warm(self) -> None:
-        """Start the spare, unless there is one. One that cannot be started is tried again when it is needed."""
-        if self._spare is None:
-            try:
-                self._spare = Worker(self._command)
-            except WorkerDied as error:
-                log.warning('no spare worker: %s', error)
-
-    def take(self) -> Worker:
-        """The spare, if it lives, else a new one."""
-        spare, self._spare = self._spare, None
-        if spare is not None and not spare.alive:
-            log.warning('spare worker %d is dead', spare.pid)
-            spare._socket.close()
-            spare = None
-        worker = spare or Worker(self._command)
-        self._taken.add(worker)
-        return worker
-
-    async def give_back(self, worker: Worker, patience: float = 5.0) -> int:
-        """The job is over: end its process, whatever state it is in. Its exit status."""
-        try:
-            return await worker.end(patience)
-        finally:
-            self._taken.discard(worker)
-
-    async def close(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            await spare.end(5.0)

@@ -88,6 +88,9 @@ def test_ones_own_images_and_no_other(images: tuple[str, str], nobody: Busctl, r
     mine, other = images
     for member in ('VerifyImage', 'RemoveImage'):
         assert f'uid {NOBODY} may not' in nobody.call(MANAGER, member, 's', other)
+    for member in ('Restore', 'CheckRestore'):
+        assert f'uid {NOBODY} may not restore' in nobody.call(MANAGER, member, 'sa{sv}', other, '0')
+    assert root.call(MANAGER, 'ListJobs') == [[]]
     [damages] = nobody.call(MANAGER, 'VerifyImage', 's', mine)
     assert 'tree.img: 0 headers' in damages
     assert nobody.call(MANAGER, 'RemoveImage', 's', mine) is None

@@ -10,12 +10,12 @@ import pytest
 
 from ckptd.config import Config
 from ckptd.engine.messages import Caller, JobRequest
+from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import Job
-from ckptd.jobs.worker import WorkerPool
 
 PLAYER = (sys.executable, str(Path(__file__).with_name('player.py')))
 

@@ -5,10 +5,14 @@ It speaks the protocol of ckptd.engine.messages without touching any tree, so th
 turn of a job, a death included, is seen by itself.
 """
 
+import fcntl
 import os
+import select
 import signal
 import socket
+import subprocess
 import sys
+import termios
 from typing import NoReturn
 
 import msgspec
@@ -23,6 +27,8 @@ from ckptd.engine.messages import (
     Message,
     Phase,
     Progress,
+    Running,
+    ScopeRequest,
     Start,
     Thaw,
     ToWorker,
@@ -47,6 +53,9 @@ class Player:
         return msgspec.msgpack.decode(data, type=ToWorker) if data else None
 
     def until_cancelled(self) -> NoReturn:
+        if path := os.environ.get('PLAYER_FIFO'):
+            with open(path, 'w') as fifo:  # noqa: PTH123 - as short as it gets
+                fifo.write('here\n')
         while not isinstance(self.hear(), Cancel | None):
             pass
         self.say(Failed.of(Cancelled('as you wish')))
@@ -82,6 +91,12 @@ class Player:
         self.say(Phase('memory'))
         signal.pause()
 
+    def hasty(self, start: Start) -> None:
+        """Ends with a message unread."""
+        self.say(Phase('memory'))
+        select.select([self.socket], [], [])
+        self.say(Finished({'tasks': 1}))
+
     def many(self, start: Start) -> None:
         self.say(Phase('memory'), *(Progress(1, 1, count, 1000) for count in range(1, 1001)), Finished({}))
 
@@ -103,6 +118,63 @@ class Player:
         answer = self.hear()
         assert isinstance(answer, UnitDone)
         self.say(Finished({'error': answer.error}))
+
+    def scope(self, start: Start) -> None:
+        self.say(ScopeRequest('a.scope', (1, 2)))
+        answer = self.hear()
+        assert isinstance(answer, UnitDone)
+        self.say(Finished({'error': answer.error}))
+
+    def restore(self, start: Start) -> None:
+        self.say(Phase('fill'), Progress(2, 2, 1, 1), Phase('start'), Running(4242, 2),
+                 Finished({'image': start.request.image, 'root': 4242, 'tasks': 2}))
+
+    def attend(self, start: Start) -> None:
+        """Until told to let go of it."""
+        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        while not isinstance(self.hear(), Cancel | None):
+            pass
+        self.say(Finished({'root': 4242}))
+
+    def watch(self, start: Start) -> None:
+        """Until the end of the tree: of a pipe that was given."""
+        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        os.read(self.fds[-1], 1)
+        self.say(Finished({'root': 4242, 'exit_status': 3 << 8}))
+
+    def program(self, start: Start, blind: bool = False) -> None:
+        """A tree of one: what $PLAYER_SCRIPT says, on the terminal that was given."""
+        terminal = self.fds[-1] if self.fds and not blind else subprocess.DEVNULL
+        process = subprocess.Popen(
+            ['sh', '-c', os.environ['PLAYER_SCRIPT']], stdin=terminal, stdout=terminal, stderr=terminal,
+            start_new_session=True,
+            preexec_fn=None if terminal < 0 else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        for fd in self.fds:
+            os.close(fd)
+        result = {'root': process.pid, 'tasks': 1, 'processes': 1, 'restored_usec': 1234}
+        self.say(Phase('start'), Running(process.pid, 1))
+        if start.request.wait:
+            self.say(Phase('attend'))
+            died = os.pidfd_open(process.pid)
+            if died in select.select([died, self.socket], [], [])[0]:
+                result['exit_status'] = os.waitpid(process.pid, 0)[1]
+            else:
+                self.hear()
+        self.say(Finished(result))
+
+    def blind(self, start: Start) -> None:
+        """The same, without a terminal."""
+        self.program(start, blind=True)
+
+    def obstacles(self, start: Start) -> None:
+        rows = [{'pid': 7, 'comm': 'sh', 'resource': f'pid {number}', 'errno': 'EEXIST', 'reason': 'in use by cat[8]',
+                 'hint': 'use --new-pidns', 'severity': severity}
+                for number, severity in ((7, 'refusal'), (8, 'warning'))]
+        self.say(Phase('verify'), Finished({'refusals': rows, 'options': [start.request.changed_files]}))
+
+    def desert(self, start: Start) -> None:
+        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, start: Start) -> None:
         os.write(self.fds[-1], b'written by the worker')

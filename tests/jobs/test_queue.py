@@ -4,7 +4,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -89,6 +89,15 @@ async def test_cancel_lets_the_worker_let_go(queue: Queue, heard: Heard) -> None
     queue.cancel(1)     # of a job that is over: nothing
     with pytest.raises(NoSuchJob):
         queue.cancel(2)
+
+
+async def test_cancel_that_comes_too_late(queue: Queue, heard: Heard) -> None:
+    """The worker was done, and never read it."""
+    job = queue.submit(request_of('hasty'))
+    await heard.wait('memory', 1)
+    queue.cancel(1)
+    await heard.wait('done', 1)
+    assert job.result == {'tasks': 1}
 
 
 async def test_cancel_of_a_deaf_worker_kills_it(queue: Queue, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,10 +218,16 @@ class Units:
     async def thaw(self, unit: str) -> None:
         raise CkptError(f'{unit} is masked')
 
+    async def scope(self, scope: str, pids: Sequence[int], description: str) -> None:
+        raise CkptError(f'{scope} of {list(pids)} cannot be made')
+
 
 async def test_units_are_asked_of_systemd(make_queue: Callable[..., Queue]) -> None:
     assert (await make_queue(Units()).call(request_of('unit', 'check')))['error'] == 'a.service is masked'
-    assert 'no systemd' in (await make_queue().call(request_of('unit', 'check')))['error']
+    scope = (await make_queue(Units()).call(request_of('scope', 'check')))['error']
+    assert scope == 'a.scope of [1, 2] cannot be made'
+    for scene in ('unit', 'scope'):
+        assert 'no systemd' in (await make_queue().call(request_of(scene, 'check')))['error']
 
 
 async def test_fds_go_along(queue: Queue, tmp_path: Path) -> None:

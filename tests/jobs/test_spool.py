@@ -16,12 +16,12 @@ from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
 
 
-def write_image(spool: Path, owner: int = 1000, command: str = 'sort') -> str:
+def write_image(spool: Path, owner: int = 1000, command: str = 'sort', target: str = 'pid:1') -> str:
     """A published image without a tree in it."""
     with ImageWriter(spool, new_image_id(command)) as writer:
         writer.publish(Manifest(
             image=writer.image, created_usec=7, ckptd_version='0', kernel='6.18', boot_id='b', owner_uid=owner,
-            owner_gid=owner, target='pid:1', root=1, command=command, tasks=3, processes=2, freeze_mode='cgroup',
+            owner_gid=owner, target=target, root=1, command=command, tasks=3, processes=2, freeze_mode='cgroup',
             statistics=Statistics(frozen_time=9)))
         return writer.image
 

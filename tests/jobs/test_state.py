@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.engine.messages import PHASES, Progress
+from ckptd.engine.messages import PHASES, RESTORE_PHASES, Progress
 from ckptd.errors import Cancelled, CkptError
-from ckptd.jobs.state import NEXT, SLICES, Job, State
+from ckptd.jobs.state import CHECKPOINT, NEXT, RESTORE, SLICES, Job, Slice, State
 from tests.jobs.conftest import request_of
 
 START = 1_700_000_000_000_000
@@ -19,11 +19,13 @@ def running(now: float = 0.0) -> Job:
     return job
 
 
-def test_every_phase_of_the_worker_has_its_slice_and_they_join() -> None:
-    assert tuple(SLICES) == PHASES
-    ends = [0.0, *(one.end for one in SLICES.values())]
-    assert [one.start for one in SLICES.values()] == ends[:-1]
+@pytest.mark.parametrize(('slices', 'phases'), [(CHECKPOINT, PHASES), (RESTORE, RESTORE_PHASES)])
+def test_every_phase_has_its_slice_and_they_join(slices: dict[str, Slice], phases: tuple[str, ...]) -> None:
+    assert tuple(slices) == phases
+    ends = [0.0, *(one.end for one in slices.values())]
+    assert [one.start for one in slices.values()] == ends[:-1]
     assert ends[-1] == 1.0
+    assert len(SLICES) == len(PHASES) + len(RESTORE_PHASES)
 
 
 @pytest.mark.parametrize('state', State)
@@ -46,7 +48,7 @@ def test_a_cancelled_job_is_not_a_failed_one() -> None:
     assert (other.state, other.error and other.error.phase) == (State.FAILED, 'scan')
 
 
-steps = st.one_of(st.sampled_from([*PHASES, 'unheard-of']),
+steps = st.one_of(st.sampled_from([*SLICES, 'unheard-of']),
                   st.builds(Progress, *[st.integers(0, 1 << 40)] * 4))
 
 

@@ -91,6 +91,7 @@ class PrivateBus:
 
 class Daemon:
     """A running ckptd. `address` is its private bus, `log` what it wrote to stderr so far."""
+    module = 'ckptd.daemon'
 
     def __init__(self, directory: Path, spool: Path, options: tuple[str, ...] = (),
                  env: dict[str, str] | None = None) -> None:
@@ -117,7 +118,7 @@ class Daemon:
         self.runtime.mkdir(mode=0o700, exist_ok=True)
         with self._log.open('wb') as log:
             self._process = subprocess.Popen(
-                [sys.executable, '-m', 'ckptd.daemon', '--private', '--spool', str(self.spool),
+                [sys.executable, '-m', self.module, '--private', '--spool', str(self.spool),
                  '--runtime', str(self.runtime), *self._options],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, env={**os.environ, **self._env})
         assert self.process.stdout is not None

@@ -75,8 +75,12 @@ def remove_cgroup(path: Path) -> None:
 
 def children() -> list[int]:
     """All direct children of this process, of every thread, zombies too."""
-    return [int(pid) for task in os.listdir('/proc/self/task')  # noqa: PTH208
-            for pid in Path(f'/proc/self/task/{task}/children').read_text().split()]
+    found = []
+    for task in os.listdir('/proc/self/task'):  # noqa: PTH208
+        # a thread that has ended since left its children to another one
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(pid) for pid in Path(f'/proc/self/task/{task}/children').read_text().split()]
+    return found
 
 
 def is_zombie(pid: int) -> bool:

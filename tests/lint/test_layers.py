@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
 # finer than a layer: what of another layer may be used
 ONLY = {
     # doctor is a plain function of the kernel layer that needs no daemon
-    'cli': {'ckptd.bus.names', 'ckptd.bus.wire', 'ckptd.bus.client', 'ckptd.kernel.probe'},
+    'cli': {'ckptd.bus.names', 'ckptd.bus.wire', 'ckptd.bus.client', 'ckptd.bus.message', 'ckptd.kernel.probe'},
     'jobs': {'ckptd.engine.messages'},
     'bus': {'ckptd.engine.messages'},
     'daemon': {'ckptd.engine.messages'},

@@ -22,6 +22,12 @@ __ckptctl_targets() {
     for first in /proc/[0-9]*; do printf '%s\n' "${first#/proc/}"; done
 }
 
+__ckptctl_cgroups() {
+    local directory
+    find /sys/fs/cgroup -mindepth 1 -type d 2>/dev/null |
+        while read -r directory; do printf '%s\n' "${directory#/sys/fs/cgroup}"; done
+}
+
 __ckptctl_words() {
     # the words of $1, one a line on standard input or in the argument, that begin with what was typed
     local IFS=$'\n'
@@ -31,9 +37,10 @@ __ckptctl_words() {
 _ckptctl() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command='' i
     local common='--help --json --no-legend --system --user --address --standalone --spool'
-    local commands='checkpoint check tree freeze thaw jobs cancel list show verify remove export monitor doctor demo'
+    local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export monitor doctor demo'
     local -A options=(
-        [checkpoint]='--freeze --timeout --kill --leave-frozen --detach --quiet'
+        [checkpoint]='--freeze --timeout --kill --leave-frozen --save-files --save-limit --detach --quiet'
+        [restore]='--wait --detach --new-pidns --cgroup --leave-stopped --changed-files --dry-run'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'
         [export]='--format --force'
@@ -44,12 +51,15 @@ _ckptctl() {
         --freeze) __ckptctl_words $'auto\ncgroup\nunit\nptrace\ncaller'; return ;;
         --format) __ckptctl_words 'core'; return ;;
         --timeout) __ckptctl_words $'500ms\n10s\n30s\n2min'; return ;;
+        --save-limit) __ckptctl_words $'64M\n256M\n1G\n4G'; return ;;
+        --changed-files) __ckptctl_words $'refuse\naccept\nrollback'; return ;;
+        --cgroup) __ckptctl_words "$(__ckptctl_cgroups)"; return ;;
         --spool) compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
         --address) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
-            --address|--spool) i=$((i + 1)) ;;
+            --address|--spool|--freeze|--timeout|--save-limit|--changed-files|--cgroup|--format) i=$((i + 1)) ;;
             -*) ;;
             *) command=${COMP_WORDS[i]}; break ;;
         esac
@@ -64,7 +74,7 @@ _ckptctl() {
             checkpoint|check|freeze|thaw) __ckptctl_words "$(__ckptctl_targets)" ;;
             tree) __ckptctl_words "$(__ckptctl_column list; __ckptctl_targets)" ;;
             cancel) __ckptctl_words "$(__ckptctl_column jobs)" ;;
-            show|verify|remove) __ckptctl_words "$(__ckptctl_column list)" ;;
+            show|verify|remove|restore) __ckptctl_words "$(__ckptctl_column list)" ;;
             export)
                 compopt -o filenames
                 __ckptctl_words "$(__ckptctl_column list)"

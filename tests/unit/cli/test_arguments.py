@@ -10,6 +10,7 @@ import pytest
 
 import ckptd.cli
 from ckptd.cli.arguments import COMMANDS, build_parser, parse
+from ckptd.cli.options import request_options, restore_options
 from ckptd.errors import InvalidArgument
 
 COMPLETION = Path(ckptd.cli.__file__).parent / 'completion'
@@ -41,6 +42,26 @@ def test_a_timeout_is_a_time_span() -> None:
     assert parse(['checkpoint', '1', '--timeout', '500ms']).timeout == 500_000
 
 
+def test_sizes_have_binary_prefixes() -> None:
+    assert parse(['checkpoint', '1', '--save-files', '--save-limit', '64M']).save_limit == 64 << 20
+
+
+@pytest.mark.parametrize(('flags', 'wishes'), [
+    ([], {}), (['--detach'], {}), (['--wait', '--new-pidns'], {'wait': True, 'new_pidns': True}),
+    (['--leave-stopped', '--cgroup', 'cgroup:/a/b'], {'leave_stopped': True, 'cgroup': '/a/b'}),
+    (['--changed-files', 'rollback'], {'changed_files': 'rollback'})])
+def test_only_what_a_restore_is_to_do_otherwise_is_asked_for(flags: list[str], wishes: dict[str, object]) -> None:
+    assert restore_options(parse(['restore', 'image', *flags])) == wishes
+
+
+@pytest.mark.parametrize(('flags', 'wishes'), [
+    ([], {}), (['--save-files'], {'save_files': True}),
+    (['--save-files', '--save-limit', '1G'], {'save_files': True, 'save_limit': 1 << 30})])
+def test_files_are_saved_when_asked_to(flags: list[str], wishes: dict[str, object]) -> None:
+    options = request_options(parse(['checkpoint', '1', *flags]))
+    assert {name: value for name, value in options.items() if name.startswith('save')} == wishes
+
+
 @pytest.mark.parametrize(('argv', 'message'), [
     ([], 'no command'),
     (['chekpoint', '1'], "unknown command 'chekpoint'"),
@@ -48,6 +69,10 @@ def test_a_timeout_is_a_time_span() -> None:
     (['checkpoint', '1', '--kill', '--leave-frozen'], 'not allowed with'),
     (['checkpoint', '1', '--timeout', '3x'], 'is not a time span'),
     (['checkpoint', '1', '--freeze', 'hard'], 'invalid choice'),
+    (['restore', 'image', '--wait', '--detach'], 'not allowed with'),
+    (['restore', 'image', '--changed-files', 'ignore'], 'invalid choice'),
+    (['restore'], 'required: IMAGE'),
+    (['checkpoint', '1', '--save-limit', 'much'], 'is not a size'),
     (['list', '--nonsense'], 'unrecognized arguments: --nonsense'),
     (['list', '--spool', '/tmp'], '--spool is for --standalone'),
     (['list', '--standalone', '--user'], 'a bus of its own'),

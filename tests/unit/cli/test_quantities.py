@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.cli.quantities import format_bytes, format_count, format_time, format_timespan, parse_timespan
+from ckptd.cli.quantities import format_bytes, format_count, format_time, format_timespan, parse_size, parse_timespan
 
 
 @pytest.mark.parametrize(('text', 'usec'), [
@@ -38,6 +38,19 @@ def test_time_spans_are_shown_with_three_digits(usec: int, text: str) -> None:
     (1 << 62, '4096 PiB')])
 def test_sizes_have_binary_prefixes(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(('text', 'size'), [
+    ('4096', 4096), ('1', 1), ('64M', 64 << 20), ('64 MiB', 64 << 20), ('1.5g', 3 << 29), ('2KB', 2048), ('9B', 9),
+    ('4T', 4 << 40)])
+def test_sizes_are_understood(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize('text', ['', 'M', '0', '-1', '1e3', '12 parsecs', '1i', '9999999T', 'infinity'])
+def test_what_is_no_size_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match='is not a size'):
+        parse_size(text)
 
 
 def test_counts_have_their_plural() -> None:

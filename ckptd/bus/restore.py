@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Restore and CheckRestore, which the manager and every image have."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckptd.bus.job import path_of
+from ckptd.bus.names import token_path
+from ckptd.bus.options import CHECK_RESTORE, RESTORE, Option, parse_options
+from ckptd.bus.router import Call
+from ckptd.jobs.library import Library
+
+
+async def restore(library: Library, call: Call, image: str, options: Mapping[str, Any]) -> str:
+    """Start the job; its path."""
+    wishes, fds = _wishes(options, RESTORE)
+    token = wishes.pop('handle_token', '')
+    caller = await call.credentials()
+    return path_of(library.restore(image, caller, fds, token and token_path(call.sender, token), **wishes))
+
+
+async def check_restore(library: Library, call: Call, image: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of what stands in the way."""
+    wishes, fds = _wishes(options, CHECK_RESTORE)
+    caller = await call.credentials()
+    async with call.attended():
+        return await library.check_restore(image, caller, fds, **wishes)
+
+
+def _wishes(options: Mapping[str, Any], known: tuple[Option, ...]) -> tuple[dict[str, Any], list[int]]:
+    """Fields of JobRequest, and the fds that go with them; these are duplicated by whoever keeps them."""
+    given = parse_options(options, known)
+    terminal = given.pop('terminal', None)
+    if terminal is None:
+        return given, []
+    return {**given, 'has_terminal': True}, [terminal]

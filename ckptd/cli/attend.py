@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""In front of a restored tree: its root gets the signals that this command gets, and its terminal is ours.
+
+    SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2     passed on to the root
+    SIGTSTP, SIGCONT                                  the root and this command stop, and go on
+
+The end of this command ends nothing of the tree, but for what the end of its terminal means to it.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from ckptd.bus.message import Fd
+from ckptd.cli.session import Interrupts
+from ckptd.cli.terminal import Terminal
+
+PASSED_ON = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Attendance:
+    """`begin` once the tree runs; until then signals mean what they mean to any command.
+
+    begun: called with the root's pid when signals go to it, and before the terminal becomes the tree's.
+    """
+
+    def __init__(self, interrupts: Interrupts, begun: Callable[[int], None]) -> None:
+        self._interrupts, self._begun = interrupts, begun
+        self._loop = asyncio.get_running_loop()
+        self._pidfd = -1
+        self._terminal: Terminal | None = None
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+                 ) -> None:
+        self._undo.close()
+
+    def prepare(self) -> dict[str, Any]:
+        """Options of Restore: a terminal for the tree, if we are on one."""
+        if not os.isatty(0):
+            return {}
+        self._terminal = self._undo.enter_context(Terminal())
+        return {'terminal': Fd(self._terminal.slave)}
+
+    def begin(self, root: int) -> None:
+        """The tree runs, and its root is the process `root`. Again: nothing."""
+        if self._pidfd >= 0:
+            return
+        try:
+            self._pidfd = os.pidfd_open(root)
+        except ProcessLookupError:      # the news of its end is on the way
+            return
+        self._undo.callback(os.close, self._pidfd)
+        self._undo.callback(setattr, self._interrupts, 'taker', None)
+        self._interrupts.taker = self._pass_on
+        for number, handler in ((signal.SIGTSTP, self._stop), (signal.SIGCONT, self._continue),
+                                *((number, self._pass_on) for number in PASSED_ON)):
+            self._loop.add_signal_handler(number, handler, number)
+            self._undo.callback(self._loop.remove_signal_handler, number)
+        self._begun(root)
+        if self._terminal is not None:
+            self._terminal.begin()
+
+    def _pass_on(self, number: signal.Signals) -> bool:
+        """False when there is nobody to get it: it has ended, or has become another user's (setuid)."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    def _stop(self, number: signal.Signals) -> None:
+        # the root's process group is orphaned, where the kernel drops SIGTSTP (setpgid(2), signal(7))
+        self._pass_on(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _continue(self, number: signal.Signals) -> None:
+        self._pass_on(number)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptctl restore."""
+
+import os
+from typing import Any
+
+from ckptd.cli.attend import Attendance
+from ckptd.cli.checkpoint import report_findings
+from ckptd.cli.follow import Order, run_job
+from ckptd.cli.options import restore_options, with_token
+from ckptd.cli.output import Output, refusal_from
+from ckptd.cli.progress import ProgressBar
+from ckptd.cli.quantities import format_count, format_timespan
+from ckptd.cli.session import LONG, Session
+
+LOST = 'nothing is left of a tree that did not run yet, and one that does runs on'
+
+
+async def restore(session: Session) -> int:
+    """Bring a tree back. With --wait the exit status is that of its root, as a shell has it."""
+    args, out = session.args, session.out
+    if args.dry_run:
+        return await _dry_run(session)
+    bar = ProgressBar(out, args.image)
+    async with session.daemon() as daemon:
+        def begun(root: int) -> None:
+            bar.close()
+            out.note(f'the tree runs, its root is process {root}', 'dim')
+
+        with bar, Attendance(session.interrupts, begun) as attendance:
+            options = with_token(restore_options(args))
+            if args.wait:
+                options |= attendance.prepare()
+            order = Order('Restore', args.image, options, LOST)
+            result = await run_job(daemon, order, bar, attendance.begin if args.wait else lambda root: None)
+    return _report_end(out, result) if args.wait else _report(out, result, args.leave_stopped)
+
+
+async def _dry_run(session: Session) -> int:
+    """The status is that of the error a restore would end with."""
+    image = session.args.image
+    async with session.daemon() as daemon:
+        rows = await daemon.manager('CheckRestore', 'sa{sv}', image, restore_options(session.args), seconds=LONG)
+    return report_findings(session.out, rows, {'image': image}, f'{image} can{{}} be restored')
+
+
+def _report(out: Output, result: dict[str, Any], stopped: bool) -> int:
+    if out.json:
+        out.document(result)
+        return 0
+    out.line(str(result['root']))
+    fate = f'It is stopped: "kill -CONT {result["root"]}" lets its root go.' if stopped else 'The tree runs.'
+    out.note(f'{summary(result)}. {fate}', 'dim')
+    out.refusals([refusal_from(row) for row in result.get('warnings', ())], on_stderr=True)
+    return 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What a finished restore did, in one line."""
+    processes = format_count(int(result.get('processes', 0)), 'process')
+    return (f'{processes} with {format_count(int(result.get("tasks", 0)), "task")} restored in '
+            f'{format_timespan(int(result.get("restored_usec", 0)))}')
+
+
+def _report_end(out: Output, result: dict[str, Any]) -> int:
+    """The end of a tree that was waited for; one that somebody let go of (ckptctl cancel) has none."""
+    out.refusals([refusal_from(row) for row in result.get('warnings', ())], on_stderr=True)
+    if 'exit_status' not in result:
+        out.document(result) if out.json else out.note(f'The tree runs on by itself; its root is {result["root"]}.')
+        return 0
+    status = shell_status(int(result['exit_status']))
+    if out.json:
+        out.document({**result, 'exit_status': status})
+    return status
+
+
+def shell_status(status: int) -> int:
+    """A status of wait(2) as $? shows it: 128 + N after signal N."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code

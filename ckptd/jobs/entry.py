@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A job in the queue, with all that belongs to it until it is settled, and who hears of it."""
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ckptd.jobs.pacer import Pacer
+from ckptd.jobs.run import Run
+from ckptd.jobs.state import Job
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more."""
+    def job_new(self, job: Job) -> None: ...
+    def job_changed(self, job: Job) -> None: ...
+    def job_progress(self, job: Job) -> None: ...
+    def job_removed(self, job: Job) -> None: ...
+    def job_forgotten(self, job: Job) -> None: ...
+    def frozen_changed(self) -> None: ...
+    async def images_changed(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
+    freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then.
+    in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored."""
+    job: Job
+    fds: list[int]
+    lane: asyncio.Semaphore
+    pacer: Pacer
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    run: Run | None = None
+    let_go: asyncio.Future[None] | None = None
+    deadline: asyncio.TimerHandle | None = None
+    in_lane: bool = False
+
+    async def enter_lane(self) -> None:
+        await self.lane.acquire()
+        self.in_lane = True
+
+    def leave_lane(self) -> None:
+        """Again: nothing."""
+        if self.in_lane:
+            self.in_lane = False
+            self.lane.release()
+
+    def kill(self) -> None:
+        if self.run is not None:
+            log.error('%s does not let go: killing worker %d', self.job.name, self.run.worker.pid)
+            self.run.worker.kill()
+
+    def close_fds(self) -> None:
+        """Once the worker has them. A terminal that is held here would be in use for as long as the job."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+    def close(self) -> None:
+        self.close_fds()
+        if self.deadline is not None:
+            self.deadline.cancel()

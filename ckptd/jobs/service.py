@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Workers that are services of systemd: no children of the daemon, and under nothing that it is under.
+
+    daemon                            systemd                          worker
+    socketpair, StartTransientUnit -> ckptd-restore-XXXX.service   -> python -m ckptd.engine.worker 0
+    Start, Cancel, ... over the socket, which is the worker's standard input; end-of-file as with a child
+
+systemd keeps the worker's end of the socket open for as long as the service is there, so a worker's death is seen
+by its pidfd.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from ckptd.errors import CkptError, WorkerDied
+from ckptd.jobs.worker import COMMAND, Worker, _environment, socket_pair
+
+log = logging.getLogger(__name__)
+
+# of the daemon's environment: its own settings. The rest is of its unit, and none of the worker's business.
+KEPT = ('PYTHONPATH', 'CKPTD_')
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A transient service: its program, what it finds in its environment, and the fd that is its standard input."""
+    unit: str
+    description: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    stdin: int
+
+
+class Services(Protocol):
+    """A systemd manager. CkptError when it will not."""
+
+    async def start_service(self, service: Service) -> None:
+        """Start it; done when its program runs. It stays known until `exit_status` was asked for."""
+
+    async def main_pid(self, unit: str) -> int:
+        """Its process, 0 when that has ended."""
+
+    async def exit_status(self, unit: str) -> int:
+        """Of its process, which has ended or is about to, as subprocess has it. The service is forgotten."""
+
+
+class ServiceWorker(Worker):
+    """A worker that systemd has started."""
+
+    def __init__(self, sock: socket.socket, pid: int, pidfd: int, unit: str, services: Services) -> None:
+        super().__init__(sock, pid)
+        self._pidfd, self._unit, self._services = pidfd, unit, services
+        self._loop = asyncio.get_running_loop()
+        self._dead = asyncio.Event()
+        self._loop.add_reader(pidfd, self._died)
+
+    @classmethod
+    async def start(cls, services: Services, description: str, command: Sequence[str] = COMMAND) -> Self:
+        """WorkerDied with systemd's words when there will be none."""
+        # the number of the job would not do: it is one again with each daemon
+        unit = f'ckptd-restore-{secrets.token_hex(4)}.service'
+        environment = {name: value for name, value in _environment().items() if name.startswith(KEPT)}
+        ours, theirs = socket_pair()
+        try:
+            with theirs:
+                await services.start_service(Service(unit, description, (*command, '0'), environment, theirs.fileno()))
+            pid, pidfd = await _open_main(services, unit)
+        except CkptError as error:
+            ours.close()
+            raise WorkerDied(f'systemd starts no worker: {error.message}', errno=error.errno,
+                             hint=f'journalctl -u {unit} may say more') from error
+        except BaseException:
+            ours.close()
+            raise
+        return cls(ours, pid, pidfd, unit, services)
+
+    def kill(self) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def end(self, patience: float) -> int:
+        self.close()
+        try:
+            async with asyncio.timeout(patience):
+                await self._dead.wait()
+        except TimeoutError:
+            log.error('worker %d does not end: killing it', self.pid)
+            self.kill()
+            await self._dead.wait()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        return await self._status()
+
+    async def _status(self) -> int:
+        try:
+            return await self._services.exit_status(self._unit)
+        except CkptError as error:
+            # what it said over its socket counts; this is about how it ended
+            log.warning('how %s ended is not known: %s', self._unit, error)
+            return 0
+
+    def _died(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._dead.set()
+        # unix(7): what it had sent is still received, and end-of-file after that
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+
+async def _open_main(services: Services, unit: str) -> tuple[int, int]:
+    """Pid and pidfd of the service's process: the pid was its own before the pidfd was opened, and is after."""
+    if pid := await services.main_pid(unit):
+        with contextlib.ExitStack() as undo, contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            undo.callback(os.close, pidfd)
+            if await services.main_pid(unit) == pid:
+                undo.pop_all()
+                return pid, pidfd
+    raise WorkerDied(f'{unit} {Worker.describe(await services.exit_status(unit))} before it began')
