@@ -15,8 +15,8 @@ import pytest
 
 from ckptd.engine import faults
 from ckptd.engine import remote as remote_module
-from ckptd.engine.interleave import finish
 from ckptd.engine.batch import Batch
+from ckptd.engine.interleave import finish
 from ckptd.engine.remote import OwnIds, Remote
 from ckptd.kernel.maps import read_maps
 from ckptd.kernel.ptrace import Tracee
