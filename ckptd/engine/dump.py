@@ -11,8 +11,6 @@ The order of the read matters. smaps come before the remote calls of a process, 
 its pages are chosen after them, so that neither shows in the image.
 """
 
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -26,6 +24,7 @@ from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
+from ckptd.engine.sleeps import find_sleeps, sleep_left
 from ckptd.errors import NotSupported, TreeChanged
 from ckptd.image import records
 from ckptd.image.grammar import Record
@@ -35,6 +34,7 @@ from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import Status
+from ckptd.kernel.timens import Clocks
 from ckptd.picture import Picture
 from ckptd.tree import Task, Tree
 
@@ -93,20 +93,21 @@ class Dump:
 
     def read_state(self) -> None:
         """Everything but pages."""
+        try:
+            sleeps = find_sleeps(self._tracees)
+        except ProcessLookupError as error:
+            raise TreeChanged('a task died while it was asked how long it sleeps', phase='state') from error
         processes: dict[int, list[Task]] = {}
         for task in self.tree:
             processes.setdefault(task.tgid, []).append(task)
         interleave(self._process(threads) for threads in processes.values())
         self._files.describe()
-        self._tree_records += [self._header(len(processes)), *state.task_ids(self.tree)]
+        clocks = Clocks.read(self.tree.root.tid)
+        self._tree_records += [state.header(self.tree, len(processes), clocks), state.namespaces(self.tree.root),
+                               *state.task_ids(self.tree)]
+        self._task_records += [sleep_left(sleep, self._vtids[tid], clocks.host) for tid, sleep in sleeps.items()]
         self._tree_records += [self._task(task) for task in self.tree]
         fault('state-read')
-
-    def _header(self, processes: int) -> records.Header:
-        return records.Header(
-            self.tree.root.vtid, len(self.tree), processes, time.time_ns(),
-            time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-            os.sysconf('SC_PAGE_SIZE'), os.uname().machine)
 
     def _process(self, threads: list[Task]) -> Steps[None]:
         alive = [task for task in threads if task.tid in self._tracees]

@@ -19,11 +19,12 @@ def issue_again(tracees: Mapping[int, Tracee]) -> None:
     """Do so for every stopped thread, unless a signal is about to run its handler: then EINTR is what it must see."""
     for tracee in tracees.values():
         regs = tracee.regs
-        if arch.interrupted_for_good(regs) and not _has_signal(tracee):
+        if arch.interrupted_for_good(regs) and not has_signal(tracee):
             tracee.regs = arch.again(regs)
     fault('issued-again')
 
 
-def _has_signal(tracee: Tracee) -> bool:
+def has_signal(tracee: Tracee) -> bool:
+    """Whether one is pending that it does not block."""
     status = read_status(tracee.tid)
     return bool((status.sig_pnd | status.shd_pnd) & ~tracee.sigmask)

@@ -14,6 +14,8 @@ from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc, u32, u64
 # <linux/ptrace.h>
 PTRACE_CONT = 7
 PTRACE_DETACH = 17
+PTRACE_SYSCALL = 24
+PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
 PTRACE_SEIZE = 0x4206
@@ -25,10 +27,12 @@ PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
 PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 PTRACE_PEEKSIGINFO_SHARED = 1
 PTRACE_EVENT_STOP = 128
+PTRACE_O_TRACESYSGOOD = 1
 
 NT_PRSTATUS = 1             # <elf.h>
 WALL = 0x40000000           # __WALL: threads of other processes too
 SIGINFO_SIZE = 128
+SYSCALL_STOP = signal.SIGTRAP | 0x80     # of a task with PTRACE_O_TRACESYSGOOD
 XSTATE_MAX = 16 << 10       # AMX has 11 KiB; the kernel answers with what there is
 
 
@@ -137,6 +141,15 @@ class Tracee:
     def cont(self, sig: int = 0) -> None:
         ptrace(PTRACE_CONT, self.tid, None, sig)
         self.stopped = False
+
+    def to_syscall(self, sig: int = 0) -> None:
+        """Run on to the entry or the exit of the next system call, whichever comes first."""
+        ptrace(PTRACE_SYSCALL, self.tid, None, sig)
+        self.stopped = False
+
+    def set_options(self, options: int) -> None:
+        """PTRACE_O_*, of a stopped tracee."""
+        ptrace(PTRACE_SETOPTIONS, self.tid, None, options)
 
     def detach(self) -> None:
         """Let go; the task runs on, or stays in the group-stop that it was in. Nothing if it died meanwhile."""

@@ -29,10 +29,10 @@ GPR_SIZE = 216
 
 # <asm/unistd_64.h>: what is called by number, here or in a tracee
 NR = {
-    'mmap': 9, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'getitimer': 36, 'getpid': 39,
-    'sigaltstack': 131, 'prctl': 157, 'restart_syscall': 219, 'timer_gettime': 224, 'timer_getoverrun': 225,
-    'tgkill': 234, 'ioprio_get': 252, 'get_robust_list': 274, 'kcmp': 312, 'sched_getattr': 315, 'clone3': 435,
-    'pidfd_getfd': 438,
+    'poll': 7, 'mmap': 9, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'nanosleep': 35,
+    'getitimer': 36, 'getpid': 39, 'sigaltstack': 131, 'prctl': 157, 'futex': 202, 'restart_syscall': 219,
+    'timer_gettime': 224, 'timer_getoverrun': 225, 'clock_nanosleep': 230, 'tgkill': 234, 'ioprio_get': 252,
+    'get_robust_list': 274, 'kcmp': 312, 'sched_getattr': 315, 'membarrier': 324, 'clone3': 435, 'pidfd_getfd': 438,
 }
 
 # semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2
@@ -132,6 +132,12 @@ def interrupted(regs: user_regs_struct) -> user_regs_struct:
 def interrupted_for_good(regs: user_regs_struct) -> bool:
     """Whether the task is about to return EINTR from a system call that no kernel restarts."""
     return ctypes.c_int64(regs.rax).value == -errno.EINTR and regs.orig_rax in _NEVER_RESTARTED
+
+
+def in_restart_block(regs: user_regs_struct) -> bool:
+    """Whether the task goes on with a system call whose end the kernel keeps in its restart block."""
+    return (ctypes.c_int64(regs.rax).value == -ERESTART_RESTARTBLOCK
+            and ctypes.c_int64(regs.orig_rax).value >= 0)
 
 
 def again(regs: user_regs_struct) -> user_regs_struct:
