@@ -69,6 +69,7 @@ class Dump:
         self._sighands: set[int] = set()
         self._ids: dict[int, _Ids] = {}
         self._asked: set[int] = set()
+        self._siblings: dict[int, int] = {}         # by tid of the parent: mm of the first child
         self._done = 0
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
@@ -166,9 +167,16 @@ class Dump:
         if mine.sighand not in self._sighands:
             self._sighands.add(mine.sighand)
             self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
-        self._memory.add(mine.mm, anchor.tid, mappings, stat, answers)
+        self._memory.add(mine.mm, anchor.tid, mappings, stat, answers, self._origin(leader, mine.mm))
         for task in alive:
             self._picture.forget(task)
+
+    def _origin(self, leader: Task, mm: int) -> int:
+        """The address space that a process may have been forked from, copied before its own: its parent's; where that
+        is no part of the tree, a sibling's does as well."""
+        parent = self._ids.get(leader.parent_tid, _Ids()).mm
+        sibling = self._siblings.setdefault(leader.parent_tid, mm)
+        return next((one for one in (parent, sibling) if 0 < one < mm), 0)
 
     def _check_registers(self, task: Task) -> None:
         """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only.
