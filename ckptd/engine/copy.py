@@ -21,6 +21,7 @@ from ckptd.kernel.memory import IOV_MAX, PAGE, Mem, Range, differing, read_into
 CHUNK_SIZE = 512 << 10     # small enough that a chunk is still in the cache when it is written
 BUFFERS = 4
 MAX_SKIP = 16              # chunks that are not compared after one that has changed
+MAX_PIECES = 32            # runs of changed pages in a chunk that are worth a write(2) each
 
 
 class _Buffer:
@@ -87,8 +88,8 @@ class Copier:
         """Copy what differs from process `origin`, whose pages are at the same addresses and, as `runs` say, in the
         image already; where nothing does, the runs returned are the same, or parts of them. They are ascending.
 
-        After a chunk that has changed for the most part, a few are copied unseen, each time twice as many: where all is
-        different, comparing costs next to nothing.
+        After a chunk that has changed for the most part, or in too many places, a few are copied unseen, each time
+        twice as many: where all is different, comparing costs next to nothing.
         """
         made: list[PageRun] = []
         skip, skipped = 1, 0
@@ -102,6 +103,8 @@ class Copier:
             else:
                 _read(origin, ranges, self._origin)
                 changed = differing(buffer.address, self._origin.address, length)
+                if len(changed) > MAX_PIECES:
+                    changed = [(0, length)]
                 many = 2 * sum(end - start for start, end in changed) > length
                 skip, skipped = (min(2 * skip, MAX_SKIP), skip) if many else (1, 0)
             made += self._write_changed(buffer, changed, chunk, length)
