@@ -214,6 +214,7 @@ class Dump:
         yield state.registers(task, tracee)
         yield state.thread_signals(task, tracee, pending, answers)
         yield state.thread_pointers(task, tracee, answers)
+        yield state.thread_controls(task, answers)
 
     # ------------------------------------------------------------ memory
 

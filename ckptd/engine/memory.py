@@ -20,7 +20,7 @@ from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memory import Mem, PageMap, Range
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import Stat
-from ckptd.kernel.task import read_auxv
+from ckptd.kernel.task import read_auxv, read_coredump_filter
 
 _NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; of these only the vdso's text is kept, for debuggers
 
@@ -57,7 +57,8 @@ class MemoryDump:
         layout = (stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, process.brk,
                   stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end)
         mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), process.dumpable,
-                        process.thp_disabled, answers.lock_future)
+                        process.thp_disabled, answers.lock_future, process.membarrier, process.mdwe,
+                        process.memory_merge, read_coredump_filter(tid))
         vmas = [vma_record(mm_id, tid, mapping, self.objects) for mapping in mappings]
         self._spaces[mm_id] = _Space(mm_id, origin, tid, mm, vmas)
 

@@ -110,6 +110,10 @@ class Results(NamedTuple):
             raise OSError(-value, f'remote {self.names[call]}: {os.strerror(-value)}')
         return value
 
+    def or_zero(self, call: int) -> int:
+        """What the call returned; 0 if it failed, as one that this kernel does not have."""
+        return max(self.values[call], 0)
+
     def unsigned(self, call: int) -> int:
         """What a call returned that cannot fail, and may use the whole width of a register."""
         return self.values[call] & _ALL_ONES

@@ -87,6 +87,10 @@ def thread_pointers(task: Task, tracee: Tracee, answers: ThreadAnswers) -> recor
         rseq.signature, rseq.flags, answers.pdeath_signal)
 
 
+def thread_controls(task: Task, answers: ThreadAnswers) -> records.ThreadControls:
+    return records.ThreadControls(task.vtid, answers.tsc, answers.mce_kill, answers.io_flusher, answers.speculation)
+
+
 def process_state(leader: Task, stat: Stat, tracee: Tracee, pending: tuple[bytes, ...], answers: ProcessAnswers,
                   groups: MappingABC[int, int]) -> records.ProcessState:
     """groups: vpgid by pgid, for the foreground group of the terminal; one that the tree does not have is 0."""

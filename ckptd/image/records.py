@@ -2,9 +2,9 @@
 """Every record of an image. Drawn by part; the order inside a part is the order of the dump.
 
     tree.img    Header, Namespaces, TaskIds (chunks of 256), Task per task in depth-first order
-    tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers per task, SleepLeft of those that
-                slept in a system call; ProcessState, Limits, IntervalTimers, PosixTimers per process; SignalActions,
-                Fs per object
+    tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers, ThreadControls per task,
+                SleepLeft of those that slept in a system call; ProcessState, Limits, IntervalTimers, PosixTimers per
+                process; SignalActions, Fs per object
     files.img   OpenFile per file description, FdTable per table
     memory.img  Mm, Vma, PageRuns per address space; SharedMemory and its PageRuns per object; Backing per mapped file
     data-N.img  page-aligned bytes, no records: page data and the content of deleted files and pipes
@@ -198,6 +198,18 @@ class SleepLeft(Record):
     exact: U8
 
 
+@record(0x0107)
+class ThreadControls(Record):
+    """What prctl(2) has set for a thread. tsc: PR_TSC_*. mce_kill: PR_MCE_KILL_*. io_flusher: of PR_SET_IO_FLUSHER.
+    speculation: PR_GET_SPECULATION_CTRL of PR_SPEC_STORE_BYPASS, _INDIRECT_BRANCH, _L1D_FLUSH; to be set where it has
+    PR_SPEC_PRCTL (1) and is not what the new task has."""
+    vpid: U32
+    tsc: U32
+    mce_kill: U32
+    io_flusher: U8
+    speculation: tuple[U32, ...]
+
+
 @record(0x0110)
 class ProcessState(Record):
     """oom_score_adj: 0..2000 (value + 1000). shared_pending: siginfo_t of 128 bytes each.
@@ -326,7 +338,8 @@ class FdTable(Record):
 class Mm(Record):
     """layout: start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start,
     env_end (struct prctl_mm_map). exe: backing_id of the executable. auxv: as /proc/PID/auxv. lock_future: mlockall(2),
-    1 MCL_FUTURE, 2 with MCL_ONFAULT."""
+    1 MCL_FUTURE, 2 with MCL_ONFAULT. membarrier: MEMBARRIER_CMD_REGISTER_*, each to be called once. mdwe: PR_SET_MDWE,
+    memory_merge: PR_SET_MEMORY_MERGE. coredump_filter: of /proc/PID."""
     mm_id: U32
     layout: tuple[U64, ...]
     auxv: bytes
@@ -334,6 +347,10 @@ class Mm(Record):
     dumpable: U8
     thp_disabled: U8
     lock_future: U8 = 0
+    membarrier: U32 = 0
+    mdwe: U32 = 0
+    memory_merge: U8 = 0
+    coredump_filter: U32 = 0x33
 
 
 # Vma.kind. Pages of a VDSO are in the image as those of ANON are: another kernel's would not fit its callers
