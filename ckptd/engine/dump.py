@@ -25,6 +25,7 @@ from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
 from ckptd.engine.sleeps import find_sleeps, sleep_left
+from ckptd.engine.waits import Notes, Wait
 from ckptd.errors import NotSupported, TreeChanged
 from ckptd.image import records
 from ckptd.image.grammar import Record
@@ -53,16 +54,17 @@ class _Ids:
 
 
 class Dump:
-    """One dump. cgroups: path by tgid as it was before the freeze. Nothing here changes the tree.
+    """One dump. cgroups: path by tgid as it was before the freeze. notes, waits: as waits.py has them. Nothing here
+    changes the tree.
 
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: Picture, cgroups: Mapping[int, str],
-                 data: DataWriter, report: Report) -> None:
+                 notes: Notes, waits: Mapping[int, Wait], data: DataWriter, report: Report) -> None:
         self.tree, self._picture = tree, picture
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
-        self._data = data
+        self._data, self._notes, self.waits = data, notes, waits
         self._vtids = {task.tid: task.vtid for task in tree}
         self._groups = {task.pgid: task.vpgid for task in tree}
         self._sharing = TaskSharing()
@@ -106,7 +108,9 @@ class Dump:
         clocks = Clocks.read(self.tree.root.tid)
         self._tree_records += [state.header(self.tree, len(processes), clocks), state.namespaces(self.tree.root),
                                *state.task_ids(self.tree)]
-        self._task_records += [sleep_left(sleep, self._vtids[tid], clocks.host) for tid, sleep in sleeps.items()]
+        self._task_records += [sleep_left(sleep, self._vtids[tid], clocks.host, self._notes)
+                               for tid, sleep in sleeps.items()]
+        self._task_records += [wait.record(self._vtids[tid], clocks.host) for tid, wait in self.waits.items()]
         self._tree_records += [self._task(task) for task in self.tree]
         fault('state-read')
 

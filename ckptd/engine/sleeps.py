@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from ckptd.engine.faults import fault
 from ckptd.engine.resume import has_signal
+from ckptd.engine.waits import Notes
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.memory import PAGE, Mem
@@ -210,7 +211,7 @@ class _Measurement:
 
 # ---------------------------------------------------------------- records
 
-def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int]) -> SleepLeft:
+def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: Notes) -> SleepLeft:
     """The record. clocks: what each clock said at the time of the dump, nanoseconds."""
     clock = sleep.clock & _U32
     if sleep.endless:
@@ -219,18 +220,26 @@ def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int]) -> SleepLeft:
         return SleepLeft(vpid, sleep.number, max(0, sleep.end.at - clocks[sleep.end.clock]), sleep.end.clock, 1)
     try:
         with Mem(sleep.tracee.tid) as mem:
-            left = _argument(sleep, mem)
+            left = _left_by_arguments(sleep, mem, clocks, notes)
     except OSError:
         left = 0        # the address of the timeout is not mapped any more
     return SleepLeft(vpid, sleep.number, min(left, ENDLESS - 1), clock, 0)
 
 
-def _argument(sleep: Sleep, mem: Mem) -> int:
-    """What the kernel says that is left where the program has asked for that, else the whole timeout; nanoseconds."""
-    if sleep.number == _NR['poll']:
-        return ctypes.c_int32(sleep.regs.rdx).value * 10**6
-    remaining = getattr(sleep.regs, _REMAINING.get(sleep.number, ''), 0)
-    return _timespec(mem, remaining or getattr(sleep.regs, _TIMEOUT[sleep.number]))
+def _left_by_arguments(sleep: Sleep, mem: Mem, clocks: Mapping[int, int], notes: Notes) -> int:
+    """What the kernel says that is left where the program has asked for that; else what was left of the timeout when
+    it was seen to sleep, and that is all of it where it was not."""
+    number, regs = sleep.number, sleep.regs
+    remaining = getattr(regs, _REMAINING.get(number, ''), 0)
+    if remaining:
+        return _timespec(mem, remaining)
+    whole = ctypes.c_int32(regs.rdx).value * 10**6 if number == _NR['poll'] \
+        else _timespec(mem, getattr(regs, _TIMEOUT[number]))
+    begun = notes.begun(sleep.tracee.tid, regs)
+    # of CPU time nothing passes while a task sleeps
+    if begun is None or sleep.clock not in _HRTIMER_CLOCKS:
+        return whole
+    return min(whole, max(0, begun + whole - clocks[time.CLOCK_MONOTONIC]))
 
 
 def _timespec(mem: Mem, address: int) -> int:

@@ -189,7 +189,8 @@ class SleepLeft(Record):
     restart block then has the right end, and the address for the remaining time that the program gave. Where that call
     ends before it is interrupted, its result is what the task gets, in rax.
     For other values of rax (a call that Registers issues again, see ckptd.engine.resume): the timeout in the arguments
-    is the whole one, except where it is a register (epoll_wait, epoll_pwait: r10), which has the rest already.
+    is the whole one, except where it is a register (epoll_wait, epoll_pwait: r10), which has the rest already; exact is
+    then to some milliseconds.
     """
     vpid: U32
     number: U32

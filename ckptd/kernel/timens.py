@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Time namespaces, time_namespaces(7): what CLOCK_MONOTONIC and CLOCK_BOOTTIME say to a task."""
 
+import functools
 import os
 import time
 from typing import NamedTuple
@@ -26,6 +27,16 @@ def read_offsets(pid: int) -> Offsets:
         return parse_offsets(read_task_file(task_dir(pid), 'timens_offsets'))
     except FileNotFoundError:
         return Offsets()
+
+
+@functools.cache
+def _own_offsets() -> Offsets:
+    return read_offsets(os.getpid())
+
+
+def host_monotonic_ns() -> int:
+    """CLOCK_MONOTONIC of the initial namespace, in which the kernel counts."""
+    return time.monotonic_ns() - _own_offsets().monotonic
 
 
 def parse_offsets(data: bytes) -> Offsets:

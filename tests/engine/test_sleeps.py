@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 
-from ckptd.engine import faults, sleeps
+from ckptd.engine import faults, sleeps, waits
 from ckptd.engine.remote import OwnIds
+from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.sleeps import find_sleeps
+from ckptd.engine.waits import Notes
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_threads
 from ckptd.kernel.wchan import read_wchan
+from ckptd.scan import scan_tree
 from tests.engine.conftest import in_child
 from tests.engine.driver import Place
 
@@ -54,6 +57,10 @@ def left(place: Place, pid: int, **options: Any) -> tuple[dict[int, int], dict[i
     with ImageReader(place.checkpoint(pid, **options)) as reader:
         return ({time.CLOCK_MONOTONIC: reader.header.monotonic, time.CLOCK_BOOTTIME: reader.header.boottime},
                 dict(reader.table(SleepLeft)))
+
+
+def refuse() -> None:
+    raise PermissionError
 
 
 @pytest.fixture
@@ -159,14 +166,65 @@ def test_a_tracer_that_fails_meanwhile(victim: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.needs('root')
 def test_without_the_list_of_timers_there_is_a_bound(victim: Any, tracer: Stop,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise PermissionError
-
     pid = victim('interrupted').pid
     tracees = {}
     for tid in read_threads(pid):
         tracees[tid] = tracer(tid)[0]
     monkeypatch.setattr(sleeps, 'read_sleeps', refuse)
-    rows = [sleeps.sleep_left(sleep, tid, {}) for tid, sleep in find_sleeps(tracees).items()]
+    rows = [sleeps.sleep_left(sleep, tid, {}, Notes()) for tid, sleep in find_sleeps(tracees).items()]
     assert sorted(row.left_ns // SECOND for row in rows) == [1, 2, 2, 2, 2, ENDLESS // SECOND]     # 1: the kernel said
     assert [row.exact for row in rows if row.left_ns != ENDLESS] == [0] * 5
+
+
+# ---------------------------------------------------------------- calls that are issued again
+
+TIMED = {arch.NR[name] for name in ('epoll_wait', 'epoll_pwait', 'semtimedop')}
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+def test_calls_that_no_kernel_restarts_in_an_image(victim: Any, place: Place, freeze: str) -> None:
+    one = victim('never_restarted')
+    _, rows = left(place, one.pid, freeze=freeze)
+    assert {row.number: row.exact for row in rows.values()} == {arch.NR['semtimedop']: 1, arch.NR['nanosleep']: 1}
+    ends = [row.left_ns for row in rows.values()]
+    assert max(ends) - min(ends) < SECOND // 10         # they began together, and are equally long
+    one.finish()
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('readable', [True, False], ids=['exact', 'bounded'])
+def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: pytest.MonkeyPatch, *,
+                                       readable: bool) -> None:
+    """Issued again, with what was left where the timeout is in a register. Without the list of timers the scheduler
+    says when the call began."""
+    if not readable:
+        monkeypatch.setattr(waits, 'read_sleeps', refuse)
+    one = victim('never_restarted', 'epoll')
+    notes = waits.note_waits(scan_tree([one.pid]))
+    tracees = {tid: tracer(tid)[0] for tid in read_threads(one.pid)}
+    found = issue_again(tracees, notes)
+    now = time.monotonic_ns()
+    assert {wait.number for wait in found.values()} == TIMED
+    ends = [wait.end for wait in found.values()]
+    for tid, wait in found.items():
+        assert wait.exact == readable
+        assert 0 < wait.end - now < 2 * SECOND - SECOND // 2
+        if wait.number != arch.NR['semtimedop']:
+            assert 0 < tracees[tid].regs.r10 <= (wait.end - now) // 10**6 + 1000
+    assert max(ends) - min(ends) < SECOND // 10
+    wait_on(tracees, found)
+    assert all(tracees[tid].regs.r10 < 1500 for tid, wait in found.items() if wait.number != arch.NR['semtimedop'])
+    for tracee in tracees.values():
+        tracee.detach()
+    one.finish()
+
+
+def test_a_call_that_was_not_noted_began_since() -> None:
+    regs = arch.user_regs_struct(orig_rax=arch.NR['epoll_wait'], r10=700)
+    wait = waits.wait_of(1, regs, waits.Notes(), 10 * SECOND)
+    assert wait == waits.Wait(arch.NR['epoll_wait'], 700_000_000, 10_700_000_000, exact=False)
+    assert [wait.milliseconds(now) for now in (10 * SECOND, 10_699_999_999, 10_700_000_000, 20 * SECOND, 0)] \
+        == [700, 1, 0, 0, 700]
+    regs.r10 = 2**32 - 1
+    assert waits.wait_of(1, regs, waits.Notes(), 0) is None

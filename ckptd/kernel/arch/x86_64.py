@@ -30,9 +30,11 @@ GPR_SIZE = 216
 # <asm/unistd_64.h>: what is called by number, here or in a tracee
 NR = {
     'poll': 7, 'mmap': 9, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13, 'rt_sigprocmask': 14, 'nanosleep': 35,
-    'getitimer': 36, 'getpid': 39, 'sigaltstack': 131, 'prctl': 157, 'futex': 202, 'restart_syscall': 219,
-    'timer_gettime': 224, 'timer_getoverrun': 225, 'clock_nanosleep': 230, 'tgkill': 234, 'ioprio_get': 252,
-    'get_robust_list': 274, 'kcmp': 312, 'sched_getattr': 315, 'membarrier': 324, 'clone3': 435, 'pidfd_getfd': 438,
+    'getitimer': 36, 'getpid': 39, 'rt_sigtimedwait': 128, 'sigaltstack': 131, 'prctl': 157, 'futex': 202,
+    'io_getevents': 208, 'restart_syscall': 219, 'semtimedop': 220, 'timer_gettime': 224, 'timer_getoverrun': 225,
+    'clock_nanosleep': 230, 'epoll_wait': 232, 'tgkill': 234, 'ioprio_get': 252, 'get_robust_list': 274,
+    'epoll_pwait': 281, 'kcmp': 312, 'sched_getattr': 315, 'membarrier': 324, 'io_pgetevents': 333, 'clone3': 435,
+    'pidfd_getfd': 438, 'epoll_pwait2': 441,
 }
 
 # semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2

@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What sleeps in the kernel, and the clocks of a time namespace."""
+"""What sleeps in the kernel, since when and until when, and the clocks of a time namespace."""
 
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 
 from ckptd.kernel import timens
+from ckptd.kernel.blocked import (
+    Call,
+    LastRun,
+    cpu_clocks,
+    parse_call,
+    parse_exec_start,
+    read_call,
+    read_last_run,
+)
 from ckptd.kernel.timens import Clocks, Offsets, parse_offsets, read_offsets
 from ckptd.kernel.timer_list import End, parse_sleeps
 
+NR_PAUSE = 34       # <asm/unistd_64.h>
 TIMER_LIST = b"""Timer List Version: v0.10
 HRTIMER_MAX_CLOCK_BASES: 8
 now at 1122262935054 nsecs
@@ -69,3 +80,36 @@ def test_clocks_of_another_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks, now = Clocks.read(other), time.monotonic_ns()
     assert abs(clocks.monotonic - (now - 10**9 + 10**12)) < 10**9
     assert clocks.host[time.CLOCK_BOOTTIME] - clocks.boottime == 5
+
+
+# ---------------------------------------------------------------- what a task is blocked in
+
+def test_parse_call() -> None:
+    assert parse_call(b'230 0x0 0x1 0x7ffedff09a10 0x7ffedff09a50 0x0 0x5 0x7ffedff099f8 0x7ffbb39c3503\n') \
+        == Call(230, (0, 1, 0x7ffedff09a10, 0x7ffedff09a50, 0, 5))
+    assert parse_call(b'running\n') is None
+    assert parse_call(b'-1 0x7ffedff099f8 0x7ffbb39c3503\n') is None
+
+
+def test_parse_exec_start() -> None:
+    assert parse_exec_start(b'sleep (6438, #threads: 1)\n-----\n'
+                            b'se.exec_start                                :       1122093.902481\n'
+                            b'se.vruntime                                  :           158.384680\n') == 1122093902481
+
+
+def test_when_a_child_went_to_sleep(forked: Callable[..., int]) -> None:
+    before = time.monotonic_ns()
+    pid = forked()
+    while (call := read_call(pid, pid)) is None or call.number != NR_PAUSE:
+        os.sched_yield()
+    after = time.monotonic_ns()
+    run = read_last_run(pid, pid)
+    assert run is not None
+    affinity = os.sched_getaffinity(0)
+    with cpu_clocks() as clocks:
+        begun = clocks.monotonic(run)
+        assert clocks.monotonic(LastRun(10**6, 0)) is None      # there is no such CPU
+    assert os.sched_getaffinity(0) == affinity
+    # the CPU's clock stands still now and then
+    assert begun is not None
+    assert before < begun < after + 10**8
