@@ -22,8 +22,9 @@ from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen as FrozenMessage
 from ckptd.engine.messages import refusal_row
-from ckptd.engine.resume import issue_again
+from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.seize import seize_all
+from ckptd.engine.waits import Notes, note_waits
 from ckptd.errors import Refusal, SpoolFailed, TreeChanged
 from ckptd.freezer import Frozen
 from ckptd.image.files import spooling
@@ -89,17 +90,20 @@ class Checkpoint:
         # the spool is tried before anything is frozen: where it is full or read-only, the tree never stops
         with ImageWriter(spool, self._request.image) as writer, ExitStack() as stack:
             self._channel.phase('freeze')
+            notes = note_waits(tree)
             with self._clock.measure('freezing'):
                 frozen = stack.enter_context(self._job.frozen(target, tree, remote_calls=True))
             with self._clock.measure('frozen'):
                 deaths = stack.enter_context(Deaths(frozen.tree))
-                dump = stack.enter_context(self._dump(frozen, cgroups, writer, deaths))
+                dump = stack.enter_context(self._dump(frozen, cgroups, notes, writer, deaths))
                 if self._request.after == 'resume':
+                    wait_on(frozen.tracees, dump.waits)
                     self._release(frozen)
             manifest = self._publish(writer, dump, frozen)
             self._finish(frozen, manifest, deaths.handles)
 
-    def _dump(self, frozen: Frozen, cgroups: Mapping[int, str], writer: ImageWriter, deaths: Deaths) -> Dump:
+    def _dump(self, frozen: Frozen, cgroups: Mapping[int, str], notes: Notes, writer: ImageWriter,
+              deaths: Deaths) -> Dump:
         """Everything that needs the tree to stand still."""
         fault('frozen')
         self._channel.phase('rescan')
@@ -108,7 +112,7 @@ class Checkpoint:
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
         seize_all(tree, frozen.tracees, deadline, lambda count: self._channel.progress(count, len(tree), 0, 0))
-        issue_again(frozen.tracees)
+        waits = issue_again(frozen.tracees, notes)
         # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
         frozen.let_run()
         self._channel.phase('state')
@@ -117,7 +121,7 @@ class Checkpoint:
             deaths.check()
             self._channel.progress(tasks_done, tasks, bytes_done, size)
 
-        dump = Dump(tree, frozen.tracees, picture, cgroups, writer.data, report,
+        dump = Dump(tree, frozen.tracees, picture, cgroups, notes, waits, writer.data, report,
                     self._request.save_limit if self._request.save_files else 0)
         with ExitStack() as undo:
             undo.push(dump)

@@ -16,10 +16,12 @@ from typing import Self
 
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent, PageRun
-from ckptd.kernel.memory import IOV_MAX, PAGE, Mem, Range, read_into
+from ckptd.kernel.memory import IOV_MAX, PAGE, Mem, Range, differing, read_into
 
 CHUNK_SIZE = 512 << 10     # small enough that a chunk is still in the cache when it is written
 BUFFERS = 4
+MAX_SKIP = 16              # chunks that are not compared after one that has changed
+MAX_PIECES = 32            # runs of changed pages in a chunk that are worth a write(2) each
 
 
 class _Buffer:
@@ -40,6 +42,7 @@ class Copier:
         self.data, self._on_bytes = data, on_bytes
         self._pool = ThreadPoolExecutor(1, 'write')
         self._free = deque(_Buffer() for _ in range(BUFFERS))
+        self._origin = _Buffer()
         self._busy: deque[tuple[Future[None], _Buffer]] = deque()
 
     def __enter__(self) -> Self:
@@ -80,6 +83,50 @@ class Copier:
             self._write(buffer, length, offset)
             offset += length
         return _runs(ranges, extent, base)
+
+    def copy_changed(self, mem: Mem, origin: Mem, runs: Sequence[PageRun]) -> list[PageRun]:
+        """Copy what differs from process `origin`, whose pages are at the same addresses and, as `runs` say, in the
+        image already; where nothing does, the runs returned are the same, or parts of them. They are ascending.
+
+        After a chunk that has changed for the most part, or in too many places, a few are copied unseen, each time
+        twice as many: where all is different, comparing costs next to nothing.
+        """
+        made: list[PageRun] = []
+        skip, skipped = 1, 0
+        for chunk in _run_chunks(runs):
+            ranges = [(run.start, run.start + run.pages * PAGE) for run in chunk]
+            buffer = self._take()
+            length = _read(mem, ranges, buffer)
+            if skipped > 0:
+                skipped -= 1
+                changed = [(0, length)]
+            else:
+                _read(origin, ranges, self._origin)
+                changed = differing(buffer.address, self._origin.address, length)
+                if len(changed) > MAX_PIECES:
+                    changed = [(0, length)]
+                many = 2 * sum(end - start for start, end in changed) > length
+                skip, skipped = (min(2 * skip, MAX_SKIP), skip) if many else (1, 0)
+            made += self._write_changed(buffer, changed, chunk, length)
+        return list(_joined(made))
+
+    def _write_changed(self, buffer: _Buffer, changed: Sequence[Range], chunk: Sequence[PageRun],
+                       length: int) -> Iterable[PageRun]:
+        """Write those parts of a full buffer; the runs of all of it."""
+        if not changed:
+            self._free.append(buffer)
+            self._on_bytes(length)
+            return chunk
+        extent = self.data.reserve(sum(end - start for start, end in changed))
+        views = [buffer.view[start:end] for start, end in changed]
+        self._busy.append((self._pool.submit(self._pwrite, views, extent.offset), buffer))
+        self._on_bytes(length)
+        return _changed_runs(chunk, changed, extent)
+
+    def _pwrite(self, views: Iterable[memoryview], offset: int) -> None:
+        for view in views:
+            self.data.pwrite(view, offset)
+            offset += len(view)
 
     def copy_file(self, fd: int, size: int) -> list[PageRun]:
         """Copy the data of a file or shared object, without its holes; the runs, by byte offset, whole pages."""
@@ -164,3 +211,60 @@ def _runs(ranges: Sequence[Range], extent: Extent, base: int) -> list[PageRun]:
         runs.append(PageRun(start - base, (end - start) // PAGE, extent.part, offset))
         offset += end - start
     return runs
+
+
+def _run_chunks(runs: Iterable[PageRun]) -> Iterator[list[PageRun]]:
+    """The same runs in groups that fit into a buffer."""
+    group: list[PageRun] = []
+    room = CHUNK_SIZE // PAGE
+    for run in runs:
+        done = 0
+        while done < run.pages:
+            pages = min(run.pages - done, room)
+            group.append(part_of(run, done, pages))
+            done, room = done + pages, room - pages
+            if not room or len(group) == IOV_MAX:
+                yield group
+                group, room = [], CHUNK_SIZE // PAGE
+    if group:
+        yield group
+
+
+def part_of(run: PageRun, first: int, pages: int) -> PageRun:
+    """`pages` pages of a run from its page `first` on."""
+    return PageRun(run.start + first * PAGE, pages, run.part, run.offset + first * PAGE)
+
+
+def _changed_runs(chunk: Iterable[PageRun], changed: Iterable[Range], extent: Extent) -> Iterator[PageRun]:
+    """The runs of a chunk, with what has changed (byte ranges of the chunk) in a row at `extent`."""
+    left = deque(changed)
+    at, offset = 0, extent.offset           # of the chunk, of the extent
+    for run in chunk:
+        done = 0
+        while done < run.pages:
+            while left and left[0][1] <= at:
+                left.popleft()
+            inside = bool(left) and left[0][0] <= at
+            until = left[0][int(inside)] if left else at + (run.pages - done) * PAGE
+            pages = min((until - at) // PAGE, run.pages - done)
+            part = part_of(run, done, pages)
+            if inside:
+                part = PageRun(part.start, pages, extent.part, offset)
+                offset += pages * PAGE
+            yield part
+            done, at = done + pages, at + pages * PAGE
+
+
+def _joined(runs: Iterable[PageRun]) -> Iterator[PageRun]:
+    """Runs whose memory and bytes both go on where the last one's end become one with it."""
+    last: PageRun | None = None
+    for run in runs:
+        if last and (last.start + last.pages * PAGE, last.part, last.offset + last.pages * PAGE) == \
+                (run.start, run.part, run.offset):
+            last = PageRun(last.start, last.pages + run.pages, last.part, last.offset)
+            continue
+        if last:
+            yield last
+        last = run
+    if last:
+        yield last

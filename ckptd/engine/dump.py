@@ -11,8 +11,6 @@ The order of the read matters. smaps come before the remote calls of a process, 
 its pages are chosen after them, so that neither shows in the image.
 """
 
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -26,6 +24,8 @@ from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
+from ckptd.engine.sleeps import find_sleeps, sleep_left
+from ckptd.engine.waits import Notes, Wait
 from ckptd.errors import NotSupported, Refusal, TreeChanged
 from ckptd.image import records
 from ckptd.image.grammar import Record
@@ -35,6 +35,7 @@ from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import Status
+from ckptd.kernel.timens import Clocks
 from ckptd.picture import Picture
 from ckptd.tree import Task, Tree
 
@@ -53,23 +54,25 @@ class _Ids:
 
 
 class Dump:
-    """One dump. cgroups: path by tgid as it was before the freeze. save_limit: bytes of files open for writing that are
-    kept. Nothing here changes the tree.
+    """One dump. cgroups: path by tgid as it was before the freeze. notes, waits: see waits.py. save_limit: bytes
+    of files open for writing that are kept. Nothing here changes the tree.
 
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: Picture, cgroups: Mapping[int, str],
-                 data: DataWriter, report: Report, save_limit: int = 0) -> None:
+                 notes: Notes, waits: Mapping[int, Wait], data: DataWriter, report: Report, save_limit: int = 0
+                 ) -> None:
         self.tree, self._picture = tree, picture
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
-        self._data = data
+        self._data, self._notes, self.waits = data, notes, waits
         self._vtids = {task.tid: task.vtid for task in tree}
         self._groups = {task.pgid: task.vpgid for task in tree}
         self._sharing = TaskSharing()
         self._sighands: set[int] = set()
         self._ids: dict[int, _Ids] = {}
         self._asked: set[int] = set()
+        self._siblings: dict[int, int] = {}         # by tid of the parent: mm of the first child
         self._done = 0
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
@@ -102,20 +105,23 @@ class Dump:
 
     def read_state(self) -> None:
         """Everything but pages."""
+        try:
+            sleeps = find_sleeps(self._tracees)
+        except ProcessLookupError as error:
+            raise TreeChanged('a task died while it was asked how long it sleeps', phase='state') from error
         processes: dict[int, list[Task]] = {}
         for task in self.tree:
             processes.setdefault(task.tgid, []).append(task)
         interleave(self._process(threads) for threads in processes.values())
         self._files.describe()
-        self._tree_records += [self._header(len(processes)), *state.task_ids(self.tree)]
+        clocks = Clocks.read(self.tree.root.tid)
+        self._tree_records += [state.header(self.tree, len(processes), clocks), state.namespaces(self.tree.root),
+                               *state.task_ids(self.tree)]
+        self._task_records += [sleep_left(sleep, self._vtids[tid], clocks.host, self._notes)
+                               for tid, sleep in sleeps.items()]
+        self._task_records += [wait.record(self._vtids[tid], clocks.host) for tid, wait in self.waits.items()]
         self._tree_records += [self._task(task) for task in self.tree]
         fault('state-read')
-
-    def _header(self, processes: int) -> records.Header:
-        return records.Header(
-            self.tree.root.vtid, len(self.tree), processes, time.time_ns(),
-            time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-            os.sysconf('SC_PAGE_SIZE'), os.uname().machine)
 
     def _process(self, threads: list[Task]) -> Steps[None]:
         alive = [task for task in threads if task.tid in self._tracees]
@@ -174,9 +180,16 @@ class Dump:
         if mine.sighand not in self._sighands:
             self._sighands.add(mine.sighand)
             self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
-        self._memory.add(mine.mm, anchor.tid, mappings, stat, answers)
+        self._memory.add(mine.mm, anchor.tid, mappings, stat, answers, self._origin(leader, mine.mm))
         for task in alive:
             self._picture.forget(task)
+
+    def _origin(self, leader: Task, mm: int) -> int:
+        """The address space that a process may have been forked from, copied before its own: its parent's; where that
+        is no part of the tree, a sibling's does as well."""
+        parent = self._ids.get(leader.parent_tid, _Ids()).mm
+        sibling = self._siblings.setdefault(leader.parent_tid, mm)
+        return next((one for one in (parent, sibling) if 0 < one < mm), 0)
 
     def _check_registers(self, task: Task) -> None:
         """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only.
@@ -214,6 +227,7 @@ class Dump:
         yield state.registers(task, tracee)
         yield state.thread_signals(task, tracee, pending, answers)
         yield state.thread_pointers(task, tracee, answers)
+        yield state.thread_controls(task, answers)
 
     # ------------------------------------------------------------ memory
 

@@ -16,9 +16,9 @@ import socket
 import threading
 
 POINTS = frozenset((
-    'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'issued-again', 'running-remote',
-    'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written', 'sealed',
-    'published', 'opened', 'created-one', 'created', 'filled', 'rebuilt', 'ready', 'started'))
+    'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'issued-again', 'asleep-again',
+    'running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written',
+    'sealed', 'published', 'opened', 'created-one', 'created', 'filled', 'rebuilt', 'ready', 'started'))
 # the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
 PREFIXES = ('freeze-', 'let-run-', 'hold-', 'undo-')
 ANY = '*'

@@ -3,12 +3,14 @@
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 
-from ckptd.engine.copy import Copier
+from ckptd.engine.copy import Copier, part_of
 from ckptd.engine.questions import Answers
+from ckptd.engine.ranges import overlaps, without
 from ckptd.engine.vmas import MAP_PRIVATE, Objects, Shared, View, mapped_path, vma_record
 from ckptd.image import records
 from ckptd.image.grammar import Record
@@ -18,15 +20,17 @@ from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memory import Mem, PageMap, Range
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import Stat
-from ckptd.kernel.task import read_auxv
+from ckptd.kernel.task import read_auxv, read_coredump_filter
 
 _NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; of these only the vdso's text is kept, for debuggers
 
 
 @dataclass(slots=True)
 class _Space:
-    """One address space, read through the stopped thread `tid`."""
+    """One address space, read through the stopped thread `tid`. origin: that of a relative, copied before, which it may
+    have been forked from; 0 none."""
     mm_id: int
+    origin: int
     tid: int
     mm: records.Mm
     vmas: list[records.Vma]
@@ -45,17 +49,18 @@ class MemoryDump:
         self.pages_scanned = 0
         self.pages_written = 0
 
-    def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, answers: Answers) -> None:
-        """Enter an address space, once."""
+    def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, answers: Answers, origin: int) -> None:
+        """Enter an address space, once. origin: the mm_id of the parent or a sibling, a smaller one, or 0."""
         if mm_id in self._spaces:
             return
         process = answers.process
         layout = (stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, process.brk,
                   stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end)
         mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), process.dumpable,
-                        process.thp_disabled, answers.lock_future)
+                        process.thp_disabled, answers.lock_future, process.membarrier, process.mdwe,
+                        process.memory_merge, read_coredump_filter(tid))
         vmas = [vma_record(mm_id, tid, mapping, self.objects) for mapping in mappings]
-        self._spaces[mm_id] = _Space(mm_id, tid, mm, vmas)
+        self._spaces[mm_id] = _Space(mm_id, origin, tid, mm, vmas)
 
     def scan(self) -> int:
         """Choose the pages of every address space; bytes to copy (of shared objects: at most)."""
@@ -66,25 +71,39 @@ class MemoryDump:
 
     def _scan_space(self, space: _Space) -> None:
         private = [vma for vma in space.vmas if vma.flags & MAP_PRIVATE and vma.kind not in _NO_PAGES]
-        spans = [(vma.start, vma.end) for vma in private]
+        spans = _spans(private)
         with PageMap(space.tid) as pagemap:
             chosen = pagemap.anonymous(spans)
             space.guards = pagemap.guards(spans)
-        text = [(vma.start, vma.end) for vma in space.vmas if vma.kind == VDSO]
-        space.ranges = sorted([*_inside(chosen, private), *text])
+        text = _spans(vma for vma in space.vmas if vma.kind == VDSO)
+        # never across the border of two mappings
+        space.ranges = sorted([*((part.start, part.end) for part in overlaps(chosen, spans)), *text])
         self.pages_scanned += sum(vma.end - vma.start for vma in space.vmas) // PAGE
         self.pages_written += sum(end - start for start, end in space.ranges) // PAGE
 
     def copy(self, copier: Copier) -> None:
         """Copy the chosen pages, the content of shared objects, and deleted files that are mapped."""
-        for space in self._spaces.values():
-            with Mem(space.tid) as mem:
-                space.runs = copier.copy_memory(mem, space.ranges)
+        for _, space in sorted(self._spaces.items()):
+            self._copy_space(space, copier)
         for shared in self.objects.shared.values():
             self._shared += self._copy_shared(shared, copier)
         for index, view in self.objects.deleted:
             self.objects.backings[index] = _with_content(self.objects.backings[index], view, copier)
         copier.flush()
+
+    def _copy_space(self, space: _Space, copier: Copier) -> None:
+        """What a forked process still shares with its parent, or has the same as it, is in the image once."""
+        origin = self._spaces.get(space.origin)
+        common = list(_common(space, origin)) if origin else []
+        with Mem(space.tid) as mem:
+            space.runs = copier.copy_memory(mem, list(without(space.ranges, _covered(common))))
+            if origin and common:
+                before = copier.data.size
+                with Mem(origin.tid) as theirs:
+                    runs = copier.copy_changed(mem, theirs, common)
+                written = (copier.data.size - before) // PAGE
+                self.pages_written -= sum(run.pages for run in common) - written
+                space.runs = sorted([*space.runs, *runs], key=attrgetter('start'))
 
     def _copy_shared(self, shared: Shared, copier: Copier) -> Iterator[Record]:
         with ExitStack() as stack:
@@ -120,16 +139,27 @@ class MemoryDump:
                 yield records.GuardRegions(space.mm_id, tuple(records.Range(*guard) for guard in space.guards))
 
 
-def _inside(ranges: Sequence[Range], vmas: Sequence[records.Vma]) -> Iterator[Range]:
-    """The parts of ascending ranges that lie in ascending vmas, never across the border of two."""
-    index = 0
-    for start, end in ranges:
-        while index < len(vmas) and vmas[index].end <= start:
-            index += 1
-        at = index
-        while at < len(vmas) and vmas[at].start < end:
-            yield max(start, vmas[at].start), min(end, vmas[at].end)
-            at += 1
+def _common(space: _Space, origin: _Space) -> Iterator[PageRun]:
+    """Those parts of the origin's runs that the other one may have the same: both have pages there, in private mappings
+    of one kind and object."""
+    mine, theirs = ([vma for vma in one.vmas if vma.flags & MAP_PRIVATE] for one in (space, origin))
+    alike = []
+    for both in overlaps(_spans(mine), _spans(theirs)):
+        one, other = mine[both.first], theirs[both.second]
+        if (one.kind, one.object) == (other.kind, other.object):
+            alike.append((both.start, both.end))
+    wanted = [(both.start, both.end) for both in overlaps(space.ranges, alike)]
+    for both in overlaps(wanted, _covered(origin.runs)):
+        run = origin.runs[both.second]
+        yield part_of(run, (both.start - run.start) // PAGE, (both.end - both.start) // PAGE)
+
+
+def _spans(vmas: Iterable[records.Vma]) -> list[Range]:
+    return [(vma.start, vma.end) for vma in vmas]
+
+
+def _covered(runs: Iterable[PageRun]) -> list[Range]:
+    return [(run.start, run.start + run.pages * PAGE) for run in runs]
 
 
 @contextmanager

@@ -23,28 +23,41 @@ _SIGSET_SIZE, _ACTION_SIZE = 8, 32
 # <linux/prctl.h>
 PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TIMERSLACK = 2, 3, 7, 27, 30
 PR_GET_CHILD_SUBREAPER, PR_GET_TID_ADDRESS, PR_GET_THP_DISABLE = 37, 40, 42
+PR_GET_TSC, PR_MCE_KILL_GET, PR_GET_SPECULATION_CTRL, PR_GET_IO_FLUSHER = 25, 34, 52, 58
+PR_GET_MDWE, PR_GET_MEMORY_MERGE = 66, 68
+SPECULATIONS = range(3)         # PR_SPEC_STORE_BYPASS, PR_SPEC_INDIRECT_BRANCH, PR_SPEC_L1D_FLUSH
+MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9       # <linux/membarrier.h>, since 6.3
 
 
 @dataclass(frozen=True, slots=True)
 class ThreadAnswers:
-    """altstack: ss_sp, ss_flags, ss_size. clear_child_tid: an address. timer_slack: nanoseconds."""
+    """altstack: ss_sp, ss_flags, ss_size. clear_child_tid: an address. timer_slack: nanoseconds. speculation: PR_SPEC_*
+    of each of SPECULATIONS. Of the last four, what the kernel does not have or does not tell is 0."""
     altstack: tuple[int, int, int]
     clear_child_tid: int
     pdeath_signal: int
     keepcaps: int
     securebits: int
     timer_slack: int
+    tsc: int
+    mce_kill: int
+    io_flusher: int
+    speculation: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessAnswers:
-    """actions: signals 1 to 64. itimers: real, virtual, prof."""
+    """actions: signals 1 to 64. itimers: real, virtual, prof. membarrier: MEMBARRIER_CMD_REGISTER_*. mdwe: PR_MDWE_*.
+    Of the last three, what the kernel does not have is 0."""
     actions: tuple[SigAction, ...]
     itimers: tuple[IntervalTimer, ...]
     brk: int
     dumpable: int
     child_subreaper: int
     thp_disabled: int
+    membarrier: int
+    mdwe: int
+    memory_merge: int
 
 
 class _Thread:
@@ -57,12 +70,19 @@ class _Thread:
         batch.call('prctl', PR_GET_PDEATHSIG, self._pdeath)
         self._plain = [batch.call('prctl', option) for option in
                        (PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TIMERSLACK)]
+        self._tsc = batch.buffer(8)
+        batch.call('prctl', PR_GET_TSC, self._tsc)
+        self._newer = [batch.call('prctl', option, 0, 0, 0, 0) for option in (PR_MCE_KILL_GET, PR_GET_IO_FLUSHER)]
+        self._speculation = [batch.call('prctl', PR_GET_SPECULATION_CTRL, which, 0, 0, 0) for which in SPECULATIONS]
 
     def answers(self, results: Results) -> ThreadAnswers:
         keepcaps, securebits, slack = (results.unsigned(call) for call in self._plain)
+        mce_kill, io_flusher = (results.or_zero(call) for call in self._newer)
         sp, flags, size = struct.unpack('<QixxxxQ', results.data(self._altstack))
         return ThreadAnswers((sp, flags & 0xFFFFFFFF, size), _u64(results.data(self._address)),
-                             _u64(results.data(self._pdeath)), keepcaps, securebits, slack)
+                             _u64(results.data(self._pdeath)), keepcaps, securebits, slack,
+                             _u64(results.data(self._tsc)), mce_kill, io_flusher,
+                             tuple(results.or_zero(call) for call in self._speculation))
 
 
 class _Process:
@@ -82,12 +102,14 @@ class _Process:
         self._thp = batch.call('prctl', PR_GET_THP_DISABLE, 0, 0, 0, 0)
         self._subreaper = batch.buffer(8)
         batch.call('prctl', PR_GET_CHILD_SUBREAPER, self._subreaper)
+        self._newer = [batch.call('membarrier', MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0),
+                       *(batch.call('prctl', option, 0, 0, 0, 0) for option in (PR_GET_MDWE, PR_GET_MEMORY_MERGE))]
 
     def answers(self, results: Results) -> ProcessAnswers:
         itimers = tuple(_itimer(results.data(out)) for out in self._itimers)
         return ProcessAnswers(_actions(results.data(self._actions)), itimers, results.value(self._brk),
                               results.value(self._dumpable), _u64(results.data(self._subreaper)),
-                              results.value(self._thp))
+                              results.value(self._thp), *(results.or_zero(call) for call in self._newer))
 
 
 # the same questions for everybody, encoded once

@@ -2,6 +2,7 @@
 """The state of stopped tasks, as records: identity, credentials, scheduling, registers, signals, timers, limits."""
 
 import os
+import time
 from collections.abc import Mapping as MappingABC
 
 from ckptd.engine.questions import ProcessAnswers, ThreadAnswers, TimerAnswer
@@ -13,10 +14,30 @@ from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.sched import ioprio_get, sched_getattr
 from ckptd.kernel.stat import Stat
 from ckptd.kernel.status import Status
-from ckptd.kernel.task import ProcTimer, read_limits, read_link, read_oom_score_adj, read_personality
+from ckptd.kernel.task import (
+    ProcTimer,
+    read_limits,
+    read_link,
+    read_namespaces,
+    read_oom_score_adj,
+    read_personality,
+)
+from ckptd.kernel.timens import Clocks
 from ckptd.tree import Task, Tree
 
-_U32 = 2**32 - 1
+_U32, _U64 = 2**32 - 1, 2**64 - 1
+
+
+def header(tree: Tree, processes: int, clocks: Clocks) -> records.Header:
+    return records.Header(
+        tree.root.vtid, len(tree), processes, time.time_ns(), clocks.monotonic, clocks.boottime,
+        os.sysconf('SC_PAGE_SIZE'), os.uname().machine, clocks.monotonic_offset & _U64, clocks.boottime_offset & _U64)
+
+
+def namespaces(root: Task) -> records.Namespaces:
+    own = read_namespaces(os.getpid())
+    return records.Namespaces(tuple(records.Namespace(name, inode, int(own.get(name) == inode))
+                                    for name, inode in sorted(read_namespaces(root.tid).items())))
 
 
 def task_ids(tree: Tree) -> list[records.TaskIds]:
@@ -64,6 +85,10 @@ def thread_pointers(task: Task, tracee: Tracee, answers: ThreadAnswers) -> recor
     return records.ThreadPointers(
         task.vtid, answers.clear_child_tid, *get_robust_list(task.tid), rseq.rseq_abi_pointer, rseq.rseq_abi_size,
         rseq.signature, rseq.flags, answers.pdeath_signal)
+
+
+def thread_controls(task: Task, answers: ThreadAnswers) -> records.ThreadControls:
+    return records.ThreadControls(task.vtid, answers.tsc, answers.mce_kill, answers.io_flusher, answers.speculation)
 
 
 def process_state(leader: Task, stat: Stat, tracee: Tracee, pending: tuple[bytes, ...], answers: ProcessAnswers,

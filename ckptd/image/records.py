@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every record of an image. Drawn by part; the order inside a part is the order of the dump.
 
-    tree.img    Header, TaskIds (chunks of 256), Task per task in depth-first order
-    tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers per task;
-                ProcessState, Limits, IntervalTimers, PosixTimers per process; SignalActions, Fs per object
+    tree.img    Header, Namespaces, TaskIds (chunks of 256), Task per task in depth-first order
+    tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers, ThreadControls per task,
+                SleepLeft of those that slept in a system call; ProcessState, Limits, IntervalTimers, PosixTimers per
+                process; SignalActions, Fs per object
     files.img   OpenFile per file description, FdTable per table
     memory.img  Mm, Vma, PageRuns per address space; SharedMemory and its PageRuns per object; Backing per mapped file
     data-N.img  page-aligned bytes, no records: page data and the content of deleted files and pipes
@@ -39,7 +40,8 @@ class Extent(Struct):
 
 @record(0x0001)
 class Header(Record):
-    """root: vpid of the first root. clocks in nanoseconds at the moment of the dump."""
+    """root: vpid of the first root. clocks in nanoseconds at the moment of the dump, as the root sees them; the offsets
+    are those of its time namespace, time_namespaces(7), which are in them already."""
     root: U32
     tasks: U32
     processes: U32
@@ -48,6 +50,8 @@ class Header(Record):
     boottime: U64
     page_size: U32
     machine: str
+    monotonic_offset: U64 = 0
+    boottime_offset: U64 = 0
 
 
 @record(0x0002)
@@ -78,6 +82,21 @@ class Task(Record):
     fs_id: U32
     sighand_id: U32
     cgroup: str
+
+
+@layout
+class Namespace(Struct):
+    """name: of the link in /proc/PID/ns. own: 1 where it is that of the one who dumped."""
+    name: str
+    inode: U64
+    own: U8
+
+
+@record(0x0004, optional=True)
+class Namespaces(Record):
+    """Of the first root, which every other task shares. What is not `own` is a namespace that a restart would have to
+    make."""
+    namespaces: tuple[Namespace, ...]
 
 
 # ---------------------------------------------------------------- tasks.img
@@ -147,6 +166,49 @@ class ThreadPointers(Record):
     rseq_signature: U32
     rseq_flags: U32
     pdeath_signal: U32
+
+
+# SleepLeft.left_ns: the call has no end, or one that stands in its arguments as a point in time
+ENDLESS = 2**64 - 1
+
+
+@record(0x0106)
+class SleepLeft(Record):
+    """A system call that was interrupted in the middle of a wait, of which the kernel keeps the end in a place that
+    dies with the task: the restart block (rax of Registers is -516, ERESTART_RESTARTBLOCK), or nowhere.
+
+    number: of the system call that the program made; orig_rax may say 219, restart_syscall. The argument registers are
+    those of that call. left_ns: nanoseconds from the clocks of Header to its end; 0 if that was past; or ENDLESS.
+    clock: CLOCK_* that the end was counted on. exact: 0 where the end could only be bounded: left_ns is then at most
+    too long, never longer than the whole timeout.
+
+    A restart, before it lets the task go, for rax -516: ENDLESS: issue call `number` with its arguments as they are
+    (rax = number, rip - 2). Else have the task issue `number` by a remote call with the same arguments but a timeout of
+    left_ns, in memory of its own where the timeout is a pointer (nanosleep rdi, clock_nanosleep rdx, futex r10; poll:
+    milliseconds in edx, rounded up), interrupt it there (PTRACE_INTERRUPT), and set Registers with rax = -516: the new
+    restart block then has the right end, and the address for the remaining time that the program gave. Where that call
+    ends before it is interrupted, its result is what the task gets, in rax.
+    For other values of rax (a call that Registers issues again, see ckptd.engine.resume): the timeout in the arguments
+    is the whole one, except where it is a register (epoll_wait, epoll_pwait: r10), which has the rest already; exact is
+    then to some milliseconds.
+    """
+    vpid: U32
+    number: U32
+    left_ns: U64
+    clock: U32
+    exact: U8
+
+
+@record(0x0107)
+class ThreadControls(Record):
+    """What prctl(2) has set for a thread. tsc: PR_TSC_*. mce_kill: PR_MCE_KILL_*. io_flusher: of PR_SET_IO_FLUSHER.
+    speculation: PR_GET_SPECULATION_CTRL of PR_SPEC_STORE_BYPASS, _INDIRECT_BRANCH, _L1D_FLUSH; to be set where it has
+    PR_SPEC_PRCTL (1) and is not what the new task has."""
+    vpid: U32
+    tsc: U32
+    mce_kill: U32
+    io_flusher: U8
+    speculation: tuple[U32, ...]
 
 
 @record(0x0110)
@@ -277,7 +339,8 @@ class FdTable(Record):
 class Mm(Record):
     """layout: start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start,
     env_end (struct prctl_mm_map). exe: backing_id of the executable. auxv: as /proc/PID/auxv. lock_future: mlockall(2),
-    1 MCL_FUTURE, 2 with MCL_ONFAULT."""
+    1 MCL_FUTURE, 2 with MCL_ONFAULT. membarrier: MEMBARRIER_CMD_REGISTER_*, each to be called once. mdwe: PR_SET_MDWE,
+    memory_merge: PR_SET_MEMORY_MERGE. coredump_filter: of /proc/PID."""
     mm_id: U32
     layout: tuple[U64, ...]
     auxv: bytes
@@ -285,6 +348,10 @@ class Mm(Record):
     dumpable: U8
     thp_disabled: U8
     lock_future: U8 = 0
+    membarrier: U32 = 0
+    mdwe: U32 = 0
+    memory_merge: U8 = 0
+    coredump_filter: U32 = 0x33
 
 
 # Vma.kind. Pages of a VDSO are in the image as those of ANON are: another kernel's would not fit its callers

@@ -104,6 +104,27 @@ def write_bytes(pid: int, address: int, data: bytes) -> None:
         raise OSError(errno.EFAULT, f'process {pid}: no room for {len(data)} bytes at {address:#x}')
 
 
+_memcmp = ctypes.CDLL(None).memcmp      # no stub of decl.py: -1 is no error
+_memcmp.argtypes, _memcmp.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+
+
+def differing(first: int, second: int, length: int) -> list[Range]:
+    """Runs of whole pages, as offsets, that differ between two places in our memory; by halves, so that where nothing
+    differs there is one comparison."""
+    found: list[Range] = []
+    todo = [(0, length)]
+    while todo:
+        start, end = todo.pop()
+        if not _memcmp(first + start, second + start, end - start):
+            continue
+        if end - start <= PAGE:
+            _append(found, start, end)
+        else:
+            middle = start + (end - start) // PAGE // 2 * PAGE
+            todo += [(middle, end), (start, middle)]
+    return found
+
+
 class Mem:
     """/proc/PID/mem: reads and writes whatever a tracer may, protections notwithstanding. One owner, one `with`."""
 

@@ -15,6 +15,8 @@ from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc, u32, u64
 PTRACE_CONT = 7
 PTRACE_SYSCALL = 24
 PTRACE_DETACH = 17
+PTRACE_SYSCALL = 24
+PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
 PTRACE_SETOPTIONS = 0x4200
@@ -42,6 +44,7 @@ PTRACE_O_EXITKILL = 1 << 20
 NT_PRSTATUS = 1             # <elf.h>
 WALL = 0x40000000           # __WALL: threads of other processes too
 SIGINFO_SIZE = 128
+SYSCALL_STOP = signal.SIGTRAP | 0x80     # of a task with PTRACE_O_TRACESYSGOOD
 XSTATE_MAX = 16 << 10       # AMX has 11 KiB; the kernel answers with what there is
 
 
@@ -151,12 +154,14 @@ class Tracee:
         ptrace(PTRACE_CONT, self.tid, None, sig)
         self.stopped = False
 
-    def cont_to_syscall(self) -> None:
-        """Go on to the next entry into or end of a system call; with PTRACE_O_TRACESYSGOOD a stop by SIGTRAP | 0x80."""
-        ptrace(PTRACE_SYSCALL, self.tid, None, None)
+    def to_syscall(self, sig: int = 0) -> None:
+        """Run on to the entry or the exit of the next system call, whichever comes first; with PTRACE_O_TRACESYSGOOD
+        that is a stop by SIGTRAP | 0x80."""
+        ptrace(PTRACE_SYSCALL, self.tid, None, sig)
         self.stopped = False
 
     def set_options(self, options: int) -> None:
+        """PTRACE_O_*, of a stopped tracee."""
         ptrace(PTRACE_SETOPTIONS, self.tid, None, options)
 
     def event_message(self) -> int:

@@ -159,6 +159,11 @@ def read_oom_score_adj(pid: int) -> int:
     return int(read_task_file(task_dir(pid), 'oom_score_adj'))
 
 
+def read_coredump_filter(pid: int) -> int:
+    """Bit mask of the kinds of memory that a core dump has, core(5)."""
+    return int(read_memory_file(task_dir(pid), 'coredump_filter') or b'0', 16)
+
+
 def read_timerslack(tid: int) -> int:
     """Timer slack of a thread in nanoseconds; of another's thread it needs CAP_SYS_NICE."""
     # the file is not in /proc/PID/task/TID, but /proc/TID answers for any thread

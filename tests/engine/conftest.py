@@ -10,6 +10,9 @@ import pytest
 
 from ckptd.engine.remote import OwnIds
 from ckptd.kernel.ptrace import Tracee
+from tests.lib.forked import forked
+
+__all__ = ['forked', 'in_child', 'tracer']
 
 
 @pytest.fixture

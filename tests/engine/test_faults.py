@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, str]] = {
     'kill': {'freeze': 'cgroup', 'after': 'kill'}}
 BEFORE = ('resolved', 'scanned')
 DUMP = ('seized', 'issued-again')
-READ = ('running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read')
+READ = ('asleep-again', 'running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read')
 RELEASE = ('restored', 'released')
 PUBLISH = ('written', 'sealed', 'published')
 MAKE = ('freeze-begin', 'freeze-make', 'freeze-make-done', 'freeze-freeze', 'freeze-freeze-done', 'freeze-move',

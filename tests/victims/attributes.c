@@ -12,27 +12,43 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
+/* <linux/prctl.h> and <linux/membarrier.h> of Linux 6.3 and later */
+#ifndef PR_SET_MDWE
+#define PR_SET_MDWE 65
+#define PR_GET_MDWE 66
+#define PR_MDWE_REFUSE_EXEC_GAIN 1
+#endif
+#ifndef PR_SET_MEMORY_MERGE
+#define PR_SET_MEMORY_MERGE 67
+#define PR_GET_MEMORY_MERGE 68
+#endif
+#define REGISTER_PRIVATE_EXPEDITED (1 << 4)
+#define GET_REGISTRATIONS (1 << 9)
+
 #define IOPRIO_WHO_PROCESS 1            /* <linux/ioprio.h> */
 #define IOPRIO(class, level) ((class) << 13 | (level))
 
 struct of_thread {
     char name[16];
-    int policy, nice, ioprio;
+    int policy, nice, ioprio, mce_kill, store_bypass;
     unsigned long slack;
     cpu_set_t cpus;
 };
 struct of_process {
     struct rlimit limits[RLIM_NLIMITS];
     mode_t mask;
-    int personality, pdeathsig, subreaper, thp_disable, no_new_privs;
-    char directory[4096], adj[16];
+    int personality, pdeathsig, subreaper, thp_disable, no_new_privs, memory_merge, mdwe;
+    long membarriers;
+    char directory[4096], adj[16], core[16];
 };
 
 static struct of_thread look_at_thread(void)
 {
     struct of_thread seen = {.policy = sched_getscheduler(0), .nice = getpriority(PRIO_PROCESS, 0),
                              .ioprio = (int)syscall(SYS_ioprio_get, IOPRIO_WHO_PROCESS, 0),
-                             .slack = (unsigned long)prctl(PR_GET_TIMERSLACK)};
+                             .slack = (unsigned long)prctl(PR_GET_TIMERSLACK),
+                             .mce_kill = prctl(PR_MCE_KILL_GET, 0, 0, 0, 0),
+                             .store_bypass = prctl(PR_GET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, 0, 0, 0)};
 
     MUST(prctl(PR_GET_NAME, seen.name));
     MUST(sched_getaffinity(0, sizeof seen.cpus, &seen.cpus));
@@ -54,6 +70,10 @@ static struct of_process look_at_process(void)
     seen.no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0);
     CHECK(getcwd(seen.directory, sizeof seen.directory) != NULL, "getcwd");
     read_file("/proc/self/oom_score_adj", seen.adj, sizeof seen.adj);
+    read_file("/proc/self/coredump_filter", seen.core, sizeof seen.core);
+    seen.membarriers = syscall(SYS_membarrier, GET_REGISTRATIONS, 0, 0);
+    seen.memory_merge = prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0);
+    seen.mdwe = prctl(PR_GET_MDWE, 0, 0, 0, 0);
     return seen;
 }
 
@@ -66,6 +86,8 @@ static void check_thread(const struct of_thread *before)
     CHECK(before->nice == after.nice, "nice %d", after.nice);
     CHECK(before->ioprio == after.ioprio, "I/O priority %#x", (unsigned int)after.ioprio);
     CHECK(before->slack == after.slack, "timer slack %lu", after.slack);
+    CHECK(before->mce_kill == after.mce_kill, "machine checks %d", after.mce_kill);
+    CHECK(before->store_bypass == after.store_bypass, "speculation %#x", (unsigned int)after.store_bypass);
     CHECK(CPU_EQUAL(&before->cpus, &after.cpus), "%d processors", CPU_COUNT(&after.cpus));
 }
 
@@ -84,6 +106,10 @@ static void check_process(const struct of_process *before)
     CHECK(before->no_new_privs == after.no_new_privs, "no_new_privs %d", after.no_new_privs);
     CHECK(strcmp(before->directory, after.directory) == 0, "directory %s", after.directory);
     CHECK(strcmp(before->adj, after.adj) == 0, "oom_score_adj %s", after.adj);
+    CHECK(strcmp(before->core, after.core) == 0, "coredump_filter %s", after.core);
+    CHECK(before->membarriers == after.membarriers, "membarrier %#lx", (unsigned long)after.membarriers);
+    CHECK(before->memory_merge == after.memory_merge, "memory merge %d", after.memory_merge);
+    CHECK(before->mdwe == after.mdwe, "mdwe %d", after.mdwe);
 }
 
 /* one processor of those that this thread may use, the last or the first one */
@@ -103,7 +129,7 @@ static void use_one_processor(bool last)
 
 static void prepare_process(void)
 {
-    FILE *adj = fopen("/proc/self/oom_score_adj", "w");
+    FILE *adj = fopen("/proc/self/oom_score_adj", "w"), *core = fopen("/proc/self/coredump_filter", "w");
 
     MUST(setrlimit(RLIMIT_CORE, &(struct rlimit){12345, 67890}));
     MUST(setrlimit(RLIMIT_NOFILE, &(struct rlimit){200, 300}));
@@ -115,6 +141,11 @@ static void prepare_process(void)
     MUST(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
     MUST(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     CHECK(adj != NULL && fprintf(adj, "321") == 3 && fclose(adj) == 0, "oom_score_adj");
+    CHECK(core != NULL && fprintf(core, "0x25") == 4 && fclose(core) == 0, "coredump_filter");
+    MUST(syscall(SYS_membarrier, REGISTER_PRIVATE_EXPEDITED, 0, 0));
+    /* not every kernel has these; a restart is held to what there was */
+    prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0);
+    prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0);
     MUST(mkdir("below", 0700));
     MUST(chdir("below"));
 }
@@ -130,6 +161,8 @@ static void *thread_main(void *unused)
     MUST(setpriority(PRIO_PROCESS, 0, 11));     /* of this thread alone, in Linux */
     MUST(syscall(SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO(3, 0)));
     MUST(prctl(PR_SET_TIMERSLACK, 777777));
+    MUST(prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0));
+    prctl(PR_SET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, PR_SPEC_DISABLE, 0, 0);   /* not on every machine */
     use_one_processor(true);
     before = look_at_thread();
     pthread_barrier_wait(&prepared);

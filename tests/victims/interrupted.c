@@ -3,6 +3,9 @@
  * Threads blocked in system calls of every sort of restart: each must end as if nobody had stopped it, with the result
  * that it would have had, and at the time that it would have had.
  *
+ * All that have a relative timeout have the same: they must end after the same time, also where part of it passed before
+ * a checkpoint, and the rest after a restart a day later.
+ *
  * Not here: sigtimedwait, epoll_wait, semop, msgrcv and io_getevents, which answer EINTR to any stop, by SIGSTOP too
  * (signal(7), "Interruption of system calls and library functions by stop signals").
  */
@@ -16,11 +19,15 @@
 #include <sys/wait.h>
 
 #define SECONDS 2
+#define BEFORE 0.6      /* seconds of it that pass before there can be a checkpoint */
+#define SPREAD 0.45     /* at most that much apart: a call that began anew is BEFORE too late */
 
 static int data_pipe[2], poll_pipe[2], empty_pipe[2], child_pipe[2];
 static uint32_t never, later;
 static volatile sig_atomic_t handled;
 static volatile bool gone;      /* go was said */
+static double least = 1e9, most;        /* seconds that a call with a relative timeout took */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pid_t child;
 
 static void on_signal(int signal)
@@ -37,13 +44,35 @@ static void check_slept(double start)
     CHECK(slept >= SECONDS && slept < SECONDS * 1.9 + 10, "woke after %f s", slept);
 }
 
+static void check_slept_alike(double start)
+{
+    double slept = now() - start;
+
+    check_slept(start);
+    pthread_mutex_lock(&lock);
+    least = slept < least ? slept : least;
+    most = slept > most ? slept : most;
+    pthread_mutex_unlock(&lock);
+}
+
 /* ERESTART_RESTARTBLOCK: restarted through restart_syscall(2), with the absolute time of the end */
 static void in_nanosleep(void)
 {
     double start = now();
 
     CHECK(syscall(SYS_nanosleep, &(struct timespec){SECONDS}, NULL) == 0, "nanosleep");
-    check_slept(start);
+    check_slept_alike(start);
+}
+
+/* with the time that is left written by the kernel at every interruption */
+static void in_nanosleep_left(void)
+{
+    struct timespec left = {-1, -1};
+    double start = now();
+
+    CHECK(syscall(SYS_nanosleep, &(struct timespec){SECONDS}, &left) == 0, "nanosleep");
+    CHECK(left.tv_sec < SECONDS, "%ld s left", left.tv_sec);
+    check_slept_alike(start);
 }
 
 static void in_clock_nanosleep(void)
@@ -51,7 +80,7 @@ static void in_clock_nanosleep(void)
     double start = now();
 
     CHECK(syscall(SYS_clock_nanosleep, CLOCK_BOOTTIME, 0, &(struct timespec){SECONDS}, NULL) == 0, "clock_nanosleep");
-    check_slept(start);
+    check_slept_alike(start);
 }
 
 /* ERESTARTNOHAND: the same call again, its time is absolute anyhow */
@@ -72,7 +101,7 @@ static void in_poll(void)
     double start = now();
 
     CHECK(syscall(SYS_poll, &one, 1, SECONDS * 1000) == 0, "poll: %#x", one.revents);
-    check_slept(start);
+    check_slept_alike(start);
 }
 
 static void in_select(void)
@@ -84,7 +113,7 @@ static void in_select(void)
     FD_ZERO(&one);
     FD_SET(empty_pipe[0], &one);
     CHECK(syscall(SYS_select, empty_pipe[0] + 1, &one, NULL, NULL, &timeout) == 0, "select");
-    check_slept(start);
+    check_slept_alike(start);
 }
 
 static void in_ppoll(void)
@@ -95,7 +124,7 @@ static void in_ppoll(void)
     uint64_t mask = 0;
 
     CHECK(syscall(SYS_ppoll, &one, 1, &timeout, &mask, sizeof mask) == 0, "ppoll: %#x", one.revents);
-    check_slept(start);
+    check_slept_alike(start);
 }
 
 static void in_futex_timeout(void)
@@ -104,7 +133,7 @@ static void in_futex_timeout(void)
 
     CHECK(syscall(SYS_futex, &never, FUTEX_WAIT_PRIVATE, 0, &(struct timespec){SECONDS}) == -1 && errno == ETIMEDOUT,
           "futex");
-    check_slept(start);
+    check_slept_alike(start);
 }
 
 static void in_futex(void)
@@ -161,6 +190,7 @@ struct call {
 };
 static struct call calls[] = {
     {"nanosleep", SYS_nanosleep, in_nanosleep},
+    {"nanosleep_left", SYS_nanosleep, in_nanosleep_left},
     {"clock_nanosleep", SYS_clock_nanosleep, in_clock_nanosleep},
     {"clock_nanosleep_abs", SYS_clock_nanosleep, in_clock_nanosleep_abs},
     {"poll", SYS_poll, in_poll},
@@ -230,11 +260,14 @@ static void release_all(void)
 int main(void)
 {
     start_all();
+    for (double start = now(); now() < start + BEFORE;)     /* what is tested is that time passes */
+        usleep(10000);
     ready();
     wait_for_go();
     CHECK(handled == 0, "a handler ran before its time");
     release_all();
     for (size_t i = 0; i < CALLS; i++)
         CHECK(pthread_join(calls[i].thread, NULL) == 0, "%s", calls[i].name);
+    CHECK(most - least < SPREAD, "calls of %d seconds took from %f to %f", SECONDS, least, most);
     return 0;
 }

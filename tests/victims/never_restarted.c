@@ -2,11 +2,14 @@
  *
  * Threads blocked in the system calls that answer EINTR to any stop, and that no kernel restarts (signal(7),
  * "Interruption of system calls and library functions by stop signals"). No handler runs, so none may see EINTR.
+ * With an argument also in epoll_wait, whose files no checkpoint takes yet: its timeout is in a register, and it ends
+ * when a sleep of the same length does that began with it.
  */
 #include "victim.h"
 
 #include <pthread.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/ipc.h>
 #include <sys/msg.h>
 #include <sys/sem.h>
@@ -16,8 +19,14 @@ struct letter {
     char text[8];
 };
 
+#define THREADS 7       /* the last two only if asked for */
+#define SECONDS 2
+#define BEFORE 0.6      /* seconds of it that pass before there can be a checkpoint */
+#define SPREAD 0.45     /* at most that much apart: a call that began anew is BEFORE too late */
+
 static int semaphores, messages;
-static pid_t tids[4];
+static pid_t tids[THREADS];
+static double slept[THREADS];
 
 static void *in_sigtimedwait(void *argument)
 {
@@ -50,7 +59,7 @@ static void *in_msgrcv(void *argument)
     return NULL;
 }
 
-/* A timeout may begin anew, but must come as a timeout. */
+/* A timeout in memory may begin anew, but must come as a timeout. */
 static void *in_semtimedop(void *argument)
 {
     struct sembuf down = {1, -1, 0};
@@ -61,34 +70,83 @@ static void *in_semtimedop(void *argument)
     return NULL;
 }
 
-int main(void)
+static void *in_epoll_wait(void *argument)
 {
-    static void *(*const runs[])(void *) = {in_sigtimedwait, in_semop, in_msgrcv, in_semtimedop};
-    static const long numbers[] = {SYS_rt_sigtimedwait, SYS_semop, SYS_msgrcv, SYS_semtimedop};
+    int epoll = MUST(epoll_create1(EPOLL_CLOEXEC));
+    struct epoll_event event;
+    double start = now();
+
+    (void)argument;
+    __atomic_store_n(&tids[5], my_tid(), __ATOMIC_RELEASE);
+    CHECK(syscall(SYS_epoll_wait, epoll, &event, 1, SECONDS * 1000) == 0, "epoll_wait");
+    slept[5] = now() - start;
+    close(epoll);
+    return NULL;
+}
+
+static void *in_epoll_pwait(void *argument)
+{
+    int epoll = MUST(epoll_create1(EPOLL_CLOEXEC));
+    struct epoll_event event;
+    double start = now();
+    uint64_t mask = 0;
+
+    (void)argument;
+    __atomic_store_n(&tids[6], my_tid(), __ATOMIC_RELEASE);
+    CHECK(syscall(SYS_epoll_pwait, epoll, &event, 1, SECONDS * 1000, &mask, sizeof mask) == 0, "epoll_pwait");
+    slept[6] = now() - start;
+    close(epoll);
+    return NULL;
+}
+
+static void *in_nanosleep(void *argument)
+{
+    double start = now();
+
+    (void)argument;
+    __atomic_store_n(&tids[4], my_tid(), __ATOMIC_RELEASE);
+    CHECK(syscall(SYS_nanosleep, &(struct timespec){SECONDS}, NULL) == 0, "nanosleep");
+    slept[4] = now() - start;
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    static void *(*const runs[])(void *) = {in_sigtimedwait, in_semop, in_msgrcv, in_semtimedop,
+                                                in_nanosleep, in_epoll_wait, in_epoll_pwait};
+    static const long numbers[] = {SYS_rt_sigtimedwait, SYS_semop, SYS_msgrcv, SYS_semtimedop, SYS_nanosleep,
+                                   SYS_epoll_wait, SYS_epoll_pwait};
     struct sembuf up = {0, 1, 0};
     struct letter letter = {7, "mail"};
-    pthread_t threads[4];
+    int count = argc > 1 ? THREADS : THREADS - 2;
+    pthread_t threads[THREADS];
     sigset_t mask;
 
+    (void)argv;
     sigemptyset(&mask);
     sigaddset(&mask, SIGUSR1);
     sigprocmask(SIG_BLOCK, &mask, NULL);
     semaphores = MUST(semget(IPC_PRIVATE, 2, 0600));
     messages = MUST(msgget(IPC_PRIVATE, 0600));
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < count; i++)
         CHECK(pthread_create(&threads[i], NULL, runs[i], NULL) == 0, "pthread_create");
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < count; i++) {
         while (__atomic_load_n(&tids[i], __ATOMIC_ACQUIRE) == 0)
             sched_yield();
         await_blocked(tids[i], numbers[i]);
     }
+    for (double start = now(); now() < start + BEFORE;)     /* what is tested is that time passes */
+        usleep(10000);
     ready();
     wait_for_go();
     CHECK(pthread_kill(threads[0], SIGUSR1) == 0, "pthread_kill");
     MUST(semop(semaphores, &up, 1));
     MUST(msgsnd(messages, &letter, 5, 0));
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < count; i++)
         CHECK(pthread_join(threads[i], NULL) == 0, "pthread_join");
+    for (int i = 5; i < count; i++)
+        CHECK(slept[i] >= SECONDS && slept[i] < slept[4] + SPREAD, "call %ld took %f s, a sleep %f", numbers[i],
+              slept[i], slept[4]);
     semctl(semaphores, 0, IPC_RMID);
     msgctl(messages, IPC_RMID, NULL);
     return 0;

@@ -183,10 +183,10 @@ class Puppet:
         tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
         for _ in range(len(last)):
             for _ in ('entry', 'end'):
-                tracee.cont_to_syscall()
+                tracee.to_syscall()
                 yield
                 while os.WSTOPSIG(self.wait()) != _SYSCALL_STOP:
-                    tracee.cont_to_syscall()
+                    tracee.to_syscall()
             if -4096 < (result := ctypes.c_int64(tracee.regs.rax).value) < 0:
                 raise CkptError(f'task {self.tid} cannot leave its stub: {os.strerror(-result)}', task=self.tid)
         tracee.interrupt()

@@ -32,19 +32,20 @@ GPR_SIZE = 216
 
 # <asm/unistd_64.h>: what is called by number, here or in a tracee
 NR = {
-    'close': 3, 'lseek': 8, 'mmap': 9, 'mprotect': 10, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13,
-    'rt_sigprocmask': 14, 'ioctl': 16, 'mremap': 25, 'madvise': 28, 'shmat': 30, 'shmdt': 67, 'getitimer': 36,
-    'setitimer': 38, 'getpid': 39, 'recvmsg': 47, 'exit': 60, 'wait4': 61, 'kill': 62, 'fcntl': 72, 'fchdir': 81,
-    'umask': 95, 'setuid': 105, 'setpgid': 109, 'setsid': 112, 'setgroups': 116, 'setresuid': 117, 'setresgid': 119,
-    'setfsuid': 122, 'setfsgid': 123, 'capset': 126, 'rt_sigtimedwait': 128, 'rt_sigqueueinfo': 129,
+    'close': 3, 'poll': 7, 'lseek': 8, 'mmap': 9, 'mprotect': 10, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13,
+    'rt_sigprocmask': 14, 'ioctl': 16, 'mremap': 25, 'madvise': 28, 'shmat': 30, 'nanosleep': 35, 'getitimer': 36,
+    'setitimer': 38, 'getpid': 39, 'recvmsg': 47, 'exit': 60, 'wait4': 61, 'kill': 62, 'shmdt': 67, 'fcntl': 72,
+    'fchdir': 81, 'umask': 95, 'setuid': 105, 'setpgid': 109, 'setsid': 112, 'setgroups': 116, 'setresuid': 117,
+    'setresgid': 119, 'setfsuid': 122, 'setfsgid': 123, 'capset': 126, 'rt_sigtimedwait': 128, 'rt_sigqueueinfo': 129,
     'sigaltstack': 131, 'personality': 135, 'mlock': 149, 'mlockall': 151, 'prctl': 157, 'arch_prctl': 158,
-    'chroot': 161, 'set_tid_address': 218, 'restart_syscall': 219, 'timer_create': 222, 'timer_settime': 223,
-    'timer_gettime': 224, 'timer_getoverrun': 225, 'timer_delete': 226, 'exit_group': 231, 'tgkill': 234,
+    'chroot': 161, 'futex': 202, 'io_getevents': 208, 'set_tid_address': 218, 'restart_syscall': 219,
+    'semtimedop': 220, 'timer_create': 222, 'timer_settime': 223, 'timer_gettime': 224, 'timer_getoverrun': 225,
+    'timer_delete': 226, 'clock_nanosleep': 230, 'exit_group': 231, 'epoll_wait': 232, 'epoll_ctl': 233, 'tgkill': 234,
     'waitid': 247, 'ioprio_set': 251, 'ioprio_get': 252, 'unshare': 272, 'set_robust_list': 273,
-    'get_robust_list': 274, 'epoll_ctl': 233, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297, 'kcmp': 312,
-    'sched_setattr': 314, 'sched_getattr': 315, 'membarrier': 324, 'mlock2': 325, 'execveat': 322,
-    'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'rseq': 334, 'clone3': 435, 'close_range': 436,
-    'openat2': 437, 'pidfd_getfd': 438,
+    'get_robust_list': 274, 'epoll_pwait': 281, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297, 'kcmp': 312,
+    'sched_setattr': 314, 'sched_getattr': 315, 'execveat': 322, 'membarrier': 324, 'mlock2': 325,
+    'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'io_pgetevents': 333, 'rseq': 334, 'clone3': 435,
+    'close_range': 436, 'openat2': 437, 'pidfd_getfd': 438, 'epoll_pwait2': 441,
 }
 
 # semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2
@@ -144,6 +145,12 @@ def interrupted(regs: user_regs_struct) -> user_regs_struct:
 def interrupted_for_good(regs: user_regs_struct) -> bool:
     """Whether the task is about to return EINTR from a system call that no kernel restarts."""
     return ctypes.c_int64(regs.rax).value == -errno.EINTR and regs.orig_rax in _NEVER_RESTARTED
+
+
+def in_restart_block(regs: user_regs_struct) -> bool:
+    """Whether the task goes on with a system call whose end the kernel keeps in its restart block."""
+    return (ctypes.c_int64(regs.rax).value == -ERESTART_RESTARTBLOCK
+            and ctypes.c_int64(regs.orig_rax).value >= 0)
 
 
 def again(regs: user_regs_struct) -> user_regs_struct:

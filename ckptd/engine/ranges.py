@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sets of addresses: ascending ranges (start, end) that do not overlap."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from ckptd.kernel.memory import Range
+
+
+class Overlap(NamedTuple):
+    """What two ranges have in common: indices of both, and the range itself."""
+    first: int
+    second: int
+    start: int
+    end: int
+
+
+def overlaps(first: Sequence[Range], second: Sequence[Range]) -> Iterator[Overlap]:
+    """Of all ranges of two sets, ascending."""
+    i = j = 0
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if start < end:
+            yield Overlap(i, j, start, end)
+        if first[i][1] < second[j][1]:
+            i += 1
+        else:
+            j += 1
+
+
+def without(ranges: Iterable[Range], taken: Sequence[Range]) -> Iterator[Range]:
+    """What is left of a set when another is taken out."""
+    index = 0
+    for start, end in ranges:
+        while index < len(taken) and taken[index][1] <= start:
+            index += 1
+        at = index
+        while at < len(taken) and taken[at][0] < end:
+            if start < taken[at][0]:
+                yield start, taken[at][0]
+            start = taken[at][1]
+            at += 1
+        if start < end:
+            yield start, end

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How long interrupted sleeps had still to go.
+
+A task that was stopped in nanosleep, clock_nanosleep, poll or a futex wait with a relative timeout has the end of it in
+its restart block, which nothing shows. While such a task sleeps, though, its timer is in /proc/timer_list: so each is
+let go on sleeping for a moment, stopped again, and what the list had more meanwhile is its end. A task goes on as the
+kernel would have it go on, from one PTRACE_SYSCALL to the next: one whose tracer dies in between simply sleeps on, and
+one whose sleep ends stands at the exit of the call and has its result, both in the original and in the image.
+
+The list does not say whose a timer is. The tasks are numbered from 1, and in round k those sleep whose number has bit
+k: the rounds in which a timer was there spell the number of its task. A thousand sleeps take ten rounds.
+"""
+
+import ctypes
+import os
+import signal
+import struct
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from ckptd.engine.faults import fault
+from ckptd.engine.resume import has_signal
+from ckptd.engine.waits import Notes
+from ckptd.image.records import ENDLESS, SleepLeft
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.memory import PAGE, Mem
+from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, PTRACE_O_TRACESYSGOOD, SYSCALL_STOP, Tracee
+from ckptd.kernel.timer_list import End, read_sleeps
+from ckptd.kernel.wchan import read_wchan
+
+_NR = arch.NR
+_U32 = 2**32 - 1
+_PATIENCE = 1.0             # seconds for tasks to come to rest; on a busy machine they have to wait for a CPU
+_ATTEMPTS = 3               # for a task alone, where timers of others came and went meanwhile
+_FUTEX_COMMAND, _FUTEX_WAIT = 0x7F, 0       # <linux/futex.h>
+# of clock_nanosleep: those that hrtimers count. A relative CLOCK_REALTIME is counted as CLOCK_MONOTONIC by the kernel
+_HRTIMER_CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME, time.CLOCK_TAI)
+# where the arguments of a call are: the address of its timeout, and of the remaining time that the kernel gives
+_TIMEOUT = {_NR['nanosleep']: 'rdi', _NR['clock_nanosleep']: 'rdx', _NR['futex']: 'r10'}
+_REMAINING = {_NR['nanosleep']: 'rsi', _NR['clock_nanosleep']: 'r10'}
+
+
+@dataclass(slots=True)
+class Sleep:
+    """A thread with a restart block. end: None where it is not known."""
+    tracee: Tracee
+    regs: arch.user_regs_struct
+    number: int
+    end: End | None = None
+
+    @property
+    def endless(self) -> bool:
+        """It has no end, or one that its arguments name as a point in time."""
+        if self.number == _NR['poll']:
+            return ctypes.c_int32(self.regs.rdx).value < 0
+        return self.number == _NR['futex'] and self.regs.rsi & _FUTEX_COMMAND != _FUTEX_WAIT
+
+    @property
+    def clock(self) -> int:
+        """That of the program's call."""
+        return ctypes.c_int32(self.regs.rdi).value if self.number == _NR['clock_nanosleep'] else time.CLOCK_MONOTONIC
+
+    @property
+    def measurable(self) -> bool:
+        return not self.endless and self.clock in _HRTIMER_CLOCKS
+
+
+def find_sleeps(tracees: Mapping[int, Tracee]) -> dict[int, Sleep]:
+    """By tid, the stopped threads that go on with a sleep; its end wherever it can be found out.
+
+    A thread whose sleep is over meanwhile is not among them, and has the result. The tree must not be frozen otherwise.
+    ProcessLookupError if a thread dies.
+    """
+    sleeps = [Sleep(tracee, regs, _number(regs, '')) for tracee in tracees.values()
+              if arch.in_restart_block(regs := tracee.regs)]
+    # what has a signal to handle does not sleep on
+    able = [sleep for sleep in sleeps if not has_signal(sleep.tracee)]
+    try:
+        _learn_numbers([sleep for sleep in able if sleep.regs.orig_rax == _NR['restart_syscall']])
+        _Measurement([sleep for sleep in able if sleep.measurable]).run()
+        if not able:
+            fault('asleep-again')
+    finally:
+        left = [sleep for sleep in sleeps if sleep.tracee.attached and arch.in_restart_block(sleep.tracee.regs)]
+        for sleep in left:
+            sleep.tracee.regs = sleep.regs      # with the number of the call: it slept again in restart_syscall
+    return {sleep.tracee.tid: sleep for sleep in left}
+
+
+@contextmanager
+def _asleep(sleeps: Sequence[Sleep]) -> Iterator[list[str]]:
+    """They sleep for the time of the block, and are then stopped again. Gives the functions that they sleep in; '' for
+    one that did not come to rest."""
+    tracees = [sleep.tracee for sleep in sleeps]
+    try:
+        for tracee in tracees:
+            tracee.set_options(PTRACE_O_TRACESYSGOOD)
+            tracee.to_syscall()
+        for tracee in tracees:
+            _wait_syscall(tracee)       # the entry of restart_syscall
+        for tracee in tracees:
+            tracee.to_syscall()
+        deadline = time.monotonic() + _PATIENCE
+        yield [_wait_rest(tracee, deadline) for tracee in tracees]
+    finally:
+        with ExitStack() as stack:
+            for tracee in tracees:
+                if tracee.attached and not tracee.stopped:
+                    stack.callback(_wait_syscall, tracee)
+                    tracee.interrupt()
+
+
+def _wait_syscall(tracee: Tracee) -> None:
+    """Until it stands at the entry or the exit of a system call. A signal that is about to be delivered before the call
+    has begun is kept for later, as in remote calls; one that comes later stays in its queue."""
+    while (status := tracee.wait()) >> 8 != SYSCALL_STOP:
+        sig = os.WSTOPSIG(status)
+        if status >> 16 == PTRACE_EVENT_STOP:
+            tracee.to_syscall()
+        elif sig == signal.SIGSTOP:
+            tracee.to_syscall(sig)      # the kernel has to know of it: a SIGCONT that comes now takes it back
+        else:
+            tracee.deferred.append(sig)
+            tracee.to_syscall()
+
+
+def _wait_rest(tracee: Tracee, deadline: float) -> str:
+    """The function that it sleeps in, once it does: then its timer is armed, for wchan names none while it may run.
+    There is no event for that. One whose sleep is over stands in ptrace_stop."""
+    while not (function := read_wchan(tracee.tid)) and time.monotonic() < deadline:
+        os.sched_yield()
+    return function
+
+
+def _learn_numbers(sleeps: Sequence[Sleep]) -> None:
+    """Of calls that were interrupted before and have restart_syscall's: only where they sleep tells them apart."""
+    if sleeps:
+        with _asleep(sleeps) as functions:
+            for sleep, function in zip(sleeps, functions, strict=True):
+                sleep.number = _number(sleep.regs, function)
+
+
+def _number(regs: arch.user_regs_struct, function: str) -> int:
+    """Of the call that the program made. function: that it sleeps in, '' where that is not known."""
+    number, first = regs.orig_rax, regs.rdi
+    if number != _NR['restart_syscall']:
+        return int(number)
+    name = next((name for name in ('futex', 'poll') if name in function), 'nanosleep')
+    # nanosleep(2) begins with an address, clock_nanosleep(2) with a clock, that of CPU time being negative
+    negative = first >> 32 in (0, _U32) and -PAGE < ctypes.c_int32(first).value < 0
+    if name == 'nanosleep' and (first < PAGE or negative):
+        name = 'clock_nanosleep'
+    return _NR[name]
+
+
+class _Measurement:
+    """Finds out when sleeps end."""
+
+    def __init__(self, sleeps: Sequence[Sleep]) -> None:
+        self._sleeps = sleeps
+        self._idle: Counter[End] = Counter()        # what the list has while none of them sleeps
+
+    def run(self) -> None:
+        """Set `end` of each. Nothing where the list cannot be read (an ordinary user)."""
+        if self._sleeps:
+            try:
+                self._idle = read_sleeps()
+            except (PermissionError, FileNotFoundError):
+                return
+            self._find_all()
+            for sleep in self._sleeps:
+                if sleep.end is None:
+                    self._find_one(sleep)
+
+    def _find_all(self) -> None:
+        numbers: dict[End, int] = defaultdict(int)
+        for bit in range(len(self._sleeps).bit_length()):
+            group = [sleep for number, sleep in enumerate(self._sleeps, 1) if number >> bit & 1]
+            for end in self._ends_of(group):
+                numbers[end] |= 1 << bit
+        found: dict[int, list[End]] = defaultdict(list)
+        for end, number in numbers.items():
+            found[number].append(end)
+        for number, sleep in enumerate(self._sleeps, 1):
+            if len(found[number]) == 1:
+                [sleep.end] = found[number]
+
+    def _find_one(self, sleep: Sleep) -> None:
+        """By itself: two sleeps may end in the same nanosecond, and others' timers come and go."""
+        ends = self._ends_of([sleep])
+        for _ in range(_ATTEMPTS):
+            if len(ends) == 1:
+                [sleep.end] = ends
+                return
+            ends &= self._ends_of([sleep])
+
+    def _ends_of(self, sleeps: Iterable[Sleep]) -> set[End]:
+        """What is in the list while they sleep, and neither before nor after."""
+        group = [sleep for sleep in sleeps if arch.in_restart_block(sleep.tracee.regs)]
+        if not group:
+            return set()
+        with _asleep(group):
+            fault('asleep-again')
+            asleep = read_sleeps()
+        before, self._idle = self._idle, read_sleeps()
+        return {end for end in asleep - before if self._idle[end] < asleep[end]}
+
+
+# ---------------------------------------------------------------- records
+
+def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: Notes) -> SleepLeft:
+    """The record. clocks: what each clock said at the time of the dump, nanoseconds."""
+    clock = sleep.clock & _U32
+    if sleep.endless:
+        return SleepLeft(vpid, sleep.number, ENDLESS, clock, 1)
+    if sleep.end is not None:
+        return SleepLeft(vpid, sleep.number, max(0, sleep.end.at - clocks[sleep.end.clock]), sleep.end.clock, 1)
+    try:
+        with Mem(sleep.tracee.tid) as mem:
+            left = _left_by_arguments(sleep, mem, clocks, notes)
+    except OSError:
+        left = 0        # the address of the timeout is not mapped any more
+    return SleepLeft(vpid, sleep.number, min(left, ENDLESS - 1), clock, 0)
+
+
+def _left_by_arguments(sleep: Sleep, mem: Mem, clocks: Mapping[int, int], notes: Notes) -> int:
+    """What the kernel says that is left where the program has asked for that; else what was left of the timeout when
+    it was seen to sleep, and that is all of it where it was not."""
+    number, regs = sleep.number, sleep.regs
+    remaining = getattr(regs, _REMAINING.get(number, ''), 0)
+    if remaining:
+        return _timespec(mem, remaining)
+    whole = ctypes.c_int32(regs.rdx).value * 10**6 if number == _NR['poll'] \
+        else _timespec(mem, getattr(regs, _TIMEOUT[number]))
+    begun = notes.begun(sleep.tracee.tid, regs)
+    # of CPU time nothing passes while a task sleeps
+    if begun is None or sleep.clock not in _HRTIMER_CLOCKS:
+        return whole
+    return min(whole, max(0, begun + whole - clocks[time.CLOCK_MONOTONIC]))
+
+
+def _timespec(mem: Mem, address: int) -> int:
+    seconds, nanoseconds = struct.unpack('<2q', mem.read(address, 16))
+    return int(seconds * 10**9 + nanoseconds)

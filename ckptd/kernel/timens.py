@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Time namespaces, time_namespaces(7): what CLOCK_MONOTONIC and CLOCK_BOOTTIME say to a task."""
+
+import functools
+import os
+import time
+from typing import NamedTuple
+
+from ckptd.kernel.procfs import read_task_file, task_dir
+from ckptd.kernel.task import read_namespaces
+
+
+class Offsets(NamedTuple):
+    """Nanoseconds that a namespace adds to what the initial one says; may be negative."""
+    monotonic: int = 0
+    boottime: int = 0
+
+
+def read_offsets(pid: int) -> Offsets:
+    """Of a task's own namespace; zero where the kernel has none (CONFIG_TIME_NS)."""
+    links = read_namespaces(pid)
+    # the file has those of the namespace that its children are born in. Where that is another one, the task has called
+    # unshare(2) itself, and its own is the one that it came with
+    if links.get('time') != links.get('time_for_children'):
+        return Offsets() if pid == os.getpid() else read_offsets(os.getpid())
+    try:
+        return parse_offsets(read_task_file(task_dir(pid), 'timens_offsets'))
+    except FileNotFoundError:
+        return Offsets()
+
+
+@functools.cache
+def _own_offsets() -> Offsets:
+    return read_offsets(os.getpid())
+
+
+def host_monotonic_ns() -> int:
+    """CLOCK_MONOTONIC of the initial namespace, in which the kernel counts."""
+    return time.monotonic_ns() - _own_offsets().monotonic
+
+
+def parse_offsets(data: bytes) -> Offsets:
+    """Lines of a clock's name, seconds and nanoseconds: b'monotonic          0         0'."""
+    rows = {name: int(seconds) * 10**9 + int(nanoseconds)
+            for name, seconds, nanoseconds in (line.split() for line in data.splitlines())}
+    return Offsets(rows.get(b'monotonic', 0), rows.get(b'boottime', 0))
+
+
+class Clocks(NamedTuple):
+    """What the clocks say to a task at one moment, nanoseconds. host: by CLOCK_*, as the initial namespace has them."""
+    monotonic: int
+    boottime: int
+    monotonic_offset: int
+    boottime_offset: int
+    host: dict[int, int]
+
+    @classmethod
+    def read(cls, pid: int) -> 'Clocks':
+        """Now, for task `pid`."""
+        its, ours = read_offsets(pid), read_offsets(os.getpid())
+        host = {clock: time.clock_gettime_ns(clock) for clock in
+                (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME, time.CLOCK_TAI)}
+        host[time.CLOCK_MONOTONIC] -= ours.monotonic
+        host[time.CLOCK_BOOTTIME] -= ours.boottime
+        return cls(host[time.CLOCK_MONOTONIC] + its.monotonic, host[time.CLOCK_BOOTTIME] + its.boottime, *its, host)

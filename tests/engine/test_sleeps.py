@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Interrupted sleeps: how much of them is left is known to the nanosecond, and they are none the worse for it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.engine import faults, sleeps, waits
+from ckptd.engine.remote import OwnIds
+from ckptd.engine.resume import issue_again, wait_on
+from ckptd.engine.sleeps import find_sleeps
+from ckptd.engine.waits import Notes
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import ENDLESS, SleepLeft
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.task import read_threads
+from ckptd.kernel.wchan import read_wchan
+from ckptd.scan import scan_tree
+from tests.engine.conftest import in_child
+from tests.engine.driver import Place
+
+pytestmark = [pytest.mark.needs('ptrace', 'gcc')]
+
+Stop = Callable[[int], tuple[Tracee, OwnIds]]
+Sleeper = Callable[..., int]
+MANY = 40
+SECOND = 10**9
+
+
+@pytest.fixture
+def sleeper() -> Iterator[Sleeper]:
+    """Starts sleep(1), asleep already when its pid is given."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(seconds: float) -> int:
+        process = subprocess.Popen(['sleep', str(seconds)])
+        started.append(process)
+        while 'nanosleep' not in read_wchan(process.pid):
+            os.sched_yield()
+        return process.pid
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def left(place: Place, pid: int, **options: Any) -> tuple[dict[int, int], dict[int, SleepLeft]]:
+    """The clocks of a checkpoint by CLOCK_*, and the records by vpid."""
+    with ImageReader(place.checkpoint(pid, **options)) as reader:
+        return ({time.CLOCK_MONOTONIC: reader.header.monotonic, time.CLOCK_BOOTTIME: reader.header.boottime},
+                dict(reader.table(SleepLeft)))
+
+
+def refuse() -> None:
+    raise PermissionError
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path).make()
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+def test_every_call_of_the_victim(victim: Any, place: Place, freeze: str) -> None:
+    """Once interrupted, all of them are restart_syscall: the second checkpoint tells them apart all the same."""
+    one = victim('interrupted')
+    first_at, first = left(place, one.pid, freeze=freeze)
+    second_at, second = left(place, one.pid, freeze=freeze)
+    assert {tid: row.number for tid, row in first.items()} == {tid: row.number for tid, row in second.items()}
+    numbers = sorted(row.number for row in first.values())
+    assert numbers == sorted(arch.NR[name] for name in (
+        'nanosleep', 'nanosleep', 'clock_nanosleep', 'poll', 'poll', 'futex'))
+    assert all(row.exact for row in [*first.values(), *second.values()])
+    assert sum(row.left_ns == ENDLESS for row in first.values()) == 1
+    for tid, row in first.items():
+        if row.left_ns != ENDLESS:
+            assert 0 < row.left_ns < 2 * SECOND
+            assert first_at[row.clock] + row.left_ns == second_at[row.clock] + second[tid].left_ns
+    clocks = {row.number: row.clock for row in first.values() if row.left_ns != ENDLESS}
+    assert clocks.pop(arch.NR['clock_nanosleep']) == time.CLOCK_BOOTTIME
+    assert set(clocks.values()) == {time.CLOCK_MONOTONIC}
+    one.finish()
+
+
+@pytest.mark.needs('root')
+def test_many_at_a_time(sleeper: Sleeper, tracer: Stop) -> None:
+    latest = {}         # by pid: the end of a sleep that began the moment that it was seen
+    for index in range(MANY):
+        seconds = 100 + index * 7 % MANY
+        latest[sleeper(seconds)] = time.monotonic_ns() + seconds * SECOND
+    tracees = {pid: tracer(pid)[0] for pid in latest}
+    before = {pid: bytes(tracee.regs) for pid, tracee in tracees.items()}
+    found = find_sleeps(tracees)
+    assert {pid: bytes(tracee.regs) for pid, tracee in tracees.items()} == before
+    assert set(found) == set(latest)
+    for pid, sleep in found.items():
+        assert sleep.end is not None
+        assert abs(latest[pid] - sleep.end.at) < SECOND // 2       # the timer slack is in the end
+    assert {pid: sleep.end for pid, sleep in find_sleeps(tracees).items()} \
+        == {pid: sleep.end for pid, sleep in found.items()}
+
+
+@pytest.mark.needs('root')
+def test_one_that_is_over_meanwhile_has_its_result(sleeper: Sleeper, tracer: Stop,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = sleeper(0.3), sleeper(100)
+    tracees = {pid: tracer(pid)[0] for pid in (short, long)}
+
+    def until_over(point: str) -> None:
+        while 'ptrace_stop' not in read_wchan(short):
+            os.sched_yield()
+
+    assert tracees[short].regs.rax == 2**64 - arch.ERESTART_RESTARTBLOCK
+    monkeypatch.setattr(sleeps, 'fault', until_over)
+    assert set(find_sleeps(tracees)) == {long}
+    assert tracees[short].regs.rax == 0
+    tracees[short].detach()
+    assert os.waitpid(short, 0)[1] == 0
+
+
+@pytest.mark.needs('root')
+def test_a_signal_that_comes_meanwhile_is_not_lost(sleeper: Sleeper, tracer: Stop,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = sleeper(100)
+    tracee = tracer(pid)[0]
+    monkeypatch.setattr(sleeps, 'fault', lambda point: os.kill(pid, signal.SIGTERM))
+    find_sleeps({pid: tracee})
+    tracee.detach()
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('dies', [False, True], ids=['error', 'dies'])
+def test_a_tracer_that_fails_meanwhile(victim: Any, monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> None:
+    """The tasks sleep on, to the end that they had."""
+    one = victim('interrupted')
+    monkeypatch.setitem(faults._PLAN, 'asleep-again', 'kill' if dies else 'error:EIO')
+
+    def trace() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        tracees = {tid: Tracee.seize(tid) for tid in read_threads(one.pid)}
+        for tracee in tracees.values():
+            tracee.stop()
+        try:
+            with pytest.raises(OSError, match='asleep-again'):
+                find_sleeps(tracees)
+            assert all(tracee.is_stopped() for tracee in tracees.values())
+        finally:
+            for tracee in tracees.values():
+                tracee.detach()
+
+    status = in_child(trace)
+    assert os.WTERMSIG(status) == signal.SIGKILL if dies else status == 0
+    one.finish()
+
+
+@pytest.mark.needs('root')
+def test_without_the_list_of_timers_there_is_a_bound(victim: Any, tracer: Stop,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = victim('interrupted').pid
+    tracees = {}
+    for tid in read_threads(pid):
+        tracees[tid] = tracer(tid)[0]
+    monkeypatch.setattr(sleeps, 'read_sleeps', refuse)
+    rows = [sleeps.sleep_left(sleep, tid, {}, Notes()) for tid, sleep in find_sleeps(tracees).items()]
+    assert sorted(row.left_ns // SECOND for row in rows) == [1, 2, 2, 2, 2, ENDLESS // SECOND]     # 1: the kernel said
+    assert [row.exact for row in rows if row.left_ns != ENDLESS] == [0] * 5
+
+
+# ---------------------------------------------------------------- calls that are issued again
+
+TIMED = {arch.NR[name] for name in ('epoll_wait', 'epoll_pwait', 'semtimedop')}
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
+def test_calls_that_no_kernel_restarts_in_an_image(victim: Any, place: Place, freeze: str) -> None:
+    one = victim('never_restarted')
+    _, rows = left(place, one.pid, freeze=freeze)
+    assert {row.number: row.exact for row in rows.values()} == {arch.NR['semtimedop']: 1, arch.NR['nanosleep']: 1}
+    ends = [row.left_ns for row in rows.values()]
+    assert max(ends) - min(ends) < SECOND // 10         # they began together, and are equally long
+    one.finish()
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('readable', [True, False], ids=['exact', 'bounded'])
+def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: pytest.MonkeyPatch, *,
+                                       readable: bool) -> None:
+    """Issued again, with what was left where the timeout is in a register. Without the list of timers the scheduler
+    says when the call began."""
+    if not readable:
+        monkeypatch.setattr(waits, 'read_sleeps', refuse)
+    one = victim('never_restarted', 'epoll')
+    notes = waits.note_waits(scan_tree([one.pid]))
+    tracees = {tid: tracer(tid)[0] for tid in read_threads(one.pid)}
+    found = issue_again(tracees, notes)
+    now = time.monotonic_ns()
+    assert {wait.number for wait in found.values()} == TIMED
+    ends = [wait.end for wait in found.values()]
+    for tid, wait in found.items():
+        assert wait.exact == readable
+        assert 0 < wait.end - now < 2 * SECOND - SECOND // 2
+        if wait.number != arch.NR['semtimedop']:
+            assert 0 < tracees[tid].regs.r10 <= (wait.end - now) // 10**6 + 1000
+    assert max(ends) - min(ends) < SECOND // 10
+    wait_on(tracees, found)
+    assert all(tracees[tid].regs.r10 < 1500 for tid, wait in found.items() if wait.number != arch.NR['semtimedop'])
+    for tracee in tracees.values():
+        tracee.detach()
+    one.finish()
+
+
+def test_a_call_that_was_not_noted_began_since() -> None:
+    regs = arch.user_regs_struct(orig_rax=arch.NR['epoll_wait'], r10=700)
+    wait = waits.wait_of(1, regs, waits.Notes(), 10 * SECOND)
+    assert wait == waits.Wait(arch.NR['epoll_wait'], 700_000_000, 10_700_000_000, exact=False)
+    assert [wait.milliseconds(now) for now in (10 * SECOND, 10_699_999_999, 10_700_000_000, 20 * SECOND, 0)] \
+        == [700, 1, 0, 0, 700]
+    regs.r10 = 2**32 - 1
+    assert waits.wait_of(1, regs, waits.Notes(), 0) is None
