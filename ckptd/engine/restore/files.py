@@ -21,6 +21,7 @@ from ckptd.errors import CkptError, ImageDamaged
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
+from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kinds.base import ChangedFiles, Kind
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG
@@ -30,7 +31,6 @@ F_OWNER_PGRP = 2
 # what F_SETFL changes, fcntl(2)
 _STATUS_FLAGS = os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
-_CHUNK = 1 << 20
 
 
 class Access:
@@ -87,13 +87,9 @@ class Files(Access):
         return self._bank.once(key, make)
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
-        source, at, end = self._reader.data_fd(extent.part), extent.offset, extent.offset + extent.length
-        os.lseek(fd, offset, os.SEEK_SET)
-        while at < end:
-            done = os.sendfile(fd, source, at, min(_CHUNK, end - at))
-            if not done:
-                raise ImageDamaged('a data part ends before an extent does')
-            at += done
+        done = copy_with_holes(self._reader.data_fd(extent.part), extent.offset, extent.length, fd, offset)
+        if done < extent.length:
+            raise ImageDamaged('a data part ends before an extent does')
 
     def deleted(self, record: Backing) -> int:
         """A mapped file that had lost its name."""
