@@ -15,12 +15,13 @@ from ckptd.engine import faults, sleeps, waits
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.sleeps import find_sleeps
-from ckptd.engine.waits import Notes
+from ckptd.engine.waits import Notes, note_waits
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_threads
+from ckptd.kernel.timens import Clocks
 from ckptd.kernel.wchan import read_wchan
 from ckptd.scan import scan_tree
 from tests.engine.conftest import in_child
@@ -31,6 +32,7 @@ pytestmark = [pytest.mark.needs('ptrace', 'gcc')]
 Stop = Callable[[int], tuple[Tracee, OwnIds]]
 Sleeper = Callable[..., int]
 MANY = 40
+LONG = '60'         # seconds: longer than a checkpoint on a busy machine
 SECOND = 10**9
 
 
@@ -72,7 +74,7 @@ def place(tmp_path: Path) -> Place:
 @pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
 def test_every_call_of_the_victim(victim: Any, place: Place, freeze: str) -> None:
     """Once interrupted, all of them are restart_syscall: the second checkpoint tells them apart all the same."""
-    one = victim('interrupted')
+    one = victim('interrupted', LONG)
     first_at, first = left(place, one.pid, freeze=freeze)
     second_at, second = left(place, one.pid, freeze=freeze)
     assert {tid: row.number for tid, row in first.items()} == {tid: row.number for tid, row in second.items()}
@@ -83,12 +85,11 @@ def test_every_call_of_the_victim(victim: Any, place: Place, freeze: str) -> Non
     assert sum(row.left_ns == ENDLESS for row in first.values()) == 1
     for tid, row in first.items():
         if row.left_ns != ENDLESS:
-            assert 0 < row.left_ns < 2 * SECOND
+            assert 0 < row.left_ns < int(LONG) * SECOND
             assert first_at[row.clock] + row.left_ns == second_at[row.clock] + second[tid].left_ns
     clocks = {row.number: row.clock for row in first.values() if row.left_ns != ENDLESS}
     assert clocks.pop(arch.NR['clock_nanosleep']) == time.CLOCK_BOOTTIME
     assert set(clocks.values()) == {time.CLOCK_MONOTONIC}
-    one.finish()
 
 
 @pytest.mark.needs('root')
@@ -163,17 +164,26 @@ def test_a_tracer_that_fails_meanwhile(victim: Any, monkeypatch: pytest.MonkeyPa
     one.finish()
 
 
-@pytest.mark.needs('root')
-def test_without_the_list_of_timers_there_is_a_bound(victim: Any, tracer: Stop,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    pid = victim('interrupted').pid
-    tracees = {}
-    for tid in read_threads(pid):
-        tracees[tid] = tracer(tid)[0]
+@pytest.mark.parametrize('noted', [False, True], ids=['unseen', 'noted'])
+def test_without_the_list_of_timers_there_is_a_bound(victim: Any, tracer: Stop, monkeypatch: pytest.MonkeyPatch, *,
+                                                     noted: bool) -> None:
+    """The whole timeout, or what was left of it by the scheduler's account; in one case the kernel has said it."""
     monkeypatch.setattr(sleeps, 'read_sleeps', refuse)
-    rows = [sleeps.sleep_left(sleep, tid, {}, Notes()) for tid, sleep in find_sleeps(tracees).items()]
-    assert sorted(row.left_ns // SECOND for row in rows) == [1, 2, 2, 2, 2, ENDLESS // SECOND]     # 1: the kernel said
+    monkeypatch.setattr(waits, 'read_sleeps', refuse)
+    pid = victim('interrupted', LONG).pid
+    notes = note_waits(scan_tree([pid])) if noted else Notes()
+    tracees = {tid: tracer(tid)[0] for tid in read_threads(pid)}
+    clocks = Clocks.read(pid).host
+    rows = [sleeps.sleep_left(sleep, tid, clocks, notes) for tid, sleep in find_sleeps(tracees).items()]
+    bounded = sorted(row.left_ns for row in rows if row.left_ns != ENDLESS)
     assert [row.exact for row in rows if row.left_ns != ENDLESS] == [0] * 5
+    assert len(rows) == 6
+    # 0.6 s have passed when the victim is ready
+    assert 0 < bounded[0] < (int(LONG) - 0.5) * SECOND
+    if noted:
+        assert bounded[4] < (int(LONG) - 0.5) * SECOND
+    else:
+        assert bounded[1:] == [int(LONG) * SECOND] * 4
 
 
 # ---------------------------------------------------------------- calls that are issued again
@@ -184,12 +194,11 @@ TIMED = {arch.NR[name] for name in ('epoll_wait', 'epoll_pwait', 'semtimedop')}
 @pytest.mark.needs('root')
 @pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
 def test_calls_that_no_kernel_restarts_in_an_image(victim: Any, place: Place, freeze: str) -> None:
-    one = victim('never_restarted')
+    one = victim('never_restarted', LONG)
     _, rows = left(place, one.pid, freeze=freeze)
     assert {row.number: row.exact for row in rows.values()} == {arch.NR['semtimedop']: 1, arch.NR['nanosleep']: 1}
     ends = [row.left_ns for row in rows.values()]
     assert max(ends) - min(ends) < SECOND // 10         # they began together, and are equally long
-    one.finish()
 
 
 @pytest.mark.needs('root')
@@ -200,8 +209,8 @@ def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: p
     says when the call began."""
     if not readable:
         monkeypatch.setattr(waits, 'read_sleeps', refuse)
-    one = victim('never_restarted', 'epoll')
-    notes = waits.note_waits(scan_tree([one.pid]))
+    one = victim('never_restarted', '4', 'epoll')
+    notes = note_waits(scan_tree([one.pid]))
     tracees = {tid: tracer(tid)[0] for tid in read_threads(one.pid)}
     found = issue_again(tracees, notes)
     now = time.monotonic_ns()
@@ -209,12 +218,12 @@ def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: p
     ends = [wait.end for wait in found.values()]
     for tid, wait in found.items():
         assert wait.exact == readable
-        assert 0 < wait.end - now < 2 * SECOND - SECOND // 2
+        assert 0 < wait.end - now < 4 * SECOND - SECOND // 2
         if wait.number != arch.NR['semtimedop']:
             assert 0 < tracees[tid].regs.r10 <= (wait.end - now) // 10**6 + 1000
     assert max(ends) - min(ends) < SECOND // 10
     wait_on(tracees, found)
-    assert all(tracees[tid].regs.r10 < 1500 for tid, wait in found.items() if wait.number != arch.NR['semtimedop'])
+    assert all(tracees[tid].regs.r10 < 3500 for tid, wait in found.items() if wait.number != arch.NR['semtimedop'])
     for tracee in tracees.values():
         tracee.detach()
     one.finish()
@@ -222,9 +231,9 @@ def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: p
 
 def test_a_call_that_was_not_noted_began_since() -> None:
     regs = arch.user_regs_struct(orig_rax=arch.NR['epoll_wait'], r10=700)
-    wait = waits.wait_of(1, regs, waits.Notes(), 10 * SECOND)
+    wait = waits.wait_of(1, regs, Notes(), 10 * SECOND)
     assert wait == waits.Wait(arch.NR['epoll_wait'], 700_000_000, 10_700_000_000, exact=False)
     assert [wait.milliseconds(now) for now in (10 * SECOND, 10_699_999_999, 10_700_000_000, 20 * SECOND, 0)] \
         == [700, 1, 0, 0, 700]
     regs.r10 = 2**32 - 1
-    assert waits.wait_of(1, regs, waits.Notes(), 0) is None
+    assert waits.wait_of(1, regs, Notes(), 0) is None

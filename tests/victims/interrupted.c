@@ -18,7 +18,7 @@
 #include <sys/select.h>
 #include <sys/wait.h>
 
-#define SECONDS 2
+#define SECONDS 2       /* of each, but for another argument */
 #define BEFORE 0.6      /* seconds of it that pass before there can be a checkpoint */
 #define SPREAD 0.45     /* at most that much apart: a call that began anew is BEFORE too late */
 
@@ -29,6 +29,7 @@ static volatile bool gone;      /* go was said */
 static double least = 1e9, most;        /* seconds that a call with a relative timeout took */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pid_t child;
+static int seconds = SECONDS;
 
 static void on_signal(int signal)
 {
@@ -41,7 +42,7 @@ static void check_slept(double start)
     double slept = now() - start;
 
     /* the upper bound only tells a restart from the beginning, which would double the time */
-    CHECK(slept >= SECONDS && slept < SECONDS * 1.9 + 10, "woke after %f s", slept);
+    CHECK(slept >= seconds && slept < seconds * 1.9 + 10, "woke after %f s", slept);
 }
 
 static void check_slept_alike(double start)
@@ -60,7 +61,7 @@ static void in_nanosleep(void)
 {
     double start = now();
 
-    CHECK(syscall(SYS_nanosleep, &(struct timespec){SECONDS}, NULL) == 0, "nanosleep");
+    CHECK(syscall(SYS_nanosleep, &(struct timespec){seconds}, NULL) == 0, "nanosleep");
     check_slept_alike(start);
 }
 
@@ -70,8 +71,8 @@ static void in_nanosleep_left(void)
     struct timespec left = {-1, -1};
     double start = now();
 
-    CHECK(syscall(SYS_nanosleep, &(struct timespec){SECONDS}, &left) == 0, "nanosleep");
-    CHECK(left.tv_sec < SECONDS, "%ld s left", left.tv_sec);
+    CHECK(syscall(SYS_nanosleep, &(struct timespec){seconds}, &left) == 0, "nanosleep");
+    CHECK(left.tv_sec < seconds, "%ld s left", left.tv_sec);
     check_slept_alike(start);
 }
 
@@ -79,7 +80,7 @@ static void in_clock_nanosleep(void)
 {
     double start = now();
 
-    CHECK(syscall(SYS_clock_nanosleep, CLOCK_BOOTTIME, 0, &(struct timespec){SECONDS}, NULL) == 0, "clock_nanosleep");
+    CHECK(syscall(SYS_clock_nanosleep, CLOCK_BOOTTIME, 0, &(struct timespec){seconds}, NULL) == 0, "clock_nanosleep");
     check_slept_alike(start);
 }
 
@@ -90,7 +91,7 @@ static void in_clock_nanosleep_abs(void)
     struct timespec end;
 
     MUST(clock_gettime(CLOCK_MONOTONIC, &end));
-    end.tv_sec += SECONDS;
+    end.tv_sec += seconds;
     CHECK(syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL) == 0, "clock_nanosleep");
     check_slept(start);
 }
@@ -100,13 +101,13 @@ static void in_poll(void)
     struct pollfd one = {.fd = empty_pipe[0], .events = POLLIN};
     double start = now();
 
-    CHECK(syscall(SYS_poll, &one, 1, SECONDS * 1000) == 0, "poll: %#x", one.revents);
+    CHECK(syscall(SYS_poll, &one, 1, seconds * 1000) == 0, "poll: %#x", one.revents);
     check_slept_alike(start);
 }
 
 static void in_select(void)
 {
-    struct timeval timeout = {SECONDS, 0};
+    struct timeval timeout = {seconds, 0};
     double start = now();
     fd_set one;
 
@@ -119,7 +120,7 @@ static void in_select(void)
 static void in_ppoll(void)
 {
     struct pollfd one = {.fd = empty_pipe[0], .events = POLLIN};
-    struct timespec timeout = {SECONDS, 0};
+    struct timespec timeout = {seconds, 0};
     double start = now();
     uint64_t mask = 0;
 
@@ -131,7 +132,7 @@ static void in_futex_timeout(void)
 {
     double start = now();
 
-    CHECK(syscall(SYS_futex, &never, FUTEX_WAIT_PRIVATE, 0, &(struct timespec){SECONDS}) == -1 && errno == ETIMEDOUT,
+    CHECK(syscall(SYS_futex, &never, FUTEX_WAIT_PRIVATE, 0, &(struct timespec){seconds}) == -1 && errno == ETIMEDOUT,
           "futex");
     check_slept_alike(start);
 }
@@ -257,8 +258,10 @@ static void release_all(void)
             CHECK(pthread_kill(calls[i].thread, SIGUSR1) == 0, "pthread_kill");
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1)
+        seconds = atoi(argv[1]);
     start_all();
     for (double start = now(); now() < start + BEFORE;)     /* what is tested is that time passes */
         usleep(10000);
@@ -268,6 +271,6 @@ int main(void)
     release_all();
     for (size_t i = 0; i < CALLS; i++)
         CHECK(pthread_join(calls[i].thread, NULL) == 0, "%s", calls[i].name);
-    CHECK(most - least < SPREAD, "calls of %d seconds took from %f to %f", SECONDS, least, most);
+    CHECK(most - least < SPREAD, "calls of %d seconds took from %f to %f", seconds, least, most);
     return 0;
 }

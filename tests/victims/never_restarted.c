@@ -2,7 +2,7 @@
  *
  * Threads blocked in the system calls that answer EINTR to any stop, and that no kernel restarts (signal(7),
  * "Interruption of system calls and library functions by stop signals"). No handler runs, so none may see EINTR.
- * With an argument also in epoll_wait, whose files no checkpoint takes yet: its timeout is in a register, and it ends
+ * With a second argument also in epoll_wait, whose files no checkpoint takes yet: its timeout is in a register, and it ends
  * when a sleep of the same length does that began with it.
  */
 #include "victim.h"
@@ -20,13 +20,14 @@ struct letter {
 };
 
 #define THREADS 7       /* the last two only if asked for */
-#define SECONDS 2
+#define SECONDS 2       /* of each, but for another argument */
 #define BEFORE 0.6      /* seconds of it that pass before there can be a checkpoint */
 #define SPREAD 0.45     /* at most that much apart: a call that began anew is BEFORE too late */
 
 static int semaphores, messages;
 static pid_t tids[THREADS];
 static double slept[THREADS];
+static int seconds = SECONDS;
 
 static void *in_sigtimedwait(void *argument)
 {
@@ -66,7 +67,7 @@ static void *in_semtimedop(void *argument)
 
     (void)argument;
     __atomic_store_n(&tids[3], my_tid(), __ATOMIC_RELEASE);
-    CHECK(syscall(SYS_semtimedop, semaphores, &down, 1, &(struct timespec){2}) == -1 && errno == EAGAIN, "semtimedop");
+    CHECK(syscall(SYS_semtimedop, semaphores, &down, 1, &(struct timespec){seconds}) == -1 && errno == EAGAIN, "semtimedop");
     return NULL;
 }
 
@@ -78,7 +79,7 @@ static void *in_epoll_wait(void *argument)
 
     (void)argument;
     __atomic_store_n(&tids[5], my_tid(), __ATOMIC_RELEASE);
-    CHECK(syscall(SYS_epoll_wait, epoll, &event, 1, SECONDS * 1000) == 0, "epoll_wait");
+    CHECK(syscall(SYS_epoll_wait, epoll, &event, 1, seconds * 1000) == 0, "epoll_wait");
     slept[5] = now() - start;
     close(epoll);
     return NULL;
@@ -93,7 +94,7 @@ static void *in_epoll_pwait(void *argument)
 
     (void)argument;
     __atomic_store_n(&tids[6], my_tid(), __ATOMIC_RELEASE);
-    CHECK(syscall(SYS_epoll_pwait, epoll, &event, 1, SECONDS * 1000, &mask, sizeof mask) == 0, "epoll_pwait");
+    CHECK(syscall(SYS_epoll_pwait, epoll, &event, 1, seconds * 1000, &mask, sizeof mask) == 0, "epoll_pwait");
     slept[6] = now() - start;
     close(epoll);
     return NULL;
@@ -105,7 +106,7 @@ static void *in_nanosleep(void *argument)
 
     (void)argument;
     __atomic_store_n(&tids[4], my_tid(), __ATOMIC_RELEASE);
-    CHECK(syscall(SYS_nanosleep, &(struct timespec){SECONDS}, NULL) == 0, "nanosleep");
+    CHECK(syscall(SYS_nanosleep, &(struct timespec){seconds}, NULL) == 0, "nanosleep");
     slept[4] = now() - start;
     return NULL;
 }
@@ -118,11 +119,12 @@ int main(int argc, char **argv)
                                    SYS_epoll_wait, SYS_epoll_pwait};
     struct sembuf up = {0, 1, 0};
     struct letter letter = {7, "mail"};
-    int count = argc > 1 ? THREADS : THREADS - 2;
+    int count = argc > 2 ? THREADS : THREADS - 2;
     pthread_t threads[THREADS];
     sigset_t mask;
 
-    (void)argv;
+    if (argc > 1)
+        seconds = atoi(argv[1]);
     sigemptyset(&mask);
     sigaddset(&mask, SIGUSR1);
     sigprocmask(SIG_BLOCK, &mask, NULL);
@@ -145,7 +147,7 @@ int main(int argc, char **argv)
     for (int i = 0; i < count; i++)
         CHECK(pthread_join(threads[i], NULL) == 0, "pthread_join");
     for (int i = 5; i < count; i++)
-        CHECK(slept[i] >= SECONDS && slept[i] < slept[4] + SPREAD, "call %ld took %f s, a sleep %f", numbers[i],
+        CHECK(slept[i] >= seconds && slept[i] < slept[4] + SPREAD, "call %ld took %f s, a sleep %f", numbers[i],
               slept[i], slept[4]);
     semctl(semaphores, 0, IPC_RMID);
     msgctl(messages, IPC_RMID, NULL);
