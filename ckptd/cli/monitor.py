@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptd.bus.names import JOB
 from ckptd.cli.output import Output
-from ckptd.cli.progress import PHASES
+from ckptd.cli.progress import MOVING, PHASES
 from ckptd.cli.quantities import format_bytes
 from ckptd.cli.session import Session, Signal, until_interrupted
 
@@ -64,7 +64,7 @@ class Words:
                 return f'job {number}  {result}'
             case 'Progress', [str(phase), float(progress), int(done), int(total)] if signal.interface == JOB:
                 job = self._numbers.get(signal.path, signal.path.rpartition('/')[2])
-                volume = f'  {format_bytes(done)} of {format_bytes(total)}' if total and phase == 'memory' else ''
+                volume = f'  {format_bytes(done)} of {format_bytes(total)}' if total and phase in MOVING else ''
                 return f'job {job}  {progress * 100:3.0f}%  {PHASES.get(phase, phase)}{volume}'
             case 'ImageAdded' | 'ImageRemoved', [str(image), *_]:
                 return f'image {image}'

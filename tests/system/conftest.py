@@ -31,6 +31,7 @@ Description=Counts
 ExecStart=/usr/local/bin/count /run/%N
 StandardOutput=append:/run/%N.log
 """
+USER, UID = 'alice', 4242
 HOOK = ROOT / 'units/checkpoint-before-stop.conf'
 FILES = {
     '/usr/local/bin/count': COUNTER,
@@ -84,3 +85,19 @@ def service(machine: Container) -> Iterator[Callable[[str], str]]:
         machine.run('systemctl', 'kill', '--signal=KILL', unit, check=False)
         machine.run('systemctl', 'stop', unit, check=False)
         machine.run('systemctl', 'reset-failed', unit, check=False)
+
+
+@pytest.fixture(scope='module')
+def session(machine: Container) -> Iterator[Container]:
+    """The machine with a user whose manager and bus run."""
+    machine.run('useradd', '--create-home', '--uid', str(UID), USER)
+    machine.run('systemctl', 'start', f'user@{UID}.service')
+    yield machine
+    machine.run('systemctl', 'stop', f'user@{UID}.service')
+    machine.run('userdel', '--remove', USER)
+
+
+def as_user(machine: Container, *command: str, check: bool = True) -> 'subprocess.CompletedProcess[str]':
+    runtime = f'/run/user/{UID}'
+    return machine.run('env', f'XDG_RUNTIME_DIR={runtime}', f'DBUS_SESSION_BUS_ADDRESS=unix:path={runtime}/bus',
+                       *command, user=USER, check=check)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.system.conftest import UID, as_user
 from tests.system.container import ROOT, Container
 
 pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl')
@@ -24,10 +25,23 @@ def picture(pid):
             'cgroup': Path(f'/proc/{pid}/cgroup').read_text().strip(), 'parent': rows['PPid'],
             **{name: rows[name] for name in ('Seccomp', 'NoNewPrivs', 'CapBnd', 'CapEff')}}
 
+async def scope(client):
+    sleeper = await asyncio.create_subprocess_exec('sleep', '1000')
+    try:
+        await Systemd(client).scope('ckptd-of-a-test.scope', [sleeper.pid], 'A tree')
+        print(json.dumps(picture(sleeper.pid)))
+    finally:
+        sleeper.kill()
+        await sleeper.wait()
+
 async def main():
-    async with await connect('system') as client:
+    async with await connect(sys.argv[2]) as client:
+        if sys.argv[1] == 'scope':
+            return await scope(client)
         worker = await ServiceWorker.start(Systemd(client), 'Birth of a worker')
-        result = {'daemon': picture(os.getpid()), 'worker': picture(worker.pid), 'init': picture(1)}
+        result = {'daemon': picture(os.getpid()), 'worker': picture(worker.pid)}
+        if os.getuid() == 0:
+            result['init'] = picture(1)
         if sys.argv[1] == 'kill':
             worker.kill()
             result['heard'] = await worker.receive()
@@ -43,7 +57,7 @@ def nursery(machine: Container) -> Container:
     """The machine with a service that has the daemon's sandbox and does only this."""
     unit = (ROOT / 'units/ckptd.service').read_text()
     unit = unit.replace('Type=notify', 'Type=oneshot\nStandardOutput=truncate:/run/birth-%i')
-    unit = unit.replace('ExecStart=/usr/bin/ckptd --system', 'ExecStart=/usr/local/bin/birth %i')
+    unit = unit.replace('ExecStart=/usr/bin/ckptd --system', 'ExecStart=/usr/local/bin/birth %i system')
     lines = [line for line in unit.splitlines() if not line.startswith(('BusName=', 'Restart=', 'Watchdog', 'Alias=',
                                                                         'RuntimeDirectory'))]
     machine.path('/etc/systemd/system/birth@.service').write_text('\n'.join(lines))
@@ -76,6 +90,20 @@ def test_a_worker_that_restores_is_under_nothing_of_the_daemon(nursery: Containe
 
 def test_its_death_is_heard_and_named(nursery: Container) -> None:
     result = born(nursery, 'kill')
+    assert (result['heard'], result['status']) == (None, -9)
+
+
+def test_a_scope_is_made_of_processes(nursery: Container) -> None:
+    assert born(nursery, 'scope')['cgroup'].endswith('/system.slice/ckptd-of-a-test.scope')
+    # it goes with its last process
+    assert nursery.output('systemctl', 'list-units', '--plain', '--no-legend', 'ckptd-of-a-test.scope') == ''
+
+
+@pytest.mark.needs('user-session')
+def test_a_users_own_manager_does_the_same(nursery: Container, session: Container) -> None:
+    result = json.loads(as_user(session, '/usr/local/bin/birth', 'kill', 'session').stdout)
+    assert f'user@{UID}.service/app.slice/ckptd-restore-' in result['worker']['cgroup']
+    assert result['worker']['parent'] not in (str(result['daemon']['pid']), '1')
     assert (result['heard'], result['status']) == (None, -9)
 
 

@@ -2,33 +2,14 @@
 """ckptd on the session bus of a user: activated, in the user's own cgroup, with the user's own images."""
 
 import json
-import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
+from tests.system.conftest import UID, USER, as_user
 from tests.system.container import Container
 
 pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl', 'user-session')
-
-USER, UID = 'alice', 4242
-
-
-@pytest.fixture(scope='module')
-def session(machine: Container) -> Iterator[Container]:
-    """The machine with a user whose manager and bus run."""
-    machine.run('useradd', '--create-home', '--uid', str(UID), USER)
-    machine.run('systemctl', 'start', f'user@{UID}.service')
-    yield machine
-    machine.run('systemctl', 'stop', f'user@{UID}.service')
-    machine.run('userdel', '--remove', USER)
-
-
-def as_user(machine: Container, *command: str, check: bool = True) -> 'subprocess.CompletedProcess[str]':
-    runtime = f'/run/user/{UID}'
-    return machine.run('env', f'XDG_RUNTIME_DIR={runtime}', f'DBUS_SESSION_BUS_ADDRESS=unix:path={runtime}/bus',
-                       *command, user=USER, check=check)
 
 
 def test_a_call_activates_the_users_daemon(session: Container) -> None:

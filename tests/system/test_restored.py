@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A service that is killed and brought back under a real systemd: it goes on, and is under nothing of the daemon's."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.system.container import Container
+from tests.system.test_service import await_count, count_of, ctl
+
+pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl')
+
+KEPT = ('Seccomp', 'NoNewPrivs', 'CapBnd', 'CapEff', 'CapPrm', 'CapInh', 'CapAmb', 'Uid', 'Gid', 'Groups')
+NAMESPACES = ('mnt', 'pid', 'net', 'ipc', 'uts', 'user', 'cgroup', 'time')
+
+
+@pytest.fixture(autouse=True)
+def no_image_left(machine: Container) -> Iterator[None]:
+    yield
+    for image in ctl(machine, 'list'):
+        ctl(machine, 'remove', image['image'])
+
+
+def picture(machine: Container, pid: int) -> dict[str, str]:
+    """What a task has of its creator for good."""
+    rows = dict(line.split(':\t', 1) for line in machine.output('cat', f'/proc/{pid}/status').splitlines()
+                if ':\t' in line)
+    spaces = {name: machine.output('readlink', f'/proc/{pid}/ns/{name}') for name in NAMESPACES}
+    return {name: rows[name].strip() for name in KEPT} | spaces
+
+
+def counted_on(machine: Container, pid: int, above: int) -> None:
+    """The restored counter writes its file again, under its old pid."""
+    machine.run('timeout', '20', 'sh', '-c',
+                f'until read -r pid count < /run/counter; [ "$pid" = {pid} ] && [ "$count" -gt {above} ]; '
+                'do sleep 0.05; done')
+
+
+@pytest.fixture
+def killed(machine: Container, service: Callable[[str], str]) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """Image, pid and picture of a counter that is dead."""
+    unit = service('counter.service')
+    pid, _ = await_count(machine, unit, 5)
+    before = picture(machine, pid)
+    image = ctl(machine, 'checkpoint', unit, '--kill')['image']
+    machine.run('sh', '-c', f'while [ -e /proc/{pid} ]; do sleep 0.02; done')
+    yield image, pid, before
+    machine.run('kill', '-KILL', str(pid), check=False)
+
+
+def test_it_goes_on_outside_of_the_daemon(machine: Container, killed: tuple[str, int, dict[str, str]]) -> None:
+    image, pid, before = killed
+    _, count = count_of(machine, 'counter.service')
+    result = ctl(machine, 'restore', image)
+    assert result['root'] == pid
+    counted_on(machine, pid, count)
+    assert picture(machine, pid) == before
+    where = machine.output('cat', f'/proc/{pid}/cgroup')
+    assert 'ckptd.service' not in where
+    assert 'ckptd-restore-' not in where
+    # neither the end of its worker nor that of the daemon is its own
+    machine.run('systemctl', 'restart', 'ckptd.service')
+    _, count = count_of(machine, 'counter.service')
+    counted_on(machine, pid, count)
+    assert machine.output('systemctl', 'list-units', '--all', '--plain', '--no-legend', 'ckptd-restore-*') == ''
+
+
+def test_a_daemon_that_stops_lets_go_of_what_it_attends(machine: Container,
+                                                        killed: tuple[str, int, dict[str, str]]) -> None:
+    image, pid, _ = killed
+    machine.run('systemd-run', '--unit=attendant', '--', '/usr/bin/ckptctl', 'restore', image, '--wait')
+    _, count = count_of(machine, 'counter.service')
+    counted_on(machine, pid, count)
+    machine.run('systemctl', 'stop', 'ckptd.service')
+    _, count = count_of(machine, 'counter.service')
+    counted_on(machine, pid, count)
+    machine.run('systemctl', 'stop', 'attendant.service', check=False)
+    machine.run('systemctl', 'reset-failed', 'attendant.service', check=False)
+
+
+def test_what_stands_in_the_way_is_seen_from_outside_the_sandbox(machine: Container,
+                                                                 service: Callable[[str], str]) -> None:
+    """The daemon's own view of files is read-only; that of the worker that would restore is not."""
+    unit = service('counter.service')
+    pid, _ = await_count(machine, unit, 5)
+    image = ctl(machine, 'checkpoint', unit)['image']
+    done = machine.run('ckptctl', 'restore', image, '--dry-run', check=False)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert f'{pid} is in use' in done.stdout
+    assert 'Read-only' not in done.stdout
