@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 from ckptd.engine.batch import Batch
 from ckptd.engine.restore.family import SEED, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
@@ -103,19 +104,16 @@ class Nursery:
 
     def kill(self) -> None:
         """SIGKILL to all, and see them dead."""
-        puppets = [*self.puppets.values(), *self.others.values()]
-        for puppet in puppets:
-            try:
-                os.kill(puppet.tid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        for puppet in puppets:
-            _reap(puppet.tid)
+        for puppet in [*self.puppets.values(), *self.others.values()]:
+            _kill(puppet.tid)
+        # in whatever order they go: a leader is not waited for before its threads are
+        with suppress(ChildProcessError):
+            while True:
+                tid, status = os.waitpid(-1, WALL)
+                if os.WIFSTOPPED(status):
+                    _kill(tid)      # born in the moment that the restart broke off
 
 
-def _reap(tid: int) -> None:
-    try:
-        while not os.WIFEXITED(status := os.waitpid(tid, WALL)[1]) and not os.WIFSIGNALED(status):
-            continue
-    except ChildProcessError:
-        return
+def _kill(tid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(tid, signal.SIGKILL)

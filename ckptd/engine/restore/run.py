@@ -151,7 +151,7 @@ class Restore:
 
     def _bury(self, task: ImageTask) -> None:
         """A task that was dead."""
-        puppet = self._nursery.puppets.pop(task.vpid)
+        puppet = self._nursery[task.vpid]
         script = Script(puppet)
         script.call('prctl', state.PR_SET_NAME, state.name_of(task.record))
         state.credentials(self._reader, task.vpid, script, ids=True)
@@ -159,9 +159,9 @@ class Restore:
         process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
         if process.alive:
             puppet.exit_thread()
-            self._nursery.puppets[task.vpid] = puppet
         else:
             puppet.die(task.record.exit_code)
+            del self._nursery.puppets[task.vpid]
 
     # ------------------------------------------------------------ start
 

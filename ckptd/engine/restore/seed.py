@@ -6,6 +6,7 @@ namespace, capability bounds) they inherit from this process, so a restart is ne
 """
 
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterable
@@ -61,6 +62,10 @@ def plant(arena: Arena, bank: int) -> Puppet:
     batch.call('munmap', 0, arena.start)
     batch.call('munmap', arena.end, arch.TASK_SIZE - arena.end)
     batch.call('close_range', 0, bank - 1, 0)
+    default = batch.buffer(32)
+    for number in range(1, 65):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):      # what we ignore would be ignored by it, execve(2)
+            batch.call('rt_sigaction', number, default, 0, 8)
     seed.do(batch)
     return seed
 

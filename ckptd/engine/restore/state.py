@@ -106,7 +106,9 @@ def credentials(reader: ImageReader, vpid: int, script: Script, *, ids: bool) ->
     _capset(script, effective, permitted, inheritable)
     if record.no_new_privs:
         script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if mm_id and (dumpable := reader.get(records.Mm, mm_id).dumpable) < 2:
+    if not mm_id:
+        return      # dead: these are what its parent learns of it
+    if (dumpable := reader.get(records.Mm, mm_id).dumpable) < 2:
         # 2 comes from a change of ids and fs.suid_dumpable alone; it is that already
         script.call('prctl', PR_SET_DUMPABLE, dumpable, 0, 0, 0)
     death = reader.get(records.ThreadPointers, vpid).pdeath_signal
