@@ -71,6 +71,7 @@ class Dump:
         self._sharing = TaskSharing()
         self._sighands: set[int] = set()
         self._ids: dict[int, _Ids] = {}
+        self._exit_codes: dict[int, int] = {}
         self._asked: set[int] = set()
         self._siblings: dict[int, int] = {}         # by tid of the parent: mm of the first child
         self._done = 0
@@ -139,7 +140,8 @@ class Dump:
     def _task(self, task: Task) -> records.Task:
         tracee, ids = self._tracees.get(task.tid), self._ids.get(task.tid, _Ids())
         return records.Task(
-            task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, self._state(task, tracee), task.exit_code & _U32,
+            task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, self._state(task, tracee),
+            self._exit_codes.get(task.tid, task.exit_code) & _U32,
             task.exit_signal & _U32, tracee.stop_signal if tracee else 0, task.flags, ids.mm, ids.files, ids.fs,
             ids.sighand, self._cgroups.get(task.tgid, ''))
 
@@ -159,6 +161,8 @@ class Dump:
         statuses = {task.tid: self._picture.status(task) for task in alive}
         self._share(leader, alive, statuses)
         mine, stat = self._ids[anchor.tid], read_stat(anchor.tid)
+        if self._tracees[anchor.tid].stop_signal:
+            self._exit_codes[anchor.tid] = stat.exit_code      # that of a thread does not tell (fs/proc/array.c)
         threads = [(self._tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive]
         while mine.mm in self._asked:       # processes that share one address space share the place of the code, too
             yield

@@ -68,7 +68,8 @@ class TaskIds(Record):
 class Task(Record):
     """parent: vpid of the thread that created it (its parent's thread), 0 for a root.
     state: letter of /proc/PID/stat as a number; stop_signal: of a task in job-control stop, else 0.
-    exit_code: wait(2) status of a zombie. pf_flags: PF_* of /proc/PID/stat."""
+    exit_code: wait(2) status of a zombie; of a process in job-control stop the signal, until its parent has waited for
+    it. pf_flags: PF_* of /proc/PID/stat."""
     vpid: U32
     parent: U32
     comm: str

@@ -31,6 +31,7 @@ from ckptd.kernel.ptrace import (
     PTRACE_O_TRACEFORK,
     PTRACE_O_TRACESYSGOOD,
     PTRACE_O_TRACEVFORK,
+    SYSCALL_STOP,
     WALL,
     Tracee,
 )
@@ -40,7 +41,6 @@ OPTIONS = (PTRACE_O_EXITKILL | PTRACE_O_TRACECLONE | PTRACE_O_TRACEFORK | PTRACE
            | PTRACE_O_TRACESYSGOOD)
 BLOCK_ALL = (1 << 64) - 1 & ~(1 << signal.SIGTRAP - 1)
 _BIRTHS = (PTRACE_EVENT_FORK, PTRACE_EVENT_VFORK, PTRACE_EVENT_CLONE)
-_SYSCALL_STOP = signal.SIGTRAP | 0x80
 _PR_SET_DUMPABLE = 4        # <linux/prctl.h>
 
 
@@ -185,7 +185,7 @@ class Puppet:
             for _ in ('entry', 'end'):
                 tracee.to_syscall()
                 yield
-                while os.WSTOPSIG(self.wait()) != _SYSCALL_STOP:
+                while os.WSTOPSIG(self.wait()) != SYSCALL_STOP:
                     tracee.to_syscall()
             if -4096 < (result := ctypes.c_int64(tracee.regs.rax).value) < 0:
                 raise CkptError(f'task {self.tid} cannot leave its stub: {os.strerror(-result)}', task=self.tid)

@@ -32,11 +32,13 @@ from ckptd.engine.restore.plan import DEAD, Plan, make_plan
 from ckptd.engine.restore.puppet import stop
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
+from ckptd.engine.restore.sleeping import sleep_again
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.errors import ImageDamaged, Refused
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify
+from ckptd.kernel.arch.x86_64 import user_regs_struct
 from ckptd.kernel.numbers import numbers_in_use
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
@@ -53,6 +55,7 @@ class Restore:
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
         self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
         self._above = {child.vpid: process for process in plan.processes for child in process.children}
+        self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
         self._bytes_done = self._bytes_total = 0
 
     def run(self) -> None:
@@ -187,7 +190,7 @@ class Restore:
                    and task not in last)
         interleave(self._go(task) for task in last)
         for task in tasks:
-            state.registers(self._reader, task.vpid, self._nursery[task.vpid])
+            state.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
 
     def _stop_signal(self, process: Process) -> int:
         """The signal of the group-stop that it is to be in; 0 for none."""
@@ -229,6 +232,8 @@ class Restore:
                 self._spaces[record.mm_id].lock(script)
             state.credentials(reader, task.vpid, script, ids=True)
             yield from script.run()
+            if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
+                self._results[task.vpid] = regs
 
     def _go(self, task: ImageTask) -> Steps[None]:
         last = state.last_calls(self._reader, task.record.sighand_id)

@@ -259,10 +259,11 @@ def queue(reader: ImageReader, vtgid: int, vpid: int, script: Script, *, shared:
         script.call('rt_tgsigqueueinfo', vtgid, vpid, info[0], info, about=f'pending signal {info[0]}')
 
 
-def registers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
-    """Set those of a task that has left its stub, or is about to run on from it, and its signal mask."""
+def registers(reader: ImageReader, vpid: int, puppet: Puppet, instead: arch.user_regs_struct | None) -> None:
+    """Set those of a task that has left its stub, or is about to run on from it, and its signal mask. instead: general
+    registers to set instead of those of the image."""
     record = reader.get(records.Registers, vpid)
     tracee = puppet.tracee
     tracee.set_xstate(record.xstate)
-    tracee.regs = arch.user_regs_struct.from_buffer_copy(record.gpr)
+    tracee.regs = instead or arch.user_regs_struct.from_buffer_copy(record.gpr)
     tracee.sigmask = reader.get(records.ThreadSignals, vpid).mask
