@@ -17,6 +17,7 @@ from ckptd.engine.messages import (
     Message,
     Phase,
     Progress,
+    ScopeRequest,
     Start,
     Thaw,
     ToWorker,
@@ -144,12 +145,19 @@ class Channel:
 
     def unit(self, unit: str, action: str) -> None:
         """Have the daemon ask systemd to freeze or thaw a unit. CkptError with systemd's words if it does not."""
-        self.send(UnitRequest(unit, 'freeze' if action == 'freeze' else 'thaw'))
+        self._ask(UnitRequest(unit, 'freeze' if action == 'freeze' else 'thaw'), f'{action} {unit}', unit)
+
+    def scope(self, scope: str, pids: Sequence[int]) -> None:
+        """The same to make a scope of processes."""
+        self._ask(ScopeRequest(scope, tuple(pids)), f'make {scope}', scope)
+
+    def _ask(self, request: Message, what: str, resource: str) -> None:
+        self.send(request)
         while True:
             message, _ = self.receive()
             if isinstance(message, UnitDone):
                 if message.error:
-                    raise CkptError(f'systemd does not {action} {unit}: {message.error}', resource=unit,
+                    raise CkptError(f'systemd does not {what}: {message.error}', resource=resource,
                                     phase=self.phase_name)
                 return
             if isinstance(message, Cancel | None):

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # operations that everybody sees as jobs; the others are short, and only their caller cares
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'restore'})
-FREEZING = frozenset({'checkpoint', 'freeze'})
+FREEZING = frozenset({'checkpoint', 'freeze', 'restore'})      # what the journal may still name when it fails
 PROGRESS_INTERVAL = 0.1     # seconds
 MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 CANCEL_PATIENCE = 8.0      # a worker that does not let go for so long is killed; recovery then lets go for it

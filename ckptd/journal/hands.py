@@ -2,6 +2,8 @@
 """How each step is taken and undone: the same code for a freeze that ends well, one that fails, and a recovery."""
 
 import errno
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,8 +13,20 @@ from typing import NoReturn
 
 from ckptd.errors import CkptError
 from ckptd.journal.entry import Entry
-from ckptd.journal.steps import AnyStep, FreezeCgroup, FreezeUnit, MakeCgroup, Move, Moved, ThawUnit
+from ckptd.journal.steps import (
+    AnyStep,
+    Born,
+    FreezeCgroup,
+    FreezeUnit,
+    MakeCgroup,
+    MakeHome,
+    MakeSegment,
+    Move,
+    Moved,
+    ThawUnit,
+)
 from ckptd.kernel.cgroup import Cgroup, CgroupMount
+from ckptd.kernel.shm import shmctl_remove
 from ckptd.kernel.stat import PF_EXITING, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_threads
@@ -66,6 +80,10 @@ class Hands:
                 (self.freeze_unit or _no_systemd)(unit)
             case ThawUnit(unit):
                 (self.thaw_unit or _no_systemd)(unit)
+            case MakeHome(cgroup):
+                self.cgroup(cgroup).path.mkdir(parents=True, exist_ok=True)
+            case Born() | MakeSegment():
+                return      # whoever wrote it down does it
 
     # ------------------------------------------------------------ undo
 
@@ -90,6 +108,31 @@ class Hands:
                 (self.thaw_unit or _no_systemd)(unit)
             case ThawUnit(unit):
                 (self.freeze_unit or _no_systemd)(unit)
+            case MakeHome(cgroup):
+                self._remove_empty(self.cgroup(cgroup))
+            case Born(cgroup):
+                self._end(self.cgroup(cgroup))
+            case MakeSegment(shmid):
+                _remove_segment(shmid)
+
+    def _end(self, born: Cgroup) -> None:
+        """Kill what is in a cgroup, frozen or not, and see it gone: zombies are in no cgroup."""
+        for pid in born.procs(recursive=True):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        born.wait_empty(time.monotonic() + EMPTY_SECONDS)
+
+    def _remove_empty(self, home: Cgroup) -> None:
+        """This cgroup and those above it, as far as nobody is in them."""
+        at: Cgroup | None = home
+        while at is not None and at.exists:
+            try:
+                at.remove()
+            except OSError as error:
+                if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
+                    return
+                raise
+            at = at.parent
 
     def _bring_back(self, work: Cgroup, origins: dict[int, Moved]) -> None:
         """Empty a work cgroup: each process to where it was, one that was born there to where its parent was."""
@@ -149,6 +192,12 @@ def describe(step: AnyStep) -> str:
             return f'freezing unit {unit}'
         case ThawUnit(unit):
             return f'thawing unit {unit}'
+        case MakeHome(cgroup):
+            return f'making cgroup {cgroup}'
+        case Born(cgroup):
+            return f'restoring a tree in cgroup {cgroup}'
+        case MakeSegment(shmid):
+            return f'making System V segment {shmid}'
 
 
 def _processes_by_thread(cgroup: Cgroup) -> list[int]:
@@ -183,6 +232,14 @@ def _remove(cgroup: Cgroup) -> None:
         if error.errno != errno.EBUSY or not cgroup.wait_empty(time.monotonic() + EMPTY_SECONDS):
             raise
         cgroup.remove()
+
+
+def _remove_segment(shmid: int) -> None:
+    try:
+        shmctl_remove(shmid)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EIDRM):      # gone by itself
+            raise
 
 
 def _no_systemd(unit: str) -> NoReturn:

@@ -68,6 +68,24 @@ class ThawUnit(Step, frozen=True):
     unit: UnitName
 
 
+class MakeHome(Step, frozen=True):
+    """A new cgroup, with those above it that were missing too, for a restored tree to stay in."""
+    point = 'make-home'
+    cgroup: CgroupName
+
+
+class Born(Step, frozen=True):
+    """A tree that is restored in this cgroup, and is nothing yet: undone by ending it."""
+    point = 'born'
+    cgroup: CgroupName
+
+
+class MakeSegment(Step, frozen=True):
+    """A System V segment for a tree that is restored."""
+    point = 'make-segment'
+    shmid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
 class Undone(msgspec.Struct, tag=True, frozen=True):
     """Step number `step` (0 is the first one after Begin) was undone out of turn."""
     step: Count
@@ -78,4 +96,4 @@ class Redone(msgspec.Struct, tag=True, frozen=True):
     step: Count
 
 
-AnyStep = MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit
+AnyStep = MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment

@@ -22,7 +22,7 @@ _TEMPORARY = -1
 
 
 class Nursery:
-    """The stubs by vpid. Whoever leaves it without `release` kills them all, and sees them dead.
+    """The stubs by vpid. released: they are tasks of their own now.
 
     cgroup: an fd of the directory that processes are born into, -1 for ours.
     """
@@ -30,6 +30,7 @@ class Nursery:
     def __init__(self, seed: Puppet, cgroup: int) -> None:
         self.puppets: dict[int, Puppet] = {SEED: seed}
         self._cgroup = cgroup
+        self.released = False
         self._ours = {seed.tid}         # those whose parent we are
         self.others: dict[int, Puppet] = {}     # by tid: what is no task of the tree
 
@@ -103,7 +104,9 @@ class Nursery:
             self._do(waiter, 'wait4', number, 0, WALL, 0)
 
     def kill(self) -> None:
-        """SIGKILL to all, and see them dead."""
+        """SIGKILL to all, and see them dead, unless they have been let go of."""
+        if self.released:
+            return
         for puppet in [*self.puppets.values(), *self.others.values()]:
             _kill(puppet.tid)
         # in whatever order they go: a leader is not waited for before its threads are

@@ -7,7 +7,6 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 
 from ckptd.engine.restore.bank import Bank
 from ckptd.errors import Busy, CkptError
@@ -19,11 +18,12 @@ Open = Callable[[str, int], int]
 
 
 class Objects:
-    """Made when first asked for; fds are those of the bank. `undo` takes back what would outlive a failure."""
+    """Made when first asked for; fds are those of the bank. made_segment is told of what would outlive a failure."""
 
-    def __init__(self, reader: ImageReader, bank: Bank, open_: Open, deleted: Callable[[Backing], int]) -> None:
+    def __init__(self, reader: ImageReader, bank: Bank, open_: Open, deleted: Callable[[Backing], int],
+                 made_segment: Callable[[int], None]) -> None:
         self._reader, self._bank, self._open, self._deleted = reader, bank, open_, deleted
-        self._made_segments: list[int] = []
+        self._made_segment = made_segment
         self._prepared: set[int] = set()
 
     def data(self, part: int) -> int:
@@ -106,7 +106,7 @@ class Objects:
             except OSError as error:
                 raise CkptError(f'System V segment {record.shmid} cannot be made: {error.strerror}', errno=error.errno,
                                 resource=f'shmid {record.shmid}') from error
-            self._made_segments.append(record.shmid)
+            self._made_segment(record.shmid)
         shmctl_set(record.shmid, record.uid, record.gid, mode)
         with attached(record.shmid, record.size) as view:
             for run in self._reader.shared_runs(record.shm_id):
@@ -131,12 +131,6 @@ class Objects:
         for record in self._reader.every(SharedMemory):
             if record.kind == SYSV and record.shm_id in self._prepared and record.mode & SHM_DEST:
                 shmctl_remove(record.shmid)
-        self._made_segments.clear()
-
-    def undo(self) -> None:
-        while self._made_segments:
-            with suppress(OSError):
-                shmctl_remove(self._made_segments.pop())
 
 
 def _set_owner(fd: int, record: SharedMemory) -> None:

@@ -20,14 +20,16 @@ from contextlib import ExitStack
 from ckptd.engine.faults import fault
 from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.job import Job, image_path
-from ckptd.engine.messages import Running
+from ckptd.engine.messages import Phase, Running, refusal_row
 from ckptd.engine.restore import state
+from ckptd.engine.restore.attend import attend
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.family import SEED, Process
 from ckptd.engine.restore.files import Files
 from ckptd.engine.restore.memory import Space
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
+from ckptd.engine.restore.place import Birthplace
 from ckptd.engine.restore.plan import DEAD, Plan, make_plan
 from ckptd.engine.restore.puppet import stop
 from ckptd.engine.restore.script import Script
@@ -40,6 +42,7 @@ from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify
 from ckptd.kernel.arch.x86_64 import user_regs_struct
 from ckptd.kernel.numbers import numbers_in_use
+from ckptd.kernel.task import read_cgroup2
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
 _NO_LIMIT = (1 << 32) - 1
@@ -76,7 +79,7 @@ class Restore:
             self._objects.finish()
             self._leave()
             self._start()
-            stack.pop_all()
+        self._attend()
 
     # ------------------------------------------------------------ open, create
 
@@ -85,9 +88,11 @@ class Restore:
         reader, request = self._reader, self._request
         self._bank = stack.enter_context(Bank(self._plan.highest))
         self._files = Files(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
-        self._objects = Objects(reader, self._bank, self._files.open, self._files.deleted)
+        self._place = stack.enter_context(Birthplace(self._job, {process.vpid: process.leader.record.cgroup
+                                                                 for process in self._plan.processes}))
+        self._place.prepare()
+        self._objects = Objects(reader, self._bank, self._files.open, self._files.deleted, self._place.made_segment)
         self._files.objects = self._objects
-        stack.callback(self._objects.undo)
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
         self._spaces = {mm_id: Space(reader, mm_id, self._objects, vdso, self._on_bytes) for mm_id in self._mms}
@@ -103,7 +108,10 @@ class Restore:
                                lambda: self._files.open(path, os.O_PATH | os.O_DIRECTORY))
 
     def _create(self, stack: ExitStack) -> None:
-        self._nursery = Nursery(plant(self._plan.arena, self._bank.base), -1)
+        cgroup = self._place.cgroup_fd
+        if cgroup >= 0:
+            cgroup = self._bank.once('cgroup', lambda: os.dup(cgroup))
+        self._nursery = Nursery(plant(self._plan.arena, self._bank.base), cgroup)
         stack.callback(self._nursery.kill)
         for step in self._plan.steps:
             self._nursery.take(step)
@@ -240,15 +248,39 @@ class Restore:
         return self._nursery[task.vpid].leave(last, unmap=self._mms[task.record.mm_id] == task.vpid)
 
     def _start(self) -> None:
-        root = self._nursery[self._plan.processes[0].vpid].tid
+        """Let go of all. What cannot fail comes last, and what cannot be undone before that."""
+        self._place.settle({process.vpid: self._nursery[process.alive[0].vpid] for process in self._plan.processes
+                            if process.alive})
         fault('ready')
         self._files.commit()
         for _, puppet in self._nursery:
             puppet.tracee.detach()
+        self._nursery.released = True
         fault('started')
-        self._channel.send(Running(root, len(self._plan.tasks)))
-        self._channel.finish('', (), {'image': self._request.image, 'root': root, 'tasks': len(self._plan.tasks),
-                                      'processes': len(self._plan.processes)})
+        self._place.open_gate()
+
+    def _attend(self) -> None:
+        """The tree runs. Nothing of it is held by us any more, or its pipes and terminals would never end."""
+        roots = [self._nursery[process.vpid].tid for process in self._plan.processes if not process.parent]
+        if self._job.terminal >= 0:
+            with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
+                os.dup2(nothing.fileno(), self._job.terminal, inheritable=False)
+        warnings = [refusal_row(row) for row in (*self._plan.refusals, *self._place.warnings)]
+        result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
+                  'processes': len(self._plan.processes), 'cgroup': self._where(roots[0]), 'warnings': warnings}
+        self._channel.send(Running(roots[0], len(self._plan.tasks)))
+        if self._request.wait:
+            self._channel.send(Phase('attend'))
+            status = attend(roots, self._channel)
+            result |= {} if status is None else {'exit_status': status}
+        self._channel.finish('', (), result)
+
+    @staticmethod
+    def _where(root: int) -> str:
+        try:
+            return read_cgroup2(root)
+        except ProcessLookupError:
+            return ''       # it has ended already
 
     def _on_bytes(self, count: int) -> None:
         self._bytes_done += count

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""With `wait`: we are the parent of the roots, and stay until the first of them has ended."""
+
+import os
+import select
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from ckptd.engine.channel import Channel
+from ckptd.engine.messages import Cancel
+
+
+def attend(roots: Sequence[int], channel: Channel) -> int | None:
+    """The wait(2) status of the first root; None if somebody let go of it before (Cancel), or the daemon is gone.
+
+    The others are only reaped. None of them is ended by us, whatever comes.
+    """
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    with ExitStack() as stack:
+        pids = {}
+        for pid in roots:
+            pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, pidfd)
+            pids[pidfd] = pid
+            poll.register(pidfd, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == channel.fileno():
+                    message, fds = channel.receive()
+                    for extra in fds:
+                        os.close(extra)
+                    if isinstance(message, Cancel | None):
+                        return None
+                    continue
+                _, status = os.waitpid(pids[fd], 0)
+                if pids[fd] == roots[0]:
+                    return status
+                poll.unregister(fd)

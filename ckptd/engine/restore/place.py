@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The cgroups of a restored tree: where it is born, and where it lives.
+
+    born in     HOME/ckptd-JOB-RANDOM, a cgroup of its own, where one can be made
+    starts      frozen there: each task is let go of, and only then, in one write, all of them
+    lives in    the cgroup that was asked for, else the one that each process was in; a unit that is not loaded any more
+                is a scope made by systemd, and without systemd a missing cgroup is made again
+
+The journal has each step: as long as the line that says "it is alive" is not written, whoever recovers ends the tree,
+and after it brings it home. So all of it runs in the end, or nothing.
+"""
+
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from ckptd.engine.faults import fault
+from ckptd.engine.job import Job
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.errors import CkptError, Refusal
+from ckptd.journal.entry import Entry
+from ckptd.journal.hands import Hands, undo_all
+from ckptd.journal.steps import AnyStep, Born, FreezeCgroup, MakeCgroup, MakeHome, MakeSegment, Move, Moved
+from ckptd.journal.store import Journal
+from ckptd.kernel.cgroup import mount_of
+from ckptd.kernel.mountinfo import read_mountinfo
+from ckptd.kernel.stat import read_stat
+from ckptd.kernel.task import read_cgroup2
+
+
+class Birthplace:
+    """One restart's cgroups and its journal entry. `with`: on failure everything is undone.
+
+    wanted: the cgroup of each process by vpid, '' where there was none. cgroup_fd: where to be born, -1: where we are.
+    """
+
+    def __init__(self, job: Job, wanted: Mapping[int, str]) -> None:
+        self._job = job
+        self._hands = Hands(mount_of(read_mountinfo()))
+        asked = job.request.cgroup
+        self._wanted = {vpid: asked or cgroup for vpid, cgroup in wanted.items()}
+        self._entry: Entry = Journal(Path(job.request.runtime)).begin(job.request.job, f'image {job.request.image}',
+                                                                      'restore')
+        self._gate = ''             # the cgroup that all are in when they start
+        self.cgroup_fd = -1
+        self.warnings: list[Refusal] = []
+
+    def __enter__(self) -> 'Birthplace':
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.cgroup_fd >= 0:
+            os.close(self.cgroup_fd)
+            self.cgroup_fd = -1
+        if not self._entry.closed:
+            for sentence in undo_all(self._entry, self._hands, fault):
+                self._warn('cgroup', sentence)
+            self._entry.close()
+
+    # ------------------------------------------------------------ before the birth
+
+    def prepare(self) -> None:
+        """Make the cgroup to be born in. Where there can be none, the tree is born and starts without."""
+        with suppress(FileNotFoundError):
+            for home in sorted(set(self._wanted.values()) - {''}):
+                if not self._exists(home) and not self._job.request.systemd:
+                    self._take(MakeHome(home))
+        base = next((home for home in self._wanted.values() if home and self._exists(home)), '')
+        base = base or read_cgroup2(os.getpid())
+        if not base or '/..' in base:
+            return
+        work = str(PurePosixPath(base) / self._entry.work_name)
+        try:
+            self._take(MakeCgroup(work))
+            self.cgroup_fd = os.open(self._hands.cgroup(work).path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            if self._job.request.cgroup:
+                raise CkptError(f'cgroup {base} takes no tree: {error.strerror}', errno=error.errno, resource=base,
+                                phase='open', hint='name one that may be written with --cgroup') from error
+            return
+        self._gate = work
+        self._entry.add(Born(work))
+
+    def made_segment(self, shmid: int) -> None:
+        self._entry.add(MakeSegment(shmid))
+
+    def _exists(self, cgroup: str) -> bool:
+        try:
+            return self._hands.cgroup(cgroup).exists
+        except FileNotFoundError:
+            return False
+
+    def _take(self, step: AnyStep) -> None:
+        fault(f'place-{step.point}')
+        self._entry.add(step)
+        self._hands.take(step)
+        fault(f'place-{step.point}-done')
+
+    # ------------------------------------------------------------ before the start
+
+    def settle(self, puppets: Mapping[int, Puppet]) -> None:
+        """All processes are there: say where each belongs, and close the gate. puppets: one of each process by vpid."""
+        missing = [vpid for vpid in puppets if self._wanted.get(vpid) and not self._exists(self._wanted[vpid])]
+        if missing and self._job.request.systemd:
+            self._scope(puppets)
+        elif self._gate:
+            self._take(Move(self._gate, tuple(
+                Moved(puppet.tid, read_stat(puppet.tid).start_time, self._wanted[vpid] or self._outside())
+                for vpid, puppet in puppets.items())))
+        if self._gate:
+            self._take(FreezeCgroup(self._gate))
+
+    def _outside(self) -> str:
+        return str(PurePosixPath(self._gate).parent)
+
+    def _scope(self, puppets: Mapping[int, Puppet]) -> None:
+        """systemd makes a scope and moves them there: what was a unit of its is none any more."""
+        name = f'ckptd-{self._job.request.image}-{secrets.token_hex(2)}.scope'
+        self._job.channel.scope(name, [puppet.tid for puppet in puppets.values()])
+        self._gate = read_cgroup2(next(iter(puppets.values())).tid)
+        for number, step in self._entry.standing():
+            if isinstance(step, Born):          # nobody is there any more
+                self._entry.undone(number)
+        self._entry.add(Born(self._gate))
+
+    def open_gate(self) -> None:
+        """All tasks have been let go of. From here on they live: the gate opens, and each goes where it belongs."""
+        for number, step in self._entry.standing():
+            if isinstance(step, MakeHome | MakeSegment):
+                self._entry.undone(number)
+        for number, step in self._entry.standing():
+            if isinstance(step, Born):
+                self._entry.undone(number)      # with this line the tree is alive
+        fault('place-alive')
+        for sentence in undo_all(self._entry, self._hands, fault):
+            self._warn('cgroup', sentence)
+        self._entry.close()
+
+    def _warn(self, resource: str, sentence: str) -> None:
+        self.warnings.append(Refusal(0, '', resource, 'EBUSY', sentence, 'see the log of ckptd', 'warning'))

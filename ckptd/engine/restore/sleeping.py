@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sleeps that go on with the time that was left.
+
+The end of an interrupted nanosleep, poll or futex is in the kernel's restart block of the task and nowhere else. So the
+new task begins the same call, with what was left as its timeout, and is interrupted in it: it has such a block of its
+own then, and its old registers (rax -516, ERESTART_RESTARTBLOCK) have the kernel go on with it.
+"""
+
+import ctypes
+import os
+import struct
+
+from ckptd.engine.batch import Batch
+from ckptd.engine.interleave import Steps
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import ENDLESS, Registers, SleepLeft
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.memory import write_bytes
+from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP
+
+# which argument is the timeout: a pointer to a timespec, but of poll milliseconds
+_TIMEOUT = {arch.NR['nanosleep']: 0, arch.NR['clock_nanosleep']: 2, arch.NR['futex']: 3, arch.NR['poll']: 2}
+
+
+def sleep_again(reader: ImageReader, vpid: int, puppet: Puppet) -> Steps[arch.user_regs_struct | None]:
+    """The registers that the task is to have instead of its old ones, or None. The last that it does as a stub, but for
+    leaving it: another call that is interrupted would take its place."""
+    left, regs = reader.table(SleepLeft).get(vpid), _registers(reader, vpid)
+    if left is None or ctypes.c_int64(regs.rax).value != -arch.ERESTART_RESTARTBLOCK:
+        return None
+    if left.left_ns == ENDLESS or left.number not in _TIMEOUT:
+        regs.rax, regs.rip, regs.orig_rax = left.number, regs.rip - 2, (1 << 64) - 1
+        return regs
+    result = yield from _begin(puppet, left, regs)
+    if result == -arch.ERESTART_RESTARTBLOCK:
+        return None
+    regs.rax, regs.orig_rax = result & (1 << 64) - 1, (1 << 64) - 1
+    return regs
+
+
+def _registers(reader: ImageReader, vpid: int) -> arch.user_regs_struct:
+    return arch.user_regs_struct.from_buffer_copy(reader.get(Registers, vpid).gpr)
+
+
+def _begin(puppet: Puppet, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[int]:
+    """Have the call begun and interrupted; what it returns."""
+    batch = Batch()
+    arguments = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9]
+    name = next(name for name, number in arch.NR.items() if number == left.number)
+    position = _TIMEOUT[left.number]
+    rest = batch.buffer(16, struct.pack('<qq', *divmod(left.left_ns, 10**9)))
+    timeout = -(-left.left_ns // 10**6) if name == 'poll' else rest
+    batch.call(name, *arguments[:position], timeout, *arguments[position + 1:])
+    write_bytes(puppet.tid, puppet.arena.table, batch.encode(puppet.arena.table))
+    tracee = puppet.tracee
+    tracee.regs = arch.stub_registers(puppet.arena.code, puppet.arena.table)
+    yield from _to_syscall(puppet)
+    # it waits at the entry of the call: with this the call is interrupted at once, unless it need not wait
+    tracee.interrupt()
+    yield from _to_syscall(puppet)
+    result = ctypes.c_int64(tracee.regs.rax).value
+    tracee.interrupt()      # once more: the stop at the end of the call has used up the first one
+    tracee.cont()
+    yield
+    while puppet.wait() >> 16 != PTRACE_EVENT_STOP:
+        tracee.cont()
+    return result
+
+
+def _to_syscall(puppet: Puppet) -> Steps[None]:
+    puppet.tracee.to_syscall()
+    yield
+    while os.WSTOPSIG(puppet.wait()) != SYSCALL_STOP:
+        puppet.tracee.to_syscall()
