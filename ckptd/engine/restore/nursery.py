@@ -12,7 +12,7 @@ from ckptd.engine.batch import Batch
 from ckptd.engine.restore.family import SEED, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.errors import Busy, CkptError
-from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_PARENT, CLONE_THREAD, clone_args
+from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, clone_args
 from ckptd.kernel.decl import offset_of
 from ckptd.kernel.numbers import numbers_in_use
 from ckptd.kernel.ptrace import WALL
@@ -31,6 +31,9 @@ class Nursery:
         self.puppets: dict[int, Puppet] = {SEED: seed}
         self._cgroup = cgroup
         self.released = False
+        self.init: Puppet | None = None     # the first process of a namespace of its own, if it is no task of the tree
+        self._seed: Puppet | None = None
+        self._first_flags = 0
         self._ours = {seed.tid}         # those whose parent we are
         self.others: dict[int, Puppet] = {}     # by tid: what is no task of the tree
 
@@ -62,7 +65,8 @@ class Nursery:
         maker = self.puppets[step.maker]
         is_process = not step.flags & CLONE_THREAD
         into = CLONE_INTO_CGROUP if is_process and self._cgroup >= 0 and step.maker == SEED else 0
-        child = self.clone(maker, step.vpid, step.flags | into, step.exit_signal)
+        child = self.clone(maker, step.vpid, step.flags | into | self._first_flags, step.exit_signal)
+        self._first_flags = 0
         if step.flags & CLONE_PARENT and maker.tid in self._ours and is_process:
             self._ours.add(child.tid)
         self.puppets[step.vpid or _TEMPORARY] = child
@@ -92,6 +96,27 @@ class Nursery:
         hint = 'see limits on processes (ulimit -u, pids.max of the cgroup)' if error.errno == errno.EAGAIN else None
         return CkptError(f'process {vpid} cannot be made: {error.strerror}', errno=error.errno, resource=f'pid {vpid}',
                          hint=hint)
+
+    # ------------------------------------------------------------ a namespace of its own
+
+    def new_namespace(self, *, own_init: bool, child_of_us: bool) -> None:
+        """Whatever the seed makes from here on is in a new pid namespace; own_init: its process 1 is the first root."""
+        self._seed = self.puppets[SEED]
+        if own_init:
+            self._first_flags = CLONE_NEWPID
+            return
+        self.init = self.clone(self._seed, 0, CLONE_NEWPID | (CLONE_PARENT if child_of_us else 0),
+                               0 if child_of_us else signal.SIGCHLD)
+        self.others[self.init.tid] = self.init
+        self.others[self._seed.tid] = self._seed
+        self.puppets[SEED] = self.init
+
+    def end_seed(self) -> None:
+        """All roots are there. They go to whoever takes orphans, unless they are ours."""
+        seed = self._seed or self.puppets[SEED]
+        seed.die(0)
+        self.others.pop(seed.tid, None)
+        del self.puppets[SEED]
 
     # ------------------------------------------------------------ ends
 

@@ -15,9 +15,10 @@ from ckptd.engine.restore.family import (
 from ckptd.engine.restore.memory import mapped_ranges
 from ckptd.engine.restore.puppet import Arena
 from ckptd.engine.restore.seed import find_arena
+from ckptd.engine.restore.world import World
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
-from ckptd.image.records import FdTable
+from ckptd.image.records import FdTable, ProcessState
 from ckptd.kernel.numbers import Numbers
 
 DEAD = (ord('Z'), ord('X'))
@@ -25,8 +26,9 @@ DEAD = (ord('Z'), ord('X'))
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """processes: in depth-first order. steps: how they are made. arena: where stubs have their code. highest: the
-    largest fd of any table. refusals: why the tree cannot be made; warnings among them."""
+    """world: the namespaces to be born into. processes: in depth-first order. steps: how they are made. arena: where
+    stubs have their code. highest: the largest fd of any table. refusals: why the tree cannot be made; warnings among them."""
+    world: World
     processes: list[Process]
     steps: list[Step]
     arena: Arena
@@ -55,10 +57,13 @@ class Plan:
         return found
 
 
-def make_plan(reader: ImageReader, numbers: Numbers, *, own_session: bool, child_of_us: bool) -> Plan:
+def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_session: bool, child_of_us: bool) -> Plan:
     """numbers: who has which pid now; nobody in a new pid namespace. own_session: the tree gets a terminal."""
     processes = processes_of(reader.tasks)
-    refusals = settle_sessions(processes, numbers, own=own_session)
+    had_terminal = any(state.tty for state in reader.every(ProcessState))
+    refusals = settle_sessions(processes, numbers, own=own_session and had_terminal)
+    # the first process of a namespace makes its roots itself, and makes nobody's sibling (CLONE_PARENT is EINVAL)
+    child_of_us = child_of_us and (not world.pid or any(process.vpid == 1 for process in processes))
     steps: list[Step] = []
     try:
         steps = Family(processes, child_of_us=child_of_us).plan()
@@ -66,7 +71,7 @@ def make_plan(reader: ImageReader, numbers: Numbers, *, own_session: bool, child
         refusals.append(Refusal(error.process.vpid, error.process.leader.record.comm, 'task', 'EOPNOTSUPP',
                                 error.reason, 'checkpoint a tree without it'))
     highest = max((fd.fd for table in reader.every(FdTable) for fd in table.fds), default=2)
-    plan = Plan(processes, steps, find_arena(mapped_ranges(reader)), highest, refusals)
+    plan = Plan(world, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals)
     refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'pid {vpid} is in use by {numbers[vpid]}',
                          'end that process, or restore with --new-pidns')
                  for vpid in sorted(plan.numbers & numbers.keys())]

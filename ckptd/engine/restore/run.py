@@ -36,7 +36,8 @@ from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.sleeping import sleep_again
 from ckptd.engine.restore.vdso import VdsoPlan
-from ckptd.errors import ImageDamaged, Refused
+from ckptd.engine.restore.world import decide, make_reaper
+from ckptd.errors import ImageDamaged, Refusal, Refused
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify
@@ -58,6 +59,7 @@ class Restore:
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
         self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
         self._above = {child.vpid: process for process in plan.processes for child in process.children}
+        self._warnings: list[Refusal] = []
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
         self._bytes_done = self._bytes_total = 0
 
@@ -102,6 +104,9 @@ class Restore:
             record = reader.get(Fs, fs_id)
             self._directory(record.cwd)
             self._directory(record.root)
+        self._directory('/')
+        if self._files.terminal:
+            self._terminal()
 
     def _directory(self, path: str) -> int:
         return self._bank.once(('directory', path),
@@ -113,10 +118,14 @@ class Restore:
             cgroup = self._bank.once('cgroup', lambda: os.dup(cgroup))
         self._nursery = Nursery(plant(self._plan.arena, self._bank.base), cgroup)
         stack.callback(self._nursery.kill)
+        world, numbers = self._plan.world, self._plan.numbers
+        self._warnings += world.enter(self._nursery[SEED])
+        if world.pid:
+            self._nursery.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait)
         for step in self._plan.steps:
             self._nursery.take(step)
             fault('created-one')
-        self._nursery.puppets.pop(SEED).die(0)
+        self._nursery.end_seed()
 
     # ------------------------------------------------------------ rebuild
 
@@ -142,6 +151,8 @@ class Restore:
         script = Script(nursery[first.vpid])
         self._of_objects(first, script)
         state.process(reader, process.vpid, script)
+        if process.sid == process.vpid and self._files.terminal:
+            state.terminal(reader, process.vpid, process.pgid, script, self._terminal())
         yield from script.run()
         for task in process.alive:
             puppet = nursery[task.vpid]
@@ -151,6 +162,9 @@ class Restore:
             state.thread(reader, task.vpid, script)
             state.schedule(reader, task.vpid, puppet.tid)
             yield from script.run()
+
+    def _terminal(self) -> int:
+        return self._bank.once('terminal', lambda: os.dup(self._job.terminal))
 
     def _of_objects(self, task: ImageTask, script: Script) -> None:
         """What belongs to an object that several tasks may share is put back by the first of them."""
@@ -165,7 +179,7 @@ class Restore:
         puppet = self._nursery[task.vpid]
         script = Script(puppet)
         script.call('prctl', state.PR_SET_NAME, state.name_of(task.record))
-        state.credentials(self._reader, task.vpid, script, ids=True)
+        state.credentials(self._reader, task.vpid, script, ids=not self._plan.world.user)
         script.do()
         process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
         if process.alive:
@@ -238,7 +252,7 @@ class Restore:
             state.queue(reader, process.vpid, task.vpid, script, shared=False)
             if self._mms[record.mm_id] == task.vpid:
                 self._spaces[record.mm_id].lock(script)
-            state.credentials(reader, task.vpid, script, ids=True)
+            state.credentials(reader, task.vpid, script, ids=not self._plan.world.user)
             yield from script.run()
             if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
                 self._results[task.vpid] = regs
@@ -253,8 +267,13 @@ class Restore:
                             if process.alive})
         fault('ready')
         self._files.commit()
+        init = self._nursery.init
+        if init:
+            make_reaper(init, self._plan.processes[0].vpid, self._directory('/'))
         for _, puppet in self._nursery:
             puppet.tracee.detach()
+        if init:
+            init.tracee.detach()        # last: if it dies now, it takes the whole namespace along
         self._nursery.released = True
         fault('started')
         self._place.open_gate()
@@ -262,16 +281,18 @@ class Restore:
     def _attend(self) -> None:
         """The tree runs. Nothing of it is held by us any more, or its pipes and terminals would never end."""
         roots = [self._nursery[process.vpid].tid for process in self._plan.processes if not process.parent]
+        init = self._nursery.init
         if self._job.terminal >= 0:
             with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
                 os.dup2(nothing.fileno(), self._job.terminal, inheritable=False)
-        warnings = [refusal_row(row) for row in (*self._plan.refusals, *self._place.warnings)]
+        warnings = [refusal_row(row) for row in (*self._plan.refusals, *self._warnings, *self._place.warnings)]
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
                   'processes': len(self._plan.processes), 'cgroup': self._where(roots[0]), 'warnings': warnings}
         self._channel.send(Running(roots[0], len(self._plan.tasks)))
         if self._request.wait:
             self._channel.send(Phase('attend'))
-            status = attend(roots, self._channel)
+            # of a namespace of its own we have the first process only, which ends as the root did
+            status = attend([init.tid] if init else roots, self._channel)
             result |= {} if status is None else {'exit_status': status}
         self._channel.finish('', (), result)
 
@@ -297,7 +318,9 @@ def restore(job: Job) -> None:
         raise ImageDamaged(f'{damages[0]}' + (f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''))
     with ImageReader(path) as reader:
         job.channel.phase('plan')
-        plan = make_plan(reader, numbers_in_use(), own_session=job.terminal >= 0, child_of_us=job.request.wait)
+        world = decide(reader, new_pidns=job.request.new_pidns)
+        plan = make_plan(reader, world, {} if world.pid else numbers_in_use(), own_session=job.terminal >= 0,
+                         child_of_us=job.request.wait)
         refusals = [row for row in plan.refusals if row.severity == 'refusal']
         if refusals:
             raise Refused.because(refusals, 'plan')

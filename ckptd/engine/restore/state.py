@@ -10,6 +10,7 @@ import errno
 import os
 import resource
 import struct
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -149,6 +150,15 @@ def process(reader: ImageReader, vpid: int, script: Script) -> None:
     state = reader.get(records.ProcessState, vpid)
     script.call('personality', state.personality)
     script.call('prctl', PR_SET_CHILD_SUBREAPER, state.child_subreaper, 0, 0, 0)
+
+
+def terminal(reader: ImageReader, vpid: int, vpgid: int, script: Script, fd: int) -> None:
+    """The controlling terminal of a session whose leader this is, and who is in the foreground there."""
+    state = reader.get(records.ProcessState, vpid)
+    if state.tty:
+        script.call('ioctl', fd, termios.TIOCSCTTY, 0, about='the controlling terminal')
+        foreground = struct.pack('<i4x', state.tpgid or vpgid)
+        script.call('ioctl', fd, termios.TIOCSPGRP, foreground, about='the foreground group of the terminal')
 
 
 def interval_timers(reader: ImageReader, vpid: int, script: Script) -> None:

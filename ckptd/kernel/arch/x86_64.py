@@ -211,9 +211,9 @@ def start_registers(regs: user_regs_struct, code: int, table: int, area: int, le
 STUB = _LOOP + b'\xcc'
 
 
-def stub_registers(code: int, table: int) -> user_regs_struct:
-    """Registers to run STUB with, placed at address `code`; it uses no stack."""
-    return user_regs_struct(rip=code, rbx=table, orig_rax=_MASK64, cs=CS_64, ss=0x2B, eflags=0x202)
+def stub_registers(code: int, table: int, stack: int = 0) -> user_regs_struct:
+    """Registers to run STUB with, placed at address `code`; it uses no stack, other code may."""
+    return user_regs_struct(rip=code, rbx=table, rsp=stack, orig_rax=_MASK64, cs=CS_64, ss=0x2B, eflags=0x202)
 
 
 def stub_trapped(code: int) -> int:

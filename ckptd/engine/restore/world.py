@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The namespaces that a tree is born into, where those that we are in will not do.
+
+    pid     asked for (--new-pidns), or because an ordinary user may choose numbers in no other. Its first process is a
+            few instructions that reap orphans, unless the tree has a process 1 of its own
+    user    for an ordinary user: with that uid and gid mapped to themselves
+    time    clocks go on where they were: after a reboot, or when the tree had offsets, time_namespaces(7)
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+from ckptd.engine.batch import Batch
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.script import Script
+from ckptd.errors import NotSupported, Refusal
+from ckptd.image.reader import ImageReader
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.clone import CLONE_NEWTIME, CLONE_NEWUSER
+from ckptd.kernel.creds import CAP_CHECKPOINT_RESTORE, CAP_SYS_ADMIN, capget
+from ckptd.kernel.memory import Mem
+from ckptd.kernel.task import boot_id
+
+PR_SET_NAME = 15            # <linux/prctl.h>
+_BILLION = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """user, pid: a new namespace of that sort. clocks: offsets of CLOCK_MONOTONIC and CLOCK_BOOTTIME in nanoseconds for
+    a new time namespace, None for ours."""
+    user: bool
+    pid: bool
+    clocks: tuple[int, int] | None
+
+    def enter(self, seed: Puppet) -> list[Refusal]:
+        """Have the seed make them, all but that of pids, which only a child can be in. What cannot be had and can be
+        missed is a warning."""
+        if self.user:
+            _unshare(seed, CLONE_NEWUSER)
+            _map_ids(seed.tid)
+        if self.clocks is None:
+            return []
+        try:
+            _unshare(seed, CLONE_NEWTIME)
+            _set_clocks(seed.tid, self.clocks)
+        except OSError as error:
+            return [Refusal(0, '', 'clocks', 'EPERM', f'no time namespace: {error.strerror}; CLOCK_MONOTONIC and'
+                            ' CLOCK_BOOTTIME jump', 'run ckptd with CAP_SYS_ADMIN and CAP_SYS_TIME', 'warning')]
+        return []
+
+
+def may_choose_pids() -> bool:
+    """Whether clone3(2) takes set_tid from us in our own pid namespace."""
+    effective = capget().effective
+    return bool(effective >> CAP_CHECKPOINT_RESTORE & 1 or effective >> CAP_SYS_ADMIN & 1)
+
+
+def decide(reader: ImageReader, *, new_pidns: bool) -> World:
+    user = not may_choose_pids()
+    return World(user, new_pidns or user, _clocks(reader))
+
+
+def _clocks(reader: ImageReader) -> tuple[int, int] | None:
+    header = reader.header
+    if reader.manifest.boot_id == boot_id():
+        offsets = _signed(header.monotonic_offset), _signed(header.boottime_offset)
+        return offsets if any(offsets) else None
+    # as the tree saw them when it was dumped: the time between is no time for it
+    return (header.monotonic - time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+            header.boottime - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _unshare(seed: Puppet, flags: int) -> None:
+    batch = Batch()
+    batch.call('unshare', flags)
+    seed.do(batch)
+
+
+def _map_ids(pid: int) -> None:
+    uid, gid = os.getuid(), os.getgid()
+    try:
+        _write(f'/proc/{pid}/setgroups', 'deny')        # or nobody but root may map groups, user_namespaces(7)
+        _write(f'/proc/{pid}/uid_map', f'{uid} {uid} 1')
+        _write(f'/proc/{pid}/gid_map', f'{gid} {gid} 1')
+    except OSError as error:
+        raise NotSupported(f'no user namespace can be made: {error.strerror}', errno=error.errno, resource='user',
+                           hint='allow user namespaces (user.max_user_namespaces), or run as root') from error
+
+
+def _set_clocks(pid: int, offsets: tuple[int, int]) -> None:
+    lines = [f'{name} {offset // _BILLION} {offset % _BILLION}'
+             for name, offset in zip(('monotonic', 'boottime'), offsets, strict=True)]
+    _write(f'/proc/{pid}/timens_offsets', '\n'.join(lines))
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def make_reaper(init: Puppet, root: int, root_directory: int) -> None:
+    """Turn the first process of a pid namespace into one that reaps orphans, and ends as `root` ended. It stands before
+    its first instruction then; all that it holds is its two pages."""
+    script = Script(init)
+    script.call('prctl', PR_SET_NAME, b'ckptd-init\0')
+    script.call('fchdir', root_directory)
+    script.call('close_range', 0, (1 << 32) - 1, 0)
+    script.do()
+    with Mem(init.tid) as mem:
+        mem.write(init.arena.code, arch.reaper(root))
+    init.tracee.regs = arch.stub_registers(init.arena.code, init.arena.table, stack=init.arena.end - 256)
