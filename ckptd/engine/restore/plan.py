@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a restart is going to do, as data: made once, looked at by a dry run, carried out by run.py."""
 
+import time
 from dataclasses import dataclass, field
 
 from ckptd.engine.restore.family import (
@@ -19,15 +20,16 @@ from ckptd.engine.restore.world import World
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import FdTable, ProcessState
-from ckptd.kernel.numbers import Numbers
+from ckptd.kernel.numbers import Numbers, await_reaped, numbers_in_use
 
 DEAD = (ord('Z'), ord('X'))
+_REAPED_WITHIN = 3.0        # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """world: the namespaces to be born into. processes: in depth-first order. steps: how they are made. arena: where
-    stubs have their code. highest: the largest fd of any table. refusals: why the tree cannot be made; warnings among them."""
+    stubs have their code. highest: the largest fd of any table. refusals: why it cannot be made, with warnings."""
     world: World
     processes: list[Process]
     steps: list[Step]
@@ -55,6 +57,14 @@ class Plan:
         for task in self.alive:
             found.setdefault(getattr(task.record, name), task.vpid)
         return found
+
+
+def read_numbers(reader: ImageReader, world: World) -> Numbers:
+    """Who has which pid in the namespace that the tree is born into. Dead processes in the way get a moment to go."""
+    if world.pid:
+        return {}
+    await_reaped({task.vpid for task in reader.tasks}, time.monotonic() + _REAPED_WITHIN)
+    return numbers_in_use()
 
 
 def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_session: bool, child_of_us: bool) -> Plan:

@@ -30,7 +30,7 @@ from ckptd.engine.restore.memory import Space
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import Birthplace
-from ckptd.engine.restore.plan import DEAD, Plan, make_plan
+from ckptd.engine.restore.plan import DEAD, Plan, make_plan, read_numbers
 from ckptd.engine.restore.puppet import stop
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
@@ -42,7 +42,6 @@ from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify
 from ckptd.kernel.arch.x86_64 import user_regs_struct
-from ckptd.kernel.numbers import numbers_in_use
 from ckptd.kernel.task import read_cgroup2
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
@@ -319,7 +318,7 @@ def restore(job: Job) -> None:
     with ImageReader(path) as reader:
         job.channel.phase('plan')
         world = decide(reader, new_pidns=job.request.new_pidns)
-        plan = make_plan(reader, world, {} if world.pid else numbers_in_use(), own_session=job.terminal >= 0,
+        plan = make_plan(reader, world, read_numbers(reader, world), own_session=job.terminal >= 0,
                          child_of_us=job.request.wait)
         refusals = [row for row in plan.refusals if row.severity == 'refusal']
         if refusals:
