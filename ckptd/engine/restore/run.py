@@ -31,7 +31,7 @@ from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import Birthplace
 from ckptd.engine.restore.plan import DEAD, Plan, make_plan, read_numbers
-from ckptd.engine.restore.puppet import stop
+from ckptd.engine.restore.puppet import Puppet, stop
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.sleeping import sleep_again
@@ -134,9 +134,11 @@ class Restore:
         self._files.attach(dict(nursery), holders)
         self._files.open_all(late=True)
         interleave(self._files.install(nursery[vpid], files_id) for files_id, vpid in self._tables.items())
+        interleave(self._process(process) for process in plan.processes if process.alive)
+        # closing any fd of a file gives up all locks that a process has on it, so they come after the bank is closed
+        interleave(self._close_bank(nursery[vpid]) for vpid in self._tables.values())
         self._files.finish()
         self._objects.seal()
-        interleave(self._process(process) for process in plan.processes if process.alive)
         for task in plan.tasks:
             if task.record.state in DEAD:
                 self._bury(task)
@@ -161,6 +163,11 @@ class Restore:
             state.thread(reader, task.vpid, script)
             state.schedule(reader, task.vpid, puppet.tid)
             yield from script.run()
+
+    def _close_bank(self, puppet: Puppet) -> Steps[None]:
+        script = Script(puppet)
+        script.call('close_range', self._bank.base, _NO_LIMIT, 0)
+        return script.run()
 
     def _terminal(self) -> int:
         return self._bank.once('terminal', lambda: os.dup(self._job.terminal))
@@ -238,8 +245,6 @@ class Restore:
         first = process.alive[0]
         for task in process.alive:
             record, script = task.record, Script(nursery[task.vpid])
-            if self._tables[record.files_id] == task.vpid:
-                script.call('close_range', self._bank.base, _NO_LIMIT, 0)
             if self._sighands[record.sighand_id] == task.vpid:
                 state.actions(reader, record.sighand_id, script)
             if task is first:

@@ -164,7 +164,9 @@ def terminal(reader: ImageReader, vpid: int, vpgid: int, script: Script, fd: int
 def interval_timers(reader: ImageReader, vpid: int, script: Script) -> None:
     """They run from here on."""
     for which, timer in enumerate(reader.get(records.IntervalTimers, vpid).timers):
-        value = timer.value
+        # one that has rung is started anew when its SIGALRM is taken off the queue, and has no time left meanwhile
+        # (kernel/signal.c, dequeue_signal); setting it to 0 would stop it
+        value = timer.value or timer.interval
         if value and which != _ITIMER_REAL:
             value = max(1, value - cpu_itimer_excess())
         script.call('setitimer', which, struct.pack('<4q', *divmod(timer.interval, 10**6), *divmod(value, 10**6)), 0)
