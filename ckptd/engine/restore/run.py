@@ -99,6 +99,7 @@ class Restore:
         self._spaces = {mm_id: Space(reader, mm_id, self._objects, vdso, self._on_bytes) for mm_id in self._mms}
         for space in self._spaces.values():
             space.open()
+            self._bytes_total += space.bytes_to_read
         for fs_id in self._fss:
             record = reader.get(Fs, fs_id)
             self._directory(record.cwd)
@@ -124,6 +125,8 @@ class Restore:
         for step in self._plan.steps:
             self._nursery.take(step)
             fault('created-one')
+            # each is a moment to be cancelled in
+            self._channel.progress(len(self._nursery.puppets), len(self._plan.tasks), 0, self._bytes_total)
         self._nursery.end_seed()
 
     # ------------------------------------------------------------ rebuild
@@ -258,6 +261,7 @@ class Restore:
                 self._spaces[record.mm_id].lock(script)
             state.credentials(reader, task.vpid, script, ids=not self._plan.world.user)
             yield from script.run()
+            self._channel.check()
             if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
                 self._results[task.vpid] = regs
 
