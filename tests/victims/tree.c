@@ -201,7 +201,8 @@ static void await(int *counter)
     }
 }
 
-int main(void)
+/* With an argument: it comes back in a pid namespace of its own, whose first process is then its parent. */
+int main(int argc, char **argv)
 {
     int status, subreaper = 0, ended = 0;
     struct ids before;
@@ -220,6 +221,8 @@ int main(void)
     child_of_thread();
     await(&shared->prepared);
     before = ids_now();
+    if (argc > 1)
+        before.ppid = atoi(argv[1]);
     ready();
     wait_for_go();
 

@@ -128,7 +128,8 @@ class Puppet:
             # the program of core_pattern(5) run
             batch = Batch()
             batch.call('prctl', _PR_SET_DUMPABLE, 0, 0, 0, 0)
-            self.do(batch)
+            write_bytes(self.tid, self.arena.table, batch.encode(self.arena.table))
+            finish(self.go())       # what it returns may not be read any more, but by root
             self.tracee.sigmask = 0
             self.tracee.cont(status & 0x7F)
         else:
