@@ -114,6 +114,7 @@ NEEDS = {
     'systemd': Need(_systemd, APT + 'systemd util-linux, and run as root'),
     'user-namespaces': Need(_user_namespaces, 'sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 '
                             'user.max_user_namespaces=10000, and ' + APT + 'util-linux'),
+    'time-namespaces': Need(_file('/proc/self/ns/time'), 'boot a kernel with CONFIG_TIME_NS=y'),
     'user-session': Need(_file('/usr/lib/systemd/user/dbus.socket'), APT + 'dbus-user-session libpam-systemd'),
     'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),
     'busctl': Need(_program('busctl'), APT + 'systemd'),

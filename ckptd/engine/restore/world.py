@@ -16,6 +16,7 @@ from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.script import Script
 from ckptd.errors import NotSupported, Refusal
 from ckptd.image.reader import ImageReader
+from ckptd.image.records import Namespaces
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.clone import CLONE_NEWTIME, CLONE_NEWUSER
 from ckptd.kernel.creds import CAP_CHECKPOINT_RESTORE, CAP_SYS_ADMIN, capget
@@ -58,8 +59,11 @@ def may_choose_pids() -> bool:
 
 
 def decide(reader: ImageReader, *, new_pidns: bool) -> World:
+    """What the image and our rights ask for. A tree of another pid namespace has numbers that mean nothing in ours."""
     user = not may_choose_pids()
-    return World(user, new_pidns or user, _clocks(reader))
+    elsewhere = any(one.name == 'pid' and not one.own for record in reader.every(Namespaces)
+                    for one in record.namespaces)
+    return World(user, new_pidns or user or elsewhere, _clocks(reader))
 
 
 def _clocks(reader: ImageReader) -> tuple[int, int] | None:
