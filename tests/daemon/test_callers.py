@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ import pytest
 
 from ckptd.bus.client import connect
 from ckptd.bus.names import BUS_NAME, IMAGE, ROOT, image_path
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import read_link
 from tests.daemon.test_api import Api
+from tests.engine.driver import place_of
 from tests.jobs.test_spool import write_image
 from tests.lib.bus import PrivateBus
+from tests.programs.conftest import await_that
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')
 
@@ -59,10 +64,13 @@ def root(private_bus: PrivateBus, on_bus: 'subprocess.Popen[bytes]') -> Busctl:
 
 
 @contextlib.contextmanager
-def sleeping(uid: int) -> Iterator['subprocess.Popen[bytes]']:
-    """A process of that uid."""
-    with subprocess.Popen(['sleep', '1000'], user=uid, group=uid, extra_groups=[], cwd='/', stdin=subprocess.DEVNULL,
+def sleeping(uid: int, directory: Path | None = None) -> Iterator['subprocess.Popen[bytes]']:
+    """A process of that uid; with a directory it works there, and has a file of its own there to write to."""
+    program = ['sh', '-c', 'exec sleep 1000 >output'] if directory else ['sleep', '1000']
+    with subprocess.Popen(program, user=uid, group=uid, extra_groups=[], cwd=directory or '/', stdin=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        if directory:
+            await_that('it sleeps', lambda: b'sleep' in Path(f'/proc/{process.pid}/cmdline').read_bytes()[:5])
         try:
             yield process
         finally:
@@ -114,3 +122,57 @@ async def test_the_image_belongs_to_the_caller(private_bus: PrivateBus, nobody: 
             assert await client.property_(BUS_NAME, image_path(shown['Image']), IMAGE, 'Owner') == NOBODY
         assert process.wait(10) == -signal.SIGKILL
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+async def restored_of(bus: PrivateBus, caller: Busctl, uid: int, directory: Path) -> int:
+    """The root of a tree of that uid that was killed after its checkpoint and restored by the same caller."""
+    with sleeping(uid, directory) as process:
+        async with await connect(bus.address) as client, client.signals(BUS_NAME, ROOT) as signals:
+            api = Api(client, signals)
+            [job] = await asyncio.to_thread(caller.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '1',
+                                            'after', 's', 'kill')
+            image = (await api.ended(job))['Image']
+            process.wait()
+            [job] = await asyncio.to_thread(caller.call, MANAGER, 'Restore', 'sa{sv}', image, '0')
+            shown = await api.ended(job)
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert shown['State'] == 'done', shown['Error']
+    return int(shown['Root'])
+
+
+async def test_what_is_restored_has_the_rights_of_its_owner(private_bus: PrivateBus, nobody: Busctl) -> None:
+    """No more of root's than before: ids, groups, capabilities; and its files are opened by the owner's rights."""
+    with place_of(NOBODY) as home:
+        pid = await restored_of(private_bus, nobody, NOBODY, home)
+        try:
+            status = read_status(pid)
+            assert status.uids == status.gids == (NOBODY,) * 4
+            assert status.groups == ()
+            assert status.cap_inh == status.cap_prm == status.cap_eff == status.cap_amb == 0
+            assert status.cap_bnd == read_status(os.getpid()).cap_bnd
+            assert read_link(pid, 'fd/1') == str(home / 'output')
+        finally:
+            end(pid)
+
+
+async def test_a_file_that_the_caller_may_no_more_open(private_bus: PrivateBus, nobody: Busctl) -> None:
+    with place_of(NOBODY) as home, sleeping(NOBODY, home) as process:
+        async with await connect(private_bus.address) as client, client.signals(BUS_NAME, ROOT) as signals:
+            api = Api(client, signals)
+            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '1',
+                                            'after', 's', 'kill')
+            image = (await api.ended(job))['Image']
+            process.wait()
+            os.chown(home / 'output', 0, 0)
+            (home / 'output').chmod(0o600)
+            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Restore', 'sa{sv}', image, '0')
+            shown = await api.ended(job)
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert shown['State'] == 'failed'
+    assert 'output' in shown['Error']['message']
+    assert shown['Error']['errno'] in ('EACCES', 'EPERM')
