@@ -18,8 +18,9 @@ from typing import Self
 
 from ckptd.kernel import cgroup, kcmp, maps, memory, mountinfo, netlink, pidfd, ptrace, task
 from ckptd.kernel.arch.x86_64 import NR
+from ckptd.kernel.clone import clone_args
 from ckptd.kernel.creds import CAP_SYS_PTRACE, capget
-from ckptd.kernel.decl import c_long, c_size_t, c_void_p, cstruct, syscall, u64
+from ckptd.kernel.decl import c_long, c_size_t, c_void_p, syscall
 from ckptd.kernel.procfs import read_file
 
 CGROUP_PREFIX = 'ckptd-probe-'
@@ -33,22 +34,6 @@ _ADDRESS = ctypes.addressof(_BUFFER)
 
 class Unknown(Exception):
     """It cannot be tried here, so neither yes nor no."""
-
-
-@cstruct(size=88)
-class clone_args(ctypes.Structure):
-    """<linux/sched.h>; set_tid since 5.5, cgroup since 5.7"""
-    flags: u64
-    pidfd: u64
-    child_tid: u64
-    parent_tid: u64
-    exit_signal: u64
-    stack: u64
-    stack_size: u64
-    tls: u64
-    set_tid: u64
-    set_tid_size: u64
-    cgroup: u64
 
 
 @syscall(NR['clone3'])

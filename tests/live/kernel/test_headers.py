@@ -27,7 +27,7 @@ pytestmark = pytest.mark.needs('gcc')
 INCLUDES = (
     'stddef.h', 'stdio.h', 'elf.h', 'sys/user.h', 'asm/statfs.h', 'linux/fcntl.h', 'asm/socket.h', 'linux/memfd.h',
     'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/eventpoll.h', 'linux/falloc.h',
-    'linux/timerfd.h',
+    'linux/timerfd.h', 'asm/prctl.h',
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/magic.h', 'linux/netlink.h', 'linux/pidfd.h', 'linux/prctl.h',
     'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h', 'linux/signal.h',
@@ -48,9 +48,10 @@ EXPRESSIONS = {
                 '_EVENT_NONE': 'PROC_EVENT_NONE', '_EVENT_FORK': 'PROC_EVENT_FORK', '_EVENT_EXIT': 'PROC_EVENT_EXIT'},
     'memory': {'IOV_MAX': 'UIO_MAXIOV'},
     'signalfd': {'SIGINFO_SIZE': 'sizeof(struct signalfd_siginfo)'},
-    'ptrace': {'WALL': '__WALL', 'SIGINFO_SIZE': 'sizeof(siginfo_t)'},
+    'ptrace': {'WALL': '__WALL', 'SYSCALL_STOP': 'SIGTRAP | 0x80', 'SIGINFO_SIZE': 'sizeof(siginfo_t)'},
     'task': {'RLIM_INFINITY': 'RLIM64_INFINITY'},
-    'arch.x86_64': {'GPR_SIZE': 'sizeof(struct user_regs_struct)', 'NT_XSTATE': 'NT_X86_XSTATE', 'EM': 'EM_X86_64'},
+    'arch.x86_64': {'GPR_SIZE': 'sizeof(struct user_regs_struct)', 'NT_XSTATE': 'NT_X86_XSTATE', 'EM': 'EM_X86_64',
+                    'ARCH_MAP_VDSO_64': 'ARCH_MAP_VDSO_64'},
 }
 
 # what the kernel shows to nobody but the kernel, or what is ours; by module, with the place that has it
@@ -60,12 +61,14 @@ OWN = {
     'ptrace': {'XSTATE_MAX'},
     'memory': {'PAGE'},
     'pipe': {'SPLICE_F_NONBLOCK'},                                         # splice(2): C libraries only
+    'sched': {'SCHED_CAPACITY'},                                            # include/linux/sched.h
+    'unix': {'SS_ESTABLISHED', 'SCM_MAX_FD'},                               # net/tcp_states.h, net/scm.h
     'signalfd': {'SIGSET_SIZE'},                                            # include/linux/signal.h
     'statfs': {'MQUEUE_MAGIC'},                                             # ipc/mqueue.c
     'trial': {'LARGE_TREE'},
     'shm': {'SHM_DEST', 'SHM_LOCKED'},                                      # include/linux/shm.h
     'arch.x86_64': {'ERESTARTSYS', 'ERESTARTNOINTR', 'ERESTARTNOHAND', 'ERESTART_RESTARTBLOCK',   # linux/errno.h
-                    'CS_64', 'ROW'},
+                    'CS_64', 'ROW', 'TASK_SIZE'},
 }
 
 # macros that came after Linux 6.1, which Debian 12 has headers of
@@ -86,8 +89,10 @@ class CStruct:
 
 STRUCTS = {
     'arch.x86_64.user_regs_struct': CStruct('struct user_regs_struct'),
+    'clone.clone_args': CStruct('struct clone_args'),
     'creds.cap_user_data': CStruct('struct __user_cap_data_struct'),
     'creds.cap_user_header': CStruct('struct __user_cap_header_struct'),
+    'memory.prctl_mm_map': CStruct('struct prctl_mm_map'),
     'memory.page_region': CStruct('struct page_region', 'PAGEMAP_SCAN'),
     'memory.pm_scan_arg': CStruct('struct pm_scan_arg', 'PAGEMAP_SCAN'),
     'ptrace.iovec': CStruct('struct iovec'),
@@ -99,7 +104,6 @@ STRUCTS = {
                                                          'pad2': '__pad2'}),
     'shm.shmid_ds': CStruct('struct shmid64_ds', fields={'unused4': '__unused4', 'unused5': '__unused5'}),
     'statfs.statfs_buf': CStruct('struct statfs', fields={'rest': ''}),
-    'trial.clone_args': CStruct('struct clone_args'),
 }
 
 
