@@ -8,6 +8,7 @@ from ckptd.checks import check_access
 from ckptd.engine.checkpoint import checkpoint, hold
 from ckptd.engine.job import Job, image_path
 from ckptd.engine.messages import Frozen, refusal_row
+from ckptd.engine.restore.prepare import check_restore
 from ckptd.engine.restore.run import restore
 from ckptd.engine.rows import image_rows, live_rows
 from ckptd.errors import InvalidArgument
@@ -71,4 +72,5 @@ def export_image(job: Job) -> None:
 
 OPERATIONS: Mapping[str, Callable[[Job], None]] = {
     'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
-    'tree': image_tree, 'export': export_image, 'restore': restore}
+    'tree': image_tree, 'export': export_image, 'restore': restore,
+    'check-restore': check_restore}

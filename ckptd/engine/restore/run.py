@@ -30,14 +30,15 @@ from ckptd.engine.restore.memory import Space
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import Birthplace
-from ckptd.engine.restore.plan import DEAD, Plan, make_plan, read_numbers
+from ckptd.engine.restore.plan import DEAD, Plan
+from ckptd.engine.restore.prepare import prepare, require
 from ckptd.engine.restore.puppet import Puppet, stop
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.sleeping import sleep_again
 from ckptd.engine.restore.vdso import VdsoPlan
-from ckptd.engine.restore.world import decide, make_reaper
-from ckptd.errors import ImageDamaged, Refusal, Refused
+from ckptd.engine.restore.world import make_reaper
+from ckptd.errors import ImageDamaged, Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify
@@ -52,13 +53,13 @@ _P_PID = 1
 class Restore:
     """One restart."""
 
-    def __init__(self, job: Job, reader: ImageReader, plan: Plan) -> None:
+    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: list[Refusal]) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
         self._reader, self._plan = reader, plan
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
         self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
         self._above = {child.vpid: process for process in plan.processes for child in process.children}
-        self._warnings: list[Refusal] = []
+        self._warnings = warnings
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
         self._bytes_done = self._bytes_total = 0
 
@@ -293,7 +294,7 @@ class Restore:
         if self._job.terminal >= 0:
             with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
                 os.dup2(nothing.fileno(), self._job.terminal, inheritable=False)
-        warnings = [refusal_row(row) for row in (*self._plan.refusals, *self._warnings, *self._place.warnings)]
+        warnings = [refusal_row(row) for row in (*self._warnings, *self._place.warnings)]
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
                   'processes': len(self._plan.processes), 'cgroup': self._where(roots[0]), 'warnings': warnings}
         self._channel.send(Running(roots[0], len(self._plan.tasks)))
@@ -326,10 +327,5 @@ def restore(job: Job) -> None:
         raise ImageDamaged(f'{damages[0]}' + (f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''))
     with ImageReader(path) as reader:
         job.channel.phase('plan')
-        world = decide(reader, new_pidns=job.request.new_pidns)
-        plan = make_plan(reader, world, read_numbers(reader, world), own_session=job.terminal >= 0,
-                         child_of_us=job.request.wait)
-        refusals = [row for row in plan.refusals if row.severity == 'refusal']
-        if refusals:
-            raise Refused.because(refusals, 'plan')
-        Restore(job, reader, plan).run()
+        plan, rows = prepare(job, reader)
+        Restore(job, reader, plan, require(rows)).run()
