@@ -34,9 +34,17 @@ def header(tree: Tree, processes: int, clocks: Clocks) -> records.Header:
         os.sysconf('SC_PAGE_SIZE'), os.uname().machine, clocks.monotonic_offset & _U64, clocks.boottime_offset & _U64)
 
 
+def _of_the_machine() -> list[tuple[str, int]]:
+    """Namespaces of the first process: a service that dumps has a mount namespace of its own."""
+    try:
+        return list(read_namespaces(1).items())
+    except (PermissionError, ProcessLookupError):
+        return []
+
+
 def namespaces(root: Task) -> records.Namespaces:
-    own = read_namespaces(os.getpid())
-    return records.Namespaces(tuple(records.Namespace(name, inode, int(own.get(name) == inode))
+    own = {*read_namespaces(os.getpid()).items(), *_of_the_machine()}
+    return records.Namespaces(tuple(records.Namespace(name, inode, int((name, inode) in own))
                                     for name, inode in sorted(read_namespaces(root.tid).items())))
 
 

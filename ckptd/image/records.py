@@ -87,7 +87,8 @@ class Task(Record):
 
 @layout
 class Namespace(Struct):
-    """name: of the link in /proc/PID/ns. own: 1 where it is that of the one who dumped."""
+    """name: of the link in /proc/PID/ns. own: 1 where it is that of the machine's first process,
+    or of the one who dumped."""
     name: str
     inode: U64
     own: U8

@@ -10,7 +10,7 @@ from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.obstacles import obstacles
 from ckptd.engine.restore.plan import Plan, make_plan, read_numbers
 from ckptd.engine.restore.world import decide
-from ckptd.errors import ImageDamaged, Refusal, Refused, errno_name
+from ckptd.errors import CkptError, ImageDamaged, Refusal, Refused, errno_name
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 
@@ -27,13 +27,9 @@ def prepare(job: Job, reader: ImageReader) -> tuple[Plan, list[Refusal]]:
     return plan, list(dict.fromkeys([*rows, *obstacles(reader, plan, request, access)]))
 
 
-def require(rows: Iterable[Refusal]) -> list[Refusal]:
-    """The warnings among them; the error for all refusals where there is one."""
-    rows = list(rows)
-    refusals = [row for row in rows if row.severity == 'refusal']
-    if refusals:
-        raise Refused.restart(refusals, 'plan')
-    return rows
+def refused(rows: Iterable[Refusal]) -> CkptError:
+    """The error for the refusals among these rows."""
+    return Refused.restart([row for row in rows if row.severity == 'refusal'], 'plan')
 
 
 def check_restore(job: Job) -> None:

@@ -31,7 +31,7 @@ from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import Birthplace
 from ckptd.engine.restore.plan import DEAD, Plan
-from ckptd.engine.restore.prepare import prepare, require
+from ckptd.engine.restore.prepare import prepare, refused
 from ckptd.engine.restore.puppet import Puppet, stop
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
@@ -53,13 +53,13 @@ _P_PID = 1
 class Restore:
     """One restart."""
 
-    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: list[Refusal]) -> None:
+    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal]) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
         self._reader, self._plan = reader, plan
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
         self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
         self._above = {child.vpid: process for process in plan.processes for child in process.children}
-        self._warnings = warnings
+        self._warnings = list(warnings)
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
         self._bytes_done = self._bytes_total = 0
 
@@ -328,4 +328,6 @@ def restore(job: Job) -> None:
     with ImageReader(path) as reader:
         job.channel.phase('plan')
         plan, rows = prepare(job, reader)
-        Restore(job, reader, plan, require(rows)).run()
+        if any(row.severity == 'refusal' for row in rows):
+            raise refused(rows)
+        Restore(job, reader, plan, rows).run()

@@ -3,25 +3,19 @@
 
 import mmap
 import os
-import struct
 from collections.abc import Iterator
 
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
 from ckptd.engine.restore.vdso import VdsoPlan
+from ckptd.engine.restore.xstate import own_xstate, shortcoming
 from ckptd.image.records import PAGE, VDSO, GuardRegions, Mm, Registers
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import prctl
-from ckptd.kernel.xstate import own_xstate
 
 ARCHITECTURE = 'x86-64'
 MADV_GUARD_INSTALL = 102            # <linux/mman.h>, since 6.13
 # field of Mm: PR_GET_* of <linux/prctl.h>, the option to set it, since when
 _MM_PRCTLS = {'mdwe': (66, 'PR_SET_MDWE', '6.3'), 'memory_merge': (68, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
-_XCR0, _XCR0_AT = struct.Struct('<Q'), 464      # <asm/user.h>: the components that NT_X86_XSTATE has
-_HEADER_END = 576
-# bits of XCR0, <asm/fpu/types.h>, by the names of /proc/cpuinfo
-_COMPONENTS = {0: 'x87', 1: 'sse', 2: 'avx', 3: 'mpx', 4: 'mpx', 5: 'avx512', 6: 'avx512', 7: 'avx512', 8: 'pt',
-               9: 'pku', 10: 'pasid', 11: 'shstk', 12: 'shstk', 15: 'lbr', 17: 'amx', 18: 'amx', 19: 'apx'}
 
 
 def check(scene: Scene) -> Iterator[Obstacle]:
@@ -50,28 +44,12 @@ def _architecture(scene: Scene) -> Iterator[Obstacle]:
 def _xstate(scene: Scene) -> Iterator[Obstacle]:
     """PTRACE_SETREGSET takes the area in the size of this processor only (arch/x86/kernel/fpu/regset.c,
     xstateregs_set), and a component that XCR0 lacks is a #GP."""
-    own = own_xstate()
     for task in scene.plan.alive:
-        area = scene.reader.get(Registers, task.vpid).xstate
-        lacking = _features_of(area) & ~_features_of(own)
-        if lacking:
-            names = ', '.join(dict.fromkeys(_COMPONENTS.get(bit, f'bit {bit} of XCR0') for bit in _bits(lacking)))
-            reason = f'its registers have what this processor or kernel lacks: {names}'
-        elif len(area) != len(own):
-            reason = f'its extended registers take {len(area)} bytes, those of this processor {len(own)}'
-        else:
-            continue
-        yield Obstacle(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the same features '
-                       f'as where it was dumped (there kernel {scene.reader.manifest.kernel})')
-        return      # of one image, all are alike
-
-
-def _features_of(area: bytes) -> int:
-    return int(_XCR0.unpack_from(area, _XCR0_AT)[0]) if len(area) >= _HEADER_END else 0b11
-
-
-def _bits(mask: int) -> list[int]:
-    return [bit for bit in range(64) if mask >> bit & 1]
+        reason = shortcoming(scene.reader.get(Registers, task.vpid).xstate, own_xstate())
+        if reason:      # of one image, all are alike
+            yield Obstacle(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the features of '
+                           f'the one that it was dumped on (kernel {scene.reader.manifest.kernel})')
+            return
 
 
 def _vdso(scene: Scene) -> Iterator[Obstacle]:

@@ -95,6 +95,8 @@ def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: in
         for one in deleted_obstacles(record.path, scene.looking):
             yield Obstacle(vpid, resource, *one)
         return
+    if not record.mode:
+        return          # it could not be looked at when it was dumped
     found = scene.looking.lstat(record.path)
     words = changes(Identity.of_backing(record), found)
     how = f'{record.path} {" and ".join(words)}'

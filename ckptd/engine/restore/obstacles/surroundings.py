@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator
 
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
-from ckptd.image.records import Namespaces, ProcessState
+from ckptd.image.records import Namespace, Namespaces, ProcessState
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
+from ckptd.kernel.task import boot_id, read_namespaces
 
 # a restart makes these anew, or says so itself (engine/restore/world.py)
 _MADE = frozenset({'pid', 'time'})
@@ -31,7 +32,9 @@ def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
         yield Obstacle(0, f'cgroup {name}', 'ENOENT', str(error.strerror), 'mount cgroup2, or leave out --cgroup')
         return
     if '..' in name.split('/') or not group.exists:
-        yield Obstacle(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
+        # without a systemd, whose they are, it is made for root (engine/restore/place.py)
+        if '..' in name.split('/') or scene.request.systemd or scene.request.caller.uid:
+            yield Obstacle(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
     elif not (scene.looking.may(str(group.path), os.W_OK) and
               scene.looking.may(f'{group.path}/cgroup.procs', os.W_OK)):
         yield Obstacle(0, f'cgroup {name}', 'EACCES', 'the caller may not put processes there', hint)
@@ -49,7 +52,7 @@ def _namespaces(scene: Scene) -> Iterator[Obstacle]:
         for one in record.namespaces:
             name = one.name.removesuffix(_FOR_CHILDREN)
             made = name in _MADE or (name == 'user' and scene.plan.world.user)
-            if one.own or made or name != one.name:
+            if one.own or made or name != one.name or _is_ours(scene, one):
                 continue
             what = f'was in another {name} namespace, and comes back in ours'
             if name in _SHOWN_ONLY:
@@ -58,6 +61,12 @@ def _namespaces(scene: Scene) -> Iterator[Obstacle]:
             else:
                 yield Obstacle(root, f'namespace {name}', 'EOPNOTSUPP', f'was in another {name} namespace, which '
                                'is not made again', 'checkpoint and restore it from inside that namespace (nsenter)')
+
+
+def _is_ours(scene: Scene, namespace: Namespace) -> bool:
+    """On the same boot, the one that we are in."""
+    return (scene.reader.manifest.boot_id == boot_id()
+            and read_namespaces(os.getpid()).get(namespace.name) == namespace.inode)
 
 
 def _terminal(scene: Scene) -> Iterator[Obstacle]:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether this processor has the register state of an image: the components of XSAVE, and where it keeps them."""
+
+import os
+import struct
+import time
+import warnings
+from functools import cache
+
+from ckptd.kernel.ptrace import Tracee
+
+_XCR0_AT, _XSTATE_BV_AT = 464, 512      # <asm/user.h>: sw_usable_bytes; Intel SDM 1, 13.4.2: XSTATE_BV
+_NAMES = {0: 'x87', 1: 'SSE', 2: 'AVX', 5: 'AVX-512', 6: 'AVX-512', 7: 'AVX-512', 9: 'protection keys', 17: 'AMX',
+          18: 'AMX', 19: 'APX'}
+
+
+@cache
+def own_xstate() -> bytes:
+    """The state of a process of ours, as PTRACE_GETREGSET has it of any."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)     # 3.12, of threads; the child only waits
+        pid = os.fork()
+    if pid == 0:
+        while True:
+            time.sleep(1000)        # until it is killed
+    try:
+        with Tracee.seize(pid) as tracee:
+            tracee.stop(time.monotonic() + 10)
+            return tracee.xstate()
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+def shortcoming(xstate: bytes, own: bytes) -> str:
+    """What of this state the processor cannot take; '' if it takes all."""
+    if len(xstate) < _XSTATE_BV_AT + 8 or len(own) < _XSTATE_BV_AT + 8:
+        return '' if len(xstate) == len(own) else 'the register state has another size'
+    theirs, ours = (struct.unpack_from('<Q', area, _XCR0_AT)[0] for area in (xstate, own))
+    missing = theirs & ~ours
+    if missing:
+        names = sorted({_NAMES.get(bit, f'component {bit}') for bit in range(64) if missing >> bit & 1})
+        return f'uses {", ".join(names)}, which this processor does not have'
+    if theirs != ours or len(xstate) != len(own):
+        return 'has its registers laid out as another processor does'
+    return ''
