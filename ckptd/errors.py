@@ -84,10 +84,24 @@ class Refused(CkptError):
     @classmethod
     def because(cls, refusals: Iterable[Refusal], phase: str = '') -> 'CkptError':
         """The error for these refusals: PermissionDenied if any is EPERM, NotFrozen for EBUSY, else Refused."""
+        return cls._of(refusals, phase, {'EPERM': PermissionDenied, 'EBUSY': NotFrozen, 'EAGAIN': TreeChanged})
+
+    @classmethod
+    def restart(cls, refusals: Iterable[Refusal], phase: str = '') -> 'CkptError':
+        """The same for a restart: ImageDamaged for EBADMSG, PermissionDenied for EPERM; Busy if nothing but numbers,
+        files or segments in use (EEXIST, EBUSY) is in the way, else Refused."""
         rows = tuple(refusals)
-        first = next((row for row in rows if row.errno == 'EPERM'), rows[0])
-        kind: type[CkptError] = {'EPERM': PermissionDenied, 'EBUSY': NotFrozen, 'EAGAIN': TreeChanged}.get(
-            first.errno, Refused)
+        kinds: dict[str, type[CkptError]] = {'EBADMSG': ImageDamaged, 'EPERM': PermissionDenied}
+        if all(row.errno in ('EEXIST', 'EBUSY') for row in rows):
+            kinds |= {'EEXIST': Busy, 'EBUSY': Busy}
+        return cls._of(rows, phase, kinds)
+
+    @classmethod
+    def _of(cls, refusals: Iterable[Refusal], phase: str, kinds: 'Mapping[str, type[CkptError]]') -> 'CkptError':
+        rows = tuple(refusals)
+        first = next((row for name in ('EBADMSG', 'EPERM') if name in kinds for row in rows if row.errno == name),
+                     rows[0])
+        kind = kinds.get(first.errno, Refused)
         more = f' (and {len(rows) - 1} more)' if len(rows) > 1 else ''
         return kind(f'{first}{more}', errno=getattr(_errno, first.errno, kind.default_errno), task=first.pid,
                     resource=first.resource, phase=phase, hint=first.hint, refusals=rows)

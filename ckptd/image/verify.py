@@ -2,19 +2,25 @@
 """verify: every damage of an image at once: files, digests, grammar, and what the records say of each other."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ckptd.errors import ImageDamaged
 from ckptd.image.files import digest_file, open_regular
 from ckptd.image.grammar import read_records
-from ckptd.image.manifest import NAME, Manifest, open_image, read_manifest_at
+from ckptd.image.manifest import NAME, Manifest, Part, open_image, read_manifest_at
 from ckptd.image.records import PARTS
 from ckptd.image.references import MAX_DAMAGES, RecordChecker
 
 
 def verify(directory: Path) -> list[str]:
     """One sentence per damage of the image in `directory`; empty for a sound one. At most `MAX_DAMAGES`."""
+    return [*verify_records(directory), *verify_data(directory)][:MAX_DAMAGES]
+
+
+def verify_records(directory: Path) -> list[str]:
+    """All but the digests of the data parts: what there is to know before anything is planned. At most
+    `MAX_DAMAGES`."""
     damages: list[str] = []
     try:
         fd = open_image(directory)
@@ -33,6 +39,28 @@ def verify(directory: Path) -> list[str]:
         # a part that broke off lacks records that others name: those are no damages of their own
         if len(whole) == len(PARTS) and all(whole):
             checker.finish(manifest)
+    finally:
+        os.close(fd)
+    return damages[:MAX_DAMAGES]
+
+
+def verify_data(directory: Path, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+    """The digests of the data parts that have the right size, nearly all the time of `verify`; what `verify_records`
+    tells of is not told again. In a thread: digests are computed without the interpreter's lock.
+
+    on_bytes(n) is called after every n bytes, for progress; what it raises ends this.
+    """
+    damages: list[str] = []
+    try:
+        fd = open_image(directory)
+    except ImageDamaged:
+        return []
+    try:
+        manifest = read_manifest_at(fd)
+        for name in sorted({*manifest.parts} - {*PARTS.values()}):
+            _verify_digest(fd, name, manifest.parts[name], damages, on_bytes)
+    except ImageDamaged:
+        return damages
     finally:
         os.close(fd)
     return damages[:MAX_DAMAGES]
@@ -63,14 +91,26 @@ def _verify_file(directory: int, name: str, manifest: Manifest | None, damages: 
         return None
     try:
         size = os.fstat(fd).st_size
-        if part is not None and size != part.size:
-            damages.append(f'{name} has {size} bytes, not {part.size}')
-        elif part is not None and digest_file(fd)[1] != part.sha256:
+    finally:
+        os.close(fd)
+    if part is not None and size != part.size:
+        damages.append(f'{name} has {size} bytes, not {part.size}')
+    elif part is not None and name in PARTS.values():
+        _verify_digest(directory, name, part, damages)
+    return size
+
+
+def _verify_digest(directory: int, name: str, part: Part, damages: list[str],
+                   on_bytes: Callable[[int], None] | None = None) -> None:
+    try:
+        fd = open_regular(directory, name)
+    except ImageDamaged:
+        return          # told already
+    try:
+        if os.fstat(fd).st_size == part.size and digest_file(fd, on_bytes)[1] != part.sha256:
             damages.append(f'{name}: its digest does not fit its content')
-        return size
     except OSError as error:
         damages.append(f'{name} cannot be read: {error.strerror}')
-        return None
     finally:
         os.close(fd)
 

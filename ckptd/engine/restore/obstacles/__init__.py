@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What stands in the way of a restart: all of it at once, before there is any process, and nothing is changed.
+
+    machine     architecture, page size, xstate, vdso, features of the kernel
+    objects     open files, mapped files, directories, System V segments
+    rights      what the caller may not have, and what we cannot give: ids, capabilities
+    resources   limits, scheduling, memory locks that take a privilege
+    room        memory, numbers of tasks
+    surroundings    cgroup, namespaces, terminal
+
+That numbers are taken, and that a tree cannot be made at all, is said by the plan itself.
+"""
+
+from ckptd.engine.messages import JobRequest
+from ckptd.engine.restore.files import Access
+from ckptd.engine.restore.obstacles import machine, objects, resources, rights, room, surroundings
+from ckptd.engine.restore.obstacles.scene import Scene, rows
+from ckptd.engine.restore.plan import Plan
+from ckptd.errors import Refusal
+from ckptd.image.reader import ImageReader
+
+CHECKS = (machine.check, objects.check, rights.check, resources.check, room.check, surroundings.check)
+
+
+def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: Access) -> list[Refusal]:
+    """Every refusal and warning, by check. pid: as a vpid, 0 for the tree as a whole. ImageDamaged."""
+    scene = Scene(reader, plan, request, access)
+    return rows(scene, [row for check in CHECKS for row in check(scene)])

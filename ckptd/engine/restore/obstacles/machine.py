@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether this machine and its kernel can run what the image has: architecture, xstate, vdso, features."""
+
+import mmap
+import os
+from collections.abc import Iterator
+
+from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
+from ckptd.engine.restore.vdso import VdsoPlan
+from ckptd.engine.restore.xstate import own_xstate, shortcoming
+from ckptd.image.records import PAGE, VDSO, GuardRegions, Mm, Registers
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.creds import prctl
+
+ARCHITECTURE = 'x86-64'
+MADV_GUARD_INSTALL = 102            # <linux/mman.h>, since 6.13
+# field of Mm: PR_GET_* of <linux/prctl.h>, the option to set it, since when
+_MM_PRCTLS = {'mdwe': (66, 'PR_SET_MDWE', '6.3'), 'memory_merge': (68, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
+
+
+def check(scene: Scene) -> Iterator[Obstacle]:
+    other = list(_architecture(scene))
+    yield from other
+    if not other:       # of another machine nothing else means anything
+        yield from _xstate(scene)
+        yield from _vdso(scene)
+        yield from _features(scene)
+
+
+def _architecture(scene: Scene) -> Iterator[Obstacle]:
+    header, hint = scene.reader.header, 'restore it on a machine like the one that it was made on'
+    machines = {one.machine for one in scene.reader.every(Registers)} - {arch.EM}
+    if scene.reader.manifest.architecture != ARCHITECTURE or header.machine != os.uname().machine:
+        yield Obstacle(0, 'architecture', 'EOPNOTSUPP', f'the image is of a machine {header.machine} '
+                       f'({scene.reader.manifest.architecture}), this one is {os.uname().machine}', hint)
+    elif machines:
+        yield Obstacle(0, 'architecture', 'EOPNOTSUPP', f'the image has registers of ELF machine {min(machines)}, not '
+                       f'{arch.EM}', hint)
+    if header.page_size != os.sysconf('SC_PAGE_SIZE') or header.page_size != PAGE:
+        yield Obstacle(0, 'page size', 'EOPNOTSUPP', f'the image has pages of {header.page_size} bytes, this kernel of '
+                       f'{os.sysconf("SC_PAGE_SIZE")}', hint)
+
+
+def _xstate(scene: Scene) -> Iterator[Obstacle]:
+    """PTRACE_SETREGSET takes the area in the size of this processor only (arch/x86/kernel/fpu/regset.c,
+    xstateregs_set), and a component that XCR0 lacks is a #GP."""
+    for task in scene.plan.alive:
+        reason = shortcoming(scene.reader.get(Registers, task.vpid).xstate, own_xstate())
+        if reason:      # of one image, all are alike
+            yield Obstacle(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the features of '
+                           f'the one that it was dumped on (kernel {scene.reader.manifest.kernel})')
+            return
+
+
+def _vdso(scene: Scene) -> Iterator[Obstacle]:
+    """On another kernel its functions become jumps: who stands inside one would go on in the middle of a jump."""
+    reader, plan = scene.reader, VdsoPlan(0)
+    for mm_id, user in scene.plan.users('mm_id').items():
+        memory = reader.memory(mm_id)
+        if not plan.is_bridged(reader, memory):
+            continue
+        kernel = reader.manifest.kernel
+        yield Obstacle(user, 'vdso', 'ENOSYS', f'its vdso is that of kernel {kernel}: calls of it go to the one of '
+                       'this kernel', 'nothing is lost but the time of a jump', 'warning')
+        [text] = [vma for vma in memory.vmas if vma.kind == VDSO][:1]
+        for task in scene.plan.alive:
+            registers = arch.user_regs_struct.from_buffer_copy(reader.get(Registers, task.vpid).gpr)
+            if task.record.mm_id == mm_id and text.start <= registers.rip < text.end:
+                yield Obstacle(task.vpid, 'vdso', 'EOPNOTSUPP', 'stands inside a function of the vdso, which another '
+                               'kernel does not have', f'boot kernel {kernel} again, or checkpoint at another moment')
+
+
+def _features(scene: Scene) -> Iterator[Obstacle]:
+    reader, users = scene.reader, scene.plan.users('mm_id')
+    guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
+    if guarded and not _has_guard_regions():
+        yield _lacking(users.get(guarded, 0), 'guard regions (madvise MADV_GUARD_INSTALL)', '6.13')
+    for field, (option, name, since) in _MM_PRCTLS.items():
+        using = next((mm.mm_id for mm in reader.every(Mm) if getattr(mm, field)), 0)
+        if using and not _has_prctl(option):
+            yield _lacking(users.get(using, 0), f'prctl {name}', since)
+
+
+def _lacking(vpid: int, what: str, since: str) -> Obstacle:
+    return Obstacle(vpid, 'kernel', 'ENOSYS', f'uses {what}, which this kernel lacks',
+                    f'boot a kernel {since} or newer')
+
+
+def _has_guard_regions() -> bool:
+    with mmap.mmap(-1, PAGE) as page:
+        try:
+            page.madvise(MADV_GUARD_INSTALL)
+        except OSError:
+            return False
+    return True
+
+
+def _has_prctl(option: int) -> bool:
+    try:
+        prctl(option)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files and other objects with a name outside the tree: there, unchanged, and the caller may open them."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+
+from ckptd.engine.restore.files import decode
+from ckptd.engine.restore.objects import may_write
+from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
+from ckptd.errors import ImageDamaged, errno_name
+from ckptd.image.identity import Identity, changes
+from ckptd.image.records import (
+    FILE_PRIVATE,
+    FILE_SHARED,
+    SHARED_MEMORY,
+    SYSV,
+    Backing,
+    FdTable,
+    Fs,
+    Mm,
+    OpenFile,
+    SharedMemory,
+    Vma,
+)
+from ckptd.kernel.creds import CAP_SYS_CHROOT
+from ckptd.kernel.procfs import read_file
+from ckptd.kernel.shm import shmctl_stat
+from ckptd.kernel.stat import read_stat
+from ckptd.kinds.deleted import deleted_obstacles
+
+_NEXT_ID = '/proc/sys/kernel/shm_next_id'
+
+
+def check(scene: Scene) -> list[Obstacle]:
+    return once([*_open_files(scene), *_mapped_files(scene), *_directories(scene), *_segments(scene)])
+
+
+# ---------------------------------------------------------------- open files
+
+def _open_files(scene: Scene) -> Iterator[Obstacle]:
+    holders = _holders(scene)
+    for saved in scene.reader.every(OpenFile):
+        vpid, fd = holders.get(saved.file_id, (0, -1))
+        resource = f'fd {fd}' if vpid else 'file'
+        try:
+            kind, record = decode(saved)
+            found = kind.obstacles(record, saved, scene.looking)
+        except ImageDamaged as error:
+            yield Obstacle(vpid, resource, errno_name(error.errno), error.message, error.hint)
+        except OSError as error:
+            yield Obstacle(vpid, resource, errno_name(error.errno or errno.EIO),
+                           f'{saved.link} cannot be looked at: {error.strerror}', 'see whether its file system answers')
+        else:
+            for one in found:
+                yield Obstacle(vpid, resource, *one)
+
+
+def _holders(scene: Scene) -> dict[int, tuple[int, int]]:
+    """(vpid, fd) that first lead to each description."""
+    found: dict[int, tuple[int, int]] = {}
+    for files_id, vpid in scene.plan.users('files_id').items():
+        for fd in scene.reader.get(FdTable, files_id).fds:
+            found.setdefault(fd.file_id, (vpid, fd.fd))
+    return found
+
+
+# ---------------------------------------------------------------- mapped files
+
+def _mapped_files(scene: Scene) -> Iterator[Obstacle]:
+    """By their first user; what access each needs: os.R_OK ..."""
+    users = scene.plan.users('mm_id')
+    first: dict[int, tuple[int, str]] = {}
+    access: dict[int, int] = {}
+    for vma in scene.reader.every(Vma):
+        if vma.kind in (FILE_PRIVATE, FILE_SHARED) and vma.mm_id in users:
+            first.setdefault(vma.object, (users[vma.mm_id], f'vma {vma.start:x}-{vma.end:x}'))
+            wanted = os.R_OK | (os.W_OK if vma.kind == FILE_SHARED and may_write(vma) else 0)
+            access[vma.object] = access.get(vma.object, 0) | wanted
+    for mm in scene.reader.every(Mm):
+        if mm.mm_id in users and mm.exe:
+            first.setdefault(mm.exe, (users[mm.mm_id], 'exe'))
+            # PR_SET_MM_EXE_FILE asks for the right to execute (kernel/sys.c, prctl_set_mm_exe_file)
+            access[mm.exe] = access.get(mm.exe, 0) | os.R_OK | os.X_OK
+    opened = {saved.link for saved in scene.reader.every(OpenFile)}
+    for number, (vpid, resource) in first.items():
+        yield from _backing(scene, scene.reader.get(Backing, number), vpid, resource, access[number], opened)
+
+
+def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
+             ) -> Iterator[Obstacle]:
+    if record.deleted:
+        for one in deleted_obstacles(record.path, scene.looking):
+            yield Obstacle(vpid, resource, *one)
+        return
+    if not record.mode:
+        return          # it could not be looked at when it was dumped
+    found = scene.looking.lstat(record.path)
+    words = changes(Identity.of_backing(record), found)
+    how = f'{record.path} {" and ".join(words)}'
+    if found is None:
+        yield Obstacle(vpid, resource, 'ENOENT', how, 'put the file back where it was')
+    elif stat.S_IFMT(found.st_mode) != stat.S_IFMT(record.mode):
+        yield Obstacle(vpid, resource, 'ESTALE', how, 'put the file back')
+    elif not scene.looking.may(record.path, access):
+        yield Obstacle(vpid, resource, 'EACCES', f'{record.path} may not be {_verbs(access)}',
+                       'run as its owner, or as root')
+    elif words and scene.looking.changed_files == 'accept':
+        yield Obstacle(vpid, resource, 'ESTALE', how, 'the tree finds it as it is now', 'warning')
+    elif words and not (scene.looking.changed_files == 'rollback' and record.path in opened):
+        # of a file that is open too, its kind says whether it can be put back
+        yield Obstacle(vpid, resource, 'ESTALE', how, 'put the very file back (of a package: the same version); '
+                       '--changed-files=accept goes on with what is there, at the risk of a crash')
+
+
+def _verbs(access: int) -> str:
+    names = {os.R_OK: 'read', os.W_OK: 'written', os.X_OK: 'executed'}
+    return ' and '.join(name for bit, name in names.items() if access & bit)
+
+
+# ---------------------------------------------------------------- directories
+
+def _directories(scene: Scene) -> Iterator[Obstacle]:
+    for fs_id, vpid in scene.plan.users('fs_id').items():
+        record = scene.reader.get(Fs, fs_id)
+        yield from _directory(scene, vpid, 'cwd', 'working directory', record.cwd)
+        if record.root != '/':
+            yield from _directory(scene, vpid, 'root', 'root directory', record.root)
+            # who may set up what a program finds in /etc may be anybody to it
+            if (scene.request.caller.uid and not scene.plan.world.user) or not scene.may_here(CAP_SYS_CHROOT):
+                yield Obstacle(vpid, 'root', 'EPERM', f'its root directory is {record.root}, and the caller may not '
+                               'change that of a process', 'restore it as root')
+
+
+def _directory(scene: Scene, vpid: int, resource: str, what: str, path: str) -> Iterator[Obstacle]:
+    try:
+        os.close(scene.looking.open(path, os.O_PATH | os.O_DIRECTORY))
+    except (OSError, ValueError) as error:
+        number = (error.errno if isinstance(error, OSError) else None) or errno.ENOENT
+        yield Obstacle(vpid, resource, errno_name(number), f'its {what} {path} cannot be had: {os.strerror(number)}',
+                       'make that directory again')
+        return
+    if not scene.looking.may(path, os.X_OK):
+        yield Obstacle(vpid, resource, 'EACCES', f'its {what} {path} may not be entered',
+                       'give the caller the right to it (chmod), or restore as root')
+
+
+# ---------------------------------------------------------------- System V segments
+
+def _segments(scene: Scene) -> Iterator[Obstacle]:
+    users = scene.plan.users('mm_id')
+    first: dict[int, int] = {}
+    for vma in scene.reader.every(Vma):
+        if vma.kind == SHARED_MEMORY and vma.mm_id in users:
+            first.setdefault(vma.object, users[vma.mm_id])
+    for record in scene.reader.every(SharedMemory):
+        if record.kind == SYSV and record.shm_id in first:
+            yield from _segment(record, first[record.shm_id])
+
+
+def _segment(record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
+    """One that is still there and used by nobody is taken again, see Objects; else its id and key must be free."""
+    resource = f'shmid {record.shmid}'
+    try:
+        found = shmctl_stat(record.shmid)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EIDRM):
+            yield Obstacle(vpid, resource, errno_name(error.errno or errno.EIO), 'its System V segment belongs to '
+                           f'somebody else now: {error.strerror}', 'remove that one (ipcrm -m), or restore as root')
+            return
+    else:
+        if (found.key, found.size) != (record.key, record.size) or found.attached:
+            yield Obstacle(vpid, resource, 'EBUSY', f'its System V segment is in use: attached {found.attached} times, '
+                           f'last by {_name(found.last)}', 'ipcs -m -p shows by whom; ipcrm -m removes it')
+        return
+    if other := _by_key(record.key):
+        yield Obstacle(vpid, resource, 'EEXIST', f'the key {record.key:#x} of its System V segment is that of segment '
+                       f'{other} now', f'ipcrm -m {other} removes it')
+    if not os.access(_NEXT_ID, os.W_OK, effective_ids=True):
+        yield Obstacle(vpid, resource, 'EPERM', 'a System V segment with its old id cannot be made',
+                       'restore it as root, or keep the segment (ipcs -m)')
+
+
+def _by_key(key: int) -> int:
+    """The shmid that a key leads to; 0 where there is none (a shmid of 0 has never been free for long)."""
+    if key:
+        for line in read_file('/proc/sysvipc/shm').splitlines()[1:]:
+            found, shmid = line.split(None, 2)[:2]
+            if int(found) & 0xFFFFFFFF == key:
+                return int(shmid)
+    return 0
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return f'{read_stat(pid).comm}[{pid}]'
+    return f'process {pid}, which is gone'

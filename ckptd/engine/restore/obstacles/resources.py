@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What takes a privilege of ours to be set again: hard limits, oom_score_adj, scheduling, locked memory."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+
+from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
+from ckptd.image.records import Limits, ProcessState, Scheduling, Vma
+from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE
+from ckptd.kernel.procfs import read_file
+from ckptd.kernel.task import read_oom_score_adj
+
+CAP_IPC_LOCK = 14           # <linux/capability.h>
+# <asm-generic/resource.h>, by number
+LIMITS = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'MEMLOCK', 'AS', 'LOCKS', 'SIGPENDING',
+          'MSGQUEUE', 'NICE', 'RTPRIO', 'RTTIME')
+_NOFILE, _MEMLOCK, _NICE, _RTPRIO = 7, 8, 13, 14
+_INFINITY = (1 << 64) - 1
+# <linux/sched.h>
+SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK = 6, 1
+_REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
+_IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 13, 1       # <linux/ioprio.h>
+_RESOURCE = 'run ckptd with CAP_SYS_RESOURCE, or with limits as high (ulimit -H, systemd: Limit{}=)'
+_NICE_HINT = 'run ckptd with CAP_SYS_NICE'
+
+
+def check(scene: Scene) -> Iterator[Obstacle]:
+    for vpid in scene.leaders:
+        yield from _limits(scene, vpid)
+        yield from _oom(scene, vpid)
+        yield from _locked(scene, vpid)
+    for process in scene.plan.processes:
+        yield from once(row for task in process.alive for row in _scheduling(scene, task.vpid, process.vpid))
+
+
+def _limits(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+    for number, limit in enumerate(scene.reader.get(Limits, vpid).limits[:len(LIMITS)]):
+        name, hard = LIMITS[number], _unsigned(resource.getrlimit(number)[1])
+        if limit.hard > hard and not scene.may(CAP_SYS_RESOURCE):
+            yield Obstacle(vpid, f'RLIMIT_{name}', 'EPERM', f'its hard limit RLIMIT_{name} is {_amount(limit.hard)}, '
+                           f'ours {_amount(hard)}', _RESOURCE.format(name))
+        if number == _NOFILE and limit.hard > (most := _number('/proc/sys/fs/nr_open')):
+            # kernel/sys.c, do_prlimit
+            yield Obstacle(vpid, 'RLIMIT_NOFILE', 'EPERM', f'its hard limit RLIMIT_NOFILE is {_amount(limit.hard)}, '
+                           f'and this machine has at most {most}', 'raise the sysctl fs.nr_open')
+
+
+def _unsigned(value: int) -> int:
+    return _INFINITY if value == resource.RLIM_INFINITY else value
+
+
+def _amount(value: int) -> str:
+    return 'unlimited' if value == _INFINITY else f'{value:,}'
+
+
+def _number(path: str) -> int:
+    return int(read_file(path))
+
+
+def _oom(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+    wanted, own = scene.reader.get(ProcessState, vpid).oom_score_adj - 1000, read_oom_score_adj(os.getpid())
+    if wanted < own and not scene.may(CAP_SYS_RESOURCE) and not _can_lower_oom_score_adj(wanted):
+        yield Obstacle(vpid, 'oom_score_adj', 'EACCES', f'its oom_score_adj is {wanted}, ours {own}, and lowering it '
+                       'takes a privilege', 'run ckptd with CAP_SYS_RESOURCE (systemd: OOMScoreAdjust=)')
+
+
+def _can_lower_oom_score_adj(value: int) -> bool:
+    """Down to what it was last set to with the right to do so, which is nowhere to be read (fs/proc/base.c,
+    oom_score_adj_min): so a child tries."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        with suppress(OSError):
+            fd = os.open('/proc/self/oom_score_adj', os.O_WRONLY)
+            os.write(fd, str(value).encode())
+            status = 0
+        os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _locked(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+    mm_id = next(task.record.mm_id for task in scene.plan.alive if task.vtgid == vpid)
+    locked = sum(vma.end - vma.start for vma in scene.reader.every(Vma) if vma.mm_id == mm_id and vma.locked)
+    limit = scene.reader.get(Limits, vpid).limits[_MEMLOCK].soft
+    if locked > limit and not scene.may(CAP_IPC_LOCK):
+        yield Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may lock {limit:,}',
+                       'run ckptd with CAP_IPC_LOCK')
+
+
+# ---------------------------------------------------------------- scheduling
+
+def _scheduling(scene: Scene, vpid: int, leader: int) -> Iterator[Obstacle]:
+    record = scene.reader.get(Scheduling, vpid)
+    if not scene.may(CAP_SYS_NICE):
+        limits = scene.reader.get(Limits, leader).limits
+        for what in _privileged(record, limits[_NICE].soft, limits[_RTPRIO].soft):
+            yield Obstacle(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _NICE_HINT)
+        if record.ioprio >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT and not scene.may(CAP_SYS_ADMIN):
+            yield Obstacle(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which takes a privilege',
+                           _NICE_HINT)
+    allowed = {cpu for cpu in range(len(record.affinity) * 8) if record.affinity[cpu // 8] >> cpu % 8 & 1}
+    if missing := sorted(allowed - os.sched_getaffinity(0)):
+        yield Obstacle(vpid, 'processors', 'EINVAL', f'ran on processors {_ranges(missing)} too, which are not there '
+                       'or not ours', 'it runs on the others', 'warning')
+
+
+def _privileged(record: Scheduling, rlimit_nice: int, rlimit_rtprio: int) -> Iterator[str]:
+    """As kernel/sched/syscalls.c decides, user_check_sched_setscheduler() and can_nice(); the limits are those of the
+    task itself, which it has by then."""
+    nice, here, policy = record.nice - 20, os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
+    if record.policy == SCHED_DEADLINE:
+        yield 'its policy is SCHED_DEADLINE'
+    elif record.policy in _REAL_TIME:
+        other = record.policy != policy & ~os.SCHED_RESET_ON_FORK
+        if (other and not rlimit_rtprio) or record.priority > rlimit_rtprio:
+            yield f'has real-time priority {record.priority}'
+    if nice < here and 20 - nice > rlimit_nice:
+        yield f'its nice value is {nice}, ours {here}'
+    if policy & os.SCHED_RESET_ON_FORK and not record.flags & SCHED_FLAG_RESET_ON_FORK:
+        yield 'has no SCHED_RESET_ON_FORK, as ckptd has'
+
+
+def _ranges(numbers: list[int]) -> str:
+    """'2-5, 9'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ', '.join('-'.join(map(str, run)) for run in runs)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Ids and capabilities: what the caller may not have, and what we cannot give.
+
+A caller other than root gets back what is all his: his uid, groups that he is in, capabilities that he has. In a user
+namespace of its own (an ordinary user without a service) a tree has one uid and one gid, and no others can be set.
+"""
+
+import os
+from collections.abc import Iterator
+
+from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
+from ckptd.image.records import Credentials
+from ckptd.kernel.creds import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
+
+# <linux/capability.h>, in its order
+NAMES = ('chown', 'dac_override', 'dac_read_search', 'fowner', 'fsetid', 'kill', 'setgid', 'setuid', 'setpcap',
+         'linux_immutable', 'net_bind_service', 'net_broadcast', 'net_admin', 'net_raw', 'ipc_lock', 'ipc_owner',
+         'sys_module', 'sys_rawio', 'sys_chroot', 'sys_ptrace', 'sys_pacct', 'sys_admin', 'sys_boot', 'sys_nice',
+         'sys_resource', 'sys_time', 'sys_tty_config', 'mknod', 'lease', 'audit_write', 'audit_control', 'setfcap',
+         'mac_override', 'mac_admin', 'syslog', 'wake_alarm', 'block_suspend', 'audit_read', 'perfmon', 'bpf',
+         'checkpoint_restore')
+_ROOT = 'restore it as root'
+_SETS = ('inheritable', 'permitted', 'effective', 'bounding', 'ambient')
+
+
+def check(scene: Scene) -> Iterator[Obstacle]:
+    caller, manifest = scene.request.caller, scene.reader.manifest
+    if caller.uid and manifest.owner_uid != caller.uid:
+        yield Obstacle(0, 'image', 'EPERM', f'the image was made for uid {manifest.owner_uid}, the caller is uid '
+                       f'{caller.uid}', 'restore it as that user, or as root')
+    yield from _ours(scene)
+    for process in scene.plan.processes:
+        found: list[Obstacle] = []
+        for task in process.alive:
+            record = scene.reader.get(Credentials, task.vpid)
+            found += [*_ids(scene, record), *_capabilities(scene, record)]
+        yield from once(found)
+
+
+def capability_names(mask: int) -> str:
+    """'CAP_SYS_NICE, CAP_SYS_TIME'."""
+    return ', '.join(f'CAP_{NAMES[bit].upper()}' if bit < len(NAMES) else f'capability {bit}'
+                     for bit in range(64) if mask >> bit & 1)
+
+
+def _ours(scene: Scene) -> Iterator[Obstacle]:
+    """What setting any credentials takes."""
+    if scene.plan.world.user:
+        return
+    uids = {uid for record in scene.reader.every(Credentials) for uid in record.uids}
+    needed = 1 << CAP_SETGID | 1 << CAP_SETPCAP | (1 << CAP_SETUID if uids - {os.geteuid()} else 0)
+    lacking = needed & ~scene.own.cap_eff
+    if lacking:
+        yield Obstacle(0, 'credentials', 'EPERM', f'ckptd lacks {capability_names(lacking)}', 'run ckptd as root')
+
+
+def _ids(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
+    caller, vpid = scene.request.caller, record.vpid
+    if scene.plan.world.user:
+        yield from _ids_in_namespace(record)
+    elif caller.uid:
+        groups = {caller.gid, *caller.groups}
+        if strangers := sorted(set(record.uids) - {caller.uid}):
+            yield Obstacle(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, the caller is uid {caller.uid}',
+                           _ROOT)
+        if strangers := sorted({*record.gids, *record.groups} - groups):
+            yield Obstacle(vpid, 'gid', 'EPERM', f'is in group {_list(strangers)}, the caller is not', _ROOT)
+
+
+def _ids_in_namespace(record: Credentials) -> Iterator[Obstacle]:
+    uid, gid, groups = os.geteuid(), os.getegid(), set(os.getgroups())
+    why = 'and a user namespace made without privilege has no other'
+    if strangers := sorted(set(record.uids) - {uid}):
+        yield Obstacle(record.vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}; we are uid {uid}, {why}', _ROOT)
+    if strangers := sorted(set(record.gids) - {gid}):
+        yield Obstacle(record.vpid, 'gid', 'EPERM', f'runs as gid {_list(strangers)}; we are gid {gid}, {why}', _ROOT)
+    if set(record.groups) - {gid} != groups - {gid}:
+        yield Obstacle(record.vpid, 'groups', 'EPERM', f'is in the groups {_list(record.groups)}, we are in those of '
+                       f'{_list(sorted(groups))}, and setgroups(2) is denied', 'restore it in a session that has the '
+                       'same groups (newgrp, sg), or as root')
+
+
+def _list(numbers: 'list[int] | tuple[int, ...]') -> str:
+    return ', '.join(map(str, numbers)) or 'none'
+
+
+def _capabilities(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
+    vpid, user = record.vpid, scene.plan.world.user
+    sets = dict(zip(_SETS, record.capabilities, strict=True))
+    held = sets['permitted'] | sets['effective'] | sets['ambient'] | sets['inheritable']
+    if user:
+        if held:
+            yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, which would count in a user '
+                           'namespace of its own only', _ROOT)
+        return
+    allowed = _of_caller(scene)
+    if held & ~allowed:
+        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held & ~allowed)}, the caller has not',
+                       _ROOT)
+    elif beyond := held & ~scene.own.cap_prm:
+        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)}, ckptd has not',
+                       'run ckptd with these capabilities')
+    if beyond := sets['bounding'] & ~scene.own.cap_bnd:
+        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, ckptd has '
+                       'not, and what that set lacks never comes back', 'run ckptd with these capabilities '
+                       '(CapabilityBoundingSet=)')
+
+
+def _of_caller(scene: Scene) -> int:
+    caller = scene.request.caller
+    if caller.capabilities >= 0:
+        return caller.capabilities
+    return 0 if caller.uid else (1 << 64) - 1       # unknown: all for root, nothing for anybody else

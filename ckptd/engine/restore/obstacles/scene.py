@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every check of a restart looks at, and the rows that they make."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from ckptd.engine.messages import JobRequest
+from ckptd.engine.restore.files import Access
+from ckptd.engine.restore.plan import Plan
+from ckptd.errors import Refusal
+from ckptd.image.reader import ImageReader
+from ckptd.kernel.status import Status, read_status
+from ckptd.kernel.task import read_cgroup2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """request: who asks, and for what. looking: the files of this machine, by the caller's rights. own: our own
+    process, which every restored task is a descendant of; `may` by its effective capabilities."""
+    reader: ImageReader
+    plan: Plan
+    request: JobRequest
+    looking: Access
+    own: Status = field(default_factory=lambda: read_status(os.getpid()))
+
+    def may(self, capability: int) -> bool:
+        """Whether we have this capability, which counts for the machine as a whole."""
+        return bool(self.own.cap_eff >> capability & 1)
+
+    def may_here(self, capability: int) -> bool:
+        """The same where the user namespace that the tree is born into is enough: it has them all in a new one."""
+        return self.plan.world.user or self.may(capability)
+
+    @cached_property
+    def home(self) -> str:
+        """The cgroup that the tree is going to be in: as asked for, else as it was, else ours; '' for none."""
+        return self.request.cgroup or self.plan.processes[0].leader.record.cgroup or read_cgroup2(os.getpid())
+
+    @cached_property
+    def leaders(self) -> list[int]:
+        """vpids of the processes that live."""
+        return [process.vpid for process in self.plan.processes if process.alive]
+
+
+class Obstacle(NamedTuple):
+    """A row before the name of its task is known. vpid: 0 for the tree as a whole."""
+    vpid: int
+    resource: str
+    errno: str
+    reason: str
+    hint: str
+    severity: Literal['refusal', 'warning'] = 'refusal'
+
+    @property
+    def said(self) -> tuple[str, str, str, str]:
+        """What it says, whoever it says it of."""
+        return self.errno, self.reason, self.hint, self.severity
+
+
+def once(obstacles: Iterable[Obstacle]) -> list[Obstacle]:
+    """The first of those that say the same: one file that is missing is open at many places."""
+    found: dict[tuple[str, str, str, str], Obstacle] = {}
+    for one in obstacles:
+        found.setdefault(one.said, one)
+    return list(found.values())
+
+
+def rows(scene: Scene, obstacles: Iterable[Obstacle]) -> list[Refusal]:
+    """As everybody else gets to see them; the names of tasks are those of the image."""
+    names = {task.vpid: task.record.comm for task in scene.reader.tasks}
+    return [Refusal(one.vpid, names.get(one.vpid, ''), one.resource, one.errno, one.reason, one.hint, one.severity)
+            for one in dict.fromkeys(obstacles)]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is around a tree: the cgroup that it was asked into, namespaces, the terminal that controls it."""
+
+import os
+from collections.abc import Iterator
+
+from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
+from ckptd.image.records import Namespace, Namespaces, ProcessState
+from ckptd.kernel.cgroup import Cgroup
+from ckptd.kernel.procfs import read_file
+from ckptd.kernel.task import boot_id, read_namespaces
+
+# a restart makes these anew, or says so itself (engine/restore/world.py)
+_MADE = frozenset({'pid', 'time'})
+# what depends on them shows them at most
+_SHOWN_ONLY = frozenset({'uts', 'cgroup'})
+_FOR_CHILDREN = '_for_children'
+
+
+def check(scene: Scene) -> Iterator[Obstacle]:
+    if scene.request.cgroup:
+        yield from _cgroup(scene, scene.request.cgroup)
+    yield from _namespaces(scene)
+    yield from _terminal(scene)
+
+
+def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
+    hint = 'name a cgroup that is there and that the caller may write, with --cgroup'
+    try:
+        group = Cgroup.named(name)
+    except FileNotFoundError as error:
+        yield Obstacle(0, f'cgroup {name}', 'ENOENT', str(error.strerror), 'mount cgroup2, or leave out --cgroup')
+        return
+    if '..' in name.split('/') or not group.exists:
+        # without a systemd, whose they are, it is made for root (engine/restore/place.py)
+        if '..' in name.split('/') or scene.request.systemd or scene.request.caller.uid:
+            yield Obstacle(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
+    elif not (scene.looking.may(str(group.path), os.W_OK) and
+              scene.looking.may(f'{group.path}/cgroup.procs', os.W_OK)):
+        yield Obstacle(0, f'cgroup {name}', 'EACCES', 'the caller may not put processes there', hint)
+    elif group.type not in ('domain', 'domain threaded'):
+        yield Obstacle(0, f'cgroup {name}', 'EOPNOTSUPP', f'it is of type "{group.type}" and takes no processes', hint)
+    elif group.parent is not None and read_file(f'{group.path}/cgroup.subtree_control').strip():
+        # "no internal process constraint", Documentation/admin-guide/cgroup-v2.rst
+        yield Obstacle(0, f'cgroup {name}', 'EBUSY', 'it hands controllers to the cgroups below it, and takes no '
+                       'processes itself', 'name one below it')
+
+
+def _namespaces(scene: Scene) -> Iterator[Obstacle]:
+    root = scene.plan.processes[0].vpid
+    for record in scene.reader.every(Namespaces):
+        for one in record.namespaces:
+            name = one.name.removesuffix(_FOR_CHILDREN)
+            made = name in _MADE or (name == 'user' and scene.plan.world.user)
+            if one.own or made or name != one.name or _is_ours(scene, one):
+                continue
+            what = f'was in another {name} namespace, and comes back in ours'
+            if name in _SHOWN_ONLY:
+                yield Obstacle(root, f'namespace {name}', 'EOPNOTSUPP', what, 'start the restore inside a like one',
+                               'warning')
+            else:
+                yield Obstacle(root, f'namespace {name}', 'EOPNOTSUPP', f'was in another {name} namespace, which '
+                               'is not made again', 'checkpoint and restore it from inside that namespace (nsenter)')
+
+
+def _is_ours(scene: Scene, namespace: Namespace) -> bool:
+    """On the same boot, the one that we are in."""
+    return (scene.reader.manifest.boot_id == boot_id()
+            and read_namespaces(os.getpid()).get(namespace.name) == namespace.inode)
+
+
+def _terminal(scene: Scene) -> Iterator[Obstacle]:
+    if scene.looking.terminal:
+        return
+    first = next((vpid for vpid in scene.leaders if scene.reader.get(ProcessState, vpid).tty), 0)
+    if first:
+        yield Obstacle(first, 'terminal', 'ENOTTY', 'had a controlling terminal, and comes back without one',
+                       'restore with --wait in a terminal', 'warning')
