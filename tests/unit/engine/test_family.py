@@ -28,17 +28,17 @@ class Machine:
     group: dict[int, int] = field(default_factory=lambda: {SEED: 1})
     subreapers: set[int] = field(default_factory=set)
     dead: set[int] = field(default_factory=set)
+    process: dict[int, int] = field(default_factory=dict)       # of a thread
 
     def take(self, step: Step) -> None:
         match step:
             case Spawn(vpid, maker, flags, _) if flags & CLONE_THREAD:
-                assert maker in self.parent
-                self.parent[vpid] = maker
-                self.session[vpid], self.group[vpid] = self.session[maker], self.group[maker]
+                assert maker in self.parent or maker in self.process
+                self.process[vpid] = maker
             case Spawn(vpid, maker, flags, _):
-                vpid = vpid or -1
+                vpid, of = vpid or -1, self.process.get(maker, maker)
                 self.parent[vpid] = self.parent[maker] if flags & CLONE_PARENT else maker
-                self.session[vpid], self.group[vpid] = self.session[maker], self.group[maker]
+                self.session[vpid], self.group[vpid] = self.session[of], self.group[of]
             case NewSession(vpid):
                 assert self.group[vpid] != vpid, 'a group leader cannot begin a session'
                 self.session[vpid] = self.group[vpid] = vpid
