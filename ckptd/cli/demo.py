@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptctl demo: a real tree, checkpointed while it counts, and every look at its image that ckptctl has."""
+"""ckptctl demo: a real tree, checkpointed while it counts and killed; every look at its image that ckptctl has; and the
+tree again, counting on."""
 
 import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -56,14 +58,14 @@ class Demo:
         self.out.line('nothing: it can be checkpointed', 'green')
 
     async def checkpoint(self) -> str:
-        self.title('Checkpoint: freeze, scan, check, write, let go', f'ckptctl checkpoint {self.pid}')
-        before = demo_tree.read_counters(self.directory)
-        order = Order('Checkpoint', self.target, {'freeze': self.freeze, 'after': 'resume'})
+        self.title('Checkpoint: freeze, scan, check, write; and kill', f'ckptctl checkpoint {self.pid} --kill')
+        order = Order('Checkpoint', self.target, {'freeze': self.freeze, 'after': 'kill'})
         with self._progress() as progress:
             result = await run_job(self.daemon, order, progress)
-        self.facts |= {**result, 'counters_before': before}
+        self.facts |= {**result, 'counters_before': demo_tree.read_counters(self.directory)}
         self.out.line(f'image {result["image"]}: {summary(result)}', 'green')
         self.out.line(f'what froze the tree: {result["freeze_mode"]}')
+        self.out.line('every process of it is dead now, and what it counted was in their memory')
         return str(result['image'])
 
     async def tree(self, image: str) -> dict[str, Any]:
@@ -118,17 +120,36 @@ class Demo:
             self.out.line(line if len(line) <= width else f'{line[:width - 1]}…')
         return lines
 
-    async def still_counts(self) -> None:
-        self.title('And the tree? It counts on', '')
+    async def restart(self, image: str) -> int:
+        """The tree again; its exit status when it was told to end."""
+        self.title('Restart: the same pids, memory, files and threads', f'ckptctl restore {image} --wait')
+        root: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        with self._progress() as progress:
+            attended = asyncio.create_task(run_job(self.daemon, Order('Restore', image, {'wait': True}), progress,
+                                                   lambda pid: None if root.done() else root.set_result(pid)))
+            # which ends first is the root's start, or it failed before
+            either: set[asyncio.Future[Any]] = {root, attended}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not root.done():
+            await attended
+            raise CkptError('the tree ended before it could be seen')
+        self.out.line(f'it runs, its root is process {root.result()}', 'green')
+        try:
+            await self._still_counts()
+        finally:
+            os.kill(root.result(), signal.SIGTERM)
+        result = await attended
+        return os.waitstatus_to_exitcode(result['exit_status'])
+
+    async def _still_counts(self) -> None:
         before = self.facts['counters_before']
-        first = demo_tree.read_counters(self.directory)
         async with asyncio.timeout(START_TIMEOUT):
             # memory that another process writes has no event to wait for
-            while not _all_grew(first, demo_tree.read_counters(self.directory)):  # noqa: ASYNC110
+            while not _all_grew(before, demo_tree.read_counters(self.directory)):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         after = demo_tree.read_counters(self.directory)
         for name, then, now in zip(demo_tree.SLOTS, before, after, strict=True):
-            self.out.line(f'{name:>20}  {then:>6} before the checkpoint, {now:>6} now')
+            self.out.line(f'{name:>20}  {then:>6} when it was killed, {now:>6} now')
         self.facts['counters_after'] = after
 
     def title(self, text: str, command: str) -> None:
@@ -150,10 +171,10 @@ async def demo(session: Session) -> int:
         async with _counting_tree(directory) as tree, session.private_daemon(directory / 'spool') as daemon:
             run = Demo(out, daemon, directory, tree.pid, session.args.freeze)
             out.line(f'{run.target} supervises four processes, two of them with two threads more.')
-            await _steps(run)
-        run.facts['tree_exit_status'] = tree.returncode
-        _conclude(out, run.facts, tree.returncode)
-        return 0 if tree.returncode == 0 else 1
+            status = await _steps(run)
+        run.facts['tree_exit_status'] = status
+        _conclude(out, run.facts, status)
+        return 0 if status == 0 else 1
     except CkptError:
         await report_missing(out)
         raise
@@ -168,14 +189,14 @@ def _all_grew(before: list[int], now: list[int]) -> bool:
     return all(later > earlier for later, earlier in zip(now, before, strict=True))
 
 
-async def _steps(run: Demo) -> None:
+async def _steps(run: Demo) -> int:
     await run.check()
     image = await run.checkpoint()
     row = await run.tree(image)
     await run.statistics(image)
     await run.verify(image)
     await run.export(image, row)
-    await run.still_counts()
+    return await run.restart(image)
 
 
 def _conclude(out: Output, facts: dict[str, Any], status: int | None) -> None:
@@ -183,9 +204,10 @@ def _conclude(out: Output, facts: dict[str, Any], status: int | None) -> None:
         out.document(facts)
     out.line()
     if status == 0:
-        out.line('The tree was told to end, found no count or number missing, and exited with status 0.', 'bold green')
+        out.line('The tree was told to end, found every count and number where it had left it, and exited with status 0.',
+                 'bold green')
     else:
-        out.line(f'The tree ended with status {status}: it was harmed.', 'bold red')
+        out.line(f'The tree ended with status {status}: it did not go on where it was.', 'bold red')
 
 
 @contextlib.asynccontextmanager
