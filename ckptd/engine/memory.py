@@ -58,7 +58,7 @@ class MemoryDump:
                   stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end)
         mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), process.dumpable,
                         process.thp_disabled, answers.lock_future, process.membarrier, process.mdwe,
-                        process.memory_merge, read_coredump_filter(tid))
+                        process.memory_merge, read_coredump_filter(tid), process.pkeys)
         vmas = [vma_record(mm_id, tid, mapping, self.objects) for mapping in mappings]
         self._spaces[mm_id] = _Space(mm_id, origin, tid, mm, vmas)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What only the task itself can say, asked by remote system calls: one batch for a thread, one more for its process."""
 
+import errno
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from ckptd.engine.interleave import Steps, finish
 from ckptd.engine.remote import OwnIds, Remote
 from ckptd.image.records import IntervalTimer, SigAction
 from ckptd.kernel.maps import Mapping, read_smaps
+from ckptd.kernel.memory import PAGE
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import ProcTimer, read_timers
@@ -25,6 +27,8 @@ PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_TI
 PR_GET_CHILD_SUBREAPER, PR_GET_TID_ADDRESS, PR_GET_THP_DISABLE = 37, 40, 42
 PR_GET_TSC, PR_MCE_KILL_GET, PR_GET_SPECULATION_CTRL, PR_GET_IO_FLUSHER = 25, 34, 52, 58
 PR_GET_MDWE, PR_GET_MEMORY_MERGE = 66, 68
+PKEYS = range(1, 16)            # key 0 is everybody's, pkeys(7)
+_NOWHERE = 0xFFFF800000000000   # addresses of the kernel
 SPECULATIONS = range(3)         # PR_SPEC_STORE_BYPASS, PR_SPEC_INDIRECT_BRANCH, PR_SPEC_L1D_FLUSH
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9       # <linux/membarrier.h>, since 6.3
 
@@ -48,7 +52,7 @@ class ThreadAnswers:
 @dataclass(frozen=True, slots=True)
 class ProcessAnswers:
     """actions: signals 1 to 64. itimers: real, virtual, prof. membarrier: MEMBARRIER_CMD_REGISTER_*. mdwe: PR_MDWE_*.
-    Of the last three, what the kernel does not have is 0."""
+    Of the last four, what the kernel does not have is 0. pkeys: a bit for each protection key that is allocated."""
     actions: tuple[SigAction, ...]
     itimers: tuple[IntervalTimer, ...]
     brk: int
@@ -58,6 +62,7 @@ class ProcessAnswers:
     membarrier: int
     mdwe: int
     memory_merge: int
+    pkeys: int
 
 
 class _Thread:
@@ -104,12 +109,16 @@ class _Process:
         batch.call('prctl', PR_GET_CHILD_SUBREAPER, self._subreaper)
         self._newer = [batch.call('membarrier', MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0),
                        *(batch.call('prctl', option, 0, 0, 0, 0) for option in (PR_GET_MDWE, PR_GET_MEMORY_MERGE))]
+        # where nothing can be mapped this fails, but in another way for a key that is allocated (mm/mprotect.c)
+        self._pkeys = {key: batch.call('pkey_mprotect', _NOWHERE, PAGE, 1, key) for key in PKEYS}
 
     def answers(self, results: Results) -> ProcessAnswers:
         itimers = tuple(_itimer(results.data(out)) for out in self._itimers)
+        membarrier, mdwe, memory_merge = (results.or_zero(call) for call in self._newer)
+        pkeys = sum(1 << key for key, call in self._pkeys.items() if results.values[call] == -errno.ENOMEM)
         return ProcessAnswers(_actions(results.data(self._actions)), itimers, results.value(self._brk),
                               results.value(self._dumpable), _u64(results.data(self._subreaper)),
-                              results.value(self._thp), *(results.or_zero(call) for call in self._newer))
+                              results.value(self._thp), membarrier, mdwe, memory_merge, pkeys)
 
 
 # the same questions for everybody, encoded once

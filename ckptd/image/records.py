@@ -342,7 +342,8 @@ class Mm(Record):
     """layout: start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start,
     env_end (struct prctl_mm_map). exe: backing_id of the executable. auxv: as /proc/PID/auxv. lock_future: mlockall(2),
     1 MCL_FUTURE, 2 with MCL_ONFAULT. membarrier: MEMBARRIER_CMD_REGISTER_*, each to be called once. mdwe: PR_SET_MDWE,
-    memory_merge: PR_SET_MEMORY_MERGE. coredump_filter: of /proc/PID."""
+    memory_merge: PR_SET_MEMORY_MERGE. coredump_filter: of /proc/PID. pkeys: protection keys that are allocated,
+    pkey_alloc(2), bit n is key n."""
     mm_id: U32
     layout: tuple[U64, ...]
     auxv: bytes
@@ -354,6 +355,7 @@ class Mm(Record):
     mdwe: U32 = 0
     memory_merge: U8 = 0
     coredump_filter: U32 = 0x33
+    pkeys: U16 = 0
 
 
 # Vma.kind. Pages of a VDSO are in the image as those of ANON are: another kernel's would not fit its callers

@@ -13,9 +13,10 @@ process is born into the session of its maker:
 Process groups are joined when all are there; a dead group leader is a ghost, too.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from ckptd.engine.restore.steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import Task
@@ -34,59 +35,6 @@ SEED = 0                # the maker of the roots, which is no task of the tree
 _DEAD = (ord('Z'), ord('X'))
 _SHARES = {'mm_id': CLONE_VM, 'files_id': CLONE_FILES, 'fs_id': CLONE_FS, 'sighand_id': CLONE_SIGHAND}
 _OF_THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """Task `maker` makes process `vpid` (0: a number of no importance), or a thread of its own."""
-    vpid: int
-    maker: int
-    flags: int = 0
-    exit_signal: int = 0
-
-    def __str__(self) -> str:
-        what = 'thread' if self.flags & CLONE_THREAD else 'process'
-        return f'{what} {self.vpid} made by {self.maker or "ckptd"}'
-
-
-@dataclass(frozen=True, slots=True)
-class NewSession:
-    vpid: int
-
-    def __str__(self) -> str:
-        return f'{self.vpid} begins session {self.vpid}'
-
-
-@dataclass(frozen=True, slots=True)
-class JoinGroup:
-    vpid: int
-    vpgid: int
-
-    def __str__(self) -> str:
-        return f'{self.vpid} joins group {self.vpgid}'
-
-
-@dataclass(frozen=True, slots=True)
-class Subreaper:
-    """Orphans below `vpid` become its children, while it is on."""
-    vpid: int
-    on: bool
-
-    def __str__(self) -> str:
-        return f'{self.vpid} {"takes" if self.on else "no longer takes"} orphans'
-
-
-@dataclass(frozen=True, slots=True)
-class Dismiss:
-    """A ghost ends, and `waiter` forgets it."""
-    vpid: int
-    waiter: int
-
-    def __str__(self) -> str:
-        return f'{self.vpid} was only needed for its number, and ends'
-
-
-Step = Spawn | NewSession | JoinGroup | Subreaper | Dismiss
 
 
 @dataclass(slots=True)
@@ -188,32 +136,39 @@ class Family:
         """All steps. CannotMake."""
         waiting = [process for process in self._order if not process.parent]
         while waiting:
-            later = [process for process in waiting if not self._walk(process)]
-            if len(later) == len(waiting):
+            before, later = len(self._session), self._walk(waiting)
+            if later and len(self._session) == before:
                 raise CannotMake(later[0], f'session {later[0].sid} cannot be joined: its leader comes after it')
             waiting = later
-            waiting += [child for process in self._order if process.vpid in self._session for child in process.children
-                        if child.vpid not in self._session and child not in waiting]
         self._groups()
         self.steps += [Dismiss(vpid, waiter) for vpid, waiter in reversed(self._ghosts.items())]
         return self.steps
 
-    def _walk(self, process: Process) -> bool:
-        """Make it and what can be made below; False if its session is not there yet."""
-        if not self._make(process):
-            return False
-        self._threads(process)
-        born_into = self._session[process.vpid]
-        early = [child for child in process.children if _leads(process) and _birth_session(child) == born_into]
-        for child in early:
-            self._walk(child)
-        if _leads(process):
-            self.steps.append(NewSession(process.vpid))
-            self._session[process.vpid] = process.vpid
-        for child in process.children:
-            if child not in early:
-                self._walk(child)
-        return True
+    def _walk(self, processes: Sequence[Process]) -> list[Process]:
+        """Make these and what is below, depth first; those whose session is not there yet are the result."""
+        later: list[Process] = []
+        # a process that is to begin its session stands there twice: before its early children, and after them
+        todo: list[tuple[Process, bool]] = [(process, False) for process in reversed(processes)]
+        while todo:
+            process, early_made = todo.pop()
+            if not early_made:
+                if not self._make(process):
+                    later.append(process)
+                    continue
+                self._threads(process)
+                if _leads(process):
+                    born_into = self._session[process.vpid]
+                    early = [child for child in process.children if _birth_session(child) == born_into]
+                    todo.append((process, True))
+                    todo += [(child, False) for child in reversed(early)]
+                    continue
+            if _leads(process):
+                self.steps.append(NewSession(process.vpid))
+                self._session[process.vpid] = process.vpid
+            # who had to wait may be in `later` already
+            todo += [(child, False) for child in reversed(process.children)
+                     if child.vpid not in self._session and child not in later]
+        return later
 
     # ------------------------------------------------------------ one process
 
@@ -333,24 +288,19 @@ def _birth_session(process: Process) -> int | None:
     """The session that it must be born into; None: any, as it begins one of its own and no child needs another."""
     if not _leads(process):
         return process.sid
-    below = {one.vpid for one in _descendants(process)}
-    return next((one.sid for one in process.children if one.sid != process.vpid and one.sid not in below), None)
+    others = {one.sid for one in process.children if one.sid != process.vpid and not _leads(one)}
+    # those that a descendant leads are no session that it was born into
+    return min(others - {one.vpid for one in _descendants(process)}, default=None) if others else None
 
 
 def _descendants(process: Process) -> Iterator[Process]:
-    yield process
-    for child in process.children:
-        yield from _descendants(child)
+    """Itself included."""
+    todo = [process]
+    while todo:
+        one = todo.pop()
+        yield one
+        todo += one.children
 
 
 def _same(one: Task, other: Task, name: str) -> bool:
     return bool(getattr(one, name) == getattr(other, name))
-
-
-def needed_numbers(processes: Collection[Process], steps: Sequence[Step]) -> set[int]:
-    """Every pid that the steps make."""
-    return {step.vpid for step in steps if isinstance(step, Spawn) and step.vpid}
-
-
-__all__ = ['SEED', 'CannotMake', 'Dismiss', 'Family', 'JoinGroup', 'NewSession', 'Process', 'Spawn', 'Step',
-           'Subreaper', 'needed_numbers', 'processes_of', 'replace', 'settle_sessions']

@@ -34,6 +34,7 @@ MADV_GUARD_INSTALL = 102
 _ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
 # <linux/prctl.h>
 PR_SET_DUMPABLE, PR_SET_MM, PR_SET_MM_MAP, PR_SET_THP_DISABLE = 4, 35, 14, 41
+PR_SET_MDWE, PR_SET_MEMORY_MERGE = 65, 67
 PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
 _READ_AT_ONCE = 32 << 20        # between two looks at whether the job was cancelled
@@ -63,6 +64,7 @@ class Space:
         """Everything but the layout, by a task of this address space."""
         self._puppet = puppet
         script = Script(self._puppet)
+        self._allocate_keys(script)
         for vma in self._ordinary:
             self._map(script, vma)
         self._vdso.map(script, self._reader, self._memory)
@@ -75,6 +77,15 @@ class Space:
         yield from script.run()
         self._force()
         self._vdso.patch(self._puppet.tid, self._reader, self._memory)
+
+    def _allocate_keys(self, script: Script) -> None:
+        """pkey_alloc(2) gives the lowest free one, so those between are taken and given back."""
+        wanted = self._memory.mm.pkeys
+        for key in range(1, wanted.bit_length()):
+            script.call('pkey_alloc', 0, 0, about='protection keys', expect=key)
+        for key in range(1, wanted.bit_length()):
+            if not wanted >> key & 1:
+                script.call('pkey_free', key)
 
     # ------------------------------------------------------------ map
 
@@ -155,7 +166,7 @@ class Space:
 
     def _finish(self, script: Script, vma: Vma) -> None:
         about, length = f'{vma.start:x}-{vma.end:x} {vma.name}'.rstrip(), vma.end - vma.start
-        if vma.pkey:
+        if vma.pkey and self._memory.mm.pkeys >> vma.pkey & 1:      # else the kernel's own, for what can only be run
             script.call('pkey_mprotect', vma.start, length, vma.protection, vma.pkey, about=about)
         elif self._is_mapped_otherwise(vma):
             script.call('mprotect', vma.start, length, vma.protection, about=about)
@@ -184,10 +195,17 @@ class Space:
                                  offset_of(prctl_mm_map, 'auxv'), auxv, about='the layout of the address space')
         if mm.thp_disabled:
             script.call('prctl', PR_SET_THP_DISABLE, mm.thp_disabled, 0, 0, 0)
+        if mm.memory_merge:
+            script.call('prctl', PR_SET_MEMORY_MERGE, mm.memory_merge, 0, 0, 0)
+        for bit in range(mm.membarrier.bit_length()):
+            if mm.membarrier >> bit & 1:
+                script.call('membarrier', 1 << bit, 0, 0, about='membarrier registrations')
 
     def lock(self, script: Script) -> None:
-        """mlockall(2) for what is mapped from now on."""
+        """What is to hold for mappings that are made from now on: mlockall(2), PR_SET_MDWE(2const)."""
         future = self._memory.mm.lock_future
+        if self._memory.mm.mdwe:        # there is no way back from it
+            script.call('prctl', PR_SET_MDWE, self._memory.mm.mdwe, 0, 0, 0)
         if future:
             script.call('mlockall', MCL_FUTURE | (MCL_ONFAULT if future == 2 else 0))
 

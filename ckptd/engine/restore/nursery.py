@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ckptd.engine.batch import Batch
-from ckptd.engine.restore.family import SEED, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
+from ckptd.engine.restore.family import SEED
 from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Busy, CkptError
 from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, clone_args
 from ckptd.kernel.decl import offset_of

@@ -105,12 +105,15 @@ class Birthplace:
         missing = [vpid for vpid in puppets if self._wanted.get(vpid) and not self._exists(self._wanted[vpid])]
         if missing and self._job.request.systemd:
             self._scope(puppets)
-        elif self._gate:
+        if not self._gate:
+            return
+        self._take(FreezeCgroup(self._gate))
+        if self._gate.endswith(self._entry.work_name):
+            # undone before the freeze is, so each starts as it comes home and is not frozen again: some calls answer
+            # that with EINTR (signal(7))
             self._take(Move(self._gate, tuple(
                 Moved(puppet.tid, read_stat(puppet.tid).start_time, self._wanted[vpid] or self._outside())
                 for vpid, puppet in puppets.items())))
-        if self._gate:
-            self._take(FreezeCgroup(self._gate))
 
     def _outside(self) -> str:
         return str(PurePosixPath(self._gate).parent)

@@ -8,14 +8,13 @@ from ckptd.engine.restore.family import (
     CannotMake,
     Family,
     Process,
-    Spawn,
-    Step,
     processes_of,
     settle_sessions,
 )
 from ckptd.engine.restore.memory import mapped_ranges
 from ckptd.engine.restore.puppet import Arena
 from ckptd.engine.restore.seed import find_arena
+from ckptd.engine.restore.steps import Spawn, Step
 from ckptd.engine.restore.world import World
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask

@@ -24,6 +24,7 @@ from ckptd.engine.messages import Phase, Running, refusal_row
 from ckptd.engine.restore import state
 from ckptd.engine.restore.attend import attend
 from ckptd.engine.restore.bank import Bank
+from ckptd.engine.restore.digests import Digests, damaged
 from ckptd.engine.restore.family import SEED, Process
 from ckptd.engine.restore.files import Files
 from ckptd.engine.restore.memory import Space
@@ -38,10 +39,10 @@ from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.sleeping import sleep_again
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.engine.restore.world import make_reaper
-from ckptd.errors import ImageDamaged, Refusal
+from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
-from ckptd.image.verify import verify
+from ckptd.image.verify import verify_records
 from ckptd.kernel.arch.x86_64 import user_regs_struct
 from ckptd.kernel.task import read_cgroup2
 
@@ -63,7 +64,7 @@ class Restore:
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
         self._bytes_done = self._bytes_total = 0
 
-    def run(self) -> None:
+    def run(self, digests: Digests) -> None:
         with ExitStack() as stack:
             self._channel.phase('open')
             self._open(stack)
@@ -77,6 +78,7 @@ class Restore:
             self._channel.phase('rebuild')
             self._rebuild()
             fault('rebuilt')
+            digests.require()
             self._channel.phase('start')
             self._objects.finish()
             self._leave()
@@ -153,6 +155,7 @@ class Restore:
         first = process.alive[0]
         state.limits(reader, process.vpid, nursery[first.vpid].tid)
         state.oom_score_adj(reader, process.vpid, nursery[first.vpid].tid)
+        state.coredump_filter(reader, first.record.mm_id, nursery[first.vpid].tid)
         script = Script(nursery[first.vpid])
         self._of_objects(first, script)
         state.process(reader, process.vpid, script)
@@ -322,12 +325,11 @@ def restore(job: Job) -> None:
     """Bring the tree of an image back."""
     job.channel.phase('verify')
     path = image_path(job)
-    damages = verify(path)
-    if damages:
-        raise ImageDamaged(f'{damages[0]}' + (f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''))
-    with ImageReader(path) as reader:
+    if damages := verify_records(path):
+        raise damaged(damages)
+    with ImageReader(path) as reader, Digests(path) as digests:
         job.channel.phase('plan')
         plan, rows = prepare(job, reader)
         if any(row.severity == 'refusal' for row in rows):
             raise refused(rows)
-        Restore(job, reader, plan, rows).run()
+        Restore(job, reader, plan, rows).run(digests)

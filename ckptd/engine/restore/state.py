@@ -13,6 +13,7 @@ import struct
 import termios
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 from ckptd.engine.batch import Batch
 from ckptd.engine.interleave import finish
@@ -22,7 +23,7 @@ from ckptd.errors import CkptError
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.creds import LINUX_CAPABILITY_VERSION_3, capget, last_capability
+from ckptd.kernel.creds import LINUX_CAPABILITY_VERSION_3, capget, last_capability, prctl
 from ckptd.kernel.itimer import cpu_itimer_excess
 from ckptd.kernel.sched import SchedAttr, ioprio_set, sched_setattr
 from ckptd.kernel.task import SIGEV_THREAD_ID
@@ -30,6 +31,8 @@ from ckptd.kernel.task import SIGEV_THREAD_ID
 # <linux/prctl.h>
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECUREBITS, PR_SET_TIMERSLACK = 1, 4, 15, 28, 29
 PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 24, 36, 38, 47
+PR_SET_TSC, PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_DEFAULT, PR_SET_IO_FLUSHER = 26, 33, 1, 2, 57
+PR_GET_SPECULATION_CTRL, PR_SET_SPECULATION_CTRL, PR_SPEC_PRCTL = 52, 53, 1
 PR_TIMER_CREATE_RESTORE_IDS = 77        # since 6.15
 PR_CAP_AMBIENT_RAISE = 2
 SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/securebits.h>
@@ -60,6 +63,33 @@ def thread(reader: ImageReader, vpid: int, script: Script) -> None:
                     about='rseq')
     scheduling = reader.get(records.Scheduling, vpid)
     script.call('prctl', PR_SET_TIMERSLACK, scheduling.timer_slack)
+    if controls := reader.table(records.ThreadControls).get(vpid):
+        _controls(controls, script)
+
+
+def _controls(controls: records.ThreadControls, script: Script) -> None:
+    """What differs from what every task begins with: most tasks have none of it."""
+    if controls.mce_kill != PR_MCE_KILL_DEFAULT:
+        script.call('prctl', PR_MCE_KILL, PR_MCE_KILL_SET, controls.mce_kill, 0, 0)
+    if controls.io_flusher:
+        script.call('prctl', PR_SET_IO_FLUSHER, 1, 0, 0, 0, about='PR_SET_IO_FLUSHER')
+    for which, (wanted, ours) in enumerate(zip(controls.speculation, speculation(), strict=False)):
+        if wanted & PR_SPEC_PRCTL and wanted != ours:
+            script.call('prctl', PR_SET_SPECULATION_CTRL, which, wanted & ~PR_SPEC_PRCTL, 0, 0, about='speculation')
+    if controls.tsc > 1:
+        script.call('prctl', PR_SET_TSC, controls.tsc, 0, 0, 0)
+
+
+@cache
+def speculation() -> tuple[int, ...]:
+    """PR_GET_SPECULATION_CTRL of ourselves, which stubs inherit."""
+    found = []
+    for which in range(3):
+        try:
+            found.append(prctl(PR_GET_SPECULATION_CTRL, which, 0, 0, 0))
+        except OSError:
+            found.append(0)
+    return tuple(found)
 
 
 def name_of(task: records.Task) -> bytes:
@@ -136,6 +166,14 @@ def limits(reader: ImageReader, vpid: int, tid: int) -> None:
 
 def _limit(value: int) -> int:
     return resource.RLIM_INFINITY if value == _ALL else value
+
+
+def coredump_filter(reader: ImageReader, mm_id: int, tid: int) -> None:
+    """From outside; core(5)."""
+    wanted = reader.get(records.Mm, mm_id).coredump_filter
+    with open(f'/proc/{tid}/coredump_filter', 'rb+', buffering=0) as file:  # noqa: PTH123
+        if int(file.read(16), 16) != wanted:
+            file.write(f'{wanted:#x}'.encode())
 
 
 def oom_score_adj(reader: ImageReader, vpid: int, tid: int) -> None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The digests of an image's data, computed by a thread while the tree is made of it; it runs only if they fit."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+from ckptd.errors import Cancelled, ImageDamaged
+from ckptd.image.verify import verify_data
+
+
+def damaged(damages: list[str]) -> ImageDamaged:
+    """The error for these damages, of which there is one at least."""
+    more = f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''
+    return ImageDamaged(f'{damages[0]}{more}')
+
+
+class Digests:
+    """`with Digests(path) as digests: ...; digests.require()`. A block that ends early does not wait for all."""
+
+    def __init__(self, image: Path) -> None:
+        self._given_up = False
+        self._pool = ThreadPoolExecutor(1, 'digests')
+        self._damages = self._pool.submit(verify_data, image, self._on_bytes)
+
+    def _on_bytes(self, count: int) -> None:
+        if self._given_up:
+            raise Cancelled('nobody wants to know any more')
+
+    def require(self) -> None:
+        """Wait for them; ImageDamaged if one does not fit."""
+        if damages := self._damages.result():
+            raise damaged(damages)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._given_up = True
+        self._pool.shutdown(wait=True)
