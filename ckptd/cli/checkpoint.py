@@ -3,7 +3,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ckptd.cli.follow import Order, run_job
@@ -13,7 +13,7 @@ from ckptd.cli.output import Output, refusal_dict, refusal_from
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, Session
-from ckptd.errors import InvalidArgument, Refusal, Refused
+from ckptd.errors import CkptError, InvalidArgument, Refusal, Refused
 
 PAGE = os.sysconf('SC_PAGE_SIZE')
 
@@ -46,8 +46,10 @@ async def check(session: Session) -> int:
     return report_findings(session.out, rows, {'target': target}, f'{target} can{{}} be checkpointed')
 
 
-def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str, str], sentence: str) -> int:
-    """Rows of Check or CheckRestore; the exit status. about: of the JSON document; sentence: '... can{} be ...'."""
+def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str, str], sentence: str,
+                    error: Callable[[Iterable[Refusal]], CkptError] = Refused.because) -> int:
+    """Rows of Check or CheckRestore; the exit status. about: of the JSON document; sentence: '... can{} be ...'.
+    error: what the operation itself would end with."""
     findings = [refusal_from(row) for row in rows]
     refusals = [finding for finding in findings if finding.severity == 'refusal']
     if out.json:
@@ -56,7 +58,7 @@ def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str
                       'warnings': [refusal_dict(finding) for finding in findings if finding.severity == 'warning']})
     else:
         _report_check(out, sentence, findings, refusals)
-    return Refused.because(refusals).exit_status if refusals else 0
+    return error(refusals).exit_status if refusals else 0
 
 
 def summary(result: dict[str, Any]) -> str:

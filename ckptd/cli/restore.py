@@ -12,6 +12,7 @@ from ckptd.cli.output import Output, refusal_from
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_count, format_timespan
 from ckptd.cli.session import LONG, Session
+from ckptd.errors import Refused
 
 LOST = 'nothing is left of a tree that did not run yet, and one that does runs on'
 
@@ -41,7 +42,8 @@ async def _dry_run(session: Session) -> int:
     image = session.args.image
     async with session.daemon() as daemon:
         rows = await daemon.manager('CheckRestore', 'sa{sv}', image, restore_options(session.args), seconds=LONG)
-    return report_findings(session.out, rows, {'image': image}, f'{image} can{{}} be restored')
+    return report_findings(session.out, rows, {'image': image}, f'{image} can{{}} be restored',
+                           Refused.restart)
 
 
 def _report(out: Output, result: dict[str, Any], stopped: bool) -> int:

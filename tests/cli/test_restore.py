@@ -185,7 +185,7 @@ def test_an_interrupt_before_the_tree_runs_cancels(stage: Callable[..., Stage], 
 def test_a_dry_run_lists_what_stands_in_the_way(stage: Callable[..., Stage]) -> None:
     here = stage('obstacles')
     done = here.ctl('restore', here.image, '--dry-run', '--changed-files', 'rollback')
-    assert done.status == 3
+    assert done.status == 75        # numbers in use: try again when they are not
     assert 'in use by cat[8]' in done.out
     assert done.out.endswith(f'hint: use --new-pidns\n{here.image} cannot be restored: 1 refusal.\n')
     document = here.ctl('restore', here.image, '--dry-run', '--json').json

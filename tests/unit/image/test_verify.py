@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ckptd.errors import ImageDamaged
+from ckptd.errors import Cancelled, ImageDamaged
 from ckptd.image import records as r
 from ckptd.image.grammar import Record, encode_end, encode_header, encode_record
 from ckptd.image.references import MAX_DAMAGES
-from ckptd.image.verify import verify
+from ckptd.image.verify import verify, verify_data, verify_records
 from tests.unit.image.samples import IMAGE, PAGE, small_image, task, tree_records, vma, write_image
 
 FILES = [*r.PARTS.values(), 'data-0.img', 'manifest.json']
@@ -86,7 +86,7 @@ def test_all_damages_at_once(image: Path) -> None:
     (image / 'data-0.img').write_bytes(bytes(2 * PAGE))
     (image / 'files.img').write_bytes(b'CKPTDIMG')
     damages = verify(image)
-    assert [line.split()[0].rstrip(':') for line in damages] == ['data-0.img', 'files.img', 'tree.img', 'files.img']
+    assert [line.split()[0].rstrip(':') for line in damages] == ['files.img', 'tree.img', 'files.img', 'data-0.img']
 
 
 def test_without_a_manifest_the_rest_is_still_looked_at(image: Path) -> None:
@@ -206,3 +206,36 @@ def test_an_id_that_is_no_file_of_the_spool(image: Path) -> None:
 
 def test_damaged_is_an_error_with_a_status() -> None:
     assert ImageDamaged.exit_status == 6
+
+
+def test_records_and_data_apart(image: Path) -> None:
+    """The digests of data parts alone take time; both together are all there is."""
+    data, records = image / 'data-0.img', image / 'tree.img'
+    data.write_bytes(bytes(data.stat().st_size))
+    assert verify_records(image) == []
+    assert verify_data(image) == ['data-0.img: its digest does not fit its content'] == verify(image)
+    records.write_bytes(records.read_bytes()[:-1] + b'x')
+    assert all('tree.img' in line for line in verify_records(image))
+    assert len(verify_data(image)) == 1
+
+
+def test_damage_of_the_data_is_told_once(image: Path) -> None:
+    """What the records say already."""
+    os.truncate(image / 'data-0.img', 1)
+    assert any('data-0.img has 1 bytes' in line for line in verify_records(image))
+    assert verify_data(image) == []
+    (image / 'manifest.json').unlink()
+    assert verify_data(image) == []
+    assert verify_data(image / 'nothing') == []
+
+
+def test_progress_and_cancel_of_the_digests(image: Path) -> None:
+    done: list[int] = []
+    verify_data(image, done.append)
+    assert sum(done) == (image / 'data-0.img').stat().st_size
+
+    def cancel(count: int) -> None:
+        raise Cancelled('enough')
+
+    with pytest.raises(Cancelled):
+        verify_data(image, cancel)

@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Plan first: each thing that stands in the way of a restart is brought about, and told of before there is a process.
+
+What cannot be had on the machine that runs this (another processor) is altered in the image.
+"""
+
+import dataclasses
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from ckptd.engine.channel import Channel
+from ckptd.engine.job import Job
+from ckptd.engine.messages import Caller
+from ckptd.engine.restore.family import Spawn
+from ckptd.engine.restore.files import Access
+from ckptd.engine.restore.obstacles import obstacles
+from ckptd.engine.restore.obstacles.room import bytes_to_read
+from ckptd.engine.restore.prepare import prepare
+from ckptd.errors import Busy, ImageDamaged, PermissionDenied, Refusal, Refused
+from ckptd.image import records as r
+from ckptd.image.reader import ImageReader
+from ckptd.kernel.creds import CAP_SYS_RESOURCE, capget
+from ckptd.kernel.shm import attached
+from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
+from tests.lib import settled
+from tests.lib.altered import alter, rewrite
+from tests.lib.victim import Victim
+
+pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
+
+Rows = list[Refusal]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path).make()
+
+
+@pytest.fixture
+def asleep(tmp_path: Path) -> Iterator['Sleeper']:
+    with Sleeper(tmp_path / 'work') as sleeper:
+        yield sleeper
+
+
+class Sleeper:
+    """A program of its own, that writes to a file of its own in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.output, self.program = directory / 'output', directory / 'snooze'
+
+    def __enter__(self) -> 'Sleeper':
+        self.directory.mkdir()
+        shutil.copy('/bin/sleep', self.program)
+        with self.output.open('wb') as output:
+            output.write(b'so far')
+            output.flush()
+            # all three descriptors lead to one file
+            self.process = subprocess.Popen([self.program, '1000'], stdin=subprocess.DEVNULL, stdout=output,
+                                            stderr=output, cwd=self.directory, start_new_session=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def image(self, place: Place, **more: Any) -> Path:
+        """Its image; it is dead."""
+        image = place.checkpoint(self.process.pid, after='kill', **more)
+        self.process.wait()
+        settled.reap_orphans()
+        return image
+
+
+def checked(place: Place, image: Path, **more: Any) -> Rows:
+    """What a dry run by a worker says."""
+    with DirectWorker() as worker:
+        result = worker.run(place.request(0, target='', operation='check-restore', image=image.name, **more))
+    return [Refusal(**row) for row in result['refusals']]
+
+
+def found(place: Place, image: Path, **more: Any) -> Rows:
+    """The same without a worker: of an image that is no more than read."""
+    request = place.request(0, target='', operation='check-restore', image=image.name, **more)
+    with ImageReader(image) as reader:
+        return prepare(Job(request, cast(Channel, None)), reader)[1]
+
+
+def only(rows: Rows, severity: str = 'refusal') -> Refusal:
+    assert [row.severity for row in rows] == [severity], rows
+    assert rows[0].hint
+    return rows[0]
+
+
+def about(rows: Rows, name: str) -> Refusal:
+    [row] = [row for row in rows if row.resource == name]
+    assert row.hint
+    return row
+
+
+# ---------------------------------------------------------------- as it is
+
+@pytest.mark.parametrize('name', ['files', 'memory', 'shared', 'tree'])
+def test_nothing_in_the_way(victim: Callable[..., Victim], place: Place, name: str) -> None:
+    running = victim(name)
+    image = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    assert checked(place, image) == []
+    assert not Path(f'/proc/{running.pid}').exists()
+
+
+def test_all_at_once(place: Place, asleep: Sleeper) -> None:
+    """The same rows by a dry run and by the restore that is refused, which leaves nothing."""
+    image = asleep.image(place)
+    shutil.rmtree(asleep.directory)
+    rows = checked(place, image)
+    assert [row.resource.split()[0] for row in rows] == ['fd', 'vma', 'cwd']
+    assert {row.errno for row in rows} == {'ENOENT'}
+    assert {(row.pid, row.comm) for row in rows} == {(asleep.process.pid, 'snooze')}
+    with DirectWorker() as worker, pytest.raises(Refused) as caught:
+        worker.run(place.request(0, target='', operation='restore', image=image.name))
+    assert list(caught.value.refusals) == rows
+    assert caught.value.phase == 'plan'
+    assert not Path(f'/proc/{asleep.process.pid}').exists()
+
+
+def test_a_pid_in_use(place: Place, asleep: Sleeper) -> None:
+    image = place.checkpoint(asleep.process.pid)
+    row = only(checked(place, image))
+    pid = asleep.process.pid
+    assert (row.pid, row.comm, row.errno) == (pid, 'snooze', 'EEXIST')
+    assert f'snooze[{pid}]' in row.reason
+    with DirectWorker() as worker, pytest.raises(Busy) as caught:
+        worker.run(place.request(0, target='', operation='restore', image=image.name))
+    assert caught.value.exit_status == 75
+    assert checked(place, image, new_pidns=True) == []
+
+
+def test_damages_are_rows(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    for name in ('files.img', 'data-0.img'):
+        os.truncate(image / name, 4096)
+    rows = checked(place, image)
+    assert {row.errno for row in rows} == {'EBADMSG'}
+    assert [name for name in ('files.img', 'data-0.img') if any(name in row.reason for row in rows)] == [
+        'files.img', 'data-0.img']
+    with DirectWorker() as worker, pytest.raises(ImageDamaged):
+        worker.run(place.request(0, target='', operation='restore', image=image.name))
+
+
+# ---------------------------------------------------------------- files
+
+def write_more(path: Path) -> None:
+    with path.open('ab') as file:
+        file.write(b', more')
+
+
+def put_another(path: Path) -> None:
+    content, at = path.read_bytes(), path.stat()
+    other = path.with_name('other')
+    other.write_bytes(content)
+    other.chmod(at.st_mode)
+    os.utime(other, ns=(at.st_atime_ns, at.st_mtime_ns))
+    other.replace(path)
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, 0))
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+HOW = [(write_more, 'ESTALE', ['has 12 bytes, not 6', '(mtime)']), (touch, 'ESTALE', ['1970-01-01', '(mtime)']),
+       (put_another, 'ESTALE', ['is another file (inode']), (Path.unlink, 'ENOENT', ['is missing']),
+       (make_directory, 'ESTALE', ['is no regular file any more'])]
+
+
+@pytest.mark.parametrize(('change', 'errno', 'words'), HOW, ids=['more', 'touched', 'another', 'missing', 'directory'])
+def test_an_open_file_that_went_on_living(place: Place, asleep: Sleeper, change: Callable[[Path], object], errno: str,
+                                          words: list[str]) -> None:
+    """Which, and how; once, though two descriptors lead to it."""
+    image = asleep.image(place)
+    change(asleep.output)
+    row = only(found(place, image))
+    assert (row.pid, row.resource, row.errno) == (asleep.process.pid, 'fd 1', errno)
+    assert all(word in row.reason for word in (str(asleep.output), *words)), row
+
+
+def test_accepted_changes_are_warnings_and_told_again(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    write_more(asleep.output)
+    rows = found(place, image, changed_files='accept')
+    assert 'has 12 bytes' in only(rows, 'warning').reason
+    with DirectWorker() as worker:
+        result = worker.run(place.request(0, target='', operation='restore', image=image.name, changed_files='accept'))
+    os.kill(result['root'], signal.SIGKILL)
+    assert [row['reason'] for row in result['warnings']] == [row.reason for row in rows]
+
+
+@pytest.mark.parametrize(('change', 'errno', 'words'), HOW[1:4], ids=['touched', 'another', 'missing'])
+def test_a_program_that_is_another_now(place: Place, asleep: Sleeper, change: Callable[[Path], object], errno: str,
+                                       words: list[str]) -> None:
+    image = asleep.image(place)
+    change(asleep.program)
+    row = only(found(place, image))
+    assert (row.pid, row.errno) == (asleep.process.pid, errno)
+    assert row.resource.startswith(('vma ', 'exe'))
+    assert all(word in row.reason for word in (str(asleep.program), *words)), row
+    # what is there can be taken as it is, what is not cannot
+    only(found(place, image, changed_files='accept'), 'refusal' if errno == 'ENOENT' else 'warning')
+    only(found(place, image, changed_files='rollback'))
+
+
+def test_a_program_that_may_not_be_executed(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    asleep.program.chmod(0o644)
+    row = only(found(place, image))
+    assert (row.errno, 'executed' in row.reason) == ('EACCES', True)
+
+
+def test_a_directory_that_is_gone(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    alter(image, r.Fs, cwd='/does/not/exist', root='/nor/this')
+    rows = found(place, image)
+    assert {(row.resource, row.errno) for row in rows} == {('cwd', 'ENOENT'), ('root', 'ENOENT')}
+
+
+def test_a_root_directory_is_not_for_others(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    alter(image, r.Fs, root='/usr')
+    assert found(place, image) == []
+    row = about([row for row in found(place, image, caller=nobody()) if row.errno == 'EPERM'], 'root')
+    assert '/usr' in row.reason
+
+
+def test_files_are_looked_at_by_the_rights_of_the_caller(place: Place, asleep: Sleeper) -> None:
+    """pytest's directory is for nobody but its owner, so to others nothing is there."""
+    image = asleep.image(place)
+    rows = found(place, image, caller=nobody())
+    assert about(rows, 'fd 1').errno == 'ENOENT'
+    assert about(rows, 'cwd').errno == 'EACCES'
+
+
+def test_an_unknown_kind(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    alter(image, r.OpenFile, kind='crystal ball')
+    assert {row.errno for row in found(place, image)} == {'EBADMSG'}
+    assert all("'crystal ball'" in row.reason and 'newer' in row.hint for row in found(place, image))
+
+
+def test_a_segment_in_use(victim: Callable[..., Victim], place: Place) -> None:
+    running = victim('shared')
+    image = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    with ImageReader(image) as reader:
+        segment = next(one for one in reader.every(r.SharedMemory) if one.kind == r.SYSV and not one.mode & 0o1000)
+    with attached(segment.shmid, segment.size):
+        row = only(found(place, image))
+    assert (row.resource, row.errno) == (f'shmid {segment.shmid}', 'EBUSY')
+    assert f'[{os.getpid()}]' in row.reason
+    assert found(place, image) == []
+
+
+# ---------------------------------------------------------------- the machine
+
+def xcr0(bits: int) -> Callable[[r.Registers], r.Registers]:
+    def change(record: r.Registers) -> r.Registers:
+        area = bytearray(record.xstate)
+        struct.pack_into('<Q', area, 464, struct.unpack_from('<Q', area, 464)[0] | bits)
+        return dataclasses.replace(record, xstate=bytes(area))
+    return change
+
+
+def test_another_machine(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    alter(image, r.Header, machine='aarch64', page_size=65536)
+    rows = found(place, image)
+    assert 'aarch64' in about(rows, 'architecture').reason
+    assert '65536' in about(rows, 'page size').reason
+
+
+def test_a_processor_with_less(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    rewrite(image, r.Registers, xcr0(1 << 60))
+    row = only(checked(place, image))
+    assert (row.pid, row.resource, row.errno) == (asleep.process.pid, 'xstate', 'EOPNOTSUPP')
+    assert '60' in row.reason
+
+
+def test_a_processor_with_another_layout(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    rewrite(image, r.Registers, lambda one: dataclasses.replace(one, xstate=one.xstate + bytes(64)))
+    assert only(found(place, image)).resource == 'xstate'
+
+
+def test_another_kernel(place: Place, asleep: Sleeper) -> None:
+    """Its vdso is bridged, but not for who stands inside."""
+    image = asleep.image(place)
+    rewrite(image, r.Vma, lambda vma: dataclasses.replace(vma, start=vma.start - 4096) if vma.kind == r.VVAR else vma)
+    assert only(found(place, image), 'warning').resource == 'vdso'
+    with ImageReader(image) as reader:
+        [text] = [vma for vma in reader.every(r.Vma) if vma.kind == r.VDSO]
+    rewrite(image, r.Registers, lambda one: dataclasses.replace(
+        one, gpr=one.gpr[:128] + struct.pack('<Q', text.start + 8) + one.gpr[136:]))
+    rows = found(place, image)
+    assert [(row.resource, row.severity) for row in rows] == [('vdso', 'warning'), ('vdso', 'refusal')]
+    assert rows[1].pid == asleep.process.pid
+
+
+# ---------------------------------------------------------------- rights
+
+def nobody(**more: Any) -> Caller:
+    return Caller(**{'uid': ORDINARY_UID, 'gid': ORDINARY_UID, 'groups': (), 'pid': os.getpid(), 'capabilities': 0,
+                     **more})
+
+
+def test_the_image_of_somebody_else(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    rows = found(place, image, caller=nobody())
+    assert about(rows, 'image').errno == 'EPERM'
+    # and what root may be, others may not
+    assert about(rows, 'uid').reason == f'runs as uid 0, the caller is uid {ORDINARY_UID}'
+    assert about(rows, 'gid').errno == 'EPERM'
+    assert 'CAP_CHOWN' in about(rows, 'capabilities').reason
+    with DirectWorker() as worker, pytest.raises(PermissionDenied):
+        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=nobody()))
+
+
+def test_groups_of_the_caller(place: Place, asleep: Sleeper) -> None:
+    image, uid = asleep.image(place), ORDINARY_UID
+    alter(image, r.Credentials, uids=(uid,) * 4, gids=(5,) * 4, groups=(5, 6), capabilities=(0, 0, 0, 0, 0))
+    assert about(found(place, image, caller=nobody(groups=(5,))), 'gid').reason == 'is in group 6, the caller is not'
+    assert not [row for row in found(place, image, caller=nobody(groups=(5, 6))) if row.resource == 'gid']
+
+
+@pytest.mark.parametrize('which', range(5), ids=['inheritable', 'permitted', 'effective', 'bounding', 'ambient'])
+def test_a_capability_that_we_lack(place: Place, asleep: Sleeper, which: int) -> None:
+    image = asleep.image(place)
+    sets = tuple(1 << 63 if index == which else 0 for index in range(5))
+    alter(image, r.Credentials, capabilities=sets)
+    row = only(found(place, image, caller=Caller(0, 0, (), os.getpid(), -1)))
+    assert (row.resource, row.errno, 'capability 63' in row.reason) == ('capabilities', 'EPERM', True)
+    assert ('bounding' in row.reason) == (which == 3)
+
+
+def test_a_capability_that_the_caller_lacks(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    row = only(found(place, image, caller=Caller(0, 0, (), os.getpid(), capget().permitted & ~1)))
+    assert row.reason == 'has CAP_CHOWN, the caller has not'
+
+
+# ---------------------------------------------------------------- surroundings
+
+def test_memory_and_numbers(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    rewrite(image, r.PageRuns, lambda one: dataclasses.replace(
+        one, runs=(*one.runs[:-1], dataclasses.replace(one.runs[-1], pages=(1 << 32) - 1))))
+    assert (only(found(place, image)).resource, found(place, image)[0].errno) == ('memory', 'ENOMEM')
+
+
+def test_shared_pages_count_once(victim: Callable[..., Victim], place: Place) -> None:
+    running = victim('forked')
+    image = place.checkpoint(running.pid)
+    with ImageReader(image) as reader:
+        runs = [run for one in reader.every(r.PageRuns) for run in one.runs]
+        every = sum(run.pages for run in runs) * r.PAGE
+        pages = {(run.part, run.offset // r.PAGE + page) for run in runs for page in range(run.pages)}
+        assert bytes_to_read(reader) == len(pages) * r.PAGE < every
+
+
+def test_a_number_that_the_machine_does_not_have(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    request = place.request(0, target='', operation='check-restore', image=image.name)
+    with ImageReader(image) as reader:
+        plan, _ = prepare(Job(request, cast(Channel, None)), reader)
+        plan.steps.append(Spawn(1 << 30, 0))
+        row = only(obstacles(reader, plan, request, Access(reader, request.caller, 'refuse', -1)))
+    assert (row.resource, row.errno) == (f'pid {1 << 30}', 'EINVAL')
+    assert 'pid_max' in row.hint
+
+
+def test_namespaces_that_are_not_made_again(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    alter(image, r.Namespaces, namespaces=tuple(r.Namespace(name, 1, 0) for name in (
+        'net', 'pid', 'pid_for_children', 'time', 'uts')))
+    rows = found(place, image)
+    assert {(row.resource, row.severity) for row in rows} == {('namespace net', 'refusal'),
+                                                              ('namespace uts', 'warning')}
+
+
+def test_a_terminal_is_missed(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    alter(image, r.ProcessState, tty=os.makedev(136, 1))
+    assert only(found(place, image), 'warning').resource == 'terminal'
+
+
+def test_processors_that_are_not_there(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    alter(image, r.Scheduling, affinity=bytes(500) + b'\xff')
+    row = only(found(place, image), 'warning')
+    assert '4000-4007' in row.reason
+
+
+@pytest.mark.needs('cgroup2')
+def test_a_cgroup_that_was_asked_for(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    row = only(found(place, image, cgroup='/no/such/cgroup', systemd=True))
+    assert (row.resource, row.errno) == ('cgroup /no/such/cgroup', 'ENOENT')
+    own = Path('/proc/self/cgroup').read_text().rpartition('0::')[2].splitlines()[0]
+    assert found(place, image, cgroup=own) == []
+    rows = found(place, image, cgroup=own, caller=nobody())
+    assert about(rows, f'cgroup {own}').errno == 'EACCES'
+
+
+# ---------------------------------------------------------------- as an ordinary user
+
+def ordinary(work: Callable[[Place, Path], None]) -> None:
+    """work(place, image) as a user who has no rights; the image is of a process of that user."""
+    def run() -> None:
+        settled.become_subreaper()
+        place = Place(Path.cwd()).make()
+        with Sleeper(Path.cwd() / 'work') as sleeper:
+            image = sleeper.image(place, forked=True)
+        work(place, image)
+
+    with place_of(ORDINARY_UID) as home:
+        as_user(ORDINARY_UID, home, run)
+
+
+@pytest.mark.needs('user-namespaces')
+def test_what_an_ordinary_user_gets_back() -> None:
+    """All of it, in a user and pid namespace of its own."""
+    ordinary(lambda place, image: check_rows(place, image, set()))
+
+
+def check_rows(place: Place, image: Path, wanted: set[tuple[str, str]], **more: Any) -> None:
+    rows = found(place, image, **more)
+    assert {(row.resource, row.errno) for row in rows} == wanted, rows
+    assert all(row.hint and row.severity == 'refusal' for row in rows)
+
+
+@pytest.mark.needs('user-namespaces')
+@pytest.mark.parametrize(('cls', 'fields', 'resource_', 'errno'), [
+    (r.Credentials, {'uids': (ORDINARY_UID, 0, 0, 0)}, 'uid', 'EPERM'),
+    (r.Credentials, {'gids': (5, 5, 5, 5)}, 'gid', 'EPERM'),
+    (r.Credentials, {'groups': (5, 6)}, 'groups', 'EPERM'),
+    (r.Credentials, {'capabilities': (0, 1 << 12, 0, 0, 0)}, 'capabilities', 'EPERM'),
+    (r.ProcessState, {'oom_score_adj': 0}, 'oom_score_adj', 'EACCES'),
+    (r.Scheduling, {'nice': 0}, 'scheduling', 'EPERM'),
+    (r.Scheduling, {'policy': os.SCHED_FIFO, 'priority': 9}, 'scheduling', 'EPERM'),
+    (r.Scheduling, {'policy': 6}, 'scheduling', 'EPERM'),
+    (r.Scheduling, {'ioprio': 1 << 13}, 'I/O priority', 'EPERM')])
+def test_what_an_ordinary_user_may_not_have(cls: type[Any], fields: dict[str, Any], resource_: str, errno: str
+                                            ) -> None:
+    def work(place: Place, image: Path) -> None:
+        alter(image, cls, **fields)
+        check_rows(place, image, {(resource_, errno)})
+
+    ordinary(work)
+
+
+@pytest.mark.needs('user-namespaces')
+def test_limits_are_not_raised_again() -> None:
+    def work(place: Place, image: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, 500))
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        check_rows(place, image, {('RLIMIT_NOFILE', 'EPERM'), ('RLIMIT_NPROC', 'EPERM'), ('RLIMIT_NPROC', 'EAGAIN')})
+
+    ordinary(work)
+
+
+@pytest.mark.needs('user-namespaces')
+def test_locked_memory_beyond_the_limit() -> None:
+    def work(place: Place, image: Path) -> None:
+        rewrite(image, r.Vma, lambda vma: dataclasses.replace(vma, locked=1))
+        rewrite(image, r.Limits, lambda one: dataclasses.replace(
+            one, limits=(*one.limits[:8], r.Limit(0, 0), *one.limits[9:])))
+        check_rows(place, image, {('locked memory', 'EPERM')})
+
+    ordinary(work)
+
+
+def test_a_hard_limit_above_that_of_root(place: Place, asleep: Sleeper) -> None:
+    """With CAP_SYS_RESOURCE it is raised, without it is not."""
+    image = asleep.image(place)
+    rewrite(image, r.Limits, lambda one: dataclasses.replace(
+        one, limits=(*one.limits[:8], r.Limit(0, (1 << 64) - 1), *one.limits[9:])))
+    rows = found(place, image)
+    if capget().effective >> CAP_SYS_RESOURCE & 1 or resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] < 0:
+        assert rows == []
+    else:
+        assert only(rows).resource == 'RLIMIT_MEMLOCK'
+        assert 'unlimited' in rows[0].reason

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rows of a dry run: every one says what to do about it; and what of the checks needs no machine."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from ckptd.engine.restore import obstacles
+from ckptd.engine.restore.obstacles.resources import _ranges
+from ckptd.engine.restore.obstacles.rights import capability_names
+from ckptd.engine.restore.obstacles.room import parse_meminfo
+from ckptd.engine.restore.obstacles.scene import Obstacle, once
+from ckptd.errors import Busy, CkptError, ImageDamaged, PermissionDenied, Refusal, Refused
+
+MODULES = sorted(Path(obstacles.__file__).parent.glob('*.py'))
+ROWS = [(path.stem, call) for path in MODULES for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == 'Obstacle']
+
+
+@pytest.mark.parametrize('call', [call for _, call in ROWS], ids=[f'{name}-{call.lineno}' for name, call in ROWS])
+def test_every_row_has_a_hint(call: ast.Call) -> None:
+    """vpid, resource, errno, reason, hint; those of kinds come whole."""
+    if isinstance(call.args[-1], ast.Starred):
+        assert len(call.args) == 3
+        return
+    hint = call.args[4]
+    assert not isinstance(hint, ast.Constant) or len(hint.value) > 10
+
+
+def test_there_are_rows_of_every_check() -> None:
+    assert {name for name, _ in ROWS} == {check.__module__.rpartition('.')[2] for check in obstacles.CHECKS}
+
+
+def row(errno: str) -> Refusal:
+    return Refusal(7, 'sh', 'fd 1', errno, 'why', 'what to do')
+
+
+@pytest.mark.parametrize(('errnos', 'error'), [
+    (['EEXIST', 'EBUSY'], Busy), (['EEXIST', 'ENOENT'], Refused), (['ENOENT', 'EPERM'], PermissionDenied),
+    (['ENOENT', 'EBADMSG', 'EPERM'], ImageDamaged), (['ESTALE'], Refused)])
+def test_the_error_of_a_restart(errnos: list[str], error: type[CkptError]) -> None:
+    """Only where nothing but something in use is in the way, it is worth trying again."""
+    rows = [row(errno) for errno in errnos]
+    found = Refused.restart(rows, 'plan')
+    assert type(found) is error
+    assert (found.refusals, found.phase, found.hint) == (tuple(rows), 'plan', 'what to do')
+
+
+def test_names() -> None:
+    assert capability_names(1 << 24 | 1) == 'CAP_CHOWN, CAP_SYS_RESOURCE'
+    assert capability_names(1 << 63) == 'capability 63'
+    assert _ranges([2, 3, 4, 7, 9, 10]) == '2-4, 7, 9-10'
+
+
+def test_meminfo() -> None:
+    assert parse_meminfo(b'MemAvailable:  12 kB\nHugePages_Total:  3\n') == {'MemAvailable': 12288,
+                                                                          'HugePages_Total': 3}
+
+
+def test_the_same_of_two_places_is_said_once() -> None:
+    found = once(Obstacle(1, f'fd {fd}', 'ENOENT', f'{file} is missing', 'put it back')
+                 for fd, file in ((1, 'x'), (2, 'x'), (3, 'y')))
+    assert [one.resource for one in found] == ['fd 1', 'fd 3']
