@@ -204,7 +204,7 @@ def _conclude(out: Output, facts: dict[str, Any], status: int | None) -> None:
         out.document(facts)
     out.line()
     if status == 0:
-        out.line('The tree was told to end, found each count and number where it had left it, and exited with status 0.',
+        out.line('The tree was told to end, found every count where it had left it, and exited with status 0.',
                  'bold green')
     else:
         out.line(f'The tree ended with status {status}: it did not go on where it was.', 'bold red')

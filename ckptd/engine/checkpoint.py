@@ -11,11 +11,12 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ckptd import __version__
+from ckptd.engine.clock import Clock
 from ckptd.engine.deaths import Deaths
 from ckptd.engine.dump import Dump
 from ckptd.engine.faults import fault
@@ -39,28 +40,6 @@ from ckptd.tree import Tree
 SIGKILL = 9
 MAX_WARNINGS = 100          # rows in a job's result; the manifest has all
 LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
-
-
-class Clock:
-    """Time spent in each part of a dump."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._spent: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self._spent[name] = self._spent.get(name, 0.0) + time.monotonic() - begin
-
-    def usec(self, name: str) -> int:
-        return round(self._spent.get(name, 0.0) * 1e6)
-
-    def total_usec(self) -> int:
-        return round((time.monotonic() - self._start) * 1e6)
 
 
 def checkpoint(job: Job) -> None:

@@ -196,23 +196,3 @@ class Puppet:
         while self.wait() >> 16 != PTRACE_EVENT_STOP:
             tracee.cont()
 
-
-def stop(puppet: Puppet, wanted: int, *, begin: bool) -> None:
-    """Have a task that left its stub take part in a group-stop by the signal `wanted`, which its first one begins.
-
-    Nothing but that is let in meanwhile; the task's own signal mask is back at the end.
-    """
-    tracee = puppet.tracee
-    mask = tracee.sigmask
-    tracee.sigmask = (1 << 64) - 1 & ~(1 << wanted - 1)
-    if begin:
-        # SIGSTOP is the one that no mask keeps out; at its delivery it becomes the one that is wanted
-        os.kill(puppet.tid, signal.SIGSTOP)
-    sig = 0
-    while True:
-        tracee.cont(sig)
-        status = puppet.wait()
-        if status >> 16 == PTRACE_EVENT_STOP and os.WSTOPSIG(status) != signal.SIGTRAP:
-            break
-        sig = wanted if os.WSTOPSIG(status) == signal.SIGSTOP else 0
-    tracee.sigmask = mask

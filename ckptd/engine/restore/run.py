@@ -13,10 +13,10 @@
 """
 
 import os
-import signal
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
+from ckptd.engine.clock import Clock
 from ckptd.engine.faults import fault
 from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.job import Job, image_path
@@ -33,10 +33,11 @@ from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import Birthplace
 from ckptd.engine.restore.plan import DEAD, Plan
 from ckptd.engine.restore.prepare import prepare, refused
-from ckptd.engine.restore.puppet import Puppet, stop
+from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.sleeping import sleep_again
+from ckptd.engine.restore.stops import Stops
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.engine.restore.world import make_reaper
 from ckptd.errors import Refusal
@@ -48,42 +49,49 @@ from ckptd.kernel.task import read_cgroup2
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
 _NO_LIMIT = (1 << 32) - 1
-_P_PID = 1
+TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # phases, microseconds in the result
 
 
 class Restore:
     """One restart."""
 
-    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal]) -> None:
+    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal],
+                 clock: Clock) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
-        self._reader, self._plan = reader, plan
+        self._reader, self._plan, self._clock = reader, plan, clock
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
         self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
-        self._above = {child.vpid: process for process in plan.processes for child in process.children}
+        self._stops = Stops(plan.processes, all_=job.request.leave_stopped)
         self._warnings = list(warnings)
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
         self._bytes_done = self._bytes_total = 0
 
     def run(self, digests: Digests) -> None:
         with ExitStack() as stack:
-            self._channel.phase('open')
-            self._open(stack)
+            with self._phase('open'):
+                self._open(stack)
             fault('opened')
-            self._channel.phase('create')
-            self._create(stack)
+            with self._phase('create'):
+                self._create(stack)
             fault('created')
-            self._channel.phase('fill')
-            interleave(space.build(self._nursery[self._mms[mm_id]]) for mm_id, space in self._spaces.items())
+            with self._phase('fill'):
+                interleave(space.build(self._nursery[self._mms[mm_id]]) for mm_id, space in self._spaces.items())
             fault('filled')
-            self._channel.phase('rebuild')
-            self._rebuild()
+            with self._phase('rebuild'):
+                self._rebuild()
+                digests.require()
             fault('rebuilt')
-            digests.require()
-            self._channel.phase('start')
-            self._objects.finish()
-            self._leave()
-            self._start()
+            with self._phase('start'):
+                self._objects.finish()
+                self._leave()
+                self._start()
         self._attend()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._channel.phase(name)
+        with self._clock.measure(name):
+            yield
 
     # ------------------------------------------------------------ open, create
 
@@ -208,10 +216,10 @@ class Restore:
         running: list[Process] = []
         # children first: that they stop, their parents hear while they are stubs, and have heard before
         for process in reversed(self._plan.processes):
-            if process.alive and self._stop_signal(process):
+            if process.alive and self._stops.signal_of(process):
                 finish(self._last(process))
                 self._go_all([process])
-                self._stop(process)
+                self._stops.stop(process, self._nursery)
             elif process.alive:
                 running.insert(0, process)
         interleave(self._last(process) for process in running)
@@ -226,26 +234,6 @@ class Restore:
         interleave(self._go(task) for task in last)
         for task in tasks:
             state.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
-
-    def _stop_signal(self, process: Process) -> int:
-        """The signal of the group-stop that it is to be in; 0 for none."""
-        wanted = process.alive[0].record.stop_signal
-        if not wanted:
-            return signal.SIGSTOP if self._request.leave_stopped else 0
-        # the others stop no process whose group is orphaned (kernel/signal.c, get_signal), as that of a root is now
-        above = self._above.get(process.vpid)
-        return wanted if above and above.sid == process.sid and above.pgid != process.pgid else signal.SIGSTOP
-
-    def _stop(self, process: Process) -> None:
-        wanted = self._stop_signal(process)
-        for task in process.alive:
-            stop(self._nursery[task.vpid], wanted, begin=task is process.alive[0])
-        above = self._above.get(process.vpid)
-        if above and not process.alive[0].record.exit_code & 0x7F:
-            # its parent has waited for it then (fs/proc/array.c: exit_code is the signal until somebody has)
-            script = Script(self._nursery[process.parent])
-            script.call('waitid', _P_PID, process.vpid, 0, os.WSTOPPED | os.WNOHANG, 0)
-            script.do()
 
     def _last(self, process: Process) -> Steps[None]:
         reader, nursery = self._reader, self._nursery
@@ -298,8 +286,10 @@ class Restore:
             with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
                 os.dup2(nothing.fileno(), self._job.terminal, inheritable=False)
         warnings = [refusal_row(row) for row in (*self._warnings, *self._place.warnings)]
+        times = {f'{phase}_time': self._clock.usec(phase) for phase in TIMED}
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
-                  'processes': len(self._plan.processes), 'cgroup': self._where(roots[0]), 'warnings': warnings}
+                  'processes': len(self._plan.processes), 'bytes': self._bytes_done, 'cgroup': self._where(roots[0]),
+                  'warnings': warnings, 'restored_usec': self._clock.total_usec(), **times}
         self._channel.send(Running(roots[0], len(self._plan.tasks)))
         if self._request.wait:
             self._channel.send(Phase('attend'))
@@ -323,13 +313,17 @@ class Restore:
 
 def restore(job: Job) -> None:
     """Bring the tree of an image back."""
+    clock = Clock()
     job.channel.phase('verify')
     path = image_path(job)
-    if damages := verify_records(path):
+    with clock.measure('verify'):
+        damages = verify_records(path)
+    if damages:
         raise damaged(damages)
     with ImageReader(path) as reader, Digests(path) as digests:
         job.channel.phase('plan')
-        plan, rows = prepare(job, reader)
+        with clock.measure('plan'):
+            plan, rows = prepare(job, reader)
         if any(row.severity == 'refusal' for row in rows):
             raise refused(rows)
-        Restore(job, reader, plan, rows).run(digests)
+        Restore(job, reader, plan, rows, clock).run(digests)
