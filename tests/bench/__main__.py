@@ -9,7 +9,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests.bench import bench_bus, bench_dump, bench_scan
+from tests.bench import bench_bus, bench_dump, bench_restart, bench_scan
 from tests.lib.bus import Daemon
 
 
@@ -20,8 +20,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--runs', type=int, default=5, metavar='N', help='figures are medians of N (default: 5)')
     parser.add_argument('--scan', type=int, nargs='*', default=[1000, 10_000], metavar='N', help='trees to scan')
     parser.add_argument('--tasks', type=int, nargs='*', default=[10, 100, 1000], metavar='N',
-                        help='trees to checkpoint')
-    parser.add_argument('--memory', type=int, default=1024, metavar='MIB', help='random memory to checkpoint')
+                        help='trees to checkpoint and restart')
+    parser.add_argument('--memory', type=int, default=1024, metavar='MIB', help='random memory to do the same with')
     parser.add_argument('--spool', type=Path, metavar='DIR', help='a directory on the disk to measure')
     return parser.parse_args()
 
@@ -44,11 +44,17 @@ def main() -> None:
             for row in bench_dump.run(options.tasks, options.memory, daemon, options.runs):
                 dumps.append(row.facts())
                 show('\n'.join(bench_dump.lines(row)))
+            show(f'\nRestarts, medians of {options.runs}\n{bench_restart.HEAD}')
+            restarts = []
+            for again in bench_restart.run(options.tasks, options.memory, daemon, options.runs, Path(directory)):
+                restarts.append(again.facts())
+                show('\n'.join(bench_restart.lines(again)))
             calls = bench_bus.run(daemon)
     show('\nCalls a second (ListJobs)')
     show('\n'.join(f'{clients:>7} clients {rate:>9.0f}' for clients, rate in calls.items()))
     if options.json:
-        print(json.dumps({'scan': [row.facts() for row in scans], 'checkpoint': dumps, 'calls_per_second': calls}))
+        print(json.dumps({'scan': [row.facts() for row in scans], 'checkpoint': dumps, 'restart': restarts,
+                          'calls_per_second': calls}))
 
 
 if __name__ == '__main__':
