@@ -95,11 +95,7 @@ def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, c
     """
     for lock in locks:
         try:
-            if lock.kind == POSIX:
-                vpid, number = _lead(lock, saved, path, ctx)
-                ctx.call(vpid, 'fcntl', number, F_SETLK, _flock(lock))
-            else:
-                _take(lock, fd)
+            _take(lock, path, saved, fd, ctx)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise CkptError(f'{path} cannot be locked again: {error.strerror}', errno=error.errno,
@@ -108,14 +104,27 @@ def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, c
                        hint='end the program that has it locked, or wait for it') from error
 
 
-def _take(lock: Lock, fd: int) -> None:
-    """A lock of the description itself."""
-    if lock.kind == OFD:
+def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    if lock.kind == POSIX:
+        vpid, number = _lead(lock, saved, path, ctx)
+        ctx.call(vpid, 'fcntl', number, F_SETLK, _flock(lock))
+    elif lock.kind == OFD:
         fcntl.fcntl(fd, F_OFD_SETLK, _flock(lock))
-    elif lock.kind == FLOCK:
-        fcntl.flock(fd, (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     else:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK)
+        name, *arguments = _call(lock)
+        # of the description, and yet shown as of the process that took it; of a lease that one gets the signal, with
+        # the fd that it took it by (fs/locks.c, lease_setup)
+        for vpid, number in ctx.holders(saved.file_id)[:1]:
+            ctx.call(vpid, name, number, *arguments)
+            return
+        fcntl.flock(fd, arguments[0]) if lock.kind == FLOCK else fcntl.fcntl(fd, *arguments)
+
+
+def _call(lock: Lock) -> tuple[str, *tuple[int, ...]]:
+    """The system call that takes it, without the fd."""
+    if lock.kind == FLOCK:
+        return 'flock', (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB
+    return 'fcntl', fcntl.F_SETLEASE, fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
 
 
 def _lead(lock: Lock, saved: SavedFile, path: str, ctx: Restoring) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import pyroute2.netlink.diag  # noqa: F401 - it is imported late, and then a user who cannot read the code has it not
 
 from ckptd.engine import worker as worker_module
 from ckptd.engine.messages import MAX_MESSAGE, Caller, Failed, Finished, FromWorker, JobRequest, Message, Start

@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(12
 
 # what is told of a task and cannot be the same: when it was made, and numbers that the kernel draws by itself
 BORN_ANEW = {('stat', 'start'), ('status', 'FDSize')}
-NAMELESS = re.compile(r'(pipe|socket|anon_inode):\[\d+\]|(00:01) \d+ (?=/memfd:|/dev/zero|/SYSV)')
+NAMELESS = re.compile(r'(pipe|socket|anon_inode):\[\d+\]|(00:01) \d+ (?=/memfd:|/dev/zero|/SYSV)'
+                      r'|(?<=[\da-f]{2}:[\da-f]{2}) \d+ (?=/.* \(deleted\)$)')
 # its sleeps end, and with them threads, while we look
 BRIEF = {'interrupted', 'never_restarted'}
 

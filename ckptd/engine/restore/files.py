@@ -28,8 +28,8 @@ from ckptd.kinds.registry import BY_TAG
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_OWNER_PGRP = 2
-# what F_SETFL changes, fcntl(2)
-_STATUS_FLAGS = os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
+# what F_SETFL changes, fcntl(2), but for O_ASYNC
+_STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
 
 
@@ -177,6 +177,8 @@ class Files(Access):
             fd = self._fds[saved.file_id]
             kind.finish(record, saved, fd, self)
             self._set_owner(fd, saved)
+            if saved.flags & os.O_ASYNC:
+                self._set_async(fd, saved)
 
     def commit(self) -> None:
         for saved in self._reader.every(OpenFile):
@@ -198,6 +200,15 @@ class Files(Access):
         finally:
             if others:
                 os.setresuid(0, 0, 0)
+
+
+    def _set_async(self, fd: int, saved: OpenFile) -> None:
+        """O_ASYNC, by one who has the file: its number there is the si_fd of the signals (fs/fcntl.c, fcntl_setfl)."""
+        flags = saved.flags & (_STATUS_FLAGS | os.O_ASYNC)
+        for vpid, number in self.holders(saved.file_id)[:1]:
+            self.call(vpid, 'fcntl', number, fcntl.F_SETFL, flags)
+            return
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def _mail(bank: Bank) -> tuple[socket.socket, int]:

@@ -83,20 +83,22 @@ def first() -> Callable[[Callable[[int], None], Bulk], SavedFile]:
 
 
 First = Callable[[Callable[[int], None], Bulk], SavedFile]
-SEEN = {'POSIX': (posix, [[fcntl.F_WRLCK, 100, 10], [fcntl.F_RDLCK, 500, 0]]), 'OFD': (ofd, [[fcntl.F_WRLCK, 3, 4]]),
-        'flock': (flock, [[99, 0, 0]])}
+SEEN = {'POSIX': (posix, [[fcntl.F_WRLCK, 100, 10], [fcntl.F_RDLCK, 500, 0]], ['fcntl'] * 2),
+        'OFD': (ofd, [[fcntl.F_WRLCK, 3, 4]], []),
+        'flock': (flock, [[99, 0, 0]], ['flock'])}
 
 
-@pytest.mark.parametrize(('lock', 'expected'), SEEN.values(), ids=SEEN)
+@pytest.mark.parametrize(('lock', 'expected', 'calls'), SEEN.values(), ids=SEEN)
 def test_others_find_it_locked(first: First, bulk: Bulk, restart: Start, brood: Brood,
-                               lock: Callable[[int], None], expected: list[list[int]]) -> None:
+                               lock: Callable[[int], None], expected: list[list[int]], calls: list[str]) -> None:
+    """calls: what the process itself has to do."""
     saved = first(lock, bulk)
     assert held(brood) == []
     job = restart()
     assert job.obstacles(saved) == []
     job.whole(saved)
     assert held(brood) == expected
-    assert [name for name, _ in job.calls] == (['fcntl'] * 2 if lock is posix else [])
+    assert [name for name, _ in job.calls] == calls
 
 
 def test_lease(first: First, bulk: Bulk, restart: Start) -> None:
