@@ -17,12 +17,12 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
+from ckptd.scan import scan_tree
 from tests.bench.bench_dump import MemoryProcess
 from tests.bench.bench_scan import build, room, sleeping_tree
 from tests.engine.faulty import api
 from tests.lib import settled
 from tests.lib.bus import Daemon
-from tests.lib.victim import session_members
 
 PHASES = ('verify_time', 'plan_time', 'create_time', 'fill_time', 'rebuild_time', 'start_time')
 
@@ -58,10 +58,10 @@ async def job(daemon: Daemon, method: str, about: str, options: dict[str, Any]) 
 
 def kill(root: int) -> None:
     """A restored tree, all of it; we are the subreaper."""
-    members = session_members(root)
+    members = [task.tgid for task in scan_tree([root]).leaders]
     for pid in members:
         os.kill(pid, signal.SIGKILL)
-    for pid in reversed(members):       # parents first: what they leave is ours to reap
+    for pid in members:     # parents first, whatever their numbers: what they leave is ours to reap
         os.waitpid(pid, 0)
 
 

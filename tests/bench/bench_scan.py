@@ -2,7 +2,8 @@
 """How long the scan and the checks of a tree take, by its size.
 
 The tree is made of processes of a small C program that sleep; every tenth has children of its own. It ends with the
-pipe that this program holds, so nothing is left of it however the benchmark ends.
+FIFO that this program holds, so nothing is left of it however the benchmark ends. A FIFO has a name: a restored tree
+finds this program at its other end again, which it would not at that of a pipe.
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ckptd.checks import check_tree
 from ckptd.engine.messages import Caller
@@ -85,10 +86,24 @@ def build(directory: Path) -> Path:
 
 
 @contextmanager
+def fifo(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Both ends of a new one, which is gone after the block."""
+    os.mkfifo(path)
+    try:
+        # in this order neither open(2) waits for the other end, fifo(7)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(reader, 'rb', buffering=0) as begin, path.open('wb', buffering=0) as end:
+            os.set_blocking(reader, True)
+            yield begin, end
+    finally:
+        path.unlink()
+
+
+@contextmanager
 def sleeping_tree(program: Path, tasks: int) -> Iterator[int]:
     """The root of a tree of that many processes."""
-    with subprocess.Popen([program, str(tasks)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as root:
-        assert root.stdin is not None
+    with fifo(program.with_name('end')) as (reader, end), \
+            subprocess.Popen([program, str(tasks)], stdin=reader, stdout=subprocess.PIPE) as root:
         assert root.stdout is not None
         try:
             ready = 0
@@ -96,7 +111,7 @@ def sleeping_tree(program: Path, tasks: int) -> Iterator[int]:
                 ready += len(chunk)
             yield root.pid
         finally:
-            root.stdin.close()
+            end.close()
             while root.stdout.read(65536):      # the last of them has closed it
                 pass
 
