@@ -3,6 +3,7 @@
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,7 +46,10 @@ class Generation:
         if self._alive_by_popen:
             self.victim.process.wait()
             self._alive_by_popen = False
-        settled.reap_orphans()
+        deadline = time.monotonic() + 10
+        while session_members(self.victim.pid) and time.monotonic() < deadline:
+            settled.reap_orphans()      # parents first: what they leave becomes ours
+            os.sched_yield()
         return image
 
     def restore(self, image: Path, **more: object) -> None:

@@ -153,6 +153,7 @@ class Puppet:
         batch.call(name, *arguments)
         write_bytes(self.tid, self.arena.table, batch.encode(self.arena.table))
         self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
+        self.tracee.sigmask = 0     # which /proc goes on to show of the dead
         self.tracee.cont()
 
     def _state(self) -> str:
