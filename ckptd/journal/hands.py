@@ -166,9 +166,12 @@ class Hands:
 
 
 def undo_all(entry: Entry, hands: Hands, at: FaultPoint = no_fault) -> list[str]:
-    """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was."""
+    """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was.
+
+    A tree that is not alive yet is ended before all else: at home, where it would be brought next, it would run.
+    """
     origins, failures = entry.origins(), []
-    for _, step in entry.standing():
+    for _, step in sorted(entry.standing(), key=lambda one: not isinstance(one[1], Born)):
         try:
             at(f'undo-{step.point}')
             hands.undo(step, origins)
