@@ -62,7 +62,9 @@ def read_numbers(reader: ImageReader, world: World) -> Numbers:
     """Who has which pid in the namespace that the tree is born into. Dead processes in the way get a moment to go."""
     if world.pid:
         return {}
-    await_reaped({task.vpid for task in reader.tasks}, time.monotonic() + _REAPED_WITHIN)
+    # of the dead that sessions and groups are named by as well
+    wanted = {number for task in reader.tasks for number in (task.vpid, task.vpgid, task.vsid)} - {0}
+    await_reaped(wanted, time.monotonic() + _REAPED_WITHIN)
     return numbers_in_use()
 
 
