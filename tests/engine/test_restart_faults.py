@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whatever dies or fails while a tree is restored: it is all there and runs, or nothing of it is left."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
+from ckptd.engine.faults import RESTORE_POINTS
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import SYSV, SharedMemory
+from tests.engine.faulty import Api, Gate, Standing, api, end, readable
+from tests.engine.unharmed import left_in_journal, left_in_spool
+from tests.lib import settled
+from tests.lib.bus import Daemon
+from tests.lib.victim import Victim, session_members
+
+pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc', 'dbus'), pytest.mark.timeout(90)]
+
+SETTLE = 3.0        # seconds: what was killed a moment ago is still on its way
+PATIENCE = 15.0     # seconds for a worker to come to its point
+NOTHING = ('place-make', 'place-make-done', 'opened', 'created-one', 'created', 'filled', 'rebuilt', 'place-freeze',
+           'place-freeze-done', 'place-move', 'place-move-done', 'ready', 'started')
+ALIVE = ('place-alive', 'undo-move', 'undo-freeze', 'undo-make')
+VICTIMS = ('threads', 'files', 'pipes', 'shared', 'stopped')
+
+
+class Case(NamedTuple):
+    """A fault at a point that a worker comes by for the nth time."""
+    victim: str
+    point: str
+    nth: int = 1
+
+    def __str__(self) -> str:
+        return '-'.join(str(part) for part in self if part != 1)
+
+
+CASES = [*(Case(VICTIMS[number % len(VICTIMS)], point) for number, point in enumerate((*NOTHING, *ALIVE))),
+         *(Case('tree', 'created-one', nth) for nth in (2, 30)), Case('tree', 'started'), Case('shared', 'filled'),
+         Case('shared', 'started'), Case('stopped', 'started')]
+
+
+def segments(shmids: set[int]) -> set[int]:
+    """Those of the System V segments that there are."""
+    return shmids & {int(line.split()[1]) for line in Path('/proc/sysvipc/shm').read_text().splitlines()[1:]}
+
+
+def files_below(directory: Path) -> dict[Path, tuple[int, int, bytes]]:
+    """What is in a victim's directory: inode, mode and content of each file."""
+    return {path: (path.lstat().st_ino, path.lstat().st_mode, path.read_bytes() if path.is_file() else b'')
+            for path in sorted(directory.rglob('*'))}
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Ask again and again, for what no event tells."""
+    async with asyncio.timeout(PATIENCE):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def ended(root: int) -> int:
+    """Wait for a child of ours; its wait(2) status."""
+    pidfd = os.pidfd_open(root)
+    try:
+        await readable(pidfd)
+    finally:
+        os.close(pidfd)
+    return os.waitpid(root, os.WNOHANG)[1]  # noqa: ASYNC222 - it is dead
+
+
+class Surroundings(NamedTuple):
+    """What a restart that fails leaves as it was."""
+    files: dict[Path, tuple[int, int, bytes]]
+    segments: set[int]
+    cgroups: set[Path]
+    mounts: str
+
+    @classmethod
+    def of(cls, trial: 'Trial') -> 'Surroundings':
+        return cls(files_below(trial.victim.directory), segments(trial.shmids), set(trial.cgroup.rglob('*/')),
+                   Path('/proc/self/mountinfo').read_text())
+
+
+class Trial:
+    """A daemon whose workers ask, and the image of a victim that is dead."""
+
+    def __init__(self, case: Case, gate: Gate, start_daemon: Callable[..., Daemon], victim: Callable[..., Victim],
+                 cgroup: Path) -> None:
+        self.case, self.gate, self.cgroup = case, gate, cgroup
+        self._start_daemon, self._start_victim = start_daemon, victim
+        self.daemon = self.start()
+        self.victim, self.image = victim(case.victim), ''
+        self.numbers, self.shmids = set[int](), set[int]()
+        self.failures: list[str] = []
+
+    def start(self) -> Daemon:
+        return self._start_daemon(env=self.gate.environment)
+
+    async def dump(self, client: Api) -> None:
+        there = set(self.cgroup.glob('ckptd-*'))
+        async with self.gate.open():
+            job = await client.checkpoint(self.victim.pid, {'after': 'kill'})
+            self.image = str((await client.ended(job))['Image'])
+            self.victim.process.wait()
+            settled.reap_orphans()
+            # its worker still comes by points while it removes the cgroup, which goes with the last of the dead
+            await until(lambda: set(self.cgroup.glob('ckptd-*')) <= there)
+        with ImageReader(self.daemon.spool / self.image) as reader:
+            # the dead that a session or group is named by are made, too
+            self.numbers = {number for task in reader.tasks for number in (task.vpid, task.vpgid, task.vsid)} - {0}
+            self.shmids = {record.shmid for record in reader.every(SharedMemory) if record.kind == SYSV}
+        self.before = Surroundings.of(self)
+
+    async def begin(self, client: Api) -> str:
+        """The path of a job that restores."""
+        return str(await client.client.call(BUS_NAME, ROOT, MANAGER, 'Restore', 'sa{sv}', self.image, {}))
+
+    @asynccontextmanager
+    async def at_the_point(self) -> AsyncIterator[tuple[Api, str, Standing]]:
+        """A restart whose worker has come to the point."""
+        async with api(self.daemon) as client:
+            job = await self.begin(client)
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    standing = await self.gate.stand(self.case.point, self.case.nth)
+            except TimeoutError:
+                shown = await client.client.properties(BUS_NAME, job, 'org.ckptd1.Job')
+                raise AssertionError(f'the job did not come to {self.case.point}: {shown}, {self.failures}') from None
+            with standing:
+                yield client, job, standing
+
+    def is_there(self) -> bool:
+        return Path(f'/proc/{self.victim.pid}').exists()
+
+    # ------------------------------------------------------------ afterwards
+
+    async def look(self, action: str, done: bool) -> None:
+        """All or nothing. done: the job says that it has restored the tree."""
+        if self.case.point in ALIVE or done:
+            await self._all(action)
+            return
+        deadline = time.monotonic() + SETTLE
+        while (left := list(self._left())) and time.monotonic() < deadline:
+            settled.reap_orphans()
+            await asyncio.sleep(0.01)
+        self.failures += [f'{action}: {sentence}' for sentence in left]
+        for pid in session_members(self.victim.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        settled.reap_orphans()
+
+    def _left(self) -> Iterator[str]:
+        now = Surroundings.of(self)
+        yield from (f'process {settled.describe(pid)}' for pid in self.numbers if Path(f'/proc/{pid}').exists())
+        yield from (f'{name} is {getattr(now, name)} and was {getattr(self.before, name)}' for name in now._fields
+                    if getattr(now, name) != getattr(self.before, name))
+        yield from left_in_spool(self.daemon.spool)
+        yield from left_in_journal(self.daemon.runtime)
+        yield from (f'stub {settled.describe(pid)}' for pid in self._stubs())
+
+    def _stubs(self) -> Iterator[int]:
+        """Whatever runs in our cgroups and is neither ours nor a daemon nor a worker of one."""
+        for directory in (self.cgroup, *self.cgroup.rglob('*/')):
+            for pid in map(int, (directory / 'cgroup.procs').read_text().split()):
+                if pid != os.getpid() and not settled.is_zombie(pid) and not _is_ours(pid):
+                    yield pid
+
+    async def _all(self, action: str) -> None:
+        """It runs and is whole; the next action gets another one."""
+        self.victim.go()
+        try:
+            if status := await ended(self.victim.pid):
+                self.failures.append(f'{action}: the root ended with {status:#x}')
+        except (ChildProcessError, ProcessLookupError):
+            self.failures.append(f'{action}: there is no root of the tree')
+        except TimeoutError:
+            self.failures.append(f'{action}: {self.victim} did not end: {settled.describe(self.victim.pid)}')
+        if self.victim.output:
+            self.failures.append(f'{action}: {self.victim.output}')
+        # what could not be undone is kept for the next recovery, by the next daemon
+        if action not in ('error', 'cancel') or not self.case.point.startswith('undo-'):
+            self.failures += [f'{action}: {sentence}' for sentence in left_in_journal(self.daemon.runtime)]
+        self.victim = self._start_victim(self.case.victim)
+        async with api(self.daemon) as client:
+            await self.dump(client)
+
+
+def _is_ours(pid: int) -> bool:
+    try:
+        command = Path(f'/proc/{pid}/cmdline').read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True     # gone
+    return b'ckptd.' in command or b'dbus-daemon' in command
+
+
+# ---------------------------------------------------------------- what happens at the point
+
+async def worker_dies(trial: Trial) -> bool:
+    async with trial.at_the_point() as (client, job, standing):
+        standing.kill()
+        after = await client.ended(job)
+    expect(trial, after, 'failed', 'org.ckptd1.Error.WorkerDied')
+    return False
+
+
+async def error(trial: Trial) -> bool:
+    """An error that nobody expects there."""
+    async with trial.at_the_point() as (client, job, standing):
+        standing.answer('error:EIO')
+        async with trial.gate.open():
+            after = await client.ended(job)
+            await standing.gone()
+    # without a cgroup to be born in, a tree is born where we are; what comes after it is alive is told as a warning
+    if not trial.case.point.startswith(('place-make', 'undo-')):
+        expect(trial, after, 'failed', '')
+    return bool(after['State'] == 'done')
+
+
+async def cancel(trial: Trial) -> bool:
+    async with trial.at_the_point() as (client, job, standing):
+        await client.cancel(job)
+        standing.answer()
+        async with trial.gate.open():
+            after = await client.ended(job)
+            await standing.gone()
+    if after['State'] != 'done' or trial.case.point in NOTHING[:NOTHING.index('rebuilt')]:
+        expect(trial, after, 'cancelled', '')
+    return bool(after['State'] == 'done')
+
+
+async def daemon_dies(trial: Trial) -> bool:
+    """The worker ends what it began, or undoes it."""
+    async with trial.at_the_point() as (_, _, standing):
+        await end(trial.daemon)
+        standing.answer()
+        async with trial.gate.open():
+            await standing.gone()
+    trial.daemon = trial.start()
+    settled.reap_orphans()
+    return trial.is_there()
+
+
+async def both_die(trial: Trial) -> bool:
+    """The next daemon puts right what they left."""
+    async with trial.at_the_point() as (_, _, standing):
+        await end(trial.daemon)
+        standing.kill()
+        await standing.gone()
+    trial.daemon = trial.start()
+    return False
+
+
+def expect(trial: Trial, after: dict[str, Any], state: str, error_name: str) -> None:
+    if after['State'] != state or error_name not in str(after['Error'].get('name', '')):
+        trial.failures.append(f'job: {after}')
+
+
+ACTIONS: tuple[Callable[[Trial], Awaitable[bool]], ...] = (worker_dies, error, cancel, daemon_dies, both_die)
+
+
+@pytest.fixture
+async def gate() -> AsyncIterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.close()
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+async def test_all_or_nothing(case: Case, gate: Gate, start_daemon: Callable[..., Daemon],
+                              victim: Callable[..., Victim], test_cgroup: Path) -> None:
+    trial = Trial(case, gate, start_daemon, victim, test_cgroup)
+    async with asyncio.timeout(PATIENCE), api(trial.daemon) as client:
+        await trial.dump(client)
+    for action in ACTIONS:
+        async with asyncio.timeout(2 * PATIENCE):
+            done = await action(trial)
+        await trial.look(action.__name__, done)
+    assert trial.failures == [], trial.daemon.log
+    async with api(trial.daemon) as client, gate.open():
+        after = await client.ended(await trial.begin(client))
+        assert after['State'] == 'done', after
+    trial.victim.go()
+    assert await ended(trial.victim.pid) == 0, trial.victim.output
+
+
+async def test_every_point_is_passed(gate: Gate, start_daemon: Callable[..., Daemon], victim: Callable[..., Victim],
+                                     test_cgroup: Path) -> None:
+    trial = Trial(Case('shared', ''), gate, start_daemon, victim, test_cgroup)
+    async with api(trial.daemon) as client:
+        await trial.dump(client)
+        gate.passed.clear()
+        async with gate.open():
+            assert (await client.ended(await trial.begin(client)))['State'] == 'done'
+    assert tuple(dict.fromkeys(gate.passed)) == (*NOTHING, *ALIVE)
+    trial.victim.go()
+    assert await ended(trial.victim.pid) == 0, trial.victim.output
+
+
+def test_no_point_was_forgotten() -> None:
+    assert {case.point for case in CASES} >= RESTORE_POINTS
