@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ckptd.kernel.arch import x86_64 as arch
 
 _ALL_ONES = 2**64 - 1
+_REST = [[0] * (arch.ROW - length) for length in range(arch.ROW)]      # of a row that has so much
 
 
 class Out(NamedTuple):
@@ -52,12 +53,14 @@ class Batch:
     def call(self, name: str, *arguments: int | Out) -> int:
         """Add a system call; the number is for `Results.value`."""
         self._names.append(name)
-        self._rows.append(arch.NR[name])
+        row = [arch.NR[name]]
         for argument in arguments:
             if isinstance(argument, Out):
-                self._relocations.append(len(self._rows))
-            self._rows.append((argument.offset if isinstance(argument, Out) else argument) & _ALL_ONES)
-        self._rows.extend([0] * (arch.ROW - 1 - len(arguments)))
+                self._relocations.append(len(self._rows) + len(row))
+                row.append(argument.offset)
+            else:
+                row.append(argument & _ALL_ONES)
+        self._rows.extend(row + _REST[len(row)])
         return len(self._names) - 1
 
     def encode(self, base: int) -> bytes:

@@ -23,6 +23,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import starmap
 from typing import (
     Annotated,
     Any,
@@ -129,6 +130,7 @@ class Codec:
             else:
                 self.steps.append(((field.name,), None, *_field_codec(hints[field.name])))
         self._flush(run)
+        self.packer = self.steps[0][1] if len(self.steps) == 1 else None        # of nothing but integers
 
     def _flush(self, run: list[tuple[str, str]]) -> None:
         if run:
@@ -219,6 +221,8 @@ def _list_codec(item: Any) -> tuple[Encoder, Decoder]:
     if code is not None:
         return _int_list_codec(code)
     encode_item, decode_item = _field_codec(item)
+    packer = item._codec.packer if isinstance(item, type) and issubclass(item, Struct) else None
+    least = packer.size if packer else 1        # every item has at least one byte
 
     def encode_list(value: Any, out: bytearray) -> None:
         out += _LENGTH.pack(len(value))
@@ -227,8 +231,10 @@ def _list_codec(item: Any) -> tuple[Encoder, Decoder]:
 
     def decode_list(data: memoryview, at: int) -> tuple[tuple[Any, ...], int]:
         count, at = _unpack(_LENGTH, data, at)[0], at + 4
-        if count > len(data) - at:      # every item has at least one byte
+        if count * least > len(data) - at:
             raise ImageDamaged(f'list of {count} items in {len(data) - at} bytes')
+        if packer:
+            return tuple(starmap(item, packer.iter_unpack(data[at:at + count * least]))), at + count * least
         items = []
         for _ in range(count):
             one, at = decode_item(data, at)

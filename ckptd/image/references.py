@@ -2,7 +2,6 @@
 """What the records of an image say of each other: ids that must exist, ranges in order, extents inside their files."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from typing import Any, cast
 
 from ckptd.image.grammar import Record, Struct
@@ -76,7 +75,7 @@ class RecordChecker:
     def add(self, one: Record) -> None:
         """Check one record for itself; remember what it is and what it names."""
         cls = type(one)
-        first = fields(cast(Any, one))[0].name
+        first = cls._codec.fields[0].name
         key = getattr(one, first)
         where = f'{cls.__name__} {key}' if isinstance(key, int) else cls.__name__
         if cls not in _MANY:
@@ -178,7 +177,7 @@ class RecordChecker:
 
 def _extents(value: Struct) -> Iterable[Extent]:
     """Extents among the fields of a record."""
-    for field in fields(cast(Any, value)):
+    for field in value._codec.fields:
         content = getattr(value, field.name)
         if isinstance(content, Extent):
             yield content

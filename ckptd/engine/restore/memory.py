@@ -10,7 +10,9 @@ What no page run names stays untouched: absent, zero, or as in the file.
 
 import ctypes
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 
 from ckptd.engine.interleave import Steps
 from ckptd.engine.restore.objects import Objects, may_write
@@ -30,7 +32,7 @@ MAP_PRIVATE, MAP_ANONYMOUS, MAP_LOCKED, MAP_FIXED_NOREPLACE = 2, 0x20, 0x2000, 0
 MLOCK_ONFAULT = 1
 MCL_FUTURE, MCL_ONFAULT = 2, 4
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
-MADV_GUARD_INSTALL = 102
+MADV_POPULATE_WRITE, MADV_GUARD_INSTALL = 23, 102
 _ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
 # <linux/prctl.h>
 PR_SET_DUMPABLE, PR_SET_MM, PR_SET_MM_MAP, PR_SET_THP_DISABLE = 4, 35, 14, 41
@@ -38,6 +40,9 @@ PR_SET_MDWE, PR_SET_MEMORY_MERGE = 65, 67
 PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
 _READ_AT_ONCE = 32 << 20        # between two looks at whether the job was cancelled
+# Pages that are made just before they are read into are still in the processor's cache then, and cost no fault each: a
+# fifth of the time. In one piece of all it would be lost again.
+_PIECE, _POPULATE_FROM = 2 << 20, 64 << 10
 
 
 class Space:
@@ -68,13 +73,13 @@ class Space:
         for vma in self._ordinary:
             self._map(script, vma)
         self._vdso.map(script, self._reader, self._memory)
-        yield from script.run()
-        yield from self._fill()
+        size = yield from self._fill(script)
         for vma in self._ordinary:
             self._finish(script, vma)
         for guard in self._memory.guards:
             script.call('madvise', guard.start, guard.end - guard.start, MADV_GUARD_INSTALL, about='guard region')
         yield from script.run()
+        self._on_bytes(size)
         self._force()
         self._vdso.patch(self._puppet.tid, self._reader, self._memory)
 
@@ -144,14 +149,25 @@ class Space:
             if vma.flags & MAP_PRIVATE and self._is_filled(vma) == filled:
                 yield from runs_between(self._memory.runs, vma.start, vma.end)
 
-    def _fill(self) -> Steps[None]:
+    def _fill(self, script: Script) -> Steps[int]:
+        """How many bytes are left to the next run of the script: a small address space is made in one go."""
+        waiting = 0
         for part, offset, ranges in _reads(self._runs(True)):
-            script = Script(self._puppet)
             size = sum(end - start for start, end in ranges)
+            for start, end in ranges:
+                if end - start >= _POPULATE_FROM and self._is_anonymous(start):
+                    script.call('madvise', start, end - start, MADV_POPULATE_WRITE, about='memory for pages')
             iov = b''.join(struct.pack('<QQ', start, end - start) for start, end in ranges)
             script.call('preadv', self._objects.data(part), iov, len(ranges), offset, 0, about='pages', expect=size)
-            yield from script.run()
-            self._on_bytes(size)
+            waiting += size
+            if waiting >= _READ_AT_ONCE:
+                yield from script.run()
+                self._on_bytes(waiting)
+                waiting = 0
+        return waiting
+
+    def _is_anonymous(self, address: int) -> bool:
+        return self._ordinary[bisect_right(self._ordinary, address, key=attrgetter('start')) - 1].kind == ANON
 
     def _force(self) -> None:
         """Pages of what the program itself could never write, a breakpoint in its text: as a debugger writes them."""
@@ -225,12 +241,12 @@ def _reads(runs: Iterator[PageRun]) -> Iterator[tuple[int, int, Sequence[tuple[i
     for run in runs:
         start, at, left = run.start, run.offset, run.pages * PAGE
         while left:
-            if ranges and (run.part != part or at != offset + size or len(ranges) == IOV_MAX or size >= _READ_AT_ONCE):
+            if ranges and (run.part != part or at != offset + size or len(ranges) == IOV_MAX or size >= _PIECE):
                 yield part, offset, ranges
                 ranges, size = [], 0
             if not ranges:
                 part, offset = run.part, at
-            taken = min(left, _READ_AT_ONCE - size)
+            taken = min(left, _PIECE - size)
             ranges.append((start, start + taken))
             start, at, left, size = start + taken, at + taken, left - taken, size + taken
     if ranges:

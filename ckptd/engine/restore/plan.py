@@ -3,6 +3,7 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ckptd.engine.restore.family import (
     CannotMake,
@@ -25,7 +26,7 @@ DEAD = (ord('Z'), ord('X'))
 _REAPED_WITHIN = 3.0        # seconds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """world: the namespaces to be born into. processes: in depth-first order. steps: how they are made. arena: where
     stubs have their code. highest: the largest fd of any table. refusals: why it cannot be made, with warnings."""
@@ -36,12 +37,12 @@ class Plan:
     highest: int
     refusals: list[Refusal] = field(default_factory=list)
 
-    @property
+    @cached_property
     def tasks(self) -> list[ImageTask]:
         """In the order of the image."""
         return [task for process in self.processes for task in (process.leader, *process.threads)]
 
-    @property
+    @cached_property
     def alive(self) -> list[ImageTask]:
         return [task for task in self.tasks if task.record.state not in DEAD]
 

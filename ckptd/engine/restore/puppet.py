@@ -180,6 +180,8 @@ class Puppet:
         """
         if unmap:
             last.call('munmap', self.arena.start, self.arena.length)
+        if not len(last):
+            return
         write_bytes(self.tid, self.arena.table, last.encode(self.arena.table))
         tracee = self.tracee
         tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)

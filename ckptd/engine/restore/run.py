@@ -166,18 +166,19 @@ class Restore:
         state.coredump_filter(reader, first.record.mm_id, nursery[first.vpid].tid)
         script = Script(nursery[first.vpid])
         self._of_objects(first, script)
+        state.thread(reader, first.vpid, script)
         state.process(reader, process.vpid, script)
         if process.sid == process.vpid and self._files.terminal:
             state.terminal(reader, process.vpid, process.pgid, script, self._terminal())
         yield from script.run()
-        for task in process.alive:
+        state.schedule(reader, first.vpid, nursery[first.vpid].tid)
+        for task in process.alive[1:]:
             puppet = nursery[task.vpid]
             script = Script(puppet)
-            if task is not first:
-                self._of_objects(task, script)
+            self._of_objects(task, script)
             state.thread(reader, task.vpid, script)
-            state.schedule(reader, task.vpid, puppet.tid)
             yield from script.run()
+            state.schedule(reader, task.vpid, puppet.tid)
 
     def _close_bank(self, puppet: Puppet) -> Steps[None]:
         script = Script(puppet)
@@ -228,10 +229,10 @@ class Restore:
     def _go_all(self, processes: Sequence[Process]) -> None:
         tasks = [task for process in processes for task in process.alive]
         # the pages of the stub go with the last who uses them
-        last = [task for task in tasks if self._mms[task.record.mm_id] == task.vpid]
+        last = {task.vpid: task for task in tasks if self._mms[task.record.mm_id] == task.vpid}
         interleave(self._go(task) for task in tasks if self._sighands[task.record.sighand_id] == task.vpid
-                   and task not in last)
-        interleave(self._go(task) for task in last)
+                   and task.vpid not in last)
+        interleave(self._go(task) for task in last.values())
         for task in tasks:
             state.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
 
@@ -243,10 +244,10 @@ class Restore:
             if self._sighands[record.sighand_id] == task.vpid:
                 state.actions(reader, record.sighand_id, script)
             if task is first:
-                state.interval_timers(reader, process.vpid, script)
-                yield from script.run()
-                state.posix_timers(reader, process.vpid, nursery[task.vpid])
+                # before there are timers, whose signals are the task's own
                 state.drain(nursery[task.vpid])
+                state.posix_timers(reader, process.vpid, nursery[task.vpid])
+                state.interval_timers(reader, process.vpid, script)
                 state.queue(reader, process.vpid, process.vpid, script, shared=True)
             state.queue(reader, process.vpid, task.vpid, script, shared=False)
             if self._mms[record.mm_id] == task.vpid:

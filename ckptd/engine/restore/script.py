@@ -3,11 +3,14 @@
 
 import errno
 import os
+from typing import cast
 
 from ckptd.engine.batch import Batch
 from ckptd.engine.interleave import Steps, finish
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.errors import CkptError
+
+_NO_NOTE: tuple[str, int | None] = '', None
 
 
 class Script:
@@ -21,9 +24,14 @@ class Script:
     def call(self, name: str, *arguments: int | bytes, about: str = '', expect: int | None = None) -> None:
         """Add a system call. Bytes become a buffer of the task, and its address the argument. expect: what it must
         return; else anything that is no error will do."""
-        self._make_room(sum(len(one) + 8 for one in arguments if isinstance(one, bytes)))
+        buffers = [len(one) + 8 for one in arguments if isinstance(one, bytes)]
+        self._make_room(sum(buffers))
         batch = self._batches[-1]
-        row = batch.call(name, *[batch.buffer(len(one), one) if isinstance(one, bytes) else one for one in arguments])
+        if buffers:
+            row = batch.call(name, *[batch.buffer(len(one), one) if isinstance(one, bytes) else one
+                                     for one in arguments])
+        else:
+            row = batch.call(name, *cast(tuple[int, ...], arguments))
         if about or expect is not None:
             self._notes[-1][row] = about, expect
 
@@ -51,13 +59,13 @@ class Script:
             if not len(batch):
                 continue
             results = yield from self._puppet.attempt(batch)
-            for row, name in enumerate(results.names):
-                about, expect = note.get(row, ('', None))
-                value = results.values[row]
+            # the first failure is the one that counts
+            for row, value in enumerate(results.values):
+                about, expect = note.get(row, _NO_NOTE)
                 if -4096 < value < 0:
-                    raise self._failed(name, -value, about)
+                    raise self._failed(results.names[row], -value, about)
                 if expect is not None and value != expect:
-                    raise self._failed(name, errno.EIO, about or f'{value} and not {expect}')
+                    raise self._failed(results.names[row], errno.EIO, about or f'{value} and not {expect}')
 
     def call_now(self, name: str, *arguments: int | bytes) -> int:
         """One call at once; its result. OSError."""

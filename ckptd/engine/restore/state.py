@@ -13,7 +13,7 @@ import struct
 import termios
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 
 from ckptd.engine.batch import Batch
 from ckptd.engine.interleave import finish
@@ -41,7 +41,7 @@ SIGTRAP = 5
 _NEVER_HANDLED = (9, 19)
 _ITIMER_REAL = 0
 _ALL = (1 << 64) - 1
-_RSEQ_CS = 8                            # of struct rseq, <linux/rseq.h>
+_DEFAULT = records.SigAction(0, 0, 0, 0)
 
 
 # ---------------------------------------------------------------- threads
@@ -142,8 +142,8 @@ def credentials(reader: ImageReader, vpid: int, script: Script, *, ids: bool) ->
     if (dumpable := reader.get(records.Mm, mm_id).dumpable) < 2:
         # 2 comes from a change of ids and fs.suid_dumpable alone; it is that already
         script.call('prctl', PR_SET_DUMPABLE, dumpable, 0, 0, 0)
-    death = reader.get(records.ThreadPointers, vpid).pdeath_signal
-    script.call('prctl', PR_SET_PDEATHSIG, death, 0, 0, 0)
+    if death := reader.get(records.ThreadPointers, vpid).pdeath_signal:
+        script.call('prctl', PR_SET_PDEATHSIG, death, 0, 0, 0)
 
 
 def _capset(script: Script, effective: int, permitted: int, inheritable: int) -> None:
@@ -187,7 +187,8 @@ def process(reader: ImageReader, vpid: int, script: Script) -> None:
     """What a process has besides its memory."""
     state = reader.get(records.ProcessState, vpid)
     script.call('personality', state.personality)
-    script.call('prctl', PR_SET_CHILD_SUBREAPER, state.child_subreaper, 0, 0, 0)
+    if state.child_subreaper:
+        script.call('prctl', PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def terminal(reader: ImageReader, vpid: int, vpgid: int, script: Script, fd: int) -> None:
@@ -273,16 +274,23 @@ def fs(reader: ImageReader, fs_id: int, script: Script, directories: Callable[[s
 
 def actions(reader: ImageReader, sighand_id: int, script: Script) -> None:
     """All but that of SIGTRAP, which stubs need to have its default."""
-    for number, action in enumerate(reader.get(records.SignalActions, sighand_id).actions, 1):
-        if number not in (*_NEVER_HANDLED, SIGTRAP):
-            script.call('rt_sigaction', number, action.encode(), 0, 8, about=f'signal {number}')
+    for number, action in _handled(reader.get(records.SignalActions, sighand_id).actions):
+        script.call('rt_sigaction', number, action, 0, 8, about=f'signal {number}')
+
+
+@lru_cache(maxsize=64)      # forked children have their parent's table
+def _handled(actions: tuple[records.SigAction, ...]) -> list[tuple[int, bytes]]:
+    """Those that differ from what a stub has."""
+    return [(number, action.encode()) for number, action in enumerate(actions, 1)
+            if number not in (*_NEVER_HANDLED, SIGTRAP) and action != _DEFAULT]
 
 
 def last_calls(reader: ImageReader, sighand_id: int) -> Batch:
-    """What a task does when it leaves its stub."""
+    """What a task does when it leaves its stub; nothing, where SIGTRAP is to have its default."""
     batch = Batch()
-    action = reader.get(records.SignalActions, sighand_id).actions[SIGTRAP - 1].encode()
-    batch.call('rt_sigaction', SIGTRAP, batch.buffer(len(action), action), 0, 8)
+    action = reader.get(records.SignalActions, sighand_id).actions[SIGTRAP - 1]
+    if action != _DEFAULT:
+        batch.call('rt_sigaction', SIGTRAP, batch.buffer(32, action.encode()), 0, 8)
     return batch
 
 
@@ -290,7 +298,8 @@ def last_calls(reader: ImageReader, sighand_id: int) -> Batch:
 
 def drain(puppet: Puppet) -> None:
     """Take off what making the tree has sent: SIGCHLD of ghosts and zombies."""
-    while True:
+    tracee = puppet.tracee
+    while tracee.pending(shared=True) or tracee.pending(shared=False):
         batch = Batch()
         everything, nothing = batch.buffer(8, b'\xff' * 8), batch.buffer(16)
         rows = [batch.call('rt_sigtimedwait', everything, 0, nothing, 8) for _ in range(4)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
-from ckptd.image.records import Limits, ProcessState, Scheduling, Vma
+from ckptd.image.records import Limits, ProcessState, Scheduling
 from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import read_oom_score_adj
@@ -27,10 +27,11 @@ _NICE_HINT = 'run ckptd with CAP_SYS_NICE'
 
 
 def check(scene: Scene) -> Iterator[Obstacle]:
-    for vpid in scene.leaders:
-        yield from _limits(scene, vpid)
-        yield from _oom(scene, vpid)
-        yield from _locked(scene, vpid)
+    for process in scene.plan.processes:
+        if process.alive:
+            yield from _limits(scene, process.vpid)
+            yield from _oom(scene, process.vpid)
+            yield from _locked(scene, process.vpid, process.ids.mm_id)
     for process in scene.plan.processes:
         yield from once(row for task in process.alive for row in _scheduling(scene, task.vpid, process.vpid))
 
@@ -80,9 +81,8 @@ def _can_lower_oom_score_adj(value: int) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def _locked(scene: Scene, vpid: int) -> Iterator[Obstacle]:
-    mm_id = next(task.record.mm_id for task in scene.plan.alive if task.vtgid == vpid)
-    locked = sum(vma.end - vma.start for vma in scene.reader.every(Vma) if vma.mm_id == mm_id and vma.locked)
+def _locked(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
+    locked = sum(vma.end - vma.start for vma in scene.reader.memory(mm_id).vmas if vma.locked)
     limit = scene.reader.get(Limits, vpid).limits[_MEMLOCK].soft
     if locked > limit and not scene.may(CAP_IPC_LOCK):
         yield Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may lock {limit:,}',
