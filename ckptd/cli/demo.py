@@ -24,7 +24,7 @@ from ckptd.cli.program import run_program
 from ckptd.cli.progress import ProgressBar, ProgressLines
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, Daemon, Session
-from ckptd.cli.standalone import end_with_parent, environment
+from ckptd.cli.standalone import adopt_orphans, end_with_parent, environment
 from ckptd.cli.tree import draw_tree
 from ckptd.errors import CkptError, Refused
 
@@ -165,13 +165,15 @@ class Demo:
 async def demo(session: Session) -> int:
     """Everything below one temporary directory, which goes with it; --keep leaves it."""
     out = session.out
+    # the dead of the tree keep their pids until somebody waits for them, which not every machine does at once
+    adopt_orphans()
     directory = Path(tempfile.mkdtemp(prefix='ckptd-demo-'))
     out.line('A tree of counting processes, with threads, a pipe and shared memory; a private bus and daemon.', 'bold')
     try:
         async with _counting_tree(directory) as tree, session.private_daemon(directory / 'spool') as daemon:
             run = Demo(out, daemon, directory, tree.pid, session.args.freeze)
             out.line(f'{run.target} supervises four processes, two of them with two threads more.')
-            status = await _steps(run)
+            status = await _steps(run, tree)
         run.facts['tree_exit_status'] = status
         _conclude(out, run.facts, status)
         return 0 if status == 0 else 1
@@ -189,9 +191,22 @@ def _all_grew(before: list[int], now: list[int]) -> bool:
     return all(later > earlier for later, earlier in zip(now, before, strict=True))
 
 
-async def _steps(run: Demo) -> int:
+async def _bury(tree: asyncio.subprocess.Process) -> None:
+    """The killed tree: the root is our child, and what was below it has become that."""
+    await tree.wait()
+    await asyncio.to_thread(_reap, tree.pid)
+
+
+def _reap(group: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-group, 0)
+
+
+async def _steps(run: Demo, tree: asyncio.subprocess.Process) -> int:
     await run.check()
     image = await run.checkpoint()
+    await _bury(tree)
     row = await run.tree(image)
     await run.statistics(image)
     await run.verify(image)

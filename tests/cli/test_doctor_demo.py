@@ -36,7 +36,7 @@ def test_the_feature_that_the_demo_asks_for_exists() -> None:
 def test_the_demo_shows_everything_and_leaves_nothing(tmp_path: Path) -> None:
     done = Ctl(env={'TMPDIR': str(tmp_path)})('demo')
     assert done.status == 0, done.out + done.err
-    titles = ('Check:', 'Checkpoint:', 'Tree:', 'Statistics:', 'Verify:', 'Export:', 'Backtrace', 'And the tree?')
+    titles = ('Check:', 'Checkpoint:', 'Tree:', 'Statistics:', 'Verify:', 'Export:', 'Backtrace', 'Restart:')
     assert [title for title in titles if title not in done.out] == []
     assert '100%' in done.out
     assert 'exited with status 0' in done.out
