@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """An address space, made by one of its own tasks: mapped, its pages read from the image straight into place.
 
-    map        mmap(2) of everything at its old address, writable where pages are to come
-    fill       preadv(2) by the task from the data part: one copy, by the kernel
-    finish     protections, advice, names, locks, guard regions, and what the kernel knows of the layout
+    build      of inherited memory, see inherit.py, what is to stay; all else unmapped, pages that differ given back
+               mmap(2) of everything else at its old address, writable where pages are to come
+               preadv(2) by the task from the data part: one copy, by the kernel
+    finish     when all processes are born: protection keys, protections, advice, names, locks, guard regions
+    describe   what the kernel knows of the layout
 
 What no page run names stays untouched: absent, zero, or as in the file.
 """
@@ -15,30 +17,41 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 
 from ckptd.engine.interleave import Steps
+from ckptd.engine.restore.inherit import (
+    MAP_ANONYMOUS,
+    MAP_LOCKED,
+    MAP_PRIVATE,
+    PROT_EXEC,
+    Heritage,
+    between,
+    first_protection,
+    is_filled,
+    ordinary,
+    remaining,
+)
 from ckptd.engine.restore.objects import Objects, may_write
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.image import records
 from ckptd.image.reader import ImageReader, Memory, runs_between
-from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VDSO, VSYSCALL, VVAR, PageRun, SharedMemory, Vma
+from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VSYSCALL, PageRun, SharedMemory, Vma
+from ckptd.kernel.arch.x86_64 import TASK_SIZE
 from ckptd.kernel.decl import offset_of
-from ckptd.kernel.memory import IOV_MAX, Mem, prctl_mm_map
+from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
 from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
 
 # <linux/mman.h>
-PROT_WRITE, PROT_EXEC = 2, 4
-MAP_PRIVATE, MAP_ANONYMOUS, MAP_LOCKED, MAP_FIXED_NOREPLACE = 2, 0x20, 0x2000, 0x100000
+MAP_FIXED_NOREPLACE = 0x100000
 MLOCK_ONFAULT = 1
 MCL_FUTURE, MCL_ONFAULT = 2, 4
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
-MADV_POPULATE_WRITE, MADV_GUARD_INSTALL = 23, 102
+MADV_DONTNEED, MADV_POPULATE_WRITE, MADV_GUARD_INSTALL = 4, 23, 102
 _ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
 # <linux/prctl.h>
 PR_SET_DUMPABLE, PR_SET_MM, PR_SET_MM_MAP, PR_SET_THP_DISABLE = 4, 35, 14, 41
 PR_SET_MDWE, PR_SET_MEMORY_MERGE = 65, 67
 PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
-_KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
 _READ_AT_ONCE = 32 << 20        # between two looks at whether the job was cancelled
 # Pages that are made just before they are read into are still in the processor's cache then, and cost no fault each: a
 # fifth of the time. In one piece of all it would be lost again.
@@ -46,15 +59,18 @@ _PIECE, _POPULATE_FROM = 2 << 20, 64 << 10
 
 
 class Space:
-    """One address space, worked on through `puppet`. on_bytes(n): n bytes of pages are in place."""
+    """One address space. origin: mm_id of that which it is forked from with its pages; 0 for none.
+    on_bytes(n): n bytes of pages are in place."""
 
-    def __init__(self, reader: ImageReader, mm_id: int, objects: Objects, vdso: VdsoPlan,
+    def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: Objects, vdso: VdsoPlan,
                  on_bytes: Callable[[int], None]) -> None:
         self.mm_id = mm_id
         self._memory: Memory = reader.memory(mm_id)
         self._reader, self._objects, self._vdso = reader, objects, vdso
         self._on_bytes = on_bytes
-        self._ordinary = [vma for vma in self._memory.vmas if vma.kind not in _KERNELS_OWN]
+        self._ordinary = ordinary(self._memory)
+        self._heritage = Heritage(reader.memory(origin), self._memory) if origin else None
+        self.is_built = False
 
     def open(self) -> None:
         """Everything that is mapped or read, before the task exists that inherits it."""
@@ -66,22 +82,35 @@ class Space:
         self._objects.backing(self._memory.mm.exe, writable=False)
 
     def build(self, puppet: Puppet) -> Steps[None]:
-        """Everything but the layout, by a task of this address space."""
+        """Mappings and pages, by a task of this address space."""
         self._puppet = puppet
-        script = Script(self._puppet)
-        self._allocate_keys(script)
+        self.is_built = True
+        script = Script(puppet)
+        kept = self._heritage.kept if self._heritage else []
+        if self._heritage:
+            clear(script, puppet, kept)
+            for start, end in self._heritage.dropped():
+                script.call('madvise', start, end - start, MADV_DONTNEED, about='inherited pages')
+        there = set(kept)
         for vma in self._ordinary:
-            self._map(script, vma)
+            if (vma.start, vma.end) not in there:
+                self._map(script, vma)
         self._vdso.map(script, self._reader, self._memory)
         size = yield from self._fill(script)
+        yield from script.run()
+        self._on_bytes(size)
+
+    def finish(self, puppet: Puppet) -> Steps[None]:
+        """Everything but the layout. Nobody may be forked from here on: advice keeps memory from children."""
+        script = Script(puppet)
+        self._allocate_keys(script)
         for vma in self._ordinary:
             self._finish(script, vma)
         for guard in self._memory.guards:
             script.call('madvise', guard.start, guard.end - guard.start, MADV_GUARD_INSTALL, about='guard region')
         yield from script.run()
-        self._on_bytes(size)
-        self._force()
-        self._vdso.patch(self._puppet.tid, self._reader, self._memory)
+        self._force(puppet.tid)
+        self._vdso.patch(puppet.tid, self._reader, self._memory)
 
     def _allocate_keys(self, script: Script) -> None:
         """pkey_alloc(2) gives the lowest free one, so those between are taken and given back."""
@@ -100,8 +129,8 @@ class Space:
             self._attach(script, vma, about)
             return
         flags = vma.flags & ~MAP_LOCKED | MAP_FIXED_NOREPLACE
-        script.call('mmap', vma.start, vma.end - vma.start, self._first_protection(vma), flags, self._fd(vma),
-                    vma.offset, about=about, expect=vma.start)
+        script.call('mmap', vma.start, vma.end - vma.start, first_protection(self._memory, vma), flags,
+                    self._fd(vma), vma.offset, about=about, expect=vma.start)
 
     def _fd(self, vma: Vma) -> int:
         if vma.flags & MAP_ANONYMOUS:
@@ -110,15 +139,6 @@ class Space:
         if vma.kind == SHARED_MEMORY:
             return self._objects.shared(vma.object, writable=writable)
         return self._objects.backing(vma.object, writable=writable)
-
-    def _first_protection(self, vma: Vma) -> int:
-        """Writable where pages come, and where it once was: as committed memory it shows that ('ac')."""
-        flags = vma.vm_flags.split()
-        if vma.flags & MAP_PRIVATE and 'ac' in flags:
-            return vma.protection | PROT_WRITE
-        if self._is_filled(vma):
-            return vma.protection | PROT_WRITE
-        return vma.protection
 
     def _attach(self, script: Script, vma: Vma, about: str) -> None:
         """shmat(2) attaches all of a segment: elsewhere, when only a part of it was mapped, which is then moved."""
@@ -137,22 +157,20 @@ class Space:
 
     # ------------------------------------------------------------ fill
 
-    def _is_filled(self, vma: Vma) -> bool:
-        """Whether pages come that the task itself may read into place."""
-        return (bool(vma.flags & MAP_PRIVATE) and ('ac' in vma.vm_flags.split() or bool(vma.protection & PROT_WRITE)
-                                                   or 'nr' in vma.vm_flags.split() or vma.kind == ANON)
-                and any(runs_between(self._memory.runs, vma.start, vma.end)))
-
     def _runs(self, filled: bool) -> Iterator[PageRun]:
         """Runs inside ordinary mappings, by who puts them into place: the task, or we by force."""
         for vma in self._ordinary:
-            if vma.flags & MAP_PRIVATE and self._is_filled(vma) == filled:
+            if vma.flags & MAP_PRIVATE and is_filled(self._memory, vma) == filled:
                 yield from runs_between(self._memory.runs, vma.start, vma.end)
+
+    def _missing(self) -> Iterator[PageRun]:
+        """What the task has to read."""
+        return remaining(list(self._runs(True)), self._heritage.same if self._heritage else [])
 
     def _fill(self, script: Script) -> Steps[int]:
         """How many bytes are left to the next run of the script: a small address space is made in one go."""
         waiting = 0
-        for part, offset, ranges in _reads(self._runs(True)):
+        for part, offset, ranges in _reads(self._missing()):
             size = sum(end - start for start, end in ranges)
             for start, end in ranges:
                 if end - start >= _POPULATE_FROM and self._is_anonymous(start):
@@ -169,9 +187,9 @@ class Space:
     def _is_anonymous(self, address: int) -> bool:
         return self._ordinary[bisect_right(self._ordinary, address, key=attrgetter('start')) - 1].kind == ANON
 
-    def _force(self) -> None:
+    def _force(self, tid: int) -> None:
         """Pages of what the program itself could never write, a breakpoint in its text: as a debugger writes them."""
-        with Mem(self._puppet.tid) as mem:
+        with Mem(tid) as mem:
             for run in self._runs(False):
                 for page in range(run.pages):
                     data = bytearray(PAGE)
@@ -196,7 +214,7 @@ class Space:
             script.call('prctl', PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, length, name, about=about)
 
     def _is_mapped_otherwise(self, vma: Vma) -> bool:
-        return self._is_segment(vma) or self._first_protection(vma) != vma.protection
+        return self._is_segment(vma) or first_protection(self._memory, vma) != vma.protection
 
     def _is_segment(self, vma: Vma) -> bool:
         return vma.kind == SHARED_MEMORY and self._reader.get(SharedMemory, vma.object).kind == SYSV
@@ -231,7 +249,14 @@ class Space:
 
     @property
     def bytes_to_read(self) -> int:
-        return sum(run.pages for run in self._runs(True)) * PAGE
+        return sum(run.pages for run in self._missing()) * PAGE
+
+
+def clear(script: Script, puppet: Puppet, kept: Sequence[Range] = ()) -> None:
+    """Unmap all that a task has inherited, but for these ranges and what it needs as a stub."""
+    arena = puppet.arena
+    for start, end in between([*kept, (arena.start, arena.end)], 0, TASK_SIZE):
+        script.call('munmap', start, end - start, about='inherited memory')
 
 
 def _reads(runs: Iterator[PageRun]) -> Iterator[tuple[int, int, Sequence[tuple[int, int]]]]:

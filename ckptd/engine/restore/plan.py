@@ -2,6 +2,7 @@
 """What a restart is going to do, as data: made once, looked at by a dry run, carried out by run.py."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,6 +13,8 @@ from ckptd.engine.restore.family import (
     processes_of,
     settle_sessions,
 )
+from ckptd.engine.restore.fills import with_fills
+from ckptd.engine.restore.inherit import Heritage
 from ckptd.engine.restore.memory import mapped_ranges
 from ckptd.engine.restore.puppet import Arena
 from ckptd.engine.restore.seed import find_arena
@@ -29,13 +32,15 @@ _REAPED_WITHIN = 3.0        # seconds
 @dataclass(frozen=True)
 class Plan:
     """world: the namespaces to be born into. processes: in depth-first order. steps: how they are made. arena: where
-    stubs have their code. highest: the largest fd of any table. refusals: why it cannot be made, with warnings."""
+    stubs have their code. highest: the largest fd of any table. refusals: why it cannot be made, with warnings.
+    origins: mm_id of the address space that another one is forked from with its pages, by that of the other one."""
     world: World
     processes: list[Process]
     steps: list[Step]
     arena: Arena
     highest: int
     refusals: list[Refusal] = field(default_factory=list)
+    origins: dict[int, int] = field(default_factory=dict)
 
     @cached_property
     def tasks(self) -> list[ImageTask]:
@@ -83,8 +88,16 @@ def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_sessio
         refusals.append(Refusal(error.process.vpid, error.process.leader.record.comm, 'task', 'EOPNOTSUPP',
                                 error.reason, 'checkpoint a tree without it'))
     highest = max((fd.fd for table in reader.every(FdTable) for fd in table.fds), default=2)
-    plan = Plan(world, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals)
+    steps, origins = with_fills(steps, _mms(processes), lambda theirs, mine: bool(
+        Heritage(reader.memory(theirs), reader.memory(mine)).kept))
+    plan = Plan(world, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals, origins)
     refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'pid {vpid} is in use by {numbers[vpid]}',
                          'end that process, or restore with --new-pidns')
                  for vpid in sorted(plan.numbers & numbers.keys())]
     return plan
+
+
+def _mms(processes: Iterable[Process]) -> dict[int, int]:
+    """mm_id of each task that has memory. A dead leader of living threads is born with theirs."""
+    return {task.vpid: process.ids.mm_id for process in processes for task in (process.leader, *process.threads)
+            if process.ids.mm_id}

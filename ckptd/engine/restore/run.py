@@ -27,7 +27,7 @@ from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.digests import Digests, damaged
 from ckptd.engine.restore.family import SEED, Process
 from ckptd.engine.restore.files import Files
-from ckptd.engine.restore.memory import Space
+from ckptd.engine.restore.memory import Space, clear
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import Birthplace
@@ -37,6 +37,7 @@ from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.sleeping import sleep_again
+from ckptd.engine.restore.steps import Clear, Fill, Step
 from ckptd.engine.restore.stops import Stops
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.engine.restore.world import make_reaper
@@ -75,7 +76,7 @@ class Restore:
                 self._create(stack)
             fault('created')
             with self._phase('fill'):
-                interleave(space.build(self._nursery[self._mms[mm_id]]) for mm_id, space in self._spaces.items())
+                self._fill()
             fault('filled')
             with self._phase('rebuild'):
                 self._rebuild()
@@ -107,7 +108,8 @@ class Restore:
         self._files.objects = self._objects
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
-        self._spaces = {mm_id: Space(reader, mm_id, self._objects, vdso, self._on_bytes) for mm_id in self._mms}
+        self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,
+                                     self._on_bytes) for mm_id in self._mms}
         for space in self._spaces.values():
             space.open()
             self._bytes_total += space.bytes_to_read
@@ -134,11 +136,28 @@ class Restore:
         if world.pid:
             self._nursery.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait)
         for step in self._plan.steps:
-            self._nursery.take(step)
+            self._take(step)
             fault('created-one')
             # each is a moment to be cancelled in
             self._channel.progress(len(self._nursery.puppets), len(self._plan.tasks), 0, self._bytes_total)
         self._nursery.end_seed()
+
+    def _take(self, step: Step) -> None:
+        match step:
+            case Fill(mm_id, vpid):
+                finish(self._spaces[mm_id].build(self._nursery[vpid]))
+            case Clear(vpid):
+                script = Script(self._nursery[vpid])
+                clear(script, self._nursery[vpid])
+                script.do()
+            case _:
+                self._nursery.take(step)
+
+    def _fill(self) -> None:
+        """What nobody inherits; then, as all are born, the rest of all."""
+        spaces = [(self._nursery[self._mms[mm_id]], space) for mm_id, space in self._spaces.items()]
+        interleave(space.build(puppet) for puppet, space in spaces if not space.is_built)
+        interleave(space.finish(puppet) for puppet, space in spaces)
 
     # ------------------------------------------------------------ rebuild
 

@@ -56,4 +56,23 @@ class Dismiss:
         return f'{self.vpid} was only needed for its number, and ends'
 
 
-Step = Spawn | NewSession | JoinGroup | Subreaper | Dismiss
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Address space `mm_id` gets its pages by the task `vpid`, before others inherit them."""
+    mm_id: int
+    vpid: int
+
+    def __str__(self) -> str:
+        return f'{self.vpid} reads its memory'
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Process `vpid` gives up all memory that it has inherited."""
+    vpid: int
+
+    def __str__(self) -> str:
+        return f'{self.vpid} drops the memory of its maker'
+
+
+Step = Spawn | NewSession | JoinGroup | Subreaper | Dismiss | Fill | Clear
