@@ -82,12 +82,12 @@ class MemoryDump:
         self.pages_written += sum(end - start for start, end in space.ranges) // PAGE
 
     def copy(self, copier: Copier) -> None:
-        """Copy the chosen pages, the content of shared objects, and deleted files that are mapped."""
+        """Copy the chosen pages, the content of shared objects, and mapped files that nobody else keeps."""
         for _, space in sorted(self._spaces.items()):
             self._copy_space(space, copier)
         for shared in self.objects.shared.values():
             self._shared += self._copy_shared(shared, copier)
-        for index, view in self.objects.deleted:
+        for index, view in self.objects.kept.items():
             self.objects.backings[index] = _with_content(self.objects.backings[index], view, copier)
         copier.flush()
 
@@ -194,12 +194,18 @@ def _copy_views(shared: Shared, copier: Copier) -> list[PageRun]:
 
 
 def _with_content(backing: records.Backing, view: View, copier: Copier) -> records.Backing:
-    """The record of a deleted file with what was in it."""
-    fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
+    """The record of a file with what is in it. One that has a name stays without where the mapping does not let us read
+    it: proc_pid_map_files(5) asks for CAP_CHECKPOINT_RESTORE."""
+    try:
+        fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        if backing.deleted:
+            raise
+        return backing
     try:
         at = os.fstat(fd)
         content = copier.copy_whole(fd, at.st_size)
     finally:
         os.close(fd)
     return records.Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns,
-                           at.st_mode, 1, (content,))
+                           at.st_mode, backing.deleted, (content,))

@@ -2,6 +2,7 @@
 """Memory mappings as records: what kind each is, and the files and shared objects behind them."""
 
 import os
+import stat
 from dataclasses import dataclass, field
 
 from ckptd.image import records
@@ -30,6 +31,9 @@ _ANON_PREFIX, _SHARED_ANON_PREFIX = '[anon:', '[anon_shmem:'
 
 _SPECIAL = {'[vdso]': VDSO, '[vvar]': VVAR, '[vvar_vclock]': VVAR, '[vsyscall]': VSYSCALL, '[heap]': HEAP,
             '[stack]': STACK}
+# bytes; a file that is mapped to be written is kept up to here although it has a name. Java's statistics are one,
+# /tmp/hsperfdata_USER/PID: once their process is dead the next java removes them, and so does a boot
+KEPT_SIZE = 1 << 20
 # what the kernel calls a shared object that has no name in the file system, mm/shmem.c and ipc/shm.c
 _SHARED_OBJECTS = {'/memfd:': MEMFD, '/SYSV': SYSV, '/dev/zero (deleted)': SHMEM, '[anon_shmem:': SHMEM}
 
@@ -86,7 +90,7 @@ class Objects:
 
     def __init__(self) -> None:
         self.backings: list[records.Backing] = []
-        self.deleted: list[tuple[int, View]] = []       # index into backings, a view to read it through
+        self.kept: dict[int, View] = {}     # files whose content goes along: index into backings, a view to read it by
         self.shared: dict[tuple[int, int, int], Shared] = {}
         self._backing_ids: dict[tuple[int, int, int, str], int] = {}
 
@@ -97,9 +101,10 @@ class Objects:
         if key not in self._backing_ids:
             record = self._describe(view)
             self._backing_ids[key] = record.backing_id
-            if record.deleted:
-                self.deleted.append((len(self.backings), view))
             self.backings.append(record)
+        index = self._backing_ids[key] - 1
+        if _goes_along(self.backings[index], mapping):
+            self.kept.setdefault(index, view)
         return self._backing_ids[key]
 
     def _describe(self, view: View) -> records.Backing:
@@ -146,6 +151,12 @@ class Objects:
             if shared.fd >= 0:
                 os.close(shared.fd)
                 shared.fd = -1
+
+
+def _goes_along(backing: records.Backing, mapping: Mapping) -> bool:
+    """A deleted file, or a small one that is written through the mapping: nobody can say that it will be there."""
+    written = mapping.shared and mapping.write and stat.S_ISREG(backing.mode) and backing.size <= KEPT_SIZE
+    return bool(backing.deleted) or written
 
 
 def _backing(number: int, path: str, at: os.stat_result) -> records.Backing:

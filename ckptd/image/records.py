@@ -437,8 +437,8 @@ class SharedMemory(Record):
 @record(0x0306)
 class Backing(Record):
     """A mapped file or an executable, by path. device, inode: st_dev and st_ino of the file itself. mtime in
-    nanoseconds. deleted: the path is gone or another file's, `content` has its bytes from 0 on,
-    all but the last extent whole pages."""
+    nanoseconds. deleted: the path is gone or another file's. content: of a deleted file, and of a small one that is
+    written through the mapping: its bytes from 0 on, all but the last extent whole pages."""
     backing_id: U32
     path: str
     device: U64

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Memory of a restored tree beyond its content: what is shared, what is absent, what is the kernel's own."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ckptd.image.records import PAGE
-from tests.engine.driver import Place
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import PAGE, VVAR, Backing, Vma
+from tests.engine.driver import DirectWorker, Place
 from tests.engine.test_restore import Generation, generation
+from tests.lib.altered import rewrite
 from tests.lib.victim import session_members
 
 __all__ = ['generation']
@@ -85,4 +88,60 @@ def test_private_file_mappings_share_the_page_cache(generation: Callable[..., Ge
     assert sum(own_before) == 4 * PAGE
     tree.restore(tree.kill())
     assert [row['Anonymous'] for row in mapped(tree.victim.pid, '/mapped')] == own_before
+    tree.finish()
+
+
+# ---------------------------------------------------------------- mapped files
+
+def restored(tree: Generation, image: Path) -> list[str]:
+    """What a restore warns of."""
+    with DirectWorker() as worker:
+        result = worker.run(tree.place.request(0, target='', operation='restore', image=image.name))
+    return [row['reason'] for row in result['warnings']]
+
+
+@pytest.mark.parametrize('stranger', [False, True])
+def test_a_small_file_that_was_mapped_and_is_gone(generation: Callable[..., Generation], *, stranger: bool) -> None:
+    """As java's statistics, which the next java removes: the tree goes on with its own, twice, and leaves no name."""
+    tree = generation('shared')
+    image = tree.kill()
+    with ImageReader(image) as reader:
+        [kept] = [one for one in reader.every(Backing) if one.content and not one.deleted]
+    path = tree.victim.directory / 'shared'
+    assert kept.path == str(path)
+    path.rename(path.with_name('moved'))
+    if stranger:
+        path.write_bytes(b'of somebody else')
+    assert any(str(path) in reason and 'without a name' in reason for reason in restored(tree, image))
+    restored(tree, tree.kill())
+    tree.finish()
+    assert not path.exists() or path.read_bytes() == b'of somebody else'
+
+
+def test_a_mapped_file_that_is_there_is_the_same_one(generation: Callable[..., Generation]) -> None:
+    tree = generation('shared')
+    path = tree.victim.directory / 'shared'
+    before = path.stat().st_ino
+    warnings = restored(tree, tree.kill())
+    assert not any('without a name' in reason for reason in warnings)
+    maps = Path(f'/proc/{tree.victim.pid}/maps').read_text().splitlines()
+    assert any(line.split()[4:] == [str(before), str(path)] for line in maps)
+    tree.finish()
+    assert path.read_bytes()[-8:] == (2000).to_bytes(8, 'little')       # what its child wrote at the end
+
+
+# ---------------------------------------------------------------- the kernel's own
+
+@pytest.mark.parametrize('name', ['timers', 'interpreter'])
+def test_a_vdso_of_another_kernel_is_bridged(generation: Callable[..., Generation], name: str) -> None:
+    """An image that says that its data was shorter: the old text jumps into that of this kernel, elsewhere."""
+    tree = generation(name)
+    image = tree.kill()
+    with ImageReader(image) as reader:
+        lowest = min(vma.start for vma in reader.every(Vma) if vma.kind == VVAR)
+    rewrite(image, Vma, lambda vma: dataclasses.replace(vma, start=vma.start + PAGE) if vma.start == lowest else vma)
+    tree.restore(image)
+    places = [line for line in Path(f'/proc/{tree.victim.pid}/maps').read_text().splitlines() if '[vdso]' in line]
+    assert len(places) == 1
+    assert int(places[0].split('-')[0], 16) < lowest, 'it was not bridged'
     tree.finish()

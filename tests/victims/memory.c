@@ -35,6 +35,8 @@ static char *sparse, *read_only, *no_access, *code, *zeros, *grows, *locked, *hu
 static char *heap[64];
 static char *file_private, *file_beyond;
 static bool has_guards;
+static int key = -1, freed_key;         /* protection keys, where the processor has them */
+static char *keyed;
 
 static const int advices[] = {MADV_DONTFORK, MADV_DONTDUMP, MADV_WIPEONFORK, MADV_NOHUGEPAGE, MADV_HUGEPAGE,
                               MADV_SEQUENTIAL, MADV_RANDOM, MADV_MERGEABLE};
@@ -100,6 +102,33 @@ static void prepare_files(void)
     for (size_t i = 1; i < 8; i += 3)
         fill(file_private + i * PAGE, PAGE, 400 + i);
     fill(file_beyond, PAGE, 500);
+}
+
+/* the first key is given back, so that the second is not the lowest; a third is allocated and of no mapping */
+static int idle_key;
+
+static void prepare_keys(void)
+{
+    freed_key = pkey_alloc(0, 0);
+    if (freed_key == -1)
+        return;
+    key = MUST(pkey_alloc(0, PKEY_DISABLE_WRITE));
+    idle_key = MUST(pkey_alloc(0, PKEY_DISABLE_ACCESS));
+    MUST(pkey_free(freed_key));
+    keyed = filled(2, 8);
+    MUST(pkey_mprotect(keyed, 2 * PAGE, PROT_READ | PROT_WRITE, key));
+}
+
+static void check_keys(void)
+{
+    if (key == -1)
+        return;
+    check_filled(keyed, 2 * PAGE, 8, "with a protection key");
+    CHECK(pkey_get(key) == PKEY_DISABLE_WRITE, "rights of key %d: %d", key, pkey_get(key));
+    CHECK(pkey_get(idle_key) == PKEY_DISABLE_ACCESS, "rights of key %d: %d", idle_key, pkey_get(idle_key));
+    MUST(pkey_mprotect(keyed, PAGE, PROT_READ, idle_key));
+    CHECK(pkey_mprotect(keyed, PAGE, PROT_READ, freed_key) == -1 && errno == EINVAL, "key %d is there", freed_key);
+    CHECK(pkey_alloc(0, 0) == freed_key, "key %d is not the lowest free one", freed_key);
 }
 
 static void check_anonymous(void)
@@ -197,10 +226,12 @@ int main(void)
     prepare_advice();
     prepare_heap();
     prepare_files();
+    prepare_keys();
     wait_with_a_deep_stack();
     check_anonymous();
     check_guards();
     check_files();
+    check_keys();
     for (size_t i = 0; i < 64; i++)
         check_filled(heap[i], (i + 1) * 1000 / 8 * 8, 200 + i, "heap");
     return 0;

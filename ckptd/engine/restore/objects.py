@@ -13,16 +13,25 @@ from ckptd.errors import Busy, CkptError
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
 from ckptd.kernel.shm import SHM_DEST, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
+from ckptd.kinds.base import Looking
 
-Open = Callable[[str, int], int]
+
+def missing_but_kept(record: Backing, looking: Looking) -> bool:
+    """Whether a mapped file that had a name is not there any more, but in the image: it is made again, without a name.
+    One of that name that is somebody else's, as with java's statistics of another process, is left alone."""
+    if record.deleted or not record.content:
+        return False
+    found = looking.lstat(record.path)
+    return found is None or (found.st_ino != record.inode and looking.changed_files != 'accept')
 
 
 class Objects:
-    """Made when first asked for; fds are those of the bank. made_segment is told of what would outlive a failure."""
+    """Made when first asked for; fds are those of the bank. deleted: makes a file without a name. made_segment is told
+    of what would outlive a failure."""
 
-    def __init__(self, reader: ImageReader, bank: Bank, open_: Open, deleted: Callable[[Backing], int],
+    def __init__(self, reader: ImageReader, bank: Bank, looking: Looking, deleted: Callable[[Backing], int],
                  made_segment: Callable[[int], None]) -> None:
-        self._reader, self._bank, self._open, self._deleted = reader, bank, open_, deleted
+        self._reader, self._bank, self._looking, self._deleted = reader, bank, looking, deleted
         self._made_segment = made_segment
         self._prepared: set[int] = set()
 
@@ -33,10 +42,10 @@ class Objects:
     def backing(self, number: int, *, writable: bool) -> int:
         """A mapped file or executable."""
         record = self._reader.get(Backing, number)
-        if record.deleted:
+        if record.deleted or missing_but_kept(record, self._looking):
             return self._deleted(record)
         flags = os.O_RDWR if writable else os.O_RDONLY
-        return self._bank.once(('backing', number, writable), lambda: self._open(record.path, flags))
+        return self._bank.once(('backing', number, writable), lambda: self._looking.open(record.path, flags))
 
     def shared(self, number: int, *, writable: bool = True) -> int:
         """A shared object that is no System V segment, with its content."""

@@ -104,7 +104,7 @@ class Restore:
         self._place = stack.enter_context(Birthplace(self._job, {process.vpid: process.leader.record.cgroup
                                                                  for process in self._plan.processes}))
         self._place.prepare()
-        self._objects = Objects(reader, self._bank, self._files.open, self._files.deleted, self._place.made_segment)
+        self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.made_segment)
         self._files.objects = self._objects
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)

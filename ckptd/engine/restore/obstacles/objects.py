@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ckptd.engine.restore.files import decode
-from ckptd.engine.restore.objects import may_write
+from ckptd.engine.restore.objects import may_write, missing_but_kept
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
 from ckptd.errors import ImageDamaged, errno_name
 from ckptd.image.identity import Identity, changes
@@ -31,6 +31,7 @@ from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kinds.deleted import deleted_obstacles
 
+KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
 
 
@@ -97,6 +98,12 @@ def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: in
         return
     if not record.mode:
         return          # it could not be looked at when it was dumped
+    if missing_but_kept(record, scene.looking):
+        for one in deleted_obstacles(record.path, scene.looking):
+            yield Obstacle(vpid, resource, *one)
+        yield Obstacle(vpid, resource, 'ENOENT', f'{record.path} {KEPT}', 'nobody else sees what the tree writes there '
+                       'from then on: put the file back if somebody is to', 'warning')
+        return
     found = scene.looking.lstat(record.path)
     words = changes(Identity.of_backing(record), found)
     how = f'{record.path} {" and ".join(words)}'
