@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import PAGE, VVAR, Backing, Vma
+from ckptd.image.records import PAGE, VDSO, VVAR, Backing, Vma
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.test_restore import Generation, generation
 from tests.lib.altered import rewrite
@@ -139,9 +139,10 @@ def test_a_vdso_of_another_kernel_is_bridged(generation: Callable[..., Generatio
     image = tree.kill()
     with ImageReader(image) as reader:
         lowest = min(vma.start for vma in reader.every(Vma) if vma.kind == VVAR)
+        text = min(vma.start for vma in reader.every(Vma) if vma.kind == VDSO)
     rewrite(image, Vma, lambda vma: dataclasses.replace(vma, start=vma.start + PAGE) if vma.start == lowest else vma)
     tree.restore(image)
     places = [line for line in Path(f'/proc/{tree.victim.pid}/maps').read_text().splitlines() if '[vdso]' in line]
     assert len(places) == 1
-    assert int(places[0].split('-')[0], 16) < lowest, 'it was not bridged'
+    assert int(places[0].split('-')[0], 16) != text, 'it was not bridged'
     tree.finish()
