@@ -28,11 +28,12 @@ from ckptd.engine.seize import seize_all
 from ckptd.engine.waits import Notes, note_waits
 from ckptd.errors import Refusal, SpoolFailed, TreeChanged
 from ckptd.freezer import Frozen
+from ckptd.freezer.groups import read_cgroups
 from ckptd.image.files import spooling
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
 from ckptd.kernel.ptrace import WALL
-from ckptd.kernel.task import boot_id, read_cgroup2
+from ckptd.kernel.task import boot_id
 from ckptd.picture import Picture
 from ckptd.scan import Handles, scan_tree
 from ckptd.tree import Tree
@@ -62,7 +63,7 @@ class Checkpoint:
         self._channel.phase('scan')
         tree = scan_tree(target.roots)
         self._job.require(tree)
-        cgroups = _cgroups(tree)
+        cgroups = read_cgroups(tree)      # before the freeze, which may move it
         spool = Path(self._request.spool)
         _require_room(spool)
         fault('scanned')
@@ -212,15 +213,6 @@ def kill(frozen: Frozen, handles: Handles) -> None:
         if tracee is not None:
             with suppress(ChildProcessError):
                 os.waitpid(tracee.tid, WALL)
-
-
-def _cgroups(tree: Tree) -> dict[int, str]:
-    """Where each process was before the freeze, which may move it."""
-    found = {}
-    for task in tree.leaders:
-        with suppress(ProcessLookupError):
-            found[task.tgid] = read_cgroup2(task.tgid)
-    return found
 
 
 def _require_room(spool: Path) -> None:

@@ -13,6 +13,7 @@ round of moving leaves fewer outside.
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import PurePosixPath
 
 from ckptd.errors import TreeChanged
@@ -133,19 +134,23 @@ class CgroupFrozen(Frozen):
 # ---------------------------------------------------------------- where the processes are
 
 def read_places(tree: Tree) -> dict[int, str]:
+    """The same as `read_cgroups`; CannotFreezeError where one is none that we see."""
+    places = read_cgroups(tree)
+    for tgid, place in places.items():
+        if '/..' in place:
+            raise CannotFreezeError(f'process {tgid} is in a cgroup outside of our cgroup namespace')
+    return places
+
+
+def read_cgroups(tree: Tree) -> dict[int, str]:
     """The cgroup of each process of the tree that has a living thread, by tgid."""
     places: dict[int, str] = {}
     for task in tree:
         # a leader may be dead while other threads live, and a dead task keeps the name of the cgroup it died in
         if task.is_zombie or task.tgid in places:
             continue
-        try:
-            place = read_cgroup2(task.tid)
-        except ProcessLookupError:
-            continue
-        if '/..' in place:
-            raise CannotFreezeError(f'process {task.tgid} is in a cgroup outside of our cgroup namespace')
-        places[task.tgid] = place
+        with suppress(ProcessLookupError):
+            places[task.tgid] = read_cgroup2(task.tid)
     return places
 
 

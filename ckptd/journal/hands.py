@@ -138,7 +138,7 @@ class Hands:
         """Empty a work cgroup: each process to where it was, one that was born there to where its parent was."""
         work.freeze()           # or a tree that forks could outrun us
         for number in range(ROUNDS):
-            inside = work.procs(recursive=True) or _processes_by_thread(work)
+            inside = _processes_by_thread(work) if number else work.procs(recursive=True)
             if number > 1:      # what exits cannot be moved any more, and leaves by itself: `_remove` waits for it
                 inside = [pid for pid in inside if not _is_dying(pid)]
             if not inside:
@@ -204,8 +204,9 @@ def describe(step: AnyStep) -> str:
 
 
 def _processes_by_thread(cgroup: Cgroup) -> list[int]:
-    """Processes whose leader has exited while other threads live: these were moved, the leader was not, and it is by
-    the leader that cgroup.procs lists a process (css_task_iter_advance in kernel/cgroup/cgroup.c)."""
+    """Of a process whose leader has exited only the threads that live are moved, and cgroup.procs lists it by the
+    leader, where that died: not where its threads are, or still where they were (css_task_iter_advance in
+    kernel/cgroup/cgroup.c)."""
     found = set()
     for tid in cgroup.threads(recursive=True):
         with suppress(ProcessLookupError):

@@ -111,7 +111,7 @@ def test_comes_back(generation: Callable[..., Generation], name: str) -> None:
     tree.finish()
 
 
-@pytest.mark.parametrize('name', sorted(set(names()) - BRIEF - OPEN - {'tree'}))
+@pytest.mark.parametrize('name', sorted(set(names()) - BRIEF - OPEN))
 def test_second_generation(generation: Callable[..., Generation], name: str) -> None:
     """What was restored is dumped, killed and restored again."""
     tree = generation(name)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.needs('ptrace', 'gcc')
 ELSEWHERE = {'never_restarted'}
 # gdb lets what SIGTSTP stopped run, attaches to no zombie, and believes the memory of a process that shares another's
 # when that names the other's threads
-DISTURBED_BY_GDB = {'stopped', 'tree', 'sharing'}
+DISTURBED_BY_GDB = {'stopped', 'tree', 'headless', 'sharing'}
 # of a deleted file that is mapped only root can read the content: proc(5), /proc/PID/map_files
 REFUSED_TO_USERS = {'shared': 'is deleted and its content cannot be read'}
 READERS = (views.of_ps, views.of_prlimit, views.of_psutil, views.of_memory, views.of_shared_memory)

@@ -33,7 +33,8 @@ from ckptd.kernel.task import read_cgroup2
 class Birthplace:
     """One restart's cgroups and its journal entry. `with`: on failure everything is undone.
 
-    wanted: the cgroup of each process by vpid, '' where there was none. cgroup_fd: where to be born, -1: where we are.
+    wanted: the cgroup of each living process by vpid, '' where there was none. cgroup_fd: where to be born, -1: where
+    we are.
     """
 
     def __init__(self, job: Job, wanted: Mapping[int, str]) -> None:

@@ -138,9 +138,10 @@ class Puppet:
             self.tracee.cont()
         self.tracee.attached = False
 
-    def exit_thread(self) -> None:
-        """End as one thread of several; of a leader nobody is told before the others have ended."""
-        self._begin('exit', 0)
+    def exit_thread(self, status: int) -> None:
+        """End as one thread of several, with a wait(2) status, which only /proc shows: the last one's is the process's.
+        """
+        self._begin('exit', status >> 8)
         while self._state() not in 'ZX':
             pid, _ = os.waitpid(self.tid, WALL | os.WNOHANG)
             if pid:

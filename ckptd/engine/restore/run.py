@@ -101,8 +101,8 @@ class Restore:
         reader, request = self._reader, self._request
         self._bank = stack.enter_context(Bank(self._plan.highest))
         self._files = Files(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
-        self._place = stack.enter_context(Birthplace(self._job, {process.vpid: process.leader.record.cgroup
-                                                                 for process in self._plan.processes}))
+        self._place = stack.enter_context(Birthplace(self._job, {
+            process.vpid: process.ids.cgroup for process in self._plan.processes if process.alive}))
         self._place.prepare()
         self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.made_segment)
         self._files.objects = self._objects
@@ -224,7 +224,7 @@ class Restore:
         script.do()
         process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
         if process.alive:
-            puppet.exit_thread()
+            puppet.exit_thread(task.record.exit_code)
         else:
             puppet.die(task.record.exit_code)
             del self._nursery.puppets[task.vpid]

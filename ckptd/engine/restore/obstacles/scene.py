@@ -37,7 +37,7 @@ class Scene:
     @cached_property
     def home(self) -> str:
         """The cgroup that the tree is going to be in: as asked for, else as it was, else ours; '' for none."""
-        return self.request.cgroup or self.plan.processes[0].leader.record.cgroup or read_cgroup2(os.getpid())
+        return self.request.cgroup or self.plan.processes[0].ids.cgroup or read_cgroup2(os.getpid())
 
     @cached_property
     def leaders(self) -> list[int]:
