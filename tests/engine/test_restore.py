@@ -98,11 +98,7 @@ def changes(before: Picture, after: Picture, *, brief: bool) -> list[str]:
     return differences(expected, found)
 
 
-# its processes are seen dead while /proc is compared; the cause is not known yet
-OPEN = {'sharing'}
-
-
-@pytest.mark.parametrize('name', sorted(set(names()) - OPEN))
+@pytest.mark.parametrize('name', sorted(names()))
 def test_comes_back(generation: Callable[..., Generation], name: str) -> None:
     tree = generation(name)
     before = tree.look()
@@ -111,7 +107,7 @@ def test_comes_back(generation: Callable[..., Generation], name: str) -> None:
     tree.finish()
 
 
-@pytest.mark.parametrize('name', sorted(set(names()) - BRIEF - OPEN))
+@pytest.mark.parametrize('name', sorted(set(names()) - BRIEF))
 def test_second_generation(generation: Callable[..., Generation], name: str) -> None:
     """What was restored is dumped, killed and restored again."""
     tree = generation(name)

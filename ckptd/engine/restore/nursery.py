@@ -13,7 +13,7 @@ from ckptd.engine.restore.family import SEED
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Busy, CkptError
-from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, clone_args
+from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, CLONE_VM, clone_args
 from ckptd.kernel.decl import offset_of
 from ckptd.kernel.numbers import numbers_in_use
 from ckptd.kernel.ptrace import WALL
@@ -87,7 +87,7 @@ class Nursery:
         except OSError as error:
             raise self._cannot(vpid, error) from error
         [tid] = maker.born
-        return maker.adopt(tid)
+        return maker.adopt(tid, shares_memory=bool(flags & CLONE_VM))
 
     def _cannot(self, vpid: int, error: OSError) -> CkptError:
         if error.errno == errno.EEXIST:

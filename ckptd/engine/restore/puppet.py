@@ -6,6 +6,8 @@ Each has the same few pages at the same place, the arena, inherited from the fir
     arena      one page of code (kernel/arch, STUB): walks the table of calls, then int3
     + PAGE     the table and its buffers; a stack for what needs one ends at the arena's end
 
+Tasks that share memory have the arena in common, so of these only one at a time can do a batch: see `alone`.
+
 It is born stopped (PTRACE_O_TRACECLONE and its like) and dies with its tracer (PTRACE_O_EXITKILL), so a restart that
 breaks off leaves nothing. While it is a stub every signal but SIGTRAP is blocked.
 """
@@ -13,7 +15,7 @@ breaks off leaves nothing. While it is a stub every signal but SIGTRAP is blocke
 import ctypes
 import os
 import signal
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from ckptd.engine.batch import Batch, Results
 from ckptd.engine.interleave import Steps, finish
@@ -36,6 +38,8 @@ from ckptd.kernel.ptrace import (
     Tracee,
 )
 from ckptd.kernel.stat import read_stat
+
+T = TypeVar('T')
 
 OPTIONS = (PTRACE_O_EXITKILL | PTRACE_O_TRACECLONE | PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACEEXEC
            | PTRACE_O_TRACESYSGOOD)
@@ -62,11 +66,20 @@ class Arena(NamedTuple):
         return self.start + self.length
 
 
-class Puppet:
-    """A stopped stub. born: tids of the tasks that its last batch made, as we see them."""
+class Turn:
+    """Whether somebody is using the arena of an address space."""
 
-    def __init__(self, tracee: Tracee, arena: Arena) -> None:
+    def __init__(self) -> None:
+        self.taken = False
+
+
+class Puppet:
+    """A stopped stub. turn: that of the task that it shares memory with. born: tids of the tasks that its last batch
+    made, as we see them."""
+
+    def __init__(self, tracee: Tracee, arena: Arena, turn: Turn | None = None) -> None:
         self.tracee, self.arena = tracee, arena
+        self._turn = turn or Turn()
         self.born: list[int] = []
 
     @property
@@ -85,6 +98,19 @@ class Puppet:
 
     def attempt(self, batch: Batch) -> Steps[Results]:
         """The same, whatever the calls return."""
+        return self.alone(self._attempt(batch))
+
+    def alone(self, work: Steps[T]) -> Steps[T]:
+        """Work with the arena, which begins when nobody else's of this address space is under way."""
+        while self._turn.taken:
+            yield
+        self._turn.taken = True
+        try:
+            return (yield from work)
+        finally:
+            self._turn.taken = False
+
+    def _attempt(self, batch: Batch) -> Steps[Results]:
         memory = batch.encode(self.arena.table)
         if len(memory) > self.arena.room:
             raise ValueError(f'batch of {len(memory)} bytes is too large')
@@ -163,13 +189,13 @@ class Puppet:
         except ProcessLookupError:
             return 'X'
 
-    def adopt(self, tid: int) -> 'Puppet':
+    def adopt(self, tid: int, *, shares_memory: bool) -> 'Puppet':
         """The task that was just born: traced by us already, about to stop."""
         tracee = Tracee(tid)
         status = tracee.wait()
         if status >> 16 != PTRACE_EVENT_STOP:
             raise CkptError(f'task {tid} was born with status {status:#x}', task=tid)
-        return Puppet(tracee, self.arena)
+        return Puppet(tracee, self.arena, self._turn if shares_memory else None)
 
     def leave(self, last: Batch, *, unmap: bool) -> Steps[None]:
         """Do the last calls, and unmap the arena unless others still use it. The task then stands wherever its
@@ -181,6 +207,9 @@ class Puppet:
         """
         if unmap:
             last.call('munmap', self.arena.start, self.arena.length)
+        return self.alone(self._leave(last))
+
+    def _leave(self, last: Batch) -> Steps[None]:
         if not len(last):
             return
         write_bytes(self.tid, self.arena.table, last.encode(self.arena.table))

@@ -13,6 +13,7 @@
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -56,8 +57,7 @@ TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # p
 class Restore:
     """One restart."""
 
-    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal],
-                 clock: Clock) -> None:
+    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal], clock: Clock) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
         self._reader, self._plan, self._clock = reader, plan, clock
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
@@ -233,6 +233,7 @@ class Restore:
 
     def _leave(self) -> None:
         """The last calls of all, then nobody has a stub any more."""
+        self._stubs = Counter(task.record.mm_id for process in self._plan.processes for task in process.alive)
         running: list[Process] = []
         # children first: that they stop, their parents hear while they are stubs, and have heard before
         for process in reversed(self._plan.processes):
@@ -247,11 +248,12 @@ class Restore:
 
     def _go_all(self, processes: Sequence[Process]) -> None:
         tasks = [task for process in processes for task in process.alive]
+        self._stubs.subtract(task.record.mm_id for task in tasks)
         # the pages of the stub go with the last who uses them
-        last = {task.vpid: task for task in tasks if self._mms[task.record.mm_id] == task.vpid}
-        interleave(self._go(task) for task in tasks if self._sighands[task.record.sighand_id] == task.vpid
-                   and task.vpid not in last)
-        interleave(self._go(task) for task in last.values())
+        last = {task.record.mm_id: task for task in reversed(tasks) if not self._stubs[task.record.mm_id]}
+        interleave(self._go(task, unmap=False) for task in tasks
+                   if self._sighands[task.record.sighand_id] == task.vpid and last.get(task.record.mm_id) is not task)
+        interleave(self._go(task, unmap=True) for task in last.values())
         for task in tasks:
             state.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
 
@@ -277,9 +279,8 @@ class Restore:
             if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
                 self._results[task.vpid] = regs
 
-    def _go(self, task: ImageTask) -> Steps[None]:
-        last = state.last_calls(self._reader, task.record.sighand_id)
-        return self._nursery[task.vpid].leave(last, unmap=self._mms[task.record.mm_id] == task.vpid)
+    def _go(self, task: ImageTask, *, unmap: bool) -> Steps[None]:
+        return self._nursery[task.vpid].leave(state.last_calls(self._reader, task.record.sighand_id), unmap=unmap)
 
     def _start(self) -> None:
         """Let go of all. What cannot fail comes last, and what cannot be undone before that."""

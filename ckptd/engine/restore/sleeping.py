@@ -32,7 +32,7 @@ def sleep_again(reader: ImageReader, vpid: int, puppet: Puppet) -> Steps[arch.us
     if left.left_ns == ENDLESS or left.number not in _TIMEOUT:
         regs.rax, regs.rip, regs.orig_rax = left.number, regs.rip - 2, (1 << 64) - 1
         return regs
-    result = yield from _begin(puppet, left, regs)
+    result = yield from puppet.alone(_begin(puppet, left, regs))
     if result == -arch.ERESTART_RESTARTBLOCK:
         return None
     regs.rax, regs.orig_rax = result & (1 << 64) - 1, (1 << 64) - 1
