@@ -163,9 +163,9 @@ class Trial:
                     if getattr(now, name) != getattr(self.before, name))
         yield from left_in_spool(self.daemon.spool)
         yield from left_in_journal(self.daemon.runtime)
-        yield from (f'stub {settled.describe(pid)}' for pid in self._stubs())
+        yield from (f'stub {settled.describe(pid)}' for pid in self.stubs())
 
-    def _stubs(self) -> Iterator[int]:
+    def stubs(self) -> Iterator[int]:
         """Whatever runs in our cgroups and is neither ours nor a daemon nor a worker of one."""
         for directory in (self.cgroup, *self.cgroup.rglob('*/')):
             for pid in map(int, (directory / 'cgroup.procs').read_text().split()):
@@ -184,9 +184,7 @@ class Trial:
             self.failures.append(f'{action}: {self.victim} did not end: {settled.describe(self.victim.pid)}')
         if self.victim.output:
             self.failures.append(f'{action}: {self.victim.output}')
-        # what could not be undone is kept for the next recovery, by the next daemon
-        if action not in ('error', 'cancel') or not self.case.point.startswith('undo-'):
-            self.failures += [f'{action}: {sentence}' for sentence in left_in_journal(self.daemon.runtime)]
+        self.failures += [f'{action}: {sentence}' for sentence in left_in_journal(self.daemon.runtime)]
         self.victim = self._start_victim(self.case.victim)
         async with api(self.daemon) as client:
             await self.dump(client)
@@ -288,6 +286,51 @@ async def test_all_or_nothing(case: Case, gate: Gate, start_daemon: Callable[...
         assert after['State'] == 'done', after
     trial.victim.go()
     assert await ended(trial.victim.pid) == 0, trial.victim.output
+
+
+STUBS = ('created-one', 'created', 'filled', 'rebuilt')         # points at which there is nothing but stubs
+
+
+@pytest.mark.parametrize('point', [*STUBS, 'place-freeze', 'ready'])
+async def test_a_stub_that_is_killed(point: str, gate: Gate, start_daemon: Callable[..., Daemon],
+                                     victim: Callable[..., Victim], test_cgroup: Path) -> None:
+    """By somebody else, the kernel's OOM killer say: the first of them, or the last."""
+    trial = Trial(Case('threads', point), gate, start_daemon, victim, test_cgroup)
+    async with asyncio.timeout(PATIENCE), api(trial.daemon) as client:
+        await trial.dump(client)
+    for pick in (min, max):
+        async with asyncio.timeout(2 * PATIENCE), trial.at_the_point() as (client, job, standing):
+            os.kill(pick(trial.stubs()), signal.SIGKILL)
+            standing.answer()
+            async with gate.open():
+                after = await client.ended(job)
+                await standing.gone()
+        expect(trial, after, 'failed', 'org.ckptd1.Error.Failed')
+        if 'was killed' not in str(after['Error'].get('message', '')):
+            trial.failures.append(f'job: {after}')
+        await trial.look(pick.__name__, done=False)
+    assert trial.failures == [], trial.daemon.log
+
+
+@pytest.mark.parametrize('name', ['threads', 'tree', 'stopped'])
+async def test_stray_signals(name: str, gate: Gate, start_daemon: Callable[..., Daemon],
+                             victim: Callable[..., Victim], test_cgroup: Path) -> None:
+    """Signals to the pids of a tree that is not there yet change nothing of it."""
+    trial = Trial(Case(name, ''), gate, start_daemon, victim, test_cgroup)
+    async with asyncio.timeout(PATIENCE), api(trial.daemon) as client:
+        await trial.dump(client)
+    for point in STUBS:
+        trial.case = Case(name, point)
+        async with asyncio.timeout(2 * PATIENCE), trial.at_the_point() as (client, job, standing):
+            for pid in trial.stubs():
+                for number in (signal.SIGTERM, signal.SIGSTOP, signal.SIGCONT, signal.SIGTSTP, signal.SIGUSR1):
+                    os.kill(pid, number)
+            standing.answer()
+            async with gate.open():
+                after = await client.ended(job)
+        assert after['State'] == 'done', after
+        await trial.look(point, done=True)
+    assert trial.failures == [], trial.daemon.log
 
 
 async def test_every_point_is_passed(gate: Gate, start_daemon: Callable[..., Daemon], victim: Callable[..., Victim],

@@ -5,11 +5,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ckptd.errors import Busy
+from ckptd.errors import Busy, CkptError
 from tests.engine.driver import DirectWorker, Place
 from tests.lib import settled
 from tests.lib.procdiff import Picture, differences, take_picture
@@ -125,6 +126,27 @@ def test_after_twenty_checkpoints(generation: Callable[..., Generation], name: s
     for _ in range(19):
         tree.place.checkpoint(tree.victim.pid)
     tree.restore(tree.kill())
+    tree.finish()
+
+
+@pytest.mark.parametrize('name', ['threads', 'tree'])
+def test_one_of_several_at_once(generation: Callable[..., Generation], name: str) -> None:
+    """The pids are free for one of them; the others leave nothing."""
+    tree = generation(name)
+    image = tree.kill()
+
+    def attempt(job: int) -> CkptError | None:
+        try:
+            tree.restore(image, job=job)
+        except CkptError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        outcomes = list(pool.map(attempt, range(1, 5)))
+    assert outcomes.count(None) == 1, outcomes
+    assert {type(error) for error in outcomes} == {Busy, type(None)}, outcomes
+    assert not tree.place.freezes
     tree.finish()
 
 

@@ -10,6 +10,7 @@ The journal has each step: as long as the line that says "it is alive" is not wr
 and after it brings it home. So all of it runs in the end, or nothing.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
+
+# where an ordinary user may make none, or nobody
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Birthplace:
@@ -56,9 +60,7 @@ class Birthplace:
             os.close(self.cgroup_fd)
             self.cgroup_fd = -1
         if not self._entry.closed:
-            for sentence in undo_all(self._entry, self._hands, fault):
-                self._warn('cgroup', sentence)
-            self._entry.close()
+            self._undo()
 
     # ------------------------------------------------------------ before the birth
 
@@ -138,9 +140,14 @@ class Birthplace:
             if isinstance(step, Born):
                 self._entry.undone(number)      # with this line the tree is alive
         fault('place-alive')
-        for sentence in undo_all(self._entry, self._hands, fault):
-            self._warn('cgroup', sentence)
+        self._undo()
+
+    def _undo(self) -> None:
+        if undo_all(self._entry, self._hands, fault):
+            # what was in the way once may be gone; what remains in the journal is left to the next recovery
+            for sentence in undo_all(self._entry, self._hands, fault):
+                self._warn(sentence, 'EBUSY')
         self._entry.close()
 
-    def _warn(self, resource: str, sentence: str) -> None:
-        self.warnings.append(Refusal(0, '', resource, 'EBUSY', sentence, 'see the log of ckptd', 'warning'))
+    def _warn(self, sentence: str, errno_name: str) -> None:
+        self.warnings.append(Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning'))
