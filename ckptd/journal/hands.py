@@ -141,7 +141,7 @@ class Hands:
             inside = _processes_by_thread(work) if number else work.procs(recursive=True)
             if number > 1:      # what exits cannot be moved any more, and leaves by itself: `_remove` waits for it
                 inside = [pid for pid in inside if not _is_dying(pid)]
-            if not inside:
+            if number and not inside:
                 return
             for pid in inside:
                 self._send_home(pid, origins, work)

@@ -73,19 +73,22 @@ def whole(content: Iterable[Extent]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def deleted_file(path: str, device: int, inode: int, size: int, segments: Iterable[Segment], ctx: Restoring) -> int:
-    """The file that had this inode, as of Restoring.once: made by who asks first, open for reading and writing.
+def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segments: Iterable[Segment],
+                 ctx: Restoring) -> int:
+    """The file that had this inode, as of Restoring.once: made by who asks first, open for reading. `open_nameless`
+    opens it otherwise: what somebody may write to cannot be a task's program (kernel/fork.c, replace_mm_exe_file).
 
-    For descriptions and mappings of one file alike. Its owner and mode are those of a new file, see `set_owner`.
+    For descriptions and mappings of one file alike. Its owner is that of a new file, see `set_owner`.
     """
     def make() -> int:
         fd = make_nameless(path, ctx, os.O_RDWR)
         try:
             restore_content(fd, size, segments, ctx)
-        except BaseException:
+            readable = open_again(fd, os.O_RDONLY)
+            os.fchmod(fd, mode & 0o777)
+        finally:
             os.close(fd)
-            raise
-        return fd
+        return readable
     return ctx.once(('deleted', device, inode), make)
 
 

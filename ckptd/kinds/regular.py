@@ -162,7 +162,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         return fd
 
     def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
-        base = deleted_file(record.path, record.device, record.inode, record.size, record.content, ctx)
+        base = deleted_file(record.path, record.device, record.inode, record.size, record.mode, record.content, ctx)
         set_owner(base, record.mode, record.uid, record.gid)
         fd = open_nameless(base, saved.flags)
         os.utime(base, ns=(record.mtime, record.mtime))

@@ -65,6 +65,10 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+def is_dead(pid: int) -> bool:
+    return not Path(f'/proc/{pid}').exists() or settled.is_zombie(pid)
+
+
 async def ended(root: int) -> int:
     """Wait for a child of ours; its wait(2) status."""
     pidfd = os.pidfd_open(root)
@@ -95,6 +99,7 @@ class Trial:
                  cgroup: Path) -> None:
         self.case, self.gate, self.cgroup = case, gate, cgroup
         self._start_daemon, self._start_victim = start_daemon, victim
+        self._others = set(self._members())
         self.daemon = self.start()
         self.victim, self.image = victim(case.victim), ''
         self.numbers, self.shmids = set[int](), set[int]()
@@ -166,11 +171,14 @@ class Trial:
         yield from (f'stub {settled.describe(pid)}' for pid in self.stubs())
 
     def stubs(self) -> Iterator[int]:
-        """Whatever runs in our cgroups and is neither ours nor a daemon nor a worker of one."""
+        """Whatever runs in our cgroups, has come since the beginning, and is neither a daemon nor a worker of one."""
+        for pid in self._members():
+            if pid not in self._others and not settled.is_zombie(pid) and not _is_ours(pid):
+                yield pid
+
+    def _members(self) -> Iterator[int]:
         for directory in (self.cgroup, *self.cgroup.rglob('*/')):
-            for pid in map(int, (directory / 'cgroup.procs').read_text().split()):
-                if pid != os.getpid() and not settled.is_zombie(pid) and not _is_ours(pid):
-                    yield pid
+            yield from map(int, (directory / 'cgroup.procs').read_text().split())
 
     async def _all(self, action: str) -> None:
         """It runs and is whole; the next action gets another one."""
@@ -300,7 +308,9 @@ async def test_a_stub_that_is_killed(point: str, gate: Gate, start_daemon: Calla
         await trial.dump(client)
     for pick in (min, max):
         async with asyncio.timeout(2 * PATIENCE), trial.at_the_point() as (client, job, standing):
-            os.kill(pick(trial.stubs()), signal.SIGKILL)
+            stub = pick(trial.stubs())
+            os.kill(stub, signal.SIGKILL)
+            await until(lambda: is_dead(stub))  # noqa: B023
             standing.answer()
             async with gate.open():
                 after = await client.ended(job)

@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from ckptd.errors import Busy, CkptError
 from tests.engine.driver import DirectWorker, Place
 from tests.lib import settled
 from tests.lib.procdiff import Picture, differences, take_picture
-from tests.lib.victim import RESTLESS, Victim, names, session_members
+from tests.lib.victim import RESTLESS, Victim, build, names, session_members
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
@@ -69,8 +70,8 @@ class Generation:
 def generation(victim: Callable[..., Victim], place: Place) -> Iterator[Callable[..., Generation]]:
     made: list[Generation] = []
 
-    def start(name: str, *args: str) -> Generation:
-        made.append(Generation(place, victim(name, *args)))
+    def start(name: str, *args: str, **more: object) -> Generation:
+        made.append(Generation(place, victim(name, *args, **more)))
         return made[-1]
 
     yield start
@@ -147,6 +148,24 @@ def test_one_of_several_at_once(generation: Callable[..., Generation], name: str
     assert outcomes.count(None) == 1, outcomes
     assert {type(error) for error in outcomes} == {Busy, type(None)}, outcomes
     assert not tree.place.freezes
+    tree.finish()
+
+
+@pytest.mark.parametrize('upgraded', [False, True])
+def test_a_program_that_was_deleted(generation: Callable[..., Generation], tmp_path: Path, upgraded: bool) -> None:
+    """While it ran, as every upgrade does; its name may be another program's."""
+    program = Path(shutil.copy(build('pipes'), tmp_path / 'program'))
+    tree = generation('pipes', program=program)
+    program.unlink()
+    if upgraded:
+        shutil.copy('/bin/true', program)
+    before = tree.look()
+    tree.restore(tree.kill())
+    after = tree.look()
+    for key, value in after.rows.items():       # its own name, where that is free
+        after.rows[key] = re.sub(r'/[.](program)[.]\w{8}(?= [(]deleted)', r'/\1', value) if upgraded else value
+    assert changes(before, after, brief=False) == []
+    tree.restore(tree.kill())
     tree.finish()
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptd.kernel.status import read_status
 from tests.lib.gate import own_cgroup
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
@@ -128,11 +129,12 @@ class Picture:
     files: dict[int, str]
     threads: set[threading.Thread]
     cgroups: set[Path]
+    ignored: int        # mask of signals, which every child inherits
 
     @classmethod
     def take(cls, cgroup: Path | None) -> 'Picture':
         return cls(set(children()), _open_files(), set(threading.enumerate()),
-                   set(cgroup.rglob('*/')) if cgroup else set())
+                   set(cgroup.rglob('*/')) if cgroup else set(), read_status(os.getpid()).sig_ign)
 
     def left(self, cgroup: Path | None) -> list[str]:
         """One sentence for each thing that is there now and was not then, which is also removed where it can be."""
@@ -147,6 +149,8 @@ class Picture:
             sentences += [f'fd {fd} -> {link} was left open' for fd, link in sorted(self._files_left().items())]
         sentences += [f'thread {thread.name} was left running'
                       for thread in threading.enumerate() if thread not in self.threads]
+        if (ignored := read_status(os.getpid()).sig_ign) != self.ignored:
+            sentences.append(f'signals {ignored:#x} are ignored, and {self.ignored:#x} were before')
         return sentences
 
     def _files_left(self) -> dict[int, str]:

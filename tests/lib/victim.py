@@ -11,6 +11,7 @@ ready victim holds nothing whose other end is outside its tree, and can be check
 """
 
 import contextlib
+import fcntl
 import functools
 import os
 import shlex
@@ -37,10 +38,15 @@ def build(name: str) -> Path:
     script = VICTIMS / f'{name}.py'
     if script.exists():
         return script
-    make = subprocess.run(['make', '--no-print-directory', '-C', VICTIMS, f'build/{name}'],
-                          capture_output=True, text=True, check=False)
+    directory = VICTIMS / 'build'
+    directory.mkdir(exist_ok=True)
+    # by one test process at a time: a second one would replace a program that the first has begun to run
+    with (directory / '.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make = subprocess.run(['make', '--no-print-directory', '-C', VICTIMS, f'build/{name}'],
+                              capture_output=True, text=True, check=False)
     assert make.returncode == 0, make.stderr
-    return VICTIMS / 'build' / name
+    return directory / name
 
 
 def names() -> list[str]:

@@ -8,18 +8,28 @@ from contextlib import ExitStack
 
 from ckptd.engine.channel import Channel
 from ckptd.engine.messages import Cancel
+from ckptd.kernel.ptrace import WALL
+from ckptd.kernel.task import read_cgroup2
 
 
-def attend(roots: Sequence[int], channel: Channel) -> int | None:
+def cgroup_of(root: int) -> str:
+    """'' if it has ended already."""
+    try:
+        return read_cgroup2(root)
+    except ProcessLookupError:
+        return ''
+
+
+def attend(roots: Sequence[int], traced: Sequence[int], channel: Channel) -> int | None:
     """The wait(2) status of the first root; None if somebody let go of it before (Cancel), or the daemon is gone.
 
-    The others are only reaped. None of them is ended by us, whatever comes.
+    The others are only reaped, and those that we still trace. None of them is ended by us, whatever comes.
     """
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     with ExitStack() as stack:
         pids = {}
-        for pid in roots:
+        for pid in {*roots, *traced}:
             pidfd = os.pidfd_open(pid)
             stack.callback(os.close, pidfd)
             pids[pidfd] = pid
@@ -33,7 +43,7 @@ def attend(roots: Sequence[int], channel: Channel) -> int | None:
                     if isinstance(message, Cancel | None):
                         return None
                     continue
-                _, status = os.waitpid(pids[fd], 0)
+                _, status = os.waitpid(pids[fd], WALL)
                 if pids[fd] == roots[0]:
                     return status
                 poll.unregister(fd)

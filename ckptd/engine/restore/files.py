@@ -93,7 +93,8 @@ class Files(Access):
 
     def deleted(self, record: Backing) -> int:
         """A mapped file that had lost its name."""
-        return deleted_file(record.path, record.device, record.inode, record.size, whole(record.content), self)
+        return deleted_file(record.path, record.device, record.inode, record.size, record.mode, whole(record.content),
+                            self)
 
     def shared_memory(self, shm_id: int) -> int:
         return self.objects.shared(shm_id)

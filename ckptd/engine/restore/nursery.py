@@ -5,12 +5,15 @@ import ctypes
 import errno
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from types import TracebackType
+from typing import Self
 
 from ckptd.engine.batch import Batch
 from ckptd.engine.restore.family import SEED
-from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.puppet import Puppet, was_killed
 from ckptd.engine.restore.steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Busy, CkptError
 from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, CLONE_VM, clone_args
@@ -20,10 +23,11 @@ from ckptd.kernel.ptrace import WALL
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
 _TEMPORARY = -1
+_DYING_SECONDS = 2.0
 
 
 class Nursery:
-    """The stubs by vpid. released: they are tasks of their own now.
+    """The stubs by vpid. `with` kills them, unless they are `released`: tasks of their own now.
 
     cgroup: an fd of the directory that processes are born into, -1 for ours.
     """
@@ -37,6 +41,16 @@ class Nursery:
         self._first_flags = 0
         self._ours = {seed.tid}         # those whose parent we are
         self.others: dict[int, Puppet] = {}     # by tid: what is no task of the tree
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if isinstance(error, OSError | CkptError) and error.errno == errno.ESRCH:
+                self.require_all(time.monotonic() + _DYING_SECONDS)
+        finally:
+            self.kill()
 
     def __iter__(self) -> Iterator[tuple[int, Puppet]]:
         return iter((vpid, puppet) for vpid, puppet in self.puppets.items() if vpid not in (SEED, _TEMPORARY))
@@ -120,6 +134,20 @@ class Nursery:
         del self.puppets[SEED]
 
     # ------------------------------------------------------------ ends
+
+    def require_all(self, deadline: float = 0.0) -> None:
+        """CkptError if one was killed, by the kernel short of memory say. deadline: of time.monotonic(), to look again
+        until then."""
+        while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)) is None:
+            if time.monotonic() >= deadline:
+                return
+            os.sched_yield()
+        raise was_killed(dead.si_pid)
+
+    def headless(self) -> list[int]:
+        """Leaders that are dead while threads of theirs live. We trace them until they are waited for, and nothing but
+        that lets their parent know of the end of the process."""
+        return [puppet.tid for _, puppet in self if puppet.is_dead]
 
     def dismiss(self, vpid: int, waiter: int) -> None:
         """End a process of the nursery, and have its parent forget it."""

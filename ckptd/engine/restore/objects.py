@@ -14,6 +14,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
 from ckptd.kernel.shm import SHM_DEST, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
 from ckptd.kinds.base import Looking
+from ckptd.kinds.deleted import open_nameless
 
 
 def missing_but_kept(record: Backing, looking: Looking) -> bool:
@@ -43,7 +44,8 @@ class Objects:
         """A mapped file or executable."""
         record = self._reader.get(Backing, number)
         if record.deleted or missing_but_kept(record, self._looking):
-            return self._deleted(record)
+            base = self._deleted(record)
+            return self._bank.once(('backing', number), lambda: open_nameless(base, os.O_RDWR)) if writable else base
         flags = os.O_RDWR if writable else os.O_RDONLY
         return self._bank.once(('backing', number, writable), lambda: self._looking.open(record.path, flags))
 

@@ -66,6 +66,11 @@ class Arena(NamedTuple):
         return self.start + self.length
 
 
+def was_killed(tid: int) -> CkptError:
+    return CkptError(f'task {tid} was killed while it was restored', task=tid,
+                     hint='see the kernel log: it may have been short of memory')
+
+
 class Turn:
     """Whether somebody is using the arena of an address space."""
 
@@ -75,12 +80,13 @@ class Turn:
 
 class Puppet:
     """A stopped stub. turn: that of the task that it shares memory with. born: tids of the tasks that its last batch
-    made, as we see them."""
+    made, as we see them. is_dead: it has ended as one thread of several."""
 
     def __init__(self, tracee: Tracee, arena: Arena, turn: Turn | None = None) -> None:
         self.tracee, self.arena = tracee, arena
         self._turn = turn or Turn()
         self.born: list[int] = []
+        self.is_dead = False
 
     @property
     def tid(self) -> int:
@@ -133,7 +139,7 @@ class Puppet:
         try:
             return self.tracee.wait()
         except ProcessLookupError as error:
-            raise CkptError(f'task {self.tid} was killed while it was restored', task=self.tid) from error
+            raise was_killed(self.tid) from error
 
     def _has_trapped(self, status: int, trap: int) -> bool:
         """Births are noted, and stops of others' making (a SIGSTOP cannot be blocked) are passed by."""
@@ -173,6 +179,7 @@ class Puppet:
             if pid:
                 self.tracee.cont()
             os.sched_yield()
+        self.is_dead = True
 
     def _begin(self, name: str, *arguments: int) -> None:
         """Start a call that does not return."""

@@ -23,7 +23,7 @@ from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.job import Job, image_path
 from ckptd.engine.messages import Phase, Running, refusal_row
 from ckptd.engine.restore import state
-from ckptd.engine.restore.attend import attend
+from ckptd.engine.restore.attend import attend, cgroup_of
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.digests import Digests, damaged
 from ckptd.engine.restore.family import SEED, Process
@@ -47,7 +47,6 @@ from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify_records
 from ckptd.kernel.arch.x86_64 import user_regs_struct
-from ckptd.kernel.task import read_cgroup2
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
 _NO_LIMIT = (1 << 32) - 1
@@ -130,7 +129,7 @@ class Restore:
         if cgroup >= 0:
             cgroup = self._bank.once('cgroup', lambda: os.dup(cgroup))
         self._nursery = Nursery(plant(self._plan.arena, self._bank.base), cgroup)
-        stack.callback(self._nursery.kill)
+        stack.enter_context(self._nursery)
         world, numbers = self._plan.world, self._plan.numbers
         self._warnings += world.enter(self._nursery[SEED])
         if world.pid:
@@ -287,6 +286,7 @@ class Restore:
         self._place.settle({process.vpid: self._nursery[process.alive[0].vpid] for process in self._plan.processes
                             if process.alive})
         fault('ready')
+        self._nursery.require_all()
         self._files.commit()
         init = self._nursery.init
         if init:
@@ -309,22 +309,15 @@ class Restore:
         warnings = [refusal_row(row) for row in (*self._warnings, *self._place.warnings)]
         times = {f'{phase}_time': self._clock.usec(phase) for phase in TIMED}
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
-                  'processes': len(self._plan.processes), 'bytes': self._bytes_done, 'cgroup': self._where(roots[0]),
+                  'processes': len(self._plan.processes), 'bytes': self._bytes_done, 'cgroup': cgroup_of(roots[0]),
                   'warnings': warnings, 'restored_usec': self._clock.total_usec(), **times}
         self._channel.send(Running(roots[0], len(self._plan.tasks)))
         if self._request.wait:
             self._channel.send(Phase('attend'))
             # of a namespace of its own we have the first process only, which ends as the root did
-            status = attend([init.tid] if init else roots, self._channel)
+            status = attend([init.tid] if init else roots, self._nursery.headless(), self._channel)
             result |= {} if status is None else {'exit_status': status}
         self._channel.finish('', (), result)
-
-    @staticmethod
-    def _where(root: int) -> str:
-        try:
-            return read_cgroup2(root)
-        except ProcessLookupError:
-            return ''       # it has ended already
 
     def _on_bytes(self, count: int) -> None:
         self._bytes_done += count

@@ -186,7 +186,7 @@ def test_descriptions_and_mappings_share_a_deleted_file(brood: Brood, bulk: Bulk
     job = restart()
     writer, reader = map(job.whole, files)
     record = decoded(files[0])
-    base = deleted_file(record.path, record.device, record.inode, record.size, (), job)
+    base = deleted_file(record.path, record.device, record.inode, record.size, record.mode, (), job)
     os.pwrite(writer, b'C', 0)
     assert os.read(reader, 100) == os.pread(base, 100, 0) == b'Content'
     assert stat.S_IMODE(os.fstat(reader).st_mode) == 0o400
@@ -196,9 +196,9 @@ def test_content_of_a_deleted_mapped_file(bulk: Bulk, restart: Start, tmp_path: 
     """As the engine has it from a Backing record."""
     extents = (bulk.add([b'a' * 4096]), bulk.add([b'end']))
     job = restart()
-    base = deleted_file(f'{tmp_path}/gone', 1, 2, 4099, whole(extents), job)
+    base = deleted_file(f'{tmp_path}/gone', 1, 2, 4099, 0o600, whole(extents), job)
     assert os.pread(base, 9999, 0) == b'a' * 4096 + b'end'
-    assert deleted_file(f'{tmp_path}/gone', 1, 2, 0, (), job) == base
+    assert deleted_file(f'{tmp_path}/gone', 1, 2, 0, 0o600, (), job) == base
 
 
 def test_nameless_file(saved: Saved, restart: Start) -> None:
