@@ -169,6 +169,15 @@ def test_a_program_that_was_deleted(generation: Callable[..., Generation], tmp_p
     tree.finish()
 
 
+def test_dead_leaders_of_a_tree_that_is_waited_for(generation: Callable[..., Generation]) -> None:
+    """Who waits still traces them, and their parents learn of the end of the process all the same."""
+    tree = generation('headless')
+    image = tree.kill()
+    with tree.victim.told_to_go(), DirectWorker() as worker:
+        result = worker.run(tree.place.request(0, target='', operation='restore', image=image.name, wait=True))
+    assert result['exit_status'] == 0, tree.victim.output
+
+
 def test_left_stopped(generation: Callable[..., Generation]) -> None:
     """As by SIGSTOP, every process of it; SIGCONT has it go on."""
     tree = generation('pipes')
