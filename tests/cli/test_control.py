@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import time
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,10 @@ def test_a_detached_job_is_listed_and_cancelled(paused: tuple[Ctl, Fifo], tree: 
     assert 'running' in ctl('jobs').out
     assert ctl('cancel', str(job['job'])).status == 0
     tree.finish()
+    # it runs before what there is of the image is removed
+    deadline = time.monotonic() + 10
+    while [job['state'] for job in ctl('jobs', '--json').json] != ['cancelled']:
+        assert time.monotonic() < deadline
     assert images(spool) == []
 
 

@@ -35,7 +35,6 @@ _CHECKS = 'ckptd.engine.restore.obstacles'
 
 # read before there is a process, to refuse or to warn, and by nothing that comes after
 CHECKED = {
-    'Backing.mode': 'a mapped file is opened as it is',
     'Backing.mtime': 'a mapped file is opened as it is',
     'Directory.inode': 'a directory is opened by its name',
     'Header.machine': 'of this kind of processor, or refused',

@@ -36,6 +36,7 @@ def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[
         result.append(step)
         if step.vpid and is_heir:
             origins[mine] = mms[maker]
-        elif step.vpid and mms.get(maker, 0) in filled:
+        elif step.vpid and (mms.get(maker, 0) in filled or mms.get(maker, 0) in origins):
+            # what the maker was filled with, or has inherited itself
             result.append(Clear(step.vpid))
     return result, origins

@@ -61,6 +61,14 @@ def test_heirs_of_heirs() -> None:
     assert origins == {2: 1, 3: 2}
 
 
+def test_who_is_no_heir_of_an_heir() -> None:
+    """A shell's subshell that has started a program."""
+    steps: list[Step] = [Spawn(10, 0), Spawn(11, 10), Spawn(12, 11)]
+    result, origins = planned(steps, {10: 1, 11: 2, 12: 3}, (1, 2))
+    assert result == [Spawn(10, 0), Fill(1, 10), Spawn(11, 10), Spawn(12, 11), Clear(12)]
+    assert origins == {2: 1}
+
+
 def test_threads_and_those_with_shared_memory_drop_nothing() -> None:
     thread, cousin = Spawn(11, 10, CLONE_VM | CLONE_THREAD), Spawn(12, 10, CLONE_VM)
     result, origins = planned([Spawn(10, 0), Spawn(13, 10), thread, cousin, Spawn(14, 11)],
