@@ -6,9 +6,9 @@ import os
 import pty
 import re
 import signal
-import time
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
