@@ -84,11 +84,10 @@ def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segme
         fd = make_nameless(path, ctx, os.O_RDWR)
         try:
             restore_content(fd, size, segments, ctx)
-            readable = open_again(fd, os.O_RDONLY)
             os.fchmod(fd, mode & 0o777)
+            return open_nameless(fd, os.O_RDONLY)
         finally:
             os.close(fd)
-        return readable
     return ctx.once(('deleted', device, inode), make)
 
 

@@ -4,15 +4,24 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
 from ckptd.engine.remote import OwnIds
 from ckptd.kernel.ptrace import Tracee
+from tests.engine.faulty import Gate
 from tests.lib.forked import forked
 
 __all__ = ['forked', 'in_child', 'tracer']
+
+
+@pytest.fixture
+async def gate() -> AsyncIterator[Gate]:
+    """Where the workers of a daemon started with its environment ask before they go on."""
+    gate = Gate()
+    yield gate
+    gate.close()
 
 
 @pytest.fixture

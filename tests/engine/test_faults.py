@@ -225,13 +225,6 @@ ACTIONS: tuple[Callable[[Trial], Awaitable[None]], ...] = (
     both_die, worker_dies, error, cancel, caller_leaves, daemon_dies)
 
 
-@pytest.fixture
-async def gate() -> AsyncIterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.close()
-
-
 @pytest.mark.parametrize('case', CASES, ids=str)
 async def test_fault(case: Case, gate: Gate, start_daemon: Callable[..., Daemon], victim: Callable[..., Victim],
                      cgroup: Path) -> None:

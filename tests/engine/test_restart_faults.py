@@ -271,13 +271,6 @@ def expect(trial: Trial, after: dict[str, Any], state: str, error_name: str) -> 
 ACTIONS: tuple[Callable[[Trial], Awaitable[bool]], ...] = (worker_dies, error, cancel, daemon_dies, both_die)
 
 
-@pytest.fixture
-async def gate() -> AsyncIterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.close()
-
-
 @pytest.mark.parametrize('case', CASES, ids=str)
 async def test_all_or_nothing(case: Case, gate: Gate, start_daemon: Callable[..., Daemon],
                               victim: Callable[..., Victim], test_cgroup: Path) -> None:

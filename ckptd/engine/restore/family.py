@@ -16,7 +16,7 @@ Process groups are joined when all are there; a dead group leader is a ghost, to
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptd.engine.restore.steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
+from ckptd.engine.restore.steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import Task
@@ -226,8 +226,8 @@ class Family:
         if self._shares(process.ids, SEED) is None:
             raise CannotMake(process, 'an orphan that shares with others cannot be made')
         self.steps += [Subreaper(reaper, True), Spawn(0, maker),
-                       Spawn(process.vpid, -1, 0, process.leader.record.exit_signal & 0xFF), Dismiss(-1, maker),
-                       Subreaper(reaper, False)]
+                       Spawn(process.vpid, TEMPORARY, 0, process.leader.record.exit_signal & 0xFF),
+                       Dismiss(TEMPORARY, maker), Subreaper(reaper, False)]
         self._session[process.vpid], self._parent[process.vpid] = session, process.parent
         self._note(process.ids)
 

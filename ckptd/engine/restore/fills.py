@@ -3,10 +3,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ckptd.engine.restore.steps import Clear, Fill, Spawn, Step
+from ckptd.engine.restore.steps import TEMPORARY, Clear, Fill, Spawn, Step
 from ckptd.kernel.clone import CLONE_VM
-
-TEMPORARY = -1          # the maker of an orphan, itself made by a task of the tree
 
 
 def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[int, int], bool]
@@ -18,25 +16,25 @@ def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[
     result: list[Step] = []
     origins: dict[int, int] = {}
     filled: set[int] = set()
-    maker = mine = 0
+    theirs = mine = 0
     is_heir = False
     for index, step in enumerate(steps):
         if not isinstance(step, Spawn) or step.flags & CLONE_VM:
             result.append(step)
             continue
         if step.maker != TEMPORARY:
-            maker, child = step.maker, step.vpid
+            child = step.vpid
             if not child:       # a temporary maker: its child is the next that is made
                 child = next((after.vpid for after in steps[index + 1:] if isinstance(after, Spawn)), 0)
-            theirs, mine = mms.get(maker, 0), mms.get(child, 0)
+            theirs, mine = mms.get(step.maker, 0), mms.get(child, 0)
             is_heir = bool(theirs and mine) and shares(theirs, mine)
             if is_heir and theirs not in filled:
                 filled.add(theirs)
-                result.append(Fill(theirs, maker))
+                result.append(Fill(theirs, step.maker))
         result.append(step)
         if step.vpid and is_heir:
-            origins[mine] = mms[maker]
-        elif step.vpid and (mms.get(maker, 0) in filled or mms.get(maker, 0) in origins):
+            origins[mine] = theirs
+        elif step.vpid and (theirs in filled or theirs in origins):
             # what the maker was filled with, or has inherited itself
             result.append(Clear(step.vpid))
     return result, origins

@@ -14,7 +14,7 @@ from typing import Self
 from ckptd.engine.batch import Batch
 from ckptd.engine.restore.family import SEED
 from ckptd.engine.restore.puppet import Puppet, was_killed
-from ckptd.engine.restore.steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
+from ckptd.engine.restore.steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Busy, CkptError
 from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, CLONE_VM, clone_args
 from ckptd.kernel.decl import offset_of
@@ -22,7 +22,6 @@ from ckptd.kernel.numbers import numbers_in_use
 from ckptd.kernel.ptrace import WALL
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
-_TEMPORARY = -1
 _DYING_SECONDS = 2.0
 
 
@@ -53,7 +52,7 @@ class Nursery:
             self.kill()
 
     def __iter__(self) -> Iterator[tuple[int, Puppet]]:
-        return iter((vpid, puppet) for vpid, puppet in self.puppets.items() if vpid not in (SEED, _TEMPORARY))
+        return iter((vpid, puppet) for vpid, puppet in self.puppets.items() if vpid not in (SEED, TEMPORARY))
 
     def __getitem__(self, vpid: int) -> Puppet:
         return self.puppets[vpid]
@@ -84,7 +83,7 @@ class Nursery:
         self._first_flags = 0
         if step.flags & CLONE_PARENT and maker.tid in self._ours and is_process:
             self._ours.add(child.tid)
-        self.puppets[step.vpid or _TEMPORARY] = child
+        self.puppets[step.vpid or TEMPORARY] = child
 
     def clone(self, maker: Puppet, vpid: int, flags: int, exit_signal: int = 0) -> Puppet:
         """A new task of that number, 0 for any. Busy if somebody has it."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from ckptd.kernel.clone import CLONE_THREAD
 
+TEMPORARY = -1          # the maker of an orphan, itself made by a task of the tree
+
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
