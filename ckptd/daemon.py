@@ -133,9 +133,9 @@ class Daemon:
         settings = self._settings
         units = await self._find_systemd(connection)
         announcer = Announcer(self._spool)
-        recovery = Recovery(settings.runtime, self._spool, units)
         # a daemon that systemd knows has a sandbox, and a stop that ends all its children: not the place for a restart
         pool = WorkerPool(services=units if settings.bus == self._own_bus else None)
+        recovery = Recovery(settings.runtime, self._spool, units, pool)
         queue = Queue(settings.config, pool, recovery, units, announcer)
         orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None,
                         connection.inode)

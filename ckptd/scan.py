@@ -67,7 +67,20 @@ def _process(pid: int, description: str) -> Target:
         raise NoSuchTarget(f'no process {pid}', task=pid) from None
     if tgid != pid:
         raise InvalidArgument(f'{pid} is a thread of process {tgid}', task=pid, hint=f'name the process: pid:{tgid}')
+    _require_life(pid)
     return Target('pid', (pid,), None, None, description)
+
+
+def _require_life(pid: int) -> None:
+    """NoSuchTarget for a process that is nothing but a zombie. One whose first thread alone has ended lives."""
+    try:
+        stat = read_stat(pid)
+        dead = stat.state in 'ZX' and all(read_stat(pid, tid).state in 'ZX' for tid in read_threads(pid))
+    except ProcessLookupError:
+        return      # whatever comes next finds that
+    if dead:
+        raise NoSuchTarget(f'process {pid} has ended, and only its exit status is left (a zombie)', task=pid,
+                           hint=f'its parent, process {stat.ppid}, has not waited for it yet')
 
 
 def _cgroup(path: str) -> Target:

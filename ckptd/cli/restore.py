@@ -41,7 +41,10 @@ async def _dry_run(session: Session) -> int:
     """The status is that of the error a restore would end with."""
     image = session.args.image
     async with session.daemon() as daemon:
-        rows = await daemon.manager('CheckRestore', 'sa{sv}', image, restore_options(session.args), seconds=LONG)
+        with Attendance(session.interrupts, lambda root: None) as attendance:
+            # with the terminal that the tree would get
+            options = restore_options(session.args) | (attendance.prepare() if session.args.wait else {})
+            rows = await daemon.manager('CheckRestore', 'sa{sv}', image, options, seconds=LONG)
     return report_findings(session.out, rows, {'image': image}, f'{image} can{{}} be restored',
                            Refused.restart)
 

@@ -18,7 +18,7 @@ from ckptd.errors import CkptError, Refusal, from_details
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
 
 Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'restore',
-                    'check-restore']
+                    'check-restore', 'recover']
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
@@ -139,9 +139,9 @@ class Log(Message, frozen=True):
 
 class Finished(Message, frozen=True):
     """result: checkpoint: the manifest's summary; check, check-restore: {'refusals': [...], 'tasks': N};
-    scan, tree: {'tasks': [...]}; verify: {'damages': [...]}; restore: {'image', 'root', 'tasks', 'processes',
-    'cgroup', 'warnings': [...], 'restored_usec', times in microseconds}, with `wait` also {'exit_status': as of
-    wait(2)}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
+    scan, tree: {'tasks': [...]}; verify: {'damages': [...]}; recover: {'report': [...]}; restore: {'image', 'root',
+    'tasks', 'processes', 'cgroup', 'warnings': [...], 'restored_usec', times in microseconds}, with `wait` also
+    {'exit_status': as of wait(2)}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
     result: dict[str, Any] = {}
     more: bool = False
 

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ckptd.checks import check_access
 from ckptd.engine.checkpoint import checkpoint, hold
@@ -15,6 +16,8 @@ from ckptd.errors import InvalidArgument
 from ckptd.image.export_core import export
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
+from ckptd.journal.recover import recover
+from ckptd.journal.store import Journal
 from ckptd.scan import scan_tree
 
 
@@ -70,7 +73,12 @@ def export_image(job: Job) -> None:
     job.channel.finish('files', names)
 
 
+def recover_files(job: Job) -> None:
+    """Undo what dead workers have left of files."""
+    job.channel.finish('report', recover(Journal(Path(job.request.runtime)), files=True))
+
+
 OPERATIONS: Mapping[str, Callable[[Job], None]] = {
     'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
     'tree': image_tree, 'export': export_image, 'restore': restore,
-    'check-restore': check_restore}
+    'check-restore': check_restore, 'recover': recover_files}

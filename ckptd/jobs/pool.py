@@ -4,15 +4,15 @@
 import logging
 from collections.abc import Sequence
 
+from ckptd.engine.messages import JobRequest
 from ckptd.errors import WorkerDied
 from ckptd.jobs.service import Services, ServiceWorker
-from ckptd.jobs.state import Job
 from ckptd.jobs.worker import COMMAND, ChildWorker, Worker
 
 log = logging.getLogger(__name__)
 
-# what a sandboxed daemon's child could not do: make the tree, and find out whether it could be made
-UNSANDBOXED = frozenset({'restore', 'check-restore'})
+# what a sandboxed daemon's child could not do: make the tree, find out whether it could be made, put files back
+UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover'})
 
 
 class WorkerPool:
@@ -37,11 +37,11 @@ class WorkerPool:
             except WorkerDied as error:
                 log.warning('no spare worker: %s', error)
 
-    async def take(self, job: Job) -> Worker:
+    async def take(self, request: JobRequest) -> Worker:
         """The worker for a job, to be given back. WorkerDied when none can be started."""
         worker: Worker
-        if self._services is not None and job.request.operation in UNSANDBOXED:
-            what = f'{job.request.operation.capitalize()} of {job.request.image}'
+        if self._services is not None and request.operation in UNSANDBOXED:
+            what = f'{request.operation.capitalize()} of {request.image or "files"}'
             worker = await ServiceWorker.start(self._services, what, self._command)
         else:
             worker = self._take_spare() or ChildWorker(self._command)

@@ -151,7 +151,7 @@ class Queue:
                 self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
 
     async def _begin(self, entry: Entry) -> None:
-        worker = await self._pool.take(entry.job)
+        worker = await self._pool.take(entry.job.request)
         self._loop.call_soon(self._pool.warm)
         if entry.job.over:      # cancelled while systemd started it
             await self._pool.give_back(worker)

@@ -80,10 +80,10 @@ class Entry:
         self.steps.append(step)
         return len(self.steps) - 1
 
-    def undone(self, number: int) -> None:
-        """Step `number` was undone while later ones stand."""
-        self.append(Undone(number))
-        self._undone.add(number)
+    def undone(self, *numbers: int) -> None:
+        """These steps were undone while later ones stand, or are not to be undone any more: all, or none of them."""
+        self.append(*map(Undone, numbers))
+        self._undone.update(numbers)
 
     def redone(self, number: int) -> None:
         """Written before step `number`, which was undone, is taken once more."""
@@ -114,11 +114,11 @@ class Entry:
         if fd != -1:
             os.close(fd)
 
-    def append(self, line: AnyStep | Begin | Undone | Redone) -> None:
-        """Write a line and fsync; CkptError if that cannot be, and then nothing was added."""
-        data = _encode(line)
+    def append(self, *lines: AnyStep | Begin | Undone | Redone) -> None:
+        """Write lines at once and fsync; CkptError if that cannot be, and then nothing was added."""
         end = os.fstat(self._fd).st_size
         try:
+            data = b''.join(map(_encode, lines))
             if end + len(data) > MAX_ENTRY:
                 raise OSError(errno.EFBIG, 'too many processes for one journal entry')
             write_all(self._fd, data)
@@ -133,7 +133,7 @@ def _encode(line: msgspec.Struct) -> bytes:
     try:
         return msgspec.json.encode(line) + b'\n'
     except UnicodeEncodeError:
-        raise OSError(errno.EILSEQ, 'the name of a cgroup is not UTF-8') from None
+        raise OSError(errno.EILSEQ, 'a name is not UTF-8') from None
 
 
 def write_all(fd: int, data: bytes) -> None:

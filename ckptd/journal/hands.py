@@ -13,12 +13,15 @@ from typing import NoReturn
 
 from ckptd.errors import CkptError
 from ckptd.journal.entry import Entry
+from ckptd.journal.files import put_back, unmake
 from ckptd.journal.steps import (
     AnyStep,
     Born,
     FreezeCgroup,
     FreezeUnit,
+    KeepFile,
     MakeCgroup,
+    MakeFile,
     MakeHome,
     MakeSegment,
     Move,
@@ -82,7 +85,7 @@ class Hands:
                 (self.thaw_unit or _no_systemd)(unit)
             case MakeHome(cgroup):
                 self.cgroup(cgroup).path.mkdir(parents=True, exist_ok=True)
-            case Born() | MakeSegment():
+            case Born() | MakeSegment() | MakeFile() | KeepFile():
                 return      # whoever wrote it down does it
 
     # ------------------------------------------------------------ undo
@@ -114,6 +117,10 @@ class Hands:
                 self._end(self.cgroup(cgroup))
             case MakeSegment(shmid):
                 _remove_segment(shmid)
+            case MakeFile():
+                unmake(step)
+            case KeepFile():
+                put_back(step)
 
     def _end(self, born: Cgroup) -> None:
         """Kill what is in a cgroup, frozen or not, and see it gone: zombies are in no cgroup."""
@@ -170,12 +177,16 @@ def undo_all(entry: Entry, hands: Hands, at: FaultPoint = no_fault) -> list[str]
 
     A tree that is not alive yet is ended before all else: at home, where it would be brought next, it would run.
     """
-    origins, failures = entry.origins(), []
+    origins, failures, needed = entry.origins(), [], set[str]()
     for _, step in sorted(entry.standing(), key=lambda one: not isinstance(one[1], Born)):
+        if isinstance(step, MakeFile) and step.path in needed:
+            continue
         try:
             at(f'undo-{step.point}')
             hands.undo(step, origins)
         except (OSError, CkptError) as error:
+            if isinstance(step, KeepFile):
+                needed.add(step.kept)       # the only place where its content is
             failures.append(f'cannot undo {describe(step)}: {error}')
     if not failures:
         entry.finish()
@@ -201,6 +212,10 @@ def describe(step: AnyStep) -> str:
             return f'restoring a tree in cgroup {cgroup}'
         case MakeSegment(shmid):
             return f'making System V segment {shmid}'
+        case MakeFile(path):
+            return f'making file {path}'
+        case KeepFile(path=path, kept=kept):
+            return f'rolling back {path}, whose content is in {kept}'
 
 
 def _processes_by_thread(cgroup: Cgroup) -> list[int]:

@@ -14,6 +14,7 @@ WorkName = Annotated[str, msgspec.Meta(pattern=_NO_DOTS + r'/([^\0\n]*/)?ckptd-[
 UnitName = Annotated[str, msgspec.Meta(pattern=r'\A[^\0\n/]+\Z', max_length=255)]
 Pid = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]                # PID_MAX_LIMIT of <linux/threads.h>
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Path = Annotated[str, msgspec.Meta(pattern=r'\A/[^\0]*\Z', max_length=4096)]
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
@@ -86,6 +87,31 @@ class MakeSegment(Step, frozen=True):
     shmid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
+class MakeFile(Step, frozen=True):
+    """A new file, made by the rights of a user: undone by unlinking it. inode: 0 for a name that only we can have
+    given; else the file is unlinked only while it is that one."""
+    point = 'make-file'
+    path: Path
+    device: Count
+    inode: Count
+    uid: Count
+    gid: Count
+    groups: tuple[Count, ...]
+
+
+class KeepFile(Step, frozen=True):
+    """A file that is about to be written to. Its bytes from `start` on are in the file `kept`: undone by putting them
+    back. mtime: nanoseconds."""
+    point = 'keep-file'
+    path: Path
+    device: Count
+    inode: Count
+    size: Count
+    mtime: Count
+    start: Count
+    kept: Path
+
+
 class Undone(msgspec.Struct, tag=True, frozen=True):
     """Step number `step` (0 is the first one after Begin) was undone out of turn."""
     step: Count
@@ -96,4 +122,5 @@ class Redone(msgspec.Struct, tag=True, frozen=True):
     step: Count
 
 
-AnyStep = MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment
+AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
+           | KeepFile)

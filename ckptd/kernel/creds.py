@@ -3,7 +3,8 @@
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -126,6 +127,26 @@ def _set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
         os.setresgid(gid, gid, gid)
     if os.getresuid() != (uid, uid, uid):
         os.setresuid(uid, uid, uid)
+
+
+@contextmanager
+def file_rights(uid: int, gid: int, groups: Sequence[int]) -> Iterator[None]:
+    """Look up and make files as that user in this block. Root's way around permissions goes with the file-system uid
+    (capabilities(7), "Effect of user ID changes on capabilities"), and is not missed where the user is we. For a
+    process of one thread: groups are those of all."""
+    if uid == os.geteuid():
+        yield
+        return
+    before = os.getgroups()
+    os.setgroups(groups)
+    try:
+        setfsgid(gid)
+        setfsuid(uid)
+        yield
+    finally:
+        setfsuid(os.geteuid())
+        setfsgid(os.getegid())
+        os.setgroups(before)
 
 
 @cache

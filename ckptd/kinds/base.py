@@ -98,6 +98,16 @@ class Restoring(Looking, Protocol):
         """A block in which what this thread does with paths is done by the caller's rights: mkfifo(2), unlink(2)."""
         ...
 
+    def keep(self, path: str, fd: int, start: int) -> None:
+        """The file, open for reading, is about to be changed from byte `start` on: what it holds there now is put back
+        if the restart fails after all. OSError without room for that."""
+        ...
+
+    def make_file(self, path: str, fill: Callable[[int], None]) -> None:
+        """A new file with the content that `fill` gives to its fd; nobody sees it before. It is gone again if the
+        restart fails. FileExistsError."""
+        ...
+
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
         restart. Not to be returned by `restore`: open_again() of it is. The number may be another than `make` gave."""

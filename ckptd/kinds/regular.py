@@ -4,6 +4,7 @@
 import errno
 import os
 import stat
+from pathlib import PurePath
 
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
@@ -12,7 +13,7 @@ from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, of_process, opening
-from ckptd.kinds.content import Segment, dump_content, open_quietly, set_owner
+from ckptd.kinds.content import Segment, dump_content, open_quietly, restore_content, set_owner
 from ckptd.kinds.deleted import deleted_file, deleted_obstacles, open_nameless
 from ckptd.kinds.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
 from ckptd.kinds.rollback import SavingContent, digest_tail, only_appended, roll_back
@@ -113,7 +114,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         found = looking.lstat(record.path)
         words = changes(_identity(record), found)
         if found is None:
-            return [Reason('ENOENT', f'{record.path} {MISSING}', 'put the file back where it was')]
+            return [self._missing(record, looking)]
         if not stat.S_ISREG(found.st_mode):
             return [Reason('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
         if not looking.may(record.path, access_of(saved.flags)):
@@ -121,6 +122,18 @@ class RegularKind(Kind[Regular], tag='regular'):
                            'run as its owner, or as root')]
         rows = [self._changed(record, words, found, looking)] if words else []
         return rows + lock_obstacles(record.locks, record.path, looking)
+
+    def _missing(self, record: Regular, looking: Looking) -> Reason:
+        missing = f'{record.path} {MISSING}'
+        if not record.is_saved or looking.changed_files != 'rollback':
+            how = ', or have it made again by --changed-files=rollback' if record.is_saved else ''
+            return Reason('ENOENT', missing, f'put the file back where it was{how}')
+        home = str(PurePath(record.path).parent)
+        found = looking.lstat(home)
+        if found and stat.S_ISDIR(found.st_mode) and looking.may(home, os.W_OK | os.X_OK):
+            return Reason('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning')
+        return Reason('ENOENT', f'{missing} and cannot be made again in {home}',
+                      'make that directory, writable for the caller')
 
     def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: Looking) -> Reason:
         how = f'{record.path} {" and ".join(words)}'
@@ -133,7 +146,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         if why:
             return Reason('ESTALE', f'{how}, and cannot be put back: {why}',
                           'checkpoint with --save-files, or use --changed-files=accept')
-        return Reason('ESTALE', how, 'it is put back as it was', 'warning')
+        return Reason('ESTALE', how, 'the rollback puts it back as it was', 'warning')
 
     def _no_rollback(self, record: Regular, found: os.stat_result, looking: Looking) -> str:
         """Why the file cannot be brought back, '' if it can."""
@@ -141,6 +154,8 @@ class RegularKind(Kind[Regular], tag='regular'):
             return 'it may not be read and written'
         if any(lock.kind == LEASE for lock in record.locks):
             return 'it is leased'
+        if short := _lacking(record, found, looking):
+            return f'its file system lacks {short:,} bytes for that'
         if record.is_saved or only_appended(record.path, _identity(record), record.tail, found, looking):
             return ''
         if not record.tail:
@@ -153,6 +168,8 @@ class RegularKind(Kind[Regular], tag='regular'):
     def restore(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
         if record.deleted:
             return self._restore_deleted(record, saved, ctx)
+        if ctx.changed_files == 'rollback' and record.is_saved and ctx.lstat(record.path) is None:
+            ctx.make_file(record.path, lambda fd: _fill(record, fd, ctx))
         fd = ctx.open(record.path, opening(saved.flags))
         words = changes(_identity(record), os.fstat(fd))
         # the file was looked at before; what has happened to it since must not pass unseen
@@ -174,6 +191,27 @@ class RegularKind(Kind[Regular], tag='regular'):
     def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
         if ctx.changed_files == 'rollback' and (record.tail or record.is_saved):
             roll_back(record.path, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
+
+
+def _fill(record: Regular, fd: int, ctx: Restoring) -> None:
+    """What was saved of a named file, into a new one."""
+    restore_content(fd, record.size, record.saved, ctx)
+    set_owner(fd, record.mode, record.uid, record.gid)
+    os.utime(fd, ns=(record.mtime, record.mtime))
+
+
+def _lacking(record: Regular, found: os.stat_result, looking: Looking) -> int:
+    """Bytes that the file system has too few to take what was saved; 0 if it has enough."""
+    try:
+        fd = looking.open(record.path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return 0        # that is told as such
+    try:
+        room = os.fstatvfs(fd)
+    finally:
+        os.close(fd)
+    wanted = sum(segment.extent.length for segment in record.saved) - found.st_blocks * 512
+    return max(wanted - room.f_bavail * room.f_frsize, 0)
 
 
 def _identity(record: Regular) -> Identity:

@@ -14,10 +14,9 @@ from typing import Protocol, runtime_checkable
 
 from ckptd.errors import CkptError
 from ckptd.image.identity import Identity
-from ckptd.kernel.copyrange import copy_range, zero_range
+from ckptd.kernel.copyrange import zero_range
 from ckptd.kinds.base import Looking, OpenFile, Restoring
-from ckptd.kinds.content import Segment, data_ranges
-from ckptd.kinds.deleted import make_nameless
+from ckptd.kinds.content import Segment
 
 TAIL = 64 << 10     # bytes that the digest is of
 
@@ -58,10 +57,7 @@ def only_appended(path: str, saved: Identity, tail: bytes, found: os.stat_result
 
 def roll_back(path: str, saved: Identity, content: Sequence[Segment] | None, tail: bytes, fd: int,
               ctx: Restoring) -> None:
-    """Make the file what it was, its time of change included; content None: cut off what was appended.
-
-    CkptError if that fails, and then the file is as it was found.
-    """
+    """Make the file what it was, its time of change included; content None: cut off what was appended. CkptError."""
     # not the tree's own description: it may be for appending only, and pwrite(2) heeds no offset then
     mine = ctx.open(path, os.O_RDWR | os.O_NONBLOCK)
     try:
@@ -71,48 +67,30 @@ def roll_back(path: str, saved: Identity, content: Sequence[Segment] | None, tai
         if (found.st_size, found.st_mtime_ns) == (saved.size, saved.mtime):
             return      # by another description of the same file
         if content is not None:
-            _put_back(path, mine, saved.size, content, ctx)
+            ctx.keep(path, mine, 0)
+            _put_back(mine, saved.size, content, ctx)
         elif found.st_size >= saved.size and digest_tail(mine, saved.size) == tail:
+            ctx.keep(path, mine, saved.size)
             os.ftruncate(mine, saved.size)
         else:
             raise CkptError(f'{path} has changed further during the restart', errno=errno.ESTALE, resource=path)
         with suppress(PermissionError):     # utimensat(2): the owner's right, and a writer need not be the owner
             os.utime(mine, ns=(found.st_atime_ns, saved.mtime))
     except OSError as error:
-        raise CkptError(f'{path} cannot be put back as it was, and was left as it is: {error.strerror}',
-                        errno=error.errno, resource=path, hint='free space on its file system, or use '
-                        '--changed-files=accept') from error
+        raise CkptError(f'{path} cannot be put back as it was: {error.strerror}', errno=error.errno, resource=path,
+                        hint='free space on its file system and in the spool, or use --changed-files=accept') from error
     finally:
         os.close(mine)
 
 
-def _put_back(path: str, fd: int, size: int, content: Sequence[Segment], ctx: Restoring) -> None:
-    """First a copy of what will be overwritten, then all the room that is needed, only then a byte of the file."""
-    backup = make_nameless(path, ctx, os.O_RDWR)
-    try:
-        before = os.fstat(fd).st_size
-        _copy_data(fd, backup, before)
-        try:
-            for segment in content:
-                os.posix_fallocate(fd, segment.start, segment.extent.length)
-            for segment in content:
-                ctx.copy(segment.extent, fd, segment.start)
-            _zero_between([(segment.start, segment.start + segment.extent.length) for segment in content], fd, size)
-            os.ftruncate(fd, size)
-        except BaseException:
-            _copy_data(backup, fd, before)
-            raise
-    finally:
-        os.close(backup)
-
-
-def _copy_data(source: int, target: int, size: int) -> None:
-    """The content of one file into another, holes as holes."""
-    ranges = list(data_ranges(source, size))
-    for start, end in ranges:
-        copy_range(source, start, end - start, target, start)
-    _zero_between(ranges, target, size)
-    os.ftruncate(target, size)
+def _put_back(fd: int, size: int, content: Sequence[Segment], ctx: Restoring) -> None:
+    """All the room that is needed first: a full disk is better found before a byte is changed."""
+    for segment in content:
+        os.posix_fallocate(fd, segment.start, segment.extent.length)
+    for segment in content:
+        ctx.copy(segment.extent, fd, segment.start)
+    _zero_between([(segment.start, segment.start + segment.extent.length) for segment in content], fd, size)
+    os.ftruncate(fd, size)
 
 
 def _zero_between(ranges: Sequence[tuple[int, int]], fd: int, size: int) -> None:

@@ -247,8 +247,8 @@ class Screen:
 
 
 @contextmanager
-def screen(here: Stage) -> Iterator[Screen]:
-    made = Screen('restore', here.image, '--wait', '--address', here.daemon.address)
+def screen(here: Stage, *args: str) -> Iterator[Screen]:
+    made = Screen('restore', here.image, '--wait', '--address', here.daemon.address, *args)
     try:
         yield made
     finally:
@@ -269,6 +269,12 @@ def test_the_terminal_is_the_trees(stage: Callable[..., Stage]) -> None:
         assert seen.end() == 5
     assert seen.said.count('beta') == 1         # the tree's own settings say what is echoed
     assert '\r\n' in seen.said
+
+
+def test_a_dry_run_has_the_terminal_that_the_tree_would_get(stage: Callable[..., Stage]) -> None:
+    with screen(stage('obstacles'), '--dry-run') as seen:
+        seen.until('in use by cat[8] on its terminal')
+        assert seen.end() == 75
 
 
 def test_keys_are_signals_of_the_trees_terminal(stage: Callable[..., Stage]) -> None:

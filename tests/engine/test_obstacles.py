@@ -506,3 +506,17 @@ def test_a_hard_limit_above_that_of_root(place: Place, asleep: Sleeper) -> None:
     else:
         assert only(rows).resource == 'RLIMIT_MEMLOCK'
         assert 'unlimited' in rows[0].reason
+
+
+def test_a_tree_that_had_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended between the look at the target and the freeze."""
+    pid = os.posix_spawn('/bin/true', ['true'], {}, setsid=True)
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        monkeypatch.setattr('ckptd.scan._require_life', lambda pid: None)
+        image = place.checkpoint(pid, forked=True)
+    finally:
+        os.waitpid(pid, 0)
+    row = only(found(place, image))
+    assert (row.pid, row.errno) == (0, 'ESRCH')
+    assert 'nothing of it can run' in row.reason

@@ -28,8 +28,10 @@ SETTLE = 3.0        # seconds: what was killed a moment ago is still on its way
 PATIENCE = 15.0     # seconds for a worker to come to its point
 NOTHING = ('place-make', 'place-make-done', 'opened', 'created-one', 'created', 'filled', 'rebuilt', 'place-freeze',
            'place-freeze-done', 'place-move', 'place-move-done', 'ready', 'started')
-ALIVE = ('place-alive', 'undo-move', 'undo-freeze', 'undo-make')
+ALIVE = ('place-alive', 'undo-move', 'undo-freeze', 'undo-make', 'undo-make-file')
 VICTIMS = ('threads', 'files', 'pipes', 'shared', 'stopped')
+REWRITTEN = 'files'     # whose files are rolled back
+GONE = ('place-make-file', 'place-make-file-done')      # points where one of them is made again
 
 
 class Case(NamedTuple):
@@ -44,7 +46,10 @@ class Case(NamedTuple):
 
 CASES = [*(Case(VICTIMS[number % len(VICTIMS)], point) for number, point in enumerate((*NOTHING, *ALIVE))),
          *(Case('tree', 'created-one', nth) for nth in (2, 30)), Case('tree', 'started'), Case('shared', 'filled'),
-         Case('shared', 'started'), Case('stopped', 'started')]
+         Case('shared', 'started'), Case('stopped', 'started'),
+         *(Case(REWRITTEN, point, nth) for point in ('place-keep-file', 'place-keep-file-done') for nth in (1, 2)),
+         *(Case(REWRITTEN, point) for point in ('place-committed', 'started', 'place-alive', 'undo-make-file')),
+         *(Case(REWRITTEN, point) for point in GONE)]
 
 
 def segments(shmids: set[int]) -> set[int]:
@@ -111,7 +116,7 @@ class Trial:
     async def dump(self, client: Api) -> None:
         there = set(self.cgroup.glob('ckptd-*'))
         async with self.gate.open():
-            job = await client.checkpoint(self.victim.pid, {'after': 'kill'})
+            job = await client.checkpoint(self.victim.pid, {'after': 'kill', 'save_files': True})
             self.image = str((await client.ended(job))['Image'])
             self.victim.process.wait()
             settled.reap_orphans()
@@ -121,11 +126,23 @@ class Trial:
             # the dead that a session or group is named by are made, too
             self.numbers = {number for task in reader.tasks for number in (task.vpid, task.vpgid, task.vsid)} - {0}
             self.shmids = {record.shmid for record in reader.every(SharedMemory) if record.kind == SYSV}
+        if self.case.victim == REWRITTEN:
+            self._change_files()
         self.before = Surroundings.of(self)
+
+    def _change_files(self) -> None:
+        """Two files go on living after the checkpoint, and where the tree is not to run, a third ends."""
+        with (self.victim.directory / 'data').open('r+b') as data:
+            data.write(b'somebody else' * 5000)
+        with (self.victim.directory / 'log').open('ab') as log:
+            log.write(b'after\n')
+        if self.case.point in GONE:
+            (self.victim.directory / 'log').unlink()
 
     async def begin(self, client: Api) -> str:
         """The path of a job that restores."""
-        return str(await client.client.call(BUS_NAME, ROOT, MANAGER, 'Restore', 'sa{sv}', self.image, {}))
+        options = {'changed_files': 'rollback'} if self.case.victim == REWRITTEN else {}
+        return str(await client.client.call(BUS_NAME, ROOT, MANAGER, 'Restore', 'sa{sv}', self.image, options))
 
     @asynccontextmanager
     async def at_the_point(self) -> AsyncIterator[tuple[Api, str, Standing]]:
@@ -167,6 +184,7 @@ class Trial:
         yield from (f'{name} is {getattr(now, name)} and was {getattr(self.before, name)}' for name in now._fields
                     if getattr(now, name) != getattr(self.before, name))
         yield from left_in_spool(self.daemon.spool)
+        yield from (f'{path} in the spool' for path in self.daemon.spool.glob('.kept-*'))
         yield from left_in_journal(self.daemon.runtime)
         yield from (f'stub {settled.describe(pid)}' for pid in self.stubs())
 

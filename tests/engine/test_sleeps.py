@@ -201,6 +201,11 @@ def test_calls_that_no_kernel_restarts_in_an_image(victim: Any, place: Place, fr
     assert max(ends) - min(ends) < SECOND // 10         # they began together, and are equally long
 
 
+def sleepers(notes: Notes, wait: waits.Wait) -> int:
+    """How many timers end at about the same time."""
+    return sum(count for end, count in (notes.ends or {}).items() if abs(end.at - wait.end) < SECOND // 2)
+
+
 @pytest.mark.needs('root')
 @pytest.mark.parametrize('readable', [True, False], ids=['exact', 'bounded'])
 def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: pytest.MonkeyPatch, *,
@@ -217,7 +222,8 @@ def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: p
     assert {wait.number for wait in found.values()} == TIMED
     ends = [wait.end for wait in found.values()]
     for tid, wait in found.items():
-        assert wait.exact == readable
+        # where others of the machine sleep until then, too, there is no telling which is whose
+        assert wait.exact == (readable and sleepers(notes, wait) <= len(TIMED) + 1)
         assert 0 < wait.end - now < 4 * SECOND - SECOND // 2
         if wait.number != arch.NR['semtimedop']:
             assert 0 < tracees[tid].regs.r10 <= (wait.end - now) // 10**6 + 1000

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc'), pytest.mark
 
 TARGETS = 1500
 ATTEMPTS = 8
+ROUNDS = 4
 # each target is a shell that forks and executes two programs; four at a time
 MAKEFILE = """
 all: $(addprefix out/,$(shell seq {targets}))
@@ -105,14 +106,19 @@ def test_make_with_many_jobs(start: Start, tmp_path: Path, freeze: str) -> None:
     place = Place(tmp_path).make()
     (tmp_path / 'Makefile').write_text(MAKEFILE.format(targets=TARGETS))
     (tmp_path / 'out').mkdir()
-    process = start('make', '--silent', '-j4')
-    said = attempts(process, place, freeze)
-    assert process.wait(120) == 0, (tmp_path / 'output').read_text()
-    assert (tmp_path / 'output').read_text() == ''
-    made = {path.name: path.read_text() for path in (tmp_path / 'out').iterdir()}
-    assert made == {str(number): f'{number}\n' for number in range(1, TARGETS + 1)}
-    assert set(said) <= {'done', 'EAGAIN'}
-    assert 'done' in said
+    said: list[str] = []
+    for _ in range(ROUNDS):     # a busy machine has time for few attempts in each
+        for path in (tmp_path / 'out').iterdir():
+            path.unlink()
+        process = start('make', '--silent', '-j4')
+        said += attempts(process, place, freeze)
+        assert process.wait(120) == 0, (tmp_path / 'output').read_text()
+        assert (tmp_path / 'output').read_text() == ''
+        made = {path.name: path.read_text() for path in (tmp_path / 'out').iterdir()}
+        assert made == {str(number): f'{number}\n' for number in range(1, TARGETS + 1)}
+        if 'done' in said:
+            break
+    assert set(said) == {'done', 'EAGAIN'} or set(said) == {'done'}
 
 
 @pytest.mark.parametrize('freeze', ['cgroup', 'ptrace'])

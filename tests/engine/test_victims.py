@@ -12,8 +12,8 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from tests.engine import views
 from tests.engine.driver import ORDINARY_UID, Place, as_user, place_of
-from tests.engine.unharmed import BRIEF, changes, look
-from tests.lib.victim import RESTLESS, VICTIMS, Victim, build, names
+from tests.engine.unharmed import changes, look
+from tests.lib.victim import BRIEF, RESTLESS, VICTIMS, Victim, build, names
 
 pytestmark = pytest.mark.needs('ptrace', 'gcc')
 

@@ -12,10 +12,8 @@ from typing import Self
 from ckptd.image.verify import verify
 from ckptd.kernel.cgroup import find_mount
 from tests.lib.procdiff import Picture, differences, take_picture
-from tests.lib.victim import RESTLESS, Victim
+from tests.lib.victim import BRIEF, RESTLESS, Victim
 
-# its sleeps end, and with them threads, while we look
-BRIEF = frozenset({'interrupted'})
 SETTLE = 2.0        # seconds: what was let go a moment ago is still on its way
 
 

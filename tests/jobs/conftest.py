@@ -82,8 +82,9 @@ async def make_queue(heard: Heard, spool: Path, tmp_path: Path) -> AsyncIterator
     made: list[Queue] = []
 
     def make(units: Units | None = None, **settings: object) -> Queue:
-        recovery = Recovery(tmp_path / 'runtime', Spool(spool), units)
-        made.append(Queue(Config(**settings), WorkerPool(PLAYER), recovery, units, heard))
+        pool = WorkerPool(PLAYER)
+        recovery = Recovery(tmp_path / 'runtime', Spool(spool), units, pool)
+        made.append(Queue(Config(**settings), pool, recovery, units, heard))
         return made[-1]
 
     yield make

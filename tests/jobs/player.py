@@ -167,7 +167,9 @@ class Player:
         self.program(start, blind=True)
 
     def obstacles(self, start: Start) -> None:
-        rows = [{'pid': 7, 'comm': 'sh', 'resource': f'pid {number}', 'errno': 'EEXIST', 'reason': 'in use by cat[8]',
+        where = ' on its terminal' if start.request.has_terminal else ''
+        rows = [{'pid': 7, 'comm': 'sh', 'resource': f'pid {number}', 'errno': 'EEXIST',
+                 'reason': f'in use by cat[8]{where}',
                  'hint': 'use --new-pidns', 'severity': severity}
                 for number, severity in ((7, 'refusal'), (8, 'warning'))]
         self.say(Phase('verify'), Finished({'refusals': rows, 'options': [start.request.changed_files]}))

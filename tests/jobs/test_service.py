@@ -59,8 +59,9 @@ async def queue_of(heard: Heard, spool: Path, tmp_path: Path) -> AsyncIterator[C
     made: list[Queue] = []
 
     def make(manager: Manager) -> Queue:
-        recovery = Recovery(tmp_path / 'runtime', Spool(spool), None)
-        made.append(Queue(Config(), WorkerPool(PLAYER, manager), recovery, None, heard))
+        pool = WorkerPool(PLAYER, manager)
+        recovery = Recovery(tmp_path / 'runtime', Spool(spool), None, pool)
+        made.append(Queue(Config(), pool, recovery, None, heard))
         return made[-1]
 
     yield make

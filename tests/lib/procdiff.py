@@ -70,7 +70,11 @@ def _add_process(picture: Picture, pid: int, moving: bool) -> None:
         _add_mappings(picture, pid)
     _add_files(picture, pid, moving)
     for task in sorted(proc.glob('task/*')):
-        _add_thread(picture, task, moving)
+        if moving:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # it has ended since
+                _add_thread(picture, task, moving)
+        else:
+            _add_thread(picture, task, moving)
 
 
 def _add_thread(picture: Picture, task: Path, moving: bool) -> None:

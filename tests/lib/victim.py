@@ -30,6 +30,8 @@ READY_TIMEOUT = 20.0
 CHECK_TIMEOUT = 30.0
 # those whose tasks run while they wait; all others are at rest, down to the last thread
 RESTLESS = frozenset({'registers', 'threads', 'interpreter', 'counter'})
+# their sleeps end, and with them threads, while we look; for how many seconds they sleep is their argument
+BRIEF = frozenset({'interrupted', 'never_restarted'})
 
 
 @functools.cache

@@ -85,6 +85,20 @@ def test_zombie_keeps_its_exit_code(brood: Brood) -> None:
     assert os.waitstatus_to_exitcode(task.exit_code) == 3
 
 
+def test_a_zombie_is_no_target(brood: Brood) -> None:
+    def root() -> int:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(3)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return pid
+    parent, zombie = brood.ask(root)
+    with pytest.raises(NoSuchTarget, match='has ended, and only its exit status is left') as caught:
+        resolve_target(f'pid:{zombie}', 1)
+    assert str(parent) in caught.value.hint
+    assert resolve_target(f'pid:{parent}', 1).roots == (parent,)
+
+
 def test_threads_outlive_their_leader(brood: Brood) -> None:
     def root() -> int:
         tid: list[int] = []

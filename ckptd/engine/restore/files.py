@@ -11,10 +11,12 @@ from typing import Any
 
 from ckptd.checks import Caller
 from ckptd.engine.batch import Batch
+from ckptd.engine.faults import fault
 from ckptd.engine.interleave import Steps
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.rewrites import Rewrites
 from ckptd.engine.restore.rights import rights_of
 from ckptd.engine.restore.script import Script
 from ckptd.errors import CkptError, ImageDamaged
@@ -80,11 +82,18 @@ class Files(Access):
         self._late: set[int] = set()
         self._mail = _mail(bank)
         self.objects: Objects
+        self.rewrites: Rewrites
 
     # ------------------------------------------------------------ for kinds
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         return self._bank.once(key, make)
+
+    def keep(self, path: str, fd: int, start: int) -> None:
+        self.rewrites.keep(path, fd, start)
+
+    def make_file(self, path: str, fill: Callable[[int], None]) -> None:
+        self.rewrites.make(path, fill)
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
         done = copy_with_holes(self._reader.data_fd(extent.part), extent.offset, extent.length, fd, offset)
@@ -185,6 +194,7 @@ class Files(Access):
         for saved in self._reader.every(OpenFile):
             kind, record = decode(saved)
             kind.commit(record, saved, self._fds[saved.file_id], self)
+            fault('place-committed')
 
     def _set_owner(self, fd: int, saved: OpenFile) -> None:
         """Who gets SIGIO. Set by the uids that set it then, whose rights decide (fs/fcntl.c, sigio_perm)."""

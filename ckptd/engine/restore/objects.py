@@ -12,6 +12,7 @@ from ckptd.engine.restore.bank import Bank
 from ckptd.errors import Busy, CkptError
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
+from ckptd.journal.steps import MakeSegment
 from ckptd.kernel.shm import SHM_DEST, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
 from ckptd.kinds.base import Looking
 from ckptd.kinds.deleted import open_nameless
@@ -27,13 +28,13 @@ def missing_but_kept(record: Backing, looking: Looking) -> bool:
 
 
 class Objects:
-    """Made when first asked for; fds are those of the bank. deleted: makes a file without a name. made_segment is told
-    of what would outlive a failure."""
+    """Made when first asked for; fds are those of the bank. deleted: makes a file without a name. note writes
+    down what would outlive a failure."""
 
     def __init__(self, reader: ImageReader, bank: Bank, looking: Looking, deleted: Callable[[Backing], int],
-                 made_segment: Callable[[int], None]) -> None:
+                 note: Callable[[MakeSegment], None]) -> None:
         self._reader, self._bank, self._looking, self._deleted = reader, bank, looking, deleted
-        self._made_segment = made_segment
+        self._note = note
         self._prepared: set[int] = set()
 
     def data(self, part: int) -> int:
@@ -117,7 +118,7 @@ class Objects:
             except OSError as error:
                 raise CkptError(f'System V segment {record.shmid} cannot be made: {error.strerror}', errno=error.errno,
                                 resource=f'shmid {record.shmid}') from error
-            self._made_segment(record.shmid)
+            self._note(MakeSegment(record.shmid))
         shmctl_set(record.shmid, record.uid, record.gid, mode)
         with attached(record.shmid, record.size) as view:
             for run in self._reader.shared_runs(record.shm_id):

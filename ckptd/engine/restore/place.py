@@ -23,7 +23,18 @@ from ckptd.engine.restore.puppet import Puppet
 from ckptd.errors import CkptError, Refusal
 from ckptd.journal.entry import Entry
 from ckptd.journal.hands import Hands, undo_all
-from ckptd.journal.steps import AnyStep, Born, FreezeCgroup, MakeCgroup, MakeHome, MakeSegment, Move, Moved
+from ckptd.journal.steps import (
+    AnyStep,
+    Born,
+    FreezeCgroup,
+    KeepFile,
+    MakeCgroup,
+    MakeFile,
+    MakeHome,
+    MakeSegment,
+    Move,
+    Moved,
+)
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -86,8 +97,9 @@ class Birthplace:
         self._gate = work
         self._entry.add(Born(work))
 
-    def made_segment(self, shmid: int) -> None:
-        self._entry.add(MakeSegment(shmid))
+    def note(self, step: MakeSegment | MakeFile | KeepFile) -> None:
+        """Write a step down that somebody else takes, before or, of a segment, whose number nobody knows, after it."""
+        self._entry.add(step)
 
     def _exists(self, cgroup: str) -> bool:
         try:
@@ -133,16 +145,13 @@ class Birthplace:
 
     def open_gate(self) -> None:
         """All tasks have been let go of. From here on they live: the gate opens, and each goes where it belongs."""
-        for number, step in self._entry.standing():
-            if isinstance(step, MakeHome | MakeSegment):
-                self._entry.undone(number)
-        for number, step in self._entry.standing():
-            if isinstance(step, Born):
-                self._entry.undone(number)      # with this line the tree is alive
+        # with these lines the tree is alive, and what was made for it stays
+        self._entry.undone(*(number for number, step in self._entry.standing() if _lasts(step)))
         fault('place-alive')
         self._undo()
 
     def _undo(self) -> None:
+        """What of our steps still stands."""
         if undo_all(self._entry, self._hands, fault):
             # what was in the way once may be gone; what remains in the journal is left to the next recovery
             for sentence in undo_all(self._entry, self._hands, fault):
@@ -151,3 +160,10 @@ class Birthplace:
 
     def _warn(self, sentence: str, errno_name: str) -> None:
         self.warnings.append(Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning'))
+
+
+def _lasts(step: AnyStep) -> bool:
+    """What is not undone for a tree that lives. A file that only the journal knows by name has done its service."""
+    if isinstance(step, MakeFile):
+        return step.inode != 0
+    return isinstance(step, Born | MakeHome | MakeSegment | KeepFile)

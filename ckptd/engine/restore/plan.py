@@ -81,6 +81,9 @@ def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_sessio
     refusals = settle_sessions(processes, numbers, own=own_session and had_terminal)
     # the first process of a namespace makes its roots itself, and makes nobody's sibling (CLONE_PARENT is EINVAL)
     child_of_us = child_of_us and (not world.pid or any(process.vpid == 1 for process in processes))
+    if not any(process.alive for process in processes):
+        refusals.append(Refusal(0, '', 'image', 'ESRCH', 'every task of the tree had ended: nothing of it can run',
+                                'checkpoint a tree that lives'))
     steps: list[Step] = []
     try:
         steps = Family(processes, child_of_us=child_of_us).plan()

@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from ckptd.engine.clock import Clock
 from ckptd.engine.faults import fault
@@ -35,6 +36,7 @@ from ckptd.engine.restore.place import Birthplace
 from ckptd.engine.restore.plan import DEAD, Plan
 from ckptd.engine.restore.prepare import prepare, refused
 from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.rewrites import Rewrites
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.sleeping import sleep_again
@@ -103,8 +105,9 @@ class Restore:
         self._place = stack.enter_context(Birthplace(self._job, {
             process.vpid: process.ids.cgroup for process in self._plan.processes if process.alive}))
         self._place.prepare()
-        self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.made_segment)
+        self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.note)
         self._files.objects = self._objects
+        self._files.rewrites = Rewrites(Path(request.spool), request.caller, self._place.note)
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,

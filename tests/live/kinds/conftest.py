@@ -71,6 +71,7 @@ class Restart:
         self.terminal = terminal_fd >= 0
         self.vpid = os.getpid()
         self.shared: dict[int, int] = {}
+        self.kept: list[tuple[str, bytes, int]] = []
         self.calls: list[tuple[str, int]] = []
         self._once: dict[Hashable, int] = {}
         self._returned: list[int] = []
@@ -95,6 +96,14 @@ class Restart:
 
     def pread(self, extent: Extent, length: int, offset: int) -> bytes:
         return self.bulk.read(extent)[offset:offset + length]
+
+    def keep(self, path: str, fd: int, start: int) -> None:
+        self.kept.append((path, os.pread(fd, 1 << 30, start), start))
+
+    def make_file(self, path: str, fill: Callable[[int], None]) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fill(fd)
+        os.close(fd)
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         if key not in self._once:

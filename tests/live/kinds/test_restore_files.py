@@ -122,7 +122,7 @@ def test_changed_file(saved: Saved, restart: Start, change: Callable[[], object]
         restart().restore(one)
 
 
-@pytest.mark.parametrize('changed_files', ['refuse', 'accept', 'rollback'])
+@pytest.mark.parametrize('changed_files', ['refuse', 'accept', 'rollback'])     # rollback: nothing was saved
 def test_missing_file(saved: Saved, restart: Start, tmp_path: Path, changed_files: str) -> None:
     one = saved(make_file)
     Path('file').unlink()

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -200,8 +201,8 @@ def test_file_that_may_not_be_written_is_refused(job_of: JobOf, path: Path, monk
 
 
 @pytest.mark.parametrize('change', [overwrite, grow, lambda path: os.truncate(path, 10)])
-def test_failure_in_the_middle_leaves_it_as_it_was(job_of: JobOf, path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   change: Callable[[Path], None]) -> None:
+def test_what_it_is_now_is_kept_first(job_of: JobOf, path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      change: Callable[[Path], None]) -> None:
     bulk = Saving()
     saved = save(path, bulk)
     change(path)
@@ -209,14 +210,50 @@ def test_failure_in_the_middle_leaves_it_as_it_was(job_of: JobOf, path: Path, mo
     job = job_of(bulk)
     fd = job.restore(saved)
 
-    def half(extent: Extent, fd: int, offset: int) -> None:
-        os.pwrite(fd, CONTENT[:2000], offset)
+    def full(extent: Extent, fd: int, offset: int) -> None:
+        assert job.kept == [(str(path), now, 0)]
         raise OSError(errno.EIO, 'Input/output error')
-    monkeypatch.setattr(job, 'copy', half)
-    with pytest.raises(CkptError, match='cannot be put back as it was, and was left as it is'):
+    monkeypatch.setattr(job, 'copy', full)
+    with pytest.raises(CkptError, match='cannot be put back as it was: Input/output error'):
         job.commit(saved, fd)
-    assert path.read_bytes() == now
-    assert list(path.parent.iterdir()) == [path]
+
+
+def test_of_an_appended_file_only_the_rest_is_kept(bulk: Bulk, job_of: JobOf, path: Path) -> None:
+    saved = save(path, bulk)
+    with path.open('ab') as file:
+        file.write(b'more')
+    job = job_of(bulk)
+    rolled_back(job, saved)
+    assert job.kept == [(str(path), b'more', len(CONTENT))]
+
+
+def test_missing_file_is_made_again(job_of: JobOf, path: Path) -> None:
+    bulk = Saving()
+    files = [save(path, bulk, flags) for flags in (os.O_WRONLY, os.O_RDWR)]
+    path.chmod(0o600)
+    path.unlink()
+    job = job_of(bulk)
+    for one in files:
+        assert job.obstacles(one) == [('warning', 'ENOENT', f'{path} is missing')]
+    fds = [job.restore(one) for one in files]
+    for one, fd in zip(files, fds, strict=True):
+        job.commit(one, fd)
+    assert path.read_bytes() == CONTENT
+    assert path.stat().st_mtime_ns == 1_600_000_000_123_456_789
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert os.path.samestat(*map(os.fstat, fds))
+
+
+def test_missing_file_that_cannot_be_made_again(bulk: Bulk, job_of: JobOf, path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    unsaved, saving = save(path, bulk), Saving()
+    saved = save(path, saving)
+    path.unlink()
+    assert job_of(bulk).obstacles(unsaved) == [('refusal', 'ENOENT', f'{path} is missing')]
+    job = job_of(saving)
+    monkeypatch.setattr(job, 'may', lambda path, access: False)
+    assert job.obstacles(saved) == [
+        ('refusal', 'ENOENT', f'{path} is missing and cannot be made again in {path.parent}')]
 
 
 def test_file_that_changes_further_is_not_cut(bulk: Bulk, job_of: JobOf, path: Path) -> None:
@@ -233,14 +270,9 @@ def test_file_that_changes_further_is_not_cut(bulk: Bulk, job_of: JobOf, path: P
         job.commit(saved, fd)
 
 
-FULL = {'no room for the content': 1, 'no room for a copy': 3}
-
-
 @pytest.mark.needs('root')
-@pytest.mark.parametrize('mib', FULL.values(), ids=FULL)
-def test_full_disk_leaves_it_as_it_was(brood: Brood, tmp_path: Path, mib: int) -> None:
-    """On a file system of 4 MiB, nearly full: of the file as it is now a copy fits (1 MiB), or does not (3 MiB); it was
-    2 MiB long, for which there is no room."""
+def test_full_disk_is_found_before_anything_is_changed(brood: Brood, tmp_path: Path) -> None:
+    """On a file system of 4 MiB: by the look that is taken first, and where that came too early."""
     def work() -> list[object]:
         assert libc.unshare(CLONE_NEWNS) == 0
         assert libc.mount(b'none', b'/', None, MS_REC | MS_PRIVATE, None) == 0
@@ -250,19 +282,19 @@ def test_full_disk_leaves_it_as_it_was(brood: Brood, tmp_path: Path, mib: int) -
         fd = os.open(path, os.O_RDWR)
         saved = saved_of(read_open_file(os.getpid(), fd), bulk)
         os.close(fd)
-        path.write_bytes(b'b' * mib * MIB)
+        path.write_bytes(b'b' * MIB)
         room = os.statvfs(tmp_path)
-        left = 65536 + (MIB if mib == 1 else 0)
-        (tmp_path / 'ballast').write_bytes(bytes(room.f_bavail * room.f_frsize - left))
+        (tmp_path / 'ballast').write_bytes(bytes(room.f_bavail * room.f_frsize - 65536))
         now, job = path.read_bytes(), make(bulk)
-        said = ''
+        rows, said = job.obstacles(saved), ''
         try:
             job.whole(saved)
         except CkptError as error:
             said = f'{error.errno} {error}'
         job.close()
-        return [said, path.read_bytes() == now, sorted(path.name for path in tmp_path.iterdir())]
-    said, same, names = brood.ask(work)[1]
+        return [rows[0][2], said, path.read_bytes()[:MIB] == now, sorted(path.name for path in tmp_path.iterdir())]
+    looked, said, same, names = brood.ask(work)[1]
+    assert 'cannot be put back: its file system lacks 983,040 bytes for that' in str(looked)
     assert str(said).startswith(f'{errno.ENOSPC} ')
     assert (same, names) == (True, ['ballast', 'file'])
 

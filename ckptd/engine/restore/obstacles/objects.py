@@ -107,8 +107,11 @@ def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: in
     found = scene.looking.lstat(record.path)
     words = changes(Identity.of_backing(record), found)
     how = f'{record.path} {" and ".join(words)}'
+    # of a file that is open too, its kind says whether it can be put back
+    rolled_back = scene.looking.changed_files == 'rollback' and record.path in opened
     if found is None:
-        yield Obstacle(vpid, resource, 'ENOENT', how, 'put the file back where it was')
+        if not rolled_back:
+            yield Obstacle(vpid, resource, 'ENOENT', how, 'put the file back where it was')
     elif stat.S_IFMT(found.st_mode) != stat.S_IFMT(record.mode):
         yield Obstacle(vpid, resource, 'ESTALE', how, 'put the file back')
     elif not scene.looking.may(record.path, access):
@@ -116,8 +119,7 @@ def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: in
                        'run as its owner, or as root')
     elif words and scene.looking.changed_files == 'accept':
         yield Obstacle(vpid, resource, 'ESTALE', how, 'the tree finds it as it is now', 'warning')
-    elif words and not (scene.looking.changed_files == 'rollback' and record.path in opened):
-        # of a file that is open too, its kind says whether it can be put back
+    elif words and not rolled_back:
         yield Obstacle(vpid, resource, 'ESTALE', how, 'put the very file back (of a package: the same version); '
                        '--changed-files=accept goes on with what is there, at the risk of a crash')
 
