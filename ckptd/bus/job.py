@@ -11,7 +11,8 @@ from ckptd.errors import PermissionDenied
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import Job
 
-RESULT_TYPES = {'tasks': 'u', 'processes': 'u', 'root': 'u', 'exit_status': 'u', 'pid': 'u', 'warnings': 'aa{sv}'}
+RESULT_TYPES = {'tasks': 'u', 'processes': 'u', 'root': 'u', 'inside': 'u', 'exit_status': 'u', 'pid': 'u',
+                'warnings': 'aa{sv}'}
 MOVING = ('TasksDone', 'TasksTotal', 'BytesDone', 'BytesTotal', 'Progress', 'ExpectedEndTime')
 
 

@@ -190,7 +190,8 @@ COMMANDS: dict[str, Command] = {
         'Thaw what "ckptctl freeze" or "ckptctl checkpoint --leave-frozen" holds.'),
     'jobs': Command('jobs:jobs', 'List the jobs of the daemon', 'ckptctl jobs --json'),
     'cancel': Command('jobs:cancel', 'Cancel jobs', 'ckptctl cancel 7', _job,
-                      'The tree of a cancelled job runs on, and nothing of its image stays.'),
+                      'The tree of a cancelled checkpoint runs on, and nothing of its image stays; of a cancelled '
+                      'restore nothing is left. A restore whose tree runs and is waited for lets go of it.'),
     'list': Command('images:list_images', 'List the images in the spool', 'ckptctl list\nckptctl list --json'),
     'show': Command('images:show', 'Show what is known about an image',
                     'ckptctl show 20240131_235959_sleep_3fa9', _image),
@@ -208,9 +209,10 @@ COMMANDS: dict[str, Command] = {
                       'ckptctl doctor\nsudo ckptctl doctor --json',
                       description='List every kernel feature and right that ckptd uses, whether it is there, what is '
                                   'lost without it and how to get it. Needs no daemon.'),
-    'demo': Command('demo:demo', 'Checkpoint a small tree, end to end', 'ckptctl demo', _demo,
+    'demo': Command('demo:demo', 'Checkpoint and restore a small tree, end to end', 'ckptctl demo', _demo,
                     'Start a tree of counting processes and a daemon of its own, checkpoint the tree, look at the '
-                    'image in every way there is, and clean up. Needs no service and no configuration.'),
+                    'image in every way there is, kill the tree, restore it, see it count on, and clean up. Needs no '
+                    'service and no configuration.'),
 }
 
 

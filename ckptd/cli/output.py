@@ -161,7 +161,8 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], legend
 
 def refusal_cells(refusal: Refusal) -> list[str]:
     """A row of REFUSALS; the tree as a whole has no pid."""
-    return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno, refusal.reason]
+    reason = refusal.reason if refusal.severity == 'refusal' else f'warning: {refusal.reason}'
+    return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno, reason]
 
 
 def refusal_from(row: dict[str, Any]) -> Refusal:

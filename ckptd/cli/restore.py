@@ -56,6 +56,8 @@ def _report(out: Output, result: dict[str, Any], stopped: bool) -> int:
     out.line(str(result['root']))
     fate = f'It is stopped: "kill -CONT {result["root"]}" lets its root go.' if stopped else 'The tree runs.'
     out.note(f'{summary(result)}. {fate}', 'dim')
+    if result.get('inside'):
+        out.note(f'Its pid namespace knows the root as {result["inside"]}, everybody else as {result["root"]}.', 'dim')
     out.refusals([refusal_from(row) for row in result.get('warnings', ())], on_stderr=True)
     return 0
 

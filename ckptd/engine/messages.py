@@ -140,8 +140,8 @@ class Log(Message, frozen=True):
 class Finished(Message, frozen=True):
     """result: checkpoint: the manifest's summary; check, check-restore: {'refusals': [...], 'tasks': N};
     scan, tree: {'tasks': [...]}; verify: {'damages': [...]}; recover: {'report': [...]}; restore: {'image', 'root',
-    'tasks', 'processes', 'cgroup', 'warnings': [...], 'restored_usec', times in microseconds}, with `wait` also
-    {'exit_status': as of wait(2)}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
+    'inside', 'tasks', 'processes', 'cgroup', 'warnings': [...], 'restored_usec', times in microseconds}, with `wait`
+    also {'exit_status': as of wait(2)}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
     result: dict[str, Any] = {}
     more: bool = False
 

@@ -54,7 +54,7 @@ def _when(now: int, then: int) -> str:
     """'A, not at B', to the second unless they are of the same one."""
     if now // 10**9 != then // 10**9:
         return f'{_clock(now)}, not at {_clock(then)}'
-    return f'{_clock(now)}.{now % 10**9:09}, not at .{then % 10**9:09}'
+    return f'{_clock(now)}.{now % 10**9:09}, not at {_clock(then)}.{then % 10**9:09}'
 
 
 def _clock(nanoseconds: int) -> str:

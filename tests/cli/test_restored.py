@@ -58,7 +58,7 @@ def test_a_tree_comes_back_and_outlives_the_command(how: str, program: Callable[
     assert (done.json['root'], done.json['tasks'], done.json['image']) == (process.pid, 1, image)
     assert Path(f'/proc/{process.pid}/comm').read_text() == 'sleep\n'
     twice = ctl('restore', image)
-    assert (twice.status, f'{process.pid} is in use' in twice.err) == (75, True)
+    assert (twice.status, f'pid {process.pid}: the number is in use' in twice.err) == (75, True)
     dry = ctl('restore', image, '--dry-run')
     assert dry.status == twice.status
     assert 'cannot be restored' in dry.out
@@ -113,6 +113,7 @@ def test_pids_of_its_own(ctl: Ctl, program: Callable[..., 'subprocess.Popen[byte
     image = ctl('checkpoint', str(process.pid), '--quiet').out.strip()
     done = ctl('restore', image, '--new-pidns')
     assert done.status == 0, done.err
+    assert f'Its pid namespace knows the root as {process.pid}, everybody else as {done.out.strip()}.' in done.err
     root = int(done.out)
     numbers = next(line for line in Path(f'/proc/{root}/status').read_text().splitlines() if line.startswith('NSpid'))
     assert numbers.split()[-1] == str(process.pid)

@@ -94,7 +94,7 @@ def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_sessio
     steps, origins = with_fills(steps, _mms(processes), lambda theirs, mine: bool(
         Heritage(reader.memory(theirs), reader.memory(mine)).kept))
     plan = Plan(world, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals, origins)
-    refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'pid {vpid} is in use by {numbers[vpid]}',
+    refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'the number is in use by {numbers[vpid]}',
                          'end that process, or restore with --new-pidns')
                  for vpid in sorted(plan.numbers & numbers.keys())]
     return plan

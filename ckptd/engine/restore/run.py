@@ -314,6 +314,8 @@ class Restore:
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
                   'processes': len(self._plan.processes), 'bytes': self._bytes_done, 'cgroup': cgroup_of(roots[0]),
                   'warnings': warnings, 'restored_usec': self._clock.total_usec(), **times}
+        if self._plan.world.pid:        # its number there
+            result['inside'] = self._plan.processes[0].vpid
         self._channel.send(Running(roots[0], len(self._plan.tasks)))
         if self._request.wait:
             self._channel.send(Phase('attend'))

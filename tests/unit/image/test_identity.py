@@ -37,7 +37,8 @@ CHANGES = {
     'time': (found(mtime=THEN + 3600 * 10**9),
              ['was written at 2020-09-13 13:26:40, not at 2020-09-13 12:26:40 (mtime)']),
     'time within the second': (found(mtime=THEN + 7),
-                               ['was written at 2020-09-13 12:26:40.000000007, not at .000000000 (mtime)']),
+                               ['was written at 2020-09-13 12:26:40.000000007, not at '
+                                '2020-09-13 12:26:40.000000000 (mtime)']),
     'all': (found(inode=7, size=1, mtime=0), ['is another file (inode 7, not 5)', 'has 1 bytes, not 5,000',
                                              'was written at 1970-01-01 00:00:00, not at 2020-09-13 12:26:40 (mtime)']),
 }
