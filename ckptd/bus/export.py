@@ -48,35 +48,58 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """A read-only property. emits: what PropertiesChanged says of it; 'const' never changes while the object lives."""
+    """A read-only property. emits: what PropertiesChanged says of it; 'const' never changes while the object lives.
+    personal: the getter is told who looks."""
     name: str
-    getter: Callable[[Any], Any]
+    getter: Callable[..., Any]
     signature: str
     emits: Emits
     types: Mapping[str, str]
     annotations: Annotations
+    personal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """Who may see an object, or hear a signal: root, everybody with this uid, and these connections."""
+    uid: int
+    senders: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Who looks. all: also at what is others'."""
+    uid: int
+    all: bool = False
+
+    def may_see(self, audience: 'Audience | None') -> bool:
+        return audience is None or self.all or self.uid in (0, audience.uid)
 
 
 class Emitter(Protocol):
     """Where the signals of an exported object go: the router."""
 
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
-             types: Mapping[str, str]) -> None: ...
+             types: Mapping[str, str], audience: Audience | None) -> None: ...
 
     def properties_changed(self, path: str, exported: 'Exported', names: Sequence[str]) -> None: ...
 
 
 class BoundSignal:
-    """`self.JobNew(7, path)` sends the signal; before export and after unexport it does nothing."""
+    """`self.JobNew(7, path)` sends the signal to whoever may see the object, `self.JobNew.to(audience, 7, path)` to
+    others; before export and after unexport it does nothing."""
     __slots__ = ('_owner', '_signal')
 
     def __init__(self, signal_: 'Signal', owner: 'Exported') -> None:
         self._signal, self._owner = signal_, owner
 
     def __call__(self, *values: Any) -> None:
+        self.to(self._owner.audience, *values)
+
+    def to(self, audience: Audience | None, *values: Any) -> None:
         row, owner = self._signal, self._owner
         if owner.emitter is not None:
-            owner.emitter.emit(owner.path, owner.interface, row.name, row.signature, values, row.types)
+            owner.emitter.emit(owner.path, owner.interface, row.name, row.signature, values, row.types, audience)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,9 +136,13 @@ class Interface:
 
 
 class Exported:
-    """Base of everything that the bus can call: one interface at one path. Subclasses set `interface`."""
+    """Base of everything that the bus can call: one interface at one path. Subclasses set `interface`.
+
+    audience: who may see it; None: everybody. For all others there is no such object.
+    """
     interface: ClassVar[str]
     table: ClassVar[Interface]
+    audience: Audience | None = None
     path: str = ''
     emitter: Emitter | None = None
 
@@ -156,12 +183,18 @@ def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, na
 
 def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: Mapping[str, str] | None = None,
               annotations: Annotations | None = None) -> Callable[[F], F]:
-    """Export `def Name(self) -> value`. One that raises is left out of GetAll and answered with an error by Get."""
+    """Export `def Name(self) -> value`, or, of a value that not everybody may see, `def Name(self, viewer) -> value`,
+    which cannot be told to all ('invalidates'). One that raises is left out of GetAll and answered with an error by
+    Get."""
     def decorate(getter: F) -> F:
+        personal = len(inspect.signature(getter).parameters) > 1
+        if personal and emits == 'true':
+            raise TypeError(f'{getter.__qualname__} differs from viewer to viewer: its value cannot be sent to all')
         shown = dict(annotations or {})
         if emits != 'true':
             shown[EMITS_CHANGED] = emits
-        row = Property(name or _dbus_name(getter.__name__), getter, signature, emits, types or {}, shown)
+        row = Property(name or _dbus_name(getter.__name__), getter, signature, emits, types or {}, shown,
+                       personal)
         getter._dbus_row = row     # type: ignore[attr-defined]
         return getter
     return decorate

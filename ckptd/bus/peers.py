@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from ckptd.bus import wire
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match, Subscription
+from ckptd.bus.export import Audience
 from ckptd.bus.message import DBusError
 from ckptd.bus.wire import Received
 from ckptd.engine.messages import Caller
@@ -21,15 +22,17 @@ from ckptd.errors import PermissionDenied
 from ckptd.kernel.pidfd import pidfd_open, wait_dead
 from ckptd.kernel.status import Status, read_status
 
-MAX_PEERS: Final = 128      # remembered; each costs a match rule, of which a bus allows some 512, and a pidfd
+MAX_PEERS: Final = 400      # remembered; each costs a match rule, of which a bus allows some 512, and a pidfd
 NOBODY: Final = 65534       # /proc/sys/kernel/overflowgid
 
 
 @dataclass(slots=True, eq=False)
 class Peer:
-    """A connection on the bus. pidfd: of its process, -1 where that is gone or cannot be told."""
+    """A connection on the bus. pidfd: of its process, -1 where that is gone or cannot be told. label: of the security
+    module that the kernel has, '' without one."""
     sender: str
     uid: int = -1
+    label: str = ''
     groups: tuple[int, ...] = ()
     pid: int = 0
     pidfd: int = -1
@@ -62,6 +65,7 @@ class Peers:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._known: dict[str, Peer] = {}
+        self._asked: dict[str, asyncio.Event] = {}      # who is being asked about
 
     async def caller(self, sender: str) -> Caller:
         """Who this sender is now. PermissionDenied when it has left the bus."""
@@ -69,8 +73,18 @@ class Peers:
         status = peer.status()
         if status is None:
             gid = peer.groups[0] if peer.groups else NOBODY
-            return Caller(peer.uid, gid, peer.groups, 0, -1)
-        return Caller(peer.uid, status.gids[1], peer.groups or status.groups, peer.pid, status.cap_eff)
+            return Caller(peer.uid, gid, peer.groups, 0, -1, label=peer.label)
+        return Caller(peer.uid, status.gids[1], peer.groups or status.groups, peer.pid, status.cap_eff, status.cap_bnd,
+                      bool(status.no_new_privs), bool(status.seccomp), peer.label)
+
+    async def uid(self, sender: str) -> int:
+        """Of the connection. PermissionDenied when it has left the bus."""
+        return (await self._peer(sender)).uid
+
+    def listeners(self, audience: Audience) -> list[str]:
+        """Those who have called and may hear what is for this audience."""
+        return [sender for sender, peer in self._known.items()
+                if peer.uid in (0, audience.uid) or sender in audience.senders]
 
     async def when_gone(self, sender: str, callback: Callable[[], None]) -> None:
         """Call back once, when the sender leaves the bus; at once if it has left."""
@@ -93,18 +107,20 @@ class Peers:
         self._known.clear()
 
     async def _peer(self, sender: str) -> Peer:
+        while (asked := self._asked.get(sender)) is not None:      # several calls of one sender at once: one question
+            await asked.wait()
         if (known := self._known.get(sender)) is not None:
             return known
-        peer = Peer(sender)
+        peer, asked = Peer(sender), asyncio.Event()
+        self._asked[sender] = asked
         try:
             await self._ask(peer)
         except BaseException:
             peer.close()
             raise
-        if (other := self._known.get(sender)) is not None:
-            # two calls of one sender at once: the first answer stays
-            peer.close()
-            return other
+        finally:
+            del self._asked[sender]
+            asked.set()
         self._known[sender] = peer
         self._forget_oldest()
         return peer
@@ -132,6 +148,7 @@ class Peers:
         peer.uid = int(facts['UnixUserID'])
         peer.groups = tuple(facts.get('UnixGroupIDs', ()))
         peer.pid = int(facts.get('ProcessID', 0))
+        peer.label = bytes(facts.get('LinuxSecurityLabel', b'')).rstrip(b'\0').decode(errors='replace')
         if peer.pidfd < 0 and peer.pid:
             with contextlib.suppress(OSError):      # dead already; then it stays unknown
                 peer.pidfd = pidfd_open(peer.pid)

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from ckptd.bus.export import Exported, Method
+from ckptd.bus.export import Audience, Exported, Method, Viewer
 from ckptd.bus.message import DBusError
 
 ERROR = 'org.freedesktop.DBus.Error.'
@@ -37,17 +37,23 @@ class Registry:
             return self._common | self._objects[path]
         if path == '/' or self.children(path):
             return self._anywhere
-        raise DBusError(f'{ERROR}UnknownObject', f'no object at {path}')
+        raise unknown_object(path)
 
     def below(self, path: str) -> Iterator[str]:
         """Paths of the objects below this one."""
         prefix = path.rstrip('/') + '/'
         return (other for other in self._objects if other.startswith(prefix) and other != path)
 
-    def children(self, path: str) -> list[str]:
-        """Names of the child nodes, with or without an object of their own: of '/org' ['ckptd1']."""
+    def children(self, path: str, viewer: Viewer | None = None) -> list[str]:
+        """Names of the child nodes, with or without an object of their own: of '/org' ['ckptd1']. viewer: those only
+        that he may see, or below which he may see something."""
         depth = len(path.rstrip('/')) + 1
-        return sorted({other[depth:].partition('/')[0] for other in self.below(path)})
+        return sorted({other[depth:].partition('/')[0] for other in self.below(path)
+                       if viewer is None or viewer.may_see(self.audience(other))})
+
+    def audience(self, path: str) -> Audience | None:
+        """Who may see the object at a path; None: everybody, as where there is none."""
+        return next((exported.audience for exported in self.at(path).values()), None)
 
     def find(self, path: str, interface: str, member: str) -> tuple[Exported, Method]:
         """The method that a call means; a call need not name an interface."""
@@ -58,3 +64,7 @@ class Registry:
             if row := exported.table.methods.get(member):
                 return exported, row
         raise DBusError(f'{ERROR}UnknownMethod', f'no method {member} of {interface or "any interface"} at {path}')
+
+
+def unknown_object(path: str) -> DBusError:
+    return DBusError(f'{ERROR}UnknownObject', f'no object at {path}')

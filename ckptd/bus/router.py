@@ -47,18 +47,19 @@ from `types` or by guess. They raise CkptError for what the caller is to know.
 import asyncio
 import contextlib
 import logging
+import os
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from ckptd.bus import wire
 from ckptd.bus.connection import Connection
-from ckptd.bus.export import Exported, Method
-from ckptd.bus.message import DBusError, ProtocolError
+from ckptd.bus.export import Audience, Exported, Method, Viewer
+from ckptd.bus.message import DBusError, Fd, ProtocolError
 from ckptd.bus.peers import Peers
-from ckptd.bus.registry import ERROR, Registry
+from ckptd.bus.registry import ERROR, Registry, unknown_object
 from ckptd.bus.standard import Changes, Introspectable, ObjectManager, Peer, Properties
-from ckptd.bus.values import NO_TYPES, to_body
+from ckptd.bus.values import NO_TYPES, index_fds, to_body
 from ckptd.bus.wire import Message, Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded
@@ -66,6 +67,8 @@ from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded
 log = logging.getLogger(__name__)
 
 MAX_CALLS = 32          # in flight, of one sender
+MAX_CALLS_OF_USER = 256     # of all connections of one uid; root has no limit
+MAX_CALLS_IN_ALL = 2048
 MAX_FDS = 16            # with one call
 LARGE = 256             # rows of a result that another thread marshals
 ERROR_TYPES = {'task': 'u', 'pid': 'u', 'refusals': 'aa{sv}'}
@@ -79,10 +82,11 @@ class Spawn(Protocol):
 
 class Call:
     """One method call while it is served."""
-    __slots__ = ('_peers', 'answered', 'message')
+    __slots__ = ('_peers', '_sees_all', '_viewer', 'answered', 'message')
 
-    def __init__(self, message: Received, peers: Peers) -> None:
-        self.message, self._peers = message, peers
+    def __init__(self, message: Received, peers: Peers, sees_all: 'SeesAll') -> None:
+        self.message, self._peers, self._sees_all = message, peers, sees_all
+        self._viewer: Viewer | None = None
         self.answered = not message.wants_reply
 
     @property
@@ -99,6 +103,26 @@ class Call:
         """Who calls, as the bus says."""
         return await self._peers.caller(self.sender)
 
+    async def viewer(self) -> Viewer:
+        """What the caller may see."""
+        if self._viewer is None:
+            uid = await self._peers.uid(self.sender)
+            self._viewer = Viewer(uid, uid == 0 or await self._sees_all(self))
+        return self._viewer
+
+    async def may_see(self, audience: Audience | None) -> bool:
+        """The same of one object; nobody need be asked about one's own."""
+        uid = await self._peers.uid(self.sender)
+        return Viewer(uid).may_see(audience) or (await self.viewer()).may_see(audience)
+
+    async def when_gone(self, callback: Callable[[], None]) -> None:
+        """Call back once, when the caller leaves the bus; at once if it has left."""
+        await self._peers.when_gone(self.sender, callback)
+
+    def never_mind(self, callback: Callable[[], None]) -> None:
+        """No call back any more."""
+        self._peers.never_mind(self.sender, callback)
+
     @contextlib.asynccontextmanager
     async def attended(self) -> AsyncIterator[None]:
         """Cancel the block when the caller leaves the bus: nobody waits for its result any more."""
@@ -108,11 +132,11 @@ class Call:
         def leave() -> None:
             task.cancel()
 
-        await self._peers.when_gone(self.sender, leave)
+        await self.when_gone(leave)
         try:
             yield
         finally:
-            self._peers.never_mind(self.sender, leave)
+            self.never_mind(leave)
 
     def take(self, fd: int) -> int:
         """Make an fd argument the handler's own; all others are closed when it returns."""
@@ -122,13 +146,26 @@ class Call:
         return f'{self.message.interface}.{self.message.member} at {self.message.path} of {self.sender}'
 
 
-class Router:
-    """Serves the calls of a connection, each in a task of `spawn`, and sends the signals of what is exported."""
+SeesAll = Callable[[Call], Awaitable[bool]]
 
-    def __init__(self, connection: Connection, spawn: Spawn, root: str) -> None:
+
+async def nobody(call: Call) -> bool:
+    """Who sees what is others': nobody but root."""
+    return False
+
+
+class Router:
+    """Serves the calls of a connection, each in a task of `spawn`, and sends the signals of what is exported.
+
+    sees_all: whether a caller who is not root may see the objects of others, too.
+    """
+
+    def __init__(self, connection: Connection, spawn: Spawn, root: str, sees_all: SeesAll = nobody) -> None:
         self.connection, self.peers, self.root = connection, Peers(connection), root
-        self._spawn = spawn
+        self._spawn, self._sees_all = spawn, sees_all
         self._in_flight: Counter[str] = Counter()
+        self._of_user: Counter[int] = Counter()
+        self.last_call = asyncio.get_running_loop().time()
         self._changes = Changes(self.emit)
         self.registry = Registry(common=(properties := Properties(), introspectable := Introspectable()),
                                  anywhere=(introspectable, Peer()))
@@ -162,17 +199,25 @@ class Router:
         self.registry.add(path, exported)
         exported.path, exported.emitter = path, self
 
+    @property
+    def in_flight(self) -> int:
+        """Calls that are served now."""
+        return self._in_flight.total()
+
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
-             types: Mapping[str, str] = NO_TYPES) -> None:
-        """Send a signal. Never waits; dropped, and logged, when the bus has not read for long."""
-        self.connection.send(wire.make_signal(path, interface, name, signature, to_body(signature, values, types)))
+             types: Mapping[str, str] = NO_TYPES, audience: Audience | None = None) -> None:
+        """Send a signal: to all, or to each of the audience that has called before. Never waits; dropped, and logged,
+        when the bus has not read for long."""
+        body = to_body(signature, values, types)
+        for listener in [''] if audience is None else self.peers.listeners(audience):
+            self.connection.send(wire.make_signal(path, interface, name, signature, body, listener))
 
     def properties_changed(self, path: str, exported: Exported, names: Sequence[str]) -> None:
         self._changes.add(path, exported, names)
 
     def route(self, message: Received) -> None:
         """A method call came in: find what it means and serve it in a task, at whose end its fds are closed."""
-        call = Call(message, self.peers)
+        call = Call(message, self.peers, self._sees_all)
         try:
             exported, row = self._accept(message)
         except (DBusError, CkptError) as error:
@@ -187,6 +232,8 @@ class Router:
         """What can be refused from the header alone; the body is not decoded before."""
         if self._in_flight[message.sender] >= MAX_CALLS:
             raise LimitsExceeded(f'more than {MAX_CALLS} calls at a time', hint='wait for replies')
+        if self.in_flight >= MAX_CALLS_IN_ALL:
+            raise LimitsExceeded(f'ckptd has {MAX_CALLS_IN_ALL} calls to answer', hint='try again later')
         if message.raw is None or message.fds.count > MAX_FDS:
             raise LimitsExceeded(f'a call may have {wire.MAX_BODY} bytes of arguments and {MAX_FDS} file descriptors')
         exported, row = self.registry.find(message.path, message.interface, message.member)
@@ -201,7 +248,10 @@ class Router:
     async def serve(self, call: Call, exported: Exported, row: Method) -> None:
         """Run the handler and answer, whatever happens; if it is cancelled, `_finished` answers."""
         try:
-            result = await row.handler(exported, call, *self._arguments(call.message))
+            async with self._one_of_user(call):
+                if not await call.may_see(self.registry.audience(call.message.path)):
+                    raise unknown_object(call.message.path)
+                result = await row.handler(exported, call, *self._arguments(call.message))
             await self._reply(call, row, result)
         except (DBusError, CkptError) as error:
             self._fail(call, error)
@@ -211,6 +261,20 @@ class Router:
             self._fail(call, CkptError('internal error', hint='see the log of the daemon'))
         await self.connection.drain()
 
+    @contextlib.asynccontextmanager
+    async def _one_of_user(self, call: Call) -> AsyncIterator[None]:
+        """Count the call among those of its user. LimitsExceeded."""
+        uid = await self.peers.uid(call.sender)
+        if uid and self._of_user[uid] >= MAX_CALLS_OF_USER:
+            raise LimitsExceeded(f'uid {uid} has more than {MAX_CALLS_OF_USER} calls at a time', hint='wait for replies')
+        self._of_user[uid] += 1
+        try:
+            yield
+        finally:
+            self._of_user[uid] -= 1
+            if not self._of_user[uid]:
+                del self._of_user[uid]
+
     @staticmethod
     def _arguments(message: Received) -> list[Any]:
         try:
@@ -219,17 +283,25 @@ class Router:
             raise InvalidArgument(str(error)) from error
 
     async def _reply(self, call: Call, row: Method, result: Any) -> None:
+        fds: list[int] = []
+
         def make() -> Message:
             values = (result,) if len(row.outputs) == 1 else result or ()
-            return wire.make_return(call.message, row.out_signature, to_body(row.out_signature, values, row.types))
+            body = to_body(row.out_signature, index_fds(list(values), fds) if 'h' in row.out_signature else values,
+                           row.types)
+            return wire.make_return(call.message, row.out_signature, body)
 
-        if call.answered:
-            return
-        if isinstance(result, (list, dict)) and len(result) > LARGE:
-            await self.connection.send_large(make)
-        else:
-            self.connection.send(make())
-        call.answered = True
+        try:
+            if call.answered:
+                return
+            if isinstance(result, (list, dict)) and len(result) > LARGE:
+                await self.connection.send_large(make)
+            else:
+                self.connection.send(make(), fds)
+            call.answered = True
+        finally:
+            if isinstance(result, Fd):      # the caller has a duplicate, or will never have one
+                os.close(result)
 
     def _fail(self, call: Call, error: DBusError | CkptError) -> None:
         if isinstance(error, CkptError):
@@ -245,6 +317,7 @@ class Router:
 
     def _finished(self, call: Call) -> None:
         """The task is done. Cancelled, perhaps before it began, it has not answered: a caller would wait for ever."""
+        self.last_call = asyncio.get_running_loop().time()
         self._in_flight[call.sender] -= 1
         if not self._in_flight[call.sender]:
             del self._in_flight[call.sender]

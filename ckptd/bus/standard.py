@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptd.bus.connection import PROPERTIES
-from ckptd.bus.export import Exported, Property, method, signal
+from ckptd.bus.export import Exported, Property, Viewer, method, signal
 from ckptd.bus.introspect import introspection_xml
 from ckptd.bus.message import DBusError
 from ckptd.bus.registry import ERROR, Registry
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHANGE_INTERVAL: Final = 0.15       # seconds between two PropertiesChanged of one interface: some 7 a second
+NOBODY: Final = Viewer(-1)          # of what is told to several, who all get the same
 MACHINE_ID: Final = (Path('/etc/machine-id'), Path('/var/lib/dbus/machine-id'))
 
 
@@ -47,7 +48,7 @@ class Introspectable(Exported):
     async def Introspect(self, call: 'Call') -> str:
         path = call.message.path
         tables = [exported.table for exported in self.registry.interfaces(path).values()]
-        return introspection_xml(tables, self.registry.children(path))
+        return introspection_xml(tables, self.registry.children(path, await call.viewer()))
 
 
 class Properties(Exported):
@@ -60,13 +61,14 @@ class Properties(Exported):
     async def Get(self, call: 'Call', interface: str, name: str) -> Variant:
         for exported in self._chosen(call, interface):
             if row := exported.table.properties.get(name):
-                return read_property(exported, row)
+                return read_property(exported, row, await call.viewer())
         raise DBusError(f'{ERROR}UnknownProperty', f'no property {name} of {interface or "any interface"}')
 
     @method('s', 'a{sv}', names=('interface_name', 'properties'))
     async def GetAll(self, call: 'Call', interface: str) -> dict[str, Variant]:
+        viewer = await call.viewer()
         return {name: value for exported in self._chosen(call, interface)
-                for name, value in read_properties(exported).items()}
+                for name, value in read_properties(exported, viewer).items()}
 
     @method('ssv', names=('interface_name', 'property_name', 'value'))
     async def Set(self, call: 'Call', interface: str, name: str, value: object) -> None:
@@ -93,15 +95,17 @@ class ObjectManager(Exported):
 
     @method('', 'a{oa{sa{sv}}}', names=('objects',))
     async def GetManagedObjects(self, call: 'Call') -> dict[str, dict[str, dict[str, Variant]]]:
-        return {path: _picture(list(self._registry.at(path).values())) for path in self._registry.below(self._root)}
+        viewer = await call.viewer()
+        return {path: _picture(list(self._registry.at(path).values())) for path in self._registry.below(self._root)
+                if viewer.may_see(self._registry.audience(path))}
 
     def added(self, path: str, exported: Sequence[Exported]) -> None:
         if path != self._root:
-            self.InterfacesAdded(path, _picture(exported))
+            self.InterfacesAdded.to(exported[0].audience, path, _picture(exported))
 
     def removed(self, path: str, exported: Sequence[Exported]) -> None:
         if path != self._root and exported:
-            self.InterfacesRemoved(path, [one.interface for one in exported])
+            self.InterfacesRemoved.to(exported[0].audience, path, [one.interface for one in exported])
 
 
 class Changes:
@@ -138,27 +142,29 @@ class Changes:
     def _send(self, exported: Exported) -> bool:
         names = self._waiting.pop(exported, {})
         rows = [exported.table.properties[name] for name in names]
-        values = _readable(exported, [row for row in rows if row.emits == 'true'])
+        values = _readable(exported, [row for row in rows if row.emits == 'true'], NOBODY)
         gone = [row.name for row in rows if row.emits != 'const' and row.name not in values]
         if values or gone:
-            self._emit(exported.path, PROPERTIES, 'PropertiesChanged', 'sa{sv}as', (exported.interface, values, gone))
+            self._emit(exported.path, PROPERTIES, 'PropertiesChanged', 'sa{sv}as', (exported.interface, values, gone),
+                       audience=exported.audience)
         return bool(names)
 
 
-def read_property(exported: Exported, row: Property) -> Variant:
-    return to_variant(row.getter(exported), row.signature, row.types)
+def read_property(exported: Exported, row: Property, viewer: Viewer) -> Variant:
+    value = row.getter(exported, viewer) if row.personal else row.getter(exported)
+    return to_variant(value, row.signature, row.types)
 
 
-def read_properties(exported: Exported) -> dict[str, Variant]:
+def read_properties(exported: Exported, viewer: Viewer) -> dict[str, Variant]:
     """All that can be read; a getter that fails costs its own property only."""
-    return _readable(exported, exported.table.properties.values())
+    return _readable(exported, exported.table.properties.values(), viewer)
 
 
-def _readable(exported: Exported, rows: Any) -> dict[str, Variant]:
+def _readable(exported: Exported, rows: Any, viewer: Viewer) -> dict[str, Variant]:
     values = {}
     for row in rows:
         try:
-            values[row.name] = read_property(exported, row)
+            values[row.name] = read_property(exported, row, viewer)
         except Exception:
             # anything at all: the others are still good
             log.exception('property %s.%s at %s', exported.interface, row.name, exported.path)
@@ -166,4 +172,4 @@ def _readable(exported: Exported, rows: Any) -> dict[str, Variant]:
 
 
 def _picture(exported: Sequence[Exported]) -> dict[str, dict[str, Variant]]:
-    return {one.interface: read_properties(one) for one in exported}
+    return {one.interface: read_properties(one, NOBODY) for one in exported}

@@ -198,9 +198,14 @@ def make_error(call: Received, name: str, signature: str, body: Sequence[Any]) -
                    signature=signature, body=list(body), unix_fds=[])
 
 
-def make_signal(path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> Message:
-    return Message(message_type=_Type.SIGNAL, path=path, interface=interface, member=member, signature=signature,
-                   body=list(body), unix_fds=[])
+def make_signal(path: str, interface: str, member: str, signature: str, body: Sequence[Any], destination: str = ''
+                ) -> Message:
+    """destination: the one who hears it; '': all who listen."""
+    signal = Message(message_type=_Type.SIGNAL, path=path, interface=interface, member=member, signature=signature,
+                     body=list(body), unix_fds=[])
+    if destination:
+        signal.destination = destination
+    return signal
 
 
 def resolve_address(bus: str) -> str:

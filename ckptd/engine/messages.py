@@ -27,12 +27,18 @@ RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place'
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks, as the bus says. capabilities: effective set of the calling process as a mask, -1 if unknown."""
+    """Who asks, as the bus says. capabilities: effective set of the calling process as a mask, -1 if unknown; bounding:
+    its bounding set. no_new_privs, seccomp: it is under that, and what it asks for must not get it out. label: of a
+    security module, for the log."""
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
     pid: int = 0
     capabilities: int = -1
+    bounding: int = -1
+    no_new_privs: bool = False
+    seccomp: bool = False
+    label: str = ''
 
 
 class JobRequest(msgspec.Struct, frozen=True):
