@@ -104,6 +104,8 @@ SYSCONFDIR ?= /etc
 UNITDIR = $(PREFIX)/lib/systemd
 # dbus-daemon and dbus-broker read bus policy below /usr/share and /etc only; activation files also below /usr/local
 POLICYDIR = $(if $(filter /usr,$(PREFIX)),/usr/share,$(SYSCONFDIR))/dbus-1/system.d
+# polkitd reads actions here and nowhere else
+ACTIONDIR = /usr/share/polkit-1/actions
 LIBDIR = $(PREFIX)/lib/ckptd
 DOCDIR = $(PREFIX)/share/doc/ckptd
 INTERFACES = $(wildcard dbus/org.ckptd1.*.xml)
@@ -115,6 +117,8 @@ INSTALL_PYTHON = $(shell for python in /usr/bin/python3 /usr/bin/python3.1[1-9] 
 FILES = \
 	dbus/org.ckptd1.conf:$(POLICYDIR)/org.ckptd1.conf \
 	dbus/org.ckptd1.service:$(PREFIX)/share/dbus-1/system-services/org.ckptd1.service \
+	dbus/org.ckptd1.policy:$(ACTIONDIR)/org.ckptd1.policy \
+	dbus/50-ckptd.rules:$(DOCDIR)/examples/50-ckptd.rules \
 	dbus/user/org.ckptd1.service:$(PREFIX)/share/dbus-1/services/org.ckptd1.service \
 	$(foreach xml,$(INTERFACES),$(xml):$(PREFIX)/share/dbus-1/interfaces/$(notdir $(xml))) \
 	units/ckptd.service:$(UNITDIR)/system/ckptd.service \

@@ -34,15 +34,21 @@ ETC = Path('/etc/ckptd')
 class Config:
     """Times in microseconds. None: the default of the bus that the daemon is on. INFINITY: no limit.
 
-    max_jobs: workers at once. The limits per user do not bind root. keep_jobs: how long a finished job's object stays.
+    max_jobs: workers at once. No limit but this binds root. keep_jobs: how long a finished job's object stays.
+    inhibit_delay: how long programs may delay the checkpoint of their tree. idle_exit: without anything to do.
     """
     spool: Path | None = None
     max_jobs: int = 4
     max_jobs_per_user: int = 16
+    max_queued_jobs: int = 256
     max_images_per_user: int = 1000
+    max_images: int = 20_000
     max_bytes_per_user: int = INFINITY
+    max_bytes: int = INFINITY
     freeze_timeout_usec: int = 10_000_000
     keep_jobs_usec: int = 30_000_000
+    inhibit_delay_usec: int = 5_000_000
+    idle_exit_usec: int = 120_000_000
 
 
 class Assignment(NamedTuple):
@@ -101,10 +107,15 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     'Spool': ('spool', parse_directory),
     'MaxJobs': ('max_jobs', parse_count),
     'MaxJobsPerUser': ('max_jobs_per_user', parse_count),
+    'MaxQueuedJobs': ('max_queued_jobs', parse_count),
+    'MaxImages': ('max_images', parse_count),
+    'MaxBytes': ('max_bytes', parse_size),
     'MaxImagesPerUser': ('max_images_per_user', parse_count),
     'MaxBytesPerUser': ('max_bytes_per_user', parse_size),
     'FreezeTimeoutSec': ('freeze_timeout_usec', parse_span),
     'KeepJobsSec': ('keep_jobs_usec', parse_span),
+    'InhibitDelayMaxSec': ('inhibit_delay_usec', parse_span),
+    'IdleExitSec': ('idle_exit_usec', parse_span),
 }
 
 

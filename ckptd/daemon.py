@@ -20,8 +20,10 @@ from ckptd import __version__, config, logs
 from ckptd.bus.announce import Announcer
 from ckptd.bus.client import Client
 from ckptd.bus.connection import Connection
+from ckptd.bus.gate import Gate
 from ckptd.bus.manager import ManagerObject
 from ckptd.bus.names import BUS_NAME, ROOT
+from ckptd.bus.polkit import Polkit
 from ckptd.bus.private import private_bus
 from ckptd.bus.router import Router
 from ckptd.bus.systemd import Systemd
@@ -49,12 +51,14 @@ class Settings:
     """What a daemon is started with. bus: 'system', 'session', an address; or '' for a bus of its own.
 
     parent: pid of the process that started a daemon with a bus of its own, and that it does not outlive; 0 for none.
+    idle_exit: whether it may end when nobody wants anything, since the bus starts it again.
     """
     bus: str
     config: config.Config
     spool: Path
     runtime: Path
     parent: int = 0
+    idle_exit: bool = False
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,7 +87,8 @@ def make_settings(options: argparse.Namespace) -> Settings:
         places = Places.of(system, runtime)
         spool, runtime = spool or places.spool, places.runtime
     bus = options.address or ('' if options.private else 'system' if options.system or system else 'session')
-    return Settings(bus, conf, spool.absolute(), runtime.absolute(), os.getppid() if options.private else 0)
+    return Settings(bus, conf, spool.absolute(), runtime.absolute(), os.getppid() if options.private else 0,
+                    bus in ('system', 'session'))
 
 
 class Daemon:
@@ -111,7 +116,7 @@ class Daemon:
             connection = await self._stack.enter_async_context(await Connection.open(self._address))
             queue = await self._export(connection, avoid)
             try:
-                await self._serve(connection)
+                await self._serve(connection, queue)
             finally:
                 self._starter.notify('STOPPING=1')
                 await queue.stop()
@@ -140,9 +145,10 @@ class Daemon:
         orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None,
                         connection.inode)
         library = Library(self._spool, queue, orders)
-        router = Router(connection, queue.spawn, ROOT)
+        gate = Gate(Polkit(connection))
+        router = self._router = Router(connection, queue.spawn, ROOT, gate.sees_all)
         self._stack.callback(router.peers.close)
-        announcer.begin(router, ManagerObject(queue, orders, library), queue, library)
+        announcer.begin(router, ManagerObject(queue, orders, library, gate), queue, library, gate)
 
         def look() -> None:
             queue.spawn(announcer.images_changed(), name='look into the spool')
@@ -162,7 +168,7 @@ class Daemon:
         systemd = Systemd(Client(connection))
         return systemd if await systemd.is_there() else None
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, queue: Queue) -> None:
         await connection.request_name(BUS_NAME)
         if not self._settings.bus:
             print(f'DBUS_ADDRESS={self._address}', flush=True)
@@ -170,10 +176,40 @@ class Daemon:
         self._feed_watchdog(self._starter.watchdog)
         log.info('ready: %s, images in %s', BUS_NAME, self._settings.spool)
         connection.on_lost.append(self._stop.set)
-        await self._stop.wait()
+        while not self._stop.is_set():
+            await self._until_idle(queue)
+            if not self._stop.is_set() and await self._leave(connection, queue):
+                return
         if not connection.connected:
             raise Unavailable(f'the bus is gone: {connection.error or "it closed the connection"}',
                               hint='start the bus, then ckptd')
+
+    async def _until_idle(self, queue: Queue) -> None:
+        """Return when it is time to stop, or nobody has wanted anything for as long as the configuration says."""
+        limit = self._settings.config.idle_exit_usec
+        patience = limit / 1e6 if self._settings.idle_exit and limit != config.INFINITY else None
+        while True:
+            since = self._router.last_call
+            wait = None if patience is None else max(0.1, since + patience - self._loop.time())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), wait)
+            if self._stop.is_set():
+                return
+            if not queue.idle or self._router.in_flight:
+                self._router.last_call = self._loop.time()
+            elif self._router.last_call == since:
+                return
+
+    async def _leave(self, connection: Connection, queue: Queue) -> bool:
+        """Give the name up. False, and it is ours again, where somebody has called in the last moment: the bus has
+        sent such calls before it answers."""
+        await connection.release_name(BUS_NAME)
+        await self._router.quiet()
+        if queue.idle:
+            log.info('nobody wants anything: the bus starts ckptd again when somebody does')
+            return True
+        await connection.request_name(BUS_NAME)
+        return False
 
     def _feed_watchdog(self, interval: float | None) -> None:
         # from the loop: a daemon whose loop hangs is not fed

@@ -31,12 +31,13 @@ def is_journal(fd: int) -> bool:
 
 
 def setup(verbose: bool) -> None:
-    """Warnings and worse; with `verbose` what happens, too."""
+    """Warnings and worse, and who was allowed what; with `verbose` what happens, too."""
     handler = logging.StreamHandler(sys.stderr)
     text = '%(name)s: %(message)s'
     handler.setFormatter(JournalFormatter(text) if is_journal(2) else logging.Formatter(f'%(asctime)s {text}'))
     top = logging.getLogger('ckptd')
     top.handlers[:] = [handler]
     top.setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger('ckptd.audit').setLevel(logging.INFO)
     for name in filter(None, os.environ.get('CKPTD_DEBUG', '').split(',')):
         logging.getLogger(name.strip()).setLevel(logging.DEBUG)

@@ -2,12 +2,16 @@
 """What the queue and the spool tell, said on the bus: objects come and go, signals are sent."""
 
 import asyncio
+from collections.abc import Sequence
 
+from ckptd.bus.export import Audience
+from ckptd.bus.gate import Gate
 from ckptd.bus.image import ImageObject
 from ckptd.bus.job import JobObject, path_of
 from ckptd.bus.manager import ManagerObject
 from ckptd.bus.names import ROOT, image_path
 from ckptd.bus.router import Router
+from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.library import Library
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
@@ -22,17 +26,18 @@ class Announcer:
         self._looking = asyncio.Lock()
         self._jobs: dict[int, JobObject] = {}
 
-    def begin(self, router: Router, manager: ManagerObject, queue: Queue, library: Library) -> None:
+    def begin(self, router: Router, manager: ManagerObject, queue: Queue, library: Library, gate: Gate) -> None:
         """Export the manager and every image that is known."""
         self._router, self._manager, self._queue, self._library = router, manager, queue, library
+        self._gate = gate
         router.export(ROOT, manager)
         for info in self._spool.images:
-            router.export(image_path(info.id), ImageObject(info, library))
+            router.export(image_path(info.id), ImageObject(info, library, gate))
 
     def job_new(self, job: Job) -> None:
-        made = self._jobs[job.number] = JobObject(job, self._queue)
+        made = self._jobs[job.number] = JobObject(job, self._queue, self._gate)
         self._router.export(path_of(job), made)
-        self._manager.JobNew(job.number, path_of(job))
+        self._manager.JobNew.to(made.audience, job.number, path_of(job))
         self._manager.changed('Jobs')
 
     def job_changed(self, job: Job) -> None:
@@ -43,12 +48,21 @@ class Announcer:
         self._jobs[job.number].tell_progress()
 
     def job_removed(self, job: Job) -> None:
-        self._manager.JobRemoved(job.number, path_of(job), job.state.value)
+        self._manager.JobRemoved.to(self._jobs[job.number].audience, job.number, path_of(job), job.state.value)
         self._manager.changed('Jobs')
 
     def job_forgotten(self, job: Job) -> None:
         del self._jobs[job.number]
         self._router.unexport(path_of(job))
+
+    def job_prepares(self, job: Job, start: bool, inhibitors: Sequence[Inhibitor]) -> None:
+        """Also to those who hold an inhibitor, whoever asked for the job."""
+        holders = Audience(job.request.asked_by, frozenset(one.sender for one in inhibitors))
+        self._manager.PrepareForCheckpoint.to(holders, path_of(job), start)
+
+    def tree_restored(self, job: Job, tasks: int) -> None:
+        image = self._spool.find(job.request.image)
+        self._manager.Restored.to(Audience(image.owner), image.id, tasks)
 
     def frozen_changed(self) -> None:
         self._manager.changed('FrozenTargets')
@@ -59,12 +73,12 @@ class Announcer:
             added, gone = self._spool.adopt(await asyncio.to_thread(self._spool.look))
         for info in added:
             self._add(info)
-        for image in gone:
-            self._router.unexport(image_path(image))
-            self._manager.ImageRemoved(image, image_path(image))
+        for info in gone:
+            self._router.unexport(image_path(info.id))
+            self._manager.ImageRemoved.to(Audience(info.owner), info.id, image_path(info.id))
         if added or gone:
             self._manager.changed('Images')
 
     def _add(self, info: ImageInfo) -> None:
-        self._router.export(image_path(info.id), ImageObject(info, self._library))
-        self._manager.ImageAdded(info.id, image_path(info.id))
+        self._router.export(image_path(info.id), ImageObject(info, self._library, self._gate))
+        self._manager.ImageAdded.to(Audience(info.owner), info.id, image_path(info.id))

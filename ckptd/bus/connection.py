@@ -217,6 +217,10 @@ class Connection:
         if code not in (PRIMARY_OWNER, ALREADY_OWNER):
             raise Busy(f'another process owns the name {name} on this bus', hint='stop it first, or use another bus')
 
+    async def release_name(self, name: str) -> None:
+        """Give a name up. Calls that were sent to it before have arrived when this returns."""
+        await self.call(DRIVER, DRIVER_PATH, DRIVER, 'ReleaseName', 's', [name])
+
     def _limit(self, message: Received) -> int:
         if message.type in (MessageType.RETURN, MessageType.ERROR):
             return MAX_REPLY if self._waiting_for(message) else 0

@@ -3,7 +3,9 @@
 
 from typing import Any
 
-from ckptd.bus.export import Exported, method, property_
+from ckptd.bus.export import Audience, Exported, method, property_
+from ckptd.bus.gate import Gate
+from ckptd.bus.message import Fd
 from ckptd.bus.names import IMAGE
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.restore import check_restore, restore
@@ -12,7 +14,7 @@ from ckptd.errors import InvalidArgument
 from ckptd.jobs.library import Library
 from ckptd.jobs.spool import ImageInfo
 
-FORMATS = ('core',)
+FORMATS = ('core', 'tar')
 # of the rows of Scan and Tree: what is not said here is 's', or 't' for a number
 TASK_TYPES = {'tid': 'u', 'tgid': 'u', 'ppid': 'u', 'pgid': 'u', 'sid': 'u', 'vtid': 'u', 'parent_tid': 'u',
               'depth': 'u', 'uid': 'u', 'fds': 'as'}
@@ -23,13 +25,16 @@ ROW_TYPES = {'pid': 'u'}        # of refusals
 class ImageObject(Exported):
     interface = IMAGE
 
-    def __init__(self, info: ImageInfo, library: Library) -> None:
-        self.info, self._library = info, library
+    def __init__(self, info: ImageInfo, library: Library, gate: Gate) -> None:
+        self.info, self._library, self._gate = info, library, gate
+        self.audience = Audience(info.owner)
 
     @method('', 'aa{sv}', names=('tasks',), types=TASK_TYPES)
     async def Tree(self, call: Call) -> list[dict[str, Any]]:
+        """The tasks of the image in depth-first order, as Manager.Scan has those of a live tree."""
+        caller, _ = await self._gate.image(call, 'manage', self.info)
         async with call.attended():
-            return await self._library.tree(self.info.id, await call.credentials())
+            return await self._library.tree(self.info.id, caller)
 
     @method('hsa{sv}', names=('output', 'format', 'options'))
     async def Export(self, call: Call, output: int, format: str, options: dict[str, Any]) -> None:
@@ -37,26 +42,39 @@ class ImageObject(Exported):
         parse_options(options, NONE)
         if format not in FORMATS:
             raise InvalidArgument(f'no format {format[:32]!r}', hint=f'formats: {", ".join(FORMATS)}')
+        caller, _ = await self._gate.image(call, 'manage', self.info)
         async with call.attended():
-            await self._library.export(self.info.id, output, format, await call.credentials())
+            await self._library.export(self.info.id, output, format, caller)
+
+    @method('', 'h', names=('stream',))
+    async def Open(self, call: Call) -> Fd:
+        """A file descriptor to read the image from, as the tar stream that Manager.Import takes. It ends early where
+        something goes wrong: the job of its export says what."""
+        rights = await self._gate.image(call, 'manage', self.info)
+        return Fd(self._library.open(self.info.id, *rights))
 
     @method('', 'as', names=('damages',))
     async def Verify(self, call: Call) -> list[str]:
+        """What is wrong with the image, one sentence each; nothing for one that is whole."""
+        caller, _ = await self._gate.image(call, 'manage', self.info)
         async with call.attended():
-            return await self._library.verify(self.info.id, await call.credentials())
+            return await self._library.verify(self.info.id, caller)
 
     @method('a{sv}', 'o', names=('options', 'job'))
     async def Restore(self, call: Call, options: dict[str, Any]) -> str:
         """As Manager.Restore."""
-        return await restore(self._library, call, self.info.id, options)
+        return await restore(self._library, self._gate, call, self.info.id, options)
 
     @method('a{sv}', 'aa{sv}', names=('options', 'refusals'), types=ROW_TYPES)
     async def CheckRestore(self, call: Call, options: dict[str, Any]) -> list[dict[str, Any]]:
-        return await check_restore(self._library, call, self.info.id, options)
+        """As Manager.CheckRestore."""
+        return await check_restore(self._library, self._gate, call, self.info.id, options)
 
     @method()
     async def Remove(self, call: Call) -> None:
-        await self._library.remove(self.info.id, await call.credentials())
+        """Remove the image; Busy while a job reads it."""
+        caller, _ = await self._gate.image(call, 'manage', self.info)
+        await self._library.remove(self.info.id, caller)
 
     @property_('s', emits='const')
     def Id(self) -> str:

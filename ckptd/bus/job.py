@@ -3,16 +3,17 @@
 
 from typing import Any
 
-from ckptd.bus.export import Exported, method, property_, signal
+from ckptd.bus.export import Audience, Exported, method, property_, signal
+from ckptd.bus.gate import Gate, Verb
 from ckptd.bus.names import JOB, job_path
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.router import ERROR_TYPES, Call
-from ckptd.errors import PermissionDenied
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import Job
 
 RESULT_TYPES = {'tasks': 'u', 'processes': 'u', 'root': 'u', 'inside': 'u', 'exit_status': 'u', 'pid': 'u',
                 'warnings': 'aa{sv}'}
+VERBS: dict[str, Verb] = {'checkpoint': 'checkpoint', 'freeze': 'freeze', 'restore': 'restore'}
 MOVING = ('TasksDone', 'TasksTotal', 'BytesDone', 'BytesTotal', 'Progress', 'ExpectedEndTime')
 
 
@@ -23,16 +24,17 @@ def path_of(job: Job) -> str:
 class JobObject(Exported):
     interface = JOB
 
-    def __init__(self, job: Job, queue: Queue) -> None:
-        self.job, self._queue = job, queue
+    def __init__(self, job: Job, queue: Queue, gate: Gate) -> None:
+        self.job, self._queue, self._gate = job, queue, gate
+        self.audience = Audience(job.request.asked_by)
 
     @method('a{sv}', names=('options',))
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
         """Release the tree and leave nothing; a restored one that runs is let go. A job that is over stays as it is."""
         parse_options(options, NONE)
-        caller = await call.credentials()
-        if caller.uid not in (0, self.job.request.caller.uid):
-            raise PermissionDenied(f'{self.job.name} belongs to uid {self.job.request.caller.uid}')
+        if (await call.credentials()).uid != self.job.request.asked_by:
+            await self._gate.enter(call, VERBS.get(self.job.request.operation, 'manage'), self.job.name,
+                                   owner=self.job.request.asked_by)
         self._queue.cancel(self.job.number)
 
     # a property has the name already
@@ -103,7 +105,7 @@ class JobObject(Exported):
 
     @property_('u', emits='const')
     def StartedByUID(self) -> int:
-        return self.job.request.caller.uid
+        return self.job.request.asked_by
 
     @property_('a{sv}', types=ERROR_TYPES)
     def Error(self) -> dict[str, Any]:

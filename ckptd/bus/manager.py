@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptd import __version__
-from ckptd.bus.export import Exported, method, property_, signal
+from ckptd.bus.attach import attach
+from ckptd.bus.export import Audience, Exported, Viewer, method, property_, signal
+from ckptd.bus.gate import Gate
 from ckptd.bus.image import ROW_TYPES, TASK_TYPES
 from ckptd.bus.job import path_of
+from ckptd.bus.message import Fd
 from ckptd.bus.names import MANAGER, image_path, token_path
-from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, NONE, SELF, Option, parse_options
+from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, Option, parse_options
 from ckptd.bus.restore import check_restore, restore
 from ckptd.bus.router import Call
 from ckptd.engine.messages import Operation
@@ -19,14 +22,17 @@ from ckptd.jobs.orders import Orders, parse_target
 from ckptd.jobs.queue import Queue
 from ckptd.kernel.pidfd import pidfd_pid
 
+MAX_WORDS = 256         # characters that an inhibitor says of itself
 IMAGE_TYPES = {'path': 'o', 'owner': 'u', 'tasks': 'u'}
 
 
 class ManagerObject(Exported):
     interface = MANAGER
 
-    def __init__(self, queue: Queue, orders: Orders, library: Library) -> None:
-        self._queue, self._orders, self._library = queue, orders, library
+    def __init__(self, queue: Queue, orders: Orders, library: Library, gate: Gate) -> None:
+        self._queue, self._orders, self._library, self._gate = queue, orders, library, gate
+
+    # ------------------------------------------------------------ trees
 
     @method('sa{sv}', 'o', names=('target', 'options', 'job'))
     async def Checkpoint(self, call: Call, target: str, options: dict[str, Any]) -> str:
@@ -43,15 +49,20 @@ class ManagerObject(Exported):
         """Dump the tree of the caller; answered when the image, its result, is published. Restored from it, the caller
         reads end-of-file from this bus instead of the answer."""
         given = parse_options(options, SELF)
-        request = self._orders.on_target('checkpoint', 'self', await call.credentials(), **given)
+        caller, asker = await self._gate.tree(call, 'checkpoint', 'self')
+        request = self._orders.on_target('checkpoint', 'self', caller, asker=asker, **given)
         # not attended: with after=kill the caller leaves the bus because all went well
         return str((await self._queue.call(request))['image'])
 
     async def _checkpoint(self, call: Call, target: str, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
         given = parse_options(options, CHECKPOINT)
-        token = given.pop('handle_token', '')
-        request = self._orders.on_target('checkpoint', target, await call.credentials(), has_pidfd=bool(fds), **given)
-        return path_of(self._queue.submit(request, fds, token and token_path(call.sender, token)))
+        token, detach = given.pop('handle_token', ''), given.pop('detach', False)
+        caller, asker = await self._gate.tree(call, 'checkpoint', target)
+        request = self._orders.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker, **given)
+        job = self._queue.submit(request, fds, token and token_path(call.sender, token))
+        if not detach:
+            await attach(call, self._queue, job)
+        return path_of(job)
 
     @method('sa{sv}', 'aa{sv}', names=('target', 'options', 'refusals'), types=ROW_TYPES)
     async def Check(self, call: Call, target: str, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,11 +74,6 @@ class ManagerObject(Exported):
         """The tasks of the tree in depth-first order."""
         return list((await self._ask('scan', call, target, options, NONE)).get('tasks', ()))
 
-    @method('sa{sv}', 'u', names=('target', 'options', 'tasks'))
-    async def Freeze(self, call: Call, target: str, options: dict[str, Any]) -> int:
-        """Freeze the tree, and keep it so until Thaw; how many tasks stand still."""
-        return int((await self._ask('freeze', call, target, options, FREEZING)).get('tasks', 0))
-
     async def _ask(self, operation: Operation, call: Call, target: str, options: dict[str, Any],
                    known: tuple[Option, ...]) -> dict[str, Any]:
         given = parse_options(options, known)
@@ -75,53 +81,106 @@ class ManagerObject(Exported):
         async with call.attended():
             return await self._queue.call(request)
 
+    @method('sa{sv}', 'u', names=('target', 'options', 'tasks'))
+    async def Freeze(self, call: Call, target: str, options: dict[str, Any]) -> int:
+        """Freeze the tree, and keep it so until Thaw; how many tasks stand still."""
+        given = parse_options(options, FREEZING)
+        caller, asker = await self._gate.tree(call, 'freeze', target)
+        request = self._orders.on_target('freeze', target, caller, asker=asker, **given)
+        async with call.attended():
+            return int((await self._queue.call(request)).get('tasks', 0))
+
     @method('sa{sv}', names=('target', 'options'))
     async def Thaw(self, call: Call, target: str, options: dict[str, Any]) -> None:
         """Let go of what Freeze, or a checkpoint with after=freeze, left frozen."""
         parse_options(options, NONE)
         caller = await call.credentials()
-        await self._queue.thaw(parse_target(target, caller), caller.uid)
+        where = parse_target(target, caller)
+        owner = self._queue.frozen.get(where, caller.uid)
+        if owner != caller.uid:         # to let go of what is one's own nobody needs to be asked
+            await self._gate.enter(call, 'freeze', where, owner=owner)
+        await self._queue.thaw(where)
+
+    @method('ssa{sv}', 'h', names=('who', 'why', 'options', 'inhibitor'))
+    async def Inhibit(self, call: Call, who: str, why: str, options: dict[str, Any]) -> Fd:
+        """Have checkpoints of a tree (option target, 'self' by default) wait until the file descriptor is closed, but
+        not for longer than InhibitDelayMaxSec=. PrepareForCheckpoint says when it is time to close it."""
+        target = parse_options(options, INHIBIT).get('target', 'self')
+        caller, asker = await self._gate.tree(call, 'checkpoint', target)
+        where = parse_target(target, caller)
+        return Fd(self._queue.inhibitors.take(who[:MAX_WORDS], why[:MAX_WORDS], where, asker, caller.pid, call.sender))
+
+    @method('', 'a(sssuu)', names=('inhibitors',))
+    async def ListInhibitors(self, call: Call) -> list[tuple[str, str, str, int, int]]:
+        """(who, why, target, uid, pid) of the inhibitors that are held."""
+        viewer = await call.viewer()
+        return [(one.who, one.why, one.target, one.uid, one.pid) for one in self._queue.inhibitors.held
+                if viewer.may_see(Audience(one.uid))]
+
+    # ------------------------------------------------------------ images
 
     @method('sa{sv}', 'o', names=('image', 'options', 'job'))
     async def Restore(self, call: Call, image: str, options: dict[str, Any]) -> str:
         """Start a job that brings the tree of an image back; the path of its object."""
-        return await restore(self._library, call, image, options)
+        return await restore(self._library, self._gate, call, image, options)
 
     @method('sa{sv}', 'aa{sv}', names=('image', 'options', 'refusals'), types=ROW_TYPES)
     async def CheckRestore(self, call: Call, image: str, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Every refusal and warning that such a restore would have; no process is made and nothing changed."""
-        return await check_restore(self._library, call, image, options)
+        return await check_restore(self._library, self._gate, call, image, options)
 
     @method('', 'a(uosss)', names=('jobs',))
     async def ListJobs(self, call: Call) -> list[tuple[int, str, str, str, str]]:
         """(id, path, operation, target, state) of jobs that wait, work, or ended a moment ago."""
+        viewer = await call.viewer()
         return [(job.number, path_of(job), job.request.operation, job.request.target, job.state.value)
-                for job in self._queue.jobs]
+                for job in self._queue.jobs if viewer.may_see(Audience(job.request.asked_by))]
 
     @method('', 'aa{sv}', names=('images',), types=IMAGE_TYPES)
     async def ListImages(self, call: Call) -> list[dict[str, Any]]:
+        """What is known of each image, oldest first."""
+        viewer = await call.viewer()
         return [{'image': info.id, 'path': image_path(info.id), 'target': info.target, 'command': info.command,
                  'created': info.created, 'owner': info.owner, 'tasks': info.tasks, 'size': info.size}
-                for info in self._library.spool.images]
+                for info in self._library.spool.images if viewer.may_see(Audience(info.owner))]
 
     @method('s', 'o', names=('image', 'path'))
     async def GetImage(self, call: Call, image: str) -> str:
-        return image_path(self._library.spool.find(image).id)
+        """The path of an image's object."""
+        info = self._library.spool.find(image)
+        if not await call.may_see(Audience(info.owner)):
+            await self._gate.image(call, 'manage', info)
+        return image_path(info.id)
 
     @method('s', 'as', names=('image', 'damages'))
     async def VerifyImage(self, call: Call, image: str) -> list[str]:
         """What is wrong with an image, one sentence each; nothing for one that is whole."""
+        caller, _ = await self._gate.image(call, 'manage', self._library.spool.find(image))
         async with call.attended():
-            return await self._library.verify(image, await call.credentials())
+            return await self._library.verify(image, caller)
 
     @method('s', names=('image',))
     async def RemoveImage(self, call: Call, image: str) -> None:
-        await self._library.remove(image, await call.credentials())
+        """Remove an image; Busy while a job reads it."""
+        caller, _ = await self._gate.image(call, 'manage', self._library.spool.find(image))
+        await self._library.remove(image, caller)
+
+    @method('ha{sv}', 'o', names=('stream', 'options', 'image'))
+    async def Import(self, call: Call, stream: int, options: dict[str, Any]) -> str:
+        """Take an image in from a tar stream, as Image.Open gives it; answered when it is published. It belongs to the
+        caller, and what is restored from it has no right that the caller lacks."""
+        parse_options(options, NONE)
+        uid = (await call.credentials()).uid
+        caller = await self._gate.enter(call, 'manage', 'a new image', owner=uid)
+        async with call.attended():
+            return image_path(await self._library.take_in(stream, caller))
 
     JobNew = signal('uo', ('id', 'job'))
     JobRemoved = signal('uos', ('id', 'job', 'result'))
     ImageAdded = signal('so', ('image', 'path'))
     ImageRemoved = signal('so', ('image', 'path'))
+    PrepareForCheckpoint = signal('ob', ('job', 'start'))
+    Restored = signal('su', ('image', 'tasks'))
 
     @property_('s', emits='const')
     def Version(self) -> str:
@@ -131,19 +190,20 @@ class ManagerObject(Exported):
     def Spool(self) -> str:
         return str(self._library.spool.directory)
 
-    @property_('u')
-    def Jobs(self) -> int:
-        """How many wait or work."""
-        return sum(not job.over for job in self._queue.jobs)
+    @property_('u', emits='invalidates')
+    def Jobs(self, viewer: Viewer) -> int:
+        """How many wait or work, of those that the caller may see."""
+        return sum(not job.over and viewer.may_see(Audience(job.request.asked_by)) for job in self._queue.jobs)
 
-    @property_('u')
-    def Images(self) -> int:
-        return len(self._library.spool)
+    @property_('u', emits='invalidates')
+    def Images(self, viewer: Viewer) -> int:
+        """How many there are, of those that the caller may see."""
+        return sum(viewer.may_see(Audience(info.owner)) for info in self._library.spool.images)
 
-    @property_('as')
-    def FrozenTargets(self) -> list[str]:
-        """What the daemon holds frozen, for Thaw."""
-        return self._queue.frozen_targets
+    @property_('as', emits='invalidates')
+    def FrozenTargets(self, viewer: Viewer) -> list[str]:
+        """What the daemon holds frozen, for Thaw; of that, what the caller may see."""
+        return [target for target, uid in self._queue.frozen.items() if viewer.may_see(Audience(uid))]
 
 
 def _pid_of(pidfd: int) -> int:

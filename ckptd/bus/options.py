@@ -66,10 +66,14 @@ CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgro
 CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
 TERMINAL = Option('terminal', 'a file descriptor of a terminal', _is_terminal)
 
-CHECKPOINT = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT, HANDLE_TOKEN)
-SELF = tuple(option for option in CHECKPOINT if option is not HANDLE_TOKEN)     # who waits needs no name of the job
+DETACH = _flag('detach')
+TARGET = Option('target', 'a target: pid:N, a unit name, cgroup:/path or self', lambda value: isinstance(value, str))
+
+SELF = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT)
+CHECKPOINT = (*SELF, DETACH, HANDLE_TOKEN)      # who waits needs no name of the job, and leaves when it is over
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'), TERMINAL)
-RESTORE = (*CHECK_RESTORE, HANDLE_TOKEN)
+RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
+INHIBIT = (TARGET,)
 CHECK = (FREEZE,)
 FREEZING = (FREEZE, TIMEOUT)
 NONE: tuple[Option, ...] = ()

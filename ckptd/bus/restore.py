@@ -4,6 +4,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ckptd.bus.attach import attach
+from ckptd.bus.gate import Gate
 from ckptd.bus.job import path_of
 from ckptd.bus.names import token_path
 from ckptd.bus.options import CHECK_RESTORE, RESTORE, Option, parse_options
@@ -11,18 +13,22 @@ from ckptd.bus.router import Call
 from ckptd.jobs.library import Library
 
 
-async def restore(library: Library, call: Call, image: str, options: Mapping[str, Any]) -> str:
+async def restore(library: Library, gate: Gate, call: Call, image: str, options: Mapping[str, Any]) -> str:
     """Start the job; its path."""
     wishes, fds = _wishes(options, RESTORE)
-    token = wishes.pop('handle_token', '')
-    caller = await call.credentials()
-    return path_of(library.restore(image, caller, fds, token and token_path(call.sender, token), **wishes))
+    token, detach = wishes.pop('handle_token', ''), wishes.pop('detach', False)
+    caller, asker = await gate.image(call, 'restore', library.spool.find(image))
+    job = library.restore(image, caller, fds, token and token_path(call.sender, token), asker=asker, **wishes)
+    if not detach:
+        await attach(call, library.queue, job)
+    return path_of(job)
 
 
-async def check_restore(library: Library, call: Call, image: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+async def check_restore(library: Library, gate: Gate, call: Call, image: str, options: Mapping[str, Any]
+                        ) -> list[dict[str, Any]]:
     """The rows of what stands in the way."""
     wishes, fds = _wishes(options, CHECK_RESTORE)
-    caller = await call.credentials()
+    caller, _ = await gate.image(call, 'restore', library.spool.find(image))
     async with call.attended():
         return await library.check_restore(image, caller, fds, **wishes)
 

@@ -165,6 +165,7 @@ class Router:
         self._spawn, self._sees_all = spawn, sees_all
         self._in_flight: Counter[str] = Counter()
         self._of_user: Counter[int] = Counter()
+        self._quiet = asyncio.Event()
         self.last_call = asyncio.get_running_loop().time()
         self._changes = Changes(self.emit)
         self.registry = Registry(common=(properties := Properties(), introspectable := Introspectable()),
@@ -203,6 +204,12 @@ class Router:
     def in_flight(self) -> int:
         """Calls that are served now."""
         return self._in_flight.total()
+
+    async def quiet(self) -> None:
+        """Wait until none is."""
+        while self._in_flight:
+            self._quiet.clear()
+            await self._quiet.wait()
 
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
              types: Mapping[str, str] = NO_TYPES, audience: Audience | None = None) -> None:
@@ -266,7 +273,7 @@ class Router:
         """Count the call among those of its user. LimitsExceeded."""
         uid = await self.peers.uid(call.sender)
         if uid and self._of_user[uid] >= MAX_CALLS_OF_USER:
-            raise LimitsExceeded(f'uid {uid} has more than {MAX_CALLS_OF_USER} calls at a time', hint='wait for replies')
+            raise LimitsExceeded(f'more than {MAX_CALLS_OF_USER} calls of uid {uid} at a time', hint='wait for replies')
         self._of_user[uid] += 1
         try:
             yield
@@ -321,6 +328,8 @@ class Router:
         self._in_flight[call.sender] -= 1
         if not self._in_flight[call.sender]:
             del self._in_flight[call.sender]
+        if not self._in_flight:
+            self._quiet.set()
         call.message.fds.close()
         self._fail(call, Cancelled('the daemon stops'))
 

@@ -18,7 +18,7 @@ from ckptd.errors import CkptError, Refusal, from_details
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
 
 Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'restore',
-                    'check-restore', 'recover']
+                    'check-restore', 'recover', 'import']
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
@@ -49,6 +49,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     avoid: pids that must not be in the tree (the daemon, its bus, its client).
     sever: of a request about the caller itself, inode of the daemon's own socket to the bus: what the tree has
     connected to that bus does not outlive the dump. Else 0.
+    asker: uid of who asked, where that is not the caller, by whose rights the work is done: with an administrator's
+    authorization root's. Else -1.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
@@ -79,6 +81,12 @@ class JobRequest(msgspec.Struct, frozen=True):
     wait: bool = False
     changed_files: ChangedFiles = 'refuse'
     has_terminal: bool = False
+    asker: int = -1
+
+    @property
+    def asked_by(self) -> int:
+        """uid of who asked."""
+        return self.caller.uid if self.asker < 0 else self.asker
 
 
 class Message(msgspec.Struct, tag=True, frozen=True):

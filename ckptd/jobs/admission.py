@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which requests may join the queue: not too many of one user, never two at work on one tree. Pure."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ckptd.engine.messages import JobRequest
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
@@ -11,10 +11,13 @@ Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
 FREEZING = frozenset({'checkpoint', 'freeze'})
 
 
-def refuse_too_many(request: JobRequest, others: Iterable[Job], limit: int) -> None:
-    """LimitsExceeded when a user (never root) has `limit` jobs and freezes already."""
-    uid = request.caller.uid
-    own = sum(job.request.caller.uid == uid for job in others)
+def refuse_too_many(request: JobRequest, others: Sequence[Job], limit: int, in_all: int) -> None:
+    """LimitsExceeded when a user (never root) has `limit` jobs and freezes already, or all have `in_all`."""
+    uid = request.asked_by
+    own = sum(job.request.asked_by == uid for job in others)
+    if uid and len(others) >= in_all:
+        raise LimitsExceeded(f'there are {len(others)} jobs and freezes already', resource='MaxQueuedJobs',
+                             hint='try again later')
     if uid and own >= limit:
         raise LimitsExceeded(f'uid {uid} has {own} jobs and freezes already', resource='MaxJobsPerUser',
                              hint='wait for them (ckptctl jobs) or thaw what is frozen')

@@ -4,9 +4,12 @@
 import asyncio
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ckptd.jobs.inhibitors import Inhibitor
+from ckptd.jobs.lane import Lane
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.run import Run
 from ckptd.jobs.state import Job
@@ -15,12 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more."""
+    """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more. job_prepares:
+    it is about to freeze its tree, which the inhibitors delay; not start: that is over."""
     def job_new(self, job: Job) -> None: ...
     def job_changed(self, job: Job) -> None: ...
     def job_progress(self, job: Job) -> None: ...
     def job_removed(self, job: Job) -> None: ...
     def job_forgotten(self, job: Job) -> None: ...
+    def job_prepares(self, job: Job, start: bool, inhibitors: Sequence[Inhibitor]) -> None: ...
+    def tree_restored(self, job: Job, tasks: int) -> None: ...
     def frozen_changed(self) -> None: ...
     async def images_changed(self) -> None: ...
 
@@ -29,19 +35,22 @@ class Listener(Protocol):
 class Entry:
     """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
     freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then.
-    in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored."""
+    in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored. prepared: those
+    who delay checkpoints were told of it, and are told of its end. when_over: called then."""
     job: Job
     fds: list[int]
-    lane: asyncio.Semaphore
+    lane: Lane
     pacer: Pacer
     over: asyncio.Event = field(default_factory=asyncio.Event)
     run: Run | None = None
     let_go: asyncio.Future[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_lane: bool = False
+    prepared: bool = False
+    when_over: list[Callable[[], None]] = field(default_factory=list)
 
     async def enter_lane(self) -> None:
-        await self.lane.acquire()
+        await self.lane.acquire(self.job.request.asked_by)
         self.in_lane = True
 
     def leave_lane(self) -> None:

@@ -2,6 +2,7 @@
 """What may be done with published images, and by whom: their owner and root."""
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,42 +18,62 @@ class Library:
     """Reading an image is done by workers: an image is untrusted input, and large."""
 
     def __init__(self, spool: Spool, queue: Queue, orders: Orders) -> None:
-        self.spool = spool
-        self._queue, self._orders = queue, orders
+        self.spool, self.queue = spool, queue
+        self._orders = orders
 
     async def verify(self, image: str, caller: Caller) -> list[str]:
         """Every damage of the image, one sentence each."""
         info = self._open(image, caller, 'verify')
-        result = await self._queue.call(self._orders.on_image('verify', info, caller))
+        result = await self.queue.call(self._orders.on_image('verify', info, caller))
         return [str(damage) for damage in result.get('damages', ())]
 
     async def tree(self, image: str, caller: Caller) -> list[dict[str, Any]]:
         """Rows as Manager.Scan has them, from the image."""
         info = self._open(image, caller, 'read')
-        result = await self._queue.call(self._orders.on_image('tree', info, caller))
+        result = await self.queue.call(self._orders.on_image('tree', info, caller))
         return list(result.get('tasks', ()))
 
     async def export(self, image: str, output: int, format_: str, caller: Caller) -> None:
         """Write a tar stream to the fd `output`."""
         info = self._open(image, caller, 'export')
         request = self._orders.on_image('export', info, caller, format=format_, has_output=True)
-        await self._queue.call(request, [output])
+        await self.queue.call(request, [output])
+
+    def open(self, image: str, caller: Caller, asker: int) -> int:
+        """A pipe that the image comes out of as a tar stream, by a job that ends with it: the reading end, the caller's
+        to close."""
+        info = self._open(image, caller, 'read')
+        request = self._orders.on_image('export', info, caller, format='tar', has_output=True, asker=asker)
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.queue.submit(request, [theirs])
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        return ours
+
+    async def take_in(self, stream: int, caller: Caller) -> str:
+        """An image from a tar stream, which may be anybody's work; it belongs to the caller. Its id."""
+        result = await self.queue.call(self._orders.on_stream(caller), [stream])
+        return str(result['image'])
 
     def restore(self, image: str, caller: Caller, fds: Sequence[int], token: str, **wishes: Any) -> Job:
         """Bring the tree of the image back: a job. wishes: fields of JobRequest."""
         info = self._open(image, caller, 'restore')
-        return self._queue.submit(self._orders.on_image('restore', info, caller, **wishes), fds, token)
+        return self.queue.submit(self._orders.on_image('restore', info, caller, **wishes), fds, token)
 
     async def check_restore(self, image: str, caller: Caller, fds: Sequence[int], **wishes: Any
                             ) -> list[dict[str, Any]]:
         """Every refusal and warning that such a restore would have, as rows."""
         info = self._open(image, caller, 'restore')
-        result = await self._queue.call(self._orders.on_image('check-restore', info, caller, **wishes), fds)
+        result = await self.queue.call(self._orders.on_image('check-restore', info, caller, **wishes), fds)
         return list(result.get('refusals', ()))
 
     async def remove(self, image: str, caller: Caller) -> None:
         info = self._open(image, caller, 'remove')
-        if self._queue.works_on(image):
+        if self.queue.works_on(image):
             raise Busy(f'a job reads image {image}', resource=image)
         await asyncio.to_thread(self.spool.remove, info)
 

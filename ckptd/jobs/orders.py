@@ -16,6 +16,7 @@ from ckptd.kernel.stat import read_stat
 MAX_TARGET = 4096       # a cgroup's path has this bound from the kernel (PATH_MAX)
 UNIT = re.compile(r'[A-Za-z0-9:_.\\@-]{1,255}', re.ASCII)       # systemd.unit(5)
 MAX_TIMEOUT = 3600 * 1_000_000
+MAX_BYTES = (1 << 63) - 1
 
 
 def parse_target(text: str, caller: Caller) -> str:
@@ -68,7 +69,7 @@ class Orders:
         where = parse_target(target, caller)
         image = ''
         if operation == 'checkpoint':
-            self._refuse_full(caller.uid)
+            self.refuse_full(caller.uid)
             image = new_image_id(command_of(where))
         return self._request(operation, where, caller, image=image, freeze=freeze, after=after, has_pidfd=has_pidfd,
                              sever=self.bus if target == 'self' else 0,
@@ -83,9 +84,21 @@ class Orders:
         return JobRequest(operation, target, caller, str(self.spool.directory), str(self.runtime),
                           avoid=(*self.avoid, *client), systemd=self.systemd, **more)
 
-    def _refuse_full(self, uid: int) -> None:
+    def on_stream(self, caller: Caller) -> JobRequest:
+        """A request to take an image in from a stream. LimitsExceeded."""
+        self.refuse_full(caller.uid)
+        limits, (_, size), (_, all_) = self.config, self.spool.usage(caller.uid), self.spool.usage(None)
+        room = min(limits.max_bytes_per_user - size, limits.max_bytes - all_) if caller.uid else MAX_BYTES
+        return self._request('import', '', caller, has_output=True, save_limit=max(1, min(room, MAX_BYTES)))
+
+    def refuse_full(self, uid: int) -> None:
+        """LimitsExceeded when a user, never root, may have no more images."""
         images, size = self.spool.usage(uid)
         limits = self.config
+        in_all, bytes_in_all = self.spool.usage(None)
+        if uid and (in_all >= limits.max_images or bytes_in_all >= limits.max_bytes):
+            raise LimitsExceeded(f'the spool has {in_all} images of {bytes_in_all} bytes, and takes no more',
+                                 resource='spool', hint='remove some (ckptctl remove IMAGE), or ask root to')
         if uid and (images >= limits.max_images_per_user or size >= limits.max_bytes_per_user):
             most = '' if limits.max_bytes_per_user == INFINITY else f' and {limits.max_bytes_per_user} bytes'
             raise LimitsExceeded(

@@ -13,9 +13,13 @@ from ckptd.kernel.task import read_cgroup2
 
 
 def overlap(one: str, other: str) -> bool:
-    """Two targets as parse_target spells them. Units are compared by name alone: only systemd knows their cgroups."""
+    """Two targets as parse_target spells them. Of two units the names are compared alone; with others the names of
+    cgroups, which systemd calls as their units."""
     if one == other:
         return True
+    for unit, another in ((one, other), (other, one)):
+        if ':' not in unit:
+            return ':' in another and unit in PurePosixPath(_cgroup_of(another)).parts
     kinds = {target.partition(':')[0]: target.partition(':')[2] for target in (one, other)}
     if kinds.keys() == {'pid'}:
         first, second = int(one.removeprefix('pid:')), int(other.removeprefix('pid:'))
@@ -34,6 +38,17 @@ def ancestors(pid: int) -> Iterator[int]:
             yield pid
     except ProcessLookupError:
         return
+
+
+def _cgroup_of(target: str) -> str:
+    """That of the root of the tree; '' where there is none."""
+    kind, _, rest = target.partition(':')
+    if kind == 'cgroup':
+        return rest
+    try:
+        return read_cgroup2(int(rest))
+    except ProcessLookupError:
+        return ''
 
 
 def _contains(outer: str, inner: str) -> bool:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,11 @@ import msgspec
 
 from ckptd.config import Config
 from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
-from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, PermissionDenied, Unavailable, WorkerDied
+from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, Unavailable, WorkerDied
 from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.entry import Entry, Listener
+from ckptd.jobs.inhibitors import Inhibitors
+from ckptd.jobs.lane import Lane
 from ckptd.jobs.overlap import overlap
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.pool import WorkerPool
@@ -34,7 +36,7 @@ from ckptd.jobs.tasks import Tasks
 log = logging.getLogger(__name__)
 
 # operations that everybody sees as jobs; the others are short, and only their caller cares
-ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'restore'})
+ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'import', 'restore'})
 FREEZING = frozenset({'checkpoint', 'freeze', 'restore'})      # what the journal may still name when it fails
 PROGRESS_INTERVAL = 0.1     # seconds
 MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
@@ -52,7 +54,8 @@ class Queue:
         self._tasks = Tasks()
         self.spawn = self._tasks.spawn
         self._numbers = itertools.count(1)
-        self._lanes = {True: asyncio.Semaphore(config.max_jobs), False: asyncio.Semaphore(config.max_jobs)}
+        self._lanes = {True: Lane(config.max_jobs), False: Lane(config.max_jobs)}
+        self.inhibitors = Inhibitors()
         self._entries: dict[Job, Entry] = {}    # not over
         self._known: dict[int, Job] = {}        # announced, over or not
         self._held: dict[str, Entry] = {}       # by target
@@ -67,8 +70,14 @@ class Queue:
         return list(self._known.values())
 
     @property
-    def frozen_targets(self) -> list[str]:
-        return sorted(self._held)
+    def frozen(self) -> dict[str, int]:
+        """What is held frozen, and the uid of who asked for it."""
+        return {target: entry.job.request.asked_by for target, entry in sorted(self._held.items())}
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, works, is held, or might still be asked about."""
+        return not (self._entries or self._held or self._known or self.inhibitors)
 
     def works_on(self, image: str) -> bool:
         """Some job reads or writes this image; a tree that was restored and runs needs it no more."""
@@ -91,6 +100,14 @@ class Queue:
             raise entry.job.error
         return entry.job.result
 
+    def when_over(self, job: Job, callback: Callable[[], None]) -> None:
+        """Call back once the job is over; at once if it is."""
+        entry = self._entries.get(job)
+        if entry is None:
+            callback()
+        else:
+            entry.when_over.append(callback)
+
     def cancel(self, number: int) -> None:
         """Ask a job to let go and leave nothing. One that is over stays as it is. NoSuchJob."""
         if number not in self._known:
@@ -99,14 +116,12 @@ class Queue:
         if entry is not None:
             self._cancel(entry)
 
-    async def thaw(self, target: str, uid: int) -> None:
-        """Let go of what `Freeze` or after=freeze left frozen. NoSuchTarget, PermissionDenied, Busy, WorkerDied."""
+    async def thaw(self, target: str) -> None:
+        """Let go of what `Freeze` or after=freeze left frozen. NoSuchTarget, Busy, WorkerDied."""
         entry = self._held.get(target)
         if entry is None or entry.run is None or entry.let_go is None:
             raise NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
                                hint='the property FrozenTargets names what is')
-        if uid not in (0, entry.job.request.caller.uid):
-            raise PermissionDenied(f'{target} was frozen by uid {entry.job.request.caller.uid}', resource=target)
         refuse_active(target, self._entries, overlap)
         entry.run.thaw()
         await asyncio.shield(entry.let_go)
@@ -115,7 +130,7 @@ class Queue:
         if self._stopping:
             raise Unavailable('ckptd is stopping')
         held = [entry.job for entry in self._held.values()]
-        refuse_too_many(request, [*self._entries, *held], self._config.max_jobs_per_user)
+        refuse_too_many(request, [*self._entries, *held], self._config.max_jobs_per_user, self._config.max_queued_jobs)
         refuse_conflict(request, self._entries, self._held, overlap)
         refuse_token(token, self._known.values())
         entry = self._make(request, fds, token)
@@ -139,6 +154,7 @@ class Queue:
     async def _live(self, entry: Entry) -> None:
         await entry.enter_lane()
         try:
+            await self._prepare(entry)
             if not entry.job.over:      # cancelled while it waited
                 await self._begin(entry)
         except WorkerDied as error:
@@ -149,6 +165,21 @@ class Queue:
             if not entry.job.over:
                 entry.kill()
                 self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
+
+    async def _prepare(self, entry: Entry) -> None:
+        """Tell who wants to know that a tree is about to be frozen, and give them a moment, while others may work."""
+        job = entry.job
+        if job.request.operation != 'checkpoint' or job.over:
+            return
+        inhibitors = self.inhibitors.of(job.request.target)
+        entry.prepared = True
+        self._listener.job_prepares(job, True, inhibitors)
+        if inhibitors:
+            job.enter('prepare', self._loop.time())
+            self._listener.job_changed(job)
+            entry.leave_lane()
+            await self.inhibitors.wait(inhibitors, self._config.inhibit_delay_usec / 1e6)
+            await entry.enter_lane()
 
     async def _begin(self, entry: Entry) -> None:
         worker = await self._pool.take(entry.job.request)
@@ -168,7 +199,7 @@ class Queue:
             died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, failed=True)
             self._settle(entry, _reason(entry, error, died))
             return
-        if run.job.request.operation == 'checkpoint':
+        if run.job.request.operation in ('checkpoint', 'import'):
             await self._listener.images_changed()
         if run.frozen is not None:
             self._hold(entry, run)
@@ -235,15 +266,21 @@ class Queue:
             self._listener.job_changed(job)
             self._listener.job_removed(job)
             self._timers[job.number] = self._loop.call_later(self._config.keep_jobs_usec / 1e6, self._forget, job)
+        if entry.prepared:
+            self._listener.job_prepares(job, False, self.inhibitors.of(job.request.target))
         entry.over.set()
+        for callback in entry.when_over:
+            callback()
 
     def _forget(self, job: Job) -> None:
         del self._known[job.number], self._timers[job.number]
         self._listener.job_forgotten(job)
 
     def _changed(self, entry: Entry, message: FromWorker | None) -> None:
-        if isinstance(message, Running) and entry.job.request.wait:
-            entry.leave_lane()
+        if isinstance(message, Running):
+            self._listener.tree_restored(entry.job, message.tasks)
+            if entry.job.request.wait:
+                entry.leave_lane()
         if entry.job.number and not entry.job.over:
             if isinstance(message, Progress):
                 entry.pacer.poke()
@@ -276,6 +313,7 @@ class Queue:
         await self._tasks.drain(CANCEL_PATIENCE + 2.0, self._kill_all)
         for timer in self._timers.values():
             timer.cancel()
+        self.inhibitors.close()
         await self._pool.close()
 
     def _let_go(self, entry: Entry) -> None:

@@ -99,10 +99,11 @@ class Spool:
         known = self._images
         return {name: known.get(name) or _describe(name, path) for name, path in names.items()}
 
-    def adopt(self, found: dict[str, ImageInfo]) -> tuple[list[ImageInfo], list[str]]:
-        """Take over what `look` saw: (images that are new, ids that are gone)."""
+    def adopt(self, found: dict[str, ImageInfo]) -> tuple[list[ImageInfo], list[ImageInfo]]:
+        """Take over what `look` saw: (images that are new, those that are gone)."""
         before, self._images = self._images, found
-        return [found[name] for name in sorted(found.keys() - before.keys())], sorted(before.keys() - found.keys())
+        return ([found[name] for name in sorted(found.keys() - before.keys())],
+                [before[name] for name in sorted(before.keys() - found.keys())])
 
     def find(self, image: str) -> ImageInfo:
         info = self._images.get(image)
@@ -110,9 +111,9 @@ class Spool:
             raise NoSuchImage(f'there is no image {image[:128]!r} in {self.directory}', resource=image[:128])
         return info
 
-    def usage(self, uid: int) -> tuple[int, int]:
-        """Images and bytes that a uid owns."""
-        own = [info.size for info in self._images.values() if info.owner == uid]
+    def usage(self, uid: int | None) -> tuple[int, int]:
+        """Images and bytes that a uid owns, or all."""
+        own = [info.size for info in self._images.values() if uid in (None, info.owner)]
         return len(own), sum(own)
 
     def remove(self, info: ImageInfo) -> None:

@@ -3,13 +3,14 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from ckptd.config import Config
 from ckptd.engine.messages import Caller, JobRequest
+from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.recovery import Recovery
@@ -30,6 +31,8 @@ class Heard:
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
         self.progress: list[tuple[float, float]] = []
+        self.prepared: list[tuple[int, bool, list[str]]] = []
+        self.restored: list[tuple[int, int]] = []
         self._phases: dict[int, str] = {}
         self._more = asyncio.Event()
 
@@ -63,6 +66,13 @@ class Heard:
 
     def job_forgotten(self, job: Job) -> None:
         self._add('forgotten', job.number)
+
+    def job_prepares(self, job: Job, start: bool, inhibitors: Sequence[Inhibitor]) -> None:
+        self.prepared.append((job.number, start, [one.who for one in inhibitors]))
+        self._more.set()
+
+    def tree_restored(self, job: Job, tasks: int) -> None:
+        self.restored.append((job.number, tasks))
 
     def frozen_changed(self) -> None:
         self._add('frozen', 0)

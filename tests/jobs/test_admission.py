@@ -3,7 +3,7 @@
 
 import os
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -67,7 +67,9 @@ def test_trees_that_share_tasks() -> None:
         try:
             me, it = f'pid:{os.getpid()}', f'pid:{child.pid}'
             home = f'cgroup:{read_cgroup2(child.pid)}'
-            for one, other in ((me, it), (it, it), (home, it), ('cgroup:/', home), ('cgroup:/', it), ('a.b', 'a.b')):
+            unit = PurePosixPath(home).name or 'a.b'        # a cgroup of systemd's has its unit's name
+            for one, other in ((me, it), (it, it), (home, it), ('cgroup:/', home), ('cgroup:/', it), ('a.b', 'a.b'),
+                               (unit, it if unit != 'a.b' else unit), ('cgroup:/x/a.b/y', 'a.b')):
                 assert overlap(one, other)
                 assert overlap(other, one)
             for one, other in (('pid:4194305', it), ('cgroup:/none', it), ('cgroup:/a', 'cgroup:/ab'), ('a.b', it),

@@ -17,7 +17,6 @@ from ckptd.errors import (
     LimitsExceeded,
     NoSuchJob,
     NoSuchTarget,
-    PermissionDenied,
     Refused,
     Unavailable,
     WorkerDied,
@@ -171,34 +170,32 @@ async def test_a_token_is_taken_once(queue: Queue, heard: Heard) -> None:
 async def test_freeze_holds_until_thaw(queue: Queue, heard: Heard) -> None:
     target = 'cgroup:/hold'
     assert await queue.call(request_of('hold', 'freeze', uid=1000)) == {'tasks': 3}
-    assert queue.frozen_targets == [target]
+    assert queue.frozen == {target: 1000}
     with pytest.raises(Busy, match='held frozen already'):
         await queue.call(request_of('hold', 'freeze'))
-    with pytest.raises(PermissionDenied):
-        await queue.thaw(target, 1001)
-    await queue.thaw(target, 1000)
-    assert queue.frozen_targets == []
+    await queue.thaw(target)
+    assert queue.frozen == {}
     with pytest.raises(NoSuchTarget, match='is not frozen'):
-        await queue.thaw(target, 0)
+        await queue.thaw(target)
 
 
 async def test_a_checkpoint_may_leave_its_tree_frozen(queue: Queue, heard: Heard) -> None:
     job = await run(queue, heard, 'hold', after='freeze')
     assert job.state is State.DONE
-    assert queue.frozen_targets == ['cgroup:/hold']
-    await queue.thaw('cgroup:/hold', 0)
+    assert list(queue.frozen) == ['cgroup:/hold']
+    await queue.thaw('cgroup:/hold')
 
 
 async def test_a_holder_that_is_killed(queue: Queue, heard: Heard) -> None:
     job = await run(queue, heard, 'hold', after='freeze')
     os.kill(job.worker, signal.SIGKILL)
-    await heard.until(lambda: not queue.frozen_targets)
+    await heard.until(lambda: not queue.frozen)
 
 
 async def test_thaw_tells_of_a_holder_that_dies(queue: Queue, heard: Heard) -> None:
     await run(queue, heard, 'drop', after='freeze')
     with pytest.raises(WorkerDied, match='SIGKILL'):
-        await queue.thaw('cgroup:/drop', 0)
+        await queue.thaw('cgroup:/drop')
 
 
 async def test_progress_ten_times_a_second_and_the_last(queue: Queue, heard: Heard) -> None:
@@ -254,6 +251,6 @@ async def test_stop_ends_everything(make_queue: Callable[..., Queue], heard: Hea
     await heard.wait('memory', slow.number)
     await queue.stop()
     assert slow.state is State.CANCELLED
-    assert queue.frozen_targets == []
+    assert queue.frozen == {}
     with pytest.raises(Unavailable):
         queue.submit(request_of('finish'))

@@ -67,7 +67,8 @@ def test_what_came_and_went(spool: Path) -> None:
     added, gone = seen.adopt(seen.look())
     assert ([info.id for info in added], gone) == ([first, second], [])
     seen.remove(seen.find(first))
-    assert seen.adopt(seen.look()) == ([], [first])
+    added, gone = seen.adopt(seen.look())
+    assert (added, [info.id for info in gone]) == ([], [first])
     assert names(spool) == [second]
 
 

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A job is its caller's: who leaves the bus before it is over, and did not say `detach`, wanted it for himself."""
+
+from contextlib import suppress
+
+from ckptd.bus.router import Call
+from ckptd.errors import NoSuchJob
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.state import Job
+
+
+async def attach(call: Call, queue: Queue, job: Job) -> None:
+    """Cancel the job when its caller leaves."""
+    def leave() -> None:
+        with suppress(NoSuchJob):
+            queue.cancel(job.number)
+
+    await call.when_gone(leave)
+    queue.when_over(job, lambda: call.never_mind(leave))

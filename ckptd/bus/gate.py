@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who may do what: root all, others what is their own, and what polkit lets them besides.
+
+    what it is about        action of polkit
+    a tree of one's own     org.ckptd1.checkpoint-own    freeze-own
+    another tree            org.ckptd1.checkpoint        freeze
+    an image of one's own   org.ckptd1.restore-own       manage-own-images
+    another image           org.ckptd1.restore           manage-images
+
+Of a tree the kernel then decides task by task, before the freeze and after it: for the caller, or for root where that
+was allowed of another tree. Without polkit the first and third row are allowed, the others not. Each decision is a line
+in the log.
+"""
+
+import asyncio
+import json
+import logging
+from typing import Final, Literal, NamedTuple
+
+from ckptd.bus.message import DBusError
+from ckptd.bus.names import BUS_NAME
+from ckptd.bus.polkit import Answer, Polkit
+from ckptd.bus.registry import ERROR
+from ckptd.bus.router import Call
+from ckptd.engine.messages import Caller
+from ckptd.errors import PermissionDenied
+from ckptd.jobs.orders import parse_target
+from ckptd.jobs.spool import ImageInfo
+from ckptd.jobs.strangers import stranger_in
+
+audit_log = logging.getLogger('ckptd.audit')
+
+Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
+ALL_CAPABILITIES: Final = (1 << 63) - 1
+# what an own tree and another one take
+ACTIONS: Final[dict[Verb, tuple[str, str]]] = {
+    'checkpoint': ('checkpoint-own', 'checkpoint'), 'freeze': ('freeze-own', 'freeze'),
+    'restore': ('restore-own', 'restore'), 'manage': ('manage-own-images', 'manage-images')}
+WORDS: Final = {Answer.NO: 'polkit does not allow it', Answer.DISMISSED: 'the question was dismissed',
+                Answer.ABSENT: 'it is not theirs, and there is no polkit to allow it'}
+
+
+class Rights(NamedTuple):
+    """caller: with whose rights the work is done. asker: uid of who asked for it."""
+    caller: Caller
+    asker: int
+
+
+class Gate:
+    """Made for one bus."""
+
+    def __init__(self, polkit: Polkit) -> None:
+        self._polkit = polkit
+
+    async def enter(self, call: Call, verb: Verb, what: str, *, owner: int, task: int = 0, hint: str | None = None
+                    ) -> Caller:
+        """With whose rights the work is to be done: the caller's for what is owned by its uid, root's where that was
+        allowed for what is not. what: 'pid:12' or 'image X'. task: whose owner that is.
+
+        PermissionDenied with the rule; InteractiveAuthorizationRequired where a person would have to be asked.
+        """
+        caller = await call.credentials()
+        own = owner == caller.uid
+        action = f'{BUS_NAME}.{ACTIONS[verb][0 if own else 1]}'
+        if not caller.uid:
+            audit('allowed', call, caller, what, 'root')
+            return caller
+        async with call.attended():
+            answer = await self._polkit.ask(call.sender, action, {'target': what, 'owner': str(owner)},
+                                            interactive=call.interactive)
+        if answer == Answer.YES or (own and answer == Answer.ABSENT):
+            audit('allowed', call, caller, what, action if answer == Answer.YES else 'owner')
+            return caller if own else _as_root(caller)
+        audit('refused', call, caller, what, action)
+        if answer == Answer.ASK:
+            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired',
+                            f'{what} takes an authorization ({action}) that a person must give')
+        raise PermissionDenied(f'uid {caller.uid} may not do this to {what}, which belongs to uid {owner}: {action}: '
+                               f'{WORDS[answer]}', task=task, resource=action, hint=hint)
+
+    async def tree(self, call: Call, verb: Verb, target: str) -> Rights:
+        """The same for a tree. NoSuchTarget."""
+        caller = await call.credentials()
+        where = parse_target(target, caller)
+        stranger = await asyncio.to_thread(stranger_in, where, caller)
+        pid, owner = stranger or (0, caller.uid)
+        return Rights(await self.enter(call, verb, where, owner=owner, task=pid,
+                                       hint='run as the owner of the tree, or as root'), caller.uid)
+
+    async def image(self, call: Call, verb: Verb, info: ImageInfo) -> Rights:
+        """The same for an image."""
+        caller = await call.credentials()
+        return Rights(await self.enter(call, verb, f'image {info.id}', owner=info.owner, hint='ask its owner, or root'),
+                      caller.uid)
+
+    async def sees_all(self, call: Call) -> bool:
+        """Whether polkit lets the caller see the images and jobs of others. Nobody is asked but by a call that waits
+        for it."""
+        answer = await self._polkit.ask(call.sender, f'{BUS_NAME}.{ACTIONS["manage"][1]}', {}, interactive=False)
+        return answer == Answer.YES
+
+
+def _as_root(caller: Caller) -> Caller:
+    """Root's rights for what root's rights are needed for; the pid still says who asked."""
+    return Caller(0, 0, (0,), caller.pid, ALL_CAPABILITIES, label=caller.label)
+
+
+def audit(decision: Literal['allowed', 'refused'], call: Call, caller: Caller, what: str, rule: str) -> None:
+    """One line, whatever is in the names."""
+    audit_log.info('%s method=%s uid=%d pid=%d sender=%s label=%s what=%s rule=%s', decision, call.message.member,
+                   caller.uid, caller.pid, call.sender, json.dumps(caller.label), json.dumps(what), rule)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""polkit: what an administrator has decided, or is asked to (org.freedesktop.PolicyKit1.Authority).
+
+The answers of any process that has the name would count, so its owner must be root or the user polkitd: where polkit is
+not installed a bus may let anybody have the name.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import pwd
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, Final
+
+from ckptd.bus import wire
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, Connection
+from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError
+
+log = logging.getLogger(__name__)
+
+NAME: Final = 'org.freedesktop.PolicyKit1'
+PATH: Final = '/org/freedesktop/PolicyKit1/Authority'
+AUTHORITY: Final = 'org.freedesktop.PolicyKit1.Authority'
+ALLOW_INTERACTION: Final = 1
+USER: Final = 'polkitd'             # what polkitd runs as
+TIMEOUT: Final = 25.0               # seconds for an answer that needs nobody
+PATIENCE: Final = 300.0             # seconds for a person
+# there is none, and none can be started
+_ABSENT: Final = frozenset(f'{ERROR}{name}' for name in (
+    'ServiceUnknown', 'NameHasNoOwner', 'Spawn.ServiceNotFound', 'Spawn.ChildExited', 'Spawn.Failed', 'NoReply'))
+
+
+class Answer(Enum):
+    YES = 'yes'
+    NO = 'no'
+    ASK = 'ask'             # a person would have to be asked, and the caller does not wait for that
+    DISMISSED = 'dismissed'     # a person was asked, and wanted none of it
+    ABSENT = 'absent'       # no polkit, or it does not know the action
+
+
+class Polkit:
+    """The authority on a connection's bus, if it has one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._trusted: str | None = None        # unique name of an owner that was looked at
+        self._numbers = itertools.count(1)
+
+    async def ask(self, sender: str, action: str, details: Mapping[str, str], *, interactive: bool) -> Answer:
+        """May the sender do this? interactive: it waits until somebody was asked, if need be.
+
+        An error of polkit's is a no: who cannot tell does not let in.
+        """
+        try:
+            if not await self._is_there():
+                return Answer.ABSENT
+            return await self._check(sender, action, details, interactive)
+        except DBusError as error:
+            if error.name in _ABSENT:
+                return Answer.ABSENT
+            if 'is not registered' in error.message:
+                log.warning('polkit does not know %s: install org.ckptd1.policy', action)
+                return Answer.ABSENT
+            log.error('polkit does not answer about %s: %s', action, error.message)
+            return Answer.NO
+
+    async def _is_there(self) -> bool:
+        """Whether an owner that may be believed has the name; started by the bus if it can be."""
+        with contextlib.suppress(DBusError):        # what matters is whether it has an owner then
+            await self._driver('StartServiceByName', 'su', NAME, 0)
+        [owner] = await self._driver('GetNameOwner', 's', NAME)
+        if owner != self._trusted:
+            [uid] = await self._driver('GetConnectionUnixUser', 's', owner)
+            if uid not in _believed():
+                log.warning('%s is owned by uid %d, and not believed', NAME, uid)
+                return False
+            self._trusted = owner
+        return True
+
+    async def _driver(self, member: str, signature: str, *args: Any) -> list[Any]:
+        return await self._connection.call(DRIVER, DRIVER_PATH, DRIVER, member, signature, args)
+
+    async def _check(self, sender: str, action: str, details: Mapping[str, str], interactive: bool) -> Answer:
+        cancellation = f'ckptd-{os.getpid()}-{next(self._numbers)}'
+        try:
+            [[allowed, challenge, said]] = await self._connection.call(
+                self._trusted or NAME, PATH, AUTHORITY, 'CheckAuthorization', '(sa{sv})sa{ss}us',
+                [('system-bus-name', {'name': sender}), action, dict(details), ALLOW_INTERACTION if interactive else 0,
+                 cancellation], timeout=PATIENCE if interactive else TIMEOUT)
+        except asyncio.CancelledError:
+            # the caller has left: nobody needs to be asked any more
+            self._connection.send(wire.make_call(NAME, PATH, AUTHORITY, 'CancelCheckAuthorization', 's', [cancellation],
+                                                 NO_REPLY_EXPECTED))
+            raise
+        if allowed:
+            return Answer.YES
+        if 'polkit.dismissed' in said:
+            return Answer.DISMISSED
+        return Answer.ASK if challenge else Answer.NO
+
+
+def _believed() -> set[int]:
+    uids = {0}
+    with contextlib.suppress(KeyError):
+        uids.add(pwd.getpwnam(USER).pw_uid)
+    return uids

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Delay inhibitors, as logind has them for sleep: a checkpoint of their tree waits a moment until they let go.
+
+Who takes one gets the writing end of a pipe. Nothing is ever written; when all who have it have closed it, by
+themselves or by their end, the reading end says so.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ckptd.errors import LimitsExceeded
+from ckptd.jobs.overlap import overlap
+
+MOST_OF_USER = 32
+MOST = 512
+
+
+@dataclass(slots=True, eq=False)
+class Inhibitor:
+    """who, why: in words for people. target: as parse_target spells it. sender: the connection that took it."""
+    who: str
+    why: str
+    target: str
+    uid: int
+    pid: int
+    sender: str
+    fd: int
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Inhibitors:
+    """Those that are held."""
+
+    def __init__(self) -> None:
+        self._held: list[Inhibitor] = []
+        self._loop = asyncio.get_running_loop()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def held(self) -> tuple[Inhibitor, ...]:
+        return tuple(self._held)
+
+    def take(self, who: str, why: str, target: str, uid: int, pid: int, sender: str) -> int:
+        """A new one: the fd that holds it, the caller's to close. LimitsExceeded."""
+        own = sum(one.uid == uid for one in self._held)
+        if (uid and own >= MOST_OF_USER) or len(self) >= MOST:
+            raise LimitsExceeded(f'uid {uid} has {own} inhibitors, and there are {len(self)} in all',
+                                 resource='inhibitors', hint='close those that are not needed')
+        ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        one = Inhibitor(who, why, target, uid, pid, sender, ours)
+        self._held.append(one)
+        self._loop.add_reader(ours, self._look, one)
+        return theirs
+
+    def of(self, target: str) -> list[Inhibitor]:
+        """Those that a checkpoint of this target has to wait for."""
+        return [one for one in self._held if overlap(one.target, target)]
+
+    async def wait(self, inhibitors: Iterable[Inhibitor], seconds: float) -> None:
+        """Until they have let go, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for one in inhibitors:
+                    await one.released.wait()
+
+    def close(self) -> None:
+        for one in self.held:
+            self._drop(one)
+
+    def _look(self, one: Inhibitor) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if os.read(one.fd, 4096):       # that is not what it is for
+                return
+            self._drop(one)
+
+    def _drop(self, one: Inhibitor) -> None:
+        self._loop.remove_reader(one.fd)
+        os.close(one.fd)
+        self._held.remove(one)
+        one.released.set()

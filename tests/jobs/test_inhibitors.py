@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A checkpoint waits for who delays it, and not for ever; a job that nobody wants any more is told so."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import pytest
+
+from ckptd.errors import LimitsExceeded
+from ckptd.jobs.inhibitors import MOST_OF_USER, Inhibitors
+from ckptd.jobs.queue import Queue
+from tests.jobs.conftest import Heard, request_of
+
+
+@pytest.fixture
+async def inhibitors() -> AsyncIterator[Inhibitors]:
+    made = Inhibitors()
+    yield made
+    made.close()
+
+
+def take(inhibitors: Inhibitors, target: str = 'cgroup:/a', uid: int = 1000) -> int:
+    return inhibitors.take('who', 'why', target, uid, 42, ':1.7')
+
+
+async def test_it_is_held_until_the_last_has_closed_it(inhibitors: Inhibitors) -> None:
+    fd = take(inhibitors)
+    [one] = inhibitors.of('cgroup:/a/b')
+    assert inhibitors.of('cgroup:/c') == []
+    other = os.dup(fd)
+    os.write(fd, b'what is this for?')
+    os.close(fd)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(inhibitors) == 1
+    os.close(other)
+    async with asyncio.timeout(10):
+        await one.released.wait()
+    assert len(inhibitors) == 0
+
+
+async def test_waiting_is_bounded(inhibitors: Inhibitors) -> None:
+    fd = take(inhibitors)
+    start = time.monotonic()
+    await inhibitors.wait(inhibitors.held, 0.2)
+    assert time.monotonic() - start >= 0.2
+    assert len(inhibitors) == 1
+    os.close(fd)
+
+
+async def test_limits(inhibitors: Inhibitors) -> None:
+    fds = [take(inhibitors) for _ in range(MOST_OF_USER)]
+    with pytest.raises(LimitsExceeded, match='uid 1000 has 32 inhibitors'):
+        take(inhibitors)
+    fds += [take(inhibitors, uid=0) for _ in range(MOST_OF_USER + 1)]
+    for fd in fds:
+        os.close(fd)
+
+
+async def test_a_checkpoint_waits_for_it(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(inhibit_delay_usec=60_000_000, max_jobs=1)
+    fd = take(queue.inhibitors, 'cgroup:/finish')
+    job = queue.submit(request_of('finish'))
+    await heard.wait('prepare', 1)
+    assert heard.prepared == [(1, True, ['who'])]
+    assert not job.worker
+    # it has no place meanwhile: others work
+    assert await queue.call(request_of('rows', 'scan')) is not None
+    queue.submit(request_of('rows', 'verify'))
+    await heard.wait('done', 2)
+    os.close(fd)
+    await heard.wait('done', 1)
+    assert heard.prepared[-1] == (1, False, [])
+    assert not queue.idle           # it may still be asked about
+
+
+async def test_it_delays_no_longer_than_configured(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(inhibit_delay_usec=100_000)
+    fd = take(queue.inhibitors, 'cgroup:/finish')
+    queue.submit(request_of('finish'))
+    await heard.wait('done', 1)
+    assert [start for _, start, _ in heard.prepared] == [True, False]
+    os.close(fd)
+
+
+async def test_cancel_while_it_waits(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(inhibit_delay_usec=60_000_000)
+    fd = take(queue.inhibitors, 'cgroup:/finish')
+    queue.submit(request_of('finish'))
+    await heard.wait('prepare', 1)
+    queue.cancel(1)
+    assert ('cancelled', 1) in heard.events
+    assert heard.prepared[-1] == (1, False, ['who'])
+    os.close(fd)
+
+
+async def test_what_is_called_when_a_job_is_over(queue: Queue, heard: Heard) -> None:
+    job = queue.submit(request_of('finish'))
+    over: list[str] = []
+    queue.when_over(job, lambda: over.append('later'))
+    await heard.wait('done', 1)
+    queue.when_over(job, lambda: over.append('at once'))
+    with suppress(TimeoutError):
+        await heard.until(lambda: over == ['later', 'at once'])
+    assert over == ['later', 'at once']

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Places in turn: whoever asks for many delays another one by one at most."""
+
+import asyncio
+
+import pytest
+
+from ckptd.jobs.lane import Lane
+
+
+class Crowd:
+    """Requests of users, and in which order they got their places."""
+
+    def __init__(self, places: int) -> None:
+        self.lane = Lane(places)
+        self.got: list[int] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def ask(self, *uids: int) -> None:
+        for uid in uids:
+            self.tasks.append(asyncio.create_task(self._ask(uid)))
+            await asyncio.sleep(0)
+
+    async def _ask(self, uid: int) -> None:
+        await self.lane.acquire(uid)
+        self.got.append(uid)
+
+    async def release(self, times: int = 1) -> list[int]:
+        """Who got a place by it."""
+        before = len(self.got)
+        for _ in range(times):
+            self.lane.release()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        return self.got[before:]
+
+
+async def test_one_user_after_the_other() -> None:
+    crowd = Crowd(1)
+    await crowd.ask(1, 1, 1, 1, 2, 3, 2)
+    assert crowd.got == [1]
+    assert await crowd.release(6) == [1, 2, 3, 1, 2, 1]
+    crowd.lane.release()
+    await crowd.ask(4, 5)
+    assert crowd.got[-1] == 4
+    assert await crowd.release() == [5]
+
+
+async def test_as_many_as_there_are_places() -> None:
+    crowd = Crowd(3)
+    await crowd.ask(1, 1, 1, 1)
+    assert crowd.got == [1, 1, 1]
+    assert await crowd.release() == [1]
+
+
+@pytest.mark.parametrize('given', [False, True], ids=['waiting', 'given in the same moment'])
+async def test_who_does_not_wait_any_more(given: bool) -> None:
+    crowd = Crowd(1)
+    await crowd.ask(1, 2, 3)
+    if given:
+        crowd.lane.release()
+    crowd.tasks[1].cancel()
+    await asyncio.wait([crowd.tasks[1]])
+    if given:
+        await asyncio.sleep(0)
+        assert crowd.got == [1, 3]
+    else:
+        assert await crowd.release() == [3]
+    crowd.lane.release()
+    await crowd.ask(4)
+    assert crowd.got == [1, 3, 4]
