@@ -123,7 +123,7 @@ class Queue:
             raise NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
                                hint='the property FrozenTargets names what is')
         refuse_active(target, self._entries, overlap)
-        entry.run.thaw()
+        self._let_go(entry)     # it may be about to, and not listen any more
         await asyncio.shield(entry.let_go)
 
     def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:

@@ -19,8 +19,8 @@
 #include <sys/wait.h>
 
 #define SECONDS 2       /* of each, but for another argument */
-#define BEFORE 0.6      /* seconds of it that pass before there can be a checkpoint */
-#define SPREAD 0.45     /* at most that much apart: a call that began anew is BEFORE too late */
+#define BEFORE 1.1      /* seconds of it that pass before there can be a checkpoint */
+#define SPREAD 0.9     /* at most that much apart: a call that began anew is BEFORE too late */
 
 static int data_pipe[2], poll_pipe[2], empty_pipe[2], child_pipe[2];
 static uint32_t never, later;

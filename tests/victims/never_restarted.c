@@ -21,8 +21,8 @@ struct letter {
 
 #define THREADS 7       /* the last two only if asked for */
 #define SECONDS 2       /* of each, but for another argument */
-#define BEFORE 0.6      /* seconds of it that pass before there can be a checkpoint */
-#define SPREAD 0.45     /* at most that much apart: a call that began anew is BEFORE too late */
+#define BEFORE 1.1      /* seconds of it that pass before there can be a checkpoint */
+#define SPREAD 0.9     /* at most that much apart: a call that began anew is BEFORE too late */
 
 static int semaphores, messages;
 static pid_t tids[THREADS];
