@@ -41,7 +41,7 @@ def verify_records(directory: Path, on_bytes: Callable[[int], None] | None = Non
                  for name in sorted({*names, *PARTS.values()})}
         checker = RecordChecker({name: size for name, size in sizes.items() if size is not None}, damages)
         whole = [_verify_records(fd, code, checker, damages, on_bytes) for code, name in PARTS.items()
-                 if sizes.get(name)]
+                 if sizes.get(name) is not None]
         # a part that broke off lacks records that others name: those are no damages of their own
         if len(whole) == len(PARTS) and all(whole):
             checker.finish(manifest)
