@@ -4,9 +4,12 @@
 import array
 import os
 import select
+import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import msgspec
 
@@ -27,6 +30,7 @@ from ckptd.engine.messages import (
 from ckptd.errors import Cancelled, CkptError
 
 PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
+CHECK_INTERVAL = 0.1        # seconds, of a worker that waits for somebody else
 _MAX_FDS = 4
 
 _encoder = msgspec.msgpack.Encoder()
@@ -103,6 +107,38 @@ class Channel:
     def cancel(self) -> None:
         """From a signal handler: the next `check` raises."""
         self._cancelled = True
+
+    def wait_readable(self, fd: int) -> None:
+        """Wait until there is something to read from somebody else's pipe or socket, or its end. Cancelled."""
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(self._socket, select.POLLIN)
+        while True:
+            self.check()
+            # SIGTERM alone does not end poll(2): PEP 475
+            if fd in dict(poll.poll(CHECK_INTERVAL * 1000)):
+                return
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """In the block, a Cancel ends also a system call that waits for somebody else, whatever kind of file it is on.
+
+        Cancelled may come out of any statement there: for work that has nothing to undo.
+        """
+        def on_alarm(number: int, frame: FrameType | None) -> None:
+            try:
+                self.check()
+            except Cancelled:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise
+
+        signal.signal(signal.SIGALRM, on_alarm)
+        # again and again, as one alarm may come between the last look at it and the call that then waits
+        signal.setitimer(signal.ITIMER_REAL, CHECK_INTERVAL, CHECK_INTERVAL)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     # ------------------------------------------------------------ out
 

@@ -19,18 +19,20 @@ POINTS = frozenset((
     'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'issued-again', 'asleep-again',
     'running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written',
     'sealed', 'published'))
+IMPORT_POINTS = frozenset(('received', 'verified'))
 RESTORE_POINTS = frozenset(('opened', 'created-one', 'created', 'filled', 'rebuilt', 'ready', 'started'))
 # the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
 PREFIXES = ('freeze-', 'let-run-', 'hold-', 'undo-', 'place-')
 ANY = '*'
+_KNOWN = POINTS | IMPORT_POINTS | RESTORE_POINTS
 
 
 def _plan() -> dict[str, str]:
     plan = {}
     for part in filter(None, os.environ.get('CKPTD_FAULT', '').split(',')):
         point, _, action = part.partition('=')
-        if point not in POINTS | RESTORE_POINTS and point != ANY and not point.startswith(PREFIXES):
-            raise SystemExit(f'CKPTD_FAULT: no point {point!r}; there are {", ".join(sorted(POINTS | RESTORE_POINTS))}')
+        if point not in _KNOWN and point != ANY and not point.startswith(PREFIXES):
+            raise SystemExit(f'CKPTD_FAULT: no point {point!r}; there are {", ".join(sorted(_KNOWN))}')
         plan[point] = action
     return plan
 

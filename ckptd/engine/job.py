@@ -27,8 +27,8 @@ from ckptd.tree import Task, Tree
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """pidfd: of the target, if the caller gave one, else -1. output: where an export goes, else -1. terminal: for a
-    restart, else -1."""
+    """pidfd: of the target, if the caller gave one, else -1. output: where an export goes or an import
+    comes from, else -1. terminal: for a restart, else -1."""
     request: JobRequest
     channel: Channel
     pidfd: int = -1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What daemon and worker say to each other: tagged msgpack messages, one per packet of a SOCK_SEQPACKET socketpair.
 
-    daemon -> worker    Start (with fds: pidfd of the target, output of an export, a terminal,
+    daemon -> worker    Start (with fds: pidfd of the target, output of an export or input of an import, a terminal,
                         if any, in this order)   Cancel   Thaw   UnitDone
     worker -> daemon    Phase   Progress   UnitRequest   ScopeRequest   Frozen   Running   Log
                         and last: Finished or Failed
@@ -17,12 +17,13 @@ from ckptd.errors import CkptError, Refusal, from_details
 
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
 
-Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'restore',
-                    'check-restore', 'recover', 'import']
+Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'import',
+                    'restore', 'check-restore', 'recover']
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
 PHASES = ('resolve', 'scan', 'freeze', 'rescan', 'seize', 'state', 'memory', 'release', 'write', 'publish')
+IMPORT_PHASES = ('receive', 'verify', 'publish')
 RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place', 'start', 'attend')
 
 
@@ -51,6 +52,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     connected to that bus does not outlive the dump. Else 0.
     asker: uid of who asked, where that is not the caller, by whose rights the work is done: with an administrator's
     authorization root's. Else -1.
+    has_output: the caller gives an fd, where an export goes, or where an import comes from. format: of an export,
+    'core' or 'tar'. Of an import: image is not looked at, the caller becomes the owner, save_limit: bytes it may have.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
@@ -153,7 +156,8 @@ class Log(Message, frozen=True):
 
 class Finished(Message, frozen=True):
     """result: checkpoint: the manifest's summary; check, check-restore: {'refusals': [...], 'tasks': N};
-    scan, tree: {'tasks': [...]}; verify: {'damages': [...]}; recover: {'report': [...]}; restore: {'image', 'root',
+    scan, tree: {'tasks': [...]}; verify: {'damages': [...]}; export: {'files': names in the stream}; import: {'image',
+    'bytes': of its parts}; recover: {'report': [...]}; restore: {'image', 'root',
     'inside', 'tasks', 'processes', 'cgroup', 'warnings': [...], 'restored_usec', times in microseconds}, with `wait`
     also {'exit_status': as of wait(2)}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
     result: dict[str, Any] = {}

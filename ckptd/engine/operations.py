@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a worker can do, by name. Each operation sends Finished itself; an exception becomes Failed."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ckptd.checks import check_access
+from ckptd.engine.archive import export_image, import_image
 from ckptd.engine.checkpoint import checkpoint, hold
 from ckptd.engine.job import Job, image_path
 from ckptd.engine.messages import Frozen, refusal_row
 from ckptd.engine.restore.prepare import check_restore
 from ckptd.engine.restore.run import restore
 from ckptd.engine.rows import image_rows, live_rows
-from ckptd.errors import InvalidArgument
-from ckptd.image.export_core import export
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.journal.recover import recover
@@ -64,15 +62,6 @@ def image_tree(job: Job) -> None:
         job.channel.finish('tasks', image_rows(reader))
 
 
-def export_image(job: Job) -> None:
-    """A tar stream of cores, one per process, to the caller's fd."""
-    if job.request.format != 'core':
-        raise InvalidArgument(f'unknown format {job.request.format!r}', hint='formats: core')
-    with ImageReader(image_path(job)) as reader, os.fdopen(os.dup(job.output), 'wb', buffering=0) as sink:
-        names = export(reader, sink)
-    job.channel.finish('files', names)
-
-
 def recover_files(job: Job) -> None:
     """Undo what dead workers have left of files."""
     job.channel.finish('report', recover(Journal(Path(job.request.runtime)), files=True))
@@ -80,5 +69,5 @@ def recover_files(job: Job) -> None:
 
 OPERATIONS: Mapping[str, Callable[[Job], None]] = {
     'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
-    'tree': image_tree, 'export': export_image, 'restore': restore,
+    'tree': image_tree, 'export': export_image, 'import': import_image, 'restore': restore,
     'check-restore': check_restore, 'recover': recover_files}

@@ -16,12 +16,13 @@ from typing import BinaryIO
 
 from ckptd.errors import CkptError
 from ckptd.image.core_plan import Core, exportable, plan_core
+from ckptd.image.files import wait_writable
 from ckptd.image.reader import ImageReader
 
 _CHUNK = 1 << 20
 _BLOCK = tarfile.BLOCKSIZE
 _HINTS = {
-    errno.ENOSPC: 'free space there or export to another place; a core is as large as the memory of its process',
+    errno.ENOSPC: 'free space there or export to another place; it takes what the memory of the tree takes',
     errno.EFBIG: 'export to a file system that takes larger (sparse) files',
     errno.EEXIST: 'remove the old cores or export to another directory',
     errno.EPIPE: 'the reader of the stream went away',
@@ -29,7 +30,8 @@ _HINTS = {
 
 
 @contextmanager
-def _writing(name: str) -> Iterator[None]:
+def writing(name: str) -> Iterator[None]:
+    """OSError of the body becomes CkptError saying what could not be written, and what to do."""
     try:
         yield
     except OSError as error:
@@ -41,7 +43,11 @@ def _writing(name: str) -> Iterator[None]:
 def _write(out: BinaryIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):
-        view = view[out.write(view):]       # an unbuffered file may take less at a time
+        done = out.write(view)      # an unbuffered file may take less at a time, or None where it would wait
+        if done is None:
+            wait_writable(out.fileno())
+        else:
+            view = view[done:]
 
 
 def core_name(vpid: int) -> str:
@@ -52,7 +58,7 @@ def core_name(vpid: int) -> str:
 def write_core(reader: ImageReader, vpid: int, out: BinaryIO) -> None:
     """Write the core of one process to an empty seekable file. NoSuchTarget, ImageDamaged; CkptError on a full disk."""
     core = plan_core(reader, vpid)
-    with _writing(core_name(vpid)):
+    with writing(core_name(vpid)):
         base = out.tell()
         for at, chunk in _chunks(core):
             out.seek(base + at)     # what is jumped over becomes a hole
@@ -69,20 +75,20 @@ def export(reader: ImageReader, sink: Path | BinaryIO) -> list[str]:
             _export_file(reader, vpid, sink / core_name(vpid))
     else:
         for vpid in vpids:
-            with _writing('the tar stream'):
+            with writing('the tar stream'):
                 _export_member(reader, vpid, sink)
-        with _writing('the tar stream'):
+        with writing('the tar stream'):
             _write(sink, bytes(2 * _BLOCK))
             sink.flush()
     return [core_name(vpid) for vpid in vpids]
 
 
 def _export_file(reader: ImageReader, vpid: int, path: Path) -> None:
-    with _writing(str(path)):
+    with writing(str(path)):
         # a core is as secret as the memory it shows; never written through a link that lies there
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with _writing(str(path)), os.fdopen(fd, 'wb') as out:
+        with writing(str(path)), os.fdopen(fd, 'wb') as out:
             write_core(reader, vpid, out)
     except BaseException:
         path.unlink(missing_ok=True)

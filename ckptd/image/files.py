@@ -7,6 +7,7 @@ An image may come from anybody, so a reader follows no symbolic link and opens n
 import errno
 import hashlib
 import os
+import select
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,13 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
     view = memoryview(data)
     while len(view):
         view = view[os.write(fd, view):]
+
+
+def wait_writable(fd: int) -> None:
+    """Wait for room in a pipe or socket that is O_NONBLOCK."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
 
 
 def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:

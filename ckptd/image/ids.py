@@ -20,6 +20,11 @@ def new_image_id(command: str, when: float | None = None) -> str:
     return f'{stamp}_{name or "tree"}_{secrets.token_hex(2)}'
 
 
+def other_image_id(image: str) -> str:
+    """The same time and command with four other digits, for an image whose id is taken."""
+    return image[:-4] + secrets.token_hex(2)
+
+
 def is_image_id(text: str) -> bool:
     """Whether `text` can be an id at all; what is not must never become part of a path."""
     return _ID.fullmatch(text) is not None

@@ -37,6 +37,7 @@ _TAIL_SIZE = len(',\n  "digest": ""\n}\n') + 64
 
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Uid = Annotated[int, Meta(ge=0, lt=1 << 32)]
+Moment = Annotated[int, Meta(ge=0, lt=253_402_300_800 * 10**6)]      # microseconds; later years have five digits
 Text = Annotated[str, Meta(max_length=4096)]
 PartName = Annotated[str, Meta(pattern=r'^(tree|tasks|files|memory|data-(0|[1-9][0-9]{0,4}))\.img\Z')]
 
@@ -61,10 +62,12 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """created_usec: realtime. root: vpid of the first root, command: its comm. kernel: release of the kernel.
-    target: as asked for. freeze_mode: what froze the tree. warnings: what the image lacks. parts: by file name."""
+    target: as asked for. freeze_mode: what froze the tree. warnings: what the image lacks. imported: it came from
+    elsewhere as a stream, so nobody here can say whether there ever was such a tree; the owner is who brought it.
+    parts: by file name."""
     format: Annotated[int, Meta(ge=1, lt=1 << 16)] = FORMAT
     image: Text
-    created_usec: Count
+    created_usec: Moment
     ckptd_version: Text
     kernel: Text
     architecture: Text = 'x86-64'
@@ -79,6 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     freeze_mode: Text
     statistics: Statistics = Statistics()
     warnings: tuple[Refusal, ...] = ()
+    imported: bool = False
     parts: dict[PartName, Part] = {}
 
     @property

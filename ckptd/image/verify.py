@@ -13,14 +13,18 @@ from ckptd.image.records import PARTS
 from ckptd.image.references import MAX_DAMAGES, RecordChecker
 
 
-def verify(directory: Path) -> list[str]:
-    """One sentence per damage of the image in `directory`; empty for a sound one. At most `MAX_DAMAGES`."""
-    return [*verify_records(directory), *verify_data(directory)][:MAX_DAMAGES]
+def verify(directory: Path, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+    """One sentence per damage of the image in `directory`; empty for a sound one. At most `MAX_DAMAGES`.
+
+    on_bytes(n) is called after every n bytes that have their digest, for progress, and with 0 after every record; what
+    it raises ends this.
+    """
+    return [*verify_records(directory, on_bytes), *verify_data(directory, on_bytes)][:MAX_DAMAGES]
 
 
-def verify_records(directory: Path) -> list[str]:
+def verify_records(directory: Path, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """All but the digests of the data parts: what there is to know before anything is planned. At most
-    `MAX_DAMAGES`."""
+    `MAX_DAMAGES`. on_bytes: as for `verify`."""
     damages: list[str] = []
     try:
         fd = open_image(directory)
@@ -33,9 +37,11 @@ def verify_records(directory: Path) -> list[str]:
         _verify_names(found, manifest, damages)
         # without a manifest, whatever data part is there may be meant
         names = manifest.parts if manifest else {name for name in found if name.startswith('data-')}
-        sizes = {name: _verify_file(fd, name, manifest, damages) for name in sorted({*names, *PARTS.values()})}
+        sizes = {name: _verify_file(fd, name, manifest, damages, on_bytes)
+                 for name in sorted({*names, *PARTS.values()})}
         checker = RecordChecker({name: size for name, size in sizes.items() if size is not None}, damages)
-        whole = [_verify_records(fd, code, checker, damages) for code, name in PARTS.items() if sizes.get(name)]
+        whole = [_verify_records(fd, code, checker, damages, on_bytes) for code, name in PARTS.items()
+                 if sizes.get(name) is not None]
         # a part that broke off lacks records that others name: those are no damages of their own
         if len(whole) == len(PARTS) and all(whole):
             checker.finish(manifest)
@@ -81,7 +87,8 @@ def _verify_names(found: Iterable[str], manifest: Manifest | None, damages: list
         damages += [f'{NAME}: names no part {name}' for name in PARTS.values() if name not in expected]
 
 
-def _verify_file(directory: int, name: str, manifest: Manifest | None, damages: list[str]) -> int | None:
+def _verify_file(directory: int, name: str, manifest: Manifest | None, damages: list[str],
+                 on_bytes: Callable[[int], None] | None) -> int | None:
     """Its size; None where there is no such file."""
     part = manifest.parts.get(name) if manifest else None
     try:
@@ -96,12 +103,12 @@ def _verify_file(directory: int, name: str, manifest: Manifest | None, damages: 
     if part is not None and size != part.size:
         damages.append(f'{name} has {size} bytes, not {part.size}')
     elif part is not None and name in PARTS.values():
-        _verify_digest(directory, name, part, damages)
+        _verify_digest(directory, name, part, damages, on_bytes)
     return size
 
 
 def _verify_digest(directory: int, name: str, part: Part, damages: list[str],
-                   on_bytes: Callable[[int], None] | None = None) -> None:
+                   on_bytes: Callable[[int], None] | None) -> None:
     try:
         fd = open_regular(directory, name)
     except ImageDamaged:
@@ -115,7 +122,8 @@ def _verify_digest(directory: int, name: str, part: Part, damages: list[str],
         os.close(fd)
 
 
-def _verify_records(directory: int, code: str, checker: RecordChecker, damages: list[str]) -> bool:
+def _verify_records(directory: int, code: str, checker: RecordChecker, damages: list[str],
+                    on_bytes: Callable[[int], None] | None) -> bool:
     name = PARTS[code]
     try:
         with os.fdopen(open_regular(directory, name), 'rb') as file:
@@ -123,6 +131,8 @@ def _verify_records(directory: int, code: str, checker: RecordChecker, damages: 
                 if list(PARTS)[one.tag >> 8:][:1] != [code]:
                     damages.append(f'{name}: a {type(one).__name__} record does not belong there')
                 checker.add(one)
+                if on_bytes:
+                    on_bytes(0)
         return True
     except ImageDamaged as error:
         damages.append(error.message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ImageWriter: one image on its way into the spool, published whole or never seen.
+"""Incoming, ImageWriter: one image on its way into the spool, published whole or never seen.
 
     SPOOL/
         20240131_235959_sleep_3fa9/         a published image; its name never names anything incomplete
@@ -72,8 +72,73 @@ class PartWriter:
                 os.close(fd)
 
 
-class ImageWriter:
-    """Owner of SPOOL/.incoming-IMAGE; leaving the `with` before `publish` removes it.
+class Incoming:
+    """Owner of SPOOL/.incoming-IMAGE, which becomes SPOOL/IMAGE; leaving the `with` before that removes it.
+
+        with Incoming(spool, image) as incoming:
+            ...                                 # parts in incoming.path, each with fsync
+            incoming.write_manifest(manifest)
+            incoming.show()
+    """
+
+    def __init__(self, spool: Path, image: str) -> None:
+        if not is_image_id(image):
+            raise ValueError(f'{image!r} is no image id')
+        self.spool, self.image = spool, image
+        self.path = spool / f'{INCOMING}{image}'
+        self._lock = _make_locked(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.abort()
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write manifest.json and bring it to the disk. SpoolFailed."""
+        path = self.path / NAME
+        with spooling(path):
+            fd = create(path)
+            try:
+                write_all(fd, encode_manifest(manifest))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def show(self) -> None:
+        """Make the image visible under its id. SpoolFailed."""
+        final = self.spool / self.image
+        with spooling(final):
+            sync_directory(self.path)
+            if final.exists():      # rename(2) would replace an empty directory
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            self.path.rename(final)
+        self._unlock()
+        try:
+            with spooling(self.spool):
+                sync_directory(self.spool)
+        except SpoolFailed:
+            shutil.rmtree(final, ignore_errors=True)    # not surely on the disk is not published
+            raise
+
+    def abort(self) -> None:
+        """Remove what is not published; nothing to do after `show`. Never fails: `remove_stale` comes later."""
+        if self._lock < 0:
+            return
+        # the spool may have another path by now, or none: the directory is known by its fd
+        here = Path(os.readlink(f'/proc/self/fd/{self._lock}'))  # noqa: PTH115
+        shutil.rmtree(here if _is_at(self._lock, here) else self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+class ImageWriter(Incoming):
+    """An image that is made here, record by record.
 
         with ImageWriter(spool, image) as writer:
             writer.part('TREE').write(record)
@@ -83,21 +148,10 @@ class ImageWriter:
     """
 
     def __init__(self, spool: Path, image: str) -> None:
-        if not is_image_id(image):
-            raise ValueError(f'{image!r} is no image id')
-        self.spool, self.image = spool, image
-        self.path = spool / f'{INCOMING}{image}'
+        super().__init__(spool, image)
         self._parts: dict[str, PartWriter] = {}
         self._data: list[DataWriter] = []
         self._sealed: dict[str, Part] | None = None
-        self._lock = _make_locked(self.path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.abort()
 
     def part(self, code: str) -> PartWriter:
         """The writer of 'TREE', 'TASK', 'FILE' or 'MEM '; the file is made at the first call. SpoolFailed."""
@@ -145,49 +199,16 @@ class ImageWriter:
     def publish(self, manifest: Manifest) -> Manifest:
         """Make the image visible under its id; the manifest with its parts filled in. SpoolFailed."""
         manifest = msgspec.structs.replace(manifest, image=self.image, parts=self.seal())
-        self._write_manifest(encode_manifest(manifest))
-        final = self.spool / self.image
-        with spooling(final):
-            sync_directory(self.path)
-            if final.exists():      # rename(2) would replace an empty directory
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            self.path.rename(final)
-        self._unlock()
-        try:
-            with spooling(self.spool):
-                sync_directory(self.spool)
-        except SpoolFailed:
-            shutil.rmtree(final, ignore_errors=True)    # not surely on the disk is not published
-            raise
+        self.write_manifest(manifest)
+        self.show()
         return manifest
 
-    def _write_manifest(self, content: bytes) -> None:
-        path = self.path / NAME
-        with spooling(path):
-            fd = create(path)
-            try:
-                write_all(fd, content)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
     def abort(self) -> None:
-        """Remove what is not published; nothing to do after `publish`. Never fails: `remove_stale` comes later."""
-        if self._lock < 0:
-            return
         writers: list[PartWriter | DataWriter] = [*self._parts.values(), *self._data]
         for writer in writers:
             with suppress(SpoolFailed):
                 writer.close()
-        # the spool may have another path by now, or none: the directory is known by its fd
-        here = Path(os.readlink(f'/proc/self/fd/{self._lock}'))  # noqa: PTH115
-        shutil.rmtree(here if _is_at(self._lock, here) else self.path, ignore_errors=True)
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        super().abort()
 
 
 def _make_locked(path: Path) -> int:

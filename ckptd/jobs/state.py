@@ -61,7 +61,11 @@ RESTORE: dict[str, Slice] = {
     'create': Slice(0.15, 0.20, 'tasks'), 'fill': Slice(0.20, 0.88, 'bytes'), 'rebuild': Slice(0.88, 0.97, 'tasks'),
     'place': Slice(0.97, 0.99), 'start': Slice(0.99, 1.0), 'attend': Slice(1.0, 1.0),
 }
-SLICES = {**CHECKPOINT, **RESTORE}
+IMPORT: dict[str, Slice] = {
+    'receive': Slice(0.0, 0.60, 'bytes'), 'verify': Slice(0.60, 0.99, 'bytes'), 'publish': Slice(0.99, 1.0),
+}
+# by operation; all others have phases of a checkpoint, or none
+SLICES = {'import': IMPORT, 'restore': RESTORE, 'check-restore': RESTORE}
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +99,10 @@ class Job:
     def over(self) -> bool:
         return not NEXT[self.state]
 
+    @property
+    def _slices(self) -> dict[str, Slice]:
+        return SLICES.get(self.request.operation, CHECKPOINT)
+
     def _to(self, state: State) -> None:
         if state not in NEXT[self.state]:
             raise RuntimeError(f'job {self.number} cannot go from {self.state} to {state}')
@@ -107,14 +115,14 @@ class Job:
     def enter(self, phase: str, now: float) -> None:
         """A new phase. One that this daemon does not know is shown, and leaves the progress where it is."""
         self.phase = phase
-        if phase in SLICES:
-            self.progress = max(self.progress, SLICES[phase].start)
+        if phase in self._slices:
+            self.progress = max(self.progress, self._slices[phase].start)
         self._phase_began, self._phase_from = now, self.progress
 
     def advance(self, counts: Progress, now: float) -> None:
         self.counts = counts
-        if self.phase in SLICES:
-            self.progress = max(self.progress, SLICES[self.phase].at(counts))
+        if self.phase in self._slices:
+            self.progress = max(self.progress, self._slices[self.phase].at(counts))
         self.expected_end = self._expect(now) or self.expected_end
 
     def _expect(self, now: float) -> int:

@@ -117,10 +117,17 @@ class DirectWorker:
         data = self._socket.recv(MAX_MESSAGE)
         return _decode(data) if data else None
 
+    def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        self._socket.sendmsg([_encode(message)],
+                             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else [])
+
     def run(self, request: JobRequest, fds: tuple[int, ...] = ()) -> dict[str, Any]:
         """The result; raises the error that the worker reports."""
-        self._socket.sendmsg([_encode(Start(request))],
-                             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else [])
+        self.send(Start(request), fds)
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        """The same of what was sent before."""
         result: dict[str, Any] = {}
         while (message := self.receive()) is not None:
             match message:

@@ -5,27 +5,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.engine.messages import PHASES, RESTORE_PHASES, Progress
+from ckptd.engine.messages import IMPORT_PHASES, PHASES, RESTORE_PHASES, Operation, Progress
 from ckptd.errors import Cancelled, CkptError
-from ckptd.jobs.state import CHECKPOINT, NEXT, RESTORE, SLICES, Job, Slice, State
+from ckptd.jobs.state import CHECKPOINT, IMPORT, NEXT, RESTORE, Job, Slice, State
 from tests.jobs.conftest import request_of
 
 START = 1_700_000_000_000_000
 
 
-def running(now: float = 0.0) -> Job:
-    job = Job(1, request_of('any'), START)
+def running(now: float = 0.0, operation: Operation = 'checkpoint') -> Job:
+    job = Job(1, request_of('any', operation), START)
     job.start(now)
     return job
 
 
-@pytest.mark.parametrize(('slices', 'phases'), [(CHECKPOINT, PHASES), (RESTORE, RESTORE_PHASES)])
+@pytest.mark.parametrize(('slices', 'phases'), [(CHECKPOINT, PHASES), (RESTORE, RESTORE_PHASES),
+                                               (IMPORT, IMPORT_PHASES)])
 def test_every_phase_has_its_slice_and_they_join(slices: dict[str, Slice], phases: tuple[str, ...]) -> None:
     assert tuple(slices) == phases
     ends = [0.0, *(one.end for one in slices.values())]
     assert [one.start for one in slices.values()] == ends[:-1]
     assert ends[-1] == 1.0
-    assert len(SLICES) == len(PHASES) + len(RESTORE_PHASES)
 
 
 @pytest.mark.parametrize('state', State)
@@ -48,13 +48,13 @@ def test_a_cancelled_job_is_not_a_failed_one() -> None:
     assert (other.state, other.error and other.error.phase) == (State.FAILED, 'scan')
 
 
-steps = st.one_of(st.sampled_from([*SLICES, 'unheard-of']),
+steps = st.one_of(st.sampled_from([*CHECKPOINT, *RESTORE, *IMPORT, 'unheard-of']),
                   st.builds(Progress, *[st.integers(0, 1 << 40)] * 4))
 
 
-@given(st.lists(steps, max_size=40))
-def test_progress_never_goes_back_nor_above_1(walk: list[str | Progress]) -> None:
-    job, before = running(), 0.0
+@given(st.lists(steps, max_size=40), st.sampled_from(['checkpoint', 'restore', 'import', 'export']))
+def test_progress_never_goes_back_nor_above_1(walk: list[str | Progress], operation: Operation) -> None:
+    job, before = running(operation=operation), 0.0
     for now, step in enumerate(walk):
         if isinstance(step, Progress):
             job.advance(step, now)
@@ -64,6 +64,16 @@ def test_progress_never_goes_back_nor_above_1(walk: list[str | Progress]) -> Non
         before = job.progress
 
 
+def test_a_phase_that_two_operations_have() -> None:
+    """An import verifies when it has received all, a restart before anything else."""
+    shares = {}
+    for operation in ('import', 'restore'):
+        job = running(operation=operation)
+        job.enter('verify', 1)
+        shares[operation] = job.progress
+    assert shares == {'import': IMPORT['receive'].end, 'restore': 0.0}
+
+
 def test_steady_memory_gives_a_steady_end() -> None:
     """100 units at 1 a second after a freeze that took a minute: the estimate is about memory, from the start."""
     job = running()
@@ -71,7 +81,7 @@ def test_steady_memory_gives_a_steady_end() -> None:
     job.enter('memory', 60)
     for done in (10, 50, 90):
         job.advance(Progress(1, 1, done, 100), 60 + done)
-        memory = SLICES['memory']
+        memory = CHECKPOINT['memory']
         tail = 100 * (1.0 - memory.end) / (memory.end - memory.start)
         assert job.expected_end == pytest.approx(START + (160 + tail) * 1e6, abs=1e4)
 

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """verify: any flipped bit, truncated or missing file is found, and so is a sound file that says what cannot be."""
 
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ckptd.errors import Cancelled, ImageDamaged
 from ckptd.image import records as r
 from ckptd.image.grammar import Record, encode_end, encode_header, encode_record
+from ckptd.image.manifest import NAME, Part, encode_manifest, read_manifest
 from ckptd.image.references import MAX_DAMAGES
 from ckptd.image.verify import verify, verify_data, verify_records
 from tests.unit.image.samples import IMAGE, PAGE, small_image, task, tree_records, vma, write_image
@@ -46,6 +49,22 @@ def test_flipped_bits(image: Path, name: str) -> None:
     finally:
         os.close(fd)
     assert verify(image) == []
+
+
+@pytest.mark.parametrize('name', r.PARTS.values())
+def test_an_empty_part_that_the_manifest_knows(image: Path, name: str) -> None:
+    (image / name).write_bytes(b'')
+    there = read_manifest(image)
+    parts = {**there.parts, name: Part(size=0, sha256=hashlib.sha256(b'').hexdigest())}
+    (image / NAME).write_bytes(encode_manifest(msgspec.structs.replace(there, parts=parts)))
+    assert verify(image) == [f'{name}: cut short in its header']
+
+
+def test_progress(image: Path) -> None:
+    counts: list[int] = []
+    assert verify(image, counts.append) == []
+    assert sum(counts) == read_manifest(image).size
+    assert counts.count(0) > 10         # once a record
 
 
 @pytest.mark.parametrize('name', FILES)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operations export and import: an image as a stream, to and from an fd of the caller's, that may stall for ever.
+
+    receive -> verify -> publish     an import; cancelled or failed before the image is there, it leaves nothing
+"""
+
+import os
+from pathlib import Path
+
+from ckptd.engine.faults import fault
+from ckptd.engine.job import Job, image_path
+from ckptd.errors import InvalidArgument
+from ckptd.image.archive import write_archive
+from ckptd.image.archive_reader import read_archive
+from ckptd.image.export_core import export
+from ckptd.image.reader import ImageReader
+
+FORMATS = ('core', 'tar')
+_FAULTS = {'verify': 'received', 'publish': 'verified'}      # points just before a phase
+
+
+def export_image(job: Job) -> None:
+    """A tar stream: of cores, one per process, or of the image itself."""
+    if job.request.format not in FORMATS:
+        raise InvalidArgument(f'unknown format {job.request.format!r}', hint=f'formats: {", ".join(FORMATS)}')
+    path = image_path(job)
+    with job.channel.interrupting():
+        names = write_archive(path, job.output) if job.request.format == 'tar' else _export_cores(path, job.output)
+    job.channel.finish('files', names)
+
+
+def _export_cores(path: Path, output: int) -> list[str]:
+    with ImageReader(path) as reader, os.fdopen(os.dup(output), 'wb', buffering=0) as sink:
+        return export(reader, sink)
+
+
+class _Watcher:
+    """Shows the daemon how an import goes, and stops it when the daemon says so."""
+
+    def __init__(self, job: Job) -> None:
+        self._channel = job.channel
+        self.wait_readable = job.channel.wait_readable
+
+    def phase(self, name: str) -> None:
+        if point := _FAULTS.get(name):
+            fault(point)
+        self._channel.phase(name)
+
+    def progress(self, done: int, total: int) -> None:
+        self._channel.progress(0, 0, done, total)
+
+
+def import_image(job: Job) -> None:
+    """An image from a tar stream into the spool. Its owner is the caller."""
+    request = job.request
+    if job.output < 0:
+        raise InvalidArgument('no stream to import from', hint='give the fd of a pipe, a socket or a file')
+    manifest = read_archive(job.output, Path(request.spool), request.caller.uid, request.caller.gid,
+                            request.save_limit, _Watcher(job))
+    job.channel.finish('', (), {'image': manifest.image, 'bytes': manifest.size})

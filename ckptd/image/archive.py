@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An image as a tar stream, out of the spool. archive_reader.py takes it back in.
+
+    20240131_235959_sleep_3fa9/                 0700, so that who unpacks it has it private
+    20240131_235959_sleep_3fa9/manifest.json    first: it says what follows
+    20240131_235959_sleep_3fa9/tree.img         then tasks.img, files.img, memory.img, data-0.img, data-1.img ...
+    two blocks of zeros
+
+A ustar archive; a part of 8 GiB or more has a pax record `size` before it, pax(1). The sink may be a pipe or a socket:
+it is never sought in, and the kernel moves the bytes, sendfile(2).
+"""
+
+import errno
+import os
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ckptd.errors import ImageDamaged
+from ckptd.image.export_core import writing
+from ckptd.image.files import open_regular, wait_writable
+from ckptd.image.manifest import NAME, Manifest, open_image, read_manifest_at
+from ckptd.image.records import PARTS
+
+BLOCK = tarfile.BLOCKSIZE
+CHUNK = 1 << 20
+_MOST = 1 << 30         # bytes a call of sendfile(2)
+
+
+def part_order(names: Iterable[str]) -> list[str]:
+    """Names of parts as an archive has them: records first, then data by number."""
+    known = list(PARTS.values())
+    return sorted(names, key=lambda name: (known.index(name), 0) if name in known else
+                  (len(known), int(name.removeprefix('data-').removesuffix('.img'))))
+
+
+def write_archive(directory: Path, sink: int) -> list[str]:
+    """Write the image in `directory` to an fd; names of its files in the stream. ImageDamaged; CkptError for the sink.
+
+    The digests are not looked at: who takes the stream in does that. Sizes are, before anything is written.
+    """
+    image = open_image(directory)
+    try:
+        manifest = read_manifest_at(image)
+        sizes = _sizes(image, manifest)
+        with writing('the tar stream'):
+            _write(sink, _header(manifest, f'{manifest.image}/', tarfile.DIRTYPE, 0o700))
+            for name, size in sizes.items():
+                _write(sink, _header(manifest, f'{manifest.image}/{name}', tarfile.REGTYPE, 0o600, size))
+                _send_file(sink, image, name, size)
+                _write(sink, bytes(-size % BLOCK))
+            _write(sink, bytes(2 * BLOCK))
+    finally:
+        os.close(image)
+    return [f'{manifest.image}/{name}' for name in sizes]
+
+
+def _sizes(image: int, manifest: Manifest) -> dict[str, int]:
+    """Bytes by file name, in the order of the archive. ImageDamaged where a part has others than it should."""
+    sizes = {}
+    for name in (NAME, *part_order(manifest.parts)):
+        fd = open_regular(image, name)
+        try:
+            sizes[name] = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        part = manifest.parts.get(name)
+        if part is not None and sizes[name] != part.size:
+            raise ImageDamaged(f'{name} has {sizes[name]} bytes, not {part.size}', resource=name)
+    return sizes
+
+
+def _header(manifest: Manifest, name: str, kind: bytes, mode: int, size: int = 0) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.mode, info.size = kind, mode, size
+    info.mtime = manifest.created_usec // 1_000_000
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+def _send_file(sink: int, image: int, name: str, size: int) -> None:
+    fd = open_regular(image, name)
+    try:
+        at = 0
+        while at < size:
+            done = _send(sink, fd, at, size - at)
+            if not done:
+                raise ImageDamaged(f'{name} ends at byte {at} of {size}', resource=name)
+            at += done
+    finally:
+        os.close(fd)
+
+
+def _send(sink: int, fd: int, at: int, length: int) -> int:
+    try:
+        return _patiently(sink, os.sendfile, sink, fd, at, min(length, _MOST))
+    except OSError as error:
+        # a sink that is open for appending, sendfile(2), or one that knows write(2) only
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+    data = os.pread(fd, min(length, CHUNK), at)
+    _write(sink, data)
+    return len(data)
+
+
+def _write(sink: int, data: bytes) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[_patiently(sink, os.write, sink, view):]
+
+
+def _patiently(sink: int, call: Callable[..., int], *args: Any) -> int:
+    """A call that waits for room also where the caller's fd itself does not (O_NONBLOCK)."""
+    while True:
+        try:
+            return call(*args)
+        except BlockingIOError:
+            wait_writable(sink)

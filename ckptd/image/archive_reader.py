@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A tar stream of anybody becomes an image in the spool, or an error and nothing.
+
+Only what archive.py writes is taken, and what other tars make of the same files: ustar, GNU and pax headers, one top
+directory or none, padding at the end. Everything else is ImageDamaged: a member that is no part of an image or comes
+twice, a link, a device, a sparse file, another size than the manifest says, an end that comes too early or too late.
+
+    manifest.json       at most MAX_MANIFEST; says which parts may follow, and how large each is
+    parts               in any order, into SPOOL/.incoming-IMAGE, which is made only now
+    verify              digests, grammar, references: no damage at all
+    manifest            sealed anew: other owner, imported, perhaps another id
+
+Memory: a chunk, the manifest, and a pax header of at most MAX_PAX. Only `verify` needs more, some twenty times the size
+of the records at worst, and gets MEMORY at most.
+"""
+
+import errno
+import os
+import resource
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from ckptd.errors import CkptError, ImageDamaged, LimitsExceeded, SpoolFailed
+from ckptd.image.archive import BLOCK, CHUNK
+from ckptd.image.files import create, spool_failed, spooling, write_all
+from ckptd.image.ids import is_image_id, other_image_id
+from ckptd.image.manifest import MAX_MANIFEST, NAME, Manifest, decode_manifest
+from ckptd.image.verify import verify
+from ckptd.image.writer import Incoming
+
+MAX_PAX = 8 << 10           # bytes of one pax header: times and names have some hundred
+MAX_PADDING = 1 << 20       # zeros behind the end: tar(1) fills a record, of 10 KiB if not told otherwise
+MEMORY = 1 << 30            # bytes that the process may have for `verify`
+_TRIES = 16                 # ids
+_HINT = 'send the whole of what "ckptctl export --format tar" writes, uncompressed'
+_IGNORED = frozenset(('mtime', 'atime', 'ctime', 'uid', 'gid', 'uname', 'gname', 'comment'))     # pax records
+
+
+class Watcher(Protocol):
+    """Who looks on. What a call raises ends the work, and nothing is left."""
+    def phase(self, name: str) -> None: ...                     # 'receive', 'verify', 'publish'
+    def wait_readable(self, fd: int) -> None: ...               # or at its end
+    def progress(self, done: int, total: int) -> None: ...      # bytes of this phase
+
+
+def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: Watcher) -> Manifest:
+    """Take in the image that comes from `fd`, to its end-of-file; the manifest under which it is in the spool.
+
+    uid, gid: its owner from now on. limit: bytes of all parts. ImageDamaged, LimitsExceeded, SpoolFailed; CkptError
+    where the fd cannot be read.
+    """
+    watcher.phase('receive')
+    archive = _Archive(_Stream(fd, watcher))
+    manifest = archive.manifest()
+    if manifest.size > limit:
+        raise LimitsExceeded(f'the image has {manifest.size} bytes, {limit} are allowed', resource=manifest.image,
+                             hint='remove images (ckptctl remove IMAGE), or allow more')
+    _require_room(spool, manifest.size)
+    with _incoming(spool, manifest.image) as incoming:
+        manifest = msgspec.structs.replace(manifest, image=incoming.image, owner_uid=uid, owner_gid=gid, imported=True)
+        archive.receive(incoming.path, manifest, watcher)
+        watcher.phase('verify')
+        incoming.write_manifest(manifest)
+        _verify(incoming.path, manifest, watcher)
+        watcher.phase('publish')
+        incoming.show()
+    return manifest
+
+
+def _damaged(words: str) -> ImageDamaged:
+    return ImageDamaged(f'the stream is no image: {words}', hint=_HINT)
+
+
+class _Stream:
+    """The bytes of the fd, once and in their order."""
+
+    def __init__(self, fd: int, watcher: Watcher) -> None:
+        self._fd, self._watcher = fd, watcher
+        self._buffer = memoryview(bytearray(CHUNK))
+        self.at = 0
+
+    def some(self, most: int) -> memoryview:
+        """At least one byte, good until the next call; none at the end."""
+        while True:
+            self._watcher.wait_readable(self._fd)
+            try:
+                done = os.readv(self._fd, [self._buffer[:most]])
+            except BlockingIOError:         # somebody else has read it
+                continue
+            except OSError as error:
+                raise CkptError(f'cannot read the stream: {error.strerror}', errno=error.errno,
+                                hint='give a pipe, a socket or a file that is open for reading') from error
+            self.at += done
+            return self._buffer[:done]
+
+    def chunks(self, length: int) -> Iterator[memoryview]:
+        """The next `length` bytes."""
+        while length:
+            chunk = self.some(min(length, CHUNK))
+            if not chunk:
+                raise _damaged(f'it ends at byte {self.at}')
+            length -= len(chunk)
+            yield chunk
+
+    def exactly(self, length: int) -> bytes:
+        return b''.join(bytes(chunk) for chunk in self.chunks(length))
+
+    def padding(self, length: int) -> None:
+        """What fills a block after so many bytes."""
+        if any(self.exactly(-length % BLOCK)):
+            raise _damaged(f'no padding before byte {self.at}')
+
+
+class _Archive:
+    """The members, one after the other."""
+
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+        self._directory: str | None = None      # the name of the first member's, '' if it has none
+
+    def manifest(self) -> Manifest:
+        """The first file. Whatever else comes first is no image."""
+        name, size = self._next() or ('', 0)
+        if name != NAME:
+            raise _damaged(f'it begins with {name!r}, not with {NAME}')
+        if not 0 <= size <= MAX_MANIFEST:
+            raise _damaged(f'a {NAME} of {size} bytes')
+        try:
+            manifest = decode_manifest(self._stream.exactly(size))
+        except ImageDamaged as error:
+            if error.hint == ImageDamaged.default_hint:     # nothing is in the spool that could be verified
+                error.hint = _HINT
+            raise
+        self._stream.padding(size)
+        return manifest
+
+    def receive(self, directory: Path, manifest: Manifest, watcher: Watcher) -> None:
+        """Every part into a file of its own, and the end of the stream."""
+        missing, done = dict(manifest.parts), 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            watcher.progress(done, manifest.size)
+
+        while (member := self._next()) is not None:
+            name, size = member
+            part = missing.pop(name, None)
+            if part is None:
+                raise _damaged(f'{name!r} is {"there twice" if name in manifest.parts else "no part of it"}')
+            if size != part.size:
+                raise _damaged(f'{name} has {size} bytes, not {part.size}')
+            self._write(directory / name, size, on_bytes)
+        if missing:
+            raise _damaged(f'{", ".join(sorted(missing)[:5])} missing')
+        self._end()
+
+    def _write(self, path: Path, size: int, on_bytes: Callable[[int], None]) -> None:
+        with spooling(path):
+            fd = create(path)
+        try:
+            for chunk in self._stream.chunks(size):
+                with spooling(path):
+                    write_all(fd, chunk)
+                on_bytes(len(chunk))
+        finally:
+            with spooling(path):
+                os.close(fd)        # a network file system reports a full disk only here
+        self._stream.padding(size)
+
+    def _next(self) -> tuple[str, int] | None:
+        """Name in its directory and size of the next file; None at the end mark."""
+        block = self._stream.exactly(BLOCK)
+        if not any(block):
+            return None
+        info = _parse_header(block)
+        if info.type == tarfile.XHDTYPE:
+            size = self._pax(info.size)
+            info = _parse_header(self._stream.exactly(BLOCK))
+            info.size = info.size if size is None else size
+        if info.type == tarfile.DIRTYPE and self._directory is None and is_image_id(info.name) and not info.size:
+            self._directory = info.name
+            return self._next()
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise _damaged(f'{info.name[:256]!r} is no regular file')
+        return self._strip(info.name), info.size
+
+    def _pax(self, size: int) -> int | None:
+        """What a pax header says of the size of the next member."""
+        if not 0 <= size <= MAX_PAX:
+            raise _damaged(f'a pax header of {size} bytes')
+        records = parse_pax(self._stream.exactly(size))
+        self._stream.padding(size)
+        for key in records.keys() - _IGNORED - {'size'}:
+            raise _damaged(f'a pax record {key[:64]!r}')
+        text = records.get('size')
+        if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 20):
+            raise _damaged(f'a size of {text[:64]!r}')
+        return None if text is None else int(text)
+
+    def _strip(self, path: str) -> str:
+        """The name without the one directory that all members are in."""
+        directory, slash, name = path.rpartition('/')
+        if self._directory is None and (is_image_id(directory) or not slash):
+            self._directory = directory
+        if directory != self._directory or bool(slash) != bool(directory):
+            raise _damaged(f'a member {path[:256]!r}')
+        return name
+
+    def _end(self) -> None:
+        """The second block of the end mark, then zeros to the end-of-file."""
+        at = self._stream.at
+        if any(self._stream.exactly(BLOCK)):
+            raise _damaged(f'half an end mark at byte {at}')
+        while chunk := self._stream.some(CHUNK):
+            if any(chunk) or self._stream.at - at > MAX_PADDING:
+                raise _damaged(f'more follows its end at byte {at}')
+
+
+def _parse_header(block: bytes) -> tarfile.TarInfo:
+    """A header of ustar or GNU tar, with its checksum right."""
+    if block[257:262] != b'ustar':
+        raise _damaged('a block that is no tar header')
+    try:
+        info = tarfile.TarInfo.frombuf(block, 'utf-8', 'surrogateescape')
+    except tarfile.HeaderError as error:
+        raise _damaged(f'a tar header with {error}') from error
+    return info
+
+
+def parse_pax(data: bytes) -> dict[str, str]:
+    """The records of a pax header: '%d %s=%s\\n', the length of the whole record first. ImageDamaged."""
+    records: dict[str, str] = {}
+    at = 0
+    while at < len(data):
+        head, space, _ = data[at:at + 6].partition(b' ')
+        length = int(head) if space and head.isdigit() else 0
+        key, equals, value = data[at + len(head) + 1:at + length].partition(b'=')
+        if not equals or not value.endswith(b'\n') or at + length > len(data):
+            raise _damaged('a pax header that is none')
+        name = key.decode('utf-8', 'surrogateescape')
+        if name in records:
+            raise _damaged(f'two pax records {name[:64]!r}')
+        records[name] = value[:-1].decode('utf-8', 'surrogateescape')
+        at += length
+    return records
+
+
+def _require_room(spool: Path, size: int) -> None:
+    with spooling(spool):
+        at = os.statvfs(spool)
+    if at.f_bavail * at.f_frsize < size:
+        raise spool_failed(spool, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+def _incoming(spool: Path, image: str) -> Incoming:
+    """Where an image of that id is received, or of a similar one if there is one. SpoolFailed."""
+    for _ in range(_TRIES):
+        try:
+            incoming = Incoming(spool, image)
+        except SpoolFailed as error:
+            if error.errno != errno.EEXIST:
+                raise
+        else:
+            # looked at only now: nobody publishes an id who does not own its directory
+            if not os.path.lexists(spool / image):
+                return incoming
+            incoming.abort()
+        image = other_image_id(image)
+    raise spool_failed(spool / image, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
+
+
+def _verify(directory: Path, manifest: Manifest, watcher: Watcher) -> None:
+    """All of it, while another thread brings it to the disk. ImageDamaged, SpoolFailed."""
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        watcher.progress(min(done, manifest.size), manifest.size)
+
+    with ThreadPoolExecutor(1, 'fsync') as pool:
+        try:
+            synced = [pool.submit(_sync, directory / name) for name in manifest.parts]
+            with _bounded_memory():
+                damages = verify(directory, on_bytes)
+            if damages:
+                more = f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''
+                raise _damaged(f'{damages[0]}{more}')
+            for future in synced:
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """MemoryError of the body becomes LimitsExceeded, and comes before the machine has none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    # RLIM_INFINITY is -1: no limit is above any
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY if soft < 0 else min(MEMORY, soft), hard))
+    try:
+        yield
+    except MemoryError:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))      # what undoes the rest needs some
+        raise LimitsExceeded(f'verifying the records takes more than {MEMORY >> 20} MiB of memory') from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _sync(path: Path) -> None:
+    with spooling(path):
+        # an error of writing back that nobody has heard of is told to whoever opens the file after it, too:
+        # Linux b4678df184b3 "errseq: Always report a writeback error once" (v4.17)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
