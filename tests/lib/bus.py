@@ -57,6 +57,7 @@ def terminate(process: 'subprocess.Popen[bytes]', timeout: float = 15) -> int:
 
 class PrivateBus:
     """A dbus-daemon that anybody of this machine may connect to; `address` is where."""
+    config = CONFIG
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -70,13 +71,18 @@ class PrivateBus:
         assert self._process is not None
         return self._process.pid
 
+    def command(self, config: Path) -> list[str | Path]:
+        return ['dbus-daemon', f'--config-file={config}', '--nofork', '--nopidfile', '--print-address=1']
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
     def __enter__(self) -> Self:
         self._home.chmod(0o711)
         config = self._home / 'bus.conf'
-        config.write_text(CONFIG.format(socket=self._home / 'socket'))
-        self._process = subprocess.Popen(
-            ['dbus-daemon', f'--config-file={config}', '--nofork', '--nopidfile', '--print-address=1'],
-            stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        config.write_text(self.config.format(socket=self._home / 'socket'))
+        self._process = subprocess.Popen(self.command(config), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                         env=self.environment())
         assert self._process.stdout is not None
         self.address = read_line(self._process.stdout.fileno(), 10).strip()
         self._process.stdout.close()
