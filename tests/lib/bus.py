@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -164,3 +165,31 @@ class Daemon:
                            *((signature, *args) if signature else ()))
         assert done.returncode == 0, f'{method}: {done.stderr}\n{self.log}'
         return json.loads(done.stdout)['data'] if done.stdout.strip() else None
+
+
+class Served(Daemon):
+    """A running ckptd on a bus that is there already. module: the program, for one whose workers play scenes."""
+
+    def __init__(self, bus: str, directory: Path, spool: Path, options: tuple[str, ...] = (),
+                 env: dict[str, str] | None = None, module: str = Daemon.module) -> None:
+        super().__init__(directory, spool, options, env)
+        self.address, self.module = bus, module
+
+    def start(self) -> Self:
+        """Until it says READY=1, as a service manager would be told."""
+        self.runtime.mkdir(mode=0o700, exist_ok=True)
+        name = f'@{self.runtime}'[-100:].replace('@', '').replace('/', '_')     # of 107 bytes
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, self._log.open('wb') as log:
+            manager.bind(f'\0{name}')
+            manager.settimeout(20)
+            self._process = subprocess.Popen(
+                [sys.executable, '-m', self.module, '--address', self.address, '--spool', str(self.spool),
+                 '--runtime', str(self.runtime), *self._options],
+                stdin=subprocess.DEVNULL, stderr=log, cwd=ROOT,
+                env={**os.environ, **self._env, 'NOTIFY_SOCKET': f'@{name}'})
+            try:
+                assert manager.recv(1000).startswith(b'READY=1')
+            except TimeoutError:
+                self.stop()
+                raise AssertionError(f'ckptd is not ready:\n{self.log}') from None
+        return self
