@@ -22,11 +22,10 @@ import pytest
 from ckptd.bus.client import connect
 from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
 from ckptd.kernel.status import read_status
-from tests.bus.broker import Broker
 from tests.daemon.test_api import Api
 from tests.jobs.test_spool import write_image
 from tests.lib.bus import ROOT as CHECKOUT
-from tests.lib.bus import PrivateBus, Served
+from tests.lib.bus import Served
 from tests.programs.conftest import await_that
 
 SECONDS = float(os.environ.get('CKPTD_FUZZ_SECONDS') or 10)
@@ -72,13 +71,11 @@ def idle(pid: int) -> Picture:
     return await_that('one worker', lambda: (now := Picture.take(pid)).children == ['python\n'] and now, 20)
 
 
-@pytest.fixture(params=[pytest.param('dbus-daemon', marks=pytest.mark.needs('dbus')),
-                        pytest.param('dbus-broker', marks=pytest.mark.needs('dbus-broker'))])
-def served(request: pytest.FixtureRequest, tmp_path: Path, spool: Path) -> Iterator[Served]:
+@pytest.fixture
+def served(any_bus: str, tmp_path: Path, spool: Path) -> Iterator[Served]:
     for owner in (NOBODY, NOBODY, 1000):
         write_image(spool, owner)
-    with (PrivateBus(tmp_path) if request.param == 'dbus-daemon' else Broker()) as bus, \
-            Served(bus.address, tmp_path, spool, env={'PYTHONWARNINGS': 'default'}) as daemon:
+    with Served(any_bus, tmp_path, spool, env={'PYTHONWARNINGS': 'default'}) as daemon:
         yield daemon
 
 
