@@ -8,6 +8,7 @@ same; how those of several connections mix is not.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import msgspec
 
 from ckptd.bus import wire
 from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, MessageType
-from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
+from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT
 from ckptd.bus.wire import MAX_BODY, SignatureType, Variant, parse_signature
 from tests.bus.raw import DESTINATION, MEMBER, PATH, SIGNAL, Field, Raw, message, to_object
 from tests.bus.raw import INTERFACE as INTERFACE_FIELD
@@ -52,6 +53,8 @@ PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'new_pidns': [Variant('b', False), Variant('u', 1)],
 }
 NO_TARGETS = ('', 'pid:', 'pid:0', 'pid:-1', 'pid:4194305', 'pid:999999999', 'pid:9999999999', 'cgroup:', '/etc', '~x')
+INTERFACES = (MANAGER, JOB, IMAGE, 'org.freedesktop.DBus.Peer')
+PROPERTIES = ('Version', 'Jobs', 'FrozenTargets', 'State', 'Result', 'Error', 'Owner', 'Statistics')
 EDGES = {'y': (0, 255), 'n': (-2**15, 2**15 - 1), 'q': (0, 2**16 - 1), 'i': (-2**31, 2**31 - 1), 'u': (0, 2**32 - 1),
          'x': (-2**63, 2**63 - 1), 't': (0, 2**64 - 1)}
 # signature, bytes before the first item, an item as it follows another one, and how much of it is padding
@@ -69,8 +72,11 @@ class Row(NamedTuple):
 
 @dataclass
 class Tally:
-    """sent: by kind of message. answers: by name of the error, '' for results. wrong: what must not happen."""
+    """sent: by kind of message. called, served: calls and results by method. answers: by name of the error, '' for
+    results. wrong: what must not happen."""
     sent: Counter[str] = field(default_factory=Counter)
+    called: Counter[str] = field(default_factory=Counter)
+    served: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -87,6 +93,11 @@ class Values:
         values = [self.of(kind) for kind in parse_signature(row.signature)]
         if row.interface == MANAGER and row.signature.startswith('s'):
             values[0] = self.target() if row.member in TARGETED else self.image()
+        likely = {'Export': [None, 'core'], 'GetAll': [self._dice.choice(INTERFACES)],
+                  'Get': [self._dice.choice(INTERFACES), self._dice.choice(PROPERTIES)]}.get(row.member, [])
+        if self._dice.random() < 0.7:
+            values = [value if given is None else given
+                      for value, given in itertools.zip_longest(values, likely)] if likely else values
         return values
 
     def of(self, kind: SignatureType, depth: int = 0) -> Any:
@@ -115,7 +126,7 @@ class Values:
         return {self.of(child.children[0]): self.of(child.children[1], depth + 1) for _ in range(min(count, 20))}
 
     def _options(self) -> dict[str, Variant]:
-        names = self._dice.sample(NAMES, self._dice.choice((0, 0, 1, 1, 2, 4)))
+        names = self._dice.sample(NAMES, self._dice.choice((0, 0, 0, 1, 1, 2, 4)))
         return {name: self._dice.choice(PLAUSIBLE[name]) if name in PLAUSIBLE and self._dice.random() < 0.7
                 else self.variant(1) for name in names}
 
@@ -137,12 +148,14 @@ class Values:
                              for _ in range(length))
 
     def target(self) -> str:
-        if self._real and self._dice.random() < 0.4:
+        if self._real and self._dice.random() < 0.6:
             return f'pid:{self._victim}'
         return self._dice.choice((*NO_TARGETS, self.text()))
 
     def image(self) -> str:
-        return self._dice.choice((*self._images, '', '~', '../..', '20260101_000000_x_0000', self.text()))
+        if self._images and self._dice.random() < 0.6:
+            return self._dice.choice(self._images)
+        return self._dice.choice(('', '~', '../..', '20260101_000000_x_0000', self.text()))
 
     def _fd(self) -> int:
         """An index, mostly of one of the fds that go along."""
@@ -295,23 +308,26 @@ class Fuzzer:
     async def _send(self, raw: Raw, row: Row, signature: str, body: Sequence[Any], fds: Sequence[int],
                     flags: int = 0) -> None:
         marshalled = self._marshal(row, signature, body, len(fds), flags)
+        self.tally.called[row.member] += 1
         await raw.send(marshalled, [self._files[number] for number in fds])
         if flags & NO_REPLY_EXPECTED:
             await self._ping(raw)
         else:
-            await self._answer(raw, 4242, lambda: f'{row} {signature!r} {body!r:.2000} with {len(fds)} fds')
+            reply = await self._answer(raw, 4242, lambda: f'{row} {signature!r} {body!r:.2000} with {len(fds)} fds')
+            self.tally.served[row.member] += reply.type == MessageType.RETURN
 
     async def _ping(self, raw: Raw) -> None:
         await self._answer(raw, await raw.call(to_object(BUS_NAME, ROOT, 'org.freedesktop.DBus.Peer', 'Ping')),
                            lambda: 'Ping')
 
-    async def _answer(self, raw: Raw, serial: int, what: Callable[[], str]) -> None:
+    async def _answer(self, raw: Raw, serial: int, what: Callable[[], str]) -> wire.Received:
         try:
             reply = await asyncio.wait_for(raw.reply_to(serial), ANSWER)
         except TimeoutError:
             self.tally.wrong.append(f'no answer to {what()}')
             raise ConnectionError from None
         self._judge(reply, what)
+        return reply
 
     def _judge(self, reply: wire.Received, what: Callable[[], str]) -> None:
         if reply.type not in (MessageType.RETURN, MessageType.ERROR):

@@ -73,7 +73,7 @@ def idle(pid: int) -> Picture:
 
 @pytest.fixture
 def served(any_bus: str, tmp_path: Path, spool: Path) -> Iterator[Served]:
-    for owner in (NOBODY, NOBODY, 1000):
+    for owner in (*[NOBODY] * 20, 1000):
         write_image(spool, owner)
     with Served(any_bus, tmp_path, spool, env={'PYTHONWARNINGS': 'default'}) as daemon:
         yield daemon
@@ -124,7 +124,7 @@ def test_random_messages(served: Served, victim: int) -> None:
     asyncio.run(tidied(served, victim))
     before = idle(served.pid)
     tally = fuzz(served, seed, victim)
-    print(again, tally['sent'], tally['answers'])
+    print(again, *(f'{what}: {tally[what]}' for what in ('sent', 'called', 'served', 'answers')), sep='\n')
     assert tally['wrong'] == [], again
     asyncio.run(tidied(served, victim))
     for words in ('Traceback', 'internal error', 'inside ckptd', 'Warning', 'never retrieved'):
