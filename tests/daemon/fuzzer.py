@@ -27,6 +27,7 @@ from ckptd.bus import wire
 from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, MessageType
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT
 from ckptd.bus.wire import MAX_BODY, SignatureType, Variant, parse_signature
+from ckptd.errors import ERROR_PREFIX
 from tests.bus.raw import DESTINATION, MEMBER, PATH, SIGNAL, Field, Raw, message, to_object
 from tests.bus.raw import INTERFACE as INTERFACE_FIELD
 
@@ -73,11 +74,12 @@ class Row(NamedTuple):
 @dataclass
 class Tally:
     """sent: by kind of message. called, served: calls and results by method. answers: by name of the error, '' for
-    results. wrong: what must not happen."""
+    results. vague: errors without a name of their own. wrong: what must not happen."""
     sent: Counter[str] = field(default_factory=Counter)
     called: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
+    vague: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
 
@@ -334,6 +336,8 @@ class Fuzzer:
             return
         self.tally.answers[reply.error_name] += 1
         words = reply.body()[0] if reply.type == MessageType.ERROR and reply.signature.startswith('s') else ''
+        if reply.error_name == f'{ERROR_PREFIX}Failed':
+            self.tally.vague.append(f'{words}: answer to {what()}')
         if 'internal error' in words or 'inside ckptd' in words or reply.error_name.endswith('NoReply'):
             self.tally.wrong.append(f'{reply.error_name}: {words}: answer to {what()}')
 

@@ -124,7 +124,7 @@ def test_random_messages(served: Served, victim: int) -> None:
     asyncio.run(tidied(served, victim))
     before = idle(served.pid)
     tally = fuzz(served, seed, victim)
-    print(again, *(f'{what}: {tally[what]}' for what in ('sent', 'called', 'served', 'answers')), sep='\n')
+    print(again, *(f'{what}: {tally[what]}' for what in ('sent', 'called', 'served', 'answers', 'vague')), sep='\n')
     assert tally['wrong'] == [], again
     asyncio.run(tidied(served, victim))
     for words in ('Traceback', 'internal error', 'inside ckptd', 'Warning', 'never retrieved'):
