@@ -76,7 +76,7 @@ lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## scan, checkpoints and restarts: times, and MB/s beside a plain write(2) and read(2)
+bench: $(VENV)/.test  ## scan, checkpoints, restarts and calls: times, and MB/s beside a plain write(2) and read(2)
 	$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 # ------------------------------------------------------------------------------------------------------- releasing

@@ -50,11 +50,11 @@ def main() -> None:
                 restarts.append(again.facts())
                 show('\n'.join(bench_restart.lines(again)))
             calls = bench_bus.run(daemon)
-    show('\nCalls a second (ListJobs)')
-    show('\n'.join(f'{clients:>7} clients {rate:>9.0f}' for clients, rate in calls.items()))
+    show(f'\nCalls\n{bench_bus.HEAD}')
+    show('\n'.join(row.line() for row in calls))
     if options.json:
         print(json.dumps({'scan': [row.facts() for row in scans], 'checkpoint': dumps, 'restart': restarts,
-                          'calls_per_second': calls}))
+                          'calls': [row.facts() for row in calls]}))
 
 
 if __name__ == '__main__':

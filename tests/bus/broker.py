@@ -51,10 +51,12 @@ class Broker:
         self._controller: socket.socket | None = None
 
     def __enter__(self) -> Self:
+        self._home.chmod(0o711)
         mine, theirs = socket.socketpair()
         self._controller = mine
         with theirs, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f'{self._home}/socket')
+            (self._home / 'socket').chmod(0o666)
             listener.listen()
             listener.setblocking(False)
             theirs.setblocking(False)

@@ -73,6 +73,10 @@ class Raw:
             data = data[socket.send_fds(self._sock, [data], fds):]
         await loop.sock_sendall(self._sock, data)
 
+    def finish(self) -> None:
+        """Send no more: the bus hangs up when it has passed on what was sent, and its answers."""
+        self._sock.shutdown(socket.SHUT_WR)
+
     async def receive(self) -> Received:
         """The next message, whatever it is. EOFError when the bus hangs up."""
         fixed = await self._exactly(16)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bus.broker import Broker
 from tests.lib.bus import ROOT, PrivateBus, read_line, terminate
 
 COMMAND = [sys.executable, '-m', 'ckptd.daemon']
@@ -15,6 +16,14 @@ COMMAND = [sys.executable, '-m', 'ckptd.daemon']
 
 def places(tmp_path: Path) -> list[str]:
     return ['--spool', str(tmp_path / 'spool'), '--runtime', str(tmp_path / 'run')]
+
+
+@pytest.fixture(params=[pytest.param('dbus-daemon', marks=pytest.mark.needs('dbus')),
+                        pytest.param('dbus-broker', marks=pytest.mark.needs('dbus-broker'))])
+def any_bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a bus of either kind, where everybody may do everything."""
+    with (PrivateBus(tmp_path) if request.param == 'dbus-daemon' else Broker()) as bus:
+        yield bus.address
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A worker that plays a scene: `python player.py FD`, the scene's name in the request's target, 'cgroup:/SCENE'.
+"""A worker that plays a scene: `python player.py FD`, the scene's name in the request's target, 'cgroup:/SCENE', or
+'cgroup:/SCENE/ANYTHING' where two trees play the same one.
 
 It speaks the protocol of ckptd.engine.messages without touching any tree, so that what the daemon's side does with each
 turn of a job, a death included, is seen by itself.
@@ -187,7 +188,7 @@ def main() -> None:
     player = Player(int(sys.argv[1]))
     start = player.hear()
     if isinstance(start, Start):
-        getattr(player, start.request.target.removeprefix('cgroup:/'))(start)
+        getattr(player, start.request.target.removeprefix('cgroup:/').partition('/')[0])(start)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def terminate(process: 'subprocess.Popen[bytes]', timeout: float = 15) -> int:
 
 class PrivateBus:
     """A dbus-daemon that anybody of this machine may connect to; `address` is where."""
+    config = CONFIG
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -70,13 +72,18 @@ class PrivateBus:
         assert self._process is not None
         return self._process.pid
 
+    def command(self, config: Path) -> list[str | Path]:
+        return ['dbus-daemon', f'--config-file={config}', '--nofork', '--nopidfile', '--print-address=1']
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
     def __enter__(self) -> Self:
         self._home.chmod(0o711)
         config = self._home / 'bus.conf'
-        config.write_text(CONFIG.format(socket=self._home / 'socket'))
-        self._process = subprocess.Popen(
-            ['dbus-daemon', f'--config-file={config}', '--nofork', '--nopidfile', '--print-address=1'],
-            stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        config.write_text(self.config.format(socket=self._home / 'socket'))
+        self._process = subprocess.Popen(self.command(config), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                         env=self.environment())
         assert self._process.stdout is not None
         self.address = read_line(self._process.stdout.fileno(), 10).strip()
         self._process.stdout.close()
@@ -158,3 +165,31 @@ class Daemon:
                            *((signature, *args) if signature else ()))
         assert done.returncode == 0, f'{method}: {done.stderr}\n{self.log}'
         return json.loads(done.stdout)['data'] if done.stdout.strip() else None
+
+
+class Served(Daemon):
+    """A running ckptd on a bus that is there already. module: the program, for one whose workers play scenes."""
+
+    def __init__(self, bus: str, directory: Path, spool: Path, options: tuple[str, ...] = (),
+                 env: dict[str, str] | None = None, module: str = Daemon.module) -> None:
+        super().__init__(directory, spool, options, env)
+        self.address, self.module = bus, module
+
+    def start(self) -> Self:
+        """Until it says READY=1, as a service manager would be told."""
+        self.runtime.mkdir(mode=0o700, exist_ok=True)
+        name = f'@{self.runtime}'[-100:].replace('@', '').replace('/', '_')     # of 107 bytes
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, self._log.open('wb') as log:
+            manager.bind(f'\0{name}')
+            manager.settimeout(20)
+            self._process = subprocess.Popen(
+                [sys.executable, '-m', self.module, '--address', self.address, '--spool', str(self.spool),
+                 '--runtime', str(self.runtime), *self._options],
+                stdin=subprocess.DEVNULL, stderr=log, cwd=ROOT,
+                env={**os.environ, **self._env, 'NOTIFY_SOCKET': f'@{name}'})
+            try:
+                assert manager.recv(1000).startswith(b'READY=1')
+            except TimeoutError:
+                self.stop()
+                raise AssertionError(f'ckptd is not ready:\n{self.log}') from None
+        return self
