@@ -18,6 +18,7 @@ F = TypeVar('F', bound=Callable[..., Any])
 EMITS_CHANGED = 'org.freedesktop.DBus.Property.EmitsChangedSignal'
 DEPRECATED = 'org.freedesktop.DBus.Deprecated'
 NO_REPLY = 'org.freedesktop.DBus.Method.NoReply'
+DOC = 'org.gtk.GDBus.DocString'     # gdbus-codegen(1) and documentation tools read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, na
         rest = names[len(taken):] or [f'result{index}' if index else 'result' for index in range(len(given))]
         _expect_parameters(handler, len(taken))
         row = Method(name or _dbus_name(handler.__name__), handler, taken,
-                     _pair(given, rest), types or {}, annotations or {})
+                     _pair(given, rest), types or {}, _documented(annotations, handler.__doc__))
         handler._dbus_row = row    # type: ignore[attr-defined]
         return handler
     return decorate
@@ -158,7 +159,7 @@ def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: M
               annotations: Annotations | None = None) -> Callable[[F], F]:
     """Export `def Name(self) -> value`. One that raises is left out of GetAll and answered with an error by Get."""
     def decorate(getter: F) -> F:
-        shown = dict(annotations or {})
+        shown = dict(_documented(annotations, getter.__doc__))
         if emits != 'true':
             shown[EMITS_CHANGED] = emits
         row = Property(name or _dbus_name(getter.__name__), getter, signature, emits, types or {}, shown)
@@ -168,9 +169,14 @@ def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: M
 
 
 def signal(signature: str = '', names: Sequence[str] = (), *, name: str = '', types: Mapping[str, str] | None = None,
-           annotations: Annotations | None = None) -> Signal:
-    """`JobNew = signal('uo', names=('id', 'job'))`; `self.JobNew(7, path)` sends it."""
-    return Signal(_arguments(signature, names), types or {}, annotations or {}, name)
+           annotations: Annotations | None = None, doc: str = '') -> Signal:
+    """`JobNew = signal('uo', names=('id', 'job'))`; `self.JobNew(7, path)` sends it. doc: what it means."""
+    return Signal(_arguments(signature, names), types or {}, _documented(annotations, doc), name)
+
+
+def _documented(annotations: Annotations | None, doc: str | None) -> Annotations:
+    """A docstring is for readers of the introspection data too, as one paragraph."""
+    return {**({DOC: ' '.join(doc.split())} if doc else {}), **(annotations or {})}
 
 
 def _arguments(signature: str, names: Sequence[str]) -> tuple[Argument, ...]:
