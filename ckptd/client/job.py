@@ -44,10 +44,9 @@ class Job(Generic[R]):
         """Its result, once it has ended; that may be asked for again. CkptError: what it failed with, Cancelled,
         Unavailable when the daemon has gone before. To stop waiting does not stop the job: see `cancel`."""
         await self._over.wait()
+        await self._learn()
         if not self._is_told:
-            if self._lost:
-                raise Unavailable(f'{self._lost} before the job was over')
-            self.settle(await self._daemon.job_properties(self.path))
+            raise Unavailable(f'{self._lost} before the job was over')
         return self._make(outcome(self._properties))
 
     async def cancel(self) -> None:
@@ -63,10 +62,13 @@ class Job(Generic[R]):
 
     async def __anext__(self) -> Progress | Running:
         while not self._unread:
-            if self._over.is_set():
+            if not self._over.is_set():
+                self._news.clear()
+                await self._news.wait()
+            elif self._is_told or self._lost:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            else:
+                await self._learn()     # of a short restore, that the tree runs
         return self._unread.popleft()
 
     # ------------------------------------------------------------ told by the hub and by who made it
@@ -96,7 +98,10 @@ class Job(Generic[R]):
 
     def settle(self, properties: Mapping[str, Any]) -> None:
         """What was asked about it: all its properties."""
-        self.root = properties.get('Root', 0) or self.root
+        root = properties.get('Root', 0)
+        if root and root != self.root:
+            self.root = root
+            self._add(Running(self.path, root))
         self._changed(properties)
         if self._is_told:
             self._end()
@@ -110,6 +115,11 @@ class Job(Generic[R]):
     def forget(self) -> None:
         """It never was."""
         self._hub.leave(self)
+
+    async def _learn(self) -> None:
+        """How it ended, unless the signals have told or cannot any more."""
+        if not self._is_told and not self._lost:
+            self.settle(await self._daemon.job_properties(self.path))
 
     @property
     def _is_told(self) -> bool:

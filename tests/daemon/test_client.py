@@ -117,6 +117,7 @@ async def test_a_scripted_restore(player: Ckptd, spool: Path) -> None:
     image = await player.image(await image_of(player, spool, 'restore'))
     job = await image.restore(changed_files='accept', cgroup='/a', handle_token='mine')
     assert job.path.endswith('_mine')
+    assert [event async for event in job if isinstance(event, Running)] == [Running(job.path, 4242)]
     result = await job.wait()
     assert (result.image, result.root, result.tasks, result.exit_status) == (image.id, 4242, 2, None)
     assert job.root == 4242
