@@ -128,6 +128,9 @@ FILES = \
 	ckptd/cli/completion/ckptctl.bash:$(PREFIX)/share/bash-completion/completions/ckptctl \
 	ckptd/cli/completion/_ckptctl:$(PREFIX)/share/zsh/site-functions/_ckptctl \
 	docs/architecture.md:$(DOCDIR)/architecture.md \
+	docs/ckptctl.1.md:$(DOCDIR)/ckptctl.1.md \
+	docs/ckptd.8.md:$(DOCDIR)/ckptd.8.md \
+	docs/org.ckptd1.7.md:$(DOCDIR)/org.ckptd1.7.md \
 	README.md:$(DOCDIR)/README.md \
 	CHANGELOG.md:$(DOCDIR)/CHANGELOG.md \
 	LICENSE:$(DOCDIR)/LICENSE

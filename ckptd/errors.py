@@ -41,6 +41,12 @@ class Refusal:
         return f'{who}: {self.resource}: {self.reason} ({self.errno})'
 
 
+def refusal_from(row: Mapping[str, Any]) -> Refusal:
+    """A row of Manager.Check or of warnings; what it lacks is empty."""
+    return Refusal(pid=int(row.get('pid', 0)), severity='warning' if row.get('severity') == 'warning' else 'refusal',
+                   **{key: str(row.get(key, '')) for key in ('comm', 'resource', 'errno', 'reason', 'hint')})
+
+
 class CkptError(Exception):
     """An operation failed. `task` is a pid as the daemon sees it, `phase` the job phase it happened in."""
     name: ClassVar[str] = 'Failed'

@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
+from ckptd.bus import wire
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PROPERTIES, TIMEOUT, Connection, Match
 from ckptd.bus.message import DBusError, Fd, ProtocolError
 from ckptd.bus.names import BUS_NAME, job_path
@@ -61,6 +62,18 @@ class Signal:
     member: str
     args: tuple[Any, ...]
 
+    @classmethod
+    def of(cls, message: Received) -> Self:
+        """ProtocolError for a body that is malformed."""
+        return cls(message.path, message.interface, message.member, tuple(message.body()))
+
+
+class Sink(Protocol):
+    """What is told the signals of a service, and once, when service or bus are gone, why there are no more."""
+
+    def add(self, signal: Signal) -> None: ...
+    def end(self, reason: str) -> None: ...
+
 
 class Signals:
     """Signals in the order they came. Raises Unavailable when the service or the bus is gone."""
@@ -77,8 +90,8 @@ class Signals:
             raise item
         return item
 
-    def add(self, message: Received) -> None:
-        self._queue.put_nowait(Signal(message.path, message.interface, message.member, tuple(message.body())))
+    def add(self, signal: Signal) -> None:
+        self._queue.put_nowait(signal)
 
     def end(self, reason: str) -> None:
         self._queue.put_nowait(Unavailable(reason))
@@ -101,21 +114,45 @@ class Client:
 
     async def call(self, destination: str, path: str, interface: str, member: str, signature: str = '', *args: Any,
                    timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
-                   types: Mapping[str, str] = NO_TYPES) -> Any:
+                   types: Mapping[str, str] = NO_TYPES, flags: int = 0) -> Any:
         """Call a method; its only result, None if it has none, a tuple of several.
 
-        Values are plain, an 'h' is an open fd, in a variant an Fd; types: of the keys of a{sv} arguments. Raises the
-        CkptError it answers.
+        Values are plain, an 'h' is an open fd, in a variant an Fd; types: of the keys of a{sv} arguments; flags: of the
+        message. Raises the CkptError it answers.
         """
+        values = await self._values(destination, path, interface, member, signature, args, timeout, types, flags)
+        return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+    async def call_for_fd(self, destination: str, path: str, interface: str, member: str, signature: str = '',
+                          *args: Any, timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
+                          flags: int = 0) -> int:
+        """Call a method whose only result is an 'h': an open fd, the caller's to close."""
+        values = await self._values(destination, path, interface, member, signature, args, timeout, NO_TYPES, flags,
+                                    take=True)
+        if len(values) != 1 or not isinstance(values[0], Fd):
+            raise CkptError(f'{member} of {destination} answered no file descriptor')
+        return int(values[0])
+
+    async def _values(self, destination: str, path: str, interface: str, member: str, signature: str,
+                      args: Sequence[Any], timeout: float,  # noqa: ASYNC109 - part of the call
+                      types: Mapping[str, str], flags: int, *, take: bool = False) -> list[Any]:
+        """The body of the reply; take: its first value, if that is an fd, stays open."""
         indexed, fds = _index_fds(signature, args)
+        message = wire.make_call(destination, path, interface, member, signature, to_body(signature, indexed, types),
+                                 flags)
         try:
-            values = await self.connection.call(destination, path, interface, member, signature,
-                                                to_body(signature, indexed, types), timeout=timeout, fds=fds)
+            reply = await self.connection.request(message, timeout=timeout, fds=fds)
+            try:
+                values = reply.body()
+                if take and values and isinstance(values[0], Fd):
+                    reply.fds.take(values[0])
+                return values
+            finally:
+                reply.fds.close()
         except DBusError as error:
             raise as_ckpt_error(error, path) from error
         except ProtocolError as error:
             raise CkptError(f'{destination} answered nonsense: {error}') from error
-        return None if not values else values[0] if len(values) == 1 else tuple(values)
 
     async def properties(self, destination: str, path: str, interface: str) -> dict[str, Any]:
         """All properties of one interface of an object."""
@@ -135,26 +172,36 @@ class Client:
                       member: str = '') -> AsyncIterator[Signals]:
         """Signals of this service, from its owner of now and from nobody else, until the context ends."""
         signals = Signals()
+        async with self.listening(signals, service, path_namespace, interface, member):
+            yield signals
+
+    @contextlib.asynccontextmanager
+    async def listening(self, sink: Sink, service: str, path_namespace: str = '', interface: str = '',
+                        member: str = '') -> AsyncIterator[None]:
+        """The same, told to a sink."""
         owner = await self.owner(service) if await self._is_there(service) else await self.owner(service, start=True)
         gone = f'{service} has left the bus'
 
+        def heard(message: Received) -> None:
+            sink.add(Signal.of(message))
+
         def left(message: Received) -> None:
-            signals.end(gone)
+            sink.end(gone)
 
         def lost() -> None:
-            signals.end('the bus is gone')
+            sink.end('the bus is gone')
 
         with contextlib.ExitStack() as stack:
             for match, callback in (
                     (Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=owner), left),
-                    (Match(owner, interface, member, path_namespace=path_namespace), signals.add)):
+                    (Match(owner, interface, member, path_namespace=path_namespace), heard)):
                 subscription = await self.connection.subscribe(match, callback)
                 stack.callback(subscription.cancel)
             self.connection.on_lost.append(lost)
             stack.callback(self.connection.on_lost.remove, lost)
             if not await self._is_there(owner):
-                signals.end(gone)
-            yield signals
+                sink.end(gone)
+            yield
 
     async def _is_there(self, name: str) -> bool:
         return bool(await self.call(DRIVER, DRIVER_PATH, DRIVER, 'NameHasOwner', 's', name))

@@ -18,6 +18,7 @@ F = TypeVar('F', bound=Callable[..., Any])
 EMITS_CHANGED = 'org.freedesktop.DBus.Property.EmitsChangedSignal'
 DEPRECATED = 'org.freedesktop.DBus.Deprecated'
 NO_REPLY = 'org.freedesktop.DBus.Method.NoReply'
+DOC = 'org.gtk.GDBus.DocString'     # gdbus-codegen(1) and documentation tools read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, na
         rest = names[len(taken):] or [f'result{index}' if index else 'result' for index in range(len(given))]
         _expect_parameters(handler, len(taken))
         row = Method(name or _dbus_name(handler.__name__), handler, taken,
-                     _pair(given, rest), types or {}, annotations or {})
+                     _pair(given, rest), types or {}, _documented(annotations, handler.__doc__))
         handler._dbus_row = row    # type: ignore[attr-defined]
         return handler
     return decorate
@@ -190,7 +191,7 @@ def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: M
         personal = len(inspect.signature(getter).parameters) > 1
         if personal and emits == 'true':
             raise TypeError(f'{getter.__qualname__} differs from viewer to viewer: its value cannot be sent to all')
-        shown = dict(annotations or {})
+        shown = dict(_documented(annotations, getter.__doc__))
         if emits != 'true':
             shown[EMITS_CHANGED] = emits
         row = Property(name or _dbus_name(getter.__name__), getter, signature, emits, types or {}, shown,
@@ -201,9 +202,14 @@ def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: M
 
 
 def signal(signature: str = '', names: Sequence[str] = (), *, name: str = '', types: Mapping[str, str] | None = None,
-           annotations: Annotations | None = None) -> Signal:
-    """`JobNew = signal('uo', names=('id', 'job'))`; `self.JobNew(7, path)` sends it."""
-    return Signal(_arguments(signature, names), types or {}, annotations or {}, name)
+           annotations: Annotations | None = None, doc: str = '') -> Signal:
+    """`JobNew = signal('uo', names=('id', 'job'))`; `self.JobNew(7, path)` sends it. doc: what it means."""
+    return Signal(_arguments(signature, names), types or {}, _documented(annotations, doc), name)
+
+
+def _documented(annotations: Annotations | None, doc: str | None) -> Annotations:
+    """A docstring is for readers of the introspection data too, as one paragraph."""
+    return {**({DOC: ' '.join(doc.split())} if doc else {}), **(annotations or {})}
 
 
 def _arguments(signature: str, names: Sequence[str]) -> tuple[Argument, ...]:

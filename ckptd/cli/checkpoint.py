@@ -9,11 +9,11 @@ from typing import Any
 from ckptd.cli.follow import Order, run_job
 from ckptd.cli.freeze import hold
 from ckptd.cli.options import request_options
-from ckptd.cli.output import Output, refusal_dict, refusal_from
+from ckptd.cli.output import Output, refusal_dict
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, Session
-from ckptd.errors import CkptError, InvalidArgument, Refusal, Refused
+from ckptd.errors import CkptError, InvalidArgument, Refusal, Refused, refusal_from
 
 PAGE = os.sysconf('SC_PAGE_SIZE')
 

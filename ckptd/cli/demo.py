@@ -19,14 +19,14 @@ from ckptd.cli.checkpoint import summary
 from ckptd.cli.doctor import report_missing
 from ckptd.cli.export import export_to
 from ckptd.cli.follow import Order, run_job
-from ckptd.cli.output import Output, refusal_from
+from ckptd.cli.output import Output
 from ckptd.cli.program import run_program
 from ckptd.cli.progress import ProgressBar, ProgressLines
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, Daemon, Session
 from ckptd.cli.standalone import adopt_orphans, end_with_parent, environment
 from ckptd.cli.tree import draw_tree
-from ckptd.errors import CkptError, Refused
+from ckptd.errors import CkptError, Refused, refusal_from
 
 START_TIMEOUT = 20.0
 GDB_TIMEOUT = 60.0

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ckptd.bus.names import JOB, MANAGER
 from ckptd.cli.progress import Follower
 from ckptd.cli.session import Daemon, Signals
-from ckptd.errors import NoSuchJob, Unavailable, from_details
+from ckptd.client.daemon import outcome
+from ckptd.client.events import JobRemoved, Progress, Running, event_of
+from ckptd.errors import Unavailable
 
 CANCEL_TIMEOUT = 30.0
 
@@ -48,9 +49,9 @@ async def run_job(daemon: Daemon, order: Order, bar: Follower,
                 bar.message('cancelling')
                 path = await call
                 async with asyncio.timeout(CANCEL_TIMEOUT):
-                    await _cancel(daemon, path)
+                    await daemon.cancel(path)
                     await _follow(signals, path, bar, running)
-            return await outcome(daemon, path)
+            return outcome(await daemon.job_properties(path))
 
 
 @contextlib.contextmanager
@@ -63,33 +64,16 @@ def _lost_hint(order: Order) -> Iterator[None]:
                           hint=f'{order.lost}; see the daemon\'s log (journalctl -u ckptd)') from error
 
 
-async def outcome(daemon: Daemon, path: str) -> dict[str, Any]:
-    """Result of a job that has ended; raises what it failed with."""
-    job = await daemon.job_properties(path)
-    if job['State'] == 'done':
-        return dict(job['Result'])
-    error = dict(job['Error'])
-    raise from_details(error.pop('name', ''), error.pop('message', f'the job ended as {job["State"]}'), error)
-
-
 async def _follow(signals: Signals, path: str, bar: Follower, running: Callable[[int], None]) -> None:
     """Until JobRemoved says that the job at `path` has ended."""
     async for signal in signals:
-        if signal.path == path and signal.member == 'PropertiesChanged' and signal.args[1].get('Root'):
-            running(signal.args[1]['Root'])
-        if signal.path == path and signal.member == 'Progress' and signal.interface == JOB:
-            phase, progress, bytes_done, bytes_total = signal.args
-            bar.update(phase, progress, bytes_done, bytes_total)
-        elif signal.interface == MANAGER and signal.member == 'JobRemoved' and signal.args[1] == path:
-            return
-
-
-async def _cancel(daemon: Daemon, path: str) -> None:
-    """Cancel; a job that ended in the meantime has nothing left to cancel."""
-    try:
-        await daemon.call(path, JOB, 'Cancel', 'a{sv}', {})
-    except NoSuchJob:
-        return
+        match event_of(signal):
+            case Running(job, root) if job == path:
+                running(root)
+            case Progress(job, phase, progress, bytes_done, bytes_total) if job == path:
+                bar.update(phase, progress, bytes_done, bytes_total)
+            case JobRemoved(_, job) if job == path:
+                return
 
 
 def _forget_interrupt() -> None:

@@ -7,6 +7,7 @@ import pwd
 from ckptd.cli.output import Column, Output
 from ckptd.cli.quantities import format_bytes, format_count, format_time, format_timespan
 from ckptd.cli.session import LONG, Session
+from ckptd.client.records import snake
 from ckptd.errors import CkptError, ImageDamaged
 
 COLUMNS = (Column('IMAGE', style='bold'), Column('COMMAND'), Column('TARGET', fold=True), Column('TASKS', right=True),
@@ -35,7 +36,7 @@ async def show(session: Session) -> int:
     async with session.daemon() as daemon:
         image = await daemon.image_properties(session.args.image)
     if session.out.json:
-        session.out.document({_snake(key): value for key, value in image.items()})
+        session.out.document({snake(key): value for key, value in image.items()})
         return 0
     statistics = image.get('Statistics', {})
     rows = [('Image', image['Id']), ('Command', image['Command']), ('Target', image['Target']),
@@ -107,8 +108,3 @@ def _report_damages(out: Output, image: str, damages: list[str]) -> None:
 
 def _title(key: str) -> str:
     return key.replace('_', ' ').capitalize()
-
-
-def _snake(key: str) -> str:
-    """'BootId' -> 'boot_id'."""
-    return ''.join(f'_{char.lower()}' if char.isupper() else char for char in key).lstrip('_')

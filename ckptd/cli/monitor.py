@@ -15,6 +15,7 @@ from ckptd.cli.session import Session, Signal, until_interrupted
 ARGUMENTS = {
     'JobNew': ('job', 'path'), 'JobRemoved': ('job', 'path', 'result'), 'ImageAdded': ('image', 'path'),
     'ImageRemoved': ('image', 'path'), 'Progress': ('phase', 'progress', 'bytes_done', 'bytes_total'),
+    'PrepareForCheckpoint': ('path', 'start'), 'Restored': ('image', 'tasks'),
     'PropertiesChanged': ('interface', 'changed', 'invalidated'), 'InterfacesAdded': ('path', 'interfaces'),
     'InterfacesRemoved': ('path', 'interfaces'),
 }
@@ -66,8 +67,10 @@ class Words:
                 job = self._numbers.get(signal.path, signal.path.rpartition('/')[2])
                 volume = f'  {format_bytes(done)} of {format_bytes(total)}' if total and phase in MOVING else ''
                 return f'job {job}  {progress * 100:3.0f}%  {PHASES.get(phase, phase)}{volume}'
-            case 'ImageAdded' | 'ImageRemoved', [str(image), *_]:
+            case 'ImageAdded' | 'ImageRemoved' | 'Restored', [str(image), *_]:
                 return f'image {image}'
+            case 'PrepareForCheckpoint', [str(path), bool(start)]:
+                return f'job {self._numbers.get(path, path.rpartition("/")[2])}  {"begins" if start else "is over"}'
         return ''
 
 

@@ -2,9 +2,9 @@
 """The a{sv} of options that Checkpoint, Freeze and Restore take, from the command line."""
 
 import argparse
-import os
-import secrets
 from typing import Any
+
+from ckptd.client.daemon import new_token
 
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
         options['timeout'] = args.timeout
     if args.command == 'checkpoint':
         options['after'] = args.after
-        options['handle_token'] = _token()
+        options['handle_token'] = new_token('ckptctl')
         if args.save_files:
             options['save_files'] = True
         if args.save_limit is not None:
@@ -30,8 +30,4 @@ def restore_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_token(options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, 'handle_token': _token()}
-
-
-def _token() -> str:
-    return f'ckptctl_{os.getpid()}_{secrets.token_hex(4)}'
+    return {**options, 'handle_token': new_token('ckptctl')}

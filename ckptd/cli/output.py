@@ -165,11 +165,5 @@ def refusal_cells(refusal: Refusal) -> list[str]:
     return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno, reason]
 
 
-def refusal_from(row: dict[str, Any]) -> Refusal:
-    """A row of Manager.Check."""
-    return Refusal(**{key: row.get(key, '') for key in Refusal.__dataclass_fields__ if key != 'severity'},
-                   severity='warning' if row.get('severity') == 'warning' else 'refusal')
-
-
 def refusal_dict(refusal: Refusal) -> dict[str, Any]:
     return asdict(refusal)

@@ -8,11 +8,11 @@ from ckptd.cli.attend import Attendance
 from ckptd.cli.checkpoint import report_findings
 from ckptd.cli.follow import Order, run_job
 from ckptd.cli.options import restore_options, with_token
-from ckptd.cli.output import Output, refusal_from
+from ckptd.cli.output import Output
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_count, format_timespan
 from ckptd.cli.session import LONG, Session
-from ckptd.errors import Refused
+from ckptd.errors import Refused, refusal_from
 
 LOST = 'nothing is left of a tree that did not run yet, and one that does runs on'
 

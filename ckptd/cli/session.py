@@ -8,52 +8,13 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ckptd.bus.client import Client, Signal, Signals, connect
-from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT
+from ckptd.bus.client import Signal, Signals, connect
 from ckptd.cli.output import Output
+from ckptd.client.daemon import LONG, Daemon
 from ckptd.errors import Unavailable
 
 __all__ = ['LONG', 'Daemon', 'Session', 'Signal', 'Signals', 'until_interrupted']
-
-QUICK = 30.0            # seconds for an answer that needs no work
-LONG = 24 * 3600.0      # for one whose work is as large as the tree or the image
-
-
-@dataclass(frozen=True, slots=True)
-class Daemon:
-    """ckptd at the other end of a bus connection. Values are plain: no variants, dicts for a{sv}."""
-    client: Client
-
-    async def manager(self, method: str, signature: str = '', *args: Any, seconds: float = QUICK) -> Any:
-        """Call a method of the manager; its result, None if it has none."""
-        return await self.call(ROOT, MANAGER, method, signature, *args, seconds=seconds)
-
-    async def manager_properties(self) -> dict[str, Any]:
-        return await self.client.properties(BUS_NAME, ROOT, MANAGER)
-
-    async def image(self, image: str, method: str, signature: str = '', *args: Any, seconds: float = QUICK) -> Any:
-        """Call a method of an image; GetImage knows its path, and says it best when there is none."""
-        path = await self.manager('GetImage', 's', image)
-        return await self.call(path, IMAGE, method, signature, *args, seconds=seconds)
-
-    async def image_properties(self, image: str) -> dict[str, Any]:
-        return await self.client.properties(BUS_NAME, await self.manager('GetImage', 's', image), IMAGE)
-
-    async def job_properties(self, path: str) -> dict[str, Any]:
-        return await self.client.properties(BUS_NAME, path, JOB)
-
-    async def call(self, path: str, interface: str, method: str, signature: str = '', *args: Any,
-                   seconds: float = QUICK) -> Any:
-        """Call a method of any object; seconds: until there has to be an answer."""
-        return await self.client.call(BUS_NAME, path, interface, method, signature, *args, timeout=seconds)
-
-    @contextlib.asynccontextmanager
-    async def signals(self) -> AsyncIterator[Signals]:
-        """Everything that the daemon says from now on."""
-        async with self.client.signals(BUS_NAME, ROOT) as signals:
-            yield signals
 
 
 @dataclass(slots=True)

@@ -102,7 +102,8 @@ async def test_introspection_has_names_directions_and_annotations(service: Servi
         {'type': 'a{sv}', 'name': 'result', 'direction': 'out'}]
     notes = {(node.get('name'), note.get('name')): note.get('value')
              for node in root.iter() for note in node.findall('annotation')}
-    assert notes == {('OldStyleName', 'org.freedesktop.DBus.Deprecated'): 'true',
+    assert notes == {('Inode', 'org.gtk.GDBus.DocString'): 'What is behind an fd, which is then left to the router.',
+                     ('OldStyleName', 'org.freedesktop.DBus.Deprecated'): 'true',
                      ('Version', 'org.freedesktop.DBus.Property.EmitsChangedSignal'): 'const',
                      ('Row', 'org.freedesktop.DBus.Property.EmitsChangedSignal'): 'invalidates'}
     assert {node.get('name') for node in root.findall('interface')} == {

@@ -135,7 +135,7 @@ def test_options_are_those_of_a_checkpoint(start: Start, tmp_path: Path) -> None
 
 WAITS = """
 import socket
-from ckptd.client import _connect
+from ckptd.client.itself import _connect
 connection = _connect(sys.argv[1])
 print('connected', flush=True)
 os.read(0, 1)

@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     'notify': {'errors'},
     'logs': set(),
     'places': {'errors'},
-    'cli': {'errors', 'image', 'bus'},
+    'cli': {'errors', 'image', 'bus', 'client'},
     'client': {'errors', 'kernel', 'bus'},
 }
 # finer than a layer: what of another layer may be used

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ckptd.cli.output import Column, Output, plain_table, printable, refusal_from, use_colour
-from ckptd.errors import Refusal, Refused
+from ckptd.cli.output import Column, Output, plain_table, printable, use_colour
+from ckptd.errors import Refusal, Refused, refusal_from
 
 COLUMNS = (Column('NAME'), Column('SIZE', right=True))
 ROWS = [['a', '1'], ['long name', '100']]

@@ -1,15 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""For programs: have one's own process tree checkpointed.
-
-    from ckptd.client import checkpoint_self
-
-    for round in work:
-        if checkpoint_self() == 'restored':
-            log('here I am again, in round', round)     # another run of the same memory, perhaps days later
-
-Like the two returns of fork(2): the call returns once in the tree that goes on, and once in each tree that is restored
-from the image. It needs no event loop and leaves nothing open.
-"""
+"""Have one's own process tree checkpointed: one blocking call, no event loop, nothing left open."""
 
 import os
 import socket

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls of ckptd with plain values, and the life of its jobs: what ckptctl and the typed clients stand on."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ckptd.bus.client import Client, Signals, Sink
+from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT
+from ckptd.errors import CkptError, NoSuchJob, from_details
+
+QUICK: Final = 30.0             # seconds for an answer that needs no work
+LONG: Final = 24 * 3600.0       # for one whose work is as large as the tree or the image
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """ckptd at the other end of a bus connection. Values are plain: no variants, dicts for a{sv}.
+
+    flags: of each call, ALLOW_INTERACTIVE where a person may be asked.
+    """
+    client: Client
+    flags: int = 0
+
+    async def manager(self, method: str, signature: str = '', *args: Any, seconds: float = QUICK) -> Any:
+        """Call a method of the manager; its result, None if it has none."""
+        return await self.call(ROOT, MANAGER, method, signature, *args, seconds=seconds)
+
+    async def manager_properties(self) -> dict[str, Any]:
+        return await self.client.properties(BUS_NAME, ROOT, MANAGER)
+
+    async def image(self, image: str, method: str, signature: str = '', *args: Any, seconds: float = QUICK) -> Any:
+        """Call a method of an image; GetImage knows its path, and says it best when there is none."""
+        path = await self.manager('GetImage', 's', image)
+        return await self.call(path, IMAGE, method, signature, *args, seconds=seconds)
+
+    async def image_properties(self, image: str) -> dict[str, Any]:
+        return await self.client.properties(BUS_NAME, await self.manager('GetImage', 's', image), IMAGE)
+
+    async def job_properties(self, path: str) -> dict[str, Any]:
+        return await self.client.properties(BUS_NAME, path, JOB)
+
+    async def call(self, path: str, interface: str, method: str, signature: str = '', *args: Any,
+                   seconds: float = QUICK) -> Any:
+        """Call a method of any object; seconds: until there has to be an answer."""
+        return await self.client.call(BUS_NAME, path, interface, method, signature, *args, timeout=seconds,
+                                      flags=self.flags)
+
+    async def call_for_fd(self, path: str, interface: str, method: str, signature: str = '', *args: Any,
+                          seconds: float = QUICK) -> int:
+        """The same for a method that answers an fd, which is then the caller's to close."""
+        return await self.client.call_for_fd(BUS_NAME, path, interface, method, signature, *args, timeout=seconds,
+                                             flags=self.flags)
+
+    @contextlib.asynccontextmanager
+    async def signals(self) -> AsyncIterator[Signals]:
+        """Everything that the daemon says from now on to this caller."""
+        signals = Signals()
+        async with self.listening(signals):
+            yield signals
+
+    @contextlib.asynccontextmanager
+    async def listening(self, sink: Sink) -> AsyncIterator[None]:
+        """The same, told to a sink."""
+        async with self.client.listening(sink, BUS_NAME, ROOT):
+            # what is said to some callers only is said to none that it has never heard of
+            await self.manager('ListJobs')
+            yield
+
+    async def cancel(self, path: str) -> None:
+        """Cancel the job at this path; one that ended in the meantime has nothing left to cancel."""
+        with contextlib.suppress(NoSuchJob):
+            await self.call(path, JOB, 'Cancel', 'a{sv}', {})
+
+
+def new_token(prefix: str) -> str:
+    """A handle_token that no other call of this process, or of any other with this prefix, has."""
+    return f'{prefix}_{os.getpid()}_{secrets.token_hex(4)}'
+
+
+def outcome(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The Result of a job that has ended, from its properties; raises what it failed with."""
+    if properties['State'] == 'done':
+        return dict(properties['Result'])
+    error = dict(properties['Error'])
+    failed: CkptError = from_details(error.pop('name', ''), error.pop('message', f'the job ended as '
+                                                                       f'{properties["State"]}'), error)
+    raise failed
