@@ -17,6 +17,8 @@ from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.jobs.state import Job
 
+TOGETHER = 32       # images that are told of at a time: each takes some 0.4 ms
+
 
 class Announcer:
     """The queue's listener. Silent until `begin`, for the queue is there before the bus is."""
@@ -71,8 +73,10 @@ class Announcer:
         """Look into the spool and tell what is new and what is gone."""
         async with self._looking:
             added, gone = self._spool.adopt(await asyncio.to_thread(self._spool.look))
-        for info in added:
+        for number, info in enumerate(added):
             self._add(info)
+            if number % TOGETHER == TOGETHER - 1:
+                await asyncio.sleep(0)      # others have their turn
         for info in gone:
             self._router.unexport(image_path(info.id))
             self._manager.ImageRemoved.to(Audience(info.owner), info.id, image_path(info.id))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
 from ckptd.bus import wire
-from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PROPERTIES, TIMEOUT, Connection, Match
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PEER, PROPERTIES, TIMEOUT, Connection, Match
 from ckptd.bus.message import DBusError, Fd, ProtocolError
 from ckptd.bus.names import BUS_NAME, job_path
 from ckptd.bus.values import NO_TYPES, index_fds, split_signature, to_body
@@ -199,8 +199,13 @@ class Client:
                 stack.callback(subscription.cancel)
             self.connection.on_lost.append(lost)
             stack.callback(self.connection.on_lost.remove, lost)
-            if not await self._is_there(owner):
+            try:
+                # ckptd says some things to those only who may know them, and whom it knows for having called
+                await self.call(owner, path_namespace or '/', PEER, 'Ping')
+            except Unavailable:
                 sink.end(gone)
+            except CkptError:
+                pass        # whoever this is, it is there
             yield
 
     async def _is_there(self, name: str) -> bool:

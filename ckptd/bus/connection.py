@@ -22,6 +22,7 @@ DRIVER: Final = 'org.freedesktop.DBus'
 DRIVER_PATH: Final = '/org/freedesktop/DBus'
 ERROR: Final = 'org.freedesktop.DBus.Error.'
 PROPERTIES: Final = 'org.freedesktop.DBus.Properties'
+PEER: Final = 'org.freedesktop.DBus.Peer'
 MAX_REPLY: Final = 128 << 20        # D-Bus specification: no message is longer
 TIMEOUT: Final = 25.0               # seconds, as libdbus and sd-bus have it
 

@@ -75,8 +75,8 @@ class Gate:
         if answer == Answer.ASK:
             raise DBusError(f'{ERROR}InteractiveAuthorizationRequired',
                             f'{what} takes an authorization ({action}) that a person must give')
-        raise PermissionDenied(f'uid {caller.uid} may not do this to {what}, which belongs to uid {owner}: {action}: '
-                               f'{WORDS[answer]}', task=task, resource=action, hint=hint)
+        raise PermissionDenied(f'uid {caller.uid} may not {verb} {what}, which belongs to uid {owner} ({action}: '
+                               f'{WORDS[answer]})', task=task, resource=action, hint=hint)
 
     async def tree(self, call: Call, verb: Verb, target: str) -> Rights:
         """The same for a tree. NoSuchTarget."""

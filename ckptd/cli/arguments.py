@@ -18,7 +18,7 @@ from ckptd.errors import InvalidArgument
 
 FREEZE_MODES = ('auto', 'cgroup', 'unit', 'ptrace', 'caller')
 CHANGED_FILES = ('refuse', 'accept', 'rollback')
-FORMATS = ('core',)
+FORMATS = ('core', 'tar')
 COMMON_DEFAULTS = {'json': False, 'standalone': False, 'spool': None, 'address': None, 'bus': 'system',
                    'legend': True}
 
@@ -146,10 +146,26 @@ def _images(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--format', choices=FORMATS, default='core', help='core: one ELF core per process (default)')
-    parser.add_argument('--force', action='store_true', help='overwrite core files that are in DIR already')
+    parser.add_argument('--format', choices=FORMATS, default='core',
+                        help='core: one ELF core per process (default); tar: the whole image, for "ckptctl import"')
+    parser.add_argument('--force', action='store_true', help='overwrite files that are there already')
     _image(parser)
-    parser.add_argument('directory', metavar='DIR', help='where core.N of each process goes; made if it is not there')
+    parser.add_argument('directory', metavar='DIR|FILE',
+                        help='where core.N of each process goes, made if it is not there; with --format tar the file, '
+                             'or - for standard output')
+
+
+def _import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('file', metavar='FILE',
+                        help='what "ckptctl export --format tar" wrote, or - for standard input')
+
+
+def _inhibit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--who', metavar='NAME', default='', help='who delays (default: the program)')
+    parser.add_argument('--why', metavar='TEXT', default='a program must end first', help='why')
+    _target(parser)
+    parser.add_argument('program', metavar='PROGRAM', nargs=argparse.REMAINDER, help='what runs meanwhile, with its '
+                        'arguments')
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -200,9 +216,20 @@ COMMANDS: dict[str, Command] = {
                       'Compare every part with its digest and every record with the grammar, and list all damages.'),
     'remove': Command('images:remove', 'Remove images', 'ckptctl remove 20240131_235959_sleep_3fa9', _images),
     'export': Command(
-        'export:export', 'Write ELF cores of an image',
-        'ckptctl export --format core 20240131_235959_sleep_3fa9 cores\ngdb /usr/bin/sleep cores/core.1234', _export,
-        'Write one ELF core per process to DIR, as core.N with N its pid, for gdb and other debuggers.'),
+        'export:export', 'Write ELF cores of an image, or the image itself',
+        'ckptctl export --format core 20240131_235959_sleep_3fa9 cores\ngdb /usr/bin/sleep cores/core.1234\n'
+        'ckptctl export --format tar 20240131_235959_sleep_3fa9 sleep.tar', _export,
+        'Write one ELF core per process to DIR, as core.N with N its pid, for gdb and other debuggers; or the image as '
+        'a tar archive.'),
+    'import': Command(
+        'archive:import_', 'Take in an image from a file', 'ckptctl import sleep.tar', _import,
+        'The image becomes yours, and is checked as a whole first. What is restored from it has no right that you '
+        'lack.'),
+    'inhibit': Command(
+        'inhibit:inhibit', 'Run a program that a checkpoint waits for', 'ckptctl inhibit app.service flush-queues',
+        _inhibit, 'As long as PROGRAM runs a checkpoint of TARGET waits, but not longer than the daemon allows '
+        '(InhibitDelayMaxSec=, 5 s by default).'),
+    'inhibitors': Command('inhibit:inhibitors', 'List who delays checkpoints', 'ckptctl inhibitors --json'),
     'monitor': Command('monitor:monitor', 'Show jobs and images as they come and go', 'ckptctl monitor --json',
                        description='Print every signal of the daemon until Ctrl-C; with --json, one object a line.'),
     'doctor': Command('doctor:doctor', 'Say what this machine has of what ckptd needs',

@@ -28,7 +28,7 @@ async def checkpoint(session: Session) -> int:
     bar = ProgressBar(out, args.target)     # before the tree is frozen: importing rich takes longer than a small dump
     async with session.daemon() as daemon:
         if args.detach:
-            path = await daemon.manager('Checkpoint', 'sa{sv}', args.target, request_options(args))
+            path = await daemon.manager('Checkpoint', 'sa{sv}', args.target, {**request_options(args), 'detach': True})
             return _report_job(out, path, await daemon.manager('ListJobs'))
         with bar:
             result = await run_job(daemon, Order('Checkpoint', args.target, request_options(args)), bar)

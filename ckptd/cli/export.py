@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from ckptd.cli.archive import write_archive
 from ckptd.cli.output import Column
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_bytes
@@ -31,6 +32,8 @@ _ZEROS = bytes(CHUNK)
 async def export(session: Session) -> int:
     """Write the cores of an image to a directory."""
     args, out = session.args, session.out
+    if args.format == 'tar':
+        return await write_archive(session)
     directory = Path(args.directory)
     bar = ProgressBar(out, args.image)
     async with session.daemon() as daemon:

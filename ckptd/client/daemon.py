@@ -66,8 +66,6 @@ class Daemon:
     async def listening(self, sink: Sink) -> AsyncIterator[None]:
         """The same, told to a sink."""
         async with self.client.listening(sink, BUS_NAME, ROOT):
-            # what is said to some callers only is said to none that it has never heard of
-            await self.manager('ListJobs')
             yield
 
     async def cancel(self, path: str) -> None:

@@ -94,7 +94,7 @@ async def test_a_checkpoint_from_call_to_image(api: Api, sleeper: str, daemon: D
             if signal.member == 'JobRemoved':
                 break
     order = [signal.member for signal in seen if signal.interface == MANAGER]
-    assert order == ['JobNew', 'ImageAdded', 'JobRemoved']
+    assert order == ['JobNew', 'PrepareForCheckpoint', 'ImageAdded', 'JobRemoved']
     assert seen[-1].args == (1, job, 'done')
     progress = [signal.args for signal in seen if signal.member == 'Progress']
     assert progress[-1][1] == 1.0
@@ -192,7 +192,8 @@ async def test_everything_at_once(api: Api, sleeper: str) -> None:
 
 def test_busctl_by_hand(daemon: Daemon, sleeper: str) -> None:
     assert daemon.busctl('introspect', 'org.ckptd1', '/org/ckptd1').returncode == 0
-    [path] = daemon.call('Checkpoint', 'sa{sv}', sleeper, '1', 'timeout', 'u', '5000000')
+    [path] = daemon.call('Checkpoint', 'sa{sv}', sleeper, '2', 'timeout', 'u', '5000000',
+                         'detach', 'b', 'true')
     assert path == '/org/ckptd1/job/1'
     refused = daemon.busctl('call', 'org.ckptd1', '/org/ckptd1', MANAGER, 'Scan', 'sa{sv}', sleeper, '1', 'x', 's', 'y')
     assert 'there is no option "x"' in refused.stderr

@@ -86,9 +86,9 @@ def test_ones_own_process(nobody: Busctl) -> None:
 def test_no_process_of_another(nobody: Busctl, root: Busctl) -> None:
     with sleeping(0) as process:
         target = f'pid:{process.pid}'
-        assert 'EPERM' in nobody.call(MANAGER, 'Freeze', 'sa{sv}', target, '0')
+        assert 'org.ckptd1.freeze' in nobody.call(MANAGER, 'Freeze', 'sa{sv}', target, '0')
         assert root.call(MANAGER, 'Freeze', 'sa{sv}', target, '0') == [1]
-        assert 'was frozen by uid 0' in nobody.call(MANAGER, 'Thaw', 'sa{sv}', target, '0')
+        assert 'may not freeze' in nobody.call(MANAGER, 'Thaw', 'sa{sv}', target, '0')
         assert root.call(MANAGER, 'Thaw', 'sa{sv}', target, '0') is None
 
 
@@ -108,15 +108,15 @@ def test_ones_own_images_and_no_other(images: tuple[str, str], nobody: Busctl, r
 
 def test_no_job_of_another(nobody: Busctl, root: Busctl) -> None:
     with sleeping(0) as process:
-        [path] = root.call(MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '0')
-        assert 'belongs to uid 0' in nobody.call(JOB, 'Cancel', 'a{sv}', '0', path=path)
+        [path] = root.call(MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '1', 'detach', 'b', 'true')
+        assert 'no object at' in nobody.call(JOB, 'Cancel', 'a{sv}', '0', path=path)
 
 
 async def test_the_image_belongs_to_the_caller(private_bus: PrivateBus, nobody: Busctl) -> None:
     with sleeping(NOBODY) as process:
         async with await connect(private_bus.address) as client, client.signals(BUS_NAME, ROOT) as signals:
-            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '1',
-                                            'after', 's', 'kill')
+            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '2',
+                                            'after', 's', 'kill', 'detach', 'b', 'true')
             shown = await Api(client, signals).ended(job)
             assert shown['StartedByUID'] == NOBODY
             assert await client.property_(BUS_NAME, image_path(shown['Image']), IMAGE, 'Owner') == NOBODY
@@ -134,11 +134,12 @@ async def restored_of(bus: PrivateBus, caller: Busctl, uid: int, directory: Path
     with sleeping(uid, directory) as process:
         async with await connect(bus.address) as client, client.signals(BUS_NAME, ROOT) as signals:
             api = Api(client, signals)
-            [job] = await asyncio.to_thread(caller.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '1',
-                                            'after', 's', 'kill')
+            [job] = await asyncio.to_thread(caller.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '2',
+                                            'after', 's', 'kill', 'detach', 'b', 'true')
             image = (await api.ended(job))['Image']
             process.wait()
-            [job] = await asyncio.to_thread(caller.call, MANAGER, 'Restore', 'sa{sv}', image, '0')
+            [job] = await asyncio.to_thread(caller.call, MANAGER, 'Restore', 'sa{sv}', image, '1',
+                                            'detach', 'b', 'true')
             shown = await api.ended(job)
     await asyncio.get_running_loop().shutdown_default_executor()
     assert shown['State'] == 'done', shown['Error']
@@ -164,13 +165,14 @@ async def test_a_file_that_the_caller_may_no_more_open(private_bus: PrivateBus, 
     with place_of(NOBODY) as home, sleeping(NOBODY, home) as process:
         async with await connect(private_bus.address) as client, client.signals(BUS_NAME, ROOT) as signals:
             api = Api(client, signals)
-            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '1',
-                                            'after', 's', 'kill')
+            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Checkpoint', 'sa{sv}', f'pid:{process.pid}', '2',
+                                            'after', 's', 'kill', 'detach', 'b', 'true')
             image = (await api.ended(job))['Image']
             process.wait()
             os.chown(home / 'output', 0, 0)
             (home / 'output').chmod(0o600)
-            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Restore', 'sa{sv}', image, '0')
+            [job] = await asyncio.to_thread(nobody.call, MANAGER, 'Restore', 'sa{sv}', image, '1',
+                                            'detach', 'b', 'true')
             shown = await api.ended(job)
     await asyncio.get_running_loop().shutdown_default_executor()
     assert shown['State'] == 'failed'

@@ -19,6 +19,7 @@ from ckptd.client import (
     ImageRemoved,
     JobNew,
     JobRemoved,
+    PrepareForCheckpoint,
     Progress,
     Running,
     connect,
@@ -288,7 +289,8 @@ async def test_events_in_their_order(ckptd: Ckptd, sleeper: str) -> None:
             seen.append(event)
             if isinstance(event, JobRemoved):
                 break
-    assert [type(event) for event in seen if not isinstance(event, Progress)] == [JobNew, ImageAdded, JobRemoved]
+    assert [type(event) for event in seen if not isinstance(event, Progress)] == [
+        JobNew, PrepareForCheckpoint, ImageAdded, JobRemoved]
     assert [event.image for event in seen if isinstance(event, ImageAdded)] == [image]
 
 

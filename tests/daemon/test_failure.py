@@ -35,7 +35,7 @@ class Paused:
     def begin(self) -> None:
         """A checkpoint, until its tree is frozen."""
         with self.reached():
-            self.daemon.call('Checkpoint', 'sa{sv}', f'pid:{self.sleeper}', '0')
+            self.daemon.call('Checkpoint', 'sa{sv}', f'pid:{self.sleeper}', '1', 'detach', 'b', 'true')
         assert frozen(self.sleeper)
 
     @contextlib.contextmanager

@@ -151,8 +151,6 @@ def move(aside: Path, spool: Path) -> None:
         image.rename(spool / image.name)
 
 
-# of one callback: 0.06 ms for each object that GetManagedObjects describes before a thread marshals the answer
-@pytest.mark.xfail(strict=False, reason='GetManagedObjects of 2000 images takes 120 ms of the loop')
 async def test_many_images(watch: Watch, private_bus: PrivateBus, spool: Path, tmp_path: Path) -> None:
     await asyncio.to_thread(fill, spool)
     async with watched(watch, private_bus, spool, tmp_path / 'run'):
@@ -160,8 +158,6 @@ async def test_many_images(watch: Watch, private_bus: PrivateBus, spool: Path, t
     watch.judge()
 
 
-# of one callback: 0.4 ms for each image that Announcer.images_changed exports and announces, and nothing in between
-@pytest.mark.xfail(strict=False, reason='2000 new images take 860 ms of the loop')
 async def test_many_images_that_come_at_once(watch: Watch, private_bus: PrivateBus, spool: Path,
                                              tmp_path: Path) -> None:
     """As when a backup is put back: in one look hundreds are new."""

@@ -37,29 +37,30 @@ __ckptctl_words() {
 _ckptctl() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command='' i
     local common='--help --json --no-legend --system --user --address --standalone --spool'
-    local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export monitor doctor demo'
+    local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export import inhibit inhibitors monitor doctor demo'
     local -A options=(
         [checkpoint]='--freeze --timeout --kill --leave-frozen --save-files --save-limit --detach --quiet'
         [restore]='--wait --detach --new-pidns --cgroup --leave-stopped --changed-files --dry-run'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'
         [export]='--format --force'
+        [inhibit]='--who --why'
         [demo]='--freeze --keep'
     )
 
     case $prev in
         --freeze) __ckptctl_words $'auto\ncgroup\nunit\nptrace\ncaller'; return ;;
-        --format) __ckptctl_words 'core'; return ;;
+        --format) __ckptctl_words $'core\ntar'; return ;;
         --timeout) __ckptctl_words $'500ms\n10s\n30s\n2min'; return ;;
         --save-limit) __ckptctl_words $'64M\n256M\n1G\n4G'; return ;;
         --changed-files) __ckptctl_words $'refuse\naccept\nrollback'; return ;;
         --cgroup) __ckptctl_words "$(__ckptctl_cgroups)"; return ;;
         --spool) compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
-        --address) COMPREPLY=(); return ;;
+        --address|--who|--why) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
-            --address|--spool|--freeze|--timeout|--save-limit|--changed-files|--cgroup|--format) i=$((i + 1)) ;;
+            --address|--spool|--freeze|--timeout|--save-limit|--changed-files|--cgroup|--format|--who|--why) i=$((i + 1)) ;;
             -*) ;;
             *) command=${COMP_WORDS[i]}; break ;;
         esac
@@ -71,14 +72,15 @@ _ckptctl() {
         COMPREPLY=($(compgen -W "${options[$command]} $common" -- "$cur"))
     else
         case $command in
-            checkpoint|check|freeze|thaw) __ckptctl_words "$(__ckptctl_targets)" ;;
+            checkpoint|check|freeze|thaw|inhibit) __ckptctl_words "$(__ckptctl_targets)" ;;
             tree) __ckptctl_words "$(__ckptctl_column list; __ckptctl_targets)" ;;
             cancel) __ckptctl_words "$(__ckptctl_column jobs)" ;;
             show|verify|remove|restore) __ckptctl_words "$(__ckptctl_column list)" ;;
             export)
                 compopt -o filenames
                 __ckptctl_words "$(__ckptctl_column list)"
-                COMPREPLY+=($(compgen -d -- "$cur")) ;;
+                COMPREPLY+=($(compgen -f -- "$cur")) ;;
+            import) compopt -o filenames; COMPREPLY=($(compgen -f -- "$cur")) ;;
         esac
     fi
 }

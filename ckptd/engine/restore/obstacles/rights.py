@@ -29,6 +29,7 @@ def check(scene: Scene) -> Iterator[Obstacle]:
         yield Obstacle(0, 'image', 'EPERM', f'the image was made for uid {manifest.owner_uid}, the caller is uid '
                        f'{caller.uid}', 'restore it as that user, or as root')
     yield from _ours(scene)
+    yield from _confined(scene)
     for process in scene.plan.processes:
         found: list[Obstacle] = []
         for task in process.alive:
@@ -52,6 +53,21 @@ def _ours(scene: Scene) -> Iterator[Obstacle]:
     lacking = needed & ~scene.own.cap_eff
     if lacking:
         yield Obstacle(0, 'credentials', 'EPERM', f'ckptd lacks {capability_names(lacking)}', 'run ckptd as root')
+
+
+def _confined(scene: Scene) -> Iterator[Obstacle]:
+    """A caller who has given up rights for good, for himself and all that he starts, gets none back by a restart."""
+    caller = scene.request.caller
+    if not caller.uid:
+        return
+    if caller.seccomp:
+        yield Obstacle(0, 'seccomp', 'EPERM', 'the caller runs under a seccomp filter, and the tree would not',
+                       'ask from outside of the sandbox')
+    free = any(not scene.reader.get(Credentials, task.vpid).no_new_privs
+               for process in scene.plan.processes for task in process.alive)
+    if caller.no_new_privs and free:
+        yield Obstacle(0, 'no_new_privs', 'EPERM', 'the caller runs with no_new_privs, and the tree did not',
+                       'ask from outside of the sandbox')
 
 
 def _ids(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
@@ -100,6 +116,10 @@ def _capabilities(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
     elif beyond := held & ~scene.own.cap_prm:
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)}, ckptd has not',
                        'run ckptd with these capabilities')
+    caller = scene.request.caller
+    if caller.uid and caller.bounding >= 0 and (beyond := sets['bounding'] & ~caller.bounding):
+        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, the caller '
+                       'has not', _ROOT)
     if beyond := sets['bounding'] & ~scene.own.cap_bnd:
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, ckptd has '
                        'not, and what that set lacks never comes back', 'run ckptd with these capabilities '
