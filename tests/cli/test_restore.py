@@ -22,6 +22,7 @@ from tests.cli.conftest import Ctl, Fifo
 from tests.jobs.scripted import ScriptedDaemon
 from tests.jobs.test_spool import write_image
 from tests.lib.bus import ROOT, read_line
+from tests.programs.conftest import await_that
 
 pytestmark = pytest.mark.needs('dbus')
 
@@ -139,7 +140,8 @@ def test_the_death_of_the_command_is_not_the_trees(stage: Callable[..., Stage]) 
     process, root = here.wait()
     process.kill()
     process.communicate()
-    assert (here.job()['state'], state_of(root)) == ('running', 'S')
+    await_that('the job lets go of it', lambda: here.job()['state'] == 'done')
+    assert state_of(root) == 'S'
     os.kill(root, signal.SIGKILL)
 
 

@@ -16,7 +16,8 @@ EXPECTED = {
     'usr/share/dbus-1/system-services/org.ckptd1.service', 'usr/share/dbus-1/services/org.ckptd1.service',
     'usr/share/dbus-1/interfaces/org.ckptd1.Manager.xml', 'usr/share/bash-completion/completions/ckptctl',
     'usr/share/doc/ckptd/README.md', 'usr/share/doc/ckptd/LICENSE',
-    'usr/share/doc/ckptd/examples/checkpoint-before-stop.conf',
+    'usr/share/doc/ckptd/examples/checkpoint-before-stop.conf', 'usr/share/polkit-1/actions/org.ckptd1.policy',
+    'usr/share/doc/ckptd/examples/50-ckptd.rules', 'usr/share/doc/ckptd/org.ckptd1.7.md',
 }
 MAX_EXPOSURE = 5.0
 

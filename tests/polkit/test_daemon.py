@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ckptd beside a real polkitd: what two users get at of each other's trees, jobs and images, in every way there is."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT, image_path, job_path
+from tests.jobs.test_spool import write_image
+from tests.lib.bus import Served
+from tests.lib.polkit import Polkit
+from tests.lib.systembus import USERS
+
+PROPERTIES, INTROSPECTABLE = 'org.freedesktop.DBus.Properties', 'org.freedesktop.DBus.Introspectable'
+ASKED = 'that a person must give'
+NOT_THERE = 'no object at'
+
+
+def rule(action: str, user: str, result: str) -> str:
+    return f"""polkit.addRule(function(action, subject) {{
+        if (action.id == "org.ckptd1.{action}" && subject.user == "{user}") return polkit.Result.{result};
+    }});"""
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> tuple[str, str]:
+    """alice's and bob's, there before the daemon is."""
+    spool = tmp_path / 'spool'
+    spool.mkdir(mode=0o700)
+    return write_image(spool, USERS['alice']), write_image(spool, USERS['bob'])
+
+
+@pytest.fixture
+def daemon(polkit: Polkit, images: tuple[str, str], tmp_path: Path) -> Iterator[Served]:
+    with Served(polkit.bus.address, tmp_path, tmp_path / 'spool') as running:
+        yield running
+
+
+def ask(polkit: Polkit, user: str, interface: str, member: str, *args: str, path: str = ROOT,
+        interactive: bool = False) -> Any:
+    """The values, None, or the words of the error."""
+    with polkit.user(user).call(BUS_NAME, path, interface, member, *args, interactive=interactive) as call:
+        return call.answer()
+
+
+def manager(polkit: Polkit, user: str, member: str, *args: str) -> Any:
+    return ask(polkit, user, MANAGER, member, *args)
+
+
+# ---------------------------------------------------------------- trees
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_ones_own_tree_and_that_of_another(polkit: Polkit, daemon: Served) -> None:
+    with polkit.user('alice').process() as alices, polkit.user('bob').process() as bobs:
+        assert manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{alices}', '0') == [1]
+        assert manager(polkit, 'bob', 'ListJobs') == [[]]
+        assert ASKED in manager(polkit, 'bob', 'Thaw', 'sa{sv}', f'pid:{alices}', '0')
+        assert manager(polkit, 'alice', 'Thaw', 'sa{sv}', f'pid:{alices}', '0') is None
+        for method in ('Freeze', 'Checkpoint'):
+            assert ASKED in manager(polkit, 'alice', method, 'sa{sv}', f'pid:{bobs}', '0')
+        assert ASKED in manager(polkit, 'alice', 'Inhibit', 'ssa{sv}', 'me', 'why', '1', 'target', 's', f'pid:{bobs}')
+        refusals = manager(polkit, 'alice', 'Check', 'sa{sv}', f'pid:{bobs}', '0')
+        assert 'EPERM' in json.dumps(refusals)
+        assert f'/home/{bobs}' not in json.dumps(refusals)
+    assert 'refused method=Thaw uid=61002' in daemon.log
+    assert 'allowed method=Freeze uid=61001' in daemon.log
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_what_rules_say(polkit: Polkit, daemon: Served) -> None:
+    polkit.set_rules(rule('freeze', 'alice', 'YES') + rule('freeze-own', 'alice', 'NO'))
+    with polkit.user('alice').process() as alices, polkit.user('bob').process() as bobs:
+        answer = manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{alices}', '0')
+        assert 'may not freeze' in answer
+        assert 'org.ckptd1.freeze-own' in answer
+        assert manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{bobs}', '0') == [1]
+        assert manager(polkit, 'alice', 'Thaw', 'sa{sv}', f'pid:{bobs}', '0') is None
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+@pytest.mark.parametrize('says_yes', [True, False])
+async def test_a_person_is_asked(polkit: Polkit, daemon: Served, says_yes: bool) -> None:
+    with polkit.user('bob').process() as bobs, \
+            polkit.user('alice').call(BUS_NAME, ROOT, MANAGER, 'Freeze', 'sa{sv}', f'pid:{bobs}', '0') as call:
+        async with polkit.agent(call.pid, says_yes=says_yes) as agent:
+            answer = await asyncio.to_thread(call.answer)
+        assert agent.asked == ['org.ckptd1.freeze']
+        if says_yes:
+            assert answer == [1]
+            assert manager(polkit, 'alice', 'Thaw', 'sa{sv}', f'pid:{bobs}', '0') is None
+        else:
+            assert 'the question was dismissed' in answer
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_what_an_administrator_allowed_belongs_to_root(polkit: Polkit, daemon: Served) -> None:
+    """Or who was let in once would have it for ever."""
+    polkit.set_rules(rule('checkpoint', 'alice', 'YES'))
+    with polkit.user('bob').process() as bobs:
+        [job] = manager(polkit, 'alice', 'Checkpoint', 'sa{sv}', f'pid:{bobs}', '1', 'detach', 'b', 'true')
+        until_over(polkit, 'alice', job)
+        [shown] = ask(polkit, 'alice', PROPERTIES, 'GetAll', 's', JOB, path=job)
+        assert shown['State']['data'] == 'done', shown
+        assert shown['StartedByUID']['data'] == USERS['alice']
+        image = shown['Image']['data']
+        assert NOT_THERE in ask(polkit, 'bob', PROPERTIES, 'GetAll', 's', JOB, path=job)
+    for user in ('alice', 'bob'):
+        assert ASKED in manager(polkit, user, 'VerifyImage', 's', image)
+        assert image not in json.dumps(manager(polkit, user, 'ListImages'))
+    [owner] = ask_as_root(daemon, image_path(image), IMAGE, 'Owner')
+    assert owner == 0
+
+
+def until_over(polkit: Polkit, user: str, job: str) -> None:
+    while ask(polkit, user, PROPERTIES, 'Get', 'ss', JOB, 'State', path=job)[0]['data'] in ('queued', 'running'):
+        pass
+
+
+def ask_as_root(daemon: Served, path: str, interface: str, name: str) -> list[Any]:
+    done = daemon.busctl('--json=short', 'get-property', BUS_NAME, path, interface, name)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(done.stdout)['data']]
+
+
+# ---------------------------------------------------------------- images and jobs
+
+def test_no_way_to_the_image_of_another(polkit: Polkit, daemon: Served, images: tuple[str, str]) -> None:
+    mine, other = images
+    for method, args in (('GetImage', ['s', other]), ('VerifyImage', ['s', other]), ('RemoveImage', ['s', other]),
+                         ('Restore', ['sa{sv}', other, '0']), ('CheckRestore', ['sa{sv}', other, '0'])):
+        assert ASKED in manager(polkit, 'alice', method, *args), method
+    path = image_path(other)
+    for interface, method, args in (
+            (IMAGE, 'Tree', []), (IMAGE, 'Verify', []), (IMAGE, 'Remove', []), (IMAGE, 'Open', []),
+            (IMAGE, 'Restore', ['a{sv}', '0']), (IMAGE, 'CheckRestore', ['a{sv}', '0']),
+            (PROPERTIES, 'GetAll', ['s', IMAGE]), (PROPERTIES, 'Get', ['ss', IMAGE, 'Command']),
+            (INTROSPECTABLE, 'Introspect', [])):
+        answer = ask(polkit, 'alice', interface, method, *args, path=path)
+        assert answer == ask(polkit, 'alice', interface, method, *args, path=f'{path}x').replace('x', '', 1), method
+        assert NOT_THERE in answer
+    seen = json.dumps([manager(polkit, 'alice', 'ListImages'),
+                       ask(polkit, 'alice', 'org.freedesktop.DBus.ObjectManager', 'GetManagedObjects'),
+                       ask(polkit, 'alice', INTROSPECTABLE, 'Introspect', path=f'{ROOT}/image')])
+    assert (mine in seen, other in seen) == (True, False)
+    assert ask(polkit, 'alice', PROPERTIES, 'Get', 'ss', MANAGER, 'Images') == [{'type': 'u', 'data': 1}]
+    assert (daemon.spool / other).exists()
+    assert manager(polkit, 'alice', 'RemoveImage', 's', mine) is None
+
+
+def test_an_administrator_sees_all(polkit: Polkit, daemon: Served, images: tuple[str, str]) -> None:
+    polkit.set_rules(rule('manage-images', 'alice', 'YES'))
+    _, other = images
+    assert other in json.dumps(manager(polkit, 'alice', 'ListImages'))
+    assert ask(polkit, 'alice', PROPERTIES, 'Get', 'ss', IMAGE, 'Owner', path=image_path(other)) == [
+        {'type': 'u', 'data': USERS['bob']}]
+    assert ASKED in manager(polkit, 'alice', 'Restore', 'sa{sv}', other, '0')       # which is another matter
+    assert manager(polkit, 'alice', 'RemoveImage', 's', other) is None
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_no_way_to_the_job_of_another(polkit: Polkit, daemon: Served) -> None:
+    with polkit.user('alice').process() as alices:
+        [job] = manager(polkit, 'alice', 'Checkpoint', 'sa{sv}', f'pid:{alices}', '1', 'detach', 'b', 'true')
+        assert job == job_path(1)
+        assert NOT_THERE in ask(polkit, 'bob', JOB, 'Cancel', 'a{sv}', '0', path=job)
+        assert NOT_THERE in ask(polkit, 'bob', PROPERTIES, 'GetAll', 's', JOB, path=job)
+        assert manager(polkit, 'bob', 'ListJobs') == [[]]
+        until_over(polkit, 'alice', job)
+
+
+# ---------------------------------------------------------------- tasks that are more than their user
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_a_process_that_can_become_root(polkit: Polkit, daemon: Served, privileged: int) -> None:
+    """Its saved uid is root's: it is not all alice's."""
+    answer = manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{privileged}', '0')
+    assert ASKED in answer
+    polkit.set_rules(rule('freeze', 'alice', 'NO'))
+    answer = manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{privileged}', '0')
+    assert 'which belongs to uid 0' in answer
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_a_process_that_is_not_dumpable(polkit: Polkit, daemon: Served, undumpable: int) -> None:
+    """polkit has nothing against it; the kernel has."""
+    answer = manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{undumpable}', '0')
+    assert 'may not look at this task' in answer
+    assert 'EPERM' in answer or 'EACCES' in answer
