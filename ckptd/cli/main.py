@@ -80,6 +80,11 @@ async def _interruptible(handler: Handler, session: 'Session') -> int:
         if not received:
             raise
         return 128 + received[0]
+    finally:
+        # what it ends with is settled: a key that is pressed once more changes nothing of that
+        for number in INTERRUPTS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _from_os_error(error: OSError) -> CkptError:

@@ -5,11 +5,13 @@ import argparse
 import asyncio
 import contextlib
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptd.bus.client import Signal, Signals, connect
+from ckptd.bus.message import ALLOW_INTERACTIVE
 from ckptd.cli.output import Output
 from ckptd.client.daemon import LONG, Daemon
 from ckptd.errors import Unavailable
@@ -42,7 +44,8 @@ class Session:
         except Unavailable as error:
             raise Unavailable(error.message, hint='use --standalone, which brings a bus of its own') from error
         async with client:
-            yield Daemon(client)
+            # on a terminal polkit may have somebody asked
+            yield Daemon(client, ALLOW_INTERACTIVE if sys.stdin.isatty() else 0)
 
     @contextlib.asynccontextmanager
     async def private_daemon(self, spool: str | Path | None) -> AsyncIterator[Daemon]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ckptd.bus.client import Client, Signals, Sink
+from ckptd.bus.message import ALLOW_INTERACTIVE
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT
 from ckptd.errors import CkptError, NoSuchJob, from_details
 
 QUICK: Final = 30.0             # seconds for an answer that needs no work
+PERSON: Final = 600.0           # until somebody who is asked has typed a password, or not
 LONG: Final = 24 * 3600.0       # for one whose work is as large as the tree or the image
 
 
@@ -46,14 +48,18 @@ class Daemon:
     async def call(self, path: str, interface: str, method: str, signature: str = '', *args: Any,
                    seconds: float = QUICK) -> Any:
         """Call a method of any object; seconds: until there has to be an answer."""
-        return await self.client.call(BUS_NAME, path, interface, method, signature, *args, timeout=seconds,
-                                      flags=self.flags)
+        return await self.client.call(BUS_NAME, path, interface, method, signature, *args,
+                                      timeout=self._patience(seconds), flags=self.flags)
 
     async def call_for_fd(self, path: str, interface: str, method: str, signature: str = '', *args: Any,
                           seconds: float = QUICK) -> int:
         """The same for a method that answers an fd, which is then the caller's to close."""
-        return await self.client.call_for_fd(BUS_NAME, path, interface, method, signature, *args, timeout=seconds,
-                                             flags=self.flags)
+        return await self.client.call_for_fd(BUS_NAME, path, interface, method, signature, *args,
+                                             timeout=self._patience(seconds), flags=self.flags)
+
+    def _patience(self, seconds: float) -> float:
+        """A person takes longer."""
+        return max(seconds, PERSON) if self.flags & ALLOW_INTERACTIVE else seconds
 
     @contextlib.asynccontextmanager
     async def signals(self) -> AsyncIterator[Signals]:

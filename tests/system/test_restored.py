@@ -88,3 +88,34 @@ def test_what_stands_in_the_way_is_seen_from_outside_the_sandbox(machine: Contai
     assert done.returncode == 75, done.stdout + done.stderr      # try again: it may end
     assert f'the number is in use by count[{pid}]' in done.stdout
     assert 'Read-only' not in done.stdout
+
+
+HALF_ROLLED_BACK = """
+import os
+from pathlib import Path
+from ckptd.journal import Journal
+from ckptd.journal.files import keep
+from ckptd.journal.steps import KeepFile, MakeFile
+path, kept = '/root/of-the-tree', '/var/spool/ckptd/.kept-test'
+Path(path).write_text('as it was found')
+entry = Journal(Path('/run/ckptd')).begin(1, 'image x', 'restore')
+entry.add(MakeFile(kept, 0, 0, 0, 0, ()))
+with open(path, 'rb') as source, open(kept, 'xb+') as target:
+    keep(source.fileno(), 0, target.fileno())
+of = os.stat(path)
+entry.add(KeepFile(path, of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns, 0, kept))
+Path(path).write_text('half rolled back, and then the worker died')
+os._exit(0)
+"""
+
+
+def test_files_are_put_back_outside_of_the_sandbox(machine: Container) -> None:
+    """In which /root is read-only."""
+    machine.run('systemctl', 'stop', 'ckptd.service')
+    machine.run('mkdir', '-p', '-m', '700', '/run/ckptd')
+    machine.run('/usr/lib/ckptd/bin/python', '-c', HALF_ROLLED_BACK)
+    machine.run('systemctl', 'start', 'ckptd.service')
+    assert machine.output('cat', '/root/of-the-tree') == 'as it was found'
+    assert machine.run('ls', '/var/spool/ckptd/.kept-test', check=False).returncode != 0
+    assert 'undone rolling back /root/of-the-tree' in machine.journal('ckptd.service')
+    machine.run('rm', '/root/of-the-tree')

@@ -75,6 +75,22 @@ def test_a_call_activates_the_service(machine: Container) -> None:
     assert machine.property('ckptd.service', 'Type') == 'notify'
 
 
+def test_it_ends_when_nobody_wants_anything(machine: Container, service: Callable[[str], str]) -> None:
+    """And is started again by the next call, with all that there was."""
+    unit = service('counter.service')
+    await_count(machine, unit, 0)
+    image = ctl(machine, 'checkpoint', unit)['image']
+    machine.run('mkdir', '-p', '/etc/ckptd/ckptd.conf.d')
+    settings = r'[Manager]\nIdleExitSec=1s\nKeepJobsSec=1s\n'
+    machine.run('sh', '-c', f'printf "{settings}" > /etc/ckptd/ckptd.conf.d/idle.conf')
+    machine.run('systemctl', 'restart', 'ckptd.service')
+    machine.run('timeout', '20', 'sh', '-c', 'while systemctl is-active -q ckptd.service; do sleep 0.1; done')
+    assert machine.property('ckptd.service', 'Result') == 'success'
+    machine.run('rm', '-r', '/etc/ckptd')
+    assert [one['image'] for one in ctl(machine, 'list')] == [image]
+    assert machine.property('ckptd.service', 'ActiveState') == 'active'
+
+
 def test_checkpoint_of_a_unit_frozen_by_systemd(machine: Container, service: Callable[[str], str]) -> None:
     unit = service('counter.service')
     pid, before = await_count(machine, unit, 0)
