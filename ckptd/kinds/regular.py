@@ -180,7 +180,8 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
         base = deleted_file(record.path, record.device, record.inode, record.size, record.mode, record.content, ctx)
-        set_owner(base, record.mode, record.uid, record.gid)
+        with ctx.as_caller():       # who could not give a file away then cannot now, set-user-ID and all
+            set_owner(base, record.mode, record.uid, record.gid)
         fd = open_nameless(base, saved.flags)
         os.utime(base, ns=(record.mtime, record.mtime))
         return fd
@@ -196,7 +197,8 @@ class RegularKind(Kind[Regular], tag='regular'):
 def _fill(record: Regular, fd: int, ctx: Restoring) -> None:
     """What was saved of a named file, into a new one."""
     restore_content(fd, record.size, record.saved, ctx)
-    set_owner(fd, record.mode, record.uid, record.gid)
+    with ctx.as_caller():
+        set_owner(fd, record.mode, record.uid, record.gid)
     os.utime(fd, ns=(record.mtime, record.mtime))
 
 

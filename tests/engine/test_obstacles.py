@@ -13,8 +13,10 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from ckptd.engine.channel import Channel
@@ -24,12 +26,16 @@ from ckptd.engine.restore.family import Spawn
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.obstacles import obstacles
 from ckptd.engine.restore.obstacles.room import bytes_to_read
+from ckptd.engine.restore.place import homes
 from ckptd.engine.restore.prepare import prepare
 from ckptd.errors import Busy, ImageDamaged, PermissionDenied, Refusal, Refused
 from ckptd.image import records as r
+from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.creds import CAP_SYS_RESOURCE, capget
 from ckptd.kernel.shm import attached
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import read_cgroup2
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
@@ -520,3 +526,80 @@ def test_a_tree_that_had_ended(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     row = only(found(place, image))
     assert (row.pid, row.errno) == (0, 'ESRCH')
     assert 'nothing of it can run' in row.reason
+
+
+# ---------------------------------------------------------------- images from outside, and callers in a sandbox
+
+@pytest.fixture
+def importer() -> Iterator[Caller]:
+    """An ordinary user, with a process that has asked."""
+    uid = ORDINARY_UID
+    with subprocess.Popen(['sleep', '1000'], user=uid, group=uid, extra_groups=[], cwd='/') as process:
+        yield Caller(uid, uid, (uid,), process.pid, 0, capget_bounding())
+        process.kill()
+
+
+def capget_bounding() -> int:
+    return read_status(os.getpid()).cap_bnd
+
+
+def of_user(image: Path, *, imported: bool) -> None:
+    """An image that says that all in it was the ordinary user's."""
+    uid = ORDINARY_UID
+    alter(image, r.Credentials, uids=(uid,) * 4, gids=(uid,) * 4, groups=(uid,), securebits=0,
+          capabilities=(0, 0, 0, capget_bounding(), 0))
+    manifest = read_manifest(image)
+    (image / NAME).write_bytes(encode_manifest(msgspec.structs.replace(
+        manifest, owner_uid=uid, owner_gid=uid, imported=imported)))
+
+
+CLAIMS: dict[str, tuple[type[r.Record], dict[str, object]]] = {
+    'RLIMIT_NOFILE': (r.Limits, {'limits': tuple(r.Limit(1, (1 << 64) - 1) for _ in range(16))}),
+    'oom_score_adj': (r.ProcessState, {'oom_score_adj': 0}),
+    'scheduling': (r.Scheduling, {'nice': 0}),
+    'securebits': (r.Credentials, {'securebits': 1}),
+    'capabilities': (r.Credentials, {'capabilities': (0, 0, 0, 0, 0)}),
+}
+
+
+@pytest.mark.parametrize(('resource_', 'claim'), CLAIMS.items(), ids=CLAIMS)
+def test_what_an_imported_image_claims(place: Place, asleep: Sleeper, importer: Caller, resource_: str,
+                                       claim: tuple[type[r.Record], dict[str, object]]) -> None:
+    """A user gets no right by writing it into an image; what ckptd has dumped of him he had."""
+    image = asleep.image(place)
+    of_user(image, imported=True)
+    assert not [row for row in found(place, image, caller=importer) if row.resource == resource_]
+    alter(image, claim[0], **claim[1])
+    def by_the_caller(who: Caller) -> list[Refusal]:
+        """Refused for what the caller has not, whatever ckptd itself lacks on this machine."""
+        return [row for row in found(place, image, caller=who)
+                if row.resource == resource_ and row.errno == 'EPERM' and 'restore it as root' in row.hint]
+    assert by_the_caller(importer)
+    assert not by_the_caller(Caller(0, 0, (), os.getpid(), -1))
+    manifest = read_manifest(image)
+    (image / NAME).write_bytes(encode_manifest(msgspec.structs.replace(manifest, imported=False)))
+    assert not by_the_caller(importer)
+
+
+def test_an_imported_image_of_nobody_who_is_there(place: Place, asleep: Sleeper, importer: Caller) -> None:
+    image = asleep.image(place)
+    of_user(image, imported=True)
+    gone = msgspec.structs.replace(importer, pid=0)
+    assert about(found(place, image, caller=gone), 'image').errno == 'ESRCH'
+
+
+@pytest.mark.parametrize('way', ['seccomp', 'no_new_privs', 'bounding'])
+def test_who_has_given_up_rights_gets_none_back(place: Place, asleep: Sleeper, importer: Caller, way: str) -> None:
+    image = asleep.image(place)
+    of_user(image, imported=False)
+    confined = msgspec.structs.replace(importer, **{way: 0 if way == 'bounding' else True})
+    resource_ = 'capabilities' if way == 'bounding' else way
+    assert not [row for row in found(place, image, caller=importer) if row.resource == resource_]
+    assert about(found(place, image, caller=confined), resource_).errno == 'EPERM'
+
+
+def test_where_an_imported_tree_lives(importer: Caller) -> None:
+    process = SimpleNamespace(vpid=7, alive=[1], ids=SimpleNamespace(cgroup='/system.slice/sshd.service'))
+    own = read_cgroup2(importer.pid)
+    assert homes(importer, True, [process]) == {7: own}  # type: ignore[list-item]
+    assert homes(importer, False, [process]) == {7: '/system.slice/sshd.service'}  # type: ignore[list-item]

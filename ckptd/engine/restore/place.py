@@ -13,12 +13,14 @@ and after it brings it home. So all of it runs in the end, or nothing.
 import errno
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
+from ckptd.engine.messages import Caller
+from ckptd.engine.restore.family import Process
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.errors import CkptError, Refusal
 from ckptd.journal.entry import Entry
@@ -160,6 +162,13 @@ class Birthplace:
 
     def _warn(self, sentence: str, errno_name: str) -> None:
         self.warnings.append(Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning'))
+
+
+def homes(caller: Caller, imported: bool, processes: Sequence[Process]) -> dict[int, str]:
+    """The cgroup that each living process was in, by vpid; of an image that an ordinary user has brought from outside,
+    his own, whatever it says."""
+    own = read_cgroup2(caller.pid) if imported and caller.uid and caller.pid else ''
+    return {process.vpid: own or process.ids.cgroup for process in processes if process.alive}
 
 
 def _lasts(step: AnyStep) -> bool:

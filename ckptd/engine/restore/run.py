@@ -32,7 +32,7 @@ from ckptd.engine.restore.files import Files
 from ckptd.engine.restore.memory import Space, clear
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
-from ckptd.engine.restore.place import Birthplace
+from ckptd.engine.restore.place import Birthplace, homes
 from ckptd.engine.restore.plan import DEAD, Plan
 from ckptd.engine.restore.prepare import prepare, refused
 from ckptd.engine.restore.puppet import Puppet
@@ -102,8 +102,8 @@ class Restore:
         reader, request = self._reader, self._request
         self._bank = stack.enter_context(Bank(self._plan.highest))
         self._files = Files(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
-        self._place = stack.enter_context(Birthplace(self._job, {
-            process.vpid: process.ids.cgroup for process in self._plan.processes if process.alive}))
+        self._place = stack.enter_context(Birthplace(self._job, homes(
+            request.caller, reader.manifest.imported, self._plan.processes)))
         self._place.prepare()
         self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.note)
         self._files.objects = self._objects

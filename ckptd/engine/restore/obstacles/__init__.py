@@ -5,6 +5,7 @@
     objects     open files, mapped files, directories, System V segments
     rights      what the caller may not have, and what we cannot give: ids, capabilities
     resources   limits, scheduling, memory locks that take a privilege
+    imported    of an image from outside, what its importer has not
     room        memory, numbers of tasks
     surroundings    cgroup, namespaces, terminal
 
@@ -13,13 +14,13 @@ That numbers are taken, and that a tree cannot be made at all, is said by the pl
 
 from ckptd.engine.messages import JobRequest
 from ckptd.engine.restore.files import Access
-from ckptd.engine.restore.obstacles import machine, objects, resources, rights, room, surroundings
+from ckptd.engine.restore.obstacles import imported, machine, objects, resources, rights, room, surroundings
 from ckptd.engine.restore.obstacles.scene import Scene, rows
 from ckptd.engine.restore.plan import Plan
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader
 
-CHECKS = (machine.check, objects.check, rights.check, resources.check, room.check, surroundings.check)
+CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.check, room.check, surroundings.check)
 
 
 def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: Access) -> list[Refusal]:

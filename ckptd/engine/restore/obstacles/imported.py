@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Images that came in from outside: whatever they claim, a caller other than root gets nothing that he has not.
+
+What ckptd wrote for a uid, its processes had; what somebody made up they may never have had: limits, priorities, other
+securebits than his own or a smaller bounding set, which unsettles programs with set-user-ID.
+"""
+
+import os
+from collections.abc import Iterator
+
+from ckptd.engine.restore.obstacles.resources import LIMITS
+from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
+from ckptd.image.records import SYSV, Credentials, Limits, ProcessState, Scheduling, SharedMemory
+from ckptd.kernel.task import read_limits, read_oom_score_adj
+
+_MEMLOCK = 8                # RLIMIT_MEMLOCK, <asm-generic/resource.h>
+_IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 13, 1       # <linux/ioprio.h>
+_AS_ROOT = 'restore it as root'
+
+
+def check(scene: Scene) -> Iterator[Obstacle]:
+    caller = scene.request.caller
+    if not caller.uid or scene.plan.world.user or not scene.reader.manifest.imported:
+        return
+    if not caller.pid:
+        yield Obstacle(0, 'image', 'ESRCH', 'it is not known which process asks, whose limits hold for an imported '
+                       'image', 'ask again, and stay until there is an answer')
+        return
+    for process in scene.plan.processes:
+        if process.alive:
+            yield from _process(scene, process.vpid, process.ids.mm_id)
+            yield from once(row for task in process.alive for row in _task(scene, task.vpid))
+    for record in scene.reader.every(SharedMemory):
+        if record.kind == SYSV and (record.uid, record.gid) != (caller.uid, caller.gid):
+            yield Obstacle(0, f'shmid {record.shmid}', 'EPERM', 'its System V segment is of another user', _AS_ROOT)
+
+
+def _process(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
+    pid = scene.request.caller.pid
+    try:
+        hard = [limit for _, limit in read_limits(pid)]
+        oom = read_oom_score_adj(pid)
+    except (ProcessLookupError, FileNotFoundError):
+        yield Obstacle(vpid, 'limits', 'ESRCH', 'whoever asks is gone, whose limits would hold',
+                       'ask again, and stay until there is an answer')
+        return
+    for number, limit in enumerate(scene.reader.get(Limits, vpid).limits[:len(LIMITS)]):
+        if limit.hard > hard[number]:
+            name = f'RLIMIT_{LIMITS[number]}'
+            yield Obstacle(vpid, name, 'EPERM', f'its hard limit {name} is above that of the caller', _AS_ROOT)
+    if scene.reader.get(ProcessState, vpid).oom_score_adj - 1000 < oom:
+        yield Obstacle(vpid, 'oom_score_adj', 'EPERM', 'its oom_score_adj is below that of the caller', _AS_ROOT)
+    locked = sum(vma.end - vma.start for vma in scene.reader.memory(mm_id).vmas if vma.locked)
+    if locked > hard[_MEMLOCK]:
+        yield Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, more than the caller '
+                       'may', _AS_ROOT)
+
+
+def _task(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+    caller = scene.request.caller
+    credentials, scheduling = scene.reader.get(Credentials, vpid), scene.reader.get(Scheduling, vpid)
+    if credentials.securebits:
+        yield Obstacle(vpid, 'securebits', 'EPERM', f'has securebits {credentials.securebits:#x}', _AS_ROOT)
+    if credentials.capabilities[3] != caller.bounding:
+        yield Obstacle(vpid, 'capabilities', 'EPERM', 'has another bounding set than the caller', _AS_ROOT)
+    try:
+        nice = os.getpriority(os.PRIO_PROCESS, caller.pid)
+    except ProcessLookupError:
+        nice = 19
+    if scheduling.policy in (os.SCHED_FIFO, os.SCHED_RR, 6) or scheduling.nice - 20 < nice \
+            or scheduling.ioprio >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT:
+        yield Obstacle(vpid, 'scheduling', 'EPERM', 'has a higher priority than the caller', _AS_ROOT)
