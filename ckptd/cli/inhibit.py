@@ -8,7 +8,7 @@ from ckptd.bus.names import MANAGER, ROOT
 from ckptd.cli.images import user_name
 from ckptd.cli.output import Column
 from ckptd.cli.session import Session
-from ckptd.errors import CkptError
+from ckptd.errors import CkptError, InvalidArgument
 
 COLUMNS = (Column('WHO', style='bold'), Column('TARGET', fold=True), Column('USER'), Column('PID', right=True),
            Column('WHY', fold=True))
@@ -17,6 +17,8 @@ COLUMNS = (Column('WHO', style='bold'), Column('TARGET', fold=True), Column('USE
 async def inhibit(session: Session) -> int:
     """Run a program while a checkpoint of the target has to wait for its end. Its exit status."""
     args = session.args
+    if not args.program:
+        raise InvalidArgument('there is no program to run', hint='ckptctl inhibit TARGET PROGRAM...')
     async with session.daemon() as daemon:
         fd = await daemon.call_for_fd(ROOT, MANAGER, 'Inhibit', 'ssa{sv}', args.who or args.program[0], args.why,
                                       {'target': args.target})
