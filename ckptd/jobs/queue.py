@@ -9,6 +9,7 @@ long as that takes. There are two lanes, so that a long dump does not hold up a 
 
 import asyncio
 import itertools
+import json
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ import msgspec
 
 from ckptd.config import Config
 from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
-from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, Unavailable, WorkerDied
+from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, PermissionDenied, Unavailable, WorkerDied
 from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.entry import Entry, Listener
 from ckptd.jobs.inhibitors import Inhibitors
@@ -34,6 +35,7 @@ from ckptd.jobs.state import Job
 from ckptd.jobs.tasks import Tasks
 
 log = logging.getLogger(__name__)
+audit_log = logging.getLogger('ckptd.audit')
 
 # operations that everybody sees as jobs; the others are short, and only their caller cares
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'import', 'restore'})
@@ -256,6 +258,11 @@ class Queue:
             return
         if isinstance(outcome, CkptError):
             job.fail(outcome)
+            if isinstance(outcome, PermissionDenied):       # by the kernel, or for what the image would give
+                audit_log.info('refused operation=%s uid=%d pid=%d what=%s task=%d rule=%s', job.request.operation,
+                               job.request.asked_by, job.request.caller.pid,
+                               json.dumps(job.request.image or job.request.target), outcome.task,
+                               json.dumps(outcome.resource))
         else:
             job.finish(outcome)
         del self._entries[job]

@@ -192,3 +192,4 @@ def test_a_process_that_is_not_dumpable(polkit: Polkit, daemon: Served, undumpab
     answer = manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{undumpable}', '0')
     assert 'may not look at this task' in answer
     assert 'EPERM' in answer or 'EACCES' in answer
+    assert f'refused operation=freeze uid={USERS["alice"]}' in daemon.log
