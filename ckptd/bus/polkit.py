@@ -28,9 +28,9 @@ ALLOW_INTERACTION: Final = 1
 USER: Final = 'polkitd'             # what polkitd runs as
 TIMEOUT: Final = 25.0               # seconds for an answer that needs nobody
 PATIENCE: Final = 300.0             # seconds for a person
-# there is none, and none can be started
+# there is none, and none is installed; one that does not start or does not answer is another matter
 _ABSENT: Final = frozenset(f'{ERROR}{name}' for name in (
-    'ServiceUnknown', 'NameHasNoOwner', 'Spawn.ServiceNotFound', 'Spawn.ChildExited', 'Spawn.Failed', 'NoReply'))
+    'ServiceUnknown', 'NameHasNoOwner', 'Spawn.ServiceNotFound'))
 
 
 class Answer(Enum):
@@ -69,7 +69,8 @@ class Polkit:
 
     async def _is_there(self) -> bool:
         """Whether an owner that may be believed has the name; started by the bus if it can be."""
-        with contextlib.suppress(DBusError):        # what matters is whether it has an owner then
+        [there] = await self._driver('NameHasOwner', 's', NAME)
+        if not there:
             await self._driver('StartServiceByName', 'su', NAME, 0)
         [owner] = await self._driver('GetNameOwner', 's', NAME)
         if owner != self._trusted:
