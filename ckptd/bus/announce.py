@@ -3,6 +3,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ckptd.bus.export import Audience
 from ckptd.bus.gate import Gate
@@ -11,6 +12,7 @@ from ckptd.bus.job import JobObject, path_of
 from ckptd.bus.manager import ManagerObject
 from ckptd.bus.names import ROOT, image_path
 from ckptd.bus.router import Router
+from ckptd.errors import NoSuchImage
 from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.library import Library
 from ckptd.jobs.queue import Queue
@@ -63,8 +65,9 @@ class Announcer:
         self._manager.PrepareForCheckpoint.to(holders, path_of(job), start)
 
     def tree_restored(self, job: Job, tasks: int) -> None:
-        image = self._spool.find(job.request.image)
-        self._manager.Restored.to(Audience(image.owner), image.id, tasks)
+        with suppress(NoSuchImage):     # removed while its tree was made: that runs all the same
+            image = self._spool.find(job.request.image)
+            self._manager.Restored.to(Audience(image.owner), image.id, tasks)
 
     def frozen_changed(self) -> None:
         self._manager.changed('FrozenTargets')

@@ -15,5 +15,9 @@ async def attach(call: Call, queue: Queue, job: Job) -> None:
         with suppress(NoSuchJob):
             queue.cancel(job.number)
 
-    await call.when_gone(leave)
+    try:
+        await call.when_gone(leave)
+    except BaseException:
+        leave()         # nobody would ever hear of it
+        raise
     queue.when_over(job, lambda: call.never_mind(leave))

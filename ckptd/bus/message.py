@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What messages are made of besides bytes: their types and flags, the fds that come with them, errors. Pure."""
 
-import os
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any, Final
+
+from ckptd.kernel.closing import close_foreign
 
 
 class MessageType(IntEnum):
@@ -65,4 +66,4 @@ class Fds:
         for index, fd in enumerate(self._open):
             if fd >= 0:
                 self._open[index] = -1
-                os.close(fd)
+                close_foreign(fd)

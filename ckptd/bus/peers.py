@@ -74,8 +74,11 @@ class Peers:
         if status is None:
             gid = peer.groups[0] if peer.groups else NOBODY
             return Caller(peer.uid, gid, peer.groups, 0, -1, label=peer.label)
-        return Caller(peer.uid, status.gids[1], peer.groups or status.groups, peer.pid, status.cap_eff, status.cap_bnd,
-                      bool(status.no_new_privs), bool(status.seccomp), peer.label)
+        # not what it got by running a program since: effective group and capabilities of one with set-group-ID or file
+        # capabilities are not its user's, who has this connection
+        gid = status.gids[0] if status.gids[0] in (peer.groups or status.groups or status.gids) else peer.groups[0]
+        return Caller(peer.uid, gid, peer.groups or status.groups, peer.pid, 0 if peer.uid else status.cap_eff,
+                      status.cap_bnd, bool(status.no_new_privs), bool(status.seccomp), peer.label)
 
     async def uid(self, sender: str) -> int:
         """Of the connection. PermissionDenied when it has left the bus."""

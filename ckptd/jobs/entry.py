@@ -3,7 +3,6 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +12,7 @@ from ckptd.jobs.lane import Lane
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.run import Run
 from ckptd.jobs.state import Job
+from ckptd.kernel.closing import close_foreign
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Entry:
     """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
     freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then.
     in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored. prepared: those
-    who delay checkpoints were told of it, and are told of its end. when_over: called then."""
+    who delay it were told of it, and are told of its end. when_over: called then."""
     job: Job
     fds: list[int]
     lane: Lane
@@ -46,7 +46,7 @@ class Entry:
     let_go: asyncio.Future[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_lane: bool = False
-    prepared: bool = False
+    prepared: 'list[Inhibitor] | None' = None
     when_over: list[Callable[[], None]] = field(default_factory=list)
 
     async def enter_lane(self) -> None:
@@ -67,7 +67,7 @@ class Entry:
     def close_fds(self) -> None:
         """Once the worker has them. A terminal that is held here would be in use for as long as the job."""
         while self.fds:
-            os.close(self.fds.pop())
+            close_foreign(self.fds.pop())
 
     def close(self) -> None:
         self.close_fds()

@@ -48,7 +48,7 @@ class Inhibitors:
     def take(self, who: str, why: str, target: str, uid: int, pid: int, sender: str) -> int:
         """A new one: the fd that holds it, the caller's to close. LimitsExceeded."""
         own = sum(one.uid == uid for one in self._held)
-        if (uid and own >= MOST_OF_USER) or len(self) >= MOST:
+        if uid and (own >= MOST_OF_USER or len(self) >= MOST):
             raise LimitsExceeded(f'uid {uid} has {own} inhibitors, and there are {len(self)} in all',
                                  resource='inhibitors', hint='close those that are not needed')
         ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -73,10 +73,7 @@ class Inhibitors:
             self._drop(one)
 
     def _look(self, one: Inhibitor) -> None:
-        with contextlib.suppress(BlockingIOError):
-            if os.read(one.fd, 4096):       # that is not what it is for
-                return
-            self._drop(one)
+        self._drop(one)         # also for one who writes, which is not what it is for
 
     def _drop(self, one: Inhibitor) -> None:
         self._loop.remove_reader(one.fd)

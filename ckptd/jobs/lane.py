@@ -4,6 +4,17 @@
 import asyncio
 from collections import deque
 
+from ckptd.engine.messages import JobRequest
+
+LANES = ('jobs', 'questions', 'streams')
+
+
+def lane_of(request: JobRequest, announced: bool) -> str:
+    """Who only copies for somebody who may be slow keeps nobody from a checkpoint, and that nobody from an answer."""
+    if request.operation in ('export', 'import'):
+        return 'streams'
+    return 'jobs' if announced else 'questions'
+
 
 class Lane:
     """Some places. A user with a thousand requests delays another one's by one at most."""

@@ -5,6 +5,7 @@ A hint, not a lock: trees change, and another daemon may be at work. Who comes s
 kernel, which lets a task have one tracer.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -19,7 +20,7 @@ def overlap(one: str, other: str) -> bool:
         return True
     for unit, another in ((one, other), (other, one)):
         if ':' not in unit:
-            return ':' in another and unit in PurePosixPath(_cgroup_of(another)).parts
+            return ':' in another and unit in _units_of(_cgroup_of(another))
     kinds = {target.partition(':')[0]: target.partition(':')[2] for target in (one, other)}
     if kinds.keys() == {'pid'}:
         first, second = int(one.removeprefix('pid:')), int(other.removeprefix('pid:'))
@@ -38,6 +39,14 @@ def ancestors(pid: int) -> Iterator[int]:
             yield pid
     except ProcessLookupError:
         return
+
+
+def _units_of(cgroup: str) -> tuple[str, ...]:
+    """Names of cgroups on the way, as far down as they are given by the service manager whose units they are: what is
+    below a user is called as he likes."""
+    parts = PurePosixPath(cgroup).parts
+    users = [number for number, part in enumerate(parts) if part.startswith(('user@', 'user-'))]
+    return parts[:users[-1] + 1] if users and os.geteuid() == 0 else parts
 
 
 def _cgroup_of(target: str) -> str:

@@ -4,7 +4,7 @@
 A job waits for a place in its lane, works in a process of its own, is settled (done, failed or cancelled) and stays
 known for a while, so that a late question about it is still answered. A job that leaves a freeze behind keeps its
 worker, out of the lane, until somebody thaws; one that attends the end of a restored tree runs on out of it, for as
-long as that takes. There are two lanes, so that a long dump does not hold up a quick scan.
+long as that takes. There are three lanes: a long dump does not hold up a quick scan, nor a slow reader a dump.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, Permissi
 from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.entry import Entry, Listener
 from ckptd.jobs.inhibitors import Inhibitors
-from ckptd.jobs.lane import Lane
+from ckptd.jobs.lane import LANES, Lane, lane_of
 from ckptd.jobs.overlap import overlap
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.pool import WorkerPool
@@ -56,7 +56,7 @@ class Queue:
         self._tasks = Tasks()
         self.spawn = self._tasks.spawn
         self._numbers = itertools.count(1)
-        self._lanes = {True: Lane(config.max_jobs), False: Lane(config.max_jobs)}
+        self._lanes = {name: Lane(config.max_jobs) for name in LANES}
         self.inhibitors = Inhibitors()
         self._entries: dict[Job, Entry] = {}    # not over
         self._known: dict[int, Job] = {}        # announced, over or not
@@ -149,7 +149,7 @@ class Queue:
         request = msgspec.structs.replace(request, job=number)
         job = Job(number, request, time.time_ns() // 1000, token)
         pacer = Pacer(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
-        return Entry(job, [os.dup(fd) for fd in fds], self._lanes[announced], pacer)
+        return Entry(job, [os.dup(fd) for fd in fds], self._lanes[lane_of(request, announced)], pacer)
 
     # ------------------------------------------------------------ the life of a job
 
@@ -174,7 +174,7 @@ class Queue:
         if job.request.operation != 'checkpoint' or job.over:
             return
         inhibitors = self.inhibitors.of(job.request.target)
-        entry.prepared = True
+        entry.prepared = inhibitors
         self._listener.job_prepares(job, True, inhibitors)
         if inhibitors:
             job.enter('prepare', self._loop.time())
@@ -273,8 +273,8 @@ class Queue:
             self._listener.job_changed(job)
             self._listener.job_removed(job)
             self._timers[job.number] = self._loop.call_later(self._config.keep_jobs_usec / 1e6, self._forget, job)
-        if entry.prepared:
-            self._listener.job_prepares(job, False, self.inhibitors.of(job.request.target))
+        if entry.prepared is not None:      # those who have let go meanwhile most of all
+            self._listener.job_prepares(job, False, entry.prepared)
         entry.over.set()
         for callback in entry.when_over:
             callback()

@@ -23,7 +23,8 @@ def keep(fd: int, start: int, kept: int) -> None:
 def put_back(step: KeepFile) -> None:
     """Make a file what it was when it was kept. One that has another inode by now is somebody else's new one."""
     try:
-        fd = os.open(step.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with file_rights(step.uid, step.gid, step.groups):
+            fd = os.open(step.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in _GONE:
             return

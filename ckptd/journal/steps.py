@@ -100,8 +100,8 @@ class MakeFile(Step, frozen=True):
 
 
 class KeepFile(Step, frozen=True):
-    """A file that is about to be written to. Its bytes from `start` on are in the file `kept`: undone by putting them
-    back. mtime: nanoseconds."""
+    """A file that is about to be written to, by the rights of a user. Its bytes from `start` on are in the file `kept`:
+    undone by putting them back. mtime: nanoseconds."""
     point = 'keep-file'
     path: Path
     device: Count
@@ -110,6 +110,9 @@ class KeepFile(Step, frozen=True):
     mtime: Count
     start: Count
     kept: Path
+    uid: Count = 0
+    gid: Count = 0
+    groups: tuple[Count, ...] = ()
 
 
 class Undone(msgspec.Struct, tag=True, frozen=True):

@@ -20,11 +20,19 @@ import pytest
 
 from ckptd.engine.faults import IMPORT_POINTS
 from ckptd.engine.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, Progress, Start
-from ckptd.errors import Cancelled, CkptError, ImageDamaged, InvalidArgument, LimitsExceeded, NoSuchImage
+from ckptd.errors import (
+    Cancelled,
+    CkptError,
+    ImageDamaged,
+    InvalidArgument,
+    LimitsExceeded,
+    NoSuchImage,
+    PermissionDenied,
+)
 from ckptd.image.manifest import NAME, read_manifest
 from ckptd.image.verify import verify
 from ckptd.image.writer import INCOMING, remove_stale
-from tests.engine.driver import DirectWorker, Place
+from tests.engine.driver import DirectWorker, Place, me
 from tests.engine.test_restore import Generation, changes, generation, place
 from tests.lib.victim import Victim
 
@@ -105,8 +113,11 @@ def test_a_tree_travels(generation: Callable[..., Generation], place: Place, oth
     assert verify(there) == []
     assert read_manifest(there) == msgspec.structs.replace(read_manifest(image), owner_uid=1234, owner_gid=4321,
                                                            imported=True)
+    with DirectWorker() as worker, pytest.raises(PermissionDenied, match='imported by uid 1234, who alone may'):
+        worker.run(other.request(0, target='', operation='restore', image=image.name))
+    mine = take_in(other, path, caller=me())['image']
     with DirectWorker() as worker:
-        restored = worker.run(other.request(0, target='', operation='restore', image=image.name))
+        restored = worker.run(other.request(0, target='', operation='restore', image=mine))
     assert restored['root'] == tree.victim.pid
     assert changes(before, tree.look(), brief=False) == []
     tree.finish()

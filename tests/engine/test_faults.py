@@ -198,7 +198,8 @@ async def caller_leaves(trial: Trial) -> None:
     subject = trial.subject()
     async with api(trial.daemon) as client:
         async with await connect(trial.daemon.address) as caller:
-            job = await Api(caller, client.signals).checkpoint(subject.victim.pid, WAYS[trial.case.way])
+            job = await Api(caller, client.signals).checkpoint(subject.victim.pid,
+                                                               {**WAYS[trial.case.way], 'detach': True})
             standing = await trial.stand()
         with standing:
             standing.answer()

@@ -585,7 +585,15 @@ def test_an_imported_image_of_nobody_who_is_there(place: Place, asleep: Sleeper,
     image = asleep.image(place)
     of_user(image, imported=True)
     gone = msgspec.structs.replace(importer, pid=0)
-    assert about(found(place, image, caller=gone), 'image').errno == 'ESRCH'
+    assert about(found(place, image, caller=gone), 'credentials').errno == 'ESRCH'
+
+
+def test_an_imported_image_is_its_importers_alone(place: Place, asleep: Sleeper, importer: Caller) -> None:
+    image = asleep.image(place)
+    of_user(image, imported=True)
+    root = Caller(0, 0, (), os.getpid(), -1)
+    assert about(found(place, image, caller=root), 'image').errno == 'EPERM'
+    assert not [row for row in found(place, image, caller=importer) if row.resource == 'image']
 
 
 @pytest.mark.parametrize('way', ['seccomp', 'no_new_privs', 'bounding'])

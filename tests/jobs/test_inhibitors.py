@@ -31,7 +31,6 @@ async def test_it_is_held_until_the_last_has_closed_it(inhibitors: Inhibitors) -
     [one] = inhibitors.of('cgroup:/a/b')
     assert inhibitors.of('cgroup:/c') == []
     other = os.dup(fd)
-    os.write(fd, b'what is this for?')
     os.close(fd)
     for _ in range(10):
         await asyncio.sleep(0)
@@ -40,6 +39,15 @@ async def test_it_is_held_until_the_last_has_closed_it(inhibitors: Inhibitors) -
     async with asyncio.timeout(10):
         await one.released.wait()
     assert len(inhibitors) == 0
+
+
+async def test_who_writes_has_let_go(inhibitors: Inhibitors) -> None:
+    fd = take(inhibitors)
+    [one] = inhibitors.held
+    os.write(fd, b'what is this for?')
+    async with asyncio.timeout(10):
+        await one.released.wait()
+    os.close(fd)
 
 
 async def test_waiting_is_bounded(inhibitors: Inhibitors) -> None:
@@ -73,7 +81,7 @@ async def test_a_checkpoint_waits_for_it(make_queue: Callable[..., Queue], heard
     await heard.wait('done', 2)
     os.close(fd)
     await heard.wait('done', 1)
-    assert heard.prepared[-1] == (1, False, [])
+    assert heard.prepared[-1] == (1, False, ['who'])      # it may begin again
     assert not queue.idle           # it may still be asked about
 
 

@@ -167,8 +167,10 @@ class Birthplace:
 def homes(caller: Caller, imported: bool, processes: Sequence[Process]) -> dict[int, str]:
     """The cgroup that each living process was in, by vpid; of an image that an ordinary user has brought from outside,
     his own, whatever it says."""
-    own = read_cgroup2(caller.pid) if imported and caller.uid and caller.pid else ''
-    return {process.vpid: own or process.ids.cgroup for process in processes if process.alive}
+    if imported and caller.uid:
+        own = read_cgroup2(caller.pid)
+        return {process.vpid: own for process in processes if process.alive}
+    return {process.vpid: process.ids.cgroup for process in processes if process.alive}
 
 
 def _lasts(step: AnyStep) -> bool:

@@ -34,7 +34,8 @@ class Rewrites:
         finally:
             os.close(copy)
         of = os.fstat(fd)
-        self._note(KeepFile(path, of.st_dev, of.st_ino, of.st_size, max(of.st_mtime_ns, 0), start, kept))
+        self._note(KeepFile(path, of.st_dev, of.st_ino, of.st_size, max(of.st_mtime_ns, 0), start, kept,
+                            self._caller.uid, self._caller.gid, tuple(self._caller.groups)))
         fault('place-keep-file-done')
 
     def make(self, path: str, fill: Callable[[int], None]) -> None:

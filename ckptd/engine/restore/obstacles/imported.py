@@ -19,12 +19,13 @@ _AS_ROOT = 'restore it as root'
 
 
 def check(scene: Scene) -> Iterator[Obstacle]:
-    caller = scene.request.caller
-    if not caller.uid or scene.plan.world.user or not scene.reader.manifest.imported:
+    caller, manifest = scene.request.caller, scene.reader.manifest
+    if not manifest.imported or scene.plan.world.user:
         return
-    if not caller.pid:
-        yield Obstacle(0, 'image', 'ESRCH', 'it is not known which process asks, whose limits hold for an imported '
-                       'image', 'ask again, and stay until there is an answer')
+    if caller.uid != manifest.owner_uid:        # root's rights in it would be of the importer's invention
+        yield Obstacle(0, 'image', 'EPERM', f'the image was imported by uid {manifest.owner_uid}, who alone may '
+                       'restore it', 'restore it as that user, or import it yourself')
+    if not caller.uid or not caller.pid:
         return
     for process in scene.plan.processes:
         if process.alive:

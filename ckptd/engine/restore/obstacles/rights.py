@@ -58,8 +58,11 @@ def _ours(scene: Scene) -> Iterator[Obstacle]:
 def _confined(scene: Scene) -> Iterator[Obstacle]:
     """A caller who has given up rights for good, for himself and all that he starts, gets none back by a restart."""
     caller = scene.request.caller
-    if not caller.uid:
+    if not caller.uid or scene.plan.world.user:
         return
+    if not caller.pid:
+        yield Obstacle(0, 'credentials', 'ESRCH', 'it is not known which process asks, and what it has given up',
+                       'ask again, and stay until there is an answer')
     if caller.seccomp:
         yield Obstacle(0, 'seccomp', 'EPERM', 'the caller runs under a seccomp filter, and the tree would not',
                        'ask from outside of the sandbox')
