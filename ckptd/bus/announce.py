@@ -41,7 +41,7 @@ class Announcer:
     def job_new(self, job: Job) -> None:
         made = self._jobs[job.number] = JobObject(job, self._queue, self._gate)
         self._router.export(path_of(job), made)
-        self._manager.JobNew.to(made.audience, job.number, path_of(job))
+        self._manager.JobNew.to(Audience(job.request.asked_by), job.number, path_of(job))
         self._manager.changed('Jobs')
 
     def job_changed(self, job: Job) -> None:
@@ -52,7 +52,7 @@ class Announcer:
         self._jobs[job.number].tell_progress()
 
     def job_removed(self, job: Job) -> None:
-        self._manager.JobRemoved.to(self._jobs[job.number].audience, job.number, path_of(job), job.state.value)
+        self._manager.JobRemoved.to(Audience(job.request.asked_by), job.number, path_of(job), job.state.value)
         self._manager.changed('Jobs')
 
     def job_forgotten(self, job: Job) -> None:

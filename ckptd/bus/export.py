@@ -62,9 +62,11 @@ class Property:
 
 @dataclass(frozen=True, slots=True)
 class Audience:
-    """Who may see an object, or hear a signal: root, everybody with this uid, and these connections."""
+    """Who may see an object, or hear a signal: root, everybody with this uid, and these connections. followers: of all
+    these only the connections in this set, which may grow."""
     uid: int
     senders: frozenset[str] = frozenset()
+    followers: 'set[str] | None' = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,11 @@ class Viewer:
     all: bool = False
 
     def may_see(self, audience: 'Audience | None') -> bool:
-        return audience is None or self.all or self.uid in (0, audience.uid)
+        return audience is None or self.sees(audience.uid)
+
+    def sees(self, owner: int) -> bool:
+        """What belongs to this uid."""
+        return self.all or self.uid in (0, owner)
 
 
 class Emitter(Protocol):
@@ -139,7 +145,8 @@ class Interface:
 class Exported:
     """Base of everything that the bus can call: one interface at one path. Subclasses set `interface`.
 
-    audience: who may see it; None: everybody. For all others there is no such object.
+    audience: who may see it; None: everybody. For all others there is no such object. What it says of itself is heard
+    by its followers, where it has a set of them: those who were given its path, or have called it.
     """
     interface: ClassVar[str]
     table: ClassVar[Interface]

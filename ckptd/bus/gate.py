@@ -31,7 +31,6 @@ from ckptd.jobs.strangers import stranger_in
 audit_log = logging.getLogger('ckptd.audit')
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
-ALL_CAPABILITIES: Final = (1 << 63) - 1
 # what an own tree and another one take
 ACTIONS: Final[dict[Verb, tuple[str, str]]] = {
     'checkpoint': ('checkpoint-own', 'checkpoint'), 'freeze': ('freeze-own', 'freeze'),
@@ -102,7 +101,7 @@ class Gate:
 
 def _as_root(caller: Caller) -> Caller:
     """Root's rights for what root's rights are needed for; the pid still says who asked."""
-    return Caller(0, 0, (0,), caller.pid, ALL_CAPABILITIES, label=caller.label)
+    return Caller(0, 0, (0,), caller.pid, label=caller.label)
 
 
 def audit(decision: Literal['allowed', 'refused'], call: Call, caller: Caller, what: str, rule: str) -> None:

@@ -26,7 +26,8 @@ class JobObject(Exported):
 
     def __init__(self, job: Job, queue: Queue, gate: Gate) -> None:
         self.job, self._queue, self._gate = job, queue, gate
-        self.audience = Audience(job.request.asked_by)
+        # its progress is much, and of interest to few
+        self.audience = Audience(job.request.asked_by, followers=set())
 
     @method('a{sv}', names=('options',))
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ class ManagerObject(Exported):
         """(who, why, target, uid, pid) of the inhibitors that are held."""
         viewer = await call.viewer()
         return [(one.who, one.why, one.target, one.uid, one.pid) for one in self._queue.inhibitors.held
-                if viewer.may_see(Audience(one.uid))]
+                if viewer.sees(one.uid)]
 
     # ------------------------------------------------------------ images
 
@@ -136,7 +136,7 @@ class ManagerObject(Exported):
         """(id, path, operation, target, state) of jobs that wait, work, or ended a moment ago."""
         viewer = await call.viewer()
         return [(job.number, path_of(job), job.request.operation, job.request.target, job.state.value)
-                for job in self._queue.jobs if viewer.may_see(Audience(job.request.asked_by))]
+                for job in self._queue.jobs if viewer.sees(job.request.asked_by)]
 
     @method('', 'aa{sv}', names=('images',), types=IMAGE_TYPES)
     async def ListImages(self, call: Call) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ class ManagerObject(Exported):
         viewer = await call.viewer()
         return [{'image': info.id, 'path': image_path(info.id), 'target': info.target, 'command': info.command,
                  'created': info.created, 'owner': info.owner, 'tasks': info.tasks, 'size': info.size}
-                for info in self._library.spool.images if viewer.may_see(Audience(info.owner))]
+                for info in self._library.spool.images if viewer.sees(info.owner)]
 
     @method('s', 'o', names=('image', 'path'))
     async def GetImage(self, call: Call, image: str) -> str:
@@ -195,17 +195,17 @@ class ManagerObject(Exported):
     @property_('u', emits='invalidates')
     def Jobs(self, viewer: Viewer) -> int:
         """How many wait or work, of those that the caller may see."""
-        return sum(not job.over and viewer.may_see(Audience(job.request.asked_by)) for job in self._queue.jobs)
+        return sum(not job.over and viewer.sees(job.request.asked_by) for job in self._queue.jobs)
 
     @property_('u', emits='invalidates')
     def Images(self, viewer: Viewer) -> int:
         """How many there are, of those that the caller may see."""
-        return sum(viewer.may_see(Audience(info.owner)) for info in self._library.spool.images)
+        return sum(viewer.sees(info.owner) for info in self._library.spool.images)
 
     @property_('as', emits='invalidates')
     def FrozenTargets(self, viewer: Viewer) -> list[str]:
         """What the daemon holds frozen, for Thaw; of that, what the caller may see."""
-        return [target for target, uid in self._queue.frozen.items() if viewer.may_see(Audience(uid))]
+        return [target for target, uid in self._queue.frozen.items() if viewer.sees(uid)]
 
 
 def _pid_of(pidfd: int) -> int:

@@ -71,12 +71,13 @@ class Peers:
         """Who this sender is now. PermissionDenied when it has left the bus."""
         peer = await self._peer(sender)
         status = peer.status()
+        gid = peer.groups[0] if peer.groups else NOBODY
         if status is None:
-            gid = peer.groups[0] if peer.groups else NOBODY
             return Caller(peer.uid, gid, peer.groups, 0, -1, label=peer.label)
         # not what it got by running a program since: effective group and capabilities of one with set-group-ID or file
         # capabilities are not its user's, who has this connection
-        gid = status.gids[0] if status.gids[0] in (peer.groups or status.groups or status.gids) else peer.groups[0]
+        if not peer.groups or status.gids[0] in peer.groups:
+            gid = status.gids[0]
         return Caller(peer.uid, gid, peer.groups or status.groups, peer.pid, 0 if peer.uid else status.cap_eff,
                       status.cap_bnd, bool(status.no_new_privs), bool(status.seccomp), peer.label)
 
@@ -86,8 +87,9 @@ class Peers:
 
     def listeners(self, audience: Audience) -> list[str]:
         """Those who have called and may hear what is for this audience."""
-        return [sender for sender, peer in self._known.items()
-                if peer.uid in (0, audience.uid) or sender in audience.senders]
+        wanted = self._known if audience.followers is None else audience.followers & self._known.keys()
+        return [sender for sender in wanted
+                if self._known[sender].uid in (0, audience.uid) or sender in audience.senders]
 
     async def when_gone(self, sender: str, callback: Callable[[], None]) -> None:
         """Call back once, when the sender leaves the bus; at once if it has left."""

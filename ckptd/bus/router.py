@@ -258,7 +258,10 @@ class Router:
             async with self._one_of_user(call):
                 if not await call.may_see(self.registry.audience(call.message.path)):
                     raise unknown_object(call.message.path)
+                self._follow(call.sender, call.message.path)
                 result = await row.handler(exported, call, *self._arguments(call.message))
+                if row.out_signature == 'o':
+                    self._follow(call.sender, result)
             await self._reply(call, row, result)
         except (DBusError, CkptError) as error:
             self._fail(call, error)
@@ -267,6 +270,12 @@ class Router:
             log.exception('%s failed', call)
             self._fail(call, CkptError('internal error', hint='see the log of the daemon'))
         await self.connection.drain()
+
+    def _follow(self, sender: str, path: str) -> None:
+        """Who has the path of an object, or calls it, hears from now on what it says of itself."""
+        audience = self.registry.audience(path)
+        if audience is not None and audience.followers is not None:
+            audience.followers.add(sender)
 
     @contextlib.asynccontextmanager
     async def _one_of_user(self, call: Call) -> AsyncIterator[None]:

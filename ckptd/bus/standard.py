@@ -4,11 +4,12 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptd.bus.connection import PROPERTIES
-from ckptd.bus.export import Exported, Property, Viewer, method, signal
+from ckptd.bus.export import Audience, Exported, Property, Viewer, method, signal
 from ckptd.bus.introspect import introspection_xml
 from ckptd.bus.message import DBusError
 from ckptd.bus.registry import ERROR, Registry
@@ -107,11 +108,16 @@ class ObjectManager(Exported):
 
     def added(self, path: str, exported: Sequence[Exported]) -> None:
         if path != self._root:
-            self.InterfacesAdded.to(exported[0].audience, path, _picture(exported))
+            self.InterfacesAdded.to(_all_of(exported[0].audience), path, _picture(exported))
 
     def removed(self, path: str, exported: Sequence[Exported]) -> None:
         if path != self._root and exported:
-            self.InterfacesRemoved.to(exported[0].audience, path, [one.interface for one in exported])
+            self.InterfacesRemoved.to(_all_of(exported[0].audience), path, [one.interface for one in exported])
+
+
+def _all_of(audience: Audience | None) -> Audience | None:
+    """That an object comes and goes concerns more than its followers."""
+    return None if audience is None else replace(audience, followers=None)
 
 
 class Changes:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """ckptctl monitor."""
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from ckptd.cli.output import Output
 from ckptd.cli.progress import MOVING, PHASES
 from ckptd.cli.quantities import format_bytes
 from ckptd.cli.session import Session, Signal, until_interrupted
+from ckptd.errors import CkptError
 
 # names of the arguments of each signal, for --json
 ARGUMENTS = {
@@ -28,6 +30,9 @@ async def monitor(session: Session) -> int:
         session.out.note('watching; Ctrl-C ends it', 'dim')
         with until_interrupted():
             async for signal in signals:
+                if signal.member == 'JobNew':       # who calls a job's object hears of its progress
+                    with contextlib.suppress(CkptError):
+                        await daemon.job_properties(str(signal.args[1]))
                 _print(session.out, signal, words.of(signal))
     return 0
 
