@@ -34,7 +34,23 @@ PAUSE = 0.002
 _PR_SET_NAME, _PR_SET_PTRACER = 15, 0x59616D61      # <linux/prctl.h>
 _PR_SET_PTRACER_ANY = 2**64 - 1
 
-_stop = threading.Event()
+
+
+class Stop:
+    """Set by a signal handler, where threading.Event may wait for ever for the lock that the code it runs in has."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def set(self) -> None:
+        self.is_set = True
+
+    def wait(self, seconds: float) -> bool:
+        time.sleep(seconds)
+        return self.is_set
+
+
+_stop = Stop()
 _U64 = struct.Struct('=Q')
 
 
@@ -53,7 +69,8 @@ def main(directory: Path) -> int:
     os.close(receiver)
     os.close(sender)
     (directory / READY).write_text(f'{os.getpid()}\n')
-    _stop.wait()
+    while not _stop.wait(PAUSE):
+        pass
     return _end(children)
 
 
@@ -120,7 +137,7 @@ def _count(counters: mmap.mmap, first: int, *unused: int) -> int:
 def _produce(counters: mmap.mmap, sender: int, receiver: int) -> int:
     os.close(receiver)
     number = 0
-    while not _stop.is_set():
+    while not _stop.is_set:
         os.write(sender, _U64.pack(number))
         number += 1
         _add(counters, 4)

@@ -72,27 +72,24 @@ def test_ids_are_those_that_another_tool_sees(brood: Brood) -> None:
         assert (task.vpgid, task.vsid) == (os.getpgid(task.tid), os.getsid(task.tid))
 
 
+def leave_a_zombie() -> int:
+    """A child with status 3 that nobody has waited for; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(3)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
 def test_zombie_keeps_its_exit_code(brood: Brood) -> None:
-    def root() -> int:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(3)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        return pid
-    parent, zombie = brood.ask(root)
+    parent, zombie = brood.ask(leave_a_zombie)
     task = scan_tree([parent])[zombie]
     assert task.is_zombie
     assert os.waitstatus_to_exitcode(task.exit_code) == 3
 
 
 def test_a_zombie_is_no_target(brood: Brood) -> None:
-    def root() -> int:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(3)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        return pid
-    parent, zombie = brood.ask(root)
+    parent, zombie = brood.ask(leave_a_zombie)
     with pytest.raises(NoSuchTarget, match='has ended, and only its exit status is left') as caught:
         resolve_target(f'pid:{zombie}', 1)
     assert str(parent) in caught.value.hint

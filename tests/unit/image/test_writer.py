@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,16 +39,6 @@ def failure(spool: Path, body: Callable[[ImageWriter], object]) -> SpoolFailed:
     with pytest.raises(SpoolFailed) as caught:
         use(spool, body)
     return caught.value
-
-
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / 'tmpfs'
-    path.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256k,mode=700', 'tmpfs', path], check=True)
-    yield path
-    subprocess.run(['umount', path], check=True)
 
 
 def test_a_published_image_is_sound_and_private(spool: Path) -> None:
