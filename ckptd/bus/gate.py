@@ -13,8 +13,6 @@ in the log.
 """
 
 import asyncio
-import json
-import logging
 from typing import Final, Literal, NamedTuple
 
 from ckptd.bus.message import DBusError
@@ -24,11 +22,10 @@ from ckptd.bus.registry import ERROR
 from ckptd.bus.router import Call
 from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
+from ckptd.jobs.audit import audit
 from ckptd.jobs.orders import parse_target
 from ckptd.jobs.spool import ImageInfo
 from ckptd.jobs.strangers import stranger_in
-
-audit_log = logging.getLogger('ckptd.audit')
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
 # what an own tree and another one take
@@ -62,15 +59,15 @@ class Gate:
         own = owner == caller.uid
         action = f'{BUS_NAME}.{ACTIONS[verb][0 if own else 1]}'
         if not caller.uid:
-            audit('allowed', call, caller, what, 'root')
+            audit_call('allowed', call, caller, what, 'root')
             return caller
         async with call.attended():
             answer = await self._polkit.ask(call.sender, action, {'target': what, 'owner': str(owner)},
                                             interactive=call.interactive)
         if answer == Answer.YES or (own and answer == Answer.ABSENT):
-            audit('allowed', call, caller, what, action if answer == Answer.YES else 'owner')
+            audit_call('allowed', call, caller, what, action if answer == Answer.YES else 'owner')
             return caller if own else _as_root(caller)
-        audit('refused', call, caller, what, action)
+        audit_call('refused', call, caller, what, action)
         if answer == Answer.ASK:
             raise DBusError(f'{ERROR}InteractiveAuthorizationRequired',
                             f'{what} takes an authorization ({action}) that a person must give')
@@ -81,7 +78,8 @@ class Gate:
         """The same for a tree. NoSuchTarget."""
         caller = await call.credentials()
         where = parse_target(target, caller)
-        stranger = await asyncio.to_thread(stranger_in, where, caller)
+        # root is not asked about anything, and need not wait for a look at its target
+        stranger = await asyncio.to_thread(stranger_in, where, caller) if caller.uid else None
         pid, owner = stranger or (0, caller.uid)
         return Rights(await self.enter(call, verb, where, owner=owner, task=pid,
                                        hint='run as the owner of the tree, or as root'), caller.uid)
@@ -104,7 +102,7 @@ def _as_root(caller: Caller) -> Caller:
     return Caller(0, 0, (0,), caller.pid, label=caller.label)
 
 
-def audit(decision: Literal['allowed', 'refused'], call: Call, caller: Caller, what: str, rule: str) -> None:
-    """One line, whatever is in the names."""
-    audit_log.info('%s method=%s uid=%d pid=%d sender=%s label=%s what=%s rule=%s', decision, call.message.member,
-                   caller.uid, caller.pid, call.sender, json.dumps(caller.label), json.dumps(what), rule)
+
+def audit_call(decision: Literal['allowed', 'refused'], call: Call, caller: Caller, what: str, rule: str) -> None:
+    audit(decision, rule, method=call.message.member, uid=caller.uid, pid=caller.pid, sender=call.sender,
+          label=caller.label, what=what)

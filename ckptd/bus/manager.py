@@ -7,7 +7,7 @@ from typing import Any
 from ckptd import __version__
 from ckptd.bus.attach import attach
 from ckptd.bus.export import Audience, Exported, Viewer, method, property_, signal
-from ckptd.bus.gate import Gate, audit
+from ckptd.bus.gate import Gate, audit_call
 from ckptd.bus.image import ROW_TYPES, TASK_TYPES
 from ckptd.bus.job import path_of
 from ckptd.bus.message import Fd
@@ -79,7 +79,7 @@ class ManagerObject(Exported):
         given = parse_options(options, known)
         caller = await call.credentials()
         request = self._orders.on_target(operation, target, caller, **given)
-        audit('allowed', call, caller, request.target, 'looking')
+        audit_call('allowed', call, caller, request.target, 'looking')
         async with call.attended():
             return await self._queue.call(request)
 

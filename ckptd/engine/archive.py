@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ckptd.engine.faults import fault
 from ckptd.engine.job import Job, image_path
+from ckptd.engine.messages import FORMATS
 from ckptd.errors import InvalidArgument
 from ckptd.image.archive import write_archive
 from ckptd.image.archive_reader import read_archive
 from ckptd.image.export_core import export
 from ckptd.image.reader import ImageReader
 
-FORMATS = ('core', 'tar')
 _FAULTS = {'verify': 'received', 'publish': 'verified'}      # points just before a phase
 
 

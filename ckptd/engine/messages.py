@@ -22,6 +22,7 @@ Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', '
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
+FORMATS = ('core', 'tar')       # of an export: a core per process, or the image itself
 PHASES = ('resolve', 'scan', 'freeze', 'rescan', 'seize', 'state', 'memory', 'release', 'write', 'publish')
 IMPORT_PHASES = ('receive', 'verify', 'publish')
 RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place', 'start', 'attend')

@@ -54,7 +54,7 @@ class Inhibitors:
         ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         one = Inhibitor(who, why, target, uid, pid, sender, ours)
         self._held.append(one)
-        self._loop.add_reader(ours, self._look, one)
+        self._loop.add_reader(ours, self._drop, one)        # also for one who writes, which is not what it is for
         return theirs
 
     def of(self, target: str) -> list[Inhibitor]:
@@ -71,9 +71,6 @@ class Inhibitors:
     def close(self) -> None:
         for one in self.held:
             self._drop(one)
-
-    def _look(self, one: Inhibitor) -> None:
-        self._drop(one)         # also for one who writes, which is not what it is for
 
     def _drop(self, one: Inhibitor) -> None:
         self._loop.remove_reader(one.fd)

@@ -69,7 +69,7 @@ class Orders:
         where = parse_target(target, caller)
         image = ''
         if operation == 'checkpoint':
-            self.refuse_full(caller.uid)
+            self.room_for(caller.uid)
             image = new_image_id(command_of(where))
         return self._request(operation, where, caller, image=image, freeze=freeze, after=after, has_pidfd=has_pidfd,
                              sever=self.bus if target == 'self' else 0,
@@ -86,21 +86,20 @@ class Orders:
 
     def on_stream(self, caller: Caller) -> JobRequest:
         """A request to take an image in from a stream. LimitsExceeded."""
-        self.refuse_full(caller.uid)
-        limits, (_, size), (_, all_) = self.config, self.spool.usage(caller.uid), self.spool.usage(None)
-        room = min(limits.max_bytes_per_user - size, limits.max_bytes - all_) if caller.uid else MAX_BYTES
-        return self._request('import', '', caller, has_output=True, save_limit=max(1, min(room, MAX_BYTES)))
+        return self._request('import', '', caller, has_output=True, save_limit=self.room_for(caller.uid))
 
-    def refuse_full(self, uid: int) -> None:
-        """LimitsExceeded when a user, never root, may have no more images."""
-        images, size = self.spool.usage(uid)
+    def room_for(self, uid: int) -> int:
+        """Bytes that a user may still have in images. LimitsExceeded when there may be no more, but for root."""
+        if not uid:
+            return MAX_BYTES
         limits = self.config
-        in_all, bytes_in_all = self.spool.usage(None)
-        if uid and (in_all >= limits.max_images or bytes_in_all >= limits.max_bytes):
+        (images, size), (in_all, bytes_in_all) = self.spool.usage(uid), self.spool.usage(None)
+        if in_all >= limits.max_images or bytes_in_all >= limits.max_bytes:
             raise LimitsExceeded(f'the spool has {in_all} images of {bytes_in_all} bytes, and takes no more',
                                  resource='spool', hint='remove some (ckptctl remove IMAGE), or ask root to')
-        if uid and (images >= limits.max_images_per_user or size >= limits.max_bytes_per_user):
+        if images >= limits.max_images_per_user or size >= limits.max_bytes_per_user:
             most = '' if limits.max_bytes_per_user == INFINITY else f' and {limits.max_bytes_per_user} bytes'
             raise LimitsExceeded(
                 f'uid {uid} has {images} images of {size} bytes; {limits.max_images_per_user}{most} are allowed',
                 resource='spool', hint='remove some (ckptctl remove IMAGE)')
+        return min(limits.max_bytes_per_user - size, limits.max_bytes - bytes_in_all, MAX_BYTES)

@@ -9,7 +9,6 @@ long as that takes. There are three lanes: a long dump does not hold up a quick 
 
 import asyncio
 import itertools
-import json
 import logging
 import os
 import time
@@ -23,6 +22,7 @@ from ckptd.config import Config
 from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
 from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, PermissionDenied, Unavailable, WorkerDied
 from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
+from ckptd.jobs.audit import audit
 from ckptd.jobs.entry import Entry, Listener
 from ckptd.jobs.inhibitors import Inhibitors
 from ckptd.jobs.lane import LANES, Lane, lane_of
@@ -35,7 +35,6 @@ from ckptd.jobs.state import Job
 from ckptd.jobs.tasks import Tasks
 
 log = logging.getLogger(__name__)
-audit_log = logging.getLogger('ckptd.audit')
 
 # operations that everybody sees as jobs; the others are short, and only their caller cares
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'import', 'restore'})
@@ -259,10 +258,8 @@ class Queue:
         if isinstance(outcome, CkptError):
             job.fail(outcome)
             if isinstance(outcome, PermissionDenied):       # by the kernel, or for what the image would give
-                audit_log.info('refused operation=%s uid=%d pid=%d what=%s task=%d rule=%s', job.request.operation,
-                               job.request.asked_by, job.request.caller.pid,
-                               json.dumps(job.request.image or job.request.target), outcome.task,
-                               json.dumps(outcome.resource))
+                audit('refused', outcome.resource, operation=job.request.operation, uid=job.request.asked_by,
+                      pid=job.request.caller.pid, what=job.request.image or job.request.target, task=outcome.task)
         else:
             job.finish(outcome)
         del self._entries[job]

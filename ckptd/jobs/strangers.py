@@ -2,17 +2,13 @@
 """Whose a tree is, as far as that decides which question polkit is asked. The kernel decides about each task later."""
 
 from ckptd.engine.messages import Caller
-from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.kernel.status import read_status
 from ckptd.scan import resolve_target, scan_tree
 
 
 def stranger_in(target: str, caller: Caller) -> tuple[int, int] | None:
-    """(pid, uid) of the first process of the tree that is not all the caller's; None if there is none, or where the
-    caller may look at any (CAP_SYS_PTRACE). target: as parse_target spells it. NoSuchTarget. Reads /proc for some
-    milliseconds."""
-    if caller.uid == 0 or (caller.capabilities > 0 and caller.capabilities >> CAP_SYS_PTRACE & 1):
-        return None
+    """(pid, uid) of the first process of the tree that is not all the caller's; None if there is none. target: as
+    parse_target spells it. NoSuchTarget. Reads /proc for some milliseconds."""
     for task in scan_tree(resolve_target(target, caller.pid).roots).leaders:
         try:
             uids = set(read_status(task.tgid).uids[:3])

@@ -8,13 +8,18 @@ securebits than his own or a smaller bounding set, which unsettles programs with
 import os
 from collections.abc import Iterator
 
-from ckptd.engine.restore.obstacles.resources import LIMITS
+from ckptd.engine.restore.obstacles.resources import (
+    LIMITS,
+    MEMLOCK,
+    REAL_TIME,
+    SCHED_DEADLINE,
+    has_real_time_io,
+    locked_bytes,
+)
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
 from ckptd.image.records import SYSV, Credentials, Limits, ProcessState, Scheduling, SharedMemory
 from ckptd.kernel.task import read_limits, read_oom_score_adj
 
-_MEMLOCK = 8                # RLIMIT_MEMLOCK, <asm-generic/resource.h>
-_IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 13, 1       # <linux/ioprio.h>
 _AS_ROOT = 'restore it as root'
 
 
@@ -51,8 +56,7 @@ def _process(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
             yield Obstacle(vpid, name, 'EPERM', f'its hard limit {name} is above that of the caller', _AS_ROOT)
     if scene.reader.get(ProcessState, vpid).oom_score_adj - 1000 < oom:
         yield Obstacle(vpid, 'oom_score_adj', 'EPERM', 'its oom_score_adj is below that of the caller', _AS_ROOT)
-    locked = sum(vma.end - vma.start for vma in scene.reader.memory(mm_id).vmas if vma.locked)
-    if locked > hard[_MEMLOCK]:
+    if (locked := locked_bytes(scene, mm_id)) > hard[MEMLOCK]:
         yield Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, more than the caller '
                        'may', _AS_ROOT)
 
@@ -68,6 +72,6 @@ def _task(scene: Scene, vpid: int) -> Iterator[Obstacle]:
         nice = os.getpriority(os.PRIO_PROCESS, caller.pid)
     except ProcessLookupError:
         nice = 19
-    if scheduling.policy in (os.SCHED_FIFO, os.SCHED_RR, 6) or scheduling.nice - 20 < nice \
-            or scheduling.ioprio >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT:
+    if (scheduling.policy in (*REAL_TIME, SCHED_DEADLINE) or scheduling.nice - 20 < nice
+            or has_real_time_io(scheduling)):
         yield Obstacle(vpid, 'scheduling', 'EPERM', 'has a higher priority than the caller', _AS_ROOT)

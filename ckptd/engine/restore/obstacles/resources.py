@@ -16,11 +16,11 @@ CAP_IPC_LOCK = 14           # <linux/capability.h>
 # <asm-generic/resource.h>, by number
 LIMITS = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'MEMLOCK', 'AS', 'LOCKS', 'SIGPENDING',
           'MSGQUEUE', 'NICE', 'RTPRIO', 'RTTIME')
-_NOFILE, _MEMLOCK, _NICE, _RTPRIO = 7, 8, 13, 14
+_NOFILE, MEMLOCK, _NICE, _RTPRIO = 7, 8, 13, 14
 _INFINITY = (1 << 64) - 1
 # <linux/sched.h>
 SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK = 6, 1
-_REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
+REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
 _IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 13, 1       # <linux/ioprio.h>
 _RESOURCE = 'run ckptd with CAP_SYS_RESOURCE, or with limits as high (ulimit -H, systemd: Limit{}=)'
 _NICE_HINT = 'run ckptd with CAP_SYS_NICE'
@@ -81,9 +81,18 @@ def _can_lower_oom_score_adj(value: int) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
+def locked_bytes(scene: Scene, mm_id: int) -> int:
+    """Of an address space, in memory that is locked."""
+    return sum(vma.end - vma.start for vma in scene.reader.memory(mm_id).vmas if vma.locked)
+
+
+def has_real_time_io(record: Scheduling) -> bool:
+    return record.ioprio >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT
+
+
 def _locked(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
-    locked = sum(vma.end - vma.start for vma in scene.reader.memory(mm_id).vmas if vma.locked)
-    limit = scene.reader.get(Limits, vpid).limits[_MEMLOCK].soft
+    locked = locked_bytes(scene, mm_id)
+    limit = scene.reader.get(Limits, vpid).limits[MEMLOCK].soft
     if locked > limit and not scene.may(CAP_IPC_LOCK):
         yield Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may lock {limit:,}',
                        'run ckptd with CAP_IPC_LOCK')
@@ -97,7 +106,7 @@ def _scheduling(scene: Scene, vpid: int, leader: int) -> Iterator[Obstacle]:
         limits = scene.reader.get(Limits, leader).limits
         for what in _privileged(record, limits[_NICE].soft, limits[_RTPRIO].soft):
             yield Obstacle(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _NICE_HINT)
-        if record.ioprio >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT and not scene.may(CAP_SYS_ADMIN):
+        if has_real_time_io(record) and not scene.may(CAP_SYS_ADMIN):
             yield Obstacle(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which takes a privilege',
                            _NICE_HINT)
     allowed = {cpu for cpu in range(len(record.affinity) * 8) if record.affinity[cpu // 8] >> cpu % 8 & 1}
@@ -112,7 +121,7 @@ def _privileged(record: Scheduling, rlimit_nice: int, rlimit_rtprio: int) -> Ite
     nice, here, policy = record.nice - 20, os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
     if record.policy == SCHED_DEADLINE:
         yield 'its policy is SCHED_DEADLINE'
-    elif record.policy in _REAL_TIME:
+    elif record.policy in REAL_TIME:
         other = record.policy != policy & ~os.SCHED_RESET_ON_FORK
         if (other and not rlimit_rtprio) or record.priority > rlimit_rtprio:
             yield f'has real-time priority {record.priority}'
