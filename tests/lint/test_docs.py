@@ -54,7 +54,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def compare(documented: Iterable[str], found: Iterable[str]) -> None:
-    """Both ways; of what is pending only that it is in the manual."""
+    """Both ways."""
     documented, found = set(documented), set(found)
     assert found - documented == set(), 'not in the manual'
     assert documented - found == set(), 'in the manual only'
