@@ -5,6 +5,7 @@
 """
 
 import os
+import stat
 from pathlib import Path
 
 from ckptd.engine.faults import fault
@@ -53,7 +54,9 @@ class _Watcher:
 def import_image(job: Job) -> None:
     """An image from a tar stream into the spool. Its owner is the caller."""
     request = job.request
-    if job.output < 0:
+    # of other things, a process say, nothing may ever be readable
+    if job.output < 0 or not any(kind(os.fstat(job.output).st_mode) for kind in (stat.S_ISREG, stat.S_ISFIFO,
+                                                                                stat.S_ISSOCK)):
         raise InvalidArgument('no stream to import from', hint='give the fd of a pipe, a socket or a file')
     manifest = read_archive(job.output, Path(request.spool), request.caller.uid, request.caller.gid,
                             request.save_limit, _Watcher(job))

@@ -98,8 +98,9 @@ async def tidy(api: Api, victim: int) -> None:
             await api.ended(path)
     [row] = await api('Scan', 'sa{sv}', f'pid:{victim}', {})
     assert row['tid'] == victim
-    assert 'done' in (await api.ended(await api('Checkpoint', 'sa{sv}', f'pid:{victim}', {})))['State']
-    assert await api('VerifyImage', 's', (await api('ListImages'))[-1]['image']) == []
+    shown = await api.ended(await api('Checkpoint', 'sa{sv}', f'pid:{victim}', {}))
+    assert shown['State'] == 'done'
+    assert await api('VerifyImage', 's', shown['Image']) == []
 
 
 async def tidied(served: Served, victim: int) -> None:

@@ -202,6 +202,10 @@ def test_a_limit(other: Place, image: Path, stream: Path) -> None:
 
 
 def test_requests_that_cannot_be(home: Place, image: Path) -> None:
+    pidfd = os.pidfd_open(os.getpid())      # never readable while the process lives
+    with DirectWorker() as worker, pytest.raises(InvalidArgument, match='no stream'):
+        worker.run(request(home, 'import', image=''), (pidfd,))
+    os.close(pidfd)
     with DirectWorker() as worker, pytest.raises(InvalidArgument, match='no stream'):
         worker.run(home.request(0, target='', operation='import'))
     with Path('/dev/null').open('wb') as sink:

@@ -71,8 +71,12 @@ def _add_process(picture: Picture, pid: int, moving: bool) -> None:
     _add_files(picture, pid, moving)
     for task in sorted(proc.glob('task/*')):
         if moving:
+            thread = Picture()
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # it has ended since
-                _add_thread(picture, task, moving)
+                _add_thread(thread, task, moving)
+                # one that is about to has no namespaces any more (kernel/exit.c); a leader stays as a zombie
+                if int(task.name) == pid or any(source == 'ns' for _, source, _ in thread.rows):
+                    picture.rows.update(thread.rows)
         else:
             _add_thread(picture, task, moving)
 
