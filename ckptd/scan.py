@@ -27,6 +27,7 @@ from ckptd.kernel.pidfd import pidfd_open, pidfd_send_signal, wait_dead
 from ckptd.kernel.stat import Stat, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
+from ckptd.kernel.units import unit_directories
 from ckptd.tree import Task, TaskId, Tree
 
 UNIT_SUFFIXES = ('.service', '.scope', '.slice', '.socket', '.mount', '.swap')     # the units that have a cgroup
@@ -97,19 +98,20 @@ def _cgroup(path: str) -> Target:
 
 
 def _unit(unit: str) -> Target:
+    """A unit of the manager that may be asked to freeze it: as root of the system's, as anybody else of that user's."""
     if '/' in unit or '\0' in unit:
         raise InvalidArgument(f'not a unit name: {unit!r}')
-    mount = _mount().path
-    # systemd escapes what could be a file of the cgroup file system with '_' (cg_escape in systemd's cgroup-util.c)
-    directory = '_' + unit if unit.startswith(('_', '.', 'cgroup.')) else unit
-    found = sorted(Path(top, directory) for top, below, _ in os.walk(mount) if directory in below)
+    mount, uid = _mount(), os.geteuid()
+    found = unit_directories(mount, uid, unit)
+    if not found and uid:
+        raise NoSuchTarget(f'no unit {unit} of the manager of uid {uid} has a cgroup',
+                           hint=f'is it running? systemctl --user status {unit}; other units: cgroup:/PATH')
     if not found:
         raise NoSuchTarget(f'no unit {unit} has a cgroup', hint='is it running? systemctl status ' + unit)
+    names = [f'/{path.relative_to(mount.path)}' for path in found]
     if len(found) > 1:
-        names = [f'cgroup:/{path.relative_to(mount)}' for path in found]
-        raise InvalidArgument(f'{unit} is the name of {len(found)} units: {", ".join(names)}', hint='name one of these')
-    roots = _cgroup_roots(found[0], f'unit {unit}')
-    return Target('unit', roots, f'/{found[0].relative_to(mount)}', unit, f'unit {unit}')
+        raise InvalidArgument(f'{unit} has {len(found)} cgroups: {", ".join(names)}', hint='name one: cgroup:/PATH')
+    return Target('unit', _cgroup_roots(found[0], f'unit {unit}'), names[0], unit, f'unit {unit}')
 
 
 def _mount() -> CgroupMount:

@@ -22,10 +22,12 @@ class CgroupMount:
 
     def directory(self, cgroup: str) -> Path:
         """Where the cgroup of a /proc/PID/cgroup path is. FileNotFoundError if this mount does not show it."""
-        try:
-            return self.path / PurePosixPath(cgroup).relative_to(self.root)
-        except ValueError:
-            raise FileNotFoundError(errno.ENOENT, f'not below the mounted cgroup {self.root}', cgroup) from None
+        path, root = PurePosixPath(cgroup), PurePosixPath(self.root)
+        below = path.relative_to(root) if path.is_relative_to(root) else None
+        # '/../x' is beside the root of our cgroup namespace (cgroup_namespaces(7)), not above the mount point
+        if below is None or '..' in below.parts:
+            raise FileNotFoundError(errno.ENOENT, f'not below the mounted cgroup {self.root}', cgroup)
+        return self.path / below
 
 
 def mount_of(mounts: Iterable[Mount]) -> CgroupMount | None:

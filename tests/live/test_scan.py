@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from ckptd.errors import InvalidArgument, NoSuchTarget
+from ckptd.kernel.cgroup import Cgroup
 from ckptd.scan import Handles, is_same, resolve_target, scan_tree
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, libc
@@ -226,32 +227,49 @@ def unit(cgroup: Path, name: str, *pids: int) -> Path:
     return path
 
 
-def test_cgroup_and_unit_with_a_daemonized_task(brood: Brood, cgroup: Path) -> None:
+@pytest.fixture
+def manager(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cgroup of a service manager whose units may be named here. No process of it runs."""
+    monkeypatch.setattr('ckptd.kernel.units.read_cgroup2', lambda pid: f'{Cgroup(cgroup).name}/init.scope')
+    return cgroup if os.geteuid() == 0 else unit(cgroup, f'user@{os.geteuid()}.service')
+
+
+def test_cgroup_and_unit_with_a_daemonized_task(brood: Brood, manager: Path) -> None:
     main, child = brood.ask(lambda: brood.fork())
     daemon = brood.fork()
-    path = unit(cgroup, 'ckptd-test.service', daemon, main)
+    path = unit(manager, 'a.slice/ckptd-test.service', daemon, main)
     unit(path, 'below', child)
     by_unit = resolve_target('ckptd-test.service', 0)
     assert (by_unit.kind, by_unit.unit, by_unit.roots) == ('unit', 'ckptd-test.service', (main, daemon))
-    assert by_unit.cgroup.endswith('/target/ckptd-test.service')
+    assert by_unit.cgroup == f'{Cgroup(manager).name}/a.slice/ckptd-test.service'
     by_path = resolve_target(f'cgroup:{by_unit.cgroup}', 0)
     assert (by_path.kind, by_path.unit, by_path.roots) == ('cgroup', None, (main, daemon))
     assert [task.tid for task in scan_tree(by_unit.roots)] == [main, child, daemon]
 
 
-def test_empty_cgroup(cgroup: Path) -> None:
-    unit(cgroup, 'ckptd-empty.service')
+def test_a_unit_of_somebody_elses_making(brood: Brood, manager: Path) -> None:
+    """A subtree that is delegated has no units: not while the real one runs, and not when it does not."""
+    real, fake = brood.fork(), brood.fork()
+    unit(manager, 'user.slice/user@4242.service/ckptd-twice.service', fake)
+    with pytest.raises(NoSuchTarget, match='no unit'):
+        resolve_target('ckptd-twice.service', 0)
+    unit(manager, 'system.slice/ckptd-twice.service', real)
+    assert resolve_target('ckptd-twice.service', 0).roots == (real,)
+
+
+def test_empty_cgroup(manager: Path) -> None:
+    unit(manager, 'ckptd-empty.service')
     with pytest.raises(NoSuchTarget, match='no processes'):
         resolve_target('ckptd-empty.service', 0)
 
 
-def test_two_units_of_one_name(brood: Brood, cgroup: Path) -> None:
-    unit(cgroup / 'a', 'ckptd-twice.scope', brood.fork())
-    unit(cgroup / 'b', 'ckptd-twice.scope')
+def test_a_unit_that_has_moved_and_left_processes_behind(brood: Brood, manager: Path) -> None:
+    unit(manager, 'a.slice/ckptd-twice.scope', brood.fork())
+    unit(manager, 'b.slice/ckptd-twice.scope')
     with pytest.raises(InvalidArgument) as caught:
         resolve_target('ckptd-twice.scope', 0)
-    assert '/a/ckptd-twice.scope' in caught.value.message
-    assert '/b/ckptd-twice.scope' in caught.value.message
+    assert '/a.slice/ckptd-twice.scope' in caught.value.message
+    assert '/b.slice/ckptd-twice.scope' in caught.value.message
 
 
 # ---------------------------------------------------------------- handles

@@ -36,6 +36,23 @@ def test_a_user_checkpoints_an_own_unit(session: Container, mode: str) -> None:
     as_user(session, 'systemctl', '--user', 'stop', unit)
 
 
+def test_what_a_user_makes_is_no_unit_of_the_system(session: Container) -> None:
+    """He has a cgroup of his own, and calls what is in it as units of the system are called."""
+    of_user = f'/sys/fs/cgroup/user.slice/user-{UID}.slice/user@{UID}.service'
+    for unit in ('counter.service', 'of-nobody.service'):
+        as_user(session, 'systemd-run', '--user', f'--unit=fake-{unit}', 'sleep', '1000')
+        main = as_user(session, 'systemctl', '--user', 'show', '--value', '--property=MainPID', f'fake-{unit}').stdout
+        as_user(session, 'sh', '-c', f'mkdir {of_user}/{unit} && echo {main.strip()} > {of_user}/{unit}/cgroup.procs')
+    session.run('systemctl', 'start', 'counter.service')
+    session.run('ckptctl', 'freeze', 'counter.service', '--freeze', 'unit')
+    assert session.property('counter.service', 'FreezerState') == 'frozen'
+    session.run('ckptctl', 'thaw', 'counter.service')
+    missing = session.run('ckptctl', 'freeze', 'of-nobody.service', check=False)
+    assert missing.returncode == 5, missing.stderr
+    session.run('systemctl', 'stop', 'counter.service')
+    as_user(session, 'systemctl', '--user', 'stop', 'fake-*.service')
+
+
 def await_count(machine: Container, name: str, above: int) -> int:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:

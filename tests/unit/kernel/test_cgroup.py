@@ -38,8 +38,15 @@ def test_directories_below_a_mount_of_a_part() -> None:
     mount = CgroupMount(Path('/mnt/b'), '/box')
     assert mount.directory('/box/inner/x') == Path('/mnt/b/inner/x')
     assert mount.directory('/box') == Path('/mnt/b')
+    for other in ('/boxer', '/box/../x', '/../box', ''):
+        with pytest.raises(FileNotFoundError):
+            mount.directory(other)
+
+
+def test_what_is_outside_of_the_cgroup_namespace_has_no_directory() -> None:
     with pytest.raises(FileNotFoundError):
-        mount.directory('/boxer')
+        CgroupMount(Path('/mnt'), '/').directory('/../init.scope')
+    assert CgroupMount(Path('/mnt'), '/..').directory('/../init.scope') == Path('/mnt/init.scope')
 
 
 @pytest.mark.needs('cgroup2')

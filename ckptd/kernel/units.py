@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where a systemd keeps the cgroups of its units, https://systemd.io/CGROUP_DELEGATION.
+
+    ROOT/init.scope                                      the manager itself
+    ROOT/system.slice/app.service                        a unit: below slices, which alone have other units in them
+    ROOT/system.slice/app.service/ssh.service            none: its name was given by whoever app.service is delegated to
+    ROOT/user.slice/user-1000.slice/user@1000.service    a unit of the system, and the ROOT of that user's manager
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from ckptd.kernel.cgroup import CgroupMount
+from ckptd.kernel.task import read_cgroup2
+
+_MANAGER = 'init.scope'
+_SLICE = '.slice'
+
+
+def unit_directories(mount: CgroupMount, uid: int, unit: str) -> list[Path]:
+    """The cgroup of a unit of uid 0's manager, which is the system's, or of another user's. Empty where it has none, or
+    no such manager runs. More than one only of a unit that moved to another slice and left processes behind."""
+    try:
+        root = system_root(mount)
+    except FileNotFoundError:
+        return []
+    roots = [root] if uid == 0 else find_unit(root, f'user@{uid}.service')
+    return [path for top in roots for path in find_unit(top, unit)]
+
+
+def system_root(mount: CgroupMount) -> Path:
+    """Where the system's manager begins: above the init.scope that PID 1 is in, in a container at the container's
+    cgroup. Where PID 1 is in none (no systemd) or hidden (hidepid= of proc(5)), at the top of the mount: what is there
+    in slices, root has made. FileNotFoundError if the mount does not show it."""
+    try:
+        path = PurePosixPath(read_cgroup2(1))
+    except OSError:
+        return mount.path
+    return mount.directory(str(path.parent)) if path.name == _MANAGER else mount.path
+
+
+def find_unit(root: Path, unit: str) -> list[Path]:
+    """The directories that are this unit for the manager whose cgroup is `root`."""
+    found: list[Path] = []
+    slices = [root]
+    while slices:
+        directory = slices.pop()
+        names = _children(directory)
+        slices += [directory / name for name in names if name.endswith(_SLICE)]
+        found += [directory / name for name in names if _unescaped(name) == unit]
+    return sorted(found)
+
+
+def _children(directory: Path) -> list[str]:
+    names: list[str] = []
+    with suppress(OSError), os.scandir(directory) as entries:       # gone meanwhile, or not for us to see
+        names += [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return names
+
+
+def _unescaped(name: str) -> str:
+    # '_' stands before a name that could be a file of the cgroup file system ('_memory.service', '_cgroup.slice') or
+    # has it itself: cg_escape in systemd's src/basic/cgroup-util.c
+    return name.removeprefix('_')
