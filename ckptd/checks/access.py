@@ -17,13 +17,15 @@ from ckptd.checks.rows import dead, refuse
 from ckptd.errors import NotSupported, Refusal, errno_name
 from ckptd.kernel.creds import CAP_SETGID, become, capget
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
+from ckptd.kernel.pidfd import held
 from ckptd.tree import Tree
 
 ALL_CAPABILITIES = (1 << 64) - 1
 
 
 class Caller(Protocol):
-    """Who asks. capabilities: the effective set of the calling process as a mask, -1 if unknown."""
+    """Who asks. capabilities: the effective set of the calling process as a mask, -1 if unknown. start_time: of that
+    process, 0 if unknown."""
     @property
     def uid(self) -> int: ...
     @property
@@ -34,6 +36,8 @@ class Caller(Protocol):
     def pid(self) -> int: ...
     @property
     def capabilities(self) -> int: ...
+    @property
+    def start_time(self) -> int: ...
 
 
 def check_access(tree: Tree, caller: Caller) -> list[Refusal]:
@@ -127,6 +131,8 @@ def _same_user_namespace(caller: Caller) -> bool:
     A caller that is gone can be asked no more; then only uid 0, which is root here or was made from it, is believed.
     """
     try:
-        return os.stat(f'/proc/{caller.pid}/ns/user').st_ino == os.stat('/proc/self/ns/user').st_ino  # noqa: PTH116
+        with held(caller.pid, caller.start_time):
+            theirs = os.stat(f'/proc/{caller.pid}/ns/user').st_ino  # noqa: PTH116
+        return theirs == os.stat('/proc/self/ns/user').st_ino  # noqa: PTH116
     except OSError:
         return caller.uid == 0

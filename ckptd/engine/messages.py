@@ -31,7 +31,8 @@ RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place'
 class Caller(msgspec.Struct, frozen=True):
     """Who asks, as the bus says. capabilities: effective set of the calling process as a mask, -1 if unknown; bounding:
     its bounding set. no_new_privs, seccomp: it is under that, and what it asks for must not get it out. label: of a
-    security module, for the log."""
+    security module, for the log. start_time: of the process, as Stat has it, 0 if unknown: a pid alone may be another's
+    by the time that it is looked at (ckptd.kernel.pidfd.held)."""
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
@@ -41,6 +42,7 @@ class Caller(msgspec.Struct, frozen=True):
     no_new_privs: bool = False
     seccomp: bool = False
     label: str = ''
+    start_time: int = 0
 
 
 class JobRequest(msgspec.Struct, frozen=True):
@@ -53,6 +55,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     connected to that bus does not outlive the dump. Else 0.
     asker: uid of who asked, where that is not the caller, by whose rights the work is done: with an administrator's
     authorization root's. Else -1.
+    start_time: of the process that a target pid:N is, /proc/PID/stat: its number may be another's by now. Else 0.
     has_output: the caller gives an fd, where an export goes, or where an import comes from. format: of an export,
     'core' or 'tar'. Of an import: image is not looked at, the caller becomes the owner, save_limit: bytes it may have.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
@@ -86,6 +89,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     changed_files: ChangedFiles = 'refuse'
     has_terminal: bool = False
     asker: int = -1
+    start_time: int = 0
 
     @property
     def asked_by(self) -> int:

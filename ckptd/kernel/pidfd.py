@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """pidfds: references to a process or thread that no other one can inherit, pidfd_open(2)."""
 
+import errno
 import os
 import select
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ckptd.kernel.arch.x86_64 import NR
 from ckptd.kernel.decl import c_int, c_uint, syscall
 from ckptd.kernel.fdinfo import parse_fdinfo
 from ckptd.kernel.procfs import read_task_file
+from ckptd.kernel.stat import read_stat
+from ckptd.kernel.status import read_status
 
 PIDFD_THREAD = os.O_EXCL            # <linux/pidfd.h>, since 6.9: refer to one thread, not to the process
 PIDFD_NONBLOCK = os.O_NONBLOCK
@@ -42,3 +47,43 @@ def wait_dead(fd: int, timeout: float | None = None) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(None if timeout is None else max(0.0, timeout) * 1000))
+
+
+def pidfd_start_time(fd: int, pid: int) -> int:
+    """When the process of a pidfd began, as Stat.start_time; -1 once it has exited, which is no process's. pid: its."""
+    try:
+        start_time = read_stat(pid).start_time
+    except ProcessLookupError:
+        return -1
+    # alive after the file was read: the number was not another's in between
+    return -1 if wait_dead(fd, 0) else start_time
+
+
+@contextmanager
+def held(pid: int, start_time: int = 0, uid: int = -1) -> Iterator[None]:
+    """What is read of /proc/PID in this block is of the process that began at start_time; 0: of one process, whichever
+    it is. ProcessLookupError when it has exited, at either end of the block: nothing that was read counts then. Nor
+    where it is not this user's alone: a set-user-ID program that he runs has the same pid and start time, and limits
+    that he has not (sudo lifts its own)."""
+    fd = _open_process(pid)
+    try:
+        if start_time and pidfd_start_time(fd, pid) != start_time:
+            raise _gone(pid)
+        yield
+        if (uid >= 0 and set(read_status(pid).uids[:3]) != {uid}) or wait_dead(fd, 0):
+            raise _gone(pid)
+    finally:
+        os.close(fd)
+
+
+def _open_process(pid: int) -> int:
+    try:
+        return pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):     # 0, or the number is a thread's now
+            raise _gone(pid) from None
+        raise
+
+
+def _gone(pid: int) -> ProcessLookupError:
+    return ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f'/proc/{pid}')

@@ -34,6 +34,7 @@ from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.creds import CAP_SYS_RESOURCE, capget
 from ckptd.kernel.shm import attached
+from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
@@ -535,7 +536,7 @@ def importer() -> Iterator[Caller]:
     """An ordinary user, with a process that has asked."""
     uid = ORDINARY_UID
     with subprocess.Popen(['sleep', '1000'], user=uid, group=uid, extra_groups=[], cwd='/') as process:
-        yield Caller(uid, uid, (uid,), process.pid, 0, capget_bounding())
+        yield Caller(uid, uid, (uid,), process.pid, 0, capget_bounding(), start_time=read_stat(process.pid).start_time)
         process.kill()
 
 
@@ -586,6 +587,26 @@ def test_an_imported_image_of_nobody_who_is_there(place: Place, asleep: Sleeper,
     of_user(image, imported=True)
     gone = msgspec.structs.replace(importer, pid=0)
     assert about(found(place, image, caller=gone), 'credentials').errno == 'ESRCH'
+
+
+@pytest.mark.parametrize('way', ['ended', 'reused', 'set-user-ID'])
+def test_limits_of_whoever_has_the_number_now_are_not_the_importers(place: Place, asleep: Sleeper, importer: Caller,
+                                                                    way: str) -> None:
+    image = asleep.image(place)
+    of_user(image, imported=True)
+    assert not [row for row in found(place, image, caller=importer) if row.resource == 'limits']
+    process = SimpleNamespace(vpid=7, alive=[1], ids=SimpleNamespace(cgroup='/a'))
+    other = importer
+    if way == 'ended':
+        os.kill(importer.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, importer.pid, os.WEXITED | os.WNOWAIT)
+    else:
+        # root's process, as one that has got the number, or that the importer's own has become by execve(2)
+        same = read_stat(os.getpid()).start_time
+        other = msgspec.structs.replace(importer, pid=os.getpid(), start_time=same - (way == 'reused'))
+    assert about(found(place, image, caller=other), 'limits').errno == 'ESRCH'
+    with pytest.raises(ProcessLookupError):
+        homes(other, True, [process])  # type: ignore[list-item]
 
 
 def test_an_imported_image_is_its_importers_alone(place: Place, asleep: Sleeper, importer: Caller) -> None:

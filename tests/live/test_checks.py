@@ -23,7 +23,7 @@ from ckptd.checks.vmas import MappedFiles, check_mapping
 from ckptd.engine.messages import Caller
 from ckptd.errors import Refusal, Refused
 from ckptd.kernel.maps import parse_maps, parse_smaps
-from ckptd.kernel.stat import PF_KTHREAD
+from ckptd.kernel.stat import PF_KTHREAD, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.scan import scan_tree
 from ckptd.tree import Tree
@@ -114,6 +114,15 @@ def test_capability_in_another_user_namespace_does_not_count(brood: Brood) -> No
     assert int(read_status(caller).cap_eff) != 0
     rows = check(pid, Caller(NOBODY, NOBODY, (), caller, read_status(caller).cap_eff))
     assert refusals(rows) == [(pid, 'ptrace', 'EPERM')]
+
+
+@needs_root
+def test_capability_of_a_caller_whose_number_is_anothers_does_not_count(brood: Brood) -> None:
+    caller, pid = brood.fork(), brood.fork(lambda: become(OTHER))
+    cap_sys_ptrace, began = 1 << 19, read_stat(caller).start_time
+    for start_time, answer in ((began, []), (0, []), (began + 1, [(pid, 'ptrace', 'EPERM')])):
+        asks = Caller(NOBODY, NOBODY, (), caller, cap_sys_ptrace, start_time=start_time)
+        assert refusals(check(pid, asks)) == answer
 
 
 def as_user(brood: Brood, uid: int, work: Callable[[], list[Refusal]]) -> list[Refusal]:

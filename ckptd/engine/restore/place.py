@@ -40,6 +40,7 @@ from ckptd.journal.steps import (
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
+from ckptd.kernel.pidfd import held
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 
@@ -166,9 +167,10 @@ class Birthplace:
 
 def homes(caller: Caller, imported: bool, processes: Sequence[Process]) -> dict[int, str]:
     """The cgroup that each living process was in, by vpid; of an image that an ordinary user has brought from outside,
-    his own, whatever it says."""
+    his own, whatever it says. ProcessLookupError when he is gone."""
     if imported and caller.uid:
-        own = read_cgroup2(caller.pid)
+        with held(caller.pid, caller.start_time, caller.uid):
+            own = read_cgroup2(caller.pid)
         return {process.vpid: own for process in processes if process.alive}
     return {process.vpid: process.ids.cgroup for process in processes if process.alive}
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """pidfds."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ckptd.kernel import pidfd
+from ckptd.kernel.stat import read_stat
 
 
 @pytest.fixture
@@ -87,3 +89,74 @@ def test_a_pidfd_of_one_thread() -> None:
 def test_no_pidfd_at_all() -> None:
     with pytest.raises(KeyError):
         pidfd.pidfd_pid(0)
+
+
+def test_start_time(child: tuple[int, int]) -> None:
+    pid, fd = child
+    assert pidfd.pidfd_start_time(fd, pid) == read_stat(pid).start_time
+    os.kill(pid, signal.SIGKILL)
+    assert pidfd.wait_dead(fd, 5)
+    assert pidfd.pidfd_start_time(fd, pid) == -1        # a zombie still has one
+    # the number has gone to somebody else, who lives
+    assert pidfd.pidfd_start_time(fd, os.getpid()) == -1
+
+
+def test_held_process(child: tuple[int, int]) -> None:
+    pid, _ = child
+    began, uid = read_stat(pid).start_time, os.getuid()
+    seen = []
+    for start_time, owner in ((0, -1), (began, -1), (began, uid)):
+        with pidfd.held(pid, start_time, owner):
+            seen.append(pid)
+    assert seen == [pid] * 3
+
+
+@pytest.mark.parametrize('start_time', [-1, 1, 1 << 60])
+def test_the_number_is_another_process_now(child: tuple[int, int], start_time: int) -> None:
+    with pytest.raises(ProcessLookupError), pidfd.held(child[0], start_time):
+        raise AssertionError('what is read here would be of a stranger')
+
+
+def test_a_process_that_is_gone_when_asked_for() -> None:
+    pid = os.posix_spawn('/bin/true', ['true'], {})
+    os.waitpid(pid, 0)
+    for number in (pid, 0, -1):
+        with pytest.raises(ProcessLookupError), pidfd.held(number):
+            raise AssertionError('there is nobody to read of')
+
+
+def end(pid: int, options: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | options)
+
+
+@pytest.mark.parametrize('options', [os.WNOWAIT, 0], ids=['a zombie', 'reaped'])
+def test_a_process_that_ends_while_it_is_read(options: int) -> None:
+    pid = os.posix_spawn('/bin/sleep', ['sleep', '1000'], {})
+    with pytest.raises(ProcessLookupError), pidfd.held(pid, read_stat(pid).start_time, os.getuid()):
+        end(pid, options)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def test_the_number_of_a_thread_is_no_process() -> None:
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    try:
+        with pytest.raises(ProcessLookupError), pidfd.held(thread.native_id or 0):
+            raise AssertionError('a process had this number')
+    finally:
+        go.set()
+        thread.join()
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('uids', [(0, 0, 0), (7, 0, 0), (7, 7, 0), (7, 0, 7)])
+def test_a_program_with_set_user_id_is_not_its_users_alone(forked: Callable[..., int],
+                                                           uids: tuple[int, int, int]) -> None:
+    pid = forked(lambda: os.setresuid(*uids))
+    with pidfd.held(pid):
+        pass
+    with pytest.raises(ProcessLookupError), pidfd.held(pid, read_stat(pid).start_time, 7):
+        pass
