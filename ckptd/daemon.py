@@ -22,7 +22,7 @@ from ckptd.bus.client import Client
 from ckptd.bus.connection import Connection
 from ckptd.bus.gate import Gate
 from ckptd.bus.manager import ManagerObject
-from ckptd.bus.names import BUS_NAME, ROOT
+from ckptd.bus.names import BUS_NAME, NODES, ROOT
 from ckptd.bus.polkit import Polkit
 from ckptd.bus.private import private_bus
 from ckptd.bus.router import Router
@@ -145,8 +145,10 @@ class Daemon:
         orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None,
                         connection.inode)
         library = Library(self._spool, queue, orders)
-        gate = Gate(Polkit(connection))
-        router = self._router = Router(connection, queue.spawn, ROOT, gate.sees_all)
+        polkit = Polkit(connection)
+        gate = Gate(polkit, self._spool)
+        router = self._router = Router(connection, queue.spawn, ROOT, gate.sees_all, NODES)
+        polkit.on_changed = router.views_changed
         self._stack.callback(router.peers.close)
         announcer.begin(router, ManagerObject(queue, orders, library, gate), queue, library, gate)
 

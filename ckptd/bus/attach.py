@@ -3,7 +3,7 @@
 
 from contextlib import suppress
 
-from ckptd.bus.router import Call
+from ckptd.bus.call import Call
 from ckptd.errors import NoSuchJob
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import Job

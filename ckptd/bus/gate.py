@@ -15,16 +15,17 @@ in the log.
 import asyncio
 from typing import Final, Literal, NamedTuple
 
+from ckptd.bus.call import Call
 from ckptd.bus.message import DBusError
 from ckptd.bus.names import BUS_NAME
-from ckptd.bus.polkit import Answer, Polkit
+from ckptd.bus.polkit import SHORT, Answer, Polkit
 from ckptd.bus.registry import ERROR
-from ckptd.bus.router import Call
 from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
+from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
-from ckptd.jobs.orders import parse_target
-from ckptd.jobs.spool import ImageInfo
+from ckptd.jobs.orders import parse_target, start_time_of
+from ckptd.jobs.spool import Spool
 from ckptd.jobs.strangers import stranger_in
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
@@ -42,16 +43,24 @@ class Rights(NamedTuple):
     asker: int
 
 
+class TreeRights(NamedTuple):
+    """The same, and which process a target pid:N was before anybody was asked: its start time, 0 for other targets."""
+    caller: Caller
+    asker: int
+    start_time: int
+
+
 class Gate:
     """Made for one bus."""
 
-    def __init__(self, polkit: Polkit) -> None:
-        self._polkit = polkit
+    def __init__(self, polkit: Polkit, spool: Spool) -> None:
+        self._polkit, self._spool = polkit, spool
 
-    async def enter(self, call: Call, verb: Verb, what: str, *, owner: int, task: int = 0, hint: str | None = None
-                    ) -> Caller:
+    async def enter(self, call: Call, verb: Verb, what: str, *, owner: int | None, task: int = 0, refusal: str = '',
+                    hint: str | None = None) -> Caller:
         """With whose rights the work is to be done: the caller's for what is owned by its uid, root's where that was
-        allowed for what is not. what: 'pid:12' or 'image X'. task: whose owner that is.
+        allowed for what is not. what: 'pid:12' or 'image X'. owner: None for what may not even be there. task: whose
+        owner that is. refusal: what a caller who is not the owner is told.
 
         PermissionDenied with the rule; InteractiveAuthorizationRequired where a person would have to be asked.
         """
@@ -62,8 +71,8 @@ class Gate:
             audit_call('allowed', call, caller, what, 'root')
             return caller
         async with call.attended():
-            answer = await self._polkit.ask(call.sender, action, {'target': what, 'owner': str(owner)},
-                                            interactive=call.interactive)
+            details = {'target': what} if owner is None else {'target': what, 'owner': str(owner)}
+            answer = await self._polkit.ask(call.sender, action, details, interactive=call.interactive)
         if answer == Answer.YES or (own and answer == Answer.ABSENT):
             audit_call('allowed', call, caller, what, action if answer == Answer.YES else 'owner')
             return caller if own else _as_root(caller)
@@ -71,36 +80,46 @@ class Gate:
         if answer == Answer.ASK:
             raise DBusError(f'{ERROR}InteractiveAuthorizationRequired',
                             f'{what} takes an authorization ({action}) that a person must give')
-        raise PermissionDenied(f'uid {caller.uid} may not {verb} {what}, which belongs to uid {owner} ({action}: '
-                               f'{WORDS[answer]})', task=task, resource=action, hint=hint)
+        refusal = '' if own else refusal or f'which belongs to uid {owner}'
+        words = f'uid {caller.uid} may not {verb} {what}' + (refusal and f', {refusal}')
+        raise PermissionDenied(f'{words} ({action}: {WORDS[answer]})', task=task, resource=action, hint=hint)
 
-    async def tree(self, call: Call, verb: Verb, target: str) -> Rights:
+    def own(self, call: Call, caller: Caller, what: str) -> None:
+        """What one has started oneself one may end, and nobody needs to be asked."""
+        audit_call('allowed', call, caller, what, 'owner' if caller.uid else 'root')
+
+    async def tree(self, call: Call, verb: Verb, target: str) -> TreeRights:
         """The same for a tree. NoSuchTarget."""
         caller = await call.credentials()
         where = parse_target(target, caller)
+        start_time = start_time_of(where)
         # root is not asked about anything, and need not wait for a look at its target
         stranger = await asyncio.to_thread(stranger_in, where, caller) if caller.uid else None
         pid, owner = stranger or (0, caller.uid)
-        return Rights(await self.enter(call, verb, where, owner=owner, task=pid,
-                                       hint='run as the owner of the tree, or as root'), caller.uid)
+        may = await self.enter(call, verb, where, owner=owner, task=pid,
+                               hint='run as the owner of the tree, or as root')
+        return TreeRights(may, caller.uid, start_time)
 
-    async def image(self, call: Call, verb: Verb, info: ImageInfo) -> Rights:
-        """The same for an image."""
+    async def image(self, call: Call, verb: Verb, image: str) -> Rights:
+        """The same for an image. Whether others have one of this name is told to nobody who may not see it.
+        NoSuchImage."""
         caller = await call.credentials()
-        return Rights(await self.enter(call, verb, f'image {info.id}', owner=info.owner, hint='ask its owner, or root'),
-                      caller.uid)
+        info = self._spool.get(image)
+        if info is None and (not caller.uid or not is_image_id(image)):
+            self._spool.find(image)
+        may = await self.enter(call, verb, f'image {image}', owner=None if info is None else info.owner,
+                               refusal=f'of which uid {caller.uid} has none', hint='ckptctl images shows what there is')
+        return Rights(may, caller.uid)
 
-    async def sees_all(self, call: Call) -> bool:
-        """Whether polkit lets the caller see the images and jobs of others. Nobody is asked but by a call that waits
+    async def sees_all(self, sender: str) -> bool:
+        """Whether polkit lets the sender see the images and jobs of others. Nobody is asked but by a call that waits
         for it."""
-        answer = await self._polkit.ask(call.sender, f'{BUS_NAME}.{ACTIONS["manage"][1]}', {}, interactive=False)
-        return answer == Answer.YES
+        return await self._polkit.ask(sender, f'{BUS_NAME}.{ACTIONS["manage"][1]}', {}, patience=SHORT) == Answer.YES
 
 
 def _as_root(caller: Caller) -> Caller:
     """Root's rights for what root's rights are needed for; the pid still says who asked."""
-    return Caller(0, 0, (0,), caller.pid, label=caller.label)
-
+    return Caller(0, 0, (0,), caller.pid, label=caller.label, start_time=caller.start_time)
 
 
 def audit_call(decision: Literal['allowed', 'refused'], call: Call, caller: Caller, what: str, rule: str) -> None:

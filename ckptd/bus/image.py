@@ -3,13 +3,13 @@
 
 from typing import Any
 
+from ckptd.bus.call import Call
 from ckptd.bus.export import Audience, Exported, method, property_
 from ckptd.bus.gate import Gate
 from ckptd.bus.message import Fd
 from ckptd.bus.names import IMAGE
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.restore import check_restore, restore
-from ckptd.bus.router import Call
 from ckptd.engine.messages import FORMATS
 from ckptd.errors import InvalidArgument
 from ckptd.jobs.library import Library
@@ -32,7 +32,7 @@ class ImageObject(Exported):
     @method('', 'aa{sv}', names=('tasks',), types=TASK_TYPES)
     async def Tree(self, call: Call) -> list[dict[str, Any]]:
         """The tasks of the image in depth-first order, as Manager.Scan has those of a live tree."""
-        caller, _ = await self._gate.image(call, 'manage', self.info)
+        caller, _ = await self._gate.image(call, 'manage', self.info.id)
         async with call.attended():
             return await self._library.tree(self.info.id, caller)
 
@@ -42,7 +42,7 @@ class ImageObject(Exported):
         parse_options(options, NONE)
         if format not in FORMATS:
             raise InvalidArgument(f'no format {format[:32]!r}', hint=f'formats: {", ".join(FORMATS)}')
-        caller, _ = await self._gate.image(call, 'manage', self.info)
+        caller, _ = await self._gate.image(call, 'manage', self.info.id)
         async with call.attended():
             await self._library.export(self.info.id, output, format, caller)
 
@@ -50,13 +50,13 @@ class ImageObject(Exported):
     async def Open(self, call: Call) -> Fd:
         """A file descriptor to read the image from, as the tar stream that Manager.Import takes. It ends early where
         something goes wrong: the job of its export says what."""
-        rights = await self._gate.image(call, 'manage', self.info)
+        rights = await self._gate.image(call, 'manage', self.info.id)
         return Fd(self._library.open(self.info.id, *rights))
 
     @method('', 'as', names=('damages',))
     async def Verify(self, call: Call) -> list[str]:
         """What is wrong with the image, one sentence each; nothing for one that is whole."""
-        caller, _ = await self._gate.image(call, 'manage', self.info)
+        caller, _ = await self._gate.image(call, 'manage', self.info.id)
         async with call.attended():
             return await self._library.verify(self.info.id, caller)
 
@@ -73,7 +73,7 @@ class ImageObject(Exported):
     @method()
     async def Remove(self, call: Call) -> None:
         """Remove the image; Busy while a job reads it."""
-        caller, _ = await self._gate.image(call, 'manage', self.info)
+        caller, _ = await self._gate.image(call, 'manage', self.info.id)
         await self._library.remove(self.info.id, caller)
 
     @property_('s', emits='const')

@@ -3,11 +3,12 @@
 
 from typing import Any
 
+from ckptd.bus.call import Call
 from ckptd.bus.export import Audience, Exported, method, property_, signal
 from ckptd.bus.gate import Gate, Verb
 from ckptd.bus.names import JOB, job_path
 from ckptd.bus.options import NONE, parse_options
-from ckptd.bus.router import ERROR_TYPES, Call
+from ckptd.bus.router import ERROR_TYPES
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import Job
 
@@ -33,7 +34,10 @@ class JobObject(Exported):
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
         """Release the tree and leave nothing; a restored one that runs is let go. A job that is over stays as it is."""
         parse_options(options, NONE)
-        if (await call.credentials()).uid != self.job.request.asked_by:
+        caller = await call.credentials()
+        if caller.uid == self.job.request.asked_by:
+            self._gate.own(call, caller, self.job.name)
+        else:
             await self._gate.enter(call, VERBS.get(self.job.request.operation, 'manage'), self.job.name,
                                    owner=self.job.request.asked_by)
         self._queue.cancel(self.job.number)

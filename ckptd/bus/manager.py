@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """org.ckptd1.Manager at /org/ckptd1: the way in. What it does is in ckptd.jobs."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from ckptd import __version__
 from ckptd.bus.attach import attach
-from ckptd.bus.export import Audience, Exported, Viewer, method, property_, signal
+from ckptd.bus.call import Call
+from ckptd.bus.export import Exported, Viewer, method, property_, signal
 from ckptd.bus.gate import Gate, audit_call
 from ckptd.bus.image import ROW_TYPES, TASK_TYPES
 from ckptd.bus.job import path_of
@@ -14,9 +16,9 @@ from ckptd.bus.message import Fd
 from ckptd.bus.names import MANAGER, image_path, token_path
 from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, Option, parse_options
 from ckptd.bus.restore import check_restore, restore
-from ckptd.bus.router import Call
 from ckptd.engine.messages import Operation
 from ckptd.errors import InvalidArgument, NoSuchTarget
+from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.library import Library
 from ckptd.jobs.orders import Orders, parse_target
 from ckptd.jobs.queue import Queue
@@ -49,16 +51,17 @@ class ManagerObject(Exported):
         """Dump the tree of the caller; answered when the image, its result, is published. Restored from it, the caller
         reads end-of-file from this bus instead of the answer."""
         given = parse_options(options, SELF)
-        caller, asker = await self._gate.tree(call, 'checkpoint', 'self')
-        request = self._orders.on_target('checkpoint', 'self', caller, asker=asker, **given)
+        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', 'self')
+        request = self._orders.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time, **given)
         # not attended: with after=kill the caller leaves the bus because all went well
         return str((await self._queue.call(request))['image'])
 
     async def _checkpoint(self, call: Call, target: str, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
         given = parse_options(options, CHECKPOINT)
         token, detach = given.pop('handle_token', ''), given.pop('detach', False)
-        caller, asker = await self._gate.tree(call, 'checkpoint', target)
-        request = self._orders.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker, **given)
+        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target)
+        request = self._orders.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker,
+                                         start_time=start_time, **given)
         job = self._queue.submit(request, fds, token and token_path(call.sender, token))
         if not detach:
             await attach(call, self._queue, job)
@@ -85,11 +88,13 @@ class ManagerObject(Exported):
 
     @method('sa{sv}', 'u', names=('target', 'options', 'tasks'))
     async def Freeze(self, call: Call, target: str, options: dict[str, Any]) -> int:
-        """Freeze the tree, and keep it so until Thaw; how many tasks stand still."""
+        """Freeze the tree, and keep it so until Thaw, or until the process that was named ends; how many tasks stand
+        still. Once that is answered the freeze outlives its caller."""
         given = parse_options(options, FREEZING)
-        caller, asker = await self._gate.tree(call, 'freeze', target)
-        request = self._orders.on_target('freeze', target, caller, asker=asker, **given)
-        async with call.attended():
+        detach = given.pop('detach', False)
+        caller, asker, start_time = await self._gate.tree(call, 'freeze', target)
+        request = self._orders.on_target('freeze', target, caller, asker=asker, start_time=start_time, **given)
+        async with contextlib.nullcontext() if detach else call.attended():
             return int((await self._queue.call(request)).get('tasks', 0))
 
     @method('sa{sv}', names=('target', 'options'))
@@ -99,7 +104,9 @@ class ManagerObject(Exported):
         caller = await call.credentials()
         where = parse_target(target, caller)
         owner = self._queue.frozen.get(where, caller.uid)
-        if owner != caller.uid:         # to let go of what is one's own nobody needs to be asked
+        if owner == caller.uid:
+            self._gate.own(call, caller, where)
+        else:
             await self._gate.enter(call, 'freeze', where, owner=owner)
         await self._queue.thaw(where)
 
@@ -108,9 +115,10 @@ class ManagerObject(Exported):
         """Have checkpoints of a tree (option target, 'self' by default) wait until the file descriptor is closed, but
         not for longer than InhibitDelayMaxSec=. PrepareForCheckpoint says when it is time to close it."""
         target = parse_options(options, INHIBIT).get('target', 'self')
-        caller, asker = await self._gate.tree(call, 'checkpoint', target)
-        where = parse_target(target, caller)
-        return Fd(self._queue.inhibitors.take(who[:MAX_WORDS], why[:MAX_WORDS], where, asker, caller.pid, call.sender))
+        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target)
+        holder = Inhibitor(who[:MAX_WORDS], why[:MAX_WORDS], parse_target(target, caller), asker, caller.pid,
+                           call.sender)
+        return Fd(self._queue.inhibitors.take(holder, start_time))
 
     @method('', 'a(sssuu)', names=('inhibitors',))
     async def ListInhibitors(self, call: Call) -> list[tuple[str, str, str, int, int]]:
@@ -149,22 +157,26 @@ class ManagerObject(Exported):
     @method('s', 'o', names=('image', 'path'))
     async def GetImage(self, call: Call, image: str) -> str:
         """The path of an image's object."""
-        info = self._library.spool.find(image)
-        if not await call.may_see(Audience(info.owner)):
-            await self._gate.image(call, 'manage', info)
-        return image_path(info.id)
+        info = self._library.spool.get(image)
+
+        def seen(viewer: Viewer) -> bool:
+            return info is not None and viewer.sees(info.owner)
+
+        if not seen(await call.viewer(seen)):
+            await self._gate.image(call, 'manage', image)
+        return image_path(self._library.spool.find(image).id)
 
     @method('s', 'as', names=('image', 'damages'))
     async def VerifyImage(self, call: Call, image: str) -> list[str]:
         """What is wrong with an image, one sentence each; nothing for one that is whole."""
-        caller, _ = await self._gate.image(call, 'manage', self._library.spool.find(image))
+        caller, _ = await self._gate.image(call, 'manage', image)
         async with call.attended():
             return await self._library.verify(image, caller)
 
     @method('s', names=('image',))
     async def RemoveImage(self, call: Call, image: str) -> None:
         """Remove an image; Busy while a job reads it."""
-        caller, _ = await self._gate.image(call, 'manage', self._library.spool.find(image))
+        caller, _ = await self._gate.image(call, 'manage', image)
         await self._library.remove(image, caller)
 
     @method('ha{sv}', 'o', names=('stream', 'options', 'image'))

@@ -6,6 +6,7 @@ ROOT = '/org/ckptd1'
 MANAGER = 'org.ckptd1.Manager'
 JOB = 'org.ckptd1.Job'
 IMAGE = 'org.ckptd1.Image'
+NODES = (f'{ROOT}/job', f'{ROOT}/image')        # above the objects of everybody
 
 
 def job_path(number: int) -> str:

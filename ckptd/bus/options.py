@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The a{sv} options of methods: which there are, of what type, and what is said of any other."""
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, get_args
 from ckptd.bus.message import Fd
 from ckptd.engine.messages import After, ChangedFiles, FreezeMode
 from ckptd.errors import InvalidArgument
+from ckptd.kernel.statx import is_terminal
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds
 MAX_SIZE = 2**63 - 1                # bytes
@@ -49,7 +49,7 @@ def _is_cgroup(value: Any) -> bool:
 
 def _is_terminal(value: Any) -> bool:
     # a plain int would be whatever the daemon has open under that number
-    return isinstance(value, Fd) and os.isatty(value)
+    return isinstance(value, Fd) and is_terminal(value)
 
 
 def _flag(name: str) -> Option:
@@ -75,7 +75,7 @@ CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('leave_stopped'), CHANGED_FIL
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
 INHIBIT = (TARGET,)
 CHECK = (FREEZE,)
-FREEZING = (FREEZE, TIMEOUT)
+FREEZING = (FREEZE, TIMEOUT, DETACH)
 NONE: tuple[Option, ...] = ()
 
 

@@ -7,29 +7,38 @@ naming a process: it may be dead and its number another's. So it is turned into 
 
 import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ckptd.bus import wire
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match, Subscription
-from ckptd.bus.export import Audience
+from ckptd.bus.export import Audience, Viewer
 from ckptd.bus.message import DBusError
 from ckptd.bus.wire import Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
-from ckptd.kernel.pidfd import pidfd_open, wait_dead
+from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time, wait_dead
 from ckptd.kernel.status import Status, read_status
 
+log = logging.getLogger(__name__)
+
 MAX_PEERS: Final = 400      # remembered; each costs a match rule, of which a bus allows some 512, and a pidfd
+VIEW_LIFE: Final = 30.0     # seconds for which what a sender may see holds, unless polkit says that something changed
 NOBODY: Final = 65534       # /proc/sys/kernel/overflowgid
+
+
+SeesAll = Callable[[str], Awaitable[bool]]      # whether a sender may see what is others', too
 
 
 @dataclass(slots=True, eq=False)
 class Peer:
     """A connection on the bus. pidfd: of its process, -1 where that is gone or cannot be told. label: of the security
-    module that the kernel has, '' without one."""
+    module that the kernel has, '' without one. sees_all: also what is others', as was last heard; to be asked again
+    after view_ends of the loop's clock."""
     sender: str
     uid: int = -1
     label: str = ''
@@ -37,6 +46,9 @@ class Peer:
     pid: int = 0
     pidfd: int = -1
     watch: Subscription | None = None
+    sees_all: bool = False
+    view_ends: float = 0.0
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
     on_gone: list[Callable[[], None]] = field(default_factory=list)
 
     def close(self) -> None:
@@ -66,6 +78,7 @@ class Peers:
         self._connection = connection
         self._known: dict[str, Peer] = {}
         self._asked: dict[str, asyncio.Event] = {}      # who is being asked about
+        self._views = 0         # how often forget_views was called
 
     async def caller(self, sender: str) -> Caller:
         """Who this sender is now. PermissionDenied when it has left the bus."""
@@ -79,17 +92,43 @@ class Peers:
         if not peer.groups or status.gids[0] in peer.groups:
             gid = status.gids[0]
         return Caller(peer.uid, gid, peer.groups or status.groups, peer.pid, 0 if peer.uid else status.cap_eff,
-                      status.cap_bnd, bool(status.no_new_privs), bool(status.seccomp), peer.label)
+                      status.cap_bnd, bool(status.no_new_privs), bool(status.seccomp), peer.label,
+                      pidfd_start_time(peer.pidfd, peer.pid))
+
+    def get(self, sender: str) -> Peer | None:
+        """If it is known already."""
+        return self._known.get(sender)
 
     async def uid(self, sender: str) -> int:
         """Of the connection. PermissionDenied when it has left the bus."""
         return (await self._peer(sender)).uid
 
+    async def viewer(self, sender: str, ask: 'SeesAll') -> Viewer:
+        """What the sender may see. The answer holds for a while."""
+        peer = await self._peer(sender)
+        if peer.uid == 0:
+            return Viewer(0, True)
+        now = asyncio.get_running_loop().time
+        async with peer.looking:        # many calls at once ask one question
+            if peer.view_ends <= now():
+                asked = self._views
+                peer.sees_all = await ask(sender)
+                peer.view_ends = now() + VIEW_LIFE if asked == self._views else 0.0
+            return Viewer(peer.uid, peer.sees_all)
+
+    def forget_views(self) -> list[str]:
+        """What senders may see has changed, perhaps: those who were asked about, and are to be again."""
+        self._views += 1
+        again = [peer.sender for peer in self._known.values() if peer.view_ends]
+        for peer in self._known.values():
+            peer.sees_all, peer.view_ends = False, 0.0
+        return again
+
     def listeners(self, audience: Audience) -> list[str]:
         """Those who have called and may hear what is for this audience."""
         wanted = self._known if audience.followers is None else audience.followers & self._known.keys()
-        return [sender for sender in wanted
-                if self._known[sender].uid in (0, audience.uid) or sender in audience.senders]
+        return [sender for sender in wanted if (peer := self._known[sender]).uid in (0, audience.uid)
+                or peer.sees_all or sender in audience.senders]
 
     async def when_gone(self, sender: str, callback: Callable[[], None]) -> None:
         """Call back once, when the sender leaves the bus; at once if it has left."""
@@ -126,8 +165,8 @@ class Peers:
         finally:
             del self._asked[sender]
             asked.set()
+        self._make_room()
         self._known[sender] = peer
-        self._forget_oldest()
         return peer
 
     async def _ask(self, peer: Peer) -> None:
@@ -178,12 +217,20 @@ class Peers:
             del self._known[peer.sender]
         peer.close()
         for callback in peer.on_gone:
-            callback()
+            try:
+                callback()
+            except Exception:
+                # a mistake of ours: what others wait for still happens
+                log.exception('%s has left, and not everything that follows was done', peer.sender)
 
-    def _forget_oldest(self) -> None:
-        """Keep the table small; a peer that somebody waits for is kept in any case."""
-        if len(self._known) > MAX_PEERS:
-            peer = next((peer for peer in self._known.values() if not peer.on_gone), None)
-            if peer is not None:
+    def _make_room(self) -> None:
+        """Keep the table small: whoever has the most connections loses the oldest, and hears of nothing any more until
+        it calls again. One that somebody waits for is kept in any case."""
+        if len(self._known) >= MAX_PEERS:
+            idle = [peer for peer in self._known.values() if not peer.on_gone]
+            if idle:
+                [(uid, _)] = Counter(peer.uid for peer in idle).most_common(1)
+                peer = next(peer for peer in idle if peer.uid == uid)
+                log.warning('uid %d has many connections: %s is told of nothing until it calls again', uid, peer.sender)
                 del self._known[peer.sender]
                 peer.close()

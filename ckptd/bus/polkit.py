@@ -11,12 +11,12 @@ import itertools
 import logging
 import os
 import pwd
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Final
 
 from ckptd.bus import wire
-from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, Connection
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, Connection, Match, Subscription
 from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ AUTHORITY: Final = 'org.freedesktop.PolicyKit1.Authority'
 ALLOW_INTERACTION: Final = 1
 USER: Final = 'polkitd'             # what polkitd runs as
 TIMEOUT: Final = 25.0               # seconds for an answer that needs nobody
+SHORT: Final = 3.0                  # and for one that something else waits for, which can do without
 PATIENCE: Final = 300.0             # seconds for a person
 # there is none, and none is installed; one that does not start or does not answer is another matter
 _ABSENT: Final = frozenset(f'{ERROR}{name}' for name in (
@@ -47,17 +48,21 @@ class Polkit:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._trusted: str | None = None        # unique name of an owner that was looked at
+        self._watch: Subscription | None = None
         self._numbers = itertools.count(1)
+        self.on_changed: Callable[[], None] = lambda: None      # what was answered may be another answer now
 
-    async def ask(self, sender: str, action: str, details: Mapping[str, str], *, interactive: bool) -> Answer:
-        """May the sender do this? interactive: it waits until somebody was asked, if need be.
+    async def ask(self, sender: str, action: str, details: Mapping[str, str], *, interactive: bool = False,
+                  patience: float = TIMEOUT) -> Answer:
+        """May the sender do this? interactive: it waits until somebody was asked, if need be. patience: seconds, where
+        nobody is.
 
         An error of polkit's is a no: who cannot tell does not let in.
         """
         try:
             if not await self._is_there():
                 return Answer.ABSENT
-            return await self._check(sender, action, details, interactive)
+            return await self._check(sender, action, details, interactive, PATIENCE if interactive else patience)
         except DBusError as error:
             if error.name in _ABSENT:
                 return Answer.ABSENT
@@ -78,21 +83,30 @@ class Polkit:
             if uid not in _believed():
                 log.warning('%s is owned by uid %d, and not believed', NAME, uid)
                 return False
-            self._trusted = owner
+            await self._follow(owner)
         return True
+
+    async def _follow(self, owner: str) -> None:
+        """Hear when its answers change: rules, sessions, what was granted for a while."""
+        watch = await self._connection.subscribe(Match(owner, AUTHORITY, 'Changed', PATH), lambda _: self.on_changed())
+        if self._watch is not None:
+            self._watch.cancel()
+        self._trusted, self._watch = owner, watch
+        self.on_changed()       # another one may answer otherwise
 
     async def _driver(self, member: str, signature: str, *args: Any) -> list[Any]:
         return await self._connection.call(DRIVER, DRIVER_PATH, DRIVER, member, signature, args)
 
-    async def _check(self, sender: str, action: str, details: Mapping[str, str], interactive: bool) -> Answer:
+    async def _check(self, sender: str, action: str, details: Mapping[str, str], interactive: bool,
+                     patience: float) -> Answer:
         cancellation = f'ckptd-{os.getpid()}-{next(self._numbers)}'
         try:
             [[allowed, challenge, said]] = await self._connection.call(
                 self._trusted or NAME, PATH, AUTHORITY, 'CheckAuthorization', '(sa{sv})sa{ss}us',
                 [('system-bus-name', {'name': sender}), action, dict(details), ALLOW_INTERACTION if interactive else 0,
-                 cancellation], timeout=PATIENCE if interactive else TIMEOUT)
-        except asyncio.CancelledError:
-            # the caller has left: nobody needs to be asked any more
+                 cancellation], timeout=patience)
+        except (asyncio.CancelledError, DBusError):
+            # the caller has left, or it took too long: nobody needs to be asked any more
             self._connection.send(wire.make_call(NAME, PATH, AUTHORITY, 'CancelCheckAuthorization', 's', [cancellation],
                                                  NO_REPLY_EXPECTED))
             raise

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptd.bus.attach import attach
+from ckptd.bus.call import Call
 from ckptd.bus.gate import Gate
 from ckptd.bus.job import path_of
 from ckptd.bus.names import token_path
 from ckptd.bus.options import CHECK_RESTORE, RESTORE, Option, parse_options
-from ckptd.bus.router import Call
 from ckptd.jobs.library import Library
 
 
@@ -17,7 +17,7 @@ async def restore(library: Library, gate: Gate, call: Call, image: str, options:
     """Start the job; its path."""
     wishes, fds = _wishes(options, RESTORE)
     token, detach = wishes.pop('handle_token', ''), wishes.pop('detach', False)
-    caller, asker = await gate.image(call, 'restore', library.spool.find(image))
+    caller, asker = await gate.image(call, 'restore', image)
     job = library.restore(image, caller, fds, token and token_path(call.sender, token), asker=asker, **wishes)
     if not detach:
         await attach(call, library.queue, job)
@@ -28,7 +28,7 @@ async def check_restore(library: Library, gate: Gate, call: Call, image: str, op
                         ) -> list[dict[str, Any]]:
     """The rows of what stands in the way."""
     wishes, fds = _wishes(options, CHECK_RESTORE)
-    caller, _ = await gate.image(call, 'restore', library.spool.find(image))
+    caller, _ = await gate.image(call, 'restore', image)
     async with call.attended():
         return await library.check_restore(image, caller, fds, **wishes)
 

@@ -2,7 +2,8 @@
 """Method calls to exported objects: one way in, one way out, and nothing of ours leaks to the caller.
 
     from ckptd.bus.export import Exported, method, property_, signal
-    from ckptd.bus.router import Call, Router
+    from ckptd.bus.call import Call
+    from ckptd.bus.router import Router
 
     class ManagerObject(Exported):
         interface = 'org.ckptd1.Manager'
@@ -49,20 +50,21 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from ckptd.bus import wire
+from ckptd.bus.call import Call
 from ckptd.bus.connection import Connection
-from ckptd.bus.export import Audience, Exported, Method, Viewer
+from ckptd.bus.export import Audience, Exported, Method
 from ckptd.bus.message import DBusError, Fd, ProtocolError
-from ckptd.bus.peers import Peers
-from ckptd.bus.registry import ERROR, Registry, unknown_object
+from ckptd.bus.peers import Peers, SeesAll
+from ckptd.bus.registry import ERROR, Registry
 from ckptd.bus.standard import Changes, Introspectable, ObjectManager, Peer, Properties
 from ckptd.bus.values import NO_TYPES, index_fds, to_body
 from ckptd.bus.wire import Message, Received
-from ckptd.engine.messages import Caller
-from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded
+from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded, PermissionDenied
+from ckptd.jobs.audit import audit
 
 log = logging.getLogger(__name__)
 
@@ -80,76 +82,7 @@ class Spawn(Protocol):
     def __call__(self, coro: Coroutine[Any, Any, None], *, name: str | None = None) -> asyncio.Task[None]: ...
 
 
-class Call:
-    """One method call while it is served."""
-    __slots__ = ('_peers', '_sees_all', '_viewer', 'answered', 'message')
-
-    def __init__(self, message: Received, peers: Peers, sees_all: 'SeesAll') -> None:
-        self.message, self._peers, self._sees_all = message, peers, sees_all
-        self._viewer: Viewer | None = None
-        self.answered = not message.wants_reply
-
-    @property
-    def sender(self) -> str:
-        """Unique name of the caller, ':1.42'; the bus vouches for it."""
-        return self.message.sender
-
-    @property
-    def interactive(self) -> bool:
-        """The caller waits long enough for a person to be asked (ALLOW_INTERACTIVE_AUTHORIZATION)."""
-        return self.message.interactive
-
-    async def credentials(self) -> Caller:
-        """Who calls, as the bus says."""
-        return await self._peers.caller(self.sender)
-
-    async def viewer(self) -> Viewer:
-        """What the caller may see."""
-        if self._viewer is None:
-            uid = await self._peers.uid(self.sender)
-            self._viewer = Viewer(uid, uid == 0 or await self._sees_all(self))
-        return self._viewer
-
-    async def may_see(self, audience: Audience | None) -> bool:
-        """The same of one object; nobody need be asked about one's own."""
-        uid = await self._peers.uid(self.sender)
-        return Viewer(uid).may_see(audience) or (await self.viewer()).may_see(audience)
-
-    async def when_gone(self, callback: Callable[[], None]) -> None:
-        """Call back once, when the caller leaves the bus; at once if it has left."""
-        await self._peers.when_gone(self.sender, callback)
-
-    def never_mind(self, callback: Callable[[], None]) -> None:
-        """No call back any more."""
-        self._peers.never_mind(self.sender, callback)
-
-    @contextlib.asynccontextmanager
-    async def attended(self) -> AsyncIterator[None]:
-        """Cancel the block when the caller leaves the bus: nobody waits for its result any more."""
-        task = asyncio.current_task()
-        assert task is not None
-
-        def leave() -> None:
-            task.cancel()
-
-        await self.when_gone(leave)
-        try:
-            yield
-        finally:
-            self.never_mind(leave)
-
-    def take(self, fd: int) -> int:
-        """Make an fd argument the handler's own; all others are closed when it returns."""
-        return self.message.fds.take(fd)
-
-    def __str__(self) -> str:
-        return f'{self.message.interface}.{self.message.member} at {self.message.path} of {self.sender}'
-
-
-SeesAll = Callable[[Call], Awaitable[bool]]
-
-
-async def nobody(call: Call) -> bool:
+async def nobody(sender: str) -> bool:
     """Who sees what is others': nobody but root."""
     return False
 
@@ -157,19 +90,21 @@ async def nobody(call: Call) -> bool:
 class Router:
     """Serves the calls of a connection, each in a task of `spawn`, and sends the signals of what is exported.
 
-    sees_all: whether a caller who is not root may see the objects of others, too.
+    sees_all: whether a caller who is not root may see the objects of others, too. nodes: paths that are always there.
     """
 
-    def __init__(self, connection: Connection, spawn: Spawn, root: str, sees_all: SeesAll = nobody) -> None:
+    def __init__(self, connection: Connection, spawn: Spawn, root: str, sees_all: SeesAll = nobody,
+                 nodes: Sequence[str] = ()) -> None:
         self.connection, self.peers, self.root = connection, Peers(connection), root
         self._spawn, self._sees_all = spawn, sees_all
         self._in_flight: Counter[str] = Counter()
         self._of_user: Counter[int] = Counter()
+        self._flooding: set[str] = set()        # senders whose calls are refused until they wait for replies
         self._quiet = asyncio.Event()
         self.last_call = asyncio.get_running_loop().time()
         self._changes = Changes(self.emit)
         self.registry = Registry(common=(properties := Properties(), introspectable := Introspectable()),
-                                 anywhere=(introspectable, Peer()))
+                                 anywhere=(introspectable, Peer()), nodes=nodes)
         self.manager = ObjectManager(self.registry, root)
         properties.registry = introspectable.registry = self.registry
         self._adopt(root, self.manager)
@@ -189,6 +124,16 @@ class Router:
         for one in gone:
             one.emitter = None
         self.manager.removed(path, gone)
+
+    def views_changed(self) -> None:
+        """Ask again who may see what is others'."""
+        if again := self.peers.forget_views():
+            self._spawn(self._look_again(again), name='who may see all')
+
+    async def _look_again(self, senders: Sequence[str]) -> None:
+        for sender in senders:
+            with contextlib.suppress(PermissionDenied):     # it has left
+                await self.peers.viewer(sender, self._sees_all)
 
     def _lost(self) -> None:
         self._changes.close()
@@ -223,46 +168,60 @@ class Router:
         self._changes.add(path, exported, names)
 
     def route(self, message: Received) -> None:
-        """A method call came in: find what it means and serve it in a task, at whose end its fds are closed."""
+        """A method call came in: serve it in a task, at whose end its fds are closed."""
         call = Call(message, self.peers, self._sees_all)
         try:
-            exported, row = self._accept(message)
-        except (DBusError, CkptError) as error:
+            self._admit(message)
+        except CkptError as error:
+            if call.sender not in self._flooding:
+                self._flooding.add(call.sender)     # and not with each: who floods us is not to flood the log
+                self._audit(call, 'limits')
             self._fail(call, error)
             message.fds.close()
             return
         self._in_flight[call.sender] += 1
-        task = self._spawn(self.serve(call, exported, row), name=f'{row.name} of {call.sender}')
+        task = self._spawn(self.serve(call), name=str(call))
         task.add_done_callback(lambda _: self._finished(call))
 
-    def _accept(self, message: Received) -> tuple[Exported, Method]:
-        """What can be refused from the header alone; the body is not decoded before."""
+    def _admit(self, message: Received) -> None:
+        """LimitsExceeded for what is too much, whoever asks and for what."""
         if self._in_flight[message.sender] >= MAX_CALLS:
             raise LimitsExceeded(f'more than {MAX_CALLS} calls at a time', hint='wait for replies')
         if self.in_flight >= MAX_CALLS_IN_ALL:
             raise LimitsExceeded(f'ckptd has {MAX_CALLS_IN_ALL} calls to answer', hint='try again later')
         if message.raw is None or message.fds.count > MAX_FDS:
             raise LimitsExceeded(f'a call may have {wire.MAX_BODY} bytes of arguments and {MAX_FDS} file descriptors')
-        exported, row = self.registry.find(message.path, message.interface, message.member)
+        if message.fds.count != message.fd_count:
+            # the kernel drops what does not fit under RLIMIT_NOFILE (recvmsg(2), MSG_CTRUNC), or what stream.py does
+            # not take in
+            raise LimitsExceeded(f'{message.fds.count} file descriptors came instead of {message.fd_count}',
+                                 hint='try again later')
+
+    async def _find(self, call: Call) -> tuple[Exported, Method]:
+        """The method that is meant, at an object that its caller may see; the body is not decoded before."""
+        message = call.message
+        viewer = await call.viewer(lambda viewer: self.registry.sees(viewer, message.path))
+        if self.registry.at(message.path) and not self.registry.sees(viewer, message.path):
+            self._audit(call, 'not theirs to see')
+        exported, row = self.registry.find(message.path, message.interface, message.member, viewer)
         if message.signature != row.in_signature:
             raise DBusError(f'{ERROR}InvalidArgs',
                             f'{row.name} takes "{row.in_signature}", not "{message.signature}"')
-        if message.fds.count != message.fd_count:
-            # the kernel drops what does not fit under RLIMIT_NOFILE (recvmsg(2), MSG_CTRUNC)
-            raise LimitsExceeded(f'{message.fds.count} file descriptors came instead of {message.fd_count}')
         return exported, row
 
-    async def serve(self, call: Call, exported: Exported, row: Method) -> None:
+    async def serve(self, call: Call) -> None:
         """Run the handler and answer, whatever happens; if it is cancelled, `_finished` answers."""
         try:
             async with self._one_of_user(call):
-                if not await call.may_see(self.registry.audience(call.message.path)):
-                    raise unknown_object(call.message.path)
+                exported, row = await self._find(call)
                 self._follow(call.sender, call.message.path)
                 result = await row.handler(exported, call, *self._arguments(call.message))
                 if row.out_signature == 'o':
                     self._follow(call.sender, result)
             await self._reply(call, row, result)
+        except LimitsExceeded as error:
+            self._audit(call, error.resource or 'limits')
+            self._fail(call, error)
         except (DBusError, CkptError) as error:
             self._fail(call, error)
         except Exception:
@@ -270,6 +229,11 @@ class Router:
             log.exception('%s failed', call)
             self._fail(call, CkptError('internal error', hint='see the log of the daemon'))
         await self.connection.drain()
+
+    def _audit(self, call: Call, rule: str) -> None:
+        peer = self.peers.get(call.sender)
+        audit('refused', rule, method=call.message.member, uid=peer.uid if peer else -1, pid=peer.pid if peer else 0,
+              sender=call.sender, label=peer.label if peer else '', what=call.message.path)
 
     def _follow(self, sender: str, path: str) -> None:
         """Who has the path of an object, or calls it, hears from now on what it says of itself."""
@@ -337,6 +301,7 @@ class Router:
         self._in_flight[call.sender] -= 1
         if not self._in_flight[call.sender]:
             del self._in_flight[call.sender]
+            self._flooding.discard(call.sender)
         if not self._in_flight:
             self._quiet.set()
         call.message.fds.close()

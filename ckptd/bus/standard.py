@@ -17,7 +17,7 @@ from ckptd.bus.values import to_variant
 from ckptd.bus.wire import Variant
 
 if TYPE_CHECKING:
-    from ckptd.bus.router import Call
+    from ckptd.bus.call import Call
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +63,15 @@ class Properties(Exported):
     async def Get(self, call: 'Call', interface: str, name: str) -> Variant:
         for exported in self._chosen(call, interface):
             if row := exported.table.properties.get(name):
-                return read_property(exported, row, await call.viewer())
+                return read_property(exported, row, await call.viewer() if row.personal else NOBODY)
         raise DBusError(f'{ERROR}UnknownProperty', f'no property {name} of {interface or "any interface"}')
 
     @method('s', 'a{sv}', names=('interface_name', 'properties'))
     async def GetAll(self, call: 'Call', interface: str) -> dict[str, Variant]:
-        viewer = await call.viewer()
-        return {name: value for exported in self._chosen(call, interface)
+        chosen = self._chosen(call, interface)
+        personal = any(row.personal for exported in chosen for row in exported.table.properties.values())
+        viewer = await call.viewer() if personal else NOBODY
+        return {name: value for exported in chosen
                 for name, value in read_properties(exported, viewer).items()}
 
     @method('ssv', names=('interface_name', 'property_name', 'value'))

@@ -17,6 +17,8 @@ from typing import Final
 
 from ckptd.bus.message import Fds
 from ckptd.bus.wire import FIXED, Received, lengths, parse_header
+from ckptd.kernel.closing import MOST as MOST_CLOSING
+from ckptd.kernel.closing import closing
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +72,10 @@ class MessageReader:
             if self._budget <= 0:
                 return False
             rest = memoryview(self._part)[self._have:]
+            # without room for them the kernel drops the fds: too many already wait for somebody's file system
+            room = _CONTROL if closing() < MOST_CLOSING else 0
             try:
-                count, control, _, _ = self._sock.recvmsg_into([rest], _CONTROL, socket.MSG_CMSG_CLOEXEC)
+                count, control, _, _ = self._sock.recvmsg_into([rest], room, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return False
             self._keep_fds(control)

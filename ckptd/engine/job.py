@@ -43,7 +43,12 @@ class Job:
             if pid < 0:
                 raise NoSuchTarget('the process of the pidfd is dead', phase='resolve')
             name = f'pid:{pid}'
-        return resolve_target(name, self.request.caller.pid)
+        target = resolve_target(name, self.request.caller.pid)
+        began = self.request.start_time
+        if began and target.kind == 'pid' and _start_time(target.roots[0]) != began:
+            raise NoSuchTarget(f'{target.description} is another one than was asked for, which has ended',
+                               phase='resolve')
+        return target
 
     def scan(self) -> Tree:
         """Resolve and scan; again after a while, as a cgroup may have got further roots since."""
@@ -118,3 +123,10 @@ def image_path(job: Job) -> Path:
     if not is_image_id(job.request.image) or not path.is_dir():
         raise NoSuchImage(f'no image {job.request.image!r}')
     return path
+
+
+def _start_time(pid: int) -> int:
+    try:
+        return read_stat(pid).start_time
+    except ProcessLookupError:
+        return -1

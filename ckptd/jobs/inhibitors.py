@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ckptd.errors import LimitsExceeded
+from ckptd.jobs.life import Life
 from ckptd.jobs.overlap import overlap
 
 MOST_OF_USER = 32
@@ -20,14 +21,16 @@ MOST = 512
 
 @dataclass(slots=True, eq=False)
 class Inhibitor:
-    """who, why: in words for people. target: as parse_target spells it. sender: the connection that took it."""
+    """who, why: in words for people. target: as parse_target spells it. sender: the connection that took it. fd: the
+    end that says when it is let go. life: of the process that the target is, if it is one."""
     who: str
     why: str
     target: str
     uid: int
     pid: int
     sender: str
-    fd: int
+    fd: int = -1
+    life: Life | None = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -45,16 +48,17 @@ class Inhibitors:
     def held(self) -> tuple[Inhibitor, ...]:
         return tuple(self._held)
 
-    def take(self, who: str, why: str, target: str, uid: int, pid: int, sender: str) -> int:
-        """A new one: the fd that holds it, the caller's to close. LimitsExceeded."""
-        own = sum(one.uid == uid for one in self._held)
-        if uid and (own >= MOST_OF_USER or len(self) >= MOST):
-            raise LimitsExceeded(f'uid {uid} has {own} inhibitors, and there are {len(self)} in all',
+    def take(self, one: Inhibitor, start_time: int = 0) -> int:
+        """A new one: the fd that holds it, the caller's to close. start_time: of the process that is the target, with
+        which it ends. LimitsExceeded, NoSuchTarget."""
+        own = sum(other.uid == one.uid for other in self._held)
+        if one.uid and (own >= MOST_OF_USER or len(self) >= MOST):
+            raise LimitsExceeded(f'uid {one.uid} has {own} inhibitors, and there are {len(self)} in all',
                                  resource='inhibitors', hint='close those that are not needed')
-        ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        one = Inhibitor(who, why, target, uid, pid, sender, ours)
+        one.life = Life.of(one.target, start_time, lambda: self._drop(one))
+        one.fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._held.append(one)
-        self._loop.add_reader(ours, self._drop, one)        # also for one who writes, which is not what it is for
+        self._loop.add_reader(one.fd, self._drop, one)      # also for one who writes, which is not what it is for
         return theirs
 
     def of(self, target: str) -> list[Inhibitor]:
@@ -75,5 +79,7 @@ class Inhibitors:
     def _drop(self, one: Inhibitor) -> None:
         self._loop.remove_reader(one.fd)
         os.close(one.fd)
+        if one.life is not None:
+            one.life.close()
         self._held.remove(one)
         one.released.set()

@@ -11,7 +11,7 @@ from ckptd.engine.messages import Caller, JobRequest, Operation
 from ckptd.errors import InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.spool import ImageInfo, Spool
-from ckptd.kernel.stat import read_stat
+from ckptd.kernel.stat import Stat, read_stat
 
 MAX_TARGET = 4096       # a cgroup's path has this bound from the kernel (PATH_MAX)
 UNIT = re.compile(r'[A-Za-z0-9:_.\\@-]{1,255}', re.ASCII)       # systemd.unit(5)
@@ -36,14 +36,24 @@ def parse_target(text: str, caller: Caller) -> str:
                           hint='a target is pid:N, a unit name, cgroup:/path or self')
 
 
+def start_time_of(target: str) -> int:
+    """Of the process that is meant by pid:N now, in ticks since boot; 0 for other targets. NoSuchTarget."""
+    kind, _, rest = target.partition(':')
+    return _stat(int(rest)).start_time if kind == 'pid' else 0
+
+
+def _stat(pid: int) -> Stat:
+    try:
+        return read_stat(pid)
+    except ProcessLookupError:
+        raise NoSuchTarget(f'there is no process {pid}', resource=f'pid:{pid}') from None
+
+
 def command_of(target: str) -> str:
     """A short name for an image of this target; it says nothing, people just like it in the id."""
     kind, _, rest = target.partition(':')
     if kind == 'pid':
-        try:
-            return read_stat(int(rest)).comm
-        except ProcessLookupError:
-            raise NoSuchTarget(f'there is no process {rest}', resource=target) from None
+        return _stat(int(rest)).comm
     return PurePosixPath(rest).name if kind == 'cgroup' else target.rsplit('.', 1)[0]
 
 

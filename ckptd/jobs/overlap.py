@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
+from ckptd.kernel.units import units_of
 
 
 def overlap(one: str, other: str) -> bool:
@@ -20,7 +21,7 @@ def overlap(one: str, other: str) -> bool:
         return True
     for unit, another in ((one, other), (other, one)):
         if ':' not in unit:
-            return ':' in another and unit in _units_of(_cgroup_of(another))
+            return ':' in another and unit in units_of(_cgroup_of(another), os.geteuid())
     kinds = {target.partition(':')[0]: target.partition(':')[2] for target in (one, other)}
     if kinds.keys() == {'pid'}:
         first, second = int(one.removeprefix('pid:')), int(other.removeprefix('pid:'))
@@ -39,14 +40,6 @@ def ancestors(pid: int) -> Iterator[int]:
             yield pid
     except ProcessLookupError:
         return
-
-
-def _units_of(cgroup: str) -> tuple[str, ...]:
-    """Names of cgroups on the way, as far down as they are given by the service manager whose units they are: what is
-    below a user is called as he likes."""
-    parts = PurePosixPath(cgroup).parts
-    users = [number for number, part in enumerate(parts) if part.startswith(('user@', 'user-'))]
-    return parts[:users[-1] + 1] if users and os.geteuid() == 0 else parts
 
 
 def _cgroup_of(target: str) -> str:

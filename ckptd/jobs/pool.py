@@ -21,13 +21,19 @@ class WorkerPool:
     def __init__(self, command: Sequence[str] = COMMAND, services: Services | None = None) -> None:
         self._command, self._services = command, services
         self._spare: ChildWorker | None = None
-        self._taken: set[Worker] = set()
+        self._taken: dict[Worker, int] = {}     # and the uid of who asked for their job
+        self._stuck: dict[Worker, int] = {}
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Every worker that there is: none may be in a tree that one of them freezes."""
         spare = (self._spare.pid,) if self._spare else ()
-        return spare + tuple(worker.pid for worker in self._taken)
+        return spare + tuple(worker.pid for worker in (*self._taken, *self._stuck))
+
+    @property
+    def stuck(self) -> tuple[int, ...]:
+        """For each worker that was killed and does not end, the uid of who asked for its job."""
+        return tuple(self._stuck.values())
 
     def warm(self) -> None:
         """Start the spare, unless there is one. One that cannot be started is tried again when it is needed."""
@@ -45,7 +51,7 @@ class WorkerPool:
             worker = await ServiceWorker.start(self._services, what, self._command)
         else:
             worker = self._take_spare() or ChildWorker(self._command)
-        self._taken.add(worker)
+        self._taken[worker] = request.asked_by
         return worker
 
     def _take_spare(self) -> ChildWorker | None:
@@ -61,7 +67,14 @@ class WorkerPool:
         try:
             return await worker.end(patience)
         finally:
-            self._taken.discard(worker)
+            uid = self._taken.pop(worker)
+            if worker.stuck:
+                self._stuck[worker] = uid
+
+    async def await_stuck(self, worker: Worker) -> None:
+        """Until one that is stuck has ended after all."""
+        await worker.wait_end()
+        del self._stuck[worker]
 
     async def close(self) -> None:
         spare, self._spare = self._spare, None

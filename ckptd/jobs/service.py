@@ -87,21 +87,16 @@ class ServiceWorker(Worker):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    async def end(self, patience: float) -> int:
-        self.close()
-        try:
+    async def _exited(self, patience: float | None) -> bool:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self._dead.wait()
-        except TimeoutError:
-            log.error('worker %d does not end: killing it', self.pid)
-            self.kill()
-            await self._dead.wait()
+        return self._dead.is_set()
+
+    async def _status(self) -> int:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
-        return await self._status()
-
-    async def _status(self) -> int:
         try:
             return await self._services.exit_status(self._unit)
         except CkptError as error:

@@ -105,6 +105,9 @@ class Spool:
         return ([found[name] for name in sorted(found.keys() - before.keys())],
                 [before[name] for name in sorted(before.keys() - found.keys())])
 
+    def get(self, image: str) -> ImageInfo | None:
+        return self._images.get(image)
+
     def find(self, image: str) -> ImageInfo:
         info = self._images.get(image)
         if info is None:

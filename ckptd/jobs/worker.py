@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # -P: a directory named ckptd where the daemon was started must not be what root runs
 COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.worker')
+LAST_PATIENCE = 3.0     # seconds that a killed worker has to end; what waits for somebody's file system may not
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromWorker)
 
@@ -41,6 +42,7 @@ class Worker(ABC):
 
     def __init__(self, sock: socket.socket, pid: int) -> None:
         self._socket, self.pid = sock, pid
+        self.stuck = False      # it was killed, and does not end
 
     def send(self, message: ToWorker, fds: Sequence[int] = ()) -> None:
         """One packet. It does not wait: what a worker is ever sent fits the socket's buffer many times over."""
@@ -75,9 +77,31 @@ class Worker(ABC):
     def kill(self) -> None:
         """SIGKILL; safe at any time until `end` has returned."""
 
-    @abstractmethod
     async def end(self, patience: float) -> int:
-        """Close the socket, wait for the exit, SIGKILL after `patience` seconds. The status as subprocess has it."""
+        """Close the socket, wait for the exit, SIGKILL after `patience` seconds. The status as subprocess has it; that
+        of the signal for one that is stuck, which `wait_end` still waits for."""
+        self.close()
+        if not await self._exited(patience):
+            log.error('worker %d does not end: killing it', self.pid)
+            self.kill()
+            if not await self._exited(LAST_PATIENCE):
+                log.error('worker %d does not even end by SIGKILL: it waits for a file of somebody else\'s', self.pid)
+                self.stuck = True
+                return -signal.SIGKILL
+        return await self._status()
+
+    async def wait_end(self) -> None:
+        """Of one that is stuck: until it has ended after all."""
+        await self._exited(None)
+        await self._status()
+
+    @abstractmethod
+    async def _exited(self, patience: float | None) -> bool:
+        """Wait for the exit; False after `patience` seconds."""
+
+    @abstractmethod
+    async def _status(self) -> int:
+        """Exit status of a process that has ended, which is forgotten."""
 
     @staticmethod
     def describe(status: int) -> str:
@@ -119,12 +143,10 @@ class ChildWorker(Worker):
     def kill(self) -> None:
         self._process.kill()
 
-    async def end(self, patience: float) -> int:
-        self.close()
-        if self.alive and not await _wait_exit(self.pid, patience):
-            log.error('worker %d does not end: killing it', self.pid)
-            self.kill()
-            await _wait_exit(self.pid, None)
+    async def _exited(self, patience: float | None) -> bool:
+        return not self.alive or await _wait_exit(self.pid, patience)
+
+    async def _status(self) -> int:
         return self._process.wait()
 
 

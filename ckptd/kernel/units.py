@@ -33,11 +33,15 @@ def system_root(mount: CgroupMount) -> Path:
     """Where the system's manager begins: above the init.scope that PID 1 is in, in a container at the container's
     cgroup. Where PID 1 is in none (no systemd) or hidden (hidepid= of proc(5)), at the top of the mount: what is there
     in slices, root has made. FileNotFoundError if the mount does not show it."""
+    return mount.directory(_manager_cgroup())
+
+
+def _manager_cgroup() -> str:
     try:
         path = PurePosixPath(read_cgroup2(1))
     except OSError:
-        return mount.path
-    return mount.directory(str(path.parent)) if path.name == _MANAGER else mount.path
+        return '/'
+    return str(path.parent) if path.name == _MANAGER else '/'
 
 
 def find_unit(root: Path, unit: str) -> list[Path]:
@@ -50,6 +54,27 @@ def find_unit(root: Path, unit: str) -> list[Path]:
         slices += [directory / name for name in names if name.endswith(_SLICE)]
         found += [directory / name for name in names if _unescaped(name) == unit]
     return sorted(found)
+
+
+def units_of(cgroup: str, uid: int) -> tuple[str, ...]:
+    """The units of uid 0's manager, or of another user's, that a cgroup is in: slices, and the one that is in them."""
+    root, path = PurePosixPath(_manager_cgroup()), PurePosixPath(cgroup)
+    if not path.is_relative_to(root):
+        return ()
+    parts = path.relative_to(root).parts
+    names = _units_in(parts)
+    if uid == 0:
+        return names
+    return _units_in(parts[len(names):]) if names[-1:] == (f'user@{uid}.service',) else ()
+
+
+def _units_in(parts: tuple[str, ...]) -> tuple[str, ...]:
+    names: list[str] = []
+    for part in parts:
+        names.append(_unescaped(part))
+        if not part.endswith(_SLICE):
+            break
+    return tuple(names)
 
 
 def _children(directory: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ckptd.bus import wire
 from ckptd.bus.wire import Received
+from tests.lib.settled import join_closers
 
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_REPLY = 1
@@ -125,7 +126,8 @@ def null_fd() -> Iterator[int]:
 
 
 def open_fds() -> set[int]:
-    """Numbers of the open fds of this process."""
+    """Numbers of the open fds of this process, once those that are being closed are."""
+    join_closers()
     listed = [int(name) for name in os.listdir('/proc/self/fd')]        # noqa: PTH208 - numbers, no paths
     # the listing had an fd of its own, which is in the list
     return {fd for fd in listed if _is_open(fd)}

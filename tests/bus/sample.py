@@ -5,8 +5,8 @@ import asyncio
 import os
 from typing import Any
 
+from ckptd.bus.call import Call
 from ckptd.bus.export import DEPRECATED, Exported, method, property_, signal
-from ckptd.bus.router import Call
 from ckptd.errors import PermissionDenied, Refusal
 
 NAME = 'org.ckptd1.Sample'

@@ -11,6 +11,7 @@ import pytest
 
 from ckptd.bus import peers
 from ckptd.bus.connection import DRIVER, Connection
+from ckptd.bus.export import Audience
 from ckptd.bus.peers import Peers
 from ckptd.errors import PermissionDenied
 from ckptd.kernel.status import read_status
@@ -96,6 +97,58 @@ async def test_a_caller_that_has_left_is_refused_and_forgotten(service: Service)
     at_once = asyncio.Event()
     await service.router.peers.when_gone(name, at_once.set)
     assert at_once.is_set()
+
+
+@pytest.mark.needs('root')
+async def test_who_has_the_most_connections_loses_one(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not who has called first, nor who calls now."""
+    monkeypatch.setattr(peers, 'MAX_PEERS', 4)
+    open_to_all(service.address)
+    other, name = await start(service.address, '1')
+    assert (await service.router.peers.caller(name)).uid == 1
+    mine = [await Connection.open(service.address) for _ in range(5)]
+    for connection in mine:
+        await service.router.peers.caller(connection.unique_name)
+    assert list(service.router.peers._known) == [name, *(one.unique_name for one in mine[2:])]
+    for connection in mine:
+        await connection.close()
+    await end(other)
+
+
+@pytest.mark.needs('root')
+async def test_what_is_seen_is_asked_once_and_again_when_it_changes(service: Service) -> None:
+    open_to_all(service.address)
+    other, name = await start(service.address, '1')
+    answers, asked = [True, False], 0
+
+    async def ask(sender: str) -> bool:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
+        return answers[asked - 1]
+
+    known, roots = service.router.peers, Audience(0)
+    assert [one.all for one in await asyncio.gather(*(known.viewer(name, ask) for _ in range(8)))] == [True] * 8
+    assert asked == 1
+    assert known.listeners(roots) == [name]
+    assert known.forget_views() == [name]      # whatever the answer was
+    assert known.listeners(roots) == []
+    assert not (await known.viewer(name, ask)).all
+    assert asked == 2
+    await end(other)
+
+
+async def test_a_mistake_in_one_callback_costs_the_others_nothing(service: Service) -> None:
+    other, gone = await Connection.open(service.address), asyncio.Event()
+
+    def mistake() -> None:
+        raise RuntimeError('a mistake of ours')
+
+    await service.router.peers.when_gone(other.unique_name, mistake)
+    await service.router.peers.when_gone(other.unique_name, gone.set)
+    await other.close()
+    async with asyncio.timeout(5):
+        await gone.wait()
 
 
 @pytest.mark.parametrize('after', ['_credentials', '_fill'])

@@ -7,11 +7,11 @@ import socket
 
 import pytest
 
+from ckptd.bus.call import Call
 from ckptd.bus.client import Client
 from ckptd.bus.connection import Connection, Match
 from ckptd.bus.export import Exported, method
 from ckptd.bus.message import DBusError
-from ckptd.bus.router import Call
 from ckptd.bus.values import to_body
 from ckptd.bus.wire import make_call
 from ckptd.errors import Busy, Cancelled, CkptError, NoSuchJob, PermissionDenied, Unavailable

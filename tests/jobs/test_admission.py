@@ -3,7 +3,7 @@
 
 import os
 import subprocess
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +15,7 @@ from ckptd.jobs.orders import Orders, command_of, parse_target
 from ckptd.jobs.overlap import overlap
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.task import read_cgroup2
+from ckptd.kernel.units import units_of
 from tests.jobs.conftest import request_of
 
 ME = Caller(1000, 1000, pid=4242)
@@ -67,13 +68,14 @@ def test_trees_that_share_tasks() -> None:
         try:
             me, it = f'pid:{os.getpid()}', f'pid:{child.pid}'
             home = f'cgroup:{read_cgroup2(child.pid)}'
-            unit = PurePosixPath(home).name or 'a.b'        # a cgroup of systemd's has its unit's name
+            units = units_of(home.removeprefix('cgroup:'), os.geteuid())
+            unit = units[-1] if units else 'a.b'
             for one, other in ((me, it), (it, it), (home, it), ('cgroup:/', home), ('cgroup:/', it), ('a.b', 'a.b'),
-                               (unit, it if unit != 'a.b' else unit), ('cgroup:/x/a.b/y', 'a.b')):
+                               (unit, it if units else unit), ('cgroup:/x.slice/a.b/y', 'a.b')):
                 assert overlap(one, other)
                 assert overlap(other, one)
             for one, other in (('pid:4194305', it), ('cgroup:/none', it), ('cgroup:/a', 'cgroup:/ab'), ('a.b', it),
-                               ('pid:2', it), ('a.b', 'c.d')):
+                               ('pid:2', it), ('a.b', 'c.d'), ('cgroup:/x.slice/c.d/a.b', 'a.b')):
                 assert not overlap(one, other)
                 assert not overlap(other, one)
         finally:

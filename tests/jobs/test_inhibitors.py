@@ -9,9 +9,10 @@ from contextlib import suppress
 
 import pytest
 
-from ckptd.errors import LimitsExceeded
-from ckptd.jobs.inhibitors import MOST_OF_USER, Inhibitors
+from ckptd.errors import LimitsExceeded, NoSuchTarget
+from ckptd.jobs.inhibitors import MOST_OF_USER, Inhibitor, Inhibitors
 from ckptd.jobs.queue import Queue
+from ckptd.kernel.stat import read_stat
 from tests.jobs.conftest import Heard, request_of
 
 
@@ -22,8 +23,8 @@ async def inhibitors() -> AsyncIterator[Inhibitors]:
     made.close()
 
 
-def take(inhibitors: Inhibitors, target: str = 'cgroup:/a', uid: int = 1000) -> int:
-    return inhibitors.take('who', 'why', target, uid, 42, ':1.7')
+def take(inhibitors: Inhibitors, target: str = 'cgroup:/a', uid: int = 1000, start_time: int = 0) -> int:
+    return inhibitors.take(Inhibitor('who', 'why', target, uid, 42, ':1.7'), start_time)
 
 
 async def test_it_is_held_until_the_last_has_closed_it(inhibitors: Inhibitors) -> None:
@@ -47,6 +48,25 @@ async def test_who_writes_has_let_go(inhibitors: Inhibitors) -> None:
     os.write(fd, b'what is this for?')
     async with asyncio.timeout(10):
         await one.released.wait()
+    os.close(fd)
+
+
+async def test_it_ends_with_the_process_that_it_is_about(inhibitors: Inhibitors) -> None:
+    """Else it would delay whoever gets the number next."""
+    process = await asyncio.create_subprocess_exec('sleep', '60')
+    target, start_time = f'pid:{process.pid}', read_stat(process.pid).start_time
+    fd = take(inhibitors, target, start_time=start_time)
+    [one] = inhibitors.held
+    process.kill()
+    async with asyncio.timeout(10):
+        await one.released.wait()
+    assert len(inhibitors) == 0
+    with pytest.raises(NoSuchTarget):
+        take(inhibitors, 'pid:1', start_time=read_stat(1).start_time + 1)
+    await process.wait()
+    with pytest.raises(NoSuchTarget):
+        take(inhibitors, target, start_time=start_time)
+    assert len(inhibitors) == 0
     os.close(fd)
 
 

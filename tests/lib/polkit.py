@@ -29,11 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from ckptd.bus.call import Call
 from ckptd.bus.client import Client, connect
 from ckptd.bus.connection import Connection
 from ckptd.bus.export import Exported, method
 from ckptd.bus.message import DBusError
-from ckptd.bus.router import Call, Router
+from ckptd.bus.router import Router
 from tests.lib.bus import ROOT, PrivateBus, terminate
 from tests.lib.systembus import PASSWD, USERS, Listener, User, in_own_mounts, start_time, write_users
 

@@ -139,6 +139,7 @@ class Picture:
     def left(self, cgroup: Path | None) -> list[str]:
         """One sentence for each thing that is there now and was not then, which is also removed where it can be."""
         sentences = self._processes_left()
+        join_closers()
         for path in sorted(set(cgroup.rglob('*/')) - self.cgroups if cgroup else ()):
             if path.exists():
                 sentences.append(f'cgroup {path} was left, frozen {(path / "cgroup.freeze").read_text().strip()}')
@@ -169,6 +170,13 @@ class Picture:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
         return sentences
+
+
+def join_closers() -> None:
+    """Wait for the threads of ckptd.kernel.closing."""
+    for thread in threading.enumerate():
+        if thread.name == 'close':
+            thread.join(GRACE)
 
 
 def _dies(pid: int, deadline: float) -> bool:

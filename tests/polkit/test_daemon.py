@@ -3,7 +3,12 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,11 @@ import pytest
 
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT, image_path, job_path
 from tests.jobs.test_spool import write_image
+from tests.lib.bus import ROOT as SOURCE
 from tests.lib.bus import Served
 from tests.lib.polkit import Polkit
 from tests.lib.systembus import USERS
+from tests.programs.conftest import await_that
 
 PROPERTIES, INTROSPECTABLE = 'org.freedesktop.DBus.Properties', 'org.freedesktop.DBus.Introspectable'
 ASKED = 'that a person must give'
@@ -131,11 +138,18 @@ def ask_as_root(daemon: Served, path: str, interface: str, name: str) -> list[An
 
 def test_no_way_to_the_image_of_another(polkit: Polkit, daemon: Served, images: tuple[str, str]) -> None:
     mine, other = images
-    for method, args in (('GetImage', ['s', other]), ('VerifyImage', ['s', other]), ('RemoveImage', ['s', other]),
-                         ('Restore', ['sa{sv}', other, '0']), ('CheckRestore', ['sa{sv}', other, '0'])):
-        assert ASKED in manager(polkit, 'alice', method, *args), method
+    missing = f'{other[:-4]}{int(other[-4:], 16) ^ 1:04x}'
+    for result, words in (('AUTH_ADMIN', ASKED), ('NO', 'polkit does not allow it')):
+        polkit.set_rules(rule('manage-images', 'alice', result) + rule('restore', 'alice', result))
+        for method, args in (('GetImage', ['s']), ('VerifyImage', ['s']), ('RemoveImage', ['s']),
+                             ('Restore', ['sa{sv}']), ('CheckRestore', ['sa{sv}'])):
+            answers = [manager(polkit, 'alice', method, *args, image, *(['0'] if 'a{sv}' in args[0] else []))
+                       for image in (other, missing)]
+            assert words in answers[0], method
+            assert answers[0] == answers[1].replace(missing, other), method
     path = image_path(other)
     for interface, method, args in (
+            (IMAGE, 'NoSuchMethod', []), ('org.ckptd1.NoSuch', 'Tree', []), (IMAGE, 'Tree', ['s', 'too many']),
             (IMAGE, 'Tree', []), (IMAGE, 'Verify', []), (IMAGE, 'Remove', []), (IMAGE, 'Open', []),
             (IMAGE, 'Restore', ['a{sv}', '0']), (IMAGE, 'CheckRestore', ['a{sv}', '0']),
             (PROPERTIES, 'GetAll', ['s', IMAGE]), (PROPERTIES, 'Get', ['ss', IMAGE, 'Command']),
@@ -151,6 +165,80 @@ def test_no_way_to_the_image_of_another(polkit: Polkit, daemon: Served, images: 
     assert ask(polkit, 'alice', PROPERTIES, 'Get', 'ss', MANAGER, 'Images') == [{'type': 'u', 'data': 1}]
     assert (daemon.spool / other).exists()
     assert manager(polkit, 'alice', 'RemoveImage', 's', mine) is None
+
+
+@pytest.mark.parametrize('node', ['job', 'image'])
+def test_that_somebody_has_something_is_nobodys_business(polkit: Polkit, daemon: Served, node: str) -> None:
+    """carol has nothing: she finds the nodes that lead to everybody's, and nothing below."""
+    path = f'{ROOT}/{node}'
+    [xml] = ask(polkit, 'carol', INTROSPECTABLE, 'Introspect', path=path)
+    assert '<node name' not in xml
+    assert ask(polkit, 'carol', 'org.freedesktop.DBus.Peer', 'Ping', path=path) is None
+    [xml] = ask(polkit, 'carol', INTROSPECTABLE, 'Introspect')
+    assert f'<node name="{node}"' in xml
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_an_administrator_hears_of_all(polkit: Polkit, daemon: Served) -> None:
+    """From when polkit says so until it does not any more, without a further call; and nobody else does."""
+    with (listening(polkit, 'alice') as alice, listening(polkit, 'carol') as carol,
+          polkit.user('bob').process() as bobs):
+        def hears(allowed: bool) -> bool:
+            assert manager(polkit, 'bob', 'Freeze', 'sa{sv}', f'pid:{bobs}', '0') == [1]
+            assert manager(polkit, 'bob', 'Thaw', 'sa{sv}', f'pid:{bobs}', '0') is None
+            assert 'JobNew' not in carol.heard()
+            return ('JobNew' in alice.heard()) == allowed
+
+        for allowed in (False, True, False):
+            # which ckptd hears of by a signal, in its own time
+            polkit.set_rules(rule('manage-images', 'alice', 'YES' if allowed else 'NO'))
+            await_that(f'alice hears: {allowed}', partial(hears, allowed))
+
+
+@dataclass
+class Listener:
+    process: 'subprocess.Popen[str]'
+
+    def heard(self) -> list[str]:
+        """The signals of ckptd since the last time. Nothing is called."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write('heard\n')
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, 'the listener has died'
+        return line.split()
+
+
+LISTENER = """
+import asyncio, concurrent.futures.thread, os, sys
+sys.path.insert(0, sys.argv[2])
+from ckptd.bus.connection import Connection, Match
+from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
+os.setgroups([])
+os.setgid(int(sys.argv[3]))
+os.setuid(int(sys.argv[3]))
+async def main():
+    async with await Connection.open(sys.argv[1]) as connection:
+        heard = []
+        await connection.subscribe(Match(path_namespace=ROOT), lambda message: heard.append(message.member))
+        await connection.call(BUS_NAME, ROOT, MANAGER, 'ListJobs')
+        while await asyncio.to_thread(sys.stdin.readline):
+            await connection.call('org.freedesktop.DBus', '/org/freedesktop/DBus', 'org.freedesktop.DBus', 'GetId')
+            print(*heard, flush=True)
+            heard.clear()
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def listening(polkit: Polkit, user: str) -> Iterator[Listener]:
+    with subprocess.Popen([sys.executable, '-c', LISTENER, polkit.bus.address, str(SOURCE), str(USERS[user])],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Listener(process)
+        finally:
+            process.kill()
 
 
 def test_an_administrator_sees_all(polkit: Polkit, daemon: Served, images: tuple[str, str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.kernel.cgroup import CgroupMount
-from ckptd.kernel.units import find_unit, system_root, unit_directories
+from ckptd.kernel.units import find_unit, system_root, unit_directories, units_of
 
 USER = 'user.slice/user-1000.slice/user@1000.service'
 
@@ -104,3 +104,19 @@ def test_each_manager_has_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert of(1000, 'a.service') == [f'{USER}/app.slice/a.service']
     assert of(1000, 'b.service') == of(1001, 'b.service') == []
     assert of(0, 'user@1001.service') == []
+
+
+@pytest.mark.parametrize(('cgroup', 'uid', 'units'), [
+    ('/system.slice/a.service', 0, ('system.slice', 'a.service')),
+    ('/system.slice/a.service/b.service', 0, ('system.slice', 'a.service')),
+    ('/system.slice/_cgroup.service', 0, ('system.slice', 'cgroup.service')),
+    (f'/{USER}/ssh.service/user-7.slice', 0, ('user.slice', 'user-1000.slice', 'user@1000.service')),
+    (f'/{USER}/app.slice/a.service/b.service', 1000, ('app.slice', 'a.service')),
+    (f'/{USER}/app.slice/a.service', 1001, ()), ('/system.slice/a.service', 1000, ()), ('/', 0, ()),
+    ('/user.slice/user-1001.slice/user@1000.service/a.service', 1001, ())])
+@pytest.mark.parametrize('prefix', ['', '/box'])
+def test_units_that_a_cgroup_is_in(monkeypatch: pytest.MonkeyPatch, prefix: str, cgroup: str, uid: int,
+                                   units: tuple[str, ...]) -> None:
+    first_process_is_in(monkeypatch, f'{prefix}/init.scope')
+    assert units_of(f'{prefix}{cgroup}', uid) == units
+    assert units_of(f'/other{cgroup}', uid) == () or not prefix

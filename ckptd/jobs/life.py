@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The process that a target pid:N is: its number is another's once it has ended."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Self
+
+from ckptd.errors import NoSuchTarget
+from ckptd.kernel.pidfd import pidfd_open
+from ckptd.kernel.stat import read_stat
+
+
+class Life:
+    """Watches one process. on_end: called once when it ends, unless `close` comes first."""
+
+    def __init__(self, pidfd: int, on_end: Callable[[], None]) -> None:
+        self._pidfd, self._on_end = pidfd, on_end
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._end)
+
+    @classmethod
+    def of(cls, target: str, start_time: int, on_end: Callable[[], None]) -> Self | None:
+        """Of a target as parse_target spells it; None for what is no process. start_time: of the one that is meant,
+        /proc/PID/stat, 0 for whichever it is. NoSuchTarget when that has ended."""
+        kind, _, rest = target.partition(':')
+        if kind != 'pid':
+            return None
+        with contextlib.ExitStack() as undo:
+            try:
+                pidfd = pidfd_open(int(rest))
+                undo.callback(os.close, pidfd)
+                if start_time in (0, read_stat(int(rest)).start_time):
+                    undo.pop_all()
+                    return cls(pidfd, on_end)
+            except OSError:     # ESRCH; EINVAL or ENOENT for the number of a thread
+                pass
+        raise NoSuchTarget(f'there is no process {rest} any more', resource=target)
+
+    def close(self) -> None:
+        """Watch no more. Again: nothing."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _end(self) -> None:
+        self.close()
+        self._on_end()

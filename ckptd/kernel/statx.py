@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What an open file is, asked of nobody: statx(2) with AT_STATX_DONT_SYNC answers from memory, where fstat(2) may wait
+for a file server that never answers."""
+
+import ctypes
+import os
+import stat
+from typing import Annotated
+
+from ckptd.kernel.decl import c_int, c_uint, c_void_p, cstruct, libc, u16, u32, u64
+
+AT_EMPTY_PATH = 0x1000          # <linux/fcntl.h>
+AT_STATX_DONT_SYNC = 0x4000
+STATX_TYPE = 1                  # <linux/stat.h>
+
+
+@cstruct(size=256)
+class statx_buf(ctypes.Structure):
+    """struct statx of <linux/stat.h>; only the mode is read."""
+    stx_mask: u32
+    stx_blksize: u32
+    stx_attributes: u64
+    stx_nlink: u32
+    stx_uid: u32
+    stx_gid: u32
+    stx_mode: u16
+    rest: Annotated[object, ctypes.c_uint16 * 113]
+
+
+@libc
+def statx(dirfd: c_int, path: c_void_p, flags: c_int, mask: c_uint, buf: c_void_p) -> c_int: ...
+
+
+def file_type(fd: int) -> int:
+    """S_IFMT of the open file, 0 where it cannot be told."""
+    buf = statx_buf()
+    try:
+        statx(fd, b'', AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, ctypes.byref(buf))
+    except OSError:
+        return 0
+    return stat.S_IFMT(buf.stx_mode)
+
+
+def is_terminal(fd: int) -> bool:
+    """isatty(3), where that asks a driver: the same request to a regular file goes to its file system."""
+    return file_type(fd) == stat.S_IFCHR and os.isatty(fd)
