@@ -30,12 +30,17 @@ RUN = Path('/run/ckptd')
 ETC = Path('/etc/ckptd')
 
 
+class Percent(int):
+    """A size as a share of the file system that the spool is on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Times in microseconds. None: the default of the bus that the daemon is on. INFINITY: no limit.
 
     max_jobs: workers at once. No limit but this binds root. keep_jobs: how long a finished job's object stays.
     inhibit_delay: how long programs may delay the checkpoint of their tree. idle_exit: without anything to do.
+    stream_stall: for how long nobody has to read an export or write an import.
     """
     spool: Path | None = None
     max_jobs: int = 4
@@ -43,12 +48,13 @@ class Config:
     max_queued_jobs: int = 256
     max_images_per_user: int = 1000
     max_images: int = 20_000
-    max_bytes_per_user: int = INFINITY
-    max_bytes: int = INFINITY
+    max_bytes_per_user: int = Percent(75)
+    max_bytes: int = Percent(90)
     freeze_timeout_usec: int = 10_000_000
     keep_jobs_usec: int = 30_000_000
     inhibit_delay_usec: int = 5_000_000
     idle_exit_usec: int = 120_000_000
+    stream_stall_usec: int = 300_000_000
 
 
 class Assignment(NamedTuple):
@@ -77,7 +83,9 @@ SPANS = {'us': 1, 'usec': 1, 'ms': 1_000, 'msec': 1_000, '': 1_000_000, 's': 1_0
 
 
 def parse_size(text: str) -> int:
-    """Bytes, with K, M, G or T of 1024. ValueError."""
+    """Bytes, with K, M, G or T of 1024, or a share of the spool's file system, '80%'. ValueError."""
+    if share := re.fullmatch(r'(\d{1,2}|100)%', text):
+        return Percent(share[1])
     found = re.fullmatch(r'(\d+)\s*([KMGT]?)', text)
     if text == 'infinity':
         return INFINITY
@@ -116,6 +124,7 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     'KeepJobsSec': ('keep_jobs_usec', parse_span),
     'InhibitDelayMaxSec': ('inhibit_delay_usec', parse_span),
     'IdleExitSec': ('idle_exit_usec', parse_span),
+    'StreamStallSec': ('stream_stall_usec', parse_span),
 }
 
 

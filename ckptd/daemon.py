@@ -32,6 +32,7 @@ from ckptd.jobs.library import Library
 from ckptd.jobs.orders import Orders
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
+from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
@@ -141,9 +142,10 @@ class Daemon:
         # a daemon that systemd knows has a sandbox, and a stop that ends all its children: not the place for a restart
         pool = WorkerPool(services=units if settings.bus == self._own_bus else None)
         recovery = Recovery(settings.runtime, self._spool, units, pool)
-        queue = Queue(settings.config, pool, recovery, units, announcer)
-        orders = Orders(settings.config, self._spool, settings.runtime, avoid, settings.parent, units is not None,
-                        connection.inode)
+        quota = Quota(settings.config, self._spool)
+        queue = Queue(settings.config, pool, recovery, units, announcer, quota)
+        orders = Orders(settings.config, self._spool, quota, settings.runtime, avoid, settings.parent,
+                        units is not None, connection.inode)
         library = Library(self._spool, queue, orders)
         polkit = Polkit(connection)
         gate = Gate(polkit, self._spool)

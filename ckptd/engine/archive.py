@@ -16,6 +16,7 @@ from ckptd.image.archive import write_archive
 from ckptd.image.archive_reader import read_archive
 from ckptd.image.export_core import export
 from ckptd.image.reader import ImageReader
+from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, become
 
 _FAULTS = {'verify': 'received', 'publish': 'verified'}      # points just before a phase
 
@@ -25,7 +26,12 @@ def export_image(job: Job) -> None:
     if job.request.format not in FORMATS:
         raise InvalidArgument(f'unknown format {job.request.format!r}', hint=f'formats: {", ".join(FORMATS)}')
     path = image_path(job)
-    with job.channel.interrupting():
+    rights = job.request.caller
+    if rights.uid != os.geteuid():
+        # what a write to somebody's fd may do is decided by who writes, for some files (/proc, netlink(7)); of root's
+        # rights only reading the image is left
+        become(rights.uid, rights.gid, rights.groups, 1 << CAP_DAC_READ_SEARCH)
+    with job.channel.interrupting(job.request.stall_usec / 1e6):
         names = write_archive(path, job.output) if job.request.format == 'tar' else _export_cores(path, job.output)
     job.channel.finish('files', names)
 
@@ -39,8 +45,10 @@ class _Watcher:
     """Shows the daemon how an import goes, and stops it when the daemon says so."""
 
     def __init__(self, job: Job) -> None:
-        self._channel = job.channel
-        self.wait_readable = job.channel.wait_readable
+        self._channel, self._stall = job.channel, job.request.stall_usec / 1e6
+
+    def wait_readable(self, fd: int) -> None:
+        self._channel.wait_readable(fd, self._stall)
 
     def phase(self, name: str) -> None:
         if point := _FAULTS.get(name):

@@ -2,6 +2,7 @@
 """The worker's end of its socket: messages out, Cancel and end-of-file in."""
 
 import array
+import errno
 import os
 import select
 import signal
@@ -28,6 +29,7 @@ from ckptd.engine.messages import (
     UnitRequest,
 )
 from ckptd.errors import Cancelled, CkptError
+from ckptd.kernel.task import bytes_written
 
 PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
 CHECK_INTERVAL = 0.1        # seconds, of a worker that waits for somebody else
@@ -54,6 +56,12 @@ def _printable(value: object) -> object:
         case list() | tuple():
             return [_printable(item) for item in value]
     return value
+
+
+def stalled(what: str, seconds: float) -> CkptError:
+    """The error of a stream that does not move."""
+    return CkptError(f'{what} for {seconds:g} s', errno=errno.ETIMEDOUT, resource='StreamStallSec',
+                     hint='ask again, and keep the stream moving')
 
 
 class Channel:
@@ -108,8 +116,10 @@ class Channel:
         """From a signal handler: the next `check` raises."""
         self._cancelled = True
 
-    def wait_readable(self, fd: int) -> None:
-        """Wait until there is something to read from somebody else's pipe or socket, or its end. Cancelled."""
+    def wait_readable(self, fd: int, stall: float = 0.0) -> None:
+        """Wait until there is something to read from somebody else's pipe or socket, or its end. Cancelled; CkptError
+        after `stall` seconds, if that is not 0."""
+        end = time.monotonic() + stall
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         poll.register(self._socket, select.POLLIN)
@@ -118,17 +128,27 @@ class Channel:
             # SIGTERM alone does not end poll(2): PEP 475
             if fd in dict(poll.poll(CHECK_INTERVAL * 1000)):
                 return
+            if stall and time.monotonic() > end:
+                raise stalled('nothing has come', stall)
 
     @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """In the block, a Cancel ends also a system call that waits for somebody else, whatever kind of file it is on.
+    def interrupting(self, stall: float = 0.0) -> Iterator[None]:
+        """In the block, a Cancel ends also a system call that waits for somebody else, whatever kind of file it is on;
+        and so do `stall` seconds, if that is not 0, in which nothing was written.
 
-        Cancelled may come out of any statement there: for work that has nothing to undo.
+        Cancelled or CkptError may come out of any statement there: for work that has nothing to undo.
         """
+        written, since = -1, time.monotonic()
+
         def on_alarm(number: int, frame: FrameType | None) -> None:
+            nonlocal written, since
             try:
                 self.check()
-            except Cancelled:
+                if stall and (now := bytes_written()) != written:
+                    written, since = now, time.monotonic()
+                elif stall and time.monotonic() - since > stall:
+                    raise stalled('nobody has read', stall)
+            except CkptError:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 raise
 

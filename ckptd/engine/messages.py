@@ -58,6 +58,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     start_time: of the process that a target pid:N is, /proc/PID/stat: its number may be another's by now. Else 0.
     has_output: the caller gives an fd, where an export goes, or where an import comes from. format: of an export,
     'core' or 'tar'. Of an import: image is not looked at, the caller becomes the owner, save_limit: bytes it may have.
+    stall_usec: of both, how long the stream may stand still, 0 for ever.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
@@ -90,6 +91,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     has_terminal: bool = False
     asker: int = -1
     start_time: int = 0
+    stall_usec: int = 0
 
     @property
     def asked_by(self) -> int:

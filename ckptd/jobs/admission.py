@@ -11,10 +11,11 @@ Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
 FREEZING = frozenset({'checkpoint', 'freeze'})
 
 
-def refuse_too_many(request: JobRequest, others: Sequence[Job], limit: int, in_all: int) -> None:
-    """LimitsExceeded when a user (never root) has `limit` jobs and freezes already, or all have `in_all`."""
+def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_all: int) -> None:
+    """LimitsExceeded when a user (never root) has `limit` jobs and freezes already, or all have `in_all`. others: the
+    uid of who asked for each."""
     uid = request.asked_by
-    own = sum(job.request.asked_by == uid for job in others)
+    own = others.count(uid)
     if uid and len(others) >= in_all:
         raise LimitsExceeded(f'there are {len(others)} jobs and freezes already', resource='MaxQueuedJobs',
                              hint='try again later')

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ckptd.errors import Cancelled, CkptError, LimitsExceeded, WorkerDied
 from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.lane import Lane
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.run import Run
 from ckptd.jobs.state import Job
+from ckptd.jobs.worker import LAST_PATIENCE
 from ckptd.kernel.closing import close_foreign
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ class Entry:
     """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
     freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then.
     in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored. prepared: those
-    who delay it were told of it, and are told of its end. when_over: called then."""
+    who delay it were told of it, and are told of its end. task: its life; begun: it waits for nothing any more. excess:
+    why it was cancelled, where it wrote too much. when_over: called then."""
     job: Job
     fds: list[int]
     lane: Lane
@@ -47,6 +50,9 @@ class Entry:
     deadline: asyncio.TimerHandle | None = None
     in_lane: bool = False
     prepared: 'list[Inhibitor] | None' = None
+    task: asyncio.Task[None] | None = None
+    begun: bool = False
+    excess: LimitsExceeded | None = None
     when_over: list[Callable[[], None]] = field(default_factory=list)
 
     async def enter_lane(self) -> None:
@@ -57,12 +63,14 @@ class Entry:
         """Again: nothing."""
         if self.in_lane:
             self.in_lane = False
-            self.lane.release()
+            self.lane.release(self.job.request.asked_by)
 
     def kill(self) -> None:
         if self.run is not None:
             log.error('%s does not let go: killing worker %d', self.job.name, self.run.worker.pid)
             self.run.worker.kill()
+            # a system call that waits for somebody's file system does not end by that, and the job has to
+            self.deadline = asyncio.get_running_loop().call_later(LAST_PATIENCE, self.run.worker.give_up)
 
     def close_fds(self) -> None:
         """Once the worker has them. A terminal that is held here would be in use for as long as the job."""
@@ -73,3 +81,17 @@ class Entry:
         self.close_fds()
         if self.deadline is not None:
             self.deadline.cancel()
+
+def reason(entry: Entry, error: CkptError, died: str) -> CkptError:
+    """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""
+    if not isinstance(error, WorkerDied):
+        return error
+    job = entry.job
+    if entry.deadline is not None:
+        return Cancelled(f'{job.name} was cancelled; its worker did not let go and was ended by force')
+    message = f'the worker of {job.name} {died}' if died else error.message
+    if job.root:
+        return WorkerDied(f'{message}; the tree may run on, as process {job.root}', phase=job.phase,
+                          task=job.root, hint=f'how it ends is not known any more; "ckptctl tree {job.root}" shows it')
+    hint = 'nothing of the tree was left; see the daemon\'s log' if job.request.operation == 'restore' else None
+    return WorkerDied(message, phase=job.phase, hint=hint)

@@ -8,15 +8,15 @@ from typing import Any
 
 from ckptd.config import INFINITY, Config
 from ckptd.engine.messages import Caller, JobRequest, Operation
-from ckptd.errors import InvalidArgument, LimitsExceeded, NoSuchTarget
+from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.image.ids import new_image_id
+from ckptd.jobs.quota import Quota
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.stat import Stat, read_stat
 
 MAX_TARGET = 4096       # a cgroup's path has this bound from the kernel (PATH_MAX)
 UNIT = re.compile(r'[A-Za-z0-9:_.\\@-]{1,255}', re.ASCII)       # systemd.unit(5)
 MAX_TIMEOUT = 3600 * 1_000_000
-MAX_BYTES = (1 << 63) - 1
 
 
 def parse_target(text: str, caller: Caller) -> str:
@@ -67,6 +67,7 @@ class Orders:
     """
     config: Config
     spool: Spool
+    quota: Quota
     runtime: Path
     avoid: tuple[int, ...]
     client: int
@@ -79,7 +80,7 @@ class Orders:
         where = parse_target(target, caller)
         image = ''
         if operation == 'checkpoint':
-            self.room_for(caller.uid)
+            self.quota.room(caller.uid)
             image = new_image_id(command_of(where))
         return self._request(operation, where, caller, image=image, freeze=freeze, after=after, has_pidfd=has_pidfd,
                              sever=self.bus if target == 'self' else 0,
@@ -87,7 +88,7 @@ class Orders:
 
     def on_image(self, operation: Operation, image: ImageInfo, caller: Caller, **more: Any) -> JobRequest:
         """A request about an image that is there; whether the caller may ask is checked elsewhere."""
-        return self._request(operation, image.target, caller, image=image.id, **more)
+        return self._request(operation, image.target, caller, image=image.id, stall_usec=self._stall_usec, **more)
 
     def _request(self, operation: Operation, target: str, caller: Caller, **more: Any) -> JobRequest:
         client = (self.client,) if self.client and self.client == caller.pid else ()
@@ -96,20 +97,9 @@ class Orders:
 
     def on_stream(self, caller: Caller) -> JobRequest:
         """A request to take an image in from a stream. LimitsExceeded."""
-        return self._request('import', '', caller, has_output=True, save_limit=self.room_for(caller.uid))
+        return self._request('import', '', caller, has_output=True, save_limit=self.quota.room(caller.uid),
+                             stall_usec=self._stall_usec)
 
-    def room_for(self, uid: int) -> int:
-        """Bytes that a user may still have in images. LimitsExceeded when there may be no more, but for root."""
-        if not uid:
-            return MAX_BYTES
-        limits = self.config
-        (images, size), (in_all, bytes_in_all) = self.spool.usage(uid), self.spool.usage(None)
-        if in_all >= limits.max_images or bytes_in_all >= limits.max_bytes:
-            raise LimitsExceeded(f'the spool has {in_all} images of {bytes_in_all} bytes, and takes no more',
-                                 resource='spool', hint='remove some (ckptctl remove IMAGE), or ask root to')
-        if images >= limits.max_images_per_user or size >= limits.max_bytes_per_user:
-            most = '' if limits.max_bytes_per_user == INFINITY else f' and {limits.max_bytes_per_user} bytes'
-            raise LimitsExceeded(
-                f'uid {uid} has {images} images of {size} bytes; {limits.max_images_per_user}{most} are allowed',
-                resource='spool', hint='remove some (ckptctl remove IMAGE)')
-        return min(limits.max_bytes_per_user - size, limits.max_bytes - bytes_in_all, MAX_BYTES)
+    @property
+    def _stall_usec(self) -> int:
+        return 0 if self.config.stream_stall_usec == INFINITY else self.config.stream_stall_usec

@@ -4,10 +4,11 @@
 A job waits for a place in its lane, works in a process of its own, is settled (done, failed or cancelled) and stays
 known for a while, so that a late question about it is still answered. A job that leaves a freeze behind keeps its
 worker, out of the lane, until somebody thaws; one that attends the end of a restored tree runs on out of it, for as
-long as that takes. There are three lanes: a long dump does not hold up a quick scan, nor a slow reader a dump.
+long as that takes.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -20,19 +21,23 @@ import msgspec
 
 from ckptd.config import Config
 from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
-from ckptd.errors import Cancelled, CkptError, NoSuchJob, NoSuchTarget, PermissionDenied, Unavailable, WorkerDied
+from ckptd.errors import Cancelled, CkptError, LimitsExceeded, PermissionDenied, Unavailable, WorkerDied
 from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.audit import audit
-from ckptd.jobs.entry import Entry, Listener
+from ckptd.jobs.entry import Entry, Listener, reason
+from ckptd.jobs.holds import Holds
 from ckptd.jobs.inhibitors import Inhibitors
-from ckptd.jobs.lane import LANES, Lane, lane_of
+from ckptd.jobs.known import KnownJobs
+from ckptd.jobs.lane import Lanes
 from ckptd.jobs.overlap import overlap
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.pool import WorkerPool
+from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Run, Units
 from ckptd.jobs.state import Job
 from ckptd.jobs.tasks import Tasks
+from ckptd.jobs.worker import MAX_STATUS, Worker
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +45,6 @@ log = logging.getLogger(__name__)
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'import', 'restore'})
 FREEZING = frozenset({'checkpoint', 'freeze', 'restore'})      # what the journal may still name when it fails
 PROGRESS_INTERVAL = 0.1     # seconds
-MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 CANCEL_PATIENCE = 8.0      # a worker that does not let go for so long is killed; recovery then lets go for it
 
 
@@ -48,19 +52,19 @@ class Queue:
     """Made inside a running loop."""
 
     def __init__(self, config: Config, pool: WorkerPool, recovery: Recovery, units: Units | None,
-                 listener: Listener) -> None:
-        self._config, self._pool, self._recovery = config, pool, recovery
+                 listener: Listener, quota: Quota) -> None:
+        self._config, self._pool, self._recovery, self._quota = config, pool, recovery, quota
         self._units, self._listener = units, listener
         self._loop = asyncio.get_running_loop()
         self._tasks = Tasks()
         self.spawn = self._tasks.spawn
         self._numbers = itertools.count(1)
-        self._lanes = {name: Lane(config.max_jobs) for name in LANES}
+        self._lanes = Lanes(config)
         self.inhibitors = Inhibitors()
         self._entries: dict[Job, Entry] = {}    # not over
-        self._known: dict[int, Job] = {}        # announced, over or not
-        self._held: dict[str, Entry] = {}       # by target
-        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._known = KnownJobs(config.keep_jobs_usec / 1e6, listener.job_forgotten)      # announced, over or not
+        self._held = Holds(self._bury, listener.frozen_changed)
+        self._stuck: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     # ------------------------------------------------------------ questions
@@ -68,12 +72,12 @@ class Queue:
     @property
     def jobs(self) -> list[Job]:
         """Announced jobs by number, those that were settled a moment ago included."""
-        return list(self._known.values())
+        return list(self._known)
 
     @property
     def frozen(self) -> dict[str, int]:
         """What is held frozen, and the uid of who asked for it."""
-        return {target: entry.job.request.asked_by for target, entry in sorted(self._held.items())}
+        return self._held.owners
 
     @property
     def idle(self) -> bool:
@@ -111,35 +115,36 @@ class Queue:
 
     def cancel(self, number: int) -> None:
         """Ask a job to let go and leave nothing. One that is over stays as it is. NoSuchJob."""
-        if number not in self._known:
-            raise NoSuchJob(f'there is no job {number}')
         entry = self._entries.get(self._known[number])
         if entry is not None:
             self._cancel(entry)
 
     async def thaw(self, target: str) -> None:
         """Let go of what `Freeze` or after=freeze left frozen. NoSuchTarget, Busy, WorkerDied."""
-        entry = self._held.get(target)
-        if entry is None or entry.run is None or entry.let_go is None:
-            raise NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
-                               hint='the property FrozenTargets names what is')
         refuse_active(target, self._entries, overlap)
-        self._let_go(entry)     # it may be about to, and not listen any more
-        await asyncio.shield(entry.let_go)
+        await self._held.thaw(target)
 
     def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
         if self._stopping:
             raise Unavailable('ckptd is stopping')
-        held = [entry.job for entry in self._held.values()]
-        refuse_too_many(request, [*self._entries, *held], self._config.max_jobs_per_user, self._config.max_queued_jobs)
-        refuse_conflict(request, self._entries, self._held, overlap)
-        refuse_token(token, self._known.values())
-        entry = self._make(request, fds, token)
-        self._entries[entry.job] = entry
-        if entry.job.number:
-            self._known[entry.job.number] = entry.job
-            self._listener.job_new(entry.job)
-        self.spawn(self._live(entry), name=entry.job.name)
+        users = [job.request.asked_by for job in (*self._entries, *(entry.job for entry in self._held))]
+        refuse_too_many(request, (*users, *self._pool.stuck), self._config.max_jobs_per_user,
+                        self._config.max_queued_jobs)
+        refuse_conflict(request, self._entries, self._held.owners, overlap)
+        refuse_token(token, self._known)
+        with contextlib.ExitStack() as undo:
+            entry = self._make(request, fds, token)
+            undo.callback(entry.close)
+            self._entries[entry.job] = entry
+            undo.callback(self._entries.pop, entry.job)
+            self._quota.begin(entry.job)
+            undo.callback(self._quota.end, entry.job)
+            if entry.job.number:
+                self._known.add(entry.job)
+                undo.callback(self._known.drop, entry.job)
+                self._listener.job_new(entry.job)
+            entry.task = self.spawn(self._live(entry), name=entry.job.name)
+            undo.pop_all()
         return entry
 
     def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
@@ -148,21 +153,22 @@ class Queue:
         request = msgspec.structs.replace(request, job=number)
         job = Job(number, request, time.time_ns() // 1000, token)
         pacer = Pacer(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
-        return Entry(job, [os.dup(fd) for fd in fds], self._lanes[lane_of(request, announced)], pacer)
+        return Entry(job, [os.dup(fd) for fd in fds], self._lanes.of(request, announced), pacer)
 
     # ------------------------------------------------------------ the life of a job
 
     async def _live(self, entry: Entry) -> None:
-        await entry.enter_lane()
         try:
+            await entry.enter_lane()
             await self._prepare(entry)
-            if not entry.job.over:      # cancelled while it waited
-                await self._begin(entry)
+            entry.begun = True
+            await self._begin(entry)
         except WorkerDied as error:
             self._settle(entry, error)
         finally:
             entry.leave_lane()
-            # nothing above raises but by a mistake of ours: the caller still gets an answer, the tree its freedom
+            # nothing above raises but by a mistake of ours, or for one that was cancelled while it waited, and is over:
+            # the caller still gets an answer, the tree its freedom
             if not entry.job.over:
                 entry.kill()
                 self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
@@ -170,7 +176,7 @@ class Queue:
     async def _prepare(self, entry: Entry) -> None:
         """Tell who wants to know that a tree is about to be frozen, and give them a moment, while others may work."""
         job = entry.job
-        if job.request.operation != 'checkpoint' or job.over:
+        if job.request.operation != 'checkpoint':
             return
         inhibitors = self.inhibitors.of(job.request.target)
         entry.prepared = inhibitors
@@ -197,51 +203,29 @@ class Queue:
             entry.close_fds()
             result = await run.work()
         except CkptError as error:
-            died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, failed=True)
-            self._settle(entry, _reason(entry, error, died))
+            died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, True)
+            self._settle(entry, entry.excess or reason(entry, error, died))
             return
         if run.job.request.operation in ('checkpoint', 'import'):
             await self._listener.images_changed()
         if run.frozen is not None:
-            self._hold(entry, run)
+            self._held.begin(entry)
+            self.spawn(self._held.keep(entry, run), name=f'freeze of {run.job.request.target}')
+            if self._stopping:
+                self._held.let_go(entry)
         self._settle(entry, result)
         if run.frozen is None:
             await self._bury(run, MAX_STATUS)
 
-    def _hold(self, entry: Entry, run: Run) -> None:
-        target = run.job.request.target
-        entry.let_go = self._loop.create_future()
-        self._held[target] = entry
-        self._listener.frozen_changed()
-        self.spawn(self._keep(entry, run, entry.let_go), name=f'freeze of {target}')
-        if self._stopping:
-            self._let_go(entry)
-
-    async def _keep(self, entry: Entry, run: Run, let_go: asyncio.Future[None]) -> None:
-        failure: CkptError | None = None
-        try:
-            await run.hold()
-        except CkptError as error:
-            failure = error
-        died = await self._bury(run, 0 if failure is None else MAX_STATUS, failed=failure is not None)
-        if died:
-            failure = _reason(entry, WorkerDied(''), died)
-        del self._held[run.job.request.target]
-        self._listener.frozen_changed()
-        if failure is None:
-            let_go.set_result(None)
-        else:
-            log.error('%s: the freeze of %s was lost: %s', run.job.name, run.job.request.target, failure)
-            let_go.set_exception(failure)
-            let_go.exception()      # where nobody waits for it, the log has it
-
-    async def _bury(self, run: Run, proper: int, *, failed: bool = False) -> str:
+    async def _bury(self, run: Run, proper: int, failed: bool = False) -> str:
         """End the worker and put right what a dead one left: 'was killed by SIGKILL'; '' after a proper end.
 
         proper: the highest exit status that is one; -1 for none, since it is known to have died. failed: it said what
         went wrong, and that may have been the letting go: what the journal still names is then undone here.
         """
         status = await self._pool.give_back(run.worker)
+        if run.worker.stuck:
+            self._await_stuck(run.worker)
         died = '' if 0 <= status <= proper else run.worker.describe(status)
         if died:
             log.error('%s: worker %d %s', run.job.name, run.worker.pid, died)
@@ -250,6 +234,11 @@ class Queue:
         if died:
             await self._listener.images_changed()
         return died
+
+    def _await_stuck(self, worker: Worker) -> None:
+        task = self.spawn(self._pool.await_stuck(worker), name=f'end of worker {worker.pid}')
+        self._stuck.add(task)
+        task.add_done_callback(self._stuck.discard)
 
     def _settle(self, entry: Entry, outcome: CkptError | dict[str, Any]) -> None:
         job = entry.job
@@ -263,22 +252,23 @@ class Queue:
         else:
             job.finish(outcome)
         del self._entries[job]
+        self._quota.end(job)
         entry.close()
         if job.number:
             entry.pacer.poke()
             entry.pacer.flush()
             self._listener.job_changed(job)
             self._listener.job_removed(job)
-            self._timers[job.number] = self._loop.call_later(self._config.keep_jobs_usec / 1e6, self._forget, job)
+            self._known.over(job)
         if entry.prepared is not None:      # those who have let go meanwhile most of all
             self._listener.job_prepares(job, False, entry.prepared)
         entry.over.set()
         for callback in entry.when_over:
-            callback()
-
-    def _forget(self, job: Job) -> None:
-        del self._known[job.number], self._timers[job.number]
-        self._listener.job_forgotten(job)
+            try:
+                callback()
+            except Exception:
+                # a mistake of ours: what others wait for still happens
+                log.exception('%s is over, and not everything that follows was done', job.name)
 
     def _changed(self, entry: Entry, message: FromWorker | None) -> None:
         if isinstance(message, Running):
@@ -288,14 +278,26 @@ class Queue:
         if entry.job.number and not entry.job.over:
             if isinstance(message, Progress):
                 entry.pacer.poke()
+                self._limit(entry)
             else:
                 self._listener.job_changed(entry.job)
+
+    def _limit(self, entry: Entry) -> None:
+        """End a job that would write more than there is room for."""
+        if entry.excess is None:
+            try:
+                self._quota.check(entry.job)
+            except LimitsExceeded as error:
+                entry.excess = error
+                self._cancel(entry)
 
     def _cancel(self, entry: Entry) -> None:
         if entry.job.over or entry.deadline is not None:
             return
         if entry.run is None:
             self._settle(entry, Cancelled(f'{entry.job.name} was cancelled before it began'))
+            if not entry.begun and entry.task is not None:
+                entry.task.cancel()     # it waits for its turn, or for inhibitors
             return
         entry.run.cancel()
         entry.deadline = self._loop.call_later(CANCEL_PATIENCE, entry.kill)
@@ -312,36 +314,15 @@ class Queue:
         self._stopping = True
         for entry in list(self._entries.values()):
             self._cancel(entry)
-        for entry in self._held.values():
-            self._let_go(entry)
+        for entry in self._held:
+            self._held.let_go(entry)
+        for task in self._stuck:
+            task.cancel()       # they end when they can
         await self._tasks.drain(CANCEL_PATIENCE + 2.0, self._kill_all)
-        for timer in self._timers.values():
-            timer.cancel()
+        self._known.close()
         self.inhibitors.close()
         await self._pool.close()
 
-    def _let_go(self, entry: Entry) -> None:
-        try:
-            if entry.run is not None:
-                entry.run.thaw()
-        except CkptError as error:
-            log.error('%s: %s', entry.job.name, error)
-
     def _kill_all(self) -> None:
-        for entry in (*self._entries.values(), *self._held.values()):
+        for entry in (*self._entries.values(), *self._held):
             entry.kill()
-
-
-def _reason(entry: Entry, error: CkptError, died: str) -> CkptError:
-    """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""
-    if not isinstance(error, WorkerDied):
-        return error
-    job = entry.job
-    if entry.deadline is not None:
-        return Cancelled(f'{job.name} was cancelled; its worker did not let go and was ended by force')
-    message = f'the worker of {job.name} {died}' if died else error.message
-    if job.root:
-        return WorkerDied(f'{message}; the tree may run on, as process {job.root}', phase=job.phase,
-                          task=job.root, hint=f'how it ends is not known any more; "ckptctl tree {job.root}" shows it')
-    hint = 'nothing of the tree was left; see the daemon\'s log' if job.request.operation == 'restore' else None
-    return WorkerDied(message, phase=job.phase, hint=hint)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from ckptd.config import INFINITY
 from ckptd.errors import CkptError, NoSuchImage, PermissionDenied, SpoolFailed
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest, read_manifest
@@ -62,7 +63,9 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.capacity = INFINITY        # bytes of the file system that it is on, once that was asked
         self._images: dict[str, ImageInfo] = {}
+        self._usage: dict[int | None, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -79,6 +82,8 @@ class Spool:
             probe = Path(tempfile.mkdtemp(prefix=INCOMING, dir=self.directory))
             with contextlib.suppress(FileNotFoundError):    # another daemon may take it for a stale entry
                 probe.rmdir()
+            file_system = os.statvfs(self.directory)
+            self.capacity = file_system.f_blocks * file_system.f_frsize
             if self.directory.stat().st_mode & 0o022:
                 log.warning('spool %s can be written by others than its owner', self.directory)
         except OSError as error:
@@ -102,6 +107,11 @@ class Spool:
     def adopt(self, found: dict[str, ImageInfo]) -> tuple[list[ImageInfo], list[ImageInfo]]:
         """Take over what `look` saw: (images that are new, those that are gone)."""
         before, self._images = self._images, found
+        self._usage = {}
+        for info in found.values():
+            for uid in (None, info.owner):
+                images, size = self._usage.get(uid, (0, 0))
+                self._usage[uid] = images + 1, size + info.size
         return ([found[name] for name in sorted(found.keys() - before.keys())],
                 [before[name] for name in sorted(before.keys() - found.keys())])
 
@@ -116,8 +126,7 @@ class Spool:
 
     def usage(self, uid: int | None) -> tuple[int, int]:
         """Images and bytes that a uid owns, or all."""
-        own = [info.size for info in self._images.values() if uid in (None, info.owner)]
-        return len(own), sum(own)
+        return self._usage.get(uid, (0, 0))
 
     def remove(self, info: ImageInfo) -> None:
         """Disk. NoSuchImage when somebody else was faster."""

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # -P: a directory named ckptd where the daemon was started must not be what root runs
 COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.worker')
+MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 LAST_PATIENCE = 3.0     # seconds that a killed worker has to end; what waits for somebody's file system may not
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromWorker)
@@ -72,6 +73,11 @@ class Worker(ABC):
     def close(self) -> None:
         """Close the socket: a worker that lives lets go and ends."""
         self._socket.close()
+
+    def give_up(self) -> None:
+        """Hear nothing from it any more: `receive` says that it has ended."""
+        with contextlib.suppress(OSError):      # closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     @abstractmethod
     def kill(self) -> None:

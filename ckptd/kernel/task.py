@@ -94,6 +94,15 @@ def parse_auxv(data: bytes) -> dict[int, int]:
     return found
 
 
+def bytes_written() -> int:
+    """What this process has written so far, to whatever it was, proc_pid_io(5); 0 where the kernel does not count."""
+    try:
+        fields = dict(line.split(b': ') for line in read_file('/proc/self/io').splitlines())
+    except FileNotFoundError:
+        return 0
+    return int(fields[b'wchar'])
+
+
 def read_limits(pid: int) -> tuple[tuple[int, int], ...]:
     """(soft, hard) by RLIMIT_* number. Unlike prlimit(2), it needs no CAP_SYS_RESOURCE for a task of another uid."""
     return parse_limits(read_task_file(task_dir(pid), 'limits'))

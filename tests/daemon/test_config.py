@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ckptd import config
-from ckptd.config import INFINITY, Config, parse_config, parse_size, parse_span, read_config
+from ckptd.config import INFINITY, Config, Percent, parse_config, parse_size, parse_span, read_config
 
 
 @pytest.mark.parametrize(('text', 'usec'), [
@@ -27,6 +27,8 @@ def test_what_is_no_time_span(text: str) -> None:
 
 def test_sizes() -> None:
     assert [parse_size(text) for text in ('7', '4K', '2G', 'infinity')] == [7, 4096, 2 << 30, INFINITY]
+    assert isinstance(parse_size('80%'), Percent)
+    assert (parse_size('80%'), parse_size('100%')) == (80, 100)
     for bad in ('', '4k', 'G', '-1', '1.5G'):
         with pytest.raises(ValueError):
             parse_size(bad)

@@ -32,6 +32,8 @@ from ckptd.errors import (
 from ckptd.image.manifest import NAME, read_manifest
 from ckptd.image.verify import verify
 from ckptd.image.writer import INCOMING, remove_stale
+from ckptd.kernel.creds import CAP_DAC_READ_SEARCH
+from ckptd.kernel.status import read_status
 from tests.engine.driver import DirectWorker, Place, me
 from tests.engine.test_restore import Generation, changes, generation, place
 from tests.lib.victim import Victim
@@ -229,12 +231,12 @@ def wait_empty(fd: int) -> None:
 
 
 @contextmanager
-def sending(place: Place) -> Iterator[tuple[DirectWorker, int]]:
+def sending(place: Place, **more: Any) -> Iterator[tuple[DirectWorker, int]]:
     """A worker that imports, and the pipe that it reads from; the other end is the worker's alone."""
     reader, writer = os.pipe()
     try:
         with DirectWorker() as worker:
-            worker.send(Start(request(place, 'import', image='')), (reader,))
+            worker.send(Start(request(place, 'import', image='', **more)), (reader,))
             os.close(reader)
             assert worker.receive() == Phase('receive')
             yield worker, writer
@@ -282,6 +284,63 @@ def test_a_reader_that_stalls(home: Place, image: Path, format_: str, kind: str,
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+@pytest.mark.parametrize('format_', ['tar', 'core'])
+def test_a_reader_that_stalls_for_too_long(home: Place, image: Path, format_: str) -> None:
+    reader, writer = os.pipe()
+    try:
+        with DirectWorker() as worker:
+            worker.send(Start(request(home, 'export', image=image.name, format=format_, stall_usec=300_000)), (writer,))
+            with pytest.raises(CkptError, match='nobody has read') as caught:
+                worker.result()
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert caught.value.errno == errno.ETIMEDOUT
+
+
+def test_a_slow_reader_is_none_that_stalls(home: Place, image: Path, stream: Path) -> None:
+    """For much longer than is allowed in all, a little again and again."""
+    reader, writer = os.pipe()
+    with open(reader, 'rb', buffering=0) as source, DirectWorker() as worker:   # noqa: PTH123 - an fd
+        worker.send(Start(request(home, 'export', image=image.name, format='tar', stall_usec=300_000)), (writer,))
+        os.close(writer)
+        got = b''
+        for _ in range(12):
+            select.select([], [], [], 0.1)      # as a reader does who takes his time
+            got += source.read(1 << 16)
+        got += b''.join(iter(lambda: source.read(1 << 20), b''))
+        worker.result()
+    assert got == stream.read_bytes()
+
+
+@pytest.mark.parametrize('part', [0, 1 << 20])
+def test_a_sender_that_stalls_for_too_long(other: Place, stream: Path, part: int) -> None:
+    with sending(other, stall_usec=300_000) as (worker, writer):
+        with stream.open('rb') as file:
+            os.write(writer, file.read(part))
+        with pytest.raises(CkptError, match='nothing has come') as caught:
+            worker.result()
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert in_spool(other) == []
+
+
+@pytest.mark.parametrize('format_', ['tar', 'core'])
+def test_what_is_written_to_somebodys_fd_is_written_by_his_rights(home: Place, image: Path, format_: str) -> None:
+    """Root's would do more than they should with some files that are written to."""
+    reader, writer = os.pipe()
+    with DirectWorker() as worker:
+        worker.send(Start(request(home, 'export', image=image.name, format=format_, caller=STRANGER)), (writer,))
+        wait_full(writer)
+        status = read_status(worker.pid)
+        os.close(writer)
+        with open(reader, 'rb') as source:      # noqa: PTH123 - an fd
+            assert len(source.read()) > 1 << 20
+        worker.result()
+    assert (set(status.uids), set(status.gids)) == ({STRANGER.uid}, {STRANGER.gid})
+    assert status.groups == STRANGER.groups
+    assert status.cap_eff == 1 << CAP_DAC_READ_SEARCH
 
 
 def test_a_reader_that_goes_away(home: Place, image: Path) -> None:

@@ -13,6 +13,7 @@ from ckptd.engine.messages import Caller, JobRequest
 from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
+from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
@@ -94,7 +95,8 @@ async def make_queue(heard: Heard, spool: Path, tmp_path: Path) -> AsyncIterator
     def make(units: Units | None = None, **settings: object) -> Queue:
         pool = WorkerPool(PLAYER)
         recovery = Recovery(tmp_path / 'runtime', Spool(spool), units, pool)
-        made.append(Queue(Config(**settings), pool, recovery, units, heard))
+        config = Config(**settings)
+        made.append(Queue(config, pool, recovery, units, heard, Quota(config, Spool(spool))))
         return made[-1]
 
     yield make

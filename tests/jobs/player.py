@@ -88,6 +88,11 @@ class Player:
         self.say(Phase('memory'))
         self.until_cancelled()
 
+    def grow(self, start: Start) -> None:
+        """It is about to write 100 bytes."""
+        self.say(Phase('memory'), Progress(1, 1, 0, 100))
+        self.until_cancelled()
+
     def deaf(self, start: Start) -> None:
         self.say(Phase('memory'))
         signal.pause()
@@ -188,7 +193,8 @@ def main() -> None:
     player = Player(int(sys.argv[1]))
     start = player.hear()
     if isinstance(start, Start):
-        getattr(player, start.request.target.removeprefix('cgroup:/').partition('/')[0])(start)
+        scene = os.environ.get('PLAYER_SCENE') or start.request.target.removeprefix('cgroup:/').partition('/')[0]
+        getattr(player, scene)(start)
 
 
 if __name__ == '__main__':

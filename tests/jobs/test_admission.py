@@ -13,6 +13,7 @@ from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.jobs.admission import refuse_conflict
 from ckptd.jobs.orders import Orders, command_of, parse_target
 from ckptd.jobs.overlap import overlap
+from ckptd.jobs.quota import Quota
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
@@ -83,7 +84,8 @@ def test_trees_that_share_tasks() -> None:
 
 
 def orders(spool: Spool, **settings: object) -> Orders:
-    return Orders(Config(**settings), spool, Path('/run/x'), (5, 6), 4242, systemd=True)
+    config = Config(**settings)
+    return Orders(config, spool, Quota(config, spool), Path('/run/x'), (5, 6), 4242, systemd=True)
 
 
 def test_a_request_has_what_the_worker_needs() -> None:

@@ -11,9 +11,10 @@ from ckptd.jobs.lane import Lane
 class Crowd:
     """Requests of users, and in which order they got their places."""
 
-    def __init__(self, places: int) -> None:
-        self.lane = Lane(places)
+    def __init__(self, places: int, each: int = 1000) -> None:
+        self.lane = Lane(places, each)
         self.got: list[int] = []
+        self.released = 0
         self.tasks: list[asyncio.Task[None]] = []
 
     async def ask(self, *uids: int) -> None:
@@ -26,10 +27,11 @@ class Crowd:
         self.got.append(uid)
 
     async def release(self, times: int = 1) -> list[int]:
-        """Who got a place by it."""
+        """Who has had a place longest gives it back; who got one by it."""
         before = len(self.got)
         for _ in range(times):
-            self.lane.release()
+            self.lane.release(self.got[self.released])
+            self.released += 1
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         return self.got[before:]
@@ -40,10 +42,21 @@ async def test_one_user_after_the_other() -> None:
     await crowd.ask(1, 1, 1, 1, 2, 3, 2)
     assert crowd.got == [1]
     assert await crowd.release(6) == [1, 2, 3, 1, 2, 1]
-    crowd.lane.release()
+    assert await crowd.release() == []
     await crowd.ask(4, 5)
     assert crowd.got[-1] == 4
     assert await crowd.release() == [5]
+
+
+async def test_one_user_does_not_have_all_places() -> None:
+    crowd = Crowd(3, 2)
+    await crowd.ask(1, 1, 1, 2, 2)
+    assert crowd.got == [1, 1, 2]
+    assert await crowd.release() == [1]
+    assert await crowd.release(2) == [2]
+    await crowd.ask(0, 0, 0)
+    assert crowd.got[-1:] == [0]
+    assert await crowd.release(2) == [0, 0]
 
 
 async def test_as_many_as_there_are_places() -> None:
@@ -58,7 +71,8 @@ async def test_who_does_not_wait_any_more(given: bool) -> None:
     crowd = Crowd(1)
     await crowd.ask(1, 2, 3)
     if given:
-        crowd.lane.release()
+        crowd.lane.release(1)
+        crowd.released += 1
     crowd.tasks[1].cancel()
     await asyncio.wait([crowd.tasks[1]])
     if given:
@@ -66,6 +80,6 @@ async def test_who_does_not_wait_any_more(given: bool) -> None:
         assert crowd.got == [1, 3]
     else:
         assert await crowd.release() == [3]
-    crowd.lane.release()
+    await crowd.release()
     await crowd.ask(4)
     assert crowd.got == [1, 3, 4]

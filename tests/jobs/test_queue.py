@@ -7,8 +7,10 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from ckptd.config import Config
 from ckptd.errors import (
     Busy,
     Cancelled,
@@ -21,9 +23,15 @@ from ckptd.errors import (
     Unavailable,
     WorkerDied,
 )
+from ckptd.jobs import entry, known, worker
 from ckptd.jobs import queue as queue_module
+from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
+from ckptd.jobs.quota import Quota
+from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import Job, State
+from ckptd.jobs.worker import ChildWorker
+from ckptd.kernel.stat import read_stat
 from tests.jobs.conftest import Heard, request_of
 
 
@@ -116,6 +124,8 @@ async def test_cancel_of_a_job_that_waits(make_queue: Callable[..., Queue], hear
     assert waiting.state is State.QUEUED
     queue.cancel(2)
     assert waiting.state is State.CANCELLED
+    await asyncio.sleep(0)
+    assert waiting.name not in {task.get_name() for task in asyncio.all_tasks()}
     # the other lane is free
     assert (await queue.call(request_of('rows', 'scan')))['count'] == 3
 
@@ -131,13 +141,99 @@ async def test_a_caller_that_leaves_cancels_its_call(queue: Queue, heard: Heard)
 
 async def test_as_many_at_once_as_configured(make_queue: Callable[..., Queue], heard: Heard) -> None:
     queue = make_queue(max_jobs=2)
-    jobs = [queue.submit(request_of('slow', 'export')) for _ in range(3)]
+    jobs = [queue.submit(request_of('slow', 'verify')) for _ in range(3)]
     await heard.wait('memory', 1)
     await heard.wait('memory', 2)
     assert jobs[2].state is State.QUEUED
     queue.cancel(1)
     await heard.wait('memory', 3)
     assert [job.state for job in jobs] == [State.CANCELLED, State.RUNNING, State.RUNNING]
+
+
+async def test_streams_of_one_user_hold_up_nobody_else(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    queue = make_queue(max_jobs=2)
+    jobs = [queue.submit(request_of('slow', 'export', uid=uid)) for uid in (1000, 1000, 1001, 1002)]
+    for number in (1, 3, 4):
+        await heard.wait('memory', number)
+    assert jobs[1].state is State.QUEUED
+
+
+async def test_what_is_written_counts(make_queue: Callable[..., Queue], heard: Heard) -> None:
+    """Also what is not yet published: two that would fit alone do not fit together. Root has no limit."""
+    queue = make_queue(max_bytes_per_user=150, max_jobs=8)
+    for number, uid in enumerate((1000, 1001, 0, 0, 1000), 1):
+        queue.submit(request_of(f'grow/{number}', uid=uid))
+    await heard.until(lambda: any(what == 'failed' for what, _ in heard.events))
+    states = {job.number: job.state for job in queue.jobs}
+    [failed] = [job for job in queue.jobs if job.state is State.FAILED]
+    assert failed.number in (1, 5)
+    assert isinstance(failed.error, LimitsExceeded)
+    assert 'would have 200 bytes' in str(failed.error)
+    assert sum(state is State.FAILED for state in states.values()) == 1
+
+
+async def test_the_image_that_is_one_too_many_is_not_begun(make_queue: Callable[..., Queue], heard: Heard,
+                                                         spool: Path) -> None:
+    config = Config(max_images=2)
+    quota = Quota(config, Spool(spool))
+    for number in (1, 2):
+        assert quota.room(1000) > 0
+        quota.begin(Job(number, request_of('grow', uid=1000 + number), 0))
+    with pytest.raises(LimitsExceeded, match='has 2 images'):
+        quota.room(1000)
+    assert quota.room(0) > 0
+
+
+async def test_only_so_many_jobs_of_a_user_are_known_when_they_are_over(
+        make_queue: Callable[..., Queue], heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who starts and cancels all day fills no table."""
+    monkeypatch.setattr(known, 'MOST_OVER', 3)
+    queue = make_queue(max_jobs=1)
+    queue.submit(request_of('finish', 'verify'))
+    await heard.wait('done', 1)
+    for number in range(2, 8):
+        queue.submit(request_of('slow', 'verify', uid=1000))
+        queue.cancel(number)
+    assert [job.number for job in queue.jobs] == [1, 5, 6, 7]
+    assert [number for what, number in heard.events if what == 'forgotten'] == [2, 3, 4]
+    with pytest.raises(NoSuchJob):
+        queue.cancel(2)
+
+
+async def test_a_listener_that_fails_leaves_no_job(queue: Queue, heard: Heard, monkeypatch: pytest.MonkeyPatch
+                                                   ) -> None:
+    monkeypatch.setattr(heard, 'job_new', lambda job: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        queue.submit(request_of('slow'))
+    assert queue.idle
+    monkeypatch.undo()
+    queue.submit(request_of('slow'))
+    await heard.wait('memory', 2)
+
+
+async def test_a_worker_that_does_not_even_end_by_sigkill(make_queue: Callable[..., Queue], heard: Heard,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for a file of its user's: the job is over, others go on, and it counts until it has ended."""
+    monkeypatch.setattr(queue_module, 'CANCEL_PATIENCE', 0.1)
+    for module in (worker, entry):
+        monkeypatch.setattr(module, 'LAST_PATIENCE', 0.1)
+    monkeypatch.setattr(ChildWorker, 'kill', lambda self: None)
+    monkeypatch.setattr(WorkerPool.give_back, '__defaults__', (0.1,))
+    queue = make_queue(max_jobs=1, max_jobs_per_user=1)
+    job = queue.submit(request_of('deaf', 'verify', uid=1000))
+    await heard.wait('memory', 1)
+    queue.cancel(1)
+    await heard.wait('cancelled', 1)
+    queue.submit(request_of('finish', 'verify', uid=1001))
+    await heard.wait('done', 2)
+    with pytest.raises(LimitsExceeded):
+        queue.submit(request_of('finish', 'verify', uid=1000))
+    monkeypatch.undo()
+    os.kill(job.worker, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task.get_name().startswith('end of worker')))
+    queue.submit(request_of('finish', 'verify', uid=1000))
+    await heard.wait('done', 3)
 
 
 async def test_two_jobs_on_one_target(queue: Queue, heard: Heard) -> None:
@@ -177,6 +273,20 @@ async def test_freeze_holds_until_thaw(queue: Queue, heard: Heard) -> None:
     assert queue.frozen == {}
     with pytest.raises(NoSuchTarget, match='is not frozen'):
         await queue.thaw(target)
+
+
+async def test_a_freeze_ends_with_the_process_that_was_named(queue: Queue, heard: Heard,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number will be another's."""
+    process = await asyncio.create_subprocess_exec('sleep', '60')
+    monkeypatch.setenv('PLAYER_SCENE', 'hold')
+    target, start_time = f'pid:{process.pid}', read_stat(process.pid).start_time
+    request = msgspec.structs.replace(request_of('hold', 'freeze'), target=target, start_time=start_time)
+    await queue.call(request)
+    assert list(queue.frozen) == [target]
+    process.kill()
+    await heard.until(lambda: not queue.frozen)
+    await process.wait()
 
 
 async def test_a_checkpoint_may_leave_its_tree_frozen(queue: Queue, heard: Heard) -> None:

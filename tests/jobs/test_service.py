@@ -14,6 +14,7 @@ from ckptd.config import Config
 from ckptd.errors import CkptError, WorkerDied
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
+from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.service import Service
 from ckptd.jobs.spool import Spool
@@ -61,7 +62,7 @@ async def queue_of(heard: Heard, spool: Path, tmp_path: Path) -> AsyncIterator[C
     def make(manager: Manager) -> Queue:
         pool = WorkerPool(PLAYER, manager)
         recovery = Recovery(tmp_path / 'runtime', Spool(spool), None, pool)
-        made.append(Queue(Config(), pool, recovery, None, heard))
+        made.append(Queue(Config(), pool, recovery, None, heard, Quota(Config(), Spool(spool))))
         return made[-1]
 
     yield make

@@ -38,6 +38,11 @@ def _file(*paths: str) -> Callable[[], str]:
     return lambda: '' if any(Path(path).exists() for path in paths) else f'no {paths[0]}'
 
 
+def _fuse() -> str:
+    known = '\tfuse\n' in Path('/proc/filesystems').read_text()
+    return _file('/dev/fuse')() if known else 'no fuse in /proc/filesystems'
+
+
 def _root() -> str:
     return '' if os.geteuid() == 0 else f'running as uid {os.geteuid()}, not as root'
 
@@ -122,6 +127,7 @@ NEEDS = {
     'dbus-broker': Need(_program('dbus-broker'), APT + 'dbus-broker'),
     'polkit': Need(_file('/usr/lib/polkit-1/polkitd', '/usr/libexec/polkitd'), APT + 'polkitd'),
     'gcc': Need(_program('gcc'), APT + 'gcc libc6-dev'),
+    'fuse': Need(_fuse, 'sudo modprobe fuse'),
     'gdb': Need(_program('gdb'), APT + 'gdb'),
     'sqlite3': Need(_program('sqlite3'), APT + 'sqlite3'),
     'perl': Need(_program('perl'), APT + 'perl'),

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Jobs by number: those that are not over, and those that are, for a while, so that a late question is answered."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from ckptd.errors import NoSuchJob
+from ckptd.jobs.state import Job
+
+MOST_OVER = 128     # of one user: whoever starts and cancels all day has the oldest forgotten
+
+
+class KnownJobs:
+    """seconds: for how long one is known that is over. forgotten: called with it then."""
+
+    def __init__(self, seconds: float, forgotten: Callable[[Job], None]) -> None:
+        self._seconds, self._forgotten = seconds, forgotten
+        self._loop = asyncio.get_running_loop()
+        self._jobs: dict[int, Job] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}       # of those that are over, the first first
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(list(self._jobs.values()))
+
+    def __getitem__(self, number: int) -> Job:
+        """NoSuchJob."""
+        try:
+            return self._jobs[number]
+        except KeyError:
+            raise NoSuchJob(f'there is no job {number}') from None
+
+    def add(self, job: Job) -> None:
+        self._jobs[job.number] = job
+
+    def drop(self, job: Job) -> None:
+        """At once, and nobody is told."""
+        del self._jobs[job.number]
+
+    def over(self, job: Job) -> None:
+        """It is; it will be forgotten."""
+        uid = job.request.asked_by
+        self._timers[job.number] = self._loop.call_later(self._seconds, self._forget, job)
+        own = [number for number in self._timers if self._jobs[number].request.asked_by == uid]
+        for number in own[:-MOST_OVER]:
+            self._forget(self._jobs[number])
+
+    def close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+
+    def _forget(self, job: Job) -> None:
+        self._timers.pop(job.number).cancel()
+        del self._jobs[job.number]
+        self._forgotten(job)
