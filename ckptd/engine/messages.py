@@ -191,3 +191,31 @@ FromWorker = Phase | Progress | UnitRequest | ScopeRequest | Frozen | Running | 
 def refusal_row(refusal: Refusal) -> dict[str, Any]:
     """A refusal as a message carries it."""
     return {field: getattr(refusal, field) for field in Refusal.__dataclass_fields__}
+
+
+# ---------------------------------------------------------------- between the daemon and its spawner
+
+MAX_SPAWN = 1 << 17     # bytes of a message
+
+
+class Spawn(Message, frozen=True):
+    """command: a program instead of a worker, which gets the number of its socket as its last argument."""
+    number: int
+    command: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+
+
+class Spawned(Message, frozen=True):
+    """pid: 0 where it could not be started, for the reason of errno."""
+    number: int
+    pid: int
+    errno: int = 0
+
+
+class Exited(Message, frozen=True):
+    """status: as subprocess has it."""
+    number: int
+    status: int
+
+
+FromSpawner = Spawned | Exited

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The worker process: one job, one tree, one thread that traces. Started by the daemon as
+"""The worker process: one job, one tree, one thread that traces. Forked by spawner.py; or started by a systemd as
 
     python -m ckptd.engine.worker FD        FD: its end of a SOCK_SEQPACKET socketpair, see messages.py
 """
@@ -89,8 +89,8 @@ def _job(start: Start, fds: list[int], channel: Channel) -> Job:
     return Job(start.request, channel, pidfd, output, terminal)
 
 
-def main() -> int:
-    channel = Channel(int(sys.argv[1]))
+def main(fd: int) -> int:
+    channel = Channel(fd)
     _set_up_signals(channel)
     logging.basicConfig(level=os.environ.get('CKPTD_LOG_LEVEL', 'INFO'), handlers=[_ToDaemon(channel)],
                         format='%(message)s')
@@ -101,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1])))

@@ -1,66 +1,51 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who gets which worker: a warm spare, a new child, or for a restore a service of its own."""
+"""Who gets which worker: one that a spawner starts, or for a restore a service of its own."""
 
-import logging
 from collections.abc import Sequence
 
 from ckptd.engine.messages import JobRequest
-from ckptd.errors import WorkerDied
 from ckptd.jobs.service import Services, ServiceWorker
-from ckptd.jobs.worker import COMMAND, ChildWorker, Worker
+from ckptd.jobs.spawner import Spawner
+from ckptd.jobs.worker import COMMAND, ChildWorker, Worker, environment
 
-log = logging.getLogger(__name__)
-
-# what a sandboxed daemon's child could not do: make the tree, find out whether it could be made, put files back
+# what a sandboxed daemon's descendant could not do: make the tree, find out whether it could be made, put files back
 UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover'})
 
 
 class WorkerPool:
-    """Starts workers and keeps one ready. services: a systemd that starts those which may not be our children."""
+    """command: a program instead of workers. services: a systemd that starts those which may not be our own."""
 
-    def __init__(self, command: Sequence[str] = COMMAND, services: Services | None = None) -> None:
+    def __init__(self, command: Sequence[str] = (), services: Services | None = None) -> None:
         self._command, self._services = command, services
-        self._spare: ChildWorker | None = None
+        self._spawner = Spawner(environment())
         self._taken: dict[Worker, int] = {}     # and the uid of who asked for their job
         self._stuck: dict[Worker, int] = {}
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Every worker that there is: none may be in a tree that one of them freezes."""
-        spare = (self._spare.pid,) if self._spare else ()
-        return spare + tuple(worker.pid for worker in (*self._taken, *self._stuck))
+        """Every worker that there is, and who starts them: none may be in a tree that one of them freezes."""
+        pids = (self._spawner.pid, *(worker.pid for worker in (*self._taken, *self._stuck)))
+        return tuple(pid for pid in pids if pid)
 
     @property
     def stuck(self) -> tuple[int, ...]:
         """For each worker that was killed and does not end, the uid of who asked for its job."""
         return tuple(self._stuck.values())
 
-    def warm(self) -> None:
-        """Start the spare, unless there is one. One that cannot be started is tried again when it is needed."""
-        if self._spare is None:
-            try:
-                self._spare = ChildWorker(self._command)
-            except WorkerDied as error:
-                log.warning('no spare worker: %s', error)
+    def start(self) -> None:
+        """Have the spawner, before any client's file is open here: a fork copies those. WorkerDied."""
+        self._spawner.start()
 
     async def take(self, request: JobRequest) -> Worker:
         """The worker for a job, to be given back. WorkerDied when none can be started."""
         worker: Worker
         if self._services is not None and request.operation in UNSANDBOXED:
             what = f'{request.operation.capitalize()} of {request.image or "files"}'
-            worker = await ServiceWorker.start(self._services, what, self._command)
+            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND)
         else:
-            worker = self._take_spare() or ChildWorker(self._command)
+            worker = await ChildWorker.start(self._spawner, self._command)
         self._taken[worker] = request.asked_by
         return worker
-
-    def _take_spare(self) -> ChildWorker | None:
-        spare, self._spare = self._spare, None
-        if spare is not None and not spare.alive:
-            log.warning('spare worker %d is dead', spare.pid)
-            spare.close()
-            return None
-        return spare
 
     async def give_back(self, worker: Worker, patience: float = 5.0) -> int:
         """The job is over: end its process, whatever state it is in. Its exit status."""
@@ -76,7 +61,6 @@ class WorkerPool:
         await worker.wait_end()
         del self._stuck[worker]
 
-    async def close(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            await spare.end(5.0)
+    def close(self) -> None:
+        """Workers have been given back."""
+        self._spawner.close()

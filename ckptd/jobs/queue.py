@@ -190,7 +190,6 @@ class Queue:
 
     async def _begin(self, entry: Entry) -> None:
         worker = await self._pool.take(entry.job.request)
-        self._loop.call_soon(self._pool.warm)
         if entry.job.over:      # cancelled while systemd started it
             await self._pool.give_back(worker)
             return
@@ -305,9 +304,9 @@ class Queue:
     # ------------------------------------------------------------ beginning and end
 
     async def start(self) -> None:
-        """Put right what an earlier daemon left, and have a worker ready."""
+        """Put right what an earlier daemon left."""
+        self._pool.start()
         await self._recovery.run()
-        self._pool.warm()
 
     async def stop(self) -> None:
         """Cancel every job, thaw every tree, end every worker. Afterwards nothing of this daemon is left."""
@@ -321,7 +320,7 @@ class Queue:
         await self._tasks.drain(CANCEL_PATIENCE + 2.0, self._kill_all)
         self._known.close()
         self.inhibitors.close()
-        await self._pool.close()
+        self._pool.close()
 
     def _kill_all(self) -> None:
         for entry in (*self._entries.values(), *self._held):

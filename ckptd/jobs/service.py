@@ -9,19 +9,17 @@ systemd keeps the worker's end of the socket open for as long as the service is 
 by its pidfd.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from ckptd.errors import CkptError, WorkerDied
-from ckptd.jobs.worker import COMMAND, Worker, _environment, socket_pair
+from ckptd.jobs.worker import COMMAND, Worker, environment, socket_pair
 
 log = logging.getLogger(__name__)
 
@@ -56,22 +54,19 @@ class ServiceWorker(Worker):
     """A worker that systemd has started."""
 
     def __init__(self, sock: socket.socket, pid: int, pidfd: int, unit: str, services: Services) -> None:
-        super().__init__(sock, pid)
-        self._pidfd, self._unit, self._services = pidfd, unit, services
-        self._loop = asyncio.get_running_loop()
-        self._dead = asyncio.Event()
-        self._loop.add_reader(pidfd, self._died)
+        super().__init__(sock, pid, pidfd)
+        self._unit, self._services = unit, services
 
     @classmethod
     async def start(cls, services: Services, description: str, command: Sequence[str] = COMMAND) -> Self:
         """WorkerDied with systemd's words when there will be none."""
         # the number of the job would not do: it is one again with each daemon
         unit = f'ckptd-restore-{secrets.token_hex(4)}.service'
-        environment = {name: value for name, value in _environment().items() if name.startswith(KEPT)}
+        kept = {name: value for name, value in environment().items() if name.startswith(KEPT)}
         ours, theirs = socket_pair()
         try:
             with theirs:
-                await services.start_service(Service(unit, description, (*command, '0'), environment, theirs.fileno()))
+                await services.start_service(Service(unit, description, (*command, '0'), kept, theirs.fileno()))
             pid, pidfd = await _open_main(services, unit)
         except CkptError as error:
             ours.close()
@@ -82,34 +77,13 @@ class ServiceWorker(Worker):
             raise
         return cls(ours, pid, pidfd, unit, services)
 
-    def kill(self) -> None:
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    async def _exited(self, patience: float | None) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                await self._dead.wait()
-        return self._dead.is_set()
-
     async def _status(self) -> int:
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = -1
         try:
             return await self._services.exit_status(self._unit)
         except CkptError as error:
             # what it said over its socket counts; this is about how it ended
             log.warning('how %s ended is not known: %s', self._unit, error)
             return 0
-
-    def _died(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        self._dead.set()
-        # unix(7): what it had sent is still received, and end-of-file after that
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
 
 
 async def _open_main(services: Services, unit: str) -> tuple[int, int]:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Worker processes: one for each job, and a warm spare, since Python takes longer to start than a small dump.
+"""Worker processes: one for each job, started by a process that has all modules already, spawner.py.
 
 What a worker restores inherits for ever what the worker itself is under (seccomp filter, mount namespace, no_new_privs,
 capability bounds): where systemd can be asked, restores are done by a service of their own, service.py.
 
-A worker is `python -m ckptd.engine.worker FD`, in a session of its own so that a terminal's Ctrl-C reaches the daemon
-only. FD is its end of a SOCK_SEQPACKET pair; ckptd.engine.messages says what goes over it. Either side learns of the
+A worker has one end of a SOCK_SEQPACKET pair; ckptd.engine.messages says what goes over it. Either side learns of the
 other's death by end-of-file.
 """
 
@@ -15,23 +14,23 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import msgspec
 
 import ckptd
 from ckptd.engine.messages import MAX_MESSAGE, FromWorker, ToWorker
 from ckptd.errors import WorkerDied
+from ckptd.jobs.spawner import Child, Spawner
 
 log = logging.getLogger(__name__)
 
 # -P: a directory named ckptd where the daemon was started must not be what root runs
-COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.worker')
+COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.worker')      # of one that is not forked
 MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 LAST_PATIENCE = 3.0     # seconds that a killed worker has to end; what waits for somebody's file system may not
 _encoder = msgspec.msgpack.Encoder()
@@ -39,11 +38,15 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromWorker)
 
 
 class Worker(ABC):
-    """One worker process and the daemon's end of its socket. Owned by whoever took it from the pool, until `end`."""
+    """One worker process, its pidfd, and the daemon's end of its socket. Owned by whoever took it from the pool, until
+    `end`."""
 
-    def __init__(self, sock: socket.socket, pid: int) -> None:
-        self._socket, self.pid = sock, pid
+    def __init__(self, sock: socket.socket, pid: int, pidfd: int) -> None:
+        self._socket, self.pid, self._pidfd = sock, pid, pidfd
         self.stuck = False      # it was killed, and does not end
+        self._dead = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._died)
 
     def send(self, message: ToWorker, fds: Sequence[int] = ()) -> None:
         """One packet. It does not wait: what a worker is ever sent fits the socket's buffer many times over."""
@@ -79,9 +82,11 @@ class Worker(ABC):
         with contextlib.suppress(OSError):      # closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    @abstractmethod
     def kill(self) -> None:
-        """SIGKILL; safe at any time until `end` has returned."""
+        """SIGKILL. Of one that has ended: nothing."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def end(self, patience: float) -> int:
         """Close the socket, wait for the exit, SIGKILL after `patience` seconds. The status as subprocess has it; that
@@ -94,20 +99,35 @@ class Worker(ABC):
                 log.error('worker %d does not even end by SIGKILL: it waits for a file of somebody else\'s', self.pid)
                 self.stuck = True
                 return -signal.SIGKILL
-        return await self._status()
+        return await self._forget()
 
     async def wait_end(self) -> None:
         """Of one that is stuck: until it has ended after all."""
-        await self._exited(None)
-        await self._status()
+        await self._dead.wait()
+        await self._forget()
 
-    @abstractmethod
-    async def _exited(self, patience: float | None) -> bool:
-        """Wait for the exit; False after `patience` seconds."""
+    async def _exited(self, patience: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._dead.wait()
+        return self._dead.is_set()
+
+    async def _forget(self) -> int:
+        os.close(self._pidfd)
+        self._pidfd = -1
+        return await self._status()
 
     @abstractmethod
     async def _status(self) -> int:
-        """Exit status of a process that has ended, which is forgotten."""
+        """Exit status of the process, which has ended."""
+
+    def _died(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._dead.set()
+        # others may have its end of the socket: a service's systemd has. unix(7): what it had sent is still received,
+        # and end-of-file after that
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
 
     @staticmethod
     def describe(status: int) -> str:
@@ -127,54 +147,30 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 
 
 class ChildWorker(Worker):
-    """A child of the daemon. No signal hits another process: nobody but this object reaps it."""
+    """A worker that a spawner has started."""
 
-    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, sock: socket.socket, child: Child) -> None:
+        super().__init__(sock, child.pid, child.pidfd)
+        self._child = child
+
+    @classmethod
+    async def start(cls, spawner: Spawner, command: Sequence[str] = ()) -> Self:
+        """command: a program instead. WorkerDied when there will be none."""
         ours, theirs = socket_pair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    [*command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=_environment())
-            except OSError as error:
-                ours.close()
-                raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno,
-                                 hint='see limits on processes and memory') from error
-        super().__init__(ours, self._process.pid)
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    async def _exited(self, patience: float | None) -> bool:
-        return not self.alive or await _wait_exit(self.pid, patience)
+        try:
+            with theirs:
+                return cls(ours, await spawner.spawn(theirs, command, environment() if command else None))
+        except BaseException:
+            ours.close()
+            raise
 
     async def _status(self) -> int:
-        return self._process.wait()
+        return await asyncio.shield(self._child.exited)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, the same ckptd from wherever this one was imported, and what of its log anybody will read."""
     home = str(Path(ckptd.__file__).parent.parent)
     others = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and path != home]
     level = logging.getLevelName(logging.getLogger('ckptd.engine').getEffectiveLevel())
     return {**os.environ, 'PYTHONPATH': os.pathsep.join([home, *others]), 'CKPTD_LOG_LEVEL': level}
-
-
-async def _wait_exit(pid: int, patience: float | None) -> bool:
-    """Wait for the exit of a child that nobody has reaped: its pidfd becomes readable (pidfd_open(2))."""
-    loop = asyncio.get_running_loop()
-    pidfd = os.pidfd_open(pid)
-    exited = asyncio.Event()
-    loop.add_reader(pidfd, exited.set)
-    try:
-        await asyncio.wait_for(exited.wait(), patience)
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-    return True

@@ -14,7 +14,7 @@ import pytest
 
 from ckptd import __version__
 from tests.daemon.conftest import COMMAND, places
-from tests.lib.bus import ROOT, Daemon, PrivateBus, read_line, terminate
+from tests.lib.bus import ROOT, Daemon, PrivateBus, family, read_line, terminate
 
 
 def run(*arguments: str, **environment: str) -> 'subprocess.CompletedProcess[str]':
@@ -139,7 +139,7 @@ def test_kill_9_of_the_daemon_thaws_what_is_held(start_daemon: Callable[..., Dae
     sleeper = subprocess.Popen(['sleep', '1000'])
     try:
         assert daemon.call('Freeze', 'sa{sv}', f'pid:{sleeper.pid}', '0') == [1]
-        workers = [os.pidfd_open(pid) for pid in children_of(daemon.pid)]
+        workers = [os.pidfd_open(pid) for pid in family(daemon.pid)]
         daemon.process.kill()
         for pidfd in workers:
             assert select.select([pidfd], [], [], 20)[0]
@@ -148,10 +148,6 @@ def test_kill_9_of_the_daemon_thaws_what_is_held(start_daemon: Callable[..., Dae
     finally:
         sleeper.kill()
         sleeper.wait()
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
 def frozen(pid: int) -> bool:

@@ -16,8 +16,8 @@ from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
 from ckptd.bus.wire import make_call
 from ckptd.errors import Busy, Cancelled, WorkerDied
 from tests.daemon.test_api import Api, api_of
-from tests.daemon.test_daemon import children_of, frozen
-from tests.lib.bus import Daemon, read_line
+from tests.daemon.test_daemon import frozen
+from tests.lib.bus import Daemon, family, read_line
 
 pytestmark = pytest.mark.needs('cgroup2', 'ptrace')
 
@@ -50,8 +50,8 @@ class Paused:
 
     @property
     def worker(self) -> int:
-        """The child that has more than the spare: the journal's entry is open."""
-        [pid] = [pid for pid in children_of(self.daemon.pid) for fd in Path(f'/proc/{pid}/fd').iterdir()
+        """That has the journal's entry open."""
+        [pid] = [pid for pid in family(self.daemon.pid) for fd in Path(f'/proc/{pid}/fd').iterdir()
                  if '/freezes/' in str(fd.readlink())]
         return pid
 
@@ -83,7 +83,7 @@ async def test_kill_9_of_the_worker(paused: Paused) -> None:
 def test_kill_9_of_both_and_the_next_start(paused: Paused, start_daemon: Callable[..., Daemon]) -> None:
     paused.start('frozen')
     paused.begin()
-    pids = [os.pidfd_open(pid) for pid in children_of(paused.daemon.pid)]
+    pids = [os.pidfd_open(pid) for pid in family(paused.daemon.pid)]
     worker = paused.worker
     paused.daemon.process.kill()
     os.kill(worker, signal.SIGKILL)

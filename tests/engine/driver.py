@@ -21,7 +21,7 @@ import pyroute2.netlink.diag  # noqa: F401 - it is imported late, and then a use
 from ckptd.engine import worker as worker_module
 from ckptd.engine.messages import MAX_MESSAGE, Caller, Failed, Finished, FromWorker, JobRequest, Message, Start
 from ckptd.image.ids import new_image_id
-from ckptd.jobs.worker import COMMAND, _environment
+from ckptd.jobs.worker import COMMAND, environment
 from tests.lib.brood import become, fork
 
 ORDINARY_UID = 65534        # owns nothing; on every Linux
@@ -96,7 +96,7 @@ class DirectWorker:
     def _start(self, theirs: socket.socket) -> int:
         process = subprocess.Popen(
             [*COMMAND, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
-            stdin=subprocess.DEVNULL, env={**_environment(), **self._env})
+            stdin=subprocess.DEVNULL, env={**environment(), **self._env})
         process.returncode = 0      # reaped by __exit__
         return process.pid
 

@@ -56,6 +56,12 @@ def terminate(process: 'subprocess.Popen[bytes]', timeout: float = 15) -> int:
         raise AssertionError(f'{process.args!r} did not end within {timeout} s of SIGTERM') from None
 
 
+def family(pid: int) -> list[int]:
+    """A daemon's spawner, and workers."""
+    children = [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+    return children + [one for child in children for one in family(child)]
+
+
 class PrivateBus:
     """A dbus-daemon that anybody of this machine may connect to; `address` is where."""
     config = CONFIG

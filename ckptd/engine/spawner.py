@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The process that starts workers, so that the daemon never forks. Started by the daemon at its beginning as
+
+    python -m ckptd.engine.spawner FD       FD: its end of a SOCK_SEQPACKET socketpair
+
+A fork copies every open file, execve(2) closes the copies, and a close asks the file system: with a client's file open
+that never answers, the daemon would wait in fork for ever. This process has no client's files. It has all modules of a
+worker already, so that one begins in some milliseconds; and it ends when the daemon does.
+
+    daemon                        spawner
+    Spawn, the worker's socket -> fork
+                               <- Spawned, a pidfd
+                               <- Exited       when it has ended, however
+"""
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from types import FrameType
+
+import msgspec
+
+from ckptd.engine import worker
+from ckptd.engine.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Spawn).decode
+
+
+class Spawner:
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._children: dict[int, tuple[int, int]] = {}     # pidfd -> (number, pid)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def serve(self) -> None:
+        """Until the daemon has closed its end."""
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd != self._socket.fileno():
+                    self._reap(fd)
+                elif not self._answer():
+                    return
+
+    def _answer(self) -> bool:
+        data, fds, _, _ = socket.recv_fds(self._socket, MAX_SPAWN, 1)
+        if not data:
+            return False
+        with socket.socket(fileno=fds[0]) as theirs:
+            wish = _decode(data)
+            try:
+                pid = self._run(wish, theirs) if wish.command else self._fork(theirs.fileno())
+            except OSError as error:
+                self._say(Spawned(wish.number, 0, error.errno or 0))
+                return True
+        pidfd = os.pidfd_open(pid)      # a child's pid is its own until it is waited for
+        self._children[pidfd] = wish.number, pid
+        self._poll.register(pidfd, select.POLLIN)
+        self._say(Spawned(wish.number, pid), pidfd)
+        return True
+
+    def _fork(self, theirs: int) -> int:
+        if pid := os.fork():
+            return pid
+        status = 1
+        try:
+            os.setsid()         # a terminal's Ctrl-C reaches the daemon only
+            for fd in (self._socket.fileno(), *self._children):
+                os.close(fd)
+            status = worker.main(theirs)
+        except BaseException:   # noqa: BLE001 - the end of the process
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    @staticmethod
+    def _run(wish: Spawn, theirs: socket.socket) -> int:
+        process: subprocess.Popen[bytes] = subprocess.Popen(
+            [*wish.command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(wish.environment))
+        process.returncode = 0      # it is waited for here, not by subprocess
+        return process.pid
+
+    def _reap(self, pidfd: int) -> None:
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        number, pid = self._children.pop(pidfd)
+        self._say(Exited(number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+
+    def _say(self, message: FromSpawner, *fds: int) -> None:
+        # without a daemon: the next read says so
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._socket, [_encode(message)], fds)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN, which a program that is started would inherit."""
+
+
+def main() -> int:
+    # who stops the daemon signals all that is in its cgroup or session; workers are needed until its end
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ignore)
+    gc.freeze()         # what is here now stays: no page of it is copied for the collector's sake
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        sock.set_inheritable(False)
+        Spawner(sock).serve()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon's end of the process that starts workers, ckptd.engine.spawner."""
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from ckptd.engine.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
+from ckptd.errors import WorkerDied
+
+log = logging.getLogger(__name__)
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromSpawner)
+
+# -P: a directory named ckptd where the daemon was started must not be what root runs
+COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.spawner')
+PATIENCE = 2.0      # seconds
+UNKNOWN = 0         # exit status of a process whose spawner has died: what it said over its socket counts
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """A process that was started. pidfd: the owner's to close."""
+    started: asyncio.Future[None]
+    exited: asyncio.Future[int]
+    pid: int = 0
+    pidfd: int = field(default=-1)
+
+
+class Spawner:
+    """Started with the first `spawn`, and again where it has died. environment: of it, and of workers."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._numbers = itertools.count(1)
+        self._children: dict[int, Child] = {}
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def pid(self) -> int:
+        """0 for one that is not there."""
+        return self._process.pid if self._process is not None else 0
+
+    async def spawn(self, sock: socket.socket, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
+                    ) -> Child:
+        """Start a worker, or a program, with this end of a socketpair. WorkerDied where it cannot be."""
+        ours = self._socket or self.start()
+        number = next(self._numbers)
+        child = self._children[number] = Child(self._loop.create_future(), self._loop.create_future())
+        try:
+            wish = Spawn(number, tuple(command), dict(environment or {}))
+            socket.send_fds(ours, [_encoder.encode(wish)], [sock.fileno()])
+        except OSError as error:
+            del self._children[number]
+            raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno) from error
+        try:
+            await asyncio.shield(child.started)
+        except asyncio.CancelledError:
+            child.started.add_done_callback(lambda _: _forget(child))
+            raise
+        return child
+
+    def start(self) -> socket.socket:
+        """Start the process now; its socket. WorkerDied."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        theirs.setblocking(True)
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    [*COMMAND, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(self._environment))
+            except OSError as error:
+                ours.close()
+                raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno,
+                                 hint='see limits on processes and memory') from error
+        self._socket = ours
+        self._loop.add_reader(ours, self._readable)
+        return ours
+
+    def close(self) -> None:
+        """End it. Workers that run are not its business."""
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            try:
+                self._process.wait(PATIENCE)        # it ends at once, by end-of-file
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        for child in list(self._children.values()):
+            _lose(child)
+        self._children.clear()
+
+    def _readable(self) -> None:
+        assert self._socket is not None
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, MAX_SPAWN, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:       # it has ended with something unread
+                data, fds = b'', []
+            if not data:
+                log.error('the process that starts workers has died')
+                self.close()
+                return
+            self._take(data, fds)
+
+    def _take(self, data: bytes, fds: list[int]) -> None:
+        message: Spawned | Exited = _decoder.decode(data)
+        child = self._children[message.number]
+        if not isinstance(message, Spawned):
+            del self._children[message.number]
+            child.exited.set_result(message.status)
+        elif message.pid:
+            child.pid, child.pidfd = message.pid, fds[0]
+            child.started.set_result(None)
+        else:
+            del self._children[message.number]
+            child.started.set_exception(WorkerDied(
+                f'no worker can be started: {os.strerror(message.errno)}', errno=message.errno,
+                hint='see limits on processes and memory'))
+
+
+def _forget(child: Child) -> None:
+    """Nobody wants it any more: its socket is closed, and it ends by that."""
+    if child.started.exception() is None:
+        os.close(child.pidfd)
+
+
+def _lose(child: Child) -> None:
+    if not child.started.done():
+        child.started.set_exception(WorkerDied('the process that starts workers has died'))
+    if not child.exited.done():
+        child.exited.set_result(UNKNOWN)

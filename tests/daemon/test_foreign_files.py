@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Open files of a client whose file system never answers: only he waits for it."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ckptd.bus.client import Client, connect
+from ckptd.bus.message import Fd
+from ckptd.bus.names import BUS_NAME, IMAGE, MANAGER, ROOT, image_path
+from ckptd.errors import CkptError, InvalidArgument, LimitsExceeded
+from ckptd.kernel import closing
+from tests.jobs.test_spool import write_image
+from tests.lib.bus import Served, family
+from tests.lib.fuse import FLUSH, IOCTL, WRITE, HangingFile
+from tests.programs.conftest import await_that
+
+pytestmark = [pytest.mark.needs('root', 'fuse'), pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def daemon(any_bus: str, tmp_path: Path, spool: Path) -> Iterator[Served]:
+    with Served(any_bus, tmp_path, spool) as running:
+        yield running
+        assert running.stop() == 0
+        assert 'Traceback' not in running.log
+
+
+@pytest.fixture
+def file(daemon: Served, tmp_path: Path) -> Iterator[HangingFile]:
+    """Everybody is answered, the bus, too, which has the fd before ckptd has it; but for ckptd and its workers."""
+    def hangs(opcode: int, process: int) -> bool:
+        return process in (daemon.pid, *family(daemon.pid))
+
+    with HangingFile(tmp_path / 'fuse', hangs) as hanging:
+        yield hanging
+
+
+@contextmanager
+def opened(file: HangingFile) -> Iterator[int]:
+    fd = os.open(file.path, os.O_RDWR)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def ping(client: Client) -> None:
+    """Somebody else's question."""
+    async with asyncio.timeout(5):
+        await client.call(BUS_NAME, ROOT, MANAGER, 'ListJobs')
+
+
+async def give(client: Client, fd: int, options: dict[str, object] | None = None) -> None:
+    await client.call(BUS_NAME, ROOT, MANAGER, 'CheckpointProcess', 'ha{sv}', Fd(fd), options or {})
+
+
+async def test_a_close_that_is_not_answered(daemon: Served, file: HangingFile) -> None:
+    """FUSE_FLUSH, of each close(2). Many of them, and then no more fds, until they are answered."""
+    async with await connect(daemon.address) as client, await connect(daemon.address) as other:
+        with opened(file) as fd:
+            for count in range(1, closing.MOST + 1):
+                with pytest.raises(InvalidArgument, match='no pidfd'):
+                    await give(client, fd)
+                if count in (1, closing.MOST):
+                    await asyncio.to_thread(file.wait_held, FLUSH, count)
+                    await ping(other)
+            with pytest.raises(LimitsExceeded, match='0 file descriptors came'):
+                await give(client, fd)
+            await ping(other)
+            file.release()
+            await asyncio.to_thread(await_that, 'none is open', lambda: not open_of(daemon.pid, file), 20)
+            with pytest.raises(InvalidArgument, match='no pidfd'):
+                await give(client, fd)
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+def open_of(pid: int, file: HangingFile) -> list[str]:
+    links = []
+    for entry in Path(f'/proc/{pid}/fd').iterdir():
+        try:
+            links.append(str(entry.readlink()))
+        except FileNotFoundError:
+            continue
+    return [link for link in links if link.startswith(str(file.path.parent))]
+
+
+async def test_what_is_no_terminal_is_not_asked_about_it(daemon: Served, file: HangingFile, spool: Path) -> None:
+    image = write_image(spool)
+    async with await connect(daemon.address) as client:
+        with opened(file) as fd, pytest.raises(InvalidArgument, match='a file descriptor of a terminal'):
+            async with asyncio.timeout(10):
+                await client.call(BUS_NAME, ROOT, MANAGER, 'Restore', 'sa{sv}', image, {'terminal': Fd(fd)})
+        assert IOCTL not in [opcode for opcode, _ in file.held]
+        file.release()
+
+
+async def test_an_export_into_it(daemon: Served, file: HangingFile, spool: Path) -> None:
+    """The worker waits in write(2), and not even SIGKILL ends it. Its caller leaves, and others have their exports."""
+    image = write_image(spool)
+    async with await connect(daemon.address) as other:
+        await ping(other)       # which looks into the spool
+        async with await connect(daemon.address) as client:
+            with opened(file) as fd:
+                task = asyncio.create_task(client.call(BUS_NAME, image_path(image), IMAGE, 'Export', 'hsa{sv}', Fd(fd),
+                                                       'tar', {}, timeout=60))
+                await asyncio.to_thread(file.wait_held, WRITE)
+        with pytest.raises(CkptError):
+            await task
+        reader, writer = os.pipe()
+        async with asyncio.timeout(30):
+            await other.call(BUS_NAME, image_path(image), IMAGE, 'Export', 'hsa{sv}', Fd(writer), 'tar', {}, timeout=30)
+        os.close(writer)
+        assert os.read(reader, len(image)) == image.encode()
+        os.close(reader)
+        await asyncio.to_thread(await_that, 'the job is over', lambda: 'does not even end by SIGKILL' in daemon.log, 40)
+        assert await other.call(BUS_NAME, ROOT, MANAGER, 'ListJobs') != []
+        file.release()
+    await asyncio.get_running_loop().shutdown_default_executor()

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The process that starts workers."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from ckptd.engine.messages import Caller, Failed, JobRequest, Start
+from ckptd.errors import WorkerDied
+from ckptd.jobs.spawner import Spawner
+from ckptd.jobs.worker import ChildWorker, environment
+from tests.programs.conftest import await_that
+
+ALONE = ['/dev/null', '/dev/null', 'socket:']
+
+
+@pytest.fixture
+async def spawner() -> AsyncIterator[Spawner]:
+    made = Spawner(environment())
+    yield made
+    made.close()
+
+
+def kinds(pid: int) -> list[str]:
+    """What is open in a process besides standard error, '/dev/null' or 'socket:'."""
+    links = [path.readlink() for path in Path(f'/proc/{pid}/fd').iterdir() if path.name != '2']
+    return sorted(str(link).partition('[')[0] for link in links)
+
+
+async def test_a_worker(spawner: Spawner) -> None:
+    """A process of its own, in a session of its own, with nothing open but its socket; it does what it is asked."""
+    worker = await ChildWorker.start(spawner)
+    await asyncio.to_thread(await_that, 'its session', lambda: os.getsid(worker.pid) == worker.pid, 10)
+    await asyncio.to_thread(await_that, 'its socket alone', lambda: kinds(worker.pid) == ALONE, 10)
+    worker.send(Start(JobRequest('verify', '', Caller(0, 0), '/nowhere', '/nowhere', image='none')))
+    message = await worker.receive()
+    assert isinstance(message, Failed)
+    assert await worker.end(10) == message.error().exit_status
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def test_many_at_once(spawner: Spawner) -> None:
+    workers = await asyncio.gather(*(ChildWorker.start(spawner) for _ in range(20)))
+    assert len({worker.pid for worker in workers}) == 20
+    workers[0].kill()
+    assert await asyncio.gather(*(worker.end(10) for worker in workers)) == [-signal.SIGKILL] + [0] * 19
+
+
+async def test_a_program_that_is_none(spawner: Spawner, tmp_path: Path) -> None:
+    with pytest.raises(WorkerDied, match='No such file'):
+        await ChildWorker.start(spawner, (str(tmp_path / 'none'),))
+    worker = await ChildWorker.start(spawner, (sys.executable, '-c', 'raise SystemExit(3)'))
+    assert await worker.end(10) == 3
+
+
+async def test_it_dies(spawner: Spawner) -> None:
+    """Its workers go on, how they end is not known, and the next one has another spawner."""
+    worker, first = await ChildWorker.start(spawner), spawner.pid
+    os.kill(first, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while (other := await start_or_fail(spawner)) is None:
+            pass
+    assert spawner.pid != first
+    assert await other.end(10) == 0
+    assert await worker.end(10) == 0
+
+
+async def start_or_fail(spawner: Spawner) -> ChildWorker | None:
+    """Its death is heard of by the first who wants something of it."""
+    try:
+        return await ChildWorker.start(spawner)
+    except WorkerDied:
+        return None
+
+
+async def test_who_does_not_wait_for_the_start(spawner: Spawner) -> None:
+    await (await ChildWorker.start(spawner)).end(10)
+    before = set(os.listdir('/proc/self/fd'))       # noqa: PTH208 - numbers
+    task = asyncio.create_task(ChildWorker.start(spawner))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await (await ChildWorker.start(spawner)).end(10)
+    assert set(os.listdir('/proc/self/fd')) == before       # noqa: PTH208
