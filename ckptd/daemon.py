@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ckptd.bus.announce import Announcer
 from ckptd.bus.client import Client
 from ckptd.bus.connection import Connection
 from ckptd.bus.gate import Gate
+from ckptd.bus.listeners import find_again, keep
 from ckptd.bus.manager import ManagerObject
 from ckptd.bus.names import BUS_NAME, NODES, ROOT
 from ckptd.bus.polkit import Polkit
@@ -108,6 +110,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until told to stop. CkptError when it cannot begin, Unavailable when the bus goes away."""
         async with self._stack:
+            _take_all_fds()
             await asyncio.to_thread(self._prepare)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(number, self._stop.set)
@@ -173,6 +176,7 @@ class Daemon:
         return systemd if await systemd.is_there() else None
 
     async def _serve(self, connection: Connection, queue: Queue) -> None:
+        await find_again(self._settings.runtime, connection, self._router)
         await connection.request_name(BUS_NAME)
         if not self._settings.bus:
             print(f'DBUS_ADDRESS={self._address}', flush=True)
@@ -210,6 +214,7 @@ class Daemon:
         await connection.release_name(BUS_NAME)
         await self._router.quiet()
         if queue.idle:
+            await keep(self._settings.runtime, connection, self._router)
             log.info('nobody wants anything: the bus starts ckptd again when somebody does')
             return True
         await connection.request_name(BUS_NAME)
@@ -231,6 +236,12 @@ class Daemon:
         self._stack.callback(os.close, pidfd)
         self._stack.callback(self._loop.remove_reader, pidfd)
         self._loop.add_reader(pidfd, self._stop.set)
+
+
+def _take_all_fds() -> None:
+    """As many as we may have: the soft limit is there for programs that use select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,6 +95,11 @@ class Peers:
                       status.cap_bnd, bool(status.no_new_privs), bool(status.seccomp), peer.label,
                       pidfd_start_time(peer.pidfd, peer.pid))
 
+    @property
+    def senders(self) -> list[str]:
+        """Those that are known, the oldest first."""
+        return list(self._known)
+
     def get(self, sender: str) -> Peer | None:
         """If it is known already."""
         return self._known.get(sender)

@@ -130,9 +130,18 @@ class Router:
         if again := self.peers.forget_views():
             self._spawn(self._look_again(again), name='who may see all')
 
+    async def remember(self, senders: Sequence[str]) -> None:
+        """Know these as if they had called."""
+        await asyncio.gather(*(self._remember(sender) for sender in senders))
+        self._spawn(self._look_again(senders), name='who may see all')
+
+    async def _remember(self, sender: str) -> None:
+        with contextlib.suppress(PermissionDenied):     # it has left
+            await self.peers.uid(sender)
+
     async def _look_again(self, senders: Sequence[str]) -> None:
         for sender in senders:
-            with contextlib.suppress(PermissionDenied):     # it has left
+            with contextlib.suppress(PermissionDenied):
                 await self.peers.viewer(sender, self._sees_all)
 
     def _lost(self) -> None:

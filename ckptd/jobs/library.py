@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptd.engine.messages import Caller
-from ckptd.errors import Busy
+from ckptd.errors import Busy, NoSuchImage
 from ckptd.jobs.orders import Orders
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
@@ -20,6 +20,7 @@ class Library:
     def __init__(self, spool: Spool, queue: Queue, orders: Orders) -> None:
         self.spool, self.queue = spool, queue
         self._orders = orders
+        self._going: set[str] = set()       # ids of images that are being removed
 
     async def verify(self, image: str, caller: Caller) -> list[str]:
         """Every damage of the image, one sentence each."""
@@ -75,9 +76,15 @@ class Library:
         info = self._open(image, caller, 'remove')
         if self.queue.works_on(image):
             raise Busy(f'a job reads image {image}', resource=image)
-        await asyncio.to_thread(self.spool.remove, info)
+        self._going.add(image)      # from here on no job may begin to read it
+        try:
+            await asyncio.to_thread(self.spool.remove, info)
+        finally:
+            self._going.discard(image)
 
     def _open(self, image: str, caller: Caller, verb: str) -> ImageInfo:
         info = self.spool.find(image)
+        if image in self._going:
+            raise NoSuchImage(f'image {image} is being removed', resource=image)
         info.check_owner(caller.uid, verb)
         return info

@@ -73,7 +73,7 @@ class Spool:
     @property
     def images(self) -> list[ImageInfo]:
         """Oldest first: an id begins with its date."""
-        return [self._images[key] for key in sorted(self._images)]
+        return list(self._images.values())
 
     def prepare(self) -> None:
         """Make the directory (0700) and see that it can be written. Disk."""
@@ -106,7 +106,7 @@ class Spool:
 
     def adopt(self, found: dict[str, ImageInfo]) -> tuple[list[ImageInfo], list[ImageInfo]]:
         """Take over what `look` saw: (images that are new, those that are gone)."""
-        before, self._images = self._images, found
+        before, self._images = self._images, dict(sorted(found.items()))
         self._usage = {}
         for info in found.values():
             for uid in (None, info.owner):

@@ -2,18 +2,22 @@
 """A daemon that the bus starts ends when nobody wants anything; never with a freeze, an inhibitor or a job."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from ckptd.bus.client import connect as bus_client
-from ckptd.bus.names import BUS_NAME
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match
+from ckptd.bus.names import BUS_NAME, MANAGER
+from ckptd.bus.names import ROOT as ROOT_PATH
 from ckptd.client import Ckptd, connect
-from ckptd.errors import Unavailable
+from ckptd.errors import CkptError, Unavailable
 from tests.daemon.conftest import places
 from tests.lib.bus import ROOT, PrivateBus, read_line, terminate
 
@@ -29,16 +33,8 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def on_session_bus(private_bus: PrivateBus, tmp_path: Path, config: Path) -> Iterator['subprocess.Popen[bytes]']:
-    """A daemon that takes the bus for the session's, ready."""
-    with subprocess.Popen([sys.executable, '-m', 'ckptd.daemon', '--user', *places(tmp_path), '--config', str(config),
-                           '--verbose'], stderr=subprocess.PIPE, cwd=ROOT,
-                          env={**os.environ, 'DBUS_SESSION_BUS_ADDRESS': private_bus.address}) as process:
-        assert process.stderr is not None
-        while 'ready' not in (line := read_line(process.stderr.fileno(), 20)):
-            assert line
+    with started(private_bus.address, tmp_path, config) as process:
         yield process
-        if process.poll() is None:
-            terminate(process)
 
 
 @pytest.fixture
@@ -59,6 +55,43 @@ async def ended(process: 'subprocess.Popen[bytes]', seconds: float = 20) -> int 
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
     return process.wait()
+
+
+@contextmanager
+def started(bus: str, tmp_path: Path, config: Path) -> Iterator['subprocess.Popen[bytes]']:
+    """A daemon that takes the bus for the session's, ready."""
+    with subprocess.Popen([sys.executable, '-m', 'ckptd.daemon', '--user', *places(tmp_path), '--config', str(config),
+                           '--verbose'], stderr=subprocess.PIPE, cwd=ROOT,
+                          env={**os.environ, 'DBUS_SESSION_BUS_ADDRESS': bus}) as process:
+        assert process.stderr is not None
+        while 'ready' not in (line := read_line(process.stderr.fileno(), 20)):
+            assert line
+        yield process
+        if process.poll() is None:
+            terminate(process)
+
+
+async def test_the_next_one_knows_who_listens(any_bus: str, tmp_path: Path, config: Path) -> None:
+    """Also of those who have left meanwhile, and of another bus nobody."""
+    heard: list[str] = []
+    async with await Connection.open(any_bus) as listener, await bus_client(any_bus) as other:
+        await listener.subscribe(Match(interface=MANAGER, member='JobNew'), lambda signal: heard.append(signal.member))
+        with started(any_bus, tmp_path, config) as daemon:
+            async with await bus_client(any_bus) as visitor:
+                await visitor.call(BUS_NAME, ROOT_PATH, MANAGER, 'ListJobs')
+            await listener.call(BUS_NAME, ROOT_PATH, MANAGER, 'ListJobs')
+            assert await ended(daemon) == 0
+        state = tmp_path / 'run/listeners'
+        assert listener.unique_name in state.read_text()
+        for bus, expected in (('', 1), ('of another bus', 1)):
+            if bus:
+                state.write_text(json.dumps({'bus': bus, 'senders': [listener.unique_name]}))
+            with started(any_bus, tmp_path, config) as daemon:
+                assert not state.exists()
+                with pytest.raises(CkptError):
+                    await other.call(BUS_NAME, ROOT_PATH, MANAGER, 'Freeze', 'sa{sv}', 'cgroup:/no/such', {})
+                await listener.call(DRIVER, DRIVER_PATH, DRIVER, 'GetId')       # after what was said to it before
+                assert len(heard) == expected
 
 
 async def test_it_ends(on_session_bus: 'subprocess.Popen[bytes]', private_bus: PrivateBus) -> None:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who listens, kept while no daemon runs: one that ends for want of work is started again, and what it then says goes
+to those who called the last one, too.
+
+    {runtime}/listeners     JSON: the bus, whose unique names these are, and the names
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection
+from ckptd.bus.router import Router
+
+log = logging.getLogger(__name__)
+
+FILE = 'listeners'
+
+
+async def keep(runtime: Path, connection: Connection, router: Router) -> None:
+    """Leave word of all who have called."""
+    text = json.dumps({'bus': await _identity(connection), 'senders': router.peers.senders})
+    try:
+        (runtime / FILE).write_text(text)
+    except OSError as error:
+        log.warning('who listens is forgotten: %s', error)
+
+
+async def find_again(runtime: Path, connection: Connection, router: Router) -> None:
+    """Know those again who are still there. A bus gives no unique name twice."""
+    path = runtime / FILE
+    try:
+        left = json.loads(path.read_text())
+        path.unlink()
+        if left['bus'] == await _identity(connection):
+            await router.remember([str(sender) for sender in left['senders']])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning('who listens is not known: %s: %s', path, error)
+
+
+async def _identity(connection: Connection) -> str:
+    [identity] = await connection.call(DRIVER, DRIVER_PATH, DRIVER, 'GetId')
+    return str(identity)
