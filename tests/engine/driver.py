@@ -107,8 +107,7 @@ class DirectWorker:
             try:
                 self._socket.close()
                 os.setsid()
-                sys.argv = ['worker', str(theirs.detach())]
-                status = worker_module.main()
+                status = worker_module.main(theirs.detach())
             finally:
                 os._exit(status)
         return pid

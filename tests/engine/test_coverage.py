@@ -127,12 +127,11 @@ class NotingWorker(DirectWorker):
             try:
                 self._socket.close()
                 os.setsid()
-                sys.argv = ['worker', str(theirs.detach())]
                 seen: set[tuple[str, str]] = set()
                 for cls in classes():
                     for field in cls._codec.fields:
                         setattr(cls, field.name, Noted(vars(cls)[field.name], f'{cls.__name__}.{field.name}', seen))
-                worker_module.main()
+                worker_module.main(theirs.detach())
                 self._notes.write_text(json.dumps(sorted(seen)))
             finally:
                 os._exit(0)

@@ -31,7 +31,7 @@ INCLUDES = (
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/magic.h', 'linux/netlink.h', 'linux/pidfd.h', 'linux/prctl.h',
     'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h', 'linux/signal.h',
-    'linux/signalfd.h', 'linux/sock_diag.h', 'linux/uio.h', 'linux/unix_diag.h', 'linux/wait.h',
+    'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h', 'linux/unix_diag.h', 'linux/wait.h',
 )
 
 ENUMERATORS = {
@@ -56,6 +56,7 @@ EXPRESSIONS = {
 
 # what the kernel shows to nobody but the kernel, or what is ours; by module, with the place that has it
 OWN = {
+    'closing': {'MOST'},
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
     'stat': {'PF_EXITING', 'PF_FORKNOEXEC', 'PF_SUPERPRIV', 'PF_SIGNALED', 'PF_KTHREAD'},   # include/linux/sched.h
     'ptrace': {'XSTATE_MAX'},
@@ -104,6 +105,7 @@ STRUCTS = {
                                                          'pad2': '__pad2'}),
     'shm.shmid_ds': CStruct('struct shmid64_ds', fields={'unused4': '__unused4', 'unused5': '__unused5'}),
     'statfs.statfs_buf': CStruct('struct statfs', fields={'rest': ''}),
+    'statx.statx_buf': CStruct('struct statx', fields={'rest': ''}),
 }
 
 
