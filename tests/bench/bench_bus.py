@@ -22,6 +22,7 @@ CALLS: dict[str, tuple[str, str, str, tuple[Any, ...]]] = {
     'Ping': (PEER, 'Ping', '', ()),
     'GetAll': (PROPERTIES, 'GetAll', 's', (MANAGER,)),
     'ListImages': (MANAGER, 'ListImages', '', ()),
+    'Scan': (MANAGER, 'Scan', 'sa{sv}', ('self', {})),      # each by a worker of its own
 }
 HEAD = f'{"call":<12} {"clients":>7} {"calls/s":>9} {"median ms":>10} {"p99 ms":>9}'
 
