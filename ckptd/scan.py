@@ -107,7 +107,8 @@ def _unit(unit: str) -> Target:
         raise NoSuchTarget(f'no unit {unit} of the manager of uid {uid} has a cgroup',
                            hint=f'is it running? systemctl --user status {unit}; other units: cgroup:/PATH')
     if not found:
-        raise NoSuchTarget(f'no unit {unit} has a cgroup', hint='is it running? systemctl status ' + unit)
+        raise NoSuchTarget(f'no unit {unit} has a cgroup',
+                           hint=f'is it running, and is that its own name, no alias? systemctl status {unit}')
     names = [f'/{path.relative_to(mount.path)}' for path in found]
     if len(found) > 1:
         raise InvalidArgument(f'{unit} has {len(found)} cgroups: {", ".join(names)}', hint='name one: cgroup:/PATH')

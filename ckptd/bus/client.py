@@ -41,7 +41,6 @@ _OTHERS: Final[Mapping[str, type[CkptError]]] = {
     f'{ERROR}NoReply': Unavailable,             # it died while it worked on the call
     f'{ERROR}Timeout': Unavailable,
     f'{ERROR}Disconnected': Unavailable,
-    f'{ERROR}Spawn.ChildExited': Unavailable,
     f'{ERROR}AccessDenied': PermissionDenied,
     f'{ERROR}InteractiveAuthorizationRequired': PermissionDenied,
     f'{ERROR}InvalidArgs': InvalidArgument,
@@ -226,9 +225,18 @@ def as_ckpt_error(error: DBusError, path: str = '') -> CkptError:
         if path.startswith(_JOBS):
             return NoSuchJob(f'no job {path.removeprefix(_JOBS)}: it ended some time ago')
         return NoSuchImage(error.message)
-    kind = _OTHERS.get(error.name, CkptError)
+    kind = Unavailable if error.name.startswith(f'{ERROR}Spawn.') else _OTHERS.get(error.name, CkptError)
     text = error.message if kind is not CkptError else f'{error.name}: {error.message}'
-    return kind(text, hint=None if BUS_NAME in text or kind is not Unavailable else '')
+    return kind(text, hint=_hint(error, kind))
+
+
+def _hint(error: DBusError, kind: type[CkptError]) -> str | None:
+    """None: the one of its kind."""
+    if error.name == f'{ERROR}InteractiveAuthorizationRequired':
+        return 'call from a terminal or a desktop session, where polkit can ask, or as root'
+    if error.name.startswith(f'{ERROR}Spawn.') or 'activate' in error.message:
+        return 'it does not start: "journalctl -u ckptd" says why'
+    return None if kind is not Unavailable or BUS_NAME in error.message else ''
 
 
 def _index_fds(signature: str, args: Sequence[Any]) -> tuple[list[Any], list[int]]:

@@ -77,10 +77,10 @@ class Gate:
             audit_call('allowed', call, caller, what, action if answer == Answer.YES else 'owner')
             return caller if own else _as_root(caller)
         audit_call('refused', call, caller, what, action)
-        if answer == Answer.ASK:
-            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired',
-                            f'{what} takes an authorization ({action}) that a person must give')
         refusal = '' if own else refusal or f'which belongs to uid {owner}'
+        if answer == Answer.ASK:
+            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired', f'{what}' + (refusal and f', {refusal},')
+                            + f' takes an authorization ({action}) that a person must give')
         words = f'uid {caller.uid} may not {verb} {what}' + (refusal and f', {refusal}')
         raise PermissionDenied(f'{words} ({action}: {WORDS[answer]})', task=task, resource=action, hint=hint)
 
