@@ -19,19 +19,20 @@ T = TypeVar('T')
 
 
 class FreezeOptions(TypedDict, total=False):
-    """freeze: what stops the tree. timeout: microseconds until it has to stand still."""
+    """freeze: what stops the tree. timeout: microseconds until it has to stand still. detach: go on when this client
+    leaves the bus before it is over."""
     freeze: FreezeMode
     timeout: int
+    detach: bool
 
 
 class CheckpointOptions(FreezeOptions, total=False):
     """after: what becomes of the tree. save_files: keep what is open for writing, save_limit bytes in all.
-    handle_token: names the job's object. detach: the job goes on when this client leaves the bus."""
+    handle_token: names the job's object."""
     after: After
     save_files: bool
     save_limit: int
     handle_token: str
-    detach: bool
 
 
 class CheckRestoreOptions(TypedDict, total=False):
