@@ -206,6 +206,7 @@ class Queue:
             self._settle(entry, entry.excess or reason(entry, error, died))
             return
         if run.job.request.operation in ('checkpoint', 'import'):
+            self._quota.end(run.job)        # from here on its image counts
             await self._listener.images_changed()
         if run.frozen is not None:
             self._held.begin(entry)

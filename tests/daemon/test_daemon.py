@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The daemon as a program: how it starts, what it says when it cannot, and how it ends."""
 
+import json
 import os
 import select
 import signal
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from ckptd import __version__
+from ckptd.bus.names import BUS_NAME
 from tests.daemon.conftest import COMMAND, places
 from tests.lib.bus import ROOT, Daemon, PrivateBus, family, read_line, terminate
+from tests.programs.conftest import await_that
 
 
 def run(*arguments: str, **environment: str) -> 'subprocess.CompletedProcess[str]':
@@ -130,6 +133,30 @@ def test_sigterm_thaws_what_is_held(start_daemon: Callable[..., Daemon]) -> None
     finally:
         sleeper.kill()
         sleeper.wait()
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+@pytest.mark.parametrize('mode', ['auto', 'ptrace'])
+def test_a_freeze_ends_with_its_process(start_daemon: Callable[..., Daemon], mode: str) -> None:
+    """Killed while it stands still; a child of it runs on."""
+    daemon = start_daemon()
+    with subprocess.Popen(['sh', '-c', 'sleep 1000 & wait'], start_new_session=True) as shell:
+        await_that('a child', lambda: family(shell.pid))
+        [child] = family(shell.pid)
+        assert daemon.call('Freeze', 'sa{sv}', f'pid:{shell.pid}', '1', 'freeze', 's', mode) == [2]
+        shell.kill()
+        await_that('nothing is held', lambda: property_of(daemon, 'FrozenTargets') == [])
+        assert not frozen(child)
+        assert 'TracerPid:\t0' in Path(f'/proc/{child}/status').read_text()
+        os.kill(child, signal.SIGKILL)
+    assert daemon.stop() == 0
+    assert 'Traceback' not in daemon.log
+
+
+def property_of(daemon: Daemon, name: str) -> object:
+    done = daemon.busctl('--json=short', 'get-property', BUS_NAME, '/org/ckptd1', 'org.ckptd1.Manager', name)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)['data']
 
 
 @pytest.mark.needs('cgroup2')
