@@ -17,7 +17,7 @@ from typing import Any, Final
 from ckptd.bus import wire
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match, Subscription
 from ckptd.bus.export import Audience, Viewer
-from ckptd.bus.message import DBusError
+from ckptd.bus.message import DBusError, ProtocolError
 from ckptd.bus.wire import Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
@@ -187,8 +187,8 @@ class Peers:
             Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=peer.sender), left)
         try:
             await self._fill(peer)
-        except DBusError as error:
-            raise PermissionDenied(f'the bus does not know the caller {peer.sender}: {error.message}') from error
+        except (DBusError, ProtocolError) as error:
+            raise PermissionDenied(f'the bus does not know the caller {peer.sender}: {error}') from error
         if gone.is_set():
             raise PermissionDenied(f'the caller {peer.sender} has left the bus')
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from ckptd.bus.message import Fds
+from ckptd.bus.message import Fds, MessageType
 from ckptd.bus.wire import FIXED, Received, lengths, parse_header
 from ckptd.kernel.closing import MOST as MOST_CLOSING
 from ckptd.kernel.closing import closing
@@ -72,9 +72,8 @@ class MessageReader:
             if self._budget <= 0:
                 return False
             rest = memoryview(self._part)[self._have:]
-            # without room for them the kernel drops the fds: too many already wait for somebody's file system
-            room = _CONTROL if closing() < MOST_CLOSING else 0
             try:
+                room = _CONTROL if closing() < MOST_CLOSING or self._is_reply() else 0
                 count, control, _, _ = self._sock.recvmsg_into([rest], room, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return False
@@ -84,6 +83,12 @@ class MessageReader:
             self._have += count
             self._budget -= count
         return True
+
+    def _is_reply(self) -> bool:
+        """Of what begins now. Where there is no room for fds the kernel drops them, and so it is to do while too many
+        wait for somebody's file system; but not with those that we have asked for, the bus's or systemd's own."""
+        begins = not self._fixed and not self._have
+        return begins and self._sock.recv(2, socket.MSG_PEEK)[1:] == bytes([MessageType.RETURN])
 
     def _keep_fds(self, control: Sequence[tuple[int, int, bytes]]) -> None:
         for level, kind, data in control:

@@ -12,7 +12,19 @@ from ckptd.bus import stream
 from ckptd.bus.message import ProtocolError
 from ckptd.bus.stream import MessageReader, MessageWriter
 from ckptd.bus.wire import Received
-from tests.bus.raw import CALL, MEMBER, PATH, SIGNATURE, UNIX_FDS, message, null_fd, open_fds
+from tests.bus.raw import (
+    CALL,
+    MEMBER,
+    PATH,
+    REPLY_SERIAL,
+    RETURN,
+    SIGNAL,
+    SIGNATURE,
+    UNIX_FDS,
+    message,
+    null_fd,
+    open_fds,
+)
 
 Pair = tuple[socket.socket, socket.socket]
 FIELDS = [(PATH, 'o', '/a'), (MEMBER, 's', 'B')]
@@ -78,6 +90,21 @@ def test_fds_stay_with_their_message(pair: Pair, together: bool) -> None:
     got += list(reader.messages())
     assert [one.fds.count for one in got] == plans
     assert all(not os.get_inheritable(one.fds[index]) for one in got for index in range(one.fds.count))
+    for one in got:
+        one.fds.close()
+    assert open_fds() == before
+
+
+def test_no_more_fds_while_too_many_wait_to_be_closed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those that come with a reply: who calls is known by them."""
+    monkeypatch.setattr(stream, 'closing', lambda: stream.MOST_CLOSING)
+    before, reader = open_fds(), reader_of(pair[0])
+    with null_fd() as fd:
+        for serial, kind in enumerate((CALL, RETURN, SIGNAL, RETURN), 1):
+            fields = [*FIELDS, (UNIX_FDS, 'u', 2), *([(REPLY_SERIAL, 'u', 7)] if kind == RETURN else [])]
+            socket.send_fds(pair[1], [message(kind, serial, fields)], [fd, fd])
+    got = list(reader.messages())
+    assert [(one.serial, one.fds.count) for one in got] == [(1, 0), (2, 2), (3, 0), (4, 2)]
     for one in got:
         one.fds.close()
     assert open_fds() == before
