@@ -42,7 +42,7 @@ class Announcer:
         made = self._jobs[job.number] = JobObject(job, self._queue, self._gate)
         self._router.export(path_of(job), made)
         self._manager.JobNew.to(Audience(job.request.asked_by), job.number, path_of(job))
-        self._manager.changed('Jobs')
+        self._manager.changed('Jobs', to=Audience(job.request.asked_by))
 
     def job_changed(self, job: Job) -> None:
         if job.number in self._jobs:
@@ -53,7 +53,7 @@ class Announcer:
 
     def job_removed(self, job: Job) -> None:
         self._manager.JobRemoved.to(Audience(job.request.asked_by), job.number, path_of(job), job.state.value)
-        self._manager.changed('Jobs')
+        self._manager.changed('Jobs', to=Audience(job.request.asked_by))
 
     def job_forgotten(self, job: Job) -> None:
         del self._jobs[job.number]
@@ -69,8 +69,8 @@ class Announcer:
             image = self._spool.find(job.request.image)
             self._manager.Restored.to(Audience(image.owner), image.id, tasks)
 
-    def frozen_changed(self) -> None:
-        self._manager.changed('FrozenTargets')
+    def frozen_changed(self, uid: int) -> None:
+        self._manager.changed('FrozenTargets', to=Audience(uid))
 
     async def images_changed(self) -> None:
         """Look into the spool and tell what is new and what is gone."""
@@ -83,8 +83,8 @@ class Announcer:
         for info in gone:
             self._router.unexport(image_path(info.id))
             self._manager.ImageRemoved.to(Audience(info.owner), info.id, image_path(info.id))
-        if added or gone:
-            self._manager.changed('Images')
+        for uid in {info.owner for info in (*added, *gone)}:
+            self._manager.changed('Images', to=Audience(uid))
 
     def _add(self, info: ImageInfo) -> None:
         self._router.export(image_path(info.id), ImageObject(info, self._library, self._gate))

@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Self
@@ -86,6 +87,7 @@ class Connection:
         self._writer = MessageWriter(sock, self._lost)
         self._pending: dict[int, tuple[str, asyncio.Future[Received]]] = {}
         self._subscriptions: list[Subscription] = []
+        self._by_sender: defaultdict[str, list[Subscription]] = defaultdict(list)
         self._serial = 0
         self.connected = True
         self.error: Exception | None = None
@@ -198,6 +200,7 @@ class Connection:
         """From now on callback(message) for these signals; their fds are closed when it returns."""
         subscription = Subscription(self, match, callback)
         self._subscriptions.append(subscription)
+        self._by_sender[match.sender].append(subscription)
         try:
             await self.call(DRIVER, DRIVER_PATH, DRIVER, 'AddMatch', 's', [match.rule()])
         except BaseException:
@@ -210,6 +213,9 @@ class Connection:
         if subscription not in self._subscriptions:
             return False
         self._subscriptions.remove(subscription)
+        self._by_sender[subscription.match.sender].remove(subscription)
+        if not self._by_sender[subscription.match.sender]:
+            del self._by_sender[subscription.match.sender]
         return True
 
     async def request_name(self, name: str) -> None:
@@ -264,7 +270,9 @@ class Connection:
             message.fds.close()
 
     def _deliver(self, message: Received) -> None:
-        for subscription in [one for one in self._subscriptions if one.match.fits(message)]:
+        # by sender: anybody may send signals to us, and is not to be compared with hundreds of others
+        some = (*self._by_sender.get(message.sender, ()), *self._by_sender.get('', ()))
+        for subscription in [one for one in some if one.match.fits(message)]:
             subscription.callback(message)
 
     def _lost(self, error: Exception | None) -> None:

@@ -89,7 +89,8 @@ class Emitter(Protocol):
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
              types: Mapping[str, str], audience: Audience | None) -> None: ...
 
-    def properties_changed(self, path: str, exported: 'Exported', names: Sequence[str]) -> None: ...
+    def properties_changed(self, path: str, exported: 'Exported', names: Sequence[str],
+                           audience: Audience | None) -> None: ...
 
 
 class BoundSignal:
@@ -166,10 +167,11 @@ class Exported:
             {row.name: row for row in rows if isinstance(row, Property)},
             {row.name: row for row in rows if isinstance(row, Signal)})
 
-    def changed(self, *names: str) -> None:
-        """Say that these properties have new values: PropertiesChanged, a few a second, the last always."""
+    def changed(self, *names: str, to: Audience | None = None) -> None:
+        """Say that these properties have new values: PropertiesChanged, a few a second, the last always. to: those for
+        whom that is so, where it is not so for all who may see the object."""
         if self.emitter is not None:
-            self.emitter.properties_changed(self.path, self, names)
+            self.emitter.properties_changed(self.path, self, names, to or self.audience)
 
 
 def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, name: str = '',

@@ -27,6 +27,8 @@ from ckptd.kernel.status import Status, read_status
 log = logging.getLogger(__name__)
 
 MAX_PEERS: Final = 400      # remembered; each costs a match rule, of which a bus allows some 512, and a pidfd
+MAX_OF_USER: Final = 100    # of these, but for root: a signal goes to each that may hear it, and takes some 50 us
+ATTEMPTS: Final = 3         # to hear what a sender may see, while that changes
 VIEW_LIFE: Final = 30.0     # seconds for which what a sender may see holds, unless polkit says that something changed
 NOBODY: Final = 65534       # /proc/sys/kernel/overflowgid
 
@@ -38,7 +40,7 @@ SeesAll = Callable[[str], Awaitable[bool]]      # whether a sender may see what 
 class Peer:
     """A connection on the bus. pidfd: of its process, -1 where that is gone or cannot be told. label: of the security
     module that the kernel has, '' without one. sees_all: also what is others', as was last heard; to be asked again
-    after view_ends of the loop's clock."""
+    after view_ends of the loop's clock. viewed: that was asked once."""
     sender: str
     uid: int = -1
     label: str = ''
@@ -48,6 +50,7 @@ class Peer:
     watch: Subscription | None = None
     sees_all: bool = False
     view_ends: float = 0.0
+    viewed: bool = False
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)
     on_gone: list[Callable[[], None]] = field(default_factory=list)
 
@@ -115,16 +118,19 @@ class Peers:
             return Viewer(0, True)
         now = asyncio.get_running_loop().time
         async with peer.looking:        # many calls at once ask one question
-            if peer.view_ends <= now():
-                asked = self._views
-                peer.sees_all = await ask(sender)
-                peer.view_ends = now() + VIEW_LIFE if asked == self._views else 0.0
+            for _ in range(ATTEMPTS):
+                if peer.view_ends > now():
+                    break
+                peer.viewed, asked = True, self._views
+                answer = await ask(sender)
+                if asked == self._views:        # else it is that of yesterday
+                    peer.sees_all, peer.view_ends = answer, now() + VIEW_LIFE
             return Viewer(peer.uid, peer.sees_all)
 
     def forget_views(self) -> list[str]:
         """What senders may see has changed, perhaps: those who were asked about, and are to be again."""
         self._views += 1
-        again = [peer.sender for peer in self._known.values() if peer.view_ends]
+        again = [peer.sender for peer in self._known.values() if peer.viewed]
         for peer in self._known.values():
             peer.sees_all, peer.view_ends = False, 0.0
         return again
@@ -170,7 +176,7 @@ class Peers:
         finally:
             del self._asked[sender]
             asked.set()
-        self._make_room()
+        self._make_room(peer.uid)
         self._known[sender] = peer
         return peer
 
@@ -228,14 +234,14 @@ class Peers:
                 # a mistake of ours: what others wait for still happens
                 log.exception('%s has left, and not everything that follows was done', peer.sender)
 
-    def _make_room(self) -> None:
+    def _make_room(self, newcomer: int) -> None:
         """Keep the table small: whoever has the most connections loses the oldest, and hears of nothing any more until
         it calls again. One that somebody waits for is kept in any case."""
-        if len(self._known) >= MAX_PEERS:
-            idle = [peer for peer in self._known.values() if not peer.on_gone]
-            if idle:
-                [(uid, _)] = Counter(peer.uid for peer in idle).most_common(1)
-                peer = next(peer for peer in idle if peer.uid == uid)
+        counts = Counter(peer.uid for peer in self._known.values())
+        if (newcomer and counts[newcomer] >= MAX_OF_USER) or len(self._known) >= MAX_PEERS:
+            uid = newcomer if newcomer and counts[newcomer] >= MAX_OF_USER else counts.most_common(1)[0][0]
+            peer = next((peer for peer in self._known.values() if peer.uid == uid and not peer.on_gone), None)
+            if peer is not None:
                 log.warning('uid %d has many connections: %s is told of nothing until it calls again', uid, peer.sender)
                 del self._known[peer.sender]
                 peer.close()

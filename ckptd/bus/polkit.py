@@ -62,15 +62,16 @@ class Polkit:
         try:
             if not await self._is_there():
                 return Answer.ABSENT
+        except DBusError as error:
+            return Answer.ABSENT if error.name in _ABSENT else _silent(action, error)
+        try:
             return await self._check(sender, action, details, interactive, PATIENCE if interactive else patience)
         except DBusError as error:
-            if error.name in _ABSENT:
-                return Answer.ABSENT
             if 'is not registered' in error.message:
                 log.warning('polkit does not know %s: install org.ckptd1.policy', action)
                 return Answer.ABSENT
-            log.error('polkit does not answer about %s: %s', action, error.message)
-            return Answer.NO
+            # also where it has left meanwhile: that it restarts does not mean that it is not there
+            return _silent(action, error)
 
     async def _is_there(self) -> bool:
         """Whether an owner that may be believed has the name; started by the bus if it can be."""
@@ -91,8 +92,9 @@ class Polkit:
         watch = await self._connection.subscribe(Match(owner, AUTHORITY, 'Changed', PATH), lambda _: self.on_changed())
         if self._watch is not None:
             self._watch.cancel()
-        self._trusted, self._watch = owner, watch
-        self.on_changed()       # another one may answer otherwise
+        another, self._trusted, self._watch = self._trusted is not None, owner, watch
+        if another:
+            self.on_changed()       # it may answer otherwise
 
     async def _driver(self, member: str, signature: str, *args: Any) -> list[Any]:
         return await self._connection.call(DRIVER, DRIVER_PATH, DRIVER, member, signature, args)
@@ -115,6 +117,11 @@ class Polkit:
         if 'polkit.dismissed' in said:
             return Answer.DISMISSED
         return Answer.ASK if challenge else Answer.NO
+
+
+def _silent(action: str, error: DBusError) -> Answer:
+    log.error('polkit does not answer about %s: %s', action, error.message)
+    return Answer.NO
 
 
 def _believed() -> set[int]:

@@ -173,8 +173,9 @@ class Router:
         for listener in [''] if audience is None else self.peers.listeners(audience):
             self.connection.send(wire.make_signal(path, interface, name, signature, body, listener))
 
-    def properties_changed(self, path: str, exported: Exported, names: Sequence[str]) -> None:
-        self._changes.add(path, exported, names)
+    def properties_changed(self, path: str, exported: Exported, names: Sequence[str],
+                           audience: Audience | None) -> None:
+        self._changes.add(path, exported, names, audience)
 
     def route(self, message: Received) -> None:
         """A method call came in: serve it in a task, at whose end its fds are closed."""
@@ -248,6 +249,7 @@ class Router:
         """Who has the path of an object, or calls it, hears from now on what it says of itself."""
         audience = self.registry.audience(path)
         if audience is not None and audience.followers is not None:
+            audience.followers.intersection_update(self.peers.senders)      # others have left meanwhile
             audience.followers.add(sender)
 
     @contextlib.asynccontextmanager

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptd.bus.connection import PROPERTIES
 from ckptd.bus.export import Audience, Exported, Property, Viewer, method, signal
@@ -122,45 +122,57 @@ def _all_of(audience: Audience | None) -> Audience | None:
     return None if audience is None else replace(audience, followers=None)
 
 
+class _Teller(NamedTuple):
+    """Who tells it to whom. uid: of the audience, -1 for everybody; two of one object differ by that."""
+    exported: Exported
+    uid: int
+
+
 class Changes:
     """PropertiesChanged, throttled: the first at once, further ones gathered, the last always sent."""
 
     def __init__(self, emit: Callable[..., None]) -> None:
         self._emit = emit
-        self._waiting: dict[Exported, dict[str, None]] = {}     # names in the order they changed
-        self._timers: dict[Exported, asyncio.TimerHandle] = {}
+        self._waiting: dict[_Teller, dict[str, None]] = {}     # names in the order they changed
+        self._audiences: dict[_Teller, Audience | None] = {}
+        self._timers: dict[_Teller, asyncio.TimerHandle] = {}
 
-    def add(self, path: str, exported: Exported, names: Sequence[str]) -> None:
+    def add(self, path: str, exported: Exported, names: Sequence[str], audience: Audience | None) -> None:
         """These properties have new values."""
-        self._waiting.setdefault(exported, {}).update(dict.fromkeys(names))
-        if exported not in self._timers:
+        teller = _Teller(exported, -1 if audience is None else audience.uid)
+        self._waiting.setdefault(teller, {}).update(dict.fromkeys(names))
+        if teller not in self._timers:
+            self._audiences[teller] = audience
             # not now: what changes together is told together
-            self._timers[exported] = asyncio.get_running_loop().call_later(0, self._due, exported)
+            self._timers[teller] = asyncio.get_running_loop().call_later(0, self._due, teller)
 
     def flush(self, path: str) -> None:
         """Send what waits for this object now: it goes away."""
-        for exported in [one for one in self._timers if one.path == path]:
-            self._timers.pop(exported).cancel()
-            self._send(exported)
+        for teller in [one for one in self._timers if one.exported.path == path]:
+            self._timers.pop(teller).cancel()
+            self._send(teller)
+            del self._audiences[teller]
 
     def close(self) -> None:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
 
-    def _due(self, exported: Exported) -> None:
-        del self._timers[exported]
-        if self._send(exported):
-            self._timers[exported] = asyncio.get_running_loop().call_later(CHANGE_INTERVAL, self._due, exported)
+    def _due(self, teller: _Teller) -> None:
+        del self._timers[teller]
+        if self._send(teller):
+            self._timers[teller] = asyncio.get_running_loop().call_later(CHANGE_INTERVAL, self._due, teller)
+        else:
+            del self._audiences[teller]
 
-    def _send(self, exported: Exported) -> bool:
-        names = self._waiting.pop(exported, {})
+    def _send(self, teller: _Teller) -> bool:
+        exported, names = teller.exported, self._waiting.pop(teller, {})
         rows = [exported.table.properties[name] for name in names]
         values = _readable(exported, [row for row in rows if row.emits == 'true'], NOBODY)
         gone = [row.name for row in rows if row.emits != 'const' and row.name not in values]
         if values or gone:
             self._emit(exported.path, PROPERTIES, 'PropertiesChanged', 'sa{sv}as', (exported.interface, values, gone),
-                       audience=exported.audience)
+                       audience=self._audiences[teller])
         return bool(names)
 
 

@@ -15,14 +15,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from ckptd.bus.message import Fds, MessageType
-from ckptd.bus.wire import FIXED, Received, lengths, parse_header
+from ckptd.bus.header import FIXED, lengths, parse_header
+from ckptd.bus.message import Fds, MessageType, ProtocolError
+from ckptd.bus.wire import Received
 from ckptd.kernel.closing import MOST as MOST_CLOSING
 from ckptd.kernel.closing import closing
 
 log = logging.getLogger(__name__)
 
-MAX_FIELDS: Final = 64 << 10        # bytes of a field array; ours have some 200
+MAX_FIELDS: Final = 8 << 10         # bytes of a field array; ours have some 200
 MESSAGES_PER_WAKE: Final = 32
 BYTES_PER_WAKE: Final = 1 << 20
 SCM_MAX_FD: Final = 253             # <net/scm.h>: the kernel takes no more in one message
@@ -121,7 +122,12 @@ class MessageReader:
             self._expect(bytearray(fields))
 
     def _begin_body(self) -> Received | None:
-        self._message = message = parse_header(self._fixed, bytes(self._part))
+        try:
+            self._message = message = parse_header(self._fixed, bytes(self._part))
+        except ProtocolError as error:
+            log.warning('a message is not read: %s', error)
+            self._skip = lengths(self._fixed)[1]
+            return self._skip_on()
         if not message.length:
             return self._finish()
         if message.length <= self._limit(message):

@@ -40,20 +40,13 @@ from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, Fd, Fds, Mes
 __all__ = ['AuthError', 'Message', 'SignatureType', 'Variant', 'is_object_path_valid']
 
 MAX_BODY: Final = 256 << 10         # of a method call or signal; decoding is pure Python, some 2 MB/s
+MAX_VALUES: Final = 2000            # in a method call: decoding takes some 2 us for each
+MAX_VARIANT: Final = 16             # characters of the signature of a variant in a method call: no option has more
 MAX_SIGNATURES: Final = 1024
-FIXED: Final = 16                   # bytes of a message that are always there, up to the length of the field array
 LINE_LIMIT: Final = 4096
 
 # arrays of these are decoded in one go; D-Bus type -> struct code
 _NUMBERS = {'n': 'h', 'q': 'H', 'i': 'i', 'u': 'I', 'x': 'q', 't': 'Q', 'd': 'd'}
-_FIXED = {ord('l'): struct.Struct('<BBBBIII'), ord('B'): struct.Struct('>BBBBIII')}
-
-
-# number of a header field -> attribute of Received, type; the rest of the numbers are skipped
-# (D-Bus specification, "Header Fields": unknown fields must be ignored)
-_FIELDS = {1: ('path', 'o'), 2: ('interface', 's'), 3: ('member', 's'), 4: ('error_name', 's'),
-           5: ('reply_serial', 'u'), 6: ('destination', 's'), 7: ('sender', 's'), 8: ('signature', 'g'),
-           9: ('fd_count', 'u')}
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +86,8 @@ class Received:
         if self._decoded is not None:
             return self._decoded
         try:
-            self._decoded = _Body(self.raw, self.endian, self.fds).arguments(self.signature)
+            kind = _Arguments if self.type == MessageType.CALL else _Body
+            self._decoded = kind(self.raw, self.endian, self.fds).arguments(self.signature)
             return self._decoded
         except (EOFError, ValueError, TypeError, struct.error, RecursionError, IndexError) as error:
             raise ProtocolError(f'malformed body: {error}') from error
@@ -129,42 +123,25 @@ class _Body(Unmarshaller):
         return [self.read_argument(kind) for kind in parse_signature(signature)]
 
 
-class _Fields(_Body):
-    """The same for header fields, where the type of a variant matters: (signature, value)."""
+class _Arguments(_Body):
+    """Of a method call, which anybody may have made up: no more than can be decoded while all others wait."""
 
-    def read_variant(self, _: object = None) -> tuple[str, Any]:
+    def __init__(self, data: bytes | bytearray, endian: int, fds: Fds | None = None) -> None:
+        super().__init__(data, endian, fds)
+        self._left = MAX_VALUES
+
+    def read_argument(self, kind: SignatureType) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f'more than {MAX_VALUES} values')
+        return super().read_argument(kind)
+
+    def read_variant(self, _: object = None) -> Any:
         signature = self.read_signature()
+        if len(signature) > MAX_VARIANT:        # to parse one takes up to half a millisecond
+            raise ValueError(f'a variant of {len(signature)} types')
         [kind] = parse_signature(signature)
-        return signature, self.read_argument(kind)
-
-
-def parse_header(fixed: bytes, rest: bytes) -> Received:
-    """A message without its body, from its first 16 bytes and its field array (padded or not)."""
-    layout = _FIXED.get(fixed[0])
-    if layout is None or fixed[3] != 1:
-        raise ProtocolError(f'not a D-Bus message: {fixed!r}')
-    endian, kind, flags, _, length, serial, _ = layout.unpack(fixed)
-    message = Received(kind, flags, serial, endian, length)
-    decoder = _Fields(fixed + rest, endian)
-    decoder.offset = FIXED - 4
-    try:
-        [fields] = decoder.arguments('a(yv)')
-    except (EOFError, ValueError, TypeError, struct.error, RecursionError, IndexError) as error:
-        raise ProtocolError(f'malformed header: {error}') from error
-    for number, (signature, value) in fields:
-        name, wanted = _FIELDS.get(number, ('', ''))
-        if name and signature == wanted:
-            setattr(message, name, value)
-    return message
-
-
-def lengths(fixed: bytes) -> tuple[int, int]:
-    """(bytes of the field array with its padding, bytes of the body)"""
-    layout = _FIXED.get(fixed[0])
-    if layout is None:
-        raise ProtocolError(f'not a D-Bus message: {fixed!r}')
-    values = layout.unpack(fixed)
-    return (values[6] + 7) & ~7, values[4]
+        return self.read_argument(kind)
 
 
 @functools.lru_cache(MAX_SIGNATURES)

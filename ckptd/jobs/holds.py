@@ -18,10 +18,10 @@ Bury = Callable[[Run, int, bool], Awaitable[str]]
 
 
 class Holds:
-    """By target, as parse_target spells it. bury(run, proper status, failed): the end of a worker. changed: there is
-    one more, or one less."""
+    """By target, as parse_target spells it. bury(run, proper status, failed): the end of a worker. changed(uid): who
+    asked for it has one more, or one less."""
 
-    def __init__(self, bury: Bury, changed: Callable[[], None]) -> None:
+    def __init__(self, bury: Bury, changed: Callable[[int], None]) -> None:
         self._bury, self._changed = bury, changed
         self._held: dict[str, Entry] = {}
 
@@ -41,7 +41,7 @@ class Holds:
         request = entry.job.request
         entry.let_go = asyncio.get_running_loop().create_future()
         self._held[request.target] = entry
-        self._changed()
+        self._changed(request.asked_by)
 
     async def keep(self, entry: Entry, run: Run) -> None:
         """Until it is let go of."""
@@ -57,7 +57,7 @@ class Holds:
         if died:
             failure = reason(entry, WorkerDied(''), died)
         del self._held[request.target]
-        self._changed()
+        self._changed(request.asked_by)
         assert entry.let_go is not None
         if failure is None:
             entry.let_go.set_result(None)

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from ckptd.bus import wire
+from ckptd.bus import header, wire
 from ckptd.bus.wire import Received
 from tests.lib.settled import join_closers
 
@@ -81,8 +81,8 @@ class Raw:
     async def receive(self) -> Received:
         """The next message, whatever it is. EOFError when the bus hangs up."""
         fixed = await self._exactly(16)
-        fields, length = wire.lengths(fixed)
-        received = wire.parse_header(fixed, await self._exactly(fields))
+        fields, length = header.lengths(fixed)
+        received = header.parse_header(fixed, await self._exactly(fields))
         received.raw = await self._exactly(length)
         return received
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.bus import wire
+from ckptd.bus import header, wire
 from ckptd.bus.values import split_signature, to_body, to_text, to_variant, to_variants
 
 TEXT = st.text(st.characters(blacklist_characters='\0', blacklist_categories=['Cs']), max_size=20)
@@ -21,8 +21,8 @@ def through_the_wire(signature: str, values: list[Any]) -> list[Any]:
     call = wire.make_call('a.b', '/', 'a.b', 'C', signature, to_body(signature, values))
     call.serial = 1
     data = wire.marshal(call)
-    fields, length = wire.lengths(data[:16])
-    received = wire.parse_header(data[:16], data[16:16 + fields])
+    fields, length = header.lengths(data[:16])
+    received = header.parse_header(data[:16], data[16:16 + fields])
     received.raw = data[16 + fields:]
     assert len(received.raw) == length
     return received.body()

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from dbus_next._private.marshaller import Marshaller
 
+from ckptd.bus import header as header_module
 from ckptd.bus import wire
 from ckptd.bus.connection import Connection
 from ckptd.bus.message import ProtocolError
 from ckptd.bus.wire import SignatureTree
 from ckptd.errors import Unavailable
-from tests.bus.raw import CALL, DESTINATION, INTERFACE, MEMBER, PATH, SIGNATURE, message
+from tests.bus.raw import CALL, DESTINATION, INTERFACE, MEMBER, PATH, RETURN, SIGNATURE, message
 
 BUS = Path(wire.__file__).parent
 FIELDS = [(PATH, 'o', '/a/b'), (INTERFACE, 's', 'c.d'), (MEMBER, 's', 'E'), (DESTINATION, 's', ':1.1'),
@@ -24,9 +26,9 @@ FIELDS = [(PATH, 'o', '/a/b'), (INTERFACE, 's', 'c.d'), (MEMBER, 's', 'E'), (DES
 
 
 def header(data: bytes) -> wire.Received:
-    fields, length = wire.lengths(data[:16])
+    fields, length = header_module.lengths(data[:16])
     assert len(data) == 16 + fields + length
-    return wire.parse_header(data[:16], data[16:16 + fields])
+    return header_module.parse_header(data[:16], data[16:16 + fields])
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -54,6 +56,48 @@ def test_unknown_fields_anywhere_are_skipped(extra: wire.Any) -> None:
         assert (found.path, found.interface, found.member, found.signature) == ('/a/b', 'c.d', 'E', 's')
 
 
+def with_fields(*extra: tuple[str, wire.Any]) -> bytes:
+    """The fixed part and fields of a message, with fields that no specification has, of any type."""
+    unknown = [[99, wire.Variant(kind, value)] for kind, value in extra]
+    fields = [[PATH, wire.Variant('o', '/a')], *unknown, [MEMBER, wire.Variant('s', 'E')]]
+    raw = bytes(Marshaller('yyyyuua(yv)', [ord('l'), CALL, 0, 1, 0, 7, fields]).marshall())
+    return raw + bytes(-len(raw) % 8)
+
+
+@pytest.mark.parametrize('extra', [
+    ('a(ss)', [['x', 'yz']] * 300), ('av', [wire.Variant('s', 'x')] * 300), ('(yv)', [1, wire.Variant('d', 1.5)]),
+    ('a{sv}', {str(number): wire.Variant('as', ['x']) for number in range(300)}), ('ay', bytes(4001)),
+    ('(y(nqv)a(sv)dgaai)', [1, [2, 3, wire.Variant('o', '/')], [['a', wire.Variant('g', 'a{sv}')]], 1.0, 'as', [[7]]]),
+    ('at', []), ('a(t)', []), ('v', wire.Variant('v', wire.Variant('x', -1))), ('aa{s(yt)}', [{'x': [1, 2]}])])
+def test_an_unknown_field_is_stepped_over_whatever_it_is(extra: tuple[str, wire.Any]) -> None:
+    for fields in ([extra], [extra, ('y', 1)], [('s', 'x'), extra]):
+        found = header(with_fields(*fields))
+        assert (found.path, found.member) == ('/a', 'E')
+
+
+def test_a_field_of_too_many_values_is_not_stepped_over() -> None:
+    long = (f'({"y" * 200})', [0] * 200)
+    assert header(with_fields(long)).member == 'E'
+    with pytest.raises(ProtocolError, match='too much'):
+        header(with_fields(long, long))
+
+
+@pytest.mark.parametrize(('signature', 'body'), [
+    ('ag', [[''] * 3000]), ('aay', [[b''] * 3000]), ('a(gggg)', [[['', '', '', '']] * 1000]),
+    ('a{sv}', [{str(number): wire.Variant('y', 1) for number in range(1000)}]),
+    ('v', [wire.Variant('(' + 'y' * 20 + ')', [0] * 20)])])
+def test_arguments_that_take_long_to_decode(signature: str, body: list[wire.Any]) -> None:
+    """Are not decoded in a call. In an answer, which we have asked for, they are."""
+    raw = bytes(Marshaller(signature, body).marshall())
+    for kind, fits in ((CALL, False), (RETURN, True)):
+        received = wire.Received(kind, 0, 1, ord('l'), len(raw), signature=signature, raw=raw)
+        if fits:
+            received.body()
+        else:
+            with pytest.raises(ProtocolError):
+                received.body()
+
+
 def test_a_field_of_the_wrong_type_counts_for_nothing() -> None:
     assert header(message(CALL, 7, [(PATH, 'u', 1), (MEMBER, 's', 'E')])).path == ''
 
@@ -62,7 +106,7 @@ def test_a_field_of_the_wrong_type_counts_for_nothing() -> None:
     b'x' * 16, b'l\1\0\2' + bytes(12), b'l\1\0\1' + struct.pack('<III', 0, 1, 8) + b'\1' * 8])
 def test_nonsense_is_a_protocol_error(data: bytes) -> None:
     with pytest.raises(ProtocolError):
-        wire.parse_header(data[:16], data[16:])
+        header_module.parse_header(data[:16], data[16:])
 
 
 @pytest.mark.parametrize(('signature', 'raw'), [

@@ -75,7 +75,7 @@ class Heard:
     def tree_restored(self, job: Job, tasks: int) -> None:
         self.restored.append((job.number, tasks))
 
-    def frozen_changed(self) -> None:
+    def frozen_changed(self, uid: int) -> None:
         self._add('frozen', 0)
 
     async def images_changed(self) -> None:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The header of a message, read field by field: what is not known is stepped over and not decoded, for there may be
+much of it (dbus-broker passes on what any client makes up).
+
+    endian u8:type u8:flags u8:1 u32:body_length u32:serial a(yv):fields pad8
+"""
+
+import struct
+from typing import Final
+
+from ckptd.bus.message import ProtocolError
+from ckptd.bus.wire import Received
+
+FIXED: Final = 16           # bytes of a message that are always there, up to the length of the field array
+MAX_STEPS: Final = 256      # values of unknown fields that are stepped over
+
+_FIXED = {ord('l'): struct.Struct('<BBBBIII'), ord('B'): struct.Struct('>BBBBIII')}
+# number of a header field -> attribute of Received, type; unknown fields must be ignored
+# (D-Bus specification, "Header Fields")
+_FIELDS = {1: ('path', b'o'), 2: ('interface', b's'), 3: ('member', b's'), 4: ('error_name', b's'),
+           5: ('reply_serial', b'u'), 6: ('destination', b's'), 7: ('sender', b's'), 8: ('signature', b'g'),
+           9: ('fd_count', b'u')}
+_SIZES = {ord(kind): size for kind, size in
+          {'y': 1, 'b': 4, 'n': 2, 'q': 2, 'i': 4, 'u': 4, 'x': 8, 't': 8, 'd': 8, 'h': 4}.items()}
+_ALIGNMENTS = _SIZES | {ord(kind): size for kind, size in
+                        {'s': 4, 'o': 4, 'g': 1, 'v': 1, 'a': 4, '(': 8, '{': 8}.items()}
+
+
+def lengths(fixed: bytes) -> tuple[int, int]:
+    """(bytes of the field array with its padding, bytes of the body), from the first 16 bytes. ProtocolError."""
+    values = _values(fixed)
+    return (values[6] + 7) & ~7, values[4]
+
+
+def _values(fixed: bytes) -> tuple[int, ...]:
+    layout = _FIXED.get(fixed[0])
+    if layout is None or fixed[3] != 1:
+        raise ProtocolError(f'not a D-Bus message: {fixed!r}')
+    return layout.unpack(fixed)
+
+
+def parse_header(fixed: bytes, rest: bytes) -> Received:
+    """A message without its body, from its first 16 bytes and its field array (padded or not). ProtocolError."""
+    endian, kind, flags, _, length, serial, size = _values(fixed)
+    message = Received(kind, flags, serial, endian, length)
+    try:
+        _Fields(fixed + rest, '<' if endian == ord('l') else '>', FIXED + size).read(message)
+    except (ValueError, IndexError, KeyError, struct.error) as error:
+        raise ProtocolError(f'malformed header: {error}') from error
+    return message
+
+
+class _Fields:
+    """Values by their place in the message, which is what they are aligned by."""
+
+    def __init__(self, data: bytes, order: str, end: int) -> None:
+        self._data, self._end, self._steps = data, end, 0
+        self._number = struct.Struct(f'{order}I')
+
+    def read(self, message: Received) -> None:
+        at = FIXED
+        while at < self._end:
+            at = (at + 7) & ~7      # a structure
+            code = self._data[at]
+            at, kind = self._signature(at + 1)
+            name, wanted = _FIELDS.get(code, ('', b''))
+            if kind != wanted:
+                at, _ = self._step_over(at, kind, 0)
+            elif wanted == b'u':
+                at, value = self._u32(at)
+                setattr(message, name, value)
+            else:
+                at, text = self._signature(at) if wanted == b'g' else self._string(at)
+                setattr(message, name, text.decode())
+            if at > self._end:
+                raise ValueError('a field goes beyond the others')
+
+    def _u32(self, at: int) -> tuple[int, int]:
+        at = (at + 3) & ~3
+        return at + 4, self._number.unpack_from(self._data, at)[0]
+
+    def _string(self, at: int) -> tuple[int, bytes]:
+        at, length = self._u32(at)
+        return at + length + 1, self._data[at:at + length]
+
+    def _signature(self, at: int) -> tuple[int, bytes]:
+        end = at + 1 + self._data[at]
+        return end + 1, self._data[at + 1:end]
+
+    def _step_over(self, at: int, kinds: bytes, place: int) -> tuple[int, int]:
+        """Behind a value, and behind its type in the signature."""
+        self._steps += 1
+        if self._steps > MAX_STEPS or at > self._end:
+            raise ValueError('too much of what is not known')
+        kind = kinds[place]
+        if kind in _SIZES:
+            return _align(at, kind) + _SIZES[kind], place + 1
+        if kind in b'so':
+            return self._string(at)[0], place + 1
+        if kind == ord('g'):
+            return self._signature(at)[0], place + 1
+        if kind == ord('v'):
+            at, inner = self._signature(at)
+            return self._step_over(at, inner, 0)[0], place + 1
+        if kind == ord('a'):
+            at, length = self._u32(at)
+            return _align(at, kinds[place + 1]) + length, _behind_type(kinds, place + 1)
+        at, place = _align(at, kind), place + 1     # a structure
+        while kinds[place] not in b')}':
+            at, place = self._step_over(at, kinds, place)
+        return at, place + 1
+
+
+def _align(at: int, kind: int) -> int:
+    size = _ALIGNMENTS[kind]
+    return (at + size - 1) & -size
+
+
+def _behind_type(kinds: bytes, place: int) -> int:
+    depth = 0
+    while True:
+        depth += (kinds[place] in b'({') - (kinds[place] in b')}')
+        place += 1
+        if not depth and kinds[place - 1] != ord('a'):
+            return place
