@@ -20,10 +20,12 @@ from pathlib import Path
 from ckptd import __version__, config, logs
 from ckptd.bus.announce import Announcer
 from ckptd.bus.client import Client
-from ckptd.bus.connection import Connection
+from ckptd.bus.connection import DRIVER as BUS_DRIVER
+from ckptd.bus.connection import DRIVER_PATH, Connection
 from ckptd.bus.gate import Gate
 from ckptd.bus.listeners import find_again, keep
 from ckptd.bus.manager import ManagerObject
+from ckptd.bus.message import DBusError
 from ckptd.bus.names import BUS_NAME, NODES, ROOT
 from ckptd.bus.polkit import Polkit
 from ckptd.bus.private import private_bus
@@ -124,6 +126,7 @@ class Daemon:
             finally:
                 self._starter.notify('STOPPING=1')
                 await queue.stop()
+                await keep(self._settings.runtime, connection, self._router)
 
     def _prepare(self) -> None:
         self._spool.prepare()
@@ -141,6 +144,8 @@ class Daemon:
         """Everything is there before the name is: whoever activated ckptd has a call waiting."""
         settings = self._settings
         units = await self._find_systemd(connection)
+        # a bus that stands still carries no Thaw
+        avoid = (*avoid, *await self._pids_of(connection, BUS_DRIVER))
         announcer = Announcer(self._spool)
         # a daemon that systemd knows has a sandbox, and a stop that ends all its children: not the place for a restart
         pool = WorkerPool(services=units if settings.bus == self._own_bus else None)
@@ -163,6 +168,16 @@ class Daemon:
         self._stack.enter_context(SpoolWatch(settings.spool, look))
         await queue.start()
         return queue
+
+    @staticmethod
+    async def _pids_of(connection: Connection, name: str) -> tuple[int, ...]:
+        """The process that owns a name; none where the bus does not tell."""
+        try:
+            return tuple(await connection.call(BUS_DRIVER, DRIVER_PATH, BUS_DRIVER, 'GetConnectionUnixProcessID', 's',
+                                               [name]))
+        except DBusError as error:
+            log.info('the process of the bus is not known: %s', error.message)
+            return ()
 
     async def _find_systemd(self, connection: Connection) -> Systemd | None:
         """The manager of the units that this daemon may be asked about; None where none runs."""
@@ -212,9 +227,7 @@ class Daemon:
         """Give the name up. False, and it is ours again, where somebody has called in the last moment: the bus has
         sent such calls before it answers."""
         await connection.release_name(BUS_NAME)
-        await self._router.quiet()
-        if queue.idle:
-            await keep(self._settings.runtime, connection, self._router)
+        if queue.idle and not self._router.in_flight:
             log.info('nobody wants anything: the bus starts ckptd again when somebody does')
             return True
         await connection.request_name(BUS_NAME)

@@ -13,11 +13,12 @@ from ckptd.engine.messages import Caller
 
 class Call:
     """One method call while it is served."""
-    __slots__ = ('_peers', '_sees_all', 'answered', 'message')
+    __slots__ = ('_peers', '_sees_all', 'answered', 'audited', 'message')
 
     def __init__(self, message: Received, peers: Peers, sees_all: SeesAll) -> None:
         self.message, self._peers, self._sees_all = message, peers, sees_all
         self.answered = not message.wants_reply
+        self.audited = False        # there is a line in the log that it was allowed, or not
 
     @property
     def sender(self) -> str:

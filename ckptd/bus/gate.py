@@ -24,6 +24,8 @@ from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
 from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
+from ckptd.jobs.lane import Lane
+from ckptd.jobs.library import Rights
 from ckptd.jobs.orders import parse_target, start_time_of
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.strangers import stranger_in
@@ -37,14 +39,9 @@ WORDS: Final = {Answer.NO: 'polkit does not allow it', Answer.DISMISSED: 'the qu
                 Answer.ABSENT: 'it is not theirs, and there is no polkit to allow it'}
 
 
-class Rights(NamedTuple):
-    """caller: with whose rights the work is done. asker: uid of who asked for it."""
-    caller: Caller
-    asker: int
-
-
 class TreeRights(NamedTuple):
-    """The same, and which process a target pid:N was before anybody was asked: its start time, 0 for other targets."""
+    """caller: with whose rights the work is done. asker: uid of who asked for it. start_time: of the process that a
+    target pid:N was before anybody was asked, 0 for other targets."""
     caller: Caller
     asker: int
     start_time: int
@@ -55,6 +52,7 @@ class Gate:
 
     def __init__(self, polkit: Polkit, spool: Spool) -> None:
         self._polkit, self._spool = polkit, spool
+        self._looks = Lane(3, 1)        # into /proc: threads are everybody's
 
     async def enter(self, call: Call, verb: Verb, what: str, *, owner: int | None, task: int = 0, refusal: str = '',
                     hint: str | None = None) -> Caller:
@@ -93,12 +91,19 @@ class Gate:
         caller = await call.credentials()
         where = parse_target(target, caller)
         start_time = start_time_of(where)
-        # root is not asked about anything, and need not wait for a look at its target
-        stranger = await asyncio.to_thread(stranger_in, where, caller) if caller.uid else None
-        pid, owner = stranger or (0, caller.uid)
+        pid, owner = await self._stranger_in(where, caller) or (0, caller.uid)
         may = await self.enter(call, verb, where, owner=owner, task=pid,
                                hint='run as the owner of the tree, or as root')
         return TreeRights(may, caller.uid, start_time)
+
+    async def _stranger_in(self, where: str, caller: Caller) -> tuple[int, int] | None:
+        if not caller.uid:
+            return None     # root is not asked about anything, and need not wait for a look at its target
+        await self._looks.acquire(caller.uid)
+        try:
+            return await asyncio.to_thread(stranger_in, where, caller)
+        finally:
+            self._looks.release(caller.uid)
 
     async def image(self, call: Call, verb: Verb, image: str) -> Rights:
         """The same for an image. Whether others have one of this name is told to nobody who may not see it.
@@ -109,7 +114,7 @@ class Gate:
             self._spool.find(image)
         may = await self.enter(call, verb, f'image {image}', owner=None if info is None else info.owner,
                                refusal=f'of which uid {caller.uid} has none', hint='ckptctl images shows what there is')
-        return Rights(may, caller.uid)
+        return Rights(may, caller)
 
     async def sees_all(self, sender: str) -> bool:
         """Whether polkit lets the sender see the images and jobs of others. Nobody is asked but by a call that waits
@@ -123,5 +128,6 @@ def _as_root(caller: Caller) -> Caller:
 
 
 def audit_call(decision: Literal['allowed', 'refused'], call: Call, caller: Caller, what: str, rule: str) -> None:
+    call.audited = True
     audit(decision, rule, method=call.message.member, uid=caller.uid, pid=caller.pid, sender=call.sender,
           label=caller.label, what=what)

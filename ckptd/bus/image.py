@@ -32,9 +32,9 @@ class ImageObject(Exported):
     @method('', 'aa{sv}', names=('tasks',), types=TASK_TYPES)
     async def Tree(self, call: Call) -> list[dict[str, Any]]:
         """The tasks of the image in depth-first order, as Manager.Scan has those of a live tree."""
-        caller, _ = await self._gate.image(call, 'manage', self.info.id)
+        rights = await self._gate.image(call, 'manage', self.info.id)
         async with call.attended():
-            return await self._library.tree(self.info.id, caller)
+            return await self._library.tree(self.info.id, rights)
 
     @method('hsa{sv}', names=('output', 'format', 'options'))
     async def Export(self, call: Call, output: int, format: str, options: dict[str, Any]) -> None:
@@ -42,23 +42,23 @@ class ImageObject(Exported):
         parse_options(options, NONE)
         if format not in FORMATS:
             raise InvalidArgument(f'no format {format[:32]!r}', hint=f'formats: {", ".join(FORMATS)}')
-        caller, _ = await self._gate.image(call, 'manage', self.info.id)
+        rights = await self._gate.image(call, 'manage', self.info.id)
         async with call.attended():
-            await self._library.export(self.info.id, output, format, caller)
+            await self._library.export(self.info.id, output, format, rights)
 
     @method('', 'h', names=('stream',))
     async def Open(self, call: Call) -> Fd:
         """A file descriptor to read the image from, as the tar stream that Manager.Import takes. It ends early where
         something goes wrong: the job of its export says what."""
         rights = await self._gate.image(call, 'manage', self.info.id)
-        return Fd(self._library.open(self.info.id, *rights))
+        return Fd(self._library.open(self.info.id, rights))
 
     @method('', 'as', names=('damages',))
     async def Verify(self, call: Call) -> list[str]:
         """What is wrong with the image, one sentence each; nothing for one that is whole."""
-        caller, _ = await self._gate.image(call, 'manage', self.info.id)
+        rights = await self._gate.image(call, 'manage', self.info.id)
         async with call.attended():
-            return await self._library.verify(self.info.id, caller)
+            return await self._library.verify(self.info.id, rights)
 
     @method('a{sv}', 'o', names=('options', 'job'))
     async def Restore(self, call: Call, options: dict[str, Any]) -> str:
@@ -73,8 +73,8 @@ class ImageObject(Exported):
     @method()
     async def Remove(self, call: Call) -> None:
         """Remove the image; Busy while a job reads it."""
-        caller, _ = await self._gate.image(call, 'manage', self.info.id)
-        await self._library.remove(self.info.id, caller)
+        rights = await self._gate.image(call, 'manage', self.info.id)
+        await self._library.remove(self.info.id, rights)
 
     @property_('s', emits='const')
     def Id(self) -> str:

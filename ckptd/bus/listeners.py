@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who listens, kept while no daemon runs: one that ends for want of work is started again, and what it then says goes
-to those who called the last one, too.
+"""Who listens, kept while no daemon runs: one that has ended is started again, and what it then says goes to those who
+called the last one, too.
 
     {runtime}/listeners     JSON: the bus, whose unique names these are, and the names
 """
@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection
+from ckptd.bus.message import DBusError
 from ckptd.bus.router import Router
 
 log = logging.getLogger(__name__)
@@ -18,11 +19,13 @@ FILE = 'listeners'
 
 
 async def keep(runtime: Path, connection: Connection, router: Router) -> None:
-    """Leave word of all who have called."""
-    text = json.dumps({'bus': await _identity(connection), 'senders': router.peers.senders})
+    """Leave word of all who have called. Without a bus there is nobody."""
+    if not connection.connected:
+        return
     try:
+        text = json.dumps({'bus': await _identity(connection), 'senders': router.peers.senders})
         (runtime / FILE).write_text(text)
-    except OSError as error:
+    except (OSError, DBusError) as error:
         log.warning('who listens is forgotten: %s', error)
 
 
@@ -36,7 +39,7 @@ async def find_again(runtime: Path, connection: Connection, router: Router) -> N
             await router.remember([str(sender) for sender in left['senders']])
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, DBusError, ValueError, KeyError, TypeError) as error:
         log.warning('who listens is not known: %s: %s', path, error)
 
 

@@ -176,15 +176,15 @@ class ManagerObject(Exported):
     @method('s', 'as', names=('image', 'damages'))
     async def VerifyImage(self, call: Call, image: str) -> list[str]:
         """What is wrong with an image, one sentence each; nothing for one that is whole."""
-        caller, _ = await self._gate.image(call, 'manage', image)
+        rights = await self._gate.image(call, 'manage', image)
         async with call.attended():
-            return await self._library.verify(image, caller)
+            return await self._library.verify(image, rights)
 
     @method('s', names=('image',))
     async def RemoveImage(self, call: Call, image: str) -> None:
         """Remove an image; Busy while a job reads it."""
-        caller, _ = await self._gate.image(call, 'manage', image)
-        await self._library.remove(image, caller)
+        rights = await self._gate.image(call, 'manage', image)
+        await self._library.remove(image, rights)
 
     @method('ha{sv}', 'o', names=('stream', 'options', 'image'))
     async def Import(self, call: Call, stream: int, options: dict[str, Any]) -> str:

@@ -17,8 +17,8 @@ async def restore(library: Library, gate: Gate, call: Call, image: str, options:
     """Start the job; its path."""
     wishes, fds = _wishes(options, RESTORE)
     token, detach = wishes.pop('handle_token', ''), wishes.pop('detach', False)
-    caller, asker = await gate.image(call, 'restore', image)
-    job = library.restore(image, caller, fds, token and token_path(call.sender, token), asker=asker, **wishes)
+    rights = await gate.image(call, 'restore', image)
+    job = library.restore(image, rights, fds, token and token_path(call.sender, token), **wishes)
     if not detach:
         await attach(call, library.queue, job)
     return path_of(job)
@@ -28,9 +28,9 @@ async def check_restore(library: Library, gate: Gate, call: Call, image: str, op
                         ) -> list[dict[str, Any]]:
     """The rows of what stands in the way."""
     wishes, fds = _wishes(options, CHECK_RESTORE)
-    caller, _ = await gate.image(call, 'restore', image)
+    rights = await gate.image(call, 'restore', image)
     async with call.attended():
-        return await library.check_restore(image, caller, fds, **wishes)
+        return await library.check_restore(image, rights, fds, **wishes)
 
 
 def _wishes(options: Mapping[str, Any], known: tuple[Option, ...]) -> tuple[dict[str, Any], list[int]]:

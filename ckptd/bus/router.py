@@ -51,7 +51,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ckptd.bus import wire
 from ckptd.bus.call import Call
@@ -72,6 +72,7 @@ MAX_CALLS = 32          # in flight, of one sender
 MAX_CALLS_OF_USER = 256     # of all connections of one uid; root has no limit
 MAX_CALLS_IN_ALL = 2048
 MAX_FDS = 16            # with one call
+STANDARD = 'org.freedesktop.DBus.'      # interfaces that say nothing which anybody has to be allowed
 LARGE = 256             # rows of a result that another thread marshals
 ERROR_TYPES = {'task': 'u', 'pid': 'u', 'refusals': 'aa{sv}'}
 
@@ -100,7 +101,6 @@ class Router:
         self._in_flight: Counter[str] = Counter()
         self._of_user: Counter[int] = Counter()
         self._flooding: set[str] = set()        # senders whose calls are refused until they wait for replies
-        self._quiet = asyncio.Event()
         self.last_call = asyncio.get_running_loop().time()
         self._changes = Changes(self.emit)
         self.registry = Registry(common=(properties := Properties(), introspectable := Introspectable()),
@@ -159,12 +159,6 @@ class Router:
         """Calls that are served now."""
         return self._in_flight.total()
 
-    async def quiet(self) -> None:
-        """Wait until none is."""
-        while self._in_flight:
-            self._quiet.clear()
-            await self._quiet.wait()
-
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
              types: Mapping[str, str] = NO_TYPES, audience: Audience | None = None) -> None:
         """Send a signal: to all, or to each of the audience that has called before. Never waits; dropped, and logged,
@@ -185,7 +179,7 @@ class Router:
         except CkptError as error:
             if call.sender not in self._flooding:
                 self._flooding.add(call.sender)     # and not with each: who floods us is not to flood the log
-                self._audit(call, 'limits')
+                self._audit(call, 'refused', 'limits')
             self._fail(call, error)
             message.fds.close()
             return
@@ -212,7 +206,7 @@ class Router:
         message = call.message
         viewer = await call.viewer(lambda viewer: self.registry.sees(viewer, message.path))
         if self.registry.at(message.path) and not self.registry.sees(viewer, message.path):
-            self._audit(call, 'not theirs to see')
+            self._audit(call, 'refused', 'not theirs to see')
         exported, row = self.registry.find(message.path, message.interface, message.member, viewer)
         if message.signature != row.in_signature:
             raise DBusError(f'{ERROR}InvalidArgs',
@@ -226,11 +220,13 @@ class Router:
                 exported, row = await self._find(call)
                 self._follow(call.sender, call.message.path)
                 result = await row.handler(exported, call, *self._arguments(call.message))
+                if not call.audited and not exported.interface.startswith(STANDARD):
+                    self._audit(call, 'allowed', 'everybody')
                 if row.out_signature == 'o':
                     self._follow(call.sender, result)
             await self._reply(call, row, result)
         except LimitsExceeded as error:
-            self._audit(call, error.resource or 'limits')
+            self._audit(call, 'refused', error.resource or 'limits')
             self._fail(call, error)
         except (DBusError, CkptError) as error:
             self._fail(call, error)
@@ -240,9 +236,9 @@ class Router:
             self._fail(call, CkptError('internal error', hint='see the log of the daemon'))
         await self.connection.drain()
 
-    def _audit(self, call: Call, rule: str) -> None:
+    def _audit(self, call: Call, decision: Literal['allowed', 'refused'], rule: str) -> None:
         peer = self.peers.get(call.sender)
-        audit('refused', rule, method=call.message.member, uid=peer.uid if peer else -1, pid=peer.pid if peer else 0,
+        audit(decision, rule, method=call.message.member, uid=peer.uid if peer else -1, pid=peer.pid if peer else 0,
               sender=call.sender, label=peer.label if peer else '', what=call.message.path)
 
     def _follow(self, sender: str, path: str) -> None:
@@ -313,8 +309,6 @@ class Router:
         if not self._in_flight[call.sender]:
             del self._in_flight[call.sender]
             self._flooding.discard(call.sender)
-        if not self._in_flight:
-            self._quiet.set()
         call.message.fds.close()
         self._fail(call, Cancelled('the daemon stops'))
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What daemon and worker say to each other: tagged msgpack messages, one per packet of a SOCK_SEQPACKET socketpair.
 
-    daemon -> worker    Start (with fds: pidfd of the target, output of an export or input of an import, a terminal,
+    daemon -> worker    Follow (with a pidfd, first of all, where the kernel has such pidfds)
+                        Start (with fds: pidfd of the target, output of an export or input of an import, a terminal,
                         if any, in this order)   Cancel   Thaw   UnitDone
     worker -> daemon    Phase   Progress   UnitRequest   ScopeRequest   Frozen   Running   Log
                         and last: Finished or Failed
 
-End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up.
+End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up. To a
+worker the pidfd of Follow means the same, as the files of a dead daemon may stay open (ckptd.kernel.witness).
 """
 
 from typing import Any, Literal
@@ -58,7 +60,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     start_time: of the process that a target pid:N is, /proc/PID/stat: its number may be another's by now. Else 0.
     has_output: the caller gives an fd, where an export goes, or where an import comes from. format: of an export,
     'core' or 'tar'. Of an import: image is not looked at, the caller becomes the owner, save_limit: bytes it may have.
-    stall_usec: of both, how long the stream may stand still, 0 for ever.
+    stall_usec: of both, how long the stream may stand still, 0 for ever. writer: of an export, by whose rights it is
+    written, where that is not the caller.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
@@ -92,6 +95,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     asker: int = -1
     start_time: int = 0
     stall_usec: int = 0
+    writer: Caller | None = None
 
     @property
     def asked_by(self) -> int:
@@ -105,6 +109,10 @@ class Message(msgspec.Struct, tag=True, frozen=True):
 
 class Start(Message, frozen=True):
     request: JobRequest
+
+
+class Follow(Message, frozen=True):
+    """Its pidfd is readable when the daemon is dead."""
 
 
 class Cancel(Message, frozen=True):
@@ -184,7 +192,7 @@ class Failed(Message, frozen=True):
         return from_details(self.name, self.message, self.details)
 
 
-ToWorker = Start | Cancel | Thaw | UnitDone
+ToWorker = Follow | Start | Cancel | Thaw | UnitDone
 FromWorker = Phase | Progress | UnitRequest | ScopeRequest | Frozen | Running | Log | Finished | Failed
 
 

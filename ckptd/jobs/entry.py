@@ -18,6 +18,8 @@ from ckptd.kernel.closing import close_foreign
 
 log = logging.getLogger(__name__)
 
+SILENCE = 10.0      # seconds: a worker that is at work says more
+
 
 class Listener(Protocol):
     """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more. job_prepares:
@@ -39,7 +41,8 @@ class Entry:
     freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then.
     in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored. prepared: those
     who delay it were told of it, and are told of its end. task: its life; begun: it waits for nothing any more. excess:
-    why it was cancelled, where it wrote too much. when_over: called then."""
+    why it was cancelled, where it wrote too much. heard: when its worker said the last thing; listening: for the next.
+    when_over: called then."""
     job: Job
     fds: list[int]
     lane: Lane
@@ -53,6 +56,8 @@ class Entry:
     task: asyncio.Task[None] | None = None
     begun: bool = False
     excess: LimitsExceeded | None = None
+    heard: float = 0.0
+    listening: asyncio.TimerHandle | None = None
     when_over: list[Callable[[], None]] = field(default_factory=list)
 
     async def enter_lane(self) -> None:
@@ -64,6 +69,16 @@ class Entry:
         if self.in_lane:
             self.in_lane = False
             self.lane.release(self.job.request.asked_by)
+
+    def listen(self) -> None:
+        """Give the place up once the worker has said nothing for long: it waits for something that is not ours."""
+        loop = asyncio.get_running_loop()
+        silent = loop.time() - self.heard
+        if silent >= SILENCE:
+            log.info('%s has said nothing for %.0f s: others have its place', self.job.name, silent)
+            self.leave_lane()
+        elif self.in_lane:
+            self.listening = loop.call_later(SILENCE - silent, self.listen)
 
     def kill(self) -> None:
         if self.run is not None:
@@ -79,8 +94,9 @@ class Entry:
 
     def close(self) -> None:
         self.close_fds()
-        if self.deadline is not None:
-            self.deadline.cancel()
+        for timer in (self.deadline, self.listening):
+            if timer is not None:
+                timer.cancel()
 
 def reason(entry: Entry, error: CkptError, died: str) -> CkptError:
     """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ckptd.errors import LimitsExceeded
 from ckptd.jobs.life import Life
-from ckptd.jobs.overlap import overlap
+from ckptd.jobs.overlap import Relations
 
 MOST_OF_USER = 32
 MOST = 512
@@ -63,7 +63,8 @@ class Inhibitors:
 
     def of(self, target: str) -> list[Inhibitor]:
         """Those that a checkpoint of this target has to wait for."""
-        return [one for one in self._held if overlap(one.target, target)]
+        relations = Relations()
+        return [one for one in self._held if relations.overlap(one.target, target)]
 
     async def wait(self, inhibitors: Iterable[Inhibitor], seconds: float) -> None:
         """Until they have let go, or the time is over."""

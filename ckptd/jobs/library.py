@@ -4,14 +4,21 @@
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ckptd.engine.messages import Caller
+from ckptd.engine.messages import Caller, JobRequest, Operation
 from ckptd.errors import Busy, NoSuchImage
 from ckptd.jobs.orders import Orders
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.jobs.state import Job
+
+
+class Rights(NamedTuple):
+    """caller: with whose rights the work is done, root's where an administrator has allowed it. who: has asked for it,
+    sees it, and is limited."""
+    caller: Caller
+    who: Caller
 
 
 class Library:
@@ -22,29 +29,25 @@ class Library:
         self._orders = orders
         self._going: set[str] = set()       # ids of images that are being removed
 
-    async def verify(self, image: str, caller: Caller) -> list[str]:
+    async def verify(self, image: str, rights: Rights) -> list[str]:
         """Every damage of the image, one sentence each."""
-        info = self._open(image, caller, 'verify')
-        result = await self.queue.call(self._orders.on_image('verify', info, caller))
+        result = await self.queue.call(self._order('verify', image, rights))
         return [str(damage) for damage in result.get('damages', ())]
 
-    async def tree(self, image: str, caller: Caller) -> list[dict[str, Any]]:
+    async def tree(self, image: str, rights: Rights) -> list[dict[str, Any]]:
         """Rows as Manager.Scan has them, from the image."""
-        info = self._open(image, caller, 'read')
-        result = await self.queue.call(self._orders.on_image('tree', info, caller))
+        result = await self.queue.call(self._order('tree', image, rights))
         return list(result.get('tasks', ()))
 
-    async def export(self, image: str, output: int, format_: str, caller: Caller) -> None:
+    async def export(self, image: str, output: int, format_: str, rights: Rights) -> None:
         """Write a tar stream to the fd `output`."""
-        info = self._open(image, caller, 'export')
-        request = self._orders.on_image('export', info, caller, format=format_, has_output=True)
+        request = self._order('export', image, rights, format=format_, has_output=True, writer=rights.who)
         await self.queue.call(request, [output])
 
-    def open(self, image: str, caller: Caller, asker: int) -> int:
+    def open(self, image: str, rights: Rights) -> int:
         """A pipe that the image comes out of as a tar stream, by a job that ends with it: the reading end, the caller's
         to close."""
-        info = self._open(image, caller, 'read')
-        request = self._orders.on_image('export', info, caller, format='tar', has_output=True, asker=asker)
+        request = self._order('export', image, rights, format='tar', has_output=True, writer=rights.who)
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         try:
             self.queue.submit(request, [theirs])
@@ -60,20 +63,18 @@ class Library:
         result = await self.queue.call(self._orders.on_stream(caller), [stream])
         return str(result['image'])
 
-    def restore(self, image: str, caller: Caller, fds: Sequence[int], token: str, **wishes: Any) -> Job:
+    def restore(self, image: str, rights: Rights, fds: Sequence[int], token: str, **wishes: Any) -> Job:
         """Bring the tree of the image back: a job. wishes: fields of JobRequest."""
-        info = self._open(image, caller, 'restore')
-        return self.queue.submit(self._orders.on_image('restore', info, caller, **wishes), fds, token)
+        return self.queue.submit(self._order('restore', image, rights, **wishes), fds, token)
 
-    async def check_restore(self, image: str, caller: Caller, fds: Sequence[int], **wishes: Any
+    async def check_restore(self, image: str, rights: Rights, fds: Sequence[int], **wishes: Any
                             ) -> list[dict[str, Any]]:
         """Every refusal and warning that such a restore would have, as rows."""
-        info = self._open(image, caller, 'restore')
-        result = await self.queue.call(self._orders.on_image('check-restore', info, caller, **wishes), fds)
+        result = await self.queue.call(self._order('check-restore', image, rights, **wishes), fds)
         return list(result.get('refusals', ()))
 
-    async def remove(self, image: str, caller: Caller) -> None:
-        info = self._open(image, caller, 'remove')
+    async def remove(self, image: str, rights: Rights) -> None:
+        info = self._open(image, rights.caller, 'remove')
         if self.queue.works_on(image):
             raise Busy(f'a job reads image {image}', resource=image)
         self._going.add(image)      # from here on no job may begin to read it
@@ -81,6 +82,10 @@ class Library:
             await asyncio.to_thread(self.spool.remove, info)
         finally:
             self._going.discard(image)
+
+    def _order(self, operation: Operation, image: str, rights: Rights, **more: Any) -> JobRequest:
+        info = self._open(image, rights.caller, operation)
+        return self._orders.on_image(operation, info, rights.caller, asker=rights.who.uid, **more)
 
     def _open(self, image: str, caller: Caller, verb: str) -> ImageInfo:
         info = self.spool.find(image)

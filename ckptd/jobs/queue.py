@@ -29,7 +29,7 @@ from ckptd.jobs.holds import Holds
 from ckptd.jobs.inhibitors import Inhibitors
 from ckptd.jobs.known import KnownJobs
 from ckptd.jobs.lane import Lanes
-from ckptd.jobs.overlap import overlap
+from ckptd.jobs.overlap import Relations
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.quota import Quota
@@ -121,7 +121,7 @@ class Queue:
 
     async def thaw(self, target: str) -> None:
         """Let go of what `Freeze` or after=freeze left frozen. NoSuchTarget, Busy, WorkerDied."""
-        refuse_active(target, self._entries, overlap)
+        refuse_active(target, self._entries, Relations().overlap)
         await self._held.thaw(target)
 
     def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
@@ -130,7 +130,7 @@ class Queue:
         users = [job.request.asked_by for job in (*self._entries, *(entry.job for entry in self._held))]
         refuse_too_many(request, (*users, *self._pool.stuck), self._config.max_jobs_per_user,
                         self._config.max_queued_jobs)
-        refuse_conflict(request, self._entries, self._held.owners, overlap)
+        refuse_conflict(request, self._entries, self._held.owners, Relations().overlap)
         refuse_token(token, self._known)
         with contextlib.ExitStack() as undo:
             entry = self._make(request, fds, token)
@@ -199,6 +199,7 @@ class Queue:
     async def _work(self, entry: Entry, run: Run) -> None:
         try:
             run.start(entry.fds)
+            entry.listen()
             entry.close_fds()
             result = await run.work()
         except CkptError as error:
@@ -271,6 +272,7 @@ class Queue:
                 log.exception('%s is over, and not everything that follows was done', job.name)
 
     def _changed(self, entry: Entry, message: FromWorker | None) -> None:
+        entry.heard = self._loop.time()
         if isinstance(message, Running):
             self._listener.tree_restored(entry.job, message.tasks)
             if entry.job.request.wait:
