@@ -50,6 +50,7 @@ class Config:
     max_images: int = 20_000
     max_bytes_per_user: int = Percent(75)
     max_bytes: int = Percent(90)
+    keep_free: int = Percent(5)
     freeze_timeout_usec: int = 10_000_000
     keep_jobs_usec: int = 30_000_000
     inhibit_delay_usec: int = 5_000_000
@@ -120,6 +121,7 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     'MaxBytes': ('max_bytes', parse_size),
     'MaxImagesPerUser': ('max_images_per_user', parse_count),
     'MaxBytesPerUser': ('max_bytes_per_user', parse_size),
+    'KeepFree': ('keep_free', parse_size),
     'FreezeTimeoutSec': ('freeze_timeout_usec', parse_span),
     'KeepJobsSec': ('keep_jobs_usec', parse_span),
     'InhibitDelayMaxSec': ('inhibit_delay_usec', parse_span),

@@ -46,6 +46,10 @@ class Quota:
                 'allowed', resource='spool', hint='remove some (ckptctl remove IMAGE)')
         return min(most - size, most_in_all - bytes_in_all, MOST)
 
+    def keep_free(self, uid: int) -> int:
+        """Bytes of the file system that have to stay free when this user writes."""
+        return self._bytes(self._config.keep_free) if uid else 0
+
     def check(self, job: Job) -> None:
         """LimitsExceeded when it writes more than there is room for."""
         uid = job.request.caller.uid

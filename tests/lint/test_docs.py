@@ -115,7 +115,7 @@ def test_properties() -> None:
     for name, interface in interfaces():
         for element in interface.findall('property'):
             notes = {note.get('name'): note.get('value') for note in element.findall('annotation')}
-            changes = 'const' if notes.get(emits) == 'const' else 'yes'
+            changes = {'const': 'const', 'invalidates': 'invalidated'}.get(notes.get(emits) or '', 'yes')
             found.append(f'{name}.{element.attrib["name"]} {element.attrib["type"]} {changes}')
     compare(documented, found)
 
