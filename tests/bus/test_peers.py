@@ -138,6 +138,42 @@ async def test_what_is_seen_is_asked_once_and_again_when_it_changes(service: Ser
     await end(other)
 
 
+@pytest.mark.needs('root')
+async def test_an_answer_that_is_of_yesterday_when_it_comes(service: Service) -> None:
+    """Something has changed while it was asked for: asked again, and never heard with what does not hold any more."""
+    open_to_all(service.address)
+    other, name = await start(service.address, '1')
+    known, answers = service.router.peers, [True, False]
+
+    async def ask(sender: str) -> bool:
+        if len(answers) == 2:
+            known.forget_views()
+        return answers.pop(0)
+
+    assert not (await known.viewer(name, ask)).all
+    assert answers == []
+    assert known.listeners(Audience(0)) == []
+    assert known.forget_views() == [name]
+    await end(other)
+
+
+@pytest.mark.needs('root')
+async def test_one_user_is_remembered_so_often(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, 'MAX_OF_USER', 2)
+    open_to_all(service.address)
+    others = [await start(service.address, '1') for _ in range(3)]
+    for _, name in others:
+        await service.router.peers.caller(name)
+    mine = [await Connection.open(service.address) for _ in range(4)]
+    for connection in mine:
+        await service.router.peers.caller(connection.unique_name)       # root's are as many as there is room for
+    assert service.router.peers.senders == [name for _, name in others[1:]] + [one.unique_name for one in mine]
+    for connection in mine:
+        await connection.close()
+    for process, _ in others:
+        await end(process)
+
+
 async def test_a_mistake_in_one_callback_costs_the_others_nothing(service: Service) -> None:
     other, gone = await Connection.open(service.address), asyncio.Event()
 

@@ -16,7 +16,7 @@ import pytest
 from ckptd import __version__
 from ckptd.bus.names import BUS_NAME
 from tests.daemon.conftest import COMMAND, places
-from tests.lib.bus import ROOT, Daemon, PrivateBus, family, read_line, terminate
+from tests.lib.bus import ROOT, Daemon, PrivateBus, Served, family, read_line, terminate
 from tests.programs.conftest import await_that
 
 
@@ -151,6 +151,16 @@ def test_a_freeze_ends_with_its_process(start_daemon: Callable[..., Daemon], mod
         os.kill(child, signal.SIGKILL)
     assert daemon.stop() == 0
     assert 'Traceback' not in daemon.log
+
+
+@pytest.mark.needs('cgroup2', 'dbus')
+def test_its_bus_is_not_frozen(private_bus: PrivateBus, tmp_path: Path) -> None:
+    """There would be no way to say Thaw."""
+    with Served(private_bus.address, tmp_path, tmp_path / 'spool') as daemon:
+        done = daemon.busctl('call', BUS_NAME, '/org/ckptd1', 'org.ckptd1.Manager', 'Freeze', 'sa{sv}',
+                             f'pid:{private_bus.pid}', '0')
+        assert done.returncode != 0
+        assert property_of(daemon, 'FrozenTargets') == []
 
 
 def property_of(daemon: Daemon, name: str) -> object:

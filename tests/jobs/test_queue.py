@@ -158,6 +158,17 @@ async def test_streams_of_one_user_hold_up_nobody_else(make_queue: Callable[...,
     assert jobs[1].state is State.QUEUED
 
 
+async def test_who_says_nothing_for_long_keeps_nobody_from_work(
+        make_queue: Callable[..., Queue], heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for a file system, say, that is a program of its user's."""
+    monkeypatch.setattr(entry, 'SILENCE', 0.2)
+    queue = make_queue(max_jobs=1)
+    silent = queue.submit(request_of('slow', 'verify', uid=1000))
+    queue.submit(request_of('finish', 'verify', uid=1001))
+    await heard.wait('done', 2)
+    assert silent.state is State.RUNNING
+
+
 async def test_what_is_written_counts(make_queue: Callable[..., Queue], heard: Heard) -> None:
     """Also what is not yet published: two that would fit alone do not fit together. Root has no limit."""
     queue = make_queue(max_bytes_per_user=150, max_jobs=8)
