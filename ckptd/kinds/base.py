@@ -66,7 +66,8 @@ ChangedFiles = Literal['refuse', 'accept', 'rollback']
 
 
 class Looking(Protocol):
-    """What a kind may look at before a restart begins. Paths are those of the image, looked up by the caller's rights.
+    """What a kind may look at before a restart begins. Paths are those of the image, looked up by the rights
+    of the user: the caller, or who owns the image where root restores that of somebody else.
 
     changed_files: what to do about files that went on living. terminal: the caller gives one.
     """
@@ -74,15 +75,15 @@ class Looking(Protocol):
     terminal: bool
 
     def lstat(self, path: str) -> os.stat_result | None:
-        """None where there is nothing, or nothing that the caller may see."""
+        """None where there is nothing, or nothing that the user may see."""
         ...
 
     def may(self, path: str, access: int) -> bool:
-        """os.access(2) for the caller: os.R_OK | os.W_OK ..."""
+        """os.access(2) for the user: os.R_OK | os.W_OK ..."""
         ...
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
-        """open(2) by the caller's rights, O_CLOEXEC added; the fd is the kind's to close, or to return."""
+        """open(2) by the user's rights, O_CLOEXEC added; the fd is the kind's to close, or to return."""
         ...
 
     def pread(self, extent: Extent, length: int, offset: int) -> bytes:
@@ -94,8 +95,8 @@ class Restoring(Looking, Protocol):
     """The same while a restart is at work. It closes what `once` makes and what `restore` returns, whatever happens."""
     terminal_fd: int        # of the caller's terminal, -1 without
 
-    def as_caller(self) -> AbstractContextManager[object]:
-        """A block in which what this thread does with paths is done by the caller's rights: mkfifo(2), unlink(2)."""
+    def as_user(self) -> AbstractContextManager[object]:
+        """A block in which what this thread does with paths is done by the user's rights: mkfifo(2), unlink(2)."""
         ...
 
     def keep(self, path: str, fd: int, start: int) -> None:

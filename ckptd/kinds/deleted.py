@@ -34,7 +34,7 @@ def deleted_obstacles(path: str, looking: Looking) -> list[Reason]:
     home, own = home_of(path, looking), str(PurePath(path).parent)
     if not home:
         return [Reason('EACCES', f'{path} was deleted and cannot be made again in {own}',
-                       'make that directory, writable for the caller')]
+                       'make that directory, writable for whose tree it is')]
     if home != own:
         return [Reason('ENOENT', f'{own} is gone or not writable: the deleted {PurePath(path).name} is made in {home}',
                        f'make {own} again', 'warning')]
@@ -54,14 +54,14 @@ def make_nameless(path: str, ctx: Restoring, flags: int) -> int:
     home = home_of(path, ctx)
     for name in names_for(path, home) if home else ():
         try:
-            with ctx.as_caller():
+            with ctx.as_user():
                 fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 os.unlink(name)  # noqa: PTH108
         except FileExistsError:
             continue
         return fd
     raise CkptError(f'{path} was deleted and cannot be made again', errno=errno.EACCES, resource=path,
-                    hint='make its directory, writable for the caller')
+                    hint='make its directory, writable for whose tree it is')
 
 
 def whole(content: Iterable[Extent]) -> tuple[Segment, ...]:

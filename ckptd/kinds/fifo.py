@@ -102,7 +102,7 @@ def _make_deleted(record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
     home = home_of(record.path, ctx)
     for name in names_for(record.path, home) if home else ():
         try:
-            with ctx.as_caller():
+            with ctx.as_user():
                 os.mkfifo(name, 0o600)
                 try:
                     base = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -113,4 +113,4 @@ def _make_deleted(record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
         set_owner(base, saved.mode, record.uid, record.gid)
         return base
     raise CkptError(f'{record.path} was deleted and cannot be made again', errno=errno.EACCES, resource=record.path,
-                    hint='make its directory, writable for the caller')
+                    hint='make its directory, writable for whose tree it is')

@@ -72,7 +72,7 @@ def lock_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[R
     try:
         fd = looking.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        return []       # not readable for the caller; the restart then finds out
+        return []       # not readable for the user; the restart then finds out
     try:
         return [Reason('EBUSY', f'{path} is locked by {holder}', 'end that program, or wait for it')
                 for holder in dict.fromkeys(_holder(fd, lock) for lock in ranges) if holder]

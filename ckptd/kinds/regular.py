@@ -133,7 +133,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         if found and stat.S_ISDIR(found.st_mode) and looking.may(home, os.W_OK | os.X_OK):
             return Reason('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning')
         return Reason('ENOENT', f'{missing} and cannot be made again in {home}',
-                      'make that directory, writable for the caller')
+                      'make that directory, writable for whose tree it is')
 
     def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: Looking) -> Reason:
         how = f'{record.path} {" and ".join(words)}'
@@ -180,7 +180,7 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
         base = deleted_file(record.path, record.device, record.inode, record.size, record.mode, record.content, ctx)
-        with ctx.as_caller():       # who could not give a file away then cannot now, set-user-ID and all
+        with ctx.as_user():       # who could not give a file away then cannot now, set-user-ID and all
             set_owner(base, record.mode, record.uid, record.gid)
         fd = open_nameless(base, saved.flags)
         os.utime(base, ns=(record.mtime, record.mtime))
@@ -197,7 +197,7 @@ class RegularKind(Kind[Regular], tag='regular'):
 def _fill(record: Regular, fd: int, ctx: Restoring) -> None:
     """What was saved of a named file, into a new one."""
     restore_content(fd, record.size, record.saved, ctx)
-    with ctx.as_caller():
+    with ctx.as_user():
         set_owner(fd, record.mode, record.uid, record.gid)
     os.utime(fd, ns=(record.mtime, record.mtime))
 

@@ -17,7 +17,7 @@ from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.rewrites import Rewrites
-from ckptd.engine.restore.rights import rights_of
+from ckptd.engine.restore.rights import rights_for
 from ckptd.engine.restore.script import Script
 from ckptd.errors import CkptError, ImageDamaged
 from ckptd.image.grammar import Struct
@@ -36,30 +36,32 @@ _TO_THE_END = (1 << 32) - 1
 
 
 class Access:
-    """What kinds may look at, see kinds.base.Looking. The paths of an image are those of our own mount namespace."""
+    """What kinds may look at, see kinds.base.Looking. The paths of an image are those of our own mount namespace.
+
+    rights: by which all of it is done, before the restart and during it alike."""
 
     def __init__(self, reader: ImageReader, caller: Caller, changed_files: ChangedFiles, terminal_fd: int) -> None:
-        self._reader, self._caller = reader, caller
+        self._reader, self.rights = reader, rights_for(reader, caller)
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
         self.terminal = terminal_fd >= 0
 
-    def as_caller(self) -> AbstractContextManager[object]:
-        return rights_of(self._caller)
+    def as_user(self) -> AbstractContextManager[object]:
+        return self.rights.taken()
 
     def lstat(self, path: str) -> os.stat_result | None:
         try:
-            with rights_of(self._caller):
+            with self.rights.taken():
                 return os.lstat(path)
         except (OSError, ValueError):
             return None
 
     def may(self, path: str, access: int) -> bool:
-        with rights_of(self._caller):
+        with self.rights.taken():
             # with AT_EACCESS faccessat2(2) goes by the file-system ids (fs/open.c, do_faccessat)
             return os.access(path, access, effective_ids=True)
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
-        with rights_of(self._caller):
+        with self.rights.taken():
             return os.open(path, flags | os.O_CLOEXEC, mode)
 
     def pread(self, extent: Extent, length: int, offset: int) -> bytes:

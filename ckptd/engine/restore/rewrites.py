@@ -4,12 +4,10 @@
 import os
 import secrets
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
 
-from ckptd.checks import Caller
 from ckptd.engine.faults import fault
-from ckptd.engine.restore.rights import rights_of
+from ckptd.engine.restore.rights import Rights
 from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile
 
@@ -18,10 +16,10 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Rewrites:
-    """note: write a step to the journal."""
+    """rights: of whose files they are. note: write a step to the journal."""
 
-    def __init__(self, spool: Path, caller: Caller, note: Callable[[KeepFile | MakeFile], None]) -> None:
-        self._spool, self._caller, self._note = spool, caller, note
+    def __init__(self, spool: Path, rights: Rights, note: Callable[[KeepFile | MakeFile], None]) -> None:
+        self._spool, self._rights, self._note = spool, rights, note
 
     def keep(self, path: str, fd: int, start: int) -> None:
         """As kinds.base.Restoring.keep."""
@@ -35,7 +33,7 @@ class Rewrites:
             os.close(copy)
         of = os.fstat(fd)
         self._note(KeepFile(path, of.st_dev, of.st_ino, of.st_size, max(of.st_mtime_ns, 0), start, kept,
-                            self._caller.uid, self._caller.gid, tuple(self._caller.groups)))
+                            *self._rights))
         fault('place-keep-file-done')
 
     def make(self, path: str, fill: Callable[[int], None]) -> None:
@@ -44,7 +42,7 @@ class Rewrites:
         temporary = str(pure.with_name(f'.{pure.name[:200]}.{secrets.token_hex(8)}'))
         fault('place-make-file')
         self._note(self._made(temporary, 0, 0))
-        with self._rights():
+        with self._rights.taken():
             fd = os.open(temporary, _NEW, 0o600)
         try:
             fill(fd)
@@ -52,13 +50,10 @@ class Rewrites:
         finally:
             os.close(fd)
         self._note(self._made(path, of.st_dev, of.st_ino))
-        with self._rights():
+        with self._rights.taken():
             os.link(temporary, path)
             os.unlink(temporary)  # noqa: PTH108
         fault('place-make-file-done')
 
     def _made(self, path: str, device: int, inode: int) -> MakeFile:
-        return MakeFile(path, device, inode, self._caller.uid, self._caller.gid, tuple(self._caller.groups))
-
-    def _rights(self) -> AbstractContextManager[None]:
-        return rights_of(self._caller)
+        return MakeFile(path, device, inode, *self._rights)

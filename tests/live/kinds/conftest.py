@@ -79,7 +79,7 @@ class Restart:
 
     # ------------------------------------------------------------ what a kind asks for
 
-    def as_caller(self) -> AbstractContextManager[object]:
+    def as_user(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def lstat(self, path: str) -> os.stat_result | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files and other objects with a name outside the tree: there, unchanged, and the caller may open them."""
+"""Files and other objects with a name outside the tree: there, unchanged, and whose tree it is may open them."""
 
 import errno
 import os
@@ -36,7 +36,21 @@ _NEXT_ID = '/proc/sys/kernel/shm_next_id'
 
 
 def check(scene: Scene) -> list[Obstacle]:
-    return once([*_open_files(scene), *_mapped_files(scene), *_directories(scene), *_segments(scene)])
+    named = [*_open_files(scene), *_mapped_files(scene), *_directories(scene)]
+    return once([*(_by_whom(scene, row) for row in named), *_segments(scene)])
+
+
+def _by_whom(scene: Scene, row: Obstacle) -> Obstacle:
+    """Root sees the file and may do all with it, and would not guess that it is not he who counts."""
+    uid = scene.for_owner
+    if not uid or row.severity == 'warning':
+        return row
+    if row.errno in ('EACCES', 'EPERM'):
+        return row._replace(hint=f'files are opened by the rights of uid {uid}, who owns the image: give him the right '
+                            'to it, or checkpoint the tree as root')
+    if row.errno == 'ENOENT':
+        return row._replace(hint=f'{row.hint}; it is uid {uid}, who owns the image, that must see it')
+    return row
 
 
 # ---------------------------------------------------------------- open files
@@ -138,7 +152,7 @@ def _directories(scene: Scene) -> Iterator[Obstacle]:
         if record.root != '/':
             yield from _directory(scene, vpid, 'root', 'root directory', record.root)
             # who may set up what a program finds in /etc may be anybody to it
-            if (scene.request.caller.uid and not scene.plan.world.user) or not scene.may_here(CAP_SYS_CHROOT):
+            if (scene.looking.rights.uid and not scene.plan.world.user) or not scene.may_here(CAP_SYS_CHROOT):
                 yield Obstacle(vpid, 'root', 'EPERM', f'its root directory is {record.root}, and the caller may not '
                                'change that of a process', 'restore it as root')
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from ckptd.engine.messages import JobRequest
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.plan import Plan
+from ckptd.engine.restore.rights import rights_of
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.status import Status, read_status
@@ -18,8 +19,8 @@ from ckptd.kernel.task import read_cgroup2
 
 @dataclass(frozen=True)
 class Scene:
-    """request: who asks, and for what. looking: the files of this machine, by the caller's rights. own: our own
-    process, which every restored task is a descendant of; `may` by its effective capabilities."""
+    """request: who asks, and for what. looking: the files of this machine, by the rights that the tree's are opened by.
+    own: our own process, which every restored task is a descendant of; `may` by its effective capabilities."""
     reader: ImageReader
     plan: Plan
     request: JobRequest
@@ -33,6 +34,16 @@ class Scene:
     def may_here(self, capability: int) -> bool:
         """The same where the user namespace that the tree is born into is enough: it has them all in a new one."""
         return self.plan.world.user or self.may(capability)
+
+    def caller_may(self, path: str, access: int) -> bool:
+        """os.access(2) for the caller, of what he himself has named."""
+        with rights_of(self.request.caller).taken():
+            return os.access(path, access, effective_ids=True)
+
+    @property
+    def for_owner(self) -> int:
+        """uid of the image's owner where files are opened by his rights and the caller is root; else 0."""
+        return 0 if self.request.caller.uid else self.looking.rights.uid
 
     @cached_property
     def home(self) -> str:

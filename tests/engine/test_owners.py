@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Root restores what is an ordinary user's: files come back as that user may have them, and no others."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ckptd.engine.messages import Caller, ChangedFiles
+from ckptd.engine.restore.files import Access
+from ckptd.engine.restore.rights import Rights, rights_for
+from ckptd.errors import PermissionDenied, Refusal, Refused
+from ckptd.image import records as r
+from ckptd.image.reader import ImageReader
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import read_cgroup2
+from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
+from tests.engine.test_obstacles import about, checked
+from tests.lib import settled
+from tests.lib.altered import alter
+
+pytestmark = pytest.mark.needs('root', 'ptrace')
+
+BOB = Caller(ORDINARY_UID, ORDINARY_UID, (), 0, 0)
+GROUP = 54321           # nobody's
+SECRET = b'of root alone, and longer than what bob wrote'
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path).make()
+
+
+@dataclass
+class Bob:
+    """His process, which has the file `output` open and works in its directory."""
+    home: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def directory(self) -> Path:
+        return self.home / 'work'
+
+    @property
+    def output(self) -> Path:
+        return self.directory / 'output'
+
+    def image(self, place: Place, caller: Caller = BOB) -> Path:
+        """Its image; it is dead."""
+        image = place.checkpoint(self.process.pid, after='kill', caller=caller, save_files=True)
+        self.process.wait()
+        settled.reap_orphans()
+        return image
+
+
+@pytest.fixture
+def bob() -> Iterator[Bob]:
+    with place_of(ORDINARY_UID) as home:
+        (home / 'work').mkdir()
+        output = home / 'work' / 'output'
+        output.write_bytes(b'so far')
+        for path in (output.parent, output):
+            os.chown(path, ORDINARY_UID, ORDINARY_UID)
+        with output.open('r+b', buffering=0) as file:
+            file.seek(3)
+            process = subprocess.Popen(['/bin/sleep', '1000'], stdin=subprocess.DEVNULL, stdout=file,
+                                       stderr=subprocess.DEVNULL, cwd=output.parent, start_new_session=True,
+                                       user=ORDINARY_UID, group=ORDINARY_UID, extra_groups=[GROUP])
+        yield Bob(home, process)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def restored(place: Place, image: Path, **more: object) -> int:
+    """Root restores it; the pid."""
+    with DirectWorker() as worker:
+        return int(worker.run(place.request(0, target='', operation='restore', image=image.name, **more))['root'])
+
+
+def refused(place: Place, image: Path, **more: object) -> list[Refusal]:
+    """Root does not get it restored, and nothing is there; what a dry run says, which is the same."""
+    with DirectWorker() as worker, pytest.raises((Refused, PermissionDenied)) as caught:
+        worker.run(place.request(0, target='', operation='restore', image=image.name, **more))
+    assert [path.name for path in place.spool.iterdir()] == [image.name]
+    assert not place.freezes
+    rows = [row for row in checked(place, image, **more) if row.severity == 'refusal']
+    assert list(caught.value.refusals) == rows
+    return rows
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    settled.reap_orphans()
+
+
+@pytest.mark.parametrize('changed', ['refuse', 'accept', 'rollback'])
+def test_bobs_files_come_back(place: Place, bob: Bob, changed: ChangedFiles) -> None:
+    image = bob.image(place)
+    if changed != 'refuse':
+        bob.output.write_bytes(b'another thing')
+    pid = restored(place, image, changed_files=changed)
+    try:
+        assert read_status(pid).uids == (ORDINARY_UID,) * 4
+        assert read_status(pid).groups == (GROUP,)
+        assert Path(f'/proc/{pid}/fd/1').readlink() == bob.output
+        assert Path(f'/proc/{pid}/cwd').readlink() == bob.directory
+        assert 'pos:\t3\n' in Path(f'/proc/{pid}/fdinfo/1').read_text()
+        assert bob.output.read_bytes() == (b'another thing' if changed == 'accept' else b'so far')
+    finally:
+        end(pid)
+
+
+def test_a_missing_file_is_made_again_as_bobs(place: Place, bob: Bob) -> None:
+    image = bob.image(place)
+    bob.output.unlink()
+    end(restored(place, image, changed_files='rollback'))
+    assert bob.output.read_bytes() == b'so far'
+    assert bob.output.stat().st_uid == ORDINARY_UID
+
+
+def test_what_only_a_group_of_the_tree_may_open(place: Place, bob: Bob) -> None:
+    image = bob.image(place)
+    os.chown(bob.output, 0, GROUP)
+    bob.output.chmod(0o660)
+    end(restored(place, image, changed_files='accept'))
+    os.chown(bob.output, 0, GROUP + 1)
+    assert about(refused(place, image, changed_files='accept'), 'fd 1').errno == 'EACCES'
+
+
+@pytest.mark.parametrize('changed', ['accept', 'rollback'])
+@pytest.mark.parametrize('mode', [0o700, 0o755])
+def test_a_directory_that_leads_to_roots_files_now(place: Place, bob: Bob, changed: ChangedFiles, mode: int) -> None:
+    image, pid = bob.image(place), bob.process.pid
+    with place_of(0) as secrets:
+        secret = secrets / 'output'
+        secret.write_bytes(SECRET)
+        secret.chmod(0o600)
+        secrets.chmod(mode)
+        before = secret.stat()
+        bob.directory.rename(bob.home / 'old')
+        bob.directory.symlink_to(secrets)
+        row = about(refused(place, image, changed_files=changed), 'fd 1')
+        assert row.errno == ('ENOENT' if mode == 0o700 else 'EACCES')
+        assert f'uid {ORDINARY_UID}' in row.hint
+        assert not Path(f'/proc/{pid}').exists()
+        # that it is looked at first is no reason to open it by other rights: it may be swapped in between
+        with ImageReader(image) as reader, pytest.raises(PermissionError):
+            Access(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
+        after = secret.stat()
+        assert secret.read_bytes() == SECRET
+        assert (after.st_mtime_ns, after.st_ctime_ns, after.st_ino) == (
+            before.st_mtime_ns, before.st_ctime_ns, before.st_ino)
+        assert [path.name for path in secrets.iterdir()] == ['output']
+
+
+def test_a_missing_file_is_not_made_among_roots(place: Place, bob: Bob) -> None:
+    image = bob.image(place)
+    with place_of(0) as secrets:
+        secrets.chmod(0o755)
+        bob.directory.rename(bob.home / 'old')
+        bob.directory.symlink_to(secrets)
+        assert about(refused(place, image, changed_files='rollback'), 'fd 1').errno == 'ENOENT'
+        assert list(secrets.iterdir()) == []
+
+
+def test_a_working_directory_that_bob_may_not_enter(place: Place, bob: Bob) -> None:
+    image = bob.image(place)
+    with place_of(0) as secrets:
+        inner = secrets / 'inner'
+        inner.mkdir()
+        secrets.chmod(0o700)
+        bob.output.rename(inner / 'output')
+        bob.directory.rmdir()
+        bob.directory.symlink_to(inner)
+        rows = refused(place, image, changed_files='accept')
+        assert about(rows, 'cwd').errno == 'EACCES'
+        assert f'uid {ORDINARY_UID}' in about(rows, 'cwd').hint
+
+
+def test_a_log_that_root_had_opened_for_bob(place: Place, bob: Bob) -> None:
+    """Of bob's image it is out of reach, as for bob himself; of root's own it is not."""
+    os.chown(bob.output, 0, 0)
+    bob.output.chmod(0o600)
+    image = bob.image(place)
+    row = about(refused(place, image), 'fd 1')
+    assert (row.errno, f'uid {ORDINARY_UID}' in row.hint) == ('EACCES', True)
+    assert about(checked(place, image, caller=BOB), 'fd 1').reason == row.reason
+
+
+def test_an_image_of_root_has_roots_rights(place: Place, bob: Bob) -> None:
+    os.chown(bob.output, 0, 0)
+    bob.output.chmod(0o600)
+    pid = restored(place, bob.image(place, me()))
+    try:
+        assert read_status(pid).uids == (ORDINARY_UID,) * 4
+        assert Path(f'/proc/{pid}/fd/1').readlink() == bob.output
+    finally:
+        end(pid)
+
+
+def test_a_root_directory_of_bobs_choice(place: Place, bob: Bob) -> None:
+    image = bob.image(place)
+    alter(image, r.Fs, root=str(bob.directory))
+    assert about(refused(place, image), 'root').errno == 'EPERM'
+
+
+@pytest.mark.needs('cgroup2')
+def test_the_cgroup_is_the_callers_choice(place: Place, bob: Bob) -> None:
+    """Bob may not put processes there, and root, who names it, may."""
+    image, own = bob.image(place), read_cgroup2(os.getpid())
+    assert not [row for row in checked(place, image, cgroup=own) if row.resource == f'cgroup {own}']
+
+
+def test_whose_rights(place: Place, bob: Bob) -> None:
+    image = bob.image(place)
+    with ImageReader(image) as reader:
+        assert rights_for(reader, me()) == Rights(ORDINARY_UID, ORDINARY_UID, (GROUP,))
+        assert rights_for(reader, BOB) == Rights(ORDINARY_UID, ORDINARY_UID, ())
+    # of a tree that was not all the owner's: its groups are not his
+    alter(image, r.Credentials, uids=(0,) * 4, gids=(0,) * 4, groups=(0,))
+    with ImageReader(image) as reader:
+        assert rights_for(reader, me()) == Rights(ORDINARY_UID, ORDINARY_UID, ())
