@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The worker's end of its socket: messages out, Cancel and end-of-file in."""
+"""The worker's end of its socket: messages out, Cancel and end-of-file in; as which counts the daemon's pidfd, too."""
 
 import array
 import errno
@@ -18,6 +18,7 @@ from ckptd.engine.messages import (
     MAX_MESSAGE,
     Cancel,
     Finished,
+    Follow,
     Message,
     Phase,
     Progress,
@@ -65,27 +66,42 @@ def stalled(what: str, seconds: float) -> CkptError:
 
 
 class Channel:
-    """Owner of the socket. A dead daemon is a Cancelled like any other: the tree is released, nothing is finished."""
+    """Owner of the socket and of the daemon's pidfd. A dead daemon is a Cancelled like any other: the tree is released,
+    nothing is finished."""
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.set_inheritable(False)     # it was inherited from the daemon, and goes no further
+        self._daemon = -1
+        self._inputs = select.epoll()       # both
+        self._inputs.register(self._socket, select.EPOLLIN)
         self._cancelled = False
         self._next_progress = 0.0
         self.phase_name = ''
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        """For poll(2): readable when `receive` does not wait."""
+        return self._inputs.fileno()
 
     def close(self) -> None:
+        self._inputs.close()
         self._socket.close()
+        if self._daemon >= 0:
+            os.close(self._daemon)
+            self._daemon = -1
 
     # ------------------------------------------------------------ in
 
     def receive(self) -> tuple[Message | None, list[int]]:
         """The next message and its fds, waiting for it; None at end-of-file."""
-        data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(_MAX_FDS * 4),
-                                                     socket.MSG_CMSG_CLOEXEC)
+        # what the daemon said before its death comes first
+        if self._socket.fileno() not in dict(self._inputs.poll()):
+            return None, []
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(_MAX_FDS * 4),
+                                                         socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:        # it has ended with something of ours unread
+            return None, []
         fds = array.array('i')
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -95,6 +111,10 @@ class Channel:
     def wait_start(self) -> tuple[Start, list[int]] | None:
         """The job; None when the daemon has none for this worker."""
         message, fds = self.receive()
+        if isinstance(message, Follow):
+            [self._daemon] = fds
+            self._inputs.register(self._daemon, select.EPOLLIN)
+            message, fds = self.receive()
         return (message, fds) if isinstance(message, Start) else None
 
     def wait_thaw(self) -> None:
@@ -104,7 +124,7 @@ class Channel:
 
     def check(self) -> None:
         """Cancelled if the daemon said so or is gone. Costs one poll(2)."""
-        if not self._cancelled and select.select([self._socket], [], [], 0)[0]:
+        if not self._cancelled and self._inputs.poll(0):
             message, fds = self.receive()
             for fd in fds:
                 os.close(fd)
@@ -122,7 +142,7 @@ class Channel:
         end = time.monotonic() + stall
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        poll.register(self._socket, select.POLLIN)
+        poll.register(self._inputs, select.POLLIN)
         while True:
             self.check()
             # SIGTERM alone does not end poll(2): PEP 475
@@ -164,11 +184,30 @@ class Channel:
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send and wait for room; Cancelled when the daemon is gone."""
+        data = _encode(message)
         try:
-            socket.send_fds(self._socket, [_encode(message)], fds)
+            while not self._send(data, fds):
+                self._wait_room()
         except (BrokenPipeError, ConnectionResetError) as error:
             self._cancelled = True
             raise Cancelled('the daemon is gone', phase=self.phase_name) from error
+
+    def _send(self, data: bytes, fds: Sequence[int]) -> bool:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else []
+        try:
+            self._socket.sendmsg([data], rights, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _wait_room(self) -> None:
+        """BrokenPipeError where the daemon dies: nobody reads any more."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        if self._daemon >= 0:
+            poll.register(self._daemon, select.POLLIN)
+        if self._daemon in dict(poll.poll()):
+            raise BrokenPipeError
 
     def phase(self, name: str) -> None:
         self.phase_name = name

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The process that starts workers, so that the daemon never forks. Started by the daemon at its beginning as
 
-    python -m ckptd.engine.spawner FD       FD: its end of a SOCK_SEQPACKET socketpair
+    python -m ckptd.engine.spawner FD [PIDFD]       FD: its end of a SOCK_SEQPACKET socketpair; PIDFD: of a thread of
+                                                    the daemon (ckptd.kernel.witness), as its files may outlive it
 
 A fork copies every open file, execve(2) closes the copies, and a close asks the file system: with a client's file open
 that never answers, the daemon would wait in fork for ever. This process has no client's files. It has all modules of a
@@ -34,16 +35,18 @@ _decode = msgspec.msgpack.Decoder(Spawn).decode
 
 
 class Spawner:
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+    def __init__(self, sock: socket.socket, daemon: int = -1) -> None:
+        self._socket, self._daemon = sock, daemon
         self._children: dict[int, tuple[int, int]] = {}     # pidfd -> (number, pid)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        if daemon >= 0:
+            self._poll.register(daemon, select.POLLIN)
 
     def serve(self) -> None:
-        """Until the daemon has closed its end."""
-        while True:
-            for fd, _ in self._poll.poll():
+        """Until the daemon has closed its end, or is dead."""
+        while self._daemon not in (ready := dict(self._poll.poll())):
+            for fd in ready:
                 if fd != self._socket.fileno():
                     self._reap(fd)
                 elif not self._answer():
@@ -72,8 +75,9 @@ class Spawner:
         status = 1
         try:
             os.setsid()         # a terminal's Ctrl-C reaches the daemon only
-            for fd in (self._socket.fileno(), *self._children):
-                os.close(fd)
+            for fd in (self._socket.fileno(), self._daemon, *self._children):
+                if fd >= 0:
+                    os.close(fd)
             status = worker.main(theirs)
         except BaseException:   # noqa: BLE001 - the end of the process
             traceback.print_exc()
@@ -110,8 +114,11 @@ def main() -> int:
         signal.signal(number, _ignore)
     gc.freeze()         # what is here now stays: no page of it is copied for the collector's sake
     with socket.socket(fileno=int(sys.argv[1])) as sock:
-        sock.set_inheritable(False)
-        Spawner(sock).serve()
+        daemon = int(sys.argv[2]) if len(sys.argv) > 2 else -1
+        for fd in (sock.fileno(), daemon):
+            if fd >= 0:
+                os.set_inheritable(fd, False)
+        Spawner(sock, daemon).serve()
     return 0
 
 

@@ -7,6 +7,7 @@ from ckptd.engine.messages import JobRequest
 from ckptd.jobs.service import Services, ServiceWorker
 from ckptd.jobs.spawner import Spawner
 from ckptd.jobs.worker import COMMAND, ChildWorker, Worker, environment
+from ckptd.kernel.witness import Witness
 
 # what a sandboxed daemon's descendant could not do: make the tree, find out whether it could be made, put files back
 UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover'})
@@ -17,7 +18,8 @@ class WorkerPool:
 
     def __init__(self, command: Sequence[str] = (), services: Services | None = None) -> None:
         self._command, self._services = command, services
-        self._spawner = Spawner(environment())
+        self._witness = Witness()
+        self._spawner = Spawner(environment(), self._witness.pidfd)
         self._taken: dict[Worker, int] = {}     # and the uid of who asked for their job
         self._stuck: dict[Worker, int] = {}
 
@@ -41,7 +43,7 @@ class WorkerPool:
         worker: Worker
         if self._services is not None and request.operation in UNSANDBOXED:
             what = f'{request.operation.capitalize()} of {request.image or "files"}'
-            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND)
+            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._witness.pidfd)
         else:
             worker = await ChildWorker.start(self._spawner, self._command)
         self._taken[worker] = request.asked_by
@@ -64,3 +66,4 @@ class WorkerPool:
     def close(self) -> None:
         """Workers have been given back."""
         self._spawner.close()
+        self._witness.close()

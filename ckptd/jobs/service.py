@@ -3,7 +3,7 @@
 
     daemon                            systemd                          worker
     socketpair, StartTransientUnit -> ckptd-restore-XXXX.service   -> python -m ckptd.engine.worker 0
-    Start, Cancel, ... over the socket, which is the worker's standard input; end-of-file as with a child
+    Follow, Start, Cancel, ... over the socket, which is the worker's standard input; end-of-file as with a child
 
 systemd keeps the worker's end of the socket open for as long as the service is there, so a worker's death is seen
 by its pidfd.
@@ -58,12 +58,13 @@ class ServiceWorker(Worker):
         self._unit, self._services = unit, services
 
     @classmethod
-    async def start(cls, services: Services, description: str, command: Sequence[str] = COMMAND) -> Self:
-        """WorkerDied with systemd's words when there will be none."""
+    async def start(cls, services: Services, description: str, command: Sequence[str] = COMMAND,
+                    witness: int = -1) -> Self:
+        """witness: as of `socket_pair`. WorkerDied with systemd's words when there will be none."""
         # the number of the job would not do: it is one again with each daemon
         unit = f'ckptd-restore-{secrets.token_hex(4)}.service'
         kept = {name: value for name, value in environment().items() if name.startswith(KEPT)}
-        ours, theirs = socket_pair()
+        ours, theirs = socket_pair(witness)
         try:
             with theirs:
                 await services.start_service(Service(unit, description, (*command, '0'), kept, theirs.fileno()))

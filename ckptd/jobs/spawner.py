@@ -37,10 +37,11 @@ class Child:
 
 
 class Spawner:
-    """Started with the first `spawn`, and again where it has died. environment: of it, and of workers."""
+    """Started with the first `spawn`, and again where it has died. environment: of it, and of workers. witness: the
+    pidfd that tells them of our death (ckptd.kernel.witness), -1 for none."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, environment: Mapping[str, str], witness: int = -1) -> None:
+        self._environment, self.witness = environment, witness
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._numbers = itertools.count(1)
@@ -76,9 +77,10 @@ class Spawner:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         theirs.setblocking(True)
         with theirs:
+            fds = [fd for fd in (theirs.fileno(), self.witness) if fd >= 0]
             try:
                 self._process = subprocess.Popen(
-                    [*COMMAND, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
+                    [*COMMAND, *map(str, fds)], pass_fds=fds, start_new_session=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(self._environment))
             except OSError as error:
                 ours.close()

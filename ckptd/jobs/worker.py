@@ -5,7 +5,7 @@ What a worker restores inherits for ever what the worker itself is under (seccom
 capability bounds): where systemd can be asked, restores are done by a service of their own, service.py.
 
 A worker has one end of a SOCK_SEQPACKET pair; ckptd.engine.messages says what goes over it. Either side learns of the
-other's death by end-of-file.
+other's death by end-of-file, and by a pidfd.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from typing import Any, Self, cast
 import msgspec
 
 import ckptd
-from ckptd.engine.messages import MAX_MESSAGE, FromWorker, ToWorker
+from ckptd.engine.messages import MAX_MESSAGE, Follow, FromWorker, ToWorker
 from ckptd.errors import WorkerDied
 from ckptd.jobs.spawner import Child, Spawner
 
@@ -139,10 +139,18 @@ class Worker(ABC):
         return f'was killed by signal {-status}'
 
 
-def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """(the daemon's end, the worker's): the one never blocks, the other does."""
+def socket_pair(witness: int) -> tuple[socket.socket, socket.socket]:
+    """(the daemon's end, the worker's): the one never blocks, the other does. witness: the pidfd that tells of the
+    daemon's death, which is there before the worker is; -1 for none."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     theirs.setblocking(True)
+    if witness >= 0:
+        try:
+            socket.send_fds(ours, [_encoder.encode(Follow())], [witness])
+        except OSError:         # ETOOMANYREFS, unix(7)
+            ours.close()
+            theirs.close()
+            raise
     return ours, theirs
 
 
@@ -156,7 +164,7 @@ class ChildWorker(Worker):
     @classmethod
     async def start(cls, spawner: Spawner, command: Sequence[str] = ()) -> Self:
         """command: a program instead. WorkerDied when there will be none."""
-        ours, theirs = socket_pair()
+        ours, theirs = socket_pair(spawner.witness)
         try:
             with theirs:
                 return cls(ours, await spawner.spawn(theirs, command, environment() if command else None))

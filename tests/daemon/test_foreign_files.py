@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from ckptd.bus.message import Fd
 from ckptd.bus.names import BUS_NAME, IMAGE, MANAGER, ROOT, image_path
 from ckptd.errors import CkptError, InvalidArgument, LimitsExceeded
 from ckptd.kernel import closing
+from ckptd.kernel.pidfd import wait_dead
+from tests.daemon.test_daemon import frozen
 from tests.jobs.test_spool import write_image
 from tests.lib.bus import Served, family
 from tests.lib.fuse import FLUSH, IOCTL, WRITE, HangingFile
@@ -77,6 +80,38 @@ async def test_a_close_that_is_not_answered(daemon: Served, file: HangingFile) -
             with pytest.raises(InvalidArgument, match='no pidfd'):
                 await give(client, fd)
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+@pytest.mark.parametrize('mode', ['auto', 'ptrace'])
+async def test_kill_9_of_the_daemon_while_a_close_hangs(any_bus: str, tmp_path: Path, spool: Path, sleeper: str,
+                                                        mode: str) -> None:
+    """Its files stay open, so there is no end-of-file: the tree runs on all the same, worker and spawner end."""
+    daemon = Served(any_bus, tmp_path, spool).start()
+    pid = int(sleeper.partition(':')[2])
+    with HangingFile(tmp_path / 'fuse', lambda opcode, process: process == daemon.pid) as file:
+        async with await connect(daemon.address) as client:
+            await client.call(BUS_NAME, ROOT, MANAGER, 'Freeze', 'sa{sv}', sleeper, {'freeze': mode})
+            with opened(file) as fd, pytest.raises(InvalidArgument, match='no pidfd'):
+                await give(client, fd)
+            await asyncio.to_thread(file.wait_held, FLUSH)
+            assert stands_still(pid)
+            pidfds = [os.pidfd_open(process) for process in family(daemon.pid)]
+            assert len(pidfds) == 2     # spawner and worker
+            daemon.process.kill()
+            for pidfd in pidfds:
+                assert await asyncio.to_thread(wait_dead, pidfd, 10)
+                os.close(pidfd)
+        assert not stands_still(pid)
+        assert daemon.process.poll() is None
+        assert list((daemon.runtime / 'freezes').iterdir()) == []
+        file.release()
+        assert await asyncio.to_thread(daemon.process.wait, 10) == -signal.SIGKILL
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+def stands_still(pid: int) -> bool:
+    return frozen(pid) or 'TracerPid:\t0' not in Path(f'/proc/{pid}/status').read_text()
 
 
 def open_of(pid: int, file: HangingFile) -> list[str]:

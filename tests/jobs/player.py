@@ -23,6 +23,7 @@ from ckptd.engine.messages import (
     Cancel,
     Failed,
     Finished,
+    Follow,
     Frozen,
     Log,
     Message,
@@ -50,8 +51,12 @@ class Player:
 
     def hear(self) -> Message | None:
         data, fds, _, _ = socket.recv_fds(self.socket, MAX_MESSAGE, 4)
+        message = msgspec.msgpack.decode(data, type=ToWorker) if data else None
+        if isinstance(message, Follow):
+            os.close(fds.pop())
+            return self.hear()
         self.fds += fds
-        return msgspec.msgpack.decode(data, type=ToWorker) if data else None
+        return message
 
     def until_cancelled(self) -> NoReturn:
         if path := os.environ.get('PLAYER_FIFO'):

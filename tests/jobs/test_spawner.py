@@ -5,7 +5,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from ckptd.engine.messages import Caller, Failed, JobRequest, Start
 from ckptd.errors import WorkerDied
 from ckptd.jobs.spawner import Spawner
 from ckptd.jobs.worker import ChildWorker, environment
+from ckptd.kernel.pidfd import wait_dead
+from ckptd.kernel.witness import Witness
 from tests.programs.conftest import await_that
 
-ALONE = ['/dev/null', '/dev/null', 'socket:']
+ALONE = ['/dev/null', '/dev/null', 'anon_inode:', 'socket:']       # its epoll and its socket
+FOLLOWING = [*ALONE[:2], 'anon_inode:', *ALONE[2:]]                 # and the daemon's pidfd
 
 
 @pytest.fixture
@@ -27,16 +31,16 @@ async def spawner() -> AsyncIterator[Spawner]:
 
 
 def kinds(pid: int) -> list[str]:
-    """What is open in a process besides standard error, '/dev/null' or 'socket:'."""
+    """What is open in a process besides standard error, '/dev/null', 'socket:' or 'anon_inode:'."""
     links = [path.readlink() for path in Path(f'/proc/{pid}/fd').iterdir() if path.name != '2']
-    return sorted(str(link).partition('[')[0] for link in links)
+    return sorted(str(link).partition('[')[0].replace('pidfd:', 'anon_inode:') for link in links)
 
 
 async def test_a_worker(spawner: Spawner) -> None:
-    """A process of its own, in a session of its own, with nothing open but its socket; it does what it is asked."""
+    """A process of its own, in a session of its own, with nothing open but these; it does what it is asked."""
     worker = await ChildWorker.start(spawner)
     await asyncio.to_thread(await_that, 'its session', lambda: os.getsid(worker.pid) == worker.pid, 10)
-    await asyncio.to_thread(await_that, 'its socket alone', lambda: kinds(worker.pid) == ALONE, 10)
+    await asyncio.to_thread(await_that, 'these alone', lambda: kinds(worker.pid) == ALONE, 10)
     worker.send(Start(JobRequest('verify', '', Caller(0, 0), '/nowhere', '/nowhere', image='none')))
     message = await worker.receive()
     assert isinstance(message, Failed)
@@ -68,6 +72,32 @@ async def test_it_dies(spawner: Spawner) -> None:
     assert spawner.pid != first
     assert await other.end(10) == 0
     assert await worker.end(10) == 0
+
+
+async def test_they_end_with_their_witness() -> None:
+    """Spawner, and worker at work or not, although their sockets stay open: a daemon's, of which a thread hangs."""
+    witness = Witness()
+    if witness.pidfd < 0:
+        witness.close()
+        pytest.skip('needs PIDFD_THREAD (Linux 6.9)')
+    spawner = Spawner(environment(), witness.pidfd)
+    worker = await ChildWorker.start(spawner)
+    with open_pidfds(spawner.pid, worker.pid) as pidfds:
+        await asyncio.to_thread(await_that, 'it has the pidfd', lambda: kinds(worker.pid) == FOLLOWING, 10)
+        assert not any(wait_dead(pidfd, 0) for pidfd in pidfds)
+        witness.close()
+        assert all([await asyncio.to_thread(wait_dead, pidfd, 10) for pidfd in pidfds])
+    assert await worker.end(0.1) == 0
+    spawner.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@contextmanager
+def open_pidfds(*pids: int) -> Iterator[list[int]]:
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    yield pidfds
+    for pidfd in pidfds:
+        os.close(pidfd)
 
 
 async def start_or_fail(spawner: Spawner) -> ChildWorker | None:
