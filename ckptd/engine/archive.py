@@ -67,5 +67,5 @@ def import_image(job: Job) -> None:
                                                                                 stat.S_ISSOCK)):
         raise InvalidArgument('no stream to import from', hint='give the fd of a pipe, a socket or a file')
     manifest = read_archive(job.output, Path(request.spool), request.caller.uid, request.caller.gid,
-                            request.save_limit, _Watcher(job))
+                            request.save_limit, _Watcher(job), request.keep_free)
     job.channel.finish('', (), {'image': manifest.image, 'bytes': manifest.size})

@@ -29,7 +29,7 @@ from ckptd.engine.waits import Notes, note_waits
 from ckptd.errors import Refusal, SpoolFailed, TreeChanged
 from ckptd.freezer import Frozen
 from ckptd.freezer.groups import read_cgroups
-from ckptd.image.files import spooling
+from ckptd.image.files import require_room, spooling
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
 from ckptd.kernel.ptrace import WALL
@@ -65,10 +65,10 @@ class Checkpoint:
         self._job.require(tree)
         cgroups = read_cgroups(tree)      # before the freeze, which may move it
         spool = Path(self._request.spool)
-        _require_room(spool)
+        _require_room(spool, self._request.keep_free)
         fault('scanned')
         # the spool is tried before anything is frozen: where it is full or read-only, the tree never stops
-        with ImageWriter(spool, self._request.image) as writer, ExitStack() as stack:
+        with ImageWriter(spool, self._request.image, self._request.keep_free) as writer, ExitStack() as stack:
             self._channel.phase('freeze')
             notes = note_waits(tree)
             with self._clock.measure('freezing'):
@@ -215,9 +215,10 @@ def kill(frozen: Frozen, handles: Handles) -> None:
                 os.waitpid(tracee.tid, WALL)
 
 
-def _require_room(spool: Path) -> None:
+def _require_room(spool: Path, keep_free: int) -> None:
     with spooling(spool):
         at = os.statvfs(spool)
     free = at.f_bavail * at.f_frsize
     if free < LEAST_ROOM:
         raise SpoolFailed(f'{spool} has only {free >> 20} MiB free', resource=str(spool), phase='scan')
+    require_room(spool, LEAST_ROOM, keep_free, phase='scan')

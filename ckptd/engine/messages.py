@@ -63,6 +63,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     stall_usec: of both, how long the stream may stand still, 0 for ever. writer: of an export, by whose rights it is
     written, where that is not the caller.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
+    keep_free: of a checkpoint and an import: bytes of the spool's file system that stay free, whatever is written.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
     when the root has ended. changed_files: what to do about files that went on living. has_terminal: the caller gives
@@ -95,6 +96,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     asker: int = -1
     start_time: int = 0
     stall_usec: int = 0
+    keep_free: int = 0
     writer: Caller | None = None
 
     @property

@@ -28,7 +28,7 @@ import msgspec
 
 from ckptd.errors import CkptError, ImageDamaged, LimitsExceeded, SpoolFailed
 from ckptd.image.archive import BLOCK, CHUNK
-from ckptd.image.files import create, spool_failed, spooling, write_all
+from ckptd.image.files import create, require_room, spool_failed, spooling, write_all
 from ckptd.image.ids import is_image_id, other_image_id
 from ckptd.image.manifest import MAX_MANIFEST, NAME, Manifest, decode_manifest
 from ckptd.image.verify import verify
@@ -49,11 +49,12 @@ class Watcher(Protocol):
     def progress(self, done: int, total: int) -> None: ...      # bytes of this phase
 
 
-def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: Watcher) -> Manifest:
+def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: Watcher,
+                 keep_free: int = 0) -> Manifest:
     """Take in the image that comes from `fd`, to its end-of-file; the manifest under which it is in the spool.
 
-    uid, gid: its owner from now on. limit: bytes of all parts. ImageDamaged, LimitsExceeded, SpoolFailed; CkptError
-    where the fd cannot be read.
+    uid, gid: its owner from now on. limit: bytes of all parts. keep_free: bytes of the file system that stay free,
+    whoever else writes meanwhile. ImageDamaged, LimitsExceeded, SpoolFailed; CkptError where the fd cannot be read.
     """
     watcher.phase('receive')
     archive = _Archive(_Stream(fd, watcher))
@@ -61,10 +62,10 @@ def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: 
     if manifest.size > limit:
         raise LimitsExceeded(f'the image has {manifest.size} bytes, {limit} are allowed', resource=manifest.image,
                              hint='remove images (ckptctl remove IMAGE), or allow more')
-    _require_room(spool, manifest.size)
+    require_room(spool, manifest.size, keep_free)
     with _incoming(spool, manifest.image) as incoming:
         manifest = msgspec.structs.replace(manifest, image=incoming.image, owner_uid=uid, owner_gid=gid, imported=True)
-        archive.receive(incoming.path, manifest, watcher)
+        archive.receive(incoming.path, manifest, watcher, keep_free)
         watcher.phase('verify')
         incoming.write_manifest(manifest)
         _verify(incoming.path, manifest, watcher)
@@ -140,7 +141,7 @@ class _Archive:
         self._stream.padding(size)
         return manifest
 
-    def receive(self, directory: Path, manifest: Manifest, watcher: Watcher) -> None:
+    def receive(self, directory: Path, manifest: Manifest, watcher: Watcher, keep_free: int) -> None:
         """Every part into a file of its own, and the end of the stream."""
         missing, done = dict(manifest.parts), 0
 
@@ -156,16 +157,18 @@ class _Archive:
                 raise _damaged(f'{name!r} is {"there twice" if name in manifest.parts else "no part of it"}')
             if size != part.size:
                 raise _damaged(f'{name} has {size} bytes, not {part.size}')
-            self._write(directory / name, size, on_bytes)
+            self._write(directory / name, size, on_bytes, keep_free)
         if missing:
             raise _damaged(f'{", ".join(sorted(missing)[:5])} missing')
         self._end()
 
-    def _write(self, path: Path, size: int, on_bytes: Callable[[int], None]) -> None:
+    def _write(self, path: Path, size: int, on_bytes: Callable[[int], None], keep_free: int) -> None:
         with spooling(path):
             fd = create(path)
         try:
             for chunk in self._stream.chunks(size):
+                if keep_free:
+                    require_room(path, len(chunk), keep_free, at=fd)
                 with spooling(path):
                     write_all(fd, chunk)
                 on_bytes(len(chunk))
@@ -250,13 +253,6 @@ def parse_pax(data: bytes) -> dict[str, str]:
         records[name] = value[:-1].decode('utf-8', 'surrogateescape')
         at += length
     return records
-
-
-def _require_room(spool: Path, size: int) -> None:
-    with spooling(spool):
-        at = os.statvfs(spool)
-    if at.f_bavail * at.f_frsize < size:
-        raise spool_failed(spool, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def _incoming(spool: Path, image: str) -> Incoming:

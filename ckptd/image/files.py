@@ -49,6 +49,22 @@ def spooling(path: Path) -> Iterator[None]:
         raise spool_failed(path, error) from error
 
 
+def require_room(path: Path, size: int, keep_free: int, *, at: int | None = None, phase: str = 'write') -> None:
+    """SpoolFailed if `size` more bytes in the file system of `path` would leave less than `keep_free` of it.
+
+    at: an open file in it, where the path may be another's by now. f_bavail: what root alone may write is not free.
+    """
+    with spooling(path):
+        found = os.statvfs(path if at is None else at)
+        free = found.f_bavail * found.f_frsize
+        if free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if free - size < keep_free:
+        raise SpoolFailed(f'cannot write {path}: {size:,} bytes more would leave {free - size:,} free, and '
+                          f'{keep_free:,} are to stay so', resource=str(path), phase=phase, hint='free space on the '
+                          'file system of the spool (ckptctl remove IMAGE), or lower KeepFree= of ckptd')
+
+
 def create(path: Path) -> int:
     """A new file for the owner only, open for reading and writing."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ckptd.image.files import create, pwrite_all, spooling
+from ckptd.image.files import create, pwrite_all, require_room, spooling
 from ckptd.image.records import PAGE, Extent, PageRun, PageRuns, data_name
 
 RUNS_PER_RECORD = 1 << 16       # 1.4 MiB a record
@@ -29,12 +29,13 @@ class DataWriter:
         with spooling(data.path):                       # a full disk: SpoolFailed
             libc.pwritev(data.fileno(), iov, ..., data.reserve(length).offset)
 
-    An extent that was reserved and not written reads as zeros.
+    An extent that was reserved and not written reads as zeros. keep_free: bytes of the file system that nothing of
+    this takes: asked for as an extent is reserved, for all of it, and again as it is written, as others write, too.
     """
 
-    def __init__(self, directory: Path, part: int) -> None:
+    def __init__(self, directory: Path, part: int, keep_free: int = 0) -> None:
         self.path = directory / data_name(part)
-        self.part = part
+        self.part, self._keep_free = part, keep_free
         self._end = 0
         self._lock = threading.Lock()
         with spooling(self.path):
@@ -49,12 +50,14 @@ class DataWriter:
         return self._end
 
     def reserve(self, length: int) -> Extent:
-        """`length` bytes at the next page boundary, for the caller alone."""
+        """`length` bytes at the next page boundary, for the caller alone. SpoolFailed."""
+        self._require_room(length)
         with self._lock:
             return self._take(length)
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write into a reserved extent. SpoolFailed."""
+        self._require_room(len(memoryview(data).cast('B')))
         with spooling(self.path):
             pwrite_all(self._fd, data, offset)
 
@@ -66,6 +69,10 @@ class DataWriter:
                 self.pwrite(chunk, start + length)
                 length += len(memoryview(chunk).cast('B'))
             return self._take(length)
+
+    def _require_room(self, length: int) -> None:
+        if self._keep_free:
+            require_room(self.path, length, self._keep_free, at=self._fd)
 
     def _take(self, length: int) -> Extent:
         extent = Extent(self.part, self._end, length)

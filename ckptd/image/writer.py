@@ -24,7 +24,7 @@ from typing import Self
 import msgspec
 
 from ckptd.errors import SpoolFailed
-from ckptd.image.files import create, digest_file, spool_failed, spooling, sync_directory, write_all
+from ckptd.image.files import create, digest_file, require_room, spool_failed, spooling, sync_directory, write_all
 from ckptd.image.grammar import Record, encode_end, encode_header, encode_record
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import NAME, Manifest, Part, encode_manifest
@@ -36,10 +36,10 @@ FLUSH = 1 << 20
 
 
 class PartWriter:
-    """One record file, tree.img and its like."""
+    """One record file, tree.img and its like. keep_free: as in DataWriter."""
 
-    def __init__(self, directory: Path, code: str) -> None:
-        self.path = directory / PARTS[code]
+    def __init__(self, directory: Path, code: str, keep_free: int = 0) -> None:
+        self.path, self._keep_free = directory / PARTS[code], keep_free
         self.records = 0
         self._buffer = bytearray(encode_header(code.encode()))
         with spooling(self.path):
@@ -61,6 +61,8 @@ class PartWriter:
         self._flush()
 
     def _flush(self) -> None:
+        if self._keep_free:
+            require_room(self.path, len(self._buffer), self._keep_free, at=self._fd)
         with spooling(self.path):
             write_all(self._fd, self._buffer)
         self._buffer.clear()
@@ -138,7 +140,7 @@ class Incoming:
 
 
 class ImageWriter(Incoming):
-    """An image that is made here, record by record.
+    """An image that is made here, record by record. keep_free: as in DataWriter.
 
         with ImageWriter(spool, image) as writer:
             writer.part('TREE').write(record)
@@ -147,8 +149,9 @@ class ImageWriter(Incoming):
             writer.publish(manifest)
     """
 
-    def __init__(self, spool: Path, image: str) -> None:
+    def __init__(self, spool: Path, image: str, keep_free: int = 0) -> None:
         super().__init__(spool, image)
+        self._keep_free = keep_free
         self._parts: dict[str, PartWriter] = {}
         self._data: list[DataWriter] = []
         self._sealed: dict[str, Part] | None = None
@@ -156,7 +159,7 @@ class ImageWriter(Incoming):
     def part(self, code: str) -> PartWriter:
         """The writer of 'TREE', 'TASK', 'FILE' or 'MEM '; the file is made at the first call. SpoolFailed."""
         if code not in self._parts:
-            self._parts[code] = PartWriter(self.path, code)
+            self._parts[code] = PartWriter(self.path, code, self._keep_free)
         return self._parts[code]
 
     @property
@@ -166,7 +169,7 @@ class ImageWriter(Incoming):
 
     def new_data(self) -> DataWriter:
         """A further data-N.img, for a process or thread that writes on its own. SpoolFailed."""
-        self._data.append(DataWriter(self.path, len(self._data)))
+        self._data.append(DataWriter(self.path, len(self._data), self._keep_free))
         return self._data[-1]
 
     @property

@@ -7,12 +7,15 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ckptd.errors import SpoolFailed
+from ckptd.image.archive import write_archive
+from ckptd.image.archive_reader import read_archive
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.faulty import Gate, api
 from tests.engine.unharmed import Subject, left_in_journal, left_in_spool
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.needs('root', 'ptrace', 'gcc')
 
 MIB = 1 << 20
 ENOUGH = 24 * MIB       # for the daemon to begin; the counters have some 20 MiB
+OWN = 14 * MIB          # of a program, its interpreter not counted
 
 
 @contextlib.contextmanager
@@ -106,6 +110,111 @@ def test_a_file_size_limit(subject: Subject, tmp_path: Path) -> None:
         refused(subject, place, 'File too large', errno.EFBIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(place.spool.iterdir()) == []
+
+
+# ---------------------------------------------------------------- what is to stay free
+
+def free(disk: Path) -> int:
+    at = os.statvfs(disk)
+    return at.f_bavail * at.f_frsize
+
+
+def test_a_checkpoint_is_not_begun_where_too_little_would_stay_free(subject: Subject, disk: Path) -> None:
+    place = Place(disk).make()
+    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+        place.checkpoint(subject.victim.pid, keep_free=10 * MIB)
+    assert (caught.value.errno, caught.value.phase) == (errno.ENOSPC, 'scan')
+    assert 'KeepFree=' in caught.value.hint
+    assert [*place.spool.iterdir(), *left_in_journal(place.runtime)] == []
+    assert [*subject.wrong(), *subject.finish()] == []
+
+
+@pytest.fixture
+def large() -> Iterator[subprocess.Popen[bytes]]:
+    """A program with 14 MiB of its own, that says so."""
+    program = f'data = b"x" * {OWN}; print(flush=True); input(); print(data.count(b"x"))'
+    with subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_checkpoint_ends_before_too_little_stays_free(large: 'subprocess.Popen[bytes]', disk: Path) -> None:
+    """How much memory it has, nobody knows before; the file system would take it, and what is to stay free not."""
+    place, keep_free = Place(disk).make(), 7 * MIB + MIB // 2
+    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+        place.checkpoint(large.pid, keep_free=keep_free)
+    assert (caught.value.errno, 'KeepFree=' in caught.value.hint) == (errno.ENOSPC, True)
+    assert [*place.spool.iterdir(), *left_in_journal(place.runtime)] == []
+    assert large.communicate(b'\n')[0] == b'%d\n' % OWN
+
+
+def test_a_checkpoint_that_leaves_enough(subject: Subject, tmp_path: Path) -> None:
+    place = Place(tmp_path).make()
+    place.checkpoint(subject.victim.pid, keep_free=MIB)
+    assert [*subject.wrong(), *subject.finish()] == []
+
+
+class Neighbour:
+    """Watches an import, and when it is half done takes some room himself."""
+
+    def __init__(self, disk: Path, takes: int) -> None:
+        self._disk, self._takes = disk, takes
+        self.left: list[int] = []
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def wait_readable(self, fd: int) -> None:
+        pass
+
+    def progress(self, done: int, total: int) -> None:
+        if 2 * done > total and self._takes:
+            (self._disk / 'others').write_bytes(bytes(self._takes))
+            self._takes = 0
+        self.left.append(free(self._disk))
+
+
+@pytest.fixture
+def stream(subject: Subject, tmp_path: Path) -> Iterator[int]:
+    """The fd of an image as a stream."""
+    image = Place(tmp_path).make().checkpoint(subject.victim.pid)
+    assert subject.finish() == []
+    fd = os.memfd_create('stream')
+    write_archive(image, fd)
+    os.lseek(fd, 0, os.SEEK_SET)
+    yield fd
+    os.close(fd)
+
+
+def test_an_import_leaves_what_is_to_stay_free(stream: int, disk: Path) -> None:
+    """Nothing is begun where there is too little, nor goes on when somebody else takes it."""
+    spool, size = Place(disk).make().spool, os.fstat(stream).st_size
+    watcher = Neighbour(disk, 0)
+    with pytest.raises(SpoolFailed, match='are to stay so'):
+        read_archive(stream, spool, 1, 1, 1 << 30, watcher, free(disk) - size // 2)
+    assert (watcher.left, list(spool.iterdir())) == ([], [])
+    os.lseek(stream, 0, os.SEEK_SET)
+    keep_free = free(disk) - size - MIB
+    watcher = Neighbour(disk, 2 * MIB)
+    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+        read_archive(stream, spool, 1, 1, 1 << 30, watcher, keep_free)
+    assert 'KeepFree=' in caught.value.hint
+    assert min(watcher.left) >= keep_free
+    assert list(spool.iterdir()) == []
+    (disk / 'others').unlink()
+    os.lseek(stream, 0, os.SEEK_SET)
+    image = read_archive(stream, spool, 1, 1, 1 << 30, Neighbour(disk, 0), keep_free).image
+    assert [path.name for path in spool.iterdir()] == [image]
+
+
+def test_an_import_by_a_worker(stream: int, disk: Path) -> None:
+    place = Place(disk).make()
+    with DirectWorker() as worker, pytest.raises(SpoolFailed, match='are to stay so'):
+        worker.run(place.request(0, target='', operation='import', image='', has_output=True, keep_free=20 * MIB),
+                   (stream,))
     assert list(place.spool.iterdir()) == []
 
 
