@@ -130,23 +130,30 @@ def _set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
 
 
 @contextmanager
-def file_rights(uid: int, gid: int, groups: Sequence[int]) -> Iterator[None]:
-    """Look up and make files as that user in this block. Root's way around permissions goes with the file-system uid
-    (capabilities(7), "Effect of user ID changes on capabilities"), and is not missed where the user is we. For a
-    process of one thread: groups are those of all."""
+def file_rights(uid: int, gid: int, groups: Sequence[int], capabilities: int = 0) -> Iterator[None]:
+    """Look up and make files as that user in this block, with none but these of our capabilities; as we are where the
+    user is we. For a process of one thread: groups are those of all.
+
+    With the file-system uid go only those that are about permissions (capabilities(7), "Effect of user ID changes on
+    capabilities"). CAP_SYS_PTRACE would lead through /proc/PID/cwd past every directory above it, and a file asks for
+    those of its opener as long as it is open: /proc/kallsyms for CAP_SYSLOG.
+    """
     if uid == os.geteuid():
         yield
         return
-    before = os.getgroups()
+    groups_before, before = os.getgroups(), capget()
     os.setgroups(groups)
     try:
         setfsgid(gid)
         setfsuid(uid)
+        capset(before._replace(effective=capget().effective & capabilities))
         yield
     finally:
+        # back to our own ids takes no capability, setfsuid(2)
         setfsuid(os.geteuid())
         setfsgid(os.getegid())
-        os.setgroups(before)
+        capset(before)
+        os.setgroups(groups_before)
 
 
 @cache

@@ -50,7 +50,7 @@ F_GETOWNER_UIDS = 17        # uid_t[2], with CONFIG_CHECKPOINT_RESTORE
 _OWNER = struct.Struct('=ii')
 _UIDS = struct.Struct('=II')
 
-_OF_PROCESS = re.compile(r'/proc/\d+(/|$)')
+_OF_PROCESS = re.compile(r'/proc/(\d{1,10})(?:/|$)')
 _TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
 # what open(2) of a magic link stumbles over: it is a link; and O_ASYNC comes by F_SETFL only, open(2)
 _NOT_AGAIN = os.O_NOFOLLOW | os.O_ASYNC | os.O_CREAT | os.O_EXCL | os.O_TRUNC
@@ -148,7 +148,13 @@ def opening(flags: int) -> int:
 
 def of_process(path: str) -> bool:
     """/proc/PID or below it: there once the process is."""
-    return bool(_OF_PROCESS.match(path))
+    return process_of(path) > 0
+
+
+def process_of(path: str) -> int:
+    """Whose that is; 0 for another path."""
+    found = _OF_PROCESS.match(path)
+    return int(found[1]) if found else 0
 
 
 def access_of(flags: int) -> int:

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ckptd.engine.messages import Caller, ChangedFiles
 from ckptd.engine.restore.files import Access
-from ckptd.engine.restore.rights import Rights, rights_for
+from ckptd.engine.restore.rights import Rights, rights_for, rights_of
 from ckptd.errors import PermissionDenied, Refusal, Refused
 from ckptd.image import records as r
 from ckptd.image.reader import ImageReader
+from ckptd.kernel.creds import capget
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
@@ -207,6 +209,50 @@ def test_a_root_directory_of_bobs_choice(place: Place, bob: Bob) -> None:
     image = bob.image(place)
     alter(image, r.Fs, root=str(bob.directory))
     assert about(refused(place, image), 'root').errno == 'EPERM'
+
+
+@pytest.fixture
+def hidden() -> Iterator[int]:
+    """A process in a directory that everybody may enter, below one that only root may."""
+    with place_of(0) as home:
+        inner = home / 'inner'
+        inner.mkdir()
+        (inner / 'output').write_bytes(SECRET)
+        home.chmod(0o700)
+        with subprocess.Popen(['/bin/sleep', '1000'], cwd=inner) as process:
+            yield process.pid
+            process.kill()
+
+
+def test_no_way_through_somebody_elses_process(hidden: int) -> None:
+    """What a path finds in /proc is decided by the rights of the user alone, too."""
+    before, groups = capget(), os.getgroups()
+    path = f'/proc/{hidden}/cwd/output'
+    for way in (path, f'/proc/{hidden}/maps'):
+        with pytest.raises(PermissionError), rights_of(BOB).taken():
+            os.open(way, os.O_RDONLY)
+    with rights_of(BOB).taken():
+        assert capget() == before._replace(effective=0)
+    assert (capget(), os.getgroups()) == (before, groups)
+    assert Path(path).read_bytes() == SECRET
+
+
+@pytest.mark.parametrize('by', ['root', 'bob'])
+def test_what_a_process_has_open_of_itself(place: Place, by: str) -> None:
+    """It is opened while the process is root's yet."""
+    program = 'exec 3</proc/self/maps >/dev/null; exec sleep 1000'
+    with subprocess.Popen(['/bin/sh', '-c', program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, cwd='/', start_new_session=True, user=ORDINARY_UID,
+                          group=ORDINARY_UID, extra_groups=[]) as process:
+        assert process.stdout is not None
+        process.stdout.read()       # its end: fd 3 is there
+        image = Bob(Path('/'), process).image(place)
+    caller = me() if by == 'root' else msgspec.structs.replace(BOB, pid=os.getpid())
+    pid = restored(place, image, caller=caller)
+    try:
+        assert Path(f'/proc/{pid}/fd/3').readlink() == Path(f'/proc/{pid}/maps')
+    finally:
+        end(pid)
 
 
 @pytest.mark.needs('cgroup2')

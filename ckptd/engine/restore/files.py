@@ -24,7 +24,8 @@ from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
 from ckptd.kernel.copyrange import copy_with_holes
-from ckptd.kinds.base import ChangedFiles, Kind
+from ckptd.kernel.creds import CAP_SYS_PTRACE
+from ckptd.kinds.base import ChangedFiles, Kind, process_of
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG
 
@@ -61,8 +62,12 @@ class Access:
             return os.access(path, access, effective_ids=True)
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
-        with self.rights.taken():
+        with self.rights.taken(self._needed_for(path)):
             return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def _needed_for(self, path: str) -> int:
+        """Capabilities to open it with, as a mask."""
+        return 0
 
     def pread(self, extent: Extent, length: int, offset: int) -> bytes:
         data = bytearray(max(min(length, extent.length - offset), 0))
@@ -85,6 +90,12 @@ class Files(Access):
         self._mail = _mail(bank)
         self.objects: Objects
         self.rewrites: Rewrites
+
+    def _needed_for(self, path: str) -> int:
+        # a task of the tree gets its rights last, and is root's until then: /proc asks who opens its maps for the right
+        # to trace it, proc_pid_maps(5), which its user has
+        pid = process_of(path)
+        return 1 << CAP_SYS_PTRACE if pid and self._pids.get(pid) == pid else 0
 
     # ------------------------------------------------------------ for kinds
 

@@ -26,9 +26,9 @@ class Rights(NamedTuple):
     gid: int
     groups: tuple[int, ...]
 
-    def taken(self) -> AbstractContextManager[None]:
-        """Look up and make files as that user in this block."""
-        return file_rights(self.uid, self.gid, self.groups)
+    def taken(self, capabilities: int = 0) -> AbstractContextManager[None]:
+        """Look up and make files as that user in this block, see ckptd.kernel.creds.file_rights."""
+        return file_rights(self.uid, self.gid, self.groups, capabilities)
 
 
 def rights_of(caller: Caller) -> Rights:
