@@ -82,6 +82,7 @@ class Orders:
         if operation == 'checkpoint':
             self.quota.room(caller.uid)
             image = new_image_id(command_of(where))
+            more['keep_free'] = self.quota.keep_free(caller.uid)
         return self._request(operation, where, caller, image=image, freeze=freeze, after=after, has_pidfd=has_pidfd,
                              sever=self.bus if target == 'self' else 0,
                              timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT), **more)
@@ -98,7 +99,7 @@ class Orders:
     def on_stream(self, caller: Caller) -> JobRequest:
         """A request to take an image in from a stream. LimitsExceeded."""
         return self._request('import', '', caller, has_output=True, save_limit=self.quota.room(caller.uid),
-                             stall_usec=self._stall_usec)
+                             keep_free=self.quota.keep_free(caller.uid), stall_usec=self._stall_usec)
 
     @property
     def _stall_usec(self) -> int:

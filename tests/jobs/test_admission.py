@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.config import Config
+from ckptd.config import Config, Percent
 from ckptd.engine.messages import Caller
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.jobs.admission import refuse_conflict
@@ -97,6 +97,15 @@ def test_a_request_has_what_the_worker_needs() -> None:
     assert request.avoid == (5, 6, 4242)
     other = orders(Spool(Path('/spool'))).on_target('check', 'a.service', Caller(1000, 1000, pid=1))
     assert (other.avoid, other.timeout_usec, other.image) == ((5, 6), 10_000_000, '')
+
+
+def test_what_a_user_leaves_free() -> None:
+    spool = Spool(Path('/spool'))
+    spool.capacity = 1000
+    for uid, keep_free in ((1000, 50), (0, 0)):
+        made = orders(spool, keep_free=Percent(5))
+        assert made.on_target('checkpoint', 'a.service', Caller(uid, uid)).keep_free == keep_free
+        assert made.on_stream(Caller(uid, uid)).keep_free == keep_free
 
 
 @pytest.mark.parametrize('settings', [{'max_images_per_user': 2}, {'max_bytes_per_user': 30}])
