@@ -24,7 +24,7 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromSpawner)
 # -P: a directory named ckptd where the daemon was started must not be what root runs
 COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.spawner')
 PATIENCE = 2.0      # seconds
-UNKNOWN = 0         # exit status of a process whose spawner has died: what it said over its socket counts
+UNKNOWN = 256       # exit status of one whose spawner has died: none that there is, for it may have died, too
 
 
 @dataclass(slots=True, eq=False)

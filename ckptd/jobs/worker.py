@@ -132,6 +132,8 @@ class Worker(ABC):
     @staticmethod
     def describe(status: int) -> str:
         """'was killed by SIGKILL' or 'exited with status 3'."""
+        if status > MAX_STATUS:
+            return 'ended, nobody knows how'
         if status >= 0:
             return f'exited with status {status}'
         with contextlib.suppress(ValueError):

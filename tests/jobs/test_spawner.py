@@ -71,7 +71,7 @@ async def test_it_dies(spawner: Spawner) -> None:
             pass
     assert spawner.pid != first
     assert await other.end(10) == 0
-    assert await worker.end(10) == 0
+    assert worker.describe(await worker.end(10)) == 'ended, nobody knows how'
 
 
 async def test_they_end_with_their_witness() -> None:
@@ -87,7 +87,7 @@ async def test_they_end_with_their_witness() -> None:
         assert not any(wait_dead(pidfd, 0) for pidfd in pidfds)
         witness.close()
         assert all([await asyncio.to_thread(wait_dead, pidfd, 10) for pidfd in pidfds])
-    assert await worker.end(0.1) == 0
+    await worker.end(0.1)       # how it has ended the spawner may not have lived to tell
     spawner.close()
     await asyncio.get_running_loop().shutdown_default_executor()
 
