@@ -2,6 +2,7 @@
 """What an open file is, asked of nobody: statx(2) with AT_STATX_DONT_SYNC answers from memory, where fstat(2) may wait
 for a file server that never answers."""
 
+import contextlib
 import ctypes
 import os
 import stat
@@ -16,7 +17,7 @@ STATX_TYPE = 1                  # <linux/stat.h>
 
 @cstruct(size=256)
 class statx_buf(ctypes.Structure):
-    """struct statx of <linux/stat.h>; only the mode is read."""
+    """struct statx of <linux/stat.h>; only mode and device are read."""
     stx_mask: u32
     stx_blksize: u32
     stx_attributes: u64
@@ -24,21 +25,35 @@ class statx_buf(ctypes.Structure):
     stx_uid: u32
     stx_gid: u32
     stx_mode: u16
-    rest: Annotated[object, ctypes.c_uint16 * 113]
+    between: Annotated[object, ctypes.c_uint16 * 53]
+    stx_dev_major: u32
+    stx_dev_minor: u32
+    rest: Annotated[object, ctypes.c_uint16 * 56]
 
 
 @libc
 def statx(dirfd: c_int, path: c_void_p, flags: c_int, mask: c_uint, buf: c_void_p) -> c_int: ...
 
 
+def _statx(fd: int, mask: int) -> statx_buf:
+    """All zeros where nothing can be told."""
+    buf = statx_buf()
+    with contextlib.suppress(OSError):
+        statx(fd, b'', AT_EMPTY_PATH | AT_STATX_DONT_SYNC, mask, ctypes.byref(buf))
+    return buf
+
+
 def file_type(fd: int) -> int:
     """S_IFMT of the open file, 0 where it cannot be told."""
-    buf = statx_buf()
-    try:
-        statx(fd, b'', AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, ctypes.byref(buf))
-    except OSError:
-        return 0
-    return stat.S_IFMT(buf.stx_mode)
+    return stat.S_IFMT(_statx(fd, STATX_TYPE).stx_mode)
+
+
+def device_of(fd: int) -> int:
+    """The device of the open file's file system as the kernel counts (MAJOR << 20 | MINOR, linux/kdev_t.h), 0 where it
+    cannot be told."""
+    # asked for no attribute FUSE tells it to those, too, whom its owner lets see nothing (fuse_getattr() of fs/fuse)
+    buf = _statx(fd, 0)
+    return buf.stx_dev_major << 20 | buf.stx_dev_minor
 
 
 def is_terminal(fd: int) -> bool:

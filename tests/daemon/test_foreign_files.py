@@ -2,10 +2,11 @@
 """Open files of a client whose file system never answers: only he waits for it."""
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ import pytest
 from ckptd.bus.client import Client, connect
 from ckptd.bus.message import Fd
 from ckptd.bus.names import BUS_NAME, IMAGE, MANAGER, ROOT, image_path
-from ckptd.errors import CkptError, InvalidArgument, LimitsExceeded
+from ckptd.errors import CkptError, InvalidArgument
 from ckptd.kernel import closing
 from ckptd.kernel.pidfd import wait_dead
+from tests.daemon.conftest import start_sleeper
 from tests.daemon.test_daemon import frozen
 from tests.jobs.test_spool import write_image
 from tests.lib.bus import Served, family
-from tests.lib.fuse import FLUSH, IOCTL, WRITE, HangingFile
+from tests.lib.fuse import FLUSH, IOCTL, WRITE, HangingFile, fusectl
 from tests.programs.conftest import await_that
 
 pytestmark = [pytest.mark.needs('root', 'fuse'), pytest.mark.timeout(120)]
@@ -39,7 +41,7 @@ def file(daemon: Served, tmp_path: Path) -> Iterator[HangingFile]:
     def hangs(opcode: int, process: int) -> bool:
         return process in (daemon.pid, *family(daemon.pid))
 
-    with HangingFile(tmp_path / 'fuse', hangs) as hanging:
+    with fusectl(tmp_path / 'fusectl'), HangingFile(tmp_path / 'fuse', hangs) as hanging:
         yield hanging
 
 
@@ -49,7 +51,8 @@ def opened(file: HangingFile) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        with suppress(OSError):        # ENOTCONN, where the connection was aborted
+            os.close(fd)
 
 
 async def ping(client: Client) -> None:
@@ -62,24 +65,59 @@ async def give(client: Client, fd: int, options: dict[str, object] | None = None
     await client.call(BUS_NAME, ROOT, MANAGER, 'CheckpointProcess', 'ha{sv}', Fd(fd), options or {})
 
 
-async def test_a_close_that_is_not_answered(daemon: Served, file: HangingFile) -> None:
-    """FUSE_FLUSH, of each close(2). Many of them, and then no more fds, until they are answered."""
+@pytest.mark.needs('ptrace')
+async def test_closes_that_are_not_answered(daemon: Served, file: HangingFile) -> None:
+    """FUSE_FLUSH, of each close(2). With many of them the client loses his server, and nobody else anything."""
     async with await connect(daemon.address) as client, await connect(daemon.address) as other:
         with opened(file) as fd:
-            for count in range(1, closing.MOST + 1):
+            for count in range(1, closing.CROWD + 1):
                 with pytest.raises(InvalidArgument, match='no pidfd'):
                     await give(client, fd)
-                if count in (1, closing.MOST):
+                if count in (1, closing.CROWD - 1):
                     await asyncio.to_thread(file.wait_held, FLUSH, count)
-                    await ping(other)
-            with pytest.raises(LimitsExceeded, match='0 file descriptors came'):
-                await give(client, fd)
-            await ping(other)
-            file.release()
-            await asyncio.to_thread(await_that, 'none is open', lambda: not open_of(daemon.pid, file), 20)
-            with pytest.raises(InvalidArgument, match='no pidfd'):
-                await give(client, fd)
+                    assert not is_aborted(file)
+                    await checkpoint(other)
+            await asyncio.to_thread(await_that, 'the connection is aborted', lambda: is_aborted(file), 10)
+            await checkpoint(other)
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def test_a_few_closes_that_are_not_answered(daemon: Served, file: HangingFile) -> None:
+    """Nobody is given up for them."""
+    async with await connect(daemon.address) as client:
+        with opened(file) as fd, pytest.raises(InvalidArgument, match='no pidfd'):
+            await give(client, fd)
+        await asyncio.to_thread(file.wait_held, FLUSH)
+        await asyncio.sleep(2 * closing.PATIENCE)
+        assert not is_aborted(file)
+        file.release()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def checkpoint(client: Client) -> None:
+    """Somebody else's fd, of a process of his own."""
+    with start_sleeper() as target, process(target.pid) as pidfd:
+        try:
+            await give(client, pidfd)
+        finally:
+            target.kill()
+
+
+def is_aborted(file: HangingFile) -> bool:
+    try:
+        file.path.stat()
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+@contextmanager
+def process(pid: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
 
 
 @pytest.mark.needs('cgroup2', 'ptrace')
@@ -112,16 +150,6 @@ async def test_kill_9_of_the_daemon_while_a_close_hangs(any_bus: str, tmp_path: 
 
 def stands_still(pid: int) -> bool:
     return frozen(pid) or 'TracerPid:\t0' not in Path(f'/proc/{pid}/status').read_text()
-
-
-def open_of(pid: int, file: HangingFile) -> list[str]:
-    links = []
-    for entry in Path(f'/proc/{pid}/fd').iterdir():
-        try:
-            links.append(str(entry.readlink()))
-        except FileNotFoundError:
-            continue
-    return [link for link in links if link.startswith(str(file.path.parent))]
 
 
 async def test_what_is_no_terminal_is_not_asked_about_it(daemon: Served, file: HangingFile, spool: Path) -> None:

@@ -12,9 +12,11 @@ import stat
 import struct
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Self
+
+from ckptd.kernel.fuse import connections
 
 FORGET, GETATTR, OPEN, READ, WRITE, RELEASE, FLUSH, INIT, IOCTL = 2, 3, 14, 15, 16, 18, 25, 26, 39
 LOOKUP, INTERRUPT, BATCH_FORGET = 1, 36, 42
@@ -75,7 +77,12 @@ class HangingFile:
             poll.register(fd, select.POLLIN)
         while self._stop not in dict(poll.poll()):
             with contextlib.suppress(BlockingIOError, InterruptedError):
-                request = os.read(self._device, REQUEST)
+                try:
+                    request = os.read(self._device, REQUEST)
+                except OSError as error:
+                    if error.errno != errno.ENODEV:     # the connection was aborted
+                        raise
+                    return
                 _, opcode, unique, node, _, _, pid, *_ = IN.unpack_from(request)
                 with self._more:
                     if held := self._hangs(opcode, process_of(pid)):
@@ -106,6 +113,20 @@ class HangingFile:
             case 18 | 25:       # RELEASE, FLUSH
                 return 0, b''
         return errno.ENOSYS, b''
+
+
+@contextlib.contextmanager
+def fusectl(directory: Path) -> Iterator[Path]:
+    """Where it is mounted: there, where it is nowhere yet, as on a machine without systemd."""
+    if (found := connections()) is not None:
+        yield found
+        return
+    directory.mkdir()
+    subprocess.run(['mount', '-t', 'fusectl', 'none', directory], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(['umount', directory], check=True)
 
 
 def attributes(node: int) -> bytes:

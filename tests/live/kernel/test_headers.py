@@ -56,7 +56,7 @@ EXPRESSIONS = {
 
 # what the kernel shows to nobody but the kernel, or what is ours; by module, with the place that has it
 OWN = {
-    'closing': {'MOST'},
+    'closing': {'MOST', 'CROWD', 'ROOM'},
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
     'stat': {'PF_EXITING', 'PF_FORKNOEXEC', 'PF_SUPERPRIV', 'PF_SIGNALED', 'PF_KTHREAD'},   # include/linux/sched.h
     'ptrace': {'XSTATE_MAX'},
@@ -105,7 +105,7 @@ STRUCTS = {
                                                          'pad2': '__pad2'}),
     'shm.shmid_ds': CStruct('struct shmid64_ds', fields={'unused4': '__unused4', 'unused5': '__unused5'}),
     'statfs.statfs_buf': CStruct('struct statfs', fields={'rest': ''}),
-    'statx.statx_buf': CStruct('struct statx', fields={'rest': ''}),
+    'statx.statx_buf': CStruct('struct statx', fields={'between': '', 'rest': ''}),
 }
 
 
