@@ -37,8 +37,8 @@ class Aborted:
     closes: int
 
     def __str__(self) -> str:
-        return (f'{self.closes} files that a client sent wait to be closed: the connection to their file server, of '
-                f'device {self.device >> 20}:{self.device & 0xfffff}, was aborted')
+        return (f'the connection to the file server of device {self.device >> 20}:{self.device & 0xfffff} was aborted; '
+                f'closes of clients\' files that it did not answer: {self.closes}')
 
 
 @dataclass(slots=True)
