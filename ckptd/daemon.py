@@ -40,6 +40,7 @@ from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
+from ckptd.kernel.closing import abort_all, report_to
 from ckptd.notify import ServiceManager
 from ckptd.places import Places, prepare_runtime
 
@@ -265,11 +266,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     async def run() -> None:
         await Daemon(make_settings(options)).run()
 
+    report_to(lambda aborted: log.warning('%s', aborted))
     try:
         asyncio.run(run())
     except CkptError as error:
         print(f'ckptd: {error.message}' + (f' ({error.hint})' if error.hint else ''), file=sys.stderr)
         return error.exit_status
+    finally:
+        abort_all()     # an exit closes what is open, too, and nothing ends a process that waits in there
     return 0
 
 

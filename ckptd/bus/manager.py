@@ -55,8 +55,9 @@ class ManagerObject(Exported):
         given = parse_options(options, SELF)
         caller, asker, start_time = await self._gate.tree(call, 'checkpoint', 'self')
         request = self._orders.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time, **given)
-        # not attended: with after=kill the caller leaves the bus because all went well
-        return str((await self._queue.call(request))['image'])
+        # with after=kill the caller leaves the bus because all went well
+        async with contextlib.nullcontext() if request.after == 'kill' else call.attended():
+            return str((await self._queue.call(request))['image'])
 
     async def _checkpoint(self, call: Call, target: str, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
         given = parse_options(options, CHECKPOINT)

@@ -78,6 +78,7 @@ async def test_closes_that_are_not_answered(daemon: Served, file: HangingFile) -
                     assert not is_aborted(file)
                     await checkpoint(other)
             await asyncio.to_thread(await_that, 'the connection is aborted', lambda: is_aborted(file), 10)
+            await asyncio.to_thread(await_that, 'it is logged', lambda: 'was aborted' in daemon.log, 10)
             await checkpoint(other)
     await asyncio.get_running_loop().shutdown_default_executor()
 
@@ -91,6 +92,18 @@ async def test_a_few_closes_that_are_not_answered(daemon: Served, file: HangingF
         await asyncio.sleep(2 * closing.PATIENCE)
         assert not is_aborted(file)
         file.release()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def test_a_close_that_is_not_answered_and_the_end(daemon: Served, file: HangingFile) -> None:
+    """Which is not that client's to put off."""
+    async with await connect(daemon.address) as client:
+        with opened(file) as fd, pytest.raises(InvalidArgument, match='no pidfd'):
+            await give(client, fd)
+        await asyncio.to_thread(file.wait_held, FLUSH)
+    assert await asyncio.to_thread(daemon.stop) == 0
+    assert is_aborted(file)
+    assert 'that it did not answer: 1\n' in daemon.log
     await asyncio.get_running_loop().shutdown_default_executor()
 
 

@@ -2,8 +2,9 @@
 """A queue whose workers play scenes (player.py), and a listener that remembers what it heard."""
 
 import asyncio
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,14 @@ class Heard:
 
     async def images_changed(self) -> None:
         self._add('images', 0)
+
+
+@pytest.fixture
+def doomed() -> Iterator['subprocess.Popen[bytes]']:
+    """A process that a test kills."""
+    with subprocess.Popen(['sleep', '60']) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture

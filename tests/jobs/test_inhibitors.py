@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -51,21 +52,19 @@ async def test_who_writes_has_let_go(inhibitors: Inhibitors) -> None:
     os.close(fd)
 
 
-async def test_it_ends_with_the_process_that_it_is_about(inhibitors: Inhibitors) -> None:
+async def test_it_ends_with_the_process_that_it_is_about(inhibitors: Inhibitors,
+                                                         doomed: 'subprocess.Popen[bytes]') -> None:
     """Else it would delay whoever gets the number next."""
-    process = await asyncio.create_subprocess_exec('sleep', '60')
-    target, start_time = f'pid:{process.pid}', read_stat(process.pid).start_time
-    fd = take(inhibitors, target, start_time=start_time)
+    fd = take(inhibitors, f'pid:{doomed.pid}', start_time=read_stat(doomed.pid).start_time)
     [one] = inhibitors.held
-    process.kill()
+    doomed.kill()
     async with asyncio.timeout(10):
         await one.released.wait()
     assert len(inhibitors) == 0
     with pytest.raises(NoSuchTarget):
         take(inhibitors, 'pid:1', start_time=read_stat(1).start_time + 1)
-    await process.wait()
     with pytest.raises(NoSuchTarget):
-        take(inhibitors, target, start_time=start_time)
+        take(inhibitors, 'pid:4194305')
     assert len(inhibitors) == 0
     os.close(fd)
 

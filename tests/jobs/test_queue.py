@@ -4,6 +4,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -286,18 +287,16 @@ async def test_freeze_holds_until_thaw(queue: Queue, heard: Heard) -> None:
         await queue.thaw(target)
 
 
-async def test_a_freeze_ends_with_the_process_that_was_named(queue: Queue, heard: Heard,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_freeze_ends_with_the_process_that_was_named(
+        queue: Queue, heard: Heard, monkeypatch: pytest.MonkeyPatch, doomed: 'subprocess.Popen[bytes]') -> None:
     """Its number will be another's."""
-    process = await asyncio.create_subprocess_exec('sleep', '60')
     monkeypatch.setenv('PLAYER_SCENE', 'hold')
-    target, start_time = f'pid:{process.pid}', read_stat(process.pid).start_time
+    target, start_time = f'pid:{doomed.pid}', read_stat(doomed.pid).start_time
     request = msgspec.structs.replace(request_of('hold', 'freeze'), target=target, start_time=start_time)
     await queue.call(request)
     assert list(queue.frozen) == [target]
-    process.kill()
+    doomed.kill()
     await heard.until(lambda: not queue.frozen)
-    await process.wait()
 
 
 async def test_a_checkpoint_may_leave_its_tree_frozen(queue: Queue, heard: Heard) -> None:
