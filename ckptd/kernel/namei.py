@@ -1,8 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Paths that /proc shows of another task, and what they lead to."""
 
+import ctypes
 import os
 from pathlib import Path
+
+from ckptd.kernel.arch.x86_64 import NR
+from ckptd.kernel.decl import c_int, c_long, c_size_t, c_void_p, cstruct, syscall, u64
+
+AT_FDCWD = -100                 # <linux/fcntl.h>
+RESOLVE_NO_SYMLINKS = 4         # <linux/openat2.h>
+
+
+@cstruct(size=24)
+class open_how(ctypes.Structure):
+    """struct open_how of <linux/openat2.h>"""
+    flags: u64
+    mode: u64
+    resolve: u64
+
+
+@syscall(NR['openat2'])
+def openat2(dirfd: c_int, path: c_void_p, how: c_void_p, size: c_size_t) -> c_long:
+    """A new fd, openat2(2), since 5.6."""
+
+
+def open_direct(path: str, flags: int, mode: int = 0) -> int:
+    """open(2) of a path that has no symbolic link in it; else ELOOP. Close-on-exec."""
+    how = open_how(flags | os.O_CLOEXEC, mode, RESOLVE_NO_SYMLINKS)
+    return openat2(AT_FDCWD, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
 
 
 def lstat_of_task(tid: int, path: str) -> os.stat_result | None:

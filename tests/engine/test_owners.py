@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Root restores what is an ordinary user's: files come back as that user may have them, and no others."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from ckptd.engine.messages import Caller, ChangedFiles
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.rights import Rights, rights_for, rights_of
-from ckptd.errors import PermissionDenied, Refusal, Refused
+from ckptd.errors import CkptError, PermissionDenied, Refusal, Refused
 from ckptd.image import records as r
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.creds import capget
@@ -271,3 +272,65 @@ def test_whose_rights(place: Place, bob: Bob) -> None:
     alter(image, r.Credentials, uids=(0,) * 4, gids=(0,) * 4, groups=(0,))
     with ImageReader(image) as reader:
         assert rights_for(reader, me()) == Rights(ORDINARY_UID, ORDINARY_UID, ())
+
+
+# ---------------------------------------------------------------- root's own image of a process of bob's
+
+@pytest.mark.parametrize('changed', ['accept', 'rollback'])
+@pytest.mark.parametrize('mode', [0o700, 0o755])
+def test_roots_image_leads_to_no_other_file_of_roots(place: Place, bob: Bob, changed: ChangedFiles, mode: int) -> None:
+    image = bob.image(place, me())
+    with place_of(0) as secrets:
+        secret = secrets / 'output'
+        secret.write_bytes(SECRET)
+        secret.chmod(0o600)
+        secrets.chmod(mode)
+        bob.directory.rename(bob.home / 'old')
+        bob.directory.symlink_to(secrets)
+        assert about(refused(place, image, changed_files=changed), 'fd 1').errno in ('EACCES', 'ESTALE')
+        with ImageReader(image) as reader, pytest.raises(OSError) as caught:
+            Access(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
+        assert caught.value.errno == errno.ELOOP
+        assert secret.read_bytes() == SECRET
+        assert [path.name for path in secrets.iterdir()] == ['output']
+
+
+def test_of_roots_image_nothing_is_made_among_roots_files(place: Place, bob: Bob) -> None:
+    image = bob.image(place, me())
+    with place_of(0) as secrets:
+        secrets.chmod(0o755)
+        bob.directory.rename(bob.home / 'old')
+        bob.directory.symlink_to(secrets)
+        assert about(refused(place, image, changed_files='rollback'), 'fd 1').errno == 'ENOENT'
+        assert list(secrets.iterdir()) == []
+
+
+@pytest.mark.parametrize('mode', [0o600, 0o644])
+@pytest.mark.parametrize('changed', ['refuse', 'accept', 'rollback'])
+def test_a_log_of_roots_comes_back_from_roots_image(place: Place, bob: Bob, changed: ChangedFiles, mode: int) -> None:
+    """As it does for a service whose output systemd has opened."""
+    os.chown(bob.output, 0, 0)
+    os.chown(bob.directory, 0, 0)
+    bob.output.chmod(mode)
+    image = bob.image(place, me())
+    if changed != 'refuse':
+        with bob.output.open('ab') as log:
+            log.write(b' and more')
+    pid = restored(place, image, changed_files=changed)
+    try:
+        assert Path(f'/proc/{pid}/fd/1').readlink() == bob.output
+        assert bob.output.read_bytes() == (b'so far and more' if changed == 'accept' else b'so far')
+        assert (bob.output.stat().st_uid, bob.output.stat().st_mode & 0o777) == (0, mode)
+    finally:
+        end(pid)
+
+
+def test_a_rollback_of_roots_log_is_undone_by_roots_rights(place: Place, bob: Bob) -> None:
+    os.chown(bob.output, 0, 0)
+    bob.output.chmod(0o600)
+    image = bob.image(place, me())
+    bob.output.write_bytes(b'another thing')
+    with DirectWorker(env={'CKPTD_FAULT': 'place-keep-file-done=error:EIO'}) as worker, pytest.raises(CkptError):
+        worker.run(place.request(0, target='', operation='restore', image=image.name, changed_files='rollback'))
+    assert bob.output.read_bytes() == b'another thing'
+    assert not place.freezes

@@ -17,7 +17,7 @@ from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.rewrites import Rewrites
-from ckptd.engine.restore.rights import rights_for
+from ckptd.engine.restore.rights import Rights, is_users, rights_for
 from ckptd.engine.restore.script import Script
 from ckptd.errors import CkptError, ImageDamaged
 from ckptd.image.grammar import Struct
@@ -25,6 +25,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
 from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
+from ckptd.kernel.namei import open_direct
 from ckptd.kinds.base import ChangedFiles, Kind, process_of
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG
@@ -34,15 +35,18 @@ F_OWNER_PGRP = 2
 # what F_SETFL changes, fcntl(2), but for O_ASYNC
 _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
+_ENTER_AND_WRITE = os.W_OK | os.X_OK
 
 
 class Access:
     """What kinds may look at, see kinds.base.Looking. The paths of an image are those of our own mount namespace.
 
-    rights: by which all of it is done, before the restart and during it alike."""
+    rights: by which all of it is done, before the restart and during it alike. by_root: root's do what these do not, by
+    a path without symbolic links."""
 
     def __init__(self, reader: ImageReader, caller: Caller, changed_files: ChangedFiles, terminal_fd: int) -> None:
         self._reader, self.rights = reader, rights_for(reader, caller)
+        self.by_root = is_users(reader, caller)
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
         self.terminal = terminal_fd >= 0
 
@@ -50,20 +54,35 @@ class Access:
         return self.rights.taken()
 
     def lstat(self, path: str) -> os.stat_result | None:
-        try:
-            with self.rights.taken():
+        with suppress(OSError, ValueError), self.rights.taken():
+            return os.lstat(path)
+        if self.by_root:
+            with suppress(OSError, ValueError):
                 return os.lstat(path)
-        except (OSError, ValueError):
-            return None
+        return None
 
     def may(self, path: str, access: int) -> bool:
         with self.rights.taken():
             # with AT_EACCESS faccessat2(2) goes by the file-system ids (fs/open.c, do_faccessat)
-            return os.access(path, access, effective_ids=True)
+            if os.access(path, access, effective_ids=True):
+                return True
+        # nothing is made in a directory by rights that are not the user's
+        return self.by_root and access & _ENTER_AND_WRITE != _ENTER_AND_WRITE and _may_directly(path, access)
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
-        with self.rights.taken(self._needed_for(path)):
-            return os.open(path, flags | os.O_CLOEXEC, mode)
+        try:
+            with self.rights.taken(self._needed_for(path)):
+                return os.open(path, flags | os.O_CLOEXEC, mode)
+        except PermissionError:
+            if not self.by_root:
+                raise
+        return open_direct(path, flags, mode)
+
+    def rights_to(self, path: str) -> Rights:
+        """Those by which a file may be read and written, for whoever has to do it again."""
+        with self.rights.taken():
+            own = os.access(path, os.R_OK | os.W_OK, effective_ids=True)
+        return self.rights if own or not self.by_root else Rights(os.geteuid(), os.getegid(), ())
 
     def _needed_for(self, path: str) -> int:
         """Capabilities to open it with, as a mask."""
@@ -73,6 +92,17 @@ class Access:
         data = bytearray(max(min(length, extent.length - offset), 0))
         self._reader.pread_into(memoryview(data), extent.part, extent.offset + offset)
         return bytes(data)
+
+
+def _may_directly(path: str, access: int) -> bool:
+    try:
+        fd = open_direct(path, os.O_PATH)
+    except OSError:
+        return False
+    try:
+        return os.access(f'/proc/self/fd/{fd}', access)
+    finally:
+        os.close(fd)
 
 
 class Files(Access):

@@ -16,10 +16,12 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Rewrites:
-    """rights: of whose files they are. note: write a step to the journal."""
+    """rights: of whose files they are; rights_to(path): those by which one that is there was opened. note: write a step
+    to the journal."""
 
-    def __init__(self, spool: Path, rights: Rights, note: Callable[[KeepFile | MakeFile], None]) -> None:
-        self._spool, self._rights, self._note = spool, rights, note
+    def __init__(self, spool: Path, rights: Rights, rights_to: Callable[[str], Rights],
+                 note: Callable[[KeepFile | MakeFile], None]) -> None:
+        self._spool, self._rights, self._rights_to, self._note = spool, rights, rights_to, note
 
     def keep(self, path: str, fd: int, start: int) -> None:
         """As kinds.base.Restoring.keep."""
@@ -33,7 +35,7 @@ class Rewrites:
             os.close(copy)
         of = os.fstat(fd)
         self._note(KeepFile(path, of.st_dev, of.st_ino, of.st_size, max(of.st_mtime_ns, 0), start, kept,
-                            *self._rights))
+                            *self._rights_to(path)))
         fault('place-keep-file-done')
 
     def make(self, path: str, fill: Callable[[int], None]) -> None:

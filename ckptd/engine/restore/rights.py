@@ -2,11 +2,13 @@
 """By whose rights the files of an image are opened: of another one than us, with its file-system ids and groups.
 
     an ordinary user restores his own       his
-    root restores an image of root          root's: a service has its log opened before it gives up its rights
+    root restores an image of root          root's
+    ... of a tree that is all a user's      that user's, else root's by a path without symbolic links: a service has
+                                            its log opened before it gives up its rights
     root restores an image of a user        that user's
 
-The last one because a path leads wherever its owner lets it: he may put a symbolic link in the place of a directory,
-and by root's rights his own processes would come back with a file of root's.
+The last two because a path leads wherever its owner lets it: he may put a symbolic link in the place of a directory,
+and by root's rights his own processes would come back with a file of root's. What /proc shows of an open file has none.
 """
 
 from contextlib import AbstractContextManager
@@ -17,7 +19,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import Credentials
 from ckptd.kernel.creds import file_rights
 
-_EFFECTIVE = 1      # of Credentials.gids
+_EFFECTIVE = 1      # of Credentials.uids and gids
 
 
 class Rights(NamedTuple):
@@ -35,9 +37,20 @@ def rights_of(caller: Caller) -> Rights:
     return Rights(caller.uid, caller.gid, tuple(caller.groups))
 
 
+def is_users(reader: ImageReader, caller: Caller) -> bool:
+    """Root restores what root owns the image of, and the processes are a user's. ImageDamaged."""
+    if caller.uid or reader.manifest.owner_uid:
+        return False
+    uids = set(reader.get(Credentials, reader.manifest.root).uids)
+    return len(uids) == 1 and 0 not in uids
+
+
 def rights_for(reader: ImageReader, caller: Caller) -> Rights:
-    """As the table above. ImageDamaged."""
+    """As the table above, those that count first. ImageDamaged."""
     manifest = reader.manifest
+    if is_users(reader, caller):
+        root = reader.get(Credentials, manifest.root)
+        return Rights(root.uids[_EFFECTIVE], root.gids[_EFFECTIVE], tuple(root.groups))
     if caller.uid or not manifest.owner_uid:
         return rights_of(caller)
     root = reader.get(Credentials, manifest.root)

@@ -29,9 +29,9 @@ INCLUDES = (
     'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/eventpoll.h', 'linux/falloc.h',
     'linux/timerfd.h', 'asm/prctl.h',
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
-    'linux/ipc.h', 'linux/kcmp.h', 'linux/magic.h', 'linux/netlink.h', 'linux/pidfd.h', 'linux/prctl.h',
-    'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h', 'linux/signal.h',
-    'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h', 'linux/unix_diag.h', 'linux/wait.h',
+    'linux/ipc.h', 'linux/kcmp.h', 'linux/magic.h', 'linux/netlink.h', 'linux/openat2.h', 'linux/pidfd.h',
+    'linux/prctl.h', 'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h',
+    'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h', 'linux/unix_diag.h', 'linux/wait.h',
 )
 
 ENUMERATORS = {
@@ -93,6 +93,7 @@ STRUCTS = {
     'clone.clone_args': CStruct('struct clone_args'),
     'creds.cap_user_data': CStruct('struct __user_cap_data_struct'),
     'creds.cap_user_header': CStruct('struct __user_cap_header_struct'),
+    'namei.open_how': CStruct('struct open_how'),
     'memory.prctl_mm_map': CStruct('struct prctl_mm_map'),
     'memory.page_region': CStruct('struct page_region', 'PAGEMAP_SCAN'),
     'memory.pm_scan_arg': CStruct('struct pm_scan_arg', 'PAGEMAP_SCAN'),

@@ -152,7 +152,8 @@ def _directories(scene: Scene) -> Iterator[Obstacle]:
         if record.root != '/':
             yield from _directory(scene, vpid, 'root', 'root directory', record.root)
             # who may set up what a program finds in /etc may be anybody to it
-            if (scene.looking.rights.uid and not scene.plan.world.user) or not scene.may_here(CAP_SYS_CHROOT):
+            by_root = not scene.looking.rights.uid or scene.looking.by_root
+            if not (by_root or scene.plan.world.user) or not scene.may_here(CAP_SYS_CHROOT):
                 yield Obstacle(vpid, 'root', 'EPERM', f'its root directory is {record.root}, and the caller may not '
                                'change that of a process', 'restore it as root')
 

@@ -43,7 +43,7 @@ class Scene:
     @property
     def for_owner(self) -> int:
         """uid of the image's owner where files are opened by his rights and the caller is root; else 0."""
-        return 0 if self.request.caller.uid else self.looking.rights.uid
+        return 0 if self.request.caller.uid or self.looking.by_root else self.looking.rights.uid
 
     @cached_property
     def home(self) -> str:
