@@ -31,7 +31,8 @@ INCLUDES = (
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/magic.h', 'linux/netlink.h', 'linux/openat2.h', 'linux/pidfd.h',
     'linux/prctl.h', 'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h',
-    'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h', 'linux/unix_diag.h', 'linux/wait.h',
+    'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
+    'linux/unix_diag.h', 'linux/wait.h',
 )
 
 ENUMERATORS = {
