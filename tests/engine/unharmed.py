@@ -81,7 +81,11 @@ class Subject:
 def _held(pid: int) -> Iterator[str]:
     """Stopped or traced tasks of the process, a frozen cgroup, work cgroups beside it."""
     for task in Path(f'/proc/{pid}/task').iterdir():
-        fields = dict(line.split(':\t', 1) for line in (task / 'status').read_text().splitlines() if ':\t' in line)
+        try:
+            text = (task / 'status').read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue        # a thread that has ended is held by nobody
+        fields = dict(line.split(':\t', 1) for line in text.splitlines() if ':\t' in line)
         if fields['TracerPid'] != '0' or fields['State'][0] in 'Tt':
             yield f'{task.name} is in state {fields["State"]}, traced by {fields["TracerPid"]}'
     mount = find_mount()

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,10 @@ async def spawner() -> AsyncIterator[Spawner]:
 
 def kinds(pid: int) -> list[str]:
     """What is open in a process besides standard error, '/dev/null', 'socket:' or 'anon_inode:'."""
-    links = [path.readlink() for path in Path(f'/proc/{pid}/fd').iterdir() if path.name != '2']
+    links = []
+    for path in Path(f'/proc/{pid}/fd').iterdir():
+        with suppress(FileNotFoundError):       # closed meanwhile
+            links += [path.readlink()] if path.name != '2' else []
     return sorted(str(link).partition('[')[0].replace('pidfd:', 'anon_inode:') for link in links)
 
 
