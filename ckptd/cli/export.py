@@ -51,7 +51,7 @@ async def export(session: Session) -> int:
 async def export_to(daemon: Daemon, image: str, directory: Path, *, form: str = 'core', force: bool = False,
                     progress: Callable[[str, int], None] = lambda name, done: None) -> list[tuple[str, int]]:
     """Names and sizes of the cores written. Nothing stays of an export that failed."""
-    await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
+    made = await asyncio.to_thread(_make, directory)
     reader, writer = os.pipe()
     with os.fdopen(reader, 'rb') as stream:
         call = asyncio.ensure_future(_call(daemon, image, writer, form))
@@ -66,7 +66,17 @@ async def export_to(daemon: Daemon, image: str, directory: Path, *, form: str = 
             with contextlib.suppress(CkptError, OSError, asyncio.CancelledError):
                 for name, _ in await unpack:
                     (directory / name).unlink(missing_ok=True)
+            for one in made:
+                with contextlib.suppress(OSError):      # somebody else has put something there
+                    await asyncio.to_thread(one.rmdir)
             raise
+
+
+def _make(directory: Path) -> list[Path]:
+    """Make a directory, and those above it that are not there; all that were made, the inner ones first."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    return missing
 
 
 async def _why(call: 'asyncio.Future[None]', unpack: 'asyncio.Future[list[tuple[str, int]]]') -> None:

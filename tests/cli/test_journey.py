@@ -144,7 +144,7 @@ def test_check_lists_refusals_on_stdout_with_the_same_status(ctl: Ctl, with_a_so
     (['verify', 'nonsense'], 5, 'no image'),
     (['remove', NO_SUCH_IMAGE], 5, 'no image'),
     (['tree', NO_SUCH_IMAGE], 5, 'no image'),
-    (['export', NO_SUCH_IMAGE, '/nonexistent'], 5, 'no image'),
+    (['export', NO_SUCH_IMAGE, '/nonexistent/cores'], 5, 'no image'),
     (['cancel', '4711'], 5, 'no job 4711'),
     (['checkpoint', '4194305'], 5, 'no process 4194305'),
     (['check', 'no-such-unit.service'], 5, 'no-such-unit.service'),
@@ -158,6 +158,7 @@ def test_what_is_not_there_is_said_in_one_line_and_a_hint(args: list[str], statu
     assert first.startswith(f'ckptctl: {args[0]}: ')
     assert words in first
     assert hint.startswith('hint: ')
+    assert not Path('/nonexistent').exists()
     document = ctl(*args, '--json').json
     assert document['error']['exit_status'] == status
 
