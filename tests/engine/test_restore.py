@@ -15,7 +15,7 @@ import pytest
 from ckptd.errors import Busy, CkptError
 from tests.engine.driver import DirectWorker, Place
 from tests.lib import settled
-from tests.lib.procdiff import Picture, differences, take_picture
+from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks
 from tests.lib.victim import BRIEF, RESTLESS, Victim, build, names, session_members
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
@@ -85,7 +85,7 @@ def generation(victim: Callable[..., Victim], place: Place) -> Iterator[Callable
 
 def changes(before: Picture, after: Picture, *, brief: bool) -> list[str]:
     """What is not as it was, but for what no restart brings back."""
-    tasks = {task for task, _, _ in after.rows}
+    tasks = whole_tasks(before, after)
     expected, found = Picture(), Picture()
     for rows, kept in ((before.rows, expected), (after.rows, found)):
         for (task, source, name), value in rows.items():

@@ -11,7 +11,7 @@ from typing import Self
 
 from ckptd.image.verify import verify
 from ckptd.kernel.cgroup import find_mount
-from tests.lib.procdiff import Picture, differences, take_picture
+from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks
 from tests.lib.victim import BRIEF, RESTLESS, Victim
 
 SETTLE = 2.0        # seconds: what was let go a moment ago is still on its way
@@ -30,7 +30,7 @@ def changes(before: Picture, after: Picture, *, brief: bool = False) -> list[str
     vdso = {(task, name) for (task, source, name), value in before.rows.items()
             if source == 'maps' and value.endswith('[vdso]')}
     expected, found = Picture(dict(before.rows)), Picture(dict(after.rows))
-    tasks = {task for task, _, _ in found.rows}
+    tasks = whole_tasks(before, after)
     for key in before.rows:
         task, source, name = key
         if brief and (task not in tasks or name in ('threads', 'Threads')):

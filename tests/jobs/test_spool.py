@@ -18,7 +18,10 @@ from ckptd.jobs.watch import SpoolWatch
 
 def write_image(spool: Path, owner: int = 1000, command: str = 'sort', target: str = 'pid:1') -> str:
     """A published image without a tree in it."""
-    with ImageWriter(spool, new_image_id(command)) as writer:
+    image = new_image_id(command)
+    while (spool / image).exists():     # of many in one second two may be called the same
+        image = new_image_id(command)
+    with ImageWriter(spool, image) as writer:
         writer.publish(Manifest(
             image=writer.image, created_usec=7, ckptd_version='0', kernel='6.18', boot_id='b', owner_uid=owner,
             owner_gid=owner, target=target, root=1, command=command, tasks=3, processes=2, freeze_mode='cgroup',

@@ -34,6 +34,13 @@ class Picture:
         self.rows[task, source, name] = value
 
 
+def whole_tasks(before: Picture, after: Picture) -> set[int]:
+    """Those that lived on while the second picture was taken: one that has ended in the middle of that has no
+    namespaces any more."""
+    ended = {task for task, source, name in before.rows if source == 'ns' and (task, source, name) not in after.rows}
+    return {task for task, _, _ in after.rows} - ended
+
+
 def take_picture(root: int, *, moving: bool = False) -> Picture:
     """The tree below and with process `root`. moving: its tasks run, so leave out what a running task changes."""
     picture = Picture()
