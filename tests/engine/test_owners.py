@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,24 @@ def end(pid: int) -> None:
     settled.reap_orphans()
 
 
+@contextmanager
+def led_among_roots(bob: Bob, mode: int) -> Iterator[Path]:
+    """A directory of root's with this mode, which is where bob's directory leads by now."""
+    with place_of(0) as secrets:
+        secrets.chmod(mode)
+        bob.directory.rename(bob.home / 'old')
+        bob.directory.symlink_to(secrets)
+        yield secrets
+
+
+def secret_in(directory: Path) -> Path:
+    """A file of root's alone that is called as bob's."""
+    secret = directory / 'output'
+    secret.write_bytes(SECRET)
+    secret.chmod(0o600)
+    return secret
+
+
 @pytest.mark.parametrize('changed', ['refuse', 'accept', 'rollback'])
 def test_bobs_files_come_back(place: Place, bob: Bob, changed: ChangedFiles) -> None:
     image = bob.image(place)
@@ -139,14 +158,9 @@ def test_what_only_a_group_of_the_tree_may_open(place: Place, bob: Bob) -> None:
 @pytest.mark.parametrize('mode', [0o700, 0o755])
 def test_a_directory_that_leads_to_roots_files_now(place: Place, bob: Bob, changed: ChangedFiles, mode: int) -> None:
     image, pid = bob.image(place), bob.process.pid
-    with place_of(0) as secrets:
-        secret = secrets / 'output'
-        secret.write_bytes(SECRET)
-        secret.chmod(0o600)
-        secrets.chmod(mode)
+    with led_among_roots(bob, mode) as secrets:
+        secret = secret_in(secrets)
         before = secret.stat()
-        bob.directory.rename(bob.home / 'old')
-        bob.directory.symlink_to(secrets)
         row = about(refused(place, image, changed_files=changed), 'fd 1')
         assert row.errno == ('ENOENT' if mode == 0o700 else 'EACCES')
         assert f'uid {ORDINARY_UID}' in row.hint
@@ -163,10 +177,7 @@ def test_a_directory_that_leads_to_roots_files_now(place: Place, bob: Bob, chang
 
 def test_a_missing_file_is_not_made_among_roots(place: Place, bob: Bob) -> None:
     image = bob.image(place)
-    with place_of(0) as secrets:
-        secrets.chmod(0o755)
-        bob.directory.rename(bob.home / 'old')
-        bob.directory.symlink_to(secrets)
+    with led_among_roots(bob, 0o755) as secrets:
         assert about(refused(place, image, changed_files='rollback'), 'fd 1').errno == 'ENOENT'
         assert list(secrets.iterdir()) == []
 
@@ -280,13 +291,8 @@ def test_whose_rights(place: Place, bob: Bob) -> None:
 @pytest.mark.parametrize('mode', [0o700, 0o755])
 def test_roots_image_leads_to_no_other_file_of_roots(place: Place, bob: Bob, changed: ChangedFiles, mode: int) -> None:
     image = bob.image(place, me())
-    with place_of(0) as secrets:
-        secret = secrets / 'output'
-        secret.write_bytes(SECRET)
-        secret.chmod(0o600)
-        secrets.chmod(mode)
-        bob.directory.rename(bob.home / 'old')
-        bob.directory.symlink_to(secrets)
+    with led_among_roots(bob, mode) as secrets:
+        secret = secret_in(secrets)
         assert about(refused(place, image, changed_files=changed), 'fd 1').errno in ('EACCES', 'ESTALE')
         with ImageReader(image) as reader, pytest.raises(OSError) as caught:
             Access(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
@@ -297,10 +303,7 @@ def test_roots_image_leads_to_no_other_file_of_roots(place: Place, bob: Bob, cha
 
 def test_of_roots_image_nothing_is_made_among_roots_files(place: Place, bob: Bob) -> None:
     image = bob.image(place, me())
-    with place_of(0) as secrets:
-        secrets.chmod(0o755)
-        bob.directory.rename(bob.home / 'old')
-        bob.directory.symlink_to(secrets)
+    with led_among_roots(bob, 0o755) as secrets:
         assert about(refused(place, image, changed_files='rollback'), 'fd 1').errno == 'ENOENT'
         assert list(secrets.iterdir()) == []
 
