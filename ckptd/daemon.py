@@ -20,8 +20,7 @@ from pathlib import Path
 from ckptd import __version__, config, logs
 from ckptd.bus.announce import Announcer
 from ckptd.bus.client import Client
-from ckptd.bus.connection import DRIVER as BUS_DRIVER
-from ckptd.bus.connection import DRIVER_PATH, Connection
+from ckptd.bus.connection import DRIVER, Connection
 from ckptd.bus.gate import Gate
 from ckptd.bus.listeners import find_again, keep
 from ckptd.bus.manager import ManagerObject
@@ -145,8 +144,7 @@ class Daemon:
         """Everything is there before the name is: whoever activated ckptd has a call waiting."""
         settings = self._settings
         units = await self._find_systemd(connection)
-        # a bus that stands still carries no Thaw
-        avoid = (*avoid, *await self._pids_of(connection, BUS_DRIVER))
+        avoid = (*avoid, *await self._pid_of_bus(connection))      # a bus that stands still carries no Thaw
         announcer = Announcer(self._spool)
         # a daemon that systemd knows has a sandbox, and a stop that ends all its children: not the place for a restart
         pool = WorkerPool(services=units if settings.bus == self._own_bus else None)
@@ -171,14 +169,13 @@ class Daemon:
         return queue
 
     @staticmethod
-    async def _pids_of(connection: Connection, name: str) -> tuple[int, ...]:
-        """The process that owns a name; none where the bus does not tell."""
+    async def _pid_of_bus(connection: Connection) -> list[int]:
+        """Of its process; none where it does not tell."""
         try:
-            return tuple(await connection.call(BUS_DRIVER, DRIVER_PATH, BUS_DRIVER, 'GetConnectionUnixProcessID', 's',
-                                               [name]))
+            return await connection.driver('GetConnectionUnixProcessID', 's', DRIVER)
         except DBusError as error:
             log.info('the process of the bus is not known: %s', error.message)
-            return ()
+            return []
 
     async def _find_systemd(self, connection: Connection) -> Systemd | None:
         """The manager of the units that this daemon may be asked about; None where none runs."""

@@ -86,7 +86,6 @@ class Connection:
         self._reader = MessageReader(sock, self._limit)
         self._writer = MessageWriter(sock, self._lost)
         self._pending: dict[int, tuple[str, asyncio.Future[Received]]] = {}
-        self._subscriptions: list[Subscription] = []
         self._by_sender: defaultdict[str, list[Subscription]] = defaultdict(list)
         self._serial = 0
         self.connected = True
@@ -103,7 +102,7 @@ class Connection:
             async with asyncio.timeout(timeout):
                 connection = cls(await wire.open_socket(wire.resolve_address(bus)))
                 try:
-                    [connection.unique_name] = await connection.call(DRIVER, DRIVER_PATH, DRIVER, 'Hello')
+                    [connection.unique_name] = await connection.driver('Hello')
                 except BaseException:
                     connection.abort()
                     raise
@@ -171,6 +170,10 @@ class Connection:
         finally:
             reply.fds.close()
 
+    async def driver(self, member: str, signature: str = '', *args: Any) -> list[Any]:
+        """Call a method of the bus itself. DBusError."""
+        return await self.call(DRIVER, DRIVER_PATH, DRIVER, member, signature, args)
+
     async def request(self, message: Message, *, timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
                       fds: Sequence[int] = ()) -> Received:
         """Send a method call; its reply back, whose fds are now the caller's to close. DBusError."""
@@ -199,10 +202,9 @@ class Connection:
     async def subscribe(self, match: Match, callback: Callable[[Received], None]) -> Subscription:
         """From now on callback(message) for these signals; their fds are closed when it returns."""
         subscription = Subscription(self, match, callback)
-        self._subscriptions.append(subscription)
         self._by_sender[match.sender].append(subscription)
         try:
-            await self.call(DRIVER, DRIVER_PATH, DRIVER, 'AddMatch', 's', [match.rule()])
+            await self.driver('AddMatch', 's', match.rule())
         except BaseException:
             self.forget(subscription)
             raise
@@ -210,23 +212,27 @@ class Connection:
 
     def forget(self, subscription: Subscription) -> bool:
         """No more callbacks; the bus is not told. False if it was forgotten before."""
-        if subscription not in self._subscriptions:
+        some = self._by_sender.get(subscription.match.sender, [])
+        if subscription not in some:
             return False
-        self._subscriptions.remove(subscription)
-        self._by_sender[subscription.match.sender].remove(subscription)
-        if not self._by_sender[subscription.match.sender]:
+        some.remove(subscription)
+        if not some:
             del self._by_sender[subscription.match.sender]
         return True
 
+    @property
+    def _subscriptions(self) -> list[Subscription]:
+        return [one for some in self._by_sender.values() for one in some]
+
     async def request_name(self, name: str) -> None:
         """Own a name; only after everything is exported, for calls to it may be waiting. Busy if another has it."""
-        [code] = await self.call(DRIVER, DRIVER_PATH, DRIVER, 'RequestName', 'su', [name, DO_NOT_QUEUE])
+        [code] = await self.driver('RequestName', 'su', name, DO_NOT_QUEUE)
         if code not in (PRIMARY_OWNER, ALREADY_OWNER):
             raise Busy(f'another process owns the name {name} on this bus', hint='stop it first, or use another bus')
 
     async def release_name(self, name: str) -> None:
         """Give a name up. Calls that were sent to it before have arrived when this returns."""
-        await self.call(DRIVER, DRIVER_PATH, DRIVER, 'ReleaseName', 's', [name])
+        await self.driver('ReleaseName', 's', name)
 
     def _limit(self, message: Received) -> int:
         if message.type in (MessageType.RETURN, MessageType.ERROR):

@@ -2,14 +2,14 @@
 """Who listens, kept while no daemon runs: one that has ended is started again, and what it then says goes to those who
 called the last one, too.
 
-    {runtime}/listeners     JSON: the bus, whose unique names these are, and the names
+    {runtime}/listeners     JSON: the bus, whose unique names these are, the names, and those asked about
 """
 
 import json
 import logging
 from pathlib import Path
 
-from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection
+from ckptd.bus.connection import Connection
 from ckptd.bus.message import DBusError
 from ckptd.bus.router import Router
 
@@ -23,7 +23,8 @@ async def keep(runtime: Path, connection: Connection, router: Router) -> None:
     if not connection.connected:
         return
     try:
-        text = json.dumps({'bus': await _identity(connection), 'senders': router.peers.senders})
+        text = json.dumps({'bus': await _identity(connection), 'senders': router.peers.senders,
+                           'viewers': router.peers.viewers})
         (runtime / FILE).write_text(text)
     except (OSError, DBusError) as error:
         log.warning('who listens is forgotten: %s', error)
@@ -36,7 +37,7 @@ async def find_again(runtime: Path, connection: Connection, router: Router) -> N
         left = json.loads(path.read_text())
         path.unlink()
         if left['bus'] == await _identity(connection):
-            await router.remember([str(sender) for sender in left['senders']])
+            await router.remember([str(sender) for sender in left['senders']], [str(one) for one in left['viewers']])
     except FileNotFoundError:
         return
     except (OSError, DBusError, ValueError, KeyError, TypeError) as error:
@@ -44,5 +45,5 @@ async def find_again(runtime: Path, connection: Connection, router: Router) -> N
 
 
 async def _identity(connection: Connection) -> str:
-    [identity] = await connection.call(DRIVER, DRIVER_PATH, DRIVER, 'GetId')
+    [identity] = await connection.driver('GetId')
     return str(identity)

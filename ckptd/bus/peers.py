@@ -103,6 +103,11 @@ class Peers:
         """Those that are known, the oldest first."""
         return list(self._known)
 
+    @property
+    def viewers(self) -> list[str]:
+        """Those of whom it was asked what they may see."""
+        return [peer.sender for peer in self._known.values() if peer.viewed]
+
     def get(self, sender: str) -> Peer | None:
         """If it is known already."""
         return self._known.get(sender)
@@ -130,10 +135,9 @@ class Peers:
     def forget_views(self) -> list[str]:
         """What senders may see has changed, perhaps: those who were asked about, and are to be again."""
         self._views += 1
-        again = [peer.sender for peer in self._known.values() if peer.viewed]
         for peer in self._known.values():
             peer.sees_all, peer.view_ends = False, 0.0
-        return again
+        return self.viewers
 
     def listeners(self, audience: Audience) -> list[str]:
         """Those who have called and may hear what is for this audience."""

@@ -13,10 +13,10 @@ import os
 import pwd
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, Final
+from typing import Final
 
 from ckptd.bus import wire
-from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, Connection, Match, Subscription
+from ckptd.bus.connection import ERROR, Connection, Match, Subscription
 from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,12 @@ class Polkit:
 
     async def _is_there(self) -> bool:
         """Whether an owner that may be believed has the name; started by the bus if it can be."""
-        [there] = await self._driver('NameHasOwner', 's', NAME)
+        [there] = await self._connection.driver('NameHasOwner', 's', NAME)
         if not there:
-            await self._driver('StartServiceByName', 'su', NAME, 0)
-        [owner] = await self._driver('GetNameOwner', 's', NAME)
+            await self._connection.driver('StartServiceByName', 'su', NAME, 0)
+        [owner] = await self._connection.driver('GetNameOwner', 's', NAME)
         if owner != self._trusted:
-            [uid] = await self._driver('GetConnectionUnixUser', 's', owner)
+            [uid] = await self._connection.driver('GetConnectionUnixUser', 's', owner)
             if uid not in _believed():
                 log.warning('%s is owned by uid %d, and not believed', NAME, uid)
                 return False
@@ -95,9 +95,6 @@ class Polkit:
         another, self._trusted, self._watch = self._trusted is not None, owner, watch
         if another:
             self.on_changed()       # it may answer otherwise
-
-    async def _driver(self, member: str, signature: str, *args: Any) -> list[Any]:
-        return await self._connection.call(DRIVER, DRIVER_PATH, DRIVER, member, signature, args)
 
     async def _check(self, sender: str, action: str, details: Mapping[str, str], interactive: bool,
                      patience: float) -> Answer:

@@ -130,10 +130,10 @@ class Router:
         if again := self.peers.forget_views():
             self._spawn(self._look_again(again), name='who may see all')
 
-    async def remember(self, senders: Sequence[str]) -> None:
-        """Know these as if they had called."""
+    async def remember(self, senders: Sequence[str], viewers: Sequence[str]) -> None:
+        """Know these as if they had called; some of them, as if they had looked at what may be others'."""
         await asyncio.gather(*(self._remember(sender) for sender in senders))
-        self._spawn(self._look_again(senders), name='who may see all')
+        self._spawn(self._look_again(viewers), name='who may see all')
 
     async def _remember(self, sender: str) -> None:
         with contextlib.suppress(PermissionDenied):     # it has left

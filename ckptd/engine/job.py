@@ -17,7 +17,7 @@ from ckptd.freezer import Frozen, freeze
 from ckptd.image.ids import is_image_id
 from ckptd.journal.store import Journal
 from ckptd.kernel.netlink import unix_sockets
-from ckptd.kernel.pidfd import pidfd_pid
+from ckptd.kernel.pidfd import held, pidfd_pid
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.unix import clients_beside
 from ckptd.picture import Picture
@@ -44,10 +44,13 @@ class Job:
                 raise NoSuchTarget('the process of the pidfd is dead', phase='resolve')
             name = f'pid:{pid}'
         target = resolve_target(name, self.request.caller.pid)
-        began = self.request.start_time
-        if began and target.kind == 'pid' and _start_time(target.roots[0]) != began:
-            raise NoSuchTarget(f'{target.description} is another one than was asked for, which has ended',
-                               phase='resolve')
+        if self.request.start_time and target.kind == 'pid':
+            try:
+                with held(target.roots[0], self.request.start_time):
+                    pass
+            except ProcessLookupError:
+                raise NoSuchTarget(f'{target.description} is another one than was asked for, which has ended',
+                                   phase='resolve') from None
         return target
 
     def scan(self) -> Tree:
@@ -123,10 +126,3 @@ def image_path(job: Job) -> Path:
     if not is_image_id(job.request.image) or not path.is_dir():
         raise NoSuchImage(f'no image {job.request.image!r}')
     return path
-
-
-def _start_time(pid: int) -> int:
-    try:
-        return read_stat(pid).start_time
-    except ProcessLookupError:
-        return -1

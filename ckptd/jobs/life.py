@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Self
 
 from ckptd.errors import NoSuchTarget
-from ckptd.kernel.pidfd import pidfd_open
-from ckptd.kernel.stat import read_stat
+from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time
 
 
 class Life:
@@ -31,7 +30,7 @@ class Life:
             try:
                 pidfd = pidfd_open(int(rest))
                 undo.callback(os.close, pidfd)
-                if start_time in (0, read_stat(int(rest)).start_time):
+                if start_time in (0, pidfd_start_time(pidfd, int(rest))):
                     undo.pop_all()
                     return cls(pidfd, on_end)
             except OSError:     # ESRCH; EINVAL or ENOENT for the number of a thread

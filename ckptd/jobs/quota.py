@@ -4,7 +4,7 @@ limit."""
 
 from collections.abc import Iterable
 
-from ckptd.config import INFINITY, Config, Percent
+from ckptd.config import Config, Percent
 from ckptd.errors import LimitsExceeded
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import Job
@@ -73,7 +73,7 @@ class Quota:
         return (job for job in self._writing if uid in (None, job.request.caller.uid))
 
     def _bytes(self, limit: int) -> int:
-        return self._spool.capacity * limit // 100 if isinstance(limit, Percent) else min(limit, INFINITY)
+        return self._spool.capacity * limit // 100 if isinstance(limit, Percent) else limit
 
 
 def _size(job: Job) -> int:

@@ -85,7 +85,7 @@ async def test_the_next_one_knows_who_listens(any_bus: str, tmp_path: Path, conf
         assert listener.unique_name in state.read_text()
         for bus, expected in (('', 1), ('of another bus', 1)):
             if bus:
-                state.write_text(json.dumps({'bus': bus, 'senders': [listener.unique_name]}))
+                state.write_text(json.dumps({'bus': bus, 'senders': [listener.unique_name], 'viewers': []}))
             with started(any_bus, tmp_path, config) as daemon:
                 assert not state.exists()
                 with pytest.raises(CkptError):
