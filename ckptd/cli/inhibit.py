@@ -8,7 +8,7 @@ from ckptd.bus.names import MANAGER, ROOT
 from ckptd.cli.images import user_name
 from ckptd.cli.output import Column
 from ckptd.cli.session import Session
-from ckptd.errors import CkptError, InvalidArgument
+from ckptd.errors import InvalidArgument
 
 COLUMNS = (Column('WHO', style='bold'), Column('TARGET', fold=True), Column('USER'), Column('PID', right=True),
            Column('WHY', fold=True))
@@ -24,8 +24,6 @@ async def inhibit(session: Session) -> int:
                                       {'target': args.target})
         try:
             status = subprocess.run(args.program, check=False).returncode      # noqa: ASYNC221 - nothing else to do
-        except OSError as error:
-            raise CkptError(f'{args.program[0]}: {error.strerror}', errno=error.errno, hint='') from error
         finally:
             os.close(fd)
     return status if status >= 0 else 128 - status

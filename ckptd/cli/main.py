@@ -2,6 +2,7 @@
 """ckptctl: parse, dispatch, report. Exit statuses are those of ckptd.errors; 128 + N after signal N."""
 
 import asyncio
+import errno
 import importlib
 import os
 import signal
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 Handler = Callable[['Session'], Awaitable[int]]
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)      # all that Interrupts of session.py is about
 SAME_KEY = 0.3          # seconds
+_HINTS = {              # what to do about a file of the user's
+    errno.ENOENT: 'see whether the name is right; the directory that it is in has to be there',
+    errno.ENOTDIR: 'see whether the name is right; one of its parts is no directory',
+    errno.EISDIR: 'name a file in it',
+    errno.EACCES: 'name a file or a directory of your own, or run as its owner',
+    errno.EPERM: 'name a file or a directory of your own, or run as its owner',
+    errno.EROFS: 'name a place on another file system',
+    errno.ENOSPC: 'free some space, or name a place on another file system',
+    errno.EDQUOT: 'free some space, or name a place on another file system',
+    errno.EMFILE: 'raise the limit of open files (ulimit -n)',
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +102,7 @@ async def _interruptible(handler: Handler, session: 'Session') -> int:
 def _from_os_error(error: OSError) -> CkptError:
     kind = PermissionDenied if isinstance(error, PermissionError) else CkptError
     where = f'{error.filename}: ' if error.filename is not None else ''
-    return kind(f'{where}{error.strerror or error}', errno=error.errno, hint='')
+    return kind(f'{where}{error.strerror or error}', errno=error.errno, hint=_HINTS.get(error.errno or 0, ''))
 
 
 if __name__ == '__main__':
