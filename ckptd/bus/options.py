@@ -29,17 +29,13 @@ def _choice(name: str, choices: tuple[str, ...]) -> Option:
     return Option(name, f'one of {", ".join(choices)}', lambda value: isinstance(value, str) and value in choices)
 
 
-def _is_timeout(value: Any) -> bool:
-    # any integer type will do: nobody should have to know that busctl wants a "t" here
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_TIMEOUT
+def _number(name: str, unit: str, most: int) -> Option:
+    # any integer type will do: nobody should have to know that busctl wants a "t" here. A bool and an Fd are ints, too
+    return Option(name, f'a number of {unit} from 1 to {most}', lambda value: type(value) is int and 0 < value <= most)
 
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r'[A-Za-z0-9_]{1,64}', value, re.ASCII) is not None
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
 
 
 def _is_cgroup(value: Any) -> bool:
@@ -58,10 +54,10 @@ def _flag(name: str) -> Option:
 
 FREEZE = _choice('freeze', get_args(FreezeMode))
 AFTER = _choice('after', get_args(After))
-TIMEOUT = Option('timeout', f'a number of microseconds from 1 to {MAX_TIMEOUT}', _is_timeout)
+TIMEOUT = _number('timeout', 'microseconds', MAX_TIMEOUT)
 HANDLE_TOKEN = Option('handle_token', '1 to 64 characters of A-Z a-z 0-9 _', _is_token)
 SAVE_FILES = _flag('save_files')
-SAVE_LIMIT = Option('save_limit', f'a number of bytes from 1 to {MAX_SIZE}', _is_size)
+SAVE_LIMIT = _number('save_limit', 'bytes', MAX_SIZE)
 CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgroup)
 CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
 TERMINAL = Option('terminal', 'a file descriptor of a terminal', _is_terminal)

@@ -260,7 +260,8 @@ def remove_stale(spool: Path) -> list[str]:
         entries = sorted(path for path in spool.iterdir() if path.name.startswith(INCOMING))
     removed = []
     for path in entries:
-        with suppress(FileNotFoundError), spooling(path):
+        # whoever removes it at the same time goes on where this one stops
+        with spooling(path), suppress(FileNotFoundError):
             if _remove_unlocked(path):
                 removed.append(path.name.removeprefix(INCOMING))
     return removed

@@ -11,7 +11,7 @@ import pytest
 
 from ckptd.bus.message import Fd
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, image_path, token_path
-from ckptd.bus.options import RESTORE, parse_options
+from ckptd.bus.options import CHECKPOINT, INHIBIT, RESTORE, TERMINAL, Option, parse_options
 from ckptd.errors import Busy, InvalidArgument, NoSuchImage
 from tests.daemon.test_api import Api, api_of
 from tests.jobs.scripted import ScriptedDaemon
@@ -124,6 +124,24 @@ async def test_options_that_cannot_be(api: Api, scripted: ScriptedDaemon) -> Non
         os.close(reader)
         os.close(writer)
     assert await api('ListJobs') == []
+
+
+async def test_a_file_descriptor_is_no_number(api: Api, sleeper: str) -> None:
+    reader, writer = os.pipe()
+    try:
+        for options in ({'timeout': Fd(writer)}, {'save_limit': Fd(writer)}):
+            with pytest.raises(InvalidArgument, match='must be a number'):
+                await api('Checkpoint', 'sa{sv}', sleeper, options)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert await api('ListJobs') == []
+
+
+@pytest.mark.parametrize('option', [option for option in (*CHECKPOINT, *RESTORE, *INHIBIT) if option is not TERMINAL],
+                         ids=lambda option: option.name)
+def test_no_other_option_takes_a_file_descriptor(option: Option) -> None:
+    assert not any(option.accepts(Fd(number)) for number in (0, 1, 5))
 
 
 def test_a_number_is_no_file_descriptor() -> None:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -267,6 +268,19 @@ def test_what_a_dead_writer_left_is_removed(spool: Path, seal: bool) -> None:
     assert remove_stale(spool) == [OTHER]
     assert names(spool) == [IMAGE]
     assert remove_stale(spool) == []
+
+
+def test_what_is_removed_by_another_meanwhile_is_no_failure(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_writer(spool, OTHER, seal=True)
+    inner = shutil.rmtree
+
+    def too_late(path: Path) -> None:
+        inner(path)
+        inner(path)
+
+    monkeypatch.setattr(shutil, 'rmtree', too_late)
+    assert remove_stale(spool) == []
+    assert names(spool) == []
 
 
 def test_a_live_writer_keeps_its_entry(spool: Path) -> None:
