@@ -125,6 +125,13 @@ def null_fd() -> Iterator[int]:
         os.close(fd)
 
 
+async def same_fds(before: set[int]) -> None:
+    """The pidfd of a caller goes with it, as soon as the bus has told."""
+    async with asyncio.timeout(10):
+        while open_fds() != before:     # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
 def open_fds() -> set[int]:
     """Numbers of the open fds of this process, once those that are being closed are."""
     join_closers()

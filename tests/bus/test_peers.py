@@ -16,7 +16,7 @@ from ckptd.bus.peers import Peers
 from ckptd.errors import PermissionDenied
 from ckptd.kernel.status import read_status
 from tests.bus.conftest import Service
-from tests.bus.raw import open_fds
+from tests.bus.raw import open_fds, same_fds
 from tests.bus.sample import INTERFACE, NAME, ROOT
 
 # a client that is another process and, if told so, another user: it says its unique name, and leaves on end-of-file
@@ -89,7 +89,7 @@ async def test_a_caller_that_has_left_is_refused_and_forgotten(service: Service)
     await end(process)
     async with asyncio.timeout(5):
         await gone.wait()
-    assert open_fds() == before
+    await same_fds(before)
     assert not service.router.peers._known
     assert not service.connection._subscriptions
     with pytest.raises(PermissionDenied):

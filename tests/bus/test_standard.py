@@ -154,10 +154,10 @@ async def test_what_changed_is_told_before_the_object_goes(service: Service) -> 
 async def test_two_thousand_objects_cost_little(service: Service) -> None:
     for number in range(2000):
         service.router.export(f'{ROOT}/item/n{number}', Item())
-    start = time.monotonic()
+    start = time.thread_time()
     for number in range(1000):
         service.sample.Happened(number, 'x')
-    each = (time.monotonic() - start) / 1000
+    each = (time.thread_time() - start) / 1000
     async with service.client() as client:
         assert len(await client.call(NAME, ROOT, MANAGER, 'GetManagedObjects')) == 2000
     assert each < 0.001

@@ -5,17 +5,19 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Ctl, Fifo
-from tests.lib.bus import ROOT, Daemon, read_line
+from tests.lib.bus import ROOT, Daemon, family, read_line
 from tests.lib.settled import children
 from tests.lib.victim import Victim
 
@@ -69,13 +71,17 @@ def test_a_daemon_that_dies_is_reported_and_the_tree_runs_on(start_daemon: Calla
     process = ctl.start('checkpoint', str(tree.pid))
     fifo.wait()
     fifo.close()
+    workers = [os.pidfd_open(pid) for pid in family(daemon.pid)]
     os.kill(daemon.pid, signal.SIGKILL)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (69, '')
     assert f'while it worked on pid:{tree.pid}' in err
     # the worker pauses and notices nothing; one that works would have seen the end of its channel
-    for pid in set(children()) - {tree.pid, daemon.pid}:
-        os.kill(pid, signal.SIGKILL)
+    for pidfd in workers:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 10)[0]
+        os.close(pidfd)
     start_daemon()      # undoes the freeze
     tree.finish()
 

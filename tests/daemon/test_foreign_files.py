@@ -41,7 +41,8 @@ def file(daemon: Served, tmp_path: Path) -> Iterator[HangingFile]:
     def hangs(opcode: int, process: int) -> bool:
         return process in (daemon.pid, *family(daemon.pid))
 
-    with fusectl(tmp_path / 'fusectl'), HangingFile(tmp_path / 'fuse', hangs) as hanging:
+    fusectl()
+    with HangingFile(tmp_path / 'fuse', hangs) as hanging:
         yield hanging
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.needs('dbus')
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / 'ckptd.conf'
-    path.write_text('[Manager]\nIdleExitSec=500ms\nKeepJobsSec=100ms\n')
+    path.write_text('[Manager]\nIdleExitSec=2s\nKeepJobsSec=100ms\n')
     return path
 
 
@@ -103,7 +103,7 @@ async def test_it_ends(on_session_bus: 'subprocess.Popen[bytes]', private_bus: P
 
 async def test_not_while_somebody_delays_checkpoints(ckptd: Ckptd, on_session_bus: 'subprocess.Popen[bytes]') -> None:
     with await ckptd.inhibit('me', 'to try it', f'pid:{os.getpid()}'):
-        assert await ended(on_session_bus, 2.5) is None
+        assert await ended(on_session_bus, 5) is None
     assert await ended(on_session_bus) == 0
 
 
@@ -111,7 +111,7 @@ async def test_not_while_somebody_delays_checkpoints(ckptd: Ckptd, on_session_bu
 async def test_not_while_a_tree_is_frozen(ckptd: Ckptd, on_session_bus: 'subprocess.Popen[bytes]',
                                           sleeper: str) -> None:
     await ckptd.freeze(sleeper, freeze='ptrace')
-    assert await ended(on_session_bus, 2.5) is None
+    assert await ended(on_session_bus, 5) is None
     await ckptd.thaw(sleeper)
     assert await ended(on_session_bus) == 0
 

@@ -304,11 +304,11 @@ def test_a_slow_reader_is_none_that_stalls(home: Place, image: Path, stream: Pat
     """For much longer than is allowed in all, a little again and again."""
     reader, writer = os.pipe()
     with open(reader, 'rb', buffering=0) as source, DirectWorker() as worker:   # noqa: PTH123 - an fd
-        worker.send(Start(request(home, 'export', image=image.name, format='tar', stall_usec=300_000)), (writer,))
+        worker.send(Start(request(home, 'export', image=image.name, format='tar', stall_usec=2_000_000)), (writer,))
         os.close(writer)
         got = b''
         for _ in range(12):
-            select.select([], [], [], 0.1)      # as a reader does who takes his time
+            select.select([], [], [], 0.25)     # as a reader does who takes his time
             got += source.read(1 << 16)
         got += b''.join(iter(lambda: source.read(1 << 20), b''))
         worker.result()
@@ -317,9 +317,10 @@ def test_a_slow_reader_is_none_that_stalls(home: Place, image: Path, stream: Pat
 
 @pytest.mark.parametrize('part', [0, 1 << 20])
 def test_a_sender_that_stalls_for_too_long(other: Place, stream: Path, part: int) -> None:
-    with sending(other, stall_usec=300_000) as (worker, writer):
-        with stream.open('rb') as file:
-            os.write(writer, file.read(part))
+    with stream.open('rb') as file:
+        start = file.read(part)
+    with sending(other, stall_usec=2_000_000) as (worker, writer):
+        os.write(writer, start)
         with pytest.raises(CkptError, match='nothing has come') as caught:
             worker.result()
     assert caught.value.errno == errno.ETIMEDOUT

@@ -247,7 +247,6 @@ def test_a_deleted_file_with_holes_takes_little_room(start: START, place: Place)
 LEADERLESS = r"""
 static void *thread(void *unused)
 {
-    nanosleep(&(struct timespec){0, 50000000}, 0);      /* until the leader is dead for certain */
     ready();
     for (;;) pause();
 }
@@ -263,6 +262,8 @@ int main(void)
 @pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
 def test_a_process_whose_leader_has_exited(start: START, place: Place, freeze: str) -> None:
     process = start(LEADERLESS)
+    while read_status(process.pid).state != 'Z':
+        os.sched_yield()
     (thread,) = set(read_threads(process.pid)) - {process.pid}
     before = take_picture(process.pid, moving=True)
     image = place.checkpoint(process.pid, freeze=freeze)

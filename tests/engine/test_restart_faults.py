@@ -2,6 +2,7 @@
 """Whatever dies or fails while a tree is restored: it is all there and runs, or nothing of it is left."""
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -24,7 +25,7 @@ from tests.lib.victim import Victim, session_members
 
 pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc', 'dbus'), pytest.mark.timeout(90)]
 
-SETTLE = 3.0        # seconds: what was killed a moment ago is still on its way
+SETTLE = 20.0       # seconds: what was killed a moment ago is still on its way
 PATIENCE = 15.0     # seconds for a worker to come to its point
 NOTHING = ('place-make', 'place-make-done', 'opened', 'created-one', 'created', 'filled', 'rebuilt', 'place-freeze',
            'place-freeze-done', 'place-move', 'place-move-done', 'ready', 'started')
@@ -85,6 +86,19 @@ async def ended(root: int) -> int:
     return os.waitpid(root, os.WNOHANG)[1]  # noqa: ASYNC222 - it is dead
 
 
+def mounts_but_of_others(ours: Path) -> Iterator[str]:
+    """Lines of mountinfo, without what other tests have mounted in directories of theirs."""
+    for line in Path('/proc/self/mountinfo').read_text().splitlines(keepends=True):
+        at = Path(line.split()[4])
+        if not any(part.startswith('pytest-of-') for part in at.parts) or at.is_relative_to(ours):
+            yield line
+
+
+def cgroups_below(top: Path) -> Iterator[Path]:
+    """With itself; os.walk() does not mind that one goes meanwhile, as Path.rglob() does."""
+    return (Path(path) for path, _, _ in os.walk(top))
+
+
 class Surroundings(NamedTuple):
     """What a restart that fails leaves as it was."""
     files: dict[Path, tuple[int, int, bytes]]
@@ -94,9 +108,8 @@ class Surroundings(NamedTuple):
 
     @classmethod
     def of(cls, trial: 'Trial') -> 'Surroundings':
-        return cls(files_below(trial.victim.directory), segments(trial.shmids), set(trial.cgroup.rglob('*/')),
-                   ''.join(line for line in Path('/proc/self/mountinfo').read_text().splitlines(keepends=True)
-                           if ' - fuse' not in line))       # those of tests that run beside this one
+        return cls(files_below(trial.victim.directory), segments(trial.shmids), set(cgroups_below(trial.cgroup)),
+                   ''.join(mounts_but_of_others(trial.daemon.spool.parent)))
 
 
 class Trial:
@@ -197,8 +210,12 @@ class Trial:
                 yield pid
 
     def _members(self) -> Iterator[int]:
-        for directory in (self.cgroup, *self.cgroup.rglob('*/')):
-            yield from map(int, (directory / 'cgroup.procs').read_text().split())
+        for directory in cgroups_below(self.cgroup):
+            try:
+                yield from map(int, (directory / 'cgroup.procs').read_text().split())
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENODEV):     # it is gone
+                    raise
 
     async def _all(self, action: str) -> None:
         """It runs and is whole; the next action gets another one."""

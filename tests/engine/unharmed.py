@@ -14,7 +14,7 @@ from ckptd.kernel.cgroup import find_mount
 from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks
 from tests.lib.victim import BRIEF, RESTLESS, Victim
 
-SETTLE = 2.0        # seconds: what was let go a moment ago is still on its way
+SETTLE = 20.0       # seconds: what was let go a moment ago is still on its way
 
 
 def look(victim: Victim) -> Picture:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.lib.procdiff import differences, take_picture
-from tests.lib.victim import RESTLESS, Victim, names
+from tests.lib.victim import BRIEF, RESTLESS, Victim, names
 
 pytestmark = pytest.mark.needs('gcc')
 
 
 @pytest.mark.parametrize('name', names())
 def test_undisturbed_victim_succeeds(victim: Callable[..., Victim], name: str) -> None:
-    running = victim(name)
+    running = victim(name, *(['4'] if name in BRIEF else []))
     before = take_picture(running.pid, moving=name in RESTLESS)
     assert not differences(before, take_picture(running.pid, moving=name in RESTLESS))
     running.finish()

@@ -49,7 +49,8 @@ def take_picture(root: int, *, moving: bool = False) -> Picture:
         pid = todo.pop()
         _add_process(picture, pid, moving)
         for task in sorted(Path(f'/proc/{pid}/task').iterdir()):
-            todo += [int(child) for child in (task / 'children').read_text().split()]
+            with contextlib.suppress(*([FileNotFoundError, ProcessLookupError] if moving else [])):
+                todo += [int(child) for child in (task / 'children').read_text().split()]
     return picture
 
 

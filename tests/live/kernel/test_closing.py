@@ -20,12 +20,12 @@ pytestmark = pytest.mark.needs('root', 'fuse')
 
 
 @pytest.fixture(autouse=True)
-def told(tmp_path: Path) -> Iterator[list[closing.Aborted]]:
+def told() -> Iterator[list[closing.Aborted]]:
     """What was aborted."""
     aborted: list[closing.Aborted] = []
     closing.report_to(aborted.append)
-    with fusectl(tmp_path / 'fusectl'):
-        yield aborted
+    fusectl()
+    yield aborted
     closing.report_to(lambda _: None)
     join_closers()
 

@@ -591,7 +591,7 @@ def test_mutations(image: Path, stream: bytes, spool: Path) -> None:
     """Each is refused, or is the same image: what a header says of times and owners means nothing."""
     chance, outcomes = random.Random(20240131), {True: 0, False: 0}
     wanted, deadline = contents(image), time.monotonic() + 2
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or outcomes[False] <= 20 or not outcomes[True]:
         made = mutation(stream, chance)
         try:
             got = receive(made, spool)
@@ -603,8 +603,6 @@ def test_mutations(image: Path, stream: bytes, spool: Path) -> None:
             assert contents(spool / got.image) == wanted
             shutil.rmtree(spool / got.image)
             outcomes[True] += 1
-    assert outcomes[False] > 20
-    assert outcomes[True] > 0
 
 
 def test_memory(kit: Kit, tmp_path: Path, spool: Path) -> None:

@@ -27,9 +27,12 @@ def test_captured() -> None:
 
 
 def test_our_own_as_psutil_and_stat_have_them() -> None:
-    mounts = read_mountinfo()
-    assert read_mountinfo(os.getpid()) == mounts
-    theirs = {(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)}
+    before: list[Mount] = []
+    while (mounts := read_mountinfo()) != before:       # others may mount at any time
+        before = mounts
+        of_pid = read_mountinfo(os.getpid())
+        theirs = {(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)}
+    assert of_pid == mounts
     assert {(mount.mount_point, mount.fs_type) for mount in mounts} == theirs
     proc = next(mount for mount in reversed(mounts) if mount.mount_point == '/proc')
     assert os.makedev(proc.major, proc.minor) == Path('/proc').stat().st_dev
