@@ -12,6 +12,7 @@ import pytest
 from ckptd.bus.message import Fd
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, image_path, token_path
 from ckptd.bus.options import CHECKPOINT, INHIBIT, RESTORE, TERMINAL, Option, parse_options
+from ckptd.bus.wire import Variant
 from ckptd.errors import Busy, InvalidArgument, NoSuchImage
 from tests.daemon.test_api import Api, api_of
 from tests.jobs.scripted import ScriptedDaemon
@@ -140,8 +141,11 @@ async def test_a_file_descriptor_is_no_number(api: Api, sleeper: str) -> None:
 
 @pytest.mark.parametrize('option', [option for option in (*CHECKPOINT, *RESTORE, *INHIBIT) if option is not TERMINAL],
                          ids=lambda option: option.name)
-def test_no_other_option_takes_a_file_descriptor(option: Option) -> None:
-    assert not any(option.accepts(Fd(number)) for number in (0, 1, 5))
+def test_what_an_option_takes_can_be_sent_on(option: Option) -> None:
+    """Whatever type a client writes into the variant."""
+    for value in (True, 1, 1.0, 'auto', '/a', 'u', Fd(1), b'a', [], ['auto'], [1], (1,), {}, {'a': 1}, Variant('u', 1)):
+        if option.accepts(value):
+            assert type(value) in (bool, int, str)
 
 
 def test_a_number_is_no_file_descriptor() -> None:
