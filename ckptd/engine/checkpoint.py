@@ -197,8 +197,7 @@ def hold(frozen: Frozen) -> None:
     """Leave the tree frozen. Where a cgroup holds it, the tracees are let go: a debugger may want them."""
     frozen.hold()
     if frozen.mode != 'ptrace':
-        while frozen.tracees:
-            frozen.tracees.popitem()[1].detach()
+        frozen.let_go()
 
 
 def kill(frozen: Frozen, handles: Handles) -> None:

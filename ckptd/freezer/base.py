@@ -12,7 +12,7 @@ from ckptd.journal.entry import Entry
 from ckptd.journal.hands import FaultPoint, Hands, describe, undo_all
 from ckptd.journal.steps import AnyStep, FreezeCgroup, FreezeUnit
 from ckptd.journal.store import Journal
-from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.ptrace import Tracee, let_go
 from ckptd.kernel.wchan import read_wchan
 from ckptd.tree import Task, Tree
 
@@ -127,8 +127,11 @@ class Frozen:
         try:
             self.restore()
         finally:
-            while self.tracees:
-                self.tracees.popitem()[1].detach()
+            self.let_go()
+
+    def let_go(self) -> None:
+        let_go(self.tracees.values())
+        self.tracees.clear()
 
     # ------------------------------------------------------------ for freezers
 

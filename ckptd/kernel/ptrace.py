@@ -6,10 +6,12 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Iterable
 from typing import Self
 
 from ckptd.kernel.arch.x86_64 import GPR_SIZE, NT_XSTATE, user_regs_struct
 from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc, u32, u64
+from ckptd.kernel.stat import read_stat
 
 # <linux/ptrace.h>
 PTRACE_CONT = 7
@@ -38,6 +40,7 @@ PTRACE_O_TRACEVFORK = 1 << PTRACE_EVENT_VFORK
 PTRACE_O_TRACECLONE = 1 << PTRACE_EVENT_CLONE
 PTRACE_O_TRACEEXEC = 1 << PTRACE_EVENT_EXEC
 PTRACE_O_EXITKILL = 1 << 20
+_RETURN = 1.0       # seconds; a moment, but a SIGCONT may be faster
 
 NT_PRSTATUS = 1             # <elf.h>
 WALL = 0x40000000           # __WALL: threads of other processes too
@@ -267,3 +270,25 @@ class Tracee:
             if error.errno != errno.EIO:
                 raise
         return config
+
+
+def let_go(tracees: Iterable[Tracee]) -> None:
+    """Detach from all. Those in job-control stop come first, and are in it again before any other runs: until then they
+    count as running, and a parent that asks for its stopped child would be told of none."""
+    tracees = list(tracees)
+    stopped = [tracee for tracee in tracees if tracee.stop_signal]
+    for tracee in stopped:
+        tracee.detach()
+    deadline = time.monotonic() + _RETURN
+    for tracee in stopped:
+        while _is_running(tracee.tid) and time.monotonic() < deadline:
+            os.sched_yield()        # there is no event: only its parent could wait for it
+    for tracee in tracees:
+        tracee.detach()
+
+
+def _is_running(tid: int) -> bool:
+    try:
+        return read_stat(tid).state == 'R'
+    except ProcessLookupError:
+        return False

@@ -318,7 +318,7 @@ async def test_all_or_nothing(case: Case, gate: Gate, start_daemon: Callable[...
         async with asyncio.timeout(2 * PATIENCE):
             done = await action(trial)
         await trial.look(action.__name__, done)
-    assert trial.failures == [], trial.daemon.log
+    assert trial.failures == [], '\n'.join([*trial.failures, trial.daemon.log])
     async with api(trial.daemon) as client, gate.open():
         after = await client.ended(await trial.begin(client))
         assert after['State'] == 'done', after
@@ -349,7 +349,7 @@ async def test_a_stub_that_is_killed(point: str, gate: Gate, start_daemon: Calla
         if 'was killed' not in str(after['Error'].get('message', '')):
             trial.failures.append(f'job: {after}')
         await trial.look(pick.__name__, done=False)
-    assert trial.failures == [], trial.daemon.log
+    assert trial.failures == [], '\n'.join([*trial.failures, trial.daemon.log])
 
 
 @pytest.mark.parametrize('name', ['threads', 'tree', 'stopped'])
@@ -370,7 +370,7 @@ async def test_stray_signals(name: str, gate: Gate, start_daemon: Callable[..., 
                 after = await client.ended(job)
         assert after['State'] == 'done', after
         await trial.look(point, done=True)
-    assert trial.failures == [], trial.daemon.log
+    assert trial.failures == [], '\n'.join([*trial.failures, trial.daemon.log])
 
 
 async def test_every_point_is_passed(gate: Gate, start_daemon: Callable[..., Daemon], victim: Callable[..., Victim],

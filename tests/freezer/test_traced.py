@@ -16,7 +16,8 @@ import pytest
 from ckptd.errors import Cancelled, FreezeTimeout, NotSupported, PermissionDenied
 from ckptd.freezer import Frozen, freeze
 from ckptd.journal import Journal
-from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.ptrace import Tracee, let_go
+from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.scan import Target, scan_tree
 from ckptd.tree import Tree
@@ -76,6 +77,51 @@ def test_group_stop_stays(tick: Tick, stopped: Freeze) -> None:
     assert ticker.comes_to('T')
     os.kill(ticker.pid, signal.SIGCONT)
     assert ticker.runs()
+
+
+def test_what_is_stopped_is_so_before_anybody_runs() -> None:
+    """Its parent may ask for it at once."""
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    running = os.fork()
+    if running == 0:
+        while True:
+            signal.pause()
+    try:
+        assert os.waitpid(child, os.WUNTRACED)[0] == child
+        for _ in range(50):
+            tracees = [Tracee.seize(running), Tracee.seize(child)]
+            for tracee in tracees:
+                tracee.stop()
+            let_go(tracees)
+            assert read_stat(child).state == 'T'
+            assert read_status(running).tracer_pid == read_status(child).tracer_pid == 0
+    finally:
+        for pid in (child, running):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_one_that_goes_on_is_not_waited_for_forever() -> None:
+    """Somebody sends SIGCONT while it is traced."""
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        while True:
+            pass
+    try:
+        assert os.waitpid(child, os.WUNTRACED)[0] == child
+        tracee = Tracee.seize(child)
+        tracee.stop()
+        assert tracee.stop_signal == signal.SIGSTOP
+        os.kill(child, signal.SIGCONT)
+        let_go([tracee])
+        assert read_status(child).tracer_pid == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize('how', ['stuck', 'vfork'])

@@ -49,6 +49,7 @@ from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify_records
 from ckptd.kernel.arch.x86_64 import user_regs_struct
+from ckptd.kernel.ptrace import let_go
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
 _NO_LIMIT = (1 << 32) - 1
@@ -295,8 +296,7 @@ class Restore:
         init = self._nursery.init
         if init:
             make_reaper(init, self._plan.processes[0].vpid, self._directory('/'))
-        for _, puppet in self._nursery:
-            puppet.tracee.detach()
+        let_go(puppet.tracee for _, puppet in self._nursery)
         if init:
             init.tracee.detach()        # last: if it dies now, it takes the whole namespace along
         self._nursery.released = True
