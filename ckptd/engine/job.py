@@ -60,11 +60,11 @@ class Job:
     def picture(self) -> Picture:
         """Nothing read yet. Of a request about the caller itself, its connections to our bus are severed."""
         if not self.request.sever:
-            return Picture()
+            return Picture(caller=self.request.caller)
         try:
-            return Picture(clients_beside(self.request.sever, unix_sockets()))
+            return Picture(clients_beside(self.request.sever, unix_sockets()), self.request.caller)
         except OSError:
-            return Picture()    # no sock_diag: they are refused, as any socket is
+            return Picture(caller=self.request.caller)      # no sock_diag: they are refused, as any socket is
 
     def refusals(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
         """All refusals and warnings. picture: of a tree at rest, what is read of it."""

@@ -23,7 +23,7 @@ class _Content:
 
     def __init__(self, data: DataWriter, objects: Objects, saved: SavedFiles) -> None:
         self._data, self._objects = data, objects
-        self.written, self.save = saved.written, saved.save
+        self.written, self.reads, self.save = saved.written, saved.reads, saved.save
 
     def add(self, chunks: Iterable[bytes]) -> Extent:
         return self._data.add(chunks)

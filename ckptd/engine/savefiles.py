@@ -29,6 +29,7 @@ class SavedFiles:
         self._data, self._limit = data, limit
         self._room = limit
         self._written: set[Inode] = set()
+        self._read: set[Inode] = set()
         self._done: dict[Inode, tuple[Segment, ...] | None] = {}
         self.unsaved: list[Unsaved] = []
 
@@ -36,10 +37,22 @@ class SavedFiles:
         """Take notice of a description of the tree."""
         if file.writable:
             self._written.add(_inode(file))
+        if not file.unread:
+            self._read.add(_inode(file))
 
     def written(self, file: OpenFile) -> bool:
         """Whether any description of the tree may write it."""
         return _inode(file) in self._written
+
+    def reads(self, file: OpenFile) -> bool:
+        """Whether the tree or whoever has it checkpointed may read it; noted in `unsaved` where not."""
+        key = _inode(file)
+        if key in self._read:
+            return True
+        if self._limit and key not in self._done:
+            self._done[key] = None
+            self.unsaved.append(Unsaved(file, 'EACCES', 'may be written, and not be read'))
+        return False
 
     def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
         """The data of a file; None, with the reason in `unsaved`, where it is not kept. SpoolFailed."""

@@ -4,9 +4,10 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from ckptd.image.records import Backing
+from ckptd.kernel.creds import no_capabilities
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: what was a file may have become a FIFO since it was looked at
@@ -16,8 +17,9 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 class BackingFile:
     """A file named by a Backing record. It is opened for each piece and never held: a thousand libraries cost no fds.
 
-    The export runs with more rights than the owner of the image has, who may put a symbolic link anywhere on a path of
-    his, to a file that he may not read. The path of a mapping has no links in it, so none is followed.
+    The export may read images, which whoever asks for it may not, and he may have made this one up: a file that he may
+    stat(2) is not one that he may read. So it is opened by his ids alone; root's open everything, and as the owner of
+    the image may put a symbolic link anywhere on a path of his, and that of a mapping has none, none is followed.
     """
 
     def __init__(self, record: Backing) -> None:
@@ -38,7 +40,8 @@ class BackingFile:
         if not path.startswith(b'/'):
             return -1
         try:
-            fd = _open_without_links(path)
+            with no_capabilities() if os.geteuid() else nullcontext():
+                fd = _open_without_links(path)
         except (OSError, ValueError):       # ValueError: a zero byte in a path, from a hostile image
             return -1
         if fd >= 0 and not self._is_same(os.fstat(fd)):

@@ -156,6 +156,17 @@ def file_rights(uid: int, gid: int, groups: Sequence[int], capabilities: int = 0
         os.setgroups(groups_before)
 
 
+@contextmanager
+def no_capabilities() -> Iterator[None]:
+    """This thread does what its ids let it do in this block, and no more."""
+    before = capget()
+    capset(before._replace(effective=0))
+    try:
+        yield
+    finally:
+        capset(before)
+
+
 @cache
 def last_capability() -> int:
     """The highest that this kernel knows."""

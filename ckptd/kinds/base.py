@@ -193,7 +193,8 @@ class OpenFile:
     """An open file description, known by one fd of one task. tid: the thread whose table has the fd, mostly the leader.
 
     link: what /proc/PID/fd/FD shows. stat: of the file itself. holders: further (pid, fd) of the same description.
-    severed: a connection that does not outlive the dump, of whoever asked for it to the bus.
+    severed: a connection that does not outlive the dump, of whoever asked for it to the bus. unread: open for writing
+    alone, and whoever asked may not read the file, so that nothing of its content may get into the image.
     """
     pid: int
     tid: int
@@ -203,6 +204,7 @@ class OpenFile:
     info: FdInfo
     holders: tuple[tuple[int, int], ...] = ()
     severed: bool = False
+    unread: bool = False
 
     @property
     def proc_path(self) -> str:

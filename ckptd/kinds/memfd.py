@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.kinds.base import Content, Kind, OpenFile, Restoring, open_again
+from ckptd.kinds.base import Content, Kind, OpenFile, Reason, Restoring, open_again
 from ckptd.kinds.content import Segment, dump_content, restore_content, set_owner
 from ckptd.kinds.locks import Lock, read_locks, restore_locks
 
@@ -47,6 +47,12 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
     def matches(self, file: OpenFile) -> bool:
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)
                 and file.link.startswith(PREFIX))
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        if file.unread:
+            return [Reason('EACCES', f'{file.path} is open for writing alone and its content may not be read',
+                           'run as root')]
+        return []
 
     def dump(self, file: OpenFile, content: Content) -> Memfd:
         of = file.stat

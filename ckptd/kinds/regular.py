@@ -64,7 +64,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         return []
 
     def _deleted(self, file: OpenFile) -> list[Reason]:
-        if not os.access(file.proc_path, os.R_OK, effective_ids=True):
+        if file.unread or not os.access(file.proc_path, os.R_OK, effective_ids=True):
             return [Reason('EACCES', f'{file.path} is deleted and its content cannot be read',
                            'run as root, or give the file a name (ln) before the checkpoint')]
         if any(lock.kind == LEASE for lock in read_locks(file)):
@@ -95,6 +95,8 @@ class RegularKind(Kind[Regular], tag='regular'):
         written = content.written(file) if isinstance(content, SavingContent) else file.writable
         # opening a leased file breaks the lease
         if not written or file.magic in statfs.MADE_UP or any(lock.kind == LEASE for lock in locks):
+            return 0, (), b''
+        if file.unread and not (isinstance(content, SavingContent) and content.reads(file)):
             return 0, (), b''
         segments = content.save(file) if isinstance(content, SavingContent) else None
         try:

@@ -29,6 +29,11 @@ class SavingContent(Protocol):
         """Whether the tree has the file open for writing, by this description or another one."""
         ...
 
+    def reads(self, file: OpenFile) -> bool:
+        """Whether the tree or whoever has it checkpointed may read the file, by this description or another one; if not
+        and it was to be kept, that is noted."""
+        ...
+
     def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
         """The data of the file; None if it is not to be kept."""
         ...

@@ -3,6 +3,7 @@
 
 import fcntl
 import os
+import re
 import socket
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -26,6 +27,7 @@ from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
 from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.kernel.namei import open_direct
+from ckptd.kernel.shm import ShmidDs
 from ckptd.kinds.base import ChangedFiles, Kind, process_of
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG
@@ -36,6 +38,8 @@ F_OWNER_PGRP = 2
 _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
 _ENTER_AND_WRITE = os.W_OK | os.X_OK
+# what a process shows of itself, fdinfo of a task at the deepest
+_SHOWS = re.compile(r'/proc/\d{1,10}/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-z_]+)')
 
 
 class Access:
@@ -71,12 +75,20 @@ class Access:
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
         try:
-            with self.rights.taken(self._needed_for(path)):
-                return os.open(path, flags | os.O_CLOEXEC, mode)
+            with self.rights.taken(needed := self._needed_for(path)):
+                # what has a link in it may lead anywhere, and past every directory by these rights
+                return open_direct(path, flags, mode) if needed else os.open(path, flags | os.O_CLOEXEC, mode)
         except PermissionError:
             if not self.by_root:
                 raise
         return open_direct(path, flags, mode)
+
+    def may_take(self, found: ShmidDs) -> bool:
+        """A System V segment that is still there: what is in it is made what it was."""
+        return self.by_root or self.rights.may_write(found)
+
+    def owns(self, found: ShmidDs) -> bool:
+        return self.by_root or self.rights.owns(found)
 
     def rights_to(self, path: str) -> Rights:
         """Those by which a file may be read and written, for whoever has to do it again."""
@@ -125,7 +137,7 @@ class Files(Access):
         # a task of the tree gets its rights last, and is root's until then: /proc asks who opens its maps for the right
         # to trace it, proc_pid_maps(5), which its user has
         pid = process_of(path)
-        return 1 << CAP_SYS_PTRACE if pid and self._pids.get(pid) == pid else 0
+        return 1 << CAP_SYS_PTRACE if _SHOWS.fullmatch(path) and self._pids.get(pid) == pid else 0
 
     # ------------------------------------------------------------ for kinds
 

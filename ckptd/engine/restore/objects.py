@@ -7,13 +7,14 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from ckptd.engine.restore.bank import Bank
-from ckptd.errors import Busy, CkptError
+from ckptd.errors import Busy, CkptError, PermissionDenied
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
 from ckptd.journal.steps import MakeSegment
-from ckptd.kernel.shm import SHM_DEST, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
+from ckptd.kernel.shm import SHM_DEST, ShmidDs, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
 from ckptd.kinds.base import Looking
 from ckptd.kinds.deleted import open_nameless
 
@@ -27,11 +28,23 @@ def missing_but_kept(record: Backing, looking: Looking) -> bool:
     return found is None or (found.st_ino != record.inode and looking.changed_files != 'accept')
 
 
+class Taking(Looking, Protocol):
+    """What decides about a System V segment that is still there."""
+
+    def may_take(self, found: ShmidDs) -> bool:
+        """Whether what is in it may be made what it was."""
+        ...
+
+    def owns(self, found: ShmidDs) -> bool:
+        """Whether it may be given its owner and mode again."""
+        ...
+
+
 class Objects:
     """Made when first asked for; fds are those of the bank. deleted: makes a file without a name. note writes
     down what would outlive a failure."""
 
-    def __init__(self, reader: ImageReader, bank: Bank, looking: Looking, deleted: Callable[[Backing], int],
+    def __init__(self, reader: ImageReader, bank: Bank, looking: Taking, deleted: Callable[[Backing], int],
                  note: Callable[[MakeSegment], None]) -> None:
         self._reader, self._bank, self._looking, self._deleted = reader, bank, looking, deleted
         self._note = note
@@ -112,31 +125,36 @@ class Objects:
 
     def _make_segment(self, record: SharedMemory) -> None:
         mode = record.mode & 0o777
-        if not self._adopt(record):
+        found = self._adopt(record)
+        if not found:
             try:
                 shmget_at(record.shmid, record.key, record.size, mode)
             except OSError as error:
                 raise CkptError(f'System V segment {record.shmid} cannot be made: {error.strerror}', errno=error.errno,
                                 resource=f'shmid {record.shmid}') from error
             self._note(MakeSegment(record.shmid))
-        shmctl_set(record.shmid, record.uid, record.gid, mode)
+        if not found or self._looking.owns(found):
+            shmctl_set(record.shmid, record.uid, record.gid, mode)
         with attached(record.shmid, record.size) as view:
             for run in self._reader.shared_runs(record.shm_id):
                 end = min(run.start + run.pages * PAGE, len(view))
                 self._read(view[run.start:end], run.part, run.offset)
 
-    def _adopt(self, record: SharedMemory) -> bool:
+    def _adopt(self, record: SharedMemory) -> ShmidDs | None:
         """A segment outlives those who used it: the very same one, if nobody uses it now, is taken again."""
         try:
             found = shmctl_stat(record.shmid)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.EIDRM):
-                return False
+                return None
             raise
         if (found.key, found.size) != (record.key, record.size) or found.attached:
             raise Busy(f'System V segment {record.shmid} is in use', resource=f'shmid {record.shmid}',
                        hint='ipcs -m -i shows by whom; ipcrm -m removes it')
-        return True
+        if not self._looking.may_take(found):
+            raise PermissionDenied(f'System V segment {record.shmid} may not be written',
+                                   resource=f'shmid {record.shmid}')
+        return found
 
     def finish(self) -> None:
         """Segments that were marked for destruction are so again, now that they are attached."""

@@ -18,12 +18,13 @@ from ckptd.checks import Caller
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Credentials
 from ckptd.kernel.creds import file_rights
+from ckptd.kernel.shm import ShmidDs
 
 _EFFECTIVE = 1      # of Credentials.uids and gids
 
 
 class Rights(NamedTuple):
-    """A user as the file system sees one."""
+    """A user as the file system sees one, and System V IPC."""
     uid: int
     gid: int
     groups: tuple[int, ...]
@@ -31,6 +32,19 @@ class Rights(NamedTuple):
     def taken(self, capabilities: int = 0) -> AbstractContextManager[None]:
         """Look up and make files as that user in this block, see ckptd.kernel.creds.file_rights."""
         return file_rights(self.uid, self.gid, self.groups, capabilities)
+
+
+    def owns(self, found: ShmidDs) -> bool:
+        """Whether that user may give the segment another owner and mode, shmctl(2) IPC_SET."""
+        return self.uid in (0, found.uid, found.cuid)
+
+    def may_write(self, found: ShmidDs) -> bool:
+        """Whether that user may attach the segment for reading and writing: ipcperms() in ipc/util.c."""
+        if self.uid in (found.uid, found.cuid):
+            bits = found.mode >> 6
+        else:
+            bits = found.mode >> 3 if {found.gid, found.cgid} & {self.gid, *self.groups} else found.mode
+        return not self.uid or bits & 6 == 6
 
 
 def rights_of(caller: Caller) -> Rights:

@@ -32,6 +32,9 @@ class Saving(Bulk):
     def written(self, file: OpenFile) -> bool:
         return True
 
+    def reads(self, file: OpenFile) -> bool:
+        return True
+
     def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, self)

@@ -181,10 +181,10 @@ def _segments(scene: Scene) -> Iterator[Obstacle]:
             first.setdefault(vma.object, users[vma.mm_id])
     for record in scene.reader.every(SharedMemory):
         if record.kind == SYSV and record.shm_id in first:
-            yield from _segment(record, first[record.shm_id])
+            yield from _segment(scene, record, first[record.shm_id])
 
 
-def _segment(record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
+def _segment(scene: Scene, record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
     """One that is still there and used by nobody is taken again, see Objects; else its id and key must be free."""
     resource = f'shmid {record.shmid}'
     try:
@@ -198,6 +198,9 @@ def _segment(record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
         if (found.key, found.size) != (record.key, record.size) or found.attached:
             yield Obstacle(vpid, resource, 'EBUSY', f'its System V segment is in use: attached {found.attached} times, '
                            f'last by {_name(found.last)}', 'ipcs -m -p shows by whom; ipcrm -m removes it')
+        elif not scene.looking.may_take(found):
+            yield Obstacle(vpid, resource, 'EACCES', f'its System V segment belongs to uid {found.uid}, and may not be '
+                           'written by whose image this is', f'have its owner remove it (ipcrm -m {record.shmid})')
         return
     if other := _by_key(record.key):
         yield Obstacle(vpid, resource, 'EEXIST', f'the key {record.key:#x} of its System V segment is that of segment '
