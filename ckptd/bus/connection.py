@@ -15,7 +15,7 @@ from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError, MessageType, Protoco
 from ckptd.bus.stream import MessageReader, MessageWriter
 from ckptd.bus.values import to_body
 from ckptd.bus.wire import AuthError, Message, Received
-from ckptd.errors import Busy, Unavailable
+from ckptd.errors import Busy, LimitsExceeded, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -132,19 +132,21 @@ class Connection:
         self._lost(None)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Queue a message, its fds duplicated; what cannot be sent any more is dropped. ValueError for a bad body."""
+        """Queue a message, its fds duplicated; what cannot be sent any more is dropped. ValueError for a bad body,
+        LimitsExceeded for one of more than wire.MAX_SENT bytes."""
         if self.connected:
             message.serial, message.unix_fds = self._next_serial(), list(fds)
-            self._writer.send(wire.marshal(message), fds)
+            self._writer.send(_marshal(message), fds)
 
     async def send_large(self, make: Callable[[], Message]) -> None:
-        """Send a message that takes long to make and marshal (40 us a row of a{sv}): a thread does it."""
+        """Send a message that takes long to make and marshal (40 us a row of a{sv}): a thread does it. Errors as of
+        `send`."""
         serial = self._next_serial()
 
         def work() -> bytes:
             message = make()
             message.serial = serial
-            return wire.marshal(message)
+            return _marshal(message)
 
         data = await asyncio.to_thread(work)
         if self.connected:
@@ -313,3 +315,10 @@ def error_of(reply: Received) -> DBusError:
     text = body[0] if body and isinstance(body[0], str) else ''
     return DBusError(reply.error_name, text, body)
 
+
+def _marshal(message: Message) -> bytes:
+    data = wire.marshal(message)
+    if len(data) > wire.MAX_SENT:
+        raise LimitsExceeded(f'the message would have {len(data):,} bytes, of {wire.MAX_SENT:,} at most',
+                             hint='ask about less at a time: a subtree, one image')
+    return data

@@ -17,7 +17,7 @@ from ckptd.jobs.spool import ImageInfo
 
 # of the rows of Scan and Tree: what is not said here is 's', or 't' for a number
 TASK_TYPES = {'tid': 'u', 'tgid': 'u', 'ppid': 'u', 'pgid': 'u', 'sid': 'u', 'vtid': 'u', 'parent_tid': 'u',
-              'depth': 'u', 'uid': 'u', 'fds': 'as'}
+              'depth': 'u', 'uid': 'u', 'fds': 'as', 'fds_left_out': 'u'}
 
 ROW_TYPES = {'pid': 'u'}        # of refusals
 

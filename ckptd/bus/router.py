@@ -165,7 +165,11 @@ class Router:
         when the bus has not read for long."""
         body = to_body(signature, values, types)
         for listener in [''] if audience is None else self.peers.listeners(audience):
-            self.connection.send(wire.make_signal(path, interface, name, signature, body, listener))
+            try:
+                self.connection.send(wire.make_signal(path, interface, name, signature, body, listener))
+            except LimitsExceeded as error:
+                log.error('signal %s of %s: %s', name, path, error)
+                return
 
     def properties_changed(self, path: str, exported: Exported, names: Sequence[str],
                            audience: Audience | None) -> None:
@@ -295,7 +299,10 @@ class Router:
             name, signature, body = error.dbus_name, 'sa{sv}', to_body('sa{sv}', error_body(error), ERROR_TYPES)
         else:
             name, signature, body = error.name, 's', [error.message]
-        self._answer(call, wire.make_error(call.message, name, signature, body))
+        try:
+            self._answer(call, wire.make_error(call.message, name, signature, body))
+        except LimitsExceeded as error:     # of many refusals
+            self._fail(call, error)
 
     def _answer(self, call: Call, message: Message) -> None:
         if not call.answered:

@@ -39,6 +39,7 @@ from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, Fd, Fds, Mes
 
 __all__ = ['AuthError', 'Message', 'SignatureType', 'Variant', 'is_object_path_valid']
 
+MAX_SENT: Final = 16 << 20          # half of what a system bus takes, which disconnects whoever sends it more
 MAX_BODY: Final = 256 << 10         # of a method call or signal; decoding is pure Python, some 2 MB/s
 MAX_VALUES: Final = 500             # in a method call: decoding takes some 2 us for each
 MAX_VARIANT: Final = 16             # characters of the signature of a variant in a method call: no option has more

@@ -92,7 +92,8 @@ def count_files(row: Row) -> list[str]:
     for file in row.get('fds', ()):
         number, _, link = file.partition(' ')
         by_link.setdefault(link, []).append(int(number))
-    return [f'{_ranges(numbers)} {link}' for link, numbers in by_link.items()]
+    more = [f'and {row["fds_left_out"]} more'] if row.get('fds_left_out') else []
+    return [*(f'{_ranges(numbers)} {link}' for link, numbers in by_link.items()), *more]
 
 
 def _ranges(numbers: list[int]) -> str:

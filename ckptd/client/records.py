@@ -156,7 +156,7 @@ class ImageDetails(ImageInfo):
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
     """A task of a live tree or of an image, where every id is the tree's own. depth: of its process below the root.
-    rss: bytes, and fds: 'FD LINK', of leaders only."""
+    rss: bytes, and fds: 'FD LINK', of leaders only; fds_left_out: how many there was no room for."""
     tid: int
     tgid: int = 0
     ppid: int = 0
@@ -170,6 +170,7 @@ class TaskInfo:
     rss: int = 0
     uid: int = 0
     fds: tuple[str, ...] = ()
+    fds_left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A tree as rows for people and programs: live, or from an image; the same keys in both."""
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from ckptd.image.reader import ImageReader
@@ -13,63 +15,83 @@ from ckptd.tree import Task, Tree
 
 Row = dict[str, Any]
 
+# bytes of links of one process, and of all: a path may have 4 KiB, and a process a million open files
+MAX_LINKS = 64 << 10
+MAX_ALL_LINKS = 8 << 20
+
 
 def live_rows(tree: Tree, denied: Collection[int] = ()) -> list[Row]:
-    """A row a task: ids, comm, state, depth, uid; of a process also rss (bytes) and fds ('FD LINK').
+    """A row a task: ids, comm, state, depth, uid; of a process also rss (bytes) and fds ('FD LINK'), as many as there
+    is room for, and how many are left out.
 
     denied: tasks of which only that is told which everybody may know. 0 stands for all.
     """
-    return [_live_row(task, show=task.is_leader and 0 not in denied and task.tid not in denied) for task in tree]
+    return list(_with_links(_live_row(task, show=task.is_leader and 0 not in denied and task.tid not in denied)
+                            for task in tree))
 
 
-def _live_row(task: Task, *, show: bool) -> Row:
-    rss, uid, fds = 0, 0, []
+def _with_links(made: Iterable[tuple[Row, Iterable[str | None]]]) -> Iterator[Row]:
+    """The rows, each with those of its links that there is room for. None: there is none any more."""
+    left = MAX_ALL_LINKS
+    for row, links in made:
+        taken: list[str] = []
+        rest, room = iter(links), min(left, MAX_LINKS)
+        for link in rest:
+            size = len(os.fsencode(link or ''))
+            if size > room:
+                row['fds_left_out'] = 1 + sum(1 for other in rest if other)
+                break
+            room, left = room - size, left - size
+            taken += [link] if link else []
+        row['fds'] = taken
+        yield row
+
+
+def _live_row(task: Task, *, show: bool) -> tuple[Row, Iterable[str | None]]:
+    rss, uid = 0, 0
+    fds: Iterable[str | None] = ()
     try:
         status = read_status(task.tgid, task.tid)
         rss, uid = (status.vm_rss if show else 0), status.uids[0]
-        fds = _links(task) if show else []
+        fds = _links(task) if show else ()
     except ProcessLookupError:
         pass            # it died since the scan: what was read stays
     return {'tid': task.tid, 'tgid': task.tgid, 'ppid': task.ppid, 'pgid': task.pgid, 'sid': task.sid,
             'vtid': task.vtid, 'parent_tid': task.parent_tid, 'comm': task.comm, 'state': task.state,
-            'depth': task.depth, 'rss': rss, 'uid': uid, 'fds': fds}
+            'depth': task.depth, 'rss': rss, 'uid': uid}, fds
 
 
-def _links(task: Task) -> list[str]:
-    links = []
-    try:
+def _links(task: Task) -> Iterator[str | None]:
+    with suppress(PermissionError, ProcessLookupError):
         for fd in list_fds(task.tid):
             try:
-                links.append(f'{fd} {read_link(task.tid, f"fd/{fd}")}')
+                yield f'{fd} {read_link(task.tid, f"fd/{fd}")}'
             except FileNotFoundError:
-                continue        # closed since it was listed
-    except PermissionError:
-        return []
-    return links
+                yield None      # closed since it was listed
 
 
 def image_rows(reader: ImageReader) -> list[Row]:
     """The same of an image, where every id is a vpid."""
+    return list(_with_links(_image_rows(reader)))
+
+
+def _image_rows(reader: ImageReader) -> Iterator[tuple[Row, Iterable[str | None]]]:
     depths: dict[int, int] = {}
-    rows = []
     for task in reader.tasks:
         record = task.record
         depth = depths[task.vpid] = (depths.get(record.parent, -1) + 1 if task.is_leader else depths.get(task.vtgid, 0))
         credentials = reader.table(Credentials).get(task.vpid)
-        rows.append({
+        yield {
             'tid': task.vpid, 'tgid': task.vtgid, 'ppid': task.vppid, 'pgid': task.vpgid, 'sid': task.vsid,
             'vtid': task.vpid, 'parent_tid': record.parent, 'comm': record.comm, 'state': chr(record.state),
             'depth': depth, 'rss': _image_rss(reader, record.mm_id) if task.is_leader else 0,
-            'uid': credentials.uids[0] if credentials else 0,
-            'fds': _image_links(reader, record.files_id) if task.is_leader else []})
-    return rows
+            'uid': credentials.uids[0] if credentials else 0}, _image_links(reader, record.files_id * task.is_leader)
 
 
 def _image_rss(reader: ImageReader, mm_id: int) -> int:
     return sum(run.pages for run in reader.memory(mm_id).runs) * PAGE if mm_id else 0
 
 
-def _image_links(reader: ImageReader, files_id: int) -> list[str]:
-    if not files_id:
-        return []
-    return [f'{fd.fd} {reader.get(OpenFile, fd.file_id).link}' for fd in reader.get(FdTable, files_id).fds]
+def _image_links(reader: ImageReader, files_id: int) -> Iterator[str]:
+    for fd in reader.get(FdTable, files_id).fds if files_id else ():
+        yield f'{fd.fd} {reader.get(OpenFile, fd.file_id).link}'

@@ -57,6 +57,14 @@ class Sample(Exported):
         raise PermissionDenied('not yours', task=42, resource='ptrace',
                                refusals=[Refusal(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')])
 
+    @method('uu', 'as', names=('count', 'size'))
+    async def Large(self, call: Call, count: int, size: int) -> list[str]:
+        return ['x' * size] * count
+
+    @method('uu')
+    async def Grumble(self, call: Call, count: int, size: int) -> None:
+        raise PermissionDenied('not yours', refusals=[Refusal(42, 'sleep', 'x' * size, 'EPERM', 'no', 'no')] * count)
+
     @method('', 'u')
     async def Wrong(self, call: Call) -> int:
         return -1

@@ -10,6 +10,7 @@ import pytest
 
 from ckptd.bus import router, stream, wire
 from ckptd.bus.message import MessageType
+from ckptd.errors import LimitsExceeded
 from tests.bus.conftest import Service
 from tests.bus.raw import (
     DESTINATION,
@@ -74,6 +75,25 @@ async def test_a_30_mib_argument_is_refused_and_stops_nobody(service: Service) -
         # decoding it would take seconds; half of one is the copying on a slow machine with everything in one process
         assert max(waits) < 2
     await answers(service)
+
+
+@pytest.mark.parametrize('count', [1, 20, router.LARGE + 1])
+async def test_an_answer_that_no_bus_takes_is_none(service: Service, count: int) -> None:
+    """A system bus takes 32 MiB, and disconnects whoever sends it more."""
+    async with service.client() as client:
+        for member in ('Large', 'Grumble'):
+            with pytest.raises(LimitsExceeded, match='the message would have'):
+                await client.call(NAME, ROOT, INTERFACE, member, 'uu', count, wire.MAX_SENT // count)
+        got = await client.call(NAME, ROOT, INTERFACE, 'Large', 'uu', count, (wire.MAX_SENT >> 1) // count)
+        assert sum(map(len, got)) > wire.MAX_SENT // 3
+    await answers(service)
+
+
+async def test_a_signal_that_no_bus_takes_is_left_out(service: Service) -> None:
+    async with service.client() as client, client.signals(NAME, interface=INTERFACE) as signals:
+        service.sample.Happened(1, 'x' * wire.MAX_SENT)
+        service.sample.Happened(2, 'short')
+        assert (await anext(signals)).args == (2, 'short')
 
 
 @pytest.mark.parametrize(('size', 'decoded'), [(wire.MAX_BODY, True), (wire.MAX_BODY + 1, False)])
