@@ -31,6 +31,7 @@ from ckptd.bus.private import private_bus
 from ckptd.bus.router import Router
 from ckptd.bus.systemd import Systemd
 from ckptd.errors import CkptError, Unavailable
+from ckptd.jobs import audit
 from ckptd.jobs.library import Library
 from ckptd.jobs.orders import Orders
 from ckptd.jobs.pool import WorkerPool
@@ -127,6 +128,7 @@ class Daemon:
                 self._starter.notify('STOPPING=1')
                 await queue.stop()
                 await keep(self._settings.runtime, connection, self._router)
+                audit.flush()
 
     def _prepare(self) -> None:
         self._spool.prepare()

@@ -1,53 +1,103 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who was allowed what, and who was not: lines of the log that are always written (ckptd.logs)."""
+"""Who was allowed what, and who was not: lines of the log that are always written (ckptd.logs).
 
+A log that is full has none of the others, so of each kind a user (never root) has MOST lines a second, and what is left
+out is counted. A kind is a method (or the operation of a job), allowed or refused: whoever asks for much that is
+harmless has nothing else left out.
+"""
+
+import asyncio
 import json
 import logging
 import re
 import time
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
 
 log = logging.getLogger('ckptd.audit')
 
+Decision = Literal['allowed', 'refused']
+
 PLAIN = re.compile(r'[A-Za-z0-9._:-]+')
 LONGEST: Final = 256        # characters of a value: a path on the bus may have as many as its caller likes
-MOST: Final = 100           # lines of one user a second; a log that is full has none of the others
+MOST: Final = 20            # lines of one kind, of one user, in a second
+# said before it is known that there is such a method: of its name a caller can make any number of kinds
+BY_RULE: Final = frozenset({'limits', 'not theirs to see'})
+
+
+class _Kind(NamedTuple):
+    decision: Decision
+    name: str           # 'rule', 'method' or 'operation'
+    value: str
 
 
 @dataclass(slots=True)
 class _Second:
-    """Of one user: when it began, lines that were written, decisions that were not."""
+    """Of one user: when it began, how many decisions of each kind, and what says at its end which were left out."""
+    uid: int
     began: float
-    lines: int = 0
-    left_out: int = 0
+    decisions: Counter[_Kind] = field(default_factory=Counter)
+    timer: asyncio.TimerHandle | None = None
+
+    def end(self) -> None:
+        """Say how many were left out."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        for kind, count in self.decisions.items():
+            if count > MOST:
+                log.info('more %s uid=%d %s=%s decisions=%d', kind.decision, self.uid, kind.name, _word(kind.value),
+                         count - MOST)
+        self.decisions.clear()
 
 
 _seconds: dict[int, _Second] = {}
 
 
-def audit(decision: Literal['allowed', 'refused'], rule: str, **fields: str | int) -> None:
+def audit(decision: Decision, rule: str, **fields: str | int) -> None:
     """One line, 'refused operation=freeze uid=1000 what="pid:7" rule=ptrace', whatever is in the names of things: what
-    is not a plain word is quoted as JSON does it. Of a user (uid) with very many the rest of a second are counted."""
+    is not a plain word is quoted as JSON does it. One of too many is in a line at the end of its second, 'more refused
+    uid=1000 method=Freeze decisions=12'. In a running loop."""
     uid = int(fields['uid'])
-    second = _second_of(uid)
-    if uid and second.lines >= MOST:
-        second.left_out += 1
+    if uid and _too_many(uid, _kind_of(decision, rule, fields)):
         return
-    second.lines += 1
     shown = ' '.join(f'{name}={_word(value)}' for name, value in {**fields, 'rule': rule}.items())
     log.info('%s %s', decision, shown)
+
+
+def flush() -> None:
+    """Say now how many were left out."""
+    for second in _seconds.values():
+        second.end()
+    _seconds.clear()
+
+
+def _kind_of(decision: Decision, rule: str, fields: dict[str, str | int]) -> _Kind:
+    name = next((name for name in ('method', 'operation') if name in fields), 'rule')
+    if name == 'rule' or rule in BY_RULE:
+        return _Kind(decision, 'rule', rule)
+    return _Kind(decision, name, str(fields[name]))
+
+
+def _too_many(uid: int, kind: _Kind) -> bool:
+    second = _second_of(uid)
+    second.decisions[kind] += 1
+    if second.decisions[kind] <= MOST:
+        return False
+    if second.timer is None:
+        second.timer = asyncio.get_running_loop().call_later(second.began + 1.0 - time.monotonic(), second.end)
+    return True
 
 
 def _second_of(uid: int) -> _Second:
     now = time.monotonic()
     second = _seconds.get(uid)
     if second is None or now - second.began >= 1.0:
-        if second is not None and second.left_out:
-            log.info('more uid=%d decisions=%d', uid, second.left_out)
-        for other in [other for other, one in _seconds.items() if now - one.began >= 60.0 and not one.left_out]:
-            del _seconds[other]
-        second = _seconds[uid] = _Second(now)
+        for other in [one for one in _seconds.values() if now - one.began >= 1.0]:
+            other.end()
+            del _seconds[other.uid]
+        second = _seconds[uid] = _Second(uid, now)
     return second
 
 
