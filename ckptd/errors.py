@@ -81,7 +81,7 @@ class InvalidArgument(CkptError):
 
 
 class Refused(CkptError):
-    """The tree cannot be dumped; `refusals` has every reason at once."""
+    """The tree cannot be dumped; `refusals` has every reason at once, or on the bus the first hundred."""
     name = 'Refused'
     default_errno = _errno.EOPNOTSUPP
     exit_status = 3

@@ -28,12 +28,14 @@ from ckptd.engine.messages import (
     ToWorker,
     UnitDone,
     UnitRequest,
+    cut,
 )
 from ckptd.errors import Cancelled, CkptError
 from ckptd.kernel.task import bytes_written
 
 PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
 CHECK_INTERVAL = 0.1        # seconds, of a worker that waits for somebody else
+MAX_ROW = 64 << 10      # bytes of a row: half of it are some 1500 open files of a process
 _MAX_FDS = 4
 
 _encoder = msgspec.msgpack.Encoder()
@@ -56,6 +58,24 @@ def _printable(value: object) -> object:
             return {_printable(key): _printable(item) for key, item in value.items()}
         case list() | tuple():
             return [_printable(item) for item in value]
+    return value
+
+
+def _shortened(value: object) -> object:
+    """A row above MAX_ROW, cut: its texts at MAX_TEXT characters, its list at half of MAX_ROW."""
+    match value:
+        case str():
+            return cut(value)
+        case dict():
+            return {key: _shortened(item) for key, item in value.items()}
+        case list() | tuple():
+            kept, size = [], 0
+            for item in map(_shortened, value):
+                size += len(_encode(item))
+                if size > MAX_ROW // 2:
+                    break
+                kept.append(item)
+            return kept
     return value
 
 
@@ -225,12 +245,14 @@ class Channel:
         self.send(Progress(tasks_done, tasks_total, bytes_done, bytes_total))
 
     def finish(self, rows_name: str, rows: Sequence[object], result: dict[str, object] | None = None) -> None:
-        """Finished, in as many packets as the rows need."""
+        """Finished, in as many packets as the rows need. A row that none has room for is cut (_shortened)."""
         head = dict(result or {})
         rest = list(rows)
         while True:
             taken, size = [], 1024 + len(_encode(head))
             while rest and size < MAX_MESSAGE // 2:
+                if len(_encode(rest[0])) > MAX_ROW:
+                    rest[0] = _shortened(rest[0])
                 size += len(_encode(rest[0]))
                 taken.append(rest.pop(0))
             self.send(Finished({**head, rows_name: taken} if rows_name else head, more=bool(rest)))

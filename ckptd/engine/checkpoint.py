@@ -22,7 +22,7 @@ from ckptd.engine.dump import Dump
 from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen as FrozenMessage
-from ckptd.engine.messages import refusal_row
+from ckptd.engine.messages import first_rows
 from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.seize import seize_all
 from ckptd.engine.waits import Notes, note_waits
@@ -39,7 +39,6 @@ from ckptd.scan import Handles, scan_tree
 from ckptd.tree import Tree
 
 SIGKILL = 9
-MAX_WARNINGS = 100          # rows in a job's result; the manifest has all
 LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
 
 
@@ -190,7 +189,7 @@ def summary(manifest: Manifest) -> dict[str, object]:
     numbers = {name: getattr(manifest.statistics, name) for name in Statistics.__struct_fields__}
     return {'image': manifest.image, 'target': manifest.target, 'command': manifest.command, 'tasks': manifest.tasks,
             'processes': manifest.processes, 'size': manifest.size, 'freeze_mode': manifest.freeze_mode,
-            'warnings': [refusal_row(warning) for warning in manifest.warnings[:MAX_WARNINGS]], **numbers}
+            'warnings': first_rows(manifest.warnings), **numbers}
 
 
 def hold(frozen: Frozen) -> None:

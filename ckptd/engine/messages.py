@@ -11,6 +11,7 @@ End-of-file means that the other side is dead: the worker then releases its tree
 worker the pidfd of Follow means the same, as the files of a dead daemon may stay open (ckptd.kernel.witness).
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -18,6 +19,10 @@ import msgspec
 from ckptd.errors import CkptError, Refusal, from_details
 
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
+MAX_TEXT = 1000             # characters of a text in a row
+MAX_SENTENCE = 16_000       # of the sentence of an error, and of a line of the log
+MAX_ROWS = 100              # of an error and of a result: signals carry them, and a bus takes no signal of any size
+MAX_ROWS_SIZE = 96 << 10    # bytes of the texts in them
 
 Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'import',
                     'restore', 'check-restore', 'recover']
@@ -182,13 +187,15 @@ class Finished(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
+    """Of its refusals the first ones (first_rows); the message says how many there are."""
     name: str
     message: str
     details: dict[str, Any]
 
     @classmethod
     def of(cls, error: CkptError) -> 'Failed':
-        return cls(error.name, error.message, error.details())
+        details = {key: cut(value) if isinstance(value, str) else value for key, value in error.details().items()}
+        return cls(error.name, cut(error.message, MAX_SENTENCE), {**details, 'refusals': first_rows(error.refusals)})
 
     def error(self) -> CkptError:
         return from_details(self.name, self.message, self.details)
@@ -200,7 +207,26 @@ FromWorker = Phase | Progress | UnitRequest | ScopeRequest | Frozen | Running | 
 
 def refusal_row(refusal: Refusal) -> dict[str, Any]:
     """A refusal as a message carries it."""
-    return {field: getattr(refusal, field) for field in Refusal.__dataclass_fields__}
+    row = {field: getattr(refusal, field) for field in Refusal.__dataclass_fields__}
+    return {field: cut(value) if isinstance(value, str) else value for field, value in row.items()}
+
+
+def first_rows(refusals: Iterable[Refusal]) -> list[dict[str, Any]]:
+    """As many of them as an error or a result has."""
+    rows: list[dict[str, Any]] = []
+    left = MAX_ROWS_SIZE
+    for refusal in refusals:
+        row = refusal_row(refusal)
+        left -= sum(len(text.encode(errors='backslashreplace')) for text in row.values() if isinstance(text, str))
+        if left < 0 or len(rows) == MAX_ROWS:
+            break
+        rows.append(row)
+    return rows
+
+
+def cut(text: str, most: int = MAX_TEXT) -> str:
+    """The text, or its first `most` characters, which then end in '...'."""
+    return text if len(text) <= most else text[:most - 3] + '...'
 
 
 # ---------------------------------------------------------------- between the daemon and its spawner

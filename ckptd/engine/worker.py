@@ -12,7 +12,7 @@ from types import FrameType
 
 from ckptd.engine.channel import Channel
 from ckptd.engine.job import Job
-from ckptd.engine.messages import Failed, Log, Start
+from ckptd.engine.messages import MAX_SENTENCE, Failed, Log, Start, cut
 from ckptd.engine.operations import OPERATIONS
 from ckptd.errors import Cancelled, CkptError
 
@@ -28,7 +28,7 @@ class _ToDaemon(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._channel.send(Log(record.levelno, self.format(record)))
+            self._channel.send(Log(record.levelno, cut(self.format(record), MAX_SENTENCE)))
         except Cancelled:
             return          # nobody is left to read it
 

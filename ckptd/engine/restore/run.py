@@ -22,7 +22,7 @@ from ckptd.engine.clock import Clock
 from ckptd.engine.faults import fault
 from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.job import Job, image_path
-from ckptd.engine.messages import Phase, Running, refusal_row
+from ckptd.engine.messages import Phase, Running, first_rows
 from ckptd.engine.restore import state
 from ckptd.engine.restore.attend import attend, cgroup_of
 from ckptd.engine.restore.bank import Bank
@@ -310,7 +310,7 @@ class Restore:
         if self._job.terminal >= 0:
             with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
                 os.dup2(nothing.fileno(), self._job.terminal, inheritable=False)
-        warnings = [refusal_row(row) for row in (*self._warnings, *self._place.warnings)]
+        warnings = first_rows((*self._warnings, *self._place.warnings))
         times = {f'{phase}_time': self._clock.usec(phase) for phase in TIMED}
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
                   'processes': len(self._plan.processes), 'bytes': self._bytes_done, 'cgroup': cgroup_of(roots[0]),

@@ -1,17 +1,32 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A worker's socket whose other end stays open when the daemon dies."""
+"""A worker's socket: whose other end stays open when the daemon dies, and that is to carry very much."""
 
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pytest
 
 from ckptd.engine.channel import Channel
-from ckptd.engine.messages import Caller, Follow, JobRequest, Log, Start, Thaw, ToWorker
-from ckptd.errors import Cancelled
+from ckptd.engine.messages import (
+    MAX_MESSAGE,
+    MAX_ROWS,
+    MAX_TEXT,
+    Caller,
+    Failed,
+    Finished,
+    Follow,
+    JobRequest,
+    Log,
+    Start,
+    Thaw,
+    ToWorker,
+)
+from ckptd.errors import Cancelled, Refusal, Refused
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.kernel.witness import Witness
 
@@ -80,6 +95,45 @@ def test_nobody_reads_any_more(ends: Ends) -> None:
     ends.die()
     with pytest.raises(Cancelled, match='the daemon is gone'):
         say_much(ends.channel)
+
+
+def test_rows_of_any_size() -> None:
+    """Each comes, and what of it has no room in a packet is left out."""
+    rows: list[Any] = ['y' * 500_000, {'tid': 7, 'fds': [f'{fd} {"z" * 5000}' for fd in range(500)]},
+                       *({'comm': '\udcff' * 90, 'fds': ['0 /dev/null']} for _ in range(2000))]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, ThreadPoolExecutor(1) as pool:
+        channel = Channel(theirs.detach())
+        sending = pool.submit(channel.finish, 'rows', rows, {'tasks': 7})
+        parts = []
+        while not parts or parts[-1].more:
+            parts.append(msgspec.msgpack.decode(ours.recv(MAX_MESSAGE), type=Finished))
+        sending.result()
+        channel.close()
+    assert [part.result.get('tasks') for part in parts] == [7] + [None] * (len(parts) - 1)
+    text, long, *others = [row for part in parts for row in part.result['rows']]
+    assert (len(text), text[-4:]) == (MAX_TEXT, 'y...')
+    assert long['tid'] == 7
+    assert 20 < len(long['fds']) < 500
+    assert {len(fd) for fd in long['fds']} == {MAX_TEXT}
+    assert others == [{'comm': '\\xff' * 90, 'fds': ['0 /dev/null']}] * 2000
+
+
+def test_a_failure_of_any_size() -> None:
+    """With as many of its refusals as a packet has room for."""
+    refusals = [Refusal(number, 'x' * 15, f'fd {number}', 'ENOTSUP', '\udcff' * 9000, 'h' * 9000)
+                for number in range(1000)]
+    error = Refused.because(refusals)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        channel = Channel(theirs.detach())
+        channel.send(Failed.of(error))
+        heard = msgspec.msgpack.decode(ours.recv(MAX_MESSAGE), type=Failed).error()
+        channel.close()
+    assert type(heard) is Refused
+    assert 10 < len(heard.refusals) < MAX_ROWS
+    assert [row.pid for row in heard.refusals] == list(range(len(heard.refusals)))
+    assert len(heard.refusals[0].hint) == MAX_TEXT
 
 
 def say_much(channel: Channel) -> None:
