@@ -6,9 +6,9 @@ Only what a tree at rest shows stays true: a check of a running tree makes a pic
 
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ckptd.kernel.creds import CAP_SYS_PTRACE, file_rights
 from ckptd.kernel.fdinfo import list_fds
@@ -17,8 +17,15 @@ from ckptd.kernel.status import Status, read_status
 from ckptd.kinds.base import OpenFile, read_open_file
 from ckptd.tree import Task
 
-if TYPE_CHECKING:
-    from ckptd.checks.access import Caller
+
+class Caller(Protocol):
+    """Who is to have the image."""
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def groups(self) -> Sequence[int]: ...
 
 
 class Picture:
@@ -27,7 +34,7 @@ class Picture:
     severed: inodes of sockets that do not outlive the dump. caller: who is to have the image.
     """
 
-    def __init__(self, severed: Collection[int] = (), caller: 'Caller | None' = None) -> None:
+    def __init__(self, severed: Collection[int] = (), caller: Caller | None = None) -> None:
         self._severed, self._caller = severed, caller
         self._statuses: dict[int, Status] = {}
         self._mappings: dict[int, list[Mapping]] = {}
@@ -71,7 +78,7 @@ class Picture:
         self._files.pop(task.tid, None)
 
 
-def may_read(file: OpenFile, caller: 'Caller') -> bool:
+def may_read(file: OpenFile, caller: Caller) -> bool:
     """Whether a regular file is open for reading, or could be opened so by the caller as well as by us: a service has
     its log opened for it, before it gives up its rights, and what others write into that is not its user's."""
     if not stat.S_ISREG(file.stat.st_mode) or file.readable or file.is_path:

@@ -30,11 +30,12 @@ from ckptd.engine.messages import (
     UnitRequest,
     cut,
 )
-from ckptd.errors import Cancelled, CkptError
+from ckptd.errors import Cancelled, CkptError, LimitsExceeded
 from ckptd.kernel.task import bytes_written
 
 PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
 CHECK_INTERVAL = 0.1        # seconds, of a worker that waits for somebody else
+MAX_RESULT = 24 << 20   # bytes of all rows: more than a bus takes, see ckptd.bus.wire
 MAX_ROW = 64 << 10      # bytes of a row: half of it are some 1500 open files of a process
 _MAX_FDS = 4
 
@@ -245,9 +246,10 @@ class Channel:
         self.send(Progress(tasks_done, tasks_total, bytes_done, bytes_total))
 
     def finish(self, rows_name: str, rows: Sequence[object], result: dict[str, object] | None = None) -> None:
-        """Finished, in as many packets as the rows need. A row that none has room for is cut (_shortened)."""
+        """Finished, in as many packets as the rows need. A row that none has room for is cut (_shortened).
+        LimitsExceeded for more than MAX_RESULT in all."""
         head = dict(result or {})
-        rest = list(rows)
+        rest, room = list(rows), MAX_RESULT
         while True:
             taken, size = [], 1024 + len(_encode(head))
             while rest and size < MAX_MESSAGE // 2:
@@ -255,6 +257,9 @@ class Channel:
                     rest[0] = _shortened(rest[0])
                 size += len(_encode(rest[0]))
                 taken.append(rest.pop(0))
+            room -= size
+            if room < 0:
+                raise LimitsExceeded(f'there is more to say than {MAX_RESULT:,} bytes hold', hint='ask about a subtree')
             self.send(Finished({**head, rows_name: taken} if rows_name else head, more=bool(rest)))
             if not rest:
                 return

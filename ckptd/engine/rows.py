@@ -16,7 +16,7 @@ from ckptd.tree import Task, Tree
 Row = dict[str, Any]
 
 # bytes of links of one process, and of all: a path may have 4 KiB, and a process a million open files
-MAX_LINKS = 64 << 10
+MAX_LINKS = 32 << 10
 MAX_ALL_LINKS = 8 << 20
 
 

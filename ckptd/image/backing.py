@@ -3,11 +3,10 @@
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from ckptd.image.records import Backing
-from ckptd.kernel.creds import no_capabilities
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: what was a file may have become a FIFO since it was looked at
@@ -20,10 +19,11 @@ class BackingFile:
     The export may read images, which whoever asks for it may not, and he may have made this one up: a file that he may
     stat(2) is not one that he may read. So it is opened by his ids alone; root's open everything, and as the owner of
     the image may put a symbolic link anywhere on a path of his, and that of a mapping has none, none is followed.
+    outside: the block that does it.
     """
 
-    def __init__(self, record: Backing) -> None:
-        self.record = record
+    def __init__(self, record: Backing, outside: Callable[[], AbstractContextManager[None]]) -> None:
+        self.record, self._outside = record, outside
 
     @contextmanager
     def _open(self) -> Iterator[int]:
@@ -40,7 +40,7 @@ class BackingFile:
         if not path.startswith(b'/'):
             return -1
         try:
-            with no_capabilities() if os.geteuid() else nullcontext():
+            with self._outside():
                 fd = _open_without_links(path)
         except (OSError, ValueError):       # ValueError: a zero byte in a path, from a hostile image
             return -1

@@ -186,7 +186,7 @@ def _file_segments(reader: ImageReader, memory: Memory, vma: Vma) -> Iterator[Se
 def _file_pieces(reader: ImageReader, backing: Backing, vma: Vma) -> list[Piece]:
     """The mapped bytes as they are in the file, from `vma.offset` on; none where they cannot be had any more."""
     if not backing.deleted:
-        file = BackingFile(backing)
+        file = BackingFile(backing, reader.outside)
         length = min(vma.end - vma.start, page_align(max(0, backing.size - vma.offset)))
         return [Piece(0, length, file, vma.offset)] if length and file.is_unchanged() else []
     pieces, at = [], 0

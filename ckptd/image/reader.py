@@ -4,7 +4,8 @@
 import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import attrgetter
@@ -83,10 +84,11 @@ class _Index:
 
 
 class ImageReader:
-    """An open image. Parts are read when they are first asked for."""
+    """An open image. Parts are read when they are first asked for. outside: a block in which files are opened that are
+    not the image's."""
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory
+    def __init__(self, directory: Path, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.path, self.outside = directory, outside
         self._directory = open_image(directory)
         self._data: dict[int, int] = {}
         self._indices: dict[str, _Index] = {}

@@ -26,7 +26,7 @@ from ckptd.engine.messages import (
     Thaw,
     ToWorker,
 )
-from ckptd.errors import Cancelled, Refusal, Refused
+from ckptd.errors import Cancelled, LimitsExceeded, Refusal, Refused
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.kernel.witness import Witness
 
@@ -117,6 +117,17 @@ def test_rows_of_any_size() -> None:
     assert 20 < len(long['fds']) < 500
     assert {len(fd) for fd in long['fds']} == {MAX_TEXT}
     assert others == [{'comm': '\\xff' * 90, 'fds': ['0 /dev/null']}] * 2000
+
+
+def test_a_result_that_nobody_could_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('ckptd.engine.channel.MAX_RESULT', 200_000)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        channel = Channel(theirs.detach())
+        with pytest.raises(LimitsExceeded, match='200,000 bytes'):
+            channel.finish('rows', ['z' * 1000] * 1000)
+        assert msgspec.msgpack.decode(ours.recv(MAX_MESSAGE), type=Finished).more
+        channel.close()
 
 
 def test_a_failure_of_any_size() -> None:
