@@ -16,6 +16,7 @@ import asyncio
 from typing import Final, Literal, NamedTuple
 
 from ckptd.bus.call import Call
+from ckptd.bus.export import Viewer
 from ckptd.bus.message import DBusError
 from ckptd.bus.names import BUS_NAME
 from ckptd.bus.polkit import SHORT, Answer, Polkit
@@ -24,6 +25,7 @@ from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
 from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
+from ckptd.jobs.holds import not_held
 from ckptd.jobs.lane import Lane
 from ckptd.jobs.library import Rights
 from ckptd.jobs.orders import parse_target, start_time_of
@@ -95,6 +97,23 @@ class Gate:
         may = await self.enter(call, verb, where, owner=owner, task=pid,
                                hint='run as the owner of the tree, or as root')
         return TreeRights(may, caller.uid, start_time)
+
+    async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
+        """The same to thaw; what the caller may see. owner: who has frozen it, None for nobody: which of the two it is
+        where it is not the caller, is told to nobody who may not see it. NoSuchTarget."""
+        caller = await call.credentials()
+        if not caller.uid or owner == caller.uid:
+            self.own(call, caller, where)
+            return Viewer(caller.uid)
+        viewer = await call.viewer()
+        if not viewer.all:
+            try:
+                await self.enter(call, 'freeze', where, owner=None, refusal=f'which uid {caller.uid} has not frozen')
+            except PermissionDenied as error:
+                raise not_held(where) from error
+        elif owner is not None:
+            await self.enter(call, 'freeze', where, owner=owner)
+        return viewer
 
     async def _stranger_in(self, where: str, caller: Caller) -> tuple[int, int] | None:
         if not caller.uid:

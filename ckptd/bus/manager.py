@@ -106,12 +106,8 @@ class ManagerObject(Exported):
         parse_options(options, NONE)
         caller = await call.credentials()
         where = parse_target(target, caller)
-        owner = self._queue.frozen.get(where, caller.uid)
-        if owner == caller.uid:
-            self._gate.own(call, caller, where)
-        else:
-            await self._gate.enter(call, 'freeze', where, owner=owner)
-        await self._queue.thaw(where)
+        viewer = await self._gate.hold(call, where, self._queue.frozen.get(where))
+        await self._queue.thaw(where, viewer.sees)
 
     @method('ssa{sv}', 'h', names=('who', 'why', 'options', 'inhibitor'))
     async def Inhibit(self, call: Call, who: str, why: str, options: dict[str, Any]) -> Fd:

@@ -8,6 +8,7 @@ from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
 from ckptd.jobs.state import Job
 
 Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
+Sees = Callable[[int], bool]             # whether what belongs to a uid is known to who asks
 FREEZING = frozenset({'checkpoint', 'freeze'})
 
 
@@ -24,11 +25,12 @@ def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_a
                              hint='wait for them (ckptctl jobs) or thaw what is frozen')
 
 
-def refuse_active(target: str, active: Iterable[Job], overlap: Overlap) -> None:
-    """Busy while a job freezes tasks of this target, or will."""
+def refuse_active(target: str, active: Iterable[Job], overlap: Overlap, sees: Sees) -> None:
+    """Busy while a job freezes tasks of this target, or will; which one it is only where that may be seen."""
     for job in active:
         if job.request.operation in FREEZING and overlap(job.request.target, target):
-            raise Busy(f'{job.name} works on {job.request.target}', resource=target)
+            what = f'{job.name} works on {job.request.target}' if sees(job.request.asked_by) else 'a job works on it'
+            raise Busy(what, resource=target)
 
 
 def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Iterable[str], overlap: Overlap) -> None:
@@ -38,7 +40,7 @@ def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Iterable[s
     """
     if request.operation not in FREEZING:
         return
-    refuse_active(request.target, active, overlap)
+    refuse_active(request.target, active, overlap, lambda owner: request.asked_by in (0, owner))
     for target in held:
         exact = request.target == target and request.operation == 'checkpoint' and request.after != 'freeze'
         if not exact and overlap(target, request.target):

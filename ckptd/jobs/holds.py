@@ -17,6 +17,12 @@ log = logging.getLogger(__name__)
 Bury = Callable[[Run, int, bool], Awaitable[str]]
 
 
+def not_held(target: str) -> NoSuchTarget:
+    """The error for what nobody has left frozen, or nobody that the caller may know of."""
+    return NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
+                        hint='the property FrozenTargets names what is')
+
+
 class Holds:
     """By target, as parse_target spells it. bury(run, proper status, failed): the end of a worker. changed(uid): who
     asked for it has one more, or one less."""
@@ -68,12 +74,16 @@ class Holds:
 
     async def thaw(self, target: str) -> None:
         """Let go. NoSuchTarget, WorkerDied."""
-        entry = self._held.get(target)
-        if entry is None or entry.let_go is None:
-            raise NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
-                               hint='the property FrozenTargets names what is')
+        entry = self.find(target)
+        assert entry.let_go is not None
         self.let_go(entry)      # it may be about to, and not listen any more
         await asyncio.shield(entry.let_go)
+
+    def find(self, target: str) -> Entry:
+        """The job that has left it frozen. NoSuchTarget."""
+        if target not in self._held:
+            raise not_held(target)
+        return self._held[target]
 
     def let_go(self, entry: Entry) -> None:
         """Begin to."""

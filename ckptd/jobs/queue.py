@@ -22,7 +22,7 @@ import msgspec
 from ckptd.config import Config
 from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, PermissionDenied, Unavailable, WorkerDied
-from ckptd.jobs.admission import refuse_active, refuse_conflict, refuse_token, refuse_too_many
+from ckptd.jobs.admission import Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.audit import audit
 from ckptd.jobs.entry import Entry, Listener, reason
 from ckptd.jobs.holds import Holds
@@ -119,9 +119,11 @@ class Queue:
         if entry is not None:
             self._cancel(entry)
 
-    async def thaw(self, target: str) -> None:
-        """Let go of what `Freeze` or after=freeze left frozen. NoSuchTarget, Busy, WorkerDied."""
-        refuse_active(target, self._entries, Relations().overlap)
+    async def thaw(self, target: str, sees: Sees = lambda owner: True) -> None:
+        """Let go of what `Freeze` or after=freeze left frozen. sees: whose jobs an error may name. NoSuchTarget, Busy,
+        WorkerDied."""
+        self._held.find(target)
+        refuse_active(target, self._entries, Relations().overlap, sees)
         await self._held.thaw(target)
 
     def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:

@@ -15,12 +15,14 @@ import pytest
 
 from ckptd.bus.client import connect
 from ckptd.bus.names import BUS_NAME, IMAGE, ROOT, image_path
+from ckptd.client import connect as ckptd_of
+from ckptd.errors import Busy
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_link
 from tests.daemon.test_api import Api
 from tests.engine.driver import place_of
 from tests.jobs.test_spool import write_image
-from tests.lib.bus import PrivateBus
+from tests.lib.bus import PrivateBus, Served
 from tests.programs.conftest import await_that
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')
@@ -87,9 +89,36 @@ def test_no_process_of_another(nobody: Busctl, root: Busctl) -> None:
     with sleeping(0) as process:
         target = f'pid:{process.pid}'
         assert 'org.ckptd1.freeze' in nobody.call(MANAGER, 'Freeze', 'sa{sv}', target, '0')
+        untouched = nobody.call(MANAGER, 'Thaw', 'sa{sv}', target, '0')
+        assert 'is not frozen by ckptd' in untouched
         assert root.call(MANAGER, 'Freeze', 'sa{sv}', target, '0') == [1]
-        assert 'may not freeze' in nobody.call(MANAGER, 'Thaw', 'sa{sv}', target, '0')
+        assert nobody.call(MANAGER, 'Thaw', 'sa{sv}', target, '0') == untouched
         assert root.call(MANAGER, 'Thaw', 'sa{sv}', target, '0') is None
+
+
+async def test_which_job_of_anothers_is_busy_is_not_told(private_bus: PrivateBus, tmp_path: Path) -> None:
+    """Nor that there is one, to who holds nothing that it works on."""
+    config = tmp_path / 'ckptd.conf'
+    config.write_text('[Daemon]\nInhibitDelayMaxSec=1h\n')
+    nobody = Busctl(private_bus, NOBODY)
+    with (sleeping(NOBODY) as process,
+          Served(private_bus.address, tmp_path, tmp_path / 'spool', ('--config', str(config)))):
+        target = f'pid:{process.pid}'
+        async with ckptd_of(private_bus.address) as ckptd:
+            with await ckptd.inhibit('a test', 'it looks meanwhile', target):
+                assert await asyncio.to_thread(nobody.call, MANAGER, 'Freeze', 'sa{sv}', target, '0') == [1]
+                job = await ckptd.checkpoint(target)
+                for other in ('cgroup:/', 'pid:1'):
+                    answer = await asyncio.to_thread(nobody.call, MANAGER, 'Thaw', 'sa{sv}', other, '0')
+                    assert answer == f'Call failed: {other} is not frozen by ckptd'
+                for method in ('Thaw', 'Freeze'):
+                    answer = await asyncio.to_thread(nobody.call, MANAGER, method, 'sa{sv}', target, '0')
+                    assert answer == 'Call failed: a job works on it'
+                with pytest.raises(Busy, match=f'{job.id} works on {target}'):
+                    await ckptd.thaw(target)
+                await job.cancel()
+            assert await asyncio.to_thread(nobody.call, MANAGER, 'Thaw', 'sa{sv}', target, '0') is None
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def test_ones_own_images_and_no_other(images: tuple[str, str], nobody: Busctl, root: Busctl, tmp_path: Path) -> None:

@@ -89,6 +89,32 @@ def test_what_rules_say(polkit: Polkit, daemon: Served) -> None:
 
 
 @pytest.mark.needs('cgroup2', 'ptrace')
+def test_whether_another_has_frozen_something(polkit: Polkit, daemon: Served) -> None:
+    """It is told to those who may see what is others', or may thaw it."""
+    def thaw(user: str, *pids: int) -> list[Any]:
+        answers = [manager(polkit, user, 'Thaw', 'sa{sv}', f'pid:{pid}', '0') for pid in pids]
+        return [answer and answer.replace(f'pid:{pid}', 'pid:N') for pid, answer in zip(pids, answers, strict=True)]
+
+    with polkit.user('bob').process() as frozen, polkit.user('bob').process() as other:
+        assert manager(polkit, 'bob', 'Freeze', 'sa{sv}', f'pid:{frozen}', '0') == [1]
+        for result, words in (('AUTH_ADMIN', ASKED), ('NO', 'is not frozen by ckptd')):
+            polkit.set_rules(rule('freeze', 'alice', result) + rule('manage-images', 'alice', 'NO'))
+            one, same = thaw('alice', frozen, other)
+            assert words in one
+            assert one == same
+        assert 'refused method=Thaw' in daemon.log
+        polkit.set_rules(rule('freeze', 'alice', 'NO') + rule('manage-images', 'alice', 'YES'))
+        owner = f'which belongs to uid {USERS["bob"]}'
+        # ckptd hears by a signal, in its own time, that alice may see it
+        await_that('alice sees what is bob\'s', lambda: owner in thaw('alice', frozen)[0])
+        assert 'is not frozen by ckptd' in thaw('alice', other)[0]
+        polkit.set_rules(rule('freeze', 'alice', 'YES'))
+        one, same = thaw('alice', frozen, other)
+        assert one is None
+        assert 'is not frozen by ckptd' in same
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
 @pytest.mark.parametrize('says_yes', [True, False])
 async def test_a_person_is_asked(polkit: Polkit, daemon: Served, says_yes: bool) -> None:
     with polkit.user('bob').process() as bobs, \
