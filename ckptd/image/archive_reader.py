@@ -8,7 +8,7 @@ twice, a link, a device, a sparse file, another size than the manifest says, an 
     manifest.json       at most MAX_MANIFEST; says which parts may follow, and how large each is
     parts               in any order, into SPOOL/.incoming-IMAGE, which is made only now
     verify              digests, grammar, references: no damage at all
-    manifest            sealed anew: other owner, imported, perhaps another id
+    manifest            sealed anew: other owner, imported, mostly another id
 
 Memory: a chunk, the manifest, and a pax header of at most MAX_PAX. Only `verify` needs more, some twenty times the size
 of the records at worst, and gets MEMORY at most.
@@ -50,11 +50,14 @@ class Watcher(Protocol):
 
 
 def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: Watcher,
-                 keep_free: int = 0) -> Manifest:
+                 keep_free: int = 0, *, keep_id: bool = True) -> Manifest:
     """Take in the image that comes from `fd`, to its end-of-file; the manifest under which it is in the spool.
 
     uid, gid: its owner from now on. limit: bytes of all parts. keep_free: bytes of the file system that stay free,
-    whoever else writes meanwhile. ImageDamaged, LimitsExceeded, SpoolFailed; CkptError where the fd cannot be read.
+    whoever else writes meanwhile. keep_id: its id stays where it is free; otherwise it never does, and who sends the
+    stream does not learn whether there is such an image.
+
+    ImageDamaged, LimitsExceeded, SpoolFailed; CkptError where the fd cannot be read.
     """
     watcher.phase('receive')
     archive = _Archive(_Stream(fd, watcher))
@@ -63,7 +66,7 @@ def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: 
         raise LimitsExceeded(f'the image has {manifest.size} bytes, {limit} are allowed', resource=manifest.image,
                              hint='remove images (ckptctl remove IMAGE), or allow more')
     require_room(spool, manifest.size, keep_free)
-    with _incoming(spool, manifest.image) as incoming:
+    with _incoming(spool, manifest.image if keep_id else other_image_id(manifest.image)) as incoming:
         manifest = msgspec.structs.replace(manifest, image=incoming.image, owner_uid=uid, owner_gid=gid, imported=True)
         archive.receive(incoming.path, manifest, watcher, keep_free)
         watcher.phase('verify')

@@ -21,8 +21,10 @@ def new_image_id(command: str, when: float | None = None) -> str:
 
 
 def other_image_id(image: str) -> str:
-    """The same time and command with four other digits, for an image whose id is taken."""
-    return image[:-4] + secrets.token_hex(2)
+    """The same time and command with four other digits, for an image whose id is taken, or that may be."""
+    while (digits := secrets.token_hex(2)) == image[-4:]:
+        continue
+    return image[:-4] + digits
 
 
 def is_image_id(text: str) -> bool:

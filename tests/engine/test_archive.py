@@ -110,13 +110,14 @@ def test_a_tree_travels(generation: Callable[..., Generation], place: Place, oth
         ('-rw-------', '0/0', (place.spool / name).stat().st_size, name) for name in files]
     assert files[:2] == [f'{image.name}/{NAME}', f'{image.name}/tree.img']
     result = take_in(other, path)
-    assert result == {'image': image.name, 'bytes': read_manifest(image).size}
-    there = other.spool / image.name
+    name = result['image']
+    assert result == {'image': name, 'bytes': read_manifest(image).size}
+    there = other.spool / name
     assert verify(there) == []
-    assert read_manifest(there) == msgspec.structs.replace(read_manifest(image), owner_uid=1234, owner_gid=4321,
-                                                           imported=True)
+    assert read_manifest(there) == msgspec.structs.replace(read_manifest(image), image=name, owner_uid=1234,
+                                                           owner_gid=4321, imported=True)
     with DirectWorker() as worker, pytest.raises(PermissionDenied, match='imported by uid 1234, who alone may'):
-        worker.run(other.request(0, target='', operation='restore', image=image.name))
+        worker.run(other.request(0, target='', operation='restore', image=name))
     mine = take_in(other, path, caller=me())['image']
     with DirectWorker() as worker:
         restored = worker.run(other.request(0, target='', operation='restore', image=mine))
@@ -135,12 +136,21 @@ def test_from_worker_to_worker(home: Place, other: Place, image: Path, kind: str
         sender.send(Start(request(home, 'export', image=image.name, format='tar')), (writer,))
         os.close(writer)
         sender.result()
-        assert receiver.result()['image'] == image.name
-    assert verify(other.spool / image.name) == []
+        assert verify(other.spool / receiver.result()['image']) == []
+
+
+def test_who_sends_a_stream_does_not_learn_which_ids_there_are(other: Place, image: Path, stream: Path) -> None:
+    """Of images that may be somebody else's."""
+    found = [take_in(other, stream)['image'] for _ in range(2)]         # it is free
+    found.append(take_in(other, stream, caller=me())['image'])
+    found += [take_in(other, stream)['image'] for _ in range(2)]        # and now it is not
+    assert [name == image.name for name in found] == [False, False, True, False, False]
+    assert {name[:-4] for name in found} == {image.name[:-4]}
+    assert in_spool(other) == sorted(set(found))
 
 
 def test_twice(other: Place, image: Path, stream: Path) -> None:
-    first, second = (take_in(other, stream)['image'] for _ in range(2))
+    first, second = (take_in(other, stream, caller=me())['image'] for _ in range(2))
     assert first == image.name
     assert in_spool(other) == sorted({first, second})
     assert read_manifest(other.spool / second).image == second

@@ -304,6 +304,19 @@ def test_an_id_that_is_taken(image: Path, stream: bytes, spool: Path) -> None:
     assert len([name for name in names(spool) if name != IMAGE]) == 3
 
 
+def test_an_id_that_may_be_taken(image: Path, stream: bytes, spool: Path) -> None:
+    found = []
+    for _ in range(2):
+        fd = os.memfd_create('stream')
+        os.write(fd, stream)
+        os.lseek(fd, 0, os.SEEK_SET)
+        found.append(read_archive(fd, spool, UID, GID, 1 << 30, Onlooker(), keep_id=False).image)
+        os.close(fd)
+    assert IMAGE not in found
+    assert {name[:-4] for name in found} == {IMAGE[:-4]}
+    assert all(verify(spool / name) == [] for name in found)
+
+
 def test_many_at_once(stream: bytes, spool: Path) -> None:
     found: list[str] = []
 
