@@ -78,48 +78,60 @@ class ImageObject(Exported):
 
     @property_('s', emits='const')
     def Id(self) -> str:
+        """The name of the image."""
         return self.info.id
 
     @property_('s', emits='const')
     def Target(self) -> str:
+        """What was dumped."""
         return self.info.target
 
     @property_('s', emits='const')
     def Command(self) -> str:
+        """The name of the root's program."""
         return self.info.command
 
     @property_('t', emits='const')
     def Created(self) -> int:
+        """When it was made, in microseconds of the real-time clock."""
         return self.info.created
 
     @property_('u', emits='const')
     def Owner(self) -> int:
+        """The uid that it belongs to."""
         return self.info.owner
 
     @property_('u', emits='const')
     def Tasks(self) -> int:
+        """How many tasks it has."""
         return self.info.tasks
 
     @property_('u', emits='const')
     def Processes(self) -> int:
+        """How many processes it has."""
         return self.info.processes
 
     @property_('t', emits='const')
     def Size(self) -> int:
+        """How many bytes it has."""
         return self.info.size
 
     @property_('s', emits='const')
     def Kernel(self) -> str:
+        """The release of the kernel that it was made on."""
         return self.info.kernel
 
     @property_('s', emits='const')
     def Architecture(self) -> str:
+        """The machine's, as of uname(2)."""
         return self.info.architecture
 
     @property_('s', emits='const')
     def BootId(self) -> str:
+        """Of the boot that it was made on."""
         return self.info.boot_id
 
     @property_('a{st}', emits='const')
     def Statistics(self) -> dict[str, int]:
+        """Times in microseconds, and pages, of its checkpoint."""
         return self.info.statistics

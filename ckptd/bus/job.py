@@ -43,7 +43,8 @@ class JobObject(Exported):
         self._queue.cancel(self.job.number)
 
     # a property has the name already
-    progressed = signal('sdtt', ('phase', 'progress', 'bytes_done', 'bytes_total'), name='Progress')
+    progressed = signal('sdtt', ('phase', 'progress', 'bytes_done', 'bytes_total'), name='Progress',
+                        doc='How far the job is: at most ten times a second, the last one always.')
 
     def tell_state(self) -> None:
         self.changed('State', 'Phase', 'Root', 'Error', 'Result', *MOVING)
@@ -56,18 +57,22 @@ class JobObject(Exported):
 
     @property_('s')
     def State(self) -> str:
+        """queued, running, done, failed or cancelled."""
         return self.job.state.value
 
     @property_('s')
     def Phase(self) -> str:
+        """What it is at, as in the signal Progress; while it is queued '', or 'prepare' where somebody delays it."""
         return self.job.phase
 
     @property_('s', emits='const')
     def Operation(self) -> str:
+        """checkpoint, restore, freeze, verify, export or import."""
         return self.job.request.operation
 
     @property_('s', emits='const')
     def Target(self) -> str:
+        """The tree that it works on; of a restore, the one that was dumped."""
         return self.job.request.target
 
     @property_('s', emits='const')
@@ -82,41 +87,51 @@ class JobObject(Exported):
 
     @property_('u')
     def TasksDone(self) -> int:
+        """How many tasks it is done with in this phase."""
         return self.job.counts.tasks_done
 
     @property_('u')
     def TasksTotal(self) -> int:
+        """Of how many; 0 while that is unknown."""
         return self.job.counts.tasks_total
 
     @property_('t')
     def BytesDone(self) -> int:
+        """How many bytes it is done with in this phase."""
         return self.job.counts.bytes_done
 
     @property_('t')
     def BytesTotal(self) -> int:
+        """Of how many; 0 while that is unknown."""
         return self.job.counts.bytes_total
 
     @property_('d')
     def Progress(self) -> float:
+        """The share of the whole that is done, from 0 to 1; it never goes back."""
         return self.job.progress
 
     @property_('t', emits='const')
     def StartTime(self) -> int:
+        """When it was asked for, in microseconds of the real-time clock."""
         return self.job.start_time
 
     @property_('t')
     def ExpectedEndTime(self) -> int:
+        """When it should be over, in the same microseconds; 0 while that is unknown."""
         return self.job.expected_end
 
     @property_('u', emits='const')
     def StartedByUID(self) -> int:
+        """Who asked for it."""
         return self.job.request.asked_by
 
     @property_('a{sv}', types=ERROR_TYPES)
     def Error(self) -> dict[str, Any]:
+        """Of a job that failed or was cancelled: name, message, and what an error message has; else empty."""
         error = self.job.error
         return {'name': error.dbus_name, 'message': error.message, **error.details()} if error else {}
 
     @property_('a{sv}', types=RESULT_TYPES)
     def Result(self) -> dict[str, Any]:
+        """What came of a job that is done; else empty."""
         return self.job.result

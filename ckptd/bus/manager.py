@@ -193,19 +193,23 @@ class ManagerObject(Exported):
         async with call.attended():
             return image_path(await self._library.take_in(stream, caller))
 
-    JobNew = signal('uo', ('id', 'job'))
-    JobRemoved = signal('uos', ('id', 'job', 'result'))
-    ImageAdded = signal('so', ('image', 'path'))
-    ImageRemoved = signal('so', ('image', 'path'))
-    PrepareForCheckpoint = signal('ob', ('job', 'start'))
-    Restored = signal('su', ('image', 'tasks'))
+    JobNew = signal('uo', ('id', 'job'), doc='A job waits or works.')
+    JobRemoved = signal('uos', ('id', 'job', 'result'), doc='A job is over; its last state is done, failed or '
+                        'cancelled, and its object stays a while.')
+    ImageAdded = signal('so', ('image', 'path'), doc='An image is published.')
+    ImageRemoved = signal('so', ('image', 'path'), doc='An image is gone.')
+    PrepareForCheckpoint = signal('ob', ('job', 'start'), doc='A checkpoint is about to freeze its tree, and waits for '
+                                  'those who delay it (true), or is over, whatever came of it (false).')
+    Restored = signal('su', ('image', 'tasks'), doc='A tree of so many tasks runs again.')
 
     @property_('s', emits='const')
     def Version(self) -> str:
+        """The version of ckptd."""
         return __version__
 
     @property_('s', emits='const')
     def Spool(self) -> str:
+        """The directory of the images."""
         return str(self._library.spool.directory)
 
     @property_('u', emits='invalidates')

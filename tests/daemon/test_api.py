@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ckptd.bus.client import Client, Signals, connect
+from ckptd.bus.export import DOC
 from ckptd.bus.interfaces import documents
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT, image_path, token_path
 from ckptd.errors import Busy, CkptError, InvalidArgument, NoSuchImage, NoSuchTarget
@@ -65,6 +66,16 @@ def sleeper() -> Iterator[str]:
 @pytest.mark.parametrize('name', sorted(documents()))
 def test_interface_files_are_what_the_classes_say(name: str) -> None:
     assert (FILES / name).read_text() == documents()[name], 'run: python -m ckptd.bus.interfaces dbus'
+
+
+@pytest.mark.parametrize('name', sorted(documents()))
+def test_everything_in_an_interface_file_says_what_it_is(name: str) -> None:
+    [interface] = ElementTree.parse(FILES / name).getroot()
+    members = [member for tag in ('method', 'signal', 'property') for member in interface.iter(tag)]
+    silent = [member.get('name') for member in members
+              if not [one for one in member.iter('annotation') if one.get('name') == DOC and one.get('value')]]
+    assert len(members) > 10
+    assert silent == []
 
 
 def test_no_interface_file_without_a_class() -> None:
