@@ -13,6 +13,7 @@ import pytest
 from ckptd.errors import LimitsExceeded, NoSuchTarget
 from ckptd.jobs.inhibitors import MOST_OF_USER, Inhibitor, Inhibitors
 from ckptd.jobs.queue import Queue
+from ckptd.jobs.state import State
 from ckptd.kernel.stat import read_stat
 from tests.jobs.conftest import Heard, request_of
 
@@ -93,7 +94,7 @@ async def test_a_checkpoint_waits_for_it(make_queue: Callable[..., Queue], heard
     job = queue.submit(request_of('finish'))
     await heard.wait('prepare', 1)
     assert heard.prepared == [(1, True, ['who'])]
-    assert not job.worker
+    assert (job.state, job.phase, job.worker) == (State.QUEUED, 'prepare', 0)
     # it has no place meanwhile: others work
     assert await queue.call(request_of('rows', 'scan')) is not None
     queue.submit(request_of('rows', 'verify'))
