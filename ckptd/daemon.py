@@ -145,7 +145,7 @@ class Daemon:
     async def _export(self, connection: Connection, avoid: tuple[int, ...]) -> Queue:
         """Everything is there before the name is: whoever activated ckptd has a call waiting."""
         settings = self._settings
-        units = await self._find_systemd(connection)
+        units = await self._find_systemd()
         avoid = (*avoid, *await self._pid_of_bus(connection))      # a bus that stands still carries no Thaw
         announcer = Announcer(self._spool)
         # a daemon that systemd knows has a sandbox, and a stop that ends all its children: not the place for a restart
@@ -179,14 +179,14 @@ class Daemon:
             log.info('the process of the bus is not known: %s', error.message)
             return []
 
-    async def _find_systemd(self, connection: Connection) -> Systemd | None:
-        """The manager of the units that this daemon may be asked about; None where none runs."""
-        if self._settings.bus != self._own_bus:
-            try:
-                connection = await self._stack.enter_async_context(await Connection.open(self._own_bus))
-            except Unavailable as error:
-                log.info('no systemd: %s', error)
-                return None
+    async def _find_systemd(self) -> Systemd | None:
+        """The manager of the units that this daemon may be asked about; None where none runs. On a connection of its
+        own: however many questions to others wait for a reply on ours, a unit is thawed."""
+        try:
+            connection = await self._stack.enter_async_context(await Connection.open(self._own_bus))
+        except Unavailable as error:
+            log.info('no systemd: %s', error)
+            return None
         systemd = Systemd(Client(connection))
         return systemd if await systemd.is_there() else None
 

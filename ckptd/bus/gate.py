@@ -38,7 +38,8 @@ ACTIONS: Final[dict[Verb, tuple[str, str]]] = {
     'checkpoint': ('checkpoint-own', 'checkpoint'), 'freeze': ('freeze-own', 'freeze'),
     'restore': ('restore-own', 'restore'), 'manage': ('manage-own-images', 'manage-images')}
 WORDS: Final = {Answer.NO: 'polkit does not allow it', Answer.DISMISSED: 'the question was dismissed',
-                Answer.ABSENT: 'it is not theirs, and there is no polkit to allow it'}
+                Answer.ABSENT: 'it is not theirs, and there is no polkit to allow it',
+                Answer.SILENT: 'polkit does not answer'}
 
 
 class TreeRights(NamedTuple):
@@ -62,7 +63,8 @@ class Gate:
         allowed for what is not. what: 'pid:12' or 'image X'. owner: None for what may not even be there. task: whose
         owner that is. refusal: what a caller who is not the owner is told.
 
-        PermissionDenied with the rule; InteractiveAuthorizationRequired where a person would have to be asked.
+        PermissionDenied with the rule; InteractiveAuthorizationRequired where a person would have to be asked;
+        LimitsExceeded where too many are.
         """
         caller = await call.credentials()
         own = owner == caller.uid
@@ -72,7 +74,7 @@ class Gate:
             return caller
         async with call.attended():
             details = {'target': what} if owner is None else {'target': what, 'owner': str(owner)}
-            answer = await self._polkit.ask(call.sender, action, details, interactive=call.interactive)
+            answer = await self._polkit.ask(call.sender, caller.uid, action, details, interactive=call.interactive)
         if answer == Answer.YES or (own and answer == Answer.ABSENT):
             audit_call('allowed', call, caller, what, action if answer == Answer.YES else 'owner')
             return caller if own else _as_root(caller)
@@ -82,7 +84,8 @@ class Gate:
             raise DBusError(f'{ERROR}InteractiveAuthorizationRequired', f'{what}' + (refusal and f', {refusal},')
                             + f' takes an authorization ({action}) that a person must give')
         words = f'uid {caller.uid} may not {verb} {what}' + (refusal and f', {refusal}')
-        raise PermissionDenied(f'{words} ({action}: {WORDS[answer]})', task=task, resource=action, hint=hint)
+        raise PermissionDenied(f'{words} ({action}: {WORDS[answer]})', task=task, resource=action,
+                               hint='try again' if answer == Answer.SILENT else hint)
 
     def own(self, call: Call, caller: Caller, what: str) -> None:
         """What one has started oneself one may end, and nobody needs to be asked."""
@@ -135,10 +138,11 @@ class Gate:
                                refusal=f'of which uid {caller.uid} has none', hint='ckptctl images shows what there is')
         return Rights(may, caller)
 
-    async def sees_all(self, sender: str) -> bool:
+    async def sees_all(self, sender: str, uid: int) -> bool:
         """Whether polkit lets the sender see the images and jobs of others. Nobody is asked but by a call that waits
-        for it."""
-        return await self._polkit.ask(sender, f'{BUS_NAME}.{ACTIONS["manage"][1]}', {}, patience=SHORT) == Answer.YES
+        for it. LimitsExceeded."""
+        action = f'{BUS_NAME}.{ACTIONS["manage"][1]}'
+        return await self._polkit.ask(sender, uid, action, {}, patience=SHORT) == Answer.YES
 
 
 def _as_root(caller: Caller) -> Caller:

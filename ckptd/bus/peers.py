@@ -20,7 +20,7 @@ from ckptd.bus.export import Audience, Viewer
 from ckptd.bus.message import DBusError, ProtocolError
 from ckptd.bus.wire import Received
 from ckptd.engine.messages import Caller
-from ckptd.errors import PermissionDenied
+from ckptd.errors import LimitsExceeded, PermissionDenied
 from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time, wait_dead
 from ckptd.kernel.status import Status, read_status
 
@@ -33,7 +33,7 @@ VIEW_LIFE: Final = 30.0     # seconds for which what a sender may see holds, unl
 NOBODY: Final = 65534       # /proc/sys/kernel/overflowgid
 
 
-SeesAll = Callable[[str], Awaitable[bool]]      # whether a sender may see what is others', too
+SeesAll = Callable[[str, int], Awaitable[bool]]     # whether a sender with this uid may see what is others', too
 
 
 @dataclass(slots=True, eq=False)
@@ -117,7 +117,7 @@ class Peers:
         return (await self._peer(sender)).uid
 
     async def viewer(self, sender: str, ask: 'SeesAll') -> Viewer:
-        """What the sender may see. The answer holds for a while."""
+        """What the sender may see. The answer holds for a while; where there is none for now, that is its own."""
         peer = await self._peer(sender)
         if peer.uid == 0:
             return Viewer(0, True)
@@ -127,7 +127,10 @@ class Peers:
                 if peer.view_ends > now():
                     break
                 peer.viewed, asked = True, self._views
-                answer = await ask(sender)
+                try:
+                    answer = await ask(sender, peer.uid)
+                except LimitsExceeded:
+                    return Viewer(peer.uid)
                 if asked == self._views:        # else it is that of yesterday
                     peer.sees_all, peer.view_ends = answer, now() + VIEW_LIFE
             return Viewer(peer.uid, peer.sees_all)

@@ -83,7 +83,7 @@ class Spawn(Protocol):
     def __call__(self, coro: Coroutine[Any, Any, None], *, name: str | None = None) -> asyncio.Task[None]: ...
 
 
-async def nobody(sender: str) -> bool:
+async def nobody(sender: str, uid: int) -> bool:
     """Who sees what is others': nobody but root."""
     return False
 

@@ -11,9 +11,9 @@ import pytest
 
 from ckptd.bus import peers
 from ckptd.bus.connection import DRIVER, Connection
-from ckptd.bus.export import Audience
+from ckptd.bus.export import Audience, Viewer
 from ckptd.bus.peers import Peers
-from ckptd.errors import PermissionDenied
+from ckptd.errors import LimitsExceeded, PermissionDenied
 from ckptd.kernel.status import read_status
 from tests.bus.conftest import Service
 from tests.bus.raw import open_fds, same_fds
@@ -121,7 +121,7 @@ async def test_what_is_seen_is_asked_once_and_again_when_it_changes(service: Ser
     other, name = await start(service.address, '1')
     answers, asked = [True, False], 0
 
-    async def ask(sender: str) -> bool:
+    async def ask(sender: str, uid: int) -> bool:
         nonlocal asked
         asked += 1
         await asyncio.sleep(0)
@@ -145,7 +145,7 @@ async def test_an_answer_that_is_of_yesterday_when_it_comes(service: Service) ->
     other, name = await start(service.address, '1')
     known, answers = service.router.peers, [True, False]
 
-    async def ask(sender: str) -> bool:
+    async def ask(sender: str, uid: int) -> bool:
         if len(answers) == 2:
             known.forget_views()
         return answers.pop(0)
@@ -154,6 +154,25 @@ async def test_an_answer_that_is_of_yesterday_when_it_comes(service: Service) ->
     assert answers == []
     assert known.listeners(Audience(0)) == []
     assert known.forget_views() == [name]
+    await end(other)
+
+
+@pytest.mark.needs('root')
+async def test_an_answer_that_there_is_not_for_now(service: Service) -> None:
+    """What is one's own is seen meanwhile, and it is asked again."""
+    open_to_all(service.address)
+    other, name = await start(service.address, '1')
+    known, asked = service.router.peers, 0
+
+    async def ask(sender: str, uid: int) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise LimitsExceeded('too many questions')
+        return uid == 1
+
+    assert [await known.viewer(name, ask) for _ in range(3)] == [Viewer(1), Viewer(1, True), Viewer(1, True)]
+    assert asked == 2
     await end(other)
 
 

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from ckptd.bus import wire
 from ckptd.bus.client import connect
+from ckptd.bus.connection import Connection
 from ckptd.bus.names import BUS_NAME, IMAGE, ROOT, image_path
+from ckptd.bus.polkit import NAME as POLKIT
 from ckptd.client import connect as ckptd_of
 from ckptd.errors import Busy
 from ckptd.kernel.status import read_status
@@ -83,6 +86,17 @@ def test_ones_own_process(nobody: Busctl) -> None:
     with sleeping(NOBODY) as process:
         assert nobody.call(MANAGER, 'Freeze', 'sa{sv}', f'pid:{process.pid}', '0') == [1]
         assert nobody.call(MANAGER, 'Thaw', 'sa{sv}', f'pid:{process.pid}', '0') is None
+
+
+async def test_polkit_that_answers_with_an_error(nobody: Busctl, private_bus: PrivateBus) -> None:
+    """Who cannot tell does not let in, and says that it is worth another try."""
+    async with await Connection.open(private_bus.address) as polkit:
+        polkit.on_call = lambda call: polkit.send(wire.make_error(call, 'org.example.Busy', 's', ['not now']))
+        await polkit.request_name(POLKIT)
+        with sleeping(NOBODY) as process:
+            answer = await asyncio.to_thread(nobody.call, MANAGER, 'Freeze', 'sa{sv}', f'pid:{process.pid}', '0')
+    assert 'org.ckptd1.freeze-own: polkit does not answer' in answer
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def test_no_process_of_another(nobody: Busctl, root: Busctl) -> None:

@@ -36,7 +36,7 @@ from ckptd.bus.export import Exported, method
 from ckptd.bus.message import DBusError
 from ckptd.bus.router import Router
 from tests.lib.bus import ROOT, PrivateBus, terminate
-from tests.lib.systembus import PASSWD, USERS, Listener, User, in_own_mounts, start_time, write_users
+from tests.lib.systembus import PASSWD, PATIENCE, USERS, Listener, User, in_own_mounts, start_time, write_users
 
 NAME = 'org.freedesktop.PolicyKit1'
 PATH = '/org/freedesktop/PolicyKit1/Authority'
@@ -169,8 +169,9 @@ class Polkit:
             return await check(client, pid, action, interactive=interactive)
 
     @contextlib.asynccontextmanager
-    async def agent(self, pid: int, *, says_yes: bool = True) -> AsyncIterator['Agent']:
-        """An authentication agent for one process, which answers as root or is dismissed, in the loop of the test."""
+    async def agent(self, pid: int, *, says_yes: bool | None = True) -> AsyncIterator['Agent']:
+        """An authentication agent for one process, in the loop of the test, which answers as root or is dismissed;
+        None: it says nothing until it is not asked any more."""
         tasks: set[asyncio.Task[None]] = set()
 
         def spawn(coro: Coroutine[Any, Any, None], *, name: str | None = None) -> 'asyncio.Task[None]':
@@ -201,19 +202,25 @@ async def check(client: Client, pid: int, action: str, *, interactive: bool = Fa
 
 
 class Agent(Exported):
-    """asked: the actions that somebody was to authenticate for. cancelled: how often polkit lost interest."""
+    """asked: the actions that somebody was to authenticate for. cancelled: how often polkit lost interest. changed: one
+    of them has."""
     interface = 'org.freedesktop.PolicyKit1.AuthenticationAgent'
 
-    def __init__(self, connection: Connection, says_yes: bool) -> None:
+    def __init__(self, connection: Connection, says_yes: bool | None) -> None:
         self.asked: list[str] = []
         self.cancelled = 0
+        self.changed = asyncio.Event()
         self._client, self._says_yes = Client(connection), says_yes
+        self._silent: dict[str, asyncio.Event] = {}     # by cookie: until polkit has lost interest
 
     @method('sssa{ss}sa(sa{sv})', names=('action_id', 'message', 'icon_name', 'details', 'cookie', 'identities'))
     async def BeginAuthentication(self, call: Call, action_id: str, message: str, icon_name: str,
                                   details: dict[str, str], cookie: str, identities: list[Any]) -> None:
         """Authenticate as somebody of these. In the place of polkit-agent-helper-1, which asks for a password."""
         self.asked.append(action_id)
+        self.changed.set()
+        if self._says_yes is None:
+            await self._silent.setdefault(cookie, asyncio.Event()).wait()
         if not self._says_yes:
             raise DBusError(f'{ERROR}Cancelled', 'no')
         kind, facts = identities[0]
@@ -223,3 +230,12 @@ class Agent(Exported):
     @method('s', names=('cookie',))
     async def CancelAuthentication(self, call: Call, cookie: str) -> None:
         self.cancelled += 1
+        self.changed.set()
+        self._silent.setdefault(cookie, asyncio.Event()).set()
+
+    async def until(self, asked: int, cancelled: int = 0) -> None:
+        """It was asked and cancelled so often."""
+        async with asyncio.timeout(PATIENCE):
+            while len(self.asked) < asked or self.cancelled < cancelled:
+                self.changed.clear()
+                await self.changed.wait()

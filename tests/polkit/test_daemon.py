@@ -130,6 +130,67 @@ async def test_a_person_is_asked(polkit: Polkit, daemon: Served, says_yes: bool)
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
+# calls of one process on several connections, as many as one may have at a time; the answers are not waited for
+FLOOD = """
+import asyncio, os, sys
+sys.path.insert(0, sys.argv[2])
+from ckptd.bus import wire
+from ckptd.bus.connection import Connection
+from ckptd.bus.message import ALLOW_INTERACTIVE
+from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
+os.setgroups([])
+os.setgid(int(sys.argv[3]))
+os.setuid(int(sys.argv[3]))
+async def main():
+    for _ in range(5):
+        connection = await Connection.open(sys.argv[1])
+        for _ in range(32):
+            connection.send(wire.make_call(BUS_NAME, ROOT, MANAGER, 'Freeze', 'sa{sv}', [sys.argv[4], {}],
+                                           ALLOW_INTERACTIVE))
+        await connection.drain()
+    await asyncio.Event().wait()
+print(flush=True)
+sys.stdin.readline()
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def flood(polkit: Polkit, user: str, target: str) -> Iterator['subprocess.Popen[str]']:
+    """A program of this user's that calls when it is told to."""
+    with subprocess.Popen([sys.executable, '-c', FLOOD, polkit.bus.address, str(SOURCE), str(USERS[user]), target],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == '\n'
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+async def test_whose_agent_does_not_answer_holds_up_himself_alone(polkit: Polkit, daemon: Served) -> None:
+    """160 questions at a time would be more than the replies that dbus-daemon lets ckptd wait for."""
+    with polkit.user('carol').process() as carols, polkit.user('bob').process() as bobs, \
+            flood(polkit, 'alice', f'pid:{carols}') as calls:
+        assert calls.stdin is not None
+        async with polkit.agent(calls.pid, says_yes=None) as agent:
+            calls.stdin.write('go\n')
+            calls.stdin.flush()
+            await agent.until(asked=2)
+            for method, answer in (('Freeze', [1]), ('Thaw', None)):
+                assert await asyncio.to_thread(ask, polkit, 'bob', MANAGER, method, 'sa{sv}', f'pid:{bobs}', '0',
+                                               interactive=True) == answer
+            with polkit.user('bob').call(BUS_NAME, ROOT, MANAGER, 'Freeze', 'sa{sv}', f'pid:{carols}', '0') as call:
+                async with polkit.agent(call.pid, says_yes=False) as bobs_agent:
+                    assert 'the question was dismissed' in await asyncio.to_thread(call.answer)
+                assert bobs_agent.asked == ['org.ckptd1.freeze']
+            assert agent.asked == ['org.ckptd1.freeze'] * 2
+            calls.kill()
+            await agent.until(asked=2, cancelled=2)
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
 @pytest.mark.needs('cgroup2', 'ptrace')
 def test_what_an_administrator_allowed_belongs_to_root(polkit: Polkit, daemon: Served) -> None:
     """Or who was let in once would have it for ever."""
