@@ -30,13 +30,15 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """types: D-Bus types of the keys of a{sv} results, {'pid': 'u'}; an int without one becomes 't'."""
+    """types: D-Bus types of the keys of a{sv} results, {'pid': 'u'}; an int without one becomes 't'. long: the answer
+    grows with what there is, and is worked on for one call of a user at a time."""
     name: str
     handler: Callable[..., Awaitable[Any]]
     inputs: tuple[Argument, ...]
     outputs: tuple[Argument, ...]
     types: Mapping[str, str]
     annotations: Annotations
+    long: bool = False
 
     @property
     def in_signature(self) -> str:
@@ -175,7 +177,8 @@ class Exported:
 
 
 def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, name: str = '',
-           types: Mapping[str, str] | None = None, annotations: Annotations | None = None) -> Callable[[F], F]:
+           types: Mapping[str, str] | None = None, annotations: Annotations | None = None, long: bool = False
+           ) -> Callable[[F], F]:
     """Export `async def Name(self, call, *arguments)`. names: of the inputs, then of the outputs.
 
     The handler returns the value of its one output, a tuple for several, None for none.
@@ -185,7 +188,7 @@ def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, na
         rest = names[len(taken):] or [f'result{index}' if index else 'result' for index in range(len(given))]
         _expect_parameters(handler, len(taken))
         row = Method(name or _dbus_name(handler.__name__), handler, taken,
-                     _pair(given, rest), types or {}, _documented(annotations, handler.__doc__))
+                     _pair(given, rest), types or {}, _documented(annotations, handler.__doc__), long)
         handler._dbus_row = row    # type: ignore[attr-defined]
         return handler
     return decorate

@@ -121,11 +121,8 @@ class Gate:
     async def _stranger_in(self, where: str, caller: Caller) -> tuple[int, int] | None:
         if not caller.uid:
             return None     # root is not asked about anything, and need not wait for a look at its target
-        await self._looks.acquire(caller.uid)
-        try:
+        async with self._looks.place(caller.uid):
             return await asyncio.to_thread(stranger_in, where, caller)
-        finally:
-            self._looks.release(caller.uid)
 
     async def image(self, call: Call, verb: Verb, image: str) -> Rights:
         """The same for an image. Whether others have one of this name is told to nobody who may not see it.

@@ -9,6 +9,8 @@ from ckptd.bus.gate import Gate, Verb
 from ckptd.bus.names import JOB, job_path
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.router import ERROR_TYPES
+from ckptd.bus.values import to_variant
+from ckptd.bus.wire import Variant
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import Job
 
@@ -27,6 +29,7 @@ class JobObject(Exported):
 
     def __init__(self, job: Job, queue: Queue, gate: Gate) -> None:
         self.job, self._queue, self._gate = job, queue, gate
+        self._outcome: dict[str, Variant] = {}      # its rows may be many, and do not change any more
         # its progress is much, and of interest to few
         self.audience = Audience(job.request.asked_by, followers=set())
 
@@ -125,13 +128,18 @@ class JobObject(Exported):
         """Who asked for it."""
         return self.job.request.asked_by
 
-    @property_('a{sv}', types=ERROR_TYPES)
-    def Error(self) -> dict[str, Any]:
+    @property_('a{sv}')
+    def Error(self) -> Variant | dict[str, Any]:
         """Of a job that failed or was cancelled: name, message, and what an error message has; else empty."""
         error = self.job.error
-        return {'name': error.dbus_name, 'message': error.message, **error.details()} if error else {}
+        if error and 'Error' not in self._outcome:
+            row = {'name': error.dbus_name, 'message': error.message, **error.details()}
+            self._outcome['Error'] = to_variant(row, 'a{sv}', ERROR_TYPES)
+        return self._outcome.get('Error', {})
 
-    @property_('a{sv}', types=RESULT_TYPES)
-    def Result(self) -> dict[str, Any]:
+    @property_('a{sv}')
+    def Result(self) -> Variant | dict[str, Any]:
         """What came of a job that is done; else empty."""
-        return self.job.result
+        if self.job.over and 'Result' not in self._outcome:
+            self._outcome['Result'] = to_variant(self.job.result, 'a{sv}', RESULT_TYPES)
+        return self._outcome.get('Result', {})

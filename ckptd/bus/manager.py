@@ -119,7 +119,7 @@ class ManagerObject(Exported):
                            call.sender)
         return Fd(self._queue.inhibitors.take(holder, start_time))
 
-    @method('', 'a(sssuu)', names=('inhibitors',))
+    @method('', 'a(sssuu)', names=('inhibitors',), long=True)
     async def ListInhibitors(self, call: Call) -> list[tuple[str, str, str, int, int]]:
         """(who, why, target, uid, pid) of the inhibitors that are held."""
         viewer = await call.viewer()
@@ -138,14 +138,14 @@ class ManagerObject(Exported):
         """Every refusal and warning that such a restore would have; no process is made and nothing changed."""
         return await check_restore(self._library, self._gate, call, image, options)
 
-    @method('', 'a(uosss)', names=('jobs',))
+    @method('', 'a(uosss)', names=('jobs',), long=True)
     async def ListJobs(self, call: Call) -> list[tuple[int, str, str, str, str]]:
         """(id, path, operation, target, state) of jobs that wait, work, or ended a moment ago."""
         viewer = await call.viewer()
         return [(job.number, path_of(job), job.request.operation, job.request.target, job.state.value)
                 for job in self._queue.jobs if viewer.sees(job.request.asked_by)]
 
-    @method('', 'aa{sv}', names=('images',), types=IMAGE_TYPES)
+    @method('', 'aa{sv}', names=('images',), types=IMAGE_TYPES, long=True)
     async def ListImages(self, call: Call) -> list[dict[str, Any]]:
         """What is known of each image, oldest first."""
         viewer = await call.viewer()

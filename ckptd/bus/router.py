@@ -61,10 +61,11 @@ from ckptd.bus.message import DBusError, Fd, ProtocolError
 from ckptd.bus.peers import Peers, SeesAll
 from ckptd.bus.registry import ERROR, Registry
 from ckptd.bus.standard import Changes, Introspectable, ObjectManager, Peer, Properties
-from ckptd.bus.values import NO_TYPES, index_fds, to_body
+from ckptd.bus.values import NO_TYPES, index_fds, is_large, to_body
 from ckptd.bus.wire import Message, Received
 from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded, PermissionDenied
 from ckptd.jobs.audit import audit
+from ckptd.jobs.lane import Lane
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ MAX_CALLS_OF_USER = 256     # of all connections of one uid; root has no limit
 MAX_CALLS_IN_ALL = 2048
 MAX_FDS = 16            # with one call
 STANDARD = 'org.freedesktop.DBus.'      # interfaces that say nothing which anybody has to be allowed
-LARGE = 256             # rows of a result that another thread marshals
+LARGE = 1000            # values of a result that another thread marshals: each takes some 5 us
+LONG = 2                # long answers that are worked on at a time, of each user one
 ERROR_TYPES = {'task': 'u', 'pid': 'u', 'refusals': 'aa{sv}'}
 
 
@@ -100,6 +102,7 @@ class Router:
         self._spawn, self._sees_all = spawn, sees_all
         self._in_flight: Counter[str] = Counter()
         self._of_user: Counter[int] = Counter()
+        self._long = Lane(LONG, 1)
         self._flooding: set[str] = set()        # senders whose calls are refused until they wait for replies
         self.last_call = asyncio.get_running_loop().time()
         self._changes = Changes(self.emit)
@@ -220,15 +223,13 @@ class Router:
     async def serve(self, call: Call) -> None:
         """Run the handler and answer, whatever happens; if it is cancelled, `_finished` answers."""
         try:
-            async with self._one_of_user(call):
+            async with self._one_of_user(call) as uid:
                 exported, row = await self._find(call)
                 self._follow(call.sender, call.message.path)
-                result = await row.handler(exported, call, *self._arguments(call.message))
-                if not call.audited and not exported.interface.startswith(STANDARD):
-                    self._audit(call, 'allowed', 'everybody')
-                if row.out_signature == 'o':
-                    self._follow(call.sender, result)
-            await self._reply(call, row, result)
+                if row.long:
+                    await call.viewer()     # polkit, which may be asked for that, is not waited for with a place
+                async with self._long.place(uid) if row.long else contextlib.nullcontext():
+                    await self._work(call, exported, row, uid)
         except LimitsExceeded as error:
             self._audit(call, 'refused', error.resource or 'limits')
             self._fail(call, error)
@@ -239,6 +240,14 @@ class Router:
             log.exception('%s failed', call)
             self._fail(call, CkptError('internal error', hint='see the log of the daemon'))
         await self.connection.drain()
+
+    async def _work(self, call: Call, exported: Exported, row: Method, uid: int) -> None:
+        result = await row.handler(exported, call, *self._arguments(call.message))
+        if not call.audited and not exported.interface.startswith(STANDARD):
+            self._audit(call, 'allowed', 'everybody')
+        if row.out_signature == 'o':
+            self._follow(call.sender, result)
+        await self._reply(call, row, result, uid)
 
     def _audit(self, call: Call, decision: Literal['allowed', 'refused'], rule: str) -> None:
         peer = self.peers.get(call.sender)
@@ -253,14 +262,14 @@ class Router:
             audience.followers.add(sender)
 
     @contextlib.asynccontextmanager
-    async def _one_of_user(self, call: Call) -> AsyncIterator[None]:
-        """Count the call among those of its user. LimitsExceeded."""
+    async def _one_of_user(self, call: Call) -> AsyncIterator[int]:
+        """Count the call among those of its user, until it is answered: the uid. LimitsExceeded."""
         uid = await self.peers.uid(call.sender)
         if uid and self._of_user[uid] >= MAX_CALLS_OF_USER:
             raise LimitsExceeded(f'more than {MAX_CALLS_OF_USER} calls of uid {uid} at a time', hint='wait for replies')
         self._of_user[uid] += 1
         try:
-            yield
+            yield uid
         finally:
             self._of_user[uid] -= 1
             if not self._of_user[uid]:
@@ -273,7 +282,7 @@ class Router:
         except ProtocolError as error:
             raise InvalidArgument(str(error)) from error
 
-    async def _reply(self, call: Call, row: Method, result: Any) -> None:
+    async def _reply(self, call: Call, row: Method, result: Any, uid: int) -> None:
         fds: list[int] = []
 
         def make() -> Message:
@@ -285,10 +294,11 @@ class Router:
         try:
             if call.answered:
                 return
-            if isinstance(result, (list, dict)) and len(result) > LARGE:
-                await self.connection.send_large(make)
-            else:
+            if not is_large(result, LARGE):
                 self.connection.send(make(), fds)
+            else:
+                async with contextlib.nullcontext() if row.long else self._long.place(uid):
+                    await self.connection.send_large(make)
             call.answered = True
         finally:
             if isinstance(result, Fd):      # the caller has a duplicate, or will never have one

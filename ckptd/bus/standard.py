@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHANGE_INTERVAL: Final = 0.15       # seconds between two PropertiesChanged of one interface: some 7 a second
-TOGETHER: Final = 200               # objects that are described at a time: each takes some 60 us
+TOGETHER: Final = 50                # objects that are described at a time: each takes some 60 us
 NOBODY: Final = Viewer(-1)          # of what is told to several, who all get the same
 MACHINE_ID: Final = (Path('/etc/machine-id'), Path('/var/lib/dbus/machine-id'))
 
@@ -46,7 +46,7 @@ class Introspectable(Exported):
     interface = 'org.freedesktop.DBus.Introspectable'
     registry: Registry
 
-    @method('', 's', names=('xml_data',))
+    @method('', 's', names=('xml_data',), long=True)
     async def Introspect(self, call: 'Call') -> str:
         path = call.message.path
         tables = [exported.table for exported in self.registry.interfaces(path).values()]
@@ -97,7 +97,7 @@ class ObjectManager(Exported):
     InterfacesAdded = signal('oa{sa{sv}}', names=('object_path', 'interfaces_and_properties'))
     InterfacesRemoved = signal('oas', names=('object_path', 'interfaces'))
 
-    @method('', 'a{oa{sa{sv}}}', names=('objects',))
+    @method('', 'a{oa{sa{sv}}}', names=('objects',), long=True)
     async def GetManagedObjects(self, call: 'Call') -> dict[str, dict[str, dict[str, Variant]]]:
         viewer = await call.viewer()
         found = {}

@@ -40,6 +40,22 @@ def to_variants(row: Mapping[str, Any], types: Mapping[str, str] = NO_TYPES) -> 
     return {key: to_variant(value, types.get(key, ''), types) for key, value in row.items() if value is not None}
 
 
+def is_large(value: Any, most: int) -> bool:
+    """Whether there are more than so many values in it, however deep."""
+    count, todo = 0, [value]
+    while todo and count <= most:
+        one = todo.pop()
+        count += 1
+        match one:
+            case Variant():
+                todo.append(one.value)
+            case dict():
+                todo.extend(one.values())
+            case list() | tuple():
+                todo.extend(one)
+    return count > most
+
+
 def index_fds(value: Any, fds: list[int]) -> Any:
     """The same value with each Fd in it as its index into `fds`, to which they are added; still an Fd, for its type."""
     match value:

@@ -2,7 +2,9 @@
 """Places to work in, given out in turn: to one user after the other, and to each in the order of his requests."""
 
 import asyncio
+import contextlib
 from collections import Counter, deque
+from collections.abc import AsyncIterator
 
 from ckptd.config import Config
 from ckptd.engine.messages import JobRequest
@@ -16,6 +18,15 @@ class Lane:
         self._free, self._each = places, each
         self._used: Counter[int] = Counter()
         self._waiting: dict[int, deque[asyncio.Future[None]]] = {}      # by uid, who is next first
+
+    @contextlib.asynccontextmanager
+    async def place(self, uid: int) -> AsyncIterator[None]:
+        """One for the length of a block."""
+        await self.acquire(uid)
+        try:
+            yield
+        finally:
+            self.release(uid)
 
     async def acquire(self, uid: int) -> None:
         """Wait for a place; `release` gives it back."""

@@ -40,6 +40,17 @@ class Sample(Exported):
 
     @method()
     async def Wait(self, call: Call) -> None:
+        await self._wait()
+
+    @method(long=True)
+    async def WaitLong(self, call: Call) -> None:
+        await self._wait()
+
+    @method('u', 'a{sv}', names=('count', 'result'))
+    async def Rows(self, call: Call, count: int) -> dict[str, Any]:
+        return {'rows': [{'number': number} for number in range(count)]}
+
+    async def _wait(self) -> None:
         self.running += 1
         self.most = max(self.most, self.running)
         self.started.set()

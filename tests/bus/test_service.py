@@ -3,15 +3,19 @@
 
 import asyncio
 import logging
+import os
 import socket
+import threading
 
 import pytest
 
+from ckptd.bus import wire
 from ckptd.bus.call import Call
 from ckptd.bus.client import Client
 from ckptd.bus.connection import Connection, Match
 from ckptd.bus.export import Exported, method
 from ckptd.bus.message import DBusError
+from ckptd.bus.router import LARGE, LONG
 from ckptd.bus.values import to_body
 from ckptd.bus.wire import make_call
 from ckptd.errors import Busy, Cancelled, CkptError, NoSuchJob, PermissionDenied, Unavailable
@@ -187,6 +191,39 @@ async def test_a_big_reply(service: Service) -> None:
     async with service.client() as client:
         rows = await client.call(NAME, f'{ROOT}/big', 'org.ckptd1.Big', 'Rows')
     assert [row['pid'] for row in rows] == list(range(20_000))
+
+
+@pytest.mark.parametrize(('count', 'elsewhere'), [(10, False), (LARGE, True)])
+async def test_many_values_are_marshalled_by_another_thread(service: Service, monkeypatch: pytest.MonkeyPatch,
+                                                            count: int, elsewhere: bool) -> None:
+    """However deep they are in the answer."""
+    threads: list[threading.Thread] = []
+
+    def marshal(message: wire.Message) -> bytes:
+        if message.signature == 'a{sv}':
+            threads.append(threading.current_thread())
+        return real(message)
+
+    real = wire.marshal
+    async with service.client() as client:
+        monkeypatch.setattr(wire, 'marshal', marshal)
+        [answer] = await ask(client, 'Rows', 'u', count)
+    assert len(answer['rows']) == count
+    assert [thread is not threading.main_thread() for thread in threads] == [elsewhere]
+
+
+async def test_long_answers_have_their_turn(service: Service) -> None:
+    """One of a user is worked on, of root's as many as there are places; other calls do not wait for that."""
+    most = 1 if os.getuid() else LONG
+    async with service.client() as client, service.client() as other:
+        calls = [asyncio.create_task(ask(one, 'WaitLong')) for one in (client, other) for _ in range(10)]
+        await service.sample.started.wait()
+        for one in (client, other):     # which has sent its calls before
+            assert await ask(one, 'OldStyleName') == [True]
+        assert service.sample.running == most
+        service.sample.release.set()
+        assert await asyncio.gather(*calls) == [[]] * 20
+    assert service.sample.most == most
 
 
 def test_a_handler_must_fit_its_signature() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ckptd.bus.client import Client, Signals, connect
+from ckptd.bus.message import NO_REPLY_EXPECTED
 from ckptd.bus.names import BUS_NAME, JOB, MANAGER, ROOT, token_path
 from ckptd.bus.wire import make_call
 from ckptd.kernel.status import read_status
@@ -25,6 +26,7 @@ __all__ = ['sleeper']
 CLIENTS, VISITORS, CALLS = 100, 500, 200
 SCANS = 40              # by real workers, which cost a third of a second each
 IMAGES = 20
+LISTINGS, MANY_IMAGES = 32, 500
 MANAGED = 'org.freedesktop.DBus.ObjectManager'
 
 pytestmark = [pytest.mark.needs('root'), pytest.mark.timeout(300)]
@@ -120,6 +122,27 @@ async def served_meanwhile(client: Client, nuisance: Callable[[], Any]) -> None:
         assert len(await manager(client, 'ListImages')) == IMAGES
         answers += 1
     await trouble
+
+
+async def test_many_listings_at_once(serve: Callable[[str], Served], spool: Path) -> None:
+    """Who asks for one thing is answered between them, and not after all."""
+    for _ in range(MANY_IMAGES):
+        write_image(spool)
+    daemon = serve('ckptd.daemon')
+    listing = make_call(BUS_NAME, ROOT, MANAGED, 'GetManagedObjects', flags=NO_REPLY_EXPECTED)
+    async with await connect(daemon.address) as client, await connect(daemon.address) as crowd:
+        await manager(crowd, 'ListJobs')
+        for _ in range(LISTINGS - 1):
+            crowd.connection.send(listing)
+        # a short answer to a long question, so that it has its turn behind the others
+        last = asyncio.create_task(crowd.call(BUS_NAME, '/org', 'org.freedesktop.DBus.Introspectable', 'Introspect',
+                                              timeout=250))
+        answers = 0
+        while not last.done():
+            await client.call(BUS_NAME, ROOT, 'org.freedesktop.DBus.Peer', 'Ping', timeout=250)
+            answers += 1
+        assert await last
+    assert answers > LISTINGS / 4
 
 
 async def test_clients_that_come_and_go(serve: Callable[[str], Served]) -> None:

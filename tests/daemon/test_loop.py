@@ -33,7 +33,7 @@ __all__ = ['sleeper']
 
 LIMIT = 0.050       # seconds of CPU
 IMAGES = 2000
-TASKS = 300         # more than router.LARGE, from which on another thread marshals
+TASKS = 300         # of so many rows another thread marshals the answer
 
 pytestmark = [pytest.mark.needs('root', 'dbus'), pytest.mark.timeout(300)]
 
