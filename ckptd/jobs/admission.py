@@ -9,7 +9,7 @@ from ckptd.jobs.state import Job
 
 Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
 Sees = Callable[[int], bool]             # whether what belongs to a uid is known to who asks
-FREEZING = frozenset({'checkpoint', 'freeze'})
+EXCLUSIVE = frozenset({'checkpoint', 'freeze'})      # who has the tree for itself
 
 
 def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_all: int) -> None:
@@ -28,7 +28,7 @@ def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_a
 def refuse_active(target: str, active: Iterable[Job], overlap: Overlap, sees: Sees) -> None:
     """Busy while a job freezes tasks of this target, or will; which one it is only where that may be seen."""
     for job in active:
-        if job.request.operation in FREEZING and overlap(job.request.target, target):
+        if job.request.operation in EXCLUSIVE and overlap(job.request.target, target):
             what = f'{job.name} works on {job.request.target}' if sees(job.request.asked_by) else 'a job works on it'
             raise Busy(what, resource=target)
 
@@ -38,7 +38,7 @@ def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Iterable[s
 
     A checkpoint of exactly what is held is welcome: a caller may well freeze, look, and then dump.
     """
-    if request.operation not in FREEZING:
+    if request.operation not in EXCLUSIVE:
         return
     refuse_active(request.target, active, overlap, lambda owner: request.asked_by in (0, owner))
     for target in held:

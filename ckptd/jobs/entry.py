@@ -10,6 +10,7 @@ from typing import Protocol
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, WorkerDied
 from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.lane import Lane
+from ckptd.jobs.overlap import Lineage
 from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.run import Run
 from ckptd.jobs.state import Job
@@ -42,7 +43,7 @@ class Entry:
     in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored. prepared: those
     who delay it were told of it, and are told of its end. task: its life; begun: it waits for nothing any more. excess:
     why it was cancelled, where it wrote too much. heard: when its worker said the last thing; listening: for the next.
-    when_over: called then."""
+    when_over: called then. lineage: of its target, if it has the tree for itself, when it was taken in."""
     job: Job
     fds: list[int]
     lane: Lane
@@ -59,6 +60,7 @@ class Entry:
     heard: float = 0.0
     listening: asyncio.TimerHandle | None = None
     when_over: list[Callable[[], None]] = field(default_factory=list)
+    lineage: Lineage = ()
 
     async def enter_lane(self) -> None:
         await self.lane.acquire(self.job.request.asked_by)

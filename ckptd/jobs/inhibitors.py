@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ckptd.errors import LimitsExceeded
 from ckptd.jobs.life import Life
-from ckptd.jobs.overlap import Relations
+from ckptd.jobs.overlap import Lineage, Relations
 
 MOST_OF_USER = 32
 MOST = 512
@@ -22,7 +22,8 @@ MOST = 512
 @dataclass(slots=True, eq=False)
 class Inhibitor:
     """who, why: in words for people. target: as parse_target spells it. sender: the connection that took it. fd: the
-    end that says when it is let go. life: of the process that the target is, if it is one."""
+    end that says when it is let go. life: of the process that the target is, if it is one; lineage: its, when it was
+    taken."""
     who: str
     why: str
     target: str
@@ -31,6 +32,7 @@ class Inhibitor:
     sender: str
     fd: int = -1
     life: Life | None = None
+    lineage: Lineage = ()
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -57,13 +59,14 @@ class Inhibitors:
                                  resource='inhibitors', hint='close those that are not needed')
         one.life = Life.of(one.target, start_time, lambda: self._drop(one))
         one.fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        one.lineage = Relations().lineage(one.target)
         self._held.append(one)
         self._loop.add_reader(one.fd, self._drop, one)      # also for one who writes, which is not what it is for
         return theirs
 
     def of(self, target: str) -> list[Inhibitor]:
         """Those that a checkpoint of this target has to wait for."""
-        relations = Relations()
+        relations = Relations({one.target: one.lineage for one in self._held})
         return [one for one in self._held if relations.overlap(one.target, target)]
 
     async def wait(self, inhibitors: Iterable[Inhibitor], seconds: float) -> None:

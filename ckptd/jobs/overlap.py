@@ -3,18 +3,25 @@
 
 A hint, not a lock: trees change, and another daemon may be at work. Who comes second all the same is refused by the
 kernel, which lets a task have one tracer.
+
+The parents of a process are looked at once, when a target is taken in: later it has the same or fewer, for an orphan
+goes to one of them or to 1 (prctl(2), PR_SET_CHILD_SUBREAPER). Each has its start time, so that a number is no other's.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Final
 
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
+from ckptd.tree import TaskId
 
-MOST: Final = 500       # parents that are looked at, some 30 us each: whoever is deeper down is related to nobody
+MOST: Final = 128       # processes that are looked at, some 30 us each: who is further up is related to nobody below
+NONE: Final[Mapping[str, 'Lineage']] = {}
+
+Lineage = tuple[TaskId, ...]    # a process and its parents, nearest first, without 1: nobody dumps that
 
 
 def overlap(one: str, other: str) -> bool:
@@ -23,11 +30,18 @@ def overlap(one: str, other: str) -> bool:
 
 
 class Relations:
-    """Of many targets, now: each process is looked at once."""
+    """Of many targets, each of which is looked at once. known: what was seen of some before."""
 
-    def __init__(self) -> None:
-        self._parents: dict[int, int] = {}
+    def __init__(self, known: Mapping[str, Lineage] = NONE) -> None:
+        self._lineages = dict(known)
         self._cgroups: dict[int, str] = {}
+
+    def lineage(self, target: str) -> Lineage:
+        """Of the root of a tree pid:N; of another target, or where there is no process, empty."""
+        if target not in self._lineages:
+            kind, _, rest = target.partition(':')
+            self._lineages[target] = _lineage(int(rest)) if kind == 'pid' else ()
+        return self._lineages[target]
 
     def overlap(self, one: str, other: str) -> bool:
         """Two targets as parse_target spells them. Of two units the names are compared alone; with others the names of
@@ -39,27 +53,14 @@ class Relations:
                 return ':' in another and unit in units_of(self._cgroup_of(another), os.geteuid())
         kinds = {target.partition(':')[0]: target.partition(':')[2] for target in (one, other)}
         if kinds.keys() == {'pid'}:
-            first, second = int(one.removeprefix('pid:')), int(other.removeprefix('pid:'))
-            return first in self._ancestors(second) or second in self._ancestors(first)
+            first, second = self.lineage(one), self.lineage(other)
+            return bool(first and second) and (first[0] in second or second[0] in first)
         if kinds.keys() == {'cgroup'}:
             return _contains(one, other) or _contains(other, one)
         if kinds.keys() == {'pid', 'cgroup'}:
             # the root is in it; its descendants mostly are where it is
             return _contains(kinds['cgroup'], self._cgroup(int(kinds['pid'])))
         return False
-
-    def _ancestors(self, pid: int) -> Iterator[int]:
-        """The parents of a process, nearest first, without 1: that is everybody's, and nobody dumps it."""
-        for _ in range(MOST):
-            if pid not in self._parents:
-                try:
-                    self._parents[pid] = read_stat(pid).ppid
-                except ProcessLookupError:
-                    self._parents[pid] = 0
-            pid = self._parents[pid]
-            if pid <= 1:
-                return
-            yield pid
 
     def _cgroup_of(self, target: str) -> str:
         """That of the root of the tree; '' where there is none."""
@@ -73,6 +74,18 @@ class Relations:
             except ProcessLookupError:
                 self._cgroups[pid] = ''
         return self._cgroups[pid]
+
+
+def _lineage(pid: int) -> Lineage:
+    found: list[TaskId] = []
+    while pid > 1 and len(found) < MOST:
+        try:
+            stat = read_stat(pid)
+        except ProcessLookupError:
+            break
+        found.append(TaskId(pid, stat.start_time))
+        pid = stat.ppid
+    return tuple(found)
 
 
 def _contains(outer: str, inner: str) -> bool:

@@ -22,7 +22,7 @@ import msgspec
 from ckptd.config import Config
 from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, PermissionDenied, Unavailable, WorkerDied
-from ckptd.jobs.admission import Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
+from ckptd.jobs.admission import EXCLUSIVE, Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.audit import audit
 from ckptd.jobs.entry import Entry, Listener, reason
 from ckptd.jobs.holds import Holds
@@ -123,7 +123,7 @@ class Queue:
         """Let go of what `Freeze` or after=freeze left frozen. sees: whose jobs an error may name. NoSuchTarget, Busy,
         WorkerDied."""
         self._held.find(target)
-        refuse_active(target, self._entries, Relations().overlap, sees)
+        refuse_active(target, self._entries, self._relations().overlap, sees)
         await self._held.thaw(target)
 
     def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
@@ -132,11 +132,14 @@ class Queue:
         users = [job.request.asked_by for job in (*self._entries, *(entry.job for entry in self._held))]
         refuse_too_many(request, (*users, *self._pool.stuck), self._config.max_jobs_per_user,
                         self._config.max_queued_jobs)
-        refuse_conflict(request, self._entries, self._held.owners, Relations().overlap)
+        relations = self._relations()
+        refuse_conflict(request, self._entries, self._held.owners, relations.overlap)
         refuse_token(token, self._known)
         with contextlib.ExitStack() as undo:
             entry = self._make(request, fds, token)
             undo.callback(entry.close)
+            if request.operation in EXCLUSIVE:
+                entry.lineage = relations.lineage(request.target)
             self._entries[entry.job] = entry
             undo.callback(self._entries.pop, entry.job)
             self._quota.begin(entry.job)
@@ -148,6 +151,11 @@ class Queue:
             entry.task = self.spawn(self._live(entry), name=entry.job.name)
             undo.pop_all()
         return entry
+
+    def _relations(self) -> Relations:
+        """With all that works or is held as it was when it was taken in."""
+        entries = (*self._held, *self._entries.values())
+        return Relations({entry.job.request.target: entry.lineage for entry in entries if entry.lineage})
 
     def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
         announced = request.operation in ANNOUNCED

@@ -22,16 +22,25 @@ import msgspec
 import pytest
 
 from ckptd import daemon
+from ckptd.bus.client import connect
+from ckptd.bus.names import BUS_NAME, JOB, MANAGER
+from ckptd.bus.names import ROOT as ROOT_PATH
+from ckptd.bus.router import MAX_CALLS
+from ckptd.errors import Busy, NoSuchTarget
 from ckptd.image.manifest import Manifest, Statistics, encode_manifest
+from ckptd.jobs import overlap
 from ckptd.jobs.pool import WorkerPool
+from ckptd.kernel.stat import Stat, read_stat
 from tests.bench.bench_scan import build, sleeping_tree
 from tests.daemon.test_api import sleeper
 from tests.jobs.scripted import PLAYER
+from tests.lib.brood import Brood
 from tests.lib.bus import ROOT, PrivateBus
 
 __all__ = ['sleeper']
 
 LIMIT = 0.050       # seconds of CPU
+DEPTH = 40          # processes in a line
 IMAGES = 2000
 TASKS = 300         # of so many rows another thread marshals the answer
 
@@ -174,6 +183,45 @@ async def test_many_jobs(watch: Watch, private_bus: PrivateBus, spool: Path, tmp
     async with watched(watch, private_bus, spool, tmp_path / 'run'):
         await busy(private_bus, 'jobs')
     watch.judge()
+
+
+async def test_a_tree_deep_down_is_looked_at_once(watch: Watch, private_bus: PrivateBus, spool: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not again with each call about another one."""
+    looked = 0
+
+    def counted(pid: int) -> Stat:
+        nonlocal looked
+        looked += 1
+        return read_stat(pid)
+
+    monkeypatch.setattr(overlap, 'read_stat', counted)
+    monkeypatch.setattr(daemon, 'WorkerPool', partial(WorkerPool, PLAYER))
+    monkeypatch.setenv('PLAYER_SCENE', 'slow')
+    with Brood() as brood:
+        pids = chain(brood, DEPTH)
+        async with watched(watch, private_bus, spool, tmp_path / 'run'), await connect(private_bus.address) as client:
+            call = partial(client.call, BUS_NAME, ROOT_PATH, MANAGER)
+            job = await call('Checkpoint', 'sa{sv}', f'pid:{pids[-1]}', {})
+            assert DEPTH <= looked <= overlap.MOST
+            for target, error in ((f'pid:{os.getppid()}', NoSuchTarget), (f'pid:{pids[-1]}', Busy)):
+                looked = 0
+                answers = await asyncio.gather(*(call('Thaw', 'sa{sv}', target, {}) for _ in range(MAX_CALLS)),
+                                               return_exceptions=True)
+                assert {type(answer) for answer in answers} == {error}
+                assert not looked
+            looked = 0
+            with pytest.raises(Busy, match=f'works on pid:{pids[-1]}'):
+                await call('Checkpoint', 'sa{sv}', f'pid:{pids[1]}', {})
+            assert looked < DEPTH
+            await client.call(BUS_NAME, job, JOB, 'Cancel', 'a{sv}', {})
+    watch.judge()
+
+
+def chain(brood: Brood, depth: int) -> list[int]:
+    """The pids of processes each of which is a child of the one before."""
+    pid, below = brood.ask(lambda: chain(brood, depth - 1) if depth > 1 else [])
+    return [pid, *below]
 
 
 @pytest.mark.needs('cgroup2', 'ptrace', 'gcc')

@@ -12,11 +12,13 @@ from ckptd.engine.messages import Caller
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.jobs.admission import refuse_conflict
 from ckptd.jobs.orders import Orders, command_of, parse_target
-from ckptd.jobs.overlap import overlap
+from ckptd.jobs.overlap import Relations, overlap
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
+from ckptd.tree import TaskId
 from tests.jobs.conftest import request_of
 
 ME = Caller(1000, 1000, pid=4242)
@@ -81,6 +83,14 @@ def test_trees_that_share_tasks() -> None:
                 assert not overlap(other, one)
         finally:
             child.kill()
+
+
+@pytest.mark.parametrize('later', [0, 1])
+def test_a_number_that_is_another_process_now(later: int) -> None:
+    """Of a parent that has ended since."""
+    me, it = TaskId(os.getpid(), read_stat(os.getpid()).start_time - later), TaskId(4194305, 1)
+    relations = Relations({'pid:4194305': (it, me)})
+    assert relations.overlap('pid:4194305', f'pid:{me.tid}') == (not later)
 
 
 def orders(spool: Spool, **settings: object) -> Orders:
