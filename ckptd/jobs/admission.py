@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which requests may join the queue: not too many of one user, never two at work on one tree. Pure."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ckptd.engine.messages import JobRequest
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
@@ -33,17 +33,25 @@ def refuse_active(target: str, active: Iterable[Job], overlap: Overlap, sees: Se
             raise Busy(what, resource=target)
 
 
-def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Iterable[str], overlap: Overlap) -> None:
-    """Busy when the request would freeze what another freezes, or hold what is held.
+def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Mapping[str, int], overlap: Overlap) -> None:
+    """Busy when the request would freeze what another freezes, or hold what is held. held: and the uid of who asked for
+    it, to whom and to root alone it is named.
 
     A checkpoint of exactly what is held is welcome: a caller may well freeze, look, and then dump.
     """
     if request.operation not in EXCLUSIVE:
         return
-    refuse_active(request.target, active, overlap, lambda owner: request.asked_by in (0, owner))
-    for target in held:
+
+    def sees(owner: int) -> bool:
+        return request.asked_by in (0, owner)
+
+    refuse_active(request.target, active, overlap, sees)
+    for target, owner in held.items():
         exact = request.target == target and request.operation == 'checkpoint' and request.after != 'freeze'
         if not exact and overlap(target, request.target):
+            if not sees(owner):
+                raise Busy(f'a part of {request.target} is held frozen already', resource=request.target,
+                           hint='have whoever froze it thaw it')
             raise Busy(f'{target} is held frozen already', resource=request.target, hint=f'thaw {target} first')
 
 

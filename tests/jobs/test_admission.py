@@ -58,11 +58,19 @@ def test_the_name_in_an_image_id() -> None:
 def test_what_may_be_done_to_a_held_tree(operation: str, after: str, busy: bool) -> None:
     request = request_of('a', operation, after=after)
     try:
-        refuse_conflict(request, [], [request.target], overlap)
+        refuse_conflict(request, [], {request.target: 0}, overlap)
     except Busy:
         assert busy
     else:
         assert not busy
+
+
+@pytest.mark.parametrize(('uid', 'named'), [(0, True), (1000, True), (1001, False)])
+def test_what_is_held_is_named_to_its_owner_and_to_root(uid: int, named: bool) -> None:
+    with pytest.raises(Busy, match='is held frozen already') as caught:
+        refuse_conflict(request_of('a/b', 'freeze', uid), [], {'cgroup:/a': 1000}, overlap)
+    words = f'{caught.value.message} {caught.value.hint} '
+    assert ('cgroup:/a ' in words) == named
 
 
 def test_trees_that_share_tasks() -> None:
