@@ -19,8 +19,6 @@ from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.jobs.state import Job
 
-TOGETHER = 32       # images that are told of at a time: each takes some 0.4 ms
-
 
 class Announcer:
     """The queue's listener. Silent until `begin`, for the queue is there before the bus is."""
@@ -28,6 +26,7 @@ class Announcer:
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
         self._looking = asyncio.Lock()
+        self._asked = self._seen = 0        # looks that were asked for, and how many of these the last one was for
         self._jobs: dict[int, JobObject] = {}
 
     def begin(self, router: Router, manager: ManagerObject, queue: Queue, library: Library, gate: Gate) -> None:
@@ -73,16 +72,23 @@ class Announcer:
         self._manager.changed('FrozenTargets', to=Audience(uid))
 
     async def images_changed(self) -> None:
-        """Look into the spool and tell what is new and what is gone."""
+        """Look into the spool and tell what is new and what is gone. One look is for all who ask before it begins."""
+        self._asked += 1
+        asked = self._asked
         async with self._looking:
-            added, gone = self._spool.adopt(await asyncio.to_thread(self._spool.look))
-        for number, info in enumerate(added):
+            if self._seen < asked:
+                seen = self._asked
+                await self._tell(*self._spool.adopt(await asyncio.to_thread(self._spool.look)))
+                self._seen = seen
+
+    async def _tell(self, added: Sequence[ImageInfo], gone: Sequence[ImageInfo]) -> None:
+        for info in added:
             self._add(info)
-            if number % TOGETHER == TOGETHER - 1:
-                await asyncio.sleep(0)      # others have their turn
+            await self._router.pause()
         for info in gone:
             self._router.unexport(image_path(info.id))
             self._manager.ImageRemoved.to(Audience(info.owner), info.id, image_path(info.id))
+            await self._router.pause()
         for uid in {info.owner for info in (*added, *gone)}:
             self._manager.changed('Images', to=Audience(uid))
 

@@ -138,6 +138,12 @@ class Connection:
             message.serial, message.unix_fds = self._next_serial(), list(fds)
             self._writer.send(_marshal(message), fds)
 
+    def send_to_each(self, signal: Message, destinations: Sequence[str]) -> None:
+        """Queue a signal for each of them; it is marshalled once. ValueError for a bad body."""
+        if self.connected and destinations:
+            data = _marshal(signal)
+            self._writer.send(b''.join(wire.address(data, self._next_serial(), one) for one in destinations))
+
     async def send_large(self, make: Callable[[], Message]) -> None:
         """Send a message that takes long to make and marshal (40 us a row of a{sv}): a thread does it. Errors as of
         `send`."""

@@ -166,13 +166,19 @@ class Router:
              types: Mapping[str, str] = NO_TYPES, audience: Audience | None = None) -> None:
         """Send a signal: to all, or to each of the audience that has called before. Never waits; dropped, and logged,
         when the bus has not read for long."""
-        body = to_body(signature, values, types)
-        for listener in [''] if audience is None else self.peers.listeners(audience):
-            try:
-                self.connection.send(wire.make_signal(path, interface, name, signature, body, listener))
-            except LimitsExceeded as error:
-                log.error('signal %s of %s: %s', name, path, error)
-                return
+        message = wire.make_signal(path, interface, name, signature, to_body(signature, values, types))
+        try:
+            if audience is None:
+                self.connection.send(message)
+            else:
+                self.connection.send_to_each(message, self.peers.listeners(audience))
+        except LimitsExceeded as error:
+            log.error('signal %s of %s: %s', name, path, error)
+
+    async def pause(self) -> None:
+        """Between signals of many objects: others have their turn, and the bus reads what was said."""
+        await asyncio.sleep(0)
+        await self.connection.drain()
 
     def properties_changed(self, path: str, exported: Exported, names: Sequence[str],
                            audience: Audience | None) -> None:

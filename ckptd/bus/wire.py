@@ -49,6 +49,10 @@ LINE_LIMIT: Final = 4096
 # arrays of these are decoded in one go; D-Bus type -> struct code
 _NUMBERS = {'n': 'h', 'q': 'H', 'i': 'i', 'u': 'I', 'x': 'q', 't': 'Q', 'd': 'd'}
 
+# what the library makes is little-endian
+_FIXED = struct.Struct('<4sIII')            # endian to version, body_length, serial, bytes of the fields
+_DESTINATION = struct.Struct('<BBBBI')      # (yv): field 6, a variant of signature 's', bytes of the string
+
 
 @dataclass(slots=True, eq=False)
 class Received:
@@ -176,14 +180,21 @@ def make_error(call: Received, name: str, signature: str, body: Sequence[Any]) -
                    signature=signature, body=list(body), unix_fds=[])
 
 
-def make_signal(path: str, interface: str, member: str, signature: str, body: Sequence[Any], destination: str = ''
-                ) -> Message:
-    """destination: the one who hears it; '': all who listen."""
-    signal = Message(message_type=_Type.SIGNAL, path=path, interface=interface, member=member, signature=signature,
-                     body=list(body), unix_fds=[])
-    if destination:
-        signal.destination = destination
-    return signal
+def make_signal(path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> Message:
+    """For all who listen."""
+    return Message(message_type=_Type.SIGNAL, path=path, interface=interface, member=member, signature=signature,
+                   body=list(body), unix_fds=[])
+
+
+def address(data: bytes, serial: int, destination: str) -> bytes:
+    """A marshalled message that is addressed to nobody as one of this serial, for this one alone. Its field comes last:
+    they have no order."""
+    start, length, _, size = _FIXED.unpack_from(data)
+    name = destination.encode()
+    fields = (data[_FIXED.size:_FIXED.size + size] + bytes(-size % 8)
+              + _DESTINATION.pack(6, 1, ord('s'), 0, len(name)) + name + b'\0')
+    return (_FIXED.pack(start, length, serial, len(fields)) + fields + bytes(-len(fields) % 8)
+            + data[len(data) - length:])
 
 
 def resolve_address(bus: str) -> str:

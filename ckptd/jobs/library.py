@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 from ckptd.engine.messages import Caller, JobRequest, Operation
 from ckptd.errors import Busy, NoSuchImage
+from ckptd.jobs.lane import Lane
 from ckptd.jobs.orders import Orders
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.jobs.state import Job
+
+REMOVALS = 2        # at a time, of each user one: how long one takes is up to the disk, and threads are everybody's
 
 
 class Rights(NamedTuple):
@@ -28,6 +31,7 @@ class Library:
         self.spool, self.queue = spool, queue
         self._orders = orders
         self._going: set[str] = set()       # ids of images that are being removed
+        self._removals = Lane(REMOVALS, 1)
 
     async def verify(self, image: str, rights: Rights) -> list[str]:
         """Every damage of the image, one sentence each."""
@@ -79,7 +83,8 @@ class Library:
             raise Busy(f'a job reads image {image}', resource=image)
         self._going.add(image)      # from here on no job may begin to read it
         try:
-            await asyncio.to_thread(self.spool.remove, info)
+            async with self._removals.place(rights.who.uid):
+                await asyncio.to_thread(self.spool.remove, info)
         finally:
             self._going.discard(image)
 

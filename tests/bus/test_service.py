@@ -2,6 +2,7 @@
 """Calls to exported objects: what a caller gets, whatever the handler does."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -13,7 +14,7 @@ from ckptd.bus import wire
 from ckptd.bus.call import Call
 from ckptd.bus.client import Client
 from ckptd.bus.connection import Connection, Match
-from ckptd.bus.export import Exported, method
+from ckptd.bus.export import Audience, Exported, method
 from ckptd.bus.message import DBusError
 from ckptd.bus.router import LARGE, LONG
 from ckptd.bus.values import to_body
@@ -22,6 +23,8 @@ from ckptd.errors import Busy, Cancelled, CkptError, NoSuchJob, PermissionDenied
 from tests.bus.conftest import Service, serving
 from tests.bus.raw import REPLY_SERIAL, RETURN, SENDER, message
 from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item
+
+LISTENERS = 20
 
 
 async def ask(client: Client, member: str, signature: str = '', *args: object, interface: str = INTERFACE,
@@ -171,6 +174,29 @@ async def test_objects_come_and_go(service: Service) -> None:
         assert (removed.path, removed.member, removed.args) == (ROOT, 'InterfacesRemoved', (path, [ITEM]))
         with pytest.raises(DBusError, match='UnknownObject'):
             await ask(client, 'GetAll', 's', '', interface='org.freedesktop.DBus.Properties', path=path)
+
+
+async def test_a_signal_is_marshalled_once_for_all(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    marshalled: list[wire.Message] = []
+
+    def marshal(message: wire.Message) -> bytes:
+        marshalled.append(message)
+        return real(message)
+
+    real = wire.marshal
+    async with contextlib.AsyncExitStack() as stack:
+        heard: asyncio.Queue[tuple[str, list[object]]] = asyncio.Queue()
+        for _ in range(LISTENERS):
+            listener = await stack.enter_async_context(await Connection.open(service.address))
+            await listener.subscribe(Match(member='Happened'), lambda message: heard.put_nowait(
+                (message.destination, message.body())))
+            await service.router.peers.uid(listener.unique_name)
+        monkeypatch.setattr(wire, 'marshal', marshal)
+        service.sample.Happened.to(Audience(os.getuid()), 7, 'text')
+        assert len(marshalled) == 1
+        answers = [await heard.get() for _ in range(LISTENERS)]
+    assert len({destination for destination, _ in answers}) == LISTENERS
+    assert [body for _, body in answers] == [[7, 'text']] * LISTENERS
 
 
 async def test_a_job_that_is_gone(service: Service) -> None:

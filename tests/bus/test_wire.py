@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dbus_next._private.marshaller import Marshaller
@@ -29,6 +30,26 @@ def header(data: bytes) -> wire.Received:
     fields, length = header_module.lengths(data[:16])
     assert len(data) == 16 + fields + length
     return header_module.parse_header(data[:16], data[16:16 + fields])
+
+
+@pytest.mark.parametrize('member', ['E', 'Ex', 'Exa', 'Exam', 'Examp', 'Exampl', 'Example', 'Examples'])
+@pytest.mark.parametrize(('signature', 'body'), [('', []), ('su', ['text', 7])])
+def test_a_message_that_is_addressed_later(member: str, signature: str, body: list[Any]) -> None:
+    """Whatever the padding."""
+    data = wire.marshal(wire.make_signal('/a/b', 'c.d', member, signature, body))
+    sent = wire.address(data, 77, ':1.42')
+    read = header(sent)
+    read.raw = sent[len(sent) - read.length:]
+    assert (read.serial, read.destination, read.member, read.signature) == (77, ':1.42', member, signature)
+    assert read.body() == body
+    # as the library would have made it, but for the order of its fields
+    assert len(sent) == len(addressed_by_the_library(member, signature, body))
+
+
+def addressed_by_the_library(member: str, signature: str, body: list[Any]) -> bytes:
+    signal = wire.make_signal('/a/b', 'c.d', member, signature, body)
+    signal.destination = ':1.42'
+    return wire.marshal(signal)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -51,6 +51,11 @@ class Busy:
         while len(await self.manager('ListImages')) < int(count):
             await anext(self._signals)
 
+    async def departure(self) -> None:
+        """Images that go: until none is left."""
+        while await self.manager('ListImages'):
+            await anext(self._signals)
+
     async def trees(self, small: str, large: str, size: str) -> None:
         """Real workers: many checkpoints of a small tree; a scan, a checkpoint and an export of a large one."""
         for _ in range(CHECKPOINTS):

@@ -26,7 +26,7 @@ __all__ = ['sleeper']
 CLIENTS, VISITORS, CALLS = 100, 500, 200
 SCANS = 40              # by real workers, which cost a third of a second each
 IMAGES = 20
-LISTINGS, MANY_IMAGES = 32, 500
+LISTINGS, MANY_IMAGES = 32, 300
 MANAGED = 'org.freedesktop.DBus.ObjectManager'
 
 pytestmark = [pytest.mark.needs('root'), pytest.mark.timeout(300)]

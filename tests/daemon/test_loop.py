@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from asyncio import events
 from collections.abc import AsyncIterator, Iterator
@@ -29,11 +30,14 @@ from ckptd.bus.router import MAX_CALLS
 from ckptd.errors import Busy, NoSuchTarget
 from ckptd.image.manifest import Manifest, Statistics, encode_manifest
 from ckptd.jobs import overlap
+from ckptd.jobs.library import REMOVALS
 from ckptd.jobs.pool import WorkerPool
+from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.stat import Stat, read_stat
 from tests.bench.bench_scan import build, sleeping_tree
 from tests.daemon.test_api import sleeper
 from tests.jobs.scripted import PLAYER
+from tests.jobs.test_spool import write_image
 from tests.lib.brood import Brood
 from tests.lib.bus import ROOT, PrivateBus
 
@@ -41,6 +45,7 @@ __all__ = ['sleeper']
 
 LIMIT = 0.050       # seconds of CPU
 DEPTH = 40          # processes in a line
+LISTENERS = 10
 IMAGES = 2000
 TASKS = 300         # of so many rows another thread marshals the answer
 
@@ -174,6 +179,58 @@ async def test_many_images_that_come_at_once(watch: Watch, private_bus: PrivateB
     async with watched(watch, private_bus, spool, tmp_path / 'run'):
         await asyncio.to_thread(move, aside, spool)
         await busy(private_bus, 'arrival', str(IMAGES))
+    watch.judge()
+
+
+async def test_many_images_that_go_at_once(watch: Watch, private_bus: PrivateBus, spool: Path, tmp_path: Path) -> None:
+    await asyncio.to_thread(fill, spool)
+    (aside := tmp_path / 'aside').mkdir()
+    async with watched(watch, private_bus, spool, tmp_path / 'run'), contextlib.AsyncExitStack() as listeners:
+        for _ in range(LISTENERS):
+            listener = await listeners.enter_async_context(await connect(private_bus.address))
+            await listener.call(BUS_NAME, ROOT_PATH, MANAGER, 'ListJobs')
+        await asyncio.to_thread(move, spool, aside)
+        await busy(private_bus, 'departure')
+    watch.judge()
+
+
+async def test_many_removals(watch: Watch, private_bus: PrivateBus, spool: Path, tmp_path: Path,
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few of them have threads at a time, and of what changes during a look into the spool there is one more."""
+    at_work = most = looks = 0
+    several, go, removed, lock = threading.Event(), threading.Event(), threading.Event(), threading.Lock()
+
+    def remove(self: Spool, info: ImageInfo) -> None:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+            if most > 1:
+                several.set()
+        go.wait()
+        real_remove(self, info)
+        with lock:
+            at_work -= 1
+
+    def look(self: Spool) -> dict[str, ImageInfo]:
+        nonlocal looks
+        looks += 1
+        removed.wait()
+        return real_look(self)
+
+    real_remove, real_look = Spool.remove, Spool.look
+    images = [write_image(spool) for _ in range(MAX_CALLS // 2)]
+    async with watched(watch, private_bus, spool, tmp_path / 'run'), await connect(private_bus.address) as client:
+        monkeypatch.setattr(Spool, 'remove', remove)
+        monkeypatch.setattr(Spool, 'look', look)
+        call = partial(client.call, BUS_NAME, ROOT_PATH)
+        removals = [asyncio.create_task(call(MANAGER, 'RemoveImage', 's', image)) for image in images]
+        await asyncio.to_thread(several.wait)
+        await call(MANAGER, 'ListJobs')     # which has come behind them all
+        go.set()
+        await asyncio.gather(*removals)
+        removed.set()
+    assert (most, looks) == (REMOVALS, 2)
     watch.judge()
 
 
