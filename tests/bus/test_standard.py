@@ -6,12 +6,21 @@ import json
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from ckptd.bus.connection import PROPERTIES, Match
+from ckptd.bus.export import Viewer
+from ckptd.bus.gate import Gate
 from ckptd.bus.introspect import introspection_xml
+from ckptd.bus.job import JobObject
 from ckptd.bus.message import DBusError
+from ckptd.bus.standard import read_properties
+from ckptd.engine.messages import Caller, JobRequest
+from ckptd.errors import Refusal, Refused
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.state import Job
 from tests.bus.conftest import Service
 from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item, Sample
 
@@ -194,3 +203,15 @@ async def test_busctl_monitor(service: Service, tmp_path: Path) -> None:
     process.terminate()
     await process.communicate()
     assert seen['payload']['data'] == [7, 'seen']
+
+
+def test_the_rows_of_an_outcome_are_made_once() -> None:
+    """There may be hundreds, and anybody who may see the job can ask for them as often as he likes."""
+    job = Job(1, JobRequest('checkpoint', 'pid:1', Caller(0, 0), '/nowhere', '/nowhere'), 0)
+    shown = JobObject(job, cast('Queue', None), cast('Gate', None))
+    assert (shown.Error(), shown.Result()) == ({}, {})
+    job.fail(Refused.because([Refusal(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')] * 2))
+    for read in (shown.Error, shown.Result):
+        assert read() is read()
+    rows = read_properties(shown, Viewer(0))['Error'].value['refusals']
+    assert (rows.signature, len(rows.value), rows.value[0]['pid'].signature) == ('aa{sv}', 2, 'u')
