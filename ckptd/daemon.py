@@ -46,6 +46,8 @@ from ckptd.places import Places, prepare_runtime
 
 log = logging.getLogger('ckptd.daemon')     # also when it is __main__
 
+LAST_CALLS = 10.0       # seconds, of calls that came before the name was given up; the next one's callers wait 25 s
+
 EPILOG = """example:
   ckptd --private --spool /tmp/images --verbose
 
@@ -199,10 +201,9 @@ class Daemon:
         self._feed_watchdog(self._starter.watchdog)
         log.info('ready: %s, images in %s', BUS_NAME, self._settings.spool)
         connection.on_lost.append(self._stop.set)
-        while not self._stop.is_set():
-            await self._until_idle(queue)
-            if not self._stop.is_set() and await self._leave(connection, queue):
-                return
+        await self._until_idle(queue)
+        if not self._stop.is_set():
+            await self._leave(connection, queue)
         if not connection.connected:
             raise Unavailable(f'the bus is gone: {connection.error or "it closed the connection"}',
                               hint='start the bus, then ckptd')
@@ -223,15 +224,21 @@ class Daemon:
             elif self._router.last_call == since:
                 return
 
-    async def _leave(self, connection: Connection, queue: Queue) -> bool:
-        """Give the name up. False, and it is ours again, where somebody has called in the last moment: the bus has
-        sent such calls before it answers."""
-        await connection.release_name(BUS_NAME)
-        if queue.idle and not self._router.in_flight:
-            log.info('nobody wants anything: the bus starts ckptd again when somebody does')
-            return True
-        await connection.request_name(BUS_NAME)
-        return False
+    async def _leave(self, connection: Connection, queue: Queue) -> None:
+        """Give the name up, and serve the calls that have come until then; the next one activates the next daemon.
+
+        systemd is told before the bus is. It would take a unit whose name is free for one that runs, and whoever
+        activates that waits in vain; what it knows to be stopping it starts again afterwards (systemd's
+        src/shared/bus-util.c, bus_event_loop_with_idle). That cannot be taken back, so what would outlast the call
+        that asks for it is refused from here on.
+        """
+        log.info('nobody wants anything: the bus starts ckptd again when somebody does')
+        queue.close()
+        self._starter.notify('STOPPING=1')
+        with contextlib.suppress(TimeoutError, DBusError):      # the latter where the bus is gone
+            await connection.release_name(BUS_NAME)
+            async with asyncio.timeout(LAST_CALLS):
+                await self._router.quiet()
 
     def _feed_watchdog(self, interval: float | None) -> None:
         # from the loop: a daemon whose loop hangs is not fed

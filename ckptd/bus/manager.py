@@ -117,7 +117,7 @@ class ManagerObject(Exported):
         caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target)
         holder = Inhibitor(who[:MAX_WORDS], why[:MAX_WORDS], parse_target(target, caller), asker, caller.pid,
                            call.sender)
-        return Fd(self._queue.inhibitors.take(holder, start_time))
+        return Fd(self._queue.inhibit(holder, start_time))
 
     @method('', 'a(sssuu)', names=('inhibitors',), long=True)
     async def ListInhibitors(self, call: Call) -> list[tuple[str, str, str, int, int]]:

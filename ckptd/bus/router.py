@@ -101,6 +101,8 @@ class Router:
         self.connection, self.peers, self.root = connection, Peers(connection), root
         self._spawn, self._sees_all = spawn, sees_all
         self._in_flight: Counter[str] = Counter()
+        self._quiet = asyncio.Event()           # none is in flight
+        self._quiet.set()
         self._of_user: Counter[int] = Counter()
         self._long = Lane(LONG, 1)
         self._flooding: set[str] = set()        # senders whose calls are refused until they wait for replies
@@ -162,6 +164,10 @@ class Router:
         """Calls that are served now."""
         return self._in_flight.total()
 
+    async def quiet(self) -> None:
+        """Until every call is answered."""
+        await self._quiet.wait()
+
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
              types: Mapping[str, str] = NO_TYPES, audience: Audience | None = None) -> None:
         """Send a signal: to all, or to each of the audience that has called before. Never waits; dropped, and logged,
@@ -197,6 +203,7 @@ class Router:
             message.fds.close()
             return
         self._in_flight[call.sender] += 1
+        self._quiet.clear()
         task = self._spawn(self.serve(call), name=str(call))
         task.add_done_callback(lambda _: self._finished(call))
 
@@ -334,6 +341,8 @@ class Router:
             self._flooding.discard(call.sender)
         call.message.fds.close()
         self._fail(call, Cancelled('the daemon stops'))
+        if not self._in_flight:
+            self._quiet.set()
 
 
 def error_body(error: CkptError) -> tuple[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from ckptd.jobs.admission import EXCLUSIVE, Sees, refuse_active, refuse_conflict
 from ckptd.jobs.audit import audit
 from ckptd.jobs.entry import Entry, Listener, reason
 from ckptd.jobs.holds import Holds
-from ckptd.jobs.inhibitors import Inhibitors
+from ckptd.jobs.inhibitors import Inhibitor, Inhibitors
 from ckptd.jobs.known import KnownJobs
 from ckptd.jobs.lane import Lanes
 from ckptd.jobs.overlap import Relations
@@ -115,20 +115,22 @@ class Queue:
 
     def cancel(self, number: int) -> None:
         """Ask a job to let go and leave nothing. One that is over stays as it is. NoSuchJob."""
-        entry = self._entries.get(self._known[number])
-        if entry is not None:
+        if entry := self._entries.get(self._known[number]):
             self._cancel(entry)
 
     async def thaw(self, target: str, sees: Sees = lambda owner: True) -> None:
-        """Let go of what `Freeze` or after=freeze left frozen. sees: whose jobs an error may name. NoSuchTarget, Busy,
-        WorkerDied."""
+        """Let go of what was left frozen. sees: whose jobs an error may name. NoSuchTarget, Busy, WorkerDied."""
         self._held.find(target)
         refuse_active(target, self._entries, self._relations().overlap, sees)
         await self._held.thaw(target)
 
+    def inhibit(self, holder: Inhibitor, start_time: int) -> int:
+        """Delay checkpoints, as Inhibitors.take does. Unavailable."""
+        self._refuse_late()
+        return self.inhibitors.take(holder, start_time)
+
     def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
-        if self._stopping:
-            raise Unavailable('ckptd is stopping')
+        self._refuse_late()
         users = [job.request.asked_by for job in (*self._entries, *(entry.job for entry in self._held))]
         refuse_too_many(request, (*users, *self._pool.stuck), self._config.max_jobs_per_user,
                         self._config.max_queued_jobs)
@@ -152,10 +154,14 @@ class Queue:
             undo.pop_all()
         return entry
 
+    def _refuse_late(self) -> None:
+        if self._stopping:
+            raise Unavailable('ckptd is stopping', hint='try again')
+
     def _relations(self) -> Relations:
         """With all that works or is held as it was when it was taken in."""
-        entries = (*self._held, *self._entries.values())
-        return Relations({entry.job.request.target: entry.lineage for entry in entries if entry.lineage})
+        return Relations({entry.job.request.target: entry.lineage
+                          for entry in (*self._held, *self._entries.values()) if entry.lineage})
 
     def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
         announced = request.operation in ANNOUNCED
@@ -321,9 +327,13 @@ class Queue:
         self._pool.start()
         await self._recovery.run()
 
+    def close(self) -> None:
+        """Take nothing in any more: who asks for a job, a freeze or an inhibitor is told Unavailable."""
+        self._stopping = True
+
     async def stop(self) -> None:
         """Cancel every job, thaw every tree, end every worker. Afterwards nothing of this daemon is left."""
-        self._stopping = True
+        self.close()
         for entry in list(self._entries.values()):
             self._cancel(entry)
         for entry in self._held:

@@ -4,6 +4,8 @@
 import asyncio
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -58,11 +60,12 @@ async def ended(process: 'subprocess.Popen[bytes]', seconds: float = 20) -> int 
 
 
 @contextmanager
-def started(bus: str, tmp_path: Path, config: Path) -> Iterator['subprocess.Popen[bytes]']:
-    """A daemon that takes the bus for the session's, ready."""
-    with subprocess.Popen([sys.executable, '-m', 'ckptd.daemon', '--user', *places(tmp_path), '--config', str(config),
-                           '--verbose'], stderr=subprocess.PIPE, cwd=ROOT,
-                          env={**os.environ, 'DBUS_SESSION_BUS_ADDRESS': bus}) as process:
+def started(bus: str, tmp_path: Path, config: Path, program: tuple[str, ...] = ('-m', 'ckptd.daemon'),
+            notify: str = '') -> Iterator['subprocess.Popen[bytes]']:
+    """A daemon that takes the bus for the session's, ready. notify: the socket of its service manager."""
+    with subprocess.Popen([sys.executable, *program, '--user', *places(tmp_path), '--config', str(config), '--verbose'],
+                          stderr=subprocess.PIPE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
+                          env={**os.environ, 'DBUS_SESSION_BUS_ADDRESS': bus, 'NOTIFY_SOCKET': notify}) as process:
         assert process.stderr is not None
         while 'ready' not in (line := read_line(process.stderr.fileno(), 20)):
             assert line
@@ -99,6 +102,60 @@ async def test_it_ends(on_session_bus: 'subprocess.Popen[bytes]', private_bus: P
     async with await bus_client(private_bus.address) as client:
         with pytest.raises(Unavailable):
             await client.owner(BUS_NAME)
+
+
+async def test_systemd_hears_of_it_before_the_bus(private_bus: PrivateBus, tmp_path: Path, config: Path) -> None:
+    """A bus that stands still gives no name up, and the service manager is told that it stops all the same."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name := f'\0ckptd-idle-{os.getpid()}')
+        manager.setblocking(False)
+        async with await Connection.open(private_bus.address) as watcher, asyncio.timeout(40):
+            given_up = asyncio.Event()
+            with started(private_bus.address, tmp_path, config, notify=name.replace('\0', '@')) as daemon:
+                await watcher.subscribe(Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=BUS_NAME),
+                                        lambda _: given_up.set())
+                assert (await loop.sock_recv(manager, 1000)).startswith(b'READY=1')
+                os.kill(private_bus.pid, signal.SIGSTOP)
+                try:
+                    assert await loop.sock_recv(manager, 1000) == b'STOPPING=1'
+                finally:
+                    os.kill(private_bus.pid, signal.SIGCONT)
+                await given_up.wait()
+                assert await ended(daemon) == 0
+
+
+# gives its name up when it is told to
+SLOW = """
+import asyncio, sys
+from ckptd import daemon
+from ckptd.bus.connection import Connection
+release = Connection.release_name
+async def told(self, name):
+    print(flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await release(self, name)
+Connection.release_name = told
+sys.exit(daemon.main())
+"""
+
+
+async def test_what_comes_before_it_has_left_is_answered(any_bus: str, tmp_path: Path, config: Path) -> None:
+    """What would outlast its call is refused: systemd waits for the end of what says that it stops."""
+    async with connect(any_bus) as ckptd:
+        with started(any_bus, tmp_path, config, ('-c', SLOW)) as daemon:
+            assert daemon.stdout is not None
+            assert daemon.stdin is not None
+            assert await asyncio.to_thread(read_line, daemon.stdout.fileno(), 20) == '\n'
+            assert await ckptd.list_images() == []
+            for call in (ckptd.freeze('self'), ckptd.checkpoint('self'), ckptd.inhibit('me', 'to try it')):
+                with pytest.raises(Unavailable, match='stopping') as caught:
+                    await call
+                assert caught.value.hint == 'try again'
+            daemon.stdin.write(b'now\n')
+            daemon.stdin.flush()
+            assert await ended(daemon) == 0
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 async def test_not_while_somebody_delays_checkpoints(ckptd: Ckptd, on_session_bus: 'subprocess.Popen[bytes]') -> None:
