@@ -148,8 +148,9 @@ class Interface:
 class Exported:
     """Base of everything that the bus can call: one interface at one path. Subclasses set `interface`.
 
-    audience: who may see it; None: everybody. For all others there is no such object. What it says of itself is heard
-    by its followers, where it has a set of them: those who were given its path, or have called it.
+    audience: who may see it; None: everybody. For all others there is no such object. What it says of itself, to nobody
+    in particular, is heard by its followers, where it has a set of them: those who were given its path, or have called
+    it.
     """
     interface: ClassVar[str]
     table: ClassVar[Interface]

@@ -26,12 +26,14 @@ def path_of(job: Job) -> str:
 
 class JobObject(Exported):
     interface = JOB
+    audience: Audience
 
     def __init__(self, job: Job, queue: Queue, gate: Gate) -> None:
         self.job, self._queue, self._gate = job, queue, gate
         self._outcome: dict[str, Variant] = {}      # its rows may be many, and do not change any more
         # its progress is much, and of interest to few
         self.audience = Audience(job.request.asked_by, followers=set())
+        self._told = job.state, job.root        # to all who know of it
 
     @method('a{sv}', names=('options',))
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
@@ -50,7 +52,14 @@ class JobObject(Exported):
                         doc='How far the job is: at most ten times a second, the last one always.')
 
     def tell_state(self) -> None:
-        self.changed('State', 'Phase', 'Root', 'Error', 'Result', *MOVING)
+        """That it begins, has made a tree, or is over, concerns all who know of it, some few times in its life; how far
+        it is, those who follow it."""
+        now = self.job.state, self.job.root
+        if now != self._told:
+            self._told = now
+            self.changed('State', 'Phase', 'Root', 'Error', 'Result', *MOVING, to=Audience(self.audience.uid))
+        else:
+            self.changed('Phase', *MOVING)
 
     def tell_progress(self) -> None:
         """The signal, and the properties with it."""

@@ -123,9 +123,11 @@ def _all_of(audience: Audience | None) -> Audience | None:
 
 
 class _Teller(NamedTuple):
-    """Who tells it to whom. uid: of the audience, -1 for everybody; two of one object differ by that."""
+    """Who tells it to whom. uid: of the audience, -1 for everybody; all: not to followers alone. Two of one object
+    differ by that."""
     exported: Exported
     uid: int
+    all: bool
 
 
 class Changes:
@@ -139,7 +141,8 @@ class Changes:
 
     def add(self, path: str, exported: Exported, names: Sequence[str], audience: Audience | None) -> None:
         """These properties have new values."""
-        teller = _Teller(exported, -1 if audience is None else audience.uid)
+        teller = _Teller(exported, -1 if audience is None else audience.uid,
+                         audience is None or audience.followers is None)
         self._waiting.setdefault(teller, {}).update(dict.fromkeys(names))
         if teller not in self._timers:
             self._audiences[teller] = audience

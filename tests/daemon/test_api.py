@@ -19,9 +19,10 @@ from ckptd.bus.interfaces import documents
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT, image_path, token_path
 from ckptd.errors import Busy, CkptError, InvalidArgument, NoSuchImage, NoSuchTarget
 from tests.jobs.test_spool import write_image
-from tests.lib.bus import Daemon
+from tests.lib.bus import Daemon, Served
 
 FILES = Path(__file__).parents[2] / 'dbus'
+OBJECT_MANAGER = 'org.freedesktop.DBus.ObjectManager'
 
 
 class Api:
@@ -159,6 +160,30 @@ async def test_errors_have_names_and_hints(api: Api, member: str, target: str, o
     with pytest.raises(error) as caught:
         await api(member, 'sa{sv}', target, options)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(('target', 'state'), [('cgroup:/finish', 'done'), ('cgroup:/refuse', 'failed')])
+async def test_who_keeps_what_the_object_manager_tells(any_bus: str, tmp_path: Path, spool: Path, target: str,
+                                                       state: str) -> None:
+    """As a GDBusObjectManagerClient does: no job is called, and what is kept of it is right. Its progress is for those
+    who ask."""
+    with Served(any_bus, tmp_path, spool, module='tests.jobs.scripted'):
+        async with await connect(any_bus) as keeper, await connect(any_bus) as starter, \
+                keeper.signals(BUS_NAME, ROOT) as signals, asyncio.timeout(40):
+            await keeper.call(BUS_NAME, ROOT, OBJECT_MANAGER, 'GetManagedObjects')
+            job = await starter.call(BUS_NAME, ROOT, MANAGER, 'Checkpoint', 'sa{sv}', target, {})
+            kept: dict[str, Any] = {}
+            heard = set()
+            while kept.get('State') != state:
+                signal = await anext(signals)
+                if signal.member == 'InterfacesAdded' and signal.args[0] == job:
+                    kept.update(signal.args[1][JOB])
+                elif signal.path == job:
+                    heard.add(signal.member)
+                    kept.update(signal.args[1])
+            assert heard == {'PropertiesChanged'}
+            assert kept == await starter.properties(BUS_NAME, job, JOB)
+            assert kept['Result'] or kept['Error']
 
 
 async def test_images_of_others_come_and_go(api: Api, daemon: Daemon) -> None:
