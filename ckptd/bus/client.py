@@ -11,12 +11,12 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, Self
 
 from ckptd.bus import wire
-from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PEER, PROPERTIES, TIMEOUT, Connection, Match
-from ckptd.bus.message import DBusError, Fd, ProtocolError
+from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PEER, PROPERTIES, TIMEOUT, Connection, Match, Subscription
+from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError, Fd, ProtocolError
 from ckptd.bus.names import BUS_NAME, job_path
 from ckptd.bus.values import NO_TYPES, index_fds, split_signature, to_body
 from ckptd.bus.wire import Received
@@ -68,16 +68,22 @@ class Signal:
 
 
 class Sink(Protocol):
-    """What is told the signals of a service, and once, when service or bus are gone, why there are no more."""
+    """What is told the signals of a service, and once, why there are no more.
+
+    left: the owner of the service's name is gone. True: who has the name next is to be heard, too; False: it has ended.
+    """
 
     def add(self, signal: Signal) -> None: ...
+    def left(self, reason: str) -> bool: ...
     def end(self, reason: str) -> None: ...
 
 
 class Signals:
-    """Signals in the order they came. Raises Unavailable when the service or the bus is gone."""
+    """Signals in the order they came. Raises Unavailable when the bus is gone, or the service; follow: of a service
+    those of the next owner of its name follow."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, follow: bool = False) -> None:
+        self._follow = follow
         self._queue: asyncio.Queue[Signal | CkptError] = asyncio.Queue()
 
     def __aiter__(self) -> Self:
@@ -92,8 +98,48 @@ class Signals:
     def add(self, signal: Signal) -> None:
         self._queue.put_nowait(signal)
 
+    def left(self, reason: str) -> bool:
+        if not self._follow:
+            self.end(reason)
+        return self._follow
+
     def end(self, reason: str) -> None:
         self._queue.put_nowait(Unavailable(reason))
+
+
+class _Owners:
+    """Has a sink hear the owner of a name, and, where it wants that, each that has the name after it."""
+
+    def __init__(self, connection: Connection, sink: Sink, name: str, match: Match) -> None:
+        self._connection, self._sink, self._name, self._match = connection, sink, name, match
+        self._heard: Subscription | None = None
+        self._over = False
+
+    async def begin(self, owner: str) -> None:
+        """Hear this one."""
+        match = replace(self._match, sender=owner)
+        self._heard = self._connection.expect(match, self._add)
+        await self._connection.driver('AddMatch', 's', match.rule())
+
+    def changed(self, message: Received) -> None:
+        """NameOwnerChanged. What the next one says comes after it, to those whom it knows for having called."""
+        _, old, new = message.body()
+        if self._heard is None or self._over:
+            return
+        if old:
+            self._over = not self._sink.left(f'{self._name} has left the bus')
+        if new and not self._over and new != self._heard.match.sender:
+            self._heard.cancel()
+            self._heard = self._connection.expect(replace(self._match, sender=new), self._add)
+            self._connection.send(wire.make_call(new, self._match.path_namespace or '/', PEER, 'Ping', '', [],
+                                                 NO_REPLY_EXPECTED))
+
+    def close(self) -> None:
+        if self._heard is not None:
+            self._heard.cancel()
+
+    def _add(self, message: Received) -> None:
+        self._sink.add(Signal.of(message))
 
 
 class Client:
@@ -177,32 +223,27 @@ class Client:
     @contextlib.asynccontextmanager
     async def listening(self, sink: Sink, service: str, path_namespace: str = '', interface: str = '',
                         member: str = '') -> AsyncIterator[None]:
-        """The same, told to a sink."""
-        owner = await self.owner(service) if await self._is_there(service) else await self.owner(service, start=True)
-        gone = f'{service} has left the bus'
-
-        def heard(message: Received) -> None:
-            sink.add(Signal.of(message))
-
-        def left(message: Received) -> None:
-            sink.end(gone)
+        """The same, told to a sink, which may want to hear the next owner, too: what that says to this connection."""
+        if not await self._is_there(service):
+            await self.owner(service, start=True)
+        owners = _Owners(self.connection, sink, service, Match('', interface, member, path_namespace=path_namespace))
 
         def lost() -> None:
             sink.end('the bus is gone')
 
         with contextlib.ExitStack() as stack:
-            for match, callback in (
-                    (Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=owner), left),
-                    (Match(owner, interface, member, path_namespace=path_namespace), heard)):
-                subscription = await self.connection.subscribe(match, callback)
-                stack.callback(subscription.cancel)
+            stack.callback(owners.close)
+            watch = await self.connection.subscribe(
+                Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=service), owners.changed)
+            stack.callback(watch.cancel)
+            await owners.begin(await self.owner(service))
             self.connection.on_lost.append(lost)
             stack.callback(self.connection.on_lost.remove, lost)
             try:
                 # ckptd says some things to those only who may know them, and whom it knows for having called
-                await self.call(owner, path_namespace or '/', PEER, 'Ping')
+                await self.call(service, path_namespace or '/', PEER, 'Ping')
             except Unavailable:
-                sink.end(gone)
+                sink.end(f'{service} has left the bus')
             except CkptError:
                 pass        # whoever this is, it is there
             yield

@@ -207,10 +207,16 @@ class Connection:
             raise error_of(reply)
         return reply
 
-    async def subscribe(self, match: Match, callback: Callable[[Received], None]) -> Subscription:
-        """From now on callback(message) for these signals; their fds are closed when it returns."""
+    def expect(self, match: Match, callback: Callable[[Received], None]) -> Subscription:
+        """From now on callback(message) for these signals, but those only that are sent to us: the bus knows of no
+        rule."""
         subscription = Subscription(self, match, callback)
         self._by_sender[match.sender].append(subscription)
+        return subscription
+
+    async def subscribe(self, match: Match, callback: Callable[[Received], None]) -> Subscription:
+        """From now on callback(message) for these signals; their fds are closed when it returns."""
+        subscription = self.expect(match, callback)
         try:
             await self.driver('AddMatch', 's', match.rule())
         except BaseException:

@@ -26,7 +26,7 @@ ARGUMENTS = {
 async def monitor(session: Session) -> int:
     """Print signals until Ctrl-C, which ends it as it should: status 0."""
     words = Words()
-    async with session.daemon() as daemon, daemon.signals() as signals:
+    async with session.daemon() as daemon, daemon.signals(follow=True) as signals:
         session.out.note('watching; Ctrl-C ends it', 'dim')
         with until_interrupted():
             async for signal in signals:

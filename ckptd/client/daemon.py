@@ -62,9 +62,9 @@ class Daemon:
         return max(seconds, PERSON) if self.flags & ALLOW_INTERACTIVE else seconds
 
     @contextlib.asynccontextmanager
-    async def signals(self) -> AsyncIterator[Signals]:
-        """Everything that the daemon says from now on to this caller."""
-        signals = Signals()
+    async def signals(self, *, follow: bool = False) -> AsyncIterator[Signals]:
+        """Everything that the daemon says from now on to this caller; follow: and each that is started after it."""
+        signals = Signals(follow=follow)
         async with self.listening(signals):
             yield signals
 

@@ -4,7 +4,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from ckptd.bus.client import Signal
 from ckptd.bus.names import BUS_NAME
@@ -16,21 +16,31 @@ KEPT = 1024     # events that nobody has read yet; of more the oldest are lost
 
 
 class Hearer(Protocol):
-    """Who listens. lost: the daemon or the bus is gone, there will be nothing more."""
+    """Who listens. follows: also to the daemon that comes after one that has ended. lost: the daemon or the bus is
+    gone, there will be nothing more."""
 
+    @property
+    def follows(self) -> bool: ...
     def hear(self, signal: Signal) -> None: ...
     def lost(self, reason: str) -> None: ...
 
 
 class Hub:
-    """Told by the bus. After `gone` says why, it is of no use any more."""
+    """Told by the bus. After `gone` says why, it is of no use any more.
+
+    A daemon that nobody needs ends, and the next one knows who listens. A job ends with its daemon: who waits for one
+    hears that, and all others with him.
+    """
 
     def __init__(self) -> None:
         self.gone = ''
         self._hearers: list[Hearer] = []
 
     def join(self, hearer: Hearer) -> None:
-        self._hearers.append(hearer)
+        if self.gone:
+            hearer.lost(self.gone)
+        else:
+            self._hearers.append(hearer)
 
     def leave(self, hearer: Hearer) -> None:
         """Again: nothing."""
@@ -41,6 +51,12 @@ class Hub:
         for hearer in list(self._hearers):
             hearer.hear(signal)
 
+    def left(self, reason: str) -> bool:
+        """The daemon has ended. Whether all who listen go on with the next."""
+        if not all(hearer.follows for hearer in self._hearers):
+            self.end(reason)
+        return not self.gone
+
     def end(self, reason: str) -> None:
         self.gone = self.gone or reason
         for hearer in list(self._hearers):
@@ -49,7 +65,7 @@ class Hub:
 
 
 class Listening:
-    """The hub of a daemon, made when it is first wanted, and anew for a daemon that was started again."""
+    """The hub of a connection, made when it is first wanted, and anew when it is gone."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -61,8 +77,12 @@ class Listening:
         """Unavailable where there is no daemon."""
         async with self._turn:
             if self._hub is not None:
-                with contextlib.suppress(Unavailable):      # there may be none; what is on its way has come by then,
-                    await self._daemon.client.owner(BUS_NAME)       # also that the daemon of this hub has left
+                # what is on its way comes before the answer, also that the daemon has left
+                try:
+                    await self._daemon.client.owner(BUS_NAME)
+                except Unavailable:
+                    if not self._hub.gone:
+                        await self._daemon.client.owner(BUS_NAME, start=True)
             if self._hub is None or self._hub.gone:
                 await self._stack.aclose()
                 hub = Hub()
@@ -78,7 +98,10 @@ class Listening:
 
 
 class Events:
-    """Events in the order they came, of these kinds or of all. Ends with Unavailable when the daemon is gone."""
+    """Events in the order they came, of these kinds or of all; those of the daemon that is started after one that has
+    ended follow. Ends with Unavailable when the bus is gone, or the daemon at work on a job that this client waits for.
+    """
+    follows: Final = True
 
     def __init__(self, kinds: tuple[type[Event], ...] = ()) -> None:
         self._kinds = kinds

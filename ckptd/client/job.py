@@ -73,6 +73,11 @@ class Job(Generic[R]):
 
     # ------------------------------------------------------------ told by the hub and by who made it
 
+    @property
+    def follows(self) -> bool:
+        """A job ends with its daemon, and somebody waits for it."""
+        return self._unwanted
+
     def hear(self, signal: Signal) -> None:
         """A signal of the daemon, of this job or not."""
         if signal.path == self.path and signal.member == 'PropertiesChanged' and signal.args[0] == JOB:

@@ -2,10 +2,13 @@
 """The client: signals of one owner in order, and what happens when it goes."""
 
 import asyncio
+import contextlib
+import os
 
 import pytest
 
-from ckptd.bus.client import as_ckpt_error, connect
+from ckptd.bus.client import Signals, as_ckpt_error, connect
+from ckptd.bus.export import Audience
 from ckptd.bus.message import DBusError
 from ckptd.bus.systemd import Systemd
 from ckptd.bus.wire import make_signal
@@ -42,6 +45,19 @@ async def test_a_service_that_dies_ends_the_signals(address: str) -> None:
             async with asyncio.timeout(5):
                 await anext(queue)
         await signals.__aexit__(None, None, None)
+        assert not client.connection._subscriptions
+
+
+async def test_who_follows_hears_the_next_owner(address: str) -> None:
+    async with await connect(address) as client, contextlib.AsyncExitStack() as stack, asyncio.timeout(20):
+        signals = Signals(follow=True)
+        async with serving(address):
+            await stack.enter_async_context(client.listening(signals, NAME, ROOT))
+        async with serving(address) as service:
+            await client.call(NAME, ROOT, INTERFACE, 'OldStyleName')
+            service.router.emit(ROOT, INTERFACE, 'Happened', 'us', (2, 'y'), audience=Audience(os.getuid()))
+            assert (await anext(signals)).args == (2, 'y')
+        await stack.aclose()
         assert not client.connection._subscriptions
 
 

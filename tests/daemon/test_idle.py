@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from ckptd.bus.client import connect as bus_client
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match
 from ckptd.bus.names import BUS_NAME, MANAGER
 from ckptd.bus.names import ROOT as ROOT_PATH
-from ckptd.client import Ckptd, connect
+from ckptd.bus.wire import make_signal
+from ckptd.client import Ckptd, JobNew, connect
 from ckptd.errors import CkptError, Unavailable
 from tests.daemon.conftest import places
 from tests.lib.bus import ROOT, PrivateBus, read_line, terminate
@@ -95,6 +96,26 @@ async def test_the_next_one_knows_who_listens(any_bus: str, tmp_path: Path, conf
                     await other.call(BUS_NAME, ROOT_PATH, MANAGER, 'Freeze', 'sa{sv}', 'cgroup:/no/such', {})
                 await listener.call(DRIVER, DRIVER_PATH, DRIVER, 'GetId')       # after what was said to it before
                 assert len(heard) == expected
+
+
+async def test_events_go_on_with_the_next_one(any_bus: str, tmp_path: Path, config: Path) -> None:
+    """Only what the owner of the name says counts; whoever waits for a job has none that goes on."""
+    async with connect(any_bus) as listener, connect(any_bus) as caller, await Connection.open(any_bus) as liar, \
+            asyncio.timeout(50):
+        with started(any_bus, tmp_path, config) as daemon:
+            hearing = AsyncExitStack()
+            events = await hearing.enter_async_context(listener.events(JobNew))
+            assert await ended(daemon) == 0
+        lie = make_signal(ROOT_PATH, MANAGER, 'JobNew', 'uo', [7, '/lie'])
+        lie.destination = listener._daemon.client.connection.unique_name
+        liar.send(lie)
+        with started(any_bus, tmp_path, config):
+            with pytest.raises(CkptError):
+                await (await caller.checkpoint('cgroup:/no/such')).wait()
+            event = await anext(events)
+            assert isinstance(event, JobNew)
+            assert event.id == 1
+        await hearing.aclose()
 
 
 async def test_it_ends(on_session_bus: 'subprocess.Popen[bytes]', private_bus: PrivateBus) -> None:
