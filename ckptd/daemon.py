@@ -106,6 +106,7 @@ class Daemon:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        self._kept = False      # who listens, for the next one
         self._starter = ServiceManager.take()
         self._spool = Spool(settings.spool)
         self._address = settings.bus
@@ -129,8 +130,13 @@ class Daemon:
             finally:
                 self._starter.notify('STOPPING=1')
                 await queue.stop()
-                await keep(self._settings.runtime, connection, self._router)
+                await self._keep_listeners(connection)
                 audit.flush()
+
+    async def _keep_listeners(self, connection: Connection) -> None:
+        if not self._kept:
+            self._kept = True
+            await keep(self._settings.runtime, connection, self._router)
 
     def _prepare(self) -> None:
         self._spool.prepare()
@@ -235,6 +241,7 @@ class Daemon:
         log.info('nobody wants anything: the bus starts ckptd again when somebody does')
         queue.close()
         self._starter.notify('STOPPING=1')
+        await self._keep_listeners(connection)      # for the next one, which may begin before this one ends
         with contextlib.suppress(TimeoutError, DBusError):      # the latter where the bus is gone
             await connection.release_name(BUS_NAME)
             async with asyncio.timeout(LAST_CALLS):

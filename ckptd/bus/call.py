@@ -13,11 +13,12 @@ from ckptd.engine.messages import Caller
 
 class Call:
     """One method call while it is served."""
-    __slots__ = ('_peers', '_sees_all', 'answered', 'audited', 'message')
+    __slots__ = ('_peers', '_sees_all', '_viewer', 'answered', 'audited', 'message')
 
     def __init__(self, message: Received, peers: Peers, sees_all: SeesAll) -> None:
         self.message, self._peers, self._sees_all = message, peers, sees_all
         self.answered = not message.wants_reply
+        self._viewer: Viewer | None = None
         self.audited = False        # there is a line in the log that it was allowed, or not
 
     @property
@@ -35,11 +36,14 @@ class Call:
         return await self._peers.caller(self.sender)
 
     async def viewer(self, can_see: Callable[[Viewer], bool] | None = None) -> Viewer:
-        """What the caller may see. can_see: what it is to be; nobody is asked where it needs no more than its own."""
+        """What the caller may see, which stays so for this call. can_see: what it is to be; nobody is asked where it
+        needs no more than its own."""
         own = Viewer(await self._peers.uid(self.sender))
         if can_see is not None and can_see(own):
             return own
-        return await self._peers.viewer(self.sender, self._sees_all)
+        if self._viewer is None:
+            self._viewer = await self._peers.viewer(self.sender, self._sees_all)
+        return self._viewer
 
     async def when_gone(self, callback: Callable[[], None]) -> None:
         """Call back once, when the caller leaves the bus; at once if it has left."""

@@ -19,6 +19,7 @@ from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, 
 from ckptd.bus.restore import check_restore, restore
 from ckptd.engine.messages import Operation
 from ckptd.errors import InvalidArgument, NoSuchTarget
+from ckptd.jobs.holds import not_held
 from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.library import Library
 from ckptd.jobs.orders import Orders, parse_target
@@ -106,7 +107,10 @@ class ManagerObject(Exported):
         parse_options(options, NONE)
         caller = await call.credentials()
         where = parse_target(target, caller)
-        viewer = await self._gate.hold(call, where, self._queue.frozen.get(where))
+        owner = self._queue.frozen.get(where)
+        viewer = await self._gate.hold(call, where, owner)
+        if self._queue.frozen.get(where) != owner:      # what was asked about has ended meanwhile
+            raise not_held(where)
         await self._queue.thaw(where, viewer.sees)
 
     @method('ssa{sv}', 'h', names=('who', 'why', 'options', 'inhibitor'))

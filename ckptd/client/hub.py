@@ -4,7 +4,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from typing import Final, Protocol, Self
+from typing import Protocol, Self
 
 from ckptd.bus.client import Signal
 from ckptd.bus.names import BUS_NAME
@@ -16,12 +16,11 @@ KEPT = 1024     # events that nobody has read yet; of more the oldest are lost
 
 
 class Hearer(Protocol):
-    """Who listens. follows: also to the daemon that comes after one that has ended. lost: the daemon or the bus is
-    gone, there will be nothing more."""
+    """Who listens. left: the daemon has ended; whether who comes after it will do as well. lost: the daemon or the bus
+    is gone, there will be nothing more."""
 
-    @property
-    def follows(self) -> bool: ...
     def hear(self, signal: Signal) -> None: ...
+    def left(self) -> bool: ...
     def lost(self, reason: str) -> None: ...
 
 
@@ -53,7 +52,8 @@ class Hub:
 
     def left(self, reason: str) -> bool:
         """The daemon has ended. Whether all who listen go on with the next."""
-        if not all(hearer.follows for hearer in self._hearers):
+        goes_on = [hearer.left() for hearer in list(self._hearers)]       # each hears of it
+        if not all(goes_on):
             self.end(reason)
         return not self.gone
 
@@ -101,8 +101,6 @@ class Events:
     """Events in the order they came, of these kinds or of all; those of the daemon that is started after one that has
     ended follow. Ends with Unavailable when the bus is gone, or the daemon at work on a job that this client waits for.
     """
-    follows: Final = True
-
     def __init__(self, kinds: tuple[type[Event], ...] = ()) -> None:
         self._kinds = kinds
         self._unread: deque[Event] = deque(maxlen=KEPT)
@@ -125,6 +123,10 @@ class Events:
         if event is not None and (not self._kinds or isinstance(event, self._kinds)):
             self._unread.append(event)
             self._news.set()
+
+    def left(self) -> bool:
+        """The next daemon has events, too."""
+        return True
 
     def lost(self, reason: str) -> None:
         self._lost = reason

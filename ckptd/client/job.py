@@ -73,11 +73,6 @@ class Job(Generic[R]):
 
     # ------------------------------------------------------------ told by the hub and by who made it
 
-    @property
-    def follows(self) -> bool:
-        """A job ends with its daemon, and somebody waits for it."""
-        return self._unwanted
-
     def hear(self, signal: Signal) -> None:
         """A signal of the daemon, of this job or not."""
         if signal.path == self.path and signal.member == 'PropertiesChanged' and signal.args[0] == JOB:
@@ -95,6 +90,12 @@ class Job(Generic[R]):
             case JobRemoved(number, self.path):
                 self.id = number
                 self._end()
+
+    def left(self) -> bool:
+        """It ends with its daemon, and somebody waits for it. One of this path that the next daemon has is another."""
+        if self._unwanted:
+            self._hub.leave(self)
+        return self._unwanted
 
     def lost(self, reason: str) -> None:
         """The daemon is gone."""

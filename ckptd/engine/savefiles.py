@@ -37,7 +37,7 @@ class SavedFiles:
         """Take notice of a description of the tree."""
         if file.writable:
             self._written.add(_inode(file))
-        if not file.unread:
+        if not file.unread and not file.is_path:
             self._read.add(_inode(file))
 
     def written(self, file: OpenFile) -> bool:

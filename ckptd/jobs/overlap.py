@@ -5,7 +5,8 @@ A hint, not a lock: trees change, and another daemon may be at work. Who comes s
 kernel, which lets a task have one tracer.
 
 The parents of a process are looked at once, when a target is taken in: later it has the same or fewer, for an orphan
-goes to one of them or to 1 (prctl(2), PR_SET_CHILD_SUBREAPER). Each has its start time, so that a number is no other's.
+goes to one of them, to 1 (prctl(2), PR_SET_CHILD_SUBREAPER), or to the first of a pid namespace that it had entered.
+Each has its start time, so that a number is no other's.
 """
 
 import os

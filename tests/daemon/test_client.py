@@ -7,10 +7,13 @@ import signal
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 
+from ckptd.bus.client import Signal
+from ckptd.bus.names import MANAGER, ROOT, job_path
 from ckptd.bus.options import AFTER, CHANGED_FILES, CHECK_RESTORE, CHECKPOINT, FREEZE, FREEZING, RESTORE
 from ckptd.client import (
     CheckpointResult,
@@ -26,7 +29,8 @@ from ckptd.client import (
     records,
 )
 from ckptd.client.events import event_of
-from ckptd.client.hub import KEPT, Events
+from ckptd.client.hub import KEPT, Events, Hub
+from ckptd.client.job import Job
 from ckptd.errors import (
     Busy,
     Cancelled,
@@ -333,8 +337,6 @@ async def test_no_bus(tmp_path: Path) -> None:
 
 
 def test_unread_events_are_bounded() -> None:
-    from ckptd.bus.client import Signal
-    from ckptd.bus.names import MANAGER
     events = Events()
     for number in range(KEPT + 5):
         events.hear(Signal('/', MANAGER, 'JobNew', (number, '/a')))
@@ -342,6 +344,26 @@ def test_unread_events_are_bounded() -> None:
     assert event_of(Signal('/', MANAGER, 'JobNew', (1, '/a', 'of tomorrow'))) == JobNew(1, '/a')
     assert event_of(Signal('/', MANAGER, 'JobNew', (1,))) is None
     assert event_of(Signal('/', MANAGER, 'Unheard', (1,))) is None
+
+
+@pytest.mark.parametrize('wanted', [True, False])
+async def test_a_job_ends_with_its_daemon(wanted: bool) -> None:
+    """The next one's of the same path is another: one that nobody wanted any more does not cancel it."""
+    sent: list[Any] = []
+    connection = SimpleNamespace(send=sent.append)
+    hub, events, path = Hub(), Events(), job_path(7)
+    job = Job(cast(Any, SimpleNamespace(client=SimpleNamespace(connection=connection))), hub, path, dict)
+    hub.join(events)
+    if not wanted:
+        job.abandon()
+    assert hub.left('it is gone') is not wanted
+    hub.add(Signal(ROOT, MANAGER, 'JobNew', (7, path)))
+    if wanted:
+        with pytest.raises(Unavailable, match='it is gone'):
+            await job.wait()
+    else:
+        assert await anext(events) == JobNew(7, path)
+    assert sent == []
 
 
 # ---------------------------------------------------------------- what is written twice

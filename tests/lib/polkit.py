@@ -24,7 +24,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -203,13 +203,14 @@ async def check(client: Client, pid: int, action: str, *, interactive: bool = Fa
 
 class Agent(Exported):
     """asked: the actions that somebody was to authenticate for. cancelled: how often polkit lost interest. changed: one
-    of them has."""
+    of them has. meanwhile: what somebody does before he answers."""
     interface = 'org.freedesktop.PolicyKit1.AuthenticationAgent'
 
     def __init__(self, connection: Connection, says_yes: bool | None) -> None:
         self.asked: list[str] = []
         self.cancelled = 0
         self.changed = asyncio.Event()
+        self.meanwhile: Callable[[], object] = lambda: None
         self._client, self._says_yes = Client(connection), says_yes
         self._silent: dict[str, asyncio.Event] = {}     # by cookie: until polkit has lost interest
 
@@ -219,6 +220,7 @@ class Agent(Exported):
         """Authenticate as somebody of these. In the place of polkit-agent-helper-1, which asks for a password."""
         self.asked.append(action_id)
         self.changed.set()
+        await asyncio.to_thread(self.meanwhile)
         if self._says_yes is None:
             await self._silent.setdefault(cookie, asyncio.Event()).wait()
         if not self._says_yes:

@@ -115,6 +115,20 @@ def test_whether_another_has_frozen_something(polkit: Polkit, daemon: Served) ->
 
 
 @pytest.mark.needs('cgroup2', 'ptrace')
+async def test_what_is_frozen_while_a_person_is_asked_stays_so(polkit: Polkit, daemon: Served) -> None:
+    """Whoever allows it has not been told of that."""
+    with polkit.user('bob').process() as bobs, \
+            polkit.user('alice').call(BUS_NAME, ROOT, MANAGER, 'Thaw', 'sa{sv}', f'pid:{bobs}', '0') as call:
+        async with polkit.agent(call.pid, says_yes=True) as agent:
+            agent.meanwhile = partial(manager, polkit, 'bob', 'Freeze', 'sa{sv}', f'pid:{bobs}', '0')
+            answer = await asyncio.to_thread(call.answer)
+        assert agent.asked == ['org.ckptd1.freeze']
+        assert 'is not frozen by ckptd' in answer
+        assert await asyncio.to_thread(manager, polkit, 'bob', 'Thaw', 'sa{sv}', f'pid:{bobs}', '0') is None
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
 @pytest.mark.parametrize('says_yes', [True, False])
 async def test_a_person_is_asked(polkit: Polkit, daemon: Served, says_yes: bool) -> None:
     with polkit.user('bob').process() as bobs, \
