@@ -64,6 +64,8 @@ class Spawner:
             socket.send_fds(ours, [_encoder.encode(wish)], [sock.fileno()])
         except OSError as error:
             del self._children[number]
+            if isinstance(error, BrokenPipeError | ConnectionResetError):
+                self._died()        # the loop has not heard of it yet, and whoever tries again needs another one
             raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno) from error
         try:
             await asyncio.shield(child.started)
@@ -117,10 +119,13 @@ class Spawner:
             except ConnectionResetError:       # it has ended with something unread
                 data, fds = b'', []
             if not data:
-                log.error('the process that starts workers has died')
-                self.close()
+                self._died()
                 return
             self._take(data, fds)
+
+    def _died(self) -> None:
+        log.error('the process that starts workers has died')
+        self.close()
 
     def _take(self, data: bytes, fds: list[int]) -> None:
         message: Spawned | Exited = _decoder.decode(data)

@@ -40,7 +40,7 @@ TYPES = 'ybnqiuxtdsogv'
 SIGNATURES = ('', 's', 'u', 'h', 'a{sv}', 'as', '(su)', 'aa{sv}', 'v', 'ay', 'a(ii)', 'sa{sv}', 'ssv', 'hsa{sv}',
               'tttt', 'a{s(uv)}', 'aav', 'gggg')
 NAMES = ('freeze', 'after', 'timeout', 'handle_token', 'save_files', 'save_limit', 'cgroup', 'new_pidns',
-         'changed_files', 'leave_stopped', 'wait', 'terminal', 'detach', 'target', '', '~', 'x' * 300)
+         'changed_files', 'leave_stopped', 'wait', 'terminal', 'target', '', '~', 'x' * 300)
 # nothing here kills or hides: after=kill would end the victim, new_pidns=true would make processes
 PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'freeze': [Variant('s', 'auto'), Variant('s', 'ptrace'), Variant('s', 'cgroup')],
@@ -51,7 +51,6 @@ PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'save_limit': [Variant('t', 0), Variant('t', 1), Variant('t', 2**63)],
     'changed_files': [Variant('s', 'refuse'), Variant('s', 'accept')],
     'leave_stopped': [Variant('b', True)],
-    'detach': [Variant('b', True), Variant('b', False)],
     'target': [Variant('s', 'self'), Variant('s', 'pid:0'), Variant('s', 'cgroup:/~')],
     'new_pidns': [Variant('b', False), Variant('u', 1)],
 }

@@ -210,7 +210,7 @@ class Agent(Exported):
         self.asked: list[str] = []
         self.cancelled = 0
         self.changed = asyncio.Event()
-        self.meanwhile: Callable[[], object] = lambda: None
+        self.meanwhile: Callable[[], object] | None = None
         self._client, self._says_yes = Client(connection), says_yes
         self._silent: dict[str, asyncio.Event] = {}     # by cookie: until polkit has lost interest
 
@@ -220,7 +220,8 @@ class Agent(Exported):
         """Authenticate as somebody of these. In the place of polkit-agent-helper-1, which asks for a password."""
         self.asked.append(action_id)
         self.changed.set()
-        await asyncio.to_thread(self.meanwhile)
+        if self.meanwhile:
+            await asyncio.to_thread(self.meanwhile)
         if self._says_yes is None:
             await self._silent.setdefault(cookie, asyncio.Event()).wait()
         if not self._says_yes:

@@ -143,6 +143,14 @@ class Nursery:
             os.sched_yield()
         raise was_killed(dead.si_pid)
 
+    def require_stopped(self) -> None:
+        """The same when all are to be let go of. What was killed has left its stop at once; its death can be waited for
+        only when all threads of its process are dead."""
+        self.require_all()
+        for _, puppet in self:
+            if not puppet.is_dead and not puppet.tracee.is_stopped():
+                raise was_killed(puppet.tid)
+
     def headless(self) -> list[int]:
         """Leaders that are dead while threads of theirs live. We trace them until they are waited for, and nothing but
         that lets their parent know of the end of the process."""

@@ -291,7 +291,7 @@ class Restore:
         self._place.settle({process.vpid: self._nursery[process.alive[0].vpid] for process in self._plan.processes
                             if process.alive})
         fault('ready')
-        self._nursery.require_all()
+        self._nursery.require_stopped()
         self._files.commit()
         init = self._nursery.init
         if init:
