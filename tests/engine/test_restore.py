@@ -39,6 +39,8 @@ class Generation:
         self._alive_by_popen = True
 
     def look(self) -> Picture:
+        if self.victim.name not in BRIEF:
+            self.victim.await_waiting()     # on a busy machine it has yet to come back to where it was
         return take_picture(self.victim.pid, moving=self.victim.name in RESTLESS | BRIEF)
 
     def kill(self, **more: object) -> Path:

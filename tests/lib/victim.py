@@ -110,10 +110,10 @@ class Victim:
         if not line.endswith('\n'):
             self.close()
             raise AssertionError(f'{self} was not ready:\n{self.output}')
-        self._await_waiting()
+        self.await_waiting()
         return self
 
-    def _await_waiting(self) -> None:
+    def await_waiting(self) -> None:
         """Until the first thread is in read(2), where it waits for the word to go, and all others are at rest too."""
         deadline = time.monotonic() + READY_TIMEOUT
         while not self._waits():
