@@ -18,7 +18,7 @@ from ckptd.kinds.base import OpenFile, read_open_file
 from ckptd.tree import Task
 
 
-class Caller(Protocol):
+class Recipient(Protocol):
     """Who is to have the image."""
     @property
     def uid(self) -> int: ...
@@ -34,7 +34,7 @@ class Picture:
     severed: inodes of sockets that do not outlive the dump. caller: who is to have the image.
     """
 
-    def __init__(self, severed: Collection[int] = (), caller: Caller | None = None) -> None:
+    def __init__(self, severed: Collection[int] = (), caller: Recipient | None = None) -> None:
         self._severed, self._caller = severed, caller
         self._statuses: dict[int, Status] = {}
         self._mappings: dict[int, list[Mapping]] = {}
@@ -78,7 +78,7 @@ class Picture:
         self._files.pop(task.tid, None)
 
 
-def may_read(file: OpenFile, caller: Caller) -> bool:
+def may_read(file: OpenFile, caller: Recipient) -> bool:
     """Whether a regular file is open for reading, or could be opened so by the caller as well as by us: a service has
     its log opened for it, before it gives up its rights, and what others write into that is not its user's."""
     if not stat.S_ISREG(file.stat.st_mode) or file.readable or file.is_path:

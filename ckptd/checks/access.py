@@ -18,20 +18,15 @@ from ckptd.errors import NotSupported, Refusal, errno_name
 from ckptd.kernel.creds import CAP_SETGID, become, capget
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
 from ckptd.kernel.pidfd import held
+from ckptd.picture import Recipient
 from ckptd.tree import Tree
 
 ALL_CAPABILITIES = (1 << 64) - 1
 
 
-class Caller(Protocol):
+class Caller(Recipient, Protocol):
     """Who asks. capabilities: the effective set of the calling process as a mask, -1 if unknown. start_time: of that
     process, 0 if unknown."""
-    @property
-    def uid(self) -> int: ...
-    @property
-    def gid(self) -> int: ...
-    @property
-    def groups(self) -> Sequence[int]: ...
     @property
     def pid(self) -> int: ...
     @property

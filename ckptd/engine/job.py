@@ -3,8 +3,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +59,11 @@ class Job:
 
     def picture(self) -> Picture:
         """Nothing read yet. Of a request about the caller itself, its connections to our bus are severed."""
-        if not self.request.sever:
-            return Picture(caller=self.request.caller)
-        try:
-            return Picture(clients_beside(self.request.sever, unix_sockets()), self.request.caller)
-        except OSError:
-            return Picture(caller=self.request.caller)      # no sock_diag: they are refused, as any socket is
+        severed: Collection[int] = ()
+        if self.request.sever:
+            with suppress(OSError):     # no sock_diag: they are refused, as any socket is
+                severed = clients_beside(self.request.sever, unix_sockets())
+        return Picture(severed, self.request.caller)
 
     def refusals(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
         """All refusals and warnings. picture: of a tree at rest, what is read of it."""

@@ -148,13 +148,8 @@ def opening(flags: int) -> int:
 
 def of_process(path: str) -> bool:
     """/proc/PID or below it: there once the process is."""
-    return process_of(path) > 0
-
-
-def process_of(path: str) -> int:
-    """Whose that is; 0 for another path."""
     found = _OF_PROCESS.match(path)
-    return int(found[1]) if found else 0
+    return found is not None and int(found[1]) > 0
 
 
 def access_of(flags: int) -> int:

@@ -28,7 +28,7 @@ from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.kernel.namei import open_direct
 from ckptd.kernel.shm import ShmidDs
-from ckptd.kinds.base import ChangedFiles, Kind, process_of
+from ckptd.kinds.base import ChangedFiles, Kind
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG
 
@@ -39,7 +39,7 @@ _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
 _ENTER_AND_WRITE = os.W_OK | os.X_OK
 # what a process shows of itself, fdinfo of a task at the deepest
-_SHOWS = re.compile(r'/proc/\d{1,10}/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-z_]+)')
+_SHOWS = re.compile(r'/proc/(\d{1,10})/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-z_]+)')
 
 
 class Access:
@@ -136,8 +136,8 @@ class Files(Access):
     def _needed_for(self, path: str) -> int:
         # a task of the tree gets its rights last, and is root's until then: /proc asks who opens its maps for the right
         # to trace it, proc_pid_maps(5), which its user has
-        pid = process_of(path)
-        return 1 << CAP_SYS_PTRACE if _SHOWS.fullmatch(path) and self._pids.get(pid) == pid else 0
+        found = _SHOWS.fullmatch(path)
+        return 1 << CAP_SYS_PTRACE if found and self._pids.get(int(found[1])) == int(found[1]) else 0
 
     # ------------------------------------------------------------ for kinds
 
