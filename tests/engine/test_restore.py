@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptd.engine.messages import Running, Start
 from ckptd.errors import Busy, CkptError
 from tests.engine.driver import DirectWorker, Place
 from tests.lib import settled
@@ -202,12 +203,20 @@ def _comm(pid: int) -> str:
 
 
 def test_dead_leaders_of_a_tree_that_is_waited_for(generation: Callable[..., Generation]) -> None:
-    """Who waits still traces them, and their parents learn of the end of the process all the same."""
+    """No dead leader is traced any more, so its parent learns of the end of the process, and no signal of the tracer's
+    end can be left pending in it."""
     tree = generation('headless')
     image = tree.kill()
-    with tree.victim.told_to_go(), DirectWorker() as worker:
-        result = worker.run(tree.place.request(0, target='', operation='restore', image=image.name, wait=True))
-    assert result['exit_status'] == 0, tree.victim.output
+    with DirectWorker() as worker:
+        worker.send(Start(tree.place.request(0, target='', operation='restore', image=image.name, wait=True)))
+        while not isinstance(worker.receive(), Running):
+            continue
+        dead = [status for pid in session_members(tree.victim.pid)
+                if 'zombie' in (status := Path(f'/proc/{pid}/status').read_text())]
+        assert len(dead) == 2
+        assert all('TracerPid:\t0\n' in status and 'SigPnd:\t0000000000000000\n' in status for status in dead)
+        tree.victim.go()
+        assert worker.result()['exit_status'] == 0, tree.victim.output
 
 
 def test_left_stopped(generation: Callable[..., Generation]) -> None:

@@ -123,7 +123,7 @@ NEEDS = {
     'user-session': Need(_file('/usr/lib/systemd/user/dbus.socket'), APT + 'dbus-user-session libpam-systemd'),
     'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),
     'busctl': Need(_program('busctl'), APT + 'systemd'),
-    'dbus': Need(_program('dbus-daemon'), APT + 'dbus-daemon'),
+    'dbus': Need(_program('dbus-daemon'), APT + 'dbus'),
     'dbus-broker': Need(_program('dbus-broker'), APT + 'dbus-broker'),
     'polkit': Need(_file('/usr/lib/polkit-1/polkitd', '/usr/libexec/polkitd'), APT + 'polkitd'),
     'gcc': Need(_program('gcc'), APT + 'gcc libc6-dev'),

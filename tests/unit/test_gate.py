@@ -23,6 +23,16 @@ def test_all_requires_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gate.required() == gate.NEEDS.keys()
 
 
+def test_the_readme_installs_every_package_that_a_gate_asks_for() -> None:
+    readme = (Path(__file__).parents[2] / 'README.md').read_text()
+    [line] = [line for line in readme.splitlines() if line.endswith('&& make test')]
+    installed = set(line.partition('install -y ')[2].partition(' && ')[0].split())
+    wanted = {package for need in gate.NEEDS.values() if gate.APT in need.fix
+              for package in need.fix.partition(gate.APT)[2].partition(',')[0].split()}
+    assert len(wanted) > 10
+    assert wanted <= installed
+
+
 @pytest.mark.parametrize('required', [True, False])
 def test_missing_thing_skips_or_fails(monkeypatch: pytest.MonkeyPatch, required: bool) -> None:
     monkeypatch.setitem(gate.NEEDS, 'moon', gate.Need(lambda: 'no moon tonight', 'wait a fortnight'))

@@ -20,16 +20,16 @@ def cgroup_of(root: int) -> str:
         return ''
 
 
-def attend(roots: Sequence[int], traced: Sequence[int], channel: Channel) -> int | None:
+def attend(roots: Sequence[int], channel: Channel) -> int | None:
     """The wait(2) status of the first root; None if somebody let go of it before (Cancel), or the daemon is gone.
 
-    The others are only reaped, and those that we still trace. None of them is ended by us, whatever comes.
+    The others are only reaped. None of them is ended by us, whatever comes.
     """
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     with ExitStack() as stack:
         pids = {}
-        for pid in {*roots, *traced}:
+        for pid in roots:
             pidfd = os.pidfd_open(pid)
             stack.callback(os.close, pidfd)
             pids[pidfd] = pid

@@ -151,11 +151,6 @@ class Nursery:
             if not puppet.is_dead and not puppet.tracee.is_stopped():
                 raise was_killed(puppet.tid)
 
-    def headless(self) -> list[int]:
-        """Leaders that are dead while threads of theirs live. We trace them until they are waited for, and nothing but
-        that lets their parent know of the end of the process."""
-        return [puppet.tid for _, puppet in self if puppet.is_dead]
-
     def dismiss(self, vpid: int, waiter: int) -> None:
         """End a process of the nursery, and have its parent forget it."""
         puppet = self.puppets.pop(vpid)

@@ -172,23 +172,29 @@ class Puppet:
 
     def exit_thread(self, status: int) -> None:
         """End as one thread of several, with a wait(2) status, which only /proc shows: the last one's is the process's.
+
+        The tracer lets go of it first. A dead leader that is still traced when its tracer ends gets the SIGKILL of
+        PTRACE_O_EXITKILL, which stays pending in it (kernel/ptrace.c, exit_ptrace); and until the tracer has waited for
+        it, its parent does not hear of the end of the process.
         """
-        self._begin('exit', status >> 8)
+        self._prepare('exit', status >> 8)
+        self.tracee.detach()
         while self._state() not in 'ZX':
-            pid, _ = os.waitpid(self.tid, WALL | os.WNOHANG)
-            if pid:
-                self.tracee.cont()
             os.sched_yield()
         self.is_dead = True
 
     def _begin(self, name: str, *arguments: int) -> None:
         """Start a call that does not return."""
+        self._prepare(name, *arguments)
+        self.tracee.cont()
+
+    def _prepare(self, name: str, *arguments: int) -> None:
+        """Have its next instructions be a call that does not return."""
         batch = Batch()
         batch.call(name, *arguments)
         write_bytes(self.tid, self.arena.table, batch.encode(self.arena.table))
         self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
         self.tracee.sigmask = 0     # which /proc goes on to show of the dead
-        self.tracee.cont()
 
     def _state(self) -> str:
         try:

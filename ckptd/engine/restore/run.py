@@ -321,7 +321,7 @@ class Restore:
         if self._request.wait:
             self._channel.send(Phase('attend'))
             # of a namespace of its own we have the first process only, which ends as the root did
-            status = attend([init.tid] if init else roots, self._nursery.headless(), self._channel)
+            status = attend([init.tid] if init else roots, self._channel)
             result |= {} if status is None else {'exit_status': status}
         self._channel.finish('', (), result)
 
