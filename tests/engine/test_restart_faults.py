@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc', 'dbus'), pyt
 
 SETTLE = 20.0       # seconds: what was killed a moment ago is still on its way
 PATIENCE = 15.0     # seconds for a worker to come to its point
-NOTHING = ('place-make', 'place-make-done', 'opened', 'created-one', 'created', 'filled', 'rebuilt', 'place-freeze',
-           'place-freeze-done', 'place-move', 'place-move-done', 'ready', 'started')
+NOTHING = ('place-make', 'place-make-done', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt',
+           'place-freeze', 'place-freeze-done', 'place-move', 'place-move-done', 'ready', 'started')
 ALIVE = ('place-alive', 'undo-move', 'undo-freeze', 'undo-make')
 FORGOTTEN = 'undo-make-file'    # of what was kept of rolled-back files, when the tree lives
 VICTIMS = ('threads', 'files', 'pipes', 'shared', 'stopped')
@@ -326,7 +326,7 @@ async def test_all_or_nothing(case: Case, gate: Gate, start_daemon: Callable[...
     assert await ended(trial.victim.pid) == 0, trial.victim.output
 
 
-STUBS = ('created-one', 'created', 'filled', 'rebuilt')         # points at which there is nothing but stubs
+STUBS = ('created-one', 'created', 'filled', 'shed', 'rebuilt')         # points at which there is nothing but stubs
 
 
 @pytest.mark.parametrize('point', [*STUBS, 'place-freeze', 'ready'])

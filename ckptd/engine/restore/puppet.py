@@ -84,7 +84,7 @@ class Puppet:
 
     def __init__(self, tracee: Tracee, arena: Arena, turn: Turn | None = None) -> None:
         self.tracee, self.arena = tracee, arena
-        self._turn = turn or Turn()
+        self.turn = turn or Turn()
         self.born: list[int] = []
         self.is_dead = False
 
@@ -108,26 +108,30 @@ class Puppet:
 
     def alone(self, work: Steps[T]) -> Steps[T]:
         """Work with the arena, which begins when nobody else's of this address space is under way."""
-        while self._turn.taken:
+        while self.turn.taken:
             yield
-        self._turn.taken = True
+        self.turn.taken = True
         try:
             return (yield from work)
         finally:
-            self._turn.taken = False
+            self.turn.taken = False
 
     def _attempt(self, batch: Batch) -> Steps[Results]:
         memory = batch.encode(self.arena.table)
         if len(memory) > self.arena.room:
             raise ValueError(f'batch of {len(memory)} bytes is too large')
         write_bytes(self.tid, self.arena.table, memory)
-        yield from self.go()
+        yield from self.go(self.arena.table)
         return batch.decode(read_bytes(self.tid, self.arena.table, len(memory)))
 
-    def go(self) -> Steps[None]:
-        """Run the code over the table as it is."""
+    def write(self, batch: Batch, at: int) -> None:
+        """Put a batch into the arena, at an address of its own, for `go`."""
+        write_bytes(self.tid, at, batch.encode(at))
+
+    def go(self, table: int) -> Steps[None]:
+        """Run the code over the table at this address. It takes registers only, so the memory need not be dumpable."""
         self.born = []
-        self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
+        self.tracee.regs = arch.stub_registers(self.arena.code, table)
         self.tracee.cont()
         yield
         trap = arch.stub_trapped(self.arena.code)
@@ -160,8 +164,8 @@ class Puppet:
             # the program of core_pattern(5) run
             batch = Batch()
             batch.call('prctl', _PR_SET_DUMPABLE, 0, 0, 0, 0)
-            write_bytes(self.tid, self.arena.table, batch.encode(self.arena.table))
-            finish(self.go())       # what it returns may not be read any more, but by root
+            self.write(batch, self.arena.table)
+            finish(self.go(self.arena.table))       # what it returns may not be read any more, but by root
             self.tracee.sigmask = 0
             self.tracee.cont(status & 0x7F)
         else:
@@ -192,7 +196,7 @@ class Puppet:
         """Have its next instructions be a call that does not return."""
         batch = Batch()
         batch.call(name, *arguments)
-        write_bytes(self.tid, self.arena.table, batch.encode(self.arena.table))
+        self.write(batch, self.arena.table)
         self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
         self.tracee.sigmask = 0     # which /proc goes on to show of the dead
 
@@ -208,7 +212,7 @@ class Puppet:
         status = tracee.wait()
         if status >> 16 != PTRACE_EVENT_STOP:
             raise CkptError(f'task {tid} was born with status {status:#x}', task=tid)
-        return Puppet(tracee, self.arena, self._turn if shares_memory else None)
+        return Puppet(tracee, self.arena, self.turn if shares_memory else None)
 
     def leave(self, last: Batch, *, unmap: bool) -> Steps[None]:
         """Do the last calls, and unmap the arena unless others still use it. The task then stands wherever its
@@ -225,7 +229,7 @@ class Puppet:
     def _leave(self, last: Batch) -> Steps[None]:
         if not len(last):
             return
-        write_bytes(self.tid, self.arena.table, last.encode(self.arena.table))
+        self.write(last, self.arena.table)
         tracee = self.tracee
         tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
         for _ in range(len(last)):

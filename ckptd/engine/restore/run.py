@@ -13,7 +13,6 @@
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.digests import Digests, damaged
 from ckptd.engine.restore.family import SEED, Process
 from ckptd.engine.restore.files import Files
+from ckptd.engine.restore.leave import Leave
 from ckptd.engine.restore.memory import Space, clear
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
@@ -39,16 +39,14 @@ from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.rewrites import Rewrites
 from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
-from ckptd.engine.restore.sleeping import sleep_again
+from ckptd.engine.restore.shed import Shed
 from ckptd.engine.restore.steps import Clear, Fill, Step
-from ckptd.engine.restore.stops import Stops
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.engine.restore.world import make_reaper
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify_records
-from ckptd.kernel.arch.x86_64 import user_regs_struct
 from ckptd.kernel.ptrace import let_go
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
@@ -63,10 +61,8 @@ class Restore:
         self._job, self._channel, self._request = job, job.channel, job.request
         self._reader, self._plan, self._clock = reader, plan, clock
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
-        self._fss, self._sighands = plan.users('fs_id'), plan.users('sighand_id')
-        self._stops = Stops(plan.processes, all_=job.request.leave_stopped)
+        self._fss = plan.users('fs_id')
         self._warnings = list(warnings)
-        self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
         self._bytes_done = self._bytes_total = 0
 
     def run(self, digests: Digests) -> None:
@@ -86,7 +82,8 @@ class Restore:
             fault('rebuilt')
             with self._phase('start'):
                 self._objects.finish()
-                self._leave()
+                Leave(self._reader, self._plan, self._nursery, all_stopped=self._request.leave_stopped,
+                      check=self._channel.check).run()
                 self._start()
         self._attend()
 
@@ -174,6 +171,8 @@ class Restore:
         interleave(self._process(process) for process in plan.processes if process.alive)
         # closing any fd of a file gives up all locks that a process has on it, so they come after the bank is closed
         interleave(self._close_bank(nursery[vpid]) for vpid in self._tables.values())
+        Shed(self._reader, plan, nursery, self._spaces).run()
+        fault('shed')
         self._files.finish()
         self._objects.seal()
         for task in plan.tasks:
@@ -181,7 +180,7 @@ class Restore:
                 self._bury(task)
 
     def _process(self, process: Process) -> Steps[None]:
-        """All threads of a process, up to their rights."""
+        """All threads of a process: what may need a right, or none."""
         reader, nursery = self._reader, self._nursery
         first = process.alive[0]
         state.limits(reader, process.vpid, nursery[first.vpid].tid)
@@ -224,7 +223,6 @@ class Restore:
         puppet = self._nursery[task.vpid]
         script = Script(puppet)
         script.call('prctl', state.PR_SET_NAME, state.name_of(task.record))
-        state.credentials(self._reader, task.vpid, script, ids=not self._plan.world.user)
         script.do()
         process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
         if process.alive:
@@ -234,57 +232,6 @@ class Restore:
             del self._nursery.puppets[task.vpid]
 
     # ------------------------------------------------------------ start
-
-    def _leave(self) -> None:
-        """The last calls of all, then nobody has a stub any more."""
-        self._stubs = Counter(task.record.mm_id for process in self._plan.processes for task in process.alive)
-        running: list[Process] = []
-        # children first: that they stop, their parents hear while they are stubs, and have heard before
-        for process in reversed(self._plan.processes):
-            if process.alive and self._stops.signal_of(process):
-                finish(self._last(process))
-                self._go_all([process])
-                self._stops.stop(process, self._nursery)
-            elif process.alive:
-                running.insert(0, process)
-        interleave(self._last(process) for process in running)
-        self._go_all(running)
-
-    def _go_all(self, processes: Sequence[Process]) -> None:
-        tasks = [task for process in processes for task in process.alive]
-        self._stubs.subtract(task.record.mm_id for task in tasks)
-        # the pages of the stub go with the last who uses them
-        last = {task.record.mm_id: task for task in reversed(tasks) if not self._stubs[task.record.mm_id]}
-        interleave(self._go(task, unmap=False) for task in tasks
-                   if self._sighands[task.record.sighand_id] == task.vpid and last.get(task.record.mm_id) is not task)
-        interleave(self._go(task, unmap=True) for task in last.values())
-        for task in tasks:
-            state.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
-
-    def _last(self, process: Process) -> Steps[None]:
-        reader, nursery = self._reader, self._nursery
-        first = process.alive[0]
-        for task in process.alive:
-            record, script = task.record, Script(nursery[task.vpid])
-            if self._sighands[record.sighand_id] == task.vpid:
-                state.actions(reader, record.sighand_id, script)
-            if task is first:
-                # before there are timers, whose signals are the task's own
-                state.drain(nursery[task.vpid])
-                state.posix_timers(reader, process.vpid, nursery[task.vpid])
-                state.interval_timers(reader, process.vpid, script)
-                state.queue(reader, process.vpid, process.vpid, script, shared=True)
-            state.queue(reader, process.vpid, task.vpid, script, shared=False)
-            if self._mms[record.mm_id] == task.vpid:
-                self._spaces[record.mm_id].lock(script)
-            state.credentials(reader, task.vpid, script, ids=not self._plan.world.user)
-            yield from script.run()
-            self._channel.check()
-            if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
-                self._results[task.vpid] = regs
-
-    def _go(self, task: ImageTask, *, unmap: bool) -> Steps[None]:
-        return self._nursery[task.vpid].leave(state.last_calls(self._reader, task.record.sighand_id), unmap=unmap)
 
     def _start(self) -> None:
         """Let go of all. What cannot fail comes last, and what cannot be undone before that."""

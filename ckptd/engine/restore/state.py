@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Everything of a task that is neither memory nor open file, put back by calls of its own or by us from outside.
 
-The order matters. Rights go last: a stub is what we are until then. After them come only calls that need none, and of
-these PR_SET_PDEATHSIG and PR_SET_DUMPABLE because a change of ids clears them (kernel/cred.c, commit_creds).
+What needs a right comes before the shed (shed.py): thread, process, limits, schedule, terminal, fs. What memory of the
+program steers, or what acts on it, comes after: rseq, actions, timers, queues, registers.
 """
 
 import ctypes
@@ -23,19 +23,16 @@ from ckptd.errors import CkptError
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.creds import LINUX_CAPABILITY_VERSION_3, capget, last_capability, prctl
+from ckptd.kernel.creds import prctl
 from ckptd.kernel.itimer import cpu_itimer_excess
 from ckptd.kernel.sched import SchedAttr, ioprio_set, sched_setattr
 from ckptd.kernel.task import SIGEV_THREAD_ID
 
 # <linux/prctl.h>
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECUREBITS, PR_SET_TIMERSLACK = 1, 4, 15, 28, 29
-PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 24, 36, 38, 47
+PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_CHILD_SUBREAPER = 15, 29, 36
 PR_SET_TSC, PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_DEFAULT, PR_SET_IO_FLUSHER = 26, 33, 1, 2, 57
 PR_GET_SPECULATION_CTRL, PR_SET_SPECULATION_CTRL, PR_SPEC_PRCTL = 52, 53, 1
 PR_TIMER_CREATE_RESTORE_IDS = 77        # since 6.15
-PR_CAP_AMBIENT_RAISE = 2
-SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/securebits.h>
 SS_ONSTACK, SS_DISABLE = 1, 2           # <asm-generic/signal-defs.h>
 SIGTRAP = 5
 _NEVER_HANDLED = (9, 19)
@@ -58,13 +55,19 @@ def thread(reader: ImageReader, vpid: int, script: Script) -> None:
     script.call('set_tid_address', pointers.clear_child_tid)
     if pointers.robust_list_len:
         script.call('set_robust_list', pointers.robust_list, pointers.robust_list_len)
-    if pointers.rseq:
-        script.call('rseq', pointers.rseq, pointers.rseq_len, pointers.rseq_flags, pointers.rseq_signature,
-                    about='rseq')
     scheduling = reader.get(records.Scheduling, vpid)
     script.call('prctl', PR_SET_TIMERSLACK, scheduling.timer_slack)
     if controls := reader.table(records.ThreadControls).get(vpid):
         _controls(controls, script)
+
+
+def rseq(reader: ImageReader, vpid: int, script: Script) -> None:
+    """Register the restartable sequences of a thread. Memory of the program says where a sequence that is interrupted
+    goes on, so this comes after the shed."""
+    pointers = reader.get(records.ThreadPointers, vpid)
+    if pointers.rseq:
+        script.call('rseq', pointers.rseq, pointers.rseq_len, pointers.rseq_flags, pointers.rseq_signature,
+                    about='rseq')
 
 
 def _controls(controls: records.ThreadControls, script: Script) -> None:
@@ -111,47 +114,6 @@ def schedule(reader: ImageReader, vpid: int, tid: int) -> None:
     except OSError as error:
         raise CkptError(f'the scheduling of task {vpid} cannot be restored: {error}', errno=error.errno, task=tid,
                         resource='scheduling', hint='run ckptd with CAP_SYS_NICE') from error
-
-
-def credentials(reader: ImageReader, vpid: int, script: Script, *, ids: bool) -> None:
-    """Ids, groups, capabilities, securebits, and what depends on them. ids: False where a user namespace gives the
-    only ids that there are, and setgroups(2) is forbidden in it."""
-    record, mm_id = reader.get(records.Credentials, vpid), reader.get(records.Task, vpid).mm_id
-    inheritable, permitted, effective, bounding, ambient = record.capabilities
-    for capability in range(last_capability() + 1):
-        if not bounding >> capability & 1:
-            script.call('prctl', PR_CAPBSET_DROP, capability, 0, 0, 0, about='the capability bounding set')
-    if ids:
-        script.call('prctl', PR_SET_SECUREBITS, SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
-        script.call('setgroups', len(record.groups), struct.pack(f'<{len(record.groups)}I', *record.groups) or b'\0')
-        script.call('setresgid', *record.gids[:3], about='group ids')
-        script.call('setfsgid', record.gids[3])
-        script.call('setresuid', *record.uids[:3], about='user ids')
-        script.call('setfsuid', record.uids[3])
-    full = capget().permitted if ids else _ALL >> 63 - last_capability()
-    _capset(script, full | permitted, full | permitted, inheritable)
-    for capability in range(last_capability() + 1):
-        if ambient >> capability & 1:
-            script.call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0, about='ambient capabilities')
-    script.call('prctl', PR_SET_SECUREBITS, record.securebits, 0, 0, 0, about='securebits')
-    _capset(script, effective, permitted, inheritable)
-    if record.no_new_privs:
-        script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if not mm_id:
-        return      # dead: these are what its parent learns of it
-    if (dumpable := reader.get(records.Mm, mm_id).dumpable) < 2:
-        # 2 comes from a change of ids and fs.suid_dumpable alone; it is that already
-        script.call('prctl', PR_SET_DUMPABLE, dumpable, 0, 0, 0)
-    if death := reader.get(records.ThreadPointers, vpid).pdeath_signal:
-        script.call('prctl', PR_SET_PDEATHSIG, death, 0, 0, 0)
-
-
-def _capset(script: Script, effective: int, permitted: int, inheritable: int) -> None:
-    low = (1 << 32) - 1
-    header = struct.pack('<Ii', LINUX_CAPABILITY_VERSION_3, 0)
-    data = struct.pack('<6I', effective & low, permitted & low, inheritable & low, effective >> 32, permitted >> 32,
-                       inheritable >> 32)
-    script.call('capset', header, data, about='capabilities')
 
 
 # ---------------------------------------------------------------- processes

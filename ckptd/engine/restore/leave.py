@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The end of the stubs: what a task is given after the shed, and its way out of the arena.
+
+Everything here is done with the rights of the tree itself. This is the place for calls by which memory of the program
+steers a task: restartable sequences, signal handlers, timers, pending signals, registers.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from ckptd.engine.interleave import Steps, finish, interleave
+from ckptd.engine.restore import state
+from ckptd.engine.restore.family import Process
+from ckptd.engine.restore.nursery import Nursery
+from ckptd.engine.restore.plan import Plan
+from ckptd.engine.restore.script import Script
+from ckptd.engine.restore.shed import (
+    PR_SET_DUMPABLE,
+    SUID_DUMP_DISABLE,
+    SUID_DUMP_USER,
+    dumpable_of,
+    is_users_worker,
+)
+from ckptd.engine.restore.sleeping import sleep_again
+from ckptd.engine.restore.stops import Stops
+from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.kernel.arch.x86_64 import user_regs_struct
+
+
+class Leave:
+    """The last calls of every task. all_stopped: leave each process in a group-stop. check: raises Cancelled."""
+
+    def __init__(self, reader: ImageReader, plan: Plan, nursery: Nursery, *, all_stopped: bool,
+                 check: Callable[[], None]) -> None:
+        self._reader, self._plan, self._nursery, self._check = reader, plan, nursery, check
+        self._stops = Stops(plan.processes, all_=all_stopped)
+        self._sighands = plan.users('sighand_id')
+        self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
+
+    def run(self) -> None:
+        """Nobody is a stub any more; all are still stopped."""
+        self._stubs = Counter(task.record.mm_id for process in self._plan.processes for task in process.alive)
+        running: list[Process] = []
+        # children first: that they stop, their parents hear while they are stubs, and have heard before
+        for process in reversed(self._plan.processes):
+            if process.alive and self._stops.signal_of(process):
+                finish(self._last(process))
+                self._go_all([process])
+                self._stops.stop(process, self._nursery)
+            elif process.alive:
+                running.insert(0, process)
+        interleave(self._last(process) for process in running)
+        self._go_all(running)
+
+    def _go_all(self, processes: Sequence[Process]) -> None:
+        tasks = [task for process in processes for task in process.alive]
+        self._stubs.subtract(task.record.mm_id for task in tasks)
+        # the pages of the stub go with the last who uses them
+        last = {task.record.mm_id: task for task in reversed(tasks) if not self._stubs[task.record.mm_id]}
+        interleave(self._go(task, unmap=False) for task in tasks
+                   if self._sighands[task.record.sighand_id] == task.vpid and last.get(task.record.mm_id) is not task)
+        interleave(self._go(task, unmap=True) for task in last.values())
+        for task in tasks:
+            state.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
+
+    def _last(self, process: Process) -> Steps[None]:
+        reader, nursery = self._reader, self._nursery
+        first = process.alive[0]
+        for task in process.alive:
+            record, script = task.record, Script(nursery[task.vpid])
+            state.rseq(reader, task.vpid, script)
+            if self._sighands[record.sighand_id] == task.vpid:
+                state.actions(reader, record.sighand_id, script)
+            if task is first:
+                # before there are timers, whose signals are the task's own
+                state.drain(nursery[task.vpid])
+                state.posix_timers(reader, process.vpid, nursery[task.vpid])
+                state.interval_timers(reader, process.vpid, script)
+                state.queue(reader, process.vpid, process.vpid, script, shared=True)
+            state.queue(reader, process.vpid, task.vpid, script, shared=False)
+            yield from script.run()
+            self._check()
+            if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
+                self._results[task.vpid] = regs
+
+    def _go(self, task: ImageTask, *, unmap: bool) -> Steps[None]:
+        batch = state.last_calls(self._reader, task.record.sighand_id)
+        if unmap and is_users_worker(self._plan) and dumpable_of(self._reader, [task]) != SUID_DUMP_USER:
+            # no memory of the task can be read or written from here on, not even by us
+            batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
+        return self._nursery[task.vpid].leave(batch, unmap=unmap)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The shed: all tasks of a tree take their own credentials and give up every right of the restart.
+
+It comes after everything that needs a right (set_tid, PR_SET_MM_MAP, map_files) and after the inherited service fds are
+closed. It comes before everything by which memory of the user can steer a task (rseq, signal handlers, timers).
+
+Tasks that share an address space shed together. The first one makes it non-dumpable, the last one undoes that. Without
+this the first task to become the user's would expose the code of the others through its /proc/TID/mem
+(kernel/ptrace.c, __ptrace_may_access).
+
+    restart by          how
+    root                each task runs `credentials`, which ends with the capabilities of the image
+    a user's worker     its tasks have CAP_CHECKPOINT_RESTORE and nothing else; every set is cleared. Memory that is not
+                        dumpable is closed to its tracer as well, so what is to be run is written before, and /proc
+                        tells whether it was done
+    a user namespace    each task runs `credentials`; its rights end with the namespace, whose owner the user is
+"""
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+
+from ckptd.engine.batch import Batch
+from ckptd.engine.interleave import Steps, interleave
+from ckptd.engine.restore.memory import Space
+from ckptd.engine.restore.nursery import Nursery
+from ckptd.engine.restore.plan import Plan
+from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.script import Script
+from ckptd.errors import CkptError
+from ckptd.image import records
+from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.kernel.creds import (
+    LINUX_CAPABILITY_VERSION_3,
+    PR_CAP_AMBIENT,
+    PR_CAP_AMBIENT_CLEAR_ALL,
+    capget,
+    last_capability,
+)
+from ckptd.kernel.status import read_status
+
+# <linux/prctl.h>
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 28, 38
+PR_CAP_AMBIENT_RAISE = 2
+SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/securebits.h>
+SUID_DUMP_DISABLE, SUID_DUMP_USER, SUID_DUMP_ROOT = 0, 1, 2     # <linux/sched/coredump.h>
+_ALL = (1 << 64) - 1
+
+
+def is_users_worker(plan: Plan) -> bool:
+    """Whether the tree is made by a worker that is an ordinary user and chooses pids by CAP_CHECKPOINT_RESTORE."""
+    return os.geteuid() != 0 and not plan.world.user
+
+
+class Shed:
+    """One shed. spaces: by mm_id; their locks are taken while there is a right to take them."""
+
+    def __init__(self, reader: ImageReader, plan: Plan, nursery: Nursery, spaces: Mapping[int, Space]) -> None:
+        self._reader, self._plan, self._nursery, self._spaces = reader, plan, nursery, spaces
+        self._ids = not plan.world.user
+        self._mms = plan.users('mm_id')
+
+    def run(self) -> None:
+        """CkptError if a task keeps a right, or cannot have its own."""
+        groups = self._groups()
+        if is_users_worker(self._plan):
+            interleave(self._clear(group) for group in groups)
+        else:
+            interleave(self._take_own(group) for group in groups)
+
+    def _groups(self) -> list[list[ImageTask]]:
+        """All tasks, those included that are to be dead, by address space."""
+        groups: dict[int, list[ImageTask]] = {}
+        for task in self._plan.tasks:
+            groups.setdefault(id(self._nursery[task.vpid].turn), []).append(task)
+        return list(groups.values())
+
+    # ------------------------------------------------------------ root, or root of a user namespace
+
+    def _take_own(self, group: Sequence[ImageTask]) -> Steps[None]:
+        first = Script(self._nursery[group[0].vpid])
+        first.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
+        yield from first.run()
+        for task in group:
+            script = Script(self._nursery[task.vpid])
+            self._lock(task, script)
+            credentials(self._reader, task.vpid, script, ids=self._ids)
+            if task is group[-1]:
+                self._set_dumpable(group, script)
+            yield from script.run()
+
+    def _set_dumpable(self, group: Sequence[ImageTask], script: Script) -> None:
+        wanted = dumpable_of(self._reader, group)
+        # SUID_DUMP_ROOT cannot be set; it comes from a change of ids and the sysctl fs.suid_dumpable alone
+        if wanted < SUID_DUMP_ROOT:
+            script.call('prctl', PR_SET_DUMPABLE, wanted, 0, 0, 0)
+
+    def _lock(self, task: ImageTask, script: Script) -> None:
+        mm_id = task.record.mm_id
+        if mm_id and self._mms.get(mm_id) == task.vpid:
+            self._spaces[mm_id].lock(script)
+
+    # ------------------------------------------------------------ a user's worker
+
+    def _clear(self, group: Sequence[ImageTask]) -> Steps[None]:
+        puppets = [self._nursery[task.vpid] for task in group]
+        for task in group:
+            script = Script(self._nursery[task.vpid])
+            self._lock(task, script)
+            yield from script.run()
+        yield from puppets[0].alone(_clear_capabilities(puppets))
+        for puppet in puppets:
+            require_no_capability(puppet.tid)
+        for task in group:
+            script = Script(self._nursery[task.vpid])
+            _unprivileged(self._reader, task.vpid, script)
+            yield from script.run()
+
+
+def _clear_capabilities(puppets: Sequence[Puppet]) -> Steps[None]:
+    clear, show = Batch(), Batch()
+    clear.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
+    clear.call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    clear.call('capset', clear.buffer(8, struct.pack('<Ii', LINUX_CAPABILITY_VERSION_3, 0)), clear.buffer(24))
+    show.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_USER, 0, 0, 0)
+    first, arena = puppets[0], puppets[0].arena
+    other = arena.table + arena.room // 2
+    first.write(clear, arena.table)
+    first.write(show, other)
+    for puppet in puppets:
+        yield from puppet.go(arena.table)
+    yield from puppets[-1].go(other)
+
+
+def require_no_capability(tid: int) -> None:
+    """CkptError if a task has one in any set but the bounding set."""
+    status = read_status(tid)
+    if status.cap_inh | status.cap_prm | status.cap_eff | status.cap_amb:
+        raise CkptError(f'task {tid} keeps capabilities of the restart', task=tid, resource='capabilities',
+                        hint='this is a bug of ckptd: nothing of the tree was started')
+
+
+def _unprivileged(reader: ImageReader, vpid: int, script: Script) -> None:
+    """What of the credentials of a task needs no right."""
+    record = reader.get(records.Credentials, vpid)
+    if record.no_new_privs:
+        script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _death_signal(reader, vpid, script)
+
+
+def dumpable_of(reader: ImageReader, group: Sequence[ImageTask]) -> int:
+    """What an address space is to be in the end, PR_SET_DUMPABLE(2const); that of dead tasks does not matter."""
+    mm_id = next((task.record.mm_id for task in group if task.record.mm_id), 0)
+    return reader.get(records.Mm, mm_id).dumpable if mm_id else SUID_DUMP_DISABLE
+
+
+# ---------------------------------------------------------------- credentials
+
+def credentials(reader: ImageReader, vpid: int, script: Script, *, ids: bool) -> None:
+    """Ids, groups, capabilities, securebits, and what a change of them resets. ids: False where a user namespace gives
+    the only ids that there are, and setgroups(2) is forbidden in it."""
+    record = reader.get(records.Credentials, vpid)
+    inheritable, permitted, effective, bounding, ambient = record.capabilities
+    for capability in range(last_capability() + 1):
+        if not bounding >> capability & 1:
+            script.call('prctl', PR_CAPBSET_DROP, capability, 0, 0, 0, about='the capability bounding set')
+    if ids:
+        script.call('prctl', PR_SET_SECUREBITS, SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
+        script.call('setgroups', len(record.groups), struct.pack(f'<{len(record.groups)}I', *record.groups) or b'\0')
+        script.call('setresgid', *record.gids[:3], about='group ids')
+        script.call('setfsgid', record.gids[3])
+        script.call('setresuid', *record.uids[:3], about='user ids')
+        script.call('setfsuid', record.uids[3])
+    full = capget().permitted if ids else _ALL >> 63 - last_capability()
+    _capset(script, full | permitted, full | permitted, inheritable)
+    for capability in range(last_capability() + 1):
+        if ambient >> capability & 1:
+            script.call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0, about='ambient capabilities')
+    script.call('prctl', PR_SET_SECUREBITS, record.securebits, 0, 0, 0, about='securebits')
+    _capset(script, effective, permitted, inheritable)
+    if record.no_new_privs:
+        script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _death_signal(reader, vpid, script)
+
+
+def _capset(script: Script, effective: int, permitted: int, inheritable: int) -> None:
+    low = (1 << 32) - 1
+    header = struct.pack('<Ii', LINUX_CAPABILITY_VERSION_3, 0)
+    data = struct.pack('<6I', effective & low, permitted & low, inheritable & low, effective >> 32, permitted >> 32,
+                       inheritable >> 32)
+    script.call('capset', header, data, about='capabilities')
+
+
+def _death_signal(reader: ImageReader, vpid: int, script: Script) -> None:
+    """After the credentials: a change of ids clears it (kernel/cred.c, commit_creds)."""
+    pointers = reader.table(records.ThreadPointers).get(vpid)
+    if pointers is not None and pointers.pdeath_signal:
+        script.call('prctl', PR_SET_PDEATHSIG, pointers.pdeath_signal, 0, 0, 0)
