@@ -19,9 +19,10 @@ from typing import Any
 
 from ckptd.errors import ImageDamaged
 from ckptd.image.export_core import writing
-from ckptd.image.files import open_regular, wait_writable
-from ckptd.image.manifest import NAME, Manifest, open_image, read_manifest_at
+from ckptd.image.files import wait_writable
+from ckptd.image.manifest import NAME, Manifest, read_manifest_of
 from ckptd.image.records import PARTS
+from ckptd.image.source import ImageFiles, files_of
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
@@ -35,32 +36,29 @@ def part_order(names: Iterable[str]) -> list[str]:
                   (len(known), int(name.removeprefix('data-').removesuffix('.img'))))
 
 
-def write_archive(directory: Path, sink: int) -> list[str]:
-    """Write the image in `directory` to an fd; names of its files in the stream. ImageDamaged; CkptError for the sink.
+def write_archive(image: Path | ImageFiles, sink: int) -> list[str]:
+    """Write an image to an fd; names of its files in the stream. ImageDamaged; CkptError for the sink.
 
     The digests are not looked at: who takes the stream in does that. Sizes are, before anything is written.
     """
-    image = open_image(directory)
-    try:
-        manifest = read_manifest_at(image)
-        sizes = _sizes(image, manifest)
+    with files_of(image) as files:
+        manifest = read_manifest_of(files)
+        sizes = _sizes(files, manifest)
         with writing('the tar stream'):
             _write(sink, _header(manifest, f'{manifest.image}/', tarfile.DIRTYPE, 0o700))
             for name, size in sizes.items():
                 _write(sink, _header(manifest, f'{manifest.image}/{name}', tarfile.REGTYPE, 0o600, size))
-                _send_file(sink, image, name, size)
+                _send_file(sink, files, name, size)
                 _write(sink, bytes(-size % BLOCK))
             _write(sink, bytes(2 * BLOCK))
-    finally:
-        os.close(image)
     return [f'{manifest.image}/{name}' for name in sizes]
 
 
-def _sizes(image: int, manifest: Manifest) -> dict[str, int]:
+def _sizes(files: ImageFiles, manifest: Manifest) -> dict[str, int]:
     """Bytes by file name, in the order of the archive. ImageDamaged where a part has others than it should."""
     sizes = {}
     for name in (NAME, *part_order(manifest.parts)):
-        fd = open_regular(image, name)
+        fd = files.open(name)
         try:
             sizes[name] = os.fstat(fd).st_size
         finally:
@@ -78,8 +76,8 @@ def _header(manifest: Manifest, name: str, kind: bytes, mode: int, size: int = 0
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
-def _send_file(sink: int, image: int, name: str, size: int) -> None:
-    fd = open_regular(image, name)
+def _send_file(sink: int, files: ImageFiles, name: str, size: int) -> None:
+    fd = files.open(name)
     try:
         at = 0
         while at < size:

@@ -25,9 +25,9 @@ import msgspec
 from msgspec import Meta
 
 from ckptd.errors import ImageDamaged, Refusal
-from ckptd.image.files import open_regular
 from ckptd.image.grammar import FORMAT
 from ckptd.image.ids import is_image_id
+from ckptd.image.source import ImageFiles, files_of
 
 NAME = 'manifest.json'
 MAX_MANIFEST = 4 << 20
@@ -126,15 +126,14 @@ def decode_manifest(data: bytes) -> Manifest:
     return manifest
 
 
-def read_manifest_at(directory: int) -> Manifest:
-    """The manifest in an open directory. ImageDamaged."""
-    fd = open_regular(directory, NAME)
+def read_manifest_of(files: ImageFiles) -> Manifest:
+    """The manifest among the files of an image. ImageDamaged."""
+    fd = files.open(NAME)
     try:
         size = os.fstat(fd).st_size
         if size > MAX_MANIFEST:
             raise ImageDamaged(f'{NAME} is larger than {MAX_MANIFEST} bytes', resource=NAME)
-        with os.fdopen(fd, 'rb', closefd=False) as file:
-            return decode_manifest(file.read(size))
+        return decode_manifest(os.pread(fd, size, 0))
     except OSError as error:
         raise ImageDamaged(f'{NAME} cannot be read: {error.strerror}', resource=NAME) from error
     finally:
@@ -143,16 +142,5 @@ def read_manifest_at(directory: int) -> Manifest:
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of the image in `directory`. ImageDamaged."""
-    fd = open_image(directory)
-    try:
-        return read_manifest_at(fd)
-    finally:
-        os.close(fd)
-
-
-def open_image(directory: Path) -> int:
-    """A directory fd of an image. ImageDamaged."""
-    try:
-        return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise ImageDamaged(f'{directory} cannot be opened: {error.strerror}', resource=str(directory)) from error
+    with files_of(directory) as files:
+        return read_manifest_of(files)

@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import attrgetter
@@ -14,9 +14,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from ckptd.errors import ImageDamaged
-from ckptd.image.files import open_regular
 from ckptd.image.grammar import Record, read_records
-from ckptd.image.manifest import open_image, read_manifest_at
+from ckptd.image.manifest import read_manifest_of
 from ckptd.image.records import (
     OF_MM,
     OF_SHARED_MEMORY,
@@ -34,6 +33,7 @@ from ckptd.image.records import (
     Vma,
     data_name,
 )
+from ckptd.image.source import ImageFiles, files_of, open_part
 
 R = TypeVar('R', bound=Record)
 CHUNK = 1 << 20     # bytes of an extent held in memory at a time
@@ -87,13 +87,15 @@ class ImageReader:
     """An open image. Parts are read when they are first asked for. outside: a block in which files are opened that are
     not the image's."""
 
-    def __init__(self, directory: Path, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        self.path, self.outside = directory, outside
-        self._directory = open_image(directory)
+    def __init__(self, image: Path | ImageFiles, outside: Callable[[], AbstractContextManager[None]] = nullcontext
+                 ) -> None:
+        self.outside = outside
+        self._stack = ExitStack()
+        self._files = self._stack.enter_context(files_of(image))
         self._data: dict[int, int] = {}
         self._indices: dict[str, _Index] = {}
         try:
-            self.manifest = read_manifest_at(self._directory)
+            self.manifest = read_manifest_of(self._files)
         except BaseException:
             self.close()
             raise
@@ -110,16 +112,14 @@ class ImageReader:
         for fd in self._data.values():
             os.close(fd)
         self._data.clear()
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
+        self._stack.close()
 
     # ------------------------------------------------------------ records
 
     def records(self, code: str) -> Iterator[Record]:
         """Records of the part 'TREE', 'TASK', 'FILE' or 'MEM ' in their order, one in memory at a time."""
         name = PARTS[code]
-        with os.fdopen(open_regular(self._directory, name), 'rb') as file:
+        with open_part(self._files, name) as file:
             try:
                 yield from read_records(file, code.encode(), name)
             except OSError as error:
@@ -221,7 +221,7 @@ class ImageReader:
             name = data_name(part)
             if name not in self.manifest.parts:
                 raise ImageDamaged(f'{name} is named by a record and not by the manifest', resource=name)
-            self._data[part] = open_regular(self._directory, name)
+            self._data[part] = self._files.open(name)
         return self._data[part]
 
     def pread_into(self, buffer: memoryview, part: int, offset: int) -> None:

@@ -6,51 +6,52 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ckptd.errors import ImageDamaged
-from ckptd.image.files import digest_file, open_regular
+from ckptd.image.files import digest_file
 from ckptd.image.grammar import read_records
-from ckptd.image.manifest import NAME, Manifest, Part, open_image, read_manifest_at
+from ckptd.image.manifest import NAME, Manifest, Part, read_manifest_of
 from ckptd.image.records import PARTS
 from ckptd.image.references import MAX_DAMAGES, RecordChecker
+from ckptd.image.source import ImageFiles, files_of, open_part
 
 
-def verify(directory: Path, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """One sentence per damage of the image in `directory`; empty for a sound one. At most `MAX_DAMAGES`.
+def verify(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+    """One sentence per damage of an image; empty for a sound one. At most `MAX_DAMAGES`.
 
     on_bytes(n) is called after every n bytes that have their digest, for progress, and with 0 after every record; what
     it raises ends this.
     """
-    return [*verify_records(directory, on_bytes), *verify_data(directory, on_bytes)][:MAX_DAMAGES]
+    return [*verify_records(image, on_bytes), *verify_data(image, on_bytes)][:MAX_DAMAGES]
 
 
-def verify_records(directory: Path, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+def verify_records(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """All but the digests of the data parts: what there is to know before anything is planned. At most
     `MAX_DAMAGES`. on_bytes: as for `verify`."""
     damages: list[str] = []
     try:
-        fd = open_image(directory)
+        with files_of(image) as files:
+            _verify_all(files, damages, on_bytes)
     except ImageDamaged as error:
         return [error.message]
-    try:
-        manifest = _read_manifest(fd, damages)
-        with os.scandir(fd) as entries:
-            found = [entry.name for entry in entries]
-        _verify_names(found, manifest, damages)
-        # without a manifest, whatever data part is there may be meant
-        names = manifest.parts if manifest else {name for name in found if name.startswith('data-')}
-        sizes = {name: _verify_file(fd, name, manifest, damages, on_bytes)
-                 for name in sorted({*names, *PARTS.values()})}
-        checker = RecordChecker({name: size for name, size in sizes.items() if size is not None}, damages)
-        whole = [_verify_records(fd, code, checker, damages, on_bytes) for code, name in PARTS.items()
-                 if sizes.get(name) is not None]
-        # a part that broke off lacks records that others name: those are no damages of their own
-        if len(whole) == len(PARTS) and all(whole):
-            checker.finish(manifest)
-    finally:
-        os.close(fd)
     return damages[:MAX_DAMAGES]
 
 
-def verify_data(directory: Path, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+def _verify_all(files: ImageFiles, damages: list[str], on_bytes: Callable[[int], None] | None) -> None:
+    manifest = _read_manifest(files, damages)
+    found = files.names()
+    _verify_names(found, manifest, damages)
+    # without a manifest, whatever data part is there may be meant
+    names = manifest.parts if manifest else {name for name in found if name.startswith('data-')}
+    sizes = {name: _verify_file(files, name, manifest, damages, on_bytes)
+             for name in sorted({*names, *PARTS.values()})}
+    checker = RecordChecker({name: size for name, size in sizes.items() if size is not None}, damages)
+    whole = [_verify_records(files, code, checker, damages, on_bytes) for code, name in PARTS.items()
+             if sizes.get(name) is not None]
+    # a part that broke off lacks records that others name: those are no damages of their own
+    if len(whole) == len(PARTS) and all(whole):
+        checker.finish(manifest)
+
+
+def verify_data(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """The digests of the data parts that have the right size, nearly all the time of `verify`; what `verify_records`
     tells of is not told again. In a thread: digests are computed without the interpreter's lock.
 
@@ -58,23 +59,18 @@ def verify_data(directory: Path, on_bytes: Callable[[int], None] | None = None) 
     """
     damages: list[str] = []
     try:
-        fd = open_image(directory)
-    except ImageDamaged:
-        return []
-    try:
-        manifest = read_manifest_at(fd)
-        for name in sorted({*manifest.parts} - {*PARTS.values()}):
-            _verify_digest(fd, name, manifest.parts[name], damages, on_bytes)
+        with files_of(image) as files:
+            manifest = read_manifest_of(files)
+            for name in sorted({*manifest.parts} - {*PARTS.values()}):
+                _verify_digest(files, name, manifest.parts[name], damages, on_bytes)
     except ImageDamaged:
         return damages
-    finally:
-        os.close(fd)
     return damages[:MAX_DAMAGES]
 
 
-def _read_manifest(directory: int, damages: list[str]) -> Manifest | None:
+def _read_manifest(files: ImageFiles, damages: list[str]) -> Manifest | None:
     try:
-        return read_manifest_at(directory)
+        return read_manifest_of(files)
     except ImageDamaged as error:
         damages.append(error.message)
         return None
@@ -87,12 +83,12 @@ def _verify_names(found: Iterable[str], manifest: Manifest | None, damages: list
         damages += [f'{NAME}: names no part {name}' for name in PARTS.values() if name not in expected]
 
 
-def _verify_file(directory: int, name: str, manifest: Manifest | None, damages: list[str],
+def _verify_file(files: ImageFiles, name: str, manifest: Manifest | None, damages: list[str],
                  on_bytes: Callable[[int], None] | None) -> int | None:
     """Its size; None where there is no such file."""
     part = manifest.parts.get(name) if manifest else None
     try:
-        fd = open_regular(directory, name)
+        fd = files.open(name)
     except ImageDamaged as error:
         damages.append(error.message)
         return None
@@ -103,14 +99,14 @@ def _verify_file(directory: int, name: str, manifest: Manifest | None, damages: 
     if part is not None and size != part.size:
         damages.append(f'{name} has {size} bytes, not {part.size}')
     elif part is not None and name in PARTS.values():
-        _verify_digest(directory, name, part, damages, on_bytes)
+        _verify_digest(files, name, part, damages, on_bytes)
     return size
 
 
-def _verify_digest(directory: int, name: str, part: Part, damages: list[str],
+def _verify_digest(files: ImageFiles, name: str, part: Part, damages: list[str],
                    on_bytes: Callable[[int], None] | None) -> None:
     try:
-        fd = open_regular(directory, name)
+        fd = files.open(name)
     except ImageDamaged:
         return          # told already
     try:
@@ -122,11 +118,11 @@ def _verify_digest(directory: int, name: str, part: Part, damages: list[str],
         os.close(fd)
 
 
-def _verify_records(directory: int, code: str, checker: RecordChecker, damages: list[str],
+def _verify_records(files: ImageFiles, code: str, checker: RecordChecker, damages: list[str],
                     on_bytes: Callable[[int], None] | None) -> bool:
     name = PARTS[code]
     try:
-        with os.fdopen(open_regular(directory, name), 'rb') as file:
+        with open_part(files, name) as file:
             for one in read_records(file, code.encode(), name):
                 if list(PARTS)[one.tag >> 8:][:1] != [code]:
                     damages.append(f'{name}: a {type(one).__name__} record does not belong there')

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from ckptd.errors import Cancelled, ImageDamaged
+from ckptd.image.source import ImageFiles
 from ckptd.image.verify import verify_data
 
 
@@ -18,7 +19,7 @@ def damaged(damages: list[str]) -> ImageDamaged:
 class Digests:
     """`with Digests(path) as digests: ...; digests.require()`. A block that ends early does not wait for all."""
 
-    def __init__(self, image: Path) -> None:
+    def __init__(self, image: Path | ImageFiles) -> None:
         self._given_up = False
         self._pool = ThreadPoolExecutor(1, 'digests')
         self._damages = self._pool.submit(verify_data, image, self._on_bytes)
