@@ -79,11 +79,11 @@ class Picture:
 
 
 def may_read(file: OpenFile, caller: Recipient) -> bool:
-    """Whether a regular file is open for reading, or could be opened so by the caller as well as by us: a service has
-    its log opened for it, before it gives up its rights, and what others write into that is not its user's."""
+    """Whether a regular file is open for reading, or could be opened so by the caller. A service has its log opened for
+    it before it gives up its rights, and what others write into that is not its user's."""
     if not stat.S_ISREG(file.stat.st_mode) or file.readable or file.is_path:
         return True
-    if caller.uid in (0, os.geteuid(), file.stat.st_uid):       # who owns it may change its mode
+    if caller.uid in (0, file.stat.st_uid):       # who owns it may change its mode
         return True
     # the link is followed by the right to trace the task, which was asked about; the file is opened by the ids alone
     with file_rights(caller.uid, caller.gid, caller.groups, 1 << CAP_SYS_PTRACE):

@@ -53,9 +53,10 @@ class Systemd:
     async def thaw(self, unit: str, timeout: float = 25) -> None:  # noqa: ASYNC109 - of the call
         await self._manager('ThawUnit', unit, timeout)
 
-    async def scope(self, scope: str, pids: Sequence[int], description: str) -> None:
-        """Make a scope of these processes; done when they are in it."""
-        await self._start(scope, {**SCOPE, 'Description': ('s', description), 'PIDs': ('au', list(pids))})
+    async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
+        """Make a scope of these processes, in a slice if it is named; done when they are in it."""
+        where = {'Slice': ('s', slice_)} if slice_ else {}
+        await self._start(scope, {**SCOPE, **where, 'Description': ('s', description), 'PIDs': ('au', list(pids))})
 
     async def start_service(self, service: Service) -> None:
         """Start a program without any sandbox; done when it has been executed. `exit_status` ends what is kept."""

@@ -7,16 +7,16 @@
 import os
 import stat
 from contextlib import nullcontext
-from pathlib import Path
 
 from ckptd.engine.faults import fault
-from ckptd.engine.job import Job, image_path
+from ckptd.engine.job import Job
 from ckptd.engine.messages import FORMATS
 from ckptd.errors import InvalidArgument
 from ckptd.image.archive import write_archive
 from ckptd.image.archive_reader import read_archive
 from ckptd.image.export_core import export
 from ckptd.image.reader import ImageReader
+from ckptd.image.source import ImageFiles
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, become, no_capabilities
 
 _FAULTS = {'verify': 'received', 'publish': 'verified'}      # points just before a phase
@@ -26,21 +26,22 @@ def export_image(job: Job) -> None:
     """A tar stream: of cores, one per process, or of the image itself."""
     if job.request.format not in FORMATS:
         raise InvalidArgument(f'unknown format {job.request.format!r}', hint=f'formats: {", ".join(FORMATS)}')
-    path = image_path(job)
     rights = job.request.writer or job.request.caller
-    if rights.uid != os.geteuid():
-        # what a write to somebody's fd may do is decided by who writes, for some files (/proc, netlink(7)); of root's
-        # rights only reading the image is left
-        become(rights.uid, rights.gid, rights.groups, 1 << CAP_DAC_READ_SEARCH)
-    with job.channel.interrupting(job.request.stall_usec / 1e6):
-        names = write_archive(path, job.output) if job.request.format == 'tar' else _export_cores(path, job.output)
+    with job.image_files() as files:
+        if rights.uid != os.geteuid():
+            # what a write to somebody's fd may do is decided by who writes, for some files (/proc, netlink(7)); of
+            # root's rights only reading the image is left
+            become(rights.uid, rights.gid, rights.groups, 1 << CAP_DAC_READ_SEARCH)
+        with job.channel.interrupting(job.request.stall_usec / 1e6):
+            names = (write_archive(files, job.output) if job.request.format == 'tar'
+                     else _export_cores(files, job.output))
     job.channel.finish('files', names)
 
 
-def _export_cores(path: Path, output: int) -> list[str]:
+def _export_cores(files: ImageFiles, output: int) -> list[str]:
     # reading the image is what is left of root's rights, and no right of whoever asks
     outside = no_capabilities if os.geteuid() else nullcontext
-    with ImageReader(path, outside) as reader, os.fdopen(os.dup(output), 'wb', buffering=0) as sink:
+    with ImageReader(files, outside) as reader, os.fdopen(os.dup(output), 'wb', buffering=0) as sink:
         return export(reader, sink)
 
 
@@ -69,7 +70,6 @@ def import_image(job: Job) -> None:
     if job.output < 0 or not any(kind(os.fstat(job.output).st_mode) for kind in (stat.S_ISREG, stat.S_ISFIFO,
                                                                                 stat.S_ISSOCK)):
         raise InvalidArgument('no stream to import from', hint='give the fd of a pipe, a socket or a file')
-    manifest = read_archive(job.output, Path(request.spool), request.caller.uid, request.caller.gid,
-                            request.save_limit, _Watcher(job), request.keep_free,
-                            keep_id=request.caller.uid in (0, os.geteuid()))     # who sees all images there are
+    manifest = read_archive(job.output, job.import_destination, request.caller.uid, request.caller.gid,
+                            request.save_limit, _Watcher(job), request.keep_free)
     job.channel.finish('', (), {'image': manifest.image, 'bytes': manifest.size})

@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import msgspec
 
 from ckptd.engine.messages import (
     MAX_MESSAGE,
+    Answer,
     Cancel,
+    Failed,
     Finished,
     Follow,
     Message,
@@ -37,7 +40,7 @@ PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
 CHECK_INTERVAL = 0.1        # seconds, of a worker that waits for somebody else
 MAX_RESULT = 24 << 20   # bytes of all rows: more than a bus takes, see ckptd.bus.wire
 MAX_ROW = 64 << 10      # bytes of a row: half of it are some 1500 open files of a process
-_MAX_FDS = 4
+_MAX_FDS = 253              # SCM_MAX_FD, include/net/scm.h
 
 _encoder = msgspec.msgpack.Encoder()
 _decode = msgspec.msgpack.Decoder(ToWorker).decode
@@ -152,6 +155,11 @@ class Channel:
             self._cancelled = isinstance(message, Cancel | None)
         if self._cancelled:
             raise Cancelled('the job was cancelled', phase=self.phase_name)
+
+    @property
+    def cancelled(self) -> bool:
+        """The daemon has said so, as far as anything was received."""
+        return self._cancelled
 
     def cancel(self) -> None:
         """From a signal handler: the next `check` raises."""
@@ -269,9 +277,25 @@ class Channel:
         """Have the daemon ask systemd to freeze or thaw a unit. CkptError with systemd's words if it does not."""
         self._ask(UnitRequest(unit, 'freeze' if action == 'freeze' else 'thaw'), f'{action} {unit}', unit)
 
-    def scope(self, scope: str, pids: Sequence[int]) -> None:
+    def scope(self, scope: str, pids: Sequence[int], slice_: str = '') -> None:
         """The same to make a scope of processes."""
-        self._ask(ScopeRequest(scope, tuple(pids)), f'make {scope}', scope)
+        self._ask(ScopeRequest(scope, tuple(pids), slice_), f'make {scope}', scope)
+
+    def call(self, call: Message, fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
+        """Have the broker do something, and wait for its answer. The error of the broker; Cancelled if it is gone."""
+        self.send(call, fds)
+        while True:
+            message, received = self.receive()
+            match message:
+                case Answer(failed=Failed() as failed):
+                    raise failed.error()
+                case Answer(value):
+                    return value, received
+                case Cancel():
+                    self._cancelled = True
+                case None:
+                    self._cancelled = True
+                    raise Cancelled('the broker is gone', phase=self.phase_name)
 
     def _ask(self, request: Message, what: str, resource: str) -> None:
         self.send(request)

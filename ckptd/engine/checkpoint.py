@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 from ckptd import __version__
 from ckptd.engine.clock import Clock
@@ -26,20 +25,20 @@ from ckptd.engine.messages import first_rows
 from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.seize import seize_all
 from ckptd.engine.waits import Notes, note_waits
-from ckptd.errors import Refusal, SpoolFailed, TreeChanged
+from ckptd.errors import Refusal, TreeChanged
 from ckptd.freezer import Frozen
 from ckptd.freezer.groups import read_cgroups
-from ckptd.image.files import require_room, spooling
+from ckptd.image import manifest as manifests
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
 from ckptd.kernel.ptrace import WALL
 from ckptd.kernel.task import boot_id
+from ckptd.kernel.timens import Clocks
 from ckptd.picture import Picture
 from ckptd.scan import Handles, scan_tree
 from ckptd.tree import Tree
 
 SIGKILL = 9
-LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
 
 
 def checkpoint(job: Job) -> None:
@@ -63,11 +62,9 @@ class Checkpoint:
         tree = scan_tree(target.roots)
         self._job.require(tree)
         cgroups = read_cgroups(tree)      # before the freeze, which may move it
-        spool = Path(self._request.spool)
-        _require_room(spool, self._request.keep_free)
         fault('scanned')
         # the spool is tried before anything is frozen: where it is full or read-only, the tree never stops
-        with ImageWriter(spool, self._request.image, self._request.keep_free) as writer, ExitStack() as stack:
+        with ImageWriter(self._job.destination(), self._request.keep_free) as writer, ExitStack() as stack:
             self._channel.phase('freeze')
             notes = note_waits(tree)
             with self._clock.measure('freezing'):
@@ -167,7 +164,7 @@ class Checkpoint:
             image=request.image, created_usec=time.time_ns() // 1000, ckptd_version=__version__,
             kernel=os.uname().release, boot_id=boot_id(), owner_uid=request.caller.uid, owner_gid=request.caller.gid,
             target=request.target, root=tree.root.vtid, command=tree.root.comm, tasks=len(tree),
-            processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics,
+            processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics, clocks=_clocks(dump.clocks),
             warnings=tuple(self._warnings))
 
     def _finish(self, frozen: Frozen, manifest: Manifest, handles: Handles) -> None:
@@ -182,6 +179,13 @@ class Checkpoint:
         self._channel.finish('', (), summary(manifest))
         if after == 'freeze':
             self._channel.wait_thaw()
+
+
+def _clocks(clocks: Clocks | None) -> manifests.Clocks:
+    if clocks is None:
+        return manifests.Clocks()
+    return manifests.Clocks(monotonic=clocks.monotonic, boottime=clocks.boottime,
+                            monotonic_offset=clocks.monotonic_offset, boottime_offset=clocks.boottime_offset)
 
 
 def summary(manifest: Manifest) -> dict[str, object]:
@@ -211,12 +215,3 @@ def kill(frozen: Frozen, handles: Handles) -> None:
         if tracee is not None:
             with suppress(ChildProcessError):
                 os.waitpid(tracee.tid, WALL)
-
-
-def _require_room(spool: Path, keep_free: int) -> None:
-    with spooling(spool):
-        at = os.statvfs(spool)
-    free = at.f_bavail * at.f_frsize
-    if free < LEAST_ROOM:
-        raise SpoolFailed(f'{spool} has only {free >> 20} MiB free', resource=str(spool), phase='scan')
-    require_room(spool, LEAST_ROOM, keep_free, phase='scan')

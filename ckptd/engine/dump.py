@@ -55,7 +55,7 @@ class _Ids:
 
 class Dump:
     """One dump. cgroups: path by tgid as it was before the freeze. notes, waits: see waits.py. save_limit: bytes
-    of files open for writing that are kept. Nothing here changes the tree.
+    of files open for writing that are kept. clocks: at the moment of the dump. Nothing here changes the tree.
 
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
@@ -75,6 +75,7 @@ class Dump:
         self._asked: set[int] = set()
         self._siblings: dict[int, int] = {}         # by tid of the parent: mm of the first child
         self._done = 0
+        self.clocks: Clocks | None = None
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
         self._memory = MemoryDump()
@@ -115,8 +116,8 @@ class Dump:
             processes.setdefault(task.tgid, []).append(task)
         interleave(self._process(threads) for threads in processes.values())
         self._files.describe()
-        clocks = Clocks.read(self.tree.root.tid)
-        self._tree_records += [state.header(self.tree, len(processes), clocks), state.namespaces(self.tree.root),
+        self.clocks = clocks = Clocks.read(self.tree.root.tid)
+        self._tree_records += [state.header(self.tree, len(processes)), state.namespaces(self.tree.root),
                                *state.task_ids(self.tree)]
         self._task_records += [sleep_left(sleep, self._vtids[tid], clocks.host, self._notes)
                                for tid, sleep in sleeps.items()]

@@ -9,13 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd.checks import check_access, check_avoid, check_tree
+from ckptd.engine.broker.client import Broker
+from ckptd.engine.broker.freezing import lent_freeze
 from ckptd.engine.channel import Channel
 from ckptd.engine.faults import fault
 from ckptd.engine.messages import JobRequest
-from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused
-from ckptd.freezer import Frozen, freeze
+from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFailed
+from ckptd.freezer import Frozen, close_after, freeze
+from ckptd.freezer.base import Terms, refuse_own_tree
+from ckptd.image.archive_reader import destination_in
+from ckptd.image.files import require_room, spooling
 from ckptd.image.ids import is_image_id
+from ckptd.image.manifest import Manifest
+from ckptd.image.source import DirectoryFiles, ImageFiles
+from ckptd.image.writer import Destination, Incoming
+from ckptd.journal.hands import Hands
 from ckptd.journal.store import Journal
+from ckptd.kernel.cgroup import mount_of
+from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.pidfd import held, pidfd_pid
 from ckptd.kernel.stat import read_stat
@@ -23,6 +34,8 @@ from ckptd.kernel.unix import clients_beside
 from ckptd.picture import Picture
 from ckptd.scan import Target, resolve_target, scan_tree
 from ckptd.tree import Task, Tree
+
+LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +109,53 @@ class Job:
         return rows
 
     @contextmanager
-    def frozen(self, target: Target, tree: Tree, *, remote_calls: bool) -> Iterator[Frozen]:
-        """The tree at rest for the time of the block, by what the request asks for."""
+    def frozen(self, target: Target, tree: Tree, *, remote_calls: bool, traced: bool = True) -> Iterator[Frozen]:
+        """The tree at rest for the time of the block, by what the request asks for. traced: by ptrace, if need be."""
         request, channel = self.request, self.channel
 
         def unit_call(action: str) -> Callable[[str], None] | None:
             return (lambda unit: channel.unit(unit, action)) if request.systemd else None
 
         deadline = time.monotonic() + request.timeout_usec / 1e6
+        if request.brokered:
+            refuse_own_tree(tree)
+            terms = Terms(target, deadline, None, Hands(mount_of(read_mountinfo())), self.scan, request.job,
+                          channel.fileno(), channel.check, remote_calls, fault)
+            with lent_freeze(tree, terms, request.freeze, channel, close_after) as frozen:
+                yield frozen
+            return
         with freeze(tree, target, request.freeze, deadline, Journal(Path(request.runtime)), self.scan, job=request.job,
                     freeze_unit=unit_call('freeze'), thaw_unit=unit_call('thaw'), also=channel.fileno(),
-                    check=channel.check, remote_calls=remote_calls, at=fault) as frozen:
+                    check=channel.check, remote_calls=remote_calls, traced=traced, at=fault) as frozen:
             yield frozen
+
+    # ------------------------------------------------------------ images
+
+    def destination(self) -> Destination:
+        """Where the image goes that the job writes. SpoolFailed, also where there is hardly any room."""
+        if self.request.brokered:
+            return Broker(self.channel).new_image(self.request.image)
+        spool = Path(self.request.spool)
+        require_some_room(spool, self.request.keep_free)
+        return Incoming(spool, self.request.image)
+
+    def import_destination(self, manifest: Manifest) -> Destination:
+        """Where an image goes that comes in as a stream. SpoolFailed, also where it has no room."""
+        request = self.request
+        if request.brokered:
+            return Broker(self.channel).new_image(manifest.image, manifest.size)
+        # root, or the user whose own ckptd this is, sees all images that there are
+        return destination_in(Path(request.spool), request.keep_free,
+                              keep_id=request.caller.uid in (0, os.geteuid()))(manifest)
+
+    @contextmanager
+    def image_files(self) -> Iterator[ImageFiles]:
+        """The files of the image that the job is about. NoSuchImage, ImageDamaged."""
+        files = Broker(self.channel).open_image() if self.request.brokered else DirectoryFiles(image_path(self))
+        try:
+            yield files
+        finally:
+            files.close()
 
 
 def _lives(task: Task) -> bool:
@@ -117,6 +165,16 @@ def _lives(task: Task) -> bool:
     except ProcessLookupError:
         return False
     return stat.start_time == task.start_time and (stat.state not in 'ZX' or task.is_zombie)
+
+
+def require_some_room(spool: Path, keep_free: int) -> None:
+    """SpoolFailed where the spool has no room for any image."""
+    with spooling(spool):
+        at = os.statvfs(spool)
+    free = at.f_bavail * at.f_frsize
+    if free < LEAST_ROOM:
+        raise SpoolFailed(f'{spool} has only {free >> 20} MiB free', resource=str(spool), phase='scan')
+    require_room(spool, LEAST_ROOM, keep_free, phase='scan')
 
 
 def image_path(job: Job) -> Path:

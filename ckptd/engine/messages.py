@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What daemon and worker say to each other: tagged msgpack messages, one per packet of a SOCK_SEQPACKET socketpair.
 
+Between the two, for a job of an ordinary user, is a broker (engine/broker), which passes them on. Its worker sends it
+the calls of engine/broker/calls.py as well, and gets an Answer for each.
+
     daemon -> worker    Follow (with a pidfd, first of all, where the kernel has such pidfds)
                         Start (with fds: pidfd of the target, output of an export or input of an import, a terminal,
                         if any, in this order)   Cancel   Thaw   UnitDone
@@ -68,6 +71,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     stall_usec: of both, how long the stream may stand still, 0 for ever. writer: of an export, by whose rights it is
     written, where that is not the caller.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
+    brokered: the worker is an ordinary user, and what takes a right of root's is done by its broker.
     keep_free: of a checkpoint and an import: bytes of the spool's file system that stay free, whatever is written.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
@@ -103,6 +107,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     stall_usec: int = 0
     keep_free: int = 0
     writer: Caller | None = None
+    brokered: bool = False
 
     @property
     def asked_by(self) -> int:
@@ -130,6 +135,12 @@ class Thaw(Message, frozen=True):
     """Let go of what Frozen announced; the worker answers Finished."""
 
 
+class Answer(Message, frozen=True):
+    """Answer of a broker to a call of its worker, with the fds that the call asks for. failed: instead of a value."""
+    value: dict[str, Any] = {}
+    failed: 'Failed | None' = None
+
+
 class UnitDone(Message, frozen=True):
     """Answer to UnitRequest and ScopeRequest; error is empty on success."""
     error: str = ''
@@ -153,9 +164,11 @@ class UnitRequest(Message, frozen=True):
 
 
 class ScopeRequest(Message, frozen=True):
-    """Please have systemd make a scope of these processes (StartTransientUnit); answered when it is there."""
+    """Please have systemd make a scope of these processes (StartTransientUnit); answered when it is there. slice: where
+    it is, '' for the manager's default."""
     scope: str
     pids: tuple[int, ...]
+    slice: str = ''
 
 
 class Running(Message, frozen=True):
@@ -201,7 +214,7 @@ class Failed(Message, frozen=True):
         return from_details(self.name, self.message, self.details)
 
 
-ToWorker = Follow | Start | Cancel | Thaw | UnitDone
+ToWorker = Follow | Start | Cancel | Thaw | UnitDone | Answer
 FromWorker = Phase | Progress | UnitRequest | ScopeRequest | Frozen | Running | Log | Finished | Failed
 
 

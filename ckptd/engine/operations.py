@@ -7,7 +7,7 @@ from pathlib import Path
 from ckptd.checks import check_access
 from ckptd.engine.archive import export_image, import_image
 from ckptd.engine.checkpoint import checkpoint, hold
-from ckptd.engine.job import Job, image_path
+from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen, refusal_row
 from ckptd.engine.restore.prepare import check_restore
 from ckptd.engine.restore.run import restore
@@ -53,12 +53,13 @@ def freeze(job: Job) -> None:
 
 def verify_image(job: Job) -> None:
     """Every damage of an image."""
-    job.channel.finish('damages', verify(image_path(job)))
+    with job.image_files() as files:
+        job.channel.finish('damages', verify(files))
 
 
 def image_tree(job: Job) -> None:
     """The tree of an image as rows."""
-    with ImageReader(image_path(job)) as reader:
+    with job.image_files() as files, ImageReader(files) as reader:
         job.channel.finish('tasks', image_rows(reader))
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Named files that the tree writes, kept as they are at the freeze: checkpoint --save-files."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from ckptd.image.files import spooling
@@ -29,7 +31,7 @@ class SavedFiles:
         self._data, self._limit = data, limit
         self._room = limit
         self._written: set[Inode] = set()
-        self._read: set[Inode] = set()
+        self._read: dict[Inode, OpenFile] = {}      # a description that is open for reading, of those that have one
         self._done: dict[Inode, tuple[Segment, ...] | None] = {}
         self.unsaved: list[Unsaved] = []
 
@@ -37,8 +39,12 @@ class SavedFiles:
         """Take notice of a description of the tree."""
         if file.writable:
             self._written.add(_inode(file))
-        if not file.unread and not file.is_path:
-            self._read.add(_inode(file))
+        if not file.unread and not file.is_path and not (file.readable and self._is_known(file)):
+            self._read[_inode(file)] = file
+
+    def _is_known(self, file: OpenFile) -> bool:
+        known = self._read.get(_inode(file))
+        return known is not None and known.readable
 
     def written(self, file: OpenFile) -> bool:
         """Whether any description of the tree may write it."""
@@ -68,7 +74,7 @@ class SavedFiles:
         return self._done[key]
 
     def _save(self, file: OpenFile) -> tuple[Segment, ...] | None:
-        with open_quietly(file) as fd:
+        with self._reading(file) as fd:
             ranges = list(data_ranges(fd, file.stat.st_size))
             size = sum(end - start for start, end in ranges)
             if size > self._room:
@@ -77,6 +83,18 @@ class SavedFiles:
                 return None
             self._room -= size
             return tuple(self._copy(fd, start, end) for start, end in ranges)
+
+    @contextmanager
+    def _reading(self, file: OpenFile) -> Iterator[int]:
+        """An fd to read a file by: opened anew, or where we may not open it, that of the tree."""
+        with ExitStack() as stack:
+            try:
+                fd = stack.enter_context(open_quietly(file))
+            except PermissionError:
+                if not self._is_known(file):
+                    raise
+                fd = stack.enter_context(self._read[_inode(file)].duplicate())
+            yield fd
 
     def _copy(self, fd: int, start: int, end: int) -> Segment:
         extent = self._data.reserve(end - start)

@@ -22,16 +22,14 @@ from ckptd.kernel.task import (
     read_oom_score_adj,
     read_personality,
 )
-from ckptd.kernel.timens import Clocks
 from ckptd.tree import Task, Tree
 
-_U32, _U64 = 2**32 - 1, 2**64 - 1
+_U32 = 2**32 - 1
 
 
-def header(tree: Tree, processes: int, clocks: Clocks) -> records.Header:
+def header(tree: Tree, processes: int) -> records.Header:
     return records.Header(
-        tree.root.vtid, len(tree), processes, time.time_ns(), clocks.monotonic, clocks.boottime,
-        os.sysconf('SC_PAGE_SIZE'), os.uname().machine, clocks.monotonic_offset & _U64, clocks.boottime_offset & _U64)
+        tree.root.vtid, len(tree), processes, time.time_ns(), os.sysconf('SC_PAGE_SIZE'), os.uname().machine)
 
 
 def _of_the_machine() -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The worker process: one job, one tree, one thread that traces. Forked by spawner.py; or started by a systemd as
+"""The worker process: one job, one tree, one thread that traces. A job of an ordinary user makes it the broker of a
+worker that is that user (engine/broker). Forked by spawner.py; or started by a systemd as
 
     python -m ckptd.engine.worker FD        FD: its end of a SOCK_SEQPACKET socketpair, see messages.py
 """
@@ -8,13 +9,19 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
+from ckptd.engine.broker.identity import identity_of
+from ckptd.engine.broker.process import Broker
 from ckptd.engine.channel import Channel
 from ckptd.engine.job import Job
-from ckptd.engine.messages import MAX_SENTENCE, Failed, Log, Start, cut
+from ckptd.engine.messages import MAX_SENTENCE, Failed, JobRequest, Log, Start, cut
 from ckptd.engine.operations import OPERATIONS
-from ckptd.errors import Cancelled, CkptError
+from ckptd.engine.restore.world import offsets_for
+from ckptd.errors import Cancelled, CkptError, ImageDamaged
+from ckptd.image.ids import is_image_id
+from ckptd.image.manifest import Manifest, read_manifest
 
 log = logging.getLogger('ckptd.engine')
 
@@ -67,6 +74,10 @@ def run(channel: Channel) -> int:
         return 0
     start, fds = got
     try:
+        manifest = _manifest(start.request)
+        if (identity := identity_of(start.request, manifest)) is not None:
+            clocks = offsets_for(manifest) if manifest and start.request.operation == 'restore' else None
+            return Broker(channel, start, fds, identity).run(main, clocks)
         OPERATIONS[start.request.operation](_job(start, fds, channel))
     except Exception as error:  # noqa: BLE001 - the boundary of the process: every failure becomes a message
         failure = _error_of(error, channel.phase_name)
@@ -81,6 +92,16 @@ def run(channel: Channel) -> int:
     return 0
 
 
+def _manifest(request: JobRequest) -> Manifest | None:
+    """That of the image, where it decides about the worker: whose it is, and what time it is for the tree."""
+    if os.geteuid() != 0 or request.operation not in ('restore', 'check-restore') or not is_image_id(request.image):
+        return None
+    try:
+        return read_manifest(Path(request.spool) / request.image)
+    except ImageDamaged:
+        return None     # the operation tells all that is damaged
+
+
 def _job(start: Start, fds: list[int], channel: Channel) -> Job:
     given = iter(fds)
     pidfd = next(given, -1) if start.request.has_pidfd else -1
@@ -93,7 +114,7 @@ def main(fd: int) -> int:
     channel = Channel(fd)
     _set_up_signals(channel)
     logging.basicConfig(level=os.environ.get('CKPTD_LOG_LEVEL', 'INFO'), handlers=[_ToDaemon(channel)],
-                        format='%(message)s')
+                        format='%(message)s', force=True)
     try:
         return run(channel)
     finally:

@@ -34,32 +34,33 @@ from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.tree import Tree
 
-__all__ = ['Frozen', 'freeze']
+__all__ = ['Frozen', 'close_after', 'freeze']
 
 
 @contextmanager
 def freeze(tree: Tree, target: Goal, mode: str, deadline: float, journal: Journal, rescan: Callable[[], Tree], *,
            job: int = 0, freeze_unit: UnitCall | None = None, thaw_unit: UnitCall | None = None,
            also: int | None = None, check: Callable[[], None] = nothing_to_check, remote_calls: bool = True,
-           at: FaultPoint = no_fault) -> Iterator[Frozen]:
+           traced: bool = True, at: FaultPoint = no_fault) -> Iterator[Frozen]:
     """A tree at rest for the time of the block; base.Terms says what the arguments are.
 
-    freeze_unit and thaw_unit are None where no systemd can be asked. FreezeTimeout names the tasks that did not come to
+    freeze_unit and thaw_unit are None where no systemd can be asked. traced: stop the tree by ptrace where nothing else
+    can. FreezeTimeout names the tasks that did not come to
     rest; NotFrozen, NotSupported, TreeChanged, PermissionDenied, Cancelled. Nothing is left changed by any of them.
     """
     refuse_own_tree(tree)
     hands = Hands(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
     terms = Terms(target, deadline, journal, hands, rescan, job, also, check, remote_calls, at)
-    frozen = _first_that_can(_freezers(tree, mode, terms), tree, terms)
+    frozen = _first_that_can(_freezers(tree, mode, terms, traced=traced), tree, terms)
     try:
         yield frozen
     except BaseException as error:
-        _close_after(frozen, error)
+        close_after(frozen, error)
         raise
     frozen.close()
 
 
-def _freezers(tree: Tree, mode: str, terms: Terms) -> list[type[Frozen]]:
+def _freezers(tree: Tree, mode: str, terms: Terms, *, traced: bool) -> list[type[Frozen]]:
     """What may bring the tree to rest in this mode, the best first."""
     match mode:
         case 'caller':
@@ -71,7 +72,7 @@ def _freezers(tree: Tree, mode: str, terms: Terms) -> list[type[Frozen]]:
         case 'ptrace':
             return [TracedFrozen]
     with_unit: list[type[Frozen]] = [UnitFrozen] if terms.target.unit and terms.hands.freeze_unit else []
-    return [*with_unit, CgroupFrozen, TracedFrozen]
+    return [*with_unit, CgroupFrozen, *([TracedFrozen] if traced else [])]
 
 
 def _for_caller(tree: Tree, terms: Terms) -> list[type[Frozen]]:
@@ -93,14 +94,14 @@ def _first_that_can(freezers: list[type[Frozen]], tree: Tree, terms: Terms) -> F
             frozen.close()
             reasons.append(f'{freezer.mode} freezer: {error}')
         except BaseException as error:
-            _close_after(frozen, error)
+            close_after(frozen, error)
             raise
         else:
             return frozen
     raise NotSupported(f'{terms.target.description} cannot be frozen: {"; ".join(reasons)}', phase='freeze')
 
 
-def _close_after(frozen: Frozen, error: BaseException) -> None:
+def close_after(frozen: Frozen, error: BaseException) -> None:
     """Undo after a failure; what cannot be undone is told along with the failure, and is left to a recovery."""
     try:
         frozen.close()

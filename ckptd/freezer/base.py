@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from ckptd.errors import CkptError, FreezeTimeout, InvalidArgument, Refusal
 from ckptd.journal.entry import Entry
@@ -36,14 +36,15 @@ class Goal(Protocol):
 class Terms:
     """What one freeze is given.
 
-    deadline: of time.monotonic(). rescan: scans the tree again. also: an fd that ends a wait early when readable;
-    `check` is called then and between rounds, reads what is there, and raises Cancelled if that is what it says.
+    deadline: of time.monotonic(). journal: None where there are tracees to let go of and nothing else. rescan: scans
+    the tree again. also: an fd that ends a wait early when readable; `check` is called then and between rounds, reads
+    what is there, and raises Cancelled if that is what it says.
     remote_calls: the tree must be able to run for its tracer (let_run), so no cgroup that was found frozen may hold it.
     at: called with the name of each fault point.
     """
     target: Goal
     deadline: float
-    journal: Journal
+    journal: Journal | None
     hands: Hands
     rescan: Callable[[], Tree]
     job: int
@@ -75,13 +76,18 @@ class Frozen:
         restore()   bring back the state that was found; the tracees stay stopped
         close()     restore, then let the tracees go
     """
-    mode: ClassVar[str] = 'caller'
+    mode: str = 'caller'
 
     def __init__(self, tree: Tree, terms: Terms) -> None:
         self.tree = tree
         self.tracees: dict[int, Tracee] = {}
         self._terms = terms
         self._entry: Entry | None = None
+
+    @property
+    def moved(self) -> bool:
+        """The tree is in another cgroup than it was found in."""
+        return False
 
     def freeze(self) -> None:
         """Bring the tree to rest. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then `close` undoes it."""
@@ -138,6 +144,8 @@ class Frozen:
     def _journal(self) -> Entry:
         if self._entry is None:
             terms = self._terms
+            if terms.journal is None:
+                raise RuntimeError('a freeze that changes cgroups needs a journal')
             self._entry = terms.journal.begin(terms.job, terms.target.description, self.mode)
             terms.at('freeze-begin')
         return self._entry

@@ -54,9 +54,13 @@ class CgroupFrozen(Frozen):
             raise CannotFreezeError(f'{error.strerror}: {error.filename}') from error
         self._settle(places)
 
-    def rescan(self) -> Tree:
+    @property
+    def moved(self) -> bool:
         goal = self._terms.target.cgroup
-        if not self._moves or goal is None or is_below(self._cgroup, goal):
+        return self._moves and goal is not None and not is_below(self._cgroup, goal)
+
+    def rescan(self) -> Tree:
+        if not self.moved:
             return super().rescan()
         # moved away from the cgroup that was asked for, the tree is no more what is in it; but its roots are known
         return scan_tree([task.tid for task in self.tree.leaders if not task.depth])

@@ -28,7 +28,8 @@ class TracedFrozen(Frozen):
     def freeze(self) -> None:
         terms = self._terms
         self._refuse_frozen()
-        self._journal()
+        if terms.journal is not None:
+            self._journal()
         with ChildSignals() as signals:
             for _ in range(ROUNDS):
                 awake = [task for task in self.tree if not task.is_zombie and task.tid not in self.tracees]

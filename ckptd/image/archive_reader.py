@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -31,8 +31,9 @@ from ckptd.image.archive import BLOCK, CHUNK
 from ckptd.image.files import create, require_room, spool_failed, spooling, write_all
 from ckptd.image.ids import is_image_id, other_image_id
 from ckptd.image.manifest import MAX_MANIFEST, NAME, Manifest, decode_manifest
+from ckptd.image.source import DirectoryFiles
 from ckptd.image.verify import verify
-from ckptd.image.writer import Incoming
+from ckptd.image.writer import Destination, Incoming
 
 MAX_PAX = 8 << 10           # bytes of one pax header: times and names have some hundred
 MAX_PADDING = 1 << 20       # zeros behind the end: tar(1) fills a record, of 10 KiB if not told otherwise
@@ -42,6 +43,9 @@ _HINT = 'send the whole of what "ckptctl export --format tar" writes, uncompress
 _IGNORED = frozenset(('mtime', 'atime', 'ctime', 'uid', 'gid', 'uname', 'gname', 'comment'))     # pax records
 
 
+Place = TypeVar('Place', bound=Incoming)
+
+
 class Watcher(Protocol):
     """Who looks on. What a call raises ends the work, and nothing is left."""
     def phase(self, name: str) -> None: ...                     # 'receive', 'verify', 'publish'
@@ -49,13 +53,12 @@ class Watcher(Protocol):
     def progress(self, done: int, total: int) -> None: ...      # bytes of this phase
 
 
-def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: Watcher,
-                 keep_free: int = 0, *, keep_id: bool = True) -> Manifest:
+def read_archive(fd: int, destination: Callable[[Manifest], Destination], uid: int, gid: int, limit: int,
+                 watcher: Watcher, keep_free: int = 0) -> Manifest:
     """Take in the image that comes from `fd`, to its end-of-file; the manifest under which it is in the spool.
 
-    uid, gid: its owner from now on. limit: bytes of all parts. keep_free: bytes of the file system that stay free,
-    whoever else writes meanwhile. keep_id: its id stays where it is free; otherwise it never does, and who sends the
-    stream does not learn whether there is such an image.
+    destination: makes the directory for an image, see `incoming`. uid, gid: its owner from now on. limit: bytes of all
+    parts. keep_free: bytes of the file system that stay free, whoever else writes meanwhile.
 
     ImageDamaged, LimitsExceeded, SpoolFailed; CkptError where the fd cannot be read.
     """
@@ -65,15 +68,14 @@ def read_archive(fd: int, spool: Path, uid: int, gid: int, limit: int, watcher: 
     if manifest.size > limit:
         raise LimitsExceeded(f'the image has {manifest.size} bytes, {limit} are allowed', resource=manifest.image,
                              hint='remove images (ckptctl remove IMAGE), or allow more')
-    require_room(spool, manifest.size, keep_free)
-    with _incoming(spool, manifest.image if keep_id else other_image_id(manifest.image)) as incoming:
-        manifest = msgspec.structs.replace(manifest, image=incoming.image, owner_uid=uid, owner_gid=gid, imported=True)
-        archive.receive(incoming.path, manifest, watcher, keep_free)
+    with destination(manifest) as place:
+        manifest = msgspec.structs.replace(manifest, image=place.image, owner_uid=uid, owner_gid=gid, imported=True)
+        archive.receive(place.path, manifest, watcher, keep_free)
         watcher.phase('verify')
-        incoming.write_manifest(manifest)
-        _verify(incoming.path, manifest, watcher)
+        place.write_manifest(manifest)
+        _verify(place.path, manifest, watcher)
         watcher.phase('publish')
-        incoming.show()
+        place.show()
     return manifest
 
 
@@ -258,21 +260,33 @@ def parse_pax(data: bytes) -> dict[str, str]:
     return records
 
 
-def _incoming(spool: Path, image: str) -> Incoming:
-    """Where an image of that id is received, or of a similar one if there is one. SpoolFailed."""
+def incoming(spool: Path, image: str, size: int, keep_free: int = 0, *, keep_id: bool = True,
+             make: Callable[[Path, str], Place]) -> Place:
+    """Where an image of `size` bytes is received. SpoolFailed, also where there is no room.
+
+    keep_id: its id stays where it is free; otherwise it never does, and who sends the stream does not learn whether
+    there is such an image. make: Incoming, or a subclass.
+    """
+    require_room(spool, size, keep_free)
+    image = image if keep_id else other_image_id(image)
     for _ in range(_TRIES):
         try:
-            incoming = Incoming(spool, image)
+            found = make(spool, image)
         except SpoolFailed as error:
             if error.errno != errno.EEXIST:
                 raise
         else:
             # looked at only now: nobody publishes an id who does not own its directory
             if not os.path.lexists(spool / image):
-                return incoming
-            incoming.abort()
+                return found
+            found.abort()
         image = other_image_id(image)
     raise spool_failed(spool / image, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
+
+
+def destination_in(spool: Path, keep_free: int = 0, *, keep_id: bool = True) -> Callable[[Manifest], Destination]:
+    """For `read_archive`: a directory in the spool itself."""
+    return lambda manifest: incoming(spool, manifest.image, manifest.size, keep_free, keep_id=keep_id, make=Incoming)
 
 
 def _verify(directory: Path, manifest: Manifest, watcher: Watcher) -> None:
@@ -284,11 +298,12 @@ def _verify(directory: Path, manifest: Manifest, watcher: Watcher) -> None:
         done += count
         watcher.progress(min(done, manifest.size), manifest.size)
 
+    files = DirectoryFiles(directory, own=True)
     with ThreadPoolExecutor(1, 'fsync') as pool:
         try:
             synced = [pool.submit(_sync, directory / name) for name in manifest.parts]
             with _bounded_memory():
-                damages = verify(directory, on_bytes)
+                damages = verify(files, on_bytes)
             if damages:
                 more = f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''
                 raise _damaged(f'{damages[0]}{more}')
@@ -296,6 +311,7 @@ def _verify(directory: Path, manifest: Manifest, watcher: Watcher) -> None:
                 future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            files.close()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from ckptd.errors import ImageDamaged, SpoolFailed
 
 BUFFER = 4 << 20
+_BY_FD = ('/', 'proc', 'self', 'fd')
 _PIECE = 64 << 10       # what was read is still in the processor's cache: a quarter less time than 256 KiB at once take
 
 _HINTS = {
@@ -35,9 +36,19 @@ _HINTS[errno.EPERM], _HINTS[errno.ENOTEMPTY] = _HINTS[errno.EACCES], _HINTS[errn
 
 def spool_failed(path: Path, error: OSError) -> SpoolFailed:
     """The SpoolFailed for an OSError on `path`."""
-    number = error.errno or errno.EIO
-    return SpoolFailed(f'cannot write {path}: {os.strerror(number)}', errno=number, resource=str(path), phase='write',
+    number, shown = error.errno or errno.EIO, _shown(path)
+    return SpoolFailed(f'cannot write {shown}: {os.strerror(number)}', errno=number, resource=shown, phase='write',
                        hint=_HINTS.get(number))
+
+
+def _shown(path: Path) -> str:
+    """A path for people: one below an open directory by the name that the directory has."""
+    if path.parts[:4] != _BY_FD:
+        return str(path)
+    try:
+        return str(Path(os.readlink(Path(*path.parts[:5])), *path.parts[5:]))  # noqa: PTH115
+    except OSError:
+        return str(path)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ _TAIL = re.compile(rb',\n  "digest": "([0-9a-f]{64})"\n}\n')
 _TAIL_SIZE = len(',\n  "digest": ""\n}\n') + 64
 
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Offset = Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]
 Uid = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Moment = Annotated[int, Meta(ge=0, lt=253_402_300_800 * 10**6)]      # microseconds; later years have five digits
 Text = Annotated[str, Meta(max_length=4096)]
@@ -60,6 +61,15 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     pages_written: Count = 0
 
 
+class Clocks(msgspec.Struct, frozen=True, kw_only=True):
+    """CLOCK_MONOTONIC and CLOCK_BOOTTIME in nanoseconds at the moment of the dump, as the first root saw them. The
+    offsets of its time namespace are in them already, time_namespaces(7)."""
+    monotonic: Count = 0
+    boottime: Count = 0
+    monotonic_offset: Offset = 0
+    boottime_offset: Offset = 0
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """created_usec: realtime. root: vpid of the first root, command: its comm. kernel: release of the kernel.
     target: as asked for. freeze_mode: what froze the tree. warnings: what the image lacks. imported: it came from
@@ -80,6 +90,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tasks: Count
     processes: Count
     freeze_mode: Text
+    clocks: Clocks = Clocks()
     statistics: Statistics = Statistics()
     warnings: tuple[Refusal, ...] = ()
     imported: bool = False

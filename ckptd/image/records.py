@@ -40,18 +40,13 @@ class Extent(Struct):
 
 @record(0x0001)
 class Header(Record):
-    """root: vpid of the first root. clocks in nanoseconds at the moment of the dump, as the root sees them; the offsets
-    are those of its time namespace, time_namespaces(7), which are in them already."""
+    """root: vpid of the first root. realtime: nanoseconds at the moment of the dump; the manifest has other clocks."""
     root: U32
     tasks: U32
     processes: U32
     realtime: U64
-    monotonic: U64
-    boottime: U64
     page_size: U32
     machine: str
-    monotonic_offset: U64 = 0
-    boottime_offset: U64 = 0
 
 
 @record(0x0002)

@@ -30,11 +30,12 @@ class ImageFiles(Protocol):
 
 
 class DirectoryFiles:
-    """An image by its directory. ImageDamaged if it cannot be opened."""
+    """An image by its directory. ImageDamaged if it cannot be opened. own: the path is ours, and may be a link in /proc
+    to a directory that we have open."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, own: bool = False) -> None:
         try:
-            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if own else os.O_NOFOLLOW))
         except OSError as error:
             raise ImageDamaged(f'{directory} cannot be opened: {error.strerror}', resource=str(directory)) from error
 

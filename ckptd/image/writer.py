@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import msgspec
 
@@ -99,14 +99,7 @@ class Incoming:
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write manifest.json and bring it to the disk. SpoolFailed."""
-        path = self.path / NAME
-        with spooling(path):
-            fd = create(path)
-            try:
-                write_all(fd, encode_manifest(manifest))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        write_manifest(self.path, manifest)
 
     def show(self) -> None:
         """Make the image visible under its id. SpoolFailed."""
@@ -139,22 +132,42 @@ class Incoming:
             self._lock = -1
 
 
-class ImageWriter(Incoming):
+class Destination(Protocol):
+    """A directory that an image is written to, as Incoming."""
+    path: Path
+    image: str
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None: ...
+    def write_manifest(self, manifest: Manifest) -> None: ...
+    def show(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class ImageWriter:
     """An image that is made here, record by record. keep_free: as in DataWriter.
 
-        with ImageWriter(spool, image) as writer:
+        with ImageWriter(Incoming(spool, image)) as writer:
             writer.part('TREE').write(record)
             writer.data.add(chunks)
             writer.seal()                       # after the tree was let go: reads everything again for the digests
             writer.publish(manifest)
     """
 
-    def __init__(self, spool: Path, image: str, keep_free: int = 0) -> None:
-        super().__init__(spool, image)
-        self._keep_free = keep_free
+    def __init__(self, destination: Destination, keep_free: int = 0) -> None:
+        self._destination = destination
+        self.path, self.image, self._keep_free = destination.path, destination.image, keep_free
         self._parts: dict[str, PartWriter] = {}
         self._data: list[DataWriter] = []
         self._sealed: dict[str, Part] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.abort()
 
     def part(self, code: str) -> PartWriter:
         """The writer of 'TREE', 'TASK', 'FILE' or 'MEM '; the file is made at the first call. SpoolFailed."""
@@ -200,10 +213,10 @@ class ImageWriter(Incoming):
         return self._sealed
 
     def publish(self, manifest: Manifest) -> Manifest:
-        """Make the image visible under its id; the manifest with its parts filled in. SpoolFailed."""
-        manifest = msgspec.structs.replace(manifest, image=self.image, parts=self.seal())
-        self.write_manifest(manifest)
-        self.show()
+        """Make the image visible; the manifest with its parts filled in. SpoolFailed."""
+        manifest = msgspec.structs.replace(manifest, image=self._destination.image, parts=self.seal())
+        self._destination.write_manifest(manifest)
+        self._destination.show()
         return manifest
 
     def abort(self) -> None:
@@ -211,7 +224,19 @@ class ImageWriter(Incoming):
         for writer in writers:
             with suppress(SpoolFailed):
                 writer.close()
-        super().abort()
+        self._destination.abort()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json of an image and bring it to the disk. SpoolFailed."""
+    path = directory / NAME
+    with spooling(path):
+        fd = create(path)
+        try:
+            write_all(fd, encode_manifest(manifest))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _make_locked(path: Path) -> int:

@@ -29,7 +29,7 @@ class Units(Protocol):
     """A systemd manager; timeout in seconds. CkptError when it will not."""
     async def freeze(self, unit: str, timeout: float) -> None: ...  # noqa: ASYNC109 - systemd's own, too
     async def thaw(self, unit: str) -> None: ...
-    async def scope(self, scope: str, pids: Sequence[int], description: str) -> None: ...
+    async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None: ...
 
 
 class Run:
@@ -118,8 +118,8 @@ class Run:
                     await self._units.freeze(unit, self.job.request.timeout_usec / 1e6)
                 case messages.UnitRequest(unit, 'thaw'):
                     await self._units.thaw(unit)
-                case messages.ScopeRequest(scope, pids):
-                    await self._units.scope(scope, pids, f'Restored from {self.job.request.image}')
+                case messages.ScopeRequest(scope, pids, slice_):
+                    await self._units.scope(scope, pids, f'Restored from {self.job.request.image}', slice_)
         except CkptError as error:
             log.warning('%s: %s: %s', self.job.name, wish, error)
             return error.message

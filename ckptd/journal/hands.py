@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import NoReturn
 
 from ckptd.errors import CkptError
 from ckptd.journal.entry import Entry
-from ckptd.journal.files import put_back, unmake
+from ckptd.journal.files import as_maker, put_back, remove_segment, unmake
 from ckptd.journal.steps import (
     AnyStep,
     Born,
@@ -29,10 +30,9 @@ from ckptd.journal.steps import (
     ThawUnit,
 )
 from ckptd.kernel.cgroup import Cgroup, CgroupMount
-from ckptd.kernel.shm import shmctl_remove
 from ckptd.kernel.stat import PF_EXITING, read_stat
 from ckptd.kernel.status import read_status
-from ckptd.kernel.task import read_threads
+from ckptd.kernel.task import read_cgroup2, read_threads
 
 UnitCall = Callable[[str], None]
 FaultPoint = Callable[[str], None]
@@ -76,9 +76,8 @@ class Hands:
             case FreezeCgroup(cgroup):
                 self.cgroup(cgroup).freeze()
             case Move(to, processes):
-                work = self.cgroup(to)
                 for process in processes:
-                    _attach(work, process.pid)
+                    self._move(process, self.cgroup(to))
             case FreezeUnit(unit):
                 (self.freeze_unit or _no_systemd)(unit)
             case ThawUnit(unit):
@@ -87,6 +86,16 @@ class Hands:
                 self.cgroup(cgroup).path.mkdir(parents=True, exist_ok=True)
             case Born() | MakeSegment() | MakeFile() | KeepFile():
                 return      # whoever wrote it down does it
+
+    def _move(self, process: Moved, work: Cgroup) -> None:
+        """A process is moved by its number alone, which may be another process's by now: that one goes back at once."""
+        try:
+            before = self.cgroup(read_cgroup2(process.pid) or '/')
+            work.attach(process.pid)
+            if read_stat(process.pid).start_time != process.start_time:
+                before.attach(process.pid)
+        except ProcessLookupError:
+            return      # died; its cgroup forgets it by itself
 
     # ------------------------------------------------------------ undo
 
@@ -115,12 +124,16 @@ class Hands:
                 self._remove_empty(self.cgroup(cgroup))
             case Born(cgroup):
                 self._end(self.cgroup(cgroup))
-            case MakeSegment(shmid):
-                _remove_segment(shmid)
+            case MakeSegment():
+                as_maker(step, partial(remove_segment, step))
             case MakeFile():
-                unmake(step)
-            case KeepFile():
-                put_back(step)
+                as_maker(step, partial(unmake, step))
+            case KeepFile(kept=path):
+                kept = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    as_maker(step, partial(put_back, step, kept))
+                finally:
+                    os.close(kept)
 
     def _end(self, born: Cgroup) -> None:
         """Kill what is in a cgroup, frozen or not, and see it gone: zombies are in no cgroup."""
@@ -251,14 +264,6 @@ def _remove(cgroup: Cgroup) -> None:
         if error.errno != errno.EBUSY or not cgroup.wait_empty(time.monotonic() + EMPTY_SECONDS):
             raise
         cgroup.remove()
-
-
-def _remove_segment(shmid: int) -> None:
-    try:
-        shmctl_remove(shmid)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EIDRM):      # gone by itself
-            raise
 
 
 def _no_systemd(unit: str) -> NoReturn:

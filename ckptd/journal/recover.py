@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from ckptd.journal.entry import Entry
 from ckptd.journal.hands import Hands, UnitCall, describe, undo_all
-from ckptd.journal.steps import AnyStep, KeepFile, MakeFile
+from ckptd.journal.steps import AnyStep, KeepFile, MakeFile, MakeSegment
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -36,7 +36,8 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
 
 
 def about_files(steps: Iterable[AnyStep]) -> bool:
-    return any(isinstance(step, KeepFile | MakeFile) for step in steps)
+    """Whether they are undone in a process of one thread, as they are about files or belong to a user."""
+    return any(isinstance(step, KeepFile | MakeFile | MakeSegment) for step in steps)
 
 
 def left_about_files(journal: Journal) -> bool:

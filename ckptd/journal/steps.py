@@ -82,9 +82,15 @@ class Born(Step, frozen=True):
 
 
 class MakeSegment(Step, frozen=True):
-    """A System V segment for a tree that is restored."""
+    """A System V segment for a tree that is restored, made by the rights of a user: undone by removing it, while it has
+    this key and size and was made by this user."""
     point = 'make-segment'
     shmid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    key: Count
+    size: Count
+    uid: Count = 0
+    gid: Count = 0
+    groups: tuple[Count, ...] = ()
 
 
 class MakeFile(Step, frozen=True):

@@ -10,6 +10,8 @@ from ckptd.kernel.procfs import gone_or, list_numbers, read_file, read_memory_fi
 
 RLIM_INFINITY = (1 << 64) - 1
 RLIM_NLIMITS = 16
+# links below /proc/PID/ns, namespaces(7)
+_NAMESPACES = ('cgroup', 'ipc', 'mnt', 'net', 'pid', 'pid_for_children', 'time', 'time_for_children', 'user', 'uts')
 
 SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD, SIGEV_THREAD_ID = 0, 1, 2, 4     # <asm-generic/siginfo.h>
 _SIGEV_NAMES = {b'signal': SIGEV_SIGNAL, b'none': SIGEV_NONE, b'thread': SIGEV_THREAD}
@@ -65,6 +67,10 @@ def read_namespaces(pid: int, tid: int | None = None) -> dict[str, int]:
     found: dict[str, int] = {}
     try:
         names = os.listdir(f'{directory}/ns')  # noqa: PTH208
+    except PermissionError:
+        # the directory of a process that is not dumpable is root's; its links can be read by who may look at it, as the
+        # process itself
+        names = list(_NAMESPACES)
     except FileNotFoundError as error:
         raise gone_or(error, directory) from None
     for name in names:
@@ -166,6 +172,16 @@ def read_personality(pid: int, tid: int | None = None) -> int:
 def read_oom_score_adj(pid: int) -> int:
     """-1000 to 1000, proc_pid_oom_score_adj(5)."""
     return int(read_task_file(task_dir(pid), 'oom_score_adj'))
+
+
+def read_loginuid(pid: int) -> int:
+    """The uid of the login that a process descends from, for the audit log; -1 where none was set, or the kernel has no
+    CONFIG_AUDIT."""
+    try:
+        value = int(read_task_file(task_dir(pid), 'loginuid'))
+    except FileNotFoundError:
+        return -1
+    return -1 if value == (1 << 32) - 1 else value
 
 
 def read_coredump_filter(pid: int) -> int:

@@ -6,6 +6,7 @@ import os
 import time
 from typing import NamedTuple
 
+from ckptd.kernel.decl import c_int, libc
 from ckptd.kernel.procfs import read_task_file, task_dir
 from ckptd.kernel.task import read_namespaces
 
@@ -44,6 +45,27 @@ def parse_offsets(data: bytes) -> Offsets:
     rows = {name: int(seconds) * 10**9 + int(nanoseconds)
             for name, seconds, nanoseconds in (line.split() for line in data.splitlines())}
     return Offsets(rows.get(b'monotonic', 0), rows.get(b'boottime', 0))
+
+
+@libc
+def unshare(flags: c_int) -> c_int:
+    """Leave namespaces that are shared. Of a time namespace it is the children that are born in the new one."""
+
+
+@libc
+def setns(fd: c_int, nstype: c_int) -> c_int:
+    """Enter the namespace of an fd; a time namespace by a process of one thread only, setns(2)."""
+
+
+def write_offsets(offsets: Offsets, pid: int | str = 'self') -> None:
+    """Set the clocks of the namespace that children of a process are to be born in, while nobody is in it. OSError."""
+    lines = [f'{name} {offset // 10**9} {offset % 10**9}'
+             for name, offset in zip(('monotonic', 'boottime'), offsets, strict=True)]
+    fd = os.open(f'/proc/{pid}/timens_offsets', os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, '\n'.join(lines).encode())
+    finally:
+        os.close(fd)
 
 
 class Clocks(NamedTuple):

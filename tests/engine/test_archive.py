@@ -28,6 +28,7 @@ from ckptd.errors import (
     LimitsExceeded,
     NoSuchImage,
     PermissionDenied,
+    WorkerDied,
 )
 from ckptd.image.manifest import NAME, read_manifest
 from ckptd.image.verify import verify
@@ -116,7 +117,7 @@ def test_a_tree_travels(generation: Callable[..., Generation], place: Place, oth
     assert verify(there) == []
     assert read_manifest(there) == msgspec.structs.replace(read_manifest(image), image=name, owner_uid=1234,
                                                            owner_gid=4321, imported=True)
-    with DirectWorker() as worker, pytest.raises(PermissionDenied, match='imported by uid 1234, who alone may'):
+    with DirectWorker() as worker, pytest.raises(PermissionDenied, match='runs as uid 0, and is restored for uid 1234'):
         worker.run(other.request(0, target='', operation='restore', image=name))
     mine = take_in(other, path, caller=me())['image']
     with DirectWorker() as worker:
@@ -342,7 +343,7 @@ def test_what_is_written_to_somebodys_fd_is_written_by_his_rights(home: Place, i
     """Root's would do more than they should with some files that are written to."""
     reader, writer = os.pipe()
     with DirectWorker() as worker:
-        worker.send(Start(request(home, 'export', image=image.name, format=format_, caller=STRANGER)), (writer,))
+        worker.send(Start(request(home, 'export', image=image.name, format=format_, writer=STRANGER)), (writer,))
         wait_full(writer)
         status = read_status(worker.pid)
         os.close(writer)
@@ -380,8 +381,11 @@ def test_faults(other: Place, stream: Path, point: str) -> None:
     with pytest.raises(CkptError, match=f'fault at {point}'):
         take_in(other, stream, env={'CKPTD_FAULT': f'{point}=error:EIO'})
     assert in_spool(other) == []
-    with pytest.raises(AssertionError, match='the worker died'):
+    with pytest.raises(WorkerDied, match='was killed by SIGKILL'):
         take_in(other, stream, env={'CKPTD_FAULT': f'{point}=kill'})
+    assert in_spool(other) == []        # its broker has seen to that
+    with pytest.raises(AssertionError, match='the worker died'):
+        take_in(other, stream, env={'CKPTD_FAULT': f'{point}=kill'}, caller=me())
     [left] = in_spool(other)
     assert left.startswith(INCOMING)
     assert remove_stale(other.spool) == [left.removeprefix(INCOMING)]

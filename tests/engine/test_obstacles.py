@@ -19,6 +19,9 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from ckptd.engine.broker.calls import Placed
+from ckptd.engine.broker.identity import identity_of
+from ckptd.engine.broker.placing import TreePlace
 from ckptd.engine.channel import Channel
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Caller
@@ -26,12 +29,12 @@ from ckptd.engine.restore.family import Spawn
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.obstacles import obstacles
 from ckptd.engine.restore.obstacles.room import bytes_to_read
-from ckptd.engine.restore.place import homes
 from ckptd.engine.restore.prepare import prepare
-from ckptd.errors import Busy, ImageDamaged, PermissionDenied, Refusal, Refused
+from ckptd.errors import Busy, ImageDamaged, NoSuchTarget, PermissionDenied, Refusal, Refused
 from ckptd.image import records as r
 from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.image.reader import ImageReader
+from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.creds import CAP_SYS_RESOURCE, capget
 from ckptd.kernel.shm import attached
 from ckptd.kernel.stat import read_stat
@@ -336,7 +339,7 @@ def nobody(**more: Any) -> Caller:
                      **more})
 
 
-def test_the_image_of_somebody_else(place: Place, asleep: Sleeper) -> None:
+def test_the_image_of_somebody_else(place: Place, asleep: Sleeper, importer: Caller) -> None:
     image = asleep.image(place)
     rows = found(place, image, caller=nobody())
     assert about(rows, 'image').errno == 'EPERM'
@@ -344,8 +347,8 @@ def test_the_image_of_somebody_else(place: Place, asleep: Sleeper) -> None:
     assert about(rows, 'uid').reason == f'runs as uid 0, the caller is uid {ORDINARY_UID}'
     assert about(rows, 'gid').errno == 'EPERM'
     assert 'CAP_CHOWN' in about(rows, 'capabilities').reason
-    with DirectWorker() as worker, pytest.raises(PermissionDenied):
-        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=nobody()))
+    with DirectWorker() as worker, pytest.raises(PermissionDenied, match=f'is not of uid {importer.uid}'):
+        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer))
 
 
 def test_groups_of_the_caller(place: Place, asleep: Sleeper) -> None:
@@ -595,7 +598,6 @@ def test_limits_of_whoever_has_the_number_now_are_not_the_importers(place: Place
     image = asleep.image(place)
     of_user(image, imported=True)
     assert not [row for row in found(place, image, caller=importer) if row.resource == 'limits']
-    process = SimpleNamespace(vpid=7, alive=[1], ids=SimpleNamespace(cgroup='/a'))
     other = importer
     if way == 'ended':
         os.kill(importer.pid, signal.SIGKILL)
@@ -605,8 +607,8 @@ def test_limits_of_whoever_has_the_number_now_are_not_the_importers(place: Place
         same = read_stat(os.getpid()).start_time
         other = msgspec.structs.replace(importer, pid=os.getpid(), start_time=same - (way == 'reused'))
     assert about(found(place, image, caller=other), 'limits').errno == 'ESRCH'
-    with pytest.raises(ProcessLookupError):
-        homes(other, True, [process])  # type: ignore[list-item]
+    with pytest.raises(NoSuchTarget, match='the calling process is gone'):
+        identity_of(place.request(0, operation='restore', target='', caller=other), None)
 
 
 def test_an_imported_image_is_its_importers_alone(place: Place, asleep: Sleeper, importer: Caller) -> None:
@@ -627,8 +629,19 @@ def test_who_has_given_up_rights_gets_none_back(place: Place, asleep: Sleeper, i
     assert about(found(place, image, caller=confined), resource_).errno == 'EPERM'
 
 
-def test_where_an_imported_tree_lives(importer: Caller) -> None:
-    process = SimpleNamespace(vpid=7, alive=[1], ids=SimpleNamespace(cgroup='/system.slice/sshd.service'))
-    own = read_cgroup2(importer.pid)
-    assert homes(importer, True, [process]) == {7: own}  # type: ignore[list-item]
-    assert homes(importer, False, [process]) == {7: '/system.slice/sshd.service'}  # type: ignore[list-item]
+@pytest.mark.needs('cgroup2')
+def test_where_a_users_tree_lives(place: Place, importer: Caller) -> None:
+    """In a cgroup of its user's, whatever the image says."""
+    own, foreign = read_cgroup2(importer.pid), '/ckptd-test-foreign'
+    group = Cgroup.named(foreign)
+    group.path.mkdir()
+    request = place.request(0, operation='restore', target='', caller=importer)
+    tree = TreePlace(SimpleNamespace(request=request), identity_of(request, None), 1)  # type: ignore[arg-type]
+    try:
+        said = {7: foreign, 8: own, 9: '/../x', 10: '', 11: '/not-there'}
+        homes = tree._homes([Placed(pid, 0, cgroup) for pid, cgroup in said.items()])
+        assert set(homes.values()) == {own}
+        os.chown(group.path / 'cgroup.procs', importer.uid, -1)     # delegated
+        assert tree._homes([Placed(7, 0, foreign)]) == {7: foreign}
+    finally:
+        group.remove()

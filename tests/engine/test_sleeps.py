@@ -61,7 +61,8 @@ def sleeper() -> Iterator[Sleeper]:
 def left(place: Place, pid: int, **options: Any) -> tuple[dict[int, int], dict[int, SleepLeft]]:
     """The clocks of a checkpoint by CLOCK_*, and the records by vpid."""
     with ImageReader(place.checkpoint(pid, **options)) as reader:
-        return ({time.CLOCK_MONOTONIC: reader.header.monotonic, time.CLOCK_BOOTTIME: reader.header.boottime},
+        clocks = reader.manifest.clocks
+        return ({time.CLOCK_MONOTONIC: clocks.monotonic, time.CLOCK_BOOTTIME: clocks.boottime},
                 dict(reader.table(SleepLeft)))
 
 

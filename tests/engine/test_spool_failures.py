@@ -15,7 +15,7 @@ import pytest
 
 from ckptd.errors import SpoolFailed
 from ckptd.image.archive import write_archive
-from ckptd.image.archive_reader import read_archive
+from ckptd.image.archive_reader import destination_in, read_archive
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.faulty import Gate, api
 from tests.engine.unharmed import Subject, left_in_journal, left_in_spool
@@ -192,21 +192,21 @@ def stream(subject: Subject, tmp_path: Path) -> Iterator[int]:
 def test_an_import_leaves_what_is_to_stay_free(stream: int, disk: Path) -> None:
     """Nothing is begun where there is too little, nor goes on when somebody else takes it."""
     spool, size = Place(disk).make().spool, os.fstat(stream).st_size
-    watcher = Neighbour(disk, 0)
+    watcher, keep_free = Neighbour(disk, 0), free(disk) - size // 2
     with pytest.raises(SpoolFailed, match='are to stay so'):
-        read_archive(stream, spool, 1, 1, 1 << 30, watcher, free(disk) - size // 2)
+        read_archive(stream, destination_in(spool, keep_free), 1, 1, 1 << 30, watcher, keep_free)
     assert (watcher.left, list(spool.iterdir())) == ([], [])
     os.lseek(stream, 0, os.SEEK_SET)
     keep_free = free(disk) - size - MIB
     watcher = Neighbour(disk, 2 * MIB)
     with pytest.raises(SpoolFailed, match='are to stay so') as caught:
-        read_archive(stream, spool, 1, 1, 1 << 30, watcher, keep_free)
+        read_archive(stream, destination_in(spool, keep_free), 1, 1, 1 << 30, watcher, keep_free)
     assert 'KeepFree=' in caught.value.hint
     assert min(watcher.left) >= keep_free
     assert list(spool.iterdir()) == []
     (disk / 'others').unlink()
     os.lseek(stream, 0, os.SEEK_SET)
-    image = read_archive(stream, spool, 1, 1, 1 << 30, Neighbour(disk, 0), keep_free).image
+    image = read_archive(stream, destination_in(spool, keep_free), 1, 1, 1 << 30, Neighbour(disk, 0), keep_free).image
     assert [path.name for path in spool.iterdir()] == [image]
 
 

@@ -123,7 +123,7 @@ def test_clocks_go_on_after_a_reboot(victim: Callable[..., Victim], place: Place
     image = killed(place, running)
     other_boot(image)
     with ImageReader(image) as reader:
-        then = reader.header.monotonic
+        then = reader.manifest.clocks.monotonic
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     root = restored(place, image)
     offsets = Path(f'/proc/{root}/timens_offsets').read_text().split()

@@ -335,7 +335,7 @@ class Units:
     async def thaw(self, unit: str) -> None:
         raise CkptError(f'{unit} is masked')
 
-    async def scope(self, scope: str, pids: Sequence[int], description: str) -> None:
+    async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
         raise CkptError(f'{scope} of {list(pids)} cannot be made')
 
 

@@ -11,7 +11,7 @@ import pytest
 from ckptd.errors import NoSuchImage, PermissionDenied, SpoolFailed
 from ckptd.image.ids import new_image_id
 from ckptd.image.manifest import Manifest, Statistics
-from ckptd.image.writer import ImageWriter
+from ckptd.image.writer import ImageWriter, Incoming
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
 
@@ -21,7 +21,7 @@ def write_image(spool: Path, owner: int = 1000, command: str = 'sort', target: s
     image = new_image_id(command)
     while (spool / image).exists():     # of many in one second two may be called the same
         image = new_image_id(command)
-    with ImageWriter(spool, image) as writer:
+    with ImageWriter(Incoming(spool, image)) as writer:
         writer.publish(Manifest(
             image=writer.image, created_usec=7, ckptd_version='0', kernel='6.18', boot_id='b', owner_uid=owner,
             owner_gid=owner, target=target, root=1, command=command, tasks=3, processes=2, freeze_mode='cgroup',

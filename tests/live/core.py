@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckptd.image import records as r
 from ckptd.image.grammar import Record
-from ckptd.image.writer import ImageWriter
+from ckptd.image.writer import ImageWriter, Incoming
 from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.memory import Mem, PageMap
 from ckptd.kernel.ptrace import Tracee
@@ -22,7 +22,7 @@ KINDS = {'[heap]': r.HEAP, '[stack]': r.STACK, '[vdso]': r.VDSO, '[vvar]': r.VVA
 def dump(pid: int, spool: Path) -> Path:
     """Stop the process, write an image of it, let it go."""
     tids = read_threads(pid)
-    with ImageWriter(spool, IMAGE) as writer, ExitStack() as stack:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer, ExitStack() as stack:
         tracees = [stack.enter_context(Tracee.seize(tid)) for tid in tids]
         for tracee in tracees:
             tracee.stop()
@@ -38,7 +38,7 @@ def dump(pid: int, spool: Path) -> Path:
 def tree(pid: int, tids: list[int]) -> Iterator[Record]:
     stat = read_stat(pid)
     count = len(tids)
-    yield r.Header(pid, count, 1, 0, 0, 0, PAGE, 'x86_64')
+    yield r.Header(pid, count, 1, 0, PAGE, 'x86_64')
     yield r.TaskIds(tuple(tids), (pid,) * count, (stat.ppid,) * count, (stat.pgrp,) * count, (stat.session,) * count)
     for tid in tids:
         yield task(tid, parent=0 if tid == pid else pid, comm=stat.comm)

@@ -132,7 +132,8 @@ class Objects:
             except OSError as error:
                 raise CkptError(f'System V segment {record.shmid} cannot be made: {error.strerror}', errno=error.errno,
                                 resource=f'shmid {record.shmid}') from error
-            self._note(MakeSegment(record.shmid))
+            self._note(MakeSegment(record.shmid, record.key, record.size, os.geteuid(), os.getegid(),
+                                   tuple(os.getgroups())))
         if not found or self._looking.owns(found):
             shmctl_set(record.shmid, record.uid, record.gid, mode)
         with attached(record.shmid, record.size) as view:

@@ -10,19 +10,20 @@ The journal has each step: as long as the line that says "it is alive" is not wr
 and after it brings it home. So all of it runs in the end, or nothing.
 """
 
-import errno
 import os
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Protocol, Self
 
+from ckptd.engine.broker.calls import Placed
+from ckptd.engine.broker.client import Broker
 from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
-from ckptd.engine.messages import Caller
 from ckptd.engine.restore.family import Process
-from ckptd.engine.restore.puppet import Puppet
 from ckptd.errors import CkptError, Refusal
+from ckptd.image.files import spooling
 from ckptd.journal.entry import Entry
 from ckptd.journal.hands import Hands, undo_all
 from ckptd.journal.steps import (
@@ -40,36 +41,56 @@ from ckptd.journal.steps import (
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
-from ckptd.kernel.pidfd import held
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 
-# where an ordinary user may make none, or nobody
-_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+KEPT = '.kept-'     # files of the spool
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Place(Protocol):
+    """Where a tree is made and where it lives, and the journal of what a restart makes for it; see Birthplace."""
+    cgroup_fd: int
+    warnings: list[Refusal]
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def want(self, homes: Mapping[int, str]) -> None: ...
+    def prepare(self) -> None: ...
+    def note(self, step: MakeSegment | MakeFile | KeepFile) -> None: ...
+    def keep_content(self) -> tuple[str, int]: ...
+    def settle(self, pids: Mapping[int, int]) -> None: ...
+    def open_gate(self) -> None: ...
 
 
 class Birthplace:
     """One restart's cgroups and its journal entry. `with`: on failure everything is undone.
 
-    wanted: the cgroup of each living process by vpid, '' where there was none. cgroup_fd: where to be born, -1: where
-    we are.
+    want: where each process is to live. cgroup_fd: where to be born, -1: where we are.
     """
 
-    def __init__(self, job: Job, wanted: Mapping[int, str]) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
         self._hands = Hands(mount_of(read_mountinfo()))
-        asked = job.request.cgroup
-        self._wanted = {vpid: asked or cgroup for vpid, cgroup in wanted.items()}
+        self._wanted: dict[int, str] = {}
+        self._slice: str | None = None
         self._entry: Entry = Journal(Path(job.request.runtime)).begin(job.request.job, f'image {job.request.image}',
                                                                       'restore')
         self._gate = ''             # the cgroup that all are in when they start
         self.cgroup_fd = -1
         self.warnings: list[Refusal] = []
 
-    def __enter__(self) -> 'Birthplace':
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def want(self, homes: Mapping[int, str], slice_: str | None = None) -> None:
+        """The cgroup of each living process, by a number of its own, '' where there was none. slice_: that of a scope
+        which systemd is to make of them, '' for its default, None where a scope is made of what misses its cgroup."""
+        asked = self._job.request.cgroup
+        self._wanted = {number: asked or cgroup for number, cgroup in homes.items()}
+        self._slice = slice_
+
+    def __exit__(self, *_: object) -> None:
         if self.cgroup_fd >= 0:
             os.close(self.cgroup_fd)
             self.cgroup_fd = -1
@@ -104,6 +125,13 @@ class Birthplace:
         """Write a step down that somebody else takes, before or, of a segment, whose number nobody knows, after it."""
         self._entry.add(step)
 
+    def keep_content(self) -> tuple[str, int]:
+        """Path and fd of an empty file in the spool, for what is about to be overwritten elsewhere. SpoolFailed."""
+        path = Path(self._job.request.spool) / f'{KEPT}{secrets.token_hex(8)}'
+        self.note(MakeFile(str(path), 0, 0, os.geteuid(), os.getegid(), ()))
+        with spooling(path):
+            return str(path), os.open(path, _NEW, 0o600)
+
     def _exists(self, cgroup: str) -> bool:
         try:
             return self._hands.cgroup(cgroup).exists
@@ -118,11 +146,11 @@ class Birthplace:
 
     # ------------------------------------------------------------ before the start
 
-    def settle(self, puppets: Mapping[int, Puppet]) -> None:
-        """All processes are there: say where each belongs, and close the gate. puppets: one of each process by vpid."""
-        missing = [vpid for vpid in puppets if self._wanted.get(vpid) and not self._exists(self._wanted[vpid])]
-        if missing and self._job.request.systemd:
-            self._scope(puppets)
+    def settle(self, pids: Mapping[int, int]) -> None:
+        """All processes are there: say where each belongs, and close the gate. pids: by the numbers of `want`."""
+        missing = [number for number in pids if self._wanted.get(number) and not self._exists(self._wanted[number])]
+        if (missing or self._slice is not None) and self._job.request.systemd:
+            self._scope(list(pids.values()))
         if not self._gate:
             return
         self._take(FreezeCgroup(self._gate))
@@ -130,17 +158,17 @@ class Birthplace:
             # undone before the freeze is, so each starts as it comes home and is not frozen again: some calls answer
             # that with EINTR (signal(7))
             self._take(Move(self._gate, tuple(
-                Moved(puppet.tid, read_stat(puppet.tid).start_time, self._wanted[vpid] or self._outside())
-                for vpid, puppet in puppets.items())))
+                Moved(pid, read_stat(pid).start_time, self._wanted[number] or self._outside())
+                for number, pid in pids.items())))
 
     def _outside(self) -> str:
         return str(PurePosixPath(self._gate).parent)
 
-    def _scope(self, puppets: Mapping[int, Puppet]) -> None:
+    def _scope(self, pids: Sequence[int]) -> None:
         """systemd makes a scope and moves them there: what was a unit of its is none any more."""
         name = f'ckptd-{self._job.request.image}-{secrets.token_hex(2)}.scope'
-        self._job.channel.scope(name, [puppet.tid for puppet in puppets.values()])
-        self._gate = read_cgroup2(next(iter(puppets.values())).tid)
+        self._job.channel.scope(name, pids, self._slice or '')
+        self._gate = read_cgroup2(pids[0])
         for number, step in self._entry.standing():
             if isinstance(step, Born):          # nobody is there any more
                 self._entry.undone(number)
@@ -162,16 +190,57 @@ class Birthplace:
         self._entry.close()
 
     def _warn(self, sentence: str, errno_name: str) -> None:
-        self.warnings.append(Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning'))
+        self.warnings.append(_warning(sentence, errno_name))
 
 
-def homes(caller: Caller, imported: bool, processes: Sequence[Process]) -> dict[int, str]:
-    """The cgroup that each living process was in, by vpid; of an image that an ordinary user has brought from outside,
-    his own, whatever it says. ProcessLookupError when he is gone."""
-    if imported and caller.uid:
-        with held(caller.pid, caller.start_time, caller.uid):
-            own = read_cgroup2(caller.pid)
-        return {process.vpid: own for process in processes if process.alive}
+class LentPlace:
+    """The same for a worker that is an ordinary user: its broker does all of it, see engine/broker/placing.py. The tree
+    is born where the worker is."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self.cgroup_fd = -1
+        self._wanted: dict[int, str] = {}
+        self.warnings: list[Refusal] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing: the broker undoes what does not live when the worker has ended."""
+
+    def want(self, homes: Mapping[int, str]) -> None:
+        self._wanted = dict(homes)
+
+    def prepare(self) -> None:
+        """Nothing: the broker has its cgroup when the tree is ready."""
+
+    def note(self, step: MakeSegment | MakeFile | KeepFile) -> None:
+        self._broker.note(step)
+
+    def keep_content(self) -> tuple[str, int]:
+        return self._broker.keep_content()
+
+    def settle(self, pids: Mapping[int, int]) -> None:
+        fault('place-settle')
+        self._broker.place_tree([Placed(pid, read_stat(pid).start_time, self._wanted.get(number, ''))
+                                 for number, pid in pids.items()])
+
+    def open_gate(self) -> None:
+        self.warnings += [_warning(sentence, 'EBUSY') for sentence in self._broker.start_tree()]
+
+
+def place_for(job: Job) -> Place:
+    """Who places the tree of a restore."""
+    return LentPlace(Broker(job.channel)) if job.request.brokered else Birthplace(job)
+
+
+def _warning(sentence: str, errno_name: str) -> Refusal:
+    return Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning')
+
+
+def homes(processes: Sequence[Process]) -> dict[int, str]:
+    """The cgroup that each living process was in, by vpid."""
     return {process.vpid: process.ids.cgroup for process in processes if process.alive}
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a restart is going to do, as data: made once, looked at by a dry run, carried out by run.py."""
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -62,6 +63,11 @@ class Plan:
         for task in self.alive:
             found.setdefault(getattr(task.record, name), task.vpid)
         return found
+
+
+def is_users_worker(plan: Plan) -> bool:
+    """Whether the tree is made by a worker that is an ordinary user and chooses pids by CAP_CHECKPOINT_RESTORE."""
+    return os.geteuid() != 0 and not plan.world.user
 
 
 def read_numbers(reader: ImageReader, world: World) -> Numbers:

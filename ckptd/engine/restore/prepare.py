@@ -4,7 +4,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ckptd.engine.job import Job, image_path
+from ckptd.engine.job import Job
 from ckptd.engine.messages import refusal_row
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.obstacles import obstacles
@@ -18,7 +18,7 @@ from ckptd.image.verify import verify
 def prepare(job: Job, reader: ImageReader) -> tuple[Plan, list[Refusal]]:
     """The plan, and every refusal and warning about it, pid by pid as vpids. ImageDamaged. Nothing is changed."""
     request = job.request
-    world = decide(reader, new_pidns=request.new_pidns)
+    world = decide(reader, new_pidns=request.new_pidns, brokered=request.brokered)
     plan = make_plan(reader, world, read_numbers(reader, world), own_session=job.terminal >= 0,
                      child_of_us=request.wait)
     access = Access(reader, request.caller, request.changed_files, job.terminal)
@@ -35,16 +35,17 @@ def refused(rows: Iterable[Refusal]) -> CkptError:
 def check_restore(job: Job) -> None:
     """Every reason why a restore would be refused, and warnings of what it would lack: damages of the image as well."""
     job.channel.phase('verify')
-    path, tasks = image_path(job), 0
-    rows = [damage(sentence) for sentence in verify(path)]
-    if not rows:
-        job.channel.phase('plan')
-        try:
-            with ImageReader(path) as reader:
-                plan, rows = prepare(job, reader)
-                tasks = len(plan.tasks)
-        except ImageDamaged as error:
-            rows = [damage(error.message, error)]
+    tasks = 0
+    with job.image_files() as files:
+        rows = [damage(sentence) for sentence in verify(files)]
+        if not rows:
+            job.channel.phase('plan')
+            try:
+                with ImageReader(files) as reader:
+                    plan, rows = prepare(job, reader)
+                    tasks = len(plan.tasks)
+            except ImageDamaged as error:
+                rows = [damage(error.message, error)]
     job.channel.finish('refusals', [refusal_row(row) for row in rows], {'tasks': tasks})
 
 

@@ -21,6 +21,7 @@ from ckptd.engine.batch import Batch, Results
 from ckptd.engine.interleave import Steps, finish
 from ckptd.errors import CkptError
 from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_DISABLE
 from ckptd.kernel.memory import PAGE, read_bytes, write_bytes
 from ckptd.kernel.ptrace import (
     PTRACE_EVENT_CLONE,
@@ -45,7 +46,6 @@ OPTIONS = (PTRACE_O_EXITKILL | PTRACE_O_TRACECLONE | PTRACE_O_TRACEFORK | PTRACE
            | PTRACE_O_TRACESYSGOOD)
 BLOCK_ALL = (1 << 64) - 1 & ~(1 << signal.SIGTRAP - 1)
 _BIRTHS = (PTRACE_EVENT_FORK, PTRACE_EVENT_VFORK, PTRACE_EVENT_CLONE)
-_PR_SET_DUMPABLE = 4        # <linux/prctl.h>
 
 
 class Arena(NamedTuple):
@@ -163,7 +163,7 @@ class Puppet:
             # injected instead of the SIGTRAP that it has stopped for; without dumpable memory no core is written, nor
             # the program of core_pattern(5) run
             batch = Batch()
-            batch.call('prctl', _PR_SET_DUMPABLE, 0, 0, 0, 0)
+            batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
             self.write(batch, self.arena.table)
             finish(self.go(self.arena.table))       # what it returns may not be read any more, but by root
             self.tracee.sigmask = 0

@@ -4,31 +4,28 @@
 import os
 import secrets
 from collections.abc import Callable
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from ckptd.engine.faults import fault
+from ckptd.engine.restore.place import Place
 from ckptd.engine.restore.rights import Rights
 from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile
 
-KEPT = '.kept-'     # files of the spool
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Rewrites:
-    """rights: of whose files they are; rights_to(path): those by which one that is there was opened. note: write a step
-    to the journal."""
+    """rights: of whose files they are; rights_to(path): those by which one that is there was opened. place: has the
+    journal, and makes files in the spool."""
 
-    def __init__(self, spool: Path, rights: Rights, rights_to: Callable[[str], Rights],
-                 note: Callable[[KeepFile | MakeFile], None]) -> None:
-        self._spool, self._rights, self._rights_to, self._note = spool, rights, rights_to, note
+    def __init__(self, place: Place, rights: Rights, rights_to: Callable[[str], Rights]) -> None:
+        self._place, self._rights, self._rights_to, self._note = place, rights, rights_to, place.note
 
     def keep(self, path: str, fd: int, start: int) -> None:
         """As kinds.base.Restoring.keep."""
-        kept = str(self._spool / f'{KEPT}{secrets.token_hex(8)}')
         fault('place-keep-file')
-        self._note(MakeFile(kept, 0, 0, os.geteuid(), os.getegid(), ()))
-        copy = os.open(kept, _NEW, 0o600)
+        kept, copy = self._place.keep_content()
         try:
             keep(fd, start, copy)
         finally:

@@ -15,12 +15,11 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from ckptd.engine.clock import Clock
 from ckptd.engine.faults import fault
 from ckptd.engine.interleave import Steps, finish, interleave
-from ckptd.engine.job import Job, image_path
+from ckptd.engine.job import Job
 from ckptd.engine.messages import Phase, Running, first_rows
 from ckptd.engine.restore import state
 from ckptd.engine.restore.attend import attend, cgroup_of
@@ -32,7 +31,7 @@ from ckptd.engine.restore.leave import Leave
 from ckptd.engine.restore.memory import Space, clear
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
-from ckptd.engine.restore.place import Birthplace, homes
+from ckptd.engine.restore.place import homes, place_for
 from ckptd.engine.restore.plan import DEAD, Plan
 from ckptd.engine.restore.prepare import prepare, refused
 from ckptd.engine.restore.puppet import Puppet
@@ -100,13 +99,12 @@ class Restore:
         reader, request = self._reader, self._request
         self._bank = stack.enter_context(Bank(self._plan.highest))
         self._files = Files(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
-        self._place = stack.enter_context(Birthplace(self._job, homes(
-            request.caller, reader.manifest.imported, self._plan.processes)))
+        self._place = stack.enter_context(place_for(self._job))
+        self._place.want(homes(self._plan.processes))
         self._place.prepare()
         self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.note)
         self._files.objects = self._objects
-        self._files.rewrites = Rewrites(Path(request.spool), self._files.rights, self._files.rights_to,
-                                        self._place.note)
+        self._files.rewrites = Rewrites(self._place, self._files.rights, self._files.rights_to)
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,
@@ -235,7 +233,7 @@ class Restore:
 
     def _start(self) -> None:
         """Let go of all. What cannot fail comes last, and what cannot be undone before that."""
-        self._place.settle({process.vpid: self._nursery[process.alive[0].vpid] for process in self._plan.processes
+        self._place.settle({process.vpid: self._nursery[process.alive[0].vpid].tid for process in self._plan.processes
                             if process.alive})
         fault('ready')
         self._nursery.require_stopped()
@@ -282,12 +280,14 @@ def restore(job: Job) -> None:
     """Bring the tree of an image back."""
     clock = Clock()
     job.channel.phase('verify')
-    path = image_path(job)
-    with clock.measure('verify'):
-        damages = verify_records(path)
-    if damages:
-        raise damaged(damages)
-    with ImageReader(path) as reader, Digests(path) as digests:
+    with ExitStack() as stack:
+        files = stack.enter_context(job.image_files())
+        with clock.measure('verify'):
+            damages = verify_records(files)
+        if damages:
+            raise damaged(damages)
+        reader = stack.enter_context(ImageReader(files))
+        digests = stack.enter_context(Digests(files))
         job.channel.phase('plan')
         with clock.measure('plan'):
             plan, rows = prepare(job, reader)

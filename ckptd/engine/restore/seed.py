@@ -15,6 +15,15 @@ from ckptd.engine.batch import Batch
 from ckptd.engine.restore.puppet import BLOCK_ALL, OPTIONS, Arena, Puppet
 from ckptd.errors import CkptError, NotSupported
 from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.creds import (
+    PR_CAP_AMBIENT,
+    PR_CAP_AMBIENT_RAISE,
+    PR_SET_DUMPABLE,
+    SUID_DUMP_USER,
+    capget,
+    capset,
+    prctl,
+)
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Tracee
 
@@ -80,8 +89,24 @@ def _program() -> int:
         os.close(writable)
 
 
+def _keep_rights() -> None:
+    """In the child of a worker that is an ordinary user: let it be traced, and keep its capability over execve(2).
+
+    It has the memory of the worker, which is not dumpable. Other processes of the user still may not trace it, as they
+    lack the capability (security/commoncap.c, cap_ptrace_access_check).
+    """
+    prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)
+    held = capget()
+    if held.permitted:
+        capset(held._replace(inheritable=held.permitted))
+        for capability in range(held.permitted.bit_length()):
+            if held.permitted >> capability & 1:
+                prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
+
+
 def _start(program: int) -> Tracee:
     wait, go = os.pipe2(os.O_CLOEXEC)
+    ready, told = os.pipe2(os.O_CLOEXEC)
     with warnings.catch_warnings():
         # Python 3.12 warns where there are threads, for locks that they may hold; the child takes none
         warnings.simplefilter('ignore', DeprecationWarning)
@@ -89,11 +114,17 @@ def _start(program: int) -> Tracee:
     if pid == 0:
         try:
             os.close(go)
+            if os.geteuid() != 0:
+                _keep_rights()
+            os.write(told, b'r')
             os.read(wait, 1)
             os.execve(program, ['ckptd-stub'], {})
         finally:
             os._exit(127)
     os.close(wait)
+    os.close(told)
+    os.read(ready, 1)       # or its end: then it is gone
+    os.close(ready)
     try:
         tracee = Tracee.seize(pid, OPTIONS)
     finally:

@@ -16,7 +16,6 @@ this the first task to become the user's would expose the code of the others thr
     a user namespace    each task runs `credentials`; its rights end with the namespace, whose owner the user is
 """
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +23,7 @@ from ckptd.engine.batch import Batch
 from ckptd.engine.interleave import Steps, interleave
 from ckptd.engine.restore.memory import Space
 from ckptd.engine.restore.nursery import Nursery
-from ckptd.engine.restore.plan import Plan
+from ckptd.engine.restore.plan import Plan, is_users_worker
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.script import Script
 from ckptd.errors import CkptError
@@ -34,22 +33,21 @@ from ckptd.kernel.creds import (
     LINUX_CAPABILITY_VERSION_3,
     PR_CAP_AMBIENT,
     PR_CAP_AMBIENT_CLEAR_ALL,
+    PR_CAP_AMBIENT_RAISE,
+    PR_CAPBSET_DROP,
+    PR_SET_DUMPABLE,
+    SUID_DUMP_DISABLE,
+    SUID_DUMP_ROOT,
+    SUID_DUMP_USER,
     capget,
     last_capability,
 )
 from ckptd.kernel.status import read_status
 
 # <linux/prctl.h>
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 28, 38
-PR_CAP_AMBIENT_RAISE = 2
+PR_SET_PDEATHSIG, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 28, 38
 SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/securebits.h>
-SUID_DUMP_DISABLE, SUID_DUMP_USER, SUID_DUMP_ROOT = 0, 1, 2     # <linux/sched/coredump.h>
 _ALL = (1 << 64) - 1
-
-
-def is_users_worker(plan: Plan) -> bool:
-    """Whether the tree is made by a worker that is an ordinary user and chooses pids by CAP_CHECKPOINT_RESTORE."""
-    return os.geteuid() != 0 and not plan.world.user
 
 
 class Shed:

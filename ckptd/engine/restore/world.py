@@ -15,6 +15,7 @@ from ckptd.engine.batch import Batch
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.script import Script
 from ckptd.errors import NotSupported, Refusal
+from ckptd.image.manifest import Manifest
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Namespaces
 from ckptd.kernel.arch import x86_64 as arch
@@ -22,9 +23,9 @@ from ckptd.kernel.clone import CLONE_NEWTIME, CLONE_NEWUSER
 from ckptd.kernel.creds import CAP_CHECKPOINT_RESTORE, CAP_SYS_ADMIN, capget
 from ckptd.kernel.memory import Mem
 from ckptd.kernel.task import boot_id
+from ckptd.kernel.timens import Offsets, read_offsets, write_offsets
 
 PR_SET_NAME = 15            # <linux/prctl.h>
-_BILLION = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class World:
     a new time namespace, None for ours."""
     user: bool
     pid: bool
-    clocks: tuple[int, int] | None
+    clocks: Offsets | None
 
     def enter(self, seed: Puppet) -> list[Refusal]:
         """Have the seed make them, all but that of pids, which only a child can be in. What cannot be had and can be
@@ -45,7 +46,7 @@ class World:
             return []
         try:
             _unshare(seed, CLONE_NEWTIME)
-            _set_clocks(seed.tid, self.clocks)
+            write_offsets(self.clocks, seed.tid)
         except OSError as error:
             return [Refusal(0, '', 'clocks', 'EPERM', f'no time namespace: {error.strerror}; CLOCK_MONOTONIC and'
                             ' CLOCK_BOOTTIME jump', 'run ckptd with CAP_SYS_ADMIN and CAP_SYS_TIME', 'warning')]
@@ -58,26 +59,27 @@ def may_choose_pids() -> bool:
     return bool(effective >> CAP_CHECKPOINT_RESTORE & 1 or effective >> CAP_SYS_ADMIN & 1)
 
 
-def decide(reader: ImageReader, *, new_pidns: bool) -> World:
-    """What the image and our rights ask for. A tree of another pid namespace has numbers that mean nothing in ours."""
+def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> World:
+    """What the image and our rights ask for. A tree of another pid namespace has numbers that mean nothing in ours.
+
+    brokered: if a new time namespace was needed and could be made, we are in it.
+    """
+    clocks = None if brokered and any(read_offsets(os.getpid())) else offsets_for(reader.manifest)
     user = not may_choose_pids()
     elsewhere = any(one.name == 'pid' and not one.own for record in reader.every(Namespaces)
                     for one in record.namespaces)
-    return World(user, new_pidns or user or elsewhere, _clocks(reader))
+    return World(user, new_pidns or user or elsewhere, clocks)
 
 
-def _clocks(reader: ImageReader) -> tuple[int, int] | None:
-    header = reader.header
-    if reader.manifest.boot_id == boot_id():
-        offsets = _signed(header.monotonic_offset), _signed(header.boottime_offset)
+def offsets_for(manifest: Manifest) -> Offsets | None:
+    """The time namespace in which clocks go on where they were, as seen from ours; None where ours will do."""
+    clocks = manifest.clocks
+    if manifest.boot_id == boot_id():
+        offsets = Offsets(clocks.monotonic_offset, clocks.boottime_offset)
         return offsets if any(offsets) else None
     # as the tree saw them when it was dumped: the time between is no time for it
-    return (header.monotonic - time.clock_gettime_ns(time.CLOCK_MONOTONIC),
-            header.boottime - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+    return Offsets(clocks.monotonic - time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+                   clocks.boottime - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
 
 
 def _unshare(seed: Puppet, flags: int) -> None:
@@ -95,12 +97,6 @@ def _map_ids(pid: int) -> None:
     except OSError as error:
         raise NotSupported(f'no user namespace can be made: {error.strerror}', errno=error.errno, resource='user',
                            hint='allow user namespaces (user.max_user_namespaces), or run as root') from error
-
-
-def _set_clocks(pid: int, offsets: tuple[int, int]) -> None:
-    lines = [f'{name} {offset // _BILLION} {offset % _BILLION}'
-             for name, offset in zip(('monotonic', 'boottime'), offsets, strict=True)]
-    _write(f'/proc/{pid}/timens_offsets', '\n'.join(lines))
 
 
 def _write(path: str, text: str) -> None:

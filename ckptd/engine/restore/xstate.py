@@ -2,11 +2,13 @@
 """Whether this processor has the register state of an image: the components of XSAVE, and where it keeps them."""
 
 import os
+import signal
 import struct
 import time
 import warnings
 from functools import cache
 
+from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_USER, prctl
 from ckptd.kernel.ptrace import Tracee
 
 _XCR0_AT, _XSTATE_BV_AT = 464, 512      # <asm/user.h>: sw_usable_bytes; Intel SDM 1, 13.4.2: XSTATE_BV
@@ -21,9 +23,11 @@ def own_xstate() -> bytes:
         warnings.simplefilter('ignore', DeprecationWarning)     # 3.12, of threads; the child only waits
         pid = os.fork()
     if pid == 0:
+        prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)      # a worker that is an ordinary user could not trace it else
         while True:
-            time.sleep(1000)        # until it is killed
+            os.kill(os.getpid(), signal.SIGSTOP)    # until it is killed
     try:
+        os.waitpid(pid, os.WUNTRACED)
         with Tracee.seize(pid) as tracee:
             tracee.stop(time.monotonic() + 10)
             return tracee.xstate()

@@ -41,7 +41,7 @@ NR = {
     'arch_prctl': 158, 'chroot': 161, 'futex': 202, 'io_getevents': 208, 'set_tid_address': 218, 'restart_syscall': 219,
     'semtimedop': 220, 'timer_create': 222, 'timer_settime': 223, 'timer_gettime': 224, 'timer_getoverrun': 225,
     'timer_delete': 226, 'clock_nanosleep': 230, 'exit_group': 231, 'epoll_wait': 232, 'epoll_ctl': 233, 'tgkill': 234,
-    'waitid': 247, 'ioprio_set': 251, 'ioprio_get': 252, 'unshare': 272, 'set_robust_list': 273,
+    'waitid': 247, 'ioprio_set': 251, 'ioprio_get': 252, 'unshare': 272, 'keyctl': 250, 'set_robust_list': 273,
     'get_robust_list': 274, 'epoll_pwait': 281, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297, 'kcmp': 312,
     'sched_setattr': 314, 'sched_getattr': 315, 'execveat': 322, 'membarrier': 324, 'mlock2': 325,
     'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'io_pgetevents': 333, 'rseq': 334, 'clone3': 435,

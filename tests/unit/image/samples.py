@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckptd.image import records as r
 from ckptd.image.grammar import Record, Struct
 from ckptd.image.manifest import Manifest
-from ckptd.image.writer import ImageWriter
+from ckptd.image.writer import ImageWriter, Incoming
 
 IMAGE = '20240131_235959_sample_00ff'
 PAGE = r.PAGE
@@ -65,7 +65,7 @@ def tree_records(*tasks: r.Task) -> dict[str, list[Record]]:
     ids = r.TaskIds(vpids, (leader,) * len(tasks), (1,) * len(tasks), (leader,) * len(tasks), (leader,) * len(tasks))
     gpr = bytes(range(216))
     return {
-        'TREE': [r.Header(leader, len(tasks), 1, 1, 2, 3, PAGE, 'x86_64'), ids, *tasks],
+        'TREE': [r.Header(leader, len(tasks), 1, 1, PAGE, 'x86_64'), ids, *tasks],
         'TASK': [record for vpid in vpids for record in (
             r.Credentials(vpid, (0,) * 4, (0,) * 4, (), (0,) * 5, 0, 0, 0),
             r.Registers(vpid, 62, gpr, bytes(576)),
@@ -79,7 +79,7 @@ def tree_records(*tasks: r.Task) -> dict[str, list[Record]]:
 
 def write_image(spool: Path, parts: dict[str, list[Record]], data: list[bytes], **changes: Any) -> Path:
     """Publish an image of these records, with `data` one after the other in data-0.img, each from a new page on."""
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         for code, records in parts.items():
             for one in records:
                 writer.part(code).write(one)

@@ -28,7 +28,7 @@ import pytest
 from ckptd.errors import Cancelled, CkptError, ImageDamaged, LimitsExceeded, SpoolFailed
 from ckptd.image import records as r
 from ckptd.image.archive import part_order, write_archive
-from ckptd.image.archive_reader import MAX_PADDING, MAX_PAX, parse_pax, read_archive
+from ckptd.image.archive_reader import MAX_PADDING, MAX_PAX, destination_in, parse_pax, read_archive
 from ckptd.image.grammar import encode_end, encode_header, encode_record
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import MAX_MANIFEST, NAME, Manifest, Part, decode_manifest, encode_manifest, read_manifest
@@ -78,7 +78,7 @@ def receive(stream: bytes, spool: Path, limit: int = 1 << 30, watcher: Onlooker 
     try:
         os.write(fd, stream)
         os.lseek(fd, 0, os.SEEK_SET)
-        return read_archive(fd, spool, UID, GID, limit, watcher or Onlooker())
+        return read_archive(fd, destination_in(spool), UID, GID, limit, watcher or Onlooker())
     finally:
         os.close(fd)
 
@@ -151,7 +151,7 @@ def through(image: Path, writer: int, reader: int) -> bytes:
 @pytest.fixture
 def larger(spool: Path) -> Path:
     """An image that fills every pipe and socket."""
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         writer.data.add([bytes([number]) * PAGE for number in range(1, 256)] * 3)
         writer.publish(manifest())
     return spool / IMAGE
@@ -263,7 +263,7 @@ def test_of_a_pipe_in_small_pieces(image: Path, stream: bytes, spool: Path) -> N
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        read_archive(reader, spool, UID, GID, 1 << 30, Onlooker())
+        read_archive(reader, destination_in(spool), UID, GID, 1 << 30, Onlooker())
     finally:
         thread.join()
         os.close(reader)
@@ -310,7 +310,7 @@ def test_an_id_that_may_be_taken(image: Path, stream: bytes, spool: Path) -> Non
         fd = os.memfd_create('stream')
         os.write(fd, stream)
         os.lseek(fd, 0, os.SEEK_SET)
-        found.append(read_archive(fd, spool, UID, GID, 1 << 30, Onlooker(), keep_id=False).image)
+        found.append(read_archive(fd, destination_in(spool, keep_id=False), UID, GID, 1 << 30, Onlooker()).image)
         os.close(fd)
     assert IMAGE not in found
     assert {name[:-4] for name in found} == {IMAGE[:-4]}
@@ -640,10 +640,10 @@ def test_memory(kit: Kit, tmp_path: Path, spool: Path) -> None:
         try:
             with one.open('rb') as file:
                 if one == path:
-                    read_archive(file.fileno(), spool, UID, GID, 1 << 30, Onlooker())
+                    read_archive(file.fileno(), destination_in(spool), UID, GID, 1 << 30, Onlooker())
                 else:
                     with pytest.raises(ImageDamaged):
-                        read_archive(file.fileno(), spool, UID, GID, 1 << 30, Onlooker())
+                        read_archive(file.fileno(), destination_in(spool), UID, GID, 1 << 30, Onlooker())
             assert tracemalloc.get_traced_memory()[1] < 4 << 20
         finally:
             tracemalloc.stop()
@@ -661,7 +661,7 @@ rows = dict(line.split(':') for line in Path('/proc/self/status').read_text().sp
 archive_reader.MEMORY = (int(rows['VmData'].split()[0]) << 10) + (48 << 20)      # what RLIMIT_DATA counts, and more
 before = resource.getrlimit(resource.RLIMIT_DATA)
 try:
-    archive_reader.read_archive(0, Path(sys.argv[1]), 1, 1, 1 << 30, Onlooker())
+    archive_reader.read_archive(0, archive_reader.destination_in(Path(sys.argv[1])), 1, 1, 1 << 30, Onlooker())
 except LimitsExceeded as error:
     assert 'MiB of memory' in str(error), error
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
@@ -733,7 +733,7 @@ def test_an_fd_that_cannot_be_read(how: str, tmp_path: Path, spool: Path) -> Non
         os.close(fd)
     try:
         with pytest.raises(CkptError, match='cannot read the stream') as caught:
-            read_archive(fd, spool, UID, GID, 1 << 30, Onlooker())
+            read_archive(fd, destination_in(spool), UID, GID, 1 << 30, Onlooker())
     finally:
         if how != 'closed':
             os.close(fd)

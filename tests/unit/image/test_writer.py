@@ -20,7 +20,7 @@ from ckptd.image.manifest import read_manifest
 from ckptd.image.pages import RUNS_PER_RECORD, DataWriter, page_runs
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.image.writer import INCOMING, ImageWriter, remove_stale
+from ckptd.image.writer import INCOMING, ImageWriter, Incoming, remove_stale
 from tests.unit.image.samples import IMAGE, PAGE, manifest, small_image, task
 
 OTHER = '20240131_235959_other_0001'
@@ -31,7 +31,7 @@ def names(spool: Path) -> list[str]:
 
 
 def use(spool: Path, body: Callable[[ImageWriter], object]) -> None:
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         body(writer)
 
 
@@ -58,7 +58,7 @@ def test_digests_are_those_of_sha256sum(spool: Path) -> None:
 
 
 def test_nothing_is_seen_before_publish(spool: Path) -> None:
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         writer.part('TREE').write(task())
         writer.seal()
         assert names(spool) == [INCOMING + IMAGE]
@@ -96,7 +96,7 @@ def test_an_error_of_the_body_removes_the_image(spool: Path) -> None:
 def test_an_id_is_never_a_path(spool: Path) -> None:
     for wrong in ('..', '../x', 'x/y', '', IMAGE.upper(), IMAGE + '\n'):
         with pytest.raises(ValueError, match='no image id'):
-            ImageWriter(spool, wrong)
+            ImageWriter(Incoming(spool, wrong))
 
 
 @pytest.mark.parametrize('content', [False, True])
@@ -114,7 +114,7 @@ def test_an_image_is_never_replaced(spool: Path, content: bool) -> None:
 # ---------------------------------------------------------------- data
 
 def test_reserved_extents_are_whole_pages_apart(spool: Path) -> None:
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         data = writer.data
         extents = [data.reserve(1), data.reserve(PAGE), data.add([b'abc', b'', bytearray(b'd')]), data.reserve(0),
                    data.reserve(2 * PAGE)]
@@ -153,7 +153,7 @@ def test_threads_get_extents_of_their_own(tmp_path: Path) -> None:
 
 
 def test_several_data_parts(spool: Path) -> None:
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         assert [writer.data.part, writer.new_data().part, writer.new_data().part] == [0, 1, 2]
         writer.new_data().add([b'three'])
         done = writer.publish(manifest())
@@ -209,7 +209,7 @@ def assert_full(error: SpoolFailed, spool: Path, name: str = '') -> None:
 def test_a_read_only_spool(tmpfs: Path) -> None:
     subprocess.run(['mount', '-o', 'remount,ro', tmpfs], check=True)
     with pytest.raises(SpoolFailed) as caught:
-        ImageWriter(tmpfs, IMAGE)
+        ImageWriter(Incoming(tmpfs, IMAGE))
     assert caught.value.errno == errno.EROFS
     assert 'read-write' in caught.value.hint
     assert names(tmpfs) == []
@@ -217,7 +217,7 @@ def test_a_read_only_spool(tmpfs: Path) -> None:
 
 def test_no_spool(tmp_path: Path) -> None:
     with pytest.raises(SpoolFailed) as caught:
-        ImageWriter(tmp_path / 'gone', IMAGE)
+        ImageWriter(Incoming(tmp_path / 'gone', IMAGE))
     assert caught.value.errno == errno.ENOENT
     assert 'vanished' in caught.value.hint
 
@@ -252,7 +252,7 @@ def killed_writer(spool: Path, image: str, *, seal: bool) -> None:
     """An image whose writer died by SIGKILL."""
     child = os.fork()
     if child == 0:
-        writer = ImageWriter(spool, image)
+        writer = ImageWriter(Incoming(spool, image))
         writer.data.add([b'x'])
         if seal:
             writer.seal()
@@ -285,7 +285,7 @@ def test_what_is_removed_by_another_meanwhile_is_no_failure(spool: Path, monkeyp
 
 def test_a_live_writer_keeps_its_entry(spool: Path) -> None:
     killed_writer(spool, OTHER, seal=False)
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         assert remove_stale(spool) == [OTHER]
         assert names(spool) == [INCOMING + IMAGE]
         writer.publish(manifest())
@@ -302,9 +302,9 @@ def test_a_lock_of_a_published_image_is_free(spool: Path) -> None:
 
 
 def test_two_writers_of_one_name(spool: Path) -> None:
-    with ImageWriter(spool, IMAGE) as writer:
+    with ImageWriter(Incoming(spool, IMAGE)) as writer:
         with pytest.raises(SpoolFailed) as caught:
-            ImageWriter(spool, IMAGE)
+            ImageWriter(Incoming(spool, IMAGE))
         assert caught.value.errno == errno.EEXIST
         writer.publish(manifest())
     assert names(spool) == [IMAGE]

@@ -191,8 +191,8 @@ def _segment(scene: Scene, record: SharedMemory, vpid: int) -> Iterator[Obstacle
         found = shmctl_stat(record.shmid)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EIDRM):
-            yield Obstacle(vpid, resource, errno_name(error.errno or errno.EIO), 'its System V segment belongs to '
-                           f'somebody else now: {error.strerror}', 'remove that one (ipcrm -m), or restore as root')
+            yield Obstacle(vpid, resource, errno_name(error.errno or errno.EIO), 'a System V segment of another user '
+                           f'has its id: {error.strerror}', f'have its owner remove it (ipcrm -m {record.shmid})')
             return
     else:
         if (found.key, found.size) != (record.key, record.size) or found.attached:

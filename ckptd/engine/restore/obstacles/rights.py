@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
+from ckptd.engine.restore.plan import is_users_worker
 from ckptd.image.records import Credentials
 from ckptd.kernel.creds import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
 
@@ -46,7 +47,7 @@ def capability_names(mask: int) -> str:
 
 def _ours(scene: Scene) -> Iterator[Obstacle]:
     """What setting any credentials takes."""
-    if scene.plan.world.user:
+    if scene.plan.world.user or is_users_worker(scene.plan):
         return
     uids = {uid for record in scene.reader.every(Credentials) for uid in record.uids}
     needed = 1 << CAP_SETGID | 1 << CAP_SETPCAP | (1 << CAP_SETUID if uids - {os.geteuid()} else 0)
@@ -77,6 +78,8 @@ def _ids(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
     caller, vpid = scene.request.caller, record.vpid
     if scene.plan.world.user:
         yield from _ids_in_namespace(record)
+    elif is_users_worker(scene.plan):
+        yield from _ids_of_worker(scene, record)
     elif caller.uid:
         groups = {caller.gid, *caller.groups}
         if strangers := sorted(set(record.uids) - {caller.uid}):
@@ -84,6 +87,24 @@ def _ids(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
                            _ROOT)
         if strangers := sorted({*record.gids, *record.groups} - groups):
             yield Obstacle(vpid, 'gid', 'EPERM', f'is in group {_list(strangers)}, the caller is not', _ROOT)
+
+
+def _ids_of_worker(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
+    """A worker that is a user has no other ids to give, and calls setgroups(2) for nobody: fewer groups than the user
+    has would open files to them that deny a group."""
+    own, vpid = scene.own, record.vpid
+    if strangers := sorted(set(record.uids) - {own.uids[1]}):
+        yield Obstacle(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, and is restored for uid {own.uids[1]}',
+                       _ROOT)
+    if strangers := sorted(set(record.gids) - {own.gids[1]}):
+        yield Obstacle(vpid, 'gid', 'EPERM', f'runs as gid {_list(strangers)}, and is restored with gid {own.gids[1]}',
+                       'restore it in a session that has this group (newgrp), or as root')
+    if {*record.groups, own.gids[1]} != {*own.groups, own.gids[1]}:
+        yield Obstacle(vpid, 'groups', 'EPERM', f'was in the groups {_list(record.groups)}, and comes back in those of '
+                       f'the user: {_list(own.groups)}', 'restore it in a session that has the same groups', 'warning')
+    if record.securebits:
+        yield Obstacle(vpid, 'securebits', 'EPERM', f'has securebits {record.securebits:#x}, which take a right to set',
+                       _ROOT)
 
 
 def _ids_in_namespace(record: Credentials) -> Iterator[Obstacle]:
@@ -112,11 +133,18 @@ def _capabilities(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
             yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, which would count in a user '
                            'namespace of its own only', _ROOT)
         return
+    if is_users_worker(scene.plan):
+        if held:
+            yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, and the tree of a user comes '
+                           'back without any', _ROOT)
+        if missing := scene.own.cap_bnd & ~sets['bounding']:
+            yield Obstacle(vpid, 'capabilities', 'EPERM', f'lacks {capability_names(missing)} in its bounding set, '
+                           'which only root can take away again', _ROOT)
     allowed = _of_caller(scene)
-    if held & ~allowed:
+    if held & ~allowed and not is_users_worker(scene.plan):
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held & ~allowed)}, the caller has not',
                        _ROOT)
-    elif beyond := held & ~scene.own.cap_prm:
+    elif (beyond := held & ~scene.own.cap_prm) and not is_users_worker(scene.plan):
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)}, ckptd has not',
                        'run ckptd with these capabilities')
     caller = scene.request.caller

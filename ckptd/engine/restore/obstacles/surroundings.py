@@ -35,8 +35,8 @@ def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
         # without a systemd, whose they are, it is made for root (engine/restore/place.py)
         if '..' in name.split('/') or scene.request.systemd or scene.request.caller.uid:
             yield Obstacle(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
-    elif not (scene.caller_may(str(group.path), os.W_OK) and
-              scene.caller_may(f'{group.path}/cgroup.procs', os.W_OK)):
+    elif not (scene.caller_may(str(group.path), os.W_OK)
+              and scene.caller_may(f'{group.path}/cgroup.procs', os.W_OK)):
         yield Obstacle(0, f'cgroup {name}', 'EACCES', 'the caller may not put processes there', hint)
     elif group.type not in ('domain', 'domain threaded'):
         yield Obstacle(0, f'cgroup {name}', 'EOPNOTSUPP', f'it is of type "{group.type}" and takes no processes', hint)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The worker's end of the broker's calls. An error of the broker is raised here as it was there."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from ckptd.engine.broker.calls import KeepContent, NewImage, Note, OpenImage, Placed, PlaceTree, Publish, StartTree
+from ckptd.engine.channel import Channel
+from ckptd.image.manifest import Manifest
+from ckptd.image.source import GivenFiles
+from ckptd.image.writer import write_manifest
+from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+
+
+class Broker:
+    """The broker of this worker's job."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def open_image(self) -> GivenFiles:
+        """The files of the job's image. NoSuchImage, PermissionDenied, ImageDamaged."""
+        found: dict[str, int] = {}
+        while True:
+            value, fds = self._channel.call(OpenImage(len(found)))
+            found |= dict(zip(value['names'], fds, strict=True))
+            if not value['more']:
+                return GivenFiles(found)
+
+    def new_image(self, image: str, size: int = 0) -> 'LentDirectory':
+        """A directory for the image that is to be written. SpoolFailed."""
+        value, [fd] = self._channel.call(NewImage(image, size))
+        return LentDirectory(fd, str(value['image']), self._channel)
+
+    def place_tree(self, processes: Sequence[Placed]) -> None:
+        self._channel.call(PlaceTree(tuple(processes)))
+
+    def start_tree(self) -> list[str]:
+        """Sentences of warning."""
+        value, _ = self._channel.call(StartTree())
+        return list(value['warnings'])
+
+    def note(self, step: MakeFile | KeepFile | MakeSegment) -> None:
+        self._channel.call(Note(step))
+
+    def keep_content(self) -> tuple[str, int]:
+        """Path and fd of an empty file, for the content of another one. SpoolFailed."""
+        value, [fd] = self._channel.call(KeepContent())
+        return str(value['path']), fd
+
+
+class LentDirectory:
+    """A directory below the spool that only this worker can reach, see image.writer.Destination."""
+
+    def __init__(self, fd: int, image: str, channel: Channel) -> None:
+        self._fd, self.image, self._channel = fd, image, channel
+        self.path = Path(f'/proc/self/fd/{fd}')
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        write_manifest(self.path, manifest)
+
+    def show(self) -> None:
+        """Have the broker publish the image. SpoolFailed."""
+        self._channel.call(Publish())
+        self.abort()
+
+    def abort(self) -> None:
+        """Close it; the broker removes what was not published."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A freeze that the broker makes: the worker has no right to a cgroup, the broker journals each step.
+
+Where the broker has no cgroup for the tree, and any freezer will do, the worker stops the tree by ptrace.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ckptd.engine.broker.calls import FreezeTree, HoldTree, LetRun, RestoreTree
+from ckptd.engine.channel import Channel
+from ckptd.engine.messages import FreezeMode
+from ckptd.errors import NotSupported
+from ckptd.freezer.base import Frozen, Terms
+from ckptd.freezer.traced import TracedFrozen
+from ckptd.scan import scan_tree
+from ckptd.tree import Tree
+
+
+class LentFreeze(Frozen):
+    """A tree that the broker has brought to rest. The tracees are the worker's own."""
+
+    def __init__(self, tree: Tree, terms: Terms, channel: Channel) -> None:
+        super().__init__(tree, terms)
+        self._channel = channel
+        self._moved = self._is_restored = False
+
+    def freeze_as(self, mode: FreezeMode) -> None:
+        """NotSupported where the broker has nothing to freeze the tree with."""
+        value, _ = self._channel.call(FreezeTree(mode, self._terms.remote_calls))
+        self.mode, self._moved = str(value['mode']), bool(value['moved'])
+        self.tree = self.rescan()
+
+    def rescan(self) -> Tree:
+        if not self._moved or self._terms.target.cgroup is None:
+            return super().rescan()
+        # moved away from the cgroup that was asked for, the tree is no more what is in it; but its roots are known
+        return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
+
+    def let_run(self) -> None:
+        self._channel.call(LetRun())
+
+    def hold(self) -> None:
+        self._channel.call(HoldTree())
+
+    def restore(self) -> None:
+        if not self._is_restored:
+            self._is_restored = True
+            self._channel.call(RestoreTree())
+
+
+@contextmanager
+def lent_freeze(tree: Tree, terms: Terms, mode: FreezeMode, channel: Channel,
+                close_after: Callable[[Frozen, BaseException], None]) -> Iterator[Frozen]:
+    """A tree at rest for the time of the block, as ckptd.freezer.freeze."""
+    frozen = _first_that_can(tree, terms, mode, channel, close_after)
+    try:
+        yield frozen
+    except BaseException as error:
+        close_after(frozen, error)
+        raise
+    frozen.close()
+
+
+def _first_that_can(tree: Tree, terms: Terms, mode: FreezeMode, channel: Channel,
+                    close_after: Callable[[Frozen, BaseException], None]) -> Frozen:
+    if mode != 'ptrace':
+        lent = LentFreeze(tree, terms, channel)
+        try:
+            lent.freeze_as(mode)
+        except NotSupported:
+            if mode != 'auto':
+                raise
+        except BaseException as error:
+            close_after(lent, error)
+            raise
+        else:
+            return lent
+    traced = TracedFrozen(tree, terms)
+    try:
+        traced.freeze()
+    except BaseException as error:
+        close_after(traced, error)
+        raise
+    return traced

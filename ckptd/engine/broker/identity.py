@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whose rights a job is done with, and the launcher: a process of root's becomes a worker of that user, for good.
+
+    caller          job                             the worker is
+    root            any                             root
+    a user          any                             that user, with CAP_CHECKPOINT_RESTORE and no other capability
+    root            a restore of a user's image     that user
+
+CAP_CHECKPOINT_RESTORE is for choosing pids (set_tid), map_files and PR_SET_MM_MAP with an executable. It leads to no
+file and no process of others. The worker is not dumpable (a change of ids sees to that), and no process that lacks the
+capability may trace it; so no other process of that uid may ever have it.
+"""
+
+import os
+import pwd
+import resource
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from ckptd.engine.messages import Caller, JobRequest
+from ckptd.errors import CkptError, NoSuchTarget
+from ckptd.image.manifest import Manifest
+from ckptd.kernel.clone import CLONE_NEWTIME
+from ckptd.kernel.creds import (
+    CAP_CHECKPOINT_RESTORE,
+    PR_CAP_AMBIENT,
+    PR_CAP_AMBIENT_CLEAR_ALL,
+    PR_CAPBSET_DROP,
+    Capabilities,
+    capset,
+    last_capability,
+    prctl,
+    set_keepcaps,
+)
+from ckptd.kernel.keyctl import join_new_session_keyring
+from ckptd.kernel.pidfd import held
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import RLIM_INFINITY, read_limits, read_loginuid, read_oom_score_adj
+from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
+
+KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
+# what bounds the tree, and would end the worker in the middle of its work: the plan of a restart compares these
+_NOT_FOR_THE_WORKER = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
+_IMAGE_OPERATIONS = ('restore', 'check-restore')
+
+
+class Identity(NamedTuple):
+    """A user, and what bounds their calling process. limits: (soft, hard) by RLIMIT_* number, none for root's caller.
+    bounding: capability bounding set, a mask. loginuid: -1 for none."""
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    limits: tuple[tuple[int, int], ...] = ()
+    oom_score_adj: int = 0
+    nice: int = 0
+    bounding: int = (1 << 64) - 1
+    loginuid: int = -1
+
+
+def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | None:
+    """The user that the worker of this job becomes; None if it stays what it is.
+
+    manifest: of the image that the job is about, if any. NoSuchTarget if the calling process is gone.
+    """
+    if os.geteuid() != 0:
+        return None
+    caller = request.caller
+    if caller.uid:
+        return _of_caller(caller)
+    if manifest is not None and manifest.owner_uid and request.operation in _IMAGE_OPERATIONS:
+        return _of_account(manifest.owner_uid, manifest.owner_gid)
+    return None
+
+
+def _of_caller(caller: Caller) -> Identity:
+    bounds = Identity(caller.uid, caller.gid, tuple(caller.groups))
+    if caller.bounding >= 0:
+        bounds = bounds._replace(bounding=caller.bounding)
+    if not caller.pid:
+        return bounds
+    try:
+        with held(caller.pid, caller.start_time, caller.uid):
+            return bounds._replace(limits=read_limits(caller.pid), oom_score_adj=read_oom_score_adj(caller.pid),
+                                   nice=os.getpriority(os.PRIO_PROCESS, caller.pid),
+                                   bounding=read_status(caller.pid).cap_bnd, loginuid=read_loginuid(caller.pid))
+    except (ProcessLookupError, FileNotFoundError):
+        raise NoSuchTarget('the calling process is gone, whose limits hold for the job', phase='resolve',
+                           hint='ask again, and stay until there is an answer') from None
+
+
+def _of_account(uid: int, gid: int) -> Identity:
+    """A user by the machine's accounts, which say what groups they are in."""
+    with suppress(KeyError):
+        account = pwd.getpwuid(uid)
+        return Identity(uid, account.pw_gid, tuple(os.getgrouplist(account.pw_name, account.pw_gid)), loginuid=uid)
+    return Identity(uid, gid, (), loginuid=uid)
+
+
+# ---------------------------------------------------------------- the launcher
+
+def enter_clocks(offsets: Offsets) -> None:
+    """Move the calling process, of one thread, into a new time namespace. OSError."""
+    unshare(CLONE_NEWTIME)
+    write_offsets(offsets)
+    fd = os.open('/proc/self/ns/time_for_children', os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        setns(fd, CLONE_NEWTIME)
+    finally:
+        os.close(fd)
+
+
+def become(identity: Identity) -> None:
+    """Take the identity in the calling process, of one thread. OSError: what was taken stays taken, so exit."""
+    _take_bounds(identity)
+    for capability in range(last_capability() + 1):
+        if not identity.bounding >> capability & 1:
+            prctl(PR_CAPBSET_DROP, capability)
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    set_keepcaps(True)
+    os.setgroups(identity.groups)
+    os.setresgid(identity.gid, identity.gid, identity.gid)
+    os.setresuid(identity.uid, identity.uid, identity.uid)
+    capset(Capabilities(KEPT_CAPABILITIES, KEPT_CAPABILITIES, 0))
+    set_keepcaps(False)
+    with suppress(OSError):     # a kernel without keyrings, or a user whose quota is full: the user keyring is enough
+        join_new_session_keyring()
+    _require(identity)
+
+
+def _take_bounds(identity: Identity) -> None:
+    for number, (soft, hard) in enumerate(identity.limits):
+        if number not in _NOT_FOR_THE_WORKER:
+            _limit(number, soft, hard)
+    with suppress(PermissionError), open('/proc/self/oom_score_adj', 'wb', buffering=0) as file:  # noqa: PTH123
+        file.write(str(identity.oom_score_adj).encode())
+    if identity.nice:
+        os.setpriority(os.PRIO_PROCESS, 0, identity.nice)
+    if identity.loginuid >= 0:
+        with suppress(FileNotFoundError, PermissionError), open('/proc/self/loginuid', 'wb', buffering=0) as file:  # noqa: PTH123
+            file.write(str(identity.loginuid).encode())
+    os.umask(0o077)
+    os.chdir('/')
+
+
+def _limit(number: int, soft: int, hard: int) -> None:
+    """The limit of the caller, or the nearest that we may set without CAP_SYS_RESOURCE."""
+    most = _unsigned(resource.getrlimit(number)[1])
+    hard = min(hard, most)
+    resource.setrlimit(number, (_signed(min(soft, hard)), _signed(hard)))
+
+
+def _unsigned(value: int) -> int:
+    return RLIM_INFINITY if value == resource.RLIM_INFINITY else value
+
+
+def _signed(value: int) -> int:
+    return resource.RLIM_INFINITY if value == RLIM_INFINITY else value
+
+
+def _require(identity: Identity) -> None:
+    """See in /proc that nothing of root's is left. CkptError if it is."""
+    status = read_status(os.getpid())
+    held_ids = (*status.uids, *status.gids)
+    wanted = (*(identity.uid,) * 4, *(identity.gid,) * 4)
+    capabilities = status.cap_eff, status.cap_prm, status.cap_inh, status.cap_amb
+    if (held_ids != wanted or not _same_groups(status.groups, identity)
+            or capabilities != (KEPT_CAPABILITIES, KEPT_CAPABILITIES, 0, 0)):
+        raise CkptError('the worker keeps rights of root', hint='this is a bug of ckptd: nothing was done')
+
+
+def _same_groups(groups: Sequence[int], identity: Identity) -> bool:
+    return set(groups) == set(identity.groups)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a broker does for its worker: the table of calls.py, each call checked against the job.
+
+The worker is not believed. It works on untrusted images with the rights of the user, who may stop or kill it at any
+moment. So nothing here takes a path or a pid of the worker's for more than the kernel says of it.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ckptd import __version__
+from ckptd.engine.broker.calls import (
+    MAX_FILES,
+    BrokerCall,
+    FreezeTree,
+    HoldTree,
+    KeepContent,
+    LetRun,
+    NewImage,
+    Note,
+    OpenImage,
+    PlaceTree,
+    Publish,
+    RestoreTree,
+    StartTree,
+)
+from ckptd.engine.broker.identity import Identity
+from ckptd.engine.broker.placing import TreePlace
+from ckptd.engine.job import Job, image_path, require_some_room
+from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
+from ckptd.freezer import Frozen
+from ckptd.image.archive_reader import incoming
+from ckptd.image.files import require_room, spooling
+from ckptd.image.ids import is_image_id
+from ckptd.image.manifest import NAME, Manifest, read_manifest_of
+from ckptd.image.source import DirectoryFiles
+from ckptd.image.writer import Incoming
+from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import boot_id
+from ckptd.scan import scan_tree
+from ckptd.tree import Tree
+
+Reply = tuple[dict[str, object], list[int]]
+
+
+class Powers:
+    """Of one job. `close` undoes what the worker leaves behind, whatever happened to it."""
+
+    def __init__(self, job: Job, identity: Identity, worker: int) -> None:
+        self._job, self._identity = job, identity
+        self._stack = ExitStack()
+        self._freeze = ExitStack()
+        self._frozen: Frozen | None = None
+        self._incoming: UsersImage | None = None
+        self._place = TreePlace(job, identity, worker)
+        self._kept: set[str] = set()
+        self._answers: Mapping[type[BrokerCall], Callable[[Any], Reply]] = {
+            OpenImage: self._open_image, NewImage: self._new_image, Publish: self._publish,
+            FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
+            RestoreTree: self._restore_tree, PlaceTree: self._place_tree, StartTree: self._start_tree,
+            Note: self._note, KeepContent: self._keep_content}
+
+    def answer(self, call: BrokerCall) -> Reply:
+        """Do it: the value, and fds that are the caller's to close. CkptError, OSError."""
+        return self._answers[type(call)](call)
+
+    def check_room(self) -> None:
+        """SpoolFailed where the image that is being written leaves less room than is to stay free."""
+        if self._incoming is not None:
+            require_room(self._incoming.path, 0, self._job.request.keep_free)
+
+    def close(self) -> None:
+        """Thaw what is frozen, end a tree that does not live yet, remove an image that is not published."""
+        with ExitStack() as stack:      # each of them, whatever the others raise
+            if self._incoming is not None:
+                stack.callback(self._incoming.abort)
+            stack.callback(self._place.close)
+            stack.callback(self._freeze.close)
+
+    # ------------------------------------------------------------ images
+
+    def _open_image(self, call: OpenImage) -> Reply:
+        path, uid = image_path(self._job), self._identity.uid
+        files = DirectoryFiles(path)
+        try:
+            manifest = read_manifest_of(files)
+            if manifest.owner_uid != uid and self._job.request.caller.uid:
+                raise PermissionDenied(f'image {self._job.request.image} is not of uid {uid}',
+                                       resource=self._job.request.image)
+            names = sorted({NAME, *files.names()})
+            chosen = names[call.first:call.first + MAX_FILES]
+            with ExitStack() as undo:
+                fds = []
+                for name in chosen:
+                    fds.append(files.open(name))
+                    undo.callback(os.close, fds[-1])
+                undo.pop_all()
+            return {'names': chosen, 'more': call.first + MAX_FILES < len(names)}, fds
+        finally:
+            files.close()
+
+    def _new_image(self, call: NewImage) -> Reply:
+        request = self._job.request
+        if self._incoming is not None or request.operation not in ('checkpoint', 'import'):
+            raise PermissionDenied('the job writes no further image')
+        make, spool = partial(UsersImage, identity=self._identity), Path(request.spool)
+        if request.operation == 'checkpoint':
+            require_some_room(spool, request.keep_free)
+            self._incoming = make(spool, request.image)
+        elif not is_image_id(call.image):
+            raise PermissionDenied('the stream names no image')
+        else:
+            self._incoming = incoming(spool, call.image, call.size, request.keep_free, keep_id=False, make=make)
+        return {'image': self._incoming.image}, [self._incoming.duplicate()]
+
+    def _publish(self, call: Publish) -> Reply:
+        if self._incoming is None:
+            raise PermissionDenied('the job has no image to publish')
+        self._incoming.take_back(self._job)
+        self._incoming = None
+        return {}, []
+
+    # ------------------------------------------------------------ freeze
+
+    def _freeze_tree(self, call: FreezeTree) -> Reply:
+        if self._frozen is not None or self._job.request.operation not in ('checkpoint', 'freeze'):
+            raise PermissionDenied('the job freezes nothing more')
+        target = self._job.resolve()
+        tree = scan_tree(target.roots)
+        self._require_users(tree)
+        self._frozen = self._freeze.enter_context(
+            self._job.frozen(target, tree, remote_calls=call.remote_calls, traced=False))
+        # a set-user-ID program may have been run in between
+        self._require_users(self._frozen.tree)
+        return {'mode': self._frozen.mode, 'moved': self._frozen.moved}, []
+
+    def _require_users(self, tree: Tree) -> None:
+        """PermissionDenied unless every uid of every task is the user's: what they may stop by SIGSTOP anyway."""
+        for task in tree:
+            try:
+                status = read_status(task.tgid, task.tid)
+            except ProcessLookupError:
+                continue
+            if {*status.uids} != {self._identity.uid}:
+                raise PermissionDenied(f'{task.comm}[{task.tid}] is not of uid {self._identity.uid} alone',
+                                       task=task.tid, resource='uid', phase='freeze')
+
+    def _tree(self) -> Frozen:
+        if self._frozen is None:
+            raise PermissionDenied('the job has frozen nothing')
+        return self._frozen
+
+    def _let_run(self, call: LetRun) -> Reply:
+        self._tree().let_run()
+        return {}, []
+
+    def _hold_tree(self, call: HoldTree) -> Reply:
+        self._tree().hold()
+        return {}, []
+
+    def _restore_tree(self, call: RestoreTree) -> Reply:
+        self._tree().restore()
+        return {}, []
+
+    # ------------------------------------------------------------ restored trees
+
+    def _place_tree(self, call: PlaceTree) -> Reply:
+        self._require_restore()
+        self._place.settle(call.processes)
+        return {}, []
+
+    def _start_tree(self, call: StartTree) -> Reply:
+        self._require_restore()
+        return {'warnings': self._place.start()}, []
+
+    def _require_restore(self) -> None:
+        if self._job.request.operation != 'restore':
+            raise PermissionDenied('the job restores nothing')
+
+    def _note(self, call: Note) -> Reply:
+        self._require_restore()
+        self._place.note(self._owned(call.step))
+        return {}, []
+
+    def _owned(self, step: MakeFile | KeepFile | MakeSegment) -> MakeFile | KeepFile | MakeSegment:
+        """The step as this user's, by whose rights alone it will be undone."""
+        if isinstance(step, KeepFile) and step.kept not in self._kept:
+            raise PermissionDenied(f'{step.kept} is no file that was kept', resource=step.kept)
+        identity = self._identity
+        return msgspec.structs.replace(step, uid=identity.uid, gid=identity.gid, groups=identity.groups)
+
+    def _keep_content(self, call: KeepContent) -> Reply:
+        self._require_restore()
+        path, fd = self._place.keep_content()
+        self._kept.add(path)
+        return {'path': path}, [fd]
+
+
+class UsersImage(Incoming):
+    """An image on its way in a directory of the user's below the spool, which only root can enter."""
+
+    def __init__(self, spool: Path, image: str, identity: Identity) -> None:
+        super().__init__(spool, image)
+        self._identity = identity
+        with spooling(self.path):
+            os.fchown(self._lock, identity.uid, identity.gid)
+
+    def duplicate(self) -> int:
+        """An fd of the directory, for the worker."""
+        return os.dup(self._lock)
+
+    def take_back(self, job: Job) -> None:
+        """Make root's what is there, see that it is an image and nothing else, and show it. SpoolFailed."""
+        with spooling(self.path):
+            os.fchown(self._lock, 0, 0)         # from here on the worker can neither make nor rename anything
+        files = DirectoryFiles(self.path)
+        try:
+            manifest = read_manifest_of(files)
+            if surplus := sorted({*files.names()} - {NAME, *manifest.parts}):
+                raise SpoolFailed(f'{surplus[0]} does not belong to the image', resource=surplus[0], phase='publish')
+            for name in (NAME, *manifest.parts):
+                self._take_back_file(files, name, manifest)
+        except ImageDamaged as error:
+            raise SpoolFailed(f'the worker left no whole image: {error.message}', phase='publish') from error
+        finally:
+            files.close()
+        with spooling(self.path / NAME):
+            os.unlink(NAME, dir_fd=self._lock)
+        request = job.request
+        manifest = msgspec.structs.replace(manifest, image=self.image, owner_uid=self._identity.uid,
+                                           owner_gid=self._identity.gid, imported=request.operation == 'import')
+        if not manifest.imported:
+            manifest = msgspec.structs.replace(manifest, ckptd_version=__version__, kernel=os.uname().release,
+                                               boot_id=boot_id(), target=request.target)
+        self.write_manifest(manifest)
+        self.show()
+
+    def _take_back_file(self, files: DirectoryFiles, name: str, manifest: Manifest) -> None:
+        fd = files.open(name)
+        try:
+            with spooling(self.path / name):
+                os.fchown(fd, 0, 0)
+                os.fchmod(fd, 0o600)
+                found = os.fstat(fd)
+            if found.st_nlink != 1 or not stat.S_ISREG(found.st_mode):
+                raise SpoolFailed(f'{name} has another name as well', resource=name, phase='publish')
+            if name in manifest.parts and manifest.parts[name].size != found.st_size:
+                raise SpoolFailed(f'{name} has {found.st_size} bytes, not {manifest.parts[name].size}', resource=name,
+                                  phase='publish')
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def powers(job: Job, identity: Identity, worker: int) -> Iterator[Powers]:
+    """What the broker can do for the job; undone at the end of the block, as far as it does not last."""
+    made = Powers(job, identity, worker)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def failure_of(error: CkptError | OSError) -> CkptError:
+    """An error as the worker is told of it."""
+    return error if isinstance(error, CkptError) else CkptError(str(error), errno=error.errno)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The broker of one job: a process of root's between the daemon and a worker that is an ordinary user.
+
+    daemon <-> broker       the messages of engine/messages.py
+    broker <-> worker       the same, and the calls of calls.py
+
+It starts the worker, passes messages on and answers calls. The user may stop, kill or limit the worker at any moment,
+and the broker is out of their reach. It kills a worker that is still stopped when the deadline of the job has passed.
+Whatever ends the worker, the broker then thaws the tree, ends one that does not live yet, and removes what was not
+published.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from ckptd.engine.broker.calls import BrokerCall, FromUsersWorker
+from ckptd.engine.broker.identity import Identity, become, enter_clocks
+from ckptd.engine.broker.powers import failure_of, powers
+from ckptd.engine.channel import Channel
+from ckptd.engine.job import Job
+from ckptd.engine.messages import MAX_MESSAGE, Answer, Cancel, Failed, Finished, FromWorker, Message, Phase, Start
+from ckptd.errors import Cancelled, CkptError, FreezeTimeout, SpoolFailed, WorkerDied
+from ckptd.kernel.signalfd import ChildSignals
+from ckptd.kernel.timens import Offsets
+
+log = logging.getLogger('ckptd.engine')
+
+_decode = msgspec.msgpack.Decoder(FromUsersWorker).decode
+_encode = msgspec.msgpack.Encoder().encode
+INTERVAL = 0.5          # seconds between two looks at a worker that writes or is stopped
+LAST_PATIENCE = 5.0     # seconds for a worker to end whose daemon is gone, or that has said its last word
+
+
+class Worker:
+    """The process of the user. `with`: dead and reaped at the end."""
+
+    def __init__(self, identity: Identity, clocks: Offsets | None, run: Callable[[int], int],
+                 close_others: Callable[[], None]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.pid = os.fork()
+            if self.pid == 0:
+                ours.close()
+                close_others()
+                _be_worker(identity, clocks, run, theirs)
+        self.socket = ours
+        self.stopped_at = 0.0       # of time.monotonic(); 0 while it runs
+        self.status: int | None = None
+
+    def __enter__(self) -> 'Worker':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the socket, by which it ends; SIGKILL where it does not."""
+        self.socket.close()
+        deadline = time.monotonic() + LAST_PATIENCE
+        with ChildSignals() as signals:
+            while self.status is None:
+                self.look()
+                left = deadline - time.monotonic()
+                if self.status is None and (left <= 0 or self.stopped_at):
+                    self.kill()
+                    deadline += LAST_PATIENCE
+                elif self.status is None:
+                    signals.wait(left)
+
+    def look(self) -> None:
+        """Learn whether it was stopped, goes on or has ended."""
+        while self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            if not pid:
+                return
+            if os.WIFSTOPPED(status):
+                self.stopped_at = self.stopped_at or time.monotonic()
+            elif os.WIFCONTINUED(status):
+                self.stopped_at = 0.0
+            else:
+                self.status = status
+
+    def kill(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)       # a child's pid is its own until it is waited for
+
+    def receive(self) -> bytes:
+        """The next packet; b'' at end-of-file."""
+        try:
+            return self.socket.recv(MAX_MESSAGE + 1)
+        except ConnectionResetError:
+            return b''
+
+    def send(self, message: Message, fds: list[int]) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):       # dead: the next look says so
+            socket.send_fds(self.socket, [_encode(message)], fds)
+
+    def describe(self) -> str:
+        """How it ended: 'was killed by SIGKILL'."""
+        code = os.waitstatus_to_exitcode(self.status or 0)
+        return f'exited with status {code}' if code >= 0 else f'was killed by {signal.Signals(-code).name}'
+
+
+def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], int], theirs: socket.socket) -> None:
+    """In the child: take the identity, then work; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        if clocks is not None:
+            # without a time namespace the plan of the restart warns that clocks jump
+            with contextlib.suppress(OSError):
+                enter_clocks(clocks)
+        become(identity)
+        status = run(theirs.detach())
+    except BaseException:
+        log.exception('the worker cannot begin')
+    finally:
+        os._exit(status)
+
+
+class Broker:
+    """One job."""
+
+    def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity) -> None:
+        self._channel, self._request, self._fds, self._identity = channel, start.request, fds, identity
+        self._is_over = False           # the worker has said its last word
+        self._cancel_told = False
+        self._failure: CkptError | None = None
+
+    def run(self, run_worker: Callable[[int], int], clocks: Offsets | None) -> int:
+        """Until the worker has ended; the exit status. run_worker: what the worker does with the fd of its socket."""
+        with Worker(self._identity, clocks, run_worker, self._close_for_worker) as worker:
+            self._worker = worker
+            job = Job(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
+            with powers(job, self._identity, worker.pid) as self._powers, ChildSignals() as self._signals:
+                worker.send(Start(msgspec.structs.replace(self._request, brokered=True)), self._fds)
+                try:
+                    self._relay()
+                except Cancelled:       # the daemon is gone
+                    self._is_over = True
+                self._await_end()
+        return self._end()
+
+    def _close_for_worker(self) -> None:
+        """In the worker: nothing of root's stays open but what it is handed again."""
+        self._channel.close()
+        for fd in self._fds:
+            os.close(fd)
+
+    # ------------------------------------------------------------ messages
+
+    def _relay(self) -> None:
+        poll = select.poll()
+        for fd in (self._channel.fileno(), self._worker.socket.fileno(), self._signals.fd):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = dict(poll.poll(INTERVAL * 1000))
+            if self._signals.fd in ready:
+                self._signals.wait(0)
+            self._supervise()
+            if self._worker.socket.fileno() in ready and not self._from_worker():
+                return
+            if self._channel.fileno() in ready and not self._from_daemon():
+                return
+
+    def _from_worker(self) -> bool:
+        """False at end-of-file."""
+        data = self._worker.receive()
+        if not data:
+            return False
+        message = _decode(data)
+        if isinstance(message, BrokerCall):
+            self._answer(message)
+        else:
+            self._note(message)
+            self._channel.send(message)
+        return True
+
+    def _note(self, message: FromWorker) -> None:
+        match message:
+            case Phase(name):
+                self._channel.phase_name = name
+            case Failed() | Finished(more=False):
+                self._is_over = True
+
+    def _from_daemon(self) -> bool:
+        """False where the daemon is gone."""
+        message, fds = self._channel.receive()
+        for fd in fds:
+            os.close(fd)
+        if message is None:
+            self._is_over = True
+            return False
+        self._worker.send(message, [])
+        return True
+
+    def _answer(self, call: BrokerCall) -> None:
+        fds: list[int] = []
+        try:
+            value, fds = self._powers.answer(call)
+            answer = Answer(value)
+        except (CkptError, OSError) as error:
+            log.debug('%s: %s', type(call).__name__, error)
+            answer = Answer(failed=Failed.of(failure_of(error)))
+        self._worker.send(answer, fds)
+        for fd in fds:
+            os.close(fd)
+        if self._channel.cancelled and not self._cancel_told:
+            # it was read while we waited for systemd or a cgroup
+            self._cancel_told = True
+            self._worker.send(Cancel(), [])
+
+    # ------------------------------------------------------------ the worker
+
+    def _supervise(self) -> None:
+        """Kill a worker that fills the disk, or was stopped for as long as a freeze may take."""
+        worker = self._worker
+        worker.look()
+        try:
+            self._powers.check_room()
+        except SpoolFailed as error:
+            self._failure = error
+            worker.kill()
+        if worker.stopped_at and time.monotonic() - worker.stopped_at > self._request.timeout_usec / 1e6:
+            self._failure = FreezeTimeout(f'worker {worker.pid} was stopped by a signal and did not go on',
+                                          task=worker.pid, resource='worker', phase=self._channel.phase_name,
+                                          hint='do not stop processes of ckptd')
+            worker.kill()
+
+    def _await_end(self) -> None:
+        """The socket is closed: see the worker dead, whose tracees run only then."""
+        deadline = time.monotonic() + LAST_PATIENCE
+        self._worker.socket.shutdown(socket.SHUT_RDWR)
+        while self._worker.status is None:
+            self._worker.look()
+            if self._worker.status is None:
+                if time.monotonic() > deadline or self._worker.stopped_at:
+                    self._worker.kill()
+                self._signals.wait(max(deadline - time.monotonic(), INTERVAL))
+
+    def _end(self) -> int:
+        """Tell the daemon of a worker that died without a word; the exit status."""
+        if self._is_over:
+            return os.waitstatus_to_exitcode(self._worker.status or 0) if os.WIFEXITED(self._worker.status or 0) else 1
+        failure = self._failure or WorkerDied(f'worker {self._worker.pid} {self._worker.describe()}',
+                                              phase=self._channel.phase_name)
+        with contextlib.suppress(Cancelled):
+            self._channel.send(Failed.of(failure))
+        return failure.exit_status
