@@ -19,7 +19,7 @@ from typing import Final, Self
 from ckptd.kernel.fuse import connections
 
 FORGET, GETATTR, OPEN, READ, WRITE, RELEASE, FLUSH, INIT, IOCTL = 2, 3, 14, 15, 16, 18, 25, 26, 39
-LOOKUP, INTERRUPT, BATCH_FORGET = 1, 36, 42
+LOOKUP, READLINK, INTERRUPT, BATCH_FORGET = 1, 5, 36, 42
 SILENT: Final = (FORGET, INTERRUPT, BATCH_FORGET)      # nobody waits for an answer
 FUSECTL: Final = '/sys/fs/fuse/connections'
 DIRECT_IO: Final = 1
@@ -125,8 +125,9 @@ def fusectl() -> Path:
     return found
 
 
-def attributes(node: int) -> bytes:
-    mode = stat.S_IFDIR | 0o755 if node == ROOT else stat.S_IFREG | 0o666
+def attributes(node: int, mode: int = stat.S_IFREG | 0o666) -> bytes:
+    """struct fuse_attr. mode: of what is not the root directory."""
+    mode = stat.S_IFDIR | 0o755 if node == ROOT else mode
     return struct.pack('<QQQQQQIIIIIIIIII', node, 1 << 40, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
 
@@ -137,3 +138,20 @@ def process_of(tid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return int(text.partition('Tgid:')[2].split()[0])
+
+
+class FickleLink(HangingFile):
+    """`path` is a symbolic link that leads to where `lead` says, asked each time that somebody follows it: what a path
+    leads to may change from one system call to the next, and no race has to be won for that."""
+
+    def __init__(self, directory: Path, lead: Callable[[], Path]) -> None:
+        super().__init__(directory, lambda opcode, process: False)
+        self._lead = lead
+
+    def _reply(self, opcode: int, node: int, body: bytes) -> tuple[int, bytes]:
+        if opcode == READLINK:
+            return 0, bytes(self._lead())
+        error, reply = super()._reply(opcode, node, body)
+        if opcode in (LOOKUP, GETATTR) and not error and (opcode == LOOKUP or node == FILE):
+            return 0, reply.replace(attributes(FILE), attributes(FILE, stat.S_IFLNK | 0o777))
+        return error, reply

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,12 @@ def _cgroup2() -> str:
         probe.rmdir()
 
 
+def _set_user_id() -> str:
+    """Whether programs with set-user-ID get their owner's rights where tests put them."""
+    place = tempfile.gettempdir()
+    return f'{place} is mounted with nosuid' if os.statvfs(place).f_flag & os.ST_NOSUID else ''
+
+
 def _ptrace() -> str:
     """PTRACE_SEIZE of an own child: Yama, seccomp or a missing CAP_SYS_PTRACE may forbid it."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -119,6 +126,7 @@ NEEDS = {
     'systemd': Need(_systemd, APT + 'systemd util-linux, and run as root'),
     'user-namespaces': Need(_user_namespaces, 'sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 '
                             'user.max_user_namespaces=10000, and ' + APT + 'util-linux'),
+    'set-user-ID': Need(_set_user_id, 'TMPDIR=/var/tmp make test, or another directory without nosuid'),
     'time-namespaces': Need(_file('/proc/self/ns/time'), 'boot a kernel with CONFIG_TIME_NS=y'),
     'user-session': Need(_file('/usr/lib/systemd/user/dbus.socket'), APT + 'dbus-user-session libpam-systemd'),
     'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),
