@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PTRACE_SEIZE = 0x4206       # <linux/ptrace.h>
+# <asm/unistd_64.h>, <linux/keyctl.h>
+NR_KEYCTL, KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING = 250, 0, -3
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,27 @@ def _user_namespaces() -> str:
     return f'an ordinary user cannot make one: {done.stderr.strip()}' if done.returncode else ''
 
 
+def _audit() -> str:
+    """Whether root may give a process that has one another login uid, as pam_loginuid does."""
+    own = Path('/proc/self/loginuid')
+    if not own.exists():
+        return f'no {own}'
+    child = os.fork()
+    if child == 0:
+        try:
+            own.write_text('65534')
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return '' if os.waitpid(child, 0)[1] == 0 else f'{own} cannot be set'
+
+
+def _keyrings() -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = libc.syscall(NR_KEYCTL, KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, 1)
+    return '' if found >= 0 else f'keyctl: {os.strerror(ctypes.get_errno())}'
+
+
 APT = 'sudo apt-get install -y '
 NEEDS = {
     'root': Need(_root, 'run as root: sudo make test'),
@@ -127,6 +150,8 @@ NEEDS = {
     'user-namespaces': Need(_user_namespaces, 'sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 '
                             'user.max_user_namespaces=10000, and ' + APT + 'util-linux'),
     'set-user-ID': Need(_set_user_id, 'TMPDIR=/var/tmp make test, or another directory without nosuid'),
+    'audit': Need(_audit, 'boot a kernel with CONFIG_AUDIT=y, and run as root with CAP_AUDIT_CONTROL'),
+    'keyrings': Need(_keyrings, 'boot a kernel with CONFIG_KEYS=y, outside of a container that forbids keyctl(2)'),
     'time-namespaces': Need(_file('/proc/self/ns/time'), 'boot a kernel with CONFIG_TIME_NS=y'),
     'user-session': Need(_file('/usr/lib/systemd/user/dbus.socket'), APT + 'dbus-user-session libpam-systemd'),
     'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),
