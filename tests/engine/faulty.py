@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ class Gate:
         self._socket.bind(str(self.path))
         self._socket.listen(64)
         self.passed: list[str] = []
+        self.look: Callable[[str, int], object] = lambda point, pid: None   # before a worker goes on
 
     @property
     def environment(self) -> dict[str, str]:
@@ -53,6 +54,7 @@ class Gate:
                 if here == point and not nth:
                     stack.pop_all()
                     return Standing(asking, here)
+                self.look(here, peer_of(asking))
 
     async def wave_on(self) -> None:
         """Let all workers pass, until cancelled."""
@@ -70,12 +72,17 @@ class Gate:
                 await task
 
 
+def peer_of(asking: socket.socket) -> int:
+    """The pid of who is at the other end, unix(7)."""
+    return int(struct.unpack('3i', asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
 class Standing:
     """A worker at a fault point."""
 
     def __init__(self, asking: socket.socket, point: str) -> None:
         self._socket, self.point = asking, point
-        self.pid = struct.unpack('3i', asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        self.pid = peer_of(asking)
         self.pidfd = os.pidfd_open(self.pid)
 
     def answer(self, action: str = '') -> None:

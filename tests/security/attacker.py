@@ -20,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ckptd.client.sync import Ckptd, Job, connect
 from ckptd.errors import CkptError, Refusal
+from ckptd.kernel.pidfd import wait_dead
+from tests.engine.faulty import readable
 from tests.lib import settled
 from tests.lib.brood import PR_SET_DUMPABLE, fork, libc
 from tests.lib.bus import read_line
@@ -100,6 +102,12 @@ class Program:
         self.process.wait(PATIENCE)
         settled.reap_orphans()
 
+    def ended(self) -> int:
+        """The exit status of what was restored as it, which is our child after its worker has ended."""
+        with pidfd_of(self.pid) as dead:
+            assert wait_dead(dead, PATIENCE), self.output
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
     def close(self) -> None:
         """Kill what is in its session, also what was restored into it."""
         for pid in session_members(self.pid):
@@ -124,14 +132,14 @@ class Outcome:
 
 
 class Call:
-    """A child of the test that is a user and works for the test."""
+    """A child of the test that is a user and works for the test: `result()`, or await it where jobs ask the test."""
 
     def __init__(self, pid: int, reader: int) -> None:
         self.pid, self._reader = pid, reader
 
-    def fileno(self) -> int:
-        """Readable when the result is there."""
-        return self._reader
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from readable(self._reader).__await__()
+        return self.result()
 
     def result(self) -> Any:
         """What the work returned; raises what it raised."""
@@ -253,9 +261,13 @@ class Attacker:
         with connect(self.address) as ckptd:
             return work(ckptd)
 
+    def checkpointing(self, program: Program, **options: Any) -> Call:
+        """Ask for a checkpoint; the result of the call is the image's id."""
+        return self.begin(lambda: self._connected(lambda ckptd: taken(ckptd, program, options)))
+
     def checkpoint(self, program: Program, **options: Any) -> str:
         """The id of its image; it is dead."""
-        image: str = self.on_bus(lambda ckptd: taken(ckptd, program, options))
+        image: str = self.checkpointing(program, **options).result()
         program.wait_dead()
         return image
 
@@ -349,6 +361,16 @@ def status(pid: int, tid: int = 0) -> dict[str, str]:
 
 def threads(pid: int) -> list[int]:
     return [int(path.name) for path in Path(f'/proc/{pid}/task').iterdir()]
+
+
+def tracees_of(tracer: int) -> list[tuple[int, int]]:
+    """(pid, tid) of all tasks that a process traces."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*/task/[0-9]*/status'):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if f'\nTracerPid:\t{tracer}\n' in path.read_text(errors='replace'):
+                found.append((int(path.parts[2]), int(path.parts[4])))
+    return sorted(found)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A process that stops at each of its system calls, and what is true at each of these moments."""
+
+import os
+import signal
+from collections.abc import Callable
+
+from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, PTRACE_O_TRACESYSGOOD, SYSCALL_STOP, Tracee
+
+
+def at_each_call(tid: int, look: Callable[[], object]) -> int:
+    """Look at the entry and at the exit of every system call of a thread, until it ends; how often that was.
+
+    The thread does nothing while `look` runs, and the signals that it gets are its own. What `look` raises is raised
+    here; the thread goes on by itself then.
+    """
+    stops = 0
+    with Tracee.seize(tid, PTRACE_O_TRACESYSGOOD) as tracee:
+        tracee.interrupt()
+        try:
+            while True:
+                status = tracee.wait()
+                number = os.WSTOPSIG(status)
+                if number == SYSCALL_STOP:
+                    stops += 1
+                    look()
+                # a stop by ptrace itself is no signal that could be delivered
+                is_signal = number != SYSCALL_STOP and status >> 16 != PTRACE_EVENT_STOP
+                tracee.to_syscall(number if is_signal and number != signal.SIGTRAP else 0)
+        except ProcessLookupError:
+            return stops
