@@ -83,6 +83,14 @@ def _cgroup2() -> str:
         probe.rmdir()
 
 
+def _sysctl(name: str) -> Callable[[], str]:
+    """Whether a number is there that limits ordinary users, and is not 0."""
+    def missing() -> str:
+        path = Path('/proc/sys', name.replace('.', '/'))
+        return '' if path.exists() and int(path.read_text()) else f'no {name}, or it is 0'
+    return missing
+
+
 def _set_user_id() -> str:
     """Whether programs with set-user-ID get their owner's rights where tests put them."""
     place = tempfile.gettempdir()
@@ -149,6 +157,8 @@ NEEDS = {
     'systemd': Need(_systemd, APT + 'systemd util-linux, and run as root'),
     'user-namespaces': Need(_user_namespaces, 'sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 '
                             'user.max_user_namespaces=10000, and ' + APT + 'util-linux'),
+    'mmap-min-addr': Need(_sysctl('vm.mmap_min_addr'), 'sudo sysctl vm.mmap_min_addr=65536'),
+    'pipe-user-pages-soft': Need(_sysctl('fs.pipe-user-pages-soft'), 'sudo sysctl fs.pipe-user-pages-soft=16384'),
     'set-user-ID': Need(_set_user_id, 'TMPDIR=/var/tmp make test, or another directory without nosuid'),
     'audit': Need(_audit, 'boot a kernel with CONFIG_AUDIT=y, and run as root with CAP_AUDIT_CONTROL'),
     'keyrings': Need(_keyrings, 'boot a kernel with CONFIG_KEYS=y, outside of a container that forbids keyctl(2)'),

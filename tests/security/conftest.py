@@ -25,8 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope='module')
-def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemBus]:
+def shared_bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemBus]:
     with SystemBus(tmp_path_factory.mktemp('bus')) as running:
+        yield running
+
+
+@pytest.fixture
+def bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SystemBus]:
+    """The bus of this test: one of its own where it starts a daemon of its own, for a name has one owner."""
+    if 'serve' not in request.fixturenames:
+        yield request.getfixturevalue('shared_bus')
+        return
+    with SystemBus(tmp_path) as running:
         yield running
 
 
@@ -43,9 +53,9 @@ def daemon_of(bus: SystemBus, directory: Path, *options: str, spool: Path | None
 
 
 @pytest.fixture(scope='module')
-def served(bus: SystemBus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(shared_bus: SystemBus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The daemon of tests that need nothing special of it."""
-    with daemon_of(bus, tmp_path_factory.mktemp('served')) as running:
+    with daemon_of(shared_bus, tmp_path_factory.mktemp('served')) as running:
         yield running
 
 
@@ -73,6 +83,12 @@ def attacker(bus: SystemBus) -> Iterator[Attacker]:
 @pytest.fixture
 def other(bus: SystemBus) -> Iterator[Attacker]:
     yield from _user('bob', bus)
+
+
+@pytest.fixture
+def thrifty(bus: SystemBus) -> Iterator[Attacker]:
+    """A third user, of whom no other test has processes or pipes."""
+    yield from _user('carol', bus)
 
 
 @pytest.fixture
