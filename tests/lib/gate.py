@@ -68,6 +68,16 @@ def own_cgroup() -> Path | None:
     return None
 
 
+def cgroup1_mount() -> Path | None:
+    """Where the hierarchy of version 1 is mounted that limits memory, or the number of tasks."""
+    for line in Path('/proc/self/mountinfo').read_text().splitlines():
+        left, _, right = line.partition(' - ')
+        kind, _, options = right.split()
+        if kind == 'cgroup' and {'memory', 'pids'} & set(options.split(',')):
+            return Path(left.split()[4])
+    return None
+
+
 def _cgroup2() -> str:
     own = own_cgroup()
     if own is None:
@@ -153,6 +163,8 @@ APT = 'sudo apt-get install -y '
 NEEDS = {
     'root': Need(_root, 'run as root: sudo make test'),
     'cgroup2': Need(_cgroup2, 'sudo mount -t cgroup2 none /sys/fs/cgroup/unified, and run as root'),
+    'cgroup1': Need(lambda: '' if cgroup1_mount() else 'no memory or pids hierarchy of version 1 is mounted',
+                    'sudo mount -t cgroup -o pids none /sys/fs/cgroup/pids, where cgroup2 has not that controller'),
     'ptrace': Need(_ptrace, 'sudo sysctl kernel.yama.ptrace_scope=0, or run as root with CAP_SYS_PTRACE'),
     'systemd': Need(_systemd, APT + 'systemd util-linux, and run as root'),
     'user-namespaces': Need(_user_namespaces, 'sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 '
