@@ -113,7 +113,8 @@ class MemoryDump:
                 size, mode, uid, gid = at.st_size, at.st_mode, at.st_uid, at.st_gid
                 runs = copier.copy_file(fd, size)
             else:
-                size, mode, uid, gid = shared.extent, 0o600, 0, 0
+                # only an ordinary user may not open it (CAP_CHECKPOINT_RESTORE), and dumps what is that user's
+                size, mode, uid, gid = shared.extent, 0o600, os.geteuid(), os.getegid()
                 runs = _copy_views(shared, copier)
             # F_GET_SEALS asks the inode, so any fd of it does
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS) if fd >= 0 and shared.kind == MEMFD else 0

@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
+from ckptd.kernel.stat import read_stat
+from ckptd.kernel.status import read_status
 from tests.engine.driver import ORDINARY_UID, as_user, place_of
-from tests.lib.bus import ROOT
-from tests.lib.victim import Victim, build
+from tests.lib.bus import ROOT, family
+from tests.lib.victim import VICTIMS, Victim, build
 from tests.programs.conftest import await_that
 
 pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'gcc', 'user-namespaces'), pytest.mark.timeout(120)]
@@ -136,6 +138,29 @@ def test_beside_the_original(home: Path, installed: Path) -> None:
     as_user(UID, home, work)
 
 
+def test_counters_go_on_through_two_rounds(home: Path, installed: Path) -> None:
+    """Nothing of root's has a part in it: what is there belongs to the user, in each round."""
+    for script in ('counter.py', 'victim.py'):
+        shutil.copy(VICTIMS / script, home.parent / script)
+    program = home.parent / 'counter.py'
+
+    def work() -> None:
+        ckptctl = Ckptctl(home, installed)
+        with Victim('counter', directory=home / 'victim', program=program) as running:
+            result = ckptctl('checkpoint', str(running.pid), '--kill')
+            assert running.process.wait(10) == -signal.SIGKILL
+            with ckptctl.start('restore', result['image'], '--wait') as restoring:
+                [root] = await_that('it counts again', lambda: restoring.poll() is not None or roots_of(program))
+                assert owners_below(os.getpid()) == {UID}
+                result = ckptctl('checkpoint', str(root), '--kill')
+                restoring.wait(20)
+            with running.told_to_go():
+                ckptctl('restore', result['image'], '--wait')
+            assert running.output == ''
+
+    as_user(UID, home, work)
+
+
 def running_from(program: Path) -> list[int]:
     """Processes, of whatever namespace below ours."""
     found = []
@@ -144,3 +169,18 @@ def running_from(program: Path) -> list[int]:
             if (entry / 'exe').readlink() == program:
                 found.append(int(entry.name))
     return found
+
+
+def roots_of(program: Path) -> list[int]:
+    """Processes that run this script and are no children of another one that does."""
+    found = {}
+    for entry in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            if f'\0{program}\0'.encode() in (entry / 'cmdline').read_bytes():
+                found[int(entry.name)] = read_stat(int(entry.name)).ppid
+    return [pid for pid, parent in found.items() if parent not in found]
+
+
+def owners_below(pid: int) -> set[int]:
+    """All uids of a process and of what descends from it."""
+    return {uid for process in (pid, *family(pid)) for uid in read_status(process).uids}
