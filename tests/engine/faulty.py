@@ -44,7 +44,9 @@ class Gate:
         """A worker that comes to the point for the nth time; all others go on. Cancel it to give up."""
         loop = asyncio.get_running_loop()
         while True:
-            asking, _ = await loop.sock_accept(self._socket)
+            # loop.sock_accept() would lose a connection that comes as it is cancelled
+            await until_readable(self._socket.fileno())
+            asking, _ = self._socket.accept()
             asking.setblocking(False)
             with contextlib.ExitStack() as stack:
                 stack.enter_context(asking)
@@ -108,12 +110,17 @@ class Standing:
 
 async def readable(fd: int) -> None:
     """Until poll(2) says so; of a pidfd: until its process is dead."""
+    async with asyncio.timeout(PATIENCE):
+        await until_readable(fd)
+
+
+async def until_readable(fd: int) -> None:
+    """The same, for as long as it takes."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_reader(fd, ready.set)
     try:
-        async with asyncio.timeout(PATIENCE):
-            await ready.wait()
+        await ready.wait()
     finally:
         loop.remove_reader(fd)
 

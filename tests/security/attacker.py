@@ -11,6 +11,7 @@ Each call on the bus is made by a child that has the user's ids and nothing else
 would see any other.
 """
 
+import asyncio
 import contextlib
 import os
 import pickle
@@ -28,10 +29,11 @@ from typing import Any, Self, TypeVar
 from ckptd.client.sync import Ckptd, Job, connect
 from ckptd.errors import CkptError, Refusal
 from ckptd.kernel.pidfd import wait_dead
-from tests.engine.faulty import readable
+from tests.engine.faulty import Gate, Standing, readable
 from tests.lib import settled
 from tests.lib.brood import PR_SET_DUMPABLE, fork, libc
 from tests.lib.bus import read_line
+from tests.lib.gate import cgroup2_mount
 from tests.lib.imgedit import ImageStream
 from tests.lib.victim import VICTIMS, session_members
 
@@ -138,8 +140,12 @@ class Call:
         self.pid, self._reader = pid, reader
 
     def __await__(self) -> Generator[Any, None, Any]:
-        yield from readable(self._reader).__await__()
+        yield from self.over().__await__()
         return self.result()
+
+    async def over(self) -> None:
+        """Until the result is there."""
+        await readable(self._reader)
 
     def result(self) -> Any:
         """What the work returned; raises what it raised."""
@@ -255,15 +261,16 @@ class Attacker:
 
     def on_bus(self, work: Callable[[Ckptd], T]) -> T:
         """What the work returns, done with a client of this user's."""
-        return self.do(lambda: self._connected(work))
+        return self.do(lambda: self.connected(work))
 
-    def _connected(self, work: Callable[[Ckptd], T]) -> T:
+    def connected(self, work: Callable[[Ckptd], T]) -> T:
+        """The same in this process."""
         with connect(self.address) as ckptd:
             return work(ckptd)
 
     def checkpointing(self, program: Program, **options: Any) -> Call:
         """Ask for a checkpoint; the result of the call is the image's id."""
-        return self.begin(lambda: self._connected(lambda ckptd: taken(ckptd, program, options)))
+        return self.begin(lambda: self.connected(lambda ckptd: taken(ckptd, program, options)))
 
     def checkpoint(self, program: Program, **options: Any) -> str:
         """The id of its image; it is dead."""
@@ -298,7 +305,7 @@ class Attacker:
         its Outcome."""
         stream = image.dump() if isinstance(image, ImageStream) else b''
         options = {'detach': True, **options}
-        return self.begin(lambda: self._connected(lambda ckptd: outcome_of(
+        return self.begin(lambda: self.connected(lambda ckptd: outcome_of(
             lambda: ckptd.restore(brought(ckptd, stream) or str(image), **options))))
 
     def restore(self, image: str | ImageStream, **options: Any) -> Outcome:
@@ -343,6 +350,17 @@ def _answer(writer: int, work: Callable[[], Any]) -> None:
     os._exit(0)
 
 
+async def standing(gate: Gate, point: str, call: Call) -> Standing:
+    """Whoever comes to a fault point while the call lasts."""
+    comes, ends = asyncio.create_task(gate.stand(point)), asyncio.create_task(call.over())
+    done, waiting = await asyncio.wait((comes, ends), return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait((comes, ends))
+    assert comes in done, f'nobody came to {point}, but to {gate.passed}: {call.result()}'
+    return comes.result()
+
+
 def refused(outcome: Outcome) -> bool:
     """Whether there is no tree, for a reason that the user is told: rows that name what may not be, or one sentence."""
     if outcome.error is None:
@@ -363,6 +381,18 @@ def threads(pid: int) -> list[int]:
     return [int(path.name) for path in Path(f'/proc/{pid}/task').iterdir()]
 
 
+def place_of(pid: int) -> Path:
+    """The directory of a process's cgroup, of version 2."""
+    mount = cgroup2_mount()
+    assert mount is not None, 'no cgroup2 is mounted'
+    [name] = [line[3:] for line in Path(f'/proc/{pid}/cgroup').read_text().splitlines() if line.startswith('0::')]
+    return mount / name.lstrip('/')
+
+
+def is_frozen(cgroup: Path) -> bool:
+    return 'frozen 1' in (cgroup / 'cgroup.events').read_text()
+
+
 def tracees_of(tracer: int) -> list[tuple[int, int]]:
     """(pid, tid) of all tasks that a process traces."""
     found = []
@@ -371,6 +401,15 @@ def tracees_of(tracer: int) -> list[tuple[int, int]]:
             if f'\nTracerPid:\t{tracer}\n' in path.read_text(errors='replace'):
                 found.append((int(path.parts[2]), int(path.parts[4])))
     return sorted(found)
+
+
+def may_write(task: bytes) -> bool:
+    """Whether this process may write to the memory of a task: PID, or PID/task/TID."""
+    try:
+        os.close(os.open(b'/proc/%s/mem' % task, os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -16,25 +16,13 @@ from ckptd.kernel.clone import clone_args
 from tests.engine.faulty import Gate
 from tests.lib.bus import Served
 from tests.lib.gate import cgroup1_mount, cgroup2_mount
-from tests.security.attacker import Attacker, refused
+from tests.security.attacker import Attacker, is_frozen, place_of, refused
 
 pytestmark = pytest.mark.needs('cgroup2')
 
 
 def enter(cgroup: Path, pid: int = 0) -> None:
     (cgroup / 'cgroup.procs').write_text(str(pid))
-
-
-def place_of(pid: int) -> Path:
-    """The directory of a process's cgroup, of version 2."""
-    mount = cgroup2_mount()
-    assert mount is not None
-    [name] = [line[3:] for line in Path(f'/proc/{pid}/cgroup').read_text().splitlines() if line.startswith('0::')]
-    return mount / name.lstrip('/')
-
-
-def is_frozen(cgroup: Path) -> bool:
-    return 'frozen 1' in (cgroup / 'cgroup.events').read_text()
 
 
 def name_of(cgroup: Path) -> str:

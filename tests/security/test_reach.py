@@ -17,7 +17,7 @@ from tests.engine.faulty import Gate, Standing
 from tests.lib.bus import Served
 from tests.lib.stepping import at_each_call
 from tests.lib.victim import VICTIMS, build
-from tests.security.attacker import Attacker, Program, status, tracees_of
+from tests.security.attacker import Attacker, Program, may_write, status, tracees_of
 
 # ---------------------------------------------------------------- S16: struct rseq in shared memory
 
@@ -112,14 +112,6 @@ class Prober:
         os.close(self._orders)
         os.close(self._answers)
         self._call.result()
-
-
-def may_write(task: bytes) -> bool:
-    try:
-        os.close(os.open(b'/proc/%s/mem' % task, os.O_RDWR))
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who works for a user: a process that is the user, with one capability; and what the user may do to it."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptd.client.sync import Ckptd
+from ckptd.errors import CkptError
+from tests.engine.faulty import Gate
+from tests.lib.bus import Served, family
+from tests.security.attacker import (
+    PATIENCE,
+    Attacker,
+    is_frozen,
+    may_write,
+    place_of,
+    standing,
+    status,
+    threads,
+    tracees_of,
+    unchanged,
+)
+
+CHECKPOINT_RESTORE = 1 << 40        # <linux/capability.h>
+SETS = ('CapInh', 'CapPrm', 'CapEff', 'CapAmb')
+
+# three processes, two of them with threads
+TREE = """
+import threading
+begun, begin = os.pipe()
+for _ in range(2):
+    if not os.fork():
+        not_the_one_to_report()
+        for _ in range(2):
+            threading.Thread(target=time.sleep, args=(1000,)).start()
+        os.write(begin, b'!')
+        time.sleep(1000)
+for _ in range(2):
+    os.read(begun, 1)
+ready()
+while True:
+    wait_for_go()
+    say('here')
+"""
+
+
+def tree_of(pid: int) -> list[tuple[int, int]]:
+    """(pid, tid) of a process and what descends from it."""
+    return [(process, tid) for process in (pid, *family(pid)) for tid in threads(process)]
+
+
+def ids_of(pid: int, tid: int = 0) -> tuple[set[str], set[str]]:
+    rows = status(pid, tid)
+    return set(rows['Uid'].split()), set(rows['Gid'].split())
+
+
+def assert_is(user: Attacker, worker: int) -> None:
+    """A process is this user with CAP_CHECKPOINT_RESTORE, and the user's other processes do not get at it."""
+    rows = status(worker)
+    assert ids_of(worker) == ({str(user.uid)}, {str(user.uid)})
+    assert set(rows['Groups'].split()) == set(map(str, user.groups))
+    assert int(rows['CapEff'], 16) == CHECKPOINT_RESTORE
+    assert int(rows['CapPrm'], 16) == CHECKPOINT_RESTORE
+    assert not user.do(lambda: may_write(b'%d' % worker))
+
+
+# ---------------------------------------------------------------- 1: who is who
+
+async def test_the_worker_is_the_user(serve: Callable[..., Served], attacker: Attacker, gate: Gate) -> None:
+    """And the tree that comes back has no capability."""
+    serve(env=gate.environment)
+    program = attacker.start(TREE)
+    before = tree_of(program.pid)
+    with attacker.checkpointing(program) as call, await standing(gate, 'memory-half', call) as worker:
+        assert_is(attacker, worker.pid)
+        worker.answer()
+        async with gate.open():
+            image = await call
+    program.wait_dead()
+    with attacker.restoring(image) as call, await standing(gate, 'filled', call) as worker:
+        assert_is(attacker, int(status(program.pid)['TracerPid']))
+        worker.answer()
+        async with gate.open():
+            outcome = await call
+    assert outcome.root, outcome.words
+    assert tree_of(program.pid) == before
+    for task in before:
+        assert {name: int(status(*task)[name], 16) for name in SETS} == dict.fromkeys(SETS, 0)
+        assert ids_of(*task) == ({str(attacker.uid)}, {str(attacker.uid)})
+    assert program.ask() == 'here'
+
+
+# ---------------------------------------------------------------- 7: who the stubs are
+
+@pytest.fixture
+def root(attacker: Attacker) -> Attacker:
+    """The administrator, as one who asks."""
+    return Attacker('root', 0, tuple(os.getgroups()), attacker.home, attacker.address)
+
+
+@pytest.mark.parametrize('asker', ['user', 'root'])
+async def test_every_stub_is_the_user(serve: Callable[..., Served], attacker: Attacker, root: Attacker, gate: Gate,
+                                      asker: str) -> None:
+    """At each moment of a restore of a user's image, whoever asks for it: a stub that is root is one that a mistake
+    makes a user's."""
+    serve(env=gate.environment)
+    program = attacker.start(TREE)
+    seen: dict[str, set[tuple[str, int]]] = {}
+
+    def look(point: str, pid: int) -> None:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            tracer = int(status(program.pid)['TracerPid'])
+            for task in tracees_of(tracer) if tracer else ():
+                rows = status(*task)
+                beyond = int(rows['CapPrm'], 16) & ~CHECKPOINT_RESTORE
+                seen.setdefault(point, set()).update((uid, beyond) for uid in rows['Uid'].split())
+
+    async with gate.open():
+        image = await attacker.checkpointing(program)
+        program.wait_dead()
+        gate.look = look
+        outcome = await (attacker if asker == 'user' else root).restoring(image)
+    assert outcome.root, outcome.words
+    assert {'created', 'filled', 'rebuilt', 'ready'} <= seen.keys()
+    assert all(who == {(str(attacker.uid), 0)} for who in seen.values()), seen
+    assert program.ask() == 'here'
+
+
+# ---------------------------------------------------------------- 2: a worker that its user stops
+
+def exit_status(ckptd: Ckptd, pid: int, timeout: int) -> int:
+    """That of `ckptctl checkpoint PID --timeout`, in microseconds."""
+    try:
+        ckptd.checkpoint(f'pid:{pid}', timeout=timeout).wait(PATIENCE)
+    except CkptError as error:
+        return error.exit_status
+    return 0
+
+
+def stands_still(pid: int, home: Path) -> list[str]:
+    """What keeps a process from running at home: a tracer, a stop, a freezer."""
+    rows, place = status(pid), place_of(pid)
+    found = [f'it is traced by {rows["TracerPid"]}'] if int(rows['TracerPid']) else []
+    found += [f'it is in state {rows["State"]}'] if rows['State'][0] in 'tT' else []
+    found += [f'it is frozen in {place}'] if is_frozen(place) else []
+    return found + ([f'it is in {place}'] if place != home else [])
+
+
+@pytest.mark.needs('cgroup2')
+@pytest.mark.parametrize('point', ['seized', 'memory-half'])
+async def test_a_worker_that_its_user_has_stopped(serve: Callable[..., Served], attacker: Attacker, gate: Gate,
+                                                  point: str) -> None:
+    """The tree stands still for as long as the deadline of the job says, and not for as long as the user wants."""
+    daemon = serve(env=gate.environment)
+    program = attacker.start(TREE)
+    home = place_of(program.pid)
+    asking = attacker.begin(lambda: attacker.connected(lambda ckptd: exit_status(ckptd, program.pid, 2_000_000)))
+    with asking as call, await standing(gate, point, call) as worker:
+        assert_is(attacker, worker.pid)
+        attacker.do(lambda: os.kill(worker.pid, signal.SIGSTOP))
+        worker.answer()
+        async with gate.open():
+            assert await call == 124
+        await worker.gone()
+    for pid in (program.pid, *family(program.pid)):
+        assert not stands_still(pid, home)
+    assert names_in(daemon.runtime / 'freezes') == []
+    assert program.ask() == 'here'
+
+
+# ---------------------------------------------------------------- 3: a worker that its user kills
+
+WRITER = """
+os.mkdir('saved')
+file = open('saved/passwd', 'wb+')
+file.write(b'so far')
+file.flush()
+rest()
+"""
+
+
+@pytest.fixture
+def etc(attacker: Attacker) -> Path:
+    """A directory of root's with a file that everybody reads."""
+    path = attacker.home.parent / 'etc'
+    path.mkdir(mode=0o755)
+    (path / 'passwd').write_bytes(b'of root')
+    return path
+
+
+# what the rollback finds of the file; the points that it has passed when its worker is killed
+MIDDLES = {
+    'kept': (b'another', ('place-keep-file-done',)),
+    'rewritten': (b'another', ('place-keep-file-done', 'place-committed')),
+    'made': (b'', ('place-make-file-done',)),
+}
+
+
+@pytest.mark.parametrize('swap', [True, False], ids=['swapped', 'control'])
+@pytest.mark.parametrize('middle', MIDDLES)
+async def test_a_worker_that_its_user_kills_in_a_rollback(serve: Callable[..., Served], attacker: Attacker, gate: Gate,
+                                                          etc: Path, middle: str, swap: bool) -> None:
+    """What the rollback has done is undone by path, and by then the path leads to root's files."""
+    daemon = serve(env=gate.environment)
+    program = attacker.start(WRITER)
+    saved = program.directory / 'saved'
+    async with gate.open():
+        image = await attacker.checkpointing(program, save_files=True)
+    program.wait_dead()
+    found, points = MIDDLES[middle]
+    (saved / 'passwd').write_bytes(found) if found else (saved / 'passwd').unlink()
+    with unchanged(etc / 'passwd'):
+        with attacker.restoring(image, changed_files='rollback') as call:
+            for point in points[:-1]:
+                with await standing(gate, point, call) as worker:
+                    worker.answer()
+            with await standing(gate, points[-1], call) as worker:
+                assert_is(attacker, worker.pid)
+                if swap:
+                    attacker.do(lambda: swapped(saved, etc))
+                attacker.do(lambda: os.kill(worker.pid, signal.SIGKILL))
+                async with gate.open():
+                    assert (await call).error is not None
+        assert 'Traceback' not in daemon.log, daemon.log
+        # what has not been undone by then, the next daemon undoes
+        daemon.stop()
+        daemon.start()
+        async with gate.open():
+            await attacker.begin(lambda: attacker.connected(lambda ckptd: ckptd.list_jobs()))
+        daemon.stop()
+    assert names_in(etc) == ['passwd']
+    if not swap:
+        assert names_in(saved) == (['passwd'] if found else [])
+        assert not found or (saved / 'passwd').read_bytes() == found
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def swapped(directory: Path, link: Path) -> None:
+    """Have a path lead elsewhere."""
+    directory.rename(directory.with_name('old'))
+    directory.symlink_to(link)
+
+
+# ---------------------------------------------------------------- 5: clocks
+
+CLOCKS = """
+ready()
+while True:
+    wait_for_go()
+    say(f'{time.clock_gettime_ns(time.CLOCK_MONOTONIC)} {time.clock_gettime_ns(time.CLOCK_BOOTTIME)}')
+"""
+HOUR = 3600 * 10**9
+MOMENT = 60 * 10**9     # more than a test takes
+
+
+@pytest.mark.needs('time-namespaces')
+@pytest.mark.parametrize('passed', [HOUR, -HOUR // 1800], ids=['forward', 'back'])
+def test_clocks_go_on_after_another_boot(served: Served, attacker: Attacker, passed: int) -> None:
+    """The image says that it is of another boot, whose clocks were further, or less far."""
+    program = attacker.start(CLOCKS)
+    image = attacker.take(program)
+    header = image.one('Header')
+    then = header.monotonic + passed, header.boottime + passed
+    image.claim(boot_id='00000000-0000-4000-8000-000000000000')
+    assert image.alter('Header', monotonic=then[0], boottime=then[1]) == 1
+    outcome = attacker.restore(image)
+    assert outcome.root, outcome.words
+    for before, now in zip(then, map(int, program.ask().split()), strict=True):
+        assert before <= now < before + MOMENT
