@@ -8,15 +8,17 @@ from collections.abc import Callable
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, PTRACE_O_TRACESYSGOOD, SYSCALL_STOP, Tracee
 
 
-def at_each_call(tid: int, look: Callable[[], object]) -> int:
+def at_each_call(tid: int, look: Callable[[], object], begin: Callable[[], object]) -> int:
     """Look at the entry and at the exit of every system call of a thread, until it ends; how often that was.
 
-    The thread does nothing while `look` runs, and the signals that it gets are its own. What `look` raises is raised
-    here; the thread goes on by itself then.
+    begin: what lets the thread go on from where it waits; done when it is traced, so that no call is missed. The thread
+    does nothing while `look` runs, and the signals that it gets are its own. What `look` raises is raised here; the
+    thread goes on by itself then.
     """
     stops = 0
     with Tracee.seize(tid, PTRACE_O_TRACESYSGOOD) as tracee:
         tracee.interrupt()
+        begin()
         try:
             while True:
                 status = tracee.wait()

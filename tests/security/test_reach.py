@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
-from tests.engine.faulty import Gate, Standing
+from tests.engine.faulty import Gate
 from tests.lib.bus import Served
 from tests.lib.stepping import at_each_call
 from tests.lib.victim import VICTIMS, build
-from tests.security.attacker import Attacker, Program, may_write, status, tracees_of
+from tests.security.attacker import Attacker, Program, may_write, standing, status, tracees_of
 
 # ---------------------------------------------------------------- S16: struct rseq in shared memory
 
@@ -155,7 +155,7 @@ async def test_no_way_into_a_stub_by_what_shares_its_memory(serve: Callable[...,
     image = attacker.checkpoint(program)
     found: set[str] = set()
     with attacker.restoring(image) as call:
-        with await gate.stand('filled') as standing:
+        with await standing(gate, 'filled', call) as stands:
             worker = int(status(program.pid)['TracerPid'])
             shared = [tasks for tasks in address_spaces(tracees_of(worker)) if len(tasks) > 1]
             assert shared
@@ -166,7 +166,7 @@ async def test_no_way_into_a_stub_by_what_shares_its_memory(serve: Callable[...,
                         # asked after it: a task may have less than a moment ago, and never more
                         found.update(filter(None, (privileges(task, attacker.uid) for task in tasks)))
 
-            assert run_on(standing, worker, look)
+            assert at_each_call(worker, look, stands.answer)
         outcome = await call
     assert not found
     assert outcome.root, outcome.words
@@ -174,8 +174,3 @@ async def test_no_way_into_a_stub_by_what_shares_its_memory(serve: Callable[...,
         program.go()        # to check itself, and end
         assert program.ended() == 0, program.output
 
-
-def run_on(standing: Standing, worker: int, look: Callable[[], object]) -> int:
-    """Let the worker go on to its end, and look at each of its system calls; how often."""
-    standing.answer()
-    return at_each_call(worker, look)
