@@ -17,7 +17,7 @@ from tests.lib.bus import Served
 from tests.lib.fuse import FickleLink
 from tests.security.attacker import PATIENCE, Attacker, Program, pidfd_of, refused, status, unchanged
 
-# ---------------------------------------------------------------- S1: a FIFO that is made again by its name
+# ---------------------------------------------------------------- a FIFO that is made again by its name
 
 # It was opened by name and deleted, so a restore makes it again. What gets its mode is set-user-ID.
 FIFO = """
@@ -122,7 +122,7 @@ def test_a_fifo_gets_a_second_name(served: Served, attacker: Attacker, program: 
     assert window.fifo.with_name('name').stat().st_uid == attacker.uid
 
 
-# ---------------------------------------------------------------- S6: owners of signals
+# ---------------------------------------------------------------- owners of signals
 
 SLEEPER = """
 #include <unistd.h>
@@ -177,7 +177,7 @@ def test_whose_signals_a_file_sends(served: Served, attacker: Attacker, sleeper:
     assert not int(status(roots)['ShdPnd'], 16) & 1 << signal.SIGKILL - 1
 
 
-# ---------------------------------------------------------------- S7: leases
+# ---------------------------------------------------------------- leases
 
 @pytest.mark.parametrize('write', [0, 1], ids=['read', 'write'])
 def test_no_lease_on_a_file_of_root(served: Served, attacker: Attacker, write: int) -> None:
@@ -192,7 +192,7 @@ def test_no_lease_on_a_file_of_root(served: Served, attacker: Attacker, write: i
     os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))     # EAGAIN where it is leased
 
 
-# ---------------------------------------------------------------- S12: /proc/self
+# ---------------------------------------------------------------- /proc/self
 
 READER = "file = open('/etc/passwd')\nrest()"
 # link, what it leads to; the path of the image

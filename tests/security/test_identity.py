@@ -12,7 +12,7 @@ from tests.security.attacker import Attacker, Program, refused, status
 from tests.security.conftest import GROUP
 from tests.security.keyring import KEY, KEY_SPEC_SESSION_KEYRING, KEYCTL_SEARCH, NR_KEYCTL, join_session_keyring
 
-# ---------------------------------------------------------------- S2: groups
+# ---------------------------------------------------------------- groups
 
 READER = """
 ready()
@@ -59,7 +59,7 @@ def test_the_groups_are_those_of_now(served: Served, attacker: Attacker, kept_fr
         assert program.ask() == DENIED
 
 
-# ---------------------------------------------------------------- S10: session keyrings
+# ---------------------------------------------------------------- session keyrings
 
 SEARCHER = f"""
 ready()
@@ -85,7 +85,7 @@ def test_the_keys_of_the_daemon_are_not_the_trees(serve: Callable[..., Served], 
     assert program.ask() == NO_KEY
 
 
-# ---------------------------------------------------------------- S11: the audit's login uid
+# ---------------------------------------------------------------- the audit's login uid
 
 LOGIN = """
 ready()

@@ -21,7 +21,7 @@ from tests.lib.imgedit import ImageStream
 from tests.lib.victim import session_members
 from tests.security.attacker import Attacker, pidfd_of, refused
 
-# ---------------------------------------------------------------- S9: the lowest address
+# ---------------------------------------------------------------- the lowest address
 
 PLACE = 0x10000000
 MAPPED = f"""
@@ -54,7 +54,7 @@ def test_no_mapping_below_the_lowest_address(served: Served, attacker: Attacker)
         assert int(first, 16) >= int(Path('/proc/sys/vm/mmap_min_addr').read_text())
 
 
-# ---------------------------------------------------------------- S13: processes
+# ---------------------------------------------------------------- processes
 
 FORKING = """
 for _ in range(20):
@@ -81,7 +81,7 @@ def test_no_more_processes_than_the_asker_may_have(served: Served, thrifty: Atta
     assert len(session_members(program.pid)) <= NPROC
 
 
-# ---------------------------------------------------------------- S13: memory
+# ---------------------------------------------------------------- memory
 
 # the first MiB of a region is there, the rest is not
 PRIVATE = """
@@ -135,7 +135,7 @@ def test_memory_is_counted_as_often_as_it_is_there(served: Served, attacker: Att
     assert 'ENOMEM' in {row.errno for row in rows}, rows
 
 
-# ---------------------------------------------------------------- S13: pipes
+# ---------------------------------------------------------------- pipes
 
 PIPES = """
 pipes = [os.pipe() for _ in range({0})]
@@ -168,7 +168,7 @@ def test_no_more_pipe_buffers_than_a_user_may_have(served: Served, thrifty: Atta
         assert sum(pipe_sizes(outcome.root).values()) <= soft * PAGE
 
 
-# ---------------------------------------------------------------- S13: timers that wake a machine that sleeps
+# ---------------------------------------------------------------- timers that wake a machine that sleeps
 
 # CLOCK_BOOTTIME (7) and its twin with an alarm (9), <linux/time.h>
 TIMERFD = """
@@ -214,7 +214,7 @@ def test_no_timer_wakes_the_machine(served: Served, attacker: Attacker) -> None:
         assert ALARM not in clocks_of(outcome.root)
 
 
-# ---------------------------------------------------------------- S13: room in the spool
+# ---------------------------------------------------------------- room in the spool
 
 WRITER = """
 file = open('large', 'wb+')

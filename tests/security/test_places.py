@@ -49,7 +49,7 @@ def roots(cgroup: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- S8: who is moved
+# ---------------------------------------------------------------- who is moved
 
 # told to go it ends one of its children, whose number is free then
 PARENT = """
@@ -113,7 +113,7 @@ async def test_a_number_that_is_another_process_by_now(serve: Callable[..., Serv
     assert place_of(program.pid) == users
 
 
-# ---------------------------------------------------------------- S18: where a user's tree lives
+# ---------------------------------------------------------------- where a user's tree lives
 
 def test_an_image_names_no_cgroup_of_others(served: Served, attacker: Attacker, users: Path, roots: Path) -> None:
     """What is imported may say anything."""

@@ -19,7 +19,7 @@ from tests.lib.stepping import at_each_call
 from tests.lib.victim import VICTIMS, build
 from tests.security.attacker import Attacker, Program, may_write, standing, status, tracees_of
 
-# ---------------------------------------------------------------- S16: struct rseq in shared memory
+# ---------------------------------------------------------------- struct rseq in shared memory
 
 RSEQ_CS, DESCRIPTOR = 8, 0x10000020      # tests/security/rseq.c
 
@@ -78,7 +78,7 @@ async def test_no_restartable_sequence_of_a_privileged_stub(serve: Callable[...,
         assert proof.read_bytes() == bytes(24)      # struct __user_cap_data_struct, all sets empty
 
 
-# ---------------------------------------------------------------- S17: memory of a stub, by another thread of it
+# ---------------------------------------------------------------- memory of a stub, by another thread of it
 
 THREADS = """
 import threading

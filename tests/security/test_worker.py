@@ -69,7 +69,7 @@ def assert_is(user: Attacker, worker: int) -> None:
     assert not user.do(lambda: may_write(b'%d' % worker))
 
 
-# ---------------------------------------------------------------- 1: who is who
+# ---------------------------------------------------------------- who is who
 
 async def test_the_worker_is_the_user(serve: Callable[..., Served], attacker: Attacker, gate: Gate) -> None:
     """And the tree that comes back has no capability."""
@@ -95,7 +95,7 @@ async def test_the_worker_is_the_user(serve: Callable[..., Served], attacker: At
     assert program.ask() == 'here'
 
 
-# ---------------------------------------------------------------- 7: who the stubs are
+# ---------------------------------------------------------------- who the stubs are
 
 @pytest.fixture
 def root(attacker: Attacker) -> Attacker:
@@ -131,7 +131,7 @@ async def test_every_stub_is_the_user(serve: Callable[..., Served], attacker: At
     assert program.ask() == 'here'
 
 
-# ---------------------------------------------------------------- 2: a worker that its user stops
+# ---------------------------------------------------------------- a worker that its user stops
 
 def exit_status(ckptd: Ckptd, pid: int, timeout: int) -> int:
     """That of `ckptctl checkpoint PID --timeout`, in microseconds."""
@@ -173,7 +173,7 @@ async def test_a_worker_that_its_user_has_stopped(serve: Callable[..., Served], 
     assert program.ask() == 'here'
 
 
-# ---------------------------------------------------------------- 3: a worker that its user kills
+# ---------------------------------------------------------------- a worker that its user kills
 
 WRITER = """
 os.mkdir('saved')
@@ -249,7 +249,7 @@ def swapped(directory: Path, link: Path) -> None:
     directory.symlink_to(link)
 
 
-# ---------------------------------------------------------------- 5: clocks
+# ---------------------------------------------------------------- clocks
 
 CLOCKS = """
 ready()
