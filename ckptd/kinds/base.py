@@ -24,8 +24,8 @@ import os
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
@@ -38,6 +38,10 @@ from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_getfd, pidfd_open
 from ckptd.kernel.statfs import file_system
 from ckptd.kernel.task import read_link
+from ckptd.kinds.restoring import ByUser, ChangedFiles, Looking, Restoring
+
+# for kinds, which have all that is common from here
+__all__ = ['ByUser', 'ChangedFiles', 'Looking', 'Restoring']
 
 R = TypeVar('R', bound=Struct)
 
@@ -60,80 +64,6 @@ class Content(Protocol):
     """Where bulk bytes go: a page-aligned stretch of the image's data file."""
 
     def add(self, chunks: Iterable[bytes]) -> Extent: ...
-
-
-ChangedFiles = Literal['refuse', 'accept', 'rollback']
-
-
-class Looking(Protocol):
-    """What a kind may look at before a restart begins. Paths are those of the image, looked up by the rights
-    of the user: the caller, or who owns the image where root restores that of somebody else.
-
-    changed_files: what to do about files that went on living. terminal: the caller gives one.
-    """
-    changed_files: ChangedFiles
-    terminal: bool
-
-    def lstat(self, path: str) -> os.stat_result | None:
-        """None where there is nothing, or nothing that the user may see."""
-        ...
-
-    def may(self, path: str, access: int) -> bool:
-        """os.access(2) for the user: os.R_OK | os.W_OK ..."""
-        ...
-
-    def open(self, path: str, flags: int, mode: int = 0) -> int:
-        """open(2) by the user's rights, O_CLOEXEC added; the fd is the kind's to close, or to return."""
-        ...
-
-    def pread(self, extent: Extent, length: int, offset: int) -> bytes:
-        """A few bytes of an extent of the image."""
-        ...
-
-
-class Restoring(Looking, Protocol):
-    """The same while a restart is at work. It closes what `once` makes and what `restore` returns, whatever happens."""
-    terminal_fd: int        # of the caller's terminal, -1 without
-
-    def as_user(self) -> AbstractContextManager[object]:
-        """A block in which what this thread does with paths is done by the user's rights: mkfifo(2), unlink(2)."""
-        ...
-
-    def keep(self, path: str, fd: int, start: int) -> None:
-        """The file, open for reading, is about to be changed from byte `start` on: what it holds there now is put back
-        if the restart fails after all. OSError without room for that."""
-        ...
-
-    def make_file(self, path: str, fill: Callable[[int], None]) -> None:
-        """A new file with the content that `fill` gives to its fd; nobody sees it before. It is gone again if the
-        restart fails. FileExistsError."""
-        ...
-
-    def once(self, key: Hashable, make: Callable[[], int]) -> int:
-        """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
-        restart. Not to be returned by `restore`: open_again() of it is. The number may be another than `make` gave."""
-        ...
-
-    def copy(self, extent: Extent, fd: int, offset: int) -> None:
-        """Bytes of the image into a file at `offset`, by the kernel alone."""
-        ...
-
-    def shared_memory(self, shm_id: int) -> int:
-        """The fd of a shared object (image.records.SharedMemory), open for reading and writing; as of `once`."""
-        ...
-
-    def pid(self, vpid: int) -> int:
-        """The restored task or group of that number, as we see it; 0 if the tree has none. From `finish` on."""
-        ...
-
-    def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
-        """(vpid of a process, fd) that lead to a description, one for each table that has it, from `finish` on."""
-        ...
-
-    def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
-        """A system call by a restored process itself; bytes are put into its memory. Its result; OSError. From
-        `finish` on."""
-        ...
 
 
 def open_again(fd: int, flags: int) -> int:

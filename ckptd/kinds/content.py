@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import Extent
-from ckptd.kinds.base import Content, OpenFile, Restoring
+from ckptd.kinds.base import ByUser, Content, Looking, OpenFile, Reason, Restoring
 
 CHUNK = 1 << 20
 
@@ -45,17 +45,30 @@ def restore_content(fd: int, size: int, segments: Iterable[Segment], ctx: Restor
     os.ftruncate(fd, size)
 
 
-def set_owner(fd: int, mode: int, uid: int, gid: int) -> None:
-    """Owner and permissions of an inode of our own. Without the right to give it away it stays ours, as good a file for
-    those who have it open, and set-user-ID for nobody."""
-    of, mode = os.fstat(fd), stat.S_IMODE(mode)
-    if (of.st_uid, of.st_gid) != (uid, gid):
-        try:
-            os.fchown(fd, uid, gid)     # takes set-user-ID away, so the mode comes after it
-        except PermissionError:
-            mode &= 0o777
-    if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
-        os.fchmod(fd, mode)
+def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
+    """Set owner and permissions of a new file that the user's rights made, by the user's rights.
+
+    An image may name any owner, and a name that others can change may lead to any file: so the kernel decides what the
+    user may do. Where the user may not give the file away, it stays theirs without set-user-ID and set-group-ID, and
+    the plan has said so, see `owner_obstacles`.
+    """
+    with user.as_user():
+        of, mode = os.fstat(fd), stat.S_IMODE(mode)
+        if (of.st_uid, of.st_gid) != (uid, gid):
+            try:
+                os.fchown(fd, uid, gid)     # takes set-user-ID away, so the mode comes after it
+            except PermissionError:
+                mode &= 0o777
+        if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+            os.fchmod(fd, mode)
+
+
+def owner_obstacles(what: str, uid: int, gid: int, looking: Looking) -> list[Reason]:
+    """A warning where a file that is made again does not get the owner or the group that it had."""
+    if looking.may_own(uid, gid):
+        return []
+    return [Reason('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {looking.uid} may not give it',
+                   'it belongs to that user now; processes that have it open do not notice', 'warning')]
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:

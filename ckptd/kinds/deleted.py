@@ -9,14 +9,17 @@ import os
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePath
 
 from ckptd.errors import CkptError
 from ckptd.image.records import Extent
-from ckptd.kinds.base import Looking, Reason, Restoring, open_again
+from ckptd.kinds.base import ByUser, Looking, Reason, Restoring, open_again
 from ckptd.kinds.content import Segment, restore_content
 
 TRIES = 100
+# open(2) with O_TMPFILE: not in this file system; an old kernel takes it for opening a directory
+_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR)
 
 
 def home_of(path: str, looking: Looking) -> str:
@@ -41,27 +44,71 @@ def deleted_obstacles(path: str, looking: Looking) -> list[Reason]:
     return []
 
 
-def names_for(path: str, home: str) -> Iterator[str]:
-    """Names to try in `home`, the old one first: it is what /proc/PID/fd goes on to show."""
+def names_for(path: str) -> Iterator[str]:
+    """Names to try, the old one first: it is what /proc/PID/fd goes on to show."""
     name = PurePath(path).name
-    yield f'{home.rstrip("/")}/{name}'
+    yield name
     for _ in range(TRIES):
-        yield f'{home.rstrip("/")}/.{name[:200]}.{secrets.token_hex(4)}'
+        yield f'.{name[:200]}.{secrets.token_hex(4)}'
+
+
+@contextmanager
+def opened_home(path: str, ctx: Restoring) -> Iterator[int]:
+    """The directory of `home_of`, opened (O_PATH). Names are made and taken away in this one directory, wherever its
+    path leads by then. CkptError if there is none."""
+    home = home_of(path, ctx)
+    if not home:
+        raise cannot_make(path)
+    fd = ctx.open(home, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def cannot_make(path: str) -> CkptError:
+    return CkptError(f'{path} was deleted and cannot be made again', errno=errno.EACCES, resource=path,
+                     hint='make its directory, writable for whose tree it is')
 
 
 def make_nameless(path: str, ctx: Restoring, flags: int) -> int:
-    """A new empty file (mode 0600) that had a name only for a moment. CkptError if there is no place for one."""
-    home = home_of(path, ctx)
-    for name in names_for(path, home) if home else ():
-        try:
+    """A new empty file (mode 0600) of the user's without a name. CkptError if there is no place for one.
+
+    O_CREAT with O_EXCL opens the file that it makes and no other, open(2), whatever happens to its name afterwards.
+    """
+    flags |= os.O_CLOEXEC
+    with opened_home(path, ctx) as home:
+        for name, way in _ways(path):
             with ctx.as_user():
-                fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                os.unlink(name)  # noqa: PTH108
-        except FileExistsError:
-            continue
-        return fd
-    raise CkptError(f'{path} was deleted and cannot be made again', errno=errno.EACCES, resource=path,
-                    hint='make its directory, writable for whose tree it is')
+                try:
+                    fd = os.open(name, flags | way, 0o600, dir_fd=home)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, *_NO_TMPFILE):
+                        raise
+                    continue
+                if way & os.O_CREAT:
+                    unlink_new(name, home, fd)
+            return fd
+    raise cannot_make(path)
+
+
+def _ways(path: str) -> Iterator[tuple[str, int]]:
+    """(name, flags of open(2)): under the old name if that is free, else without one, else under a name like it."""
+    names = names_for(path)
+    exclusive = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    yield next(names), exclusive
+    # with O_EXCL nobody can give it a name later, as nobody can a deleted file
+    yield '.', os.O_TMPFILE | os.O_EXCL
+    yield from ((name, exclusive) for name in names)
+
+
+def unlink_new(name: str, home: int, fd: int) -> None:
+    """Take the name of a new file away; `fd`, by which it is open, is closed where that fails."""
+    try:
+        os.unlink(name, dir_fd=home)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def whole(content: Iterable[Extent]) -> tuple[Segment, ...]:
@@ -84,20 +131,22 @@ def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segme
         fd = make_nameless(path, ctx, os.O_RDWR)
         try:
             restore_content(fd, size, segments, ctx)
-            os.fchmod(fd, mode & 0o777)
-            return open_nameless(fd, os.O_RDONLY)
+            with ctx.as_user():
+                os.fchmod(fd, mode & 0o777)
+            return open_nameless(fd, os.O_RDONLY, ctx)
         finally:
             os.close(fd)
     return ctx.once(('deleted', device, inode), make)
 
 
-def open_nameless(base: int, flags: int) -> int:
-    """A description of a file that is ours, also where its mode, set already, would not let us."""
-    mode = stat.S_IMODE(os.fstat(base).st_mode)
-    if mode & 0o600 == 0o600:
-        return open_again(base, flags)
-    os.fchmod(base, mode | 0o600)
-    try:
-        return open_again(base, flags)
-    finally:
-        os.fchmod(base, mode)
+def open_nameless(base: int, flags: int, user: ByUser) -> int:
+    """A description of a file that the user's rights made, also where its mode, set already, would not let them."""
+    with user.as_user():
+        mode = stat.S_IMODE(os.fstat(base).st_mode)
+        if mode & 0o600 == 0o600:
+            return open_again(base, flags)
+        os.fchmod(base, mode | 0o600)
+        try:
+            return open_again(base, flags)
+        finally:
+            os.fchmod(base, mode)

@@ -12,8 +12,8 @@ from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
 from ckptd.kinds.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring
-from ckptd.kinds.content import set_owner
-from ckptd.kinds.deleted import deleted_obstacles, home_of, names_for
+from ckptd.kinds.content import owner_obstacles, set_owner
+from ckptd.kinds.deleted import cannot_make, deleted_obstacles, names_for, opened_home, unlink_new
 from ckptd.kinds.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
 
 
@@ -56,7 +56,8 @@ class FifoKind(Kind[Fifo], tag='fifo'):
 
     def obstacles(self, record: Fifo, saved: SavedFile, looking: Looking) -> list[Reason]:
         if record.deleted:
-            return deleted_obstacles(record.path, looking)
+            return [*deleted_obstacles(record.path, looking),
+                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
         found = looking.lstat(record.path)
         if found is None:
             return [Reason('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
@@ -99,18 +100,40 @@ def _open(record: Fifo, ctx: Restoring) -> int:
 
 def _make_deleted(record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
     """Both ends of a new one that had a name for a moment."""
-    home = home_of(record.path, ctx)
-    for name in names_for(record.path, home) if home else ():
-        try:
-            with ctx.as_user():
-                os.mkfifo(name, 0o600)
-                try:
-                    base = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-                finally:
-                    os.unlink(name)  # noqa: PTH108
-        except FileExistsError:
-            continue
-        set_owner(base, saved.mode, record.uid, record.gid)
-        return base
-    raise CkptError(f'{record.path} was deleted and cannot be made again', errno=errno.EACCES, resource=record.path,
-                    hint='make its directory, writable for whose tree it is')
+    with opened_home(record.path, ctx) as home:
+        for name in names_for(record.path):
+            try:
+                with ctx.as_user():
+                    base, of = _make_and_open(name, home)
+            except FileExistsError:
+                continue
+            try:
+                _require_own(of, record, ctx)
+                set_owner(base, saved.mode, record.uid, record.gid, ctx)
+            except BaseException:
+                os.close(base)
+                raise
+            return base
+    raise cannot_make(record.path)
+
+
+def _make_and_open(name: str, home: int) -> tuple[int, os.stat_result]:
+    """Whatever has the name in the directory `home` just after a FIFO was made there, and what it was before the name
+    was taken away."""
+    os.mkfifo(name, 0o600, dir_fd=home)
+    try:
+        base = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home)
+    except BaseException:
+        os.unlink(name, dir_fd=home)
+        raise
+    of = os.fstat(base)
+    unlink_new(name, home, base)
+    return base, of
+
+
+def _require_own(of: os.stat_result, record: Fifo, ctx: Restoring) -> None:
+    """No call makes a FIFO and opens it, and who may write its directory may put something else in its place in between
+    (renameat2(2), RENAME_EXCHANGE) or keep it by another name (link(2))."""
+    if not stat.S_ISFIFO(of.st_mode) or of.st_uid != ctx.uid or of.st_nlink != 1:
+        raise CkptError(f'{record.path} was replaced while it was made again', errno=errno.ESTALE,
+                        resource=record.path, hint='see who else writes in its directory')

@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.kinds.base import Content, Kind, OpenFile, Reason, Restoring, open_again
-from ckptd.kinds.content import Segment, dump_content, restore_content, set_owner
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, open_again
+from ckptd.kinds.content import Segment, dump_content, owner_obstacles, restore_content, set_owner
 from ckptd.kinds.locks import Lock, read_locks, restore_locks
 
 PREFIX = '/memfd:'
@@ -67,6 +67,9 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
 
+    def obstacles(self, record: Memfd, saved: SavedFile, looking: Looking) -> list[Reason]:
+        return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, looking)
+
     def restore(self, record: Memfd, saved: SavedFile, ctx: Restoring) -> int:
         return open_again(self._object(record, ctx), saved.flags)
 
@@ -75,9 +78,14 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
             return ctx.shared_memory(record.shm_id)
 
         def make() -> int:
-            fd = os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            restore_content(fd, record.size, record.content, ctx)
-            set_owner(fd, record.mode, record.uid, record.gid)
+            with ctx.as_user():
+                fd = os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                restore_content(fd, record.size, record.content, ctx)
+                set_owner(fd, record.mode, record.uid, record.gid, ctx)
+            except BaseException:
+                os.close(fd)
+                raise
             return fd
         return ctx.once(('memfd', record.device, record.inode), make)
 

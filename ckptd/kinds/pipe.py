@@ -18,8 +18,8 @@ from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.kinds.base import Content, Endpoint, Kind, OpenFile, Restoring, open_again
-from ckptd.kinds.content import set_owner
+from ckptd.kinds.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, open_again
+from ckptd.kinds.content import owner_obstacles, set_owner
 
 Key = tuple[str, int, int]
 O_LARGEFILE = 0o100000      # <asm-generic/fcntl.h>; in C libraries for 64 bit it is 0
@@ -52,11 +52,18 @@ class PipeKind(Kind[Pipe], tag='pipe'):
             return Pipe(file.stat.st_ino, pipe.capacity(fd), bool(file.flags & os.O_DIRECT), file.stat.st_uid,
                         file.stat.st_gid, data, lengths)
 
+    def obstacles(self, record: Pipe, saved: SavedFile, looking: Looking) -> list[Reason]:
+        return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, looking)
+
     def restore(self, record: Pipe, saved: SavedFile, ctx: Restoring) -> int:
         def make() -> int:
             base = make_pipe(key, ctx)
-            set_capacity(base, record.capacity)
-            set_owner(base, saved.mode, record.uid, record.gid)
+            try:
+                set_capacity(base, record.capacity)
+                set_owner(base, saved.mode, record.uid, record.gid, ctx)
+            except BaseException:
+                os.close(base)
+                raise
             return base
         key = ('pipe', 0, record.inode)
         return restore_end(key, make, saved.flags, ctx)
@@ -87,8 +94,9 @@ def dump_pipe_data(file: OpenFile, fd: int, content: Content) -> tuple[tuple[Ext
 
 def make_pipe(key: Key, ctx: Restoring) -> int:
     """Both ends of a new pipe as one description; the two of pipe(2) are kept for the first that ask for them."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    base = open_again(read, os.O_RDWR | os.O_NONBLOCK)
+    with ctx.as_user():
+        read, write = os.pipe2(os.O_CLOEXEC)
+        base = open_again(read, os.O_RDWR | os.O_NONBLOCK)
     ctx.once((*key, 'first', os.O_RDONLY), lambda: read)
     ctx.once((*key, 'first', os.O_WRONLY), lambda: write)
     return base

@@ -13,7 +13,14 @@ from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, of_process, opening
-from ckptd.kinds.content import Segment, dump_content, open_quietly, restore_content, set_owner
+from ckptd.kinds.content import (
+    Segment,
+    dump_content,
+    open_quietly,
+    owner_obstacles,
+    restore_content,
+    set_owner,
+)
 from ckptd.kinds.deleted import deleted_file, deleted_obstacles, open_nameless
 from ckptd.kinds.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
 from ckptd.kinds.rollback import SavingContent, digest_tail, only_appended, roll_back
@@ -110,13 +117,14 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def obstacles(self, record: Regular, saved: SavedFile, looking: Looking) -> list[Reason]:
         if record.deleted:
-            return deleted_obstacles(record.path, looking)
+            return [*deleted_obstacles(record.path, looking),
+                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
         found = looking.lstat(record.path)
         words = changes(_identity(record), found)
         if found is None:
-            return [self._missing(record, looking)]
+            return self._missing(record, looking)
         if not stat.S_ISREG(found.st_mode):
             return [Reason('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
         if not looking.may(record.path, access_of(saved.flags)):
@@ -125,17 +133,18 @@ class RegularKind(Kind[Regular], tag='regular'):
         rows = [self._changed(record, words, found, looking)] if words else []
         return rows + lock_obstacles(record.locks, record.path, looking)
 
-    def _missing(self, record: Regular, looking: Looking) -> Reason:
+    def _missing(self, record: Regular, looking: Looking) -> list[Reason]:
         missing = f'{record.path} {MISSING}'
         if not record.is_saved or looking.changed_files != 'rollback':
             how = ', or have it made again by --changed-files=rollback' if record.is_saved else ''
-            return Reason('ENOENT', missing, f'put the file back where it was{how}')
+            return [Reason('ENOENT', missing, f'put the file back where it was{how}')]
         home = str(PurePath(record.path).parent)
         found = looking.lstat(home)
         if found and stat.S_ISDIR(found.st_mode) and looking.may(home, os.W_OK | os.X_OK):
-            return Reason('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning')
-        return Reason('ENOENT', f'{missing} and cannot be made again in {home}',
-                      'make that directory, writable for whose tree it is')
+            return [Reason('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning'),
+                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
+        return [Reason('ENOENT', f'{missing} and cannot be made again in {home}',
+                       'make that directory, writable for whose tree it is')]
 
     def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: Looking) -> Reason:
         how = f'{record.path} {" and ".join(words)}'
@@ -182,10 +191,10 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
         base = deleted_file(record.path, record.device, record.inode, record.size, record.mode, record.content, ctx)
-        with ctx.as_user():       # who could not give a file away then cannot now, set-user-ID and all
-            set_owner(base, record.mode, record.uid, record.gid)
-        fd = open_nameless(base, saved.flags)
-        os.utime(base, ns=(record.mtime, record.mtime))
+        set_owner(base, record.mode, record.uid, record.gid, ctx)
+        fd = open_nameless(base, saved.flags, ctx)
+        with ctx.as_user():
+            os.utime(base, ns=(record.mtime, record.mtime))
         return fd
 
     def finish(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
@@ -199,9 +208,9 @@ class RegularKind(Kind[Regular], tag='regular'):
 def _fill(record: Regular, fd: int, ctx: Restoring) -> None:
     """What was saved of a named file, into a new one."""
     restore_content(fd, record.size, record.saved, ctx)
+    set_owner(fd, record.mode, record.uid, record.gid, ctx)
     with ctx.as_user():
-        set_owner(fd, record.mode, record.uid, record.gid)
-    os.utime(fd, ns=(record.mtime, record.mtime))
+        os.utime(fd, ns=(record.mtime, record.mtime))
 
 
 def _lacking(record: Regular, found: os.stat_result, looking: Looking) -> int:

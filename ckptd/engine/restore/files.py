@@ -54,6 +54,13 @@ class Access:
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
         self.terminal = terminal_fd >= 0
 
+    @property
+    def uid(self) -> int:
+        return self.rights.uid
+
+    def may_own(self, uid: int, gid: int) -> bool:
+        return self.rights.may_own(uid, gid)
+
     def as_user(self) -> AbstractContextManager[object]:
         return self.rights.taken()
 

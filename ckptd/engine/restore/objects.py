@@ -15,7 +15,8 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
 from ckptd.journal.steps import MakeSegment
 from ckptd.kernel.shm import SHM_DEST, ShmidDs, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
-from ckptd.kinds.base import Looking
+from ckptd.kinds.base import ByUser, Looking
+from ckptd.kinds.content import set_owner
 from ckptd.kinds.deleted import open_nameless
 
 
@@ -28,7 +29,7 @@ def missing_but_kept(record: Backing, looking: Looking) -> bool:
     return found is None or (found.st_ino != record.inode and looking.changed_files != 'accept')
 
 
-class Taking(Looking, Protocol):
+class Taking(Looking, ByUser, Protocol):
     """What decides about a System V segment that is still there."""
 
     def may_take(self, found: ShmidDs) -> bool:
@@ -59,7 +60,8 @@ class Objects:
         record = self._reader.get(Backing, number)
         if record.deleted or missing_but_kept(record, self._looking):
             base = self._deleted(record)
-            return self._bank.once(('backing', number), lambda: open_nameless(base, os.O_RDWR)) if writable else base
+            return self._bank.once(('backing', number), lambda: open_nameless(base, os.O_RDWR, self._looking)
+                                   ) if writable else base
         flags = os.O_RDWR if writable else os.O_RDONLY
         return self._bank.once(('backing', number, writable), lambda: self._looking.open(record.path, flags))
 
@@ -74,22 +76,34 @@ class Objects:
 
     def _make(self, record: SharedMemory) -> int:
         runs = self._reader.shared_runs(record.shm_id)
-        if record.kind == MEMFD:
-            fd = os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        else:
-            fd = _anonymous(record.size)
+        fd = self._new(record)
         try:
-            _set_owner(fd, record)
             whole = -(-record.size // PAGE) * PAGE
             if os.fstat(fd).st_size != whole:
                 os.ftruncate(fd, whole)
             self._fill(fd, runs, whole)
             if whole != record.size:
                 os.ftruncate(fd, record.size)
+            self._set_owner(fd, record)
         except BaseException:
             os.close(fd)
             raise
         return fd
+
+    def _new(self, record: SharedMemory) -> int:
+        """An empty one, of the user's."""
+        if record.kind == MEMFD:
+            with self._looking.as_user():
+                return os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return _anonymous(record.size, self._looking)
+
+    def _set_owner(self, fd: int, record: SharedMemory) -> None:
+        if record.kind == MEMFD:
+            set_owner(fd, record.mode, record.uid, record.gid, self._looking)
+            return
+        with self._looking.as_user():
+            if os.fstat(fd).st_mode & 0o7777 != record.mode & 0o7777:
+                os.fchmod(fd, record.mode & 0o7777)
 
     def _fill(self, fd: int, runs: Iterable[PageRun], size: int) -> None:
         """By the kernel alone: pages go from the image's page cache into the object's."""
@@ -164,25 +178,20 @@ class Objects:
                 shmctl_remove(record.shmid)
 
 
-def _set_owner(fd: int, record: SharedMemory) -> None:
-    at = os.fstat(fd)
-    if (at.st_uid, at.st_gid) != (record.uid, record.gid) and record.kind == MEMFD:
-        os.fchown(fd, record.uid, record.gid)
-    if at.st_mode & 0o7777 != record.mode & 0o7777:
-        os.fchmod(fd, record.mode & 0o7777)
-
-
-def _anonymous(size: int) -> int:
+def _anonymous(size: int, user: ByUser) -> int:
     """The object behind a shared anonymous mapping, opened. Without the right to open it (CAP_CHECKPOINT_RESTORE in
     the first user namespace, proc_pid_map_files(5)) a memfd, which differs in name only."""
     length = max(-(-size // PAGE) * PAGE, PAGE)
-    with mmap.mmap(-1, length) as memory:
+    with user.as_user():
+        object_ = mmap.mmap(-1, length)
+    with object_ as memory:
         hold = ctypes.c_char.from_buffer(memory)
         at = ctypes.addressof(hold)
         try:
             return os.open(f'/proc/self/map_files/{at:x}-{at + length:x}', os.O_RDWR | os.O_CLOEXEC)
         except PermissionError:
-            return os.memfd_create('shared', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            with user.as_user():
+                return os.memfd_create('shared', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         finally:
             del hold
 

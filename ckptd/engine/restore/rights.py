@@ -33,6 +33,9 @@ class Rights(NamedTuple):
         """Look up and make files as that user in this block, see ckptd.kernel.creds.file_rights."""
         return file_rights(self.uid, self.gid, self.groups, capabilities)
 
+    def may_own(self, uid: int, gid: int) -> bool:
+        """Whether that user may give a new file this owner and this group, chown(2)."""
+        return not self.uid or (uid == self.uid and gid in (self.gid, *self.groups))
 
     def owns(self, found: ShmidDs) -> bool:
         """Whether that user may give the segment another owner and mode, shmctl(2) IPC_SET."""

@@ -11,6 +11,7 @@ import pytest
 
 from ckptd.errors import Busy, CkptError
 from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.namei import AT_FDCWD
 from ckptd.kinds.base import read_open_file
 from tests.live.kinds.conftest import Bulk, Restart, saved_of
 
@@ -184,6 +185,68 @@ def test_deleted_fifo_is_made_again(bulk: Bulk, restart: Start, fifo: Path, take
     assert os.path.samestat(os.fstat(fds[0]), os.fstat(fds[1]))
     assert os.fstat(fds[0]).st_nlink == 0
     assert list(fifo.parent.iterdir()) == ([fifo] if taken else [])
+
+
+def exchange(name: str, home: int, other: Path) -> None:
+    """The FIFO goes where `other` was, which gets its name."""
+    aside = other.with_name('aside')
+    os.rename(name, aside, src_dir_fd=home)
+    os.rename(other, name, dst_dir_fd=home)
+    aside.rename(other)
+
+
+def put_link(name: str, home: int, other: Path) -> None:
+    os.unlink(name, dir_fd=home)
+    os.symlink(other, name, dir_fd=home)
+
+
+def link(name: str, home: int, other: Path) -> None:
+    other.unlink()
+    os.link(name, other, src_dir_fd=home)
+
+
+@pytest.mark.parametrize('act', [exchange, put_link, link], ids=['exchanged', 'replaced by a link', 'linked'])
+def test_deleted_fifo_whose_name_is_somebody_elses_for_a_moment(
+        bulk: Bulk, restart: Start, fifo: Path, monkeypatch: pytest.MonkeyPatch,
+        act: Callable[[str, int, Path], None]) -> None:
+    """Between mkfifo(2) and open(2): nothing that has a name gets the owner and mode of the image."""
+    read, write = ends_of(fifo)
+    os.fchmod(read, 0o6755)
+    fifo.unlink()
+    saved = save_all((read, write), bulk)
+    other, kept = fifo.with_name('other'), fifo.with_name('kept')
+    other.write_text('a program')
+    other.chmod(0o700)
+    os.link(other, kept)
+    mkfifo = os.mkfifo
+
+    def make(path: str, mode: int = 0o666, *, dir_fd: int = AT_FDCWD) -> None:
+        mkfifo(path, mode, dir_fd=dir_fd)
+        act(path, dir_fd, other)
+    monkeypatch.setattr(os, 'mkfifo', make)
+    with pytest.raises((CkptError, OSError), match=r'was replaced|symbolic links'):
+        restart().restore(saved[0])
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
+    assert kept.read_text() == 'a program'
+    assert not [path for path in fifo.parent.iterdir() if stat.S_IMODE(path.lstat().st_mode) & 0o6000]
+
+
+@pytest.mark.needs('root')
+def test_deleted_fifo_that_another_user_puts_in_its_place(bulk: Bulk, restart: Start, fifo: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who would read what the tree writes."""
+    fds = ends_of(fifo)
+    fifo.unlink()
+    saved = save_all(fds, bulk)
+    mkfifo = os.mkfifo
+
+    def make(path: str, mode: int = 0o666, *, dir_fd: int = AT_FDCWD) -> None:
+        mkfifo(path, mode, dir_fd=dir_fd)
+        os.chown(path, 1234, 1234, dir_fd=dir_fd)
+    monkeypatch.setattr(os, 'mkfifo', make)
+    with pytest.raises(CkptError, match='was replaced'):
+        restart().restore(saved[0])
+    assert list(fifo.parent.iterdir()) == []
 
 
 def test_fifo_that_is_in_use(bulk: Bulk, restart: Start, fifo: Path) -> None:
