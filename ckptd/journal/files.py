@@ -38,7 +38,8 @@ def put_back(step: KeepFile, kept: int) -> None:
             return
         copy_with_holes(kept, 0, max(step.size - step.start, 0), fd, step.start)
         os.ftruncate(fd, step.size)
-        os.utime(fd, ns=(found.st_atime_ns, step.mtime))
+        with suppress(PermissionError):     # the owner's right, and a writer need not be the owner
+            os.utime(fd, ns=(found.st_atime_ns, step.mtime))
     finally:
         os.close(fd)
 

@@ -16,10 +16,12 @@ class Looking(Protocol):
     """What a kind may look at before a restart begins. Paths are those of the image, looked up by the rights
     of the user: the caller, or who owns the image where root restores that of somebody else.
 
-    changed_files: what to do about files that went on living. terminal: the caller gives one.
+    changed_files: what to do about files that went on living. terminal: the caller gives one. by_root: root restores
+    its own image of a user's tree, and root's rights do what the user's do not.
     """
     changed_files: ChangedFiles
     terminal: bool
+    by_root: bool
 
     @property
     def uid(self) -> int:

@@ -73,19 +73,31 @@ def roll_back(path: str, saved: Identity, content: Sequence[Segment] | None, tai
             return      # by another description of the same file
         if content is not None:
             ctx.keep(path, mine, 0)
-            _put_back(mine, saved.size, content, ctx)
+            # by the user's rights, as a write by CAP_FSETID leaves set-user-ID in place, capabilities(7)
+            with ctx.as_user():
+                _put_back(mine, saved.size, content, ctx)
         elif found.st_size >= saved.size and digest_tail(mine, saved.size) == tail:
             ctx.keep(path, mine, saved.size)
-            os.ftruncate(mine, saved.size)
+            with ctx.as_user():
+                os.ftruncate(mine, saved.size)
         else:
             raise CkptError(f'{path} has changed further during the restart', errno=errno.ESTALE, resource=path)
-        with suppress(PermissionError):     # utimensat(2): the owner's right, and a writer need not be the owner
-            os.utime(mine, ns=(found.st_atime_ns, saved.mtime))
+        _set_time(mine, (found.st_atime_ns, saved.mtime), ctx)
     except OSError as error:
         raise CkptError(f'{path} cannot be put back as it was: {error.strerror}', errno=error.errno, resource=path,
                         hint='free space on its file system and in the spool, or use --changed-files=accept') from error
     finally:
         os.close(mine)
+
+
+def _set_time(fd: int, times: tuple[int, int], ctx: Restoring) -> None:
+    """The owner's right, utimensat(2), and a writer need not be the owner: then the time of change is now."""
+    with suppress(PermissionError):
+        with ctx.as_user():
+            os.utime(fd, ns=times)
+        return
+    if ctx.by_root:
+        os.utime(fd, ns=times)
 
 
 def _put_back(fd: int, size: int, content: Sequence[Segment], ctx: Restoring) -> None:

@@ -48,15 +48,16 @@ def home() -> Iterator[Path]:
         yield path
 
 
-Image = Callable[[str], Path]
+Image = Callable[..., Path]
 
 
 @pytest.fixture
 def image_of(place: Place, home: Path, importer: Caller) -> Iterator[Image]:
-    """image_of(program): the image of a process of the user's that has run those lines of Python; it is dead."""
+    """image_of(program): the image of a process of the user's that has run those lines of Python; it is dead. Further
+    arguments: fields of the request."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def make(program: str) -> Path:
+    def make(program: str, **more: object) -> Path:
         process = subprocess.Popen(
             [PYTHON, '-I', '-c', f'{PRELUDE}\n{program}\ndone()'], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, cwd=home, start_new_session=True, user=ORDINARY_UID, group=ORDINARY_UID,
@@ -64,7 +65,7 @@ def image_of(place: Place, home: Path, importer: Caller) -> Iterator[Image]:
         running.append(process)
         assert process.stdout is not None
         process.stdout.read()       # its end: all is prepared
-        image = place.checkpoint(process.pid, after='kill', caller=importer)
+        image = place.checkpoint(process.pid, after='kill', caller=importer, **more)
         process.wait()
         settled.reap_orphans()
         return image
@@ -145,6 +146,22 @@ def test_files_are_not_given_to_somebody_else(place: Place, image_of: Image, imp
             (ORDINARY_UID, ORDINARY_UID, 0o755)}
     finally:
         end(pid)
+
+
+@pytest.mark.parametrize('saved', [True, False], ids=['put back', 'cut back'])
+def test_a_rollback_writes_as_the_user_does(place: Place, home: Path, image_of: Image, importer: Caller, saved: bool
+                                            ) -> None:
+    """Whoever may write root's program and is not root takes its set-user-ID away by that."""
+    tool = home / 'tool'
+    tool.write_bytes(b'#!/bin/sh')
+    tool.chmod(0o4777)
+    image = image_of("file = os.open('tool', os.O_RDWR)", save_files=saved)
+    with tool.open('ab') as file:
+        file.write(b' and more')
+    tool.chmod(0o4777)
+    end(restored(place, image, importer, changed_files='rollback'))
+    assert tool.read_bytes() == b'#!/bin/sh'
+    assert (tool.stat().st_uid, stat.S_IMODE(tool.stat().st_mode)) == (0, 0o777)
 
 
 def test_files_come_back_as_the_users_own(place: Place, image_of: Image, importer: Caller) -> None:

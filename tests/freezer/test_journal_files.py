@@ -166,6 +166,29 @@ def test_a_made_file_goes_by_its_users_rights(journal: Journal) -> None:
         assert not path.exists()
 
 
+@pytest.mark.needs('root')
+def test_a_file_is_put_back_by_its_users_rights(journal: Journal) -> None:
+    """Who may write root's program and is not root takes its set-user-ID away by that."""
+    with tempfile.TemporaryDirectory() as name:
+        path, kept = Path(name, 'file'), Path(name, 'kept')
+        path.write_bytes(NOW)
+        path.chmod(0o4777)
+        Path(name).chmod(0o755)
+        entry = journal.begin(1, 'image x', 'restore')
+        keep_it(entry, path, kept)
+        [(number, step)] = [(number, step) for number, step in entry.standing() if isinstance(step, KeepFile)]
+        entry.undone(number)
+        entry.add(KeepFile(step.path, step.device, step.inode, step.size, step.mtime, step.start, step.kept, NOBODY,
+                           NOBODY, ()))
+        with path.open('r+b') as file:
+            file.write(b'then')
+        path.chmod(0o4777)
+        entry.close()
+        recover(journal, files=True)
+        assert path.read_bytes() == NOW
+        assert (path.stat().st_uid, path.stat().st_mode & 0o7777) == (0, 0o777)
+
+
 def test_a_name_that_is_no_text(journal: Journal) -> None:
     entry = journal.begin(1, 'image x', 'restore')
     with pytest.raises(CkptError, match='a name is not UTF-8'):

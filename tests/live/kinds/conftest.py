@@ -68,7 +68,7 @@ class Restart:
         self.bulk = bulk
         self.changed_files: ChangedFiles = changed_files
         self.terminal_fd = terminal_fd
-        self.terminal = terminal_fd >= 0
+        self.terminal, self.by_root = terminal_fd >= 0, False
         self.vpid, self.uid = os.getpid(), os.geteuid()
         self.shared: dict[int, int] = {}
         self.kept: list[tuple[str, bytes, int]] = []
