@@ -2,6 +2,7 @@
 """Paths that /proc shows of another task, and what they lead to."""
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from ckptd.kernel.arch.x86_64 import NR
 from ckptd.kernel.decl import c_int, c_long, c_size_t, c_void_p, cstruct, syscall, u64
 
 AT_FDCWD = -100                 # <linux/fcntl.h>
-RESOLVE_NO_SYMLINKS = 4         # <linux/openat2.h>
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 2, 4      # <linux/openat2.h>
+_WITH_PATH = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @cstruct(size=24)
@@ -27,8 +29,26 @@ def openat2(dirfd: c_int, path: c_void_p, how: c_void_p, size: c_size_t) -> c_lo
 
 def open_direct(path: str, flags: int, mode: int = 0) -> int:
     """open(2) of a path that has no symbolic link in it; else ELOOP. Close-on-exec."""
-    how = open_how(flags | os.O_CLOEXEC, mode, RESOLVE_NO_SYMLINKS)
-    return openat2(AT_FDCWD, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    return _open(path, flags, mode, RESOLVE_NO_SYMLINKS)
+
+
+def open_plain(path: str, flags: int, mode: int = 0) -> int:
+    """open(2) of a path that has no link of the kernel's own in it, /proc/PID/fd/N or cwd; else ELOOP. Close-on-exec.
+    """
+    return _open(path, flags, mode, RESOLVE_NO_MAGICLINKS)
+
+
+def _open(path: str, flags: int, mode: int, resolve: int) -> int:
+    name = os.fsencode(path)
+    if b'\0' in name:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    if flags & os.O_PATH:       # openat2(2) refuses what open(2) ignores
+        flags &= _WITH_PATH
+    how = open_how(flags | os.O_CLOEXEC, mode, resolve)
+    try:
+        return openat2(AT_FDCWD, name, ctypes.byref(how), ctypes.sizeof(how))
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), path) from None
 
 
 def lstat_of_task(tid: int, path: str) -> os.stat_result | None:

@@ -56,6 +56,9 @@ _UIDS = struct.Struct('=II')
 
 _OF_PROCESS = re.compile(r'/proc/(\d{1,10})(?:/|$)')
 _TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
+# fcntl(2), F_GETFL; 0o100000 is O_LARGEFILE of the kernel, which is 0 in C libraries for 64 bit
+_OF_OPEN_FILES = (os.O_ACCMODE | os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_DIRECTORY | os.O_NOATIME | os.O_NOFOLLOW
+                  | os.O_NONBLOCK | os.O_PATH | os.O_SYNC | 0o100000)
 # what open(2) of a magic link stumbles over: it is a link; and O_ASYNC comes by F_SETFL only, open(2)
 _NOT_AGAIN = os.O_NOFOLLOW | os.O_ASYNC | os.O_CREAT | os.O_EXCL | os.O_TRUNC
 
@@ -72,8 +75,9 @@ def open_again(fd: int, flags: int) -> int:
 
 
 def opening(flags: int) -> int:
-    """Flags of an open file as open(2) takes them to open an existing one: O_TMPFILE, which stays on, makes a file."""
-    return flags & ~(os.O_TMPFILE if flags & _TMPFILE else 0)
+    """Flags of an open file as open(2) takes them to open an existing one: O_TMPFILE, which stays on, makes a file, and
+    flags that no open file has are not the image's to give."""
+    return flags & _OF_OPEN_FILES & ~(os.O_TMPFILE if flags & _TMPFILE else 0)
 
 
 def of_process(path: str) -> bool:

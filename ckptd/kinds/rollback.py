@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from ckptd.errors import CkptError
 from ckptd.image.identity import Identity
 from ckptd.kernel.copyrange import zero_range
+from ckptd.kernel.statfs import MADE_UP, file_system
 from ckptd.kinds.base import Looking, OpenFile, Restoring
 from ckptd.kinds.content import Segment
 
@@ -71,6 +72,8 @@ def roll_back(path: str, saved: Identity, content: Sequence[Segment] | None, tai
             raise CkptError(f'{path} was replaced during the restart', errno=errno.ESTALE, resource=path)
         if (found.st_size, found.st_mtime_ns) == (saved.size, saved.mtime):
             return      # by another description of the same file
+        if file_system(f'/proc/self/fd/{mine}') in MADE_UP:
+            raise CkptError(f'{path} is on a file system that keeps no content now', errno=errno.ESTALE, resource=path)
         if content is not None:
             ctx.keep(path, mine, 0)
             # by the user's rights, as a write by CAP_FSETID leaves set-user-ID in place, capabilities(7)

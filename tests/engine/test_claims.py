@@ -6,6 +6,7 @@ import dataclasses
 import os
 import stat
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,19 @@ from typing import Any
 import pytest
 
 from ckptd.engine.messages import Caller
-from ckptd.errors import Refusal
+from ckptd.engine.restore.files import Access
+from ckptd.errors import CkptError, Refusal
 from ckptd.image import records as r
 from ckptd.image.grammar import Struct
+from ckptd.image.reader import ImageReader
 from ckptd.kinds.registry import BY_TAG
-from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, place_of
+from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
 from tests.engine.test_obstacles import checked, found, importer
 from tests.engine.test_owners import end
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
+from tests.lib.brood import Brood, libc
+from tests.live.kinds.test_rollback import CLONE_NEWNS, MS_PRIVATE, MS_REC
 
 __all__ = ['importer']      # a fixture: an ordinary user with a process that asks
 
@@ -104,9 +109,9 @@ def refused(place: Place, image: Path, caller: Caller, **more: object) -> Refusa
     """The one thing that is in the way, by a dry run and by a restore alike."""
     [row] = [row for row in checked(place, image, caller=caller, **more) if row.severity == 'refusal']
     assert row.hint
-    with DirectWorker() as worker, pytest.raises(Exception, match='') as caught:
+    with DirectWorker() as worker, pytest.raises(CkptError) as caught:
         worker.run(place.request(0, target='', operation='restore', image=image.name, caller=caller, **more))
-    assert [one for one in getattr(caught.value, 'refusals', ()) if one.severity == 'refusal'] == [row]
+    assert [one for one in caught.value.refusals if one.severity == 'refusal'] == [row]
     assert not place.freezes
     return row
 
@@ -175,3 +180,140 @@ def test_files_come_back_as_the_users_own(place: Place, image_of: Image, importe
         assert {of.st_uid for of in files_without_a_name(pid)} == {ORDINARY_UID}
     finally:
         end(pid)
+
+
+# ---------------------------------------------------------------- paths
+
+OPEN = "file = os.open('/etc/passwd', os.O_RDONLY)"
+
+
+def put_path(image: Path, path: str, flags: int = os.O_RDONLY) -> None:
+    """The file that the program OPEN has open is said to be this one."""
+    claim(image, 'regular', lambda one: dataclasses.replace(one, path=path), flags=flags, position=0)
+
+
+WAYS = ['/proc/self/maps', '/proc/thread-self/maps', '/proc/self/task', '/proc/self/cwd/etc/passwd',
+        '/proc/self/exe', '/dev/fd/0', 'link']
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_path_does_not_lead_to_the_worker(place: Place, home: Path, image_of: Image, importer: Caller, way: str
+                                            ) -> None:
+    image = image_of(OPEN)
+    (home / 'link').symlink_to('/proc/self/maps')
+    path = str(home / 'link') if way == 'link' else way
+    put_path(image, path)
+    row = refused(place, image, importer, changed_files='accept')
+    assert (row.errno, row.reason.startswith(f'{path} is not opened: ')) == ('EACCES', True)
+
+
+@pytest.mark.parametrize('way', [*WAYS[:-1], '/proc/PID/maps'])
+def test_no_path_is_opened_that_leads_to_the_worker(place: Place, image_of: Image, importer: Caller, way: str) -> None:
+    """What the plan has seen may be another thing when it is opened."""
+    with ImageReader(image_of(OPEN)) as reader, pytest.raises(PermissionError, match='it leads '):
+        Access(reader, importer, 'accept', -1).open(way.replace('PID', str(os.getpid())), os.O_RDONLY)
+
+
+def test_no_path_is_opened_by_another_thread_of_the_worker(place: Place, image_of: Image, importer: Caller) -> None:
+    """/proc/TID is there for each thread, and a thread may look at all of its process."""
+    go, tids = threading.Event(), []
+
+    def run() -> None:
+        tids.append(threading.get_native_id())
+        started.set()
+        go.wait()
+    started, thread = threading.Event(), threading.Thread(target=run)
+    image = image_of(OPEN)
+    thread.start()
+    started.wait()
+    try:
+        with ImageReader(image) as reader, pytest.raises(PermissionError, match='ckptd itself'):
+            Access(reader, me(), 'accept', -1).open(f'/proc/{tids[0]}/maps', os.O_RDONLY)
+    finally:
+        go.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(('cls', 'fields', 'resource'), [
+    (r.Fs, {'cwd': '/proc/self'}, 'cwd'), (r.Fs, {'cwd': '/proc/self/root/tmp'}, 'cwd'),
+    (r.Backing, {'path': '/proc/self/exe'}, 'exe')])
+def test_directories_and_mapped_files_do_not_lead_to_the_worker(
+        place: Place, image_of: Image, importer: Caller, cls: type[r.Record], fields: dict[str, object], resource: str
+        ) -> None:
+    image = image_of(OPEN)
+    alter(image, cls, **fields)
+    rows = [row for row in found(place, image, caller=importer, changed_files='accept')
+            if 'is not opened: ' in row.reason]
+    assert [row.errno for row in rows] == ['EACCES']
+    assert rows[0].resource.startswith((resource, 'vma'))
+
+
+@pytest.mark.parametrize(('way', 'flags', 'allowed'), [
+    ('/proc/cpuinfo', os.O_RDONLY, True), ('/proc/sys/kernel/core_pattern', os.O_RDONLY, True),
+    ('/proc/sys/kernel/core_pattern', os.O_RDWR, False), ('/proc/sys/kernel/core_pattern', os.O_WRONLY, False),
+    ('/proc/PID/maps', os.O_RDONLY, True), ('/proc/1/status', os.O_RDONLY, True), ('/proc/1/maps', os.O_RDONLY, False)])
+def test_what_of_proc_a_user_opens(place: Place, image_of: Image, importer: Caller, way: str, flags: int, allowed: bool
+                                   ) -> None:
+    """PID: a process of that user, which is not of the tree."""
+    path = way.replace('PID', str(importer.pid))
+    with ImageReader(image_of(OPEN)) as reader:
+        access = Access(reader, importer, 'accept', -1)
+        if allowed:
+            os.close(access.open(path, flags))
+        else:
+            with pytest.raises(PermissionError):
+                access.open(path, flags)
+
+
+def test_an_open_sysctl_is_not_handed_out(place: Place, image_of: Image, importer: Caller) -> None:
+    """Root's effective uid may open it for writing."""
+    image = image_of(OPEN)
+    put_path(image, '/proc/sys/kernel/core_pattern', os.O_RDWR)
+    with DirectWorker() as worker, pytest.raises(CkptError, match='its mode does not allow that'):
+        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer,
+                                 changed_files='accept'))
+
+
+def test_another_mount_of_proc_is_not_ours(place: Place, home: Path, image_of: Image, importer: Caller) -> None:
+    """Its numbers are other processes, or the same by a name that says nothing of that."""
+    image = image_of(OPEN)
+
+    def look() -> list[str]:
+        assert libc.unshare(CLONE_NEWNS) == 0
+        assert libc.mount(b'none', b'/', None, MS_REC | MS_PRIVATE, None) == 0
+        assert libc.mount(b'proc', str(home).encode(), b'proc', 0, None) == 0
+        said = []
+        with ImageReader(image) as reader:
+            access = Access(reader, importer, 'accept', -1)
+            for name in ('self/maps', f'{importer.pid}/maps', 'cpuinfo'):
+                try:
+                    os.close(access.open(f'{home}/{name}', os.O_RDONLY))
+                    said.append('')
+                except PermissionError as error:
+                    said.append(str(getattr(error, 'reason', error)))
+        return said
+    with Brood() as brood:
+        *refused_, allowed = brood.ask(look)[1]
+    assert refused_ == ['it leads to a process of another mount of /proc'] * 2
+    assert allowed == ''
+
+
+def test_the_number_of_a_process_that_has_another_one_here(place: Place, image_of: Image, importer: Caller) -> None:
+    """In a new pid namespace: process 7 of the tree is not our process 7."""
+    number = importer.pid
+    with ImageReader(image_of(OPEN)) as reader:
+        access = Access(reader, importer, 'accept', -1)
+        os.close(access.open(f'/proc/{number}/status', os.O_RDONLY))
+        access._pids = {number: number + 1}
+        with pytest.raises(PermissionError, match='has another number here'):
+            access.open(f'/proc/{number}/status', os.O_RDONLY)
+
+
+def test_a_rollback_leaves_files_alone_that_are_made_up(place: Place, image_of: Image, importer: Caller) -> None:
+    """What the user may write is not written by us: another's task, which the kernel asks for its rights."""
+    image = image_of("file = os.open('file', os.O_RDWR | os.O_CREAT); os.write(file, b'x' * 100)", save_files=True)
+    put_path(image, f'/proc/{importer.pid}/comm', os.O_RDWR)
+    claim(image, 'regular', lambda one: dataclasses.replace(one, size=0, saved=()))
+    with DirectWorker() as worker, pytest.raises(CkptError, match='keeps no content'):
+        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer,
+                                 changed_files='rollback'))

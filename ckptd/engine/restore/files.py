@@ -17,6 +17,7 @@ from ckptd.engine.interleave import Steps
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.puppet import Puppet
+from ckptd.engine.restore.reach import OutOfReach, open_within_reach, require_reach
 from ckptd.engine.restore.rewrites import Rewrites
 from ckptd.engine.restore.rights import Rights, is_users, rights_for
 from ckptd.engine.restore.script import Script
@@ -53,6 +54,7 @@ class Access:
         self.by_root = is_users(reader, caller)
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
         self.terminal = terminal_fd >= 0
+        self._pids: Mapping[int, int] = {}
 
     @property
     def uid(self) -> int:
@@ -81,14 +83,38 @@ class Access:
         return self.by_root and access & _ENTER_AND_WRITE != _ENTER_AND_WRITE and _may_directly(path, access)
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
+        fd = self._opened(path, flags, mode)
+        try:
+            require_reach(fd, path, self.rights, self._pids)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _opened(self, path: str, flags: int, mode: int) -> int:
         try:
             with self.rights.taken(needed := self._needed_for(path)):
                 # what has a link in it may lead anywhere, and past every directory by these rights
-                return open_direct(path, flags, mode) if needed else os.open(path, flags | os.O_CLOEXEC, mode)
+                return open_direct(path, flags, mode) if needed else open_within_reach(path, flags, mode)
         except PermissionError:
             if not self.by_root:
                 raise
         return open_direct(path, flags, mode)
+
+    def out_of_reach(self, path: str) -> str:
+        """Why the user's rights get nothing by a path, whatever is there; '' where nothing is against it."""
+        try:
+            with self.rights.taken():
+                fd = open_within_reach(path, os.O_PATH)
+            try:
+                require_reach(fd, path, self.rights, self._pids)
+            finally:
+                os.close(fd)
+        except OutOfReach as error:
+            return error.reason
+        except OSError:
+            return ''       # its kind says so
+        return ''
 
     def may_take(self, found: ShmidDs) -> bool:
         """A System V segment that is still there: what is in it is made what it was."""
@@ -133,7 +159,6 @@ class Files(Access):
         self._bank = bank
         self._fds: dict[int, int] = {}
         self._puppets: Mapping[int, Puppet] = {}
-        self._pids: Mapping[int, int] = {}
         self._holders: dict[int, list[tuple[int, int]]] = {}
         self._late: set[int] = set()
         self._mail = _mail(bank)

@@ -11,6 +11,7 @@ from ckptd.engine.restore.files import decode
 from ckptd.engine.restore.objects import may_write, missing_but_kept
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
 from ckptd.errors import ImageDamaged, errno_name
+from ckptd.image.grammar import Struct
 from ckptd.image.identity import Identity, changes
 from ckptd.image.records import (
     FILE_PRIVATE,
@@ -29,7 +30,7 @@ from ckptd.kernel.creds import CAP_SYS_CHROOT
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
-from ckptd.kinds.deleted import deleted_obstacles
+from ckptd.kinds.deleted import deleted_obstacles, home_of
 
 KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
@@ -62,6 +63,9 @@ def _open_files(scene: Scene) -> Iterator[Obstacle]:
         resource = f'fd {fd}' if vpid else 'file'
         try:
             kind, record = decode(saved)
+            if not kind.late(record, saved) and (row := _out_of_reach(scene, vpid, resource, _path(scene, record))):
+                yield row
+                continue
             found = kind.obstacles(record, saved, scene.looking)
         except ImageDamaged as error:
             yield Obstacle(vpid, resource, errno_name(error.errno), error.message, error.hint)
@@ -71,6 +75,20 @@ def _open_files(scene: Scene) -> Iterator[Obstacle]:
         else:
             for one in found:
                 yield Obstacle(vpid, resource, *one)
+
+
+def _path(scene: Scene, record: Struct) -> str:
+    """What a restart opens for the record of an open file: of a deleted one the directory that it is made in; '' for
+    what has no path."""
+    path = str(getattr(record, 'path', ''))
+    return home_of(path, scene.looking) if getattr(record, 'deleted', 0) else path
+
+
+def _out_of_reach(scene: Scene, vpid: int, resource: str, path: str) -> Obstacle | None:
+    if path and (reason := scene.looking.out_of_reach(path)):
+        return Obstacle(vpid, resource, 'EACCES', f'{path} is not opened: {reason}', 'put back what was there at the '
+                        'time of the checkpoint')
+    return None
 
 
 def _holders(scene: Scene) -> dict[int, tuple[int, int]]:
@@ -107,8 +125,13 @@ def _mapped_files(scene: Scene) -> Iterator[Obstacle]:
 def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
              ) -> Iterator[Obstacle]:
     if record.deleted:
+        if row := _out_of_reach(scene, vpid, resource, home_of(record.path, scene.looking)):
+            yield row
         for one in deleted_obstacles(record.path, scene.looking):
             yield Obstacle(vpid, resource, *one)
+        return
+    if row := _out_of_reach(scene, vpid, resource, record.path):
+        yield row
         return
     if not record.mode:
         return          # it could not be looked at when it was dumped
@@ -159,6 +182,9 @@ def _directories(scene: Scene) -> Iterator[Obstacle]:
 
 
 def _directory(scene: Scene, vpid: int, resource: str, what: str, path: str) -> Iterator[Obstacle]:
+    if row := _out_of_reach(scene, vpid, resource, path):
+        yield row
+        return
     try:
         os.close(scene.looking.open(path, os.O_PATH | os.O_DIRECTORY))
     except (OSError, ValueError) as error:
