@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from ckptd.kernel.decl import IOW, c_int, c_void_p, libc
 
+CLOCK_REALTIME_ALARM, CLOCK_BOOTTIME_ALARM = 8, 9       # <linux/time.h>
+# they wake a machine that is suspended, and take CAP_WAKE_ALARM, timer_create(2)
+ALARM_CLOCKS = {CLOCK_REALTIME_ALARM: 'CLOCK_REALTIME_ALARM', CLOCK_BOOTTIME_ALARM: 'CLOCK_BOOTTIME_ALARM'}
 TFD_CLOEXEC, TFD_NONBLOCK = os.O_CLOEXEC, os.O_NONBLOCK
 TFD_TIMER_ABSTIME = 1
 TFD_TIMER_CANCEL_ON_SET = 2

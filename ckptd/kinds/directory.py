@@ -8,7 +8,7 @@ from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, of_process, opening
-from ckptd.kinds.locks import Lock, read_locks, restore_locks
+from ckptd.kinds.locks import Lock, lock_obstacles, read_locks, restore_locks
 
 
 @layout
@@ -52,10 +52,11 @@ class DirectoryKind(Kind[Directory], tag='directory'):
             return [Reason('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
         if not looking.may(record.path, os.R_OK):
             return [Reason('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
+        rows = lock_obstacles(record.locks, record.path, looking)
         if found.st_ino != record.inode:
-            return [Reason('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
-                           'a listing that was under way may skip or repeat names', 'warning')]
-        return []
+            rows += [Reason('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
+                            'a listing that was under way may skip or repeat names', 'warning')]
+        return rows
 
     def restore(self, record: Directory, saved: SavedFile, ctx: Restoring) -> int:
         fd = ctx.open(record.path, opening(saved.flags) | os.O_NONBLOCK)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ckptd.errors import Busy, CkptError, NotSupported
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.creds import CAP_LEASE
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.status import read_status
 from ckptd.kinds.base import Looking, OpenFile, Reason, Restoring
@@ -65,7 +66,21 @@ def has_locks(file: OpenFile) -> bool:
 # ---------------------------------------------------------------- restart
 
 def lock_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
-    """Locks that somebody else has now. Of flock(2) and leases no call tells without taking one."""
+    """Locks that somebody else has now, and leases that the user may not take. Of flock(2) and leases no call tells
+    without taking one."""
+    return [*_lease_obstacles(locks, path, looking), *_held_ranges(locks, path, looking)]
+
+
+def _lease_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+    """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
+    found = looking.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
+    if found is None or found.st_uid == looking.uid or looking.capable(CAP_LEASE):
+        return []
+    return [Reason('EACCES', f'{path} is leased and belongs to uid {found.st_uid}, and uid {looking.uid} may not take '
+                   'a lease on it', 'release the lease (F_SETLEASE, F_UNLCK) first, or restore as root')]
+
+
+def _held_ranges(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
     ranges = [lock for lock in locks if lock.kind in (POSIX, OFD)]
     if not ranges:
         return []

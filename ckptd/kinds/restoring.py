@@ -32,6 +32,10 @@ class Looking(Protocol):
         """Whether the user may give a new file this owner and this group, chown(2)."""
         ...
 
+    def capable(self, capability: int) -> bool:
+        """Whether whoever asks for the restart has this capability."""
+        ...
+
     def lstat(self, path: str) -> os.stat_result | None:
         """None where there is nothing, or nothing that the user may see."""
         ...

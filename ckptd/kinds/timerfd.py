@@ -7,8 +7,11 @@ import time
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.creds import CAP_WAKE_ALARM
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.timerfd import (
+    ALARM_CLOCKS,
+    CLOCK_REALTIME_ALARM,
     TFD_CLOEXEC,
     TFD_TIMER_ABSTIME,
     Setting,
@@ -17,10 +20,9 @@ from ckptd.kernel.timerfd import (
     timerfd_gettime,
     timerfd_settime,
 )
-from ckptd.kinds.base import Content, Kind, OpenFile, Restoring
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring
 
 _LINK = 'anon_inode:[timerfd]'
-CLOCK_REALTIME_ALARM = 8        # <linux/time.h>
 _WALL = (time.CLOCK_REALTIME, CLOCK_REALTIME_ALARM)
 
 
@@ -50,6 +52,12 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         flags = fields['settime'][0].removeprefix('flags:')     # 'settime flags: 01', octal
         return Timerfd(int(fields['clockid'][0]), int(flags, 8), int(fields['ticks'][0]), setting.interval,
                        setting.value, now)
+
+    def obstacles(self, record: Timerfd, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if record.clock not in ALARM_CLOCKS or looking.capable(CAP_WAKE_ALARM):
+            return []
+        return [Reason('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
+                       'CAP_WAKE_ALARM', 'restore it as root')]
 
     def restore(self, record: Timerfd, saved: SavedFile, ctx: Restoring) -> int:
         fd = -1

@@ -3,8 +3,10 @@
 the user has, whatever the worker may do."""
 
 import dataclasses
+import fcntl
 import os
 import stat
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -14,11 +16,14 @@ from typing import Any
 import pytest
 
 from ckptd.engine.messages import Caller
-from ckptd.engine.restore.files import Access
+from ckptd.engine.restore.bank import Bank
+from ckptd.engine.restore.files import Access, Files
 from ckptd.errors import CkptError, Refusal
 from ckptd.image import records as r
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
+from ckptd.kinds.base import F_GETOWNER_UIDS, read_open_file
+from ckptd.kinds.locks import EOF, LEASE, Lock
 from ckptd.kinds.registry import BY_TAG
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
 from tests.engine.test_obstacles import checked, found, importer
@@ -317,3 +322,115 @@ def test_a_rollback_leaves_files_alone_that_are_made_up(place: Place, image_of: 
     with DirectWorker() as worker, pytest.raises(CkptError, match='keeps no content'):
         worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer,
                                  changed_files='rollback'))
+
+
+# ---------------------------------------------------------------- signals, leases, timers, addresses
+
+SIGIO = """
+pid, group = os.getpid(), 2
+pair = os.pipe()
+fcntl.fcntl(pair[0], 10, 9)                                     # F_SETSIG: SIGKILL
+fcntl.fcntl(pair[0], 15, struct.pack('ii', group, pid))         # F_SETOWN_EX
+fcntl.fcntl(pair[0], fcntl.F_SETFL, os.O_ASYNC)
+"""
+
+
+@pytest.mark.parametrize('uids', [(0, 0), (ORDINARY_UID, 0), (0, ORDINARY_UID), (1234, 1234)])
+def test_signals_are_not_sent_by_the_rights_of_others(place: Place, image_of: Image, importer: Caller,
+                                                      uids: tuple[int, int]) -> None:
+    """Or SIGIO kills root's process."""
+    image = image_of(SIGIO)
+    assert found(place, image, caller=importer) == []
+    rewrite(image, r.OpenFile, lambda one: dataclasses.replace(
+        one, owner_uid=uids[0], owner_euid=uids[1]) if one.owner else one)
+    row = refused(place, image, importer)
+    assert (row.errno, 'F_SETOWN' in row.reason) == ('EPERM', True)
+
+
+def test_signals_are_sent_by_the_users_own_rights(place: Place, image_of: Image, importer: Caller) -> None:
+    """Also where the image says something else, and nobody has looked at it."""
+    image = image_of(SIGIO)
+    pid = restored(place, image, importer)
+    try:
+        assert owner_uids(pid) == {(ORDINARY_UID, ORDINARY_UID)}
+    finally:
+        end(pid)
+    with ImageReader(image) as reader, Bank(100) as bank:
+        files = Files(reader, bank, importer, 'refuse', -1)
+        files._pids = {1: os.getpid()}
+        read, write = os.pipe()
+        for name, uid in (('root', 0), ('another', 1234)):
+            files._set_owner(read, r.OpenFile(1, name, 0, 0, 0, 1, 1, 0, '', b'', uid, uid))
+            assert fcntl.fcntl(read, F_GETOWNER_UIDS, bytes(8)) == struct.pack('II', *[ORDINARY_UID] * 2)
+        os.close(read)
+        os.close(write)
+        files._mail[0].close()
+
+
+def owner_uids(pid: int) -> set[tuple[int, int]]:
+    """Of those of its open files that have an owner."""
+    owners = [read_open_file(pid, int(path.name)).owner() for path in Path(f'/proc/{pid}/fd').iterdir()]
+    return {(one.uid, one.euid) for one in owners if one.pid}
+
+
+@pytest.mark.parametrize('write', [0, 1], ids=['read', 'write'])
+def test_a_lease_is_the_owners_to_take(place: Place, image_of: Image, importer: Caller, write: int) -> None:
+    """Who opens a leased file waits for its holder, root's programs too."""
+    image = image_of(OPEN)
+    lease = Lock(LEASE, write, 0, EOF, 0)
+    claim(image, 'regular', lambda one: dataclasses.replace(one, locks=(lease,)))
+    row = refused(place, image, importer)
+    assert (row.errno, row.reason.startswith('/etc/passwd is leased')) == ('EACCES', True)
+    own = image_of("file = os.open('own', os.O_RDONLY | os.O_CREAT)")
+    claim(own, 'regular', lambda one: dataclasses.replace(one, locks=(Lock(LEASE, 0, 0, EOF, 0),)))
+    pid = restored(place, own, importer)
+    try:
+        assert 'LEASE' in Path(f'/proc/{pid}/fdinfo/3').read_text()
+    finally:
+        end(pid)
+
+
+def test_a_lease_on_a_directory_is_its_owners_too(place: Place, image_of: Image, importer: Caller) -> None:
+    image = image_of("directory = os.open('/etc', os.O_RDONLY)")
+    claim(image, 'directory', lambda one: dataclasses.replace(one, locks=(Lock(LEASE, 0, 0, EOF, 0),)))
+    assert refused(place, image, importer).errno == 'EACCES'
+
+
+TIMERS = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.timerfd_create(7, 0)
+event, timer = (ctypes.c_int * 16)(0, 0, 10, 0), ctypes.c_void_p()
+libc.timer_create(7, event, ctypes.byref(timer))
+"""
+
+
+@pytest.mark.parametrize('clock', [8, 9])
+def test_clocks_that_wake_the_machine(place: Place, image_of: Image, importer: Caller, clock: int) -> None:
+    image = image_of(TIMERS)
+    assert found(place, image, caller=importer) == []
+    claim(image, 'timerfd', lambda one: dataclasses.replace(one, clock=clock))
+    assert 'CAP_WAKE_ALARM' in refused(place, image, importer).reason
+    rewrite(image, r.PosixTimers, lambda one: dataclasses.replace(
+        one, timers=tuple(dataclasses.replace(timer, clock=clock) for timer in one.timers)))
+    rows = [row for row in found(place, image, caller=importer) if 'CAP_WAKE_ALARM' in row.reason]
+    assert [(row.resource.split()[0], row.errno) for row in rows] == [('fd', 'EPERM'), ('timer', 'EPERM')]
+    assert not [row for row in found(place, image) if 'CAP_WAKE_ALARM' in row.reason]       # asked by root
+
+
+def test_no_mapping_at_the_null_pointer(place: Place, image_of: Image, importer: Caller) -> None:
+    """vm.mmap_min_addr is for users, and stubs map as root."""
+    image = image_of('memory = mmap.mmap(-1, 1 << 20); memory[0] = 1')
+    assert found(place, image, caller=importer) == []
+    with ImageReader(image) as reader:
+        lowest = min(reader.every(r.Vma), key=lambda vma: vma.start)
+    # the lowest one is the program, which is a file's; nothing stands below it
+    rewrite(image, r.Vma, lambda vma: dataclasses.replace(
+        vma, start=0, end=vma.end - vma.start) if vma == lowest else vma)
+    rewrite(image, r.PageRuns, lambda one: dataclasses.replace(one, runs=tuple(
+        dataclasses.replace(run, start=run.start - lowest.start) if lowest.start <= run.start < lowest.end else run
+        for run in one.runs)))
+    row = refused(place, image, importer)
+    assert (row.errno, row.resource.startswith('vma 0-')) == ('EPERM', True)
+    assert 'vm.mmap_min_addr' in row.reason
+    assert not [row for row in found(place, image) if 'mmap_min_addr' in row.reason]

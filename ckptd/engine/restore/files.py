@@ -50,7 +50,7 @@ class Access:
     a path without symbolic links."""
 
     def __init__(self, reader: ImageReader, caller: Caller, changed_files: ChangedFiles, terminal_fd: int) -> None:
-        self._reader, self.rights = reader, rights_for(reader, caller)
+        self._reader, self._caller, self.rights = reader, caller, rights_for(reader, caller)
         self.by_root = is_users(reader, caller)
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
         self.terminal = terminal_fd >= 0
@@ -62,6 +62,11 @@ class Access:
 
     def may_own(self, uid: int, gid: int) -> bool:
         return self.rights.may_own(uid, gid)
+
+    def capable(self, capability: int) -> bool:
+        mask = self._caller.capabilities
+        # unknown: all for root, nothing for anybody else
+        return bool(mask >> capability & 1) if mask >= 0 else not self._caller.uid
 
     def as_user(self) -> AbstractContextManager[object]:
         return self.rights.taken()
@@ -284,21 +289,22 @@ class Files(Access):
             fault('place-committed')
 
     def _set_owner(self, fd: int, saved: OpenFile) -> None:
-        """Who gets SIGIO. Set by the uids that set it then, whose rights decide (fs/fcntl.c, sigio_perm)."""
+        """Who gets SIGIO. Set by the uids that set it then, whose rights decide (fs/fcntl.c, sigio_perm); for a user by
+        the user's own, whatever the image says."""
         if saved.owner_signal:
             fcntl.fcntl(fd, F_SETSIG, saved.owner_signal)
         pid = self.pid(saved.owner)
         if not pid:
             return
-        others = os.geteuid() == 0 and (saved.owner_uid or saved.owner_euid)
+        uids = (self._caller.uid,) * 2 if self._caller.uid else (saved.owner_uid, saved.owner_euid)
+        others = os.geteuid() == 0 and any(uids)
         if others:
-            os.setresuid(saved.owner_uid, saved.owner_euid, 0)
+            os.setresuid(*uids, 0)
         try:
             fcntl.fcntl(fd, F_SETOWN_EX, struct.pack('=ii', saved.owner_type, pid))
         finally:
             if others:
                 os.setresuid(0, 0, 0)
-
 
     def _set_async(self, fd: int, saved: OpenFile) -> None:
         """O_ASYNC, by one who has the file: its number there is the si_fd of the signals (fs/fcntl.c, fcntl_setfl)."""

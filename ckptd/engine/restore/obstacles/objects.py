@@ -57,10 +57,12 @@ def _by_whom(scene: Scene, row: Obstacle) -> Obstacle:
 # ---------------------------------------------------------------- open files
 
 def _open_files(scene: Scene) -> Iterator[Obstacle]:
-    holders = _holders(scene)
+    holders, vpids = _holders(scene), {task.vpid for task in scene.plan.tasks}
     for saved in scene.reader.every(OpenFile):
         vpid, fd = holders.get(saved.file_id, (0, -1))
         resource = f'fd {fd}' if vpid else 'file'
+        if saved.owner in vpids:
+            yield from _owner(scene, saved, vpid, resource)
         try:
             kind, record = decode(saved)
             if not kind.late(record, saved) and (row := _out_of_reach(scene, vpid, resource, _path(scene, record))):
@@ -75,6 +77,14 @@ def _open_files(scene: Scene) -> Iterator[Obstacle]:
         else:
             for one in found:
                 yield Obstacle(vpid, resource, *one)
+
+
+def _owner(scene: Scene, saved: OpenFile, vpid: int, resource: str) -> Iterator[Obstacle]:
+    """Signals of an open file are sent by the rights of who asked for them, fcntl(2), F_SETOWN_EX."""
+    own = scene.request.caller.uid
+    if strangers := sorted({saved.owner_uid, saved.owner_euid} - {own}) if own else []:
+        yield Obstacle(vpid, resource, 'EPERM', f'its signals (F_SETOWN) are sent by the rights of uid {strangers[0]}, '
+                       f'and the caller is uid {own}', 'restore it as root')
 
 
 def _path(scene: Scene, record: Struct) -> str:

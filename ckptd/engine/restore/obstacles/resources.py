@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
-from ckptd.image.records import Limits, ProcessState, Scheduling
-from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE
+from ckptd.image.records import Limits, PosixTimers, ProcessState, Scheduling, Vma
+from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RAWIO, CAP_SYS_RESOURCE, CAP_WAKE_ALARM
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import read_oom_score_adj
+from ckptd.kernel.timerfd import ALARM_CLOCKS
 
 CAP_IPC_LOCK = 14           # <linux/capability.h>
 # <asm-generic/resource.h>, by number
@@ -23,6 +24,7 @@ SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK = 6, 1
 REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
 _IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 13, 1       # <linux/ioprio.h>
 _RESOURCE = 'run ckptd with CAP_SYS_RESOURCE, or with limits as high (ulimit -H, systemd: Limit{}=)'
+_AS_ROOT = 'restore it as root'
 _NICE_HINT = 'run ckptd with CAP_SYS_NICE'
 
 
@@ -32,6 +34,8 @@ def check(scene: Scene) -> Iterator[Obstacle]:
             yield from _limits(scene, process.vpid)
             yield from _oom(scene, process.vpid)
             yield from _locked(scene, process.vpid, process.ids.mm_id)
+            yield from _timers(scene, process.vpid)
+    yield from _lowest(scene)
     for process in scene.plan.processes:
         yield from once(row for task in process.alive for row in _scheduling(scene, task.vpid, process.vpid))
 
@@ -96,6 +100,23 @@ def _locked(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
     if locked > limit and not scene.may(CAP_IPC_LOCK):
         yield Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may lock {limit:,}',
                        'run ckptd with CAP_IPC_LOCK')
+
+
+def _timers(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+    for timer in scene.reader.get(PosixTimers, vpid).timers:
+        if timer.clock in ALARM_CLOCKS and not scene.looking.capable(CAP_WAKE_ALARM):
+            yield Obstacle(vpid, f'timer {timer.id}', 'EPERM', f'its timer of {ALARM_CLOCKS[timer.clock]} wakes a '
+                           'suspended machine, which takes CAP_WAKE_ALARM', _AS_ROOT)
+
+
+def _lowest(scene: Scene) -> Iterator[Obstacle]:
+    """Mappings at addresses that the kernel keeps from users: a bug of its own that follows a null pointer would find
+    what they have put there (security/commoncap.c, cap_mmap_addr)."""
+    least, users = _number('/proc/sys/vm/mmap_min_addr'), scene.plan.users('mm_id')
+    for vma in scene.reader.every(Vma):
+        if vma.start < least and vma.mm_id in users and not scene.looking.capable(CAP_SYS_RAWIO):
+            yield Obstacle(users[vma.mm_id], f'vma {vma.start:x}-{vma.end:x}', 'EPERM', 'is mapped below address '
+                           f'{least:#x} (sysctl vm.mmap_min_addr), which takes CAP_SYS_RAWIO', _AS_ROOT)
 
 
 # ---------------------------------------------------------------- scheduling
