@@ -72,7 +72,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     written, where that is not the caller.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     brokered: the worker is an ordinary user, and what takes a right of root's is done by its broker.
-    keep_free: of a checkpoint and an import: bytes of the spool's file system that stay free, whatever is written.
+    keep_free: of a checkpoint, an import and a restart: bytes of the spool's file system that stay free, whatever is
+    written.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
     leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
     when the root has ended. changed_files: what to do about files that went on living. has_terminal: the caller gives

@@ -89,6 +89,8 @@ class Orders:
 
     def on_image(self, operation: Operation, image: ImageInfo, caller: Caller, **more: Any) -> JobRequest:
         """A request about an image that is there; whether the caller may ask is checked elsewhere."""
+        if operation == 'restore':      # a rollback keeps in the spool what it changes
+            more['keep_free'] = self.quota.keep_free(caller.uid)
         return self._request(operation, image.target, caller, image=image.id, stall_usec=self._stall_usec, **more)
 
     def _request(self, operation: Operation, target: str, caller: Caller, **more: Any) -> JobRequest:

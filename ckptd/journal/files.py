@@ -8,18 +8,27 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
-from ckptd.kernel.copyrange import copy_with_holes
+from ckptd.kernel.copyrange import copy_with_holes, data_bytes
 from ckptd.kernel.creds import become
 from ckptd.kernel.shm import shmctl_remove, shmctl_stat
 
+_PIECE = 64 << 20       # bytes
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
-def keep(fd: int, start: int, kept: int) -> None:
-    """Copy what a file has from `start` on into an empty one, holes as holes; shared where the file system can."""
+def keep(fd: int, start: int, kept: int, room: Callable[[int], None] = lambda size: None) -> None:
+    """Copy what a file has from `start` on into an empty one, holes as holes; shared where the file system can.
+
+    room(n) is called before up to n bytes are written, first of all for the whole; it raises where they do not fit. The
+    file may get more content meanwhile, so it is asked again for each piece."""
     length = max(os.fstat(fd).st_size - start, 0)
-    if copy_with_holes(fd, start, length, kept, 0) < length:
-        raise OSError(errno.EIO, 'it became shorter while it was copied')
+    room(data_bytes(fd, start, start + length))
+    for at in range(0, length, _PIECE):
+        piece = min(_PIECE, length - at)
+        if at:
+            room(data_bytes(fd, start + at, start + at + piece))
+        if copy_with_holes(fd, start + at, piece, kept, at) < piece:
+            raise OSError(errno.EIO, 'it became shorter while it was copied')
     os.ftruncate(kept, length)
 
 

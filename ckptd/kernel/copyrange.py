@@ -90,6 +90,15 @@ def copy_with_holes(source: int, start: int, length: int, target: int, offset: i
     return end - start
 
 
+def data_bytes(fd: int, start: int, end: int) -> int:
+    """How many bytes of [start, end) are no hole, lseek(2)."""
+    count, end = 0, min(end, os.fstat(fd).st_size)
+    while start < end:
+        data, start = _next_data(fd, start, end)
+        count += start - data
+    return count
+
+
 def _next_data(fd: int, at: int, end: int) -> tuple[int, int]:
     """[start, end) of the next data from `at` on, lseek(2); empty at `end` if there is none."""
     try:

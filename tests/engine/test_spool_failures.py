@@ -6,11 +6,13 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ckptd.errors import SpoolFailed
@@ -19,6 +21,7 @@ from ckptd.image.archive_reader import destination_in, read_archive
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.faulty import Gate, api
 from tests.engine.unharmed import Subject, left_in_journal, left_in_spool
+from tests.lib import settled
 from tests.lib.bus import Daemon
 from tests.lib.victim import Victim
 
@@ -149,6 +152,38 @@ def test_a_checkpoint_ends_before_too_little_stays_free(large: 'subprocess.Popen
     assert (caught.value.errno, 'KeepFree=' in caught.value.hint) == (errno.ENOSPC, True)
     assert [*place.spool.iterdir(), *left_in_journal(place.runtime)] == []
     assert large.communicate(b'\n')[0] == b'%d\n' % OWN
+
+
+@pytest.mark.parametrize('how', ['appended', 'saved'])
+def test_a_rollback_keeps_no_more_than_stays_free(disk: Path, tmp_path: Path, how: str) -> None:
+    """What it keeps of files is no image and has no quota: it counts like one all the same."""
+    place, path = Place(disk).make(), tmp_path / 'file'
+    path.write_bytes(b'a' * MIB)
+    with path.open('r+b') as file:
+        process = subprocess.Popen(['/bin/sleep', '1000'], stdin=subprocess.DEVNULL, stdout=file,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+    image = place.checkpoint(process.pid, after='kill', save_files=how == 'saved')
+    process.wait()
+    settled.reap_orphans()
+    before = b'b' * MIB if how == 'saved' else b'a' * MIB
+    path.write_bytes(before + b'm' * 10 * MIB)
+    now = path.stat()
+    request = place.request(0, target='', operation='restore', image=image.name, changed_files='rollback')
+
+    def run(keep_free: int) -> int:
+        with DirectWorker() as worker:
+            return int(worker.run(msgspec.structs.replace(request, keep_free=keep_free))['root'])
+    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+        run(free(disk) - 9 * MIB)
+    settled.reap_orphans()
+    assert (caught.value.errno, 'KeepFree=' in caught.value.hint) == (errno.ENOSPC, True)
+    assert path.read_bytes() == before + b'm' * 10 * MIB
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (now.st_mtime_ns, now.st_ino)
+    assert [*(entry.name for entry in place.spool.iterdir()), *left_in_journal(place.runtime)] == [image.name]
+    root = run(free(disk) - 12 * MIB)
+    os.kill(root, signal.SIGKILL)
+    settled.reap_orphans()
+    assert path.read_bytes() == b'a' * MIB
 
 
 def test_a_checkpoint_that_leaves_enough(subject: Subject, tmp_path: Path) -> None:

@@ -90,6 +90,25 @@ def test_holes_stay_holes(journal: Journal, path: Path, kept: Path) -> None:
     assert path.read_bytes().rstrip(b'\0') == NOW
 
 
+def test_room_is_asked_for_before_anything_is_written(path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all of it, and again for each piece: holes may be filled meanwhile. Holes themselves need none."""
+    monkeypatch.setattr('ckptd.journal.files._PIECE', 1 << 20)
+    with path.open('r+b') as file:
+        file.truncate(3 << 20)
+        os.pwrite(file.fileno(), b'x' * 4096, 1 << 20)
+    asked: list[tuple[int, int]] = []
+    with path.open('r+b') as source, kept.open('x+b') as target:
+        def room(size: int) -> None:
+            asked.append((size, os.fstat(target.fileno()).st_size))
+            if len(asked) == 2:
+                os.pwrite(source.fileno(), b'y' * 8192, 2 << 20)
+        keep(source.fileno(), 0, target.fileno(), room)
+    block = -(-len(NOW) // 4096) * 4096
+    assert [size for size, _ in asked] == [block + 4096, 4096, 8192]
+    assert asked[0][1] == 0
+    assert kept.read_bytes() == path.read_bytes()
+
+
 def test_a_file_that_was_replaced_is_somebody_elses(journal: Journal, path: Path, kept: Path) -> None:
     entry = journal.begin(1, 'image x', 'restore')
     keep_it(entry, path, kept)

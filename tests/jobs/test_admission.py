@@ -124,6 +124,8 @@ def test_what_a_user_leaves_free() -> None:
         made = orders(spool, keep_free=Percent(5))
         assert made.on_target('checkpoint', 'a.service', Caller(uid, uid)).keep_free == keep_free
         assert made.on_stream(Caller(uid, uid)).keep_free == keep_free
+        image = ImageInfo('20240131_235959_a_0001', Path('/spool/20240131_235959_a_0001'), owner=uid)
+        assert made.on_image('restore', image, Caller(uid, uid)).keep_free == keep_free
 
 
 @pytest.mark.parametrize('settings', [{'max_images_per_user': 2}, {'max_bytes_per_user': 30}])

@@ -4,11 +4,12 @@
 import os
 import secrets
 from collections.abc import Callable
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from ckptd.engine.faults import fault
 from ckptd.engine.restore.place import Place
 from ckptd.engine.restore.rights import Rights
+from ckptd.image.files import require_room
 from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile
 
@@ -17,17 +18,19 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 class Rewrites:
     """rights: of whose files they are; rights_to(path): those by which one that is there was opened. place: has the
-    journal, and makes files in the spool."""
+    journal, and makes files in the spool. keep_free: bytes of the spool's file system that stay free, whatever is kept
+    there."""
 
-    def __init__(self, place: Place, rights: Rights, rights_to: Callable[[str], Rights]) -> None:
+    def __init__(self, place: Place, rights: Rights, rights_to: Callable[[str], Rights], keep_free: int = 0) -> None:
         self._place, self._rights, self._rights_to, self._note = place, rights, rights_to, place.note
+        self._keep_free = keep_free
 
     def keep(self, path: str, fd: int, start: int) -> None:
-        """As kinds.base.Restoring.keep."""
+        """As kinds.base.Restoring.keep. SpoolFailed where too little of the spool would stay free."""
         fault('place-keep-file')
         kept, copy = self._place.keep_content()
         try:
-            keep(fd, start, copy)
+            keep(fd, start, copy, lambda size: require_room(Path(kept), size, self._keep_free, at=copy, phase='start'))
         finally:
             os.close(copy)
         of = os.fstat(fd)

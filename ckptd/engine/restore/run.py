@@ -104,7 +104,7 @@ class Restore:
         self._place.prepare()
         self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.note)
         self._files.objects = self._objects
-        self._files.rewrites = Rewrites(self._place, self._files.rights, self._files.rights_to)
+        self._files.rewrites = Rewrites(self._place, self._files.rights, self._files.rights_to, request.keep_free)
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,
