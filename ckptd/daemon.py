@@ -107,7 +107,7 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._kept = False      # who listens, for the next one
-        self._starter = ServiceManager.take()
+        self._starter = ServiceManager.take(private=not settings.bus)
         self._spool = Spool(settings.spool)
         self._address = settings.bus
         self._stack = contextlib.AsyncExitStack()

@@ -4,12 +4,26 @@
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 0.5      # seconds; a datagram socket whose reader sleeps is full after some ten messages (unix(7))
+# what the manager gives the process that it starts, for that process alone: sd_notify(3), sd_watchdog_enabled(3),
+# sd_listen_fds(3), sd_pid_notify_with_fds(3)
+_NAMES = frozenset({'NOTIFY_SOCKET', 'FDSTORE'})
+_PREFIXES = ('WATCHDOG_', 'LISTEN_')
+
+
+def without_service_manager(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a child: without what would let it speak to the service manager in the name of our unit."""
+    return {name: value for name, value in environment.items() if not _is_for_us_alone(name)}
+
+
+def _is_for_us_alone(name: str) -> bool:
+    return name in _NAMES or name.startswith(_PREFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +34,18 @@ class ServiceManager:
     watchdog: float | None = None
 
     @classmethod
-    def take(cls) -> Self:
-        """From the environment, and out of it: a dbus-daemon that we start would say READY=1 for us."""
-        address = os.environ.pop('NOTIFY_SOCKET', '')
-        usec, pid = os.environ.pop('WATCHDOG_USEC', ''), os.environ.pop('WATCHDOG_PID', '')
-        ours = usec.isdigit() and int(usec) > 0 and pid in ('', str(os.getpid()))
+    def take(cls, private: bool = False) -> Self:
+        """From the environment, and out of it: a dbus-daemon that we start would say READY=1 for us.
+
+        private: a daemon that a client has started for itself. The unit that it runs in is the client's, or another
+        program's whose client that is, so nothing may be said in its name.
+        """
+        given = {name: os.environ.pop(name) for name in list(os.environ) if _is_for_us_alone(name)}
+        # systemd.exec(5): SYSTEMD_EXEC_PID is the process that systemd has started; others have inherited it
+        if private or not _is_us(os.environ.get('SYSTEMD_EXEC_PID', '')):
+            return cls()
+        address, usec = given.get('NOTIFY_SOCKET', ''), given.get('WATCHDOG_USEC', '')
+        ours = usec.isdigit() and int(usec) > 0 and _is_us(given.get('WATCHDOG_PID', ''))
         return cls(address if address.startswith(('/', '@')) else '', int(usec) / 2e6 if ours else None)
 
     def notify(self, *assignments: str) -> bool:
@@ -42,3 +63,8 @@ class ServiceManager:
             log.warning('cannot notify the service manager: %s', error)
             return False
         return True
+
+
+def _is_us(pid: str) -> bool:
+    """Whether a variable names this process, or is not set."""
+    return pid in ('', str(os.getpid()))

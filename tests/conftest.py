@@ -3,6 +3,7 @@
 
 import asyncio
 import inspect
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.lib.victim import Victim
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # of the unit that the tests run in: a daemon that they start as a service manager does is not that process
+    os.environ.pop('SYSTEMD_EXEC_PID', None)
     config.addinivalue_line('markers', 'needs(*names): what the test needs of the machine, names of tests/lib/gate.py')
     config.addinivalue_line('markers', 'lint: a linter run as a test')
     try:

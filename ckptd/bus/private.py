@@ -23,6 +23,7 @@ from typing import Final
 
 from ckptd.errors import NotSupported, Unavailable
 from ckptd.kernel.creds import prctl
+from ckptd.notify import without_service_manager
 
 PREFIX: Final = 'ckptd-bus-'
 START_TIMEOUT: Final = 10.0
@@ -122,7 +123,7 @@ def _start(home: Path, lock: int) -> tuple['subprocess.Popen[bytes]', int]:
                 ['dbus-daemon', f'--config-file={config}', '--nofork', '--nopidfile', '--nosyslog',
                  f'--print-address={writer}'],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(writer, lock), start_new_session=True,
-                preexec_fn=_die_with(os.getpid()))
+                preexec_fn=_die_with(os.getpid()), env=without_service_manager(os.environ))
     except FileNotFoundError:
         os.close(reader)
         raise NotSupported('dbus-daemon is not installed', hint='apt-get install dbus-daemon') from None

@@ -282,5 +282,5 @@ async def _run_gdb(gdb: str, program: str, core: Path) -> list[str]:
     done = await run_program(
         gdb, '-nx', '-batch', '-iex', 'set debuginfod enabled off', '-ex', 'set print frame-arguments none',
         '-ex', 'set filename-display basename', '-ex', f'thread apply all bt {BACKTRACE_FRAMES}', program, str(core),
-        seconds=GDB_TIMEOUT)
+        seconds=GDB_TIMEOUT, env=environment())
     return done.out.splitlines()

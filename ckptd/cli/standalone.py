@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ckptd
 from ckptd.errors import Unavailable
+from ckptd.notify import without_service_manager
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
@@ -74,10 +75,11 @@ def _runtime() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The daemon is of the same ckptd as the client, from wherever that was imported."""
+    """The daemon is of the same ckptd as the client, from wherever that was imported. It has nothing to say to the
+    service manager: the unit, if we are in one, is ours or that of whoever started us."""
     home = str(Path(ckptd.__file__).parent.parent)
     others = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and path != home]
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join([home, *others])}
+    return {**without_service_manager(os.environ), 'PYTHONPATH': os.pathsep.join([home, *others])}
 
 
 async def _address(process: asyncio.subprocess.Process, drain: 'asyncio.Task[None]', log: deque[str]) -> str:

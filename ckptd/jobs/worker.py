@@ -26,6 +26,7 @@ import ckptd
 from ckptd.engine.messages import MAX_MESSAGE, Follow, FromWorker, ToWorker
 from ckptd.errors import WorkerDied
 from ckptd.jobs.spawner import Child, Spawner
+from ckptd.notify import without_service_manager
 
 log = logging.getLogger(__name__)
 
@@ -183,4 +184,5 @@ def environment() -> dict[str, str]:
     home = str(Path(ckptd.__file__).parent.parent)
     others = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and path != home]
     level = logging.getLevelName(logging.getLogger('ckptd.engine').getEffectiveLevel())
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join([home, *others]), 'CKPTD_LOG_LEVEL': level}
+    ours = without_service_manager(os.environ)
+    return {**ours, 'PYTHONPATH': os.pathsep.join([home, *others]), 'CKPTD_LOG_LEVEL': level}

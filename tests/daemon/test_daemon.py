@@ -74,13 +74,13 @@ def test_it_ends_with_its_bus(on_bus: 'subprocess.Popen[bytes]', private_bus: Pr
     assert 'the bus is gone' in on_bus.stderr.read().decode()
 
 
-def test_service_manager_is_told(tmp_path: Path) -> None:
+def test_service_manager_is_told(private_bus: PrivateBus, tmp_path: Path) -> None:
     """READY=1 once the name is owned, WATCHDOG=1 all the time, STOPPING=1 at the end."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / 'notify'))
         manager.settimeout(20)
         process = subprocess.Popen(
-            [*COMMAND, '--private', *places(tmp_path)], stdout=subprocess.DEVNULL, cwd=ROOT,
+            [*COMMAND, '--address', private_bus.address, *places(tmp_path)], cwd=ROOT,
             env={**os.environ, 'NOTIFY_SOCKET': str(tmp_path / 'notify'), 'WATCHDOG_USEC': '600000'})
         try:
             assert manager.recv(1000).startswith(b'READY=1\nSTATUS=')

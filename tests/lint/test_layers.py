@@ -30,15 +30,15 @@ LAYERS: dict[str, set[str]] = {
     'freezer': {'errors', 'tree', 'kernel', 'image', 'kinds', 'scan', 'journal'},
     'journal': {'errors', 'tree', 'kernel'},
     'engine': {'errors', 'tree', 'kernel', 'image', 'kinds', 'scan', 'picture', 'checks', 'freezer', 'journal'},
-    'jobs': {'errors', 'tree', 'kernel', 'image', 'scan', 'freezer', 'journal', 'engine', 'config'},
-    'bus': {'errors', 'tree', 'kernel', 'image', 'engine', 'jobs', 'config'},
+    'jobs': {'errors', 'tree', 'kernel', 'image', 'scan', 'freezer', 'journal', 'engine', 'config', 'notify'},
+    'bus': {'errors', 'tree', 'kernel', 'image', 'engine', 'jobs', 'config', 'notify'},
     'daemon': {'errors', 'tree', 'kernel', 'image', 'freezer', 'journal', 'engine', 'jobs', 'bus', 'config', 'notify',
                'places', 'logs'},
     'config': {'errors'},
     'notify': {'errors'},
     'logs': set(),
     'places': {'errors'},
-    'cli': {'errors', 'image', 'bus', 'client'},
+    'cli': {'errors', 'image', 'bus', 'client', 'notify'},
     'client': {'errors', 'kernel', 'bus'},
 }
 # finer than a layer: what of another layer may be used
