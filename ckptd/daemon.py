@@ -38,6 +38,7 @@ from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
+from ckptd.jobs.sight import Sight
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
 from ckptd.kernel.closing import abort_all, report_to
@@ -165,7 +166,7 @@ class Daemon:
                         units is not None, connection.inode)
         library = Library(self._spool, queue, orders)
         polkit = Polkit(connection)
-        gate = Gate(polkit, self._spool)
+        gate = Gate(polkit, self._spool, Sight(queue, orders))
         router = self._router = Router(connection, queue.spawn, ROOT, gate.sees_all, NODES)
         polkit.on_changed = router.views_changed
         self._stack.callback(router.peers.close)

@@ -65,11 +65,15 @@ def _process(pid: int, description: str) -> Target:
     try:
         tgid = read_status(pid).tgid
     except ProcessLookupError:
-        raise NoSuchTarget(f'no process {pid}', task=pid) from None
+        raise no_process(pid) from None
     if tgid != pid:
         raise InvalidArgument(f'{pid} is a thread of process {tgid}', task=pid, hint=f'name the process: pid:{tgid}')
     _require_life(pid)
     return Target('pid', (pid,), None, None, description)
+
+
+def no_process(pid: int) -> NoSuchTarget:
+    return NoSuchTarget(f'no process {pid}', task=pid)
 
 
 def _require_life(pid: int) -> None:

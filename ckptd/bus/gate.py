@@ -12,7 +12,7 @@ was allowed of another tree. Without polkit the first and third row are allowed,
 in the log.
 """
 
-import asyncio
+import contextlib
 from typing import Final, Literal, NamedTuple
 
 from ckptd.bus.call import Call
@@ -26,11 +26,10 @@ from ckptd.errors import PermissionDenied
 from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
 from ckptd.jobs.holds import not_held
-from ckptd.jobs.lane import Lane
 from ckptd.jobs.library import Rights
-from ckptd.jobs.orders import parse_target, start_time_of
+from ckptd.jobs.orders import parse_target
+from ckptd.jobs.sight import Sight
 from ckptd.jobs.spool import Spool
-from ckptd.jobs.strangers import stranger_in
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
 # what an own tree and another one take
@@ -40,6 +39,7 @@ ACTIONS: Final[dict[Verb, tuple[str, str]]] = {
 WORDS: Final = {Answer.NO: 'polkit does not allow it', Answer.DISMISSED: 'the question was dismissed',
                 Answer.ABSENT: 'it is not theirs, and there is no polkit to allow it',
                 Answer.SILENT: 'polkit does not answer'}
+PARTLY: Final = 'not all of which is theirs'
 
 
 class TreeRights(NamedTuple):
@@ -53,9 +53,8 @@ class TreeRights(NamedTuple):
 class Gate:
     """Made for one bus."""
 
-    def __init__(self, polkit: Polkit, spool: Spool) -> None:
-        self._polkit, self._spool = polkit, spool
-        self._looks = Lane(3, 1)        # into /proc: threads are everybody's
+    def __init__(self, polkit: Polkit, spool: Spool, sight: Sight) -> None:
+        self._polkit, self._spool, self._sight = polkit, spool, sight
 
     async def enter(self, call: Call, verb: Verb, what: str, *, owner: int | None, task: int = 0, refusal: str = '',
                     hint: str | None = None) -> Caller:
@@ -95,9 +94,9 @@ class Gate:
         """The same for a tree. NoSuchTarget."""
         caller = await call.credentials()
         where = parse_target(target, caller)
-        start_time = start_time_of(where)
-        pid, owner = await self._stranger_in(where, caller) or (0, caller.uid)
-        may = await self.enter(call, verb, where, owner=owner, task=pid,
+        async with call.attended() if caller.uid else contextlib.nullcontext():
+            owner, pid, start_time = await self._sight.whose(where, caller)
+        may = await self.enter(call, verb, where, owner=owner, task=pid, refusal='' if pid else PARTLY,
                                hint='run as the owner of the tree, or as root')
         return TreeRights(may, caller.uid, start_time)
 
@@ -117,12 +116,6 @@ class Gate:
         elif owner is not None:
             await self.enter(call, 'freeze', where, owner=owner)
         return viewer
-
-    async def _stranger_in(self, where: str, caller: Caller) -> tuple[int, int] | None:
-        if not caller.uid:
-            return None     # root is not asked about anything, and need not wait for a look at its target
-        async with self._looks.place(caller.uid):
-            return await asyncio.to_thread(stranger_in, where, caller)
 
     async def image(self, call: Call, verb: Verb, image: str) -> Rights:
         """The same for an image. Whether others have one of this name is told to nobody who may not see it.

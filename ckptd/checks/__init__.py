@@ -2,6 +2,7 @@
 """Why a tree cannot be dumped: every refusal of every task at once, and warnings of what a dump will lack.
 
     check_access    may the caller look at these tasks? Asked of the kernel, with the caller's credentials
+    hidden          tasks that /proc does not even show to the caller
     check_tasks     state, tracer, namespaces, kernel threads, 32-bit programs, seccomp
     check_frozen    freeze=caller only: is everything at rest?
     check_vmas      mappings whose memory no code can dump
@@ -15,6 +16,7 @@ from collections.abc import Collection
 from ckptd.checks.access import Caller, check_access
 from ckptd.checks.files import check_files
 from ckptd.checks.frozen import check_frozen
+from ckptd.checks.hidden import without_hidden
 from ckptd.checks.rows import refuse
 from ckptd.checks.tasks import check_tasks
 from ckptd.checks.vmas import check_vmas
@@ -22,7 +24,8 @@ from ckptd.errors import Refusal
 from ckptd.picture import Picture
 from ckptd.tree import Tree
 
-__all__ = ['Caller', 'check_access', 'check_files', 'check_frozen', 'check_tasks', 'check_tree', 'check_vmas']
+__all__ = ['Caller', 'check_access', 'check_files', 'check_frozen', 'check_rights', 'check_tasks', 'check_tree',
+           'check_vmas']
 
 
 def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
@@ -33,17 +36,33 @@ def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
     tree at rest, what is read for the checks and what others want to know as well.
     """
     picture = picture or Picture()
-    found = check_avoid(tree, avoid) + check_access(tree, caller)
+    visible = without_hidden(tree, caller)
+    hidden = check_hidden(tree, visible, caller)
+    found = check_avoid(visible, avoid) + check_access(visible, caller)
     denied = {refusal.pid for refusal in found}
     if 0 in denied:
-        return found
-    seen = [task for task in tree if task.tid not in denied]
-    found += check_tasks(tree, seen, picture)
+        return hidden + found
+    seen = [task for task in visible if task.tid not in denied]
+    found = hidden + found + check_tasks(visible, seen, picture, caller)
     if frozen_required:
         found += check_frozen(seen, caller.pid)
     found += check_vmas(seen, picture)
     found += check_files(seen, picture)
     return list(dict.fromkeys(found))
+
+
+def check_rights(tree: Tree, caller: Caller, avoid: Collection[int] = ()) -> list[Refusal]:
+    """What a freeze needs of all that: the caller's right to each of these tasks."""
+    visible = without_hidden(tree, caller)
+    return check_hidden(tree, visible, caller) + check_avoid(visible, avoid) + check_access(visible, caller)
+
+
+def check_hidden(tree: Tree, visible: Tree, caller: Caller) -> list[Refusal]:
+    """One row for all tasks that the caller does not see; that there are some cannot be kept from it."""
+    if len(visible) == len(tree):
+        return []
+    return [Refusal(0, '', 'ptrace', 'EPERM', f'has tasks that uid {caller.uid} does not see in /proc (hidepid=)',
+                    'ask as root')]
 
 
 def check_avoid(tree: Tree, avoid: Collection[int]) -> list[Refusal]:

@@ -38,7 +38,7 @@ class Caller(Recipient, Protocol):
 def check_access(tree: Tree, caller: Caller) -> list[Refusal]:
     """A refusal for each task that the caller may not look at; one for the tree if we cannot ask as the caller."""
     tids = [task.tid for task in tree]
-    answers = _probe(caller, tids)
+    answers = probe(caller, tids)
     if isinstance(answers, int):
         return [Refusal(0, '', 'credentials', errno_name(answers),
                         f'ckptd, running as uid {os.geteuid()}, cannot act for uid {caller.uid}',
@@ -53,8 +53,8 @@ def check_access(tree: Tree, caller: Caller) -> list[Refusal]:
     return rows
 
 
-def _probe(caller: Caller, tids: Sequence[int]) -> list[int] | int:
-    """errno of each task, 0 for yes; or one errno if the child could not become the caller."""
+def probe(caller: Caller, tids: Sequence[int]) -> list[int] | int:
+    """errno of each task, 0 for yes; or one errno if the child could not become the caller. NotSupported."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     with os.fdopen(read_end, 'rb') as answer:
         try:

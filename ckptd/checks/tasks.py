@@ -4,6 +4,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from ckptd.checks.access import Caller
+from ckptd.checks.hidden import name_of
 from ckptd.checks.rows import Process, dead, guarded, processes, refuse, warn
 from ckptd.errors import Refusal
 from ckptd.kernel.namei import lstat_of_task
@@ -24,19 +26,19 @@ _FORKS = {56, 57, 58, 435}
 _FOR_CHILDREN = '_for_children'
 
 
-def check_tasks(tree: Tree, tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
+def check_tasks(tree: Tree, tasks: Iterable[Task], picture: Picture, caller: Caller) -> list[Refusal]:
     """The checks of one task each. `tasks` are those of the tree that may be looked at."""
     tasks = list(tasks)
     home = _root_namespaces(tree)
     found: list[Refusal] = []
     for task in tasks:
-        found += guarded(task, 'task', _check_task, task, home, picture)
+        found += guarded(task, 'task', _check_task, task, home, picture, caller)
     for process in processes(tasks):
         found += guarded(process.leader, 'process', _check_process, process)
     return found
 
 
-def _check_task(task: Task, home: dict[str, int], picture: Picture) -> list[Refusal]:
+def _check_task(task: Task, home: dict[str, int], picture: Picture, caller: Caller) -> list[Refusal]:
     if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
         return check_kthread(task)      # it has nothing else to look at
     status = picture.status(task)
@@ -44,7 +46,7 @@ def _check_task(task: Task, home: dict[str, int], picture: Picture) -> list[Refu
         return [dead(task)]
     if status.state == 'Z':
         return []
-    return (check_tracer(task, status) + check_seccomp(task, status) + check_namespaces(task, home)
+    return (check_tracer(task, status, caller) + check_seccomp(task, status) + check_namespaces(task, home)
             + check_vfork(task, status))
 
 
@@ -53,11 +55,12 @@ def check_kthread(task: Task) -> list[Refusal]:
     return [refuse(task, 'task', 'EOPNOTSUPP', what, 'only user programs can be checkpointed')]
 
 
-def check_tracer(task: Task, status: Status) -> list[Refusal]:
+def check_tracer(task: Task, status: Status, caller: Caller) -> list[Refusal]:
     tracer = status.tracer_pid
     if not tracer or Path(f'/proc/self/task/{tracer}').exists():
         return []
-    return [refuse(task, 'ptrace', 'EBUSY', f'is traced by {_name(tracer)}[{tracer}], and a task has one tracer only',
+    name = name_of(tracer, _name(tracer), caller)
+    return [refuse(task, 'ptrace', 'EBUSY', f'is traced by {name}, and a task has one tracer only',
                    'let the debugger or strace detach first')]
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.checks import check_access, check_avoid, check_tree
+from ckptd.checks import check_rights, check_tree
+from ckptd.checks.hidden import require_sight, without_hidden
 from ckptd.engine.broker.client import Broker
 from ckptd.engine.broker.freezing import lent_freeze
 from ckptd.engine.channel import Channel
@@ -56,7 +57,10 @@ class Job:
             if pid < 0:
                 raise NoSuchTarget('the process of the pidfd is dead', phase='resolve')
             name = f'pid:{pid}'
-        target = resolve_target(name, self.request.caller.pid)
+        caller = self.request.caller
+        if name.startswith('pid:'):
+            require_sight(int(name.removeprefix('pid:')), caller)
+        target = resolve_target(name, caller.pid)
         if self.request.start_time and target.kind == 'pid':
             try:
                 with held(target.roots[0], self.request.start_time):
@@ -69,6 +73,14 @@ class Job:
     def scan(self) -> Tree:
         """Resolve and scan; again after a while, as a cgroup may have got further roots since."""
         return scan_tree(self.resolve().roots)
+
+    def look(self) -> Tree:
+        """The tree as far as the caller sees it. NoSuchTarget where that is nothing."""
+        target = self.resolve()
+        tree = without_hidden(scan_tree(target.roots), self.request.caller)
+        if not len(tree):
+            raise NoSuchTarget(f'{target.description} has no processes')
+        return tree
 
     def picture(self) -> Picture:
         """Nothing read yet. Of a request about the caller itself, its connections to our bus are severed."""
@@ -96,7 +108,7 @@ class Job:
 
     def require_access(self, tree: Tree) -> None:
         """Only what a freeze needs: the caller's right to these tasks."""
-        self._warnings([*check_avoid(tree, self._avoid), *check_access(tree, self.request.caller)])
+        self._warnings(check_rights(tree, self.request.caller, self._avoid))
 
     @property
     def _avoid(self) -> set[int]:

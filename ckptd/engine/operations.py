@@ -31,7 +31,7 @@ def check(job: Job) -> None:
 def scan(job: Job) -> None:
     """The tree as rows; memory and open files of those tasks only that the caller may look at."""
     job.channel.phase('scan')
-    tree = job.scan()
+    tree = job.look()
     denied = {refusal.pid for refusal in check_access(tree, job.request.caller)}
     job.channel.finish('tasks', live_rows(tree, denied))
 

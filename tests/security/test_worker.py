@@ -11,6 +11,7 @@ import pytest
 
 from ckptd.client.sync import Ckptd
 from ckptd.errors import CkptError
+from ckptd.image.manifest import Clocks
 from tests.engine.faulty import Gate
 from tests.lib.bus import Served, family
 from tests.security.attacker import (
@@ -267,10 +268,8 @@ def test_clocks_go_on_after_another_boot(served: Served, attacker: Attacker, pas
     """The image says that it is of another boot, whose clocks were further, or less far."""
     program = attacker.start(CLOCKS)
     image = attacker.take(program)
-    header = image.one('Header')
-    then = header.monotonic + passed, header.boottime + passed
-    image.claim(boot_id='00000000-0000-4000-8000-000000000000')
-    assert image.alter('Header', monotonic=then[0], boottime=then[1]) == 1
+    then = image.manifest.clocks.monotonic + passed, image.manifest.clocks.boottime + passed
+    image.claim(boot_id='00000000-0000-4000-8000-000000000000', clocks=Clocks(monotonic=then[0], boottime=then[1]))
     outcome = attacker.restore(image)
     assert outcome.root, outcome.words
     for before, now in zip(then, map(int, program.ask().split()), strict=True):

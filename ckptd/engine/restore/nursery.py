@@ -18,7 +18,6 @@ from ckptd.engine.restore.steps import TEMPORARY, Dismiss, JoinGroup, NewSession
 from ckptd.errors import Busy, CkptError
 from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, CLONE_VM, clone_args
 from ckptd.kernel.decl import offset_of
-from ckptd.kernel.numbers import numbers_in_use
 from ckptd.kernel.ptrace import WALL
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
@@ -104,8 +103,7 @@ class Nursery:
 
     def _cannot(self, vpid: int, error: OSError) -> CkptError:
         if error.errno == errno.EEXIST:
-            holder = numbers_in_use().get(vpid, 'somebody')
-            return Busy(f'pid {vpid} is in use by {holder}', resource=f'pid {vpid}',
+            return Busy(f'pid {vpid} has come into use meanwhile', resource=f'pid {vpid}',
                         hint='end that process, or restore with --new-pidns')
         hint = 'see limits on processes (ulimit -u, pids.max of the cgroup)' if error.errno == errno.EAGAIN else None
         return CkptError(f'process {vpid} cannot be made: {error.strerror}', errno=error.errno, resource=f'pid {vpid}',

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ckptd.checks import Caller
+from ckptd.checks.hidden import ANOTHER, sees_all
 from ckptd.engine.restore.family import (
     CannotMake,
     Family,
@@ -70,14 +72,16 @@ def is_users_worker(plan: Plan) -> bool:
     return os.geteuid() != 0 and not plan.world.user
 
 
-def read_numbers(reader: ImageReader, world: World) -> Numbers:
-    """Who has which pid in the namespace that the tree is born into. Dead processes in the way get a moment to go."""
+def read_numbers(reader: ImageReader, world: World, caller: Caller) -> Numbers:
+    """Who has which pid in the namespace that the tree is born into; a caller that /proc hides others from is told no
+    names. Dead processes in the way get a moment to go."""
     if world.pid:
         return {}
     # of the dead that sessions and groups are named by as well
     wanted = {number for task in reader.tasks for number in (task.vpid, task.vpgid, task.vsid)} - {0}
     await_reaped(wanted, time.monotonic() + _REAPED_WITHIN)
-    return numbers_in_use()
+    found = numbers_in_use()
+    return found if sees_all(caller) else dict.fromkeys(found, ANOTHER)
 
 
 def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_session: bool, child_of_us: bool) -> Plan:

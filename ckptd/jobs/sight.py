@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whose a tree is, as far as a caller may know before a job begins: of tasks that /proc hides from it (hidepid= of
+proc(5)) nothing is told, not even that they are there."""
+
+import asyncio
+from collections.abc import Collection
+from typing import NamedTuple
+
+from ckptd.engine.messages import Caller
+from ckptd.jobs.lane import Lane
+from ckptd.jobs.orders import Orders, start_time_of
+from ckptd.jobs.queue import Queue
+from ckptd.jobs.strangers import stranger_in
+from ckptd.kernel.hidepid import is_hidden_from
+
+
+class Whose(NamedTuple):
+    """uid: of the caller where the whole tree is its own, else of process `stranger`; None, with a stranger of 0, of
+    one that the caller does not see. start_time: of the root of a target pid:N as it is now, 0 for other targets."""
+    uid: int | None
+    stranger: int
+    start_time: int
+
+
+class Sight:
+    def __init__(self, queue: Queue, orders: Orders) -> None:
+        self._queue, self._orders = queue, orders
+        self._looks = Lane(3, 1)        # into /proc: threads are everybody's
+
+    async def whose(self, target: str, caller: Caller) -> Whose:
+        """target: as parse_target spells it. NoSuchTarget, in the same words for one that the caller does not see."""
+        if not caller.uid:
+            # root is not asked about anything, and need not wait for a look at its target
+            return Whose(0, 0, start_time_of(target))
+        seen = await self._seen(target, caller)
+        start_time = start_time_of(target)
+        async with self._looks.place(caller.uid):
+            stranger = await asyncio.to_thread(stranger_in, target, caller)
+        if stranger is None:
+            return Whose(caller.uid, 0, start_time)
+        pid, uid = stranger
+        return Whose(uid, pid, start_time) if seen is None or pid in seen else Whose(None, 0, start_time)
+
+    async def _seen(self, target: str, caller: Caller) -> Collection[int] | None:
+        """The tasks of the target that the caller sees; None for all. A worker looks, which becomes the caller for
+        that. NoSuchTarget where it sees none."""
+        async with self._looks.place(caller.uid):
+            hidden = await asyncio.to_thread(is_hidden_from, {caller.gid, *caller.groups}, caller.pid,
+                                             caller.start_time)
+        if not hidden:
+            return None
+        result = await self._queue.call(self._orders.on_target('scan', target, caller))
+        return frozenset(row['tid'] for row in result['tasks'])
