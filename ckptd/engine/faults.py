@@ -20,7 +20,8 @@ POINTS = frozenset((
     'running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written',
     'sealed', 'published'))
 IMPORT_POINTS = frozenset(('received', 'verified'))
-RESTORE_POINTS = frozenset(('opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt', 'ready', 'started'))
+RESTORE_POINTS = frozenset((
+    'planned', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt', 'ready', 'started'))
 # the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
 PREFIXES = ('freeze-', 'let-run-', 'hold-', 'undo-', 'place-')
 ANY = '*'

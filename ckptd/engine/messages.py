@@ -71,7 +71,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     stall_usec: of both, how long the stream may stand still, 0 for ever. writer: of an export, by whose rights it is
     written, where that is not the caller.
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
-    brokered: the worker is an ordinary user, and what takes a right of root's is done by its broker.
+    brokered: the worker is an ordinary user, and what takes a right of root's is done by its broker. hard_limits: of a
+    restart by such a worker, those of the calling process by RLIMIT_* number; not all of them bind the worker itself.
     keep_free: of a checkpoint, an import and a restart: bytes of the spool's file system that stay free, whatever is
     written.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
@@ -109,6 +110,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     keep_free: int = 0
     writer: Caller | None = None
     brokered: bool = False
+    hard_limits: tuple[int, ...] = ()
 
     @property
     def asked_by(self) -> int:

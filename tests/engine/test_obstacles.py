@@ -639,9 +639,9 @@ def test_where_a_users_tree_lives(place: Place, importer: Caller) -> None:
     tree = TreePlace(SimpleNamespace(request=request), identity_of(request, None), 1)  # type: ignore[arg-type]
     try:
         said = {7: foreign, 8: own, 9: '/../x', 10: '', 11: '/not-there'}
-        homes = tree._homes([Placed(pid, 0, cgroup) for pid, cgroup in said.items()])
+        homes = tree._homes([Placed(pid, cgroup) for pid, cgroup in said.items()])
         assert set(homes.values()) == {own}
         os.chown(group.path / 'cgroup.procs', importer.uid, -1)     # delegated
-        assert tree._homes([Placed(7, 0, foreign)]) == {7: foreign}
+        assert tree._homes([Placed(7, foreign)]) == {7: foreign}
     finally:
         group.remove()

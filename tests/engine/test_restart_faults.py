@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc', 'dbus'), pyt
 
 SETTLE = 20.0       # seconds: what was killed a moment ago is still on its way
 PATIENCE = 15.0     # seconds for a worker to come to its point
-NOTHING = ('place-make', 'place-make-done', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt',
+NOTHING = ('planned', 'place-make', 'place-make-done', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt',
            'place-freeze', 'place-freeze-done', 'place-move', 'place-move-done', 'ready', 'started')
 ALIVE = ('place-alive', 'undo-move', 'undo-freeze', 'undo-make')
 FORGOTTEN = 'undo-make-file'    # of what was kept of rolled-back files, when the tree lives

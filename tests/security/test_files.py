@@ -12,10 +12,12 @@ import pytest
 
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.kinds.locks import EOF, LEASE, Lock
+from tests.engine.faulty import Gate
 from tests.lib import settled
 from tests.lib.bus import Served
-from tests.lib.fuse import FickleLink
-from tests.security.attacker import PATIENCE, Attacker, Program, pidfd_of, refused, status, unchanged
+from tests.lib.imgedit import ImageStream
+from tests.lib.stepping import at_each_call
+from tests.security.attacker import PATIENCE, Attacker, Program, pidfd_of, refused, standing, status, unchanged
 
 # ---------------------------------------------------------------- a FIFO that is made again by its name
 
@@ -29,97 +31,86 @@ rest()
 """
 
 
-class Window:
-    """The moment between the birth of the FIFO and the next look at its path. `with` from when the program is dead.
-
-    The way to the FIFO leads over a link, which leads where `act` says as soon as there is a FIFO.
-
-        home/way        -> home/fuse/file -> home/real, and in that moment home/elsewhere
-        home/real       the program's directory is in it
-        home/elsewhere  a directory of the same name is in it, which is `elsewhere`
-
-    taken: how often the path was looked at in that moment.
-    """
-
-    def __init__(self, attacker: Attacker, program: Program, act: 'Callable[[Window], Path]') -> None:
-        self._way = program.directory.parent
-        self._act = act
-        self.real = attacker.home / 'real'
-        self.fifo = self.real / program.directory.name / 'fifo'
-        self.elsewhere = attacker.own(attacker.own(attacker.home / 'elsewhere') / program.directory.name)
-        self._link = FickleLink(attacker.home / 'fuse', self._lead)
-        self.taken = 0
-
-    def _lead(self) -> Path:
-        if not self.fifo.is_fifo():
-            return self.real
-        self.taken += 1
-        return self._act(self)
-
-    def __enter__(self) -> 'Window':
-        self._link.__enter__()
-        self._way.rename(self.real)
-        self._way.symlink_to(self._link.path)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._link.__exit__()
-
-
-def swap(window: Window) -> Path:
-    """The user exchanges the FIFO for what is in `elsewhere`."""
-    return window.elsewhere.parent
-
-
-def link(window: Window) -> Path:
-    """The user gives the FIFO a second name."""
-    name = window.fifo.with_name('name')
-    if not name.is_fifo():
-        name.hardlink_to(window.fifo)
-    return window.real
+@pytest.fixture
+def program(attacker: Attacker) -> Program:
+    """One with the FIFO, in a directory of the user's."""
+    return attacker.start(FIFO)
 
 
 @pytest.fixture
-def program(attacker: Attacker) -> Program:
-    """One with the FIFO, in a directory of a directory of the user's."""
-    attacker.own(attacker.home / 'way')
-    return attacker.start(FIFO, 'way/program')
+def asking(serve: Callable[..., Served], gate: Gate) -> Served:
+    """A daemon whose restores wait before they open anything."""
+    return serve(env={**gate.environment, 'CKPTD_FAULT': 'planned=ask'})
 
 
-@pytest.mark.needs('fuse')
-def test_a_fifo_is_swapped_for_a_program(served: Served, attacker: Attacker, program: Program) -> None:
+async def restored_with(gate: Gate, attacker: Attacker, image: str | ImageStream, act: Callable[[], bool]) -> None:
+    """Restore an image, and have `act` done between two system calls of the worker, until it says that it is done."""
+    done = False
+
+    def look() -> None:
+        nonlocal done
+        done = done or act()
+
+    with attacker.restoring(image) as call:
+        with await standing(gate, 'planned', call) as stands:
+            assert at_each_call(stands.pid, look, stands.answer)
+        await call
+    assert done, 'there was no FIFO by a name'
+
+
+def swapped(fifo: Path, target: Path) -> Callable[[], bool]:
+    """The user puts another file in the place of the FIFO, as soon as that is there."""
+    other = fifo.with_name('other')
+    other.hardlink_to(target)
+
+    def act() -> bool:
+        if not fifo.is_fifo():
+            return False
+        other.rename(fifo)
+        return True
+    return act
+
+
+@pytest.mark.needs('ptrace')
+async def test_a_fifo_is_swapped_for_a_program(asking: Served, gate: Gate, attacker: Attacker,
+                                               program: Program) -> None:
     """The imported image says that the FIFO was root's. What is in its place would become root's, with set-user-ID."""
     image = attacker.take(program)
     assert image.alter_kind('fifo', lambda file: file.mode & 0o6000, uid=0, gid=0) == 1
     shell = attacker.own(attacker.home / 'shell', b'#!/bin/sh\nid\n')
-    with Window(attacker, program, swap) as window, unchanged(shell):
-        (window.elsewhere / 'fifo').hardlink_to(shell)
-        attacker.restore(image)
-    assert window.taken
+    with unchanged(shell):
+        await restored_with(gate, attacker, image, swapped(program.directory / 'fifo', shell))
 
 
-@pytest.mark.needs('fuse')
-def test_a_fifo_is_swapped_for_a_file_of_root(served: Served, attacker: Attacker, program: Program) -> None:
+@pytest.mark.needs('ptrace')
+async def test_a_fifo_is_swapped_for_a_file_of_root(asking: Served, gate: Gate, attacker: Attacker,
+                                                    program: Program) -> None:
     """Without an import: the FIFO was the user's. A file of root that everybody may write would become the user's."""
     image = attacker.checkpoint(program)
     log = attacker.home.parent / 'log'
     log.write_bytes(b'of root')
     log.chmod(0o666)
-    with Window(attacker, program, swap) as window, unchanged(log):
-        (window.elsewhere / 'fifo').hardlink_to(log)
-        attacker.restore(image)
-    assert window.taken
+    with unchanged(log):
+        await restored_with(gate, attacker, image, swapped(program.directory / 'fifo', log))
 
 
-@pytest.mark.needs('fuse')
-def test_a_fifo_gets_a_second_name(served: Served, attacker: Attacker, program: Program) -> None:
+@pytest.mark.needs('ptrace')
+async def test_a_fifo_gets_a_second_name(asking: Served, gate: Gate, attacker: Attacker,
+                                         program: Program) -> None:
     """A FIFO of root's, in a directory of the user's, that everybody may write."""
     image = attacker.take(program)
     assert image.alter_kind('fifo', lambda file: file.mode & 0o6000, uid=0, gid=0) == 1
-    with Window(attacker, program, link) as window:
-        attacker.restore(image)
-    assert window.taken
-    assert window.fifo.with_name('name').stat().st_uid == attacker.uid
+    fifo = program.directory / 'fifo'
+
+    def link() -> bool:
+        if not fifo.is_fifo():
+            return False
+        fifo.with_name('name').hardlink_to(fifo)
+        return True
+
+    await restored_with(gate, attacker, image, link)
+    found = fifo.with_name('name').stat()
+    assert (found.st_uid, found.st_mode & 0o6000) == (attacker.uid, 0)
 
 
 # ---------------------------------------------------------------- owners of signals

@@ -54,9 +54,8 @@ class RestoreTree(Message, frozen=True):
 
 
 class Placed(msgspec.Struct, array_like=True, frozen=True):
-    """A process that was restored: its pid, when it began, and the cgroup that it was in."""
+    """A process that was restored: its pid, and the cgroup that it was in."""
     pid: Pid
-    start_time: Count
     cgroup: str
 
 

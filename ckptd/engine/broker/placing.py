@@ -48,15 +48,15 @@ class TreePlace:
         if self._is_settled or not processes:
             raise PermissionDenied('the tree has its place already, or has no process')
         self._is_settled = True
-        for process in processes:
-            self._require_stub(process)
+        # /proc of the worker shows other start times, if it is in a time namespace
+        born = {process.pid: self._require_stub(process.pid) for process in processes}
         homes = self._homes(processes)
         place = self._birthplace()
         place.want(homes, None if all(homes.values()) else f'user-{self._identity.uid}.slice')
         place.prepare()
         place.settle({process.pid: process.pid for process in processes})
-        for process in processes:       # after the move: the numbers are still those of the same processes
-            self._require_stub(process)
+        if any(self._require_stub(pid) != start_time for pid, start_time in born.items()):
+            raise PermissionDenied('a process of this restart has died, and another one has its pid')
 
     def start(self) -> list[str]:
         """The worker has let go of all: from here on the tree lives. Warnings, one sentence each."""
@@ -75,17 +75,18 @@ class TreePlace:
             self._place = Birthplace(self._job)
         return self._place
 
-    def _require_stub(self, process: Placed) -> None:
-        """It is traced by the worker, younger than it, the user's, and has no right that the user has not."""
+    def _require_stub(self, pid: int) -> int:
+        """When it began. It is traced by the worker, younger than it, the user's, and has no right that they lack."""
         try:
-            stat, status = read_stat(process.pid), read_status(process.pid)
-            is_stub = (stat.start_time == process.start_time >= read_stat(self._worker).start_time
-                       and status.tracer_pid == self._worker and {*status.uids} == {self._identity.uid}
+            stat, status = read_stat(pid), read_status(pid)
+            is_stub = (stat.start_time >= read_stat(self._worker).start_time and status.tracer_pid == self._worker
+                       and {*status.uids} == {self._identity.uid}
                        and not status.cap_prm | status.cap_inh | status.cap_amb)
         except ProcessLookupError:
-            raise CkptError(f'process {process.pid} died while it was restored', task=process.pid) from None
+            raise CkptError(f'process {pid} died while it was restored', task=pid) from None
         if not is_stub:
-            raise PermissionDenied(f'process {process.pid} is no stub of this restart', task=process.pid)
+            raise PermissionDenied(f'process {pid} is no stub of this restart', task=pid)
+        return stat.start_time
 
     # ------------------------------------------------------------ homes
 

@@ -138,7 +138,9 @@ class Broker:
             self._worker = worker
             job = Job(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
             with powers(job, self._identity, worker.pid) as self._powers, ChildSignals() as self._signals:
-                worker.send(Start(msgspec.structs.replace(self._request, brokered=True)), self._fds)
+                request = msgspec.structs.replace(self._request, brokered=True,
+                                                  hard_limits=tuple(hard for _, hard in self._identity.limits))
+                worker.send(Start(request), self._fds)
                 try:
                     self._relay()
                 except Cancelled:       # the daemon is gone

@@ -223,8 +223,7 @@ class LentPlace:
 
     def settle(self, pids: Mapping[int, int]) -> None:
         fault('place-settle')
-        self._broker.place_tree([Placed(pid, read_stat(pid).start_time, self._wanted.get(number, ''))
-                                 for number, pid in pids.items()])
+        self._broker.place_tree([Placed(pid, self._wanted.get(number, '')) for number, pid in pids.items()])
 
     def open_gate(self) -> None:
         self.warnings += [_warning(sentence, 'EBUSY') for sentence in self._broker.start_tree()]

@@ -293,4 +293,5 @@ def restore(job: Job) -> None:
             plan, rows = prepare(job, reader)
         if any(row.severity == 'refusal' for row in rows):
             raise refused(rows)
+        fault('planned')
         Restore(job, reader, plan, rows, clock).run(digests)

@@ -42,7 +42,7 @@ def check(scene: Scene) -> Iterator[Obstacle]:
 
 def _limits(scene: Scene, vpid: int) -> Iterator[Obstacle]:
     for number, limit in enumerate(scene.reader.get(Limits, vpid).limits[:len(LIMITS)]):
-        name, hard = LIMITS[number], _unsigned(resource.getrlimit(number)[1])
+        name, hard = LIMITS[number], _hard(scene, number)
         if limit.hard > hard and not scene.may(CAP_SYS_RESOURCE):
             yield Obstacle(vpid, f'RLIMIT_{name}', 'EPERM', f'its hard limit RLIMIT_{name} is {_amount(limit.hard)}, '
                            f'ours {_amount(hard)}', _RESOURCE.format(name))
@@ -50,6 +50,12 @@ def _limits(scene: Scene, vpid: int) -> Iterator[Obstacle]:
             # kernel/sys.c, do_prlimit
             yield Obstacle(vpid, 'RLIMIT_NOFILE', 'EPERM', f'its hard limit RLIMIT_NOFILE is {_amount(limit.hard)}, '
                            f'and this machine has at most {most}', 'raise the sysctl fs.nr_open')
+
+
+def _hard(scene: Scene, number: int) -> int:
+    """The highest hard limit that the tree may have without a privilege."""
+    own, asked = _unsigned(resource.getrlimit(number)[1]), scene.request.hard_limits
+    return min(own, asked[number]) if number < len(asked) else own
 
 
 def _unsigned(value: int) -> int:
