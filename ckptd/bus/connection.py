@@ -12,10 +12,12 @@ from typing import Any, Final, Self
 
 from ckptd.bus import wire
 from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError, MessageType, ProtocolError
-from ckptd.bus.stream import MessageReader, MessageWriter
+from ckptd.bus.stream import UNWANTED, MessageReader
+from ckptd.bus.turns import Key
 from ckptd.bus.values import to_body
-from ckptd.bus.wire import AuthError, Message, Received
-from ckptd.errors import Busy, LimitsExceeded, Unavailable
+from ckptd.bus.wire import AuthError, Message, ReadyError, Received
+from ckptd.bus.writer import MessageWriter
+from ckptd.errors import Busy, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ ERROR: Final = 'org.freedesktop.DBus.Error.'
 PROPERTIES: Final = 'org.freedesktop.DBus.Properties'
 PEER: Final = 'org.freedesktop.DBus.Peer'
 MAX_REPLY: Final = 128 << 20        # D-Bus specification: no message is longer
+SEND_BUFFER: Final = 4 << 10        # bytes; the kernel doubles it, socket(7)
 TIMEOUT: Final = 25.0               # seconds, as libdbus and sd-bus have it
 
 DO_NOT_QUEUE: Final = 4
@@ -43,8 +46,8 @@ class Match:
 
     def rule(self) -> str:
         """The rule in the words of AddMatch."""
-        keys = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return ','.join(["type='signal'"] + [f"{name}='{value}'" for name, value in keys if value])
+        return ','.join(["type='signal'"] + [f"{key.name}='{value}'" for key in fields(self)
+                                             if (value := getattr(self, key.name))])
 
     def fits(self, message: Received) -> bool:
         """Whether the signal is one of these; the bus delivers unasked what is addressed to us."""
@@ -80,6 +83,7 @@ class Connection:
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)       # what is there has no turns any more
         self._sock = sock
         self.inode = os.fstat(sock.fileno()).st_ino     # sock_diag(7) knows it by that
         self._loop = asyncio.get_running_loop()
@@ -87,11 +91,15 @@ class Connection:
         self._writer = MessageWriter(sock, self._lost)
         self._pending: dict[int, tuple[str, asyncio.Future[Received]]] = {}
         self._by_sender: defaultdict[str, list[Subscription]] = defaultdict(list)
+        self._next_round: asyncio.Handle | None = None
         self._serial = 0
         self.connected = True
         self.error: Exception | None = None
         self.unique_name = ''
         self.on_call: Callable[[Received], None] | None = None
+        # whether a call is to be read, by its header; one that is not is nobody's to answer any more
+        self.admit: Callable[[Received], bool] = lambda header: True
+        self.key_of: Callable[[str], Key] = lambda destination: ''      # whose turn it is to be sent something
         self.on_lost: list[Callable[[], None]] = []
         self._loop.add_reader(sock, self._readable)
 
@@ -136,36 +144,42 @@ class Connection:
         LimitsExceeded for one of more than wire.MAX_SENT bytes."""
         if self.connected:
             message.serial, message.unix_fds = self._next_serial(), list(fds)
-            self._writer.send(_marshal(message), fds)
+            self._writer.send(wire.marshal(message), fds, self.key_of(message.destination or ''))
+
+    def refuse(self, call: Received, error: ReadyError) -> None:
+        """Answer a call that `admit` does not let in."""
+        if call.wants_reply:
+            self._writer.refuse(error.to(call, self._next_serial()), self.key_of(call.sender))
 
     def send_to_each(self, signal: Message, destinations: Sequence[str]) -> None:
         """Queue a signal for each of them; it is marshalled once. ValueError for a bad body."""
         if self.connected and destinations:
-            data = _marshal(signal)
-            self._writer.send(b''.join(wire.address(data, self._next_serial(), one) for one in destinations))
+            data = wire.marshal(signal)
+            for one in destinations:
+                self._writer.send(wire.address(data, self._next_serial(), one), key=self.key_of(one))
 
     async def send_large(self, make: Callable[[], Message]) -> None:
         """Send a message that takes long to make and marshal (40 us a row of a{sv}): a thread does it. Errors as of
         `send`."""
         serial = self._next_serial()
 
-        def work() -> bytes:
+        def work() -> tuple[bytes, str]:
             message = make()
             message.serial = serial
-            return _marshal(message)
+            return wire.marshal(message), message.destination or ''
 
-        data = await asyncio.to_thread(work)
+        data, destination = await asyncio.to_thread(work)
         if self.connected:
-            self._writer.send(data)
+            self._writer.send(data, key=self.key_of(destination))
 
     def _next_serial(self) -> int:
         """Never 0, and of 32 bits."""
         self._serial = self._serial % 0xFFFFFFFF + 1
         return self._serial
 
-    async def drain(self) -> None:
-        """Wait until the bus has read most of what was sent."""
-        await self._writer.drain()
+    async def drain(self, destination: str = '') -> None:
+        """Wait until the bus has read most of what was sent: to all, or to this one and others of its user."""
+        await self._writer.drain(self.key_of(destination) if destination else None)
 
     async def call(self, destination: str, path: str, interface: str, member: str, signature: str = '',
                    body: Sequence[Any] = (), *, timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
@@ -249,9 +263,13 @@ class Connection:
         await self.driver('ReleaseName', 's', name)
 
     def _limit(self, message: Received) -> int:
+        """Bytes of its body that are read; UNWANTED for what anybody may send at any rate and nobody waits for."""
         if message.type in (MessageType.RETURN, MessageType.ERROR):
-            return MAX_REPLY if self._waiting_for(message) else 0
-        return wire.MAX_BODY
+            return MAX_REPLY if self._waiting_for(message) else UNWANTED
+        if message.type == MessageType.CALL:
+            return wire.MAX_BODY if self.admit(message) else UNWANTED
+        known = message.type == MessageType.SIGNAL and (message.sender in self._by_sender or '' in self._by_sender)
+        return wire.MAX_BODY if known else UNWANTED
 
     def _waiting_for(self, message: Received) -> asyncio.Future[Received] | None:
         """The call that this answers: who was asked must be who answers, or the bus in its place."""
@@ -264,13 +282,20 @@ class Connection:
         return future if instead or not exact or message.sender == destination else None
 
     def _readable(self) -> None:
+        if self._next_round is None:        # else it comes in this turn of the loop
+            self._read()
+
+    def _read(self) -> None:
+        self._next_round = None
         try:
-            for message in self._reader.messages():
+            for message in self._reader.messages() if self.connected else ():
                 self._dispatch(message)
                 if not self.connected:
                     return
         except (OSError, EOFError, ProtocolError) as error:
             self._lost(error)
+        if self.connected and self._reader.pending:        # in its buffer, where no selector sees it
+            self._next_round = self._loop.call_soon(self._read)
 
     def _dispatch(self, message: Received) -> None:
         if message.type == MessageType.CALL and self.on_call is not None:
@@ -303,14 +328,11 @@ class Connection:
         self._writer.close()
         self._reader.close()
         self._sock.close()
-        self._fail_pending()
-        for callback in self.on_lost:
-            callback()
-
-    def _fail_pending(self) -> None:
         for _, future in self._pending.values():
             if not future.done():
                 future.set_exception(self._disconnected())
+        for callback in self.on_lost:
+            callback()
 
     def _disconnected(self) -> DBusError:
         return DBusError(f'{ERROR}Disconnected', f'not connected to the bus: {self.error or "closed"}')
@@ -326,11 +348,3 @@ def error_of(reply: Received) -> DBusError:
         reply.fds.close()
     text = body[0] if body and isinstance(body[0], str) else ''
     return DBusError(reply.error_name, text, body)
-
-
-def _marshal(message: Message) -> bytes:
-    data = wire.marshal(message)
-    if len(data) > wire.MAX_SENT:
-        raise LimitsExceeded(f'the message would have {len(data):,} bytes, of {wire.MAX_SENT:,} at most',
-                             hint='ask about less at a time: a subtree, one image')
-    return data

@@ -47,32 +47,31 @@ from `types` or by guess. They raise CkptError for what the caller is to know.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
-from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from ckptd.bus import wire
 from ckptd.bus.call import Call
 from ckptd.bus.connection import Connection
 from ckptd.bus.export import Audience, Exported, Method
+from ckptd.bus.intake import MAX_CALLS, MAX_FDS, Intake, require_limits
 from ckptd.bus.message import DBusError, Fd, ProtocolError
 from ckptd.bus.peers import Peers, SeesAll
 from ckptd.bus.registry import ERROR, Registry
 from ckptd.bus.standard import Changes, Introspectable, ObjectManager, Peer, Properties
 from ckptd.bus.values import NO_TYPES, index_fds, is_large, to_body
-from ckptd.bus.wire import Message, Received
+from ckptd.bus.wire import Message, ReadyError, Received
 from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded, PermissionDenied
 from ckptd.jobs.audit import audit
 from ckptd.jobs.lane import Lane
 
+__all__ = ['MAX_CALLS', 'MAX_FDS', 'Router']
+
 log = logging.getLogger(__name__)
 
-MAX_CALLS = 32          # in flight, of one sender
-MAX_CALLS_OF_USER = 256     # of all connections of one uid; root has no limit
-MAX_CALLS_IN_ALL = 2048
-MAX_FDS = 16            # with one call
 STANDARD = 'org.freedesktop.DBus.'      # interfaces that say nothing which anybody has to be allowed
 LARGE = 1000            # values of a result that another thread marshals: each takes some 5 us
 LONG = 2                # long answers that are worked on at a time, of each user one
@@ -100,10 +99,9 @@ class Router:
                  nodes: Sequence[str] = ()) -> None:
         self.connection, self.peers, self.root = connection, Peers(connection), root
         self._spawn, self._sees_all = spawn, sees_all
-        self._in_flight: Counter[str] = Counter()
+        self._intake = Intake(self._begin, self._turn_away)
         self._quiet = asyncio.Event()           # none is in flight
         self._quiet.set()
-        self._of_user: Counter[int] = Counter()
         self._long = Lane(LONG, 1)
         self._flooding: set[str] = set()        # senders whose calls are refused until they wait for replies
         self.last_call = asyncio.get_running_loop().time()
@@ -113,7 +111,7 @@ class Router:
         self.manager = ObjectManager(self.registry, root)
         properties.registry = introspectable.registry = self.registry
         self._adopt(root, self.manager)
-        connection.on_call = self.route
+        connection.on_call, connection.admit, connection.key_of = self.route, self.admit, self._intake.key_of
         connection.on_lost.append(self._lost)
 
     def export(self, path: str, *exported: Exported) -> None:
@@ -150,6 +148,8 @@ class Router:
                 await self.peers.viewer(sender, self._sees_all)
 
     def _lost(self) -> None:
+        for message in self._intake.clear():
+            message.fds.close()
         self._changes.close()
         self.peers.close()
 
@@ -161,8 +161,8 @@ class Router:
 
     @property
     def in_flight(self) -> int:
-        """Calls that are served now."""
-        return self._in_flight.total()
+        """Calls that are not answered yet."""
+        return self._intake.count
 
     async def quiet(self) -> None:
         """Until every call is answered."""
@@ -190,43 +190,49 @@ class Router:
                            audience: Audience | None) -> None:
         self._changes.add(path, exported, names, audience)
 
+    def admit(self, header: Received) -> bool:
+        """Whether a call is let in; one that is not is answered."""
+        error = self._intake.refusal(header)
+        if error is None:
+            return True
+        self._turn_away(header, error)
+        return False
+
+    def _turn_away(self, message: Received, error: LimitsExceeded) -> None:
+        """Answer a call that nobody is going to serve."""
+        self._audit_flood(message)
+        self.connection.refuse(message, _ready(error.message, error.hint))
+        message.fds.close()
+
     def route(self, message: Received) -> None:
         """A method call came in: serve it in a task, at whose end its fds are closed."""
-        call = Call(message, self.peers, self._sees_all)
         try:
-            self._admit(message)
-        except CkptError as error:
-            if call.sender not in self._flooding:
-                self._flooding.add(call.sender)     # and not with each: who floods us is not to flood the log
-                self._audit(call, 'refused', 'limits')
-            self._fail(call, error)
+            require_limits(message)
+        except LimitsExceeded as error:
+            self._audit_flood(message)
+            self._fail(Call(message, self.peers, self._sees_all), error)
             message.fds.close()
             return
-        self._in_flight[call.sender] += 1
         self._quiet.clear()
+        self._intake.put(message)
+
+    def _begin(self, message: Received) -> None:
+        call = Call(message, self.peers, self._sees_all)
         task = self._spawn(self.serve(call), name=str(call))
         task.add_done_callback(lambda _: self._finished(call))
 
-    def _admit(self, message: Received) -> None:
-        """LimitsExceeded for what is too much, whoever asks and for what."""
-        if self._in_flight[message.sender] >= MAX_CALLS:
-            raise LimitsExceeded(f'more than {MAX_CALLS} calls at a time', hint='wait for replies')
-        if self.in_flight >= MAX_CALLS_IN_ALL:
-            raise LimitsExceeded(f'ckptd has {MAX_CALLS_IN_ALL} calls to answer', hint='try again later')
-        if message.raw is None or message.fds.count > MAX_FDS:
-            raise LimitsExceeded(f'a call may have {wire.MAX_BODY} bytes of arguments and {MAX_FDS} file descriptors')
-        if message.fds.count != message.fd_count:
-            # the kernel drops what does not fit under RLIMIT_NOFILE (recvmsg(2), MSG_CTRUNC), or what stream.py does
-            # not take in
-            raise LimitsExceeded(f'{message.fds.count} file descriptors came instead of {message.fd_count}',
-                                 hint='try again later')
+    def _audit_flood(self, message: Received) -> None:
+        """Once, and not with each: who floods us is not to flood the log."""
+        if message.sender not in self._flooding:
+            self._flooding.add(message.sender)
+            self._audit(message, 'refused', 'limits')
 
     async def _find(self, call: Call) -> tuple[Exported, Method]:
         """The method that is meant, at an object that its caller may see; the body is not decoded before."""
         message = call.message
         viewer = await call.viewer(lambda viewer: self.registry.sees(viewer, message.path))
         if self.registry.at(message.path) and not self.registry.sees(viewer, message.path):
-            self._audit(call, 'refused', 'not theirs to see')
+            self._audit(message, 'refused', 'not theirs to see')
         exported, row = self.registry.find(message.path, message.interface, message.member, viewer)
         if message.signature != row.in_signature:
             raise DBusError(f'{ERROR}InvalidArgs',
@@ -236,15 +242,16 @@ class Router:
     async def serve(self, call: Call) -> None:
         """Run the handler and answer, whatever happens; if it is cancelled, `_finished` answers."""
         try:
-            async with self._one_of_user(call) as uid:
-                exported, row = await self._find(call)
-                self._follow(call.sender, call.message.path)
-                if row.long:
-                    await call.viewer()     # polkit, which may be asked for that, is not waited for with a place
-                async with self._long.place(uid) if row.long else contextlib.nullcontext():
-                    await self._work(call, exported, row, uid)
+            uid = await self.peers.uid(call.sender)
+            self._intake.belongs_to(call.message, uid)
+            exported, row = await self._find(call)
+            self._follow(call.sender, call.message.path)
+            if row.long:
+                await call.viewer()     # polkit, which may be asked for that, is not waited for with a place
+            async with self._long.place(uid) if row.long else contextlib.nullcontext():
+                await self._work(call, exported, row, uid)
         except LimitsExceeded as error:
-            self._audit(call, 'refused', error.resource or 'limits')
+            self._audit(call.message, 'refused', error.resource or 'limits')
             self._fail(call, error)
         except (DBusError, CkptError) as error:
             self._fail(call, error)
@@ -252,20 +259,20 @@ class Router:
             # its text and traceback say more about the daemon than a caller should know
             log.exception('%s failed', call)
             self._fail(call, CkptError('internal error', hint='see the log of the daemon'))
-        await self.connection.drain()
+        await self.connection.drain(call.sender)
 
     async def _work(self, call: Call, exported: Exported, row: Method, uid: int) -> None:
         result = await row.handler(exported, call, *self._arguments(call.message))
         if not call.audited and not exported.interface.startswith(STANDARD):
-            self._audit(call, 'allowed', 'everybody')
+            self._audit(call.message, 'allowed', 'everybody')
         if row.out_signature == 'o':
             self._follow(call.sender, result)
         await self._reply(call, row, result, uid)
 
-    def _audit(self, call: Call, decision: Literal['allowed', 'refused'], rule: str) -> None:
-        peer = self.peers.get(call.sender)
-        audit(decision, rule, method=call.message.member, uid=peer.uid if peer else -1, pid=peer.pid if peer else 0,
-              sender=call.sender, label=peer.label if peer else '', what=call.message.path)
+    def _audit(self, message: Received, decision: Literal['allowed', 'refused'], rule: str) -> None:
+        peer = self.peers.get(message.sender)
+        audit(decision, rule, method=message.member, uid=peer.uid if peer else -1, pid=peer.pid if peer else 0,
+              sender=message.sender, label=peer.label if peer else '', what=message.path)
 
     def _follow(self, sender: str, path: str) -> None:
         """Who has the path of an object, or calls it, hears from now on what it says of itself."""
@@ -273,20 +280,6 @@ class Router:
         if audience is not None and audience.followers is not None:
             audience.followers.intersection_update(self.peers.senders)      # others have left meanwhile
             audience.followers.add(sender)
-
-    @contextlib.asynccontextmanager
-    async def _one_of_user(self, call: Call) -> AsyncIterator[int]:
-        """Count the call among those of its user, until it is answered: the uid. LimitsExceeded."""
-        uid = await self.peers.uid(call.sender)
-        if uid and self._of_user[uid] >= MAX_CALLS_OF_USER:
-            raise LimitsExceeded(f'more than {MAX_CALLS_OF_USER} calls of uid {uid} at a time', hint='wait for replies')
-        self._of_user[uid] += 1
-        try:
-            yield uid
-        finally:
-            self._of_user[uid] -= 1
-            if not self._of_user[uid]:
-                del self._of_user[uid]
 
     @staticmethod
     def _arguments(message: Received) -> list[Any]:
@@ -318,31 +311,34 @@ class Router:
                 os.close(result)
 
     def _fail(self, call: Call, error: DBusError | CkptError) -> None:
+        if call.answered:
+            return
         if isinstance(error, CkptError):
             name, signature, body = error.dbus_name, 'sa{sv}', to_body('sa{sv}', error_body(error), ERROR_TYPES)
         else:
             name, signature, body = error.name, 's', [error.message]
         try:
-            self._answer(call, wire.make_error(call.message, name, signature, body))
+            self.connection.send(wire.make_error(call.message, name, signature, body))
+            call.answered = True
         except LimitsExceeded as error:     # of many refusals
             self._fail(call, error)
-
-    def _answer(self, call: Call, message: Message) -> None:
-        if not call.answered:
-            self.connection.send(message)
-            call.answered = True
 
     def _finished(self, call: Call) -> None:
         """The task is done. Cancelled, perhaps before it began, it has not answered: a caller would wait for ever."""
         self.last_call = asyncio.get_running_loop().time()
-        self._in_flight[call.sender] -= 1
-        if not self._in_flight[call.sender]:
-            del self._in_flight[call.sender]
+        self._intake.finished(call.message)
+        if not self._intake.has(call.sender):
             self._flooding.discard(call.sender)
         call.message.fds.close()
         self._fail(call, Cancelled('the daemon stops'))
-        if not self._in_flight:
+        if not self._intake.count:
             self._quiet.set()
+
+
+@functools.lru_cache(64)
+def _ready(words: str, hint: str) -> ReadyError:
+    error = LimitsExceeded(words, hint=hint)
+    return wire.ready_error(error.dbus_name, 'sa{sv}', to_body('sa{sv}', error_body(error), ERROR_TYPES))
 
 
 def error_body(error: CkptError) -> tuple[str, dict[str, Any]]:

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Messages and their fds from and to the bus's socket, never blocking and never without a bound.
+"""Messages and their fds from the bus's socket, never blocking and never without a bound.
 
-The reader asks the kernel for the rest of the current part of the current message (16 fixed bytes, field array, body),
-never for more: what SCM_RIGHTS brings along with a part then belongs to that message, whatever its fields say.
+The reader asks the kernel for as much as there is, so that a flood of small messages costs few system calls. A bus
+sends each message by itself, its fds with the first byte; and a read ends behind the data that fds came with
+(unix_stream_read_generic in net/unix/af_unix.c). So fds belong to the last message that begins in what was read with
+them, whatever its fields say.
 """
 
 import array
-import asyncio
-import fcntl
 import logging
-import os
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from ckptd.bus.header import FIXED, lengths, parse_header
+from ckptd.bus.header import FIXED, lengths, parse_fields, read_fixed
 from ckptd.bus.message import Fds, MessageType, ProtocolError
 from ckptd.bus.wire import Received
 from ckptd.kernel.closing import MOST as MOST_CLOSING
@@ -25,216 +23,207 @@ log = logging.getLogger(__name__)
 
 MAX_FIELDS: Final = 8 << 10         # bytes of a field array; ours have some 200
 MESSAGES_PER_WAKE: Final = 32
-BYTES_PER_WAKE: Final = 1 << 20
+REFUSED_PER_WAKE: Final = 1024      # messages that are stepped over: some 5 us each
+BYTES_PER_WAKE: Final = 4 << 20
 SCM_MAX_FD: Final = 253             # <net/scm.h>: the kernel takes no more in one message
-HIGH_WATER: Final = 1 << 20         # bytes queued at which drain() waits
-MAX_QUEUE: Final = 64 << 20         # bytes queued at which messages are dropped
+UNWANTED: Final = -1                # a limit: the message is not to be read at all
 
 _CONTROL = socket.CMSG_SPACE(SCM_MAX_FD * array.array('i').itemsize)
+_BUFFER: Final = 64 << 10
 
 
 class MessageReader:
-    """limit(message without body) -> bytes of body to take; a longer body is read and forgotten piece by piece."""
+    """limit(message without body) -> bytes of body to take, or UNWANTED for a message that nobody is to hear of; what
+    is longer is stepped over.
+
+        stream      ... message | message | mess      of which the buffer has what was read and is not taken yet
+                                 ^ _at    ^ _end      as bytes of the stream; the next byte to take is _buffer[_start]
+
+    Of the current message, which begins at `_began`, the head may be taken: then its body goes to `_body`, where
+    `_have` bytes of it are, or it is stepped over, with `_skip` bytes to go.
+    """
 
     def __init__(self, sock: socket.socket, limit: Callable[[Received], int]) -> None:
         self._sock, self._limit = sock, limit
-        self._scratch = bytearray(64 << 10)
-        self._budget = 0
-        self._fds = Fds()
-        self._begin()
-
-    def _begin(self) -> None:
-        self._message: Received | None = None
-        self._fixed = b''
-        self._skip = 0
-        self._expect(bytearray(FIXED))
-
-    def _expect(self, part: bytearray | memoryview) -> None:
-        self._part, self._have = part, 0
+        self._buffer = memoryview(bytearray(_BUFFER))
+        self._start = self._at = self._end = 0
+        self._taken = False
+        self._message: Received | None = None   # None also for one that nobody hears of
+        self._began = self._skip = self._have = 0
+        self._body = bytearray()
+        self._fds: dict[int, Fds] = {}      # by where their message begins
+        self._budget = self._refused = 0
+        self.pending = False    # the last round ended by its bounds: there may be more that no socket tells of
 
     def messages(self) -> Iterator[Received]:
         """Whole messages that are there, up to MESSAGES_PER_WAKE; their fds are the receiver's to close.
 
         EOFError when the bus has closed the connection, ProtocolError for what is no message, OSError.
         """
-        self._budget = BYTES_PER_WAKE
-        count = 0
-        while count < MESSAGES_PER_WAKE and self._fill():
-            if (message := self._advance()) is not None:
-                count += 1
-                yield message
+        self._budget, self._refused, count = BYTES_PER_WAKE, 0, 0
+        self.pending = True
+        while count < MESSAGES_PER_WAKE and self._refused < REFUSED_PER_WAKE:
+            if self._advance():
+                if (message := self._finish()) is not None:
+                    count += 1
+                    yield message
+            elif self._refused < REFUSED_PER_WAKE and not self._fill():
+                return
 
     def close(self) -> None:
-        self._fds.close()
+        for fds in self._fds.values():
+            fds.close()
+        self._fds.clear()
+
+    # ------------------------------------------------------------ from the socket
 
     def _fill(self) -> bool:
-        """Whether the current part is whole now; if not, the socket or the budget of this wake-up is empty."""
-        while self._have < len(self._part):
-            if self._budget <= 0:
-                return False
-            rest = memoryview(self._part)[self._have:]
-            try:
-                room = _CONTROL if closing() < MOST_CLOSING or self._is_reply() else 0
-                count, control, _, _ = self._sock.recvmsg_into([rest], room, socket.MSG_CMSG_CLOEXEC)
-            except BlockingIOError:
-                return False
-            self._keep_fds(control)
-            if not count:
-                raise EOFError('the bus closed the connection')
-            self._have += count
-            self._budget -= count
+        """Read more; False when the socket or the budget of this wake-up is empty."""
+        if self._budget <= 0:
+            return False
+        into_body, room, ancillary = self._into_body, self._room(), _CONTROL
+        try:
+            if closing() >= MOST_CLOSING:
+                # Where there is no room for fds the kernel drops them, and so it is to do while too many wait for
+                # somebody's file system; but not with those that we have asked for, the bus's or systemd's own.
+                room, ancillary = room[:self._wanted()], _CONTROL if self._is_reply() else 0
+            count, control, _, _ = self._sock.recvmsg_into([room], ancillary, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            self.pending = False
+            return False
+        self._end += count
+        if into_body:
+            self._at, self._have = self._end, self._have + count
+        self._keep_fds(control)
+        if not count:
+            raise EOFError('the bus closed the connection')
+        self._budget -= count
         return True
 
+    @property
+    def _into_body(self) -> bool:
+        """Whether the rest of a body is read to where it stays, and nothing behind it."""
+        return len(self._body) - self._have > _BUFFER // 2
+
+    def _room(self) -> memoryview:
+        if self._into_body:     # the buffer is empty
+            return memoryview(self._body)[self._have:]
+        used = self._end - self._at
+        if self._start + used > _BUFFER // 2:
+            self._buffer[:used] = self._buffer[self._start:self._start + used]
+            self._start = 0
+        return self._buffer[self._start + used:]
+
+    def _wanted(self) -> int:
+        """Bytes that the current message needs at least."""
+        if self._taken:
+            return self._missing
+        used = self._end - self._at
+        return FIXED - used if used < FIXED else FIXED + self._lengths(self._at)[0] - used
+
     def _is_reply(self) -> bool:
-        """Of what begins now. Where there is no room for fds the kernel drops them, and so it is to do while too many
-        wait for somebody's file system; but not with those that we have asked for, the bus's or systemd's own."""
-        begins = not self._fixed and not self._have
+        """Of what begins now."""
+        begins = self._at == self._end and not self._taken
         return begins and self._sock.recv(2, socket.MSG_PEEK)[1:] == bytes([MessageType.RETURN])
+
+    def _lengths(self, at: int) -> tuple[int, int]:
+        """Of field array and body of the message that begins at this place of the stream."""
+        start = self._start + at - self._at
+        return lengths(bytes(self._buffer[start:start + FIXED]))
 
     def _keep_fds(self, control: Sequence[tuple[int, int, bytes]]) -> None:
         for level, kind, data in control:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds = array.array('i')
                 fds.frombytes(data[:len(data) - len(data) % fds.itemsize])
-                self._fds.add(fds)
+                self._fds.setdefault(self._last_begin(), Fds()).add(fds)
 
-    def _advance(self) -> Received | None:
-        """The part is whole: what comes next? The message, when that was its last part."""
+    def _last_begin(self) -> int:
+        """Where the last message begins of which something was read."""
+        begin, at = (self._began, self._at + self._missing) if self._taken else (self._at, self._at)
+        while at < self._end:
+            begin = at
+            if at + FIXED > self._end:
+                break
+            at += FIXED + sum(self._lengths(at))
+        return begin
+
+    # ------------------------------------------------------------ from the buffer
+
+    def _advance(self) -> bool:
+        """Whether the current message is whole now."""
+        if not self._taken and not self._take_head():
+            return False
         if self._skip:
-            self._skip -= len(self._part)
-            return self._skip_on()
-        if self._message is not None:
-            self._message.raw = bytes(self._part)
-            return self._finish()
-        if not self._fixed:
-            self._begin_fields()
-            return None
-        return self._begin_body()
+            self._skip -= self._consume(self._skip)
+        elif self._missing:
+            start = self._start
+            count = self._consume(self._missing)
+            self._body[self._have:self._have + count] = self._buffer[start:start + count]
+            self._have += count
+        return not self._missing
 
-    def _begin_fields(self) -> None:
-        self._fixed = bytes(self._part)
-        fields, body = lengths(self._fixed)
+    @property
+    def _missing(self) -> int:
+        """Bytes of the current message, its head taken, that are not read yet, or not taken from the buffer."""
+        return self._skip or len(self._body) - self._have
+
+    def _consume(self, most: int) -> int:
+        count = min(most, self._end - self._at)
+        self._start, self._at = self._start + count, self._at + count
+        return count
+
+    def _take_head(self) -> bool:
+        """Decide what becomes of the message that begins here; False where its head is not whole. What is not wanted,
+        and whole in the buffer, is stepped over."""
+        while (taken := self._decide()) is None:
+            if self._refused >= REFUSED_PER_WAKE:
+                return False
+        return taken
+
+    def _decide(self) -> bool | None:
+        start, used = self._start, self._end - self._at
+        if used < FIXED:
+            return False
+        fixed = read_fixed(bytes(self._buffer[start:start + FIXED]))
+        fields, body = (fixed[6] + 7) & ~7, fixed[4]
         if fields > MAX_FIELDS:
             # not even its sender is known then: nobody to answer
-            self._skip = fields + body
-            self._skip_on()
-        else:
-            self._expect(bytearray(fields))
-
-    def _begin_body(self) -> Received | None:
+            self._taken, self._began, self._skip = True, self._at, FIXED + fields + body
+            return True
+        if used < FIXED + fields:
+            return False
+        self._taken, self._began = True, self._at
+        rest = bytes(self._buffer[start + FIXED:start + FIXED + fields])
+        self._consume(FIXED + fields)
         try:
-            self._message = message = parse_header(self._fixed, bytes(self._part))
+            message = parse_fields(fixed, rest)
         except ProtocolError as error:
             log.warning('a message is not read: %s', error)
-            self._skip = lengths(self._fixed)[1]
-            return self._skip_on()
-        if not message.length:
-            return self._finish()
-        if message.length <= self._limit(message):
-            self._expect(bytearray(message.length))
-            return None
-        message.raw = None
-        self._skip = message.length
-        return self._skip_on()
-
-    def _skip_on(self) -> Received | None:
-        if not self._skip:
-            return self._finish()
-        self._expect(memoryview(self._scratch)[:min(self._skip, len(self._scratch))])
-        return None
-
-    def _finish(self) -> Received | None:
-        message, fds = self._message, self._fds
-        self._fds = Fds()
-        self._begin()
-        if message is None:
-            fds.close()
+            self._skip = body
+            return True
+        limit = self._limit(message)
+        if limit == UNWANTED:
+            self._refused += 1
+            if used >= FIXED + fields + body and not self._fds:
+                self._consume(body)
+                self._taken = False
+                return None
         else:
-            message.fds = fds
-        return message
-
-
-class MessageWriter:
-    """A bounded queue of marshalled messages in front of the socket."""
-
-    def __init__(self, sock: socket.socket, on_error: Callable[[OSError], None]) -> None:
-        self._sock, self._on_error = sock, on_error
-        self._loop = asyncio.get_running_loop()
-        self._queue: deque[tuple[memoryview, list[int]]] = deque()
-        self._size = 0
-        self._room = asyncio.Event()
-        self._room.set()
-        self._closed = False
-
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
-        """Queue one message and send what the socket takes now. False: dropped, because far too much is queued."""
-        if self._closed or (self._queue and self._size + len(data) > MAX_QUEUE):
-            log.warning('a message of %d bytes is dropped: %d bytes wait for the bus', len(data), self._size)
-            return False
-        # duplicates: the message may leave later than its sender closes the originals
-        self._queue.append((memoryview(data), [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0) for fd in fds]))
-        self._size += len(data)
-        if len(self._queue) == 1:
-            self._flush()
-        self._check_room()
+            self._message = message
+        if body > limit:
+            message.raw, self._skip = None, body
+        else:
+            self._body = bytearray(body)
         return True
 
-    async def drain(self) -> None:
-        """Wait until less than HIGH_WATER bytes are queued, or the connection is gone."""
-        await self._room.wait()
-
-    async def flush(self) -> None:
-        """Wait until nothing is queued, or the connection is gone."""
-        while self._queue:
-            self._room.clear()
-            await self._room.wait()
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._loop.remove_writer(self._sock)
-        for _, fds in self._queue:
-            _close_all(fds)
-        self._queue.clear()
-        self._size = 0
-        self._room.set()
-
-    def _flush(self) -> None:
-        try:
-            while self._queue:
-                self._send_first()
-        except BlockingIOError:
-            # never an error: a burst is faster than any bus reads
-            self._loop.add_writer(self._sock, self._flush)
-            self._check_room()
-            return
-        except OSError as error:
-            self._on_error(error)
-            return
-        self._loop.remove_writer(self._sock)
-        self._check_room()
-
-    def _send_first(self) -> None:
-        data, fds = self._queue[0]
-        if fds:
-            sent = socket.send_fds(self._sock, [data], fds)
-            _close_all(fds)
-        else:
-            sent = self._sock.send(data)
-        self._size -= sent
-        if sent == len(data):
-            self._queue.popleft()
-        else:
-            self._queue[0] = (data[sent:], [])
-
-    def _check_room(self) -> None:
-        if self._size < HIGH_WATER:
-            self._room.set()
-        else:
-            self._room.clear()
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
+    def _finish(self) -> Received | None:
+        message, fds = self._message, self._fds.pop(self._began, None)
+        if message is not None:
+            message.fds = fds or message.fds
+            if message.raw is not None:
+                message.raw = self._body
+        elif fds is not None:
+            fds.close()
+        self._taken, self._message, self._body, self._have = False, None, bytearray(), 0
+        return message

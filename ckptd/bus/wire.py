@@ -36,6 +36,7 @@ from dbus_next.signature import SignatureTree, SignatureType, Variant
 from dbus_next.validators import is_object_path_valid
 
 from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, Fd, Fds, MessageType, ProtocolError
+from ckptd.errors import LimitsExceeded
 
 __all__ = ['AuthError', 'Message', 'SignatureType', 'Variant', 'is_object_path_valid']
 
@@ -51,7 +52,23 @@ _NUMBERS = {'n': 'h', 'q': 'H', 'i': 'i', 'u': 'I', 'x': 'q', 't': 'Q', 'd': 'd'
 
 # what the library makes is little-endian
 _FIXED = struct.Struct('<4sIII')            # endian to version, body_length, serial, bytes of the fields
-_DESTINATION = struct.Struct('<BBBBI')      # (yv): field 6, a variant of signature 's', bytes of the string
+_NUMBER = struct.Struct('<BBBBI')           # (yv): number of the field, a variant of signature 'u', its value; or 's',
+                                            # and the bytes of the string behind that
+_ERROR_HEAD = bytes([ord('l'), MessageType.ERROR, NO_REPLY_EXPECTED, 1])
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyError:
+    """An error message that answers many calls, but for serial numbers and addresses: its other fields and its body,
+    marshalled."""
+    fields: bytes
+    body: bytes
+
+    def to(self, call: 'Received', serial: int) -> bytes:
+        """The bytes of the answer to one call."""
+        fields = self.fields + _NUMBER.pack(5, 1, ord('u'), 0, call.serial) + _text(6, call.sender)
+        return (_FIXED.pack(_ERROR_HEAD, len(self.body), serial, len(fields)) + fields + bytes(-len(fields) % 8)
+                + self.body)
 
 
 @dataclass(slots=True, eq=False)
@@ -157,8 +174,13 @@ def parse_signature(signature: str) -> list[SignatureType]:
 
 
 def marshal(message: Message) -> bytes:
-    """The bytes of a message whose serial is set. ValueError where body and signature disagree."""
-    return bytes(message._marshall(negotiate_unix_fd=True))
+    """The bytes of a message whose serial is set. ValueError where body and signature disagree, LimitsExceeded for more
+    than MAX_SENT."""
+    data = bytes(message._marshall(negotiate_unix_fd=True))
+    if len(data) > MAX_SENT:
+        raise LimitsExceeded(f'the message would have {len(data):,} bytes, of {MAX_SENT:,} at most',
+                             hint='ask about less at a time: a subtree, one image')
+    return data
 
 
 def make_call(destination: str, path: str, interface: str, member: str, signature: str = '', body: Sequence[Any] = (),
@@ -180,6 +202,25 @@ def make_error(call: Received, name: str, signature: str, body: Sequence[Any]) -
                    signature=signature, body=list(body), unix_fds=[])
 
 
+def ready_error(name: str, signature: str, body: Sequence[Any]) -> ReadyError:
+    data = marshal(make_error(Received(MessageType.CALL, 0, 1, ord('l'), 0, sender=':0.0'), name, signature, body))
+    fields = _text(4, name)
+    _, length, _, _ = _FIXED.unpack_from(data)
+    return ReadyError(fields + bytes(-len(fields) % 8) + _signature(signature), data[len(data) - length:])
+
+
+def _text(number: int, value: str) -> bytes:
+    """A header field that is a string."""
+    data = value.encode()
+    return _NUMBER.pack(number, 1, ord('s'), 0, len(data)) + data + b'\0'
+
+
+def _signature(value: str) -> bytes:
+    """The header field 8, padded."""
+    field = bytes([8, 1, ord('g'), 0, len(value)]) + value.encode() + b'\0'
+    return field + bytes(-len(field) % 8)
+
+
 def make_signal(path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> Message:
     """For all who listen."""
     return Message(message_type=_Type.SIGNAL, path=path, interface=interface, member=member, signature=signature,
@@ -190,9 +231,7 @@ def address(data: bytes, serial: int, destination: str) -> bytes:
     """A marshalled message that is addressed to nobody as one of this serial, for this one alone. Its field comes last:
     they have no order."""
     start, length, _, size = _FIXED.unpack_from(data)
-    name = destination.encode()
-    fields = (data[_FIXED.size:_FIXED.size + size] + bytes(-size % 8)
-              + _DESTINATION.pack(6, 1, ord('s'), 0, len(name)) + name + b'\0')
+    fields = data[_FIXED.size:_FIXED.size + size] + bytes(-size % 8) + _text(6, destination)
     return (_FIXED.pack(start, length, serial, len(fields)) + fields + bytes(-len(fields) % 8)
             + data[len(data) - length:])
 

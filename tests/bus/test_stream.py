@@ -10,8 +10,9 @@ import pytest
 
 from ckptd.bus import stream
 from ckptd.bus.message import ProtocolError
-from ckptd.bus.stream import MessageReader, MessageWriter
+from ckptd.bus.stream import MessageReader
 from ckptd.bus.wire import Received
+from ckptd.bus.writer import MAX_QUEUE, MessageWriter
 from tests.bus.raw import (
     CALL,
     MEMBER,
@@ -146,7 +147,7 @@ async def test_a_full_socket_is_no_error(pair: Pair) -> None:
 async def test_a_reader_that_never_reads_costs_a_bounded_amount(pair: Pair) -> None:
     writer = MessageWriter(pair[0], pytest.fail)
     data = bytes(8 << 20)
-    assert [writer.send(data) for _ in range(12)].count(False) == 12 - stream.MAX_QUEUE // len(data)
+    assert [writer.send(data) for _ in range(12)].count(False) == 12 - MAX_QUEUE // len(data)
     writer.close()
     await writer.drain()                # who waits is let go
 
@@ -160,3 +161,85 @@ async def test_fds_to_send_are_duplicated_and_closed(pair: Pair) -> None:
         assert len(open_fds()) == len(before) + 2
     writer.close()
     assert open_fds() == before
+
+
+# ---------------------------------------------------------------- many at once
+
+def test_what_is_not_wanted_is_stepped_over(pair: Pair) -> None:
+    """With its body and its fds, and many of them in one round."""
+    before, asked = open_fds(), []
+
+    def limit(message: Received) -> int:
+        asked.append(message.serial)
+        return stream.UNWANTED if message.member == 'No' else 1000
+
+    reader = MessageReader(pair[0], limit)
+    refused = message(CALL, 7, [(PATH, 'o', '/a'), (MEMBER, 's', 'No')], bytes(100))
+    with null_fd() as fd:
+        pair[1].send(refused * 100)
+        socket.send_fds(pair[1], [refused], [fd, fd])
+        socket.send_fds(pair[1], [message(CALL, 8, [*FIELDS, (UNIX_FDS, 'u', 1)])], [fd])
+        pair[1].send(refused)
+    [got] = reader.messages()
+    assert (got.serial, got.fds.count) == (8, 1)
+    assert asked == [7] * 101 + [8, 7]
+    got.fds.close()
+    assert open_fds() == before
+
+
+def test_a_round_has_a_bound_for_those_too(pair: Pair) -> None:
+    reader = MessageReader(pair[0], lambda message: stream.UNWANTED)
+    one = message(CALL, 1, FIELDS)
+    for _ in range(stream.REFUSED_PER_WAKE // 100 + 2):
+        pair[1].send(one * 100)
+    assert not list(reader.messages())
+    assert reader.pending           # the socket may be empty by now, the buffer is not
+    assert not list(reader.messages())
+    assert not reader.pending
+
+
+@pytest.mark.parametrize('size', [stream._BUFFER // 2, stream._BUFFER, 3 * stream._BUFFER + 5])
+def test_bodies_of_every_size_between_small_messages(pair: Pair, size: int) -> None:
+    reader, body, got = reader_of(pair[0], 1 << 20), os.urandom(size), []
+    data = message(CALL, 1, FIELDS) + message(CALL, 2, FIELDS, body) + message(CALL, 3, FIELDS)
+    pair[1].setblocking(False)
+    while data or not got or got[-1].serial != 3:
+        data = data[pair[1].send(data):] if data else data
+        got += list(reader.messages())
+    assert [one.serial for one in got] == [1, 2, 3]
+    assert got[1].raw == body
+
+
+# ---------------------------------------------------------------- turns
+
+def taken(sock: socket.socket, size: int) -> bytes:
+    data = b''
+    while len(data) < size:
+        data += sock.recv(size - len(data))
+    return data
+
+
+async def test_who_is_sent_little_does_not_wait_for_all_of_another(pair: Pair) -> None:
+    pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    writer = MessageWriter(pair[0], pytest.fail)
+    for _ in range(20):
+        writer.send(b'a' * 50_000, key=1)
+    writer.send(b'b' * 10, key=2)
+    writer.refuse(b'c' * 10, key=3)
+    drained = [asyncio.create_task(writer.drain(key)) for key in (1, 2)]
+    pair[1].setblocking(False)
+    got = b''
+    while len(got) < 20 * 50_000 + 20:
+        got += await asyncio.get_running_loop().sock_recv(pair[1], 1 << 16)
+    await asyncio.gather(*drained)
+    assert got.index(b'b' * 10) <= 2 * 50_000       # the one that is being sent, and the next
+    assert 0 < got.index(b'c') <= 9 * 50_000        # every eighth is one of those who are refused
+    writer.close()
+
+
+async def test_refusals_are_sent_when_there_is_nothing_else(pair: Pair) -> None:
+    writer = MessageWriter(pair[0], pytest.fail)
+    for number in range(100):
+        writer.refuse(bytes([number]) * 30, key=number % 3)
+    assert sorted(taken(pair[1], 3000)) == sorted(b''.join(bytes([number]) * 30 for number in range(100)))
+    writer.close()

@@ -56,6 +56,21 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize('sender', [':1.1', ':1.12', ':1.123', ':1.1234567'])
+def test_an_error_that_is_ready_for_many(sender: str) -> None:
+    """It says to each what one that is made for it says."""
+    call = wire.Received(CALL, 0, 0xABCDEF, ord('l'), 0, sender=sender)
+    body = ['no', {'errno': wire.Variant('s', 'EDQUOT')}]
+    made = wire.make_error(call, 'a.b.Error', 'sa{sv}', body)
+    made.serial = 77
+    ready = wire.ready_error('a.b.Error', 'sa{sv}', body).to(call, 77)
+    one, other = header(wire.marshal(made)), header(ready)
+    for name in ('type', 'serial', 'length', 'error_name', 'reply_serial', 'destination', 'signature'):
+        assert getattr(one, name) == getattr(other, name), name
+    other.raw = ready[len(ready) - other.length:]
+    assert other.body() == ['no', {'errno': 'EDQUOT'}]
+
+
 def test_import_without_no_type_check_decorator() -> None:
     """As on Python 3.15."""
     gone = 'import typing\nif hasattr(typing, "no_type_check_decorator"): del typing.no_type_check_decorator\n'
