@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Self
 
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.kernel.cgroup import Cgroup, CgroupMount, mount_of
+from ckptd.kernel.hidepid import is_hidden
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.pidfd import pidfd_open, pidfd_send_signal, wait_dead
 from ckptd.kernel.stat import Stat, read_stat
@@ -160,19 +161,21 @@ def scan_tree(roots: Sequence[int]) -> Tree:
     stack = [_Visit(root, 0, 0, _outer_parent(root, level), 0) for root in reversed(roots)]
     tasks: list[Task] = []
     seen: set[int] = set()
+    unseen = False
     while stack:
         visit = stack.pop()
         if visit.tgid in seen:      # reparented while we looked, from a thread already read to a later one
             continue
         seen.add(visit.tgid)
         threads = _scan_process(visit, level)
+        unseen = unseen or (not threads and is_hidden(visit.tgid))
         tasks += threads
         children = [_Visit(child, thread.tid, thread.tgid, thread.vtgid, visit.depth + 1)
                     for thread in threads for child in _children(thread)]
         stack += reversed(children)
     if not tasks:
         raise _no_task(roots)
-    return Tree(tuple(tasks))
+    return Tree(tuple(tasks), unseen)
 
 
 def pid_level(roots: Sequence[int]) -> int:
@@ -188,18 +191,18 @@ def _no_task(roots: Sequence[int]) -> NoSuchTarget:
 
 
 def _outer_parent(root: int, level: int) -> int:
-    """vpid of a root's parent, which is not in the tree; 0 if it is outside of the root's pid namespace."""
+    """vpid of a root's parent, which is not in the tree; 0 if it is outside of the root's pid namespace, or hidden."""
     try:
         parent = read_stat(root).ppid
         return _at(read_status(parent).ns_tgid, level) if parent else 0
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):       # hidden from us, hidepid= of proc(5)
         return 0
 
 
 def _scan_process(visit: _Visit, level: int) -> list[Task]:
     """Threads of one process, the leader first; empty when it is gone or is not the process that was listed."""
     tasks: list[Task] = []
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):
         for tid in read_threads(visit.tgid):
             task = _scan_task(visit, tid, level)
             # the listed child has died and a stranger has its number: a child of ours would have our process as parent

@@ -55,9 +55,11 @@ class Task:
 class Tree:
     """Tasks in depth-first order: a leader, its other threads by tid, then the children of each thread in turn.
 
-    Creating processes in this order finds every parent alive before its child is made.
+    Creating processes in this order finds every parent alive before its child is made. unseen: there are tasks besides
+    that /proc does not show us.
     """
     tasks: tuple[Task, ...]
+    unseen: bool = False
     _by_tid: dict[int, Task] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def check_rights(tree: Tree, caller: Caller, avoid: Collection[int] = ()) -> lis
 
 def check_hidden(tree: Tree, visible: Tree, caller: Caller) -> list[Refusal]:
     """One row for all tasks that the caller does not see; that there are some cannot be kept from it."""
-    if len(visible) == len(tree):
+    if len(visible) == len(tree) and not tree.unseen:
         return []
     return [Refusal(0, '', 'ptrace', 'EPERM', f'has tasks that uid {caller.uid} does not see in /proc (hidepid=)',
                     'ask as root')]

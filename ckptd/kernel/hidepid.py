@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """From whom /proc hides the processes of others: its mount options hidepid= and gid=, proc(5)."""
 
+import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 from ckptd.kernel.mountinfo import Mount, read_mountinfo
-from ckptd.kernel.pidfd import held
+from ckptd.kernel.pidfd import held, pidfd_open, wait_dead
+from ckptd.kernel.stat import read_stat
 
 PROC = '/proc'
 # enum proc_hidepid of <linux/proc_fs.h>; mountinfo has names since 5.8 and had numbers before
@@ -51,3 +53,21 @@ def is_hidden_from(groups: Collection[int], pid: int, start_time: int) -> bool:
         if parse_hiding(read_mountinfo(1)).concerns(groups):
             return True
     return parse_hiding(read_mountinfo()).concerns(groups)
+
+
+def is_hidden(pid: int) -> bool:
+    """Whether a process lives that /proc does not show us, of another user or not dumpable."""
+    try:
+        read_stat(pid)
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        try:
+            fd = pidfd_open(pid)
+        except OSError:
+            return False
+        try:
+            return not wait_dead(fd, 0)
+        finally:
+            os.close(fd)
+    return False

@@ -26,15 +26,23 @@ pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace', 'dbus', 'unshare')
 # every way to ask about a target: member, signature, what comes behind the target
 WAYS = [('Scan', 'sa{sv}', ['0']), ('Check', 'sa{sv}', ['0']), ('Freeze', 'sa{sv}', ['0']),
         ('Checkpoint', 'sa{sv}', ['0']), ('Thaw', 'sa{sv}', ['0'])]
-# a tree of nobody's, one process of which stays root's
+# a tree of nobody's, one process of which stays root's, or is not dumpable, as one is whose ids have changed
 MIXED = """
-import os, sys
+import os, sys, time
+def become():
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+ready, theirs = os.pipe()
 child = os.fork()
 if child == 0:
-    os.execvp('sleep', ['hidden-one', '1000'])
-os.setgroups([])
-os.setresgid(65534, 65534, 65534)
-os.setresuid(65534, 65534, 65534)
+    if sys.argv[1] == 'undumpable':
+        become()
+    os.close(theirs)
+    time.sleep(1000)
+os.close(theirs)
+os.read(ready, 1)
+become()
 print(child, flush=True)
 os.execvp('sleep', ['sleep', '1000'])
 """
@@ -126,10 +134,11 @@ def test_ones_own_is_there(hiding: PrivateBus) -> None:
         assert nobody.call(MANAGER, 'Thaw', 'sa{sv}', target, '0') is None
 
 
-@pytest.fixture
-def mixed() -> Iterator[tuple[int, int]]:
-    """(root, child) of a tree of nobody's whose child is root's."""
-    with subprocess.Popen([sys.executable, '-c', MIXED], stdout=subprocess.PIPE, start_new_session=True) as process:
+@contextlib.contextmanager
+def mixed(kind: str) -> Iterator[tuple[int, int]]:
+    """(root, child) of a tree of nobody's whose child is root's, or nobody's and not dumpable."""
+    with subprocess.Popen([sys.executable, '-c', MIXED, kind], stdout=subprocess.PIPE,
+                          start_new_session=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
         try:
@@ -139,22 +148,23 @@ def mixed() -> Iterator[tuple[int, int]]:
             process.kill()
 
 
-def test_a_stranger_within_ones_own_tree(hiding: PrivateBus, mixed: tuple[int, int]) -> None:
+@pytest.mark.parametrize(('kind', 'words'), [('of root', 'not all of which is theirs'),
+                                              ('undumpable', 'does not see in /proc')])
+def test_what_is_hidden_within_ones_own_tree(hiding: PrivateBus, kind: str, words: str) -> None:
     """It is not shown. That the tree cannot be checkpointed is told, and neither by what number or name, nor whose."""
-    root, child = mixed
-    nobody, target = Busctl(hiding, NOBODY), f'pid:{root}'
-    [rows] = nobody.call(MANAGER, 'Scan', 'sa{sv}', target, '0')
-    assert [row['tid']['data'] for row in rows] == [root]
-    [rows] = nobody.call(MANAGER, 'Check', 'sa{sv}', target, '0')
-    [refusal] = [row for row in rows if row['resource']['data'] == 'ptrace']
-    assert (refusal['pid']['data'], refusal['errno']['data']) == (0, 'EPERM')
-    for member in ('Freeze', 'Checkpoint'):
-        answer = nobody.call(MANAGER, member, 'sa{sv}', target, '0')
-        assert 'not all of which is theirs' in answer
+    with mixed(kind) as (root, child):
+        nobody, target = Busctl(hiding, NOBODY), f'pid:{root}'
+        [rows] = nobody.call(MANAGER, 'Scan', 'sa{sv}', target, '0')
+        assert [row['tid']['data'] for row in rows] == [root]
+        [rows] = nobody.call(MANAGER, 'Check', 'sa{sv}', target, '0')
+        [refusal] = [row for row in rows if row['resource']['data'] == 'ptrace']
+        assert (refusal['pid']['data'], refusal['errno']['data']) == (0, 'EPERM')
+        answer = nobody.call(MANAGER, 'Freeze', 'sa{sv}', target, '0')
+        assert words in answer
         assert str(child) not in answer
         assert 'uid 0' not in answer
-    [rows] = Busctl(hiding, 0).call(MANAGER, 'Scan', 'sa{sv}', target, '0')
-    assert [row['tid']['data'] for row in rows] == [root, child]
+        [rows] = Busctl(hiding, 0).call(MANAGER, 'Scan', 'sa{sv}', target, '0')
+        assert [row['tid']['data'] for row in rows] == [root, child]
 
 
 def test_a_tracer_of_another_has_no_name(hiding: PrivateBus) -> None:
