@@ -12,6 +12,7 @@ order, each without any effect on the task:
 and of a restart, where `saved` is what every kind has in common of the file (image.records.OpenFile):
 
     obstacles(record, saved, looking)    why it cannot be opened again, or what it will lack; changes nothing
+    takes(record, saved)                 memory and other room that is needed to make it again
     late(record, saved)                  whether it can be opened only when the tasks exist
     restore(record, saved, ctx)          a new description: an fd with the access mode and flags of `saved.flags`
     finish(record, saved, fd, ctx)       what needs the tasks, or the other files: locks, what an epoll watches
@@ -24,7 +25,7 @@ import os
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,6 +98,17 @@ class Reason(NamedTuple):
     reason: str
     hint: str
     severity: Literal['refusal', 'warning'] = 'refusal'
+
+
+class Takes(NamedTuple):
+    """What it takes to make a file again. key: equal for all descriptions of the file, which is made once. Bytes:
+    memory, that is filled; pipe, the capacity of one; disk, on the file system of the directory that a deleted file
+    `path` is made in."""
+    key: Hashable
+    memory: int = 0
+    pipe: int = 0
+    disk: int = 0
+    path: str = ''
 
 
 class Endpoint(NamedTuple):
@@ -265,6 +277,9 @@ class Kind(ABC, Generic[R]):
 
     def obstacles(self, record: R, saved: SavedFile, looking: Looking) -> list[Reason]:
         return []
+
+    def takes(self, record: R, saved: SavedFile) -> Takes | None:
+        return None
 
     def late(self, record: R, saved: SavedFile) -> bool:
         return False

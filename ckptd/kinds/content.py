@@ -37,6 +37,11 @@ def open_quietly(file: OpenFile) -> Iterator[int]:
         yield fd
 
 
+def content_size(segments: Iterable[Segment]) -> int:
+    """Bytes that are written, each as often as a segment has it."""
+    return sum(segment.extent.length for segment in segments)
+
+
 def restore_content(fd: int, size: int, segments: Iterable[Segment], ctx: Restoring) -> None:
     """The same data in a new file."""
     for segment in segments:

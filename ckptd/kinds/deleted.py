@@ -8,14 +8,14 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 
 from ckptd.errors import CkptError
 from ckptd.image.records import Extent
-from ckptd.kinds.base import ByUser, Looking, Reason, Restoring, open_again
-from ckptd.kinds.content import Segment, restore_content
+from ckptd.kinds.base import ByUser, Looking, Reason, Restoring, Takes, open_again
+from ckptd.kinds.content import Segment, content_size, restore_content
 
 TRIES = 100
 # open(2) with O_TMPFILE: not in this file system; an old kernel takes it for opening a directory
@@ -136,7 +136,16 @@ def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segme
             return open_nameless(fd, os.O_RDONLY, ctx)
         finally:
             os.close(fd)
-    return ctx.once(('deleted', device, inode), make)
+    return ctx.once(_key(device, inode), make)
+
+
+def deleted_takes(path: str, device: int, inode: int, segments: Iterable[Segment]) -> Takes:
+    """What `deleted_file` takes, first of all for its content."""
+    return Takes(_key(device, inode), disk=content_size(segments), path=path)
+
+
+def _key(device: int, inode: int) -> Hashable:
+    return 'deleted', device, inode
 
 
 def open_nameless(base: int, flags: int, user: ByUser) -> int:

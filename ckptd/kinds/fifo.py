@@ -11,7 +11,7 @@ from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.kinds.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring
+from ckptd.kinds.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, Takes
 from ckptd.kinds.content import owner_obstacles, set_owner
 from ckptd.kinds.deleted import cannot_make, deleted_obstacles, names_for, opened_home, unlink_new
 from ckptd.kinds.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
@@ -67,6 +67,9 @@ class FifoKind(Kind[Fifo], tag='fifo'):
         if not looking.may(record.path, os.R_OK | os.W_OK):
             return [Reason('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
         return []
+
+    def takes(self, record: Fifo, saved: SavedFile) -> Takes:
+        return Takes(_key(record), pipe=record.capacity)
 
     def restore(self, record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
         def make() -> int:

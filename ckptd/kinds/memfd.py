@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, open_again
-from ckptd.kinds.content import Segment, dump_content, owner_obstacles, restore_content, set_owner
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, Takes, open_again
+from ckptd.kinds.content import Segment, content_size, dump_content, owner_obstacles, restore_content, set_owner
 from ckptd.kinds.locks import Lock, read_locks, restore_locks
 
 PREFIX = '/memfd:'
@@ -70,6 +70,9 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
     def obstacles(self, record: Memfd, saved: SavedFile, looking: Looking) -> list[Reason]:
         return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, looking)
 
+    def takes(self, record: Memfd, saved: SavedFile) -> Takes:
+        return Takes(_key(record), memory=content_size(record.content))
+
     def restore(self, record: Memfd, saved: SavedFile, ctx: Restoring) -> int:
         return open_again(self._object(record, ctx), saved.flags)
 
@@ -87,10 +90,14 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
                 os.close(fd)
                 raise
             return fd
-        return ctx.once(('memfd', record.device, record.inode), make)
+        return ctx.once(_key(record), make)
 
     def finish(self, record: Memfd, saved: SavedFile, fd: int, ctx: Restoring) -> None:
         restore_locks(record.locks, f'memfd {record.name}', saved, fd, ctx)
         # the seals of an object that the address spaces have are set with its content
         if not record.shm_id and record.seals & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS):
             fcntl.fcntl(self._object(record, ctx), fcntl.F_ADD_SEALS, record.seals)
+
+
+def _key(record: Memfd) -> tuple[str, int, int]:
+    return 'memfd', record.device, record.inode

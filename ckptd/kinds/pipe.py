@@ -18,7 +18,7 @@ from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.kinds.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, open_again
+from ckptd.kinds.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, Takes, open_again
 from ckptd.kinds.content import owner_obstacles, set_owner
 
 Key = tuple[str, int, int]
@@ -54,6 +54,9 @@ class PipeKind(Kind[Pipe], tag='pipe'):
 
     def obstacles(self, record: Pipe, saved: SavedFile, looking: Looking) -> list[Reason]:
         return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, looking)
+
+    def takes(self, record: Pipe, saved: SavedFile) -> Takes:
+        return Takes(('pipe', 0, record.inode), pipe=record.capacity)
 
     def restore(self, record: Pipe, saved: SavedFile, ctx: Restoring) -> int:
         def make() -> int:

@@ -12,7 +12,7 @@ from ckptd.image.identity import MISSING, Identity, changes
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, of_process, opening
+from ckptd.kinds.base import Content, Kind, Looking, OpenFile, Reason, Restoring, Takes, access_of, of_process, opening
 from ckptd.kinds.content import (
     Segment,
     dump_content,
@@ -21,7 +21,7 @@ from ckptd.kinds.content import (
     restore_content,
     set_owner,
 )
-from ckptd.kinds.deleted import deleted_file, deleted_obstacles, open_nameless
+from ckptd.kinds.deleted import deleted_file, deleted_obstacles, deleted_takes, open_nameless
 from ckptd.kinds.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
 from ckptd.kinds.rollback import SavingContent, digest_tail, only_appended, roll_back
 
@@ -172,6 +172,9 @@ class RegularKind(Kind[Regular], tag='regular'):
         if not record.tail:
             return 'the tree did not have it open for writing, or its content could not be read'
         return 'its content was not saved, and it was not only appended to'
+
+    def takes(self, record: Regular, saved: SavedFile) -> Takes | None:
+        return deleted_takes(record.path, record.device, record.inode, record.content) if record.deleted else None
 
     def late(self, record: Regular, saved: SavedFile) -> bool:
         return record.file_system == statfs.PROC_SUPER_MAGIC and of_process(record.path)

@@ -1,42 +1,58 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an ordinary user's image claims of files: owners, paths, signals, leases. A restart gives the user no more than
-the user has, whatever the worker may do."""
+"""What an ordinary user's image claims of files: owners, paths, signals, leases, sizes. A restart gives the user no
+more than the user has, whatever the worker may do."""
 
 import dataclasses
 import fcntl
 import os
+import resource
 import stat
 import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgspec
 import pytest
 
+from ckptd.engine.channel import Channel
+from ckptd.engine.job import Job
 from ckptd.engine.messages import Caller
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.files import Access, Files
+from ckptd.engine.restore.obstacles import room
+from ckptd.engine.restore.obstacles.room import inherited_bytes, most_to_fill, parse_meminfo
+from ckptd.engine.restore.prepare import prepare
 from ckptd.errors import CkptError, Refusal
 from ckptd.image import records as r
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
+from ckptd.kernel.stat import read_stat
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import read_cgroup2
 from ckptd.kinds.base import F_GETOWNER_UIDS, read_open_file
+from ckptd.kinds.content import Segment
 from ckptd.kinds.locks import EOF, LEASE, Lock
 from ckptd.kinds.registry import BY_TAG
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
-from tests.engine.test_obstacles import checked, found, importer
+from tests.engine.test_obstacles import about, checked, found, importer
 from tests.engine.test_owners import end
+from tests.engine.test_spool_failures import mounted
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
 from tests.lib.brood import Brood, libc
+from tests.lib.victim import Victim
 from tests.live.kinds.test_rollback import CLONE_NEWNS, MS_PRIVATE, MS_REC
 
 __all__ = ['importer']      # a fixture: an ordinary user with a process that asks
 
-pytestmark = pytest.mark.needs('root', 'ptrace')
+pytestmark = pytest.mark.needs('root', 'ptrace', 'gcc')
 
+MIB = 1 << 20
 PYTHON = '/usr/bin/python3'     # the interpreter of the checkout may be where nobody else can read it
 PRELUDE = """
 import fcntl, mmap, os, signal, struct, time
@@ -116,7 +132,9 @@ def refused(place: Place, image: Path, caller: Caller, **more: object) -> Refusa
     assert row.hint
     with DirectWorker() as worker, pytest.raises(CkptError) as caught:
         worker.run(place.request(0, target='', operation='restore', image=image.name, caller=caller, **more))
-    assert [one for one in caught.value.refusals if one.severity == 'refusal'] == [row]
+    # how much memory is left changes in between
+    assert [(one.pid, one.resource, one.errno, one.hint) for one in caught.value.refusals
+            if one.severity == 'refusal'] == [(row.pid, row.resource, row.errno, row.hint)]
     assert not place.freezes
     return row
 
@@ -434,3 +452,173 @@ def test_no_mapping_at_the_null_pointer(place: Place, image_of: Image, importer:
     assert (row.errno, row.resource.startswith('vma 0-')) == ('EPERM', True)
     assert 'vm.mmap_min_addr' in row.reason
     assert not [row for row in found(place, image) if 'mmap_min_addr' in row.reason]
+
+
+# ---------------------------------------------------------------- room
+
+MEMORY = """
+memory = mmap.mmap(-1, 1 << 20); memory[:] = bytes([65]) * (1 << 20)
+plain = os.memfd_create('plain'); os.write(plain, bytes([66]) * (1 << 20))
+"""
+
+
+def repeated(image: Path, times: int, start: int = 0) -> None:
+    """The 1 MiB of the shared mapping is there many times, of one piece of data."""
+    with ImageReader(image) as reader:
+        [shared] = [one for one in reader.every(r.SharedMemory) if one.kind == r.SHMEM]
+        [run] = reader.shared_runs(shared.shm_id)
+    alter_one(image, r.SharedMemory, shared, size=times * MIB)
+    rewrite(image, r.PageRuns, lambda one: dataclasses.replace(one, runs=tuple(
+        dataclasses.replace(run, start=at * MIB) for at in range(times)))
+        if (one.owner_kind, one.owner) == (r.OF_SHARED_MEMORY, shared.shm_id) else one)
+
+
+def alter_one(image: Path, cls: type[r.Record], record: r.Record, **fields: object) -> None:
+    rewrite(image, cls, lambda one: dataclasses.replace(one, **fields) if one == record else one)  # type: ignore[type-var]
+
+
+def left() -> int:
+    """MiB of memory that the machine has left, swap included."""
+    info = parse_meminfo(Path('/proc/meminfo').read_bytes())
+    return (info['MemAvailable'] + info['SwapFree']) // MIB
+
+
+def test_one_piece_of_data_fills_no_more_memory_than_there_is(place: Place, image_of: Image, importer: Caller) -> None:
+    image = image_of(MEMORY)
+    assert found(place, image, caller=importer) == []
+    repeated(image, left() + 2000)
+    row = refused(place, image, importer)
+    assert (row.resource, row.errno) == ('memory', 'ENOMEM')
+
+
+def test_the_content_of_a_memfd_counts_as_often_as_it_is_written(place: Place, image_of: Image, importer: Caller
+                                                                 ) -> None:
+    image, times = image_of(MEMORY), left() + 2000
+    with ImageReader(image) as reader:
+        [plain] = [one for one in reader.every(r.SharedMemory) if one.name == 'plain']
+        [run] = reader.shared_runs(plain.shm_id)
+    extent = r.Extent(run.part, run.offset, MIB)
+    claim(image, 'memfd', lambda one: dataclasses.replace(one, shm_id=0, size=times * MIB, content=tuple(
+        Segment(at * MIB, extent) for at in range(times))))
+    row = refused(place, image, importer)
+    assert (row.resource, row.errno) == ('memory', 'ENOMEM')
+
+
+def test_holes_take_no_memory(place: Place, image_of: Image, importer: Caller) -> None:
+    image = image_of("big = os.memfd_create('big'); os.ftruncate(big, 1 << 40); os.pwrite(big, b'x', 1 << 39)")
+    assert found(place, image, caller=importer) == []
+    end(restored(place, image, importer))
+
+
+def test_memory_that_is_inherited_counts_once(victim: Callable[..., Victim], place: Place) -> None:
+    """What a restart says that it has filled, and what the plan has said."""
+    running = victim('forked')
+    image = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    request = place.request(0, target='', operation='restore', image=image.name)
+    with ImageReader(image) as reader:
+        plan, _ = prepare(Job(request, cast(Channel, None)), reader)
+        every, inherited = most_to_fill(reader, ()), inherited_bytes(reader, plan)
+        shared = sum(run.pages for one in reader.every(r.PageRuns) for run in one.runs
+                     if one.owner_kind == r.OF_SHARED_MEMORY) * r.PAGE
+    with DirectWorker() as worker:
+        result = worker.run(request)
+    end(result['root'])
+    assert 0 < inherited < every
+    # the vdso has pages in the image, too, which are the kernel's own
+    assert result['bytes'] <= every - inherited - shared <= result['bytes'] + 64 * r.PAGE
+
+
+@pytest.mark.parametrize('whose', ['tree', 'ckptd'])
+def test_the_limit_of_a_cgroup(place: Place, image_of: Image, importer: Caller, tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """No memory controller is at hand: a directory that looks like a cgroup. Shared objects are filled by the worker.
+    """
+    image, group = image_of(MEMORY), tmp_path / 'limited'
+    group.mkdir()
+    for name, text in (('memory.max', str(64 * MIB)), ('memory.current', str(50 * MIB)), ('memory.stat', (
+            f'active_file {4 * MIB}\ninactive_file {6 * MIB}\n'))):
+        (group / name).write_text(text)
+    own = read_cgroup2(os.getpid()) if whose == 'ckptd' else ''
+    limited = SimpleNamespace(path=group, name='limited')
+    monkeypatch.setattr(room, '_above', lambda home: [limited] if (home == own) == bool(own) else [])
+    assert not [row for row in found(place, image, caller=importer, cgroup='/x') if row.resource == 'memory']
+    repeated(image, 30)
+    rows = [row for row in found(place, image, caller=importer, cgroup='/x') if row.resource == 'memory']
+    assert [(row.errno, row.severity) for row in rows] == [('ENOMEM', 'refusal')]
+    assert f'limited{" of ckptd" if whose == "ckptd" else ""} has {24 * MIB:,} left' in rows[0].reason
+
+
+def test_the_content_of_deleted_files_has_to_fit(place: Place, home: Path, image_of: Image, importer: Caller) -> None:
+    with mounted(home / 'small', '-t', 'tmpfs', '-o', f'size=8m,uid={ORDINARY_UID},mode=755', 'none'):
+        image = image_of("gone = os.open('small/gone', os.O_RDWR | os.O_CREAT)\n"
+                         "os.write(gone, bytes([67]) * (1 << 20)); os.unlink('small/gone')")
+        assert found(place, image, caller=importer) == []
+        claim(image, 'regular', lambda one: dataclasses.replace(one, size=9 * MIB, content=tuple(
+            dataclasses.replace(one.content[0], start=at * MIB) for at in range(9))))
+        row = refused(place, image, importer)
+        assert (row.resource, row.errno) == ('deleted files', 'ENOSPC')
+        assert str(home / 'small') in row.reason
+
+
+def pipe_limit(name: str) -> int:
+    return int(Path(f'/proc/sys/fs/pipe-{name}').read_text())
+
+
+def test_pipes_beyond_what_a_user_may_have(place: Place, image_of: Image, importer: Caller,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    image, largest = image_of('pipes = [os.pipe() for _ in range(20)]'), pipe_limit('max-size')
+    assert found(place, image, caller=importer) == []
+
+    def row(**limits: int) -> Refusal:
+        """What is said where the sysctl fs.pipe-user-pages-* is that."""
+        with monkeypatch.context() as patched:
+            number = room._number
+            patched.setattr(room, '_number', lambda path: limits.get(path.rpartition('-')[2], number(path)))
+            [one] = [one for one in found(place, image, caller=importer) if one.resource == 'pipes']
+            assert not [one for one in found(place, image) if one.resource == 'pipes']      # asked by root
+        assert (one.errno, one.severity) == ('EPERM', 'refusal')
+        return one
+    assert '320 pages' in row(soft=319).reason
+    assert '320 pages' in row(hard=319).reason
+    # those of two pages are always to be had
+    claim(image, 'pipe', lambda one: dataclasses.replace(one, capacity=8192))
+    with pytest.raises(ValueError, match='not enough values'):
+        row(soft=30)
+    assert '40 pages' in row(hard=39).reason
+    claim(image, 'pipe', lambda one: dataclasses.replace(one, capacity=2 * largest))
+    assert 'fs.pipe-max-size' in row().hint
+
+
+def test_pipes_that_only_root_may_have_are_not_made(place: Place, image_of: Image, importer: Caller) -> None:
+    count = pipe_limit('user-pages-soft') * r.PAGE // pipe_limit('max-size') + 1
+    image = image_of(f'pipes = [os.pipe() for _ in range({count})]')
+    claim(image, 'pipe', lambda one: dataclasses.replace(one, capacity=pipe_limit('max-size')))
+    assert refused(place, image, importer).resource == 'pipes'
+
+
+def test_more_tasks_than_the_asker_may_have(place: Place, image_of: Image) -> None:
+    """The limit of the process that asks, whatever the tree's own is, which counts where nobody waits for an answer."""
+    with asking(lambda: resource.setrlimit(resource.RLIMIT_NPROC, (2, 2))) as caller:
+        image = image_of(OPEN)
+        row = refused(place, image, caller)
+        assert (row.resource, row.errno) == ('RLIMIT_NPROC', 'EAGAIN')
+        assert f'uid {ORDINARY_UID} has' in row.reason
+        assert not [row for row in found(place, image) if row.resource == 'RLIMIT_NPROC']       # asked by root
+        gone = msgspec.structs.replace(caller, start_time=caller.start_time - 1)
+        assert found(place, image, caller=gone) == []
+        rewrite(image, r.Limits, lambda one: dataclasses.replace(one, limits=tuple(
+            r.Limit(1, limit.hard) if number == resource.RLIMIT_NPROC else limit
+            for number, limit in enumerate(one.limits))))
+        assert about(found(place, image, caller=gone), 'RLIMIT_NPROC').errno == 'EAGAIN'
+
+
+@contextmanager
+def asking(setup: Callable[[], object]) -> Iterator[Caller]:
+    """The user, with a process that has done setup() and asks."""
+    with subprocess.Popen(['/bin/sleep', '1000'], cwd='/', user=ORDINARY_UID, group=ORDINARY_UID, extra_groups=[],
+                          preexec_fn=setup) as process:
+        yield Caller(ORDINARY_UID, ORDINARY_UID, (ORDINARY_UID,), process.pid, 0, read_status(os.getpid()).cap_bnd,
+                     start_time=read_stat(process.pid).start_time)
+        process.kill()

@@ -1,26 +1,62 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether there is room for the tree: memory for its pages, numbers for its tasks."""
+"""Whether there is room for the tree: memory, disk, pipes, numbers for its tasks, and what a user may have of these."""
 
 import os
-import resource
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
+from ckptd.engine.restore.files import decode
+from ckptd.engine.restore.inherit import Heritage
+from ckptd.engine.restore.objects import missing_but_kept
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
+from ckptd.engine.restore.plan import Plan
+from ckptd.errors import ImageDamaged
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import PAGE, PageRuns, Vma
+from ckptd.image.records import OF_SHARED_MEMORY, PAGE, Backing, Limits, OpenFile, PageRuns, Vma
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_RESOURCE
+from ckptd.kernel.pidfd import held
 from ckptd.kernel.procfs import read_file
-from ckptd.kernel.task import pids
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import RLIM_INFINITY, pids, read_cgroup2, read_limits
+from ckptd.kinds.base import Takes
+from ckptd.kinds.deleted import deleted_takes, home_of, whole
 
 _STRICT = 2                 # vm.overcommit_memory: what is reserved counts, proc_sys_vm(5)
+_PIPES = '/proc/sys/fs/pipe-'
+_LEAST_PIPE = 2             # pages, PIPE_MIN_DEF_BUFFERS in fs/pipe.c
+_NPROC = 6                  # RLIMIT_NPROC, <asm-generic/resource.h>
 _SEED = 1                   # the first stub, which makes all others and ends
 
 
 def check(scene: Scene) -> Iterator[Obstacle]:
-    yield from _memory(scene)
+    files = _files(scene)
+    yield from _memory(scene, files)
+    yield from _disk(scene, files)
+    yield from _pipes(scene, files)
     yield from _tasks(scene)
+
+
+def _files(scene: Scene) -> list[Takes]:
+    """What open and mapped files take that are made again, each once."""
+    found: dict[Hashable, Takes] = {}
+    for one in _every_file(scene):
+        if one is not None:
+            known = found.get(one.key, one)
+            found[one.key] = Takes(one.key, max(known.memory, one.memory), max(known.pipe, one.pipe),
+                                   max(known.disk, one.disk), known.path)
+    return list(found.values())
+
+
+def _every_file(scene: Scene) -> Iterator[Takes | None]:
+    for saved in scene.reader.every(OpenFile):
+        with suppress(ImageDamaged):        # said by obstacles.objects
+            kind, record = decode(saved)
+            yield kind.takes(record, saved)
+    for backing in scene.reader.every(Backing):
+        if backing.deleted or missing_but_kept(backing, scene.looking):
+            yield deleted_takes(backing.path, backing.device, backing.inode, whole(backing.content))
 
 
 # ---------------------------------------------------------------- memory
@@ -47,26 +83,65 @@ def parse_meminfo(data: bytes) -> dict[str, int]:
     return found
 
 
-def _memory(scene: Scene) -> Iterator[Obstacle]:
-    needed, info = bytes_to_read(scene.reader), parse_meminfo(read_file('/proc/meminfo'))
+def most_to_fill(reader: ImageReader, files: Iterable[Takes]) -> int:
+    """Bytes of memory that a restart fills at most: every page as often as a page run names it, and the content of
+    files in memory. What is only reserved takes none. An image may name one piece of its data any number of times."""
+    runs = sum(run.pages for chunk in reader.every(PageRuns) for run in chunk.runs)
+    return runs * PAGE + sum(one.memory for one in files)
+
+
+def inherited_bytes(reader: ImageReader, plan: Plan) -> int:
+    """Bytes of these that are there already when a process is forked, with its maker's memory."""
+    total = 0
+    for mm_id in plan.users('mm_id'):
+        if origin := plan.origins.get(mm_id):
+            total += sum(end - start for start, end in Heritage(reader.memory(origin), reader.memory(mm_id)).same)
+    return total
+
+
+def _memory(scene: Scene, files: Sequence[Takes]) -> Iterator[Obstacle]:
+    needed, info = most_to_fill(scene.reader, files), parse_meminfo(read_file('/proc/meminfo'))
+    groups = [(group, left) for group in _above(scene.home) if (left := _left(group)) is not None]
     free, swap = info['MemAvailable'], info['SwapFree']
+    what = ''
+    if needed > min([free, *(left for _, left in groups)]):
+        # only then it is worth the time to find out what it is
+        needed -= inherited_bytes(scene.reader, scene.plan)
+        what = f'the tree has {needed:,} bytes of memory, {bytes_to_read(scene.reader):,} of them in the image'
     if needed > free + swap:
-        yield Obstacle(0, 'memory', 'ENOMEM', f'the tree has {needed:,} bytes of memory, and {free + swap:,} are left, '
-                       'swap included', 'free memory, or add swap')
+        yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and {free + swap:,} are left, swap included', 'free memory, or '
+                       'add swap')
     elif needed > free:
-        yield Obstacle(0, 'memory', 'ENOMEM', f'the tree has {needed:,} bytes of memory, and without swapping {free:,} '
-                       'are left', 'free memory, or it is going to be slow', 'warning')
+        yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and without swapping {free:,} are left', 'free memory, or it '
+                       'is going to be slow', 'warning')
     if _number('/proc/sys/vm/overcommit_memory') == _STRICT:
         reserved = sum(vma.end - vma.start for vma in scene.reader.every(Vma) if 'ac' in vma.vm_flags.split())
         if reserved > (left := info['CommitLimit'] - info['Committed_AS']):
             yield Obstacle(0, 'memory', 'ENOMEM', f'the tree reserves {reserved:,} bytes, and {left:,} may be reserved',
                            'set the sysctl vm.overcommit_memory to 0, or add swap')
-    for group in _above(scene.home):
-        limit, used = _limit(group, 'memory.max'), _used(group)
-        if limit is not None and needed > limit - used:
-            yield Obstacle(0, 'memory', 'ENOMEM', f'the tree has {needed:,} bytes of memory, and the cgroup '
-                           f'{group.name} has {max(limit - used, 0):,} left', 'raise its memory.max (systemd: '
-                           'MemoryMax=), or restore with another --cgroup')
+    for group, left in groups:
+        if needed > left:
+            yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and the cgroup {group.name} has {max(left, 0):,} left',
+                           'raise its memory.max (systemd: MemoryMax=), or restore with another --cgroup')
+    yield from _own_memory(scene, files, {group.path for group, _ in groups})
+
+
+def _own_memory(scene: Scene, files: Sequence[Takes], known: Container[object]) -> Iterator[Obstacle]:
+    """Shared objects are filled by us, and charged to the cgroup that we are in
+    (Documentation/admin-guide/cgroup-v2.rst, "Memory Ownership")."""
+    runs = [run for chunk in scene.reader.every(PageRuns) if chunk.owner_kind == OF_SHARED_MEMORY for run in chunk.runs]
+    needed = sum(run.pages for run in runs) * PAGE + sum(one.memory for one in files)
+    for group in _above(read_cgroup2(os.getpid())):
+        if group.path not in known and (left := _left(group)) is not None and needed > left:
+            yield Obstacle(0, 'memory', 'ENOMEM', f'its shared objects have {needed:,} bytes, and the cgroup '
+                           f'{group.name} of ckptd has {max(left, 0):,} left', 'raise its memory.max (systemd: '
+                           'MemoryMax=)')
+
+
+def _left(group: Cgroup) -> int | None:
+    """Bytes that may still be charged to a cgroup; None where it has no limit."""
+    limit = _limit(group, 'memory.max')
+    return None if limit is None else limit - _used(group)
 
 
 def _used(group: Cgroup) -> int:
@@ -100,6 +175,45 @@ def _above(home: str) -> list[Cgroup]:
     return []
 
 
+# ---------------------------------------------------------------- files
+
+def _disk(scene: Scene, files: Iterable[Takes]) -> Iterator[Obstacle]:
+    """Deleted files are made in a directory, with their content."""
+    needed: Counter[str] = Counter()
+    for one in files:
+        if one.disk:
+            needed[home_of(one.path, scene.looking)] += one.disk
+    for home, size in needed.items():
+        with suppress(OSError):     # without a directory it is refused as such
+            fd = scene.looking.open(home, os.O_PATH | os.O_DIRECTORY)
+            try:
+                at = os.fstatvfs(fd)
+            finally:
+                os.close(fd)
+            free = (at.f_bavail if scene.looking.uid else at.f_bfree) * at.f_frsize
+            if size > free:
+                yield Obstacle(0, 'deleted files', 'ENOSPC', f'its deleted files have {size:,} bytes, and {home} has '
+                               f'{free:,} left for them', 'free space there')
+
+
+def _pipes(scene: Scene, files: Iterable[Takes]) -> Iterator[Obstacle]:
+    """Of a user, as fs/pipe.c decides: pipes of two pages are always to be had, larger ones up to the soft limit in
+    all, and none beyond the hard one."""
+    if scene.looking.capable(CAP_SYS_RESOURCE) or scene.looking.capable(CAP_SYS_ADMIN):
+        return
+    sizes = [one.pipe for one in files if one.pipe]
+    largest, pages = _number(f'{_PIPES}max-size'), [-(-size // PAGE) for size in sizes]
+    if (most := max(sizes, default=0)) > largest:
+        yield Obstacle(0, 'pipes', 'EPERM', f'has a pipe of {most:,} bytes, and a user may make one of {largest:,}',
+                       'raise the sysctl fs.pipe-max-size, or restore it as root')
+    for name, needed in (('user-pages-soft', sum(one for one in pages if one > _LEAST_PIPE)),
+                         ('user-pages-hard', sum(pages))):
+        limit = _number(f'{_PIPES}{name}')
+        if 0 < limit < needed:
+            yield Obstacle(0, 'pipes', 'EPERM', f'its pipes have {needed:,} pages, and a user may have {limit:,}',
+                           f'raise the sysctl fs.pipe-{name}, or restore it as root')
+
+
 # ---------------------------------------------------------------- tasks
 
 def _tasks(scene: Scene) -> Iterator[Obstacle]:
@@ -117,12 +231,33 @@ def _tasks(scene: Scene) -> Iterator[Obstacle]:
             yield Obstacle(0, 'tasks', 'EAGAIN', f'{needed:,} more tasks are needed, and the cgroup {group.name} takes '
                            f'{max(left, 0):,}', 'raise its pids.max (systemd: TasksMax=), or restore with another '
                            '--cgroup')
-    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    if os.getuid() and soft != resource.RLIM_INFINITY and not (scene.may(CAP_SYS_RESOURCE) or scene.may(CAP_SYS_ADMIN)):
-        own = _own_tasks()
-        if own + needed > soft:
-            yield Obstacle(0, 'RLIMIT_NPROC', 'EAGAIN', f'{needed:,} more tasks are needed, uid {os.getuid()} has '
-                           f'{own:,} and may have {soft:,}', 'raise the limit (ulimit -u)')
+    yield from _own_limit(scene, needed, running)
+
+
+def _own_limit(scene: Scene, needed: int, running: int) -> Iterator[Obstacle]:
+    """RLIMIT_NPROC counts all tasks of a uid, getrlimit(2). It is ours, or where we are root that of whoever asks."""
+    uid = os.getuid() or scene.request.caller.uid
+    free = (scene.may(CAP_SYS_RESOURCE) or scene.may(CAP_SYS_ADMIN)) if os.getuid() else (
+        scene.looking.capable(CAP_SYS_RESOURCE) or scene.looking.capable(CAP_SYS_ADMIN))
+    if free or not uid:
+        return
+    soft = _limit_of_tasks(scene)
+    # to count those of one uid takes time, and all of the machine are known
+    if needed + running > soft and (own := _tasks_of(uid)) + needed > soft:
+        yield Obstacle(0, 'RLIMIT_NPROC', 'EAGAIN', f'{needed:,} more tasks are needed, uid {uid} has {own:,} and may '
+                       f'have {soft:,}', 'raise the limit (ulimit -u)')
+
+
+def _limit_of_tasks(scene: Scene) -> int:
+    """The soft limit. Whoever asks for a job that outlives them may be gone: then it is the limit that the tree had,
+    which an imported image may have made up, see obstacles.imported."""
+    caller = scene.request.caller
+    with suppress(ProcessLookupError, FileNotFoundError):
+        if os.getuid():
+            return read_limits(os.getpid())[_NPROC][0]
+        with held(caller.pid, caller.start_time, caller.uid):
+            return read_limits(caller.pid)[_NPROC][0]
+    return min((scene.reader.get(Limits, vpid).limits[_NPROC].soft for vpid in scene.leaders), default=RLIM_INFINITY)
 
 
 def _numbers(numbers: Iterable[int]) -> Iterator[Obstacle]:
@@ -133,10 +268,10 @@ def _numbers(numbers: Iterable[int]) -> Iterator[Obstacle]:
                        f'raise the sysctl kernel.pid_max above {highest}')
 
 
-def _own_tasks() -> int:
+def _tasks_of(uid: int) -> int:
     count = 0
     for pid in pids():
         with suppress(OSError):
-            if os.stat(f'/proc/{pid}').st_uid == os.getuid():  # noqa: PTH116
+            if read_status(pid).uids[0] == uid:     # the owner of /proc/PID is root where memory may not be dumped
                 count += os.stat(f'/proc/{pid}/task').st_nlink - 2  # noqa: PTH116
     return count
