@@ -31,6 +31,7 @@ from ckptd.errors import CkptError, Refusal
 from ckptd.image import records as r
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
+from ckptd.kernel.shm import shmctl_remove, shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
@@ -174,6 +175,23 @@ def test_files_are_not_given_to_somebody_else(place: Place, image_of: Image, imp
             (ORDINARY_UID, ORDINARY_UID, 0o755)}
     finally:
         end(pid)
+
+
+@pytest.mark.parametrize('owner', [{'uid': 0}, {'gid': 0}, {'uid': 0, 'gid': 0}], ids=str)
+def test_no_segment_is_made_for_somebody_else(place: Place, image_of: Image, importer: Caller, owner: dict[str, int]
+                                              ) -> None:
+    """Of System V, under a key that root's programs may look for."""
+    image = image_of('import ctypes; libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p\n'
+                     'number = libc.shmget(0x434b5054, 4096, 0o1600); libc.shmat(number, None, 0)')
+    with ImageReader(image) as reader:
+        [shmid] = [one.shmid for one in reader.every(r.SharedMemory) if one.kind == r.SYSV]
+    shmctl_remove(shmid)
+    assert found(place, image, caller=importer) == []
+    alter(image, r.SharedMemory, **owner)
+    row = refused(place, image, importer)
+    assert (row.resource, row.errno) == (f'shmid {shmid}', 'EPERM')
+    with pytest.raises(OSError, match='shmctl'):
+        shmctl_stat(shmid)
 
 
 @pytest.mark.parametrize('saved', [True, False], ids=['put back', 'cut back'])

@@ -241,6 +241,10 @@ def _segment(scene: Scene, record: SharedMemory, vpid: int) -> Iterator[Obstacle
     if other := _by_key(record.key):
         yield Obstacle(vpid, resource, 'EEXIST', f'the key {record.key:#x} of its System V segment is that of segment '
                        f'{other} now', f'ipcrm -m {other} removes it')
+    if not (scene.looking.by_root or scene.looking.may_own(record.uid, record.gid)):
+        yield Obstacle(vpid, resource, 'EPERM', f'its System V segment belonged to uid {record.uid} and gid '
+                       f'{record.gid}, and is gone: uid {scene.looking.uid} may not make one of theirs',
+                       'keep the segment, or restore it as root')
     if not os.access(_NEXT_ID, os.W_OK, effective_ids=True):
         yield Obstacle(vpid, resource, 'EPERM', 'a System V segment with its old id cannot be made',
                        'restore it as root, or keep the segment (ipcs -m)')
