@@ -12,7 +12,7 @@
 import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 from ckptd import __version__
 from ckptd.engine.clock import Clock
@@ -22,6 +22,7 @@ from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen as FrozenMessage
 from ckptd.engine.messages import first_rows
+from ckptd.engine.patience import Patience, dying_patience
 from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.seize import seize_all
 from ckptd.engine.waits import Notes, note_waits
@@ -31,7 +32,6 @@ from ckptd.freezer.groups import read_cgroups
 from ckptd.image import manifest as manifests
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
-from ckptd.kernel.ptrace import WALL
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Clocks
 from ckptd.picture import Picture
@@ -87,7 +87,9 @@ class Checkpoint:
         tree = self._rescan(frozen, picture)
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
-        seize_all(tree, frozen.tracees, deadline, lambda count: self._channel.progress(count, len(tree), 0, 0))
+        patience = Patience(self._request.timeout_usec / 1e6, self._channel.check)
+        seize_all(tree, frozen.tracees, deadline, patience,
+                  lambda count: self._channel.progress(count, len(tree), 0, 0))
         waits = issue_again(frozen.tracees, notes)
         # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
         frozen.let_run()
@@ -209,9 +211,10 @@ def kill(frozen: Frozen, handles: Handles) -> None:
     for task in frozen.tree.leaders:
         if task.tgid in alive:
             handles.send_signal(task, SIGKILL)
-    # a tracer has to see its tracees die, the leader of a process after its other threads
+    # a tracer has to see its tracees die, the leader of a process after its other threads; a Cancel changes nothing now
+    patience = dying_patience()
     for task in sorted(frozen.tree, key=lambda task: task.is_leader):
         tracee = frozen.tracees.pop(task.tid, None)
         if tracee is not None:
-            with suppress(ChildProcessError):
-                os.waitpid(tracee.tid, WALL)
+            tracee.patience = patience
+            tracee.wait_dead()

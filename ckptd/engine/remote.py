@@ -75,6 +75,7 @@ class Remote:
         self._mem = Mem(tracee.tid)
         self._length = AREA_PAGES * PAGE
         self._area = self._result = 0
+        self._is_lost = False       # a task has not come back from a call: it may still run the code
         try:
             self._code = find_room(self._mem, mappings)
             self._caught = read_status(tracee.tid).sig_cgt
@@ -104,14 +105,19 @@ class Remote:
         fault('remote-mapped')
 
     def close(self) -> Steps[None]:
-        """Unmap them, and put back the zeros that the code lay on. A process that was killed has nothing to undo."""
+        """Unmap them, and put back the zeros that the code lay on. A process that was killed has nothing to undo; one
+        that has not come back from a call undoes it by itself when its tracer has gone."""
         area, self._area = self._area, 0
+        if self._is_lost:
+            self._mem.close()
+            return
         try:
             try:
                 if area and self._tracee.attached:
                     yield from self._single('munmap', (area, self._length))
             finally:
-                self._mem.write(self._code, bytes(CODE_ROOM))
+                if not self._is_lost:
+                    self._mem.write(self._code, bytes(CODE_ROOM))
         except OSError:
             if self._tracee.attached and read_status(self._tracee.tid).state not in 'ZX':
                 raise
@@ -126,7 +132,10 @@ class Remote:
         self._mem.write(self._area, memory)
         with _Borrowed(tracee, self._mem, self._caught) as borrowed:
             code = arch.loop_code(borrowed.resume, borrowed.mask, ids.tgid, ids.tid, borrowed.signal)
-            yield from borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
+            try:
+                yield from borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
+            finally:
+                self._is_lost |= borrowed.is_lost
         return batch.decode(self._mem.read(self._area, len(memory)))
 
     def _single(self, name: str, arguments: tuple[int, ...]) -> Steps[None]:
@@ -141,6 +150,7 @@ class Remote:
             try:
                 yield from borrowed.run(self._code, code, table=0, area=0, length=length)
             finally:
+                self._is_lost |= borrowed.is_lost
                 self._result = ctypes.c_int64(borrowed.result).value
 
 
@@ -189,6 +199,11 @@ class _Borrowed:
             regs.rip = abort
         return regs
 
+    @property
+    def is_lost(self) -> bool:
+        """It lives and has not come back."""
+        return self.tracee.attached and not self.tracee.stopped
+
     def __enter__(self) -> Self:
         return self
 
@@ -226,7 +241,7 @@ class _Borrowed:
                         task=self.tracee.tid, resource='ptrace')
 
     def __exit__(self, *_: object) -> None:
-        if not self.tracee.attached:
+        if not self.tracee.attached or self.is_lost:
             return
         self.tracee.regs = self.regs
         self.tracee.sigmask = self.mask

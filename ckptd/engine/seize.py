@@ -5,15 +5,19 @@ from collections.abc import Callable
 
 from ckptd.engine.faults import fault
 from ckptd.errors import FreezeTimeout, PermissionDenied, TreeChanged
-from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.ptrace import Patience, Tracee
 from ckptd.tree import Task, Tree
 
 
-def seize_all(tree: Tree, tracees: dict[int, Tracee], deadline: float, on_task: Callable[[int], None]) -> None:
-    """Add every living thread that is not there yet, stopped. The owner of `tracees` detaches them, on failure too."""
+def seize_all(tree: Tree, tracees: dict[int, Tracee], deadline: float, patience: Patience,
+              on_task: Callable[[int], None]) -> None:
+    """Add every living thread that is not there yet, stopped. The owner of `tracees` detaches them, on failure too.
+    patience: of all waits for them, from here on."""
+    for tracee in tracees.values():
+        tracee.patience = patience
     todo = [task for task in tree if not task.is_zombie and task.tid not in tracees]
     for task in todo:
-        tracees[task.tid] = _seize(task)
+        tracees[task.tid] = _seize(task, patience)
         fault('seized-one')
     for count, task in enumerate(todo, 1):
         _stop(task, tracees[task.tid], deadline)
@@ -21,9 +25,9 @@ def seize_all(tree: Tree, tracees: dict[int, Tracee], deadline: float, on_task: 
     fault('seized')
 
 
-def _seize(task: Task) -> Tracee:
+def _seize(task: Task, patience: Patience) -> Tracee:
     try:
-        return Tracee.seize(task.tid)
+        return Tracee.seize(task.tid, patience=patience)
     except ProcessLookupError as error:
         raise _gone(task) from error
     except PermissionError as error:

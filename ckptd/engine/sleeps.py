@@ -84,7 +84,8 @@ def find_sleeps(tracees: Mapping[int, Tracee]) -> dict[int, Sleep]:
         if not able:
             fault('asleep-again')
     finally:
-        left = [sleep for sleep in sleeps if sleep.tracee.attached and arch.in_restart_block(sleep.tracee.regs)]
+        left = [sleep for sleep in sleeps if sleep.tracee.attached and sleep.tracee.stopped
+                and arch.in_restart_block(sleep.tracee.regs)]
         for sleep in left:
             sleep.tracee.regs = sleep.regs      # with the number of the call: it slept again in restart_syscall
     return {sleep.tracee.tid: sleep for sleep in left}

@@ -6,7 +6,6 @@ tracees of a tracer that dies, and they run on.
 """
 
 import os
-import signal
 import time
 
 from ckptd.errors import PermissionDenied, TreeChanged
@@ -79,6 +78,7 @@ class TracedFrozen(Frozen):
                 timed_out([other for other in awake if not self._is_settled(other.tid)], 'does not stop')
             signals.wait(terms.deadline - time.monotonic(), terms.also)
             terms.check()
+            self._forget_dead(task.tid)
 
     def _is_settled(self, tid: int) -> bool:
         """It has stopped, or died and is forgotten. Does not wait."""
@@ -86,19 +86,23 @@ class TracedFrozen(Frozen):
         if tracee is None or tracee.stopped:
             return True
         try:
-            status = tracee.wait(0.0)
+            status = tracee.poll()
             if status >> 16 == PTRACE_EVENT_STOP:
-                tracee.stop_signal = os.WSTOPSIG(status) if os.WSTOPSIG(status) != signal.SIGTRAP else 0
                 return True
-            # a signal was being delivered; any trap clears the interrupt, so it has to be asked for again
-            tracee.cont(os.WSTOPSIG(status))
-            tracee.interrupt()
-        except TimeoutError:
-            return False
+            if status:
+                # a signal was being delivered; any trap clears the interrupt, so it has to be asked for again
+                tracee.cont(os.WSTOPSIG(status))
+                tracee.interrupt()
         except ProcessLookupError:
             del self.tracees[tid]
             return True
         return False
+
+    def _forget_dead(self, tid: int) -> None:
+        tracee = self.tracees.get(tid)
+        if tracee and not tracee.stopped and tracee.has_died():
+            tracee.reap()
+            del self.tracees[tid]
 
 
 def _is_dead(task: Task) -> bool:

@@ -6,8 +6,9 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Self, TypeAlias
 
 from ckptd.kernel.arch.x86_64 import GPR_SIZE, NT_XSTATE, user_regs_struct
 from ckptd.kernel.decl import c_int, c_long, c_void_p, cstruct, libc, u32, u64
@@ -41,6 +42,7 @@ PTRACE_O_TRACECLONE = 1 << PTRACE_EVENT_CLONE
 PTRACE_O_TRACEEXEC = 1 << PTRACE_EVENT_EXEC
 PTRACE_O_EXITKILL = 1 << 20
 _RETURN = 1.0       # seconds; a moment, but a SIGCONT may be faster
+_LOOK = 0.05        # seconds without a stop after which a wait looks whether there can be one
 
 NT_PRSTATUS = 1             # <elf.h>
 WALL = 0x40000000           # __WALL: threads of other processes too
@@ -87,25 +89,34 @@ class ptrace_sud_config(ctypes.Structure):
 def ptrace(request: c_int, pid: c_int, addr: c_void_p, data: c_void_p) -> c_long: ...
 
 
+Patience: TypeAlias = Callable[[int, float], None]  # asked with tid and seconds waited so far; raises to end the wait
+
+
+def endless(tid: int, waited: float) -> None:
+    """The patience of a wait that only a stop or a death ends."""
+
+
 class Tracee:
     """A seized task. `with` detaches at the end; a tracee whose tracer dies is detached by the kernel.
 
     stop_signal: the signal of the group-stop (job control) that the task is in, else 0. deferred: signals that were
-    about to be delivered while the task was borrowed; `detach` delivers them.
+    about to be delivered while the task was borrowed; `detach` delivers them. patience: may end a wait.
     """
 
-    def __init__(self, tid: int) -> None:
+    def __init__(self, tid: int, patience: Patience = endless) -> None:
         self.tid = tid
+        self.patience = patience
         self.stop_signal = 0
         self.deferred: list[int] = []
         self.stopped = False
         self.attached = True
+        self.is_unreaped = False        # dead, and not to be waited for yet
 
     @classmethod
-    def seize(cls, tid: int, options: int = 0) -> Self:
+    def seize(cls, tid: int, options: int = 0, patience: Patience = endless) -> Self:
         """Attach without stopping. EPERM: not permitted, traced already, or a kernel thread; ESRCH: gone."""
         ptrace(PTRACE_SEIZE, tid, None, options)
-        return cls(tid)
+        return cls(tid, patience)
 
     def __enter__(self) -> Self:
         return self
@@ -117,31 +128,68 @@ class Tracee:
         """Ask for a stop; `wait` sees it."""
         ptrace(PTRACE_INTERRUPT, self.tid, None, None)
 
-    def wait(self, deadline: float | None = None) -> int:
-        """The status of the next stop, as waitpid(2). deadline: of time.monotonic(); TimeoutError when it has passed.
-        ProcessLookupError: the task died. With a deadline SIGCHLD must be blocked in this thread: it ends the wait."""
-        pid, status = self._poll(0 if deadline is None else os.WNOHANG)
-        while pid == 0 and deadline is not None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, f'task {self.tid} does not stop')
-            signal.sigtimedwait({signal.SIGCHLD}, min(left, 1.0))
-            pid, status = self._poll(os.WNOHANG)
-        if not os.WIFSTOPPED(status):
+    def poll(self) -> int:
+        """The status of a stop that has come, as waitpid(2), 0 while there is none. ProcessLookupError: the task died.
+        """
+        try:
+            pid, status = os.waitpid(self.tid, os.WNOHANG | WALL)
+        except ChildProcessError as error:
             self.attached = False
-            raise ProcessLookupError(errno.ESRCH, f'task {self.tid} died')
+            raise ProcessLookupError(errno.ESRCH, f'task {self.tid} is gone') from error
+        if not pid:
+            return 0
+        if not os.WIFSTOPPED(status):
+            raise self._died()
         self.stopped = True
         if status >> 16 == PTRACE_EVENT_STOP:
             stop_signal = os.WSTOPSIG(status)
             self.stop_signal = 0 if stop_signal == signal.SIGTRAP else stop_signal
         return status
 
-    def _poll(self, flags: int) -> tuple[int, int]:
+    def wait(self, deadline: float | None = None) -> int:
+        """The status of the next stop. TimeoutError when the deadline, of time.monotonic(), has passed; whatever
+        `patience` raises. SIGCHLD, blocked in this thread, ends the wait; not blocked, it may come up to _LOOK seconds
+        late."""
+        return self.poll() or self._wait_on(deadline)
+
+    def _wait_on(self, deadline: float | None) -> int:
+        began = now = time.monotonic()
+        look = began + _LOOK
+        while deadline is None or now < deadline:
+            signal.sigtimedwait({signal.SIGCHLD}, max(0.0, min(look, deadline or look) - now))
+            if status := self.poll():
+                return status
+            now = time.monotonic()
+            if now >= look:
+                self.require_alive()
+                self.patience(self.tid, now - began)
+                look = now + _LOOK
+        raise TimeoutError(errno.ETIMEDOUT, f'task {self.tid} does not stop')
+
+    def wait_dead(self) -> None:
+        """See it dead, whatever it stops at before."""
+        while self.attached:
+            with suppress(ProcessLookupError):
+                self.wait()
+                self.cont()
+
+    def has_died(self) -> bool:
+        """Whether the task has ended. waitpid(2) does not tell of a dead leader before its threads are reaped, and
+        those that are traced are reaped by nobody but their tracer (kernel/exit.c, delay_group_leader)."""
         try:
-            return os.waitpid(self.tid, flags | WALL)
-        except ChildProcessError as error:
-            self.attached = False
-            raise ProcessLookupError(errno.ESRCH, f'task {self.tid} is gone') from error
+            return read_stat(self.tid).state in 'ZX'
+        except ProcessLookupError:
+            return True
+
+    def require_alive(self) -> None:
+        """ProcessLookupError if it has died."""
+        if self.has_died():
+            self.reap()
+            raise self._died()
+
+    def _died(self) -> ProcessLookupError:
+        self.attached = False
+        return ProcessLookupError(errno.ESRCH, f'task {self.tid} died')
 
     def stop(self, deadline: float | None = None) -> None:
         """Interrupt and wait for PTRACE_EVENT_STOP. A signal that comes first is delivered, then asked again."""
@@ -183,13 +231,14 @@ class Tracee:
             ptrace(PTRACE_DETACH, self.tid, None, first)
         except ProcessLookupError:
             # dead or dying: reap it, or as its tracer we would keep the zombie from its parent
-            self._reap()
+            self.reap()
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
+        """See it dead, if it can be waited for by now."""
         try:
-            os.waitpid(self.tid, os.WNOHANG | WALL)
+            self.is_unreaped = os.waitpid(self.tid, os.WNOHANG | WALL)[0] == 0
         except ChildProcessError:
-            return
+            self.is_unreaped = False
 
     # ------------------------------------------------------------ state of a stopped task
 
@@ -285,6 +334,10 @@ def let_go(tracees: Iterable[Tracee]) -> None:
             os.sched_yield()        # there is no event: only its parent could wait for it
     for tracee in tracees:
         tracee.detach()
+    # a dead leader after its threads, which have been reaped just now
+    for tracee in tracees:
+        if tracee.is_unreaped:
+            tracee.reap()
 
 
 def _is_running(tid: int) -> bool:

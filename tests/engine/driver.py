@@ -20,6 +20,7 @@ import pyroute2.netlink.diag  # noqa: F401 - it is imported late, and then a use
 
 from ckptd.engine import worker as worker_module
 from ckptd.engine.messages import MAX_MESSAGE, Caller, Failed, Finished, FromWorker, JobRequest, Message, Start
+from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.worker import COMMAND, environment
 from tests.lib.brood import become, fork
@@ -88,9 +89,11 @@ class DirectWorker:
             self.pid = self._fork(theirs) if self._forked else self._start(theirs)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._socket.close()
-        with contextlib.suppress(ChildProcessError):
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if kind and not issubclass(kind, CkptError):    # the test was given up; the worker may never end
+                os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
     def _start(self, theirs: socket.socket) -> int:

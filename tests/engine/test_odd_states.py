@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees in odd states, each once the end of a checkpoint or of its tree."""
 
+import itertools
 import os
 import resource
 import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from ckptd.engine.messages import Cancel
 from ckptd.engine.vmas import map_flags
-from ckptd.errors import CkptError, NotSupported, Refused, TreeChanged
+from ckptd.errors import Cancelled, CkptError, FreezeTimeout, NotSupported, Refused, TreeChanged
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import (
     Backing,
@@ -370,3 +374,107 @@ def test_locks_to_come_and_what_is_left_of_the_dead(start: START, place: Place) 
         assert reader.get(Task, zombie).exit_code == 3 << 8
         owned = next(file for file in reader.every(OpenFile) if file.owner)
         assert (owned.owner, owned.owner_uid, owned.owner_euid) == (process.pid, os.getuid(), os.geteuid())
+
+
+WITH_THREADS = r"""
+static void *thread(void *unused)
+{
+    for (;;) pause();
+}
+int main(void)
+{
+    pthread_t one;
+    if (fork())
+        close(1);
+    else {
+        pthread_create(&one, 0, thread, 0);
+        pthread_create(&one, 0, thread, 0);
+        ready();
+    }
+    for (;;) pause();
+}
+"""
+
+
+@contextmanager
+def when_asked(path: Path, nth: int, act: Callable[[], object]) -> Iterator[None]:
+    """Workers ask at that path what to do; they go on, the nth one after act()."""
+    def answer() -> None:
+        for count in itertools.count(1):
+            connection, _ = asked.accept()
+            with connection:
+                if not connection.recv(64):
+                    return
+                if count == nth:
+                    act()
+                connection.send(b'')
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
+        asked.bind(str(path))
+        asked.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as last:
+                last.connect(str(path))
+            thread.join()
+
+
+def until_dead(pid: int) -> None:
+    while read_status(pid).state != 'Z':
+        os.sched_yield()
+
+
+# the root's three remote calls, then those of the child: one maps memory, each of three threads is asked, one unmaps
+@pytest.mark.parametrize('nth', range(1, 9))
+@pytest.mark.timeout(30)
+def test_a_process_with_threads_that_is_killed_in_a_remote_call(start: START, place: Place, nth: int) -> None:
+    """Its leader is a zombie that its tracer cannot reap before the threads: the worker waited for ever."""
+    process = start(WITH_THREADS)
+    (child,) = read_children(process.pid, process.pid)
+
+    def kill() -> None:
+        os.kill(child, signal.SIGKILL)
+        until_dead(child)
+
+    env = {'CKPTD_FAULT': 'running-remote=ask', 'CKPTD_FAULT_FILE': str(place.path / 'ask')}
+    with (when_asked(place.path / 'ask', nth, kill), DirectWorker(env=env) as worker,
+          pytest.raises(TreeChanged, match='died')):
+        worker.run(place.request(process.pid))
+    assert read_threads(child) == [child]
+    status = read_status(process.pid)
+    assert (status.state, status.tracer_pid) == ('S', 0)
+    assert not any(place.spool.iterdir())
+
+
+@pytest.mark.parametrize('nth', [1, 2, 3])
+@pytest.mark.timeout(30)
+def test_a_task_that_does_not_end_its_remote_call(start: START, place: Place, cgroup: Path, nth: int) -> None:
+    """Its cgroup is frozen meanwhile, as systemd does when the machine goes to sleep: the worker waited for ever. The
+    task undoes by itself what it has begun, as soon as it can."""
+    process = start('int main(void) { ready(); pause(); }')
+    (cgroup / 'cgroup.procs').write_text(str(process.pid))
+    before = take_picture(process.pid)
+
+    def freeze() -> None:
+        (cgroup / 'cgroup.freeze').write_text('1')
+        if error is Cancelled:
+            worker.send(Cancel())
+
+    env = {'CKPTD_FAULT': 'running-remote=ask', 'CKPTD_FAULT_FILE': str(place.path / 'ask')}
+    errors: dict[type[CkptError], int] = {FreezeTimeout: 1, Cancelled: 50}
+    for error, timeout in errors.items():
+        with DirectWorker(env=env) as worker, when_asked(place.path / 'ask', nth, freeze):
+            began = time.monotonic()
+            with pytest.raises(error):
+                worker.run(place.request(process.pid, freeze='ptrace', timeout_usec=timeout * 10**6))
+            assert time.monotonic() - began < 10
+        (place.path / 'ask').unlink()
+        (cgroup / 'cgroup.freeze').write_text('0')
+        while read_status(process.pid).state != 'S':
+            assert process.poll() is None
+            os.sched_yield()
+        assert changes(before, take_picture(process.pid)) == []
+    place.checkpoint(process.pid)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from ckptd.engine.batch import Batch
+from ckptd.engine.patience import LONG
 from ckptd.engine.restore.family import SEED
 from ckptd.engine.restore.puppet import Puppet, was_killed
 from ckptd.engine.restore.steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
@@ -22,6 +23,7 @@ from ckptd.kernel.ptrace import WALL
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
 _DYING_SECONDS = 2.0
+_LOOK = 0.1         # seconds without SIGCHLD after which to look anyway
 
 
 class Nursery:
@@ -164,10 +166,13 @@ class Nursery:
         for puppet in [*self.puppets.values(), *self.others.values()]:
             _kill(puppet.tid)
         # in whatever order they go: a leader is not waited for before its threads are
+        deadline = time.monotonic() + LONG
         with suppress(ChildProcessError):
-            while True:
-                tid, status = os.waitpid(-1, WALL)
-                if os.WIFSTOPPED(status):
+            while (left := deadline - time.monotonic()) > 0:
+                tid, status = os.waitpid(-1, WALL | os.WNOHANG)
+                if not tid:
+                    signal.sigtimedwait({signal.SIGCHLD}, min(left, _LOOK))
+                elif os.WIFSTOPPED(status):
                     _kill(tid)      # born in the moment that the restart broke off
 
 

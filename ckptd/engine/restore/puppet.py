@@ -15,6 +15,7 @@ breaks off leaves nothing. While it is a stub every signal but SIGTRAP is blocke
 import ctypes
 import os
 import signal
+import time
 from typing import NamedTuple, Self, TypeVar
 
 from ckptd.engine.batch import Batch, Results
@@ -35,10 +36,8 @@ from ckptd.kernel.ptrace import (
     PTRACE_O_TRACESYSGOOD,
     PTRACE_O_TRACEVFORK,
     SYSCALL_STOP,
-    WALL,
     Tracee,
 )
-from ckptd.kernel.stat import read_stat
 
 T = TypeVar('T')
 
@@ -170,9 +169,7 @@ class Puppet:
             self.tracee.cont(status & 0x7F)
         else:
             self._begin('exit_group', status >> 8)
-        while os.WIFSTOPPED(os.waitpid(self.tid, WALL)[1]):
-            self.tracee.cont()
-        self.tracee.attached = False
+        self.tracee.wait_dead()
 
     def exit_thread(self, status: int) -> None:
         """End as one thread of several, with a wait(2) status, which only /proc shows: the last one's is the process's.
@@ -182,8 +179,10 @@ class Puppet:
         it, its parent does not hear of the end of the process.
         """
         self._prepare('exit', status >> 8)
-        self.tracee.detach()
-        while self._state() not in 'ZX':
+        tracee, began = self.tracee, time.monotonic()
+        tracee.detach()
+        while not tracee.has_died():
+            tracee.patience(self.tid, time.monotonic() - began)
             os.sched_yield()
         self.is_dead = True
 
@@ -200,15 +199,9 @@ class Puppet:
         self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
         self.tracee.sigmask = 0     # which /proc goes on to show of the dead
 
-    def _state(self) -> str:
-        try:
-            return read_stat(self.tid).state
-        except ProcessLookupError:
-            return 'X'
-
     def adopt(self, tid: int, *, shares_memory: bool) -> 'Puppet':
         """The task that was just born: traced by us already, about to stop."""
-        tracee = Tracee(tid)
+        tracee = Tracee(tid, self.tracee.patience)
         status = tracee.wait()
         if status >> 16 != PTRACE_EVENT_STOP:
             raise CkptError(f'task {tid} was born with status {status:#x}', task=tid)

@@ -21,6 +21,7 @@ from ckptd.engine.faults import fault
 from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Phase, Running, first_rows
+from ckptd.engine.patience import stub_patience
 from ckptd.engine.restore import state
 from ckptd.engine.restore.attend import attend, cgroup_of
 from ckptd.engine.restore.bank import Bank
@@ -128,7 +129,7 @@ class Restore:
         cgroup = self._place.cgroup_fd
         if cgroup >= 0:
             cgroup = self._bank.once('cgroup', lambda: os.dup(cgroup))
-        self._nursery = Nursery(plant(self._plan.arena, self._bank.base), cgroup)
+        self._nursery = Nursery(plant(self._plan.arena, self._bank.base, stub_patience(self._channel.check)), cgroup)
         stack.enter_context(self._nursery)
         world, numbers = self._plan.world, self._plan.numbers
         self._warnings += world.enter(self._nursery[SEED])

@@ -25,7 +25,7 @@ from ckptd.kernel.creds import (
     prctl,
 )
 from ckptd.kernel.memory import PAGE, Mem
-from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Tracee
+from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Patience, Tracee, endless
 
 _PROGRAM_AT = 0x200000
 ARENA_LENGTH = 64 * PAGE
@@ -47,12 +47,12 @@ def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
     return Arena.at(start, ARENA_LENGTH)
 
 
-def plant(arena: Arena, bank: int) -> Puppet:
+def plant(arena: Arena, bank: int, patience: Patience = endless) -> Puppet:
     """Start the first stub. Its address space has the arena and nothing else, its files are those from number `bank`
-    on; it is a child of ours."""
+    on; it is a child of ours. patience: of waits for it, and for all that it makes."""
     program = _program()
     try:
-        tracee = _start(program)
+        tracee = _start(program, patience)
     finally:
         os.close(program)
     tracee.sigmask = BLOCK_ALL
@@ -104,7 +104,7 @@ def _keep_rights() -> None:
                 prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
 
 
-def _start(program: int) -> Tracee:
+def _start(program: int, patience: Patience) -> Tracee:
     wait, go = os.pipe2(os.O_CLOEXEC)
     ready, told = os.pipe2(os.O_CLOEXEC)
     with warnings.catch_warnings():
@@ -126,7 +126,7 @@ def _start(program: int) -> Tracee:
     os.read(ready, 1)       # or its end: then it is gone
     os.close(ready)
     try:
-        tracee = Tracee.seize(pid, OPTIONS)
+        tracee = Tracee.seize(pid, OPTIONS, patience)
     finally:
         os.close(go)        # it goes on, traced or not
     try:
