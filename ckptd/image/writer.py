@@ -11,7 +11,6 @@ their digests, manifest, each with fsync; the directory; rename; the spool.
 """
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Protocol, Self
 
 import msgspec
 
+from ckptd import flock
 from ckptd.errors import SpoolFailed
 from ckptd.image.files import create, digest_file, require_room, spool_failed, spooling, sync_directory, write_all
 from ckptd.image.grammar import Record, encode_end, encode_header, encode_record
@@ -128,7 +128,7 @@ class Incoming:
 
     def _unlock(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)
+            flock.close(self._lock)
             self._lock = -1
 
 
@@ -250,10 +250,10 @@ def _make_locked(path: Path) -> int:
             continue            # `remove_stale` saw it before it was locked
         except OSError as error:
             raise spool_failed(path, error) from error
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        flock.lock(fd)
         if _is_at(fd, path):
             return fd
-        os.close(fd)
+        flock.close(fd)
 
 
 def _open_directory(path: Path) -> int:
@@ -298,7 +298,7 @@ def _remove_unlocked(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock.lock(fd, wait=False)
         # between listing and locking it may have been published: the lock of what is still here has no other owner
         if not _is_at(fd, path):
             return False
@@ -307,4 +307,4 @@ def _remove_unlocked(path: Path) -> bool:
     except BlockingIOError:
         return False
     finally:
-        os.close(fd)
+        flock.close(fd)

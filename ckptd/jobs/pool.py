@@ -20,14 +20,19 @@ class WorkerPool:
         self._command, self._services = command, services
         self._witness = Witness()
         self._spawner = Spawner(environment(), self._witness.pidfd)
-        self._taken: dict[Worker, int] = {}     # and the uid of who asked for their job
-        self._stuck: dict[Worker, int] = {}
+        self._taken: dict[Worker, JobRequest] = {}
+        self._stuck: dict[Worker, int] = {}     # and the uid of who asked for their job
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Every worker that there is, and who starts them: none may be in a tree that one of them freezes."""
         pids = (self._spawner.pid, *(worker.pid for worker in (*self._taken, *self._stuck)))
         return tuple(pid for pid in pids if pid)
+
+    @property
+    def requests(self) -> tuple[JobRequest, ...]:
+        """What the workers do that were taken and not given back."""
+        return tuple(self._taken.values())
 
     @property
     def stuck(self) -> tuple[int, ...]:
@@ -46,7 +51,7 @@ class WorkerPool:
             worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._witness.pidfd)
         else:
             worker = await ChildWorker.start(self._spawner, self._command)
-        self._taken[worker] = request.asked_by
+        self._taken[worker] = request
         return worker
 
     async def give_back(self, worker: Worker, patience: float = 5.0) -> int:
@@ -54,9 +59,9 @@ class WorkerPool:
         try:
             return await worker.end(patience)
         finally:
-            uid = self._taken.pop(worker)
+            request = self._taken.pop(worker)
             if worker.stuck:
-                self._stuck[worker] = uid
+                self._stuck[worker] = request.asked_by
 
     async def await_stuck(self, worker: Worker) -> None:
         """Until one that is stuck has ended after all."""

@@ -57,7 +57,7 @@ class Queue:
         self._units, self._listener = units, listener
         self._loop = asyncio.get_running_loop()
         self._tasks = Tasks()
-        self.spawn = self._tasks.spawn
+        self.spawn = recovery.spawn = self._tasks.spawn
         self._numbers = itertools.count(1)
         self._lanes = Lanes(config)
         self.inhibitors = Inhibitors()
@@ -82,7 +82,7 @@ class Queue:
     @property
     def idle(self) -> bool:
         """Nothing waits, works, is held, or might still be asked about."""
-        return not (self._entries or self._held or self._known or self.inhibitors)
+        return not (self._entries or self._held or self._known or self.inhibitors or self._recovery.waiting)
 
     def works_on(self, image: str) -> bool:
         """Some job reads or writes this image; a tree that was restored and runs needs it no more."""
@@ -325,7 +325,7 @@ class Queue:
     async def start(self) -> None:
         """Put right what an earlier daemon left."""
         self._pool.start()
-        await self._recovery.run()
+        await self._recovery.run(0.0)
 
     def close(self) -> None:
         """Take nothing in any more: who asks for a job, a freeze or an inhibitor is told Unavailable."""
@@ -338,7 +338,7 @@ class Queue:
             self._cancel(entry)
         for entry in self._held:
             self._held.let_go(entry)
-        for task in self._stuck:
+        for task in (*self._stuck, *self._recovery.waiting):
             task.cancel()       # they end when they can
         await self._tasks.drain(CANCEL_PATIENCE + 2.0, self._kill_all)
         self._known.close()

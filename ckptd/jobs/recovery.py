@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""After a worker or a daemon died: thaw what the journal names, remove what was never published, put files back."""
+"""After a worker or a daemon died: thaw what the journal names, remove what was never published, put files back.
+
+What a dead worker left may be locked for a while: a child that it forked has its locks, too, and a worker of an earlier
+daemon may be letting go. It stands, and is recovered as soon as the lock is free.
+"""
 
 import asyncio
+import contextlib
 import logging
+import math
 import os
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ckptd import flock
 from ckptd.engine.messages import Caller, Failed, Finished, JobRequest, Start
 from ckptd.errors import CkptError
 from ckptd.jobs.pool import WorkerPool
@@ -16,6 +25,7 @@ from ckptd.journal.recover import left_about_files
 
 log = logging.getLogger(__name__)
 
+LOCK_PATIENCE = 2.0         # seconds that the end of a job waits for what its dead worker has left locked
 FREEZE_TIMEOUT = 10.0       # seconds, for a unit that a job had thawed and has to give back frozen
 
 
@@ -25,23 +35,104 @@ class Recovery:
     def __init__(self, runtime: Path, spool: Spool, units: Units | None, pool: WorkerPool) -> None:
         self._runtime, self._spool, self._units, self._pool = runtime, spool, units, pool
         self._turn = asyncio.Lock()
+        self._locked: dict[Path, asyncio.Future[None]] = {}     # what is waited for by a thread each
+        self.waiting: set[asyncio.Task[None]] = set()           # one at most, to be cancelled where the daemon stops
+        self.spawn: Callable[..., asyncio.Task[None]]           # of the owner of all tasks
 
-    async def run(self) -> None:
-        """Never fails: what cannot be put right is logged, and tried again by the next recovery."""
+    async def run(self, patience: float = LOCK_PATIENCE) -> None:
+        """Recover what is not locked. For what is, wait up to `patience` seconds here, and then in a task.
+
+        Never fails: what cannot be put right is logged, and tried again by the next recovery.
+        """
+        if not await self._run(patience) and not self.waiting:
+            task = self.spawn(self._wait(), name='recovery of what is locked')
+            self.waiting.add(task)
+            task.add_done_callback(self.waiting.discard)
+
+    async def _wait(self) -> None:
+        await self._run(math.inf)
+
+    async def _run(self, patience: float) -> bool:
+        """Recover, and again whenever a lock is freed, for `patience` seconds. Whether all locks of the dead are free.
+        """
         loop = asyncio.get_running_loop()
-        async with self._turn:
-            try:
-                for sentence in await asyncio.to_thread(self._recover, loop):
-                    log.warning('recovery: %s', sentence)
-                if await asyncio.to_thread(left_about_files, Journal(self._runtime)):
-                    await self._recover_files()
-            except (OSError, CkptError) as error:
-                log.error('cannot recover what the journal in %s names: %s', self._runtime, error)
-            try:
-                for image in await asyncio.to_thread(self._spool.remove_stale):
-                    log.warning('recovery: removed image %s, which was never finished', image)
-            except CkptError as error:
-                log.error('cannot clear the spool: %s', error)
+        end = loop.time() + patience
+        while True:
+            async with self._turn:
+                waited, before = dict(self._locked), await self._find_locked()
+                await self._run_once()
+                after = await self._find_locked()
+            if before is None or after is None:
+                return True     # a directory cannot be read, which was logged; the next recovery may find it
+            # freed meanwhile, perhaps too late to be recovered; and a thread of ours has for a moment what it waits for
+            if freed := (waited.keys() | before.keys()) - after.keys():
+                if told := [waited[path] for path in freed & waited.keys()]:
+                    await asyncio.wait(told)
+                continue
+            dead = self._of_the_dead(after)
+            if not dead:
+                return True
+            left = end - loop.time()
+            if left <= 0:
+                return False
+            await asyncio.wait([self._wait_free(path) for path in dead], return_when=asyncio.FIRST_COMPLETED,
+                               timeout=None if math.isinf(left) else left)
+
+    async def _find_locked(self) -> dict[Path, int | str] | None:
+        """Entries and unfinished images that are locked, each with the number of its job or the id of the image."""
+        try:
+            return await asyncio.to_thread(self._read_locked)
+        except OSError:
+            return None
+
+    def _read_locked(self) -> dict[Path, int | str]:
+        journal = Journal(self._runtime)
+        found: dict[Path, int | str] = {journal.path(one): one.begin.job for one in journal.entries()}
+        found |= {path: image for image, path in self._spool.unfinished()}
+        return {path: whose for path, whose in found.items() if flock.is_locked(path)}
+
+    def _of_the_dead(self, locked: Mapping[Path, int | str]) -> list[Path]:
+        """Those that no worker has which is alive."""
+        alive = self._pool.requests
+        theirs = {request.job for request in alive} | {request.image for request in alive}
+        any_import = any(request.operation == 'import' for request in alive)        # it chooses the id by itself
+        return [path for path, whose in locked.items()
+                if whose not in theirs and not (any_import and isinstance(whose, str))]
+
+    def _wait_free(self, path: Path) -> 'asyncio.Future[None]':
+        """A thread of its own, not one of the loop's, whose end would wait for it."""
+        if path in self._locked:
+            return self._locked[path]
+        log.warning('recovery: %s is locked, by whom is not known: its turn comes when it is free', path)
+        loop = asyncio.get_running_loop()
+        future = self._locked[path] = loop.create_future()
+
+        def tell() -> None:
+            del self._locked[path]
+            future.set_result(None)
+
+        def wait() -> None:
+            flock.wait_free(path)
+            with contextlib.suppress(RuntimeError):     # the loop is closed
+                loop.call_soon_threadsafe(tell)
+
+        threading.Thread(target=wait, name='flock', daemon=True).start()
+        return future
+
+    async def _run_once(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            for sentence in await asyncio.to_thread(self._recover, loop):
+                log.warning('recovery: %s', sentence)
+            if await asyncio.to_thread(left_about_files, Journal(self._runtime)):
+                await self._recover_files()
+        except (OSError, CkptError) as error:
+            log.error('cannot recover what the journal in %s names: %s', self._runtime, error)
+        try:
+            for image in await asyncio.to_thread(self._spool.remove_stale):
+                log.warning('recovery: removed image %s, which was never finished', image)
+        except CkptError as error:
+            log.error('cannot clear the spool: %s', error)
 
     def _recover(self, loop: asyncio.AbstractEventLoop) -> list[str]:
         units = self._units

@@ -141,6 +141,11 @@ class Spool:
         # what the disk will not give up now is removed at the next start
         shutil.rmtree(doomed, ignore_errors=True)
 
+    def unfinished(self) -> list[tuple[str, Path]]:
+        """(id, directory) of images that were not published, or not yet. Disk. OSError."""
+        return [(path.name.removeprefix(INCOMING), path) for path in self.directory.iterdir()
+                if path.name.startswith(INCOMING)]
+
     def remove_stale(self) -> list[str]:
         """Remove what was never published and whose writer is dead; ids of the images. Disk."""
         return remove_stale(self.directory)

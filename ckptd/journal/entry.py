@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ckptd import flock
 from ckptd.errors import CkptError
 from ckptd.journal.steps import VERSION, WORK_PREFIX, AnyStep, Begin, Move, Moved, Redone, Undone
 
@@ -112,7 +113,7 @@ class Entry:
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd != -1:
-            os.close(fd)
+            flock.close(fd)
 
     def append(self, *lines: AnyStep | Begin | Undone | Redone) -> None:
         """Write lines at once and fsync; CkptError if that cannot be, and then nothing was added."""

@@ -2,7 +2,6 @@
 """The directory of entries: making, listing and claiming them."""
 
 import errno
-import fcntl
 import os
 import secrets
 import stat
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ckptd import flock
 from ckptd.journal.entry import MAX_ENTRY, SUFFIX, Contents, Entry, journal_failed, parse_entry
 from ckptd.journal.steps import VERSION, AnyStep, Begin
 from ckptd.kernel.procfs import read_file
@@ -41,12 +41,16 @@ class Journal:
                 path = self.directory / f'{job}-{secrets.token_hex(4)}{SUFFIX}'
                 fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 entry = Entry(path, fd, Contents(begin, [], set(), 0))
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock.lock(fd, wait=False)
                 entry.append(begin)
                 os.fsync(directory)
                 return entry
         except OSError as error:
             raise journal_failed(self.directory, error) from error
+
+    def path(self, entry: Listing) -> Path:
+        """The file of an entry."""
+        return self.directory / f'{entry.name}{SUFFIX}'
 
     def entries(self) -> list[Listing]:
         """What is there, by name; files that are no entries are left out."""
@@ -56,8 +60,10 @@ class Journal:
                 alive = False
                 try:
                     fd, alive = _open(path)
-                    with os.fdopen(fd, 'rb') as file:
-                        contents = parse_entry(file.read(MAX_ENTRY))
+                    try:
+                        contents = parse_entry(os.pread(fd, MAX_ENTRY, 0))
+                    finally:
+                        flock.close(fd)
                 except (OSError, ValueError):
                     continue
                 entry = Entry(path, -1, contents)
@@ -84,10 +90,10 @@ class Journal:
             facts = os.fstat(fd)
             if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
                 raise PermissionError(errno.EPERM, 'it must be ours, and nobody else may write there')
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            flock.lock(fd)
             yield fd
         finally:
-            os.close(fd)
+            flock.close(fd)
 
 
 def _open(path: Path) -> tuple[int, bool]:
@@ -98,14 +104,14 @@ def _open(path: Path) -> tuple[int, bool]:
         if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_size > MAX_ENTRY:
             raise OSError(errno.EBADMSG, 'not a regular file of ours of at most 32 MiB')
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock.lock(fd, wait=False)
         except BlockingIOError:
             return fd, True
         # its owner may have deleted it between open and flock
         if os.fstat(fd).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except BaseException:
-        os.close(fd)
+        flock.close(fd)
         raise
     return fd, False
 
@@ -120,9 +126,9 @@ def _claim(path: Path) -> Entry | tuple[Path, str] | None:
         return path, error.strerror or str(error)
     try:
         if alive:
-            os.close(fd)
+            flock.close(fd)
             return None
         return Entry(path, fd, parse_entry(read_file(str(path))))
     except ValueError as error:
-        os.close(fd)
+        flock.close(fd)
         return path, str(error)
