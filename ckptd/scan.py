@@ -332,6 +332,15 @@ def is_same(task: Task) -> bool:
         return False
 
 
+def is_alive(task: Task) -> bool:
+    """Whether the task still lives that was scanned; one that was a zombie then, whether it is still there."""
+    try:
+        stat = read_stat(task.tgid, task.tid)
+    except ProcessLookupError:
+        return False
+    return stat.start_time == task.start_time and (stat.state not in 'ZX' or task.is_zombie)
+
+
 def _raise_nofile(wanted: int) -> int:
     """Raise the soft limit of open files if need be, at most to the hard one; the limit that holds then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -17,7 +17,7 @@ from ckptd.checks.access import Caller, check_access
 from ckptd.checks.files import check_files
 from ckptd.checks.frozen import check_frozen
 from ckptd.checks.hidden import without_hidden
-from ckptd.checks.rows import refuse
+from ckptd.checks.rows import refuse, told_dead
 from ckptd.checks.tasks import check_tasks
 from ckptd.checks.vmas import check_vmas
 from ckptd.errors import Refusal
@@ -25,7 +25,7 @@ from ckptd.picture import Picture
 from ckptd.tree import Tree
 
 __all__ = ['Caller', 'check_access', 'check_files', 'check_frozen', 'check_rights', 'check_tasks', 'check_tree',
-           'check_vmas']
+           'check_vmas', 'told_dead']
 
 
 def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
@@ -48,7 +48,7 @@ def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
         found += check_frozen(seen, caller.pid)
     found += check_vmas(seen, picture)
     found += check_files(seen, picture)
-    return list(dict.fromkeys(found))
+    return told_dead(tree, found)
 
 
 def check_rights(tree: Tree, caller: Caller, avoid: Collection[int] = ()) -> list[Refusal]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, ParamSpec
 
 from ckptd.errors import Refusal
-from ckptd.tree import Task
+from ckptd.scan import is_alive
+from ckptd.tree import Task, Tree
 
 P = ParamSpec('P')
 
@@ -40,6 +41,15 @@ def warn(task: Task, resource: str, errno: str, reason: str, hint: str) -> Refus
 
 def dead(task: Task) -> Refusal:
     return refuse(task, 'task', 'EAGAIN', 'died during the scan', 'try again')
+
+
+def told_dead(tree: Tree, found: Iterable[Refusal]) -> list[Refusal]:
+    """Each row once. A refusal of a task that has died since may come from its death: it has no files, namespaces or
+    memory any more, and its number may be another's. So the death is what is told."""
+    rows = list(dict.fromkeys(found))
+    died = {pid for pid in {row.pid for row in rows if row.severity == 'refusal'}
+            if pid in tree and not is_alive(tree[pid])}
+    return list(dict.fromkeys(dead(tree[row.pid]) if row.pid in died else row for row in rows))
 
 
 def guarded(task: Task, resource: str, check: Callable[P, list[Refusal]], *args: P.args,

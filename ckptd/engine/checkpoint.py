@@ -88,30 +88,25 @@ class Checkpoint:
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
         patience = Patience(self._request.timeout_usec / 1e6, self._channel.check)
-        seize_all(tree, frozen.tracees, deadline, patience,
-                  lambda count: self._channel.progress(count, len(tree), 0, 0))
-        waits = issue_again(frozen.tracees, notes)
-        # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
-        frozen.let_run()
-        self._channel.phase('state')
+        with deaths.told(frozen.tracees), ExitStack() as undo:
+            seize_all(tree, frozen.tracees, deadline, patience,
+                      lambda count: self._channel.progress(count, len(tree), 0, 0))
+            waits = issue_again(frozen.tracees, notes)
+            # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
+            frozen.let_run()
+            self._channel.phase('state')
 
-        def report(tasks_done: int, tasks: int, bytes_done: int, size: int) -> None:
-            deaths.check()
-            self._channel.progress(tasks_done, tasks, bytes_done, size)
+            def report(tasks_done: int, tasks: int, bytes_done: int, size: int) -> None:
+                deaths.check()
+                self._channel.progress(tasks_done, tasks, bytes_done, size)
 
-        dump = Dump(tree, frozen.tracees, picture, cgroups, notes, waits, writer.data, report,
-                    self._request.save_limit if self._request.save_files else 0)
-        with ExitStack() as undo:
-            undo.push(dump)
-            try:
-                dump.read_state()
-                self._warnings += dump.unsaved
-                self._channel.phase('memory')
-                with self._clock.measure('memdump'):
-                    dump.read_memory()
-            except OSError:
-                deaths.require_none(frozen.tracees)     # what cannot be read may be a task that was killed
-                raise
+            dump = undo.enter_context(Dump(tree, frozen.tracees, picture, cgroups, notes, waits, writer.data, report,
+                                           self._request.save_limit if self._request.save_files else 0))
+            dump.read_state()
+            self._warnings += dump.unsaved
+            self._channel.phase('memory')
+            with self._clock.measure('memdump'):
+                dump.read_memory()
             deaths.require_none(frozen.tracees)
             undo.pop_all()
         return dump

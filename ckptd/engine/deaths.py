@@ -5,11 +5,11 @@ The proc connector tells of an exit as it happens, where the kernel has one for 
 the truth everywhere.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
-from ckptd.errors import TreeChanged
+from ckptd.errors import Cancelled, TreeChanged
 from ckptd.kernel.netlink import ForkWatch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.scan import Handles
@@ -47,8 +47,20 @@ class Deaths:
         # one that was killed may take long to let go of its memory, and counts as alive until then; but it is not
         # stopped any more, and its memory looks empty
         for tid, tracee in tracees.items():
-            if not tracee.is_stopped():
+            if tracee.stopped and not tracee.is_stopped():
                 raise self._died(self._tree[tid])
+
+    @contextmanager
+    def told(self, tracees: Mapping[int, Tracee]) -> Iterator[None]:
+        """Whatever fails in the block for the death of a task becomes TreeChanged."""
+        try:
+            yield
+        except (Cancelled, TreeChanged):
+            raise
+        except Exception:
+            # what cannot be read, or looks odd, may be a task that was killed
+            self.require_none(tracees)
+            raise
 
     def _died(self, task: Task) -> TreeChanged:
         return TreeChanged(f'{task.comm}[{task.tid}] died while it was dumped', task=task.tid, resource='task')

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.checks import check_rights, check_tree
+from ckptd.checks import check_rights, check_tree, told_dead
 from ckptd.checks.hidden import require_sight, without_hidden
 from ckptd.engine.broker.client import Broker
 from ckptd.engine.broker.freezing import lent_freeze
@@ -30,11 +30,10 @@ from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.pidfd import held, pidfd_pid
-from ckptd.kernel.stat import read_stat
 from ckptd.kernel.unix import clients_beside
 from ckptd.picture import Picture
-from ckptd.scan import Target, resolve_target, scan_tree
-from ckptd.tree import Task, Tree
+from ckptd.scan import Target, is_alive, resolve_target, scan_tree
+from ckptd.tree import Tree
 
 LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
 
@@ -103,12 +102,12 @@ class Job:
         """
         rows = self.refusals(tree, picture)
         if picture is None:
-            rows = [row for row in rows if row.pid not in tree or _lives(tree[row.pid])]
+            rows = [row for row in rows if row.pid not in tree or is_alive(tree[row.pid])]
         return self._warnings(rows)
 
     def require_access(self, tree: Tree) -> None:
         """Only what a freeze needs: the caller's right to these tasks."""
-        self._warnings(check_rights(tree, self.request.caller, self._avoid))
+        self._warnings(told_dead(tree, check_rights(tree, self.request.caller, self._avoid)))
 
     @property
     def _avoid(self) -> set[int]:
@@ -168,15 +167,6 @@ class Job:
             yield files
         finally:
             files.close()
-
-
-def _lives(task: Task) -> bool:
-    """It was alive when it was scanned, or it is now."""
-    try:
-        stat = read_stat(task.tgid, task.tid)
-    except ProcessLookupError:
-        return False
-    return stat.start_time == task.start_time and (stat.state not in 'ZX' or task.is_zombie)
 
 
 def require_some_room(spool: Path, keep_free: int) -> None:

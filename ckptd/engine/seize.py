@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ckptd.engine.faults import fault
 from ckptd.errors import FreezeTimeout, PermissionDenied, TreeChanged
 from ckptd.kernel.ptrace import Patience, Tracee
+from ckptd.scan import is_alive
 from ckptd.tree import Task, Tree
 
 
@@ -31,6 +32,9 @@ def _seize(task: Task, patience: Patience) -> Tracee:
     except ProcessLookupError as error:
         raise _gone(task) from error
     except PermissionError as error:
+        # so the kernel also answers for what is dead and not reaped (kernel/ptrace.c, ptrace_attach: exit_state)
+        if not is_alive(task):
+            raise _gone(task) from error
         raise PermissionDenied(f'{task.comm}[{task.tid}] cannot be traced', task=task.tid, resource='ptrace',
                                phase='seize', hint='is a debugger or strace attached to it?') from error
 

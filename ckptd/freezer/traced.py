@@ -13,8 +13,8 @@ from ckptd.freezer.base import CannotFreezeError, Frozen, timed_out
 from ckptd.freezer.groups import read_places, topmost_frozen
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
 from ckptd.kernel.signalfd import ChildSignals
-from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
+from ckptd.scan import is_alive
 from ckptd.tree import Task
 
 ROUNDS = 64                 # of seizing what was born meanwhile
@@ -64,7 +64,7 @@ class TracedFrozen(Frozen):
         except ProcessLookupError:
             self.tracees.pop(task.tid, None)        # died; the next scan does not find it
         except PermissionError as error:
-            if _is_dead(task):
+            if not is_alive(task):
                 return
             # in an execve(2) of another thread the leader dies, EPERM, and that thread takes its number, alive
             if not again:
@@ -103,13 +103,6 @@ class TracedFrozen(Frozen):
         if tracee and not tracee.stopped and tracee.has_died():
             tracee.reap()
             del self.tracees[tid]
-
-
-def _is_dead(task: Task) -> bool:
-    try:
-        return read_stat(task.tgid, task.tid).state in 'ZX'
-    except ProcessLookupError:
-        return True
 
 
 def _not_permitted(task: Task, error: PermissionError) -> PermissionDenied:

@@ -8,7 +8,8 @@ import signal
 import socket
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -123,6 +124,36 @@ async def until_readable(fd: int) -> None:
         await ready.wait()
     finally:
         loop.remove_reader(fd)
+
+
+@contextlib.contextmanager
+def asking(path: Path, point: str, nth: int, act: Callable[[], object]) -> Iterator[dict[str, str]]:
+    """The same without a loop: an environment for workers, which all go on, after act() where one has come to the point
+    for the nth time. With '*' any point counts."""
+    def answer() -> None:
+        left = nth
+        while True:
+            connection, _ = asked.accept()
+            with connection:
+                if not (here := connection.recv(64).decode()):
+                    return
+                left -= point in ('*', here)
+                if not left and point in ('*', here):
+                    act()
+                connection.send(b'')
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
+        asked.bind(str(path))
+        asked.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield {'CKPTD_FAULT': f'{point}=ask', 'CKPTD_FAULT_FILE': str(path)}
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as last:
+                last.connect(str(path))
+            thread.join()
+            path.unlink()
 
 
 class Api:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees in odd states, each once the end of a checkpoint or of its tree."""
 
-import itertools
 import os
 import resource
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +32,7 @@ from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
 from tests.engine.driver import DirectWorker, Place
+from tests.engine.faulty import asking
 from tests.engine.test_victims import changes
 from tests.lib.gate import own_cgroup
 from tests.lib.procdiff import take_picture
@@ -396,32 +395,6 @@ int main(void)
 """
 
 
-@contextmanager
-def when_asked(path: Path, nth: int, act: Callable[[], object]) -> Iterator[None]:
-    """Workers ask at that path what to do; they go on, the nth one after act()."""
-    def answer() -> None:
-        for count in itertools.count(1):
-            connection, _ = asked.accept()
-            with connection:
-                if not connection.recv(64):
-                    return
-                if count == nth:
-                    act()
-                connection.send(b'')
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
-        asked.bind(str(path))
-        asked.listen()
-        thread = threading.Thread(target=answer)
-        thread.start()
-        try:
-            yield
-        finally:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as last:
-                last.connect(str(path))
-            thread.join()
-
-
 def until_dead(pid: int) -> None:
     while read_status(pid).state != 'Z':
         os.sched_yield()
@@ -439,8 +412,7 @@ def test_a_process_with_threads_that_is_killed_in_a_remote_call(start: START, pl
         os.kill(child, signal.SIGKILL)
         until_dead(child)
 
-    env = {'CKPTD_FAULT': 'running-remote=ask', 'CKPTD_FAULT_FILE': str(place.path / 'ask')}
-    with (when_asked(place.path / 'ask', nth, kill), DirectWorker(env=env) as worker,
+    with (asking(place.path / 'ask', 'running-remote', nth, kill) as env, DirectWorker(env=env) as worker,
           pytest.raises(TreeChanged, match='died')):
         worker.run(place.request(process.pid))
     assert read_threads(child) == [child]
@@ -463,15 +435,14 @@ def test_a_task_that_does_not_end_its_remote_call(start: START, place: Place, cg
         if error is Cancelled:
             worker.send(Cancel())
 
-    env = {'CKPTD_FAULT': 'running-remote=ask', 'CKPTD_FAULT_FILE': str(place.path / 'ask')}
     errors: dict[type[CkptError], int] = {FreezeTimeout: 1, Cancelled: 50}
     for error, timeout in errors.items():
-        with DirectWorker(env=env) as worker, when_asked(place.path / 'ask', nth, freeze):
+        with (asking(place.path / 'ask', 'running-remote', nth, freeze) as env,
+              DirectWorker(env=env) as worker):
             began = time.monotonic()
             with pytest.raises(error):
                 worker.run(place.request(process.pid, freeze='ptrace', timeout_usec=timeout * 10**6))
             assert time.monotonic() - began < 10
-        (place.path / 'ask').unlink()
         (cgroup / 'cgroup.freeze').write_text('0')
         while read_status(process.pid).state != 'S':
             assert process.poll() is None
