@@ -38,10 +38,11 @@ def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
     picture = picture or Picture()
     visible = without_hidden(tree, caller)
     hidden = check_hidden(tree, visible, caller)
-    found = check_avoid(visible, avoid) + check_access(visible, caller)
+    found = (avoided := check_avoid(visible, avoid)) + check_access(visible, caller)
     denied = {refusal.pid for refusal in found}
-    if 0 in denied:
-        return hidden + found
+    if 0 in denied or avoided:
+        # a tree that holds the daemon is most of the machine: to read all of it takes seconds and changes nothing
+        return told_dead(tree, hidden + found)
     seen = [task for task in visible if task.tid not in denied]
     found = hidden + found + check_tasks(visible, seen, picture, caller)
     if frozen_required:

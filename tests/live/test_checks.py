@@ -13,10 +13,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from ckptd import checks
 from ckptd.checks import check_tree
 from ckptd.checks.tasks import check_kthread, check_seccomp
 from ckptd.checks.vmas import MappedFiles, check_mapping
@@ -303,6 +304,19 @@ def test_deleted_directory_is_a_warning(brood: Brood, tmp_path: Path) -> None:
 def test_ckptd_itself_in_the_tree(brood: Brood) -> None:
     root, child = brood.ask(lambda: brood.fork())
     assert refusals(check(root, avoid=[child, os.getpid()])) == [(child, 'task', 'EDEADLK')]
+
+
+def test_a_tree_with_ckptd_in_it_is_not_read(brood: Brood, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of PID 1 is the whole machine: its refusal took seconds."""
+    def read(*_: object) -> NoReturn:
+        raise AssertionError('it was read')
+
+    for name in ('check_tasks', 'check_vmas', 'check_files'):
+        monkeypatch.setattr(checks, name, read)
+    root, child = brood.ask(lambda: brood.fork())
+    assert refusals(check(root, avoid=[child])) == [(child, 'task', 'EDEADLK')]
+    with pytest.raises(AssertionError, match='it was read'):
+        check(root)
 
 
 def test_check_of_a_tree_that_changes_all_the_time(brood: Brood) -> None:
