@@ -17,7 +17,6 @@ import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 from ckptd.errors import InvalidArgument, NoSuchTarget
@@ -319,8 +318,7 @@ class Handles:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import msgspec
 
 from ckptd.errors import CkptError, Refusal, from_details
+from ckptd.kernel.bounds import Bounds
 
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
 MAX_TEXT = 1000             # characters of a text in a row
@@ -42,7 +43,8 @@ class Caller(msgspec.Struct, frozen=True):
     """Who asks, as the bus says. capabilities: effective set of the calling process as a mask, -1 if unknown; bounding:
     its bounding set. no_new_privs, seccomp: it is under that, and what it asks for must not get it out. label: of a
     security module, for the log. start_time: of the process, as Stat has it, 0 if unknown: a pid alone may be another's
-    by the time that it is looked at (ckptd.kernel.pidfd.held)."""
+    by the time that it is looked at (ckptd.kernel.pidfd.held). bounds: of the process when it called, None if unknown.
+    """
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
@@ -53,6 +55,7 @@ class Caller(msgspec.Struct, frozen=True):
     seccomp: bool = False
     label: str = ''
     start_time: int = 0
+    bounds: Bounds | None = None
 
 
 class JobRequest(msgspec.Struct, frozen=True):

@@ -2,9 +2,12 @@
 """From what a caller asks for to the request that a worker gets."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import msgspec
 
 from ckptd.config import INFINITY, Config
 from ckptd.engine.messages import Caller, JobRequest, Operation
@@ -12,6 +15,7 @@ from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import Stat, read_stat
 
 MAX_TARGET = 4096       # a cgroup's path has this bound from the kernel (PATH_MAX)
@@ -57,6 +61,15 @@ def command_of(target: str) -> str:
     return PurePosixPath(rest).name if kind == 'cgroup' else target.rsplit('.', 1)[0]
 
 
+def _with_bounds(caller: Caller) -> Caller:
+    """Note what bounds the calling process now: it may be gone before its job begins."""
+    if not caller.uid or not caller.pid:
+        return caller
+    with suppress(ProcessLookupError, FileNotFoundError):
+        return msgspec.structs.replace(caller, bounds=read_bounds(caller.pid, caller.start_time, caller.uid))
+    return caller
+
+
 @dataclass(frozen=True, slots=True)
 class Orders:
     """What is the same in every request of this daemon.
@@ -95,6 +108,7 @@ class Orders:
 
     def _request(self, operation: Operation, target: str, caller: Caller, **more: Any) -> JobRequest:
         client = (self.client,) if self.client and self.client == caller.pid else ()
+        caller = _with_bounds(caller)
         return JobRequest(operation, target, caller, str(self.spool.directory), str(self.runtime),
                           avoid=(*self.avoid, *client), systemd=self.systemd, **more)
 

@@ -71,8 +71,9 @@ class Content(Protocol):
 
 
 def open_again(fd: int, flags: int) -> int:
-    """A further description of an open file, proc_pid_fd(5): of a pipe, FIFO, memfd or deleted file, too."""
-    return os.open(f'/proc/self/fd/{fd}', opening(flags) & ~_NOT_AGAIN | os.O_CLOEXEC)
+    """A further description of an open file, proc_pid_fd(5): of a pipe, FIFO, memfd or deleted file, too. A terminal
+    does not become the controlling one of a worker, which is a session leader."""
+    return os.open(f'/proc/self/fd/{fd}', opening(flags) & ~_NOT_AGAIN | os.O_CLOEXEC | os.O_NOCTTY)
 
 
 def opening(flags: int) -> int:

@@ -18,8 +18,6 @@ from ckptd.kinds.base import ByUser, Looking, Reason, Restoring, Takes, open_aga
 from ckptd.kinds.content import Segment, content_size, restore_content
 
 TRIES = 100
-# open(2) with O_TMPFILE: not in this file system; an old kernel takes it for opening a directory
-_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR)
 
 
 def home_of(path: str, looking: Looking) -> str:
@@ -75,31 +73,19 @@ def make_nameless(path: str, ctx: Restoring, flags: int) -> int:
     """A new empty file (mode 0600) of the user's without a name. CkptError if there is no place for one.
 
     O_CREAT with O_EXCL opens the file that it makes and no other, open(2), whatever happens to its name afterwards.
+    With O_TMPFILE it would have no name in between, and /proc would show a number in the place of the old name.
     """
     flags |= os.O_CLOEXEC
     with opened_home(path, ctx) as home:
-        for name, way in _ways(path):
+        for name in names_for(path):
             with ctx.as_user():
                 try:
-                    fd = os.open(name, flags | way, 0o600, dir_fd=home)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, *_NO_TMPFILE):
-                        raise
+                    fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=home)
+                except FileExistsError:
                     continue
-                if way & os.O_CREAT:
-                    unlink_new(name, home, fd)
+                unlink_new(name, home, fd)
             return fd
     raise cannot_make(path)
-
-
-def _ways(path: str) -> Iterator[tuple[str, int]]:
-    """(name, flags of open(2)): under the old name if that is free, else without one, else under a name like it."""
-    names = names_for(path)
-    exclusive = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    yield next(names), exclusive
-    # with O_EXCL nobody can give it a name later, as nobody can a deleted file
-    yield '.', os.O_TMPFILE | os.O_EXCL
-    yield from ((name, exclusive) for name in names)
 
 
 def unlink_new(name: str, home: int, fd: int) -> None:

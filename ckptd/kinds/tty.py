@@ -74,7 +74,7 @@ class TtyKind(Kind[Tty], tag='tty'):
                        'warning')]
 
     def restore(self, record: Tty, saved: SavedFile, ctx: Restoring) -> int:
-        flags = opening(saved.flags) | os.O_NOCTTY
+        flags = opening(saved.flags)
         if ctx.terminal_fd >= 0:
             return open_again(ctx.terminal_fd, flags)
         # a serial line waits for its carrier, termios(3)

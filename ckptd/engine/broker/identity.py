@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ckptd.engine.messages import Caller, JobRequest
+from ckptd.engine.messages import JobRequest
 from ckptd.errors import CkptError, NoSuchTarget
 from ckptd.image.manifest import Manifest
+from ckptd.kernel.bounds import Bounds, read_bounds
 from ckptd.kernel.clone import CLONE_NEWTIME
 from ckptd.kernel.creds import (
     CAP_CHECKPOINT_RESTORE,
@@ -34,9 +35,8 @@ from ckptd.kernel.creds import (
     set_keepcaps,
 )
 from ckptd.kernel.keyctl import join_new_session_keyring
-from ckptd.kernel.pidfd import held
 from ckptd.kernel.status import read_status
-from ckptd.kernel.task import RLIM_INFINITY, read_limits, read_loginuid, read_oom_score_adj
+from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
 
 KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
@@ -46,55 +46,49 @@ _IMAGE_OPERATIONS = ('restore', 'check-restore')
 
 
 class Identity(NamedTuple):
-    """A user, and what bounds their calling process. limits: (soft, hard) by RLIMIT_* number, none for root's caller.
-    bounding: capability bounding set, a mask. loginuid: -1 for none."""
+    """A user, and what bounds their calling process. bounding: capability bounding set, a mask."""
     uid: int
     gid: int
     groups: tuple[int, ...]
-    limits: tuple[tuple[int, int], ...] = ()
-    oom_score_adj: int = 0
-    nice: int = 0
     bounding: int = (1 << 64) - 1
-    loginuid: int = -1
+    bounds: Bounds = Bounds()
 
 
 def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | None:
     """The user that the worker of this job becomes; None if it stays what it is.
 
-    manifest: of the image that the job is about, if any. NoSuchTarget if the calling process is gone.
+    manifest: of the image that the job is about, if any. NoSuchTarget for a restart if the calling process is gone and
+    nobody has noted what bounded it.
     """
     if os.geteuid() != 0:
         return None
     caller = request.caller
     if caller.uid:
-        return _of_caller(caller)
+        return _of_caller(request)
     if manifest is not None and manifest.owner_uid and request.operation in _IMAGE_OPERATIONS:
         return _of_account(manifest.owner_uid, manifest.owner_gid)
     return None
 
 
-def _of_caller(caller: Caller) -> Identity:
-    bounds = Identity(caller.uid, caller.gid, tuple(caller.groups))
-    if caller.bounding >= 0:
-        bounds = bounds._replace(bounding=caller.bounding)
-    if not caller.pid:
-        return bounds
-    try:
-        with held(caller.pid, caller.start_time, caller.uid):
-            return bounds._replace(limits=read_limits(caller.pid), oom_score_adj=read_oom_score_adj(caller.pid),
-                                   nice=os.getpriority(os.PRIO_PROCESS, caller.pid),
-                                   bounding=read_status(caller.pid).cap_bnd, loginuid=read_loginuid(caller.pid))
-    except (ProcessLookupError, FileNotFoundError):
-        raise NoSuchTarget('the calling process is gone, whose limits hold for the job', phase='resolve',
-                           hint='ask again, and stay until there is an answer') from None
+def _of_caller(request: JobRequest) -> Identity:
+    caller, bounds = request.caller, request.caller.bounds
+    if bounds is None and caller.pid:
+        with suppress(ProcessLookupError, FileNotFoundError):
+            bounds = read_bounds(caller.pid, caller.start_time, caller.uid)
+    if bounds is None and request.operation in _IMAGE_OPERATIONS:
+        raise NoSuchTarget('the calling process is gone, whose limits hold for the tree', phase='plan',
+                           hint='ask again, and stay until there is an answer')
+    bounding = caller.bounding if caller.bounding >= 0 else (1 << 64) - 1
+    return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, bounds or Bounds())
 
 
 def _of_account(uid: int, gid: int) -> Identity:
     """A user by the machine's accounts, which say what groups they are in."""
     with suppress(KeyError):
         account = pwd.getpwuid(uid)
-        return Identity(uid, account.pw_gid, tuple(os.getgrouplist(account.pw_name, account.pw_gid)), loginuid=uid)
-    return Identity(uid, gid, (), loginuid=uid)
+        return Identity(uid, account.pw_gid, tuple(os.getgrouplist(account.pw_name, account.pw_gid)),
+                        bounds=Bounds(loginuid=uid))
+    return Identity(uid, gid, (), bounds=Bounds(loginuid=uid))
 
 
 # ---------------------------------------------------------------- the launcher
@@ -129,16 +123,17 @@ def become(identity: Identity) -> None:
 
 
 def _take_bounds(identity: Identity) -> None:
-    for number, (soft, hard) in enumerate(identity.limits):
+    bounds = identity.bounds
+    for number, (soft, hard) in enumerate(bounds.limits):
         if number not in _NOT_FOR_THE_WORKER:
             _limit(number, soft, hard)
     with suppress(PermissionError), open('/proc/self/oom_score_adj', 'wb', buffering=0) as file:  # noqa: PTH123
-        file.write(str(identity.oom_score_adj).encode())
-    if identity.nice:
-        os.setpriority(os.PRIO_PROCESS, 0, identity.nice)
-    if identity.loginuid >= 0:
+        file.write(str(bounds.oom_score_adj).encode())
+    if bounds.nice:
+        os.setpriority(os.PRIO_PROCESS, 0, bounds.nice)
+    if bounds.loginuid >= 0:
         with suppress(FileNotFoundError, PermissionError), open('/proc/self/loginuid', 'wb', buffering=0) as file:  # noqa: PTH123
-            file.write(str(identity.loginuid).encode())
+            file.write(str(bounds.loginuid).encode())
     os.umask(0o077)
     os.chdir('/')
 

@@ -102,7 +102,10 @@ class TreePlace:
                 for process in processes}
 
     def _callers_cgroup(self) -> str:
+        """That of the calling process, when it called."""
         caller = self._job.request.caller
+        if own := self._identity.bounds.cgroup:
+            return own
         try:
             with held(caller.pid, caller.start_time):
                 return read_cgroup2(caller.pid)

@@ -139,7 +139,7 @@ class Broker:
             job = Job(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
             with powers(job, self._identity, worker.pid) as self._powers, ChildSignals() as self._signals:
                 request = msgspec.structs.replace(self._request, brokered=True,
-                                                  hard_limits=tuple(hard for _, hard in self._identity.limits))
+                                                  hard_limits=tuple(hard for _, hard in self._identity.bounds.limits))
                 worker.send(Start(request), self._fds)
                 try:
                     self._relay()

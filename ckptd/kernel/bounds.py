@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What bounds a process and all that it starts: limits, priority, cgroup, login."""
+
+import os
+from typing import NamedTuple
+
+from ckptd.kernel.pidfd import held
+from ckptd.kernel.task import read_cgroup2, read_limits, read_loginuid, read_oom_score_adj
+
+
+class Bounds(NamedTuple):
+    """limits: (soft, hard) by RLIMIT_* number. loginuid: -1 for none. cgroup: of the v2 hierarchy, '' without one."""
+    limits: tuple[tuple[int, int], ...] = ()
+    oom_score_adj: int = 0
+    nice: int = 0
+    loginuid: int = -1
+    cgroup: str = ''
+
+
+def read_bounds(pid: int, start_time: int, uid: int) -> Bounds:
+    """Read those of the process that began then and is this user's alone. ProcessLookupError if it is no more."""
+    with held(pid, start_time, uid):
+        return Bounds(read_limits(pid), read_oom_score_adj(pid), os.getpriority(os.PRIO_PROCESS, pid),
+                      read_loginuid(pid), read_cgroup2(pid))
