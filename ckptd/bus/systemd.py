@@ -27,6 +27,8 @@ TRANSIENT: Final[Mapping[str, tuple[str, Any]]] = {
     'Type': ('s', 'exec'), 'KillMode': ('s', 'process'), 'CollectMode': ('s', 'inactive-or-failed'),
     'AddRef': ('b', True), 'StandardOutput': ('s', 'null'), 'StandardError': ('s', 'journal'),
     'LimitNOFILE': ('t', 524288), 'TasksMax': ('t', 2**64 - 1),
+    # a private session keyring would cut a user's worker off from the user's own keys
+    'KeyringMode': ('s', 'shared'),
 }
 SCOPE: Final[Mapping[str, tuple[str, Any]]] = {
     'Delegate': ('b', True), 'CollectMode': ('s', 'inactive-or-failed'), 'TasksMax': ('t', 2**64 - 1),
@@ -62,8 +64,9 @@ class Systemd:
         """Start a program without any sandbox; done when it has been executed. `exit_status` ends what is kept."""
         command = (service.command[0], list(service.command), False)
         environment = [f'{name}={value}' for name, value in service.environment.items()]
+        where = {'Slice': ('s', service.slice)} if service.slice else {}
         await self._start(service.unit, {
-            **TRANSIENT, 'Description': ('s', service.description), 'ExecStart': ('a(sasb)', [command]),
+            **TRANSIENT, **where, 'Description': ('s', service.description), 'ExecStart': ('a(sasb)', [command]),
             'Environment': ('as', environment), 'StandardInputFileDescriptor': ('h', Fd(service.stdin))})
 
     async def main_pid(self, unit: str) -> int:

@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who gets which worker: one that a spawner starts, or for a restore a service of its own."""
 
+import os
 from collections.abc import Sequence
 
 from ckptd.engine.messages import JobRequest
+from ckptd.jobs.interpreter import environment
 from ckptd.jobs.service import Services, ServiceWorker
 from ckptd.jobs.spawner import Spawner
-from ckptd.jobs.worker import COMMAND, ChildWorker, Worker, environment
+from ckptd.jobs.worker import COMMAND, ChildWorker, Worker
 from ckptd.kernel.witness import Witness
 
 # what a sandboxed daemon's descendant could not do: make the tree, find out whether it could be made, put files back
 UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover'})
+
+
+def _slice_of(request: JobRequest) -> str:
+    """Where the processes of an ordinary user are, of root's systemd; '' for its default."""
+    uid = request.caller.uid
+    return f'user-{uid}.slice' if uid and os.geteuid() == 0 else ''
 
 
 class WorkerPool:
@@ -48,7 +56,8 @@ class WorkerPool:
         worker: Worker
         if self._services is not None and request.operation in UNSANDBOXED:
             what = f'{request.operation.capitalize()} of {request.image or "files"}'
-            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._witness.pidfd)
+            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._witness.pidfd,
+                                               _slice_of(request))
         else:
             worker = await ChildWorker.start(self._spawner, self._command)
         self._taken[worker] = request

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from ckptd.errors import CkptError, WorkerDied
-from ckptd.jobs.worker import COMMAND, Worker, environment, socket_pair
+from ckptd.jobs.interpreter import environment
+from ckptd.jobs.worker import COMMAND, Worker, socket_pair
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,14 @@ KEPT = ('PYTHONPATH', 'CKPTD_')
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A transient service: its program, what it finds in its environment, and the fd that is its standard input."""
+    """A transient service: its program, what it finds in its environment, the fd that is its standard input, and the
+    slice that it is in, '' for the manager's default."""
     unit: str
     description: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
     stdin: int
+    slice: str = ''
 
 
 class Services(Protocol):
@@ -59,7 +62,7 @@ class ServiceWorker(Worker):
 
     @classmethod
     async def start(cls, services: Services, description: str, command: Sequence[str] = COMMAND,
-                    witness: int = -1) -> Self:
+                    witness: int = -1, slice_: str = '') -> Self:
         """witness: as of `socket_pair`. WorkerDied with systemd's words when there will be none."""
         # the number of the job would not do: it is one again with each daemon
         unit = f'ckptd-restore-{secrets.token_hex(4)}.service'
@@ -67,7 +70,7 @@ class ServiceWorker(Worker):
         ours, theirs = socket_pair(witness)
         try:
             with theirs:
-                await services.start_service(Service(unit, description, (*command, '0'), kept, theirs.fileno()))
+                await services.start_service(Service(unit, description, (*command, '0'), kept, theirs.fileno(), slice_))
             pid, pidfd = await _open_main(services, unit)
         except CkptError as error:
             ours.close()

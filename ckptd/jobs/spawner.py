@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +15,13 @@ import msgspec
 
 from ckptd.engine.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
 from ckptd.errors import WorkerDied
+from ckptd.jobs.interpreter import command
 
 log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromSpawner)
 
-# -P: a directory named ckptd where the daemon was started must not be what root runs
-COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.spawner')
+COMMAND = command('ckptd.engine.spawner')
 PATIENCE = 2.0      # seconds
 UNKNOWN = 256       # exit status of one whose spawner has died: none that there is, for it may have died, too
 

@@ -14,24 +14,20 @@ import logging
 import os
 import signal
 import socket
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self, cast
 
 import msgspec
 
-import ckptd
 from ckptd.engine.messages import MAX_MESSAGE, Follow, FromWorker, ToWorker
 from ckptd.errors import WorkerDied
+from ckptd.jobs.interpreter import command, environment
 from ckptd.jobs.spawner import Child, Spawner
-from ckptd.notify import without_service_manager
 
 log = logging.getLogger(__name__)
 
-# -P: a directory named ckptd where the daemon was started must not be what root runs
-COMMAND = (sys.executable, '-P', '-m', 'ckptd.engine.worker')      # of one that is not forked
+COMMAND = command('ckptd.engine.worker')      # of one that is not forked
 MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 LAST_PATIENCE = 3.0     # seconds that a killed worker has to end; what waits for somebody's file system may not
 _encoder = msgspec.msgpack.Encoder()
@@ -177,12 +173,3 @@ class ChildWorker(Worker):
 
     async def _status(self) -> int:
         return await asyncio.shield(self._child.exited)
-
-
-def environment() -> dict[str, str]:
-    """Ours, the same ckptd from wherever this one was imported, and what of its log anybody will read."""
-    home = str(Path(ckptd.__file__).parent.parent)
-    others = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and path != home]
-    level = logging.getLevelName(logging.getLogger('ckptd.engine').getEffectiveLevel())
-    ours = without_service_manager(os.environ)
-    return {**ours, 'PYTHONPATH': os.pathsep.join([home, *others]), 'CKPTD_LOG_LEVEL': level}

@@ -22,7 +22,8 @@ from ckptd.engine import worker as worker_module
 from ckptd.engine.messages import MAX_MESSAGE, Caller, Failed, Finished, FromWorker, JobRequest, Message, Start
 from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
-from ckptd.jobs.worker import COMMAND, environment
+from ckptd.jobs.interpreter import environment
+from ckptd.jobs.worker import COMMAND
 from tests.lib.brood import become, fork
 
 ORDINARY_UID = 65534        # owns nothing; on every Linux
