@@ -29,6 +29,7 @@ import msgspec
 
 from ckptd.engine import worker
 from ckptd.engine.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
+from ckptd.kernel import netlink
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Spawn).decode
@@ -112,6 +113,7 @@ def main() -> int:
     # who stops the daemon signals all that is in its cgroup or session; workers are needed until its end
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)
+    netlink.load()
     gc.freeze()         # what is here now stays: no page of it is copied for the collector's sake
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         daemon = int(sys.argv[2]) if len(sys.argv) > 2 else -1

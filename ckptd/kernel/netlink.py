@@ -9,6 +9,7 @@ without it: a flood of them makes its reader raise, and a struct says all there 
 import contextlib
 import errno
 import functools
+import importlib
 import os
 import select
 import socket
@@ -173,6 +174,12 @@ def unix_sockets() -> dict[int, UnixSocket]:
     """Every unix socket of the caller's network namespace by inode, from sock_diag(7). OSError where it has none."""
     found = [_unix_socket(message) for data in _dump_unix() for message in _unix_messages(data)]
     return {one.inode: one for one in found}
+
+
+def load() -> None:
+    """Import what is imported late, as it takes long: a process that gives up its rights may not be able to read the
+    code any more."""
+    importlib.import_module('pyroute2.netlink.diag')
 
 
 def _dump_unix() -> Iterator[bytes]:

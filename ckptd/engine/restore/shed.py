@@ -13,7 +13,8 @@ this the first task to become the user's would expose the code of the others thr
     a user's worker     its tasks have CAP_CHECKPOINT_RESTORE and nothing else; every set is cleared. Memory that is not
                         dumpable is closed to its tracer as well, so what is to be run is written before, and /proc
                         tells whether it was done
-    a user namespace    each task runs `credentials`; its rights end with the namespace, whose owner the user is
+    a user namespace    each task runs `credentials`; its rights end with the namespace, whose owner the user is, so
+                        there is nothing to hide. Its memory stays open to the tracer, who has no right to more
 """
 
 import struct
@@ -76,14 +77,15 @@ class Shed:
     # ------------------------------------------------------------ root, or root of a user namespace
 
     def _take_own(self, group: Sequence[ImageTask]) -> Steps[None]:
-        first = Script(self._nursery[group[0].vpid])
-        first.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
-        yield from first.run()
+        if self._ids:
+            first = Script(self._nursery[group[0].vpid])
+            first.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
+            yield from first.run()
         for task in group:
             script = Script(self._nursery[task.vpid])
             self._lock(task, script)
             credentials(self._reader, task.vpid, script, ids=self._ids)
-            if task is group[-1]:
+            if task is group[-1] and self._ids:
                 self._set_dumpable(group, script)
             yield from script.run()
 

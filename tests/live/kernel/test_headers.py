@@ -59,6 +59,7 @@ EXPRESSIONS = {
 # what the kernel shows to nobody but the kernel, or what is ours; by module, with the place that has it
 OWN = {
     'closing': {'MOST', 'CROWD', 'ROOM'},
+    'hidepid': {'NOT_PTRACEABLE'},                                          # include/linux/proc_fs.h
     'creds': {'SUID_DUMP_DISABLE', 'SUID_DUMP_USER', 'SUID_DUMP_ROOT'},     # include/linux/sched/coredump.h
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
     'stat': {'PF_EXITING', 'PF_FORKNOEXEC', 'PF_SUPERPRIV', 'PF_SIGNALED', 'PF_KTHREAD'},   # include/linux/sched.h
