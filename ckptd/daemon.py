@@ -42,6 +42,7 @@ from ckptd.jobs.sight import Sight
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.watch import SpoolWatch
 from ckptd.kernel.closing import abort_all, report_to
+from ckptd.kernel.confinement import own_restrictions
 from ckptd.notify import ServiceManager
 from ckptd.places import Places, prepare_runtime
 
@@ -168,6 +169,8 @@ class Daemon:
         polkit = Polkit(connection)
         gate = Gate(polkit, self._spool, Sight(queue, orders))
         router = self._router = Router(connection, queue.spawn, ROOT, gate.sees_all, NODES)
+        if not settings.bus:        # of a client's own, and with what that has
+            router.peers.set_base(own_restrictions())
         polkit.on_changed = router.views_changed
         self._stack.callback(router.peers.close)
         announcer.begin(router, ManagerObject(queue, orders, library, gate), queue, library, gate)

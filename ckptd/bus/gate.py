@@ -7,6 +7,9 @@
     an image of one's own   org.ckptd1.restore-own       manage-own-images
     another image           org.ckptd1.restore           manage-images
 
+A caller in a sandbox (ckptd.kernel.confinement) reaches itself and what is below it: what is not, and every image,
+takes org.ckptd1.leave-confinement first, root included, and then what it takes from others.
+
 Of a tree the kernel then decides task by task, before the freeze and after it: for the caller, or for root where that
 was allowed of another tree. Without polkit the first and third row are allowed, the others not. Each decision is a line
 in the log.
@@ -14,6 +17,8 @@ in the log.
 
 import contextlib
 from typing import Final, Literal, NamedTuple
+
+import msgspec
 
 from ckptd.bus.call import Call
 from ckptd.bus.export import Viewer
@@ -30,6 +35,8 @@ from ckptd.jobs.library import Rights
 from ckptd.jobs.orders import parse_target
 from ckptd.jobs.sight import Sight
 from ckptd.jobs.spool import Spool
+from ckptd.jobs.state import Job
+from ckptd.kernel.confinement import hint_for, listed
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
 # what an own tree and another one take
@@ -39,6 +46,8 @@ ACTIONS: Final[dict[Verb, tuple[str, str]]] = {
 WORDS: Final = {Answer.NO: 'polkit does not allow it', Answer.DISMISSED: 'the question was dismissed',
                 Answer.ABSENT: 'it is not theirs, and there is no polkit to allow it',
                 Answer.SILENT: 'polkit does not answer'}
+LEAVE_WORDS: Final = {Answer.ABSENT: 'there is no polkit to allow it'}
+LEAVE: Final = f'{BUS_NAME}.leave-confinement'
 PARTLY: Final = 'not all of which is theirs'
 
 
@@ -57,15 +66,17 @@ class Gate:
         self._polkit, self._spool, self._sight = polkit, spool, sight
 
     async def enter(self, call: Call, verb: Verb, what: str, *, owner: int | None, task: int = 0, refusal: str = '',
-                    hint: str | None = None) -> Caller:
+                    hint: str | None = None, outside: bool = True) -> Caller:
         """With whose rights the work is to be done: the caller's for what is owned by its uid, root's where that was
         allowed for what is not. what: 'pid:12' or 'image X'. owner: None for what may not even be there. task: whose
-        owner that is. refusal: what a caller who is not the owner is told.
+        owner that is. refusal: what a caller who is not the owner is told. outside: where a confined one may not reach.
 
         PermissionDenied with the rule; InteractiveAuthorizationRequired where a person would have to be asked;
         LimitsExceeded where too many are.
         """
         caller = await call.credentials()
+        if caller.confinement and outside:
+            caller = await self._leave_confinement(call, caller, verb, what)
         own = owner == caller.uid
         action = f'{BUS_NAME}.{ACTIONS[verb][0 if own else 1]}'
         if not caller.uid:
@@ -86,6 +97,26 @@ class Gate:
         raise PermissionDenied(f'{words} ({action}: {WORDS[answer]})', task=task, resource=action,
                                hint='try again' if answer == Answer.SILENT else hint)
 
+    async def _leave_confinement(self, call: Call, caller: Caller, verb: Verb, what: str) -> Caller:
+        """The caller as one who may act beyond its sandbox, which an administrator decides. Errors as of `enter`."""
+        answer = Answer.NO
+        if caller.uid:      # polkit lets root do everything, and that of a container is root, too
+            async with call.attended():
+                answer = await self._polkit.ask(call.sender, caller.uid, LEAVE, {'target': what},
+                                                interactive=call.interactive)
+        if answer == Answer.YES:
+            audit_call('allowed', call, caller, what, LEAVE)
+            return msgspec.structs.replace(caller, confinement=(), no_new_privs=False, seccomp=False)
+        audit_call('refused', call, caller, what, LEAVE)
+        outside = f'which is outside of what the caller may reach, confined by {listed(caller.confinement)}'
+        if answer == Answer.ASK:
+            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired', f'{what}, {outside}, takes an authorization '
+                            f'({LEAVE}) that a person must give')
+        rule = LEAVE_WORDS.get(answer, WORDS[answer]) if caller.uid else 'root is not asked, and not let out of one'
+        raise PermissionDenied(f'uid {caller.uid} may not {verb} {what}, {outside} ({LEAVE}: {rule})',
+                               resource='confinement',
+                               hint='try again' if answer == Answer.SILENT else hint_for(caller.confinement))
+
     def own(self, call: Call, caller: Caller, what: str) -> None:
         """What one has started oneself one may end, and nobody needs to be asked."""
         audit_call('allowed', call, caller, what, 'owner' if caller.uid else 'root')
@@ -95,27 +126,42 @@ class Gate:
         caller = await call.credentials()
         where = parse_target(target, caller)
         async with call.attended() if caller.uid else contextlib.nullcontext():
-            owner, pid, start_time = await self._sight.whose(where, caller)
+            owner, pid, start_time, outside = await self._sight.whose(where, caller)
         may = await self.enter(call, verb, where, owner=owner, task=pid, refusal='' if pid else PARTLY,
-                               hint='run as the owner of the tree, or as root')
+                               hint='run as the owner of the tree, or as root', outside=outside)
         return TreeRights(may, caller.uid, start_time)
 
     async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
         """The same to thaw; what the caller may see. owner: who has frozen it, None for nobody: which of the two it is
         where it is not the caller, is told to nobody who may not see it. NoSuchTarget."""
         caller = await call.credentials()
+        if caller.confinement and await self._sight.is_outside(where, caller):
+            caller = await self._leave_confinement(call, caller, 'freeze', where)
         if not caller.uid or owner == caller.uid:
             self.own(call, caller, where)
             return Viewer(caller.uid)
         viewer = await call.viewer()
         if not viewer.all:
             try:
-                await self.enter(call, 'freeze', where, owner=None, refusal=f'which uid {caller.uid} has not frozen')
+                await self.enter(call, 'freeze', where, owner=None, outside=False,
+                                 refusal=f'which uid {caller.uid} has not frozen')
             except PermissionDenied as error:
                 raise not_held(where) from error
         elif owner is not None:
-            await self.enter(call, 'freeze', where, owner=owner)
+            await self.enter(call, 'freeze', where, owner=owner, outside=False)
         return viewer
+
+    async def job(self, call: Call, verb: Verb, job: Job) -> None:
+        """The same to end a job."""
+        caller, request = await call.credentials(), job.request
+        outside = bool(caller.confinement) and ((request.caller.pid, request.caller.start_time)
+                                                != (caller.pid, caller.start_time))
+        if outside:
+            await self._leave_confinement(call, caller, verb, job.name)
+        if caller.uid == request.asked_by:
+            self.own(call, caller, job.name)
+        else:
+            await self.enter(call, verb, job.name, owner=request.asked_by, outside=False)
 
     async def image(self, call: Call, verb: Verb, image: str) -> Rights:
         """The same for an image. Whether others have one of this name is told to nobody who may not see it.
@@ -136,8 +182,9 @@ class Gate:
 
 
 def _as_root(caller: Caller) -> Caller:
-    """Root's rights for what root's rights are needed for; the pid still says who asked."""
-    return Caller(0, 0, (0,), caller.pid, label=caller.label, start_time=caller.start_time)
+    """Root's rights for what root's rights are needed for; the pid still says who asked, and from which sandbox."""
+    return Caller(0, 0, (0,), caller.pid, label=caller.label, start_time=caller.start_time,
+                  confinement=caller.confinement)
 
 
 def audit_call(decision: Literal['allowed', 'refused'], call: Call, caller: Caller, what: str, rule: str) -> None:

@@ -39,12 +39,7 @@ class JobObject(Exported):
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
         """Release the tree and leave nothing; a restored one that runs is let go. A job that is over stays as it is."""
         parse_options(options, NONE)
-        caller = await call.credentials()
-        if caller.uid == self.job.request.asked_by:
-            self._gate.own(call, caller, self.job.name)
-        else:
-            await self._gate.enter(call, VERBS.get(self.job.request.operation, 'manage'), self.job.name,
-                                   owner=self.job.request.asked_by)
+        await self._gate.job(call, VERBS.get(self.job.request.operation, 'manage'), self.job)
         self._queue.cancel(self.job.number)
 
     # a property has the name already

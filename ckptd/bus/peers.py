@@ -21,8 +21,19 @@ from ckptd.bus.message import DBusError, ProtocolError
 from ckptd.bus.wire import Received
 from ckptd.engine.messages import Caller
 from ckptd.errors import LimitsExceeded, PermissionDenied
+from ckptd.kernel.confinement import (
+    NO_NEW_PRIVS,
+    SECCOMP,
+    UNKNOWN,
+    Restrictions,
+    confinement,
+    machine_restrictions,
+    own_restrictions,
+    restrictions_of,
+)
 from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time, wait_dead
 from ckptd.kernel.status import Status, read_status
+from ckptd.kernel.task import read_namespaces
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +84,14 @@ class Peer:
         # alive after the file was read: the number was not another's in between
         return None if wait_dead(self.pidfd, 0) or status.uids[1] != self.uid else status
 
+    def confinement(self, status: Status, base: Restrictions) -> tuple[str, ...]:
+        """What keeps this very process, whose status that is, from more than `base`."""
+        try:
+            namespaces = read_namespaces(self.pid)
+        except OSError:
+            namespaces = {}     # it ends, or a security module does not let us look: then it is confined by all of them
+        return UNKNOWN if wait_dead(self.pidfd, 0) else confinement(restrictions_of(status, namespaces), base)
+
 
 class Peers:
     """Senders that have called, remembered until they leave the bus."""
@@ -82,6 +101,18 @@ class Peers:
         self._known: dict[str, Peer] = {}
         self._asked: dict[str, asyncio.Event] = {}      # who is being asked about
         self._views = 0         # how often forget_views was called
+        self._base: Restrictions | None = None
+
+    @property
+    def base(self) -> Restrictions:
+        """What a caller who is not confined has: what the machine's processes begin with, or one's own for a daemon
+        that is its user's alone."""
+        if self._base is None:
+            self._base = own_restrictions() if os.geteuid() else machine_restrictions()
+        return self._base
+
+    def set_base(self, base: Restrictions) -> None:
+        self._base = base
 
     async def caller(self, sender: str) -> Caller:
         """Who this sender is now. PermissionDenied when it has left the bus."""
@@ -89,14 +120,15 @@ class Peers:
         status = peer.status()
         gid = peer.groups[0] if peer.groups else NOBODY
         if status is None:
-            return Caller(peer.uid, gid, peer.groups, 0, -1, label=peer.label)
+            return Caller(peer.uid, gid, peer.groups, 0, -1, label=peer.label, confinement=UNKNOWN)
+        confined = peer.confinement(status, self.base)
         # not what it got by running a program since: effective group and capabilities of one with set-group-ID or file
         # capabilities are not its user's, who has this connection
         if not peer.groups or status.gids[0] in peer.groups:
             gid = status.gids[0]
         return Caller(peer.uid, gid, peer.groups or status.groups, peer.pid, 0 if peer.uid else status.cap_eff,
-                      status.cap_bnd, bool(status.no_new_privs), bool(status.seccomp), peer.label,
-                      pidfd_start_time(peer.pidfd, peer.pid))
+                      status.cap_bnd, NO_NEW_PRIVS in confined, SECCOMP in confined, peer.label,
+                      pidfd_start_time(peer.pidfd, peer.pid), confinement=confined)
 
     @property
     def senders(self) -> list[str]:

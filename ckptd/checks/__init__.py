@@ -3,6 +3,7 @@
 
     check_access    may the caller look at these tasks? Asked of the kernel, with the caller's credentials
     hidden          tasks that /proc does not even show to the caller
+    confined        tasks that a caller in a sandbox may not reach
     check_tasks     state, tracer, namespaces, kernel threads, 32-bit programs, seccomp
     check_frozen    freeze=caller only: is everything at rest?
     check_vmas      mappings whose memory no code can dump
@@ -14,6 +15,7 @@ Nothing is told of a task that the caller may not look at but that it may not.
 from collections.abc import Collection
 
 from ckptd.checks.access import Caller, check_access
+from ckptd.checks.confined import check_confinement
 from ckptd.checks.files import check_files
 from ckptd.checks.frozen import check_frozen
 from ckptd.checks.hidden import without_hidden
@@ -24,8 +26,8 @@ from ckptd.errors import Refusal
 from ckptd.picture import Picture
 from ckptd.tree import Tree
 
-__all__ = ['Caller', 'check_access', 'check_files', 'check_frozen', 'check_rights', 'check_tasks', 'check_tree',
-           'check_vmas', 'told_dead']
+__all__ = ['Caller', 'check_access', 'check_confinement', 'check_files', 'check_frozen', 'check_rights', 'check_tasks',
+           'check_tree', 'check_vmas', 'told_dead']
 
 
 def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
@@ -38,7 +40,8 @@ def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
     picture = picture or Picture()
     visible = without_hidden(tree, caller)
     hidden = check_hidden(tree, visible, caller)
-    found = (avoided := check_avoid(visible, avoid)) + check_access(visible, caller)
+    found = [*(avoided := check_avoid(visible, avoid)), *check_access(visible, caller),
+             *check_confinement(visible, caller)]
     denied = {refusal.pid for refusal in found}
     if 0 in denied or avoided:
         # a tree that holds the daemon is most of the machine: to read all of it takes seconds and changes nothing
@@ -55,7 +58,8 @@ def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
 def check_rights(tree: Tree, caller: Caller, avoid: Collection[int] = ()) -> list[Refusal]:
     """What a freeze needs of all that: the caller's right to each of these tasks."""
     visible = without_hidden(tree, caller)
-    return check_hidden(tree, visible, caller) + check_avoid(visible, avoid) + check_access(visible, caller)
+    return (check_hidden(tree, visible, caller) + check_avoid(visible, avoid) + check_access(visible, caller)
+            + check_confinement(visible, caller))
 
 
 def check_hidden(tree: Tree, visible: Tree, caller: Caller) -> list[Refusal]:

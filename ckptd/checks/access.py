@@ -26,13 +26,15 @@ ALL_CAPABILITIES = (1 << 64) - 1
 
 class Caller(Recipient, Protocol):
     """Who asks. capabilities: the effective set of the calling process as a mask, -1 if unknown. start_time: of that
-    process, 0 if unknown."""
+    process, 0 if unknown. confinement: what keeps that process from more than itself and what is below it."""
     @property
     def pid(self) -> int: ...
     @property
     def capabilities(self) -> int: ...
     @property
     def start_time(self) -> int: ...
+    @property
+    def confinement(self) -> Sequence[str]: ...
 
 
 def check_access(tree: Tree, caller: Caller) -> list[Refusal]:

@@ -4,9 +4,14 @@ nothing is told of them, and not that they are.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ckptd.checks.access import Caller, probe
+from ckptd.kernel.ancestry import is_below
+from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
+from ckptd.kernel.pidfd import held
+from ckptd.kernel.task import read_namespaces
 from ckptd.scan import is_same, no_process
 from ckptd.tree import Task, Tree
 
@@ -15,6 +20,8 @@ ANOTHER = 'another process'
 
 def sees_all(caller: Caller) -> bool:
     """Whether /proc shows every process to the caller."""
+    if PID_NAMESPACE in caller.confinement:
+        return False        # whatever its /proc shows it, we are not in there
     return not caller.uid or not is_hidden_from({caller.gid, *caller.groups}, caller.pid, caller.start_time)
 
 
@@ -45,6 +52,25 @@ def _visible(tasks: Iterable[Task], caller: Caller) -> list[Task]:
 
 
 def _may_see(tids: list[int], caller: Caller) -> list[bool]:
-    """Whether each may be seen where /proc hides others: what /proc asks is what kcmp(2) asks."""
+    """Whether each may be seen where /proc hides others: what /proc asks is what kcmp(2) asks. In a pid namespace of
+    its own the caller sees what is in it, or below."""
+    if PID_NAMESPACE in caller.confinement:
+        return _in_namespace_of(caller, tids)
     answers = probe(caller, tids)
     return [False] * len(tids) if isinstance(answers, int) else [not answer for answer in answers]
+
+
+def _in_namespace_of(caller: Caller, tids: list[int]) -> list[bool]:
+    theirs = None
+    with suppress(OSError), held(caller.pid, caller.start_time):
+        theirs = _pid_namespace(caller.pid)
+    return [is_below(tid, caller.pid, caller.start_time) or (theirs is not None and _pid_namespace(tid) == theirs)
+            for tid in tids]
+
+
+def _pid_namespace(pid: int) -> int | None:
+    """None where that is not known."""
+    try:
+        return read_namespaces(pid).get('pid')
+    except OSError:
+        return None

@@ -44,6 +44,8 @@ class Caller(msgspec.Struct, frozen=True):
     its bounding set. no_new_privs, seccomp: it is under that, and what it asks for must not get it out. label: of a
     security module, for the log. start_time: of the process, as Stat has it, 0 if unknown: a pid alone may be another's
     by the time that it is looked at (ckptd.kernel.pidfd.held). bounds: of the process when it called, None if unknown.
+    confinement: as of ckptd.kernel.confinement, what is to keep it from what is not below it; of who may act beyond
+    that nothing.
     """
     uid: int
     gid: int
@@ -56,6 +58,7 @@ class Caller(msgspec.Struct, frozen=True):
     label: str = ''
     start_time: int = 0
     bounds: Bounds | None = None
+    confinement: tuple[str, ...] = ()
 
 
 class JobRequest(msgspec.Struct, frozen=True):

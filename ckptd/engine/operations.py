@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckptd.checks import check_access
+from ckptd.checks import check_access, check_confinement
 from ckptd.engine.archive import export_image, import_image
 from ckptd.engine.checkpoint import checkpoint, hold
 from ckptd.engine.job import Job
@@ -32,7 +32,8 @@ def scan(job: Job) -> None:
     """The tree as rows; memory and open files of those tasks only that the caller may look at."""
     job.channel.phase('scan')
     tree = job.look()
-    denied = {refusal.pid for refusal in check_access(tree, job.request.caller)}
+    caller = job.request.caller
+    denied = {refusal.pid for refusal in (*check_access(tree, caller), *check_confinement(tree, caller))}
     job.channel.finish('tasks', live_rows(tree, denied))
 
 

@@ -7,19 +7,25 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from ckptd.engine.messages import Caller
+from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.jobs.lane import Lane
 from ckptd.jobs.orders import Orders, start_time_of
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.strangers import stranger_in
+from ckptd.kernel.ancestry import is_below
+from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
+from ckptd.scan import resolve_target
 
 
 class Whose(NamedTuple):
     """uid: of the caller where the whole tree is its own, else of process `stranger`; None, with a stranger of 0, of
-    one that the caller does not see. start_time: of the root of a target pid:N as it is now, 0 for other targets."""
+    one that the caller does not see. start_time: of the root of a target pid:N as it is now, 0 for other targets.
+    outside: a confined caller may not reach it: not all of it is below it."""
     uid: int | None
     stranger: int
     start_time: int
+    outside: bool = False
 
 
 class Sight:
@@ -29,25 +35,47 @@ class Sight:
 
     async def whose(self, target: str, caller: Caller) -> Whose:
         """target: as parse_target spells it. NoSuchTarget, in the same words for one that the caller does not see."""
-        if not caller.uid:
+        if not caller.uid and not caller.confinement:
             # root is not asked about anything, and need not wait for a look at its target
             return Whose(0, 0, start_time_of(target))
         seen = await self._seen(target, caller)
-        start_time = start_time_of(target)
+        start_time, outside = start_time_of(target), await self.is_outside(target, caller)
+        if not caller.uid:
+            return Whose(0, 0, start_time, outside)
         async with self._looks.place(caller.uid):
             stranger = await asyncio.to_thread(stranger_in, target, caller)
         if stranger is None:
-            return Whose(caller.uid, 0, start_time)
+            return Whose(caller.uid, 0, start_time, outside)
         pid, uid = stranger
-        return Whose(uid, pid, start_time) if seen is None or pid in seen else Whose(None, 0, start_time)
+        if seen is not None and pid not in seen:
+            return Whose(None, 0, start_time, outside)
+        return Whose(uid, pid, start_time, outside)
+
+    async def is_outside(self, target: str, caller: Caller) -> bool:
+        """Whether the caller is confined, and the target not all below it. A worker looks again, task by task."""
+        if not caller.confinement:
+            return False
+        async with self._looks.place(caller.uid):
+            return await asyncio.to_thread(_is_outside, target, caller)
 
     async def _seen(self, target: str, caller: Caller) -> Collection[int] | None:
         """The tasks of the target that the caller sees; None for all. A worker looks, which becomes the caller for
         that. NoSuchTarget where it sees none."""
-        async with self._looks.place(caller.uid):
-            hidden = await asyncio.to_thread(is_hidden_from, {caller.gid, *caller.groups}, caller.pid,
-                                             caller.start_time)
-        if not hidden:
+        if PID_NAMESPACE not in caller.confinement and not await self._is_hidden(caller):
             return None
         result = await self._queue.call(self._orders.on_target('scan', target, caller))
         return frozenset(row['tid'] for row in result['tasks'])
+
+    async def _is_hidden(self, caller: Caller) -> bool:
+        if not caller.uid:
+            return False
+        async with self._looks.place(caller.uid):
+            return await asyncio.to_thread(is_hidden_from, {caller.gid, *caller.groups}, caller.pid, caller.start_time)
+
+
+def _is_outside(target: str, caller: Caller) -> bool:
+    try:
+        roots = resolve_target(target, caller.pid).roots
+    except (NoSuchTarget, InvalidArgument):
+        return True     # what is wrong with it may be nothing that the caller is to know
+    return not all(is_below(root, caller.pid, caller.start_time) for root in roots)

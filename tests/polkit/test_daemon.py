@@ -235,6 +235,80 @@ def ask_as_root(daemon: Served, path: str, interface: str, name: str) -> list[An
     return [json.loads(done.stdout)['data']]
 
 
+def confined(polkit: Polkit, user: str, *command: str) -> Any:
+    """The answer to a call of busctl that has no_new_privs."""
+    with polkit.user(user).held('setpriv', '--no-new-privs', 'busctl', f'--address={polkit.bus.address}',
+                                '--json=short', 'call', BUS_NAME, ROOT, MANAGER, *command) as pending:
+        return pending.answer()
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+def test_who_may_leave_a_sandbox(polkit: Polkit, daemon: Served, images: tuple[str, str]) -> None:
+    """What it then takes is what it takes from anybody: of others' trees that is another action."""
+    mine, other = images
+    with polkit.user('alice').process() as alices, polkit.user('bob').process() as bobs:
+        for result, words in (('AUTH_ADMIN', ASKED), ('NO', 'org.ckptd1.leave-confinement: polkit does not allow it')):
+            polkit.set_rules(rule('leave-confinement', 'alice', result) + rule('freeze', 'alice', 'YES'))
+            for call in (('Freeze', 'sa{sv}', f'pid:{alices}', '0'), ('Freeze', 'sa{sv}', f'pid:{bobs}', '0'),
+                         ('Restore', 'sa{sv}', mine, '0'), ('VerifyImage', 's', mine), ('VerifyImage', 's', other)):
+                answer = confined(polkit, 'alice', *call)
+                assert words in answer, call
+                assert 'confined by no_new_privs' in answer
+        polkit.set_rules(rule('leave-confinement', 'alice', 'YES'))
+        assert confined(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{alices}', '0') == [1]
+        assert confined(polkit, 'alice', 'Thaw', 'sa{sv}', f'pid:{alices}', '0') is None
+        assert 'tree.img' in str(confined(polkit, 'alice', 'VerifyImage', 's', mine))
+        answer = confined(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{bobs}', '0')
+        assert 'org.ckptd1.freeze' in answer
+        assert 'confined' not in answer
+        assert ASKED in confined(polkit, 'bob', 'Freeze', 'sa{sv}', f'pid:{bobs}', '0')
+
+
+@pytest.mark.needs('cgroup2', 'ptrace')
+async def test_a_person_is_asked_each_time(polkit: Polkit, daemon: Served) -> None:
+    """What is kept is kept for the whole session, and that has other sandboxes."""
+    with polkit.user('alice').process() as target, confined_twice(polkit, f'pid:{target}') as process:
+        async with polkit.agent(process.pid, says_yes=True) as agent:
+            out, _ = await asyncio.to_thread(process.communicate, 'go\n', 60)
+        assert out == '1\n1\n'
+        assert agent.asked == ['org.ckptd1.leave-confinement'] * 4
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@contextmanager
+def confined_twice(polkit: Polkit, target: str) -> Iterator['subprocess.Popen[str]']:
+    """A program of alice's with no_new_privs that freezes and thaws the target twice, when it is told to."""
+    with subprocess.Popen(['setpriv', '--no-new-privs', sys.executable, '-c', TWICE, polkit.bus.address, str(SOURCE),
+                           str(USERS['alice']), target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                          ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+TWICE = """
+import asyncio, concurrent.futures.thread, os, sys
+sys.path.insert(0, sys.argv[2])
+from ckptd.bus.client import connect
+from ckptd.bus.message import ALLOW_INTERACTIVE
+from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
+os.setgroups([])
+os.setgid(int(sys.argv[3]))
+os.setuid(int(sys.argv[3]))
+async def main():
+    async with await connect(sys.argv[1]) as client:
+        for _ in range(2):
+            for method in ('Freeze', 'Thaw'):
+                done = await client.call(BUS_NAME, ROOT, MANAGER, method, 'sa{sv}', sys.argv[4], {}, timeout=30,
+                                         flags=ALLOW_INTERACTIVE)
+                if method == 'Freeze':
+                    print(done, flush=True)
+sys.stdin.readline()
+asyncio.run(main())
+"""
+
+
 # ---------------------------------------------------------------- images and jobs
 
 def test_no_way_to_the_image_of_another(polkit: Polkit, daemon: Served, images: tuple[str, str]) -> None:
