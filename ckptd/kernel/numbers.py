@@ -16,16 +16,21 @@ _LOOK_AGAIN = 0.05      # seconds: before 6.9 a pidfd does not tell when its pro
 
 
 def numbers_in_use() -> Numbers:
-    """'bash[100]' by number: processes, threads, and the numbers of groups and sessions that outlive their leaders."""
+    """'bash[100]' by number: processes, threads, and the numbers of groups and sessions that outlive their leaders. Of a
+    process that is listed and cannot be read (hidepid=1 of proc(5)) there is its number alone."""
     found: Numbers = {}
     led: Numbers = {}
     for pid in pids():
-        with suppress(ProcessLookupError):
+        try:
             stat = read_stat(pid)
             name = f'{stat.comm}[{pid}]'
             found |= dict.fromkeys(read_threads(pid), name)
             for number, what in ((stat.pgrp, 'group'), (stat.session, 'session')):
                 led.setdefault(number, f'{name}, whose {what} it is')
+        except PermissionError:
+            found[pid] = f'process {pid}'
+        except ProcessLookupError:
+            continue
     led.pop(0, None)
     return led | found
 
@@ -34,7 +39,7 @@ def await_reaped(numbers: Collection[int], deadline: float) -> None:
     """Wait for dead processes that have one of these numbers, or a group or session named by one, to be reaped: the
     first process of a small machine does so every second or two only. deadline: of time.monotonic()."""
     for pid in pids():
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             while time.monotonic() < deadline and _is_in_the_way(pid, numbers):
                 _await_reaped(pid)
 
