@@ -16,8 +16,8 @@ _LOOK_AGAIN = 0.05      # seconds: before 6.9 a pidfd does not tell when its pro
 
 
 def numbers_in_use() -> Numbers:
-    """'bash[100]' by number: processes, threads, and the numbers of groups and sessions that outlive their leaders. Of a
-    process that is listed and cannot be read (hidepid=1 of proc(5)) there is its number alone."""
+    """Name what has each number, 'bash[100]': processes, threads, and groups and sessions that outlive their leaders. A
+    process that is listed and cannot be read (hidepid=1 of proc(5)) has its number alone."""
     found: Numbers = {}
     led: Numbers = {}
     for pid in pids():
