@@ -26,9 +26,11 @@ class Gate:
     def __init__(self) -> None:
         # a socket's path has at most 107 bytes and pytest's directories are longer than that can be
         self._home = tempfile.TemporaryDirectory(prefix='ckptd-gate-')
+        Path(self._home.name).chmod(0o711)      # a worker may be any user
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self.path = Path(self._home.name, 'ask')
         self._socket.bind(str(self.path))
+        self.path.chmod(0o666)
         self._socket.listen(64)
         self.passed: list[str] = []
         self.look: Callable[[str, int], object] = lambda point, pid: None   # before a worker goes on
