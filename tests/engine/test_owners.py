@@ -82,6 +82,15 @@ def bob() -> Iterator[Bob]:
             process.wait()
 
 
+@contextmanager
+def asking() -> Iterator[Caller]:
+    """Bob, by a process that has asked and stays."""
+    with subprocess.Popen(['/bin/sleep', '1000'], cwd='/', user=ORDINARY_UID, group=ORDINARY_UID,
+                          extra_groups=[]) as process:
+        yield msgspec.structs.replace(BOB, pid=process.pid)
+        process.kill()
+
+
 def restored(place: Place, image: Path, **more: object) -> int:
     """Root restores it; the pid."""
     with DirectWorker() as worker:
@@ -209,7 +218,8 @@ def test_a_log_that_root_had_opened_for_bob(place: Place, bob: Bob) -> None:
     image = bob.image(place)
     row = about(refused(place, image), 'fd 1')
     assert (row.errno, f'uid {ORDINARY_UID}' in row.hint) == ('EACCES', True)
-    assert about(checked(place, image, caller=BOB), 'fd 1').reason == row.reason
+    with asking() as caller:
+        assert about(checked(place, image, caller=caller), 'fd 1').reason == row.reason
 
 
 def test_an_image_of_root_has_roots_rights(place: Place, bob: Bob) -> None:
@@ -265,10 +275,8 @@ def test_what_a_process_has_open_of_itself(place: Place, by: str) -> None:
         assert process.stdout is not None
         process.stdout.read()       # its end: fd 3 is there
         image = Bob(Path('/'), process).image(place)
-    with subprocess.Popen(['/bin/sleep', '1000'], cwd='/', user=ORDINARY_UID, group=ORDINARY_UID,
-                          extra_groups=[]) as asking:
-        pid = restored(place, image, caller=me() if by == 'root' else msgspec.structs.replace(BOB, pid=asking.pid))
-        asking.kill()
+    with asking() as caller:
+        pid = restored(place, image, caller=me() if by == 'root' else caller)
     try:
         assert Path(f'/proc/{pid}/fd/3').readlink() == Path(f'/proc/{pid}/maps')
     finally:

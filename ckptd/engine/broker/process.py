@@ -27,6 +27,7 @@ from ckptd.engine.broker.powers import failure_of, powers
 from ckptd.engine.channel import Channel
 from ckptd.engine.job import Job
 from ckptd.engine.messages import MAX_MESSAGE, Answer, Cancel, Failed, Finished, FromWorker, Message, Phase, Start
+from ckptd.engine.restore.xstate import own_xstate
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, SpoolFailed, WorkerDied
 from ckptd.kernel import netlink
 from ckptd.kernel.signalfd import ChildSignals
@@ -36,7 +37,7 @@ log = logging.getLogger('ckptd.engine')
 
 _decode = msgspec.msgpack.Decoder(FromUsersWorker).decode
 _encode = msgspec.msgpack.Encoder().encode
-_NAMING_SOCKETS = ('checkpoint', 'check')
+_NAMING_SOCKETS, _RESTORING = ('checkpoint', 'check'), ('restore', 'check-restore')
 INTERVAL = 0.5          # seconds between two looks at a worker that writes or is stopped
 LAST_PATIENCE = 5.0     # seconds for a worker to end whose daemon is gone, or that has said its last word
 
@@ -138,6 +139,8 @@ class Broker:
         """Until the worker has ended; the exit status. run_worker: what the worker does with the fd of its socket."""
         if self._request.operation in _NAMING_SOCKETS:
             netlink.load()
+        elif self._request.operation in _RESTORING:
+            own_xstate()        # asked by a fork, which RLIMIT_NPROC of the user may forbid; the worker inherits it
         with Worker(self._identity, clocks, run_worker, self._close_for_worker) as worker:
             self._worker = worker
             job = Job(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The digests of an image's data, computed by a thread while the tree is made of it; it runs only if they fit."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -20,9 +21,11 @@ class Digests:
     """`with Digests(path) as digests: ...; digests.require()`. A block that ends early does not wait for all."""
 
     def __init__(self, image: Path | ImageFiles) -> None:
-        self._given_up = False
+        self._given_up, self._image = False, image
         self._pool = ThreadPoolExecutor(1, 'digests')
-        self._damages = self._pool.submit(verify_data, image, self._on_bytes)
+        self._damages: Future[list[str]] | None = None
+        with suppress(RuntimeError):        # no thread can be started: RLIMIT_NPROC of the user
+            self._damages = self._pool.submit(verify_data, image, self._on_bytes)
 
     def _on_bytes(self, count: int) -> None:
         if self._given_up:
@@ -30,8 +33,9 @@ class Digests:
 
     def require(self) -> None:
         """Wait for them; ImageDamaged if one does not fit."""
-        if damages := self._damages.result():
-            raise damaged(damages)
+        found = self._damages.result() if self._damages is not None else verify_data(self._image, self._on_bytes)
+        if found:
+            raise damaged(found)
 
     def __enter__(self) -> Self:
         return self
