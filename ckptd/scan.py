@@ -45,8 +45,9 @@ class Target(NamedTuple):
     description: str
 
 
-def resolve_target(target: str, caller_pid: int) -> Target:
-    """'pid:N', 'foo.service', 'cgroup:/path' or 'self' (the process `caller_pid`). InvalidArgument, NoSuchTarget."""
+def resolve_target(target: str, caller_pid: int, manager: int | None = None) -> Target:
+    """'pid:N', 'foo.service', 'cgroup:/path' or 'self' (the process `caller_pid`). InvalidArgument, NoSuchTarget.
+    manager: uid of the service manager whose units are meant, 0 for the system's; None for ours."""
     if target == 'self':
         return _process(caller_pid, f'the calling process {caller_pid}')
     scheme, colon, rest = target.partition(':')
@@ -57,7 +58,7 @@ def resolve_target(target: str, caller_pid: int) -> Target:
     if colon and scheme == 'cgroup':
         return _cgroup(rest)
     if target.endswith(UNIT_SUFFIXES):
-        return _unit(target)
+        return _unit(target, os.geteuid() if manager is None else manager)
     raise InvalidArgument(f'not a target: {target!r}', hint=NoSuchTarget.default_hint)
 
 
@@ -101,11 +102,11 @@ def _cgroup(path: str) -> Target:
     return Target('cgroup', _cgroup_roots(directory, f'cgroup {name}'), name, None, f'cgroup {name}')
 
 
-def _unit(unit: str) -> Target:
-    """A unit of the manager that may be asked to freeze it: as root of the system's, as anybody else of that user's."""
+def _unit(unit: str, uid: int) -> Target:
+    """A unit of the manager that may be asked to freeze it, the system's for uid 0."""
     if '/' in unit or '\0' in unit:
         raise InvalidArgument(f'not a unit name: {unit!r}')
-    mount, uid = _mount(), os.geteuid()
+    mount = _mount()
     found = unit_directories(mount, uid, unit)
     if not found and uid:
         raise NoSuchTarget(f'no unit {unit} of the manager of uid {uid} has a cgroup',

@@ -59,7 +59,8 @@ class Job:
         caller = self.request.caller
         if name.startswith('pid:'):
             require_sight(int(name.removeprefix('pid:')), caller)
-        target = resolve_target(name, caller.pid)
+        # the worker of a user is not the user's own service: it was root's that was asked
+        target = resolve_target(name, caller.pid, 0 if self.request.brokered else None)
         if self.request.start_time and target.kind == 'pid':
             try:
                 with held(target.roots[0], self.request.start_time):

@@ -3,7 +3,7 @@
 
 from ckptd.kernel.stat import Stat, read_stat
 
-MAX_DEPTH = 1 << 16
+_MAX_DEPTH = 1 << 16
 
 
 def is_below(pid: int, ancestor: int, start_time: int) -> bool:
@@ -23,7 +23,7 @@ def _line(pid: int, ancestor: int) -> list[Stat]:
     """From the process up to the ancestor; empty if that is not above it."""
     line = [read_stat(pid)]
     while line[-1].pid != ancestor:
-        if line[-1].ppid <= 0 or len(line) > MAX_DEPTH:
+        if line[-1].ppid <= 0 or len(line) > _MAX_DEPTH:
             return []
         line.append(read_stat(line[-1].ppid))
     return line

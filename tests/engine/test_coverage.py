@@ -34,13 +34,15 @@ _NOT_READING = ('ckptd.image.verify', 'ckptd.image.references')
 _CHECKS = 'ckptd.engine.restore.obstacles'
 
 # read before there is a process, to refuse or to warn, and by nothing that comes after
+_OF_SHARED_MEMORY = 'the SharedMemory record of its shm_id has that; every dump makes one'
 CHECKED = {
     'Backing.mtime': 'a mapped file is opened as it is',
     'Directory.inode': 'a directory is opened by its name',
     'Header.machine': 'of this kind of processor, or refused',
     'Header.page_size': 'the same, or refused',
-    'Registers.machine': 'of this kind of processor, or refused'}
-_OF_SHARED_MEMORY = 'the SharedMemory record of its shm_id has that; every dump makes one'
+    **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('content', 'device', 'gid', 'inode', 'uid')},
+    'Registers.machine': 'of this kind of processor, or refused',
+    'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
 UNREAD = {
     'CharacterDevice.mode': _THERE,
@@ -53,8 +55,7 @@ UNREAD = {
     'Header.realtime': 'for people; the time of day goes on',
     'Header.root': 'the first of the tasks',
     'Header.tasks': 'for people; the tasks are counted',
-    **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in (
-        'content', 'device', 'gid', 'inode', 'mode', 'seals', 'size', 'uid')},
+    **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('mode', 'seals', 'size')},
     'Namespace.inode': 'for people; a number of this boot',
     'Pipe.packet_mode': 'is O_DIRECT of OpenFile.flags',
     'PosixTimer.overrun': 'NOT RESTORED: no call sets the count of a timer',
@@ -64,8 +65,7 @@ UNREAD = {
     'SleepLeft.exact': 'for people',
     'Task.pf_flags': 'for core files; each is made again by what it tells of',
     'Tty.device': 'the terminal is the caller\'s; without one by its name, see tests/engine/test_obstacles.py',
-    'Tty.mode': _THERE,
-    'Tty.path': 'as Tty.device'}
+    'Tty.mode': _THERE}
 # together they have every field that any victim has
 SUBJECTS = ('events', 'files', 'interpreter', 'locks', 'memory', 'shared', 'signals', 'stopped', 'timers', 'tree')
 

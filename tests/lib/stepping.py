@@ -3,7 +3,8 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, PTRACE_O_TRACESYSGOOD, SYSCALL_STOP, Tracee
 
@@ -16,7 +17,7 @@ def at_each_call(tid: int, look: Callable[[], object], begin: Callable[[], objec
     thread goes on by itself then.
     """
     stops = 0
-    with Tracee.seize(tid, PTRACE_O_TRACESYSGOOD) as tracee:
+    with _blocked_sigchld(), Tracee.seize(tid, PTRACE_O_TRACESYSGOOD) as tracee:
         tracee.interrupt()
         begin()
         try:
@@ -31,3 +32,13 @@ def at_each_call(tid: int, look: Callable[[], object], begin: Callable[[], objec
                 tracee.to_syscall(number if is_signal and number != signal.SIGTRAP else 0)
         except ProcessLookupError:
             return stops
+
+
+@contextmanager
+def _blocked_sigchld() -> Iterator[None]:
+    """Where it is not blocked, it is ignored and lost, and each wait for a stop takes its longest."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

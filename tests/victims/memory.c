@@ -65,6 +65,8 @@ static void prepare_anonymous(void)
     huge = map(1024 + 512, PROT_READ | PROT_WRITE, 0);
     madvise(huge, (1024 + 512) * PAGE, MADV_HUGEPAGE);  /* EINVAL where the kernel has none */
     fill(huge, (1024 + 512) * PAGE, 6);
+    /* without a neighbour of its kind, which it would be one mapping with after a restart: EEXIST where there is one */
+    mmap(huge + (1024 + 512) * PAGE, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, sparse, 64 * PAGE, "a name");
 }
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from ckptd.engine.messages import JobRequest
 from ckptd.errors import CkptError, NoSuchTarget
 from ckptd.image.manifest import Manifest
+from ckptd.kernel import cgroup1
 from ckptd.kernel.bounds import Bounds, read_bounds
 from ckptd.kernel.clone import CLONE_NEWTIME
 from ckptd.kernel.creds import (
@@ -46,7 +47,7 @@ _IMAGE_OPERATIONS = ('restore', 'check-restore')
 
 
 class Identity(NamedTuple):
-    """A user, and what bounds their calling process. bounding: capability bounding set, a mask."""
+    """A user, and what bounds their calling process and so the tree. bounding: capability bounding set, a mask."""
     uid: int
     gid: int
     groups: tuple[int, ...]
@@ -78,8 +79,11 @@ def _of_caller(request: JobRequest) -> Identity:
     if bounds is None and request.operation in _IMAGE_OPERATIONS:
         raise NoSuchTarget('the calling process is gone, whose limits hold for the tree', phase='plan',
                            hint='ask again, and stay until there is an answer')
+    bounds = bounds or Bounds()
+    if request.operation not in _IMAGE_OPERATIONS:
+        bounds = bounds._replace(old_cgroups=())    # nothing that this worker starts stays
     bounding = caller.bounding if caller.bounding >= 0 else (1 << 64) - 1
-    return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, bounds or Bounds())
+    return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, bounds)
 
 
 def _of_account(uid: int, gid: int) -> Identity:
@@ -124,6 +128,7 @@ def become(identity: Identity) -> None:
 
 def _take_bounds(identity: Identity) -> None:
     bounds = identity.bounds
+    cgroup1.join(bounds.old_cgroups)        # in v2 the broker puts the tree in its place
     for number, (soft, hard) in enumerate(bounds.limits):
         if number not in _NOT_FOR_THE_WORKER:
             _limit(number, soft, hard)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Hierarchies of cgroup v1, which limit what runs on a hybrid machine; cgroups(7)."""
+
+import errno
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from ckptd.kernel.cgroup import CgroupMount
+from ckptd.kernel.mountinfo import read_mountinfo
+from ckptd.kernel.procfs import read_task_file, task_dir, text
+
+
+class Place(NamedTuple):
+    """A cgroup of one hierarchy. controllers: its name in /proc/PID/cgroup, 'memory' or 'cpu,cpuacct'."""
+    controllers: str
+    path: str
+
+
+def read_places(pid: int) -> tuple[Place, ...]:
+    """Where a process is in each hierarchy that limits what runs. The freezer and named ones limit nothing."""
+    found = []
+    for line in text(read_task_file(task_dir(pid), 'cgroup')).splitlines():
+        number, controllers, path = line.split(':', 2)
+        if number != '0' and not controllers.startswith('name=') and 'freezer' not in controllers.split(','):
+            found.append(Place(controllers, path))
+    return tuple(found)
+
+
+def join(places: tuple[Place, ...]) -> None:
+    """Move the calling process there. OSError; FileNotFoundError if one is gone, or not to be seen from here."""
+    own = read_places(os.getpid())
+    mounts = [mount for mount in read_mountinfo() if mount.fs_type == 'cgroup']
+    for place in places:
+        if place in own:
+            continue
+        wanted = set(place.controllers.split(','))
+        for mount in mounts:
+            if wanted <= set(mount.super_options):
+                directory = CgroupMount(Path(mount.mount_point), mount.root).directory(place.path)
+                (directory / 'cgroup.procs').write_text('0')
+                break
+        else:
+            raise FileNotFoundError(errno.ENOENT, f'no cgroup hierarchy of {place.controllers} is mounted', place.path)
