@@ -7,6 +7,8 @@
     an image of one's own   org.ckptd1.restore-own       manage-own-images
     another image           org.ckptd1.restore           manage-images
 
+A tree of one's own that Yama keeps its owner from tracing takes org.ckptd1.trace-under-yama besides.
+
 A caller in a sandbox (ckptd.kernel.confinement) reaches itself and what is below it: what is not, and every image,
 takes org.ckptd1.leave-confinement first, root included, and then what it takes from others.
 
@@ -16,6 +18,7 @@ in the log.
 """
 
 import contextlib
+import os
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -48,6 +51,7 @@ WORDS: Final = {Answer.NO: 'polkit does not allow it', Answer.DISMISSED: 'the qu
                 Answer.SILENT: 'polkit does not answer'}
 LEAVE_WORDS: Final = {Answer.ABSENT: 'there is no polkit to allow it'}
 LEAVE: Final = f'{BUS_NAME}.leave-confinement'
+TRACE: Final = f'{BUS_NAME}.trace-under-yama'
 PARTLY: Final = 'not all of which is theirs'
 
 
@@ -130,6 +134,28 @@ class Gate:
         may = await self.enter(call, verb, where, owner=owner, task=pid, refusal='' if pid else PARTLY,
                                hint='run as the owner of the tree, or as root', outside=outside)
         return TreeRights(may, caller.uid, start_time)
+
+    async def traces(self, call: Call, caller: Caller, target: str, start_time: int = 0, *,
+                     interactive: bool = True) -> bool:
+        """Whether the caller's worker may trace what Yama keeps the caller from tracing; nobody is asked where that is
+        nothing. Where polkit does not allow it, the worker will be told by the kernel, and name the rule. interactive:
+        a person may be asked, and where none may be although one must, that is an error.
+
+        InteractiveAuthorizationRequired, LimitsExceeded, NoSuchTarget.
+        """
+        if not caller.uid or os.geteuid():      # root's worker need not ask; that of a user has nothing to give
+            return False
+        what = parse_target(target, caller)
+        async with call.attended():
+            if not await self._sight.is_kept_by_yama(what, start_time, caller):
+                return False
+            answer = await self._polkit.ask(call.sender, caller.uid, TRACE, {'target': what},
+                                            interactive=interactive and call.interactive)
+        audit_call('allowed' if answer == Answer.YES else 'refused', call, caller, what, TRACE)
+        if answer == Answer.ASK and interactive:
+            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired', f'{what}, which Yama keeps its owner from '
+                            f'tracing, takes an authorization ({TRACE}) that a person must give')
+        return answer == Answer.YES
 
     async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
         """The same to thaw; what the caller may see. owner: who has frozen it, None for nobody: which of the two it is

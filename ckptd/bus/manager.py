@@ -55,7 +55,9 @@ class ManagerObject(Exported):
         reads end-of-file from this bus instead of the answer."""
         given = parse_options(options, SELF)
         caller, asker, start_time = await self._gate.tree(call, 'checkpoint', 'self')
-        request = self._orders.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time, **given)
+        traces = await self._gate.traces(call, caller, 'self', start_time)
+        request = self._orders.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time,
+                                         trace_under_yama=traces, **given)
         # with after=kill the caller leaves the bus because all went well
         async with contextlib.nullcontext() if request.after == 'kill' else call.attended():
             return str((await self._queue.call(request))['image'])
@@ -64,8 +66,9 @@ class ManagerObject(Exported):
         given = parse_options(options, CHECKPOINT)
         token, detach = given.pop('handle_token', ''), given.pop('detach', False)
         caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target)
+        traces = await self._gate.traces(call, caller, target, start_time)
         request = self._orders.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker,
-                                         start_time=start_time, **given)
+                                         start_time=start_time, trace_under_yama=traces, **given)
         job = self._queue.submit(request, fds, token and token_path(call.sender, token))
         if not detach:
             await attach(call, self._queue, job)
@@ -85,6 +88,8 @@ class ManagerObject(Exported):
                    known: tuple[Option, ...]) -> dict[str, Any]:
         given = parse_options(options, known)
         caller = await call.credentials()
+        if operation == 'check':
+            given['trace_under_yama'] = await self._gate.traces(call, caller, target, interactive=False)
         request = self._orders.on_target(operation, target, caller, **given)
         audit_call('allowed', call, caller, request.target, 'looking')
         async with call.attended():

@@ -14,7 +14,7 @@ Nothing is told of a task that the caller may not look at but that it may not.
 
 from collections.abc import Collection
 
-from ckptd.checks.access import Caller, check_access
+from ckptd.checks.access import Caller, check_access, is_untraceable
 from ckptd.checks.confined import check_confinement
 from ckptd.checks.files import check_files
 from ckptd.checks.frozen import check_frozen
@@ -27,20 +27,21 @@ from ckptd.picture import Picture
 from ckptd.tree import Tree
 
 __all__ = ['Caller', 'check_access', 'check_confinement', 'check_files', 'check_frozen', 'check_rights', 'check_tasks',
-           'check_tree', 'check_vmas', 'told_dead']
+           'check_tree', 'check_vmas', 'is_untraceable', 'told_dead']
 
 
 def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
-               avoid: Collection[int] = (), picture: Picture | None = None) -> list[Refusal]:
+               avoid: Collection[int] = (), picture: Picture | None = None, trace: bool = False) -> list[Refusal]:
     """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
 
     frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it. picture: of a
-    tree at rest, what is read for the checks and what others want to know as well.
+    tree at rest, what is read for the checks and what others want to know as well. trace: ask the kernel whether the
+    caller may trace each task.
     """
     picture = picture or Picture()
     visible = without_hidden(tree, caller)
     hidden = check_hidden(tree, visible, caller)
-    found = [*(avoided := check_avoid(visible, avoid)), *check_access(visible, caller),
+    found = [*(avoided := check_avoid(visible, avoid)), *check_access(visible, caller, trace=trace),
              *check_confinement(visible, caller)]
     denied = {refusal.pid for refusal in found}
     if 0 in denied or avoided:

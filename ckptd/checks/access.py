@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""May the caller look at these tasks? The kernel decides, asked with the caller's credentials.
+"""May the caller look at these tasks, and trace them? The kernel decides, asked with the caller's credentials.
 
 A forked child takes the caller's uid, gid, groups and capabilities and calls kcmp(tid, tid, KCMP_VM), which asks
-ptrace_may_access(PTRACE_MODE_READ_REALCREDS) with all that goes into it: ids, capabilities, dumpable, LSMs. All tasks
-are asked in one child; it answers with one errno per task through a pipe.
+ptrace_may_access(PTRACE_MODE_READ_REALCREDS) with all that goes into it: ids, capabilities, dumpable, LSMs. Then it
+calls pidfd_getfd(2) for an fd that no process has, which asks the same with PTRACE_MODE_ATTACH_REALCREDS: Yama and
+other LSMs let more processes read than trace. All tasks are asked in one child; it answers with one errno per task
+through a pipe.
 """
 
 import array
@@ -17,11 +19,13 @@ from ckptd.checks.rows import dead, refuse
 from ckptd.errors import NotSupported, Refusal, errno_name
 from ckptd.kernel.creds import CAP_SETGID, become, capget
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
-from ckptd.kernel.pidfd import held
+from ckptd.kernel.pidfd import PIDFD_THREAD, held, pidfd_getfd, pidfd_open
+from ckptd.kernel.yama import untraceable
 from ckptd.picture import Recipient
-from ckptd.tree import Tree
+from ckptd.tree import Task, Tree
 
 ALL_CAPABILITIES = (1 << 64) - 1
+_NO_FD = -1         # EBADF for who may have fds of that task
 
 
 class Caller(Recipient, Protocol):
@@ -37,10 +41,12 @@ class Caller(Recipient, Protocol):
     def confinement(self) -> Sequence[str]: ...
 
 
-def check_access(tree: Tree, caller: Caller) -> list[Refusal]:
-    """A refusal for each task that the caller may not look at; one for the tree if we cannot ask as the caller."""
-    tids = [task.tid for task in tree]
-    answers = probe(caller, tids)
+def check_access(tree: Tree, caller: Caller, *, trace: bool = False) -> list[Refusal]:
+    """A refusal for each task that the caller may not look at; one for the tree if we cannot ask as the caller.
+
+    trace: and for each living one that the caller may look at and not trace.
+    """
+    answers = probe(caller, [task.tid for task in tree], trace=trace)
     if isinstance(answers, int):
         return [Refusal(0, '', 'credentials', errno_name(answers),
                         f'ckptd, running as uid {os.geteuid()}, cannot act for uid {caller.uid}',
@@ -49,20 +55,38 @@ def check_access(tree: Tree, caller: Caller) -> list[Refusal]:
     for task, answer in zip(tree, answers, strict=True):
         if answer == errno.ESRCH:
             rows.append(dead(task))
-        elif answer:
+        elif answer > 0:
             rows.append(refuse(task, 'ptrace', errno_name(answer), f'uid {caller.uid} may not look at this task',
                                'ask as the owner of the task, or as root'))
+        elif answer < 0 and not task.is_zombie:
+            rows.append(_untraceable(task, caller.uid, -answer))
     return rows
 
 
-def probe(caller: Caller, tids: Sequence[int]) -> list[int] | int:
-    """errno of each task, 0 for yes; or one errno if the child could not become the caller. NotSupported."""
+def is_untraceable(tree: Tree, caller: Caller) -> bool:
+    """Whether there are living tasks that the caller may look at and not trace."""
+    answers = probe(caller, [task.tid for task in tree], trace=True)
+    return not isinstance(answers, int) and any(
+        answer < 0 and not task.is_zombie for task, answer in zip(tree, answers, strict=True))
+
+
+def _untraceable(task: Task, uid: int, answer: int) -> Refusal:
+    forbidden = untraceable()
+    return refuse(task, 'ptrace', errno_name(answer), f'uid {uid} may look at this task and not trace it: '
+                  + forbidden.reason, forbidden.hint)
+
+
+def probe(caller: Caller, tids: Sequence[int], *, trace: bool = False) -> list[int] | int:
+    """errno of each task, 0 for yes; or one errno if the child could not become the caller. NotSupported.
+
+    trace: where a task may be looked at and not traced, that errno is negative.
+    """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     with os.fdopen(read_end, 'rb') as answer:
         try:
             child = _fork()
             if child == 0:
-                _child(caller, tids, write_end)
+                _child(caller, tids, write_end, trace)
         finally:
             os.close(write_end)
         data = answer.read()
@@ -85,12 +109,14 @@ def _fork() -> int:
         return os.fork()
 
 
-def _child(caller: Caller, tids: Sequence[int], answer: int) -> None:
+def _child(caller: Caller, tids: Sequence[int], answer: int, trace: bool) -> None:
     status = errno.EIO
     try:
         become(caller.uid, *_groups(caller), _capabilities(caller))
         # the first answer, about the child itself, tells a missing system call from a missing right
-        found = array.array('i', [_ask(tid) for tid in (os.getpid(), *tids)])
+        found = array.array('i', [_may_look(tid) for tid in (os.getpid(), *tids)])
+        if trace and not _may_trace(os.getpid()):
+            found[1:] = array.array('i', [look or -_may_trace(tid) for look, tid in zip(found[1:], tids, strict=True)])
         left = memoryview(found).cast('B')
         while left:
             left = left[os.write(answer, left):]
@@ -101,11 +127,27 @@ def _child(caller: Caller, tids: Sequence[int], answer: int) -> None:
         os._exit(status)
 
 
-def _ask(tid: int) -> int:
+def _may_look(tid: int) -> int:
+    """The errno, 0 for yes."""
     try:
         kcmp(tid, tid, KCMP_VM)
     except OSError as error:
         return error.errno or errno.EPERM
+    return 0
+
+
+def _may_trace(tid: int) -> int:
+    """The same, for a task that may be looked at; 0, too, where that cannot be asked."""
+    try:
+        pidfd = pidfd_open(tid, PIDFD_THREAD)
+    except OSError:
+        return 0        # gone; or a kernel before 6.9, which has pidfds of leaders alone: the tracer will be told
+    try:
+        pidfd_getfd(pidfd, _NO_FD)
+    except OSError as error:
+        return error.errno if error.errno in (errno.EPERM, errno.EACCES) else 0
+    finally:
+        os.close(pidfd)
     return 0
 
 

@@ -32,8 +32,10 @@ from ckptd.freezer.groups import read_cgroups
 from ckptd.image import manifest as manifests
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
+from ckptd.kernel.creds import CAP_SYS_PTRACE, give_up_capability
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Clocks
+from ckptd.kernel.yama import CAPABLE, ptrace_scope
 from ckptd.picture import Picture
 from ckptd.scan import Handles, scan_tree
 from ckptd.tree import Tree
@@ -91,6 +93,8 @@ class Checkpoint:
         with deaths.told(frozen.tracees), ExitStack() as undo:
             seize_all(tree, frozen.tracees, deadline, patience,
                       lambda count: self._channel.progress(count, len(tree), 0, 0))
+            if ptrace_scope() != CAPABLE:       # else Yama lets not even its tracer read a task without the right
+                self._give_up_tracing()
             waits = issue_again(frozen.tracees, notes)
             # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
             frozen.let_run()
@@ -107,9 +111,14 @@ class Checkpoint:
             self._channel.phase('memory')
             with self._clock.measure('memdump'):
                 dump.read_memory()
+            self._give_up_tracing()
             deaths.require_none(frozen.tracees)
             undo.pop_all()
         return dump
+
+    def _give_up_tracing(self) -> None:
+        if self._request.brokered and self._request.trace_under_yama:
+            give_up_capability(CAP_SYS_PTRACE)
 
     def _rescan(self, frozen: Frozen, picture: Picture) -> Tree:
         """The tree once more, now that nothing moves: the same tasks, and every check again."""
@@ -162,7 +171,8 @@ class Checkpoint:
             kernel=os.uname().release, boot_id=boot_id(), owner_uid=request.caller.uid, owner_gid=request.caller.gid,
             target=request.target, root=tree.root.vtid, command=tree.root.comm, tasks=len(tree),
             processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics, clocks=_clocks(dump.clocks),
-            warnings=tuple(self._warnings))
+            warnings=tuple(self._warnings),
+            own_pidns=dump.own_pidns)
 
     def _finish(self, frozen: Frozen, manifest: Manifest, handles: Handles) -> None:
         after = self._request.after

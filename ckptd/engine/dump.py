@@ -117,8 +117,9 @@ class Dump:
         interleave(self._process(threads) for threads in processes.values())
         self._files.describe()
         self.clocks = clocks = Clocks.read(self.tree.root.tid)
-        self._tree_records += [state.header(self.tree, len(processes)), state.namespaces(self.tree.root),
-                               *state.task_ids(self.tree)]
+        namespaces = state.namespaces(self.tree.root)
+        self.own_pidns = namespaces.own_pidns
+        self._tree_records += [state.header(self.tree, len(processes)), namespaces, *state.task_ids(self.tree)]
         self._task_records += [sleep_left(sleep, self._vtids[tid], clocks.host, self._notes)
                                for tid, sleep in sleeps.items()]
         self._task_records += [wait.record(self._vtids[tid], clocks.host) for tid, wait in self.waits.items()]

@@ -91,9 +91,11 @@ class Job:
         return Picture(severed, self.request.caller)
 
     def refusals(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
-        """All refusals and warnings. picture: of a tree at rest, what is read of it."""
+        """All refusals and warnings. picture: of a tree at rest, what is read of it; PTRACE_SEIZE then tells who may
+        trace it."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
-                          avoid=self._avoid, picture=picture or self.picture())
+                          avoid=self._avoid, picture=picture or self.picture(),
+                          trace=picture is None and not self.request.trace_under_yama)
 
     def require(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
         """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them.

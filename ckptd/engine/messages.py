@@ -29,7 +29,7 @@ MAX_ROWS = 100              # of an error and of a result: signals carry them, a
 MAX_ROWS_SIZE = 96 << 10    # bytes of the texts in them
 
 Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'import',
-                    'restore', 'check-restore', 'recover']
+                    'restore', 'check-restore', 'check-trace', 'recover']
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
@@ -79,6 +79,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     brokered: the worker is an ordinary user, and what takes a right of root's is done by its broker. hard_limits: of a
     restart by such a worker, those of the calling process by RLIMIT_* number; not all of them bind the worker itself.
+    trace_under_yama: a user's worker keeps CAP_SYS_PTRACE until it traces the tree.
     keep_free: of a checkpoint, an import and a restart: bytes of the spool's file system that stay free, whatever is
     written.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
@@ -117,6 +118,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     writer: Caller | None = None
     brokered: bool = False
     hard_limits: tuple[int, ...] = ()
+    trace_under_yama: bool = False
 
     @property
     def asked_by(self) -> int:

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckptd.checks import check_access, check_confinement
+from ckptd.checks import check_access, check_confinement, is_untraceable
 from ckptd.engine.archive import export_image, import_image
 from ckptd.engine.checkpoint import checkpoint, hold
 from ckptd.engine.job import Job
@@ -35,6 +35,12 @@ def scan(job: Job) -> None:
     caller = job.request.caller
     denied = {refusal.pid for refusal in (*check_access(tree, caller), *check_confinement(tree, caller))}
     job.channel.finish('tasks', live_rows(tree, denied))
+
+
+def check_trace(job: Job) -> None:
+    """Whether a security module keeps the caller from tracing what it may look at."""
+    job.channel.phase('scan')
+    job.channel.finish('', (), {'forbidden': is_untraceable(job.look(), job.request.caller)})
 
 
 def freeze(job: Job) -> None:
@@ -72,4 +78,4 @@ def recover_files(job: Job) -> None:
 OPERATIONS: Mapping[str, Callable[[Job], None]] = {
     'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
     'tree': image_tree, 'export': export_image, 'import': import_image, 'restore': restore,
-    'check-restore': check_restore, 'recover': recover_files}
+    'check-restore': check_restore, 'check-trace': check_trace, 'recover': recover_files}

@@ -4,7 +4,8 @@
 from collections.abc import Callable
 
 from ckptd.engine.faults import fault
-from ckptd.errors import FreezeTimeout, PermissionDenied, TreeChanged
+from ckptd.errors import FreezeTimeout, TreeChanged
+from ckptd.freezer.traced import not_permitted
 from ckptd.kernel.ptrace import Patience, Tracee
 from ckptd.scan import is_alive
 from ckptd.tree import Task, Tree
@@ -35,8 +36,7 @@ def _seize(task: Task, patience: Patience) -> Tracee:
         # so the kernel also answers for what is dead and not reaped (kernel/ptrace.c, ptrace_attach: exit_state)
         if not is_alive(task):
             raise _gone(task) from error
-        raise PermissionDenied(f'{task.comm}[{task.tid}] cannot be traced', task=task.tid, resource='ptrace',
-                               phase='seize', hint='is a debugger or strace attached to it?') from error
+        raise not_permitted(task, 'seize') from error
 
 
 def _stop(task: Task, tracee: Tracee, deadline: float) -> None:

@@ -14,6 +14,7 @@ from ckptd.freezer.groups import read_places, topmost_frozen
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
 from ckptd.kernel.signalfd import ChildSignals
 from ckptd.kernel.status import read_status
+from ckptd.kernel.yama import untraceable
 from ckptd.scan import is_alive
 from ckptd.tree import Task
 
@@ -68,7 +69,7 @@ class TracedFrozen(Frozen):
                 return
             # in an execve(2) of another thread the leader dies, EPERM, and that thread takes its number, alive
             if not again:
-                raise _not_permitted(task, error) from error
+                raise not_permitted(task, 'freeze') from error
             self._seize(task, again=False)
 
     def _wait(self, task: Task, awake: list[Task], signals: ChildSignals) -> None:
@@ -105,11 +106,16 @@ class TracedFrozen(Frozen):
             del self.tracees[tid]
 
 
-def _not_permitted(task: Task, error: PermissionError) -> PermissionDenied:
+def not_permitted(task: Task, phase: str) -> PermissionDenied:
+    """Why a task that lives could not be seized, as far as can be told."""
     try:
         tracer = read_status(task.tgid, task.tid).tracer_pid
     except ProcessLookupError:
         tracer = 0
-    reason = f'is being traced by process {tracer}' if tracer else 'may not be traced'
-    return PermissionDenied(f'{task.comm}[{task.tid}] {reason}', task=task.tid, resource='ptrace', phase='freeze',
-                            hint='let the other tracer go' if tracer else None)
+    if tracer:
+        reason, hint = f'is being traced by process {tracer}', 'let the other tracer go'
+    else:
+        forbidden = untraceable()
+        reason, hint = f'may not be traced: {forbidden.reason}', forbidden.hint
+    return PermissionDenied(f'{task.comm}[{task.tid}] {reason}', task=task.tid, resource='ptrace', phase=phase,
+                            hint=hint)

@@ -74,7 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """created_usec: realtime. root: vpid of the first root, command: its comm. kernel: release of the kernel.
     target: as asked for. freeze_mode: what froze the tree. warnings: what the image lacks. imported: it came from
     elsewhere as a stream, so nobody here can say whether there ever was such a tree; the owner is who brought it.
-    parts: by file name."""
+    own_pidns: it lived in another pid namespace than this machine's processes. parts: by file name."""
     format: Annotated[int, Meta(ge=1, lt=1 << 16)] = FORMAT
     image: Text
     created_usec: Moment
@@ -94,6 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     statistics: Statistics = Statistics()
     warnings: tuple[Refusal, ...] = ()
     imported: bool = False
+    own_pidns: bool = False
     parts: dict[PartName, Part] = {}
 
     @property

@@ -95,6 +95,11 @@ class Namespaces(Record):
     make."""
     namespaces: tuple[Namespace, ...]
 
+    @property
+    def own_pidns(self) -> bool:
+        """Whether the tree lived in a pid namespace of its own."""
+        return any(one.name == 'pid' and not one.own for one in self.namespaces)
+
 
 # ---------------------------------------------------------------- tasks.img
 

@@ -15,6 +15,7 @@ from ckptd.jobs.strangers import stranger_in
 from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
+from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
 from ckptd.scan import resolve_target
 
 
@@ -57,6 +58,14 @@ class Sight:
             return False
         async with self._looks.place(caller.uid):
             return await asyncio.to_thread(_is_outside, target, caller)
+
+    async def is_kept_by_yama(self, target: str, start_time: int, caller: Caller) -> bool:
+        """Whether Yama keeps the caller from tracing tasks that it may look at, and lets CAP_SYS_PTRACE do it. A worker
+        asks the kernel, as the caller. NoSuchTarget."""
+        if ptrace_scope() not in (DECLARED, CAPABLE):
+            return False
+        request = self._orders.on_target('check-trace', target, caller, start_time=start_time)
+        return bool((await self._queue.call(request)).get('forbidden'))
 
     async def _seen(self, target: str, caller: Caller) -> Collection[int] | None:
         """The tasks of the target that the caller sees; None for all. A worker looks, which becomes the caller for

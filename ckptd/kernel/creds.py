@@ -128,6 +128,12 @@ def become(uid: int, gid: int, groups: Sequence[int], capabilities_mask: int) ->
     set_keepcaps(False)
 
 
+def give_up_capability(number: int) -> None:
+    """Lose one for good in the calling thread."""
+    held = capget()
+    capset(Capabilities(*(mask & ~(1 << number) for mask in held)))
+
+
 def _set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
     # setgroups(2) asks for CAP_SETGID even where nothing would change, and an ordinary user has none
     if set(os.getgroups()) != set(groups):

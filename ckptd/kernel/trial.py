@@ -14,14 +14,14 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Self
 
-from ckptd.kernel import cgroup, kcmp, maps, memory, mountinfo, netlink, pidfd, ptrace, task
+from ckptd.kernel import cgroup, kcmp, maps, memory, mountinfo, netlink, pidfd, ptrace, task, yama
 from ckptd.kernel.arch.x86_64 import NR
 from ckptd.kernel.clone import clone_args
 from ckptd.kernel.creds import CAP_SYS_PTRACE, capget
 from ckptd.kernel.decl import c_long, c_size_t, c_void_p, syscall
-from ckptd.kernel.procfs import read_file
 
 CGROUP_PREFIX = 'ckptd-probe-'
 PATIENCE = 1.0                  # seconds that any one experiment waits
@@ -168,12 +168,11 @@ def write_memory() -> str:
 
 
 def ptrace_scope() -> str:
-    try:
-        scope = int(read_file('/proc/sys/kernel/yama/ptrace_scope'))
-    except FileNotFoundError:
+    if not Path(yama.PTRACE_SCOPE).exists():
         return 'this kernel has no yama'
+    scope = yama.ptrace_scope()
     capable = capget().effective >> CAP_SYS_PTRACE & 1
-    if scope == 3 or (scope and not capable):
+    if scope == yama.NOBODY or (scope and not capable):
         raise OSError(errno.EPERM, f'kernel.yama.ptrace_scope is {scope}')
     return f'ptrace_scope {scope}'
 

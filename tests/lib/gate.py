@@ -159,6 +159,15 @@ def _keyrings() -> str:
     return '' if found >= 0 else f'keyctl: {os.strerror(ctypes.get_errno())}'
 
 
+def _seccomp_notify() -> str:
+    """Whether a system call can be asked about: where a filter with a listener is around us, there is no second."""
+    kinds = Path('/proc/sys/kernel/seccomp/actions_avail')
+    if not kinds.exists() or 'user_notif' not in kinds.read_text().split():
+        return f'no user_notif in {kinds}'
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return '' if 'Seccomp:\t0' in lines else 'running under a seccomp filter, which may have a listener'
+
+
 APT = 'sudo apt-get install -y '
 NEEDS = {
     'root': Need(_root, 'run as root: sudo make test'),
@@ -174,6 +183,8 @@ NEEDS = {
     'set-user-ID': Need(_set_user_id, 'TMPDIR=/var/tmp make test, or another directory without nosuid'),
     'audit': Need(_audit, 'boot a kernel with CONFIG_AUDIT=y, and run as root with CAP_AUDIT_CONTROL'),
     'keyrings': Need(_keyrings, 'boot a kernel with CONFIG_KEYS=y, outside of a container that forbids keyctl(2)'),
+    'seccomp-notify': Need(_seccomp_notify, 'boot a kernel with CONFIG_SECCOMP_FILTER=y, outside of a container that '
+                           'has a listener of its own'),
     'time-namespaces': Need(_file('/proc/self/ns/time'), 'boot a kernel with CONFIG_TIME_NS=y'),
     'user-session': Need(_file('/usr/lib/systemd/user/dbus.socket'), APT + 'dbus-user-session libpam-systemd'),
     'systemd-analyze': Need(_program('systemd-analyze'), APT + 'systemd'),

@@ -47,7 +47,8 @@ INTERACTION = 1         # CheckAuthorization, flags: AllowUserInteraction
 
 VERBS = ('checkpoint', 'restore', 'freeze')
 OWN_ACTIONS = (*(f'org.ckptd1.{verb}-own' for verb in VERBS), 'org.ckptd1.manage-own-images')
-OTHER_ACTIONS = (*(f'org.ckptd1.{verb}' for verb in VERBS), 'org.ckptd1.manage-images', 'org.ckptd1.leave-confinement')
+OTHER_ACTIONS = (*(f'org.ckptd1.{verb}' for verb in VERBS), 'org.ckptd1.manage-images', 'org.ckptd1.leave-confinement',
+                 'org.ckptd1.trace-under-yama')
 POLICY = ROOT / 'dbus/org.ckptd1.policy'
 POLICY_HEAD = """<?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE policyconfig PUBLIC "-//freedesktop//DTD PolicyKit Policy Configuration 1.0//EN"

@@ -12,6 +12,8 @@ import pytest
 from ckptd.client.sync import Ckptd
 from ckptd.errors import CkptError
 from ckptd.image.manifest import Clocks
+from ckptd.kernel.clone import CLONE_NEWPID
+from ckptd.kernel.timens import unshare
 from tests.engine.faulty import Gate
 from tests.lib.bus import Served, family
 from tests.security.attacker import (
@@ -274,3 +276,66 @@ def test_clocks_go_on_after_another_boot(served: Served, attacker: Attacker, pas
     assert outcome.root, outcome.words
     for before, now in zip(then, map(int, program.ask().split()), strict=True):
         assert before <= now < before + MOMENT
+
+
+# ---------------------------------------------------------------- a pid namespace
+
+# the process that is meant is the first of its pid namespace, if there is one
+CHILD = """
+def child():
+    ready()
+    while True:
+        wait_for_go()
+        say(f'{os.getpid()} {os.getppid()} {os.readlink("/proc/self/ns/user")}')
+
+pid = os.fork()
+if not pid:
+    child()
+not_the_one_to_report()
+os.waitpid(pid, 0)
+"""
+
+
+def kill_namespace(root: int) -> None:
+    """End the process 1 of a pid namespace that is a child of ours, or of which that is the parent."""
+    rows = status(root)
+    os.kill(root if rows['NSpid'].split()[-1] == '1' else int(rows['PPid']), signal.SIGKILL)
+
+
+def assert_rightless(pid: int) -> None:
+    assert {name: int(status(pid)[name], 16) for name in SETS} == dict.fromkeys(SETS, 0)
+
+
+def test_a_pid_namespace(served: Served, attacker: Attacker) -> None:
+    """The launcher makes it; the tree is in no user namespace, and its init has no right either. What has lived in one
+    comes back in one, asked for or not."""
+    program = attacker.start(TREE)
+    image = attacker.checkpoint(program)
+    here = Path('/proc/self/ns/user').readlink()
+    for options in ({'new_pidns': True}, {}):
+        outcome = attacker.restore(image, **options)
+        assert outcome.root, outcome.words
+        assert status(outcome.root)['NSpid'].split()[1:] == [str(program.pid)]
+        init = int(status(outcome.root)['PPid'])
+        assert (status(init)['Name'], status(init)['NSpid'].split()[1:]) == ('ckptd-init', ['1'])
+        for pid in (init, *family(init)):
+            assert_rightless(pid)
+            assert Path(f'/proc/{pid}/ns/user').readlink() == here
+            assert ids_of(pid) == ({str(attacker.uid)}, {str(attacker.uid)})
+        assert program.ask() == 'here'
+        image = attacker.on_bus(lambda ckptd, root=outcome.root: ckptd.checkpoint(
+            f'pid:{root}', after='kill').wait(20).image)
+
+
+def test_a_tree_with_an_init_of_its_own(served: Served, attacker: Attacker) -> None:
+    attacker.before.append(lambda: unshare(CLONE_NEWPID))
+    program = attacker.start(CHILD)
+    attacker.before.clear()
+    [init] = family(program.pid)
+    image = attacker.on_bus(lambda ckptd: ckptd.checkpoint(f'pid:{init}', after='kill').wait(20).image)
+    outcome = attacker.restore(image)
+    assert outcome.root, outcome.words
+    assert status(outcome.root)['NSpid'].split()[1:] == ['1']
+    assert_rightless(outcome.root)
+    assert program.ask() == f'1 0 {Path("/proc/self/ns/user").readlink()}'
+    kill_namespace(outcome.root)

@@ -4,6 +4,9 @@
     caller          job                             the worker is
     root            any                             root
     a user          any                             that user, with CAP_CHECKPOINT_RESTORE and no other capability
+    a user          a checkpoint that polkit        the same, with CAP_SYS_PTRACE until the tree is traced (with
+                    allows in spite of Yama         ptrace_scope 2: until its memory is read); before and after that,
+                                                    the kernel is asked about each task as that user without it
     root            a restore of a user's image     that user
 
 CAP_CHECKPOINT_RESTORE is for choosing pids (set_tid), map_files and PR_SET_MM_MAP with an executable. It leads to no
@@ -23,9 +26,10 @@ from ckptd.errors import CkptError, NoSuchTarget
 from ckptd.image.manifest import Manifest
 from ckptd.kernel import cgroup1
 from ckptd.kernel.bounds import Bounds, read_bounds
-from ckptd.kernel.clone import CLONE_NEWTIME
+from ckptd.kernel.clone import CLONE_NEWPID, CLONE_NEWTIME
 from ckptd.kernel.creds import (
     CAP_CHECKPOINT_RESTORE,
+    CAP_SYS_PTRACE,
     PR_CAP_AMBIENT,
     PR_CAP_AMBIENT_CLEAR_ALL,
     PR_CAPBSET_DROP,
@@ -40,19 +44,23 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
 
-KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
+_KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
 # what bounds the tree, and would end the worker in the middle of its work: the plan of a restart compares these
 _NOT_FOR_THE_WORKER = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
 _IMAGE_OPERATIONS = ('restore', 'check-restore')
 
 
 class Identity(NamedTuple):
-    """A user, and what bounds their calling process and so the tree. bounding: capability bounding set, a mask."""
+    """A user, and what bounds their calling process and so the tree. bounding: capability bounding set, a mask.
+    capabilities: of the worker, a mask. new_pidns: its children are to be born in a new pid namespace, so the first of
+    them is process 1 there."""
     uid: int
     gid: int
     groups: tuple[int, ...]
     bounding: int = (1 << 64) - 1
+    capabilities: int = _KEPT_CAPABILITIES
     bounds: Bounds = Bounds()
+    new_pidns: bool = False
 
 
 def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | None:
@@ -65,10 +73,13 @@ def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | No
         return None
     caller = request.caller
     if caller.uid:
-        return _of_caller(request)
-    if manifest is not None and manifest.owner_uid and request.operation in _IMAGE_OPERATIONS:
-        return _of_account(manifest.owner_uid, manifest.owner_gid)
-    return None
+        identity = _of_caller(request)
+    elif manifest is not None and manifest.owner_uid and request.operation in _IMAGE_OPERATIONS:
+        identity = _of_account(manifest.owner_uid, manifest.owner_gid)
+    else:
+        return None
+    is_elsewhere = request.new_pidns or (manifest is not None and manifest.own_pidns)
+    return identity._replace(new_pidns=request.operation == 'restore' and is_elsewhere)
 
 
 def _of_caller(request: JobRequest) -> Identity:
@@ -83,7 +94,10 @@ def _of_caller(request: JobRequest) -> Identity:
     if request.operation not in _IMAGE_OPERATIONS:
         bounds = bounds._replace(old_cgroups=())    # nothing that this worker starts stays
     bounding = caller.bounding if caller.bounding >= 0 else (1 << 64) - 1
-    return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, bounds)
+    kept = _KEPT_CAPABILITIES
+    if request.operation == 'checkpoint' and request.trace_under_yama:
+        kept |= 1 << CAP_SYS_PTRACE
+    return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, kept, bounds)
 
 
 def _of_account(uid: int, gid: int) -> Identity:
@@ -111,6 +125,8 @@ def enter_clocks(offsets: Offsets) -> None:
 def become(identity: Identity) -> None:
     """Take the identity in the calling process, of one thread. OSError: what was taken stays taken, so exit."""
     _take_bounds(identity)
+    if identity.new_pidns:
+        unshare(CLONE_NEWPID)
     for capability in range(last_capability() + 1):
         if not identity.bounding >> capability & 1:
             prctl(PR_CAPBSET_DROP, capability)
@@ -119,7 +135,7 @@ def become(identity: Identity) -> None:
     os.setgroups(identity.groups)
     os.setresgid(identity.gid, identity.gid, identity.gid)
     os.setresuid(identity.uid, identity.uid, identity.uid)
-    capset(Capabilities(KEPT_CAPABILITIES, KEPT_CAPABILITIES, 0))
+    capset(Capabilities(identity.capabilities, identity.capabilities, 0))
     set_keepcaps(False)
     with suppress(OSError):     # a kernel without keyrings, or a user whose quota is full: the user keyring is enough
         join_new_session_keyring()
@@ -165,7 +181,7 @@ def _require(identity: Identity) -> None:
     wanted = (*(identity.uid,) * 4, *(identity.gid,) * 4)
     capabilities = status.cap_eff, status.cap_prm, status.cap_inh, status.cap_amb
     if (held_ids != wanted or not _same_groups(status.groups, identity)
-            or capabilities != (KEPT_CAPABILITIES, KEPT_CAPABILITIES, 0, 0)):
+            or capabilities != (identity.capabilities, identity.capabilities, 0, 0)):
         raise CkptError('the worker keeps rights of root', hint='this is a bug of ckptd: nothing was done')
 
 

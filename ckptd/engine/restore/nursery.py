@@ -38,6 +38,7 @@ class Nursery:
         self.released = False
         self.init: Puppet | None = None     # the first process of a namespace of its own, if it is no task of the tree
         self._seed: Puppet | None = None
+        self._is_init = False           # the seed is the process 1 of the tree, or of its namespace
         self._first_flags = 0
         self._ours = {seed.tid}         # those whose parent we are
         self.others: dict[int, Puppet] = {}     # by tid: what is no task of the tree
@@ -78,6 +79,9 @@ class Nursery:
 
     def _spawn(self, step: Spawn) -> None:
         maker = self.puppets[step.maker]
+        if self._is_init and step.vpid == 1:
+            self.puppets[1] = maker
+            return
         is_process = not step.flags & CLONE_THREAD
         into = CLONE_INTO_CGROUP if is_process and self._cgroup >= 0 and step.maker == SEED else 0
         child = self.clone(maker, step.vpid, step.flags | into | self._first_flags, step.exit_signal)
@@ -113,8 +117,15 @@ class Nursery:
 
     # ------------------------------------------------------------ a namespace of its own
 
-    def new_namespace(self, *, own_init: bool, child_of_us: bool) -> None:
-        """Whatever the seed makes from here on is in a new pid namespace; own_init: its process 1 is the first root."""
+    def new_namespace(self, *, own_init: bool, child_of_us: bool, is_seed: bool) -> None:
+        """Whatever the seed makes from here on is in a new pid namespace; own_init: its process 1 is the first root.
+        is_seed: the seed is process 1 of a new one already."""
+        if is_seed:
+            self._is_init = True
+            if not own_init:
+                self.init = self.puppets[SEED]
+                self.others[self.init.tid] = self.init
+            return
         self._seed = self.puppets[SEED]
         if own_init:
             self._first_flags = CLONE_NEWPID
@@ -127,9 +138,10 @@ class Nursery:
 
     def end_seed(self) -> None:
         """All roots are there. They go to whoever takes orphans, unless they are ours."""
-        seed = self._seed or self.puppets[SEED]
-        seed.die(0)
-        self.others.pop(seed.tid, None)
+        if not self._is_init:
+            seed = self._seed or self.puppets[SEED]
+            seed.die(0)
+            self.others.pop(seed.tid, None)
         del self.puppets[SEED]
 
     # ------------------------------------------------------------ ends

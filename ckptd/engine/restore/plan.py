@@ -90,7 +90,12 @@ def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_sessio
     had_terminal = any(state.tty for state in reader.every(ProcessState))
     refusals = settle_sessions(processes, numbers, own=own_session and had_terminal)
     # the first process of a namespace makes its roots itself, and makes nobody's sibling (CLONE_PARENT is EINVAL)
-    child_of_us = child_of_us and (not world.pid or any(process.vpid == 1 for process in processes))
+    has_init = any(process.vpid == 1 for process in processes)
+    child_of_us = child_of_us and (not world.pid or (has_init and not world.seed_is_init))
+    roots = [process for process in processes if not process.parent]
+    if world.seed_is_init and has_init and len(roots) > 1:
+        refusals.append(Refusal(roots[1].vpid, '', 'pid namespace', 'EOPNOTSUPP', 'has a parent outside of its pid '
+                                'namespace, whose process 1 is in the tree', 'restore as root'))
     if not any(process.alive for process in processes):
         refusals.append(Refusal(0, '', 'image', 'ESRCH', 'every task of the tree had ended: nothing of it can run',
                                 'checkpoint a tree that lives'))

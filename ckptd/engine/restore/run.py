@@ -33,7 +33,7 @@ from ckptd.engine.restore.memory import Space, clear
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import homes, place_for
-from ckptd.engine.restore.plan import DEAD, Plan
+from ckptd.engine.restore.plan import DEAD, Plan, is_users_worker
 from ckptd.engine.restore.prepare import prepare, refused
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.rewrites import Rewrites
@@ -134,7 +134,8 @@ class Restore:
         world, numbers = self._plan.world, self._plan.numbers
         self._warnings += world.enter(self._nursery[SEED])
         if world.pid:
-            self._nursery.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait)
+            self._nursery.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait,
+                                        is_seed=is_users_worker(self._plan))
         for step in self._plan.steps:
             self._take(step)
             fault('created-one')

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from ckptd.engine.batch import Batch
-from ckptd.engine.interleave import Steps, interleave
+from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.restore.memory import Space
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.plan import Plan, is_users_worker
@@ -64,6 +64,9 @@ class Shed:
         groups = self._groups()
         if is_users_worker(self._plan):
             interleave(self._clear(group) for group in groups)
+            if self._nursery.init:      # no task of the tree, and it goes on
+                finish(_clear_capabilities([self._nursery.init]))
+                require_no_capability(self._nursery.init.tid)
         else:
             interleave(self._take_own(group) for group in groups)
 

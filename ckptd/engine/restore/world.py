@@ -31,10 +31,11 @@ PR_SET_NAME = 15            # <linux/prctl.h>
 @dataclass(frozen=True, slots=True)
 class World:
     """user, pid: a new namespace of that sort. clocks: offsets of CLOCK_MONOTONIC and CLOCK_BOOTTIME in nanoseconds for
-    a new time namespace, None for ours."""
+    a new time namespace, None for ours. seed_is_init: our first child is process 1 of the pid namespace."""
     user: bool
     pid: bool
     clocks: Offsets | None
+    seed_is_init: bool = False
 
     def enter(self, seed: Puppet) -> list[Refusal]:
         """Have the seed make them, all but that of pids, which only a child can be in. What cannot be had and can be
@@ -66,9 +67,8 @@ def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> World:
     """
     clocks = None if brokered and any(read_offsets(os.getpid())) else offsets_for(reader.manifest)
     user = not may_choose_pids()
-    elsewhere = any(one.name == 'pid' and not one.own for record in reader.every(Namespaces)
-                    for one in record.namespaces)
-    return World(user, new_pidns or user or elsewhere, clocks)
+    elsewhere = any(record.own_pidns for record in reader.every(Namespaces))
+    return World(user, new_pidns or user or elsewhere, clocks, seed_is_init=brokered)
 
 
 def offsets_for(manifest: Manifest) -> Offsets | None:

@@ -58,6 +58,7 @@ EXPRESSIONS = {
 
 # what the kernel shows to nobody but the kernel, or what is ours; by module, with the place that has it
 OWN = {
+    'yama': {'ANYBODY', 'DECLARED', 'CAPABLE', 'NOBODY'},                   # admin-guide/LSM/Yama.rst
     'closing': {'MOST', 'CROWD', 'ROOM'},
     'hidepid': {'NOT_PTRACEABLE'},                                          # include/linux/proc_fs.h
     'creds': {'SUID_DUMP_DISABLE', 'SUID_DUMP_USER', 'SUID_DUMP_ROOT'},     # include/linux/sched/coredump.h

@@ -4,7 +4,6 @@
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import suppress
 
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
 from ckptd.image.records import Limits, PosixTimers, ProcessState, Scheduling, Vma
@@ -79,16 +78,22 @@ def _oom(scene: Scene, vpid: int) -> Iterator[Obstacle]:
 
 def _can_lower_oom_score_adj(value: int) -> bool:
     """Down to what it was last set to with the right to do so, which is nowhere to be read (fs/proc/base.c,
-    oom_score_adj_min): so a child tries."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        with suppress(OSError):
-            fd = os.open('/proc/self/oom_score_adj', os.O_WRONLY)
-            os.write(fd, str(value).encode())
-            status = 0
-        os._exit(status)
-    return os.waitpid(pid, 0)[1] == 0
+    oom_score_adj_min): so it is tried, and set back."""
+    own = read_oom_score_adj(os.getpid())
+    try:
+        _set_oom_score_adj(value)
+    except OSError:
+        return False
+    _set_oom_score_adj(own)
+    return True
+
+
+def _set_oom_score_adj(value: int) -> None:
+    fd = os.open('/proc/self/oom_score_adj', os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, str(value).encode())
+    finally:
+        os.close(fd)
 
 
 def locked_bytes(scene: Scene, mm_id: int) -> int:
