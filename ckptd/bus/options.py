@@ -67,7 +67,8 @@ TARGET = Option('target', 'a target: pid:N, a unit name, cgroup:/path or self', 
 
 SELF = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT)
 CHECKPOINT = (*SELF, DETACH, HANDLE_TOKEN)      # who waits needs no name of the job, and leaves when it is over
-CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'), TERMINAL)
+CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'),
+                 TERMINAL)
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
 INHIBIT = (TARGET,)
 CHECK = (FREEZE,)

@@ -109,6 +109,8 @@ def _restore(parser: argparse.ArgumentParser) -> None:
                       help='return once the tree runs, and print the pid of its root (default)')
     parser.add_argument('--new-pidns', action='store_true',
                         help='in a new pid namespace, where every pid is free')
+    parser.add_argument('--clamp', action='store_true',
+                        help='limits, priorities and locked memory that you may not set: take the nearest that you may')
     parser.add_argument('--cgroup', metavar='PATH', type=lambda text: text.removeprefix('cgroup:'),
                         help='the cgroup that the tree is to live in, instead of the one it was in')
     parser.add_argument('--leave-stopped', action='store_true', help='leave every process stopped, as by SIGSTOP')

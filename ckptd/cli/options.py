@@ -24,7 +24,7 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def restore_options(args: argparse.Namespace) -> dict[str, Any]:
     """Of CheckRestore; Restore has a handle_token and perhaps a terminal besides."""
-    flags = {name: True for name in ('wait', 'new_pidns', 'leave_stopped') if getattr(args, name)}
+    flags = {name: True for name in ('wait', 'new_pidns', 'clamp', 'leave_stopped') if getattr(args, name)}
     texts = {name: getattr(args, name) for name in ('cgroup', 'changed_files') if getattr(args, name) is not None}
     return {**flags, **texts}
 

@@ -36,11 +36,13 @@ class CheckpointOptions(FreezeOptions, total=False):
 
 
 class CheckRestoreOptions(TypedDict, total=False):
-    """cgroup: where the tree is to live. new_pidns: in a pid namespace of its own. leave_stopped: every process is
-    stopped. changed_files: what to do about files that went on living. wait: the job ends with the root of the tree.
-    terminal: an open fd of one, for a tree that had one."""
+    """cgroup: where the tree is to live. new_pidns: in a pid namespace of its own. clamp: limits and priorities that
+    may not be set come back as the nearest that may. leave_stopped: every process is stopped. changed_files: what to
+    do about files that went on living. wait: the job ends with the root of the tree. terminal: an open fd of one, for
+    a tree that had one."""
     cgroup: str
     new_pidns: bool
+    clamp: bool
     leave_stopped: bool
     changed_files: ChangedFiles
     wait: bool

@@ -83,9 +83,10 @@ class JobRequest(msgspec.Struct, frozen=True):
     keep_free: of a checkpoint, an import and a restart: bytes of the spool's file system that stay free, whatever is
     written.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
-    leave_stopped: every process is stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes
-    when the root has ended. changed_files: what to do about files that went on living. has_terminal: the caller gives
-    a terminal for those that the image only names.
+    clamp: limits and priorities that may not be set come back as the nearest that may. leave_stopped: every process is
+    stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes when the root has ended.
+    changed_files: what to do about files that went on living. has_terminal: the caller gives a terminal for those that
+    the image only names.
     """
     operation: Operation
     target: str
@@ -107,6 +108,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     save_limit: int = 1 << 30
     cgroup: str = ''
     new_pidns: bool = False
+    clamp: bool = False
     leave_stopped: bool = False
     wait: bool = False
     changed_files: ChangedFiles = 'refuse'

@@ -39,7 +39,7 @@ TARGETED = frozenset({'Checkpoint', 'Check', 'Scan', 'Freeze', 'Thaw'})
 TYPES = 'ybnqiuxtdsogv'
 SIGNATURES = ('', 's', 'u', 'h', 'a{sv}', 'as', '(su)', 'aa{sv}', 'v', 'ay', 'a(ii)', 'sa{sv}', 'ssv', 'hsa{sv}',
               'tttt', 'a{s(uv)}', 'aav', 'gggg')
-NAMES = ('freeze', 'after', 'timeout', 'handle_token', 'save_files', 'save_limit', 'cgroup', 'new_pidns',
+NAMES = ('freeze', 'after', 'timeout', 'handle_token', 'save_files', 'save_limit', 'cgroup', 'new_pidns', 'clamp',
          'changed_files', 'leave_stopped', 'wait', 'terminal', 'target', '', '~', 'x' * 300)
 # nothing here kills or hides: after=kill would end the victim, new_pidns=true would make processes
 PLAUSIBLE: dict[str, Sequence[Variant]] = {
@@ -53,6 +53,7 @@ PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'leave_stopped': [Variant('b', True)],
     'target': [Variant('s', 'self'), Variant('s', 'pid:0'), Variant('s', 'cgroup:/~')],
     'new_pidns': [Variant('b', False), Variant('u', 1)],
+    'clamp': [Variant('b', True), Variant('u', 1)],
 }
 NO_TARGETS = ('', 'pid:', 'pid:0', 'pid:-1', 'pid:4194305', 'pid:999999999', 'pid:9999999999', 'cgroup:', '/etc', '~x')
 INTERFACES = (MANAGER, JOB, IMAGE, 'org.freedesktop.DBus.Peer')

@@ -40,7 +40,7 @@ _ckptctl() {
     local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export import inhibit inhibitors monitor doctor demo'
     local -A options=(
         [checkpoint]='--freeze --timeout --kill --leave-frozen --save-files --save-limit --detach --quiet'
-        [restore]='--wait --detach --new-pidns --cgroup --leave-stopped --changed-files --dry-run'
+        [restore]='--wait --detach --new-pidns --clamp --cgroup --leave-stopped --changed-files --dry-run'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'
         [export]='--format --force'

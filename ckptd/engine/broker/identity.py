@@ -163,6 +163,8 @@ def _limit(number: int, soft: int, hard: int) -> None:
     """The limit of the caller, or the nearest that we may set without CAP_SYS_RESOURCE."""
     most = _unsigned(resource.getrlimit(number)[1])
     hard = min(hard, most)
+    if number == resource.RLIMIT_MEMLOCK:
+        soft = hard     # a tree that has raised it locks its memory before it has its own limits
     resource.setrlimit(number, (_signed(min(soft, hard)), _signed(hard)))
 
 

@@ -13,7 +13,7 @@ What no page run names stays untouched: absent, zero, or as in the file.
 import ctypes
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import attrgetter
 
 from ckptd.engine.interleave import Steps
@@ -63,11 +63,11 @@ class Space:
     on_bytes(n): n bytes of pages are in place."""
 
     def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: Objects, vdso: VdsoPlan,
-                 on_bytes: Callable[[int], None]) -> None:
+                 locked: Collection[int], on_bytes: Callable[[int], None]) -> None:
         self.mm_id = mm_id
         self._memory: Memory = reader.memory(mm_id)
         self._reader, self._objects, self._vdso = reader, objects, vdso
-        self._on_bytes = on_bytes
+        self._locked, self._on_bytes = locked, on_bytes
         self._ordinary = ordinary(self._memory)
         self._heritage = Heritage(reader.memory(origin), self._memory) if origin else None
         self.is_built = False
@@ -207,7 +207,7 @@ class Space:
         for flag in vma.vm_flags.split():
             if flag in _ADVICE:
                 script.call('madvise', vma.start, length, _ADVICE[flag], about=about)
-        if vma.locked:
+        if vma.start in self._locked:
             script.call('mlock2', vma.start, length, MLOCK_ONFAULT if vma.locked == 2 else 0, about=about)
         if vma.name and not vma.name.startswith(('/', '[')) and vma.kind in (ANON, SHARED_MEMORY):
             name = vma.name.encode('utf-8', 'surrogateescape') + b'\0'

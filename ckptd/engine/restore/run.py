@@ -23,6 +23,7 @@ from ckptd.engine.job import Job
 from ckptd.engine.messages import Phase, Running, first_rows
 from ckptd.engine.patience import stub_patience
 from ckptd.engine.restore import state
+from ckptd.engine.restore.allowed import Allowed
 from ckptd.engine.restore.attend import attend, cgroup_of
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.digests import Digests, damaged
@@ -63,6 +64,7 @@ class Restore:
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
         self._fss = plan.users('fs_id')
         self._warnings = list(warnings)
+        self._allowed = Allowed(reader, job.request.hard_limits)
         self._bytes_done = self._bytes_total = 0
 
     def run(self, digests: Digests) -> None:
@@ -109,7 +111,7 @@ class Restore:
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,
-                                     self._on_bytes) for mm_id in self._mms}
+                                     self._locked(mm_id), self._on_bytes) for mm_id in self._mms}
         for space in self._spaces.values():
             space.open()
             self._bytes_total += space.bytes_to_read
@@ -120,6 +122,10 @@ class Restore:
         self._directory('/')
         if self._files.terminal:
             self._terminal()
+
+    def _locked(self, mm_id: int) -> frozenset[int]:
+        owner = next(process.vpid for process in self._plan.processes if process.ids.mm_id == mm_id and process.alive)
+        return self._allowed.locked(owner, self._reader.memory(mm_id).vmas)
 
     def _directory(self, path: str) -> int:
         return self._bank.once(('directory', path),
@@ -183,8 +189,8 @@ class Restore:
         """All threads of a process: what may need a right, or none."""
         reader, nursery = self._reader, self._nursery
         first = process.alive[0]
-        state.limits(reader, process.vpid, nursery[first.vpid].tid)
-        state.oom_score_adj(reader, process.vpid, nursery[first.vpid].tid)
+        state.limits(self._allowed.limits(process.vpid), nursery[first.vpid].tid)
+        state.oom_score_adj(self._allowed.oom_score_adj(process.vpid), nursery[first.vpid].tid)
         state.coredump_filter(reader, first.record.mm_id, nursery[first.vpid].tid)
         script = Script(nursery[first.vpid])
         self._of_objects(first, script)
@@ -193,14 +199,14 @@ class Restore:
         if process.sid == process.vpid and self._files.terminal:
             state.terminal(reader, process.vpid, process.pgid, script, self._terminal())
         yield from script.run()
-        state.schedule(reader, first.vpid, nursery[first.vpid].tid)
+        state.schedule(self._allowed.scheduling(first.vpid, process.vpid), nursery[first.vpid].tid)
         for task in process.alive[1:]:
             puppet = nursery[task.vpid]
             script = Script(puppet)
             self._of_objects(task, script)
             state.thread(reader, task.vpid, script)
             yield from script.run()
-            state.schedule(reader, task.vpid, puppet.tid)
+            state.schedule(self._allowed.scheduling(task.vpid, process.vpid), puppet.tid)
 
     def _close_bank(self, puppet: Puppet) -> Steps[None]:
         script = Script(puppet)

@@ -11,7 +11,7 @@ import os
 import resource
 import struct
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 
@@ -99,9 +99,8 @@ def name_of(task: records.Task) -> bytes:
     return task.comm.encode('utf-8', 'surrogateescape')[:15] + b'\0'
 
 
-def schedule(reader: ImageReader, vpid: int, tid: int) -> None:
+def schedule(record: records.Scheduling, tid: int) -> None:
     """Policy, priority, processors, done from outside while the stub has our rights."""
-    record = reader.get(records.Scheduling, vpid)
     allowed = {cpu for cpu in range(len(record.affinity) * 8) if record.affinity[cpu // 8] >> cpu % 8 & 1}
     here = os.sched_getaffinity(0)
     os.sched_setaffinity(tid, allowed & here or here)
@@ -112,15 +111,15 @@ def schedule(reader: ImageReader, vpid: int, tid: int) -> None:
                                      record.deadline, record.period, record.util_min, record.util_max))
         ioprio_set(tid, record.ioprio)
     except OSError as error:
-        raise CkptError(f'the scheduling of task {vpid} cannot be restored: {error}', errno=error.errno, task=tid,
-                        resource='scheduling', hint='run ckptd with CAP_SYS_NICE') from error
+        raise CkptError(f'the scheduling of task {record.vpid} cannot be restored: {error}', errno=error.errno,
+                        task=tid, resource='scheduling', hint='run ckptd with CAP_SYS_NICE') from error
 
 
 # ---------------------------------------------------------------- processes
 
-def limits(reader: ImageReader, vpid: int, tid: int) -> None:
+def limits(wanted_limits: Sequence[records.Limit], tid: int) -> None:
     """From outside, while the stub has our ids: then prlimit(2) needs no right but for raising hard limits."""
-    for number, limit in enumerate(reader.get(records.Limits, vpid).limits):
+    for number, limit in enumerate(wanted_limits):
         wanted = (_limit(limit.soft), _limit(limit.hard))
         if resource.prlimit(tid, number) != wanted:
             resource.prlimit(tid, number, wanted)
@@ -138,8 +137,7 @@ def coredump_filter(reader: ImageReader, mm_id: int, tid: int) -> None:
             file.write(f'{wanted:#x}'.encode())
 
 
-def oom_score_adj(reader: ImageReader, vpid: int, tid: int) -> None:
-    wanted = reader.get(records.ProcessState, vpid).oom_score_adj - 1000
+def oom_score_adj(wanted: int, tid: int) -> None:
     with open(f'/proc/{tid}/oom_score_adj', 'rb+', buffering=0) as file:  # noqa: PTH123
         if int(file.read(16)) != wanted:
             file.write(str(wanted).encode())

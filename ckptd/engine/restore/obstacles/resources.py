@@ -1,27 +1,32 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What takes a privilege of ours to be set again: hard limits, oom_score_adj, scheduling, locked memory."""
+"""What takes a privilege of ours to be set again: hard limits, oom_score_adj, scheduling, locked memory.
+
+Where the nearest is taken instead (`clamp`), a refusal becomes a warning that says what it is.
+"""
 
 import os
-import resource
 from collections.abc import Iterator
 
+from ckptd.engine.restore.allowed import (
+    INFINITY,
+    IOPRIO_CLASS_RT,
+    IOPRIO_CLASS_SHIFT,
+    MEMLOCK,
+    NOFILE,
+    REAL_TIME,
+    SCHED_DEADLINE,
+    nr_open,
+)
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
 from ckptd.image.records import Limits, PosixTimers, ProcessState, Scheduling, Vma
-from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RAWIO, CAP_SYS_RESOURCE, CAP_WAKE_ALARM
+from ckptd.kernel.creds import CAP_SYS_RAWIO, CAP_WAKE_ALARM
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import read_oom_score_adj
 from ckptd.kernel.timerfd import ALARM_CLOCKS
 
-CAP_IPC_LOCK = 14           # <linux/capability.h>
-# <asm-generic/resource.h>, by number
-LIMITS = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'MEMLOCK', 'AS', 'LOCKS', 'SIGPENDING',
-          'MSGQUEUE', 'NICE', 'RTPRIO', 'RTTIME')
-_NOFILE, MEMLOCK, _NICE, _RTPRIO = 7, 8, 13, 14
-_INFINITY = (1 << 64) - 1
-# <linux/sched.h>
-SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK = 6, 1
-REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
-_IOPRIO_CLASS_SHIFT, _IOPRIO_CLASS_RT = 13, 1       # <linux/ioprio.h>
+# by number, <asm-generic/resource.h>
+_LIMITS = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'MEMLOCK', 'AS', 'LOCKS', 'SIGPENDING',
+           'MSGQUEUE', 'NICE', 'RTPRIO', 'RTTIME')
 _RESOURCE = 'run ckptd with CAP_SYS_RESOURCE, or with limits as high (ulimit -H, systemd: Limit{}=)'
 _AS_ROOT = 'restore it as root'
 _NICE_HINT = 'run ckptd with CAP_SYS_NICE'
@@ -40,77 +45,39 @@ def check(scene: Scene) -> Iterator[Obstacle]:
 
 
 def _limits(scene: Scene, vpid: int) -> Iterator[Obstacle]:
-    for number, limit in enumerate(scene.reader.get(Limits, vpid).limits[:len(LIMITS)]):
-        name, hard = LIMITS[number], _hard(scene, number)
-        if limit.hard > hard and not scene.may(CAP_SYS_RESOURCE):
-            yield Obstacle(vpid, f'RLIMIT_{name}', 'EPERM', f'its hard limit RLIMIT_{name} is {_amount(limit.hard)}, '
-                           f'ours {_amount(hard)}', _RESOURCE.format(name))
-        if number == _NOFILE and limit.hard > (most := _number('/proc/sys/fs/nr_open')):
-            # kernel/sys.c, do_prlimit
-            yield Obstacle(vpid, 'RLIMIT_NOFILE', 'EPERM', f'its hard limit RLIMIT_NOFILE is {_amount(limit.hard)}, '
-                           f'and this machine has at most {most}', 'raise the sysctl fs.nr_open')
-
-
-def _hard(scene: Scene, number: int) -> int:
-    """The highest hard limit that the tree may have without a privilege."""
-    own, asked = _unsigned(resource.getrlimit(number)[1]), scene.request.hard_limits
-    return min(own, asked[number]) if number < len(asked) else own
-
-
-def _unsigned(value: int) -> int:
-    return _INFINITY if value == resource.RLIM_INFINITY else value
+    wanted = scene.reader.get(Limits, vpid).limits
+    for name, limit, nearest in zip(_LIMITS, wanted, scene.allowed.limits(vpid), strict=False):
+        if limit == nearest:
+            continue
+        reason, comes = f'its hard limit RLIMIT_{name} is {_amount(limit.hard)}', f'with {_amount(nearest.hard)}'
+        if name == _LIMITS[NOFILE] and limit.hard > nr_open() == nearest.hard:
+            yield scene.beyond(Obstacle(vpid, 'RLIMIT_NOFILE', 'EPERM', f'{reason}, and this machine has at most '
+                                        f'{nr_open()}', 'raise the sysctl fs.nr_open'), comes)
+        else:
+            yield scene.beyond(Obstacle(vpid, f'RLIMIT_{name}', 'EPERM', f'{reason}, ours {_amount(nearest.hard)}',
+                                        _RESOURCE.format(name)), comes)
 
 
 def _amount(value: int) -> str:
-    return 'unlimited' if value == _INFINITY else f'{value:,}'
-
-
-def _number(path: str) -> int:
-    return int(read_file(path))
+    return 'unlimited' if value == INFINITY else f'{value:,}'
 
 
 def _oom(scene: Scene, vpid: int) -> Iterator[Obstacle]:
-    wanted, own = scene.reader.get(ProcessState, vpid).oom_score_adj - 1000, read_oom_score_adj(os.getpid())
-    if wanted < own and not scene.may(CAP_SYS_RESOURCE) and not _can_lower_oom_score_adj(wanted):
-        yield Obstacle(vpid, 'oom_score_adj', 'EACCES', f'its oom_score_adj is {wanted}, ours {own}, and lowering it '
-                       'takes a privilege', 'run ckptd with CAP_SYS_RESOURCE (systemd: OOMScoreAdjust=)')
-
-
-def _can_lower_oom_score_adj(value: int) -> bool:
-    """Down to what it was last set to with the right to do so, which is nowhere to be read (fs/proc/base.c,
-    oom_score_adj_min): so it is tried, and set back."""
-    own = read_oom_score_adj(os.getpid())
-    try:
-        _set_oom_score_adj(value)
-    except OSError:
-        return False
-    _set_oom_score_adj(own)
-    return True
-
-
-def _set_oom_score_adj(value: int) -> None:
-    fd = os.open('/proc/self/oom_score_adj', os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, str(value).encode())
-    finally:
-        os.close(fd)
-
-
-def locked_bytes(scene: Scene, mm_id: int) -> int:
-    """Of an address space, in memory that is locked."""
-    return sum(vma.end - vma.start for vma in scene.reader.memory(mm_id).vmas if vma.locked)
-
-
-def has_real_time_io(record: Scheduling) -> bool:
-    return record.ioprio >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT
+    wanted, nearest = scene.reader.get(ProcessState, vpid).oom_score_adj - 1000, scene.allowed.oom_score_adj(vpid)
+    if wanted != nearest:
+        yield scene.beyond(Obstacle(vpid, 'oom_score_adj', 'EACCES', f'its oom_score_adj is {wanted}, ours '
+                                    f'{read_oom_score_adj(os.getpid())}, and lowering it takes a privilege',
+                                    'run ckptd with CAP_SYS_RESOURCE (systemd: OOMScoreAdjust=)'), f'with {nearest}')
 
 
 def _locked(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
-    locked = locked_bytes(scene, mm_id)
-    limit = scene.reader.get(Limits, vpid).limits[MEMLOCK].soft
-    if locked > limit and not scene.may(CAP_IPC_LOCK):
-        yield Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may lock {limit:,}',
-                       'run ckptd with CAP_IPC_LOCK')
+    vmas = [vma for vma in scene.reader.memory(mm_id).vmas if vma.locked]
+    if unlocked := sum(vma.end - vma.start for vma in vmas if vma.start not in scene.allowed.locked(vpid, vmas)):
+        locked = sum(vma.end - vma.start for vma in vmas)
+        limit = scene.allowed.limits(vpid)[MEMLOCK].soft
+        yield scene.beyond(Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may '
+                                    f'lock {limit:,}', 'run ckptd with CAP_IPC_LOCK'),
+                           f'with {locked - unlocked:,} bytes locked')
 
 
 def _timers(scene: Scene, vpid: int) -> Iterator[Obstacle]:
@@ -123,7 +90,7 @@ def _timers(scene: Scene, vpid: int) -> Iterator[Obstacle]:
 def _lowest(scene: Scene) -> Iterator[Obstacle]:
     """Mappings at addresses that the kernel keeps from users: a bug of its own that follows a null pointer would find
     what they have put there (security/commoncap.c, cap_mmap_addr)."""
-    least, users = _number('/proc/sys/vm/mmap_min_addr'), scene.plan.users('mm_id')
+    least, users = int(read_file('/proc/sys/vm/mmap_min_addr')), scene.plan.users('mm_id')
     for vma in scene.reader.every(Vma):
         if vma.start < least and vma.mm_id in users and not scene.looking.capable(CAP_SYS_RAWIO):
             yield Obstacle(users[vma.mm_id], f'vma {vma.start:x}-{vma.end:x}', 'EPERM', 'is mapped below address '
@@ -133,34 +100,31 @@ def _lowest(scene: Scene) -> Iterator[Obstacle]:
 # ---------------------------------------------------------------- scheduling
 
 def _scheduling(scene: Scene, vpid: int, leader: int) -> Iterator[Obstacle]:
-    record = scene.reader.get(Scheduling, vpid)
-    if not scene.may(CAP_SYS_NICE):
-        limits = scene.reader.get(Limits, leader).limits
-        for what in _privileged(record, limits[_NICE].soft, limits[_RTPRIO].soft):
-            yield Obstacle(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _NICE_HINT)
-        if has_real_time_io(record) and not scene.may(CAP_SYS_ADMIN):
-            yield Obstacle(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which takes a privilege',
-                           _NICE_HINT)
+    record, nearest = scene.reader.get(Scheduling, vpid), scene.allowed.scheduling(vpid, leader)
+    for what, comes in _privileged(record, nearest):
+        yield scene.beyond(Obstacle(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _NICE_HINT), comes)
+    if record.ioprio != nearest.ioprio and record.ioprio >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_RT:
+        yield scene.beyond(Obstacle(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which takes a '
+                                    'privilege', _NICE_HINT), 'with the best-effort class')
     allowed = {cpu for cpu in range(len(record.affinity) * 8) if record.affinity[cpu // 8] >> cpu % 8 & 1}
     if missing := sorted(allowed - os.sched_getaffinity(0)):
         yield Obstacle(vpid, 'processors', 'EINVAL', f'ran on processors {_ranges(missing)} too, which are not there '
                        'or not ours', 'it runs on the others', 'warning')
 
 
-def _privileged(record: Scheduling, rlimit_nice: int, rlimit_rtprio: int) -> Iterator[str]:
-    """As kernel/sched/syscalls.c decides, user_check_sched_setscheduler() and can_nice(); the limits are those of the
-    task itself, which it has by then."""
-    nice, here, policy = record.nice - 20, os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
-    if record.policy == SCHED_DEADLINE:
-        yield 'its policy is SCHED_DEADLINE'
-    elif record.policy in REAL_TIME:
-        other = record.policy != policy & ~os.SCHED_RESET_ON_FORK
-        if (other and not rlimit_rtprio) or record.priority > rlimit_rtprio:
-            yield f'has real-time priority {record.priority}'
-    if nice < here and 20 - nice > rlimit_nice:
-        yield f'its nice value is {nice}, ours {here}'
-    if policy & os.SCHED_RESET_ON_FORK and not record.flags & SCHED_FLAG_RESET_ON_FORK:
-        yield 'has no SCHED_RESET_ON_FORK, as ckptd has'
+def _privileged(record: Scheduling, nearest: Scheduling) -> Iterator[tuple[str, str]]:
+    """What is not allowed, and with what it would come back."""
+    ordinary = 'with the policy SCHED_OTHER'
+    if record.policy == SCHED_DEADLINE != nearest.policy:
+        yield 'its policy is SCHED_DEADLINE', ordinary
+    elif record.policy in REAL_TIME and (record.policy, record.priority) != (nearest.policy, nearest.priority):
+        yield (f'has real-time priority {record.priority}',
+               ordinary if nearest.policy != record.policy else f'with priority {nearest.priority}')
+    if record.nice != nearest.nice:
+        yield (f'its nice value is {record.nice - 20}, ours {os.getpriority(os.PRIO_PROCESS, 0)}',
+               f'with {nearest.nice - 20}')
+    if record.flags != nearest.flags:
+        yield 'has no SCHED_RESET_ON_FORK, as ckptd has', 'with it'
 
 
 def _ranges(numbers: list[int]) -> str:

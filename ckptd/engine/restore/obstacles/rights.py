@@ -138,8 +138,9 @@ def _capabilities(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
             yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, and the tree of a user comes '
                            'back without any', _ROOT)
         if missing := scene.own.cap_bnd & ~sets['bounding']:
-            yield Obstacle(vpid, 'capabilities', 'EPERM', f'lacks {capability_names(missing)} in its bounding set, '
-                           'which only root can take away again', _ROOT)
+            yield scene.beyond(Obstacle(vpid, 'capabilities', 'EPERM', f'lacks {capability_names(missing)} in its '
+                                        'bounding set, which only root can take away again', _ROOT), 'with that of '
+                               'the caller')
     allowed = _of_caller(scene)
     if held & ~allowed and not is_users_worker(scene.plan):
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held & ~allowed)}, the caller has not',

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from ckptd.engine.messages import JobRequest
+from ckptd.engine.restore.allowed import Allowed
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.plan import Plan
 from ckptd.engine.restore.rights import rights_of
@@ -41,6 +42,17 @@ class Scene:
             return True     # root, for whom a worker of another user asks
         with rights_of(self.request.caller).taken():
             return os.access(path, access, effective_ids=True)
+
+    @cached_property
+    def allowed(self) -> Allowed:
+        """What the tree may have of limits and priorities."""
+        return Allowed(self.reader, self.request.hard_limits)
+
+    def beyond(self, obstacle: 'Obstacle', comes: str) -> 'Obstacle':
+        """More than may be set: a refusal, unless the caller takes the nearest. comes: with what it comes back."""
+        if self.request.clamp:
+            return obstacle._replace(hint=f'it comes back {comes}', severity='warning')
+        return obstacle._replace(hint=f'{obstacle.hint}, or take the nearest: --clamp')
 
     @property
     def for_owner(self) -> int:

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a tree may have of limits, priorities and locked memory: what the image says, or the nearest to it that we may
+set. Where these differ the restart is refused (obstacles/resources.py), unless its caller takes the nearest (clamp)."""
+
+import dataclasses
+import functools
+import os
+import resource
+from collections.abc import Iterable, Sequence
+
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import Limit, Limits, ProcessState, Scheduling, Vma
+from ckptd.kernel.creds import CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE, capget
+from ckptd.kernel.procfs import read_file
+from ckptd.kernel.task import read_oom_score_adj
+
+# <asm-generic/resource.h>
+NOFILE, MEMLOCK, NICE, RTPRIO = 7, 8, 13, 14
+INFINITY = (1 << 64) - 1
+# <linux/sched.h>
+SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK = 6, 1
+REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
+# <linux/ioprio.h>
+IOPRIO_CLASS_SHIFT, IOPRIO_CLASS_RT, IOPRIO_CLASS_BE = 13, 1, 2
+
+
+class Allowed:
+    """hard_limits: of the calling process by RLIMIT_* number, where they bind the tree and not us."""
+
+    def __init__(self, reader: ImageReader, hard_limits: Sequence[int]) -> None:
+        self._reader, self._hard_limits = reader, hard_limits
+        self._capabilities = capget().effective
+
+    def may(self, capability: int) -> bool:
+        return bool(self._capabilities >> capability & 1)
+
+    # ------------------------------------------------------------ limits
+
+    def limits(self, vpid: int) -> tuple[Limit, ...]:
+        """Of a process, by number."""
+        return tuple(self._limit(number, limit) for number, limit in enumerate(self._reader.get(Limits, vpid).limits))
+
+    def _limit(self, number: int, wanted: Limit) -> Limit:
+        most = self.most(number)
+        return wanted if wanted.hard <= most else Limit(min(wanted.soft, most), most)
+
+    def most(self, number: int) -> int:
+        """The highest hard limit."""
+        if self.may(CAP_SYS_RESOURCE):
+            most = INFINITY
+        else:
+            own = resource.getrlimit(number)[1]
+            most = INFINITY if own == resource.RLIM_INFINITY else own
+            most = min(most, self._hard_limits[number]) if number < len(self._hard_limits) else most
+        return min(most, nr_open()) if number == NOFILE else most
+
+    # ------------------------------------------------------------ oom_score_adj
+
+    def oom_score_adj(self, vpid: int) -> int:
+        """Of a process, -1000 to 1000."""
+        wanted, own = self._reader.get(ProcessState, vpid).oom_score_adj - 1000, read_oom_score_adj(os.getpid())
+        may = wanted >= own or self.may(CAP_SYS_RESOURCE) or _can_lower_oom_score_adj(wanted)
+        return wanted if may else own
+
+    # ------------------------------------------------------------ scheduling
+
+    def scheduling(self, vpid: int, leader: int) -> Scheduling:
+        """Of a task of the process `leader`. The limits on it are those of the task, which it has by then; as
+        kernel/sched/syscalls.c decides, user_check_sched_setscheduler() and can_nice()."""
+        record = self._reader.get(Scheduling, vpid)
+        ioprio = record.ioprio
+        if ioprio >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_RT and not (self.may(CAP_SYS_NICE) or self.may(CAP_SYS_ADMIN)):
+            record = dataclasses.replace(record, ioprio=IOPRIO_CLASS_BE << IOPRIO_CLASS_SHIFT)
+        if self.may(CAP_SYS_NICE):
+            return record
+        limits = self.limits(leader)
+        here, own_policy = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
+        nice = max(record.nice - 20, min(here, 20 - limits[NICE].soft))
+        flags = record.flags | (SCHED_FLAG_RESET_ON_FORK if own_policy & os.SCHED_RESET_ON_FORK else 0)
+        record = dataclasses.replace(record, nice=nice + 20, flags=flags)
+        if record.policy == SCHED_DEADLINE:
+            return dataclasses.replace(record, policy=os.SCHED_OTHER, runtime=0, deadline=0, period=0)
+        if record.policy not in REAL_TIME:
+            return record
+        most = limits[RTPRIO].soft
+        if not most:
+            return dataclasses.replace(record, policy=os.SCHED_OTHER, priority=0)
+        return dataclasses.replace(record, priority=min(record.priority, most))
+
+    # ------------------------------------------------------------ locked memory
+
+    def lockable(self, vpid: int) -> int:
+        """Bytes that a process may have locked."""
+        return INFINITY if self.may(CAP_IPC_LOCK) else self.limits(vpid)[MEMLOCK].soft
+
+    def locked(self, vpid: int, vmas: Iterable[Vma]) -> frozenset[int]:
+        """Where those mappings begin that are to be locked: from the lowest on, as many as may be."""
+        room, starts = self.lockable(vpid), []
+        for vma in vmas:
+            if vma.locked and vma.end - vma.start <= room:
+                room -= vma.end - vma.start
+                starts.append(vma.start)
+        return frozenset(starts)
+
+
+@functools.cache
+def nr_open() -> int:
+    """The sysctl fs.nr_open: the most of RLIMIT_NOFILE, whoever asks (kernel/sys.c, do_prlimit)."""
+    return int(read_file('/proc/sys/fs/nr_open'))
+
+
+def _can_lower_oom_score_adj(value: int) -> bool:
+    """Down to what it was last set to with the right to do so, which is nowhere to be read (fs/proc/base.c,
+    oom_score_adj_min): so it is tried, and set back."""
+    own = read_oom_score_adj(os.getpid())
+    try:
+        _set_oom_score_adj(value)
+    except OSError:
+        return False
+    _set_oom_score_adj(own)
+    return True
+
+
+def _set_oom_score_adj(value: int) -> None:
+    fd = os.open('/proc/self/oom_score_adj', os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, str(value).encode())
+    finally:
+        os.close(fd)
