@@ -125,13 +125,16 @@ class Gate:
         """What one has started oneself one may end, and nobody needs to be asked."""
         audit_call('allowed', call, caller, what, 'owner' if caller.uid else 'root')
 
-    async def tree(self, call: Call, verb: Verb, target: str) -> TreeRights:
-        """The same for a tree. NoSuchTarget."""
+    async def tree(self, call: Call, verb: Verb, target: str, *, as_root: bool = False) -> TreeRights:
+        """The same for a tree. as_root: root's rights are asked for, whose ever it is. NoSuchTarget."""
         caller = await call.credentials()
         where = parse_target(target, caller)
         async with call.attended() if caller.uid else contextlib.nullcontext():
             owner, pid, start_time, outside = await self._sight.whose(where, caller)
-        may = await self.enter(call, verb, where, owner=owner, task=pid, refusal='' if pid else PARTLY,
+        refusal = '' if pid else PARTLY
+        if as_root and owner == caller.uid:
+            owner, refusal = None, 'which takes the rights of root'
+        may = await self.enter(call, verb, where, owner=owner, task=pid, refusal=refusal,
                                hint='run as the owner of the tree, or as root', outside=outside)
         return TreeRights(may, caller.uid, start_time)
 

@@ -65,7 +65,8 @@ class ManagerObject(Exported):
     async def _checkpoint(self, call: Call, target: str, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
         given = parse_options(options, CHECKPOINT)
         token, detach = given.pop('handle_token', ''), given.pop('detach', False)
-        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target)
+        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target,
+                                                          as_root=given.get('as_root', False))
         traces = await self._gate.traces(call, caller, target, start_time)
         request = self._orders.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker,
                                          start_time=start_time, trace_under_yama=traces, **given)

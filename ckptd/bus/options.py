@@ -66,7 +66,8 @@ DETACH = _flag('detach')
 TARGET = Option('target', 'a target: pid:N, a unit name, cgroup:/path or self', lambda value: isinstance(value, str))
 
 SELF = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT)
-CHECKPOINT = (*SELF, DETACH, HANDLE_TOKEN)      # who waits needs no name of the job, and leaves when it is over
+# who waits needs no name of the job, and leaves when it is over
+CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'),
                  TERMINAL)
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)

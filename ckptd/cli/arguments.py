@@ -95,6 +95,8 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
                              'rollback"')
     parser.add_argument('--save-limit', type=size, metavar='SIZE',
                         help='save no more than SIZE of them in all: "64M", "1G" (default)')
+    parser.add_argument('--as-root', action='store_true',
+                        help='dump by the rights of root, also a tree that is all one other user\'s')
     parser.add_argument('--detach', action='store_true', help='print the job and return while it runs')
     parser.add_argument('-q', '--quiet', action='store_true', help='print the id of the image and nothing else')
 

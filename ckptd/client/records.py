@@ -27,11 +27,12 @@ class FreezeOptions(TypedDict, total=False):
 
 
 class CheckpointOptions(FreezeOptions, total=False):
-    """after: what becomes of the tree. save_files: keep what is open for writing, save_limit bytes in all.
-    handle_token: names the job's object."""
+    """after: what becomes of the tree. save_files: keep what is open for writing, save_limit bytes in all. as_root: by
+    the rights of root, although the tree is all one user's. handle_token: names the job's object."""
     after: After
     save_files: bool
     save_limit: int
+    as_root: bool
     handle_token: str
 
 

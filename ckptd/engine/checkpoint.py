@@ -105,7 +105,8 @@ class Checkpoint:
                 self._channel.progress(tasks_done, tasks, bytes_done, size)
 
             dump = undo.enter_context(Dump(tree, frozen.tracees, picture, cgroups, notes, waits, writer.data, report,
-                                           self._request.save_limit if self._request.save_files else 0))
+                                           self._request.save_limit if self._request.save_files else 0,
+                                           self._job.timers()))
             dump.read_state()
             self._warnings += dump.unsaved
             self._channel.phase('memory')

@@ -24,7 +24,7 @@ from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
-from ckptd.engine.sleeps import find_sleeps, sleep_left
+from ckptd.engine.sleeps import Timers, find_sleeps, sleep_left
 from ckptd.engine.waits import Notes, Wait
 from ckptd.errors import NotSupported, Refusal, TreeChanged
 from ckptd.image import records
@@ -61,11 +61,11 @@ class Dump:
     """
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: Picture, cgroups: Mapping[int, str],
-                 notes: Notes, waits: Mapping[int, Wait], data: DataWriter, report: Report, save_limit: int = 0
-                 ) -> None:
+                 notes: Notes, waits: Mapping[int, Wait], data: DataWriter, report: Report, save_limit: int = 0,
+                 timers: Timers | None = None) -> None:
         self.tree, self._picture = tree, picture
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
-        self._data, self._notes, self.waits = data, notes, waits
+        self._data, self._notes, self.waits, self._timers = data, notes, waits, timers
         self._vtids = {task.tid: task.vtid for task in tree}
         self._groups = {task.pgid: task.vpgid for task in tree}
         self._sharing = TaskSharing()
@@ -108,7 +108,7 @@ class Dump:
     def read_state(self) -> None:
         """Everything but pages."""
         try:
-            sleeps = find_sleeps(self._tracees)
+            sleeps = find_sleeps(self._tracees, self._timers)
         except ProcessLookupError as error:
             raise TreeChanged('a task died while it was asked how long it sleeps', phase='state') from error
         processes: dict[int, list[Task]] = {}

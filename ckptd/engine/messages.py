@@ -79,7 +79,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
     brokered: the worker is an ordinary user, and what takes a right of root's is done by its broker. hard_limits: of a
     restart by such a worker, those of the calling process by RLIMIT_* number; not all of them bind the worker itself.
-    trace_under_yama: a user's worker keeps CAP_SYS_PTRACE until it traces the tree.
+    trace_under_yama: a user's worker keeps CAP_SYS_PTRACE until it traces the tree. as_root: root's worker is to dump a
+    tree although it is all one user's.
     keep_free: of a checkpoint, an import and a restart: bytes of the spool's file system that stay free, whatever is
     written.
     Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
@@ -121,6 +122,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     brokered: bool = False
     hard_limits: tuple[int, ...] = ()
     trace_under_yama: bool = False
+    as_root: bool = False
 
     @property
     def asked_by(self) -> int:

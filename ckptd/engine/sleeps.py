@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from ckptd.engine.faults import fault
 from ckptd.engine.resume import has_signal
@@ -68,8 +69,9 @@ class Sleep:
         return not self.endless and self.clock in _HRTIMER_CLOCKS
 
 
-def find_sleeps(tracees: Mapping[int, Tracee]) -> dict[int, Sleep]:
-    """By tid, the stopped threads that go on with a sleep; its end wherever it can be found out.
+def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers | None' = None) -> dict[int, Sleep]:
+    """By tid, the stopped threads that go on with a sleep; its end wherever it can be found out. timers: None to read
+    the list ourselves.
 
     A thread whose sleep is over meanwhile is not among them, and has the result. The tree must not be frozen otherwise.
     ProcessLookupError if a thread dies.
@@ -80,7 +82,7 @@ def find_sleeps(tracees: Mapping[int, Tracee]) -> dict[int, Sleep]:
     able = [sleep for sleep in sleeps if not has_signal(sleep.tracee)]
     try:
         _learn_numbers([sleep for sleep in able if sleep.regs.orig_rax == _NR['restart_syscall']])
-        _Measurement([sleep for sleep in able if sleep.measurable]).run()
+        _Measurement([sleep for sleep in able if sleep.measurable], timers or OwnTimers()).run()
         if not able:
             fault('asleep-again')
     finally:
@@ -157,18 +159,48 @@ def _number(regs: arch.user_regs_struct, function: str) -> int:
     return _NR[name]
 
 
+class Timers(Protocol):
+    """/proc/timer_list, read while tasks sleep and while they do not. PermissionError, FileNotFoundError."""
+
+    def at_rest(self) -> None:
+        """None of them sleeps."""
+
+    def asleep(self, tids: Sequence[int]) -> None:
+        """These sleep."""
+
+    def ends(self) -> set[End]:
+        """They sleep no more. What was in the list while they slept, and neither before nor after."""
+
+
+class OwnTimers:
+    """The list as we read it ourselves, as root."""
+
+    def __init__(self) -> None:
+        self._before: Counter[End] = Counter()
+        self._asleep: Counter[End] = Counter()
+
+    def at_rest(self) -> None:
+        self._before = read_sleeps()
+
+    def asleep(self, tids: Sequence[int]) -> None:
+        self._asleep = read_sleeps()
+
+    def ends(self) -> set[End]:
+        before, self._before = self._before, read_sleeps()
+        return {end for end in self._asleep - before if self._before[end] < self._asleep[end]}
+
+
 class _Measurement:
     """Finds out when sleeps end."""
 
-    def __init__(self, sleeps: Sequence[Sleep]) -> None:
-        self._sleeps = sleeps
-        self._idle: Counter[End] = Counter()        # what the list has while none of them sleeps
+    def __init__(self, sleeps: Sequence[Sleep], timers: Timers) -> None:
+        self._sleeps, self._timers = sleeps, timers
 
     def run(self) -> None:
-        """Set `end` of each. Nothing where the list cannot be read (an ordinary user)."""
+        """Set `end` of each. Nothing where the list cannot be read: by an ordinary user without a broker."""
         if self._sleeps:
             try:
-                self._idle = read_sleeps()
+                self._timers.at_rest()
             except (PermissionError, FileNotFoundError):
                 return
             self._find_all()
@@ -205,9 +237,8 @@ class _Measurement:
             return set()
         with _asleep(group):
             fault('asleep-again')
-            asleep = read_sleeps()
-        before, self._idle = self._idle, read_sleeps()
-        return {end for end in asleep - before if self._idle[end] < asleep[end]}
+            self._timers.asleep([sleep.tracee.tid for sleep in group])
+        return self._timers.ends()
 
 
 # ---------------------------------------------------------------- records

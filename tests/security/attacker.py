@@ -185,7 +185,7 @@ class Attacker:
     # ------------------------------------------------------------ processes
 
     def start(self, source: str, name: str = '', *, env: dict[str, str] | None = None,
-              argv: tuple[str | Path, ...] = ()) -> Program:
+              argv: tuple[str | Path, ...] = (), inherit: tuple[int, ...] = ()) -> Program:
         """A program that is ready. source: Python, behind PRELUDE. argv: instead, a program that speaks as victims."""
         directory = self.home / (name or f'program{len(self.programs)}')
         directory.mkdir()
@@ -200,8 +200,8 @@ class Attacker:
         ready, theirs = os.pipe()
         with (directory / 'output').open('wb') as output:
             process = subprocess.Popen(
-                [*argv], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=directory, pass_fds=[theirs],
-                start_new_session=True, preexec_fn=self.become,
+                [*argv], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=directory,
+                pass_fds=[theirs, *inherit], start_new_session=True, preexec_fn=self.become,
                 env={'PATH': '/usr/bin:/bin', 'HOME': str(self.home), 'CKPTD_VICTIM_READY': str(theirs),
                      'CKPTD_VICTIM_GO': str(directory / 'go'), **(env or {})})
         self.programs.append(program := Program(process, directory))

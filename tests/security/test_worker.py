@@ -6,14 +6,24 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from ckptd.client.sync import Ckptd
-from ckptd.errors import CkptError
-from ckptd.image.manifest import Clocks
+from ckptd.engine.broker.calls import ReadTimers
+from ckptd.engine.broker.identity import Identity
+from ckptd.engine.broker.powers import powers
+from ckptd.engine.channel import Channel
+from ckptd.engine.job import Job
+from ckptd.errors import CkptError, PermissionDenied
+from ckptd.image.manifest import Clocks, read_manifest
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import SleepLeft
 from ckptd.kernel.clone import CLONE_NEWPID
 from ckptd.kernel.timens import unshare
+from ckptd.kernel.wchan import read_wchan
+from tests.engine.driver import Place
 from tests.engine.faulty import Gate
 from tests.lib.bus import Served, family
 from tests.security.attacker import (
@@ -339,3 +349,99 @@ def test_a_tree_with_an_init_of_its_own(served: Served, attacker: Attacker) -> N
     assert_rightless(outcome.root)
     assert program.ask() == f'1 0 {Path("/proc/self/ns/user").readlink()}'
     kill_namespace(outcome.root)
+
+
+# ---------------------------------------------------------------- timers
+
+NAP = """
+ready()
+call(35, ctypes.byref((ctypes.c_long * 2)(4567, 0)), None)      # nanosleep(2)
+"""
+
+
+def test_the_end_of_a_sleep_is_known_to_the_nanosecond(served: Served, attacker: Attacker) -> None:
+    """Of a call that is going on for the second time, nothing but the list of all timers tells it, which is root's."""
+    program = attacker.start(NAP)
+    while 'nanosleep' not in read_wchan(program.pid):
+        os.sched_yield()
+    ends = set()
+    for _ in range(3):
+        image = attacker.on_bus(lambda ckptd: ckptd.checkpoint(f'pid:{program.pid}').wait(20).image)
+        with ImageReader(served.spool / image) as reader:
+            [left] = reader.every(SleepLeft)
+            assert left.exact
+            ends.add(left.left_ns + reader.manifest.clocks.monotonic)
+    assert len(ends) == 1, ends
+
+
+def test_timers_of_others_are_not_told(attacker: Attacker, tmp_path: Path) -> None:
+    """A worker may ask about tasks that it traces, and hears of ends that come and go with them."""
+    program = attacker.start(NAP)
+    job = Job(Place(tmp_path).make().request(program.pid), cast(Channel, None))
+    with powers(job, Identity(attacker.uid, attacker.uid, ()), os.getpid()) as made:
+        assert made.answer(ReadTimers()) == ({'ends': []}, [])
+        for tid in (1, os.getpid(), program.pid):
+            with pytest.raises(PermissionDenied, match='not traced by the worker'):
+                made.answer(ReadTimers((tid,)))
+        assert made.answer(ReadTimers()) == ({'ends': []}, [])
+
+
+# ---------------------------------------------------------------- root's checkpoints
+
+async def test_root_dumps_a_users_tree_by_that_users_rights(serve: Callable[..., Served], attacker: Attacker,
+                                                            root: Attacker, gate: Gate) -> None:
+    """The image is root's, and the tree comes back from it."""
+    daemon = serve(env=gate.environment)
+    program = attacker.start(TREE)
+    with root.checkpointing(program) as call, await standing(gate, 'memory-half', call) as worker:
+        assert_is(attacker, worker.pid)
+        worker.answer()
+        async with gate.open():
+            image = await call
+    program.wait_dead()
+    manifest = read_manifest(daemon.spool / image)
+    assert (manifest.owner_uid, manifest.owner_gid) == (0, 0)
+    assert {path.stat().st_uid for path in (daemon.spool / image).iterdir()} == {0}
+    async with gate.open():
+        with pytest.raises(CkptError):
+            await attacker.begin(lambda: attacker.connected(lambda ckptd: ckptd.image(image).verify()))
+        outcome = await root.restoring(image)
+    assert outcome.root == program.pid, outcome.words
+    assert program.ask() == 'here'
+
+
+@pytest.mark.parametrize('why', ['asked for', 'not dumpable'])
+async def test_what_root_dumps_itself(serve: Callable[..., Served], attacker: Attacker, root: Attacker, gate: Gate,
+                                      why: str) -> None:
+    """A tree that the user might not trace has, or had, more than the user's rights."""
+    serve(env=gate.environment)
+    asked = why == 'asked for'
+    program = attacker.start('rest()' if asked else 'libc.prctl(4, 0, 0, 0, 0)\nrest()')      # PR_SET_DUMPABLE
+    with (root.checkpointing(program, as_root=asked) as call,
+          await standing(gate, 'memory-half', call) as worker):
+        assert ids_of(worker.pid) == ({'0'}, {'0'})
+        worker.answer()
+        async with gate.open():
+            await call
+    program.wait_dead()
+
+
+def test_a_user_does_not_ask_for_the_rights_of_root(served: Served, attacker: Attacker) -> None:
+    program = attacker.start(TREE)
+    with pytest.raises(PermissionDenied, match=r'takes the rights of root \(org\.ckptd1\.checkpoint'):
+        attacker.checkpointing(program, as_root=True).result()
+
+
+def test_a_refusal_tells_root_of_the_other_way(served: Served, attacker: Attacker, root: Attacker) -> None:
+    """What the user may not read is not read for root either, unless root says so."""
+    secret = attacker.home / 'secret'
+    secret.write_text('of root')
+    secret.chmod(0o600)
+    source = 'rest()'
+    attacker.before.append(lambda: os.dup2(os.open(secret, os.O_RDONLY), 9))
+    program = attacker.start(source, inherit=(9,))
+    secret.unlink()
+    with pytest.raises(CkptError, match='secret') as refused:
+        root.checkpointing(program).result()
+    assert '--as-root' in (refused.value.hint or '')
+    assert root.checkpoint(program, as_root=True)

@@ -7,6 +7,8 @@
     Publish         the manifest                    names, types, sizes and link counts; all is root's again before
     FreezeTree      mode, moved                     every uid of every task is the user's, before and after
     LetRun, HoldTree, RestoreTree                   the tree that FreezeTree froze
+    ReadTimers      ends of sleeps                  tasks that the worker traces and that sleep; what came and went with
+                                                    them
     PlaceTree       -                               stubs: traced by the worker, younger than it, the user's uids
     StartTree       -                               after PlaceTree; from here on the tree lives
     Note            -                               a file or segment that the worker makes, for whoever undoes it
@@ -53,6 +55,11 @@ class RestoreTree(Message, frozen=True):
     """Bring back the state that was found."""
 
 
+class ReadTimers(Message, frozen=True):
+    """Read /proc/timer_list, while no task of the job sleeps, or while these do."""
+    asleep: tuple[Pid, ...] = ()
+
+
 class Placed(msgspec.Struct, array_like=True, frozen=True):
     """A process that was restored: its pid, and the cgroup that it was in."""
     pid: Pid
@@ -79,6 +86,6 @@ class KeepContent(Message, frozen=True):
 
 MAX_FILES = 200         # fds of a message; the kernel takes SCM_MAX_FD, 253 (include/net/scm.h)
 
-BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | PlaceTree | StartTree
-              | Note | KeepContent)
+BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | ReadTimers | PlaceTree
+              | StartTree | Note | KeepContent)
 FromUsersWorker = FromWorker | BrokerCall

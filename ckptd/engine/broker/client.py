@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The worker's end of the broker's calls. An error of the broker is raised here as it was there."""
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from ckptd.engine.broker.calls import KeepContent, NewImage, Note, OpenImage, Placed, PlaceTree, Publish, StartTree
+from ckptd.engine.broker.calls import (
+    KeepContent,
+    NewImage,
+    Note,
+    OpenImage,
+    Placed,
+    PlaceTree,
+    Publish,
+    ReadTimers,
+    StartTree,
+)
 from ckptd.engine.channel import Channel
+from ckptd.errors import CkptError
 from ckptd.image.manifest import Manifest
 from ckptd.image.source import GivenFiles
 from ckptd.image.writer import write_manifest
 from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+from ckptd.kernel.timer_list import End
 
 
 class Broker:
@@ -49,6 +62,32 @@ class Broker:
         """Path and fd of an empty file, for the content of another one. SpoolFailed."""
         value, [fd] = self._channel.call(KeepContent())
         return str(value['path']), fd
+
+    def timers(self) -> 'LentTimers':
+        return LentTimers(self._channel)
+
+
+class LentTimers:
+    """The timers of the machine, see engine.sleeps.Timers: the broker reads them, and tells of none but those that come
+    and go with tasks of the job."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def at_rest(self) -> None:
+        try:
+            self._channel.call(ReadTimers())
+        except CkptError as error:
+            if error.errno == errno.ENOENT:     # the kernel has no such list
+                raise FileNotFoundError(error.errno, str(error)) from error
+            raise
+
+    def asleep(self, tids: Sequence[int]) -> None:
+        self._channel.call(ReadTimers(tuple(tids)))
+
+    def ends(self) -> set[End]:
+        value, _ = self._channel.call(ReadTimers())
+        return {End(*end) for end in value['ends']}
 
 
 class LentDirectory:

@@ -2,7 +2,10 @@
 """Whose rights a job is done with, and the launcher: a process of root's becomes a worker of that user, for good.
 
     caller          job                             the worker is
-    root            any                             root
+    root            any but these                   root
+    root            a checkpoint of a tree that is  that user
+                    all one user's, who might trace
+                    every task of it
     a user          any                             that user, with CAP_CHECKPOINT_RESTORE and no other capability
     a user          a checkpoint that polkit        the same, with CAP_SYS_PTRACE until the tree is traced (with
                     allows in spite of Yama         ptrace_scope 2: until its memory is read); before and after that,
@@ -14,6 +17,7 @@ file and no process of others. The worker is not dumpable (a change of ids sees 
 capability may trace it; so no other process of that uid may ever have it.
 """
 
+import errno
 import os
 import pwd
 import resource
@@ -21,7 +25,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ckptd.engine.messages import JobRequest
+from ckptd.checks.access import probe
+from ckptd.engine.messages import Caller, JobRequest
 from ckptd.errors import CkptError, NoSuchTarget
 from ckptd.image.manifest import Manifest
 from ckptd.kernel import cgroup1
@@ -43,6 +48,8 @@ from ckptd.kernel.keyctl import join_new_session_keyring
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
+from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
+from ckptd.tree import Tree
 
 _KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
 # what bounds the tree, and would end the worker in the middle of its work: the plan of a restart compares these
@@ -63,11 +70,11 @@ class Identity(NamedTuple):
     new_pidns: bool = False
 
 
-def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | None:
+def identity_of(request: JobRequest, manifest: Manifest | None, owner: Caller | None = None) -> Identity | None:
     """The user that the worker of this job becomes; None if it stays what it is.
 
-    manifest: of the image that the job is about, if any. NoSuchTarget for a restart if the calling process is gone and
-    nobody has noted what bounded it.
+    manifest: of the image that the job is about, if any. owner: of the tree that it is about, see owner_of.
+    NoSuchTarget for a restart if the calling process is gone and nobody has noted what bounded it.
     """
     if os.geteuid() != 0:
         return None
@@ -76,6 +83,8 @@ def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | No
         identity = _of_caller(request)
     elif manifest is not None and manifest.owner_uid and request.operation in _IMAGE_OPERATIONS:
         identity = _of_account(manifest.owner_uid, manifest.owner_gid)
+    elif owner is not None:
+        return Identity(owner.uid, owner.gid, owner.groups, capabilities=_kept(request))
     else:
         return None
     is_elsewhere = request.new_pidns or (manifest is not None and manifest.own_pidns)
@@ -94,10 +103,33 @@ def _of_caller(request: JobRequest) -> Identity:
     if request.operation not in _IMAGE_OPERATIONS:
         bounds = bounds._replace(old_cgroups=())    # nothing that this worker starts stays
     bounding = caller.bounding if caller.bounding >= 0 else (1 << 64) - 1
-    kept = _KEPT_CAPABILITIES
-    if request.operation == 'checkpoint' and request.trace_under_yama:
-        kept |= 1 << CAP_SYS_PTRACE
-    return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, kept, bounds)
+    return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, _kept(request), bounds)
+
+
+def _kept(request: JobRequest) -> int:
+    # root needs nobody's leave
+    traces = request.operation == 'checkpoint' and (request.trace_under_yama or not request.caller.uid)
+    return _KEPT_CAPABILITIES | (1 << CAP_SYS_PTRACE if traces and ptrace_scope() in (DECLARED, CAPABLE) else 0)
+
+
+def owner_of(tree: Tree) -> Caller | None:
+    """The user whose tree this is, and who might trace every task of it; None for root's tree, or one of several.
+
+    What the user might not trace is more than the user's: a program that had rights and has given them up, or has some.
+    """
+    statuses = []
+    for task in tree:
+        with suppress(ProcessLookupError):
+            statuses.append(read_status(task.tgid, task.tid))
+    uids = {uid for status in statuses for uid in status.uids}
+    if not statuses or len(uids) != 1 or 0 in uids:
+        return None
+    first = statuses[0]
+    owner = Caller(first.uids[1], first.gids[1], tuple(first.groups), capabilities=0)
+    answers = probe(owner, [task.tid for task in tree])
+    if isinstance(answers, int) or any(answer not in (0, errno.ESRCH) for answer in answers):
+        return None
+    return owner
 
 
 def _of_account(uid: int, gid: int) -> Identity:

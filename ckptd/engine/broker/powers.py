@@ -28,12 +28,14 @@ from ckptd.engine.broker.calls import (
     OpenImage,
     PlaceTree,
     Publish,
+    ReadTimers,
     RestoreTree,
     StartTree,
 )
 from ckptd.engine.broker.identity import Identity
 from ckptd.engine.broker.placing import TreePlace
 from ckptd.engine.job import Job, image_path, require_some_room
+from ckptd.engine.sleeps import OwnTimers
 from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
 from ckptd.freezer import Frozen
 from ckptd.image.archive_reader import incoming
@@ -62,11 +64,13 @@ class Powers:
         self._incoming: UsersImage | None = None
         self._place = TreePlace(job, identity, worker)
         self._kept: set[str] = set()
+        self._worker = worker
+        self._timers, self._are_asleep = OwnTimers(), False
         self._answers: Mapping[type[BrokerCall], Callable[[Any], Reply]] = {
             OpenImage: self._open_image, NewImage: self._new_image, Publish: self._publish,
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
-            RestoreTree: self._restore_tree, PlaceTree: self._place_tree, StartTree: self._start_tree,
-            Note: self._note, KeepContent: self._keep_content}
+            RestoreTree: self._restore_tree, ReadTimers: self._read_timers, PlaceTree: self._place_tree,
+            StartTree: self._start_tree, Note: self._note, KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
         """Do it: the value, and fds that are the caller's to close. CkptError, OSError."""
@@ -170,6 +174,32 @@ class Powers:
         self._tree().restore()
         return {}, []
 
+    # ------------------------------------------------------------ timers
+
+    def _read_timers(self, call: ReadTimers) -> Reply:
+        if self._job.request.operation != 'checkpoint':
+            raise PermissionDenied('the job dumps nothing')
+        if call.asleep:
+            for tid in call.asleep:
+                self._require_tracee(tid)
+            self._timers.asleep(call.asleep)
+            self._are_asleep = True
+            return {}, []
+        if not self._are_asleep:
+            self._timers.at_rest()
+            return {'ends': []}, []
+        self._are_asleep = False
+        return {'ends': sorted(self._timers.ends())}, []
+
+    def _require_tracee(self, tid: int) -> None:
+        """PermissionDenied unless it is the user's and the worker traces it."""
+        try:
+            found = read_status(tid)
+        except ProcessLookupError:
+            found = None
+        if found is None or found.tracer_pid != self._worker or {*found.uids} != {self._identity.uid}:
+            raise PermissionDenied(f'task {tid} is not traced by the worker', task=tid, resource='ptrace')
+
     # ------------------------------------------------------------ restored trees
 
     def _place_tree(self, call: PlaceTree) -> Reply:
@@ -235,8 +265,8 @@ class UsersImage(Incoming):
         with spooling(self.path / NAME):
             os.unlink(NAME, dir_fd=self._lock)
         request = job.request
-        manifest = msgspec.structs.replace(manifest, image=self.image, owner_uid=self._identity.uid,
-                                           owner_gid=self._identity.gid, imported=request.operation == 'import')
+        manifest = msgspec.structs.replace(manifest, image=self.image, owner_uid=request.caller.uid,
+                                           owner_gid=request.caller.gid, imported=request.operation == 'import')
         if not manifest.imported:
             manifest = msgspec.structs.replace(manifest, ckptd_version=__version__, kernel=os.uname().release,
                                                boot_id=boot_id(), target=request.target)

@@ -26,9 +26,29 @@ from ckptd.engine.broker.identity import Identity, become, enter_clocks
 from ckptd.engine.broker.powers import failure_of, powers
 from ckptd.engine.channel import Channel
 from ckptd.engine.job import Job
-from ckptd.engine.messages import MAX_MESSAGE, Answer, Cancel, Failed, Finished, FromWorker, Message, Phase, Start
+from ckptd.engine.messages import (
+    MAX_MESSAGE,
+    Answer,
+    Caller,
+    Cancel,
+    Failed,
+    Finished,
+    FromWorker,
+    JobRequest,
+    Message,
+    Phase,
+    Start,
+)
 from ckptd.engine.restore.xstate import own_xstate
-from ckptd.errors import Cancelled, CkptError, FreezeTimeout, SpoolFailed, WorkerDied
+from ckptd.errors import (
+    Cancelled,
+    CkptError,
+    FreezeTimeout,
+    PermissionDenied,
+    Refused,
+    SpoolFailed,
+    WorkerDied,
+)
 from ckptd.kernel import netlink
 from ckptd.kernel.signalfd import ChildSignals
 from ckptd.kernel.timens import Offsets
@@ -127,10 +147,12 @@ def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], 
 
 
 class Broker:
-    """One job."""
+    """One job. owner: of the tree, by whose rights it is dumped for root."""
 
-    def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity) -> None:
+    def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity, owner: Caller | None
+                 ) -> None:
         self._channel, self._request, self._fds, self._identity = channel, start.request, fds, identity
+        self._owner = owner
         self._is_over = False           # the worker has said its last word
         self._cancel_told = False
         self._failure: CkptError | None = None
@@ -145,15 +167,22 @@ class Broker:
             self._worker = worker
             job = Job(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
             with powers(job, self._identity, worker.pid) as self._powers, ChildSignals() as self._signals:
-                request = msgspec.structs.replace(self._request, brokered=True,
-                                                  hard_limits=tuple(hard for _, hard in self._identity.bounds.limits))
-                worker.send(Start(request), self._fds)
+                worker.send(Start(self._workers_request()), self._fds)
                 try:
                     self._relay()
                 except Cancelled:       # the daemon is gone
                     self._is_over = True
                 self._await_end()
         return self._end()
+
+    def _workers_request(self) -> JobRequest:
+        request, owner = self._request, self._owner
+        if owner is not None:
+            caller = msgspec.structs.replace(request.caller, uid=owner.uid, gid=owner.gid, groups=owner.groups,
+                                             capabilities=0)
+            request = msgspec.structs.replace(request, caller=caller, trace_under_yama=True)
+        return msgspec.structs.replace(request, brokered=True,
+                                       hard_limits=tuple(hard for _, hard in self._identity.bounds.limits))
 
     def _close_for_worker(self) -> None:
         """In the worker: nothing of root's stays open but what it is handed again."""
@@ -187,8 +216,15 @@ class Broker:
             self._answer(message)
         else:
             self._note(message)
-            self._channel.send(message)
+            self._channel.send(self._told_to_root(message) if self._owner else message)
         return True
+
+    def _told_to_root(self, message: FromWorker) -> FromWorker:
+        """A refusal for what the owner of the tree may not, with the way to do it all the same."""
+        if not isinstance(message, Failed) or message.name not in (Refused.name, PermissionDenied.name):
+            return message
+        hint = f'it was dumped by the rights of uid {self._identity.uid}, whose tree it is; by those of root: --as-root'
+        return msgspec.structs.replace(message, details={**message.details, 'hint': hint})
 
     def _note(self, message: FromWorker) -> None:
         match message:
