@@ -33,6 +33,7 @@ from ckptd.image.records import (
     Vma,
     data_name,
 )
+from ckptd.image.shapes import flaws, tree_flaws
 from ckptd.image.source import ImageFiles, files_of, open_part
 
 R = TypeVar('R', bound=Record)
@@ -121,7 +122,10 @@ class ImageReader:
         name = PARTS[code]
         with open_part(self._files, name) as file:
             try:
-                yield from read_records(file, code.encode(), name)
+                for one in read_records(file, code.encode(), name):
+                    for flaw in flaws(one):
+                        raise ImageDamaged(f'{name}: {type(one).__name__}: {flaw}', resource=name)
+                    yield one
             except OSError as error:
                 raise ImageDamaged(f'{name} cannot be read: {error.strerror}', resource=name) from error
 
@@ -168,6 +172,8 @@ class ImageReader:
             made += [ImageTask(*ids, self.get(Task, ids[0])) for ids in zip(*lists, strict=True)]
         if len(made) != len(tasks) or len({task.vpid for task in made}) != len(made):
             raise ImageDamaged(f'{PARTS["TREE"]}: TaskIds and Task records differ', resource=PARTS['TREE'])
+        for flaw in tree_flaws((task.vpid, task.vtgid, task.record.parent) for task in made):
+            raise ImageDamaged(f'{PARTS["TREE"]}: {flaw}', resource=PARTS['TREE'])
         return tuple(made)
 
     @cached_property
@@ -214,6 +220,11 @@ class ImageReader:
         return {key: tuple(sorted(runs, key=lambda run: run.start)) for key, runs in groups.items()}
 
     # ------------------------------------------------------------ bulk bytes
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a file of the image by the manifest, 0 where there is none."""
+        part = self.manifest.parts.get(name)
+        return part.size if part else 0
 
     def data_fd(self, part: int) -> int:
         """An fd of data-<part>.img, open for reading; the reader's own, do not close."""

@@ -34,6 +34,7 @@ from ckptd.image.records import (
     Vma,
     data_name,
 )
+from ckptd.image.shapes import flaws, tree_flaws
 
 MAX_DAMAGES = 1000
 
@@ -61,11 +62,13 @@ class RecordChecker:
         self._uses: set[tuple[str, type[Record], int]] = set()
         self._ends: dict[object, int] = {}
         self._headers: list[Header] = []
-        self._listed: list[int] = []
+        self._listed: list[tuple[int, int]] = []        # vpid, vtgid
+        self._parents: dict[int, int] = {}
         self._leaders = 0
         self._checks: dict[type[Record], Callable[[Any], None]] = {
             Header: self._headers.append, TaskIds: self._check_ids, Task: self._check_task, FdTable: self._check_fds,
             Vma: self._check_vma, PageRuns: self._check_runs, GuardRegions: self._check_guards,
+            Backing: self._check_backing,
         }
 
     def _damage(self, text: str) -> None:
@@ -91,6 +94,8 @@ class RecordChecker:
             self._check_extent(where, extent.part, extent.offset, extent.length)
         if check := self._checks.get(cls):
             check(one)
+        for flaw in flaws(one):
+            self._damage(f'{where}: {flaw}')
 
     def _use(self, where: str, target: type[Record], key: int) -> None:
         if key:
@@ -102,12 +107,13 @@ class RecordChecker:
         lists = (ids.vpid, ids.vtgid, ids.vppid, ids.vpgid, ids.vsid)
         if len({len(one) for one in lists}) != 1 or len(ids.vpid) > CHUNK:
             self._damage(f'TaskIds: lists of {", ".join(str(len(one)) for one in lists)} ids')
-        self._listed += ids.vpid
+        self._listed += zip(ids.vpid, ids.vtgid, strict=False)
         self._leaders += sum(vpid == vtgid for vpid, vtgid in zip(ids.vpid, ids.vtgid, strict=False))
         for vtgid in ids.vtgid:
             self._use('TaskIds', Task, vtgid)
 
     def _check_task(self, task: Task) -> None:
+        self._parents[task.vpid] = task.parent
         if task.state not in _DEAD:
             for cls in _OF_LIVING:
                 self._use(f'Task {task.vpid}', cls, task.vpid)
@@ -121,6 +127,10 @@ class RecordChecker:
         self._check_range(where, (Vma, vma.mm_id), vma.start, vma.end)
         if target := _OBJECTS.get(vma.kind):
             self._use(where, target, vma.object)
+
+    def _check_backing(self, backing: Backing) -> None:
+        if '\0' in backing.path:
+            self._damage(f'Backing {backing.backing_id}: path has a zero byte')
 
     def _check_guards(self, guards: GuardRegions) -> None:
         for one in guards.ranges:
@@ -164,8 +174,14 @@ class RecordChecker:
         tasks = self._ids.get(Task, set())
         if len(self._headers) != 1:
             self._damage(f'{PARTS["TREE"]}: {len(self._headers)} headers')
-        if len(self._listed) != len(set(self._listed)) or set(self._listed) != tasks:
+        listed = [vpid for vpid, _ in self._listed]
+        if len(listed) != len(set(listed)) or set(listed) != tasks:
             self._damage(f'{PARTS["TREE"]}: TaskIds and Task records differ')
+        else:
+            # a parent that is no task has been told of above
+            for flaw in tree_flaws((vpid, vtgid, parent if (parent := self._parents[vpid]) in tasks else 0)
+                                   for vpid, vtgid in self._listed):
+                self._damage(f'{PARTS["TREE"]}: {flaw}')
         said = [('header', one) for one in self._headers] + ([(NAME, manifest)] if manifest else [])
         for name, one in cast(list[tuple[str, Header | Manifest]], said):
             if (one.tasks, one.processes) != (len(tasks), self._leaders):

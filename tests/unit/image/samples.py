@@ -70,7 +70,7 @@ def tree_records(*tasks: r.Task) -> dict[str, list[Record]]:
             r.Credentials(vpid, (0,) * 4, (0,) * 4, (), (0,) * 5, 0, 0, 0),
             r.Registers(vpid, 62, gpr, bytes(576)),
             r.ThreadSignals(vpid, 0, 0, 2, 0, ()))] + [
-                r.SignalActions(1, (r.SigAction(0, 0, 0, 0),)), r.Fs(1, '/', '/', 0o22)],
+                r.SignalActions(1, (r.SigAction(0, 0, 0, 0),) * 64), r.Fs(1, '/', '/', 0o22)],
         'FILE': [r.OpenFile(1, 'chardev', 0, 0, 0o20666, 0, 0, 0, '/dev/null', b'x'),
                  r.FdTable(1, (r.Fd(0, 1, 0), r.Fd(1, 1, 1)))],
         'MEM ': [],

@@ -39,7 +39,7 @@ def run(start: int, number: int, pages: int = 1) -> r.PageRun:
 
 def image_of(spool: Path, memory: list[Record], data: list[bytes], *tasks: r.Task) -> Path:
     parts = tree_records(*(tasks or (task(),)))
-    parts['MEM '] = [r.Mm(1, (), struct.pack('<4Q', 6, PAGE, 0, 0), 0, 1, 0), *memory]
+    parts['MEM '] = [r.Mm(1, (0,) * 11, struct.pack('<4Q', 6, PAGE, 0, 0), 0, 1, 0), *memory]
     return write_image(spool, parts, data, tasks=len(tasks) or 1)
 
 
@@ -324,6 +324,6 @@ def test_runs_that_overlap_are_written_forward(loads: Callable[..., Loads]) -> N
 def test_registers_of_another_size(spool: Path) -> None:
     parts = tree_records(task())
     parts['TASK'][1] = r.Registers(7, 62, bytes(10), b'')
-    parts['MEM '] = [r.Mm(1, (), b'', 0, 1, 0)]
+    parts['MEM '] = [r.Mm(1, (0,) * 11, b'', 0, 1, 0)]
     with ImageReader(write_image(spool, parts, [])) as reader, pytest.raises(ImageDamaged, match='10 bytes, not 216'):
         plan_core(reader, 7)

@@ -19,6 +19,7 @@ from ckptd.image.references import MAX_DAMAGES
 from ckptd.image.verify import verify, verify_data, verify_records
 from tests.unit.image.samples import IMAGE, PAGE, small_image, task, tree_records, vma, write_image
 
+LAYOUT = (0,) * 11
 FILES = [*r.PARTS.values(), 'data-0.img', 'manifest.json']
 
 
@@ -126,7 +127,7 @@ def damages_of(spool: Path, parts: dict[str, list[Record]], pages: int = 1, **ma
 
 def image_parts(*memory: Record) -> dict[str, list[Record]]:
     parts = tree_records(task())
-    parts['MEM '] = [r.Mm(1, (), b'', 0, 1, 0), *memory]
+    parts['MEM '] = [r.Mm(1, LAYOUT, b'', 0, 1, 0), *memory]
     return parts
 
 
@@ -141,8 +142,8 @@ RANGE = r.PageRun(0x10000, 1, 0, 0)
     ([vma(0x10000, 1, mm_id=2)], 'Vma 2: there is no Mm 2'),
     ([vma(0x10000, 1, kind=r.FILE_PRIVATE, object=4)], 'Vma 10000-11000 of mm 1: there is no Backing 4'),
     ([vma(0x10000, 1, kind=r.SHARED_MEMORY, object=4)], 'Vma 10000-11000 of mm 1: there is no SharedMemory 4'),
-    ([r.Mm(1, (), b'', 0, 1, 0)], 'Mm 1: its id is taken'),
-    ([r.Mm(0, (), b'', 0, 1, 0)], 'Mm 0: its id is 0'),
+    ([r.Mm(1, LAYOUT, b'', 0, 1, 0)], 'Mm 1: its id is taken'),
+    ([r.Mm(0, LAYOUT, b'', 0, 1, 0)], 'Mm 0: its id is 0'),
     ([r.PageRuns(r.OF_MM, 3, (RANGE,))], 'PageRuns of Mm 3: there is no Mm 3'),
     ([r.PageRuns(9, 1, (RANGE,))], 'PageRuns of 1: owner kind 9'),
     ([r.PageRuns(r.OF_MM, 1, (RANGE, RANGE))], 'PageRuns of Mm 1: 10000 is not in ascending order'),
@@ -201,7 +202,7 @@ def test_ids_and_tasks_that_differ(spool: Path) -> None:
 
 def test_a_record_in_the_wrong_part(spool: Path) -> None:
     parts = image_parts()
-    parts['MEM '].append(r.Limits(7, ()))
+    parts['MEM '].append(r.Limits(7, (r.Limit(0, 0),) * 16))
     assert damages_of(spool, parts) == ['memory.img: a Limits record does not belong there']
 
 

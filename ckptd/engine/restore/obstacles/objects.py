@@ -31,6 +31,7 @@ from ckptd.kernel.procfs import read_file
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kinds.deleted import deleted_obstacles, home_of
+from ckptd.kinds.sound import flaws
 
 KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
@@ -65,6 +66,8 @@ def _open_files(scene: Scene) -> Iterator[Obstacle]:
             yield from _owner(scene, saved, vpid, resource)
         try:
             kind, record = decode(saved)
+            for flaw in flaws(record, scene.reader.size_of):
+                raise ImageDamaged(f'{saved.link}: {flaw}', resource=resource)
             if not kind.late(record, saved) and (row := _out_of_reach(scene, vpid, resource, _path(scene, record))):
                 yield row
                 continue
