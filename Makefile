@@ -21,11 +21,11 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--require-hashes --only-binary :all: --no-deps
 
-.PHONY: help venv demo test check unit unit-others unit-all lint bench lock dist install uninstall clean
+.PHONY: help venv demo test check unit unit-others unit-all lint bench fuzz lock dist install uninstall clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
-	@echo 'variables: PYTHON=, PYTEST_ARGS=, and for install: DESTDIR=, PREFIX=$(PREFIX), SYSCONFDIR=$(SYSCONFDIR)'
+	@echo 'variables: PYTHON=, PYTEST_ARGS=, of fuzz: N=, SEED=, and for install: DESTDIR=, PREFIX=$(PREFIX), SYSCONFDIR=$(SYSCONFDIR)'
 
 $(BIN)/python:
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
@@ -78,6 +78,10 @@ lint: $(VENV)/.test  ## ruff and mypy
 
 bench: $(VENV)/.test  ## scan, checkpoints, restarts and calls: times, and MB/s beside a plain write(2) and read(2)
 	$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+N ?= 100000
+fuzz: $(VENV)/.test  ## N crafted images and N random messages, as root; SEED= repeats a run
+	$(BIN)/python -m tests.fuzz --images $(N) --messages $(N) $(if $(SEED),--seed $(SEED))
 
 # ------------------------------------------------------------------------------------------------------- releasing
 # uv resolves for every Python and platform at once, so one lock serves 3.11 to 3.14; no file names an index.

@@ -3,30 +3,56 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from ckptd.image.grammar import Record, encode_end, encode_header, encode_record, read_records
+from ckptd.image.grammar import Record, read_records
 from ckptd.image.manifest import NAME, Part, encode_manifest, read_manifest
 from ckptd.image.records import PARTS
+from tests.lib.imgedit import encode_part, part_of
 
 R = TypeVar('R', bound=Record)
 
 
+def read_part(image: Path, code: str) -> list[Record]:
+    """The records of a part."""
+    with (image / PARTS[code]).open('rb') as file:
+        return list(read_records(file, code.encode(), PARTS[code]))
+
+
+def write_part(image: Path, code: str, records: Iterable[Record], **fields: object) -> None:
+    """Give a part other records, and the manifest other fields; digests and manifest fit afterwards."""
+    data, name = encode_part(code, list(records)), PARTS[code]
+    write_file(image / name, data)
+    manifest = read_manifest(image)
+    parts = {**manifest.parts, name: Part(size=len(data), sha256=hashlib.sha256(data).hexdigest())}
+    write_file(image / NAME, encode_manifest(msgspec.structs.replace(manifest, parts=parts, **fields)))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file in the place of one that a copy of the image may share."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def copy(image: Path, to: Path) -> Path:
+    """Another image with the same content. The files are links: only what is written of it takes time and room."""
+    to.mkdir(mode=0o700)
+    for path in image.iterdir():
+        os.link(path, to / path.name)
+    manifest = msgspec.structs.replace(read_manifest(image), image=to.name)
+    write_file(to / NAME, encode_manifest(manifest))
+    return to
+
+
 def rewrite(image: Path, cls: type[R], change: Callable[[R], R]) -> None:
     """Change every record of a class; digests and manifest fit afterwards."""
-    code = list(PARTS)[cls.tag >> 8]
-    path = image / PARTS[code]
-    with path.open('rb') as file:
-        found = [change(one) if isinstance(one, cls) else one for one in read_records(file, code.encode(), path.name)]
-    data = encode_header(code.encode()) + b''.join(map(encode_record, found)) + encode_end(len(found))
-    path.write_bytes(data)
-    manifest = read_manifest(image)
-    parts = {**manifest.parts, path.name: Part(size=len(data), sha256=hashlib.sha256(data).hexdigest())}
-    (image / NAME).write_bytes(encode_manifest(msgspec.structs.replace(manifest, parts=parts)))
+    code = part_of(cls)
+    write_part(image, code, [change(one) if isinstance(one, cls) else one for one in read_part(image, code)])
 
 
 def alter(image: Path, cls: type[Record], **fields: object) -> None:
