@@ -24,7 +24,7 @@ import msgspec
 
 from ckptd.image.grammar import Record, Struct, encode_end, encode_header, encode_record
 from ckptd.image.manifest import NAME, Manifest, Part, encode_manifest, read_manifest
-from ckptd.image.records import PARTS, OpenFile, SharedMemory, Vma
+from ckptd.image.records import PARTS, OpenFile, SharedMemory, Task, Vma
 from ckptd.image.source import GivenFiles
 from tests.lib.altered import read_part, write_file
 from tests.lib.imgedit import KINDS
@@ -103,6 +103,14 @@ class Mutable:
     def records(self) -> int:
         """How many there are."""
         return sum(map(len, self._parts.values()))
+
+    def part(self, code: str) -> Sequence[Record]:
+        return self._parts[code]
+
+    @property
+    def vpids(self) -> set[int]:
+        """Of all tasks."""
+        return {one.vpid for one in self._parts['TREE'] if isinstance(one, Task)}
 
     # ------------------------------------------------------------ what to change
 
