@@ -113,7 +113,13 @@ class Cgroup:
 
     @property
     def exists(self) -> bool:
-        return self.path.is_dir()
+        """Whether it is there. A name may be anybody's: one that is too long for a path is that of no cgroup."""
+        try:
+            return self.path.is_dir()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return False
 
     @property
     def frozen_wanted(self) -> bool:

@@ -105,8 +105,9 @@ def look(files: GivenFiles, request: JobRequest, dice: random.Random) -> Iterato
         except CkptError as error:
             Failed.of(error)
             outcome = error.name
-        except OSError as error:        # a worker's answer has its errno
+        except OSError as error:        # a worker's answer has its errno; a dry run has rows for what stands in the way
             outcome = f'errno {error.errno}'
+            trace = traceback.format_exc() if operation == 'check-restore' else ''
         except (Exception, Hang):  # noqa: BLE001 - what a worker calls an internal error
             outcome, trace = 'finding', traceback.format_exc()
         yield f'{operation}: {outcome}', trace

@@ -34,6 +34,12 @@ def test_no_v2_hierarchy() -> None:
     assert mount_of(parse_mountinfo(HYBRID.replace(b'cgroup2 cgroup2', b'cgroup cgroup'))) is None
 
 
+def test_a_name_that_is_too_long_is_that_of_no_cgroup(tmp_path: Path) -> None:
+    """As an image may have one in Task.cgroup."""
+    assert not Cgroup(tmp_path / ('x' * 5000)).exists
+    assert Cgroup(tmp_path).exists
+
+
 def test_directories_below_a_mount_of_a_part() -> None:
     mount = CgroupMount(Path('/mnt/b'), '/box')
     assert mount.directory('/box/inner/x') == Path('/mnt/b/inner/x')
