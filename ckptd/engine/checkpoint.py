@@ -213,10 +213,12 @@ def hold(frozen: Frozen) -> None:
 
 def kill(frozen: Frozen, handles: Handles) -> None:
     """End every process of the tree at once, and see it dead. Parents outside get to know as of any death."""
+    frozen.condemn()
     alive = frozen.tree.alive()
     for task in frozen.tree.leaders:
         if task.tgid in alive:
             handles.send_signal(task, SIGKILL)
+            fault('kill-one')
     # a tracer has to see its tracees die, the leader of a process after its other threads; a Cancel changes nothing now
     patience = dying_patience()
     for task in sorted(frozen.tree, key=lambda task: task.is_leader):

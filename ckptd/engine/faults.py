@@ -23,7 +23,7 @@ IMPORT_POINTS = frozenset(('received', 'verified'))
 RESTORE_POINTS = frozenset((
     'planned', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt', 'ready', 'started'))
 # the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
-PREFIXES = ('freeze-', 'let-run-', 'hold-', 'undo-', 'place-')
+PREFIXES = ('freeze-', 'let-run-', 'hold-', 'kill-', 'undo-', 'place-')
 ANY = '*'
 _KNOWN = POINTS | IMPORT_POINTS | RESTORE_POINTS
 

@@ -10,7 +10,7 @@ from typing import NoReturn, Protocol
 from ckptd.errors import CkptError, FreezeTimeout, InvalidArgument, Refusal
 from ckptd.journal.entry import Entry
 from ckptd.journal.hands import FaultPoint, Hands, describe, undo_all
-from ckptd.journal.steps import AnyStep, FreezeCgroup, FreezeUnit
+from ckptd.journal.steps import AnyStep, EndProcesses, FreezeCgroup, FreezeUnit, Known
 from ckptd.journal.store import Journal
 from ckptd.kernel.ptrace import Tracee, let_go
 from ckptd.kernel.wchan import read_wchan
@@ -73,6 +73,7 @@ class Frozen:
         rescan()    the tree as it is now
         let_run()   thaw, so that tracees can run remote system calls; needs every thread to be stopped under ptrace
         hold()      freeze again what let_run has thawed
+        condemn()   freeze it again to be ended: who undoes the freeze from here on, a recovery too, ends the tree
         restore()   bring back the state that was found; the tracees stay stopped
         close()     restore, then let the tracees go
     """
@@ -118,6 +119,14 @@ class Frozen:
                 raise CkptError(f'{describe(step)}: {error.strerror}', errno=error.errno) from error
             self._terms.at(f'hold-{step.point}-done')
 
+    def condemn(self) -> None:
+        """Half a tree is worse than none, so write down who is about to be killed before the first one is. CkptError.
+
+        Nothing is written where there is no journal: by ptrace, in a worker that is an ordinary user.
+        """
+        Frozen.hold(self)       # what is stopped need not be waited for
+        self._write_end()
+
     def restore(self) -> None:
         """Twice does nothing more. CkptError if a step cannot be undone; the journal keeps it for a recovery."""
         if self._entry is None or self._entry.closed:
@@ -159,6 +168,12 @@ class Frozen:
         except OSError as error:
             raise CannotFreezeError(f'{describe(step)}: {error.strerror or error}') from error
         self._terms.at(f'freeze-{step.point}-done')
+
+    def _write_end(self) -> None:
+        if self._terms.journal is not None:
+            alive = self.tree.alive()
+            self._journal().add(EndProcesses(tuple(Known(task.tgid, task.start_time) for task in self.tree.leaders
+                                                   if task.tgid in alive)))
 
     def _brakes(self) -> list[tuple[int, FreezeCgroup | FreezeUnit]]:
         """Steps that keep the tree from running, newest first."""

@@ -56,6 +56,12 @@ class UnitFrozen(CgroupFrozen):
         else:
             super().let_run()
 
+    def condemn(self) -> None:
+        if self._found_frozen:
+            self._write_end()       # frozen again it is given back, and the entry ends
+        else:
+            super().condemn()
+
     def hold(self) -> None:
         if self._found_frozen:
             self.restore()

@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,11 @@ from ckptd.journal.files import as_maker, put_back, remove_segment, unmake
 from ckptd.journal.steps import (
     AnyStep,
     Born,
+    EndProcesses,
     FreezeCgroup,
     FreezeUnit,
     KeepFile,
+    Known,
     MakeCgroup,
     MakeFile,
     MakeHome,
@@ -30,6 +32,7 @@ from ckptd.journal.steps import (
     ThawUnit,
 )
 from ckptd.kernel.cgroup import Cgroup, CgroupMount
+from ckptd.kernel.pidfd import open_process, pidfd_send_signal, wait_dead
 from ckptd.kernel.stat import PF_EXITING, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2, read_threads
@@ -84,7 +87,7 @@ class Hands:
                 (self.thaw_unit or _no_systemd)(unit)
             case MakeHome(cgroup):
                 self.cgroup(cgroup).path.mkdir(parents=True, exist_ok=True)
-            case Born() | MakeSegment() | MakeFile() | KeepFile():
+            case Born() | MakeSegment() | MakeFile() | KeepFile() | EndProcesses():
                 return      # whoever wrote it down does it
 
     def _move(self, process: Moved, work: Cgroup) -> None:
@@ -124,6 +127,8 @@ class Hands:
                 self._remove_empty(self.cgroup(cgroup))
             case Born(cgroup):
                 self._end(self.cgroup(cgroup))
+            case EndProcesses(processes):
+                _end_processes(processes)
             case MakeSegment():
                 as_maker(step, partial(remove_segment, step))
             case MakeFile():
@@ -188,10 +193,11 @@ class Hands:
 def undo_all(entry: Entry, hands: Hands, at: FaultPoint = no_fault) -> list[str]:
     """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was.
 
-    A tree that is not alive yet is ended before all else: at home, where it would be brought next, it would run.
+    A tree that is not alive yet, or not to live any more, is ended before all else: at home, where it would be brought
+    next, it would run.
     """
     origins, failures, needed = entry.origins(), [], set[str]()
-    for _, step in sorted(entry.standing(), key=lambda one: not isinstance(one[1], Born)):
+    for _, step in sorted(entry.standing(), key=lambda one: not isinstance(one[1], Born | EndProcesses)):
         if isinstance(step, MakeFile) and step.path in needed:
             continue
         try:
@@ -223,6 +229,8 @@ def describe(step: AnyStep) -> str:
             return f'making cgroup {cgroup}'
         case Born(cgroup):
             return f'restoring a tree in cgroup {cgroup}'
+        case EndProcesses(processes):
+            return f'ending {len(processes)} processes'
         case MakeSegment(shmid):
             return f'making System V segment {shmid}'
         case MakeFile(path):
@@ -247,6 +255,25 @@ def _is_dying(pid: int) -> bool:
         return all(read_stat(pid, tid).flags & PF_EXITING for tid in read_threads(pid))
     except ProcessLookupError:
         return True
+
+
+def _end_processes(processes: Sequence[Known]) -> None:
+    """Kill them all, then see them dead."""
+    for process in processes:
+        _with_pidfd(process, lambda pidfd: pidfd_send_signal(pidfd, signal.SIGKILL))
+    deadline = time.monotonic() + EMPTY_SECONDS
+    for process in processes:
+        _with_pidfd(process, lambda pidfd: wait_dead(pidfd, deadline - time.monotonic()))
+
+
+def _with_pidfd(process: Known, work: Callable[[int], object]) -> None:
+    """Nothing of a process that has exited."""
+    with suppress(ProcessLookupError):
+        pidfd = open_process(process.pid, process.start_time)
+        try:
+            work(pidfd)
+        finally:
+            os.close(pidfd)
 
 
 def _attach(cgroup: Cgroup, pid: int) -> None:

@@ -121,6 +121,18 @@ class KeepFile(Step, frozen=True):
     groups: tuple[Count, ...] = ()
 
 
+class Known(msgspec.Struct, array_like=True, frozen=True):
+    """A process, known by its start time."""
+    pid: Pid
+    start_time: Count
+
+
+class EndProcesses(Step, frozen=True):
+    """All processes of a tree that is being ended, as its image is published: undone by ending those that are left."""
+    point = 'end'
+    processes: tuple[Known, ...]
+
+
 class Undone(msgspec.Struct, tag=True, frozen=True):
     """Step number `step` (0 is the first one after Begin) was undone out of turn."""
     step: Count
@@ -132,4 +144,4 @@ class Redone(msgspec.Struct, tag=True, frozen=True):
 
 
 AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
-           | KeepFile)
+           | KeepFile | EndProcesses)

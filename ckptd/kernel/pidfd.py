@@ -59,6 +59,15 @@ def pidfd_start_time(fd: int, pid: int) -> int:
     return -1 if wait_dead(fd, 0) else start_time
 
 
+def open_process(pid: int, start_time: int) -> int:
+    """A new pidfd of the process that began at start_time, as of Stat. ProcessLookupError once that has exited."""
+    fd = _open_process(pid)
+    if pidfd_start_time(fd, pid) != start_time:
+        os.close(fd)
+        raise _gone(pid)
+    return fd
+
+
 @contextmanager
 def held(pid: int, start_time: int = 0, uid: int = -1) -> Iterator[None]:
     """What is read of /proc/PID in this block is of the process that began at start_time; 0: of one process, whichever

@@ -13,6 +13,7 @@ from ckptd.checks import check_tree
 from ckptd.engine.messages import Caller
 from ckptd.errors import NoSuchTarget, TreeChanged
 from ckptd.image.verify import verify
+from ckptd.journal import Journal, recover
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children
 from ckptd.scan import scan_tree
@@ -20,6 +21,7 @@ from ckptd.tree import Tree
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place
 from tests.engine.faulty import asking
 from tests.engine.test_faults import PASSED, WAYS
+from tests.lib import settled
 
 pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc'), pytest.mark.timeout(60)]
 
@@ -100,6 +102,30 @@ def check(place: Place, process: 'subprocess.Popen[bytes]', dies: int, freeze: s
     if dies != process.pid:
         status = read_status(process.pid)
         assert (status.state, status.tracer_pid) == ('S', 0)
+
+
+@pytest.mark.parametrize('freeze', ['cgroup', 'ptrace'])
+def test_a_worker_that_dies_while_it_ends_the_tree(program: Path, tmp_path: Path, freeze: str) -> None:
+    """It has killed the root; the next recovery ends the child."""
+    place = Place(tmp_path).make()
+    with subprocess.Popen([program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == b'r'
+        [child] = read_children(process.pid, process.pid)
+        request = place.request(process.pid, freeze=freeze, after='kill')
+        try:
+            with DirectWorker(env={'CKPTD_FAULT': 'kill-one=kill'}) as worker, \
+                    pytest.raises(AssertionError, match='the worker died'):
+                worker.run(request)
+            assert read_status(child).state != 'Z', 'what is to be shown has not happened'
+            assert any('ending 2 processes' in sentence for sentence in recover(Journal(place.runtime)))
+            assert read_status(child).state == 'Z'
+        finally:
+            os.kill(child, signal.SIGKILL)
+            process.kill()
+    settled.reap_orphans()
+    assert not place.freezes
+    assert verify(place.spool / request.image) == []
 
 
 def test_the_number_of_a_task_that_has_died_is_anothers() -> None:

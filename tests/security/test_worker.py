@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who works for a user: a process that is the user, with one capability; and what the user may do to it."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -21,11 +22,13 @@ from ckptd.image.manifest import Clocks, read_manifest
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SleepLeft
 from ckptd.kernel.clone import CLONE_NEWPID
+from ckptd.kernel.stat import read_stat
 from ckptd.kernel.timens import unshare
 from ckptd.kernel.wchan import read_wchan
 from tests.engine.driver import Place
 from tests.engine.faulty import Gate
 from tests.lib.bus import Served, family
+from tests.programs.conftest import await_that
 from tests.security.attacker import (
     PATIENCE,
     Attacker,
@@ -260,6 +263,51 @@ def swapped(directory: Path, link: Path) -> None:
     """Have a path lead elsewhere."""
     directory.rename(directory.with_name('old'))
     directory.symlink_to(link)
+
+
+# ---------------------------------------------------------------- a tree that is ended
+
+@pytest.mark.needs('cgroup2')
+@pytest.mark.parametrize('dead', ['worker', 'broker', 'both', 'all'])
+async def test_who_dies_while_it_ends_the_tree(serve: Callable[..., Served], attacker: Attacker, gate: Gate,
+                                               dead: str) -> None:
+    """The first process of the tree is dead by then: none may stay, and all come back from the image."""
+    daemon = serve(env=gate.environment)
+    program = attacker.start(TREE)
+    tree = tree_of(program.pid)
+    with attacker.checkpointing(program) as call, await standing(gate, 'kill-one', call) as worker:
+        broker = int(status(worker.pid)['PPid'])
+        if dead == 'all':
+            daemon.process.kill()
+            daemon.process.wait()
+        if dead != 'broker':
+            worker.kill()
+            await worker.gone()
+        if dead != 'worker':
+            os.kill(broker, signal.SIGKILL)
+        worker.answer()
+        async with gate.open():
+            if dead == 'all':
+                await asyncio.to_thread(daemon.start)
+            with pytest.raises(CkptError):
+                await call
+            await asyncio.to_thread(await_that, 'all are dead', lambda: not any(is_alive(*task) for task in tree))
+    await asyncio.get_running_loop().shutdown_default_executor()
+    program.wait_dead()
+    assert names_in(daemon.runtime / 'freezes') == []
+    async with gate.open():
+        [image] = [image.id for image in await attacker.begin(lambda: attacker.connected(Ckptd.list_images))]
+        outcome = await attacker.restoring(image)
+    assert outcome.root, outcome.words
+    assert tree_of(program.pid) == tree
+    assert program.ask() == 'here'
+
+
+def is_alive(pid: int, tid: int) -> bool:
+    try:
+        return read_stat(pid, tid).state not in 'ZX'
+    except ProcessLookupError:
+        return False
 
 
 # ---------------------------------------------------------------- clocks

@@ -7,6 +7,7 @@
     Publish         the manifest                    names, types, sizes and link counts; all is root's again before
     FreezeTree      mode, moved                     every uid of every task is the user's, before and after
     LetRun, HoldTree, RestoreTree                   the tree that FreezeTree froze
+    EndTree         -                               the same; its image is published, every uid still the user's
     ReadTimers      ends of sleeps                  tasks that the worker traces and that sleep; what came and went with
                                                     them
     PlaceTree       -                               stubs: traced by the worker, younger than it, the user's uids
@@ -55,6 +56,10 @@ class RestoreTree(Message, frozen=True):
     """Bring back the state that was found."""
 
 
+class EndTree(Message, frozen=True):
+    """The worker ends the tree now; what it leaves alive, the broker or a recovery ends."""
+
+
 class ReadTimers(Message, frozen=True):
     """Read /proc/timer_list, while no task of the job sleeps, or while these do."""
     asleep: tuple[Pid, ...] = ()
@@ -86,6 +91,6 @@ class KeepContent(Message, frozen=True):
 
 MAX_FILES = 200         # fds of a message; the kernel takes SCM_MAX_FD, 253 (include/net/scm.h)
 
-BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | ReadTimers | PlaceTree
-              | StartTree | Note | KeepContent)
+BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | EndTree | ReadTimers
+              | PlaceTree | StartTree | Note | KeepContent)
 FromUsersWorker = FromWorker | BrokerCall

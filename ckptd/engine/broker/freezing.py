@@ -7,7 +7,7 @@ Where the broker has no cgroup for the tree, and any freezer will do, the worker
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ckptd.engine.broker.calls import FreezeTree, HoldTree, LetRun, RestoreTree
+from ckptd.engine.broker.calls import EndTree, FreezeTree, HoldTree, LetRun, RestoreTree
 from ckptd.engine.channel import Channel
 from ckptd.engine.messages import FreezeMode
 from ckptd.errors import NotSupported
@@ -42,6 +42,9 @@ class LentFreeze(Frozen):
 
     def hold(self) -> None:
         self._channel.call(HoldTree())
+
+    def condemn(self) -> None:
+        self._channel.call(EndTree())
 
     def restore(self) -> None:
         if not self._is_restored:

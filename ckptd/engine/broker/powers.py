@@ -19,6 +19,7 @@ from ckptd import __version__
 from ckptd.engine.broker.calls import (
     MAX_FILES,
     BrokerCall,
+    EndTree,
     FreezeTree,
     HoldTree,
     KeepContent,
@@ -62,6 +63,7 @@ class Powers:
         self._freeze = ExitStack()
         self._frozen: Frozen | None = None
         self._incoming: UsersImage | None = None
+        self._is_published = False
         self._place = TreePlace(job, identity, worker)
         self._kept: set[str] = set()
         self._worker = worker
@@ -69,7 +71,8 @@ class Powers:
         self._answers: Mapping[type[BrokerCall], Callable[[Any], Reply]] = {
             OpenImage: self._open_image, NewImage: self._new_image, Publish: self._publish,
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
-            RestoreTree: self._restore_tree, ReadTimers: self._read_timers, PlaceTree: self._place_tree,
+            RestoreTree: self._restore_tree, EndTree: self._end_tree, ReadTimers: self._read_timers,
+            PlaceTree: self._place_tree,
             StartTree: self._start_tree, Note: self._note, KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
@@ -129,7 +132,7 @@ class Powers:
         if self._incoming is None:
             raise PermissionDenied('the job has no image to publish')
         self._incoming.take_back(self._job)
-        self._incoming = None
+        self._incoming, self._is_published = None, True
         return {}, []
 
     # ------------------------------------------------------------ freeze
@@ -172,6 +175,16 @@ class Powers:
 
     def _restore_tree(self, call: RestoreTree) -> Reply:
         self._tree().restore()
+        return {}, []
+
+    def _end_tree(self, call: EndTree) -> Reply:
+        frozen = self._tree()
+        if self._job.request.after != 'kill' or not self._is_published:
+            raise PermissionDenied('the job ends no tree, or has no image of it yet')
+        frozen.hold()
+        # from here on it runs nothing: what is the user's now is when it is ended
+        self._require_users(frozen.tree)
+        frozen.condemn()
         return {}, []
 
     # ------------------------------------------------------------ timers
