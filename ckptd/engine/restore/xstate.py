@@ -7,6 +7,7 @@ import struct
 import time
 import warnings
 from functools import cache
+from typing import NoReturn
 
 from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_USER, prctl
 from ckptd.kernel.ptrace import Tracee
@@ -19,21 +20,37 @@ _NAMES = {0: 'x87', 1: 'SSE', 2: 'AVX', 5: 'AVX-512', 6: 'AVX-512', 7: 'AVX-512'
 @cache
 def own_xstate() -> bytes:
     """The state of a process of ours, as PTRACE_GETREGSET has it of any."""
+    life, end = os.pipe2(os.O_CLOEXEC)
+    ready, told = os.pipe2(os.O_CLOEXEC)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)     # 3.12, of threads; the child only waits
         pid = os.fork()
     if pid == 0:
-        prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)      # a worker that is an ordinary user could not trace it else
-        while True:
-            os.kill(os.getpid(), signal.SIGSTOP)    # until it is killed
+        os.close(end)
+        _wait(life, told)
+    os.close(life)
+    os.close(told)
     try:
-        os.waitpid(pid, os.WUNTRACED)
+        os.read(ready, 1)
         with Tracee.seize(pid) as tracee:
             tracee.stop(time.monotonic() + 10)
             return tracee.xstate()
     finally:
-        os.kill(pid, 9)
+        os.close(ready)
+        os.close(end)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _wait(life: int, told: int) -> NoReturn:
+    """In the child: until its parent closes the other end of `life`, or is killed. Had it stopped itself instead, it
+    would stay stopped then."""
+    try:
+        prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)      # a worker that is an ordinary user could not trace it else
+        os.write(told, b'r')
+        os.read(life, 1)
+    finally:
+        os._exit(0)
 
 
 def shortcoming(xstate: bytes, own: bytes) -> str:
