@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--require-hashes --only-binary :all: --no-deps
 
-.PHONY: help venv demo test check unit unit-others unit-all lint bench fuzz lock dist install uninstall clean
+.PHONY: help venv demo test check unit unit-others unit-all lint bench fuzz kills lock dist install uninstall clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -75,6 +75,9 @@ unit-all: unit unit-others  ## unit tests on this Python and every other
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+kills: $(VENV)/.test  ## kill ckptd at N=1000 random moments of checkpoints and restores; SEED= repeats a run
+	$(BIN)/python -m tests.kills --count $(or $(N),1000) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.test  ## scan, checkpoints, restarts and calls: times, and MB/s beside a plain write(2) and read(2)
 	$(BIN)/python -m tests.bench $(BENCH_ARGS)

@@ -29,6 +29,15 @@ def pytest_report_header() -> list[str]:
     return [f'missing: {line}' for line in gate.summary()]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # what is done at random can be done once more: record_property('seed', ...)
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, 'when', '') == 'call':
+            for name, value in report.user_properties:
+                if name == 'seed':
+                    terminalreporter.write_line(f'seed {value}: {report.nodeid}')
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers('needs'):
         reason, failure = gate.verdict(marker.args)
