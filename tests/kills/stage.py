@@ -211,8 +211,9 @@ class Stage:
         found += [f'cgroup {path} is left' for path in groups if path not in (self.cgroup, tree.home)]
         found += [f'cgroup {path} is frozen' for path in groups if _is_frozen(path)]
         freezes = self.daemon.runtime / 'freezes'
-        if freezes.exists():
-            found += [f'journal entry {path.name} is left: {path.read_text()}' for path in freezes.iterdir()]
+        for path in freezes.iterdir() if freezes.exists() else ():
+            with suppress_gone():
+                found.append(f'journal entry {path.name} is left: {path.read_text()}')
         found += [f'{path.name} is left in the spool' for path in self.spool.iterdir() if not is_image_id(path.name)]
         found += [f'{path} is locked' for path in (freezes, *self.spool.iterdir()) if _is_locked(path)]
         found += [f'mount {line} is left' for line in mounts_below(self._directory, self.user.home, self.cgroup)]
