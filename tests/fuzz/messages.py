@@ -29,8 +29,8 @@ from ckptd.bus.interfaces import documents
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT, image_path, job_path
 from ckptd.bus.options import CHECKPOINT, FREEZING, INHIBIT, RESTORE
 from ckptd.bus.wire import Received, socket_names
-from tests.bus.raw import CALL, ERROR, RETURN, message, to_object
-from tests.daemon.flooder import with_options
+from tests.bus.raw import CALL, ERROR, RETURN, message, pad, to_object
+from tests.daemon.flooder import text, with_options
 from tests.fuzz.looking import Report, dice_of
 from tests.fuzz.marshal import SIGNATURES, Marshal, split
 from tests.jobs.test_spool import write_image
@@ -44,13 +44,15 @@ PATIENCE = 60.0         # seconds for an answer, and for the daemon to be at res
 WINDOW = 8              # calls of a client that wait for their answers
 SLEEPERS = 4            # processes of each user
 _NO_REPLY = 1
+_PROPERTIES = 'org.freedesktop.DBus.Properties'
 _STANDARD = {
     'org.freedesktop.DBus.Peer': {'Ping': '', 'GetMachineId': ''},
     'org.freedesktop.DBus.Introspectable': {'Introspect': ''},
     'org.freedesktop.DBus.ObjectManager': {'GetManagedObjects': ''},
-    'org.freedesktop.DBus.Properties': {'Get': 'ss', 'GetAll': 's', 'Set': 'ssv'}}
+    _PROPERTIES: {'Get': 'ss', 'GetAll': 's', 'Set': 'ssv'}}
 # those that act on processes
 _ACTING = {'Checkpoint', 'CheckpointProcess', 'CheckpointSelf', 'Freeze', 'Restore'}
+_REMOVING = {'Remove', 'RemoveImage'}
 # what the bus passes on
 _TEXTS = ('', 'x', '..', '/', '/..', 'x' * 300, 'x' * 70_000, '\U0010ffff', 'pid:', 'pid:0', 'pid:-1',
           'pid:99999999999', f'pid:{1 << 64}', 'pid:1 ', 'pid:0x1', 'pid:١', 'cgroup:', 'cgroup:/..', 'cgroup:/no/such',
@@ -171,6 +173,8 @@ class Sender:
     def _send(self, client: Client, dice: random.Random) -> tuple[int, str] | None:
         """Serial and words of a call that is answered."""
         interface, member = dice.choice(list(self._methods))
+        if member in _REMOVING and dice.random() < 0.95:        # or soon nothing is left to ask about
+            interface, member = dice.choice(list(self._methods))
         signature = self._methods[interface, member]
         if not os.geteuid() and member in _ACTING:
             signature = 'u'         # of root's never the right one
@@ -182,7 +186,7 @@ class Sender:
             for index, kind in enumerate(split(signature)):
                 body.add(kind, 0 if kind == 'h' and dice.random() < 0.8 else self._argument(member, index, kind, dice))
             path = self._path(interface, dice)
-            fields = to_object(BUS_NAME, path, dice.choice((interface,) * 9 + ('x.y',)), member, signature)
+            fields = to_object(BUS_NAME, path, dice.choice((interface,) * 49 + ('x.y',)), member, signature)
             if fds:
                 fields.append((9, 'u', len(fds)))
             serial, flags = client.next(), dice.choice((0,) * 9 + (_NO_REPLY,))
@@ -330,7 +334,8 @@ def _send_all(daemon: Served, users: Mapping[str, list[int]], images: Sequence[s
     senders = [*USERS.values(), 0]
     running = []
     for nth, uid in enumerate(senders):
-        sender = Sender(daemon.address, seed, everybody if uid else [], images)
+        sender = Sender(daemon.address, seed, everybody if uid else [],
+                        [*images, *[images[nth]] * 8] if uid else images)
         running.append(_begin(uid, group, sender, numbers[nth::len(senders)]))
     counts: Counter[str] = Counter()
     findings: list[str] = []
@@ -379,9 +384,11 @@ def _rest(daemon: Served) -> _Rest:
 def _afterwards(daemon: Served, before: _Rest) -> Iterator[str]:
     """What is not as it was, as soon as it can be; and what the log says."""
     client = Client(daemon.address)
-    jobs = _ask(client, ROOT, MANAGER, 'ListJobs')
-    for _, path, _, target, _ in jobs.body()[0]:        # a tree may stay frozen, as was asked for
+    for _, path, *_ in _ask(client, ROOT, MANAGER, 'ListJobs').body()[0]:
         _ask(client, path, JOB, 'Cancel', 'a{sv}', bytes(8))
+    # what is to stay frozen when whoever asked is gone, as they said
+    arguments = pad(text(MANAGER), 4) + text('FrozenTargets')
+    for target in _ask(client, ROOT, _PROPERTIES, 'Get', 'ss', arguments).body()[0]:
         _ask(client, ROOT, MANAGER, 'Thaw', 'sa{sv}', with_options(target))
     deadline = time.monotonic() + PATIENCE
     while _busy(daemon, before) and time.monotonic() < deadline:
