@@ -22,6 +22,7 @@ from ckptd.kernel.status import read_status
 from tests.lib.gate import own_cgroup
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
+_OF_NPTL = 0b11 << 31           # signals 32 and 33
 GRACE = 3.0                     # seconds for what is dying already
 
 
@@ -122,6 +123,11 @@ def describe(pid: int) -> str:
     return f'{pid} (gone)'
 
 
+def _ignored() -> int:
+    """Mask of ignored signals, without those that nptl(7) keeps to itself and handles as soon as there are threads."""
+    return read_status(os.getpid()).sig_ign & ~_OF_NPTL
+
+
 @dataclass
 class Picture:
     """What there is around the test process, before or after a test."""
@@ -134,7 +140,7 @@ class Picture:
     @classmethod
     def take(cls, cgroup: Path | None) -> 'Picture':
         return cls(set(children()), _open_files(), set(threading.enumerate()),
-                   set(cgroup.rglob('*/')) if cgroup else set(), read_status(os.getpid()).sig_ign)
+                   set(cgroup.rglob('*/')) if cgroup else set(), _ignored())
 
     def left(self, cgroup: Path | None) -> list[str]:
         """One sentence for each thing that is there now and was not then, which is also removed where it can be."""
@@ -150,7 +156,7 @@ class Picture:
             sentences += [f'fd {fd} -> {link} was left open' for fd, link in sorted(self._files_left().items())]
         sentences += [f'thread {thread.name} was left running'
                       for thread in threading.enumerate() if thread not in self.threads]
-        if (ignored := read_status(os.getpid()).sig_ign) != self.ignored:
+        if (ignored := _ignored()) != self.ignored:
             sentences.append(f'signals {ignored:#x} are ignored, and {self.ignored:#x} were before')
         return sentences
 
