@@ -116,7 +116,7 @@ class Hands:
                 self._bring_back(self.cgroup(cgroup), dict(origins))
                 _remove(self.cgroup(cgroup))
             case FreezeCgroup(cgroup):
-                self.cgroup(cgroup).thaw()
+                _thaw(self.cgroup(cgroup))
             case Move(to):
                 self._bring_back(self.cgroup(to), dict(origins))
             case FreezeUnit(unit):
@@ -274,6 +274,14 @@ def _with_pidfd(process: Known, work: Callable[[int], object]) -> None:
             work(pidfd)
         finally:
             os.close(pidfd)
+
+
+def _thaw(cgroup: Cgroup) -> None:
+    try:
+        cgroup.thaw()
+    except PermissionError:
+        if cgroup.frozen_wanted:
+            raise       # else the freeze was not permitted either, and there is nothing to undo
 
 
 def _attach(cgroup: Cgroup, pid: int) -> None:

@@ -54,3 +54,30 @@ def test_a_users_tree_comes_back_in_the_users_slice(session: Container, pid: int
         rows = dict(line.split(':\t', 1) for line in status.splitlines() if ':\t' in line)
         assert {name: int(rows[name], 16) for name in SETS} == dict.fromkeys(SETS, 0)
         assert set(rows['Uid'].split()) == {str(UID)}
+
+
+def test_what_no_new_privs_leaves(session: Container, pid: int) -> None:
+    """The shipped unit has a mount namespace of its own, which is no sandbox of its callers; theirs is."""
+    assert session.run('ckptctl', 'checkpoint', str(pid), user=USER).returncode == 0
+    denied = session.run('setpriv', '--no-new-privs', 'ckptctl', 'checkpoint', str(pid), user=USER, check=False)
+    assert denied.returncode == 4, denied.stderr
+    assert 'no_new_privs' in denied.stderr
+    session.run('setpriv', '--no-new-privs', 'sh', '-euc', 'setsid sleep 1000 </dev/null >/dev/null 2>&1 &\n'
+                'exec ckptctl checkpoint $! --kill', user=USER)     # whose child that is now
+
+
+def test_two_rounds_without_any_root(session: Container, pid: int) -> None:
+    """--standalone: a daemon, spawner and worker that are the user. The counter goes on from where it was."""
+    session.run('systemctl', 'stop', 'ckptd.service')
+    alone, count = ('--standalone', '--spool', f'/home/{USER}/alone', '--json'), 0
+    root = pid
+    for _ in range(2):
+        count = await_count(session, 'owned', count)
+        done = session.run('ckptctl', 'checkpoint', str(root), '--kill', *alone, user=USER)
+        session.run('sh', '-c', f'while [ -e /proc/{root} ]; do sleep 0.02; done')
+        count = await_count(session, 'owned', count - 1)
+        done = session.run('ckptctl', 'restore', json.loads(done.stdout)['image'], *alone, user=USER)
+        root = json.loads(done.stdout)['root']
+        assert await_count(session, 'owned', count) < count + 1000
+        assert session.run('pgrep', '--uid=root', '--full', 'python.*ckptd', check=False).stdout == ''
+    session.run('kill', '-KILL', str(root))

@@ -13,7 +13,6 @@ and after it brings it home. So all of it runs in the end, or nothing.
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self
 
@@ -101,10 +100,9 @@ class Birthplace:
 
     def prepare(self) -> None:
         """Make the cgroup to be born in. Where there can be none, the tree is born and starts without."""
-        with suppress(FileNotFoundError):
-            for home in sorted(set(self._wanted.values()) - {''}):
-                if not self._exists(home) and not self._job.request.systemd:
-                    self._take(MakeHome(home))
+        for home in sorted(set(self._wanted.values()) - {''}):
+            if not self._exists(home) and not self._job.request.systemd:
+                self._make_home(home)
         base = next((home for home in self._wanted.values() if home and self._exists(home)), '')
         base = base or read_cgroup2(os.getpid())
         if not base or '/..' in base:
@@ -120,6 +118,15 @@ class Birthplace:
             return
         self._gate = work
         self._entry.add(Born(work))
+
+    def _make_home(self, home: str) -> None:
+        try:
+            self._take(MakeHome(home))
+        except FileNotFoundError:
+            return      # no mount of cgroup v2 shows it
+        except PermissionError:
+            # the plan has warned of it: who was there lives where we are
+            self._wanted = {number: '' if cgroup == home else cgroup for number, cgroup in self._wanted.items()}
 
     def note(self, step: MakeSegment | MakeFile | KeepFile) -> None:
         """Write a step down that somebody else takes, before or, of a segment, whose number nobody knows, after it."""

@@ -3,8 +3,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
+from ckptd.engine.restore.place import homes
 from ckptd.image.records import Namespace, Namespaces, ProcessState
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
@@ -20,6 +22,8 @@ _FOR_CHILDREN = '_for_children'
 def check(scene: Scene) -> Iterator[Obstacle]:
     if scene.request.cgroup:
         yield from _cgroup(scene, scene.request.cgroup)
+    elif not scene.request.systemd and not scene.request.brokered:      # else they make a place
+        yield from _homes(scene)
     yield from _namespaces(scene)
     yield from _terminal(scene)
 
@@ -44,6 +48,16 @@ def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
         # "no internal process constraint", Documentation/admin-guide/cgroup-v2.rst
         yield Obstacle(0, f'cgroup {name}', 'EBUSY', 'it hands controllers to the cgroups below it, and takes no '
                        'processes itself', 'name one below it')
+
+
+def _homes(scene: Scene) -> Iterator[Obstacle]:
+    for vpid, name in sorted(homes(scene.plan.processes).items()):
+        with suppress(FileNotFoundError):       # no mount of cgroup v2 shows it
+            path = Cgroup.named(name).path
+            nearest = next(above for above in (path, *path.parents) if above.exists())
+            if name and nearest != path and not os.access(nearest, os.W_OK):
+                yield Obstacle(vpid, f'cgroup {name}', 'EACCES', 'was in a cgroup that is gone, and may not be made '
+                               'again: it comes back in that of ckptd', 'name one with --cgroup', 'warning')
 
 
 def _namespaces(scene: Scene) -> Iterator[Obstacle]:
