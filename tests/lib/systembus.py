@@ -190,7 +190,7 @@ class User:
     @contextmanager
     def process(self) -> Iterator[int]:
         """The pid of one that sleeps."""
-        with self.start('sleep', '1000', stdout=subprocess.DEVNULL) as process:
+        with self.start('sleep', '1000', stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
                 yield process.pid
             finally:
