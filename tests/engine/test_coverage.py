@@ -30,7 +30,7 @@ from tests.lib.victim import Victim
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
 # digests, and the look at whether records fit together, are no restart
-_NOT_READING = ('ckptd.image.verify', 'ckptd.image.references')
+_NOT_READING = ('ckptd.image.verify', 'ckptd.image.references', 'ckptd.image.shapes', 'ckptd.kinds.sound')
 _CHECKS = 'ckptd.engine.restore.obstacles'
 
 # read before there is a process, to refuse or to warn, and by nothing that comes after

@@ -242,7 +242,7 @@ def test_a_file_that_is_only_written_is_not_read_for_it(place: Place, secret: Pa
         assert (row['errno'], 'may be written, and not be read' in row['reason']) == ('EACCES', True)
         assert saved(place.spool / str(result['image']), secret) == (False, b'', False)
         assert saved(place.checkpoint(pid, caller=BOB), secret) == (False, b'', False)
-        done, tail, there = saved(place.checkpoint(pid, save_files=True), secret)      # for root
+        done, tail, there = saved(place.checkpoint(pid, save_files=True, as_root=True), secret)
         assert (done, len(tail), there) == (True, 16, True)
 
 
@@ -267,7 +267,7 @@ def test_one_that_is_deleted_is_refused(place: Place, secret: Path, start: Start
         with pytest.raises(Refused, match='its content cannot be read') as caught:
             place.checkpoint(pid, caller=BOB)
         assert [row.errno for row in caught.value.refusals] == ['EACCES']
-        place.checkpoint(pid)
+        place.checkpoint(pid, as_root=True)
 
 
 def test_a_memfd_of_another_user(place: Place, start: Start) -> None:
@@ -280,7 +280,7 @@ def test_a_memfd_of_another_user(place: Place, start: Start) -> None:
     os.close(fd)
     with pytest.raises(Refused, match='may not be read'):
         place.checkpoint(process.pid, caller=BOB)
-    place.checkpoint(process.pid)
+    place.checkpoint(process.pid, as_root=True)
     os.kill(process.pid, signal.SIGKILL)
 
 

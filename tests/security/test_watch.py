@@ -43,7 +43,7 @@ PASSIVE = frozenset((
     'getresuid', 'getresgid', 'capget', 'getrandom', 'mmap', 'munmap', 'mprotect', 'mremap', 'madvise', 'brk',
     'futex', 'clock_gettime', 'clock_nanosleep', 'sched_yield', 'sched_getaffinity', 'getpriority', 'uname',
     'sysinfo', 'pidfd_open', 'restart_syscall', 'exit_group', 'getrlimit', 'memfd_create', 'fsync', 'flock',
-    'set_robust_list', 'rseq'))
+    'set_robust_list', 'rseq', 'rt_sigtimedwait'))
 # what is read: /proc, cgroups, ckptd's own files and its program. Nothing that an image names
 READABLE = re.compile(r'(/proc|USERS|CGROUPS|SPOOL|RUNTIME|PYTHON)(/|$)')
 JOURNAL = (r'mkdir RUNTIME(/freezes)?', r'open RUNTIME/freezes/\S+\.jsonl', r'write RUNTIME/freezes/\S+\.jsonl .*')
@@ -212,7 +212,7 @@ def test_crafted_images(user: User, images: list[Mutable], tmp_path: Path) -> No
 
 def test_the_table_is_the_brokers() -> None:
     """Each call of calls.py that a restore makes has a row here; the others belong to other jobs."""
-    others = {'NewImage', 'Publish', 'FreezeTree', 'LetRun', 'HoldTree', 'RestoreTree'}
+    others = {'NewImage', 'Publish', 'FreezeTree', 'LetRun', 'HoldTree', 'RestoreTree', 'EndTree', 'ReadTimers'}
     assert others.isdisjoint(TABLE)
     assert {call.__name__ for call in calls.BrokerCall.__args__} == {*TABLE, *others} - {'', 'end'}
 
