@@ -16,6 +16,7 @@ from ckptd.kernel.task import read_oom_score_adj
 
 # <asm-generic/resource.h>
 NOFILE, MEMLOCK, NICE, RTPRIO = 7, 8, 13, 14
+LIMITS = 16
 INFINITY = (1 << 64) - 1
 # <linux/sched.h>
 SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK = 6, 1
@@ -30,6 +31,8 @@ class Allowed:
     def __init__(self, reader: ImageReader, hard_limits: Sequence[int]) -> None:
         self._reader, self._hard_limits = reader, hard_limits
         self._capabilities = capget().effective
+        self._limits: dict[int, tuple[Limit, ...]] = {}
+        self._most = tuple(self._highest(number) for number in range(LIMITS))
 
     def may(self, capability: int) -> bool:
         return bool(self._capabilities >> capability & 1)
@@ -38,13 +41,12 @@ class Allowed:
 
     def limits(self, vpid: int) -> tuple[Limit, ...]:
         """Of a process, by number."""
-        return tuple(self._limit(number, limit) for number, limit in enumerate(self._reader.get(Limits, vpid).limits))
+        if vpid not in self._limits:
+            wanted = self._reader.get(Limits, vpid).limits
+            self._limits[vpid] = tuple(map(_nearest, wanted, self._most)) + wanted[LIMITS:]
+        return self._limits[vpid]
 
-    def _limit(self, number: int, wanted: Limit) -> Limit:
-        most = self.most(number)
-        return wanted if wanted.hard <= most else Limit(min(wanted.soft, most), most)
-
-    def most(self, number: int) -> int:
+    def _highest(self, number: int) -> int:
         """The highest hard limit."""
         if self.may(CAP_SYS_RESOURCE):
             most = INFINITY
@@ -101,6 +103,10 @@ class Allowed:
                 room -= vma.end - vma.start
                 starts.append(vma.start)
         return frozenset(starts)
+
+
+def _nearest(wanted: Limit, most: int) -> Limit:
+    return wanted if wanted.hard <= most else Limit(min(wanted.soft, most), most)
 
 
 @functools.cache

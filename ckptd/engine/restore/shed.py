@@ -80,12 +80,10 @@ class Shed:
     # ------------------------------------------------------------ root, or root of a user namespace
 
     def _take_own(self, group: Sequence[ImageTask]) -> Steps[None]:
-        if self._ids:
-            first = Script(self._nursery[group[0].vpid])
-            first.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
-            yield from first.run()
         for task in group:
             script = Script(self._nursery[task.vpid])
+            if task is group[0] and self._ids:
+                script.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
             self._lock(task, script)
             credentials(self._reader, task.vpid, script, ids=self._ids)
             if task is group[-1] and self._ids:

@@ -51,7 +51,10 @@ def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
 
 
 def _homes(scene: Scene) -> Iterator[Obstacle]:
+    first: dict[str, int] = {}      # of many processes in few cgroups
     for vpid, name in sorted(homes(scene.plan.processes).items()):
+        first.setdefault(name, vpid)
+    for name, vpid in first.items():
         with suppress(FileNotFoundError):       # no mount of cgroup v2 shows it
             path = Cgroup.named(name).path
             nearest = next(above for above in (path, *path.parents) if above.exists())
