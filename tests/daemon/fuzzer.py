@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client that sends what it likes: python -m tests.daemon.fuzzer ADDRESS SEED SECONDS UID VICTIM
+"""A client that sends what it likes: python -m tests.daemon.fuzzer ADDRESS SEED LIMIT UID VICTIM
 
-It runs as UID, and never names a process but VICTIM, a unit or a cgroup: a string is a target that is none, or begins
-with '~'. What it says at the end is one JSON object, see `Tally`. With one seed and one daemon the messages are the
-same; how those of several connections mix is not.
+LIMIT is a time, '10s', or a number of messages. It runs as UID, and never names a process but VICTIM, a unit or a
+cgroup: a string is a target that is none, or begins with '~'. What it says at the end is one JSON object, see `Tally`.
+With one seed and one daemon the messages are the same; how those of several connections mix is not.
 """
 
 import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import struct
@@ -26,6 +27,7 @@ import msgspec
 from ckptd.bus import wire
 from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, MessageType
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT
+from ckptd.bus.options import CHECKPOINT, FREEZING, INHIBIT, RESTORE
 from ckptd.bus.wire import MAX_BODY, SignatureType, Variant, parse_signature
 from ckptd.errors import ERROR_PREFIX
 from tests.bus.raw import DESTINATION, MEMBER, PATH, SIGNAL, Field, Raw, message, to_object
@@ -39,8 +41,7 @@ TARGETED = frozenset({'Checkpoint', 'Check', 'Scan', 'Freeze', 'Thaw'})
 TYPES = 'ybnqiuxtdsogv'
 SIGNATURES = ('', 's', 'u', 'h', 'a{sv}', 'as', '(su)', 'aa{sv}', 'v', 'ay', 'a(ii)', 'sa{sv}', 'ssv', 'hsa{sv}',
               'tttt', 'a{s(uv)}', 'aav', 'gggg')
-NAMES = ('freeze', 'after', 'timeout', 'handle_token', 'save_files', 'save_limit', 'cgroup', 'new_pidns', 'clamp',
-         'changed_files', 'leave_stopped', 'wait', 'terminal', 'target', '', '~', 'x' * 300)
+NAMES = (*sorted({option.name for option in (*CHECKPOINT, *FREEZING, *RESTORE, *INHIBIT)}), '', '~', 'x' * 300)
 # nothing here kills or hides: after=kill would end the victim, new_pidns=true would make processes
 PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'freeze': [Variant('s', 'auto'), Variant('s', 'ptrace'), Variant('s', 'cgroup')],
@@ -172,8 +173,11 @@ class Values:
 class Fuzzer:
     """Several connections of one process, each with its own dice."""
 
-    def __init__(self, address: str, seed: str, victim: int, files: Sequence[int]) -> None:
+    def __init__(self, address: str, seed: str, victim: int, files: Sequence[int], limit: str) -> None:
         self._address, self._seed, self._victim, self._files = address, seed, victim, files
+        is_time = limit.endswith('s')
+        self._end = time.monotonic() + float(limit[:-1]) if is_time else math.inf
+        self._left = math.inf if is_time else int(limit)        # messages
         self.tally = Tally()
         self._rows: list[Row] = []
         self._looked = 0.0
@@ -182,23 +186,27 @@ class Fuzzer:
                       'fds': (self._wrong_fds, 12), 'unknown': (self._unknown, 12), 'huge': (self._huge, 3),
                       'other': (self._other, 6), 'mutated': (self._mutated, 24)}
 
-    async def run(self, seconds: float) -> None:
+    async def run(self) -> None:
         await self._look()
-        end = time.monotonic() + seconds
-        await asyncio.gather(*(self._work(number, end) for number in range(CONNECTIONS)))
+        await asyncio.gather(*(self._work(number) for number in range(CONNECTIONS)))
 
-    async def _work(self, number: int, end: float) -> None:
+    @property
+    def _goes_on(self) -> bool:
+        return self._left > 0 and time.monotonic() < self._end
+
+    async def _work(self, number: int) -> None:
         dice = random.Random(f'{self._seed}/{number}')
         names, weights = list(self.kinds), [weight for _, weight in self.kinds.values()]
-        while time.monotonic() < end:
+        while self._goes_on:
             async with await Raw.open(self._address) as raw:
                 with contextlib.suppress(EOFError, ConnectionError):     # the bus hangs up on nonsense
                     for _ in range(RENEW):
+                        if not self._goes_on:
+                            break
                         [name] = dice.choices(names, weights)
                         self.tally.sent[name] += 1
+                        self._left -= 1
                         await self.kinds[name][0](raw, dice)
-                        if time.monotonic() > end:
-                            break
                         if time.monotonic() > self._looked + LOOK:
                             await self._look()
 
@@ -358,14 +366,14 @@ def files(victim: int) -> Iterator[list[int]]:
 
 
 def main() -> None:
-    address, seed, seconds, uid, victim = sys.argv[1:]
+    address, seed, limit, uid, victim = sys.argv[1:]
     if os.geteuid() == 0:       # after the imports: the interpreter may be where only root can read
         os.setgroups([])
         os.setgid(int(uid))
         os.setuid(int(uid))
     with files(int(victim)) as opened:
-        fuzzer = Fuzzer(address, seed, int(victim), opened)
-        asyncio.run(fuzzer.run(float(seconds)))
+        fuzzer = Fuzzer(address, seed, int(victim), opened, limit)
+        asyncio.run(fuzzer.run())
     print(json.dumps(msgspec.to_builtins(fuzzer.tally)))
 
 

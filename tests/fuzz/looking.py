@@ -145,8 +145,9 @@ def look_at(user: User, images: Sequence[Mutable], numbers: range, seed: int, pr
             data = pipe.read()
         _, status = os.waitpid(pid, 0)
         assert not status, f'a process that looks at images ended with {status:#x}'
-        counts.update(pickle.loads(data)[0])
-        findings += pickle.loads(data)[1]
+        found, wrong = pickle.loads(data)
+        counts.update(found)
+        findings += wrong
     return Report(counts, findings)
 
 
