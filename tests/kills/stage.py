@@ -3,7 +3,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import shutil
@@ -215,7 +214,7 @@ class Stage:
             with suppress_gone():
                 found.append(f'journal entry {path.name} is left: {path.read_text()}')
         found += [f'{path.name} is left in the spool' for path in self.spool.iterdir() if not is_image_id(path.name)]
-        found += [f'{path} is locked' for path in (freezes, *self.spool.iterdir()) if _is_locked(path)]
+        found += [f'{path} is locked' for path in (freezes, *self.spool.iterdir()) if settled.is_locked(path)]
         found += [f'mount {line} is left' for line in mounts_below(self._directory, self.user.home, self.cgroup)]
         return found
 
@@ -266,19 +265,3 @@ def _is_frozen(group: Path) -> bool:
     with suppress_gone():
         return (group / 'cgroup.freeze').read_text().strip() == '1'
     return False
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-

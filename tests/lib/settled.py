@@ -8,6 +8,7 @@ each pytest-xdist worker by itself.
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import os
 import select
@@ -24,6 +25,21 @@ from tests.lib.gate import own_cgroup
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
 _OF_NPTL = 0b11 << 31           # signals 32 and 33
 GRACE = 3.0                     # seconds for what is dying already
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds a lock of flock(2) on a file, which may be gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def become_subreaper() -> None:

@@ -14,6 +14,7 @@ from ckptd.errors import Busy, CkptError, NotSupported
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kinds.base import read_open_file
 from ckptd.kinds.locks import F_OFD_GETLK, F_OFD_SETLK
+from tests.lib import settled
 from tests.lib.brood import Brood
 from tests.live.kinds.conftest import Bulk, Restart, saved_of
 
@@ -167,18 +168,9 @@ def test_lock_on_a_directory(restart: Start, bulk: Bulk, brood: Brood) -> None:
         fcntl.flock(fd, fcntl.LOCK_SH)
         return fd
 
-    def locked() -> bool:
-        fd = os.open('.', os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
     with Brood() as own:
         saved = saved_of(read_open_file(*own.ask(work)), bulk)
-    assert brood.ask(locked)[1] is False
+    assert brood.ask(lambda: settled.is_locked(Path()))[1] is False
     job = restart()
     job.whole(saved)
-    assert brood.ask(locked)[1] is True
+    assert brood.ask(lambda: settled.is_locked(Path()))[1] is True
