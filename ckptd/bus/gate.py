@@ -95,8 +95,7 @@ class Gate:
         audit_call('refused', call, caller, what, action)
         refusal = '' if own else refusal or f'which belongs to uid {owner}'
         if answer == Answer.ASK:
-            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired', f'{what}' + (refusal and f', {refusal},')
-                            + f' takes an authorization ({action}) that a person must give')
+            raise _takes_a_person(what + (refusal and f', {refusal},'), action)
         words = f'uid {caller.uid} may not {verb} {what}' + (refusal and f', {refusal}')
         raise PermissionDenied(f'{words} ({action}: {WORDS[answer]})', task=task, resource=action,
                                hint='try again' if answer == Answer.SILENT else hint)
@@ -114,8 +113,7 @@ class Gate:
         audit_call('refused', call, caller, what, LEAVE)
         outside = f'which is outside of what the caller may reach, confined by {listed(caller.confinement)}'
         if answer == Answer.ASK:
-            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired', f'{what}, {outside}, takes an authorization '
-                            f'({LEAVE}) that a person must give')
+            raise _takes_a_person(f'{what}, {outside},', LEAVE)
         rule = LEAVE_WORDS.get(answer, WORDS[answer]) if caller.uid else 'root is not asked, and not let out of one'
         raise PermissionDenied(f'uid {caller.uid} may not {verb} {what}, {outside} ({LEAVE}: {rule})',
                                resource='confinement',
@@ -156,8 +154,7 @@ class Gate:
                                             interactive=interactive and call.interactive)
         audit_call('allowed' if answer == Answer.YES else 'refused', call, caller, what, TRACE)
         if answer == Answer.ASK and interactive:
-            raise DBusError(f'{ERROR}InteractiveAuthorizationRequired', f'{what}, which Yama keeps its owner from '
-                            f'tracing, takes an authorization ({TRACE}) that a person must give')
+            raise _takes_a_person(f'{what}, which Yama keeps its owner from tracing,', TRACE)
         return answer == Answer.YES
 
     async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
@@ -208,6 +205,12 @@ class Gate:
         for it. LimitsExceeded."""
         action = f'{BUS_NAME}.{ACTIONS["manage"][1]}'
         return await self._polkit.ask(sender, uid, action, {}, patience=SHORT) == Answer.YES
+
+
+def _takes_a_person(what: str, action: str) -> DBusError:
+    """The error for a call that does not let polkit ask somebody."""
+    return DBusError(f'{ERROR}InteractiveAuthorizationRequired',
+                     f'{what} takes an authorization ({action}) that a person must give')
 
 
 def _as_root(caller: Caller) -> Caller:
