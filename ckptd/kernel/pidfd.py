@@ -60,9 +60,10 @@ def pidfd_start_time(fd: int, pid: int) -> int:
 
 
 def open_process(pid: int, start_time: int) -> int:
-    """A new pidfd of the process that began at start_time, as of Stat. ProcessLookupError once that has exited."""
+    """A new pidfd of the process that began at start_time, as of Stat; 0: of whichever has the number.
+    ProcessLookupError once it has exited."""
     fd = _open_process(pid)
-    if pidfd_start_time(fd, pid) != start_time:
+    if start_time and pidfd_start_time(fd, pid) != start_time:
         os.close(fd)
         raise _gone(pid)
     return fd
@@ -74,10 +75,8 @@ def held(pid: int, start_time: int = 0, uid: int = -1) -> Iterator[None]:
     it is. ProcessLookupError when it has exited, at either end of the block: nothing that was read counts then. Nor
     where it is not this user's alone: a set-user-ID program that he runs has the same pid and start time, and limits
     that he has not (sudo lifts its own)."""
-    fd = _open_process(pid)
+    fd = open_process(pid, start_time)
     try:
-        if start_time and pidfd_start_time(fd, pid) != start_time:
-            raise _gone(pid)
         yield
         if (uid >= 0 and set(read_status(pid).uids[:3]) != {uid}) or wait_dead(fd, 0):
             raise _gone(pid)
