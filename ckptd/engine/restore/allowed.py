@@ -33,6 +33,7 @@ class Allowed:
         self._capabilities = capget().effective
         self._limits: dict[int, tuple[Limit, ...]] = {}
         self._most = tuple(self._highest(number) for number in range(LIMITS))
+        self._nice, self._policy = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
 
     def may(self, capability: int) -> bool:
         return bool(self._capabilities >> capability & 1)
@@ -43,7 +44,7 @@ class Allowed:
         """Of a process, by number."""
         if vpid not in self._limits:
             wanted = self._reader.get(Limits, vpid).limits
-            self._limits[vpid] = tuple(map(_nearest, wanted, self._most)) + wanted[LIMITS:]
+            self._limits[vpid] = tuple(map(_nearest, wanted, self._most))
         return self._limits[vpid]
 
     def _highest(self, number: int) -> int:
@@ -76,9 +77,8 @@ class Allowed:
         if self.may(CAP_SYS_NICE):
             return record
         limits = self.limits(leader)
-        here, own_policy = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
-        nice = max(record.nice - 20, min(here, 20 - limits[NICE].soft))
-        flags = record.flags | (SCHED_FLAG_RESET_ON_FORK if own_policy & os.SCHED_RESET_ON_FORK else 0)
+        nice = max(record.nice - 20, min(self._nice, 20 - limits[NICE].soft))
+        flags = record.flags | (SCHED_FLAG_RESET_ON_FORK if self._policy & os.SCHED_RESET_ON_FORK else 0)
         record = dataclasses.replace(record, nice=nice + 20, flags=flags)
         if record.policy == SCHED_DEADLINE:
             return dataclasses.replace(record, policy=os.SCHED_OTHER, runtime=0, deadline=0, period=0)

@@ -30,7 +30,7 @@ class Scene:
 
     def may(self, capability: int) -> bool:
         """Whether we have this capability, which counts for the machine as a whole."""
-        return bool(self.own.cap_eff >> capability & 1)
+        return self.allowed.may(capability)
 
     def may_here(self, capability: int) -> bool:
         """The same where the user namespace that the tree is born into is enough: it has them all in a new one."""
