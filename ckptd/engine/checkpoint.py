@@ -93,8 +93,7 @@ class Checkpoint:
         with deaths.told(frozen.tracees), ExitStack() as undo:
             seize_all(tree, frozen.tracees, deadline, patience,
                       lambda count: self._channel.progress(count, len(tree), 0, 0))
-            if ptrace_scope() != CAPABLE:       # else Yama lets not even its tracer read a task without the right
-                self._give_up_tracing()
+            self._give_up_tracing(is_read=False)
             waits = issue_again(frozen.tracees, notes)
             # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
             frozen.let_run()
@@ -105,20 +104,23 @@ class Checkpoint:
                 self._channel.progress(tasks_done, tasks, bytes_done, size)
 
             dump = undo.enter_context(Dump(tree, frozen.tracees, picture, cgroups, notes, waits, writer.data, report,
-                                           self._request.save_limit if self._request.save_files else 0,
-                                           self._job.timers()))
+                                           self._job.timers(),
+                                           self._request.save_limit if self._request.save_files else 0))
             dump.read_state()
             self._warnings += dump.unsaved
             self._channel.phase('memory')
             with self._clock.measure('memdump'):
                 dump.read_memory()
-            self._give_up_tracing()
+            self._give_up_tracing(is_read=True)
             deaths.require_none(frozen.tracees)
             undo.pop_all()
         return dump
 
-    def _give_up_tracing(self) -> None:
-        if self._request.brokered and self._request.trace_under_yama:
+    def _give_up_tracing(self, *, is_read: bool) -> None:
+        """Lose the right that was lent to trace the tree. is_read: its memory, too."""
+        # with ptrace_scope 2 Yama lets not even its tracer read a task without that right
+        lent = self._request.brokered and self._request.trace_under_yama
+        if lent and (is_read or ptrace_scope() != CAPABLE):
             give_up_capability(CAP_SYS_PTRACE)
 
     def _rescan(self, frozen: Frozen, picture: Picture) -> Tree:

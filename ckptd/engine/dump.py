@@ -61,8 +61,8 @@ class Dump:
     """
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: Picture, cgroups: Mapping[int, str],
-                 notes: Notes, waits: Mapping[int, Wait], data: DataWriter, report: Report, save_limit: int = 0,
-                 timers: Timers | None = None) -> None:
+                 notes: Notes, waits: Mapping[int, Wait], data: DataWriter, report: Report, timers: Timers,
+                 save_limit: int = 0) -> None:
         self.tree, self._picture = tree, picture
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
         self._data, self._notes, self.waits, self._timers = data, notes, waits, timers

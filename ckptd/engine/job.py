@@ -15,7 +15,7 @@ from ckptd.engine.broker.freezing import lent_freeze
 from ckptd.engine.channel import Channel
 from ckptd.engine.faults import fault
 from ckptd.engine.messages import JobRequest
-from ckptd.engine.sleeps import Timers
+from ckptd.engine.sleeps import OwnTimers, Timers
 from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFailed
 from ckptd.freezer import Frozen, close_after, freeze
 from ckptd.freezer.base import Terms, refuse_own_tree
@@ -144,9 +144,9 @@ class Job:
                     check=channel.check, remote_calls=remote_calls, traced=traced, at=fault) as frozen:
             yield frozen
 
-    def timers(self) -> Timers | None:
-        """Who reads the timers of the machine, None for ourselves."""
-        return Broker(self.channel).timers() if self.request.brokered else None
+    def timers(self) -> Timers:
+        """The timers of the machine, which only root may read."""
+        return Broker(self.channel).timers() if self.request.brokered else OwnTimers()
 
     # ------------------------------------------------------------ images
 

@@ -69,9 +69,8 @@ class Sleep:
         return not self.endless and self.clock in _HRTIMER_CLOCKS
 
 
-def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers | None' = None) -> dict[int, Sleep]:
-    """By tid, the stopped threads that go on with a sleep; its end wherever it can be found out. timers: None to read
-    the list ourselves.
+def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers') -> dict[int, Sleep]:
+    """By tid, the stopped threads that go on with a sleep; its end wherever it can be found out.
 
     A thread whose sleep is over meanwhile is not among them, and has the result. The tree must not be frozen otherwise.
     ProcessLookupError if a thread dies.
@@ -82,7 +81,7 @@ def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers | None' = None) -
     able = [sleep for sleep in sleeps if not has_signal(sleep.tracee)]
     try:
         _learn_numbers([sleep for sleep in able if sleep.regs.orig_rax == _NR['restart_syscall']])
-        _Measurement([sleep for sleep in able if sleep.measurable], timers or OwnTimers()).run()
+        _Measurement([sleep for sleep in able if sleep.measurable], timers).run()
         if not able:
             fault('asleep-again')
     finally:

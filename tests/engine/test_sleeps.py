@@ -15,7 +15,7 @@ import pytest
 from ckptd.engine import faults, sleeps, waits
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.resume import issue_again, wait_on
-from ckptd.engine.sleeps import find_sleeps
+from ckptd.engine.sleeps import OwnTimers, find_sleeps
 from ckptd.engine.waits import Notes, note_waits
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft
@@ -106,14 +106,14 @@ def test_many_at_a_time(sleeper: Sleeper, tracer: Stop) -> None:
         bounds[sleeper(seconds)] = earliest, time.monotonic_ns() + seconds * SECOND
     tracees = {pid: tracer(pid)[0] for pid in bounds}
     before = {pid: bytes(tracee.regs) for pid, tracee in tracees.items()}
-    found = find_sleeps(tracees)
+    found = find_sleeps(tracees, OwnTimers())
     assert {pid: bytes(tracee.regs) for pid, tracee in tracees.items()} == before
     assert set(found) == set(bounds)
     for pid, sleep in found.items():
         assert sleep.end is not None
         earliest, latest = bounds[pid]
         assert earliest <= sleep.end.at < latest + SECOND // 2      # the timer slack is in the end
-    assert {pid: sleep.end for pid, sleep in find_sleeps(tracees).items()} \
+    assert {pid: sleep.end for pid, sleep in find_sleeps(tracees, OwnTimers()).items()} \
         == {pid: sleep.end for pid, sleep in found.items()}
 
 
@@ -129,7 +129,7 @@ def test_one_that_is_over_meanwhile_has_its_result(sleeper: Sleeper, tracer: Sto
 
     assert tracees[short].regs.rax == 2**64 - arch.ERESTART_RESTARTBLOCK
     monkeypatch.setattr(sleeps, 'fault', until_over)
-    assert set(find_sleeps(tracees)) == {long}
+    assert set(find_sleeps(tracees, OwnTimers())) == {long}
     assert tracees[short].regs.rax == 0
     tracees[short].detach()
     assert os.waitpid(short, 0)[1] == 0
@@ -141,7 +141,7 @@ def test_a_signal_that_comes_meanwhile_is_not_lost(sleeper: Sleeper, tracer: Sto
     pid = sleeper(100)
     tracee = tracer(pid)[0]
     monkeypatch.setattr(sleeps, 'fault', lambda point: os.kill(pid, signal.SIGTERM))
-    find_sleeps({pid: tracee})
+    find_sleeps({pid: tracee}, OwnTimers())
     tracee.detach()
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
 
@@ -160,7 +160,7 @@ def test_a_tracer_that_fails_meanwhile(victim: Any, monkeypatch: pytest.MonkeyPa
             tracee.stop()
         try:
             with pytest.raises(OSError, match='asleep-again'):
-                find_sleeps(tracees)
+                find_sleeps(tracees, OwnTimers())
             assert all(tracee.is_stopped() for tracee in tracees.values())
         finally:
             for tracee in tracees.values():
@@ -181,7 +181,7 @@ def test_without_the_list_of_timers_there_is_a_bound(victim: Any, tracer: Stop, 
     notes = note_waits(scan_tree([pid])) if noted else Notes()
     tracees = {tid: tracer(tid)[0] for tid in read_threads(pid)}
     clocks = Clocks.read(pid).host
-    rows = [sleeps.sleep_left(sleep, tid, clocks, notes) for tid, sleep in find_sleeps(tracees).items()]
+    rows = [sleeps.sleep_left(sleep, tid, clocks, notes) for tid, sleep in find_sleeps(tracees, OwnTimers()).items()]
     bounded = sorted(row.left_ns for row in rows if row.left_ns != ENDLESS)
     assert [row.exact for row in rows if row.left_ns != ENDLESS] == [0] * 5
     assert len(rows) == 6

@@ -72,8 +72,8 @@ class Powers:
             OpenImage: self._open_image, NewImage: self._new_image, Publish: self._publish,
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
             RestoreTree: self._restore_tree, EndTree: self._end_tree, ReadTimers: self._read_timers,
-            PlaceTree: self._place_tree,
-            StartTree: self._start_tree, Note: self._note, KeepContent: self._keep_content}
+            PlaceTree: self._place_tree, StartTree: self._start_tree, Note: self._note,
+            KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
         """Do it: the value, and fds that are the caller's to close. CkptError, OSError."""
