@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from ckptd.engine.broker.identity import identity_of, owner_of
+from ckptd.engine.broker.identity import Identity, identity_of, identity_of_owner
 from ckptd.engine.broker.process import Broker
 from ckptd.engine.channel import Channel
 from ckptd.engine.job import Job
-from ckptd.engine.messages import MAX_SENTENCE, Caller, Failed, JobRequest, Log, Start, cut
+from ckptd.engine.messages import MAX_SENTENCE, Failed, JobRequest, Log, Start, cut
 from ckptd.engine.operations import OPERATIONS
 from ckptd.engine.restore.world import offsets_for
 from ckptd.errors import Cancelled, CkptError, ImageDamaged
@@ -76,10 +76,9 @@ def run(channel: Channel) -> int:
     try:
         manifest = _manifest(start.request)
         job = _job(start, fds, channel)
-        owner = _owner(job)
-        if (identity := identity_of(start.request, manifest, owner)) is not None:
+        if (identity := _identity(job, manifest)) is not None:
             clocks = offsets_for(manifest) if manifest and start.request.operation == 'restore' else None
-            return Broker(channel, start, fds, identity, owner).run(main, clocks)
+            return Broker(channel, start, fds, identity).run(main, clocks)
         OPERATIONS[start.request.operation](job)
     except Exception as error:  # noqa: BLE001 - the boundary of the process: every failure becomes a message
         failure = _error_of(error, channel.phase_name)
@@ -104,13 +103,15 @@ def _manifest(request: JobRequest) -> Manifest | None:
         return None     # the operation tells all that is damaged
 
 
-def _owner(job: Job) -> Caller | None:
-    """Of a checkpoint by root: the user whose tree it is."""
+def _identity(job: Job, manifest: Manifest | None) -> Identity | None:
+    """The user that does the job, None for this process itself."""
     request = job.request
-    if os.geteuid() or request.caller.uid or request.operation != 'checkpoint' or request.as_root:
+    if os.geteuid() or request.caller.uid or request.operation != 'checkpoint':
+        return identity_of(request, manifest)
+    if request.as_root:
         return None
     job.channel.phase('resolve')
-    return owner_of(job.scan())
+    return identity_of_owner(job.resolve().roots, request)
 
 
 def _job(start: Start, fds: list[int], channel: Channel) -> Job:

@@ -3,11 +3,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -32,6 +33,7 @@ from tests.programs.conftest import await_that
 from tests.security.attacker import (
     PATIENCE,
     Attacker,
+    Program,
     is_frozen,
     may_write,
     place_of,
@@ -85,6 +87,17 @@ def assert_is(user: Attacker, worker: int) -> None:
     assert not user.do(lambda: may_write(b'%d' % worker))
 
 
+async def dumped(asker: Attacker, program: Program, gate: Gate, look: Callable[[int], object], **options: Any) -> str:
+    """The id of an image of a program, which is dead. look: at the worker, in the middle of its work."""
+    with asker.checkpointing(program, **options) as call, await standing(gate, 'memory-half', call) as worker:
+        look(worker.pid)
+        worker.answer()
+        async with gate.open():
+            image: str = await call
+    program.wait_dead()
+    return image
+
+
 # ---------------------------------------------------------------- who is who
 
 async def test_the_worker_is_the_user(serve: Callable[..., Served], attacker: Attacker, gate: Gate) -> None:
@@ -92,12 +105,7 @@ async def test_the_worker_is_the_user(serve: Callable[..., Served], attacker: At
     serve(env=gate.environment)
     program = attacker.start(TREE)
     before = tree_of(program.pid)
-    with attacker.checkpointing(program) as call, await standing(gate, 'memory-half', call) as worker:
-        assert_is(attacker, worker.pid)
-        worker.answer()
-        async with gate.open():
-            image = await call
-    program.wait_dead()
+    image = await dumped(attacker, program, gate, lambda worker: assert_is(attacker, worker))
     with attacker.restoring(image) as call, await standing(gate, 'filled', call) as worker:
         assert_is(attacker, int(status(program.pid)['TracerPid']))
         worker.answer()
@@ -385,6 +393,20 @@ def test_a_pid_namespace(served: Served, attacker: Attacker) -> None:
             f'pid:{root}', after='kill').wait(20).image)
 
 
+def test_an_image_that_hides_its_pid_namespace(served: Served, attacker: Attacker) -> None:
+    """The launcher goes by the manifest, and has made none; the worker does not take numbers of this machine's."""
+    image = attacker.take(attacker.start(TREE))
+    image.change('Namespaces', lambda one: dataclasses.replace(one, namespaces=tuple(
+        dataclasses.replace(each, own=0, inode=1) if each.name == 'pid' else each for each in one.namespaces)))
+    error = attacker.restore(image).error
+    assert error is not None
+    [row] = error.refusals
+    assert (row.resource, '--new-pidns' in row.hint) == ('namespace pid', True)
+    outcome = attacker.restore(image, new_pidns=True)
+    assert len(status(outcome.root)['NSpid'].split()) == 2, outcome.words
+    kill_namespace(outcome.root)
+
+
 def test_a_tree_with_an_init_of_its_own(served: Served, attacker: Attacker) -> None:
     attacker.before.append(lambda: unshare(CLONE_NEWPID))
     program = attacker.start(CHILD)
@@ -441,12 +463,7 @@ async def test_root_dumps_a_users_tree_by_that_users_rights(serve: Callable[...,
     """The image is root's, and the tree comes back from it."""
     daemon = serve(env=gate.environment)
     program = attacker.start(TREE)
-    with root.checkpointing(program) as call, await standing(gate, 'memory-half', call) as worker:
-        assert_is(attacker, worker.pid)
-        worker.answer()
-        async with gate.open():
-            image = await call
-    program.wait_dead()
+    image = await dumped(root, program, gate, lambda worker: assert_is(attacker, worker))
     manifest = read_manifest(daemon.spool / image)
     assert (manifest.owner_uid, manifest.owner_gid) == (0, 0)
     assert {path.stat().st_uid for path in (daemon.spool / image).iterdir()} == {0}
@@ -465,13 +482,9 @@ async def test_what_root_dumps_itself(serve: Callable[..., Served], attacker: At
     serve(env=gate.environment)
     asked = why == 'asked for'
     program = attacker.start('rest()' if asked else 'libc.prctl(4, 0, 0, 0, 0)\nrest()')      # PR_SET_DUMPABLE
-    with (root.checkpointing(program, as_root=asked) as call,
-          await standing(gate, 'memory-half', call) as worker):
-        assert ids_of(worker.pid) == ({'0'}, {'0'})
-        worker.answer()
-        async with gate.open():
-            await call
-    program.wait_dead()
+    whose = []
+    await dumped(root, program, gate, lambda worker: whose.append(ids_of(worker)), as_root=asked)
+    assert whose == [({'0'}, {'0'})]
 
 
 def test_a_user_does_not_ask_for_the_rights_of_root(served: Served, attacker: Attacker) -> None:

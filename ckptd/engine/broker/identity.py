@@ -45,11 +45,11 @@ from ckptd.kernel.creds import (
     set_keepcaps,
 )
 from ckptd.kernel.keyctl import join_new_session_keyring
-from ckptd.kernel.status import read_status
+from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
-from ckptd.tree import Tree
+from ckptd.scan import scan_tree
 
 _KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
 # what bounds the tree, and would end the worker in the middle of its work: the plan of a restart compares these
@@ -70,25 +70,22 @@ class Identity(NamedTuple):
     new_pidns: bool = False
 
 
-def identity_of(request: JobRequest, manifest: Manifest | None, owner: Caller | None = None) -> Identity | None:
+def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | None:
     """The user that the worker of this job becomes; None if it stays what it is.
 
-    manifest: of the image that the job is about, if any. owner: of the tree that it is about, see owner_of.
-    NoSuchTarget for a restart if the calling process is gone and nobody has noted what bounded it.
+    manifest: of the image that the job is about, if any. NoSuchTarget for a restart if the calling process is gone and
+    nobody has noted what bounded it.
     """
     if os.geteuid() != 0:
         return None
-    caller = request.caller
-    if caller.uid:
+    if request.caller.uid:
         identity = _of_caller(request)
     elif manifest is not None and manifest.owner_uid and request.operation in _IMAGE_OPERATIONS:
         identity = _of_account(manifest.owner_uid, manifest.owner_gid)
-    elif owner is not None:
-        return Identity(owner.uid, owner.gid, owner.groups, capabilities=_kept(request))
     else:
         return None
     is_elsewhere = request.new_pidns or (manifest is not None and manifest.own_pidns)
-    return identity._replace(new_pidns=request.operation == 'restore' and is_elsewhere)
+    return identity._replace(new_pidns=request.operation in _IMAGE_OPERATIONS and is_elsewhere)
 
 
 def _of_caller(request: JobRequest) -> Identity:
@@ -112,24 +109,32 @@ def _kept(request: JobRequest) -> int:
     return _KEPT_CAPABILITIES | (1 << CAP_SYS_PTRACE if traces and ptrace_scope() in (DECLARED, CAPABLE) else 0)
 
 
-def owner_of(tree: Tree) -> Caller | None:
-    """The user whose tree this is, and who might trace every task of it; None for root's tree, or one of several.
+def identity_of_owner(roots: Sequence[int], request: JobRequest) -> Identity | None:
+    """The user that the worker of a checkpoint by root becomes: the one whose tree it is, and who might trace every
+    task of it. None for root's tree, or one of several.
 
-    What the user might not trace is more than the user's: a program that had rights and has given them up, or has some.
+    A task that the user might not trace has more rights than the user, or had them and has given them up.
     """
-    statuses = []
+    try:
+        root = read_status(roots[0])
+    except ProcessLookupError:
+        return None         # the checkpoint finds out what has become of it
+    uid = root.uids[1]
+    if not uid or not _is_all_of(root, uid):
+        return None         # nearly always root's: its tree is not scanned for this
+    tree = scan_tree(roots)
     for task in tree:
         with suppress(ProcessLookupError):
-            statuses.append(read_status(task.tgid, task.tid))
-    uids = {uid for status in statuses for uid in status.uids}
-    if not statuses or len(uids) != 1 or 0 in uids:
-        return None
-    first = statuses[0]
-    owner = Caller(first.uids[1], first.gids[1], tuple(first.groups), capabilities=0)
-    answers = probe(owner, [task.tid for task in tree])
+            if not _is_all_of(read_status(task.tgid, task.tid), uid):
+                return None
+    answers = probe(Caller(uid, root.gids[1], root.groups, capabilities=0), [task.tid for task in tree])
     if isinstance(answers, int) or any(answer not in (0, errno.ESRCH) for answer in answers):
         return None
-    return owner
+    return Identity(uid, root.gids[1], root.groups, capabilities=_kept(request))
+
+
+def _is_all_of(status: Status, uid: int) -> bool:
+    return {*status.uids} == {uid}
 
 
 def _of_account(uid: int, gid: int) -> Identity:

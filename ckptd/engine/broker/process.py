@@ -29,7 +29,6 @@ from ckptd.engine.job import Job
 from ckptd.engine.messages import (
     MAX_MESSAGE,
     Answer,
-    Caller,
     Cancel,
     Failed,
     Finished,
@@ -147,12 +146,12 @@ def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], 
 
 
 class Broker:
-    """One job. owner: of the tree, by whose rights it is dumped for root."""
+    """One job."""
 
-    def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity, owner: Caller | None
-                 ) -> None:
+    def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity) -> None:
         self._channel, self._request, self._fds, self._identity = channel, start.request, fds, identity
-        self._owner = owner
+        # by the rights of the user whose tree it is
+        self._dumps_for_root = self._request.operation == 'checkpoint' and not self._request.caller.uid
         self._is_over = False           # the worker has said its last word
         self._cancel_told = False
         self._failure: CkptError | None = None
@@ -176,13 +175,13 @@ class Broker:
         return self._end()
 
     def _workers_request(self) -> JobRequest:
-        request, owner = self._request, self._owner
-        if owner is not None:
-            caller = msgspec.structs.replace(request.caller, uid=owner.uid, gid=owner.gid, groups=owner.groups,
+        request, identity = self._request, self._identity
+        if self._dumps_for_root:
+            caller = msgspec.structs.replace(request.caller, uid=identity.uid, gid=identity.gid, groups=identity.groups,
                                              capabilities=0)
             request = msgspec.structs.replace(request, caller=caller, trace_under_yama=True)
-        return msgspec.structs.replace(request, brokered=True,
-                                       hard_limits=tuple(hard for _, hard in self._identity.bounds.limits))
+        return msgspec.structs.replace(request, brokered=True, new_pidns=identity.new_pidns,
+                                       hard_limits=tuple(hard for _, hard in identity.bounds.limits))
 
     def _close_for_worker(self) -> None:
         """In the worker: nothing of root's stays open but what it is handed again."""
@@ -216,7 +215,7 @@ class Broker:
             self._answer(message)
         else:
             self._note(message)
-            self._channel.send(self._told_to_root(message) if self._owner else message)
+            self._channel.send(self._told_to_root(message) if self._dumps_for_root else message)
         return True
 
     def _told_to_root(self, message: FromWorker) -> FromWorker:

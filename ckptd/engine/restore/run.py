@@ -34,7 +34,7 @@ from ckptd.engine.restore.memory import Space, clear
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import homes, place_for
-from ckptd.engine.restore.plan import DEAD, Plan, is_users_worker
+from ckptd.engine.restore.plan import DEAD, Plan
 from ckptd.engine.restore.prepare import prepare, refused
 from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.rewrites import Rewrites
@@ -141,7 +141,7 @@ class Restore:
         self._warnings += world.enter(self._nursery[SEED])
         if world.pid:
             self._nursery.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait,
-                                        is_seed=is_users_worker(self._plan))
+                                        is_seed=world.seed_is_init)
         for step in self._plan.steps:
             self._take(step)
             fault('created-one')

@@ -65,10 +65,12 @@ def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> World:
 
     brokered: if a new time namespace was needed and could be made, we are in it.
     """
-    clocks = None if brokered and any(read_offsets(os.getpid())) else offsets_for(reader.manifest)
+    if brokered:        # the launcher has made what there is to be, by the manifest alone
+        return World(False, new_pidns, None if any(read_offsets(os.getpid())) else offsets_for(reader.manifest),
+                     seed_is_init=new_pidns)
     user = not may_choose_pids()
     elsewhere = any(record.own_pidns for record in reader.every(Namespaces))
-    return World(user, new_pidns or user or elsewhere, clocks, seed_is_init=brokered)
+    return World(user, new_pidns or user or elsewhere, offsets_for(reader.manifest))
 
 
 def offsets_for(manifest: Manifest) -> Offsets | None:

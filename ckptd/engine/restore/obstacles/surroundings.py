@@ -69,6 +69,9 @@ def _namespaces(scene: Scene) -> Iterator[Obstacle]:
         for one in record.namespaces:
             name = one.name.removesuffix(_FOR_CHILDREN)
             made = name in _MADE or (name == 'user' and scene.plan.world.user)
+            if name == 'pid' and not one.own and not scene.plan.world.pid:
+                yield Obstacle(root, 'namespace pid', 'EOPNOTSUPP', 'was in another pid namespace, of which its '
+                               'manifest says nothing', 'restore it with --new-pidns')
             if one.own or made or name != one.name or _is_ours(scene, one):
                 continue
             what = f'was in another {name} namespace, and comes back in ours'
