@@ -36,7 +36,7 @@ UNIT_SUFFIXES = ('.service', '.scope', '.slice', '.socket', '.mount', '.swap')  
 # ---------------------------------------------------------------- targets
 
 class Target(NamedTuple):
-    """What a checkpoint is asked of. roots: pids, the main one first. cgroup: the path below the v2 mount when the
+    """The target of a checkpoint. roots: pids, the main one first. cgroup: the path below the v2 mount when the
     target is exactly that cgroup and everything in it, None for a tree of processes wherever they are."""
     kind: Literal['pid', 'unit', 'cgroup']
     roots: tuple[int, ...]
@@ -179,7 +179,7 @@ def scan_tree(roots: Sequence[int]) -> Tree:
 
 
 def pid_level(roots: Sequence[int]) -> int:
-    """How many pid namespaces below this /proc the first living root is: the index of its vpid in NSpid."""
+    """Depth of the first living root below the pid namespace of this /proc: the index of its vpid in NSpid."""
     for root in roots:
         with suppress(ProcessLookupError):
             return len(read_status(root).ns_pid) - 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may do what: root all, others what is their own, and what polkit lets them besides.
+"""Authorize calls: root may do everything, users what is theirs, and whatever polkit allows them besides.
 
     what it is about        action of polkit
     a tree of one's own     org.ckptd1.checkpoint-own    freeze-own
@@ -120,11 +120,11 @@ class Gate:
                                hint='try again' if answer == Answer.SILENT else hint_for(caller.confinement))
 
     def own(self, call: Call, caller: Caller, what: str) -> None:
-        """What one has started oneself one may end, and nobody needs to be asked."""
+        """Log that a caller ends something it has started. No authorization is needed."""
         audit_call('allowed', call, caller, what, 'owner' if caller.uid else 'root')
 
     async def tree(self, call: Call, verb: Verb, target: str, *, as_root: bool = False) -> TreeRights:
-        """The same for a tree. as_root: root's rights are asked for, whose ever it is. NoSuchTarget."""
+        """Authorize an operation on a tree. as_root: the caller asks for the rights of root. NoSuchTarget."""
         caller = await call.credentials()
         where = parse_target(target, caller)
         async with call.attended() if caller.uid else contextlib.nullcontext():
@@ -158,8 +158,8 @@ class Gate:
         return answer == Answer.YES
 
     async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
-        """The same to thaw; what the caller may see. owner: who has frozen it, None for nobody: which of the two it is
-        where it is not the caller, is told to nobody who may not see it. NoSuchTarget."""
+        """Authorize a thaw; returns what the caller may see. owner: uid that froze the target, or None. A caller that
+        may not see the freeze gets the same error either way. NoSuchTarget."""
         caller = await call.credentials()
         if caller.confinement and await self._sight.is_outside(where, caller):
             caller = await self._leave_confinement(call, caller, 'freeze', where)
@@ -178,7 +178,7 @@ class Gate:
         return viewer
 
     async def job(self, call: Call, verb: Verb, job: Job) -> None:
-        """The same to end a job."""
+        """Authorize the end of a job."""
         caller, request = await call.credentials(), job.request
         outside = bool(caller.confinement) and ((request.caller.pid, request.caller.start_time)
                                                 != (caller.pid, caller.start_time))
@@ -190,8 +190,8 @@ class Gate:
             await self.enter(call, verb, job.name, owner=request.asked_by, outside=False)
 
     async def image(self, call: Call, verb: Verb, image: str) -> Rights:
-        """The same for an image. Whether others have one of this name is told to nobody who may not see it.
-        NoSuchImage."""
+        """Authorize an operation on an image. A caller that may not see an image gets the error for one that does not
+        exist. NoSuchImage."""
         caller = await call.credentials()
         info = self._spool.get(image)
         if info is None and (not caller.uid or not is_image_id(image)):

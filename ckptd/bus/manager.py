@@ -46,7 +46,7 @@ class ManagerObject(Exported):
 
     @method('ha{sv}', 'o', names=('pidfd', 'options', 'job'))
     async def CheckpointProcess(self, call: Call, pidfd: int, options: dict[str, Any]) -> str:
-        """The same for the process behind a pidfd, which cannot become another one meanwhile."""
+        """Start a checkpoint of the process behind a pidfd; the path of its job. A pid may be reused, a pidfd not."""
         return await self._checkpoint(call, f'pid:{_pid_of(pidfd)}', options, (pidfd,))
 
     @method('a{sv}', 's', names=('options', 'image'))
@@ -157,7 +157,7 @@ class ManagerObject(Exported):
 
     @method('', 'aa{sv}', names=('images',), types=IMAGE_TYPES, long=True)
     async def ListImages(self, call: Call) -> list[dict[str, Any]]:
-        """What is known of each image, oldest first."""
+        """List the images with their properties, oldest first."""
         viewer = await call.viewer()
         seen = [info for info in self._library.spool.images if viewer.sees(info.owner)]
         rows: list[dict[str, Any]] = []
@@ -182,7 +182,7 @@ class ManagerObject(Exported):
 
     @method('s', 'as', names=('image', 'damages'))
     async def VerifyImage(self, call: Call, image: str) -> list[str]:
-        """What is wrong with an image, one sentence each; nothing for one that is whole."""
+        """List the damages of an image, one sentence each; an intact image has none."""
         rights = await self._gate.image(call, 'manage', image)
         async with call.attended():
             return await self._library.verify(image, rights)
@@ -224,17 +224,17 @@ class ManagerObject(Exported):
 
     @property_('u', emits='invalidates')
     def Jobs(self, viewer: Viewer) -> int:
-        """How many wait or work, of those that the caller may see."""
+        """Number of queued and running jobs that the caller may see."""
         return sum(not job.over and viewer.sees(job.request.asked_by) for job in self._queue.jobs)
 
     @property_('u', emits='invalidates')
     def Images(self, viewer: Viewer) -> int:
-        """How many there are, of those that the caller may see."""
+        """Number of images that the caller may see."""
         return self._library.spool.usage(None if viewer.all or not viewer.uid else viewer.uid)[0]
 
     @property_('as', emits='invalidates')
     def FrozenTargets(self, viewer: Viewer) -> list[str]:
-        """What the daemon holds frozen, for Thaw; of that, what the caller may see."""
+        """Targets that the daemon holds frozen until Thaw, as far as the caller may see them."""
         return [target for target, uid in self._queue.frozen.items() if viewer.sees(uid)]
 
 

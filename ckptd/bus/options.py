@@ -19,7 +19,7 @@ MAX_PATH = 4096                     # PATH_MAX
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option by its name. `wanted` says what a value must be, in words that follow 'must be'."""
+    """A named option. `wanted` says what a value must be, in words that follow 'must be'."""
     name: str
     wanted: str
     accepts: Callable[[Any], bool]

@@ -57,14 +57,14 @@ def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
 
 
 def check_rights(tree: Tree, caller: Caller, avoid: Collection[int] = ()) -> list[Refusal]:
-    """What a freeze needs of all that: the caller's right to each of these tasks."""
+    """Check what a freeze needs: the caller's right to each of these tasks."""
     visible = without_hidden(tree, caller)
     return (check_hidden(tree, visible, caller) + check_avoid(visible, avoid) + check_access(visible, caller)
             + check_confinement(visible, caller))
 
 
 def check_hidden(tree: Tree, visible: Tree, caller: Caller) -> list[Refusal]:
-    """One row for all tasks that the caller does not see; that there are some cannot be kept from it."""
+    """Make one row for all tasks that the caller cannot see. Only their existence is reported."""
     if len(visible) == len(tree) and not tree.unseen:
         return []
     return [Refusal(0, '', 'ptrace', 'EPERM', f'has tasks that uid {caller.uid} does not see in /proc (hidepid=)',

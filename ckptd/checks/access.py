@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""May the caller look at these tasks, and trace them? The kernel decides, asked with the caller's credentials.
+"""Ask the kernel, with the credentials of the caller, whether it may inspect and trace these tasks.
 
 A forked child takes the caller's uid, gid, groups and capabilities and calls kcmp(tid, tid, KCMP_VM), which asks
 ptrace_may_access(PTRACE_MODE_READ_REALCREDS) with all that goes into it: ids, capabilities, dumpable, LSMs. Then it
@@ -29,8 +29,8 @@ _NO_FD = -1         # EBADF for who may have fds of that task
 
 
 class Caller(Recipient, Protocol):
-    """Who asks. capabilities: the effective set of the calling process as a mask, -1 if unknown. start_time: of that
-    process, 0 if unknown. confinement: what keeps that process from more than itself and what is below it."""
+    """The calling process. capabilities: its effective set as a mask, -1 if unknown. start_time: 0 if unknown.
+    confinement: names of what confines it to itself and its descendants."""
     @property
     def pid(self) -> int: ...
     @property
@@ -128,7 +128,7 @@ def _child(caller: Caller, tids: Sequence[int], answer: int, trace: bool) -> Non
 
 
 def _may_look(tid: int) -> int:
-    """The errno, 0 for yes."""
+    """Errno of looking at a task, 0 for yes."""
     try:
         kcmp(tid, tid, KCMP_VM)
     except OSError as error:
@@ -137,7 +137,7 @@ def _may_look(tid: int) -> int:
 
 
 def _may_trace(tid: int) -> int:
-    """The same, for a task that may be looked at; 0, too, where that cannot be asked."""
+    """Errno of tracing a task that may be looked at, 0 for yes. Also 0 where the kernel cannot be asked."""
     try:
         pidfd = pidfd_open(tid, PIDFD_THREAD)
     except OSError:

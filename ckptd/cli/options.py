@@ -8,7 +8,7 @@ from ckptd.client.daemon import new_token
 
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was not asked for is left to the daemon, whose configuration may say otherwise."""
+    """Build the options of Checkpoint or Freeze. Options that were not given are left to the daemon's configuration."""
     options: dict[str, Any] = {'freeze': args.freeze}
     if args.timeout is not None:
         options['timeout'] = args.timeout
@@ -22,7 +22,7 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def restore_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of CheckRestore; Restore has a handle_token and perhaps a terminal besides."""
+    """Build the options of CheckRestore. Restore adds a handle_token, and perhaps a terminal."""
     flags = {name: True for name in ('wait', 'new_pidns', 'clamp', 'leave_stopped') if getattr(args, name)}
     texts = {name: getattr(args, name) for name in ('cgroup', 'changed_files') if getattr(args, name) is not None}
     return {**flags, **texts}

@@ -52,8 +52,11 @@ def checkpoint_self(bus: str = 'system', **options: Any) -> Outcome:
 
 @contextmanager
 def _traceable(sock: socket.socket, replies: Iterator[Received]) -> Iterator[None]:
-    """Under Yama, have the kernel let ckptd trace the calling process for the time of the block (PR_SET_PTRACER). Whom
-    the program has declared itself is forgotten. Its children do not inherit that: each would have to declare it."""
+    """Let ckptd trace the calling process during the block, where Yama restricts that (PR_SET_PTRACER).
+
+    This replaces a tracer that the program has declared itself. Child processes do not inherit the declaration; each
+    has to make its own.
+    """
     if not set_ptracer(os.getpid()):        # no Yama; if it is there, this allows nobody anything
         yield
         return
@@ -65,7 +68,7 @@ def _traceable(sock: socket.socket, replies: Iterator[Received]) -> Iterator[Non
 
 
 def _daemon(sock: socket.socket, replies: Iterator[Received]) -> int:
-    """The pid of ckptd, which is started if need be."""
+    """Pid of ckptd. The bus starts it if it does not run."""
     try:
         [pid] = _call(sock, replies, 3, DRIVER, DRIVER_PATH, DRIVER, 'GetConnectionUnixProcessID', 's', BUS_NAME)
     except CkptError:       # nobody has the name
@@ -75,7 +78,7 @@ def _daemon(sock: socket.socket, replies: Iterator[Received]) -> int:
 
 
 def _identity() -> tuple[str, int]:
-    """Of this process, which a restored one does not share, whatever its pid: its boot and its start."""
+    """Boot and start time of this process. A restored process has others, even with the same pid."""
     return boot_id(), parse_stat(Path('/proc/self/stat').read_bytes()).start_time
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ckptd answers, typed, and the options that it takes. Times are microseconds, sizes bytes.
+"""Typed answers of ckptd, and the options that it takes. Times are microseconds, sizes bytes.
 
 A field that a daemon does not send has its default; one that this client does not know is left out.
 """
@@ -178,7 +178,7 @@ class TaskInfo:
 
 @dataclass(frozen=True, slots=True)
 class InhibitorInfo:
-    """Who delays checkpoints of what, and why."""
+    """An inhibitor: the program that delays checkpoints, the target and the reason."""
     who: str
     why: str
     target: str
@@ -193,7 +193,7 @@ def from_row(cls: type[T], row: Mapping[str, Any]) -> T:
 
 
 def from_properties(cls: type[T], properties: Mapping[str, Any], **more: Any) -> T:
-    """The same from the properties of an object."""
+    """Make one from the properties of an object."""
     return from_row(cls, {snake(key): value for key, value in properties.items()} | more)
 
 

@@ -49,7 +49,7 @@ def checkpoint(job: Job) -> None:
 
 
 class Checkpoint:
-    """One checkpoint, phase by phase."""
+    """A checkpoint, phase by phase."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._request, self._channel = job, job.request, job.channel
@@ -117,7 +117,7 @@ class Checkpoint:
         return dump
 
     def _give_up_tracing(self, *, is_read: bool) -> None:
-        """Lose the right that was lent to trace the tree. is_read: its memory, too."""
+        """Give up CAP_SYS_PTRACE, which was lent to trace the tree. is_read: the memory of the tree has been read."""
         # with ptrace_scope 2 Yama lets not even its tracer read a task without that right
         lent = self._request.brokered and self._request.trace_under_yama
         if lent and (is_read or ptrace_scope() != CAPABLE):
@@ -199,7 +199,7 @@ def _clocks(clocks: Clocks | None) -> manifests.Clocks:
 
 
 def summary(manifest: Manifest) -> dict[str, object]:
-    """What a finished checkpoint says of itself: counts, bytes, microseconds, and what the image lacks."""
+    """Make the result of a finished checkpoint: counts, bytes, microseconds, and warnings about the image."""
     numbers = {name: getattr(manifest.statistics, name) for name in Statistics.__struct_fields__}
     return {'image': manifest.image, 'target': manifest.target, 'command': manifest.command, 'tasks': manifest.tasks,
             'processes': manifest.processes, 'size': manifest.size, 'freeze_mode': manifest.freeze_mode,

@@ -54,7 +54,7 @@ class _Ids:
 
 
 class Dump:
-    """One dump. cgroups: path by tgid as it was before the freeze. notes, waits: see waits.py. save_limit: bytes
+    """A dump. cgroups: path by tgid as it was before the freeze. notes, waits: see waits.py. save_limit: bytes
     of files open for writing that are kept. clocks: at the moment of the dump. Nothing here changes the tree.
 
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
@@ -149,7 +149,7 @@ class Dump:
 
     @staticmethod
     def _state(task: Task, tracee: Tracee | None) -> int:
-        """As it was found: a task that the ptrace freezer has stopped slept or ran."""
+        """State of a task as it was found. A task that the ptrace freezer has stopped was sleeping or running."""
         if task.state != 't' or tracee is None:
             return ord(task.state)
         return ord('T' if tracee.stop_signal else 'S')

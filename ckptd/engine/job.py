@@ -84,7 +84,7 @@ class Job:
         return tree
 
     def picture(self) -> Picture:
-        """Nothing read yet. Of a request about the caller itself, its connections to our bus are severed."""
+        """Make an empty picture. In a request about the caller itself, its connections to our bus count as severed."""
         severed: Collection[int] = ()
         if self.request.sever:
             with suppress(OSError):     # no sock_diag: they are refused, as any socket is
@@ -145,13 +145,13 @@ class Job:
             yield frozen
 
     def timers(self) -> Timers:
-        """The timers of the machine, which only root may read."""
+        """Access to the timers of the machine, which only root may read."""
         return Broker(self.channel).timers() if self.request.brokered else OwnTimers()
 
     # ------------------------------------------------------------ images
 
     def destination(self) -> Destination:
-        """Where the image goes that the job writes. SpoolFailed, also where there is hardly any room."""
+        """Open the destination of the image that the job writes. SpoolFailed, also when the spool is nearly full."""
         if self.request.brokered:
             return Broker(self.channel).new_image(self.request.image)
         spool = Path(self.request.spool)
@@ -159,7 +159,7 @@ class Job:
         return Incoming(spool, self.request.image)
 
     def import_destination(self, manifest: Manifest) -> Destination:
-        """Where an image goes that comes in as a stream. SpoolFailed, also where it has no room."""
+        """Open the destination of an image that arrives as a stream. SpoolFailed, also when it does not fit."""
         request = self.request
         if request.brokered:
             return Broker(self.channel).new_image(manifest.image, manifest.size)

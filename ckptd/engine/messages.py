@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What daemon and worker say to each other: tagged msgpack messages, one per packet of a SOCK_SEQPACKET socketpair.
+"""Messages between daemon and worker: tagged msgpack, one per packet of a SOCK_SEQPACKET socketpair.
 
 Between the two, for a job of an ordinary user, is a broker (engine/broker), which passes them on. Its worker sends it
 the calls of engine/broker/calls.py as well, and gets an Answer for each.
@@ -40,12 +40,13 @@ RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place'
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks, as the bus says. capabilities: effective set of the calling process as a mask, -1 if unknown; bounding:
-    its bounding set. no_new_privs, seccomp: it is under that, and what it asks for must not get it out. label: of a
-    security module, for the log. start_time: of the process, as Stat has it, 0 if unknown: a pid alone may be another's
-    by the time that it is looked at (ckptd.kernel.pidfd.held). bounds: of the process when it called, None if unknown.
-    confinement: as of ckptd.kernel.confinement, what is to keep it from what is not below it; of who may act beyond
-    that nothing.
+    """The caller, as the bus reports it.
+
+    capabilities, bounding: effective and bounding set of the calling process as masks, -1 if unknown. no_new_privs,
+    seccomp: restrictions of the process, which its request must not lift. label: of a security module, for the log.
+    start_time: of the process, as in Stat, 0 if unknown; the pid alone may belong to another process later
+    (ckptd.kernel.pidfd.held). bounds: of the process at the time of the call, None if unknown. confinement: names of
+    what confines the process (ckptd.kernel.confinement); empty if an administrator lets it act beyond that.
     """
     uid: int
     gid: int
@@ -62,7 +63,8 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 class JobRequest(msgspec.Struct, frozen=True):
-    """One operation. target: 'pid:N', a unit name, 'cgroup:/path'; 'self' and pidfds have become pid:N with has_pidfd.
+    """A request for one operation. target: 'pid:N', a unit name, 'cgroup:/path'; 'self' and pidfds have become pid:N
+    with has_pidfd.
 
     timeout_usec: deadline of the freeze. spool: directory of images; image: id of the image to write or read.
     runtime: directory of the freeze journal. systemd: a systemd manager can be asked to freeze units (UnitRequest).
@@ -215,7 +217,7 @@ class Finished(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """Of its refusals the first ones (first_rows); the message says how many there are."""
+    """A failed job, with its first refusals (first_rows). The message says how many there are."""
     name: str
     message: str
     details: dict[str, Any]
@@ -240,7 +242,7 @@ def refusal_row(refusal: Refusal) -> dict[str, Any]:
 
 
 def first_rows(refusals: Iterable[Refusal]) -> list[dict[str, Any]]:
-    """As many of them as an error or a result has."""
+    """Cut a list of refusals to the number that an error or a result may carry."""
     rows: list[dict[str, Any]] = []
     left = MAX_ROWS_SIZE
     for refusal in refusals:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a worker can do, by name. Each operation sends Finished itself; an exception becomes Failed."""
+"""The operations of a worker, by name. Each operation sends Finished itself; an exception becomes Failed."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +38,7 @@ def scan(job: Job) -> None:
 
 
 def check_trace(job: Job) -> None:
-    """Whether a security module keeps the caller from tracing what it may look at."""
+    """Tell whether a security module forbids the caller to trace tasks that it may inspect."""
     job.channel.phase('scan')
     job.channel.finish('', (), {'forbidden': is_untraceable(job.look(), job.request.caller)})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long interrupted sleeps had still to go.
+"""Find out how much was left of interrupted sleeps.
 
 A task that was stopped in nanosleep, clock_nanosleep, poll or a futex wait with a relative timeout has the end of it in
 its restart block, which nothing shows. While such a task sleeps, though, its timer is in /proc/timer_list: so each is
@@ -54,14 +54,14 @@ class Sleep:
 
     @property
     def endless(self) -> bool:
-        """It has no end, or one that its arguments name as a point in time."""
+        """Whether the sleep has no end, or one that its arguments give as a point in time."""
         if self.number == _NR['poll']:
             return ctypes.c_int32(self.regs.rdx).value < 0
         return self.number == _NR['futex'] and self.regs.rsi & _FUTEX_COMMAND != _FUTEX_WAIT
 
     @property
     def clock(self) -> int:
-        """That of the program's call."""
+        """The clock of the program's call."""
         return ctypes.c_int32(self.regs.rdi).value if self.number == _NR['clock_nanosleep'] else time.CLOCK_MONOTONIC
 
     @property
@@ -70,9 +70,9 @@ class Sleep:
 
 
 def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers') -> dict[int, Sleep]:
-    """By tid, the stopped threads that go on with a sleep; its end wherever it can be found out.
+    """Find the stopped threads that continue a sleep, by tid, with its end if that can be measured.
 
-    A thread whose sleep is over meanwhile is not among them, and has the result. The tree must not be frozen otherwise.
+    A thread whose sleep ends meanwhile is left out, and has the result. The tree must not be frozen by a cgroup.
     ProcessLookupError if a thread dies.
     """
     sleeps = [Sleep(tracee, regs, _number(regs, '')) for tracee in tracees.values()
@@ -94,8 +94,8 @@ def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers') -> dict[int, Sl
 
 @contextmanager
 def _asleep(sleeps: Sequence[Sleep]) -> Iterator[list[str]]:
-    """They sleep for the time of the block, and are then stopped again. Gives the functions that they sleep in; '' for
-    one that did not come to rest."""
+    """Let them sleep during the block, then stop them again. Yields the kernel function that each sleeps in; '' for one
+    that did not come to rest."""
     tracees = [sleep.tracee for sleep in sleeps]
     try:
         for tracee in tracees:
@@ -138,7 +138,8 @@ def _wait_rest(tracee: Tracee, deadline: float) -> str:
 
 
 def _learn_numbers(sleeps: Sequence[Sleep]) -> None:
-    """Of calls that were interrupted before and have restart_syscall's: only where they sleep tells them apart."""
+    """Find the call numbers of sleeps that were interrupted before. All have the number of restart_syscall(2); only the
+    function that they sleep in tells them apart."""
     if sleeps:
         with _asleep(sleeps) as functions:
             for sleep, function in zip(sleeps, functions, strict=True):
@@ -146,7 +147,7 @@ def _learn_numbers(sleeps: Sequence[Sleep]) -> None:
 
 
 def _number(regs: arch.user_regs_struct, function: str) -> int:
-    """Of the call that the program made. function: that it sleeps in, '' where that is not known."""
+    """Number of the call that the program made. function: the kernel function that it sleeps in, '' if unknown."""
     number, first = regs.orig_rax, regs.rdi
     if number != _NR['restart_syscall']:
         return int(number)
@@ -159,20 +160,21 @@ def _number(regs: arch.user_regs_struct, function: str) -> int:
 
 
 class Timers(Protocol):
-    """/proc/timer_list, read while tasks sleep and while they do not. PermissionError, FileNotFoundError."""
+    """A reader of /proc/timer_list, for tasks that sleep in between. PermissionError, FileNotFoundError."""
 
     def at_rest(self) -> None:
-        """None of them sleeps."""
+        """Read the list while none of the tasks sleeps."""
 
     def asleep(self, tids: Sequence[int]) -> None:
-        """These sleep."""
+        """Read the list while these tasks sleep."""
 
     def ends(self) -> set[End]:
-        """They sleep no more. What was in the list while they slept, and neither before nor after."""
+        """Read the list when they have stopped again. Ends that it had while they slept, and neither before nor
+        after."""
 
 
 class OwnTimers:
-    """The list as we read it ourselves, as root."""
+    """A reader that opens the list itself, as root."""
 
     def __init__(self) -> None:
         self._before: Counter[End] = Counter()
@@ -196,7 +198,7 @@ class _Measurement:
         self._sleeps, self._timers = sleeps, timers
 
     def run(self) -> None:
-        """Set `end` of each. Nothing where the list cannot be read: by an ordinary user without a broker."""
+        """Set `end` of each. Do nothing if the list cannot be read, by an ordinary user without a broker."""
         if self._sleeps:
             try:
                 self._timers.at_rest()
@@ -221,7 +223,7 @@ class _Measurement:
                 [sleep.end] = found[number]
 
     def _find_one(self, sleep: Sleep) -> None:
-        """By itself: two sleeps may end in the same nanosecond, and others' timers come and go."""
+        """Measure one sleep alone, as two may end in the same nanosecond and other timers come and go."""
         ends = self._ends_of([sleep])
         for _ in range(_ATTEMPTS):
             if len(ends) == 1:
@@ -230,7 +232,7 @@ class _Measurement:
             ends &= self._ends_of([sleep])
 
     def _ends_of(self, sleeps: Iterable[Sleep]) -> set[End]:
-        """What is in the list while they sleep, and neither before nor after."""
+        """Ends that are in the list while they sleep, and neither before nor after."""
         group = [sleep for sleep in sleeps if arch.in_restart_block(sleep.tracee.regs)]
         if not group:
             return set()
@@ -258,8 +260,8 @@ def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: Notes)
 
 
 def _left_by_arguments(sleep: Sleep, mem: Mem, clocks: Mapping[int, int], notes: Notes) -> int:
-    """What the kernel says that is left where the program has asked for that; else what was left of the timeout when
-    it was seen to sleep, and that is all of it where it was not."""
+    """Time that is left by the arguments of the call: the remaining time that the kernel has written, if the program
+    asked for it; else the timeout, less the time since the task was seen to sleep."""
     number, regs = sleep.number, sleep.regs
     remaining = getattr(regs, _REMAINING.get(number, ''), 0)
     if remaining:

@@ -54,7 +54,7 @@ def _set_up_signals(channel: Channel) -> None:
 
 
 def _error_of(error: BaseException, phase: str) -> CkptError:
-    """What the daemon is told. Errors of the system keep their errno; anything else is ours, with a traceback."""
+    """Make the error that the daemon gets. Errors of the system keep their errno; any other is a bug, and logged."""
     if isinstance(error, CkptError):
         if not error.phase:
             error.phase = phase
@@ -94,7 +94,7 @@ def run(channel: Channel) -> int:
 
 
 def _manifest(request: JobRequest) -> Manifest | None:
-    """That of the image, where it decides about the worker: whose it is, and what time it is for the tree."""
+    """Read the manifest of a restart, which names the owner of the image and the clocks of the tree."""
     if os.geteuid() != 0 or request.operation not in ('restore', 'check-restore') or not is_image_id(request.image):
         return None
     try:
@@ -104,7 +104,7 @@ def _manifest(request: JobRequest) -> Manifest | None:
 
 
 def _identity(job: Job, manifest: Manifest | None) -> Identity | None:
-    """The user that does the job, None for this process itself."""
+    """The identity of the worker; None if this process does the job itself."""
     request = job.request
     if os.geteuid() or request.caller.uid or request.operation != 'checkpoint':
         return identity_of(request, manifest)

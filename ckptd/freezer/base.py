@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all freezers share: the terms of a freeze, and a frozen tree with the way back."""
+"""Common parts of all freezers: the terms of a freeze, and a frozen tree with the way back."""
 
 import os
 import time
@@ -23,7 +23,7 @@ MAX_NAMED = 64              # tasks that an error names
 
 
 class Goal(Protocol):
-    """Of ckptd.scan.Target, what a freezer looks at. cgroup: the tree is everything in it, if not None."""
+    """The fields of ckptd.scan.Target that a freezer needs. cgroup: the tree is everything in it, if not None."""
     @property
     def cgroup(self) -> str | None: ...
     @property
@@ -34,7 +34,7 @@ class Goal(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What one freeze is given.
+    """The parameters of a freeze.
 
     deadline: of time.monotonic(). journal: None where there are tracees to let go of and nothing else. rescan: scans
     the tree again. also: an fd that ends a wait early when readable; `check` is called then and between rounds, reads
@@ -120,15 +120,17 @@ class Frozen:
             self._terms.at(f'hold-{step.point}-done')
 
     def condemn(self) -> None:
-        """Half a tree is worse than none, so write down who is about to be killed before the first one is. CkptError.
+        """Write down all processes before the first one is killed, so that a recovery never leaves half a tree.
+        CkptError.
 
-        Nothing is written where there is no journal: by ptrace, in a worker that is an ordinary user.
+        A worker that is an ordinary user and freezes by ptrace has no journal, and writes nothing.
         """
         Frozen.hold(self)       # what is stopped need not be waited for
         self._write_end()
 
     def restore(self) -> None:
-        """Twice does nothing more. CkptError if a step cannot be undone; the journal keeps it for a recovery."""
+        """Bring back the state that was found; a second call does nothing. CkptError if a step cannot be undone: the
+        journal keeps it for a recovery."""
         if self._entry is None or self._entry.closed:
             return
         try:

@@ -46,7 +46,7 @@ class TracedFrozen(Frozen):
         raise TreeChanged(f'{terms.target.description} forks faster than it can be stopped', phase='freeze')
 
     def let_run(self) -> None:
-        """Nothing: each tracee is stopped by itself."""
+        """Do nothing: each tracee is stopped by itself."""
 
     def _refuse_frozen(self) -> None:
         # a frozen task can be stopped, but runs no remote system call: it goes back to the freezer's sleep first
@@ -82,7 +82,7 @@ class TracedFrozen(Frozen):
             self._forget_dead(task.tid)
 
     def _is_settled(self, tid: int) -> bool:
-        """It has stopped, or died and is forgotten. Does not wait."""
+        """Whether it has stopped, or has died and is forgotten. Does not wait."""
         tracee = self.tracees.get(tid)
         if tracee is None or tracee.stopped:
             return True
@@ -107,7 +107,7 @@ class TracedFrozen(Frozen):
 
 
 def not_permitted(task: Task, phase: str) -> PermissionDenied:
-    """Why a task that lives could not be seized, as far as can be told."""
+    """Make the error for a living task that cannot be seized. It names the tracer or the security module if known."""
     try:
         tracer = read_status(task.tgid, task.tid).tracer_pid
     except ProcessLookupError:

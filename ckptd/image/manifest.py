@@ -44,7 +44,7 @@ PartName = Annotated[str, Meta(pattern=r'^(tree|tasks|files|memory|data-(0|[1-9]
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of the image: its size in bytes and sha256 as 64 hexadecimal digits."""
+    """A file of the image: its size in bytes and sha256 as 64 hexadecimal digits."""
     size: Count
     sha256: Annotated[str, Meta(pattern=r'^[0-9a-f]{64}\Z')]
 

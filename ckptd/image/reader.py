@@ -222,7 +222,7 @@ class ImageReader:
     # ------------------------------------------------------------ bulk bytes
 
     def size_of(self, name: str) -> int:
-        """Bytes of a file of the image by the manifest, 0 where there is none."""
+        """Size in bytes of a file of the image by the manifest, 0 if the manifest does not have it."""
         part = self.manifest.parts.get(name)
         return part.size if part else 0
 
@@ -266,7 +266,7 @@ class ImageReader:
 
 
 def runs_between(runs: Sequence[PageRun], start: int, end: int) -> Iterator[PageRun]:
-    """Those of ascending `runs` that touch [start, end)."""
+    """The runs that touch [start, end), of ascending `runs`."""
     # one that begins before `start` may reach into the range
     first = max(0, bisect_right(runs, start, key=attrgetter('start')) - 1)
     for index in range(first, len(runs)):

@@ -91,8 +91,7 @@ class Namespace(Struct):
 
 @record(0x0004, optional=True)
 class Namespaces(Record):
-    """Of the first root, which every other task shares. What is not `own` is a namespace that a restart would have to
-    make."""
+    """Namespaces of the first root, which all other tasks share. A restart has to make those that are not `own`."""
     namespaces: tuple[Namespace, ...]
 
     @property
@@ -203,7 +202,7 @@ class SleepLeft(Record):
 
 @record(0x0107)
 class ThreadControls(Record):
-    """What prctl(2) has set for a thread. tsc: PR_TSC_*. mce_kill: PR_MCE_KILL_*. io_flusher: of PR_SET_IO_FLUSHER.
+    """Settings of a thread by prctl(2). tsc: PR_TSC_*. mce_kill: PR_MCE_KILL_*. io_flusher: of PR_SET_IO_FLUSHER.
     speculation: PR_GET_SPECULATION_CTRL of PR_SPEC_STORE_BYPASS, _INDIRECT_BRANCH, _L1D_FLUSH; to be set where it has
     PR_SPEC_PRCTL (1) and is not what the new task has."""
     vpid: U32
@@ -235,7 +234,7 @@ class Limit(Struct):
 
 @record(0x0111)
 class Limits(Record):
-    """By resource number, RLIMIT_CPU (0) to RLIMIT_RTTIME (15)."""
+    """Resource limits by number, RLIMIT_CPU (0) to RLIMIT_RTTIME (15)."""
     vpid: U32
     limits: tuple[Limit, ...]
 
@@ -285,14 +284,14 @@ class SigAction(Struct):
 
 @record(0x0120)
 class SignalActions(Record):
-    """One per shared signal-handler table: signals 1 to 64; KILL and STOP are default."""
+    """Actions of a shared signal-handler table: signals 1 to 64; KILL and STOP are default."""
     sighand_id: U32
     actions: tuple[SigAction, ...]
 
 
 @record(0x0121)
 class Fs(Record):
-    """One per shared fs struct."""
+    """Root, working directory and umask of a shared fs struct."""
     fs_id: U32
     cwd: str
     root: str
@@ -303,7 +302,7 @@ class Fs(Record):
 
 @record(0x0201)
 class OpenFile(Record):
-    """One open file description. kind: tag of the class in ckptd.kinds that wrote `data` and reads it back.
+    """An open file description. kind: tag of the class in ckptd.kinds that wrote `data` and reads it back.
     flags: O_* as in fdinfo, without O_CLOEXEC. link: what /proc/PID/fd shows, for people.
     owner: fcntl F_GETOWN_EX, type (F_OWNER_*) and vpid; owner_signal: F_GETSIG; owner_uid, owner_euid: whose rights
     decide whether the signal may be sent."""
@@ -330,7 +329,7 @@ class Fd(Struct):
 
 @record(0x0202)
 class FdTable(Record):
-    """One per shared table."""
+    """The fds of a shared table."""
     files_id: U32
     fds: tuple[Fd, ...]
 

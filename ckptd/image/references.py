@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the records of an image say of each other: ids that must exist, ranges in order, extents inside their files."""
+"""Checks of records against each other: ids that must exist, ranges in order, extents inside their files."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -167,7 +167,7 @@ class RecordChecker:
     # ------------------------------------------------------------ all together
 
     def finish(self, manifest: Manifest | None) -> None:
-        """What only the whole can tell: names that nothing bears, and counts."""
+        """Check what only the whole image shows: references to missing records, and counts."""
         for where, target, key in sorted(self._uses, key=lambda use: (use[0], use[1].tag, use[2])):
             if key not in self._ids.get(target, ()):
                 self._damage(f'{where}: there is no {target.__name__} {key}')

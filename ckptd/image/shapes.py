@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the fields of a record must be, beyond what the grammar says: lengths of lists, and bounds of numbers.
+"""Rules for the fields of a record that the grammar does not express: lengths of lists, and bounds of numbers.
 
-Whatever reads an image relies on these, so they are checked where records are read: by `verify`, which tells of all,
-and by the reader, which takes no record that is otherwise.
+All code that reads an image relies on them. `verify` reports every violation; the reader rejects the first.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,13 +65,13 @@ _HIGHEST: dict[type[Record], dict[str, int]] = {
 
 
 def flaws(one: Record) -> Iterator[str]:
-    """What is wrong with a record by itself, a sentence each that has the field first."""
+    """Violations within a record, one sentence each that begins with the field."""
     for rule in _RULES[type(one)]:
         yield from rule(one)
 
 
 def tree_flaws(tasks: Iterable[tuple[int, int, int]]) -> Iterator[str]:
-    """What is wrong with the order of tasks, given as (vpid, vtgid, parent): depth first, each after the leader of its
+    """Violations of the order of tasks, given as (vpid, vtgid, parent): depth first, each after the leader of its
     process and after the task that created it."""
     leaders: set[int] = set()
     seen = {0}
@@ -87,7 +86,7 @@ def tree_flaws(tasks: Iterable[tuple[int, int, int]]) -> Iterator[str]:
 
 
 class _Rule(NamedTuple):
-    """`what` of the field is at most, or exactly, `bound`."""
+    """A bound of a field: its exact length, the size of its items, or its highest value."""
     field: str
     bound: int
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose a tree is, as far as a caller may know before a job begins: of tasks that /proc hides from it (hidepid= of
-proc(5)) nothing is told, not even that they are there."""
+"""Find the owner of a tree, as far as a caller may know it before a job begins. Tasks that /proc hides from the caller
+(hidepid= of proc(5)) behave as if they did not exist."""
 
 import asyncio
 from collections.abc import Collection

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How each step is taken and undone: the same code for a freeze that ends well, one that fails, and a recovery."""
+"""Take and undo each step of the journal, with the same code for success, failure and recovery."""
 
 import errno
 import os
@@ -51,13 +51,13 @@ def no_fault(point: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hands:
-    """What steps act on. freeze_unit, thaw_unit: ask systemd; OSError or CkptError when it does not do it."""
+    """The targets of steps. freeze_unit, thaw_unit: ask systemd; OSError or CkptError when it does not do it."""
     mount: CgroupMount | None
     freeze_unit: UnitCall | None = None
     thaw_unit: UnitCall | None = None
 
     def cgroup(self, name: str) -> Cgroup:
-        """By its name in /proc/PID/cgroup. FileNotFoundError if no mount shows it."""
+        """The cgroup of a name in /proc/PID/cgroup. FileNotFoundError if no mount shows it."""
         if self.mount is None:
             raise FileNotFoundError(errno.ENOENT, 'no cgroup v2 hierarchy is mounted', name)
         return Cgroup(self.mount.directory(name))
@@ -240,9 +240,8 @@ def describe(step: AnyStep) -> str:
 
 
 def _processes_by_thread(cgroup: Cgroup) -> list[int]:
-    """Of a process whose leader has exited only the threads that live are moved, and cgroup.procs lists it by the
-    leader, where that died: not where its threads are, or still where they were (css_task_iter_advance in
-    kernel/cgroup/cgroup.c)."""
+    """List processes by their living threads. If the leader of a process has exited, cgroup.procs lists the process
+    where the leader died, but only its living threads are moved (css_task_iter_advance in kernel/cgroup/cgroup.c)."""
     found = set()
     for tid in cgroup.threads(recursive=True):
         with suppress(ProcessLookupError):
@@ -267,7 +266,7 @@ def _end_processes(processes: Sequence[Known]) -> None:
 
 
 def _with_pidfd(process: Known, work: Callable[[int], object]) -> None:
-    """Nothing of a process that has exited."""
+    """Do the work with a pidfd of a process; nothing if it has exited."""
     with suppress(ProcessLookupError):
         pidfd = open_process(process.pid, process.start_time)
         try:

@@ -27,7 +27,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """One change to the system. point: its name among the fault points."""
+    """A change to the system. point: its name among the fault points."""
     point: ClassVar[str] = ''
 
 
@@ -122,7 +122,7 @@ class KeepFile(Step, frozen=True):
 
 
 class Known(msgspec.Struct, array_like=True, frozen=True):
-    """A process, known by its start time."""
+    """A process, identified by pid and start time."""
     pid: Pid
     start_time: Count
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who descends from whom, by the parents in /proc/PID/stat."""
+"""Descent of processes, by the parents in /proc/PID/stat."""
 
 from ckptd.kernel.stat import Stat, read_stat
 

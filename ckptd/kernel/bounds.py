@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What bounds a process and all that it starts: limits, priority, cgroup, login."""
+"""Bounds of a process and of all that it starts: limits, priority, cgroups, login uid."""
 
 import os
 from typing import NamedTuple

@@ -21,7 +21,7 @@ class CgroupMount:
     root: str
 
     def directory(self, cgroup: str) -> Path:
-        """Where the cgroup of a /proc/PID/cgroup path is. FileNotFoundError if this mount does not show it."""
+        """Directory of a cgroup, by its path in /proc/PID/cgroup. FileNotFoundError if this mount does not show it."""
         path, root = PurePosixPath(cgroup), PurePosixPath(self.root)
         below = path.relative_to(root) if path.is_relative_to(root) else None
         # '/../x' is beside the root of our cgroup namespace (cgroup_namespaces(7)), not above the mount point
@@ -46,7 +46,7 @@ def find_mount() -> CgroupMount:
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """One cgroup, by its directory. Methods raise FileNotFoundError or OSError ENODEV once it is removed.
+    """A cgroup, by its directory. Methods raise FileNotFoundError or OSError ENODEV once it is removed.
 
     The root cgroup has no cgroup.freeze, cgroup.events and cgroup.kill: it is never frozen and cannot be.
     """
@@ -70,12 +70,12 @@ class Cgroup:
 
     @property
     def parent(self) -> 'Cgroup | None':
-        """None for the topmost one that the mount shows."""
+        """The cgroup above; None for the topmost one of the mount."""
         above = Cgroup(self.path.parent)
         return above if (above.path / 'cgroup.procs').exists() else None
 
     def children(self) -> list['Cgroup']:
-        """Those directly below."""
+        """Cgroups directly below."""
         return [Cgroup(entry) for entry in sorted(self.path.iterdir()) if entry.is_dir()]
 
     def walk(self) -> Iterator['Cgroup']:
@@ -89,11 +89,11 @@ class Cgroup:
             yield from child.walk()
 
     def procs(self, recursive: bool = False) -> list[int]:
-        """Processes, ascending: of this cgroup, or of all below it as well. Zombies are in no cgroup.procs file."""
+        """Pids, ascending: of this cgroup, or of all below it as well. Zombies are in no cgroup.procs file."""
         return self._members('cgroup.procs', recursive)
 
     def threads(self, recursive: bool = False) -> list[int]:
-        """The same for threads."""
+        """Ids of threads, ascending: of this cgroup, or of all below it as well."""
         return self._members('cgroup.threads', recursive)
 
     def _members(self, file: str, recursive: bool) -> list[int]:
@@ -113,7 +113,7 @@ class Cgroup:
 
     @property
     def exists(self) -> bool:
-        """Whether it is there. A name may be anybody's: one that is too long for a path is that of no cgroup."""
+        """Whether the cgroup exists. A name from an image may be too long for a path, and then no cgroup has it."""
         try:
             return self.path.is_dir()
         except OSError as error:
@@ -123,7 +123,7 @@ class Cgroup:
 
     @property
     def frozen_wanted(self) -> bool:
-        """What was last written to this cgroup's own cgroup.freeze."""
+        """Whether 1 was last written to cgroup.freeze of this cgroup itself."""
         try:
             return read_file(f'{self.path}/cgroup.freeze').strip() == b'1'
         except FileNotFoundError:

@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
 
 def read_places(pid: int) -> tuple[Place, ...]:
-    """Where a process is in each hierarchy that limits what runs. The freezer and named ones limit nothing."""
+    """Read the place of a process in each hierarchy that limits resources. The freezer and named hierarchies do not."""
     found = []
     for line in text(read_task_file(task_dir(pid), 'cgroup')).splitlines():
         number, controllers, path = line.split(':', 2)

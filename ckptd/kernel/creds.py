@@ -76,12 +76,12 @@ def prctl(option: c_int, arg2: c_ulong = 0, arg3: c_ulong = 0, arg4: c_ulong = 0
 
 @libc
 def setfsuid(fsuid: c_uint) -> c_uint:
-    """The uid that files are looked up and made with, setfsuid(2); the one before."""
+    """Set the file-system uid, which files are looked up and made with; returns the one before. setfsuid(2)"""
 
 
 @libc
 def setfsgid(fsgid: c_uint) -> c_uint:
-    """The same for the group."""
+    """Set the file-system gid; returns the one before. setfsgid(2)"""
 
 
 class Capabilities(NamedTuple):
@@ -130,7 +130,7 @@ def become(uid: int, gid: int, groups: Sequence[int], capabilities_mask: int) ->
 
 
 def give_up_capability(number: int) -> None:
-    """Lose one for good in the calling thread."""
+    """Drop a capability from all sets of the calling thread; it cannot be had back."""
     held = capget()
     capset(Capabilities(*(mask & ~(1 << number) for mask in held)))
 

@@ -71,10 +71,13 @@ def open_process(pid: int, start_time: int) -> int:
 
 @contextmanager
 def held(pid: int, start_time: int = 0, uid: int = -1) -> Iterator[None]:
-    """What is read of /proc/PID in this block is of the process that began at start_time; 0: of one process, whichever
-    it is. ProcessLookupError when it has exited, at either end of the block: nothing that was read counts then. Nor
-    where it is not this user's alone: a set-user-ID program that he runs has the same pid and start time, and limits
-    that he has not (sudo lifts its own)."""
+    """Guarantee that what the block reads below /proc/PID belongs to the process that began at start_time; with 0, to
+    one process, whichever has the pid.
+
+    ProcessLookupError when it has exited at either end of the block: discard what was read. The same if the process is
+    not this user's alone: a set-user-ID program has the pid and start time of the user's process, but other limits
+    (sudo lifts its own).
+    """
     fd = open_process(pid, start_time)
     try:
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One small experiment per kernel feature, for probe.py: returns a detail, or raises OSError (absent) or Unknown.
+"""Small experiments for probe.py, one per kernel feature. Each returns a detail, or raises OSError (absent) or Unknown.
 
 Experiments run in a process of their own (probe.py) and leave nothing there but what `Child` and `probe_cgroup` undo.
 """
@@ -33,7 +33,7 @@ _ADDRESS = ctypes.addressof(_BUFFER)
 
 
 class Unknown(Exception):
-    """It cannot be tried here, so neither yes nor no."""
+    """A feature that cannot be tried here, so that the answer is unknown."""
 
 
 @syscall(NR['clone3'])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Yama, the security module that narrows who may trace whom; the kernel's admin-guide/LSM/Yama.rst."""
+"""Yama, the security module that restricts ptrace(2); see the kernel's admin-guide/LSM/Yama.rst."""
 
 from typing import Final, NamedTuple
 
@@ -17,7 +17,7 @@ NOBODY: Final = 3       # until the next boot
 
 
 def ptrace_scope() -> int:
-    """The value that holds now, ANYBODY for a kernel without Yama."""
+    """Read the current value; ANYBODY on a kernel without Yama."""
     try:
         return int(read_file(PTRACE_SCOPE))
     except FileNotFoundError:
@@ -25,9 +25,8 @@ def ptrace_scope() -> int:
 
 
 def set_ptracer(pid: int) -> bool:
-    """Let a process, and what descends from it, trace the calling process; False for a kernel without Yama.
-
-    It replaces who was declared before. 0: nobody. OSError EINVAL where there is no such process, too.
+    """Let a process and its descendants trace the calling process; 0: none. False on a kernel without Yama, or if there
+    is no such process. A tracer that was declared before is replaced.
     """
     try:
         prctl(PR_SET_PTRACER, pid)
@@ -37,13 +36,13 @@ def set_ptracer(pid: int) -> bool:
 
 
 class Forbidden(NamedTuple):
-    """Why a task may not be traced that may be looked at."""
+    """The reason why a task may be inspected and not traced."""
     reason: str
     hint: str
 
 
 def untraceable() -> Forbidden:
-    """What a security module has for a reason, as far as can be told."""
+    """Name the rule by which a security module forbids tracing, as far as it is known."""
     scope = ptrace_scope()
     reason = f'Yama forbids it (kernel.yama.ptrace_scope={scope})'
     if scope == NOBODY:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the record of an open file must be, of whatever kind, beyond what the grammar says."""
+"""Rules for records of open files of every kind that the grammar does not express."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -17,7 +17,7 @@ _HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY}
 
 
 def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
-    """A sentence for each thing that cannot be. size_of: bytes of a file of the image, 0 where there is none."""
+    """Violations, one sentence each. size_of: size in bytes of a file of the image, 0 if there is none."""
     for field in fields(cast(Any, record)):
         value = getattr(record, field.name)
         if isinstance(value, str) and '\0' in value:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a broker does for its worker: one message a call, each answered by an Answer.
+"""Calls of a worker to its broker: one message each, answered by an Answer.
 
     call            answer                          checked by the broker
     OpenImage       names; fds of the files         the image is the job's and its owner the user; regular files

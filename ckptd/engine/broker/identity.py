@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose rights a job is done with, and the launcher: a process of root's becomes a worker of that user, for good.
+"""The user whose rights a job is done with, and the launcher, which turns a process of root into that user for good.
 
     caller          job                             the worker is
     root            any but these                   root
-    root            a checkpoint of a tree that is  that user
-                    all one user's, who might trace
-                    every task of it
+    root            a checkpoint of a tree of one   that user
+                    user, who might trace all of it
     a user          any                             that user, with CAP_CHECKPOINT_RESTORE and no other capability
     a user          a checkpoint that polkit        the same, with CAP_SYS_PTRACE until the tree is traced (with
                     allows in spite of Yama         ptrace_scope 2: until its memory is read); before and after that,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a broker does for its worker: the table of calls.py, each call checked against the job.
+"""The calls that a broker answers for its worker (calls.py), each checked against the job.
 
-The worker is not believed. It works on untrusted images with the rights of the user, who may stop or kill it at any
-moment. So nothing here takes a path or a pid of the worker's for more than the kernel says of it.
+The worker is not trusted. It works on untrusted images with the rights of the user, who may stop or kill it at any
+moment. So the broker checks every path and pid of the worker with the kernel.
 """
 
 import os
@@ -55,7 +55,7 @@ Reply = tuple[dict[str, object], list[int]]
 
 
 class Powers:
-    """Of one job. `close` undoes what the worker leaves behind, whatever happened to it."""
+    """The powers of one job. `close` undoes what the worker leaves behind, however it ended."""
 
     def __init__(self, job: Job, identity: Identity, worker: int) -> None:
         self._job, self._identity = job, identity
@@ -304,7 +304,7 @@ class UsersImage(Incoming):
 
 @contextmanager
 def powers(job: Job, identity: Identity, worker: int) -> Iterator[Powers]:
-    """What the broker can do for the job; undone at the end of the block, as far as it does not last."""
+    """Make the powers of a job. The end of the block undoes what is not meant to last."""
     made = Powers(job, identity, worker)
     try:
         yield made

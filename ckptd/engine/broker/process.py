@@ -123,13 +123,13 @@ class Worker:
             socket.send_fds(self.socket, [_encode(message)], fds)
 
     def describe(self) -> str:
-        """How it ended: 'was killed by SIGKILL'."""
+        """Say how it ended: 'was killed by SIGKILL'."""
         code = os.waitstatus_to_exitcode(self.status or 0)
         return f'exited with status {code}' if code >= 0 else f'was killed by {signal.Signals(-code).name}'
 
 
 def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], int], theirs: socket.socket) -> None:
-    """In the child: take the identity, then work; never returns."""
+    """Take the identity and work, in the child; never returns."""
     status = 1
     try:
         os.setsid()
@@ -146,7 +146,7 @@ def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], 
 
 
 class Broker:
-    """One job."""
+    """The broker of one job."""
 
     def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity) -> None:
         self._channel, self._request, self._fds, self._identity = channel, start.request, fds, identity
@@ -184,7 +184,7 @@ class Broker:
                                        hard_limits=tuple(hard for _, hard in identity.bounds.limits))
 
     def _close_for_worker(self) -> None:
-        """In the worker: nothing of root's stays open but what it is handed again."""
+        """Close the fds of the broker, in the worker. It gets those that it needs by message."""
         self._channel.close()
         for fd in self._fds:
             os.close(fd)
@@ -219,7 +219,7 @@ class Broker:
         return True
 
     def _told_to_root(self, message: FromWorker) -> FromWorker:
-        """A refusal for what the owner of the tree may not, with the way to do it all the same."""
+        """Add the hint --as-root to a refusal that comes from the rights of the owner of the tree."""
         if not isinstance(message, Failed) or message.name not in (Refused.name, PermissionDenied.name):
             return message
         hint = f'it was dumped by the rights of uid {self._identity.uid}, whose tree it is; by those of root: --as-root'

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a tree may have of limits, priorities and locked memory: what the image says, or the nearest to it that we may
-set. Where these differ the restart is refused (obstacles/resources.py), unless its caller takes the nearest (clamp)."""
+"""Limits, priorities and locked memory that a tree may have: those of the image, or the nearest that we may set.
+
+A restart is refused where the two differ (obstacles/resources.py), unless its caller accepts the nearest (clamp).
+"""
 
 import dataclasses
 import functools
@@ -26,7 +28,8 @@ IOPRIO_CLASS_SHIFT, IOPRIO_CLASS_RT, IOPRIO_CLASS_BE = 13, 1, 2
 
 
 class Allowed:
-    """hard_limits: of the calling process by RLIMIT_* number, where they bind the tree and not us."""
+    """The values that we may set. hard_limits: those of the calling process by RLIMIT_* number, if they bind the tree
+    and not us."""
 
     def __init__(self, reader: ImageReader, hard_limits: Sequence[int]) -> None:
         self._reader, self._hard_limits = reader, hard_limits
@@ -41,14 +44,14 @@ class Allowed:
     # ------------------------------------------------------------ limits
 
     def limits(self, vpid: int) -> tuple[Limit, ...]:
-        """Of a process, by number."""
+        """Limits of a process, by number."""
         if vpid not in self._limits:
             wanted = self._reader.get(Limits, vpid).limits
             self._limits[vpid] = tuple(map(_nearest, wanted, self._most))
         return self._limits[vpid]
 
     def _highest(self, number: int) -> int:
-        """The highest hard limit."""
+        """The highest hard limit that we may set."""
         if self.may(CAP_SYS_RESOURCE):
             most = INFINITY
         else:
@@ -60,7 +63,7 @@ class Allowed:
     # ------------------------------------------------------------ oom_score_adj
 
     def oom_score_adj(self, vpid: int) -> int:
-        """Of a process, -1000 to 1000."""
+        """The oom_score_adj of a process, -1000 to 1000."""
         wanted, own = self._reader.get(ProcessState, vpid).oom_score_adj - 1000, read_oom_score_adj(os.getpid())
         may = wanted >= own or self.may(CAP_SYS_RESOURCE) or _can_lower_oom_score_adj(wanted)
         return wanted if may else own
@@ -68,8 +71,10 @@ class Allowed:
     # ------------------------------------------------------------ scheduling
 
     def scheduling(self, vpid: int, leader: int) -> Scheduling:
-        """Of a task of the process `leader`. The limits on it are those of the task, which it has by then; as
-        kernel/sched/syscalls.c decides, user_check_sched_setscheduler() and can_nice()."""
+        """Scheduling of a task of the process `leader`, within the limits that the task has by then.
+
+        See user_check_sched_setscheduler() and can_nice() in kernel/sched/syscalls.c.
+        """
         record = self._reader.get(Scheduling, vpid)
         ioprio = record.ioprio
         if ioprio >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_RT and not (self.may(CAP_SYS_NICE) or self.may(CAP_SYS_ADMIN)):
@@ -92,11 +97,11 @@ class Allowed:
     # ------------------------------------------------------------ locked memory
 
     def lockable(self, vpid: int) -> int:
-        """Bytes that a process may have locked."""
+        """Bytes that a process may lock."""
         return INFINITY if self.may(CAP_IPC_LOCK) else self.limits(vpid)[MEMLOCK].soft
 
     def locked(self, vpid: int, vmas: Iterable[Vma]) -> frozenset[int]:
-        """Where those mappings begin that are to be locked: from the lowest on, as many as may be."""
+        """Start addresses of the mappings that are locked: from the lowest on, as many as the limit allows."""
         room, starts = self.lockable(vpid), []
         for vma in vmas:
             if vma.locked and vma.end - vma.start <= room:
@@ -116,8 +121,8 @@ def nr_open() -> int:
 
 
 def _can_lower_oom_score_adj(value: int) -> bool:
-    """Down to what it was last set to with the right to do so, which is nowhere to be read (fs/proc/base.c,
-    oom_score_adj_min): so it is tried, and set back."""
+    """Try the value and set the old one back. The kernel allows values down to oom_score_adj_min (fs/proc/base.c),
+    which no file shows."""
     own = read_oom_score_adj(os.getpid())
     try:
         _set_oom_score_adj(value)

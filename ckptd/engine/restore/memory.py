@@ -59,7 +59,7 @@ _PIECE, _POPULATE_FROM = 2 << 20, 64 << 10
 
 
 class Space:
-    """One address space. origin: mm_id of that which it is forked from with its pages; 0 for none.
+    """An address space. origin: mm_id of the one that it inherits pages from; 0 for none. locked: see Allowed.locked.
     on_bytes(n): n bytes of pages are in place."""
 
     def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: Objects, vdso: VdsoPlan,
@@ -164,11 +164,12 @@ class Space:
                 yield from runs_between(self._memory.runs, vma.start, vma.end)
 
     def _missing(self) -> Iterator[PageRun]:
-        """What the task has to read."""
+        """Page runs that the task has to read."""
         return remaining(list(self._runs(True)), self._heritage.same if self._heritage else [])
 
     def _fill(self, script: Script) -> Steps[int]:
-        """How many bytes are left to the next run of the script: a small address space is made in one go."""
+        """Add the reads to the script; returns the bytes that its next run reads. A small address space is read in one
+        run."""
         waiting = 0
         for part, offset, ranges in _reads(self._missing()):
             size = sum(end - start for start, end in ranges)
@@ -220,7 +221,7 @@ class Space:
         return vma.kind == SHARED_MEMORY and self._reader.get(SharedMemory, vma.object).kind == SYSV
 
     def describe(self, script: Script) -> None:
-        """What the kernel itself keeps of an address space; its program is to be mapped by then, the stub's no more."""
+        """Set what the kernel keeps for an address space. The program must be mapped by then, and the stub unmapped."""
         mm = self._memory.mm
         exe = self._objects.backing(mm.exe, writable=False)
         auxv = mm.auxv.ljust(8, b'\0')
@@ -236,7 +237,7 @@ class Space:
                 script.call('membarrier', 1 << bit, 0, 0, about='membarrier registrations')
 
     def lock(self, script: Script) -> None:
-        """What is to hold for mappings that are made from now on: mlockall(2), PR_SET_MDWE(2const)."""
+        """Set the rules for mappings that are made from now on: mlockall(2), PR_SET_MDWE(2const)."""
         future = self._memory.mm.lock_future
         if self._memory.mm.mdwe:        # there is no way back from it
             script.call('prctl', PR_SET_MDWE, self._memory.mm.mdwe, 0, 0, 0)

@@ -118,8 +118,8 @@ class Nursery:
     # ------------------------------------------------------------ a namespace of its own
 
     def new_namespace(self, *, own_init: bool, child_of_us: bool, is_seed: bool) -> None:
-        """Whatever the seed makes from here on is in a new pid namespace; own_init: its process 1 is the first root.
-        is_seed: the seed is process 1 of a new one already."""
+        """Have the seed make its children in a new pid namespace. own_init: the first root is process 1 of it. is_seed:
+        the seed is in a new namespace already, as process 1."""
         if is_seed:
             self._is_init = True
             if not own_init:
@@ -156,8 +156,10 @@ class Nursery:
         raise was_killed(dead.si_pid)
 
     def require_stopped(self) -> None:
-        """The same when all are to be let go of. What was killed has left its stop at once; its death can be waited for
-        only when all threads of its process are dead."""
+        """Check that all stubs are stopped, before they are released. CkptError if one was killed.
+
+        A killed task leaves its stop at once, but can be waited for only when all threads of its process are dead.
+        """
         self.require_all()
         for _, puppet in self:
             if not puppet.is_dead and not puppet.tracee.is_stopped():

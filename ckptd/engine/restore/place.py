@@ -48,7 +48,7 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Place(Protocol):
-    """Where a tree is made and where it lives, and the journal of what a restart makes for it; see Birthplace."""
+    """The cgroups of a tree that is restored, and the journal of what is made for it; see Birthplace."""
     cgroup_fd: int
     warnings: list[Refusal]
 
@@ -63,7 +63,7 @@ class Place(Protocol):
 
 
 class Birthplace:
-    """One restart's cgroups and its journal entry. `with`: on failure everything is undone.
+    """The cgroups and the journal entry of a restart. `with`: on failure everything is undone.
 
     want: where each process is to live. cgroup_fd: where to be born, -1: where we are.
     """
@@ -189,7 +189,7 @@ class Birthplace:
         self._undo()
 
     def _undo(self) -> None:
-        """What of our steps still stands."""
+        """Undo our steps that still stand."""
         if undo_all(self._entry, self._hands, fault):
             # what was in the way once may be gone; what remains in the journal is left to the next recovery
             for sentence in undo_all(self._entry, self._hands, fault):
@@ -201,8 +201,8 @@ class Birthplace:
 
 
 class LentPlace:
-    """The same for a worker that is an ordinary user: its broker does all of it, see engine/broker/placing.py. The tree
-    is born where the worker is."""
+    """The cgroups of a restart by an ordinary user. The broker does the work (engine/broker/placing.py); the tree is
+    born in the cgroup of the worker."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
@@ -214,13 +214,13 @@ class LentPlace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing: the broker undoes what does not live when the worker has ended."""
+        """Do nothing: the broker undoes what is not alive when the worker has ended."""
 
     def want(self, homes: Mapping[int, str]) -> None:
         self._wanted = dict(homes)
 
     def prepare(self) -> None:
-        """Nothing: the broker has its cgroup when the tree is ready."""
+        """Do nothing: the broker makes its cgroup when the tree is ready."""
 
     def note(self, step: MakeSegment | MakeFile | KeepFile) -> None:
         self._broker.note(step)
@@ -237,7 +237,7 @@ class LentPlace:
 
 
 def place_for(job: Job) -> Place:
-    """Who places the tree of a restore."""
+    """Make the place for the tree of a restart."""
     return LentPlace(Broker(job.channel)) if job.request.brokered else Birthplace(job)
 
 
@@ -251,7 +251,7 @@ def homes(processes: Sequence[Process]) -> dict[int, str]:
 
 
 def _lasts(step: AnyStep) -> bool:
-    """What is not undone for a tree that lives. A file that only the journal knows by name has done its service."""
+    """Whether a step stays when the tree lives. A file that only the journal names is not needed any more."""
     if isinstance(step, MakeFile):
         return step.inode != 0
     return isinstance(step, Born | MakeHome | MakeSegment | KeepFile)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a restart is going to do, as data: made once, looked at by a dry run, carried out by run.py."""
+"""The plan of a restart, as data: made once, shown by a dry run, carried out by run.py."""
 
 import os
 import time
@@ -47,7 +47,7 @@ class Plan:
 
     @cached_property
     def tasks(self) -> list[ImageTask]:
-        """In the order of the image."""
+        """All tasks, in the order of the image."""
         return [task for process in self.processes for task in (process.leader, *process.threads)]
 
     @cached_property
@@ -73,8 +73,8 @@ def is_users_worker(plan: Plan) -> bool:
 
 
 def read_numbers(reader: ImageReader, world: World, caller: Caller) -> Numbers:
-    """Who has which pid in the namespace that the tree is born into; a caller that /proc hides others from is told no
-    names. Dead processes in the way get a moment to go."""
+    """Read which pids are in use in the namespace of the tree, and by whom. A caller from whom /proc hides processes
+    gets no names. Dead processes that hold a wanted pid get a moment to be reaped."""
     if world.pid:
         return {}
     # of the dead that sessions and groups are named by as well

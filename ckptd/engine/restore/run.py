@@ -56,7 +56,7 @@ TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # p
 
 
 class Restore:
-    """One restart."""
+    """A restart."""
 
     def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal], clock: Clock) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
@@ -98,7 +98,7 @@ class Restore:
     # ------------------------------------------------------------ open, create
 
     def _open(self, stack: ExitStack) -> None:
-        """Before there is any task: what is opened here is inherited by all."""
+        """Open files before any task exists, so that all tasks inherit them."""
         reader, request = self._reader, self._request
         self._bank = stack.enter_context(Bank(self._plan.highest))
         self._files = Files(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
@@ -161,7 +161,7 @@ class Restore:
                 self._nursery.take(step)
 
     def _fill(self) -> None:
-        """What nobody inherits; then, as all are born, the rest of all."""
+        """Fill the address spaces that nobody inherits. All tasks exist by then."""
         spaces = [(self._nursery[self._mms[mm_id]], space) for mm_id, space in self._spaces.items()]
         interleave(space.build(puppet) for puppet, space in spaces if not space.is_built)
         interleave(space.finish(puppet) for puppet, space in spaces)
@@ -217,7 +217,7 @@ class Restore:
         return self._bank.once('terminal', lambda: os.dup(self._job.terminal))
 
     def _of_objects(self, task: ImageTask, script: Script) -> None:
-        """What belongs to an object that several tasks may share is put back by the first of them."""
+        """Restore objects that tasks share, by the first task that has each."""
         record = task.record
         if self._mms[record.mm_id] == task.vpid:
             self._spaces[record.mm_id].describe(script)

@@ -52,7 +52,7 @@ _ALL = (1 << 64) - 1
 
 
 class Shed:
-    """One shed. spaces: by mm_id; their locks are taken while there is a right to take them."""
+    """The shed of a restart. spaces: by mm_id; their memory locks are set while there is a right to do so."""
 
     def __init__(self, reader: ImageReader, plan: Plan, nursery: Nursery, spaces: Mapping[int, Space]) -> None:
         self._reader, self._plan, self._nursery, self._spaces = reader, plan, nursery, spaces
@@ -142,7 +142,7 @@ def require_no_capability(tid: int) -> None:
 
 
 def _unprivileged(reader: ImageReader, vpid: int, script: Script) -> None:
-    """What of the credentials of a task needs no right."""
+    """Restore the credentials of a task that need no right."""
     record = reader.get(records.Credentials, vpid)
     if record.no_new_privs:
         script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -150,7 +150,7 @@ def _unprivileged(reader: ImageReader, vpid: int, script: Script) -> None:
 
 
 def dumpable_of(reader: ImageReader, group: Sequence[ImageTask]) -> int:
-    """What an address space is to be in the end, PR_SET_DUMPABLE(2const); that of dead tasks does not matter."""
+    """The final PR_SET_DUMPABLE(2const) value of an address space. Dead tasks have none that matters."""
     mm_id = next((task.record.mm_id for task in group if task.record.mm_id), 0)
     return reader.get(records.Mm, mm_id).dumpable if mm_id else SUID_DUMP_DISABLE
 

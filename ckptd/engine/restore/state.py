@@ -44,7 +44,7 @@ _DEFAULT = records.SigAction(0, 0, 0, 0)
 # ---------------------------------------------------------------- threads
 
 def thread(reader: ImageReader, vpid: int, script: Script) -> None:
-    """What each thread has: name, stack for signals, addresses that the kernel keeps, slack."""
+    """Restore the state of a thread: name, signal stack, addresses that the kernel keeps, timer slack."""
     task, signals = reader.get(records.Task, vpid), reader.get(records.ThreadSignals, vpid)
     pointers = reader.get(records.ThreadPointers, vpid)
     script.call('prctl', PR_SET_NAME, name_of(task))
@@ -71,7 +71,7 @@ def rseq(reader: ImageReader, vpid: int, script: Script) -> None:
 
 
 def _controls(controls: records.ThreadControls, script: Script) -> None:
-    """What differs from what every task begins with: most tasks have none of it."""
+    """Restore controls that differ from the default. Most tasks have none."""
     if controls.mce_kill != PR_MCE_KILL_DEFAULT:
         script.call('prctl', PR_MCE_KILL, PR_MCE_KILL_SET, controls.mce_kill, 0, 0)
     if controls.io_flusher:
@@ -144,7 +144,7 @@ def oom_score_adj(wanted: int, tid: int) -> None:
 
 
 def process(reader: ImageReader, vpid: int, script: Script) -> None:
-    """What a process has besides its memory."""
+    """Restore the state of a process besides its memory."""
     state = reader.get(records.ProcessState, vpid)
     script.call('personality', state.personality)
     if state.child_subreaper:
@@ -161,7 +161,7 @@ def terminal(reader: ImageReader, vpid: int, vpgid: int, script: Script, fd: int
 
 
 def interval_timers(reader: ImageReader, vpid: int, script: Script) -> None:
-    """They run from here on."""
+    """Start the interval timers of a process."""
     for which, timer in enumerate(reader.get(records.IntervalTimers, vpid).timers):
         # one that has rung is started anew when its SIGALRM is taken off the queue, and has no time left meanwhile
         # (kernel/signal.c, dequeue_signal); setting it to 0 would stop it
@@ -172,7 +172,7 @@ def interval_timers(reader: ImageReader, vpid: int, script: Script) -> None:
 
 
 def posix_timers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
-    """By their old numbers. They run from here on."""
+    """Make and start the POSIX timers of a process, with their old numbers."""
     # /proc/PID/timers has the newest first
     found = reader.get(records.PosixTimers, vpid).timers[::-1]
     if not found:
@@ -214,7 +214,7 @@ def _create(puppet: Puppet, timer: records.PosixTimer, *, by_id: bool) -> int:
 
 
 def _skip_to(puppet: Puppet, timer: records.PosixTimer) -> None:
-    """Before 6.15 numbers of a process are given in turn: use up those before the one that is wanted."""
+    """Use up the timer numbers before the wanted one. Before Linux 6.15 the kernel gives them in turn."""
     while True:
         number = _create(puppet, timer, by_id=False)
         Script(puppet).call_now('timer_delete', number)
@@ -240,13 +240,13 @@ def actions(reader: ImageReader, sighand_id: int, script: Script) -> None:
 
 @lru_cache(maxsize=64)      # forked children have their parent's table
 def _handled(actions: tuple[records.SigAction, ...]) -> list[tuple[int, bytes]]:
-    """Those that differ from what a stub has."""
+    """Signal actions that differ from those of a stub."""
     return [(number, action.encode()) for number, action in enumerate(actions, 1)
             if number not in (*_NEVER_HANDLED, SIGTRAP) and action != _DEFAULT]
 
 
 def last_calls(reader: ImageReader, sighand_id: int) -> Batch:
-    """What a task does when it leaves its stub; nothing, where SIGTRAP is to have its default."""
+    """Make the calls of a task that leaves its stub; none if SIGTRAP keeps its default action."""
     batch = Batch()
     action = reader.get(records.SignalActions, sighand_id).actions[SIGTRAP - 1]
     if action != _DEFAULT:

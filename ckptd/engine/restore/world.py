@@ -61,9 +61,10 @@ def may_choose_pids() -> bool:
 
 
 def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> World:
-    """What the image and our rights ask for. A tree of another pid namespace has numbers that mean nothing in ours.
+    """Decide which namespaces the image and our rights call for. The pids of a tree from another pid namespace mean
+    nothing in ours.
 
-    brokered: if a new time namespace was needed and could be made, we are in it.
+    brokered: the launcher has made the time namespace that is needed, and with new_pidns that of pids.
     """
     if brokered:        # the launcher has made what there is to be, by the manifest alone
         return World(False, new_pidns, None if any(read_offsets(os.getpid())) else offsets_for(reader.manifest),

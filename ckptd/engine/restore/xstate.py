@@ -43,8 +43,8 @@ def own_xstate() -> bytes:
 
 
 def _wait(life: int, told: int) -> NoReturn:
-    """In the child: until its parent closes the other end of `life`, or is killed. Had it stopped itself instead, it
-    would stay stopped then."""
+    """Wait, in the child, until the parent closes the other end of `life` or dies. A child that had stopped itself
+    would stay stopped if the parent died."""
     try:
         prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)      # a worker that is an ordinary user could not trace it else
         os.write(told, b'r')
@@ -54,7 +54,7 @@ def _wait(life: int, told: int) -> NoReturn:
 
 
 def shortcoming(xstate: bytes, own: bytes) -> str:
-    """What of this state the processor cannot take; '' if it takes all."""
+    """Name the part of this state that the processor cannot take; '' if it takes all."""
     if len(xstate) < _XSTATE_BV_AT + 8 or len(own) < _XSTATE_BV_AT + 8:
         return '' if len(xstate) == len(own) else 'the register state has another size'
     theirs, ours = (struct.unpack_from('<Q', area, _XCR0_AT)[0] for area in (xstate, own))

@@ -91,8 +91,8 @@ def _owner(scene: Scene, saved: OpenFile, vpid: int, resource: str) -> Iterator[
 
 
 def _path(scene: Scene, record: Struct) -> str:
-    """What a restart opens for the record of an open file: of a deleted one the directory that it is made in; '' for
-    what has no path."""
+    """Path that a restart opens for an open file; for a deleted file, the directory that it is created in; '' if the
+    file has no path."""
     path = str(getattr(record, 'path', ''))
     return home_of(path, scene.looking) if getattr(record, 'deleted', 0) else path
 
@@ -116,7 +116,7 @@ def _holders(scene: Scene) -> dict[int, tuple[int, int]]:
 # ---------------------------------------------------------------- mapped files
 
 def _mapped_files(scene: Scene) -> Iterator[Obstacle]:
-    """By their first user; what access each needs: os.R_OK ..."""
+    """Check the mapped files, by their first user and by the access that each needs: os.R_OK ..."""
     users = scene.plan.users('mm_id')
     first: dict[int, tuple[int, str]] = {}
     access: dict[int, int] = {}
@@ -224,7 +224,8 @@ def _segments(scene: Scene) -> Iterator[Obstacle]:
 
 
 def _segment(scene: Scene, record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
-    """One that is still there and used by nobody is taken again, see Objects; else its id and key must be free."""
+    """Check a System V segment. One that exists and is not attached is used again, see Objects; else its id and key
+    must be free."""
     resource = f'shmid {record.shmid}'
     try:
         found = shmctl_stat(record.shmid)

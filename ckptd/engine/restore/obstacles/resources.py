@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What takes a privilege of ours to be set again: hard limits, oom_score_adj, scheduling, locked memory.
+"""Checks of what takes a privilege to be set: hard limits, oom_score_adj, scheduling, locked memory.
 
-Where the nearest is taken instead (`clamp`), a refusal becomes a warning that says what it is.
+With `clamp` a refusal becomes a warning that names the nearest value.
 """
 
 import os
@@ -113,7 +113,7 @@ def _scheduling(scene: Scene, vpid: int, leader: int) -> Iterator[Obstacle]:
 
 
 def _privileged(record: Scheduling, nearest: Scheduling) -> Iterator[tuple[str, str]]:
-    """What is not allowed, and with what it would come back."""
+    """Pairs of what is not allowed and of what the task gets instead."""
     ordinary = 'with the policy SCHED_OTHER'
     if record.policy == SCHED_DEADLINE != nearest.policy:
         yield 'its policy is SCHED_DEADLINE', ordinary

@@ -46,7 +46,7 @@ def capability_names(mask: int) -> str:
 
 
 def _ours(scene: Scene) -> Iterator[Obstacle]:
-    """What setting any credentials takes."""
+    """Check the rights that it takes to set credentials at all."""
     if scene.plan.world.user or is_users_worker(scene.plan):
         return
     uids = {uid for record in scene.reader.every(Credentials) for uid in record.uids}

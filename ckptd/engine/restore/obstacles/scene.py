@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every check of a restart looks at, and the rows that they make."""
+"""The input of every check of a restart, and the rows that checks make."""
 
 import os
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class Scene:
         return self.allowed.may(capability)
 
     def may_here(self, capability: int) -> bool:
-        """The same where the user namespace that the tree is born into is enough: it has them all in a new one."""
+        """Whether we have a capability in the user namespace of the tree. In a new user namespace we have all."""
         return self.plan.world.user or self.may(capability)
 
     def caller_may(self, path: str, access: int) -> bool:
@@ -45,11 +45,11 @@ class Scene:
 
     @cached_property
     def allowed(self) -> Allowed:
-        """What the tree may have of limits and priorities."""
+        """Limits and priorities that the tree may have."""
         return Allowed(self.reader, self.request.hard_limits)
 
     def beyond(self, obstacle: 'Obstacle', comes: str) -> 'Obstacle':
-        """More than may be set: a refusal, unless the caller takes the nearest. comes: with what it comes back."""
+        """Refuse a value that may not be set, or warn if the caller accepts the nearest. comes: the nearest."""
         if self.request.clamp:
             return obstacle._replace(hint=f'it comes back {comes}', severity='warning')
         return obstacle._replace(hint=f'{obstacle.hint}, or take the nearest: --clamp')
@@ -81,7 +81,7 @@ class Obstacle(NamedTuple):
 
     @property
     def said(self) -> tuple[str, str, str, str]:
-        """What it says, whoever it says it of."""
+        """The text of a row without its task."""
         return self.errno, self.reason, self.hint, self.severity
 
 
@@ -94,7 +94,7 @@ def once(obstacles: Iterable[Obstacle]) -> list[Obstacle]:
 
 
 def rows(scene: Scene, obstacles: Iterable[Obstacle]) -> list[Refusal]:
-    """As everybody else gets to see them; the names of tasks are those of the image."""
+    """Turn obstacles into refusals, with the names of tasks from the image."""
     names = {task.vpid: task.record.comm for task in scene.reader.tasks}
     return [Refusal(one.vpid, names.get(one.vpid, ''), one.resource, one.errno, one.reason, one.hint, one.severity)
             for one in dict.fromkeys(obstacles)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is around a tree: the cgroup that it was asked into, namespaces, the terminal that controls it."""
+"""Checks of the surroundings of a tree: its cgroup, its namespaces and its controlling terminal."""
 
 import os
 from collections.abc import Iterator
