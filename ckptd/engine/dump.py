@@ -24,7 +24,8 @@ from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
-from ckptd.engine.sleeps import Timers, find_sleeps, sleep_left
+from ckptd.engine.sleeps import find_sleeps, sleep_left
+from ckptd.engine.timers import Timers
 from ckptd.engine.waits import Notes, Wait
 from ckptd.errors import NotSupported, Refusal, TreeChanged
 from ckptd.image import records

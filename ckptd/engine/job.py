@@ -15,7 +15,7 @@ from ckptd.engine.broker.freezing import lent_freeze
 from ckptd.engine.channel import Channel
 from ckptd.engine.faults import fault
 from ckptd.engine.messages import JobRequest
-from ckptd.engine.sleeps import OwnTimers, Timers
+from ckptd.engine.timers import OwnTimers, Timers
 from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFailed
 from ckptd.freezer import Frozen, close_after, freeze
 from ckptd.freezer.base import Terms, refuse_own_tree

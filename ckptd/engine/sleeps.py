@@ -16,20 +16,20 @@ import os
 import signal
 import struct
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 from ckptd.engine.faults import fault
 from ckptd.engine.resume import has_signal
+from ckptd.engine.timers import Timers
 from ckptd.engine.waits import Notes
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, PTRACE_O_TRACESYSGOOD, SYSCALL_STOP, Tracee
-from ckptd.kernel.timer_list import End, read_sleeps
+from ckptd.kernel.timer_list import End
 from ckptd.kernel.wchan import read_wchan
 
 _NR = arch.NR
@@ -157,38 +157,6 @@ def _number(regs: arch.user_regs_struct, function: str) -> int:
     if name == 'nanosleep' and (first < PAGE or negative):
         name = 'clock_nanosleep'
     return _NR[name]
-
-
-class Timers(Protocol):
-    """A reader of /proc/timer_list, for tasks that sleep in between. PermissionError, FileNotFoundError."""
-
-    def at_rest(self) -> None:
-        """Read the list while none of the tasks sleeps."""
-
-    def asleep(self, tids: Sequence[int]) -> None:
-        """Read the list while these tasks sleep."""
-
-    def ends(self) -> set[End]:
-        """Read the list when they have stopped again. Ends that it had while they slept, and neither before nor
-        after."""
-
-
-class OwnTimers:
-    """A reader that opens the list itself, as root."""
-
-    def __init__(self) -> None:
-        self._before: Counter[End] = Counter()
-        self._asleep: Counter[End] = Counter()
-
-    def at_rest(self) -> None:
-        self._before = read_sleeps()
-
-    def asleep(self, tids: Sequence[int]) -> None:
-        self._asleep = read_sleeps()
-
-    def ends(self) -> set[End]:
-        before, self._before = self._before, read_sleeps()
-        return {end for end in self._asleep - before if self._before[end] < self._asleep[end]}
 
 
 class _Measurement:

@@ -15,7 +15,8 @@ import pytest
 from ckptd.engine import faults, sleeps, waits
 from ckptd.engine.remote import OwnIds
 from ckptd.engine.resume import issue_again, wait_on
-from ckptd.engine.sleeps import OwnTimers, find_sleeps
+from ckptd.engine.sleeps import find_sleeps
+from ckptd.engine.timers import OwnTimers
 from ckptd.engine.waits import Notes, note_waits
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft

@@ -68,7 +68,7 @@ class Broker:
 
 
 class LentTimers:
-    """The timers of the machine, see engine.sleeps.Timers: the broker reads them, and tells of none but those that come
+    """The timers of the machine, see engine.timers.Timers: the broker reads them, and tells of none but those that come
     and go with tasks of the job."""
 
     def __init__(self, channel: Channel) -> None:

@@ -36,7 +36,7 @@ from ckptd.engine.broker.calls import (
 from ckptd.engine.broker.identity import Identity
 from ckptd.engine.broker.placing import TreePlace
 from ckptd.engine.job import Job, image_path, require_some_room
-from ckptd.engine.sleeps import OwnTimers
+from ckptd.engine.timers import OwnTimers
 from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
 from ckptd.freezer import Frozen
 from ckptd.image.archive_reader import incoming
