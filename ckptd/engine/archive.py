@@ -8,10 +8,10 @@ import os
 import stat
 from contextlib import nullcontext
 
-from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.messages import FORMATS
 from ckptd.errors import InvalidArgument
+from ckptd.faults import fault
 from ckptd.image.archive import write_archive
 from ckptd.image.archive_reader import read_archive
 from ckptd.image.export_core import export

@@ -18,7 +18,6 @@ from ckptd import __version__
 from ckptd.engine.clock import Clock
 from ckptd.engine.deaths import Deaths
 from ckptd.engine.dump import Dump
-from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen as FrozenMessage
 from ckptd.engine.messages import first_rows
@@ -27,6 +26,7 @@ from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.seize import seize_all
 from ckptd.engine.waits import Notes, note_waits
 from ckptd.errors import Refusal, TreeChanged
+from ckptd.faults import fault
 from ckptd.freezer import Frozen
 from ckptd.freezer.groups import read_cgroups
 from ckptd.image import manifest as manifests

@@ -17,17 +17,15 @@ from typing import Self
 
 from ckptd.engine import state
 from ckptd.engine.copy import Copier
-from ckptd.engine.faults import fault
-from ckptd.engine.interleave import Steps, interleave
 from ckptd.engine.memory import MemoryDump
 from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import ThreadAnswers, ask
-from ckptd.engine.remote import OwnIds
 from ckptd.engine.sharing import TaskSharing
 from ckptd.engine.sleeps import find_sleeps, sleep_left
 from ckptd.engine.timers import Timers
 from ckptd.engine.waits import Notes, Wait
 from ckptd.errors import NotSupported, Refusal, TreeChanged
+from ckptd.faults import fault
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
@@ -38,6 +36,8 @@ from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import Status
 from ckptd.kernel.timens import Clocks
 from ckptd.picture import Picture
+from ckptd.remote.borrow import OwnIds
+from ckptd.remote.interleave import Steps, interleave
 from ckptd.tree import Task, Tree
 
 Report = Callable[[int, int, int, int], None]       # tasks done, of; bytes done, of

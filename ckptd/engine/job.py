@@ -13,10 +13,10 @@ from ckptd.checks.hidden import require_sight, without_hidden
 from ckptd.engine.broker.client import Broker
 from ckptd.engine.broker.freezing import lent_freeze
 from ckptd.engine.channel import Channel
-from ckptd.engine.faults import fault
 from ckptd.engine.messages import JobRequest
 from ckptd.engine.timers import OwnTimers, Timers
 from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFailed
+from ckptd.faults import fault
 from ckptd.freezer import Frozen, close_after, freeze
 from ckptd.freezer.base import Terms, refuse_own_tree
 from ckptd.image.archive_reader import destination_in

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ckptd.engine.batch import Batch, Out, Results
-from ckptd.engine.interleave import Steps, finish
-from ckptd.engine.remote import OwnIds, Remote
 from ckptd.image.records import IntervalTimer, SigAction
 from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.memory import PAGE
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import ProcTimer, read_timers
+from ckptd.remote.batch import Batch, Out, Results
+from ckptd.remote.borrow import OwnIds, Remote
+from ckptd.remote.interleave import Steps, finish
 
 SIGNALS = range(1, 65)
 _NEVER_HANDLED = (9, 19)        # SIGKILL, SIGSTOP: rt_sigaction of them is EINVAL

@@ -3,8 +3,8 @@
 
 from collections.abc import Callable
 
-from ckptd.engine.faults import fault
 from ckptd.errors import FreezeTimeout, TreeChanged
+from ckptd.faults import fault
 from ckptd.freezer.traced import not_permitted
 from ckptd.kernel.ptrace import Patience, Tracee
 from ckptd.scan import is_alive

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from ckptd.engine.remote import OwnIds
 from ckptd.kernel.ptrace import Tracee
+from ckptd.remote.borrow import OwnIds
 from tests.engine.faulty import Gate
 from tests.lib.forked import forked
 

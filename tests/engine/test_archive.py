@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from ckptd.engine.faults import IMPORT_POINTS
 from ckptd.engine.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, Progress, Start
 from ckptd.errors import (
     Cancelled,
@@ -30,6 +29,7 @@ from ckptd.errors import (
     PermissionDenied,
     WorkerDied,
 )
+from ckptd.faults import IMPORT_POINTS
 from ckptd.image.manifest import NAME, read_manifest
 from ckptd.image.verify import verify
 from ckptd.image.writer import INCOMING, remove_stale

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from ckptd.bus.client import connect
-from ckptd.engine.faults import POINTS
+from ckptd.faults import POINTS
 from ckptd.kernel.task import read_children
 from tests.engine.faulty import Api, Gate, Standing, api, end, readable
 from tests.engine.unharmed import Subject, left_in_journal, left_in_spool

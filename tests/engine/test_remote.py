@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ckptd.engine import faults
-from ckptd.engine import remote as remote_module
-from ckptd.engine.batch import Batch
-from ckptd.engine.interleave import finish
-from ckptd.engine.remote import OwnIds, Remote
+from ckptd import faults
 from ckptd.kernel.maps import read_maps
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.status import read_status
+from ckptd.remote import borrow as remote_module
+from ckptd.remote.batch import Batch
+from ckptd.remote.borrow import OwnIds, Remote
+from ckptd.remote.interleave import finish
 from tests.engine.conftest import in_child
 
 pytestmark = [pytest.mark.needs('ptrace', 'gcc'), pytest.mark.usefixtures('tracer')]

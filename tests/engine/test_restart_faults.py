@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
-from ckptd.engine.faults import RESTORE_POINTS
+from ckptd.faults import RESTORE_POINTS
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SYSV, SharedMemory
 from tests.engine.faulty import Api, Gate, Standing, api, end, readable

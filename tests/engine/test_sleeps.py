@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ckptd.engine import faults, sleeps, waits
-from ckptd.engine.remote import OwnIds
+from ckptd import faults
+from ckptd.engine import sleeps, waits
 from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.sleeps import find_sleeps
 from ckptd.engine.timers import OwnTimers
@@ -27,6 +27,7 @@ from ckptd.kernel.task import read_threads
 from ckptd.kernel.timens import Clocks
 from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.kernel.wchan import read_wchan
+from ckptd.remote.borrow import OwnIds
 from ckptd.scan import scan_tree
 from tests.engine.conftest import in_child
 from tests.engine.driver import Place

@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptd.engine.batch import Batch
-from ckptd.engine.interleave import Steps
 from ckptd.engine.patience import Patience, stub_patience
 from ckptd.engine.restore.nursery import Nursery
-from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.seed import find_arena, plant
 from ckptd.errors import Cancelled, CkptError
 from ckptd.kernel.clone import CLONE_THREAD, CLONE_VM
 from ckptd.kernel.ptrace import endless
+from ckptd.remote.batch import Batch
+from ckptd.remote.interleave import Steps
+from ckptd.remote.stub import Puppet
 from tests.engine.conftest import in_child
 
 pytestmark = [pytest.mark.needs('root', 'ptrace'), pytest.mark.timeout(30)]

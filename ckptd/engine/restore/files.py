@@ -11,17 +11,13 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from ckptd.checks import Caller
-from ckptd.engine.batch import Batch
-from ckptd.engine.faults import fault
-from ckptd.engine.interleave import Steps
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.objects import Objects
-from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.reach import OutOfReach, open_within_reach, require_reach
 from ckptd.engine.restore.rewrites import Rewrites
 from ckptd.engine.restore.rights import Rights, is_users, rights_for
-from ckptd.engine.restore.script import Script
 from ckptd.errors import CkptError, ImageDamaged
+from ckptd.faults import fault
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
@@ -32,6 +28,10 @@ from ckptd.kernel.shm import ShmidDs
 from ckptd.kinds.base import ChangedFiles, Kind
 from ckptd.kinds.deleted import deleted_file, whole
 from ckptd.kinds.registry import BY_TAG
+from ckptd.remote.batch import Batch
+from ckptd.remote.interleave import Steps
+from ckptd.remote.script import Script
+from ckptd.remote.stub import Puppet
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_OWNER_PGRP = 2

@@ -9,18 +9,18 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.restore import state
 from ckptd.engine.restore.family import Process
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.plan import Plan
-from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.shed import dumpable_of
 from ckptd.engine.restore.sleeping import sleep_again
 from ckptd.engine.restore.stops import Stops
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.kernel.arch.x86_64 import user_regs_struct
 from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_DISABLE, SUID_DUMP_USER
+from ckptd.remote.interleave import Steps, finish, interleave
+from ckptd.remote.script import Script
 
 
 class Leave:

@@ -16,7 +16,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import attrgetter
 
-from ckptd.engine.interleave import Steps
 from ckptd.engine.restore.inherit import (
     MAP_ANONYMOUS,
     MAP_LOCKED,
@@ -30,8 +29,6 @@ from ckptd.engine.restore.inherit import (
     remaining,
 )
 from ckptd.engine.restore.objects import Objects, may_write
-from ckptd.engine.restore.puppet import Puppet
-from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.image import records
 from ckptd.image.reader import ImageReader, Memory, runs_between
@@ -40,6 +37,9 @@ from ckptd.kernel.arch.x86_64 import TASK_SIZE
 from ckptd.kernel.decl import offset_of
 from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
 from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
+from ckptd.remote.interleave import Steps
+from ckptd.remote.script import Script
+from ckptd.remote.stub import Puppet
 
 # <linux/mman.h>
 MAP_FIXED_NOREPLACE = 0x100000

@@ -18,10 +18,10 @@ from typing import Protocol, Self
 
 from ckptd.engine.broker.calls import Placed
 from ckptd.engine.broker.client import Broker
-from ckptd.engine.faults import fault
 from ckptd.engine.job import Job
 from ckptd.engine.restore.family import Process
 from ckptd.errors import CkptError, Refusal
+from ckptd.faults import fault
 from ckptd.image.files import spooling
 from ckptd.journal.entry import Entry
 from ckptd.journal.hands import Hands, undo_all

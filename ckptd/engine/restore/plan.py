@@ -19,7 +19,6 @@ from ckptd.engine.restore.family import (
 from ckptd.engine.restore.fills import with_fills
 from ckptd.engine.restore.inherit import Heritage
 from ckptd.engine.restore.memory import mapped_ranges
-from ckptd.engine.restore.puppet import Arena
 from ckptd.engine.restore.seed import find_arena
 from ckptd.engine.restore.steps import Spawn, Step
 from ckptd.engine.restore.world import World
@@ -27,6 +26,7 @@ from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import FdTable, ProcessState
 from ckptd.kernel.numbers import Numbers, await_reaped, numbers_in_use
+from ckptd.remote.stub import Arena
 
 DEAD = (ord('Z'), ord('X'))
 _REAPED_WITHIN = 3.0        # seconds

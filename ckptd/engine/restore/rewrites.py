@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
-from ckptd.engine.faults import fault
 from ckptd.engine.restore.place import Place
 from ckptd.engine.restore.rights import Rights
+from ckptd.faults import fault
 from ckptd.image.files import require_room
 from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from ckptd.engine.clock import Clock
-from ckptd.engine.faults import fault
-from ckptd.engine.interleave import Steps, finish, interleave
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Phase, Running, first_rows
 from ckptd.engine.patience import stub_patience
@@ -36,19 +34,21 @@ from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.place import homes, place_for
 from ckptd.engine.restore.plan import DEAD, Plan
 from ckptd.engine.restore.prepare import prepare, refused
-from ckptd.engine.restore.puppet import Puppet
 from ckptd.engine.restore.rewrites import Rewrites
-from ckptd.engine.restore.script import Script
 from ckptd.engine.restore.seed import plant
 from ckptd.engine.restore.shed import Shed
 from ckptd.engine.restore.steps import Clear, Fill, Step
 from ckptd.engine.restore.vdso import VdsoPlan
 from ckptd.engine.restore.world import make_reaper
 from ckptd.errors import Refusal
+from ckptd.faults import fault
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify_records
 from ckptd.kernel.ptrace import let_go
+from ckptd.remote.interleave import Steps, finish, interleave
+from ckptd.remote.script import Script
+from ckptd.remote.stub import Puppet
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
 _NO_LIMIT = (1 << 32) - 1

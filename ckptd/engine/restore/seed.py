@@ -11,8 +11,6 @@ import time
 import warnings
 from collections.abc import Iterable
 
-from ckptd.engine.batch import Batch
-from ckptd.engine.restore.puppet import BLOCK_ALL, OPTIONS, Arena, Puppet
 from ckptd.errors import CkptError, NotSupported
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import (
@@ -26,6 +24,8 @@ from ckptd.kernel.creds import (
 )
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Patience, Tracee, endless
+from ckptd.remote.batch import Batch
+from ckptd.remote.stub import BLOCK_ALL, OPTIONS, Arena, Puppet
 
 _PROGRAM_AT = 0x200000
 ARENA_LENGTH = 64 * PAGE

@@ -10,14 +10,14 @@ import ctypes
 import os
 import struct
 
-from ckptd.engine.batch import Batch
-from ckptd.engine.interleave import Steps
-from ckptd.engine.restore.puppet import Puppet
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, Registers, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.memory import write_bytes
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP
+from ckptd.remote.batch import Batch
+from ckptd.remote.interleave import Steps
+from ckptd.remote.stub import Puppet
 
 # which argument is the timeout: a pointer to a timespec, but of poll milliseconds
 _TIMEOUT = {arch.NR['nanosleep']: 0, arch.NR['clock_nanosleep']: 2, arch.NR['futex']: 3, arch.NR['poll']: 2}

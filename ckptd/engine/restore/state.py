@@ -15,10 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 
-from ckptd.engine.batch import Batch
-from ckptd.engine.interleave import finish
-from ckptd.engine.restore.puppet import Puppet
-from ckptd.engine.restore.script import Script
 from ckptd.errors import CkptError
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
@@ -27,6 +23,10 @@ from ckptd.kernel.creds import prctl
 from ckptd.kernel.itimer import cpu_itimer_excess
 from ckptd.kernel.sched import SchedAttr, ioprio_set, sched_setattr
 from ckptd.kernel.task import SIGEV_THREAD_ID
+from ckptd.remote.batch import Batch
+from ckptd.remote.interleave import finish
+from ckptd.remote.script import Script
+from ckptd.remote.stub import Puppet
 
 # <linux/prctl.h>
 PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_CHILD_SUBREAPER = 15, 29, 36

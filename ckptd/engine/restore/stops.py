@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from ckptd.engine.restore.family import Process
 from ckptd.engine.restore.nursery import Nursery
-from ckptd.engine.restore.puppet import Puppet
-from ckptd.engine.restore.script import Script
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP
+from ckptd.remote.script import Script
+from ckptd.remote.stub import Puppet
 
 _P_PID = 1          # <linux/wait.h>
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from ckptd.engine.restore.script import Script
 from ckptd.errors import ImageDamaged
 from ckptd.image.reader import ImageReader, Memory
 from ckptd.image.records import VDSO, VVAR, Vma
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.maps import read_maps
 from ckptd.kernel.memory import Mem, read_bytes
+from ckptd.remote.script import Script
 
 _MAP_PRIVATE_ANONYMOUS_FIXED = 0x100022     # with MAP_FIXED_NOREPLACE
 _READ_WRITE, _READ_EXEC = 3, 5

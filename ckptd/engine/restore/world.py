@@ -11,9 +11,6 @@ import os
 import time
 from dataclasses import dataclass
 
-from ckptd.engine.batch import Batch
-from ckptd.engine.restore.puppet import Puppet
-from ckptd.engine.restore.script import Script
 from ckptd.errors import NotSupported, Refusal
 from ckptd.image.manifest import Manifest
 from ckptd.image.reader import ImageReader
@@ -24,6 +21,9 @@ from ckptd.kernel.creds import CAP_CHECKPOINT_RESTORE, CAP_SYS_ADMIN, capget
 from ckptd.kernel.memory import Mem
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Offsets, read_offsets, write_offsets
+from ckptd.remote.batch import Batch
+from ckptd.remote.script import Script
+from ckptd.remote.stub import Puppet
 
 PR_SET_NAME = 15            # <linux/prctl.h>
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """x86-64: registers, system call numbers, and the code that makes a stopped task do system calls.
 
-The code blob runs in the tracee, from a place that holds nothing (see ckptd.engine.remote). It uses no stack and no
+The code blob runs in the tracee, from a place that holds nothing (see ckptd.remote.borrow). It uses no stack and no
 FPU register, and its end puts every register back by itself:
 
     entry:  straight system call, arguments as immediates    (BOOT), or a walk over a table of calls at rbx (LOOP)

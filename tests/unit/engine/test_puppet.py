@@ -3,9 +3,9 @@
 
 import pytest
 
-from ckptd.engine.interleave import Steps, finish, interleave
-from ckptd.engine.restore.puppet import Arena, Puppet, Turn
 from ckptd.kernel.ptrace import Tracee
+from ckptd.remote.interleave import Steps, finish, interleave
+from ckptd.remote.stub import Arena, Puppet, Turn
 
 ARENA = Arena.at(0x10000, 0x8000)
 

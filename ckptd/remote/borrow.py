@@ -25,15 +25,15 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
-from ckptd.engine.batch import Batch, Results
-from ckptd.engine.faults import fault
-from ckptd.engine.interleave import Steps
 from ckptd.errors import CkptError, NotSupported
+from ckptd.faults import fault
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
 from ckptd.kernel.status import read_status
+from ckptd.remote.batch import Batch, Results
+from ckptd.remote.interleave import Steps
 
 AREA_PAGES = 8
 CODE_ROOM = 512             # bytes of code, rounded up

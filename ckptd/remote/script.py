@@ -5,10 +5,10 @@ import errno
 import os
 from typing import cast
 
-from ckptd.engine.batch import Batch
-from ckptd.engine.interleave import Steps, finish
-from ckptd.engine.restore.puppet import Puppet
 from ckptd.errors import CkptError
+from ckptd.remote.batch import Batch
+from ckptd.remote.interleave import Steps, finish
+from ckptd.remote.stub import Puppet
 
 _NO_NOTE: tuple[str, int | None] = '', None
 

@@ -18,8 +18,6 @@ import signal
 import time
 from typing import NamedTuple, Self, TypeVar
 
-from ckptd.engine.batch import Batch, Results
-from ckptd.engine.interleave import Steps, finish
 from ckptd.errors import CkptError
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_DISABLE
@@ -38,6 +36,8 @@ from ckptd.kernel.ptrace import (
     SYSCALL_STOP,
     Tracee,
 )
+from ckptd.remote.batch import Batch, Results
+from ckptd.remote.interleave import Steps, finish
 
 T = TypeVar('T')
 
