@@ -19,8 +19,8 @@ LONG_TABLES = {'ckptd.image.records': 450}
 
 # a layer may import from the layers before it, and from itself
 ORDER = ['errors', 'faults', 'flock', 'logs', 'places', 'notify', 'config', 'tree', 'kernel', 'image', 'journal',
-         'remote', 'kinds', 'objects', 'scan', 'picture', 'checks', 'inspect', 'freezer', 'protocol', 'operation', 'dump',
-         'restore', 'engine', 'worker', 'jobs', 'bus', 'client', 'cli', 'daemon']
+         'remote', 'kinds', 'objects', 'scan', 'picture', 'checks', 'inspect', 'freezer', 'protocol', 'operation',
+         'dump', 'restore', 'engine', 'worker', 'jobs', 'bus', 'client', 'cli', 'daemon']
 # finer than the order. These layers know nothing of the others, whatever stands before them
 ONLY_LAYERS = {
     'faults': set(), 'flock': set(), 'logs': set(), 'places': {'errors'}, 'notify': {'errors'}, 'config': {'errors'},
