@@ -12,9 +12,9 @@ from ckptd.engine.job import Job
 from ckptd.engine.messages import FORMATS
 from ckptd.errors import InvalidArgument
 from ckptd.faults import fault
-from ckptd.image.archive import write_archive
-from ckptd.image.archive_reader import read_archive
-from ckptd.image.export_core import export
+from ckptd.image.archive.pack import write_archive
+from ckptd.image.archive.unpack import read_archive
+from ckptd.image.cores.export import export
 from ckptd.image.reader import ImageReader
 from ckptd.image.source import ImageFiles
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, become, no_capabilities

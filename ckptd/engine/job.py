@@ -19,7 +19,7 @@ from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFaile
 from ckptd.faults import fault
 from ckptd.freezer import Frozen, close_after, freeze
 from ckptd.freezer.base import Terms, refuse_own_tree
-from ckptd.image.archive_reader import destination_in
+from ckptd.image.archive.unpack import destination_in
 from ckptd.image.files import require_room, spooling
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest

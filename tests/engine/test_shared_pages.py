@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ckptd.engine.copy import CHUNK_SIZE, Copier
 from ckptd.engine.ranges import overlaps, without
-from ckptd.image.export_core import export
+from ckptd.image.cores.export import export
 from ckptd.image.pages import DataWriter
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import PAGE, PageRun, ThreadPointers

@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 from ckptd.errors import SpoolFailed
-from ckptd.image.archive import write_archive
-from ckptd.image.archive_reader import destination_in, read_archive
+from ckptd.image.archive.pack import write_archive
+from ckptd.image.archive.unpack import destination_in, read_archive
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.faulty import Gate, api
 from tests.engine.unharmed import Subject, left_in_journal, left_in_spool

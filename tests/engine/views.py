@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from ckptd.image.core_plan import exportable
-from ckptd.image.export_core import write_core
+from ckptd.image.cores.export import write_core
+from ckptd.image.cores.plan import exportable
 from ckptd.image.reader import ImageReader, ImageTask, Memory
 from ckptd.image.records import (
     ANON,

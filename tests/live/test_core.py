@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from ckptd.image.export_core import export
+from ckptd.image.cores.export import export
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from tests.live import core as live

@@ -39,7 +39,7 @@ from ckptd.engine.job import Job, image_path, require_some_room
 from ckptd.engine.timers import OwnTimers
 from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
 from ckptd.freezer import Frozen
-from ckptd.image.archive_reader import incoming
+from ckptd.image.archive.unpack import incoming
 from ckptd.image.files import require_room, spooling
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import NAME, Manifest, read_manifest_of

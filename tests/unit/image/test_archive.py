@@ -27,8 +27,8 @@ import pytest
 
 from ckptd.errors import Cancelled, CkptError, ImageDamaged, LimitsExceeded, SpoolFailed
 from ckptd.image import records as r
-from ckptd.image.archive import part_order, write_archive
-from ckptd.image.archive_reader import MAX_PADDING, MAX_PAX, destination_in, parse_pax, read_archive
+from ckptd.image.archive.pack import part_order, write_archive
+from ckptd.image.archive.unpack import MAX_PADDING, MAX_PAX, destination_in, parse_pax, read_archive
 from ckptd.image.grammar import encode_end, encode_header, encode_record
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import MAX_MANIFEST, NAME, Manifest, Part, decode_manifest, encode_manifest, read_manifest
@@ -778,7 +778,7 @@ def test_an_error_of_the_disk_at_fsync(stream: bytes, spool: Path, monkeypatch: 
         if os.readlink(f'/proc/self/fd/{fd}').endswith('data-0.img'):  # noqa: PTH115
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr('ckptd.image.archive_reader.os.fsync', fsync)
+    monkeypatch.setattr('ckptd.image.archive.unpack.os.fsync', fsync)
     with pytest.raises(SpoolFailed, match=r'data-0\.img: Input/output error'):
         receive(stream, spool)
     assert names(spool) == []

@@ -17,9 +17,9 @@ from elftools.elf.elffile import ELFFile
 
 from ckptd.errors import CkptError, ImageDamaged, NoSuchTarget
 from ckptd.image import records as r
-from ckptd.image.core_plan import plan_core
-from ckptd.image.elf import EM_X86_64, PN_XNUM, PT_LOAD, Phdr, encode_headers, headers_size
-from ckptd.image.export_core import export, write_core
+from ckptd.image.cores.elf import EM_X86_64, PN_XNUM, PT_LOAD, Phdr, encode_headers, headers_size
+from ckptd.image.cores.export import export, write_core
+from ckptd.image.cores.plan import plan_core
 from ckptd.image.grammar import Record
 from ckptd.image.reader import ImageReader
 from tests.unit.image.samples import PAGE, task, tree_records, vma, write_image

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from ckptd.image.xstate import for_debuggers
+from ckptd.image.cores.xstate import for_debuggers
 
 AVX512 = 0xE7
 PKRU = 0x200

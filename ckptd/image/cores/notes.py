@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from ckptd.errors import ImageDamaged
-from ckptd.image.elf import (
+from ckptd.image.cores.elf import (
     FPREGS_SIZE,
     GPR_SIZE,
     NT_AUXV,
@@ -21,6 +21,7 @@ from ckptd.image.elf import (
     file_note,
     note,
 )
+from ckptd.image.cores.xstate import for_debuggers
 from ckptd.image.reader import ImageReader, ImageTask, Memory
 from ckptd.image.records import (
     FILE_PRIVATE,
@@ -33,7 +34,6 @@ from ckptd.image.records import (
     Scheduling,
     ThreadSignals,
 )
-from ckptd.image.xstate import for_debuggers
 
 _ARG_START, _ARG_END = 7, 8     # places in Mm.layout
 _PSARGS = 79

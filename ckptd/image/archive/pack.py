@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.errors import ImageDamaged
-from ckptd.image.export_core import writing
+from ckptd.image.cores.export import writing
 from ckptd.image.files import wait_writable
 from ckptd.image.manifest import NAME, Manifest, read_manifest_of
 from ckptd.image.records import PARTS

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ckptd.errors import ImageDamaged, NoSuchTarget
-from ckptd.image.backing import BackingFile
-from ckptd.image.core_notes import encode_notes
-from ckptd.image.elf import EM_X86_64, PT_LOAD, PT_NOTE, Phdr, encode_headers, headers_size
+from ckptd.image.cores.backing import BackingFile
+from ckptd.image.cores.elf import EM_X86_64, PT_LOAD, PT_NOTE, Phdr, encode_headers, headers_size
+from ckptd.image.cores.notes import encode_notes
 from ckptd.image.pages import page_align
 from ckptd.image.reader import ImageReader, ImageTask, Memory, runs_between
 from ckptd.image.records import (

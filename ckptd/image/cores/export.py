@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ckptd.errors import CkptError
-from ckptd.image.core_plan import Core, exportable, plan_core
+from ckptd.image.cores.plan import Core, exportable, plan_core
 from ckptd.image.files import wait_writable
 from ckptd.image.reader import ImageReader
 
