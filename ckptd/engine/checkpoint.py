@@ -32,12 +32,12 @@ from ckptd.freezer.groups import read_cgroups
 from ckptd.image import manifest as manifests
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
+from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.scan import Handles, scan_tree
 from ckptd.kernel.creds import CAP_SYS_PTRACE, give_up_capability
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Clocks
 from ckptd.kernel.yama import CAPABLE, ptrace_scope
-from ckptd.picture import Picture
-from ckptd.scan import Handles, scan_tree
 from ckptd.tree import Tree
 
 SIGKILL = 9

@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Self
 
 from ckptd.errors import Cancelled, TreeChanged
+from ckptd.inspect.scan import Handles
 from ckptd.kernel.netlink import ForkWatch
 from ckptd.kernel.ptrace import Tracee
-from ckptd.scan import Handles
 from ckptd.tree import Task, Tree
 
 

@@ -30,12 +30,12 @@ from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.writer import ImageWriter
+from ckptd.inspect.proc_cache import Picture
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import Status
 from ckptd.kernel.timens import Clocks
-from ckptd.picture import Picture
 from ckptd.remote.borrow import OwnIds
 from ckptd.remote.interleave import Steps, interleave
 from ckptd.tree import Task, Tree

@@ -8,8 +8,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.checks import check_rights, check_tree, told_dead
-from ckptd.checks.hidden import require_sight, without_hidden
 from ckptd.engine.broker.client import Broker
 from ckptd.engine.broker.freezing import lent_freeze
 from ckptd.engine.channel import Channel
@@ -25,6 +23,10 @@ from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest
 from ckptd.image.source import DirectoryFiles, ImageFiles
 from ckptd.image.writer import Destination, Incoming
+from ckptd.inspect.checks import check_rights, check_tree, told_dead
+from ckptd.inspect.checks.hidden import require_sight, without_hidden
+from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.scan import Target, is_alive, resolve_target, scan_tree
 from ckptd.journal.hands import Hands
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
@@ -32,8 +34,6 @@ from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.pidfd import held, pidfd_pid
 from ckptd.kernel.unix import clients_beside
-from ckptd.picture import Picture
-from ckptd.scan import Target, is_alive, resolve_target, scan_tree
 from ckptd.tree import Tree
 
 LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image

@@ -13,8 +13,8 @@ from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
 from ckptd.kernel.kcmp import kcmp_file
-from ckptd.kinds.base import OpenFile
-from ckptd.kinds.registry import kind_of
+from ckptd.objects.files.base import OpenFile
+from ckptd.objects.files.registry import kind_of
 
 
 class _Content:

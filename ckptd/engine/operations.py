@@ -4,19 +4,19 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckptd.checks import check_access, check_confinement, is_untraceable
 from ckptd.engine.archive import export_image, import_image
 from ckptd.engine.checkpoint import checkpoint, hold
 from ckptd.engine.job import Job
 from ckptd.engine.messages import Frozen, refusal_row
 from ckptd.engine.restore.prepare import check_restore
 from ckptd.engine.restore.run import restore
-from ckptd.engine.rows import image_rows, live_rows
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
+from ckptd.inspect.checks import check_access, check_confinement, is_untraceable
+from ckptd.inspect.scan import scan_tree
+from ckptd.inspect.task_rows import image_rows, live_rows
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
-from ckptd.scan import scan_tree
 
 
 def check(job: Job) -> None:

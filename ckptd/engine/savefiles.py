@@ -8,8 +8,8 @@ from typing import NamedTuple
 from ckptd.image.files import spooling
 from ckptd.image.pages import DataWriter
 from ckptd.kernel.copyrange import copy_range
-from ckptd.kinds.base import OpenFile
-from ckptd.kinds.content import Segment, data_ranges, open_quietly
+from ckptd.objects.files.base import OpenFile
+from ckptd.objects.files.content import Segment, data_ranges, open_quietly
 
 Inode = tuple[int, int]
 

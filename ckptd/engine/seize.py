@@ -6,8 +6,8 @@ from collections.abc import Callable
 from ckptd.errors import FreezeTimeout, TreeChanged
 from ckptd.faults import fault
 from ckptd.freezer.traced import not_permitted
+from ckptd.inspect.scan import is_alive
 from ckptd.kernel.ptrace import Patience, Tracee
-from ckptd.scan import is_alive
 from ckptd.tree import Task, Tree
 
 

@@ -23,7 +23,7 @@ MAX_NAMED = 64              # tasks that an error names
 
 
 class Goal(Protocol):
-    """The fields of ckptd.scan.Target that a freezer needs. cgroup: the tree is everything in it, if not None."""
+    """The fields of inspect.scan.Target that a freezer needs. cgroup: the tree is everything in it, if not None."""
     @property
     def cgroup(self) -> str | None: ...
     @property

@@ -18,10 +18,10 @@ from pathlib import PurePosixPath
 
 from ckptd.errors import TreeChanged
 from ckptd.freezer.base import CannotFreezeError, Frozen, Terms, restless, timed_out
+from ckptd.inspect.scan import scan_tree
 from ckptd.journal.hands import Hands
 from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved
 from ckptd.kernel.task import read_cgroup2
-from ckptd.scan import scan_tree
 from ckptd.tree import Tree
 
 ROUNDS = 64                 # of moving what was born outside meanwhile

@@ -11,11 +11,11 @@ import time
 from ckptd.errors import PermissionDenied, TreeChanged
 from ckptd.freezer.base import CannotFreezeError, Frozen, timed_out
 from ckptd.freezer.groups import read_places, topmost_frozen
+from ckptd.inspect.scan import is_alive
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
 from ckptd.kernel.signalfd import ChildSignals
 from ckptd.kernel.status import read_status
 from ckptd.kernel.yama import untraceable
-from ckptd.scan import is_alive
 from ckptd.tree import Task
 
 ROUNDS = 64                 # of seizing what was born meanwhile

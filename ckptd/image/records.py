@@ -302,7 +302,7 @@ class Fs(Record):
 
 @record(0x0201)
 class OpenFile(Record):
-    """An open file description. kind: tag of the class in ckptd.kinds that wrote `data` and reads it back.
+    """An open file description. kind: tag of the class in ckptd.objects.files that wrote `data` and reads it back.
     flags: O_* as in fdinfo, without O_CLOEXEC. link: what /proc/PID/fd shows, for people.
     owner: fcntl F_GETOWN_EX, type (F_OWNER_*) and vpid; owner_signal: F_GETSIG; owner_uid, owner_euid: whose rights
     decide whether the signal may be sent."""

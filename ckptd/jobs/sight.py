@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ckptd.engine.messages import Caller
 from ckptd.errors import InvalidArgument, NoSuchTarget
+from ckptd.inspect.scan import resolve_target
 from ckptd.jobs.lane import Lane
 from ckptd.jobs.orders import Orders, start_time_of
 from ckptd.jobs.queue import Queue
@@ -16,7 +17,6 @@ from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
-from ckptd.scan import resolve_target
 
 
 class Whose(NamedTuple):

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
-from ckptd.scan import scan_tree
+from ckptd.inspect.scan import scan_tree
 from tests.bench.bench_dump import MemoryProcess
 from tests.bench.bench_scan import build, room, sleeping_tree
 from tests.engine.faulty import api

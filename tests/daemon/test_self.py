@@ -19,7 +19,7 @@ from ckptd.errors import Unavailable
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.kinds.severed import Severed
+from ckptd.objects.files.severed import Severed
 from tests.lib import settled
 from tests.lib.bus import ROOT, PrivateBus
 from tests.lib.victim import session_members

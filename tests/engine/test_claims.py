@@ -35,10 +35,10 @@ from ckptd.kernel.shm import shmctl_remove, shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
-from ckptd.kinds.base import F_GETOWNER_UIDS, read_open_file
-from ckptd.kinds.content import Segment
-from ckptd.kinds.locks import EOF, LEASE, Lock
-from ckptd.kinds.registry import BY_TAG
+from ckptd.objects.files.base import F_GETOWNER_UIDS, read_open_file
+from ckptd.objects.files.content import Segment
+from ckptd.objects.files.locks import EOF, LEASE, Lock
+from ckptd.objects.files.registry import BY_TAG
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
 from tests.engine.test_obstacles import about, checked, found, importer
 from tests.engine.test_owners import end

@@ -20,7 +20,7 @@ import pytest
 from ckptd.engine import worker as worker_module
 from ckptd.image import grammar
 from ckptd.image import records as r
-from ckptd.kinds.registry import BY_TAG
+from ckptd.objects.files.registry import BY_TAG
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.test_worlds import other_boot
 from tests.lib import settled
@@ -30,7 +30,7 @@ from tests.lib.victim import Victim
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
 # digests, and the look at whether records fit together, are no restart
-_NOT_READING = ('ckptd.image.verify', 'ckptd.image.references', 'ckptd.image.shapes', 'ckptd.kinds.sound')
+_NOT_READING = ('ckptd.image.verify', 'ckptd.image.references', 'ckptd.image.shapes', 'ckptd.objects.files.sound')
 _CHECKS = 'ckptd.engine.restore.obstacles'
 
 # read before there is a process, to refuse or to warn, and by nothing that comes after
@@ -72,8 +72,8 @@ SUBJECTS = ('events', 'files', 'interpreter', 'locks', 'memory', 'shared', 'sign
 
 def classes() -> list[type]:
     """Records, and the groups of fields in them and in those of kinds."""
-    modules = {r.__name__, *(type(kind).__module__ for kind in BY_TAG.values()), 'ckptd.kinds.content',
-               'ckptd.kinds.locks'}
+    modules = {r.__name__, *(type(kind).__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
+               'ckptd.objects.files.locks'}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []
     while todo:

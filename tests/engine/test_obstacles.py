@@ -523,7 +523,7 @@ def test_a_tree_that_had_ended(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     pid = os.posix_spawn('/bin/true', ['true'], {}, setsid=True)
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        monkeypatch.setattr('ckptd.scan._require_life', lambda pid: None)
+        monkeypatch.setattr('ckptd.inspect.scan._require_life', lambda pid: None)
         image = place.checkpoint(pid, forked=True)
     finally:
         os.waitpid(pid, 0)

@@ -9,8 +9,8 @@ import pytest
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import OpenFile
 from ckptd.image.verify import verify
-from ckptd.kinds.registry import BY_TAG
-from ckptd.kinds.regular import Regular
+from ckptd.objects.files.registry import BY_TAG
+from ckptd.objects.files.regular import Regular
 from tests.engine.driver import DirectWorker, Place
 from tests.lib.victim import Victim
 

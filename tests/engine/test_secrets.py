@@ -20,8 +20,8 @@ from ckptd.image.records import SYSV, Backing, OpenFile, SharedMemory
 from ckptd.kernel.shm import ShmidDs, attached, shmctl_remove, shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
-from ckptd.kinds.registry import BY_TAG
-from ckptd.kinds.regular import Regular
+from ckptd.objects.files.registry import BY_TAG
+from ckptd.objects.files.regular import Regular
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, place_of
 from tests.engine.test_archive import export, request
 from tests.engine.test_owners import BOB, end, place, refused, restored

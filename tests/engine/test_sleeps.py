@@ -20,6 +20,7 @@ from ckptd.engine.timers import OwnTimers
 from ckptd.engine.waits import Notes, note_waits
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft
+from ckptd.inspect.scan import scan_tree
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.blocked import Call
 from ckptd.kernel.ptrace import Tracee
@@ -28,7 +29,6 @@ from ckptd.kernel.timens import Clocks
 from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.kernel.wchan import read_wchan
 from ckptd.remote.borrow import OwnIds
-from ckptd.scan import scan_tree
 from tests.engine.conftest import in_child
 from tests.engine.driver import Place
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from ckptd.inspect.scan import Target, scan_tree
 from ckptd.journal import Journal
 from ckptd.kernel.cgroup import find_mount
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2, read_children
-from ckptd.scan import Target, scan_tree
 from ckptd.tree import Tree
 from tests.lib.settled import remove_cgroup
 

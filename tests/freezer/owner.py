@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckptd.freezer import freeze
+from ckptd.inspect.scan import Target, scan_tree
 from ckptd.journal import Journal
 from ckptd.kernel.ptrace import Tracee
-from ckptd.scan import Target, scan_tree
 
 
 def freeze_and_thaw(runtime: str, pid: int, cgroup: str, mode: str, at: Callable[[str], None]) -> None:

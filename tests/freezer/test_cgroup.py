@@ -13,9 +13,9 @@ import pytest
 
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument, NotFrozen, NotSupported
 from ckptd.freezer import Frozen, freeze
+from ckptd.inspect.scan import Target, resolve_target, scan_tree
 from ckptd.journal import Journal, recover
 from ckptd.kernel.ptrace import Tracee
-from ckptd.scan import Target, resolve_target, scan_tree
 from tests.freezer.conftest import Ticker, cgroups_of, is_frozen, name_of, put, set_frozen
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')

@@ -15,11 +15,11 @@ import pytest
 
 from ckptd.errors import Cancelled, FreezeTimeout, NotSupported, PermissionDenied
 from ckptd.freezer import Frozen, freeze
+from ckptd.inspect.scan import Target, scan_tree
 from ckptd.journal import Journal
 from ckptd.kernel.ptrace import Tracee, let_go
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
-from ckptd.scan import Target, scan_tree
 from ckptd.tree import Tree
 from tests.freezer.conftest import Ticker, is_frozen, set_frozen
 from tests.lib.ways import let_others_through

@@ -26,7 +26,7 @@ from ckptd.image.grammar import RECORDS, Record, Struct, decode_records, encode_
 from ckptd.image.manifest import NAME as MANIFEST
 from ckptd.image.manifest import Manifest, Part, decode_manifest, encode_manifest
 from ckptd.image.records import PAGE, PARTS, Extent, OpenFile, data_name
-from ckptd.kinds.registry import BY_TAG
+from ckptd.objects.files.registry import BY_TAG
 
 Change = Callable[[Any], Any]
 Where = Callable[[Any], bool]

@@ -19,7 +19,7 @@ LONG_TABLES = {'ckptd.image.records': 450}
 
 # a layer may import from the layers before it, and from itself
 ORDER = ['errors', 'faults', 'flock', 'logs', 'places', 'notify', 'config', 'tree', 'kernel', 'image', 'journal',
-         'remote', 'kinds', 'objects', 'scan', 'picture', 'checks', 'inspect', 'freezer', 'protocol', 'operation',
+         'remote', 'objects', 'inspect', 'freezer', 'protocol', 'operation',
          'dump', 'restore', 'engine', 'worker', 'jobs', 'bus', 'client', 'cli', 'daemon']
 # finer than the order. These layers know nothing of the others, whatever stands before them
 ONLY_LAYERS = {
@@ -32,15 +32,15 @@ ONLY_LAYERS = {
     'cli': {'errors', 'image', 'bus', 'client', 'notify', 'kernel'},
 }
 # the daemon never touches a tracee: it and its layers know of a worker no more than how to talk to it
-WORKERS = ['remote', 'kinds', 'objects', 'picture', 'checks', 'protocol', 'operation', 'dump', 'restore', 'engine',
+WORKERS = ['remote', 'objects', 'protocol', 'operation', 'dump', 'restore', 'engine',
            'worker']
-NOT = {layer: set(WORKERS) for layer in ('jobs', 'bus', 'daemon')}
+NOT = {layer: {*WORKERS, 'inspect'} for layer in ('jobs', 'bus', 'daemon')}
 # finer than a layer: what of another layer may be used
 ONLY = {
     # doctor is a plain function of the kernel layer that needs no daemon
     'cli': {'bus': {'ckptd.bus.names', 'ckptd.bus.wire', 'ckptd.bus.client', 'ckptd.bus.message'},
             'kernel': {'ckptd.kernel.probe'}},
-    'jobs': {'engine': {'ckptd.engine.messages'}},
+    'jobs': {'engine': {'ckptd.engine.messages'}, 'inspect': {'ckptd.inspect.scan'}},
     'bus': {'engine': {'ckptd.engine.messages'}},
     'daemon': {'engine': {'ckptd.engine.messages'}},
 }
@@ -106,9 +106,10 @@ def test_the_package_itself_imports_nothing() -> None:
 
 def test_no_kind_is_named_outside_kinds() -> None:
     common = {'__init__', 'base', 'content', 'deleted', 'registry', 'rollback', 'sound', 'unsupported'}
-    kinds = {path.stem for path in (PACKAGE / 'kinds').glob('*.py')} - common
-    named = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES if path.parent.name != 'kinds'
-             for line, name in imports_of(path) if name.startswith('ckptd.kinds.') and name.split('.')[2] in kinds]
+    folder = PACKAGE / 'objects' / 'files'
+    kinds = {module_name(path) for path in folder.glob('*.py') if path.stem not in common}
+    named = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES if path.parent != folder
+             for line, name in imports_of(path) if name in kinds]
     assert not named
 
 

@@ -17,16 +17,16 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ckptd import checks
-from ckptd.checks import check_tree
-from ckptd.checks.tasks import check_kthread, check_seccomp
-from ckptd.checks.vmas import MappedFiles, check_mapping
 from ckptd.engine.messages import Caller
 from ckptd.errors import Refusal, Refused
+from ckptd.inspect import checks
+from ckptd.inspect.checks import check_tree
+from ckptd.inspect.checks.tasks import check_kthread, check_seccomp
+from ckptd.inspect.checks.vmas import MappedFiles, check_mapping
+from ckptd.inspect.scan import scan_tree
 from ckptd.kernel.maps import parse_maps, parse_smaps
 from ckptd.kernel.stat import PF_KTHREAD, read_stat
 from ckptd.kernel.status import read_status
-from ckptd.scan import scan_tree
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, become, fork, libc
 from tests.lib.ways import let_others_through

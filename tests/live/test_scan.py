@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from ckptd.errors import InvalidArgument, NoSuchTarget
+from ckptd.inspect.scan import Handles, is_same, resolve_target, scan_tree
 from ckptd.kernel.cgroup import Cgroup
-from ckptd.scan import Handles, is_same, resolve_target, scan_tree
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, libc
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.kernel.pidfd import wait_dead
-from ckptd.kinds.locks import EOF, LEASE, Lock
+from ckptd.objects.files.locks import EOF, LEASE, Lock
 from tests.engine.faulty import Gate
 from tests.lib import settled
 from tests.lib.bus import Served

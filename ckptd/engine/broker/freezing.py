@@ -13,7 +13,7 @@ from ckptd.engine.messages import FreezeMode
 from ckptd.errors import NotSupported
 from ckptd.freezer.base import Frozen, Terms
 from ckptd.freezer.traced import TracedFrozen
-from ckptd.scan import scan_tree
+from ckptd.inspect.scan import scan_tree
 from ckptd.tree import Tree
 
 

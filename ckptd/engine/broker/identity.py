@@ -24,10 +24,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ckptd.checks.access import probe
 from ckptd.engine.messages import Caller, JobRequest
 from ckptd.errors import CkptError, NoSuchTarget
 from ckptd.image.manifest import Manifest
+from ckptd.inspect.checks.access import probe
+from ckptd.inspect.scan import scan_tree
 from ckptd.kernel import cgroup1
 from ckptd.kernel.bounds import Bounds, read_bounds
 from ckptd.kernel.clone import CLONE_NEWPID, CLONE_NEWTIME
@@ -48,7 +49,6 @@ from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
-from ckptd.scan import scan_tree
 
 _KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
 # what bounds the tree, and would end the worker in the middle of its work: the plan of a restart compares these

@@ -45,10 +45,10 @@ from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import NAME, Manifest, read_manifest_of
 from ckptd.image.source import DirectoryFiles
 from ckptd.image.writer import Incoming
+from ckptd.inspect.scan import scan_tree
 from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import boot_id
-from ckptd.scan import scan_tree
 from ckptd.tree import Tree
 
 Reply = tuple[dict[str, object], list[int]]

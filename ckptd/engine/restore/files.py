@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from ckptd.checks import Caller
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.objects import Objects
 from ckptd.engine.restore.reach import OutOfReach, open_within_reach, require_reach
@@ -21,13 +20,14 @@ from ckptd.faults import fault
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
+from ckptd.inspect.checks import Caller
 from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.kernel.namei import open_direct
 from ckptd.kernel.shm import ShmidDs
-from ckptd.kinds.base import ChangedFiles, Kind
-from ckptd.kinds.deleted import deleted_file, whole
-from ckptd.kinds.registry import BY_TAG
+from ckptd.objects.files.base import ChangedFiles, Kind
+from ckptd.objects.files.deleted import deleted_file, whole
+from ckptd.objects.files.registry import BY_TAG
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
@@ -44,7 +44,7 @@ _SHOWS = re.compile(r'/proc/(\d{1,10})/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-
 
 
 class Access:
-    """What kinds may look at, see kinds.base.Looking. The paths of an image are those of our own mount namespace.
+    """What kinds may look at, see objects.files.base.Looking. Paths of an image are those of our own mount namespace.
 
     rights: by which all of it is done, before the restart and during it alike. by_root: root's do what these do not, by
     a path without symbolic links."""
@@ -156,7 +156,7 @@ def _may_directly(path: str, access: int) -> bool:
 
 
 class Files(Access):
-    """Opens what the image has, by its kinds; see kinds.base.Restoring."""
+    """Opens what the image has, by its kinds; see objects.files.base.Restoring."""
 
     def __init__(self, reader: ImageReader, bank: Bank, caller: Caller, changed_files: ChangedFiles, terminal_fd: int
                  ) -> None:

@@ -15,9 +15,9 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
 from ckptd.journal.steps import MakeSegment
 from ckptd.kernel.shm import SHM_DEST, ShmidDs, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
-from ckptd.kinds.base import ByUser, Looking
-from ckptd.kinds.content import set_owner
-from ckptd.kinds.deleted import open_nameless
+from ckptd.objects.files.base import ByUser, Looking
+from ckptd.objects.files.content import set_owner
+from ckptd.objects.files.deleted import open_nameless
 
 
 def missing_but_kept(record: Backing, looking: Looking) -> bool:

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ckptd.checks import Caller
-from ckptd.checks.hidden import ANOTHER, sees_all
 from ckptd.engine.restore.family import (
     CannotMake,
     Family,
@@ -25,6 +23,8 @@ from ckptd.engine.restore.world import World
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import FdTable, ProcessState
+from ckptd.inspect.checks import Caller
+from ckptd.inspect.checks.hidden import ANOTHER, sees_all
 from ckptd.kernel.numbers import Numbers, await_reaped, numbers_in_use
 from ckptd.remote.stub import Arena
 

@@ -24,7 +24,7 @@ from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.namei import open_plain
 from ckptd.kernel.statfs import PROC_SUPER_MAGIC, file_system
 from ckptd.kernel.task import task_exists
-from ckptd.kinds.base import access_of
+from ckptd.objects.files.base import access_of
 
 _PROC = '/proc'
 

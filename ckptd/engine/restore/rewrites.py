@@ -26,7 +26,7 @@ class Rewrites:
         self._keep_free = keep_free
 
     def keep(self, path: str, fd: int, start: int) -> None:
-        """As kinds.base.Restoring.keep. SpoolFailed where too little of the spool would stay free."""
+        """As objects.files.base.Restoring.keep. SpoolFailed where too little of the spool would stay free."""
         fault('place-keep-file')
         kept, copy = self._place.keep_content()
         try:
@@ -39,7 +39,7 @@ class Rewrites:
         fault('place-keep-file-done')
 
     def make(self, path: str, fill: Callable[[int], None]) -> None:
-        """As kinds.base.Restoring.make_file."""
+        """As objects.files.base.Restoring.make_file."""
         pure = PurePath(path)
         temporary = str(pure.with_name(f'.{pure.name[:200]}.{secrets.token_hex(8)}'))
         fault('place-make-file')

@@ -14,9 +14,9 @@ and by root's rights his own processes would come back with a file of root's. Wh
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from ckptd.checks import Caller
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Credentials
+from ckptd.inspect.checks import Caller
 from ckptd.kernel.creds import file_rights
 from ckptd.kernel.shm import ShmidDs
 

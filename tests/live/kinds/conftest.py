@@ -12,9 +12,9 @@ import pytest
 
 from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kinds.base import ChangedFiles, Content, OpenFile, read_open_file
-from ckptd.kinds.content import Segment
-from ckptd.kinds.registry import BY_TAG, kind_of
+from ckptd.objects.files.base import ChangedFiles, Content, OpenFile, read_open_file
+from ckptd.objects.files.content import Segment
+from ckptd.objects.files.registry import BY_TAG, kind_of
 from tests.lib.brood import Brood, libc
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.kinds.base import Content, OpenFile, read_open_file
-from ckptd.kinds.chardev import CharacterDevice
-from ckptd.kinds.directory import Directory
-from ckptd.kinds.locks import EOF, FLOCK, LEASE, OFD, POSIX, Lock, parse_lock
-from ckptd.kinds.memfd import Memfd
-from ckptd.kinds.registry import kind_of
-from ckptd.kinds.regular import Regular
-from ckptd.kinds.tty import Tty, is_tty, parse_drivers
+from ckptd.objects.files.base import Content, OpenFile, read_open_file
+from ckptd.objects.files.chardev import CharacterDevice
+from ckptd.objects.files.directory import Directory
+from ckptd.objects.files.locks import EOF, FLOCK, LEASE, OFD, POSIX, Lock, parse_lock
+from ckptd.objects.files.memfd import Memfd
+from ckptd.objects.files.registry import kind_of
+from ckptd.objects.files.regular import Regular
+from ckptd.objects.files.tty import Tty, is_tty, parse_drivers
 from tests.lib.brood import Brood
 from tests.live.kinds.conftest import Bulk
 

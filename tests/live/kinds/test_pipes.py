@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.kinds.base import OpenFile, read_open_file
-from ckptd.kinds.fifo import Fifo
-from ckptd.kinds.pipe import Pipe
-from ckptd.kinds.registry import kind_of
+from ckptd.objects.files.base import OpenFile, read_open_file
+from ckptd.objects.files.fifo import Fifo
+from ckptd.objects.files.pipe import Pipe
+from ckptd.objects.files.registry import kind_of
 from tests.lib.brood import Brood
 from tests.live.kinds.conftest import Bulk
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import Refused
-from ckptd.kinds.base import OpenFile
-from ckptd.kinds.registry import BY_TAG, KINDS, UNSUPPORTED, kind_of
+from ckptd.objects.files.base import OpenFile
+from ckptd.objects.files.registry import BY_TAG, KINDS, UNSUPPORTED, kind_of
 from tests.lib.brood import libc
 
 Opened = Callable[[Callable[[], int]], OpenFile]

@@ -19,11 +19,11 @@ from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel import timerfd
 from ckptd.kernel.epoll import Target, parse_target
 from ckptd.kernel.timerfd import Setting, timerfd_create, timerfd_gettime, timerfd_settime
-from ckptd.kinds.base import OpenFile, read_open_file
-from ckptd.kinds.epoll import Epoll, Watch, _watches
-from ckptd.kinds.eventfd import Eventfd, EventfdKind
-from ckptd.kinds.registry import kind_of
-from ckptd.kinds.timerfd import Timerfd
+from ckptd.objects.files.base import OpenFile, read_open_file
+from ckptd.objects.files.epoll import Epoll, Watch, _watches
+from ckptd.objects.files.eventfd import Eventfd, EventfdKind
+from ckptd.objects.files.registry import kind_of
+from ckptd.objects.files.timerfd import Timerfd
 from tests.lib.brood import Brood, libc
 from tests.live.kinds.conftest import Bulk, Restart, decoded, saved_of
 from tests.live.kinds.test_files import Opened

@@ -13,9 +13,9 @@ import pytest
 from ckptd.errors import CkptError, NotSupported
 from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kinds.base import OpenFile, read_open_file
-from ckptd.kinds.deleted import deleted_file, whole
-from ckptd.kinds.registry import BY_TAG, KINDS, UNSUPPORTED
+from ckptd.objects.files.base import OpenFile, read_open_file
+from ckptd.objects.files.deleted import deleted_file, whole
+from ckptd.objects.files.registry import BY_TAG, KINDS, UNSUPPORTED
 from tests.lib.brood import Brood
 from tests.live.kinds.conftest import Bulk, Restart, decoded, saved_of
 

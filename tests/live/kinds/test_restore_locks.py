@@ -12,8 +12,8 @@ import pytest
 
 from ckptd.errors import Busy, CkptError, NotSupported
 from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kinds.base import read_open_file
-from ckptd.kinds.locks import F_OFD_GETLK, F_OFD_SETLK
+from ckptd.objects.files.base import read_open_file
+from ckptd.objects.files.locks import F_OFD_GETLK, F_OFD_SETLK
 from tests.lib import settled
 from tests.lib.brood import Brood
 from tests.live.kinds.conftest import Bulk, Restart, saved_of

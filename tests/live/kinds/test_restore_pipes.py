@@ -12,7 +12,7 @@ import pytest
 from ckptd.errors import Busy, CkptError
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.namei import AT_FDCWD
-from ckptd.kinds.base import read_open_file
+from ckptd.objects.files.base import read_open_file
 from tests.live.kinds.conftest import Bulk, Restart, saved_of
 
 Start = Callable[..., Restart]

@@ -15,8 +15,8 @@ from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.copyrange import copy_range, copy_with_holes, zero_range
-from ckptd.kinds.base import OpenFile, read_open_file
-from ckptd.kinds.content import Segment, dump_content
+from ckptd.objects.files.base import OpenFile, read_open_file
+from ckptd.objects.files.content import Segment, dump_content
 from tests.lib.brood import Brood, libc
 from tests.live.kinds.conftest import Bulk, Restart, decoded, saved_of
 

@@ -15,9 +15,9 @@ from ckptd.image.records import Extent
 from ckptd.image.records import OpenFile as SavedFile
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.unix import clients_beside
-from ckptd.kinds.base import OpenFile, Restoring, read_open_file
-from ckptd.kinds.registry import kind_of
-from ckptd.kinds.severed import Severed, SeveredKind
+from ckptd.objects.files.base import OpenFile, Restoring, read_open_file
+from ckptd.objects.files.registry import kind_of
+from ckptd.objects.files.severed import Severed, SeveredKind
 from tests.live.kinds.conftest import Bulk
 
 KIND = SeveredKind()

@@ -10,7 +10,7 @@ from ckptd.image.grammar import read_records
 from ckptd.image.manifest import read_manifest
 from ckptd.image.records import PARTS, Credentials, Fd, FdTable, OpenFile
 from ckptd.image.verify import verify
-from ckptd.kinds.memfd import Memfd
+from ckptd.objects.files.memfd import Memfd
 from tests.lib.imgedit import FIELDS, KINDS, NAMES, ImageStream, part_of
 from tests.unit.image.samples import IMAGE, small_image
 from tests.unit.image.test_archive import contents, receive, stream_of

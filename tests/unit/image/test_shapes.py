@@ -13,10 +13,10 @@ from ckptd.image import records as r
 from ckptd.image.grammar import Record
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.kinds.content import Segment
-from ckptd.kinds.locks import EOF, FLOCK, OFD, POSIX, Lock
-from ckptd.kinds.registry import BY_TAG
-from ckptd.kinds.sound import flaws
+from ckptd.objects.files.content import Segment
+from ckptd.objects.files.locks import EOF, FLOCK, OFD, POSIX, Lock
+from ckptd.objects.files.registry import BY_TAG
+from ckptd.objects.files.sound import flaws
 from tests.unit.image.samples import PAGE, task, tree_records, write_image
 
 CREDENTIALS = r.Credentials(7, (0,) * 4, (0,) * 4, (), (0,) * 5, 0, 0, 0)

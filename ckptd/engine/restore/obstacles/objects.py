@@ -30,8 +30,8 @@ from ckptd.kernel.creds import CAP_SYS_CHROOT
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
-from ckptd.kinds.deleted import deleted_obstacles, home_of
-from ckptd.kinds.sound import flaws
+from ckptd.objects.files.deleted import deleted_obstacles, home_of
+from ckptd.objects.files.sound import flaws
 
 KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'

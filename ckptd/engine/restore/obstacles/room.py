@@ -20,8 +20,8 @@ from ckptd.kernel.pidfd import held
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY, pids, read_cgroup2, read_limits
-from ckptd.kinds.base import Takes
-from ckptd.kinds.deleted import deleted_takes, home_of, whole
+from ckptd.objects.files.base import Takes
+from ckptd.objects.files.deleted import deleted_takes, home_of, whole
 
 _STRICT = 2                 # vm.overcommit_memory: what is reserved counts, proc_sys_vm(5)
 _PIPES = '/proc/sys/fs/pipe-'

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Why a tree cannot be dumped: every refusal of every task at once, and warnings of what a dump will lack.
+
+    check_access    may the caller look at these tasks? Asked of the kernel, with the caller's credentials
+    hidden          tasks that /proc does not even show to the caller
+    confined        tasks that a caller in a sandbox may not reach
+    check_tasks     state, tracer, namespaces, kernel threads, 32-bit programs, seccomp
+    check_frozen    freeze=caller only: is everything at rest?
+    check_vmas      mappings whose memory no code can dump
+    check_files     open files of no known kind
+
+Nothing is told of a task that the caller may not look at but that it may not.
+"""
+
+from collections.abc import Collection
+
+from ckptd.errors import Refusal
+from ckptd.inspect.checks.access import Caller, check_access, is_untraceable
+from ckptd.inspect.checks.confined import check_confinement
+from ckptd.inspect.checks.files import check_files
+from ckptd.inspect.checks.frozen import check_frozen
+from ckptd.inspect.checks.hidden import without_hidden
+from ckptd.inspect.checks.rows import refuse, told_dead
+from ckptd.inspect.checks.tasks import check_tasks
+from ckptd.inspect.checks.vmas import check_vmas
+from ckptd.inspect.proc_cache import Picture
+from ckptd.tree import Tree
+
+__all__ = ['Caller', 'check_access', 'check_confinement', 'check_files', 'check_frozen', 'check_rights', 'check_tasks',
+           'check_tree', 'check_vmas', 'is_untraceable', 'told_dead']
+
+
+def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
+               avoid: Collection[int] = (), picture: Picture | None = None, trace: bool = False) -> list[Refusal]:
+    """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
+
+    frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it. picture: of a
+    tree at rest, what is read for the checks and what others want to know as well. trace: ask the kernel whether the
+    caller may trace each task.
+    """
+    picture = picture or Picture()
+    visible = without_hidden(tree, caller)
+    hidden = check_hidden(tree, visible, caller)
+    found = [*(avoided := check_avoid(visible, avoid)), *check_access(visible, caller, trace=trace),
+             *check_confinement(visible, caller)]
+    denied = {refusal.pid for refusal in found}
+    if 0 in denied or avoided:
+        # a tree that holds the daemon is most of the machine: to read all of it takes seconds and changes nothing
+        return told_dead(tree, hidden + found)
+    seen = [task for task in visible if task.tid not in denied]
+    found = hidden + found + check_tasks(visible, seen, picture, caller)
+    if frozen_required:
+        found += check_frozen(seen, caller.pid)
+    found += check_vmas(seen, picture)
+    found += check_files(seen, picture)
+    return told_dead(tree, found)
+
+
+def check_rights(tree: Tree, caller: Caller, avoid: Collection[int] = ()) -> list[Refusal]:
+    """Check what a freeze needs: the caller's right to each of these tasks."""
+    visible = without_hidden(tree, caller)
+    return (check_hidden(tree, visible, caller) + check_avoid(visible, avoid) + check_access(visible, caller)
+            + check_confinement(visible, caller))
+
+
+def check_hidden(tree: Tree, visible: Tree, caller: Caller) -> list[Refusal]:
+    """Make one row for all tasks that the caller cannot see. Only their existence is reported."""
+    if len(visible) == len(tree) and not tree.unseen:
+        return []
+    return [Refusal(0, '', 'ptrace', 'EPERM', f'has tasks that uid {caller.uid} does not see in /proc (hidepid=)',
+                    'ask as root')]
+
+
+def check_avoid(tree: Tree, avoid: Collection[int]) -> list[Refusal]:
+    """The daemon, its bus and its worker, which a freeze would stop for good."""
+    return [refuse(tree[pid], 'task', 'EDEADLK', 'is needed for the checkpoint itself and cannot be frozen',
+                   'checkpoint a tree without it') for pid in avoid if pid in tree]

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Ask the kernel, with the credentials of the caller, whether it may inspect and trace these tasks.
+
+A forked child takes the caller's uid, gid, groups and capabilities and calls kcmp(tid, tid, KCMP_VM), which asks
+ptrace_may_access(PTRACE_MODE_READ_REALCREDS) with all that goes into it: ids, capabilities, dumpable, LSMs. Then it
+calls pidfd_getfd(2) for an fd that no process has, which asks the same with PTRACE_MODE_ATTACH_REALCREDS: Yama and
+other LSMs let more processes read than trace. All tasks are asked in one child; it answers with one errno per task
+through a pipe.
+"""
+
+import array
+import errno
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+from ckptd.errors import NotSupported, Refusal, errno_name
+from ckptd.inspect.checks.rows import dead, refuse
+from ckptd.inspect.proc_cache import Recipient
+from ckptd.kernel.creds import CAP_SETGID, become, capget
+from ckptd.kernel.kcmp import KCMP_VM, kcmp
+from ckptd.kernel.pidfd import PIDFD_THREAD, held, pidfd_getfd, pidfd_open
+from ckptd.kernel.yama import untraceable
+from ckptd.tree import Task, Tree
+
+ALL_CAPABILITIES = (1 << 64) - 1
+_NO_FD = -1         # EBADF for who may have fds of that task
+
+
+class Caller(Recipient, Protocol):
+    """The calling process. capabilities: its effective set as a mask, -1 if unknown. start_time: 0 if unknown.
+    confinement: names of what confines it to itself and its descendants."""
+    @property
+    def pid(self) -> int: ...
+    @property
+    def capabilities(self) -> int: ...
+    @property
+    def start_time(self) -> int: ...
+    @property
+    def confinement(self) -> Sequence[str]: ...
+
+
+def check_access(tree: Tree, caller: Caller, *, trace: bool = False) -> list[Refusal]:
+    """A refusal for each task that the caller may not look at; one for the tree if we cannot ask as the caller.
+
+    trace: and for each living one that the caller may look at and not trace.
+    """
+    answers = probe(caller, [task.tid for task in tree], trace=trace)
+    if isinstance(answers, int):
+        return [Refusal(0, '', 'credentials', errno_name(answers),
+                        f'ckptd, running as uid {os.geteuid()}, cannot act for uid {caller.uid}',
+                        'use the ckptd of that user, or one that runs as root')]
+    rows = []
+    for task, answer in zip(tree, answers, strict=True):
+        if answer == errno.ESRCH:
+            rows.append(dead(task))
+        elif answer > 0:
+            rows.append(refuse(task, 'ptrace', errno_name(answer), f'uid {caller.uid} may not look at this task',
+                               'ask as the owner of the task, or as root'))
+        elif answer < 0 and not task.is_zombie:
+            rows.append(_untraceable(task, caller.uid, -answer))
+    return rows
+
+
+def is_untraceable(tree: Tree, caller: Caller) -> bool:
+    """Whether there are living tasks that the caller may look at and not trace."""
+    answers = probe(caller, [task.tid for task in tree], trace=True)
+    return not isinstance(answers, int) and any(
+        answer < 0 and not task.is_zombie for task, answer in zip(tree, answers, strict=True))
+
+
+def _untraceable(task: Task, uid: int, answer: int) -> Refusal:
+    forbidden = untraceable()
+    return refuse(task, 'ptrace', errno_name(answer), f'uid {uid} may look at this task and not trace it: '
+                  + forbidden.reason, forbidden.hint)
+
+
+def probe(caller: Caller, tids: Sequence[int], *, trace: bool = False) -> list[int] | int:
+    """errno of each task, 0 for yes; or one errno if the child could not become the caller. NotSupported.
+
+    trace: where a task may be looked at and not traced, that errno is negative.
+    """
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(read_end, 'rb') as answer:
+        try:
+            child = _fork()
+            if child == 0:
+                _child(caller, tids, write_end, trace)
+        finally:
+            os.close(write_end)
+        data = answer.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        # killed by its new owner, or refused the ids: either way the kernel did not say yes
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EPERM
+    found = array.array('i', data)
+    if found[0]:
+        raise NotSupported(f'kcmp(2) is not to be had: {os.strerror(found[0])}', errno=found[0], resource='kcmp',
+                           hint='a kernel with CONFIG_KCMP, and a container profile that allows kcmp, are needed')
+    return list(found[1:])
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python 3.12 warns where there are threads, for locks that they may hold; the child takes none, it only does
+        # system calls and _exit()
+        warnings.simplefilter('ignore', DeprecationWarning)
+        return os.fork()
+
+
+def _child(caller: Caller, tids: Sequence[int], answer: int, trace: bool) -> None:
+    status = errno.EIO
+    try:
+        become(caller.uid, *_groups(caller), _capabilities(caller))
+        # the first answer, about the child itself, tells a missing system call from a missing right
+        found = array.array('i', [_may_look(tid) for tid in (os.getpid(), *tids)])
+        if trace and not _may_trace(os.getpid()):
+            found[1:] = array.array('i', [look or -_may_trace(tid) for look, tid in zip(found[1:], tids, strict=True)])
+        left = memoryview(found).cast('B')
+        while left:
+            left = left[os.write(answer, left):]
+        status = 0
+    except OSError as error:
+        status = error.errno or errno.EIO
+    finally:
+        os._exit(status)
+
+
+def _may_look(tid: int) -> int:
+    """Errno of looking at a task, 0 for yes."""
+    try:
+        kcmp(tid, tid, KCMP_VM)
+    except OSError as error:
+        return error.errno or errno.EPERM
+    return 0
+
+
+def _may_trace(tid: int) -> int:
+    """Errno of tracing a task that may be looked at, 0 for yes. Also 0 where the kernel cannot be asked."""
+    try:
+        pidfd = pidfd_open(tid, PIDFD_THREAD)
+    except OSError:
+        return 0        # gone; or a kernel before 6.9, which has pidfds of leaders alone: the tracer will be told
+    try:
+        pidfd_getfd(pidfd, _NO_FD)
+    except OSError as error:
+        return error.errno if error.errno in (errno.EPERM, errno.EACCES) else 0
+    finally:
+        os.close(pidfd)
+    return 0
+
+
+def _groups(caller: Caller) -> tuple[int, Sequence[int]]:
+    # an ordinary user's own ckptd cannot change groups and need not: the caller has the same uid
+    if caller.uid == os.getuid() and not capget().effective >> CAP_SETGID & 1:
+        return os.getgid(), os.getgroups()
+    return caller.gid, caller.groups
+
+
+def _capabilities(caller: Caller) -> int:
+    """The mask of what the caller may use here. Unknown is all for root and nothing for everybody else."""
+    mask = caller.capabilities if caller.capabilities >= 0 else ALL_CAPABILITIES if caller.uid == 0 else 0
+    return mask if not mask or _same_user_namespace(caller) else 0
+
+
+def _same_user_namespace(caller: Caller) -> bool:
+    """A capability counts in the user namespace of its holder, and root of a container has them all.
+
+    A caller that is gone can be asked no more; then only uid 0, which is root here or was made from it, is believed.
+    """
+    try:
+        with held(caller.pid, caller.start_time):
+            theirs = os.stat(f'/proc/{caller.pid}/ns/user').st_ino  # noqa: PTH116
+        return theirs == os.stat('/proc/self/ns/user').st_ino  # noqa: PTH116
+    except OSError:
+        return caller.uid == 0

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rows that all checks make, and what becomes of a task that vanishes or cannot be read while it is checked."""
+
+import errno as errnos
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, ParamSpec
+
+from ckptd.errors import Refusal
+from ckptd.inspect.scan import is_alive
+from ckptd.tree import Task, Tree
+
+P = ParamSpec('P')
+
+
+class Process(NamedTuple):
+    """A process by its leader, and the thread through which /proc shows what all of them share.
+
+    reader: the first thread that lives; a leader that has exited before its threads shows neither files nor memory.
+    """
+    leader: Task
+    reader: Task
+    threads: tuple[Task, ...]
+
+
+def processes(tasks: Iterable[Task]) -> list[Process]:
+    """The processes of the tasks, those left out of which nothing but a zombie remains."""
+    groups: dict[int, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.tgid, []).append(task)
+    return [Process(group[0], alive[0], tuple(alive)) for group in groups.values()
+            if (alive := [task for task in group if not task.is_zombie])]
+
+
+def refuse(task: Task, resource: str, errno: str, reason: str, hint: str) -> Refusal:
+    return Refusal(task.tid, task.comm, resource, errno, reason, hint)
+
+
+def warn(task: Task, resource: str, errno: str, reason: str, hint: str) -> Refusal:
+    return Refusal(task.tid, task.comm, resource, errno, reason, hint, 'warning')
+
+
+def dead(task: Task) -> Refusal:
+    return refuse(task, 'task', 'EAGAIN', 'died during the scan', 'try again')
+
+
+def told_dead(tree: Tree, found: Iterable[Refusal]) -> list[Refusal]:
+    """Each row once. A refusal of a task that has died since may come from its death: it has no files, namespaces or
+    memory any more, and its number may be another's. So the death is what is told."""
+    rows = list(dict.fromkeys(found))
+    died = {pid for pid in {row.pid for row in rows if row.severity == 'refusal'}
+            if pid in tree and not is_alive(tree[pid])}
+    return list(dict.fromkeys(dead(tree[row.pid]) if row.pid in died else row for row in rows))
+
+
+def guarded(task: Task, resource: str, check: Callable[P, list[Refusal]], *args: P.args,
+            **kwargs: P.kwargs) -> list[Refusal]:
+    """What check(*args) finds; a task that is gone, or that we may not read, is a finding too."""
+    try:
+        return check(*args, **kwargs)
+    except ProcessLookupError:
+        return [dead(task)]
+    except PermissionError as error:
+        return [refuse(task, resource, 'EPERM', f'ckptd may not read it: {error.filename or error.strerror}',
+                       'run ckptd as root, or as the owner of the tree with the task dumpable (prctl PR_SET_DUMPABLE)')]
+    except OSError as error:
+        if error.errno != errnos.ENAMETOOLONG:
+            raise
+        return [refuse(task, resource, 'ENAMETOOLONG', f'the path of {error.filename} is longer than 4095 bytes',
+                       'no call can tell such a path: use a shorter one')]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a task is and does that forbids a dump of it: its state, tracer, namespaces, program, filters."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ckptd.errors import Refusal
+from ckptd.inspect.checks.access import Caller
+from ckptd.inspect.checks.hidden import name_of
+from ckptd.inspect.checks.rows import Process, dead, guarded, processes, refuse, warn
+from ckptd.inspect.proc_cache import Picture
+from ckptd.kernel.namei import lstat_of_task
+from ckptd.kernel.procfs import read_task_file, task_dir
+from ckptd.kernel.stat import PF_KTHREAD
+from ckptd.kernel.status import Status, read_status
+from ckptd.kernel.task import read_auxv, read_link, read_namespaces
+from ckptd.tree import Task, Tree
+
+# <linux/sched.h>: kernel code that runs as a thread of a process, for io_uring or vhost
+PF_IO_WORKER = 0x00000010
+PF_USER_WORKER = 0x00004000
+
+DELETED = ' (deleted)'
+# <asm/unistd_64.h>: clone, fork, vfork, clone3; in state D, a parent in one of these waits for a CLONE_VFORK child
+_FORKS = {56, 57, 58, 435}
+_FOR_CHILDREN = '_for_children'
+
+
+def check_tasks(tree: Tree, tasks: Iterable[Task], picture: Picture, caller: Caller) -> list[Refusal]:
+    """The checks of one task each. `tasks` are those of the tree that may be looked at."""
+    tasks = list(tasks)
+    home = _root_namespaces(tree)
+    found: list[Refusal] = []
+    for task in tasks:
+        found += guarded(task, 'task', _check_task, task, home, picture, caller)
+    for process in processes(tasks):
+        found += guarded(process.leader, 'process', _check_process, process)
+    return found
+
+
+def _check_task(task: Task, home: dict[str, int], picture: Picture, caller: Caller) -> list[Refusal]:
+    if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
+        return check_kthread(task)      # it has nothing else to look at
+    status = picture.status(task)
+    if status.state in 'Xx':
+        return [dead(task)]
+    if status.state == 'Z':
+        return []
+    return (check_tracer(task, status, caller) + check_seccomp(task, status) + check_namespaces(task, home)
+            + check_vfork(task, status))
+
+
+def check_kthread(task: Task) -> list[Refusal]:
+    what = 'is a kernel thread' if task.flags & PF_KTHREAD else 'is a worker thread of the kernel (io_uring, vhost)'
+    return [refuse(task, 'task', 'EOPNOTSUPP', what, 'only user programs can be checkpointed')]
+
+
+def check_tracer(task: Task, status: Status, caller: Caller) -> list[Refusal]:
+    tracer = status.tracer_pid
+    if not tracer or Path(f'/proc/self/task/{tracer}').exists():
+        return []
+    name = name_of(tracer, _name(tracer), caller)
+    return [refuse(task, 'ptrace', 'EBUSY', f'is traced by {name}, and a task has one tracer only',
+                   'let the debugger or strace detach first')]
+
+
+def _name(pid: int) -> str:
+    try:
+        return read_status(pid).name
+    except OSError:
+        return '?'
+
+
+def check_seccomp(task: Task, status: Status) -> list[Refusal]:
+    """ckptd needs system calls of the task itself; a filter may kill it for one, strict mode does."""
+    if status.seccomp == 0:
+        return []
+    mode = 'strict mode' if status.seccomp == 1 else f'{status.seccomp_filters or "a"} filter(s)'
+    return [refuse(task, 'seccomp', 'EOPNOTSUPP', f'runs under seccomp: {mode}',
+                   'start it without a filter (systemd: SystemCallFilter=, RestrictNamespaces= and others set one)')]
+
+
+def check_vfork(task: Task, status: Status) -> list[Refusal]:
+    """A parent suspended by vfork(2) or posix_spawn(3) cannot be stopped until the child execs or exits."""
+    if status.state != 'D':
+        return []
+    number = read_task_file(task_dir(task.tgid, task.tid), 'syscall').split()[0]
+    if not number.isdigit() or int(number) not in _FORKS:
+        return []
+    return [refuse(task, 'task', 'EAGAIN', 'waits in vfork for its child to run a program',
+                   'try again; if it lasts, the child is one that never runs a program, and cannot be dumped yet')]
+
+
+def _root_namespaces(tree: Tree) -> dict[str, int]:
+    for task in tree:
+        try:
+            found = read_namespaces(task.tgid, task.tid)
+        except OSError:
+            continue
+        if not task.is_zombie and found:
+            return found
+    return {}
+
+
+def check_namespaces(task: Task, home: dict[str, int]) -> list[Refusal]:
+    """Any namespace other than the root's; also those that its next children will be in (pid_for_children)."""
+    own = read_namespaces(task.tgid, task.tid)
+    if 'pid' in own:
+        # a new pid namespace has no link before its first process is in it (kernel/pid_namespace.c)
+        own.setdefault('pid_for_children', 0)
+    other = sorted(name for name, inode in own.items() if inode != home.get(name.removesuffix(_FOR_CHILDREN), inode))
+    return [refuse(task, f'namespace {name}', 'EPERM', f'is in another {name} namespace than the root of the tree',
+                   'checkpoint the tree below the task that made the namespace') for name in other]
+
+
+def _check_process(process: Process) -> list[Refusal]:
+    return check_32bit(process) + check_paths(process)
+
+
+def check_32bit(process: Process) -> list[Refusal]:
+    """A program that was started as 32-bit: its auxiliary vector has 32-bit words (fs/compat_binfmt_elf.c).
+
+    The vector is the kernel's copy from exec, so neither a changed exe nor setarch(8) misleads. A 64-bit program that
+    jumps to a 32-bit code segment is seen by its registers only, once it is stopped.
+    """
+    words = read_auxv(process.reader.tid)[:8]
+    # the first key, below 64: eight bytes of a 64-bit vector; with 32-bit words the value stands in the upper four
+    if int.from_bytes(words, 'little') < 1 << 32:
+        return []
+    return [refuse(process.leader, 'exe', 'EOPNOTSUPP', 'is a 32-bit program', 'only 64-bit tasks can be checkpointed')]
+
+
+def check_paths(process: Process) -> list[Refusal]:
+    """Directories and program that a restart will look for by name."""
+    found: list[Refusal] = []
+    for name in ('cwd', 'root', 'exe'):
+        try:
+            path = read_link(process.reader.tid, name)
+        except FileNotFoundError:       # it exits
+            continue
+        if path.endswith(DELETED) and lstat_of_task(process.reader.tid, path) is None:
+            found.append(warn(process.leader, name, 'ENOENT', f'{path.removesuffix(DELETED)} is deleted',
+                              'the image keeps a deleted program' if name == 'exe' else
+                              'a restart needs a directory there: make it again'))
+    return found

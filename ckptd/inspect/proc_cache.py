@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What /proc says of the tasks of a tree, each file read once for all that ask.
+
+Only what a tree at rest shows stays true: a check of a running tree makes a picture of its own, and throws it away.
+"""
+
+import os
+import stat
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from ckptd.kernel.creds import CAP_SYS_PTRACE, file_rights
+from ckptd.kernel.fdinfo import list_fds
+from ckptd.kernel.maps import Mapping, read_smaps
+from ckptd.kernel.status import Status, read_status
+from ckptd.objects.files.base import OpenFile, read_open_file
+from ckptd.tree import Task
+
+
+class Recipient(Protocol):
+    """Who is to have the image."""
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def groups(self) -> Sequence[int]: ...
+
+
+class Picture:
+    """Errors are those of the readers: ProcessLookupError for a task that is gone, PermissionError.
+
+    severed: inodes of sockets that do not outlive the dump. caller: who is to have the image.
+    """
+
+    def __init__(self, severed: Collection[int] = (), caller: Recipient | None = None) -> None:
+        self._severed, self._caller = severed, caller
+        self._statuses: dict[int, Status] = {}
+        self._mappings: dict[int, list[Mapping]] = {}
+        self._files: dict[int, list[OpenFile]] = {}
+
+    def status(self, task: Task) -> Status:
+        if task.tid not in self._statuses:
+            self._statuses[task.tid] = read_status(task.tgid, task.tid)
+        return self._statuses[task.tid]
+
+    def mappings(self, task: Task) -> list[Mapping]:
+        """Of the task's address space, with flags."""
+        if task.tid not in self._mappings:
+            self._mappings[task.tid] = read_smaps(task.tid)
+        return self._mappings[task.tid]
+
+    def files(self, task: Task) -> list[OpenFile]:
+        """Of the task's table, by fd. One that is closed while the table is read is left out."""
+        if task.tid not in self._files:
+            self._files[task.tid] = self._read_files(task)
+        return self._files[task.tid]
+
+    def _read_files(self, task: Task) -> list[OpenFile]:
+        found = []
+        for fd in list_fds(task.tid):
+            try:
+                file = read_open_file(task.tgid, fd, task.tid)
+            except FileNotFoundError:
+                continue
+            if _socket(file) in self._severed:
+                file = replace(file, severed=True)
+            if self._caller and not may_read(file, self._caller):
+                file = replace(file, unread=True)
+            found.append(file)
+        return found
+
+    def forget(self, task: Task) -> None:
+        """The task was dumped: what was read of it takes no more room."""
+        self._statuses.pop(task.tid, None)
+        self._mappings.pop(task.tid, None)
+        self._files.pop(task.tid, None)
+
+
+def may_read(file: OpenFile, caller: Recipient) -> bool:
+    """Whether a regular file is open for reading, or could be opened so by the caller. A service has its log opened for
+    it before it gives up its rights, and what others write into that is not its user's."""
+    if not stat.S_ISREG(file.stat.st_mode) or file.readable or file.is_path:
+        return True
+    if caller.uid in (0, file.stat.st_uid):       # who owns it may change its mode
+        return True
+    # the link is followed by the right to trace the task, which was asked about; the file is opened by the ids alone
+    with file_rights(caller.uid, caller.gid, caller.groups, 1 << CAP_SYS_PTRACE):
+        return os.access(file.proc_path, os.R_OK, effective_ids=True)
+
+
+def _socket(file: OpenFile) -> int:
+    """The inode of a socket, proc_pid_fd(5), 0 for another file."""
+    return file.stat.st_ino if file.link.startswith('socket:') else 0

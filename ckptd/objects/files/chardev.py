@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The character devices that keep nothing: null, zero, full, random, urandom."""
+
+import os
+import stat
+
+from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, opening
+from ckptd.objects.files.device import is_device, open_device
+
+# Documentation/admin-guide/devices.txt
+STATELESS = {os.makedev(1, 3): 'null', os.makedev(1, 5): 'zero', os.makedev(1, 7): 'full', os.makedev(1, 8): 'random',
+             os.makedev(1, 9): 'urandom'}
+
+
+@layout
+class CharacterDevice(Struct):
+    """device: its number, which says what it is whatever the path."""
+    path: str
+    device: U64
+    mode: U32
+
+
+class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return stat.S_ISCHR(file.stat.st_mode) and file.stat.st_rdev in STATELESS and not file.is_path
+
+    def dump(self, file: OpenFile, content: Content) -> CharacterDevice:
+        return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode)
+
+    def obstacles(self, record: CharacterDevice, saved: SavedFile, looking: Looking) -> list[Reason]:
+        found = looking.lstat(record.path)
+        if found is None:
+            return [Reason('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
+        if not is_device(found, record.device):
+            return [Reason('ENODEV', f'{record.path} is another file than the device '
+                           f'{os.major(record.device)}:{os.minor(record.device)}', 'make the device again (mknod)')]
+        if not looking.may(record.path, access_of(saved.flags)):
+            return [Reason('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
+        return []
+
+    def restore(self, record: CharacterDevice, saved: SavedFile, ctx: Restoring) -> int:
+        return open_device(record.path, record.device, opening(saved.flags), ctx)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Bulk bytes of a file that a restart could not find by its name, holes left out."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from ckptd.image.grammar import U64, Struct, layout
+from ckptd.image.records import Extent
+from ckptd.objects.files.base import ByUser, Content, Looking, OpenFile, Reason, Restoring
+
+CHUNK = 1 << 20
+
+
+@layout
+class Segment(Struct):
+    """Bytes of a file from `start`, kept in `extent`. What no segment covers is zero."""
+    start: U64
+    extent: Extent
+
+
+def dump_content(fd: int, size: int, content: Content) -> tuple[Segment, ...]:
+    """The data of a file of `size` bytes, by a description of our own: SEEK_DATA moves the position."""
+    return tuple(Segment(start, content.add(_chunks(fd, start, end))) for start, end in data_ranges(fd, size))
+
+
+@contextmanager
+def open_quietly(file: OpenFile) -> Iterator[int]:
+    """A description of our own for reading a named file. Its time of access stays where we have that right, open(2)."""
+    with ExitStack() as stack:
+        try:
+            fd = stack.enter_context(file.reopen(os.O_RDONLY | os.O_NOATIME))
+        except PermissionError:
+            fd = stack.enter_context(file.reopen(os.O_RDONLY))
+        yield fd
+
+
+def content_size(segments: Iterable[Segment]) -> int:
+    """Bytes that are written, each as often as a segment has it."""
+    return sum(segment.extent.length for segment in segments)
+
+
+def restore_content(fd: int, size: int, segments: Iterable[Segment], ctx: Restoring) -> None:
+    """The same data in a new file."""
+    for segment in segments:
+        ctx.copy(segment.extent, fd, segment.start)
+    # what is behind the last segment is a hole; a segment may have been longer than the file, by pages
+    os.ftruncate(fd, size)
+
+
+def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
+    """Set owner and permissions of a new file that the user's rights made, by the user's rights.
+
+    An image may name any owner, and a name that others can change may lead to any file: so the kernel decides what the
+    user may do. Where the user may not give the file away, it stays theirs without set-user-ID and set-group-ID, and
+    the plan has said so, see `owner_obstacles`.
+    """
+    with user.as_user():
+        of, mode = os.fstat(fd), stat.S_IMODE(mode)
+        if (of.st_uid, of.st_gid) != (uid, gid):
+            try:
+                os.fchown(fd, uid, gid)     # takes set-user-ID away, so the mode comes after it
+            except PermissionError:
+                mode &= 0o777
+        if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+            os.fchmod(fd, mode)
+
+
+def owner_obstacles(what: str, uid: int, gid: int, looking: Looking) -> list[Reason]:
+    """A warning where a file that is made again does not get the owner or the group that it had."""
+    if looking.may_own(uid, gid):
+        return []
+    return [Reason('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {looking.uid} may not give it',
+                   'it belongs to that user now; processes that have it open do not notice', 'warning')]
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """[start, end) of what is not a hole, lseek(2)."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:      # nothing but hole up to the end
+                return
+            if error.errno != errno.EINVAL:     # a file system without holes
+                raise
+            start, at = at, size
+        if start < at:
+            yield start, at
+
+
+def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:
+    while start < end:
+        chunk = os.pread(fd, min(CHUNK, end - start), start)
+        if not chunk:       # truncated meanwhile, by somebody outside of the tree
+            return
+        start += len(chunk)
+        yield chunk

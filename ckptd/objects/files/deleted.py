@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files without a name: made under their old one, or one like it, and unlinked at once.
+
+Several descriptions, and mappings, share one such file. Who asks first makes it; a kind returns `open_nameless` of it.
+"""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+
+from ckptd.errors import CkptError
+from ckptd.image.records import Extent
+from ckptd.objects.files.base import ByUser, Looking, Reason, Restoring, Takes, open_again
+from ckptd.objects.files.content import Segment, content_size, restore_content
+
+TRIES = 100
+
+
+def home_of(path: str, looking: Looking) -> str:
+    """The directory that a deleted file is made in again: its own, or the next one above that is still there and may be
+    written; '' if there is none."""
+    for parent in PurePath(path).parents if path.startswith('/') else ():
+        found = looking.lstat(str(parent))
+        if found and stat.S_ISDIR(found.st_mode) and looking.may(str(parent), os.W_OK | os.X_OK):
+            return str(parent)
+    return ''
+
+
+def deleted_obstacles(path: str, looking: Looking) -> list[Reason]:
+    """Of a file that is made again where it was deleted."""
+    home, own = home_of(path, looking), str(PurePath(path).parent)
+    if not home:
+        return [Reason('EACCES', f'{path} was deleted and cannot be made again in {own}',
+                       'make that directory, writable for whose tree it is')]
+    if home != own:
+        return [Reason('ENOENT', f'{own} is gone or not writable: the deleted {PurePath(path).name} is made in {home}',
+                       f'make {own} again', 'warning')]
+    return []
+
+
+def names_for(path: str) -> Iterator[str]:
+    """Names to try, the old one first: it is what /proc/PID/fd goes on to show."""
+    name = PurePath(path).name
+    yield name
+    for _ in range(TRIES):
+        yield f'.{name[:200]}.{secrets.token_hex(4)}'
+
+
+@contextmanager
+def opened_home(path: str, ctx: Restoring) -> Iterator[int]:
+    """The directory of `home_of`, opened (O_PATH). Names are made and taken away in this one directory, wherever its
+    path leads by then. CkptError if there is none."""
+    home = home_of(path, ctx)
+    if not home:
+        raise cannot_make(path)
+    fd = ctx.open(home, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def cannot_make(path: str) -> CkptError:
+    return CkptError(f'{path} was deleted and cannot be made again', errno=errno.EACCES, resource=path,
+                     hint='make its directory, writable for whose tree it is')
+
+
+def make_nameless(path: str, ctx: Restoring, flags: int) -> int:
+    """A new empty file (mode 0600) of the user's without a name. CkptError if there is no place for one.
+
+    O_CREAT with O_EXCL opens the file that it makes and no other, open(2), whatever happens to its name afterwards.
+    With O_TMPFILE it would have no name in between, and /proc would show a number in the place of the old name.
+    """
+    flags |= os.O_CLOEXEC
+    with opened_home(path, ctx) as home:
+        for name in names_for(path):
+            with ctx.as_user():
+                try:
+                    fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=home)
+                except FileExistsError:
+                    continue
+                unlink_new(name, home, fd)
+            return fd
+    raise cannot_make(path)
+
+
+def unlink_new(name: str, home: int, fd: int) -> None:
+    """Take the name of a new file away; `fd`, by which it is open, is closed where that fails."""
+    try:
+        os.unlink(name, dir_fd=home)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def whole(content: Iterable[Extent]) -> tuple[Segment, ...]:
+    """The content of a Backing record, extents one behind the other from byte 0 on, as segments."""
+    found, at = [], 0
+    for extent in content:
+        found.append(Segment(at, extent))
+        at += extent.length
+    return tuple(found)
+
+
+def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segments: Iterable[Segment],
+                 ctx: Restoring) -> int:
+    """The file that had this inode, as of Restoring.once: made by who asks first, open for reading. `open_nameless`
+    opens it otherwise: what somebody may write to cannot be a task's program (kernel/fork.c, replace_mm_exe_file).
+
+    For descriptions and mappings of one file alike. Its owner is that of a new file, see `set_owner`.
+    """
+    def make() -> int:
+        fd = make_nameless(path, ctx, os.O_RDWR)
+        try:
+            restore_content(fd, size, segments, ctx)
+            with ctx.as_user():
+                os.fchmod(fd, mode & 0o777)
+            return open_nameless(fd, os.O_RDONLY, ctx)
+        finally:
+            os.close(fd)
+    return ctx.once(_key(device, inode), make)
+
+
+def deleted_takes(path: str, device: int, inode: int, segments: Iterable[Segment]) -> Takes:
+    """What `deleted_file` takes, first of all for its content."""
+    return Takes(_key(device, inode), disk=content_size(segments), path=path)
+
+
+def _key(device: int, inode: int) -> Hashable:
+    return 'deleted', device, inode
+
+
+def open_nameless(base: int, flags: int, user: ByUser) -> int:
+    """A description of a file that the user's rights made, also where its mode, set already, would not let them."""
+    with user.as_user():
+        mode = stat.S_IMODE(os.fstat(base).st_mode)
+        if mode & 0o600 == 0o600:
+            return open_again(base, flags)
+        os.fchmod(base, mode | 0o600)
+        try:
+            return open_again(base, flags)
+        finally:
+            os.fchmod(base, mode)

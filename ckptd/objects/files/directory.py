@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An open directory, kept by name."""
+
+import os
+import stat
+
+from ckptd.errors import CkptError
+from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, of_process, opening
+from ckptd.objects.files.locks import Lock, lock_obstacles, read_locks, restore_locks
+
+
+@layout
+class Directory(Struct):
+    """path: from the root of the mount namespace."""
+    path: str
+    device: U64
+    inode: U64
+    mode: U32
+    locks: tuple[Lock, ...]
+
+
+class DirectoryKind(Kind[Directory], tag='directory'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return stat.S_ISDIR(file.stat.st_mode) and not file.is_path
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        if file.deleted:
+            # a deleted directory is empty and takes no new entries; no call makes one
+            return [Reason('ENOENT', f'{file.path} is a deleted directory', 'let the program leave it first')]
+        if not file.reachable:
+            return [Reason('ENOENT', f'{file.path} is another directory now, or covered by a mount',
+                           'a restart opens directories by path: uncover the mount', 'warning')]
+        return []
+
+    def dump(self, file: OpenFile, content: Content) -> Directory:
+        of = file.stat
+        return Directory(file.path, of.st_dev, of.st_ino, of.st_mode, read_locks(file))
+
+    def late(self, record: Directory, saved: SavedFile) -> bool:
+        return of_process(record.path)
+
+    def obstacles(self, record: Directory, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if self.late(record, saved):
+            return []       # what it belongs to is yet to be made
+        found = looking.lstat(record.path)
+        if found is None:
+            return [Reason('ENOENT', f'{record.path} is missing', 'make the directory again')]
+        if not stat.S_ISDIR(found.st_mode):
+            return [Reason('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
+        if not looking.may(record.path, os.R_OK):
+            return [Reason('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
+        rows = lock_obstacles(record.locks, record.path, looking)
+        if found.st_ino != record.inode:
+            rows += [Reason('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
+                            'a listing that was under way may skip or repeat names', 'warning')]
+        return rows
+
+    def restore(self, record: Directory, saved: SavedFile, ctx: Restoring) -> int:
+        fd = ctx.open(record.path, opening(saved.flags) | os.O_NONBLOCK)
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise CkptError(f'{record.path} is no directory any more', resource=record.path)
+        return fd
+
+    def finish(self, record: Directory, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        restore_locks(record.locks, record.path, saved, fd, ctx)

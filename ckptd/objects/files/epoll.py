@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An epoll instance: which open files it watches, and for what, epoll(7).
+
+It watches descriptions, and knows each by the number that it had in the table of who added it. So who has that number
+for that file still is looked for at the dump, and adds it again at the restart. What is ready is found out anew: an
+edge-triggered watch may tell once more what it told before.
+"""
+
+import errno
+from collections import Counter
+from collections.abc import Iterator
+
+from ckptd.errors import CkptError, NotSupported
+from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.epoll import EPOLL_CLOEXEC, EPOLL_CTL_ADD, Target, epoll_create1, pack_event, parse_target
+from ckptd.kernel.kcmp import EQUAL, kcmp_epoll
+from ckptd.kernel.status import read_status
+from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, Restoring
+
+_LINK = 'anon_inode:[eventpoll]'
+_HINT = 'the program closed it while another fd keeps it open; let it be removed from the epoll (EPOLL_CTL_DEL) first'
+
+
+@layout
+class Watch(Struct):
+    """fd: its number in the process `vpid`, which has the epoll, too. events: EPOLL*, of a disarmed EPOLLONESHOT
+    without those to wait for."""
+    vpid: U32
+    fd: U32
+    events: U32
+    data: U64
+
+
+@layout
+class Epoll(Struct):
+    watches: tuple[Watch, ...]
+
+
+class EpollKind(Kind[Epoll], tag='epoll'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return file.link == _LINK and not file.is_path
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        # another process of the tree may have it, which is known when all are looked at: then it is refused in earnest
+        return [Reason('EBADF', f'an epoll instance watches a file that is no longer fd {target.tfd} here',
+                       f'it cannot be dumped if no process that has it knows that file: {_HINT}', 'warning')
+                for target, nth in _targets(file) if not _watches(file, file.tid, file.fd, target, nth)]
+
+    def dump(self, file: OpenFile, content: Content) -> Epoll:
+        return Epoll(tuple(self._watch(file, target, nth) for target, nth in _targets(file)))
+
+    def _watch(self, file: OpenFile, target: Target, nth: int) -> Watch:
+        for tid, fd in ((file.tid, file.fd), *file.holders):
+            if _watches(file, tid, fd, target, nth):
+                return Watch(read_status(tid).ns_tgid[-1], *target)
+        raise NotSupported(f'task {file.pid}: fd {file.fd}: an epoll instance watches a file that is no longer fd '
+                           f'{target.tfd}', task=file.pid, resource=f'fd {file.fd}', hint=_HINT)
+
+    def restore(self, record: Epoll, saved: SavedFile, ctx: Restoring) -> int:
+        return epoll_create1(EPOLL_CLOEXEC)
+
+    def finish(self, record: Epoll, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        holders = ctx.holders(saved.file_id)
+        known = dict(reversed(holders))
+        for watch in record.watches:
+            # processes that share a table of fds are one of them there
+            vpid = watch.vpid if watch.vpid in known else holders[0][0]
+            try:
+                ctx.call(vpid, 'epoll_ctl', known[vpid], EPOLL_CTL_ADD, watch.fd, pack_event(watch.events, watch.data))
+            except OSError as error:
+                raise CkptError(f'an epoll instance cannot watch fd {watch.fd} of process {vpid} again: '
+                                f'{error.strerror}', errno=error.errno, resource=saved.link) from error
+
+
+def _targets(file: OpenFile) -> Iterator[tuple[Target, int]]:
+    """What it watches, each with its place among those of the same number, as kcmp(2) wants it."""
+    seen: Counter[int] = Counter()
+    for row in file.info.fields.get('tfd', ()):
+        target = parse_target(row)
+        yield target, seen[target.tfd]
+        seen[target.tfd] += 1
+
+
+def _watches(file: OpenFile, tid: int, epoll: int, target: Target, nth: int) -> bool:
+    """Whether in the table of `tid` the number still leads to the file that is watched."""
+    try:
+        return kcmp_epoll(tid, target.tfd, tid, epoll, target.tfd, nth) == EQUAL
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOENT):
+            raise
+        return False

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An eventfd: a 64-bit counter, eventfd(2). fdinfo has all of it; the task need not be asked."""
+
+import os
+
+from ckptd.image.grammar import U8, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, Restoring
+
+_LINK = 'anon_inode:[eventfd]'
+_COUNT, _SEMAPHORE = 'eventfd-count', 'eventfd-semaphore'
+
+
+@layout
+class Eventfd(Struct):
+    """semaphore: EFD_SEMAPHORE, a read takes 1."""
+    count: U64
+    semaphore: U8
+
+
+class EventfdKind(Kind[Eventfd], tag='eventfd'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return file.link == _LINK and not file.is_path
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        if _SEMAPHORE in file.info.fields:
+            return []
+        return [Reason('ENODATA', 'the kernel does not tell whether an eventfd is a semaphore',
+                       'a restart takes it for a counter; Linux 6.5 tells', 'warning')]
+
+    def dump(self, file: OpenFile, content: Content) -> Eventfd:
+        fields = file.info.fields
+        # eventfd_show_fdinfo in fs/eventfd.c: the count is hexadecimal
+        return Eventfd(int(fields[_COUNT][0], 16), int(fields.get(_SEMAPHORE, ['0'])[0]))
+
+    def restore(self, record: Eventfd, saved: SavedFile, ctx: Restoring) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | saved.flags & os.O_NONBLOCK | (os.EFD_SEMAPHORE if record.semaphore else 0))
+        if record.count:        # the first value has 32 bits only
+            os.eventfd_write(fd, record.count)
+        return fd

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One end of a FIFO, a pipe with a name, fifo(7). What is in it goes with the read end."""
+
+import errno
+import os
+import stat
+
+from ckptd.errors import Busy, CkptError
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.records import Extent
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel import pipe
+from ckptd.kernel.statfs import PIPEFS_MAGIC
+from ckptd.objects.files.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, Takes
+from ckptd.objects.files.content import owner_obstacles, set_owner
+from ckptd.objects.files.deleted import cannot_make, deleted_obstacles, names_for, opened_home, unlink_new
+from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
+
+
+@layout
+class Fifo(Struct):
+    """path: from the root of the mount namespace. The rest as in Pipe."""
+    path: str
+    device: U64
+    inode: U64
+    mode: U32
+    uid: U32
+    gid: U32
+    deleted: U8
+    capacity: U32
+    packet_mode: U8
+    data: tuple[Extent, ...]
+    lengths: tuple[U32, ...]
+
+
+class FifoKind(Kind[Fifo], tag='fifo'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic != PIPEFS_MAGIC
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        if file.deleted or file.reachable:      # a deleted one is made again, its ends find each other by inode
+            return []
+        return [Reason('ENOENT', f'{file.path} is another file now, or covered by a mount',
+                       'a restart opens FIFOs by path: put it back', 'warning')]
+
+    def endpoint(self, file: OpenFile) -> Endpoint | None:
+        return pipe_endpoint('fifo', file)
+
+    def dump(self, file: OpenFile, content: Content) -> Fifo:
+        of = file.stat
+        with file.duplicate() as fd:
+            data, lengths = dump_pipe_data(file, fd, content)
+            return Fifo(file.path, of.st_dev, of.st_ino, of.st_mode, of.st_uid, of.st_gid, file.deleted,
+                        pipe.capacity(fd), bool(file.flags & os.O_DIRECT), data, lengths)
+
+    def obstacles(self, record: Fifo, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if record.deleted:
+            return [*deleted_obstacles(record.path, looking),
+                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
+        found = looking.lstat(record.path)
+        if found is None:
+            return [Reason('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
+        if not stat.S_ISFIFO(found.st_mode):
+            return [Reason('ESTALE', f'{record.path} is no FIFO any more', 'put the FIFO back')]
+        # a restart opens it both ways, so that neither end waits for the other
+        if not looking.may(record.path, os.R_OK | os.W_OK):
+            return [Reason('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
+        return []
+
+    def takes(self, record: Fifo, saved: SavedFile) -> Takes:
+        return Takes(_key(record), pipe=record.capacity)
+
+    def restore(self, record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
+        def make() -> int:
+            base = _make_deleted(record, saved, ctx) if record.deleted else _open(record, ctx)
+            set_capacity(base, record.capacity)
+            return base
+        fd = restore_end(_key(record), make, saved.flags, ctx)
+        # what others wrote meanwhile came after what was in it then, and cannot be put behind it
+        if record.data and pipe.bytes_in(fd):
+            os.close(fd)
+            raise Busy(f'{record.path} is in use: somebody else\'s data is in it', resource=record.path,
+                       hint='read it empty, or end the programs that have it open')
+        return fd
+
+    def finish(self, record: Fifo, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        fill(_key(record), fd, record.data, record.lengths, record.path, ctx)
+
+
+def _key(record: Fifo) -> Key:
+    return 'fifo', record.device, record.inode
+
+
+def _open(record: Fifo, ctx: Restoring) -> int:
+    """Both ends of the FIFO that is there."""
+    base = ctx.open(record.path, os.O_RDWR | os.O_NONBLOCK)
+    if not stat.S_ISFIFO(os.fstat(base).st_mode):
+        os.close(base)
+        raise CkptError(f'{record.path} is no FIFO any more', errno=errno.ESTALE, resource=record.path)
+    return base
+
+
+def _make_deleted(record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
+    """Both ends of a new one that had a name for a moment."""
+    with opened_home(record.path, ctx) as home:
+        for name in names_for(record.path):
+            try:
+                with ctx.as_user():
+                    base, of = _make_and_open(name, home)
+            except FileExistsError:
+                continue
+            try:
+                _require_own(of, record, ctx)
+                set_owner(base, saved.mode, record.uid, record.gid, ctx)
+            except BaseException:
+                os.close(base)
+                raise
+            return base
+    raise cannot_make(record.path)
+
+
+def _make_and_open(name: str, home: int) -> tuple[int, os.stat_result]:
+    """Whatever has the name in the directory `home` just after a FIFO was made there, and what it was before the name
+    was taken away."""
+    os.mkfifo(name, 0o600, dir_fd=home)
+    try:
+        base = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home)
+    except BaseException:
+        os.unlink(name, dir_fd=home)
+        raise
+    of = os.fstat(base)
+    unlink_new(name, home, base)
+    return base, of
+
+
+def _require_own(of: os.stat_result, record: Fifo, ctx: Restoring) -> None:
+    """No call makes a FIFO and opens it, and who may write its directory may put something else in its place in between
+    (renameat2(2), RENAME_EXCHANGE) or keep it by another name (link(2))."""
+    if not stat.S_ISFIFO(of.st_mode) or of.st_uid != ctx.uid or of.st_nlink != 1:
+        raise CkptError(f'{record.path} was replaced while it was made again', errno=errno.ESTALE,
+                        resource=record.path, hint='see who else writes in its directory')

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Locks and leases on a file, as its holders' fdinfo has them: fcntl_locking(2), flock(2), F_SETLEASE of fcntl(2)."""
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+
+from ckptd.errors import Busy, CkptError, NotSupported
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.creds import CAP_LEASE
+from ckptd.kernel.fdinfo import read_fdinfo
+from ckptd.kernel.status import read_status
+from ckptd.objects.files.base import Looking, OpenFile, Reason, Restoring
+
+# <asm-generic/fcntl.h>; struct flock {short l_type, l_whence; off_t l_start, l_len; pid_t l_pid;}, 32 bytes
+F_SETLK = 6
+F_OFD_GETLK = 36
+F_OFD_SETLK = 37
+_FLOCK = struct.Struct('@hhqqi4x')
+
+POSIX, FLOCK, OFD, LEASE = 1, 2, 3, 4
+EOF = (1 << 64) - 1
+_NAMES = {'POSIX': POSIX, 'FLOCK': FLOCK, 'OFDLCK': OFD, 'LEASE': LEASE}
+
+
+@layout
+class Lock(Struct):
+    """kind: POSIX, FLOCK, OFD, LEASE. write: 1 for a write lock or lease. Bytes start to end, both inclusive, EOF: no
+    end. holder: vpid of the process that a POSIX lock belongs to; other locks belong to the description (0)."""
+    kind: U8
+    write: U8
+    start: U64
+    end: U64
+    holder: U32
+
+
+def parse_lock(line: str, holder: int) -> Lock | None:
+    """'1: POSIX  ADVISORY  WRITE 359 00:13:11691 0 EOF'. None for what is not the task's own, a delegation of nfsd."""
+    _, name, _, access, _, _, start, end = line.split()
+    kind = _NAMES.get(name)
+    if kind is None:
+        return None
+    return Lock(kind, int(access != 'READ'), int(start), EOF if end == 'EOF' else int(end),
+                holder if kind == POSIX else 0)
+
+
+def read_locks(file: OpenFile) -> tuple[Lock, ...]:
+    """Locks of the description, and POSIX locks of every process that holds it."""
+    found: dict[Lock, None] = {}
+    for pid, fd in ((file.tid, file.fd), *file.holders):
+        # of POSIX locks fdinfo shows those of its own process only (fs/locks.c, __show_fd_locks)
+        info = file.info if (pid, fd) == (file.tid, file.fd) else read_fdinfo(pid, fd)
+        lines = info.fields.get('lock', [])
+        holder = read_status(pid).ns_tgid[-1] if lines else 0
+        found.update((lock, None) for line in lines if (lock := parse_lock(line, holder)))
+    return tuple(found)
+
+
+def has_locks(file: OpenFile) -> bool:
+    return 'lock' in file.info.fields
+
+
+# ---------------------------------------------------------------- restart
+
+def lock_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+    """Locks that somebody else has now, and leases that the user may not take. Of flock(2) and leases no call tells
+    without taking one."""
+    return [*_lease_obstacles(locks, path, looking), *_held_ranges(locks, path, looking)]
+
+
+def _lease_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+    """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
+    found = looking.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
+    if found is None or found.st_uid == looking.uid or looking.capable(CAP_LEASE):
+        return []
+    return [Reason('EACCES', f'{path} is leased and belongs to uid {found.st_uid}, and uid {looking.uid} may not take '
+                   'a lease on it', 'release the lease (F_SETLEASE, F_UNLCK) first, or restore as root')]
+
+
+def _held_ranges(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+    ranges = [lock for lock in locks if lock.kind in (POSIX, OFD)]
+    if not ranges:
+        return []
+    try:
+        fd = looking.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return []       # not readable for the user; the restart then finds out
+    try:
+        return [Reason('EBUSY', f'{path} is locked by {holder}', 'end that program, or wait for it')
+                for holder in dict.fromkeys(_holder(fd, lock) for lock in ranges) if holder]
+    finally:
+        os.close(fd)
+
+
+def _holder(fd: int, lock: Lock) -> str:
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, F_OFD_GETLK, _flock(lock)))
+    if kind == fcntl.F_UNLCK:
+        return ''
+    return f'process {pid}' if pid > 0 else 'another program'      # -1: an OFD lock, which is of no process
+
+
+def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    """Take the locks again. Busy if somebody else has one now.
+
+    POSIX locks are a process's own, and it loses them when it closes any fd of the file, fcntl_locking(2): no process
+    may close one after this.
+    """
+    for lock in locks:
+        try:
+            _take(lock, path, saved, fd, ctx)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise CkptError(f'{path} cannot be locked again: {error.strerror}', errno=error.errno,
+                                resource=path) from error
+            raise Busy(f'{path} is locked by somebody else', resource=path,
+                       hint='end the program that has it locked, or wait for it') from error
+
+
+def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    if lock.kind == POSIX:
+        vpid, number = _lead(lock, saved, path, ctx)
+        ctx.call(vpid, 'fcntl', number, F_SETLK, _flock(lock))
+    elif lock.kind == OFD:
+        fcntl.fcntl(fd, F_OFD_SETLK, _flock(lock))
+    else:
+        name, *arguments = _call(lock)
+        # of the description, and yet shown as of the process that took it; of a lease that one gets the signal, with
+        # the fd that it took it by (fs/locks.c, lease_setup)
+        for vpid, number in ctx.holders(saved.file_id)[:1]:
+            ctx.call(vpid, name, number, *arguments)
+            return
+        fcntl.flock(fd, arguments[0]) if lock.kind == FLOCK else fcntl.fcntl(fd, *arguments)
+
+
+def _call(lock: Lock) -> tuple[str, *tuple[int, ...]]:
+    """The system call that takes it, without the fd."""
+    if lock.kind == FLOCK:
+        return 'flock', (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB
+    return 'fcntl', fcntl.F_SETLEASE, fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
+
+
+def _lead(lock: Lock, saved: SavedFile, path: str, ctx: Restoring) -> tuple[int, int]:
+    """(vpid, fd): who takes a POSIX lock, and by which fd. Processes that share a table of fds share their locks."""
+    holders = ctx.holders(saved.file_id)
+    own = [(vpid, number) for vpid, number in holders if vpid == lock.holder]
+    if own or len(holders) == 1:
+        return (own or holders)[0]
+    raise NotSupported(f'{path}: process {lock.holder} has a lock and no longer an fd of it', resource=path,
+                       hint='release the lock before the checkpoint')
+
+
+def _flock(lock: Lock) -> bytes:
+    length = 0 if lock.end == EOF else lock.end - lock.start + 1
+    return _FLOCK.pack(fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK, os.SEEK_SET, lock.start, length, 0)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A memfd: shared memory with an fd and a name for people, memfd_create(2)."""
+
+import fcntl
+import os
+import stat
+from typing import Protocol, runtime_checkable
+
+from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.shmem import on_shm_mount
+from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, Takes, open_again
+from ckptd.objects.files.content import Segment, content_size, dump_content, owner_obstacles, restore_content, set_owner
+from ckptd.objects.files.locks import Lock, read_locks, restore_locks
+
+PREFIX = '/memfd:'
+
+
+@runtime_checkable
+class SharedContent(Protocol):
+    """A Content that dumps shared memory itself, once per object, mapped or not."""
+
+    def shared_memory(self, file: OpenFile) -> int:
+        """shm_id of the object."""
+        ...
+
+
+@layout
+class Memfd(Struct):
+    """device, inode: equal for every description and mapping of one object. shm_id: the SharedMemory record that has
+    the content, 0 if it is in `content`. seals: F_SEAL_*."""
+    name: str
+    device: U64
+    inode: U64
+    size: U64
+    mode: U32
+    uid: U32
+    gid: U32
+    seals: U32
+    shm_id: U32
+    content: tuple[Segment, ...]
+    locks: tuple[Lock, ...]
+
+
+class MemfdKind(Kind[Memfd], tag='memfd'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)
+                and file.link.startswith(PREFIX))
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        if file.unread:
+            return [Reason('EACCES', f'{file.path} is open for writing alone and its content may not be read',
+                           'run as root')]
+        return []
+
+    def dump(self, file: OpenFile, content: Content) -> Memfd:
+        of = file.stat
+        shm_id = content.shared_memory(file) if isinstance(content, SharedContent) else 0
+        segments = () if shm_id else self._content(file, content)
+        with file.duplicate() as fd:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        return Memfd(file.path.removeprefix(PREFIX), of.st_dev, of.st_ino, of.st_size, of.st_mode, of.st_uid, of.st_gid,
+                     seals, shm_id, segments, read_locks(file))
+
+    def _content(self, file: OpenFile, content: Content) -> tuple[Segment, ...]:
+        with file.reopen(os.O_RDONLY) as fd:
+            return dump_content(fd, file.stat.st_size, content)
+
+    def obstacles(self, record: Memfd, saved: SavedFile, looking: Looking) -> list[Reason]:
+        return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, looking)
+
+    def takes(self, record: Memfd, saved: SavedFile) -> Takes:
+        return Takes(_key(record), memory=content_size(record.content))
+
+    def restore(self, record: Memfd, saved: SavedFile, ctx: Restoring) -> int:
+        return open_again(self._object(record, ctx), saved.flags)
+
+    def _object(self, record: Memfd, ctx: Restoring) -> int:
+        if record.shm_id:
+            return ctx.shared_memory(record.shm_id)
+
+        def make() -> int:
+            with ctx.as_user():
+                fd = os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                restore_content(fd, record.size, record.content, ctx)
+                set_owner(fd, record.mode, record.uid, record.gid, ctx)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+        return ctx.once(_key(record), make)
+
+    def finish(self, record: Memfd, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        restore_locks(record.locks, f'memfd {record.name}', saved, fd, ctx)
+        # the seals of an object that the address spaces have are set with its content
+        if not record.shm_id and record.seals & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS):
+            fcntl.fcntl(self._object(record, ctx), fcntl.F_ADD_SEALS, record.seals)
+
+
+def _key(record: Memfd) -> tuple[str, int, int]:
+    return 'memfd', record.device, record.inode

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One end of a pipe, pipe(7). What is in it goes with the read end, whose holder would have read it.
+
+A restart makes each pipe once, with a base fd that is both ends; the ends of the tree are further descriptions of it.
+The base is closed with the restart: an end whose other ends were outside of the tree then is at its end by itself.
+"""
+
+import errno
+import fcntl
+import os
+import select
+import stat
+from collections.abc import Callable, Iterator, Sequence
+
+from ckptd.errors import CkptError, ImageDamaged
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.records import Extent
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel import pipe
+from ckptd.kernel.statfs import PIPEFS_MAGIC
+from ckptd.objects.files.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, Takes, open_again
+from ckptd.objects.files.content import owner_obstacles, set_owner
+
+Key = tuple[str, int, int]
+O_LARGEFILE = 0o100000      # <asm-generic/fcntl.h>; in C libraries for 64 bit it is 0
+
+
+@layout
+class Pipe(Struct):
+    """inode: equal for all ends of one pipe. capacity: F_GETPIPE_SZ. data: in order, of a read end only; a write
+    (or packet) each in `lengths`, so that a packet-mode pipe keeps its packets."""
+    inode: U64
+    capacity: U32
+    packet_mode: U8
+    uid: U32
+    gid: U32
+    data: tuple[Extent, ...]
+    lengths: tuple[U32, ...]
+
+
+class PipeKind(Kind[Pipe], tag='pipe'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic == PIPEFS_MAGIC
+
+    def endpoint(self, file: OpenFile) -> Endpoint | None:
+        return pipe_endpoint('pipe', file)
+
+    def dump(self, file: OpenFile, content: Content) -> Pipe:
+        with file.duplicate() as fd:
+            data, lengths = dump_pipe_data(file, fd, content)
+            return Pipe(file.stat.st_ino, pipe.capacity(fd), bool(file.flags & os.O_DIRECT), file.stat.st_uid,
+                        file.stat.st_gid, data, lengths)
+
+    def obstacles(self, record: Pipe, saved: SavedFile, looking: Looking) -> list[Reason]:
+        return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, looking)
+
+    def takes(self, record: Pipe, saved: SavedFile) -> Takes:
+        return Takes(('pipe', 0, record.inode), pipe=record.capacity)
+
+    def restore(self, record: Pipe, saved: SavedFile, ctx: Restoring) -> int:
+        def make() -> int:
+            base = make_pipe(key, ctx)
+            try:
+                set_capacity(base, record.capacity)
+                set_owner(base, saved.mode, record.uid, record.gid, ctx)
+            except BaseException:
+                os.close(base)
+                raise
+            return base
+        key = ('pipe', 0, record.inode)
+        return restore_end(key, make, saved.flags, ctx)
+
+    def finish(self, record: Pipe, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        fill(('pipe', 0, record.inode), fd, record.data, record.lengths, saved.link, ctx)
+
+
+def pipe_endpoint(name: str, file: OpenFile) -> Endpoint:
+    """The ends that `file` is, and the one that it is not if somebody has that open."""
+    holds = frozenset(end for end, is_it in (('read', file.readable), ('write', file.writable)) if is_it)
+    with file.duplicate() as fd:
+        others = {'read', 'write'} - holds if pipe.other_end_open(fd) else set()
+    return Endpoint((name, file.stat.st_dev, file.stat.st_ino), holds, frozenset(others))
+
+
+def dump_pipe_data(file: OpenFile, fd: int, content: Content) -> tuple[tuple[Extent, ...], tuple[int, ...]]:
+    """The unread bytes of a pipe or FIFO and the length of each packet or buffer; nothing for a write end."""
+    if not file.readable:
+        return (), ()
+    chunks = list(pipe.peek(fd))
+    if sum(map(len, chunks)) != pipe.bytes_in(fd):
+        raise BlockingIOError(errno.EAGAIN, f'{file.link} of task {file.pid} is being written to while it is dumped')
+    return ((content.add(chunks),) if chunks else ()), tuple(map(len, chunks))
+
+
+# ---------------------------------------------------------------- restart
+
+def make_pipe(key: Key, ctx: Restoring) -> int:
+    """Both ends of a new pipe as one description; the two of pipe(2) are kept for the first that ask for them."""
+    with ctx.as_user():
+        read, write = os.pipe2(os.O_CLOEXEC)
+        base = open_again(read, os.O_RDWR | os.O_NONBLOCK)
+    ctx.once((*key, 'first', os.O_RDONLY), lambda: read)
+    ctx.once((*key, 'first', os.O_WRONLY), lambda: write)
+    return base
+
+
+def set_capacity(fd: int, capacity: int) -> None:
+    if pipe.capacity(fd) == capacity:
+        return
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, capacity)
+    except PermissionError as error:
+        raise CkptError(f'a pipe of {capacity:,} bytes may not be made', errno=errno.EPERM,
+                        hint='raise the sysctl fs.pipe-max-size, or run as root') from error
+
+
+def restore_end(key: Key, make: Callable[[], int], flags: int, ctx: Restoring) -> int:
+    """An end of the pipe that `make` makes, if no other end did."""
+    base = ctx.once(key, make)
+    fd = _end(key, base, flags, ctx)
+    # open(2) knows no O_DIRECT of pipes, and owners of signals come later
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_ASYNC)
+    if flags & os.O_DIRECT and flags & os.O_ACCMODE != os.O_RDONLY:
+        # the sign for `fill` that what the pipe holds came in packets
+        ctx.once((*key, 'packets'), lambda: _writer(base, packets=True))
+    return fd
+
+
+def _end(key: Key, base: int, flags: int, ctx: Restoring) -> int:
+    """A description that is to go into the tree. open(2) sets O_LARGEFILE and nothing takes it away, pipe(2) does not;
+    so the first plain ends are those of pipe(2), and what fcntl(2) F_GETFL tells the program stays the same."""
+    fresh: list[int] = []
+
+    def take() -> int:
+        fresh.append(os.dup(base))
+        return fresh[0]
+    mode = flags & os.O_ACCMODE
+    if mode != os.O_RDWR and key[0] == 'pipe' and not flags & O_LARGEFILE:
+        ctx.once((*key, 'taken', mode), take)
+    # an open of one end waits for the other, which the base is
+    return os.dup(ctx.once((*key, 'first', mode), lambda: base)) if fresh else open_again(base, mode | os.O_NONBLOCK)
+
+
+def _writer(fd: int, *, packets: bool) -> int:
+    writer = open_again(fd, os.O_WRONLY | os.O_NONBLOCK)
+    if packets:
+        fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
+    return writer
+
+
+def fill(key: Key, fd: int, data: Sequence[Extent], lengths: Sequence[int], link: str, ctx: Restoring) -> None:
+    """Put the content into a pipe by any end of it, once, when all are there: several may have been dumped with it."""
+    if not data:
+        return
+
+    def write() -> int:
+        plain = _writer(fd, packets=False)
+        try:
+            # several lengths are packets: pipe.peek gives what else there is in one piece
+            packets = ctx.once((*key, 'packets'), lambda: _writer(fd, packets=len(lengths) > 1))
+            for chunk in _chunks(data, lengths, pipe.capacity(fd), link, ctx):
+                # a packet has PIPE_BUF bytes at most, pipe(7), so a longer one is none
+                _write(packets if len(chunk) <= select.PIPE_BUF else plain, chunk, link)
+        except BaseException:
+            os.close(plain)
+            raise
+        return plain
+    ctx.once((*key, 'content'), write)
+
+
+def _write(fd: int, chunk: bytes, link: str) -> None:
+    try:
+        done = os.write(fd, chunk)
+    except BlockingIOError:
+        done = 0
+    if done != len(chunk):
+        raise CkptError(f'{link} does not take all that was in it', errno=errno.ENOSPC, resource=link)
+
+
+def _chunks(data: Sequence[Extent], lengths: Sequence[int], room: int, link: str, ctx: Restoring) -> Iterator[bytes]:
+    size = sum(lengths)
+    if sum(extent.length for extent in data) != size:
+        raise ImageDamaged(f'{link}: its content has not the length of its packets', resource=link)
+    if size > room:
+        raise ImageDamaged(f'{link}: a pipe of {room:,} bytes does not have {size:,} in it', resource=link)
+    content = b''.join(ctx.pread(extent, extent.length, 0) for extent in data)
+    at = 0
+    for length in lengths:
+        yield content[at:at + length]
+        at += length

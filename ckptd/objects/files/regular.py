@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A regular file, kept by name; one that has lost its name is kept with its content."""
+
+import errno
+import os
+import stat
+from pathlib import PurePath
+
+from ckptd.errors import CkptError
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.identity import MISSING, Identity, changes
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel import statfs
+from ckptd.kernel.shmem import on_shm_mount
+from ckptd.objects.files.base import (
+    Content,
+    Kind,
+    Looking,
+    OpenFile,
+    Reason,
+    Restoring,
+    Takes,
+    access_of,
+    of_process,
+    opening,
+)
+from ckptd.objects.files.content import Segment, dump_content, open_quietly, owner_obstacles, restore_content, set_owner
+from ckptd.objects.files.deleted import deleted_file, deleted_obstacles, deleted_takes, open_nameless
+from ckptd.objects.files.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
+from ckptd.objects.files.rollback import SavingContent, digest_tail, only_appended, roll_back
+
+# regular by their mode, and yet no files with a name and content
+_NOT_FILES = {statfs.ANON_INODE_FS_MAGIC, statfs.HUGETLBFS_MAGIC, statfs.MQUEUE_MAGIC, statfs.NSFS_MAGIC,
+              statfs.PID_FS_MAGIC, statfs.SECRETMEM_MAGIC}
+_VERBS = {os.R_OK: 'read', os.W_OK: 'written', os.R_OK | os.W_OK: 'read and written'}
+
+
+@layout
+class Regular(Struct):
+    """path: from the root of the mount namespace. mtime: nanoseconds. file_system: statfs(2) f_type; on one that makes
+    its files up (proc, sysfs, cgroup) size and mtime say nothing. links: names that are left. content: if deleted."""
+    path: str
+    device: U64
+    inode: U64
+    size: U64
+    mtime: U64
+    mode: U32
+    uid: U32
+    gid: U32
+    links: U32
+    file_system: U32
+    deleted: U8
+    content: tuple[Segment, ...]
+    locks: tuple[Lock, ...]
+    is_saved: U8 = 0
+    saved: tuple[Segment, ...] = ()
+    tail: bytes = b''
+
+
+class RegularKind(Kind[Regular], tag='regular'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and not on_shm_mount(file.stat)
+                and file.magic not in _NOT_FILES)
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        if file.deleted:
+            return self._deleted(file)
+        if not file.reachable:
+            return [Reason('ENOENT', f'{file.path} is another file now, or covered by a mount',
+                           'a restart opens files by path: uncover the mount or put the file back', 'warning')]
+        if file.magic == statfs.PROC_SUPER_MAGIC and of_process(file.path):
+            return [Reason('ENOENT', f'{file.path} belongs to a process',
+                           'a restart needs a process with that pid', 'warning')]
+        return []
+
+    def _deleted(self, file: OpenFile) -> list[Reason]:
+        if file.unread or not os.access(file.proc_path, os.R_OK, effective_ids=True):
+            return [Reason('EACCES', f'{file.path} is deleted and its content cannot be read',
+                           'run as root, or give the file a name (ln) before the checkpoint')]
+        if any(lock.kind == LEASE for lock in read_locks(file)):
+            # opening a leased file breaks the lease, fcntl(2), and a deleted file must be opened for its content
+            return [Reason('EBUSY', f'{file.path} is deleted and leased', 'release the lease (F_SETLEASE, F_UNLCK)')]
+        if file.stat.st_nlink:
+            return [Reason('ENOENT', f'{file.path} is deleted but has another name',
+                           'a restart makes a file of its own that other name does not share', 'warning')]
+        return []
+
+    def dump(self, file: OpenFile, content: Content) -> Regular:
+        of = file.stat
+        locks = read_locks(file)
+        is_saved, saved, tail = (0, (), b'') if file.deleted else self._saved(file, content, locks)
+        return Regular(file.path, of.st_dev, of.st_ino, of.st_size, max(of.st_mtime_ns, 0), of.st_mode, of.st_uid,
+                       of.st_gid, of.st_nlink, file.magic, file.deleted, self._content(file, content),
+                       locks, is_saved, saved, tail)
+
+    def _content(self, file: OpenFile, content: Content) -> tuple[Segment, ...]:
+        if not file.deleted:
+            return ()
+        with file.reopen(os.O_RDONLY) as fd:
+            return dump_content(fd, file.stat.st_size, content)
+
+    def _saved(self, file: OpenFile, content: Content,
+               locks: tuple[Lock, ...]) -> tuple[int, tuple[Segment, ...], bytes]:
+        """What brings a file back that goes on living: of one that the tree writes, and that can be read."""
+        written = content.written(file) if isinstance(content, SavingContent) else file.writable
+        # opening a leased file breaks the lease
+        if not written or file.magic in statfs.MADE_UP or any(lock.kind == LEASE for lock in locks):
+            return 0, (), b''
+        if file.unread and not (isinstance(content, SavingContent) and content.reads(file)):
+            return 0, (), b''
+        segments = content.save(file) if isinstance(content, SavingContent) else None
+        try:
+            with open_quietly(file) as fd:
+                tail = digest_tail(fd, file.stat.st_size)
+        except PermissionError:
+            tail = b''
+        return int(segments is not None), segments or (), tail
+
+    # ------------------------------------------------------------ restart
+
+    def obstacles(self, record: Regular, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if record.deleted:
+            return [*deleted_obstacles(record.path, looking),
+                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
+        if self.late(record, saved):
+            return []       # what it belongs to is yet to be made
+        found = looking.lstat(record.path)
+        words = changes(_identity(record), found)
+        if found is None:
+            return self._missing(record, looking)
+        if not stat.S_ISREG(found.st_mode):
+            return [Reason('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
+        if not looking.may(record.path, access_of(saved.flags)):
+            return [Reason('EACCES', f'{record.path} may not be {_VERBS[access_of(saved.flags)]}',
+                           'run as its owner, or as root')]
+        rows = [self._changed(record, words, found, looking)] if words else []
+        return rows + lock_obstacles(record.locks, record.path, looking)
+
+    def _missing(self, record: Regular, looking: Looking) -> list[Reason]:
+        missing = f'{record.path} {MISSING}'
+        if not record.is_saved or looking.changed_files != 'rollback':
+            how = ', or have it made again by --changed-files=rollback' if record.is_saved else ''
+            return [Reason('ENOENT', missing, f'put the file back where it was{how}')]
+        home = str(PurePath(record.path).parent)
+        found = looking.lstat(home)
+        if found and stat.S_ISDIR(found.st_mode) and looking.may(home, os.W_OK | os.X_OK):
+            return [Reason('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning'),
+                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
+        return [Reason('ENOENT', f'{missing} and cannot be made again in {home}',
+                       'make that directory, writable for whose tree it is')]
+
+    def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: Looking) -> Reason:
+        how = f'{record.path} {" and ".join(words)}'
+        if looking.changed_files == 'accept':
+            return Reason('ESTALE', how, 'the tree finds it as it is now', 'warning')
+        if looking.changed_files == 'refuse':
+            return Reason('ESTALE', how, '--changed-files=accept goes on with it, rollback puts it back if the '
+                          'checkpoint was made with --save-files or it was only appended to')
+        why = self._no_rollback(record, found, looking)
+        if why:
+            return Reason('ESTALE', f'{how}, and cannot be put back: {why}',
+                          'checkpoint with --save-files, or use --changed-files=accept')
+        return Reason('ESTALE', how, 'the rollback puts it back as it was', 'warning')
+
+    def _no_rollback(self, record: Regular, found: os.stat_result, looking: Looking) -> str:
+        """Why the file cannot be brought back, '' if it can."""
+        if not looking.may(record.path, os.R_OK | os.W_OK):
+            return 'it may not be read and written'
+        if any(lock.kind == LEASE for lock in record.locks):
+            return 'it is leased'
+        if short := _lacking(record, found, looking):
+            return f'its file system lacks {short:,} bytes for that'
+        if record.is_saved or only_appended(record.path, _identity(record), record.tail, found, looking):
+            return ''
+        if not record.tail:
+            return 'the tree did not have it open for writing, or its content could not be read'
+        return 'its content was not saved, and it was not only appended to'
+
+    def takes(self, record: Regular, saved: SavedFile) -> Takes | None:
+        return deleted_takes(record.path, record.device, record.inode, record.content) if record.deleted else None
+
+    def late(self, record: Regular, saved: SavedFile) -> bool:
+        return record.file_system == statfs.PROC_SUPER_MAGIC and of_process(record.path)
+
+    def restore(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
+        if record.deleted:
+            return self._restore_deleted(record, saved, ctx)
+        if ctx.changed_files == 'rollback' and record.is_saved and ctx.lstat(record.path) is None:
+            ctx.make_file(record.path, lambda fd: _fill(record, fd, ctx))
+        fd = ctx.open(record.path, opening(saved.flags))
+        words = changes(_identity(record), os.fstat(fd))
+        # the file was looked at before; what has happened to it since must not pass unseen
+        if words and (ctx.changed_files == 'refuse' or not stat.S_ISREG(os.fstat(fd).st_mode)):
+            os.close(fd)
+            raise CkptError(f'{record.path} {" and ".join(words)}', errno=errno.ESTALE, resource=record.path)
+        return fd
+
+    def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
+        base = deleted_file(record.path, record.device, record.inode, record.size, record.mode, record.content, ctx)
+        set_owner(base, record.mode, record.uid, record.gid, ctx)
+        fd = open_nameless(base, saved.flags, ctx)
+        with ctx.as_user():
+            os.utime(base, ns=(record.mtime, record.mtime))
+        return fd
+
+    def finish(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        restore_locks(record.locks, record.path, saved, fd, ctx)
+
+    def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+        if ctx.changed_files == 'rollback' and (record.tail or record.is_saved):
+            roll_back(record.path, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
+
+
+def _fill(record: Regular, fd: int, ctx: Restoring) -> None:
+    """What was saved of a named file, into a new one."""
+    restore_content(fd, record.size, record.saved, ctx)
+    set_owner(fd, record.mode, record.uid, record.gid, ctx)
+    with ctx.as_user():
+        os.utime(fd, ns=(record.mtime, record.mtime))
+
+
+def _lacking(record: Regular, found: os.stat_result, looking: Looking) -> int:
+    """Bytes that the file system has too few to take what was saved; 0 if it has enough."""
+    try:
+        fd = looking.open(record.path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return 0        # that is told as such
+    try:
+        room = os.fstatvfs(fd)
+    finally:
+        os.close(fd)
+    wanted = sum(segment.extent.length for segment in record.saved) - found.st_blocks * 512
+    return max(wanted - room.f_bavail * room.f_frsize, 0)
+
+
+def _identity(record: Regular) -> Identity:
+    return Identity(record.mode, record.inode, record.size, record.mtime, record.file_system in statfs.MADE_UP)

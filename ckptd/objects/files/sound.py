@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules for records of open files of every kind that the grammar does not express."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, cast
+
+from ckptd.image.grammar import Struct
+from ckptd.image.records import PAGE, Extent, data_name
+from ckptd.image.shapes import MAX_FILE
+from ckptd.objects.files.content import Segment
+from ckptd.objects.files.locks import EOF, LEASE, POSIX, Lock
+
+_MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
+# the highest value of fields by their name, in every kind that has one
+_HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY}
+
+
+def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
+    """Violations, one sentence each. size_of: size in bytes of a file of the image, 0 if there is none."""
+    for field in fields(cast(Any, record)):
+        value = getattr(record, field.name)
+        if isinstance(value, str) and '\0' in value:
+            yield f'{field.name} has a zero byte'
+        elif isinstance(value, int) and value > _HIGHEST.get(field.name, value):
+            yield f'{field.name} is {value}, above {_HIGHEST[field.name]}'
+        elif isinstance(value, Struct):
+            yield from flaws(value, size_of)
+        elif isinstance(value, tuple):
+            for one in value:
+                if isinstance(one, Struct):
+                    yield from flaws(one, size_of)
+    match record:
+        case Extent(part, offset, length):
+            if offset % PAGE or offset + length > size_of(data_name(part)):
+                yield f'bytes {offset} to {offset + length} are not in {data_name(part)}'
+        case Segment(start, extent):
+            if start + extent.length > MAX_FILE:
+                yield f'its content is at byte {start}'
+        case Lock(kind, _, start, end):
+            if not POSIX <= kind <= LEASE or start > min(end, MAX_FILE) or MAX_FILE < end < EOF:
+                yield f'a lock of kind {kind} on bytes {start} to {end}'

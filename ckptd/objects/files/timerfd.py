@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A timerfd: a timer that is read, timerfd_create(2)."""
+
+import os
+import time
+
+from ckptd.errors import CkptError
+from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.creds import CAP_WAKE_ALARM
+from ckptd.kernel.fdinfo import read_fdinfo
+from ckptd.kernel.timerfd import (
+    ALARM_CLOCKS,
+    CLOCK_REALTIME_ALARM,
+    TFD_CLOEXEC,
+    TFD_TIMER_ABSTIME,
+    Setting,
+    set_ticks,
+    timerfd_create,
+    timerfd_gettime,
+    timerfd_settime,
+)
+from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring
+
+_LINK = 'anon_inode:[timerfd]'
+_WALL = (time.CLOCK_REALTIME, CLOCK_REALTIME_ALARM)
+
+
+@layout
+class Timerfd(Struct):
+    """clock: clockid_t. flags: TFD_TIMER_* it was set with. ticks: expirations not yet read. Nanoseconds: interval;
+    value: until it expires, 0 if it is not armed; now: CLOCK_REALTIME when that was so."""
+    clock: U32
+    flags: U32
+    ticks: U64
+    interval: U64
+    value: U64
+    now: U64
+
+
+class TimerfdKind(Kind[Timerfd], tag='timerfd'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return file.link == _LINK and not file.is_path
+
+    def dump(self, file: OpenFile, content: Content) -> Timerfd:
+        # the kernel stops an interval timer that has expired until somebody reads it, and fdinfo then shows no time
+        # left; asked by timerfd_gettime(2) it counts what was missed and goes on, which a reader cannot tell apart
+        with file.duplicate() as fd:
+            setting, now = timerfd_gettime(fd), time.time_ns()
+        fields = read_fdinfo(file.tid, file.fd).fields
+        flags = fields['settime'][0].removeprefix('flags:')     # 'settime flags: 01', octal
+        return Timerfd(int(fields['clockid'][0]), int(flags, 8), int(fields['ticks'][0]), setting.interval,
+                       setting.value, now)
+
+    def obstacles(self, record: Timerfd, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if record.clock not in ALARM_CLOCKS or looking.capable(CAP_WAKE_ALARM):
+            return []
+        return [Reason('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
+                       'CAP_WAKE_ALARM', 'restore it as root')]
+
+    def restore(self, record: Timerfd, saved: SavedFile, ctx: Restoring) -> int:
+        fd = -1
+        try:
+            fd = timerfd_create(record.clock, TFD_CLOEXEC | saved.flags & os.O_NONBLOCK)
+            self._arm(record, fd)
+            if record.ticks:
+                set_ticks(fd, record.ticks)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise CkptError(f'a timerfd of clock {record.clock} cannot be set again: {error.strerror}',
+                            errno=error.errno, resource=saved.link) from error
+        return fd
+
+    def _arm(self, record: Timerfd, fd: int) -> None:
+        """A timer goes on with the time that was left; one that was set to a time of day goes off at that time."""
+        if record.flags & TFD_TIMER_ABSTIME and record.clock in _WALL and record.value:
+            timerfd_settime(fd, record.flags, Setting(record.interval, record.now + record.value))
+        elif record.value or record.interval:
+            timerfd_settime(fd, 0, Setting(record.interval, record.value))

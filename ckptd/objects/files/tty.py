@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A terminal, kept as a reference: a restart runs on another one. The master of a pseudo-terminal is no such thing."""
+
+import functools
+import os
+import stat
+from typing import NamedTuple
+
+from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel.procfs import read_file
+from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, open_again, opening
+from ckptd.objects.files.device import is_device, open_device
+
+PTMX = os.makedev(5, 2)
+OWN = os.makedev(5, 0)
+
+
+@layout
+class Tty(Struct):
+    """device: 5:0 is /dev/tty, the opener's own terminal whichever that is."""
+    path: str
+    device: U64
+    mode: U32
+
+
+class _Driver(NamedTuple):
+    major: int
+    minors: range
+
+
+@functools.cache
+def _drivers() -> tuple[_Driver, ...]:
+    return parse_drivers(read_file('/proc/tty/drivers'))
+
+
+def parse_drivers(data: bytes) -> tuple[_Driver, ...]:
+    """Lines 'pty_slave  /dev/pts  136 0-1048575 pty:slave', the masters left out."""
+    found = []
+    for line in data.decode().splitlines():
+        _, _, major, minors, kind = line.split()
+        first, _, last = minors.partition('-')
+        if kind not in ('pty:master', 'system:/dev/ptmx') and int(major) >= 0:
+            found.append(_Driver(int(major), range(int(first), int(last or first) + 1)))
+    return tuple(found)
+
+
+def is_tty(device: int) -> bool:
+    major, minor = os.major(device), os.minor(device)
+    return device != PTMX and any(major == driver.major and minor in driver.minors for driver in _drivers())
+
+
+class TtyKind(Kind[Tty], tag='tty'):
+
+    def matches(self, file: OpenFile) -> bool:
+        return stat.S_ISCHR(file.stat.st_mode) and not file.is_path and is_tty(file.stat.st_rdev)
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        return [Reason('ENOTTY', f'{file.path} is a terminal and kept by name only',
+                       'a restart attaches the tree to the terminal it is started from', 'warning')]
+
+    def dump(self, file: OpenFile, content: Content) -> Tty:
+        return Tty(file.path, file.stat.st_rdev, file.stat.st_mode)
+
+    def obstacles(self, record: Tty, saved: SavedFile, looking: Looking) -> list[Reason]:
+        if looking.terminal:
+            return []
+        found = None if record.device == OWN else looking.lstat(record.path)
+        if found is None or not is_device(found, record.device):
+            return [Reason('ENOTTY', f'{record.path} is a terminal that is gone', 'give the restart a terminal')]
+        if not looking.may(record.path, access_of(saved.flags)):
+            return [Reason('EACCES', f'{record.path} is another\'s terminal now', 'give the restart a terminal')]
+        return [Reason('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
+                       'warning')]
+
+    def restore(self, record: Tty, saved: SavedFile, ctx: Restoring) -> int:
+        flags = opening(saved.flags)
+        if ctx.terminal_fd >= 0:
+            return open_again(ctx.terminal_fd, flags)
+        # a serial line waits for its carrier, termios(3)
+        return open_device(record.path, record.device, flags | os.O_NONBLOCK, ctx)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What no kind matches: refused, under its real name."""
+
+import errno
+import os
+import socket
+import stat
+from typing import NoReturn
+
+from ckptd.errors import NotSupported, Refused
+from ckptd.image.grammar import Struct
+from ckptd.image.records import OpenFile as SavedFile
+from ckptd.kernel import statfs
+from ckptd.kernel.netlink import unix_sockets
+from ckptd.kernel.shmem import on_shm_mount
+from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, Restoring
+from ckptd.objects.files.tty import PTMX
+
+# what follows 'anon_inode:' in the link, brackets and number aside; the names are those of the kernel's callers of
+# anon_inode_getfile() and its like
+_ANON_INODES = {
+    'bpf-map': 'a BPF map', 'bpf-prog': 'a BPF program', 'bpf_link': 'a BPF link', 'bpf_iter': 'a BPF iterator',
+    'btf': 'a BPF type description (BTF)', 'fanotify': 'a fanotify group',
+    'fscontext': 'a file system context (fsopen)', 'inotify': 'an inotify instance', 'io_uring': 'an io_uring',
+    'kvm-vcpu': 'a KVM virtual CPU', 'kvm-vm': 'a KVM virtual machine', 'landlock-ruleset': 'a Landlock ruleset',
+    'perf_event': 'a perf event', 'pidfd': 'a pidfd', 'seccomp notify': 'a seccomp listener',
+    'userfaultfd': 'a userfaultfd',
+}
+_BY_MAGIC = {
+    statfs.HUGETLBFS_MAGIC: 'a file of huge pages', statfs.MQUEUE_MAGIC: 'a POSIX message queue',
+    statfs.NSFS_MAGIC: 'a namespace', statfs.PID_FS_MAGIC: 'a pidfd', statfs.SECRETMEM_MAGIC: 'secret memory',
+}
+_FAMILIES = {socket.AF_UNIX: 'unix', socket.AF_INET: 'IPv4', socket.AF_INET6: 'IPv6', socket.AF_NETLINK: 'netlink',
+             socket.AF_PACKET: 'packet'}
+_TYPES = {socket.SOCK_STREAM: 'stream', socket.SOCK_DGRAM: 'datagram', socket.SOCK_SEQPACKET: 'seqpacket',
+          socket.SOCK_RAW: 'raw'}
+
+
+class Unsupported(Kind[Struct], tag='unsupported'):
+    """The last resort; the registry asks it when no other kind matches."""
+
+    def matches(self, file: OpenFile) -> bool:
+        return False
+
+    def refusals(self, file: OpenFile) -> list[Reason]:
+        return [Reason('EOPNOTSUPP', f'{describe(file)} ({file.link}) cannot be dumped yet',
+                       'close it before the checkpoint, or checkpoint a tree without it')]
+
+    def dump(self, file: OpenFile, content: Content) -> NoReturn:
+        reason = self.refusals(file)[0]
+        raise Refused(f'task {file.pid}: fd {file.fd}: {reason.reason}', errno=errno.EOPNOTSUPP, task=file.pid,
+                      resource=f'fd {file.fd}', hint=reason.hint)
+
+    def restore(self, record: Struct, saved: SavedFile, ctx: Restoring) -> NoReturn:
+        raise NotSupported(f'{saved.link}: no file of kind {saved.kind!r} can be opened again', resource=saved.link,
+                           hint='use the ckptd that wrote the image, or a newer one')
+
+
+def describe(file: OpenFile) -> str:
+    """What it is, for people: 'an io_uring', 'a listening IPv4 stream socket'."""
+    if file.is_path:
+        return 'an O_PATH reference'
+    if file.link.startswith('anon_inode:'):
+        return _anon_inode(file.link)
+    if file.magic in _BY_MAGIC:
+        return _BY_MAGIC[file.magic]
+    if on_shm_mount(file.stat):
+        return 'shared anonymous memory opened as a file'
+    return _by_mode(file)
+
+
+def _anon_inode(link: str) -> str:
+    name = link.removeprefix('anon_inode:').removeprefix('[').removesuffix(']')
+    return _ANON_INODES.get(name.split(':')[0], f'a file of the kernel named {name!r}')
+
+
+def _by_mode(file: OpenFile) -> str:
+    mode, device = file.stat.st_mode, file.stat.st_rdev
+    if stat.S_ISSOCK(mode):
+        return _socket(file)
+    if stat.S_ISCHR(mode):
+        name = 'the master of a pseudo-terminal' if device == PTMX else 'a character device'
+        return f'{name} {os.major(device)}:{os.minor(device)}'
+    if stat.S_ISBLK(mode):
+        return f'a block device {os.major(device)}:{os.minor(device)}'
+    return f'a file of unknown type {stat.S_IFMT(mode):#o}'
+
+
+def _socket(file: OpenFile) -> str:
+    try:
+        with file.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
+            listening = 'listening ' if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) else ''
+            family, kind = _FAMILIES.get(sock.family), _TYPES.get(sock.type)
+    except OSError:
+        return 'a socket'       # the name of its sort is for people and not worth a failure
+    words = f'{listening}{family or f"family {int(sock.family)}"} {kind or f"type {int(sock.type)}"} socket'
+    where = _unix_name(file.stat.st_ino) if family == 'unix' else ''
+    return f'{"an" if words.startswith("IP") else "a"} {words}{where}'
+
+
+def _unix_name(inode: int) -> str:
+    """' bound to /run/x', ' connected to @abstract' or '': whom to ask for it."""
+    try:
+        known = unix_sockets()
+    except OSError:
+        return ''       # no sock_diag: the same refusal with less to go by
+    own = known.get(inode)
+    if own is None:     # of another network namespace
+        return ''
+    peer = known.get(own.peer)
+    if own.name:
+        return f' bound to {_printable(own.name)}'
+    return f' connected to {_printable(peer.name)}' if peer and peer.name else ''
+
+
+def _printable(name: bytes) -> str:
+    # an abstract name begins with NUL, unix(7), and is shown as ss(8) and netstat(8) do
+    return name.replace(b'\0', b'@').decode('utf-8', 'backslashreplace')
