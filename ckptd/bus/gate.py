@@ -29,7 +29,6 @@ from ckptd.bus.message import DBusError
 from ckptd.bus.names import BUS_NAME
 from ckptd.bus.polkit import SHORT, Answer, Polkit
 from ckptd.bus.registry import ERROR
-from ckptd.engine.messages import Caller
 from ckptd.errors import PermissionDenied
 from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
@@ -40,6 +39,7 @@ from ckptd.jobs.sight import Sight
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import Job
 from ckptd.kernel.confinement import hint_for, listed
+from ckptd.protocol.messages import Caller
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
 # what an own tree and another one take

@@ -10,10 +10,10 @@ from ckptd.bus.message import Fd
 from ckptd.bus.names import IMAGE
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.restore import check_restore, restore
-from ckptd.engine.messages import FORMATS
 from ckptd.errors import InvalidArgument
 from ckptd.jobs.library import Library
 from ckptd.jobs.spool import ImageInfo
+from ckptd.protocol.messages import FORMATS
 
 # of the rows of Scan and Tree: what is not said here is 's', or 't' for a number
 TASK_TYPES = {'tid': 'u', 'tgid': 'u', 'ppid': 'u', 'pgid': 'u', 'sid': 'u', 'vtid': 'u', 'parent_tid': 'u',

@@ -17,7 +17,6 @@ from ckptd.bus.message import Fd
 from ckptd.bus.names import MANAGER, image_path, token_path
 from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, Option, parse_options
 from ckptd.bus.restore import check_restore, restore
-from ckptd.engine.messages import Operation
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.jobs.holds import not_held
 from ckptd.jobs.inhibitors import Inhibitor
@@ -25,6 +24,7 @@ from ckptd.jobs.library import Library
 from ckptd.jobs.orders import Orders, parse_target
 from ckptd.jobs.queue import Queue
 from ckptd.kernel.pidfd import pidfd_pid
+from ckptd.protocol.messages import Operation
 
 TOGETHER = 1000         # images that are listed at a time: each takes some 2 us
 MAX_WORDS = 256         # characters that an inhibitor says of itself

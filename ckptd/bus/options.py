@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 from typing import Any, get_args
 
 from ckptd.bus.message import Fd
-from ckptd.engine.messages import After, ChangedFiles, FreezeMode
 from ckptd.errors import InvalidArgument
 from ckptd.kernel.statx import is_terminal
+from ckptd.protocol.messages import After, ChangedFiles, FreezeMode
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds
 MAX_SIZE = 2**63 - 1                # bytes

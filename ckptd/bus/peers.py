@@ -19,7 +19,6 @@ from ckptd.bus.connection import DRIVER, DRIVER_PATH, Connection, Match, Subscri
 from ckptd.bus.export import Audience, Viewer
 from ckptd.bus.message import DBusError, ProtocolError
 from ckptd.bus.wire import Received
-from ckptd.engine.messages import Caller
 from ckptd.errors import LimitsExceeded, PermissionDenied
 from ckptd.kernel.confinement import (
     NO_NEW_PRIVS,
@@ -34,6 +33,7 @@ from ckptd.kernel.confinement import (
 from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time, wait_dead
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_namespaces
+from ckptd.protocol.messages import Caller
 
 log = logging.getLogger(__name__)
 

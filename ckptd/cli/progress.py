@@ -9,7 +9,7 @@ from ckptd.cli.quantities import format_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-# what each phase of a job (ckptd.engine.messages) does, for people
+# what each phase of a job (ckptd.protocol.messages) does, for people
 PHASES = {
     '': 'waiting', 'resolve': 'finding the tree', 'scan': 'scanning', 'freeze': 'freezing', 'rescan': 'scanning again',
     'seize': 'stopping threads', 'state': 'reading state', 'memory': 'copying memory', 'release': 'letting go',

@@ -8,8 +8,6 @@ import os
 import stat
 from contextlib import nullcontext
 
-from ckptd.engine.job import Job
-from ckptd.engine.messages import FORMATS
 from ckptd.errors import InvalidArgument
 from ckptd.faults import fault
 from ckptd.image.archive.pack import write_archive
@@ -18,6 +16,8 @@ from ckptd.image.cores.export import export
 from ckptd.image.reader import ImageReader
 from ckptd.image.source import ImageFiles
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, become, no_capabilities
+from ckptd.operation.context import Job
+from ckptd.protocol.messages import FORMATS
 
 _FAULTS = {'verify': 'received', 'publish': 'verified'}      # points just before a phase
 

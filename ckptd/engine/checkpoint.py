@@ -15,13 +15,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from ckptd import __version__
-from ckptd.engine.clock import Clock
 from ckptd.engine.deaths import Deaths
 from ckptd.engine.dump import Dump
-from ckptd.engine.job import Job
-from ckptd.engine.messages import Frozen as FrozenMessage
-from ckptd.engine.messages import first_rows
-from ckptd.engine.patience import Patience, dying_patience
 from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.seize import seize_all
 from ckptd.engine.waits import Notes, note_waits
@@ -38,6 +33,11 @@ from ckptd.kernel.creds import CAP_SYS_PTRACE, give_up_capability
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Clocks
 from ckptd.kernel.yama import CAPABLE, ptrace_scope
+from ckptd.operation.clock import Clock
+from ckptd.operation.context import Job
+from ckptd.operation.deadline import Patience, dying_patience
+from ckptd.protocol.messages import Frozen as FrozenMessage
+from ckptd.protocol.messages import first_rows
 from ckptd.tree import Tree
 
 SIGKILL = 9

@@ -22,7 +22,6 @@ from ckptd.engine.openfiles import FileDump
 from ckptd.engine.questions import ThreadAnswers, ask
 from ckptd.engine.sharing import TaskSharing
 from ckptd.engine.sleeps import find_sleeps, sleep_left
-from ckptd.engine.timers import Timers
 from ckptd.engine.waits import Notes, Wait
 from ckptd.errors import NotSupported, Refusal, TreeChanged
 from ckptd.faults import fault
@@ -36,6 +35,7 @@ from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import Status
 from ckptd.kernel.timens import Clocks
+from ckptd.operation.timers import Timers
 from ckptd.remote.borrow import OwnIds
 from ckptd.remote.interleave import Steps, interleave
 from ckptd.tree import Task, Tree

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from ckptd.engine.archive import export_image, import_image
 from ckptd.engine.checkpoint import checkpoint, hold
-from ckptd.engine.job import Job
-from ckptd.engine.messages import Frozen, refusal_row
 from ckptd.engine.restore.prepare import check_restore
 from ckptd.engine.restore.run import restore
 from ckptd.image.reader import ImageReader
@@ -17,6 +15,8 @@ from ckptd.inspect.scan import scan_tree
 from ckptd.inspect.task_rows import image_rows, live_rows
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
+from ckptd.operation.context import Job
+from ckptd.protocol.messages import Frozen, refusal_row
 
 
 def check(job: Job) -> None:

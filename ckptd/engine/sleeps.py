@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ckptd.engine.resume import has_signal
-from ckptd.engine.timers import Timers
 from ckptd.engine.waits import Notes
 from ckptd.faults import fault
 from ckptd.image.records import ENDLESS, SleepLeft
@@ -31,6 +30,7 @@ from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, PTRACE_O_TRACESYSGOOD, SYSCALL_STOP, Tracee
 from ckptd.kernel.timer_list import End
 from ckptd.kernel.wchan import read_wchan
+from ckptd.operation.timers import Timers
 
 _NR = arch.NR
 _U32 = 2**32 - 1

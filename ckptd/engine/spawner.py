@@ -28,8 +28,8 @@ from types import FrameType
 import msgspec
 
 from ckptd.engine import worker
-from ckptd.engine.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
 from ckptd.kernel import netlink
+from ckptd.protocol.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Spawn).decode

@@ -3,9 +3,9 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ckptd.engine.messages import JobRequest
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
 from ckptd.jobs.state import Job
+from ckptd.protocol.messages import JobRequest
 
 Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
 Sees = Callable[[int], bool]             # whether what belongs to a uid is known to who asks

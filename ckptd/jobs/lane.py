@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator
 
 from ckptd.config import Config
-from ckptd.engine.messages import JobRequest
+from ckptd.protocol.messages import JobRequest
 
 
 class Lane:

@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ckptd.engine.messages import Caller, JobRequest, Operation
 from ckptd.errors import Busy, NoSuchImage
 from ckptd.jobs.lane import Lane
 from ckptd.jobs.orders import Orders
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.jobs.state import Job
+from ckptd.protocol.messages import Caller, JobRequest, Operation
 
 REMOVALS = 2        # at a time, of each user one: how long one takes is up to the disk, and threads are everybody's
 

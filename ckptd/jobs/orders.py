@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 
 from ckptd.config import INFINITY, Config
-from ckptd.engine.messages import Caller, JobRequest, Operation
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import Stat, read_stat
+from ckptd.protocol.messages import Caller, JobRequest, Operation
 
 MAX_TARGET = 4096       # a cgroup's path has this bound from the kernel (PATH_MAX)
 UNIT = re.compile(r'[A-Za-z0-9:_.\\@-]{1,255}', re.ASCII)       # systemd.unit(5)

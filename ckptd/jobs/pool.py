@@ -4,12 +4,12 @@
 import os
 from collections.abc import Sequence
 
-from ckptd.engine.messages import JobRequest
 from ckptd.jobs.interpreter import environment
 from ckptd.jobs.service import Services, ServiceWorker
 from ckptd.jobs.spawner import Spawner
 from ckptd.jobs.worker import COMMAND, ChildWorker, Worker
 from ckptd.kernel.witness import Witness
+from ckptd.protocol.messages import JobRequest
 
 # what a sandboxed daemon's descendant could not do: make the tree, find out whether it could be made, put files back
 UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover'})

@@ -20,7 +20,6 @@ from typing import Any
 import msgspec
 
 from ckptd.config import Config
-from ckptd.engine.messages import FromWorker, JobRequest, Progress, Running
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, PermissionDenied, Unavailable, WorkerDied
 from ckptd.jobs.admission import EXCLUSIVE, Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.audit import audit
@@ -38,6 +37,7 @@ from ckptd.jobs.run import Run, Units
 from ckptd.jobs.state import Job
 from ckptd.jobs.tasks import Tasks
 from ckptd.jobs.worker import MAX_STATUS, Worker
+from ckptd.protocol.messages import FromWorker, JobRequest, Progress, Running
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ckptd import flock
-from ckptd.engine.messages import Caller, Failed, Finished, JobRequest, Start
 from ckptd.errors import CkptError
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
 from ckptd.journal import Journal, recover
 from ckptd.journal.recover import left_about_files
+from ckptd.protocol.messages import Caller, Failed, Finished, JobRequest, Start
 
 log = logging.getLogger(__name__)
 

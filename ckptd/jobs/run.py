@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ckptd.engine import messages
-from ckptd.engine.messages import FromWorker
 from ckptd.errors import CkptError
 from ckptd.jobs.state import Job
 from ckptd.jobs.worker import Worker
+from ckptd.protocol import messages
+from ckptd.protocol.messages import FromWorker
 
 log = logging.getLogger(__name__)
 engine_log = logging.getLogger('ckptd.engine')

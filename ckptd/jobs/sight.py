@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Collection
 from typing import NamedTuple
 
-from ckptd.engine.messages import Caller
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.inspect.scan import resolve_target
 from ckptd.jobs.lane import Lane
@@ -17,6 +16,7 @@ from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
+from ckptd.protocol.messages import Caller
 
 
 class Whose(NamedTuple):

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from ckptd.engine.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
 from ckptd.errors import WorkerDied
 from ckptd.jobs.interpreter import command
+from ckptd.protocol.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
 
 log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from ckptd.engine.messages import JobRequest, Progress
 from ckptd.errors import Cancelled, CkptError
+from ckptd.protocol.messages import JobRequest, Progress
 
 NOTHING = Progress(0, 0, 0, 0)
 

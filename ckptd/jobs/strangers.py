@@ -3,9 +3,9 @@
 
 from collections.abc import Iterable
 
-from ckptd.engine.messages import Caller
 from ckptd.inspect.scan import resolve_target, scan_tree
 from ckptd.kernel.status import read_status
+from ckptd.protocol.messages import Caller
 
 
 def stranger_in(target: str, caller: Caller) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@
 What a worker restores inherits for ever what the worker itself is under (seccomp filter, mount namespace, no_new_privs,
 capability bounds): where systemd can be asked, restores are done by a service of their own, service.py.
 
-A worker has one end of a SOCK_SEQPACKET pair; ckptd.engine.messages says what goes over it. Either side learns of the
+A worker has one end of a SOCK_SEQPACKET pair; ckptd.protocol.messages says what goes over it. Either side learns of the
 other's death by end-of-file, and by a pidfd.
 """
 
@@ -20,10 +20,10 @@ from typing import Any, Self, cast
 
 import msgspec
 
-from ckptd.engine.messages import MAX_MESSAGE, Follow, FromWorker, ToWorker
 from ckptd.errors import WorkerDied
 from ckptd.jobs.interpreter import command, environment
 from ckptd.jobs.spawner import Child, Spawner
+from ckptd.protocol.messages import MAX_MESSAGE, Follow, FromWorker, ToWorker
 
 log = logging.getLogger(__name__)
 

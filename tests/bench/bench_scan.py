@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import BinaryIO, NamedTuple
 
-from ckptd.engine.messages import Caller
 from ckptd.inspect.checks import check_tree
 from ckptd.inspect.scan import Handles, scan_tree
+from ckptd.protocol.messages import Caller
 
 PID_RESERVE = 1000      # pids left to everybody else
 FORKER = r"""

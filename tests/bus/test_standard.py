@@ -17,10 +17,10 @@ from ckptd.bus.introspect import introspection_xml
 from ckptd.bus.job import JobObject
 from ckptd.bus.message import DBusError
 from ckptd.bus.standard import read_properties
-from ckptd.engine.messages import Caller, JobRequest
 from ckptd.errors import Refusal, Refused
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import Job
+from ckptd.protocol.messages import Caller, JobRequest
 from tests.bus.conftest import Service
 from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item, Sample
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ckptd.client import Ckptd
-from ckptd.engine.channel import MAX_ROW
-from ckptd.engine.messages import MAX_ROWS
 from ckptd.errors import Refused
+from ckptd.protocol.channel import MAX_ROW
+from ckptd.protocol.messages import MAX_ROWS
 
 pytestmark = pytest.mark.needs('dbus', 'ptrace')
 

@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from ckptd.engine.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, Progress, Start
 from ckptd.errors import (
     Cancelled,
     CkptError,
@@ -35,6 +34,7 @@ from ckptd.image.verify import verify
 from ckptd.image.writer import INCOMING, remove_stale
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH
 from ckptd.kernel.status import read_status
+from ckptd.protocol.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, Progress, Start
 from tests.engine.driver import DirectWorker, Place, me
 from tests.engine.test_restore import Generation, changes, generation, place
 from tests.lib.victim import Victim

@@ -19,9 +19,6 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ckptd.engine.channel import Channel
-from ckptd.engine.job import Job
-from ckptd.engine.messages import Caller
 from ckptd.engine.restore.bank import Bank
 from ckptd.engine.restore.files import Access, Files
 from ckptd.engine.restore.obstacles import room
@@ -39,6 +36,9 @@ from ckptd.objects.files.base import F_GETOWNER_UIDS, read_open_file
 from ckptd.objects.files.content import Segment
 from ckptd.objects.files.locks import EOF, LEASE, Lock
 from ckptd.objects.files.registry import BY_TAG
+from ckptd.operation.context import Job
+from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import Caller
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
 from tests.engine.test_obstacles import about, checked, found, importer
 from tests.engine.test_owners import end

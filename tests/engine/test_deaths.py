@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.messages import Caller
 from ckptd.errors import NoSuchTarget, TreeChanged
 from ckptd.image.verify import verify
 from ckptd.inspect.checks import check_tree
@@ -17,6 +16,7 @@ from ckptd.inspect.scan import scan_tree
 from ckptd.journal import Journal, recover
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children
+from ckptd.protocol.messages import Caller
 from ckptd.tree import Tree
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place
 from tests.engine.faulty import asking

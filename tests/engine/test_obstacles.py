@@ -19,12 +19,8 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ckptd.engine.broker.calls import Placed
 from ckptd.engine.broker.identity import identity_of
 from ckptd.engine.broker.placing import TreePlace
-from ckptd.engine.channel import Channel
-from ckptd.engine.job import Job
-from ckptd.engine.messages import Caller
 from ckptd.engine.restore.family import Spawn
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.obstacles import obstacles
@@ -40,6 +36,10 @@ from ckptd.kernel.shm import attached
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
+from ckptd.operation.context import Job
+from ckptd.protocol.broker_calls import Placed
+from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import Caller
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite

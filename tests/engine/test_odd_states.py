@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.messages import Cancel
 from ckptd.engine.vmas import map_flags
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, NotSupported, Refused, TreeChanged
 from ckptd.image.reader import ImageReader
@@ -31,6 +30,7 @@ from ckptd.image.records import (
 from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
+from ckptd.protocol.messages import Cancel
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.faulty import asking
 from tests.engine.test_victims import changes

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.messages import Running, Start
 from ckptd.errors import Busy, CkptError
+from ckptd.protocol.messages import Running, Start
 from tests.engine.driver import DirectWorker, Place
 from tests.lib import settled
 from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks

@@ -16,7 +16,6 @@ from ckptd import faults
 from ckptd.engine import sleeps, waits
 from ckptd.engine.resume import issue_again, wait_on
 from ckptd.engine.sleeps import find_sleeps
-from ckptd.engine.timers import OwnTimers
 from ckptd.engine.waits import Notes, note_waits
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft
@@ -28,6 +27,7 @@ from ckptd.kernel.task import read_threads
 from ckptd.kernel.timens import Clocks
 from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.kernel.wchan import read_wchan
+from ckptd.operation.timers import OwnTimers
 from ckptd.remote.borrow import OwnIds
 from tests.engine.conftest import in_child
 from tests.engine.driver import Place

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptd.engine.patience import Patience, stub_patience
 from ckptd.engine.restore.nursery import Nursery
 from ckptd.engine.restore.seed import find_arena, plant
 from ckptd.errors import Cancelled, CkptError
 from ckptd.kernel.clone import CLONE_THREAD, CLONE_VM
 from ckptd.kernel.ptrace import endless
+from ckptd.operation.deadline import Patience, stub_patience
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Puppet

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.engine.messages import Caller
 from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
+from ckptd.protocol.messages import Caller
 from tests.engine.driver import Place, place_of
 from tests.lib import settled
 from tests.lib.gate import own_cgroup

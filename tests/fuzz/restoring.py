@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptd.engine.messages import Log, Message
 from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
 from ckptd.image.manifest import NAME
+from ckptd.protocol.messages import Log, Message
 from tests.engine.driver import DirectWorker
 from tests.fuzz.bases import User
 from tests.fuzz.looking import Report, choose, dice_of

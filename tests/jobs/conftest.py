@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ckptd.config import Config
-from ckptd.engine.messages import Caller, JobRequest
 from ckptd.jobs.inhibitors import Inhibitor
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
@@ -19,6 +18,7 @@ from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import Job
+from ckptd.protocol.messages import Caller, JobRequest
 
 PLAYER = (sys.executable, str(Path(__file__).with_name('player.py')))
 

@@ -2,8 +2,8 @@
 """A worker that plays a scene: `python player.py FD`, the scene's name in the request's target, 'cgroup:/SCENE', or
 'cgroup:/SCENE/ANYTHING' where two trees play the same one.
 
-It speaks the protocol of ckptd.engine.messages without touching any tree, so that what the daemon's side does with each
-turn of a job, a death included, is seen by itself.
+It speaks the protocol of ckptd.protocol.messages without touching any tree, so that what the daemon's side does with
+each turn of a job, a death included, is seen by itself.
 """
 
 import fcntl
@@ -18,7 +18,8 @@ from typing import NoReturn
 
 import msgspec
 
-from ckptd.engine.messages import (
+from ckptd.errors import Cancelled, Refusal, Refused
+from ckptd.protocol.messages import (
     MAX_MESSAGE,
     Cancel,
     Failed,
@@ -37,7 +38,6 @@ from ckptd.engine.messages import (
     UnitDone,
     UnitRequest,
 )
-from ckptd.errors import Cancelled, Refusal, Refused
 
 
 class Player:

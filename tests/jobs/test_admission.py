@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from ckptd.config import Config, Percent
-from ckptd.engine.messages import Caller
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.jobs.admission import refuse_conflict
 from ckptd.jobs.orders import Orders, command_of, parse_target
@@ -18,6 +17,7 @@ from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
+from ckptd.protocol.messages import Caller
 from ckptd.tree import TaskId
 from tests.jobs.conftest import request_of
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.messages import Caller, Failed, JobRequest, Start
 from ckptd.errors import WorkerDied
 from ckptd.jobs.spawner import Spawner
 from ckptd.jobs.worker import ChildWorker, environment
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.kernel.witness import Witness
+from ckptd.protocol.messages import Caller, Failed, JobRequest, Start
 from tests.programs.conftest import await_that
 
 ALONE = ['/dev/null', '/dev/null', 'anon_inode:', 'socket:']       # its epoll and its socket

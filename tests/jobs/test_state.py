@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.engine.messages import IMPORT_PHASES, PHASES, RESTORE_PHASES, Operation, Progress
 from ckptd.errors import Cancelled, CkptError
 from ckptd.jobs.state import CHECKPOINT, IMPORT, NEXT, RESTORE, Job, Slice, State
+from ckptd.protocol.messages import IMPORT_PHASES, PHASES, RESTORE_PHASES, Operation, Progress
 from tests.jobs.conftest import request_of
 
 START = 1_700_000_000_000_000

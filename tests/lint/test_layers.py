@@ -40,9 +40,9 @@ ONLY = {
     # doctor is a plain function of the kernel layer that needs no daemon
     'cli': {'bus': {'ckptd.bus.names', 'ckptd.bus.wire', 'ckptd.bus.client', 'ckptd.bus.message'},
             'kernel': {'ckptd.kernel.probe'}},
-    'jobs': {'engine': {'ckptd.engine.messages'}, 'inspect': {'ckptd.inspect.scan'}},
-    'bus': {'engine': {'ckptd.engine.messages'}},
-    'daemon': {'engine': {'ckptd.engine.messages'}},
+    'jobs': {'protocol': {'ckptd.protocol.messages'}, 'inspect': {'ckptd.inspect.scan'}},
+    'bus': {'protocol': {'ckptd.protocol.messages'}},
+    'daemon': {'protocol': {'ckptd.protocol.messages'}},
 }
 
 

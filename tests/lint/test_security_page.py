@@ -10,10 +10,10 @@ import pytest
 from ckptd.bus.image import ImageObject
 from ckptd.bus.job import JobObject
 from ckptd.bus.manager import ManagerObject
-from ckptd.engine.broker import calls
-from ckptd.engine.messages import Message
 from ckptd.image import records
 from ckptd.image.grammar import Record
+from ckptd.protocol import broker_calls
+from ckptd.protocol.messages import Message
 from tests.lib.bus import ROOT
 
 PAGE = (ROOT / 'docs/security.md').read_text()
@@ -48,8 +48,8 @@ def test_each_record(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', sorted(
-    name for name, value in vars(calls).items() if inspect.isclass(value) and issubclass(value, Message)
-    and value.__module__ == calls.__name__))
+    name for name, value in vars(broker_calls).items() if inspect.isclass(value) and issubclass(value, Message)
+    and value.__module__ == broker_calls.__name__))
 def test_each_call_of_the_broker(name: str) -> None:
     assert f'{name} ' in PAGE or f'{name},' in PAGE
 

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ckptd.engine.messages import Caller
 from ckptd.errors import Refusal, Refused
 from ckptd.inspect import checks
 from ckptd.inspect.checks import check_tree
@@ -27,6 +26,7 @@ from ckptd.inspect.scan import scan_tree
 from ckptd.kernel.maps import parse_maps, parse_smaps
 from ckptd.kernel.stat import PF_KTHREAD, read_stat
 from ckptd.kernel.status import read_status
+from ckptd.protocol.messages import Caller
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, become, fork, libc
 from tests.lib.ways import let_others_through

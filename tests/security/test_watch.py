@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the kernel is asked with root's rights while a user restores crafted images: what the broker's table says
-(ckptd/engine/broker/calls.py), on files of ckptd's own and in the user's cgroups, and nothing else.
+(ckptd/protocol/broker_calls.py), on files of ckptd's own and in the user's cgroups, and nothing else.
 
 strace(1) watches the broker, which is root from its first to its last system call. The worker cannot be watched so, as
 it traces its stubs itself; tests/security/test_worker.py and test_reach.py look at its rights and theirs.
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.broker import calls
 from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
 from ckptd.image.records import Task
+from ckptd.protocol import broker_calls
 from tests.fuzz.bases import FEW, UID, User, user_in
 from tests.fuzz.looking import choose, dice_of
 from tests.fuzz.restoring import LoggedWorker
@@ -70,8 +70,8 @@ _WRITING = re.compile(r'O_WRONLY|O_RDWR|O_CREAT|O_TRUNC|O_TMPFILE')
 _MESSAGE = re.compile(r'type\\[0-7]{3}([A-Za-z]+)')
 _WITH_PATH = frozenset((
     'newfstatat', 'stat', 'lstat', 'statx', 'statfs', 'readlink', 'readlinkat', 'access', 'faccessat', 'faccessat2'))
-_BROKER_CALLS = {cls.__name__ for cls in vars(calls).values()
-                 if isinstance(cls, type) and issubclass(cls, calls.Message) and cls is not calls.Message}
+_BROKER_CALLS = {cls.__name__ for cls in vars(broker_calls).values()
+                 if isinstance(cls, type) and issubclass(cls, broker_calls.Message) and cls is not broker_calls.Message}
 
 
 @dataclass
@@ -214,7 +214,7 @@ def test_the_table_is_the_brokers() -> None:
     """Each call of calls.py that a restore makes has a row here; the others belong to other jobs."""
     others = {'NewImage', 'Publish', 'FreezeTree', 'LetRun', 'HoldTree', 'RestoreTree', 'EndTree', 'ReadTimers'}
     assert others.isdisjoint(TABLE)
-    assert {call.__name__ for call in calls.BrokerCall.__args__} == {*TABLE, *others} - {'', 'end'}
+    assert {call.__name__ for call in broker_calls.BrokerCall.__args__} == {*TABLE, *others} - {'', 'end'}
 
 
 def test_the_watch_sees_what_is_not_in_the_table(user: User, images: list[Mutable]) -> None:

@@ -13,11 +13,8 @@ from typing import Any, cast
 import pytest
 
 from ckptd.client.sync import Ckptd
-from ckptd.engine.broker.calls import ReadTimers
 from ckptd.engine.broker.identity import Identity
 from ckptd.engine.broker.powers import powers
-from ckptd.engine.channel import Channel
-from ckptd.engine.job import Job
 from ckptd.errors import CkptError, PermissionDenied
 from ckptd.image.manifest import Clocks, read_manifest
 from ckptd.image.reader import ImageReader
@@ -26,6 +23,9 @@ from ckptd.kernel.clone import CLONE_NEWPID
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.timens import unshare
 from ckptd.kernel.wchan import read_wchan
+from ckptd.operation.context import Job
+from ckptd.protocol.broker_calls import ReadTimers
+from ckptd.protocol.channel import Channel
 from tests.engine.driver import Place
 from tests.engine.faulty import Gate
 from tests.lib.bus import Served, family

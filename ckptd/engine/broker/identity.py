@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ckptd.engine.messages import Caller, JobRequest
 from ckptd.errors import CkptError, NoSuchTarget
 from ckptd.image.manifest import Manifest
 from ckptd.inspect.checks.access import probe
@@ -49,6 +48,7 @@ from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
+from ckptd.protocol.messages import Caller, JobRequest
 
 _KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
 # what bounds the tree, and would end the worker in the middle of its work: the plan of a restart compares these

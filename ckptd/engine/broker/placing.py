@@ -12,9 +12,7 @@ the cgroup of the calling process. What the image says is the user's word and ca
 import os
 from collections.abc import Sequence
 
-from ckptd.engine.broker.calls import Placed
 from ckptd.engine.broker.identity import Identity
-from ckptd.engine.job import Job
 from ckptd.engine.restore.place import Birthplace
 from ckptd.errors import CkptError, PermissionDenied
 from ckptd.freezer.groups import is_below
@@ -25,6 +23,8 @@ from ckptd.kernel.pidfd import held
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
+from ckptd.operation.context import Job
+from ckptd.protocol.broker_calls import Placed
 
 
 class TreePlace:

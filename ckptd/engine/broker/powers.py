@@ -16,7 +16,23 @@ from typing import Any
 import msgspec
 
 from ckptd import __version__
-from ckptd.engine.broker.calls import (
+from ckptd.engine.broker.identity import Identity
+from ckptd.engine.broker.placing import TreePlace
+from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
+from ckptd.freezer import Frozen
+from ckptd.image.archive.unpack import incoming
+from ckptd.image.files import require_room, spooling
+from ckptd.image.ids import is_image_id
+from ckptd.image.manifest import NAME, Manifest, read_manifest_of
+from ckptd.image.source import DirectoryFiles
+from ckptd.image.writer import Incoming
+from ckptd.inspect.scan import scan_tree
+from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+from ckptd.kernel.status import read_status
+from ckptd.kernel.task import boot_id
+from ckptd.operation.context import Job, image_path, require_some_room
+from ckptd.operation.timers import OwnTimers
+from ckptd.protocol.broker_calls import (
     MAX_FILES,
     BrokerCall,
     EndTree,
@@ -33,22 +49,6 @@ from ckptd.engine.broker.calls import (
     RestoreTree,
     StartTree,
 )
-from ckptd.engine.broker.identity import Identity
-from ckptd.engine.broker.placing import TreePlace
-from ckptd.engine.job import Job, image_path, require_some_room
-from ckptd.engine.timers import OwnTimers
-from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
-from ckptd.freezer import Frozen
-from ckptd.image.archive.unpack import incoming
-from ckptd.image.files import require_room, spooling
-from ckptd.image.ids import is_image_id
-from ckptd.image.manifest import NAME, Manifest, read_manifest_of
-from ckptd.image.source import DirectoryFiles
-from ckptd.image.writer import Incoming
-from ckptd.inspect.scan import scan_tree
-from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
-from ckptd.kernel.status import read_status
-from ckptd.kernel.task import boot_id
 from ckptd.tree import Tree
 
 Reply = tuple[dict[str, object], list[int]]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The broker of one job: a process of root's between the daemon and a worker that is an ordinary user.
 
-    daemon <-> broker       the messages of engine/messages.py
+    daemon <-> broker       the messages of protocol/messages.py
     broker <-> worker       the same, and the calls of calls.py
 
 It starts the worker, passes messages on and answers calls. The user may stop, kill or limit the worker at any moment,
@@ -21,23 +21,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from ckptd.engine.broker.calls import BrokerCall, FromUsersWorker
 from ckptd.engine.broker.identity import Identity, become, enter_clocks
 from ckptd.engine.broker.powers import failure_of, powers
-from ckptd.engine.channel import Channel
-from ckptd.engine.job import Job
-from ckptd.engine.messages import (
-    MAX_MESSAGE,
-    Answer,
-    Cancel,
-    Failed,
-    Finished,
-    FromWorker,
-    JobRequest,
-    Message,
-    Phase,
-    Start,
-)
 from ckptd.engine.restore.xstate import own_xstate
 from ckptd.errors import (
     Cancelled,
@@ -51,6 +36,21 @@ from ckptd.errors import (
 from ckptd.kernel import netlink
 from ckptd.kernel.signalfd import ChildSignals
 from ckptd.kernel.timens import Offsets
+from ckptd.operation.context import Job
+from ckptd.protocol.broker_calls import BrokerCall, FromUsersWorker
+from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import (
+    MAX_MESSAGE,
+    Answer,
+    Cancel,
+    Failed,
+    Finished,
+    FromWorker,
+    JobRequest,
+    Message,
+    Phase,
+    Start,
+)
 
 log = logging.getLogger('ckptd.engine')
 

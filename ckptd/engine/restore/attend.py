@@ -6,10 +6,10 @@ import select
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from ckptd.engine.channel import Channel
-from ckptd.engine.messages import Cancel
 from ckptd.kernel.ptrace import WALL
 from ckptd.kernel.task import read_cgroup2
+from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import Cancel
 
 
 def cgroup_of(root: int) -> str:

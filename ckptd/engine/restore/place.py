@@ -16,9 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self
 
-from ckptd.engine.broker.calls import Placed
-from ckptd.engine.broker.client import Broker
-from ckptd.engine.job import Job
 from ckptd.engine.restore.family import Process
 from ckptd.errors import CkptError, Refusal
 from ckptd.faults import fault
@@ -42,6 +39,9 @@ from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
+from ckptd.operation.broker import Broker
+from ckptd.operation.context import Job
+from ckptd.protocol.broker_calls import Placed
 
 KEPT = '.kept-'     # files of the spool
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

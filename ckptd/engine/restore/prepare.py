@@ -4,8 +4,6 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ckptd.engine.job import Job
-from ckptd.engine.messages import refusal_row
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.obstacles import obstacles
 from ckptd.engine.restore.plan import Plan, make_plan, read_numbers
@@ -13,6 +11,8 @@ from ckptd.engine.restore.world import decide
 from ckptd.errors import CkptError, ImageDamaged, Refusal, Refused, errno_name
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
+from ckptd.operation.context import Job
+from ckptd.protocol.messages import refusal_row
 
 
 def prepare(job: Job, reader: ImageReader) -> tuple[Plan, list[Refusal]]:

@@ -16,10 +16,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from ckptd.engine.clock import Clock
-from ckptd.engine.job import Job
-from ckptd.engine.messages import Phase, Running, first_rows
-from ckptd.engine.patience import stub_patience
 from ckptd.engine.restore import state
 from ckptd.engine.restore.allowed import Allowed
 from ckptd.engine.restore.attend import attend, cgroup_of
@@ -46,6 +42,10 @@ from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify_records
 from ckptd.kernel.ptrace import let_go
+from ckptd.operation.clock import Clock
+from ckptd.operation.context import Job
+from ckptd.operation.deadline import stub_patience
+from ckptd.protocol.messages import Phase, Running, first_rows
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Puppet

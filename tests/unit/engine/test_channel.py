@@ -11,8 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from ckptd.engine.channel import Channel
-from ckptd.engine.messages import (
+from ckptd.errors import Cancelled, LimitsExceeded, Refusal, Refused
+from ckptd.kernel.pidfd import wait_dead
+from ckptd.kernel.witness import Witness
+from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import (
     MAX_MESSAGE,
     MAX_ROWS,
     MAX_TEXT,
@@ -26,9 +29,6 @@ from ckptd.engine.messages import (
     Thaw,
     ToWorker,
 )
-from ckptd.errors import Cancelled, LimitsExceeded, Refusal, Refused
-from ckptd.kernel.pidfd import wait_dead
-from ckptd.kernel.witness import Witness
 
 START = Start(JobRequest('scan', 'pid:1', Caller(0, 0), '/nowhere', '/nowhere'))
 
@@ -120,7 +120,7 @@ def test_rows_of_any_size() -> None:
 
 
 def test_a_result_that_nobody_could_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('ckptd.engine.channel.MAX_RESULT', 200_000)
+    monkeypatch.setattr('ckptd.protocol.channel.MAX_RESULT', 200_000)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         channel = Channel(theirs.detach())

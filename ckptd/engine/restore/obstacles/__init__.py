@@ -12,13 +12,13 @@
 That numbers are taken, and that a tree cannot be made at all, is said by the plan itself.
 """
 
-from ckptd.engine.messages import JobRequest
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.obstacles import imported, machine, objects, resources, rights, room, surroundings
 from ckptd.engine.restore.obstacles.scene import Scene, rows
 from ckptd.engine.restore.plan import Plan
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader
+from ckptd.protocol.messages import JobRequest
 
 CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.check, room.check, surroundings.check)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from ckptd.engine.messages import JobRequest
 from ckptd.engine.restore.allowed import Allowed
 from ckptd.engine.restore.files import Access
 from ckptd.engine.restore.plan import Plan
@@ -16,6 +15,7 @@ from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
+from ckptd.protocol.messages import JobRequest
 
 
 @dataclass(frozen=True)

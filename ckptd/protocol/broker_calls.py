@@ -18,8 +18,8 @@
 
 import msgspec
 
-from ckptd.engine.messages import FreezeMode, FromWorker, Message
 from ckptd.journal.steps import Count, KeepFile, MakeFile, MakeSegment, Pid
+from ckptd.protocol.messages import FreezeMode, FromWorker, Message
 
 
 class OpenImage(Message, frozen=True):

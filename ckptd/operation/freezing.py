@@ -7,13 +7,13 @@ Where the broker has no cgroup for the tree, and any freezer will do, the worker
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ckptd.engine.broker.calls import EndTree, FreezeTree, HoldTree, LetRun, RestoreTree
-from ckptd.engine.channel import Channel
-from ckptd.engine.messages import FreezeMode
 from ckptd.errors import NotSupported
 from ckptd.freezer.base import Frozen, Terms
 from ckptd.freezer.traced import TracedFrozen
 from ckptd.inspect.scan import scan_tree
+from ckptd.protocol.broker_calls import EndTree, FreezeTree, HoldTree, LetRun, RestoreTree
+from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import FreezeMode
 from ckptd.tree import Tree
 
 

@@ -2,7 +2,7 @@
 """Messages between daemon and worker: tagged msgpack, one per packet of a SOCK_SEQPACKET socketpair.
 
 Between the two, for a job of an ordinary user, is a broker (engine/broker), which passes them on. Its worker sends it
-the calls of engine/broker/calls.py as well, and gets an Answer for each.
+the calls of protocol/broker_calls.py as well, and gets an Answer for each.
 
     daemon -> worker    Follow (with a pidfd, first of all, where the kernel has such pidfds)
                         Start (with fds: pidfd of the target, output of an export or input of an import, a terminal,

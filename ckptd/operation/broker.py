@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from ckptd.engine.broker.calls import (
+from ckptd.errors import CkptError
+from ckptd.image.manifest import Manifest
+from ckptd.image.source import GivenFiles
+from ckptd.image.writer import write_manifest
+from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+from ckptd.kernel.timer_list import End
+from ckptd.protocol.broker_calls import (
     KeepContent,
     NewImage,
     Note,
@@ -18,13 +24,7 @@ from ckptd.engine.broker.calls import (
     ReadTimers,
     StartTree,
 )
-from ckptd.engine.channel import Channel
-from ckptd.errors import CkptError
-from ckptd.image.manifest import Manifest
-from ckptd.image.source import GivenFiles
-from ckptd.image.writer import write_manifest
-from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
-from ckptd.kernel.timer_list import End
+from ckptd.protocol.channel import Channel
 
 
 class Broker:
@@ -68,8 +68,8 @@ class Broker:
 
 
 class LentTimers:
-    """The timers of the machine, see engine.timers.Timers: the broker reads them, and tells of none but those that come
-    and go with tasks of the job."""
+    """The timers of the machine, see operation.timers.Timers. The broker reads them, and tells of none but those that
+    come and go with tasks of the job."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

@@ -15,7 +15,9 @@ from typing import Any
 
 import msgspec
 
-from ckptd.engine.messages import (
+from ckptd.errors import Cancelled, CkptError, LimitsExceeded
+from ckptd.kernel.task import bytes_written
+from ckptd.protocol.messages import (
     MAX_MESSAGE,
     Answer,
     Cancel,
@@ -33,8 +35,6 @@ from ckptd.engine.messages import (
     UnitRequest,
     cut,
 )
-from ckptd.errors import Cancelled, CkptError, LimitsExceeded
-from ckptd.kernel.task import bytes_written
 
 PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
 CHECK_INTERVAL = 0.1        # seconds, of a worker that waits for somebody else

@@ -8,11 +8,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.engine.broker.client import Broker
-from ckptd.engine.broker.freezing import lent_freeze
-from ckptd.engine.channel import Channel
-from ckptd.engine.messages import JobRequest
-from ckptd.engine.timers import OwnTimers, Timers
 from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFailed
 from ckptd.faults import fault
 from ckptd.freezer import Frozen, close_after, freeze
@@ -34,6 +29,11 @@ from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.pidfd import held, pidfd_pid
 from ckptd.kernel.unix import clients_beside
+from ckptd.operation.broker import Broker
+from ckptd.operation.freezing import lent_freeze
+from ckptd.operation.timers import OwnTimers, Timers
+from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import JobRequest
 from ckptd.tree import Tree
 
 LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
