@@ -4,8 +4,8 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ckptd.dump.run import checkpoint, hold
 from ckptd.engine.archive import export_image, import_image
-from ckptd.engine.checkpoint import checkpoint, hold
 from ckptd.engine.restore.prepare import check_restore
 from ckptd.engine.restore.run import restore
 from ckptd.image.reader import ImageReader

@@ -189,7 +189,7 @@ class SleepLeft(Record):
     milliseconds in edx, rounded up), interrupt it there (PTRACE_INTERRUPT), and set Registers with rax = -516: the new
     restart block then has the right end, and the address for the remaining time that the program gave. Where that call
     ends before it is interrupted, its result is what the task gets, in rax.
-    For other values of rax (a call that Registers issues again, see ckptd.engine.resume): the timeout in the arguments
+    For other values of rax (a call that Registers issues again, see ckptd.dump.resume): the timeout in the arguments
     is the whole one, except where it is a register (epoll_wait, epoll_pwait: r10), which has the rest already; exact is
     then to some milliseconds.
     """

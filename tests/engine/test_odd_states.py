@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.vmas import map_flags
+from ckptd.dump.vmas import map_flags
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, NotSupported, Refused, TreeChanged
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import (

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.engine.copy import CHUNK_SIZE, Copier
-from ckptd.engine.ranges import overlaps, without
+from ckptd.dump.copy import CHUNK_SIZE, Copier
 from ckptd.image.cores.export import export
 from ckptd.image.pages import DataWriter
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import PAGE, PageRun, ThreadPointers
 from ckptd.image.verify import verify
 from ckptd.kernel.memory import Mem
+from ckptd.kernel.ranges import overlaps, without
 from tests.engine.driver import Place
 from tests.lib.victim import Victim
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from ckptd import faults
-from ckptd.engine import sleeps, waits
-from ckptd.engine.resume import issue_again, wait_on
-from ckptd.engine.sleeps import find_sleeps
-from ckptd.engine.waits import Notes, note_waits
+from ckptd.dump import sleeps, waits
+from ckptd.dump.resume import issue_again, wait_on
+from ckptd.dump.sleeps import find_sleeps
+from ckptd.dump.waits import Notes, note_waits
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.inspect.scan import scan_tree

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from ckptd.engine.copy import part_of
-from ckptd.engine.ranges import overlaps, without
+from ckptd.dump.copy import part_of
 from ckptd.image.reader import Memory, runs_between
 from ckptd.image.records import ANON, PAGE, VDSO, VSYSCALL, VVAR, PageRun, Vma
 from ckptd.kernel.memory import Range
+from ckptd.kernel.ranges import overlaps, without
 
 # <linux/mman.h>
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.savefiles import SavedFiles
+from ckptd.dump.save_files import SavedFiles
 from ckptd.errors import CkptError
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent

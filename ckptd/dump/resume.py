@@ -12,7 +12,7 @@ would go on with the rest, which is what it wants where the loop only sees to EI
 from collections.abc import Mapping
 from contextlib import suppress
 
-from ckptd.engine.waits import Notes, Wait, set_timeout, wait_of
+from ckptd.dump.waits import Notes, Wait, set_timeout, wait_of
 from ckptd.faults import fault
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping as MappingABC
 
-from ckptd.engine.questions import ProcessAnswers, ThreadAnswers, TimerAnswer
+from ckptd.dump.remote_state import ProcessAnswers, ThreadAnswers, TimerAnswer
 from ckptd.image import records
 from ckptd.image.records import CHUNK
 from ckptd.kernel.arch import x86_64 as arch

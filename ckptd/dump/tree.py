@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from ckptd.engine import state
-from ckptd.engine.copy import Copier
-from ckptd.engine.memory import MemoryDump
-from ckptd.engine.openfiles import FileDump
-from ckptd.engine.questions import ThreadAnswers, ask
-from ckptd.engine.sharing import TaskSharing
-from ckptd.engine.sleeps import find_sleeps, sleep_left
-from ckptd.engine.waits import Notes, Wait
+from ckptd.dump import state
+from ckptd.dump.copy import Copier
+from ckptd.dump.files import FileDump
+from ckptd.dump.memory import MemoryDump
+from ckptd.dump.remote_state import ThreadAnswers, ask
+from ckptd.dump.sharing import TaskSharing
+from ckptd.dump.sleeps import find_sleeps, sleep_left
+from ckptd.dump.waits import Notes, Wait
 from ckptd.errors import NotSupported, Refusal, TreeChanged
 from ckptd.faults import fault
 from ckptd.image import records

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from ckptd.engine.resume import has_signal
-from ckptd.engine.waits import Notes
+from ckptd.dump.resume import has_signal
+from ckptd.dump.waits import Notes
 from ckptd.faults import fault
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch

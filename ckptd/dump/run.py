@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from ckptd import __version__
-from ckptd.engine.deaths import Deaths
-from ckptd.engine.dump import Dump
-from ckptd.engine.resume import issue_again, wait_on
-from ckptd.engine.seize import seize_all
-from ckptd.engine.waits import Notes, note_waits
+from ckptd.dump.deaths import Deaths
+from ckptd.dump.resume import issue_again, wait_on
+from ckptd.dump.seize import seize_all
+from ckptd.dump.tree import Dump
+from ckptd.dump.waits import Notes, note_waits
 from ckptd.errors import Refusal, TreeChanged
 from ckptd.faults import fault
 from ckptd.freezer import Frozen

@@ -8,16 +8,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from ckptd.engine.copy import Copier, part_of
-from ckptd.engine.questions import Answers
-from ckptd.engine.ranges import overlaps, without
-from ckptd.engine.vmas import MAP_PRIVATE, Objects, Shared, View, mapped_path, vma_record
+from ckptd.dump.copy import Copier, part_of
+from ckptd.dump.remote_state import Answers
+from ckptd.dump.vmas import MAP_PRIVATE, Objects, Shared, View, mapped_path, vma_record
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import page_runs
 from ckptd.image.records import MEMFD, OF_MM, OF_SHARED_MEMORY, PAGE, SYSV, VDSO, VSYSCALL, VVAR, PageRun
 from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memory import Mem, PageMap, Range
+from ckptd.kernel.ranges import overlaps, without
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import Stat
 from ckptd.kernel.task import read_auxv, read_coredump_filter

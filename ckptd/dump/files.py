@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckptd.engine.savefiles import SavedFiles
-from ckptd.engine.sharing import Sharing
-from ckptd.engine.vmas import Objects
+from ckptd.dump.save_files import SavedFiles
+from ckptd.dump.sharing import Sharing
+from ckptd.dump.vmas import Objects
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
