@@ -6,8 +6,6 @@ from pathlib import Path
 
 from ckptd.dump.run import checkpoint, hold
 from ckptd.engine.archive import export_image, import_image
-from ckptd.engine.restore.prepare import check_restore
-from ckptd.engine.restore.run import restore
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.inspect.checks import check_access, check_confinement, is_untraceable
@@ -17,6 +15,8 @@ from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
 from ckptd.operation.context import Job
 from ckptd.protocol.messages import Frozen, refusal_row
+from ckptd.restore.prepare import check_restore
+from ckptd.restore.run import restore
 
 
 def check(job: Job) -> None:

@@ -15,13 +15,13 @@ from types import FrameType
 from ckptd.engine.broker.identity import Identity, identity_of, identity_of_owner
 from ckptd.engine.broker.process import Broker
 from ckptd.engine.operations import OPERATIONS
-from ckptd.engine.restore.world import offsets_for
 from ckptd.errors import Cancelled, CkptError, ImageDamaged
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest, read_manifest
 from ckptd.operation.context import Job
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import MAX_SENTENCE, Failed, JobRequest, Log, Start, cut
+from ckptd.restore.namespaces import offsets_for
 
 log = logging.getLogger('ckptd.engine')
 

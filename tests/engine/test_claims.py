@@ -19,11 +19,6 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ckptd.engine.restore.bank import Bank
-from ckptd.engine.restore.files import Access, Files
-from ckptd.engine.restore.obstacles import room
-from ckptd.engine.restore.obstacles.room import inherited_bytes, most_to_fill, parse_meminfo
-from ckptd.engine.restore.prepare import prepare
 from ckptd.errors import CkptError, Refusal
 from ckptd.image import records as r
 from ckptd.image.grammar import Struct
@@ -39,6 +34,11 @@ from ckptd.objects.files.registry import BY_TAG
 from ckptd.operation.context import Job
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Caller
+from ckptd.restore.checks import capacity
+from ckptd.restore.checks.capacity import inherited_bytes, most_to_fill, parse_meminfo
+from ckptd.restore.files import Access, Files
+from ckptd.restore.prepare import prepare
+from ckptd.restore.service_fds import Bank
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
 from tests.engine.test_obstacles import about, checked, found, importer
 from tests.engine.test_owners import end
@@ -560,7 +560,7 @@ def test_the_limit_of_a_cgroup(place: Place, image_of: Image, importer: Caller, 
         (group / name).write_text(text)
     own = read_cgroup2(os.getpid()) if whose == 'ckptd' else ''
     limited = SimpleNamespace(path=group, name='limited')
-    monkeypatch.setattr(room, '_above', lambda home: [limited] if (home == own) == bool(own) else [])
+    monkeypatch.setattr(capacity, '_above', lambda home: [limited] if (home == own) == bool(own) else [])
     assert not [row for row in found(place, image, caller=importer, cgroup='/x') if row.resource == 'memory']
     repeated(image, 30)
     rows = [row for row in found(place, image, caller=importer, cgroup='/x') if row.resource == 'memory']
@@ -592,8 +592,8 @@ def test_pipes_beyond_what_a_user_may_have(place: Place, image_of: Image, import
     def row(**limits: int) -> Refusal:
         """What is said where the sysctl fs.pipe-user-pages-* is that."""
         with monkeypatch.context() as patched:
-            number = room._number
-            patched.setattr(room, '_number', lambda path: limits.get(path.rpartition('-')[2], number(path)))
+            number = capacity._number
+            patched.setattr(capacity, '_number', lambda path: limits.get(path.rpartition('-')[2], number(path)))
             [one] = [one for one in found(place, image, caller=importer) if one.resource == 'pipes']
             assert not [one for one in found(place, image) if one.resource == 'pipes']      # asked by root
         assert (one.errno, one.severity) == ('EPERM', 'refusal')

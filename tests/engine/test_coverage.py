@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(12
 
 # digests, and the look at whether records fit together, are no restart
 _NOT_READING = ('ckptd.image.verify', 'ckptd.image.references', 'ckptd.image.shapes', 'ckptd.objects.files.sound')
-_CHECKS = 'ckptd.engine.restore.obstacles'
+_CHECKS = 'ckptd.restore.checks'
 
 # read before there is a process, to refuse or to warn, and by nothing that comes after
 _OF_SHARED_MEMORY = 'the SharedMemory record of its shm_id has that; every dump makes one'

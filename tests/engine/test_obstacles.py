@@ -21,11 +21,6 @@ import pytest
 
 from ckptd.engine.broker.identity import identity_of
 from ckptd.engine.broker.placing import TreePlace
-from ckptd.engine.restore.family import Spawn
-from ckptd.engine.restore.files import Access
-from ckptd.engine.restore.obstacles import obstacles
-from ckptd.engine.restore.obstacles.room import bytes_to_read
-from ckptd.engine.restore.prepare import prepare
 from ckptd.errors import Busy, ImageDamaged, NoSuchTarget, PermissionDenied, Refusal, Refused
 from ckptd.image import records as r
 from ckptd.image.manifest import NAME, encode_manifest, read_manifest
@@ -40,6 +35,11 @@ from ckptd.operation.context import Job
 from ckptd.protocol.broker_calls import Placed
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Caller
+from ckptd.restore.checks import obstacles
+from ckptd.restore.checks.capacity import bytes_to_read
+from ckptd.restore.creation_order import Spawn
+from ckptd.restore.files import Access
+from ckptd.restore.prepare import prepare
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite

@@ -14,8 +14,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ckptd.engine.restore.files import Access
-from ckptd.engine.restore.rights import Rights, rights_for, rights_of
 from ckptd.errors import CkptError, PermissionDenied, Refusal, Refused
 from ckptd.image import records as r
 from ckptd.image.reader import ImageReader
@@ -23,6 +21,8 @@ from ckptd.kernel.creds import capget
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.protocol.messages import Caller, ChangedFiles
+from ckptd.restore.file_rights import Rights, rights_for, rights_of
+from ckptd.restore.files import Access
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
 from tests.engine.test_obstacles import about, checked
 from tests.lib import settled

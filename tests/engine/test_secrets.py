@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.restore.rights import Rights
 from ckptd.errors import CkptError, Refused
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SYSV, Backing, OpenFile, SharedMemory
@@ -22,6 +21,7 @@ from ckptd.kernel.status import read_status
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.regular import Regular
 from ckptd.protocol.messages import Caller
+from ckptd.restore.file_rights import Rights
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, place_of
 from tests.engine.test_archive import export, request
 from tests.engine.test_owners import BOB, end, place, refused, restored

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptd.engine.restore.nursery import Nursery
-from ckptd.engine.restore.seed import find_arena, plant
 from ckptd.errors import Cancelled, CkptError
 from ckptd.kernel.clone import CLONE_THREAD, CLONE_VM
 from ckptd.kernel.ptrace import endless
@@ -18,6 +16,8 @@ from ckptd.operation.deadline import Patience, stub_patience
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Puppet
+from ckptd.restore.bootstrap import find_arena, plant
+from ckptd.restore.create import Nursery
 from tests.engine.conftest import in_child
 
 pytestmark = [pytest.mark.needs('root', 'ptrace'), pytest.mark.timeout(30)]

@@ -25,13 +25,13 @@ import msgspec
 from ckptd.engine.archive import _export_cores
 from ckptd.engine.broker.identity import Identity, become, identity_of
 from ckptd.engine.operations import image_tree, verify_image
-from ckptd.engine.restore.prepare import check_restore
-from ckptd.engine.restore.xstate import own_xstate
 from ckptd.errors import CkptError
 from ckptd.image.source import GivenFiles, ImageFiles
 from ckptd.operation.context import Job
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Failed, JobRequest, Message
+from ckptd.restore.prepare import check_restore
+from ckptd.restore.xstate import own_xstate
 from tests.fuzz.bases import User
 from tests.lib.brood import fork
 from tests.lib.mutate import Edit, Mutable

@@ -4,14 +4,14 @@
 import ast
 from pathlib import Path
 
-RESTORE = Path(__file__).parents[2] / 'ckptd' / 'engine' / 'restore'
+RESTORE = Path(__file__).parents[2] / 'ckptd' / 'restore'
 # calls after which memory or a signal of the user's can lead a task anywhere
 STEERING = {'rseq', 'rt_sigaction', 'timer_create', 'timer_settime', 'setitimer', 'rt_sigqueueinfo',
             'rt_tgsigqueueinfo'}
 # the module that works on tasks that have shed
 AFTER = 'leave.py'
 # the first stub takes default actions for what we ignore, before it has any memory of the image
-BEFORE_ANY_MEMORY = {('seed.py', 'plant')}
+BEFORE_ANY_MEMORY = {('bootstrap.py', 'plant')}
 
 
 def _functions(path: Path) -> dict[str, ast.AST]:
@@ -26,15 +26,15 @@ def _calls(node: ast.AST) -> list[str]:
 
 
 def test_no_steering_call_before_the_shed() -> None:
-    steering = {name for name, node in _functions(RESTORE / 'state.py').items() if STEERING & set(_calls(node))}
+    steering = {name for name, node in _functions(RESTORE / 'attributes.py').items() if STEERING & set(_calls(node))}
     assert {'rseq', 'actions', 'interval_timers', 'queue'} <= steering
     steering |= {'posix_timers'}
     for path in RESTORE.rglob('*.py'):
         for name, node in _functions(path).items():
             used = {one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute)
-                    and isinstance(one.value, ast.Name) and one.value.id == 'state'}
+                    and isinstance(one.value, ast.Name) and one.value.id == 'attributes'}
             assert not used & steering or path.name == AFTER, f'{path.name}: {name} steers tasks before the shed'
-            if path.name != 'state.py' and (path.name, name) not in BEFORE_ANY_MEMORY:
+            if path.name != 'attributes.py' and (path.name, name) not in BEFORE_ANY_MEMORY:
                 assert not STEERING & set(_calls(node)), f'{path.name}: {name} makes a steering call'
 
 

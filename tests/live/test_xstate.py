@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.restore import xstate
-from ckptd.engine.restore.xstate import own_xstate, shortcoming
 from ckptd.kernel.ptrace import Tracee
+from ckptd.restore import xstate
+from ckptd.restore.xstate import own_xstate, shortcoming
 from tests.lib import settled
 from tests.lib.brood import fork
 from tests.programs.conftest import await_that

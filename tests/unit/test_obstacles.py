@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.engine.restore import obstacles
-from ckptd.engine.restore.obstacles.resources import _ranges
-from ckptd.engine.restore.obstacles.rights import capability_names
-from ckptd.engine.restore.obstacles.room import parse_meminfo
-from ckptd.engine.restore.obstacles.scene import Obstacle, once
 from ckptd.errors import Busy, CkptError, ImageDamaged, PermissionDenied, Refusal, Refused
+from ckptd.restore import checks
+from ckptd.restore.checks.capacity import parse_meminfo
+from ckptd.restore.checks.context import Obstacle, once
+from ckptd.restore.checks.resources import _ranges
+from ckptd.restore.checks.rights import capability_names
 
-MODULES = sorted(Path(obstacles.__file__).parent.glob('*.py'))
+MODULES = sorted(Path(checks.__file__).parent.glob('*.py'))
 ROWS = [(path.stem, call) for path in MODULES for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == 'Obstacle']
 
@@ -29,7 +29,7 @@ def test_every_row_has_a_hint(call: ast.Call) -> None:
 
 
 def test_there_are_rows_of_every_check() -> None:
-    assert {name for name, _ in ROWS} == {check.__module__.rpartition('.')[2] for check in obstacles.CHECKS}
+    assert {name for name, _ in ROWS} == {check.__module__.rpartition('.')[2] for check in checks.CHECKS}
 
 
 def row(errno: str) -> Refusal:

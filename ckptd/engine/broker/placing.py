@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 
 from ckptd.engine.broker.identity import Identity
-from ckptd.engine.restore.place import Birthplace
 from ckptd.errors import CkptError, PermissionDenied
 from ckptd.freezer.groups import is_below
 from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
@@ -25,6 +24,7 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.operation.context import Job
 from ckptd.protocol.broker_calls import Placed
+from ckptd.restore.cgroups import Birthplace
 
 
 class TreePlace:

@@ -23,7 +23,6 @@ import msgspec
 
 from ckptd.engine.broker.identity import Identity, become, enter_clocks
 from ckptd.engine.broker.powers import failure_of, powers
-from ckptd.engine.restore.xstate import own_xstate
 from ckptd.errors import (
     Cancelled,
     CkptError,
@@ -51,6 +50,7 @@ from ckptd.protocol.messages import (
     Phase,
     Start,
 )
+from ckptd.restore.xstate import own_xstate
 
 log = logging.getLogger('ckptd.engine')
 

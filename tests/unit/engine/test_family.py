@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ckptd.engine.restore.family import SEED, CannotMake, Family, processes_of, settle_sessions
-from ckptd.engine.restore.steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import Task
 from ckptd.kernel.clone import CLONE_FILES, CLONE_PARENT, CLONE_THREAD, CLONE_VM
+from ckptd.restore.creation_order import SEED, CannotMake, Family, processes_of, settle_sessions
+from ckptd.restore.creation_steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 
 
 def task(vpid: int, parent: int, sid: int, pgid: int, *, vtgid: int = 0, mm: int = 0, files: int = 0,

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who inherits whose memory, checked by a model of what fork and exec leave in an address space."""
 
-from ckptd.engine.restore.fills import with_fills
-from ckptd.engine.restore.inherit import Heritage, between, remaining
-from ckptd.engine.restore.steps import Clear, Dismiss, Fill, NewSession, Spawn, Step
 from ckptd.image.reader import Memory
 from ckptd.image.records import ANON, FILE_PRIVATE, PAGE, Mm, PageRun, Vma
 from ckptd.kernel.clone import CLONE_PARENT, CLONE_THREAD, CLONE_VM
+from ckptd.restore.cow_sharing import Heritage, between, remaining
+from ckptd.restore.creation_steps import Clear, Dismiss, Fill, NewSession, Spawn, Step
+from ckptd.restore.fill_order import with_fills
 
 HEAP = 0x10000000
 

@@ -11,8 +11,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from ckptd.engine.restore.family import SEED
-from ckptd.engine.restore.steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Busy, CkptError
 from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, CLONE_VM, clone_args
 from ckptd.kernel.decl import offset_of
@@ -20,6 +18,8 @@ from ckptd.kernel.ptrace import WALL
 from ckptd.operation.deadline import LONG
 from ckptd.remote.batch import Batch
 from ckptd.remote.stub import Puppet, was_killed
+from ckptd.restore.creation_order import SEED
+from ckptd.restore.creation_steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
 _DYING_SECONDS = 2.0

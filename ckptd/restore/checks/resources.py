@@ -7,7 +7,13 @@ With `clamp` a refusal becomes a warning that names the nearest value.
 import os
 from collections.abc import Iterator
 
-from ckptd.engine.restore.allowed import (
+from ckptd.image.records import Limits, PosixTimers, ProcessState, Scheduling, Vma
+from ckptd.kernel.creds import CAP_SYS_RAWIO, CAP_WAKE_ALARM
+from ckptd.kernel.procfs import read_file
+from ckptd.kernel.task import read_oom_score_adj
+from ckptd.kernel.timerfd import ALARM_CLOCKS
+from ckptd.restore.checks.context import Obstacle, Scene, once
+from ckptd.restore.limits import (
     INFINITY,
     IOPRIO_CLASS_RT,
     IOPRIO_CLASS_SHIFT,
@@ -17,12 +23,6 @@ from ckptd.engine.restore.allowed import (
     SCHED_DEADLINE,
     nr_open,
 )
-from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
-from ckptd.image.records import Limits, PosixTimers, ProcessState, Scheduling, Vma
-from ckptd.kernel.creds import CAP_SYS_RAWIO, CAP_WAKE_ALARM
-from ckptd.kernel.procfs import read_file
-from ckptd.kernel.task import read_oom_score_adj
-from ckptd.kernel.timerfd import ALARM_CLOCKS
 
 # by number, <asm-generic/resource.h>
 _LIMITS = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'MEMLOCK', 'AS', 'LOCKS', 'SIGPENDING',

@@ -6,11 +6,6 @@ from collections import Counter
 from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from ckptd.engine.restore.files import decode
-from ckptd.engine.restore.inherit import Heritage
-from ckptd.engine.restore.objects import missing_but_kept
-from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
-from ckptd.engine.restore.plan import Plan
 from ckptd.errors import ImageDamaged
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import OF_SHARED_MEMORY, PAGE, Backing, Limits, OpenFile, PageRuns, Vma
@@ -22,6 +17,11 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY, pids, read_cgroup2, read_limits
 from ckptd.objects.files.base import Takes
 from ckptd.objects.files.deleted import deleted_takes, home_of, whole
+from ckptd.restore.checks.context import Obstacle, Scene
+from ckptd.restore.cow_sharing import Heritage
+from ckptd.restore.files import decode
+from ckptd.restore.mapped_objects import missing_but_kept
+from ckptd.restore.plan import Plan
 
 _STRICT = 2                 # vm.overcommit_memory: what is reserved counts, proc_sys_vm(5)
 _PIPES = '/proc/sys/fs/pipe-'

@@ -20,9 +20,6 @@ this the first task to become the user's would expose the code of the others thr
 import struct
 from collections.abc import Mapping, Sequence
 
-from ckptd.engine.restore.memory import Space
-from ckptd.engine.restore.nursery import Nursery
-from ckptd.engine.restore.plan import Plan, is_users_worker
 from ckptd.errors import CkptError
 from ckptd.image import records
 from ckptd.image.reader import ImageReader, ImageTask
@@ -44,6 +41,9 @@ from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Puppet
+from ckptd.restore.create import Nursery
+from ckptd.restore.memory import Space
+from ckptd.restore.plan import Plan, is_users_worker
 
 # <linux/prctl.h>
 PR_SET_PDEATHSIG, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 28, 38

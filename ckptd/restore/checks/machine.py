@@ -5,12 +5,12 @@ import mmap
 import os
 from collections.abc import Iterator
 
-from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
-from ckptd.engine.restore.vdso import VdsoPlan
-from ckptd.engine.restore.xstate import own_xstate, shortcoming
 from ckptd.image.records import PAGE, VDSO, GuardRegions, Mm, Registers
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import prctl
+from ckptd.restore.checks.context import Obstacle, Scene
+from ckptd.restore.vdso import VdsoPlan
+from ckptd.restore.xstate import own_xstate, shortcoming
 
 ARCHITECTURE = 'x86-64'
 MADV_GUARD_INSTALL = 102            # <linux/mman.h>, since 6.13

@@ -10,11 +10,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from ckptd.engine.restore.bank import Bank
-from ckptd.engine.restore.objects import Objects
-from ckptd.engine.restore.reach import OutOfReach, open_within_reach, require_reach
-from ckptd.engine.restore.rewrites import Rewrites
-from ckptd.engine.restore.rights import Rights, is_users, rights_for
 from ckptd.errors import CkptError, ImageDamaged
 from ckptd.faults import fault
 from ckptd.image.grammar import Struct
@@ -32,6 +27,11 @@ from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Puppet
+from ckptd.restore.file_changes import Rewrites
+from ckptd.restore.file_rights import Rights, is_users, rights_for
+from ckptd.restore.mapped_objects import Objects
+from ckptd.restore.procfs_paths import OutOfReach, open_within_reach, require_reach
+from ckptd.restore.service_fds import Bank
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_OWNER_PGRP = 2

@@ -4,7 +4,7 @@ importer may have no more than the importer anyway, and no other worker restores
 
 from collections.abc import Iterator
 
-from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
+from ckptd.restore.checks.context import Obstacle, Scene
 
 
 def check(scene: Scene) -> Iterator[Obstacle]:

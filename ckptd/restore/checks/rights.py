@@ -8,10 +8,10 @@ namespace of its own (an ordinary user without a service) a tree has one uid and
 import os
 from collections.abc import Iterator
 
-from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
-from ckptd.engine.restore.plan import is_users_worker
 from ckptd.image.records import Credentials
 from ckptd.kernel.creds import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
+from ckptd.restore.checks.context import Obstacle, Scene, once
+from ckptd.restore.plan import is_users_worker
 
 # <linux/capability.h>, in its order
 NAMES = ('chown', 'dac_override', 'dac_read_search', 'fowner', 'fsetid', 'kill', 'setgid', 'setuid', 'setpcap',

@@ -16,26 +16,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from ckptd.engine.restore import state
-from ckptd.engine.restore.allowed import Allowed
-from ckptd.engine.restore.attend import attend, cgroup_of
-from ckptd.engine.restore.bank import Bank
-from ckptd.engine.restore.digests import Digests, damaged
-from ckptd.engine.restore.family import SEED, Process
-from ckptd.engine.restore.files import Files
-from ckptd.engine.restore.leave import Leave
-from ckptd.engine.restore.memory import Space, clear
-from ckptd.engine.restore.nursery import Nursery
-from ckptd.engine.restore.objects import Objects
-from ckptd.engine.restore.place import homes, place_for
-from ckptd.engine.restore.plan import DEAD, Plan
-from ckptd.engine.restore.prepare import prepare, refused
-from ckptd.engine.restore.rewrites import Rewrites
-from ckptd.engine.restore.seed import plant
-from ckptd.engine.restore.shed import Shed
-from ckptd.engine.restore.steps import Clear, Fill, Step
-from ckptd.engine.restore.vdso import VdsoPlan
-from ckptd.engine.restore.world import make_reaper
 from ckptd.errors import Refusal
 from ckptd.faults import fault
 from ckptd.image.reader import ImageReader, ImageTask
@@ -49,6 +29,26 @@ from ckptd.protocol.messages import Phase, Running, first_rows
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Puppet
+from ckptd.restore import attributes
+from ckptd.restore.bootstrap import plant
+from ckptd.restore.cgroups import homes, place_for
+from ckptd.restore.create import Nursery
+from ckptd.restore.creation_order import SEED, Process
+from ckptd.restore.creation_steps import Clear, Fill, Step
+from ckptd.restore.digests import Digests, damaged
+from ckptd.restore.file_changes import Rewrites
+from ckptd.restore.files import Files
+from ckptd.restore.leave import Leave
+from ckptd.restore.limits import Allowed
+from ckptd.restore.mapped_objects import Objects
+from ckptd.restore.memory import Space, clear
+from ckptd.restore.namespaces import make_reaper
+from ckptd.restore.plan import DEAD, Plan
+from ckptd.restore.prepare import prepare, refused
+from ckptd.restore.service_fds import Bank
+from ckptd.restore.shed import Shed
+from ckptd.restore.supervise import attend, cgroup_of
+from ckptd.restore.vdso import VdsoPlan
 
 BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
 _NO_LIMIT = (1 << 32) - 1
@@ -189,24 +189,24 @@ class Restore:
         """All threads of a process: what may need a right, or none."""
         reader, nursery = self._reader, self._nursery
         first = process.alive[0]
-        state.limits(self._allowed.limits(process.vpid), nursery[first.vpid].tid)
-        state.oom_score_adj(self._allowed.oom_score_adj(process.vpid), nursery[first.vpid].tid)
-        state.coredump_filter(reader, first.record.mm_id, nursery[first.vpid].tid)
+        attributes.limits(self._allowed.limits(process.vpid), nursery[first.vpid].tid)
+        attributes.oom_score_adj(self._allowed.oom_score_adj(process.vpid), nursery[first.vpid].tid)
+        attributes.coredump_filter(reader, first.record.mm_id, nursery[first.vpid].tid)
         script = Script(nursery[first.vpid])
         self._of_objects(first, script)
-        state.thread(reader, first.vpid, script)
-        state.process(reader, process.vpid, script)
+        attributes.thread(reader, first.vpid, script)
+        attributes.process(reader, process.vpid, script)
         if process.sid == process.vpid and self._files.terminal:
-            state.terminal(reader, process.vpid, process.pgid, script, self._terminal())
+            attributes.terminal(reader, process.vpid, process.pgid, script, self._terminal())
         yield from script.run()
-        state.schedule(self._allowed.scheduling(first.vpid, process.vpid), nursery[first.vpid].tid)
+        attributes.schedule(self._allowed.scheduling(first.vpid, process.vpid), nursery[first.vpid].tid)
         for task in process.alive[1:]:
             puppet = nursery[task.vpid]
             script = Script(puppet)
             self._of_objects(task, script)
-            state.thread(reader, task.vpid, script)
+            attributes.thread(reader, task.vpid, script)
             yield from script.run()
-            state.schedule(self._allowed.scheduling(task.vpid, process.vpid), puppet.tid)
+            attributes.schedule(self._allowed.scheduling(task.vpid, process.vpid), puppet.tid)
 
     def _close_bank(self, puppet: Puppet) -> Steps[None]:
         script = Script(puppet)
@@ -222,13 +222,13 @@ class Restore:
         if self._mms[record.mm_id] == task.vpid:
             self._spaces[record.mm_id].describe(script)
         if self._fss[record.fs_id] == task.vpid:
-            state.fs(self._reader, record.fs_id, script, self._directory)
+            attributes.fs(self._reader, record.fs_id, script, self._directory)
 
     def _bury(self, task: ImageTask) -> None:
         """A task that was dead."""
         puppet = self._nursery[task.vpid]
         script = Script(puppet)
-        script.call('prctl', state.PR_SET_NAME, state.name_of(task.record))
+        script.call('prctl', attributes.PR_SET_NAME, attributes.name_of(task.record))
         script.do()
         process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
         if process.alive:

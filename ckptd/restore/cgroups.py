@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self
 
-from ckptd.engine.restore.family import Process
 from ckptd.errors import CkptError, Refusal
 from ckptd.faults import fault
 from ckptd.image.files import spooling
@@ -42,6 +41,7 @@ from ckptd.kernel.task import read_cgroup2
 from ckptd.operation.broker import Broker
 from ckptd.operation.context import Job
 from ckptd.protocol.broker_calls import Placed
+from ckptd.restore.creation_order import Process
 
 KEPT = '.kept-'     # files of the spool
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -3,8 +3,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ckptd.engine.restore.steps import TEMPORARY, Clear, Fill, Spawn, Step
 from ckptd.kernel.clone import CLONE_VM
+from ckptd.restore.creation_steps import TEMPORARY, Clear, Fill, Spawn, Step
 
 
 def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[int, int], bool]

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from ckptd.engine.restore.bank import Bank
 from ckptd.errors import Busy, CkptError, PermissionDenied
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
@@ -18,6 +17,7 @@ from ckptd.kernel.shm import SHM_DEST, ShmidDs, attached, shmctl_remove, shmctl_
 from ckptd.objects.files.base import ByUser, Looking
 from ckptd.objects.files.content import set_owner
 from ckptd.objects.files.deleted import open_nameless
+from ckptd.restore.service_fds import Bank
 
 
 def missing_but_kept(record: Backing, looking: Looking) -> bool:

@@ -16,7 +16,17 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import attrgetter
 
-from ckptd.engine.restore.inherit import (
+from ckptd.image import records
+from ckptd.image.reader import ImageReader, Memory, runs_between
+from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VSYSCALL, PageRun, SharedMemory, Vma
+from ckptd.kernel.arch.x86_64 import TASK_SIZE
+from ckptd.kernel.decl import offset_of
+from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
+from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
+from ckptd.remote.interleave import Steps
+from ckptd.remote.script import Script
+from ckptd.remote.stub import Puppet
+from ckptd.restore.cow_sharing import (
     MAP_ANONYMOUS,
     MAP_LOCKED,
     MAP_PRIVATE,
@@ -28,18 +38,8 @@ from ckptd.engine.restore.inherit import (
     ordinary,
     remaining,
 )
-from ckptd.engine.restore.objects import Objects, may_write
-from ckptd.engine.restore.vdso import VdsoPlan
-from ckptd.image import records
-from ckptd.image.reader import ImageReader, Memory, runs_between
-from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VSYSCALL, PageRun, SharedMemory, Vma
-from ckptd.kernel.arch.x86_64 import TASK_SIZE
-from ckptd.kernel.decl import offset_of
-from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
-from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
-from ckptd.remote.interleave import Steps
-from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
+from ckptd.restore.mapped_objects import Objects, may_write
+from ckptd.restore.vdso import VdsoPlan
 
 # <linux/mman.h>
 MAP_FIXED_NOREPLACE = 0x100000

@@ -6,12 +6,12 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
-from ckptd.engine.restore.place import Place
-from ckptd.engine.restore.rights import Rights
 from ckptd.faults import fault
 from ckptd.image.files import require_room
 from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile
+from ckptd.restore.cgroups import Place
+from ckptd.restore.file_rights import Rights
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 

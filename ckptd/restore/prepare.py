@@ -4,15 +4,15 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ckptd.engine.restore.files import Access
-from ckptd.engine.restore.obstacles import obstacles
-from ckptd.engine.restore.plan import Plan, make_plan, read_numbers
-from ckptd.engine.restore.world import decide
 from ckptd.errors import CkptError, ImageDamaged, Refusal, Refused, errno_name
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.operation.context import Job
 from ckptd.protocol.messages import refusal_row
+from ckptd.restore.checks import obstacles
+from ckptd.restore.files import Access
+from ckptd.restore.namespaces import decide
+from ckptd.restore.plan import Plan, make_plan, read_numbers
 
 
 def prepare(job: Job, reader: ImageReader) -> tuple[Plan, list[Refusal]]:

@@ -9,18 +9,18 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ckptd.engine.restore import state
-from ckptd.engine.restore.family import Process
-from ckptd.engine.restore.nursery import Nursery
-from ckptd.engine.restore.plan import Plan
-from ckptd.engine.restore.shed import dumpable_of
-from ckptd.engine.restore.sleeping import sleep_again
-from ckptd.engine.restore.stops import Stops
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.kernel.arch.x86_64 import user_regs_struct
 from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_DISABLE, SUID_DUMP_USER
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
+from ckptd.restore import attributes
+from ckptd.restore.create import Nursery
+from ckptd.restore.creation_order import Process
+from ckptd.restore.job_control import Stops
+from ckptd.restore.plan import Plan
+from ckptd.restore.shed import dumpable_of
+from ckptd.restore.sleeps import sleep_again
 
 
 class Leave:
@@ -57,30 +57,30 @@ class Leave:
                    if self._sighands[task.record.sighand_id] == task.vpid and last.get(task.record.mm_id) is not task)
         interleave(self._go(task, unmap=True) for task in last.values())
         for task in tasks:
-            state.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
+            attributes.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
 
     def _last(self, process: Process) -> Steps[None]:
         reader, nursery = self._reader, self._nursery
         first = process.alive[0]
         for task in process.alive:
             record, script = task.record, Script(nursery[task.vpid])
-            state.rseq(reader, task.vpid, script)
+            attributes.rseq(reader, task.vpid, script)
             if self._sighands[record.sighand_id] == task.vpid:
-                state.actions(reader, record.sighand_id, script)
+                attributes.actions(reader, record.sighand_id, script)
             if task is first:
                 # before there are timers, whose signals are the task's own
-                state.drain(nursery[task.vpid])
-                state.posix_timers(reader, process.vpid, nursery[task.vpid])
-                state.interval_timers(reader, process.vpid, script)
-                state.queue(reader, process.vpid, process.vpid, script, shared=True)
-            state.queue(reader, process.vpid, task.vpid, script, shared=False)
+                attributes.drain(nursery[task.vpid])
+                attributes.posix_timers(reader, process.vpid, nursery[task.vpid])
+                attributes.interval_timers(reader, process.vpid, script)
+                attributes.queue(reader, process.vpid, process.vpid, script, shared=True)
+            attributes.queue(reader, process.vpid, task.vpid, script, shared=False)
             yield from script.run()
             self._check()
             if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
                 self._results[task.vpid] = regs
 
     def _go(self, task: ImageTask, *, unmap: bool) -> Steps[None]:
-        batch = state.last_calls(self._reader, task.record.sighand_id)
+        batch = attributes.last_calls(self._reader, task.record.sighand_id)
         if unmap and os.geteuid() != 0 and dumpable_of(self._reader, [task]) != SUID_DUMP_USER:
             # no memory of the task can be read or written from here on, not even by us
             batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)

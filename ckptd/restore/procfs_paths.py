@@ -18,13 +18,13 @@ import fcntl
 import os
 from collections.abc import Mapping
 
-from ckptd.engine.restore.rights import Rights
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.namei import open_plain
 from ckptd.kernel.statfs import PROC_SUPER_MAGIC, file_system
 from ckptd.kernel.task import task_exists
 from ckptd.objects.files.base import access_of
+from ckptd.restore.file_rights import Rights
 
 _PROC = '/proc'
 

@@ -7,9 +7,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ckptd.engine.restore.files import decode
-from ckptd.engine.restore.objects import may_write, missing_but_kept
-from ckptd.engine.restore.obstacles.scene import Obstacle, Scene, once
 from ckptd.errors import ImageDamaged, errno_name
 from ckptd.image.grammar import Struct
 from ckptd.image.identity import Identity, changes
@@ -32,6 +29,9 @@ from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.objects.files.deleted import deleted_obstacles, home_of
 from ckptd.objects.files.sound import flaws
+from ckptd.restore.checks.context import Obstacle, Scene, once
+from ckptd.restore.files import decode
+from ckptd.restore.mapped_objects import may_write, missing_but_kept
 
 KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'

@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ckptd.engine.restore.obstacles.scene import Obstacle, Scene
-from ckptd.engine.restore.place import homes
 from ckptd.image.records import Namespace, Namespaces, ProcessState
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import boot_id, read_namespaces
+from ckptd.restore.cgroups import homes
+from ckptd.restore.checks.context import Obstacle, Scene
 
-# a restart makes these anew, or says so itself (engine/restore/world.py)
+# a restart makes these anew, or says so itself (restore/namespaces.py)
 _MADE = frozenset({'pid', 'time'})
 # what depends on them shows them at most
 _SHOWN_ONLY = frozenset({'uts', 'cgroup'})
@@ -36,7 +36,7 @@ def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
         yield Obstacle(0, f'cgroup {name}', 'ENOENT', str(error.strerror), 'mount cgroup2, or leave out --cgroup')
         return
     if '..' in name.split('/') or not group.exists:
-        # without a systemd, whose they are, it is made for root (engine/restore/place.py)
+        # without a systemd, whose they are, it is made for root (restore/cgroups.py)
         if '..' in name.split('/') or scene.request.systemd or scene.request.caller.uid:
             yield Obstacle(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
     elif not (scene.caller_may(str(group.path), os.W_OK)

@@ -16,7 +16,6 @@ Process groups are joined when all are there; a dead group leader is a ghost, to
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptd.engine.restore.steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import Task
@@ -29,6 +28,7 @@ from ckptd.kernel.clone import (
     CLONE_THREAD,
     CLONE_VM,
 )
+from ckptd.restore.creation_steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
 
 SIGCHLD = 17
 SEED = 0                # the maker of the roots, which is no task of the tree

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from ckptd.engine.restore.allowed import Allowed
-from ckptd.engine.restore.files import Access
-from ckptd.engine.restore.plan import Plan
-from ckptd.engine.restore.rights import rights_of
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.protocol.messages import JobRequest
+from ckptd.restore.file_rights import rights_of
+from ckptd.restore.files import Access
+from ckptd.restore.limits import Allowed
+from ckptd.restore.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ckptd.engine.restore.family import (
-    CannotMake,
-    Family,
-    Process,
-    processes_of,
-    settle_sessions,
-)
-from ckptd.engine.restore.fills import with_fills
-from ckptd.engine.restore.inherit import Heritage
-from ckptd.engine.restore.memory import mapped_ranges
-from ckptd.engine.restore.seed import find_arena
-from ckptd.engine.restore.steps import Spawn, Step
-from ckptd.engine.restore.world import World
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import FdTable, ProcessState
@@ -27,6 +14,13 @@ from ckptd.inspect.checks import Caller
 from ckptd.inspect.checks.hidden import ANOTHER, sees_all
 from ckptd.kernel.numbers import Numbers, await_reaped, numbers_in_use
 from ckptd.remote.stub import Arena
+from ckptd.restore.bootstrap import find_arena
+from ckptd.restore.cow_sharing import Heritage
+from ckptd.restore.creation_order import CannotMake, Family, Process, processes_of, settle_sessions
+from ckptd.restore.creation_steps import Spawn, Step
+from ckptd.restore.fill_order import with_fills
+from ckptd.restore.memory import mapped_ranges
+from ckptd.restore.namespaces import World
 
 DEAD = (ord('Z'), ord('X'))
 _REAPED_WITHIN = 3.0        # seconds

@@ -12,15 +12,16 @@
 That numbers are taken, and that a tree cannot be made at all, is said by the plan itself.
 """
 
-from ckptd.engine.restore.files import Access
-from ckptd.engine.restore.obstacles import imported, machine, objects, resources, rights, room, surroundings
-from ckptd.engine.restore.obstacles.scene import Scene, rows
-from ckptd.engine.restore.plan import Plan
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader
 from ckptd.protocol.messages import JobRequest
+from ckptd.restore.checks import capacity, imported, machine, objects, resources, rights, surroundings
+from ckptd.restore.checks.context import Scene, rows
+from ckptd.restore.files import Access
+from ckptd.restore.plan import Plan
 
-CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.check, room.check, surroundings.check)
+CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.check, capacity.check,
+          surroundings.check)
 
 
 def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: Access) -> list[Refusal]:

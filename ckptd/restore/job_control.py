@@ -5,11 +5,11 @@ import os
 import signal
 from collections.abc import Sequence
 
-from ckptd.engine.restore.family import Process
-from ckptd.engine.restore.nursery import Nursery
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Puppet
+from ckptd.restore.create import Nursery
+from ckptd.restore.creation_order import Process
 
 _P_PID = 1          # <linux/wait.h>
 
