@@ -144,7 +144,7 @@ FILES = \
 source_of = $(word 1,$(subst :, ,$(1)))
 target_of = $(DESTDIR)$(word 2,$(subst :, ,$(1)))
 
-# A venv without pip at LIBDIR holds the program and the locked wheels, so `python -m ckptd.engine.worker` needs no
+# A venv without pip at LIBDIR holds the program and the locked wheels, so `python -m ckptd.worker.main` needs no
 # PYTHONPATH; its python is a link to the system's, and no file in it names DESTDIR. The two programs are three-line scripts in PREFIX/bin.
 install: $(VENV)/.run  ## install into DESTDIR with PREFIX (default /usr/local)
 	@test -n '$(INSTALL_PYTHON)' || { echo 'no system Python 3.11 with venv: apt-get install -y python3-venv' >&2; exit 1; }

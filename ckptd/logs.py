@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where log messages go: standard error, in the journal's way when that is what reads it.
 
-CKPTD_DEBUG=ckptd.engine,ckptd.bus shows debug messages of these modules (and what is below them); CKPTD_DEBUG=ckptd of
+CKPTD_DEBUG=ckptd.worker,ckptd.bus shows debug messages of these modules (and what is below them); CKPTD_DEBUG=ckptd of
 all.
 """
 

@@ -68,7 +68,7 @@ class Frozen:
     """A tree at rest, and what it takes to bring back the state that was found. This one was at rest already.
 
         tree        as scanned last, with every task at rest
-        tracees     by tid; stopped under ptrace. The ptrace freezer fills it, the engine adds its own; all of them are
+        tracees     by tid; stopped under ptrace. The ptrace freezer fills it, a dump adds its own; all of them are
                     detached at the end, after the state found is back, so what was found frozen never runs in between
         rescan()    the tree as it is now
         let_run()   thaw, so that tracees can run remote system calls; needs every thread to be stopped under ptrace

@@ -22,7 +22,7 @@ ROUNDS = 64                 # of seizing what was born meanwhile
 
 
 class TracedFrozen(Frozen):
-    """Frozen by ptrace: `tracees` has every living thread of `tree`, and the engine works with these."""
+    """Frozen by ptrace: `tracees` has every living thread of `tree`, and a dump works with these."""
     mode = 'ptrace'
 
     def freeze(self) -> None:

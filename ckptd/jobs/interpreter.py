@@ -30,7 +30,7 @@ def command(module: str) -> tuple[str, ...]:
 def environment() -> dict[str, str]:
     """Ours, without what systemd says to this process alone; for a Python that is not isolated, the same ckptd; and
     what of its log anybody will read."""
-    level = logging.getLevelName(logging.getLogger('ckptd.engine').getEffectiveLevel())
+    level = logging.getLevelName(logging.getLogger('ckptd.worker').getEffectiveLevel())
     ours = {**without_service_manager(os.environ), 'CKPTD_LOG_LEVEL': level}
     if os.geteuid() == 0:
         return {name: value for name, value in ours.items() if not name.startswith('PYTHON')}

@@ -22,7 +22,7 @@ from ckptd.protocol import messages
 from ckptd.protocol.messages import FromWorker
 
 log = logging.getLogger(__name__)
-engine_log = logging.getLogger('ckptd.engine')
+worker_log = logging.getLogger('ckptd.worker')
 
 
 class Units(Protocol):
@@ -101,7 +101,7 @@ class Run:
             case messages.Frozen():
                 self.frozen = message
             case messages.Log(level, text):
-                engine_log.log(level, '%s: %s', self.job.name, text)
+                worker_log.log(level, '%s: %s', self.job.name, text)
             case messages.Running(root):
                 self.job.root = root
             case messages.UnitRequest() | messages.ScopeRequest():

@@ -2,7 +2,7 @@
 """Workers that are services of systemd: no children of the daemon, and under nothing that it is under.
 
     daemon                            systemd                          worker
-    socketpair, StartTransientUnit -> ckptd-restore-XXXX.service   -> python -m ckptd.engine.worker 0
+    socketpair, StartTransientUnit -> ckptd-restore-XXXX.service   -> python -m ckptd.worker.main 0
     Follow, Start, Cancel, ... over the socket, which is the worker's standard input; end-of-file as with a child
 
 systemd keeps the worker's end of the socket open for as long as the service is there, so a worker's death is seen

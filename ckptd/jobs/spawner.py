@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon's end of the process that starts workers, ckptd.engine.spawner."""
+"""The daemon's end of the process that starts workers, ckptd.worker.spawner."""
 
 import asyncio
 import itertools
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromSpawner)
 
-COMMAND = command('ckptd.engine.spawner')
+COMMAND = command('ckptd.worker.spawner')
 PATIENCE = 2.0      # seconds
 UNKNOWN = 256       # exit status of one whose spawner has died: none that there is, for it may have died, too
 

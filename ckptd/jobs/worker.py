@@ -27,7 +27,7 @@ from ckptd.protocol.messages import MAX_MESSAGE, Follow, FromWorker, ToWorker
 
 log = logging.getLogger(__name__)
 
-COMMAND = command('ckptd.engine.worker')      # of one that is not forked
+COMMAND = command('ckptd.worker.main')      # of one that is not forked
 MAX_STATUS = 255            # a worker that said what failed exits with the status of the error
 LAST_PATIENCE = 3.0     # seconds that a killed worker has to end; what waits for somebody's file system may not
 _encoder = msgspec.msgpack.Encoder()

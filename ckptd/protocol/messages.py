@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Messages between daemon and worker: tagged msgpack, one per packet of a SOCK_SEQPACKET socketpair.
 
-Between the two, for a job of an ordinary user, is a broker (engine/broker), which passes them on. Its worker sends it
+Between the two, for a job of an ordinary user, is a broker (worker/broker), which passes them on. Its worker sends it
 the calls of protocol/broker_calls.py as well, and gets an Answer for each.
 
     daemon -> worker    Follow (with a pidfd, first of all, where the kernel has such pidfds)

@@ -201,7 +201,7 @@ class Birthplace:
 
 
 class LentPlace:
-    """The cgroups of a restart by an ordinary user. The broker does the work (engine/broker/placing.py); the tree is
+    """The cgroups of a restart by an ordinary user. The broker does the work (worker/broker/placement.py); the tree is
     born in the cgroup of the worker."""
 
     def __init__(self, broker: Broker) -> None:

@@ -18,12 +18,12 @@ from typing import Any, Self
 import msgspec
 import pyroute2.netlink.diag  # noqa: F401 - it is imported late, and then a user who cannot read the code has it not
 
-from ckptd.engine import worker as worker_module
 from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.interpreter import environment
 from ckptd.jobs.worker import COMMAND
 from ckptd.protocol.messages import MAX_MESSAGE, Caller, Failed, Finished, FromWorker, JobRequest, Message, Start
+from ckptd.worker import main as worker_module
 from tests.lib.brood import become, fork
 
 ORDINARY_UID = 65534        # owns nothing; on every Linux

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from ckptd.engine import worker as worker_module
 from ckptd.image import grammar
 from ckptd.image import records as r
 from ckptd.objects.files.registry import BY_TAG
+from ckptd.worker import main as worker_module
 from tests.engine.driver import DirectWorker, Place
 from tests.engine.test_worlds import other_boot
 from tests.lib import settled

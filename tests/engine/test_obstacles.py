@@ -19,8 +19,6 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ckptd.engine.broker.identity import identity_of
-from ckptd.engine.broker.placing import TreePlace
 from ckptd.errors import Busy, ImageDamaged, NoSuchTarget, PermissionDenied, Refusal, Refused
 from ckptd.image import records as r
 from ckptd.image.manifest import NAME, encode_manifest, read_manifest
@@ -40,6 +38,8 @@ from ckptd.restore.checks.capacity import bytes_to_read
 from ckptd.restore.creation_order import Spawn
 from ckptd.restore.files import Access
 from ckptd.restore.prepare import prepare
+from ckptd.worker.broker.identity import identity_of
+from ckptd.worker.broker.placement import TreePlace
 from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite

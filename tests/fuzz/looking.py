@@ -22,9 +22,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ckptd.engine.archive import _export_cores
-from ckptd.engine.broker.identity import Identity, become, identity_of
-from ckptd.engine.operations import image_tree, verify_image
 from ckptd.errors import CkptError
 from ckptd.image.source import GivenFiles, ImageFiles
 from ckptd.operation.context import Job
@@ -32,6 +29,9 @@ from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Failed, JobRequest, Message
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.xstate import own_xstate
+from ckptd.worker.archive import _export_cores
+from ckptd.worker.broker.identity import Identity, become, identity_of
+from ckptd.worker.operations import image_tree, verify_image
 from tests.fuzz.bases import User
 from tests.lib.brood import fork
 from tests.lib.mutate import Edit, Mutable

@@ -25,7 +25,7 @@ from tests.security.attacker import PATIENCE, Attacker, Program
 from tests.security.attacker import place_of as cgroup_of
 
 NAME = 'alice'
-SPAWNER = b'ckptd.engine.spawner'
+SPAWNER = b'ckptd.worker.spawner'
 CFLAGS = ('-std=gnu11', '-O2', '-Wall', '-Wextra', '-Wno-missing-field-initializers', '-Werror', '-D_GNU_SOURCE',
           '-pthread')
 OTHER_CONTENT = b'changed since' * 500      # of the file that a rollback puts back

@@ -20,7 +20,7 @@ LONG_TABLES = {'ckptd.image.records': 450}
 # a layer may import from the layers before it, and from itself
 ORDER = ['errors', 'faults', 'flock', 'logs', 'places', 'notify', 'config', 'tree', 'kernel', 'image', 'journal',
          'remote', 'objects', 'inspect', 'freezer', 'protocol', 'operation',
-         'dump', 'restore', 'engine', 'worker', 'jobs', 'bus', 'client', 'cli', 'daemon']
+         'dump', 'restore', 'worker', 'jobs', 'bus', 'client', 'cli', 'daemon']
 # finer than the order. These layers know nothing of the others, whatever stands before them
 ONLY_LAYERS = {
     'faults': set(), 'flock': set(), 'logs': set(), 'places': {'errors'}, 'notify': {'errors'}, 'config': {'errors'},
@@ -32,7 +32,7 @@ ONLY_LAYERS = {
     'cli': {'errors', 'image', 'bus', 'client', 'notify', 'kernel'},
 }
 # the daemon never touches a tracee: it and its layers know of a worker no more than how to talk to it
-WORKERS = ['remote', 'objects', 'protocol', 'operation', 'dump', 'restore', 'engine',
+WORKERS = ['remote', 'objects', 'protocol', 'operation', 'dump', 'restore',
            'worker']
 NOT = {layer: {*WORKERS, 'inspect'} for layer in ('jobs', 'bus', 'daemon')}
 # finer than a layer: what of another layer may be used

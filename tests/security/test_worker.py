@@ -13,8 +13,6 @@ from typing import Any, cast
 import pytest
 
 from ckptd.client.sync import Ckptd
-from ckptd.engine.broker.identity import Identity
-from ckptd.engine.broker.powers import powers
 from ckptd.errors import CkptError, PermissionDenied
 from ckptd.image.manifest import Clocks, read_manifest
 from ckptd.image.reader import ImageReader
@@ -26,6 +24,8 @@ from ckptd.kernel.wchan import read_wchan
 from ckptd.operation.context import Job
 from ckptd.protocol.broker_calls import ReadTimers
 from ckptd.protocol.channel import Channel
+from ckptd.worker.broker.answers import powers
+from ckptd.worker.broker.identity import Identity
 from tests.engine.driver import Place
 from tests.engine.faulty import Gate
 from tests.lib.bus import Served, family

@@ -83,7 +83,7 @@ def test_a_worker_that_restores_is_under_nothing_of_the_daemon(nursery: Containe
     for name in ('CapBnd', 'CapEff', 'mnt'):
         assert worker[name] == init[name], name
     assert worker['parent'] == '1'
-    assert 'ckptd.engine.worker' in worker['command']
+    assert 'ckptd.worker.main' in worker['command']
     assert '/ckptd-restore-' in worker['cgroup']
     assert result['status'] == 0
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ckptd.dump.run import checkpoint, hold
-from ckptd.engine.archive import export_image, import_image
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.inspect.checks import check_access, check_confinement, is_untraceable
@@ -17,6 +16,7 @@ from ckptd.operation.context import Job
 from ckptd.protocol.messages import Frozen, refusal_row
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.run import restore
+from ckptd.worker.archive import export_image, import_image
 
 
 def check(job: Job) -> None:

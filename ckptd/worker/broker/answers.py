@@ -16,8 +16,6 @@ from typing import Any
 import msgspec
 
 from ckptd import __version__
-from ckptd.engine.broker.identity import Identity
-from ckptd.engine.broker.placing import TreePlace
 from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
 from ckptd.freezer import Frozen
 from ckptd.image.archive.unpack import incoming
@@ -50,6 +48,8 @@ from ckptd.protocol.broker_calls import (
     StartTree,
 )
 from ckptd.tree import Tree
+from ckptd.worker.broker.identity import Identity
+from ckptd.worker.broker.placement import TreePlace
 
 Reply = tuple[dict[str, object], list[int]]
 

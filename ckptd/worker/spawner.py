@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The process that starts workers, so that the daemon never forks. Started by the daemon at its beginning as
 
-    python -m ckptd.engine.spawner FD [PIDFD]       FD: its end of a SOCK_SEQPACKET socketpair; PIDFD: of a thread of
+    python -m ckptd.worker.spawner FD [PIDFD]       FD: its end of a SOCK_SEQPACKET socketpair; PIDFD: of a thread of
                                                     the daemon (ckptd.kernel.witness), as its files may outlive it
 
 A fork copies every open file, execve(2) closes the copies, and a close asks the file system: with a client's file open
@@ -27,9 +27,9 @@ from types import FrameType
 
 import msgspec
 
-from ckptd.engine import worker
 from ckptd.kernel import netlink
 from ckptd.protocol.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
+from ckptd.worker.main import main as work
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Spawn).decode
@@ -79,7 +79,7 @@ class Spawner:
             for fd in (self._socket.fileno(), self._daemon, *self._children):
                 if fd >= 0:
                     os.close(fd)
-            status = worker.main(theirs)
+            status = work(theirs)
         except BaseException:   # noqa: BLE001 - the end of the process
             traceback.print_exc()
         finally:

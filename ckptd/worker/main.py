@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The worker process: one job, one tree, one thread that traces. A job of an ordinary user makes it the broker of a
-worker that is that user (engine/broker). Forked by spawner.py; or started by a systemd as
+worker that is that user (worker/broker). Forked by spawner.py; or started by a systemd as
 
-    python -m ckptd.engine.worker FD        FD: its end of a SOCK_SEQPACKET socketpair, see messages.py
+    python -m ckptd.worker.main FD        FD: its end of a SOCK_SEQPACKET socketpair, see messages.py
 """
 
 import logging
@@ -12,9 +12,6 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from ckptd.engine.broker.identity import Identity, identity_of, identity_of_owner
-from ckptd.engine.broker.process import Broker
-from ckptd.engine.operations import OPERATIONS
 from ckptd.errors import Cancelled, CkptError, ImageDamaged
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest, read_manifest
@@ -22,8 +19,11 @@ from ckptd.operation.context import Job
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import MAX_SENTENCE, Failed, JobRequest, Log, Start, cut
 from ckptd.restore.namespaces import offsets_for
+from ckptd.worker.broker.identity import Identity, identity_of, identity_of_owner
+from ckptd.worker.broker.process import Broker
+from ckptd.worker.operations import OPERATIONS
 
-log = logging.getLogger('ckptd.engine')
+log = logging.getLogger('ckptd.worker')
 
 
 class _ToDaemon(logging.Handler):
@@ -62,7 +62,7 @@ def _error_of(error: BaseException, phase: str) -> CkptError:
     if isinstance(error, OSError):
         log.debug('in phase %s', phase, exc_info=error)
         return CkptError(str(error), errno=error.errno, phase=phase,
-                         hint='the daemon log has more with CKPTD_DEBUG=ckptd.engine')
+                         hint='the daemon log has more with CKPTD_DEBUG=ckptd.worker')
     log.error('internal error in phase %s', phase, exc_info=error)
     return CkptError('internal error', phase=phase, hint='this is a bug of ckptd: see the daemon log')
 

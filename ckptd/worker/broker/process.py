@@ -21,8 +21,6 @@ from collections.abc import Callable
 
 import msgspec
 
-from ckptd.engine.broker.identity import Identity, become, enter_clocks
-from ckptd.engine.broker.powers import failure_of, powers
 from ckptd.errors import (
     Cancelled,
     CkptError,
@@ -51,8 +49,10 @@ from ckptd.protocol.messages import (
     Start,
 )
 from ckptd.restore.xstate import own_xstate
+from ckptd.worker.broker.answers import failure_of, powers
+from ckptd.worker.broker.identity import Identity, become, enter_clocks
 
-log = logging.getLogger('ckptd.engine')
+log = logging.getLogger('ckptd.worker')
 
 _decode = msgspec.msgpack.Decoder(FromUsersWorker).decode
 _encode = msgspec.msgpack.Encoder().encode

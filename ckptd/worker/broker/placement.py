@@ -12,7 +12,6 @@ the cgroup of the calling process. What the image says is the user's word and ca
 import os
 from collections.abc import Sequence
 
-from ckptd.engine.broker.identity import Identity
 from ckptd.errors import CkptError, PermissionDenied
 from ckptd.freezer.groups import is_below
 from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
@@ -25,6 +24,7 @@ from ckptd.kernel.task import read_cgroup2
 from ckptd.operation.context import Job
 from ckptd.protocol.broker_calls import Placed
 from ckptd.restore.cgroups import Birthplace
+from ckptd.worker.broker.identity import Identity
 
 
 class TreePlace:
