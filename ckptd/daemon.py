@@ -19,9 +19,9 @@ from pathlib import Path
 
 from ckptd import __version__, config, logs
 from ckptd.bus.announce import Announcer
+from ckptd.bus.authorizer import Gate
 from ckptd.bus.client import Client
 from ckptd.bus.connection import DRIVER, Connection
-from ckptd.bus.gate import Gate
 from ckptd.bus.listeners import find_again, keep
 from ckptd.bus.manager import ManagerObject
 from ckptd.bus.message import DBusError
@@ -32,14 +32,14 @@ from ckptd.bus.router import Router
 from ckptd.bus.systemd import Systemd
 from ckptd.errors import CkptError, Unavailable
 from ckptd.jobs import audit
-from ckptd.jobs.library import Library
-from ckptd.jobs.orders import Orders
+from ckptd.jobs.images import Library
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
-from ckptd.jobs.sight import Sight
+from ckptd.jobs.requests import Orders
 from ckptd.jobs.spool import Spool
+from ckptd.jobs.visibility import Sight
 from ckptd.jobs.watch import SpoolWatch
 from ckptd.kernel.closing import abort_all, report_to
 from ckptd.kernel.confinement import own_restrictions

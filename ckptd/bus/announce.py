@@ -5,16 +5,16 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
+from ckptd.bus.authorizer import Gate
 from ckptd.bus.export import Audience
-from ckptd.bus.gate import Gate
 from ckptd.bus.image import ImageObject
 from ckptd.bus.job import JobObject, path_of
 from ckptd.bus.manager import ManagerObject
 from ckptd.bus.names import ROOT, image_path
 from ckptd.bus.router import Router
 from ckptd.errors import NoSuchImage
+from ckptd.jobs.images import Library
 from ckptd.jobs.inhibitors import Inhibitor
-from ckptd.jobs.library import Library
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.jobs.state import Job

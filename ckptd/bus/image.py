@@ -3,15 +3,15 @@
 
 from typing import Any
 
+from ckptd.bus.authorizer import Gate
 from ckptd.bus.call import Call
 from ckptd.bus.export import Audience, Exported, method, property_
-from ckptd.bus.gate import Gate
 from ckptd.bus.message import Fd
 from ckptd.bus.names import IMAGE
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.restore import check_restore, restore
 from ckptd.errors import InvalidArgument
-from ckptd.jobs.library import Library
+from ckptd.jobs.images import Library
 from ckptd.jobs.spool import ImageInfo
 from ckptd.protocol.messages import FORMATS
 

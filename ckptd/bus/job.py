@@ -3,9 +3,9 @@
 
 from typing import Any
 
+from ckptd.bus.authorizer import Gate, Verb
 from ckptd.bus.call import Call
 from ckptd.bus.export import Audience, Exported, method, property_, signal
-from ckptd.bus.gate import Gate, Verb
 from ckptd.bus.names import JOB, job_path
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.router import ERROR_TYPES

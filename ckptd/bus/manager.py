@@ -8,9 +8,9 @@ from typing import Any
 
 from ckptd import __version__
 from ckptd.bus.attach import attach
+from ckptd.bus.authorizer import Gate, audit_call
 from ckptd.bus.call import Call
 from ckptd.bus.export import Exported, Viewer, method, property_, signal
-from ckptd.bus.gate import Gate, audit_call
 from ckptd.bus.image import ROW_TYPES, TASK_TYPES
 from ckptd.bus.job import path_of
 from ckptd.bus.message import Fd
@@ -18,11 +18,11 @@ from ckptd.bus.names import MANAGER, image_path, token_path
 from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, Option, parse_options
 from ckptd.bus.restore import check_restore, restore
 from ckptd.errors import InvalidArgument, NoSuchTarget
-from ckptd.jobs.holds import not_held
+from ckptd.jobs.held_freezes import not_held
+from ckptd.jobs.images import Library
 from ckptd.jobs.inhibitors import Inhibitor
-from ckptd.jobs.library import Library
-from ckptd.jobs.orders import Orders, parse_target
 from ckptd.jobs.queue import Queue
+from ckptd.jobs.requests import Orders, parse_target
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.protocol.messages import Operation
 

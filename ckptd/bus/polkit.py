@@ -25,7 +25,7 @@ from ckptd.bus import wire
 from ckptd.bus.connection import ERROR, Connection, Match, Subscription
 from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError
 from ckptd.errors import LimitsExceeded
-from ckptd.jobs.lane import Lane
+from ckptd.jobs.slots import Lane
 
 log = logging.getLogger(__name__)
 

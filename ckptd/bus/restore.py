@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptd.bus.attach import attach
+from ckptd.bus.authorizer import Gate
 from ckptd.bus.call import Call
-from ckptd.bus.gate import Gate
 from ckptd.bus.job import path_of
 from ckptd.bus.names import token_path
 from ckptd.bus.options import CHECK_RESTORE, RESTORE, Option, parse_options
-from ckptd.jobs.library import Library
+from ckptd.jobs.images import Library
 
 
 async def restore(library: Library, gate: Gate, call: Call, image: str, options: Mapping[str, Any]) -> str:

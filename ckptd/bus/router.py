@@ -66,7 +66,7 @@ from ckptd.bus.values import NO_TYPES, index_fds, is_large, to_body
 from ckptd.bus.wire import Message, ReadyError, Received
 from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded, PermissionDenied
 from ckptd.jobs.audit import audit
-from ckptd.jobs.lane import Lane
+from ckptd.jobs.slots import Lane
 
 __all__ = ['MAX_CALLS', 'MAX_FDS', 'Router']
 

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, WorkerDied
 from ckptd.jobs.inhibitors import Inhibitor
-from ckptd.jobs.lane import Lane
 from ckptd.jobs.overlap import Lineage
-from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.run import Run
+from ckptd.jobs.slots import Lane
 from ckptd.jobs.state import Job
+from ckptd.jobs.throttle import Pacer
 from ckptd.jobs.worker import LAST_PATIENCE
 from ckptd.kernel.closing import close_foreign
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ckptd.errors import LimitsExceeded
-from ckptd.jobs.life import Life
 from ckptd.jobs.overlap import Lineage, Relations
+from ckptd.jobs.target_process import Life
 
 MOST_OF_USER = 32
 MOST = 512

@@ -8,7 +8,7 @@ from ckptd.jobs.interpreter import environment
 from ckptd.jobs.service import Services, ServiceWorker
 from ckptd.jobs.spawner import Spawner
 from ckptd.jobs.worker import COMMAND, ChildWorker, Worker
-from ckptd.kernel.witness import Witness
+from ckptd.kernel.liveness import Witness
 from ckptd.protocol.messages import JobRequest
 
 # what a sandboxed daemon's descendant could not do: make the tree, find out whether it could be made, put files back

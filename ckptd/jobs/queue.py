@@ -23,19 +23,19 @@ from ckptd.config import Config
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, PermissionDenied, Unavailable, WorkerDied
 from ckptd.jobs.admission import EXCLUSIVE, Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.audit import audit
+from ckptd.jobs.by_number import KnownJobs
 from ckptd.jobs.entry import Entry, Listener, reason
-from ckptd.jobs.holds import Holds
+from ckptd.jobs.held_freezes import Holds
 from ckptd.jobs.inhibitors import Inhibitor, Inhibitors
-from ckptd.jobs.known import KnownJobs
-from ckptd.jobs.lane import Lanes
 from ckptd.jobs.overlap import Relations
-from ckptd.jobs.pacer import Pacer
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Run, Units
+from ckptd.jobs.slots import Lanes
 from ckptd.jobs.state import Job
 from ckptd.jobs.tasks import Tasks
+from ckptd.jobs.throttle import Pacer
 from ckptd.jobs.worker import MAX_STATUS, Worker
 from ckptd.protocol.messages import FromWorker, JobRequest, Progress, Running
 

@@ -37,7 +37,7 @@ class Child:
 
 class Spawner:
     """Started with the first `spawn`, and again where it has died. environment: of it, and of workers. witness: the
-    pidfd that tells them of our death (ckptd.kernel.witness), -1 for none."""
+    pidfd that tells them of our death (ckptd.kernel.liveness), -1 for none."""
 
     def __init__(self, environment: Mapping[str, str], witness: int = -1) -> None:
         self._environment, self.witness = environment, witness

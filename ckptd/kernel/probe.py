@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every kernel feature and right that ckptd uses, whether it is here, what is lost without it, and how to get it.
 
-The feature is tried, never the version asked (trial.py has the experiments). They run in a child process: should one be
+The feature is tried, never the version asked (feature_tests.py has the experiments). They run in a child process: should one be
 killed by a seccomp filter, or not come back, that one is unknown and the next child goes on behind it.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ckptd.kernel import creds, trial
+from ckptd.kernel import creds, feature_tests
 from ckptd.kernel.cgroup import Cgroup
 
 _TIMEOUT = 5.0      # seconds without an answer after which an experiment is given up
@@ -55,60 +55,60 @@ class _Probe(NamedTuple):
 
 
 def _capability(name: str, needed_for: str, lost: str) -> _Probe:
-    return _Probe(name, trial.capability(getattr(creds, name)), needed_for, lost, _CAPABILITY.format(name))
+    return _Probe(name, feature_tests.capability(getattr(creds, name)), needed_for, lost, _CAPABILITY.format(name))
 
 
 PROBES: Sequence[_Probe] = (
-    _Probe('pidfd_open', trial.open_pidfd, 'holding each task of a tree', 'everything', _OLD + ' (5.3)', True),
-    _Probe('pidfd_send_signal', trial.signal_pidfd, 'killing exactly the tree that was checkpointed (--kill)',
+    _Probe('pidfd_open', feature_tests.open_pidfd, 'holding each task of a tree', 'everything', _OLD + ' (5.3)', True),
+    _Probe('pidfd_send_signal', feature_tests.signal_pidfd, 'killing exactly the tree that was checkpointed (--kill)',
            '--kill', _OLD + ' (5.1)'),
-    _Probe('PIDFD_THREAD', trial.thread_pidfd, 'holding each thread of a tree',
+    _Probe('PIDFD_THREAD', feature_tests.thread_pidfd, 'holding each thread of a tree',
            'threads are told apart by their start time only', _OLD + ' (6.9)'),
-    _Probe('pidfd_getfd', trial.getfd, 'reading open files of a task', 'everything', _PTRACE, True),
-    _Probe('kcmp', trial.compare, 'what tasks share, and the permission check', 'everything',
+    _Probe('pidfd_getfd', feature_tests.getfd, 'reading open files of a task', 'everything', _PTRACE, True),
+    _Probe('kcmp', feature_tests.compare, 'what tasks share, and the permission check', 'everything',
            'boot a kernel with CONFIG_KCMP=y, and let no seccomp filter forbid kcmp', True),
-    _Probe('/proc/PID/task/TID/children', trial.children_files, 'scanning a tree', 'everything',
+    _Probe('/proc/PID/task/TID/children', feature_tests.children_files, 'scanning a tree', 'everything',
            'boot a kernel with CONFIG_PROC_CHILDREN=y', True),
-    _Probe('processes of others in /proc', trial.other_users_processes, 'scanning a tree of several users',
+    _Probe('processes of others in /proc', feature_tests.other_users_processes, 'scanning a tree of several users',
            'trees of other users are not seen', 'mount /proc with hidepid=0, or ' + _ROOT),
-    _Probe('file descriptors', trial.many_fds, f'a pidfd per task of a tree of {trial.LARGE_TREE} tasks',
+    _Probe('file descriptors', feature_tests.many_fds, f'a pidfd per task of a tree of {feature_tests.LARGE_TREE} tasks',
            'large trees cannot be held', 'raise the hard limit: LimitNOFILE= of the service, or ulimit -Hn'),
-    _Probe('PTRACE_SEIZE', trial.seize, 'registers, signals, and stopping tasks without a freezer', 'everything',
+    _Probe('PTRACE_SEIZE', feature_tests.seize, 'registers, signals, and stopping tasks without a freezer', 'everything',
            _PTRACE, True),
-    _Probe('PTRACE_PEEKSIGINFO', trial.pending_signals, 'pending signals', 'everything', _CR, True),
-    _Probe('PTRACE_GET_RSEQ_CONFIGURATION', trial.rseq_configuration, 'the rseq area of a thread',
+    _Probe('PTRACE_PEEKSIGINFO', feature_tests.pending_signals, 'pending signals', 'everything', _CR, True),
+    _Probe('PTRACE_GET_RSEQ_CONFIGURATION', feature_tests.rseq_configuration, 'the rseq area of a thread',
            'the restart of programs that use rseq (glibc 2.35 and newer)', _OLD + ' (5.13) with CONFIG_RSEQ=y'),
-    _Probe('/proc/PID/mem', trial.write_memory, 'remote system calls', 'everything',
+    _Probe('/proc/PID/mem', feature_tests.write_memory, 'remote system calls', 'everything',
            'let no kernel option (proc_mem.force_override=never) forbid writing to a tracee', True),
-    _Probe('yama ptrace_scope', trial.ptrace_scope, 'tracing tasks that ckptd did not start itself',
+    _Probe('yama ptrace_scope', feature_tests.ptrace_scope, 'tracing tasks that ckptd did not start itself',
            'only own children, so --standalone on a running tree fails',
            'sysctl kernel.yama.ptrace_scope=0, or give ckptd CAP_SYS_PTRACE'),
-    _Probe('process_vm_readv', trial.readv, 'copying memory', 'everything',
+    _Probe('process_vm_readv', feature_tests.readv, 'copying memory', 'everything',
            'boot a kernel with CONFIG_CROSS_MEMORY_ATTACH=y', True),
-    _Probe('/proc/PID/pagemap', trial.pagemap, 'choosing the pages to write', 'everything',
+    _Probe('/proc/PID/pagemap', feature_tests.pagemap, 'choosing the pages to write', 'everything',
            'boot a kernel with CONFIG_PROC_PAGE_MONITOR=y', True),
-    _Probe('PAGEMAP_SCAN', trial.pagemap_scan, 'choosing pages fast, and leaving out pages of zeros',
+    _Probe('PAGEMAP_SCAN', feature_tests.pagemap_scan, 'choosing pages fast, and leaving out pages of zeros',
            'pagemap is read word by word, and zero pages are written', _OLD + ' (6.7)'),
-    _Probe('guard regions', trial.guard_regions, 'MADV_GUARD_INSTALL ranges', 'guard pages are not restored',
+    _Probe('guard regions', feature_tests.guard_regions, 'MADV_GUARD_INSTALL ranges', 'guard pages are not restored',
            _OLD + ' (6.15)'),
-    _Probe('soft-dirty', trial.soft_dirty, 'incremental images (to come)', 'each image has all pages',
+    _Probe('soft-dirty', feature_tests.soft_dirty, 'incremental images (to come)', 'each image has all pages',
            'boot a kernel with CONFIG_MEM_SOFT_DIRTY=y'),
-    _Probe('/proc/PID/map_files', trial.map_files, 'mapped files that are deleted or hidden by a mount',
+    _Probe('/proc/PID/map_files', feature_tests.map_files, 'mapped files that are deleted or hidden by a mount',
            'trees that map such files are refused', _CAPABILITY.format('CAP_CHECKPOINT_RESTORE')),
-    _Probe('/proc/PID/timers', trial.timers_file, 'POSIX timers', 'POSIX timers are not in the image', _CR),
-    _Probe('cgroup v2', trial.cgroup_mounted, 'freezing without ptrace', 'the ptrace freezer is used',
+    _Probe('/proc/PID/timers', feature_tests.timers_file, 'POSIX timers', 'POSIX timers are not in the image', _CR),
+    _Probe('cgroup v2', feature_tests.cgroup_mounted, 'freezing without ptrace', 'the ptrace freezer is used',
            'mount -t cgroup2 cgroup2 /sys/fs/cgroup (systemd does)'),
-    _Probe('cgroup v2 writable', trial.cgroup_writable, 'a child cgroup for a tree that shares its own with others',
+    _Probe('cgroup v2 writable', feature_tests.cgroup_writable, 'a child cgroup for a tree that shares its own with others',
            'the ptrace freezer is used', _DELEGATE),
-    _Probe('cgroup.freeze', trial.cgroup_freeze, 'freezing a tree at once', 'the ptrace freezer is used',
+    _Probe('cgroup.freeze', feature_tests.cgroup_freeze, 'freezing a tree at once', 'the ptrace freezer is used',
            _OLD + ' (5.2)'),
-    _Probe('cgroup.kill', trial.cgroup_kill, 'killing a tree at once', 'tasks are killed one by one',
+    _Probe('cgroup.kill', feature_tests.cgroup_kill, 'killing a tree at once', 'tasks are killed one by one',
            _OLD + ' (5.14)'),
-    _Probe('clone3 set_tid', trial.set_tid, 'restarting with the same pids', 'restart',
+    _Probe('clone3 set_tid', feature_tests.set_tid, 'restarting with the same pids', 'restart',
            _CAPABILITY.format('CAP_CHECKPOINT_RESTORE')),
-    _Probe('proc connector', trial.proc_connector, 'seeing forks and exits during a job', 'the tree is scanned again',
+    _Probe('proc connector', feature_tests.proc_connector, 'seeing forks and exits during a job', 'the tree is scanned again',
            'run in the first pid and network namespace, with CAP_NET_ADMIN before Linux 6.6 (CONFIG_PROC_EVENTS=y)'),
-    _Probe('sock_diag', trial.sock_diag, 'unix sockets and their peers', 'refusals do not name the other end',
+    _Probe('sock_diag', feature_tests.sock_diag, 'unix sockets and their peers', 'refusals do not name the other end',
            'modprobe unix_diag, or boot a kernel with CONFIG_UNIX_DIAG=y'),
     _capability('CAP_SYS_PTRACE', 'trees of other users', 'only trees of the own user'),
     _capability('CAP_CHECKPOINT_RESTORE', 'map_files, and choosing pids at restart', 'restart with the same pids'),
@@ -183,7 +183,7 @@ def _answer(test: Callable[[], str]) -> _Answer:
         return _Answer(True, test())
     except OSError as error:
         return _Answer(False, error.strerror or str(error))
-    except (trial.Unknown, ArithmeticError, LookupError, ValueError, struct.error, ImportError) as error:
+    except (feature_tests.Unknown, ArithmeticError, LookupError, ValueError, struct.error, ImportError) as error:
         # text in /proc that we cannot read says nothing about the feature
         return _Answer(None, str(error) or type(error).__name__)
 
@@ -220,10 +220,10 @@ def _end(pid: int, pidfd: int) -> str:
 def _remove_cgroup_of(pid: int) -> None:
     """What a child that was killed in the middle of a cgroup experiment could not remove."""
     with contextlib.suppress(OSError):      # as a rule there is none
-        group = Cgroup.of(os.getpid()).path / f'{trial.CGROUP_PREFIX}{pid}'
+        group = Cgroup.of(os.getpid()).path / f'{feature_tests.CGROUP_PREFIX}{pid}'
         for member in Cgroup(group).procs():
             os.kill(member, signal.SIGKILL)     # a frozen task dies of it as well
-        Cgroup(group).wait_empty(time.monotonic() + trial.PATIENCE)
+        Cgroup(group).wait_empty(time.monotonic() + feature_tests.PATIENCE)
         group.rmdir()
 
 

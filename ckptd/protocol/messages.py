@@ -11,7 +11,7 @@ the calls of protocol/broker_calls.py as well, and gets an Answer for each.
                         and last: Finished or Failed
 
 End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up. To a
-worker the pidfd of Follow means the same, as the files of a dead daemon may stay open (ckptd.kernel.witness).
+worker the pidfd of Follow means the same, as the files of a dead daemon may stay open (ckptd.kernel.liveness).
 """
 
 from collections.abc import Iterable

@@ -2,7 +2,7 @@
 """The process that starts workers, so that the daemon never forks. Started by the daemon at its beginning as
 
     python -m ckptd.worker.spawner FD [PIDFD]       FD: its end of a SOCK_SEQPACKET socketpair; PIDFD: of a thread of
-                                                    the daemon (ckptd.kernel.witness), as its files may outlive it
+                                                    the daemon (ckptd.kernel.liveness), as its files may outlive it
 
 A fork copies every open file, execve(2) closes the copies, and a close asks the file system: with a client's file open
 that never answers, the daemon would wait in fork for ever. This process has no client's files. It has all modules of a

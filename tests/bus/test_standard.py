@@ -10,9 +10,9 @@ from typing import cast
 
 import pytest
 
+from ckptd.bus.authorizer import Gate
 from ckptd.bus.connection import PROPERTIES, Match
 from ckptd.bus.export import Viewer
-from ckptd.bus.gate import Gate
 from ckptd.bus.introspect import introspection_xml
 from ckptd.bus.job import JobObject
 from ckptd.bus.message import DBusError

@@ -30,7 +30,7 @@ from ckptd.bus.router import MAX_CALLS
 from ckptd.errors import Busy, NoSuchTarget
 from ckptd.image.manifest import Manifest, Statistics, encode_manifest
 from ckptd.jobs import overlap
-from ckptd.jobs.library import REMOVALS
+from ckptd.jobs.images import REMOVALS
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.stat import Stat, read_stat

@@ -10,9 +10,9 @@ import pytest
 from ckptd.config import Config, Percent
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.jobs.admission import refuse_conflict
-from ckptd.jobs.orders import Orders, command_of, parse_target
 from ckptd.jobs.overlap import Relations, overlap
 from ckptd.jobs.quota import Quota
+from ckptd.jobs.requests import Orders, command_of, parse_target
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2

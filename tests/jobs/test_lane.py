@@ -5,7 +5,7 @@ import asyncio
 
 import pytest
 
-from ckptd.jobs.lane import Lane
+from ckptd.jobs.slots import Lane
 
 
 class Crowd:

@@ -24,7 +24,7 @@ from ckptd.errors import (
     Unavailable,
     WorkerDied,
 )
-from ckptd.jobs import entry, known, worker
+from ckptd.jobs import entry, worker
 from ckptd.jobs import queue as queue_module
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
@@ -199,7 +199,7 @@ async def test_the_image_that_is_one_too_many_is_not_begun(make_queue: Callable[
 async def test_only_so_many_jobs_of_a_user_are_known_when_they_are_over(
         make_queue: Callable[..., Queue], heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who starts and cancels all day fills no table."""
-    monkeypatch.setattr(known, 'MOST_OVER', 3)
+    monkeypatch.setattr(by_number, 'MOST_OVER', 3)
     queue = make_queue(max_jobs=1)
     queue.submit(request_of('finish', 'verify'))
     await heard.wait('done', 1)

@@ -14,8 +14,8 @@ import pytest
 from ckptd.errors import WorkerDied
 from ckptd.jobs.spawner import Spawner
 from ckptd.jobs.worker import ChildWorker, environment
+from ckptd.kernel.liveness import Witness
 from ckptd.kernel.pidfd import wait_dead
-from ckptd.kernel.witness import Witness
 from ckptd.protocol.messages import Caller, Failed, JobRequest, Start
 from tests.programs.conftest import await_that
 

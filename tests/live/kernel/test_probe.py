@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.kernel import probe, trial
+from ckptd.kernel import feature_tests, probe
 from ckptd.kernel.creds import become, capget, prctl
 from tests.lib import gate
 
@@ -57,7 +57,7 @@ def test_as_an_ordinary_user(forked: Callable[..., int], tmp_path: Path) -> None
     out = os.open(tmp_path / 'features', os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC)
 
     def setup() -> None:
-        trial.sock_diag()       # imports what an ordinary user may not be able to read
+        feature_tests.sock_diag()       # imports what an ordinary user may not be able to read
         become(NOBODY, NOBODY, [], 0)
         prctl(PR_SET_DUMPABLE, 1)       # as after execve(2)
         rows = {feature.name: [feature.present, feature.detail] for feature in probe.probe_features()}
@@ -79,7 +79,7 @@ def test_as_an_ordinary_user(forked: Callable[..., int], tmp_path: Path) -> None
 def test_absent_and_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers(
         monkeypatch, lambda: 'here', lambda: fail(OSError(errno.ENOSYS, 'call: Function not implemented')),
-        lambda: fail(trial.Unknown('cannot try')), lambda: fail(KeyError('Pid')), lambda: '') == [
+        lambda: fail(feature_tests.Unknown('cannot try')), lambda: fail(KeyError('Pid')), lambda: '') == [
             (True, 'here'), (False, 'call: Function not implemented'), (None, 'cannot try'), (None, "'Pid'"),
             (True, '')]
 
@@ -106,7 +106,7 @@ def test_an_experiment_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.needs('cgroup2')
 def test_killed_with_a_frozen_child(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed() -> str:
-        with trial.probe_cgroup() as group, trial.Child() as child:
+        with feature_tests.probe_cgroup() as group, feature_tests.Child() as child:
             group.attach(child.pid)
             group.freeze()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -118,5 +118,5 @@ def test_killed_with_a_frozen_child(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choosing_a_pid_makes_no_process() -> None:
     before = Path(f'/proc/self/task/{os.getpid()}/children').read_text()
     with contextlib.suppress(PermissionError):
-        trial.set_tid()
+        feature_tests.set_tid()
     assert Path(f'/proc/self/task/{os.getpid()}/children').read_text() == before

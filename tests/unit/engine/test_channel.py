@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from ckptd.errors import Cancelled, LimitsExceeded, Refusal, Refused
+from ckptd.kernel.liveness import Witness
 from ckptd.kernel.pidfd import wait_dead
-from ckptd.kernel.witness import Witness
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import (
     MAX_MESSAGE,

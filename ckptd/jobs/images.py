@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ckptd.errors import Busy, NoSuchImage
-from ckptd.jobs.lane import Lane
-from ckptd.jobs.orders import Orders
 from ckptd.jobs.queue import Queue
+from ckptd.jobs.requests import Orders
+from ckptd.jobs.slots import Lane
 from ckptd.jobs.spool import ImageInfo, Spool
 from ckptd.jobs.state import Job
 from ckptd.protocol.messages import Caller, JobRequest, Operation

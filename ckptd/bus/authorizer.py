@@ -32,12 +32,12 @@ from ckptd.bus.registry import ERROR
 from ckptd.errors import PermissionDenied
 from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
-from ckptd.jobs.holds import not_held
-from ckptd.jobs.library import Rights
-from ckptd.jobs.orders import parse_target
-from ckptd.jobs.sight import Sight
+from ckptd.jobs.held_freezes import not_held
+from ckptd.jobs.images import Rights
+from ckptd.jobs.requests import parse_target
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import Job
+from ckptd.jobs.visibility import Sight
 from ckptd.kernel.confinement import hint_for, listed
 from ckptd.protocol.messages import Caller
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.inspect.scan import resolve_target
-from ckptd.jobs.lane import Lane
-from ckptd.jobs.orders import Orders, start_time_of
+from ckptd.jobs.ownership import stranger_in
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.strangers import stranger_in
+from ckptd.jobs.requests import Orders, start_time_of
+from ckptd.jobs.slots import Lane
 from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from

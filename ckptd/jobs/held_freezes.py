@@ -8,8 +8,8 @@ from functools import partial
 
 from ckptd.errors import CkptError, NoSuchTarget, WorkerDied
 from ckptd.jobs.entry import Entry, reason
-from ckptd.jobs.life import Life
 from ckptd.jobs.run import Run
+from ckptd.jobs.target_process import Life
 from ckptd.jobs.worker import MAX_STATUS
 
 log = logging.getLogger(__name__)
