@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every kernel feature and right that ckptd uses, whether it is here, what is lost without it, and how to get it.
 
-The feature is tried, never the version asked (feature_tests.py has the experiments). They run in a child process: should one be
-killed by a seccomp filter, or not come back, that one is unknown and the next child goes on behind it.
+The feature is tried, never the version asked (feature_tests.py has the experiments). They run in a child process: should
+one be killed by a seccomp filter, or not come back, that one is unknown and the next child goes on behind it.
 """
 
 import contextlib
@@ -71,9 +71,11 @@ PROBES: Sequence[_Probe] = (
            'boot a kernel with CONFIG_PROC_CHILDREN=y', True),
     _Probe('processes of others in /proc', feature_tests.other_users_processes, 'scanning a tree of several users',
            'trees of other users are not seen', 'mount /proc with hidepid=0, or ' + _ROOT),
-    _Probe('file descriptors', feature_tests.many_fds, f'a pidfd per task of a tree of {feature_tests.LARGE_TREE} tasks',
+    _Probe('file descriptors', feature_tests.many_fds,
+           f'a pidfd per task of a tree of {feature_tests.LARGE_TREE} tasks',
            'large trees cannot be held', 'raise the hard limit: LimitNOFILE= of the service, or ulimit -Hn'),
-    _Probe('PTRACE_SEIZE', feature_tests.seize, 'registers, signals, and stopping tasks without a freezer', 'everything',
+    _Probe('PTRACE_SEIZE', feature_tests.seize, 'registers, signals, and stopping tasks without a freezer',
+           'everything',
            _PTRACE, True),
     _Probe('PTRACE_PEEKSIGINFO', feature_tests.pending_signals, 'pending signals', 'everything', _CR, True),
     _Probe('PTRACE_GET_RSEQ_CONFIGURATION', feature_tests.rseq_configuration, 'the rseq area of a thread',
@@ -98,7 +100,8 @@ PROBES: Sequence[_Probe] = (
     _Probe('/proc/PID/timers', feature_tests.timers_file, 'POSIX timers', 'POSIX timers are not in the image', _CR),
     _Probe('cgroup v2', feature_tests.cgroup_mounted, 'freezing without ptrace', 'the ptrace freezer is used',
            'mount -t cgroup2 cgroup2 /sys/fs/cgroup (systemd does)'),
-    _Probe('cgroup v2 writable', feature_tests.cgroup_writable, 'a child cgroup for a tree that shares its own with others',
+    _Probe('cgroup v2 writable', feature_tests.cgroup_writable,
+           'a child cgroup for a tree that shares its own with others',
            'the ptrace freezer is used', _DELEGATE),
     _Probe('cgroup.freeze', feature_tests.cgroup_freeze, 'freezing a tree at once', 'the ptrace freezer is used',
            _OLD + ' (5.2)'),
@@ -106,7 +109,8 @@ PROBES: Sequence[_Probe] = (
            _OLD + ' (5.14)'),
     _Probe('clone3 set_tid', feature_tests.set_tid, 'restarting with the same pids', 'restart',
            _CAPABILITY.format('CAP_CHECKPOINT_RESTORE')),
-    _Probe('proc connector', feature_tests.proc_connector, 'seeing forks and exits during a job', 'the tree is scanned again',
+    _Probe('proc connector', feature_tests.proc_connector, 'seeing forks and exits during a job',
+           'the tree is scanned again',
            'run in the first pid and network namespace, with CAP_NET_ADMIN before Linux 6.6 (CONFIG_PROC_EVENTS=y)'),
     _Probe('sock_diag', feature_tests.sock_diag, 'unix sockets and their peers', 'refusals do not name the other end',
            'modprobe unix_diag, or boot a kernel with CONFIG_UNIX_DIAG=y'),

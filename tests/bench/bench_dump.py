@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Self
 
 from ckptd.image.verify import verify
 from tests.bench.bench_scan import build, room, sleeping_tree
-from tests.engine.faulty import api
 from tests.lib.bus import Daemon
+from tests.worker.faulty import api
 
 PHASES = ('freezing_time', 'frozen_time', 'memdump_time', 'memwrite_time', 'total_time')
 MEMORY = """

@@ -20,9 +20,9 @@ from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
 from ckptd.inspect.scan import scan_tree
 from tests.bench.bench_dump import MemoryProcess
 from tests.bench.bench_scan import build, room, sleeping_tree
-from tests.engine.faulty import api
 from tests.lib import settled
 from tests.lib.bus import Daemon
+from tests.worker.faulty import api
 
 PHASES = ('verify_time', 'plan_time', 'create_time', 'fill_time', 'rebuild_time', 'start_time')
 

@@ -23,10 +23,10 @@ from ckptd.errors import Busy
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_link
 from tests.daemon.test_api import Api
-from tests.engine.driver import place_of
 from tests.jobs.test_spool import write_image
 from tests.lib.bus import PrivateBus, Served
 from tests.programs.conftest import await_that
+from tests.worker.driver import place_of
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')
 

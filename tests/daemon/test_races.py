@@ -17,8 +17,8 @@ from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from tests.daemon.test_callers import NOBODY, Busctl
-from tests.engine.faulty import Api, Gate
 from tests.lib.bus import PrivateBus, Served
+from tests.worker.faulty import Api, Gate
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace', 'dbus', 'busctl')
 

@@ -15,12 +15,12 @@ from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.protocol.messages import Caller
-from tests.engine.driver import Place, place_of
 from tests.lib import settled
 from tests.lib.gate import own_cgroup
 from tests.lib.mutate import Mutable
 from tests.lib.victim import build
 from tests.security.attacker import PYTHON, Attacker
+from tests.worker.driver import Place, place_of
 
 UID = 61001         # alice, see tests/lib/systembus.py
 # victims: between them they have every record, and every kind of open file that needs no terminal

@@ -17,11 +17,11 @@ from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
 from ckptd.image.manifest import NAME
 from ckptd.protocol.messages import Log, Message
-from tests.engine.driver import DirectWorker
 from tests.fuzz.bases import User
 from tests.fuzz.looking import Report, choose, dice_of
 from tests.lib.imgedit import pack
 from tests.lib.mutate import Edit, Mutable
+from tests.worker.driver import DirectWorker
 
 PATIENCE = 60.0         # seconds for what takes a fraction of one
 _INTERNAL = 'internal error'

@@ -24,7 +24,7 @@ from ckptd.errors import (
     Unavailable,
     WorkerDied,
 )
-from ckptd.jobs import entry, worker
+from ckptd.jobs import by_number, entry, worker
 from ckptd.jobs import queue as queue_module
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue

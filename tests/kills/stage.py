@@ -16,13 +16,13 @@ from typing import Self
 from ckptd.image.ids import is_image_id
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
-from tests.engine.driver import place_of
 from tests.lib import settled
 from tests.lib.bus import Served
 from tests.lib.systembus import USERS, SystemBus, children_of
 from tests.lib.victim import VICTIMS
 from tests.security.attacker import PATIENCE, Attacker, Program
 from tests.security.attacker import place_of as cgroup_of
+from tests.worker.driver import place_of
 
 NAME = 'alice'
 SPAWNER = b'ckptd.worker.spawner'

@@ -21,10 +21,10 @@ import pytest
 
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
-from tests.engine.driver import ORDINARY_UID, as_user, place_of
 from tests.lib.bus import ROOT, family
 from tests.lib.victim import VICTIMS, Victim, build
 from tests.programs.conftest import await_that
+from tests.worker.driver import ORDINARY_UID, as_user, place_of
 
 pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'gcc', 'user-namespaces'), pytest.mark.timeout(120)]
 

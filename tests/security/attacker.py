@@ -29,13 +29,13 @@ from typing import Any, Self, TypeVar
 from ckptd.client.sync import Ckptd, Job, connect
 from ckptd.errors import CkptError, Refusal
 from ckptd.kernel.pidfd import wait_dead
-from tests.engine.faulty import Gate, Standing, readable
 from tests.lib import settled
 from tests.lib.brood import PR_SET_DUMPABLE, fork, libc
 from tests.lib.bus import read_line
 from tests.lib.gate import cgroup2_mount
 from tests.lib.imgedit import ImageStream
 from tests.lib.victim import VICTIMS, session_members
+from tests.worker.faulty import Gate, Standing, readable
 
 T = TypeVar('T')
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.engine.driver import place_of
-from tests.engine.faulty import Gate
 from tests.lib.bus import Served
 from tests.lib.systembus import USERS, SystemBus
 from tests.security.attacker import Attacker
+from tests.worker.driver import place_of
+from tests.worker.faulty import Gate
 
 GROUP = 61099       # of both users, and of nobody else
 

@@ -12,12 +12,12 @@ import pytest
 
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.objects.files.locks import EOF, LEASE, Lock
-from tests.engine.faulty import Gate
 from tests.lib import settled
 from tests.lib.bus import Served
 from tests.lib.imgedit import ImageStream
 from tests.lib.stepping import at_each_call
 from tests.security.attacker import PATIENCE, Attacker, Program, pidfd_of, refused, standing, status, unchanged
+from tests.worker.faulty import Gate
 
 # ---------------------------------------------------------------- a FIFO that is made again by its name
 

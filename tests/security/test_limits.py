@@ -15,11 +15,11 @@ import pytest
 
 from ckptd.image.records import MEMFD, OF_MM, OF_SHARED_MEMORY, PAGE, Limit, PageRun
 from ckptd.kernel.pidfd import pidfd_getfd
-from tests.engine.faulty import Gate
 from tests.lib.bus import Served
 from tests.lib.imgedit import ImageStream
 from tests.lib.victim import session_members
 from tests.security.attacker import Attacker, pidfd_of, refused
+from tests.worker.faulty import Gate
 
 # ---------------------------------------------------------------- the lowest address
 

@@ -14,11 +14,11 @@ from ckptd.errors import TreeChanged
 from ckptd.kernel.arch.x86_64 import NR
 from ckptd.kernel.clone import clone_args
 from ckptd.kernel.pidfd import pidfd_open, wait_dead
-from tests.engine.faulty import Gate
 from tests.lib import settled
 from tests.lib.bus import Served
 from tests.lib.gate import cgroup1_mount, cgroup2_mount
 from tests.security.attacker import Attacker, is_frozen, place_of, refused
+from tests.worker.faulty import Gate
 
 pytestmark = pytest.mark.needs('cgroup2')
 

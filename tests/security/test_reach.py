@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
-from tests.engine.faulty import Gate
 from tests.lib.bus import Served
 from tests.lib.stepping import at_each_call
 from tests.lib.victim import VICTIMS, build
 from tests.security.attacker import Attacker, Program, may_write, standing, status, tracees_of
+from tests.worker.faulty import Gate
 
 # ---------------------------------------------------------------- struct rseq in shared memory
 

@@ -26,8 +26,6 @@ from ckptd.protocol.broker_calls import ReadTimers
 from ckptd.protocol.channel import Channel
 from ckptd.worker.broker.answers import powers
 from ckptd.worker.broker.identity import Identity
-from tests.engine.driver import Place
-from tests.engine.faulty import Gate
 from tests.lib.bus import Served, family
 from tests.programs.conftest import await_that
 from tests.security.attacker import (
@@ -43,6 +41,8 @@ from tests.security.attacker import (
     tracees_of,
     unchanged,
 )
+from tests.worker.driver import Place
+from tests.worker.faulty import Gate
 
 CHECKPOINT_RESTORE = 1 << 40        # <linux/capability.h>
 SETS = ('CapInh', 'CapPrm', 'CapEff', 'CapAmb')

@@ -11,12 +11,12 @@ import pytest
 
 from ckptd.client.sync import Ckptd, connect
 from ckptd.errors import CkptError, PermissionDenied
-from tests.engine.faulty import Gate
 from tests.lib.bus import ROOT, Served
 from tests.lib.polkit import Polkit
 from tests.lib.systembus import SystemBus
 from tests.lib.yama import CAP_SYS_PTRACE, Yama
 from tests.security.attacker import Attacker, Program, standing, status
+from tests.worker.faulty import Gate
 
 pytestmark = pytest.mark.needs('seccomp-notify')
 

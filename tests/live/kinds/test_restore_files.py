@@ -262,7 +262,7 @@ def test_directory(saved: Saved, restart: Start, tmp_path: Path) -> None:
     assert flags_of(fd) == one.flags
 
 
-def test_obstacles_of_a_directory(saved: Saved, restart: Start, tmp_path: Path,
+def test_restore_checks_of_a_directory(saved: Saved, restart: Start, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     one = saved(open_directory)
     job = restart()
@@ -287,7 +287,7 @@ def test_device(saved: Saved, restart: Start) -> None:
     assert (os.fstat(fd).st_rdev, flags_of(fd)) == (os.makedev(1, 7), one.flags)
 
 
-def test_obstacles_of_a_device(saved: Saved, restart: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restore_checks_of_a_device(saved: Saved, restart: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     one = saved(lambda: os.open('/dev/full', os.O_RDWR))
     job = restart()
     monkeypatch.setattr(job, 'may', lambda path, access: False)

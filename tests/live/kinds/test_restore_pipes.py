@@ -274,7 +274,7 @@ def test_fifo_in_which_others_wrote_meanwhile(bulk: Bulk, restart: Start, fifo: 
             os.close(fd)
 
 
-def test_obstacles_of_a_fifo(bulk: Bulk, restart: Start, fifo: Path) -> None:
+def test_restore_checks_of_a_fifo(bulk: Bulk, restart: Start, fifo: Path) -> None:
     saved = save_all(ends_of(fifo), bulk)[0]
     fifo.unlink()
     assert restart().obstacles(saved) == [('refusal', 'ENOENT', f'{fifo} is missing')]

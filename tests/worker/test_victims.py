@@ -10,10 +10,10 @@ import pytest
 from ckptd.errors import PermissionDenied
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from tests.engine import views
-from tests.engine.driver import ORDINARY_UID, Place, as_user, place_of
-from tests.engine.unharmed import changes, look
 from tests.lib.victim import BRIEF, RESTLESS, VICTIMS, Victim, build, names
+from tests.worker import views
+from tests.worker.driver import ORDINARY_UID, Place, as_user, place_of
+from tests.worker.unharmed import changes, look
 
 pytestmark = pytest.mark.needs('ptrace', 'gcc')
 

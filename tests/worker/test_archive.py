@@ -35,9 +35,9 @@ from ckptd.image.writer import INCOMING, remove_stale
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH
 from ckptd.kernel.status import read_status
 from ckptd.protocol.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, Progress, Start
-from tests.engine.driver import DirectWorker, Place, me
-from tests.engine.test_restore import Generation, changes, generation, place
 from tests.lib.victim import Victim
+from tests.worker.driver import DirectWorker, Place, me
+from tests.worker.test_restore import Generation, changes, generation, place
 
 __all__ = ['generation', 'place']       # fixtures
 

@@ -39,15 +39,15 @@ from ckptd.restore.checks.capacity import inherited_bytes, most_to_fill, parse_m
 from ckptd.restore.files import Access, Files
 from ckptd.restore.prepare import prepare
 from ckptd.restore.service_fds import Bank
-from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
-from tests.engine.test_obstacles import about, checked, found, importer
-from tests.engine.test_owners import end
-from tests.engine.test_spool_failures import mounted
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
 from tests.lib.brood import Brood, libc
 from tests.lib.victim import Victim
 from tests.live.kinds.test_rollback import CLONE_NEWNS, MS_PRIVATE, MS_REC
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
+from tests.worker.test_owners import end
+from tests.worker.test_restore_checks import about, checked, found, importer
+from tests.worker.test_spool_failures import mounted
 
 __all__ = ['importer']      # a fixture: an ordinary user with a process that asks
 

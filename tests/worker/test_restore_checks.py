@@ -40,10 +40,10 @@ from ckptd.restore.files import Access
 from ckptd.restore.prepare import prepare
 from ckptd.worker.broker.identity import identity_of
 from ckptd.worker.broker.placement import TreePlace
-from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
 from tests.lib.victim import Victim
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
 

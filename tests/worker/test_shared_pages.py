@@ -22,8 +22,8 @@ from ckptd.image.records import PAGE, PageRun, ThreadPointers
 from ckptd.image.verify import verify
 from ckptd.kernel.memory import Mem
 from ckptd.kernel.ranges import overlaps, without
-from tests.engine.driver import Place
 from tests.lib.victim import Victim
+from tests.worker.driver import Place
 
 pytestmark = [pytest.mark.needs('ptrace', 'gcc')]
 

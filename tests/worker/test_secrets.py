@@ -22,11 +22,11 @@ from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.regular import Regular
 from ckptd.protocol.messages import Caller
 from ckptd.restore.file_rights import Rights
-from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, place_of
-from tests.engine.test_archive import export, request
-from tests.engine.test_owners import BOB, end, place, refused, restored
 from tests.lib import settled
 from tests.lib.altered import rewrite
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, place_of
+from tests.worker.test_archive import export, request
+from tests.worker.test_owners import BOB, end, place, refused, restored
 
 __all__ = ['place']     # a fixture
 

@@ -9,8 +9,8 @@ import pytest
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import FdTable, Fs, Mm, SignalActions
 from ckptd.kernel.kcmp import EQUAL, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
-from tests.engine.driver import Place
 from tests.lib.victim import Victim
+from tests.worker.driver import Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
 

@@ -18,7 +18,7 @@ from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Puppet
 from ckptd.restore.bootstrap import find_arena, plant
 from ckptd.restore.create import Nursery
-from tests.engine.conftest import in_child
+from tests.worker.conftest import in_child
 
 pytestmark = [pytest.mark.needs('root', 'ptrace'), pytest.mark.timeout(30)]
 

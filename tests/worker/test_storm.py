@@ -13,9 +13,9 @@ import pytest
 
 from ckptd.errors import NoSuchTarget, TreeChanged
 from ckptd.image.verify import verify
-from tests.engine.driver import Place
-from tests.engine.unharmed import left_in_journal, left_in_spool
 from tests.lib.victim import session_members
+from tests.worker.driver import Place
+from tests.worker.unharmed import left_in_journal, left_in_spool
 
 pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc'), pytest.mark.timeout(180)]
 

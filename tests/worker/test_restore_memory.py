@@ -9,10 +9,10 @@ import pytest
 
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import PAGE, VDSO, VVAR, Backing, Vma
-from tests.engine.driver import DirectWorker, Place
-from tests.engine.test_restore import Generation, generation
 from tests.lib.altered import rewrite
 from tests.lib.victim import session_members
+from tests.worker.driver import DirectWorker, Place
+from tests.worker.test_restore import Generation, generation
 
 __all__ = ['generation']
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]

@@ -13,9 +13,9 @@ import pytest
 from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.status import read_status
-from tests.engine.driver import DirectWorker, Place
 from tests.lib import settled
 from tests.lib.victim import Victim
+from tests.worker.driver import DirectWorker, Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
 

@@ -18,10 +18,10 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children
 from ckptd.protocol.messages import Caller
 from ckptd.tree import Tree
-from tests.engine.driver import ORDINARY_UID, DirectWorker, Place
-from tests.engine.faulty import asking
-from tests.engine.test_faults import PASSED, WAYS
 from tests.lib import settled
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place
+from tests.worker.faulty import asking
+from tests.worker.test_faults import PASSED, WAYS
 
 pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc'), pytest.mark.timeout(60)]
 

@@ -18,12 +18,12 @@ import pytest
 from ckptd.errors import SpoolFailed
 from ckptd.image.archive.pack import write_archive
 from ckptd.image.archive.unpack import destination_in, read_archive
-from tests.engine.driver import DirectWorker, Place
-from tests.engine.faulty import Gate, api
-from tests.engine.unharmed import Subject, left_in_journal, left_in_spool
 from tests.lib import settled
 from tests.lib.bus import Daemon
 from tests.lib.victim import Victim
+from tests.worker.driver import DirectWorker, Place
+from tests.worker.faulty import Gate, api
+from tests.worker.unharmed import Subject, left_in_journal, left_in_spool
 
 pytestmark = pytest.mark.needs('root', 'ptrace', 'gcc')
 

@@ -23,10 +23,10 @@ from ckptd.kernel.task import read_cgroup2
 from ckptd.protocol.messages import Caller, ChangedFiles
 from ckptd.restore.file_rights import Rights, rights_for, rights_of
 from ckptd.restore.files import Access
-from tests.engine.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
-from tests.engine.test_obstacles import about, checked
 from tests.lib import settled
 from tests.lib.altered import alter
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
+from tests.worker.test_restore_checks import about, checked
 
 pytestmark = pytest.mark.needs('root', 'ptrace')
 

@@ -31,11 +31,11 @@ from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
 from ckptd.protocol.messages import Cancel
-from tests.engine.driver import DirectWorker, Place
-from tests.engine.faulty import asking
-from tests.engine.test_victims import changes
 from tests.lib.gate import own_cgroup
 from tests.lib.procdiff import take_picture
+from tests.worker.driver import DirectWorker, Place
+from tests.worker.faulty import asking
+from tests.worker.test_victims import changes
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
 

@@ -10,8 +10,8 @@ import pytest
 
 from ckptd.kernel.ptrace import Tracee
 from ckptd.remote.borrow import OwnIds
-from tests.engine.faulty import Gate
 from tests.lib.forked import forked
+from tests.worker.faulty import Gate
 
 __all__ = ['forked', 'in_child', 'tracer']
 

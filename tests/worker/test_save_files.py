@@ -11,8 +11,8 @@ from ckptd.image.records import OpenFile
 from ckptd.image.verify import verify
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.regular import Regular
-from tests.engine.driver import DirectWorker, Place
 from tests.lib.victim import Victim
+from tests.worker.driver import DirectWorker, Place
 
 pytestmark = pytest.mark.needs('ptrace', 'gcc', 'root')
 

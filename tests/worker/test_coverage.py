@@ -21,11 +21,11 @@ from ckptd.image import grammar
 from ckptd.image import records as r
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.worker import main as worker_module
-from tests.engine.driver import DirectWorker, Place
-from tests.engine.test_worlds import other_boot
 from tests.lib import settled
 from tests.lib.brood import fork
 from tests.lib.victim import Victim
+from tests.worker.driver import DirectWorker, Place
+from tests.worker.test_namespaces import other_boot
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
@@ -64,7 +64,7 @@ UNREAD = {
     'SleepLeft.clock': 'for people; left_ns was counted by it',
     'SleepLeft.exact': 'for people',
     'Task.pf_flags': 'for core files; each is made again by what it tells of',
-    'Tty.device': 'the terminal is the caller\'s; without one by its name, see tests/engine/test_obstacles.py',
+    'Tty.device': 'the terminal is the caller\'s; without one by its name, see tests/worker/test_restore_checks.py',
     'Tty.mode': _THERE}
 # together they have every field that any victim has
 SUBJECTS = ('events', 'files', 'interpreter', 'locks', 'memory', 'shared', 'signals', 'stopped', 'timers', 'tree')

@@ -9,8 +9,8 @@ import pytest
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Mm, Namespaces, ThreadControls
 from ckptd.kernel.task import read_namespaces
-from tests.engine.driver import Place
 from tests.lib.victim import Victim
+from tests.worker.driver import Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
 

@@ -21,7 +21,7 @@ from ckptd.remote import borrow as remote_module
 from ckptd.remote.batch import Batch
 from ckptd.remote.borrow import OwnIds, Remote
 from ckptd.remote.interleave import finish
-from tests.engine.conftest import in_child
+from tests.worker.conftest import in_child
 
 pytestmark = [pytest.mark.needs('ptrace', 'gcc'), pytest.mark.usefixtures('tracer')]
 

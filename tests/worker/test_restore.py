@@ -14,10 +14,10 @@ import pytest
 
 from ckptd.errors import Busy, CkptError
 from ckptd.protocol.messages import Running, Start
-from tests.engine.driver import DirectWorker, Place
 from tests.lib import settled
 from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks
 from tests.lib.victim import BRIEF, RESTLESS, Victim, build, names, session_members
+from tests.worker.driver import DirectWorker, Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 

@@ -17,11 +17,11 @@ from ckptd.bus.names import BUS_NAME, MANAGER, ROOT
 from ckptd.faults import RESTORE_POINTS
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SYSV, SharedMemory
-from tests.engine.faulty import Api, Gate, Standing, api, end, readable
-from tests.engine.unharmed import left_in_journal, left_in_spool
 from tests.lib import settled
 from tests.lib.bus import Daemon
 from tests.lib.victim import Victim, session_members
+from tests.worker.faulty import Api, Gate, Standing, api, end, readable
+from tests.worker.unharmed import left_in_journal, left_in_spool
 
 pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc', 'dbus'), pytest.mark.timeout(90)]
 

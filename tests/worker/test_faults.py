@@ -16,10 +16,10 @@ import pytest
 from ckptd.bus.client import connect
 from ckptd.faults import POINTS
 from ckptd.kernel.task import read_children
-from tests.engine.faulty import Api, Gate, Standing, api, end, readable
-from tests.engine.unharmed import Subject, left_in_journal, left_in_spool
 from tests.lib.bus import ROOT, Daemon
 from tests.lib.victim import Victim
+from tests.worker.faulty import Api, Gate, Standing, api, end, readable
+from tests.worker.unharmed import Subject, left_in_journal, left_in_spool
 
 pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc', 'dbus'), pytest.mark.timeout(120)]
 

@@ -29,8 +29,8 @@ from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.kernel.wchan import read_wchan
 from ckptd.operation.timers import OwnTimers
 from ckptd.remote.borrow import OwnIds
-from tests.engine.conftest import in_child
-from tests.engine.driver import Place
+from tests.worker.conftest import in_child
+from tests.worker.driver import Place
 
 pytestmark = [pytest.mark.needs('ptrace', 'gcc')]
 
