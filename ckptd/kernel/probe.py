@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every kernel feature and right that ckptd uses, whether it is here, what is lost without it, and how to get it.
 
-The feature is tried, never the version asked (feature_tests.py has the experiments). They run in a child process: should
-one be killed by a seccomp filter, or not come back, that one is unknown and the next child goes on behind it.
+The feature is tried, never the version asked (feature_tests.py has the experiments). They run in a child process:
+should one be killed by a seccomp filter, or not come back, that one is unknown and the next child goes on behind it.
 """
 
 import contextlib

@@ -654,14 +654,14 @@ IN_ITS_OWN_PROCESS = """
 import os, resource, sys
 from pathlib import Path
 from ckptd.errors import LimitsExceeded
-from ckptd.image import archive_reader
+from ckptd.image.archive import unpack
 from tests.unit.image.test_archive import Onlooker
 
 rows = dict(line.split(':') for line in Path('/proc/self/status').read_text().splitlines())
-archive_reader.MEMORY = (int(rows['VmData'].split()[0]) << 10) + (48 << 20)      # what RLIMIT_DATA counts, and more
+unpack.MEMORY = (int(rows['VmData'].split()[0]) << 10) + (48 << 20)      # what RLIMIT_DATA counts, and more
 before = resource.getrlimit(resource.RLIMIT_DATA)
 try:
-    archive_reader.read_archive(0, archive_reader.destination_in(Path(sys.argv[1])), 1, 1, 1 << 30, Onlooker())
+    unpack.read_archive(0, unpack.destination_in(Path(sys.argv[1])), 1, 1, 1 << 30, Onlooker())
 except LimitsExceeded as error:
     assert 'MiB of memory' in str(error), error
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
