@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ckptd import __version__, config, logs
 from ckptd.bus.announce import Announcer
-from ckptd.bus.authorizer import Gate
+from ckptd.bus.authorizer import Authorizer
 from ckptd.bus.client import Client
 from ckptd.bus.connection import DRIVER, Connection
 from ckptd.bus.listeners import find_again, keep
@@ -32,14 +32,14 @@ from ckptd.bus.router import Router
 from ckptd.bus.systemd import Systemd
 from ckptd.errors import CkptError, Unavailable
 from ckptd.jobs import audit
-from ckptd.jobs.images import Library
+from ckptd.jobs.images import ImageService
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
-from ckptd.jobs.requests import Orders
+from ckptd.jobs.requests import RequestFactory
 from ckptd.jobs.spool import Spool
-from ckptd.jobs.visibility import Sight
+from ckptd.jobs.visibility import Visibility
 from ckptd.jobs.watch import SpoolWatch
 from ckptd.kernel.closing import abort_all, report_to
 from ckptd.kernel.confinement import own_restrictions
@@ -163,11 +163,11 @@ class Daemon:
         recovery = Recovery(settings.runtime, self._spool, units, pool)
         quota = Quota(settings.config, self._spool)
         queue = Queue(settings.config, pool, recovery, units, announcer, quota)
-        orders = Orders(settings.config, self._spool, quota, settings.runtime, avoid, settings.parent,
-                        units is not None, connection.inode)
-        library = Library(self._spool, queue, orders)
+        orders = RequestFactory(settings.config, self._spool, quota, settings.runtime, avoid, settings.parent,
+                                units is not None, connection.inode)
+        library = ImageService(self._spool, queue, orders)
         polkit = Polkit(connection)
-        gate = Gate(polkit, self._spool, Sight(queue, orders))
+        gate = Authorizer(polkit, self._spool, Visibility(queue, orders))
         router = self._router = Router(connection, queue.spawn, ROOT, gate.sees_all, NODES)
         if not settings.bus:        # of a client's own, and with what that has
             router.peers.set_base(own_restrictions())

@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
-from ckptd.bus.authorizer import Gate
+from ckptd.bus.authorizer import Authorizer
 from ckptd.bus.export import Audience
 from ckptd.bus.image import ImageObject
 from ckptd.bus.job import JobObject, path_of
@@ -13,11 +13,11 @@ from ckptd.bus.manager import ManagerObject
 from ckptd.bus.names import ROOT, image_path
 from ckptd.bus.router import Router
 from ckptd.errors import NoSuchImage
-from ckptd.jobs.images import Library
-from ckptd.jobs.inhibitors import Inhibitor
+from ckptd.jobs.images import ImageService
+from ckptd.jobs.inhibitors import InhibitorLock
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.spool import ImageInfo, Spool
-from ckptd.jobs.state import Job
+from ckptd.jobs.spool import Spool, SpooledImage
+from ckptd.jobs.state import JobRecord
 
 
 class Announcer:
@@ -29,7 +29,8 @@ class Announcer:
         self._asked = self._seen = 0        # looks that were asked for, and how many of these the last one was for
         self._jobs: dict[int, JobObject] = {}
 
-    def begin(self, router: Router, manager: ManagerObject, queue: Queue, library: Library, gate: Gate) -> None:
+    def begin(self, router: Router, manager: ManagerObject, queue: Queue, library: ImageService,
+              gate: Authorizer) -> None:
         """Export the manager and every image that is known."""
         self._router, self._manager, self._queue, self._library = router, manager, queue, library
         self._gate = gate
@@ -37,33 +38,33 @@ class Announcer:
         for info in self._spool.images:
             router.export(image_path(info.id), ImageObject(info, library, gate))
 
-    def job_new(self, job: Job) -> None:
+    def job_new(self, job: JobRecord) -> None:
         made = self._jobs[job.number] = JobObject(job, self._queue, self._gate)
         self._router.export(path_of(job), made)
         self._manager.JobNew.to(Audience(job.request.asked_by), job.number, path_of(job))
         self._manager.changed('Jobs', to=Audience(job.request.asked_by))
 
-    def job_changed(self, job: Job) -> None:
+    def job_changed(self, job: JobRecord) -> None:
         if job.number in self._jobs:
             self._jobs[job.number].tell_state()
 
-    def job_progress(self, job: Job) -> None:
+    def job_progress(self, job: JobRecord) -> None:
         self._jobs[job.number].tell_progress()
 
-    def job_removed(self, job: Job) -> None:
+    def job_removed(self, job: JobRecord) -> None:
         self._manager.JobRemoved.to(Audience(job.request.asked_by), job.number, path_of(job), job.state.value)
         self._manager.changed('Jobs', to=Audience(job.request.asked_by))
 
-    def job_forgotten(self, job: Job) -> None:
+    def job_forgotten(self, job: JobRecord) -> None:
         del self._jobs[job.number]
         self._router.unexport(path_of(job))
 
-    def job_prepares(self, job: Job, start: bool, inhibitors: Sequence[Inhibitor]) -> None:
+    def job_prepares(self, job: JobRecord, start: bool, inhibitors: Sequence[InhibitorLock]) -> None:
         """Also to those who hold an inhibitor, whoever asked for the job."""
         holders = Audience(job.request.asked_by, frozenset(one.sender for one in inhibitors))
         self._manager.PrepareForCheckpoint.to(holders, path_of(job), start)
 
-    def tree_restored(self, job: Job, tasks: int) -> None:
+    def tree_restored(self, job: JobRecord, tasks: int) -> None:
         with suppress(NoSuchImage):     # removed while its tree was made: that runs all the same
             image = self._spool.find(job.request.image)
             self._manager.Restored.to(Audience(image.owner), image.id, tasks)
@@ -81,7 +82,7 @@ class Announcer:
                 await self._tell(*self._spool.adopt(await asyncio.to_thread(self._spool.look)))
                 self._seen = seen
 
-    async def _tell(self, added: Sequence[ImageInfo], gone: Sequence[ImageInfo]) -> None:
+    async def _tell(self, added: Sequence[SpooledImage], gone: Sequence[SpooledImage]) -> None:
         for info in added:
             self._add(info)
             await self._router.pause()
@@ -92,6 +93,6 @@ class Announcer:
         for uid in {info.owner for info in (*added, *gone)}:
             self._manager.changed('Images', to=Audience(uid))
 
-    def _add(self, info: ImageInfo) -> None:
+    def _add(self, info: SpooledImage) -> None:
         self._router.export(image_path(info.id), ImageObject(info, self._library, self._gate))
         self._manager.ImageAdded.to(Audience(info.owner), info.id, image_path(info.id))

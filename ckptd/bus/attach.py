@@ -6,10 +6,10 @@ from contextlib import suppress
 from ckptd.bus.call import Call
 from ckptd.errors import NoSuchJob
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.state import Job
+from ckptd.jobs.state import JobRecord
 
 
-async def attach(call: Call, queue: Queue, job: Job) -> None:
+async def attach(call: Call, queue: Queue, job: JobRecord) -> None:
     """Cancel the job when its caller leaves."""
     def leave() -> None:
         with suppress(NoSuchJob):

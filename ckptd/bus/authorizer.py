@@ -27,17 +27,17 @@ from ckptd.bus.call import Call
 from ckptd.bus.export import Viewer
 from ckptd.bus.message import DBusError
 from ckptd.bus.names import BUS_NAME
-from ckptd.bus.polkit import SHORT, Answer, Polkit
+from ckptd.bus.polkit import SHORT, Polkit, PolkitAnswer
 from ckptd.bus.registry import ERROR
 from ckptd.errors import PermissionDenied
 from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
 from ckptd.jobs.held_freezes import not_held
-from ckptd.jobs.images import Rights
+from ckptd.jobs.images import ImageRights
 from ckptd.jobs.requests import parse_target
 from ckptd.jobs.spool import Spool
-from ckptd.jobs.state import Job
-from ckptd.jobs.visibility import Sight
+from ckptd.jobs.state import JobRecord
+from ckptd.jobs.visibility import Visibility
 from ckptd.kernel.confinement import hint_for, listed
 from ckptd.protocol.messages import Caller
 
@@ -46,10 +46,10 @@ Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
 ACTIONS: Final[dict[Verb, tuple[str, str]]] = {
     'checkpoint': ('checkpoint-own', 'checkpoint'), 'freeze': ('freeze-own', 'freeze'),
     'restore': ('restore-own', 'restore'), 'manage': ('manage-own-images', 'manage-images')}
-WORDS: Final = {Answer.NO: 'polkit does not allow it', Answer.DISMISSED: 'the question was dismissed',
-                Answer.ABSENT: 'it is not theirs, and there is no polkit to allow it',
-                Answer.SILENT: 'polkit does not answer'}
-LEAVE_WORDS: Final = {Answer.ABSENT: 'there is no polkit to allow it'}
+WORDS: Final = {PolkitAnswer.NO: 'polkit does not allow it', PolkitAnswer.DISMISSED: 'the question was dismissed',
+                PolkitAnswer.ABSENT: 'it is not theirs, and there is no polkit to allow it',
+                PolkitAnswer.SILENT: 'polkit does not answer'}
+LEAVE_WORDS: Final = {PolkitAnswer.ABSENT: 'there is no polkit to allow it'}
 LEAVE: Final = f'{BUS_NAME}.leave-confinement'
 TRACE: Final = f'{BUS_NAME}.trace-under-yama'
 PARTLY: Final = 'not all of which is theirs'
@@ -63,10 +63,10 @@ class TreeRights(NamedTuple):
     start_time: int
 
 
-class Gate:
+class Authorizer:
     """Made for one bus."""
 
-    def __init__(self, polkit: Polkit, spool: Spool, sight: Sight) -> None:
+    def __init__(self, polkit: Polkit, spool: Spool, sight: Visibility) -> None:
         self._polkit, self._spool, self._sight = polkit, spool, sight
 
     async def enter(self, call: Call, verb: Verb, what: str, *, owner: int | None, task: int = 0, refusal: str = '',
@@ -89,35 +89,35 @@ class Gate:
         async with call.attended():
             details = {'target': what} if owner is None else {'target': what, 'owner': str(owner)}
             answer = await self._polkit.ask(call.sender, caller.uid, action, details, interactive=call.interactive)
-        if answer == Answer.YES or (own and answer == Answer.ABSENT):
-            audit_call('allowed', call, caller, what, action if answer == Answer.YES else 'owner')
+        if answer == PolkitAnswer.YES or (own and answer == PolkitAnswer.ABSENT):
+            audit_call('allowed', call, caller, what, action if answer == PolkitAnswer.YES else 'owner')
             return caller if own else _as_root(caller)
         audit_call('refused', call, caller, what, action)
         refusal = '' if own else refusal or f'which belongs to uid {owner}'
-        if answer == Answer.ASK:
+        if answer == PolkitAnswer.ASK:
             raise _takes_a_person(what + (refusal and f', {refusal},'), action)
         words = f'uid {caller.uid} may not {verb} {what}' + (refusal and f', {refusal}')
         raise PermissionDenied(f'{words} ({action}: {WORDS[answer]})', task=task, resource=action,
-                               hint='try again' if answer == Answer.SILENT else hint)
+                               hint='try again' if answer == PolkitAnswer.SILENT else hint)
 
     async def _leave_confinement(self, call: Call, caller: Caller, verb: Verb, what: str) -> Caller:
         """The caller as one who may act beyond its sandbox, which an administrator decides. Errors as of `enter`."""
-        answer = Answer.NO
+        answer = PolkitAnswer.NO
         if caller.uid:      # polkit lets root do everything, and that of a container is root, too
             async with call.attended():
                 answer = await self._polkit.ask(call.sender, caller.uid, LEAVE, {'target': what},
                                                 interactive=call.interactive)
-        if answer == Answer.YES:
+        if answer == PolkitAnswer.YES:
             audit_call('allowed', call, caller, what, LEAVE)
             return msgspec.structs.replace(caller, confinement=(), no_new_privs=False, seccomp=False)
         audit_call('refused', call, caller, what, LEAVE)
         outside = f'which is outside of what the caller may reach, confined by {listed(caller.confinement)}'
-        if answer == Answer.ASK:
+        if answer == PolkitAnswer.ASK:
             raise _takes_a_person(f'{what}, {outside},', LEAVE)
         rule = LEAVE_WORDS.get(answer, WORDS[answer]) if caller.uid else 'root is not asked, and not let out of one'
         raise PermissionDenied(f'uid {caller.uid} may not {verb} {what}, {outside} ({LEAVE}: {rule})',
                                resource='confinement',
-                               hint='try again' if answer == Answer.SILENT else hint_for(caller.confinement))
+                               hint='try again' if answer == PolkitAnswer.SILENT else hint_for(caller.confinement))
 
     def own(self, call: Call, caller: Caller, what: str) -> None:
         """Log that a caller ends something it has started. No authorization is needed."""
@@ -152,10 +152,10 @@ class Gate:
                 return False
             answer = await self._polkit.ask(call.sender, caller.uid, TRACE, {'target': what},
                                             interactive=interactive and call.interactive)
-        audit_call('allowed' if answer == Answer.YES else 'refused', call, caller, what, TRACE)
-        if answer == Answer.ASK and interactive:
+        audit_call('allowed' if answer == PolkitAnswer.YES else 'refused', call, caller, what, TRACE)
+        if answer == PolkitAnswer.ASK and interactive:
             raise _takes_a_person(f'{what}, which Yama keeps its owner from tracing,', TRACE)
-        return answer == Answer.YES
+        return answer == PolkitAnswer.YES
 
     async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
         """Authorize a thaw; returns what the caller may see. owner: uid that froze the target, or None. A caller that
@@ -177,7 +177,7 @@ class Gate:
             await self.enter(call, 'freeze', where, owner=owner, outside=False)
         return viewer
 
-    async def job(self, call: Call, verb: Verb, job: Job) -> None:
+    async def job(self, call: Call, verb: Verb, job: JobRecord) -> None:
         """Authorize the end of a job."""
         caller, request = await call.credentials(), job.request
         outside = bool(caller.confinement) and ((request.caller.pid, request.caller.start_time)
@@ -189,7 +189,7 @@ class Gate:
         else:
             await self.enter(call, verb, job.name, owner=request.asked_by, outside=False)
 
-    async def image(self, call: Call, verb: Verb, image: str) -> Rights:
+    async def image(self, call: Call, verb: Verb, image: str) -> ImageRights:
         """Authorize an operation on an image. A caller that may not see an image gets the error for one that does not
         exist. NoSuchImage."""
         caller = await call.credentials()
@@ -198,13 +198,13 @@ class Gate:
             self._spool.find(image)
         may = await self.enter(call, verb, f'image {image}', owner=None if info is None else info.owner,
                                refusal=f'of which uid {caller.uid} has none', hint='ckptctl images shows what there is')
-        return Rights(may, caller)
+        return ImageRights(may, caller)
 
     async def sees_all(self, sender: str, uid: int) -> bool:
         """Whether polkit lets the sender see the images and jobs of others. Nobody is asked but by a call that waits
         for it. LimitsExceeded."""
         action = f'{BUS_NAME}.{ACTIONS["manage"][1]}'
-        return await self._polkit.ask(sender, uid, action, {}, patience=SHORT) == Answer.YES
+        return await self._polkit.ask(sender, uid, action, {}, patience=SHORT) == PolkitAnswer.YES
 
 
 def _takes_a_person(what: str, action: str) -> DBusError:

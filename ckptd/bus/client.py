@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, Self
 
 from ckptd.bus import wire
 from ckptd.bus.connection import DRIVER, DRIVER_PATH, ERROR, PEER, PROPERTIES, TIMEOUT, Connection, Match, Subscription
-from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError, Fd, ProtocolError
+from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError, ProtocolError, UnixFd
 from ckptd.bus.names import BUS_NAME, job_path
 from ckptd.bus.values import NO_TYPES, index_fds, split_signature, to_body
 from ckptd.bus.wire import Received
@@ -54,7 +54,7 @@ _JOBS = job_path(0).removesuffix('0')
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
+class ReceivedSignal:
     """One signal, its arguments plain."""
     path: str
     interface: str
@@ -73,7 +73,7 @@ class Sink(Protocol):
     left: the owner of the service's name is gone. True: who has the name next is to be heard, too; False: it has ended.
     """
 
-    def add(self, signal: Signal) -> None: ...
+    def add(self, signal: ReceivedSignal) -> None: ...
     def left(self, reason: str) -> bool: ...
     def end(self, reason: str) -> None: ...
 
@@ -84,18 +84,18 @@ class Signals:
 
     def __init__(self, *, follow: bool = False) -> None:
         self._follow = follow
-        self._queue: asyncio.Queue[Signal | CkptError] = asyncio.Queue()
+        self._queue: asyncio.Queue[ReceivedSignal | CkptError] = asyncio.Queue()
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Signal:
+    async def __anext__(self) -> ReceivedSignal:
         item = await self._queue.get()
         if isinstance(item, CkptError):
             raise item
         return item
 
-    def add(self, signal: Signal) -> None:
+    def add(self, signal: ReceivedSignal) -> None:
         self._queue.put_nowait(signal)
 
     def left(self, reason: str) -> bool:
@@ -139,7 +139,7 @@ class _Owners:
             self._heard.cancel()
 
     def _add(self, message: Received) -> None:
-        self._sink.add(Signal.of(message))
+        self._sink.add(ReceivedSignal.of(message))
 
 
 class Client:
@@ -174,7 +174,7 @@ class Client:
         """Call a method whose only result is an 'h': an open fd, the caller's to close."""
         values = await self._values(destination, path, interface, member, signature, args, timeout, NO_TYPES, flags,
                                     take=True)
-        if len(values) != 1 or not isinstance(values[0], Fd):
+        if len(values) != 1 or not isinstance(values[0], UnixFd):
             raise CkptError(f'{member} of {destination} answered no file descriptor')
         return int(values[0])
 
@@ -189,7 +189,7 @@ class Client:
             reply = await self.connection.request(message, timeout=timeout, fds=fds)
             try:
                 values = reply.body()
-                if take and values and isinstance(values[0], Fd):
+                if take and values and isinstance(values[0], UnixFd):
                     reply.fds.take(values[0])
                 return values
             finally:
@@ -283,6 +283,6 @@ def _hint(error: DBusError, kind: type[CkptError]) -> str | None:
 def _index_fds(signature: str, args: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """On the wire an 'h' is an index into the fds that go along."""
     fds: list[int] = []
-    values = [index_fds(Fd(value) if kind == 'h' else value, fds)
+    values = [index_fds(UnixFd(value) if kind == 'h' else value, fds)
               for kind, value in zip(split_signature(signature), args, strict=True)]
     return values, fds

@@ -100,7 +100,7 @@ class BoundSignal:
     others; before export and after unexport it does nothing."""
     __slots__ = ('_owner', '_signal')
 
-    def __init__(self, signal_: 'Signal', owner: 'Exported') -> None:
+    def __init__(self, signal_: 'SignalMember', owner: 'Exported') -> None:
         self._signal, self._owner = signal_, owner
 
     def __call__(self, *values: Any) -> None:
@@ -113,7 +113,7 @@ class BoundSignal:
 
 
 @dataclass(slots=True, eq=False)
-class Signal:
+class SignalMember:
     """A signal of the class it is an attribute of."""
     arguments: tuple[Argument, ...]
     types: Mapping[str, str]
@@ -128,11 +128,11 @@ class Signal:
         self.name = self.name or _dbus_name(name)
 
     @overload
-    def __get__(self, instance: None, owner: type) -> 'Signal': ...
+    def __get__(self, instance: None, owner: type) -> 'SignalMember': ...
     @overload
     def __get__(self, instance: 'Exported', owner: type) -> BoundSignal: ...
 
-    def __get__(self, instance: 'Exported | None', owner: type) -> 'Signal | BoundSignal':
+    def __get__(self, instance: 'Exported | None', owner: type) -> 'SignalMember | BoundSignal':
         return self if instance is None else BoundSignal(self, instance)
 
 
@@ -142,7 +142,7 @@ class Interface:
     name: str
     methods: dict[str, Method]
     properties: dict[str, Property]
-    signals: dict[str, Signal]
+    signals: dict[str, SignalMember]
 
 
 class Exported:
@@ -168,7 +168,7 @@ class Exported:
             cls.interface,
             {row.name: row for row in rows if isinstance(row, Method)},
             {row.name: row for row in rows if isinstance(row, Property)},
-            {row.name: row for row in rows if isinstance(row, Signal)})
+            {row.name: row for row in rows if isinstance(row, SignalMember)})
 
     def changed(self, *names: str, to: Audience | None = None) -> None:
         """Say that these properties have new values: PropertiesChanged, a few a second, the last always. to: those for
@@ -215,9 +215,9 @@ def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: M
 
 
 def signal(signature: str = '', names: Sequence[str] = (), *, name: str = '', types: Mapping[str, str] | None = None,
-           annotations: Annotations | None = None, doc: str = '') -> Signal:
+           annotations: Annotations | None = None, doc: str = '') -> SignalMember:
     """`JobNew = signal('uo', names=('id', 'job'))`; `self.JobNew(7, path)` sends it. doc: what it means."""
-    return Signal(_arguments(signature, names), types or {}, _documented(annotations, doc), name)
+    return SignalMember(_arguments(signature, names), types or {}, _documented(annotations, doc), name)
 
 
 def _documented(annotations: Annotations | None, doc: str | None) -> Annotations:

@@ -3,16 +3,16 @@
 
 from typing import Any
 
-from ckptd.bus.authorizer import Gate
+from ckptd.bus.authorizer import Authorizer
 from ckptd.bus.call import Call
 from ckptd.bus.export import Audience, Exported, method, property_
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.bus.names import IMAGE
 from ckptd.bus.options import NONE, parse_options
 from ckptd.bus.restore import check_restore, restore
 from ckptd.errors import InvalidArgument
-from ckptd.jobs.images import Library
-from ckptd.jobs.spool import ImageInfo
+from ckptd.jobs.images import ImageService
+from ckptd.jobs.spool import SpooledImage
 from ckptd.protocol.messages import FORMATS
 
 # of the rows of Scan and Tree: what is not said here is 's', or 't' for a number
@@ -25,7 +25,7 @@ ROW_TYPES = {'pid': 'u'}        # of refusals
 class ImageObject(Exported):
     interface = IMAGE
 
-    def __init__(self, info: ImageInfo, library: Library, gate: Gate) -> None:
+    def __init__(self, info: SpooledImage, library: ImageService, gate: Authorizer) -> None:
         self.info, self._library, self._gate = info, library, gate
         self.audience = Audience(info.owner)
 
@@ -47,11 +47,11 @@ class ImageObject(Exported):
             await self._library.export(self.info.id, output, format, rights)
 
     @method('', 'h', names=('stream',))
-    async def Open(self, call: Call) -> Fd:
+    async def Open(self, call: Call) -> UnixFd:
         """A file descriptor to read the image from, as the tar stream that Manager.Import takes. It ends early where
         something goes wrong: the job of its export says what."""
         rights = await self._gate.image(call, 'manage', self.info.id)
-        return Fd(self._library.open(self.info.id, rights))
+        return UnixFd(self._library.open(self.info.id, rights))
 
     @method('', 'as', names=('damages',))
     async def Verify(self, call: Call) -> list[str]:

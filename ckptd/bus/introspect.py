@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Iterator
 from xml.sax.saxutils import quoteattr
 
-from ckptd.bus.export import Annotations, Argument, Interface, Method, Property, Signal
+from ckptd.bus.export import Annotations, Argument, Interface, Method, Property, SignalMember
 
 DOCTYPE = ('<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
            ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n')
@@ -37,7 +37,7 @@ def _method_body(method: Method) -> Iterator[str]:
     yield from _annotations(method.annotations)
 
 
-def _signal_body(signal: Signal) -> Iterator[str]:
+def _signal_body(signal: SignalMember) -> Iterator[str]:
     yield from _arguments(signal.arguments)
     yield from _annotations(signal.annotations)
 

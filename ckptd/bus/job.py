@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""org.ckptd1.Job at /org/ckptd1/job/N: what a job does, and how far it is."""
+"""org.ckptd1.JobRecord at /org/ckptd1/job/N: what a job does, and how far it is."""
 
 from typing import Any
 
-from ckptd.bus.authorizer import Gate, Verb
+from ckptd.bus.authorizer import Authorizer, Verb
 from ckptd.bus.call import Call
 from ckptd.bus.export import Audience, Exported, method, property_, signal
 from ckptd.bus.names import JOB, job_path
@@ -12,7 +12,7 @@ from ckptd.bus.router import ERROR_TYPES
 from ckptd.bus.values import to_variant
 from ckptd.bus.wire import Variant
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.state import Job
+from ckptd.jobs.state import JobRecord
 
 RESULT_TYPES = {'tasks': 'u', 'processes': 'u', 'root': 'u', 'inside': 'u', 'exit_status': 'u', 'pid': 'u',
                 'warnings': 'aa{sv}'}
@@ -20,7 +20,7 @@ VERBS: dict[str, Verb] = {'checkpoint': 'checkpoint', 'freeze': 'freeze', 'resto
 MOVING = ('TasksDone', 'TasksTotal', 'BytesDone', 'BytesTotal', 'Progress', 'ExpectedEndTime')
 
 
-def path_of(job: Job) -> str:
+def path_of(job: JobRecord) -> str:
     return job.token or job_path(job.number)
 
 
@@ -28,7 +28,7 @@ class JobObject(Exported):
     interface = JOB
     audience: Audience
 
-    def __init__(self, job: Job, queue: Queue, gate: Gate) -> None:
+    def __init__(self, job: JobRecord, queue: Queue, gate: Authorizer) -> None:
         self.job, self._queue, self._gate = job, queue, gate
         self._outcome: dict[str, Variant] = {}      # its rows may be many, and do not change any more
         # its progress is much, and of interest to few

@@ -8,21 +8,21 @@ from typing import Any
 
 from ckptd import __version__
 from ckptd.bus.attach import attach
-from ckptd.bus.authorizer import Gate, audit_call
+from ckptd.bus.authorizer import Authorizer, audit_call
 from ckptd.bus.call import Call
 from ckptd.bus.export import Exported, Viewer, method, property_, signal
 from ckptd.bus.image import ROW_TYPES, TASK_TYPES
 from ckptd.bus.job import path_of
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.bus.names import MANAGER, image_path, token_path
 from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, Option, parse_options
 from ckptd.bus.restore import check_restore, restore
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.jobs.held_freezes import not_held
-from ckptd.jobs.images import Library
-from ckptd.jobs.inhibitors import Inhibitor
+from ckptd.jobs.images import ImageService
+from ckptd.jobs.inhibitors import InhibitorLock
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.requests import Orders, parse_target
+from ckptd.jobs.requests import RequestFactory, parse_target
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.protocol.messages import Operation
 
@@ -34,7 +34,7 @@ IMAGE_TYPES = {'path': 'o', 'owner': 'u', 'tasks': 'u'}
 class ManagerObject(Exported):
     interface = MANAGER
 
-    def __init__(self, queue: Queue, orders: Orders, library: Library, gate: Gate) -> None:
+    def __init__(self, queue: Queue, orders: RequestFactory, library: ImageService, gate: Authorizer) -> None:
         self._queue, self._orders, self._library, self._gate = queue, orders, library, gate
 
     # ------------------------------------------------------------ trees
@@ -120,14 +120,14 @@ class ManagerObject(Exported):
         await self._queue.thaw(where, viewer.sees)
 
     @method('ssa{sv}', 'h', names=('who', 'why', 'options', 'inhibitor'))
-    async def Inhibit(self, call: Call, who: str, why: str, options: dict[str, Any]) -> Fd:
+    async def Inhibit(self, call: Call, who: str, why: str, options: dict[str, Any]) -> UnixFd:
         """Have checkpoints of a tree (option target, 'self' by default) wait until the file descriptor is closed, but
         not for longer than InhibitDelayMaxSec=. PrepareForCheckpoint says when it is time to close it."""
         target = parse_options(options, INHIBIT).get('target', 'self')
         caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target)
-        holder = Inhibitor(who[:MAX_WORDS], why[:MAX_WORDS], parse_target(target, caller), asker, caller.pid,
-                           call.sender)
-        return Fd(self._queue.inhibit(holder, start_time))
+        holder = InhibitorLock(who[:MAX_WORDS], why[:MAX_WORDS], parse_target(target, caller), asker, caller.pid,
+                               call.sender)
+        return UnixFd(self._queue.inhibit(holder, start_time))
 
     @method('', 'a(sssuu)', names=('inhibitors',), long=True)
     async def ListInhibitors(self, call: Call) -> list[tuple[str, str, str, int, int]]:

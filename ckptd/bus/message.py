@@ -34,7 +34,7 @@ class DBusError(Exception):
         self.name, self.message, self.body = name, message, tuple(body)
 
 
-class Fd(int):
+class UnixFd(int):
     """An open file descriptor inside a value. On the wire it is an index into the fds of its message: a number that a
     client writes into a variant never becomes one."""
 
@@ -47,10 +47,10 @@ class Fds:
         self._open = list(fds)
         self.count = len(self._open)
 
-    def __getitem__(self, index: int) -> Fd:
+    def __getitem__(self, index: int) -> UnixFd:
         if not 0 <= index < self.count:
             raise ProtocolError(f'fd index {index} in a message with {self.count} fds')
-        return Fd(self._open[index])
+        return UnixFd(self._open[index])
 
     def add(self, fds: Iterable[int]) -> None:
         self._open.extend(fds)

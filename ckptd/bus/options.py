@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, get_args
 
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.errors import InvalidArgument
 from ckptd.kernel.statx import is_terminal
 from ckptd.protocol.messages import After, ChangedFiles, FreezeMode
@@ -30,7 +30,7 @@ def _choice(name: str, choices: tuple[str, ...]) -> Option:
 
 
 def _number(name: str, unit: str, most: int) -> Option:
-    # any integer type will do: nobody should have to know that busctl wants a "t" here. A bool and an Fd are ints, too
+    # any integer type will do: nobody should have to know that busctl wants a "t" here. A bool and a UnixFd are ints
     return Option(name, f'a number of {unit} from 1 to {most}', lambda value: type(value) is int and 0 < value <= most)
 
 
@@ -45,7 +45,7 @@ def _is_cgroup(value: Any) -> bool:
 
 def _is_terminal(value: Any) -> bool:
     # a plain int would be whatever the daemon has open under that number
-    return isinstance(value, Fd) and is_terminal(value)
+    return isinstance(value, UnixFd) and is_terminal(value)
 
 
 def _flag(name: str) -> Option:

@@ -25,7 +25,7 @@ from ckptd.bus import wire
 from ckptd.bus.connection import ERROR, Connection, Match, Subscription
 from ckptd.bus.message import NO_REPLY_EXPECTED, DBusError
 from ckptd.errors import LimitsExceeded
-from ckptd.jobs.slots import Lane
+from ckptd.jobs.slots import Slots
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ OF_PERSONS: Final = 32, 2
 _ABSENT: Final = frozenset(f'{ERROR}{name}' for name in ('ServiceUnknown', 'Spawn.ServiceNotFound'))
 
 
-class Answer(Enum):
+class PolkitAnswer(Enum):
     YES = 'yes'
     NO = 'no'
     ASK = 'ask'             # a person would have to be asked, and the caller does not wait for that
@@ -60,11 +60,11 @@ class Polkit:
         self._trusted: str | None = None        # unique name of an owner that was looked at
         self._watch: Subscription | None = None
         self._numbers = itertools.count(1)
-        self._quick, self._of_persons = Lane(*QUICK), Lane(*OF_PERSONS)
+        self._quick, self._of_persons = Slots(*QUICK), Slots(*OF_PERSONS)
         self.on_changed: Callable[[], None] = lambda: None      # what was answered may be another answer now
 
     async def ask(self, sender: str, uid: int, action: str, details: Mapping[str, str], *, interactive: bool = False,
-                  patience: float = TIMEOUT) -> Answer:
+                  patience: float = TIMEOUT) -> PolkitAnswer:
         """May the sender, who has this uid, do this? interactive: it waits until somebody was asked, if need be.
         patience: seconds, where nobody is; as many for the turn.
 
@@ -72,14 +72,14 @@ class Polkit:
         """
         async with self._turn(self._quick, uid, patience):
             answer = await self._ask(sender, action, details, 0, patience)
-        if answer != Answer.ASK or not interactive:
+        if answer != PolkitAnswer.ASK or not interactive:
             return answer
         async with self._turn(self._of_persons, uid, PATIENCE):
             return await self._ask(sender, action, details, ALLOW_INTERACTION, PATIENCE)
 
     @staticmethod
     @contextlib.asynccontextmanager
-    async def _turn(lane: Lane, uid: int, patience: float) -> AsyncIterator[None]:
+    async def _turn(lane: Slots, uid: int, patience: float) -> AsyncIterator[None]:
         """A place in the lane, once it is the user's turn. LimitsExceeded."""
         try:
             async with asyncio.timeout(patience):
@@ -91,18 +91,19 @@ class Polkit:
         finally:
             lane.release(uid)
 
-    async def _ask(self, sender: str, action: str, details: Mapping[str, str], flags: int, patience: float) -> Answer:
+    async def _ask(self, sender: str, action: str, details: Mapping[str, str], flags: int,
+                   patience: float) -> PolkitAnswer:
         try:
             if not await self._is_there():
-                return Answer.ABSENT
+                return PolkitAnswer.ABSENT
         except DBusError as error:
-            return Answer.ABSENT if error.name in _ABSENT else _silent(action, error)
+            return PolkitAnswer.ABSENT if error.name in _ABSENT else _silent(action, error)
         try:
             return await self._check(sender, action, details, flags, patience)
         except DBusError as error:
             if 'is not registered' in error.message:
                 log.warning('polkit does not know %s: install org.ckptd1.policy', action)
-                return Answer.ABSENT
+                return PolkitAnswer.ABSENT
             # also where it has left meanwhile: that it restarts does not mean that it is not there
             return _silent(action, error)
 
@@ -130,7 +131,7 @@ class Polkit:
             self.on_changed()       # it may answer otherwise
 
     async def _check(self, sender: str, action: str, details: Mapping[str, str], flags: int,
-                     patience: float) -> Answer:
+                     patience: float) -> PolkitAnswer:
         cancellation = f'ckptd-{os.getpid()}-{next(self._numbers)}'
         try:
             [[allowed, challenge, said]] = await self._connection.call(
@@ -142,17 +143,17 @@ class Polkit:
                                                  NO_REPLY_EXPECTED))
             raise
         if allowed:
-            return Answer.YES
+            return PolkitAnswer.YES
         if 'polkit.dismissed' in said:
-            return Answer.DISMISSED
-        return Answer.ASK if challenge else Answer.NO
+            return PolkitAnswer.DISMISSED
+        return PolkitAnswer.ASK if challenge else PolkitAnswer.NO
 
 
-def _silent(action: str, error: DBusError) -> Answer:
+def _silent(action: str, error: DBusError) -> PolkitAnswer:
     if error.name == f'{ERROR}LimitsExceeded':      # says nothing of who may do what
         raise _too_many(f'the bus carries no more questions: {error.message}') from error
     log.error('polkit does not answer about %s: %s', action, error.message)
-    return Answer.SILENT
+    return PolkitAnswer.SILENT
 
 
 def _too_many(why: str) -> LimitsExceeded:

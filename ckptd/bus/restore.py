@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptd.bus.attach import attach
-from ckptd.bus.authorizer import Gate
+from ckptd.bus.authorizer import Authorizer
 from ckptd.bus.call import Call
 from ckptd.bus.job import path_of
 from ckptd.bus.names import token_path
 from ckptd.bus.options import CHECK_RESTORE, RESTORE, Option, parse_options
-from ckptd.jobs.images import Library
+from ckptd.jobs.images import ImageService
 
 
-async def restore(library: Library, gate: Gate, call: Call, image: str, options: Mapping[str, Any]) -> str:
+async def restore(library: ImageService, gate: Authorizer, call: Call, image: str, options: Mapping[str, Any]) -> str:
     """Start the job; its path."""
     wishes, fds = _wishes(options, RESTORE)
     token, detach = wishes.pop('handle_token', ''), wishes.pop('detach', False)
@@ -24,7 +24,7 @@ async def restore(library: Library, gate: Gate, call: Call, image: str, options:
     return path_of(job)
 
 
-async def check_restore(library: Library, gate: Gate, call: Call, image: str, options: Mapping[str, Any]
+async def check_restore(library: ImageService, gate: Authorizer, call: Call, image: str, options: Mapping[str, Any]
                         ) -> list[dict[str, Any]]:
     """The rows of what stands in the way."""
     wishes, fds = _wishes(options, CHECK_RESTORE)

@@ -58,15 +58,15 @@ from ckptd.bus.call import Call
 from ckptd.bus.connection import Connection
 from ckptd.bus.export import Audience, Exported, Method
 from ckptd.bus.intake import MAX_CALLS, MAX_FDS, Intake, require_limits
-from ckptd.bus.message import DBusError, Fd, ProtocolError
+from ckptd.bus.message import DBusError, ProtocolError, UnixFd
 from ckptd.bus.peers import Peers, SeesAll
 from ckptd.bus.registry import ERROR, Registry
-from ckptd.bus.standard import Changes, Introspectable, ObjectManager, Peer, Properties
+from ckptd.bus.standard import Changes, Introspectable, ObjectManager, PeerInterface, Properties
 from ckptd.bus.values import NO_TYPES, index_fds, is_large, to_body
 from ckptd.bus.wire import Message, ReadyError, Received
 from ckptd.errors import Cancelled, CkptError, InvalidArgument, LimitsExceeded, PermissionDenied
 from ckptd.jobs.audit import audit
-from ckptd.jobs.slots import Lane
+from ckptd.jobs.slots import Slots
 
 __all__ = ['MAX_CALLS', 'MAX_FDS', 'Router']
 
@@ -78,7 +78,7 @@ LONG = 2                # long answers that are worked on at a time, of each use
 ERROR_TYPES = {'task': 'u', 'pid': 'u', 'refusals': 'aa{sv}'}
 
 
-class Spawn(Protocol):
+class StartTask(Protocol):
     """Who owns the tasks: TaskGroup.create_task, or a queue's own."""
 
     def __call__(self, coro: Coroutine[Any, Any, None], *, name: str | None = None) -> asyncio.Task[None]: ...
@@ -95,19 +95,19 @@ class Router:
     sees_all: whether a caller who is not root may see the objects of others, too. nodes: paths that are always there.
     """
 
-    def __init__(self, connection: Connection, spawn: Spawn, root: str, sees_all: SeesAll = nobody,
+    def __init__(self, connection: Connection, spawn: StartTask, root: str, sees_all: SeesAll = nobody,
                  nodes: Sequence[str] = ()) -> None:
         self.connection, self.peers, self.root = connection, Peers(connection), root
         self._spawn, self._sees_all = spawn, sees_all
         self._intake = Intake(self._begin, self._turn_away)
         self._quiet = asyncio.Event()           # none is in flight
         self._quiet.set()
-        self._long = Lane(LONG, 1)
+        self._long = Slots(LONG, 1)
         self._flooding: set[str] = set()        # senders whose calls are refused until they wait for replies
         self.last_call = asyncio.get_running_loop().time()
         self._changes = Changes(self.emit)
         self.registry = Registry(common=(properties := Properties(), introspectable := Introspectable()),
-                                 anywhere=(introspectable, Peer()), nodes=nodes)
+                                 anywhere=(introspectable, PeerInterface()), nodes=nodes)
         self.manager = ObjectManager(self.registry, root)
         properties.registry = introspectable.registry = self.registry
         self._adopt(root, self.manager)
@@ -307,7 +307,7 @@ class Router:
                     await self.connection.send_large(make)
             call.answered = True
         finally:
-            if isinstance(result, Fd):      # the caller has a duplicate, or will never have one
+            if isinstance(result, UnixFd):      # the caller has a duplicate, or will never have one
                 os.close(result)
 
     def _fail(self, call: Call, error: DBusError | CkptError) -> None:

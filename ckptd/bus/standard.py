@@ -27,8 +27,8 @@ NOBODY: Final = Viewer(-1)          # of what is told to several, who all get th
 MACHINE_ID: Final = (Path('/etc/machine-id'), Path('/var/lib/dbus/machine-id'))
 
 
-class Peer(Exported):
-    interface = 'org.freedesktop.DBus.Peer'
+class PeerInterface(Exported):
+    interface = 'org.freedesktop.DBus.PeerInterface'
 
     @method()
     async def Ping(self, call: 'Call') -> None:

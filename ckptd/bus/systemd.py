@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ckptd.bus.client import Client
 from ckptd.bus.connection import PROPERTIES
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.bus.values import to_variant
 from ckptd.errors import CkptError, Unavailable
 from ckptd.jobs.service import Service
@@ -67,7 +67,7 @@ class Systemd:
         where = {'Slice': ('s', service.slice)} if service.slice else {}
         await self._start(service.unit, {
             **TRANSIENT, **where, 'Description': ('s', service.description), 'ExecStart': ('a(sasb)', [command]),
-            'Environment': ('as', environment), 'StandardInputFileDescriptor': ('h', Fd(service.stdin))})
+            'Environment': ('as', environment), 'StandardInputFileDescriptor': ('h', UnixFd(service.stdin))})
 
     async def main_pid(self, unit: str) -> int:
         return int(await self._client.property_(SERVICE, unit_path(unit), UNIT_SERVICE, 'MainPID'))

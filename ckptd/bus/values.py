@@ -11,7 +11,7 @@ negative), Fd h, float d, str s, bytes ay, dict a{sv}, a list by its items (av i
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.bus.wire import SignatureType, Variant, parse_signature
 
 NO_TYPES: Mapping[str, str] = {}
@@ -57,11 +57,11 @@ def is_large(value: Any, most: int) -> bool:
 
 
 def index_fds(value: Any, fds: list[int]) -> Any:
-    """The same value with each Fd in it as its index into `fds`, to which they are added; still an Fd, for its type."""
+    """The same value with each UnixFd in it as its index into `fds`, to which they are added. It stays a UnixFd."""
     match value:
-        case Fd():
+        case UnixFd():
             fds.append(int(value))
-            return Fd(len(fds) - 1)
+            return UnixFd(len(fds) - 1)
         case dict():
             return {key: index_fds(item, fds) for key, item in value.items()}
         case list() | tuple():
@@ -79,7 +79,7 @@ def to_text(value: str) -> str:
 def _guess(value: Any) -> str:
     if isinstance(value, bool):
         return 'b'
-    if isinstance(value, Fd):
+    if isinstance(value, UnixFd):
         return 'h'
     if isinstance(value, int):
         return 't' if value >= 0 else 'x'

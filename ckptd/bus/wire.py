@@ -35,7 +35,7 @@ from dbus_next.message import Message
 from dbus_next.signature import SignatureTree, SignatureType, Variant
 from dbus_next.validators import is_object_path_valid
 
-from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, Fd, Fds, MessageType, ProtocolError
+from ckptd.bus.message import ALLOW_INTERACTIVE, NO_REPLY_EXPECTED, Fds, MessageType, ProtocolError, UnixFd
 from ckptd.errors import LimitsExceeded
 
 __all__ = ['AuthError', 'Message', 'SignatureType', 'Variant', 'is_object_path_valid']
@@ -123,7 +123,7 @@ class _Body(Unmarshaller):
         self.buf, self.endian, self._fds = bytearray(data), endian, fds or Fds()
         self.readers['h'] = self._read_fd
 
-    def _read_fd(self, _: object = None) -> Fd:
+    def _read_fd(self, _: object = None) -> UnixFd:
         return self._fds[self.read_uint32()]
 
     def read_variant(self, _: object = None) -> Any:

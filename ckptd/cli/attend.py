@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.cli.session import Interrupts
 from ckptd.cli.terminal import Terminal
 
@@ -47,7 +47,7 @@ class Attendance:
         if not os.isatty(0):
             return {}
         self._terminal = self._undo.enter_context(Terminal())
-        return {'terminal': Fd(self._terminal.slave)}
+        return {'terminal': UnixFd(self._terminal.slave)}
 
     def begin(self, root: int) -> None:
         """The tree runs, and its root is the process `root`. Again: nothing."""

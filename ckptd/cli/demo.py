@@ -23,7 +23,7 @@ from ckptd.cli.output import Output
 from ckptd.cli.program import run_program
 from ckptd.cli.progress import ProgressBar, ProgressLines
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
-from ckptd.cli.session import LONG, Daemon, Session
+from ckptd.cli.session import LONG, DaemonProxy, Session
 from ckptd.cli.standalone import adopt_orphans, end_with_parent, environment
 from ckptd.cli.tree import draw_tree
 from ckptd.errors import CkptError, Refused, refusal_from
@@ -38,7 +38,7 @@ WIDTH = 118                # where there is no terminal
 class Demo:
     """One run. facts: what --json prints at the end."""
     out: Output
-    daemon: Daemon
+    daemon: DaemonProxy
     directory: Path
     pid: int
     freeze: str

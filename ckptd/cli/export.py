@@ -19,7 +19,7 @@ from ckptd.cli.archive import write_archive
 from ckptd.cli.output import Column
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_bytes
-from ckptd.cli.session import LONG, Daemon, Session
+from ckptd.cli.session import LONG, DaemonProxy, Session
 from ckptd.errors import CkptError, ImageDamaged
 
 COLUMNS = (Column('CORE', style='bold'), Column('SIZE', right=True))
@@ -48,7 +48,7 @@ async def export(session: Session) -> int:
     return 0
 
 
-async def export_to(daemon: Daemon, image: str, directory: Path, *, form: str = 'core', force: bool = False,
+async def export_to(daemon: DaemonProxy, image: str, directory: Path, *, form: str = 'core', force: bool = False,
                     progress: Callable[[str, int], None] = lambda name, done: None) -> list[tuple[str, int]]:
     """Names and sizes of the cores written. Nothing stays of an export that failed."""
     made = await asyncio.to_thread(_make, directory)
@@ -88,7 +88,7 @@ async def _why(call: 'asyncio.Future[None]', unpack: 'asyncio.Future[list[tuple[
             done.result()
 
 
-async def _call(daemon: Daemon, image: str, writer: int, form: str) -> None:
+async def _call(daemon: DaemonProxy, image: str, writer: int, form: str) -> None:
     """Export, and close our copy of the pipe: the stream ends when the daemon's is closed too."""
     try:
         await daemon.image(image, 'Export', 'hsa{sv}', writer, form, {}, seconds=LONG)

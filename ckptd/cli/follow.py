@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptd.cli.progress import Follower
-from ckptd.cli.session import Daemon, Signals
+from ckptd.cli.session import DaemonProxy, Signals
 from ckptd.client.daemon import outcome
 from ckptd.client.events import JobRemoved, Progress, Running, event_of
 from ckptd.errors import Unavailable
@@ -31,7 +31,7 @@ class Order:
     lost: str = 'the tree is released by itself'
 
 
-async def run_job(daemon: Daemon, order: Order, bar: Follower,
+async def run_job(daemon: DaemonProxy, order: Order, bar: Follower,
                   running: Callable[[int], None] = lambda root: None) -> dict[str, Any]:
     """The Result of the job. Raises the job's error; Ctrl-C cancels it and raises Cancelled.
 

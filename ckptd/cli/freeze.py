@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckptd.cli.options import request_options
 from ckptd.cli.quantities import format_count
-from ckptd.cli.session import LONG, Daemon, Session, until_interrupted
+from ckptd.cli.session import LONG, DaemonProxy, Session, until_interrupted
 from ckptd.errors import NoSuchTarget
 
 
@@ -41,7 +41,7 @@ async def thaw(session: Session) -> int:
     return 0
 
 
-async def hold(session: Session, daemon: Daemon, target: str) -> None:
+async def hold(session: Session, daemon: DaemonProxy, target: str) -> None:
     """Wait for Ctrl-C or SIGTERM, then thaw."""
     session.out.note(f'holding {target}; Ctrl-C (or kill -INT {os.getpid()}) thaws it')
     with until_interrupted():

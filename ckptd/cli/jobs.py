@@ -8,7 +8,7 @@ from typing import Any
 from ckptd.bus.names import JOB
 from ckptd.cli.output import Column
 from ckptd.cli.quantities import USEC_PER_SEC, format_timespan
-from ckptd.cli.session import Daemon, Session
+from ckptd.cli.session import DaemonProxy, Session
 from ckptd.errors import CkptError, NoSuchJob
 
 COLUMNS = (Column('JOB', right=True, style='bold'), Column('OPERATION'), Column('TARGET', fold=True), Column('STATE'),
@@ -50,13 +50,13 @@ async def cancel(session: Session) -> int:
     return 0
 
 
-async def _cancel_one(daemon: Daemon, number: int, path: str | None) -> None:
+async def _cancel_one(daemon: DaemonProxy, number: int, path: str | None) -> None:
     if path is None:
         raise NoSuchJob(f'no job {number}')
     await daemon.call(path, JOB, 'Cancel', 'a{sv}', {})
 
 
-async def _details(daemon: Daemon, path: str) -> dict[str, Any]:
+async def _details(daemon: DaemonProxy, path: str) -> dict[str, Any]:
     """What ListJobs leaves out; nothing of a job whose object has gone since."""
     try:
         job = await daemon.job_properties(path)

@@ -10,7 +10,7 @@ from ckptd.bus.names import JOB
 from ckptd.cli.output import Output
 from ckptd.cli.progress import MOVING, PHASES
 from ckptd.cli.quantities import format_bytes
-from ckptd.cli.session import Session, Signal, until_interrupted
+from ckptd.cli.session import ReceivedSignal, Session, until_interrupted
 from ckptd.errors import CkptError
 
 # names of the arguments of each signal, for --json
@@ -37,7 +37,7 @@ async def monitor(session: Session) -> int:
     return 0
 
 
-def as_document(signal: Signal) -> dict[str, Any]:
+def as_document(signal: ReceivedSignal) -> dict[str, Any]:
     """One object per signal: where it came from, and its arguments by name."""
     names = ARGUMENTS.get(signal.member, ())
     if len(names) == len(signal.args):
@@ -58,7 +58,7 @@ class Words:
         self._numbers: dict[str, int] = {}
         self._orders: dict[str, str] = {}
 
-    def of(self, signal: Signal) -> str:
+    def of(self, signal: ReceivedSignal) -> str:
         match signal.member, list(signal.args):
             case 'InterfacesAdded', [str(path), {'org.ckptd1.Job': {'Operation': operation, 'Target': target}}]:
                 self._orders[path] = f'{operation} {target}'.strip()
@@ -79,7 +79,7 @@ class Words:
         return ''
 
 
-def _print(out: Output, signal: Signal, words: str) -> None:
+def _print(out: Output, signal: ReceivedSignal, words: str) -> None:
     if out.json:
         print(json.dumps(as_document(signal)), file=out.stdout, flush=True)
     elif words:

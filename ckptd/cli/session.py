@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptd.bus.client import Signal, Signals, connect
+from ckptd.bus.client import ReceivedSignal, Signals, connect
 from ckptd.bus.message import ALLOW_INTERACTIVE
 from ckptd.cli.output import Output
-from ckptd.client.daemon import LONG, Daemon
+from ckptd.client.daemon import LONG, DaemonProxy
 from ckptd.errors import Unavailable
 
-__all__ = ['LONG', 'Daemon', 'Session', 'Signal', 'Signals', 'until_interrupted']
+__all__ = ['LONG', 'DaemonProxy', 'ReceivedSignal', 'Session', 'Signals', 'until_interrupted']
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Session:
     interrupts: Interrupts = field(default_factory=Interrupts)
 
     @contextlib.asynccontextmanager
-    async def daemon(self) -> AsyncIterator[Daemon]:
+    async def daemon(self) -> AsyncIterator[DaemonProxy]:
         """The daemon that the command line asks for, started for this command with --standalone."""
         if self.args.standalone:
             async with self.private_daemon(self.args.spool) as daemon:
@@ -45,14 +45,14 @@ class Session:
             raise Unavailable(error.message, hint='use --standalone, which brings a bus of its own') from error
         async with client:
             # on a terminal polkit may have somebody asked
-            yield Daemon(client, ALLOW_INTERACTIVE if sys.stdin.isatty() else 0)
+            yield DaemonProxy(client, ALLOW_INTERACTIVE if sys.stdin.isatty() else 0)
 
     @contextlib.asynccontextmanager
-    async def private_daemon(self, spool: str | Path | None) -> AsyncIterator[Daemon]:
+    async def private_daemon(self, spool: str | Path | None) -> AsyncIterator[DaemonProxy]:
         """A bus and a daemon of our own, until the context ends."""
         from ckptd.cli.standalone import private_daemon
         async with private_daemon(spool) as address, await connect(address) as client:
-            yield Daemon(client)
+            yield DaemonProxy(client)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
 from ckptd.bus import client as bus_client
-from ckptd.bus.message import ALLOW_INTERACTIVE, Fd
+from ckptd.bus.message import ALLOW_INTERACTIVE, UnixFd
 from ckptd.bus.names import IMAGE, MANAGER, ROOT, token_path
-from ckptd.client.daemon import LONG, QUICK, Daemon, new_token
+from ckptd.client.daemon import LONG, QUICK, DaemonProxy, new_token
 from ckptd.client.events import Event
 from ckptd.client.hub import Events, Listening
 from ckptd.client.job import Job, Make, R
@@ -50,7 +50,7 @@ async def connect(bus: str = 'system', *, interactive: bool = False) -> AsyncIte
     daemon, the first call says so.
     """
     async with await bus_client.connect(bus) as client:
-        ckptd = Ckptd(Daemon(client, ALLOW_INTERACTIVE if interactive else 0))
+        ckptd = Ckptd(DaemonProxy(client, ALLOW_INTERACTIVE if interactive else 0))
         try:
             yield ckptd
         finally:
@@ -64,7 +64,7 @@ class Ckptd:
     call that is cancelled while it asks for a job takes the job back; a question is worked on until it is answered.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: DaemonProxy) -> None:
         self._daemon = daemon
         self._quick = LONG if daemon.flags & ALLOW_INTERACTIVE else QUICK
         self._listening = Listening(daemon)
@@ -195,7 +195,7 @@ class Ckptd:
 class Image:
     """A published image. id: its name. path: of its object."""
 
-    def __init__(self, ckptd: Ckptd, daemon: Daemon, id: str, path: str) -> None:
+    def __init__(self, ckptd: Ckptd, daemon: DaemonProxy, id: str, path: str) -> None:
         self._ckptd, self._daemon = ckptd, daemon
         self.id, self.path = id, path
 
@@ -259,9 +259,9 @@ class Inhibitor:
 
 
 def _with_terminal(options: RestoreOptions | CheckRestoreOptions) -> dict[str, Any]:
-    """A plain number would be just that; as an Fd it is passed along."""
+    """A plain number would be just that; as an UnixFd it is passed along."""
     terminal = options.get('terminal')
-    return {**options, **({} if terminal is None else {'terminal': Fd(terminal)})}
+    return {**options, **({} if terminal is None else {'terminal': UnixFd(terminal)})}
 
 
 def _checkpointed(result: Mapping[str, Any]) -> CheckpointResult:

@@ -19,7 +19,7 @@ LONG: Final = 24 * 3600.0       # for one whose work is as large as the tree or 
 
 
 @dataclass(frozen=True, slots=True)
-class Daemon:
+class DaemonProxy:
     """ckptd at the other end of a bus connection. Values are plain: no variants, dicts for a{sv}.
 
     flags: of each call, ALLOW_INTERACTIVE where a person may be asked.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from ckptd.bus.client import Signal
+from ckptd.bus.client import ReceivedSignal
 from ckptd.bus.names import JOB, MANAGER
 
 __all__ = ['Event', 'ImageAdded', 'ImageRemoved', 'JobNew', 'JobRemoved', 'PrepareForCheckpoint', 'Progress',
@@ -75,7 +75,7 @@ _OF_MANAGER: Final[Mapping[str, type[Event]]] = {
     kind.__name__: kind for kind in (JobNew, JobRemoved, ImageAdded, ImageRemoved, PrepareForCheckpoint, Restored)}
 
 
-def event_of(signal: Signal) -> Event | None:
+def event_of(signal: ReceivedSignal) -> Event | None:
     """What a signal tells; None for one that this client does not know, as those of a later daemon."""
     if signal.interface == MANAGER and signal.member in _OF_MANAGER:
         return _make(_OF_MANAGER[signal.member], signal.args)

@@ -6,9 +6,9 @@ import contextlib
 from collections import deque
 from typing import Protocol, Self
 
-from ckptd.bus.client import Signal
+from ckptd.bus.client import ReceivedSignal
 from ckptd.bus.names import BUS_NAME
-from ckptd.client.daemon import Daemon
+from ckptd.client.daemon import DaemonProxy
 from ckptd.client.events import Event, event_of
 from ckptd.errors import Unavailable
 
@@ -19,7 +19,7 @@ class Hearer(Protocol):
     """Who listens. left: the daemon has ended; whether who comes after it will do as well. lost: the daemon or the bus
     is gone, there will be nothing more."""
 
-    def hear(self, signal: Signal) -> None: ...
+    def hear(self, signal: ReceivedSignal) -> None: ...
     def left(self) -> bool: ...
     def lost(self, reason: str) -> None: ...
 
@@ -46,7 +46,7 @@ class Hub:
         if hearer in self._hearers:
             self._hearers.remove(hearer)
 
-    def add(self, signal: Signal) -> None:
+    def add(self, signal: ReceivedSignal) -> None:
         for hearer in list(self._hearers):
             hearer.hear(signal)
 
@@ -67,7 +67,7 @@ class Hub:
 class Listening:
     """The hub of a connection, made when it is first wanted, and anew when it is gone."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: DaemonProxy) -> None:
         self._daemon = daemon
         self._hub: Hub | None = None
         self._stack = contextlib.AsyncExitStack()
@@ -118,7 +118,7 @@ class Events:
             await self._news.wait()
         return self._unread.popleft()
 
-    def hear(self, signal: Signal) -> None:
+    def hear(self, signal: ReceivedSignal) -> None:
         event = event_of(signal)
         if event is not None and (not self._kinds or isinstance(event, self._kinds)):
             self._unread.append(event)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Generic, Self, TypeVar
 
 from ckptd.bus import wire
-from ckptd.bus.client import Signal
+from ckptd.bus.client import ReceivedSignal
 from ckptd.bus.message import NO_REPLY_EXPECTED
 from ckptd.bus.names import BUS_NAME, JOB
-from ckptd.client.daemon import Daemon, outcome
+from ckptd.client.daemon import DaemonProxy, outcome
 from ckptd.client.events import JobNew, JobRemoved, Progress, Running, event_of
 from ckptd.client.hub import KEPT, Hub
 from ckptd.client.records import JobStatus, from_properties
@@ -30,7 +30,7 @@ class Job(Generic[R]):
         print((await job.wait()).image)
     """
 
-    def __init__(self, daemon: Daemon, hub: Hub, path: str, make: Make[R], number: int = 0) -> None:
+    def __init__(self, daemon: DaemonProxy, hub: Hub, path: str, make: Make[R], number: int = 0) -> None:
         self.path, self.id, self.root = path, number, 0
         self._daemon, self._hub, self._make = daemon, hub, make
         self._unread: deque[Progress | Running] = deque(maxlen=KEPT)
@@ -73,7 +73,7 @@ class Job(Generic[R]):
 
     # ------------------------------------------------------------ told by the hub and by who made it
 
-    def hear(self, signal: Signal) -> None:
+    def hear(self, signal: ReceivedSignal) -> None:
         """A signal of the daemon, of this job or not."""
         if signal.path == self.path and signal.member == 'PropertiesChanged' and signal.args[0] == JOB:
             self._changed(signal.args[1])

@@ -40,7 +40,7 @@ from ckptd.client.records import (
 )
 from ckptd.errors import Refusal
 
-__all__ = ['Ckptd', 'Events', 'Image', 'Inhibitor', 'Job', 'connect']
+__all__ = ['Inhibitor', 'SyncCkptd', 'SyncEvents', 'SyncImage', 'SyncJob', 'connect']
 
 T = TypeVar('T')
 
@@ -80,28 +80,28 @@ class LoopThread:
 
 
 @contextlib.contextmanager
-def connect(bus: str = 'system', *, interactive: bool = False) -> Iterator['Ckptd']:
+def connect(bus: str = 'system', *, interactive: bool = False) -> Iterator['SyncCkptd']:
     """As ckptd.client.connect."""
     with LoopThread() as thread:
         context = connection.connect(bus, interactive=interactive)
         ckptd = thread.run(_enter(context))
         try:
-            yield Ckptd(thread, ckptd)
+            yield SyncCkptd(thread, ckptd)
         finally:
             thread.run(_leave(context))
 
 
-class Ckptd:
+class SyncCkptd:
     """Made by `connect`; see ckptd.client.Ckptd for what each method does."""
 
     def __init__(self, thread: LoopThread, ckptd: connection.Ckptd) -> None:
         self._thread, self._ckptd = thread, ckptd
 
-    def checkpoint(self, target: str, **options: Unpack[CheckpointOptions]) -> 'Job[CheckpointResult]':
-        return Job(self._thread, self._thread.run(self._ckptd.checkpoint(target, **options)))
+    def checkpoint(self, target: str, **options: Unpack[CheckpointOptions]) -> 'SyncJob[CheckpointResult]':
+        return SyncJob(self._thread, self._thread.run(self._ckptd.checkpoint(target, **options)))
 
-    def checkpoint_process(self, pidfd: int, **options: Unpack[CheckpointOptions]) -> 'Job[CheckpointResult]':
-        return Job(self._thread, self._thread.run(self._ckptd.checkpoint_process(pidfd, **options)))
+    def checkpoint_process(self, pidfd: int, **options: Unpack[CheckpointOptions]) -> 'SyncJob[CheckpointResult]':
+        return SyncJob(self._thread, self._thread.run(self._ckptd.checkpoint_process(pidfd, **options)))
 
     def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Refusal]:
         return self._thread.run(self._ckptd.check(target, freeze=freeze))
@@ -121,8 +121,8 @@ class Ckptd:
     def list_inhibitors(self) -> list[InhibitorInfo]:
         return self._thread.run(self._ckptd.list_inhibitors())
 
-    def restore(self, image: str, **options: Unpack[RestoreOptions]) -> 'Job[RestoreResult]':
-        return Job(self._thread, self._thread.run(self._ckptd.restore(image, **options)))
+    def restore(self, image: str, **options: Unpack[RestoreOptions]) -> 'SyncJob[RestoreResult]':
+        return SyncJob(self._thread, self._thread.run(self._ckptd.restore(image, **options)))
 
     def check_restore(self, image: str, **options: Unpack[CheckRestoreOptions]) -> list[Refusal]:
         return self._thread.run(self._ckptd.check_restore(image, **options))
@@ -130,32 +130,32 @@ class Ckptd:
     def list_images(self) -> list[ImageInfo]:
         return self._thread.run(self._ckptd.list_images())
 
-    def image(self, id: str) -> 'Image':
-        return Image(self._thread, self._thread.run(self._ckptd.image(id)))
+    def image(self, id: str) -> 'SyncImage':
+        return SyncImage(self._thread, self._thread.run(self._ckptd.image(id)))
 
-    def import_image(self, stream: int) -> 'Image':
-        return Image(self._thread, self._thread.run(self._ckptd.import_image(stream)))
+    def import_image(self, stream: int) -> 'SyncImage':
+        return SyncImage(self._thread, self._thread.run(self._ckptd.import_image(stream)))
 
     def list_jobs(self) -> list[JobInfo]:
         return self._thread.run(self._ckptd.list_jobs())
 
-    def job(self, id: int) -> 'Job[AnyResult]':
-        return Job(self._thread, self._thread.run(self._ckptd.job(id)))
+    def job(self, id: int) -> 'SyncJob[AnyResult]':
+        return SyncJob(self._thread, self._thread.run(self._ckptd.job(id)))
 
     def info(self) -> ManagerInfo:
         return self._thread.run(self._ckptd.info())
 
     @contextlib.contextmanager
-    def events(self, *kinds: type[Event]) -> Iterator['Events']:
+    def events(self, *kinds: type[Event]) -> Iterator['SyncEvents']:
         context = self._ckptd.events(*kinds)
-        events = Events(self._thread, self._thread.run(_enter(context)))
+        events = SyncEvents(self._thread, self._thread.run(_enter(context)))
         try:
             yield events
         finally:
             self._thread.run(_leave(context))
 
 
-class Job(Generic[R]):
+class SyncJob(Generic[R]):
     """As ckptd.client.Job: `for event in job: ...`, then `job.wait()`."""
 
     def __init__(self, thread: LoopThread, job: AsyncJob[R]) -> None:
@@ -193,7 +193,7 @@ class Job(Generic[R]):
             raise StopIteration from None
 
 
-class Image:
+class SyncImage:
     """As ckptd.client.Image."""
 
     def __init__(self, thread: LoopThread, image: connection.Image) -> None:
@@ -225,14 +225,14 @@ class Image:
     def open(self) -> int:
         return self._thread.run(self._image.open())
 
-    def restore(self, **options: Unpack[RestoreOptions]) -> Job[RestoreResult]:
-        return Job(self._thread, self._thread.run(self._image.restore(**options)))
+    def restore(self, **options: Unpack[RestoreOptions]) -> SyncJob[RestoreResult]:
+        return SyncJob(self._thread, self._thread.run(self._image.restore(**options)))
 
     def check_restore(self, **options: Unpack[CheckRestoreOptions]) -> list[Refusal]:
         return self._thread.run(self._image.check_restore(**options))
 
 
-class Events:
+class SyncEvents:
     """As ckptd.client.Events: `for event in events`."""
 
     def __init__(self, thread: LoopThread, events: AsyncEvents) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ckptd.dump.save_files import SavedFiles
 from ckptd.dump.sharing import Sharing
-from ckptd.dump.vmas import Objects
+from ckptd.dump.vmas import MappingObjects
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
@@ -21,7 +21,7 @@ class _Content:
     """Bulk bytes go to the data part, and so do named files that are to be saved; shared memory goes with the address
     spaces that map it."""
 
-    def __init__(self, data: DataWriter, objects: Objects, saved: SavedFiles) -> None:
+    def __init__(self, data: DataWriter, objects: MappingObjects, saved: SavedFiles) -> None:
         self._data, self._objects = data, objects
         self.written, self.reads, self.save = saved.written, saved.reads, saved.save
 
@@ -36,14 +36,14 @@ class FileDump:
     """Descriptions and tables of a tree. ids: vpid (of a task or a group) by pid, for the owners of signals.
     save_limit: bytes of named files to keep."""
 
-    def __init__(self, data: DataWriter, objects: Objects, ids: Mapping[int, int], save_limit: int = 0) -> None:
+    def __init__(self, data: DataWriter, objects: MappingObjects, ids: Mapping[int, int], save_limit: int = 0) -> None:
         self.saved = SavedFiles(data, save_limit)
         self._content = _Content(data, objects, self.saved)
         self._ids = ids
         # who has the same flags, position and inode may have the same description; kcmp(2) tells
         self._sharing = Sharing[tuple[int, int]](lambda a, b: kcmp_file(*a, *b))
         self._holders: dict[int, list[OpenFile]] = {}
-        self._files: list[records.OpenFile] = []
+        self._files: list[records.SavedFile] = []
         self._tables: list[records.FdTable] = []
 
     def enter(self, files_id: int, files: Iterable[OpenFile]) -> None:
@@ -65,13 +65,13 @@ class FileDump:
             self._files.append(self._describe(file_id, holders))
         self._holders.clear()
 
-    def _describe(self, file_id: int, holders: Sequence[OpenFile]) -> records.OpenFile:
+    def _describe(self, file_id: int, holders: Sequence[OpenFile]) -> records.SavedFile:
         file = replace(holders[0], holders=tuple((other.tid, other.fd) for other in holders[1:]))
         kind, owner = kind_of(file), file.owner()
         data = kind.dump(file, self._content).encode()
-        return records.OpenFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
-                                file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
-                                data, owner.uid, owner.euid)
+        return records.SavedFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
+                                 file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
+                                 data, owner.uid, owner.euid)
 
     def records(self) -> Iterator[Record]:
         """Everything for files.img."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from ckptd.dump.copy import Copier, part_of
-from ckptd.dump.remote_state import Answers
-from ckptd.dump.vmas import MAP_PRIVATE, Objects, Shared, View, mapped_path, vma_record
+from ckptd.dump.remote_state import RemoteState
+from ckptd.dump.vmas import MAP_PRIVATE, MappingObjects, Shared, View, mapped_path, vma_record
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import page_runs
@@ -43,13 +43,14 @@ class MemoryDump:
     """All address spaces and shared objects of a tree: `add` each, then `scan`, `copy`, `records`."""
 
     def __init__(self) -> None:
-        self.objects = Objects()
+        self.objects = MappingObjects()
         self._spaces: dict[int, _Space] = {}
         self._shared: list[Record] = []
         self.pages_scanned = 0
         self.pages_written = 0
 
-    def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, answers: Answers, origin: int) -> None:
+    def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, answers: RemoteState,
+            origin: int) -> None:
         """Enter an address space, once. origin: the mm_id of the parent or a sibling, a smaller one, or 0."""
         if mm_id in self._spaces:
             return

@@ -153,7 +153,7 @@ def _ask_timers(remote: Remote, tracee: Tracee, ids: OwnIds, timer_ids: Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class RemoteState:
     """Of one process; threads by tid."""
     threads: dict[int, ThreadAnswers]
     process: ProcessAnswers
@@ -161,7 +161,7 @@ class Answers:
     lock_future: int
 
 
-def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Steps[Answers]:
+def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Steps[RemoteState]:
     """Ask all stopped threads of one process; the first one speaks for the process. They end as they were."""
     first, ids = threads[0]
     remote = Remote(first, ids, mappings)
@@ -178,8 +178,8 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
         finish(remote.close())
         raise
     yield from remote.close()
-    return Answers(answers, _PROCESS.answers(results), list(zip(timers, timer_answers, strict=True)),
-                   lock_future)
+    return RemoteState(answers, _PROCESS.answers(results), list(zip(timers, timer_answers, strict=True)),
+                       lock_future)
 
 
 def _lock_future(tracee: Tracee, area: int) -> int:

@@ -12,7 +12,7 @@ would go on with the rest, which is what it wants where the loop only sees to EI
 from collections.abc import Mapping
 from contextlib import suppress
 
-from ckptd.dump.waits import Notes, Wait, set_timeout, wait_of
+from ckptd.dump.waits import Wait, WaitNotes, set_timeout, wait_of
 from ckptd.faults import fault
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
@@ -20,7 +20,7 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.timens import host_monotonic_ns
 
 
-def issue_again(tracees: Mapping[int, Tracee], notes: Notes) -> dict[int, Wait]:
+def issue_again(tracees: Mapping[int, Tracee], notes: WaitNotes) -> dict[int, Wait]:
     """Do so for every stopped thread, unless a signal is about to run its handler: then EINTR is what it must see.
     Returns those whose call has a timeout, by tid."""
     waits = {}

@@ -19,31 +19,30 @@ from ckptd.dump.deaths import Deaths
 from ckptd.dump.resume import issue_again, wait_on
 from ckptd.dump.seize import seize_all
 from ckptd.dump.tree import Dump
-from ckptd.dump.waits import Notes, note_waits
+from ckptd.dump.waits import WaitNotes, note_waits
 from ckptd.errors import Refusal, TreeChanged
 from ckptd.faults import fault
-from ckptd.freezer import Frozen
+from ckptd.freezer import FrozenTree
 from ckptd.freezer.groups import read_cgroups
 from ckptd.image import manifest as manifests
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
-from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Handles, scan_tree
 from ckptd.kernel.creds import CAP_SYS_PTRACE, give_up_capability
 from ckptd.kernel.task import boot_id
-from ckptd.kernel.timens import Clocks
+from ckptd.kernel.timens import ClockReadings
 from ckptd.kernel.yama import CAPABLE, ptrace_scope
 from ckptd.operation.clock import Clock
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import Patience, dying_patience
-from ckptd.protocol.messages import Frozen as FrozenMessage
-from ckptd.protocol.messages import first_rows
+from ckptd.protocol.messages import Frozen, first_rows
 from ckptd.tree import Tree
 
 SIGKILL = 9
 
 
-def checkpoint(job: Job) -> None:
+def checkpoint(job: JobContext) -> None:
     """Dump the tree, publish the image, leave the tree as `request.after` says, tell the daemon."""
     Checkpoint(job).run()
 
@@ -51,7 +50,7 @@ def checkpoint(job: Job) -> None:
 class Checkpoint:
     """A checkpoint, phase by phase."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: JobContext) -> None:
         self._job, self._request, self._channel = job, job.request, job.channel
         self._clock = Clock()
         self._warnings: list[Refusal] = []
@@ -80,7 +79,7 @@ class Checkpoint:
             manifest = self._publish(writer, dump, frozen)
             self._finish(frozen, manifest, deaths.handles)
 
-    def _dump(self, frozen: Frozen, cgroups: Mapping[int, str], notes: Notes, writer: ImageWriter,
+    def _dump(self, frozen: FrozenTree, cgroups: Mapping[int, str], notes: WaitNotes, writer: ImageWriter,
               deaths: Deaths) -> Dump:
         """Everything that needs the tree to stand still."""
         fault('frozen')
@@ -123,7 +122,7 @@ class Checkpoint:
         if lent and (is_read or ptrace_scope() != CAPABLE):
             give_up_capability(CAP_SYS_PTRACE)
 
-    def _rescan(self, frozen: Frozen, picture: Picture) -> Tree:
+    def _rescan(self, frozen: FrozenTree, picture: ProcCache) -> Tree:
         """The tree once more, now that nothing moves: the same tasks, and every check again."""
         tree = frozen.rescan()
         changes = frozen.tree.changes(tree)
@@ -133,14 +132,14 @@ class Checkpoint:
         fault('rescanned')
         return tree
 
-    def _release(self, frozen: Frozen) -> None:
+    def _release(self, frozen: FrozenTree) -> None:
         self._channel.phase('release')
         frozen.restore()
         fault('restored')
         frozen.close()
         fault('released')
 
-    def _publish(self, writer: ImageWriter, dump: Dump, frozen: Frozen) -> Manifest:
+    def _publish(self, writer: ImageWriter, dump: Dump, frozen: FrozenTree) -> Manifest:
         self._channel.phase('write')
         with self._clock.measure('memwrite'):
             dump.write(writer)
@@ -163,7 +162,7 @@ class Checkpoint:
 
         writer.seal(on_bytes)
 
-    def _manifest(self, dump: Dump, frozen: Frozen) -> Manifest:
+    def _manifest(self, dump: Dump, frozen: FrozenTree) -> Manifest:
         request, tree = self._request, dump.tree
         statistics = Statistics(
             freezing_time=self._clock.usec('freezing'), frozen_time=self._clock.usec('frozen'),
@@ -177,7 +176,7 @@ class Checkpoint:
             warnings=tuple(self._warnings),
             own_pidns=dump.own_pidns)
 
-    def _finish(self, frozen: Frozen, manifest: Manifest, handles: Handles) -> None:
+    def _finish(self, frozen: FrozenTree, manifest: Manifest, handles: Handles) -> None:
         after = self._request.after
         if after == 'kill':
             self._channel.phase('release')
@@ -185,13 +184,13 @@ class Checkpoint:
         elif after == 'freeze':
             self._channel.phase('release')
             hold(frozen)
-            self._channel.send(FrozenMessage(self._request.target, len(frozen.tree), frozen.mode))
+            self._channel.send(Frozen(self._request.target, len(frozen.tree), frozen.mode))
         self._channel.finish('', (), summary(manifest))
         if after == 'freeze':
             self._channel.wait_thaw()
 
 
-def _clocks(clocks: Clocks | None) -> manifests.Clocks:
+def _clocks(clocks: ClockReadings | None) -> manifests.Clocks:
     if clocks is None:
         return manifests.Clocks()
     return manifests.Clocks(monotonic=clocks.monotonic, boottime=clocks.boottime,
@@ -206,14 +205,14 @@ def summary(manifest: Manifest) -> dict[str, object]:
             'warnings': first_rows(manifest.warnings), **numbers}
 
 
-def hold(frozen: Frozen) -> None:
+def hold(frozen: FrozenTree) -> None:
     """Leave the tree frozen. Where a cgroup holds it, the tracees are let go: a debugger may want them."""
     frozen.hold()
     if frozen.mode != 'ptrace':
         frozen.let_go()
 
 
-def kill(frozen: Frozen, handles: Handles) -> None:
+def kill(frozen: FrozenTree, handles: Handles) -> None:
     """End every process of the tree at once, and see it dead. Parents outside get to know as of any death."""
     frozen.condemn()
     alive = frozen.tree.alive()

@@ -9,7 +9,7 @@ from ckptd.image.files import spooling
 from ckptd.image.pages import DataWriter
 from ckptd.kernel.copyrange import copy_range
 from ckptd.objects.files.base import OpenFile
-from ckptd.objects.files.content import Segment, data_ranges, open_quietly
+from ckptd.objects.files.content import ContentSegment, data_ranges, open_quietly
 
 Inode = tuple[int, int]
 
@@ -32,7 +32,7 @@ class SavedFiles:
         self._room = limit
         self._written: set[Inode] = set()
         self._read: dict[Inode, OpenFile] = {}      # a description that is open for reading, of those that have one
-        self._done: dict[Inode, tuple[Segment, ...] | None] = {}
+        self._done: dict[Inode, tuple[ContentSegment, ...] | None] = {}
         self.unsaved: list[Unsaved] = []
 
     def enter(self, file: OpenFile) -> None:
@@ -60,7 +60,7 @@ class SavedFiles:
             self.unsaved.append(Unsaved(file, 'EACCES', 'may be written, and not be read'))
         return False
 
-    def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
+    def save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
         """The data of a file; None, with the reason in `unsaved`, where it is not kept. SpoolFailed."""
         if not self._limit:
             return None
@@ -73,7 +73,7 @@ class SavedFiles:
                 self.unsaved.append(Unsaved(file, 'EACCES', 'may not be read'))
         return self._done[key]
 
-    def _save(self, file: OpenFile) -> tuple[Segment, ...] | None:
+    def _save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
         with self._reading(file) as fd:
             ranges = list(data_ranges(fd, file.stat.st_size))
             size = sum(end - start for start, end in ranges)
@@ -96,11 +96,11 @@ class SavedFiles:
                 fd = stack.enter_context(self._read[_inode(file)].duplicate())
             yield fd
 
-    def _copy(self, fd: int, start: int, end: int) -> Segment:
+    def _copy(self, fd: int, start: int, end: int) -> ContentSegment:
         extent = self._data.reserve(end - start)
         with spooling(self._data.path):
             copy_range(fd, start, end - start, self._data.fileno(), extent.offset)
-        return Segment(start, extent)
+        return ContentSegment(start, extent)
 
 
 def _inode(file: OpenFile) -> Inode:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ckptd.dump.resume import has_signal
-from ckptd.dump.waits import Notes
+from ckptd.dump.waits import WaitNotes
 from ckptd.faults import fault
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
@@ -212,7 +212,7 @@ class _Measurement:
 
 # ---------------------------------------------------------------- records
 
-def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: Notes) -> SleepLeft:
+def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: WaitNotes) -> SleepLeft:
     """The record. clocks: what each clock said at the time of the dump, nanoseconds."""
     clock = sleep.clock & _U32
     if sleep.endless:
@@ -227,7 +227,7 @@ def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: Notes)
     return SleepLeft(vpid, sleep.number, min(left, ENDLESS - 1), clock, 0)
 
 
-def _left_by_arguments(sleep: Sleep, mem: Mem, clocks: Mapping[int, int], notes: Notes) -> int:
+def _left_by_arguments(sleep: Sleep, mem: Mem, clocks: Mapping[int, int], notes: WaitNotes) -> int:
     """Time that is left by the arguments of the call: the remaining time that the kernel has written, if the program
     asked for it; else the timeout, less the time since the task was seen to sleep."""
     number, regs = sleep.number, sleep.regs

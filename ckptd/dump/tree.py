@@ -22,19 +22,19 @@ from ckptd.dump.memory import MemoryDump
 from ckptd.dump.remote_state import ThreadAnswers, ask
 from ckptd.dump.sharing import TaskSharing
 from ckptd.dump.sleeps import find_sleeps, sleep_left
-from ckptd.dump.waits import Notes, Wait
+from ckptd.dump.waits import Wait, WaitNotes
 from ckptd.errors import NotSupported, Refusal, TreeChanged
 from ckptd.faults import fault
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.writer import ImageWriter
-from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import Status
-from ckptd.kernel.timens import Clocks
+from ckptd.kernel.timens import ClockReadings
 from ckptd.operation.timers import Timers
 from ckptd.remote.borrow import OwnIds
 from ckptd.remote.interleave import Steps, interleave
@@ -61,8 +61,8 @@ class Dump:
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
 
-    def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: Picture, cgroups: Mapping[int, str],
-                 notes: Notes, waits: Mapping[int, Wait], data: DataWriter, report: Report, timers: Timers,
+    def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: ProcCache, cgroups: Mapping[int, str],
+                 notes: WaitNotes, waits: Mapping[int, Wait], data: DataWriter, report: Report, timers: Timers,
                  save_limit: int = 0) -> None:
         self.tree, self._picture = tree, picture
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
@@ -76,7 +76,7 @@ class Dump:
         self._asked: set[int] = set()
         self._siblings: dict[int, int] = {}         # by tid of the parent: mm of the first child
         self._done = 0
-        self.clocks: Clocks | None = None
+        self.clocks: ClockReadings | None = None
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
         self._memory = MemoryDump()
@@ -117,7 +117,7 @@ class Dump:
             processes.setdefault(task.tgid, []).append(task)
         interleave(self._process(threads) for threads in processes.values())
         self._files.describe()
-        self.clocks = clocks = Clocks.read(self.tree.root.tid)
+        self.clocks = clocks = ClockReadings.read(self.tree.root.tid)
         namespaces = state.namespaces(self.tree.root)
         self.own_pidns = namespaces.own_pidns
         self._tree_records += [state.header(self.tree, len(processes)), namespaces, *state.task_ids(self.tree)]
@@ -140,9 +140,9 @@ class Dump:
         self._done += len(threads)
         self._report(self._done, len(self.tree), 0, 0)
 
-    def _task(self, task: Task) -> records.Task:
+    def _task(self, task: Task) -> records.TaskRecord:
         tracee, ids = self._tracees.get(task.tid), self._ids.get(task.tid, _Ids())
-        return records.Task(
+        return records.TaskRecord(
             task.vtid, self._vtids.get(task.parent_tid, 0), task.comm, self._state(task, tracee),
             self._exit_codes.get(task.tid, task.exit_code) & _U32,
             task.exit_signal & _U32, tracee.stop_signal if tracee else 0, task.flags, ids.mm, ids.files, ids.fs,

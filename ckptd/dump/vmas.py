@@ -85,7 +85,7 @@ class Shared:
         return max((view.mapping.offset + view.mapping.size for view in self.views), default=0)
 
 
-class Objects:
+class MappingObjects:
     """Backings (mapped files) and shared objects of a tree, each once."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ def mapped_path(view: View) -> str:
     return map_file(view.tid, view.mapping) if view.mapping.size else f'/proc/{view.tid}/exe'
 
 
-def vma_record(mm_id: int, tid: int, mapping: Mapping, objects: Objects) -> records.Vma:
+def vma_record(mm_id: int, tid: int, mapping: Mapping, objects: MappingObjects) -> records.Vma:
     """The record of one mapping; its file or shared object is entered in `objects`."""
     kind, number = _classify(View(tid, mapping), objects)
     protection = mapping.read | mapping.write << 1 | mapping.execute << 2
@@ -178,7 +178,7 @@ def vma_record(mm_id: int, tid: int, mapping: Mapping, objects: Objects) -> reco
                        locked, ' '.join(sorted(mapping.vm_flags)), _name(mapping), mapping.pkey)
 
 
-def _classify(view: View, objects: Objects) -> tuple[int, int]:
+def _classify(view: View, objects: MappingObjects) -> tuple[int, int]:
     mapping = view.mapping
     if mapping.path in _SPECIAL:
         return _SPECIAL[mapping.path], 0

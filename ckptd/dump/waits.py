@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from ckptd.image.records import SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.blocked import Call, cpu_clocks, read_call, read_last_run
+from ckptd.kernel.blocked import BlockedCall, cpu_clocks, read_call, read_last_run
 from ckptd.kernel.memory import Mem
 from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.tree import Task
@@ -38,22 +38,22 @@ _ALIKE = 10_000_000         # ns: of timers so near each other any will do
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class WaitNote:
     """A blocked thread. begun: CLOCK_MONOTONIC, nanoseconds; perhaps too late, never too early."""
-    call: Call
+    call: BlockedCall
     begun: int
 
 
 @dataclass(slots=True)
-class Notes:
+class WaitNotes:
     """By tid. ends: of all timers, None where they may not be read."""
-    notes: dict[int, Note] = field(default_factory=dict)
+    notes: dict[int, WaitNote] = field(default_factory=dict)
     ends: Counter[End] | None = None
 
     def begun(self, tid: int, regs: arch.user_regs_struct) -> int | None:
         """When the call began in which the thread was stopped; None where that is not known."""
         note = self.notes.get(tid)
-        same = note and note.call == Call(regs.orig_rax, tuple(getattr(regs, name) for name in _ARGUMENTS))
+        same = note and note.call == BlockedCall(regs.orig_rax, tuple(getattr(regs, name) for name in _ARGUMENTS))
         return note.begun if note and same else None
 
 
@@ -74,9 +74,9 @@ class Wait:
         return SleepLeft(vpid, self.number, left, time.CLOCK_MONOTONIC, int(self.exact))
 
 
-def note_waits(tasks: Iterable[Task]) -> Notes:
+def note_waits(tasks: Iterable[Task]) -> WaitNotes:
     """Of those that live. What dies or moves meanwhile is not noted."""
-    notes = Notes()
+    notes = WaitNotes()
     readable = _read_ends() is not None
     # the others have a restart block, see sleeps.py, that tells more where the list can be read
     wanted = _NEVER_RESTARTED if readable else _NEVER_RESTARTED | _RESTARTED
@@ -91,7 +91,7 @@ def note_waits(tasks: Iterable[Task]) -> Notes:
                 continue
             begun = clocks.monotonic(run) if run else None
             if begun is not None:
-                notes.notes[task.tid] = Note(call, begun)
+                notes.notes[task.tid] = WaitNote(call, begun)
     notes.ends = _read_ends() if notes.notes else None
     return notes
 
@@ -120,7 +120,7 @@ def timeout_of(tid: int, regs: arch.user_regs_struct) -> int | None:
     return int(seconds * 10**9 + nanoseconds)
 
 
-def wait_of(tid: int, regs: arch.user_regs_struct, notes: Notes, now: int) -> Wait | None:
+def wait_of(tid: int, regs: arch.user_regs_struct, notes: WaitNotes, now: int) -> Wait | None:
     """The wait of a stopped thread; None where it has no timeout. now: CLOCK_MONOTONIC. One that was not noted began
     since: its end is then the latest that it can be."""
     whole, number = timeout_of(tid, regs), int(regs.orig_rax)

@@ -23,25 +23,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckptd.errors import CkptError, NotSupported, Refused
-from ckptd.freezer.base import CannotFreezeError, Frozen, Goal, Terms, nothing_to_check, refuse_own_tree
+from ckptd.freezer.base import (
+    CannotFreezeError,
+    FreezeRequest,
+    FreezeTarget,
+    FrozenTree,
+    nothing_to_check,
+    refuse_own_tree,
+)
 from ckptd.freezer.caller import check_frozen
 from ckptd.freezer.groups import CgroupFrozen
 from ckptd.freezer.traced import TracedFrozen
 from ckptd.freezer.units import UnitFrozen
-from ckptd.journal.hands import FaultPoint, Hands, UnitCall, no_fault
+from ckptd.journal.hands import Actions, FaultPoint, UnitCall, no_fault
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.tree import Tree
 
-__all__ = ['Frozen', 'close_after', 'freeze']
+__all__ = ['FrozenTree', 'close_after', 'freeze']
 
 
 @contextmanager
-def freeze(tree: Tree, target: Goal, mode: str, deadline: float, journal: Journal, rescan: Callable[[], Tree], *,
+def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal: Journal, rescan: Callable[[], Tree],
+           *,
            job: int = 0, freeze_unit: UnitCall | None = None, thaw_unit: UnitCall | None = None,
            also: int | None = None, check: Callable[[], None] = nothing_to_check, remote_calls: bool = True,
-           traced: bool = True, at: FaultPoint = no_fault) -> Iterator[Frozen]:
+           traced: bool = True, at: FaultPoint = no_fault) -> Iterator[FrozenTree]:
     """A tree at rest for the time of the block; base.Terms says what the arguments are.
 
     freeze_unit and thaw_unit are None where no systemd can be asked. traced: stop the tree by ptrace where nothing else
@@ -49,8 +57,8 @@ def freeze(tree: Tree, target: Goal, mode: str, deadline: float, journal: Journa
     rest; NotFrozen, NotSupported, TreeChanged, PermissionDenied, Cancelled. Nothing is left changed by any of them.
     """
     refuse_own_tree(tree)
-    hands = Hands(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
-    terms = Terms(target, deadline, journal, hands, rescan, job, also, check, remote_calls, at)
+    hands = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    terms = FreezeRequest(target, deadline, journal, hands, rescan, job, also, check, remote_calls, at)
     frozen = _first_that_can(_freezers(tree, mode, terms, traced=traced), tree, terms)
     try:
         yield frozen
@@ -60,7 +68,7 @@ def freeze(tree: Tree, target: Goal, mode: str, deadline: float, journal: Journa
     frozen.close()
 
 
-def _freezers(tree: Tree, mode: str, terms: Terms, *, traced: bool) -> list[type[Frozen]]:
+def _freezers(tree: Tree, mode: str, terms: FreezeRequest, *, traced: bool) -> list[type[FrozenTree]]:
     """What may bring the tree to rest in this mode, the best first."""
     match mode:
         case 'caller':
@@ -71,20 +79,20 @@ def _freezers(tree: Tree, mode: str, terms: Terms, *, traced: bool) -> list[type
             return [CgroupFrozen]
         case 'ptrace':
             return [TracedFrozen]
-    with_unit: list[type[Frozen]] = [UnitFrozen] if terms.target.unit and terms.hands.freeze_unit else []
+    with_unit: list[type[FrozenTree]] = [UnitFrozen] if terms.target.unit and terms.hands.freeze_unit else []
     return [*with_unit, CgroupFrozen, *([TracedFrozen] if traced else [])]
 
 
-def _for_caller(tree: Tree, terms: Terms) -> list[type[Frozen]]:
+def _for_caller(tree: Tree, terms: FreezeRequest) -> list[type[FrozenTree]]:
     refusals = check_frozen(tree, terms.hands)
     if refusals:
         raise Refused.because(refusals, 'freeze')
     # frozen by a cgroup, the tree runs no remote system call: it has to move to a frozen cgroup that may be thawed
     stopped = all(task.state in 'TtZX' for task in tree)
-    return [Frozen] if stopped or not terms.remote_calls else [CgroupFrozen]
+    return [FrozenTree] if stopped or not terms.remote_calls else [CgroupFrozen]
 
 
-def _first_that_can(freezers: list[type[Frozen]], tree: Tree, terms: Terms) -> Frozen:
+def _first_that_can(freezers: list[type[FrozenTree]], tree: Tree, terms: FreezeRequest) -> FrozenTree:
     reasons: list[str] = []
     for freezer in freezers:
         frozen = freezer(tree, terms)
@@ -101,7 +109,7 @@ def _first_that_can(freezers: list[type[Frozen]], tree: Tree, terms: Terms) -> F
     raise NotSupported(f'{terms.target.description} cannot be frozen: {"; ".join(reasons)}', phase='freeze')
 
 
-def close_after(frozen: Frozen, error: BaseException) -> None:
+def close_after(frozen: FrozenTree, error: BaseException) -> None:
     """Undo after a failure; what cannot be undone is told along with the failure, and is left to a recovery."""
     try:
         frozen.close()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from ckptd.errors import CkptError, FreezeTimeout, InvalidArgument, Refusal
-from ckptd.journal.entry import Entry
-from ckptd.journal.hands import FaultPoint, Hands, describe, undo_all
+from ckptd.journal.entry import JournalEntry
+from ckptd.journal.hands import Actions, FaultPoint, describe, undo_all
 from ckptd.journal.steps import AnyStep, EndProcesses, FreezeCgroup, FreezeUnit, Known
 from ckptd.journal.store import Journal
 from ckptd.kernel.ptrace import Tracee, let_go
@@ -22,7 +22,7 @@ RESTING = ('do_freezer_trap', 'get_signal', 'ptrace_stop', 'do_signal_stop', 'ke
 MAX_NAMED = 64              # tasks that an error names
 
 
-class Goal(Protocol):
+class FreezeTarget(Protocol):
     """The fields of inspect.scan.Target that a freezer needs. cgroup: the tree is everything in it, if not None."""
     @property
     def cgroup(self) -> str | None: ...
@@ -33,7 +33,7 @@ class Goal(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class FreezeRequest:
     """The parameters of a freeze.
 
     deadline: of time.monotonic(). journal: None where there are tracees to let go of and nothing else. rescan: scans
@@ -42,10 +42,10 @@ class Terms:
     remote_calls: the tree must be able to run for its tracer (let_run), so no cgroup that was found frozen may hold it.
     at: called with the name of each fault point.
     """
-    target: Goal
+    target: FreezeTarget
     deadline: float
     journal: Journal | None
-    hands: Hands
+    hands: Actions
     rescan: Callable[[], Tree]
     job: int
     also: int | None
@@ -64,7 +64,7 @@ class CannotFreezeError(Exception):
     """This freezer cannot, another one may. Says why; nothing is left changed."""
 
 
-class Frozen:
+class FrozenTree:
     """A tree at rest, and what it takes to bring back the state that was found. This one was at rest already.
 
         tree        as scanned last, with every task at rest
@@ -79,11 +79,11 @@ class Frozen:
     """
     mode: str = 'caller'
 
-    def __init__(self, tree: Tree, terms: Terms) -> None:
+    def __init__(self, tree: Tree, terms: FreezeRequest) -> None:
         self.tree = tree
         self.tracees: dict[int, Tracee] = {}
         self._terms = terms
-        self._entry: Entry | None = None
+        self._entry: JournalEntry | None = None
 
     @property
     def moved(self) -> bool:
@@ -125,7 +125,7 @@ class Frozen:
 
         A worker that is an ordinary user and freezes by ptrace has no journal, and writes nothing.
         """
-        Frozen.hold(self)       # what is stopped need not be waited for
+        FrozenTree.hold(self)       # what is stopped need not be waited for
         self._write_end()
 
     def restore(self) -> None:
@@ -152,7 +152,7 @@ class Frozen:
 
     # ------------------------------------------------------------ for freezers
 
-    def _journal(self) -> Entry:
+    def _journal(self) -> JournalEntry:
         if self._entry is None:
             terms = self._terms
             if terms.journal is None:

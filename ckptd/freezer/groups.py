@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 
 from ckptd.errors import TreeChanged
-from ckptd.freezer.base import CannotFreezeError, Frozen, Terms, restless, timed_out
+from ckptd.freezer.base import CannotFreezeError, FreezeRequest, FrozenTree, restless, timed_out
 from ckptd.inspect.scan import scan_tree
-from ckptd.journal.hands import Hands
+from ckptd.journal.hands import Actions
 from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Tree
@@ -27,11 +27,11 @@ from ckptd.tree import Tree
 ROUNDS = 64                 # of moving what was born outside meanwhile
 
 
-class CgroupFrozen(Frozen):
+class CgroupFrozen(FrozenTree):
     """Frozen through cgroup.freeze."""
     mode = 'cgroup'
 
-    def __init__(self, tree: Tree, terms: Terms) -> None:
+    def __init__(self, tree: Tree, terms: FreezeRequest) -> None:
         super().__init__(tree, terms)
         self._cgroup = ''
         self._moves = False
@@ -174,7 +174,7 @@ def ways_up(name: str) -> Iterator[str]:
     yield from map(str, (path, *path.parents))
 
 
-def topmost_frozen(hands: Hands, name: str) -> str:
+def topmost_frozen(hands: Actions, name: str) -> str:
     """Of this cgroup and those above it the highest whose cgroup.freeze is 1; '' if none is."""
     frozen = ''
     for above in ways_up(name):

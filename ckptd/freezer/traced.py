@@ -9,7 +9,7 @@ import os
 import time
 
 from ckptd.errors import PermissionDenied, TreeChanged
-from ckptd.freezer.base import CannotFreezeError, Frozen, timed_out
+from ckptd.freezer.base import CannotFreezeError, FrozenTree, timed_out
 from ckptd.freezer.groups import read_places, topmost_frozen
 from ckptd.inspect.scan import is_alive
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
@@ -21,7 +21,7 @@ from ckptd.tree import Task
 ROUNDS = 64                 # of seizing what was born meanwhile
 
 
-class TracedFrozen(Frozen):
+class TracedFrozen(FrozenTree):
     """Frozen by ptrace: `tracees` has every living thread of `tree`, and a dump works with these."""
     mode = 'ptrace'
 

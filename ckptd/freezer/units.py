@@ -3,7 +3,7 @@
 and its watchdog kills a unit that was frozen behind its back."""
 
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument
-from ckptd.freezer.base import CannotFreezeError, Terms
+from ckptd.freezer.base import CannotFreezeError, FreezeRequest
 from ckptd.freezer.groups import CgroupFrozen, read_places, topmost_frozen
 from ckptd.journal.steps import FreezeUnit, ThawUnit
 from ckptd.tree import Tree
@@ -13,7 +13,7 @@ class UnitFrozen(CgroupFrozen):
     """Frozen through FreezeUnit. A unit that was found frozen is thawed by let_run only, and then frozen again."""
     mode = 'unit'
 
-    def __init__(self, tree: Tree, terms: Terms) -> None:
+    def __init__(self, tree: Tree, terms: FreezeRequest) -> None:
         super().__init__(tree, terms)
         if terms.target.unit is None or terms.target.cgroup is None:
             raise InvalidArgument(f'{terms.target.description} is not a unit', hint='freeze=unit needs a unit name')

@@ -13,7 +13,7 @@ _TYPES = {stat.S_IFREG: 'regular file', stat.S_IFDIR: 'directory', stat.S_IFCHR:
           stat.S_IFBLK: 'block device', stat.S_IFIFO: 'FIFO', stat.S_IFSOCK: 'socket', stat.S_IFLNK: 'link'}
 
 
-class Identity(NamedTuple):
+class FileIdentity(NamedTuple):
     """What an image keeps of a file. mode: st_mode. mtime: nanoseconds. A device number is not in it: it changes from
     boot to boot. made_up: the file system makes the content, so that size, time and inode say nothing."""
     mode: int
@@ -23,11 +23,11 @@ class Identity(NamedTuple):
     made_up: bool = False
 
     @classmethod
-    def of_backing(cls, backing: Backing) -> 'Identity':
+    def of_backing(cls, backing: Backing) -> 'FileIdentity':
         return cls(backing.mode, backing.inode, backing.size, backing.mtime)
 
 
-def changes(saved: Identity, found: os.stat_result | None) -> list[str]:
+def changes(saved: FileIdentity, found: os.stat_result | None) -> list[str]:
     """Each way in which the file differs, as words that follow its name; empty if it is the same.
 
     'is missing' | 'is no regular file any more' | 'is another file (inode 7, not 5)' | 'has 9,000 bytes, not 5,000' |

@@ -28,8 +28,8 @@ from ckptd.image.records import (
     PageRun,
     PageRuns,
     Range,
-    Task,
     TaskIds,
+    TaskRecord,
     Vma,
     data_name,
 )
@@ -48,7 +48,7 @@ class ImageTask:
     vppid: int
     vpgid: int
     vsid: int
-    record: Task
+    record: TaskRecord
 
     @property
     def is_leader(self) -> bool:
@@ -163,15 +163,15 @@ class ImageReader:
     @cached_property
     def tasks(self) -> tuple[ImageTask, ...]:
         """Every task, in depth-first order."""
-        tasks = self.table(Task)
+        tasks = self.table(TaskRecord)
         made = []
         for chunk in self.every(TaskIds):
             lists = (chunk.vpid, chunk.vtgid, chunk.vppid, chunk.vpgid, chunk.vsid)
             if len({len(one) for one in lists}) != 1:
                 raise ImageDamaged(f'{PARTS["TREE"]}: the lists of TaskIds differ in length', resource=PARTS['TREE'])
-            made += [ImageTask(*ids, self.get(Task, ids[0])) for ids in zip(*lists, strict=True)]
+            made += [ImageTask(*ids, self.get(TaskRecord, ids[0])) for ids in zip(*lists, strict=True)]
         if len(made) != len(tasks) or len({task.vpid for task in made}) != len(made):
-            raise ImageDamaged(f'{PARTS["TREE"]}: TaskIds and Task records differ', resource=PARTS['TREE'])
+            raise ImageDamaged(f'{PARTS["TREE"]}: TaskIds and TaskRecord records differ', resource=PARTS['TREE'])
         for flaw in tree_flaws((task.vpid, task.vtgid, task.record.parent) for task in made):
             raise ImageDamaged(f'{PARTS["TREE"]}: {flaw}', resource=PARTS['TREE'])
         return tuple(made)

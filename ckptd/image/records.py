@@ -60,7 +60,7 @@ class TaskIds(Record):
 
 
 @record(0x0003)
-class Task(Record):
+class TaskRecord(Record):
     """parent: vpid of the thread that created it (its parent's thread), 0 for a root.
     state: letter of /proc/PID/stat as a number; stop_signal: of a task in job-control stop, else 0.
     exit_code: wait(2) status of a zombie; of a process in job-control stop the signal, until its parent has waited for
@@ -301,7 +301,7 @@ class Fs(Record):
 # ---------------------------------------------------------------- files.img
 
 @record(0x0201)
-class OpenFile(Record):
+class SavedFile(Record):
     """An open file description. kind: tag of the class in ckptd.objects.files that wrote `data` and reads it back.
     flags: O_* as in fdinfo, without O_CLOEXEC. link: what /proc/PID/fd shows, for people.
     owner: fcntl F_GETOWN_EX, type (F_OWNER_*) and vpid; owner_signal: F_GETSIG; owner_uid, owner_euid: whose rights

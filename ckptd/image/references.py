@@ -23,13 +23,13 @@ from ckptd.image.records import (
     GuardRegions,
     Header,
     Mm,
-    OpenFile,
     PageRuns,
     Registers,
+    SavedFile,
     SharedMemory,
     SignalActions,
-    Task,
     TaskIds,
+    TaskRecord,
     ThreadSignals,
     Vma,
     data_name,
@@ -40,7 +40,7 @@ MAX_DAMAGES = 1000
 
 # field of a record: the class of the record whose id it holds; 0 means none
 _REFERENCES: dict[type[Record], dict[str, type[Record]]] = {
-    Task: {'mm_id': Mm, 'files_id': FdTable, 'fs_id': Fs, 'sighand_id': SignalActions, 'parent': Task},
+    TaskRecord: {'mm_id': Mm, 'files_id': FdTable, 'fs_id': Fs, 'sighand_id': SignalActions, 'parent': TaskRecord},
     Mm: {'exe': Backing},
     Vma: {'mm_id': Mm},
     GuardRegions: {'mm_id': Mm},
@@ -66,7 +66,8 @@ class RecordChecker:
         self._parents: dict[int, int] = {}
         self._leaders = 0
         self._checks: dict[type[Record], Callable[[Any], None]] = {
-            Header: self._headers.append, TaskIds: self._check_ids, Task: self._check_task, FdTable: self._check_fds,
+            Header: self._headers.append, TaskIds: self._check_ids, TaskRecord: self._check_task,
+            FdTable: self._check_fds,
             Vma: self._check_vma, PageRuns: self._check_runs, GuardRegions: self._check_guards,
             Backing: self._check_backing,
         }
@@ -86,8 +87,8 @@ class RecordChecker:
             if key in known or not key:
                 self._damage(f'{where}: its id is {"taken" if key else "0"}')
             known.add(key)
-        if first == 'vpid' and cls not in (Task, TaskIds):
-            self._use(where, Task, key)
+        if first == 'vpid' and cls not in (TaskRecord, TaskIds):
+            self._use(where, TaskRecord, key)
         for name, target in _REFERENCES.get(cls, {}).items():
             self._use(where, target, getattr(one, name))
         for extent in _extents(one):
@@ -110,17 +111,17 @@ class RecordChecker:
         self._listed += zip(ids.vpid, ids.vtgid, strict=False)
         self._leaders += sum(vpid == vtgid for vpid, vtgid in zip(ids.vpid, ids.vtgid, strict=False))
         for vtgid in ids.vtgid:
-            self._use('TaskIds', Task, vtgid)
+            self._use('TaskIds', TaskRecord, vtgid)
 
-    def _check_task(self, task: Task) -> None:
+    def _check_task(self, task: TaskRecord) -> None:
         self._parents[task.vpid] = task.parent
         if task.state not in _DEAD:
             for cls in _OF_LIVING:
-                self._use(f'Task {task.vpid}', cls, task.vpid)
+                self._use(f'TaskRecord {task.vpid}', cls, task.vpid)
 
     def _check_fds(self, table: FdTable) -> None:
         for fd in table.fds:
-            self._use(f'FdTable {table.files_id}: fd {fd.fd}', OpenFile, fd.file_id)
+            self._use(f'FdTable {table.files_id}: fd {fd.fd}', SavedFile, fd.file_id)
 
     def _check_vma(self, vma: Vma) -> None:
         where = f'Vma {vma.start:x}-{vma.end:x} of mm {vma.mm_id}'
@@ -171,12 +172,12 @@ class RecordChecker:
         for where, target, key in sorted(self._uses, key=lambda use: (use[0], use[1].tag, use[2])):
             if key not in self._ids.get(target, ()):
                 self._damage(f'{where}: there is no {target.__name__} {key}')
-        tasks = self._ids.get(Task, set())
+        tasks = self._ids.get(TaskRecord, set())
         if len(self._headers) != 1:
             self._damage(f'{PARTS["TREE"]}: {len(self._headers)} headers')
         listed = [vpid for vpid, _ in self._listed]
         if len(listed) != len(set(listed)) or set(listed) != tasks:
-            self._damage(f'{PARTS["TREE"]}: TaskIds and Task records differ')
+            self._damage(f'{PARTS["TREE"]}: TaskIds and TaskRecord records differ')
         else:
             # a parent that is no task has been told of above
             for flaw in tree_flaws((vpid, vtgid, parent if (parent := self._parents[vpid]) in tasks else 0)

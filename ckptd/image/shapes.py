@@ -18,15 +18,15 @@ from ckptd.image.records import (
     IntervalTimers,
     Limits,
     Mm,
-    OpenFile,
     PosixTimers,
     ProcessState,
     Registers,
+    SavedFile,
     Scheduling,
     SharedMemory,
     SignalActions,
-    Task,
     TaskIds,
+    TaskRecord,
     ThreadSignals,
 )
 
@@ -55,10 +55,10 @@ _SIZES: dict[type[Record], dict[str, int]] = {
 # the highest value of a number
 _HIGHEST: dict[type[Record], dict[str, int]] = {
     Header: {'root': MAX_PID},
-    Task: {'vpid': MAX_PID, 'parent': MAX_PID},
+    TaskRecord: {'vpid': MAX_PID, 'parent': MAX_PID},
     Scheduling: {'nice': 39, 'ioprio': (1 << 31) - 1},
     ProcessState: {'oom_score_adj': 2000, 'tpgid': MAX_PID},
-    OpenFile: {'owner': MAX_PID, 'owner_type': 2, 'owner_signal': _SIGNALS},
+    SavedFile: {'owner': MAX_PID, 'owner_type': 2, 'owner_signal': _SIGNALS},
     SharedMemory: {'size': MAX_FILE},
     Backing: {'size': MAX_FILE},
 }

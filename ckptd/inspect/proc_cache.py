@@ -28,7 +28,7 @@ class Recipient(Protocol):
     def groups(self) -> Sequence[int]: ...
 
 
-class Picture:
+class ProcCache:
     """Errors are those of the readers: ProcessLookupError for a task that is gone, PermissionError.
 
     severed: inodes of sockets that do not outlive the dump. caller: who is to have the image.

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import PAGE, Credentials, FdTable, OpenFile
+from ckptd.image.records import PAGE, Credentials, FdTable, SavedFile
 from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_link
@@ -94,4 +94,4 @@ def _image_rss(reader: ImageReader, mm_id: int) -> int:
 
 def _image_links(reader: ImageReader, files_id: int) -> Iterator[str]:
     for fd in reader.get(FdTable, files_id).fds if files_id else ():
-        yield f'{fd.fd} {reader.get(OpenFile, fd.file_id).link}'
+        yield f'{fd.fd} {reader.get(SavedFile, fd.file_id).link}'

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
-from ckptd.jobs.state import Job
+from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import JobRequest
 
 Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
@@ -25,7 +25,7 @@ def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_a
                              hint='wait for them (ckptctl jobs) or thaw what is frozen')
 
 
-def refuse_active(target: str, active: Iterable[Job], overlap: Overlap, sees: Sees) -> None:
+def refuse_active(target: str, active: Iterable[JobRecord], overlap: Overlap, sees: Sees) -> None:
     """Busy while a job freezes tasks of this target, or will; which one it is only where that may be seen."""
     for job in active:
         if job.request.operation in EXCLUSIVE and overlap(job.request.target, target):
@@ -33,7 +33,8 @@ def refuse_active(target: str, active: Iterable[Job], overlap: Overlap, sees: Se
             raise Busy(what, resource=target)
 
 
-def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Mapping[str, int], overlap: Overlap) -> None:
+def refuse_conflict(request: JobRequest, active: Iterable[JobRecord], held: Mapping[str, int],
+                    overlap: Overlap) -> None:
     """Busy when the request would freeze what another freezes, or hold what is held. held: and the uid of who asked for
     it, to whom and to root alone it is named.
 
@@ -55,7 +56,7 @@ def refuse_conflict(request: JobRequest, active: Iterable[Job], held: Mapping[st
             raise Busy(f'{target} is held frozen already', resource=request.target, hint=f'thaw {target} first')
 
 
-def refuse_token(token: str, known: Iterable[Job]) -> None:
+def refuse_token(token: str, known: Iterable[JobRecord]) -> None:
     """InvalidArgument for a path that another job has."""
     if token and any(job.token == token for job in known):
         raise InvalidArgument('the handle_token is in use', resource='handle_token', hint='take another')

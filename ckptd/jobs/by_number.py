@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 
 from ckptd.errors import NoSuchJob
-from ckptd.jobs.state import Job
+from ckptd.jobs.state import JobRecord
 
 MOST_OVER = 128     # of one user: whoever starts and cancels all day has the oldest forgotten
 
@@ -13,33 +13,33 @@ MOST_OVER = 128     # of one user: whoever starts and cancels all day has the ol
 class KnownJobs:
     """seconds: for how long one is known that is over. forgotten: called with it then."""
 
-    def __init__(self, seconds: float, forgotten: Callable[[Job], None]) -> None:
+    def __init__(self, seconds: float, forgotten: Callable[[JobRecord], None]) -> None:
         self._seconds, self._forgotten = seconds, forgotten
         self._loop = asyncio.get_running_loop()
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, JobRecord] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}       # of those that are over, the first first
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[JobRecord]:
         return iter(list(self._jobs.values()))
 
-    def __getitem__(self, number: int) -> Job:
+    def __getitem__(self, number: int) -> JobRecord:
         """NoSuchJob."""
         try:
             return self._jobs[number]
         except KeyError:
             raise NoSuchJob(f'there is no job {number}') from None
 
-    def add(self, job: Job) -> None:
+    def add(self, job: JobRecord) -> None:
         self._jobs[job.number] = job
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: JobRecord) -> None:
         """At once, and nobody is told."""
         del self._jobs[job.number]
 
-    def over(self, job: Job) -> None:
+    def over(self, job: JobRecord) -> None:
         """It is; it will be forgotten."""
         uid = job.request.asked_by
         self._timers[job.number] = self._loop.call_later(self._seconds, self._forget, job)
@@ -51,7 +51,7 @@ class KnownJobs:
         for timer in self._timers.values():
             timer.cancel()
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: JobRecord) -> None:
         self._timers.pop(job.number).cancel()
         del self._jobs[job.number]
         self._forgotten(job)

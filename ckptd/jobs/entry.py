@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, WorkerDied
-from ckptd.jobs.inhibitors import Inhibitor
+from ckptd.jobs.inhibitors import InhibitorLock
 from ckptd.jobs.overlap import Lineage
 from ckptd.jobs.run import Run
-from ckptd.jobs.slots import Lane
-from ckptd.jobs.state import Job
-from ckptd.jobs.throttle import Pacer
+from ckptd.jobs.slots import Slots
+from ckptd.jobs.state import JobRecord
+from ckptd.jobs.throttle import Throttle
 from ckptd.jobs.worker import LAST_PATIENCE
 from ckptd.kernel.closing import close_foreign
 
@@ -25,35 +25,35 @@ SILENCE = 10.0      # seconds: a worker that is at work says more
 class Listener(Protocol):
     """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more. job_prepares:
     it is about to freeze its tree, which the inhibitors delay; not start: that is over."""
-    def job_new(self, job: Job) -> None: ...
-    def job_changed(self, job: Job) -> None: ...
-    def job_progress(self, job: Job) -> None: ...
-    def job_removed(self, job: Job) -> None: ...
-    def job_forgotten(self, job: Job) -> None: ...
-    def job_prepares(self, job: Job, start: bool, inhibitors: Sequence[Inhibitor]) -> None: ...
-    def tree_restored(self, job: Job, tasks: int) -> None: ...
+    def job_new(self, job: JobRecord) -> None: ...
+    def job_changed(self, job: JobRecord) -> None: ...
+    def job_progress(self, job: JobRecord) -> None: ...
+    def job_removed(self, job: JobRecord) -> None: ...
+    def job_forgotten(self, job: JobRecord) -> None: ...
+    def job_prepares(self, job: JobRecord, start: bool, inhibitors: Sequence[InhibitorLock]) -> None: ...
+    def tree_restored(self, job: JobRecord, tasks: int) -> None: ...
     def frozen_changed(self, uid: int) -> None: ...
     async def images_changed(self) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class QueuedJob:
     """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
     freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then.
     in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored. prepared: those
     who delay it were told of it, and are told of its end. task: its life; begun: it waits for nothing any more. excess:
     why it was cancelled, where it wrote too much. heard: when its worker said the last thing; listening: for the next.
     when_over: called then. lineage: of its target, if it has the tree for itself, when it was taken in."""
-    job: Job
+    job: JobRecord
     fds: list[int]
-    lane: Lane
-    pacer: Pacer
+    lane: Slots
+    pacer: Throttle
     over: asyncio.Event = field(default_factory=asyncio.Event)
     run: Run | None = None
     let_go: asyncio.Future[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_lane: bool = False
-    prepared: 'list[Inhibitor] | None' = None
+    prepared: 'list[InhibitorLock] | None' = None
     task: asyncio.Task[None] | None = None
     begun: bool = False
     excess: LimitsExceeded | None = None
@@ -100,7 +100,7 @@ class Entry:
             if timer is not None:
                 timer.cancel()
 
-def reason(entry: Entry, error: CkptError, died: str) -> CkptError:
+def reason(entry: QueuedJob, error: CkptError, died: str) -> CkptError:
     """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""
     if not isinstance(error, WorkerDied):
         return error

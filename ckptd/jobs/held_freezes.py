@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 from ckptd.errors import CkptError, NoSuchTarget, WorkerDied
-from ckptd.jobs.entry import Entry, reason
+from ckptd.jobs.entry import QueuedJob, reason
 from ckptd.jobs.run import Run
-from ckptd.jobs.target_process import Life
+from ckptd.jobs.target_process import ProcessWatch
 from ckptd.jobs.worker import MAX_STATUS
 
 log = logging.getLogger(__name__)
@@ -23,18 +23,18 @@ def not_held(target: str) -> NoSuchTarget:
                         hint='the property FrozenTargets names what is')
 
 
-class Holds:
+class HeldFreezes:
     """By target, as parse_target spells it. bury(run, proper status, failed): the end of a worker. changed(uid): who
     asked for it has one more, or one less."""
 
     def __init__(self, bury: Bury, changed: Callable[[int], None]) -> None:
         self._bury, self._changed = bury, changed
-        self._held: dict[str, Entry] = {}
+        self._held: dict[str, QueuedJob] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[QueuedJob]:
         return iter(list(self._held.values()))
 
     @property
@@ -42,14 +42,14 @@ class Holds:
         """What is held, and the uid of who asked for it."""
         return {target: entry.job.request.asked_by for target, entry in sorted(self._held.items())}
 
-    def begin(self, entry: Entry) -> None:
+    def begin(self, entry: QueuedJob) -> None:
         """What the job has frozen stays so; `keep` has to run."""
         request = entry.job.request
         entry.let_go = asyncio.get_running_loop().create_future()
         self._held[request.target] = entry
         self._changed(request.asked_by)
 
-    async def keep(self, entry: Entry, run: Run) -> None:
+    async def keep(self, entry: QueuedJob, run: Run) -> None:
         """Until it is let go of."""
         request, failure = entry.job.request, None
         life = self._watch(entry)
@@ -79,13 +79,13 @@ class Holds:
         self.let_go(entry)      # it may be about to, and not listen any more
         await asyncio.shield(entry.let_go)
 
-    def find(self, target: str) -> Entry:
+    def find(self, target: str) -> QueuedJob:
         """The job that has left it frozen. NoSuchTarget."""
         if target not in self._held:
             raise not_held(target)
         return self._held[target]
 
-    def let_go(self, entry: Entry) -> None:
+    def let_go(self, entry: QueuedJob) -> None:
         """Begin to."""
         try:
             if entry.run is not None:
@@ -93,15 +93,15 @@ class Holds:
         except CkptError as error:
             log.error('%s: %s', entry.job.name, error)
 
-    def _watch(self, entry: Entry) -> Life | None:
+    def _watch(self, entry: QueuedJob) -> ProcessWatch | None:
         """The number of a process that was killed while it stood still will be another's, whom nobody has frozen."""
         request = entry.job.request
         try:
-            return Life.of(request.target, request.start_time, partial(self._ended, entry))
+            return ProcessWatch.of(request.target, request.start_time, partial(self._ended, entry))
         except NoSuchTarget:
             self._ended(entry)
             return None
 
-    def _ended(self, entry: Entry) -> None:
+    def _ended(self, entry: QueuedJob) -> None:
         log.info('%s: %s has ended, and with it its freeze', entry.job.name, entry.job.request.target)
         self.let_go(entry)

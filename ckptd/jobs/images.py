@@ -8,47 +8,47 @@ from typing import Any, NamedTuple
 
 from ckptd.errors import Busy, NoSuchImage
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.requests import Orders
-from ckptd.jobs.slots import Lane
-from ckptd.jobs.spool import ImageInfo, Spool
-from ckptd.jobs.state import Job
+from ckptd.jobs.requests import RequestFactory
+from ckptd.jobs.slots import Slots
+from ckptd.jobs.spool import Spool, SpooledImage
+from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import Caller, JobRequest, Operation
 
 REMOVALS = 2        # at a time, of each user one: how long one takes is up to the disk, and threads are everybody's
 
 
-class Rights(NamedTuple):
+class ImageRights(NamedTuple):
     """caller: with whose rights the work is done, root's where an administrator has allowed it. who: has asked for it,
     sees it, and is limited."""
     caller: Caller
     who: Caller
 
 
-class Library:
+class ImageService:
     """Reading an image is done by workers: an image is untrusted input, and large."""
 
-    def __init__(self, spool: Spool, queue: Queue, orders: Orders) -> None:
+    def __init__(self, spool: Spool, queue: Queue, orders: RequestFactory) -> None:
         self.spool, self.queue = spool, queue
         self._orders = orders
         self._going: set[str] = set()       # ids of images that are being removed
-        self._removals = Lane(REMOVALS, 1)
+        self._removals = Slots(REMOVALS, 1)
 
-    async def verify(self, image: str, rights: Rights) -> list[str]:
+    async def verify(self, image: str, rights: ImageRights) -> list[str]:
         """Every damage of the image, one sentence each."""
         result = await self.queue.call(self._order('verify', image, rights))
         return [str(damage) for damage in result.get('damages', ())]
 
-    async def tree(self, image: str, rights: Rights) -> list[dict[str, Any]]:
+    async def tree(self, image: str, rights: ImageRights) -> list[dict[str, Any]]:
         """Rows as Manager.Scan has them, from the image."""
         result = await self.queue.call(self._order('tree', image, rights))
         return list(result.get('tasks', ()))
 
-    async def export(self, image: str, output: int, format_: str, rights: Rights) -> None:
+    async def export(self, image: str, output: int, format_: str, rights: ImageRights) -> None:
         """Write a tar stream to the fd `output`."""
         request = self._order('export', image, rights, format=format_, has_output=True, writer=rights.who)
         await self.queue.call(request, [output])
 
-    def open(self, image: str, rights: Rights) -> int:
+    def open(self, image: str, rights: ImageRights) -> int:
         """A pipe that the image comes out of as a tar stream, by a job that ends with it: the reading end, the caller's
         to close."""
         request = self._order('export', image, rights, format='tar', has_output=True, writer=rights.who)
@@ -67,17 +67,17 @@ class Library:
         result = await self.queue.call(self._orders.on_stream(caller), [stream])
         return str(result['image'])
 
-    def restore(self, image: str, rights: Rights, fds: Sequence[int], token: str, **wishes: Any) -> Job:
+    def restore(self, image: str, rights: ImageRights, fds: Sequence[int], token: str, **wishes: Any) -> JobRecord:
         """Bring the tree of the image back: a job. wishes: fields of JobRequest."""
         return self.queue.submit(self._order('restore', image, rights, **wishes), fds, token)
 
-    async def check_restore(self, image: str, rights: Rights, fds: Sequence[int], **wishes: Any
+    async def check_restore(self, image: str, rights: ImageRights, fds: Sequence[int], **wishes: Any
                             ) -> list[dict[str, Any]]:
         """Every refusal and warning that such a restore would have, as rows."""
         result = await self.queue.call(self._order('check-restore', image, rights, **wishes), fds)
         return list(result.get('refusals', ()))
 
-    async def remove(self, image: str, rights: Rights) -> None:
+    async def remove(self, image: str, rights: ImageRights) -> None:
         info = self._open(image, rights.caller, 'remove')
         if self.queue.works_on(image):
             raise Busy(f'a job reads image {image}', resource=image)
@@ -88,11 +88,11 @@ class Library:
         finally:
             self._going.discard(image)
 
-    def _order(self, operation: Operation, image: str, rights: Rights, **more: Any) -> JobRequest:
+    def _order(self, operation: Operation, image: str, rights: ImageRights, **more: Any) -> JobRequest:
         info = self._open(image, rights.caller, operation)
         return self._orders.on_image(operation, info, rights.caller, asker=rights.who.uid, **more)
 
-    def _open(self, image: str, caller: Caller, verb: str) -> ImageInfo:
+    def _open(self, image: str, caller: Caller, verb: str) -> SpooledImage:
         info = self.spool.find(image)
         if image in self._going:
             raise NoSuchImage(f'image {image} is being removed', resource=image)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from ckptd.jobs.interpreter import environment
 from ckptd.jobs.service import Services, ServiceWorker
-from ckptd.jobs.spawner import Spawner
-from ckptd.jobs.worker import COMMAND, ChildWorker, Worker
-from ckptd.kernel.liveness import Witness
+from ckptd.jobs.spawner import SpawnerClient
+from ckptd.jobs.worker import COMMAND, ChildWorker, WorkerHandle
+from ckptd.kernel.liveness import Liveness
 from ckptd.protocol.messages import JobRequest
 
 # what a sandboxed daemon's descendant could not do: make the tree, find out whether it could be made, put files back
@@ -26,10 +26,10 @@ class WorkerPool:
 
     def __init__(self, command: Sequence[str] = (), services: Services | None = None) -> None:
         self._command, self._services = command, services
-        self._witness = Witness()
-        self._spawner = Spawner(environment(), self._witness.pidfd)
-        self._taken: dict[Worker, JobRequest] = {}
-        self._stuck: dict[Worker, int] = {}     # and the uid of who asked for their job
+        self._witness = Liveness()
+        self._spawner = SpawnerClient(environment(), self._witness.pidfd)
+        self._taken: dict[WorkerHandle, JobRequest] = {}
+        self._stuck: dict[WorkerHandle, int] = {}     # and the uid of who asked for their job
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -51,9 +51,9 @@ class WorkerPool:
         """Have the spawner, before any client's file is open here: a fork copies those. WorkerDied."""
         self._spawner.start()
 
-    async def take(self, request: JobRequest) -> Worker:
+    async def take(self, request: JobRequest) -> WorkerHandle:
         """The worker for a job, to be given back. WorkerDied when none can be started."""
-        worker: Worker
+        worker: WorkerHandle
         if self._services is not None and request.operation in UNSANDBOXED:
             what = f'{request.operation.capitalize()} of {request.image or "files"}'
             worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._witness.pidfd,
@@ -63,7 +63,7 @@ class WorkerPool:
         self._taken[worker] = request
         return worker
 
-    async def give_back(self, worker: Worker, patience: float = 5.0) -> int:
+    async def give_back(self, worker: WorkerHandle, patience: float = 5.0) -> int:
         """The job is over: end its process, whatever state it is in. Its exit status."""
         try:
             return await worker.end(patience)
@@ -72,7 +72,7 @@ class WorkerPool:
             if worker.stuck:
                 self._stuck[worker] = request.asked_by
 
-    async def await_stuck(self, worker: Worker) -> None:
+    async def await_stuck(self, worker: WorkerHandle) -> None:
         """Until one that is stuck has ended after all."""
         await worker.wait_end()
         del self._stuck[worker]

@@ -24,20 +24,20 @@ from ckptd.errors import Cancelled, CkptError, LimitsExceeded, PermissionDenied,
 from ckptd.jobs.admission import EXCLUSIVE, Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.audit import audit
 from ckptd.jobs.by_number import KnownJobs
-from ckptd.jobs.entry import Entry, Listener, reason
-from ckptd.jobs.held_freezes import Holds
-from ckptd.jobs.inhibitors import Inhibitor, Inhibitors
+from ckptd.jobs.entry import Listener, QueuedJob, reason
+from ckptd.jobs.held_freezes import HeldFreezes
+from ckptd.jobs.inhibitors import InhibitorLock, Inhibitors
 from ckptd.jobs.overlap import Relations
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Run, Units
-from ckptd.jobs.slots import Lanes
-from ckptd.jobs.state import Job
+from ckptd.jobs.slots import SlotGroups
+from ckptd.jobs.state import JobRecord
 from ckptd.jobs.tasks import Tasks
-from ckptd.jobs.throttle import Pacer
-from ckptd.jobs.worker import MAX_STATUS, Worker
-from ckptd.protocol.messages import FromWorker, JobRequest, Progress, Running
+from ckptd.jobs.throttle import Throttle
+from ckptd.jobs.worker import MAX_STATUS, WorkerHandle
+from ckptd.protocol.messages import FromWorker, JobRequest, ProgressReport, TreeRuns
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +59,18 @@ class Queue:
         self._tasks = Tasks()
         self.spawn = recovery.spawn = self._tasks.spawn
         self._numbers = itertools.count(1)
-        self._lanes = Lanes(config)
+        self._lanes = SlotGroups(config)
         self.inhibitors = Inhibitors()
-        self._entries: dict[Job, Entry] = {}    # not over
+        self._entries: dict[JobRecord, QueuedJob] = {}    # not over
         self._known = KnownJobs(config.keep_jobs_usec / 1e6, listener.job_forgotten)      # announced, over or not
-        self._held = Holds(self._bury, listener.frozen_changed)
+        self._held = HeldFreezes(self._bury, listener.frozen_changed)
         self._stuck: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     # ------------------------------------------------------------ questions
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[JobRecord]:
         """Announced jobs by number, those that were settled a moment ago included."""
         return list(self._known)
 
@@ -90,7 +90,7 @@ class Queue:
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, request: JobRequest, fds: Sequence[int] = (), token: str = '') -> Job:
+    def submit(self, request: JobRequest, fds: Sequence[int] = (), token: str = '') -> JobRecord:
         """Take a request in. The fds are duplicated. Busy, LimitsExceeded, InvalidArgument, Unavailable."""
         return self._enter(request, fds, token).job
 
@@ -105,7 +105,7 @@ class Queue:
             raise entry.job.error
         return entry.job.result
 
-    def when_over(self, job: Job, callback: Callable[[], None]) -> None:
+    def when_over(self, job: JobRecord, callback: Callable[[], None]) -> None:
         """Call back once the job is over; at once if it is."""
         entry = self._entries.get(job)
         if entry is None:
@@ -124,12 +124,12 @@ class Queue:
         refuse_active(target, self._entries, self._relations().overlap, sees)
         await self._held.thaw(target)
 
-    def inhibit(self, holder: Inhibitor, start_time: int) -> int:
+    def inhibit(self, holder: InhibitorLock, start_time: int) -> int:
         """Delay checkpoints, as Inhibitors.take does. Unavailable."""
         self._refuse_late()
         return self.inhibitors.take(holder, start_time)
 
-    def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
+    def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> QueuedJob:
         self._refuse_late()
         users = [job.request.asked_by for job in (*self._entries, *(entry.job for entry in self._held))]
         refuse_too_many(request, (*users, *self._pool.stuck), self._config.max_jobs_per_user,
@@ -163,17 +163,17 @@ class Queue:
         return Relations({entry.job.request.target: entry.lineage
                           for entry in (*self._held, *self._entries.values()) if entry.lineage})
 
-    def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> Entry:
+    def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> QueuedJob:
         announced = request.operation in ANNOUNCED
         number = next(self._numbers) if announced else 0
         request = msgspec.structs.replace(request, job=number)
-        job = Job(number, request, time.time_ns() // 1000, token)
-        pacer = Pacer(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
-        return Entry(job, [os.dup(fd) for fd in fds], self._lanes.of(request, announced), pacer)
+        job = JobRecord(number, request, time.time_ns() // 1000, token)
+        pacer = Throttle(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
+        return QueuedJob(job, [os.dup(fd) for fd in fds], self._lanes.of(request, announced), pacer)
 
     # ------------------------------------------------------------ the life of a job
 
-    async def _live(self, entry: Entry) -> None:
+    async def _live(self, entry: QueuedJob) -> None:
         try:
             await entry.enter_lane()
             await self._prepare(entry)
@@ -189,7 +189,7 @@ class Queue:
                 entry.kill()
                 self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
 
-    async def _prepare(self, entry: Entry) -> None:
+    async def _prepare(self, entry: QueuedJob) -> None:
         """Tell who wants to know that a tree is about to be frozen, and give them a moment, while others may work."""
         job = entry.job
         if job.request.operation != 'checkpoint':
@@ -204,7 +204,7 @@ class Queue:
             await self.inhibitors.wait(inhibitors, self._config.inhibit_delay_usec / 1e6)
             await entry.enter_lane()
 
-    async def _begin(self, entry: Entry) -> None:
+    async def _begin(self, entry: QueuedJob) -> None:
         worker = await self._pool.take(entry.job.request)
         if entry.job.over:      # cancelled while systemd started it
             await self._pool.give_back(worker)
@@ -212,7 +212,7 @@ class Queue:
         entry.run = Run(entry.job, worker, self._units, partial(self._changed, entry), self._pool.pids)
         await self._work(entry, entry.run)
 
-    async def _work(self, entry: Entry, run: Run) -> None:
+    async def _work(self, entry: QueuedJob, run: Run) -> None:
         try:
             run.start(entry.fds)
             entry.listen()
@@ -252,12 +252,12 @@ class Queue:
             await self._listener.images_changed()
         return died
 
-    def _await_stuck(self, worker: Worker) -> None:
+    def _await_stuck(self, worker: WorkerHandle) -> None:
         task = self.spawn(self._pool.await_stuck(worker), name=f'end of worker {worker.pid}')
         self._stuck.add(task)
         task.add_done_callback(self._stuck.discard)
 
-    def _settle(self, entry: Entry, outcome: CkptError | dict[str, Any]) -> None:
+    def _settle(self, entry: QueuedJob, outcome: CkptError | dict[str, Any]) -> None:
         job = entry.job
         if job.over:
             return
@@ -287,20 +287,20 @@ class Queue:
                 # a mistake of ours: what others wait for still happens
                 log.exception('%s is over, and not everything that follows was done', job.name)
 
-    def _changed(self, entry: Entry, message: FromWorker | None) -> None:
+    def _changed(self, entry: QueuedJob, message: FromWorker | None) -> None:
         entry.heard = self._loop.time()
-        if isinstance(message, Running):
+        if isinstance(message, TreeRuns):
             self._listener.tree_restored(entry.job, message.tasks)
             if entry.job.request.wait:
                 entry.leave_lane()
         if entry.job.number and not entry.job.over:
-            if isinstance(message, Progress):
+            if isinstance(message, ProgressReport):
                 entry.pacer.poke()
                 self._limit(entry)
             else:
                 self._listener.job_changed(entry.job)
 
-    def _limit(self, entry: Entry) -> None:
+    def _limit(self, entry: QueuedJob) -> None:
         """End a job that would write more than there is room for."""
         if entry.excess is None:
             try:
@@ -309,7 +309,7 @@ class Queue:
                 entry.excess = error
                 self._cancel(entry)
 
-    def _cancel(self, entry: Entry) -> None:
+    def _cancel(self, entry: QueuedJob) -> None:
         if entry.job.over or entry.deadline is not None:
             return
         if entry.run is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ckptd.config import Config, Percent
 from ckptd.errors import LimitsExceeded
 from ckptd.jobs.spool import Spool
-from ckptd.jobs.state import Job
+from ckptd.jobs.state import JobRecord
 
 WRITING = frozenset({'checkpoint', 'import'})
 MOST = (1 << 63) - 1        # bytes
@@ -18,14 +18,14 @@ class Quota:
 
     def __init__(self, config: Config, spool: Spool) -> None:
         self._config, self._spool = config, spool
-        self._writing: set[Job] = set()
+        self._writing: set[JobRecord] = set()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: JobRecord) -> None:
         """From now on what it writes counts. Of a job that writes no image: nothing."""
         if job.request.operation in WRITING:
             self._writing.add(job)
 
-    def end(self, job: Job) -> None:
+    def end(self, job: JobRecord) -> None:
         """It has published its image, or will never."""
         self._writing.discard(job)
 
@@ -50,7 +50,7 @@ class Quota:
         """Bytes of the file system that have to stay free when this user writes."""
         return self._bytes(self._config.keep_free) if uid else 0
 
-    def check(self, job: Job) -> None:
+    def check(self, job: JobRecord) -> None:
         """LimitsExceeded when it writes more than there is room for."""
         uid = job.request.caller.uid
         if not uid or job not in self._writing:
@@ -69,13 +69,13 @@ class Quota:
         sizes = [_size(job) for job in self._of(uid)]
         return images + len(sizes), size + sum(sizes)
 
-    def _of(self, uid: int | None) -> Iterable[Job]:
+    def _of(self, uid: int | None) -> Iterable[JobRecord]:
         return (job for job in self._writing if uid in (None, job.request.caller.uid))
 
     def _bytes(self, limit: int) -> int:
         return self._spool.capacity * limit // 100 if isinstance(limit, Percent) else limit
 
 
-def _size(job: Job) -> int:
+def _size(job: JobRecord) -> int:
     """As far as it is known."""
     return max(job.counts.bytes_total, job.counts.bytes_done)

@@ -13,7 +13,7 @@ from ckptd.config import INFINITY, Config
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.quota import Quota
-from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.jobs.spool import Spool, SpooledImage
 from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import Stat, read_stat
 from ckptd.protocol.messages import Caller, JobRequest, Operation
@@ -71,7 +71,7 @@ def _with_bounds(caller: Caller) -> Caller:
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class RequestFactory:
     """What is the same in every request of this daemon.
 
     avoid: processes that nobody may freeze, the daemon and its own bus. client: the process that started this daemon
@@ -100,7 +100,7 @@ class Orders:
                              sever=self.bus if target == 'self' else 0,
                              timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT), **more)
 
-    def on_image(self, operation: Operation, image: ImageInfo, caller: Caller, **more: Any) -> JobRequest:
+    def on_image(self, operation: Operation, image: SpooledImage, caller: Caller, **more: Any) -> JobRequest:
         """A request about an image that is there; whether the caller may ask is checked elsewhere."""
         if operation == 'restore':      # a rollback keeps in the spool what it changes
             more['keep_free'] = self.quota.keep_free(caller.uid)

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import msgspec
 
 from ckptd.errors import CkptError
-from ckptd.jobs.state import Job
-from ckptd.jobs.worker import Worker
+from ckptd.jobs.state import JobRecord
+from ckptd.jobs.worker import WorkerHandle
 from ckptd.protocol import messages
 from ckptd.protocol.messages import FromWorker
 
@@ -38,7 +38,8 @@ class Run:
     avoid: the workers there are, this one included; none may be in the tree.
     """
 
-    def __init__(self, job: Job, worker: Worker, units: Units | None, changed: Callable[[FromWorker | None], None],
+    def __init__(self, job: JobRecord, worker: WorkerHandle, units: Units | None,
+                 changed: Callable[[FromWorker | None], None],
                  avoid: Sequence[int] = ()) -> None:
         self.job, self.worker = job, worker
         self.frozen: messages.Frozen | None = None
@@ -96,13 +97,13 @@ class Run:
         match message:
             case messages.Phase(name):
                 self.job.enter(name, self._clock())
-            case messages.Progress():
+            case messages.ProgressReport():
                 self.job.advance(message, self._clock())
             case messages.Frozen():
                 self.frozen = message
             case messages.Log(level, text):
                 worker_log.log(level, '%s: %s', self.job.name, text)
-            case messages.Running(root):
+            case messages.TreeRuns(root):
                 self.job.root = root
             case messages.UnitRequest() | messages.ScopeRequest():
                 self.worker.send(messages.UnitDone(await self._ask_systemd(message)))

@@ -20,7 +20,7 @@ from typing import Protocol, Self
 
 from ckptd.errors import CkptError, WorkerDied
 from ckptd.jobs.interpreter import environment
-from ckptd.jobs.worker import COMMAND, Worker, socket_pair
+from ckptd.jobs.worker import COMMAND, WorkerHandle, socket_pair
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Services(Protocol):
         """Of its process, which has ended or is about to, as subprocess has it. The service is forgotten."""
 
 
-class ServiceWorker(Worker):
+class ServiceWorker(WorkerHandle):
     """A worker that systemd has started."""
 
     def __init__(self, sock: socket.socket, pid: int, pidfd: int, unit: str, services: Services) -> None:
@@ -99,4 +99,4 @@ async def _open_main(services: Services, unit: str) -> tuple[int, int]:
             if await services.main_pid(unit) == pid:
                 undo.pop_all()
                 return pid, pidfd
-    raise WorkerDied(f'{unit} {Worker.describe(await services.exit_status(unit))} before it began')
+    raise WorkerDied(f'{unit} {WorkerHandle.describe(await services.exit_status(unit))} before it began')

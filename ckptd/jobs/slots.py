@@ -10,7 +10,7 @@ from ckptd.config import Config
 from ckptd.protocol.messages import JobRequest
 
 
-class Lane:
+class Slots:
     """Some places. A user with a thousand requests delays another one's by one at most. each: places that one user may
     have at a time; root has as many as there are."""
 
@@ -71,16 +71,16 @@ class Lane:
             self._waiting.pop(uid, None)
 
 
-class Lanes:
+class SlotGroups:
     """A long dump does not hold up a quick scan. Nor does who copies for somebody slow: of streams all may have their
     places at a time, so that a user who does not read or write holds up himself alone."""
 
     def __init__(self, config: Config) -> None:
         each = max(1, config.max_jobs - 1)      # one place is never the same user's as all others
-        self._jobs, self._questions = Lane(config.max_jobs, each), Lane(config.max_jobs, each)
-        self._streams = Lane(config.max_queued_jobs, each)
+        self._jobs, self._questions = Slots(config.max_jobs, each), Slots(config.max_jobs, each)
+        self._streams = Slots(config.max_queued_jobs, each)
 
-    def of(self, request: JobRequest, announced: bool) -> Lane:
+    def of(self, request: JobRequest, announced: bool) -> Slots:
         if request.operation in ('export', 'import'):
             return self._streams
         return self._jobs if announced else self._questions

@@ -15,7 +15,7 @@ import msgspec
 
 from ckptd.errors import WorkerDied
 from ckptd.jobs.interpreter import command
-from ckptd.protocol.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
+from ckptd.protocol.messages import MAX_SPAWN, Exited, FromSpawner, Spawned, SpawnWorker
 
 log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
@@ -27,7 +27,7 @@ UNKNOWN = 256       # exit status of one whose spawner has died: none that there
 
 
 @dataclass(slots=True, eq=False)
-class Child:
+class ChildProcess:
     """A process that was started. pidfd: the owner's to close."""
     started: asyncio.Future[None]
     exited: asyncio.Future[int]
@@ -35,7 +35,7 @@ class Child:
     pidfd: int = field(default=-1)
 
 
-class Spawner:
+class SpawnerClient:
     """Started with the first `spawn`, and again where it has died. environment: of it, and of workers. witness: the
     pidfd that tells them of our death (ckptd.kernel.liveness), -1 for none."""
 
@@ -44,7 +44,7 @@ class Spawner:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._numbers = itertools.count(1)
-        self._children: dict[int, Child] = {}
+        self._children: dict[int, ChildProcess] = {}
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -53,13 +53,13 @@ class Spawner:
         return self._process.pid if self._process is not None else 0
 
     async def spawn(self, sock: socket.socket, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
-                    ) -> Child:
+                    ) -> ChildProcess:
         """Start a worker, or a program, with this end of a socketpair. WorkerDied where it cannot be."""
         ours = self._socket or self.start()
         number = next(self._numbers)
-        child = self._children[number] = Child(self._loop.create_future(), self._loop.create_future())
+        child = self._children[number] = ChildProcess(self._loop.create_future(), self._loop.create_future())
         try:
-            wish = Spawn(number, tuple(command), dict(environment or {}))
+            wish = SpawnWorker(number, tuple(command), dict(environment or {}))
             socket.send_fds(ours, [_encoder.encode(wish)], [sock.fileno()])
         except OSError as error:
             del self._children[number]
@@ -142,13 +142,13 @@ class Spawner:
                 hint='see limits on processes and memory'))
 
 
-def _forget(child: Child) -> None:
+def _forget(child: ChildProcess) -> None:
     """Nobody wants it any more: its socket is closed, and it ends by that."""
     if child.started.exception() is None:
         os.close(child.pidfd)
 
 
-def _lose(child: Child) -> None:
+def _lose(child: ChildProcess) -> None:
     if not child.started.done():
         child.started.set_exception(WorkerDied('the process that starts workers has died'))
     if not child.exited.done():

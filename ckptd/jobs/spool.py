@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ImageInfo:
+class SpooledImage:
     """What a manifest says of its image. created: real-time microseconds. size: bytes of all parts.
 
     damage: why the manifest could not be read; the image then belongs to whoever owns its directory.
@@ -64,14 +64,14 @@ class Spool:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.capacity = INFINITY        # bytes of the file system that it is on, once that was asked
-        self._images: dict[str, ImageInfo] = {}
+        self._images: dict[str, SpooledImage] = {}
         self._usage: dict[int | None, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._images)
 
     @property
-    def images(self) -> list[ImageInfo]:
+    def images(self) -> list[SpooledImage]:
         """Oldest first: an id begins with its date."""
         return list(self._images.values())
 
@@ -91,7 +91,7 @@ class Spool:
                               resource=str(self.directory),
                               hint='run as a user who may write there, or name another with --spool DIR') from error
 
-    def look(self) -> dict[str, ImageInfo]:
+    def look(self) -> dict[str, SpooledImage]:
         """What is on the disk now. For a thread: it changes nothing here. Disk."""
         try:
             with os.scandir(self.directory) as entries:
@@ -104,7 +104,7 @@ class Spool:
         known = self._images
         return {name: known.get(name) or _describe(name, path) for name, path in names.items()}
 
-    def adopt(self, found: dict[str, ImageInfo]) -> tuple[list[ImageInfo], list[ImageInfo]]:
+    def adopt(self, found: dict[str, SpooledImage]) -> tuple[list[SpooledImage], list[SpooledImage]]:
         """Take over what `look` saw: (images that are new, those that are gone)."""
         before, self._images = self._images, dict(sorted(found.items()))
         self._usage = {}
@@ -115,10 +115,10 @@ class Spool:
         return ([found[name] for name in sorted(found.keys() - before.keys())],
                 [before[name] for name in sorted(before.keys() - found.keys())])
 
-    def get(self, image: str) -> ImageInfo | None:
+    def get(self, image: str) -> SpooledImage | None:
         return self._images.get(image)
 
-    def find(self, image: str) -> ImageInfo:
+    def find(self, image: str) -> SpooledImage:
         info = self._images.get(image)
         if info is None:
             raise NoSuchImage(f'there is no image {image[:128]!r} in {self.directory}', resource=image[:128])
@@ -128,7 +128,7 @@ class Spool:
         """Images and bytes that a uid owns, or all."""
         return self._usage.get(uid, (0, 0))
 
-    def remove(self, info: ImageInfo) -> None:
+    def remove(self, info: SpooledImage) -> None:
         """Disk. NoSuchImage when somebody else was faster."""
         doomed = self.directory / f'{INCOMING}{info.id}'
         try:
@@ -151,11 +151,11 @@ class Spool:
         return remove_stale(self.directory)
 
 
-def _describe(name: str, path: Path) -> ImageInfo:
+def _describe(name: str, path: Path) -> SpooledImage:
     try:
         manifest = read_manifest(path)
     except (CkptError, OSError) as error:
-        return ImageInfo(name, path, owner=_owner_of(path), damage=str(error))
+        return SpooledImage(name, path, owner=_owner_of(path), damage=str(error))
     return _from_manifest(name, path, manifest)
 
 
@@ -165,8 +165,8 @@ def _owner_of(path: Path) -> int:
     return 0
 
 
-def _from_manifest(name: str, path: Path, manifest: Manifest) -> ImageInfo:
-    return ImageInfo(
+def _from_manifest(name: str, path: Path, manifest: Manifest) -> SpooledImage:
+    return SpooledImage(
         name, path, owner=manifest.owner_uid, target=manifest.target, command=manifest.command,
         created=manifest.created_usec, tasks=manifest.tasks, processes=manifest.processes,
         size=manifest.size, kernel=manifest.kernel,

@@ -15,9 +15,9 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from ckptd.errors import Cancelled, CkptError
-from ckptd.protocol.messages import JobRequest, Progress
+from ckptd.protocol.messages import JobRequest, ProgressReport
 
-NOTHING = Progress(0, 0, 0, 0)
+NOTHING = ProgressReport(0, 0, 0, 0)
 
 
 class State(StrEnum):
@@ -42,7 +42,7 @@ class Slice:
     end: float
     unit: Literal['tasks', 'bytes', 'none'] = 'none'
 
-    def at(self, progress: Progress) -> float:
+    def at(self, progress: ProgressReport) -> float:
         """The job's progress when the worker reports this during the phase; `start` while nothing is known."""
         done, total = {'tasks': (progress.tasks_done, progress.tasks_total),
                        'bytes': (progress.bytes_done, progress.bytes_total), 'none': (0, 0)}[self.unit]
@@ -69,7 +69,7 @@ SLICES = {'import': IMPORT, 'restore': RESTORE, 'check-restore': RESTORE}
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class JobRecord:
     """start_time: microseconds of the real-time clock when the job was asked for; every other time is a `now` in
     seconds of a monotonic clock. token: another name for it, that its caller chose, or ''.
     worker: pid of its process, or 0. root: of the tree that it restored and that runs, or 0."""
@@ -79,7 +79,7 @@ class Job:
     token: str = ''
     state: State = State.QUEUED
     phase: str = ''
-    counts: Progress = NOTHING
+    counts: ProgressReport = NOTHING
     progress: float = 0.0
     expected_end: int = 0
     error: CkptError | None = None
@@ -119,7 +119,7 @@ class Job:
             self.progress = max(self.progress, self._slices[phase].start)
         self._phase_began, self._phase_from = now, self.progress
 
-    def advance(self, counts: Progress, now: float) -> None:
+    def advance(self, counts: ProgressReport, now: float) -> None:
         self.counts = counts
         if self.phase in self._slices:
             self.progress = max(self.progress, self._slices[self.phase].at(counts))

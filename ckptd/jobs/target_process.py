@@ -11,7 +11,7 @@ from ckptd.errors import NoSuchTarget
 from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time
 
 
-class Life:
+class ProcessWatch:
     """Watches one process. on_end: called once when it ends, unless `close` comes first."""
 
     def __init__(self, pidfd: int, on_end: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable
 
 
-class Pacer:
+class Throttle:
     """Calls `emit` at once if it may, later if it is too early; pokes in between are one call."""
 
     def __init__(self, interval: float, emit: Callable[[], None]) -> None:

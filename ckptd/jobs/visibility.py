@@ -10,8 +10,8 @@ from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.inspect.scan import resolve_target
 from ckptd.jobs.ownership import stranger_in
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.requests import Orders, start_time_of
-from ckptd.jobs.slots import Lane
+from ckptd.jobs.requests import RequestFactory, start_time_of
+from ckptd.jobs.slots import Slots
 from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
@@ -19,7 +19,7 @@ from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
 from ckptd.protocol.messages import Caller
 
 
-class Whose(NamedTuple):
+class TreeOwner(NamedTuple):
     """uid: of the caller where the whole tree is its own, else of process `stranger`; None, with a stranger of 0, of
     one that the caller does not see. start_time: of the root of a target pid:N as it is now, 0 for other targets.
     outside: a confined caller may not reach it: not all of it is below it."""
@@ -29,28 +29,28 @@ class Whose(NamedTuple):
     outside: bool = False
 
 
-class Sight:
-    def __init__(self, queue: Queue, orders: Orders) -> None:
+class Visibility:
+    def __init__(self, queue: Queue, orders: RequestFactory) -> None:
         self._queue, self._orders = queue, orders
-        self._looks = Lane(3, 1)        # into /proc: threads are everybody's
+        self._looks = Slots(3, 1)        # into /proc: threads are everybody's
 
-    async def whose(self, target: str, caller: Caller) -> Whose:
+    async def whose(self, target: str, caller: Caller) -> TreeOwner:
         """target: as parse_target spells it. NoSuchTarget, in the same words for one that the caller does not see."""
         if not caller.uid and not caller.confinement:
             # root is not asked about anything, and need not wait for a look at its target
-            return Whose(0, 0, start_time_of(target))
+            return TreeOwner(0, 0, start_time_of(target))
         seen = await self._seen(target, caller)
         start_time, outside = start_time_of(target), await self.is_outside(target, caller)
         if not caller.uid:
-            return Whose(0, 0, start_time, outside)
+            return TreeOwner(0, 0, start_time, outside)
         async with self._looks.place(caller.uid):
             stranger = await asyncio.to_thread(stranger_in, target, caller)
         if stranger is None:
-            return Whose(caller.uid, 0, start_time, outside)
+            return TreeOwner(caller.uid, 0, start_time, outside)
         pid, uid = stranger
         if seen is not None and pid not in seen:
-            return Whose(None, 0, start_time, outside)
-        return Whose(uid, pid, start_time, outside)
+            return TreeOwner(None, 0, start_time, outside)
+        return TreeOwner(uid, pid, start_time, outside)
 
     async def is_outside(self, target: str, caller: Caller) -> bool:
         """Whether the caller is confined, and the target not all below it. A worker looks again, task by task."""

@@ -22,7 +22,7 @@ import msgspec
 
 from ckptd.errors import WorkerDied
 from ckptd.jobs.interpreter import command, environment
-from ckptd.jobs.spawner import Child, Spawner
+from ckptd.jobs.spawner import ChildProcess, SpawnerClient
 from ckptd.protocol.messages import MAX_MESSAGE, Follow, FromWorker, ToWorker
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromWorker)
 
 
-class Worker(ABC):
+class WorkerHandle(ABC):
     """One worker process, its pidfd, and the daemon's end of its socket. Owned by whoever took it from the pool, until
     `end`."""
 
@@ -153,15 +153,15 @@ def socket_pair(witness: int) -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-class ChildWorker(Worker):
+class ChildWorker(WorkerHandle):
     """A worker that a spawner has started."""
 
-    def __init__(self, sock: socket.socket, child: Child) -> None:
+    def __init__(self, sock: socket.socket, child: ChildProcess) -> None:
         super().__init__(sock, child.pid, child.pidfd)
         self._child = child
 
     @classmethod
-    async def start(cls, spawner: Spawner, command: Sequence[str] = ()) -> Self:
+    async def start(cls, spawner: SpawnerClient, command: Sequence[str] = ()) -> Self:
         """command: a program instead. WorkerDied when there will be none."""
         ours, theirs = socket_pair(spawner.witness)
         try:

@@ -54,7 +54,7 @@ def parse_entry(data: bytes) -> Contents:
     return contents._replace(damaged=damaged)
 
 
-class Entry:
+class JournalEntry:
     """One freeze in the journal. Owns the locked fd; `finish` deletes the file, `close` leaves it for a recovery."""
 
     def __init__(self, path: Path, fd: int, contents: Contents) -> None:

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import NoReturn
 
 from ckptd.errors import CkptError
-from ckptd.journal.entry import Entry
+from ckptd.journal.entry import JournalEntry
 from ckptd.journal.files import as_maker, put_back, remove_segment, unmake
 from ckptd.journal.steps import (
     AnyStep,
@@ -50,7 +50,7 @@ def no_fault(point: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Hands:
+class Actions:
     """The targets of steps. freeze_unit, thaw_unit: ask systemd; OSError or CkptError when it does not do it."""
     mount: CgroupMount | None
     freeze_unit: UnitCall | None = None
@@ -190,7 +190,7 @@ class Hands:
         return next(cgroup for above in (path, *path.parents) if (cgroup := self.cgroup(str(above))).exists)
 
 
-def undo_all(entry: Entry, hands: Hands, at: FaultPoint = no_fault) -> list[str]:
+def undo_all(entry: JournalEntry, hands: Actions, at: FaultPoint = no_fault) -> list[str]:
     """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was.
 
     A tree that is not alive yet, or not to live any more, is ended before all else: at home, where it would be brought

@@ -3,8 +3,8 @@
 
 from collections.abc import Iterable
 
-from ckptd.journal.entry import Entry
-from ckptd.journal.hands import Hands, UnitCall, describe, undo_all
+from ckptd.journal.entry import JournalEntry
+from ckptd.journal.hands import Actions, UnitCall, describe, undo_all
 from ckptd.journal.steps import AnyStep, KeepFile, MakeFile, MakeSegment
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
@@ -21,12 +21,12 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
     Owners that live are left alone. A worker that was killed holds its lock until it is a zombie: wait for it first.
     An entry that cannot be undone wholly stays, for the next time. OSError if the journal itself cannot be read.
     """
-    hands = Hands(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    hands = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
     report: list[str] = []
     for found in journal.claim():
-        if isinstance(found, Entry) and files != about_files(step for _, step in found.standing()):
+        if isinstance(found, JournalEntry) and files != about_files(step for _, step in found.standing()):
             found.close()
-        elif isinstance(found, Entry):
+        elif isinstance(found, JournalEntry):
             report += _recover_entry(found, hands)
         else:
             path, reason = found
@@ -45,7 +45,7 @@ def left_about_files(journal: Journal) -> bool:
     return any(not one.alive and about_files(one.steps) for one in journal.entries())
 
 
-def _recover_entry(entry: Entry, hands: Hands) -> list[str]:
+def _recover_entry(entry: JournalEntry, hands: Actions) -> list[str]:
     try:
         if entry.begin.boot != boot_id():
             entry.finish()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptd import flock
-from ckptd.journal.entry import MAX_ENTRY, SUFFIX, Contents, Entry, journal_failed, parse_entry
+from ckptd.journal.entry import MAX_ENTRY, SUFFIX, Contents, JournalEntry, journal_failed, parse_entry
 from ckptd.journal.steps import VERSION, AnyStep, Begin
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import boot_id
@@ -33,14 +33,14 @@ class Journal:
     def __init__(self, runtime: Path) -> None:
         self.directory = runtime / 'freezes'
 
-    def begin(self, job: int, target: str, mode: str) -> Entry:
+    def begin(self, job: int, target: str, mode: str) -> JournalEntry:
         """A new entry, owned by this process."""
         begin = Begin(VERSION, boot_id(), job, target[:4096], mode)
         try:
             with self._locked() as directory:
                 path = self.directory / f'{job}-{secrets.token_hex(4)}{SUFFIX}'
                 fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                entry = Entry(path, fd, Contents(begin, [], set(), 0))
+                entry = JournalEntry(path, fd, Contents(begin, [], set(), 0))
                 flock.lock(fd, wait=False)
                 entry.append(begin)
                 os.fsync(directory)
@@ -66,11 +66,11 @@ class Journal:
                         flock.close(fd)
                 except (OSError, ValueError):
                     continue
-                entry = Entry(path, -1, contents)
+                entry = JournalEntry(path, -1, contents)
                 found.append(Listing(entry.name, alive, entry.begin, tuple(step for _, step in entry.standing())[::-1]))
         return found
 
-    def claim(self) -> Iterator[Entry | tuple[Path, str]]:
+    def claim(self) -> Iterator[JournalEntry | tuple[Path, str]]:
         """Entries without an owner, now owned by this process; or for a file that is none, its path and why."""
         with self._locked():
             claimed = [found for path in self._paths() if (found := _claim(path)) is not None]
@@ -116,7 +116,7 @@ def _open(path: Path) -> tuple[int, bool]:
     return fd, False
 
 
-def _claim(path: Path) -> Entry | tuple[Path, str] | None:
+def _claim(path: Path) -> JournalEntry | tuple[Path, str] | None:
     """None if it has an owner or is gone."""
     try:
         fd, alive = _open(path)
@@ -128,7 +128,7 @@ def _claim(path: Path) -> Entry | tuple[Path, str] | None:
         if alive:
             flock.close(fd)
             return None
-        return Entry(path, fd, parse_entry(read_file(str(path))))
+        return JournalEntry(path, fd, parse_entry(read_file(str(path))))
     except ValueError as error:
         flock.close(fd)
         return path, str(error)

@@ -11,13 +11,13 @@ from ckptd.kernel.procfs import read_task_file, task_dir
 from ckptd.kernel.timens import host_monotonic_ns
 
 
-class Call(NamedTuple):
+class BlockedCall(NamedTuple):
     """Number and six arguments, as in the registers."""
     number: int
     arguments: tuple[int, ...]
 
 
-def read_call(pid: int, tid: int) -> Call | None:
+def read_call(pid: int, tid: int) -> BlockedCall | None:
     """None for a task that runs, or is blocked outside of a system call, or whose registers we may not see."""
     try:
         return parse_call(read_task_file(task_dir(pid, tid), 'syscall'))
@@ -25,12 +25,12 @@ def read_call(pid: int, tid: int) -> Call | None:
         return None
 
 
-def parse_call(data: bytes) -> Call | None:
+def parse_call(data: bytes) -> BlockedCall | None:
     """'230 0x0 0x0 0x7ffedff09a10 0x7ffedff09a50 0x0 0x0 0x7ffedff099f8 0x7ffbb39c3503', 'running' or '-1 SP IP'."""
     fields = data.split()
     if len(fields) != 9:
         return None
-    return Call(int(fields[0]), tuple(int(field, 16) for field in fields[1:7]))
+    return BlockedCall(int(fields[0]), tuple(int(field, 16) for field in fields[1:7]))
 
 
 class LastRun(NamedTuple):

@@ -4,7 +4,7 @@
 import os
 from typing import NamedTuple
 
-from ckptd.kernel.cgroup1 import Place, read_places
+from ckptd.kernel.cgroup1 import Cgroup1Path, read_places
 from ckptd.kernel.pidfd import held
 from ckptd.kernel.task import read_cgroup2, read_limits, read_loginuid, read_oom_score_adj
 
@@ -17,7 +17,7 @@ class Bounds(NamedTuple):
     nice: int = 0
     loginuid: int = -1
     cgroup: str = ''
-    old_cgroups: tuple[Place, ...] = ()
+    old_cgroups: tuple[Cgroup1Path, ...] = ()
 
 
 def read_bounds(pid: int, start_time: int, uid: int) -> Bounds:

@@ -11,23 +11,23 @@ from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.procfs import read_task_file, task_dir, text
 
 
-class Place(NamedTuple):
+class Cgroup1Path(NamedTuple):
     """A cgroup of one hierarchy. controllers: its name in /proc/PID/cgroup, 'memory' or 'cpu,cpuacct'."""
     controllers: str
     path: str
 
 
-def read_places(pid: int) -> tuple[Place, ...]:
+def read_places(pid: int) -> tuple[Cgroup1Path, ...]:
     """Read the place of a process in each hierarchy that limits resources. The freezer and named hierarchies do not."""
     found = []
     for line in text(read_task_file(task_dir(pid), 'cgroup')).splitlines():
         number, controllers, path = line.split(':', 2)
         if number != '0' and not controllers.startswith('name=') and 'freezer' not in controllers.split(','):
-            found.append(Place(controllers, path))
+            found.append(Cgroup1Path(controllers, path))
     return tuple(found)
 
 
-def join(places: tuple[Place, ...]) -> None:
+def join(places: tuple[Cgroup1Path, ...]) -> None:
     """Move the calling process there. OSError; FileNotFoundError if one is gone, or not to be seen from here."""
     own = read_places(os.getpid())
     mounts = [mount for mount in read_mountinfo() if mount.fs_type == 'cgroup']

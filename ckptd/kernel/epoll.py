@@ -21,14 +21,14 @@ def pack_event(events: int, data: int) -> bytes:
     return _EVENT.pack(events, data)
 
 
-class Target(NamedTuple):
+class EpollTarget(NamedTuple):
     """tfd: the number that it had when it was added, in the table of who added it. events: EPOLL*."""
     tfd: int
     events: int
     data: int
 
 
-def parse_target(row: str) -> Target:
+def parse_target(row: str) -> EpollTarget:
     """'       5 events:       19 data:                5  pos:0 ino:e6f sdev:d', a tfd row of fdinfo."""
     tfd, _, events, _, data, *_ = row.split()
-    return Target(int(tfd), int(events, 16), int(data, 16))
+    return EpollTarget(int(tfd), int(events, 16), int(data, 16))

@@ -40,7 +40,7 @@ class Unknown(Exception):
 def _clone3(args: c_void_p, size: c_size_t) -> c_long: ...
 
 
-class Child:
+class TestChild:
     """A process that waits for the end of a pipe, so it dies with us however we do. `fd` is open in it only."""
 
     def __enter__(self) -> Self:
@@ -75,37 +75,37 @@ def probe_cgroup() -> Iterator[cgroup.Cgroup]:
 # ---------------------------------------------------------------- pidfd, kcmp, /proc
 
 def open_pidfd() -> str:
-    with Child() as child:
+    with TestChild() as child:
         os.close(pidfd.pidfd_open(child.pid))
     return ''
 
 
 def thread_pidfd() -> str:
-    with Child() as child:
+    with TestChild() as child:
         os.close(pidfd.pidfd_open(child.pid, pidfd.PIDFD_THREAD))
     return ''
 
 
 def signal_pidfd() -> str:
-    with Child() as child, _opened(pidfd.pidfd_open(child.pid)) as fd:
+    with TestChild() as child, _opened(pidfd.pidfd_open(child.pid)) as fd:
         pidfd.pidfd_send_signal(fd, 0)
     return ''
 
 
 def getfd() -> str:
-    with Child() as child, _opened(pidfd.pidfd_open(child.pid)) as fd:
+    with TestChild() as child, _opened(pidfd.pidfd_open(child.pid)) as fd:
         os.close(pidfd.pidfd_getfd(fd, child.fd))
     return ''
 
 
 def compare() -> str:
-    with Child() as child:
+    with TestChild() as child:
         kcmp.kcmp(os.getpid(), child.pid, kcmp.KCMP_VM)
     return ''
 
 
 def children_files() -> str:
-    with Child() as child:
+    with TestChild() as child:
         if child.pid not in task.read_children(os.getpid(), os.getpid()):
             raise Unknown('a child of ours is not listed')
     return ''
@@ -179,7 +179,7 @@ def ptrace_scope() -> str:
 
 def readv() -> str:
     local = ctypes.create_string_buffer(len(_TEXT))
-    with Child() as child:
+    with TestChild() as child:
         memory.read_into(child.pid, [(_ADDRESS, _ADDRESS + len(_TEXT))], ctypes.addressof(local))
     if local.raw != _TEXT:
         raise OSError(errno.EIO, 'process_vm_readv copies something else')
@@ -187,20 +187,20 @@ def readv() -> str:
 
 
 def pagemap() -> str:
-    with Child() as child, memory.PageMap(child.pid) as pages:
+    with TestChild() as child, memory.PageMap(child.pid) as pages:
         if len(os.pread(pages.fd, 8, _ADDRESS // memory.PAGE * 8)) != 8:
             raise OSError(errno.EIO, 'pagemap is empty')
     return ''
 
 
 def pagemap_scan() -> str:
-    with Child() as child, memory.PageMap(child.pid) as pages:
+    with TestChild() as child, memory.PageMap(child.pid) as pages:
         _scan(pages.fd, memory.PAGE_IS_PRESENT)
     return ''
 
 
 def guard_regions() -> str:
-    with Child() as child, memory.PageMap(child.pid) as pages:
+    with TestChild() as child, memory.PageMap(child.pid) as pages:
         _scan(pages.fd, memory.PAGE_IS_GUARD)
     return ''
 
@@ -226,7 +226,7 @@ def cgroup_mounted() -> str:
 def cgroup_writable() -> str:
     own = cgroup.Cgroup.of(os.getpid())
     try:
-        with probe_cgroup() as group, Child() as child:
+        with probe_cgroup() as group, TestChild() as child:
             group.attach(child.pid)
     except Unknown as error:
         raise OSError(errno.EACCES, f'{own.path}: {error}') from None
@@ -234,7 +234,7 @@ def cgroup_writable() -> str:
 
 
 def cgroup_freeze() -> str:
-    with probe_cgroup() as group, Child() as child:
+    with probe_cgroup() as group, TestChild() as child:
         group.attach(child.pid)
         began = time.monotonic()
         group.freeze()
@@ -244,7 +244,7 @@ def cgroup_freeze() -> str:
 
 
 def cgroup_kill() -> str:
-    with probe_cgroup() as group, Child() as child:
+    with probe_cgroup() as group, TestChild() as child:
         group.attach(child.pid)
         with _opened(pidfd.pidfd_open(child.pid)) as fd:
             group.kill()
@@ -302,8 +302,8 @@ def _opened(fd: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _stopped_child() -> Iterator[tuple[Child, ptrace.Tracee]]:
-    with Child() as child, ptrace.Tracee.seize(child.pid) as tracee:
+def _stopped_child() -> Iterator[tuple[TestChild, ptrace.Tracee]]:
+    with TestChild() as child, ptrace.Tracee.seize(child.pid) as tracee:
         tracee.stop(time.monotonic() + PATIENCE)
         yield child, tracee
 

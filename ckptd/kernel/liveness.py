@@ -14,7 +14,7 @@ import threading
 from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_open
 
 
-class Witness:
+class Liveness:
     """Of this process. pidfd: readable when it is dead; -1 where no thread can have one, before Linux 6.9."""
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ def write_offsets(offsets: Offsets, pid: int | str = 'self') -> None:
         os.close(fd)
 
 
-class Clocks(NamedTuple):
+class ClockReadings(NamedTuple):
     """What the clocks say to a task at one moment, nanoseconds. host: by CLOCK_*, as the initial namespace has them."""
     monotonic: int
     boottime: int
@@ -77,7 +77,7 @@ class Clocks(NamedTuple):
     host: dict[int, int]
 
     @classmethod
-    def read(cls, pid: int) -> 'Clocks':
+    def read(cls, pid: int) -> 'ClockReadings':
         """Now, for task `pid`."""
         its, ours = read_offsets(pid), read_offsets(os.getpid())
         host = {clock: time.clock_gettime_ns(clock) for clock in

@@ -16,7 +16,7 @@ from ckptd.kernel.timer_list import End
 from ckptd.protocol.broker_calls import (
     KeepContent,
     NewImage,
-    Note,
+    NoteStep,
     OpenImage,
     Placed,
     PlaceTree,
@@ -27,7 +27,7 @@ from ckptd.protocol.broker_calls import (
 from ckptd.protocol.channel import Channel
 
 
-class Broker:
+class BrokerClient:
     """The broker of this worker's job."""
 
     def __init__(self, channel: Channel) -> None:
@@ -56,7 +56,7 @@ class Broker:
         return list(value['warnings'])
 
     def note(self, step: MakeFile | KeepFile | MakeSegment) -> None:
-        self._channel.call(Note(step))
+        self._channel.call(NoteStep(step))
 
     def keep_content(self) -> tuple[str, int]:
         """Path and fd of an empty file, for the content of another one. SpoolFailed."""

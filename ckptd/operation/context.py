@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFailed
 from ckptd.faults import fault
-from ckptd.freezer import Frozen, close_after, freeze
-from ckptd.freezer.base import Terms, refuse_own_tree
+from ckptd.freezer import FrozenTree, close_after, freeze
+from ckptd.freezer.base import FreezeRequest, refuse_own_tree
 from ckptd.image.archive.unpack import destination_in
 from ckptd.image.files import require_room, spooling
 from ckptd.image.ids import is_image_id
@@ -20,16 +20,16 @@ from ckptd.image.source import DirectoryFiles, ImageFiles
 from ckptd.image.writer import Destination, Incoming
 from ckptd.inspect.checks import check_rights, check_tree, told_dead
 from ckptd.inspect.checks.hidden import require_sight, without_hidden
-from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Target, is_alive, resolve_target, scan_tree
-from ckptd.journal.hands import Hands
+from ckptd.journal.hands import Actions
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.pidfd import held, pidfd_pid
 from ckptd.kernel.unix import clients_beside
-from ckptd.operation.broker import Broker
+from ckptd.operation.broker import BrokerClient
 from ckptd.operation.freezing import lent_freeze
 from ckptd.operation.timers import OwnTimers, Timers
 from ckptd.protocol.channel import Channel
@@ -40,7 +40,7 @@ LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobContext:
     """pidfd: of the target, if the caller gave one, else -1. output: where an export goes or an import
     comes from, else -1. terminal: for a restart, else -1."""
     request: JobRequest
@@ -83,22 +83,22 @@ class Job:
             raise NoSuchTarget(f'{target.description} has no processes')
         return tree
 
-    def picture(self) -> Picture:
+    def picture(self) -> ProcCache:
         """Make an empty picture. In a request about the caller itself, its connections to our bus count as severed."""
         severed: Collection[int] = ()
         if self.request.sever:
             with suppress(OSError):     # no sock_diag: they are refused, as any socket is
                 severed = clients_beside(self.request.sever, unix_sockets())
-        return Picture(severed, self.request.caller)
+        return ProcCache(severed, self.request.caller)
 
-    def refusals(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
+    def refusals(self, tree: Tree, picture: ProcCache | None = None) -> list[Refusal]:
         """All refusals and warnings. picture: of a tree at rest, what is read of it; PTRACE_SEIZE then tells who may
         trace it."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
                           avoid=self._avoid, picture=picture or self.picture(),
                           trace=picture is None and not self.request.trace_under_yama)
 
-    def require(self, tree: Tree, picture: Picture | None = None) -> list[Refusal]:
+    def require(self, tree: Tree, picture: ProcCache | None = None) -> list[Refusal]:
         """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them.
 
         Of a running tree (no picture) a task that dies meanwhile is no reason, or no shell script could be frozen: who
@@ -124,7 +124,7 @@ class Job:
         return rows
 
     @contextmanager
-    def frozen(self, target: Target, tree: Tree, *, remote_calls: bool, traced: bool = True) -> Iterator[Frozen]:
+    def frozen(self, target: Target, tree: Tree, *, remote_calls: bool, traced: bool = True) -> Iterator[FrozenTree]:
         """The tree at rest for the time of the block, by what the request asks for. traced: by ptrace, if need be."""
         request, channel = self.request, self.channel
 
@@ -134,8 +134,8 @@ class Job:
         deadline = time.monotonic() + request.timeout_usec / 1e6
         if request.brokered:
             refuse_own_tree(tree)
-            terms = Terms(target, deadline, None, Hands(mount_of(read_mountinfo())), self.scan, request.job,
-                          channel.fileno(), channel.check, remote_calls, fault)
+            terms = FreezeRequest(target, deadline, None, Actions(mount_of(read_mountinfo())), self.scan, request.job,
+                                  channel.fileno(), channel.check, remote_calls, fault)
             with lent_freeze(tree, terms, request.freeze, channel, close_after) as frozen:
                 yield frozen
             return
@@ -146,14 +146,14 @@ class Job:
 
     def timers(self) -> Timers:
         """Access to the timers of the machine, which only root may read."""
-        return Broker(self.channel).timers() if self.request.brokered else OwnTimers()
+        return BrokerClient(self.channel).timers() if self.request.brokered else OwnTimers()
 
     # ------------------------------------------------------------ images
 
     def destination(self) -> Destination:
         """Open the destination of the image that the job writes. SpoolFailed, also when the spool is nearly full."""
         if self.request.brokered:
-            return Broker(self.channel).new_image(self.request.image)
+            return BrokerClient(self.channel).new_image(self.request.image)
         spool = Path(self.request.spool)
         require_some_room(spool, self.request.keep_free)
         return Incoming(spool, self.request.image)
@@ -162,7 +162,7 @@ class Job:
         """Open the destination of an image that arrives as a stream. SpoolFailed, also when it does not fit."""
         request = self.request
         if request.brokered:
-            return Broker(self.channel).new_image(manifest.image, manifest.size)
+            return BrokerClient(self.channel).new_image(manifest.image, manifest.size)
         # root, or the user whose own ckptd this is, sees all images that there are
         return destination_in(Path(request.spool), request.keep_free,
                               keep_id=request.caller.uid in (0, os.geteuid()))(manifest)
@@ -170,7 +170,7 @@ class Job:
     @contextmanager
     def image_files(self) -> Iterator[ImageFiles]:
         """The files of the image that the job is about. NoSuchImage, ImageDamaged."""
-        files = Broker(self.channel).open_image() if self.request.brokered else DirectoryFiles(image_path(self))
+        files = BrokerClient(self.channel).open_image() if self.request.brokered else DirectoryFiles(image_path(self))
         try:
             yield files
         finally:
@@ -187,7 +187,7 @@ def require_some_room(spool: Path, keep_free: int) -> None:
     require_room(spool, LEAST_ROOM, keep_free, phase='scan')
 
 
-def image_path(job: Job) -> Path:
+def image_path(job: JobContext) -> Path:
     """The directory of the image that the job is about. NoSuchImage."""
     path = Path(job.request.spool) / job.request.image
     if not is_image_id(job.request.image) or not path.is_dir():

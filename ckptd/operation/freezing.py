@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckptd.errors import NotSupported
-from ckptd.freezer.base import Frozen, Terms
+from ckptd.freezer.base import FreezeRequest, FrozenTree
 from ckptd.freezer.traced import TracedFrozen
 from ckptd.inspect.scan import scan_tree
 from ckptd.protocol.broker_calls import EndTree, FreezeTree, HoldTree, LetRun, RestoreTree
@@ -17,10 +17,10 @@ from ckptd.protocol.messages import FreezeMode
 from ckptd.tree import Tree
 
 
-class LentFreeze(Frozen):
+class LentFreeze(FrozenTree):
     """A tree that the broker has brought to rest. The tracees are the worker's own."""
 
-    def __init__(self, tree: Tree, terms: Terms, channel: Channel) -> None:
+    def __init__(self, tree: Tree, terms: FreezeRequest, channel: Channel) -> None:
         super().__init__(tree, terms)
         self._channel = channel
         self._moved = self._is_restored = False
@@ -53,8 +53,8 @@ class LentFreeze(Frozen):
 
 
 @contextmanager
-def lent_freeze(tree: Tree, terms: Terms, mode: FreezeMode, channel: Channel,
-                close_after: Callable[[Frozen, BaseException], None]) -> Iterator[Frozen]:
+def lent_freeze(tree: Tree, terms: FreezeRequest, mode: FreezeMode, channel: Channel,
+                close_after: Callable[[FrozenTree, BaseException], None]) -> Iterator[FrozenTree]:
     """A tree at rest for the time of the block, as ckptd.freezer.freeze."""
     frozen = _first_that_can(tree, terms, mode, channel, close_after)
     try:
@@ -65,8 +65,8 @@ def lent_freeze(tree: Tree, terms: Terms, mode: FreezeMode, channel: Channel,
     frozen.close()
 
 
-def _first_that_can(tree: Tree, terms: Terms, mode: FreezeMode, channel: Channel,
-                    close_after: Callable[[Frozen, BaseException], None]) -> Frozen:
+def _first_that_can(tree: Tree, terms: FreezeRequest, mode: FreezeMode, channel: Channel,
+                    close_after: Callable[[FrozenTree, BaseException], None]) -> FrozenTree:
     if mode != 'ptrace':
         lent = LentFreeze(tree, terms, channel)
         try:

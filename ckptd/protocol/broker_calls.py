@@ -80,7 +80,7 @@ class StartTree(Message, frozen=True):
     """All tasks were let go of: thaw them. They are no longer ended when the worker dies."""
 
 
-class Note(Message, frozen=True):
+class NoteStep(Message, frozen=True):
     """Write a step down, for whoever has to undo it as this user."""
     step: MakeFile | KeepFile | MakeSegment
 
@@ -92,5 +92,5 @@ class KeepContent(Message, frozen=True):
 MAX_FILES = 200         # fds of a message; the kernel takes SCM_MAX_FD, 253 (include/net/scm.h)
 
 BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | EndTree | ReadTimers
-              | PlaceTree | StartTree | Note | KeepContent)
+              | PlaceTree | StartTree | NoteStep | KeepContent)
 FromUsersWorker = FromWorker | BrokerCall

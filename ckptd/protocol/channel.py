@@ -26,7 +26,7 @@ from ckptd.protocol.messages import (
     Follow,
     Message,
     Phase,
-    Progress,
+    ProgressReport,
     ScopeRequest,
     Start,
     Thaw,
@@ -251,7 +251,7 @@ class Channel:
             return
         self._next_progress = now + PROGRESS_INTERVAL
         self.check()
-        self.send(Progress(tasks_done, tasks_total, bytes_done, bytes_total))
+        self.send(ProgressReport(tasks_done, tasks_total, bytes_done, bytes_total))
 
     def finish(self, rows_name: str, rows: Sequence[object], result: dict[str, object] | None = None) -> None:
         """Finished, in as many packets as the rows need. A row that none has room for is cut (_shortened).

@@ -167,7 +167,7 @@ class Phase(Message, frozen=True):
     name: str
 
 
-class Progress(Message, frozen=True):
+class ProgressReport(Message, frozen=True):
     tasks_done: int
     tasks_total: int
     bytes_done: int
@@ -188,7 +188,7 @@ class ScopeRequest(Message, frozen=True):
     slice: str = ''
 
 
-class Running(Message, frozen=True):
+class TreeRuns(Message, frozen=True):
     """The restored tree runs. root: its pid as the worker sees it. With `wait` the worker now attends its end."""
     root: int
     tasks: int
@@ -232,7 +232,7 @@ class Failed(Message, frozen=True):
 
 
 ToWorker = Follow | Start | Cancel | Thaw | UnitDone | Answer
-FromWorker = Phase | Progress | UnitRequest | ScopeRequest | Frozen | Running | Log | Finished | Failed
+FromWorker = Phase | ProgressReport | UnitRequest | ScopeRequest | Frozen | TreeRuns | Log | Finished | Failed
 
 
 def refusal_row(refusal: Refusal) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def cut(text: str, most: int = MAX_TEXT) -> str:
 MAX_SPAWN = 1 << 17     # bytes of a message
 
 
-class Spawn(Message, frozen=True):
+class SpawnWorker(Message, frozen=True):
     """command: a program instead of a worker, which gets the number of its socket as its last argument."""
     number: int
     command: tuple[str, ...] = ()

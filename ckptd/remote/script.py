@@ -8,7 +8,7 @@ from typing import cast
 from ckptd.errors import CkptError
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps, finish
-from ckptd.remote.stub import Puppet
+from ckptd.remote.stub import Stub
 
 _NO_NOTE: tuple[str, int | None] = '', None
 
@@ -16,7 +16,7 @@ _NO_NOTE: tuple[str, int | None] = '', None
 class Script:
     """`call` collects, `run` has the task do it all. An error names the call and, if `about` was said, the matter."""
 
-    def __init__(self, puppet: Puppet) -> None:
+    def __init__(self, puppet: Stub) -> None:
         self._puppet = puppet
         self._batches = [Batch()]
         self._notes: list[dict[int, tuple[str, int | None]]] = [{}]

@@ -77,7 +77,7 @@ class Turn:
         self.taken = False
 
 
-class Puppet:
+class Stub:
     """A stopped stub. turn: that of the task that it shares memory with. born: tids of the tasks that its last batch
     made, as we see them. is_dead: it has ended as one thread of several."""
 
@@ -199,13 +199,13 @@ class Puppet:
         self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
         self.tracee.sigmask = 0     # which /proc goes on to show of the dead
 
-    def adopt(self, tid: int, *, shares_memory: bool) -> 'Puppet':
+    def adopt(self, tid: int, *, shares_memory: bool) -> 'Stub':
         """The task that was just born: traced by us already, about to stop."""
         tracee = Tracee(tid, self.tracee.patience)
         status = tracee.wait()
         if status >> 16 != PTRACE_EVENT_STOP:
             raise CkptError(f'task {tid} was born with status {status:#x}', task=tid)
-        return Puppet(tracee, self.arena, self.turn if shares_memory else None)
+        return Stub(tracee, self.arena, self.turn if shares_memory else None)
 
     def leave(self, last: Batch, *, unmap: bool) -> Steps[None]:
         """Do the last calls, and unmap the arena unless others still use it. The task then stands wherever its

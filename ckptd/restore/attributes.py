@@ -26,7 +26,7 @@ from ckptd.kernel.task import SIGEV_THREAD_ID
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import finish
 from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
+from ckptd.remote.stub import Stub
 
 # <linux/prctl.h>
 PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_CHILD_SUBREAPER = 15, 29, 36
@@ -45,7 +45,7 @@ _DEFAULT = records.SigAction(0, 0, 0, 0)
 
 def thread(reader: ImageReader, vpid: int, script: Script) -> None:
     """Restore the state of a thread: name, signal stack, addresses that the kernel keeps, timer slack."""
-    task, signals = reader.get(records.Task, vpid), reader.get(records.ThreadSignals, vpid)
+    task, signals = reader.get(records.TaskRecord, vpid), reader.get(records.ThreadSignals, vpid)
     pointers = reader.get(records.ThreadPointers, vpid)
     script.call('prctl', PR_SET_NAME, name_of(task))
     flags = signals.altstack_flags & ~SS_ONSTACK
@@ -95,7 +95,7 @@ def speculation() -> tuple[int, ...]:
     return tuple(found)
 
 
-def name_of(task: records.Task) -> bytes:
+def name_of(task: records.TaskRecord) -> bytes:
     return task.comm.encode('utf-8', 'surrogateescape')[:15] + b'\0'
 
 
@@ -171,7 +171,7 @@ def interval_timers(reader: ImageReader, vpid: int, script: Script) -> None:
         script.call('setitimer', which, struct.pack('<4q', *divmod(timer.interval, 10**6), *divmod(value, 10**6)), 0)
 
 
-def posix_timers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
+def posix_timers(reader: ImageReader, vpid: int, puppet: Stub) -> None:
     """Make and start the POSIX timers of a process, with their old numbers."""
     # /proc/PID/timers has the newest first
     found = reader.get(records.PosixTimers, vpid).timers[::-1]
@@ -191,7 +191,7 @@ def posix_timers(reader: ImageReader, vpid: int, puppet: Puppet) -> None:
     script.do()
 
 
-def _restore_ids(puppet: Puppet, on: bool) -> bool:
+def _restore_ids(puppet: Stub, on: bool) -> bool:
     """Whether timer_create(2) now takes the number from its third argument."""
     with suppress(OSError):
         Script(puppet).call_now('prctl', PR_TIMER_CREATE_RESTORE_IDS, int(on), 0, 0, 0)
@@ -199,7 +199,7 @@ def _restore_ids(puppet: Puppet, on: bool) -> bool:
     return False
 
 
-def _create(puppet: Puppet, timer: records.PosixTimer, *, by_id: bool) -> int:
+def _create(puppet: Stub, timer: records.PosixTimer, *, by_id: bool) -> int:
     batch = Batch()
     event = struct.pack('<QiiI', timer.value, ctypes.c_int32(timer.signal).value, timer.notify,
                         timer.vtid if timer.notify & SIGEV_THREAD_ID else 0).ljust(64, b'\0')
@@ -213,7 +213,7 @@ def _create(puppet: Puppet, timer: records.PosixTimer, *, by_id: bool) -> int:
     return int.from_bytes(results.data(number)[:4], 'little')
 
 
-def _skip_to(puppet: Puppet, timer: records.PosixTimer) -> None:
+def _skip_to(puppet: Stub, timer: records.PosixTimer) -> None:
     """Use up the timer numbers before the wanted one. Before Linux 6.15 the kernel gives them in turn."""
     while True:
         number = _create(puppet, timer, by_id=False)
@@ -256,7 +256,7 @@ def last_calls(reader: ImageReader, sighand_id: int) -> Batch:
 
 # ---------------------------------------------------------------- signals and registers
 
-def drain(puppet: Puppet) -> None:
+def drain(puppet: Stub) -> None:
     """Take off what making the tree has sent: SIGCHLD of ghosts and zombies."""
     tracee = puppet.tracee
     while tracee.pending(shared=True) or tracee.pending(shared=False):
@@ -278,7 +278,7 @@ def queue(reader: ImageReader, vtgid: int, vpid: int, script: Script, *, shared:
         script.call('rt_tgsigqueueinfo', vtgid, vpid, info[0], info, about=f'pending signal {info[0]}')
 
 
-def registers(reader: ImageReader, vpid: int, puppet: Puppet, instead: arch.user_regs_struct | None) -> None:
+def registers(reader: ImageReader, vpid: int, puppet: Stub, instead: arch.user_regs_struct | None) -> None:
     """Set those of a task that has left its stub, or is about to run on from it, and its signal mask. instead: general
     registers to set instead of those of the image."""
     record = reader.get(records.Registers, vpid)

@@ -25,7 +25,7 @@ from ckptd.kernel.creds import (
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Patience, Tracee, endless
 from ckptd.remote.batch import Batch
-from ckptd.remote.stub import BLOCK_ALL, OPTIONS, Arena, Puppet
+from ckptd.remote.stub import BLOCK_ALL, OPTIONS, Arena, Stub
 
 _PROGRAM_AT = 0x200000
 ARENA_LENGTH = 64 * PAGE
@@ -47,7 +47,7 @@ def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
     return Arena.at(start, ARENA_LENGTH)
 
 
-def plant(arena: Arena, bank: int, patience: Patience = endless) -> Puppet:
+def plant(arena: Arena, bank: int, patience: Patience = endless) -> Stub:
     """Start the first stub. Its address space has the arena and nothing else, its files are those from number `bank`
     on; it is a child of ours. patience: of waits for it, and for all that it makes."""
     program = _program()
@@ -58,7 +58,7 @@ def plant(arena: Arena, bank: int, patience: Patience = endless) -> Puppet:
     tracee.sigmask = BLOCK_ALL
     # until it has an arena, its own page holds the code, and the top of its stack the table
     boot = Arena(_PROGRAM_AT, PAGE, _PROGRAM_AT, (tracee.regs.rsp & -PAGE) - PAGE, PAGE)
-    first = Puppet(tracee, boot)
+    first = Stub(tracee, boot)
     with Mem(tracee.tid) as mem:
         mem.write(boot.code, arch.STUB)
         batch = Batch()
@@ -66,7 +66,7 @@ def plant(arena: Arena, bank: int, patience: Patience = endless) -> Puppet:
         batch.call('mmap', arena.table, arena.length - PAGE, _READ | _WRITE, _PRIVATE_ANONYMOUS_FIXED, -1, 0)
         first.do(batch)
         mem.write(arena.code, arch.STUB)
-    seed = Puppet(tracee, arena)
+    seed = Stub(tracee, arena)
     batch = Batch()
     batch.call('munmap', 0, arena.start)
     batch.call('munmap', arena.end, arch.TASK_SIZE - arena.end)

@@ -19,8 +19,8 @@ from typing import Protocol, Self
 from ckptd.errors import CkptError, Refusal
 from ckptd.faults import fault
 from ckptd.image.files import spooling
-from ckptd.journal.entry import Entry
-from ckptd.journal.hands import Hands, undo_all
+from ckptd.journal.entry import JournalEntry
+from ckptd.journal.hands import Actions, undo_all
 from ckptd.journal.steps import (
     AnyStep,
     Born,
@@ -38,17 +38,17 @@ from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
-from ckptd.operation.broker import Broker
-from ckptd.operation.context import Job
+from ckptd.operation.broker import BrokerClient
+from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
-from ckptd.restore.creation_order import Process
+from ckptd.restore.creation_order import NewProcess
 
 KEPT = '.kept-'     # files of the spool
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Place(Protocol):
-    """The cgroups of a tree that is restored, and the journal of what is made for it; see Birthplace."""
+class Placement(Protocol):
+    """The cgroups of a tree that is restored, and the journal of what is made for it; see BirthCgroup."""
     cgroup_fd: int
     warnings: list[Refusal]
 
@@ -62,19 +62,20 @@ class Place(Protocol):
     def open_gate(self) -> None: ...
 
 
-class Birthplace:
+class BirthCgroup:
     """The cgroups and the journal entry of a restart. `with`: on failure everything is undone.
 
     want: where each process is to live. cgroup_fd: where to be born, -1: where we are.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: JobContext) -> None:
         self._job = job
-        self._hands = Hands(mount_of(read_mountinfo()))
+        self._hands = Actions(mount_of(read_mountinfo()))
         self._wanted: dict[int, str] = {}
         self._slice: str | None = None
-        self._entry: Entry = Journal(Path(job.request.runtime)).begin(job.request.job, f'image {job.request.image}',
-                                                                      'restore')
+        self._entry: JournalEntry = Journal(Path(job.request.runtime)).begin(job.request.job,
+                                                                             f'image {job.request.image}',
+                                                                             'restore')
         self._gate = ''             # the cgroup that all are in when they start
         self.cgroup_fd = -1
         self.warnings: list[Refusal] = []
@@ -200,11 +201,11 @@ class Birthplace:
         self.warnings.append(_warning(sentence, errno_name))
 
 
-class LentPlace:
+class BrokeredCgroup:
     """The cgroups of a restart by an ordinary user. The broker does the work (worker/broker/placement.py); the tree is
     born in the cgroup of the worker."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: BrokerClient) -> None:
         self._broker = broker
         self.cgroup_fd = -1
         self._wanted: dict[int, str] = {}
@@ -236,16 +237,16 @@ class LentPlace:
         self.warnings += [_warning(sentence, 'EBUSY') for sentence in self._broker.start_tree()]
 
 
-def place_for(job: Job) -> Place:
+def place_for(job: JobContext) -> Placement:
     """Make the place for the tree of a restart."""
-    return LentPlace(Broker(job.channel)) if job.request.brokered else Birthplace(job)
+    return BrokeredCgroup(BrokerClient(job.channel)) if job.request.brokered else BirthCgroup(job)
 
 
 def _warning(sentence: str, errno_name: str) -> Refusal:
     return Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning')
 
 
-def homes(processes: Sequence[Process]) -> dict[int, str]:
+def homes(processes: Sequence[NewProcess]) -> dict[int, str]:
     """The cgroup that each living process was in, by vpid."""
     return {process.vpid: process.ids.cgroup for process in processes if process.alive}
 

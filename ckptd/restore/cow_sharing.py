@@ -52,7 +52,7 @@ def first_protection(memory: Memory, vma: Vma) -> int:
 
 
 @dataclass(frozen=True)
-class Heritage:
+class CowSharing:
     """What the address space `mine` has of `theirs`, that of its maker."""
     theirs: Memory
     mine: Memory

@@ -17,31 +17,31 @@ from ckptd.kernel.decl import offset_of
 from ckptd.kernel.ptrace import WALL
 from ckptd.operation.deadline import LONG
 from ckptd.remote.batch import Batch
-from ckptd.remote.stub import Puppet, was_killed
+from ckptd.remote.stub import Stub, was_killed
 from ckptd.restore.creation_order import SEED
-from ckptd.restore.creation_steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
+from ckptd.restore.creation_steps import TEMPORARY, CreateTask, Dismiss, JoinGroup, NewSession, Step, Subreaper
 
 PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
 _DYING_SECONDS = 2.0
 _LOOK = 0.1         # seconds without SIGCHLD after which to look anyway
 
 
-class Nursery:
+class TaskBuilder:
     """The stubs by vpid. `with` kills them, unless they are `released`: tasks of their own now.
 
     cgroup: an fd of the directory that processes are born into, -1 for ours.
     """
 
-    def __init__(self, seed: Puppet, cgroup: int) -> None:
-        self.puppets: dict[int, Puppet] = {SEED: seed}
+    def __init__(self, seed: Stub, cgroup: int) -> None:
+        self.puppets: dict[int, Stub] = {SEED: seed}
         self._cgroup = cgroup
         self.released = False
-        self.init: Puppet | None = None     # the first process of a namespace of its own, if it is no task of the tree
-        self._seed: Puppet | None = None
+        self.init: Stub | None = None     # the first process of a namespace of its own, if it is no task of the tree
+        self._seed: Stub | None = None
         self._is_init = False           # the seed is the process 1 of the tree, or of its namespace
         self._first_flags = 0
         self._ours = {seed.tid}         # those whose parent we are
-        self.others: dict[int, Puppet] = {}     # by tid: what is no task of the tree
+        self.others: dict[int, Stub] = {}     # by tid: what is no task of the tree
 
     def __enter__(self) -> Self:
         return self
@@ -53,15 +53,15 @@ class Nursery:
         finally:
             self.kill()
 
-    def __iter__(self) -> Iterator[tuple[int, Puppet]]:
+    def __iter__(self) -> Iterator[tuple[int, Stub]]:
         return iter((vpid, puppet) for vpid, puppet in self.puppets.items() if vpid not in (SEED, TEMPORARY))
 
-    def __getitem__(self, vpid: int) -> Puppet:
+    def __getitem__(self, vpid: int) -> Stub:
         return self.puppets[vpid]
 
     def take(self, step: Step) -> None:
         match step:
-            case Spawn():
+            case CreateTask():
                 self._spawn(step)
             case NewSession(vpid):
                 self._do(vpid, 'setsid')
@@ -77,7 +77,7 @@ class Nursery:
         batch.call(name, *arguments)
         self.puppets[vpid].do(batch)
 
-    def _spawn(self, step: Spawn) -> None:
+    def _spawn(self, step: CreateTask) -> None:
         maker = self.puppets[step.maker]
         if self._is_init and step.vpid == 1:
             self.puppets[1] = maker
@@ -90,7 +90,7 @@ class Nursery:
             self._ours.add(child.tid)
         self.puppets[step.vpid or TEMPORARY] = child
 
-    def clone(self, maker: Puppet, vpid: int, flags: int, exit_signal: int = 0) -> Puppet:
+    def clone(self, maker: Stub, vpid: int, flags: int, exit_signal: int = 0) -> Stub:
         """A new task of that number, 0 for any. Busy if somebody has it."""
         batch = Batch()
         number = batch.buffer(8, vpid.to_bytes(8, 'little'))

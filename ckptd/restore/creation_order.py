@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageTask
-from ckptd.image.records import Task
+from ckptd.image.records import TaskRecord
 from ckptd.kernel.clone import (
     CLONE_FILES,
     CLONE_FS,
@@ -28,7 +28,7 @@ from ckptd.kernel.clone import (
     CLONE_THREAD,
     CLONE_VM,
 )
-from ckptd.restore.creation_steps import TEMPORARY, Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
+from ckptd.restore.creation_steps import TEMPORARY, CreateTask, Dismiss, JoinGroup, NewSession, Step, Subreaper
 
 SIGCHLD = 17
 SEED = 0                # the maker of the roots, which is no task of the tree
@@ -38,14 +38,14 @@ _OF_THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 
 
 @dataclass(slots=True)
-class Process:
+class NewProcess:
     """A process of the image. ids: what its first living thread uses. sid, pgid: as they are to be."""
     leader: ImageTask
     threads: list[ImageTask]
     parent: int                 # the thread that has it among its children
     sid: int
     pgid: int
-    children: list['Process'] = field(default_factory=list)
+    children: list['NewProcess'] = field(default_factory=list)
 
     @property
     def vpid(self) -> int:
@@ -56,25 +56,25 @@ class Process:
         return [task for task in (self.leader, *self.threads) if task.record.state not in _DEAD]
 
     @property
-    def ids(self) -> Task:
+    def ids(self) -> TaskRecord:
         return (self.alive or [self.leader])[0].record
 
 
 class CannotMake(Exception):
     """Why the order does not exist."""
 
-    def __init__(self, process: Process, reason: str) -> None:
+    def __init__(self, process: NewProcess, reason: str) -> None:
         super().__init__(reason)
         self.process, self.reason = process, reason
 
 
-def processes_of(tasks: Sequence[ImageTask]) -> list[Process]:
+def processes_of(tasks: Sequence[ImageTask]) -> list[NewProcess]:
     """Processes in depth-first order, each with its children."""
-    found: dict[int, Process] = {}
+    found: dict[int, NewProcess] = {}
     owner = {task.vpid: task.vtgid for task in tasks}
     for task in tasks:
         if task.is_leader:
-            found[task.vpid] = Process(task, [], task.record.parent, task.vsid, task.vpgid)
+            found[task.vpid] = NewProcess(task, [], task.record.parent, task.vsid, task.vpgid)
     for task in tasks:
         if not task.is_leader:
             found[task.vtgid].threads.append(task)
@@ -84,7 +84,7 @@ def processes_of(tasks: Sequence[ImageTask]) -> list[Process]:
     return list(found.values())
 
 
-def settle_sessions(processes: Sequence[Process], taken: Mapping[int, str], *, own: bool) -> list[Refusal]:
+def settle_sessions(processes: Sequence[NewProcess], taken: Mapping[int, str], *, own: bool) -> list[Refusal]:
     """Sessions and groups whose leaders are outside of the tree and cannot be had: the first member leads a new one.
 
     taken: who has a number now. own: never a session of somebody else, for the tree gets a terminal.
@@ -112,15 +112,15 @@ def settle_sessions(processes: Sequence[Process], taken: Mapping[int, str], *, o
     return warnings
 
 
-def _changed(process: Process, what: str, who: str) -> Refusal:
+def _changed(process: NewProcess, what: str, who: str) -> Refusal:
     return Refusal(process.vpid, process.leader.record.comm, what, 'EEXIST', f'{what} is that of {who} now',
                    'it gets one of its own instead', 'warning')
 
 
-class Family:
+class CreationOrder:
     """Makes the list. `child_of_us`: the roots become our children, not those of the seed, which ends."""
 
-    def __init__(self, processes: Sequence[Process], *, child_of_us: bool) -> None:
+    def __init__(self, processes: Sequence[NewProcess], *, child_of_us: bool) -> None:
         self._processes = {process.vpid: process for process in processes}
         self._order = list(processes)
         self._for_roots = CLONE_PARENT if child_of_us else 0
@@ -144,11 +144,11 @@ class Family:
         self.steps += [Dismiss(vpid, waiter) for vpid, waiter in reversed(self._ghosts.items())]
         return self.steps
 
-    def _walk(self, processes: Sequence[Process]) -> list[Process]:
+    def _walk(self, processes: Sequence[NewProcess]) -> list[NewProcess]:
         """Make these and what is below, depth first; those whose session is not there yet are the result."""
-        later: list[Process] = []
+        later: list[NewProcess] = []
         # a process that is to begin its session stands there twice: before its early children, and after them
-        todo: list[tuple[Process, bool]] = [(process, False) for process in reversed(processes)]
+        todo: list[tuple[NewProcess, bool]] = [(process, False) for process in reversed(processes)]
         while todo:
             process, early_made = todo.pop()
             if not early_made:
@@ -172,7 +172,7 @@ class Family:
 
     # ------------------------------------------------------------ one process
 
-    def _make(self, process: Process) -> bool:
+    def _make(self, process: NewProcess) -> bool:
         above, session = process.parent, _birth_session(process)
         for maker, flags in self._makers(above, session):
             shares = self._shares(process.ids, maker)
@@ -200,7 +200,7 @@ class Family:
             if (session is None or other == session) and vpid != SEED and self._parent[vpid] == above:
                 yield vpid, CLONE_PARENT
 
-    def _shares(self, ids: Task, maker: int) -> int | None:
+    def _shares(self, ids: TaskRecord, maker: int) -> int | None:
         """CLONE_* of what the two share; None if it shares with somebody else what it does not share with `maker`."""
         record, flags = self._records.get(maker), 0
         for name, flag in _SHARES.items():
@@ -212,21 +212,21 @@ class Family:
         # the kernel has no shared handlers without shared memory
         return flags if flags & CLONE_VM else flags & ~CLONE_SIGHAND
 
-    def _spawn(self, process: Process, maker: int, flags: int, session: int | None) -> None:
+    def _spawn(self, process: NewProcess, maker: int, flags: int, session: int | None) -> None:
         # with CLONE_PARENT a child has the exit signal of its maker, clone(2)
         signal = 0 if flags & CLONE_PARENT else process.leader.record.exit_signal & 0xFF
-        self.steps.append(Spawn(process.vpid, maker, flags, signal))
+        self.steps.append(CreateTask(process.vpid, maker, flags, signal))
         self._session[process.vpid] = self._session[self._owner.get(maker, maker)] if session is None else session
         self._parent[process.vpid] = process.parent
         self._note(process.ids)
 
-    def _spawn_orphan(self, process: Process, maker: int, session: int) -> None:
+    def _spawn_orphan(self, process: NewProcess, maker: int, session: int) -> None:
         """A grandchild of the maker whose parent dies: it goes to the subreaper above."""
         reaper = self._owner.get(process.parent, SEED)
         if self._shares(process.ids, SEED) is None:
             raise CannotMake(process, 'an orphan that shares with others cannot be made')
-        self.steps += [Subreaper(reaper, True), Spawn(0, maker),
-                       Spawn(process.vpid, TEMPORARY, 0, process.leader.record.exit_signal & 0xFF),
+        self.steps += [Subreaper(reaper, True), CreateTask(0, maker),
+                       CreateTask(process.vpid, TEMPORARY, 0, process.leader.record.exit_signal & 0xFF),
                        Dismiss(TEMPORARY, maker), Subreaper(reaper, False)]
         self._session[process.vpid], self._parent[process.vpid] = session, process.parent
         self._note(process.ids)
@@ -243,15 +243,15 @@ class Family:
 
     def _ghost(self, vpid: int, above: int) -> None:
         flags = self._for_roots if above == SEED else 0
-        self.steps.append(Spawn(vpid, above, flags, 0 if flags else SIGCHLD))
+        self.steps.append(CreateTask(vpid, above, flags, 0 if flags else SIGCHLD))
         self._ghosts[vpid] = above
         self._parent[vpid] = above
         self._session[vpid] = self._session[self._owner.get(above, above)]
 
-    def _note(self, ids: Task) -> None:
+    def _note(self, ids: TaskRecord) -> None:
         self._shared |= {(name, getattr(ids, name)) for name in _SHARES if getattr(ids, name)}
 
-    def _threads(self, process: Process) -> None:
+    def _threads(self, process: NewProcess) -> None:
         made = [process.leader]
         for thread in process.threads:
             record = thread.record
@@ -261,7 +261,7 @@ class Family:
             ids = process.ids if maker is process.leader else maker.record
             flags = _OF_THREAD | (CLONE_FILES if _same(ids, record, 'files_id') else 0) | (
                 CLONE_FS if _same(ids, record, 'fs_id') else 0)
-            self.steps.append(Spawn(thread.vpid, maker.vpid, flags))
+            self.steps.append(CreateTask(thread.vpid, maker.vpid, flags))
             self._note(record)
             made.append(thread)
 
@@ -280,11 +280,11 @@ class Family:
             self.steps.append(JoinGroup(process.vpid, group))
 
 
-def _leads(process: Process) -> bool:
+def _leads(process: NewProcess) -> bool:
     return process.sid == process.vpid
 
 
-def _birth_session(process: Process) -> int | None:
+def _birth_session(process: NewProcess) -> int | None:
     """The session that it must be born into; None: any, as it begins one of its own and no child needs another."""
     if not _leads(process):
         return process.sid
@@ -293,7 +293,7 @@ def _birth_session(process: Process) -> int | None:
     return min(others - {one.vpid for one in _descendants(process)}, default=None) if others else None
 
 
-def _descendants(process: Process) -> Iterator[Process]:
+def _descendants(process: NewProcess) -> Iterator[NewProcess]:
     """Itself included."""
     todo = [process]
     while todo:
@@ -302,5 +302,5 @@ def _descendants(process: Process) -> Iterator[Process]:
         todo += one.children
 
 
-def _same(one: Task, other: Task, name: str) -> bool:
+def _same(one: TaskRecord, other: TaskRecord, name: str) -> bool:
     return bool(getattr(one, name) == getattr(other, name))

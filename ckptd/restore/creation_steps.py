@@ -9,7 +9,7 @@ TEMPORARY = -1          # the maker of an orphan, itself made by a task of the t
 
 
 @dataclass(frozen=True, slots=True)
-class Spawn:
+class CreateTask:
     """Task `maker` makes process `vpid` (0: a number of no importance), or a thread of its own."""
     vpid: int
     maker: int
@@ -77,4 +77,4 @@ class Clear:
         return f'{self.vpid} drops the memory of its maker'
 
 
-Step = Spawn | NewSession | JoinGroup | Subreaper | Dismiss | Fill | Clear
+Step = CreateTask | NewSession | JoinGroup | Subreaper | Dismiss | Fill | Clear

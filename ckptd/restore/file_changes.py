@@ -10,18 +10,19 @@ from ckptd.faults import fault
 from ckptd.image.files import require_room
 from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile
-from ckptd.restore.cgroups import Place
-from ckptd.restore.file_rights import Rights
+from ckptd.restore.cgroups import Placement
+from ckptd.restore.file_rights import FileRights
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Rewrites:
+class FileChanges:
     """rights: of whose files they are; rights_to(path): those by which one that is there was opened. place: has the
     journal, and makes files in the spool. keep_free: bytes of the spool's file system that stay free, whatever is kept
     there."""
 
-    def __init__(self, place: Place, rights: Rights, rights_to: Callable[[str], Rights], keep_free: int = 0) -> None:
+    def __init__(self, place: Placement, rights: FileRights, rights_to: Callable[[str], FileRights],
+                 keep_free: int = 0) -> None:
         self._place, self._rights, self._rights_to, self._note = place, rights, rights_to, place.note
         self._keep_free = keep_free
 

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Credentials
-from ckptd.inspect.checks import Caller
+from ckptd.inspect.checks import CallerRights
 from ckptd.kernel.creds import file_rights
 from ckptd.kernel.shm import ShmidDs
 
 _EFFECTIVE = 1      # of Credentials.uids and gids
 
 
-class Rights(NamedTuple):
+class FileRights(NamedTuple):
     """A user as the file system sees one, and System V IPC."""
     uid: int
     gid: int
@@ -50,11 +50,11 @@ class Rights(NamedTuple):
         return not self.uid or bits & 6 == 6
 
 
-def rights_of(caller: Caller) -> Rights:
-    return Rights(caller.uid, caller.gid, tuple(caller.groups))
+def rights_of(caller: CallerRights) -> FileRights:
+    return FileRights(caller.uid, caller.gid, tuple(caller.groups))
 
 
-def is_users(reader: ImageReader, caller: Caller) -> bool:
+def is_users(reader: ImageReader, caller: CallerRights) -> bool:
     """Root restores what root owns the image of, and the processes are a user's. ImageDamaged."""
     if caller.uid or reader.manifest.owner_uid:
         return False
@@ -62,15 +62,15 @@ def is_users(reader: ImageReader, caller: Caller) -> bool:
     return len(uids) == 1 and 0 not in uids
 
 
-def rights_for(reader: ImageReader, caller: Caller) -> Rights:
+def rights_for(reader: ImageReader, caller: CallerRights) -> FileRights:
     """As the table above, those that count first. ImageDamaged."""
     manifest = reader.manifest
     if is_users(reader, caller):
         root = reader.get(Credentials, manifest.root)
-        return Rights(root.uids[_EFFECTIVE], root.gids[_EFFECTIVE], tuple(root.groups))
+        return FileRights(root.uids[_EFFECTIVE], root.gids[_EFFECTIVE], tuple(root.groups))
     if caller.uid or not manifest.owner_uid:
         return rights_of(caller)
     root = reader.get(Credentials, manifest.root)
     if set(root.uids) != {manifest.owner_uid}:      # whose groups these are is not known then
-        return Rights(manifest.owner_uid, manifest.owner_gid, ())
-    return Rights(manifest.owner_uid, root.gids[_EFFECTIVE], tuple(root.groups))
+        return FileRights(manifest.owner_uid, manifest.owner_gid, ())
+    return FileRights(manifest.owner_uid, root.gids[_EFFECTIVE], tuple(root.groups))

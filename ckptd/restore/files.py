@@ -14,8 +14,8 @@ from ckptd.errors import CkptError, ImageDamaged
 from ckptd.faults import fault
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import Backing, Extent, Fd, FdTable, OpenFile
-from ckptd.inspect.checks import Caller
+from ckptd.image.records import Backing, Extent, Fd, FdTable, SavedFile
+from ckptd.inspect.checks import CallerRights
 from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.kernel.namei import open_direct
@@ -26,12 +26,12 @@ from ckptd.objects.files.registry import BY_TAG
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
-from ckptd.restore.file_changes import Rewrites
-from ckptd.restore.file_rights import Rights, is_users, rights_for
-from ckptd.restore.mapped_objects import Objects
+from ckptd.remote.stub import Stub
+from ckptd.restore.file_changes import FileChanges
+from ckptd.restore.file_rights import FileRights, is_users, rights_for
+from ckptd.restore.mapped_objects import MappedObjects
 from ckptd.restore.procfs_paths import OutOfReach, open_within_reach, require_reach
-from ckptd.restore.service_fds import Bank
+from ckptd.restore.service_fds import ServiceFds
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_OWNER_PGRP = 2
@@ -43,13 +43,14 @@ _ENTER_AND_WRITE = os.W_OK | os.X_OK
 _SHOWS = re.compile(r'/proc/(\d{1,10})/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-z_]+)')
 
 
-class Access:
+class FileAccess:
     """What kinds may look at, see objects.files.base.Looking. Paths of an image are those of our own mount namespace.
 
     rights: by which all of it is done, before the restart and during it alike. by_root: root's do what these do not, by
     a path without symbolic links."""
 
-    def __init__(self, reader: ImageReader, caller: Caller, changed_files: ChangedFiles, terminal_fd: int) -> None:
+    def __init__(self, reader: ImageReader, caller: CallerRights, changed_files: ChangedFiles,
+                 terminal_fd: int) -> None:
         self._reader, self._caller, self.rights = reader, caller, rights_for(reader, caller)
         self.by_root = is_users(reader, caller)
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
@@ -128,11 +129,11 @@ class Access:
     def owns(self, found: ShmidDs) -> bool:
         return self.by_root or self.rights.owns(found)
 
-    def rights_to(self, path: str) -> Rights:
+    def rights_to(self, path: str) -> FileRights:
         """Those by which a file may be read and written, for whoever has to do it again."""
         with self.rights.taken():
             own = os.access(path, os.R_OK | os.W_OK, effective_ids=True)
-        return self.rights if own or not self.by_root else Rights(os.geteuid(), os.getegid(), ())
+        return self.rights if own or not self.by_root else FileRights(os.geteuid(), os.getegid(), ())
 
     def _needed_for(self, path: str) -> int:
         """Capabilities to open it with, as a mask."""
@@ -155,20 +156,21 @@ def _may_directly(path: str, access: int) -> bool:
         os.close(fd)
 
 
-class Files(Access):
+class FileBuilder(FileAccess):
     """Opens what the image has, by its kinds; see objects.files.base.Restoring."""
 
-    def __init__(self, reader: ImageReader, bank: Bank, caller: Caller, changed_files: ChangedFiles, terminal_fd: int
+    def __init__(self, reader: ImageReader, bank: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
+                 terminal_fd: int
                  ) -> None:
         super().__init__(reader, caller, changed_files, terminal_fd)
         self._bank = bank
         self._fds: dict[int, int] = {}
-        self._puppets: Mapping[int, Puppet] = {}
+        self._puppets: Mapping[int, Stub] = {}
         self._holders: dict[int, list[tuple[int, int]]] = {}
         self._late: set[int] = set()
         self._mail = _mail(bank)
-        self.objects: Objects
-        self.rewrites: Rewrites
+        self.objects: MappedObjects
+        self.rewrites: FileChanges
 
     def _needed_for(self, path: str) -> int:
         # a task of the tree gets its rights last, and is root's until then: /proc asks who opens its maps for the right
@@ -213,13 +215,13 @@ class Files(Access):
 
     def open_all(self, *, late: bool) -> None:
         """Open the descriptions; late: those that can be only once the tasks exist."""
-        for saved in self._reader.every(OpenFile):
+        for saved in self._reader.every(SavedFile):
             kind, record = decode(saved)
             if kind.late(record, saved) == late:
                 self._fds[saved.file_id] = self._bank.add(self._open(kind, record, saved))
                 self._late |= {saved.file_id} if late else set()
 
-    def _open(self, kind: Kind[Any], record: Struct, saved: OpenFile) -> int:
+    def _open(self, kind: Kind[Any], record: Struct, saved: SavedFile) -> int:
         try:
             fd = kind.restore(record, saved, self)
         except OSError as error:
@@ -232,7 +234,7 @@ class Files(Access):
             raise
         return fd
 
-    def attach(self, puppets: Mapping[int, Puppet], holders: Mapping[int, list[int]]) -> None:
+    def attach(self, puppets: Mapping[int, Stub], holders: Mapping[int, list[int]]) -> None:
         """The tasks are there. holders: a task of each table, by files_id, as (vpids of the processes)."""
         self._puppets = puppets
         self._pids = {vpid: puppet.tid for vpid, puppet in puppets.items()}
@@ -241,7 +243,7 @@ class Files(Access):
                 for vpid in holders.get(table.files_id, [])[:1]:
                     self._holders.setdefault(fd.file_id, []).append((vpid, fd.fd))
 
-    def install(self, puppet: Puppet, files_id: int) -> Steps[None]:
+    def install(self, puppet: Stub, files_id: int) -> Steps[None]:
         """Make the table of a task: what it had at its numbers, nothing of the bank."""
         script = Script(puppet)
         for fd in self._reader.get(FdTable, files_id).fds:
@@ -252,7 +254,7 @@ class Files(Access):
             if fd.file_id in self._late:
                 self._hand_over(puppet, fd)
 
-    def _hand_over(self, puppet: Puppet, fd: Fd) -> None:
+    def _hand_over(self, puppet: Stub, fd: Fd) -> None:
         """Give a stub an fd that it did not inherit, unix(7) SCM_RIGHTS."""
         ours, theirs = self._mail
         socket.send_fds(ours, [b'f'], [self._fds[fd.file_id]])
@@ -274,7 +276,7 @@ class Files(Access):
 
     def finish(self) -> None:
         """What needs the tasks and all files: owners of signals, locks, what an epoll watches."""
-        for saved in self._reader.every(OpenFile):
+        for saved in self._reader.every(SavedFile):
             kind, record = decode(saved)
             fd = self._fds[saved.file_id]
             kind.finish(record, saved, fd, self)
@@ -283,12 +285,12 @@ class Files(Access):
                 self._set_async(fd, saved)
 
     def commit(self) -> None:
-        for saved in self._reader.every(OpenFile):
+        for saved in self._reader.every(SavedFile):
             kind, record = decode(saved)
             kind.commit(record, saved, self._fds[saved.file_id], self)
             fault('place-committed')
 
-    def _set_owner(self, fd: int, saved: OpenFile) -> None:
+    def _set_owner(self, fd: int, saved: SavedFile) -> None:
         """Who gets SIGIO. Set by the uids that set it then, whose rights decide (fs/fcntl.c, sigio_perm); for a user by
         the user's own, whatever the image says."""
         if saved.owner_signal:
@@ -306,7 +308,7 @@ class Files(Access):
             if others:
                 os.setresuid(0, 0, 0)
 
-    def _set_async(self, fd: int, saved: OpenFile) -> None:
+    def _set_async(self, fd: int, saved: SavedFile) -> None:
         """O_ASYNC, by one who has the file: its number there is the si_fd of the signals (fs/fcntl.c, fcntl_setfl)."""
         flags = saved.flags & (_STATUS_FLAGS | os.O_ASYNC)
         for vpid, number in self.holders(saved.file_id)[:1]:
@@ -315,7 +317,7 @@ class Files(Access):
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
-def _mail(bank: Bank) -> tuple[socket.socket, int]:
+def _mail(bank: ServiceFds) -> tuple[socket.socket, int]:
     """A way to send fds to stubs: our end, and theirs in the bank."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return ours, bank.add(theirs.detach())
@@ -325,7 +327,7 @@ def _cloexec(fd: Fd) -> int:
     return os.O_CLOEXEC if fd.cloexec else 0
 
 
-def decode(saved: OpenFile) -> tuple[Kind[Any], Struct]:
+def decode(saved: SavedFile) -> tuple[Kind[Any], Struct]:
     """The kind that wrote the record of an open file, and what it wrote. ImageDamaged."""
     kind = BY_TAG.get(saved.kind)
     if kind is None:
@@ -334,7 +336,7 @@ def decode(saved: OpenFile) -> tuple[Kind[Any], Struct]:
     return kind, kind.record.decode(saved.data)
 
 
-def _set_state(fd: int, saved: OpenFile) -> None:
+def _set_state(fd: int, saved: SavedFile) -> None:
     """Position and status flags, where a kind could not give them to open(2)."""
     if saved.flags & os.O_PATH:
         return

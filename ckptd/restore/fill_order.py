@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from ckptd.kernel.clone import CLONE_VM
-from ckptd.restore.creation_steps import TEMPORARY, Clear, Fill, Spawn, Step
+from ckptd.restore.creation_steps import TEMPORARY, Clear, CreateTask, Fill, Step
 
 
 def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[int, int], bool]
@@ -19,13 +19,13 @@ def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[
     theirs = mine = 0
     is_heir = False
     for index, step in enumerate(steps):
-        if not isinstance(step, Spawn) or step.flags & CLONE_VM:
+        if not isinstance(step, CreateTask) or step.flags & CLONE_VM:
             result.append(step)
             continue
         if step.maker != TEMPORARY:
             child = step.vpid
             if not child:       # a temporary maker: its child is the next that is made
-                child = next((after.vpid for after in steps[index + 1:] if isinstance(after, Spawn)), 0)
+                child = next((after.vpid for after in steps[index + 1:] if isinstance(after, CreateTask)), 0)
             theirs, mine = mms.get(step.maker, 0), mms.get(child, 0)
             is_heir = bool(theirs and mine) and shares(theirs, mine)
             if is_heir and theirs not in filled:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP
 from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
-from ckptd.restore.create import Nursery
-from ckptd.restore.creation_order import Process
+from ckptd.remote.stub import Stub
+from ckptd.restore.create import TaskBuilder
+from ckptd.restore.creation_order import NewProcess
 
 _P_PID = 1          # <linux/wait.h>
 
@@ -17,11 +17,11 @@ _P_PID = 1          # <linux/wait.h>
 class Stops:
     """Which processes stop, and how. all_: every one, as by SIGSTOP."""
 
-    def __init__(self, processes: Sequence[Process], *, all_: bool) -> None:
+    def __init__(self, processes: Sequence[NewProcess], *, all_: bool) -> None:
         self._all = all_
         self._above = {child.vpid: process for process in processes for child in process.children}
 
-    def signal_of(self, process: Process) -> int:
+    def signal_of(self, process: NewProcess) -> int:
         """The signal of the group-stop that it is to be in; 0 for none."""
         wanted = process.alive[0].record.stop_signal
         if not wanted:
@@ -30,7 +30,7 @@ class Stops:
         above = self._above.get(process.vpid)
         return wanted if above and above.sid == process.sid and above.pgid != process.pgid else signal.SIGSTOP
 
-    def stop(self, process: Process, nursery: Nursery) -> None:
+    def stop(self, process: NewProcess, nursery: TaskBuilder) -> None:
         """Its tasks have left their stubs, and its parent has not: that hears of it, as it had."""
         wanted = self.signal_of(process)
         for task in process.alive:
@@ -42,7 +42,7 @@ class Stops:
             script.do()
 
 
-def stop(puppet: Puppet, wanted: int, *, begin: bool) -> None:
+def stop(puppet: Stub, wanted: int, *, begin: bool) -> None:
     """Have a task that left its stub take part in a group-stop by the signal `wanted`, which its first one begins.
 
     Nothing but that is let in meanwhile; the task's own signal mask is back at the end.

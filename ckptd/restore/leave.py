@@ -15,8 +15,8 @@ from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_DISABLE, SUID_DUMP_USE
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.restore import attributes
-from ckptd.restore.create import Nursery
-from ckptd.restore.creation_order import Process
+from ckptd.restore.create import TaskBuilder
+from ckptd.restore.creation_order import NewProcess
 from ckptd.restore.job_control import Stops
 from ckptd.restore.plan import Plan
 from ckptd.restore.shed import dumpable_of
@@ -26,7 +26,7 @@ from ckptd.restore.sleeps import sleep_again
 class Leave:
     """The last calls of every task. all_stopped: leave each process in a group-stop. check: raises Cancelled."""
 
-    def __init__(self, reader: ImageReader, plan: Plan, nursery: Nursery, *, all_stopped: bool,
+    def __init__(self, reader: ImageReader, plan: Plan, nursery: TaskBuilder, *, all_stopped: bool,
                  check: Callable[[], None]) -> None:
         self._reader, self._plan, self._nursery, self._check = reader, plan, nursery, check
         self._stops = Stops(plan.processes, all_=all_stopped)
@@ -36,7 +36,7 @@ class Leave:
     def run(self) -> None:
         """Nobody is a stub any more; all are still stopped."""
         self._stubs = Counter(task.record.mm_id for process in self._plan.processes for task in process.alive)
-        running: list[Process] = []
+        running: list[NewProcess] = []
         # children first: that they stop, their parents hear while they are stubs, and have heard before
         for process in reversed(self._plan.processes):
             if process.alive and self._stops.signal_of(process):
@@ -48,7 +48,7 @@ class Leave:
         interleave(self._last(process) for process in running)
         self._go_all(running)
 
-    def _go_all(self, processes: Sequence[Process]) -> None:
+    def _go_all(self, processes: Sequence[NewProcess]) -> None:
         tasks = [task for process in processes for task in process.alive]
         self._stubs.subtract(task.record.mm_id for task in tasks)
         # the pages of the stub go with the last who uses them
@@ -59,7 +59,7 @@ class Leave:
         for task in tasks:
             attributes.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
 
-    def _last(self, process: Process) -> Steps[None]:
+    def _last(self, process: NewProcess) -> Steps[None]:
         reader, nursery = self._reader, self._nursery
         first = process.alive[0]
         for task in process.alive:

@@ -14,13 +14,13 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
 from ckptd.journal.steps import MakeSegment
 from ckptd.kernel.shm import SHM_DEST, ShmidDs, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
-from ckptd.objects.files.base import ByUser, Looking
+from ckptd.objects.files.base import ByUser, FileLookup
 from ckptd.objects.files.content import set_owner
 from ckptd.objects.files.deleted import open_nameless
-from ckptd.restore.service_fds import Bank
+from ckptd.restore.service_fds import ServiceFds
 
 
-def missing_but_kept(record: Backing, looking: Looking) -> bool:
+def missing_but_kept(record: Backing, looking: FileLookup) -> bool:
     """Whether a mapped file that had a name is not there any more, but in the image: it is made again, without a name.
     One of that name that is somebody else's, as with java's statistics of another process, is left alone."""
     if record.deleted or not record.content:
@@ -29,7 +29,7 @@ def missing_but_kept(record: Backing, looking: Looking) -> bool:
     return found is None or (found.st_ino != record.inode and looking.changed_files != 'accept')
 
 
-class Taking(Looking, ByUser, Protocol):
+class TakeOver(FileLookup, ByUser, Protocol):
     """What decides about a System V segment that is still there."""
 
     def may_take(self, found: ShmidDs) -> bool:
@@ -41,11 +41,11 @@ class Taking(Looking, ByUser, Protocol):
         ...
 
 
-class Objects:
+class MappedObjects:
     """Made when first asked for; fds are those of the bank. deleted: makes a file without a name. note writes
     down what would outlive a failure."""
 
-    def __init__(self, reader: ImageReader, bank: Bank, looking: Taking, deleted: Callable[[Backing], int],
+    def __init__(self, reader: ImageReader, bank: ServiceFds, looking: TakeOver, deleted: Callable[[Backing], int],
                  note: Callable[[MakeSegment], None]) -> None:
         self._reader, self._bank, self._looking, self._deleted = reader, bank, looking, deleted
         self._note = note

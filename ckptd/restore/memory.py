@@ -25,20 +25,20 @@ from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
 from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
+from ckptd.remote.stub import Stub
 from ckptd.restore.cow_sharing import (
     MAP_ANONYMOUS,
     MAP_LOCKED,
     MAP_PRIVATE,
     PROT_EXEC,
-    Heritage,
+    CowSharing,
     between,
     first_protection,
     is_filled,
     ordinary,
     remaining,
 )
-from ckptd.restore.mapped_objects import Objects, may_write
+from ckptd.restore.mapped_objects import MappedObjects, may_write
 from ckptd.restore.vdso import VdsoPlan
 
 # <linux/mman.h>
@@ -62,14 +62,14 @@ class Space:
     """An address space. origin: mm_id of the one that it inherits pages from; 0 for none. locked: see Allowed.locked.
     on_bytes(n): n bytes of pages are in place."""
 
-    def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: Objects, vdso: VdsoPlan,
+    def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: MappedObjects, vdso: VdsoPlan,
                  locked: Collection[int], on_bytes: Callable[[int], None]) -> None:
         self.mm_id = mm_id
         self._memory: Memory = reader.memory(mm_id)
         self._reader, self._objects, self._vdso = reader, objects, vdso
         self._locked, self._on_bytes = locked, on_bytes
         self._ordinary = ordinary(self._memory)
-        self._heritage = Heritage(reader.memory(origin), self._memory) if origin else None
+        self._heritage = CowSharing(reader.memory(origin), self._memory) if origin else None
         self.is_built = False
 
     def open(self) -> None:
@@ -81,7 +81,7 @@ class Space:
             self._objects.data(run.part)
         self._objects.backing(self._memory.mm.exe, writable=False)
 
-    def build(self, puppet: Puppet) -> Steps[None]:
+    def build(self, puppet: Stub) -> Steps[None]:
         """Mappings and pages, by a task of this address space."""
         self._puppet = puppet
         self.is_built = True
@@ -100,7 +100,7 @@ class Space:
         yield from script.run()
         self._on_bytes(size)
 
-    def finish(self, puppet: Puppet) -> Steps[None]:
+    def finish(self, puppet: Stub) -> Steps[None]:
         """Everything but the layout. Nobody may be forked from here on: advice keeps memory from children."""
         script = Script(puppet)
         self._allocate_keys(script)
@@ -253,7 +253,7 @@ class Space:
         return sum(run.pages for run in self._missing()) * PAGE
 
 
-def clear(script: Script, puppet: Puppet, kept: Sequence[Range] = ()) -> None:
+def clear(script: Script, puppet: Stub, kept: Sequence[Range] = ()) -> None:
     """Unmap all that a task has inherited, but for these ranges and what it needs as a stub."""
     arena = puppet.arena
     for start, end in between([*kept, (arena.start, arena.end)], 0, TASK_SIZE):

@@ -23,13 +23,13 @@ from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Offsets, read_offsets, write_offsets
 from ckptd.remote.batch import Batch
 from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
+from ckptd.remote.stub import Stub
 
 PR_SET_NAME = 15            # <linux/prctl.h>
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class BirthNamespaces:
     """user, pid: a new namespace of that sort. clocks: offsets of CLOCK_MONOTONIC and CLOCK_BOOTTIME in nanoseconds for
     a new time namespace, None for ours. seed_is_init: our first child is process 1 of the pid namespace."""
     user: bool
@@ -37,7 +37,7 @@ class World:
     clocks: Offsets | None
     seed_is_init: bool = False
 
-    def enter(self, seed: Puppet) -> list[Refusal]:
+    def enter(self, seed: Stub) -> list[Refusal]:
         """Have the seed make them, all but that of pids, which only a child can be in. What cannot be had and can be
         missed is a warning."""
         if self.user:
@@ -60,18 +60,19 @@ def may_choose_pids() -> bool:
     return bool(effective >> CAP_CHECKPOINT_RESTORE & 1 or effective >> CAP_SYS_ADMIN & 1)
 
 
-def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> World:
+def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> BirthNamespaces:
     """Decide which namespaces the image and our rights call for. The pids of a tree from another pid namespace mean
     nothing in ours.
 
     brokered: the launcher has made the time namespace that is needed, and with new_pidns that of pids.
     """
     if brokered:        # the launcher has made what there is to be, by the manifest alone
-        return World(False, new_pidns, None if any(read_offsets(os.getpid())) else offsets_for(reader.manifest),
-                     seed_is_init=new_pidns)
+        return BirthNamespaces(False, new_pidns,
+                               None if any(read_offsets(os.getpid())) else offsets_for(reader.manifest),
+                               seed_is_init=new_pidns)
     user = not may_choose_pids()
     elsewhere = any(record.own_pidns for record in reader.every(Namespaces))
-    return World(user, new_pidns or user or elsewhere, offsets_for(reader.manifest))
+    return BirthNamespaces(user, new_pidns or user or elsewhere, offsets_for(reader.manifest))
 
 
 def offsets_for(manifest: Manifest) -> Offsets | None:
@@ -85,7 +86,7 @@ def offsets_for(manifest: Manifest) -> Offsets | None:
                    clocks.boottime - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
 
 
-def _unshare(seed: Puppet, flags: int) -> None:
+def _unshare(seed: Stub, flags: int) -> None:
     batch = Batch()
     batch.call('unshare', flags)
     seed.do(batch)
@@ -110,7 +111,7 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
-def make_reaper(init: Puppet, root: int, root_directory: int) -> None:
+def make_reaper(init: Stub, root: int, root_directory: int) -> None:
     """Turn the first process of a pid namespace into one that reaps orphans, and ends as `root` ended. It stands before
     its first instruction then; all that it holds is its two pages."""
     script = Script(init)

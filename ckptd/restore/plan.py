@@ -10,17 +10,17 @@ from functools import cached_property
 from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import FdTable, ProcessState
-from ckptd.inspect.checks import Caller
+from ckptd.inspect.checks import CallerRights
 from ckptd.inspect.checks.hidden import ANOTHER, sees_all
 from ckptd.kernel.numbers import Numbers, await_reaped, numbers_in_use
 from ckptd.remote.stub import Arena
 from ckptd.restore.bootstrap import find_arena
-from ckptd.restore.cow_sharing import Heritage
-from ckptd.restore.creation_order import CannotMake, Family, Process, processes_of, settle_sessions
-from ckptd.restore.creation_steps import Spawn, Step
+from ckptd.restore.cow_sharing import CowSharing
+from ckptd.restore.creation_order import CannotMake, CreationOrder, NewProcess, processes_of, settle_sessions
+from ckptd.restore.creation_steps import CreateTask, Step
 from ckptd.restore.fill_order import with_fills
 from ckptd.restore.memory import mapped_ranges
-from ckptd.restore.namespaces import World
+from ckptd.restore.namespaces import BirthNamespaces
 
 DEAD = (ord('Z'), ord('X'))
 _REAPED_WITHIN = 3.0        # seconds
@@ -31,8 +31,8 @@ class Plan:
     """world: the namespaces to be born into. processes: in depth-first order. steps: how they are made. arena: where
     stubs have their code. highest: the largest fd of any table. refusals: why it cannot be made, with warnings.
     origins: mm_id of the address space that another one is forked from with its pages, by that of the other one."""
-    world: World
-    processes: list[Process]
+    world: BirthNamespaces
+    processes: list[NewProcess]
     steps: list[Step]
     arena: Arena
     highest: int
@@ -51,7 +51,7 @@ class Plan:
     @property
     def numbers(self) -> set[int]:
         """Every pid that is needed, those of ghosts included."""
-        return {step.vpid for step in self.steps if isinstance(step, Spawn) and step.vpid > 0}
+        return {step.vpid for step in self.steps if isinstance(step, CreateTask) and step.vpid > 0}
 
     def users(self, name: str) -> dict[int, int]:
         """The first living task that uses each object of 'mm_id', 'files_id', 'fs_id' or 'sighand_id': vpid by id."""
@@ -66,7 +66,7 @@ def is_users_worker(plan: Plan) -> bool:
     return os.geteuid() != 0 and not plan.world.user
 
 
-def read_numbers(reader: ImageReader, world: World, caller: Caller) -> Numbers:
+def read_numbers(reader: ImageReader, world: BirthNamespaces, caller: CallerRights) -> Numbers:
     """Read which pids are in use in the namespace of the tree, and by whom. A caller from whom /proc hides processes
     gets no names. Dead processes that hold a wanted pid get a moment to be reaped."""
     if world.pid:
@@ -78,7 +78,8 @@ def read_numbers(reader: ImageReader, world: World, caller: Caller) -> Numbers:
     return found if sees_all(caller) else dict.fromkeys(found, ANOTHER)
 
 
-def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_session: bool, child_of_us: bool) -> Plan:
+def make_plan(reader: ImageReader, world: BirthNamespaces, numbers: Numbers, *, own_session: bool,
+              child_of_us: bool) -> Plan:
     """numbers: who has which pid now; nobody in a new pid namespace. own_session: the tree gets a terminal."""
     processes = processes_of(reader.tasks)
     had_terminal = any(state.tty for state in reader.every(ProcessState))
@@ -95,13 +96,13 @@ def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_sessio
                                 'checkpoint a tree that lives'))
     steps: list[Step] = []
     try:
-        steps = Family(processes, child_of_us=child_of_us).plan()
+        steps = CreationOrder(processes, child_of_us=child_of_us).plan()
     except CannotMake as error:
         refusals.append(Refusal(error.process.vpid, error.process.leader.record.comm, 'task', 'EOPNOTSUPP',
                                 error.reason, 'checkpoint a tree without it'))
     highest = max((fd.fd for table in reader.every(FdTable) for fd in table.fds), default=2)
     steps, origins = with_fills(steps, _mms(processes), lambda theirs, mine: bool(
-        Heritage(reader.memory(theirs), reader.memory(mine)).kept))
+        CowSharing(reader.memory(theirs), reader.memory(mine)).kept))
     plan = Plan(world, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals, origins)
     refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'the number is in use by {numbers[vpid]}',
                          'end that process, or restore with --new-pidns')
@@ -109,7 +110,7 @@ def make_plan(reader: ImageReader, world: World, numbers: Numbers, *, own_sessio
     return plan
 
 
-def _mms(processes: Iterable[Process]) -> dict[int, int]:
+def _mms(processes: Iterable[NewProcess]) -> dict[int, int]:
     """mm_id of each task that has memory. A dead leader of living threads is born with theirs."""
     return {task.vpid: process.ids.mm_id for process in processes for task in (process.leader, *process.threads)
             if process.ids.mm_id}

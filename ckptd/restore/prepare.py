@@ -7,21 +7,21 @@ from dataclasses import replace
 from ckptd.errors import CkptError, ImageDamaged, Refusal, Refused, errno_name
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import refusal_row
 from ckptd.restore.checks import obstacles
-from ckptd.restore.files import Access
+from ckptd.restore.files import FileAccess
 from ckptd.restore.namespaces import decide
 from ckptd.restore.plan import Plan, make_plan, read_numbers
 
 
-def prepare(job: Job, reader: ImageReader) -> tuple[Plan, list[Refusal]]:
+def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Refusal]]:
     """The plan, and every refusal and warning about it, pid by pid as vpids. ImageDamaged. Nothing is changed."""
     request = job.request
     world = decide(reader, new_pidns=request.new_pidns, brokered=request.brokered)
     plan = make_plan(reader, world, read_numbers(reader, world, request.caller), own_session=job.terminal >= 0,
                      child_of_us=request.wait)
-    access = Access(reader, request.caller, request.changed_files, job.terminal)
+    access = FileAccess(reader, request.caller, request.changed_files, job.terminal)
     names = {task.vpid: task.record.comm for task in reader.tasks}
     rows = [replace(row, comm=row.comm or names.get(row.pid, '')) for row in plan.refusals]
     return plan, list(dict.fromkeys([*rows, *obstacles(reader, plan, request, access)]))
@@ -32,7 +32,7 @@ def refused(rows: Iterable[Refusal]) -> CkptError:
     return Refused.restart([row for row in rows if row.severity == 'refusal'], 'plan')
 
 
-def check_restore(job: Job) -> None:
+def check_restore(job: JobContext) -> None:
     """Every reason why a restore would be refused, and warnings of what it would lack: damages of the image as well."""
     job.channel.phase('verify')
     tasks = 0

@@ -24,7 +24,7 @@ from ckptd.kernel.namei import open_plain
 from ckptd.kernel.statfs import PROC_SUPER_MAGIC, file_system
 from ckptd.kernel.task import task_exists
 from ckptd.objects.files.base import access_of
-from ckptd.restore.file_rights import Rights
+from ckptd.restore.file_rights import FileRights
 
 _PROC = '/proc'
 
@@ -47,7 +47,7 @@ def open_within_reach(path: str, flags: int, mode: int = 0) -> int:
         raise OutOfReach(path, 'it leads through too many symbolic links, or through one that /proc makes up') from None
 
 
-def require_reach(fd: int, path: str, rights: Rights, pids: Mapping[int, int]) -> None:
+def require_reach(fd: int, path: str, rights: FileRights, pids: Mapping[int, int]) -> None:
     """OutOfReach where the path has led to a file of /proc that the tree does not get. pids: processes of the restored
     tree as we see them, by vpid."""
     if file_system(f'{_PROC}/self/fd/{fd}') != PROC_SUPER_MAGIC:
@@ -81,7 +81,7 @@ def _require_process(number: int, device: int, path: str, pids: Mapping[int, int
         raise OutOfReach(path, f'it leads to process {number} by another name')
 
 
-def _require_mode(fd: int, path: str, rights: Rights) -> None:
+def _require_mode(fd: int, path: str, rights: FileRights) -> None:
     """The kernel decides about /proc/sys by the effective uid and not by that of the file system
     (fs/proc/proc_sysctl.c, test_perm)."""
     flags, of = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd)

@@ -23,29 +23,29 @@ from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify_records
 from ckptd.kernel.ptrace import let_go
 from ckptd.operation.clock import Clock
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import stub_patience
-from ckptd.protocol.messages import Phase, Running, first_rows
+from ckptd.protocol.messages import Phase, TreeRuns, first_rows
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
+from ckptd.remote.stub import Stub
 from ckptd.restore import attributes
 from ckptd.restore.bootstrap import plant
 from ckptd.restore.cgroups import homes, place_for
-from ckptd.restore.create import Nursery
-from ckptd.restore.creation_order import SEED, Process
+from ckptd.restore.create import TaskBuilder
+from ckptd.restore.creation_order import SEED, NewProcess
 from ckptd.restore.creation_steps import Clear, Fill, Step
 from ckptd.restore.digests import Digests, damaged
-from ckptd.restore.file_changes import Rewrites
-from ckptd.restore.files import Files
+from ckptd.restore.file_changes import FileChanges
+from ckptd.restore.files import FileBuilder
 from ckptd.restore.leave import Leave
 from ckptd.restore.limits import Allowed
-from ckptd.restore.mapped_objects import Objects
+from ckptd.restore.mapped_objects import MappedObjects
 from ckptd.restore.memory import Space, clear
 from ckptd.restore.namespaces import make_reaper
 from ckptd.restore.plan import DEAD, Plan
 from ckptd.restore.prepare import prepare, refused
-from ckptd.restore.service_fds import Bank
+from ckptd.restore.service_fds import ServiceFds
 from ckptd.restore.shed import Shed
 from ckptd.restore.supervise import attend, cgroup_of
 from ckptd.restore.vdso import VdsoPlan
@@ -58,7 +58,8 @@ TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # p
 class Restore:
     """A restart."""
 
-    def __init__(self, job: Job, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal], clock: Clock) -> None:
+    def __init__(self, job: JobContext, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal],
+                 clock: Clock) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
         self._reader, self._plan, self._clock = reader, plan, clock
         self._mms, self._tables = plan.users('mm_id'), plan.users('files_id')
@@ -100,14 +101,14 @@ class Restore:
     def _open(self, stack: ExitStack) -> None:
         """Open files before any task exists, so that all tasks inherit them."""
         reader, request = self._reader, self._request
-        self._bank = stack.enter_context(Bank(self._plan.highest))
-        self._files = Files(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
+        self._bank = stack.enter_context(ServiceFds(self._plan.highest))
+        self._files = FileBuilder(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
         self._place = stack.enter_context(place_for(self._job))
         self._place.want(homes(self._plan.processes))
         self._place.prepare()
-        self._objects = Objects(reader, self._bank, self._files, self._files.deleted, self._place.note)
+        self._objects = MappedObjects(reader, self._bank, self._files, self._files.deleted, self._place.note)
         self._files.objects = self._objects
-        self._files.rewrites = Rewrites(self._place, self._files.rights, self._files.rights_to, request.keep_free)
+        self._files.rewrites = FileChanges(self._place, self._files.rights, self._files.rights_to, request.keep_free)
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,
@@ -135,7 +136,8 @@ class Restore:
         cgroup = self._place.cgroup_fd
         if cgroup >= 0:
             cgroup = self._bank.once('cgroup', lambda: os.dup(cgroup))
-        self._nursery = Nursery(plant(self._plan.arena, self._bank.base, stub_patience(self._channel.check)), cgroup)
+        self._nursery = TaskBuilder(plant(self._plan.arena, self._bank.base, stub_patience(self._channel.check)),
+                                    cgroup)
         stack.enter_context(self._nursery)
         world, numbers = self._plan.world, self._plan.numbers
         self._warnings += world.enter(self._nursery[SEED])
@@ -185,7 +187,7 @@ class Restore:
             if task.record.state in DEAD:
                 self._bury(task)
 
-    def _process(self, process: Process) -> Steps[None]:
+    def _process(self, process: NewProcess) -> Steps[None]:
         """All threads of a process: what may need a right, or none."""
         reader, nursery = self._reader, self._nursery
         first = process.alive[0]
@@ -208,7 +210,7 @@ class Restore:
             yield from script.run()
             attributes.schedule(self._allowed.scheduling(task.vpid, process.vpid), puppet.tid)
 
-    def _close_bank(self, puppet: Puppet) -> Steps[None]:
+    def _close_bank(self, puppet: Stub) -> Steps[None]:
         script = Script(puppet)
         script.call('close_range', self._bank.base, _NO_LIMIT, 0)
         return script.run()
@@ -270,7 +272,7 @@ class Restore:
                   'warnings': warnings, 'restored_usec': self._clock.total_usec(), **times}
         if self._plan.world.pid:        # its number there
             result['inside'] = self._plan.processes[0].vpid
-        self._channel.send(Running(roots[0], len(self._plan.tasks)))
+        self._channel.send(TreeRuns(roots[0], len(self._plan.tasks)))
         if self._request.wait:
             self._channel.send(Phase('attend'))
             # of a namespace of its own we have the first process only, which ends as the root did
@@ -284,7 +286,7 @@ class Restore:
         self._channel.progress(tasks, tasks, self._bytes_done, self._bytes_total)
 
 
-def restore(job: Job) -> None:
+def restore(job: JobContext) -> None:
     """Bring the tree of an image back."""
     clock = Clock()
     job.channel.phase('verify')

@@ -16,7 +16,7 @@ from ckptd.errors import LimitsExceeded
 _LEAST = 64
 
 
-class Bank:
+class ServiceFds:
     """Owner of the fds; `with` closes them. They are not close-on-exec: the seed is a program of its own."""
 
     def __init__(self, highest: int) -> None:

@@ -40,8 +40,8 @@ from ckptd.kernel.status import read_status
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
-from ckptd.remote.stub import Puppet
-from ckptd.restore.create import Nursery
+from ckptd.remote.stub import Stub
+from ckptd.restore.create import TaskBuilder
 from ckptd.restore.memory import Space
 from ckptd.restore.plan import Plan, is_users_worker
 
@@ -54,7 +54,7 @@ _ALL = (1 << 64) - 1
 class Shed:
     """The shed of a restart. spaces: by mm_id; their memory locks are set while there is a right to do so."""
 
-    def __init__(self, reader: ImageReader, plan: Plan, nursery: Nursery, spaces: Mapping[int, Space]) -> None:
+    def __init__(self, reader: ImageReader, plan: Plan, nursery: TaskBuilder, spaces: Mapping[int, Space]) -> None:
         self._reader, self._plan, self._nursery, self._spaces = reader, plan, nursery, spaces
         self._ids = not plan.world.user
         self._mms = plan.users('mm_id')
@@ -118,7 +118,7 @@ class Shed:
             yield from script.run()
 
 
-def _clear_capabilities(puppets: Sequence[Puppet]) -> Steps[None]:
+def _clear_capabilities(puppets: Sequence[Stub]) -> Steps[None]:
     clear, show = Batch(), Batch()
     clear.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
     clear.call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)

@@ -17,13 +17,13 @@ from ckptd.kernel.memory import write_bytes
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
-from ckptd.remote.stub import Puppet
+from ckptd.remote.stub import Stub
 
 # which argument is the timeout: a pointer to a timespec, but of poll milliseconds
 _TIMEOUT = {arch.NR['nanosleep']: 0, arch.NR['clock_nanosleep']: 2, arch.NR['futex']: 3, arch.NR['poll']: 2}
 
 
-def sleep_again(reader: ImageReader, vpid: int, puppet: Puppet) -> Steps[arch.user_regs_struct | None]:
+def sleep_again(reader: ImageReader, vpid: int, puppet: Stub) -> Steps[arch.user_regs_struct | None]:
     """The registers that the task is to have instead of its old ones, or None. The last that it does as a stub, but for
     leaving it: another call that is interrupted would take its place."""
     left, regs = reader.table(SleepLeft).get(vpid), _registers(reader, vpid)
@@ -43,7 +43,7 @@ def _registers(reader: ImageReader, vpid: int) -> arch.user_regs_struct:
     return arch.user_regs_struct.from_buffer_copy(reader.get(Registers, vpid).gpr)
 
 
-def _begin(puppet: Puppet, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[int]:
+def _begin(puppet: Stub, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[int]:
     """Have the call begun and interrupted; what it returns."""
     batch = Batch()
     arguments = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9]
@@ -68,7 +68,7 @@ def _begin(puppet: Puppet, left: SleepLeft, regs: arch.user_regs_struct) -> Step
     return result
 
 
-def _to_syscall(puppet: Puppet) -> Steps[None]:
+def _to_syscall(puppet: Stub) -> Steps[None]:
     puppet.tracee.to_syscall()
     yield
     while os.WSTOPSIG(puppet.wait()) != SYSCALL_STOP:

@@ -16,13 +16,13 @@ from ckptd.image.cores.export import export
 from ckptd.image.reader import ImageReader
 from ckptd.image.source import ImageFiles
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, become, no_capabilities
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import FORMATS
 
 _FAULTS = {'verify': 'received', 'publish': 'verified'}      # points just before a phase
 
 
-def export_image(job: Job) -> None:
+def export_image(job: JobContext) -> None:
     """A tar stream: of cores, one per process, or of the image itself."""
     if job.request.format not in FORMATS:
         raise InvalidArgument(f'unknown format {job.request.format!r}', hint=f'formats: {", ".join(FORMATS)}')
@@ -48,7 +48,7 @@ def _export_cores(files: ImageFiles, output: int) -> list[str]:
 class _Watcher:
     """Shows the daemon how an import goes, and stops it when the daemon says so."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: JobContext) -> None:
         self._channel, self._stall = job.channel, job.request.stall_usec / 1e6
 
     def wait_readable(self, fd: int) -> None:
@@ -63,7 +63,7 @@ class _Watcher:
         self._channel.progress(0, 0, done, total)
 
 
-def import_image(job: Job) -> None:
+def import_image(job: JobContext) -> None:
     """An image from a tar stream into the spool. Its owner is the caller."""
     request = job.request
     # of other things, a process say, nothing may ever be readable

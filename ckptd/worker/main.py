@@ -15,7 +15,7 @@ from types import FrameType
 from ckptd.errors import Cancelled, CkptError, ImageDamaged
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest, read_manifest
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import MAX_SENTENCE, Failed, JobRequest, Log, Start, cut
 from ckptd.restore.namespaces import offsets_for
@@ -103,7 +103,7 @@ def _manifest(request: JobRequest) -> Manifest | None:
         return None     # the operation tells all that is damaged
 
 
-def _identity(job: Job, manifest: Manifest | None) -> Identity | None:
+def _identity(job: JobContext, manifest: Manifest | None) -> Identity | None:
     """The identity of the worker; None if this process does the job itself."""
     request = job.request
     if os.geteuid() or request.caller.uid or request.operation != 'checkpoint':
@@ -114,12 +114,12 @@ def _identity(job: Job, manifest: Manifest | None) -> Identity | None:
     return identity_of_owner(job.resolve().roots, request)
 
 
-def _job(start: Start, fds: list[int], channel: Channel) -> Job:
+def _job(start: Start, fds: list[int], channel: Channel) -> JobContext:
     given = iter(fds)
     pidfd = next(given, -1) if start.request.has_pidfd else -1
     output = next(given, -1) if start.request.has_output else -1
     terminal = next(given, -1) if start.request.has_terminal else -1
-    return Job(start.request, channel, pidfd, output, terminal)
+    return JobContext(start.request, channel, pidfd, output, terminal)
 
 
 def main(fd: int) -> int:

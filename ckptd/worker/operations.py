@@ -12,14 +12,14 @@ from ckptd.inspect.scan import scan_tree
 from ckptd.inspect.task_rows import image_rows, live_rows
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import Frozen, refusal_row
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.run import restore
 from ckptd.worker.archive import export_image, import_image
 
 
-def check(job: Job) -> None:
+def check(job: JobContext) -> None:
     """Every refusal and warning; nothing is frozen and nothing written."""
     job.channel.phase('resolve')
     target = job.resolve()
@@ -28,7 +28,7 @@ def check(job: Job) -> None:
     job.channel.finish('refusals', [refusal_row(row) for row in job.refusals(tree)], {'tasks': len(tree)})
 
 
-def scan(job: Job) -> None:
+def scan(job: JobContext) -> None:
     """The tree as rows; memory and open files of those tasks only that the caller may look at."""
     job.channel.phase('scan')
     tree = job.look()
@@ -37,13 +37,13 @@ def scan(job: Job) -> None:
     job.channel.finish('tasks', live_rows(tree, denied))
 
 
-def check_trace(job: Job) -> None:
+def check_trace(job: JobContext) -> None:
     """Tell whether a security module forbids the caller to trace tasks that it may inspect."""
     job.channel.phase('scan')
     job.channel.finish('', (), {'forbidden': is_untraceable(job.look(), job.request.caller)})
 
 
-def freeze(job: Job) -> None:
+def freeze(job: JobContext) -> None:
     """Freeze, and hold until Thaw, Cancel or the daemon's end."""
     job.channel.phase('resolve')
     target = job.resolve()
@@ -58,24 +58,24 @@ def freeze(job: Job) -> None:
         job.channel.wait_thaw()
 
 
-def verify_image(job: Job) -> None:
+def verify_image(job: JobContext) -> None:
     """Every damage of an image."""
     with job.image_files() as files:
         job.channel.finish('damages', verify(files))
 
 
-def image_tree(job: Job) -> None:
+def image_tree(job: JobContext) -> None:
     """The tree of an image as rows."""
     with job.image_files() as files, ImageReader(files) as reader:
         job.channel.finish('tasks', image_rows(reader))
 
 
-def recover_files(job: Job) -> None:
+def recover_files(job: JobContext) -> None:
     """Undo what dead workers have left of files."""
     job.channel.finish('report', recover(Journal(Path(job.request.runtime)), files=True))
 
 
-OPERATIONS: Mapping[str, Callable[[Job], None]] = {
+OPERATIONS: Mapping[str, Callable[[JobContext], None]] = {
     'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
     'tree': image_tree, 'export': export_image, 'import': import_image, 'restore': restore,
     'check-restore': check_restore, 'check-trace': check_trace, 'recover': recover_files}

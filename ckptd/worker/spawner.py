@@ -28,11 +28,11 @@ from types import FrameType
 import msgspec
 
 from ckptd.kernel import netlink
-from ckptd.protocol.messages import MAX_SPAWN, Exited, FromSpawner, Spawn, Spawned
+from ckptd.protocol.messages import MAX_SPAWN, Exited, FromSpawner, Spawned, SpawnWorker
 from ckptd.worker.main import main as work
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Spawn).decode
+_decode = msgspec.msgpack.Decoder(SpawnWorker).decode
 
 
 class Spawner:
@@ -86,7 +86,7 @@ class Spawner:
             os._exit(status)
 
     @staticmethod
-    def _run(wish: Spawn, theirs: socket.socket) -> int:
+    def _run(wish: SpawnWorker, theirs: socket.socket) -> int:
         process: subprocess.Popen[bytes] = subprocess.Popen(
             [*wish.command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(wish.environment))

@@ -37,7 +37,7 @@ class Other:
         self.calls[call.member] = [call.path, call.interface, *call.body()]
         self.flags = call.flags
         for value in call.body():
-            if isinstance(value, wire.Fd):
+            if isinstance(value, wire.UnixFd):
                 self.fds[call.member] = os.fstat(value).st_dev, os.fstat(value).st_ino
         call.fds.close()
         if call.member == 'GetAll':

@@ -13,7 +13,7 @@ import pytest
 from ckptd.bus import polkit as module
 from ckptd.bus import wire
 from ckptd.bus.connection import Connection
-from ckptd.bus.polkit import ALLOW_INTERACTION, AUTHORITY, NAME, OF_PERSONS, PATH, QUICK, Answer, Polkit
+from ckptd.bus.polkit import ALLOW_INTERACTION, AUTHORITY, NAME, OF_PERSONS, PATH, QUICK, Polkit, PolkitAnswer
 from ckptd.bus.wire import Received
 from ckptd.errors import LimitsExceeded
 from tests.bus.conftest import Service
@@ -76,7 +76,7 @@ async def flood(polkit: Polkit, sender: str, uid: int, action: str, *,
 
 async def test_a_bus_without_polkit(service: Service) -> None:
     async with await Connection.open(service.address) as connection:
-        assert await Polkit(connection).ask(':1.1', 1, OWN, {}) == Answer.ABSENT
+        assert await Polkit(connection).ask(':1.1', 1, OWN, {}) == PolkitAnswer.ABSENT
 
 
 async def test_polkit_that_leaves_while_it_is_asked_is_no_polkit_that_is_not_there(
@@ -92,7 +92,7 @@ async def test_polkit_that_leaves_while_it_is_asked_is_no_polkit_that_is_not_the
             return True
 
         monkeypatch.setattr(Polkit, '_is_there', found)
-        assert await polkit.ask(':1.1', 1, OWN, {}) == Answer.SILENT
+        assert await polkit.ask(':1.1', 1, OWN, {}) == PolkitAnswer.SILENT
 
 
 async def test_polkit_that_leaves_before_it_is_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ async def test_polkit_that_leaves_before_it_is_asked(address: str, monkeypatch: 
             return await driver(self, member, signature, *args)
 
         monkeypatch.setattr(Connection, 'driver', leaving)
-        assert await polkit.ask(':1.1', 1, OWN, {}) == Answer.SILENT
+        assert await polkit.ask(':1.1', 1, OWN, {}) == PolkitAnswer.SILENT
 
 
 async def test_persons_who_do_not_answer_are_in_the_way_of_their_user_alone(
@@ -114,10 +114,10 @@ async def test_persons_who_do_not_answer_are_in_the_way_of_their_user_alone(
     async with asking(address, monkeypatch) as (authority, polkit), flood(polkit, ':1.1', 1, OTHER, interactive=True):
         first = [await authority.asked.get() for _ in range(OF_PERSONS[1])]
         for uid in (1, 2):      # what nobody needs to be asked about is answered
-            assert await polkit.ask(f':1.{uid}', uid, OWN, {}, interactive=True) == Answer.YES
+            assert await polkit.ask(f':1.{uid}', uid, OWN, {}, interactive=True) == PolkitAnswer.YES
         other = asyncio.create_task(polkit.ask(':1.2', 2, OTHER, {}, interactive=True))
         authority.answer(await authority.asked.get(), True, False, {})
-        assert await other == Answer.YES
+        assert await other == PolkitAnswer.YES
         assert authority.asked.empty()
         authority.answer(first[0], False, False, {'polkit.dismissed': 'true'})
         (_, subject), *_ = (await authority.asked.get()).body()
@@ -131,7 +131,7 @@ async def test_in_all_so_many_persons_are_asked(address: str, monkeypatch: pytes
             await stack.enter_async_context(flood(polkit, f':1.{uid}', uid, OTHER, interactive=True))
         for _ in range(in_all):
             await authority.asked.get()
-        assert await polkit.ask(':1.99', 99, OWN, {}, interactive=True) == Answer.YES
+        assert await polkit.ask(':1.99', 99, OWN, {}, interactive=True) == PolkitAnswer.YES
         assert authority.asked.empty()
 
 
@@ -144,9 +144,9 @@ async def test_polkit_that_does_not_answer_about_one_user(address: str, monkeypa
                 await polkit.ask(':1.1', 1, OWN, {}, patience=0.1)
             assert caught.value.hint
             for uid in range(2, QUICK[0] // QUICK[1] + 1):
-                assert await polkit.ask(':1.2', uid, OWN, {}) == Answer.YES
+                assert await polkit.ask(':1.2', uid, OWN, {}) == PolkitAnswer.YES
         authority.deaf.clear()
-        assert await polkit.ask(':1.1', 1, OWN, {}) == Answer.YES
+        assert await polkit.ask(':1.1', 1, OWN, {}) == PolkitAnswer.YES
 
 
 @pytest.mark.needs('dbus')

@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from ckptd.bus.authorizer import Gate
+from ckptd.bus.authorizer import Authorizer
 from ckptd.bus.connection import PROPERTIES, Match
 from ckptd.bus.export import Viewer
 from ckptd.bus.introspect import introspection_xml
@@ -19,7 +19,7 @@ from ckptd.bus.message import DBusError
 from ckptd.bus.standard import read_properties
 from ckptd.errors import Refusal, Refused
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.state import Job
+from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import Caller, JobRequest
 from tests.bus.conftest import Service
 from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item, Sample
@@ -207,8 +207,8 @@ async def test_busctl_monitor(service: Service, tmp_path: Path) -> None:
 
 def test_the_rows_of_an_outcome_are_made_once() -> None:
     """There may be hundreds, and anybody who may see the job can ask for them as often as he likes."""
-    job = Job(1, JobRequest('checkpoint', 'pid:1', Caller(0, 0), '/nowhere', '/nowhere'), 0)
-    shown = JobObject(job, cast('Queue', None), cast('Gate', None))
+    job = JobRecord(1, JobRequest('checkpoint', 'pid:1', Caller(0, 0), '/nowhere', '/nowhere'), 0)
+    shown = JobObject(job, cast('Queue', None), cast('Authorizer', None))
     assert (shown.Error(), shown.Result()) == ({}, {})
     job.fail(Refused.because([Refusal(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')] * 2))
     for read in (shown.Error, shown.Result):

@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 
 import pytest
 
-from ckptd.bus.client import Signal
+from ckptd.bus.client import ReceivedSignal
 from ckptd.bus.names import MANAGER, ROOT, job_path
 from ckptd.bus.options import AFTER, CHANGED_FILES, CHECK_RESTORE, CHECKPOINT, FREEZE, FREEZING, RESTORE
 from ckptd.client import (
@@ -339,11 +339,11 @@ async def test_no_bus(tmp_path: Path) -> None:
 def test_unread_events_are_bounded() -> None:
     events = Events()
     for number in range(KEPT + 5):
-        events.hear(Signal('/', MANAGER, 'JobNew', (number, '/a')))
+        events.hear(ReceivedSignal('/', MANAGER, 'JobNew', (number, '/a')))
     assert len(events._unread) == KEPT
-    assert event_of(Signal('/', MANAGER, 'JobNew', (1, '/a', 'of tomorrow'))) == JobNew(1, '/a')
-    assert event_of(Signal('/', MANAGER, 'JobNew', (1,))) is None
-    assert event_of(Signal('/', MANAGER, 'Unheard', (1,))) is None
+    assert event_of(ReceivedSignal('/', MANAGER, 'JobNew', (1, '/a', 'of tomorrow'))) == JobNew(1, '/a')
+    assert event_of(ReceivedSignal('/', MANAGER, 'JobNew', (1,))) is None
+    assert event_of(ReceivedSignal('/', MANAGER, 'Unheard', (1,))) is None
 
 
 @pytest.mark.parametrize('wanted', [True, False])
@@ -357,7 +357,7 @@ async def test_a_job_ends_with_its_daemon(wanted: bool) -> None:
     if not wanted:
         job.abandon()
     assert hub.left('it is gone') is not wanted
-    hub.add(Signal(ROOT, MANAGER, 'JobNew', (7, path)))
+    hub.add(ReceivedSignal(ROOT, MANAGER, 'JobNew', (7, path)))
     if wanted:
         with pytest.raises(Unavailable, match='it is gone'):
             await job.wait()

@@ -13,7 +13,7 @@ import pytest
 
 from ckptd import client
 from ckptd.client import ImageAdded, ImageRemoved, JobNew, JobRemoved, Progress, Running, sync
-from ckptd.client.sync import Ckptd, connect
+from ckptd.client.sync import SyncCkptd, connect
 from ckptd.errors import Cancelled, NoSuchImage, NoSuchTarget, Refused, Unavailable
 from tests.daemon.conftest import start_sleeper
 from tests.jobs.scripted import ScriptedDaemon
@@ -26,18 +26,18 @@ PATIENCE = 40       # seconds
 
 
 @pytest.fixture
-def ckptd(daemon: Daemon) -> Iterator[Ckptd]:
+def ckptd(daemon: Daemon) -> Iterator[SyncCkptd]:
     with connect(daemon.address) as made:
         yield made
 
 
 @pytest.fixture
-def player(scripted: ScriptedDaemon) -> Iterator[Ckptd]:
+def player(scripted: ScriptedDaemon) -> Iterator[SyncCkptd]:
     with connect(scripted.address) as made:
         yield made
 
 
-def image_of(ckptd: Ckptd, spool: Path, scene: str) -> str:
+def image_of(ckptd: SyncCkptd, spool: Path, scene: str) -> str:
     with ckptd.events(ImageAdded) as added:
         image = write_image(spool, os.getuid(), target=f'cgroup:/{scene}')
         assert next(added).image == image       # type: ignore[union-attr]
@@ -45,7 +45,7 @@ def image_of(ckptd: Ckptd, spool: Path, scene: str) -> str:
 
 
 @pytest.mark.needs('root', 'ptrace')
-def test_there_and_back(ckptd: Ckptd) -> None:
+def test_there_and_back(ckptd: SyncCkptd) -> None:
     with start_sleeper() as process:
         target = f'pid:{process.pid}'
         [task] = ckptd.scan(target)
@@ -70,7 +70,7 @@ def test_there_and_back(ckptd: Ckptd) -> None:
     assert again.wait(PATIENCE).exit_status == signal.SIGTERM
 
 
-def test_an_image(ckptd: Ckptd, sleeper: str, tmp_path: Path) -> None:
+def test_an_image(ckptd: SyncCkptd, sleeper: str, tmp_path: Path) -> None:
     image = ckptd.image(ckptd.checkpoint(sleeper).wait(PATIENCE).image)
     assert image.path.endswith(image.id)
     assert (image.info().id, image.info().processes) == (image.id, 1)
@@ -90,7 +90,7 @@ def test_an_image(ckptd: Ckptd, sleeper: str, tmp_path: Path) -> None:
         ckptd.image(image.id)
 
 
-def test_jobs(player: Ckptd) -> None:
+def test_jobs(player: SyncCkptd) -> None:
     with player.events(JobNew, JobRemoved) as events:
         job = player.checkpoint('cgroup:/slow')
         assert events.next(PATIENCE) == JobNew(job.id, job.path)
@@ -114,11 +114,11 @@ def test_jobs(player: Ckptd) -> None:
         player.checkpoint('pid:4194305')
 
 
-def test_a_restore_by_the_image(player: Ckptd, spool: Path) -> None:
+def test_a_restore_by_the_image(player: SyncCkptd, spool: Path) -> None:
     assert player.image(image_of(player, spool, 'restore')).restore().wait(PATIENCE).root == 4242
 
 
-def test_threads_share_a_connection(player: Ckptd) -> None:
+def test_threads_share_a_connection(player: SyncCkptd) -> None:
     results: list[int] = []
     thread = threading.Thread(target=lambda: results.append(player.checkpoint('cgroup:/finish').wait(PATIENCE).tasks))
     thread.start()
@@ -144,7 +144,7 @@ def test_no_daemon(scripted: ScriptedDaemon, tmp_path: Path) -> None:
             ckptd.info()
 
 
-@pytest.mark.parametrize('name', ['Ckptd', 'Job', 'Image', 'Events'])
+@pytest.mark.parametrize('name', ['SyncCkptd', 'SyncJob', 'SyncImage', 'SyncEvents'])
 def test_it_has_all_that_the_other_has(name: str) -> None:
     """By the same names, with the same parameters."""
     theirs, ours = getattr(client, name), getattr(sync, name)

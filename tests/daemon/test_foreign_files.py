@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.bus.client import Client, connect
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.bus.names import BUS_NAME, IMAGE, MANAGER, ROOT, image_path
 from ckptd.errors import CkptError, InvalidArgument
 from ckptd.kernel import closing
@@ -63,7 +63,7 @@ async def ping(client: Client) -> None:
 
 
 async def give(client: Client, fd: int, options: dict[str, object] | None = None) -> None:
-    await client.call(BUS_NAME, ROOT, MANAGER, 'CheckpointProcess', 'ha{sv}', Fd(fd), options or {})
+    await client.call(BUS_NAME, ROOT, MANAGER, 'CheckpointProcess', 'ha{sv}', UnixFd(fd), options or {})
 
 
 @pytest.mark.needs('ptrace')
@@ -171,7 +171,7 @@ async def test_what_is_no_terminal_is_not_asked_about_it(daemon: Served, file: H
     async with await connect(daemon.address) as client:
         with opened(file) as fd, pytest.raises(InvalidArgument, match='a file descriptor of a terminal'):
             async with asyncio.timeout(10):
-                await client.call(BUS_NAME, ROOT, MANAGER, 'Restore', 'sa{sv}', image, {'terminal': Fd(fd)})
+                await client.call(BUS_NAME, ROOT, MANAGER, 'Restore', 'sa{sv}', image, {'terminal': UnixFd(fd)})
         assert IOCTL not in [opcode for opcode, _ in file.held]
         file.release()
 
@@ -183,14 +183,16 @@ async def test_an_export_into_it(daemon: Served, file: HangingFile, spool: Path)
         await ping(other)       # which looks into the spool
         async with await connect(daemon.address) as client:
             with opened(file) as fd:
-                task = asyncio.create_task(client.call(BUS_NAME, image_path(image), IMAGE, 'Export', 'hsa{sv}', Fd(fd),
+                task = asyncio.create_task(client.call(BUS_NAME, image_path(image), IMAGE, 'Export', 'hsa{sv}',
+                                                       UnixFd(fd),
                                                        'tar', {}, timeout=60))
                 await asyncio.to_thread(file.wait_held, WRITE)
         with pytest.raises(CkptError):
             await task
         reader, writer = os.pipe()
         async with asyncio.timeout(30):
-            await other.call(BUS_NAME, image_path(image), IMAGE, 'Export', 'hsa{sv}', Fd(writer), 'tar', {}, timeout=30)
+            await other.call(BUS_NAME, image_path(image), IMAGE, 'Export', 'hsa{sv}', UnixFd(writer), 'tar', {},
+                             timeout=30)
         os.close(writer)
         assert os.read(reader, len(image)) == image.encode()
         os.close(reader)

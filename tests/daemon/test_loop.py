@@ -32,7 +32,7 @@ from ckptd.image.manifest import Manifest, Statistics, encode_manifest
 from ckptd.jobs import overlap
 from ckptd.jobs.images import REMOVALS
 from ckptd.jobs.pool import WorkerPool
-from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.jobs.spool import Spool, SpooledImage
 from ckptd.kernel.stat import Stat, read_stat
 from tests.bench.bench_scan import build, sleeping_tree
 from tests.daemon.test_api import sleeper
@@ -200,7 +200,7 @@ async def test_many_removals(watch: Watch, private_bus: PrivateBus, spool: Path,
     at_work = most = looks = 0
     several, go, removed, lock = threading.Event(), threading.Event(), threading.Event(), threading.Lock()
 
-    def remove(self: Spool, info: ImageInfo) -> None:
+    def remove(self: Spool, info: SpooledImage) -> None:
         nonlocal at_work, most
         with lock:
             at_work += 1
@@ -212,7 +212,7 @@ async def test_many_removals(watch: Watch, private_bus: PrivateBus, spool: Path,
         with lock:
             at_work -= 1
 
-    def look(self: Spool) -> dict[str, ImageInfo]:
+    def look(self: Spool) -> dict[str, SpooledImage]:
         nonlocal looks
         looks += 1
         removed.wait()

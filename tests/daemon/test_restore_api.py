@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ckptd.bus.message import Fd
+from ckptd.bus.message import UnixFd
 from ckptd.bus.names import BUS_NAME, IMAGE, JOB, image_path, token_path
 from ckptd.bus.options import CHECKPOINT, INHIBIT, RESTORE, TERMINAL, Option, parse_options
 from ckptd.bus.wire import Variant
@@ -95,7 +95,7 @@ async def test_a_terminal_goes_to_the_worker(api: Api, scripted: ScriptedDaemon)
     master, slave = os.openpty()
     try:
         name = os.ttyname(slave)
-        job = await api('Restore', 'sa{sv}', image, {'wait': True, 'terminal': Fd(slave)})
+        job = await api('Restore', 'sa{sv}', image, {'wait': True, 'terminal': UnixFd(slave)})
         os.close(slave)
         shown = await api.ended(job)
         assert os.waitstatus_to_exitcode(shown['Result']['exit_status']) == 3
@@ -117,7 +117,7 @@ async def test_options_that_cannot_be(api: Api, scripted: ScriptedDaemon) -> Non
     image = await image_of(api, scripted, 'restore')
     reader, writer = os.pipe()
     try:
-        for options, words in (*WRONG, ({'terminal': Fd(writer)}, 'descriptor of a terminal')):
+        for options, words in (*WRONG, ({'terminal': UnixFd(writer)}, 'descriptor of a terminal')):
             for member in ('Restore', 'CheckRestore'):
                 with pytest.raises(InvalidArgument, match=words):
                     await api(member, 'sa{sv}', image, options)
@@ -130,7 +130,7 @@ async def test_options_that_cannot_be(api: Api, scripted: ScriptedDaemon) -> Non
 async def test_a_file_descriptor_is_no_number(api: Api, sleeper: str) -> None:
     reader, writer = os.pipe()
     try:
-        for options in ({'timeout': Fd(writer)}, {'save_limit': Fd(writer)}):
+        for options in ({'timeout': UnixFd(writer)}, {'save_limit': UnixFd(writer)}):
             with pytest.raises(InvalidArgument, match='must be a number'):
                 await api('Checkpoint', 'sa{sv}', sleeper, options)
     finally:
@@ -143,7 +143,8 @@ async def test_a_file_descriptor_is_no_number(api: Api, sleeper: str) -> None:
                          ids=lambda option: option.name)
 def test_what_an_option_takes_can_be_sent_on(option: Option) -> None:
     """Whatever type a client writes into the variant."""
-    for value in (True, 1, 1.0, 'auto', '/a', 'u', Fd(1), b'a', [], ['auto'], [1], (1,), {}, {'a': 1}, Variant('u', 1)):
+    for value in (True, 1, 1.0, 'auto', '/a', 'u', UnixFd(1), b'a', [], ['auto'], [1], (1,), {}, {'a': 1},
+                  Variant('u', 1)):
         if option.accepts(value):
             assert type(value) in (bool, int, str)
 
@@ -154,7 +155,7 @@ def test_a_number_is_no_file_descriptor() -> None:
     try:
         with pytest.raises(InvalidArgument):
             parse_options({'terminal': slave}, RESTORE)
-        assert parse_options({'terminal': Fd(slave)}, RESTORE) == {'terminal': slave}
+        assert parse_options({'terminal': UnixFd(slave)}, RESTORE) == {'terminal': slave}
     finally:
         os.close(master)
         os.close(slave)

@@ -19,7 +19,7 @@ from ckptd.errors import Unavailable
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.objects.files.severed import Severed
+from ckptd.objects.files.severed import Disconnected
 from tests.lib import settled
 from tests.lib.bus import ROOT, PrivateBus
 from tests.lib.victim import session_members
@@ -91,9 +91,9 @@ def the_image(tmp_path: Path) -> Path:
     return path
 
 
-def severed(image: Path) -> list[records.OpenFile]:
+def severed(image: Path) -> list[records.SavedFile]:
     with ImageReader(image) as reader:
-        return [file for file in reader.every(records.OpenFile) if file.kind == 'severed']
+        return [file for file in reader.every(records.SavedFile) if file.kind == 'severed']
 
 
 def test_the_tree_goes_on(start: Start, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_tree_goes_on(start: Start, tmp_path: Path) -> None:
     assert (tmp_path / 'output').read_text() == 'checkpointed\n'
     image = the_image(tmp_path)
     [file] = severed(image)
-    assert Severed.decode(file.data).data == ()
+    assert Disconnected.decode(file.data).data == ()
     manifest = json.loads((image / 'manifest.json').read_text())
     assert (manifest['root'], manifest['processes'], manifest['tasks']) == (process.pid, 2, 3)
     assert [row['reason'] for row in manifest['warnings']] == [f'{file.link} is a connection to the bus']

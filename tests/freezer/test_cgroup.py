@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument, NotFrozen, NotSupported
-from ckptd.freezer import Frozen, freeze
+from ckptd.freezer import FrozenTree, freeze
 from ckptd.inspect.scan import Target, resolve_target, scan_tree
 from ckptd.journal import Journal, recover
 from ckptd.kernel.ptrace import Tracee
 from tests.freezer.conftest import Ticker, cgroups_of, is_frozen, name_of, put, set_frozen
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')
-Freeze = Callable[..., AbstractContextManager[Frozen]]
+Freeze = Callable[..., AbstractContextManager[FrozenTree]]
 Tick = Callable[..., Ticker]
 Nest = Callable[[str], Path]
 
@@ -28,7 +28,7 @@ Nest = Callable[[str], Path]
 def frozen(journal: Journal) -> Freeze:
     """frozen(ticker, mode): the tree of a ticker, frozen; nothing is in the journal afterwards."""
     @contextmanager
-    def start(ticker: Ticker, mode: str = 'cgroup', timeout: float = 5, **kwargs: Any) -> Iterator[Frozen]:
+    def start(ticker: Ticker, mode: str = 'cgroup', timeout: float = 5, **kwargs: Any) -> Iterator[FrozenTree]:
         try:
             with freeze(ticker.scan(), kwargs.pop('target', ticker.target), mode, time.monotonic() + timeout, journal,
                         ticker.scan, job=7, **kwargs) as result:
@@ -38,7 +38,7 @@ def frozen(journal: Journal) -> Freeze:
     return start
 
 
-def seize(frozen: Frozen) -> None:
+def seize(frozen: FrozenTree) -> None:
     """What the engine does: stop every thread under ptrace."""
     for task in frozen.tree:
         if not task.is_zombie and task.tid not in frozen.tracees:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ckptd.errors import CkptError
 from ckptd.journal import Journal, recover
-from ckptd.journal.entry import Entry, parse_entry
-from ckptd.journal.hands import Hands, undo_all
+from ckptd.journal.entry import JournalEntry, parse_entry
+from ckptd.journal.hands import Actions, undo_all
 from ckptd.journal.steps import FreezeCgroup, FreezeUnit, MakeCgroup, Move, Moved, ThawUnit
 from ckptd.kernel.task import boot_id
 
@@ -147,9 +147,9 @@ def test_links_and_other_files_are_not_read(journal: Journal, tmp_path: Path) ->
 
 def test_cgroup_that_is_gone_needs_no_thaw(tmp_path: Path) -> None:
     step = FreezeCgroup('/gone')
-    entry = Entry(tmp_path / 'x.jsonl', -1, parse_entry(BEGIN)._replace(steps=[step, ThawUnit('x.service')]))
+    entry = JournalEntry(tmp_path / 'x.jsonl', -1, parse_entry(BEGIN)._replace(steps=[step, ThawUnit('x.service')]))
     calls: list[str] = []
-    assert undo_all(entry, Hands(None, freeze_unit=calls.append)) == []
+    assert undo_all(entry, Actions(None, freeze_unit=calls.append)) == []
     assert calls == ['x.service']
 
 

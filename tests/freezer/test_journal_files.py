@@ -9,7 +9,7 @@ import pytest
 
 from ckptd.errors import CkptError
 from ckptd.journal import Journal, recover
-from ckptd.journal.entry import Entry
+from ckptd.journal.entry import JournalEntry
 from ckptd.journal.files import keep
 from ckptd.journal.recover import left_about_files
 from ckptd.journal.steps import KeepFile, MakeFile
@@ -43,7 +43,7 @@ def made(path: Path, *, known: bool = False, uid: int | None = None) -> MakeFile
                     os.getegid() if uid is None else uid, ())
 
 
-def keep_it(entry: Entry, path: Path, kept: Path, start: int = 0) -> None:
+def keep_it(entry: JournalEntry, path: Path, kept: Path, start: int = 0) -> None:
     entry.add(made(kept))
     with path.open('rb') as source, kept.open('x+b') as target:
         keep(source.fileno(), start, target.fileno())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ckptd.errors import Cancelled, FreezeTimeout, NotSupported, PermissionDenied
-from ckptd.freezer import Frozen, freeze
+from ckptd.freezer import FrozenTree, freeze
 from ckptd.inspect.scan import Target, scan_tree
 from ckptd.journal import Journal
 from ckptd.kernel.ptrace import Tracee, let_go
@@ -25,7 +25,7 @@ from tests.freezer.conftest import Ticker, is_frozen, set_frozen
 from tests.lib.ways import let_others_through
 
 pytestmark = pytest.mark.needs('ptrace', 'root', 'cgroup2')
-Freeze = Callable[..., AbstractContextManager[Frozen]]
+Freeze = Callable[..., AbstractContextManager[FrozenTree]]
 Tick = Callable[..., Ticker]
 NOBODY = 65534
 PR_SET_DUMPABLE = 4             # <linux/prctl.h>
@@ -35,7 +35,7 @@ PR_SET_DUMPABLE = 4             # <linux/prctl.h>
 def stopped(journal: Journal) -> Freeze:
     """stopped(ticker): its tree, frozen by ptrace."""
     @contextmanager
-    def start(ticker: Ticker, timeout: float = 5, **kwargs: Any) -> Iterator[Frozen]:
+    def start(ticker: Ticker, timeout: float = 5, **kwargs: Any) -> Iterator[FrozenTree]:
         with freeze(ticker.scan(), ticker.target, 'ptrace', time.monotonic() + timeout, journal, ticker.scan,
                     **kwargs) as frozen:
             yield frozen

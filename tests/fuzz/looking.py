@@ -24,7 +24,7 @@ import msgspec
 
 from ckptd.errors import CkptError
 from ckptd.image.source import GivenFiles, ImageFiles
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Failed, JobRequest, Message
 from ckptd.restore.prepare import check_restore
@@ -61,7 +61,7 @@ class Unheard(Channel):
     def send(self, message: Message, fds: object = ()) -> None: ...
 
 
-class _Job(Job):
+class _Job(JobContext):
     """A job about files that are open already."""
     __slots__ = ('_given',)
     _given: ImageFiles
@@ -75,7 +75,7 @@ class _Job(Job):
         yield self._given
 
 
-def _export(job: Job) -> None:
+def _export(job: JobContext) -> None:
     with job.image_files() as files, open(os.devnull, 'wb') as sink:  # noqa: PTH123
         _export_cores(files, sink.fileno())
 
@@ -93,7 +93,7 @@ def dice_of(seed: int, number: int) -> random.Random:
 
 def look(files: GivenFiles, request: JobRequest, dice: random.Random) -> Iterator[tuple[str, str]]:
     """(operation and outcome, traceback of what is none)."""
-    operations: list[tuple[str, Callable[[Job], None]]] = [('check-restore', check_restore)]
+    operations: list[tuple[str, Callable[[JobContext], None]]] = [('check-restore', check_restore)]
     operations += [('verify', verify_image)] if dice.random() < 0.1 else []
     operations += [('tree', image_tree), ('export', _export)] if dice.random() < 0.33 else []
     for operation, work in operations:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from ckptd.config import Config
-from ckptd.jobs.inhibitors import Inhibitor
+from ckptd.jobs.inhibitors import InhibitorLock
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
-from ckptd.jobs.state import Job
+from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import Caller, JobRequest
 
 PLAYER = (sys.executable, str(Path(__file__).with_name('player.py')))
@@ -52,28 +52,28 @@ class Heard:
     async def wait(self, what: str, number: int = 0) -> None:
         await self.until(lambda: (what, number) in self.events)
 
-    def job_new(self, job: Job) -> None:
+    def job_new(self, job: JobRecord) -> None:
         self._add('new', job.number)
 
-    def job_changed(self, job: Job) -> None:
+    def job_changed(self, job: JobRecord) -> None:
         if self._phases.get(job.number, '') != job.phase:
             self._phases[job.number] = job.phase
             self._add(job.phase, job.number)
 
-    def job_progress(self, job: Job) -> None:
+    def job_progress(self, job: JobRecord) -> None:
         self.progress.append((asyncio.get_running_loop().time(), job.progress))
 
-    def job_removed(self, job: Job) -> None:
+    def job_removed(self, job: JobRecord) -> None:
         self._add(job.state.value, job.number)
 
-    def job_forgotten(self, job: Job) -> None:
+    def job_forgotten(self, job: JobRecord) -> None:
         self._add('forgotten', job.number)
 
-    def job_prepares(self, job: Job, start: bool, inhibitors: Sequence[Inhibitor]) -> None:
+    def job_prepares(self, job: JobRecord, start: bool, inhibitors: Sequence[InhibitorLock]) -> None:
         self.prepared.append((job.number, start, [one.who for one in inhibitors]))
         self._more.set()
 
-    def tree_restored(self, job: Job, tasks: int) -> None:
+    def tree_restored(self, job: JobRecord, tasks: int) -> None:
         self.restored.append((job.number, tasks))
 
     def frozen_changed(self, uid: int) -> None:

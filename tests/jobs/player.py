@@ -29,12 +29,12 @@ from ckptd.protocol.messages import (
     Log,
     Message,
     Phase,
-    Progress,
-    Running,
+    ProgressReport,
     ScopeRequest,
     Start,
     Thaw,
     ToWorker,
+    TreeRuns,
     UnitDone,
     UnitRequest,
 )
@@ -70,7 +70,8 @@ class Player:
     # ------------------------------------------------------------ scenes
 
     def finish(self, start: Start) -> None:
-        self.say(Phase('scan'), Progress(1, 2, 0, 0), Phase('memory'), Progress(2, 2, 50, 100), Log(20, 'half'),
+        self.say(Phase('scan'), ProgressReport(1, 2, 0, 0), Phase('memory'), ProgressReport(2, 2, 50, 100),
+                 Log(20, 'half'),
                  Finished({'image': start.request.image, 'tasks': 2, 'avoid': list(start.request.avoid)}))
 
     def refuse(self, start: Start) -> None:
@@ -95,7 +96,7 @@ class Player:
 
     def grow(self, start: Start) -> None:
         """It is about to write 100 bytes."""
-        self.say(Phase('memory'), Progress(1, 1, 0, 100))
+        self.say(Phase('memory'), ProgressReport(1, 1, 0, 100))
         self.until_cancelled()
 
     def deaf(self, start: Start) -> None:
@@ -109,7 +110,7 @@ class Player:
         self.say(Finished({'tasks': 1}))
 
     def many(self, start: Start) -> None:
-        self.say(Phase('memory'), *(Progress(1, 1, count, 1000) for count in range(1, 1001)), Finished({}))
+        self.say(Phase('memory'), *(ProgressReport(1, 1, count, 1000) for count in range(1, 1001)), Finished({}))
 
     def rows(self, start: Start) -> None:
         self.say(Finished({'tasks': [{'tid': 1}], 'count': 3}, more=True), Finished({'tasks': [{'tid': 2}]}, more=True),
@@ -137,19 +138,19 @@ class Player:
         self.say(Finished({'error': answer.error}))
 
     def restore(self, start: Start) -> None:
-        self.say(Phase('fill'), Progress(2, 2, 1, 1), Phase('start'), Running(4242, 2),
+        self.say(Phase('fill'), ProgressReport(2, 2, 1, 1), Phase('start'), TreeRuns(4242, 2),
                  Finished({'image': start.request.image, 'root': 4242, 'tasks': 2}))
 
     def attend(self, start: Start) -> None:
         """Until told to let go of it."""
-        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        self.say(Phase('start'), TreeRuns(4242, 2), Phase('attend'))
         while not isinstance(self.hear(), Cancel | None):
             pass
         self.say(Finished({'root': 4242}))
 
     def watch(self, start: Start) -> None:
         """Until the end of the tree: of a pipe that was given."""
-        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        self.say(Phase('start'), TreeRuns(4242, 2), Phase('attend'))
         os.read(self.fds[-1], 1)
         self.say(Finished({'root': 4242, 'exit_status': 3 << 8}))
 
@@ -163,7 +164,7 @@ class Player:
         for fd in self.fds:
             os.close(fd)
         result = {'root': process.pid, 'tasks': 1, 'processes': 1, 'restored_usec': 1234}
-        self.say(Phase('start'), Running(process.pid, 1))
+        self.say(Phase('start'), TreeRuns(process.pid, 1))
         if start.request.wait:
             self.say(Phase('attend'))
             died = os.pidfd_open(process.pid)
@@ -186,7 +187,7 @@ class Player:
         self.say(Phase('verify'), Finished({'refusals': rows, 'options': [start.request.changed_files]}))
 
     def desert(self, start: Start) -> None:
-        self.say(Phase('start'), Running(4242, 2), Phase('attend'))
+        self.say(Phase('start'), TreeRuns(4242, 2), Phase('attend'))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, start: Start) -> None:

@@ -12,8 +12,8 @@ from ckptd.errors import Busy, InvalidArgument, LimitsExceeded, NoSuchTarget
 from ckptd.jobs.admission import refuse_conflict
 from ckptd.jobs.overlap import Relations, overlap
 from ckptd.jobs.quota import Quota
-from ckptd.jobs.requests import Orders, command_of, parse_target
-from ckptd.jobs.spool import ImageInfo, Spool
+from ckptd.jobs.requests import RequestFactory, command_of, parse_target
+from ckptd.jobs.spool import Spool, SpooledImage
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
@@ -101,9 +101,9 @@ def test_a_number_that_is_another_process_now(later: int) -> None:
     assert relations.overlap('pid:4194305', f'pid:{me.tid}') == (not later)
 
 
-def orders(spool: Spool, **settings: object) -> Orders:
+def orders(spool: Spool, **settings: object) -> RequestFactory:
     config = Config(**settings)
-    return Orders(config, spool, Quota(config, spool), Path('/run/x'), (5, 6), 4242, systemd=True)
+    return RequestFactory(config, spool, Quota(config, spool), Path('/run/x'), (5, 6), 4242, systemd=True)
 
 
 def test_a_request_has_what_the_worker_needs() -> None:
@@ -124,7 +124,7 @@ def test_what_a_user_leaves_free() -> None:
         made = orders(spool, keep_free=Percent(5))
         assert made.on_target('checkpoint', 'a.service', Caller(uid, uid)).keep_free == keep_free
         assert made.on_stream(Caller(uid, uid)).keep_free == keep_free
-        image = ImageInfo('20240131_235959_a_0001', Path('/spool/20240131_235959_a_0001'), owner=uid)
+        image = SpooledImage('20240131_235959_a_0001', Path('/spool/20240131_235959_a_0001'), owner=uid)
         assert made.on_image('restore', image, Caller(uid, uid)).keep_free == keep_free
 
 
@@ -132,7 +132,7 @@ def test_what_a_user_leaves_free() -> None:
 def test_a_full_share_of_the_spool(settings: dict[str, int]) -> None:
     spool = Spool(Path('/spool'))
     ids = ['20240131_235959_a_0001', '20240131_235959_a_0002']
-    spool.adopt({name: ImageInfo(name, Path('/spool') / name, owner=1000, size=20) for name in ids})
+    spool.adopt({name: SpooledImage(name, Path('/spool') / name, owner=1000, size=20) for name in ids})
     with pytest.raises(LimitsExceeded, match='has 2 images of 40 bytes'):
         orders(spool, **settings).on_target('checkpoint', 'a.service', ME)
     for caller in (Caller(0, 0), Caller(1001, 1001)):

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 
 from ckptd.errors import LimitsExceeded, NoSuchTarget
-from ckptd.jobs.inhibitors import MOST_OF_USER, Inhibitor, Inhibitors
+from ckptd.jobs.inhibitors import MOST_OF_USER, InhibitorLock, Inhibitors
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import State
 from ckptd.kernel.stat import read_stat
@@ -26,7 +26,7 @@ async def inhibitors() -> AsyncIterator[Inhibitors]:
 
 
 def take(inhibitors: Inhibitors, target: str = 'cgroup:/a', uid: int = 1000, start_time: int = 0) -> int:
-    return inhibitors.take(Inhibitor('who', 'why', target, uid, 42, ':1.7'), start_time)
+    return inhibitors.take(InhibitorLock('who', 'why', target, uid, 42, ':1.7'), start_time)
 
 
 async def test_it_is_held_until_the_last_has_closed_it(inhibitors: Inhibitors) -> None:

@@ -5,14 +5,14 @@ import asyncio
 
 import pytest
 
-from ckptd.jobs.slots import Lane
+from ckptd.jobs.slots import Slots
 
 
 class Crowd:
     """Requests of users, and in which order they got their places."""
 
     def __init__(self, places: int, each: int = 1000) -> None:
-        self.lane = Lane(places, each)
+        self.lane = Slots(places, each)
         self.got: list[int] = []
         self.released = 0
         self.tasks: list[asyncio.Task[None]] = []

@@ -30,13 +30,13 @@ from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.quota import Quota
 from ckptd.jobs.spool import Spool
-from ckptd.jobs.state import Job, State
+from ckptd.jobs.state import JobRecord, State
 from ckptd.jobs.worker import ChildWorker
 from ckptd.kernel.stat import read_stat
 from tests.jobs.conftest import Heard, request_of
 
 
-async def run(queue: Queue, heard: Heard, scene: str, **more: object) -> Job:
+async def run(queue: Queue, heard: Heard, scene: str, **more: object) -> JobRecord:
     """Submit and wait for the end."""
     job = queue.submit(request_of(scene, **more))
     await heard.until(lambda: job.over)
@@ -190,7 +190,7 @@ async def test_the_image_that_is_one_too_many_is_not_begun(make_queue: Callable[
     quota = Quota(config, Spool(spool))
     for number in (1, 2):
         assert quota.room(1000) > 0
-        quota.begin(Job(number, request_of('grow', uid=1000 + number), 0))
+        quota.begin(JobRecord(number, request_of('grow', uid=1000 + number), 0))
     with pytest.raises(LimitsExceeded, match='has 2 images'):
         quota.room(1000)
     assert quota.room(0) > 0

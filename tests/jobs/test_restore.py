@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Jobs that restore: what Running changes, and who waits for the end of the tree."""
+"""Jobs that restore: what TreeRuns changes, and who waits for the end of the tree."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ import pytest
 from ckptd.errors import Cancelled, LimitsExceeded, WorkerDied
 from ckptd.jobs import queue as queue_module
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.state import Job, State
+from ckptd.jobs.state import JobRecord, State
 from tests.jobs.conftest import Heard, request_of
 
 IMAGE = '20240131_235959_a_0001'
 
 
-def restore(queue: Queue, scene: str, **more: object) -> Job:
+def restore(queue: Queue, scene: str, **more: object) -> JobRecord:
     return queue.submit(request_of(scene, 'restore', image=IMAGE, **more))
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import WorkerDied
-from ckptd.jobs.spawner import Spawner
+from ckptd.jobs.spawner import SpawnerClient
 from ckptd.jobs.worker import ChildWorker, environment
-from ckptd.kernel.liveness import Witness
+from ckptd.kernel.liveness import Liveness
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.protocol.messages import Caller, Failed, JobRequest, Start
 from tests.programs.conftest import await_that
@@ -24,8 +24,8 @@ FOLLOWING = [*ALONE[:2], 'anon_inode:', *ALONE[2:]]                 # and the da
 
 
 @pytest.fixture
-async def spawner() -> AsyncIterator[Spawner]:
-    made = Spawner(environment())
+async def spawner() -> AsyncIterator[SpawnerClient]:
+    made = SpawnerClient(environment())
     yield made
     made.close()
 
@@ -39,7 +39,7 @@ def kinds(pid: int) -> list[str]:
     return sorted(str(link).partition('[')[0].replace('pidfd:', 'anon_inode:') for link in links)
 
 
-async def test_a_worker(spawner: Spawner) -> None:
+async def test_a_worker(spawner: SpawnerClient) -> None:
     """A process of its own, in a session of its own, with nothing open but these; it does what it is asked."""
     worker = await ChildWorker.start(spawner)
     await asyncio.to_thread(await_that, 'its session', lambda: os.getsid(worker.pid) == worker.pid, 10)
@@ -51,21 +51,21 @@ async def test_a_worker(spawner: Spawner) -> None:
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-async def test_many_at_once(spawner: Spawner) -> None:
+async def test_many_at_once(spawner: SpawnerClient) -> None:
     workers = await asyncio.gather(*(ChildWorker.start(spawner) for _ in range(20)))
     assert len({worker.pid for worker in workers}) == 20
     workers[0].kill()
     assert await asyncio.gather(*(worker.end(10) for worker in workers)) == [-signal.SIGKILL] + [0] * 19
 
 
-async def test_a_program_that_is_none(spawner: Spawner, tmp_path: Path) -> None:
+async def test_a_program_that_is_none(spawner: SpawnerClient, tmp_path: Path) -> None:
     with pytest.raises(WorkerDied, match='No such file'):
         await ChildWorker.start(spawner, (str(tmp_path / 'none'),))
     worker = await ChildWorker.start(spawner, (sys.executable, '-c', 'raise SystemExit(3)'))
     assert await worker.end(10) == 3
 
 
-async def test_it_dies(spawner: Spawner) -> None:
+async def test_it_dies(spawner: SpawnerClient) -> None:
     """Its workers go on, how they end is not known, and the next one has another spawner."""
     worker, first = await ChildWorker.start(spawner), spawner.pid
     os.kill(first, signal.SIGKILL)
@@ -79,11 +79,11 @@ async def test_it_dies(spawner: Spawner) -> None:
 
 async def test_they_end_with_their_witness() -> None:
     """Spawner, and worker at work or not, although their sockets stay open: a daemon's, of which a thread hangs."""
-    witness = Witness()
+    witness = Liveness()
     if witness.pidfd < 0:
         witness.close()
         pytest.skip('needs PIDFD_THREAD (Linux 6.9)')
-    spawner = Spawner(environment(), witness.pidfd)
+    spawner = SpawnerClient(environment(), witness.pidfd)
     worker = await ChildWorker.start(spawner)
     with open_pidfds(spawner.pid, worker.pid) as pidfds:
         await asyncio.to_thread(await_that, 'it has the pidfd', lambda: kinds(worker.pid) == FOLLOWING, 10)
@@ -103,7 +103,7 @@ def open_pidfds(*pids: int) -> Iterator[list[int]]:
         os.close(pidfd)
 
 
-async def start_or_fail(spawner: Spawner) -> ChildWorker | None:
+async def start_or_fail(spawner: SpawnerClient) -> ChildWorker | None:
     """Its death is heard of by the first who wants something of it."""
     try:
         return await ChildWorker.start(spawner)
@@ -111,7 +111,7 @@ async def start_or_fail(spawner: Spawner) -> ChildWorker | None:
         return None
 
 
-async def test_who_does_not_wait_for_the_start(spawner: Spawner) -> None:
+async def test_who_does_not_wait_for_the_start(spawner: SpawnerClient) -> None:
     await (await ChildWorker.start(spawner)).end(10)
     before = set(os.listdir('/proc/self/fd'))       # noqa: PTH208 - numbers
     task = asyncio.create_task(ChildWorker.start(spawner))

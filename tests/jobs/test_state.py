@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.errors import Cancelled, CkptError
-from ckptd.jobs.state import CHECKPOINT, IMPORT, NEXT, RESTORE, Job, Slice, State
-from ckptd.protocol.messages import IMPORT_PHASES, PHASES, RESTORE_PHASES, Operation, Progress
+from ckptd.jobs.state import CHECKPOINT, IMPORT, NEXT, RESTORE, JobRecord, Slice, State
+from ckptd.protocol.messages import IMPORT_PHASES, PHASES, RESTORE_PHASES, Operation, ProgressReport
 from tests.jobs.conftest import request_of
 
 START = 1_700_000_000_000_000
 
 
-def running(now: float = 0.0, operation: Operation = 'checkpoint') -> Job:
-    job = Job(1, request_of('any', operation), START)
+def running(now: float = 0.0, operation: Operation = 'checkpoint') -> JobRecord:
+    job = JobRecord(1, request_of('any', operation), START)
     job.start(now)
     return job
 
@@ -30,7 +30,7 @@ def test_every_phase_has_its_slice_and_they_join(slices: dict[str, Slice], phase
 
 @pytest.mark.parametrize('state', State)
 def test_a_job_that_is_over_stays_so(state: State) -> None:
-    job = Job(1, request_of('any'), START, state=state)
+    job = JobRecord(1, request_of('any'), START, state=state)
     assert job.over == (state in ('done', 'failed', 'cancelled'))
     for other in State:
         if other not in NEXT[state]:
@@ -49,14 +49,14 @@ def test_a_cancelled_job_is_not_a_failed_one() -> None:
 
 
 steps = st.one_of(st.sampled_from([*CHECKPOINT, *RESTORE, *IMPORT, 'unheard-of']),
-                  st.builds(Progress, *[st.integers(0, 1 << 40)] * 4))
+                  st.builds(ProgressReport, *[st.integers(0, 1 << 40)] * 4))
 
 
 @given(st.lists(steps, max_size=40), st.sampled_from(['checkpoint', 'restore', 'import', 'export']))
-def test_progress_never_goes_back_nor_above_1(walk: list[str | Progress], operation: Operation) -> None:
+def test_progress_never_goes_back_nor_above_1(walk: list[str | ProgressReport], operation: Operation) -> None:
     job, before = running(operation=operation), 0.0
     for now, step in enumerate(walk):
-        if isinstance(step, Progress):
+        if isinstance(step, ProgressReport):
             job.advance(step, now)
         else:
             job.enter(step, now)
@@ -80,7 +80,7 @@ def test_steady_memory_gives_a_steady_end() -> None:
     job.enter('freeze', 0)
     job.enter('memory', 60)
     for done in (10, 50, 90):
-        job.advance(Progress(1, 1, done, 100), 60 + done)
+        job.advance(ProgressReport(1, 1, done, 100), 60 + done)
         memory = CHECKPOINT['memory']
         tail = 100 * (1.0 - memory.end) / (memory.end - memory.start)
         assert job.expected_end == pytest.approx(START + (160 + tail) * 1e6, abs=1e4)
@@ -89,5 +89,5 @@ def test_steady_memory_gives_a_steady_end() -> None:
 def test_no_estimate_without_a_measure() -> None:
     job = running()
     job.enter('memory', 5)
-    job.advance(Progress(0, 0, 0, 0), 6)
+    job.advance(ProgressReport(0, 0, 0, 0), 6)
     assert job.expected_end == 0

@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ckptd.client.sync import Ckptd
+from ckptd.client.sync import SyncCkptd
 from ckptd.errors import CkptError
 from ckptd.image.verify import verify
 from tests.kills.stage import OTHER_CONTENT, Stage, Tree
@@ -215,7 +215,7 @@ class Job:
                 return self._stage.user.connected(lambda ckptd: self._request(ckptd, telling.close))
         return work
 
-    def _request(self, ckptd: Ckptd, begun: Callable[[], object]) -> str:
+    def _request(self, ckptd: SyncCkptd, begun: Callable[[], object]) -> str:
         """In a process of the user's."""
         begun()
         target = f'pid:{self._tree.root}'

@@ -25,7 +25,7 @@ import msgspec
 from ckptd.image.grammar import RECORDS, Record, Struct, decode_records, encode_end, encode_header, encode_record
 from ckptd.image.manifest import NAME as MANIFEST
 from ckptd.image.manifest import Manifest, Part, decode_manifest, encode_manifest
-from ckptd.image.records import PAGE, PARTS, Extent, OpenFile, data_name
+from ckptd.image.records import PAGE, PARTS, Extent, SavedFile, data_name
 from ckptd.objects.files.registry import BY_TAG
 
 Change = Callable[[Any], Any]
@@ -36,7 +36,8 @@ NAMES: dict[str, type[Record]] = {cls.__name__: cls for cls in RECORDS.values()}
 # the record of each kind of open file, which is encoded in OpenFile.data, by the kind's tag
 KINDS: dict[str, type[Struct]] = {tag: kind.record for tag, kind in BY_TAG.items()}
 # names of the fields of each, in the order of the format
-FIELDS: dict[str, tuple[str, ...]] = {name: tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+FIELDS: dict[str,
+             tuple[str, ...]] = {name: tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
                                       for name, cls in (NAMES | KINDS).items()}
 
 
@@ -118,9 +119,9 @@ class ImageStream:
 
     # ------------------------------------------------------------ open files, by kind
 
-    def files(self, tag: str) -> Iterator[tuple[OpenFile, Any]]:
+    def files(self, tag: str) -> Iterator[tuple[SavedFile, Any]]:
         """Open files of a kind, each with its payload."""
-        for record in self.every('OpenFile'):
+        for record in self.every('SavedFile'):
             if record.kind == tag:
                 yield record, KINDS[tag].decode(record.data)
 
@@ -130,7 +131,7 @@ class ImageStream:
             if file.kind != tag or not where(file):
                 return file
             return dataclasses.replace(file, data=change(KINDS[tag].decode(file.data)).encode())
-        return self.change('OpenFile', replace)
+        return self.change('SavedFile', replace)
 
     def alter_kind(self, tag: str, where: Where = lambda file: True, **fields: Any) -> int:
         """As `alter`, of the payloads of a kind."""

@@ -24,7 +24,7 @@ import msgspec
 
 from ckptd.image.grammar import Record, Struct, encode_end, encode_header, encode_record
 from ckptd.image.manifest import NAME, Manifest, Part, encode_manifest, read_manifest
-from ckptd.image.records import PARTS, OpenFile, SharedMemory, Task, Vma
+from ckptd.image.records import PARTS, SavedFile, SharedMemory, TaskRecord, Vma
 from ckptd.image.source import GivenFiles
 from tests.lib.altered import read_part, write_file
 from tests.lib.imgedit import KINDS
@@ -96,7 +96,7 @@ class Mutable:
 
     @property
     def names(self) -> set[str]:
-        """What records there are: 'Task', 'OpenFile of kind pipe'."""
+        """What records there are: 'TaskRecord', 'SavedFile of kind pipe'."""
         return {name for _, name in self._places}
 
     @property
@@ -110,7 +110,7 @@ class Mutable:
     @property
     def vpids(self) -> set[int]:
         """Of all tasks."""
-        return {one.vpid for one in self._parts['TREE'] if isinstance(one, Task)}
+        return {one.vpid for one in self._parts['TREE'] if isinstance(one, TaskRecord)}
 
     # ------------------------------------------------------------ what to change
 
@@ -139,7 +139,7 @@ class Mutable:
         found: dict[tuple[str, str], list[int]] = defaultdict(list)
         for code, records in self._parts.items():
             for index, one in enumerate(records):
-                kind = f' of kind {one.kind}' if isinstance(one, OpenFile | Vma | SharedMemory) else ''
+                kind = f' of kind {one.kind}' if isinstance(one, SavedFile | Vma | SharedMemory) else ''
                 found[code, type(one).__name__ + kind].append(index)
         return found
 
@@ -149,7 +149,7 @@ class Mutable:
         yield Change(code, index, (one, one), f'{where} is there twice')
         for path, changed in variants(one, self._known):
             yield Change(code, index, (changed,), f'{where}: {path}')
-        if isinstance(one, OpenFile):
+        if isinstance(one, SavedFile):
             inner = KINDS[one.kind].decode(one.data)
             for path, changed in variants(inner, self._known):
                 data = dataclasses.replace(one, data=changed.encode())
@@ -172,7 +172,7 @@ class Mutable:
                 return Change(code, index, (other, one), f'{where} follows another {type(other).__name__}')
             case 4 | 5:
                 return Change(code, index, (_garbled(one, dice),), f'{where} has other bytes')
-        if isinstance(one, OpenFile) and dice.random() < 0.6:
+        if isinstance(one, SavedFile) and dice.random() < 0.6:
             inner = KINDS[one.kind].decode(one.data)
             path, changed = variant(inner, self._known, dice)
             return Change(code, index, (dataclasses.replace(one, data=changed.encode()),),
@@ -361,7 +361,7 @@ def _known(parts: Mapping[str, Sequence[Record]]) -> Known:
     todo: list[Struct] = [one for records in parts.values() for one in records]
     while todo:
         one = todo.pop()
-        if isinstance(one, OpenFile):
+        if isinstance(one, SavedFile):
             todo.append(KINDS[one.kind].decode(one.data))
         for name in _fields(type(one)):
             value = getattr(one, name)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from ckptd.client.sync import Ckptd, Job, connect
+from ckptd.client.sync import SyncCkptd, SyncJob, connect
 from ckptd.errors import CkptError, Refusal
 from ckptd.kernel.pidfd import wait_dead
 from tests.lib import settled
@@ -259,11 +259,11 @@ class Attacker:
 
     # ------------------------------------------------------------ the bus
 
-    def on_bus(self, work: Callable[[Ckptd], T]) -> T:
+    def on_bus(self, work: Callable[[SyncCkptd], T]) -> T:
         """What the work returns, done with a client of this user's."""
         return self.do(lambda: self.connected(work))
 
-    def connected(self, work: Callable[[Ckptd], T]) -> T:
+    def connected(self, work: Callable[[SyncCkptd], T]) -> T:
         """The same in this process."""
         with connect(self.address) as ckptd:
             return work(ckptd)
@@ -280,7 +280,7 @@ class Attacker:
 
     def take(self, program: Program, **options: Any) -> ImageStream:
         """The image of a program, which is dead; the daemon has it no more."""
-        def work(ckptd: Ckptd) -> bytes:
+        def work(ckptd: SyncCkptd) -> bytes:
             image = ckptd.image(taken(ckptd, program, options))
             with os.fdopen(image.open(), 'rb') as stream:
                 data = stream.read()
@@ -314,12 +314,12 @@ class Attacker:
         return outcome
 
 
-def taken(ckptd: Ckptd, program: Program, options: dict[str, Any]) -> str:
+def taken(ckptd: SyncCkptd, program: Program, options: dict[str, Any]) -> str:
     """The id of a program's image, which was killed."""
     return ckptd.checkpoint(f'pid:{program.pid}', **{'after': 'kill', **options}).wait(PATIENCE).image
 
 
-def brought(ckptd: Ckptd, stream: bytes) -> str:
+def brought(ckptd: SyncCkptd, stream: bytes) -> str:
     """The id of an image that is imported; none of no stream."""
     if not stream:
         return ''
@@ -329,7 +329,7 @@ def brought(ckptd: Ckptd, stream: bytes) -> str:
         return ckptd.import_image(file.fileno()).id
 
 
-def outcome_of(begin: Callable[[], Job[Any]]) -> Outcome:
+def outcome_of(begin: Callable[[], SyncJob[Any]]) -> Outcome:
     """Of a restore that `begin` asks for."""
     try:
         done = begin().wait(2 * PATIENCE)

@@ -19,7 +19,7 @@ import pytest
 
 from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
-from ckptd.image.records import Task
+from ckptd.image.records import TaskRecord
 from ckptd.protocol import broker_calls
 from tests.fuzz.bases import FEW, UID, User, user_in
 from tests.fuzz.looking import choose, dice_of
@@ -58,7 +58,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     'OpenImage': (),
     'PlaceTree': (*AS_USER, *JOURNAL, *IN_THE_CGROUP, r'mkdir USERS/ckptd-\S+'),
     'StartTree': UNDONE,
-    'Note': JOURNAL,
+    'NoteStep': JOURNAL,
     'KeepContent': (*JOURNAL, r'open SPOOL/\.kept-\S+'),
     # after the last word of the worker, or its death
     'end': (*UNDONE, r'fork', r'kill CHILD.*'),
@@ -199,7 +199,7 @@ def test_cgroups_that_an_image_names(user: User, images: list[Mutable], tmp_path
     image = images[0]
     for name in ('', '/', '/..', '/../..', '/init.scope', '/system.slice', f'/user.slice/user-{UID}.slice/../..'):
         edits: list[Edit] = [Change('TREE', index, (replace(task, cgroup=name),), name)
-                             for index, task in enumerate(image.part('TREE')) if isinstance(task, Task)]
+                             for index, task in enumerate(image.part('TREE')) if isinstance(task, TaskRecord)]
         assert watched(user, image, edits, tmp_path / 'trace') == []
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from ckptd.client.sync import Ckptd
+from ckptd.client.sync import SyncCkptd
 from ckptd.errors import CkptError, PermissionDenied
 from ckptd.image.manifest import Clocks, read_manifest
 from ckptd.image.reader import ImageReader
@@ -21,7 +21,7 @@ from ckptd.kernel.clone import CLONE_NEWPID
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.timens import unshare
 from ckptd.kernel.wchan import read_wchan
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import ReadTimers
 from ckptd.protocol.channel import Channel
 from ckptd.worker.broker.answers import powers
@@ -157,7 +157,7 @@ async def test_every_stub_is_the_user(serve: Callable[..., Served], attacker: At
 
 # ---------------------------------------------------------------- a worker that its user stops
 
-def exit_status(ckptd: Ckptd, pid: int, timeout: int) -> int:
+def exit_status(ckptd: SyncCkptd, pid: int, timeout: int) -> int:
     """That of `ckptctl checkpoint PID --timeout`, in microseconds."""
     try:
         ckptd.checkpoint(f'pid:{pid}', timeout=timeout).wait(PATIENCE)
@@ -304,7 +304,7 @@ async def test_who_dies_while_it_ends_the_tree(serve: Callable[..., Served], att
     program.wait_dead()
     assert names_in(daemon.runtime / 'freezes') == []
     async with gate.open():
-        [image] = [image.id for image in await attacker.begin(lambda: attacker.connected(Ckptd.list_images))]
+        [image] = [image.id for image in await attacker.begin(lambda: attacker.connected(SyncCkptd.list_images))]
         outcome = await attacker.restoring(image)
     assert outcome.root, outcome.words
     assert tree_of(program.pid) == tree
@@ -447,7 +447,7 @@ def test_the_end_of_a_sleep_is_known_to_the_nanosecond(served: Served, attacker:
 def test_timers_of_others_are_not_told(attacker: Attacker, tmp_path: Path) -> None:
     """A worker may ask about tasks that it traces, and hears of ends that come and go with them."""
     program = attacker.start(NAP)
-    job = Job(Place(tmp_path).make().request(program.pid), cast(Channel, None))
+    job = JobContext(Place(tmp_path).make().request(program.pid), cast(Channel, None))
     with powers(job, Identity(attacker.uid, attacker.uid, ()), os.getpid()) as made:
         assert made.answer(ReadTimers()) == ({'ends': []}, [])
         for tid in (1, os.getpid(), program.pid):

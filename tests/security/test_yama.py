@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ckptd.client.sync import Ckptd, connect
+from ckptd.client.sync import SyncCkptd, connect
 from ckptd.errors import CkptError, PermissionDenied
 from tests.lib.bus import ROOT, Served
 from tests.lib.polkit import Polkit
@@ -53,7 +53,7 @@ def program(daemon: Served, attacker: Attacker) -> Program:
 
 def refusal(attacker: Attacker, program: Program) -> str:
     """All that a checkpoint is refused with; the program is asked afterwards."""
-    def work(ckptd: Ckptd) -> str:
+    def work(ckptd: SyncCkptd) -> str:
         try:
             ckptd.checkpoint(f'pid:{program.pid}').wait(20)
         except CkptError as error:

@@ -34,7 +34,7 @@ from ckptd.image.verify import verify
 from ckptd.image.writer import INCOMING, remove_stale
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH
 from ckptd.kernel.status import read_status
-from ckptd.protocol.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, Progress, Start
+from ckptd.protocol.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, ProgressReport, Start
 from tests.lib.victim import Victim
 from tests.worker.driver import DirectWorker, Place, me
 from tests.worker.test_restore import Generation, changes, generation, place
@@ -166,7 +166,7 @@ def test_phases_and_progress(other: Place, stream: Path) -> None:
             match message:
                 case Phase(name):
                     phases.append(name)
-                case Progress():
+                case ProgressReport():
                     reports.append(message)
     assert tuple(phases) == IMPORT_PHASES
     size = message.result['bytes']

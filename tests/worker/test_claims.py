@@ -28,17 +28,17 @@ from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.objects.files.base import F_GETOWNER_UIDS, read_open_file
-from ckptd.objects.files.content import Segment
+from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.locks import EOF, LEASE, Lock
 from ckptd.objects.files.registry import BY_TAG
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Caller
 from ckptd.restore.checks import capacity
 from ckptd.restore.checks.capacity import inherited_bytes, most_to_fill, parse_meminfo
-from ckptd.restore.files import Access, Files
+from ckptd.restore.files import FileAccess, FileBuilder
 from ckptd.restore.prepare import prepare
-from ckptd.restore.service_fds import Bank
+from ckptd.restore.service_fds import ServiceFds
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
 from tests.lib.brood import Brood, libc
@@ -107,12 +107,12 @@ def image_of(place: Place, home: Path, importer: Caller) -> Iterator[Image]:
 
 def claim(image: Path, tag: str, change: Callable[[Any], Struct] = lambda record: record, **fields: object) -> None:
     """Change what the kind `tag` wrote of its files, and other fields of their records."""
-    def altered(saved: r.OpenFile) -> r.OpenFile:
+    def altered(saved: r.SavedFile) -> r.SavedFile:
         if saved.kind != tag:
             return saved
         record = change(BY_TAG[tag].record.decode(saved.data))
         return dataclasses.replace(saved, data=record.encode(), **fields)  # type: ignore[arg-type]
-    rewrite(image, r.OpenFile, altered)
+    rewrite(image, r.SavedFile, altered)
 
 
 def restored(place: Place, image: Path, caller: Caller, **more: object) -> int:
@@ -252,7 +252,7 @@ def test_a_path_does_not_lead_to_the_worker(place: Place, home: Path, image_of: 
 def test_no_path_is_opened_that_leads_to_the_worker(place: Place, image_of: Image, importer: Caller, way: str) -> None:
     """What the plan has seen may be another thing when it is opened."""
     with ImageReader(image_of(OPEN)) as reader, pytest.raises(PermissionError, match='it leads '):
-        Access(reader, importer, 'accept', -1).open(way.replace('PID', str(os.getpid())), os.O_RDONLY)
+        FileAccess(reader, importer, 'accept', -1).open(way.replace('PID', str(os.getpid())), os.O_RDONLY)
 
 
 def test_no_path_is_opened_by_another_thread_of_the_worker(place: Place, image_of: Image, importer: Caller) -> None:
@@ -269,7 +269,7 @@ def test_no_path_is_opened_by_another_thread_of_the_worker(place: Place, image_o
     started.wait()
     try:
         with ImageReader(image) as reader, pytest.raises(PermissionError, match='ckptd itself'):
-            Access(reader, me(), 'accept', -1).open(f'/proc/{tids[0]}/maps', os.O_RDONLY)
+            FileAccess(reader, me(), 'accept', -1).open(f'/proc/{tids[0]}/maps', os.O_RDONLY)
     finally:
         go.set()
         thread.join()
@@ -298,7 +298,7 @@ def test_what_of_proc_a_user_opens(place: Place, image_of: Image, importer: Call
     """PID: a process of that user, which is not of the tree."""
     path = way.replace('PID', str(importer.pid))
     with ImageReader(image_of(OPEN)) as reader:
-        access = Access(reader, importer, 'accept', -1)
+        access = FileAccess(reader, importer, 'accept', -1)
         if allowed:
             os.close(access.open(path, flags))
         else:
@@ -325,7 +325,7 @@ def test_another_mount_of_proc_is_not_ours(place: Place, home: Path, image_of: I
         assert libc.mount(b'proc', str(home).encode(), b'proc', 0, None) == 0
         said = []
         with ImageReader(image) as reader:
-            access = Access(reader, importer, 'accept', -1)
+            access = FileAccess(reader, importer, 'accept', -1)
             for name in ('self/maps', f'{importer.pid}/maps', 'cpuinfo'):
                 try:
                     os.close(access.open(f'{home}/{name}', os.O_RDONLY))
@@ -343,7 +343,7 @@ def test_the_number_of_a_process_that_has_another_one_here(place: Place, image_o
     """In a new pid namespace: process 7 of the tree is not our process 7."""
     number = importer.pid
     with ImageReader(image_of(OPEN)) as reader:
-        access = Access(reader, importer, 'accept', -1)
+        access = FileAccess(reader, importer, 'accept', -1)
         os.close(access.open(f'/proc/{number}/status', os.O_RDONLY))
         access._pids = {number: number + 1}
         with pytest.raises(PermissionError, match='has another number here'):
@@ -377,7 +377,7 @@ def test_signals_are_not_sent_by_the_rights_of_others(place: Place, image_of: Im
     """Or SIGIO kills root's process."""
     image = image_of(SIGIO)
     assert found(place, image, caller=importer) == []
-    rewrite(image, r.OpenFile, lambda one: dataclasses.replace(
+    rewrite(image, r.SavedFile, lambda one: dataclasses.replace(
         one, owner_uid=uids[0], owner_euid=uids[1]) if one.owner else one)
     row = refused(place, image, importer)
     assert (row.errno, 'F_SETOWN' in row.reason) == ('EPERM', True)
@@ -391,12 +391,12 @@ def test_signals_are_sent_by_the_users_own_rights(place: Place, image_of: Image,
         assert owner_uids(pid) == {(ORDINARY_UID, ORDINARY_UID)}
     finally:
         end(pid)
-    with ImageReader(image) as reader, Bank(100) as bank:
-        files = Files(reader, bank, importer, 'refuse', -1)
+    with ImageReader(image) as reader, ServiceFds(100) as bank:
+        files = FileBuilder(reader, bank, importer, 'refuse', -1)
         files._pids = {1: os.getpid()}
         read, write = os.pipe()
         for name, uid in (('root', 0), ('another', 1234)):
-            files._set_owner(read, r.OpenFile(1, name, 0, 0, 0, 1, 1, 0, '', b'', uid, uid))
+            files._set_owner(read, r.SavedFile(1, name, 0, 0, 0, 1, 1, 0, '', b'', uid, uid))
             assert fcntl.fcntl(read, F_GETOWNER_UIDS, bytes(8)) == struct.pack('II', *[ORDINARY_UID] * 2)
         os.close(read)
         os.close(write)
@@ -492,7 +492,8 @@ def repeated(image: Path, times: int, start: int = 0) -> None:
 
 
 def alter_one(image: Path, cls: type[r.Record], record: r.Record, **fields: object) -> None:
-    rewrite(image, cls, lambda one: dataclasses.replace(one, **fields) if one == record else one)  # type: ignore[type-var]
+    rewrite(image, cls,
+            lambda one: dataclasses.replace(one, **fields) if one == record else one)  # type: ignore[type-var]
 
 
 def left() -> int:
@@ -517,7 +518,7 @@ def test_the_content_of_a_memfd_counts_as_often_as_it_is_written(place: Place, i
         [run] = reader.shared_runs(plain.shm_id)
     extent = r.Extent(run.part, run.offset, MIB)
     claim(image, 'memfd', lambda one: dataclasses.replace(one, shm_id=0, size=times * MIB, content=tuple(
-        Segment(at * MIB, extent) for at in range(times))))
+        ContentSegment(at * MIB, extent) for at in range(times))))
     row = refused(place, image, importer)
     assert (row.resource, row.errno) == ('memory', 'ENOMEM')
 
@@ -536,7 +537,7 @@ def test_memory_that_is_inherited_counts_once(victim: Callable[..., Victim], pla
     settled.reap_orphans()
     request = place.request(0, target='', operation='restore', image=image.name)
     with ImageReader(image) as reader:
-        plan, _ = prepare(Job(request, cast(Channel, None)), reader)
+        plan, _ = prepare(JobContext(request, cast(Channel, None)), reader)
         every, inherited = most_to_fill(reader, ()), inherited_bytes(reader, plan)
         shared = sum(run.pages for one in reader.every(r.PageRuns) for run in one.runs
                      if one.owner_kind == r.OF_SHARED_MEMORY) * r.PAGE

@@ -22,10 +22,10 @@ from ckptd.image.records import (
     Extent,
     Limits,
     Mm,
-    OpenFile,
     ProcessState,
+    SavedFile,
     Scheduling,
-    Task,
+    TaskRecord,
 )
 from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
@@ -370,8 +370,8 @@ def test_locks_to_come_and_what_is_left_of_the_dead(start: START, place: Place) 
     with ImageReader(place.checkpoint(process.pid)) as reader:
         assert [mm.lock_future for mm in reader.every(Mm)] == [2]
         assert reader.get(Credentials, zombie).uids[:3] == (1234, 1235, 1236)
-        assert reader.get(Task, zombie).exit_code == 3 << 8
-        owned = next(file for file in reader.every(OpenFile) if file.owner)
+        assert reader.get(TaskRecord, zombie).exit_code == 3 << 8
+        owned = next(file for file in reader.every(SavedFile) if file.owner)
         assert (owned.owner, owned.owner_uid, owned.owner_euid) == (process.pid, os.getuid(), os.geteuid())
 
 

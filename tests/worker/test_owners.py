@@ -21,8 +21,8 @@ from ckptd.kernel.creds import capget
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.protocol.messages import Caller, ChangedFiles
-from ckptd.restore.file_rights import Rights, rights_for, rights_of
-from ckptd.restore.files import Access
+from ckptd.restore.file_rights import FileRights, rights_for, rights_of
+from ckptd.restore.files import FileAccess
 from tests.lib import settled
 from tests.lib.altered import alter
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, me, place_of
@@ -182,7 +182,7 @@ def test_a_directory_that_leads_to_roots_files_now(place: Place, bob: Bob, chang
         assert not Path(f'/proc/{pid}').exists()
         # that it is looked at first is no reason to open it by other rights: it may be swapped in between
         with ImageReader(image) as reader, pytest.raises(PermissionError):
-            Access(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
+            FileAccess(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
         after = secret.stat()
         assert secret.read_bytes() == SECRET
         assert (after.st_mtime_ns, after.st_ctime_ns, after.st_ino) == (
@@ -293,12 +293,12 @@ def test_the_cgroup_is_the_callers_choice(place: Place, bob: Bob) -> None:
 def test_whose_rights(place: Place, bob: Bob) -> None:
     image = bob.image(place)
     with ImageReader(image) as reader:
-        assert rights_for(reader, me()) == Rights(ORDINARY_UID, ORDINARY_UID, (GROUP,))
-        assert rights_for(reader, BOB) == Rights(ORDINARY_UID, ORDINARY_UID, ())
+        assert rights_for(reader, me()) == FileRights(ORDINARY_UID, ORDINARY_UID, (GROUP,))
+        assert rights_for(reader, BOB) == FileRights(ORDINARY_UID, ORDINARY_UID, ())
     # of a tree that was not all the owner's: its groups are not his
     alter(image, r.Credentials, uids=(0,) * 4, gids=(0,) * 4, groups=(0,))
     with ImageReader(image) as reader:
-        assert rights_for(reader, me()) == Rights(ORDINARY_UID, ORDINARY_UID, ())
+        assert rights_for(reader, me()) == FileRights(ORDINARY_UID, ORDINARY_UID, ())
 
 
 # ---------------------------------------------------------------- root's own image of a process of bob's
@@ -311,7 +311,7 @@ def test_roots_image_leads_to_no_other_file_of_roots(place: Place, bob: Bob, cha
         secret = secret_in(secrets)
         assert about(refused(place, image, changed_files=changed), 'fd 1').errno in ('EACCES', 'ESTALE')
         with ImageReader(image) as reader, pytest.raises(OSError) as caught:
-            Access(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
+            FileAccess(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
         assert caught.value.errno == errno.ELOOP
         assert secret.read_bytes() == SECRET
         assert [path.name for path in secrets.iterdir()] == ['output']

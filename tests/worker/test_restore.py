@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import Busy, CkptError
-from ckptd.protocol.messages import Running, Start
+from ckptd.protocol.messages import Start, TreeRuns
 from tests.lib import settled
 from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks
 from tests.lib.victim import BRIEF, RESTLESS, Victim, build, names, session_members
@@ -209,7 +209,7 @@ def test_dead_leaders_of_a_tree_that_is_waited_for(generation: Callable[..., Gen
     image = tree.kill()
     with DirectWorker() as worker:
         worker.send(Start(tree.place.request(0, target='', operation='restore', image=image.name, wait=True)))
-        while not isinstance(worker.receive(), Running):
+        while not isinstance(worker.receive(), TreeRuns):
             continue
         dead = [status for pid in session_members(tree.victim.pid)
                 if 'zombie' in (status := Path(f'/proc/{pid}/status').read_text())]

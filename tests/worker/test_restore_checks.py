@@ -29,14 +29,14 @@ from ckptd.kernel.shm import attached
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Caller
 from ckptd.restore.checks import obstacles
 from ckptd.restore.checks.capacity import bytes_to_read
-from ckptd.restore.creation_order import Spawn
-from ckptd.restore.files import Access
+from ckptd.restore.creation_order import CreateTask
+from ckptd.restore.files import FileAccess
 from ckptd.restore.prepare import prepare
 from ckptd.worker.broker.identity import identity_of
 from ckptd.worker.broker.placement import TreePlace
@@ -103,7 +103,7 @@ def found(place: Place, image: Path, **more: Any) -> Rows:
     """The same without a worker: of an image that is no more than read."""
     request = place.request(0, target='', operation='check-restore', image=image.name, **more)
     with ImageReader(image) as reader:
-        return prepare(Job(request, cast(Channel, None)), reader)[1]
+        return prepare(JobContext(request, cast(Channel, None)), reader)[1]
 
 
 def only(rows: Rows, severity: str = 'refusal') -> Refusal:
@@ -267,7 +267,7 @@ def test_files_are_looked_at_by_the_rights_of_the_caller(place: Place, asleep: S
 
 def test_an_unknown_kind(place: Place, asleep: Sleeper) -> None:
     image = asleep.image(place)
-    alter(image, r.OpenFile, kind='crystal ball')
+    alter(image, r.SavedFile, kind='crystal ball')
     assert {row.errno for row in found(place, image)} == {'EBADMSG'}
     assert all("'crystal ball'" in row.reason and 'newer' in row.hint for row in found(place, image))
 
@@ -397,9 +397,9 @@ def test_a_number_that_the_machine_does_not_have(place: Place, asleep: Sleeper) 
     image = asleep.image(place)
     request = place.request(0, target='', operation='check-restore', image=image.name)
     with ImageReader(image) as reader:
-        plan, _ = prepare(Job(request, cast(Channel, None)), reader)
-        plan.steps.append(Spawn(1 << 30, 0))
-        row = only(obstacles(reader, plan, request, Access(reader, request.caller, 'refuse', -1)))
+        plan, _ = prepare(JobContext(request, cast(Channel, None)), reader)
+        plan.steps.append(CreateTask(1 << 30, 0))
+        row = only(obstacles(reader, plan, request, FileAccess(reader, request.caller, 'refuse', -1)))
     assert (row.resource, row.errno) == (f'pid {1 << 30}', 'EINVAL')
     assert 'pid_max' in row.hint
 

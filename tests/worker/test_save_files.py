@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import OpenFile
+from ckptd.image.records import SavedFile
 from ckptd.image.verify import verify
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.regular import Regular
@@ -24,7 +24,7 @@ def place(tmp_path: Path) -> Place:
 
 def files_of(reader: ImageReader) -> dict[str, Regular]:
     """Regular files by name, those that still have one."""
-    found = [BY_TAG[one.kind].record.decode(one.data) for one in reader.every(OpenFile) if one.kind == 'regular']
+    found = [BY_TAG[one.kind].record.decode(one.data) for one in reader.every(SavedFile) if one.kind == 'regular']
     return {Path(one.path).name: one for one in found if isinstance(one, Regular) and not one.deleted}
 
 

@@ -14,14 +14,14 @@ import pytest
 
 from ckptd.errors import CkptError, Refused
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import SYSV, Backing, OpenFile, SharedMemory
+from ckptd.image.records import SYSV, Backing, SavedFile, SharedMemory
 from ckptd.kernel.shm import ShmidDs, attached, shmctl_remove, shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.regular import Regular
 from ckptd.protocol.messages import Caller
-from ckptd.restore.file_rights import Rights
+from ckptd.restore.file_rights import FileRights
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, place_of
@@ -171,12 +171,13 @@ def test_a_segment_that_he_may_write_stays_whose_it_is(place: Place, start: Star
 
 
 @pytest.mark.parametrize(('rights', 'mode', 'may', 'owns'), [
-    (Rights(0, 0, ()), 0o000, True, True), (Rights(7, 1, ()), 0o600, True, True), (Rights(8, 1, ()), 0o600, True, True),
-    (Rights(7, 1, ()), 0o466, False, True), (Rights(1, 9, ()), 0o060, True, False),
-    (Rights(1, 1, (10,)), 0o060, True, False), (Rights(1, 9, ()), 0o606, False, False),
-    (Rights(1, 1, ()), 0o006, True, False), (Rights(1, 1, ()), 0o004, False, False),
-    (Rights(1, 1, ()), 0o660, False, False)], ids=str)
-def test_who_may_write_a_segment(rights: Rights, mode: int, may: bool, owns: bool) -> None:
+    (FileRights(0, 0, ()), 0o000, True, True), (FileRights(7, 1, ()), 0o600, True, True),
+    (FileRights(8, 1, ()), 0o600, True, True),
+    (FileRights(7, 1, ()), 0o466, False, True), (FileRights(1, 9, ()), 0o060, True, False),
+    (FileRights(1, 1, (10,)), 0o060, True, False), (FileRights(1, 9, ()), 0o606, False, False),
+    (FileRights(1, 1, ()), 0o006, True, False), (FileRights(1, 1, ()), 0o004, False, False),
+    (FileRights(1, 1, ()), 0o660, False, False)], ids=str)
+def test_who_may_write_a_segment(rights: FileRights, mode: int, may: bool, owns: bool) -> None:
     found = ShmidDs(1, 2, mode, 7, 9, 8, 10, 4096, 0, 0, 0)
     assert (rights.may_write(found), rights.owns(found)) == (may, owns)
 
@@ -188,14 +189,14 @@ def opens_instead(place: Place, start: Start, path: Callable[[int], str]) -> tup
     process = start('own = os.open("/proc/self/maps", os.O_RDONLY)')
     image = killed(place, process)
 
-    def change(one: OpenFile) -> OpenFile:
+    def change(one: SavedFile) -> SavedFile:
         if one.link != f'/proc/{process.pid}/maps':
             return one
         record = BY_TAG[one.kind].record.decode(one.data)
         assert isinstance(record, Regular)
         return dataclasses.replace(one, data=dataclasses.replace(record, path=path(process.pid)).encode())
 
-    rewrite(image, OpenFile, change)
+    rewrite(image, SavedFile, change)
     return image, process.pid
 
 
@@ -221,7 +222,7 @@ def test_no_way_leads_from_there_to_others(place: Place, start: Start, bob: Call
 def saved(image: Path, path: Path) -> tuple[bool, bytes, bool]:
     """Whether the image has the file, the digest of its end, and whether the secret is anywhere in the image."""
     with ImageReader(image) as reader:
-        found = [BY_TAG[one.kind].record.decode(one.data) for one in reader.every(OpenFile) if one.link == str(path)]
+        found = [BY_TAG[one.kind].record.decode(one.data) for one in reader.every(SavedFile) if one.link == str(path)]
     regular = [one for one in found if isinstance(one, Regular)]
     return (any(one.is_saved for one in regular), max(one.tail for one in regular),
             any(SECRET in part.read_bytes() for part in image.iterdir()))

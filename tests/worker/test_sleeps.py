@@ -16,15 +16,15 @@ from ckptd import faults
 from ckptd.dump import sleeps, waits
 from ckptd.dump.resume import issue_again, wait_on
 from ckptd.dump.sleeps import find_sleeps
-from ckptd.dump.waits import Notes, note_waits
+from ckptd.dump.waits import WaitNotes, note_waits
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, SleepLeft
 from ckptd.inspect.scan import scan_tree
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.blocked import Call
+from ckptd.kernel.blocked import BlockedCall
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_threads
-from ckptd.kernel.timens import Clocks
+from ckptd.kernel.timens import ClockReadings
 from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.kernel.wchan import read_wchan
 from ckptd.operation.timers import OwnTimers
@@ -180,9 +180,9 @@ def test_without_the_list_of_timers_there_is_a_bound(victim: Any, tracer: Stop, 
     monkeypatch.setattr(sleeps, 'read_sleeps', refuse)
     monkeypatch.setattr(waits, 'read_sleeps', refuse)
     pid = victim('interrupted', LONG).pid
-    notes = note_waits(scan_tree([pid])) if noted else Notes()
+    notes = note_waits(scan_tree([pid])) if noted else WaitNotes()
     tracees = {tid: tracer(tid)[0] for tid in read_threads(pid)}
-    clocks = Clocks.read(pid).host
+    clocks = ClockReadings.read(pid).host
     rows = [sleeps.sleep_left(sleep, tid, clocks, notes) for tid, sleep in find_sleeps(tracees, OwnTimers()).items()]
     bounded = sorted(row.left_ns for row in rows if row.left_ns != ENDLESS)
     assert [row.exact for row in rows if row.left_ns != ENDLESS] == [0] * 5
@@ -220,7 +220,7 @@ def ends_between(ends: Counter[End] | None, earliest: int, latest: int) -> list[
                   if end.clock == time.CLOCK_MONOTONIC and earliest < end.at < latest)
 
 
-def is_quiet(notes: Notes, wait: waits.Wait) -> bool:
+def is_quiet(notes: WaitNotes, wait: waits.Wait) -> bool:
     """Nobody else sleeps until about then, and the victim's threads, one of which is restarted, began together."""
     near = ends_between(notes.ends, wait.end - SECOND // 2, wait.end + SECOND // 2)
     return len(near) == len(TIMED) + 1 and near[-1] - near[0] < waits._ALIKE
@@ -265,19 +265,19 @@ def test_calls_that_no_kernel_restarts(victim: Any, tracer: Stop, monkeypatch: p
 def test_whose_end_it_is(others: tuple[int, ...], *, exact: bool) -> None:
     """Of a call of 700 ms that began a second after the machine, seen 100 ms later; others: in ms after its end."""
     regs = arch.user_regs_struct(orig_rax=arch.NR['epoll_wait'], r10=700)
-    note = waits.Note(Call(regs.orig_rax, (0, 0, 0, 700, 0, 0)), SECOND)
+    note = waits.WaitNote(BlockedCall(regs.orig_rax, (0, 0, 0, 700, 0, 0)), SECOND)
     its_own = SECOND + 700 * MILLISECOND
     ends = Counter(End(time.CLOCK_MONOTONIC, its_own + other * MILLISECOND) for other in (0, *others))
     ends[End(time.CLOCK_BOOTTIME, its_own - 50 * MILLISECOND)] += 1
-    wait = waits.wait_of(1, regs, Notes({1: note}, ends), SECOND + 100 * MILLISECOND)
+    wait = waits.wait_of(1, regs, WaitNotes({1: note}, ends), SECOND + 100 * MILLISECOND)
     assert wait == waits.Wait(arch.NR['epoll_wait'], 700 * MILLISECOND, its_own, exact=exact)
 
 
 def test_a_call_that_was_not_noted_began_since() -> None:
     regs = arch.user_regs_struct(orig_rax=arch.NR['epoll_wait'], r10=700)
-    wait = waits.wait_of(1, regs, Notes(), 10 * SECOND)
+    wait = waits.wait_of(1, regs, WaitNotes(), 10 * SECOND)
     assert wait == waits.Wait(arch.NR['epoll_wait'], 700_000_000, 10_700_000_000, exact=False)
     assert [wait.milliseconds(now) for now in (10 * SECOND, 10_699_999_999, 10_700_000_000, 20 * SECOND, 0)] \
         == [700, 1, 0, 0, 700]
     regs.r10 = 2**32 - 1
-    assert waits.wait_of(1, regs, Notes(), 0) is None
+    assert waits.wait_of(1, regs, WaitNotes(), 0) is None

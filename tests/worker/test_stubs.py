@@ -15,9 +15,9 @@ from ckptd.kernel.ptrace import endless
 from ckptd.operation.deadline import Patience, stub_patience
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
-from ckptd.remote.stub import Puppet
+from ckptd.remote.stub import Stub
 from ckptd.restore.bootstrap import find_arena, plant
-from ckptd.restore.create import Nursery
+from ckptd.restore.create import TaskBuilder
 from tests.worker.conftest import in_child
 
 pytestmark = [pytest.mark.needs('root', 'ptrace'), pytest.mark.timeout(30)]
@@ -26,12 +26,12 @@ CLONE_SIGHAND = 0x800       # <linux/sched.h>
 BANK = 512                  # the first fd that stubs keep
 
 
-def in_worker(work: Callable[[Nursery, Puppet], None], patience: Patience | None = None) -> None:
+def in_worker(work: Callable[[TaskBuilder, Stub], None], patience: Patience | None = None) -> None:
     """work(nursery, stub) in a child that is set up as a worker is. The stub is a process with two threads."""
     def child() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         seed = plant(find_arena([]), BANK, patience or endless)
-        with Nursery(seed, -1) as nursery:
+        with TaskBuilder(seed, -1) as nursery:
             stub = nursery.clone(seed, 0, 0, signal.SIGCHLD)
             nursery.others[stub.tid] = stub
             nursery.clone(stub, 0, CLONE_VM | CLONE_SIGHAND | CLONE_THREAD)
@@ -40,7 +40,7 @@ def in_worker(work: Callable[[Nursery, Puppet], None], patience: Patience | None
     assert in_child(child) == 0
 
 
-def asleep(stub: Puppet) -> Steps[object]:
+def asleep(stub: Stub) -> Steps[object]:
     """A batch of it that has begun and takes long."""
     batch = Batch()
     batch.call('nanosleep', batch.buffer(16, struct.pack('<2q', 1000, 0)), 0)
@@ -51,7 +51,7 @@ def asleep(stub: Puppet) -> Steps[object]:
 
 def test_a_stub_with_threads_that_is_killed_in_a_batch() -> None:
     """Its leader is a zombie that cannot be reaped before its threads: the worker waited for ever."""
-    def work(nursery: Nursery, stub: Puppet) -> None:
+    def work(nursery: TaskBuilder, stub: Stub) -> None:
         steps = asleep(stub)
         os.kill(stub.tid, signal.SIGKILL)
         with pytest.raises(CkptError, match=f'task {stub.tid} was killed while it was restored'):
@@ -65,7 +65,7 @@ def test_a_stub_that_does_not_answer_is_no_obstacle_to_a_cancel() -> None:
         if asked:
             raise Cancelled('the job was cancelled')
 
-    def work(nursery: Nursery, stub: Puppet) -> None:
+    def work(nursery: TaskBuilder, stub: Stub) -> None:
         steps = asleep(stub)
         asked.append(True)
         began = time.monotonic()
@@ -78,7 +78,7 @@ def test_a_stub_that_does_not_answer_is_no_obstacle_to_a_cancel() -> None:
 
 
 def test_a_stub_that_does_not_answer_ends_the_restart() -> None:
-    def work(nursery: Nursery, stub: Puppet) -> None:
+    def work(nursery: TaskBuilder, stub: Stub) -> None:
         steps = asleep(stub)
         with pytest.raises(CkptError, match=r'has not stopped for its tracer within 1 s: state S, sleeps in \w*nanosl'):
             next(steps)

@@ -29,7 +29,7 @@ from ckptd.image.records import (
     Fs,
     Limits,
     Mm,
-    OpenFile,
+    SavedFile,
     Scheduling,
     SharedMemory,
     SignalActions,
@@ -151,7 +151,7 @@ def _of_files(reader: ImageReader, task: ImageTask, process: psutil.Process) -> 
     who = f'psutil {task.vpid}'
     table = reader.get(FdTable, task.record.files_id).fds
     yield from compare(who, 'number of fds', len(table), process.num_fds())
-    files = {fd.fd: reader.get(OpenFile, fd.file_id) for fd in table}
+    files = {fd.fd: reader.get(SavedFile, fd.file_id) for fd in table}
     # psutil's open_files are the regular files that have a name
     for view in process.open_files():
         found = files[view.fd]

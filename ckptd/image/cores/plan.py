@@ -68,7 +68,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class CoreSegment:
     """A PT_LOAD to be: [start, end) of which the first `filesz` bytes are in the core; what no piece has is zero."""
     start: int
     end: int
@@ -134,13 +134,13 @@ def _living(reader: ImageReader, vtgid: int) -> list[ImageTask]:
 
 # ---------------------------------------------------------------- segments
 
-def segments(reader: ImageReader, memory: Memory) -> Iterator[Segment]:
+def segments(reader: ImageReader, memory: Memory) -> Iterator[CoreSegment]:
     """The PT_LOADs for every VMA of an address space."""
     for vma in memory.vmas:
         if vma.start >= vma.end or vma.start % PAGE or vma.end % PAGE:
             raise ImageDamaged(f'memory.img: a VMA {vma.start:x}-{vma.end:x}', resource='memory.img')
         if vma.kind in (VVAR, VSYSCALL) or 'dd' in vma.vm_flags.split():
-            yield Segment(vma.start, vma.end, vma.protection)
+            yield CoreSegment(vma.start, vma.end, vma.protection)
         elif vma.kind in (FILE_PRIVATE, FILE_SHARED):
             yield from _file_segments(reader, memory, vma)
         elif vma.kind == SHARED_MEMORY:
@@ -149,8 +149,8 @@ def segments(reader: ImageReader, memory: Memory) -> Iterator[Segment]:
             yield _whole(vma, _clip(reader, memory.runs, vma.start, vma.end - vma.start))
 
 
-def _whole(vma: Vma, pieces: list[Piece]) -> Segment:
-    return Segment(vma.start, vma.end, vma.protection, vma.end - vma.start if pieces else 0, pieces)
+def _whole(vma: Vma, pieces: list[Piece]) -> CoreSegment:
+    return CoreSegment(vma.start, vma.end, vma.protection, vma.end - vma.start if pieces else 0, pieces)
 
 
 def _clip(reader: ImageReader, runs: Sequence[PageRun], start: int, length: int) -> list[Piece]:
@@ -167,7 +167,7 @@ def _clip(reader: ImageReader, runs: Sequence[PageRun], start: int, length: int)
     return pieces
 
 
-def _file_segments(reader: ImageReader, memory: Memory, vma: Vma) -> Iterator[Segment]:
+def _file_segments(reader: ImageReader, memory: Memory, vma: Vma) -> Iterator[CoreSegment]:
     changed = _clip(reader, memory.runs, vma.start, vma.end - vma.start) if vma.kind == FILE_PRIVATE else []
     backing = reader.get(Backing, vma.object)
     file = _file_pieces(reader, backing, vma)
@@ -175,8 +175,8 @@ def _file_segments(reader: ImageReader, memory: Memory, vma: Vma) -> Iterator[Se
         yield _whole(vma, list(_overlay(file, changed)))
     elif not changed:
         first = file[:1] if vma.offset == 0 and _is_elf(file) else []
-        yield Segment(vma.start, vma.end, vma.protection, PAGE if first else 0,
-                      [Piece(0, min(PAGE, one.length), one.source, one.offset) for one in first])
+        yield CoreSegment(vma.start, vma.end, vma.protection, PAGE if first else 0,
+                          [Piece(0, min(PAGE, one.length), one.source, one.offset) for one in first])
     elif file:
         yield _whole(vma, list(_overlay(file, changed)))
     else:
@@ -232,14 +232,14 @@ def _between(stack: list[Piece], start: int, end: int) -> Iterator[Piece]:
         stack.pop()
 
 
-def _alone(vma: Vma, changed: Sequence[Piece]) -> Iterator[Segment]:
+def _alone(vma: Vma, changed: Sequence[Piece]) -> Iterator[CoreSegment]:
     """A segment for each changed piece and one without data for each gap: a debugger then asks the file it knows."""
     at = vma.start
     for piece in changed:
         start = vma.start + piece.at
         if at < start:
-            yield Segment(at, start, vma.protection)
+            yield CoreSegment(at, start, vma.protection)
         at = start + piece.length
-        yield Segment(start, at, vma.protection, piece.length, [Piece(0, piece.length, piece.source, piece.offset)])
+        yield CoreSegment(start, at, vma.protection, piece.length, [Piece(0, piece.length, piece.source, piece.offset)])
     if at < vma.end:
-        yield Segment(at, vma.end, vma.protection)
+        yield CoreSegment(at, vma.end, vma.protection)

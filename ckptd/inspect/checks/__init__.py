@@ -15,7 +15,7 @@ Nothing is told of a task that the caller may not look at but that it may not.
 from collections.abc import Collection
 
 from ckptd.errors import Refusal
-from ckptd.inspect.checks.access import Caller, check_access, is_untraceable
+from ckptd.inspect.checks.access import CallerRights, check_access, is_untraceable
 from ckptd.inspect.checks.confined import check_confinement
 from ckptd.inspect.checks.files import check_files
 from ckptd.inspect.checks.frozen import check_frozen
@@ -23,22 +23,23 @@ from ckptd.inspect.checks.hidden import without_hidden
 from ckptd.inspect.checks.rows import refuse, told_dead
 from ckptd.inspect.checks.tasks import check_tasks
 from ckptd.inspect.checks.vmas import check_vmas
-from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.tree import Tree
 
-__all__ = ['Caller', 'check_access', 'check_confinement', 'check_files', 'check_frozen', 'check_rights', 'check_tasks',
+__all__ = ['CallerRights', 'check_access', 'check_confinement', 'check_files', 'check_frozen', 'check_rights',
+           'check_tasks',
            'check_tree', 'check_vmas', 'is_untraceable', 'told_dead']
 
 
-def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
-               avoid: Collection[int] = (), picture: Picture | None = None, trace: bool = False) -> list[Refusal]:
+def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = False,
+               avoid: Collection[int] = (), picture: ProcCache | None = None, trace: bool = False) -> list[Refusal]:
     """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
 
     frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it. picture: of a
     tree at rest, what is read for the checks and what others want to know as well. trace: ask the kernel whether the
     caller may trace each task.
     """
-    picture = picture or Picture()
+    picture = picture or ProcCache()
     visible = without_hidden(tree, caller)
     hidden = check_hidden(tree, visible, caller)
     found = [*(avoided := check_avoid(visible, avoid)), *check_access(visible, caller, trace=trace),
@@ -56,14 +57,14 @@ def check_tree(tree: Tree, caller: Caller, *, frozen_required: bool = False,
     return told_dead(tree, found)
 
 
-def check_rights(tree: Tree, caller: Caller, avoid: Collection[int] = ()) -> list[Refusal]:
+def check_rights(tree: Tree, caller: CallerRights, avoid: Collection[int] = ()) -> list[Refusal]:
     """Check what a freeze needs: the caller's right to each of these tasks."""
     visible = without_hidden(tree, caller)
     return (check_hidden(tree, visible, caller) + check_avoid(visible, avoid) + check_access(visible, caller)
             + check_confinement(visible, caller))
 
 
-def check_hidden(tree: Tree, visible: Tree, caller: Caller) -> list[Refusal]:
+def check_hidden(tree: Tree, visible: Tree, caller: CallerRights) -> list[Refusal]:
     """Make one row for all tasks that the caller cannot see. Only their existence is reported."""
     if len(visible) == len(tree) and not tree.unseen:
         return []

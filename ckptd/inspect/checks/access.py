@@ -28,7 +28,7 @@ ALL_CAPABILITIES = (1 << 64) - 1
 _NO_FD = -1         # EBADF for who may have fds of that task
 
 
-class Caller(Recipient, Protocol):
+class CallerRights(Recipient, Protocol):
     """The calling process. capabilities: its effective set as a mask, -1 if unknown. start_time: 0 if unknown.
     confinement: names of what confines it to itself and its descendants."""
     @property
@@ -41,7 +41,7 @@ class Caller(Recipient, Protocol):
     def confinement(self) -> Sequence[str]: ...
 
 
-def check_access(tree: Tree, caller: Caller, *, trace: bool = False) -> list[Refusal]:
+def check_access(tree: Tree, caller: CallerRights, *, trace: bool = False) -> list[Refusal]:
     """A refusal for each task that the caller may not look at; one for the tree if we cannot ask as the caller.
 
     trace: and for each living one that the caller may look at and not trace.
@@ -63,7 +63,7 @@ def check_access(tree: Tree, caller: Caller, *, trace: bool = False) -> list[Ref
     return rows
 
 
-def is_untraceable(tree: Tree, caller: Caller) -> bool:
+def is_untraceable(tree: Tree, caller: CallerRights) -> bool:
     """Whether there are living tasks that the caller may look at and not trace."""
     answers = probe(caller, [task.tid for task in tree], trace=True)
     return not isinstance(answers, int) and any(
@@ -76,7 +76,7 @@ def _untraceable(task: Task, uid: int, answer: int) -> Refusal:
                   + forbidden.reason, forbidden.hint)
 
 
-def probe(caller: Caller, tids: Sequence[int], *, trace: bool = False) -> list[int] | int:
+def probe(caller: CallerRights, tids: Sequence[int], *, trace: bool = False) -> list[int] | int:
     """errno of each task, 0 for yes; or one errno if the child could not become the caller. NotSupported.
 
     trace: where a task may be looked at and not traced, that errno is negative.
@@ -109,7 +109,7 @@ def _fork() -> int:
         return os.fork()
 
 
-def _child(caller: Caller, tids: Sequence[int], answer: int, trace: bool) -> None:
+def _child(caller: CallerRights, tids: Sequence[int], answer: int, trace: bool) -> None:
     status = errno.EIO
     try:
         become(caller.uid, *_groups(caller), _capabilities(caller))
@@ -151,20 +151,20 @@ def _may_trace(tid: int) -> int:
     return 0
 
 
-def _groups(caller: Caller) -> tuple[int, Sequence[int]]:
+def _groups(caller: CallerRights) -> tuple[int, Sequence[int]]:
     # an ordinary user's own ckptd cannot change groups and need not: the caller has the same uid
     if caller.uid == os.getuid() and not capget().effective >> CAP_SETGID & 1:
         return os.getgid(), os.getgroups()
     return caller.gid, caller.groups
 
 
-def _capabilities(caller: Caller) -> int:
+def _capabilities(caller: CallerRights) -> int:
     """The mask of what the caller may use here. Unknown is all for root and nothing for everybody else."""
     mask = caller.capabilities if caller.capabilities >= 0 else ALL_CAPABILITIES if caller.uid == 0 else 0
     return mask if not mask or _same_user_namespace(caller) else 0
 
 
-def _same_user_namespace(caller: Caller) -> bool:
+def _same_user_namespace(caller: CallerRights) -> bool:
     """A capability counts in the user namespace of its holder, and root of a container has them all.
 
     A caller that is gone can be asked no more; then only uid 0, which is root here or was made from it, is believed.

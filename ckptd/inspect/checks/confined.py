@@ -4,14 +4,14 @@ what a sandbox keeps a process from, ckptd would do for it.
 """
 
 from ckptd.errors import Refusal
-from ckptd.inspect.checks.access import Caller
+from ckptd.inspect.checks.access import CallerRights
 from ckptd.inspect.checks.rows import refuse
 from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import hint_for, listed
 from ckptd.tree import Tree
 
 
-def check_confinement(tree: Tree, caller: Caller) -> list[Refusal]:
+def check_confinement(tree: Tree, caller: CallerRights) -> list[Refusal]:
     """A refusal for each task that is not below a caller who is confined."""
     if not caller.confinement:
         return []

@@ -6,15 +6,15 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ckptd.errors import Refusal
-from ckptd.inspect.checks.rows import Process, guarded, processes, refuse, warn
-from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.checks.rows import ProcessIds, guarded, processes, refuse, warn
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import KCMP_FILES, kcmp
 from ckptd.objects.files.base import Endpoint, Kind, OpenFile, Reason
 from ckptd.objects.files.registry import kind_of
 from ckptd.tree import Task
 
 
-def check_files(tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
+def check_files(tasks: Iterable[Task], picture: ProcCache) -> list[Refusal]:
     """One row for each refused fd, resource 'fd N'. The same warning about the same file stands once for the tree."""
     check = _Check(picture)
     for process in processes(tasks):
@@ -23,7 +23,7 @@ def check_files(tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
     return check.rows + check.open_ends()
 
 
-def _tables(process: Process) -> Iterator[Task]:
+def _tables(process: ProcessIds) -> Iterator[Task]:
     """One thread for each fd table of the process; threads without CLONE_FILES are rare and legal."""
     yield process.reader
     for thread in process.threads:
@@ -49,7 +49,7 @@ class _End(NamedTuple):
 class _Check:
     """One look at a tree. Files that look alike in all that a kind goes by get one verdict."""
 
-    def __init__(self, picture: Picture) -> None:
+    def __init__(self, picture: ProcCache) -> None:
         self._picture = picture
         self.rows: list[Refusal] = []
         self._verdicts: dict[tuple[Any, ...], _Verdict] = {}

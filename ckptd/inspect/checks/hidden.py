@@ -6,7 +6,7 @@ nothing is told of them, and not that they are.
 from collections.abc import Iterable
 from contextlib import suppress
 
-from ckptd.inspect.checks.access import Caller, probe
+from ckptd.inspect.checks.access import CallerRights, probe
 from ckptd.inspect.scan import is_same, no_process
 from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import PID_NAMESPACE
@@ -18,32 +18,32 @@ from ckptd.tree import Task, Tree
 ANOTHER = 'another process'
 
 
-def sees_all(caller: Caller) -> bool:
+def sees_all(caller: CallerRights) -> bool:
     """Whether /proc shows every process to the caller."""
     if PID_NAMESPACE in caller.confinement:
         return False        # whatever its /proc shows it, we are not in there
     return not caller.uid or not is_hidden_from({caller.gid, *caller.groups}, caller.pid, caller.start_time)
 
 
-def without_hidden(tree: Tree, caller: Caller) -> Tree:
+def without_hidden(tree: Tree, caller: CallerRights) -> Tree:
     """The tree as far as the caller sees it, which may be nothing of it."""
     if sees_all(caller):
         return tree
     return Tree(tuple(_visible(tree.tasks, caller)))
 
 
-def require_sight(pid: int, caller: Caller) -> None:
+def require_sight(pid: int, caller: CallerRights) -> None:
     """NoSuchTarget, in the words of a process that is not there, for one that the caller does not see."""
     if not sees_all(caller) and not _may_see([pid], caller)[0]:
         raise no_process(pid)
 
 
-def name_of(pid: int, name: str, caller: Caller) -> str:
+def name_of(pid: int, name: str, caller: CallerRights) -> str:
     """'NAME[PID]' for what another process is called, if the caller may know."""
     return f'{name}[{pid}]' if sees_all(caller) or _may_see([pid], caller)[0] else ANOTHER
 
 
-def _visible(tasks: Iterable[Task], caller: Caller) -> list[Task]:
+def _visible(tasks: Iterable[Task], caller: CallerRights) -> list[Task]:
     tasks = list(tasks)
     answers = _may_see([task.tid for task in tasks], caller)
     # the kernel was asked about a number, which may be another task's since the scan: of the one that was scanned then
@@ -51,7 +51,7 @@ def _visible(tasks: Iterable[Task], caller: Caller) -> list[Task]:
     return [task for task, visible in zip(tasks, answers, strict=True) if visible and is_same(task)]
 
 
-def _may_see(tids: list[int], caller: Caller) -> list[bool]:
+def _may_see(tids: list[int], caller: CallerRights) -> list[bool]:
     """Whether each may be seen where /proc hides others: what /proc asks is what kcmp(2) asks. In a pid namespace of
     its own the caller sees what is in it, or below."""
     if PID_NAMESPACE in caller.confinement:
@@ -60,7 +60,7 @@ def _may_see(tids: list[int], caller: Caller) -> list[bool]:
     return [False] * len(tids) if isinstance(answers, int) else [not answer for answer in answers]
 
 
-def _in_namespace_of(caller: Caller, tids: list[int]) -> list[bool]:
+def _in_namespace_of(caller: CallerRights, tids: list[int]) -> list[bool]:
     theirs = None
     with suppress(OSError), held(caller.pid, caller.start_time):
         theirs = _pid_namespace(caller.pid)

@@ -12,7 +12,7 @@ from ckptd.tree import Task, Tree
 P = ParamSpec('P')
 
 
-class Process(NamedTuple):
+class ProcessIds(NamedTuple):
     """A process by its leader, and the thread through which /proc shows what all of them share.
 
     reader: the first thread that lives; a leader that has exited before its threads shows neither files nor memory.
@@ -22,12 +22,12 @@ class Process(NamedTuple):
     threads: tuple[Task, ...]
 
 
-def processes(tasks: Iterable[Task]) -> list[Process]:
+def processes(tasks: Iterable[Task]) -> list[ProcessIds]:
     """The processes of the tasks, those left out of which nothing but a zombie remains."""
     groups: dict[int, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.tgid, []).append(task)
-    return [Process(group[0], alive[0], tuple(alive)) for group in groups.values()
+    return [ProcessIds(group[0], alive[0], tuple(alive)) for group in groups.values()
             if (alive := [task for task in group if not task.is_zombie])]
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ckptd.errors import Refusal
-from ckptd.inspect.checks.access import Caller
+from ckptd.inspect.checks.access import CallerRights
 from ckptd.inspect.checks.hidden import name_of
-from ckptd.inspect.checks.rows import Process, dead, guarded, processes, refuse, warn
-from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.checks.rows import ProcessIds, dead, guarded, processes, refuse, warn
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.procfs import read_task_file, task_dir
 from ckptd.kernel.stat import PF_KTHREAD
@@ -26,7 +26,7 @@ _FORKS = {56, 57, 58, 435}
 _FOR_CHILDREN = '_for_children'
 
 
-def check_tasks(tree: Tree, tasks: Iterable[Task], picture: Picture, caller: Caller) -> list[Refusal]:
+def check_tasks(tree: Tree, tasks: Iterable[Task], picture: ProcCache, caller: CallerRights) -> list[Refusal]:
     """The checks of one task each. `tasks` are those of the tree that may be looked at."""
     tasks = list(tasks)
     home = _root_namespaces(tree)
@@ -38,7 +38,7 @@ def check_tasks(tree: Tree, tasks: Iterable[Task], picture: Picture, caller: Cal
     return found
 
 
-def _check_task(task: Task, home: dict[str, int], picture: Picture, caller: Caller) -> list[Refusal]:
+def _check_task(task: Task, home: dict[str, int], picture: ProcCache, caller: CallerRights) -> list[Refusal]:
     if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
         return check_kthread(task)      # it has nothing else to look at
     status = picture.status(task)
@@ -55,7 +55,7 @@ def check_kthread(task: Task) -> list[Refusal]:
     return [refuse(task, 'task', 'EOPNOTSUPP', what, 'only user programs can be checkpointed')]
 
 
-def check_tracer(task: Task, status: Status, caller: Caller) -> list[Refusal]:
+def check_tracer(task: Task, status: Status, caller: CallerRights) -> list[Refusal]:
     tracer = status.tracer_pid
     if not tracer or Path(f'/proc/self/task/{tracer}').exists():
         return []
@@ -113,11 +113,11 @@ def check_namespaces(task: Task, home: dict[str, int]) -> list[Refusal]:
                    'checkpoint the tree below the task that made the namespace') for name in other]
 
 
-def _check_process(process: Process) -> list[Refusal]:
+def _check_process(process: ProcessIds) -> list[Refusal]:
     return check_32bit(process) + check_paths(process)
 
 
-def check_32bit(process: Process) -> list[Refusal]:
+def check_32bit(process: ProcessIds) -> list[Refusal]:
     """A program that was started as 32-bit: its auxiliary vector has 32-bit words (fs/compat_binfmt_elf.c).
 
     The vector is the kernel's copy from exec, so neither a changed exe nor setarch(8) misleads. A 64-bit program that
@@ -130,7 +130,7 @@ def check_32bit(process: Process) -> list[Refusal]:
     return [refuse(process.leader, 'exe', 'EOPNOTSUPP', 'is a 32-bit program', 'only 64-bit tasks can be checkpointed')]
 
 
-def check_paths(process: Process) -> list[Refusal]:
+def check_paths(process: ProcessIds) -> list[Refusal]:
     """Directories and program that a restart will look for by name."""
     found: list[Refusal] = []
     for name in ('cwd', 'root', 'exe'):

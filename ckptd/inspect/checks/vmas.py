@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from ckptd.errors import Refusal
-from ckptd.inspect.checks.rows import Process, guarded, processes
-from ckptd.inspect.proc_cache import Picture
+from ckptd.inspect.checks.rows import ProcessIds, guarded, processes
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.maps import Mapping, stat_mapped
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.shmem import shm_device
@@ -52,7 +52,7 @@ _PATHS = (
 _DEV_ZERO = os.makedev(1, 5)
 
 
-def check_vmas(tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
+def check_vmas(tasks: Iterable[Task], picture: ProcCache) -> list[Refusal]:
     """One row for each mapping, resource 'vma START-END'. A warning about a file stands once for the tree."""
     files = MappedFiles()
     found: list[Refusal] = []
@@ -61,7 +61,7 @@ def check_vmas(tasks: Iterable[Task], picture: Picture) -> list[Refusal]:
     return found
 
 
-def _check_process(process: Process, files: 'MappedFiles', picture: Picture) -> list[Refusal]:
+def _check_process(process: ProcessIds, files: 'MappedFiles', picture: ProcCache) -> list[Refusal]:
     tid, leader = process.reader.tid, process.leader
     return [Refusal(leader.tid, leader.comm, f'vma {mapping.start:x}-{mapping.end:x}', fact.errno, fact.reason,
                     fact.hint, fact.severity)

@@ -32,17 +32,16 @@ from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
 from ckptd.image.grammar import Struct
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel.fdinfo import FdInfo, read_fdinfo
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_getfd, pidfd_open
 from ckptd.kernel.statfs import file_system
 from ckptd.kernel.task import read_link
-from ckptd.objects.files.restoring import ByUser, ChangedFiles, Looking, Restoring
+from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, RestoreContext
 
 # for kinds, which have all that is common from here
-__all__ = ['ByUser', 'ChangedFiles', 'Looking', 'Restoring']
+__all__ = ['ByUser', 'ChangedFiles', 'FileLookup', 'RestoreContext']
 
 R = TypeVar('R', bound=Struct)
 
@@ -101,7 +100,7 @@ class Reason(NamedTuple):
     severity: Literal['refusal', 'warning'] = 'refusal'
 
 
-class Takes(NamedTuple):
+class Needs(NamedTuple):
     """What it takes to make a file again. key: equal for all descriptions of the file, which is made once. Bytes:
     memory, that is filled; pipe, the capacity of one; disk, on the file system of the directory that a deleted file
     `path` is made in."""
@@ -276,20 +275,20 @@ class Kind(ABC, Generic[R]):
     @abstractmethod
     def dump(self, file: OpenFile, content: Content) -> R: ...
 
-    def obstacles(self, record: R, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: R, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         return []
 
-    def takes(self, record: R, saved: SavedFile) -> Takes | None:
+    def takes(self, record: R, saved: SavedFile) -> Needs | None:
         return None
 
     def late(self, record: R, saved: SavedFile) -> bool:
         return False
 
     @abstractmethod
-    def restore(self, record: R, saved: SavedFile, ctx: Restoring) -> int: ...
+    def restore(self, record: R, saved: SavedFile, ctx: RestoreContext) -> int: ...
 
-    def finish(self, record: R, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def finish(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         return
 
-    def commit(self, record: R, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def commit(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         return

@@ -5,8 +5,8 @@ import os
 import stat
 
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
-from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, opening
+from ckptd.image.records import SavedFile
+from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, Reason, RestoreContext, access_of, opening
 from ckptd.objects.files.device import is_device, open_device
 
 # Documentation/admin-guide/devices.txt
@@ -30,7 +30,7 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
     def dump(self, file: OpenFile, content: Content) -> CharacterDevice:
         return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: CharacterDevice, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: CharacterDevice, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         found = looking.lstat(record.path)
         if found is None:
             return [Reason('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
@@ -41,5 +41,5 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
             return [Reason('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
         return []
 
-    def restore(self, record: CharacterDevice, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: CharacterDevice, saved: SavedFile, ctx: RestoreContext) -> int:
         return open_device(record.path, record.device, opening(saved.flags), ctx)

@@ -9,21 +9,21 @@ from contextlib import ExitStack, contextmanager
 
 from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import Extent
-from ckptd.objects.files.base import ByUser, Content, Looking, OpenFile, Reason, Restoring
+from ckptd.objects.files.base import ByUser, Content, FileLookup, OpenFile, Reason, RestoreContext
 
 CHUNK = 1 << 20
 
 
 @layout
-class Segment(Struct):
+class ContentSegment(Struct):
     """Bytes of a file from `start`, kept in `extent`. What no segment covers is zero."""
     start: U64
     extent: Extent
 
 
-def dump_content(fd: int, size: int, content: Content) -> tuple[Segment, ...]:
+def dump_content(fd: int, size: int, content: Content) -> tuple[ContentSegment, ...]:
     """The data of a file of `size` bytes, by a description of our own: SEEK_DATA moves the position."""
-    return tuple(Segment(start, content.add(_chunks(fd, start, end))) for start, end in data_ranges(fd, size))
+    return tuple(ContentSegment(start, content.add(_chunks(fd, start, end))) for start, end in data_ranges(fd, size))
 
 
 @contextmanager
@@ -37,12 +37,12 @@ def open_quietly(file: OpenFile) -> Iterator[int]:
         yield fd
 
 
-def content_size(segments: Iterable[Segment]) -> int:
+def content_size(segments: Iterable[ContentSegment]) -> int:
     """Bytes that are written, each as often as a segment has it."""
     return sum(segment.extent.length for segment in segments)
 
 
-def restore_content(fd: int, size: int, segments: Iterable[Segment], ctx: Restoring) -> None:
+def restore_content(fd: int, size: int, segments: Iterable[ContentSegment], ctx: RestoreContext) -> None:
     """The same data in a new file."""
     for segment in segments:
         ctx.copy(segment.extent, fd, segment.start)
@@ -68,7 +68,7 @@ def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
             os.fchmod(fd, mode)
 
 
-def owner_obstacles(what: str, uid: int, gid: int, looking: Looking) -> list[Reason]:
+def owner_obstacles(what: str, uid: int, gid: int, looking: FileLookup) -> list[Reason]:
     """A warning where a file that is made again does not get the owner or the group that it had."""
     if looking.may_own(uid, gid):
         return []

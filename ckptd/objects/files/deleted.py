@@ -14,13 +14,13 @@ from pathlib import PurePath
 
 from ckptd.errors import CkptError
 from ckptd.image.records import Extent
-from ckptd.objects.files.base import ByUser, Looking, Reason, Restoring, Takes, open_again
-from ckptd.objects.files.content import Segment, content_size, restore_content
+from ckptd.objects.files.base import ByUser, FileLookup, Needs, Reason, RestoreContext, open_again
+from ckptd.objects.files.content import ContentSegment, content_size, restore_content
 
 TRIES = 100
 
 
-def home_of(path: str, looking: Looking) -> str:
+def home_of(path: str, looking: FileLookup) -> str:
     """The directory that a deleted file is made in again: its own, or the next one above that is still there and may be
     written; '' if there is none."""
     for parent in PurePath(path).parents if path.startswith('/') else ():
@@ -30,7 +30,7 @@ def home_of(path: str, looking: Looking) -> str:
     return ''
 
 
-def deleted_obstacles(path: str, looking: Looking) -> list[Reason]:
+def deleted_obstacles(path: str, looking: FileLookup) -> list[Reason]:
     """Of a file that is made again where it was deleted."""
     home, own = home_of(path, looking), str(PurePath(path).parent)
     if not home:
@@ -51,7 +51,7 @@ def names_for(path: str) -> Iterator[str]:
 
 
 @contextmanager
-def opened_home(path: str, ctx: Restoring) -> Iterator[int]:
+def opened_home(path: str, ctx: RestoreContext) -> Iterator[int]:
     """The directory of `home_of`, opened (O_PATH). Names are made and taken away in this one directory, wherever its
     path leads by then. CkptError if there is none."""
     home = home_of(path, ctx)
@@ -69,7 +69,7 @@ def cannot_make(path: str) -> CkptError:
                      hint='make its directory, writable for whose tree it is')
 
 
-def make_nameless(path: str, ctx: Restoring, flags: int) -> int:
+def make_nameless(path: str, ctx: RestoreContext, flags: int) -> int:
     """A new empty file (mode 0600) of the user's without a name. CkptError if there is no place for one.
 
     O_CREAT with O_EXCL opens the file that it makes and no other, open(2), whatever happens to its name afterwards.
@@ -97,17 +97,17 @@ def unlink_new(name: str, home: int, fd: int) -> None:
         raise
 
 
-def whole(content: Iterable[Extent]) -> tuple[Segment, ...]:
+def whole(content: Iterable[Extent]) -> tuple[ContentSegment, ...]:
     """The content of a Backing record, extents one behind the other from byte 0 on, as segments."""
     found, at = [], 0
     for extent in content:
-        found.append(Segment(at, extent))
+        found.append(ContentSegment(at, extent))
         at += extent.length
     return tuple(found)
 
 
-def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segments: Iterable[Segment],
-                 ctx: Restoring) -> int:
+def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segments: Iterable[ContentSegment],
+                 ctx: RestoreContext) -> int:
     """The file that had this inode, as of Restoring.once: made by who asks first, open for reading. `open_nameless`
     opens it otherwise: what somebody may write to cannot be a task's program (kernel/fork.c, replace_mm_exe_file).
 
@@ -125,9 +125,9 @@ def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segme
     return ctx.once(_key(device, inode), make)
 
 
-def deleted_takes(path: str, device: int, inode: int, segments: Iterable[Segment]) -> Takes:
+def deleted_takes(path: str, device: int, inode: int, segments: Iterable[ContentSegment]) -> Needs:
     """What `deleted_file` takes, first of all for its content."""
-    return Takes(_key(device, inode), disk=content_size(segments), path=path)
+    return Needs(_key(device, inode), disk=content_size(segments), path=path)
 
 
 def _key(device: int, inode: int) -> Hashable:

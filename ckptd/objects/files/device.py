@@ -5,14 +5,14 @@ import os
 import stat
 
 from ckptd.errors import CkptError
-from ckptd.objects.files.base import Restoring
+from ckptd.objects.files.base import RestoreContext
 
 
 def is_device(found: os.stat_result, device: int) -> bool:
     return stat.S_ISCHR(found.st_mode) and found.st_rdev == device
 
 
-def open_device(path: str, device: int, flags: int, ctx: Restoring) -> int:
+def open_device(path: str, device: int, flags: int, ctx: RestoreContext) -> int:
     """An fd of this device and no other. O_NOCTTY, so that it becomes nobody's controlling terminal."""
     fd = ctx.open(path, flags | os.O_NOCTTY)
     if not is_device(os.fstat(fd), device):

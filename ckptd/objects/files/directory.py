@@ -6,8 +6,8 @@ import stat
 
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
-from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, of_process, opening
+from ckptd.image.records import SavedFile
+from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, Reason, RestoreContext, of_process, opening
 from ckptd.objects.files.locks import Lock, lock_obstacles, read_locks, restore_locks
 
 
@@ -42,7 +42,7 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def late(self, record: Directory, saved: SavedFile) -> bool:
         return of_process(record.path)
 
-    def obstacles(self, record: Directory, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: Directory, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
         found = looking.lstat(record.path)
@@ -58,12 +58,12 @@ class DirectoryKind(Kind[Directory], tag='directory'):
                             'a listing that was under way may skip or repeat names', 'warning')]
         return rows
 
-    def restore(self, record: Directory, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Directory, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = ctx.open(record.path, opening(saved.flags) | os.O_NONBLOCK)
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
             raise CkptError(f'{record.path} is no directory any more', resource=record.path)
         return fd
 
-    def finish(self, record: Directory, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def finish(self, record: Directory, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         restore_locks(record.locks, record.path, saved, fd, ctx)

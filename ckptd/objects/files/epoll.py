@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 from ckptd.errors import CkptError, NotSupported
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
-from ckptd.kernel.epoll import EPOLL_CLOEXEC, EPOLL_CTL_ADD, Target, epoll_create1, pack_event, parse_target
+from ckptd.image.records import SavedFile
+from ckptd.kernel.epoll import EPOLL_CLOEXEC, EPOLL_CTL_ADD, EpollTarget, epoll_create1, pack_event, parse_target
 from ckptd.kernel.kcmp import EQUAL, kcmp_epoll
 from ckptd.kernel.status import read_status
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, Restoring
+from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
 
 _LINK = 'anon_inode:[eventpoll]'
 _HINT = 'the program closed it while another fd keeps it open; let it be removed from the epoll (EPOLL_CTL_DEL) first'
@@ -51,17 +51,17 @@ class EpollKind(Kind[Epoll], tag='epoll'):
     def dump(self, file: OpenFile, content: Content) -> Epoll:
         return Epoll(tuple(self._watch(file, target, nth) for target, nth in _targets(file)))
 
-    def _watch(self, file: OpenFile, target: Target, nth: int) -> Watch:
+    def _watch(self, file: OpenFile, target: EpollTarget, nth: int) -> Watch:
         for tid, fd in ((file.tid, file.fd), *file.holders):
             if _watches(file, tid, fd, target, nth):
                 return Watch(read_status(tid).ns_tgid[-1], *target)
         raise NotSupported(f'task {file.pid}: fd {file.fd}: an epoll instance watches a file that is no longer fd '
                            f'{target.tfd}', task=file.pid, resource=f'fd {file.fd}', hint=_HINT)
 
-    def restore(self, record: Epoll, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Epoll, saved: SavedFile, ctx: RestoreContext) -> int:
         return epoll_create1(EPOLL_CLOEXEC)
 
-    def finish(self, record: Epoll, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def finish(self, record: Epoll, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         holders = ctx.holders(saved.file_id)
         known = dict(reversed(holders))
         for watch in record.watches:
@@ -74,7 +74,7 @@ class EpollKind(Kind[Epoll], tag='epoll'):
                                 f'{error.strerror}', errno=error.errno, resource=saved.link) from error
 
 
-def _targets(file: OpenFile) -> Iterator[tuple[Target, int]]:
+def _targets(file: OpenFile) -> Iterator[tuple[EpollTarget, int]]:
     """What it watches, each with its place among those of the same number, as kcmp(2) wants it."""
     seen: Counter[int] = Counter()
     for row in file.info.fields.get('tfd', ()):
@@ -83,7 +83,7 @@ def _targets(file: OpenFile) -> Iterator[tuple[Target, int]]:
         seen[target.tfd] += 1
 
 
-def _watches(file: OpenFile, tid: int, epoll: int, target: Target, nth: int) -> bool:
+def _watches(file: OpenFile, tid: int, epoll: int, target: EpollTarget, nth: int) -> bool:
     """Whether in the table of `tid` the number still leads to the file that is watched."""
     try:
         return kcmp_epoll(tid, target.tfd, tid, epoll, target.tfd, nth) == EQUAL

@@ -4,8 +4,8 @@
 import os
 
 from ckptd.image.grammar import U8, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, Restoring
+from ckptd.image.records import SavedFile
+from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
 
 _LINK = 'anon_inode:[eventfd]'
 _COUNT, _SEMAPHORE = 'eventfd-count', 'eventfd-semaphore'
@@ -34,7 +34,7 @@ class EventfdKind(Kind[Eventfd], tag='eventfd'):
         # eventfd_show_fdinfo in fs/eventfd.c: the count is hexadecimal
         return Eventfd(int(fields[_COUNT][0], 16), int(fields.get(_SEMAPHORE, ['0'])[0]))
 
-    def restore(self, record: Eventfd, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Eventfd, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = os.eventfd(0, os.EFD_CLOEXEC | saved.flags & os.O_NONBLOCK | (os.EFD_SEMAPHORE if record.semaphore else 0))
         if record.count:        # the first value has 32 bits only
             os.eventfd_write(fd, record.count)

@@ -7,11 +7,10 @@ import stat
 
 from ckptd.errors import Busy, CkptError
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.objects.files.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, Takes
+from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs, OpenFile, Reason, RestoreContext
 from ckptd.objects.files.content import owner_obstacles, set_owner
 from ckptd.objects.files.deleted import cannot_make, deleted_obstacles, names_for, opened_home, unlink_new
 from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
@@ -54,7 +53,7 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             return Fifo(file.path, of.st_dev, of.st_ino, of.st_mode, of.st_uid, of.st_gid, file.deleted,
                         pipe.capacity(fd), bool(file.flags & os.O_DIRECT), data, lengths)
 
-    def obstacles(self, record: Fifo, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: Fifo, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         if record.deleted:
             return [*deleted_obstacles(record.path, looking),
                     *owner_obstacles(record.path, record.uid, record.gid, looking)]
@@ -68,10 +67,10 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             return [Reason('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
         return []
 
-    def takes(self, record: Fifo, saved: SavedFile) -> Takes:
-        return Takes(_key(record), pipe=record.capacity)
+    def takes(self, record: Fifo, saved: SavedFile) -> Needs:
+        return Needs(_key(record), pipe=record.capacity)
 
-    def restore(self, record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Fifo, saved: SavedFile, ctx: RestoreContext) -> int:
         def make() -> int:
             base = _make_deleted(record, saved, ctx) if record.deleted else _open(record, ctx)
             set_capacity(base, record.capacity)
@@ -84,7 +83,7 @@ class FifoKind(Kind[Fifo], tag='fifo'):
                        hint='read it empty, or end the programs that have it open')
         return fd
 
-    def finish(self, record: Fifo, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def finish(self, record: Fifo, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         fill(_key(record), fd, record.data, record.lengths, record.path, ctx)
 
 
@@ -92,7 +91,7 @@ def _key(record: Fifo) -> Key:
     return 'fifo', record.device, record.inode
 
 
-def _open(record: Fifo, ctx: Restoring) -> int:
+def _open(record: Fifo, ctx: RestoreContext) -> int:
     """Both ends of the FIFO that is there."""
     base = ctx.open(record.path, os.O_RDWR | os.O_NONBLOCK)
     if not stat.S_ISFIFO(os.fstat(base).st_mode):
@@ -101,7 +100,7 @@ def _open(record: Fifo, ctx: Restoring) -> int:
     return base
 
 
-def _make_deleted(record: Fifo, saved: SavedFile, ctx: Restoring) -> int:
+def _make_deleted(record: Fifo, saved: SavedFile, ctx: RestoreContext) -> int:
     """Both ends of a new one that had a name for a moment."""
     with opened_home(record.path, ctx) as home:
         for name in names_for(record.path):
@@ -134,7 +133,7 @@ def _make_and_open(name: str, home: int) -> tuple[int, os.stat_result]:
     return base, of
 
 
-def _require_own(of: os.stat_result, record: Fifo, ctx: Restoring) -> None:
+def _require_own(of: os.stat_result, record: Fifo, ctx: RestoreContext) -> None:
     """No call makes a FIFO and opens it, and who may write its directory may put something else in its place in between
     (renameat2(2), RENAME_EXCHANGE) or keep it by another name (link(2))."""
     if not stat.S_ISFIFO(of.st_mode) or of.st_uid != ctx.uid or of.st_nlink != 1:

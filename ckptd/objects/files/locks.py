@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from ckptd.errors import Busy, CkptError, NotSupported
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel.creds import CAP_LEASE
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.status import read_status
-from ckptd.objects.files.base import Looking, OpenFile, Reason, Restoring
+from ckptd.objects.files.base import FileLookup, OpenFile, Reason, RestoreContext
 
 # <asm-generic/fcntl.h>; struct flock {short l_type, l_whence; off_t l_start, l_len; pid_t l_pid;}, 32 bytes
 F_SETLK = 6
@@ -65,13 +65,13 @@ def has_locks(file: OpenFile) -> bool:
 
 # ---------------------------------------------------------------- restart
 
-def lock_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+def lock_obstacles(locks: Sequence[Lock], path: str, looking: FileLookup) -> list[Reason]:
     """Locks that somebody else has now, and leases that the user may not take. Of flock(2) and leases no call tells
     without taking one."""
     return [*_lease_obstacles(locks, path, looking), *_held_ranges(locks, path, looking)]
 
 
-def _lease_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+def _lease_obstacles(locks: Sequence[Lock], path: str, looking: FileLookup) -> list[Reason]:
     """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
     found = looking.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
     if found is None or found.st_uid == looking.uid or looking.capable(CAP_LEASE):
@@ -80,7 +80,7 @@ def _lease_obstacles(locks: Sequence[Lock], path: str, looking: Looking) -> list
                    'a lease on it', 'release the lease (F_SETLEASE, F_UNLCK) first, or restore as root')]
 
 
-def _held_ranges(locks: Sequence[Lock], path: str, looking: Looking) -> list[Reason]:
+def _held_ranges(locks: Sequence[Lock], path: str, looking: FileLookup) -> list[Reason]:
     ranges = [lock for lock in locks if lock.kind in (POSIX, OFD)]
     if not ranges:
         return []
@@ -102,7 +102,7 @@ def _holder(fd: int, lock: Lock) -> str:
     return f'process {pid}' if pid > 0 else 'another program'      # -1: an OFD lock, which is of no process
 
 
-def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
     """Take the locks again. Busy if somebody else has one now.
 
     POSIX locks are a process's own, and it loses them when it closes any fd of the file, fcntl_locking(2): no process
@@ -119,7 +119,7 @@ def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, c
                        hint='end the program that has it locked, or wait for it') from error
 
 
-def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
     if lock.kind == POSIX:
         vpid, number = _lead(lock, saved, path, ctx)
         ctx.call(vpid, 'fcntl', number, F_SETLK, _flock(lock))
@@ -142,7 +142,7 @@ def _call(lock: Lock) -> tuple[str, *tuple[int, ...]]:
     return 'fcntl', fcntl.F_SETLEASE, fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
 
 
-def _lead(lock: Lock, saved: SavedFile, path: str, ctx: Restoring) -> tuple[int, int]:
+def _lead(lock: Lock, saved: SavedFile, path: str, ctx: RestoreContext) -> tuple[int, int]:
     """(vpid, fd): who takes a POSIX lock, and by which fd. Processes that share a table of fds share their locks."""
     holders = ctx.holders(saved.file_id)
     own = [(vpid, number) for vpid, number in holders if vpid == lock.holder]

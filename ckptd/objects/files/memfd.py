@@ -7,10 +7,17 @@ import stat
 from typing import Protocol, runtime_checkable
 
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, Takes, open_again
-from ckptd.objects.files.content import Segment, content_size, dump_content, owner_obstacles, restore_content, set_owner
+from ckptd.objects.files.base import Content, FileLookup, Kind, Needs, OpenFile, Reason, RestoreContext, open_again
+from ckptd.objects.files.content import (
+    ContentSegment,
+    content_size,
+    dump_content,
+    owner_obstacles,
+    restore_content,
+    set_owner,
+)
 from ckptd.objects.files.locks import Lock, read_locks, restore_locks
 
 PREFIX = '/memfd:'
@@ -38,7 +45,7 @@ class Memfd(Struct):
     gid: U32
     seals: U32
     shm_id: U32
-    content: tuple[Segment, ...]
+    content: tuple[ContentSegment, ...]
     locks: tuple[Lock, ...]
 
 
@@ -63,20 +70,20 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         return Memfd(file.path.removeprefix(PREFIX), of.st_dev, of.st_ino, of.st_size, of.st_mode, of.st_uid, of.st_gid,
                      seals, shm_id, segments, read_locks(file))
 
-    def _content(self, file: OpenFile, content: Content) -> tuple[Segment, ...]:
+    def _content(self, file: OpenFile, content: Content) -> tuple[ContentSegment, ...]:
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
 
-    def obstacles(self, record: Memfd, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: Memfd, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, looking)
 
-    def takes(self, record: Memfd, saved: SavedFile) -> Takes:
-        return Takes(_key(record), memory=content_size(record.content))
+    def takes(self, record: Memfd, saved: SavedFile) -> Needs:
+        return Needs(_key(record), memory=content_size(record.content))
 
-    def restore(self, record: Memfd, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Memfd, saved: SavedFile, ctx: RestoreContext) -> int:
         return open_again(self._object(record, ctx), saved.flags)
 
-    def _object(self, record: Memfd, ctx: Restoring) -> int:
+    def _object(self, record: Memfd, ctx: RestoreContext) -> int:
         if record.shm_id:
             return ctx.shared_memory(record.shm_id)
 
@@ -92,7 +99,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
             return fd
         return ctx.once(_key(record), make)
 
-    def finish(self, record: Memfd, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def finish(self, record: Memfd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         restore_locks(record.locks, f'memfd {record.name}', saved, fd, ctx)
         # the seals of an object that the address spaces have are set with its content
         if not record.shm_id and record.seals & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS):

@@ -14,11 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ckptd.errors import CkptError, ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.objects.files.base import Content, Endpoint, Kind, Looking, OpenFile, Reason, Restoring, Takes, open_again
+from ckptd.objects.files.base import (
+    Content,
+    Endpoint,
+    FileLookup,
+    Kind,
+    Needs,
+    OpenFile,
+    Reason,
+    RestoreContext,
+    open_again,
+)
 from ckptd.objects.files.content import owner_obstacles, set_owner
 
 Key = tuple[str, int, int]
@@ -52,13 +61,13 @@ class PipeKind(Kind[Pipe], tag='pipe'):
             return Pipe(file.stat.st_ino, pipe.capacity(fd), bool(file.flags & os.O_DIRECT), file.stat.st_uid,
                         file.stat.st_gid, data, lengths)
 
-    def obstacles(self, record: Pipe, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: Pipe, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, looking)
 
-    def takes(self, record: Pipe, saved: SavedFile) -> Takes:
-        return Takes(('pipe', 0, record.inode), pipe=record.capacity)
+    def takes(self, record: Pipe, saved: SavedFile) -> Needs:
+        return Needs(('pipe', 0, record.inode), pipe=record.capacity)
 
-    def restore(self, record: Pipe, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Pipe, saved: SavedFile, ctx: RestoreContext) -> int:
         def make() -> int:
             base = make_pipe(key, ctx)
             try:
@@ -71,7 +80,7 @@ class PipeKind(Kind[Pipe], tag='pipe'):
         key = ('pipe', 0, record.inode)
         return restore_end(key, make, saved.flags, ctx)
 
-    def finish(self, record: Pipe, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def finish(self, record: Pipe, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         fill(('pipe', 0, record.inode), fd, record.data, record.lengths, saved.link, ctx)
 
 
@@ -95,7 +104,7 @@ def dump_pipe_data(file: OpenFile, fd: int, content: Content) -> tuple[tuple[Ext
 
 # ---------------------------------------------------------------- restart
 
-def make_pipe(key: Key, ctx: Restoring) -> int:
+def make_pipe(key: Key, ctx: RestoreContext) -> int:
     """Both ends of a new pipe as one description; the two of pipe(2) are kept for the first that ask for them."""
     with ctx.as_user():
         read, write = os.pipe2(os.O_CLOEXEC)
@@ -115,7 +124,7 @@ def set_capacity(fd: int, capacity: int) -> None:
                         hint='raise the sysctl fs.pipe-max-size, or run as root') from error
 
 
-def restore_end(key: Key, make: Callable[[], int], flags: int, ctx: Restoring) -> int:
+def restore_end(key: Key, make: Callable[[], int], flags: int, ctx: RestoreContext) -> int:
     """An end of the pipe that `make` makes, if no other end did."""
     base = ctx.once(key, make)
     fd = _end(key, base, flags, ctx)
@@ -127,7 +136,7 @@ def restore_end(key: Key, make: Callable[[], int], flags: int, ctx: Restoring) -
     return fd
 
 
-def _end(key: Key, base: int, flags: int, ctx: Restoring) -> int:
+def _end(key: Key, base: int, flags: int, ctx: RestoreContext) -> int:
     """A description that is to go into the tree. open(2) sets O_LARGEFILE and nothing takes it away, pipe(2) does not;
     so the first plain ends are those of pipe(2), and what fcntl(2) F_GETFL tells the program stays the same."""
     fresh: list[int] = []
@@ -149,7 +158,7 @@ def _writer(fd: int, *, packets: bool) -> int:
     return writer
 
 
-def fill(key: Key, fd: int, data: Sequence[Extent], lengths: Sequence[int], link: str, ctx: Restoring) -> None:
+def fill(key: Key, fd: int, data: Sequence[Extent], lengths: Sequence[int], link: str, ctx: RestoreContext) -> None:
     """Put the content into a pipe by any end of it, once, when all are there: several may have been dumped with it."""
     if not data:
         return
@@ -178,7 +187,8 @@ def _write(fd: int, chunk: bytes, link: str) -> None:
         raise CkptError(f'{link} does not take all that was in it', errno=errno.ENOSPC, resource=link)
 
 
-def _chunks(data: Sequence[Extent], lengths: Sequence[int], room: int, link: str, ctx: Restoring) -> Iterator[bytes]:
+def _chunks(data: Sequence[Extent], lengths: Sequence[int], room: int, link: str,
+            ctx: RestoreContext) -> Iterator[bytes]:
     size = sum(lengths)
     if sum(extent.length for extent in data) != size:
         raise ImageDamaged(f'{link}: its content has not the length of its packets', resource=link)

@@ -8,23 +8,30 @@ from pathlib import PurePath
 
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
-from ckptd.image.identity import MISSING, Identity, changes
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.identity import MISSING, FileIdentity, changes
+from ckptd.image.records import SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import (
     Content,
+    FileLookup,
     Kind,
-    Looking,
+    Needs,
     OpenFile,
     Reason,
-    Restoring,
-    Takes,
+    RestoreContext,
     access_of,
     of_process,
     opening,
 )
-from ckptd.objects.files.content import Segment, dump_content, open_quietly, owner_obstacles, restore_content, set_owner
+from ckptd.objects.files.content import (
+    ContentSegment,
+    dump_content,
+    open_quietly,
+    owner_obstacles,
+    restore_content,
+    set_owner,
+)
 from ckptd.objects.files.deleted import deleted_file, deleted_obstacles, deleted_takes, open_nameless
 from ckptd.objects.files.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
 from ckptd.objects.files.rollback import SavingContent, digest_tail, only_appended, roll_back
@@ -50,10 +57,10 @@ class Regular(Struct):
     links: U32
     file_system: U32
     deleted: U8
-    content: tuple[Segment, ...]
+    content: tuple[ContentSegment, ...]
     locks: tuple[Lock, ...]
     is_saved: U8 = 0
-    saved: tuple[Segment, ...] = ()
+    saved: tuple[ContentSegment, ...] = ()
     tail: bytes = b''
 
 
@@ -94,14 +101,14 @@ class RegularKind(Kind[Regular], tag='regular'):
                        of.st_gid, of.st_nlink, file.magic, file.deleted, self._content(file, content),
                        locks, is_saved, saved, tail)
 
-    def _content(self, file: OpenFile, content: Content) -> tuple[Segment, ...]:
+    def _content(self, file: OpenFile, content: Content) -> tuple[ContentSegment, ...]:
         if not file.deleted:
             return ()
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
 
     def _saved(self, file: OpenFile, content: Content,
-               locks: tuple[Lock, ...]) -> tuple[int, tuple[Segment, ...], bytes]:
+               locks: tuple[Lock, ...]) -> tuple[int, tuple[ContentSegment, ...], bytes]:
         """What brings a file back that goes on living: of one that the tree writes, and that can be read."""
         written = content.written(file) if isinstance(content, SavingContent) else file.writable
         # opening a leased file breaks the lease
@@ -119,7 +126,7 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     # ------------------------------------------------------------ restart
 
-    def obstacles(self, record: Regular, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: Regular, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         if record.deleted:
             return [*deleted_obstacles(record.path, looking),
                     *owner_obstacles(record.path, record.uid, record.gid, looking)]
@@ -137,7 +144,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         rows = [self._changed(record, words, found, looking)] if words else []
         return rows + lock_obstacles(record.locks, record.path, looking)
 
-    def _missing(self, record: Regular, looking: Looking) -> list[Reason]:
+    def _missing(self, record: Regular, looking: FileLookup) -> list[Reason]:
         missing = f'{record.path} {MISSING}'
         if not record.is_saved or looking.changed_files != 'rollback':
             how = ', or have it made again by --changed-files=rollback' if record.is_saved else ''
@@ -150,7 +157,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         return [Reason('ENOENT', f'{missing} and cannot be made again in {home}',
                        'make that directory, writable for whose tree it is')]
 
-    def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: Looking) -> Reason:
+    def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: FileLookup) -> Reason:
         how = f'{record.path} {" and ".join(words)}'
         if looking.changed_files == 'accept':
             return Reason('ESTALE', how, 'the tree finds it as it is now', 'warning')
@@ -163,7 +170,7 @@ class RegularKind(Kind[Regular], tag='regular'):
                           'checkpoint with --save-files, or use --changed-files=accept')
         return Reason('ESTALE', how, 'the rollback puts it back as it was', 'warning')
 
-    def _no_rollback(self, record: Regular, found: os.stat_result, looking: Looking) -> str:
+    def _no_rollback(self, record: Regular, found: os.stat_result, looking: FileLookup) -> str:
         """Why the file cannot be brought back, '' if it can."""
         if not looking.may(record.path, os.R_OK | os.W_OK):
             return 'it may not be read and written'
@@ -177,13 +184,13 @@ class RegularKind(Kind[Regular], tag='regular'):
             return 'the tree did not have it open for writing, or its content could not be read'
         return 'its content was not saved, and it was not only appended to'
 
-    def takes(self, record: Regular, saved: SavedFile) -> Takes | None:
+    def takes(self, record: Regular, saved: SavedFile) -> Needs | None:
         return deleted_takes(record.path, record.device, record.inode, record.content) if record.deleted else None
 
     def late(self, record: Regular, saved: SavedFile) -> bool:
         return record.file_system == statfs.PROC_SUPER_MAGIC and of_process(record.path)
 
-    def restore(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Regular, saved: SavedFile, ctx: RestoreContext) -> int:
         if record.deleted:
             return self._restore_deleted(record, saved, ctx)
         if ctx.changed_files == 'rollback' and record.is_saved and ctx.lstat(record.path) is None:
@@ -196,7 +203,7 @@ class RegularKind(Kind[Regular], tag='regular'):
             raise CkptError(f'{record.path} {" and ".join(words)}', errno=errno.ESTALE, resource=record.path)
         return fd
 
-    def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: Restoring) -> int:
+    def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: RestoreContext) -> int:
         base = deleted_file(record.path, record.device, record.inode, record.size, record.mode, record.content, ctx)
         set_owner(base, record.mode, record.uid, record.gid, ctx)
         fd = open_nameless(base, saved.flags, ctx)
@@ -204,15 +211,15 @@ class RegularKind(Kind[Regular], tag='regular'):
             os.utime(base, ns=(record.mtime, record.mtime))
         return fd
 
-    def finish(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def finish(self, record: Regular, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         restore_locks(record.locks, record.path, saved, fd, ctx)
 
-    def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: Restoring) -> None:
+    def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if ctx.changed_files == 'rollback' and (record.tail or record.is_saved):
             roll_back(record.path, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
 
 
-def _fill(record: Regular, fd: int, ctx: Restoring) -> None:
+def _fill(record: Regular, fd: int, ctx: RestoreContext) -> None:
     """What was saved of a named file, into a new one."""
     restore_content(fd, record.size, record.saved, ctx)
     set_owner(fd, record.mode, record.uid, record.gid, ctx)
@@ -220,7 +227,7 @@ def _fill(record: Regular, fd: int, ctx: Restoring) -> None:
         os.utime(fd, ns=(record.mtime, record.mtime))
 
 
-def _lacking(record: Regular, found: os.stat_result, looking: Looking) -> int:
+def _lacking(record: Regular, found: os.stat_result, looking: FileLookup) -> int:
     """Bytes that the file system has too few to take what was saved; 0 if it has enough."""
     try:
         fd = looking.open(record.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -234,5 +241,5 @@ def _lacking(record: Regular, found: os.stat_result, looking: Looking) -> int:
     return max(wanted - room.f_bavail * room.f_frsize, 0)
 
 
-def _identity(record: Regular) -> Identity:
-    return Identity(record.mode, record.inode, record.size, record.mtime, record.file_system in statfs.MADE_UP)
+def _identity(record: Regular) -> FileIdentity:
+    return FileIdentity(record.mode, record.inode, record.size, record.mtime, record.file_system in statfs.MADE_UP)

@@ -12,7 +12,7 @@ from ckptd.image.records import Extent
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
 
 
-class Looking(Protocol):
+class FileLookup(Protocol):
     """What a kind may look at before a restart begins. Paths are those of the image, looked up by the rights
     of the user: the caller, or who owns the image where root restores that of somebody else.
 
@@ -61,7 +61,7 @@ class ByUser(Protocol):
         ...
 
 
-class Restoring(Looking, ByUser, Protocol):
+class RestoreContext(FileLookup, ByUser, Protocol):
     """The same while a restart is at work. It closes what `once` makes and what `restore` returns, whatever happens."""
     terminal_fd: int        # of the caller's terminal, -1 without
 

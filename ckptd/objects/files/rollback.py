@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
 from ckptd.errors import CkptError
-from ckptd.image.identity import Identity
+from ckptd.image.identity import FileIdentity
 from ckptd.kernel.copyrange import zero_range
 from ckptd.kernel.statfs import MADE_UP, file_system
-from ckptd.objects.files.base import Looking, OpenFile, Restoring
-from ckptd.objects.files.content import Segment
+from ckptd.objects.files.base import FileLookup, OpenFile, RestoreContext
+from ckptd.objects.files.content import ContentSegment
 
 TAIL = 64 << 10     # bytes that the digest is of
 
@@ -35,7 +35,7 @@ class SavingContent(Protocol):
         and it was to be kept, that is noted."""
         ...
 
-    def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
+    def save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
         """The data of the file; None if it is not to be kept."""
         ...
 
@@ -47,7 +47,7 @@ def digest_tail(fd: int, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest() if len(data) == length else b''
 
 
-def only_appended(path: str, saved: Identity, tail: bytes, found: os.stat_result, looking: Looking) -> bool:
+def only_appended(path: str, saved: FileIdentity, tail: bytes, found: os.stat_result, looking: FileLookup) -> bool:
     """Whether the bytes before the size that it had end as they did."""
     if not tail or found.st_ino != saved.inode or found.st_size < saved.size:
         return False
@@ -61,8 +61,8 @@ def only_appended(path: str, saved: Identity, tail: bytes, found: os.stat_result
         os.close(fd)
 
 
-def roll_back(path: str, saved: Identity, content: Sequence[Segment] | None, tail: bytes, fd: int,
-              ctx: Restoring) -> None:
+def roll_back(path: str, saved: FileIdentity, content: Sequence[ContentSegment] | None, tail: bytes, fd: int,
+              ctx: RestoreContext) -> None:
     """Make the file what it was, its time of change included; content None: cut off what was appended. CkptError."""
     # not the tree's own description: it may be for appending only, and pwrite(2) heeds no offset then
     mine = ctx.open(path, os.O_RDWR | os.O_NONBLOCK)
@@ -93,7 +93,7 @@ def roll_back(path: str, saved: Identity, content: Sequence[Segment] | None, tai
         os.close(mine)
 
 
-def _set_time(fd: int, times: tuple[int, int], ctx: Restoring) -> None:
+def _set_time(fd: int, times: tuple[int, int], ctx: RestoreContext) -> None:
     """The owner's right, utimensat(2), and a writer need not be the owner: then the time of change is now."""
     with suppress(PermissionError):
         with ctx.as_user():
@@ -103,7 +103,7 @@ def _set_time(fd: int, times: tuple[int, int], ctx: Restoring) -> None:
         os.utime(fd, ns=times)
 
 
-def _put_back(fd: int, size: int, content: Sequence[Segment], ctx: Restoring) -> None:
+def _put_back(fd: int, size: int, content: Sequence[ContentSegment], ctx: RestoreContext) -> None:
     """All the room that is needed first: a full disk is better found before a byte is changed."""
     for segment in content:
         os.posix_fallocate(fd, segment.start, segment.extent.length)

@@ -16,22 +16,21 @@ from contextlib import contextmanager, suppress
 
 from ckptd.errors import CkptError, Refused
 from ckptd.image.grammar import U64, Struct, layout
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import unix
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, Restoring
+from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
 
 PIECE = 64 << 10
 
 
 @layout
-class Severed(Struct):
+class Disconnected(Struct):
     """inode: of the socket. data: unread bytes, in order; of a connection to the bus none."""
     inode: U64
     data: tuple[Extent, ...]
 
 
-class SeveredKind(Kind[Severed], tag='severed'):
+class DisconnectedKind(Kind[Disconnected], tag='severed'):
 
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISSOCK(file.stat.st_mode) and not file.is_path and (file.severed or _other_end_gone(file))
@@ -46,17 +45,17 @@ class SeveredKind(Kind[Severed], tag='severed'):
                                'receive them (recvmsg(2)) before the checkpoint')]
         return []
 
-    def dump(self, file: OpenFile, content: Content) -> Severed:
+    def dump(self, file: OpenFile, content: Content) -> Disconnected:
         if file.severed:
-            return Severed(file.stat.st_ino, ())
+            return Disconnected(file.stat.st_ino, ())
         with _socket(file) as sock:
             data, has_fds = unix.peek(sock)
         if has_fds:
             raise Refused(f'file descriptors wait in {file.link}', errno=errno.EOPNOTSUPP, task=file.pid,
                           resource=f'fd {file.fd}')
-        return Severed(file.stat.st_ino, (content.add([data]),) if data else ())
+        return Disconnected(file.stat.st_ino, (content.add([data]),) if data else ())
 
-    def restore(self, record: Severed, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Disconnected, saved: SavedFile, ctx: RestoreContext) -> int:
         mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with mine:
             with other:
@@ -79,7 +78,7 @@ def _other_end_gone(file: OpenFile) -> bool:
     return False
 
 
-def _send(sock: socket.socket, extent: Extent, link: str, ctx: Restoring) -> None:
+def _send(sock: socket.socket, extent: Extent, link: str, ctx: RestoreContext) -> None:
     sock.setblocking(False)     # nobody reads
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * extent.length)
     done = 0

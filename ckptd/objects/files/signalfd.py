@@ -5,9 +5,9 @@ import ctypes
 import os
 
 from ckptd.image.grammar import U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel.signalfd import SFD_CLOEXEC, SIGSET_SIZE, signalfd
-from ckptd.objects.files.base import Content, Kind, OpenFile, Restoring
+from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext
 
 _LINK = 'anon_inode:[signalfd]'
 
@@ -26,6 +26,6 @@ class SignalfdKind(Kind[Signalfd], tag='signalfd'):
     def dump(self, file: OpenFile, content: Content) -> Signalfd:
         return Signalfd(int(file.info.fields['sigmask'][0], 16))
 
-    def restore(self, record: Signalfd, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Signalfd, saved: SavedFile, ctx: RestoreContext) -> int:
         mask = ctypes.create_string_buffer(record.mask.to_bytes(8, 'little'), SIGSET_SIZE)
         return signalfd(-1, mask, SFD_CLOEXEC | saved.flags & os.O_NONBLOCK)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from ckptd.image.grammar import Struct
 from ckptd.image.records import PAGE, Extent, data_name
 from ckptd.image.shapes import MAX_FILE
-from ckptd.objects.files.content import Segment
+from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.locks import EOF, LEASE, POSIX, Lock
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
@@ -34,7 +34,7 @@ def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
         case Extent(part, offset, length):
             if offset % PAGE or offset + length > size_of(data_name(part)):
                 yield f'bytes {offset} to {offset + length} are not in {data_name(part)}'
-        case Segment(start, extent):
+        case ContentSegment(start, extent):
             if start + extent.length > MAX_FILE:
                 yield f'its content is at byte {start}'
         case Lock(kind, _, start, end):

@@ -6,7 +6,7 @@ import time
 
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel.creds import CAP_WAKE_ALARM
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.timerfd import (
@@ -20,7 +20,7 @@ from ckptd.kernel.timerfd import (
     timerfd_gettime,
     timerfd_settime,
 )
-from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring
+from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, Reason, RestoreContext
 
 _LINK = 'anon_inode:[timerfd]'
 _WALL = (time.CLOCK_REALTIME, CLOCK_REALTIME_ALARM)
@@ -53,13 +53,13 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         return Timerfd(int(fields['clockid'][0]), int(flags, 8), int(fields['ticks'][0]), setting.interval,
                        setting.value, now)
 
-    def obstacles(self, record: Timerfd, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: Timerfd, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         if record.clock not in ALARM_CLOCKS or looking.capable(CAP_WAKE_ALARM):
             return []
         return [Reason('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
                        'CAP_WAKE_ALARM', 'restore it as root')]
 
-    def restore(self, record: Timerfd, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Timerfd, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = -1
         try:
             fd = timerfd_create(record.clock, TFD_CLOEXEC | saved.flags & os.O_NONBLOCK)

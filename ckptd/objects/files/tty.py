@@ -7,9 +7,19 @@ import stat
 from typing import NamedTuple
 
 from ckptd.image.grammar import U32, U64, Struct, layout
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel.procfs import read_file
-from ckptd.objects.files.base import Content, Kind, Looking, OpenFile, Reason, Restoring, access_of, open_again, opening
+from ckptd.objects.files.base import (
+    Content,
+    FileLookup,
+    Kind,
+    OpenFile,
+    Reason,
+    RestoreContext,
+    access_of,
+    open_again,
+    opening,
+)
 from ckptd.objects.files.device import is_device, open_device
 
 PTMX = os.makedev(5, 2)
@@ -62,7 +72,7 @@ class TtyKind(Kind[Tty], tag='tty'):
     def dump(self, file: OpenFile, content: Content) -> Tty:
         return Tty(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: Tty, saved: SavedFile, looking: Looking) -> list[Reason]:
+    def obstacles(self, record: Tty, saved: SavedFile, looking: FileLookup) -> list[Reason]:
         if looking.terminal:
             return []
         found = None if record.device == OWN else looking.lstat(record.path)
@@ -73,7 +83,7 @@ class TtyKind(Kind[Tty], tag='tty'):
         return [Reason('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
                        'warning')]
 
-    def restore(self, record: Tty, saved: SavedFile, ctx: Restoring) -> int:
+    def restore(self, record: Tty, saved: SavedFile, ctx: RestoreContext) -> int:
         flags = opening(saved.flags)
         if ctx.terminal_fd >= 0:
             return open_again(ctx.terminal_fd, flags)

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 from ckptd.errors import NotSupported, Refused
 from ckptd.image.grammar import Struct
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, Restoring
+from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
 from ckptd.objects.files.tty import PTMX
 
 # what follows 'anon_inode:' in the link, brackets and number aside; the names are those of the kernel's callers of
@@ -51,7 +51,7 @@ class Unsupported(Kind[Struct], tag='unsupported'):
         raise Refused(f'task {file.pid}: fd {file.fd}: {reason.reason}', errno=errno.EOPNOTSUPP, task=file.pid,
                       resource=f'fd {file.fd}', hint=reason.hint)
 
-    def restore(self, record: Struct, saved: SavedFile, ctx: Restoring) -> NoReturn:
+    def restore(self, record: Struct, saved: SavedFile, ctx: RestoreContext) -> NoReturn:
         raise NotSupported(f'{saved.link}: no file of kind {saved.kind!r} can be opened again', resource=saved.link,
                            hint='use the ckptd that wrote the image, or a newer one')
 

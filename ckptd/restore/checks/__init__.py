@@ -16,15 +16,15 @@ from ckptd.errors import Refusal
 from ckptd.image.reader import ImageReader
 from ckptd.protocol.messages import JobRequest
 from ckptd.restore.checks import capacity, imported, machine, objects, resources, rights, surroundings
-from ckptd.restore.checks.context import Scene, rows
-from ckptd.restore.files import Access
+from ckptd.restore.checks.context import CheckContext, rows
+from ckptd.restore.files import FileAccess
 from ckptd.restore.plan import Plan
 
 CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.check, capacity.check,
           surroundings.check)
 
 
-def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: Access) -> list[Refusal]:
+def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: FileAccess) -> list[Refusal]:
     """Every refusal and warning, by check. pid: as a vpid, 0 for the tree as a whole. ImageDamaged."""
-    scene = Scene(reader, plan, request, access)
+    scene = CheckContext(reader, plan, request, access)
     return rows(scene, [row for check in CHECKS for row in check(scene)])

@@ -8,17 +8,17 @@ from contextlib import suppress
 
 from ckptd.errors import ImageDamaged
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import OF_SHARED_MEMORY, PAGE, Backing, Limits, OpenFile, PageRuns, Vma
+from ckptd.image.records import OF_SHARED_MEMORY, PAGE, Backing, Limits, PageRuns, SavedFile, Vma
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_RESOURCE
 from ckptd.kernel.pidfd import held
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY, pids, read_cgroup2, read_limits
-from ckptd.objects.files.base import Takes
+from ckptd.objects.files.base import Needs
 from ckptd.objects.files.deleted import deleted_takes, home_of, whole
-from ckptd.restore.checks.context import Obstacle, Scene
-from ckptd.restore.cow_sharing import Heritage
+from ckptd.restore.checks.context import CheckContext, Obstacle
+from ckptd.restore.cow_sharing import CowSharing
 from ckptd.restore.files import decode
 from ckptd.restore.mapped_objects import missing_but_kept
 from ckptd.restore.plan import Plan
@@ -30,7 +30,7 @@ _NPROC = 6                  # RLIMIT_NPROC, <asm-generic/resource.h>
 _SEED = 1                   # the first stub, which makes all others and ends
 
 
-def check(scene: Scene) -> Iterator[Obstacle]:
+def check(scene: CheckContext) -> Iterator[Obstacle]:
     files = _files(scene)
     yield from _memory(scene, files)
     yield from _disk(scene, files)
@@ -38,19 +38,19 @@ def check(scene: Scene) -> Iterator[Obstacle]:
     yield from _tasks(scene)
 
 
-def _files(scene: Scene) -> list[Takes]:
+def _files(scene: CheckContext) -> list[Needs]:
     """What open and mapped files take that are made again, each once."""
-    found: dict[Hashable, Takes] = {}
+    found: dict[Hashable, Needs] = {}
     for one in _every_file(scene):
         if one is not None:
             known = found.get(one.key, one)
-            found[one.key] = Takes(one.key, max(known.memory, one.memory), max(known.pipe, one.pipe),
+            found[one.key] = Needs(one.key, max(known.memory, one.memory), max(known.pipe, one.pipe),
                                    max(known.disk, one.disk), known.path)
     return list(found.values())
 
 
-def _every_file(scene: Scene) -> Iterator[Takes | None]:
-    for saved in scene.reader.every(OpenFile):
+def _every_file(scene: CheckContext) -> Iterator[Needs | None]:
+    for saved in scene.reader.every(SavedFile):
         with suppress(ImageDamaged):        # said by obstacles.objects
             kind, record = decode(saved)
             yield kind.takes(record, saved)
@@ -83,7 +83,7 @@ def parse_meminfo(data: bytes) -> dict[str, int]:
     return found
 
 
-def most_to_fill(reader: ImageReader, files: Iterable[Takes]) -> int:
+def most_to_fill(reader: ImageReader, files: Iterable[Needs]) -> int:
     """Bytes of memory that a restart fills at most: every page as often as a page run names it, and the content of
     files in memory. What is only reserved takes none. An image may name one piece of its data any number of times."""
     runs = sum(run.pages for chunk in reader.every(PageRuns) for run in chunk.runs)
@@ -95,11 +95,11 @@ def inherited_bytes(reader: ImageReader, plan: Plan) -> int:
     total = 0
     for mm_id in plan.users('mm_id'):
         if origin := plan.origins.get(mm_id):
-            total += sum(end - start for start, end in Heritage(reader.memory(origin), reader.memory(mm_id)).same)
+            total += sum(end - start for start, end in CowSharing(reader.memory(origin), reader.memory(mm_id)).same)
     return total
 
 
-def _memory(scene: Scene, files: Sequence[Takes]) -> Iterator[Obstacle]:
+def _memory(scene: CheckContext, files: Sequence[Needs]) -> Iterator[Obstacle]:
     needed, info = most_to_fill(scene.reader, files), parse_meminfo(read_file('/proc/meminfo'))
     groups = [(group, left) for group in _above(scene.home) if (left := _left(group)) is not None]
     free, swap = info['MemAvailable'], info['SwapFree']
@@ -126,7 +126,7 @@ def _memory(scene: Scene, files: Sequence[Takes]) -> Iterator[Obstacle]:
     yield from _own_memory(scene, files, {group.path for group, _ in groups})
 
 
-def _own_memory(scene: Scene, files: Sequence[Takes], known: Container[object]) -> Iterator[Obstacle]:
+def _own_memory(scene: CheckContext, files: Sequence[Needs], known: Container[object]) -> Iterator[Obstacle]:
     """Shared objects are filled by us, and charged to the cgroup that we are in
     (Documentation/admin-guide/cgroup-v2.rst, "Memory Ownership")."""
     runs = [run for chunk in scene.reader.every(PageRuns) if chunk.owner_kind == OF_SHARED_MEMORY for run in chunk.runs]
@@ -177,7 +177,7 @@ def _above(home: str) -> list[Cgroup]:
 
 # ---------------------------------------------------------------- files
 
-def _disk(scene: Scene, files: Iterable[Takes]) -> Iterator[Obstacle]:
+def _disk(scene: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
     """Deleted files are made in a directory, with their content."""
     needed: Counter[str] = Counter()
     for one in files:
@@ -196,7 +196,7 @@ def _disk(scene: Scene, files: Iterable[Takes]) -> Iterator[Obstacle]:
                                f'{free:,} left for them', 'free space there')
 
 
-def _pipes(scene: Scene, files: Iterable[Takes]) -> Iterator[Obstacle]:
+def _pipes(scene: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
     """Of a user, as fs/pipe.c decides: pipes of two pages are always to be had, larger ones up to the soft limit in
     all, and none beyond the hard one."""
     if scene.looking.capable(CAP_SYS_RESOURCE) or scene.looking.capable(CAP_SYS_ADMIN):
@@ -216,7 +216,7 @@ def _pipes(scene: Scene, files: Iterable[Takes]) -> Iterator[Obstacle]:
 
 # ---------------------------------------------------------------- tasks
 
-def _tasks(scene: Scene) -> Iterator[Obstacle]:
+def _tasks(scene: CheckContext) -> Iterator[Obstacle]:
     needed = max(len(scene.plan.tasks), len(scene.plan.numbers)) + _SEED
     running = int(read_file('/proc/loadavg').split()[3].partition(b'/')[2])
     for name in ('threads-max', 'pid_max'):
@@ -234,7 +234,7 @@ def _tasks(scene: Scene) -> Iterator[Obstacle]:
     yield from _own_limit(scene, needed, running)
 
 
-def _own_limit(scene: Scene, needed: int, running: int) -> Iterator[Obstacle]:
+def _own_limit(scene: CheckContext, needed: int, running: int) -> Iterator[Obstacle]:
     """RLIMIT_NPROC counts all tasks of a uid, getrlimit(2). It is ours, or where we are root that of whoever asks."""
     uid = os.getuid() or scene.request.caller.uid
     free = (scene.may(CAP_SYS_RESOURCE) or scene.may(CAP_SYS_ADMIN)) if os.getuid() else (
@@ -248,7 +248,7 @@ def _own_limit(scene: Scene, needed: int, running: int) -> Iterator[Obstacle]:
                        f'have {soft:,}', 'raise the limit (ulimit -u)')
 
 
-def _limit_of_tasks(scene: Scene) -> int:
+def _limit_of_tasks(scene: CheckContext) -> int:
     """The soft limit. Whoever asks for a job that outlives them may be gone: then it is the limit that the tree had,
     which an imported image may have made up, see obstacles.imported."""
     caller = scene.request.caller

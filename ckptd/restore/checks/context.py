@@ -13,19 +13,19 @@ from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.protocol.messages import JobRequest
 from ckptd.restore.file_rights import rights_of
-from ckptd.restore.files import Access
+from ckptd.restore.files import FileAccess
 from ckptd.restore.limits import Allowed
 from ckptd.restore.plan import Plan
 
 
 @dataclass(frozen=True)
-class Scene:
+class CheckContext:
     """request: who asks, and for what. looking: the files of this machine, by the rights that the tree's are opened by.
     own: our own process, which every restored task is a descendant of; `may` by its effective capabilities."""
     reader: ImageReader
     plan: Plan
     request: JobRequest
-    looking: Access
+    looking: FileAccess
     own: Status = field(default_factory=lambda: read_status(os.getpid()))
 
     def may(self, capability: int) -> bool:
@@ -93,7 +93,7 @@ def once(obstacles: Iterable[Obstacle]) -> list[Obstacle]:
     return list(found.values())
 
 
-def rows(scene: Scene, obstacles: Iterable[Obstacle]) -> list[Refusal]:
+def rows(scene: CheckContext, obstacles: Iterable[Obstacle]) -> list[Refusal]:
     """Turn obstacles into refusals, with the names of tasks from the image."""
     names = {task.vpid: task.record.comm for task in scene.reader.tasks}
     return [Refusal(one.vpid, names.get(one.vpid, ''), one.resource, one.errno, one.reason, one.hint, one.severity)

@@ -4,10 +4,10 @@ importer may have no more than the importer anyway, and no other worker restores
 
 from collections.abc import Iterator
 
-from ckptd.restore.checks.context import Obstacle, Scene
+from ckptd.restore.checks.context import CheckContext, Obstacle
 
 
-def check(scene: Scene) -> Iterator[Obstacle]:
+def check(scene: CheckContext) -> Iterator[Obstacle]:
     caller, manifest = scene.request.caller, scene.reader.manifest
     if not manifest.imported or scene.plan.world.user:
         return

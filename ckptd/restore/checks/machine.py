@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ckptd.image.records import PAGE, VDSO, GuardRegions, Mm, Registers
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import prctl
-from ckptd.restore.checks.context import Obstacle, Scene
+from ckptd.restore.checks.context import CheckContext, Obstacle
 from ckptd.restore.vdso import VdsoPlan
 from ckptd.restore.xstate import own_xstate, shortcoming
 
@@ -18,7 +18,7 @@ MADV_GUARD_INSTALL = 102            # <linux/mman.h>, since 6.13
 _MM_PRCTLS = {'mdwe': (66, 'PR_SET_MDWE', '6.3'), 'memory_merge': (68, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
 
 
-def check(scene: Scene) -> Iterator[Obstacle]:
+def check(scene: CheckContext) -> Iterator[Obstacle]:
     other = list(_architecture(scene))
     yield from other
     if not other:       # of another machine nothing else means anything
@@ -27,7 +27,7 @@ def check(scene: Scene) -> Iterator[Obstacle]:
         yield from _features(scene)
 
 
-def _architecture(scene: Scene) -> Iterator[Obstacle]:
+def _architecture(scene: CheckContext) -> Iterator[Obstacle]:
     header, hint = scene.reader.header, 'restore it on a machine like the one that it was made on'
     machines = {one.machine for one in scene.reader.every(Registers)} - {arch.EM}
     if scene.reader.manifest.architecture != ARCHITECTURE or header.machine != os.uname().machine:
@@ -41,7 +41,7 @@ def _architecture(scene: Scene) -> Iterator[Obstacle]:
                        f'{os.sysconf("SC_PAGE_SIZE")}', hint)
 
 
-def _xstate(scene: Scene) -> Iterator[Obstacle]:
+def _xstate(scene: CheckContext) -> Iterator[Obstacle]:
     """PTRACE_SETREGSET takes the area in the size of this processor only (arch/x86/kernel/fpu/regset.c,
     xstateregs_set), and a component that XCR0 lacks is a #GP."""
     for task in scene.plan.alive:
@@ -52,7 +52,7 @@ def _xstate(scene: Scene) -> Iterator[Obstacle]:
             return
 
 
-def _vdso(scene: Scene) -> Iterator[Obstacle]:
+def _vdso(scene: CheckContext) -> Iterator[Obstacle]:
     """On another kernel its functions become jumps: who stands inside one would go on in the middle of a jump."""
     reader, plan = scene.reader, VdsoPlan(0)
     for mm_id, user in scene.plan.users('mm_id').items():
@@ -70,7 +70,7 @@ def _vdso(scene: Scene) -> Iterator[Obstacle]:
                                'kernel does not have', f'boot kernel {kernel} again, or checkpoint at another moment')
 
 
-def _features(scene: Scene) -> Iterator[Obstacle]:
+def _features(scene: CheckContext) -> Iterator[Obstacle]:
     reader, users = scene.reader, scene.plan.users('mm_id')
     guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
     if guarded and not _has_guard_regions():

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from ckptd.errors import ImageDamaged, errno_name
 from ckptd.image.grammar import Struct
-from ckptd.image.identity import Identity, changes
+from ckptd.image.identity import FileIdentity, changes
 from ckptd.image.records import (
     FILE_PRIVATE,
     FILE_SHARED,
@@ -19,7 +19,7 @@ from ckptd.image.records import (
     FdTable,
     Fs,
     Mm,
-    OpenFile,
+    SavedFile,
     SharedMemory,
     Vma,
 )
@@ -29,7 +29,7 @@ from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.objects.files.deleted import deleted_obstacles, home_of
 from ckptd.objects.files.sound import flaws
-from ckptd.restore.checks.context import Obstacle, Scene, once
+from ckptd.restore.checks.context import CheckContext, Obstacle, once
 from ckptd.restore.files import decode
 from ckptd.restore.mapped_objects import may_write, missing_but_kept
 
@@ -37,12 +37,12 @@ KEPT = 'is not the file that it was: the tree gets its own, with the content tha
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
 
 
-def check(scene: Scene) -> list[Obstacle]:
+def check(scene: CheckContext) -> list[Obstacle]:
     named = [*_open_files(scene), *_mapped_files(scene), *_directories(scene)]
     return once([*(_by_whom(scene, row) for row in named), *_segments(scene)])
 
 
-def _by_whom(scene: Scene, row: Obstacle) -> Obstacle:
+def _by_whom(scene: CheckContext, row: Obstacle) -> Obstacle:
     """Root sees the file and may do all with it, and would not guess that it is not he who counts."""
     uid = scene.for_owner
     if not uid or row.severity == 'warning':
@@ -57,9 +57,9 @@ def _by_whom(scene: Scene, row: Obstacle) -> Obstacle:
 
 # ---------------------------------------------------------------- open files
 
-def _open_files(scene: Scene) -> Iterator[Obstacle]:
+def _open_files(scene: CheckContext) -> Iterator[Obstacle]:
     holders, vpids = _holders(scene), {task.vpid for task in scene.plan.tasks}
-    for saved in scene.reader.every(OpenFile):
+    for saved in scene.reader.every(SavedFile):
         vpid, fd = holders.get(saved.file_id, (0, -1))
         resource = f'fd {fd}' if vpid else 'file'
         if saved.owner in vpids:
@@ -82,7 +82,7 @@ def _open_files(scene: Scene) -> Iterator[Obstacle]:
                 yield Obstacle(vpid, resource, *one)
 
 
-def _owner(scene: Scene, saved: OpenFile, vpid: int, resource: str) -> Iterator[Obstacle]:
+def _owner(scene: CheckContext, saved: SavedFile, vpid: int, resource: str) -> Iterator[Obstacle]:
     """Signals of an open file are sent by the rights of who asked for them, fcntl(2), F_SETOWN_EX."""
     own = scene.request.caller.uid
     if strangers := sorted({saved.owner_uid, saved.owner_euid} - {own}) if own else []:
@@ -90,21 +90,21 @@ def _owner(scene: Scene, saved: OpenFile, vpid: int, resource: str) -> Iterator[
                        f'and the caller is uid {own}', 'restore it as root')
 
 
-def _path(scene: Scene, record: Struct) -> str:
+def _path(scene: CheckContext, record: Struct) -> str:
     """Path that a restart opens for an open file; for a deleted file, the directory that it is created in; '' if the
     file has no path."""
     path = str(getattr(record, 'path', ''))
     return home_of(path, scene.looking) if getattr(record, 'deleted', 0) else path
 
 
-def _out_of_reach(scene: Scene, vpid: int, resource: str, path: str) -> Obstacle | None:
+def _out_of_reach(scene: CheckContext, vpid: int, resource: str, path: str) -> Obstacle | None:
     if path and (reason := scene.looking.out_of_reach(path)):
         return Obstacle(vpid, resource, 'EACCES', f'{path} is not opened: {reason}', 'put back what was there at the '
                         'time of the checkpoint')
     return None
 
 
-def _holders(scene: Scene) -> dict[int, tuple[int, int]]:
+def _holders(scene: CheckContext) -> dict[int, tuple[int, int]]:
     """(vpid, fd) that first lead to each description."""
     found: dict[int, tuple[int, int]] = {}
     for files_id, vpid in scene.plan.users('files_id').items():
@@ -115,7 +115,7 @@ def _holders(scene: Scene) -> dict[int, tuple[int, int]]:
 
 # ---------------------------------------------------------------- mapped files
 
-def _mapped_files(scene: Scene) -> Iterator[Obstacle]:
+def _mapped_files(scene: CheckContext) -> Iterator[Obstacle]:
     """Check the mapped files, by their first user and by the access that each needs: os.R_OK ..."""
     users = scene.plan.users('mm_id')
     first: dict[int, tuple[int, str]] = {}
@@ -130,12 +130,12 @@ def _mapped_files(scene: Scene) -> Iterator[Obstacle]:
             first.setdefault(mm.exe, (users[mm.mm_id], 'exe'))
             # PR_SET_MM_EXE_FILE asks for the right to execute (kernel/sys.c, prctl_set_mm_exe_file)
             access[mm.exe] = access.get(mm.exe, 0) | os.R_OK | os.X_OK
-    opened = {saved.link for saved in scene.reader.every(OpenFile)}
+    opened = {saved.link for saved in scene.reader.every(SavedFile)}
     for number, (vpid, resource) in first.items():
         yield from _backing(scene, scene.reader.get(Backing, number), vpid, resource, access[number], opened)
 
 
-def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
+def _backing(scene: CheckContext, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
              ) -> Iterator[Obstacle]:
     if record.deleted:
         if row := _out_of_reach(scene, vpid, resource, home_of(record.path, scene.looking)):
@@ -155,7 +155,7 @@ def _backing(scene: Scene, record: Backing, vpid: int, resource: str, access: in
                        'from then on: put the file back if somebody is to', 'warning')
         return
     found = scene.looking.lstat(record.path)
-    words = changes(Identity.of_backing(record), found)
+    words = changes(FileIdentity.of_backing(record), found)
     how = f'{record.path} {" and ".join(words)}'
     # of a file that is open too, its kind says whether it can be put back
     rolled_back = scene.looking.changed_files == 'rollback' and record.path in opened
@@ -181,7 +181,7 @@ def _verbs(access: int) -> str:
 
 # ---------------------------------------------------------------- directories
 
-def _directories(scene: Scene) -> Iterator[Obstacle]:
+def _directories(scene: CheckContext) -> Iterator[Obstacle]:
     for fs_id, vpid in scene.plan.users('fs_id').items():
         record = scene.reader.get(Fs, fs_id)
         yield from _directory(scene, vpid, 'cwd', 'working directory', record.cwd)
@@ -194,7 +194,7 @@ def _directories(scene: Scene) -> Iterator[Obstacle]:
                                'change that of a process', 'restore it as root')
 
 
-def _directory(scene: Scene, vpid: int, resource: str, what: str, path: str) -> Iterator[Obstacle]:
+def _directory(scene: CheckContext, vpid: int, resource: str, what: str, path: str) -> Iterator[Obstacle]:
     if row := _out_of_reach(scene, vpid, resource, path):
         yield row
         return
@@ -212,7 +212,7 @@ def _directory(scene: Scene, vpid: int, resource: str, what: str, path: str) -> 
 
 # ---------------------------------------------------------------- System V segments
 
-def _segments(scene: Scene) -> Iterator[Obstacle]:
+def _segments(scene: CheckContext) -> Iterator[Obstacle]:
     users = scene.plan.users('mm_id')
     first: dict[int, int] = {}
     for vma in scene.reader.every(Vma):
@@ -223,7 +223,7 @@ def _segments(scene: Scene) -> Iterator[Obstacle]:
             yield from _segment(scene, record, first[record.shm_id])
 
 
-def _segment(scene: Scene, record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
+def _segment(scene: CheckContext, record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
     """Check a System V segment. One that exists and is not attached is used again, see Objects; else its id and key
     must be free."""
     resource = f'shmid {record.shmid}'

@@ -12,7 +12,7 @@ from ckptd.kernel.creds import CAP_SYS_RAWIO, CAP_WAKE_ALARM
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import read_oom_score_adj
 from ckptd.kernel.timerfd import ALARM_CLOCKS
-from ckptd.restore.checks.context import Obstacle, Scene, once
+from ckptd.restore.checks.context import CheckContext, Obstacle, once
 from ckptd.restore.limits import (
     INFINITY,
     IOPRIO_CLASS_RT,
@@ -32,7 +32,7 @@ _AS_ROOT = 'restore it as root'
 _NICE_HINT = 'run ckptd with CAP_SYS_NICE'
 
 
-def check(scene: Scene) -> Iterator[Obstacle]:
+def check(scene: CheckContext) -> Iterator[Obstacle]:
     for process in scene.plan.processes:
         if process.alive:
             yield from _limits(scene, process.vpid)
@@ -44,7 +44,7 @@ def check(scene: Scene) -> Iterator[Obstacle]:
         yield from once(row for task in process.alive for row in _scheduling(scene, task.vpid, process.vpid))
 
 
-def _limits(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+def _limits(scene: CheckContext, vpid: int) -> Iterator[Obstacle]:
     wanted = scene.reader.get(Limits, vpid).limits
     for name, limit, nearest in zip(_LIMITS, wanted, scene.allowed.limits(vpid), strict=False):
         if limit == nearest:
@@ -62,7 +62,7 @@ def _amount(value: int) -> str:
     return 'unlimited' if value == INFINITY else f'{value:,}'
 
 
-def _oom(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+def _oom(scene: CheckContext, vpid: int) -> Iterator[Obstacle]:
     wanted, nearest = scene.reader.get(ProcessState, vpid).oom_score_adj - 1000, scene.allowed.oom_score_adj(vpid)
     if wanted != nearest:
         yield scene.beyond(Obstacle(vpid, 'oom_score_adj', 'EACCES', f'its oom_score_adj is {wanted}, ours '
@@ -70,7 +70,7 @@ def _oom(scene: Scene, vpid: int) -> Iterator[Obstacle]:
                                     'run ckptd with CAP_SYS_RESOURCE (systemd: OOMScoreAdjust=)'), f'with {nearest}')
 
 
-def _locked(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
+def _locked(scene: CheckContext, vpid: int, mm_id: int) -> Iterator[Obstacle]:
     vmas = [vma for vma in scene.reader.memory(mm_id).vmas if vma.locked]
     if unlocked := sum(vma.end - vma.start for vma in vmas if vma.start not in scene.allowed.locked(vpid, vmas)):
         locked = sum(vma.end - vma.start for vma in vmas)
@@ -80,14 +80,14 @@ def _locked(scene: Scene, vpid: int, mm_id: int) -> Iterator[Obstacle]:
                            f'with {locked - unlocked:,} bytes locked')
 
 
-def _timers(scene: Scene, vpid: int) -> Iterator[Obstacle]:
+def _timers(scene: CheckContext, vpid: int) -> Iterator[Obstacle]:
     for timer in scene.reader.get(PosixTimers, vpid).timers:
         if timer.clock in ALARM_CLOCKS and not scene.looking.capable(CAP_WAKE_ALARM):
             yield Obstacle(vpid, f'timer {timer.id}', 'EPERM', f'its timer of {ALARM_CLOCKS[timer.clock]} wakes a '
                            'suspended machine, which takes CAP_WAKE_ALARM', _AS_ROOT)
 
 
-def _lowest(scene: Scene) -> Iterator[Obstacle]:
+def _lowest(scene: CheckContext) -> Iterator[Obstacle]:
     """Mappings at addresses that the kernel keeps from users: a bug of its own that follows a null pointer would find
     what they have put there (security/commoncap.c, cap_mmap_addr)."""
     least, users = int(read_file('/proc/sys/vm/mmap_min_addr')), scene.plan.users('mm_id')
@@ -99,7 +99,7 @@ def _lowest(scene: Scene) -> Iterator[Obstacle]:
 
 # ---------------------------------------------------------------- scheduling
 
-def _scheduling(scene: Scene, vpid: int, leader: int) -> Iterator[Obstacle]:
+def _scheduling(scene: CheckContext, vpid: int, leader: int) -> Iterator[Obstacle]:
     record, nearest = scene.reader.get(Scheduling, vpid), scene.allowed.scheduling(vpid, leader)
     for what, comes in _privileged(record, nearest):
         yield scene.beyond(Obstacle(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _NICE_HINT), comes)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ckptd.image.records import Credentials
 from ckptd.kernel.creds import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
-from ckptd.restore.checks.context import Obstacle, Scene, once
+from ckptd.restore.checks.context import CheckContext, Obstacle, once
 from ckptd.restore.plan import is_users_worker
 
 # <linux/capability.h>, in its order
@@ -24,7 +24,7 @@ _ROOT = 'restore it as root'
 _SETS = ('inheritable', 'permitted', 'effective', 'bounding', 'ambient')
 
 
-def check(scene: Scene) -> Iterator[Obstacle]:
+def check(scene: CheckContext) -> Iterator[Obstacle]:
     caller, manifest = scene.request.caller, scene.reader.manifest
     if caller.uid and manifest.owner_uid != caller.uid:
         yield Obstacle(0, 'image', 'EPERM', f'the image was made for uid {manifest.owner_uid}, the caller is uid '
@@ -45,7 +45,7 @@ def capability_names(mask: int) -> str:
                      for bit in range(64) if mask >> bit & 1)
 
 
-def _ours(scene: Scene) -> Iterator[Obstacle]:
+def _ours(scene: CheckContext) -> Iterator[Obstacle]:
     """Check the rights that it takes to set credentials at all."""
     if scene.plan.world.user or is_users_worker(scene.plan):
         return
@@ -56,7 +56,7 @@ def _ours(scene: Scene) -> Iterator[Obstacle]:
         yield Obstacle(0, 'credentials', 'EPERM', f'ckptd lacks {capability_names(lacking)}', 'run ckptd as root')
 
 
-def _confined(scene: Scene) -> Iterator[Obstacle]:
+def _confined(scene: CheckContext) -> Iterator[Obstacle]:
     """A caller who has given up rights for good, for himself and all that he starts, gets none back by a restart."""
     caller = scene.request.caller
     if not caller.uid or scene.plan.world.user:
@@ -74,7 +74,7 @@ def _confined(scene: Scene) -> Iterator[Obstacle]:
                        'ask from outside of the sandbox')
 
 
-def _ids(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
+def _ids(scene: CheckContext, record: Credentials) -> Iterator[Obstacle]:
     caller, vpid = scene.request.caller, record.vpid
     if scene.plan.world.user:
         yield from _ids_in_namespace(record)
@@ -89,7 +89,7 @@ def _ids(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
             yield Obstacle(vpid, 'gid', 'EPERM', f'is in group {_list(strangers)}, the caller is not', _ROOT)
 
 
-def _ids_of_worker(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
+def _ids_of_worker(scene: CheckContext, record: Credentials) -> Iterator[Obstacle]:
     """A worker that is a user has no other ids to give, and calls setgroups(2) for nobody: fewer groups than the user
     has would open files to them that deny a group."""
     own, vpid = scene.own, record.vpid
@@ -124,7 +124,7 @@ def _list(numbers: 'list[int] | tuple[int, ...]') -> str:
     return ', '.join(map(str, numbers)) or 'none'
 
 
-def _capabilities(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
+def _capabilities(scene: CheckContext, record: Credentials) -> Iterator[Obstacle]:
     vpid, user = record.vpid, scene.plan.world.user
     sets = dict(zip(_SETS, record.capabilities, strict=True))
     held = sets['permitted'] | sets['effective'] | sets['ambient'] | sets['inheritable']
@@ -158,7 +158,7 @@ def _capabilities(scene: Scene, record: Credentials) -> Iterator[Obstacle]:
                        '(CapabilityBoundingSet=)')
 
 
-def _of_caller(scene: Scene) -> int:
+def _of_caller(scene: CheckContext) -> int:
     caller = scene.request.caller
     if caller.capabilities >= 0:
         return caller.capabilities

@@ -10,7 +10,7 @@ from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import boot_id, read_namespaces
 from ckptd.restore.cgroups import homes
-from ckptd.restore.checks.context import Obstacle, Scene
+from ckptd.restore.checks.context import CheckContext, Obstacle
 
 # a restart makes these anew, or says so itself (restore/namespaces.py)
 _MADE = frozenset({'pid', 'time'})
@@ -19,7 +19,7 @@ _SHOWN_ONLY = frozenset({'uts', 'cgroup'})
 _FOR_CHILDREN = '_for_children'
 
 
-def check(scene: Scene) -> Iterator[Obstacle]:
+def check(scene: CheckContext) -> Iterator[Obstacle]:
     if scene.request.cgroup:
         yield from _cgroup(scene, scene.request.cgroup)
     elif not scene.request.systemd and not scene.request.brokered:      # else they make a place
@@ -28,7 +28,7 @@ def check(scene: Scene) -> Iterator[Obstacle]:
     yield from _terminal(scene)
 
 
-def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
+def _cgroup(scene: CheckContext, name: str) -> Iterator[Obstacle]:
     hint = 'name a cgroup that is there and that the caller may write, with --cgroup'
     try:
         group = Cgroup.named(name)
@@ -50,7 +50,7 @@ def _cgroup(scene: Scene, name: str) -> Iterator[Obstacle]:
                        'processes itself', 'name one below it')
 
 
-def _homes(scene: Scene) -> Iterator[Obstacle]:
+def _homes(scene: CheckContext) -> Iterator[Obstacle]:
     first: dict[str, int] = {}      # of many processes in few cgroups
     for vpid, name in sorted(homes(scene.plan.processes).items()):
         first.setdefault(name, vpid)
@@ -63,7 +63,7 @@ def _homes(scene: Scene) -> Iterator[Obstacle]:
                                'again: it comes back in that of ckptd', 'name one with --cgroup', 'warning')
 
 
-def _namespaces(scene: Scene) -> Iterator[Obstacle]:
+def _namespaces(scene: CheckContext) -> Iterator[Obstacle]:
     root = scene.plan.processes[0].vpid
     for record in scene.reader.every(Namespaces):
         for one in record.namespaces:
@@ -83,13 +83,13 @@ def _namespaces(scene: Scene) -> Iterator[Obstacle]:
                                'is not made again', 'checkpoint and restore it from inside that namespace (nsenter)')
 
 
-def _is_ours(scene: Scene, namespace: Namespace) -> bool:
+def _is_ours(scene: CheckContext, namespace: Namespace) -> bool:
     """On the same boot, the one that we are in."""
     return (scene.reader.manifest.boot_id == boot_id()
             and read_namespaces(os.getpid()).get(namespace.name) == namespace.inode)
 
 
-def _terminal(scene: Scene) -> Iterator[Obstacle]:
+def _terminal(scene: CheckContext) -> Iterator[Obstacle]:
     if scene.looking.terminal:
         return
     first = next((vpid for vpid in scene.leaders if scene.reader.get(ProcessState, vpid).tty), 0)

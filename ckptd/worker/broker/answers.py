@@ -17,7 +17,7 @@ import msgspec
 
 from ckptd import __version__
 from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
-from ckptd.freezer import Frozen
+from ckptd.freezer import FrozenTree
 from ckptd.image.archive.unpack import incoming
 from ckptd.image.files import require_room, spooling
 from ckptd.image.ids import is_image_id
@@ -28,7 +28,7 @@ from ckptd.inspect.scan import scan_tree
 from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import boot_id
-from ckptd.operation.context import Job, image_path, require_some_room
+from ckptd.operation.context import JobContext, image_path, require_some_room
 from ckptd.operation.timers import OwnTimers
 from ckptd.protocol.broker_calls import (
     MAX_FILES,
@@ -39,7 +39,7 @@ from ckptd.protocol.broker_calls import (
     KeepContent,
     LetRun,
     NewImage,
-    Note,
+    NoteStep,
     OpenImage,
     PlaceTree,
     Publish,
@@ -54,14 +54,14 @@ from ckptd.worker.broker.placement import TreePlace
 Reply = tuple[dict[str, object], list[int]]
 
 
-class Powers:
+class BrokerAnswers:
     """The powers of one job. `close` undoes what the worker leaves behind, however it ended."""
 
-    def __init__(self, job: Job, identity: Identity, worker: int) -> None:
+    def __init__(self, job: JobContext, identity: Identity, worker: int) -> None:
         self._job, self._identity = job, identity
         self._stack = ExitStack()
         self._freeze = ExitStack()
-        self._frozen: Frozen | None = None
+        self._frozen: FrozenTree | None = None
         self._incoming: UsersImage | None = None
         self._is_published = False
         self._place = TreePlace(job, identity, worker)
@@ -72,7 +72,7 @@ class Powers:
             OpenImage: self._open_image, NewImage: self._new_image, Publish: self._publish,
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
             RestoreTree: self._restore_tree, EndTree: self._end_tree, ReadTimers: self._read_timers,
-            PlaceTree: self._place_tree, StartTree: self._start_tree, Note: self._note,
+            PlaceTree: self._place_tree, StartTree: self._start_tree, NoteStep: self._note,
             KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
@@ -160,7 +160,7 @@ class Powers:
                 raise PermissionDenied(f'{task.comm}[{task.tid}] is not of uid {self._identity.uid} alone',
                                        task=task.tid, resource='uid', phase='freeze')
 
-    def _tree(self) -> Frozen:
+    def _tree(self) -> FrozenTree:
         if self._frozen is None:
             raise PermissionDenied('the job has frozen nothing')
         return self._frozen
@@ -228,7 +228,7 @@ class Powers:
         if self._job.request.operation != 'restore':
             raise PermissionDenied('the job restores nothing')
 
-    def _note(self, call: Note) -> Reply:
+    def _note(self, call: NoteStep) -> Reply:
         self._require_restore()
         self._place.note(self._owned(call.step))
         return {}, []
@@ -260,7 +260,7 @@ class UsersImage(Incoming):
         """An fd of the directory, for the worker."""
         return os.dup(self._lock)
 
-    def take_back(self, job: Job) -> None:
+    def take_back(self, job: JobContext) -> None:
         """Make root's what is there, see that it is an image and nothing else, and show it. SpoolFailed."""
         with spooling(self.path):
             os.fchown(self._lock, 0, 0)         # from here on the worker can neither make nor rename anything
@@ -303,9 +303,9 @@ class UsersImage(Incoming):
 
 
 @contextmanager
-def powers(job: Job, identity: Identity, worker: int) -> Iterator[Powers]:
+def powers(job: JobContext, identity: Identity, worker: int) -> Iterator[BrokerAnswers]:
     """Make the powers of a job. The end of the block undoes what is not meant to last."""
-    made = Powers(job, identity, worker)
+    made = BrokerAnswers(job, identity, worker)
     try:
         yield made
     finally:

@@ -21,18 +21,18 @@ from ckptd.kernel.pidfd import held
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
-from ckptd.restore.cgroups import Birthplace
+from ckptd.restore.cgroups import BirthCgroup
 from ckptd.worker.broker.identity import Identity
 
 
 class TreePlace:
     """The place of one tree, and the journal of what the worker makes for it."""
 
-    def __init__(self, job: Job, identity: Identity, worker: int) -> None:
+    def __init__(self, job: JobContext, identity: Identity, worker: int) -> None:
         self._job, self._identity, self._worker = job, identity, worker
-        self._place: Birthplace | None = None
+        self._place: BirthCgroup | None = None
         self._is_settled = False
 
     def note(self, step: MakeFile | KeepFile | MakeSegment) -> None:
@@ -40,7 +40,7 @@ class TreePlace:
         self._birthplace().note(step)
 
     def keep_content(self) -> tuple[str, int]:
-        """As Birthplace has it."""
+        """As BirthCgroup has it."""
         return self._birthplace().keep_content()
 
     def settle(self, processes: Sequence[Placed]) -> None:
@@ -70,9 +70,9 @@ class TreePlace:
         if self._place is not None:
             self._place.__exit__(None, None, None)
 
-    def _birthplace(self) -> Birthplace:
+    def _birthplace(self) -> BirthCgroup:
         if self._place is None:
-            self._place = Birthplace(self._job)
+            self._place = BirthCgroup(self._job)
         return self._place
 
     def _require_stub(self, pid: int) -> int:

@@ -33,7 +33,7 @@ from ckptd.errors import (
 from ckptd.kernel import netlink
 from ckptd.kernel.signalfd import ChildSignals
 from ckptd.kernel.timens import Offsets
-from ckptd.operation.context import Job
+from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import BrokerCall, FromUsersWorker
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import (
@@ -61,7 +61,7 @@ INTERVAL = 0.5          # seconds between two looks at a worker that writes or i
 LAST_PATIENCE = 5.0     # seconds for a worker to end whose daemon is gone, or that has said its last word
 
 
-class Worker:
+class UserWorker:
     """The process of the user. `with`: dead and reaped at the end."""
 
     def __init__(self, identity: Identity, clocks: Offsets | None, run: Callable[[int], int],
@@ -77,7 +77,7 @@ class Worker:
         self.stopped_at = 0.0       # of time.monotonic(); 0 while it runs
         self.status: int | None = None
 
-    def __enter__(self) -> 'Worker':
+    def __enter__(self) -> 'UserWorker':
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -162,9 +162,9 @@ class Broker:
             netlink.load()
         elif self._request.operation in _RESTORING:
             own_xstate()        # asked by a fork, which RLIMIT_NPROC of the user may forbid; the worker inherits it
-        with Worker(self._identity, clocks, run_worker, self._close_for_worker) as worker:
+        with UserWorker(self._identity, clocks, run_worker, self._close_for_worker) as worker:
             self._worker = worker
-            job = Job(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
+            job = JobContext(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
             with powers(job, self._identity, worker.pid) as self._powers, ChildSignals() as self._signals:
                 worker.send(Start(self._workers_request()), self._fds)
                 try:

@@ -106,7 +106,7 @@ def test_an_experiment_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.needs('cgroup2')
 def test_killed_with_a_frozen_child(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed() -> str:
-        with feature_tests.probe_cgroup() as group, feature_tests.Child() as child:
+        with feature_tests.probe_cgroup() as group, feature_tests.TestChild() as child:
             group.attach(child.pid)
             group.freeze()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.objects.files.base import ChangedFiles, Content, OpenFile, read_open_file
-from ckptd.objects.files.content import Segment
+from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.registry import BY_TAG, kind_of
 from tests.lib.brood import Brood, libc
 
@@ -33,7 +32,7 @@ class Bulk:
         assert len(self.stretches[extent.offset]) == extent.length
         return self.stretches[extent.offset]
 
-    def file(self, size: int, segments: Iterable[Segment]) -> bytes:
+    def file(self, size: int, segments: Iterable[ContentSegment]) -> bytes:
         """The whole content of a file that was dumped in segments."""
         data = bytearray(size)
         for segment in segments:

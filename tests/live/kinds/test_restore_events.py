@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ckptd.errors import CkptError, NotSupported
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel import timerfd
-from ckptd.kernel.epoll import Target, parse_target
+from ckptd.kernel.epoll import EpollTarget, parse_target
 from ckptd.kernel.timerfd import Setting, timerfd_create, timerfd_gettime, timerfd_settime
 from ckptd.objects.files.base import OpenFile, read_open_file
 from ckptd.objects.files.epoll import Epoll, Watch, _watches
@@ -249,7 +249,7 @@ def test_watch_that_cannot_be_added(bulk: Bulk, restart: Start) -> None:
 
 
 def test_row_of_fdinfo() -> None:
-    assert parse_target('       5 events: 80000019 data:     ffffffffffff  pos:0 ino:e6f sdev:d') == Target(
+    assert parse_target('       5 events: 80000019 data:     ffffffffffff  pos:0 ino:e6f sdev:d') == EpollTarget(
         5, 0x80000019, (1 << 48) - 1)
 
 

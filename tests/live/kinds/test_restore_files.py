@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import CkptError, NotSupported
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.objects.files.base import OpenFile, read_open_file
 from ckptd.objects.files.deleted import deleted_file, whole
 from ckptd.objects.files.registry import BY_TAG, KINDS, UNSUPPORTED

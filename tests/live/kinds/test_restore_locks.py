@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import Busy, CkptError, NotSupported
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.objects.files.base import read_open_file
 from ckptd.objects.files.locks import F_OFD_GETLK, F_OFD_SETLK
 from tests.lib import settled

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import Busy, CkptError
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel.namei import AT_FDCWD
 from ckptd.objects.files.base import read_open_file
 from tests.live.kinds.conftest import Bulk, Restart, saved_of

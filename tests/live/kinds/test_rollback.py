@@ -12,11 +12,10 @@ import pytest
 from ckptd.dump.save_files import SavedFiles
 from ckptd.errors import CkptError
 from ckptd.image.pages import DataWriter
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel.copyrange import copy_range, copy_with_holes, zero_range
 from ckptd.objects.files.base import OpenFile, read_open_file
-from ckptd.objects.files.content import Segment, dump_content
+from ckptd.objects.files.content import ContentSegment, dump_content
 from tests.lib.brood import Brood, libc
 from tests.live.kinds.conftest import Bulk, Restart, decoded, saved_of
 
@@ -35,7 +34,7 @@ class Saving(Bulk):
     def reads(self, file: OpenFile) -> bool:
         return True
 
-    def save(self, file: OpenFile) -> tuple[Segment, ...] | None:
+    def save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, self)
 
@@ -313,7 +312,7 @@ def data(tmp_path: Path) -> Iterator[DataWriter]:
     writer.close()
 
 
-def read(data: DataWriter, size: int, segments: tuple[Segment, ...]) -> bytes:
+def read(data: DataWriter, size: int, segments: tuple[ContentSegment, ...]) -> bytes:
     content = bytearray(size)
     for start, extent in ((segment.start, segment.extent) for segment in segments):
         content[start:start + extent.length] = os.pread(data.fileno(), extent.length, extent.offset)

@@ -11,22 +11,21 @@ from typing import cast
 import pytest
 
 from ckptd.errors import CkptError, Refused
-from ckptd.image.records import Extent
-from ckptd.image.records import OpenFile as SavedFile
+from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.unix import clients_beside
-from ckptd.objects.files.base import OpenFile, Restoring, read_open_file
+from ckptd.objects.files.base import OpenFile, RestoreContext, read_open_file
 from ckptd.objects.files.registry import kind_of
-from ckptd.objects.files.severed import Severed, SeveredKind
+from ckptd.objects.files.severed import Disconnected, DisconnectedKind
 from tests.live.kinds.conftest import Bulk
 
-KIND = SeveredKind()
+KIND = DisconnectedKind()
 OPEN = Path('/proc/self/fd')
 Half = Callable[..., socket.socket]
 
 
 class Image:
-    """As much of a Restoring as this kind asks for."""
+    """As much of a RestoreContext as this kind asks for."""
 
     def __init__(self, bulk: Bulk) -> None:
         self._bulk = bulk
@@ -59,9 +58,9 @@ def half() -> Iterator[Half]:
 
 def restored(file: OpenFile, bulk: Bulk) -> socket.socket:
     """Dumped, encoded, decoded, restored."""
-    record = Severed.decode(kind_of(file).dump(file, bulk).encode())
+    record = Disconnected.decode(kind_of(file).dump(file, bulk).encode())
     saved = SavedFile(1, 'severed', file.flags & ~os.O_CLOEXEC, 0, file.stat.st_mode, 0, 0, 0, file.link, b'')
-    return socket.socket(fileno=KIND.restore(record, saved, cast(Restoring, Image(bulk))))
+    return socket.socket(fileno=KIND.restore(record, saved, cast(RestoreContext, Image(bulk))))
 
 
 @pytest.mark.parametrize('said', [(), (b'last words',), (b'one', b'two', b'x' * 100_000)])
@@ -94,9 +93,9 @@ def test_more_than_fits(half: Half, bulk: Bulk) -> None:
     """A bound of the system, and not of ours, is said as such."""
     file = own(half())
     saved = SavedFile(1, 'severed', file.flags, 0, file.stat.st_mode, 0, 0, 0, file.link, b'')
-    record = Severed(1, (bulk.add([bytes(64 << 20)]),))
+    record = Disconnected(1, (bulk.add([bytes(64 << 20)]),))
     with pytest.raises(CkptError, match='67,108,864 bytes do not fit into a socket'):
-        KIND.restore(record, saved, cast(Restoring, Image(bulk)))
+        KIND.restore(record, saved, cast(RestoreContext, Image(bulk)))
 
 
 def test_file_descriptors_in_it_are_refused(half: Half, bulk: Bulk) -> None:

@@ -44,11 +44,11 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**{**fields, **changes})
 
 
-def task(vpid: int = 7, **changes: Any) -> r.Task:
+def task(vpid: int = 7, **changes: Any) -> r.TaskRecord:
     fields: dict[str, Any] = {
         'vpid': vpid, 'parent': 0, 'comm': 'sample', 'state': ord('S'), 'exit_code': 0, 'exit_signal': 17,
         'stop_signal': 0, 'pf_flags': 0, 'mm_id': 1, 'files_id': 1, 'fs_id': 1, 'sighand_id': 1, 'cgroup': '/'}
-    return r.Task(**{**fields, **changes})
+    return r.TaskRecord(**{**fields, **changes})
 
 
 def vma(start: int, pages: int, **changes: Any) -> r.Vma:
@@ -58,7 +58,7 @@ def vma(start: int, pages: int, **changes: Any) -> r.Vma:
     return r.Vma(**{**fields, **changes})
 
 
-def tree_records(*tasks: r.Task) -> dict[str, list[Record]]:
+def tree_records(*tasks: r.TaskRecord) -> dict[str, list[Record]]:
     """What one process of these threads has, by part; memory is left to the caller."""
     vpids = tuple(one.vpid for one in tasks)
     leader = vpids[0]
@@ -71,7 +71,7 @@ def tree_records(*tasks: r.Task) -> dict[str, list[Record]]:
             r.Registers(vpid, 62, gpr, bytes(576)),
             r.ThreadSignals(vpid, 0, 0, 2, 0, ()))] + [
                 r.SignalActions(1, (r.SigAction(0, 0, 0, 0),) * 64), r.Fs(1, '/', '/', 0o22)],
-        'FILE': [r.OpenFile(1, 'chardev', 0, 0, 0o20666, 0, 0, 0, '/dev/null', b'x'),
+        'FILE': [r.SavedFile(1, 'chardev', 0, 0, 0o20666, 0, 0, 0, '/dev/null', b'x'),
                  r.FdTable(1, (r.Fd(0, 1, 0), r.Fd(1, 1, 1)))],
         'MEM ': [],
     }

@@ -37,7 +37,7 @@ def run(start: int, number: int, pages: int = 1) -> r.PageRun:
     return r.PageRun(start, pages, 0, number * PAGE)
 
 
-def image_of(spool: Path, memory: list[Record], data: list[bytes], *tasks: r.Task) -> Path:
+def image_of(spool: Path, memory: list[Record], data: list[bytes], *tasks: r.TaskRecord) -> Path:
     parts = tree_records(*(tasks or (task(),)))
     parts['MEM '] = [r.Mm(1, (0,) * 11, struct.pack('<4Q', 6, PAGE, 0, 0), 0, 1, 0), *memory]
     return write_image(spool, parts, data, tasks=len(tasks) or 1)

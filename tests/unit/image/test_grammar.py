@@ -133,7 +133,7 @@ def test_a_value_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r'Limit\.soft/hard'):
         encode_record(r.Limits(1, (r.Limit(-1, 0),)))
     with pytest.raises(ValueError, match='at most'):
-        encode_record(r.OpenFile(1, 'x', 0, 0, 0, 0, 0, 0, '', bytes(MAX_RECORD)))
+        encode_record(r.SavedFile(1, 'x', 0, 0, 0, 0, 0, 0, '', bytes(MAX_RECORD)))
 
 
 @settings(max_examples=200, deadline=None)

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from ckptd.image.identity import Identity, changes
+from ckptd.image.identity import FileIdentity, changes
 from ckptd.image.records import Backing
 
 THEN = 1_600_000_000 * 10**9
-SAVED = Identity(stat.S_IFREG | 0o644, 5, 5000, THEN)
+SAVED = FileIdentity(stat.S_IFREG | 0o644, 5, 5000, THEN)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_of_a_file_that_is_made_up_only_its_being_there_counts() -> None:
 
 
 def test_of_a_device_only_its_type_counts() -> None:
-    device = Identity(stat.S_IFCHR | 0o666, 5, 0, 0)
+    device = FileIdentity(stat.S_IFCHR | 0o666, 5, 0, 0)
     assert changes(device, found(stat.S_IFCHR | 0o666, 8)) == []
     assert changes(device, found()) == ['is no character device any more']
 
@@ -69,4 +69,4 @@ def test_what_a_strange_image_may_say() -> None:
 
 def test_of_a_mapped_file() -> None:
     backing = Backing(1, '/lib/x', 2, 5, 5000, THEN, SAVED.mode, 0, ())
-    assert Identity.of_backing(backing) == SAVED
+    assert FileIdentity.of_backing(backing) == SAVED

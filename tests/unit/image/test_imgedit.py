@@ -8,7 +8,7 @@ import pytest
 
 from ckptd.image.grammar import read_records
 from ckptd.image.manifest import read_manifest
-from ckptd.image.records import PARTS, Credentials, Fd, FdTable, OpenFile
+from ckptd.image.records import PARTS, Credentials, Fd, FdTable, SavedFile
 from ckptd.image.verify import verify
 from ckptd.objects.files.memfd import Memfd
 from tests.lib.imgedit import FIELDS, KINDS, NAMES, ImageStream, part_of
@@ -48,11 +48,11 @@ def test_edits(original: Path, tmp_path: Path) -> None:
     image = ImageStream.load(stream_of(original))
     assert image.alter('Credentials', uids=(5,) * 4) == 1
     assert image.alter('Credentials', lambda one: one.vpid == 99, uids=(6,) * 4) == 0
-    assert image.change('OpenFile', lambda file: None) == 1
+    assert image.change('SavedFile', lambda file: None) == 1
     extent = image.add_data(b'content')
     assert (extent.part, extent.length) == (1, 7)
     memfd = Memfd('made', 1, 2, 7, 0o100777, 5, 5, 0, 0, (), ())
-    image.add(OpenFile(1, 'memfd', 2, 0, 0o100777, 0, 0, 0, '/memfd:made', memfd.encode()))
+    image.add(SavedFile(1, 'memfd', 2, 0, 0o100777, 0, 0, 0, '/memfd:made', memfd.encode()))
     image.claim(command='edited')
     edited = imported(image.dump(), tmp_path)
     [credentials] = records_in(edited, 'Credentials')
@@ -60,13 +60,13 @@ def test_edits(original: Path, tmp_path: Path) -> None:
     assert credentials.uids == (5,) * 4
     assert read_manifest(edited).command == 'edited'
     assert (edited / 'data-1.img').read_bytes().rstrip(b'\0') == b'content'
-    assert [one.kind for one in records_in(edited, 'OpenFile')] == ['memfd']    # type: ignore[attr-defined]
+    assert [one.kind for one in records_in(edited, 'SavedFile')] == ['memfd']    # type: ignore[attr-defined]
 
 
 def test_payloads_of_kinds(original: Path) -> None:
     image = ImageStream.load(stream_of(original))
     memfd = Memfd('made', 1, 2, 7, 0o100777, 5, 5, 0, 0, (), ())
-    image.add(OpenFile(2, 'memfd', 2, 0, 0o100777, 0, 0, 0, '/memfd:made', memfd.encode()))
+    image.add(SavedFile(2, 'memfd', 2, 0, 0o100777, 0, 0, 0, '/memfd:made', memfd.encode()))
     assert image.alter_kind('memfd', size=1 << 40) == 1
     assert image.alter_kind('memfd', lambda file: file.file_id == 1, size=0) == 0
     [(file, payload)] = image.files('memfd')
@@ -78,11 +78,11 @@ def test_order(original: Path) -> None:
     image.add(FdTable(3, ()), FdTable(2, (Fd(0, 1, 0),)))
     image.sort('FdTable', lambda table: table.files_id)
     assert [table.files_id for table in image.every('FdTable')] == [1, 2, 3]
-    assert [type(one).__name__ for one in image.records['FILE']] == ['OpenFile', 'FdTable', 'FdTable', 'FdTable']
+    assert [type(one).__name__ for one in image.records['FILE']] == ['SavedFile', 'FdTable', 'FdTable', 'FdTable']
 
 
 def test_every_record_has_a_name() -> None:
-    assert {'Header', 'Credentials', 'OpenFile', 'Vma', 'PageRuns'} <= NAMES.keys()
+    assert {'Header', 'Credentials', 'SavedFile', 'Vma', 'PageRuns'} <= NAMES.keys()
     assert {'regular', 'fifo', 'pipe', 'timerfd'} <= KINDS.keys()
     assert FIELDS['Fs'] == ('fs_id', 'cwd', 'root', 'umask')
     assert FIELDS['timerfd'][0] == 'clock'

@@ -22,7 +22,7 @@ def test_records_by_type_and_id(spool: Path) -> None:
         assert (one.vpid, one.vppid, one.is_leader, one.record.comm) == (7, 1, True, 'sample')
         assert reader.get(r.Registers, 7).machine == 62
         assert dict(reader.table(r.Fs)) == {1: r.Fs(1, '/', '/', 0o22)}
-        assert [one.link for one in reader.every(r.OpenFile)] == ['/dev/null']
+        assert [one.link for one in reader.every(r.SavedFile)] == ['/dev/null']
         assert reader.every(r.Limits) == []
         with pytest.raises(ImageDamaged, match='no Limits 7'):
             reader.get(r.Limits, 7)
@@ -57,9 +57,9 @@ def test_an_extent_is_read_in_small_pieces(spool: Path) -> None:
 
 @pytest.mark.parametrize(('index', 'wrong', 'words'), [
     (1, r.TaskIds((7,), (7, 8), (1,), (7,), (7,)), 'differ in length'),
-    (1, r.TaskIds((8,), (8,), (1,), (8,), (8,)), 'no Task 8'),
-    (1, r.TaskIds((7, 7), (7, 7), (1, 1), (7, 7), (7, 7)), 'TaskIds and Task records differ'),
-    (1, r.TaskIds((), (), (), (), ()), 'TaskIds and Task records differ'),
+    (1, r.TaskIds((8,), (8,), (1,), (8,), (8,)), 'no TaskRecord 8'),
+    (1, r.TaskIds((7, 7), (7, 7), (1, 1), (7, 7), (7, 7)), 'TaskIds and TaskRecord records differ'),
+    (1, r.TaskIds((), (), (), (), ()), 'TaskIds and TaskRecord records differ'),
     (0, r.TaskIds((), (), (), (), ()), '0 headers'),
 ])
 def test_a_tree_that_lies(spool: Path, index: int, wrong: Record, words: str) -> None:

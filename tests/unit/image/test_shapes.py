@@ -13,7 +13,7 @@ from ckptd.image import records as r
 from ckptd.image.grammar import Record
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.objects.files.content import Segment
+from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.locks import EOF, FLOCK, OFD, POSIX, Lock
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.sound import flaws
@@ -23,7 +23,7 @@ CREDENTIALS = r.Credentials(7, (0,) * 4, (0,) * 4, (), (0,) * 5, 0, 0, 0)
 SCHEDULING = r.Scheduling(7, 0, 0, 20, 0, 0, 0, 0, b'\1', 0, 50_000)
 LIMITS = (r.Limit(1, 1),) * 16
 TIMER = r.PosixTimer(0, 0, 0, 14, 0, 0, 0, 0, 0)
-FILE = r.OpenFile(2, 'chardev', 0, 0, 0o20666, 0, 0, 0, '/dev/null', b'x')
+FILE = r.SavedFile(2, 'chardev', 0, 0, 0o20666, 0, 0, 0, '/dev/null', b'x')
 SHARED = r.SharedMemory(1, r.MEMFD, PAGE, 'x', 0, 0o777, 0, 0, 0, 0)
 BACKING = r.Backing(1, '/nowhere', 1, 2, 3, 4, 0o100644, 1, ())
 MM = r.Mm(1, (0,) * 11, b'', 0, 1, 0)
@@ -49,8 +49,8 @@ IMPOSSIBLE = [
      'PosixTimers 7: a timer with another notification or number than a kernel has'),
     (r.Fs(1, '', '/', 0), 'Fs 1: a directory without a name'),
     (r.Fs(1, '/a\0b', '/', 0), 'Fs 1: cwd has a zero byte'),
-    (replace(FILE, owner_type=3), 'OpenFile 2: owner_type is 3, above 2'),
-    (replace(FILE, owner_signal=65), 'OpenFile 2: owner_signal is 65, above 64'),
+    (replace(FILE, owner_type=3), 'SavedFile 2: owner_type is 3, above 2'),
+    (replace(FILE, owner_signal=65), 'SavedFile 2: owner_signal is 65, above 64'),
     (r.FdTable(1, (r.Fd(0, 0, 0),)), 'FdTable 1: an fd of no file'),
     (r.FdTable(1, (r.Fd(0, 1, 0), r.Fd(0, 1, 0))), 'FdTable 1: a number that is there twice, or that no fd has'),
     (replace(SHARED, size=HUGE), f'SharedMemory 1: size is {HUGE}, above {HUGE - 1}'),
@@ -65,7 +65,7 @@ def image_with(spool: Path, one: Record) -> Path:
     parts['MEM '] = [MM, SHARED, BACKING]
     code = list(r.PARTS)[one.tag >> 8]
     parts[code] = [*(other for other in parts[code] if type(other) is not type(one)), one]
-    if isinstance(one, r.OpenFile):
+    if isinstance(one, r.SavedFile):
         parts[code].append(replace(FILE, file_id=1))
     return write_image(spool, parts, [bytes(PAGE)])
 
@@ -121,11 +121,11 @@ def payload(tag: str, **fields: Any) -> Any:
 @pytest.mark.parametrize(('one', 'flaw'), [
     (payload('regular', size=HUGE), f'size is {HUGE}, above {HUGE - 1}'),
     (payload('regular', path='/a\0'), 'path has a zero byte'),
-    (payload('regular', content=(Segment(HUGE, r.Extent(0, 0, 1)),)), f'its content is at byte {HUGE}'),
-    (payload('regular', saved=(Segment(0, r.Extent(0, 1, 1)),)), 'bytes 1 to 2 are not in data-0.img'),
+    (payload('regular', content=(ContentSegment(HUGE, r.Extent(0, 0, 1)),)), f'its content is at byte {HUGE}'),
+    (payload('regular', saved=(ContentSegment(0, r.Extent(0, 1, 1)),)), 'bytes 1 to 2 are not in data-0.img'),
     (payload('memfd', size=HUGE), f'size is {HUGE}, above {HUGE - 1}'),
     (payload('memfd', name='a\0'), 'name has a zero byte'),
-    (payload('memfd', content=(Segment(0, r.Extent(9, 0, 1)),)), 'bytes 0 to 1 are not in data-9.img'),
+    (payload('memfd', content=(ContentSegment(0, r.Extent(9, 0, 1)),)), 'bytes 0 to 1 are not in data-9.img'),
     (payload('pipe', capacity=1 << 31), f'capacity is {1 << 31}, above {(1 << 31) - 1}'),
     (payload('pipe', data=(r.Extent(0, 0, PAGE + 1),)), 'bytes 0 to 4097 are not in data-0.img'),
     (payload('fifo', path='\0'), 'path has a zero byte'),
@@ -138,5 +138,6 @@ def test_a_payload_that_cannot_be(one: Any, flaw: str) -> None:
 
 
 def test_payloads_that_can_be() -> None:
-    for one in (payload('regular', locks=(LOCK,), content=(Segment(HUGE - 2, r.Extent(0, 0, 1)),)), payload('pipe')):
+    for one in (payload('regular', locks=(LOCK,), content=(ContentSegment(HUGE - 2, r.Extent(0, 0, 1)),)),
+                payload('pipe')):
         assert list(flaws(one, lambda name: PAGE)) == []

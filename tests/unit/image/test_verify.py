@@ -164,14 +164,15 @@ def test_tasks_that_name_nothing(spool: Path) -> None:
     parts = image_parts()
     parts['TREE'][2] = task(mm_id=2, files_id=3, fs_id=4, sighand_id=5, parent=6)
     assert damages_of(spool, parts) == [
-        'Task 7: there is no Task 6', 'Task 7: there is no SignalActions 5', 'Task 7: there is no Fs 4',
-        'Task 7: there is no FdTable 3', 'Task 7: there is no Mm 2']
+        'TaskRecord 7: there is no TaskRecord 6', 'TaskRecord 7: there is no SignalActions 5',
+        'TaskRecord 7: there is no Fs 4',
+        'TaskRecord 7: there is no FdTable 3', 'TaskRecord 7: there is no Mm 2']
 
 
 def test_a_living_task_without_registers(spool: Path) -> None:
     parts = image_parts()
     parts['TASK'] = [one for one in parts['TASK'] if not isinstance(one, r.Registers)]
-    assert damages_of(spool, parts) == ['Task 7: there is no Registers 7']
+    assert damages_of(spool, parts) == ['TaskRecord 7: there is no Registers 7']
 
 
 def test_a_zombie_needs_none(spool: Path) -> None:
@@ -184,7 +185,7 @@ def test_a_zombie_needs_none(spool: Path) -> None:
 def test_an_fd_of_no_file(spool: Path) -> None:
     parts = image_parts()
     parts['FILE'][1] = r.FdTable(1, (r.Fd(5, 8, 0),))
-    assert damages_of(spool, parts) == ['FdTable 1: fd 5: there is no OpenFile 8']
+    assert damages_of(spool, parts) == ['FdTable 1: fd 5: there is no SavedFile 8']
 
 
 def test_counts_that_do_not_agree(spool: Path) -> None:
@@ -197,7 +198,7 @@ def test_ids_and_tasks_that_differ(spool: Path) -> None:
     parts = image_parts()
     parts['TREE'][1] = r.TaskIds((7, 8), (7, 7), (1, 1), (7, 7), (7,))
     assert damages_of(spool, parts) == [
-        'TaskIds: lists of 2, 2, 2, 2, 1 ids', 'tree.img: TaskIds and Task records differ']
+        'TaskIds: lists of 2, 2, 2, 2, 1 ids', 'tree.img: TaskIds and TaskRecord records differ']
 
 
 def test_a_record_in_the_wrong_part(spool: Path) -> None:

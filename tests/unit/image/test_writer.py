@@ -178,7 +178,7 @@ def test_a_full_disk_while_data_is_written(tmpfs: Path) -> None:
 
 @pytest.mark.needs('root')
 def test_a_full_disk_while_records_are_written(tmpfs: Path) -> None:
-    large = r.OpenFile(1, 'x', 0, 0, 0, 0, 0, 0, '', bytes(60_000))
+    large = r.SavedFile(1, 'x', 0, 0, 0, 0, 0, 0, '', bytes(60_000))
     error = failure(tmpfs, lambda writer: [writer.part('FILE').write(large) for _ in range(100)])
     assert_full(error, tmpfs, 'files.img')
 

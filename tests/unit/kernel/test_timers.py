@@ -9,7 +9,7 @@ import pytest
 
 from ckptd.kernel import timens
 from ckptd.kernel.blocked import (
-    Call,
+    BlockedCall,
     LastRun,
     cpu_clocks,
     parse_call,
@@ -17,7 +17,7 @@ from ckptd.kernel.blocked import (
     read_call,
     read_last_run,
 )
-from ckptd.kernel.timens import Clocks, Offsets, parse_offsets, read_offsets
+from ckptd.kernel.timens import ClockReadings, Offsets, parse_offsets, read_offsets
 from ckptd.kernel.timer_list import End, parse_sleeps
 
 NR_PAUSE = 34       # <asm/unistd_64.h>
@@ -67,7 +67,7 @@ def test_parse_offsets() -> None:
 
 def test_clocks_of_this_process_are_its_own() -> None:
     before = time.monotonic_ns()
-    clocks = Clocks.read(os.getpid())
+    clocks = ClockReadings.read(os.getpid())
     assert before <= clocks.monotonic <= time.monotonic_ns()
     assert clocks.monotonic == clocks.host[time.CLOCK_MONOTONIC] + clocks.monotonic_offset
     assert (clocks.monotonic_offset, clocks.boottime_offset) == read_offsets(os.getpid())
@@ -77,7 +77,7 @@ def test_clocks_of_another_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both its offsets and ours count: we see the initial clock only through our own."""
     other = os.getpid() + 1
     monkeypatch.setattr(timens, 'read_offsets', lambda pid: Offsets(10**12, -5) if pid == other else Offsets(10**9, 7))
-    clocks, now = Clocks.read(other), time.monotonic_ns()
+    clocks, now = ClockReadings.read(other), time.monotonic_ns()
     assert abs(clocks.monotonic - (now - 10**9 + 10**12)) < 10**9
     assert clocks.host[time.CLOCK_BOOTTIME] - clocks.boottime == 5
 
@@ -86,7 +86,7 @@ def test_clocks_of_another_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parse_call() -> None:
     assert parse_call(b'230 0x0 0x1 0x7ffedff09a10 0x7ffedff09a50 0x0 0x5 0x7ffedff099f8 0x7ffbb39c3503\n') \
-        == Call(230, (0, 1, 0x7ffedff09a10, 0x7ffedff09a50, 0, 5))
+        == BlockedCall(230, (0, 1, 0x7ffedff09a10, 0x7ffedff09a50, 0, 5))
     assert parse_call(b'running\n') is None
     assert parse_call(b'-1 0x7ffedff099f8 0x7ffbb39c3503\n') is None
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from ckptd.errors import Cancelled, LimitsExceeded, Refusal, Refused
-from ckptd.kernel.liveness import Witness
+from ckptd.kernel.liveness import Liveness
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import (
@@ -38,7 +38,7 @@ class Ends:
     """channel: after its Start. witness: whose end is the daemon's."""
     channel: Channel
     socket: socket.socket
-    witness: Witness
+    witness: Liveness
 
     def say(self, message: ToWorker, *fds: int) -> None:
         socket.send_fds(self.socket, [msgspec.msgpack.encode(message)], fds)
@@ -53,7 +53,7 @@ class Ends:
 @pytest.fixture
 def ends() -> Iterator[Ends]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    made = Ends(Channel(theirs.detach()), ours, Witness())
+    made = Ends(Channel(theirs.detach()), ours, Liveness())
     try:
         if made.witness.pidfd < 0:
             pytest.skip('needs PIDFD_THREAD (Linux 6.9)')

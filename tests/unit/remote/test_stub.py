@@ -5,7 +5,7 @@ import pytest
 
 from ckptd.kernel.ptrace import Tracee
 from ckptd.remote.interleave import Steps, finish, interleave
-from ckptd.remote.stub import Arena, Puppet, Turn
+from ckptd.remote.stub import Arena, Stub, Turn
 
 ARENA = Arena.at(0x10000, 0x8000)
 
@@ -16,8 +16,8 @@ def work(name: str, seen: list[str]) -> Steps[None]:
     seen.append(f'{name} ends')
 
 
-def puppets(*turns: Turn) -> list[Puppet]:
-    return [Puppet(Tracee(number), ARENA, turn) for number, turn in enumerate(turns, 2)]
+def puppets(*turns: Turn) -> list[Stub]:
+    return [Stub(Tracee(number), ARENA, turn) for number, turn in enumerate(turns, 2)]
 
 
 def test_one_at_a_time_in_shared_memory() -> None:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 import pytest
 
 from ckptd.image.reader import ImageTask
-from ckptd.image.records import Task
+from ckptd.image.records import TaskRecord
 from ckptd.kernel.clone import CLONE_FILES, CLONE_PARENT, CLONE_THREAD, CLONE_VM
-from ckptd.restore.creation_order import SEED, CannotMake, Family, processes_of, settle_sessions
-from ckptd.restore.creation_steps import Dismiss, JoinGroup, NewSession, Spawn, Step, Subreaper
+from ckptd.restore.creation_order import SEED, CannotMake, CreationOrder, processes_of, settle_sessions
+from ckptd.restore.creation_steps import CreateTask, Dismiss, JoinGroup, NewSession, Step, Subreaper
 
 
 def task(vpid: int, parent: int, sid: int, pgid: int, *, vtgid: int = 0, mm: int = 0, files: int = 0,
          state: str = 'S') -> ImageTask:
     """A task with everything of its own, unless it is said."""
-    record = Task(vpid, parent, f't{vpid}', ord(state), 0, 17, 0, 0, mm or 1000 + vpid, files or 1000 + vpid,
-                  1000 + vpid, 1000 + vpid, '')
+    record = TaskRecord(vpid, parent, f't{vpid}', ord(state), 0, 17, 0, 0, mm or 1000 + vpid, files or 1000 + vpid,
+                        1000 + vpid, 1000 + vpid, '')
     return ImageTask(vpid, vtgid or vpid, parent, pgid, sid, record)
 
 
@@ -32,10 +32,10 @@ class Machine:
 
     def take(self, step: Step) -> None:
         match step:
-            case Spawn(vpid, maker, flags, _) if flags & CLONE_THREAD:
+            case CreateTask(vpid, maker, flags, _) if flags & CLONE_THREAD:
                 assert maker in self.parent or maker in self.process
                 self.process[vpid] = maker
-            case Spawn(vpid, maker, flags, _):
+            case CreateTask(vpid, maker, flags, _):
                 vpid, of = vpid or -1, self.process.get(maker, maker)
                 self.parent[vpid] = self.parent[maker] if flags & CLONE_PARENT else maker
                 self.session[vpid], self.group[vpid] = self.session[of], self.group[of]
@@ -62,7 +62,7 @@ class Machine:
 
 
 def made(*tasks: ImageTask) -> tuple[Machine, list[Step]]:
-    machine, steps = Machine(), Family(processes_of(tasks), child_of_us=False).plan()
+    machine, steps = Machine(), CreationOrder(processes_of(tasks), child_of_us=False).plan()
     for step in steps:
         machine.take(step)
     for one in tasks:
@@ -117,7 +117,7 @@ def test_threads_and_their_children() -> None:
 
 def test_shared_memory_and_files() -> None:
     _, steps = made(task(10, 0, 10, 10, mm=5), task(11, 10, 10, 10, mm=5, files=6), task(12, 10, 10, 10, files=6))
-    flags = {step.vpid: step.flags for step in steps if isinstance(step, Spawn)}
+    flags = {step.vpid: step.flags for step in steps if isinstance(step, CreateTask)}
     assert flags[11] & CLONE_VM
     assert flags[12] & CLONE_FILES
     assert flags[12] & CLONE_PARENT     # it shares with its sibling, not with its parent
@@ -125,8 +125,8 @@ def test_shared_memory_and_files() -> None:
 
 def test_sharing_with_a_cousin_has_no_order() -> None:
     with pytest.raises(CannotMake, match='shares memory'):
-        Family(processes_of([task(10, 0, 10, 10), task(11, 10, 10, 10), task(12, 11, 10, 10, files=6),
-                             task(13, 10, 10, 10, files=6)]), child_of_us=False).plan()
+        CreationOrder(processes_of([task(10, 0, 10, 10), task(11, 10, 10, 10), task(12, 11, 10, 10, files=6),
+                                    task(13, 10, 10, 10, files=6)]), child_of_us=False).plan()
 
 
 def test_outside_sessions_that_are_taken() -> None:
@@ -145,5 +145,5 @@ def test_outside_sessions_that_are_free_stay() -> None:
 
 def test_a_chain_of_five_thousand() -> None:
     chain = [task(10, 0, 10, 10), *(task(pid, pid - 1, 10, 10) for pid in range(11, 5010))]
-    steps = Family(processes_of(chain), child_of_us=False).plan()
-    assert sum(isinstance(step, Spawn) for step in steps) == 5000
+    steps = CreationOrder(processes_of(chain), child_of_us=False).plan()
+    assert sum(isinstance(step, CreateTask) for step in steps) == 5000
