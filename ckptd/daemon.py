@@ -163,17 +163,18 @@ class Daemon:
         recovery = Recovery(settings.runtime, self._spool, units, pool)
         quota = Quota(settings.config, self._spool)
         queue = Queue(settings.config, pool, recovery, units, announcer, quota)
-        orders = RequestFactory(settings.config, self._spool, quota, settings.runtime, avoid, settings.parent,
-                                units is not None, connection.inode)
-        library = ImageService(self._spool, queue, orders)
+        request_factory = RequestFactory(settings.config, self._spool, quota, settings.runtime, avoid, settings.parent,
+                                         units is not None, connection.inode)
+        image_service = ImageService(self._spool, queue, request_factory)
         polkit = Polkit(connection)
-        gate = Authorizer(polkit, self._spool, Visibility(queue, orders))
-        router = self._router = Router(connection, queue.spawn, ROOT, gate.sees_all, NODES)
+        authorizer = Authorizer(polkit, self._spool, Visibility(queue, request_factory))
+        router = self._router = Router(connection, queue.spawn, ROOT, authorizer.sees_all, NODES)
         if not settings.bus:        # of a client's own, and with what that has
             router.peers.set_base(own_restrictions())
         polkit.on_changed = router.views_changed
         self._stack.callback(router.peers.close)
-        announcer.begin(router, ManagerObject(queue, orders, library, gate), queue, library, gate)
+        announcer.begin(router, ManagerObject(queue, request_factory, image_service, authorizer), queue, image_service,
+                        authorizer)
 
         def look() -> None:
             queue.spawn(announcer.images_changed(), name='look into the spool')

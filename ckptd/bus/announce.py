@@ -25,21 +25,21 @@ class Announcer:
 
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
-        self._looking = asyncio.Lock()
+        self._lookup = asyncio.Lock()
         self._asked = self._seen = 0        # looks that were asked for, and how many of these the last one was for
         self._jobs: dict[int, JobObject] = {}
 
-    def begin(self, router: Router, manager: ManagerObject, queue: Queue, library: ImageService,
-              gate: Authorizer) -> None:
+    def begin(self, router: Router, manager: ManagerObject, queue: Queue, image_service: ImageService,
+              authorizer: Authorizer) -> None:
         """Export the manager and every image that is known."""
-        self._router, self._manager, self._queue, self._library = router, manager, queue, library
-        self._gate = gate
+        self._router, self._manager, self._queue, self._image_service = router, manager, queue, image_service
+        self._authorizer = authorizer
         router.export(ROOT, manager)
         for info in self._spool.images:
-            router.export(image_path(info.id), ImageObject(info, library, gate))
+            router.export(image_path(info.id), ImageObject(info, image_service, authorizer))
 
     def job_new(self, job: JobRecord) -> None:
-        made = self._jobs[job.number] = JobObject(job, self._queue, self._gate)
+        made = self._jobs[job.number] = JobObject(job, self._queue, self._authorizer)
         self._router.export(path_of(job), made)
         self._manager.JobNew.to(Audience(job.request.asked_by), job.number, path_of(job))
         self._manager.changed('Jobs', to=Audience(job.request.asked_by))
@@ -76,7 +76,7 @@ class Announcer:
         """Look into the spool and tell what is new and what is gone. One look is for all who ask before it begins."""
         self._asked += 1
         asked = self._asked
-        async with self._looking:
+        async with self._lookup:
             if self._seen < asked:
                 seen = self._asked
                 await self._tell(*self._spool.adopt(await asyncio.to_thread(self._spool.look)))
@@ -94,5 +94,5 @@ class Announcer:
             self._manager.changed('Images', to=Audience(uid))
 
     def _add(self, info: SpooledImage) -> None:
-        self._router.export(image_path(info.id), ImageObject(info, self._library, self._gate))
+        self._router.export(image_path(info.id), ImageObject(info, self._image_service, self._authorizer))
         self._manager.ImageAdded.to(Audience(info.owner), info.id, image_path(info.id))

@@ -66,8 +66,8 @@ class TreeRights(NamedTuple):
 class Authorizer:
     """Made for one bus."""
 
-    def __init__(self, polkit: Polkit, spool: Spool, sight: Visibility) -> None:
-        self._polkit, self._spool, self._sight = polkit, spool, sight
+    def __init__(self, polkit: Polkit, spool: Spool, visibility: Visibility) -> None:
+        self._polkit, self._spool, self._visibility = polkit, spool, visibility
 
     async def enter(self, call: Call, verb: Verb, what: str, *, owner: int | None, task: int = 0, refusal: str = '',
                     hint: str | None = None, outside: bool = True) -> Caller:
@@ -128,7 +128,7 @@ class Authorizer:
         caller = await call.credentials()
         where = parse_target(target, caller)
         async with call.attended() if caller.uid else contextlib.nullcontext():
-            owner, pid, start_time, outside = await self._sight.whose(where, caller)
+            owner, pid, start_time, outside = await self._visibility.whose(where, caller)
         refusal = '' if pid else PARTLY
         if as_root and owner == caller.uid:
             owner, refusal = None, 'which takes the rights of root'
@@ -148,7 +148,7 @@ class Authorizer:
             return False
         what = parse_target(target, caller)
         async with call.attended():
-            if not await self._sight.is_kept_by_yama(what, start_time, caller):
+            if not await self._visibility.is_kept_by_yama(what, start_time, caller):
                 return False
             answer = await self._polkit.ask(call.sender, caller.uid, TRACE, {'target': what},
                                             interactive=interactive and call.interactive)
@@ -161,7 +161,7 @@ class Authorizer:
         """Authorize a thaw; returns what the caller may see. owner: uid that froze the target, or None. A caller that
         may not see the freeze gets the same error either way. NoSuchTarget."""
         caller = await call.credentials()
-        if caller.confinement and await self._sight.is_outside(where, caller):
+        if caller.confinement and await self._visibility.is_outside(where, caller):
             caller = await self._leave_confinement(call, caller, 'freeze', where)
         if not caller.uid or owner == caller.uid:
             self.own(call, caller, where)

@@ -25,16 +25,16 @@ ROW_TYPES = {'pid': 'u'}        # of refusals
 class ImageObject(Exported):
     interface = IMAGE
 
-    def __init__(self, info: SpooledImage, library: ImageService, gate: Authorizer) -> None:
-        self.info, self._library, self._gate = info, library, gate
+    def __init__(self, info: SpooledImage, image_service: ImageService, authorizer: Authorizer) -> None:
+        self.info, self._image_service, self._authorizer = info, image_service, authorizer
         self.audience = Audience(info.owner)
 
     @method('', 'aa{sv}', names=('tasks',), types=TASK_TYPES)
     async def Tree(self, call: Call) -> list[dict[str, Any]]:
         """The tasks of the image in depth-first order, as Manager.Scan has those of a live tree."""
-        rights = await self._gate.image(call, 'manage', self.info.id)
+        rights = await self._authorizer.image(call, 'manage', self.info.id)
         async with call.attended():
-            return await self._library.tree(self.info.id, rights)
+            return await self._image_service.tree(self.info.id, rights)
 
     @method('hsa{sv}', names=('output', 'format', 'options'))
     async def Export(self, call: Call, output: int, format: str, options: dict[str, Any]) -> None:
@@ -42,39 +42,39 @@ class ImageObject(Exported):
         parse_options(options, NONE)
         if format not in FORMATS:
             raise InvalidArgument(f'no format {format[:32]!r}', hint=f'formats: {", ".join(FORMATS)}')
-        rights = await self._gate.image(call, 'manage', self.info.id)
+        rights = await self._authorizer.image(call, 'manage', self.info.id)
         async with call.attended():
-            await self._library.export(self.info.id, output, format, rights)
+            await self._image_service.export(self.info.id, output, format, rights)
 
     @method('', 'h', names=('stream',))
     async def Open(self, call: Call) -> UnixFd:
         """A file descriptor to read the image from, as the tar stream that Manager.Import takes. It ends early where
         something goes wrong: the job of its export says what."""
-        rights = await self._gate.image(call, 'manage', self.info.id)
-        return UnixFd(self._library.open(self.info.id, rights))
+        rights = await self._authorizer.image(call, 'manage', self.info.id)
+        return UnixFd(self._image_service.open(self.info.id, rights))
 
     @method('', 'as', names=('damages',))
     async def Verify(self, call: Call) -> list[str]:
         """What is wrong with the image, one sentence each; nothing for one that is whole."""
-        rights = await self._gate.image(call, 'manage', self.info.id)
+        rights = await self._authorizer.image(call, 'manage', self.info.id)
         async with call.attended():
-            return await self._library.verify(self.info.id, rights)
+            return await self._image_service.verify(self.info.id, rights)
 
     @method('a{sv}', 'o', names=('options', 'job'))
     async def Restore(self, call: Call, options: dict[str, Any]) -> str:
         """As Manager.Restore."""
-        return await restore(self._library, self._gate, call, self.info.id, options)
+        return await restore(self._image_service, self._authorizer, call, self.info.id, options)
 
     @method('a{sv}', 'aa{sv}', names=('options', 'refusals'), types=ROW_TYPES)
     async def CheckRestore(self, call: Call, options: dict[str, Any]) -> list[dict[str, Any]]:
         """As Manager.CheckRestore."""
-        return await check_restore(self._library, self._gate, call, self.info.id, options)
+        return await check_restore(self._image_service, self._authorizer, call, self.info.id, options)
 
     @method()
     async def Remove(self, call: Call) -> None:
         """Remove the image; Busy while a job reads it."""
-        rights = await self._gate.image(call, 'manage', self.info.id)
-        await self._library.remove(self.info.id, rights)
+        rights = await self._authorizer.image(call, 'manage', self.info.id)
+        await self._image_service.remove(self.info.id, rights)
 
     @property_('s', emits='const')
     def Id(self) -> str:

@@ -28,8 +28,8 @@ class JobObject(Exported):
     interface = JOB
     audience: Audience
 
-    def __init__(self, job: JobRecord, queue: Queue, gate: Authorizer) -> None:
-        self.job, self._queue, self._gate = job, queue, gate
+    def __init__(self, job: JobRecord, queue: Queue, authorizer: Authorizer) -> None:
+        self.job, self._queue, self._authorizer = job, queue, authorizer
         self._outcome: dict[str, Variant] = {}      # its rows may be many, and do not change any more
         # its progress is much, and of interest to few
         self.audience = Audience(job.request.asked_by, followers=set())
@@ -39,7 +39,7 @@ class JobObject(Exported):
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
         """Release the tree and leave nothing; a restored one that runs is let go. A job that is over stays as it is."""
         parse_options(options, NONE)
-        await self._gate.job(call, VERBS.get(self.job.request.operation, 'manage'), self.job)
+        await self._authorizer.job(call, VERBS.get(self.job.request.operation, 'manage'), self.job)
         self._queue.cancel(self.job.number)
 
     # a property has the name already

@@ -34,8 +34,10 @@ IMAGE_TYPES = {'path': 'o', 'owner': 'u', 'tasks': 'u'}
 class ManagerObject(Exported):
     interface = MANAGER
 
-    def __init__(self, queue: Queue, orders: RequestFactory, library: ImageService, gate: Authorizer) -> None:
-        self._queue, self._orders, self._library, self._gate = queue, orders, library, gate
+    def __init__(self, queue: Queue, request_factory: RequestFactory, image_service: ImageService,
+                 authorizer: Authorizer) -> None:
+        self._queue, self._request_factory = queue, request_factory
+        self._image_service, self._authorizer = image_service, authorizer
 
     # ------------------------------------------------------------ trees
 
@@ -54,10 +56,10 @@ class ManagerObject(Exported):
         """Dump the tree of the caller; answered when the image, its result, is published. Restored from it, the caller
         reads end-of-file from this bus instead of the answer."""
         given = parse_options(options, SELF)
-        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', 'self')
-        traces = await self._gate.traces(call, caller, 'self', start_time)
-        request = self._orders.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time,
-                                         trace_under_yama=traces, **given)
+        caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', 'self')
+        traces = await self._authorizer.traces(call, caller, 'self', start_time)
+        request = self._request_factory.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time,
+                                                  trace_under_yama=traces, **given)
         # with after=kill the caller leaves the bus because all went well
         async with contextlib.nullcontext() if request.after == 'kill' else call.attended():
             return str((await self._queue.call(request))['image'])
@@ -65,11 +67,11 @@ class ManagerObject(Exported):
     async def _checkpoint(self, call: Call, target: str, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
         given = parse_options(options, CHECKPOINT)
         token, detach = given.pop('handle_token', ''), given.pop('detach', False)
-        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target,
-                                                          as_root=given.get('as_root', False))
-        traces = await self._gate.traces(call, caller, target, start_time)
-        request = self._orders.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker,
-                                         start_time=start_time, trace_under_yama=traces, **given)
+        caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', target,
+                                                                as_root=given.get('as_root', False))
+        traces = await self._authorizer.traces(call, caller, target, start_time)
+        request = self._request_factory.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker,
+                                                  start_time=start_time, trace_under_yama=traces, **given)
         job = self._queue.submit(request, fds, token and token_path(call.sender, token))
         if not detach:
             await attach(call, self._queue, job)
@@ -90,8 +92,8 @@ class ManagerObject(Exported):
         given = parse_options(options, known)
         caller = await call.credentials()
         if operation == 'check':
-            given['trace_under_yama'] = await self._gate.traces(call, caller, target, interactive=False)
-        request = self._orders.on_target(operation, target, caller, **given)
+            given['trace_under_yama'] = await self._authorizer.traces(call, caller, target, interactive=False)
+        request = self._request_factory.on_target(operation, target, caller, **given)
         audit_call('allowed', call, caller, request.target, 'looking')
         async with call.attended():
             return await self._queue.call(request)
@@ -102,8 +104,8 @@ class ManagerObject(Exported):
         still. Once that is answered the freeze outlives its caller."""
         given = parse_options(options, FREEZING)
         detach = given.pop('detach', False)
-        caller, asker, start_time = await self._gate.tree(call, 'freeze', target)
-        request = self._orders.on_target('freeze', target, caller, asker=asker, start_time=start_time, **given)
+        caller, asker, start_time = await self._authorizer.tree(call, 'freeze', target)
+        request = self._request_factory.on_target('freeze', target, caller, asker=asker, start_time=start_time, **given)
         async with contextlib.nullcontext() if detach else call.attended():
             return int((await self._queue.call(request)).get('tasks', 0))
 
@@ -114,7 +116,7 @@ class ManagerObject(Exported):
         caller = await call.credentials()
         where = parse_target(target, caller)
         owner = self._queue.frozen.get(where)
-        viewer = await self._gate.hold(call, where, owner)
+        viewer = await self._authorizer.hold(call, where, owner)
         if self._queue.frozen.get(where) != owner:      # what was asked about has ended meanwhile
             raise not_held(where)
         await self._queue.thaw(where, viewer.sees)
@@ -124,7 +126,7 @@ class ManagerObject(Exported):
         """Have checkpoints of a tree (option target, 'self' by default) wait until the file descriptor is closed, but
         not for longer than InhibitDelayMaxSec=. PrepareForCheckpoint says when it is time to close it."""
         target = parse_options(options, INHIBIT).get('target', 'self')
-        caller, asker, start_time = await self._gate.tree(call, 'checkpoint', target)
+        caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', target)
         holder = InhibitorLock(who[:MAX_WORDS], why[:MAX_WORDS], parse_target(target, caller), asker, caller.pid,
                                call.sender)
         return UnixFd(self._queue.inhibit(holder, start_time))
@@ -141,12 +143,12 @@ class ManagerObject(Exported):
     @method('sa{sv}', 'o', names=('image', 'options', 'job'))
     async def Restore(self, call: Call, image: str, options: dict[str, Any]) -> str:
         """Start a job that brings the tree of an image back; the path of its object."""
-        return await restore(self._library, self._gate, call, image, options)
+        return await restore(self._image_service, self._authorizer, call, image, options)
 
     @method('sa{sv}', 'aa{sv}', names=('image', 'options', 'refusals'), types=ROW_TYPES)
     async def CheckRestore(self, call: Call, image: str, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Every refusal and warning that such a restore would have; no process is made and nothing changed."""
-        return await check_restore(self._library, self._gate, call, image, options)
+        return await check_restore(self._image_service, self._authorizer, call, image, options)
 
     @method('', 'a(uosss)', names=('jobs',), long=True)
     async def ListJobs(self, call: Call) -> list[tuple[int, str, str, str, str]]:
@@ -159,7 +161,7 @@ class ManagerObject(Exported):
     async def ListImages(self, call: Call) -> list[dict[str, Any]]:
         """List the images with their properties, oldest first."""
         viewer = await call.viewer()
-        seen = [info for info in self._library.spool.images if viewer.sees(info.owner)]
+        seen = [info for info in self._image_service.spool.images if viewer.sees(info.owner)]
         rows: list[dict[str, Any]] = []
         for start in range(0, len(seen), TOGETHER):
             rows += [{'image': info.id, 'path': image_path(info.id), 'target': info.target, 'command': info.command,
@@ -171,27 +173,27 @@ class ManagerObject(Exported):
     @method('s', 'o', names=('image', 'path'))
     async def GetImage(self, call: Call, image: str) -> str:
         """The path of an image's object."""
-        info = self._library.spool.get(image)
+        info = self._image_service.spool.get(image)
 
         def seen(viewer: Viewer) -> bool:
             return info is not None and viewer.sees(info.owner)
 
         if not seen(await call.viewer(seen)):
-            await self._gate.image(call, 'manage', image)
-        return image_path(self._library.spool.find(image).id)
+            await self._authorizer.image(call, 'manage', image)
+        return image_path(self._image_service.spool.find(image).id)
 
     @method('s', 'as', names=('image', 'damages'))
     async def VerifyImage(self, call: Call, image: str) -> list[str]:
         """List the damages of an image, one sentence each; an intact image has none."""
-        rights = await self._gate.image(call, 'manage', image)
+        rights = await self._authorizer.image(call, 'manage', image)
         async with call.attended():
-            return await self._library.verify(image, rights)
+            return await self._image_service.verify(image, rights)
 
     @method('s', names=('image',))
     async def RemoveImage(self, call: Call, image: str) -> None:
         """Remove an image; Busy while a job reads it."""
-        rights = await self._gate.image(call, 'manage', image)
-        await self._library.remove(image, rights)
+        rights = await self._authorizer.image(call, 'manage', image)
+        await self._image_service.remove(image, rights)
 
     @method('ha{sv}', 'o', names=('stream', 'options', 'image'))
     async def Import(self, call: Call, stream: int, options: dict[str, Any]) -> str:
@@ -199,9 +201,9 @@ class ManagerObject(Exported):
         caller, and what is restored from it has no right that the caller lacks."""
         parse_options(options, NONE)
         uid = (await call.credentials()).uid
-        caller = await self._gate.enter(call, 'manage', 'a new image', owner=uid)
+        caller = await self._authorizer.enter(call, 'manage', 'a new image', owner=uid)
         async with call.attended():
-            return image_path(await self._library.take_in(stream, caller))
+            return image_path(await self._image_service.take_in(stream, caller))
 
     JobNew = signal('uo', ('id', 'job'), doc='A job waits or works.')
     JobRemoved = signal('uos', ('id', 'job', 'result'), doc='A job is over; its last state is done, failed or '
@@ -220,7 +222,7 @@ class ManagerObject(Exported):
     @property_('s', emits='const')
     def Spool(self) -> str:
         """The directory of the images."""
-        return str(self._library.spool.directory)
+        return str(self._image_service.spool.directory)
 
     @property_('u', emits='invalidates')
     def Jobs(self, viewer: Viewer) -> int:
@@ -230,7 +232,7 @@ class ManagerObject(Exported):
     @property_('u', emits='invalidates')
     def Images(self, viewer: Viewer) -> int:
         """Number of images that the caller may see."""
-        return self._library.spool.usage(None if viewer.all or not viewer.uid else viewer.uid)[0]
+        return self._image_service.spool.usage(None if viewer.all or not viewer.uid else viewer.uid)[0]
 
     @property_('as', emits='invalidates')
     def FrozenTargets(self, viewer: Viewer) -> list[str]:

@@ -62,7 +62,7 @@ class Peer:
     sees_all: bool = False
     view_ends: float = 0.0
     viewed: bool = False
-    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lookup: asyncio.Lock = field(default_factory=asyncio.Lock)
     on_gone: list[Callable[[], None]] = field(default_factory=list)
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class Peers:
         if peer.uid == 0:
             return Viewer(0, True)
         now = asyncio.get_running_loop().time
-        async with peer.looking:        # many calls at once ask one question
+        async with peer.lookup:        # many calls at once ask one question
             for _ in range(ATTEMPTS):
                 if peer.view_ends > now():
                     break

@@ -79,17 +79,17 @@ class Polkit:
 
     @staticmethod
     @contextlib.asynccontextmanager
-    async def _turn(lane: Slots, uid: int, patience: float) -> AsyncIterator[None]:
+    async def _turn(slots: Slots, uid: int, patience: float) -> AsyncIterator[None]:
         """A place in the lane, once it is the user's turn. LimitsExceeded."""
         try:
             async with asyncio.timeout(patience):
-                await lane.acquire(uid)
+                await slots.acquire(uid)
         except TimeoutError:
             raise _too_many(f'uid {uid} waits for polkit to answer others') from None
         try:
             yield
         finally:
-            lane.release(uid)
+            slots.release(uid)
 
     async def _ask(self, sender: str, action: str, details: Mapping[str, str], flags: int,
                    patience: float) -> PolkitAnswer:

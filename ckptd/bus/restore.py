@@ -13,24 +13,26 @@ from ckptd.bus.options import CHECK_RESTORE, RESTORE, Option, parse_options
 from ckptd.jobs.images import ImageService
 
 
-async def restore(library: ImageService, gate: Authorizer, call: Call, image: str, options: Mapping[str, Any]) -> str:
+async def restore(image_service: ImageService, authorizer: Authorizer, call: Call, image: str,
+                  options: Mapping[str, Any]) -> str:
     """Start the job; its path."""
     wishes, fds = _wishes(options, RESTORE)
     token, detach = wishes.pop('handle_token', ''), wishes.pop('detach', False)
-    rights = await gate.image(call, 'restore', image)
-    job = library.restore(image, rights, fds, token and token_path(call.sender, token), **wishes)
+    rights = await authorizer.image(call, 'restore', image)
+    job = image_service.restore(image, rights, fds, token and token_path(call.sender, token), **wishes)
     if not detach:
-        await attach(call, library.queue, job)
+        await attach(call, image_service.queue, job)
     return path_of(job)
 
 
-async def check_restore(library: ImageService, gate: Authorizer, call: Call, image: str, options: Mapping[str, Any]
+async def check_restore(image_service: ImageService, authorizer: Authorizer, call: Call, image: str,
+                        options: Mapping[str, Any]
                         ) -> list[dict[str, Any]]:
     """The rows of what stands in the way."""
     wishes, fds = _wishes(options, CHECK_RESTORE)
-    rights = await gate.image(call, 'restore', image)
+    rights = await authorizer.image(call, 'restore', image)
     async with call.attended():
-        return await library.check_restore(image, rights, fds, **wishes)
+        return await image_service.check_restore(image, rights, fds, **wishes)
 
 
 def _wishes(options: Mapping[str, Any], known: tuple[Option, ...]) -> tuple[dict[str, Any], list[int]]:

@@ -103,14 +103,14 @@ class ObjectManager(Exported):
         found = {}
         for number, path in enumerate(list(self._registry.below(self._root)), 1):
             if self._registry.at(path) and viewer.may_see(self._registry.audience(path)):
-                found[path] = _picture(list(self._registry.at(path).values()))
+                found[path] = _cache(list(self._registry.at(path).values()))
             if number % TOGETHER == 0:
                 await asyncio.sleep(0)      # others have their turn
         return found
 
     def added(self, path: str, exported: Sequence[Exported]) -> None:
         if path != self._root:
-            self.InterfacesAdded.to(_all_of(exported[0].audience), path, _picture(exported))
+            self.InterfacesAdded.to(_all_of(exported[0].audience), path, _cache(exported))
 
     def removed(self, path: str, exported: Sequence[Exported]) -> None:
         if path != self._root and exported:
@@ -200,5 +200,5 @@ def _readable(exported: Exported, rows: Any, viewer: Viewer) -> dict[str, Varian
     return values
 
 
-def _picture(exported: Sequence[Exported]) -> dict[str, dict[str, Variant]]:
+def _cache(exported: Sequence[Exported]) -> dict[str, dict[str, Variant]]:
     return {one.interface: read_properties(one, NOBODY) for one in exported}

@@ -56,15 +56,15 @@ class Words:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._orders: dict[str, str] = {}
+        self._request_factory: dict[str, str] = {}
 
     def of(self, signal: ReceivedSignal) -> str:
         match signal.member, list(signal.args):
             case 'InterfacesAdded', [str(path), {'org.ckptd1.Job': {'Operation': operation, 'Target': target}}]:
-                self._orders[path] = f'{operation} {target}'.strip()
+                self._request_factory[path] = f'{operation} {target}'.strip()
             case 'JobNew', [int(number), str(path)]:
                 self._numbers[path] = number
-                return f'job {number}  {self._orders.pop(path, "")}'.strip()
+                return f'job {number}  {self._request_factory.pop(path, "")}'.strip()
             case 'JobRemoved', [int(number), str(path), str(result)]:
                 self._numbers.pop(path, None)
                 return f'job {number}  {result}'

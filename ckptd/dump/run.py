@@ -84,8 +84,8 @@ class Checkpoint:
         """Everything that needs the tree to stand still."""
         fault('frozen')
         self._channel.phase('rescan')
-        picture = self._job.picture()
-        tree = self._rescan(frozen, picture)
+        cache = self._job.cache()
+        tree = self._rescan(frozen, cache)
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
         patience = Patience(self._request.timeout_usec / 1e6, self._channel.check)
@@ -102,7 +102,7 @@ class Checkpoint:
                 deaths.check()
                 self._channel.progress(tasks_done, tasks, bytes_done, size)
 
-            dump = undo.enter_context(Dump(tree, frozen.tracees, picture, cgroups, notes, waits, writer.data, report,
+            dump = undo.enter_context(Dump(tree, frozen.tracees, cache, cgroups, notes, waits, writer.data, report,
                                            self._job.timers(),
                                            self._request.save_limit if self._request.save_files else 0))
             dump.read_state()
@@ -122,13 +122,13 @@ class Checkpoint:
         if lent and (is_read or ptrace_scope() != CAPABLE):
             give_up_capability(CAP_SYS_PTRACE)
 
-    def _rescan(self, frozen: FrozenTree, picture: ProcCache) -> Tree:
+    def _rescan(self, frozen: FrozenTree, cache: ProcCache) -> Tree:
         """The tree once more, now that nothing moves: the same tasks, and every check again."""
         tree = frozen.rescan()
         changes = frozen.tree.changes(tree)
         if changes:
             raise TreeChanged(f'the tree changed while it was frozen: {changes[0]}', phase='rescan')
-        self._warnings = self._job.require(tree, picture)
+        self._warnings = self._job.require(tree, cache)
         fault('rescanned')
         return tree
 

@@ -61,10 +61,10 @@ class Dump:
     `with` closes what it has open; the stopped tasks and the data part are their owners'.
     """
 
-    def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], picture: ProcCache, cgroups: Mapping[int, str],
+    def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], cache: ProcCache, cgroups: Mapping[int, str],
                  notes: WaitNotes, waits: Mapping[int, Wait], data: DataWriter, report: Report, timers: Timers,
                  save_limit: int = 0) -> None:
-        self.tree, self._picture = tree, picture
+        self.tree, self._cache = tree, cache
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
         self._data, self._notes, self.waits, self._timers = data, notes, waits, timers
         self._vtids = {task.tid: task.vtid for task in tree}
@@ -130,7 +130,7 @@ class Dump:
     def _process(self, threads: list[Task]) -> Steps[None]:
         alive = [task for task in threads if task.tid in self._tracees]
         try:
-            self._task_records += [state.zombie_credentials(task, self._picture.status(task))
+            self._task_records += [state.zombie_credentials(task, self._cache.status(task))
                                    for task in threads if task.is_zombie]
             if alive:
                 yield from self._alive(threads[0], alive)
@@ -160,8 +160,8 @@ class Dump:
         anchor = alive[0]
         for task in alive:
             self._check_registers(task)
-        mappings = self._picture.mappings(anchor)
-        statuses = {task.tid: self._picture.status(task) for task in alive}
+        mappings = self._cache.mappings(anchor)
+        statuses = {task.tid: self._cache.status(task) for task in alive}
         self._share(leader, alive, statuses)
         mine, stat = self._ids[anchor.tid], read_stat(anchor.tid)
         if self._tracees[anchor.tid].stop_signal:
@@ -189,7 +189,7 @@ class Dump:
             self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
         self._memory.add(mine.mm, anchor.tid, mappings, stat, answers, self._origin(leader, mine.mm))
         for task in alive:
-            self._picture.forget(task)
+            self._cache.forget(task)
 
     def _origin(self, leader: Task, mm: int) -> int:
         """The address space that a process may have been forked from, copied before its own: its parent's; where that
@@ -220,7 +220,7 @@ class Dump:
         for task in alive:
             files, new_files = self._sharing.files.id_of(task.tid)
             if new_files:
-                self._files.enter(files, self._picture.files(task))
+                self._files.enter(files, self._cache.files(task))
             fs, new_fs = self._sharing.fs.id_of(task.tid)
             if new_fs:
                 self._task_records.append(state.fs(fs, task.tid, statuses[task.tid].umask))

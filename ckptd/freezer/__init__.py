@@ -35,7 +35,7 @@ from ckptd.freezer.caller import check_frozen
 from ckptd.freezer.groups import CgroupFrozen
 from ckptd.freezer.traced import TracedFrozen
 from ckptd.freezer.units import UnitFrozen
-from ckptd.journal.hands import Actions, FaultPoint, UnitCall, no_fault
+from ckptd.journal.actions import Actions, FaultPoint, UnitCall, no_fault
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -57,9 +57,9 @@ def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal
     rest; NotFrozen, NotSupported, TreeChanged, PermissionDenied, Cancelled. Nothing is left changed by any of them.
     """
     refuse_own_tree(tree)
-    hands = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
-    terms = FreezeRequest(target, deadline, journal, hands, rescan, job, also, check, remote_calls, at)
-    frozen = _first_that_can(_freezers(tree, mode, terms, traced=traced), tree, terms)
+    actions = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    freeze_request = FreezeRequest(target, deadline, journal, actions, rescan, job, also, check, remote_calls, at)
+    frozen = _first_that_can(_freezers(tree, mode, freeze_request, traced=traced), tree, freeze_request)
     try:
         yield frozen
     except BaseException as error:
@@ -68,34 +68,35 @@ def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal
     frozen.close()
 
 
-def _freezers(tree: Tree, mode: str, terms: FreezeRequest, *, traced: bool) -> list[type[FrozenTree]]:
+def _freezers(tree: Tree, mode: str, freeze_request: FreezeRequest, *, traced: bool) -> list[type[FrozenTree]]:
     """What may bring the tree to rest in this mode, the best first."""
     match mode:
         case 'caller':
-            return _for_caller(tree, terms)
+            return _for_caller(tree, freeze_request)
         case 'unit':
             return [UnitFrozen]
         case 'cgroup':
             return [CgroupFrozen]
         case 'ptrace':
             return [TracedFrozen]
-    with_unit: list[type[FrozenTree]] = [UnitFrozen] if terms.target.unit and terms.hands.freeze_unit else []
+    by_systemd = freeze_request.target.unit and freeze_request.actions.freeze_unit
+    with_unit: list[type[FrozenTree]] = [UnitFrozen] if by_systemd else []
     return [*with_unit, CgroupFrozen, *([TracedFrozen] if traced else [])]
 
 
-def _for_caller(tree: Tree, terms: FreezeRequest) -> list[type[FrozenTree]]:
-    refusals = check_frozen(tree, terms.hands)
+def _for_caller(tree: Tree, freeze_request: FreezeRequest) -> list[type[FrozenTree]]:
+    refusals = check_frozen(tree, freeze_request.actions)
     if refusals:
         raise Refused.because(refusals, 'freeze')
     # frozen by a cgroup, the tree runs no remote system call: it has to move to a frozen cgroup that may be thawed
     stopped = all(task.state in 'TtZX' for task in tree)
-    return [FrozenTree] if stopped or not terms.remote_calls else [CgroupFrozen]
+    return [FrozenTree] if stopped or not freeze_request.remote_calls else [CgroupFrozen]
 
 
-def _first_that_can(freezers: list[type[FrozenTree]], tree: Tree, terms: FreezeRequest) -> FrozenTree:
+def _first_that_can(freezers: list[type[FrozenTree]], tree: Tree, freeze_request: FreezeRequest) -> FrozenTree:
     reasons: list[str] = []
     for freezer in freezers:
-        frozen = freezer(tree, terms)
+        frozen = freezer(tree, freeze_request)
         try:
             frozen.freeze()
         except CannotFreezeError as error:
@@ -106,7 +107,7 @@ def _first_that_can(freezers: list[type[FrozenTree]], tree: Tree, terms: FreezeR
             raise
         else:
             return frozen
-    raise NotSupported(f'{terms.target.description} cannot be frozen: {"; ".join(reasons)}', phase='freeze')
+    raise NotSupported(f'{freeze_request.target.description} cannot be frozen: {"; ".join(reasons)}', phase='freeze')
 
 
 def close_after(frozen: FrozenTree, error: BaseException) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from ckptd.errors import CkptError, FreezeTimeout, InvalidArgument, Refusal
+from ckptd.journal.actions import Actions, FaultPoint, describe, undo_all
 from ckptd.journal.entry import JournalEntry
-from ckptd.journal.hands import Actions, FaultPoint, describe, undo_all
 from ckptd.journal.steps import AnyStep, EndProcesses, FreezeCgroup, FreezeUnit, Known
 from ckptd.journal.store import Journal
 from ckptd.kernel.ptrace import Tracee, let_go
@@ -45,7 +45,7 @@ class FreezeRequest:
     target: FreezeTarget
     deadline: float
     journal: Journal | None
-    hands: Actions
+    actions: Actions
     rescan: Callable[[], Tree]
     job: int
     also: int | None
@@ -79,10 +79,10 @@ class FrozenTree:
     """
     mode: str = 'caller'
 
-    def __init__(self, tree: Tree, terms: FreezeRequest) -> None:
+    def __init__(self, tree: Tree, freeze_request: FreezeRequest) -> None:
         self.tree = tree
         self.tracees: dict[int, Tracee] = {}
-        self._terms = terms
+        self._freeze_request = freeze_request
         self._entry: JournalEntry | None = None
 
     @property
@@ -95,29 +95,29 @@ class FrozenTree:
 
     def rescan(self) -> Tree:
         """The tree as it is now, wherever the freeze has put it."""
-        return self._terms.rescan()
+        return self._freeze_request.rescan()
 
     def let_run(self) -> None:
         """CkptError if the system does not let us."""
         for number, step in self._brakes():
-            self._terms.at(f'let-run-{step.point}')
+            self._freeze_request.at(f'let-run-{step.point}')
             try:
-                self._terms.hands.undo(step, {})
+                self._freeze_request.actions.undo(step, {})
             except OSError as error:
                 raise CkptError(f'cannot undo {describe(step)}: {error.strerror}', errno=error.errno) from error
             self._journal().undone(number)
-            self._terms.at(f'let-run-{step.point}-done')
+            self._freeze_request.at(f'let-run-{step.point}-done')
 
     def hold(self) -> None:
         """CkptError if the system does not let us; FreezeTimeout. Nothing where let_run had nothing to thaw."""
         for number, step in self._entry.released() if self._entry else ():
             self._journal().redone(number)
-            self._terms.at(f'hold-{step.point}')
+            self._freeze_request.at(f'hold-{step.point}')
             try:
-                self._terms.hands.take(step)
+                self._freeze_request.actions.take(step)
             except OSError as error:
                 raise CkptError(f'{describe(step)}: {error.strerror}', errno=error.errno) from error
-            self._terms.at(f'hold-{step.point}-done')
+            self._freeze_request.at(f'hold-{step.point}-done')
 
     def condemn(self) -> None:
         """Write down all processes before the first one is killed, so that a recovery never leaves half a tree.
@@ -134,7 +134,7 @@ class FrozenTree:
         if self._entry is None or self._entry.closed:
             return
         try:
-            failures = undo_all(self._entry, self._terms.hands, self._terms.at)
+            failures = undo_all(self._entry, self._freeze_request.actions, self._freeze_request.at)
         finally:
             self._entry.close()
         if failures:
@@ -154,25 +154,25 @@ class FrozenTree:
 
     def _journal(self) -> JournalEntry:
         if self._entry is None:
-            terms = self._terms
-            if terms.journal is None:
+            freeze_request = self._freeze_request
+            if freeze_request.journal is None:
                 raise RuntimeError('a freeze that changes cgroups needs a journal')
-            self._entry = terms.journal.begin(terms.job, terms.target.description, self.mode)
-            terms.at('freeze-begin')
+            self._entry = freeze_request.journal.begin(freeze_request.job, freeze_request.target.description, self.mode)
+            freeze_request.at('freeze-begin')
         return self._entry
 
     def _take(self, step: AnyStep) -> None:
         """Write the step down, then take it. CannotFreezeError if the system does not let us."""
         try:
             self._journal().add(step)
-            self._terms.at(f'freeze-{step.point}')
-            self._terms.hands.take(step)
+            self._freeze_request.at(f'freeze-{step.point}')
+            self._freeze_request.actions.take(step)
         except OSError as error:
             raise CannotFreezeError(f'{describe(step)}: {error.strerror or error}') from error
-        self._terms.at(f'freeze-{step.point}-done')
+        self._freeze_request.at(f'freeze-{step.point}-done')
 
     def _write_end(self) -> None:
-        if self._terms.journal is not None:
+        if self._freeze_request.journal is not None:
             alive = self.tree.alive()
             self._journal().add(EndProcesses(tuple(Known(task.tgid, task.start_time) for task in self.tree.leaders
                                                    if task.tgid in alive)))

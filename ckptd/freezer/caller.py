@@ -2,23 +2,23 @@
 """freeze=caller: the caller has brought the tree to rest already, and ckptd only looks."""
 
 from ckptd.errors import NotFrozen, Refusal
-from ckptd.journal.hands import Actions
+from ckptd.journal.actions import Actions
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Task, Tree
 
 
-def check_frozen(tree: Tree, hands: Actions) -> list[Refusal]:
+def check_frozen(tree: Tree, actions: Actions) -> list[Refusal]:
     """Tasks that are neither in a frozen cgroup (cgroup.events, so by one above it as well) nor stopped by a signal."""
     known: dict[str, bool] = {}
     return [_refusal(task) for task in tree
-            if not task.is_zombie and task.state not in 'Tt' and not _in_frozen(task, hands, known)]
+            if not task.is_zombie and task.state not in 'Tt' and not _in_frozen(task, actions, known)]
 
 
-def _in_frozen(task: Task, hands: Actions, known: dict[str, bool]) -> bool:
+def _in_frozen(task: Task, actions: Actions, known: dict[str, bool]) -> bool:
     try:
         place = read_cgroup2(task.tid)
         if place not in known:
-            known[place] = hands.cgroup(place).frozen
+            known[place] = actions.cgroup(place).frozen
     except ProcessLookupError:
         return True         # died: a scan will tell
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from ckptd.errors import TreeChanged
 from ckptd.freezer.base import CannotFreezeError, FreezeRequest, FrozenTree, restless, timed_out
 from ckptd.inspect.scan import scan_tree
-from ckptd.journal.hands import Actions
+from ckptd.journal.actions import Actions
 from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Tree
@@ -31,14 +31,14 @@ class CgroupFrozen(FrozenTree):
     """Frozen through cgroup.freeze."""
     mode = 'cgroup'
 
-    def __init__(self, tree: Tree, terms: FreezeRequest) -> None:
-        super().__init__(tree, terms)
+    def __init__(self, tree: Tree, freeze_request: FreezeRequest) -> None:
+        super().__init__(tree, freeze_request)
         self._cgroup = ''
         self._moves = False
 
     def freeze(self) -> None:
-        hands = self._terms.hands
-        if hands.mount is None:
+        actions = self._freeze_request.actions
+        if actions.mount is None:
             raise CannotFreezeError('no cgroup v2 hierarchy is mounted')
         try:
             places = read_places(self.tree)
@@ -56,8 +56,8 @@ class CgroupFrozen(FrozenTree):
 
     @property
     def moved(self) -> bool:
-        goal = self._terms.target.cgroup
-        return self._moves and goal is not None and not is_below(self._cgroup, goal)
+        target = self._freeze_request.target.cgroup
+        return self._moves and target is not None and not is_below(self._cgroup, target)
 
     def rescan(self) -> Tree:
         if not self.moved:
@@ -72,16 +72,16 @@ class CgroupFrozen(FrozenTree):
 
     def _own_cgroup(self, places: dict[int, str]) -> str | None:
         """The cgroup that may be frozen as it is: it holds this tree and nobody else, and was not found frozen."""
-        hands = self._terms.hands
-        own = self._terms.target.cgroup or common(places.values())
-        found_frozen = (any(topmost_frozen(hands, place) for place in {own, *places.values()})
-                        if self._terms.remote_calls else own != '/' and hands.cgroup(own).frozen_wanted)
+        actions = self._freeze_request.actions
+        own = self._freeze_request.target.cgroup or common(places.values())
+        found_frozen = (any(topmost_frozen(actions, place) for place in {own, *places.values()})
+                        if self._freeze_request.remote_calls else own != '/' and actions.cgroup(own).frozen_wanted)
         return own if not found_frozen and self._is_exactly(own, places) else None
 
     def _is_exactly(self, own: str, places: dict[int, str]) -> bool:
         if own == '/' or not all(is_below(place, own) for place in places.values()):
             return False
-        members = set(self._terms.hands.cgroup(own).procs(recursive=True))
+        members = set(self._freeze_request.actions.cgroup(own).procs(recursive=True))
         if not members <= places.keys():
             # a child that was born since the scan is no stranger
             self.tree = self.rescan()
@@ -90,13 +90,13 @@ class CgroupFrozen(FrozenTree):
         return members <= places.keys()
 
     def _make_work_cgroup(self, places: dict[int, str]) -> None:
-        hands = self._terms.hands
-        threaded = [place for place in sorted(set(places.values())) if hands.cgroup(place).type != 'domain']
+        actions = self._freeze_request.actions
+        threaded = [place for place in sorted(set(places.values())) if actions.cgroup(place).type != 'domain']
         if threaded:
             raise CannotFreezeError(f'cgroup {threaded[0]} is threaded, its processes cannot be moved')
         base = common(places.values())
-        if self._terms.remote_calls:
-            frozen = [top for place in set(places.values()) if (top := topmost_frozen(hands, place))]
+        if self._freeze_request.remote_calls:
+            frozen = [top for place in set(places.values()) if (top := topmost_frozen(actions, place))]
             base = common([base, *(str(PurePosixPath(top).parent) for top in frozen)])
         self._cgroup = str(PurePosixPath(base) / self._journal().work_name)
         self._take(MakeCgroup(self._cgroup))
@@ -110,12 +110,13 @@ class CgroupFrozen(FrozenTree):
             if outside:
                 self._bring_in(outside)
             self._wait()
-            self._terms.next_round()
+            self._freeze_request.next_round()
             self.tree = self.rescan()
             places = read_places(self.tree)
             if all(is_below(place, self._cgroup) for place in places.values()):
                 return
-        raise TreeChanged(f'{self._terms.target.description} forks faster than it can be moved', phase='freeze')
+        raise TreeChanged(f'{self._freeze_request.target.description} forks faster than it can be moved',
+                          phase='freeze')
 
     def _bring_in(self, outside: dict[int, str]) -> None:
         if not self._moves:
@@ -124,12 +125,12 @@ class CgroupFrozen(FrozenTree):
                                             for tgid, place in outside.items() if tgid in self.tree)))
 
     def _wait(self) -> None:
-        terms = self._terms
-        cgroup = terms.hands.cgroup(self._cgroup)
+        freeze_request = self._freeze_request
+        cgroup = freeze_request.actions.cgroup(self._cgroup)
         try:
-            while not cgroup.wait(True, terms.deadline, terms.also):
-                terms.check()
-                if time.monotonic() >= terms.deadline:
+            while not cgroup.wait(True, freeze_request.deadline, freeze_request.also):
+                freeze_request.check()
+                if time.monotonic() >= freeze_request.deadline:
                     timed_out(restless(self.rescan()), 'does not freeze')
         except OSError as error:
             raise TreeChanged(f'cgroup {self._cgroup}: {error.strerror}', phase='freeze') from error
@@ -174,12 +175,12 @@ def ways_up(name: str) -> Iterator[str]:
     yield from map(str, (path, *path.parents))
 
 
-def topmost_frozen(hands: Actions, name: str) -> str:
+def topmost_frozen(actions: Actions, name: str) -> str:
     """Of this cgroup and those above it the highest whose cgroup.freeze is 1; '' if none is."""
     frozen = ''
     for above in ways_up(name):
         try:
-            frozen = above if hands.cgroup(above).frozen_wanted else frozen
+            frozen = above if actions.cgroup(above).frozen_wanted else frozen
         except FileNotFoundError:
             break       # above what the mount shows
     return frozen

@@ -26,9 +26,9 @@ class TracedFrozen(FrozenTree):
     mode = 'ptrace'
 
     def freeze(self) -> None:
-        terms = self._terms
+        freeze_request = self._freeze_request
         self._refuse_frozen()
-        if terms.journal is not None:
+        if freeze_request.journal is not None:
             self._journal()
         with ChildSignals() as signals:
             for _ in range(ROUNDS):
@@ -37,24 +37,24 @@ class TracedFrozen(FrozenTree):
                     return
                 for task in awake:
                     self._seize(task)
-                terms.at('freeze-seize')
+                freeze_request.at('freeze-seize')
                 for task in awake:
                     self._wait(task, awake, signals)
-                terms.at('freeze-seize-done')
-                terms.next_round()
-                self.tree = terms.rescan()
-        raise TreeChanged(f'{terms.target.description} forks faster than it can be stopped', phase='freeze')
+                freeze_request.at('freeze-seize-done')
+                freeze_request.next_round()
+                self.tree = freeze_request.rescan()
+        raise TreeChanged(f'{freeze_request.target.description} forks faster than it can be stopped', phase='freeze')
 
     def let_run(self) -> None:
         """Do nothing: each tracee is stopped by itself."""
 
     def _refuse_frozen(self) -> None:
         # a frozen task can be stopped, but runs no remote system call: it goes back to the freezer's sleep first
-        hands = self._terms.hands
-        if not self._terms.remote_calls or hands.mount is None:
+        actions = self._freeze_request.actions
+        if not self._freeze_request.remote_calls or actions.mount is None:
             return
         for place in set(read_places(self.tree).values()):
-            if frozen := topmost_frozen(hands, place):
+            if frozen := topmost_frozen(actions, place):
                 raise CannotFreezeError(f'cgroup {frozen} is frozen, and what is in it cannot run for its tracer')
 
     def _seize(self, task: Task, *, again: bool = True) -> None:
@@ -73,12 +73,12 @@ class TracedFrozen(FrozenTree):
             self._seize(task, again=False)
 
     def _wait(self, task: Task, awake: list[Task], signals: ChildSignals) -> None:
-        terms = self._terms
+        freeze_request = self._freeze_request
         while not self._is_settled(task.tid):
-            if time.monotonic() >= terms.deadline:
+            if time.monotonic() >= freeze_request.deadline:
                 timed_out([other for other in awake if not self._is_settled(other.tid)], 'does not stop')
-            signals.wait(terms.deadline - time.monotonic(), terms.also)
-            terms.check()
+            signals.wait(freeze_request.deadline - time.monotonic(), freeze_request.also)
+            freeze_request.check()
             self._forget_dead(task.tid)
 
     def _is_settled(self, tid: int) -> bool:

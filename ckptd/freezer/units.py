@@ -13,23 +13,24 @@ class UnitFrozen(CgroupFrozen):
     """Frozen through FreezeUnit. A unit that was found frozen is thawed by let_run only, and then frozen again."""
     mode = 'unit'
 
-    def __init__(self, tree: Tree, terms: FreezeRequest) -> None:
-        super().__init__(tree, terms)
-        if terms.target.unit is None or terms.target.cgroup is None:
-            raise InvalidArgument(f'{terms.target.description} is not a unit', hint='freeze=unit needs a unit name')
-        self._unit = terms.target.unit
-        self._cgroup = terms.target.cgroup
+    def __init__(self, tree: Tree, freeze_request: FreezeRequest) -> None:
+        super().__init__(tree, freeze_request)
+        if freeze_request.target.unit is None or freeze_request.target.cgroup is None:
+            raise InvalidArgument(f'{freeze_request.target.description} is not a unit',
+                                  hint='freeze=unit needs a unit name')
+        self._unit = freeze_request.target.unit
+        self._cgroup = freeze_request.target.cgroup
         self._found_frozen = False
 
     def freeze(self) -> None:
-        hands = self._terms.hands
-        if hands.freeze_unit is None or hands.thaw_unit is None:
+        actions = self._freeze_request.actions
+        if actions.freeze_unit is None or actions.thaw_unit is None:
             raise CannotFreezeError('no systemd can be asked')
         try:
             places = read_places(self.tree)
             if not self._is_exactly(self._cgroup, places):
                 raise CannotFreezeError(f'unit {self._unit} has processes that are not of the tree')
-            frozen = {top for place in places.values() if (top := topmost_frozen(hands, place))}
+            frozen = {top for place in places.values() if (top := topmost_frozen(actions, place))}
         except OSError as error:
             raise CannotFreezeError(f'{error.strerror}: {error.filename}') from error
         if frozen - {self._cgroup}:

@@ -46,13 +46,13 @@ class QueuedJob:
     when_over: called then. lineage: of its target, if it has the tree for itself, when it was taken in."""
     job: JobRecord
     fds: list[int]
-    lane: Slots
-    pacer: Throttle
+    slots: Slots
+    throttle: Throttle
     over: asyncio.Event = field(default_factory=asyncio.Event)
     run: Run | None = None
     let_go: asyncio.Future[None] | None = None
     deadline: asyncio.TimerHandle | None = None
-    in_lane: bool = False
+    in_slot: bool = False
     prepared: 'list[InhibitorLock] | None' = None
     task: asyncio.Task[None] | None = None
     begun: bool = False
@@ -62,15 +62,15 @@ class QueuedJob:
     when_over: list[Callable[[], None]] = field(default_factory=list)
     lineage: Lineage = ()
 
-    async def enter_lane(self) -> None:
-        await self.lane.acquire(self.job.request.asked_by)
-        self.in_lane = True
+    async def enter_slot(self) -> None:
+        await self.slots.acquire(self.job.request.asked_by)
+        self.in_slot = True
 
-    def leave_lane(self) -> None:
+    def leave_slot(self) -> None:
         """Again: nothing."""
-        if self.in_lane:
-            self.in_lane = False
-            self.lane.release(self.job.request.asked_by)
+        if self.in_slot:
+            self.in_slot = False
+            self.slots.release(self.job.request.asked_by)
 
     def listen(self) -> None:
         """Give the place up once the worker has said nothing for long: it waits for something that is not ours."""
@@ -78,8 +78,8 @@ class QueuedJob:
         silent = loop.time() - self.heard
         if silent >= SILENCE:
             log.info('%s has said nothing for %.0f s: others have its place', self.job.name, silent)
-            self.leave_lane()
-        elif self.in_lane:
+            self.leave_slot()
+        elif self.in_slot:
             self.listening = loop.call_later(SILENCE - silent, self.listen)
 
     def kill(self) -> None:

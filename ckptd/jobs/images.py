@@ -27,9 +27,9 @@ class ImageRights(NamedTuple):
 class ImageService:
     """Reading an image is done by workers: an image is untrusted input, and large."""
 
-    def __init__(self, spool: Spool, queue: Queue, orders: RequestFactory) -> None:
+    def __init__(self, spool: Spool, queue: Queue, request_factory: RequestFactory) -> None:
         self.spool, self.queue = spool, queue
-        self._orders = orders
+        self._request_factory = request_factory
         self._going: set[str] = set()       # ids of images that are being removed
         self._removals = Slots(REMOVALS, 1)
 
@@ -64,7 +64,7 @@ class ImageService:
 
     async def take_in(self, stream: int, caller: Caller) -> str:
         """An image from a tar stream, which may be anybody's work; it belongs to the caller. Its id."""
-        result = await self.queue.call(self._orders.on_stream(caller), [stream])
+        result = await self.queue.call(self._request_factory.on_stream(caller), [stream])
         return str(result['image'])
 
     def restore(self, image: str, rights: ImageRights, fds: Sequence[int], token: str, **wishes: Any) -> JobRecord:
@@ -90,7 +90,7 @@ class ImageService:
 
     def _order(self, operation: Operation, image: str, rights: ImageRights, **more: Any) -> JobRequest:
         info = self._open(image, rights.caller, operation)
-        return self._orders.on_image(operation, info, rights.caller, asker=rights.who.uid, **more)
+        return self._request_factory.on_image(operation, info, rights.caller, asker=rights.who.uid, **more)
 
     def _open(self, image: str, caller: Caller, verb: str) -> SpooledImage:
         info = self.spool.find(image)

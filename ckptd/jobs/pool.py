@@ -26,8 +26,8 @@ class WorkerPool:
 
     def __init__(self, command: Sequence[str] = (), services: Services | None = None) -> None:
         self._command, self._services = command, services
-        self._witness = Liveness()
-        self._spawner = SpawnerClient(environment(), self._witness.pidfd)
+        self._liveness = Liveness()
+        self._spawner = SpawnerClient(environment(), self._liveness.pidfd)
         self._taken: dict[WorkerHandle, JobRequest] = {}
         self._stuck: dict[WorkerHandle, int] = {}     # and the uid of who asked for their job
 
@@ -56,7 +56,7 @@ class WorkerPool:
         worker: WorkerHandle
         if self._services is not None and request.operation in UNSANDBOXED:
             what = f'{request.operation.capitalize()} of {request.image or "files"}'
-            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._witness.pidfd,
+            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._liveness.pidfd,
                                                _slice_of(request))
         else:
             worker = await ChildWorker.start(self._spawner, self._command)
@@ -80,4 +80,4 @@ class WorkerPool:
     def close(self) -> None:
         """Workers have been given back."""
         self._spawner.close()
-        self._witness.close()
+        self._liveness.close()

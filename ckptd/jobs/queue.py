@@ -59,7 +59,7 @@ class Queue:
         self._tasks = Tasks()
         self.spawn = recovery.spawn = self._tasks.spawn
         self._numbers = itertools.count(1)
-        self._lanes = SlotGroups(config)
+        self._slot_groups = SlotGroups(config)
         self.inhibitors = Inhibitors()
         self._entries: dict[JobRecord, QueuedJob] = {}    # not over
         self._known = KnownJobs(config.keep_jobs_usec / 1e6, listener.job_forgotten)      # announced, over or not
@@ -168,21 +168,21 @@ class Queue:
         number = next(self._numbers) if announced else 0
         request = msgspec.structs.replace(request, job=number)
         job = JobRecord(number, request, time.time_ns() // 1000, token)
-        pacer = Throttle(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
-        return QueuedJob(job, [os.dup(fd) for fd in fds], self._lanes.of(request, announced), pacer)
+        throttle = Throttle(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
+        return QueuedJob(job, [os.dup(fd) for fd in fds], self._slot_groups.of(request, announced), throttle)
 
     # ------------------------------------------------------------ the life of a job
 
     async def _live(self, entry: QueuedJob) -> None:
         try:
-            await entry.enter_lane()
+            await entry.enter_slot()
             await self._prepare(entry)
             entry.begun = True
             await self._begin(entry)
         except WorkerDied as error:
             self._settle(entry, error)
         finally:
-            entry.leave_lane()
+            entry.leave_slot()
             # nothing above raises but by a mistake of ours, or for one that was cancelled while it waited, and is over:
             # the caller still gets an answer, the tree its freedom
             if not entry.job.over:
@@ -200,9 +200,9 @@ class Queue:
         if inhibitors:
             job.enter('prepare', self._loop.time())
             self._listener.job_changed(job)
-            entry.leave_lane()
+            entry.leave_slot()
             await self.inhibitors.wait(inhibitors, self._config.inhibit_delay_usec / 1e6)
-            await entry.enter_lane()
+            await entry.enter_slot()
 
     async def _begin(self, entry: QueuedJob) -> None:
         worker = await self._pool.take(entry.job.request)
@@ -272,8 +272,8 @@ class Queue:
         self._quota.end(job)
         entry.close()
         if job.number:
-            entry.pacer.poke()
-            entry.pacer.flush()
+            entry.throttle.poke()
+            entry.throttle.flush()
             self._listener.job_changed(job)
             self._listener.job_removed(job)
             self._known.over(job)
@@ -292,10 +292,10 @@ class Queue:
         if isinstance(message, TreeRuns):
             self._listener.tree_restored(entry.job, message.tasks)
             if entry.job.request.wait:
-                entry.leave_lane()
+                entry.leave_slot()
         if entry.job.number and not entry.job.over:
             if isinstance(message, ProgressReport):
-                entry.pacer.poke()
+                entry.throttle.poke()
                 self._limit(entry)
             else:
                 self._listener.job_changed(entry.job)

@@ -62,12 +62,12 @@ class ServiceWorker(WorkerHandle):
 
     @classmethod
     async def start(cls, services: Services, description: str, command: Sequence[str] = COMMAND,
-                    witness: int = -1, slice_: str = '') -> Self:
+                    liveness: int = -1, slice_: str = '') -> Self:
         """witness: as of `socket_pair`. WorkerDied with systemd's words when there will be none."""
         # the number of the job would not do: it is one again with each daemon
         unit = f'ckptd-restore-{secrets.token_hex(4)}.service'
         kept = {name: value for name, value in environment().items() if name.startswith(KEPT)}
-        ours, theirs = socket_pair(witness)
+        ours, theirs = socket_pair(liveness)
         try:
             with theirs:
                 await services.start_service(Service(unit, description, (*command, '0'), kept, theirs.fileno(), slice_))

@@ -39,8 +39,8 @@ class SpawnerClient:
     """Started with the first `spawn`, and again where it has died. environment: of it, and of workers. witness: the
     pidfd that tells them of our death (ckptd.kernel.liveness), -1 for none."""
 
-    def __init__(self, environment: Mapping[str, str], witness: int = -1) -> None:
-        self._environment, self.witness = environment, witness
+    def __init__(self, environment: Mapping[str, str], liveness: int = -1) -> None:
+        self._environment, self.liveness = environment, liveness
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._numbers = itertools.count(1)
@@ -78,7 +78,7 @@ class SpawnerClient:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         theirs.setblocking(True)
         with theirs:
-            fds = [fd for fd in (theirs.fileno(), self.witness) if fd >= 0]
+            fds = [fd for fd in (theirs.fileno(), self.liveness) if fd >= 0]
             try:
                 self._process = subprocess.Popen(
                     [*COMMAND, *map(str, fds)], pass_fds=fds, start_new_session=True,

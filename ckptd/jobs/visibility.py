@@ -30,8 +30,8 @@ class TreeOwner(NamedTuple):
 
 
 class Visibility:
-    def __init__(self, queue: Queue, orders: RequestFactory) -> None:
-        self._queue, self._orders = queue, orders
+    def __init__(self, queue: Queue, request_factory: RequestFactory) -> None:
+        self._queue, self._request_factory = queue, request_factory
         self._looks = Slots(3, 1)        # into /proc: threads are everybody's
 
     async def whose(self, target: str, caller: Caller) -> TreeOwner:
@@ -64,7 +64,7 @@ class Visibility:
         asks the kernel, as the caller. NoSuchTarget."""
         if ptrace_scope() not in (DECLARED, CAPABLE):
             return False
-        request = self._orders.on_target('check-trace', target, caller, start_time=start_time)
+        request = self._request_factory.on_target('check-trace', target, caller, start_time=start_time)
         return bool((await self._queue.call(request)).get('forbidden'))
 
     async def _seen(self, target: str, caller: Caller) -> Collection[int] | None:
@@ -72,7 +72,7 @@ class Visibility:
         that. NoSuchTarget where it sees none."""
         if PID_NAMESPACE not in caller.confinement and not await self._is_hidden(caller):
             return None
-        result = await self._queue.call(self._orders.on_target('scan', target, caller))
+        result = await self._queue.call(self._request_factory.on_target('scan', target, caller))
         return frozenset(row['tid'] for row in result['tasks'])
 
     async def _is_hidden(self, caller: Caller) -> bool:

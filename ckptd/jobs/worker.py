@@ -138,14 +138,14 @@ class WorkerHandle(ABC):
         return f'was killed by signal {-status}'
 
 
-def socket_pair(witness: int) -> tuple[socket.socket, socket.socket]:
+def socket_pair(liveness: int) -> tuple[socket.socket, socket.socket]:
     """(the daemon's end, the worker's): the one never blocks, the other does. witness: the pidfd that tells of the
     daemon's death, which is there before the worker is; -1 for none."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     theirs.setblocking(True)
-    if witness >= 0:
+    if liveness >= 0:
         try:
-            socket.send_fds(ours, [_encoder.encode(Follow())], [witness])
+            socket.send_fds(ours, [_encoder.encode(Follow())], [liveness])
         except OSError:         # ETOOMANYREFS, unix(7)
             ours.close()
             theirs.close()
@@ -163,7 +163,7 @@ class ChildWorker(WorkerHandle):
     @classmethod
     async def start(cls, spawner: SpawnerClient, command: Sequence[str] = ()) -> Self:
         """command: a program instead. WorkerDied when there will be none."""
-        ours, theirs = socket_pair(spawner.witness)
+        ours, theirs = socket_pair(spawner.liveness)
         try:
             with theirs:
                 return cls(ours, await spawner.spawn(theirs, command, environment() if command else None))

@@ -3,8 +3,8 @@
 
 from collections.abc import Iterable
 
+from ckptd.journal.actions import Actions, UnitCall, describe, undo_all
 from ckptd.journal.entry import JournalEntry
-from ckptd.journal.hands import Actions, UnitCall, describe, undo_all
 from ckptd.journal.steps import AnyStep, KeepFile, MakeFile, MakeSegment
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
@@ -21,13 +21,13 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
     Owners that live are left alone. A worker that was killed holds its lock until it is a zombie: wait for it first.
     An entry that cannot be undone wholly stays, for the next time. OSError if the journal itself cannot be read.
     """
-    hands = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    actions = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
     report: list[str] = []
     for found in journal.claim():
         if isinstance(found, JournalEntry) and files != about_files(step for _, step in found.standing()):
             found.close()
         elif isinstance(found, JournalEntry):
-            report += _recover_entry(found, hands)
+            report += _recover_entry(found, actions)
         else:
             path, reason = found
             path.unlink(missing_ok=True)
@@ -45,14 +45,14 @@ def left_about_files(journal: Journal) -> bool:
     return any(not one.alive and about_files(one.steps) for one in journal.entries())
 
 
-def _recover_entry(entry: JournalEntry, hands: Actions) -> list[str]:
+def _recover_entry(entry: JournalEntry, actions: Actions) -> list[str]:
     try:
         if entry.begin.boot != boot_id():
             entry.finish()
             return [f'{entry.name}: removed, it is of an earlier boot']
         damage = [f'{entry.name}: {entry.damaged} damaged lines'] if entry.damaged else []
         done = [f'{entry.name}: undone {describe(step)}' for _, step in entry.standing()]
-        failures = undo_all(entry, hands)
+        failures = undo_all(entry, actions)
         return damage + ([f'{entry.name}: {failure}' for failure in failures] or done)
     finally:
         entry.close()

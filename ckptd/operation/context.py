@@ -19,10 +19,10 @@ from ckptd.image.manifest import Manifest
 from ckptd.image.source import DirectoryFiles, ImageFiles
 from ckptd.image.writer import Destination, Incoming
 from ckptd.inspect.checks import check_rights, check_tree, told_dead
-from ckptd.inspect.checks.hidden import require_sight, without_hidden
+from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Target, is_alive, resolve_target, scan_tree
-from ckptd.journal.hands import Actions
+from ckptd.journal.actions import Actions
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -59,7 +59,7 @@ class JobContext:
             name = f'pid:{pid}'
         caller = self.request.caller
         if name.startswith('pid:'):
-            require_sight(int(name.removeprefix('pid:')), caller)
+            require_visibility(int(name.removeprefix('pid:')), caller)
         # the worker of a user is not the user's own service: it was root's that was asked
         target = resolve_target(name, caller.pid, 0 if self.request.brokered else None)
         if self.request.start_time and target.kind == 'pid':
@@ -83,7 +83,7 @@ class JobContext:
             raise NoSuchTarget(f'{target.description} has no processes')
         return tree
 
-    def picture(self) -> ProcCache:
+    def cache(self) -> ProcCache:
         """Make an empty picture. In a request about the caller itself, its connections to our bus count as severed."""
         severed: Collection[int] = ()
         if self.request.sever:
@@ -91,21 +91,21 @@ class JobContext:
                 severed = clients_beside(self.request.sever, unix_sockets())
         return ProcCache(severed, self.request.caller)
 
-    def refusals(self, tree: Tree, picture: ProcCache | None = None) -> list[Refusal]:
+    def refusals(self, tree: Tree, cache: ProcCache | None = None) -> list[Refusal]:
         """All refusals and warnings. picture: of a tree at rest, what is read of it; PTRACE_SEIZE then tells who may
         trace it."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
-                          avoid=self._avoid, picture=picture or self.picture(),
-                          trace=picture is None and not self.request.trace_under_yama)
+                          avoid=self._avoid, cache=cache or self.cache(),
+                          trace=cache is None and not self.request.trace_under_yama)
 
-    def require(self, tree: Tree, picture: ProcCache | None = None) -> list[Refusal]:
+    def require(self, tree: Tree, cache: ProcCache | None = None) -> list[Refusal]:
         """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them.
 
         Of a running tree (no picture) a task that dies meanwhile is no reason, or no shell script could be frozen: who
         is there then is checked again.
         """
-        rows = self.refusals(tree, picture)
-        if picture is None:
+        rows = self.refusals(tree, cache)
+        if cache is None:
             rows = [row for row in rows if row.pid not in tree or is_alive(tree[row.pid])]
         return self._warnings(rows)
 
@@ -134,9 +134,10 @@ class JobContext:
         deadline = time.monotonic() + request.timeout_usec / 1e6
         if request.brokered:
             refuse_own_tree(tree)
-            terms = FreezeRequest(target, deadline, None, Actions(mount_of(read_mountinfo())), self.scan, request.job,
-                                  channel.fileno(), channel.check, remote_calls, fault)
-            with lent_freeze(tree, terms, request.freeze, channel, close_after) as frozen:
+            freeze_request = FreezeRequest(target, deadline, None, Actions(mount_of(read_mountinfo())), self.scan,
+                                           request.job,
+                                           channel.fileno(), channel.check, remote_calls, fault)
+            with lent_freeze(tree, freeze_request, request.freeze, channel, close_after) as frozen:
                 yield frozen
             return
         with freeze(tree, target, request.freeze, deadline, Journal(Path(request.runtime)), self.scan, job=request.job,

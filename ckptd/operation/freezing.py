@@ -20,19 +20,19 @@ from ckptd.tree import Tree
 class LentFreeze(FrozenTree):
     """A tree that the broker has brought to rest. The tracees are the worker's own."""
 
-    def __init__(self, tree: Tree, terms: FreezeRequest, channel: Channel) -> None:
-        super().__init__(tree, terms)
+    def __init__(self, tree: Tree, freeze_request: FreezeRequest, channel: Channel) -> None:
+        super().__init__(tree, freeze_request)
         self._channel = channel
         self._moved = self._is_restored = False
 
     def freeze_as(self, mode: FreezeMode) -> None:
         """NotSupported where the broker has nothing to freeze the tree with."""
-        value, _ = self._channel.call(FreezeTree(mode, self._terms.remote_calls))
+        value, _ = self._channel.call(FreezeTree(mode, self._freeze_request.remote_calls))
         self.mode, self._moved = str(value['mode']), bool(value['moved'])
         self.tree = self.rescan()
 
     def rescan(self) -> Tree:
-        if not self._moved or self._terms.target.cgroup is None:
+        if not self._moved or self._freeze_request.target.cgroup is None:
             return super().rescan()
         # moved away from the cgroup that was asked for, the tree is no more what is in it; but its roots are known
         return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
@@ -53,10 +53,10 @@ class LentFreeze(FrozenTree):
 
 
 @contextmanager
-def lent_freeze(tree: Tree, terms: FreezeRequest, mode: FreezeMode, channel: Channel,
+def lent_freeze(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel,
                 close_after: Callable[[FrozenTree, BaseException], None]) -> Iterator[FrozenTree]:
     """A tree at rest for the time of the block, as ckptd.freezer.freeze."""
-    frozen = _first_that_can(tree, terms, mode, channel, close_after)
+    frozen = _first_that_can(tree, freeze_request, mode, channel, close_after)
     try:
         yield frozen
     except BaseException as error:
@@ -65,10 +65,10 @@ def lent_freeze(tree: Tree, terms: FreezeRequest, mode: FreezeMode, channel: Cha
     frozen.close()
 
 
-def _first_that_can(tree: Tree, terms: FreezeRequest, mode: FreezeMode, channel: Channel,
+def _first_that_can(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel,
                     close_after: Callable[[FrozenTree, BaseException], None]) -> FrozenTree:
     if mode != 'ptrace':
-        lent = LentFreeze(tree, terms, channel)
+        lent = LentFreeze(tree, freeze_request, channel)
         try:
             lent.freeze_as(mode)
         except NotSupported:
@@ -79,7 +79,7 @@ def _first_that_can(tree: Tree, terms: FreezeRequest, mode: FreezeMode, channel:
             raise
         else:
             return lent
-    traced = TracedFrozen(tree, terms)
+    traced = TracedFrozen(tree, freeze_request)
     try:
         traced.freeze()
     except BaseException as error:

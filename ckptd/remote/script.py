@@ -16,8 +16,8 @@ _NO_NOTE: tuple[str, int | None] = '', None
 class Script:
     """`call` collects, `run` has the task do it all. An error names the call and, if `about` was said, the matter."""
 
-    def __init__(self, puppet: Stub) -> None:
-        self._puppet = puppet
+    def __init__(self, stub: Stub) -> None:
+        self._stub = stub
         self._batches = [Batch()]
         self._notes: list[dict[int, tuple[str, int | None]]] = [{}]
 
@@ -47,7 +47,7 @@ class Script:
         self._notes[-1][row] = about, None
 
     def _make_room(self, length: int) -> None:
-        if self._batches[-1].size + length + 2 * 64 > self._puppet.arena.room:
+        if self._batches[-1].size + length + 2 * 64 > self._stub.arena.room:
             self._batches.append(Batch())
             self._notes.append({})
 
@@ -58,7 +58,7 @@ class Script:
         for batch, note in zip(batches, notes, strict=True):
             if not len(batch):
                 continue
-            results = yield from self._puppet.attempt(batch)
+            results = yield from self._stub.attempt(batch)
             # the first failure is the one that counts
             for row, value in enumerate(results.values):
                 about, expect = note.get(row, _NO_NOTE)
@@ -71,12 +71,12 @@ class Script:
         """One call at once; its result. OSError."""
         batch = Batch()
         row = batch.call(name, *[batch.buffer(len(one), one) if isinstance(one, bytes) else one for one in arguments])
-        return self._puppet.do(batch).value(row)
+        return self._stub.do(batch).value(row)
 
     def do(self) -> None:
         finish(self.run())
 
     def _failed(self, name: str, number: int, about: str) -> CkptError:
         what = f' ({about})' if about else ''
-        return CkptError(f'task {self._puppet.tid} cannot be restored: {name}{what}: {os.strerror(number)}',
-                         errno=number, task=self._puppet.tid, resource=about or name)
+        return CkptError(f'task {self._stub.tid} cannot be restored: {name}{what}: {os.strerror(number)}',
+                         errno=number, task=self._stub.tid, resource=about or name)

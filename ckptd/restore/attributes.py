@@ -171,53 +171,53 @@ def interval_timers(reader: ImageReader, vpid: int, script: Script) -> None:
         script.call('setitimer', which, struct.pack('<4q', *divmod(timer.interval, 10**6), *divmod(value, 10**6)), 0)
 
 
-def posix_timers(reader: ImageReader, vpid: int, puppet: Stub) -> None:
+def posix_timers(reader: ImageReader, vpid: int, stub: Stub) -> None:
     """Make and start the POSIX timers of a process, with their old numbers."""
     # /proc/PID/timers has the newest first
     found = reader.get(records.PosixTimers, vpid).timers[::-1]
     if not found:
         return
-    by_id = _restore_ids(puppet, True)
+    by_id = _restore_ids(stub, True)
     for timer in found:
         if not by_id:
-            _skip_to(puppet, timer)
-        _create(puppet, timer, by_id=by_id)
+            _skip_to(stub, timer)
+        _create(stub, timer, by_id=by_id)
     if by_id:
-        _restore_ids(puppet, False)
-    script = Script(puppet)
+        _restore_ids(stub, False)
+    script = Script(stub)
     for timer in found:
         value = struct.pack('<4q', *divmod(timer.interval_ns, 10**9), *divmod(timer.value_ns, 10**9))
         script.call('timer_settime', timer.id, 0, value, 0, about=f'POSIX timer {timer.id}')
     script.do()
 
 
-def _restore_ids(puppet: Stub, on: bool) -> bool:
+def _restore_ids(stub: Stub, on: bool) -> bool:
     """Whether timer_create(2) now takes the number from its third argument."""
     with suppress(OSError):
-        Script(puppet).call_now('prctl', PR_TIMER_CREATE_RESTORE_IDS, int(on), 0, 0, 0)
+        Script(stub).call_now('prctl', PR_TIMER_CREATE_RESTORE_IDS, int(on), 0, 0, 0)
         return True
     return False
 
 
-def _create(puppet: Stub, timer: records.PosixTimer, *, by_id: bool) -> int:
+def _create(stub: Stub, timer: records.PosixTimer, *, by_id: bool) -> int:
     batch = Batch()
     event = struct.pack('<QiiI', timer.value, ctypes.c_int32(timer.signal).value, timer.notify,
                         timer.vtid if timer.notify & SIGEV_THREAD_ID else 0).ljust(64, b'\0')
     number = batch.buffer(8, struct.pack('<q', timer.id if by_id else 0))
     batch.call('timer_create', ctypes.c_int32(timer.clock).value, batch.buffer(64, event), number)
     try:
-        results = puppet.do(batch)
+        results = stub.do(batch)
     except OSError as error:
-        raise CkptError(f'POSIX timer {timer.id} cannot be made: {error.strerror}', errno=error.errno, task=puppet.tid,
+        raise CkptError(f'POSIX timer {timer.id} cannot be made: {error.strerror}', errno=error.errno, task=stub.tid,
                         resource=f'timer {timer.id}') from error
     return int.from_bytes(results.data(number)[:4], 'little')
 
 
-def _skip_to(puppet: Stub, timer: records.PosixTimer) -> None:
+def _skip_to(stub: Stub, timer: records.PosixTimer) -> None:
     """Use up the timer numbers before the wanted one. Before Linux 6.15 the kernel gives them in turn."""
     while True:
-        number = _create(puppet, timer, by_id=False)
-        Script(puppet).call_now('timer_delete', number)
+        number = _create(stub, timer, by_id=False)
+        Script(stub).call_now('timer_delete', number)
         if number >= timer.id - 1 or not timer.id:
             break
 
@@ -256,14 +256,14 @@ def last_calls(reader: ImageReader, sighand_id: int) -> Batch:
 
 # ---------------------------------------------------------------- signals and registers
 
-def drain(puppet: Stub) -> None:
+def drain(stub: Stub) -> None:
     """Take off what making the tree has sent: SIGCHLD of ghosts and zombies."""
-    tracee = puppet.tracee
+    tracee = stub.tracee
     while tracee.pending(shared=True) or tracee.pending(shared=False):
         batch = Batch()
         everything, nothing = batch.buffer(8, b'\xff' * 8), batch.buffer(16)
         rows = [batch.call('rt_sigtimedwait', everything, 0, nothing, 8) for _ in range(4)]
-        results = finish(puppet.attempt(batch))
+        results = finish(stub.attempt(batch))
         if any(results.values[row] == -errno.EAGAIN for row in rows):
             return
 
@@ -278,11 +278,11 @@ def queue(reader: ImageReader, vtgid: int, vpid: int, script: Script, *, shared:
         script.call('rt_tgsigqueueinfo', vtgid, vpid, info[0], info, about=f'pending signal {info[0]}')
 
 
-def registers(reader: ImageReader, vpid: int, puppet: Stub, instead: arch.user_regs_struct | None) -> None:
+def registers(reader: ImageReader, vpid: int, stub: Stub, instead: arch.user_regs_struct | None) -> None:
     """Set those of a task that has left its stub, or is about to run on from it, and its signal mask. instead: general
     registers to set instead of those of the image."""
     record = reader.get(records.Registers, vpid)
-    tracee = puppet.tracee
+    tracee = stub.tracee
     tracee.set_xstate(record.xstate)
     tracee.regs = instead or arch.user_regs_struct.from_buffer_copy(record.gpr)
     tracee.sigmask = reader.get(records.ThreadSignals, vpid).mask

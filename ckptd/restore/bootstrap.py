@@ -47,7 +47,7 @@ def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
     return Arena.at(start, ARENA_LENGTH)
 
 
-def plant(arena: Arena, bank: int, patience: Patience = endless) -> Stub:
+def start_bootstrap(arena: Arena, service_fds: int, patience: Patience = endless) -> Stub:
     """Start the first stub. Its address space has the arena and nothing else, its files are those from number `bank`
     on; it is a child of ours. patience: of waits for it, and for all that it makes."""
     program = _program()
@@ -66,17 +66,17 @@ def plant(arena: Arena, bank: int, patience: Patience = endless) -> Stub:
         batch.call('mmap', arena.table, arena.length - PAGE, _READ | _WRITE, _PRIVATE_ANONYMOUS_FIXED, -1, 0)
         first.do(batch)
         mem.write(arena.code, arch.STUB)
-    seed = Stub(tracee, arena)
+    bootstrap = Stub(tracee, arena)
     batch = Batch()
     batch.call('munmap', 0, arena.start)
     batch.call('munmap', arena.end, arch.TASK_SIZE - arena.end)
-    batch.call('close_range', 0, bank - 1, 0)
+    batch.call('close_range', 0, service_fds - 1, 0)
     default = batch.buffer(32)
     for number in range(1, 65):
         if number not in (signal.SIGKILL, signal.SIGSTOP):      # what we ignore would be ignored by it, execve(2)
             batch.call('rt_sigaction', number, default, 0, 8)
-    seed.do(batch)
-    return seed
+    bootstrap.do(batch)
+    return bootstrap
 
 
 def _program() -> int:

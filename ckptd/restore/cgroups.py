@@ -19,8 +19,8 @@ from typing import Protocol, Self
 from ckptd.errors import CkptError, Refusal
 from ckptd.faults import fault
 from ckptd.image.files import spooling
+from ckptd.journal.actions import Actions, undo_all
 from ckptd.journal.entry import JournalEntry
-from ckptd.journal.hands import Actions, undo_all
 from ckptd.journal.steps import (
     AnyStep,
     Born,
@@ -54,12 +54,12 @@ class Placement(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
-    def want(self, homes: Mapping[int, str]) -> None: ...
+    def want(self, cgroups: Mapping[int, str]) -> None: ...
     def prepare(self) -> None: ...
     def note(self, step: MakeSegment | MakeFile | KeepFile) -> None: ...
     def keep_content(self) -> tuple[str, int]: ...
     def settle(self, pids: Mapping[int, int]) -> None: ...
-    def open_gate(self) -> None: ...
+    def lift_barrier(self) -> None: ...
 
 
 class BirthCgroup:
@@ -70,24 +70,24 @@ class BirthCgroup:
 
     def __init__(self, job: JobContext) -> None:
         self._job = job
-        self._hands = Actions(mount_of(read_mountinfo()))
+        self._actions = Actions(mount_of(read_mountinfo()))
         self._wanted: dict[int, str] = {}
         self._slice: str | None = None
         self._entry: JournalEntry = Journal(Path(job.request.runtime)).begin(job.request.job,
                                                                              f'image {job.request.image}',
                                                                              'restore')
-        self._gate = ''             # the cgroup that all are in when they start
+        self._barrier = ''             # the cgroup that all are in when they start
         self.cgroup_fd = -1
         self.warnings: list[Refusal] = []
 
     def __enter__(self) -> Self:
         return self
 
-    def want(self, homes: Mapping[int, str], slice_: str | None = None) -> None:
+    def want(self, cgroups: Mapping[int, str], slice_: str | None = None) -> None:
         """The cgroup of each living process, by a number of its own, '' where there was none. slice_: that of a scope
         which systemd is to make of them, '' for its default, None where a scope is made of what misses its cgroup."""
         asked = self._job.request.cgroup
-        self._wanted = {number: asked or cgroup for number, cgroup in homes.items()}
+        self._wanted = {number: asked or cgroup for number, cgroup in cgroups.items()}
         self._slice = slice_
 
     def __exit__(self, *_: object) -> None:
@@ -111,13 +111,13 @@ class BirthCgroup:
         work = str(PurePosixPath(base) / self._entry.work_name)
         try:
             self._take(MakeCgroup(work))
-            self.cgroup_fd = os.open(self._hands.cgroup(work).path, os.O_RDONLY | os.O_DIRECTORY)
+            self.cgroup_fd = os.open(self._actions.cgroup(work).path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             if self._job.request.cgroup:
                 raise CkptError(f'cgroup {base} takes no tree: {error.strerror}', errno=error.errno, resource=base,
                                 phase='open', hint='name one that may be written with --cgroup') from error
             return
-        self._gate = work
+        self._barrier = work
         self._entry.add(Born(work))
 
     def _make_home(self, home: str) -> None:
@@ -142,14 +142,14 @@ class BirthCgroup:
 
     def _exists(self, cgroup: str) -> bool:
         try:
-            return self._hands.cgroup(cgroup).exists
+            return self._actions.cgroup(cgroup).exists
         except FileNotFoundError:
             return False
 
     def _take(self, step: AnyStep) -> None:
         fault(f'place-{step.point}')
         self._entry.add(step)
-        self._hands.take(step)
+        self._actions.take(step)
         fault(f'place-{step.point}-done')
 
     # ------------------------------------------------------------ before the start
@@ -159,30 +159,30 @@ class BirthCgroup:
         missing = [number for number in pids if self._wanted.get(number) and not self._exists(self._wanted[number])]
         if (missing or self._slice is not None) and self._job.request.systemd:
             self._scope(list(pids.values()))
-        if not self._gate:
+        if not self._barrier:
             return
-        self._take(FreezeCgroup(self._gate))
-        if self._gate.endswith(self._entry.work_name):
+        self._take(FreezeCgroup(self._barrier))
+        if self._barrier.endswith(self._entry.work_name):
             # undone before the freeze is, so each starts as it comes home and is not frozen again: some calls answer
             # that with EINTR (signal(7))
-            self._take(Move(self._gate, tuple(
+            self._take(Move(self._barrier, tuple(
                 Moved(pid, read_stat(pid).start_time, self._wanted[number] or self._outside())
                 for number, pid in pids.items())))
 
     def _outside(self) -> str:
-        return str(PurePosixPath(self._gate).parent)
+        return str(PurePosixPath(self._barrier).parent)
 
     def _scope(self, pids: Sequence[int]) -> None:
         """systemd makes a scope and moves them there: what was a unit of its is none any more."""
         name = f'ckptd-{self._job.request.image}-{secrets.token_hex(2)}.scope'
         self._job.channel.scope(name, pids, self._slice or '')
-        self._gate = read_cgroup2(pids[0])
+        self._barrier = read_cgroup2(pids[0])
         for number, step in self._entry.standing():
             if isinstance(step, Born):          # nobody is there any more
                 self._entry.undone(number)
-        self._entry.add(Born(self._gate))
+        self._entry.add(Born(self._barrier))
 
-    def open_gate(self) -> None:
+    def lift_barrier(self) -> None:
         """All tasks have been let go of. From here on they live: the gate opens, and each goes where it belongs."""
         # with these lines the tree is alive, and what was made for it stays
         self._entry.undone(*(number for number, step in self._entry.standing() if _lasts(step)))
@@ -191,9 +191,9 @@ class BirthCgroup:
 
     def _undo(self) -> None:
         """Undo our steps that still stand."""
-        if undo_all(self._entry, self._hands, fault):
+        if undo_all(self._entry, self._actions, fault):
             # what was in the way once may be gone; what remains in the journal is left to the next recovery
-            for sentence in undo_all(self._entry, self._hands, fault):
+            for sentence in undo_all(self._entry, self._actions, fault):
                 self._warn(sentence, 'EBUSY')
         self._entry.close()
 
@@ -217,8 +217,8 @@ class BrokeredCgroup:
     def __exit__(self, *_: object) -> None:
         """Do nothing: the broker undoes what is not alive when the worker has ended."""
 
-    def want(self, homes: Mapping[int, str]) -> None:
-        self._wanted = dict(homes)
+    def want(self, cgroups: Mapping[int, str]) -> None:
+        self._wanted = dict(cgroups)
 
     def prepare(self) -> None:
         """Do nothing: the broker makes its cgroup when the tree is ready."""
@@ -233,7 +233,7 @@ class BrokeredCgroup:
         fault('place-settle')
         self._broker.place_tree([Placed(pid, self._wanted.get(number, '')) for number, pid in pids.items()])
 
-    def open_gate(self) -> None:
+    def lift_barrier(self) -> None:
         self.warnings += [_warning(sentence, 'EBUSY') for sentence in self._broker.start_tree()]
 
 
@@ -246,7 +246,7 @@ def _warning(sentence: str, errno_name: str) -> Refusal:
     return Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning')
 
 
-def homes(processes: Sequence[NewProcess]) -> dict[int, str]:
+def cgroups(processes: Sequence[NewProcess]) -> dict[int, str]:
     """The cgroup that each living process was in, by vpid."""
     return {process.vpid: process.ids.cgroup for process in processes if process.alive}
 

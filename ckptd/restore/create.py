@@ -32,15 +32,15 @@ class TaskBuilder:
     cgroup: an fd of the directory that processes are born into, -1 for ours.
     """
 
-    def __init__(self, seed: Stub, cgroup: int) -> None:
-        self.puppets: dict[int, Stub] = {SEED: seed}
+    def __init__(self, bootstrap: Stub, cgroup: int) -> None:
+        self.stubs: dict[int, Stub] = {SEED: bootstrap}
         self._cgroup = cgroup
         self.released = False
         self.init: Stub | None = None     # the first process of a namespace of its own, if it is no task of the tree
-        self._seed: Stub | None = None
-        self._is_init = False           # the seed is the process 1 of the tree, or of its namespace
+        self._bootstrap: Stub | None = None
+        self._is_init = False           # the bootstrap is the process 1 of the tree, or of its namespace
         self._first_flags = 0
-        self._ours = {seed.tid}         # those whose parent we are
+        self._ours = {bootstrap.tid}         # those whose parent we are
         self.others: dict[int, Stub] = {}     # by tid: what is no task of the tree
 
     def __enter__(self) -> Self:
@@ -54,10 +54,10 @@ class TaskBuilder:
             self.kill()
 
     def __iter__(self) -> Iterator[tuple[int, Stub]]:
-        return iter((vpid, puppet) for vpid, puppet in self.puppets.items() if vpid not in (SEED, TEMPORARY))
+        return iter((vpid, stub) for vpid, stub in self.stubs.items() if vpid not in (SEED, TEMPORARY))
 
     def __getitem__(self, vpid: int) -> Stub:
-        return self.puppets[vpid]
+        return self.stubs[vpid]
 
     def take(self, step: Step) -> None:
         match step:
@@ -75,12 +75,12 @@ class TaskBuilder:
     def _do(self, vpid: int, name: str, *arguments: int) -> None:
         batch = Batch()
         batch.call(name, *arguments)
-        self.puppets[vpid].do(batch)
+        self.stubs[vpid].do(batch)
 
     def _spawn(self, step: CreateTask) -> None:
-        maker = self.puppets[step.maker]
+        maker = self.stubs[step.maker]
         if self._is_init and step.vpid == 1:
-            self.puppets[1] = maker
+            self.stubs[1] = maker
             return
         is_process = not step.flags & CLONE_THREAD
         into = CLONE_INTO_CGROUP if is_process and self._cgroup >= 0 and step.maker == SEED else 0
@@ -88,7 +88,7 @@ class TaskBuilder:
         self._first_flags = 0
         if step.flags & CLONE_PARENT and maker.tid in self._ours and is_process:
             self._ours.add(child.tid)
-        self.puppets[step.vpid or TEMPORARY] = child
+        self.stubs[step.vpid or TEMPORARY] = child
 
     def clone(self, maker: Stub, vpid: int, flags: int, exit_signal: int = 0) -> Stub:
         """A new task of that number, 0 for any. Busy if somebody has it."""
@@ -117,32 +117,32 @@ class TaskBuilder:
 
     # ------------------------------------------------------------ a namespace of its own
 
-    def new_namespace(self, *, own_init: bool, child_of_us: bool, is_seed: bool) -> None:
+    def new_namespace(self, *, own_init: bool, child_of_us: bool, is_bootstrap: bool) -> None:
         """Have the seed make its children in a new pid namespace. own_init: the first root is process 1 of it. is_seed:
         the seed is in a new namespace already, as process 1."""
-        if is_seed:
+        if is_bootstrap:
             self._is_init = True
             if not own_init:
-                self.init = self.puppets[SEED]
+                self.init = self.stubs[SEED]
                 self.others[self.init.tid] = self.init
             return
-        self._seed = self.puppets[SEED]
+        self._bootstrap = self.stubs[SEED]
         if own_init:
             self._first_flags = CLONE_NEWPID
             return
-        self.init = self.clone(self._seed, 0, CLONE_NEWPID | (CLONE_PARENT if child_of_us else 0),
+        self.init = self.clone(self._bootstrap, 0, CLONE_NEWPID | (CLONE_PARENT if child_of_us else 0),
                                0 if child_of_us else signal.SIGCHLD)
         self.others[self.init.tid] = self.init
-        self.others[self._seed.tid] = self._seed
-        self.puppets[SEED] = self.init
+        self.others[self._bootstrap.tid] = self._bootstrap
+        self.stubs[SEED] = self.init
 
-    def end_seed(self) -> None:
+    def end_bootstrap(self) -> None:
         """All roots are there. They go to whoever takes orphans, unless they are ours."""
         if not self._is_init:
-            seed = self._seed or self.puppets[SEED]
-            seed.die(0)
-            self.others.pop(seed.tid, None)
-        del self.puppets[SEED]
+            bootstrap = self._bootstrap or self.stubs[SEED]
+            bootstrap.die(0)
+            self.others.pop(bootstrap.tid, None)
+        del self.stubs[SEED]
 
     # ------------------------------------------------------------ ends
 
@@ -161,15 +161,15 @@ class TaskBuilder:
         A killed task leaves its stop at once, but can be waited for only when all threads of its process are dead.
         """
         self.require_all()
-        for _, puppet in self:
-            if not puppet.is_dead and not puppet.tracee.is_stopped():
-                raise was_killed(puppet.tid)
+        for _, stub in self:
+            if not stub.is_dead and not stub.tracee.is_stopped():
+                raise was_killed(stub.tid)
 
     def dismiss(self, vpid: int, waiter: int) -> None:
         """End a process of the nursery, and have its parent forget it."""
-        puppet = self.puppets.pop(vpid)
-        puppet.die(0)
-        if puppet.tid not in self._ours:
+        stub = self.stubs.pop(vpid)
+        stub.die(0)
+        if stub.tid not in self._ours:
             number = vpid if vpid > 0 else -1
             self._do(waiter, 'wait4', number, 0, WALL, 0)
 
@@ -177,8 +177,8 @@ class TaskBuilder:
         """SIGKILL to all, and see them dead, unless they have been let go of."""
         if self.released:
             return
-        for puppet in [*self.puppets.values(), *self.others.values()]:
-            _kill(puppet.tid)
+        for stub in [*self.stubs.values(), *self.others.values()]:
+            _kill(stub.tid)
         # in whatever order they go: a leader is not waited for before its threads are
         deadline = time.monotonic() + LONG
         with suppress(ChildProcessError):

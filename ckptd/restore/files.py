@@ -159,18 +159,18 @@ def _may_directly(path: str, access: int) -> bool:
 class FileBuilder(FileAccess):
     """Opens what the image has, by its kinds; see objects.files.base.Restoring."""
 
-    def __init__(self, reader: ImageReader, bank: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
+    def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
                  terminal_fd: int
                  ) -> None:
         super().__init__(reader, caller, changed_files, terminal_fd)
-        self._bank = bank
+        self._service_fds = service_fds
         self._fds: dict[int, int] = {}
-        self._puppets: Mapping[int, Stub] = {}
+        self._stubs: Mapping[int, Stub] = {}
         self._holders: dict[int, list[tuple[int, int]]] = {}
         self._late: set[int] = set()
-        self._mail = _mail(bank)
+        self._mail = _mail(service_fds)
         self.objects: MappedObjects
-        self.rewrites: FileChanges
+        self.file_changes: FileChanges
 
     def _needed_for(self, path: str) -> int:
         # a task of the tree gets its rights last, and is root's until then: /proc asks who opens its maps for the right
@@ -181,13 +181,13 @@ class FileBuilder(FileAccess):
     # ------------------------------------------------------------ for kinds
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
-        return self._bank.once(key, make)
+        return self._service_fds.once(key, make)
 
     def keep(self, path: str, fd: int, start: int) -> None:
-        self.rewrites.keep(path, fd, start)
+        self.file_changes.keep(path, fd, start)
 
     def make_file(self, path: str, fill: Callable[[int], None]) -> None:
-        self.rewrites.make(path, fill)
+        self.file_changes.make(path, fill)
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
         done = copy_with_holes(self._reader.data_fd(extent.part), extent.offset, extent.length, fd, offset)
@@ -209,7 +209,7 @@ class FileBuilder(FileAccess):
         return self._holders.get(file_id, [])
 
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
-        return Script(self._puppets[vpid]).call_now(name, *arguments)
+        return Script(self._stubs[vpid]).call_now(name, *arguments)
 
     # ------------------------------------------------------------ all files
 
@@ -218,7 +218,7 @@ class FileBuilder(FileAccess):
         for saved in self._reader.every(SavedFile):
             kind, record = decode(saved)
             if kind.late(record, saved) == late:
-                self._fds[saved.file_id] = self._bank.add(self._open(kind, record, saved))
+                self._fds[saved.file_id] = self._service_fds.add(self._open(kind, record, saved))
                 self._late |= {saved.file_id} if late else set()
 
     def _open(self, kind: Kind[Any], record: Struct, saved: SavedFile) -> int:
@@ -234,27 +234,27 @@ class FileBuilder(FileAccess):
             raise
         return fd
 
-    def attach(self, puppets: Mapping[int, Stub], holders: Mapping[int, list[int]]) -> None:
+    def attach(self, stubs: Mapping[int, Stub], holders: Mapping[int, list[int]]) -> None:
         """The tasks are there. holders: a task of each table, by files_id, as (vpids of the processes)."""
-        self._puppets = puppets
-        self._pids = {vpid: puppet.tid for vpid, puppet in puppets.items()}
+        self._stubs = stubs
+        self._pids = {vpid: stub.tid for vpid, stub in stubs.items()}
         for table in self._reader.every(FdTable):
             for fd in table.fds:
                 for vpid in holders.get(table.files_id, [])[:1]:
                     self._holders.setdefault(fd.file_id, []).append((vpid, fd.fd))
 
-    def install(self, puppet: Stub, files_id: int) -> Steps[None]:
+    def install(self, stub: Stub, files_id: int) -> Steps[None]:
         """Make the table of a task: what it had at its numbers, nothing of the bank."""
-        script = Script(puppet)
+        script = Script(stub)
         for fd in self._reader.get(FdTable, files_id).fds:
             if fd.file_id not in self._late:
                 script.call('dup3', self._fds[fd.file_id], fd.fd, _cloexec(fd), about=f'fd {fd.fd}')
         yield from script.run()
         for fd in self._reader.get(FdTable, files_id).fds:
             if fd.file_id in self._late:
-                self._hand_over(puppet, fd)
+                self._hand_over(stub, fd)
 
-    def _hand_over(self, puppet: Stub, fd: Fd) -> None:
+    def _hand_over(self, stub: Stub, fd: Fd) -> None:
         """Give a stub an fd that it did not inherit, unix(7) SCM_RIGHTS."""
         ours, theirs = self._mail
         socket.send_fds(ours, [b'f'], [self._fds[fd.file_id]])
@@ -265,8 +265,8 @@ class FileBuilder(FileAccess):
         batch.pointer(header.offset + 16, iov)
         batch.pointer(header.offset + 32, control)
         batch.call('recvmsg', theirs, header, 0)
-        [received] = struct.unpack_from('<i', puppet.do(batch).data(control), 16)
-        script = Script(puppet)
+        [received] = struct.unpack_from('<i', stub.do(batch).data(control), 16)
+        script = Script(stub)
         if received != fd.fd:
             script.call('dup3', received, fd.fd, _cloexec(fd))
             script.call('close', received)
@@ -317,10 +317,10 @@ class FileBuilder(FileAccess):
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
-def _mail(bank: ServiceFds) -> tuple[socket.socket, int]:
+def _mail(service_fds: ServiceFds) -> tuple[socket.socket, int]:
     """A way to send fds to stubs: our end, and theirs in the bank."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return ours, bank.add(theirs.detach())
+    return ours, service_fds.add(theirs.detach())
 
 
 def _cloexec(fd: Fd) -> int:

@@ -17,7 +17,7 @@ def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[
     origins: dict[int, int] = {}
     filled: set[int] = set()
     theirs = mine = 0
-    is_heir = False
+    inherits = False
     for index, step in enumerate(steps):
         if not isinstance(step, CreateTask) or step.flags & CLONE_VM:
             result.append(step)
@@ -27,12 +27,12 @@ def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[
             if not child:       # a temporary maker: its child is the next that is made
                 child = next((after.vpid for after in steps[index + 1:] if isinstance(after, CreateTask)), 0)
             theirs, mine = mms.get(step.maker, 0), mms.get(child, 0)
-            is_heir = bool(theirs and mine) and shares(theirs, mine)
-            if is_heir and theirs not in filled:
+            inherits = bool(theirs and mine) and shares(theirs, mine)
+            if inherits and theirs not in filled:
                 filled.add(theirs)
                 result.append(Fill(theirs, step.maker))
         result.append(step)
-        if step.vpid and is_heir:
+        if step.vpid and inherits:
             origins[mine] = theirs
         elif step.vpid and (theirs in filled or theirs in origins):
             # what the maker was filled with, or has inherited itself

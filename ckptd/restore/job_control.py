@@ -30,33 +30,33 @@ class Stops:
         above = self._above.get(process.vpid)
         return wanted if above and above.sid == process.sid and above.pgid != process.pgid else signal.SIGSTOP
 
-    def stop(self, process: NewProcess, nursery: TaskBuilder) -> None:
+    def stop(self, process: NewProcess, builder: TaskBuilder) -> None:
         """Its tasks have left their stubs, and its parent has not: that hears of it, as it had."""
         wanted = self.signal_of(process)
         for task in process.alive:
-            stop(nursery[task.vpid], wanted, begin=task is process.alive[0])
+            stop(builder[task.vpid], wanted, begin=task is process.alive[0])
         if process.vpid in self._above and not process.alive[0].record.exit_code & 0x7F:
             # its parent has waited for it then (fs/proc/array.c: exit_code is the signal until somebody has)
-            script = Script(nursery[process.parent])
+            script = Script(builder[process.parent])
             script.call('waitid', _P_PID, process.vpid, 0, os.WSTOPPED | os.WNOHANG, 0)
             script.do()
 
 
-def stop(puppet: Stub, wanted: int, *, begin: bool) -> None:
+def stop(stub: Stub, wanted: int, *, begin: bool) -> None:
     """Have a task that left its stub take part in a group-stop by the signal `wanted`, which its first one begins.
 
     Nothing but that is let in meanwhile; the task's own signal mask is back at the end.
     """
-    tracee = puppet.tracee
+    tracee = stub.tracee
     mask = tracee.sigmask
     tracee.sigmask = (1 << 64) - 1 & ~(1 << wanted - 1)
     if begin:
         # SIGSTOP is the one that no mask keeps out; at its delivery it becomes the one that is wanted
-        os.kill(puppet.tid, signal.SIGSTOP)
+        os.kill(stub.tid, signal.SIGSTOP)
     sig = 0
     while True:
         tracee.cont(sig)
-        status = puppet.wait()
+        status = stub.wait()
         if status >> 16 == PTRACE_EVENT_STOP and os.WSTOPSIG(status) != signal.SIGTRAP:
             break
         sig = wanted if os.WSTOPSIG(status) == signal.SIGSTOP else 0

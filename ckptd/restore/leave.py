@@ -26,9 +26,9 @@ from ckptd.restore.sleeps import sleep_again
 class Leave:
     """The last calls of every task. all_stopped: leave each process in a group-stop. check: raises Cancelled."""
 
-    def __init__(self, reader: ImageReader, plan: Plan, nursery: TaskBuilder, *, all_stopped: bool,
+    def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, *, all_stopped: bool,
                  check: Callable[[], None]) -> None:
-        self._reader, self._plan, self._nursery, self._check = reader, plan, nursery, check
+        self._reader, self._plan, self._builder, self._check = reader, plan, builder, check
         self._stops = Stops(plan.processes, all_=all_stopped)
         self._sighands = plan.users('sighand_id')
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
@@ -42,7 +42,7 @@ class Leave:
             if process.alive and self._stops.signal_of(process):
                 finish(self._last(process))
                 self._go_all([process])
-                self._stops.stop(process, self._nursery)
+                self._stops.stop(process, self._builder)
             elif process.alive:
                 running.insert(0, process)
         interleave(self._last(process) for process in running)
@@ -57,26 +57,26 @@ class Leave:
                    if self._sighands[task.record.sighand_id] == task.vpid and last.get(task.record.mm_id) is not task)
         interleave(self._go(task, unmap=True) for task in last.values())
         for task in tasks:
-            attributes.registers(self._reader, task.vpid, self._nursery[task.vpid], self._results.get(task.vpid))
+            attributes.registers(self._reader, task.vpid, self._builder[task.vpid], self._results.get(task.vpid))
 
     def _last(self, process: NewProcess) -> Steps[None]:
-        reader, nursery = self._reader, self._nursery
+        reader, builder = self._reader, self._builder
         first = process.alive[0]
         for task in process.alive:
-            record, script = task.record, Script(nursery[task.vpid])
+            record, script = task.record, Script(builder[task.vpid])
             attributes.rseq(reader, task.vpid, script)
             if self._sighands[record.sighand_id] == task.vpid:
                 attributes.actions(reader, record.sighand_id, script)
             if task is first:
                 # before there are timers, whose signals are the task's own
-                attributes.drain(nursery[task.vpid])
-                attributes.posix_timers(reader, process.vpid, nursery[task.vpid])
+                attributes.drain(builder[task.vpid])
+                attributes.posix_timers(reader, process.vpid, builder[task.vpid])
                 attributes.interval_timers(reader, process.vpid, script)
                 attributes.queue(reader, process.vpid, process.vpid, script, shared=True)
             attributes.queue(reader, process.vpid, task.vpid, script, shared=False)
             yield from script.run()
             self._check()
-            if (regs := (yield from sleep_again(reader, task.vpid, nursery[task.vpid]))) is not None:
+            if (regs := (yield from sleep_again(reader, task.vpid, builder[task.vpid]))) is not None:
                 self._results[task.vpid] = regs
 
     def _go(self, task: ImageTask, *, unmap: bool) -> Steps[None]:
@@ -84,4 +84,4 @@ class Leave:
         if unmap and os.geteuid() != 0 and dumpable_of(self._reader, [task]) != SUID_DUMP_USER:
             # no memory of the task can be read or written from here on, not even by us
             batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
-        return self._nursery[task.vpid].leave(batch, unmap=unmap)
+        return self._builder[task.vpid].leave(batch, unmap=unmap)

@@ -20,13 +20,13 @@ from ckptd.objects.files.deleted import open_nameless
 from ckptd.restore.service_fds import ServiceFds
 
 
-def missing_but_kept(record: Backing, looking: FileLookup) -> bool:
+def missing_but_kept(record: Backing, lookup: FileLookup) -> bool:
     """Whether a mapped file that had a name is not there any more, but in the image: it is made again, without a name.
     One of that name that is somebody else's, as with java's statistics of another process, is left alone."""
     if record.deleted or not record.content:
         return False
-    found = looking.lstat(record.path)
-    return found is None or (found.st_ino != record.inode and looking.changed_files != 'accept')
+    found = lookup.lstat(record.path)
+    return found is None or (found.st_ino != record.inode and lookup.changed_files != 'accept')
 
 
 class TakeOver(FileLookup, ByUser, Protocol):
@@ -45,32 +45,33 @@ class MappedObjects:
     """Made when first asked for; fds are those of the bank. deleted: makes a file without a name. note writes
     down what would outlive a failure."""
 
-    def __init__(self, reader: ImageReader, bank: ServiceFds, looking: TakeOver, deleted: Callable[[Backing], int],
+    def __init__(self, reader: ImageReader, service_fds: ServiceFds, lookup: TakeOver,
+                 deleted: Callable[[Backing], int],
                  note: Callable[[MakeSegment], None]) -> None:
-        self._reader, self._bank, self._looking, self._deleted = reader, bank, looking, deleted
+        self._reader, self._service_fds, self._lookup, self._deleted = reader, service_fds, lookup, deleted
         self._note = note
         self._prepared: set[int] = set()
 
     def data(self, part: int) -> int:
         """A data part, for preadv(2)."""
-        return self._bank.once(('data', part), lambda: os.dup(self._reader.data_fd(part)))
+        return self._service_fds.once(('data', part), lambda: os.dup(self._reader.data_fd(part)))
 
     def backing(self, number: int, *, writable: bool) -> int:
         """A mapped file or executable."""
         record = self._reader.get(Backing, number)
-        if record.deleted or missing_but_kept(record, self._looking):
+        if record.deleted or missing_but_kept(record, self._lookup):
             base = self._deleted(record)
-            return self._bank.once(('backing', number), lambda: open_nameless(base, os.O_RDWR, self._looking)
-                                   ) if writable else base
+            return self._service_fds.once(('backing', number), lambda: open_nameless(base, os.O_RDWR, self._lookup)
+                                          ) if writable else base
         flags = os.O_RDWR if writable else os.O_RDONLY
-        return self._bank.once(('backing', number, writable), lambda: self._looking.open(record.path, flags))
+        return self._service_fds.once(('backing', number, writable), lambda: self._lookup.open(record.path, flags))
 
     def shared(self, number: int, *, writable: bool = True) -> int:
         """A shared object that is no System V segment, with its content."""
-        fd = self._bank.once(('shared', number), lambda: self._make(self._reader.get(SharedMemory, number)))
+        fd = self._service_fds.once(('shared', number), lambda: self._make(self._reader.get(SharedMemory, number)))
         if writable:
             return fd
-        return self._bank.once(('shared', number, 'r'), lambda: os.open(f'/proc/self/fd/{fd}', os.O_RDONLY))
+        return self._service_fds.once(('shared', number, 'r'), lambda: os.open(f'/proc/self/fd/{fd}', os.O_RDONLY))
 
     # ------------------------------------------------------------ shared memory
 
@@ -93,15 +94,15 @@ class MappedObjects:
     def _new(self, record: SharedMemory) -> int:
         """An empty one, of the user's."""
         if record.kind == MEMFD:
-            with self._looking.as_user():
+            with self._lookup.as_user():
                 return os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        return _anonymous(record.size, self._looking)
+        return _anonymous(record.size, self._lookup)
 
     def _set_owner(self, fd: int, record: SharedMemory) -> None:
         if record.kind == MEMFD:
-            set_owner(fd, record.mode, record.uid, record.gid, self._looking)
+            set_owner(fd, record.mode, record.uid, record.gid, self._lookup)
             return
-        with self._looking.as_user():
+        with self._lookup.as_user():
             if os.fstat(fd).st_mode & 0o7777 != record.mode & 0o7777:
                 os.fchmod(fd, record.mode & 0o7777)
 
@@ -148,7 +149,7 @@ class MappedObjects:
                                 resource=f'shmid {record.shmid}') from error
             self._note(MakeSegment(record.shmid, record.key, record.size, os.geteuid(), os.getegid(),
                                    tuple(os.getgroups())))
-        if not found or self._looking.owns(found):
+        if not found or self._lookup.owns(found):
             shmctl_set(record.shmid, record.uid, record.gid, mode)
         with attached(record.shmid, record.size) as view:
             for run in self._reader.shared_runs(record.shm_id):
@@ -166,7 +167,7 @@ class MappedObjects:
         if (found.key, found.size) != (record.key, record.size) or found.attached:
             raise Busy(f'System V segment {record.shmid} is in use', resource=f'shmid {record.shmid}',
                        hint='ipcs -m -i shows by whom; ipcrm -m removes it')
-        if not self._looking.may_take(found):
+        if not self._lookup.may_take(found):
             raise PermissionDenied(f'System V segment {record.shmid} may not be written',
                                    resource=f'shmid {record.shmid}')
         return found

@@ -69,7 +69,7 @@ class Space:
         self._reader, self._objects, self._vdso = reader, objects, vdso
         self._locked, self._on_bytes = locked, on_bytes
         self._ordinary = ordinary(self._memory)
-        self._heritage = CowSharing(reader.memory(origin), self._memory) if origin else None
+        self._cow_sharing = CowSharing(reader.memory(origin), self._memory) if origin else None
         self.is_built = False
 
     def open(self) -> None:
@@ -81,15 +81,15 @@ class Space:
             self._objects.data(run.part)
         self._objects.backing(self._memory.mm.exe, writable=False)
 
-    def build(self, puppet: Stub) -> Steps[None]:
+    def build(self, stub: Stub) -> Steps[None]:
         """Mappings and pages, by a task of this address space."""
-        self._puppet = puppet
+        self._stub = stub
         self.is_built = True
-        script = Script(puppet)
-        kept = self._heritage.kept if self._heritage else []
-        if self._heritage:
-            clear(script, puppet, kept)
-            for start, end in self._heritage.dropped():
+        script = Script(stub)
+        kept = self._cow_sharing.kept if self._cow_sharing else []
+        if self._cow_sharing:
+            clear(script, stub, kept)
+            for start, end in self._cow_sharing.dropped():
                 script.call('madvise', start, end - start, MADV_DONTNEED, about='inherited pages')
         there = set(kept)
         for vma in self._ordinary:
@@ -100,17 +100,17 @@ class Space:
         yield from script.run()
         self._on_bytes(size)
 
-    def finish(self, puppet: Stub) -> Steps[None]:
+    def finish(self, stub: Stub) -> Steps[None]:
         """Everything but the layout. Nobody may be forked from here on: advice keeps memory from children."""
-        script = Script(puppet)
+        script = Script(stub)
         self._allocate_keys(script)
         for vma in self._ordinary:
             self._finish(script, vma)
         for guard in self._memory.guards:
             script.call('madvise', guard.start, guard.end - guard.start, MADV_GUARD_INSTALL, about='guard region')
         yield from script.run()
-        self._force(puppet.tid)
-        self._vdso.patch(puppet.tid, self._reader, self._memory)
+        self._force(stub.tid)
+        self._vdso.patch(stub.tid, self._reader, self._memory)
 
     def _allocate_keys(self, script: Script) -> None:
         """pkey_alloc(2) gives the lowest free one, so those between are taken and given back."""
@@ -149,7 +149,7 @@ class Space:
             script.call('shmat', shmid, vma.start, flags, about=about, expect=vma.start)
             return
         # room for the whole is behind the arena, where nothing of the tree is
-        room = self._puppet.arena.end + PAGE
+        room = self._stub.arena.end + PAGE
         script.call('shmat', shmid, room, flags, about=about, expect=room)
         script.call('mremap', room + vma.offset, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, vma.start, about=about,
                     expect=vma.start)
@@ -165,7 +165,7 @@ class Space:
 
     def _missing(self) -> Iterator[PageRun]:
         """Page runs that the task has to read."""
-        return remaining(list(self._runs(True)), self._heritage.same if self._heritage else [])
+        return remaining(list(self._runs(True)), self._cow_sharing.same if self._cow_sharing else [])
 
     def _fill(self, script: Script) -> Steps[int]:
         """Add the reads to the script; returns the bytes that its next run reads. A small address space is read in one
@@ -253,9 +253,9 @@ class Space:
         return sum(run.pages for run in self._missing()) * PAGE
 
 
-def clear(script: Script, puppet: Stub, kept: Sequence[Range] = ()) -> None:
+def clear(script: Script, stub: Stub, kept: Sequence[Range] = ()) -> None:
     """Unmap all that a task has inherited, but for these ranges and what it needs as a stub."""
-    arena = puppet.arena
+    arena = stub.arena
     for start, end in between([*kept, (arena.start, arena.end)], 0, TASK_SIZE):
         script.call('munmap', start, end - start, about='inherited memory')
 

@@ -35,19 +35,19 @@ class BirthNamespaces:
     user: bool
     pid: bool
     clocks: Offsets | None
-    seed_is_init: bool = False
+    bootstrap_is_init: bool = False
 
-    def enter(self, seed: Stub) -> list[Refusal]:
+    def enter(self, bootstrap: Stub) -> list[Refusal]:
         """Have the seed make them, all but that of pids, which only a child can be in. What cannot be had and can be
         missed is a warning."""
         if self.user:
-            _unshare(seed, CLONE_NEWUSER)
-            _map_ids(seed.tid)
+            _unshare(bootstrap, CLONE_NEWUSER)
+            _map_ids(bootstrap.tid)
         if self.clocks is None:
             return []
         try:
-            _unshare(seed, CLONE_NEWTIME)
-            write_offsets(self.clocks, seed.tid)
+            _unshare(bootstrap, CLONE_NEWTIME)
+            write_offsets(self.clocks, bootstrap.tid)
         except OSError as error:
             return [Refusal(0, '', 'clocks', 'EPERM', f'no time namespace: {error.strerror}; CLOCK_MONOTONIC and'
                             ' CLOCK_BOOTTIME jump', 'run ckptd with CAP_SYS_ADMIN and CAP_SYS_TIME', 'warning')]
@@ -69,7 +69,7 @@ def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> BirthName
     if brokered:        # the launcher has made what there is to be, by the manifest alone
         return BirthNamespaces(False, new_pidns,
                                None if any(read_offsets(os.getpid())) else offsets_for(reader.manifest),
-                               seed_is_init=new_pidns)
+                               bootstrap_is_init=new_pidns)
     user = not may_choose_pids()
     elsewhere = any(record.own_pidns for record in reader.every(Namespaces))
     return BirthNamespaces(user, new_pidns or user or elsewhere, offsets_for(reader.manifest))
@@ -86,10 +86,10 @@ def offsets_for(manifest: Manifest) -> Offsets | None:
                    clocks.boottime - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
 
 
-def _unshare(seed: Stub, flags: int) -> None:
+def _unshare(bootstrap: Stub, flags: int) -> None:
     batch = Batch()
     batch.call('unshare', flags)
-    seed.do(batch)
+    bootstrap.do(batch)
 
 
 def _map_ids(pid: int) -> None:

@@ -31,7 +31,7 @@ class Plan:
     """world: the namespaces to be born into. processes: in depth-first order. steps: how they are made. arena: where
     stubs have their code. highest: the largest fd of any table. refusals: why it cannot be made, with warnings.
     origins: mm_id of the address space that another one is forked from with its pages, by that of the other one."""
-    world: BirthNamespaces
+    namespaces: BirthNamespaces
     processes: list[NewProcess]
     steps: list[Step]
     arena: Arena
@@ -63,13 +63,13 @@ class Plan:
 
 def is_users_worker(plan: Plan) -> bool:
     """Whether the tree is made by a worker that is an ordinary user and chooses pids by CAP_CHECKPOINT_RESTORE."""
-    return os.geteuid() != 0 and not plan.world.user
+    return os.geteuid() != 0 and not plan.namespaces.user
 
 
-def read_numbers(reader: ImageReader, world: BirthNamespaces, caller: CallerRights) -> Numbers:
+def read_numbers(reader: ImageReader, namespaces: BirthNamespaces, caller: CallerRights) -> Numbers:
     """Read which pids are in use in the namespace of the tree, and by whom. A caller from whom /proc hides processes
     gets no names. Dead processes that hold a wanted pid get a moment to be reaped."""
-    if world.pid:
+    if namespaces.pid:
         return {}
     # of the dead that sessions and groups are named by as well
     wanted = {number for task in reader.tasks for number in (task.vpid, task.vpgid, task.vsid)} - {0}
@@ -78,7 +78,7 @@ def read_numbers(reader: ImageReader, world: BirthNamespaces, caller: CallerRigh
     return found if sees_all(caller) else dict.fromkeys(found, ANOTHER)
 
 
-def make_plan(reader: ImageReader, world: BirthNamespaces, numbers: Numbers, *, own_session: bool,
+def make_plan(reader: ImageReader, namespaces: BirthNamespaces, numbers: Numbers, *, own_session: bool,
               child_of_us: bool) -> Plan:
     """numbers: who has which pid now; nobody in a new pid namespace. own_session: the tree gets a terminal."""
     processes = processes_of(reader.tasks)
@@ -86,9 +86,9 @@ def make_plan(reader: ImageReader, world: BirthNamespaces, numbers: Numbers, *, 
     refusals = settle_sessions(processes, numbers, own=own_session and had_terminal)
     # the first process of a namespace makes its roots itself, and makes nobody's sibling (CLONE_PARENT is EINVAL)
     has_init = any(process.vpid == 1 for process in processes)
-    child_of_us = child_of_us and (not world.pid or (has_init and not world.seed_is_init))
+    child_of_us = child_of_us and (not namespaces.pid or (has_init and not namespaces.bootstrap_is_init))
     roots = [process for process in processes if not process.parent]
-    if world.seed_is_init and has_init and len(roots) > 1:
+    if namespaces.bootstrap_is_init and has_init and len(roots) > 1:
         refusals.append(Refusal(roots[1].vpid, '', 'pid namespace', 'EOPNOTSUPP', 'has a parent outside of its pid '
                                 'namespace, whose process 1 is in the tree', 'restore as root'))
     if not any(process.alive for process in processes):
@@ -103,7 +103,7 @@ def make_plan(reader: ImageReader, world: BirthNamespaces, numbers: Numbers, *, 
     highest = max((fd.fd for table in reader.every(FdTable) for fd in table.fds), default=2)
     steps, origins = with_fills(steps, _mms(processes), lambda theirs, mine: bool(
         CowSharing(reader.memory(theirs), reader.memory(mine)).kept))
-    plan = Plan(world, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals, origins)
+    plan = Plan(namespaces, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals, origins)
     refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'the number is in use by {numbers[vpid]}',
                          'end that process, or restore with --new-pidns')
                  for vpid in sorted(plan.numbers & numbers.keys())]

@@ -18,8 +18,9 @@ from ckptd.restore.plan import Plan, make_plan, read_numbers
 def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Refusal]]:
     """The plan, and every refusal and warning about it, pid by pid as vpids. ImageDamaged. Nothing is changed."""
     request = job.request
-    world = decide(reader, new_pidns=request.new_pidns, brokered=request.brokered)
-    plan = make_plan(reader, world, read_numbers(reader, world, request.caller), own_session=job.terminal >= 0,
+    namespaces = decide(reader, new_pidns=request.new_pidns, brokered=request.brokered)
+    plan = make_plan(reader, namespaces, read_numbers(reader, namespaces, request.caller),
+                     own_session=job.terminal >= 0,
                      child_of_us=request.wait)
     access = FileAccess(reader, request.caller, request.changed_files, job.terminal)
     names = {task.vpid: task.record.comm for task in reader.tasks}

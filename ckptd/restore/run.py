@@ -30,8 +30,8 @@ from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
 from ckptd.restore import attributes
-from ckptd.restore.bootstrap import plant
-from ckptd.restore.cgroups import homes, place_for
+from ckptd.restore.bootstrap import start_bootstrap
+from ckptd.restore.cgroups import cgroups, place_for
 from ckptd.restore.create import TaskBuilder
 from ckptd.restore.creation_order import SEED, NewProcess
 from ckptd.restore.creation_steps import Clear, Fill, Step
@@ -85,7 +85,7 @@ class Restore:
             fault('rebuilt')
             with self._phase('start'):
                 self._objects.finish()
-                Leave(self._reader, self._plan, self._nursery, all_stopped=self._request.leave_stopped,
+                Leave(self._reader, self._plan, self._builder, all_stopped=self._request.leave_stopped,
                       check=self._channel.check).run()
                 self._start()
         self._attend()
@@ -101,14 +101,15 @@ class Restore:
     def _open(self, stack: ExitStack) -> None:
         """Open files before any task exists, so that all tasks inherit them."""
         reader, request = self._reader, self._request
-        self._bank = stack.enter_context(ServiceFds(self._plan.highest))
-        self._files = FileBuilder(reader, self._bank, request.caller, request.changed_files, self._job.terminal)
+        self._service_fds = stack.enter_context(ServiceFds(self._plan.highest))
+        self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.terminal)
         self._place = stack.enter_context(place_for(self._job))
-        self._place.want(homes(self._plan.processes))
+        self._place.want(cgroups(self._plan.processes))
         self._place.prepare()
-        self._objects = MappedObjects(reader, self._bank, self._files, self._files.deleted, self._place.note)
+        self._objects = MappedObjects(reader, self._service_fds, self._files, self._files.deleted, self._place.note)
         self._files.objects = self._objects
-        self._files.rewrites = FileChanges(self._place, self._files.rights, self._files.rights_to, request.keep_free)
+        self._files.file_changes = FileChanges(self._place, self._files.rights, self._files.rights_to,
+                                               request.keep_free)
         self._files.open_all(late=False)
         vdso = VdsoPlan(self._plan.arena.end + BESIDE)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,
@@ -129,94 +130,96 @@ class Restore:
         return self._allowed.locked(owner, self._reader.memory(mm_id).vmas)
 
     def _directory(self, path: str) -> int:
-        return self._bank.once(('directory', path),
-                               lambda: self._files.open(path, os.O_PATH | os.O_DIRECTORY))
+        return self._service_fds.once(('directory', path),
+                                      lambda: self._files.open(path, os.O_PATH | os.O_DIRECTORY))
 
     def _create(self, stack: ExitStack) -> None:
         cgroup = self._place.cgroup_fd
         if cgroup >= 0:
-            cgroup = self._bank.once('cgroup', lambda: os.dup(cgroup))
-        self._nursery = TaskBuilder(plant(self._plan.arena, self._bank.base, stub_patience(self._channel.check)),
+            cgroup = self._service_fds.once('cgroup', lambda: os.dup(cgroup))
+        self._builder = TaskBuilder(start_bootstrap(self._plan.arena, self._service_fds.base,
+                                                    stub_patience(self._channel.check)),
                                     cgroup)
-        stack.enter_context(self._nursery)
-        world, numbers = self._plan.world, self._plan.numbers
-        self._warnings += world.enter(self._nursery[SEED])
-        if world.pid:
-            self._nursery.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait,
-                                        is_seed=world.seed_is_init)
+        stack.enter_context(self._builder)
+        namespaces, numbers = self._plan.namespaces, self._plan.numbers
+        self._warnings += namespaces.enter(self._builder[SEED])
+        if namespaces.pid:
+            self._builder.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait,
+                                        is_bootstrap=namespaces.bootstrap_is_init)
         for step in self._plan.steps:
             self._take(step)
             fault('created-one')
             # each is a moment to be cancelled in
-            self._channel.progress(len(self._nursery.puppets), len(self._plan.tasks), 0, self._bytes_total)
-        self._nursery.end_seed()
+            self._channel.progress(len(self._builder.stubs), len(self._plan.tasks), 0, self._bytes_total)
+        self._builder.end_bootstrap()
 
     def _take(self, step: Step) -> None:
         match step:
             case Fill(mm_id, vpid):
-                finish(self._spaces[mm_id].build(self._nursery[vpid]))
+                finish(self._spaces[mm_id].build(self._builder[vpid]))
             case Clear(vpid):
-                script = Script(self._nursery[vpid])
-                clear(script, self._nursery[vpid])
+                script = Script(self._builder[vpid])
+                clear(script, self._builder[vpid])
                 script.do()
             case _:
-                self._nursery.take(step)
+                self._builder.take(step)
 
     def _fill(self) -> None:
         """Fill the address spaces that nobody inherits. All tasks exist by then."""
-        spaces = [(self._nursery[self._mms[mm_id]], space) for mm_id, space in self._spaces.items()]
-        interleave(space.build(puppet) for puppet, space in spaces if not space.is_built)
-        interleave(space.finish(puppet) for puppet, space in spaces)
+        spaces = [(self._builder[self._mms[mm_id]], space) for mm_id, space in self._spaces.items()]
+        interleave(space.build(stub) for stub, space in spaces if not space.is_built)
+        interleave(space.finish(stub) for stub, space in spaces)
 
     # ------------------------------------------------------------ rebuild
 
     def _rebuild(self) -> None:
-        nursery, plan = self._nursery, self._plan
+        builder, plan = self._builder, self._plan
         holders = {files_id: [vpid] for files_id, vpid in self._tables.items()}
-        self._files.attach(dict(nursery), holders)
+        self._files.attach(dict(builder), holders)
         self._files.open_all(late=True)
-        interleave(self._files.install(nursery[vpid], files_id) for files_id, vpid in self._tables.items())
+        interleave(self._files.install(builder[vpid], files_id) for files_id, vpid in self._tables.items())
         interleave(self._process(process) for process in plan.processes if process.alive)
-        # closing any fd of a file gives up all locks that a process has on it, so they come after the bank is closed
-        interleave(self._close_bank(nursery[vpid]) for vpid in self._tables.values())
-        Shed(self._reader, plan, nursery, self._spaces).run()
+        # a process that closes any fd of a file gives up all its locks on it, so locks come after the service fds are
+        # closed
+        interleave(self._close_service_fds(builder[vpid]) for vpid in self._tables.values())
+        Shed(self._reader, plan, builder, self._spaces).run()
         fault('shed')
         self._files.finish()
         self._objects.seal()
         for task in plan.tasks:
             if task.record.state in DEAD:
-                self._bury(task)
+                self._become_zombies(task)
 
     def _process(self, process: NewProcess) -> Steps[None]:
         """All threads of a process: what may need a right, or none."""
-        reader, nursery = self._reader, self._nursery
+        reader, builder = self._reader, self._builder
         first = process.alive[0]
-        attributes.limits(self._allowed.limits(process.vpid), nursery[first.vpid].tid)
-        attributes.oom_score_adj(self._allowed.oom_score_adj(process.vpid), nursery[first.vpid].tid)
-        attributes.coredump_filter(reader, first.record.mm_id, nursery[first.vpid].tid)
-        script = Script(nursery[first.vpid])
+        attributes.limits(self._allowed.limits(process.vpid), builder[first.vpid].tid)
+        attributes.oom_score_adj(self._allowed.oom_score_adj(process.vpid), builder[first.vpid].tid)
+        attributes.coredump_filter(reader, first.record.mm_id, builder[first.vpid].tid)
+        script = Script(builder[first.vpid])
         self._of_objects(first, script)
         attributes.thread(reader, first.vpid, script)
         attributes.process(reader, process.vpid, script)
         if process.sid == process.vpid and self._files.terminal:
             attributes.terminal(reader, process.vpid, process.pgid, script, self._terminal())
         yield from script.run()
-        attributes.schedule(self._allowed.scheduling(first.vpid, process.vpid), nursery[first.vpid].tid)
+        attributes.schedule(self._allowed.scheduling(first.vpid, process.vpid), builder[first.vpid].tid)
         for task in process.alive[1:]:
-            puppet = nursery[task.vpid]
-            script = Script(puppet)
+            stub = builder[task.vpid]
+            script = Script(stub)
             self._of_objects(task, script)
             attributes.thread(reader, task.vpid, script)
             yield from script.run()
-            attributes.schedule(self._allowed.scheduling(task.vpid, process.vpid), puppet.tid)
+            attributes.schedule(self._allowed.scheduling(task.vpid, process.vpid), stub.tid)
 
-    def _close_bank(self, puppet: Stub) -> Steps[None]:
-        script = Script(puppet)
-        script.call('close_range', self._bank.base, _NO_LIMIT, 0)
+    def _close_service_fds(self, stub: Stub) -> Steps[None]:
+        script = Script(stub)
+        script.call('close_range', self._service_fds.base, _NO_LIMIT, 0)
         return script.run()
 
     def _terminal(self) -> int:
-        return self._bank.once('terminal', lambda: os.dup(self._job.terminal))
+        return self._service_fds.once('terminal', lambda: os.dup(self._job.terminal))
 
     def _of_objects(self, task: ImageTask, script: Script) -> None:
         """Restore objects that tasks share, by the first task that has each."""
@@ -226,42 +229,42 @@ class Restore:
         if self._fss[record.fs_id] == task.vpid:
             attributes.fs(self._reader, record.fs_id, script, self._directory)
 
-    def _bury(self, task: ImageTask) -> None:
+    def _become_zombies(self, task: ImageTask) -> None:
         """A task that was dead."""
-        puppet = self._nursery[task.vpid]
-        script = Script(puppet)
+        stub = self._builder[task.vpid]
+        script = Script(stub)
         script.call('prctl', attributes.PR_SET_NAME, attributes.name_of(task.record))
         script.do()
         process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
         if process.alive:
-            puppet.exit_thread(task.record.exit_code)
+            stub.exit_thread(task.record.exit_code)
         else:
-            puppet.die(task.record.exit_code)
-            del self._nursery.puppets[task.vpid]
+            stub.die(task.record.exit_code)
+            del self._builder.stubs[task.vpid]
 
     # ------------------------------------------------------------ start
 
     def _start(self) -> None:
         """Let go of all. What cannot fail comes last, and what cannot be undone before that."""
-        self._place.settle({process.vpid: self._nursery[process.alive[0].vpid].tid for process in self._plan.processes
+        self._place.settle({process.vpid: self._builder[process.alive[0].vpid].tid for process in self._plan.processes
                             if process.alive})
         fault('ready')
-        self._nursery.require_stopped()
+        self._builder.require_stopped()
         self._files.commit()
-        init = self._nursery.init
+        init = self._builder.init
         if init:
             make_reaper(init, self._plan.processes[0].vpid, self._directory('/'))
-        let_go(puppet.tracee for _, puppet in self._nursery)
+        let_go(stub.tracee for _, stub in self._builder)
         if init:
             init.tracee.detach()        # last: if it dies now, it takes the whole namespace along
-        self._nursery.released = True
+        self._builder.released = True
         fault('started')
-        self._place.open_gate()
+        self._place.lift_barrier()
 
     def _attend(self) -> None:
         """The tree runs. Nothing of it is held by us any more, or its pipes and terminals would never end."""
-        roots = [self._nursery[process.vpid].tid for process in self._plan.processes if not process.parent]
-        init = self._nursery.init
+        roots = [self._builder[process.vpid].tid for process in self._plan.processes if not process.parent]
+        init = self._builder.init
         if self._job.terminal >= 0:
             with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
                 os.dup2(nothing.fileno(), self._job.terminal, inheritable=False)
@@ -270,7 +273,7 @@ class Restore:
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
                   'processes': len(self._plan.processes), 'bytes': self._bytes_done, 'cgroup': cgroup_of(roots[0]),
                   'warnings': warnings, 'restored_usec': self._clock.total_usec(), **times}
-        if self._plan.world.pid:        # its number there
+        if self._plan.namespaces.pid:        # its number there
             result['inside'] = self._plan.processes[0].vpid
         self._channel.send(TreeRuns(roots[0], len(self._plan.tasks)))
         if self._request.wait:

@@ -54,9 +54,9 @@ _ALL = (1 << 64) - 1
 class Shed:
     """The shed of a restart. spaces: by mm_id; their memory locks are set while there is a right to do so."""
 
-    def __init__(self, reader: ImageReader, plan: Plan, nursery: TaskBuilder, spaces: Mapping[int, Space]) -> None:
-        self._reader, self._plan, self._nursery, self._spaces = reader, plan, nursery, spaces
-        self._ids = not plan.world.user
+    def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, spaces: Mapping[int, Space]) -> None:
+        self._reader, self._plan, self._builder, self._spaces = reader, plan, builder, spaces
+        self._ids = not plan.namespaces.user
         self._mms = plan.users('mm_id')
 
     def run(self) -> None:
@@ -64,9 +64,9 @@ class Shed:
         groups = self._groups()
         if is_users_worker(self._plan):
             interleave(self._clear(group) for group in groups)
-            if self._nursery.init:      # no task of the tree, and it goes on
-                finish(_clear_capabilities([self._nursery.init]))
-                require_no_capability(self._nursery.init.tid)
+            if self._builder.init:      # no task of the tree, and it goes on
+                finish(_clear_capabilities([self._builder.init]))
+                require_no_capability(self._builder.init.tid)
         else:
             interleave(self._take_own(group) for group in groups)
 
@@ -74,14 +74,14 @@ class Shed:
         """All tasks, those included that are to be dead, by address space."""
         groups: dict[int, list[ImageTask]] = {}
         for task in self._plan.tasks:
-            groups.setdefault(id(self._nursery[task.vpid].turn), []).append(task)
+            groups.setdefault(id(self._builder[task.vpid].turn), []).append(task)
         return list(groups.values())
 
     # ------------------------------------------------------------ root, or root of a user namespace
 
     def _take_own(self, group: Sequence[ImageTask]) -> Steps[None]:
         for task in group:
-            script = Script(self._nursery[task.vpid])
+            script = Script(self._builder[task.vpid])
             if task is group[0] and self._ids:
                 script.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
             self._lock(task, script)
@@ -104,33 +104,33 @@ class Shed:
     # ------------------------------------------------------------ a user's worker
 
     def _clear(self, group: Sequence[ImageTask]) -> Steps[None]:
-        puppets = [self._nursery[task.vpid] for task in group]
+        stubs = [self._builder[task.vpid] for task in group]
         for task in group:
-            script = Script(self._nursery[task.vpid])
+            script = Script(self._builder[task.vpid])
             self._lock(task, script)
             yield from script.run()
-        yield from puppets[0].alone(_clear_capabilities(puppets))
-        for puppet in puppets:
-            require_no_capability(puppet.tid)
+        yield from stubs[0].alone(_clear_capabilities(stubs))
+        for stub in stubs:
+            require_no_capability(stub.tid)
         for task in group:
-            script = Script(self._nursery[task.vpid])
+            script = Script(self._builder[task.vpid])
             _unprivileged(self._reader, task.vpid, script)
             yield from script.run()
 
 
-def _clear_capabilities(puppets: Sequence[Stub]) -> Steps[None]:
+def _clear_capabilities(stubs: Sequence[Stub]) -> Steps[None]:
     clear, show = Batch(), Batch()
     clear.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
     clear.call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     clear.call('capset', clear.buffer(8, struct.pack('<Ii', LINUX_CAPABILITY_VERSION_3, 0)), clear.buffer(24))
     show.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_USER, 0, 0, 0)
-    first, arena = puppets[0], puppets[0].arena
+    first, arena = stubs[0], stubs[0].arena
     other = arena.table + arena.room // 2
     first.write(clear, arena.table)
     first.write(show, other)
-    for puppet in puppets:
-        yield from puppet.go(arena.table)
-    yield from puppets[-1].go(other)
+    for stub in stubs:
+        yield from stub.go(arena.table)
+    yield from stubs[-1].go(other)
 
 
 def require_no_capability(tid: int) -> None:

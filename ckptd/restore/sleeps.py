@@ -23,7 +23,7 @@ from ckptd.remote.stub import Stub
 _TIMEOUT = {arch.NR['nanosleep']: 0, arch.NR['clock_nanosleep']: 2, arch.NR['futex']: 3, arch.NR['poll']: 2}
 
 
-def sleep_again(reader: ImageReader, vpid: int, puppet: Stub) -> Steps[arch.user_regs_struct | None]:
+def sleep_again(reader: ImageReader, vpid: int, stub: Stub) -> Steps[arch.user_regs_struct | None]:
     """The registers that the task is to have instead of its old ones, or None. The last that it does as a stub, but for
     leaving it: another call that is interrupted would take its place."""
     left, regs = reader.table(SleepLeft).get(vpid), _registers(reader, vpid)
@@ -32,7 +32,7 @@ def sleep_again(reader: ImageReader, vpid: int, puppet: Stub) -> Steps[arch.user
     if left.left_ns == ENDLESS or left.number not in _TIMEOUT:
         regs.rax, regs.rip, regs.orig_rax = left.number, regs.rip - 2, (1 << 64) - 1
         return regs
-    result = yield from puppet.alone(_begin(puppet, left, regs))
+    result = yield from stub.alone(_begin(stub, left, regs))
     if result == -arch.ERESTART_RESTARTBLOCK:
         return None
     regs.rax, regs.orig_rax = result & (1 << 64) - 1, (1 << 64) - 1
@@ -43,7 +43,7 @@ def _registers(reader: ImageReader, vpid: int) -> arch.user_regs_struct:
     return arch.user_regs_struct.from_buffer_copy(reader.get(Registers, vpid).gpr)
 
 
-def _begin(puppet: Stub, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[int]:
+def _begin(stub: Stub, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[int]:
     """Have the call begun and interrupted; what it returns."""
     batch = Batch()
     arguments = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9]
@@ -52,24 +52,24 @@ def _begin(puppet: Stub, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[
     rest = batch.buffer(16, struct.pack('<qq', *divmod(left.left_ns, 10**9)))
     timeout = -(-left.left_ns // 10**6) if name == 'poll' else rest
     batch.call(name, *arguments[:position], timeout, *arguments[position + 1:])
-    write_bytes(puppet.tid, puppet.arena.table, batch.encode(puppet.arena.table))
-    tracee = puppet.tracee
-    tracee.regs = arch.stub_registers(puppet.arena.code, puppet.arena.table)
-    yield from _to_syscall(puppet)
+    write_bytes(stub.tid, stub.arena.table, batch.encode(stub.arena.table))
+    tracee = stub.tracee
+    tracee.regs = arch.stub_registers(stub.arena.code, stub.arena.table)
+    yield from _to_syscall(stub)
     # it waits at the entry of the call: with this the call is interrupted at once, unless it need not wait
     tracee.interrupt()
-    yield from _to_syscall(puppet)
+    yield from _to_syscall(stub)
     result = ctypes.c_int64(tracee.regs.rax).value
     tracee.interrupt()      # once more: the stop at the end of the call has used up the first one
     tracee.cont()
     yield
-    while puppet.wait() >> 16 != PTRACE_EVENT_STOP:
+    while stub.wait() >> 16 != PTRACE_EVENT_STOP:
         tracee.cont()
     return result
 
 
-def _to_syscall(puppet: Stub) -> Steps[None]:
-    puppet.tracee.to_syscall()
+def _to_syscall(stub: Stub) -> Steps[None]:
+    stub.tracee.to_syscall()
     yield
-    while os.WSTOPSIG(puppet.wait()) != SYSCALL_STOP:
-        puppet.tracee.to_syscall()
+    while os.WSTOPSIG(stub.wait()) != SYSCALL_STOP:
+        stub.tracee.to_syscall()

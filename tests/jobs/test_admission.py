@@ -101,19 +101,19 @@ def test_a_number_that_is_another_process_now(later: int) -> None:
     assert relations.overlap('pid:4194305', f'pid:{me.tid}') == (not later)
 
 
-def orders(spool: Spool, **settings: object) -> RequestFactory:
+def request_factory(spool: Spool, **settings: object) -> RequestFactory:
     config = Config(**settings)
     return RequestFactory(config, spool, Quota(config, spool), Path('/run/x'), (5, 6), 4242, systemd=True)
 
 
 def test_a_request_has_what_the_worker_needs() -> None:
-    request = orders(Spool(Path('/spool'))).on_target('checkpoint', 'a.service', ME, freeze='unit', timeout=7)
+    request = request_factory(Spool(Path('/spool'))).on_target('checkpoint', 'a.service', ME, freeze='unit', timeout=7)
     assert (request.spool, request.runtime, request.freeze, request.timeout_usec) == ('/spool', '/run/x', 'unit', 7)
     assert request.systemd
     assert '_a_' in request.image
     # the daemon, its bus, and the client that waits for it alone
     assert request.avoid == (5, 6, 4242)
-    other = orders(Spool(Path('/spool'))).on_target('check', 'a.service', Caller(1000, 1000, pid=1))
+    other = request_factory(Spool(Path('/spool'))).on_target('check', 'a.service', Caller(1000, 1000, pid=1))
     assert (other.avoid, other.timeout_usec, other.image) == ((5, 6), 10_000_000, '')
 
 
@@ -121,7 +121,7 @@ def test_what_a_user_leaves_free() -> None:
     spool = Spool(Path('/spool'))
     spool.capacity = 1000
     for uid, keep_free in ((1000, 50), (0, 0)):
-        made = orders(spool, keep_free=Percent(5))
+        made = request_factory(spool, keep_free=Percent(5))
         assert made.on_target('checkpoint', 'a.service', Caller(uid, uid)).keep_free == keep_free
         assert made.on_stream(Caller(uid, uid)).keep_free == keep_free
         image = SpooledImage('20240131_235959_a_0001', Path('/spool/20240131_235959_a_0001'), owner=uid)
@@ -134,9 +134,9 @@ def test_a_full_share_of_the_spool(settings: dict[str, int]) -> None:
     ids = ['20240131_235959_a_0001', '20240131_235959_a_0002']
     spool.adopt({name: SpooledImage(name, Path('/spool') / name, owner=1000, size=20) for name in ids})
     with pytest.raises(LimitsExceeded, match='has 2 images of 40 bytes'):
-        orders(spool, **settings).on_target('checkpoint', 'a.service', ME)
+        request_factory(spool, **settings).on_target('checkpoint', 'a.service', ME)
     for caller in (Caller(0, 0), Caller(1001, 1001)):
-        orders(spool, **settings).on_target('checkpoint', 'a.service', caller)
-    orders(spool, **settings).on_target('check', 'a.service', ME)
+        request_factory(spool, **settings).on_target('checkpoint', 'a.service', caller)
+    request_factory(spool, **settings).on_target('check', 'a.service', ME)
 
 

@@ -79,16 +79,16 @@ async def test_it_dies(spawner: SpawnerClient) -> None:
 
 async def test_they_end_with_their_witness() -> None:
     """Spawner, and worker at work or not, although their sockets stay open: a daemon's, of which a thread hangs."""
-    witness = Liveness()
-    if witness.pidfd < 0:
-        witness.close()
+    liveness = Liveness()
+    if liveness.pidfd < 0:
+        liveness.close()
         pytest.skip('needs PIDFD_THREAD (Linux 6.9)')
-    spawner = SpawnerClient(environment(), witness.pidfd)
+    spawner = SpawnerClient(environment(), liveness.pidfd)
     worker = await ChildWorker.start(spawner)
     with open_pidfds(spawner.pid, worker.pid) as pidfds:
         await asyncio.to_thread(await_that, 'it has the pidfd', lambda: kinds(worker.pid) == FOLLOWING, 10)
         assert not any(wait_dead(pidfd, 0) for pidfd in pidfds)
-        witness.close()
+        liveness.close()
         assert all([await asyncio.to_thread(wait_dead, pidfd, 10) for pidfd in pidfds])
     await worker.end(0.1)       # how it has ended the spawner may not have lived to tell
     spawner.close()

@@ -11,7 +11,7 @@ STEERING = {'rseq', 'rt_sigaction', 'timer_create', 'timer_settime', 'setitimer'
 # the module that works on tasks that have shed
 AFTER = 'leave.py'
 # the first stub takes default actions for what we ignore, before it has any memory of the image
-BEFORE_ANY_MEMORY = {('bootstrap.py', 'plant')}
+BEFORE_ANY_MEMORY = {('bootstrap.py', 'start_bootstrap')}
 
 
 def _functions(path: Path) -> dict[str, ast.AST]:
@@ -43,6 +43,6 @@ def test_the_shed_comes_after_the_service_fds_and_before_what_acts_for_the_tree(
     lines = {word: min(node.lineno for node in ast.walk(body)
                        if (isinstance(node, ast.Attribute) and node.attr == word)
                        or (isinstance(node, ast.Name) and node.id == word))
-             for word in ('_process', '_close_bank', 'Shed', 'finish', '_bury')}
+             for word in ('_process', '_close_service_fds', 'Shed', 'finish', '_become_zombies')}
     assert len(set(lines.values())) == len(lines)
-    assert sorted(lines, key=lines.__getitem__) == ['_process', '_close_bank', 'Shed', 'finish', '_bury']
+    assert sorted(lines, key=lines.__getitem__) == ['_process', '_close_service_fds', 'Shed', 'finish', '_become_zombies']

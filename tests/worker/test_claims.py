@@ -391,8 +391,8 @@ def test_signals_are_sent_by_the_users_own_rights(place: Place, image_of: Image,
         assert owner_uids(pid) == {(ORDINARY_UID, ORDINARY_UID)}
     finally:
         end(pid)
-    with ImageReader(image) as reader, ServiceFds(100) as bank:
-        files = FileBuilder(reader, bank, importer, 'refuse', -1)
+    with ImageReader(image) as reader, ServiceFds(100) as service_fds:
+        files = FileBuilder(reader, service_fds, importer, 'refuse', -1)
         files._pids = {1: os.getpid()}
         read, write = os.pipe()
         for name, uid in (('root', 0), ('another', 1234)):

@@ -16,7 +16,7 @@ from ckptd.operation.deadline import Patience, stub_patience
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Stub
-from ckptd.restore.bootstrap import find_arena, plant
+from ckptd.restore.bootstrap import find_arena, start_bootstrap
 from ckptd.restore.create import TaskBuilder
 from tests.worker.conftest import in_child
 
@@ -30,12 +30,12 @@ def in_worker(work: Callable[[TaskBuilder, Stub], None], patience: Patience | No
     """work(nursery, stub) in a child that is set up as a worker is. The stub is a process with two threads."""
     def child() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-        seed = plant(find_arena([]), BANK, patience or endless)
-        with TaskBuilder(seed, -1) as nursery:
-            stub = nursery.clone(seed, 0, 0, signal.SIGCHLD)
-            nursery.others[stub.tid] = stub
-            nursery.clone(stub, 0, CLONE_VM | CLONE_SIGHAND | CLONE_THREAD)
-            work(nursery, stub)
+        bootstrap = start_bootstrap(find_arena([]), BANK, patience or endless)
+        with TaskBuilder(bootstrap, -1) as builder:
+            stub = builder.clone(bootstrap, 0, 0, signal.SIGCHLD)
+            builder.others[stub.tid] = stub
+            builder.clone(stub, 0, CLONE_VM | CLONE_SIGHAND | CLONE_THREAD)
+            work(builder, stub)
 
     assert in_child(child) == 0
 
@@ -51,7 +51,7 @@ def asleep(stub: Stub) -> Steps[object]:
 
 def test_a_stub_with_threads_that_is_killed_in_a_batch() -> None:
     """Its leader is a zombie that cannot be reaped before its threads: the worker waited for ever."""
-    def work(nursery: TaskBuilder, stub: Stub) -> None:
+    def work(builder: TaskBuilder, stub: Stub) -> None:
         steps = asleep(stub)
         os.kill(stub.tid, signal.SIGKILL)
         with pytest.raises(CkptError, match=f'task {stub.tid} was killed while it was restored'):
@@ -65,7 +65,7 @@ def test_a_stub_that_does_not_answer_is_no_obstacle_to_a_cancel() -> None:
         if asked:
             raise Cancelled('the job was cancelled')
 
-    def work(nursery: TaskBuilder, stub: Stub) -> None:
+    def work(builder: TaskBuilder, stub: Stub) -> None:
         steps = asleep(stub)
         asked.append(True)
         began = time.monotonic()
@@ -78,7 +78,7 @@ def test_a_stub_that_does_not_answer_is_no_obstacle_to_a_cancel() -> None:
 
 
 def test_a_stub_that_does_not_answer_ends_the_restart() -> None:
-    def work(nursery: TaskBuilder, stub: Stub) -> None:
+    def work(builder: TaskBuilder, stub: Stub) -> None:
         steps = asleep(stub)
         with pytest.raises(CkptError, match=r'has not stopped for its tracer within 1 s: state S, sleeps in \w*nanosl'):
             next(steps)

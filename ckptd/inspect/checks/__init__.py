@@ -32,14 +32,14 @@ __all__ = ['CallerRights', 'check_access', 'check_confinement', 'check_files', '
 
 
 def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = False,
-               avoid: Collection[int] = (), picture: ProcCache | None = None, trace: bool = False) -> list[Refusal]:
+               avoid: Collection[int] = (), cache: ProcCache | None = None, trace: bool = False) -> list[Refusal]:
     """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
 
     frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it. picture: of a
     tree at rest, what is read for the checks and what others want to know as well. trace: ask the kernel whether the
     caller may trace each task.
     """
-    picture = picture or ProcCache()
+    cache = cache or ProcCache()
     visible = without_hidden(tree, caller)
     hidden = check_hidden(tree, visible, caller)
     found = [*(avoided := check_avoid(visible, avoid)), *check_access(visible, caller, trace=trace),
@@ -49,11 +49,11 @@ def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = Fals
         # a tree that holds the daemon is most of the machine: to read all of it takes seconds and changes nothing
         return told_dead(tree, hidden + found)
     seen = [task for task in visible if task.tid not in denied]
-    found = hidden + found + check_tasks(visible, seen, picture, caller)
+    found = hidden + found + check_tasks(visible, seen, cache, caller)
     if frozen_required:
         found += check_frozen(seen, caller.pid)
-    found += check_vmas(seen, picture)
-    found += check_files(seen, picture)
+    found += check_vmas(seen, cache)
+    found += check_files(seen, cache)
     return told_dead(tree, found)
 
 

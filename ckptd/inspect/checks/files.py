@@ -14,9 +14,9 @@ from ckptd.objects.files.registry import kind_of
 from ckptd.tree import Task
 
 
-def check_files(tasks: Iterable[Task], picture: ProcCache) -> list[Refusal]:
+def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Refusal]:
     """One row for each refused fd, resource 'fd N'. The same warning about the same file stands once for the tree."""
-    check = _Check(picture)
+    check = _Check(cache)
     for process in processes(tasks):
         for task in _tables(process):
             check.rows += guarded(task, 'fd', check.table, task)
@@ -49,8 +49,8 @@ class _End(NamedTuple):
 class _Check:
     """One look at a tree. Files that look alike in all that a kind goes by get one verdict."""
 
-    def __init__(self, picture: ProcCache) -> None:
-        self._picture = picture
+    def __init__(self, cache: ProcCache) -> None:
+        self._cache = cache
         self.rows: list[Refusal] = []
         self._verdicts: dict[tuple[Any, ...], _Verdict] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -59,7 +59,7 @@ class _Check:
     def table(self, task: Task) -> list[Refusal]:
         """Rows of one fd table."""
         found: list[Refusal] = []
-        for file in self._picture.files(task):
+        for file in self._cache.files(task):
             with suppress(FileNotFoundError):       # closed since it was listed
                 found += self._rows(task, file)
         return found

@@ -32,7 +32,7 @@ def without_hidden(tree: Tree, caller: CallerRights) -> Tree:
     return Tree(tuple(_visible(tree.tasks, caller)))
 
 
-def require_sight(pid: int, caller: CallerRights) -> None:
+def require_visibility(pid: int, caller: CallerRights) -> None:
     """NoSuchTarget, in the words of a process that is not there, for one that the caller does not see."""
     if not sees_all(caller) and not _may_see([pid], caller)[0]:
         raise no_process(pid)

@@ -26,22 +26,22 @@ _FORKS = {56, 57, 58, 435}
 _FOR_CHILDREN = '_for_children'
 
 
-def check_tasks(tree: Tree, tasks: Iterable[Task], picture: ProcCache, caller: CallerRights) -> list[Refusal]:
+def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: CallerRights) -> list[Refusal]:
     """The checks of one task each. `tasks` are those of the tree that may be looked at."""
     tasks = list(tasks)
     home = _root_namespaces(tree)
     found: list[Refusal] = []
     for task in tasks:
-        found += guarded(task, 'task', _check_task, task, home, picture, caller)
+        found += guarded(task, 'task', _check_task, task, home, cache, caller)
     for process in processes(tasks):
         found += guarded(process.leader, 'process', _check_process, process)
     return found
 
 
-def _check_task(task: Task, home: dict[str, int], picture: ProcCache, caller: CallerRights) -> list[Refusal]:
+def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: CallerRights) -> list[Refusal]:
     if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
         return check_kthread(task)      # it has nothing else to look at
-    status = picture.status(task)
+    status = cache.status(task)
     if status.state in 'Xx':
         return [dead(task)]
     if status.state == 'Z':

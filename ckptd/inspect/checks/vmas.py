@@ -52,20 +52,20 @@ _PATHS = (
 _DEV_ZERO = os.makedev(1, 5)
 
 
-def check_vmas(tasks: Iterable[Task], picture: ProcCache) -> list[Refusal]:
+def check_vmas(tasks: Iterable[Task], cache: ProcCache) -> list[Refusal]:
     """One row for each mapping, resource 'vma START-END'. A warning about a file stands once for the tree."""
     files = MappedFiles()
     found: list[Refusal] = []
     for process in processes(tasks):
-        found += guarded(process.leader, 'maps', _check_process, process, files, picture)
+        found += guarded(process.leader, 'maps', _check_process, process, files, cache)
     return found
 
 
-def _check_process(process: ProcessIds, files: 'MappedFiles', picture: ProcCache) -> list[Refusal]:
+def _check_process(process: ProcessIds, files: 'MappedFiles', cache: ProcCache) -> list[Refusal]:
     tid, leader = process.reader.tid, process.leader
     return [Refusal(leader.tid, leader.comm, f'vma {mapping.start:x}-{mapping.end:x}', fact.errno, fact.reason,
                     fact.hint, fact.severity)
-            for mapping in picture.mappings(process.reader)
+            for mapping in cache.mappings(process.reader)
             if (fact := check_mapping(mapping) or _check_segment(tid, mapping) or files.check(tid, mapping))]
 
 

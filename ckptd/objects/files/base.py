@@ -275,7 +275,7 @@ class Kind(ABC, Generic[R]):
     @abstractmethod
     def dump(self, file: OpenFile, content: Content) -> R: ...
 
-    def obstacles(self, record: R, saved: SavedFile, looking: FileLookup) -> list[Reason]:
+    def obstacles(self, record: R, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
         return []
 
     def takes(self, record: R, saved: SavedFile) -> Needs | None:

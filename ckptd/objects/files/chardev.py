@@ -30,14 +30,14 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
     def dump(self, file: OpenFile, content: Content) -> CharacterDevice:
         return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: CharacterDevice, saved: SavedFile, looking: FileLookup) -> list[Reason]:
-        found = looking.lstat(record.path)
+    def obstacles(self, record: CharacterDevice, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+        found = lookup.lstat(record.path)
         if found is None:
             return [Reason('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
         if not is_device(found, record.device):
             return [Reason('ENODEV', f'{record.path} is another file than the device '
                            f'{os.major(record.device)}:{os.minor(record.device)}', 'make the device again (mknod)')]
-        if not looking.may(record.path, access_of(saved.flags)):
+        if not lookup.may(record.path, access_of(saved.flags)):
             return [Reason('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
         return []
 

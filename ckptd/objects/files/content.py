@@ -68,11 +68,11 @@ def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
             os.fchmod(fd, mode)
 
 
-def owner_obstacles(what: str, uid: int, gid: int, looking: FileLookup) -> list[Reason]:
+def owner_obstacles(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Reason]:
     """A warning where a file that is made again does not get the owner or the group that it had."""
-    if looking.may_own(uid, gid):
+    if lookup.may_own(uid, gid):
         return []
-    return [Reason('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {looking.uid} may not give it',
+    return [Reason('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {lookup.uid} may not give it',
                    'it belongs to that user now; processes that have it open do not notice', 'warning')]
 
 

@@ -20,19 +20,19 @@ from ckptd.objects.files.content import ContentSegment, content_size, restore_co
 TRIES = 100
 
 
-def home_of(path: str, looking: FileLookup) -> str:
+def home_of(path: str, lookup: FileLookup) -> str:
     """The directory that a deleted file is made in again: its own, or the next one above that is still there and may be
     written; '' if there is none."""
     for parent in PurePath(path).parents if path.startswith('/') else ():
-        found = looking.lstat(str(parent))
-        if found and stat.S_ISDIR(found.st_mode) and looking.may(str(parent), os.W_OK | os.X_OK):
+        found = lookup.lstat(str(parent))
+        if found and stat.S_ISDIR(found.st_mode) and lookup.may(str(parent), os.W_OK | os.X_OK):
             return str(parent)
     return ''
 
 
-def deleted_obstacles(path: str, looking: FileLookup) -> list[Reason]:
+def deleted_obstacles(path: str, lookup: FileLookup) -> list[Reason]:
     """Of a file that is made again where it was deleted."""
-    home, own = home_of(path, looking), str(PurePath(path).parent)
+    home, own = home_of(path, lookup), str(PurePath(path).parent)
     if not home:
         return [Reason('EACCES', f'{path} was deleted and cannot be made again in {own}',
                        'make that directory, writable for whose tree it is')]

@@ -42,17 +42,17 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def late(self, record: Directory, saved: SavedFile) -> bool:
         return of_process(record.path)
 
-    def obstacles(self, record: Directory, saved: SavedFile, looking: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Directory, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
-        found = looking.lstat(record.path)
+        found = lookup.lstat(record.path)
         if found is None:
             return [Reason('ENOENT', f'{record.path} is missing', 'make the directory again')]
         if not stat.S_ISDIR(found.st_mode):
             return [Reason('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
-        if not looking.may(record.path, os.R_OK):
+        if not lookup.may(record.path, os.R_OK):
             return [Reason('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
-        rows = lock_obstacles(record.locks, record.path, looking)
+        rows = lock_obstacles(record.locks, record.path, lookup)
         if found.st_ino != record.inode:
             rows += [Reason('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
                             'a listing that was under way may skip or repeat names', 'warning')]

@@ -53,17 +53,17 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             return Fifo(file.path, of.st_dev, of.st_ino, of.st_mode, of.st_uid, of.st_gid, file.deleted,
                         pipe.capacity(fd), bool(file.flags & os.O_DIRECT), data, lengths)
 
-    def obstacles(self, record: Fifo, saved: SavedFile, looking: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Fifo, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
         if record.deleted:
-            return [*deleted_obstacles(record.path, looking),
-                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
-        found = looking.lstat(record.path)
+            return [*deleted_obstacles(record.path, lookup),
+                    *owner_obstacles(record.path, record.uid, record.gid, lookup)]
+        found = lookup.lstat(record.path)
         if found is None:
             return [Reason('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
         if not stat.S_ISFIFO(found.st_mode):
             return [Reason('ESTALE', f'{record.path} is no FIFO any more', 'put the FIFO back')]
         # a restart opens it both ways, so that neither end waits for the other
-        if not looking.may(record.path, os.R_OK | os.W_OK):
+        if not lookup.may(record.path, os.R_OK | os.W_OK):
             return [Reason('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
         return []
 

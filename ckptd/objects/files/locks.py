@@ -65,27 +65,27 @@ def has_locks(file: OpenFile) -> bool:
 
 # ---------------------------------------------------------------- restart
 
-def lock_obstacles(locks: Sequence[Lock], path: str, looking: FileLookup) -> list[Reason]:
+def lock_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Reason]:
     """Locks that somebody else has now, and leases that the user may not take. Of flock(2) and leases no call tells
     without taking one."""
-    return [*_lease_obstacles(locks, path, looking), *_held_ranges(locks, path, looking)]
+    return [*_lease_obstacles(locks, path, lookup), *_held_ranges(locks, path, lookup)]
 
 
-def _lease_obstacles(locks: Sequence[Lock], path: str, looking: FileLookup) -> list[Reason]:
+def _lease_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Reason]:
     """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
-    found = looking.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
-    if found is None or found.st_uid == looking.uid or looking.capable(CAP_LEASE):
+    found = lookup.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
+    if found is None or found.st_uid == lookup.uid or lookup.capable(CAP_LEASE):
         return []
-    return [Reason('EACCES', f'{path} is leased and belongs to uid {found.st_uid}, and uid {looking.uid} may not take '
+    return [Reason('EACCES', f'{path} is leased and belongs to uid {found.st_uid}, and uid {lookup.uid} may not take '
                    'a lease on it', 'release the lease (F_SETLEASE, F_UNLCK) first, or restore as root')]
 
 
-def _held_ranges(locks: Sequence[Lock], path: str, looking: FileLookup) -> list[Reason]:
+def _held_ranges(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Reason]:
     ranges = [lock for lock in locks if lock.kind in (POSIX, OFD)]
     if not ranges:
         return []
     try:
-        fd = looking.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = lookup.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return []       # not readable for the user; the restart then finds out
     try:

@@ -74,8 +74,8 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
 
-    def obstacles(self, record: Memfd, saved: SavedFile, looking: FileLookup) -> list[Reason]:
-        return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, looking)
+    def obstacles(self, record: Memfd, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+        return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, lookup)
 
     def takes(self, record: Memfd, saved: SavedFile) -> Needs:
         return Needs(_key(record), memory=content_size(record.content))

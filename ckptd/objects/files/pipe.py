@@ -61,8 +61,8 @@ class PipeKind(Kind[Pipe], tag='pipe'):
             return Pipe(file.stat.st_ino, pipe.capacity(fd), bool(file.flags & os.O_DIRECT), file.stat.st_uid,
                         file.stat.st_gid, data, lengths)
 
-    def obstacles(self, record: Pipe, saved: SavedFile, looking: FileLookup) -> list[Reason]:
-        return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, looking)
+    def obstacles(self, record: Pipe, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+        return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, lookup)
 
     def takes(self, record: Pipe, saved: SavedFile) -> Needs:
         return Needs(('pipe', 0, record.inode), pipe=record.capacity)

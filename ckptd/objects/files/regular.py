@@ -126,59 +126,59 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     # ------------------------------------------------------------ restart
 
-    def obstacles(self, record: Regular, saved: SavedFile, looking: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Regular, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
         if record.deleted:
-            return [*deleted_obstacles(record.path, looking),
-                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
+            return [*deleted_obstacles(record.path, lookup),
+                    *owner_obstacles(record.path, record.uid, record.gid, lookup)]
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
-        found = looking.lstat(record.path)
+        found = lookup.lstat(record.path)
         words = changes(_identity(record), found)
         if found is None:
-            return self._missing(record, looking)
+            return self._missing(record, lookup)
         if not stat.S_ISREG(found.st_mode):
             return [Reason('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
-        if not looking.may(record.path, access_of(saved.flags)):
+        if not lookup.may(record.path, access_of(saved.flags)):
             return [Reason('EACCES', f'{record.path} may not be {_VERBS[access_of(saved.flags)]}',
                            'run as its owner, or as root')]
-        rows = [self._changed(record, words, found, looking)] if words else []
-        return rows + lock_obstacles(record.locks, record.path, looking)
+        rows = [self._changed(record, words, found, lookup)] if words else []
+        return rows + lock_obstacles(record.locks, record.path, lookup)
 
-    def _missing(self, record: Regular, looking: FileLookup) -> list[Reason]:
+    def _missing(self, record: Regular, lookup: FileLookup) -> list[Reason]:
         missing = f'{record.path} {MISSING}'
-        if not record.is_saved or looking.changed_files != 'rollback':
+        if not record.is_saved or lookup.changed_files != 'rollback':
             how = ', or have it made again by --changed-files=rollback' if record.is_saved else ''
             return [Reason('ENOENT', missing, f'put the file back where it was{how}')]
         home = str(PurePath(record.path).parent)
-        found = looking.lstat(home)
-        if found and stat.S_ISDIR(found.st_mode) and looking.may(home, os.W_OK | os.X_OK):
+        found = lookup.lstat(home)
+        if found and stat.S_ISDIR(found.st_mode) and lookup.may(home, os.W_OK | os.X_OK):
             return [Reason('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning'),
-                    *owner_obstacles(record.path, record.uid, record.gid, looking)]
+                    *owner_obstacles(record.path, record.uid, record.gid, lookup)]
         return [Reason('ENOENT', f'{missing} and cannot be made again in {home}',
                        'make that directory, writable for whose tree it is')]
 
-    def _changed(self, record: Regular, words: list[str], found: os.stat_result, looking: FileLookup) -> Reason:
+    def _changed(self, record: Regular, words: list[str], found: os.stat_result, lookup: FileLookup) -> Reason:
         how = f'{record.path} {" and ".join(words)}'
-        if looking.changed_files == 'accept':
+        if lookup.changed_files == 'accept':
             return Reason('ESTALE', how, 'the tree finds it as it is now', 'warning')
-        if looking.changed_files == 'refuse':
+        if lookup.changed_files == 'refuse':
             return Reason('ESTALE', how, '--changed-files=accept goes on with it, rollback puts it back if the '
                           'checkpoint was made with --save-files or it was only appended to')
-        why = self._no_rollback(record, found, looking)
+        why = self._no_rollback(record, found, lookup)
         if why:
             return Reason('ESTALE', f'{how}, and cannot be put back: {why}',
                           'checkpoint with --save-files, or use --changed-files=accept')
         return Reason('ESTALE', how, 'the rollback puts it back as it was', 'warning')
 
-    def _no_rollback(self, record: Regular, found: os.stat_result, looking: FileLookup) -> str:
+    def _no_rollback(self, record: Regular, found: os.stat_result, lookup: FileLookup) -> str:
         """Why the file cannot be brought back, '' if it can."""
-        if not looking.may(record.path, os.R_OK | os.W_OK):
+        if not lookup.may(record.path, os.R_OK | os.W_OK):
             return 'it may not be read and written'
         if any(lock.kind == LEASE for lock in record.locks):
             return 'it is leased'
-        if short := _lacking(record, found, looking):
+        if short := _lacking(record, found, lookup):
             return f'its file system lacks {short:,} bytes for that'
-        if record.is_saved or only_appended(record.path, _identity(record), record.tail, found, looking):
+        if record.is_saved or only_appended(record.path, _identity(record), record.tail, found, lookup):
             return ''
         if not record.tail:
             return 'the tree did not have it open for writing, or its content could not be read'
@@ -227,10 +227,10 @@ def _fill(record: Regular, fd: int, ctx: RestoreContext) -> None:
         os.utime(fd, ns=(record.mtime, record.mtime))
 
 
-def _lacking(record: Regular, found: os.stat_result, looking: FileLookup) -> int:
+def _lacking(record: Regular, found: os.stat_result, lookup: FileLookup) -> int:
     """Bytes that the file system has too few to take what was saved; 0 if it has enough."""
     try:
-        fd = looking.open(record.path, os.O_RDONLY | os.O_NONBLOCK)
+        fd = lookup.open(record.path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return 0        # that is told as such
     try:

@@ -47,12 +47,12 @@ def digest_tail(fd: int, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest() if len(data) == length else b''
 
 
-def only_appended(path: str, saved: FileIdentity, tail: bytes, found: os.stat_result, looking: FileLookup) -> bool:
+def only_appended(path: str, saved: FileIdentity, tail: bytes, found: os.stat_result, lookup: FileLookup) -> bool:
     """Whether the bytes before the size that it had end as they did."""
     if not tail or found.st_ino != saved.inode or found.st_size < saved.size:
         return False
     try:
-        fd = looking.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fd = lookup.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:

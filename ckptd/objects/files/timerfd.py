@@ -53,8 +53,8 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         return Timerfd(int(fields['clockid'][0]), int(flags, 8), int(fields['ticks'][0]), setting.interval,
                        setting.value, now)
 
-    def obstacles(self, record: Timerfd, saved: SavedFile, looking: FileLookup) -> list[Reason]:
-        if record.clock not in ALARM_CLOCKS or looking.capable(CAP_WAKE_ALARM):
+    def obstacles(self, record: Timerfd, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+        if record.clock not in ALARM_CLOCKS or lookup.capable(CAP_WAKE_ALARM):
             return []
         return [Reason('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
                        'CAP_WAKE_ALARM', 'restore it as root')]

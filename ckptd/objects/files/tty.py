@@ -72,13 +72,13 @@ class TtyKind(Kind[Tty], tag='tty'):
     def dump(self, file: OpenFile, content: Content) -> Tty:
         return Tty(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: Tty, saved: SavedFile, looking: FileLookup) -> list[Reason]:
-        if looking.terminal:
+    def obstacles(self, record: Tty, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+        if lookup.terminal:
             return []
-        found = None if record.device == OWN else looking.lstat(record.path)
+        found = None if record.device == OWN else lookup.lstat(record.path)
         if found is None or not is_device(found, record.device):
             return [Reason('ENOTTY', f'{record.path} is a terminal that is gone', 'give the restart a terminal')]
-        if not looking.may(record.path, access_of(saved.flags)):
+        if not lookup.may(record.path, access_of(saved.flags)):
             return [Reason('EACCES', f'{record.path} is another\'s terminal now', 'give the restart a terminal')]
         return [Reason('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
                        'warning')]

@@ -26,5 +26,5 @@ CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.
 
 def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: FileAccess) -> list[Refusal]:
     """Every refusal and warning, by check. pid: as a vpid, 0 for the tree as a whole. ImageDamaged."""
-    scene = CheckContext(reader, plan, request, access)
-    return rows(scene, [row for check in CHECKS for row in check(scene)])
+    context = CheckContext(reader, plan, request, access)
+    return rows(context, [row for check in CHECKS for row in check(context)])

@@ -30,18 +30,18 @@ _NPROC = 6                  # RLIMIT_NPROC, <asm-generic/resource.h>
 _SEED = 1                   # the first stub, which makes all others and ends
 
 
-def check(scene: CheckContext) -> Iterator[Obstacle]:
-    files = _files(scene)
-    yield from _memory(scene, files)
-    yield from _disk(scene, files)
-    yield from _pipes(scene, files)
-    yield from _tasks(scene)
+def check(context: CheckContext) -> Iterator[Obstacle]:
+    files = _files(context)
+    yield from _memory(context, files)
+    yield from _disk(context, files)
+    yield from _pipes(context, files)
+    yield from _tasks(context)
 
 
-def _files(scene: CheckContext) -> list[Needs]:
+def _files(context: CheckContext) -> list[Needs]:
     """What open and mapped files take that are made again, each once."""
     found: dict[Hashable, Needs] = {}
-    for one in _every_file(scene):
+    for one in _every_file(context):
         if one is not None:
             known = found.get(one.key, one)
             found[one.key] = Needs(one.key, max(known.memory, one.memory), max(known.pipe, one.pipe),
@@ -49,13 +49,13 @@ def _files(scene: CheckContext) -> list[Needs]:
     return list(found.values())
 
 
-def _every_file(scene: CheckContext) -> Iterator[Needs | None]:
-    for saved in scene.reader.every(SavedFile):
+def _every_file(context: CheckContext) -> Iterator[Needs | None]:
+    for saved in context.reader.every(SavedFile):
         with suppress(ImageDamaged):        # said by obstacles.objects
             kind, record = decode(saved)
             yield kind.takes(record, saved)
-    for backing in scene.reader.every(Backing):
-        if backing.deleted or missing_but_kept(backing, scene.looking):
+    for backing in context.reader.every(Backing):
+        if backing.deleted or missing_but_kept(backing, context.lookup):
             yield deleted_takes(backing.path, backing.device, backing.inode, whole(backing.content))
 
 
@@ -99,15 +99,15 @@ def inherited_bytes(reader: ImageReader, plan: Plan) -> int:
     return total
 
 
-def _memory(scene: CheckContext, files: Sequence[Needs]) -> Iterator[Obstacle]:
-    needed, info = most_to_fill(scene.reader, files), parse_meminfo(read_file('/proc/meminfo'))
-    groups = [(group, left) for group in _above(scene.home) if (left := _left(group)) is not None]
+def _memory(context: CheckContext, files: Sequence[Needs]) -> Iterator[Obstacle]:
+    needed, info = most_to_fill(context.reader, files), parse_meminfo(read_file('/proc/meminfo'))
+    groups = [(group, left) for group in _above(context.home) if (left := _left(group)) is not None]
     free, swap = info['MemAvailable'], info['SwapFree']
     what = ''
     if needed > min([free, *(left for _, left in groups)]):
         # only then it is worth the time to find out what it is
-        needed -= inherited_bytes(scene.reader, scene.plan)
-        what = f'the tree has {needed:,} bytes of memory, {bytes_to_read(scene.reader):,} of them in the image'
+        needed -= inherited_bytes(context.reader, context.plan)
+        what = f'the tree has {needed:,} bytes of memory, {bytes_to_read(context.reader):,} of them in the image'
     if needed > free + swap:
         yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and {free + swap:,} are left, swap included', 'free memory, or '
                        'add swap')
@@ -115,7 +115,7 @@ def _memory(scene: CheckContext, files: Sequence[Needs]) -> Iterator[Obstacle]:
         yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and without swapping {free:,} are left', 'free memory, or it '
                        'is going to be slow', 'warning')
     if _number('/proc/sys/vm/overcommit_memory') == _STRICT:
-        reserved = sum(vma.end - vma.start for vma in scene.reader.every(Vma) if 'ac' in vma.vm_flags.split())
+        reserved = sum(vma.end - vma.start for vma in context.reader.every(Vma) if 'ac' in vma.vm_flags.split())
         if reserved > (left := info['CommitLimit'] - info['Committed_AS']):
             yield Obstacle(0, 'memory', 'ENOMEM', f'the tree reserves {reserved:,} bytes, and {left:,} may be reserved',
                            'set the sysctl vm.overcommit_memory to 0, or add swap')
@@ -123,13 +123,14 @@ def _memory(scene: CheckContext, files: Sequence[Needs]) -> Iterator[Obstacle]:
         if needed > left:
             yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and the cgroup {group.name} has {max(left, 0):,} left',
                            'raise its memory.max (systemd: MemoryMax=), or restore with another --cgroup')
-    yield from _own_memory(scene, files, {group.path for group, _ in groups})
+    yield from _own_memory(context, files, {group.path for group, _ in groups})
 
 
-def _own_memory(scene: CheckContext, files: Sequence[Needs], known: Container[object]) -> Iterator[Obstacle]:
+def _own_memory(context: CheckContext, files: Sequence[Needs], known: Container[object]) -> Iterator[Obstacle]:
     """Shared objects are filled by us, and charged to the cgroup that we are in
     (Documentation/admin-guide/cgroup-v2.rst, "Memory Ownership")."""
-    runs = [run for chunk in scene.reader.every(PageRuns) if chunk.owner_kind == OF_SHARED_MEMORY for run in chunk.runs]
+    runs = [run for chunk in context.reader.every(PageRuns) if chunk.owner_kind == OF_SHARED_MEMORY
+            for run in chunk.runs]
     needed = sum(run.pages for run in runs) * PAGE + sum(one.memory for one in files)
     for group in _above(read_cgroup2(os.getpid())):
         if group.path not in known and (left := _left(group)) is not None and needed > left:
@@ -177,29 +178,29 @@ def _above(home: str) -> list[Cgroup]:
 
 # ---------------------------------------------------------------- files
 
-def _disk(scene: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
+def _disk(context: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
     """Deleted files are made in a directory, with their content."""
     needed: Counter[str] = Counter()
     for one in files:
         if one.disk:
-            needed[home_of(one.path, scene.looking)] += one.disk
+            needed[home_of(one.path, context.lookup)] += one.disk
     for home, size in needed.items():
         with suppress(OSError):     # without a directory it is refused as such
-            fd = scene.looking.open(home, os.O_PATH | os.O_DIRECTORY)
+            fd = context.lookup.open(home, os.O_PATH | os.O_DIRECTORY)
             try:
                 at = os.fstatvfs(fd)
             finally:
                 os.close(fd)
-            free = (at.f_bavail if scene.looking.uid else at.f_bfree) * at.f_frsize
+            free = (at.f_bavail if context.lookup.uid else at.f_bfree) * at.f_frsize
             if size > free:
                 yield Obstacle(0, 'deleted files', 'ENOSPC', f'its deleted files have {size:,} bytes, and {home} has '
                                f'{free:,} left for them', 'free space there')
 
 
-def _pipes(scene: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
+def _pipes(context: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
     """Of a user, as fs/pipe.c decides: pipes of two pages are always to be had, larger ones up to the soft limit in
     all, and none beyond the hard one."""
-    if scene.looking.capable(CAP_SYS_RESOURCE) or scene.looking.capable(CAP_SYS_ADMIN):
+    if context.lookup.capable(CAP_SYS_RESOURCE) or context.lookup.capable(CAP_SYS_ADMIN):
         return
     sizes = [one.pipe for one in files if one.pipe]
     largest, pages = _number(f'{_PIPES}max-size'), [-(-size // PAGE) for size in sizes]
@@ -216,48 +217,49 @@ def _pipes(scene: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
 
 # ---------------------------------------------------------------- tasks
 
-def _tasks(scene: CheckContext) -> Iterator[Obstacle]:
-    needed = max(len(scene.plan.tasks), len(scene.plan.numbers)) + _SEED
+def _tasks(context: CheckContext) -> Iterator[Obstacle]:
+    needed = max(len(context.plan.tasks), len(context.plan.numbers)) + _SEED
     running = int(read_file('/proc/loadavg').split()[3].partition(b'/')[2])
     for name in ('threads-max', 'pid_max'):
         most = _number(f'/proc/sys/kernel/{name}')
         if running + needed > most:
             yield Obstacle(0, 'tasks', 'EAGAIN', f'{needed:,} more tasks are needed, {running:,} run and {most:,} may',
                            f'raise the sysctl kernel.{name}')
-    yield from _numbers(scene.plan.numbers)
-    for group in _above(scene.home):
+    yield from _numbers(context.plan.numbers)
+    for group in _above(context.home):
         limit = _limit(group, 'pids.max')
         if limit is not None and needed > (left := limit - (_limit(group, 'pids.current') or 0)):
             yield Obstacle(0, 'tasks', 'EAGAIN', f'{needed:,} more tasks are needed, and the cgroup {group.name} takes '
                            f'{max(left, 0):,}', 'raise its pids.max (systemd: TasksMax=), or restore with another '
                            '--cgroup')
-    yield from _own_limit(scene, needed, running)
+    yield from _own_limit(context, needed, running)
 
 
-def _own_limit(scene: CheckContext, needed: int, running: int) -> Iterator[Obstacle]:
+def _own_limit(context: CheckContext, needed: int, running: int) -> Iterator[Obstacle]:
     """RLIMIT_NPROC counts all tasks of a uid, getrlimit(2). It is ours, or where we are root that of whoever asks."""
-    uid = os.getuid() or scene.request.caller.uid
-    free = (scene.may(CAP_SYS_RESOURCE) or scene.may(CAP_SYS_ADMIN)) if os.getuid() else (
-        scene.looking.capable(CAP_SYS_RESOURCE) or scene.looking.capable(CAP_SYS_ADMIN))
+    uid = os.getuid() or context.request.caller.uid
+    free = (context.may(CAP_SYS_RESOURCE) or context.may(CAP_SYS_ADMIN)) if os.getuid() else (
+        context.lookup.capable(CAP_SYS_RESOURCE) or context.lookup.capable(CAP_SYS_ADMIN))
     if free or not uid:
         return
-    soft = _limit_of_tasks(scene)
+    soft = _limit_of_tasks(context)
     # to count those of one uid takes time, and all of the machine are known
     if needed + running > soft and (own := _tasks_of(uid)) + needed > soft:
         yield Obstacle(0, 'RLIMIT_NPROC', 'EAGAIN', f'{needed:,} more tasks are needed, uid {uid} has {own:,} and may '
                        f'have {soft:,}', 'raise the limit (ulimit -u)')
 
 
-def _limit_of_tasks(scene: CheckContext) -> int:
+def _limit_of_tasks(context: CheckContext) -> int:
     """The soft limit. Whoever asks for a job that outlives them may be gone: then it is the limit that the tree had,
     which an imported image may have made up, see obstacles.imported."""
-    caller = scene.request.caller
+    caller = context.request.caller
     with suppress(ProcessLookupError, FileNotFoundError):
         if os.getuid():
             return read_limits(os.getpid())[_NPROC][0]
         with held(caller.pid, caller.start_time, caller.uid):
             return read_limits(caller.pid)[_NPROC][0]
-    return min((scene.reader.get(Limits, vpid).limits[_NPROC].soft for vpid in scene.leaders), default=RLIM_INFINITY)
+    return min((context.reader.get(Limits, vpid).limits[_NPROC].soft for vpid in context.leaders),
+               default=RLIM_INFINITY)
 
 
 def _numbers(numbers: Iterable[int]) -> Iterator[Obstacle]:

@@ -25,7 +25,7 @@ class CheckContext:
     reader: ImageReader
     plan: Plan
     request: JobRequest
-    looking: FileAccess
+    lookup: FileAccess
     own: Status = field(default_factory=lambda: read_status(os.getpid()))
 
     def may(self, capability: int) -> bool:
@@ -34,7 +34,7 @@ class CheckContext:
 
     def may_here(self, capability: int) -> bool:
         """Whether we have a capability in the user namespace of the tree. In a new user namespace we have all."""
-        return self.plan.world.user or self.may(capability)
+        return self.plan.namespaces.user or self.may(capability)
 
     def caller_may(self, path: str, access: int) -> bool:
         """os.access(2) for the caller, of what the request names."""
@@ -57,7 +57,7 @@ class CheckContext:
     @property
     def for_owner(self) -> int:
         """uid of the image's owner where files are opened by his rights and the caller is root; else 0."""
-        return 0 if self.request.caller.uid or self.looking.by_root else self.looking.rights.uid
+        return 0 if self.request.caller.uid or self.lookup.by_root else self.lookup.rights.uid
 
     @cached_property
     def home(self) -> str:
@@ -93,8 +93,8 @@ def once(obstacles: Iterable[Obstacle]) -> list[Obstacle]:
     return list(found.values())
 
 
-def rows(scene: CheckContext, obstacles: Iterable[Obstacle]) -> list[Refusal]:
+def rows(context: CheckContext, obstacles: Iterable[Obstacle]) -> list[Refusal]:
     """Turn obstacles into refusals, with the names of tasks from the image."""
-    names = {task.vpid: task.record.comm for task in scene.reader.tasks}
+    names = {task.vpid: task.record.comm for task in context.reader.tasks}
     return [Refusal(one.vpid, names.get(one.vpid, ''), one.resource, one.errno, one.reason, one.hint, one.severity)
             for one in dict.fromkeys(obstacles)]

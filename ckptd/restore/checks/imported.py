@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from ckptd.restore.checks.context import CheckContext, Obstacle
 
 
-def check(scene: CheckContext) -> Iterator[Obstacle]:
-    caller, manifest = scene.request.caller, scene.reader.manifest
-    if not manifest.imported or scene.plan.world.user:
+def check(context: CheckContext) -> Iterator[Obstacle]:
+    caller, manifest = context.request.caller, context.reader.manifest
+    if not manifest.imported or context.plan.namespaces.user:
         return
     # root's rights in it would be of the importer's invention; with a broker root restores it as the importer
-    if caller.uid != manifest.owner_uid and not scene.request.brokered:
+    if caller.uid != manifest.owner_uid and not context.request.brokered:
         yield Obstacle(0, 'image', 'EPERM', f'the image was imported by uid {manifest.owner_uid}, who alone may '
                        'restore it', 'restore it as that user, or import it yourself')

@@ -18,21 +18,21 @@ MADV_GUARD_INSTALL = 102            # <linux/mman.h>, since 6.13
 _MM_PRCTLS = {'mdwe': (66, 'PR_SET_MDWE', '6.3'), 'memory_merge': (68, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
 
 
-def check(scene: CheckContext) -> Iterator[Obstacle]:
-    other = list(_architecture(scene))
+def check(context: CheckContext) -> Iterator[Obstacle]:
+    other = list(_architecture(context))
     yield from other
     if not other:       # of another machine nothing else means anything
-        yield from _xstate(scene)
-        yield from _vdso(scene)
-        yield from _features(scene)
+        yield from _xstate(context)
+        yield from _vdso(context)
+        yield from _features(context)
 
 
-def _architecture(scene: CheckContext) -> Iterator[Obstacle]:
-    header, hint = scene.reader.header, 'restore it on a machine like the one that it was made on'
-    machines = {one.machine for one in scene.reader.every(Registers)} - {arch.EM}
-    if scene.reader.manifest.architecture != ARCHITECTURE or header.machine != os.uname().machine:
+def _architecture(context: CheckContext) -> Iterator[Obstacle]:
+    header, hint = context.reader.header, 'restore it on a machine like the one that it was made on'
+    machines = {one.machine for one in context.reader.every(Registers)} - {arch.EM}
+    if context.reader.manifest.architecture != ARCHITECTURE or header.machine != os.uname().machine:
         yield Obstacle(0, 'architecture', 'EOPNOTSUPP', f'the image is of a machine {header.machine} '
-                       f'({scene.reader.manifest.architecture}), this one is {os.uname().machine}', hint)
+                       f'({context.reader.manifest.architecture}), this one is {os.uname().machine}', hint)
     elif machines:
         yield Obstacle(0, 'architecture', 'EOPNOTSUPP', f'the image has registers of ELF machine {min(machines)}, not '
                        f'{arch.EM}', hint)
@@ -41,21 +41,21 @@ def _architecture(scene: CheckContext) -> Iterator[Obstacle]:
                        f'{os.sysconf("SC_PAGE_SIZE")}', hint)
 
 
-def _xstate(scene: CheckContext) -> Iterator[Obstacle]:
+def _xstate(context: CheckContext) -> Iterator[Obstacle]:
     """PTRACE_SETREGSET takes the area in the size of this processor only (arch/x86/kernel/fpu/regset.c,
     xstateregs_set), and a component that XCR0 lacks is a #GP."""
-    for task in scene.plan.alive:
-        reason = shortcoming(scene.reader.get(Registers, task.vpid).xstate, own_xstate())
+    for task in context.plan.alive:
+        reason = shortcoming(context.reader.get(Registers, task.vpid).xstate, own_xstate())
         if reason:      # of one image, all are alike
             yield Obstacle(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the features of '
-                           f'the one that it was dumped on (kernel {scene.reader.manifest.kernel})')
+                           f'the one that it was dumped on (kernel {context.reader.manifest.kernel})')
             return
 
 
-def _vdso(scene: CheckContext) -> Iterator[Obstacle]:
+def _vdso(context: CheckContext) -> Iterator[Obstacle]:
     """On another kernel its functions become jumps: who stands inside one would go on in the middle of a jump."""
-    reader, plan = scene.reader, VdsoPlan(0)
-    for mm_id, user in scene.plan.users('mm_id').items():
+    reader, plan = context.reader, VdsoPlan(0)
+    for mm_id, user in context.plan.users('mm_id').items():
         memory = reader.memory(mm_id)
         if not plan.is_bridged(reader, memory):
             continue
@@ -63,15 +63,15 @@ def _vdso(scene: CheckContext) -> Iterator[Obstacle]:
         yield Obstacle(user, 'vdso', 'ENOSYS', f'its vdso is that of kernel {kernel}: calls of it go to the one of '
                        'this kernel', 'nothing is lost but the time of a jump', 'warning')
         [text] = [vma for vma in memory.vmas if vma.kind == VDSO][:1]
-        for task in scene.plan.alive:
+        for task in context.plan.alive:
             registers = arch.user_regs_struct.from_buffer_copy(reader.get(Registers, task.vpid).gpr)
             if task.record.mm_id == mm_id and text.start <= registers.rip < text.end:
                 yield Obstacle(task.vpid, 'vdso', 'EOPNOTSUPP', 'stands inside a function of the vdso, which another '
                                'kernel does not have', f'boot kernel {kernel} again, or checkpoint at another moment')
 
 
-def _features(scene: CheckContext) -> Iterator[Obstacle]:
-    reader, users = scene.reader, scene.plan.users('mm_id')
+def _features(context: CheckContext) -> Iterator[Obstacle]:
+    reader, users = context.reader, context.plan.users('mm_id')
     guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
     if guarded and not _has_guard_regions():
         yield _lacking(users.get(guarded, 0), 'guard regions (madvise MADV_GUARD_INSTALL)', '6.13')

@@ -37,14 +37,14 @@ KEPT = 'is not the file that it was: the tree gets its own, with the content tha
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
 
 
-def check(scene: CheckContext) -> list[Obstacle]:
-    named = [*_open_files(scene), *_mapped_files(scene), *_directories(scene)]
-    return once([*(_by_whom(scene, row) for row in named), *_segments(scene)])
+def check(context: CheckContext) -> list[Obstacle]:
+    named = [*_open_files(context), *_mapped_files(context), *_directories(context)]
+    return once([*(_by_whom(context, row) for row in named), *_segments(context)])
 
 
-def _by_whom(scene: CheckContext, row: Obstacle) -> Obstacle:
+def _by_whom(context: CheckContext, row: Obstacle) -> Obstacle:
     """Root sees the file and may do all with it, and would not guess that it is not he who counts."""
-    uid = scene.for_owner
+    uid = context.for_owner
     if not uid or row.severity == 'warning':
         return row
     if row.errno in ('EACCES', 'EPERM'):
@@ -57,21 +57,21 @@ def _by_whom(scene: CheckContext, row: Obstacle) -> Obstacle:
 
 # ---------------------------------------------------------------- open files
 
-def _open_files(scene: CheckContext) -> Iterator[Obstacle]:
-    holders, vpids = _holders(scene), {task.vpid for task in scene.plan.tasks}
-    for saved in scene.reader.every(SavedFile):
+def _open_files(context: CheckContext) -> Iterator[Obstacle]:
+    holders, vpids = _holders(context), {task.vpid for task in context.plan.tasks}
+    for saved in context.reader.every(SavedFile):
         vpid, fd = holders.get(saved.file_id, (0, -1))
         resource = f'fd {fd}' if vpid else 'file'
         if saved.owner in vpids:
-            yield from _owner(scene, saved, vpid, resource)
+            yield from _owner(context, saved, vpid, resource)
         try:
             kind, record = decode(saved)
-            for flaw in flaws(record, scene.reader.size_of):
+            for flaw in flaws(record, context.reader.size_of):
                 raise ImageDamaged(f'{saved.link}: {flaw}', resource=resource)
-            if not kind.late(record, saved) and (row := _out_of_reach(scene, vpid, resource, _path(scene, record))):
+            if not kind.late(record, saved) and (row := _out_of_reach(context, vpid, resource, _path(context, record))):
                 yield row
                 continue
-            found = kind.obstacles(record, saved, scene.looking)
+            found = kind.obstacles(record, saved, context.lookup)
         except ImageDamaged as error:
             yield Obstacle(vpid, resource, errno_name(error.errno), error.message, error.hint)
         except OSError as error:
@@ -82,92 +82,92 @@ def _open_files(scene: CheckContext) -> Iterator[Obstacle]:
                 yield Obstacle(vpid, resource, *one)
 
 
-def _owner(scene: CheckContext, saved: SavedFile, vpid: int, resource: str) -> Iterator[Obstacle]:
+def _owner(context: CheckContext, saved: SavedFile, vpid: int, resource: str) -> Iterator[Obstacle]:
     """Signals of an open file are sent by the rights of who asked for them, fcntl(2), F_SETOWN_EX."""
-    own = scene.request.caller.uid
+    own = context.request.caller.uid
     if strangers := sorted({saved.owner_uid, saved.owner_euid} - {own}) if own else []:
         yield Obstacle(vpid, resource, 'EPERM', f'its signals (F_SETOWN) are sent by the rights of uid {strangers[0]}, '
                        f'and the caller is uid {own}', 'restore it as root')
 
 
-def _path(scene: CheckContext, record: Struct) -> str:
+def _path(context: CheckContext, record: Struct) -> str:
     """Path that a restart opens for an open file; for a deleted file, the directory that it is created in; '' if the
     file has no path."""
     path = str(getattr(record, 'path', ''))
-    return home_of(path, scene.looking) if getattr(record, 'deleted', 0) else path
+    return home_of(path, context.lookup) if getattr(record, 'deleted', 0) else path
 
 
-def _out_of_reach(scene: CheckContext, vpid: int, resource: str, path: str) -> Obstacle | None:
-    if path and (reason := scene.looking.out_of_reach(path)):
+def _out_of_reach(context: CheckContext, vpid: int, resource: str, path: str) -> Obstacle | None:
+    if path and (reason := context.lookup.out_of_reach(path)):
         return Obstacle(vpid, resource, 'EACCES', f'{path} is not opened: {reason}', 'put back what was there at the '
                         'time of the checkpoint')
     return None
 
 
-def _holders(scene: CheckContext) -> dict[int, tuple[int, int]]:
+def _holders(context: CheckContext) -> dict[int, tuple[int, int]]:
     """(vpid, fd) that first lead to each description."""
     found: dict[int, tuple[int, int]] = {}
-    for files_id, vpid in scene.plan.users('files_id').items():
-        for fd in scene.reader.get(FdTable, files_id).fds:
+    for files_id, vpid in context.plan.users('files_id').items():
+        for fd in context.reader.get(FdTable, files_id).fds:
             found.setdefault(fd.file_id, (vpid, fd.fd))
     return found
 
 
 # ---------------------------------------------------------------- mapped files
 
-def _mapped_files(scene: CheckContext) -> Iterator[Obstacle]:
+def _mapped_files(context: CheckContext) -> Iterator[Obstacle]:
     """Check the mapped files, by their first user and by the access that each needs: os.R_OK ..."""
-    users = scene.plan.users('mm_id')
+    users = context.plan.users('mm_id')
     first: dict[int, tuple[int, str]] = {}
     access: dict[int, int] = {}
-    for vma in scene.reader.every(Vma):
+    for vma in context.reader.every(Vma):
         if vma.kind in (FILE_PRIVATE, FILE_SHARED) and vma.mm_id in users:
             first.setdefault(vma.object, (users[vma.mm_id], f'vma {vma.start:x}-{vma.end:x}'))
             wanted = os.R_OK | (os.W_OK if vma.kind == FILE_SHARED and may_write(vma) else 0)
             access[vma.object] = access.get(vma.object, 0) | wanted
-    for mm in scene.reader.every(Mm):
+    for mm in context.reader.every(Mm):
         if mm.mm_id in users and mm.exe:
             first.setdefault(mm.exe, (users[mm.mm_id], 'exe'))
             # PR_SET_MM_EXE_FILE asks for the right to execute (kernel/sys.c, prctl_set_mm_exe_file)
             access[mm.exe] = access.get(mm.exe, 0) | os.R_OK | os.X_OK
-    opened = {saved.link for saved in scene.reader.every(SavedFile)}
+    opened = {saved.link for saved in context.reader.every(SavedFile)}
     for number, (vpid, resource) in first.items():
-        yield from _backing(scene, scene.reader.get(Backing, number), vpid, resource, access[number], opened)
+        yield from _backing(context, context.reader.get(Backing, number), vpid, resource, access[number], opened)
 
 
-def _backing(scene: CheckContext, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
+def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
              ) -> Iterator[Obstacle]:
     if record.deleted:
-        if row := _out_of_reach(scene, vpid, resource, home_of(record.path, scene.looking)):
+        if row := _out_of_reach(context, vpid, resource, home_of(record.path, context.lookup)):
             yield row
-        for one in deleted_obstacles(record.path, scene.looking):
+        for one in deleted_obstacles(record.path, context.lookup):
             yield Obstacle(vpid, resource, *one)
         return
-    if row := _out_of_reach(scene, vpid, resource, record.path):
+    if row := _out_of_reach(context, vpid, resource, record.path):
         yield row
         return
     if not record.mode:
         return          # it could not be looked at when it was dumped
-    if missing_but_kept(record, scene.looking):
-        for one in deleted_obstacles(record.path, scene.looking):
+    if missing_but_kept(record, context.lookup):
+        for one in deleted_obstacles(record.path, context.lookup):
             yield Obstacle(vpid, resource, *one)
         yield Obstacle(vpid, resource, 'ENOENT', f'{record.path} {KEPT}', 'nobody else sees what the tree writes there '
                        'from then on: put the file back if somebody is to', 'warning')
         return
-    found = scene.looking.lstat(record.path)
+    found = context.lookup.lstat(record.path)
     words = changes(FileIdentity.of_backing(record), found)
     how = f'{record.path} {" and ".join(words)}'
     # of a file that is open too, its kind says whether it can be put back
-    rolled_back = scene.looking.changed_files == 'rollback' and record.path in opened
+    rolled_back = context.lookup.changed_files == 'rollback' and record.path in opened
     if found is None:
         if not rolled_back:
             yield Obstacle(vpid, resource, 'ENOENT', how, 'put the file back where it was')
     elif stat.S_IFMT(found.st_mode) != stat.S_IFMT(record.mode):
         yield Obstacle(vpid, resource, 'ESTALE', how, 'put the file back')
-    elif not scene.looking.may(record.path, access):
+    elif not context.lookup.may(record.path, access):
         yield Obstacle(vpid, resource, 'EACCES', f'{record.path} may not be {_verbs(access)}',
                        'run as its owner, or as root')
-    elif words and scene.looking.changed_files == 'accept':
+    elif words and context.lookup.changed_files == 'accept':
         yield Obstacle(vpid, resource, 'ESTALE', how, 'the tree finds it as it is now', 'warning')
     elif words and not rolled_back:
         yield Obstacle(vpid, resource, 'ESTALE', how, 'put the very file back (of a package: the same version); '
@@ -181,49 +181,49 @@ def _verbs(access: int) -> str:
 
 # ---------------------------------------------------------------- directories
 
-def _directories(scene: CheckContext) -> Iterator[Obstacle]:
-    for fs_id, vpid in scene.plan.users('fs_id').items():
-        record = scene.reader.get(Fs, fs_id)
-        yield from _directory(scene, vpid, 'cwd', 'working directory', record.cwd)
+def _directories(context: CheckContext) -> Iterator[Obstacle]:
+    for fs_id, vpid in context.plan.users('fs_id').items():
+        record = context.reader.get(Fs, fs_id)
+        yield from _directory(context, vpid, 'cwd', 'working directory', record.cwd)
         if record.root != '/':
-            yield from _directory(scene, vpid, 'root', 'root directory', record.root)
+            yield from _directory(context, vpid, 'root', 'root directory', record.root)
             # who may set up what a program finds in /etc may be anybody to it
-            by_root = not scene.looking.rights.uid or scene.looking.by_root
-            if not (by_root or scene.plan.world.user) or not scene.may_here(CAP_SYS_CHROOT):
+            by_root = not context.lookup.rights.uid or context.lookup.by_root
+            if not (by_root or context.plan.namespaces.user) or not context.may_here(CAP_SYS_CHROOT):
                 yield Obstacle(vpid, 'root', 'EPERM', f'its root directory is {record.root}, and the caller may not '
                                'change that of a process', 'restore it as root')
 
 
-def _directory(scene: CheckContext, vpid: int, resource: str, what: str, path: str) -> Iterator[Obstacle]:
-    if row := _out_of_reach(scene, vpid, resource, path):
+def _directory(context: CheckContext, vpid: int, resource: str, what: str, path: str) -> Iterator[Obstacle]:
+    if row := _out_of_reach(context, vpid, resource, path):
         yield row
         return
     try:
-        os.close(scene.looking.open(path, os.O_PATH | os.O_DIRECTORY))
+        os.close(context.lookup.open(path, os.O_PATH | os.O_DIRECTORY))
     except (OSError, ValueError) as error:
         number = (error.errno if isinstance(error, OSError) else None) or errno.ENOENT
         yield Obstacle(vpid, resource, errno_name(number), f'its {what} {path} cannot be had: {os.strerror(number)}',
                        'make that directory again')
         return
-    if not scene.looking.may(path, os.X_OK):
+    if not context.lookup.may(path, os.X_OK):
         yield Obstacle(vpid, resource, 'EACCES', f'its {what} {path} may not be entered',
                        'give the caller the right to it (chmod), or restore as root')
 
 
 # ---------------------------------------------------------------- System V segments
 
-def _segments(scene: CheckContext) -> Iterator[Obstacle]:
-    users = scene.plan.users('mm_id')
+def _segments(context: CheckContext) -> Iterator[Obstacle]:
+    users = context.plan.users('mm_id')
     first: dict[int, int] = {}
-    for vma in scene.reader.every(Vma):
+    for vma in context.reader.every(Vma):
         if vma.kind == SHARED_MEMORY and vma.mm_id in users:
             first.setdefault(vma.object, users[vma.mm_id])
-    for record in scene.reader.every(SharedMemory):
+    for record in context.reader.every(SharedMemory):
         if record.kind == SYSV and record.shm_id in first:
-            yield from _segment(scene, record, first[record.shm_id])
+            yield from _segment(context, record, first[record.shm_id])
 
 
-def _segment(scene: CheckContext, record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
+def _segment(context: CheckContext, record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
     """Check a System V segment. One that exists and is not attached is used again, see Objects; else its id and key
     must be free."""
     resource = f'shmid {record.shmid}'
@@ -238,16 +238,16 @@ def _segment(scene: CheckContext, record: SharedMemory, vpid: int) -> Iterator[O
         if (found.key, found.size) != (record.key, record.size) or found.attached:
             yield Obstacle(vpid, resource, 'EBUSY', f'its System V segment is in use: attached {found.attached} times, '
                            f'last by {_name(found.last)}', 'ipcs -m -p shows by whom; ipcrm -m removes it')
-        elif not scene.looking.may_take(found):
+        elif not context.lookup.may_take(found):
             yield Obstacle(vpid, resource, 'EACCES', f'its System V segment belongs to uid {found.uid}, and may not be '
                            'written by whose image this is', f'have its owner remove it (ipcrm -m {record.shmid})')
         return
     if other := _by_key(record.key):
         yield Obstacle(vpid, resource, 'EEXIST', f'the key {record.key:#x} of its System V segment is that of segment '
                        f'{other} now', f'ipcrm -m {other} removes it')
-    if not (scene.looking.by_root or scene.looking.may_own(record.uid, record.gid)):
+    if not (context.lookup.by_root or context.lookup.may_own(record.uid, record.gid)):
         yield Obstacle(vpid, resource, 'EPERM', f'its System V segment belonged to uid {record.uid} and gid '
-                       f'{record.gid}, and is gone: uid {scene.looking.uid} may not make one of theirs',
+                       f'{record.gid}, and is gone: uid {context.lookup.uid} may not make one of theirs',
                        'keep the segment, or restore it as root')
     if not os.access(_NEXT_ID, os.W_OK, effective_ids=True):
         yield Obstacle(vpid, resource, 'EPERM', 'a System V segment with its old id cannot be made',

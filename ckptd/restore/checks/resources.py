@@ -32,80 +32,81 @@ _AS_ROOT = 'restore it as root'
 _NICE_HINT = 'run ckptd with CAP_SYS_NICE'
 
 
-def check(scene: CheckContext) -> Iterator[Obstacle]:
-    for process in scene.plan.processes:
+def check(context: CheckContext) -> Iterator[Obstacle]:
+    for process in context.plan.processes:
         if process.alive:
-            yield from _limits(scene, process.vpid)
-            yield from _oom(scene, process.vpid)
-            yield from _locked(scene, process.vpid, process.ids.mm_id)
-            yield from _timers(scene, process.vpid)
-    yield from _lowest(scene)
-    for process in scene.plan.processes:
-        yield from once(row for task in process.alive for row in _scheduling(scene, task.vpid, process.vpid))
+            yield from _limits(context, process.vpid)
+            yield from _oom(context, process.vpid)
+            yield from _locked(context, process.vpid, process.ids.mm_id)
+            yield from _timers(context, process.vpid)
+    yield from _lowest(context)
+    for process in context.plan.processes:
+        yield from once(row for task in process.alive for row in _scheduling(context, task.vpid, process.vpid))
 
 
-def _limits(scene: CheckContext, vpid: int) -> Iterator[Obstacle]:
-    wanted = scene.reader.get(Limits, vpid).limits
-    for name, limit, nearest in zip(_LIMITS, wanted, scene.allowed.limits(vpid), strict=False):
+def _limits(context: CheckContext, vpid: int) -> Iterator[Obstacle]:
+    wanted = context.reader.get(Limits, vpid).limits
+    for name, limit, nearest in zip(_LIMITS, wanted, context.allowed.limits(vpid), strict=False):
         if limit == nearest:
             continue
         reason, comes = f'its hard limit RLIMIT_{name} is {_amount(limit.hard)}', f'with {_amount(nearest.hard)}'
         if name == _LIMITS[NOFILE] and limit.hard > nr_open() == nearest.hard:
-            yield scene.beyond(Obstacle(vpid, 'RLIMIT_NOFILE', 'EPERM', f'{reason}, and this machine has at most '
-                                        f'{nr_open()}', 'raise the sysctl fs.nr_open'), comes)
+            yield context.beyond(Obstacle(vpid, 'RLIMIT_NOFILE', 'EPERM', f'{reason}, and this machine has at most '
+                                          f'{nr_open()}', 'raise the sysctl fs.nr_open'), comes)
         else:
-            yield scene.beyond(Obstacle(vpid, f'RLIMIT_{name}', 'EPERM', f'{reason}, ours {_amount(nearest.hard)}',
-                                        _RESOURCE.format(name)), comes)
+            yield context.beyond(Obstacle(vpid, f'RLIMIT_{name}', 'EPERM', f'{reason}, ours {_amount(nearest.hard)}',
+                                          _RESOURCE.format(name)), comes)
 
 
 def _amount(value: int) -> str:
     return 'unlimited' if value == INFINITY else f'{value:,}'
 
 
-def _oom(scene: CheckContext, vpid: int) -> Iterator[Obstacle]:
-    wanted, nearest = scene.reader.get(ProcessState, vpid).oom_score_adj - 1000, scene.allowed.oom_score_adj(vpid)
+def _oom(context: CheckContext, vpid: int) -> Iterator[Obstacle]:
+    wanted, nearest = context.reader.get(ProcessState, vpid).oom_score_adj - 1000, context.allowed.oom_score_adj(vpid)
     if wanted != nearest:
-        yield scene.beyond(Obstacle(vpid, 'oom_score_adj', 'EACCES', f'its oom_score_adj is {wanted}, ours '
-                                    f'{read_oom_score_adj(os.getpid())}, and lowering it takes a privilege',
-                                    'run ckptd with CAP_SYS_RESOURCE (systemd: OOMScoreAdjust=)'), f'with {nearest}')
+        yield context.beyond(Obstacle(vpid, 'oom_score_adj', 'EACCES', f'its oom_score_adj is {wanted}, ours '
+                                      f'{read_oom_score_adj(os.getpid())}, and lowering it takes a privilege',
+                                      'run ckptd with CAP_SYS_RESOURCE (systemd: OOMScoreAdjust=)'), f'with {nearest}')
 
 
-def _locked(scene: CheckContext, vpid: int, mm_id: int) -> Iterator[Obstacle]:
-    vmas = [vma for vma in scene.reader.memory(mm_id).vmas if vma.locked]
-    if unlocked := sum(vma.end - vma.start for vma in vmas if vma.start not in scene.allowed.locked(vpid, vmas)):
+def _locked(context: CheckContext, vpid: int, mm_id: int) -> Iterator[Obstacle]:
+    vmas = [vma for vma in context.reader.memory(mm_id).vmas if vma.locked]
+    if unlocked := sum(vma.end - vma.start for vma in vmas if vma.start not in context.allowed.locked(vpid, vmas)):
         locked = sum(vma.end - vma.start for vma in vmas)
-        limit = scene.allowed.limits(vpid)[MEMLOCK].soft
-        yield scene.beyond(Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may '
-                                    f'lock {limit:,}', 'run ckptd with CAP_IPC_LOCK'),
-                           f'with {locked - unlocked:,} bytes locked')
+        limit = context.allowed.limits(vpid)[MEMLOCK].soft
+        yield context.beyond(Obstacle(vpid, 'locked memory', 'EPERM', f'has {locked:,} bytes of memory locked, and may '
+                                      f'lock {limit:,}', 'run ckptd with CAP_IPC_LOCK'),
+                             f'with {locked - unlocked:,} bytes locked')
 
 
-def _timers(scene: CheckContext, vpid: int) -> Iterator[Obstacle]:
-    for timer in scene.reader.get(PosixTimers, vpid).timers:
-        if timer.clock in ALARM_CLOCKS and not scene.looking.capable(CAP_WAKE_ALARM):
+def _timers(context: CheckContext, vpid: int) -> Iterator[Obstacle]:
+    for timer in context.reader.get(PosixTimers, vpid).timers:
+        if timer.clock in ALARM_CLOCKS and not context.lookup.capable(CAP_WAKE_ALARM):
             yield Obstacle(vpid, f'timer {timer.id}', 'EPERM', f'its timer of {ALARM_CLOCKS[timer.clock]} wakes a '
                            'suspended machine, which takes CAP_WAKE_ALARM', _AS_ROOT)
 
 
-def _lowest(scene: CheckContext) -> Iterator[Obstacle]:
+def _lowest(context: CheckContext) -> Iterator[Obstacle]:
     """Mappings at addresses that the kernel keeps from users: a bug of its own that follows a null pointer would find
     what they have put there (security/commoncap.c, cap_mmap_addr)."""
-    least, users = int(read_file('/proc/sys/vm/mmap_min_addr')), scene.plan.users('mm_id')
-    for vma in scene.reader.every(Vma):
-        if vma.start < least and vma.mm_id in users and not scene.looking.capable(CAP_SYS_RAWIO):
+    least, users = int(read_file('/proc/sys/vm/mmap_min_addr')), context.plan.users('mm_id')
+    for vma in context.reader.every(Vma):
+        if vma.start < least and vma.mm_id in users and not context.lookup.capable(CAP_SYS_RAWIO):
             yield Obstacle(users[vma.mm_id], f'vma {vma.start:x}-{vma.end:x}', 'EPERM', 'is mapped below address '
                            f'{least:#x} (sysctl vm.mmap_min_addr), which takes CAP_SYS_RAWIO', _AS_ROOT)
 
 
 # ---------------------------------------------------------------- scheduling
 
-def _scheduling(scene: CheckContext, vpid: int, leader: int) -> Iterator[Obstacle]:
-    record, nearest = scene.reader.get(Scheduling, vpid), scene.allowed.scheduling(vpid, leader)
+def _scheduling(context: CheckContext, vpid: int, leader: int) -> Iterator[Obstacle]:
+    record, nearest = context.reader.get(Scheduling, vpid), context.allowed.scheduling(vpid, leader)
     for what, comes in _privileged(record, nearest):
-        yield scene.beyond(Obstacle(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _NICE_HINT), comes)
+        yield context.beyond(Obstacle(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _NICE_HINT),
+                             comes)
     if record.ioprio != nearest.ioprio and record.ioprio >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_RT:
-        yield scene.beyond(Obstacle(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which takes a '
-                                    'privilege', _NICE_HINT), 'with the best-effort class')
+        yield context.beyond(Obstacle(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which takes a '
+                                      'privilege', _NICE_HINT), 'with the best-effort class')
     allowed = {cpu for cpu in range(len(record.affinity) * 8) if record.affinity[cpu // 8] >> cpu % 8 & 1}
     if missing := sorted(allowed - os.sched_getaffinity(0)):
         yield Obstacle(vpid, 'processors', 'EINVAL', f'ran on processors {_ranges(missing)} too, which are not there '

@@ -24,18 +24,18 @@ _ROOT = 'restore it as root'
 _SETS = ('inheritable', 'permitted', 'effective', 'bounding', 'ambient')
 
 
-def check(scene: CheckContext) -> Iterator[Obstacle]:
-    caller, manifest = scene.request.caller, scene.reader.manifest
+def check(context: CheckContext) -> Iterator[Obstacle]:
+    caller, manifest = context.request.caller, context.reader.manifest
     if caller.uid and manifest.owner_uid != caller.uid:
         yield Obstacle(0, 'image', 'EPERM', f'the image was made for uid {manifest.owner_uid}, the caller is uid '
                        f'{caller.uid}', 'restore it as that user, or as root')
-    yield from _ours(scene)
-    yield from _confined(scene)
-    for process in scene.plan.processes:
+    yield from _ours(context)
+    yield from _confined(context)
+    for process in context.plan.processes:
         found: list[Obstacle] = []
         for task in process.alive:
-            record = scene.reader.get(Credentials, task.vpid)
-            found += [*_ids(scene, record), *_capabilities(scene, record)]
+            record = context.reader.get(Credentials, task.vpid)
+            found += [*_ids(context, record), *_capabilities(context, record)]
         yield from once(found)
 
 
@@ -45,21 +45,21 @@ def capability_names(mask: int) -> str:
                      for bit in range(64) if mask >> bit & 1)
 
 
-def _ours(scene: CheckContext) -> Iterator[Obstacle]:
+def _ours(context: CheckContext) -> Iterator[Obstacle]:
     """Check the rights that it takes to set credentials at all."""
-    if scene.plan.world.user or is_users_worker(scene.plan):
+    if context.plan.namespaces.user or is_users_worker(context.plan):
         return
-    uids = {uid for record in scene.reader.every(Credentials) for uid in record.uids}
+    uids = {uid for record in context.reader.every(Credentials) for uid in record.uids}
     needed = 1 << CAP_SETGID | 1 << CAP_SETPCAP | (1 << CAP_SETUID if uids - {os.geteuid()} else 0)
-    lacking = needed & ~scene.own.cap_eff
+    lacking = needed & ~context.own.cap_eff
     if lacking:
         yield Obstacle(0, 'credentials', 'EPERM', f'ckptd lacks {capability_names(lacking)}', 'run ckptd as root')
 
 
-def _confined(scene: CheckContext) -> Iterator[Obstacle]:
+def _confined(context: CheckContext) -> Iterator[Obstacle]:
     """A caller who has given up rights for good, for himself and all that he starts, gets none back by a restart."""
-    caller = scene.request.caller
-    if not caller.uid or scene.plan.world.user:
+    caller = context.request.caller
+    if not caller.uid or context.plan.namespaces.user:
         return
     if not caller.pid:
         yield Obstacle(0, 'credentials', 'ESRCH', 'it is not known which process asks, and what it has given up',
@@ -67,19 +67,19 @@ def _confined(scene: CheckContext) -> Iterator[Obstacle]:
     if caller.seccomp:
         yield Obstacle(0, 'seccomp', 'EPERM', 'the caller runs under a seccomp filter, and the tree would not',
                        'ask from outside of the sandbox')
-    free = any(not scene.reader.get(Credentials, task.vpid).no_new_privs
-               for process in scene.plan.processes for task in process.alive)
+    free = any(not context.reader.get(Credentials, task.vpid).no_new_privs
+               for process in context.plan.processes for task in process.alive)
     if caller.no_new_privs and free:
         yield Obstacle(0, 'no_new_privs', 'EPERM', 'the caller runs with no_new_privs, and the tree did not',
                        'ask from outside of the sandbox')
 
 
-def _ids(scene: CheckContext, record: Credentials) -> Iterator[Obstacle]:
-    caller, vpid = scene.request.caller, record.vpid
-    if scene.plan.world.user:
+def _ids(context: CheckContext, record: Credentials) -> Iterator[Obstacle]:
+    caller, vpid = context.request.caller, record.vpid
+    if context.plan.namespaces.user:
         yield from _ids_in_namespace(record)
-    elif is_users_worker(scene.plan):
-        yield from _ids_of_worker(scene, record)
+    elif is_users_worker(context.plan):
+        yield from _ids_of_worker(context, record)
     elif caller.uid:
         groups = {caller.gid, *caller.groups}
         if strangers := sorted(set(record.uids) - {caller.uid}):
@@ -89,10 +89,10 @@ def _ids(scene: CheckContext, record: Credentials) -> Iterator[Obstacle]:
             yield Obstacle(vpid, 'gid', 'EPERM', f'is in group {_list(strangers)}, the caller is not', _ROOT)
 
 
-def _ids_of_worker(scene: CheckContext, record: Credentials) -> Iterator[Obstacle]:
+def _ids_of_worker(context: CheckContext, record: Credentials) -> Iterator[Obstacle]:
     """A worker that is a user has no other ids to give, and calls setgroups(2) for nobody: fewer groups than the user
     has would open files to them that deny a group."""
-    own, vpid = scene.own, record.vpid
+    own, vpid = context.own, record.vpid
     if strangers := sorted(set(record.uids) - {own.uids[1]}):
         yield Obstacle(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, and is restored for uid {own.uids[1]}',
                        _ROOT)
@@ -124,8 +124,8 @@ def _list(numbers: 'list[int] | tuple[int, ...]') -> str:
     return ', '.join(map(str, numbers)) or 'none'
 
 
-def _capabilities(scene: CheckContext, record: Credentials) -> Iterator[Obstacle]:
-    vpid, user = record.vpid, scene.plan.world.user
+def _capabilities(context: CheckContext, record: Credentials) -> Iterator[Obstacle]:
+    vpid, user = record.vpid, context.plan.namespaces.user
     sets = dict(zip(_SETS, record.capabilities, strict=True))
     held = sets['permitted'] | sets['effective'] | sets['ambient'] | sets['inheritable']
     if user:
@@ -133,33 +133,33 @@ def _capabilities(scene: CheckContext, record: Credentials) -> Iterator[Obstacle
             yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, which would count in a user '
                            'namespace of its own only', _ROOT)
         return
-    if is_users_worker(scene.plan):
+    if is_users_worker(context.plan):
         if held:
             yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, and the tree of a user comes '
                            'back without any', _ROOT)
-        if missing := scene.own.cap_bnd & ~sets['bounding']:
-            yield scene.beyond(Obstacle(vpid, 'capabilities', 'EPERM', f'lacks {capability_names(missing)} in its '
-                                        'bounding set, which only root can take away again', _ROOT), 'with that of '
-                               'the caller')
-    allowed = _of_caller(scene)
-    if held & ~allowed and not is_users_worker(scene.plan):
+        if missing := context.own.cap_bnd & ~sets['bounding']:
+            yield context.beyond(Obstacle(vpid, 'capabilities', 'EPERM', f'lacks {capability_names(missing)} in its '
+                                          'bounding set, which only root can take away again', _ROOT), 'with that of '
+                                 'the caller')
+    allowed = _of_caller(context)
+    if held & ~allowed and not is_users_worker(context.plan):
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held & ~allowed)}, the caller has not',
                        _ROOT)
-    elif (beyond := held & ~scene.own.cap_prm) and not is_users_worker(scene.plan):
+    elif (beyond := held & ~context.own.cap_prm) and not is_users_worker(context.plan):
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)}, ckptd has not',
                        'run ckptd with these capabilities')
-    caller = scene.request.caller
+    caller = context.request.caller
     if caller.uid and caller.bounding >= 0 and (beyond := sets['bounding'] & ~caller.bounding):
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, the caller '
                        'has not', _ROOT)
-    if beyond := sets['bounding'] & ~scene.own.cap_bnd:
+    if beyond := sets['bounding'] & ~context.own.cap_bnd:
         yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, ckptd has '
                        'not, and what that set lacks never comes back', 'run ckptd with these capabilities '
                        '(CapabilityBoundingSet=)')
 
 
-def _of_caller(scene: CheckContext) -> int:
-    caller = scene.request.caller
+def _of_caller(context: CheckContext) -> int:
+    caller = context.request.caller
     if caller.capabilities >= 0:
         return caller.capabilities
     return 0 if caller.uid else (1 << 64) - 1       # unknown: all for root, nothing for anybody else

@@ -9,7 +9,7 @@ from ckptd.image.records import Namespace, Namespaces, ProcessState
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import boot_id, read_namespaces
-from ckptd.restore.cgroups import homes
+from ckptd.restore.cgroups import cgroups
 from ckptd.restore.checks.context import CheckContext, Obstacle
 
 # a restart makes these anew, or says so itself (restore/namespaces.py)
@@ -19,16 +19,16 @@ _SHOWN_ONLY = frozenset({'uts', 'cgroup'})
 _FOR_CHILDREN = '_for_children'
 
 
-def check(scene: CheckContext) -> Iterator[Obstacle]:
-    if scene.request.cgroup:
-        yield from _cgroup(scene, scene.request.cgroup)
-    elif not scene.request.systemd and not scene.request.brokered:      # else they make a place
-        yield from _homes(scene)
-    yield from _namespaces(scene)
-    yield from _terminal(scene)
+def check(context: CheckContext) -> Iterator[Obstacle]:
+    if context.request.cgroup:
+        yield from _cgroup(context, context.request.cgroup)
+    elif not context.request.systemd and not context.request.brokered:      # else they make a place
+        yield from _cgroups(context)
+    yield from _namespaces(context)
+    yield from _terminal(context)
 
 
-def _cgroup(scene: CheckContext, name: str) -> Iterator[Obstacle]:
+def _cgroup(context: CheckContext, name: str) -> Iterator[Obstacle]:
     hint = 'name a cgroup that is there and that the caller may write, with --cgroup'
     try:
         group = Cgroup.named(name)
@@ -37,10 +37,10 @@ def _cgroup(scene: CheckContext, name: str) -> Iterator[Obstacle]:
         return
     if '..' in name.split('/') or not group.exists:
         # without a systemd, whose they are, it is made for root (restore/cgroups.py)
-        if '..' in name.split('/') or scene.request.systemd or scene.request.caller.uid:
+        if '..' in name.split('/') or context.request.systemd or context.request.caller.uid:
             yield Obstacle(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
-    elif not (scene.caller_may(str(group.path), os.W_OK)
-              and scene.caller_may(f'{group.path}/cgroup.procs', os.W_OK)):
+    elif not (context.caller_may(str(group.path), os.W_OK)
+              and context.caller_may(f'{group.path}/cgroup.procs', os.W_OK)):
         yield Obstacle(0, f'cgroup {name}', 'EACCES', 'the caller may not put processes there', hint)
     elif group.type not in ('domain', 'domain threaded'):
         yield Obstacle(0, f'cgroup {name}', 'EOPNOTSUPP', f'it is of type "{group.type}" and takes no processes', hint)
@@ -50,9 +50,9 @@ def _cgroup(scene: CheckContext, name: str) -> Iterator[Obstacle]:
                        'processes itself', 'name one below it')
 
 
-def _homes(scene: CheckContext) -> Iterator[Obstacle]:
+def _cgroups(context: CheckContext) -> Iterator[Obstacle]:
     first: dict[str, int] = {}      # of many processes in few cgroups
-    for vpid, name in sorted(homes(scene.plan.processes).items()):
+    for vpid, name in sorted(cgroups(context.plan.processes).items()):
         first.setdefault(name, vpid)
     for name, vpid in first.items():
         with suppress(FileNotFoundError):       # no mount of cgroup v2 shows it
@@ -63,16 +63,16 @@ def _homes(scene: CheckContext) -> Iterator[Obstacle]:
                                'again: it comes back in that of ckptd', 'name one with --cgroup', 'warning')
 
 
-def _namespaces(scene: CheckContext) -> Iterator[Obstacle]:
-    root = scene.plan.processes[0].vpid
-    for record in scene.reader.every(Namespaces):
+def _namespaces(context: CheckContext) -> Iterator[Obstacle]:
+    root = context.plan.processes[0].vpid
+    for record in context.reader.every(Namespaces):
         for one in record.namespaces:
             name = one.name.removesuffix(_FOR_CHILDREN)
-            made = name in _MADE or (name == 'user' and scene.plan.world.user)
-            if name == 'pid' and not one.own and not scene.plan.world.pid:
+            made = name in _MADE or (name == 'user' and context.plan.namespaces.user)
+            if name == 'pid' and not one.own and not context.plan.namespaces.pid:
                 yield Obstacle(root, 'namespace pid', 'EOPNOTSUPP', 'was in another pid namespace, of which its '
                                'manifest says nothing', 'restore it with --new-pidns')
-            if one.own or made or name != one.name or _is_ours(scene, one):
+            if one.own or made or name != one.name or _is_ours(context, one):
                 continue
             what = f'was in another {name} namespace, and comes back in ours'
             if name in _SHOWN_ONLY:
@@ -83,16 +83,16 @@ def _namespaces(scene: CheckContext) -> Iterator[Obstacle]:
                                'is not made again', 'checkpoint and restore it from inside that namespace (nsenter)')
 
 
-def _is_ours(scene: CheckContext, namespace: Namespace) -> bool:
+def _is_ours(context: CheckContext, namespace: Namespace) -> bool:
     """On the same boot, the one that we are in."""
-    return (scene.reader.manifest.boot_id == boot_id()
+    return (context.reader.manifest.boot_id == boot_id()
             and read_namespaces(os.getpid()).get(namespace.name) == namespace.inode)
 
 
-def _terminal(scene: CheckContext) -> Iterator[Obstacle]:
-    if scene.looking.terminal:
+def _terminal(context: CheckContext) -> Iterator[Obstacle]:
+    if context.lookup.terminal:
         return
-    first = next((vpid for vpid in scene.leaders if scene.reader.get(ProcessState, vpid).tty), 0)
+    first = next((vpid for vpid in context.leaders if context.reader.get(ProcessState, vpid).tty), 0)
     if first:
         yield Obstacle(first, 'terminal', 'ENOTTY', 'had a controlling terminal, and comes back without one',
                        'restore with --wait in a terminal', 'warning')

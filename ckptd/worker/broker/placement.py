@@ -37,11 +37,11 @@ class TreePlace:
 
     def note(self, step: MakeFile | KeepFile | MakeSegment) -> None:
         """Write a step of the worker's down. CkptError if the journal cannot be written."""
-        self._birthplace().note(step)
+        self._birth_cgroup().note(step)
 
     def keep_content(self) -> tuple[str, int]:
         """As BirthCgroup has it."""
-        return self._birthplace().keep_content()
+        return self._birth_cgroup().keep_content()
 
     def settle(self, processes: Sequence[Placed]) -> None:
         """Put stopped processes where they start, frozen. PermissionDenied for what is no stub of the worker's."""
@@ -51,7 +51,7 @@ class TreePlace:
         # /proc of the worker shows other start times, if it is in a time namespace
         born = {process.pid: self._require_stub(process.pid) for process in processes}
         homes = self._homes(processes)
-        place = self._birthplace()
+        place = self._birth_cgroup()
         place.want(homes, None if all(homes.values()) else f'user-{self._identity.uid}.slice')
         place.prepare()
         place.settle({process.pid: process.pid for process in processes})
@@ -62,7 +62,7 @@ class TreePlace:
         """The worker has let go of all: from here on the tree lives. Warnings, one sentence each."""
         if self._place is None or not self._is_settled:
             raise PermissionDenied('the tree has no place yet')
-        self._place.open_gate()
+        self._place.lift_barrier()
         return [warning.reason for warning in self._place.warnings]
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class TreePlace:
         if self._place is not None:
             self._place.__exit__(None, None, None)
 
-    def _birthplace(self) -> BirthCgroup:
+    def _birth_cgroup(self) -> BirthCgroup:
         if self._place is None:
             self._place = BirthCgroup(self._job)
         return self._place

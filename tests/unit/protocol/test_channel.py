@@ -38,14 +38,14 @@ class Ends:
     """channel: after its Start. witness: whose end is the daemon's."""
     channel: Channel
     socket: socket.socket
-    witness: Liveness
+    liveness: Liveness
 
     def say(self, message: ToWorker, *fds: int) -> None:
         socket.send_fds(self.socket, [msgspec.msgpack.encode(message)], fds)
 
     def die(self) -> None:
-        pidfd = os.dup(self.witness.pidfd)
-        self.witness.close()
+        pidfd = os.dup(self.liveness.pidfd)
+        self.liveness.close()
         assert wait_dead(pidfd, 10)     # the interpreter is done with a thread before the kernel is
         os.close(pidfd)
 
@@ -55,15 +55,15 @@ def ends() -> Iterator[Ends]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     made = Ends(Channel(theirs.detach()), ours, Liveness())
     try:
-        if made.witness.pidfd < 0:
+        if made.liveness.pidfd < 0:
             pytest.skip('needs PIDFD_THREAD (Linux 6.9)')
-        made.say(Follow(), made.witness.pidfd)
+        made.say(Follow(), made.liveness.pidfd)
         made.say(START)
         assert made.channel.wait_start() == (START, [])
         yield made
     finally:
         made.channel.close()
-        made.witness.close()
+        made.liveness.close()
         ours.close()
 
 

@@ -16,21 +16,21 @@ def work(name: str, seen: list[str]) -> Steps[None]:
     seen.append(f'{name} ends')
 
 
-def puppets(*turns: Turn) -> list[Stub]:
+def stubs(*turns: Turn) -> list[Stub]:
     return [Stub(Tracee(number), ARENA, turn) for number, turn in enumerate(turns, 2)]
 
 
 def test_one_at_a_time_in_shared_memory() -> None:
     seen: list[str] = []
     turn = Turn()
-    a, b = puppets(turn, turn)
+    a, b = stubs(turn, turn)
     interleave([a.alone(work('a', seen)), b.alone(work('b', seen))])
     assert seen == ['a begins', 'a ends', 'b begins', 'b ends']
 
 
 def test_many_at_a_time_otherwise() -> None:
     seen: list[str] = []
-    a, b = puppets(Turn(), Turn())
+    a, b = stubs(Turn(), Turn())
     interleave([a.alone(work('a', seen)), b.alone(work('b', seen))])
     assert seen == ['a begins', 'b begins', 'a ends', 'b ends']
 
@@ -42,7 +42,7 @@ def test_a_failure_leaves_the_arena_to_the_next() -> None:
 
     seen: list[str] = []
     turn = Turn()
-    a, b = puppets(turn, turn)
+    a, b = stubs(turn, turn)
     with pytest.raises(OSError):
         finish(a.alone(fails()))
     begun = a.alone(work('a', seen))

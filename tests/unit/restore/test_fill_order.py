@@ -113,10 +113,10 @@ def test_what_is_kept_dropped_and_read() -> None:
     # the same but for page 3; pages 5 and 6 given back; it ends earlier
     mine = [PageRun(HEAP, 3, 0, 0), PageRun(HEAP + 3 * PAGE, 1, 0, 77 * PAGE), PageRun(HEAP + 4 * PAGE, 1, 0, 4 * PAGE),
             PageRun(HEAP + 7 * PAGE, 3, 0, 7 * PAGE)]
-    heritage = CowSharing(theirs, memory([vma(HEAP, 10)], mine))
-    assert heritage.kept == [(HEAP, HEAP + 10 * PAGE)]
-    assert list(heritage.dropped()) == [(HEAP + 3 * PAGE, HEAP + 4 * PAGE), (HEAP + 5 * PAGE, HEAP + 7 * PAGE)]
-    assert list(remaining(mine, heritage.same)) == [mine[1]]
+    cow_sharing = CowSharing(theirs, memory([vma(HEAP, 10)], mine))
+    assert cow_sharing.kept == [(HEAP, HEAP + 10 * PAGE)]
+    assert list(cow_sharing.dropped()) == [(HEAP + 3 * PAGE, HEAP + 4 * PAGE), (HEAP + 5 * PAGE, HEAP + 7 * PAGE)]
+    assert list(remaining(mine, cow_sharing.same)) == [mine[1]]
 
 
 def test_mappings_that_are_not_alike_are_not_kept() -> None:

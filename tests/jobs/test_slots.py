@@ -12,7 +12,7 @@ class Crowd:
     """Requests of users, and in which order they got their places."""
 
     def __init__(self, places: int, each: int = 1000) -> None:
-        self.lane = Slots(places, each)
+        self.slots = Slots(places, each)
         self.got: list[int] = []
         self.released = 0
         self.tasks: list[asyncio.Task[None]] = []
@@ -23,14 +23,14 @@ class Crowd:
             await asyncio.sleep(0)
 
     async def _ask(self, uid: int) -> None:
-        await self.lane.acquire(uid)
+        await self.slots.acquire(uid)
         self.got.append(uid)
 
     async def release(self, times: int = 1) -> list[int]:
         """Who has had a place longest gives it back; who got one by it."""
         before = len(self.got)
         for _ in range(times):
-            self.lane.release(self.got[self.released])
+            self.slots.release(self.got[self.released])
             self.released += 1
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -71,7 +71,7 @@ async def test_who_does_not_wait_any_more(given: bool) -> None:
     crowd = Crowd(1)
     await crowd.ask(1, 2, 3)
     if given:
-        crowd.lane.release(1)
+        crowd.slots.release(1)
         crowd.released += 1
     crowd.tasks[1].cancel()
     await asyncio.wait([crowd.tasks[1]])

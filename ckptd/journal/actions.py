@@ -190,7 +190,7 @@ class Actions:
         return next(cgroup for above in (path, *path.parents) if (cgroup := self.cgroup(str(above))).exists)
 
 
-def undo_all(entry: JournalEntry, hands: Actions, at: FaultPoint = no_fault) -> list[str]:
+def undo_all(entry: JournalEntry, actions: Actions, at: FaultPoint = no_fault) -> list[str]:
     """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was.
 
     A tree that is not alive yet, or not to live any more, is ended before all else: at home, where it would be brought
@@ -202,7 +202,7 @@ def undo_all(entry: JournalEntry, hands: Actions, at: FaultPoint = no_fault) -> 
             continue
         try:
             at(f'undo-{step.point}')
-            hands.undo(step, origins)
+            actions.undo(step, origins)
         except (OSError, CkptError) as error:
             if isinstance(step, KeepFile):
                 needed.add(step.kept)       # the only place where its content is
