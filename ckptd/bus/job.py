@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""org.ckptd1.JobRecord at /org/ckptd1/job/N: what a job does, and how far it is."""
+"""org.ckptd1.Job at /org/ckptd1/job/N: what a job does, and how far it is."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ MACHINE_ID: Final = (Path('/etc/machine-id'), Path('/var/lib/dbus/machine-id'))
 
 
 class PeerInterface(Exported):
-    interface = 'org.freedesktop.DBus.PeerInterface'
+    interface = 'org.freedesktop.DBus.Peer'
 
     @method()
     async def Ping(self, call: 'Call') -> None:
