@@ -21,8 +21,11 @@ def errno_name(number: int) -> str:
     return _errno.errorcode.get(number, str(number))
 
 
+Severity = Literal['refusal', 'warning']
+
+
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class Finding:
     """Why a tree cannot be dumped (or, severity 'warning', what a dump of it will lack).
 
     pid: the task as the daemon sees it, 0 for the tree as a whole. resource: what of it, 'ptrace', 'fd 5',
@@ -34,16 +37,16 @@ class Refusal:
     errno: str
     reason: str
     hint: str
-    severity: Literal['refusal', 'warning'] = 'refusal'
+    severity: Severity = 'refusal'
 
     def __str__(self) -> str:
         who = f'{self.comm}[{self.pid}]' if self.pid else 'tree'
         return f'{who}: {self.resource}: {self.reason} ({self.errno})'
 
 
-def refusal_from(row: Mapping[str, Any]) -> Refusal:
+def finding_from(row: Mapping[str, Any]) -> Finding:
     """A row of Manager.Check or of warnings; what it lacks is empty."""
-    return Refusal(pid=int(row.get('pid', 0)), severity='warning' if row.get('severity') == 'warning' else 'refusal',
+    return Finding(pid=int(row.get('pid', 0)), severity='warning' if row.get('severity') == 'warning' else 'refusal',
                    **{key: str(row.get(key, '')) for key in ('comm', 'resource', 'errno', 'reason', 'hint')})
 
 
@@ -55,7 +58,7 @@ class CkptError(Exception):
     default_hint: ClassVar[str] = ''
 
     def __init__(self, message: str, *, errno: int | None = None, task: int = 0, resource: str = '', phase: str = '',
-                 hint: str | None = None, refusals: Iterable[Refusal] = ()) -> None:
+                 hint: str | None = None, refusals: Iterable[Finding] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.errno = self.default_errno if errno is None else errno
@@ -88,12 +91,12 @@ class Refused(CkptError):
     default_hint = 'run "ckptctl check TARGET" to see every reason again'
 
     @classmethod
-    def because(cls, refusals: Iterable[Refusal], phase: str = '') -> 'CkptError':
+    def because(cls, refusals: Iterable[Finding], phase: str = '') -> 'CkptError':
         """The error for these refusals: PermissionDenied if any is EPERM, NotFrozen for EBUSY, else Refused."""
         return cls._of(refusals, phase, {'EPERM': PermissionDenied, 'EBUSY': NotFrozen, 'EAGAIN': TreeChanged})
 
     @classmethod
-    def restart(cls, refusals: Iterable[Refusal], phase: str = '') -> 'CkptError':
+    def restart(cls, refusals: Iterable[Finding], phase: str = '') -> 'CkptError':
         """The same for a restart: ImageDamaged for EBADMSG, PermissionDenied for EPERM; Busy if nothing but numbers,
         files or segments in use (EEXIST, EBUSY) is in the way, else Refused."""
         rows = tuple(refusals)
@@ -103,7 +106,7 @@ class Refused(CkptError):
         return cls._of(rows, phase, kinds)
 
     @classmethod
-    def _of(cls, refusals: Iterable[Refusal], phase: str, kinds: 'Mapping[str, type[CkptError]]') -> 'CkptError':
+    def _of(cls, refusals: Iterable[Finding], phase: str, kinds: 'Mapping[str, type[CkptError]]') -> 'CkptError':
         rows = tuple(refusals)
         first = next((row for name in ('EBADMSG', 'EPERM') if name in kinds for row in rows if row.errno == name),
                      rows[0])
@@ -241,8 +244,8 @@ def from_details(dbus_name: str, message: str, details: Mapping[str, Any]) -> Ck
     """The error that `details()` described; an unknown name becomes a plain CkptError. Input may be anybody's."""
     cls = all_errors().get(dbus_name.removeprefix(ERROR_PREFIX), CkptError)
     number = getattr(_errno, str(details.get('errno', '')), None)
-    fields = Refusal.__dataclass_fields__
-    refusals = [Refusal(**{key: value for key, value in row.items() if key in fields})
+    fields = Finding.__dataclass_fields__
+    refusals = [Finding(**{key: value for key, value in row.items() if key in fields})
                 for row in details.get('refusals', ()) if {'pid', 'reason'} <= row.keys()]
     return cls(message, errno=number, task=int(details.get('task', 0)), resource=str(details.get('resource', '')),
                phase=str(details.get('phase', '')), hint=str(details.get('hint', '')), refusals=refusals)

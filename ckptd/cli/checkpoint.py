@@ -9,11 +9,11 @@ from typing import Any
 from ckptd.cli.follow import Order, run_job
 from ckptd.cli.freeze import hold
 from ckptd.cli.options import request_options
-from ckptd.cli.output import Output, refusal_dict
+from ckptd.cli.output import Output, finding_dict
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, Session
-from ckptd.errors import CkptError, InvalidArgument, Refusal, Refused, refusal_from
+from ckptd.errors import CkptError, Finding, InvalidArgument, Refused, finding_from
 
 PAGE = os.sysconf('SC_PAGE_SIZE')
 
@@ -47,15 +47,15 @@ async def check(session: Session) -> int:
 
 
 def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str, str], sentence: str,
-                    error: Callable[[Iterable[Refusal]], CkptError] = Refused.because) -> int:
+                    error: Callable[[Iterable[Finding]], CkptError] = Refused.because) -> int:
     """Rows of Check or CheckRestore; the exit status. about: of the JSON document; sentence: '... can{} be ...'.
     error: what the operation itself would end with."""
-    findings = [refusal_from(row) for row in rows]
+    findings = [finding_from(row) for row in rows]
     refusals = [finding for finding in findings if finding.severity == 'refusal']
     if out.json:
         out.document({**about, 'possible': not refusals,
-                      'refusals': [refusal_dict(finding) for finding in refusals],
-                      'warnings': [refusal_dict(finding) for finding in findings if finding.severity == 'warning']})
+                      'refusals': [finding_dict(finding) for finding in refusals],
+                      'warnings': [finding_dict(finding) for finding in findings if finding.severity == 'warning']})
     else:
         _report_check(out, sentence, findings, refusals)
     return error(refusals).exit_status if refusals else 0
@@ -81,7 +81,7 @@ def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> No
     if args.standalone and args.after == 'freeze':
         fate = 'The tree stays frozen.'
     out.note(f'{summary(result)}. {fate}', 'dim')
-    out.refusals([refusal_from(row) for row in result.get('warnings', ())], on_stderr=True)
+    out.refusals([finding_from(row) for row in result.get('warnings', ())], on_stderr=True)
 
 
 def _report_job(out: Output, path: str, jobs: Sequence[Sequence[Any]]) -> int:
@@ -95,7 +95,7 @@ def _report_job(out: Output, path: str, jobs: Sequence[Sequence[Any]]) -> int:
     return 0
 
 
-def _report_check(out: Output, sentence: str, findings: list[Refusal], refusals: list[Refusal]) -> None:
+def _report_check(out: Output, sentence: str, findings: list[Finding], refusals: list[Finding]) -> None:
     out.refusals(findings)
     if refusals:
         out.line(f'{sentence.format("not")}: {format_count(len(refusals), "refusal")}.', 'bold red')

@@ -26,7 +26,7 @@ from ckptd.cli.quantities import format_bytes, format_count, format_timespan
 from ckptd.cli.session import LONG, DaemonProxy, Session
 from ckptd.cli.standalone import adopt_orphans, end_with_parent, environment
 from ckptd.cli.tree import draw_tree
-from ckptd.errors import CkptError, Refused, refusal_from
+from ckptd.errors import CkptError, Refused, finding_from
 
 START_TIMEOUT = 20.0
 GDB_TIMEOUT = 60.0
@@ -51,7 +51,7 @@ class Demo:
     async def check(self) -> None:
         self.title('Check: what stands in the way of a checkpoint of it?', f'ckptctl check {self.pid}')
         rows = await self.daemon.manager('Check', 'sa{sv}', self.target, {}, seconds=LONG)
-        findings = [refusal_from(row) for row in rows]
+        findings = [finding_from(row) for row in rows]
         self.out.refusals(findings)
         if refusals := [finding for finding in findings if finding.severity == 'refusal']:
             raise Refused.because(refusals, 'check')

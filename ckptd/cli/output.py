@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from ckptd.errors import CkptError, Refusal
+from ckptd.errors import CkptError, Finding
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,12 +72,12 @@ class Output:
         if self.legend and what:
             self.line(f'\n{len(rows)} {what if len(rows) != 1 else what.removesuffix("s")} listed.')
 
-    def refusals(self, refusals: Sequence[Refusal], *, on_stderr: bool = False) -> None:
+    def refusals(self, refusals: Sequence[Finding], *, on_stderr: bool = False) -> None:
         """Why a tree cannot be dumped, a row each; then what helps, each hint once."""
         if self.json or not refusals:
             return
         stream = self.stderr if on_stderr else self.stdout
-        self._table(stream, REFUSALS, [refusal_cells(refusal) for refusal in refusals])
+        self._table(stream, REFUSALS, [finding_cells(refusal) for refusal in refusals])
         for hint in dict.fromkeys(refusal.hint for refusal in refusals if refusal.hint):
             self._styled(stream, f'hint: {hint}', 'dim')
 
@@ -159,11 +159,11 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], legend
                       for cell, width, column in zip(line, widths, columns, strict=True)).rstrip() for line in lines]
 
 
-def refusal_cells(refusal: Refusal) -> list[str]:
+def finding_cells(refusal: Finding) -> list[str]:
     """A row of REFUSALS; the tree as a whole has no pid."""
     reason = refusal.reason if refusal.severity == 'refusal' else f'warning: {refusal.reason}'
     return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno, reason]
 
 
-def refusal_dict(refusal: Refusal) -> dict[str, Any]:
+def finding_dict(refusal: Finding) -> dict[str, Any]:
     return asdict(refusal)

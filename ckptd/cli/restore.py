@@ -12,7 +12,7 @@ from ckptd.cli.output import Output
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_count, format_timespan
 from ckptd.cli.session import LONG, Session
-from ckptd.errors import Refused, refusal_from
+from ckptd.errors import Refused, finding_from
 
 LOST = 'nothing is left of a tree that did not run yet, and one that does runs on'
 
@@ -58,7 +58,7 @@ def _report(out: Output, result: dict[str, Any], stopped: bool) -> int:
     out.note(f'{summary(result)}. {fate}', 'dim')
     if result.get('inside'):
         out.note(f'Its pid namespace knows the root as {result["inside"]}, everybody else as {result["root"]}.', 'dim')
-    out.refusals([refusal_from(row) for row in result.get('warnings', ())], on_stderr=True)
+    out.refusals([finding_from(row) for row in result.get('warnings', ())], on_stderr=True)
     return 0
 
 
@@ -71,7 +71,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def _report_end(out: Output, result: dict[str, Any]) -> int:
     """The end of a tree that was waited for; one that somebody let go of (ckptctl cancel) has none."""
-    out.refusals([refusal_from(row) for row in result.get('warnings', ())], on_stderr=True)
+    out.refusals([finding_from(row) for row in result.get('warnings', ())], on_stderr=True)
     if 'exit_status' not in result:
         out.document(result) if out.json else out.note(f'The tree runs on by itself; its root is {result["root"]}.')
         return 0

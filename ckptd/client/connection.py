@@ -32,7 +32,7 @@ from ckptd.client.records import (
     from_properties,
     from_row,
 )
-from ckptd.errors import CkptError, NoSuchJob, Refusal, Unavailable, refusal_from
+from ckptd.errors import CkptError, Finding, NoSuchJob, Unavailable, finding_from
 
 AnyResult = CheckpointResult | RestoreResult | dict[str, Any]
 
@@ -83,10 +83,10 @@ class Ckptd:
         """The same of the tree below the process behind a pidfd, pidfd_open(2)."""
         return await self._start(_checkpointed, 'CheckpointProcess', 'ha{sv}', pidfd, options)
 
-    async def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Refusal]:
+    async def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Finding]:
         """Every refusal and warning that a checkpoint would have; nothing is frozen or written."""
         rows = await self._daemon.manager('Check', 'sa{sv}', target, {'freeze': freeze}, seconds=LONG)
-        return [refusal_from(row) for row in rows]
+        return [finding_from(row) for row in rows]
 
     async def scan(self, target: str) -> list[TaskInfo]:
         """The tasks of a tree in depth-first order."""
@@ -116,10 +116,10 @@ class Ckptd:
         """Start to bring the tree of an image back. With wait=True the job ends when the root of the tree does."""
         return await self._start(_restored, 'Restore', 'sa{sv}', image, _with_terminal(options))
 
-    async def check_restore(self, image: str, **options: Unpack[CheckRestoreOptions]) -> list[Refusal]:
+    async def check_restore(self, image: str, **options: Unpack[CheckRestoreOptions]) -> list[Finding]:
         """Every refusal and warning that such a restore would have; no process is made and nothing changed."""
         rows = await self._daemon.manager('CheckRestore', 'sa{sv}', image, _with_terminal(options), seconds=LONG)
-        return [refusal_from(row) for row in rows]
+        return [finding_from(row) for row in rows]
 
     async def list_images(self) -> list[ImageInfo]:
         rows = await self._daemon.manager('ListImages')
@@ -227,7 +227,7 @@ class Image:
         """As Ckptd.restore."""
         return await self._ckptd.restore(self.id, **options)
 
-    async def check_restore(self, **options: Unpack[CheckRestoreOptions]) -> list[Refusal]:
+    async def check_restore(self, **options: Unpack[CheckRestoreOptions]) -> list[Finding]:
         return await self._ckptd.check_restore(self.id, **options)
 
     async def _call(self, method: str, signature: str = '', *args: Any) -> Any:

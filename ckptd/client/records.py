@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar
 
-from ckptd.errors import Refusal, refusal_from
+from ckptd.errors import Finding, finding_from
 
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
@@ -66,7 +66,7 @@ class CheckpointResult:
     processes: int = 0
     size: int = 0
     freeze_mode: str = ''
-    warnings: tuple[Refusal, ...] = ()
+    warnings: tuple[Finding, ...] = ()
     freezing_time: int = 0
     frozen_time: int = 0
     memdump_time: int = 0
@@ -87,7 +87,7 @@ class RestoreResult:
     processes: int = 0
     bytes: int = 0
     cgroup: str = ''
-    warnings: tuple[Refusal, ...] = ()
+    warnings: tuple[Finding, ...] = ()
     restored_usec: int = 0
     exit_status: int | None = None
 
@@ -204,5 +204,5 @@ def snake(name: str) -> str:
 
 def _plain(key: str, value: Any) -> Any:
     if key == 'warnings':
-        return tuple(refusal_from(row) for row in value)
+        return tuple(finding_from(row) for row in value)
     return tuple(value) if isinstance(value, list) else value

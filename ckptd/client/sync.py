@@ -38,7 +38,7 @@ from ckptd.client.records import (
     RestoreResult,
     TaskInfo,
 )
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 
 __all__ = ['Inhibitor', 'SyncCkptd', 'SyncEvents', 'SyncImage', 'SyncJob', 'connect']
 
@@ -103,7 +103,7 @@ class SyncCkptd:
     def checkpoint_process(self, pidfd: int, **options: Unpack[CheckpointOptions]) -> 'SyncJob[CheckpointResult]':
         return SyncJob(self._thread, self._thread.run(self._ckptd.checkpoint_process(pidfd, **options)))
 
-    def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Refusal]:
+    def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Finding]:
         return self._thread.run(self._ckptd.check(target, freeze=freeze))
 
     def scan(self, target: str) -> list[TaskInfo]:
@@ -124,7 +124,7 @@ class SyncCkptd:
     def restore(self, image: str, **options: Unpack[RestoreOptions]) -> 'SyncJob[RestoreResult]':
         return SyncJob(self._thread, self._thread.run(self._ckptd.restore(image, **options)))
 
-    def check_restore(self, image: str, **options: Unpack[CheckRestoreOptions]) -> list[Refusal]:
+    def check_restore(self, image: str, **options: Unpack[CheckRestoreOptions]) -> list[Finding]:
         return self._thread.run(self._ckptd.check_restore(image, **options))
 
     def list_images(self) -> list[ImageInfo]:
@@ -228,7 +228,7 @@ class SyncImage:
     def restore(self, **options: Unpack[RestoreOptions]) -> SyncJob[RestoreResult]:
         return SyncJob(self._thread, self._thread.run(self._image.restore(**options)))
 
-    def check_restore(self, **options: Unpack[CheckRestoreOptions]) -> list[Refusal]:
+    def check_restore(self, **options: Unpack[CheckRestoreOptions]) -> list[Finding]:
         return self._thread.run(self._image.check_restore(**options))
 
 

@@ -20,7 +20,7 @@ from ckptd.dump.resume import issue_again, wait_on
 from ckptd.dump.seize import seize_all
 from ckptd.dump.tree import Dump
 from ckptd.dump.waits import WaitNotes, note_waits
-from ckptd.errors import Refusal, TreeChanged
+from ckptd.errors import Finding, TreeChanged
 from ckptd.faults import fault
 from ckptd.freezer import FrozenTree
 from ckptd.freezer.groups import read_cgroups
@@ -53,7 +53,7 @@ class Checkpoint:
     def __init__(self, job: JobContext) -> None:
         self._job, self._request, self._channel = job, job.request, job.channel
         self._clock = Clock()
-        self._warnings: list[Refusal] = []
+        self._warnings: list[Finding] = []
 
     def run(self) -> None:
         self._channel.phase('resolve')

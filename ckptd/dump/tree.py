@@ -23,7 +23,7 @@ from ckptd.dump.remote_state import ThreadAnswers, ask
 from ckptd.dump.sharing import TaskSharing
 from ckptd.dump.sleeps import find_sleeps, sleep_left
 from ckptd.dump.waits import Wait, WaitNotes
-from ckptd.errors import NotSupported, Refusal, TreeChanged
+from ckptd.errors import Finding, NotSupported, TreeChanged
 from ckptd.faults import fault
 from ckptd.image import records
 from ckptd.image.grammar import Record
@@ -97,9 +97,9 @@ class Dump:
         return self._memory.pages_written
 
     @property
-    def unsaved(self) -> list[Refusal]:
+    def unsaved(self) -> list[Finding]:
         """A warning for each file that was to be saved and is not."""
-        return [Refusal(file.pid, self.tree[file.tid].comm, f'fd {file.fd}', errno,
+        return [Finding(file.pid, self.tree[file.tid].comm, f'fd {file.fd}', errno,
                         f'{file.path} is not saved: it {why}',
                         'checkpoint with a higher --save-limit, and as a user who may read it', 'warning')
                 for file, errno, why in self._files.saved.unsaved]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from ckptd.errors import CkptError, FreezeTimeout, InvalidArgument, Refusal
+from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument
 from ckptd.journal.actions import Actions, FaultPoint, describe, undo_all
 from ckptd.journal.entry import JournalEntry
 from ckptd.journal.steps import AnyStep, EndProcesses, FreezeCgroup, FreezeUnit, Known
@@ -212,10 +212,10 @@ def restless(tree: Tree) -> list[Task]:
     return [task for task in awake if task.state in 'DR'] or awake
 
 
-def _row(task: Task, what: str) -> Refusal:
+def _row(task: Task, what: str) -> Finding:
     where = _place(task)
     reason = f'{what}: state {task.state}' + (f', sleeps in {where}' if where else '')
-    return Refusal(task.tid, task.comm, f'state {task.state}', 'ETIMEDOUT', reason, FreezeTimeout.default_hint)
+    return Finding(task.tid, task.comm, f'state {task.state}', 'ETIMEDOUT', reason, FreezeTimeout.default_hint)
 
 
 def _place(task: Task) -> str:

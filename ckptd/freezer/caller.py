@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """freeze=caller: the caller has brought the tree to rest already, and ckptd only looks."""
 
-from ckptd.errors import NotFrozen, Refusal
+from ckptd.errors import Finding, NotFrozen
 from ckptd.journal.actions import Actions
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Task, Tree
 
 
-def check_frozen(tree: Tree, actions: Actions) -> list[Refusal]:
+def check_frozen(tree: Tree, actions: Actions) -> list[Finding]:
     """Tasks that are neither in a frozen cgroup (cgroup.events, so by one above it as well) nor stopped by a signal."""
     known: dict[str, bool] = {}
     return [_refusal(task) for task in tree
@@ -26,5 +26,5 @@ def _in_frozen(task: Task, actions: Actions, known: dict[str, bool]) -> bool:
     return known[place]
 
 
-def _refusal(task: Task) -> Refusal:
-    return Refusal(task.tid, task.comm, 'state', 'EBUSY', f'not frozen (state {task.state})', NotFrozen.default_hint)
+def _refusal(task: Task) -> Finding:
+    return Finding(task.tid, task.comm, 'state', 'EBUSY', f'not frozen (state {task.state})', NotFrozen.default_hint)

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from ckptd.errors import ImageDamaged, Refusal
+from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.grammar import FORMAT
 from ckptd.image.ids import is_image_id
 from ckptd.image.source import ImageFiles, files_of
@@ -92,7 +92,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     freeze_mode: Text
     clocks: Clocks = Clocks()
     statistics: Statistics = Statistics()
-    warnings: tuple[Refusal, ...] = ()
+    warnings: tuple[Finding, ...] = ()
     imported: bool = False
     own_pidns: bool = False
     parts: dict[PartName, Part] = {}

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.errors import NoSuchImage, NoSuchTarget, Refusal, Refused, SpoolFailed
+from ckptd.errors import Finding, NoSuchImage, NoSuchTarget, Refused, SpoolFailed
 from ckptd.faults import fault
 from ckptd.freezer import FrozenTree, close_after, freeze
 from ckptd.freezer.base import FreezeRequest, refuse_own_tree
@@ -91,14 +91,14 @@ class JobContext:
                 severed = clients_beside(self.request.sever, unix_sockets())
         return ProcCache(severed, self.request.caller)
 
-    def refusals(self, tree: Tree, cache: ProcCache | None = None) -> list[Refusal]:
+    def refusals(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """All refusals and warnings. picture: of a tree at rest, what is read of it; PTRACE_SEIZE then tells who may
         trace it."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
                           avoid=self._avoid, cache=cache or self.cache(),
                           trace=cache is None and not self.request.trace_under_yama)
 
-    def require(self, tree: Tree, cache: ProcCache | None = None) -> list[Refusal]:
+    def require(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them.
 
         Of a running tree (no picture) a task that dies meanwhile is no reason, or no shell script could be frozen: who
@@ -117,7 +117,7 @@ class JobContext:
     def _avoid(self) -> set[int]:
         return {os.getpid(), *self.request.avoid}
 
-    def _warnings(self, rows: list[Refusal]) -> list[Refusal]:
+    def _warnings(self, rows: list[Finding]) -> list[Finding]:
         refusals = [row for row in rows if row.severity == 'refusal']
         if refusals:
             raise Refused.because(refusals, self.channel.phase_name)

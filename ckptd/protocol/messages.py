@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ckptd.errors import CkptError, Refusal, from_details
+from ckptd.errors import CkptError, Finding, from_details
 from ckptd.kernel.bounds import Bounds
 
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
@@ -235,18 +235,18 @@ ToWorker = Follow | Start | Cancel | Thaw | UnitDone | Answer
 FromWorker = Phase | ProgressReport | UnitRequest | ScopeRequest | Frozen | TreeRuns | Log | Finished | Failed
 
 
-def refusal_row(refusal: Refusal) -> dict[str, Any]:
+def finding_row(refusal: Finding) -> dict[str, Any]:
     """A refusal as a message carries it."""
-    row = {field: getattr(refusal, field) for field in Refusal.__dataclass_fields__}
+    row = {field: getattr(refusal, field) for field in Finding.__dataclass_fields__}
     return {field: cut(value) if isinstance(value, str) else value for field, value in row.items()}
 
 
-def first_rows(refusals: Iterable[Refusal]) -> list[dict[str, Any]]:
+def first_rows(refusals: Iterable[Finding]) -> list[dict[str, Any]]:
     """Cut a list of refusals to the number that an error or a result may carry."""
     rows: list[dict[str, Any]] = []
     left = MAX_ROWS_SIZE
     for refusal in refusals:
-        row = refusal_row(refusal)
+        row = finding_row(refusal)
         left -= sum(len(text.encode(errors='backslashreplace')) for text in row.values() if isinstance(text, str))
         if left < 0 or len(rows) == MAX_ROWS:
             break

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self
 
-from ckptd.errors import CkptError, Refusal
+from ckptd.errors import CkptError, Finding
 from ckptd.faults import fault
 from ckptd.image.files import spooling
 from ckptd.journal.actions import Actions, undo_all
@@ -50,7 +50,7 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 class Placement(Protocol):
     """The cgroups of a tree that is restored, and the journal of what is made for it; see BirthCgroup."""
     cgroup_fd: int
-    warnings: list[Refusal]
+    warnings: list[Finding]
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
@@ -78,7 +78,7 @@ class BirthCgroup:
                                                                              'restore')
         self._barrier = ''             # the cgroup that all are in when they start
         self.cgroup_fd = -1
-        self.warnings: list[Refusal] = []
+        self.warnings: list[Finding] = []
 
     def __enter__(self) -> Self:
         return self
@@ -209,7 +209,7 @@ class BrokeredCgroup:
         self._broker = broker
         self.cgroup_fd = -1
         self._wanted: dict[int, str] = {}
-        self.warnings: list[Refusal] = []
+        self.warnings: list[Finding] = []
 
     def __enter__(self) -> Self:
         return self
@@ -242,8 +242,8 @@ def place_for(job: JobContext) -> Placement:
     return BrokeredCgroup(BrokerClient(job.channel)) if job.request.brokered else BirthCgroup(job)
 
 
-def _warning(sentence: str, errno_name: str) -> Refusal:
-    return Refusal(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning')
+def _warning(sentence: str, errno_name: str) -> Finding:
+    return Finding(0, '', 'cgroup', errno_name, sentence, 'see the log of ckptd', 'warning')
 
 
 def cgroups(processes: Sequence[NewProcess]) -> dict[int, str]:

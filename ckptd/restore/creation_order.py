@@ -16,7 +16,7 @@ Process groups are joined when all are there; a dead group leader is a ghost, to
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import TaskRecord
 from ckptd.kernel.clone import (
@@ -84,7 +84,7 @@ def processes_of(tasks: Sequence[ImageTask]) -> list[NewProcess]:
     return list(found.values())
 
 
-def settle_sessions(processes: Sequence[NewProcess], taken: Mapping[int, str], *, own: bool) -> list[Refusal]:
+def settle_sessions(processes: Sequence[NewProcess], taken: Mapping[int, str], *, own: bool) -> list[Finding]:
     """Sessions and groups whose leaders are outside of the tree and cannot be had: the first member leads a new one.
 
     taken: who has a number now. own: never a session of somebody else, for the tree gets a terminal.
@@ -112,8 +112,8 @@ def settle_sessions(processes: Sequence[NewProcess], taken: Mapping[int, str], *
     return warnings
 
 
-def _changed(process: NewProcess, what: str, who: str) -> Refusal:
-    return Refusal(process.vpid, process.leader.record.comm, what, 'EEXIST', f'{what} is that of {who} now',
+def _changed(process: NewProcess, what: str, who: str) -> Finding:
+    return Finding(process.vpid, process.leader.record.comm, what, 'EEXIST', f'{what} is that of {who} now',
                    'it gets one of its own instead', 'warning')
 
 

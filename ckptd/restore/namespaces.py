@@ -11,7 +11,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from ckptd.errors import NotSupported, Refusal
+from ckptd.errors import Finding, NotSupported
 from ckptd.image.manifest import Manifest
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Namespaces
@@ -37,7 +37,7 @@ class BirthNamespaces:
     clocks: Offsets | None
     bootstrap_is_init: bool = False
 
-    def enter(self, bootstrap: Stub) -> list[Refusal]:
+    def enter(self, bootstrap: Stub) -> list[Finding]:
         """Have the seed make them, all but that of pids, which only a child can be in. What cannot be had and can be
         missed is a warning."""
         if self.user:
@@ -49,7 +49,7 @@ class BirthNamespaces:
             _unshare(bootstrap, CLONE_NEWTIME)
             write_offsets(self.clocks, bootstrap.tid)
         except OSError as error:
-            return [Refusal(0, '', 'clocks', 'EPERM', f'no time namespace: {error.strerror}; CLOCK_MONOTONIC and'
+            return [Finding(0, '', 'clocks', 'EPERM', f'no time namespace: {error.strerror}; CLOCK_MONOTONIC and'
                             ' CLOCK_BOOTTIME jump', 'run ckptd with CAP_SYS_ADMIN and CAP_SYS_TIME', 'warning')]
         return []
 

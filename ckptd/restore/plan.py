@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import FdTable, ProcessState
 from ckptd.inspect.checks import CallerRights
@@ -36,7 +36,7 @@ class Plan:
     steps: list[Step]
     arena: Arena
     highest: int
-    refusals: list[Refusal] = field(default_factory=list)
+    refusals: list[Finding] = field(default_factory=list)
     origins: dict[int, int] = field(default_factory=dict)
 
     @cached_property
@@ -89,22 +89,22 @@ def make_plan(reader: ImageReader, namespaces: BirthNamespaces, numbers: Numbers
     child_of_us = child_of_us and (not namespaces.pid or (has_init and not namespaces.bootstrap_is_init))
     roots = [process for process in processes if not process.parent]
     if namespaces.bootstrap_is_init and has_init and len(roots) > 1:
-        refusals.append(Refusal(roots[1].vpid, '', 'pid namespace', 'EOPNOTSUPP', 'has a parent outside of its pid '
+        refusals.append(Finding(roots[1].vpid, '', 'pid namespace', 'EOPNOTSUPP', 'has a parent outside of its pid '
                                 'namespace, whose process 1 is in the tree', 'restore as root'))
     if not any(process.alive for process in processes):
-        refusals.append(Refusal(0, '', 'image', 'ESRCH', 'every task of the tree had ended: nothing of it can run',
+        refusals.append(Finding(0, '', 'image', 'ESRCH', 'every task of the tree had ended: nothing of it can run',
                                 'checkpoint a tree that lives'))
     steps: list[Step] = []
     try:
         steps = CreationOrder(processes, child_of_us=child_of_us).plan()
     except CannotMake as error:
-        refusals.append(Refusal(error.process.vpid, error.process.leader.record.comm, 'task', 'EOPNOTSUPP',
+        refusals.append(Finding(error.process.vpid, error.process.leader.record.comm, 'task', 'EOPNOTSUPP',
                                 error.reason, 'checkpoint a tree without it'))
     highest = max((fd.fd for table in reader.every(FdTable) for fd in table.fds), default=2)
     steps, origins = with_fills(steps, _mms(processes), lambda theirs, mine: bool(
         CowSharing(reader.memory(theirs), reader.memory(mine)).kept))
     plan = Plan(namespaces, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals, origins)
-    refusals += [Refusal(vpid, '', f'pid {vpid}', 'EEXIST', f'the number is in use by {numbers[vpid]}',
+    refusals += [Finding(vpid, '', f'pid {vpid}', 'EEXIST', f'the number is in use by {numbers[vpid]}',
                          'end that process, or restore with --new-pidns')
                  for vpid in sorted(plan.numbers & numbers.keys())]
     return plan

@@ -4,18 +4,18 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ckptd.errors import CkptError, ImageDamaged, Refusal, Refused, errno_name
+from ckptd.errors import CkptError, Finding, ImageDamaged, Refused, errno_name
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.operation.context import JobContext
-from ckptd.protocol.messages import refusal_row
+from ckptd.protocol.messages import finding_row
 from ckptd.restore.checks import obstacles
 from ckptd.restore.files import FileAccess
 from ckptd.restore.namespaces import decide
 from ckptd.restore.plan import Plan, make_plan, read_numbers
 
 
-def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Refusal]]:
+def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Finding]]:
     """The plan, and every refusal and warning about it, pid by pid as vpids. ImageDamaged. Nothing is changed."""
     request = job.request
     namespaces = decide(reader, new_pidns=request.new_pidns, brokered=request.brokered)
@@ -28,7 +28,7 @@ def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Refusal]]:
     return plan, list(dict.fromkeys([*rows, *obstacles(reader, plan, request, access)]))
 
 
-def refused(rows: Iterable[Refusal]) -> CkptError:
+def refused(rows: Iterable[Finding]) -> CkptError:
     """The error for the refusals among these rows."""
     return Refused.restart([row for row in rows if row.severity == 'refusal'], 'plan')
 
@@ -47,10 +47,10 @@ def check_restore(job: JobContext) -> None:
                     tasks = len(plan.tasks)
             except ImageDamaged as error:
                 rows = [damage(error.message, error)]
-    job.channel.finish('refusals', [refusal_row(row) for row in rows], {'tasks': tasks})
+    job.channel.finish('refusals', [finding_row(row) for row in rows], {'tasks': tasks})
 
 
-def damage(sentence: str, error: ImageDamaged | None = None) -> Refusal:
+def damage(sentence: str, error: ImageDamaged | None = None) -> Finding:
     """A damage of the image as a row."""
     error = error or ImageDamaged(sentence)
-    return Refusal(0, '', error.resource or 'image', errno_name(error.errno), sentence, error.hint)
+    return Finding(0, '', error.resource or 'image', errno_name(error.errno), sentence, error.hint)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.faults import fault
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
@@ -58,7 +58,7 @@ TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # p
 class Restore:
     """A restart."""
 
-    def __init__(self, job: JobContext, reader: ImageReader, plan: Plan, warnings: Sequence[Refusal],
+    def __init__(self, job: JobContext, reader: ImageReader, plan: Plan, warnings: Sequence[Finding],
                  clock: Clock) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
         self._reader, self._plan, self._clock = reader, plan, clock

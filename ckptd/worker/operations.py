@@ -13,7 +13,7 @@ from ckptd.inspect.task_rows import image_rows, live_rows
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
 from ckptd.operation.context import JobContext
-from ckptd.protocol.messages import Frozen, refusal_row
+from ckptd.protocol.messages import Frozen, finding_row
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.run import restore
 from ckptd.worker.archive import export_image, import_image
@@ -25,7 +25,7 @@ def check(job: JobContext) -> None:
     target = job.resolve()
     job.channel.phase('scan')
     tree = scan_tree(target.roots)
-    job.channel.finish('refusals', [refusal_row(row) for row in job.refusals(tree)], {'tasks': len(tree)})
+    job.channel.finish('refusals', [finding_row(row) for row in job.refusals(tree)], {'tasks': len(tree)})
 
 
 def scan(job: JobContext) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptd.bus.call import Call
 from ckptd.bus.export import DEPRECATED, Exported, method, property_, signal
-from ckptd.errors import PermissionDenied, Refusal
+from ckptd.errors import Finding, PermissionDenied
 
 NAME = 'org.ckptd1.Sample'
 ROOT = '/org/ckptd1/sample'
@@ -66,7 +66,7 @@ class Sample(Exported):
     @method()
     async def Refuse(self, call: Call) -> None:
         raise PermissionDenied('not yours', task=42, resource='ptrace',
-                               refusals=[Refusal(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')])
+                               refusals=[Finding(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')])
 
     @method('uu', 'as', names=('count', 'size'))
     async def Large(self, call: Call, count: int, size: int) -> list[str]:
@@ -74,7 +74,7 @@ class Sample(Exported):
 
     @method('uu')
     async def Grumble(self, call: Call, count: int, size: int) -> None:
-        raise PermissionDenied('not yours', refusals=[Refusal(42, 'sleep', 'x' * size, 'EPERM', 'no', 'no')] * count)
+        raise PermissionDenied('not yours', refusals=[Finding(42, 'sleep', 'x' * size, 'EPERM', 'no', 'no')] * count)
 
     @method('', 'u')
     async def Wrong(self, call: Call) -> int:

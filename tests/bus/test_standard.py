@@ -17,7 +17,7 @@ from ckptd.bus.introspect import introspection_xml
 from ckptd.bus.job import JobObject
 from ckptd.bus.message import DBusError
 from ckptd.bus.standard import read_properties
-from ckptd.errors import Refusal, Refused
+from ckptd.errors import Finding, Refused
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import Caller, JobRequest
@@ -210,7 +210,7 @@ def test_the_rows_of_an_outcome_are_made_once() -> None:
     job = JobRecord(1, JobRequest('checkpoint', 'pid:1', Caller(0, 0), '/nowhere', '/nowhere'), 0)
     shown = JobObject(job, cast('Queue', None), cast('Authorizer', None))
     assert (shown.Error(), shown.Result()) == ({}, {})
-    job.fail(Refused.because([Refusal(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')] * 2))
+    job.fail(Refused.because([Finding(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')] * 2))
     for read in (shown.Error, shown.Result):
         assert read() is read()
     rows = read_properties(shown, Viewer(0))['Error'].value['refusals']

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import msgspec
 
-from ckptd.errors import Cancelled, Refusal, Refused
+from ckptd.errors import Cancelled, Finding, Refused
 from ckptd.protocol.messages import (
     MAX_MESSAGE,
     Cancel,
@@ -75,7 +75,7 @@ class Player:
                  Finished({'image': start.request.image, 'tasks': 2, 'avoid': list(start.request.avoid)}))
 
     def refuse(self, start: Start) -> None:
-        rows = [Refusal(7, 'sh', 'fd 3', 'EOPNOTSUPP', 'is a socket', 'close it')] * 2
+        rows = [Finding(7, 'sh', 'fd 3', 'EOPNOTSUPP', 'is a socket', 'close it')] * 2
         self.say(Phase('scan'), Failed.of(Refused.because(rows)))
         sys.exit(3)
 

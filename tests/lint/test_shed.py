@@ -45,4 +45,5 @@ def test_the_shed_comes_after_the_service_fds_and_before_what_acts_for_the_tree(
                        or (isinstance(node, ast.Name) and node.id == word))
              for word in ('_process', '_close_service_fds', 'Shed', 'finish', '_become_zombies')}
     assert len(set(lines.values())) == len(lines)
-    assert sorted(lines, key=lines.__getitem__) == ['_process', '_close_service_fds', 'Shed', 'finish', '_become_zombies']
+    assert sorted(lines, key=lines.__getitem__) == ['_process', '_close_service_fds', 'Shed', 'finish',
+                                                    '_become_zombies']

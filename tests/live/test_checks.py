@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ckptd.errors import Refusal, Refused
+from ckptd.errors import Finding, Refused
 from ckptd.inspect import checks
 from ckptd.inspect.checks import check_tree
 from ckptd.inspect.checks.tasks import check_kthread, check_seccomp
@@ -46,19 +46,19 @@ def brood() -> Iterator[Brood]:
         yield running
 
 
-def check(pid: int, caller: Caller | None = None, **options: Any) -> list[Refusal]:
+def check(pid: int, caller: Caller | None = None, **options: Any) -> list[Finding]:
     """What is found of the tree at pid, by default for the test's own user."""
     own = caller or Caller(os.getuid(), os.getgid(), tuple(os.getgroups()), os.getpid())
     return check_tree(scan_tree([pid]), own, **options)
 
 
-def refusals(rows: Iterable[Refusal], *, but: str = 'fd ') -> list[tuple[int, str, str]]:
+def refusals(rows: Iterable[Finding], *, but: str = 'fd ') -> list[tuple[int, str, str]]:
     """(pid, resource, errno) of the refusals; the files that a child has from the test process are not its own."""
     return [(row.pid, row.resource, row.errno) for row in rows
             if row.severity == 'refusal' and not row.resource.startswith(but)]
 
 
-def fd_rows(rows: Iterable[Refusal], fd: int) -> list[tuple[str, str, str]]:
+def fd_rows(rows: Iterable[Finding], fd: int) -> list[tuple[str, str, str]]:
     return [(row.severity, row.errno, row.reason) for row in rows if row.resource == f'fd {fd}']
 
 
@@ -126,17 +126,17 @@ def test_capability_of_a_caller_whose_number_is_anothers_does_not_count(brood: B
         assert refusals(check(pid, asks)) == answer
 
 
-def as_user(brood: Brood, uid: int, work: Callable[[], list[Refusal]]) -> list[Refusal]:
+def as_user(brood: Brood, uid: int, work: Callable[[], list[Finding]]) -> list[Finding]:
     """What check finds when ckptd itself runs as an ordinary user."""
     def run() -> list[dict[str, Any]]:
         become(uid)
         return [dataclasses.asdict(row) for row in work()]
-    return [Refusal(**row) for row in brood.ask(run)[1]]
+    return [Finding(**row) for row in brood.ask(run)[1]]
 
 
 @needs_root
 def test_ordinary_users_ckptd_checks_that_users_tree(brood: Brood) -> None:
-    def own() -> list[Refusal]:
+    def own() -> list[Finding]:
         root, _ = brood.ask(lambda: brood.fork())
         return check(root, Caller(NOBODY, NOBODY))
     assert refusals(as_user(brood, NOBODY, own)) == []
@@ -158,7 +158,7 @@ def test_ordinary_users_ckptd_cannot_act_for_others(brood: Brood) -> None:
 
 @needs_root
 def test_deleted_mapped_file_needs_root(brood: Brood, tmp_path: Path) -> None:
-    def own() -> list[Refusal]:
+    def own() -> list[Finding]:
         with (tmp_path / 'gone').open('r+b') as file:
             mapping = mmap.mmap(file.fileno(), 4096)
         (tmp_path / 'gone').unlink()

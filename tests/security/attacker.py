@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ckptd.client.sync import SyncCkptd, SyncJob, connect
-from ckptd.errors import CkptError, Refusal
+from ckptd.errors import CkptError, Finding
 from ckptd.kernel.pidfd import wait_dead
 from tests.lib import settled
 from tests.lib.brood import PR_SET_DUMPABLE, fork, libc
@@ -124,7 +124,7 @@ class Outcome:
     """What came of a restore: the pid of the root, 0 if there is none; then the error."""
     root: int = 0
     error: CkptError | None = None
-    warnings: tuple[Refusal, ...] = ()
+    warnings: tuple[Finding, ...] = ()
 
     @property
     def words(self) -> str:
@@ -295,7 +295,7 @@ class Attacker:
         stream = image.dump()
         return self.on_bus(lambda ckptd: brought(ckptd, stream))
 
-    def check_restore(self, image: str | ImageStream, **options: Any) -> list[Refusal]:
+    def check_restore(self, image: str | ImageStream, **options: Any) -> list[Finding]:
         """What a dry run says."""
         stream = image.dump() if isinstance(image, ImageStream) else b''
         return self.on_bus(lambda ckptd: ckptd.check_restore(brought(ckptd, stream) or str(image), **options))

@@ -19,7 +19,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ckptd.errors import CkptError, Refusal
+from ckptd.errors import CkptError, Finding
 from ckptd.image import records as r
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
@@ -121,13 +121,13 @@ def restored(place: Place, image: Path, caller: Caller, **more: object) -> int:
                                             **more))['root'])
 
 
-def warned(rows: list[Refusal], word: str) -> Refusal:
+def warned(rows: list[Finding], word: str) -> Finding:
     [row] = [row for row in rows if word in row.reason]
     assert (row.severity, bool(row.hint)) == ('warning', True)
     return row
 
 
-def refused(place: Place, image: Path, caller: Caller, **more: object) -> Refusal:
+def refused(place: Place, image: Path, caller: Caller, **more: object) -> Finding:
     """The one thing that is in the way, by a dry run and by a restore alike."""
     [row] = [row for row in checked(place, image, caller=caller, **more) if row.severity == 'refusal']
     assert row.hint
@@ -590,7 +590,7 @@ def test_pipes_beyond_what_a_user_may_have(place: Place, image_of: Image, import
     image, largest = image_of('pipes = [os.pipe() for _ in range(20)]'), pipe_limit('max-size')
     assert found(place, image, caller=importer) == []
 
-    def row(**limits: int) -> Refusal:
+    def row(**limits: int) -> Finding:
         """What is said where the sysctl fs.pipe-user-pages-* is that."""
         with monkeypatch.context() as patched:
             number = capacity._number

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ckptd.errors import CkptError, PermissionDenied, Refusal, Refused
+from ckptd.errors import CkptError, Finding, PermissionDenied, Refused
 from ckptd.image import records as r
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.creds import capget
@@ -97,7 +97,7 @@ def restored(place: Place, image: Path, **more: object) -> int:
         return int(worker.run(place.request(0, target='', operation='restore', image=image.name, **more))['root'])
 
 
-def refused(place: Place, image: Path, **more: object) -> list[Refusal]:
+def refused(place: Place, image: Path, **more: object) -> list[Finding]:
     """Root does not get it restored, and nothing is there; what a dry run says, which is the same."""
     with DirectWorker() as worker, pytest.raises((Refused, PermissionDenied)) as caught:
         worker.run(place.request(0, target='', operation='restore', image=image.name, **more))

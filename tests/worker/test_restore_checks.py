@@ -19,7 +19,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ckptd.errors import Busy, ImageDamaged, NoSuchTarget, PermissionDenied, Refusal, Refused
+from ckptd.errors import Busy, Finding, ImageDamaged, NoSuchTarget, PermissionDenied, Refused
 from ckptd.image import records as r
 from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.image.reader import ImageReader
@@ -47,7 +47,7 @@ from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, plac
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
 
-Rows = list[Refusal]
+Rows = list[Finding]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def checked(place: Place, image: Path, **more: Any) -> Rows:
     """What a dry run by a worker says."""
     with DirectWorker() as worker:
         result = worker.run(place.request(0, target='', operation='check-restore', image=image.name, **more))
-    return [Refusal(**row) for row in result['refusals']]
+    return [Finding(**row) for row in result['refusals']]
 
 
 def found(place: Place, image: Path, **more: Any) -> Rows:
@@ -106,13 +106,13 @@ def found(place: Place, image: Path, **more: Any) -> Rows:
         return prepare(JobContext(request, cast(Channel, None)), reader)[1]
 
 
-def only(rows: Rows, severity: str = 'refusal') -> Refusal:
+def only(rows: Rows, severity: str = 'refusal') -> Finding:
     assert [row.severity for row in rows] == [severity], rows
     assert rows[0].hint
     return rows[0]
 
 
-def about(rows: Rows, name: str) -> Refusal:
+def about(rows: Rows, name: str) -> Finding:
     [row] = [row for row in rows if row.resource == name]
     assert row.hint
     return row

@@ -14,7 +14,7 @@ Nothing is told of a task that the caller may not look at but that it may not.
 
 from collections.abc import Collection
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.inspect.checks.access import CallerRights, check_access, is_untraceable
 from ckptd.inspect.checks.confined import check_confinement
 from ckptd.inspect.checks.files import check_files
@@ -32,7 +32,7 @@ __all__ = ['CallerRights', 'check_access', 'check_confinement', 'check_files', '
 
 
 def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = False,
-               avoid: Collection[int] = (), cache: ProcCache | None = None, trace: bool = False) -> list[Refusal]:
+               avoid: Collection[int] = (), cache: ProcCache | None = None, trace: bool = False) -> list[Finding]:
     """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
 
     frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it. picture: of a
@@ -57,22 +57,22 @@ def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = Fals
     return told_dead(tree, found)
 
 
-def check_rights(tree: Tree, caller: CallerRights, avoid: Collection[int] = ()) -> list[Refusal]:
+def check_rights(tree: Tree, caller: CallerRights, avoid: Collection[int] = ()) -> list[Finding]:
     """Check what a freeze needs: the caller's right to each of these tasks."""
     visible = without_hidden(tree, caller)
     return (check_hidden(tree, visible, caller) + check_avoid(visible, avoid) + check_access(visible, caller)
             + check_confinement(visible, caller))
 
 
-def check_hidden(tree: Tree, visible: Tree, caller: CallerRights) -> list[Refusal]:
+def check_hidden(tree: Tree, visible: Tree, caller: CallerRights) -> list[Finding]:
     """Make one row for all tasks that the caller cannot see. Only their existence is reported."""
     if len(visible) == len(tree) and not tree.unseen:
         return []
-    return [Refusal(0, '', 'ptrace', 'EPERM', f'has tasks that uid {caller.uid} does not see in /proc (hidepid=)',
+    return [Finding(0, '', 'ptrace', 'EPERM', f'has tasks that uid {caller.uid} does not see in /proc (hidepid=)',
                     'ask as root')]
 
 
-def check_avoid(tree: Tree, avoid: Collection[int]) -> list[Refusal]:
+def check_avoid(tree: Tree, avoid: Collection[int]) -> list[Finding]:
     """The daemon, its bus and its worker, which a freeze would stop for good."""
     return [refuse(tree[pid], 'task', 'EDEADLK', 'is needed for the checkpoint itself and cannot be frozen',
                    'checkpoint a tree without it') for pid in avoid if pid in tree]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
-from ckptd.errors import NotSupported, Refusal, errno_name
+from ckptd.errors import Finding, NotSupported, errno_name
 from ckptd.inspect.checks.rows import dead, refuse
 from ckptd.inspect.proc_cache import Recipient
 from ckptd.kernel.creds import CAP_SETGID, become, capget
@@ -41,14 +41,14 @@ class CallerRights(Recipient, Protocol):
     def confinement(self) -> Sequence[str]: ...
 
 
-def check_access(tree: Tree, caller: CallerRights, *, trace: bool = False) -> list[Refusal]:
+def check_access(tree: Tree, caller: CallerRights, *, trace: bool = False) -> list[Finding]:
     """A refusal for each task that the caller may not look at; one for the tree if we cannot ask as the caller.
 
     trace: and for each living one that the caller may look at and not trace.
     """
     answers = probe(caller, [task.tid for task in tree], trace=trace)
     if isinstance(answers, int):
-        return [Refusal(0, '', 'credentials', errno_name(answers),
+        return [Finding(0, '', 'credentials', errno_name(answers),
                         f'ckptd, running as uid {os.geteuid()}, cannot act for uid {caller.uid}',
                         'use the ckptd of that user, or one that runs as root')]
     rows = []
@@ -70,7 +70,7 @@ def is_untraceable(tree: Tree, caller: CallerRights) -> bool:
         answer < 0 and not task.is_zombie for task, answer in zip(tree, answers, strict=True))
 
 
-def _untraceable(task: Task, uid: int, answer: int) -> Refusal:
+def _untraceable(task: Task, uid: int, answer: int) -> Finding:
     forbidden = untraceable()
     return refuse(task, 'ptrace', errno_name(answer), f'uid {uid} may look at this task and not trace it: '
                   + forbidden.reason, forbidden.hint)

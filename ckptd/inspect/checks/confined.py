@@ -3,7 +3,7 @@
 what a sandbox keeps a process from, ckptd would do for it.
 """
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.inspect.checks.access import CallerRights
 from ckptd.inspect.checks.rows import refuse
 from ckptd.kernel.ancestry import is_below
@@ -11,7 +11,7 @@ from ckptd.kernel.confinement import hint_for, listed
 from ckptd.tree import Tree
 
 
-def check_confinement(tree: Tree, caller: CallerRights) -> list[Refusal]:
+def check_confinement(tree: Tree, caller: CallerRights) -> list[Finding]:
     """A refusal for each task that is not below a caller who is confined."""
     if not caller.confinement:
         return []

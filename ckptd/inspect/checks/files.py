@@ -5,16 +5,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.inspect.checks.rows import ProcessIds, guarded, processes, refuse, warn
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import KCMP_FILES, kcmp
-from ckptd.objects.files.base import Endpoint, Kind, OpenFile, Reason
+from ckptd.objects.files.base import Endpoint, Kind, OpenFile, finding
 from ckptd.objects.files.registry import kind_of
 from ckptd.tree import Task
 
 
-def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Refusal]:
+def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
     """One row for each refused fd, resource 'fd N'. The same warning about the same file stands once for the tree."""
     check = _Check(cache)
     for process in processes(tasks):
@@ -35,7 +35,7 @@ def _tables(process: ProcessIds) -> Iterator[Task]:
 
 
 class _Verdict(NamedTuple):
-    reasons: list[Reason]
+    reasons: list[Finding]
     endpoint: Endpoint | None
 
 
@@ -51,26 +51,26 @@ class _Check:
 
     def __init__(self, cache: ProcCache) -> None:
         self._cache = cache
-        self.rows: list[Refusal] = []
+        self.rows: list[Finding] = []
         self._verdicts: dict[tuple[Any, ...], _Verdict] = {}
         self._warned: set[tuple[str, str]] = set()
         self._ends: list[_End] = []
 
-    def table(self, task: Task) -> list[Refusal]:
+    def table(self, task: Task) -> list[Finding]:
         """Rows of one fd table."""
-        found: list[Refusal] = []
+        found: list[Finding] = []
         for file in self._cache.files(task):
             with suppress(FileNotFoundError):       # closed since it was listed
                 found += self._rows(task, file)
         return found
 
-    def _rows(self, task: Task, file: OpenFile) -> list[Refusal]:
+    def _rows(self, task: Task, file: OpenFile) -> list[Finding]:
         verdict = self._verdict(file)
         if verdict.endpoint:
             self._ends.append(_End(task, file.fd, file.link, verdict.endpoint))
         return [row for reason in verdict.reasons if (row := self._row(task, file, reason))]
 
-    def _row(self, task: Task, file: OpenFile, reason: Reason) -> Refusal | None:
+    def _row(self, task: Task, file: OpenFile, reason: Finding) -> Finding | None:
         resource = f'fd {file.fd}'
         if reason.severity == 'refusal':
             return refuse(task, resource, reason.errno, reason.reason, reason.hint)
@@ -89,12 +89,12 @@ class _Check:
             self._verdicts[key] = _Verdict(kind.refusals(file) + _lost_locks(kind, file), kind.endpoint(file))
         return self._verdicts[key]
 
-    def open_ends(self) -> list[Refusal]:
+    def open_ends(self) -> list[Finding]:
         """Ends that are open, and not in the tree."""
         held: dict[tuple[str, int, int], set[str]] = {}
         for end in self._ends:
             held.setdefault(end.endpoint.key, set()).update(end.endpoint.holds)
-        rows: dict[tuple[str, int, int], Refusal] = {}
+        rows: dict[tuple[str, int, int], Finding] = {}
         for task, fd, link, endpoint in self._ends:
             missing = endpoint.lacks - held[endpoint.key]
             if missing:
@@ -104,7 +104,7 @@ class _Check:
         return list(rows.values())
 
 
-def _lost_locks(kind: Kind[Any], file: OpenFile) -> list[Reason]:
+def _lost_locks(kind: Kind[Any], file: OpenFile) -> list[Finding]:
     if 'lock' not in file.info.fields or 'locks' in kind.record.__annotations__:
         return []
-    return [Reason('ENOLCK', f'a lock on {file.link} is not kept', 'a restart runs without it', 'warning')]
+    return [finding('ENOLCK', f'a lock on {file.link} is not kept', 'a restart runs without it', 'warning')]

@@ -3,24 +3,24 @@
 
 from collections.abc import Iterable
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.inspect.checks.rows import guarded, refuse
 from ckptd.kernel.cgroup import Cgroup, CgroupMount, find_mount
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Task
 
 
-def check_frozen(tasks: Iterable[Task], self_pid: int) -> list[Refusal]:
+def check_frozen(tasks: Iterable[Task], self_pid: int) -> list[Finding]:
     """EBUSY for each task whose cgroup is not frozen. The calling process `self_pid` is exempt: it waits for us."""
     states = _Cgroups()
-    found: list[Refusal] = []
+    found: list[Finding] = []
     for task in tasks:
         if task.tgid != self_pid and not task.is_zombie:
             found += guarded(task, 'cgroup', _check, task, states)
     return found
 
 
-def _check(task: Task, states: '_Cgroups') -> list[Refusal]:
+def _check(task: Task, states: '_Cgroups') -> list[Finding]:
     path = read_cgroup2(task.tid)
     if states.frozen(path):
         return []

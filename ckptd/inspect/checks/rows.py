@@ -5,7 +5,7 @@ import errno as errnos
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, ParamSpec
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.inspect.scan import is_alive
 from ckptd.tree import Task, Tree
 
@@ -31,19 +31,19 @@ def processes(tasks: Iterable[Task]) -> list[ProcessIds]:
             if (alive := [task for task in group if not task.is_zombie])]
 
 
-def refuse(task: Task, resource: str, errno: str, reason: str, hint: str) -> Refusal:
-    return Refusal(task.tid, task.comm, resource, errno, reason, hint)
+def refuse(task: Task, resource: str, errno: str, reason: str, hint: str) -> Finding:
+    return Finding(task.tid, task.comm, resource, errno, reason, hint)
 
 
-def warn(task: Task, resource: str, errno: str, reason: str, hint: str) -> Refusal:
-    return Refusal(task.tid, task.comm, resource, errno, reason, hint, 'warning')
+def warn(task: Task, resource: str, errno: str, reason: str, hint: str) -> Finding:
+    return Finding(task.tid, task.comm, resource, errno, reason, hint, 'warning')
 
 
-def dead(task: Task) -> Refusal:
+def dead(task: Task) -> Finding:
     return refuse(task, 'task', 'EAGAIN', 'died during the scan', 'try again')
 
 
-def told_dead(tree: Tree, found: Iterable[Refusal]) -> list[Refusal]:
+def told_dead(tree: Tree, found: Iterable[Finding]) -> list[Finding]:
     """Each row once. A refusal of a task that has died since may come from its death: it has no files, namespaces or
     memory any more, and its number may be another's. So the death is what is told."""
     rows = list(dict.fromkeys(found))
@@ -52,8 +52,8 @@ def told_dead(tree: Tree, found: Iterable[Refusal]) -> list[Refusal]:
     return list(dict.fromkeys(dead(tree[row.pid]) if row.pid in died else row for row in rows))
 
 
-def guarded(task: Task, resource: str, check: Callable[P, list[Refusal]], *args: P.args,
-            **kwargs: P.kwargs) -> list[Refusal]:
+def guarded(task: Task, resource: str, check: Callable[P, list[Finding]], *args: P.args,
+            **kwargs: P.kwargs) -> list[Finding]:
     """What check(*args) finds; a task that is gone, or that we may not read, is a finding too."""
     try:
         return check(*args, **kwargs)

@@ -4,7 +4,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.inspect.checks.access import CallerRights
 from ckptd.inspect.checks.hidden import name_of
 from ckptd.inspect.checks.rows import ProcessIds, dead, guarded, processes, refuse, warn
@@ -26,11 +26,11 @@ _FORKS = {56, 57, 58, 435}
 _FOR_CHILDREN = '_for_children'
 
 
-def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: CallerRights) -> list[Refusal]:
+def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: CallerRights) -> list[Finding]:
     """The checks of one task each. `tasks` are those of the tree that may be looked at."""
     tasks = list(tasks)
     home = _root_namespaces(tree)
-    found: list[Refusal] = []
+    found: list[Finding] = []
     for task in tasks:
         found += guarded(task, 'task', _check_task, task, home, cache, caller)
     for process in processes(tasks):
@@ -38,7 +38,7 @@ def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: Cal
     return found
 
 
-def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: CallerRights) -> list[Refusal]:
+def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: CallerRights) -> list[Finding]:
     if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
         return check_kthread(task)      # it has nothing else to look at
     status = cache.status(task)
@@ -50,12 +50,12 @@ def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: Call
             + check_vfork(task, status))
 
 
-def check_kthread(task: Task) -> list[Refusal]:
+def check_kthread(task: Task) -> list[Finding]:
     what = 'is a kernel thread' if task.flags & PF_KTHREAD else 'is a worker thread of the kernel (io_uring, vhost)'
     return [refuse(task, 'task', 'EOPNOTSUPP', what, 'only user programs can be checkpointed')]
 
 
-def check_tracer(task: Task, status: Status, caller: CallerRights) -> list[Refusal]:
+def check_tracer(task: Task, status: Status, caller: CallerRights) -> list[Finding]:
     tracer = status.tracer_pid
     if not tracer or Path(f'/proc/self/task/{tracer}').exists():
         return []
@@ -71,7 +71,7 @@ def _name(pid: int) -> str:
         return '?'
 
 
-def check_seccomp(task: Task, status: Status) -> list[Refusal]:
+def check_seccomp(task: Task, status: Status) -> list[Finding]:
     """ckptd needs system calls of the task itself; a filter may kill it for one, strict mode does."""
     if status.seccomp == 0:
         return []
@@ -80,7 +80,7 @@ def check_seccomp(task: Task, status: Status) -> list[Refusal]:
                    'start it without a filter (systemd: SystemCallFilter=, RestrictNamespaces= and others set one)')]
 
 
-def check_vfork(task: Task, status: Status) -> list[Refusal]:
+def check_vfork(task: Task, status: Status) -> list[Finding]:
     """A parent suspended by vfork(2) or posix_spawn(3) cannot be stopped until the child execs or exits."""
     if status.state != 'D':
         return []
@@ -102,7 +102,7 @@ def _root_namespaces(tree: Tree) -> dict[str, int]:
     return {}
 
 
-def check_namespaces(task: Task, home: dict[str, int]) -> list[Refusal]:
+def check_namespaces(task: Task, home: dict[str, int]) -> list[Finding]:
     """Any namespace other than the root's; also those that its next children will be in (pid_for_children)."""
     own = read_namespaces(task.tgid, task.tid)
     if 'pid' in own:
@@ -113,11 +113,11 @@ def check_namespaces(task: Task, home: dict[str, int]) -> list[Refusal]:
                    'checkpoint the tree below the task that made the namespace') for name in other]
 
 
-def _check_process(process: ProcessIds) -> list[Refusal]:
+def _check_process(process: ProcessIds) -> list[Finding]:
     return check_32bit(process) + check_paths(process)
 
 
-def check_32bit(process: ProcessIds) -> list[Refusal]:
+def check_32bit(process: ProcessIds) -> list[Finding]:
     """A program that was started as 32-bit: its auxiliary vector has 32-bit words (fs/compat_binfmt_elf.c).
 
     The vector is the kernel's copy from exec, so neither a changed exe nor setarch(8) misleads. A 64-bit program that
@@ -130,9 +130,9 @@ def check_32bit(process: ProcessIds) -> list[Refusal]:
     return [refuse(process.leader, 'exe', 'EOPNOTSUPP', 'is a 32-bit program', 'only 64-bit tasks can be checkpointed')]
 
 
-def check_paths(process: ProcessIds) -> list[Refusal]:
+def check_paths(process: ProcessIds) -> list[Finding]:
     """Directories and program that a restart will look for by name."""
-    found: list[Refusal] = []
+    found: list[Finding] = []
     for name in ('cwd', 'root', 'exe'):
         try:
             path = read_link(process.reader.tid, name)

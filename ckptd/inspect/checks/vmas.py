@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.inspect.checks.rows import ProcessIds, guarded, processes
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.maps import Mapping, stat_mapped
@@ -52,18 +52,18 @@ _PATHS = (
 _DEV_ZERO = os.makedev(1, 5)
 
 
-def check_vmas(tasks: Iterable[Task], cache: ProcCache) -> list[Refusal]:
+def check_vmas(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
     """One row for each mapping, resource 'vma START-END'. A warning about a file stands once for the tree."""
     files = MappedFiles()
-    found: list[Refusal] = []
+    found: list[Finding] = []
     for process in processes(tasks):
         found += guarded(process.leader, 'maps', _check_process, process, files, cache)
     return found
 
 
-def _check_process(process: ProcessIds, files: 'MappedFiles', cache: ProcCache) -> list[Refusal]:
+def _check_process(process: ProcessIds, files: 'MappedFiles', cache: ProcCache) -> list[Finding]:
     tid, leader = process.reader.tid, process.leader
-    return [Refusal(leader.tid, leader.comm, f'vma {mapping.start:x}-{mapping.end:x}', fact.errno, fact.reason,
+    return [Finding(leader.tid, leader.comm, f'vma {mapping.start:x}-{mapping.end:x}', fact.errno, fact.reason,
                     fact.hint, fact.severity)
             for mapping in cache.mappings(process.reader)
             if (fact := check_mapping(mapping) or _check_segment(tid, mapping) or files.check(tid, mapping))]

@@ -29,8 +29,9 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
+from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel.fdinfo import FdInfo, read_fdinfo
@@ -92,12 +93,9 @@ def access_of(flags: int) -> int:
     return {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}.get(flags & os.O_ACCMODE, os.R_OK | os.W_OK)
 
 
-class Reason(NamedTuple):
-    """A refusal or warning about one open file. errno: a name, 'EOPNOTSUPP'."""
-    errno: str
-    reason: str
-    hint: str
-    severity: Literal['refusal', 'warning'] = 'refusal'
+def finding(errno: str, reason: str, hint: str, severity: Severity = 'refusal') -> Finding:
+    """A finding about an open file. Whoever asked the kind adds the task and the fd. errno: a name, 'EOPNOTSUPP'."""
+    return Finding(0, '', '', errno, reason, hint, severity)
 
 
 class Needs(NamedTuple):
@@ -266,7 +264,7 @@ class Kind(ABC, Generic[R]):
     @abstractmethod
     def matches(self, file: OpenFile) -> bool: ...
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         return []
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
@@ -275,7 +273,7 @@ class Kind(ABC, Generic[R]):
     @abstractmethod
     def dump(self, file: OpenFile, content: Content) -> R: ...
 
-    def obstacles(self, record: R, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: R, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         return []
 
     def takes(self, record: R, saved: SavedFile) -> Needs | None:

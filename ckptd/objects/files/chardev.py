@@ -4,9 +4,10 @@
 import os
 import stat
 
+from ckptd.errors import Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
-from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, Reason, RestoreContext, access_of, opening
+from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, access_of, finding, opening
 from ckptd.objects.files.device import is_device, open_device
 
 # Documentation/admin-guide/devices.txt
@@ -30,15 +31,15 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
     def dump(self, file: OpenFile, content: Content) -> CharacterDevice:
         return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: CharacterDevice, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: CharacterDevice, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         found = lookup.lstat(record.path)
         if found is None:
-            return [Reason('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
+            return [finding('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
         if not is_device(found, record.device):
-            return [Reason('ENODEV', f'{record.path} is another file than the device '
-                           f'{os.major(record.device)}:{os.minor(record.device)}', 'make the device again (mknod)')]
+            return [finding('ENODEV', f'{record.path} is another file than the device '
+                            f'{os.major(record.device)}:{os.minor(record.device)}', 'make the device again (mknod)')]
         if not lookup.may(record.path, access_of(saved.flags)):
-            return [Reason('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
+            return [finding('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
         return []
 
     def restore(self, record: CharacterDevice, saved: SavedFile, ctx: RestoreContext) -> int:

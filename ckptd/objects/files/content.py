@@ -7,9 +7,10 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from ckptd.errors import Finding
 from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import Extent
-from ckptd.objects.files.base import ByUser, Content, FileLookup, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import ByUser, Content, FileLookup, OpenFile, RestoreContext, finding
 
 CHUNK = 1 << 20
 
@@ -68,12 +69,12 @@ def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
             os.fchmod(fd, mode)
 
 
-def owner_obstacles(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Reason]:
+def owner_obstacles(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Finding]:
     """A warning where a file that is made again does not get the owner or the group that it had."""
     if lookup.may_own(uid, gid):
         return []
-    return [Reason('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {lookup.uid} may not give it',
-                   'it belongs to that user now; processes that have it open do not notice', 'warning')]
+    return [finding('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {lookup.uid} may not give it',
+                    'it belongs to that user now; processes that have it open do not notice', 'warning')]
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:

@@ -12,9 +12,9 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 
-from ckptd.errors import CkptError
+from ckptd.errors import CkptError, Finding
 from ckptd.image.records import Extent
-from ckptd.objects.files.base import ByUser, FileLookup, Needs, Reason, RestoreContext, open_again
+from ckptd.objects.files.base import ByUser, FileLookup, Needs, RestoreContext, finding, open_again
 from ckptd.objects.files.content import ContentSegment, content_size, restore_content
 
 TRIES = 100
@@ -30,15 +30,15 @@ def home_of(path: str, lookup: FileLookup) -> str:
     return ''
 
 
-def deleted_obstacles(path: str, lookup: FileLookup) -> list[Reason]:
+def deleted_obstacles(path: str, lookup: FileLookup) -> list[Finding]:
     """Of a file that is made again where it was deleted."""
     home, own = home_of(path, lookup), str(PurePath(path).parent)
     if not home:
-        return [Reason('EACCES', f'{path} was deleted and cannot be made again in {own}',
-                       'make that directory, writable for whose tree it is')]
+        return [finding('EACCES', f'{path} was deleted and cannot be made again in {own}',
+                        'make that directory, writable for whose tree it is')]
     if home != own:
-        return [Reason('ENOENT', f'{own} is gone or not writable: the deleted {PurePath(path).name} is made in {home}',
-                       f'make {own} again', 'warning')]
+        return [finding('ENOENT', f'{own} is gone or not writable: the deleted {PurePath(path).name} is made in {home}',
+                        f'make {own} again', 'warning')]
     return []
 
 

@@ -4,10 +4,10 @@
 import os
 import stat
 
-from ckptd.errors import CkptError
+from ckptd.errors import CkptError, Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
-from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, Reason, RestoreContext, of_process, opening
+from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding, of_process, opening
 from ckptd.objects.files.locks import Lock, lock_obstacles, read_locks, restore_locks
 
 
@@ -26,13 +26,13 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISDIR(file.stat.st_mode) and not file.is_path
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         if file.deleted:
             # a deleted directory is empty and takes no new entries; no call makes one
-            return [Reason('ENOENT', f'{file.path} is a deleted directory', 'let the program leave it first')]
+            return [finding('ENOENT', f'{file.path} is a deleted directory', 'let the program leave it first')]
         if not file.reachable:
-            return [Reason('ENOENT', f'{file.path} is another directory now, or covered by a mount',
-                           'a restart opens directories by path: uncover the mount', 'warning')]
+            return [finding('ENOENT', f'{file.path} is another directory now, or covered by a mount',
+                            'a restart opens directories by path: uncover the mount', 'warning')]
         return []
 
     def dump(self, file: OpenFile, content: Content) -> Directory:
@@ -42,20 +42,20 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def late(self, record: Directory, saved: SavedFile) -> bool:
         return of_process(record.path)
 
-    def obstacles(self, record: Directory, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Directory, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
         found = lookup.lstat(record.path)
         if found is None:
-            return [Reason('ENOENT', f'{record.path} is missing', 'make the directory again')]
+            return [finding('ENOENT', f'{record.path} is missing', 'make the directory again')]
         if not stat.S_ISDIR(found.st_mode):
-            return [Reason('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
+            return [finding('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
         if not lookup.may(record.path, os.R_OK):
-            return [Reason('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
+            return [finding('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
         rows = lock_obstacles(record.locks, record.path, lookup)
         if found.st_ino != record.inode:
-            rows += [Reason('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
-                            'a listing that was under way may skip or repeat names', 'warning')]
+            rows += [finding('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
+                             'a listing that was under way may skip or repeat names', 'warning')]
         return rows
 
     def restore(self, record: Directory, saved: SavedFile, ctx: RestoreContext) -> int:

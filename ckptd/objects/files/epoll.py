@@ -10,13 +10,13 @@ import errno
 from collections import Counter
 from collections.abc import Iterator
 
-from ckptd.errors import CkptError, NotSupported
+from ckptd.errors import CkptError, Finding, NotSupported
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.epoll import EPOLL_CLOEXEC, EPOLL_CTL_ADD, EpollTarget, epoll_create1, pack_event, parse_target
 from ckptd.kernel.kcmp import EQUAL, kcmp_epoll
 from ckptd.kernel.status import read_status
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 
 _LINK = 'anon_inode:[eventpoll]'
 _HINT = 'the program closed it while another fd keeps it open; let it be removed from the epoll (EPOLL_CTL_DEL) first'
@@ -42,10 +42,10 @@ class EpollKind(Kind[Epoll], tag='epoll'):
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         # another process of the tree may have it, which is known when all are looked at: then it is refused in earnest
-        return [Reason('EBADF', f'an epoll instance watches a file that is no longer fd {target.tfd} here',
-                       f'it cannot be dumped if no process that has it knows that file: {_HINT}', 'warning')
+        return [finding('EBADF', f'an epoll instance watches a file that is no longer fd {target.tfd} here',
+                        f'it cannot be dumped if no process that has it knows that file: {_HINT}', 'warning')
                 for target, nth in _targets(file) if not _watches(file, file.tid, file.fd, target, nth)]
 
     def dump(self, file: OpenFile, content: Content) -> Epoll:

@@ -3,9 +3,10 @@
 
 import os
 
+from ckptd.errors import Finding
 from ckptd.image.grammar import U8, U64, Struct, layout
 from ckptd.image.records import SavedFile
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 
 _LINK = 'anon_inode:[eventfd]'
 _COUNT, _SEMAPHORE = 'eventfd-count', 'eventfd-semaphore'
@@ -23,11 +24,11 @@ class EventfdKind(Kind[Eventfd], tag='eventfd'):
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         if _SEMAPHORE in file.info.fields:
             return []
-        return [Reason('ENODATA', 'the kernel does not tell whether an eventfd is a semaphore',
-                       'a restart takes it for a counter; Linux 6.5 tells', 'warning')]
+        return [finding('ENODATA', 'the kernel does not tell whether an eventfd is a semaphore',
+                        'a restart takes it for a counter; Linux 6.5 tells', 'warning')]
 
     def dump(self, file: OpenFile, content: Content) -> Eventfd:
         fields = file.info.fields

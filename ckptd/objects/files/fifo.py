@@ -5,12 +5,12 @@ import errno
 import os
 import stat
 
-from ckptd.errors import Busy, CkptError
+from ckptd.errors import Busy, CkptError, Finding
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
-from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_obstacles, set_owner
 from ckptd.objects.files.deleted import cannot_make, deleted_obstacles, names_for, opened_home, unlink_new
 from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
@@ -37,11 +37,11 @@ class FifoKind(Kind[Fifo], tag='fifo'):
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic != PIPEFS_MAGIC
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         if file.deleted or file.reachable:      # a deleted one is made again, its ends find each other by inode
             return []
-        return [Reason('ENOENT', f'{file.path} is another file now, or covered by a mount',
-                       'a restart opens FIFOs by path: put it back', 'warning')]
+        return [finding('ENOENT', f'{file.path} is another file now, or covered by a mount',
+                        'a restart opens FIFOs by path: put it back', 'warning')]
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         return pipe_endpoint('fifo', file)
@@ -53,18 +53,18 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             return Fifo(file.path, of.st_dev, of.st_ino, of.st_mode, of.st_uid, of.st_gid, file.deleted,
                         pipe.capacity(fd), bool(file.flags & os.O_DIRECT), data, lengths)
 
-    def obstacles(self, record: Fifo, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Fifo, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if record.deleted:
             return [*deleted_obstacles(record.path, lookup),
                     *owner_obstacles(record.path, record.uid, record.gid, lookup)]
         found = lookup.lstat(record.path)
         if found is None:
-            return [Reason('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
+            return [finding('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
         if not stat.S_ISFIFO(found.st_mode):
-            return [Reason('ESTALE', f'{record.path} is no FIFO any more', 'put the FIFO back')]
+            return [finding('ESTALE', f'{record.path} is no FIFO any more', 'put the FIFO back')]
         # a restart opens it both ways, so that neither end waits for the other
         if not lookup.may(record.path, os.R_OK | os.W_OK):
-            return [Reason('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
+            return [finding('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
         return []
 
     def takes(self, record: Fifo, saved: SavedFile) -> Needs:

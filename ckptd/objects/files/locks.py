@@ -7,13 +7,13 @@ import os
 import struct
 from collections.abc import Sequence
 
-from ckptd.errors import Busy, CkptError, NotSupported
+from ckptd.errors import Busy, CkptError, Finding, NotSupported
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.creds import CAP_LEASE
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.status import read_status
-from ckptd.objects.files.base import FileLookup, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import FileLookup, OpenFile, RestoreContext, finding
 
 # <asm-generic/fcntl.h>; struct flock {short l_type, l_whence; off_t l_start, l_len; pid_t l_pid;}, 32 bytes
 F_SETLK = 6
@@ -65,22 +65,22 @@ def has_locks(file: OpenFile) -> bool:
 
 # ---------------------------------------------------------------- restart
 
-def lock_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Reason]:
+def lock_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
     """Locks that somebody else has now, and leases that the user may not take. Of flock(2) and leases no call tells
     without taking one."""
     return [*_lease_obstacles(locks, path, lookup), *_held_ranges(locks, path, lookup)]
 
 
-def _lease_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Reason]:
+def _lease_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
     """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
     found = lookup.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
     if found is None or found.st_uid == lookup.uid or lookup.capable(CAP_LEASE):
         return []
-    return [Reason('EACCES', f'{path} is leased and belongs to uid {found.st_uid}, and uid {lookup.uid} may not take '
-                   'a lease on it', 'release the lease (F_SETLEASE, F_UNLCK) first, or restore as root')]
+    return [finding('EACCES', f'{path} is leased and belongs to uid {found.st_uid}, and uid {lookup.uid} may not take '
+                    'a lease on it', 'release the lease (F_SETLEASE, F_UNLCK) first, or restore as root')]
 
 
-def _held_ranges(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Reason]:
+def _held_ranges(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
     ranges = [lock for lock in locks if lock.kind in (POSIX, OFD)]
     if not ranges:
         return []
@@ -89,7 +89,7 @@ def _held_ranges(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[R
     except OSError:
         return []       # not readable for the user; the restart then finds out
     try:
-        return [Reason('EBUSY', f'{path} is locked by {holder}', 'end that program, or wait for it')
+        return [finding('EBUSY', f'{path} is locked by {holder}', 'end that program, or wait for it')
                 for holder in dict.fromkeys(_holder(fd, lock) for lock in ranges) if holder]
     finally:
         os.close(fd)

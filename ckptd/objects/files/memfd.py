@@ -6,10 +6,11 @@ import os
 import stat
 from typing import Protocol, runtime_checkable
 
+from ckptd.errors import Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.objects.files.base import Content, FileLookup, Kind, Needs, OpenFile, Reason, RestoreContext, open_again
+from ckptd.objects.files.base import Content, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding, open_again
 from ckptd.objects.files.content import (
     ContentSegment,
     content_size,
@@ -55,10 +56,10 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)
                 and file.link.startswith(PREFIX))
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         if file.unread:
-            return [Reason('EACCES', f'{file.path} is open for writing alone and its content may not be read',
-                           'run as root')]
+            return [finding('EACCES', f'{file.path} is open for writing alone and its content may not be read',
+                            'run as root')]
         return []
 
     def dump(self, file: OpenFile, content: Content) -> Memfd:
@@ -74,7 +75,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
 
-    def obstacles(self, record: Memfd, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Memfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, lookup)
 
     def takes(self, record: Memfd, saved: SavedFile) -> Needs:

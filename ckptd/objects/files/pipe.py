@@ -12,7 +12,7 @@ import select
 import stat
 from collections.abc import Callable, Iterator, Sequence
 
-from ckptd.errors import CkptError, ImageDamaged
+from ckptd.errors import CkptError, Finding, ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import pipe
@@ -24,7 +24,6 @@ from ckptd.objects.files.base import (
     Kind,
     Needs,
     OpenFile,
-    Reason,
     RestoreContext,
     open_again,
 )
@@ -61,7 +60,7 @@ class PipeKind(Kind[Pipe], tag='pipe'):
             return Pipe(file.stat.st_ino, pipe.capacity(fd), bool(file.flags & os.O_DIRECT), file.stat.st_uid,
                         file.stat.st_gid, data, lengths)
 
-    def obstacles(self, record: Pipe, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Pipe, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, lookup)
 
     def takes(self, record: Pipe, saved: SavedFile) -> Needs:

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import PurePath
 
-from ckptd.errors import CkptError
+from ckptd.errors import CkptError, Finding
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.identity import MISSING, FileIdentity, changes
 from ckptd.image.records import SavedFile
@@ -18,9 +18,9 @@ from ckptd.objects.files.base import (
     Kind,
     Needs,
     OpenFile,
-    Reason,
     RestoreContext,
     access_of,
+    finding,
     of_process,
     opening,
 )
@@ -70,27 +70,27 @@ class RegularKind(Kind[Regular], tag='regular'):
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and not on_shm_mount(file.stat)
                 and file.magic not in _NOT_FILES)
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         if file.deleted:
             return self._deleted(file)
         if not file.reachable:
-            return [Reason('ENOENT', f'{file.path} is another file now, or covered by a mount',
-                           'a restart opens files by path: uncover the mount or put the file back', 'warning')]
+            return [finding('ENOENT', f'{file.path} is another file now, or covered by a mount',
+                            'a restart opens files by path: uncover the mount or put the file back', 'warning')]
         if file.magic == statfs.PROC_SUPER_MAGIC and of_process(file.path):
-            return [Reason('ENOENT', f'{file.path} belongs to a process',
-                           'a restart needs a process with that pid', 'warning')]
+            return [finding('ENOENT', f'{file.path} belongs to a process',
+                            'a restart needs a process with that pid', 'warning')]
         return []
 
-    def _deleted(self, file: OpenFile) -> list[Reason]:
+    def _deleted(self, file: OpenFile) -> list[Finding]:
         if file.unread or not os.access(file.proc_path, os.R_OK, effective_ids=True):
-            return [Reason('EACCES', f'{file.path} is deleted and its content cannot be read',
-                           'run as root, or give the file a name (ln) before the checkpoint')]
+            return [finding('EACCES', f'{file.path} is deleted and its content cannot be read',
+                            'run as root, or give the file a name (ln) before the checkpoint')]
         if any(lock.kind == LEASE for lock in read_locks(file)):
             # opening a leased file breaks the lease, fcntl(2), and a deleted file must be opened for its content
-            return [Reason('EBUSY', f'{file.path} is deleted and leased', 'release the lease (F_SETLEASE, F_UNLCK)')]
+            return [finding('EBUSY', f'{file.path} is deleted and leased', 'release the lease (F_SETLEASE, F_UNLCK)')]
         if file.stat.st_nlink:
-            return [Reason('ENOENT', f'{file.path} is deleted but has another name',
-                           'a restart makes a file of its own that other name does not share', 'warning')]
+            return [finding('ENOENT', f'{file.path} is deleted but has another name',
+                            'a restart makes a file of its own that other name does not share', 'warning')]
         return []
 
     def dump(self, file: OpenFile, content: Content) -> Regular:
@@ -126,7 +126,7 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     # ------------------------------------------------------------ restart
 
-    def obstacles(self, record: Regular, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Regular, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if record.deleted:
             return [*deleted_obstacles(record.path, lookup),
                     *owner_obstacles(record.path, record.uid, record.gid, lookup)]
@@ -137,38 +137,38 @@ class RegularKind(Kind[Regular], tag='regular'):
         if found is None:
             return self._missing(record, lookup)
         if not stat.S_ISREG(found.st_mode):
-            return [Reason('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
+            return [finding('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
         if not lookup.may(record.path, access_of(saved.flags)):
-            return [Reason('EACCES', f'{record.path} may not be {_VERBS[access_of(saved.flags)]}',
-                           'run as its owner, or as root')]
+            return [finding('EACCES', f'{record.path} may not be {_VERBS[access_of(saved.flags)]}',
+                            'run as its owner, or as root')]
         rows = [self._changed(record, words, found, lookup)] if words else []
         return rows + lock_obstacles(record.locks, record.path, lookup)
 
-    def _missing(self, record: Regular, lookup: FileLookup) -> list[Reason]:
+    def _missing(self, record: Regular, lookup: FileLookup) -> list[Finding]:
         missing = f'{record.path} {MISSING}'
         if not record.is_saved or lookup.changed_files != 'rollback':
             how = ', or have it made again by --changed-files=rollback' if record.is_saved else ''
-            return [Reason('ENOENT', missing, f'put the file back where it was{how}')]
+            return [finding('ENOENT', missing, f'put the file back where it was{how}')]
         home = str(PurePath(record.path).parent)
         found = lookup.lstat(home)
         if found and stat.S_ISDIR(found.st_mode) and lookup.may(home, os.W_OK | os.X_OK):
-            return [Reason('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning'),
+            return [finding('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning'),
                     *owner_obstacles(record.path, record.uid, record.gid, lookup)]
-        return [Reason('ENOENT', f'{missing} and cannot be made again in {home}',
-                       'make that directory, writable for whose tree it is')]
+        return [finding('ENOENT', f'{missing} and cannot be made again in {home}',
+                        'make that directory, writable for whose tree it is')]
 
-    def _changed(self, record: Regular, words: list[str], found: os.stat_result, lookup: FileLookup) -> Reason:
+    def _changed(self, record: Regular, words: list[str], found: os.stat_result, lookup: FileLookup) -> Finding:
         how = f'{record.path} {" and ".join(words)}'
         if lookup.changed_files == 'accept':
-            return Reason('ESTALE', how, 'the tree finds it as it is now', 'warning')
+            return finding('ESTALE', how, 'the tree finds it as it is now', 'warning')
         if lookup.changed_files == 'refuse':
-            return Reason('ESTALE', how, '--changed-files=accept goes on with it, rollback puts it back if the '
-                          'checkpoint was made with --save-files or it was only appended to')
+            return finding('ESTALE', how, '--changed-files=accept goes on with it, rollback puts it back if the '
+                           'checkpoint was made with --save-files or it was only appended to')
         why = self._no_rollback(record, found, lookup)
         if why:
-            return Reason('ESTALE', f'{how}, and cannot be put back: {why}',
-                          'checkpoint with --save-files, or use --changed-files=accept')
-        return Reason('ESTALE', how, 'the rollback puts it back as it was', 'warning')
+            return finding('ESTALE', f'{how}, and cannot be put back: {why}',
+                           'checkpoint with --save-files, or use --changed-files=accept')
+        return finding('ESTALE', how, 'the rollback puts it back as it was', 'warning')
 
     def _no_rollback(self, record: Regular, found: os.stat_result, lookup: FileLookup) -> str:
         """Why the file cannot be brought back, '' if it can."""

@@ -14,11 +14,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from ckptd.errors import CkptError, Refused
+from ckptd.errors import CkptError, Finding, Refused
 from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import unix
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 
 PIECE = 64 << 10
 
@@ -35,14 +35,14 @@ class DisconnectedKind(Kind[Disconnected], tag='severed'):
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISSOCK(file.stat.st_mode) and not file.is_path and (file.severed or _other_end_gone(file))
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
+    def refusals(self, file: OpenFile) -> list[Finding]:
         if file.severed:
-            return [Reason('EPIPE', f'{file.link} is a connection to the bus', 'after a restart it reads end-of-file',
-                           'warning')]
+            return [finding('EPIPE', f'{file.link} is a connection to the bus', 'after a restart it reads end-of-file',
+                            'warning')]
         with _socket(file) as sock:
             if unix.peek(sock)[1]:
-                return [Reason('EOPNOTSUPP', f'file descriptors wait in {file.link}, whose other end is gone',
-                               'receive them (recvmsg(2)) before the checkpoint')]
+                return [finding('EOPNOTSUPP', f'file descriptors wait in {file.link}, whose other end is gone',
+                                'receive them (recvmsg(2)) before the checkpoint')]
         return []
 
     def dump(self, file: OpenFile, content: Content) -> Disconnected:

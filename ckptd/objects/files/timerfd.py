@@ -4,7 +4,7 @@
 import os
 import time
 
-from ckptd.errors import CkptError
+from ckptd.errors import CkptError, Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.creds import CAP_WAKE_ALARM
@@ -20,7 +20,7 @@ from ckptd.kernel.timerfd import (
     timerfd_gettime,
     timerfd_settime,
 )
-from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
 
 _LINK = 'anon_inode:[timerfd]'
 _WALL = (time.CLOCK_REALTIME, CLOCK_REALTIME_ALARM)
@@ -53,11 +53,11 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         return Timerfd(int(fields['clockid'][0]), int(flags, 8), int(fields['ticks'][0]), setting.interval,
                        setting.value, now)
 
-    def obstacles(self, record: Timerfd, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Timerfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if record.clock not in ALARM_CLOCKS or lookup.capable(CAP_WAKE_ALARM):
             return []
-        return [Reason('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
-                       'CAP_WAKE_ALARM', 'restore it as root')]
+        return [finding('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
+                        'CAP_WAKE_ALARM', 'restore it as root')]
 
     def restore(self, record: Timerfd, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = -1

@@ -6,6 +6,7 @@ import os
 import stat
 from typing import NamedTuple
 
+from ckptd.errors import Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.procfs import read_file
@@ -14,9 +15,9 @@ from ckptd.objects.files.base import (
     FileLookup,
     Kind,
     OpenFile,
-    Reason,
     RestoreContext,
     access_of,
+    finding,
     open_again,
     opening,
 )
@@ -65,23 +66,23 @@ class TtyKind(Kind[Tty], tag='tty'):
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISCHR(file.stat.st_mode) and not file.is_path and is_tty(file.stat.st_rdev)
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
-        return [Reason('ENOTTY', f'{file.path} is a terminal and kept by name only',
-                       'a restart attaches the tree to the terminal it is started from', 'warning')]
+    def refusals(self, file: OpenFile) -> list[Finding]:
+        return [finding('ENOTTY', f'{file.path} is a terminal and kept by name only',
+                        'a restart attaches the tree to the terminal it is started from', 'warning')]
 
     def dump(self, file: OpenFile, content: Content) -> Tty:
         return Tty(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: Tty, saved: SavedFile, lookup: FileLookup) -> list[Reason]:
+    def obstacles(self, record: Tty, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if lookup.terminal:
             return []
         found = None if record.device == OWN else lookup.lstat(record.path)
         if found is None or not is_device(found, record.device):
-            return [Reason('ENOTTY', f'{record.path} is a terminal that is gone', 'give the restart a terminal')]
+            return [finding('ENOTTY', f'{record.path} is a terminal that is gone', 'give the restart a terminal')]
         if not lookup.may(record.path, access_of(saved.flags)):
-            return [Reason('EACCES', f'{record.path} is another\'s terminal now', 'give the restart a terminal')]
-        return [Reason('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
-                       'warning')]
+            return [finding('EACCES', f'{record.path} is another\'s terminal now', 'give the restart a terminal')]
+        return [finding('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
+                        'warning')]
 
     def restore(self, record: Tty, saved: SavedFile, ctx: RestoreContext) -> int:
         flags = opening(saved.flags)

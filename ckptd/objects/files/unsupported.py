@@ -7,13 +7,13 @@ import socket
 import stat
 from typing import NoReturn
 
-from ckptd.errors import NotSupported, Refused
+from ckptd.errors import Finding, NotSupported, Refused
 from ckptd.image.grammar import Struct
 from ckptd.image.records import SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.shmem import on_shm_mount
-from ckptd.objects.files.base import Content, Kind, OpenFile, Reason, RestoreContext
+from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.tty import PTMX
 
 # what follows 'anon_inode:' in the link, brackets and number aside; the names are those of the kernel's callers of
@@ -42,9 +42,9 @@ class Unsupported(Kind[Struct], tag='unsupported'):
     def matches(self, file: OpenFile) -> bool:
         return False
 
-    def refusals(self, file: OpenFile) -> list[Reason]:
-        return [Reason('EOPNOTSUPP', f'{describe(file)} ({file.link}) cannot be dumped yet',
-                       'close it before the checkpoint, or checkpoint a tree without it')]
+    def refusals(self, file: OpenFile) -> list[Finding]:
+        return [finding('EOPNOTSUPP', f'{describe(file)} ({file.link}) cannot be dumped yet',
+                        'close it before the checkpoint, or checkpoint a tree without it')]
 
     def dump(self, file: OpenFile, content: Content) -> NoReturn:
         reason = self.refusals(file)[0]

@@ -12,7 +12,7 @@
 That numbers are taken, and that a tree cannot be made at all, is said by the plan itself.
 """
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding
 from ckptd.image.reader import ImageReader
 from ckptd.protocol.messages import JobRequest
 from ckptd.restore.checks import capacity, imported, machine, objects, resources, rights, surroundings
@@ -24,7 +24,7 @@ CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.
           surroundings.check)
 
 
-def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: FileAccess) -> list[Refusal]:
+def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: FileAccess) -> list[Finding]:
     """Every refusal and warning, by check. pid: as a vpid, 0 for the tree as a whole. ImageDamaged."""
     context = CheckContext(reader, plan, request, access)
     return rows(context, [row for check in CHECKS for row in check(context)])

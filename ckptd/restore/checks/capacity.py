@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from ckptd.errors import ImageDamaged
+from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import OF_SHARED_MEMORY, PAGE, Backing, Limits, PageRuns, SavedFile, Vma
 from ckptd.kernel.cgroup import Cgroup
@@ -17,7 +17,7 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY, pids, read_cgroup2, read_limits
 from ckptd.objects.files.base import Needs
 from ckptd.objects.files.deleted import deleted_takes, home_of, whole
-from ckptd.restore.checks.context import CheckContext, Obstacle
+from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.cow_sharing import CowSharing
 from ckptd.restore.files import decode
 from ckptd.restore.mapped_objects import missing_but_kept
@@ -30,7 +30,7 @@ _NPROC = 6                  # RLIMIT_NPROC, <asm-generic/resource.h>
 _SEED = 1                   # the first stub, which makes all others and ends
 
 
-def check(context: CheckContext) -> Iterator[Obstacle]:
+def check(context: CheckContext) -> Iterator[Finding]:
     files = _files(context)
     yield from _memory(context, files)
     yield from _disk(context, files)
@@ -99,7 +99,7 @@ def inherited_bytes(reader: ImageReader, plan: Plan) -> int:
     return total
 
 
-def _memory(context: CheckContext, files: Sequence[Needs]) -> Iterator[Obstacle]:
+def _memory(context: CheckContext, files: Sequence[Needs]) -> Iterator[Finding]:
     needed, info = most_to_fill(context.reader, files), parse_meminfo(read_file('/proc/meminfo'))
     groups = [(group, left) for group in _above(context.home) if (left := _left(group)) is not None]
     free, swap = info['MemAvailable'], info['SwapFree']
@@ -109,24 +109,24 @@ def _memory(context: CheckContext, files: Sequence[Needs]) -> Iterator[Obstacle]
         needed -= inherited_bytes(context.reader, context.plan)
         what = f'the tree has {needed:,} bytes of memory, {bytes_to_read(context.reader):,} of them in the image'
     if needed > free + swap:
-        yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and {free + swap:,} are left, swap included', 'free memory, or '
-                       'add swap')
+        yield about(0, 'memory', 'ENOMEM', f'{what}, and {free + swap:,} are left, swap included', 'free memory, or '
+                    'add swap')
     elif needed > free:
-        yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and without swapping {free:,} are left', 'free memory, or it '
-                       'is going to be slow', 'warning')
+        yield about(0, 'memory', 'ENOMEM', f'{what}, and without swapping {free:,} are left', 'free memory, or it '
+                    'is going to be slow', 'warning')
     if _number('/proc/sys/vm/overcommit_memory') == _STRICT:
         reserved = sum(vma.end - vma.start for vma in context.reader.every(Vma) if 'ac' in vma.vm_flags.split())
         if reserved > (left := info['CommitLimit'] - info['Committed_AS']):
-            yield Obstacle(0, 'memory', 'ENOMEM', f'the tree reserves {reserved:,} bytes, and {left:,} may be reserved',
-                           'set the sysctl vm.overcommit_memory to 0, or add swap')
+            yield about(0, 'memory', 'ENOMEM', f'the tree reserves {reserved:,} bytes, and {left:,} may be reserved',
+                        'set the sysctl vm.overcommit_memory to 0, or add swap')
     for group, left in groups:
         if needed > left:
-            yield Obstacle(0, 'memory', 'ENOMEM', f'{what}, and the cgroup {group.name} has {max(left, 0):,} left',
-                           'raise its memory.max (systemd: MemoryMax=), or restore with another --cgroup')
+            yield about(0, 'memory', 'ENOMEM', f'{what}, and the cgroup {group.name} has {max(left, 0):,} left',
+                        'raise its memory.max (systemd: MemoryMax=), or restore with another --cgroup')
     yield from _own_memory(context, files, {group.path for group, _ in groups})
 
 
-def _own_memory(context: CheckContext, files: Sequence[Needs], known: Container[object]) -> Iterator[Obstacle]:
+def _own_memory(context: CheckContext, files: Sequence[Needs], known: Container[object]) -> Iterator[Finding]:
     """Shared objects are filled by us, and charged to the cgroup that we are in
     (Documentation/admin-guide/cgroup-v2.rst, "Memory Ownership")."""
     runs = [run for chunk in context.reader.every(PageRuns) if chunk.owner_kind == OF_SHARED_MEMORY
@@ -134,9 +134,9 @@ def _own_memory(context: CheckContext, files: Sequence[Needs], known: Container[
     needed = sum(run.pages for run in runs) * PAGE + sum(one.memory for one in files)
     for group in _above(read_cgroup2(os.getpid())):
         if group.path not in known and (left := _left(group)) is not None and needed > left:
-            yield Obstacle(0, 'memory', 'ENOMEM', f'its shared objects have {needed:,} bytes, and the cgroup '
-                           f'{group.name} of ckptd has {max(left, 0):,} left', 'raise its memory.max (systemd: '
-                           'MemoryMax=)')
+            yield about(0, 'memory', 'ENOMEM', f'its shared objects have {needed:,} bytes, and the cgroup '
+                        f'{group.name} of ckptd has {max(left, 0):,} left', 'raise its memory.max (systemd: '
+                        'MemoryMax=)')
 
 
 def _left(group: Cgroup) -> int | None:
@@ -178,7 +178,7 @@ def _above(home: str) -> list[Cgroup]:
 
 # ---------------------------------------------------------------- files
 
-def _disk(context: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
+def _disk(context: CheckContext, files: Iterable[Needs]) -> Iterator[Finding]:
     """Deleted files are made in a directory, with their content."""
     needed: Counter[str] = Counter()
     for one in files:
@@ -193,11 +193,11 @@ def _disk(context: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
                 os.close(fd)
             free = (at.f_bavail if context.lookup.uid else at.f_bfree) * at.f_frsize
             if size > free:
-                yield Obstacle(0, 'deleted files', 'ENOSPC', f'its deleted files have {size:,} bytes, and {home} has '
-                               f'{free:,} left for them', 'free space there')
+                yield about(0, 'deleted files', 'ENOSPC', f'its deleted files have {size:,} bytes, and {home} has '
+                            f'{free:,} left for them', 'free space there')
 
 
-def _pipes(context: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
+def _pipes(context: CheckContext, files: Iterable[Needs]) -> Iterator[Finding]:
     """Of a user, as fs/pipe.c decides: pipes of two pages are always to be had, larger ones up to the soft limit in
     all, and none beyond the hard one."""
     if context.lookup.capable(CAP_SYS_RESOURCE) or context.lookup.capable(CAP_SYS_ADMIN):
@@ -205,37 +205,37 @@ def _pipes(context: CheckContext, files: Iterable[Needs]) -> Iterator[Obstacle]:
     sizes = [one.pipe for one in files if one.pipe]
     largest, pages = _number(f'{_PIPES}max-size'), [-(-size // PAGE) for size in sizes]
     if (most := max(sizes, default=0)) > largest:
-        yield Obstacle(0, 'pipes', 'EPERM', f'has a pipe of {most:,} bytes, and a user may make one of {largest:,}',
-                       'raise the sysctl fs.pipe-max-size, or restore it as root')
+        yield about(0, 'pipes', 'EPERM', f'has a pipe of {most:,} bytes, and a user may make one of {largest:,}',
+                    'raise the sysctl fs.pipe-max-size, or restore it as root')
     for name, needed in (('user-pages-soft', sum(one for one in pages if one > _LEAST_PIPE)),
                          ('user-pages-hard', sum(pages))):
         limit = _number(f'{_PIPES}{name}')
         if 0 < limit < needed:
-            yield Obstacle(0, 'pipes', 'EPERM', f'its pipes have {needed:,} pages, and a user may have {limit:,}',
-                           f'raise the sysctl fs.pipe-{name}, or restore it as root')
+            yield about(0, 'pipes', 'EPERM', f'its pipes have {needed:,} pages, and a user may have {limit:,}',
+                        f'raise the sysctl fs.pipe-{name}, or restore it as root')
 
 
 # ---------------------------------------------------------------- tasks
 
-def _tasks(context: CheckContext) -> Iterator[Obstacle]:
+def _tasks(context: CheckContext) -> Iterator[Finding]:
     needed = max(len(context.plan.tasks), len(context.plan.numbers)) + _SEED
     running = int(read_file('/proc/loadavg').split()[3].partition(b'/')[2])
     for name in ('threads-max', 'pid_max'):
         most = _number(f'/proc/sys/kernel/{name}')
         if running + needed > most:
-            yield Obstacle(0, 'tasks', 'EAGAIN', f'{needed:,} more tasks are needed, {running:,} run and {most:,} may',
-                           f'raise the sysctl kernel.{name}')
+            yield about(0, 'tasks', 'EAGAIN', f'{needed:,} more tasks are needed, {running:,} run and {most:,} may',
+                        f'raise the sysctl kernel.{name}')
     yield from _numbers(context.plan.numbers)
     for group in _above(context.home):
         limit = _limit(group, 'pids.max')
         if limit is not None and needed > (left := limit - (_limit(group, 'pids.current') or 0)):
-            yield Obstacle(0, 'tasks', 'EAGAIN', f'{needed:,} more tasks are needed, and the cgroup {group.name} takes '
-                           f'{max(left, 0):,}', 'raise its pids.max (systemd: TasksMax=), or restore with another '
-                           '--cgroup')
+            yield about(0, 'tasks', 'EAGAIN', f'{needed:,} more tasks are needed, and the cgroup {group.name} takes '
+                        f'{max(left, 0):,}', 'raise its pids.max (systemd: TasksMax=), or restore with another '
+                        '--cgroup')
     yield from _own_limit(context, needed, running)
 
 
-def _own_limit(context: CheckContext, needed: int, running: int) -> Iterator[Obstacle]:
+def _own_limit(context: CheckContext, needed: int, running: int) -> Iterator[Finding]:
     """RLIMIT_NPROC counts all tasks of a uid, getrlimit(2). It is ours, or where we are root that of whoever asks."""
     uid = os.getuid() or context.request.caller.uid
     free = (context.may(CAP_SYS_RESOURCE) or context.may(CAP_SYS_ADMIN)) if os.getuid() else (
@@ -245,8 +245,8 @@ def _own_limit(context: CheckContext, needed: int, running: int) -> Iterator[Obs
     soft = _limit_of_tasks(context)
     # to count those of one uid takes time, and all of the machine are known
     if needed + running > soft and (own := _tasks_of(uid)) + needed > soft:
-        yield Obstacle(0, 'RLIMIT_NPROC', 'EAGAIN', f'{needed:,} more tasks are needed, uid {uid} has {own:,} and may '
-                       f'have {soft:,}', 'raise the limit (ulimit -u)')
+        yield about(0, 'RLIMIT_NPROC', 'EAGAIN', f'{needed:,} more tasks are needed, uid {uid} has {own:,} and may '
+                    f'have {soft:,}', 'raise the limit (ulimit -u)')
 
 
 def _limit_of_tasks(context: CheckContext) -> int:
@@ -262,12 +262,12 @@ def _limit_of_tasks(context: CheckContext) -> int:
                default=RLIM_INFINITY)
 
 
-def _numbers(numbers: Iterable[int]) -> Iterator[Obstacle]:
+def _numbers(numbers: Iterable[int]) -> Iterator[Finding]:
     """A number that a task is to get must be below pid_max (kernel/pid.c, alloc_pid)."""
     most, highest = _number('/proc/sys/kernel/pid_max'), max(numbers, default=0)
     if highest >= most:
-        yield Obstacle(highest, f'pid {highest}', 'EINVAL', f'this machine has numbers below {most:,} only',
-                       f'raise the sysctl kernel.pid_max above {highest}')
+        yield about(highest, f'pid {highest}', 'EINVAL', f'this machine has numbers below {most:,} only',
+                    f'raise the sysctl kernel.pid_max above {highest}')
 
 
 def _tasks_of(uid: int) -> int:

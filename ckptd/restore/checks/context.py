@@ -3,11 +3,10 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
 
-from ckptd.errors import Refusal
+from ckptd.errors import Finding, Severity
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
@@ -48,11 +47,11 @@ class CheckContext:
         """Limits and priorities that the tree may have."""
         return Allowed(self.reader, self.request.hard_limits)
 
-    def beyond(self, obstacle: 'Obstacle', comes: str) -> 'Obstacle':
+    def beyond(self, obstacle: 'Finding', comes: str) -> 'Finding':
         """Refuse a value that may not be set, or warn if the caller accepts the nearest. comes: the nearest."""
         if self.request.clamp:
-            return obstacle._replace(hint=f'it comes back {comes}', severity='warning')
-        return obstacle._replace(hint=f'{obstacle.hint}, or take the nearest: --clamp')
+            return replace(obstacle, hint=f'it comes back {comes}', severity='warning')
+        return replace(obstacle, hint=f'{obstacle.hint}, or take the nearest: --clamp')
 
     @property
     def for_owner(self) -> int:
@@ -70,31 +69,25 @@ class CheckContext:
         return [process.vpid for process in self.plan.processes if process.alive]
 
 
-class Obstacle(NamedTuple):
-    """A row before the name of its task is known. vpid: 0 for the tree as a whole."""
-    vpid: int
-    resource: str
-    errno: str
-    reason: str
-    hint: str
-    severity: Literal['refusal', 'warning'] = 'refusal'
-
-    @property
-    def said(self) -> tuple[str, str, str, str]:
-        """The text of a row without its task."""
-        return self.errno, self.reason, self.hint, self.severity
+def about(vpid: int, resource: str, errno: str, reason: str, hint: str, severity: Severity = 'refusal') -> Finding:
+    """A finding about a task of the image, before the name of its program is known. vpid: 0 for the tree as a whole."""
+    return Finding(vpid, '', resource, errno, reason, hint, severity)
 
 
-def once(obstacles: Iterable[Obstacle]) -> list[Obstacle]:
+def text_of(one: Finding) -> tuple[str, str, str, str]:
+    """The text of a finding without its task."""
+    return one.errno, one.reason, one.hint, one.severity
+
+
+def once(obstacles: Iterable[Finding]) -> list[Finding]:
     """The first of those that say the same: one file that is missing is open at many places."""
-    found: dict[tuple[str, str, str, str], Obstacle] = {}
+    first: dict[tuple[str, str, str, str], Finding] = {}
     for one in obstacles:
-        found.setdefault(one.said, one)
-    return list(found.values())
+        first.setdefault(text_of(one), one)
+    return list(first.values())
 
 
-def rows(context: CheckContext, obstacles: Iterable[Obstacle]) -> list[Refusal]:
+def rows(context: CheckContext, obstacles: Iterable[Finding]) -> list[Finding]:
     """Turn obstacles into refusals, with the names of tasks from the image."""
     names = {task.vpid: task.record.comm for task in context.reader.tasks}
-    return [Refusal(one.vpid, names.get(one.vpid, ''), one.resource, one.errno, one.reason, one.hint, one.severity)
-            for one in dict.fromkeys(obstacles)]
+    return [replace(one, comm=names.get(one.pid, '')) for one in dict.fromkeys(obstacles)]

@@ -4,14 +4,15 @@ importer may have no more than the importer anyway, and no other worker restores
 
 from collections.abc import Iterator
 
-from ckptd.restore.checks.context import CheckContext, Obstacle
+from ckptd.errors import Finding
+from ckptd.restore.checks.context import CheckContext, about
 
 
-def check(context: CheckContext) -> Iterator[Obstacle]:
+def check(context: CheckContext) -> Iterator[Finding]:
     caller, manifest = context.request.caller, context.reader.manifest
     if not manifest.imported or context.plan.namespaces.user:
         return
     # root's rights in it would be of the importer's invention; with a broker root restores it as the importer
     if caller.uid != manifest.owner_uid and not context.request.brokered:
-        yield Obstacle(0, 'image', 'EPERM', f'the image was imported by uid {manifest.owner_uid}, who alone may '
-                       'restore it', 'restore it as that user, or import it yourself')
+        yield about(0, 'image', 'EPERM', f'the image was imported by uid {manifest.owner_uid}, who alone may '
+                    'restore it', 'restore it as that user, or import it yourself')

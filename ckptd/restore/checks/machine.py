@@ -5,10 +5,11 @@ import mmap
 import os
 from collections.abc import Iterator
 
+from ckptd.errors import Finding
 from ckptd.image.records import PAGE, VDSO, GuardRegions, Mm, Registers
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import prctl
-from ckptd.restore.checks.context import CheckContext, Obstacle
+from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.vdso import VdsoPlan
 from ckptd.restore.xstate import own_xstate, shortcoming
 
@@ -18,7 +19,7 @@ MADV_GUARD_INSTALL = 102            # <linux/mman.h>, since 6.13
 _MM_PRCTLS = {'mdwe': (66, 'PR_SET_MDWE', '6.3'), 'memory_merge': (68, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
 
 
-def check(context: CheckContext) -> Iterator[Obstacle]:
+def check(context: CheckContext) -> Iterator[Finding]:
     other = list(_architecture(context))
     yield from other
     if not other:       # of another machine nothing else means anything
@@ -27,32 +28,32 @@ def check(context: CheckContext) -> Iterator[Obstacle]:
         yield from _features(context)
 
 
-def _architecture(context: CheckContext) -> Iterator[Obstacle]:
+def _architecture(context: CheckContext) -> Iterator[Finding]:
     header, hint = context.reader.header, 'restore it on a machine like the one that it was made on'
     machines = {one.machine for one in context.reader.every(Registers)} - {arch.EM}
     if context.reader.manifest.architecture != ARCHITECTURE or header.machine != os.uname().machine:
-        yield Obstacle(0, 'architecture', 'EOPNOTSUPP', f'the image is of a machine {header.machine} '
-                       f'({context.reader.manifest.architecture}), this one is {os.uname().machine}', hint)
+        yield about(0, 'architecture', 'EOPNOTSUPP', f'the image is of a machine {header.machine} '
+                    f'({context.reader.manifest.architecture}), this one is {os.uname().machine}', hint)
     elif machines:
-        yield Obstacle(0, 'architecture', 'EOPNOTSUPP', f'the image has registers of ELF machine {min(machines)}, not '
-                       f'{arch.EM}', hint)
+        yield about(0, 'architecture', 'EOPNOTSUPP', f'the image has registers of ELF machine {min(machines)}, not '
+                    f'{arch.EM}', hint)
     if header.page_size != os.sysconf('SC_PAGE_SIZE') or header.page_size != PAGE:
-        yield Obstacle(0, 'page size', 'EOPNOTSUPP', f'the image has pages of {header.page_size} bytes, this kernel of '
-                       f'{os.sysconf("SC_PAGE_SIZE")}', hint)
+        yield about(0, 'page size', 'EOPNOTSUPP', f'the image has pages of {header.page_size} bytes, this kernel of '
+                    f'{os.sysconf("SC_PAGE_SIZE")}', hint)
 
 
-def _xstate(context: CheckContext) -> Iterator[Obstacle]:
+def _xstate(context: CheckContext) -> Iterator[Finding]:
     """PTRACE_SETREGSET takes the area in the size of this processor only (arch/x86/kernel/fpu/regset.c,
     xstateregs_set), and a component that XCR0 lacks is a #GP."""
     for task in context.plan.alive:
         reason = shortcoming(context.reader.get(Registers, task.vpid).xstate, own_xstate())
         if reason:      # of one image, all are alike
-            yield Obstacle(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the features of '
-                           f'the one that it was dumped on (kernel {context.reader.manifest.kernel})')
+            yield about(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the features of '
+                        f'the one that it was dumped on (kernel {context.reader.manifest.kernel})')
             return
 
 
-def _vdso(context: CheckContext) -> Iterator[Obstacle]:
+def _vdso(context: CheckContext) -> Iterator[Finding]:
     """On another kernel its functions become jumps: who stands inside one would go on in the middle of a jump."""
     reader, plan = context.reader, VdsoPlan(0)
     for mm_id, user in context.plan.users('mm_id').items():
@@ -60,17 +61,17 @@ def _vdso(context: CheckContext) -> Iterator[Obstacle]:
         if not plan.is_bridged(reader, memory):
             continue
         kernel = reader.manifest.kernel
-        yield Obstacle(user, 'vdso', 'ENOSYS', f'its vdso is that of kernel {kernel}: calls of it go to the one of '
-                       'this kernel', 'nothing is lost but the time of a jump', 'warning')
+        yield about(user, 'vdso', 'ENOSYS', f'its vdso is that of kernel {kernel}: calls of it go to the one of '
+                    'this kernel', 'nothing is lost but the time of a jump', 'warning')
         [text] = [vma for vma in memory.vmas if vma.kind == VDSO][:1]
         for task in context.plan.alive:
             registers = arch.user_regs_struct.from_buffer_copy(reader.get(Registers, task.vpid).gpr)
             if task.record.mm_id == mm_id and text.start <= registers.rip < text.end:
-                yield Obstacle(task.vpid, 'vdso', 'EOPNOTSUPP', 'stands inside a function of the vdso, which another '
-                               'kernel does not have', f'boot kernel {kernel} again, or checkpoint at another moment')
+                yield about(task.vpid, 'vdso', 'EOPNOTSUPP', 'stands inside a function of the vdso, which another '
+                            'kernel does not have', f'boot kernel {kernel} again, or checkpoint at another moment')
 
 
-def _features(context: CheckContext) -> Iterator[Obstacle]:
+def _features(context: CheckContext) -> Iterator[Finding]:
     reader, users = context.reader, context.plan.users('mm_id')
     guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
     if guarded and not _has_guard_regions():
@@ -81,9 +82,9 @@ def _features(context: CheckContext) -> Iterator[Obstacle]:
             yield _lacking(users.get(using, 0), f'prctl {name}', since)
 
 
-def _lacking(vpid: int, what: str, since: str) -> Obstacle:
-    return Obstacle(vpid, 'kernel', 'ENOSYS', f'uses {what}, which this kernel lacks',
-                    f'boot a kernel {since} or newer')
+def _lacking(vpid: int, what: str, since: str) -> Finding:
+    return about(vpid, 'kernel', 'ENOSYS', f'uses {what}, which this kernel lacks',
+                 f'boot a kernel {since} or newer')
 
 
 def _has_guard_regions() -> bool:

@@ -6,8 +6,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
-from ckptd.errors import ImageDamaged, errno_name
+from ckptd.errors import Finding, ImageDamaged, errno_name
 from ckptd.image.grammar import Struct
 from ckptd.image.identity import FileIdentity, changes
 from ckptd.image.records import (
@@ -29,7 +30,7 @@ from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.objects.files.deleted import deleted_obstacles, home_of
 from ckptd.objects.files.sound import flaws
-from ckptd.restore.checks.context import CheckContext, Obstacle, once
+from ckptd.restore.checks.context import CheckContext, about, once
 from ckptd.restore.files import decode
 from ckptd.restore.mapped_objects import may_write, missing_but_kept
 
@@ -37,27 +38,27 @@ KEPT = 'is not the file that it was: the tree gets its own, with the content tha
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
 
 
-def check(context: CheckContext) -> list[Obstacle]:
+def check(context: CheckContext) -> list[Finding]:
     named = [*_open_files(context), *_mapped_files(context), *_directories(context)]
     return once([*(_by_whom(context, row) for row in named), *_segments(context)])
 
 
-def _by_whom(context: CheckContext, row: Obstacle) -> Obstacle:
+def _by_whom(context: CheckContext, row: Finding) -> Finding:
     """Root sees the file and may do all with it, and would not guess that it is not he who counts."""
     uid = context.for_owner
     if not uid or row.severity == 'warning':
         return row
     if row.errno in ('EACCES', 'EPERM'):
-        return row._replace(hint=f'files are opened by the rights of uid {uid}, who owns the image: give him the right '
+        return replace(row, hint=f'files are opened by the rights of uid {uid}, who owns the image: give him the right '
                             'to it, or checkpoint the tree as root')
     if row.errno == 'ENOENT':
-        return row._replace(hint=f'{row.hint}; it is uid {uid}, who owns the image, that must see it')
+        return replace(row, hint=f'{row.hint}; it is uid {uid}, who owns the image, that must see it')
     return row
 
 
 # ---------------------------------------------------------------- open files
 
-def _open_files(context: CheckContext) -> Iterator[Obstacle]:
+def _open_files(context: CheckContext) -> Iterator[Finding]:
     holders, vpids = _holders(context), {task.vpid for task in context.plan.tasks}
     for saved in context.reader.every(SavedFile):
         vpid, fd = holders.get(saved.file_id, (0, -1))
@@ -73,21 +74,21 @@ def _open_files(context: CheckContext) -> Iterator[Obstacle]:
                 continue
             found = kind.obstacles(record, saved, context.lookup)
         except ImageDamaged as error:
-            yield Obstacle(vpid, resource, errno_name(error.errno), error.message, error.hint)
+            yield about(vpid, resource, errno_name(error.errno), error.message, error.hint)
         except OSError as error:
-            yield Obstacle(vpid, resource, errno_name(error.errno or errno.EIO),
-                           f'{saved.link} cannot be looked at: {error.strerror}', 'see whether its file system answers')
+            yield about(vpid, resource, errno_name(error.errno or errno.EIO),
+                        f'{saved.link} cannot be looked at: {error.strerror}', 'see whether its file system answers')
         else:
             for one in found:
-                yield Obstacle(vpid, resource, *one)
+                yield replace(one, pid=vpid, resource=resource)
 
 
-def _owner(context: CheckContext, saved: SavedFile, vpid: int, resource: str) -> Iterator[Obstacle]:
+def _owner(context: CheckContext, saved: SavedFile, vpid: int, resource: str) -> Iterator[Finding]:
     """Signals of an open file are sent by the rights of who asked for them, fcntl(2), F_SETOWN_EX."""
     own = context.request.caller.uid
     if strangers := sorted({saved.owner_uid, saved.owner_euid} - {own}) if own else []:
-        yield Obstacle(vpid, resource, 'EPERM', f'its signals (F_SETOWN) are sent by the rights of uid {strangers[0]}, '
-                       f'and the caller is uid {own}', 'restore it as root')
+        yield about(vpid, resource, 'EPERM', f'its signals (F_SETOWN) are sent by the rights of uid {strangers[0]}, '
+                    f'and the caller is uid {own}', 'restore it as root')
 
 
 def _path(context: CheckContext, record: Struct) -> str:
@@ -97,10 +98,10 @@ def _path(context: CheckContext, record: Struct) -> str:
     return home_of(path, context.lookup) if getattr(record, 'deleted', 0) else path
 
 
-def _out_of_reach(context: CheckContext, vpid: int, resource: str, path: str) -> Obstacle | None:
+def _out_of_reach(context: CheckContext, vpid: int, resource: str, path: str) -> Finding | None:
     if path and (reason := context.lookup.out_of_reach(path)):
-        return Obstacle(vpid, resource, 'EACCES', f'{path} is not opened: {reason}', 'put back what was there at the '
-                        'time of the checkpoint')
+        return about(vpid, resource, 'EACCES', f'{path} is not opened: {reason}', 'put back what was there at the '
+                     'time of the checkpoint')
     return None
 
 
@@ -115,7 +116,7 @@ def _holders(context: CheckContext) -> dict[int, tuple[int, int]]:
 
 # ---------------------------------------------------------------- mapped files
 
-def _mapped_files(context: CheckContext) -> Iterator[Obstacle]:
+def _mapped_files(context: CheckContext) -> Iterator[Finding]:
     """Check the mapped files, by their first user and by the access that each needs: os.R_OK ..."""
     users = context.plan.users('mm_id')
     first: dict[int, tuple[int, str]] = {}
@@ -136,12 +137,12 @@ def _mapped_files(context: CheckContext) -> Iterator[Obstacle]:
 
 
 def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
-             ) -> Iterator[Obstacle]:
+             ) -> Iterator[Finding]:
     if record.deleted:
         if row := _out_of_reach(context, vpid, resource, home_of(record.path, context.lookup)):
             yield row
         for one in deleted_obstacles(record.path, context.lookup):
-            yield Obstacle(vpid, resource, *one)
+            yield replace(one, pid=vpid, resource=resource)
         return
     if row := _out_of_reach(context, vpid, resource, record.path):
         yield row
@@ -150,9 +151,9 @@ def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, a
         return          # it could not be looked at when it was dumped
     if missing_but_kept(record, context.lookup):
         for one in deleted_obstacles(record.path, context.lookup):
-            yield Obstacle(vpid, resource, *one)
-        yield Obstacle(vpid, resource, 'ENOENT', f'{record.path} {KEPT}', 'nobody else sees what the tree writes there '
-                       'from then on: put the file back if somebody is to', 'warning')
+            yield replace(one, pid=vpid, resource=resource)
+        yield about(vpid, resource, 'ENOENT', f'{record.path} {KEPT}', 'nobody else sees what the tree writes there '
+                    'from then on: put the file back if somebody is to', 'warning')
         return
     found = context.lookup.lstat(record.path)
     words = changes(FileIdentity.of_backing(record), found)
@@ -161,17 +162,17 @@ def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, a
     rolled_back = context.lookup.changed_files == 'rollback' and record.path in opened
     if found is None:
         if not rolled_back:
-            yield Obstacle(vpid, resource, 'ENOENT', how, 'put the file back where it was')
+            yield about(vpid, resource, 'ENOENT', how, 'put the file back where it was')
     elif stat.S_IFMT(found.st_mode) != stat.S_IFMT(record.mode):
-        yield Obstacle(vpid, resource, 'ESTALE', how, 'put the file back')
+        yield about(vpid, resource, 'ESTALE', how, 'put the file back')
     elif not context.lookup.may(record.path, access):
-        yield Obstacle(vpid, resource, 'EACCES', f'{record.path} may not be {_verbs(access)}',
-                       'run as its owner, or as root')
+        yield about(vpid, resource, 'EACCES', f'{record.path} may not be {_verbs(access)}',
+                    'run as its owner, or as root')
     elif words and context.lookup.changed_files == 'accept':
-        yield Obstacle(vpid, resource, 'ESTALE', how, 'the tree finds it as it is now', 'warning')
+        yield about(vpid, resource, 'ESTALE', how, 'the tree finds it as it is now', 'warning')
     elif words and not rolled_back:
-        yield Obstacle(vpid, resource, 'ESTALE', how, 'put the very file back (of a package: the same version); '
-                       '--changed-files=accept goes on with what is there, at the risk of a crash')
+        yield about(vpid, resource, 'ESTALE', how, 'put the very file back (of a package: the same version); '
+                    '--changed-files=accept goes on with what is there, at the risk of a crash')
 
 
 def _verbs(access: int) -> str:
@@ -181,7 +182,7 @@ def _verbs(access: int) -> str:
 
 # ---------------------------------------------------------------- directories
 
-def _directories(context: CheckContext) -> Iterator[Obstacle]:
+def _directories(context: CheckContext) -> Iterator[Finding]:
     for fs_id, vpid in context.plan.users('fs_id').items():
         record = context.reader.get(Fs, fs_id)
         yield from _directory(context, vpid, 'cwd', 'working directory', record.cwd)
@@ -190,11 +191,11 @@ def _directories(context: CheckContext) -> Iterator[Obstacle]:
             # who may set up what a program finds in /etc may be anybody to it
             by_root = not context.lookup.rights.uid or context.lookup.by_root
             if not (by_root or context.plan.namespaces.user) or not context.may_here(CAP_SYS_CHROOT):
-                yield Obstacle(vpid, 'root', 'EPERM', f'its root directory is {record.root}, and the caller may not '
-                               'change that of a process', 'restore it as root')
+                yield about(vpid, 'root', 'EPERM', f'its root directory is {record.root}, and the caller may not '
+                            'change that of a process', 'restore it as root')
 
 
-def _directory(context: CheckContext, vpid: int, resource: str, what: str, path: str) -> Iterator[Obstacle]:
+def _directory(context: CheckContext, vpid: int, resource: str, what: str, path: str) -> Iterator[Finding]:
     if row := _out_of_reach(context, vpid, resource, path):
         yield row
         return
@@ -202,17 +203,17 @@ def _directory(context: CheckContext, vpid: int, resource: str, what: str, path:
         os.close(context.lookup.open(path, os.O_PATH | os.O_DIRECTORY))
     except (OSError, ValueError) as error:
         number = (error.errno if isinstance(error, OSError) else None) or errno.ENOENT
-        yield Obstacle(vpid, resource, errno_name(number), f'its {what} {path} cannot be had: {os.strerror(number)}',
-                       'make that directory again')
+        yield about(vpid, resource, errno_name(number), f'its {what} {path} cannot be had: {os.strerror(number)}',
+                    'make that directory again')
         return
     if not context.lookup.may(path, os.X_OK):
-        yield Obstacle(vpid, resource, 'EACCES', f'its {what} {path} may not be entered',
-                       'give the caller the right to it (chmod), or restore as root')
+        yield about(vpid, resource, 'EACCES', f'its {what} {path} may not be entered',
+                    'give the caller the right to it (chmod), or restore as root')
 
 
 # ---------------------------------------------------------------- System V segments
 
-def _segments(context: CheckContext) -> Iterator[Obstacle]:
+def _segments(context: CheckContext) -> Iterator[Finding]:
     users = context.plan.users('mm_id')
     first: dict[int, int] = {}
     for vma in context.reader.every(Vma):
@@ -223,7 +224,7 @@ def _segments(context: CheckContext) -> Iterator[Obstacle]:
             yield from _segment(context, record, first[record.shm_id])
 
 
-def _segment(context: CheckContext, record: SharedMemory, vpid: int) -> Iterator[Obstacle]:
+def _segment(context: CheckContext, record: SharedMemory, vpid: int) -> Iterator[Finding]:
     """Check a System V segment. One that exists and is not attached is used again, see Objects; else its id and key
     must be free."""
     resource = f'shmid {record.shmid}'
@@ -231,27 +232,27 @@ def _segment(context: CheckContext, record: SharedMemory, vpid: int) -> Iterator
         found = shmctl_stat(record.shmid)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EIDRM):
-            yield Obstacle(vpid, resource, errno_name(error.errno or errno.EIO), 'a System V segment of another user '
-                           f'has its id: {error.strerror}', f'have its owner remove it (ipcrm -m {record.shmid})')
+            yield about(vpid, resource, errno_name(error.errno or errno.EIO), 'a System V segment of another user '
+                        f'has its id: {error.strerror}', f'have its owner remove it (ipcrm -m {record.shmid})')
             return
     else:
         if (found.key, found.size) != (record.key, record.size) or found.attached:
-            yield Obstacle(vpid, resource, 'EBUSY', f'its System V segment is in use: attached {found.attached} times, '
-                           f'last by {_name(found.last)}', 'ipcs -m -p shows by whom; ipcrm -m removes it')
+            yield about(vpid, resource, 'EBUSY', f'its System V segment is in use: attached {found.attached} times, '
+                        f'last by {_name(found.last)}', 'ipcs -m -p shows by whom; ipcrm -m removes it')
         elif not context.lookup.may_take(found):
-            yield Obstacle(vpid, resource, 'EACCES', f'its System V segment belongs to uid {found.uid}, and may not be '
-                           'written by whose image this is', f'have its owner remove it (ipcrm -m {record.shmid})')
+            yield about(vpid, resource, 'EACCES', f'its System V segment belongs to uid {found.uid}, and may not be '
+                        'written by whose image this is', f'have its owner remove it (ipcrm -m {record.shmid})')
         return
     if other := _by_key(record.key):
-        yield Obstacle(vpid, resource, 'EEXIST', f'the key {record.key:#x} of its System V segment is that of segment '
-                       f'{other} now', f'ipcrm -m {other} removes it')
+        yield about(vpid, resource, 'EEXIST', f'the key {record.key:#x} of its System V segment is that of segment '
+                    f'{other} now', f'ipcrm -m {other} removes it')
     if not (context.lookup.by_root or context.lookup.may_own(record.uid, record.gid)):
-        yield Obstacle(vpid, resource, 'EPERM', f'its System V segment belonged to uid {record.uid} and gid '
-                       f'{record.gid}, and is gone: uid {context.lookup.uid} may not make one of theirs',
-                       'keep the segment, or restore it as root')
+        yield about(vpid, resource, 'EPERM', f'its System V segment belonged to uid {record.uid} and gid '
+                    f'{record.gid}, and is gone: uid {context.lookup.uid} may not make one of theirs',
+                    'keep the segment, or restore it as root')
     if not os.access(_NEXT_ID, os.W_OK, effective_ids=True):
-        yield Obstacle(vpid, resource, 'EPERM', 'a System V segment with its old id cannot be made',
-                       'restore it as root, or keep the segment (ipcs -m)')
+        yield about(vpid, resource, 'EPERM', 'a System V segment with its old id cannot be made',
+                    'restore it as root, or keep the segment (ipcs -m)')
 
 
 def _by_key(key: int) -> int:

@@ -8,9 +8,10 @@ namespace of its own (an ordinary user without a service) a tree has one uid and
 import os
 from collections.abc import Iterator
 
+from ckptd.errors import Finding
 from ckptd.image.records import Credentials
 from ckptd.kernel.creds import CAP_SETGID, CAP_SETPCAP, CAP_SETUID
-from ckptd.restore.checks.context import CheckContext, Obstacle, once
+from ckptd.restore.checks.context import CheckContext, about, once
 from ckptd.restore.plan import is_users_worker
 
 # <linux/capability.h>, in its order
@@ -24,15 +25,15 @@ _ROOT = 'restore it as root'
 _SETS = ('inheritable', 'permitted', 'effective', 'bounding', 'ambient')
 
 
-def check(context: CheckContext) -> Iterator[Obstacle]:
+def check(context: CheckContext) -> Iterator[Finding]:
     caller, manifest = context.request.caller, context.reader.manifest
     if caller.uid and manifest.owner_uid != caller.uid:
-        yield Obstacle(0, 'image', 'EPERM', f'the image was made for uid {manifest.owner_uid}, the caller is uid '
-                       f'{caller.uid}', 'restore it as that user, or as root')
+        yield about(0, 'image', 'EPERM', f'the image was made for uid {manifest.owner_uid}, the caller is uid '
+                    f'{caller.uid}', 'restore it as that user, or as root')
     yield from _ours(context)
     yield from _confined(context)
     for process in context.plan.processes:
-        found: list[Obstacle] = []
+        found: list[Finding] = []
         for task in process.alive:
             record = context.reader.get(Credentials, task.vpid)
             found += [*_ids(context, record), *_capabilities(context, record)]
@@ -45,7 +46,7 @@ def capability_names(mask: int) -> str:
                      for bit in range(64) if mask >> bit & 1)
 
 
-def _ours(context: CheckContext) -> Iterator[Obstacle]:
+def _ours(context: CheckContext) -> Iterator[Finding]:
     """Check the rights that it takes to set credentials at all."""
     if context.plan.namespaces.user or is_users_worker(context.plan):
         return
@@ -53,28 +54,28 @@ def _ours(context: CheckContext) -> Iterator[Obstacle]:
     needed = 1 << CAP_SETGID | 1 << CAP_SETPCAP | (1 << CAP_SETUID if uids - {os.geteuid()} else 0)
     lacking = needed & ~context.own.cap_eff
     if lacking:
-        yield Obstacle(0, 'credentials', 'EPERM', f'ckptd lacks {capability_names(lacking)}', 'run ckptd as root')
+        yield about(0, 'credentials', 'EPERM', f'ckptd lacks {capability_names(lacking)}', 'run ckptd as root')
 
 
-def _confined(context: CheckContext) -> Iterator[Obstacle]:
+def _confined(context: CheckContext) -> Iterator[Finding]:
     """A caller who has given up rights for good, for himself and all that he starts, gets none back by a restart."""
     caller = context.request.caller
     if not caller.uid or context.plan.namespaces.user:
         return
     if not caller.pid:
-        yield Obstacle(0, 'credentials', 'ESRCH', 'it is not known which process asks, and what it has given up',
-                       'ask again, and stay until there is an answer')
+        yield about(0, 'credentials', 'ESRCH', 'it is not known which process asks, and what it has given up',
+                    'ask again, and stay until there is an answer')
     if caller.seccomp:
-        yield Obstacle(0, 'seccomp', 'EPERM', 'the caller runs under a seccomp filter, and the tree would not',
-                       'ask from outside of the sandbox')
+        yield about(0, 'seccomp', 'EPERM', 'the caller runs under a seccomp filter, and the tree would not',
+                    'ask from outside of the sandbox')
     free = any(not context.reader.get(Credentials, task.vpid).no_new_privs
                for process in context.plan.processes for task in process.alive)
     if caller.no_new_privs and free:
-        yield Obstacle(0, 'no_new_privs', 'EPERM', 'the caller runs with no_new_privs, and the tree did not',
-                       'ask from outside of the sandbox')
+        yield about(0, 'no_new_privs', 'EPERM', 'the caller runs with no_new_privs, and the tree did not',
+                    'ask from outside of the sandbox')
 
 
-def _ids(context: CheckContext, record: Credentials) -> Iterator[Obstacle]:
+def _ids(context: CheckContext, record: Credentials) -> Iterator[Finding]:
     caller, vpid = context.request.caller, record.vpid
     if context.plan.namespaces.user:
         yield from _ids_in_namespace(record)
@@ -83,79 +84,79 @@ def _ids(context: CheckContext, record: Credentials) -> Iterator[Obstacle]:
     elif caller.uid:
         groups = {caller.gid, *caller.groups}
         if strangers := sorted(set(record.uids) - {caller.uid}):
-            yield Obstacle(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, the caller is uid {caller.uid}',
-                           _ROOT)
+            yield about(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, the caller is uid {caller.uid}',
+                        _ROOT)
         if strangers := sorted({*record.gids, *record.groups} - groups):
-            yield Obstacle(vpid, 'gid', 'EPERM', f'is in group {_list(strangers)}, the caller is not', _ROOT)
+            yield about(vpid, 'gid', 'EPERM', f'is in group {_list(strangers)}, the caller is not', _ROOT)
 
 
-def _ids_of_worker(context: CheckContext, record: Credentials) -> Iterator[Obstacle]:
+def _ids_of_worker(context: CheckContext, record: Credentials) -> Iterator[Finding]:
     """A worker that is a user has no other ids to give, and calls setgroups(2) for nobody: fewer groups than the user
     has would open files to them that deny a group."""
     own, vpid = context.own, record.vpid
     if strangers := sorted(set(record.uids) - {own.uids[1]}):
-        yield Obstacle(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, and is restored for uid {own.uids[1]}',
-                       _ROOT)
+        yield about(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, and is restored for uid {own.uids[1]}',
+                    _ROOT)
     if strangers := sorted(set(record.gids) - {own.gids[1]}):
-        yield Obstacle(vpid, 'gid', 'EPERM', f'runs as gid {_list(strangers)}, and is restored with gid {own.gids[1]}',
-                       'restore it in a session that has this group (newgrp), or as root')
+        yield about(vpid, 'gid', 'EPERM', f'runs as gid {_list(strangers)}, and is restored with gid {own.gids[1]}',
+                    'restore it in a session that has this group (newgrp), or as root')
     if {*record.groups, own.gids[1]} != {*own.groups, own.gids[1]}:
-        yield Obstacle(vpid, 'groups', 'EPERM', f'was in the groups {_list(record.groups)}, and comes back in those of '
-                       f'the user: {_list(own.groups)}', 'restore it in a session that has the same groups', 'warning')
+        yield about(vpid, 'groups', 'EPERM', f'was in the groups {_list(record.groups)}, and comes back in those of '
+                    f'the user: {_list(own.groups)}', 'restore it in a session that has the same groups', 'warning')
     if record.securebits:
-        yield Obstacle(vpid, 'securebits', 'EPERM', f'has securebits {record.securebits:#x}, which take a right to set',
-                       _ROOT)
+        yield about(vpid, 'securebits', 'EPERM', f'has securebits {record.securebits:#x}, which take a right to set',
+                    _ROOT)
 
 
-def _ids_in_namespace(record: Credentials) -> Iterator[Obstacle]:
+def _ids_in_namespace(record: Credentials) -> Iterator[Finding]:
     uid, gid, groups = os.geteuid(), os.getegid(), set(os.getgroups())
     why = 'and a user namespace made without privilege has no other'
     if strangers := sorted(set(record.uids) - {uid}):
-        yield Obstacle(record.vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}; we are uid {uid}, {why}', _ROOT)
+        yield about(record.vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}; we are uid {uid}, {why}', _ROOT)
     if strangers := sorted(set(record.gids) - {gid}):
-        yield Obstacle(record.vpid, 'gid', 'EPERM', f'runs as gid {_list(strangers)}; we are gid {gid}, {why}', _ROOT)
+        yield about(record.vpid, 'gid', 'EPERM', f'runs as gid {_list(strangers)}; we are gid {gid}, {why}', _ROOT)
     if set(record.groups) - {gid} != groups - {gid}:
-        yield Obstacle(record.vpid, 'groups', 'EPERM', f'is in the groups {_list(record.groups)}, we are in those of '
-                       f'{_list(sorted(groups))}, and setgroups(2) is denied', 'restore it in a session that has the '
-                       'same groups (newgrp, sg), or as root')
+        yield about(record.vpid, 'groups', 'EPERM', f'is in the groups {_list(record.groups)}, we are in those of '
+                    f'{_list(sorted(groups))}, and setgroups(2) is denied', 'restore it in a session that has the '
+                    'same groups (newgrp, sg), or as root')
 
 
 def _list(numbers: 'list[int] | tuple[int, ...]') -> str:
     return ', '.join(map(str, numbers)) or 'none'
 
 
-def _capabilities(context: CheckContext, record: Credentials) -> Iterator[Obstacle]:
+def _capabilities(context: CheckContext, record: Credentials) -> Iterator[Finding]:
     vpid, user = record.vpid, context.plan.namespaces.user
     sets = dict(zip(_SETS, record.capabilities, strict=True))
     held = sets['permitted'] | sets['effective'] | sets['ambient'] | sets['inheritable']
     if user:
         if held:
-            yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, which would count in a user '
-                           'namespace of its own only', _ROOT)
+            yield about(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, which would count in a user '
+                        'namespace of its own only', _ROOT)
         return
     if is_users_worker(context.plan):
         if held:
-            yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, and the tree of a user comes '
-                           'back without any', _ROOT)
+            yield about(vpid, 'capabilities', 'EPERM', f'has {capability_names(held)}, and the tree of a user comes '
+                        'back without any', _ROOT)
         if missing := context.own.cap_bnd & ~sets['bounding']:
-            yield context.beyond(Obstacle(vpid, 'capabilities', 'EPERM', f'lacks {capability_names(missing)} in its '
-                                          'bounding set, which only root can take away again', _ROOT), 'with that of '
+            yield context.beyond(about(vpid, 'capabilities', 'EPERM', f'lacks {capability_names(missing)} in its '
+                                       'bounding set, which only root can take away again', _ROOT), 'with that of '
                                  'the caller')
     allowed = _of_caller(context)
     if held & ~allowed and not is_users_worker(context.plan):
-        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(held & ~allowed)}, the caller has not',
-                       _ROOT)
+        yield about(vpid, 'capabilities', 'EPERM', f'has {capability_names(held & ~allowed)}, the caller has not',
+                    _ROOT)
     elif (beyond := held & ~context.own.cap_prm) and not is_users_worker(context.plan):
-        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)}, ckptd has not',
-                       'run ckptd with these capabilities')
+        yield about(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)}, ckptd has not',
+                    'run ckptd with these capabilities')
     caller = context.request.caller
     if caller.uid and caller.bounding >= 0 and (beyond := sets['bounding'] & ~caller.bounding):
-        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, the caller '
-                       'has not', _ROOT)
+        yield about(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, the caller '
+                    'has not', _ROOT)
     if beyond := sets['bounding'] & ~context.own.cap_bnd:
-        yield Obstacle(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, ckptd has '
-                       'not, and what that set lacks never comes back', 'run ckptd with these capabilities '
-                       '(CapabilityBoundingSet=)')
+        yield about(vpid, 'capabilities', 'EPERM', f'has {capability_names(beyond)} in its bounding set, ckptd has '
+                    'not, and what that set lacks never comes back', 'run ckptd with these capabilities '
+                    '(CapabilityBoundingSet=)')
 
 
 def _of_caller(context: CheckContext) -> int:

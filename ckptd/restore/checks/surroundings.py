@@ -5,12 +5,13 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
+from ckptd.errors import Finding
 from ckptd.image.records import Namespace, Namespaces, ProcessState
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import boot_id, read_namespaces
 from ckptd.restore.cgroups import cgroups
-from ckptd.restore.checks.context import CheckContext, Obstacle
+from ckptd.restore.checks.context import CheckContext, about
 
 # a restart makes these anew, or says so itself (restore/namespaces.py)
 _MADE = frozenset({'pid', 'time'})
@@ -19,7 +20,7 @@ _SHOWN_ONLY = frozenset({'uts', 'cgroup'})
 _FOR_CHILDREN = '_for_children'
 
 
-def check(context: CheckContext) -> Iterator[Obstacle]:
+def check(context: CheckContext) -> Iterator[Finding]:
     if context.request.cgroup:
         yield from _cgroup(context, context.request.cgroup)
     elif not context.request.systemd and not context.request.brokered:      # else they make a place
@@ -28,29 +29,29 @@ def check(context: CheckContext) -> Iterator[Obstacle]:
     yield from _terminal(context)
 
 
-def _cgroup(context: CheckContext, name: str) -> Iterator[Obstacle]:
+def _cgroup(context: CheckContext, name: str) -> Iterator[Finding]:
     hint = 'name a cgroup that is there and that the caller may write, with --cgroup'
     try:
         group = Cgroup.named(name)
     except FileNotFoundError as error:
-        yield Obstacle(0, f'cgroup {name}', 'ENOENT', str(error.strerror), 'mount cgroup2, or leave out --cgroup')
+        yield about(0, f'cgroup {name}', 'ENOENT', str(error.strerror), 'mount cgroup2, or leave out --cgroup')
         return
     if '..' in name.split('/') or not group.exists:
         # without a systemd, whose they are, it is made for root (restore/cgroups.py)
         if '..' in name.split('/') or context.request.systemd or context.request.caller.uid:
-            yield Obstacle(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
+            yield about(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
     elif not (context.caller_may(str(group.path), os.W_OK)
               and context.caller_may(f'{group.path}/cgroup.procs', os.W_OK)):
-        yield Obstacle(0, f'cgroup {name}', 'EACCES', 'the caller may not put processes there', hint)
+        yield about(0, f'cgroup {name}', 'EACCES', 'the caller may not put processes there', hint)
     elif group.type not in ('domain', 'domain threaded'):
-        yield Obstacle(0, f'cgroup {name}', 'EOPNOTSUPP', f'it is of type "{group.type}" and takes no processes', hint)
+        yield about(0, f'cgroup {name}', 'EOPNOTSUPP', f'it is of type "{group.type}" and takes no processes', hint)
     elif group.parent is not None and read_file(f'{group.path}/cgroup.subtree_control').strip():
         # "no internal process constraint", Documentation/admin-guide/cgroup-v2.rst
-        yield Obstacle(0, f'cgroup {name}', 'EBUSY', 'it hands controllers to the cgroups below it, and takes no '
-                       'processes itself', 'name one below it')
+        yield about(0, f'cgroup {name}', 'EBUSY', 'it hands controllers to the cgroups below it, and takes no '
+                    'processes itself', 'name one below it')
 
 
-def _cgroups(context: CheckContext) -> Iterator[Obstacle]:
+def _cgroups(context: CheckContext) -> Iterator[Finding]:
     first: dict[str, int] = {}      # of many processes in few cgroups
     for vpid, name in sorted(cgroups(context.plan.processes).items()):
         first.setdefault(name, vpid)
@@ -59,28 +60,28 @@ def _cgroups(context: CheckContext) -> Iterator[Obstacle]:
             path = Cgroup.named(name).path
             nearest = next(above for above in (path, *path.parents) if above.exists())
             if name and nearest != path and not os.access(nearest, os.W_OK):
-                yield Obstacle(vpid, f'cgroup {name}', 'EACCES', 'was in a cgroup that is gone, and may not be made '
-                               'again: it comes back in that of ckptd', 'name one with --cgroup', 'warning')
+                yield about(vpid, f'cgroup {name}', 'EACCES', 'was in a cgroup that is gone, and may not be made '
+                            'again: it comes back in that of ckptd', 'name one with --cgroup', 'warning')
 
 
-def _namespaces(context: CheckContext) -> Iterator[Obstacle]:
+def _namespaces(context: CheckContext) -> Iterator[Finding]:
     root = context.plan.processes[0].vpid
     for record in context.reader.every(Namespaces):
         for one in record.namespaces:
             name = one.name.removesuffix(_FOR_CHILDREN)
             made = name in _MADE or (name == 'user' and context.plan.namespaces.user)
             if name == 'pid' and not one.own and not context.plan.namespaces.pid:
-                yield Obstacle(root, 'namespace pid', 'EOPNOTSUPP', 'was in another pid namespace, of which its '
-                               'manifest says nothing', 'restore it with --new-pidns')
+                yield about(root, 'namespace pid', 'EOPNOTSUPP', 'was in another pid namespace, of which its '
+                            'manifest says nothing', 'restore it with --new-pidns')
             if one.own or made or name != one.name or _is_ours(context, one):
                 continue
             what = f'was in another {name} namespace, and comes back in ours'
             if name in _SHOWN_ONLY:
-                yield Obstacle(root, f'namespace {name}', 'EOPNOTSUPP', what, 'start the restore inside a like one',
-                               'warning')
+                yield about(root, f'namespace {name}', 'EOPNOTSUPP', what, 'start the restore inside a like one',
+                            'warning')
             else:
-                yield Obstacle(root, f'namespace {name}', 'EOPNOTSUPP', f'was in another {name} namespace, which '
-                               'is not made again', 'checkpoint and restore it from inside that namespace (nsenter)')
+                yield about(root, f'namespace {name}', 'EOPNOTSUPP', f'was in another {name} namespace, which '
+                            'is not made again', 'checkpoint and restore it from inside that namespace (nsenter)')
 
 
 def _is_ours(context: CheckContext, namespace: Namespace) -> bool:
@@ -89,10 +90,10 @@ def _is_ours(context: CheckContext, namespace: Namespace) -> bool:
             and read_namespaces(os.getpid()).get(namespace.name) == namespace.inode)
 
 
-def _terminal(context: CheckContext) -> Iterator[Obstacle]:
+def _terminal(context: CheckContext) -> Iterator[Finding]:
     if context.lookup.terminal:
         return
     first = next((vpid for vpid in context.leaders if context.reader.get(ProcessState, vpid).tty), 0)
     if first:
-        yield Obstacle(first, 'terminal', 'ENOTTY', 'had a controlling terminal, and comes back without one',
-                       'restore with --wait in a terminal', 'warning')
+        yield about(first, 'terminal', 'ENOTTY', 'had a controlling terminal, and comes back without one',
+                    'restore with --wait in a terminal', 'warning')

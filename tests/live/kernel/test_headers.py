@@ -71,7 +71,7 @@ OWN = {
     'unix': {'SS_ESTABLISHED', 'SCM_MAX_FD'},                               # net/tcp_states.h, net/scm.h
     'signalfd': {'SIGSET_SIZE'},                                            # include/linux/signal.h
     'statfs': {'MQUEUE_MAGIC'},                                             # ipc/mqueue.c
-    'trial': {'LARGE_TREE'},
+    'feature_tests': {'LARGE_TREE'},
     'shm': {'SHM_DEST', 'SHM_LOCKED'},                                      # include/linux/shm.h
     'arch.x86_64': {'ERESTARTSYS', 'ERESTARTNOINTR', 'ERESTARTNOHAND', 'ERESTART_RESTARTBLOCK',   # linux/errno.h
                     'CS_64', 'ROW', 'TASK_SIZE'},

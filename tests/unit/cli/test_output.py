@@ -7,11 +7,11 @@ import json
 import pytest
 
 from ckptd.cli.output import Column, Output, plain_table, printable, use_colour
-from ckptd.errors import Refusal, Refused, refusal_from
+from ckptd.errors import Finding, Refused, finding_from
 
 COLUMNS = (Column('NAME'), Column('SIZE', right=True))
 ROWS = [['a', '1'], ['long name', '100']]
-REFUSAL = Refusal(12, 'nginx', 'fd 5', 'EOPNOTSUPP', 'a socket', 'close it')
+REFUSAL = Finding(12, 'nginx', 'fd 5', 'EOPNOTSUPP', 'a socket', 'close it')
 
 
 class Terminal(io.StringIO):
@@ -121,5 +121,5 @@ def test_what_a_terminal_would_obey_is_shown_instead(given: str, shown: str) -> 
 
 
 def test_a_row_of_check_becomes_a_refusal_whatever_it_lacks() -> None:
-    refusal = refusal_from({'pid': 3, 'reason': 'because', 'severity': 'warning', 'unknown': 1})
+    refusal = finding_from({'pid': 3, 'reason': 'because', 'severity': 'warning', 'unknown': 1})
     assert (refusal.pid, refusal.comm, refusal.severity) == (3, '', 'warning')

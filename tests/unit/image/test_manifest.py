@@ -10,12 +10,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ckptd.errors import ImageDamaged, Refusal
+from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.manifest import MAX_MANIFEST, Manifest, Part, decode_manifest, encode_manifest, read_manifest
 from tests.unit.image.samples import manifest
 
 PART = {'size': 1, 'sha256': '0' * 64}
-WARNING = Refusal(7, 'sample', 'fd 3', 'EOPNOTSUPP', 'a terminal is kept as a reference', '', 'warning')
+WARNING = Finding(7, 'sample', 'fd 3', 'EOPNOTSUPP', 'a terminal is kept as a reference', '', 'warning')
 
 
 def resealed(data: bytes) -> bytes:

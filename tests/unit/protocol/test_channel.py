@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from ckptd.errors import Cancelled, LimitsExceeded, Refusal, Refused
+from ckptd.errors import Cancelled, Finding, LimitsExceeded, Refused
 from ckptd.kernel.liveness import Liveness
 from ckptd.kernel.pidfd import wait_dead
 from ckptd.protocol.channel import Channel
@@ -132,7 +132,7 @@ def test_a_result_that_nobody_could_be_sent(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_failure_of_any_size() -> None:
     """With as many of its refusals as a packet has room for."""
-    refusals = [Refusal(number, 'x' * 15, f'fd {number}', 'ENOTSUP', '\udcff' * 9000, 'h' * 9000)
+    refusals = [Finding(number, 'x' * 15, f'fd {number}', 'ENOTSUP', '\udcff' * 9000, 'h' * 9000)
                 for number in range(1000)]
     error = Refused.because(refusals)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -6,24 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.errors import Busy, CkptError, ImageDamaged, PermissionDenied, Refusal, Refused
+from ckptd.errors import Busy, CkptError, Finding, ImageDamaged, PermissionDenied, Refused
 from ckptd.restore import checks
 from ckptd.restore.checks.capacity import parse_meminfo
-from ckptd.restore.checks.context import Obstacle, once
+from ckptd.restore.checks.context import about, once
 from ckptd.restore.checks.resources import _ranges
 from ckptd.restore.checks.rights import capability_names
 
 MODULES = sorted(Path(checks.__file__).parent.glob('*.py'))
 ROWS = [(path.stem, call) for path in MODULES for call in ast.walk(ast.parse(path.read_text()))
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == 'Obstacle']
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == 'about']
 
 
 @pytest.mark.parametrize('call', [call for _, call in ROWS], ids=[f'{name}-{call.lineno}' for name, call in ROWS])
 def test_every_row_has_a_hint(call: ast.Call) -> None:
-    """vpid, resource, errno, reason, hint; those of kinds come whole."""
-    if isinstance(call.args[-1], ast.Starred):
-        assert len(call.args) == 3
-        return
+    """The arguments are vpid, resource, errno, reason, hint."""
     hint = call.args[4]
     assert not isinstance(hint, ast.Constant) or len(hint.value) > 10
 
@@ -32,8 +29,8 @@ def test_there_are_rows_of_every_check() -> None:
     assert {name for name, _ in ROWS} == {check.__module__.rpartition('.')[2] for check in checks.CHECKS}
 
 
-def row(errno: str) -> Refusal:
-    return Refusal(7, 'sh', 'fd 1', errno, 'why', 'what to do')
+def row(errno: str) -> Finding:
+    return Finding(7, 'sh', 'fd 1', errno, 'why', 'what to do')
 
 
 @pytest.mark.parametrize(('errnos', 'error'), [
@@ -59,6 +56,6 @@ def test_meminfo() -> None:
 
 
 def test_the_same_of_two_places_is_said_once() -> None:
-    found = once(Obstacle(1, f'fd {fd}', 'ENOENT', f'{file} is missing', 'put it back')
+    found = once(about(1, f'fd {fd}', 'ENOENT', f'{file} is missing', 'put it back')
                  for fd, file in ((1, 'x'), (2, 'x'), (3, 'y')))
     assert [one.resource for one in found] == ['fd 1', 'fd 3']
