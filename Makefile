@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--require-hashes --only-binary :all: --no-deps
 
-.PHONY: help venv demo test check unit unit-others unit-all lint bench fuzz kills lock dist install uninstall clean
+.PHONY: help venv demo test check unit unit-others unit-all lint bench fuzz kills man lock dist install uninstall clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -86,6 +86,9 @@ N ?= 100000
 fuzz: $(VENV)/.test  ## N crafted images and N random messages, as root; SEED= repeats a run
 	$(BIN)/python -m tests.fuzz --images $(N) --messages $(N) $(if $(SEED),--seed $(SEED))
 
+man: $(VENV)/.run  ## man pages of docs/*.N.md below build/man; read one with `man -M build/man ckptctl`
+	@$(MAKE_MAN) --into build/man $(MANUALS)
+
 # ------------------------------------------------------------------------------------------------------- releasing
 # uv resolves for every Python and platform at once, so one lock serves 3.11 to 3.14; no file names an index.
 LOCK = .cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
@@ -115,7 +118,12 @@ POLICYDIR = $(if $(filter /usr,$(PREFIX)),/usr/share,$(SYSCONFDIR))/dbus-1/syste
 ACTIONDIR = /usr/share/polkit-1/actions
 LIBDIR = $(PREFIX)/lib/ckptd
 DOCDIR = $(PREFIX)/share/doc/ckptd
+MANDIR = $(PREFIX)/share/man
 INTERFACES = $(wildcard dbus/org.ckptd1.*.xml)
+# docs/ckptctl.1.md becomes man1/ckptctl.1. The converter needs nothing but .venv: markdown-it-py comes with rich
+MANUALS = $(wildcard docs/*.[1-8].md)
+MAN_PAGES = $(foreach page,$(MANUALS:docs/%.md=%),man$(patsubst .%,%,$(suffix $(page)))/$(page))
+MAKE_MAN = $(BIN)/python docs/manpage.py --release $(VERSION)
 # The system's own interpreter before any other: a service cannot rely on one in somebody's home.
 INSTALL_PYTHON = $(shell for python in /usr/bin/python3 /usr/bin/python3.1[1-9] '$(PYTHON)'; do \
 	"$$python" -c '$(CAN_VENV)' 2>/dev/null && { echo "$$python"; break; }; done)
@@ -135,9 +143,7 @@ FILES = \
 	ckptd/cli/completion/ckptctl.bash:$(PREFIX)/share/bash-completion/completions/ckptctl \
 	ckptd/cli/completion/_ckptctl:$(PREFIX)/share/zsh/site-functions/_ckptctl \
 	docs/architecture.md:$(DOCDIR)/architecture.md \
-	docs/ckptctl.1.md:$(DOCDIR)/ckptctl.1.md \
-	docs/ckptd.8.md:$(DOCDIR)/ckptd.8.md \
-	docs/org.ckptd1.7.md:$(DOCDIR)/org.ckptd1.7.md \
+	docs/security.md:$(DOCDIR)/security.md \
 	README.md:$(DOCDIR)/README.md \
 	CHANGELOG.md:$(DOCDIR)/CHANGELOG.md \
 	LICENSE:$(DOCDIR)/LICENSE
@@ -164,6 +170,7 @@ install: $(VENV)/.run  ## install into DESTDIR with PREFIX (default /usr/local)
 		chmod 755 '$(DESTDIR)$(PREFIX)/bin/'"$${program%%:*}"; \
 	done
 	@$(foreach row,$(FILES),install -D -m 644 '$(call source_of,$(row))' '$(call target_of,$(row))' && ) true
+	@$(MAKE_MAN) --into '$(DESTDIR)$(MANDIR)' $(MANUALS)
 	@sed -i -e 's|/usr/bin/ckpt|$(PREFIX)/bin/ckpt|g' -e 's|/usr/share/doc/ckptd|$(DOCDIR)|g' \
 		$(foreach row,$(filter units/% dbus/%,$(FILES)),'$(call target_of,$(row))')
 	@test -n '$(DESTDIR)' || ! [ -d /run/systemd/system ] || systemctl daemon-reload
@@ -172,4 +179,4 @@ install: $(VENV)/.run  ## install into DESTDIR with PREFIX (default /usr/local)
 uninstall:  ## remove what install put there; images stay
 	rm -rf '$(DESTDIR)$(LIBDIR)' '$(DESTDIR)$(DOCDIR)'
 	rm -f '$(DESTDIR)$(PREFIX)/bin/ckptd' '$(DESTDIR)$(PREFIX)/bin/ckptctl' \
-		$(foreach row,$(FILES),'$(call target_of,$(row))')
+		$(foreach row,$(FILES),'$(call target_of,$(row))') $(MAN_PAGES:%='$(DESTDIR)$(MANDIR)/%')

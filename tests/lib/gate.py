@@ -202,6 +202,8 @@ NEEDS = {
     'java': Need(_program('java', 'javac'), APT + 'default-jdk-headless'),
     'ip': Need(_program('ip', 'ss'), APT + 'iproute2'),
     'ps': Need(_program('ps'), APT + 'procps'),
+    'man': Need(_program('man', 'groff', 'lexgrog'), APT + 'man-db'),
+    'mandoc': Need(_program('mandoc'), APT + 'mandoc'),
     'unshare': Need(_program('unshare', 'nsenter'), APT + 'util-linux'),
 }
 

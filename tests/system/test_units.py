@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,9 +18,12 @@ EXPECTED = {
     'usr/share/dbus-1/interfaces/org.ckptd1.Manager.xml', 'usr/share/bash-completion/completions/ckptctl',
     'usr/share/doc/ckptd/README.md', 'usr/share/doc/ckptd/LICENSE',
     'usr/share/doc/ckptd/examples/checkpoint-before-stop.conf', 'usr/share/polkit-1/actions/org.ckptd1.policy',
-    'usr/share/doc/ckptd/examples/50-ckptd.rules', 'usr/share/doc/ckptd/org.ckptd1.7.md',
+    'usr/share/doc/ckptd/examples/50-ckptd.rules', 'usr/share/doc/ckptd/security.md',
+    *(f'usr/share/man/man{page.stem[-1]}/{page.stem}' for page in ROOT.glob('docs/*.[1-8].md')),
 }
 MAX_EXPOSURE = 5.0
+# images of Ubuntu without manuals divert man(1) to a script that says so
+MAN = shutil.which('man.REAL') or 'man'
 
 
 def files_of(stage: Path) -> set[str]:
@@ -39,6 +43,13 @@ def test_nothing_installed_names_the_stage(installed: Path) -> None:
     assert done.stdout == ''
 
 
+@pytest.mark.needs('man')
+@pytest.mark.parametrize('name', ['ckptctl', 'ckptd', 'org.ckptd1'])
+def test_man_finds_the_manuals(installed: Path, name: str) -> None:
+    done = subprocess.run([MAN, '-M', installed / 'usr/share/man', name], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f'{name.upper()}(')
+
+
 def test_prefix_and_uninstall(tmp_path: Path) -> None:
     """Another PREFIX is named in units and activation files, policy goes where a bus looks, and uninstall leaves
     nothing."""
@@ -54,7 +65,7 @@ def test_prefix_and_uninstall(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob('*') if not path.is_dir()] == []
 
 
-@pytest.mark.needs('systemd', 'systemd-analyze')
+@pytest.mark.needs('systemd', 'systemd-analyze', 'man')
 @pytest.mark.parametrize(('unit', 'scope'), [
     ('/usr/lib/systemd/system/ckptd.service', '--system'),
     ('/usr/lib/systemd/user/ckptd.service', '--user'),
