@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The recipes of the README: each method has a line, and each line does what it says."""
+"""The recipes of org.ckptd1(7): each method has a line, and each line does what it says."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.lib import settled
 from tests.lib.bus import ROOT, Daemon
 
 MARK = re.compile(r'<!-- recipes: (\S+) runs this block -->\n```sh\n(.*?)```', re.DOTALL)
-BLOCKS = dict(MARK.findall((ROOT / 'README.md').read_text()))
+BLOCKS = dict(MARK.findall((ROOT / 'docs/org.ckptd1.7.md').read_text()))
 OURS = BLOCKS['tests/daemon/test_recipes.py']
 METHODS = {f'{interface.attrib["name"].rpartition(".")[2]}.{method.attrib["name"]}' for document in documents().values()
            for interface in ElementTree.fromstring(document) for method in interface.findall('method')}

@@ -184,11 +184,11 @@ def test_users_have_their_own_and_no_others(machine: Container, service: Callabl
     machine.run('ckptctl', 'remove', image, user='nobody')
 
 
-def test_recipes_of_the_readme(machine: Container, service: Callable[[str], str]) -> None:
+def test_recipes_of_the_manual(machine: Container, service: Callable[[str], str]) -> None:
     """The block is run as it stands; each busctl line must succeed."""
     unit = service('counter.service')
     pid, count = await_count(machine, unit, 0)
-    block = (ROOT / 'README.md').read_text().partition(RECIPES)[2].partition('```')[0]
+    block = (ROOT / 'docs/org.ckptd1.7.md').read_text().partition(RECIPES)[2].partition('```')[0]
     assert block.count('busctl') > 15
     script = f'set -eu; cd /tmp; pid={pid}\n{block}'
     done = machine.run('bash', '-c', script, check=False)
