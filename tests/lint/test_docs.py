@@ -21,10 +21,14 @@ DOCS = ROOT / 'docs'
 SECTIONS = {
     'org.ckptd1.7.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'OBJECTS', 'METHODS', 'PROPERTIES', 'SIGNALS', 'OPTIONS',
                         'ERRORS', 'AUTHORIZATION', 'LIMITS', 'EXAMPLES', 'SEE ALSO'),
-    'ckptd.8.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'OPTIONS', 'CONFIGURATION', 'ENVIRONMENT', 'FILES', 'EXIT STATUS',
-                   'EXAMPLES', 'SEE ALSO'),
+    'ckptd.8.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'OPTIONS', 'CONFIGURATION', 'SECURITY', 'ENVIRONMENT', 'FILES',
+                   'EXIT STATUS', 'EXAMPLES', 'SEE ALSO'),
+    'ckptd-restore-limits.7.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'REFUSED AT THE CHECKPOINT',
+                                  'INTERRUPTED SYSTEM CALLS', 'CHANGED BY A RESTART', 'LOST WITHOUT A WARNING',
+                                  'SEE ALSO'),
     'ckptctl.1.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'COMMANDS', 'OPTIONS', 'EXIT STATUS', 'EXAMPLES', 'SEE ALSO'),
 }
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob('*.md'), *DOCS.glob('*.md')))
 # which options each table is about
 OPTIONS = {
     'Checkpoint, CheckpointProcess': options.CHECKPOINT, 'CheckpointSelf': options.SELF, 'Check': options.CHECK,
@@ -87,6 +91,26 @@ def test_pages_have_the_sections_of_manuals(page: str) -> None:
 def test_lines_are_no_longer_than_others(page: str) -> None:
     """But for tables, which have a line a row."""
     assert [line for line in (DOCS / page).read_text().splitlines() if len(line) > 120 and line[0] != '|'] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page may end in, as GitHub and others make it."""
+    titles = re.findall(r'^#+ (.*)$', page.read_text(), re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r'^```.*?^```', '', (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        path, _, anchor = target.partition('#')
+        there = ROOT / page if not path else (ROOT / page).parent / path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_the_readme_can_be_read_in_a_few_minutes() -> None:
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 190
 
 
 @pytest.mark.parametrize(('title', 'tag'), [('METHODS', 'method'), ('SIGNALS', 'signal')])
