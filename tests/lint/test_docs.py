@@ -15,6 +15,7 @@ from ckptd.bus.interfaces import documents
 from ckptd.cli import arguments
 from ckptd.config import KEYS
 from ckptd.errors import CkptError, all_errors, errno_name
+from tests.lint.test_layers import ORDER
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
@@ -107,6 +108,24 @@ def test_links_lead_somewhere(page: str) -> None:
         there = ROOT / page if not path else (ROOT / page).parent / path
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize('page', ['CONTRIBUTING.md', 'docs/architecture.md', 'docs/security.md'])
+def test_paths_lead_somewhere(page: str) -> None:
+    """A path in backquotes is below the checkout or below ckptd/. NAME stands for any name, of a file that will be."""
+    text = (ROOT / page).read_text()
+    paths = re.findall(r'`((?:[\w.]+/)+(?:\w+\.\w+)?)`', text)
+    assert paths
+    assert [path for path in paths if 'NAME' not in path and not (ROOT / path).exists()
+            and not (ROOT / 'ckptd' / path).exists()] == []
+
+
+def test_the_layers_are_those_of_the_imports() -> None:
+    text = (DOCS / 'architecture.md').read_text()
+    named = re.split(r',\s+', re.findall(r'the imports: ([^.]*)\.', text, re.DOTALL)[0].strip())
+    places = [ORDER.index(layer) for layer in named]
+    assert places == sorted(places)
+    assert {path.name for path in (ROOT / 'ckptd').iterdir() if (path / '__init__.py').exists()} <= set(named)
 
 
 def test_the_readme_can_be_read_in_a_few_minutes() -> None:
