@@ -32,7 +32,7 @@ from markdown_it.tree import SyntaxTreeNode as Node
 
 CHAPTERS = {'1': 'User Commands', '5': 'File Formats', '7': 'Miscellaneous', '8': 'System Management'}
 WIDTH = 75              # of a line of text; mandoc -T lint asks for less than 80, with escapes
-SENTENCE_END = re.compile(r'(?<=[^ .][.?!])(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z]|\\f[BI])')
+SENTENCE_END = re.compile(r'(?<=[^ .][.?!])(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z]|ckpt|\\f[BI])')
 REFERENCE = re.compile(r'\b([\w.-]+)(\([1-8]\))')
 TEXT_CELL = 24          # characters; the lines of a longer cell are filled
 # what groff would replace by a typographic character, or take as a request
