@@ -9,12 +9,12 @@ import stat
 from pathlib import Path
 
 import pytest
-from ckptd.journal.actions import Actions, undo_all
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.errors import CkptError
 from ckptd.journal import Journal, recover
+from ckptd.journal.actions import Actions, undo_all
 from ckptd.journal.entry import JournalEntry, parse_entry
 from ckptd.journal.steps import FreezeCgroup, FreezeUnit, MakeCgroup, Move, Moved, ThawUnit
 from ckptd.kernel.task import boot_id
