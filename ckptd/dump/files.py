@@ -2,7 +2,7 @@
 """Open files of stopped tasks: each description once, with the tables of fds that lead to it."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptd.dump.save_files import SavedFiles
@@ -12,17 +12,18 @@ from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
+from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import kcmp_file
 from ckptd.objects.files.base import OpenFile
-from ckptd.objects.files.registry import kind_of
 
 
 class _Content:
     """Bulk bytes go to the data part, and so do named files that are to be saved; shared memory goes with the address
     spaces that map it."""
 
-    def __init__(self, data: DataWriter, objects: MappingObjects, saved: SavedFiles) -> None:
-        self._data, self._objects = data, objects
+    def __init__(self, data: DataWriter, objects: MappingObjects, saved: SavedFiles, file_id: Callable[[int], int],
+                 ids: Mapping[int, int]) -> None:
+        self._data, self._objects, self.file_id, self._ids = data, objects, file_id, ids
         self.written, self.reads, self.save = saved.written, saved.reads, saved.save
 
     def add(self, chunks: Iterable[bytes]) -> Extent:
@@ -31,14 +32,19 @@ class _Content:
     def shared_memory(self, file: OpenFile) -> int:
         return self._objects.share_file(file.stat, file.path, file.proc_path)
 
+    def vpid(self, pid: int) -> int:
+        return self._ids.get(pid, 0)
+
 
 class FileDump:
     """Descriptions and tables of a tree. ids: vpid (of a task or a group) by pid, for the owners of signals.
     save_limit: bytes of named files to keep."""
 
-    def __init__(self, data: DataWriter, objects: MappingObjects, ids: Mapping[int, int], save_limit: int = 0) -> None:
+    def __init__(self, data: DataWriter, objects: MappingObjects, ids: Mapping[int, int], cache: ProcCache,
+                 save_limit: int = 0) -> None:
         self.saved = SavedFiles(data, save_limit)
-        self._content = _Content(data, objects, self.saved)
+        self._content = _Content(data, objects, self.saved, self._id_in_flight, ids)
+        self._cache = cache
         self._ids = ids
         # who has the same flags, position and inode may have the same description; kcmp(2) tells
         self._sharing = Sharing[tuple[int, int]](lambda a, b: kcmp_file(*a, *b))
@@ -51,23 +57,41 @@ class FileDump:
         self._tables.append(records.FdTable(files_id, tuple(self._enter(file) for file in files)))
 
     def _enter(self, file: OpenFile) -> records.Fd:
-        self.saved.enter(file)
         cloexec = int(bool(file.flags & os.O_CLOEXEC))
-        flags = file.flags & ~os.O_CLOEXEC
-        key = (file.stat.st_dev, file.stat.st_ino, flags, file.info.pos)
-        file_id, _ = self._sharing.id_of((file.tid, file.fd), key)
+        file_id = self._id_of(file)
         self._holders.setdefault(file_id, []).append(file)
         return records.Fd(file.fd, file_id, cloexec)
 
+    def _id_in_flight(self, fd: int) -> int:
+        """The id of the description behind an fd of ours, which a kind has discovered."""
+        file = self._cache.file_in_flight(fd)
+        file_id = self._id_of(file)
+        self._holders.setdefault(file_id, [file])
+        return file_id
+
+    def _id_of(self, file: OpenFile) -> int:
+        self.saved.enter(file)
+        flags = file.flags & ~os.O_CLOEXEC
+        key = (file.stat.st_dev, file.stat.st_ino, flags, file.info.pos)
+        file_id, _ = self._sharing.id_of((file.tid, file.fd), key)
+        return file_id
+
     def describe(self) -> None:
-        """Dump each description, when all tables are entered: a kind may want to know every process that has it."""
-        for file_id, holders in self._holders.items():
-            self._files.append(self._describe(file_id, holders))
+        """Dump each description, when all tables are entered: a kind may want to know every process that has it.
+
+        Those in flight are entered by the kinds of the files that they wait in, and so on until there are no more.
+        """
+        done: set[int] = set()
+        while todo := [file_id for file_id in self._holders if file_id not in done]:
+            for file_id in todo:
+                self._files.append(self._describe(file_id, self._holders[file_id]))
+            done.update(todo)
         self._holders.clear()
+        self._cache.kinds.close()
 
     def _describe(self, file_id: int, holders: Sequence[OpenFile]) -> records.SavedFile:
         file = replace(holders[0], holders=tuple((other.tid, other.fd) for other in holders[1:]))
-        kind, owner = kind_of(file), file.owner()
+        kind, owner = self._cache.kinds.of(file), file.owner()
         data = kind.dump(file, self._content).encode()
         return records.SavedFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
                                  file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,

@@ -84,7 +84,7 @@ class Checkpoint:
         """Everything that needs the tree to stand still."""
         fault('frozen')
         self._channel.phase('rescan')
-        cache = self._job.cache()
+        cache = self._job.cache(at_rest=True)
         tree = self._rescan(frozen, cache)
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6

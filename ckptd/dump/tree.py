@@ -80,12 +80,13 @@ class Dump:
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
         self._memory = MemoryDump()
-        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids, save_limit)
+        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids, cache, save_limit)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._cache.kinds.close()
         self._memory.objects.close()
 
     @property

@@ -15,6 +15,7 @@ from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.status import Status, read_status
 from ckptd.objects.files.base import OpenFile, read_open_file
+from ckptd.objects.files.registry import Kinds
 from ckptd.tree import Task
 
 
@@ -31,11 +32,14 @@ class Recipient(Protocol):
 class ProcCache:
     """Errors are those of the readers: ProcessLookupError for a task that is gone, PermissionError.
 
-    severed: inodes of sockets that do not outlive the dump. caller: who is to have the image.
+    severed: inodes of sockets that do not outlive the dump. caller: who is to have the image. at_rest: the tree stands
+    still. kinds: of the open files of this look.
     """
 
-    def __init__(self, severed: Collection[int] = (), caller: Recipient | None = None) -> None:
-        self._severed, self._caller = severed, caller
+    def __init__(self, severed: Collection[int] = (), caller: Recipient | None = None, *,
+                 at_rest: bool = False) -> None:
+        self._severed, self._caller, self.at_rest = severed, caller, at_rest
+        self.kinds = Kinds()
         self._statuses: dict[int, Status] = {}
         self._mappings: dict[int, list[Mapping]] = {}
         self._files: dict[int, list[OpenFile]] = {}
@@ -64,12 +68,19 @@ class ProcCache:
                 file = read_open_file(task.tgid, fd, task.tid)
             except FileNotFoundError:
                 continue
-            if _socket(file) in self._severed:
-                file = replace(file, severed=True)
-            if self._caller and not may_read(file, self._caller):
-                file = replace(file, unread=True)
-            found.append(file)
+            found.append(self._with_marks(file))
         return found
+
+    def file_in_flight(self, fd: int) -> OpenFile:
+        """The open file behind an fd of ours, which a kind has discovered in the queue of another one."""
+        return self._with_marks(read_open_file(os.getpid(), fd))
+
+    def _with_marks(self, file: OpenFile) -> OpenFile:
+        if _socket(file) in self._severed:
+            file = replace(file, severed=True)
+        if self._caller and not may_read(file, self._caller):
+            file = replace(file, unread=True)
+        return file
 
     def forget(self, task: Task) -> None:
         """The task was dumped: what was read of it takes no more room."""

@@ -84,6 +84,10 @@ def read_into(pid: int, ranges: Sequence[Range], address: int) -> int:
 
 
 @libc
+def mprotect(addr: c_void_p, length: c_ulong, prot: c_int) -> c_int: ...
+
+
+@libc
 def process_vm_writev(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_iov: c_void_p, riovcnt: c_ulong,
                       flags: c_ulong = 0) -> c_ssize_t: ...
 

@@ -158,7 +158,8 @@ def _task_events(data: bytes) -> Iterator[TaskEvent]:
 class UnixSocket(NamedTuple):
     """name: b'' if unbound, a path, or an abstract name with its leading NUL. peer: inode, 0 if not connected.
     file: (major, minor, inode modulo 2**32) of the bound path. pending: inodes of connections not accepted yet.
-    queued, unsent: bytes in the receive and send queue; of a listener, connections waiting and its backlog."""
+    queued, unsent: bytes in the receive and send queue; of a listener, connections waiting and its backlog. shutdown:
+    RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>."""
     inode: int
     type: int
     state: int
@@ -168,6 +169,7 @@ class UnixSocket(NamedTuple):
     pending: tuple[int, ...]
     queued: int
     unsent: int
+    shutdown: int = 0
 
 
 def unix_sockets() -> dict[int, UnixSocket]:
@@ -239,4 +241,4 @@ def _unix_socket(message: Any) -> UnixSocket:
     file = (vfs['udiag_vfs_dev'] >> 20, vfs['udiag_vfs_dev'] & 0xFFFFF, vfs['udiag_vfs_ino']) if vfs else None
     return UnixSocket(message['udiag_ino'], message['udiag_type'], message['udiag_state'], name,
                       attribute('UNIX_DIAG_PEER') or 0, file, struct.unpack(f'={len(pending) // 4}I', pending),
-                      queue['udiag_rqueue'], queue['udiag_wqueue'])
+                      queue['udiag_rqueue'], queue['udiag_wqueue'], attribute('UNIX_DIAG_SHUTDOWN') or 0)

@@ -1,63 +1,115 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unix stream sockets, unix(7): what waits in one, whether anybody is at its other end. A look changes nothing."""
+"""Unix sockets, unix(7): what waits in one, and who is at its other end."""
 
 import array
+import errno
 import fcntl
-import os
 import select
 import socket
+import struct
 import termios
 from collections.abc import Mapping
-from typing import Final
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from ckptd.kernel.netlink import UnixSocket, unix_sockets
+from ckptd.kernel.status import read_status
 
-SS_ESTABLISHED: Final = 1       # <linux/tcp_states.h>, which unix sockets use as well
-SO_PEEK_OFF: Final = 42         # <asm-generic/socket.h>
-SCM_MAX_FD: Final = 253         # <net/scm.h>
+# <linux/tcp_states.h>, which unix sockets use as well; TCP_CLOSE is a socket that is not connected
+SS_ESTABLISHED: Final = 1
+SS_UNCONNECTED: Final = 7
+RCV_SHUTDOWN, SEND_SHUTDOWN = 1, 2      # <net/sock.h>
+# <asm-generic/socket.h>
+SO_PEERGROUPS: Final = 59
+SO_GET_FILTER: Final = 26
+
+UCRED = struct.Struct('=3I')   # struct ucred of <linux/socket.h>
+_GROUPS = 1 << 16               # NGROUPS_MAX of <linux/limits.h>
+_FILTER = 8 * 4096              # bytes of BPF_MAXINSNS instructions, <linux/bpf_common.h>
 
 
-def is_stream(sock: socket.socket) -> bool:
-    return (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+class Credentials(NamedTuple):
+    """The sender of a message, or the maker of a connection. pid: in our pid namespace, 0 for one that is not in it."""
+    pid: int
+    uid: int
+    gid: int
 
 
-def other_end_gone(sock: socket.socket) -> bool:
-    """It was connected, and its other end is closed. OSError where there is no sock_diag."""
+def other_end_gone(sock: socket.socket, own: UnixSocket) -> bool:
+    """Whether it was connected and its other end is closed; else the other end waits to be accepted. A datagram socket
+    needs no accept(2)."""
     poll = select.poll()
-    poll.register(sock, 0)      # poll(2): POLLHUP is told unasked
-    if not any(events & select.POLLHUP for _, events in poll.poll(0)):
-        return False
-    # so does one that was never connected, and one whose other end is there and has shut both directions down
-    own = unix_sockets().get(os.fstat(sock.fileno()).st_ino)
-    return own is not None and own.state == SS_ESTABLISHED and not own.peer
+    poll.register(sock, 0)      # poll(2) reports POLLHUP unasked
+    # a socket that was never connected reports POLLHUP as well, and so does one that has shut both directions down
+    hangs_up = any(events & select.POLLHUP for _, events in poll.poll(0))
+    return own.state == SS_ESTABLISHED and not own.peer and (hangs_up or sock.type == socket.SOCK_DGRAM)
 
 
-def can_peek(sock: socket.socket) -> bool:
-    """A look would not be felt: with SO_PEEK_OFF, the position for the next one moves."""
-    return sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF) < 0
+def has_error(sock: socket.socket) -> bool:
+    """Whether an error waits in the socket. recv(2) would take it, also with MSG_PEEK."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def peek(sock: socket.socket) -> tuple[bytes, bool]:
-    """Unread bytes, and whether there are more than these because file descriptors are among them."""
+def bytes_in(sock: socket.socket) -> int:
+    """Bytes that wait, FIONREAD; of datagrams those of the first one."""
     count = array.array('i', [0])
     fcntl.ioctl(sock, termios.FIONREAD, count)
-    if not count[0]:        # recvmsg(2) of an empty queue would take a pending error away
-        return b'', False
-    fds = array.array('i')
-    data, control, _, _ = sock.recvmsg(count[0], socket.CMSG_SPACE(SCM_MAX_FD * fds.itemsize),
-                                       socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-    for level, kind, value in control:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(value)
-    for fd in fds:
-        os.close(fd)
-    return data, bool(fds) or len(data) != count[0]     # a read ends where fds come along
+    return count[0]
+
+
+def is_empty(sock: socket.socket) -> bool:
+    """Whether nothing waits to be received."""
+    if sock.type == socket.SOCK_STREAM:
+        return not bytes_in(sock)      # at end-of-file a stream polls as readable
+    poll = select.poll()
+    poll.register(sock, select.POLLRDNORM)
+    return not any(events & select.POLLRDNORM for _, events in poll.poll(0))
+
+
+def peer_credentials(sock: socket.socket) -> Credentials:
+    """SO_PEERCRED. The pid is 0 where the process is not in our pid namespace, or there is no peer."""
+    return Credentials(*UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)))
+
+
+def peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    """SO_PEERGROUPS: supplementary groups of the process that SO_PEERCRED names."""
+    with suppress(OSError):     # ENODATA: there is no peer
+        data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _GROUPS)
+        return struct.unpack(f'={len(data) // 4}I', data)
+    return ()
+
+
+class Holder(NamedTuple):
+    """A process that has a socket open."""
+    pid: int
+    comm: str
+
+
+def holder_of(inode: int) -> Holder | None:
+    """The first process found that has an fd of this socket; None if there is none, or none that we may look at."""
+    link = f'socket:[{inode}]'
+    for process in Path('/proc').glob('[0-9]*'):
+        with suppress(OSError):
+            if any(str(fd.readlink()) == link for fd in (process / 'fd').iterdir()):
+                return Holder(int(process.name), read_status(int(process.name)).name)
+    return None
+
+
+def has_filter(sock: socket.socket) -> bool:
+    """Whether a filter is attached, SO_ATTACH_FILTER or SO_ATTACH_BPF."""
+    try:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, SO_GET_FILTER, _FILTER))
+    except OSError as error:
+        return error.errno == errno.EACCES      # an eBPF program
 
 
 def clients_beside(inode: int, sockets: Mapping[int, UnixSocket]) -> frozenset[int]:
     """Inodes of the stream sockets that are connected to what the socket `inode` is connected to, itself included.
 
-    Of one that is not connected, or not to a name, none. The name alone is not enough: a path can be bound again.
+    A socket that is not connected, or not to a name, has none. The name alone is not enough: a path can be bound again.
     """
     own = sockets.get(inode)
     server = sockets.get(own.peer) if own else None
@@ -66,3 +118,10 @@ def clients_beside(inode: int, sockets: Mapping[int, UnixSocket]) -> frozenset[i
     return frozenset(
         one.inode for one in sockets.values() if one.type == socket.SOCK_STREAM and one.state == SS_ESTABLISHED
         and (peer := sockets.get(one.peer)) and (peer.name, peer.file) == (server.name, server.file))
+
+
+def sockets_by_inode() -> Mapping[int, UnixSocket]:
+    """All unix sockets of our network namespace, none where there is no sock_diag."""
+    with suppress(OSError):
+        return unix_sockets()
+    return {}

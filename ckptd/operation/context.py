@@ -83,13 +83,15 @@ class JobContext:
             raise NoSuchTarget(f'{target.description} has no processes')
         return tree
 
-    def cache(self) -> ProcCache:
-        """Make an empty picture. In a request about the caller itself, its connections to our bus count as severed."""
+    def cache(self, *, at_rest: bool = False) -> ProcCache:
+        """Make an empty cache of /proc.
+
+        In a request about the caller itself, its connections to our bus count as severed."""
         severed: Collection[int] = ()
         if self.request.sever:
             with suppress(OSError):     # no sock_diag: they are refused, as any socket is
                 severed = clients_beside(self.request.sever, unix_sockets())
-        return ProcCache(severed, self.request.caller)
+        return ProcCache(severed, self.request.caller, at_rest=at_rest)
 
     def refusals(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """All refusals and warnings. picture: of a tree at rest, what is read of it; PTRACE_SEIZE then tells who may

@@ -7,7 +7,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Any
 
 from ckptd.errors import CkptError, ImageDamaged
@@ -18,142 +18,26 @@ from ckptd.image.records import Backing, Extent, Fd, FdTable, SavedFile
 from ckptd.inspect.checks import CallerRights
 from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
-from ckptd.kernel.namei import open_direct
-from ckptd.kernel.shm import ShmidDs
 from ckptd.objects.files.base import ChangedFiles, Kind
 from ckptd.objects.files.deleted import deleted_file, whole
-from ckptd.objects.files.registry import BY_TAG
+from ckptd.objects.files.registry import Kinds
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
+from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_changes import FileChanges
-from ckptd.restore.file_rights import FileRights, is_users, rights_for
 from ckptd.restore.mapped_objects import MappedObjects
-from ckptd.restore.procfs_paths import OutOfReach, open_within_reach, require_reach
 from ckptd.restore.service_fds import ServiceFds
+from ckptd.restore.task_sockets import make_socketpair
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_OWNER_PGRP = 2
 # what F_SETFL changes, fcntl(2), but for O_ASYNC
 _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
-_ENTER_AND_WRITE = os.W_OK | os.X_OK
 # what a process shows of itself, fdinfo of a task at the deepest
 _SHOWS = re.compile(r'/proc/(\d{1,10})/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-z_]+)')
-
-
-class FileAccess:
-    """What kinds may look at, see objects.files.base.Looking. Paths of an image are those of our own mount namespace.
-
-    rights: by which all of it is done, before the restart and during it alike. by_root: root's do what these do not, by
-    a path without symbolic links."""
-
-    def __init__(self, reader: ImageReader, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int) -> None:
-        self._reader, self._caller, self.rights = reader, caller, rights_for(reader, caller)
-        self.by_root = is_users(reader, caller)
-        self.changed_files, self.terminal_fd = changed_files, terminal_fd
-        self.terminal = terminal_fd >= 0
-        self._pids: Mapping[int, int] = {}
-
-    @property
-    def uid(self) -> int:
-        return self.rights.uid
-
-    def may_own(self, uid: int, gid: int) -> bool:
-        return self.rights.may_own(uid, gid)
-
-    def capable(self, capability: int) -> bool:
-        mask = self._caller.capabilities
-        # unknown: all for root, nothing for anybody else
-        return bool(mask >> capability & 1) if mask >= 0 else not self._caller.uid
-
-    def as_user(self) -> AbstractContextManager[object]:
-        return self.rights.taken()
-
-    def lstat(self, path: str) -> os.stat_result | None:
-        with suppress(OSError, ValueError), self.rights.taken():
-            return os.lstat(path)
-        if self.by_root:
-            with suppress(OSError, ValueError):
-                return os.lstat(path)
-        return None
-
-    def may(self, path: str, access: int) -> bool:
-        with self.rights.taken():
-            # with AT_EACCESS faccessat2(2) goes by the file-system ids (fs/open.c, do_faccessat)
-            if os.access(path, access, effective_ids=True):
-                return True
-        # nothing is made in a directory by rights that are not the user's
-        return self.by_root and access & _ENTER_AND_WRITE != _ENTER_AND_WRITE and _may_directly(path, access)
-
-    def open(self, path: str, flags: int, mode: int = 0) -> int:
-        fd = self._opened(path, flags, mode)
-        try:
-            require_reach(fd, path, self.rights, self._pids)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _opened(self, path: str, flags: int, mode: int) -> int:
-        try:
-            with self.rights.taken(needed := self._needed_for(path)):
-                # what has a link in it may lead anywhere, and past every directory by these rights
-                return open_direct(path, flags, mode) if needed else open_within_reach(path, flags, mode)
-        except PermissionError:
-            if not self.by_root:
-                raise
-        return open_direct(path, flags, mode)
-
-    def out_of_reach(self, path: str) -> str:
-        """Why the user's rights get nothing by a path, whatever is there; '' where nothing is against it."""
-        try:
-            with self.rights.taken():
-                fd = open_within_reach(path, os.O_PATH)
-            try:
-                require_reach(fd, path, self.rights, self._pids)
-            finally:
-                os.close(fd)
-        except OutOfReach as error:
-            return error.reason
-        except OSError:
-            return ''       # its kind says so
-        return ''
-
-    def may_take(self, found: ShmidDs) -> bool:
-        """A System V segment that is still there: what is in it is made what it was."""
-        return self.by_root or self.rights.may_write(found)
-
-    def owns(self, found: ShmidDs) -> bool:
-        return self.by_root or self.rights.owns(found)
-
-    def rights_to(self, path: str) -> FileRights:
-        """Those by which a file may be read and written, for whoever has to do it again."""
-        with self.rights.taken():
-            own = os.access(path, os.R_OK | os.W_OK, effective_ids=True)
-        return self.rights if own or not self.by_root else FileRights(os.geteuid(), os.getegid(), ())
-
-    def _needed_for(self, path: str) -> int:
-        """Capabilities to open it with, as a mask."""
-        return 0
-
-    def pread(self, extent: Extent, length: int, offset: int) -> bytes:
-        data = bytearray(max(min(length, extent.length - offset), 0))
-        self._reader.pread_into(memoryview(data), extent.part, extent.offset + offset)
-        return bytes(data)
-
-
-def _may_directly(path: str, access: int) -> bool:
-    try:
-        fd = open_direct(path, os.O_PATH)
-    except OSError:
-        return False
-    try:
-        return os.access(f'/proc/self/fd/{fd}', access)
-    finally:
-        os.close(fd)
 
 
 class FileBuilder(FileAccess):
@@ -208,6 +92,12 @@ class FileBuilder(FileAccess):
     def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
         return self._holders.get(file_id, [])
 
+    def fd_of(self, file_id: int) -> int:
+        return self._fds[file_id]
+
+    def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
+        return make_socketpair(self._stubs[vpid], kind, uid, gid, groups)
+
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
         return Script(self._stubs[vpid]).call_now(name, *arguments)
 
@@ -216,14 +106,14 @@ class FileBuilder(FileAccess):
     def open_all(self, *, late: bool) -> None:
         """Open the descriptions; late: those that can be only once the tasks exist."""
         for saved in self._reader.every(SavedFile):
-            kind, record = decode(saved)
+            kind, record = decode(saved, self.kinds)
             if kind.late(record, saved) == late:
                 self._fds[saved.file_id] = self._service_fds.add(self._open(kind, record, saved))
                 self._late |= {saved.file_id} if late else set()
 
     def _open(self, kind: Kind[Any], record: Struct, saved: SavedFile) -> int:
         try:
-            fd = kind.restore(record, saved, self)
+            fd = kind.create(record, saved, self)
         except OSError as error:
             raise CkptError(f'{saved.link} cannot be opened: {error.strerror}', errno=error.errno, resource=saved.link,
                             hint='see "ckptctl restore --dry-run"') from error
@@ -277,16 +167,16 @@ class FileBuilder(FileAccess):
     def finish(self) -> None:
         """What needs the tasks and all files: owners of signals, locks, what an epoll watches."""
         for saved in self._reader.every(SavedFile):
-            kind, record = decode(saved)
+            kind, record = decode(saved, self.kinds)
             fd = self._fds[saved.file_id]
-            kind.finish(record, saved, fd, self)
+            kind.connect(record, saved, fd, self)
             self._set_owner(fd, saved)
             if saved.flags & os.O_ASYNC:
                 self._set_async(fd, saved)
 
     def commit(self) -> None:
         for saved in self._reader.every(SavedFile):
-            kind, record = decode(saved)
+            kind, record = decode(saved, self.kinds)
             kind.commit(record, saved, self._fds[saved.file_id], self)
             fault('place-committed')
 
@@ -327,9 +217,9 @@ def _cloexec(fd: Fd) -> int:
     return os.O_CLOEXEC if fd.cloexec else 0
 
 
-def decode(saved: SavedFile) -> tuple[Kind[Any], Struct]:
+def decode(saved: SavedFile, kinds: Kinds) -> tuple[Kind[Any], Struct]:
     """The kind that wrote the record of an open file, and what it wrote. ImageDamaged."""
-    kind = BY_TAG.get(saved.kind)
+    kind = kinds.by_tag.get(saved.kind)
     if kind is None:
         raise ImageDamaged(f'{saved.link}: a file of kind {saved.kind!r}, which this ckptd does not know',
                            resource=saved.link, hint='use the ckptd that wrote the image, or a newer one')

@@ -10,7 +10,7 @@ from ckptd.image.verify import verify
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import finding_row
 from ckptd.restore.checks import obstacles
-from ckptd.restore.files import FileAccess
+from ckptd.restore.file_access import FileAccess
 from ckptd.restore.namespaces import decide
 from ckptd.restore.plan import Plan, make_plan, read_numbers
 

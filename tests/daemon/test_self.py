@@ -19,7 +19,7 @@ from ckptd.errors import Unavailable
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.objects.files.severed import Disconnected
+from ckptd.objects.files.unix import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.bus import ROOT, PrivateBus
 from tests.lib.victim import session_members
@@ -102,7 +102,7 @@ def test_the_tree_goes_on(start: Start, tmp_path: Path) -> None:
     assert (tmp_path / 'output').read_text() == 'checkpointed\n'
     image = the_image(tmp_path)
     [file] = severed(image)
-    assert Disconnected.decode(file.data).data == ()
+    assert UnixSocketEnd.decode(file.data).queue == ()
     manifest = json.loads((image / 'manifest.json').read_text())
     assert (manifest['root'], manifest['processes'], manifest['tasks']) == (process.pid, 2, 3)
     assert [row['reason'] for row in manifest['warnings']] == [f'{file.link} is a connection to the bus']

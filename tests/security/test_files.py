@@ -153,7 +153,7 @@ def test_whose_signals_a_file_sends(served: Served, attacker: Attacker, sleeper:
     program = attacker.start(SIGNALLED.format(str(sleeper)))
     image = attacker.take(program)
     if claimed:
-        assert image.alter('OpenFile', lambda file: file.owner_signal, owner_uid=0, owner_euid=0) == 1
+        assert image.alter('SavedFile', lambda file: file.owner_signal, owner_uid=0, owner_euid=0) == 1
     outcome = attacker.restore(image)
     if claimed and refused(outcome):
         return

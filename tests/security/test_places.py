@@ -120,7 +120,7 @@ async def test_a_number_that_is_another_process_by_now(serve: Callable[..., Serv
 def test_an_image_names_no_cgroup_of_others(served: Served, attacker: Attacker, users: Path, roots: Path) -> None:
     """What is imported may say anything."""
     image = attacker.take(attacker.start('rest()'))
-    assert image.alter('Task', cgroup=name_of(roots)) == 1
+    assert image.alter('TaskRecord', cgroup=name_of(roots)) == 1
     outcome = attacker.restore(image)
     if not refused(outcome):
         assert place_of(outcome.root) == users

@@ -36,7 +36,8 @@ from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Caller
 from ckptd.restore.checks import capacity
 from ckptd.restore.checks.capacity import inherited_bytes, most_to_fill, parse_meminfo
-from ckptd.restore.files import FileAccess, FileBuilder
+from ckptd.restore.file_access import FileAccess
+from ckptd.restore.files import FileBuilder
 from ckptd.restore.prepare import prepare
 from ckptd.restore.service_fds import ServiceFds
 from tests.lib import settled

@@ -60,10 +60,9 @@ UNREAD = {
     'Pipe.packet_mode': 'is O_DIRECT of OpenFile.flags',
     'PosixTimer.overrun': 'NOT RESTORED: no call sets the count of a timer',
     'Regular.links': 'for people; names are not made again',
-    'Severed.inode': 'tells sockets apart in an image',
     'SleepLeft.clock': 'for people; left_ns was counted by it',
     'SleepLeft.exact': 'for people',
-    'Task.pf_flags': 'for core files; each is made again by what it tells of',
+    'TaskRecord.pf_flags': 'for core files; each is made again by what it tells of',
     'Tty.device': 'the terminal is the caller\'s; without one by its name, see tests/worker/test_restore_checks.py',
     'Tty.mode': _THERE}
 # together they have every field that any victim has
@@ -72,7 +71,7 @@ SUBJECTS = ('events', 'files', 'interpreter', 'locks', 'memory', 'shared', 'sign
 
 def classes() -> list[type]:
     """Records, and the groups of fields in them and in those of kinds."""
-    modules = {r.__name__, *(type(kind).__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
+    modules = {r.__name__, *(kind.__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
                'ckptd.objects.files.locks'}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []

@@ -21,8 +21,8 @@ from ckptd.kernel.creds import capget
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.protocol.messages import Caller, ChangedFiles
+from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_rights import FileRights, rights_for, rights_of
-from ckptd.restore.files import FileAccess
 from tests.lib import settled
 from tests.lib.altered import alter
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, me, place_of

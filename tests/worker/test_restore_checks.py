@@ -36,7 +36,7 @@ from ckptd.protocol.messages import Caller
 from ckptd.restore.checks import obstacles
 from ckptd.restore.checks.capacity import bytes_to_read
 from ckptd.restore.creation_order import CreateTask
-from ckptd.restore.files import FileAccess
+from ckptd.restore.file_access import FileAccess
 from ckptd.restore.prepare import prepare
 from ckptd.worker.broker.identity import identity_of
 from ckptd.worker.broker.placement import TreePlace

@@ -27,6 +27,7 @@ from ckptd.kernel.task import read_threads
 from ckptd.kernel.timens import ClockReadings
 from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.kernel.wchan import read_wchan
+from ckptd.operation import timers
 from ckptd.operation.timers import OwnTimers
 from ckptd.remote.borrow import OwnIds
 from tests.worker.conftest import in_child
@@ -177,7 +178,7 @@ def test_a_tracer_that_fails_meanwhile(victim: Any, monkeypatch: pytest.MonkeyPa
 def test_without_the_list_of_timers_there_is_a_bound(victim: Any, tracer: Stop, monkeypatch: pytest.MonkeyPatch, *,
                                                      noted: bool) -> None:
     """The whole timeout, or what was left of it by the scheduler's account; in one case the kernel has said it."""
-    monkeypatch.setattr(sleeps, 'read_sleeps', refuse)
+    monkeypatch.setattr(timers, 'read_sleeps', refuse)
     monkeypatch.setattr(waits, 'read_sleeps', refuse)
     pid = victim('interrupted', LONG).pid
     notes = note_waits(scan_tree([pid])) if noted else WaitNotes()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Open files: what their kinds refuse, and which have an end outside of the tree."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -9,8 +10,7 @@ from ckptd.errors import Finding
 from ckptd.inspect.checks.rows import ProcessIds, guarded, processes, refuse, warn
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import KCMP_FILES, kcmp
-from ckptd.objects.files.base import Endpoint, Kind, OpenFile, finding
-from ckptd.objects.files.registry import kind_of
+from ckptd.objects.files.base import End, Endpoint, Kind, OpenFile, finding
 from ckptd.tree import Task
 
 
@@ -20,7 +20,7 @@ def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
     for process in processes(tasks):
         for task in _tables(process):
             check.rows += guarded(task, 'fd', check.table, task)
-    return check.rows + check.open_ends()
+    return check.rows + check.lacking()
 
 
 def _tables(process: ProcessIds) -> Iterator[Task]:
@@ -35,15 +35,9 @@ def _tables(process: ProcessIds) -> Iterator[Task]:
 
 
 class _Verdict(NamedTuple):
+    kind: Kind[Any]
     reasons: list[Finding]
     endpoint: Endpoint | None
-
-
-class _End(NamedTuple):
-    task: Task
-    fd: int
-    link: str
-    endpoint: Endpoint
 
 
 class _Check:
@@ -54,11 +48,14 @@ class _Check:
         self.rows: list[Finding] = []
         self._verdicts: dict[tuple[Any, ...], _Verdict] = {}
         self._warned: set[tuple[str, str]] = set()
-        self._ends: list[_End] = []
+        self._tasks: dict[int, Task] = {}
+        self._ends: dict[Kind[Any], list[End]] = {}
+        self._holders: dict[int, tuple[Task, int]] = {}     # of what is in flight: by our fd, where it was found
 
     def table(self, task: Task) -> list[Finding]:
         """Rows of one fd table."""
         found: list[Finding] = []
+        self._tasks[task.tid] = task
         for file in self._cache.files(task):
             with suppress(FileNotFoundError):       # closed since it was listed
                 found += self._rows(task, file)
@@ -67,11 +64,22 @@ class _Check:
     def _rows(self, task: Task, file: OpenFile) -> list[Finding]:
         verdict = self._verdict(file)
         if verdict.endpoint:
-            self._ends.append(_End(task, file.fd, file.link, verdict.endpoint))
-        return [row for reason in verdict.reasons if (row := self._row(task, file, reason))]
+            self._ends.setdefault(verdict.kind, []).append(End(file, verdict.endpoint))
+        found = [row for reason in verdict.reasons if (row := self._row(task, file, reason))]
+        return found + (self._in_flight(task, file, verdict.kind) if self._cache.at_rest else [])
+
+    def _in_flight(self, task: Task, file: OpenFile, kind: Kind[Any]) -> list[Finding]:
+        """Rows of the files that wait in the queue of this one, and in theirs."""
+        found: list[Finding] = []
+        for fd in kind.discover(file):
+            if fd not in self._holders:     # a file may be in flight in itself
+                self._holders[fd] = task, file.fd if file.tid == task.tid else self._holders[file.fd][1]
+                found += self._rows(task, self._cache.file_in_flight(fd))
+        return found
 
     def _row(self, task: Task, file: OpenFile, reason: Finding) -> Finding | None:
-        resource = f'fd {file.fd}'
+        number = self._holders[file.fd][1] if self._is_in_flight(file) else file.fd
+        resource = f'fd {number}'
         if reason.severity == 'refusal':
             return refuse(task, resource, reason.errno, reason.reason, reason.hint)
         if (file.link, reason.reason) in self._warned:
@@ -85,23 +93,21 @@ class _Check:
                # of what watches fds it counts whose those are
                file.proc_path if 'tfd' in file.info.fields else '')
         if key not in self._verdicts:
-            kind = kind_of(file)
-            self._verdicts[key] = _Verdict(kind.refusals(file) + _lost_locks(kind, file), kind.endpoint(file))
+            kind = self._cache.kinds.of(file)
+            self._verdicts[key] = _Verdict(kind, kind.findings(file) + _lost_locks(kind, file), kind.endpoint(file))
         return self._verdicts[key]
 
-    def open_ends(self) -> list[Finding]:
-        """Ends that are open, and not in the tree."""
-        held: dict[tuple[str, int, int], set[str]] = {}
-        for end in self._ends:
-            held.setdefault(end.endpoint.key, set()).update(end.endpoint.holds)
-        rows: dict[tuple[str, int, int], Finding] = {}
-        for task, fd, link, endpoint in self._ends:
-            missing = endpoint.lacks - held[endpoint.key]
-            if missing:
-                reason = f'the {min(missing)} end of {link} is held outside of the tree'
-                rows.setdefault(endpoint.key, warn(task, f'fd {fd}', 'EPIPE', reason,
-                                                   'a restart cannot join it to that process again'))
-        return list(rows.values())
+    def _is_in_flight(self, file: OpenFile) -> bool:
+        return file.pid == os.getpid()
+
+    def lacking(self) -> list[Finding]:
+        """Ends whose other ends are outside of the tree."""
+        return [row for kind, ends in self._ends.items()
+                for end, reason in kind.link(ends, is_whole=self._cache.at_rest)
+                if (row := self._row(self._task_of(end.file), end.file, reason))]
+
+    def _task_of(self, file: OpenFile) -> Task:
+        return self._holders[file.fd][0] if self._is_in_flight(file) else self._tasks[file.tid]
 
 
 def _lost_locks(kind: Kind[Any], file: OpenFile) -> list[Finding]:

@@ -34,8 +34,8 @@ GPR_SIZE = 216
 NR = {
     'close': 3, 'poll': 7, 'lseek': 8, 'mmap': 9, 'mprotect': 10, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13,
     'rt_sigprocmask': 14, 'ioctl': 16, 'mremap': 25, 'madvise': 28, 'shmat': 30, 'nanosleep': 35, 'getitimer': 36,
-    'setitimer': 38, 'getpid': 39, 'recvmsg': 47, 'exit': 60, 'wait4': 61, 'kill': 62, 'shmdt': 67, 'fcntl': 72,
-    'flock': 73, 'fchdir': 81, 'umask': 95, 'setuid': 105, 'setpgid': 109, 'setsid': 112, 'setgroups': 116,
+    'setitimer': 38, 'getpid': 39, 'recvmsg': 47, 'socketpair': 53, 'exit': 60, 'wait4': 61, 'kill': 62, 'shmdt': 67,
+    'fcntl': 72, 'flock': 73, 'fchdir': 81, 'umask': 95, 'setuid': 105, 'setpgid': 109, 'setsid': 112, 'setgroups': 116,
     'setresuid': 117, 'setresgid': 119, 'setfsuid': 122, 'setfsgid': 123, 'capset': 126, 'rt_sigtimedwait': 128,
     'rt_sigqueueinfo': 129, 'sigaltstack': 131, 'personality': 135, 'mlock': 149, 'mlockall': 151, 'prctl': 157,
     'arch_prctl': 158, 'chroot': 161, 'futex': 202, 'io_getevents': 208, 'set_tid_address': 218, 'restart_syscall': 219,

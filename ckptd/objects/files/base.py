@@ -5,55 +5,43 @@ A kind is one class in one file of this package, found by registry.py; nobody el
 order, each without any effect on the task:
 
     matches(file)       is this open file of my kind? At most one kind says yes
-    refusals(file)      why it cannot be dumped, or what its dump will lack
+    findings(file)      why it cannot be dumped, or what its dump will lack
     endpoint(file)      what joins it to other open files, of a pipe its two ends
+    discover(file)      open files that no table of fds shows: they wait in its queue
+    link(ends)          when all are known: ends whose other ends are outside of the tree
     dump(file, content) the record that is kept, its bulk bytes given to `content`
 
 and of a restart, where `saved` is what every kind has in common of the file (image.records.OpenFile):
 
-    obstacles(record, saved, looking)    why it cannot be opened again, or what it will lack; changes nothing
-    takes(record, saved)                 memory and other room that is needed to make it again
+    restart_findings(record, saved, lookup)  why it cannot be opened again, or what it will lack; changes nothing
+    references(record)                   ids of other open files that it needs
+    needs(record, saved)                 memory and other room that is needed to make it again
     late(record, saved)                  whether it can be opened only when the tasks exist
-    restore(record, saved, ctx)          a new description: an fd with the access mode and flags of `saved.flags`
-    finish(record, saved, fd, ctx)       what needs the tasks, or the other files: locks, what an epoll watches
+    create(record, saved, ctx)           a new description: an fd with the access mode and flags of `saved.flags`
+    connect(record, saved, fd, ctx)      what needs the tasks, or the other files: locks, what an epoll watches
     commit(record, saved, fd, ctx)       what cannot be undone, done when nothing else can fail
 """
 
-import errno
-import fcntl
 import os
 import re
-import struct
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_args, get_origin
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_args, get_origin
 
 from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent, SavedFile
-from ckptd.kernel.fdinfo import FdInfo, read_fdinfo
-from ckptd.kernel.namei import lstat_of_task
-from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_getfd, pidfd_open
-from ckptd.kernel.statfs import file_system
-from ckptd.kernel.task import read_link
+from ckptd.objects.files.open_file import DELETED, OpenFile, Owner, read_open_file
 from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, RestoreContext
+from ckptd.objects.files.tables import JobTables
 
 # for kinds, which have all that is common from here
-__all__ = ['ByUser', 'ChangedFiles', 'FileLookup', 'RestoreContext']
+__all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'OpenFile', 'Owner', 'RestoreContext', 'read_open_file']
+
+if TYPE_CHECKING:
+    from ckptd.objects.files.content import ContentSegment
 
 R = TypeVar('R', bound=Struct)
-
-DELETED = ' (deleted)'
-
-# <asm-generic/fcntl.h>; the struct is f_owner_ex {int type; pid_t pid;}
-F_GETSIG = 11
-F_GETOWN_EX = 16
-F_GETOWNER_UIDS = 17        # uid_t[2], with CONFIG_CHECKPOINT_RESTORE
-_OWNER = struct.Struct('=ii')
-_UIDS = struct.Struct('=II')
 
 _OF_PROCESS = re.compile(r'/proc/(\d{1,10})(?:/|$)')
 _TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
@@ -65,9 +53,36 @@ _NOT_AGAIN = os.O_NOFOLLOW | os.O_ASYNC | os.O_CREAT | os.O_EXCL | os.O_TRUNC
 
 
 class Content(Protocol):
-    """Where bulk bytes go: a page-aligned stretch of the image's data file."""
+    """The image that files are dumped into."""
 
-    def add(self, chunks: Iterable[bytes]) -> Extent: ...
+    def add(self, chunks: Iterable[bytes]) -> Extent:
+        """Put bulk bytes into a page-aligned stretch of the image's data file."""
+        ...
+
+    def shared_memory(self, file: OpenFile) -> int:
+        """shm_id of the object of a memfd, which is dumped once, mapped or not."""
+        ...
+
+    def written(self, file: OpenFile) -> bool:
+        """Whether the tree has the file open for writing, by this description or another one."""
+        ...
+
+    def reads(self, file: OpenFile) -> bool:
+        """Whether the tree, or the user who asked for the checkpoint, may read the file, by this description or another
+        one. A file that may not be read and was to be kept is noted."""
+        ...
+
+    def save(self, file: OpenFile) -> 'tuple[ContentSegment, ...] | None':
+        """The data of a named file, once however many descriptions it has; None if it is not to be kept."""
+        ...
+
+    def file_id(self, fd: int) -> int:
+        """The id of the description behind an fd of ours. It is dumped like those of the tasks."""
+        ...
+
+    def vpid(self, pid: int) -> int:
+        """The number of a process of the tree in its own pid namespace; 0 for one that is not in the tree."""
+        ...
 
 
 def open_again(fd: int, flags: int) -> int:
@@ -117,140 +132,17 @@ class Endpoint(NamedTuple):
     lacks: frozenset[str]
 
 
-class Owner(NamedTuple):
-    """fcntl(2) F_GETOWN_EX and F_GETSIG. type: F_OWNER_TID 0, PID 1, PGRP 2; pid: as the daemon sees it, 0 for none.
-    uid, euid: of who set it, by whose rights the signal is sent; 0 where the kernel does not tell."""
-    type: int
-    pid: int
-    signal: int
-    uid: int
-    euid: int
-
-
-@dataclass(frozen=True)
-class OpenFile:
-    """An open file description, known by one fd of one task. tid: the thread whose table has the fd, mostly the leader.
-
-    link: what /proc/PID/fd/FD shows. stat: of the file itself. holders: further (pid, fd) of the same description.
-    severed: a connection that does not outlive the dump, of whoever asked for it to the bus. unread: open for writing
-    alone, and whoever asked may not read the file, so that nothing of its content may get into the image.
-    """
-    pid: int
-    tid: int
-    fd: int
-    link: str
-    stat: os.stat_result
-    info: FdInfo
-    holders: tuple[tuple[int, int], ...] = ()
-    severed: bool = False
-    unread: bool = False
-
-    @property
-    def proc_path(self) -> str:
-        """A magic link: stat(2) and open(2) follow it to the file itself, wherever its name is."""
-        return f'/proc/{self.tid}/fd/{self.fd}'
-
-    @cached_property
-    def magic(self) -> int:
-        """The file system's number, statfs(2) f_type."""
-        return file_system(self.proc_path)
-
-    @property
-    def flags(self) -> int:
-        """O_* of the description; O_CLOEXEC is of this fd."""
-        return self.info.flags
-
-    @property
-    def readable(self) -> bool:
-        return self.flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
-
-    @property
-    def writable(self) -> bool:
-        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
-
-    @property
-    def is_path(self) -> bool:
-        """Opened with O_PATH: a name and no file."""
-        return bool(self.flags & os.O_PATH)
-
-    @cached_property
-    def deleted(self) -> bool:
-        """The name it was opened by is gone. A file may really be named 'x (deleted)': then that name finds it."""
-        return self.link.endswith(DELETED) and not self._is_at(self.link)
-
-    @property
-    def path(self) -> str:
-        """The name it was opened by, as seen from the root of its mount namespace."""
-        return self.link.removesuffix(DELETED) if self.deleted else self.link
-
-    @cached_property
-    def reachable(self) -> bool:
-        """The same file is found by its path: no other one has taken its name and no mount covers it."""
-        return self._is_at(self.path)
-
-    def _is_at(self, path: str) -> bool:
-        found = lstat_of_task(self.tid, path)
-        return found is not None and (found.st_dev, found.st_ino) == (self.stat.st_dev, self.stat.st_ino)
-
-    @contextmanager
-    def duplicate(self) -> Iterator[int]:
-        """An fd of the same description. Its position and status flags are the task's: read with pread(2) only.
-
-        FileNotFoundError if the task, running, has closed it since.
-        """
-        pidfd = pidfd_open(self.tid, PIDFD_THREAD if self.tid != self.pid else 0)
-        try:
-            fd = pidfd_getfd(pidfd, self.fd)
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-            raise FileNotFoundError(errno.ENOENT, 'closed', self.proc_path) from None
-        finally:
-            os.close(pidfd)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    @contextmanager
-    def reopen(self, flags: int) -> Iterator[int]:
-        """A description of our own of the same file, deleted or not. Fails as open(2) where the mode forbids it."""
-        fd = os.open(self.proc_path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def owner(self) -> Owner:
-        """Who gets SIGIO. Zeros for an O_PATH file, which has no such thing."""
-        if self.is_path:
-            return Owner(0, 0, 0, 0, 0)
-        with self.duplicate() as fd:
-            kind, pid = _OWNER.unpack(fcntl.fcntl(fd, F_GETOWN_EX, _OWNER.pack(0, 0)))
-            return Owner(kind, pid, fcntl.fcntl(fd, F_GETSIG), *_owner_uids(fd))
-
-
-def _owner_uids(fd: int) -> tuple[int, int]:
-    try:
-        uid, euid = _UIDS.unpack(fcntl.fcntl(fd, F_GETOWNER_UIDS, _UIDS.pack(0, 0)))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return 0, 0
-    return uid, euid
-
-
-def read_open_file(pid: int, fd: int, tid: int | None = None, holders: tuple[tuple[int, int], ...] = ()) -> OpenFile:
-    """ProcessLookupError when the task is gone, FileNotFoundError when the fd is, PermissionError without access."""
-    tid = pid if tid is None else tid
-    link = read_link(tid, f'fd/{fd}')
-    return OpenFile(pid, tid, fd, link, os.stat(f'/proc/{tid}/fd/{fd}'), read_fdinfo(tid, fd), holders)  # noqa: PTH116
+class End(NamedTuple):
+    """An open file that is an end of something. fd: in the table of task `file.tid`."""
+    file: OpenFile
+    endpoint: Endpoint
 
 
 class Kind(ABC, Generic[R]):
     """One kind of open file: `class PipeKind(Kind[Pipe], tag='pipe')`. R is the record that dump() makes.
 
-    tag: the kind's name in images, for ever. record: R, to decode what dump() gave.
+    The class is the rule, an instance is the state of one job. tag: the kind's name in images, for ever. record: R, to
+    decode what dump() gave.
     """
     tag: ClassVar[str]
     record: ClassVar[type[Struct]]
@@ -261,31 +153,59 @@ class Kind(ABC, Generic[R]):
         cls.record = next(get_args(base)[0] for base in cls.__orig_bases__  # type: ignore[attr-defined]
                           if get_origin(base) is Kind)
 
+    def __init__(self, tables: JobTables) -> None:
+        self._tables = tables
+
     @abstractmethod
     def matches(self, file: OpenFile) -> bool: ...
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         return []
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         return None
 
+    def discover(self, file: OpenFile) -> Sequence[int]:
+        """Fds of ours, duplicates of what waits in the file's queue; `close` closes them."""
+        return ()
+
+    def link(self, ends: Sequence[End], *, is_whole: bool) -> Iterator[tuple[End, Finding]]:
+        """Findings about ends that lack their other ends. is_whole: the tree stands still, and what is in flight has
+        been discovered."""
+        held: dict[Hashable, set[str]] = {}
+        for end in ends:
+            held.setdefault(end.endpoint.key, set()).update(end.endpoint.holds)
+        told: set[Hashable] = set()
+        for end in ends:
+            key = end.endpoint.key
+            missing = end.endpoint.lacks - held[key]
+            if missing and key not in told:
+                told.add(key)
+                yield end, finding('EPIPE', f'the {min(missing)} end of {end.file.link} is held outside of the tree',
+                                   'a restart cannot join it to that process again', 'warning')
+
     @abstractmethod
     def dump(self, file: OpenFile, content: Content) -> R: ...
 
-    def obstacles(self, record: R, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    def close(self) -> None:
+        """Close what `discover` has opened."""
+
+    def references(self, record: R) -> Iterable[int]:
+        return ()
+
+    def restart_findings(self, record: R, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         return []
 
-    def takes(self, record: R, saved: SavedFile) -> Needs | None:
+    def needs(self, record: R, saved: SavedFile) -> Needs | None:
         return None
 
     def late(self, record: R, saved: SavedFile) -> bool:
         return False
 
     @abstractmethod
-    def restore(self, record: R, saved: SavedFile, ctx: RestoreContext) -> int: ...
+    def create(self, record: R, saved: SavedFile, ctx: RestoreContext) -> int: ...
 
-    def finish(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+    def connect(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         return
 
     def commit(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:

@@ -31,7 +31,7 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
     def dump(self, file: OpenFile, content: Content) -> CharacterDevice:
         return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: CharacterDevice, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    def restart_findings(self, record: CharacterDevice, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         found = lookup.lstat(record.path)
         if found is None:
             return [finding('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
@@ -42,5 +42,5 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
             return [finding('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
         return []
 
-    def restore(self, record: CharacterDevice, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: CharacterDevice, saved: SavedFile, ctx: RestoreContext) -> int:
         return open_device(record.path, record.device, opening(saved.flags), ctx)

@@ -56,7 +56,7 @@ def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
 
     An image may name any owner, and a name that others can change may lead to any file: so the kernel decides what the
     user may do. Where the user may not give the file away, it stays theirs without set-user-ID and set-group-ID, and
-    the plan has said so, see `owner_obstacles`.
+    the plan has said so, see `owner_findings`.
     """
     with user.as_user():
         of, mode = os.fstat(fd), stat.S_IMODE(mode)
@@ -69,7 +69,7 @@ def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
             os.fchmod(fd, mode)
 
 
-def owner_obstacles(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Finding]:
+def owner_findings(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Finding]:
     """A warning where a file that is made again does not get the owner or the group that it had."""
     if lookup.may_own(uid, gid):
         return []

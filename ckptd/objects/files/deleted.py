@@ -30,7 +30,7 @@ def home_of(path: str, lookup: FileLookup) -> str:
     return ''
 
 
-def deleted_obstacles(path: str, lookup: FileLookup) -> list[Finding]:
+def deleted_findings(path: str, lookup: FileLookup) -> list[Finding]:
     """Of a file that is made again where it was deleted."""
     home, own = home_of(path, lookup), str(PurePath(path).parent)
     if not home:

@@ -8,7 +8,7 @@ from ckptd.errors import CkptError, Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding, of_process, opening
-from ckptd.objects.files.locks import Lock, lock_obstacles, read_locks, restore_locks
+from ckptd.objects.files.locks import Lock, lock_findings, read_locks, restore_locks
 
 
 @layout
@@ -26,7 +26,7 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISDIR(file.stat.st_mode) and not file.is_path
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         if file.deleted:
             # a deleted directory is empty and takes no new entries; no call makes one
             return [finding('ENOENT', f'{file.path} is a deleted directory', 'let the program leave it first')]
@@ -42,7 +42,7 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def late(self, record: Directory, saved: SavedFile) -> bool:
         return of_process(record.path)
 
-    def obstacles(self, record: Directory, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    def restart_findings(self, record: Directory, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
         found = lookup.lstat(record.path)
@@ -52,18 +52,18 @@ class DirectoryKind(Kind[Directory], tag='directory'):
             return [finding('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
         if not lookup.may(record.path, os.R_OK):
             return [finding('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
-        rows = lock_obstacles(record.locks, record.path, lookup)
+        rows = lock_findings(record.locks, record.path, lookup)
         if found.st_ino != record.inode:
             rows += [finding('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
                              'a listing that was under way may skip or repeat names', 'warning')]
         return rows
 
-    def restore(self, record: Directory, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Directory, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = ctx.open(record.path, opening(saved.flags) | os.O_NONBLOCK)
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
             raise CkptError(f'{record.path} is no directory any more', resource=record.path)
         return fd
 
-    def finish(self, record: Directory, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+    def connect(self, record: Directory, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         restore_locks(record.locks, record.path, saved, fd, ctx)

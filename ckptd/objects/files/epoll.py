@@ -42,7 +42,7 @@ class EpollKind(Kind[Epoll], tag='epoll'):
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         # another process of the tree may have it, which is known when all are looked at: then it is refused in earnest
         return [finding('EBADF', f'an epoll instance watches a file that is no longer fd {target.tfd} here',
                         f'it cannot be dumped if no process that has it knows that file: {_HINT}', 'warning')
@@ -58,10 +58,10 @@ class EpollKind(Kind[Epoll], tag='epoll'):
         raise NotSupported(f'task {file.pid}: fd {file.fd}: an epoll instance watches a file that is no longer fd '
                            f'{target.tfd}', task=file.pid, resource=f'fd {file.fd}', hint=_HINT)
 
-    def restore(self, record: Epoll, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Epoll, saved: SavedFile, ctx: RestoreContext) -> int:
         return epoll_create1(EPOLL_CLOEXEC)
 
-    def finish(self, record: Epoll, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+    def connect(self, record: Epoll, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         holders = ctx.holders(saved.file_id)
         known = dict(reversed(holders))
         for watch in record.watches:

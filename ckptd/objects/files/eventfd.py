@@ -24,7 +24,7 @@ class EventfdKind(Kind[Eventfd], tag='eventfd'):
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         if _SEMAPHORE in file.info.fields:
             return []
         return [finding('ENODATA', 'the kernel does not tell whether an eventfd is a semaphore',
@@ -35,7 +35,7 @@ class EventfdKind(Kind[Eventfd], tag='eventfd'):
         # eventfd_show_fdinfo in fs/eventfd.c: the count is hexadecimal
         return Eventfd(int(fields[_COUNT][0], 16), int(fields.get(_SEMAPHORE, ['0'])[0]))
 
-    def restore(self, record: Eventfd, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Eventfd, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = os.eventfd(0, os.EFD_CLOEXEC | saved.flags & os.O_NONBLOCK | (os.EFD_SEMAPHORE if record.semaphore else 0))
         if record.count:        # the first value has 32 bits only
             os.eventfd_write(fd, record.count)

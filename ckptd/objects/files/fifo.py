@@ -11,8 +11,8 @@ from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
 from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_obstacles, set_owner
-from ckptd.objects.files.deleted import cannot_make, deleted_obstacles, names_for, opened_home, unlink_new
+from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.deleted import cannot_make, deleted_findings, names_for, opened_home, unlink_new
 from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
 
 
@@ -37,7 +37,7 @@ class FifoKind(Kind[Fifo], tag='fifo'):
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic != PIPEFS_MAGIC
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         if file.deleted or file.reachable:      # a deleted one is made again, its ends find each other by inode
             return []
         return [finding('ENOENT', f'{file.path} is another file now, or covered by a mount',
@@ -53,10 +53,10 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             return Fifo(file.path, of.st_dev, of.st_ino, of.st_mode, of.st_uid, of.st_gid, file.deleted,
                         pipe.capacity(fd), bool(file.flags & os.O_DIRECT), data, lengths)
 
-    def obstacles(self, record: Fifo, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    def restart_findings(self, record: Fifo, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if record.deleted:
-            return [*deleted_obstacles(record.path, lookup),
-                    *owner_obstacles(record.path, record.uid, record.gid, lookup)]
+            return [*deleted_findings(record.path, lookup),
+                    *owner_findings(record.path, record.uid, record.gid, lookup)]
         found = lookup.lstat(record.path)
         if found is None:
             return [finding('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
@@ -67,10 +67,10 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             return [finding('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
         return []
 
-    def takes(self, record: Fifo, saved: SavedFile) -> Needs:
+    def needs(self, record: Fifo, saved: SavedFile) -> Needs:
         return Needs(_key(record), pipe=record.capacity)
 
-    def restore(self, record: Fifo, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Fifo, saved: SavedFile, ctx: RestoreContext) -> int:
         def make() -> int:
             base = _make_deleted(record, saved, ctx) if record.deleted else _open(record, ctx)
             set_capacity(base, record.capacity)
@@ -83,7 +83,7 @@ class FifoKind(Kind[Fifo], tag='fifo'):
                        hint='read it empty, or end the programs that have it open')
         return fd
 
-    def finish(self, record: Fifo, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+    def connect(self, record: Fifo, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         fill(_key(record), fd, record.data, record.lengths, record.path, ctx)
 
 

@@ -65,13 +65,13 @@ def has_locks(file: OpenFile) -> bool:
 
 # ---------------------------------------------------------------- restart
 
-def lock_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
+def lock_findings(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
     """Locks that somebody else has now, and leases that the user may not take. Of flock(2) and leases no call tells
     without taking one."""
-    return [*_lease_obstacles(locks, path, lookup), *_held_ranges(locks, path, lookup)]
+    return [*_lease_findings(locks, path, lookup), *_held_ranges(locks, path, lookup)]
 
 
-def _lease_obstacles(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
+def _lease_findings(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
     """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
     found = lookup.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
     if found is None or found.st_uid == lookup.uid or lookup.capable(CAP_LEASE):

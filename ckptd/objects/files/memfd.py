@@ -4,7 +4,6 @@
 import fcntl
 import os
 import stat
-from typing import Protocol, runtime_checkable
 
 from ckptd.errors import Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
@@ -15,22 +14,13 @@ from ckptd.objects.files.content import (
     ContentSegment,
     content_size,
     dump_content,
-    owner_obstacles,
+    owner_findings,
     restore_content,
     set_owner,
 )
 from ckptd.objects.files.locks import Lock, read_locks, restore_locks
 
 PREFIX = '/memfd:'
-
-
-@runtime_checkable
-class SharedContent(Protocol):
-    """A Content that dumps shared memory itself, once per object, mapped or not."""
-
-    def shared_memory(self, file: OpenFile) -> int:
-        """shm_id of the object."""
-        ...
 
 
 @layout
@@ -56,7 +46,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)
                 and file.link.startswith(PREFIX))
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         if file.unread:
             return [finding('EACCES', f'{file.path} is open for writing alone and its content may not be read',
                             'run as root')]
@@ -64,7 +54,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
 
     def dump(self, file: OpenFile, content: Content) -> Memfd:
         of = file.stat
-        shm_id = content.shared_memory(file) if isinstance(content, SharedContent) else 0
+        shm_id = content.shared_memory(file)
         segments = () if shm_id else self._content(file, content)
         with file.duplicate() as fd:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -75,13 +65,13 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         with file.reopen(os.O_RDONLY) as fd:
             return dump_content(fd, file.stat.st_size, content)
 
-    def obstacles(self, record: Memfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        return owner_obstacles(f'memfd {record.name}', record.uid, record.gid, lookup)
+    def restart_findings(self, record: Memfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+        return owner_findings(f'memfd {record.name}', record.uid, record.gid, lookup)
 
-    def takes(self, record: Memfd, saved: SavedFile) -> Needs:
+    def needs(self, record: Memfd, saved: SavedFile) -> Needs:
         return Needs(_key(record), memory=content_size(record.content))
 
-    def restore(self, record: Memfd, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Memfd, saved: SavedFile, ctx: RestoreContext) -> int:
         return open_again(self._object(record, ctx), saved.flags)
 
     def _object(self, record: Memfd, ctx: RestoreContext) -> int:
@@ -100,7 +90,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
             return fd
         return ctx.once(_key(record), make)
 
-    def finish(self, record: Memfd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+    def connect(self, record: Memfd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         restore_locks(record.locks, f'memfd {record.name}', saved, fd, ctx)
         # the seals of an object that the address spaces have are set with its content
         if not record.shm_id and record.seals & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS):

@@ -27,7 +27,7 @@ from ckptd.objects.files.base import (
     RestoreContext,
     open_again,
 )
-from ckptd.objects.files.content import owner_obstacles, set_owner
+from ckptd.objects.files.content import owner_findings, set_owner
 
 Key = tuple[str, int, int]
 O_LARGEFILE = 0o100000      # <asm-generic/fcntl.h>; in C libraries for 64 bit it is 0
@@ -60,13 +60,13 @@ class PipeKind(Kind[Pipe], tag='pipe'):
             return Pipe(file.stat.st_ino, pipe.capacity(fd), bool(file.flags & os.O_DIRECT), file.stat.st_uid,
                         file.stat.st_gid, data, lengths)
 
-    def obstacles(self, record: Pipe, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        return owner_obstacles(f'pipe:[{record.inode}]', record.uid, record.gid, lookup)
+    def restart_findings(self, record: Pipe, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+        return owner_findings(f'pipe:[{record.inode}]', record.uid, record.gid, lookup)
 
-    def takes(self, record: Pipe, saved: SavedFile) -> Needs:
+    def needs(self, record: Pipe, saved: SavedFile) -> Needs:
         return Needs(('pipe', 0, record.inode), pipe=record.capacity)
 
-    def restore(self, record: Pipe, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Pipe, saved: SavedFile, ctx: RestoreContext) -> int:
         def make() -> int:
             base = make_pipe(key, ctx)
             try:
@@ -79,7 +79,7 @@ class PipeKind(Kind[Pipe], tag='pipe'):
         key = ('pipe', 0, record.inode)
         return restore_end(key, make, saved.flags, ctx)
 
-    def finish(self, record: Pipe, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+    def connect(self, record: Pipe, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         fill(('pipe', 0, record.inode), fd, record.data, record.lengths, saved.link, ctx)
 
 

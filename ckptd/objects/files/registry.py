@@ -1,31 +1,49 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which kinds there are: every subclass of Kind in a module of this package. A new kind is a new file, nothing else."""
+"""The kinds there are: every subclass of Kind in a module of this package. A new kind is a new file, nothing else."""
 
 import importlib
 import pkgutil
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import ckptd.objects.files
 from ckptd.objects.files.base import Kind, OpenFile
+from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import Unsupported
 
 
-def _discover() -> tuple[Kind[Any], ...]:
+def _discover() -> tuple[type[Kind[Any]], ...]:
     for module in pkgutil.iter_modules(ckptd.objects.files.__path__):
         if module.name != 'registry':
             importlib.import_module(f'ckptd.objects.files.{module.name}')
-    kinds = [cls() for cls in Kind.__subclasses__() if cls is not Unsupported]
+    kinds = [cls for cls in Kind.__subclasses__() if cls is not Unsupported]
     tags = [kind.tag for kind in kinds]
     if len(set(tags)) != len(tags):
         raise TypeError(f'two kinds have one tag: {sorted(tags)}')
     return tuple(sorted(kinds, key=lambda kind: kind.tag))
 
 
-KINDS = _discover()
-UNSUPPORTED = Unsupported()
-BY_TAG = {kind.tag: kind for kind in KINDS}
+BY_TAG = {kind.tag: kind for kind in _discover()}
 
 
-def kind_of(file: OpenFile) -> Kind[Any]:
-    """The kind of an open file; UNSUPPORTED, which refuses, where none matches."""
-    return next((kind for kind in KINDS if kind.matches(file)), UNSUPPORTED)
+class Kinds:
+    """The kinds of one job. `with` closes what they have opened."""
+
+    def __init__(self, tables: JobTables | None = None) -> None:
+        self._tables = tables or JobTables()
+        self.by_tag: Mapping[str, Kind[Any]] = {tag: cls(self._tables) for tag, cls in BY_TAG.items()}
+        self.unsupported = Unsupported(self._tables)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def of(self, file: OpenFile) -> Kind[Any]:
+        """The kind of an open file; `unsupported`, which refuses, where none matches."""
+        return next((kind for kind in self.by_tag.values() if kind.matches(file)), self.unsupported)
+
+    def close(self) -> None:
+        for kind in self.by_tag.values():
+            kind.close()

@@ -28,13 +28,13 @@ from ckptd.objects.files.content import (
     ContentSegment,
     dump_content,
     open_quietly,
-    owner_obstacles,
+    owner_findings,
     restore_content,
     set_owner,
 )
-from ckptd.objects.files.deleted import deleted_file, deleted_obstacles, deleted_takes, open_nameless
-from ckptd.objects.files.locks import LEASE, Lock, lock_obstacles, read_locks, restore_locks
-from ckptd.objects.files.rollback import SavingContent, digest_tail, only_appended, roll_back
+from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, open_nameless
+from ckptd.objects.files.locks import LEASE, Lock, lock_findings, read_locks, restore_locks
+from ckptd.objects.files.rollback import digest_tail, only_appended, roll_back
 
 # regular by their mode, and yet no files with a name and content
 _NOT_FILES = {statfs.ANON_INODE_FS_MAGIC, statfs.HUGETLBFS_MAGIC, statfs.MQUEUE_MAGIC, statfs.NSFS_MAGIC,
@@ -70,7 +70,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and not on_shm_mount(file.stat)
                 and file.magic not in _NOT_FILES)
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         if file.deleted:
             return self._deleted(file)
         if not file.reachable:
@@ -110,13 +110,13 @@ class RegularKind(Kind[Regular], tag='regular'):
     def _saved(self, file: OpenFile, content: Content,
                locks: tuple[Lock, ...]) -> tuple[int, tuple[ContentSegment, ...], bytes]:
         """What brings a file back that goes on living: of one that the tree writes, and that can be read."""
-        written = content.written(file) if isinstance(content, SavingContent) else file.writable
+        written = content.written(file)
         # opening a leased file breaks the lease
         if not written or file.magic in statfs.MADE_UP or any(lock.kind == LEASE for lock in locks):
             return 0, (), b''
-        if file.unread and not (isinstance(content, SavingContent) and content.reads(file)):
+        if file.unread and not content.reads(file):
             return 0, (), b''
-        segments = content.save(file) if isinstance(content, SavingContent) else None
+        segments = content.save(file)
         try:
             with open_quietly(file) as fd:
                 tail = digest_tail(fd, file.stat.st_size)
@@ -126,10 +126,10 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     # ------------------------------------------------------------ restart
 
-    def obstacles(self, record: Regular, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    def restart_findings(self, record: Regular, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if record.deleted:
-            return [*deleted_obstacles(record.path, lookup),
-                    *owner_obstacles(record.path, record.uid, record.gid, lookup)]
+            return [*deleted_findings(record.path, lookup),
+                    *owner_findings(record.path, record.uid, record.gid, lookup)]
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
         found = lookup.lstat(record.path)
@@ -142,7 +142,7 @@ class RegularKind(Kind[Regular], tag='regular'):
             return [finding('EACCES', f'{record.path} may not be {_VERBS[access_of(saved.flags)]}',
                             'run as its owner, or as root')]
         rows = [self._changed(record, words, found, lookup)] if words else []
-        return rows + lock_obstacles(record.locks, record.path, lookup)
+        return rows + lock_findings(record.locks, record.path, lookup)
 
     def _missing(self, record: Regular, lookup: FileLookup) -> list[Finding]:
         missing = f'{record.path} {MISSING}'
@@ -153,7 +153,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         found = lookup.lstat(home)
         if found and stat.S_ISDIR(found.st_mode) and lookup.may(home, os.W_OK | os.X_OK):
             return [finding('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning'),
-                    *owner_obstacles(record.path, record.uid, record.gid, lookup)]
+                    *owner_findings(record.path, record.uid, record.gid, lookup)]
         return [finding('ENOENT', f'{missing} and cannot be made again in {home}',
                         'make that directory, writable for whose tree it is')]
 
@@ -184,13 +184,13 @@ class RegularKind(Kind[Regular], tag='regular'):
             return 'the tree did not have it open for writing, or its content could not be read'
         return 'its content was not saved, and it was not only appended to'
 
-    def takes(self, record: Regular, saved: SavedFile) -> Needs | None:
+    def needs(self, record: Regular, saved: SavedFile) -> Needs | None:
         return deleted_takes(record.path, record.device, record.inode, record.content) if record.deleted else None
 
     def late(self, record: Regular, saved: SavedFile) -> bool:
         return record.file_system == statfs.PROC_SUPER_MAGIC and of_process(record.path)
 
-    def restore(self, record: Regular, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Regular, saved: SavedFile, ctx: RestoreContext) -> int:
         if record.deleted:
             return self._restore_deleted(record, saved, ctx)
         if ctx.changed_files == 'rollback' and record.is_saved and ctx.lstat(record.path) is None:
@@ -211,7 +211,7 @@ class RegularKind(Kind[Regular], tag='regular'):
             os.utime(base, ns=(record.mtime, record.mtime))
         return fd
 
-    def finish(self, record: Regular, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+    def connect(self, record: Regular, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         restore_locks(record.locks, record.path, saved, fd, ctx)
 
     def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:

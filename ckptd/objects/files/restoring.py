@@ -62,7 +62,7 @@ class ByUser(Protocol):
 
 
 class RestoreContext(FileLookup, ByUser, Protocol):
-    """The same while a restart is at work. It closes what `once` makes and what `restore` returns, whatever happens."""
+    """The same while a restart is at work. It closes what `once` makes and what `create` returns, whatever happens."""
     terminal_fd: int        # of the caller's terminal, -1 without
 
     def keep(self, path: str, fd: int, start: int) -> None:
@@ -77,7 +77,7 @@ class RestoreContext(FileLookup, ByUser, Protocol):
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
-        restart. Not to be returned by `restore`: open_again() of it is. The number may be another than `make` gave."""
+        restart. Not to be returned by `create`: open_again() of it is. The number may be another than `make` gave."""
         ...
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
@@ -93,10 +93,18 @@ class RestoreContext(FileLookup, ByUser, Protocol):
         ...
 
     def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
-        """(vpid of a process, fd) that lead to a description, one for each table that has it, from `finish` on."""
+        """(vpid of a process, fd) that lead to a description, one for each table that has it, from `connect` on."""
+        ...
+
+    def fd_of(self, file_id: int) -> int:
+        """Our fd of another description of the image, from `connect` on."""
+        ...
+
+    def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
+        """Our fds of a socketpair(2) that a restored process has made with these ids, for a `late` kind."""
         ...
 
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
         """A system call by a restored process itself; bytes are put into its memory. Its result; OSError. From
-        `finish` on."""
+        `connect` on."""
         ...

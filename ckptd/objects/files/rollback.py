@@ -10,34 +10,15 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol, runtime_checkable
 
 from ckptd.errors import CkptError
 from ckptd.image.identity import FileIdentity
 from ckptd.kernel.copyrange import zero_range
 from ckptd.kernel.statfs import MADE_UP, file_system
-from ckptd.objects.files.base import FileLookup, OpenFile, RestoreContext
+from ckptd.objects.files.base import FileLookup, RestoreContext
 from ckptd.objects.files.content import ContentSegment
 
 TAIL = 64 << 10     # bytes that the digest is of
-
-
-@runtime_checkable
-class SavingContent(Protocol):
-    """A Content that keeps named files, too. Of each file once, however many descriptions it has."""
-
-    def written(self, file: OpenFile) -> bool:
-        """Whether the tree has the file open for writing, by this description or another one."""
-        ...
-
-    def reads(self, file: OpenFile) -> bool:
-        """Whether the tree or whoever has it checkpointed may read the file, by this description or another one; if not
-        and it was to be kept, that is noted."""
-        ...
-
-    def save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
-        """The data of the file; None if it is not to be kept."""
-        ...
 
 
 def digest_tail(fd: int, size: int) -> bytes:

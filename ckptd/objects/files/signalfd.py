@@ -26,6 +26,6 @@ class SignalfdKind(Kind[Signalfd], tag='signalfd'):
     def dump(self, file: OpenFile, content: Content) -> Signalfd:
         return Signalfd(int(file.info.fields['sigmask'][0], 16))
 
-    def restore(self, record: Signalfd, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Signalfd, saved: SavedFile, ctx: RestoreContext) -> int:
         mask = ctypes.create_string_buffer(record.mask.to_bytes(8, 'little'), SIGSET_SIZE)
         return signalfd(-1, mask, SFD_CLOEXEC | saved.flags & os.O_NONBLOCK)

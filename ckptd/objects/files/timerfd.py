@@ -53,13 +53,13 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         return Timerfd(int(fields['clockid'][0]), int(flags, 8), int(fields['ticks'][0]), setting.interval,
                        setting.value, now)
 
-    def obstacles(self, record: Timerfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    def restart_findings(self, record: Timerfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if record.clock not in ALARM_CLOCKS or lookup.capable(CAP_WAKE_ALARM):
             return []
         return [finding('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
                         'CAP_WAKE_ALARM', 'restore it as root')]
 
-    def restore(self, record: Timerfd, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Timerfd, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = -1
         try:
             fd = timerfd_create(record.clock, TFD_CLOEXEC | saved.flags & os.O_NONBLOCK)

@@ -66,14 +66,14 @@ class TtyKind(Kind[Tty], tag='tty'):
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISCHR(file.stat.st_mode) and not file.is_path and is_tty(file.stat.st_rdev)
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         return [finding('ENOTTY', f'{file.path} is a terminal and kept by name only',
                         'a restart attaches the tree to the terminal it is started from', 'warning')]
 
     def dump(self, file: OpenFile, content: Content) -> Tty:
         return Tty(file.path, file.stat.st_rdev, file.stat.st_mode)
 
-    def obstacles(self, record: Tty, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    def restart_findings(self, record: Tty, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if lookup.terminal:
             return []
         found = None if record.device == OWN else lookup.lstat(record.path)
@@ -84,7 +84,7 @@ class TtyKind(Kind[Tty], tag='tty'):
         return [finding('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
                         'warning')]
 
-    def restore(self, record: Tty, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: Tty, saved: SavedFile, ctx: RestoreContext) -> int:
         flags = opening(saved.flags)
         if ctx.terminal_fd >= 0:
             return open_again(ctx.terminal_fd, flags)

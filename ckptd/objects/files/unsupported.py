@@ -42,16 +42,16 @@ class Unsupported(Kind[Struct], tag='unsupported'):
     def matches(self, file: OpenFile) -> bool:
         return False
 
-    def refusals(self, file: OpenFile) -> list[Finding]:
+    def findings(self, file: OpenFile) -> list[Finding]:
         return [finding('EOPNOTSUPP', f'{describe(file)} ({file.link}) cannot be dumped yet',
                         'close it before the checkpoint, or checkpoint a tree without it')]
 
     def dump(self, file: OpenFile, content: Content) -> NoReturn:
-        reason = self.refusals(file)[0]
+        reason = self.findings(file)[0]
         raise Refused(f'task {file.pid}: fd {file.fd}: {reason.reason}', errno=errno.EOPNOTSUPP, task=file.pid,
                       resource=f'fd {file.fd}', hint=reason.hint)
 
-    def restore(self, record: Struct, saved: SavedFile, ctx: RestoreContext) -> NoReturn:
+    def create(self, record: Struct, saved: SavedFile, ctx: RestoreContext) -> NoReturn:
         raise NotSupported(f'{saved.link}: no file of kind {saved.kind!r} can be opened again', resource=saved.link,
                            hint='use the ckptd that wrote the image, or a newer one')
 

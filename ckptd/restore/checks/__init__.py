@@ -17,7 +17,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.protocol.messages import JobRequest
 from ckptd.restore.checks import capacity, imported, machine, objects, resources, rights, surroundings
 from ckptd.restore.checks.context import CheckContext, rows
-from ckptd.restore.files import FileAccess
+from ckptd.restore.file_access import FileAccess
 from ckptd.restore.plan import Plan
 
 CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.check, capacity.check,

@@ -52,8 +52,8 @@ def _files(context: CheckContext) -> list[Needs]:
 def _every_file(context: CheckContext) -> Iterator[Needs | None]:
     for saved in context.reader.every(SavedFile):
         with suppress(ImageDamaged):        # said by obstacles.objects
-            kind, record = decode(saved)
-            yield kind.takes(record, saved)
+            kind, record = decode(saved, context.lookup.kinds)
+            yield kind.needs(record, saved)
     for backing in context.reader.every(Backing):
         if backing.deleted or missing_but_kept(backing, context.lookup):
             yield deleted_takes(backing.path, backing.device, backing.inode, whole(backing.content))

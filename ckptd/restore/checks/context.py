@@ -11,8 +11,8 @@ from ckptd.image.reader import ImageReader
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.protocol.messages import JobRequest
+from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_rights import rights_of
-from ckptd.restore.files import FileAccess
 from ckptd.restore.limits import Allowed
 from ckptd.restore.plan import Plan
 

@@ -28,7 +28,7 @@ from ckptd.kernel.creds import CAP_SYS_CHROOT
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
-from ckptd.objects.files.deleted import deleted_obstacles, home_of
+from ckptd.objects.files.deleted import deleted_findings, home_of
 from ckptd.objects.files.sound import flaws
 from ckptd.restore.checks.context import CheckContext, about, once
 from ckptd.restore.files import decode
@@ -66,13 +66,13 @@ def _open_files(context: CheckContext) -> Iterator[Finding]:
         if saved.owner in vpids:
             yield from _owner(context, saved, vpid, resource)
         try:
-            kind, record = decode(saved)
+            kind, record = decode(saved, context.lookup.kinds)
             for flaw in flaws(record, context.reader.size_of):
                 raise ImageDamaged(f'{saved.link}: {flaw}', resource=resource)
             if not kind.late(record, saved) and (row := _out_of_reach(context, vpid, resource, _path(context, record))):
                 yield row
                 continue
-            found = kind.obstacles(record, saved, context.lookup)
+            found = kind.restart_findings(record, saved, context.lookup)
         except ImageDamaged as error:
             yield about(vpid, resource, errno_name(error.errno), error.message, error.hint)
         except OSError as error:
@@ -141,7 +141,7 @@ def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, a
     if record.deleted:
         if row := _out_of_reach(context, vpid, resource, home_of(record.path, context.lookup)):
             yield row
-        for one in deleted_obstacles(record.path, context.lookup):
+        for one in deleted_findings(record.path, context.lookup):
             yield replace(one, pid=vpid, resource=resource)
         return
     if row := _out_of_reach(context, vpid, resource, record.path):
@@ -150,7 +150,7 @@ def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, a
     if not record.mode:
         return          # it could not be looked at when it was dumped
     if missing_but_kept(record, context.lookup):
-        for one in deleted_obstacles(record.path, context.lookup):
+        for one in deleted_findings(record.path, context.lookup):
             yield replace(one, pid=vpid, resource=resource)
         yield about(vpid, resource, 'ENOENT', f'{record.path} {KEPT}', 'nobody else sees what the tree writes there '
                     'from then on: put the file back if somebody is to', 'warning')

@@ -4,6 +4,7 @@
 import ctypes
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,10 +12,17 @@ from typing import Any
 import pytest
 
 from ckptd.image.records import Extent, SavedFile
-from ckptd.objects.files.base import ChangedFiles, Content, OpenFile, read_open_file
+from ckptd.objects.files.base import ChangedFiles, Content, Kind, OpenFile, read_open_file
 from ckptd.objects.files.content import ContentSegment
-from ckptd.objects.files.registry import BY_TAG, kind_of
+from ckptd.objects.files.registry import Kinds
 from tests.lib.brood import Brood, libc
+
+BY_TAG = Kinds().by_tag         # for what asks the record alone
+
+
+def kind_of(file: OpenFile) -> Kind[Any]:
+    """The kind of a file, in a job of its own."""
+    return Kinds().of(file)
 
 
 class Bulk:
@@ -22,11 +30,31 @@ class Bulk:
 
     def __init__(self) -> None:
         self.stretches: list[bytes] = []
+        self.in_flight: list[int] = []
 
     def add(self, chunks: Iterable[bytes]) -> Extent:
         data = b''.join(chunks)
         self.stretches.append(data)
         return Extent(0, len(self.stretches) - 1, len(data))
+
+    def shared_memory(self, file: OpenFile) -> int:
+        return 0
+
+    def written(self, file: OpenFile) -> bool:
+        return file.writable
+
+    def reads(self, file: OpenFile) -> bool:
+        return not file.unread
+
+    def save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
+        return None
+
+    def file_id(self, fd: int) -> int:
+        self.in_flight.append(fd)
+        return len(self.in_flight)
+
+    def vpid(self, pid: int) -> int:
+        return pid
 
     def read(self, extent: Extent) -> bytes:
         assert len(self.stretches[extent.offset]) == extent.length
@@ -133,6 +161,14 @@ class Restart:
     def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
         return self._held.get(file_id, ())
 
+    def fd_of(self, file_id: int) -> int:
+        return self._held[file_id][0][1]
+
+    def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
+        assert vpid == self.vpid
+        mine, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        return mine.detach(), theirs.detach()
+
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
         assert vpid == self.vpid
         self.calls.append((name, len(arguments)))
@@ -147,7 +183,7 @@ class Restart:
         """A restored description, with its status flags as the engine sets them; at: the fd it has in the process."""
         record, kind = decoded(saved), BY_TAG[saved.kind]
         assert kind.late(record, saved) in (False, True)
-        fd = kind.restore(record, saved, self)
+        fd = kind.create(record, saved, self)
         if at is not None:
             os.dup2(fd, at, inheritable=False)
             os.close(fd)
@@ -159,7 +195,7 @@ class Restart:
         return fd
 
     def finish(self, saved: SavedFile, fd: int) -> None:
-        BY_TAG[saved.kind].finish(decoded(saved), saved, fd, self)
+        BY_TAG[saved.kind].connect(decoded(saved), saved, fd, self)
 
     def commit(self, saved: SavedFile, fd: int) -> None:
         BY_TAG[saved.kind].commit(decoded(saved), saved, fd, self)
@@ -174,7 +210,7 @@ class Restart:
     def obstacles(self, saved: SavedFile) -> list[tuple[str, str, str]]:
         """(severity, errno, reason) of each."""
         return [(reason.severity, reason.errno, reason.reason)
-                for reason in BY_TAG[saved.kind].obstacles(decoded(saved), saved, self)]
+                for reason in BY_TAG[saved.kind].restart_findings(decoded(saved), saved, self)]
 
     def let_go(self, fd: int) -> None:
         """The restored process closes an fd."""

@@ -15,11 +15,10 @@ from ckptd.objects.files.chardev import CharacterDevice
 from ckptd.objects.files.directory import Directory
 from ckptd.objects.files.locks import EOF, FLOCK, LEASE, OFD, POSIX, Lock, parse_lock
 from ckptd.objects.files.memfd import Memfd
-from ckptd.objects.files.registry import kind_of
 from ckptd.objects.files.regular import Regular
 from ckptd.objects.files.tty import Tty, is_tty, parse_drivers
 from tests.lib.brood import Brood
-from tests.live.kinds.conftest import Bulk
+from tests.live.kinds.conftest import Bulk, kind_of
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 MIB = 1 << 20
@@ -37,7 +36,7 @@ def dump(file: OpenFile, bulk: Content) -> object:
 
 
 def reasons(file: OpenFile) -> list[tuple[str, str]]:
-    return [(reason.severity, reason.errno) for reason in kind_of(file).refusals(file)]
+    return [(reason.severity, reason.errno) for reason in kind_of(file).findings(file)]
 
 
 # ---------------------------------------------------------------- regular files

@@ -11,9 +11,8 @@ import pytest
 from ckptd.objects.files.base import OpenFile, read_open_file
 from ckptd.objects.files.fifo import Fifo
 from ckptd.objects.files.pipe import Pipe
-from ckptd.objects.files.registry import kind_of
 from tests.lib.brood import Brood
-from tests.live.kinds.conftest import Bulk
+from tests.live.kinds.conftest import Bulk, kind_of
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 

@@ -13,8 +13,9 @@ import pytest
 
 from ckptd.errors import Refused
 from ckptd.objects.files.base import OpenFile
-from ckptd.objects.files.registry import BY_TAG, KINDS, UNSUPPORTED, kind_of
+from ckptd.objects.files.registry import Kinds
 from tests.lib.brood import libc
+from tests.live.kinds.conftest import BY_TAG, kind_of
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 
@@ -70,7 +71,11 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'epoll': ('epoll', lambda: libc.epoll_create1(0)),
     'signalfd': ('signalfd', lambda: libc.signalfd(-1, ctypes.create_string_buffer(128), 0)),
     'timerfd': ('timerfd', lambda: libc.timerfd_create(1, 0)),
-    'socket whose other end is gone': ('severed', lambda: socket.socketpair()[0].detach()),
+    'datagram socket': ('unix', lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
+    'unconnected socket': ('unix', lambda: socket.socket(socket.AF_UNIX).detach()),
+    'half of a seqpacket pair': ('unix', lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()),
+    'socket that was shut down': ('unix', lambda: shut_down()),
+    'socket whose other end is gone': ('unix', lambda: socket.socketpair()[0].detach()),
 }
 
 
@@ -128,15 +133,10 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'O_PATH': ('an O_PATH reference', lambda: os.open('.', os.O_PATH)),
     'O_PATH of null': ('an O_PATH reference', lambda: os.open('/dev/null', os.O_PATH)),
     'stream socket': ('an IPv4 stream socket', lambda: socket.socket().detach()),
-    'datagram socket': ('a unix datagram socket', lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
     'bound socket': (f'a listening unix stream socket bound to @ckptd-test-{os.getpid()}',
                      lambda: abstract()[0].detach()),
     'connected socket': (f'a unix stream socket connected to @ckptd-test-{os.getpid()}', connected),
-    'unconnected socket': ('a unix stream socket', lambda: socket.socket(socket.AF_UNIX).detach()),
     'socket in a queue': ('a unix stream socket', not_accepted),
-    'socket that was shut down': ('a unix stream socket', shut_down),
-    'half of a seqpacket pair': ('a unix seqpacket socket',
-                                 lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()),
     'listening socket': ('a listening IPv4 stream socket', lambda: socket.create_server(('127.0.0.1', 0)).detach()),
     'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
     'pty master': ('the master of a pseudo-terminal 5:2', lambda: pty.openpty()[0]),
@@ -153,9 +153,9 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(('tag', 'work'), SUPPORTED.values(), ids=SUPPORTED)
 def test_exactly_one_kind_matches(opened: Opened, tag: str, work: Callable[[], int]) -> None:
     file = opened(work)
-    assert [kind.tag for kind in KINDS if kind.matches(file)] == [tag]
+    assert [kind.tag for kind in Kinds().by_tag.values() if kind.matches(file)] == [tag]
     assert kind_of(file).tag == tag
-    assert not [reason for reason in kind_of(file).refusals(file) if reason.severity == 'refusal']
+    assert not [reason for reason in kind_of(file).findings(file) if reason.severity == 'refusal']
 
 
 @pytest.mark.parametrize(('name', 'work'), REFUSED.values(), ids=REFUSED)
@@ -167,11 +167,11 @@ def test_what_no_kind_matches_is_refused_by_its_name(opened: Opened, name: str, 
         except OSError:
             return -1       # this kernel lacks it, or we lack the right
     file = opened_or_skip(opened, run)
-    assert [kind.tag for kind in KINDS if kind.matches(file)] == []
-    assert kind_of(file) is UNSUPPORTED
-    assert UNSUPPORTED.refusals(file)[0].reason.startswith(name)
+    assert [kind.tag for kind in Kinds().by_tag.values() if kind.matches(file)] == []
+    assert kind_of(file).tag == 'unsupported'
+    assert Kinds().unsupported.findings(file)[0].reason.startswith(name)
     with pytest.raises(Refused) as caught:
-        UNSUPPORTED.dump(file, None)    # type: ignore[arg-type]
+        Kinds().unsupported.dump(file, None)    # type: ignore[arg-type]
     assert (caught.value.task, caught.value.resource) == (file.pid, f'fd {file.fd}')
     assert file.link in caught.value.message
 
@@ -186,11 +186,11 @@ def opened_or_skip(opened: Opened, work: Callable[[], int]) -> OpenFile:
 def test_tags_are_the_formats_for_ever() -> None:
     """An image says 'pipe' and means PipeKind. A tag may be added, never changed."""
     assert {'chardev', 'directory', 'epoll', 'eventfd', 'fifo', 'memfd', 'pipe', 'regular', 'signalfd', 'timerfd',
-            'tty'} <= BY_TAG.keys()
+            'tty', 'unix'} <= BY_TAG.keys()
     assert all(kind.tag == tag for tag, kind in BY_TAG.items())
 
 
 def test_O_PATH_of_what_has_a_kind_is_none(opened: Opened) -> None:
     def work() -> int:
         return os.open(f'/proc/self/fd/{libc.eventfd(0, 0)}', os.O_PATH)
-    assert kind_of(opened(work)) is UNSUPPORTED
+    assert kind_of(opened(work)).tag == 'unsupported'

@@ -22,10 +22,10 @@ from ckptd.kernel.timerfd import Setting, timerfd_create, timerfd_gettime, timer
 from ckptd.objects.files.base import OpenFile, read_open_file
 from ckptd.objects.files.epoll import Epoll, Watch, _watches
 from ckptd.objects.files.eventfd import Eventfd, EventfdKind
-from ckptd.objects.files.registry import kind_of
+from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.timerfd import Timerfd
 from tests.lib.brood import Brood, libc
-from tests.live.kinds.conftest import Bulk, Restart, decoded, saved_of
+from tests.live.kinds.conftest import Bulk, Restart, decoded, kind_of, saved_of
 from tests.live.kinds.test_files import Opened
 
 Start = Callable[..., Restart]
@@ -58,7 +58,7 @@ def test_counter(opened: Opened, bulk: Bulk, restart: Start, count: int) -> None
 
 def test_semaphore(opened: Opened, bulk: Bulk, restart: Start) -> None:
     file = opened(lambda: os.eventfd(3, os.EFD_SEMAPHORE | os.EFD_NONBLOCK))
-    if kind_of(file).refusals(file):
+    if kind_of(file).findings(file):
         pytest.skip('this kernel does not tell a semaphore')
     fd = restart().whole(saved_of(file, bulk))
     assert [os.eventfd_read(fd) for _ in range(3)] == [1, 1, 1]
@@ -68,8 +68,8 @@ def test_kernel_that_does_not_tell_semaphores(opened: Opened) -> None:
     file = opened(lambda: os.eventfd(7))
     fields = {key: rows for key, rows in file.info.fields.items() if key != 'eventfd-semaphore'}
     older = OpenFile(file.pid, file.tid, file.fd, file.link, file.stat, file.info._replace(fields=fields))
-    assert [reason.severity for reason in EventfdKind().refusals(older)] == ['warning']
-    assert EventfdKind().dump(older, Bulk()) == Eventfd(7, 0)
+    assert [reason.severity for reason in EventfdKind(JobTables()).findings(older)] == ['warning']
+    assert EventfdKind(JobTables()).dump(older, Bulk()) == Eventfd(7, 0)
 
 
 # ---------------------------------------------------------------- epoll
@@ -182,7 +182,7 @@ def replaced_but_watched() -> int:
 @pytest.mark.parametrize('work', [closed_but_watched, replaced_but_watched])
 def test_what_cannot_be_added_again_is_refused(opened: Opened, bulk: Bulk, work: Callable[[], int]) -> None:
     file = opened(work)
-    assert [(reason.severity, reason.errno) for reason in kind_of(file).refusals(file)] == [('warning', 'EBADF')]
+    assert [(reason.severity, reason.errno) for reason in kind_of(file).findings(file)] == [('warning', 'EBADF')]
     with pytest.raises(NotSupported, match='no longer fd') as caught:
         kind_of(file).dump(file, bulk)
     assert (caught.value.task, caught.value.resource) == (file.pid, f'fd {file.fd}')
@@ -208,7 +208,7 @@ def test_number_that_two_files_had(opened: Opened, bulk: Bulk) -> None:
             if _watches(file, pid, epoll, target, nth):
                 watches.append(target.data)
         assert watches == [2]
-        assert [reason.reason for reason in kind.refusals(file)] == [
+        assert [reason.reason for reason in kind.findings(file)] == [
             f'an epoll instance watches a file that is no longer fd {event} here']
 
 
@@ -224,7 +224,7 @@ def test_watch_of_another_process(brood: Brood, bulk: Bulk, restart: Start, monk
         return [epoll, *brood.ask(child)]
     pid, (epoll, child, event) = brood.ask(parent)
     alone = read_open_file(pid, epoll)
-    assert [reason.severity for reason in kind_of(alone).refusals(alone)] == ['warning']
+    assert [reason.severity for reason in kind_of(alone).findings(alone)] == ['warning']
     file = read_open_file(pid, epoll, holders=((child, epoll),))
     saved = saved_of(file, bulk)
     assert decoded(saved) == Epoll((Watch(child, event, select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP, event),))

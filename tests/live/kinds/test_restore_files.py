@@ -14,9 +14,9 @@ from ckptd.errors import CkptError, NotSupported
 from ckptd.image.records import Extent, SavedFile
 from ckptd.objects.files.base import OpenFile, read_open_file
 from ckptd.objects.files.deleted import deleted_file, whole
-from ckptd.objects.files.registry import BY_TAG, KINDS, UNSUPPORTED
+from ckptd.objects.files.registry import Kinds
 from tests.lib.brood import Brood
-from tests.live.kinds.conftest import Bulk, Restart, decoded, saved_of
+from tests.live.kinds.conftest import BY_TAG, Bulk, Restart, decoded, saved_of
 
 Start = Callable[..., Restart]
 Opened = Callable[[Callable[[], int]], OpenFile]
@@ -371,10 +371,10 @@ def test_terminal_that_is_gone(saved: Saved, restart: Start, monkeypatch: pytest
 # ---------------------------------------------------------------- what all have
 
 def test_every_kind_can_be_restored() -> None:
-    assert all('restore' in vars(type(kind)) for kind in KINDS)
+    assert all('create' in vars(type(kind)) for kind in BY_TAG.values())
 
 
 def test_kind_of_a_newer_ckptd(restart: Start) -> None:
     one = SavedFile(1, 'socket', 0, 0, 0, 0, 0, 0, 'socket:[1]', b'')
     with pytest.raises(NotSupported, match=r"socket:\[1\]: no file of kind 'socket'"):
-        UNSUPPORTED.restore(UNSUPPORTED.record(), one, restart())
+        Kinds().unsupported.create(Kinds().unsupported.record(), one, restart())

@@ -1,37 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unix stream sockets whose other end is gone: what is in them, and how they come back."""
+"""Unix sockets whose other end is gone: what is in them, and how they come back."""
 
 import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 
-from ckptd.errors import CkptError, Refused
-from ckptd.image.records import Extent, SavedFile
+from ckptd.errors import CkptError
+from ckptd.image.records import SavedFile
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.unix import clients_beside
-from ckptd.objects.files.base import OpenFile, RestoreContext, read_open_file
-from ckptd.objects.files.registry import kind_of
-from ckptd.objects.files.severed import Disconnected, DisconnectedKind
-from tests.live.kinds.conftest import Bulk
+from ckptd.objects.files.base import OpenFile, read_open_file
+from ckptd.objects.files.unix import Sender, UnixMessage, UnixSocketEnd
+from tests.live.kinds.conftest import Bulk, Restart, kind_of, saved_of
 
-KIND = DisconnectedKind()
 OPEN = Path('/proc/self/fd')
 Half = Callable[..., socket.socket]
-
-
-class Image:
-    """As much of a RestoreContext as this kind asks for."""
-
-    def __init__(self, bulk: Bulk) -> None:
-        self._bulk = bulk
-
-    def pread(self, extent: Extent, length: int, offset: int) -> bytes:
-        return self._bulk.read(extent)[offset:offset + length]
 
 
 def own(sock: socket.socket) -> OpenFile:
@@ -57,18 +44,19 @@ def half() -> Iterator[Half]:
 
 
 def restored(file: OpenFile, bulk: Bulk) -> socket.socket:
-    """Dumped, encoded, decoded, restored."""
-    record = Disconnected.decode(kind_of(file).dump(file, bulk).encode())
-    saved = SavedFile(1, 'severed', file.flags & ~os.O_CLOEXEC, 0, file.stat.st_mode, 0, 0, 0, file.link, b'')
-    return socket.socket(fileno=KIND.restore(record, saved, cast(RestoreContext, Image(bulk))))
+    """Dumped, encoded, decoded, restored; its other end is closed with the restart."""
+    restart = Restart(bulk)
+    fd = os.dup(restart.whole(saved_of(file, bulk)))
+    restart.close()
+    return socket.socket(fileno=fd)
 
 
 @pytest.mark.parametrize('said', [(), (b'last words',), (b'one', b'two', b'x' * 100_000)])
 def test_what_was_said_and_then_the_end(half: Half, bulk: Bulk, said: tuple[bytes, ...]) -> None:
     mine = half(*said)
     file = own(mine)
-    assert kind_of(file).tag == 'severed'
-    assert KIND.refusals(file) == []
+    assert kind_of(file).tag == 'unix'
+    assert kind_of(file).findings(file) == []
     whole = b''.join(said)
     with restored(file, bulk) as again:
         # each says the same, and the dump took nothing from the original
@@ -76,7 +64,7 @@ def test_what_was_said_and_then_the_end(half: Half, bulk: Bulk, said: tuple[byte
             assert b''.join(iter(lambda sock=sock: sock.recv(65536), b'')) == whole     # type: ignore[misc]
             with pytest.raises(BrokenPipeError):
                 sock.send(b'x')
-        assert kind_of(own(again)).tag == 'severed'
+        assert kind_of(own(again)).tag == 'unix'
         assert own(again).flags == file.flags
         assert again.family == mine.family
 
@@ -89,33 +77,46 @@ def test_one_that_does_not_block(half: Half, bulk: Bulk) -> None:
         assert own(again).flags & os.O_NONBLOCK
 
 
+@pytest.mark.needs('root')
 def test_more_than_fits(half: Half, bulk: Bulk) -> None:
-    """A bound of the system, and not of ours, is said as such."""
+    """A bound of the system, and not of ours, is named as such."""
     file = own(half())
-    saved = SavedFile(1, 'severed', file.flags, 0, file.stat.st_mode, 0, 0, 0, file.link, b'')
-    record = Disconnected(1, (bulk.add([bytes(64 << 20)]),))
-    with pytest.raises(CkptError, match='67,108,864 bytes do not fit into a socket'):
-        KIND.restore(record, saved, cast(RestoreContext, Image(bulk)))
+    message = UnixMessage((bulk.add([bytes(64 << 20)]),), (), (), 0)
+    record = UnixSocketEnd(1, socket.SOCK_STREAM, 0, 1, 0, Sender(0, 0, 0), (), (), (message,))
+    saved = SavedFile(1, 'unix', file.flags, 0, file.stat.st_mode, 0, 0, 0, file.link, record.encode())
+    restart = Restart(bulk)
+    try:
+        os.seteuid(65534)       # root may exceed it
+        with pytest.raises(CkptError, match='a message of 67,108,864 bytes does not fit into the socket'):
+            restart.whole(saved)
+    finally:
+        os.seteuid(0)
+        restart.close()
 
 
-def test_file_descriptors_in_it_are_refused(half: Half, bulk: Bulk) -> None:
+def test_file_descriptors_in_it_come_along(half: Half, bulk: Bulk) -> None:
     mine = half(b'take it', fds=(0,))
     file, before = own(mine), set(OPEN.iterdir())
-    [reason] = KIND.refusals(file)
-    assert reason.severity == 'refusal'
-    with pytest.raises(Refused, match='file descriptors wait'):
-        KIND.dump(file, bulk)
+    kind = kind_of(file)
+    assert kind.findings(file) == []
+    [fd] = kind.discover(file)
+    assert os.path.sameopenfile(fd, 0)
+    [message] = UnixSocketEnd.decode(kind.dump(file, bulk).encode()).queue
+    assert (message.files, bulk.in_flight) == ((1,), [fd])
+    kind.close()
     assert set(OPEN.iterdir()) == before
     data, fds, _, _ = socket.recv_fds(mine, 100, 1)
     assert (data, len(fds)) == (b'take it', 1)
     os.close(fds[0])
 
 
-def test_a_peek_position_would_move(half: Half) -> None:
+def test_a_peek_position_stays(half: Half, bulk: Bulk) -> None:
     mine = half(b'12345')
     mine.setsockopt(socket.SOL_SOCKET, 42, 2)       # SO_PEEK_OFF
-    assert kind_of(own(mine)).tag == 'unsupported'
-    assert mine.recv(2, socket.MSG_PEEK) == b'34'
+    with restored(own(mine), bulk) as again:
+        for sock in (mine, again):
+            assert sock.recv(2, socket.MSG_PEEK) == b'34'
+            assert sock.recv(9) == b'12345'
 
 
 def test_one_that_is_cut_off_reads_nothing(bulk: Bulk) -> None:
@@ -123,10 +124,9 @@ def test_one_that_is_cut_off_reads_nothing(bulk: Bulk) -> None:
     mine, other = socket.socketpair()
     with mine, other:
         other.sendall(b'a reply')
-        assert kind_of(own(mine)).tag == 'unsupported'
         file = replace(own(mine), severed=True)
-        assert kind_of(file).tag == 'severed'
-        [reason] = KIND.refusals(file)
+        assert kind_of(file).tag == 'unix'
+        [reason] = kind_of(file).findings(file)
         assert reason.severity == 'warning'
         with restored(file, bulk) as again:
             assert again.recv(100) == b''

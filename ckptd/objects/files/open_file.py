@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An open file of a task, as kinds are asked about it."""
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ckptd.kernel.fdinfo import FdInfo, read_fdinfo
+from ckptd.kernel.namei import lstat_of_task
+from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_getfd, pidfd_open
+from ckptd.kernel.statfs import file_system
+from ckptd.kernel.task import read_link
+
+DELETED = ' (deleted)'
+
+# <asm-generic/fcntl.h>; the struct is f_owner_ex {int type; pid_t pid;}
+F_GETSIG = 11
+F_GETOWN_EX = 16
+F_GETOWNER_UIDS = 17        # uid_t[2], with CONFIG_CHECKPOINT_RESTORE
+_OWNER = struct.Struct('=ii')
+_UIDS = struct.Struct('=II')
+
+
+class Owner(NamedTuple):
+    """fcntl(2) F_GETOWN_EX and F_GETSIG. type: F_OWNER_TID 0, PID 1, PGRP 2; pid: as the daemon sees it, 0 for none.
+    uid, euid: of who set it, by whose rights the signal is sent; 0 where the kernel does not tell."""
+    type: int
+    pid: int
+    signal: int
+    uid: int
+    euid: int
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """An open file description, known by one fd of one task. tid: the thread whose table has the fd, mostly the leader.
+
+    link: what /proc/PID/fd/FD shows. stat: of the file itself. holders: further (pid, fd) of the same description.
+    severed: a connection that does not outlive the dump, of whoever asked for it to the bus. unread: open for writing
+    alone, and whoever asked may not read the file, so that nothing of its content may get into the image.
+    """
+    pid: int
+    tid: int
+    fd: int
+    link: str
+    stat: os.stat_result
+    info: FdInfo
+    holders: tuple[tuple[int, int], ...] = ()
+    severed: bool = False
+    unread: bool = False
+
+    @property
+    def proc_path(self) -> str:
+        """A magic link: stat(2) and open(2) follow it to the file itself, wherever its name is."""
+        return f'/proc/{self.tid}/fd/{self.fd}'
+
+    @cached_property
+    def magic(self) -> int:
+        """The file system's number, statfs(2) f_type."""
+        return file_system(self.proc_path)
+
+    @property
+    def flags(self) -> int:
+        """O_* of the description; O_CLOEXEC is of this fd."""
+        return self.info.flags
+
+    @property
+    def readable(self) -> bool:
+        return self.flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
+
+    @property
+    def writable(self) -> bool:
+        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
+    @property
+    def is_path(self) -> bool:
+        """Opened with O_PATH: a name and no file."""
+        return bool(self.flags & os.O_PATH)
+
+    @cached_property
+    def deleted(self) -> bool:
+        """The name it was opened by is gone. A file may really be named 'x (deleted)': then that name finds it."""
+        return self.link.endswith(DELETED) and not self._is_at(self.link)
+
+    @property
+    def path(self) -> str:
+        """The name it was opened by, as seen from the root of its mount namespace."""
+        return self.link.removesuffix(DELETED) if self.deleted else self.link
+
+    @cached_property
+    def reachable(self) -> bool:
+        """The same file is found by its path: no other one has taken its name and no mount covers it."""
+        return self._is_at(self.path)
+
+    def _is_at(self, path: str) -> bool:
+        found = lstat_of_task(self.tid, path)
+        return found is not None and (found.st_dev, found.st_ino) == (self.stat.st_dev, self.stat.st_ino)
+
+    @contextmanager
+    def duplicate(self) -> Iterator[int]:
+        """An fd of the same description. Its position and status flags are the task's: read with pread(2) only.
+
+        FileNotFoundError if the task, running, has closed it since.
+        """
+        pidfd = pidfd_open(self.tid, PIDFD_THREAD if self.tid != self.pid else 0)
+        try:
+            fd = pidfd_getfd(pidfd, self.fd)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise FileNotFoundError(errno.ENOENT, 'closed', self.proc_path) from None
+        finally:
+            os.close(pidfd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def reopen(self, flags: int) -> Iterator[int]:
+        """A description of our own of the same file, deleted or not. Fails as open(2) where the mode forbids it."""
+        fd = os.open(self.proc_path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def owner(self) -> Owner:
+        """Who gets SIGIO. Zeros for an O_PATH file, which has no such thing."""
+        if self.is_path:
+            return Owner(0, 0, 0, 0, 0)
+        with self.duplicate() as fd:
+            kind, pid = _OWNER.unpack(fcntl.fcntl(fd, F_GETOWN_EX, _OWNER.pack(0, 0)))
+            return Owner(kind, pid, fcntl.fcntl(fd, F_GETSIG), *_owner_uids(fd))
+
+
+def _owner_uids(fd: int) -> tuple[int, int]:
+    try:
+        uid, euid = _UIDS.unpack(fcntl.fcntl(fd, F_GETOWNER_UIDS, _UIDS.pack(0, 0)))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0, 0
+    return uid, euid
+
+
+def read_open_file(pid: int, fd: int, tid: int | None = None, holders: tuple[tuple[int, int], ...] = ()) -> OpenFile:
+    """ProcessLookupError when the task is gone, FileNotFoundError when the fd is, PermissionError without access."""
+    tid = pid if tid is None else tid
+    link = read_link(tid, f'fd/{fd}')
+    return OpenFile(pid, tid, fd, link, os.stat(f'/proc/{tid}/fd/{fd}'), read_fdinfo(tid, fd), holders)  # noqa: PTH116

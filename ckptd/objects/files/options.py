@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Socket options, socket(7): a table of those that can be read and written, as they differ from a fresh socket's."""
+
+import errno
+import socket
+from contextlib import suppress
+from functools import lru_cache
+
+from ckptd.errors import CkptError
+from ckptd.image.grammar import U32, Struct, layout
+
+# <asm-generic/socket.h>: those that socket.py lacks
+SO_PEEK_OFF, SO_BUSY_POLL, SO_BUF_LOCK = 42, 46, 72
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
+SO_TIMESTAMP, SO_TIMESTAMPNS, SO_RXQ_OVFL, SO_NOFCS, SO_SELECT_ERR_QUEUE = 29, 35, 40, 43, 45
+SO_PASSPIDFD, SO_RCVMARK, SO_PASSRIGHTS, SO_INQ = 76, 75, 83, 84
+_TIMEVAL, _LINGER, _INT = 16, 8, 4
+
+# option: bytes of its value. Buffers and their locks are not here: they hang together, see below
+_SIZES = {
+    socket.SO_DEBUG: _INT, socket.SO_REUSEADDR: _INT, socket.SO_REUSEPORT: _INT, socket.SO_DONTROUTE: _INT,
+    socket.SO_BROADCAST: _INT, socket.SO_KEEPALIVE: _INT, socket.SO_OOBINLINE: _INT, socket.SO_PRIORITY: _INT,
+    socket.SO_LINGER: _LINGER, socket.SO_PASSCRED: _INT, socket.SO_PASSSEC: _INT, socket.SO_RCVLOWAT: _INT,
+    socket.SO_RCVTIMEO: _TIMEVAL, socket.SO_SNDTIMEO: _TIMEVAL, socket.SO_MARK: _INT, SO_TIMESTAMP: _INT,
+    SO_TIMESTAMPNS: _INT, SO_RXQ_OVFL: _INT, SO_PEEK_OFF: _INT, SO_NOFCS: _INT, SO_SELECT_ERR_QUEUE: _INT,
+    SO_BUSY_POLL: _INT, SO_RCVMARK: _INT, SO_PASSPIDFD: _INT, SO_PASSRIGHTS: _INT, SO_INQ: _INT,
+}
+# option, the one that goes above the limit of the machine, and its bit of SO_BUF_LOCK
+_BUFFERS = ((socket.SO_SNDBUF, SO_SNDBUFFORCE, 1), (socket.SO_RCVBUF, SO_RCVBUFFORCE, 2))
+
+
+@layout
+class Option(Struct):
+    """name: SO_*. value: as getsockopt(2) gives it."""
+    name: U32
+    value: bytes
+
+
+def dump_options(sock: socket.socket) -> tuple[Option, ...]:
+    """The options that are not what a fresh socket of the same family and type has."""
+    fresh = _fresh_options(sock.family, sock.type, sock.proto)
+    found = [Option(name, value) for name, value in _read_all(sock).items() if fresh.get(name) != value]
+    locks = buffer_locks(sock)
+    found += [Option(name, _buffer(sock, name)) for name, _, lock in _BUFFERS if locks & lock]
+    return (*found, Option(SO_BUF_LOCK, locks.to_bytes(_INT, 'little'))) if locks else tuple(found)
+
+
+def set_options(sock: socket.socket, options: tuple[Option, ...], link: str) -> None:
+    """CkptError for a value that may not be set here."""
+    for option in options:
+        if option.name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            set_buffer(sock, option.name, int.from_bytes(option.value, 'little'))
+            continue
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, option.name, option.value)
+        except OSError as error:
+            raise CkptError(f'{link}: socket option {option.name} cannot be set again: {error.strerror}',
+                            errno=error.errno, resource=link, hint='restore it as root') from error
+
+
+def buffer_locks(sock: socket.socket) -> int:
+    """SO_BUF_LOCK: which buffer sizes were set by the program, 1 send, 2 receive; 0 before Linux 5.15."""
+    with suppress(OSError):
+        return sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
+    return 0
+
+
+def set_buffer(sock: socket.socket, name: int, size: int) -> None:
+    """Set SO_SNDBUF or SO_RCVBUF. size: as getsockopt(2) tells it, twice what setsockopt(2) takes."""
+    force = next(force for option, force, _ in _BUFFERS if option == name)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, force, size // 2)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, name, size // 2)
+
+
+def _buffer(sock: socket.socket, name: int) -> bytes:
+    return sock.getsockopt(socket.SOL_SOCKET, name, _INT)
+
+
+def _read_all(sock: socket.socket) -> dict[int, bytes]:
+    found = {}
+    for name, size in _SIZES.items():
+        try:
+            found[name] = sock.getsockopt(socket.SOL_SOCKET, name, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
+                raise       # else this kernel, or this family, has no such option
+    return found
+
+
+@lru_cache(maxsize=16)
+def _fresh_options(family: int, kind: int, protocol: int) -> dict[int, bytes]:
+    with socket.socket(family, kind, protocol) as sock:
+        return _read_all(sock)

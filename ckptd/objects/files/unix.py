@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A unix socket without a name, unix(7): connected to another one of the tree, cut off from one that is gone, or fresh.
+
+sock_diag(7) tells the inode of the peer, so both ends are found wherever they are: in a table of fds, or in flight in
+the queue of a third socket. What waits in a queue is looked at with MSG_PEEK, message by message, and sent again by
+the other end.
+
+A restart makes each connection once, by the process that SO_PEERCRED names to its ends. Files in flight are files of
+the image like others, and the queues are filled when all of them are open: so a socket may be in flight in itself.
+
+A connection to the bus of a program that checkpoints itself is cut off: after a restart it reads end-of-file.
+"""
+
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from ckptd.errors import CkptError, Finding, Refused
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.records import Extent, SavedFile
+from ckptd.kernel import unix, unix_queue
+from ckptd.kernel.netlink import UnixSocket
+from ckptd.objects.files.base import Content, End, Endpoint, FileLookup, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.files.options import SO_BUF_LOCK, Option, buffer_locks, dump_options, set_buffer, set_options
+from ckptd.objects.files.tables import JobTables
+from ckptd.objects.files.unsupported import describe
+
+_UCRED = struct.Struct('=3I')
+_OVERHEAD = 4096        # bytes that the kernel charges for a message, above its data
+_HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends'
+
+
+@layout
+class Sender(Struct):
+    """A process, with the ids that it had. vpid: 0 for one outside of the tree."""
+    vpid: U32
+    uid: U32
+    gid: U32
+
+
+@layout
+class UnixMessage(Struct):
+    """A message of a receive queue."""
+    data: tuple[Extent, ...]        # none for an empty datagram
+    files: tuple[U32, ...]          # ids of open files that come along
+    senders: tuple[Sender, ...]     # one, where the receiver asks for credentials
+    urgent: U8                      # the byte of MSG_OOB
+
+
+@layout
+class UnixSocketEnd(Struct):
+    """One end of a connection, or a socket that has none."""
+    inode: U64
+    type: U32
+    peer: U64                       # inode of the other end, 0 for none
+    connected: U8                   # with peer 0: the other end is gone
+    shutdown: U8                    # RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>
+    maker: Sender                   # SO_PEERCRED
+    groups: tuple[U32, ...]         # SO_PEERGROUPS
+    options: tuple[Option, ...]
+    queue: tuple[UnixMessage, ...]
+
+
+class UnixKind(Kind[UnixSocketEnd], tag='unix'):
+
+    def __init__(self, tables: JobTables) -> None:
+        super().__init__(tables)
+        self._queues: dict[int, list[unix_queue.Queued]] = {}     # by inode, each looked at once
+
+    def matches(self, file: OpenFile) -> bool:
+        if not stat.S_ISSOCK(file.stat.st_mode) or file.is_path:
+            return False
+        if file.severed:
+            return True
+        own = self._tables.unix_sockets.get(file.stat.st_ino)
+        if own is None or own.name or own.state not in (unix.SS_ESTABLISHED, unix.SS_UNCONNECTED):
+            return False
+        if own.state == unix.SS_ESTABLISHED and not own.peer:
+            with _socket(file) as sock:
+                return unix.other_end_gone(sock, own)       # else it waits to be accepted
+        peer = self._tables.unix_sockets.get(own.peer)
+        # a datagram socket may be connected to one that is not connected to it: that one has a name
+        return peer is None or not peer.name
+
+    def findings(self, file: OpenFile) -> list[Finding]:
+        if file.severed:
+            return [finding('EPIPE', f'{file.link} is a connection to the bus', 'after a restart it reads end-of-file',
+                            'warning')]
+        with _socket(file) as sock:
+            if unix.has_error(sock):
+                return [finding('EIO', f'an error waits in {file.link}, which a look would take away',
+                                'let the program read it (SO_ERROR) before the checkpoint')]
+            if unix.has_filter(sock):
+                return [finding('EOPNOTSUPP', f'{describe(file)} ({file.link}) has a filter (SO_ATTACH_FILTER), which '
+                                'cannot be dumped yet', 'detach it before the checkpoint')]
+        return []
+
+    def endpoint(self, file: OpenFile) -> Endpoint | None:
+        own = self._own(file)
+        if file.severed or own is None or not own.peer:
+            return None
+        low, high = sorted((own.inode, own.peer))
+        return Endpoint(('unix', low, high), frozenset({str(own.inode)}), frozenset({str(own.peer)}))
+
+    def link(self, ends: Sequence[End], *, is_whole: bool) -> Iterator[tuple[End, Finding]]:
+        held = {name for end in ends for name in end.endpoint.holds}
+        for end in ends:
+            if end.endpoint.lacks <= held:
+                continue
+            [peer] = end.endpoint.lacks
+            holder = unix.holder_of(int(peer))
+            if holder is None and not is_whole:
+                continue        # it may be in flight within the tree, which is looked at when the tree stands still
+            where = f'{holder.comm}[{holder.pid}]' if holder else 'a process'
+            yield end, finding('EOPNOTSUPP', f'{describe(end.file)} ({end.file.link}) is connected to {where}, outside '
+                               'of the tree', _HINT)
+
+    def discover(self, file: OpenFile) -> Sequence[int]:
+        return [fd for message in self._queue(file) for fd in message.fds]
+
+    def peeks(self, file: OpenFile) -> tuple[int, int] | None:
+        if file.severed:
+            return None
+        with _socket(file) as sock:
+            if unix.has_error(sock) or unix.is_empty(sock):
+                return None
+            return file.stat.st_ino, unix_queue.peek_offset(sock)
+
+    def close(self) -> None:
+        while self._queues:
+            unix_queue.close_fds(self._queues.popitem()[1])
+
+    def _queue(self, file: OpenFile) -> list[unix_queue.Queued]:
+        """What waits in a socket, looked at once."""
+        inode = file.stat.st_ino
+        if file.severed:
+            return []
+        if inode not in self._queues:
+            with _socket(file) as sock:
+                before = unix_queue.peek_offset(sock)
+                try:
+                    is_empty = unix.has_error(sock) or unix.is_empty(sock)
+                    self._queues[inode] = [] if is_empty else unix_queue.walk_queue(sock)
+                finally:
+                    sock.setsockopt(socket.SOL_SOCKET, unix_queue.SO_PEEK_OFF, before)
+        return self._queues[inode]
+
+    def _own(self, file: OpenFile) -> UnixSocket | None:
+        return self._tables.unix_sockets.get(file.stat.st_ino)
+
+    def dump(self, file: OpenFile, content: Content) -> UnixSocketEnd:
+        own = self._own(file)
+        with _socket(file) as sock:
+            if file.severed or own is None:
+                return UnixSocketEnd(file.stat.st_ino, sock.type, 0, 1, 0, Sender(0, 0, 0), (), (), ())
+            options = dump_options(sock)
+            maker, groups = unix.peer_credentials(sock), unix.peer_groups(sock)
+        queue = tuple(self._message(file, message, content) for message in self._queue(file))
+        return UnixSocketEnd(own.inode, own.type, own.peer, own.state == unix.SS_ESTABLISHED, own.shutdown,
+                             _sender(maker, content), groups, options, queue)
+
+    def _message(self, file: OpenFile, message: unix_queue.Queued, content: Content) -> UnixMessage:
+        if message.address:
+            raise Refused(f'a datagram of a socket with a name waits in {file.link}', errno=errno.EOPNOTSUPP,
+                          task=file.pid, resource=f'fd {file.fd}', hint='receive it before the checkpoint')
+        return UnixMessage((content.add([message.data]),) if message.data else (),
+                           tuple(content.file_id(fd) for fd in message.fds),
+                           (_sender(message.sender, content),) if message.sender else (), message.urgent)
+
+    # ------------------------------------------------------------ restart
+
+    def references(self, record: UnixSocketEnd) -> Iterator[int]:
+        for message in record.queue:
+            yield from message.files
+
+    def restart_findings(self, record: UnixSocketEnd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+        found = []
+        if record.peer and not record.maker.vpid:
+            found.append(finding('ESRCH', f'{saved.link} was made by a process outside of the tree',
+                                 'its SO_PEERCRED names another process afterwards', 'warning'))
+        elif record.peer and lookup.uid and record.maker.uid != lookup.uid:
+            found.append(finding('EPERM', f'{saved.link} was made by a process of uid {record.maker.uid}',
+                                 f'its SO_PEERCRED names uid {lookup.uid} afterwards: restore it as root', 'warning'))
+        senders = {sender for message in record.queue for sender in message.senders}
+        if any(not sender.vpid for sender in senders):
+            found.append(finding('ESRCH', f'a message of a process outside of the tree waits in {saved.link}',
+                                 'its credentials name no process afterwards', 'warning'))
+        return found
+
+    def late(self, record: UnixSocketEnd, saved: SavedFile) -> bool:
+        return bool(record.peer and record.maker.vpid)
+
+    def create(self, record: UnixSocketEnd, saved: SavedFile, ctx: RestoreContext) -> int:
+        fd = os.dup(self._end(record, ctx))
+        try:
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                set_options(sock, record.options, saved.link)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _end(self, record: UnixSocketEnd, ctx: RestoreContext) -> int:
+        if not record.connected:
+            return ctx.once(('unix', record.inode), lambda: _fresh(record.type))
+        other = record.peer or -record.inode
+
+        def make() -> int:
+            mine, theirs = self._pair(record, ctx)
+            ctx.once(('unix', record.inode), lambda: mine)
+            ctx.once(('unix', other), lambda: theirs)
+            return _fresh(record.type)      # what stands for the pair itself is of no use
+        ctx.once(('unix pair', *sorted((record.inode, other))), make)
+        return ctx.once(('unix', record.inode), _lost)
+
+    def _pair(self, record: UnixSocketEnd, ctx: RestoreContext) -> tuple[int, int]:
+        maker = record.maker
+        if record.peer and ctx.pid(maker.vpid):
+            return ctx.socketpair(record.type, maker.vpid, maker.uid, maker.gid, record.groups)
+        mine, theirs = socket.socketpair(socket.AF_UNIX, record.type)
+        return mine.detach(), theirs.detach()
+
+    def connect(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        if not record.queue:
+            return
+        other = ctx.once(('unix', record.peer or -record.inode), _lost)
+        with socket.socket(fileno=os.dup(other)) as sock:
+            size, locks = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF), buffer_locks(sock)
+            needed = sum(extent.length for message in record.queue for extent in message.data)
+            set_buffer(sock, socket.SO_SNDBUF, max(size, 2 * needed + _OVERHEAD * len(record.queue)))
+            for message in record.queue:
+                self._send(sock, message, saved, ctx)
+            set_buffer(sock, socket.SO_SNDBUF, size)
+            sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, locks)
+
+    def _send(self, sock: socket.socket, message: UnixMessage, saved: SavedFile, ctx: RestoreContext) -> None:
+        data = b''.join(ctx.pread(extent, extent.length, 0) for extent in message.data)
+        control: list[tuple[int, int, bytes]] = []
+        if message.files:
+            fds = [ctx.fd_of(file_id) for file_id in message.files]
+            control.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f'={len(fds)}i', *fds)))
+        for sender in message.senders:
+            if pid := ctx.pid(sender.vpid):
+                control.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, _UCRED.pack(pid, sender.uid, sender.gid)))
+        flags = socket.MSG_DONTWAIT | (socket.MSG_OOB if message.urgent else 0)
+        try:
+            done = sock.sendmsg([data], control, flags)
+        except OSError as error:
+            raise _not_sent(saved, len(data), error) from error
+        if done != len(data):
+            raise _not_sent(saved, len(data), None)
+
+    def commit(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        if record.connected and record.peer:
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                how = {unix.RCV_SHUTDOWN: socket.SHUT_RD, unix.SEND_SHUTDOWN: socket.SHUT_WR,
+                       unix.RCV_SHUTDOWN | unix.SEND_SHUTDOWN: socket.SHUT_RDWR}.get(record.shutdown)
+                if how is not None:
+                    sock.shutdown(how)
+
+
+@contextmanager
+def _socket(file: OpenFile) -> Iterator[socket.socket]:
+    """The task's socket itself: only questions may be asked of it."""
+    with file.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
+        yield sock
+
+
+def _sender(credentials: unix.Credentials, content: Content) -> Sender:
+    return Sender(content.vpid(credentials.pid), credentials.uid, credentials.gid)
+
+
+def _fresh(kind: int) -> int:
+    return socket.socket(socket.AF_UNIX, kind).detach()
+
+
+def _lost() -> int:
+    raise CkptError('the other end of a connection was not made', errno=errno.ENOTCONN)
+
+
+def _not_sent(saved: SavedFile, size: int, error: OSError | None) -> CkptError:
+    if isinstance(error, PermissionError):
+        return CkptError(f'{saved.link}: a message cannot be sent again in the name of its sender', errno=errno.EPERM,
+                         resource=saved.link, hint='restore it as root')
+    if error is None or isinstance(error, BlockingIOError):
+        return CkptError(f'{saved.link}: a message of {size:,} bytes does not fit into the socket', errno=errno.ENOBUFS,
+                         resource=saved.link, hint='raise the sysctl net.core.wmem_max, or restore as root')
+    return CkptError(f'{saved.link}: a message cannot be sent again: {error.strerror}', errno=error.errno,
+                     resource=saved.link)

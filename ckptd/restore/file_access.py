@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Access to the files of this machine for a restart, by the rights that the files of an image are opened by."""
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
+
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import Extent
+from ckptd.inspect.checks import CallerRights
+from ckptd.kernel.namei import open_direct
+from ckptd.kernel.shm import ShmidDs
+from ckptd.objects.files.base import ChangedFiles
+from ckptd.objects.files.registry import Kinds
+from ckptd.restore.file_rights import FileRights, is_users, rights_for
+from ckptd.restore.procfs_paths import OutOfReach, open_within_reach, require_reach
+
+_ENTER_AND_WRITE = os.W_OK | os.X_OK
+
+
+class FileAccess:
+    """What kinds may look at, see objects.files.base.Looking. Paths of an image are those of our own mount namespace.
+
+    rights: by which all of it is done, before the restart and during it alike. by_root: root's do what these do not, by
+    a path without symbolic links."""
+
+    def __init__(self, reader: ImageReader, caller: CallerRights, changed_files: ChangedFiles,
+                 terminal_fd: int) -> None:
+        self._reader, self._caller, self.rights = reader, caller, rights_for(reader, caller)
+        self.by_root = is_users(reader, caller)
+        self.changed_files, self.terminal_fd = changed_files, terminal_fd
+        self.terminal = terminal_fd >= 0
+        self.kinds = Kinds()
+        self._pids: Mapping[int, int] = {}
+
+    @property
+    def uid(self) -> int:
+        return self.rights.uid
+
+    def may_own(self, uid: int, gid: int) -> bool:
+        return self.rights.may_own(uid, gid)
+
+    def capable(self, capability: int) -> bool:
+        mask = self._caller.capabilities
+        # unknown: all for root, nothing for anybody else
+        return bool(mask >> capability & 1) if mask >= 0 else not self._caller.uid
+
+    def as_user(self) -> AbstractContextManager[object]:
+        return self.rights.taken()
+
+    def lstat(self, path: str) -> os.stat_result | None:
+        with suppress(OSError, ValueError), self.rights.taken():
+            return os.lstat(path)
+        if self.by_root:
+            with suppress(OSError, ValueError):
+                return os.lstat(path)
+        return None
+
+    def may(self, path: str, access: int) -> bool:
+        with self.rights.taken():
+            # with AT_EACCESS faccessat2(2) goes by the file-system ids (fs/open.c, do_faccessat)
+            if os.access(path, access, effective_ids=True):
+                return True
+        # nothing is made in a directory by rights that are not the user's
+        return self.by_root and access & _ENTER_AND_WRITE != _ENTER_AND_WRITE and _may_directly(path, access)
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        fd = self._opened(path, flags, mode)
+        try:
+            require_reach(fd, path, self.rights, self._pids)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _opened(self, path: str, flags: int, mode: int) -> int:
+        try:
+            with self.rights.taken(needed := self._needed_for(path)):
+                # what has a link in it may lead anywhere, and past every directory by these rights
+                return open_direct(path, flags, mode) if needed else open_within_reach(path, flags, mode)
+        except PermissionError:
+            if not self.by_root:
+                raise
+        return open_direct(path, flags, mode)
+
+    def out_of_reach(self, path: str) -> str:
+        """Why the user's rights get nothing by a path, whatever is there; '' where nothing is against it."""
+        try:
+            with self.rights.taken():
+                fd = open_within_reach(path, os.O_PATH)
+            try:
+                require_reach(fd, path, self.rights, self._pids)
+            finally:
+                os.close(fd)
+        except OutOfReach as error:
+            return error.reason
+        except OSError:
+            return ''       # its kind says so
+        return ''
+
+    def may_take(self, found: ShmidDs) -> bool:
+        """A System V segment that is still there: what is in it is made what it was."""
+        return self.by_root or self.rights.may_write(found)
+
+    def owns(self, found: ShmidDs) -> bool:
+        return self.by_root or self.rights.owns(found)
+
+    def rights_to(self, path: str) -> FileRights:
+        """Those by which a file may be read and written, for whoever has to do it again."""
+        with self.rights.taken():
+            own = os.access(path, os.R_OK | os.W_OK, effective_ids=True)
+        return self.rights if own or not self.by_root else FileRights(os.geteuid(), os.getegid(), ())
+
+    def _needed_for(self, path: str) -> int:
+        """Capabilities to open it with, as a mask."""
+        return 0
+
+    def pread(self, extent: Extent, length: int, offset: int) -> bytes:
+        data = bytearray(max(min(length, extent.length - offset), 0))
+        self._reader.pread_into(memoryview(data), extent.part, extent.offset + offset)
+        return bytes(data)
+
+
+def _may_directly(path: str, access: int) -> bool:
+    try:
+        fd = open_direct(path, os.O_PATH)
+    except OSError:
+        return False
+    try:
+        return os.access(f'/proc/self/fd/{fd}', access)
+    finally:
+        os.close(fd)

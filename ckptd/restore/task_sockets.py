@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sockets that a restored process makes itself, because the kernel tells their peers which process it was."""
+
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+from ckptd.kernel.pidfd import pidfd_getfd, pidfd_open
+from ckptd.remote.batch import Batch
+from ckptd.remote.stub import Stub
+
+_KEEP = -1      # setresuid(2): this id stays
+
+
+def make_socketpair(stub: Stub, kind: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
+    """Have a stub call socketpair(2), and take both ends over. SO_PEERCRED then names its process and these ids.
+
+    A stub that is root takes the ids for the time of the call. One of an ordinary user has its own, which are the only
+    ones that it could take. OSError.
+    """
+    batch = Batch()
+    out = batch.buffer(8)
+    is_root = os.geteuid() == 0
+    if is_root:
+        _set_groups(batch, groups)
+        batch.call('setresgid', _KEEP, gid, _KEEP)
+        batch.call('setresuid', _KEEP, uid, _KEEP)
+    batch.call('socketpair', socket.AF_UNIX, kind, 0, out)
+    if is_root:
+        batch.call('setresuid', _KEEP, 0, _KEEP)
+        batch.call('setresgid', _KEEP, os.getegid(), _KEEP)
+        _set_groups(batch, os.getgroups())
+    first, second = struct.unpack('=2i', stub.do(batch).data(out))
+    try:
+        return _take_over(stub, first, second)
+    finally:
+        batch = Batch()
+        batch.call('close', first)
+        batch.call('close', second)
+        stub.do(batch)
+
+
+def _set_groups(batch: Batch, groups: Sequence[int]) -> None:
+    batch.call('setgroups', len(groups), batch.buffer(4 * len(groups) or 4, struct.pack(f'={len(groups)}I', *groups)))
+
+
+def _take_over(stub: Stub, first: int, second: int) -> tuple[int, int]:
+    pidfd = pidfd_open(stub.tid)
+    try:
+        mine = pidfd_getfd(pidfd, first)
+        try:
+            return mine, pidfd_getfd(pidfd, second)
+        except BaseException:
+            os.close(mine)
+            raise
+    finally:
+        os.close(pidfd)
