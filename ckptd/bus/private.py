@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Final
 
 from ckptd.errors import NotSupported, Unavailable
-from ckptd.kernel.creds import prctl
+from ckptd.kernel.prctl import PR_SET_PDEATHSIG, prctl
 from ckptd.notify import without_service_manager
 
 PREFIX: Final = 'ckptd-bus-'
 START_TIMEOUT: Final = 10.0
 STOP_TIMEOUT: Final = 2.0
 SUN_PATH_MAX: Final = 107           # unix(7)
-PR_SET_PDEATHSIG: Final = 1         # <linux/prctl.h>
 
 # type session: without rules about users only the uid that the daemon runs as may connect (dbus-daemon(1), <policy>).
 # The limits are for one client, one ckptd and a few tools; a message may carry 32 MiB.

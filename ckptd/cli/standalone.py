@@ -14,13 +14,13 @@ from pathlib import Path
 
 import ckptd
 from ckptd.errors import Unavailable
+from ckptd.kernel.prctl import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG
 from ckptd.notify import without_service_manager
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
 READY = b'DBUS_ADDRESS='
 _libc = ctypes.CDLL(None)       # loaded here: not between fork and exec
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36         # <linux/prctl.h>
 KEPT_LINES = 50         # of the daemon's log, for the message when it does not start
 
 
@@ -50,12 +50,12 @@ def end_with_parent() -> None:
 
     prctl(2): kept across execve(2). The client has one thread that starts processes, and it ends last.
     """
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def adopt_orphans() -> None:
     """What a child of ours leaves when it ends comes to us, to be waited for (PR_SET_CHILD_SUBREAPER of prctl(2))."""
-    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def daemon_command(spool: str | Path | None) -> list[str]:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from mmap import MAP_PRIVATE
 from operator import attrgetter
 
 from ckptd.dump.copy import Copier, part_of
 from ckptd.dump.remote_state import RemoteState
-from ckptd.dump.vmas import MAP_PRIVATE, MappingObjects, Shared, View, mapped_path, vma_record
+from ckptd.dump.vmas import MappingObjects, Shared, View, mapped_path, vma_record
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import page_runs

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from signal import SIGKILL
 
 from ckptd import __version__
 from ckptd.dump.deaths import Deaths
@@ -38,8 +39,6 @@ from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import Patience, dying_patience
 from ckptd.protocol.messages import Frozen, first_rows
 from ckptd.tree import Tree
-
-SIGKILL = 9
 
 
 def checkpoint(job: JobContext) -> None:

@@ -4,6 +4,7 @@
 import os
 import stat
 from dataclasses import dataclass, field
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED
 
 from ckptd.image import records
 from ckptd.image.records import (
@@ -24,8 +25,7 @@ from ckptd.kernel.maps import DELETED, Mapping, map_file, stat_mapped
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.shmem import shm_device
 
-# <linux/mman.h>
-MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 1, 2, 0x20
+# MAP_* of <linux/mman.h>
 _MAP_BY_VM_FLAG = {'gd': 0x100, 'lo': 0x2000, 'nr': 0x4000, 'ht': 0x40000, 'sf': 0x80000}
 _ANON_PREFIX, _SHARED_ANON_PREFIX = '[anon:', '[anon_shmem:'
 

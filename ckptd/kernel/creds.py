@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
-from ckptd.kernel.decl import c_int, c_uint, c_ulong, c_void_p, cstruct, libc, u32
+from ckptd.kernel.decl import c_int, c_uint, c_void_p, cstruct, libc, u32
+from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, PR_SET_KEEPCAPS, prctl
 from ckptd.kernel.procfs import read_file
 
 # <linux/capability.h>, those that ckptd speaks of
@@ -32,14 +33,6 @@ CAP_LEASE = 28
 CAP_WAKE_ALARM = 35
 CAP_CHECKPOINT_RESTORE = 40
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
-
-# <linux/prctl.h>
-PR_SET_DUMPABLE = 4
-PR_SET_KEEPCAPS = 8
-PR_CAPBSET_DROP = 24
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_RAISE = 2
-PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 # <linux/sched/coredump.h>
 SUID_DUMP_DISABLE, SUID_DUMP_USER, SUID_DUMP_ROOT = 0, 1, 2
@@ -68,10 +61,6 @@ def _capget(header: c_void_p, data: c_void_p) -> c_int: ...
 
 @libc
 def _capset(header: c_void_p, data: c_void_p) -> c_int: ...
-
-
-@libc
-def prctl(option: c_int, arg2: c_ulong = 0, arg3: c_ulong = 0, arg4: c_ulong = 0, arg5: c_ulong = 0) -> c_int: ...
 
 
 @libc

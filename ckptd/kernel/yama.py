@@ -3,11 +3,10 @@
 
 from typing import Final, NamedTuple
 
-from ckptd.kernel.creds import prctl
+from ckptd.kernel.prctl import PR_SET_PTRACER, prctl
 from ckptd.kernel.procfs import read_file
 
 PTRACE_SCOPE: Final = '/proc/sys/kernel/yama/ptrace_scope'
-PR_SET_PTRACER: Final = 0x59616D61      # <linux/prctl.h>
 
 # values of ptrace_scope
 ANYBODY: Final = 0      # who has the same uid, as without Yama

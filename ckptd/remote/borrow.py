@@ -23,6 +23,7 @@ import os
 import signal
 import struct
 from collections.abc import Iterable
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 from typing import NamedTuple, Self
 
 from ckptd.errors import CkptError, NotSupported
@@ -37,7 +38,6 @@ from ckptd.remote.interleave import Steps
 
 AREA_PAGES = 8
 CODE_ROOM = 512             # bytes of code, rounded up
-_PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 3, 0x22
 # rseq_cs of struct rseq, <linux/rseq.h>; start_ip, post_commit_offset and abort_ip of struct rseq_cs
 _RSEQ_CS = 8
 _ALL_ONES = 2**64 - 1
@@ -90,7 +90,7 @@ class Remote:
 
     def open(self) -> Steps[None]:
         """Map the pages for calls and buffers."""
-        arguments = (0, self._length, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, _ALL_ONES, 0)
+        arguments = (0, self._length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, _ALL_ONES, 0)
         try:
             yield from self._single('mmap', arguments)
         finally:

@@ -20,8 +20,9 @@ from typing import NamedTuple, Self, TypeVar
 
 from ckptd.errors import CkptError
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_DISABLE
+from ckptd.kernel.creds import SUID_DUMP_DISABLE
 from ckptd.kernel.memory import PAGE, read_bytes, write_bytes
+from ckptd.kernel.prctl import PR_SET_DUMPABLE
 from ckptd.kernel.ptrace import (
     PTRACE_EVENT_CLONE,
     PTRACE_EVENT_FORK,

@@ -19,8 +19,8 @@ from ckptd.errors import CkptError
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.creds import prctl
 from ckptd.kernel.itimer import cpu_itimer_excess
+from ckptd.kernel.prctl import prctl
 from ckptd.kernel.sched import SchedAttr, ioprio_set, sched_setattr
 from ckptd.kernel.task import SIGEV_THREAD_ID
 from ckptd.remote.batch import Batch

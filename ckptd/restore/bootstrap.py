@@ -10,19 +10,14 @@ import signal
 import time
 import warnings
 from collections.abc import Iterable
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 
 from ckptd.errors import CkptError, NotSupported
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.creds import (
-    PR_CAP_AMBIENT,
-    PR_CAP_AMBIENT_RAISE,
-    PR_SET_DUMPABLE,
-    SUID_DUMP_USER,
-    capget,
-    capset,
-    prctl,
-)
+from ckptd.kernel.creds import SUID_DUMP_USER, capget, capset
 from ckptd.kernel.memory import PAGE, Mem
+from ckptd.kernel.mman import MAP_FIXED_NOREPLACE
+from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_SET_DUMPABLE, prctl
 from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Patience, Tracee, endless
 from ckptd.remote.batch import Batch
 from ckptd.remote.stub import BLOCK_ALL, OPTIONS, Arena, Stub
@@ -31,8 +26,7 @@ _PROGRAM_AT = 0x200000
 ARENA_LENGTH = 64 * PAGE
 _LOWEST = 1 << 32           # above what programs without PIE and their heaps use
 _DISTANCE = 4 << 20         # from anything: a mapping that grows down keeps 256 pages of guard gap, mm/mmap.c
-_READ, _WRITE, _EXEC = 1, 2, 4
-_PRIVATE_ANONYMOUS_FIXED = 0x100022     # with MAP_FIXED_NOREPLACE
+_ANONYMOUS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
 
 
 def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
@@ -62,8 +56,8 @@ def start_bootstrap(arena: Arena, service_fds: int, patience: Patience = endless
     with Mem(tracee.tid) as mem:
         mem.write(boot.code, arch.STUB)
         batch = Batch()
-        batch.call('mmap', arena.start, PAGE, _READ | _EXEC, _PRIVATE_ANONYMOUS_FIXED, -1, 0)
-        batch.call('mmap', arena.table, arena.length - PAGE, _READ | _WRITE, _PRIVATE_ANONYMOUS_FIXED, -1, 0)
+        batch.call('mmap', arena.start, PAGE, PROT_READ | PROT_EXEC, _ANONYMOUS, -1, 0)
+        batch.call('mmap', arena.table, arena.length - PAGE, PROT_READ | PROT_WRITE, _ANONYMOUS, -1, 0)
         first.do(batch)
         mem.write(arena.code, arch.STUB)
     bootstrap = Stub(tracee, arena)

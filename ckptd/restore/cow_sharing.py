@@ -17,16 +17,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 
 from ckptd.dump.copy import part_of
 from ckptd.image.reader import Memory, runs_between
 from ckptd.image.records import ANON, PAGE, VDSO, VSYSCALL, VVAR, PageRun, Vma
 from ckptd.kernel.memory import Range
+from ckptd.kernel.mman import MAP_LOCKED
 from ckptd.kernel.ranges import overlaps, without
 
-# <linux/mman.h>
-PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
-MAP_PRIVATE, MAP_ANONYMOUS, MAP_LOCKED = 2, 0x20, 0x2000
 _KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
 
 

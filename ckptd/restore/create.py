@@ -14,6 +14,7 @@ from typing import Self
 from ckptd.errors import Busy, CkptError
 from ckptd.kernel.clone import CLONE_INTO_CGROUP, CLONE_NEWPID, CLONE_PARENT, CLONE_THREAD, CLONE_VM, clone_args
 from ckptd.kernel.decl import offset_of
+from ckptd.kernel.prctl import PR_SET_CHILD_SUBREAPER
 from ckptd.kernel.ptrace import WALL
 from ckptd.operation.deadline import LONG
 from ckptd.remote.batch import Batch
@@ -21,7 +22,6 @@ from ckptd.remote.stub import Stub, was_killed
 from ckptd.restore.creation_order import SEED
 from ckptd.restore.creation_steps import TEMPORARY, CreateTask, Dismiss, JoinGroup, NewSession, Step, Subreaper
 
-PR_SET_CHILD_SUBREAPER = 36     # <linux/prctl.h>
 _DYING_SECONDS = 2.0
 _LOOK = 0.1         # seconds without SIGCHLD after which to look anyway
 

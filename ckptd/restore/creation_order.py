@@ -15,6 +15,7 @@ Process groups are joined when all are there; a dead group leader is a ghost, to
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from signal import SIGCHLD
 
 from ckptd.errors import Finding
 from ckptd.image.reader import ImageTask
@@ -30,7 +31,6 @@ from ckptd.kernel.clone import (
 )
 from ckptd.restore.creation_steps import TEMPORARY, CreateTask, Dismiss, JoinGroup, NewSession, Step, Subreaper
 
-SIGCHLD = 17
 SEED = 0                # the maker of the roots, which is no task of the tree
 _DEAD = (ord('Z'), ord('X'))
 _SHARES = {'mm_id': CLONE_VM, 'files_id': CLONE_FILES, 'fs_id': CLONE_FS, 'sighand_id': CLONE_SIGHAND}

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.kernel.arch.x86_64 import user_regs_struct
-from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_DISABLE, SUID_DUMP_USER
+from ckptd.kernel.creds import SUID_DUMP_DISABLE, SUID_DUMP_USER
+from ckptd.kernel.prctl import PR_SET_DUMPABLE
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.restore import attributes

@@ -14,6 +14,7 @@ import ctypes
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC
 from operator import attrgetter
 
 from ckptd.image import records
@@ -22,15 +23,31 @@ from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VSYSCALL, PageR
 from ckptd.kernel.arch.x86_64 import TASK_SIZE
 from ckptd.kernel.decl import offset_of
 from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
+from ckptd.kernel.mman import (
+    MADV_GUARD_INSTALL,
+    MADV_POPULATE_WRITE,
+    MAP_FIXED_NOREPLACE,
+    MAP_LOCKED,
+    MCL_FUTURE,
+    MCL_ONFAULT,
+    MLOCK_ONFAULT,
+    MREMAP_FIXED,
+    MREMAP_MAYMOVE,
+)
+from ckptd.kernel.prctl import (
+    PR_SET_MDWE,
+    PR_SET_MEMORY_MERGE,
+    PR_SET_MM,
+    PR_SET_MM_MAP,
+    PR_SET_THP_DISABLE,
+    PR_SET_VMA,
+    PR_SET_VMA_ANON_NAME,
+)
 from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
 from ckptd.restore.cow_sharing import (
-    MAP_ANONYMOUS,
-    MAP_LOCKED,
-    MAP_PRIVATE,
-    PROT_EXEC,
     CowSharing,
     between,
     first_protection,
@@ -41,17 +58,8 @@ from ckptd.restore.cow_sharing import (
 from ckptd.restore.mapped_objects import MappedObjects, may_write
 from ckptd.restore.vdso import VdsoPlan
 
-# <linux/mman.h>
-MAP_FIXED_NOREPLACE = 0x100000
-MLOCK_ONFAULT = 1
-MCL_FUTURE, MCL_ONFAULT = 2, 4
-MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
-MADV_DONTNEED, MADV_POPULATE_WRITE, MADV_GUARD_INSTALL = 4, 23, 102
+# MADV_*, by VmFlags
 _ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
-# <linux/prctl.h>
-PR_SET_DUMPABLE, PR_SET_MM, PR_SET_MM_MAP, PR_SET_THP_DISABLE = 4, 35, 14, 41
-PR_SET_MDWE, PR_SET_MEMORY_MERGE = 65, 67
-PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _READ_AT_ONCE = 32 << 20        # between two looks at whether the job was cancelled
 # Pages that are made just before they are read into are still in the processor's cache then, and cost no fault each: a
 # fifth of the time. In one piece of all it would be lost again.

@@ -19,13 +19,12 @@ from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.clone import CLONE_NEWTIME, CLONE_NEWUSER
 from ckptd.kernel.creds import CAP_CHECKPOINT_RESTORE, CAP_SYS_ADMIN, capget
 from ckptd.kernel.memory import Mem
+from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Offsets, read_offsets, write_offsets
 from ckptd.remote.batch import Batch
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
-
-PR_SET_NAME = 15            # <linux/prctl.h>
 
 
 @dataclass(frozen=True, slots=True)

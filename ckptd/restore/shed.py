@@ -25,16 +25,21 @@ from ckptd.image import records
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.kernel.creds import (
     LINUX_CAPABILITY_VERSION_3,
-    PR_CAP_AMBIENT,
-    PR_CAP_AMBIENT_CLEAR_ALL,
-    PR_CAP_AMBIENT_RAISE,
-    PR_CAPBSET_DROP,
-    PR_SET_DUMPABLE,
     SUID_DUMP_DISABLE,
     SUID_DUMP_ROOT,
     SUID_DUMP_USER,
     capget,
     last_capability,
+)
+from ckptd.kernel.prctl import (
+    PR_CAP_AMBIENT,
+    PR_CAP_AMBIENT_CLEAR_ALL,
+    PR_CAP_AMBIENT_RAISE,
+    PR_CAPBSET_DROP,
+    PR_SET_DUMPABLE,
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
+    PR_SET_SECUREBITS,
 )
 from ckptd.kernel.status import read_status
 from ckptd.remote.batch import Batch
@@ -45,8 +50,6 @@ from ckptd.restore.create import TaskBuilder
 from ckptd.restore.memory import Space
 from ckptd.restore.plan import Plan, is_users_worker
 
-# <linux/prctl.h>
-PR_SET_PDEATHSIG, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 28, 38
 SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/securebits.h>
 _ALL = (1 << 64) - 1
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ
 
 from ckptd.errors import ImageDamaged
 from ckptd.image.reader import ImageReader, Memory
@@ -18,10 +19,9 @@ from ckptd.image.records import VDSO, VVAR, Vma
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.maps import read_maps
 from ckptd.kernel.memory import Mem, read_bytes
+from ckptd.kernel.mman import MAP_FIXED_NOREPLACE
 from ckptd.remote.script import Script
 
-_MAP_PRIVATE_ANONYMOUS_FIXED = 0x100022     # with MAP_FIXED_NOREPLACE
-_READ_WRITE, _READ_EXEC = 3, 5
 # <elf.h>
 _PT_DYNAMIC, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _STT_FUNC = 2, 4, 5, 6, 2
 _PHDR, _DYN, _SYM = struct.Struct('<IIQQQQQQ'), struct.Struct('<qQ'), struct.Struct('<IBBHQQ')
@@ -95,7 +95,8 @@ class VdsoPlan:
         if old == own():
             script.call('arch_prctl', arch.ARCH_MAP_VDSO_64, text.start - old.data_length, about='the vdso')
             return
-        script.call('mmap', text.start, text.end - text.start, _READ_EXEC, _MAP_PRIVATE_ANONYMOUS_FIXED, -1, 0,
+        script.call('mmap', text.start, text.end - text.start, PROT_READ | PROT_EXEC,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0,
                     about='the old vdso', expect=text.start)
         if own().text:
             script.call('arch_prctl', arch.ARCH_MAP_VDSO_64, self._elsewhere, about='the vdso')

@@ -9,7 +9,8 @@ import warnings
 from functools import cache
 from typing import NoReturn
 
-from ckptd.kernel.creds import PR_SET_DUMPABLE, SUID_DUMP_USER, prctl
+from ckptd.kernel.creds import SUID_DUMP_USER
+from ckptd.kernel.prctl import PR_SET_DUMPABLE, prctl
 from ckptd.kernel.ptrace import Tracee
 
 _XCR0_AT, _XSTATE_BV_AT = 464, 512      # <asm/user.h>: sw_usable_bytes; Intel SDM 1, 13.4.2: XSTATE_BV

@@ -19,7 +19,7 @@ import sys
 
 from ckptd.cli.arguments import COMMANDS
 from ckptd.cli.main import main
-from ckptd.kernel.creds import prctl
+from ckptd.kernel.prctl import prctl
 
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2             # <linux/prctl.h>, <linux/seccomp.h>
 BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000

@@ -39,7 +39,7 @@ NOT = {layer: {*WORKERS, 'inspect'} for layer in ('jobs', 'bus', 'daemon')}
 ONLY = {
     # doctor is a plain function of the kernel layer that needs no daemon
     'cli': {'bus': {'ckptd.bus.names', 'ckptd.bus.wire', 'ckptd.bus.client', 'ckptd.bus.message'},
-            'kernel': {'ckptd.kernel.probe'}},
+            'kernel': {'ckptd.kernel.probe', 'ckptd.kernel.prctl'}},
     'jobs': {'protocol': {'ckptd.protocol.messages'}, 'inspect': {'ckptd.inspect.scan'}},
     'bus': {'protocol': {'ckptd.protocol.messages'}},
     'daemon': {'protocol': {'ckptd.protocol.messages'}},

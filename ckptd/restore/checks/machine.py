@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from ckptd.errors import Finding
 from ckptd.image.records import PAGE, VDSO, GuardRegions, Mm, Registers
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.creds import prctl
+from ckptd.kernel.mman import MADV_GUARD_INSTALL
+from ckptd.kernel.prctl import PR_GET_MDWE, PR_GET_MEMORY_MERGE, prctl
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.vdso import VdsoPlan
 from ckptd.restore.xstate import own_xstate, shortcoming
 
 ARCHITECTURE = 'x86-64'
-MADV_GUARD_INSTALL = 102            # <linux/mman.h>, since 6.13
-# field of Mm: PR_GET_* of <linux/prctl.h>, the option to set it, since when
-_MM_PRCTLS = {'mdwe': (66, 'PR_SET_MDWE', '6.3'), 'memory_merge': (68, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
+# field of Mm: the option to read it, the option to set it, since when
+_MM_PRCTLS = {'mdwe': (PR_GET_MDWE, 'PR_SET_MDWE', '6.3'),
+              'memory_merge': (PR_GET_MEMORY_MERGE, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
 
 
 def check(context: CheckContext) -> Iterator[Finding]:

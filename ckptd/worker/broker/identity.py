@@ -34,16 +34,13 @@ from ckptd.kernel.clone import CLONE_NEWPID, CLONE_NEWTIME
 from ckptd.kernel.creds import (
     CAP_CHECKPOINT_RESTORE,
     CAP_SYS_PTRACE,
-    PR_CAP_AMBIENT,
-    PR_CAP_AMBIENT_CLEAR_ALL,
-    PR_CAPBSET_DROP,
     Capabilities,
     capset,
     last_capability,
-    prctl,
     set_keepcaps,
 )
 from ckptd.kernel.keyctl import join_new_session_keyring
+from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, PR_CAPBSET_DROP, prctl
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets

@@ -29,7 +29,8 @@ INCLUDES = (
     'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/eventpoll.h', 'linux/falloc.h',
     'linux/timerfd.h', 'asm/prctl.h',
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
-    'linux/ipc.h', 'linux/kcmp.h', 'linux/keyctl.h', 'linux/magic.h', 'linux/netlink.h', 'linux/openat2.h',
+    'linux/ipc.h', 'linux/kcmp.h', 'linux/keyctl.h', 'linux/magic.h', 'linux/mman.h', 'asm/mman.h',
+    'linux/netlink.h', 'linux/openat2.h',
     'linux/pidfd.h',
     'linux/prctl.h', 'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h',
     'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
@@ -80,6 +81,8 @@ OWN = {
 # macros that came after Linux 6.1, which Debian 12 has headers of
 NEWER = {
     'PIDFD_THREAD', 'PAGEMAP_SCAN', 'PAGE_IS_FILE', 'PAGE_IS_PRESENT', 'PAGE_IS_SWAPPED', 'PAGE_IS_PFNZERO',
+    'MADV_GUARD_INSTALL', 'PR_SET_MEMORY_MERGE', 'PR_GET_MEMORY_MERGE', 'PR_SET_MDWE', 'PR_GET_MDWE',
+    'PR_TIMER_CREATE_RESTORE_IDS', 'PR_FUTEX_HASH', 'PR_FUTEX_HASH_SET_SLOTS', 'PR_FUTEX_HASH_GET_SLOTS',
     'PAGE_IS_GUARD', 'PID_FS_MAGIC', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG',
 }
 

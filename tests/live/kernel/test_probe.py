@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ckptd.kernel import feature_tests, probe
-from ckptd.kernel.creds import become, capget, prctl
+from ckptd.kernel.creds import become, capget
+from ckptd.kernel.prctl import prctl
 from tests.lib import gate
 
 PR_SET_DUMPABLE = 4     # <linux/prctl.h>

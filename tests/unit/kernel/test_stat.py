@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.kernel.creds import prctl
+from ckptd.kernel.prctl import prctl
 from ckptd.kernel.stat import PF_EXITING, PF_KTHREAD, parse_stat, read_stat
 
 PR_SET_NAME = 15        # <linux/prctl.h>

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from ckptd.kernel.creds import prctl
+from ckptd.kernel.prctl import prctl
 from ckptd.kernel.status import parse_ns_ids, parse_status, read_ns_ids, read_status
 
 PR_SET_NAME = 15        # <linux/prctl.h>
