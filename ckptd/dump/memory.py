@@ -21,7 +21,7 @@ from ckptd.kernel.memory import Mem, PageMap, Range
 from ckptd.kernel.ranges import overlaps, without
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import Stat
-from ckptd.kernel.task import read_auxv, read_coredump_filter
+from ckptd.kernel.task import read_auxv
 
 _NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; of these only the vdso's text is kept, for debuggers
 
@@ -55,12 +55,11 @@ class MemoryDump:
         """Enter an address space, once. origin: the mm_id of the parent or a sibling, a smaller one, or 0."""
         if mm_id in self._spaces:
             return
-        process = answers.process
-        layout = (stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, process.brk,
+        memory = answers.memory
+        layout = (stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, memory.brk,
                   stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end)
-        mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), process.dumpable,
-                        process.thp_disabled, answers.lock_future, process.membarrier, process.mdwe,
-                        process.memory_merge, read_coredump_filter(tid), process.pkeys)
+        mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), memory.dumpable,
+                        memory.lock_future, memory.pkeys)
         vmas = [vma_record(mm_id, tid, mapping, self.objects) for mapping in mappings]
         self._spaces[mm_id] = _Space(mm_id, origin, tid, mm, vmas)
 

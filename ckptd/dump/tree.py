@@ -11,7 +11,7 @@ The order of the read matters. smaps come before the remote calls of a process, 
 its pages are chosen after them, so that neither shows in the image.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,7 +19,7 @@ from ckptd.dump import state
 from ckptd.dump.copy import Copier
 from ckptd.dump.files import FileDump
 from ckptd.dump.memory import MemoryDump
-from ckptd.dump.remote_state import ThreadAnswers, ask
+from ckptd.dump.remote_state import ask
 from ckptd.dump.sharing import TaskSharing
 from ckptd.dump.sleeps import find_sleeps, sleep_left
 from ckptd.dump.waits import Wait, WaitNotes
@@ -33,8 +33,9 @@ from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
-from ckptd.kernel.status import Status
 from ckptd.kernel.timens import ClockReadings
+from ckptd.objects.attributes import registry
+from ckptd.objects.attributes.base import DumpedProcess, DumpedTask, Scope
 from ckptd.operation.timers import Timers
 from ckptd.remote.borrow import OwnIds
 from ckptd.remote.interleave import Steps, interleave
@@ -70,7 +71,7 @@ class Dump:
         self._vtids = {task.tid: task.vtid for task in tree}
         self._groups = {task.pgid: task.vpgid for task in tree}
         self._sharing = TaskSharing()
-        self._sighands: set[int] = set()
+        self._spoken_for: set[tuple[Scope, int]] = set()
         self._ids: dict[int, _Ids] = {}
         self._exit_codes: dict[int, int] = {}
         self._asked: set[int] = set()
@@ -131,8 +132,8 @@ class Dump:
     def _process(self, threads: list[Task]) -> Steps[None]:
         alive = [task for task in threads if task.tid in self._tracees]
         try:
-            self._task_records += [state.zombie_credentials(task, self._cache.status(task))
-                                   for task in threads if task.is_zombie]
+            self._task_records += [record for task in threads if task.is_zombie
+                                   for record in registry.dump_dead(task, self._cache.status(task))]
             if alive:
                 yield from self._alive(threads[0], alive)
         except ProcessLookupError as error:
@@ -163,7 +164,7 @@ class Dump:
             self._check_registers(task)
         mappings = self._cache.mappings(anchor)
         statuses = {task.tid: self._cache.status(task) for task in alive}
-        self._share(leader, alive, statuses)
+        self._share(alive)
         mine, stat = self._ids[anchor.tid], read_stat(anchor.tid)
         if self._tracees[anchor.tid].stop_signal:
             self._exit_codes[anchor.tid] = stat.exit_code      # that of a thread does not tell (fs/proc/array.c)
@@ -178,16 +179,11 @@ class Dump:
             answers = yield from ask(threads, mappings)
         finally:
             self._asked.remove(mine.mm)
+        process = DumpedProcess(leader, stat, shared, self._vtids, self._groups)
         for task in alive:
-            self._task_records += self._thread(task, statuses[task.tid], pending[task.tid], answers.threads[task.tid])
-        self._task_records += [
-            state.process_state(leader, stat, self._tracees[anchor.tid], shared, answers.process, self._groups),
-            state.limits(leader, anchor.tid),
-            records.IntervalTimers(leader.vtid, answers.process.itimers),
-            state.posix_timers(leader, answers.timers, self._vtids)]
-        if mine.sighand not in self._sighands:
-            self._sighands.add(mine.sighand)
-            self._task_records.append(records.SignalActions(mine.sighand, answers.process.actions))
+            of = DumpedTask(task, self._tracees[task.tid], statuses[task.tid], pending[task.tid], process)
+            owners = self._owners(task, leader if task is anchor else None)
+            self._task_records += registry.dump(owners, of, answers.threads[task.tid])
         self._memory.add(mine.mm, anchor.tid, mappings, stat, answers, self._origin(leader, mine.mm))
         for task in alive:
             self._cache.forget(task)
@@ -213,8 +209,8 @@ class Dump:
             raise NotSupported(f'{task.comm}[{task.tid}] runs 32-bit code', task=task.tid, resource='registers',
                                phase='state', hint='only 64-bit tasks can be checkpointed')
 
-    def _share(self, leader: Task, alive: list[Task], statuses: Mapping[int, Status]) -> None:
-        """Ids of what each thread uses; the first user of a table of files or of an fs struct reads it."""
+    def _share(self, alive: list[Task]) -> None:
+        """Ids of what each thread uses; the first user of a table of files reads it."""
         anchor = alive[0].tid
         mm, _ = self._sharing.mm.id_of(anchor)
         sighand, _ = self._sharing.sighand.id_of(anchor)
@@ -222,20 +218,22 @@ class Dump:
             files, new_files = self._sharing.files.id_of(task.tid)
             if new_files:
                 self._files.enter(files, self._cache.files(task))
-            fs, new_fs = self._sharing.fs.id_of(task.tid)
-            if new_fs:
-                self._task_records.append(state.fs(fs, task.tid, statuses[task.tid].umask))
+            fs, _ = self._sharing.fs.id_of(task.tid)
             self._ids[task.tid] = _Ids(mm, files, fs, sighand)
 
-    def _thread(self, task: Task, status: Status, pending: tuple[bytes, ...],
-                answers: ThreadAnswers) -> Iterator[Record]:
-        tracee = self._tracees[task.tid]
-        yield state.credentials(task, status, answers)
-        yield state.scheduling(task, answers)
-        yield state.registers(task, tracee)
-        yield state.thread_signals(task, tracee, pending, answers)
-        yield state.thread_pointers(task, tracee, answers)
-        yield state.thread_controls(task, answers)
+    def _owners(self, task: Task, leader: Task | None) -> dict[Scope, int]:
+        """What a thread speaks for, by id: itself, its process if that has the leader given, and shared objects that
+        nobody has spoken for yet."""
+        ids, owners = self._ids[task.tid], {Scope.THREAD: task.vtid}
+        shared = {Scope.FS: ids.fs}
+        if leader:
+            owners[Scope.PROCESS] = leader.vtid
+            shared |= {Scope.MM: ids.mm, Scope.SIGHAND: ids.sighand}
+        for scope, number in shared.items():
+            if (scope, number) not in self._spoken_for:
+                self._spoken_for.add((scope, number))
+                owners[scope] = number
+        return owners
 
     # ------------------------------------------------------------ memory
 

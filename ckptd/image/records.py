@@ -2,9 +2,9 @@
 """Every record of an image. Drawn by part; the order inside a part is the order of the dump.
 
     tree.img    Header, Namespaces, TaskIds (chunks of 256), Task per task in depth-first order
-    tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers, ThreadControls per task,
-                SleepLeft of those that slept in a system call; ProcessState, Limits, IntervalTimers, PosixTimers per
-                process; SignalActions, Fs per object
+    tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers per task, SleepLeft of those that
+                slept in a system call; ProcessState, Limits, IntervalTimers, PosixTimers per process; SignalActions,
+                Fs per object; TaskAttribute per attribute of any of these that differs from a new task's
     files.img   OpenFile per file description, FdTable per table
     memory.img  Mm, Vma, PageRuns per address space; SharedMemory and its PageRuns per object; Backing per mapped file
     data-N.img  page-aligned bytes, no records: page data and the content of deleted files and pipes
@@ -200,16 +200,15 @@ class SleepLeft(Record):
     exact: U8
 
 
-@record(0x0107)
-class ThreadControls(Record):
-    """Settings of a thread by prctl(2). tsc: PR_TSC_*. mce_kill: PR_MCE_KILL_*. io_flusher: of PR_SET_IO_FLUSHER.
-    speculation: PR_GET_SPECULATION_CTRL of PR_SPEC_STORE_BYPASS, _INDIRECT_BRANCH, _L1D_FLUSH; to be set where it has
-    PR_SPEC_PRCTL (1) and is not what the new task has."""
-    vpid: U32
-    tsc: U32
-    mce_kill: U32
-    io_flusher: U8
-    speculation: tuple[U32, ...]
+@record(0x0108)
+class TaskAttribute(Record):
+    """An attribute that no other record has, where it is not that of a new task. owner: vpid, mm_id, sighand_id or
+    fs_id, by scope: Scope of ckptd.objects.attributes.base. name: of the class in ckptd.objects.attributes that wrote
+    `data` and reads it back."""
+    owner: U32
+    scope: U8
+    name: str
+    data: bytes
 
 
 @record(0x0110)
@@ -219,7 +218,6 @@ class ProcessState(Record):
     vpid: U32
     personality: U32
     oom_score_adj: U16
-    child_subreaper: U8
     shared_pending: tuple[bytes, ...]
     tty: U32
     tpgid: U32
@@ -340,20 +338,13 @@ class FdTable(Record):
 class Mm(Record):
     """layout: start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start,
     env_end (struct prctl_mm_map). exe: backing_id of the executable. auxv: as /proc/PID/auxv. lock_future: mlockall(2),
-    1 MCL_FUTURE, 2 with MCL_ONFAULT. membarrier: MEMBARRIER_CMD_REGISTER_*, each to be called once. mdwe: PR_SET_MDWE,
-    memory_merge: PR_SET_MEMORY_MERGE. coredump_filter: of /proc/PID. pkeys: protection keys that are allocated,
-    pkey_alloc(2), bit n is key n."""
+    1 MCL_FUTURE, 2 with MCL_ONFAULT. pkeys: protection keys that are allocated, pkey_alloc(2), bit n is key n."""
     mm_id: U32
     layout: tuple[U64, ...]
     auxv: bytes
     exe: U32
     dumpable: U8
-    thp_disabled: U8
     lock_future: U8 = 0
-    membarrier: U32 = 0
-    mdwe: U32 = 0
-    memory_merge: U8 = 0
-    coredump_filter: U32 = 0x33
     pkeys: U16 = 0
 
 

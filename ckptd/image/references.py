@@ -28,6 +28,7 @@ from ckptd.image.records import (
     SavedFile,
     SharedMemory,
     SignalActions,
+    TaskAttribute,
     TaskIds,
     TaskRecord,
     ThreadSignals,
@@ -47,7 +48,9 @@ _REFERENCES: dict[type[Record], dict[str, type[Record]]] = {
 }
 _OBJECTS: dict[int, type[Record]] = {FILE_PRIVATE: Backing, FILE_SHARED: Backing, SHARED_MEMORY: SharedMemory}
 _OWNERS: dict[int, type[Record]] = {OF_MM: Mm, OF_SHARED_MEMORY: SharedMemory}
-_MANY = (Header, TaskIds, Vma, PageRuns, GuardRegions)      # their first field is no id of their own
+# TaskAttribute.scope: the class of its owner
+_SCOPES: dict[int, type[Record]] = {1: Mm, 2: SignalActions, 3: Fs, 4: TaskRecord, 5: TaskRecord}
+_MANY = (Header, TaskIds, Vma, PageRuns, GuardRegions, TaskAttribute)      # their first field is no id of their own
 _OF_LIVING = (Registers, Credentials, ThreadSignals)
 _DEAD = (ord('Z'), ord('X'))
 
@@ -62,6 +65,7 @@ class RecordChecker:
         self._uses: set[tuple[str, type[Record], int]] = set()
         self._ends: dict[object, int] = {}
         self._headers: list[Header] = []
+        self._attributes: set[tuple[int, int, str]] = set()     # scope, owner, name
         self._listed: list[tuple[int, int]] = []        # vpid, vtgid
         self._parents: dict[int, int] = {}
         self._leaders = 0
@@ -69,7 +73,7 @@ class RecordChecker:
             Header: self._headers.append, TaskIds: self._check_ids, TaskRecord: self._check_task,
             FdTable: self._check_fds,
             Vma: self._check_vma, PageRuns: self._check_runs, GuardRegions: self._check_guards,
-            Backing: self._check_backing,
+            Backing: self._check_backing, TaskAttribute: self._check_attribute,
         }
 
     def _damage(self, text: str) -> None:
@@ -103,6 +107,16 @@ class RecordChecker:
             self._uses.add((where, target, key))
 
     # ------------------------------------------------------------ records one by one
+
+    def _check_attribute(self, one: TaskAttribute) -> None:
+        where, key = f'TaskAttribute {one.name} of {one.owner}', (one.scope, one.owner, one.name)
+        if one.scope not in _SCOPES or not one.owner:
+            self._damage(f'{where}: it belongs to nothing')
+            return
+        if key in self._attributes:
+            self._damage(f'{where}: it is there twice')
+        self._attributes.add(key)
+        self._use(where, _SCOPES[one.scope], one.owner)
 
     def _check_ids(self, ids: TaskIds) -> None:
         lists = (ids.vpid, ids.vtgid, ids.vppid, ids.vpgid, ids.vsid)

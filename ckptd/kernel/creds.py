@@ -37,6 +37,14 @@ LINUX_CAPABILITY_VERSION_3 = 0x20080522
 # <linux/sched/coredump.h>
 SUID_DUMP_DISABLE, SUID_DUMP_USER, SUID_DUMP_ROOT = 0, 1, 2
 
+# <linux/capability.h>, in its order
+_NAMES = (
+    'chown', 'dac_override', 'dac_read_search', 'fowner', 'fsetid', 'kill', 'setgid', 'setuid',
+    'setpcap', 'linux_immutable', 'net_bind_service', 'net_broadcast', 'net_admin', 'net_raw',
+    'ipc_lock', 'ipc_owner', 'sys_module', 'sys_rawio', 'sys_chroot', 'sys_ptrace', 'sys_pacct',
+    'sys_admin', 'sys_boot', 'sys_nice', 'sys_resource', 'sys_time', 'sys_tty_config', 'mknod', 'lease',
+    'audit_write', 'audit_control', 'setfcap', 'mac_override', 'mac_admin', 'syslog', 'wake_alarm',
+    'block_suspend', 'audit_read', 'perfmon', 'bpf', 'checkpoint_restore')
 _LOW = 0xFFFFFFFF
 
 
@@ -176,3 +184,9 @@ def no_capabilities() -> Iterator[None]:
 def last_capability() -> int:
     """The highest that this kernel knows."""
     return int(read_file('/proc/sys/kernel/cap_last_cap'))
+
+
+def capability_names(mask: int) -> str:
+    """'CAP_SYS_NICE, CAP_SYS_TIME'."""
+    return ', '.join(f'CAP_{_NAMES[bit].upper()}' if bit < len(_NAMES) else f'capability {bit}'
+                     for bit in range(64) if mask >> bit & 1)

@@ -96,9 +96,10 @@ class Results(NamedTuple):
             raise OSError(-value, f'remote {self.names[call]}: {os.strerror(-value)}')
         return value
 
-    def or_zero(self, call: int) -> int:
-        """What the call returned; 0 if it failed, as one that this kernel does not have."""
-        return max(self.values[call], 0)
+    def or_else(self, call: int, default: int) -> int:
+        """What the call returned; the default if it failed, as one that this kernel does not have."""
+        value = self.values[call]
+        return value if value >= 0 else default
 
     def require(self) -> None:
         """OSError if any call failed."""

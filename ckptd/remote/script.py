@@ -73,6 +73,12 @@ class Script:
         row = batch.call(name, *[batch.buffer(len(one), one) if isinstance(one, bytes) else one for one in arguments])
         return self._stub.do(batch).value(row)
 
+    def take(self) -> Batch:
+        """Hand over what was collected, which must be one batch: whoever takes it has the task do it."""
+        [batch] = self._batches
+        self._batches, self._notes = [Batch()], [{}]
+        return batch
+
     def do(self) -> None:
         finish(self.run())
 

@@ -5,6 +5,7 @@ Everything here is done with the rights of the tree itself. This is the place fo
 steers a task: restartable sequences, signal handlers, timers, pending signals, registers.
 """
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,9 +14,12 @@ from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.kernel.arch.x86_64 import user_regs_struct
 from ckptd.kernel.creds import SUID_DUMP_DISABLE, SUID_DUMP_USER
 from ckptd.kernel.prctl import PR_SET_DUMPABLE
+from ckptd.objects.attributes.base import Stage
+from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
-from ckptd.restore import attributes
+from ckptd.remote.stub import Stub
+from ckptd.restore.attributes import TaskAttributes
 from ckptd.restore.create import TaskBuilder
 from ckptd.restore.creation_order import NewProcess
 from ckptd.restore.job_control import Stops
@@ -27,9 +31,10 @@ from ckptd.restore.sleeps import sleep_again
 class Leave:
     """The last calls of every task. all_stopped: leave each process in a group-stop. check: raises Cancelled."""
 
-    def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, *, all_stopped: bool,
-                 check: Callable[[], None]) -> None:
+    def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, attributes: TaskAttributes, *,
+                 all_stopped: bool, check: Callable[[], None]) -> None:
         self._reader, self._plan, self._builder, self._check = reader, plan, builder, check
+        self._attributes = attributes
         self._stops = Stops(plan.processes, all_=all_stopped)
         self._sighands = plan.users('sighand_id')
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
@@ -58,31 +63,41 @@ class Leave:
                    if self._sighands[task.record.sighand_id] == task.vpid and last.get(task.record.mm_id) is not task)
         interleave(self._go(task, unmap=True) for task in last.values())
         for task in tasks:
-            attributes.registers(self._reader, task.vpid, self._builder[task.vpid], self._results.get(task.vpid))
+            self._attributes.finish(task)
+            if regs := self._results.get(task.vpid):
+                self._builder[task.vpid].tracee.regs = regs
 
     def _last(self, process: NewProcess) -> Steps[None]:
         reader, builder = self._reader, self._builder
         first = process.alive[0]
         for task in process.alive:
-            record, script = task.record, Script(builder[task.vpid])
-            attributes.rseq(reader, task.vpid, script)
-            if self._sighands[record.sighand_id] == task.vpid:
-                attributes.actions(reader, record.sighand_id, script)
+            script = Script(builder[task.vpid])
             if task is first:
                 # before there are timers, whose signals are the task's own
-                attributes.drain(builder[task.vpid])
-                attributes.posix_timers(reader, process.vpid, builder[task.vpid])
-                attributes.interval_timers(reader, process.vpid, script)
-                attributes.queue(reader, process.vpid, process.vpid, script, shared=True)
-            attributes.queue(reader, process.vpid, task.vpid, script, shared=False)
+                drain(builder[task.vpid])
+            self._attributes.set(Stage.AFTER_RIGHTS, task, script)
             yield from script.run()
             self._check()
             if (regs := (yield from sleep_again(reader, task.vpid, builder[task.vpid]))) is not None:
                 self._results[task.vpid] = regs
 
     def _go(self, task: ImageTask, *, unmap: bool) -> Steps[None]:
-        batch = attributes.last_calls(self._reader, task.record.sighand_id)
+        script = Script(self._builder[task.vpid])
+        self._attributes.set(Stage.FILTERS, task, script)
+        batch = script.take()
         if unmap and os.geteuid() != 0 and dumpable_of(self._reader, [task]) != SUID_DUMP_USER:
             # no memory of the task can be read or written from here on, not even by us
             batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
         return self._builder[task.vpid].leave(batch, unmap=unmap)
+
+
+def drain(stub: Stub) -> None:
+    """Take off what making the tree has sent: SIGCHLD of ghosts and zombies."""
+    tracee = stub.tracee
+    while tracee.pending(shared=True) or tracee.pending(shared=False):
+        batch = Batch()
+        everything, nothing = batch.buffer(8, b'\xff' * 8), batch.buffer(16)
+        rows = [batch.call('rt_sigtimedwait', everything, 0, nothing, 8) for _ in range(4)]
+        results = finish(stub.attempt(batch))
+        if any(results.values[row] == -errno.EAGAIN for row in rows):
+            return

@@ -35,11 +35,8 @@ from ckptd.kernel.mman import (
     MREMAP_MAYMOVE,
 )
 from ckptd.kernel.prctl import (
-    PR_SET_MDWE,
-    PR_SET_MEMORY_MERGE,
     PR_SET_MM,
     PR_SET_MM_MAP,
-    PR_SET_THP_DISABLE,
     PR_SET_VMA,
     PR_SET_VMA_ANON_NAME,
 )
@@ -236,20 +233,10 @@ class Space:
         layout = prctl_mm_map(*mm.layout, 0, len(mm.auxv), exe)
         script.call_with_pointer('prctl', (PR_SET_MM, PR_SET_MM_MAP, ctypes.sizeof(layout), 0), 2, bytes(layout),
                                  offset_of(prctl_mm_map, 'auxv'), auxv, about='the layout of the address space')
-        if mm.thp_disabled:
-            script.call('prctl', PR_SET_THP_DISABLE, mm.thp_disabled, 0, 0, 0)
-        if mm.memory_merge:
-            script.call('prctl', PR_SET_MEMORY_MERGE, mm.memory_merge, 0, 0, 0)
-        for bit in range(mm.membarrier.bit_length()):
-            if mm.membarrier >> bit & 1:
-                script.call('membarrier', 1 << bit, 0, 0, about='membarrier registrations')
 
     def lock(self, script: Script) -> None:
-        """Set the rules for mappings that are made from now on: mlockall(2), PR_SET_MDWE(2const)."""
-        future = self._memory.mm.lock_future
-        if self._memory.mm.mdwe:        # there is no way back from it
-            script.call('prctl', PR_SET_MDWE, self._memory.mm.mdwe, 0, 0, 0)
-        if future:
+        """Set the rule for mappings that are made from now on, mlockall(2)."""
+        if future := self._memory.mm.lock_future:
             script.call('mlockall', MCL_FUTURE | (MCL_ONFAULT if future == 2 else 0))
 
     @property

@@ -21,7 +21,10 @@ from ckptd.faults import fault
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
 from ckptd.image.verify import verify_records
+from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.kernel.ptrace import let_go
+from ckptd.objects.attributes.allowed import Allowed
+from ckptd.objects.attributes.base import Stage
 from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import stub_patience
@@ -29,7 +32,7 @@ from ckptd.protocol.messages import Phase, TreeRuns, first_rows
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
-from ckptd.restore import attributes
+from ckptd.restore.attributes import TaskAttributes
 from ckptd.restore.bootstrap import start_bootstrap
 from ckptd.restore.cgroups import cgroups, place_for
 from ckptd.restore.create import TaskBuilder
@@ -39,7 +42,6 @@ from ckptd.restore.digests import Digests, damaged
 from ckptd.restore.file_changes import FileChanges
 from ckptd.restore.files import FileBuilder
 from ckptd.restore.leave import Leave
-from ckptd.restore.limits import Allowed
 from ckptd.restore.mapped_objects import MappedObjects
 from ckptd.restore.memory import Space, clear
 from ckptd.restore.namespaces import make_reaper
@@ -85,8 +87,8 @@ class Restore:
             fault('rebuilt')
             with self._phase('start'):
                 self._objects.finish()
-                Leave(self._reader, self._plan, self._builder, all_stopped=self._request.leave_stopped,
-                      check=self._channel.check).run()
+                Leave(self._reader, self._plan, self._builder, self._attributes,
+                      all_stopped=self._request.leave_stopped, check=self._channel.check).run()
                 self._start()
         self._attend()
 
@@ -122,8 +124,7 @@ class Restore:
             self._directory(record.cwd)
             self._directory(record.root)
         self._directory('/')
-        if self._files.terminal:
-            self._terminal()
+        self._terminal()
 
     def _locked(self, mm_id: int) -> frozenset[int]:
         owner = next(process.vpid for process in self._plan.processes if process.ids.mm_id == mm_id and process.alive)
@@ -141,6 +142,8 @@ class Restore:
                                                     stub_patience(self._channel.check)),
                                     cgroup)
         stack.enter_context(self._builder)
+        self._attributes = TaskAttributes(self._reader, self._plan, self._builder, self._allowed, self._directory,
+                                          self._terminal)
         namespaces, numbers = self._plan.namespaces, self._plan.numbers
         self._warnings += namespaces.enter(self._builder[SEED])
         if namespaces.pid:
@@ -182,7 +185,7 @@ class Restore:
         # a process that closes any fd of a file gives up all its locks on it, so locks come after the service fds are
         # closed
         interleave(self._close_service_fds(builder[vpid]) for vpid in self._tables.values())
-        Shed(self._reader, plan, builder, self._spaces).run()
+        Shed(self._reader, plan, builder, self._attributes, self._spaces).run()
         fault('shed')
         self._files.finish()
         self._objects.seal()
@@ -192,26 +195,16 @@ class Restore:
 
     def _process(self, process: NewProcess) -> Steps[None]:
         """All threads of a process: what may need a right, or none."""
-        reader, builder = self._reader, self._builder
-        first = process.alive[0]
-        attributes.limits(self._allowed.limits(process.vpid), builder[first.vpid].tid)
-        attributes.oom_score_adj(self._allowed.oom_score_adj(process.vpid), builder[first.vpid].tid)
-        attributes.coredump_filter(reader, first.record.mm_id, builder[first.vpid].tid)
-        script = Script(builder[first.vpid])
-        self._of_objects(first, script)
-        attributes.thread(reader, first.vpid, script)
-        attributes.process(reader, process.vpid, script)
-        if process.sid == process.vpid and self._files.terminal:
-            attributes.terminal(reader, process.vpid, process.pgid, script, self._terminal())
-        yield from script.run()
-        attributes.schedule(self._allowed.scheduling(first.vpid, process.vpid), builder[first.vpid].tid)
-        for task in process.alive[1:]:
-            stub = builder[task.vpid]
-            script = Script(stub)
-            self._of_objects(task, script)
-            attributes.thread(reader, task.vpid, script)
+        for task in process.alive:
+            script = Script(self._builder[task.vpid])
+            if self._mms[task.record.mm_id] == task.vpid:
+                self._spaces[task.record.mm_id].describe(script)
+            self._attributes.set(Stage.ATTRIBUTES, task, script)
             yield from script.run()
-            attributes.schedule(self._allowed.scheduling(task.vpid, process.vpid), stub.tid)
+        for task in process.alive:
+            script = Script(self._builder[task.vpid])
+            self._attributes.set(Stage.LIMITS, task, script)
+            yield from script.run()
 
     def _close_service_fds(self, stub: Stub) -> Steps[None]:
         script = Script(stub)
@@ -219,21 +212,15 @@ class Restore:
         return script.run()
 
     def _terminal(self) -> int:
+        if not self._files.terminal:
+            return -1
         return self._service_fds.once('terminal', lambda: os.dup(self._job.terminal))
-
-    def _of_objects(self, task: ImageTask, script: Script) -> None:
-        """Restore objects that tasks share, by the first task that has each."""
-        record = task.record
-        if self._mms[record.mm_id] == task.vpid:
-            self._spaces[record.mm_id].describe(script)
-        if self._fss[record.fs_id] == task.vpid:
-            attributes.fs(self._reader, record.fs_id, script, self._directory)
 
     def _become_zombies(self, task: ImageTask) -> None:
         """A task that was dead."""
         stub = self._builder[task.vpid]
         script = Script(stub)
-        script.call('prctl', attributes.PR_SET_NAME, attributes.name_of(task.record))
+        script.call('prctl', PR_SET_NAME, task.record.comm.encode('utf-8', 'surrogateescape')[:15] + b'\0')
         script.do()
         process = next(one for one in self._plan.processes if one.vpid == task.vtgid)
         if process.alive:

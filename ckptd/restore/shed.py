@@ -9,11 +9,11 @@ this the first task to become the user's would expose the code of the others thr
 (kernel/ptrace.c, __ptrace_may_access).
 
     restart by          how
-    root                each task runs `credentials`, which ends with the capabilities of the image
+    root                each task sets its credentials (Stage.RIGHTS), which ends with the capabilities of the image
     a user's worker     its tasks have CAP_CHECKPOINT_RESTORE and nothing else; every set is cleared. Memory that is not
                         dumpable is closed to its tracer as well, so what is to be run is written before, and /proc
                         tells whether it was done
-    a user namespace    each task runs `credentials`; its rights end with the namespace, whose owner the user is, so
+    a user namespace    each task sets its credentials; its rights end with the namespace, whose owner the user is, so
                         there is nothing to hide. Its memory stays open to the tracer, who has no right to more
 """
 
@@ -28,37 +28,31 @@ from ckptd.kernel.creds import (
     SUID_DUMP_DISABLE,
     SUID_DUMP_ROOT,
     SUID_DUMP_USER,
-    capget,
-    last_capability,
 )
 from ckptd.kernel.prctl import (
     PR_CAP_AMBIENT,
     PR_CAP_AMBIENT_CLEAR_ALL,
-    PR_CAP_AMBIENT_RAISE,
-    PR_CAPBSET_DROP,
     PR_SET_DUMPABLE,
-    PR_SET_NO_NEW_PRIVS,
-    PR_SET_PDEATHSIG,
-    PR_SET_SECUREBITS,
 )
 from ckptd.kernel.status import read_status
+from ckptd.objects.attributes.base import Stage
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
+from ckptd.restore.attributes import TaskAttributes
 from ckptd.restore.create import TaskBuilder
 from ckptd.restore.memory import Space
 from ckptd.restore.plan import Plan, is_users_worker
-
-SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP = 1 << 4, 1 << 2       # <linux/securebits.h>
-_ALL = (1 << 64) - 1
 
 
 class Shed:
     """The shed of a restart. spaces: by mm_id; their memory locks are set while there is a right to do so."""
 
-    def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, spaces: Mapping[int, Space]) -> None:
+    def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, attributes: TaskAttributes,
+                 spaces: Mapping[int, Space]) -> None:
         self._reader, self._plan, self._builder, self._spaces = reader, plan, builder, spaces
+        self._attributes = attributes
         self._ids = not plan.namespaces.user
         self._mms = plan.users('mm_id')
 
@@ -88,7 +82,7 @@ class Shed:
             if task is group[0] and self._ids:
                 script.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
             self._lock(task, script)
-            credentials(self._reader, task.vpid, script, ids=self._ids)
+            self._attributes.set(Stage.RIGHTS, task, script)
             if task is group[-1] and self._ids:
                 self._set_dumpable(group, script)
             yield from script.run()
@@ -117,7 +111,7 @@ class Shed:
             require_no_capability(stub.tid)
         for task in group:
             script = Script(self._builder[task.vpid])
-            _unprivileged(self._reader, task.vpid, script)
+            self._attributes.set(Stage.RIGHTS, task, script)
             yield from script.run()
 
 
@@ -144,59 +138,7 @@ def require_no_capability(tid: int) -> None:
                         hint='this is a bug of ckptd: nothing of the tree was started')
 
 
-def _unprivileged(reader: ImageReader, vpid: int, script: Script) -> None:
-    """Restore the credentials of a task that need no right."""
-    record = reader.get(records.Credentials, vpid)
-    if record.no_new_privs:
-        script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _death_signal(reader, vpid, script)
-
-
 def dumpable_of(reader: ImageReader, group: Sequence[ImageTask]) -> int:
     """The final PR_SET_DUMPABLE(2const) value of an address space. Dead tasks have none that matters."""
     mm_id = next((task.record.mm_id for task in group if task.record.mm_id), 0)
     return reader.get(records.Mm, mm_id).dumpable if mm_id else SUID_DUMP_DISABLE
-
-
-# ---------------------------------------------------------------- credentials
-
-def credentials(reader: ImageReader, vpid: int, script: Script, *, ids: bool) -> None:
-    """Ids, groups, capabilities, securebits, and what a change of them resets. ids: False where a user namespace gives
-    the only ids that there are, and setgroups(2) is forbidden in it."""
-    record = reader.get(records.Credentials, vpid)
-    inheritable, permitted, effective, bounding, ambient = record.capabilities
-    for capability in range(last_capability() + 1):
-        if not bounding >> capability & 1:
-            script.call('prctl', PR_CAPBSET_DROP, capability, 0, 0, 0, about='the capability bounding set')
-    if ids:
-        script.call('prctl', PR_SET_SECUREBITS, SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
-        script.call('setgroups', len(record.groups), struct.pack(f'<{len(record.groups)}I', *record.groups) or b'\0')
-        script.call('setresgid', *record.gids[:3], about='group ids')
-        script.call('setfsgid', record.gids[3])
-        script.call('setresuid', *record.uids[:3], about='user ids')
-        script.call('setfsuid', record.uids[3])
-    full = capget().permitted if ids else _ALL >> 63 - last_capability()
-    _capset(script, full | permitted, full | permitted, inheritable)
-    for capability in range(last_capability() + 1):
-        if ambient >> capability & 1:
-            script.call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0, about='ambient capabilities')
-    script.call('prctl', PR_SET_SECUREBITS, record.securebits, 0, 0, 0, about='securebits')
-    _capset(script, effective, permitted, inheritable)
-    if record.no_new_privs:
-        script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _death_signal(reader, vpid, script)
-
-
-def _capset(script: Script, effective: int, permitted: int, inheritable: int) -> None:
-    low = (1 << 32) - 1
-    header = struct.pack('<Ii', LINUX_CAPABILITY_VERSION_3, 0)
-    data = struct.pack('<6I', effective & low, permitted & low, inheritable & low, effective >> 32, permitted >> 32,
-                       inheritable >> 32)
-    script.call('capset', header, data, about='capabilities')
-
-
-def _death_signal(reader: ImageReader, vpid: int, script: Script) -> None:
-    """After the credentials: a change of ids clears it (kernel/cred.c, commit_creds)."""
-    pointers = reader.table(records.ThreadPointers).get(vpid)
-    if pointers is not None and pointers.pdeath_signal:
-        script.call('prctl', PR_SET_PDEATHSIG, pointers.pdeath_signal, 0, 0, 0)

@@ -104,10 +104,17 @@ def test_the_package_itself_imports_nothing() -> None:
     assert not imports_of(PACKAGE / '__init__.py')
 
 
-def test_no_kind_is_named_outside_kinds() -> None:
-    common = {'__init__', 'base', 'content', 'deleted', 'open_file', 'options', 'registry', 'rollback', 'sound',
-              'tables', 'unsupported'}
-    folder = PACKAGE / 'objects' / 'files'
+# modules of a package of objects that are not an object
+COMMON = {
+    'files': {'__init__', 'base', 'content', 'deleted', 'open_file', 'options', 'registry', 'rollback',
+              'sound', 'tables', 'unsupported'},
+    'attributes': {'__init__', 'allowed', 'base', 'registry'},
+}
+
+
+@pytest.mark.parametrize('package', sorted(COMMON))
+def test_no_object_is_named_outside_its_package(package: str) -> None:
+    common, folder = COMMON[package], PACKAGE / 'objects' / package
     kinds = {module_name(path) for path in folder.glob('*.py') if path.stem not in common}
     named = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES if path.parent != folder
              for line, name in imports_of(path) if name in kinds]

@@ -51,7 +51,7 @@ def tasks(tracees: list[Tracee]) -> Iterator[Record]:
         yield r.Registers(tracee.tid, 62, bytes(tracee.regs), tracee.xstate())
         yield r.ThreadSignals(tracee.tid, tracee.sigmask, 0, 2, 0, tracee.pending(shared=False))
     leader = tracees[0]
-    yield r.ProcessState(leader.tid, 0, 1000, 0, leader.pending(shared=True), 0, 0)
+    yield r.ProcessState(leader.tid, 0, 1000, leader.pending(shared=True), 0, 0)
     yield r.SignalActions(1, (r.SigAction(0, 0, 0, 0),) * 64)
     yield r.Fs(1, '/', '/', 0)
 

@@ -19,6 +19,7 @@ import pytest
 
 from ckptd.image import grammar
 from ckptd.image import records as r
+from ckptd.objects.attributes.registry import ATTRIBUTES
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.worker import main as worker_module
 from tests.lib import settled
@@ -66,13 +67,14 @@ UNREAD = {
     'Tty.device': 'the terminal is the caller\'s; without one by its name, see tests/worker/test_restore_checks.py',
     'Tty.mode': _THERE}
 # together they have every field that any victim has
-SUBJECTS = ('events', 'files', 'interpreter', 'locks', 'memory', 'shared', 'signals', 'stopped', 'timers', 'tree')
+SUBJECTS = ('attributes', 'events', 'files', 'interpreter', 'locks', 'memory', 'shared', 'signals', 'stopped', 'timers',
+            'tree')
 
 
 def classes() -> list[type]:
-    """Records, and the groups of fields in them and in those of kinds."""
+    """Records, and the groups of fields in them and in those of kinds and attributes."""
     modules = {r.__name__, *(kind.__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
-               'ckptd.objects.files.locks'}
+               'ckptd.objects.files.locks', *(type(one).__module__ for one in ATTRIBUTES)}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []
     while todo:

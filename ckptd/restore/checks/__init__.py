@@ -3,8 +3,9 @@
 
     machine     architecture, page size, xstate, vdso, features of the kernel
     objects     open files, mapped files, directories, System V segments
-    rights      what the caller may not have, and what we cannot give: ids, capabilities
-    resources   limits, scheduling, memory locks that take a privilege
+    rights      what the caller has given up, and what it takes to set credentials at all
+    attributes  limits, scheduling, credentials ... of each task
+    resources   memory that takes a privilege
     imported    of an image from outside, what its importer has not
     room        memory, numbers of tasks
     surroundings    cgroup, namespaces, terminal
@@ -15,12 +16,12 @@ That numbers are taken, and that a tree cannot be made at all, is said by the pl
 from ckptd.errors import Finding
 from ckptd.image.reader import ImageReader
 from ckptd.protocol.messages import JobRequest
-from ckptd.restore.checks import capacity, imported, machine, objects, resources, rights, surroundings
+from ckptd.restore.checks import attributes, capacity, imported, machine, objects, resources, rights, surroundings
 from ckptd.restore.checks.context import CheckContext, rows
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.plan import Plan
 
-CHECKS = (machine.check, objects.check, rights.check, resources.check, imported.check, capacity.check,
+CHECKS = (machine.check, objects.check, rights.check, attributes.check, resources.check, imported.check, capacity.check,
           surroundings.check)
 
 

@@ -6,15 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ckptd.errors import Finding, Severity
+from ckptd.errors import Finding
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
-from ckptd.protocol.messages import JobRequest
+from ckptd.objects.attributes.allowed import Allowed
+from ckptd.objects.attributes.base import about
+from ckptd.protocol.messages import Caller, JobRequest
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_rights import rights_of
-from ckptd.restore.limits import Allowed
-from ckptd.restore.plan import Plan
+from ckptd.restore.plan import Plan, is_users_worker
+
+__all__ = ['CheckContext', 'about', 'once', 'rows', 'text_of']
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,22 @@ class CheckContext:
     request: JobRequest
     lookup: FileAccess
     own: Status = field(default_factory=lambda: read_status(os.getpid()))
+
+    @property
+    def caller(self) -> Caller:
+        return self.request.caller
+
+    @property
+    def in_user_namespace(self) -> bool:
+        return self.plan.namespaces.user
+
+    @property
+    def is_users_worker(self) -> bool:
+        return is_users_worker(self.plan)
+
+    def capable(self, capability: int) -> bool:
+        """Whether the caller has a capability."""
+        return self.lookup.capable(capability)
 
     def may(self, capability: int) -> bool:
         """Whether we have this capability, which counts for the machine as a whole."""
@@ -67,11 +86,6 @@ class CheckContext:
     def leaders(self) -> list[int]:
         """vpids of the processes that live."""
         return [process.vpid for process in self.plan.processes if process.alive]
-
-
-def about(vpid: int, resource: str, errno: str, reason: str, hint: str, severity: Severity = 'refusal') -> Finding:
-    """A finding about a task of the image, before the name of its program is known. vpid: 0 for the tree as a whole."""
-    return Finding(vpid, '', resource, errno, reason, hint, severity)
 
 
 def text_of(one: Finding) -> tuple[str, str, str, str]:

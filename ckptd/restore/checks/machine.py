@@ -6,18 +6,14 @@ import os
 from collections.abc import Iterator
 
 from ckptd.errors import Finding
-from ckptd.image.records import PAGE, VDSO, GuardRegions, Mm, Registers
+from ckptd.image.records import PAGE, VDSO, GuardRegions, Registers
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.mman import MADV_GUARD_INSTALL
-from ckptd.kernel.prctl import PR_GET_MDWE, PR_GET_MEMORY_MERGE, prctl
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.vdso import VdsoPlan
 from ckptd.restore.xstate import own_xstate, shortcoming
 
 ARCHITECTURE = 'x86-64'
-# field of Mm: the option to read it, the option to set it, since when
-_MM_PRCTLS = {'mdwe': (PR_GET_MDWE, 'PR_SET_MDWE', '6.3'),
-              'memory_merge': (PR_GET_MEMORY_MERGE, 'PR_SET_MEMORY_MERGE', '6.4 with CONFIG_KSM')}
 
 
 def check(context: CheckContext) -> Iterator[Finding]:
@@ -77,10 +73,6 @@ def _features(context: CheckContext) -> Iterator[Finding]:
     guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
     if guarded and not _has_guard_regions():
         yield _lacking(users.get(guarded, 0), 'guard regions (madvise MADV_GUARD_INSTALL)', '6.13')
-    for field, (option, name, since) in _MM_PRCTLS.items():
-        using = next((mm.mm_id for mm in reader.every(Mm) if getattr(mm, field)), 0)
-        if using and not _has_prctl(option):
-            yield _lacking(users.get(using, 0), f'prctl {name}', since)
 
 
 def _lacking(vpid: int, what: str, since: str) -> Finding:
@@ -94,12 +86,4 @@ def _has_guard_regions() -> bool:
             page.madvise(MADV_GUARD_INSTALL)
         except OSError:
             return False
-    return True
-
-
-def _has_prctl(option: int) -> bool:
-    try:
-        prctl(option)
-    except OSError:
-        return False
     return True

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import Busy, CkptError, Finding, ImageDamaged, PermissionDenied, Refused
+from ckptd.kernel.creds import capability_names
+from ckptd.objects import attributes
+from ckptd.objects.attributes.scheduling import ranges_of
 from ckptd.restore import checks
 from ckptd.restore.checks.capacity import parse_meminfo
 from ckptd.restore.checks.context import about, once
-from ckptd.restore.checks.resources import _ranges
-from ckptd.restore.checks.rights import capability_names
 
-MODULES = sorted(Path(checks.__file__).parent.glob('*.py'))
-ROWS = [(path.stem, call) for path in MODULES for call in ast.walk(ast.parse(path.read_text()))
+# the check of attributes asks the files of objects/attributes
+MODULES = [(path.stem, path) for path in sorted(Path(checks.__file__).parent.glob('*.py'))]
+MODULES += [('attributes', path) for path in sorted(Path(attributes.__file__).parent.glob('*.py'))]
+ROWS = [(name, call) for name, path in MODULES for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == 'about']
 
 
@@ -47,7 +50,7 @@ def test_the_error_of_a_restart(errnos: list[str], error: type[CkptError]) -> No
 def test_names() -> None:
     assert capability_names(1 << 24 | 1) == 'CAP_CHOWN, CAP_SYS_RESOURCE'
     assert capability_names(1 << 63) == 'capability 63'
-    assert _ranges([2, 3, 4, 7, 9, 10]) == '2-4, 7, 9-10'
+    assert ranges_of([2, 3, 4, 7, 9, 10]) == '2-4, 7, 9-10'
 
 
 def test_meminfo() -> None:

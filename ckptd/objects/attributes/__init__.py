@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Attributes of tasks, one file each, both directions: what to ask, dump, findings, restore. See base.py."""

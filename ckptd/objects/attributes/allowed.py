@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a restart may set of resource limits, and what follows from them: those of the image, or the nearest.
+
+A restart is refused where the two differ, unless its caller accepts the nearest (clamp).
+"""
+
+import functools
+import resource
+from collections.abc import Iterable, Sequence
+
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import Limit, Limits, Vma
+from ckptd.kernel.creds import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capget
+from ckptd.kernel.procfs import read_file
+
+# <asm-generic/resource.h>
+NOFILE, MEMLOCK, NICE, RTPRIO = 7, 8, 13, 14
+LIMITS = 16
+INFINITY = (1 << 64) - 1
+
+
+class Allowed:
+    """The values that we may set. hard_limits: those of the calling process by RLIMIT_* number, if they bind the tree
+    and not us."""
+
+    def __init__(self, reader: ImageReader, hard_limits: Sequence[int]) -> None:
+        self._reader, self._hard_limits = reader, hard_limits
+        self._capabilities = capget().effective
+        self._limits: dict[int, tuple[Limit, ...]] = {}
+        self._most = tuple(self._highest(number) for number in range(LIMITS))
+
+    def may(self, capability: int) -> bool:
+        return bool(self._capabilities >> capability & 1)
+
+    def limits(self, vpid: int) -> tuple[Limit, ...]:
+        """Limits of a process, by number."""
+        if vpid not in self._limits:
+            wanted = self._reader.get(Limits, vpid).limits
+            self._limits[vpid] = tuple(map(_nearest, wanted, self._most))
+        return self._limits[vpid]
+
+    def _highest(self, number: int) -> int:
+        """The highest hard limit that we may set."""
+        if self.may(CAP_SYS_RESOURCE):
+            most = INFINITY
+        else:
+            own = resource.getrlimit(number)[1]
+            most = INFINITY if own == resource.RLIM_INFINITY else own
+            most = min(most, self._hard_limits[number]) if number < len(self._hard_limits) else most
+        return min(most, nr_open()) if number == NOFILE else most
+
+    def lockable(self, vpid: int) -> int:
+        """Bytes that a process may lock."""
+        return INFINITY if self.may(CAP_IPC_LOCK) else self.limits(vpid)[MEMLOCK].soft
+
+    def locked(self, vpid: int, vmas: Iterable[Vma]) -> frozenset[int]:
+        """Start addresses of the mappings that are locked: from the lowest on, as many as the limit allows."""
+        room, starts = self.lockable(vpid), []
+        for vma in vmas:
+            if vma.locked and vma.end - vma.start <= room:
+                room -= vma.end - vma.start
+                starts.append(vma.start)
+        return frozenset(starts)
+
+
+def _nearest(wanted: Limit, most: int) -> Limit:
+    return wanted if wanted.hard <= most else Limit(min(wanted.soft, most), most)
+
+
+@functools.cache
+def nr_open() -> int:
+    """The sysctl fs.nr_open: the most of RLIMIT_NOFILE, whoever asks (kernel/sys.c, do_prlimit)."""
+    return int(read_file('/proc/sys/fs/nr_open'))

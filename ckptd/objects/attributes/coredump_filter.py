@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kinds of memory that a core dump of a process has, coredump_filter of core(5). Set from outside."""
+
+from ckptd.image.grammar import U32, Struct, layout
+from ckptd.kernel.task import read_coredump_filter
+from ckptd.objects.attributes.base import Attribute, DumpedTask, RestoredTask, Scope
+
+
+@layout
+class CoredumpFilter(Struct):
+    mask: U32
+
+
+class CoredumpFilterAttribute(Attribute[CoredumpFilter, None], name='coredump_filter', scope=Scope.MM):
+    """Kept whatever it is: the default is a parameter of the kernel."""
+
+    def dump(self, of: DumpedTask, answer: None) -> CoredumpFilter:
+        return CoredumpFilter(read_coredump_filter(of.tid))
+
+    def restore(self, record: CoredumpFilter, to: RestoredTask) -> None:
+        with open(f'/proc/{to.tid}/coredump_filter', 'rb+', buffering=0) as file:  # noqa: PTH123
+            if int(file.read(16), 16) != record.mask:
+                file.write(f'{record.mask:#x}'.encode())

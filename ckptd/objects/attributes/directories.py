@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Root, working directory and umask of a shared fs struct, clone(2) CLONE_FS."""
+
+from ckptd.image.records import Fs
+from ckptd.kernel.task import read_link
+from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Scope
+
+
+class Directories(Attribute[Fs, None], name='directories', scope=Scope.FS):
+
+    def dump(self, of: DumpedTask, answer: None) -> Fields:
+        return {'cwd': read_link(of.tid, 'cwd'), 'root': read_link(of.tid, 'root'), 'umask': of.status.umask}
+
+    def restore(self, record: Fs, to: RestoredTask) -> None:
+        script, directory = to.script, to.means.directory
+        if record.root != '/':
+            script.call('fchdir', directory(record.root), about=f'root directory {record.root}')
+            script.call('chroot', b'.\0', about=f'root directory {record.root}')
+        script.call('fchdir', directory(record.cwd), about=f'working directory {record.cwd}')
+        script.call('umask', record.umask)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Resource limits of a process, prlimit(2). Read from /proc: prlimit(2) on a task of another uid needs
+CAP_SYS_RESOURCE. Set from outside while the stub has our ids: then only a higher hard limit takes a right."""
+
+import resource
+from collections.abc import Iterable
+
+from ckptd.errors import Finding
+from ckptd.image.reader import ImageTask
+from ckptd.image.records import Limit, Limits
+from ckptd.kernel.task import read_limits
+from ckptd.objects.attributes.allowed import INFINITY, NOFILE, nr_open
+from ckptd.objects.attributes.base import (
+    Attribute,
+    DumpedTask,
+    RestartRights,
+    RestoredTask,
+    Scope,
+    Stage,
+    about,
+)
+
+# by number, <asm-generic/resource.h>
+_NAMES = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'MEMLOCK', 'AS', 'LOCKS', 'SIGPENDING',
+          'MSGQUEUE', 'NICE', 'RTPRIO', 'RTTIME')
+_HINT = 'run ckptd with CAP_SYS_RESOURCE, or with limits as high (ulimit -H, systemd: Limit{}=)'
+
+
+class ResourceLimits(Attribute[Limits, None], name='limits', scope=Scope.PROCESS, stage=Stage.LIMITS):
+
+    def dump(self, of: DumpedTask, answer: None) -> Limits:
+        return Limits(of.process.leader.vtid, tuple(Limit(soft, hard) for soft, hard in read_limits(of.tid)))
+
+    def obstacles(self, record: Limits, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
+        vpid = record.vpid
+        for name, limit, nearest in zip(_NAMES, record.limits, rights.allowed.limits(vpid), strict=False):
+            if limit == nearest:
+                continue
+            reason, comes = f'its hard limit RLIMIT_{name} is {_amount(limit.hard)}', f'with {_amount(nearest.hard)}'
+            if name == _NAMES[NOFILE] and limit.hard > nr_open() == nearest.hard:
+                yield rights.beyond(about(vpid, 'RLIMIT_NOFILE', 'EPERM', f'{reason}, and this machine has at most '
+                                          f'{nr_open()}', 'raise the sysctl fs.nr_open'), comes)
+            else:
+                yield rights.beyond(about(vpid, f'RLIMIT_{name}', 'EPERM', f'{reason}, ours {_amount(nearest.hard)}',
+                                          _HINT.format(name)), comes)
+
+    def restore(self, record: Limits, to: RestoredTask) -> None:
+        for number, limit in enumerate(to.means.allowed.limits(record.vpid)):
+            wanted = (_limit(limit.soft), _limit(limit.hard))
+            if resource.prlimit(to.tid, number) != wanted:
+                resource.prlimit(to.tid, number, wanted)
+
+
+def _amount(value: int) -> str:
+    return 'unlimited' if value == INFINITY else f'{value:,}'
+
+
+def _limit(value: int) -> int:
+    return resource.RLIM_INFINITY if value == INFINITY else value

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Settings of prctl(2) that are a number: one class each, all alike but for the options that read and set them.
+
+Only what differs from the default is kept.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from ckptd.errors import Finding
+from ckptd.image.grammar import U64, Struct, layout
+from ckptd.image.reader import ImageTask
+from ckptd.kernel.prctl import (
+    PR_GET_CHILD_SUBREAPER,
+    PR_GET_IO_FLUSHER,
+    PR_GET_MDWE,
+    PR_GET_MEMORY_MERGE,
+    PR_GET_THP_DISABLE,
+    PR_GET_TSC,
+    PR_MCE_KILL,
+    PR_MCE_KILL_DEFAULT,
+    PR_MCE_KILL_GET,
+    PR_MCE_KILL_SET,
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_IO_FLUSHER,
+    PR_SET_MDWE,
+    PR_SET_MEMORY_MERGE,
+    PR_SET_THP_DISABLE,
+    PR_SET_TSC,
+    PR_TSC_ENABLE,
+    prctl,
+)
+from ckptd.objects.attributes.base import (
+    Attribute,
+    DumpedTask,
+    Reader,
+    RestartRights,
+    RestoredTask,
+    Scope,
+    about,
+)
+from ckptd.remote.batch import Batch
+
+
+@layout
+class Setting(Struct):
+    value: U64
+
+
+class Prctl(Attribute[Setting, int]):
+    """A setting. reads, sets: PR_*. by_pointer: the option stores the value at an address. since: the Linux that has
+    it, '' for every one that ckptd runs on."""
+    reads: ClassVar[int]
+    sets: ClassVar[int]
+    default: ClassVar[int]
+    by_pointer: ClassVar[bool]
+    since: ClassVar[str]
+
+    def __init_subclass__(cls, *, reads: int, sets: int, default: int = 0, by_pointer: bool = False,
+                          since: str = '', **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.reads, cls.sets, cls.default, cls.by_pointer, cls.since = reads, sets, default, by_pointer, since
+
+    def ask(self, batch: Batch) -> Reader[int]:
+        if self.by_pointer:
+            out = batch.buffer(8)
+            batch.call('prctl', self.reads, out, 0, 0, 0)
+            return lambda results: int.from_bytes(results.data(out), 'little')
+        call = batch.call('prctl', self.reads, 0, 0, 0, 0)
+        return lambda results: results.or_else(call, self.default)
+
+    def dump(self, of: DumpedTask, answer: int) -> Setting | None:
+        return Setting(answer) if answer != self.default else None
+
+    def obstacles(self, record: Setting, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
+        if self.since and not self._is_there():
+            yield about(task.vpid, 'kernel', 'ENOSYS', f'uses prctl {self.name}, which this kernel lacks',
+                        f'boot a kernel {self.since} or newer')
+
+    def _is_there(self) -> bool:
+        try:
+            prctl(self.reads)
+        except OSError:
+            return False
+        return True
+
+    def restore(self, record: Setting, to: RestoredTask) -> None:
+        to.script.call('prctl', self.sets, *self.arguments(record.value), about=self.name)
+
+    def arguments(self, value: int) -> tuple[int, int, int, int]:
+        """Arguments that set a value."""
+        return value, 0, 0, 0
+
+
+class ChildSubreaper(Prctl, name='PR_SET_CHILD_SUBREAPER', scope=Scope.PROCESS, reads=PR_GET_CHILD_SUBREAPER,
+                     sets=PR_SET_CHILD_SUBREAPER, by_pointer=True):
+    """Orphans below the process become its children."""
+
+
+class ThpDisable(Prctl, name='PR_SET_THP_DISABLE', scope=Scope.MM, reads=PR_GET_THP_DISABLE, sets=PR_SET_THP_DISABLE):
+    """No huge pages, bit 0; since 6.18 with flags beside it: bit 1, but where madvise(2) asks for them."""
+
+    def arguments(self, value: int) -> tuple[int, int, int, int]:
+        return value & 1, value & ~1, 0, 0
+
+
+class MemoryMerge(Prctl, name='PR_SET_MEMORY_MERGE', scope=Scope.MM, reads=PR_GET_MEMORY_MERGE,
+                  sets=PR_SET_MEMORY_MERGE, since='6.4 with CONFIG_KSM'):
+    """Equal pages are merged, ksm."""
+
+
+class Mdwe(Prctl, name='PR_SET_MDWE', scope=Scope.MM, reads=PR_GET_MDWE, sets=PR_SET_MDWE, since='6.3'):
+    """No mapping becomes executable later. There is no way back from it."""
+
+
+class Tsc(Prctl, name='PR_SET_TSC', reads=PR_GET_TSC, sets=PR_SET_TSC, default=PR_TSC_ENABLE, by_pointer=True):
+    """Whether the thread may read the time-stamp counter."""
+
+
+class MceKill(Prctl, name='PR_MCE_KILL', reads=PR_MCE_KILL_GET, sets=PR_MCE_KILL, default=PR_MCE_KILL_DEFAULT):
+    """When the thread learns that memory is broken."""
+
+    def arguments(self, value: int) -> tuple[int, int, int, int]:
+        return PR_MCE_KILL_SET, value, 0, 0
+
+
+class IoFlusher(Prctl, name='PR_SET_IO_FLUSHER', reads=PR_GET_IO_FLUSHER, sets=PR_SET_IO_FLUSHER):
+    """The thread serves a file system: its allocations of memory wait for none."""

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Registers of a thread, general and extended (XSAVE), and its mask of blocked signals. The tracer reads and sets them;
+they are set last, when the task has left its stub."""
+
+from ckptd.image import records
+from ckptd.image.records import ThreadSignals
+from ckptd.kernel.arch import x86_64 as arch
+from ckptd.kernel.ptrace import Tracee
+from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Stage
+
+
+class Registers(Attribute[records.Registers, None], name='registers', stage=Stage.FILTERS):
+
+    def dump(self, of: DumpedTask, answer: None) -> records.Registers:
+        return records.Registers(of.task.vtid, arch.EM, bytes(of.tracee.regs), of.tracee.xstate())
+
+    def restore(self, record: records.Registers, to: RestoredTask) -> None:
+        return
+
+    def finish(self, record: records.Registers, tracee: Tracee) -> None:
+        tracee.set_xstate(record.xstate)
+        tracee.regs = arch.user_regs_struct.from_buffer_copy(record.gpr)
+
+
+class SignalMask(Attribute[ThreadSignals, None], name='signal mask', stage=Stage.FILTERS):
+
+    def dump(self, of: DumpedTask, answer: None) -> Fields:
+        return {'mask': of.tracee.sigmask}
+
+    def restore(self, record: ThreadSignals, to: RestoredTask) -> None:
+        return
+
+    def finish(self, record: ThreadSignals, tracee: Tracee) -> None:
+        tracee.sigmask = record.mask

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The attributes that there are: every subclass of Attribute with a name, in a module of this package.
+
+A new attribute is a new file, or in prctl.py a few lines; nothing else changes.
+"""
+
+import importlib
+import pkgutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import ckptd.objects.attributes
+from ckptd.errors import Finding
+from ckptd.image.grammar import Record, Struct
+from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.image.records import TaskAttribute
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.status import Status
+from ckptd.objects.attributes.base import (
+    Attribute,
+    DumpedTask,
+    Owners,
+    RestartRights,
+    RestoredTask,
+    Scope,
+    Stage,
+    about,
+)
+from ckptd.remote.batch import Batch, Results
+from ckptd.remote.interleave import Steps
+from ckptd.tree import Task
+
+Answers: TypeAlias = Mapping[str, Any]      # by name of the attribute
+RunBatch: TypeAlias = Callable[[Batch], Steps[Results]]
+
+
+def _named(cls: type[Attribute[Any, Any]]) -> Iterator[Attribute[Any, Any]]:
+    for one in cls.__subclasses__():
+        if 'name' in vars(one):
+            yield one()
+        yield from _named(one)
+
+
+def _discover() -> tuple[Attribute[Any, Any], ...]:
+    for module in pkgutil.iter_modules(ckptd.objects.attributes.__path__):
+        if module.name != 'registry':
+            importlib.import_module(f'ckptd.objects.attributes.{module.name}')
+    found = list(_named(Attribute))  # type: ignore[type-abstract]
+    names = [one.name for one in found]
+    if len(set(names)) != len(names):
+        raise TypeError(f'two attributes have one name: {sorted(names)}')
+    return tuple(sorted(found, key=lambda one: (one.stage, one.scope, one.name)))
+
+
+ATTRIBUTES = _discover()
+BY_NAME = {one.name: one for one in ATTRIBUTES}
+_BY_STAGE = {stage: [one for one in ATTRIBUTES if one.stage is stage] for stage in Stage}
+_FINISHING = [one for one in ATTRIBUTES if type(one).finish is not Attribute.finish]
+_WITH_MORE = [one for one in ATTRIBUTES if type(one).ask_more is not Attribute.ask_more]
+_OF_DEAD = [one for one in ATTRIBUTES if type(one).dump_dead is not Attribute.dump_dead]
+_FOUND_OUTSIDE = [one for one in ATTRIBUTES if type(one).findings is not Attribute.findings]
+
+
+# ---------------------------------------------------------------- dump
+
+def findings(task: Task, status: Status) -> list[Finding]:
+    """Why a task cannot be dumped, seen from outside."""
+    return [row for one in _FOUND_OUTSIDE for row in one.findings(task, status)]
+
+
+class Questions:
+    """The calls of the attributes of some scopes, added to a batch. They are the same for every task."""
+
+    def __init__(self, batch: Batch, scopes: Iterable[Scope]) -> None:
+        self._readers = {one.name: reader for one in ATTRIBUTES if one.scope in scopes
+                         if (reader := one.ask(batch)) is not None}
+
+    def answers(self, results: Results) -> dict[str, Any]:
+        return {name: read(results) for name, read in self._readers.items()}
+
+
+def ask_more(tid: int, run: RunBatch) -> Steps[dict[str, Any]]:
+    """The answers of attributes that need batches of their own. run: has the process do one."""
+    found = {}
+    for one in _WITH_MORE:
+        questions = one.ask_more(tid)
+        if questions is None:
+            continue
+        try:
+            batch = next(questions)
+            while True:
+                batch = questions.send((yield from run(batch)))
+        except StopIteration as end:
+            found[one.name] = end.value
+    return found
+
+
+def dump(owners: Owners, of: DumpedTask, answers: Answers) -> Iterator[Record]:
+    """The records of all attributes that a task speaks for."""
+    shared: dict[type[Record], tuple[int, dict[str, Any]]] = {}
+    for one in ATTRIBUTES:
+        if not (owner := owners.get(one.scope)):
+            continue
+        found = one.dump(of, answers.get(one.name))
+        match found:
+            case None:
+                continue
+            case Record():
+                yield found
+            case Struct():
+                yield TaskAttribute(owner, one.scope, one.name, found.encode())
+            case _:
+                shared.setdefault(one.record, (owner, {}))[1].update(found)  # type: ignore[arg-type]
+    for cls, (owner, fields) in shared.items():
+        yield cls(owner, **fields)  # type: ignore[call-arg]
+
+
+def dump_dead(task: Task, status: Status) -> Iterator[Record]:
+    """The records of a zombie."""
+    for one in _OF_DEAD:
+        if isinstance(found := one.dump_dead(task, status), Record):
+            yield found
+
+
+# ---------------------------------------------------------------- restart
+
+class Kept:
+    """The attributes that an image has."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        self.reader = reader
+
+    @cached_property
+    def _own(self) -> Mapping[tuple[int, int], dict[str, bytes]]:
+        """Layouts of attributes by scope and owner, and there by name."""
+        found: dict[tuple[int, int], dict[str, bytes]] = defaultdict(dict)
+        for one in self.reader.every(TaskAttribute):
+            found[one.scope, one.owner][one.name] = one.data
+        return found
+
+    def record(self, attribute: Attribute[Any, Any], owner: int) -> Any:
+        """What the image keeps of an attribute; None for what a new task has. ImageDamaged."""
+        if issubclass(attribute.record, Record):
+            return self.reader.get(attribute.record, owner)
+        data = self._own.get((attribute.scope, owner), {}).get(attribute.name)
+        return None if data is None else attribute.record.decode(data)
+
+    def obstacles(self, owners: Owners, task: ImageTask, rights: RestartRights) -> Iterator[Finding]:
+        """Why attributes of a task cannot be set again."""
+        for one in ATTRIBUTES:
+            if (owner := owners.get(one.scope)) and (record := self.record(one, owner)) is not None:
+                yield from one.obstacles(record, task, rights)
+
+    def unknown(self) -> Iterator[Finding]:
+        """Attributes that the image has and this ckptd does not know: they would be lost."""
+        for name in sorted({one.name for one in self.reader.every(TaskAttribute)} - BY_NAME.keys()):
+            yield about(0, name, 'EOPNOTSUPP', f'the image has the attribute "{name}" of tasks, which this ckptd does '
+                        'not know', 'restore it with the ckptd that made it, or a newer one')
+
+    def restore(self, stage: Stage, owners: Owners, to: RestoredTask) -> None:
+        """Collect what a task does at a stage in its script, and do what we do from outside."""
+        for one in _BY_STAGE[stage]:
+            if (owner := owners.get(one.scope)) and (record := self.record(one, owner)) is not None:
+                one.restore(record, to)
+
+    def finish(self, vpid: int, tracee: Tracee) -> None:
+        """Set what the tracer sets of a thread that is no stub any more."""
+        for one in _FINISHING:
+            if (record := self.record(one, vpid)) is not None:
+                one.finish(record, tracee)
