@@ -7,6 +7,7 @@ from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import Owners, RestoredTask, RestoreMeans, Scope, Stage
 from ckptd.objects.attributes.registry import Kept
+from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.restore.create import TaskBuilder
 from ckptd.restore.plan import Plan, is_users_worker
@@ -38,13 +39,13 @@ class TaskAttributes:
         self._means = RestoreMeans(reader, allowed, directory, terminal, sets_ids=not plan.namespaces.user,
                                    is_users_worker=is_users_worker(plan))
 
-    def set(self, stage: Stage, task: ImageTask, script: Script) -> None:
+    def set(self, stage: Stage, task: ImageTask, script: Script) -> Steps[None]:
         """Collect in the script what a task does at a stage, and do what we do from outside. A dead task has only
         credentials."""
         process = self._processes[task.vtgid]
         owners = self._owners.get(task.vpid, {Scope.THREAD: task.vpid})
-        self._kept.restore(stage, owners, RestoredTask(task, self._builder[task.vpid], script, self._means,
-                                                       process.pgid, process.sid))
+        return self._kept.restore(stage, owners, RestoredTask(task, self._builder[task.vpid], script, self._means,
+                                                              process.pgid, process.sid))
 
     def finish(self, task: ImageTask) -> None:
         """Set what the tracer sets of a task that has left its stub: registers, signal mask."""

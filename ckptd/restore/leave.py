@@ -27,6 +27,8 @@ from ckptd.restore.plan import Plan
 from ckptd.restore.shed import dumpable_of
 from ckptd.restore.sleeps import sleep_again
 
+_BLOCK_ALL = (1 << 64) - 1
+
 
 class Leave:
     """The last calls of every task. all_stopped: leave each process in a group-stop. check: raises Cancelled."""
@@ -36,7 +38,6 @@ class Leave:
         self._reader, self._plan, self._builder, self._check = reader, plan, builder, check
         self._attributes = attributes
         self._stops = Stops(plan.processes, all_=all_stopped)
-        self._sighands = plan.users('sighand_id')
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
 
     def run(self) -> None:
@@ -57,10 +58,12 @@ class Leave:
     def _go_all(self, processes: Sequence[NewProcess]) -> None:
         tasks = [task for process in processes for task in process.alive]
         self._stubs.subtract(task.record.mm_id for task in tasks)
+        for task in tasks:
+            # a stub reports by SIGTRAP, and on its way out by stops of the tracer: from here on one can be pending
+            self._builder[task.vpid].tracee.sigmask = _BLOCK_ALL
         # the pages of the stub go with the last who uses them
         last = {task.record.mm_id: task for task in reversed(tasks) if not self._stubs[task.record.mm_id]}
-        interleave(self._go(task, unmap=False) for task in tasks
-                   if self._sighands[task.record.sighand_id] == task.vpid and last.get(task.record.mm_id) is not task)
+        interleave(self._go(task, unmap=False) for task in tasks if last.get(task.record.mm_id) is not task)
         interleave(self._go(task, unmap=True) for task in last.values())
         for task in tasks:
             self._attributes.finish(task)
@@ -74,8 +77,8 @@ class Leave:
             script = Script(builder[task.vpid])
             if task is first:
                 # before there are timers, whose signals are the task's own
-                drain(builder[task.vpid])
-            self._attributes.set(Stage.AFTER_RIGHTS, task, script)
+                yield from drain(builder[task.vpid])
+            yield from self._attributes.set(Stage.AFTER_RIGHTS, task, script)
             yield from script.run()
             self._check()
             if (regs := (yield from sleep_again(reader, task.vpid, builder[task.vpid]))) is not None:
@@ -83,21 +86,21 @@ class Leave:
 
     def _go(self, task: ImageTask, *, unmap: bool) -> Steps[None]:
         script = Script(self._builder[task.vpid])
-        self._attributes.set(Stage.FILTERS, task, script)
+        yield from self._attributes.set(Stage.FILTERS, task, script)
         batch = script.take()
         if unmap and os.geteuid() != 0 and dumpable_of(self._reader, [task]) != SUID_DUMP_USER:
             # no memory of the task can be read or written from here on, not even by us
             batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
-        return self._builder[task.vpid].leave(batch, unmap=unmap)
+        yield from self._builder[task.vpid].leave(batch, unmap=unmap)
 
 
-def drain(stub: Stub) -> None:
+def drain(stub: Stub) -> Steps[None]:
     """Take off what making the tree has sent: SIGCHLD of ghosts and zombies."""
     tracee = stub.tracee
     while tracee.pending(shared=True) or tracee.pending(shared=False):
         batch = Batch()
         everything, nothing = batch.buffer(8, b'\xff' * 8), batch.buffer(16)
         rows = [batch.call('rt_sigtimedwait', everything, 0, nothing, 8) for _ in range(4)]
-        results = finish(stub.attempt(batch))
+        results = yield from stub.attempt(batch)
         if any(results.values[row] == -errno.EAGAIN for row in rows):
             return

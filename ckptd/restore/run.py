@@ -199,11 +199,11 @@ class Restore:
             script = Script(self._builder[task.vpid])
             if self._mms[task.record.mm_id] == task.vpid:
                 self._spaces[task.record.mm_id].describe(script)
-            self._attributes.set(Stage.ATTRIBUTES, task, script)
+            yield from self._attributes.set(Stage.ATTRIBUTES, task, script)
             yield from script.run()
         for task in process.alive:
             script = Script(self._builder[task.vpid])
-            self._attributes.set(Stage.LIMITS, task, script)
+            yield from self._attributes.set(Stage.LIMITS, task, script)
             yield from script.run()
 
     def _close_service_fds(self, stub: Stub) -> Steps[None]:

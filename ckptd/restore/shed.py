@@ -82,7 +82,7 @@ class Shed:
             if task is group[0] and self._ids:
                 script.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
             self._lock(task, script)
-            self._attributes.set(Stage.RIGHTS, task, script)
+            yield from self._attributes.set(Stage.RIGHTS, task, script)
             if task is group[-1] and self._ids:
                 self._set_dumpable(group, script)
             yield from script.run()
@@ -111,7 +111,7 @@ class Shed:
             require_no_capability(stub.tid)
         for task in group:
             script = Script(self._builder[task.vpid])
-            self._attributes.set(Stage.RIGHTS, task, script)
+            yield from self._attributes.set(Stage.RIGHTS, task, script)
             yield from script.run()
 
 

@@ -107,8 +107,8 @@ static pthread_barrier_t prepared, checked;
 
 static void *thread_main(void *unused)
 {
-    const struct expected mine[] = {{SIGUSR2, SI_TKILL, 0}, {SIGRTMIN + 2, SI_QUEUE, 70}, {SIGRTMIN + 2, SI_QUEUE, 71},
-                                    {SIGRTMIN + 3, SI_TKILL, 0}};
+    const struct expected mine[] = {{SIGTRAP, SI_TKILL, 0}, {SIGUSR2, SI_TKILL, 0}, {SIGRTMIN + 2, SI_QUEUE, 70},
+                                    {SIGRTMIN + 2, SI_QUEUE, 71}, {SIGRTMIN + 3, SI_TKILL, 0}};
 
     set_altstack(thread_stack, sizeof thread_stack);
     pthread_barrier_wait(&prepared);
@@ -122,10 +122,12 @@ static void make_pending(pthread_t thread)
 {
     MUST(kill(getpid(), SIGUSR1));
     MUST(kill(getpid(), SIGTERM));
+    MUST(sigqueue(getpid(), SIGTRAP, (union sigval){.sival_int = 30}));
     for (int value = 40; value < 43; value++)
         MUST(sigqueue(getpid(), SIGRTMIN + 1, (union sigval){.sival_int = value}));
     MUST(sigqueue(getpid(), SIGRTMIN + 9, (union sigval){.sival_int = 50}));
     CHECK(pthread_kill(thread, SIGUSR2) == 0, "pthread_kill");
+    CHECK(pthread_kill(thread, SIGTRAP) == 0, "pthread_kill");
     for (int value = 70; value < 72; value++)
         CHECK(pthread_sigqueue(thread, SIGRTMIN + 2, (union sigval){.sival_int = value}) == 0, "pthread_sigqueue");
     CHECK(pthread_kill(thread, SIGRTMIN + 3) == 0, "pthread_kill");
@@ -133,9 +135,9 @@ static void make_pending(pthread_t thread)
 
 int main(void)
 {
-    const struct expected ours[] = {{SIGUSR1, SI_USER, 0}, {SIGTERM, SI_USER, 0}, {SIGRTMIN + 1, SI_QUEUE, 40},
-                                    {SIGRTMIN + 1, SI_QUEUE, 41}, {SIGRTMIN + 1, SI_QUEUE, 42},
-                                    {SIGRTMIN + 9, SI_QUEUE, 50}};
+    const struct expected ours[] = {{SIGTRAP, SI_QUEUE, 30}, {SIGUSR1, SI_USER, 0}, {SIGTERM, SI_USER, 0},
+                                    {SIGRTMIN + 1, SI_QUEUE, 40}, {SIGRTMIN + 1, SI_QUEUE, 41},
+                                    {SIGRTMIN + 1, SI_QUEUE, 42}, {SIGRTMIN + 9, SI_QUEUE, 50}};
     sigset_t all, before, after;
     pthread_t thread;
 

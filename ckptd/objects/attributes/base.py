@@ -31,6 +31,7 @@ from ckptd.kernel.stat import Stat
 from ckptd.kernel.status import Status
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.remote.batch import Batch, Results
+from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
 from ckptd.tree import Task
@@ -203,8 +204,9 @@ class Attribute(ABC, Generic[R, A]):
     def obstacles(self, record: R, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
         return ()
 
-    @abstractmethod
-    def restore(self, record: R, to: RestoredTask) -> None: ...
+    def restore(self, record: R, to: RestoredTask) -> Steps[None] | None:
+        """Steps only where a call must be done before the next one is known."""
+        return None
 
     def finish(self, record: R, tracee: Tracee) -> None:
         return

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Signals that are queued to a process or to a thread, with all that they carry. The task sends them to itself, after
-the shed: they lead to its handlers."""
+the shed: they lead to its handlers. A SIGTRAP is sent last of all, since a stub that did not block it would take it."""
+
+import signal
+from collections.abc import Iterator, Sequence
 
 from ckptd.image.records import ProcessState, ThreadSignals
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Scope, Stage
+from ckptd.remote.script import Script
 
 
 class ProcessQueue(Attribute[ProcessState, None], name='signals of the process', scope=Scope.PROCESS,
@@ -13,8 +17,17 @@ class ProcessQueue(Attribute[ProcessState, None], name='signals of the process',
         return {'shared_pending': of.process.pending}
 
     def restore(self, record: ProcessState, to: RestoredTask) -> None:
-        for info in record.shared_pending:
-            to.script.call('rt_sigqueueinfo', record.vpid, info[0], info, about=f'pending signal {info[0]}')
+        _to_process(record, _others(record.shared_pending), to.script)
+
+
+class ProcessTraps(Attribute[ProcessState, None], name='SIGTRAP of the process', scope=Scope.PROCESS,
+                   stage=Stage.FILTERS):
+
+    def dump(self, of: DumpedTask, answer: None) -> None:
+        return None
+
+    def restore(self, record: ProcessState, to: RestoredTask) -> None:
+        _to_process(record, _traps(record.shared_pending), to.script)
 
 
 class ThreadQueue(Attribute[ThreadSignals, None], name='signals of the thread', stage=Stage.AFTER_RIGHTS):
@@ -23,6 +36,31 @@ class ThreadQueue(Attribute[ThreadSignals, None], name='signals of the thread', 
         return {'pending': of.pending}
 
     def restore(self, record: ThreadSignals, to: RestoredTask) -> None:
-        for info in record.pending:
-            to.script.call('rt_tgsigqueueinfo', to.task.vtgid, record.vpid, info[0], info,
-                           about=f'pending signal {info[0]}')
+        _to_thread(to, _others(record.pending))
+
+
+class ThreadTraps(Attribute[ThreadSignals, None], name='SIGTRAP of the thread', stage=Stage.FILTERS):
+
+    def dump(self, of: DumpedTask, answer: None) -> None:
+        return None
+
+    def restore(self, record: ThreadSignals, to: RestoredTask) -> None:
+        _to_thread(to, _traps(record.pending))
+
+
+def _to_process(record: ProcessState, queued: Iterator[bytes], script: Script) -> None:
+    for info in queued:
+        script.call('rt_sigqueueinfo', record.vpid, info[0], info, about=f'pending signal {info[0]}')
+
+
+def _to_thread(to: RestoredTask, queued: Iterator[bytes]) -> None:
+    for info in queued:
+        to.script.call('rt_tgsigqueueinfo', to.task.vtgid, to.vpid, info[0], info, about=f'pending signal {info[0]}')
+
+
+def _others(queued: Sequence[bytes]) -> Iterator[bytes]:
+    return (info for info in queued if info[0] != signal.SIGTRAP)
+
+
+def _traps(queued: Sequence[bytes]) -> Iterator[bytes]:
+    return (info for info in queued if info[0] == signal.SIGTRAP)

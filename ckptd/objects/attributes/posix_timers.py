@@ -5,7 +5,6 @@ after the shed."""
 import ctypes
 import struct
 from collections.abc import Generator, Iterable
-from contextlib import suppress
 from typing import NamedTuple
 
 from ckptd.errors import CkptError, Finding
@@ -26,7 +25,7 @@ from ckptd.objects.attributes.base import (
     about,
 )
 from ckptd.remote.batch import Batch, Results
-from ckptd.remote.script import Script
+from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Stub
 
 _PER_BATCH = 100
@@ -73,49 +72,51 @@ class Timers(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]], name='POSIX t
                 yield about(record.vpid, f'timer {timer.id}', 'EPERM', f'its timer of {ALARM_CLOCKS[timer.clock]} '
                             'wakes a suspended machine, which takes CAP_WAKE_ALARM', 'restore it as root')
 
-    def restore(self, record: PosixTimers, to: RestoredTask) -> None:
+    def restore(self, record: PosixTimers, to: RestoredTask) -> Steps[None]:
         # /proc/PID/timers has the newest first
         timers, stub = record.timers[::-1], to.stub
         if not timers:
             return
-        by_id = _restore_ids(stub, True)
+        by_id = yield from _restore_ids(stub, True)
         for timer in timers:
             if not by_id:
-                _skip_to(stub, timer)
-            _create(stub, timer, by_id=by_id)
+                yield from _skip_to(stub, timer)
+            yield from _create(stub, timer, by_id=by_id)
         if by_id:
-            _restore_ids(stub, False)
+            yield from _restore_ids(stub, False)
         for timer in timers:
             value = _VALUE.pack(*divmod(timer.interval_ns, 10**9), *divmod(timer.value_ns, 10**9))
             to.script.call('timer_settime', timer.id, 0, value, 0, about=f'POSIX timer {timer.id}')
 
 
-def _restore_ids(stub: Stub, on: bool) -> bool:
+def _restore_ids(stub: Stub, on: bool) -> Steps[bool]:
     """Whether timer_create(2) now takes the number from its third argument."""
-    with suppress(OSError):
-        Script(stub).call_now('prctl', PR_TIMER_CREATE_RESTORE_IDS, int(on), 0, 0, 0)
-        return True
-    return False
+    batch = Batch()
+    batch.call('prctl', PR_TIMER_CREATE_RESTORE_IDS, int(on), 0, 0, 0)
+    results = yield from stub.attempt(batch)
+    return results.values[0] >= 0
 
 
-def _create(stub: Stub, timer: PosixTimer, *, by_id: bool) -> int:
+def _create(stub: Stub, timer: PosixTimer, *, by_id: bool) -> Steps[int]:
     batch = Batch()
     event = struct.pack('<QiiI', timer.value, ctypes.c_int32(timer.signal).value, timer.notify,
                         timer.vtid if timer.notify & SIGEV_THREAD_ID else 0).ljust(64, b'\0')
     number = batch.buffer(8, struct.pack('<q', timer.id if by_id else 0))
     batch.call('timer_create', ctypes.c_int32(timer.clock).value, batch.buffer(64, event), number)
     try:
-        results = stub.do(batch)
+        results = yield from stub.run(batch)
     except OSError as error:
         raise CkptError(f'POSIX timer {timer.id} cannot be made: {error.strerror}', errno=error.errno, task=stub.tid,
                         resource=f'timer {timer.id}') from error
     return int.from_bytes(results.data(number)[:4], 'little')
 
 
-def _skip_to(stub: Stub, timer: PosixTimer) -> None:
+def _skip_to(stub: Stub, timer: PosixTimer) -> Steps[None]:
     """Use up the timer numbers before the wanted one. Before Linux 6.15 the kernel gives them in turn."""
     while True:
-        number = _create(stub, timer, by_id=False)
-        Script(stub).call_now('timer_delete', number)
+        number = yield from _create(stub, timer, by_id=False)
+        batch = Batch()
+        batch.call('timer_delete', number)
+        yield from stub.run(batch)
         if number >= timer.id - 1 or not timer.id:
             break

@@ -6,16 +6,13 @@ from ckptd.image import records
 from ckptd.image.records import ThreadSignals
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
-from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Stage
+from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Stage
 
 
 class Registers(Attribute[records.Registers, None], name='registers', stage=Stage.FILTERS):
 
     def dump(self, of: DumpedTask, answer: None) -> records.Registers:
         return records.Registers(of.task.vtid, arch.EM, bytes(of.tracee.regs), of.tracee.xstate())
-
-    def restore(self, record: records.Registers, to: RestoredTask) -> None:
-        return
 
     def finish(self, record: records.Registers, tracee: Tracee) -> None:
         tracee.set_xstate(record.xstate)
@@ -26,9 +23,6 @@ class SignalMask(Attribute[ThreadSignals, None], name='signal mask', stage=Stage
 
     def dump(self, of: DumpedTask, answer: None) -> Fields:
         return {'mask': of.tracee.sigmask}
-
-    def restore(self, record: ThreadSignals, to: RestoredTask) -> None:
-        return
 
     def finish(self, record: ThreadSignals, tracee: Tracee) -> None:
         tracee.sigmask = record.mask

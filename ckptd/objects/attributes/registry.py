@@ -56,7 +56,8 @@ def _discover() -> tuple[Attribute[Any, Any], ...]:
 
 ATTRIBUTES = _discover()
 BY_NAME = {one.name: one for one in ATTRIBUTES}
-_BY_STAGE = {stage: [one for one in ATTRIBUTES if one.stage is stage] for stage in Stage}
+_BY_STAGE = {stage: [one for one in ATTRIBUTES if one.stage is stage and type(one).restore is not Attribute.restore]
+             for stage in Stage}
 _FINISHING = [one for one in ATTRIBUTES if type(one).finish is not Attribute.finish]
 _WITH_MORE = [one for one in ATTRIBUTES if type(one).ask_more is not Attribute.ask_more]
 _OF_DEAD = [one for one in ATTRIBUTES if type(one).dump_dead is not Attribute.dump_dead]
@@ -159,11 +160,12 @@ class Kept:
             yield about(0, name, 'EOPNOTSUPP', f'the image has the attribute "{name}" of tasks, which this ckptd does '
                         'not know', 'restore it with the ckptd that made it, or a newer one')
 
-    def restore(self, stage: Stage, owners: Owners, to: RestoredTask) -> None:
+    def restore(self, stage: Stage, owners: Owners, to: RestoredTask) -> Steps[None]:
         """Collect what a task does at a stage in its script, and do what we do from outside."""
         for one in _BY_STAGE[stage]:
-            if (owner := owners.get(one.scope)) and (record := self.record(one, owner)) is not None:
-                one.restore(record, to)
+            if (owner := owners.get(one.scope)) and (record := self.record(one, owner)) is not None \
+                    and (work := one.restore(record, to)) is not None:
+                yield from work
 
     def finish(self, vpid: int, tracee: Tracee) -> None:
         """Set what the tracer sets of a thread that is no stub any more."""
