@@ -22,6 +22,7 @@ from ckptd.image.records import (
     VVAR,
 )
 from ckptd.kernel.maps import DELETED, Mapping, map_file, stat_mapped
+from ckptd.kernel.mman import MAP_DROPPABLE
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.shmem import shm_device
 
@@ -44,8 +45,9 @@ def shared_kind(path: str) -> int:
 
 
 def map_flags(mapping: Mapping) -> int:
-    """MAP_* that make such a mapping again."""
-    flags = MAP_SHARED if mapping.shared else MAP_PRIVATE
+    """MAP_* that make such a mapping again. MAP_DROPPABLE (<linux/mman.h>, since 6.11) stands in the place of
+    MAP_PRIVATE, so memory that the kernel may drop at any time is not private here, and its pages are not written."""
+    flags = MAP_SHARED if mapping.shared else MAP_DROPPABLE if 'dp' in mapping.vm_flags else MAP_PRIVATE
     if mapping.anonymous:
         flags |= MAP_ANONYMOUS
     for code, bit in _MAP_BY_VM_FLAG.items():

@@ -81,6 +81,14 @@ def test_absent_pages_stay_absent(generation: Callable[..., Generation]) -> None
     tree.finish()
 
 
+def test_pages_that_may_be_dropped_are_not_written(generation: Callable[..., Generation]) -> None:
+    tree = generation('droppable')
+    with ImageReader(tree.kill()) as reader:
+        found = [(vma, reader.memory(vma.mm_id).runs) for vma in reader.every(Vma) if 'dp' in vma.vm_flags.split()]
+        assert len(found) == 3      # two of the child, one of which it has from its parent
+        assert not [run for vma, runs in found for run in runs if vma.start <= run.start < vma.end]
+
+
 def test_private_file_mappings_share_the_page_cache(generation: Callable[..., Generation]) -> None:
     """Pages of the file that the program did not change are not its own."""
     tree = generation('memory')

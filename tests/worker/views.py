@@ -191,9 +191,9 @@ def of_memory(reader: ImageReader) -> Iterator[str]:
 
 
 def _plain(memory: Memory) -> Iterator[tuple[int, int]]:
-    """Anonymous mappings in which no guard faults."""
+    """Anonymous mappings in which no guard faults, but for those that the kernel may drop, which no image has."""
     for vma in memory.vmas:
-        if vma.kind in (ANON, HEAP, STACK) and not any(
+        if vma.kind in (ANON, HEAP, STACK) and 'dp' not in vma.vm_flags.split() and not any(
                 guard.start < vma.end and vma.start < guard.end for guard in memory.guards):
             yield vma.start, vma.end
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 
 from ckptd.errors import Finding
-from ckptd.image.records import PAGE, VDSO, GuardRegions, Registers
+from ckptd.image.records import PAGE, VDSO, GuardRegions, Registers, Vma
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.mman import MADV_GUARD_INSTALL
+from ckptd.kernel.mman import MADV_GUARD_INSTALL, MAP_DROPPABLE
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.vdso import VdsoPlan
 from ckptd.restore.xstate import own_xstate, shortcoming
@@ -73,6 +73,9 @@ def _features(context: CheckContext) -> Iterator[Finding]:
     guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
     if guarded and not _has_guard_regions():
         yield _lacking(users.get(guarded, 0), 'guard regions (madvise MADV_GUARD_INSTALL)', '6.13')
+    droppable = next((one.mm_id for one in reader.every(Vma) if one.flags & MAP_DROPPABLE), 0)
+    if droppable and not _has_droppable_memory():
+        yield _lacking(users.get(droppable, 0), 'droppable memory (MAP_DROPPABLE)', '6.11')
 
 
 def _lacking(vpid: int, what: str, since: str) -> Finding:
@@ -86,4 +89,12 @@ def _has_guard_regions() -> bool:
             page.madvise(MADV_GUARD_INSTALL)
         except OSError:
             return False
+    return True
+
+
+def _has_droppable_memory() -> bool:
+    try:
+        mmap.mmap(-1, PAGE, flags=MAP_DROPPABLE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return False
     return True
