@@ -13,6 +13,7 @@ from ckptd.errors import Busy, CkptError, PermissionDenied
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import MEMFD, PAGE, SYSV, Backing, PageRun, SharedMemory, Vma
 from ckptd.journal.steps import MakeSegment
+from ckptd.kernel.memfd import make_memfd
 from ckptd.kernel.shm import SHM_DEST, ShmidDs, attached, shmctl_remove, shmctl_set, shmctl_stat, shmget_at
 from ckptd.objects.files.base import ByUser, FileLookup
 from ckptd.objects.files.content import set_owner
@@ -95,7 +96,7 @@ class MappedObjects:
         """An empty one, of the user's."""
         if record.kind == MEMFD:
             with self._lookup.as_user():
-                return os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                return make_memfd(record.name, record.mode, record.seals)
         return _anonymous(record.size, self._lookup)
 
     def _set_owner(self, fd: int, record: SharedMemory) -> None:

@@ -8,6 +8,7 @@ import stat
 from ckptd.errors import Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
+from ckptd.kernel.memfd import is_forbidden, make_memfd
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding, open_again
 from ckptd.objects.files.content import (
@@ -66,13 +67,29 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
             return dump_content(fd, file.stat.st_size, content)
 
     def restart_findings(self, record: Memfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        return owner_findings(f'memfd {record.name}', record.uid, record.gid, lookup)
+        rows = owner_findings(f'memfd {record.name}', record.uid, record.gid, lookup)
+        if is_forbidden(record.mode, record.seals):
+            rows.append(finding('EACCES', f'memfd {record.name} may be executed, and vm.memfd_noexec=2 forbids to make '
+                                'such a file', 'restore it where vm.memfd_noexec is 0 or 1'))
+        return rows
 
     def needs(self, record: Memfd, saved: SavedFile) -> Needs:
         return Needs(_key(record), memory=content_size(record.content))
 
     def create(self, record: Memfd, saved: SavedFile, ctx: RestoreContext) -> int:
-        return open_again(self._object(record, ctx), saved.flags)
+        base, is_first = self._object(record, ctx), False
+        if saved.flags & os.O_ACCMODE != os.O_RDWR:
+            return open_again(base, saved.flags)
+
+        def take() -> int:
+            nonlocal is_first
+            is_first = True
+            return os.dup(base)
+        # the kernel counts no writer for the description that memfd_create(2) returns (mm/shmem.c, __shmem_file_setup),
+        # and one for each that is opened anew: with such a writer the file cannot be executed, execve(2) ETXTBSY.
+        # Nothing shows which one that was, so it is the first of those that are open for reading and writing
+        original = ctx.once(('original', *_key(record)), take)
+        return os.dup(original) if is_first else open_again(base, saved.flags)
 
     def _object(self, record: Memfd, ctx: RestoreContext) -> int:
         if record.shm_id:
@@ -80,7 +97,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
 
         def make() -> int:
             with ctx.as_user():
-                fd = os.memfd_create(record.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                fd = make_memfd(record.name, record.mode, record.seals)
             try:
                 restore_content(fd, record.size, record.content, ctx)
                 set_owner(fd, record.mode, record.uid, record.gid, ctx)
