@@ -12,34 +12,73 @@ from ckptd.restore.create import TaskBuilder
 from ckptd.restore.creation_order import NewProcess
 
 _P_PID = 1          # <linux/wait.h>
+_BY_TERMINAL = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 
 
 class Stops:
-    """Which processes stop, and how. all_: every one, as by SIGSTOP."""
+    """Which processes stop, and by which signal. all_: every one, as by SIGSTOP.
+
+    A stop signal other than SIGSTOP stops no process whose group is orphaned (kernel/signal.c, get_signal). No member
+    of such a group has its parent in another group of the same session (kernel/exit.c, will_become_orphaned_pgrp). A
+    process may have been stopped before its group became orphaned, or before it joined the group. Where its parent is
+    in the same group, the two are in different groups for the moment of the stop.
+    """
 
     def __init__(self, processes: Sequence[NewProcess], *, all_: bool) -> None:
         self._all = all_
         self._above = {child.vpid: process for process in processes for child in process.children}
+        # (session, group) of those that are not orphaned
+        self._anchored = {(child.sid, child.pgid) for process in processes for child in process.children
+                          if process.alive and child.alive and _anchors(process, child)}
 
     def signal_of(self, process: NewProcess) -> int:
         """The signal of the group-stop that it is to be in; 0 for none."""
         wanted = process.alive[0].record.stop_signal
         if not wanted:
             return signal.SIGSTOP if self._all else 0
-        # the others stop no process whose group is orphaned (kernel/signal.c, get_signal), as that of a root is now
+        if wanted not in _BY_TERMINAL:
+            return signal.SIGSTOP
+        return wanted if self._is_anchored(process) or self._apart(process) else signal.SIGSTOP
+
+    def _is_anchored(self, process: NewProcess) -> bool:
+        return (process.sid, process.pgid) in self._anchored
+
+    def _apart(self, process: NewProcess) -> int:
+        """Which process is to be in a group of its own for a moment, this one or its parent, so that they are in
+        different ones; 0 for none."""
         above = self._above.get(process.vpid)
-        return wanted if above and above.sid == process.sid and above.pgid != process.pgid else signal.SIGSTOP
+        if above is None or not above.alive or above.sid != process.sid or process.vpid == process.sid:
+            return 0
+        # a leader cannot leave its group, and only one of the two is that
+        return process.vpid if process.vpid != process.pgid else above.vpid
 
     def stop(self, process: NewProcess, builder: TaskBuilder) -> None:
-        """Its tasks have left their stubs, and its parent has not: that hears of it, as it had."""
+        """Stop a process whose tasks have left their stubs, while its parent is still one. The parent gets to know of
+        the stop if it had not waited for it before."""
         wanted = self.signal_of(process)
+        apart = 0 if wanted == signal.SIGSTOP or self._is_anchored(process) else self._apart(process)
+        # setpgid(2) takes a child of the caller that has not executed a program, which no task of a restart has
+        self._join(process, builder, apart, apart)
         for task in process.alive:
             stop(builder[task.vpid], wanted, begin=task is process.alive[0])
+        self._join(process, builder, apart, process.pgid)
         if process.vpid in self._above and not process.alive[0].record.exit_code & 0x7F:
             # its parent has waited for it then (fs/proc/array.c: exit_code is the signal until somebody has)
             script = Script(builder[process.parent])
             script.call('waitid', _P_PID, process.vpid, 0, os.WSTOPPED | os.WNOHANG, 0)
             script.do()
+
+    def _join(self, process: NewProcess, builder: TaskBuilder, vpid: int, pgid: int) -> None:
+        """Have the parent put a process, its child or itself, into a group; nothing without one."""
+        if vpid:
+            script = Script(builder[process.parent])
+            script.call('setpgid', vpid, pgid, about='process group of a stopped process')
+            script.do()
+
+
+def _anchors(parent: NewProcess, child: NewProcess) -> bool:
+    """Whether a parent keeps the group of its child from being orphaned."""
+    return parent.sid == child.sid and parent.pgid != child.pgid
 
 
 def stop(stub: Stub, wanted: int, *, begin: bool) -> None:

@@ -413,6 +413,23 @@ def test_namespaces_that_are_not_made_again(place: Place, asleep: Sleeper) -> No
                                                               ('namespace uts', 'warning')}
 
 
+@pytest.mark.parametrize('wanted', [signal.SIGTSTP, signal.SIGUSR1])
+def test_a_stop_that_needs_another_parent(place: Place, asleep: Sleeper, wanted: int) -> None:
+    """As of a job of a shell, which is not in the tree: without its shell SIGTSTP stops it no more."""
+    image = asleep.image(place)
+    alter(image, r.TaskRecord, stop_signal=wanted, state=ord('T'))
+    row = only(found(place, image), 'warning')
+    assert (row.resource, row.pid) == ('job control', asleep.process.pid)
+    assert f'stopped by {signal.Signals(wanted).name}, and comes back stopped by SIGSTOP' in row.reason
+    with DirectWorker() as worker:
+        worker.run(place.request(0, target='', operation='restore', image=image.name))
+    # proc(5): exit_code of a stopped process is the signal
+    fields = Path(f'/proc/{asleep.process.pid}/stat').read_text().rpartition(')')[2].split()
+    os.kill(asleep.process.pid, signal.SIGKILL)
+    settled.reap_orphans()
+    assert (fields[0], fields[49]) == ('T', str(signal.SIGSTOP))
+
+
 def test_a_terminal_is_missed(place: Place, asleep: Sleeper) -> None:
     image = asleep.image(place)
     alter(image, r.ProcessState, tty=os.makedev(136, 1))

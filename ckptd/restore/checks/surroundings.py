@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checks of the surroundings of a tree: its cgroup, its namespaces and its controlling terminal."""
+"""Checks of the surroundings of a tree: its cgroup, its namespaces, its controlling terminal and job control."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import boot_id, read_namespaces
 from ckptd.restore.cgroups import cgroups
 from ckptd.restore.checks.context import CheckContext, about
+from ckptd.restore.job_control import Stops
 
 # a restart makes these anew, or says so itself (restore/namespaces.py)
 _MADE = frozenset({'pid', 'time'})
@@ -27,6 +29,7 @@ def check(context: CheckContext) -> Iterator[Finding]:
         yield from _cgroups(context)
     yield from _namespaces(context)
     yield from _terminal(context)
+    yield from _stops(context)
 
 
 def _cgroup(context: CheckContext, name: str) -> Iterator[Finding]:
@@ -97,3 +100,20 @@ def _terminal(context: CheckContext) -> Iterator[Finding]:
     if first:
         yield about(first, 'terminal', 'ENOTTY', 'had a controlling terminal, and comes back without one',
                     'restore with --wait in a terminal', 'warning')
+
+
+def _stops(context: CheckContext) -> Iterator[Finding]:
+    """A stop by a terminal needs a parent in another group of the session, such as the shell that started the tree."""
+    stops = Stops(context.plan.processes, all_=False)
+    for process in context.plan.processes:
+        wanted = process.alive[0].record.stop_signal if process.alive else 0
+        if wanted and (found := stops.signal_of(process)) != wanted:
+            yield about(process.vpid, 'job control', 'EOPNOTSUPP', f'was stopped by {_name(wanted)}, and comes back '
+                        f'stopped by {_name(found)}: its process group is orphaned', 'SIGCONT lets it go on as before',
+                        'warning')
+
+
+def _name(number: int) -> str:
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f'signal {number}'
