@@ -6,6 +6,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ckptd.errors import Busy, CkptError, Finding, NotSupported
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
@@ -23,28 +24,36 @@ _FLOCK = struct.Struct('@hhqqi4x')
 
 POSIX, FLOCK, OFD, LEASE = 1, 2, 3, 4
 EOF = (1 << 64) - 1
+TO_READ, TO_NONE = 1, 2         # Lock.breaking
 _NAMES = {'POSIX': POSIX, 'FLOCK': FLOCK, 'OFDLCK': OFD, 'LEASE': LEASE}
 
 
 @layout
 class Lock(Struct):
     """kind: POSIX, FLOCK, OFD, LEASE. write: 1 for a write lock or lease. Bytes start to end, both inclusive, EOF: no
-    end. holder: vpid of the process that a POSIX lock belongs to; other locks belong to the description (0)."""
+    end. holder: vpid of the process that a POSIX lock belongs to; other locks belong to the description (0).
+    breaking: what a lease is to become for somebody who waits for it or was told to come again, TO_READ or TO_NONE."""
     kind: U8
     write: U8
     start: U64
     end: U64
     holder: U32
+    breaking: U8 = 0
 
 
 def parse_lock(line: str, holder: int) -> Lock | None:
-    """'1: POSIX  ADVISORY  WRITE 359 00:13:11691 0 EOF'. None for what is not the task's own, a delegation of nfsd."""
-    _, name, _, access, _, _, start, end = line.split()
+    """'1: POSIX  ADVISORY  WRITE 359 00:13:11691 0 EOF'. None for what is not the task's own, a delegation of nfsd.
+
+    'LEASE  BREAKING  UNLCK' shows what the lease is to become (fs/locks.c, target_leasetype), and only of TO_READ
+    follows that it is a write lease: whether one that is to end is, `read_locks` finds out.
+    """
+    _, name, state, access, _, _, start, end = line.split()
     kind = _NAMES.get(name)
     if kind is None:
         return None
-    return Lock(kind, int(access != 'READ'), int(start), EOF if end == 'EOF' else int(end),
-                holder if kind == POSIX else 0)
+    breaking = (TO_READ if access == 'READ' else TO_NONE) if (kind, state) == (LEASE, 'BREAKING') else 0
+    return Lock(kind, int(access != 'READ' or bool(breaking)), int(start), EOF if end == 'EOF' else int(end),
+                holder if kind == POSIX else 0, breaking)
 
 
 def read_locks(file: OpenFile) -> tuple[Lock, ...]:
@@ -56,7 +65,19 @@ def read_locks(file: OpenFile) -> tuple[Lock, ...]:
         lines = info.fields.get('lock', [])
         holder = read_status(pid).ns_tgid[-1] if lines else 0
         found.update((lock, None) for line in lines if (lock := parse_lock(line, holder)))
-    return tuple(found)
+    return tuple(_with_type(lock, file) if lock.breaking == TO_NONE else lock for lock in found)
+
+
+def _with_type(lease: Lock, file: OpenFile) -> Lock:
+    """Find out whether a lease that is to end keeps readers out, as a write lease does. It is being broken already, so
+    that to open the file asks nothing more of its holder (fs/locks.c, __break_lease)."""
+    try:
+        with file.reopen(os.O_RDONLY):
+            return replace(lease, write=0)
+    except BlockingIOError:
+        return lease
+    except PermissionError:         # a read lease is of a description that cannot be written
+        return replace(lease, write=int(file.writable))
 
 
 def has_locks(file: OpenFile) -> bool:
@@ -73,8 +94,14 @@ def lock_findings(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[
 
 def _lease_findings(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
     """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
-    found = lookup.lstat(path) if any(lock.kind == LEASE for lock in locks) else None
-    if found is None or found.st_uid == lookup.uid or lookup.capable(CAP_LEASE):
+    leases = [lock for lock in locks if lock.kind == LEASE]
+    found = lookup.lstat(path) if leases else None
+    if found is None:
+        return []
+    if any(lease.breaking == TO_NONE for lease in leases) and not lookup.may(path, os.W_OK):
+        return [finding('EACCES', f'{path} is leased, somebody was about to write it, and uid {lookup.uid} may not',
+                        'restore as root, or checkpoint again when the program has released the lease')]
+    if found.st_uid == lookup.uid or lookup.capable(CAP_LEASE):
         return []
     return [finding('EACCES', f'{path} is leased and belongs to uid {found.st_uid}, and uid {lookup.uid} may not take '
                     'a lease on it', 'release the lease (F_SETLEASE, F_UNLCK) first, or restore as root')]
@@ -115,8 +142,18 @@ def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, c
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise CkptError(f'{path} cannot be locked again: {error.strerror}', errno=error.errno,
                                 resource=path) from error
+            if lock.kind == LEASE:
+                raise _no_lease(lock, path) from error
             raise Busy(f'{path} is locked by somebody else', resource=path,
                        hint='end the program that has it locked, or wait for it') from error
+
+
+def _no_lease(lease: Lock, path: str) -> Busy:
+    """A read lease can be had while nobody has the file open for writing, a write lease while nobody has it open at
+    all, fcntl(2)."""
+    name, how = ('write', '') if lease.write else ('read', ' for writing')
+    return Busy(f'{path} had a {name} lease, which cannot be taken again while another program has the file open{how}',
+                resource=path, hint=f'end that program (fuser -v {path} shows it), or wait for it')
 
 
 def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
@@ -131,8 +168,23 @@ def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: RestoreContext)
         # the fd that it took it by (fs/locks.c, lease_setup)
         for vpid, number in ctx.holders(saved.file_id)[:1]:
             ctx.call(vpid, name, number, *arguments)
-            return
-        fcntl.flock(fd, arguments[0]) if lock.kind == FLOCK else fcntl.fcntl(fd, *arguments)
+            break
+        else:
+            fcntl.flock(fd, arguments[0]) if lock.kind == FLOCK else fcntl.fcntl(fd, *arguments)
+        if lock.breaking:
+            _break(lock, path, ctx)
+
+
+def _break(lease: Lock, path: str, ctx: RestoreContext) -> None:
+    """Begin to break a lease as whoever opened the file did. Its holder has fs.lease-break-time seconds from now on.
+
+    The signal that it gets is taken off before it runs: it has got one already, or has one pending in the image.
+    """
+    try:
+        os.close(ctx.open(path, (os.O_RDONLY if lease.breaking == TO_READ else os.O_WRONLY) | os.O_NONBLOCK))
+    except BlockingIOError:
+        return
+    raise CkptError(f'{path} has no lease that somebody else waits for', resource=path)
 
 
 def _call(lock: Lock) -> tuple[str, *tuple[int, ...]]:

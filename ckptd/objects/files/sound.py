@@ -9,7 +9,7 @@ from ckptd.image.grammar import Struct
 from ckptd.image.records import PAGE, Extent, data_name
 from ckptd.image.shapes import MAX_FILE
 from ckptd.objects.files.content import ContentSegment
-from ckptd.objects.files.locks import EOF, LEASE, POSIX, Lock
+from ckptd.objects.files.locks import EOF, LEASE, POSIX, TO_NONE, TO_READ, Lock
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
 # the highest value of fields by their name, in every kind that has one
@@ -37,6 +37,8 @@ def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
         case ContentSegment(start, extent):
             if start + extent.length > MAX_FILE:
                 yield f'its content is at byte {start}'
-        case Lock(kind, _, start, end):
+        case Lock(kind, write, start, end, _, breaking):
             if not POSIX <= kind <= LEASE or start > min(end, MAX_FILE) or MAX_FILE < end < EOF:
                 yield f'a lock of kind {kind} on bytes {start} to {end}'
+            if breaking and (kind != LEASE or breaking > TO_NONE or (breaking == TO_READ and not write)):
+                yield f'a lock of kind {kind} that is being broken to {breaking}'

@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import os
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -73,10 +74,10 @@ def held(brood: Brood) -> list[list[int]]:
 @pytest.fixture
 def first() -> Callable[[Callable[[int], None], Bulk], SavedFile]:
     """A record of a locked file whose process has ended."""
-    def save(lock: Callable[[int], None], bulk: Bulk) -> SavedFile:
+    def save(lock: Callable[[int], None], bulk: Bulk, flags: int = os.O_RDWR) -> SavedFile:
         with Brood() as own:
             def work() -> int:
-                fd = os.open('file', os.O_RDWR)
+                fd = os.open('file', flags)
                 lock(fd)
                 return fd
             return saved_of(read_open_file(*own.ask(work)), bulk)
@@ -125,8 +126,54 @@ def test_somebody_else_has_it(first: First, bulk: Bulk, restart: Start, brood: B
     assert [row[:2] for row in rows] == ([('refusal', 'EBUSY')] if said else [])
     assert said is None or rows[0][2].endswith(said)
     fd = job.restore(saved)
-    with pytest.raises(Busy, match='file is locked by somebody else'):
+    words = {lease: 'file had a write lease, which cannot be taken again while another program has the file open$'}
+    with pytest.raises(Busy, match=words.get(lock, 'file is locked by somebody else')):
         job.finish(saved, fd)
+
+
+def test_read_lease_of_a_file_that_is_open_for_writing(first: Callable[..., SavedFile], bulk: Bulk, restart: Start,
+                                                       brood: Brood) -> None:
+    saved = first(lambda fd: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK), bulk, os.O_RDONLY)
+    brood.ask(lambda: os.open('file', os.O_WRONLY))
+    job = restart()
+    fd = job.restore(saved)
+    with pytest.raises(Busy, match='has the file open for writing') as caught:
+        job.finish(saved, fd)
+    assert 'had a read lease' in str(caught.value)
+    assert 'fuser -v' in caught.value.hint
+
+
+def broken(flags: int) -> Callable[[int], None]:
+    """Take a write lease and have another open begin to break it."""
+    def work(fd: int) -> None:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        lease(fd)
+        with pytest.raises(BlockingIOError):
+            os.open('file', flags | os.O_NONBLOCK)
+    return work
+
+
+@pytest.mark.parametrize(('flags', 'becomes'), [(os.O_RDONLY, fcntl.F_RDLCK), (os.O_WRONLY, fcntl.F_UNLCK)])
+def test_lease_that_is_being_broken(first: First, bulk: Bulk, restart: Start, flags: int, becomes: int) -> None:
+    saved = first(broken(flags), bulk)
+    job = restart()
+    assert job.obstacles(saved) == []
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        fd = job.whole(saved)
+        assert fcntl.fcntl(fd, fcntl.F_GETLEASE) == becomes
+    finally:
+        signal.signal(signal.SIGIO, before)
+
+
+def test_lease_that_the_user_may_not_break(first: First, bulk: Bulk, restart: Start,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = first(broken(os.O_WRONLY), bulk)
+    job = restart()
+    monkeypatch.setattr(job, 'may', lambda path, access: access == os.R_OK | os.W_OK)
+    [row] = job.obstacles(saved)
+    assert row[:2] == ('refusal', 'EACCES')
+    assert 'somebody was about to write it' in row[2]
 
 
 def test_lock_of_a_process_without_an_fd(first: First, bulk: Bulk, restart: Start,

@@ -14,7 +14,7 @@ from ckptd.image.grammar import Record
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.objects.files.content import ContentSegment
-from ckptd.objects.files.locks import EOF, FLOCK, OFD, POSIX, Lock
+from ckptd.objects.files.locks import EOF, FLOCK, LEASE, OFD, POSIX, Lock
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.sound import flaws
 from tests.unit.image.samples import PAGE, task, tree_records, write_image
@@ -132,12 +132,16 @@ def payload(tag: str, **fields: Any) -> Any:
     (payload('directory', locks=(replace(LOCK, kind=5),)), f'a lock of kind 5 on bytes 0 to {EOF}'),
     (payload('regular', locks=(replace(LOCK, kind=FLOCK, start=2, end=1),)), 'a lock of kind 2 on bytes 2 to 1'),
     (payload('memfd', locks=(replace(LOCK, kind=OFD, end=HUGE),)), f'a lock of kind 3 on bytes 0 to {HUGE}'),
+    (payload('regular', locks=(replace(LOCK, breaking=1),)), 'a lock of kind 1 that is being broken to 1'),
+    (payload('regular', locks=(replace(LOCK, kind=LEASE, breaking=3),)), 'a lock of kind 4 that is being broken to 3'),
+    (payload('regular', locks=(replace(LOCK, kind=LEASE, breaking=1),)), 'a lock of kind 4 that is being broken to 1'),
 ], ids=lambda value: type(value).__name__)
 def test_a_payload_that_cannot_be(one: Any, flaw: str) -> None:
     assert list(flaws(one, lambda name: PAGE if name == 'data-0.img' else 0)) == [flaw]
 
 
 def test_payloads_that_can_be() -> None:
+    broken = replace(LOCK, kind=LEASE, write=1, breaking=1)
     for one in (payload('regular', locks=(LOCK,), content=(ContentSegment(HUGE - 2, r.Extent(0, 0, 1)),)),
-                payload('pipe')):
+                payload('regular', locks=(broken, replace(broken, write=0, breaking=2))), payload('pipe')):
         assert list(flaws(one, lambda name: PAGE)) == []
