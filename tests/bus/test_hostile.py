@@ -236,5 +236,3 @@ async def test_a_deep_variant_costs_its_sender_only(service: Service) -> None:
         reply = await raw.ask(fields_of('Echo', 'a{sv}'), body)
         assert reply is None or reply.type in (MessageType.RETURN, MessageType.ERROR)
     await answers(service)
-
-

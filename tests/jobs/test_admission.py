@@ -138,5 +138,3 @@ def test_a_full_share_of_the_spool(settings: dict[str, int]) -> None:
     for caller in (Caller(0, 0), Caller(1001, 1001)):
         request_factory(spool, **settings).on_target('checkpoint', 'a.service', caller)
     request_factory(spool, **settings).on_target('check', 'a.service', ME)
-
-

@@ -173,4 +173,3 @@ async def test_no_way_into_a_stub_by_what_shares_its_memory(serve: Callable[...,
     if argv:
         program.go()        # to check itself, and end
         assert program.ended() == 0, program.output
-

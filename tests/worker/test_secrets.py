@@ -283,5 +283,3 @@ def test_a_memfd_of_another_user(place: Place, start: Start) -> None:
         place.checkpoint(process.pid, caller=BOB)
     place.checkpoint(process.pid, as_root=True)
     os.kill(process.pid, signal.SIGKILL)
-
-
