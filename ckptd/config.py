@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Configuration as systemd's programs have it (systemd-system.conf(5)): ckptd.conf and drop-ins.
+"""Configuration in the manner of systemd's programs (systemd-system.conf(5)): ckptd.conf and drop-ins.
 
     [Manager]
     Spool=/var/spool/ckptd
     MaxJobs=4
     FreezeTimeoutSec=10s
 
-Read in this order, the later assignment wins: /etc/ckptd/ckptd.conf, then every ckptd.conf.d/*.conf of /usr/lib/ckptd,
-/run/ckptd and /etc/ckptd by file name, where a file of /etc hides one of the same name in /run, and that one in
-/usr/lib. A user's daemon reads $XDG_CONFIG_HOME/ckptd. An empty assignment brings the default back. What is not
-understood is a warning, never a reason not to start: a newer configuration must not stop an older daemon.
+Files are read in this order, and a later assignment wins: /etc/ckptd/ckptd.conf, then every ckptd.conf.d/*.conf of
+/usr/lib/ckptd, /run/ckptd and /etc/ckptd, sorted by file name. A file in /etc hides one of the same name in /run, and
+that one hides one in /usr/lib. A user's daemon reads $XDG_CONFIG_HOME/ckptd.
+
+An empty assignment restores the default. An unknown section, key or value is logged as a warning. The daemon starts all
+the same, because a newer configuration must not stop an older daemon.
 """
 
 import dataclasses
@@ -31,19 +33,14 @@ ETC = Path('/etc/ckptd')
 
 
 class Percent(int):
-    """A size as a share of the file system that the spool is on."""
+    """A size as a share of the file system that holds the spool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Times in microseconds. None: the default of the bus that the daemon is on. INFINITY: no limit.
-
-    max_jobs: workers at once. No limit but this binds root. keep_jobs: how long a finished job's object stays.
-    inhibit_delay: how long programs may delay the checkpoint of their tree. idle_exit: without anything to do.
-    stream_stall: for how long nobody has to read an export or write an import.
-    """
-    spool: Path | None = None
-    max_jobs: int = 4
+    """Settings of the daemon. Times are in microseconds. INFINITY: no limit. Root is bound by max_jobs only."""
+    spool: Path | None = None    # None: the default of the bus that the daemon is on
+    max_jobs: int = 4            # workers at once
     max_jobs_per_user: int = 16
     max_queued_jobs: int = 256
     max_images_per_user: int = 1000
@@ -52,10 +49,11 @@ class Config:
     max_bytes: int = Percent(90)
     keep_free: int = Percent(5)
     freeze_timeout_usec: int = 10_000_000
-    keep_jobs_usec: int = 30_000_000
-    inhibit_delay_usec: int = 5_000_000
-    idle_exit_usec: int = 120_000_000
-    stream_stall_usec: int = 300_000_000
+    keep_jobs_usec: int = 30_000_000        # how long the object of a finished job stays
+    inhibit_delay_usec: int = 5_000_000     # how long programs may delay the checkpoint of their tree
+    idle_exit_usec: int = 120_000_000       # time without anything to do, after which a bus-activated daemon exits
+    stream_stall_usec: int = 300_000_000    # time after which an export that is not read, or an import that is not
+                                            # written, fails
 
 
 class Assignment(NamedTuple):
@@ -66,11 +64,11 @@ class Assignment(NamedTuple):
 
 
 def parse_span(text: str) -> int:
-    """A time span as systemd.time(7) writes it, '1min 30s' or '90', in microseconds. ValueError."""
+    """Parse a time span as systemd.time(7) writes it, '1min 30s' or '90', into microseconds. ValueError."""
     if text.strip() == 'infinity':
         return INFINITY
     if not re.fullmatch(r'(\s*\d+(\.\d+)?\s*[a-z]*)+\s*', text):
-        raise ValueError(f'{text!r} is no time span')
+        raise ValueError(f'{text!r} is not a time span')
     parts = re.findall(r'(\d+(?:\.\d+)?)\s*([a-z]*)', text)
     if any(unit not in SPANS for _, unit in parts):
         raise ValueError(f'{text!r} has an unknown unit of time')
@@ -84,31 +82,31 @@ SPANS = {'us': 1, 'usec': 1, 'ms': 1_000, 'msec': 1_000, '': 1_000_000, 's': 1_0
 
 
 def parse_size(text: str) -> int:
-    """Bytes, with K, M, G or T of 1024, or a share of the spool's file system, '80%'. ValueError."""
+    """Parse bytes, with K, M, G or T of 1024, or a share of the spool's file system such as '80%'. ValueError."""
     if share := re.fullmatch(r'(\d{1,2}|100)%', text):
         return Percent(share[1])
     found = re.fullmatch(r'(\d+)\s*([KMGT]?)', text)
     if text == 'infinity':
         return INFINITY
     if found is None:
-        raise ValueError(f'{text!r} is no size')
+        raise ValueError(f'{text!r} is not a size')
     return int(found[1]) << {'': 0, 'K': 10, 'M': 20, 'G': 30, 'T': 40}[found[2]]
 
 
 def parse_count(text: str) -> int:
-    """A number above 0. ValueError."""
+    """Parse a number above 0. ValueError."""
     if text == 'infinity':
         return INFINITY
     if not re.fullmatch(r'[0-9]{1,9}', text) or int(text) == 0:
-        raise ValueError(f'{text!r} is no number above 0')
+        raise ValueError(f'{text!r} is not a number above 0')
     return int(text)
 
 
 def parse_directory(text: str) -> Path:
-    """An absolute path. ValueError."""
+    """Parse an absolute path. ValueError."""
     path = Path(text)
     if not path.is_absolute() or '..' in path.parts:
-        raise ValueError(f'{text!r} is no absolute path')
+        raise ValueError(f'{text!r} is not an absolute path')
     return path
 
 
@@ -131,10 +129,11 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def parse_config(text: str, name: str) -> Iterator[Assignment]:
-    """The assignments of one file, in order. A line that is none is a warning."""
+    """Yield the assignments of one file in order. Log a warning for any other line."""
     section, begun, start = '', '', 0
     for number, line in enumerate(text.splitlines(), 1):
-        if line.lstrip().startswith(('#', ';')):    # also between continued lines, systemd.syntax(7)
+        # comments are allowed between continued lines, too (systemd.syntax(7))
+        if line.lstrip().startswith(('#', ';')):
             continue
         start = start if begun else number
         begun += line.removesuffix('\\') + ' ' if line.endswith('\\') else line
@@ -151,7 +150,8 @@ def parse_config(text: str, name: str) -> Iterator[Assignment]:
 
 
 def apply(config: Config, assignment: Assignment) -> Config:
-    """The configuration with one assignment more; unchanged, with a warning, where it cannot be."""
+    """Return the configuration with one more assignment. A bad assignment is logged as a warning and changes
+    nothing."""
     section, key, value, where = assignment
     if section != SECTION or key not in KEYS:
         known = ', '.join(KEYS)
@@ -168,13 +168,13 @@ def apply(config: Config, assignment: Assignment) -> Config:
 
 
 def find_files(main: Path, drop_ins: Iterable[Path]) -> list[Path]:
-    """The main file, then the drop-ins by name; of one name the last directory's counts."""
+    """Return the main file, then the drop-ins sorted by name. Among drop-ins of one name the last directory's wins."""
     by_name = {path.name: path for directory in drop_ins for path in sorted(directory.glob('*.conf'))}
     return [main, *(by_name[name] for name in sorted(by_name))]
 
 
 def read_config(main: Path, drop_ins: Iterable[Path]) -> Config:
-    """A file that is missing has nothing to say; one that cannot be read is a warning."""
+    """Read the configuration files. A missing file is skipped; a file that cannot be read is logged as a warning."""
     config = Config()
     for path in find_files(main, drop_ins):
         try:
@@ -190,7 +190,7 @@ def read_config(main: Path, drop_ins: Iterable[Path]) -> Config:
 
 
 def load(file: Path | None, system: bool) -> Config:
-    """The configuration of a daemon: of `file` and FILE.d if it is given, else of the system or the user."""
+    """Load the configuration of a daemon: from `file` and FILE.d if given, else that of the system or the user."""
     if file is not None:
         return read_config(file, [Path(f'{file}.d')])
     if system:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptd: the daemon. Wires bus, queue and spool together; there is no policy here.
+"""The daemon ckptd. It wires bus, queue and spool together and contains no policy.
 
     start   spool and runtime directory, bus, thaw what an earlier daemon left, export, own the name, READY=1
     stop    STOPPING=1, cancel jobs, thaw trees, end workers, leave the bus; on SIGTERM, SIGINT, or when the bus is gone
@@ -46,9 +46,10 @@ from ckptd.kernel.confinement import own_restrictions
 from ckptd.notify import ServiceManager
 from ckptd.places import Places, prepare_runtime
 
-log = logging.getLogger('ckptd.daemon')     # also when it is __main__
+log = logging.getLogger('ckptd.daemon')     # the name stays when the module runs as __main__
 
-LAST_CALLS = 10.0       # seconds, of calls that came before the name was given up; the next one's callers wait 25 s
+LAST_CALLS = 10.0       # seconds for calls that arrived before the name was released; callers of the next daemon wait
+                        # 25 s
 
 EPILOG = """example:
   ckptd --private --spool /tmp/images --verbose
@@ -58,17 +59,14 @@ Without a bus option ckptd serves the system bus if root starts it, else the ses
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a daemon is started with. bus: 'system', 'session', an address; or '' for a bus of its own.
-
-    parent: pid of the process that started a daemon with a bus of its own, and that it does not outlive; 0 for none.
-    idle_exit: whether it may end when nobody wants anything, since the bus starts it again.
-    """
-    bus: str
+    """Settings that a daemon is started with."""
+    bus: str    # 'system', 'session', an address; '' for a private bus that the daemon starts itself
     config: config.Config
     spool: Path
     runtime: Path
-    parent: int = 0
-    idle_exit: bool = False
+    parent: int = 0            # process that started a daemon with a private bus, which ends with that process; 0 for
+                               # none
+    idle_exit: bool = False    # the daemon may exit when idle, because the bus starts it again
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,18 +76,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     bus.add_argument('--address', metavar='ADDR', help='serve the bus at this D-Bus address')
     bus.add_argument('--system', action='store_true', help='serve the system bus')
     bus.add_argument('--user', action='store_true', help='serve the session bus')
-    bus.add_argument('--private', action='store_true', help='start a bus of its own, print "DBUS_ADDRESS=..." when '
+    bus.add_argument('--private', action='store_true', help='start a private bus, print "DBUS_ADDRESS=..." when '
                      'ready, and end when the process that started ckptd ends')
     parser.add_argument('--spool', metavar='DIR', type=Path, help='directory of images')
     parser.add_argument('--config', metavar='FILE', type=Path, help='configuration, instead of /etc/ckptd/ckptd.conf')
     parser.add_argument('--runtime', metavar='DIR', type=Path, help='directory of the freeze journal')
-    parser.add_argument('--verbose', action='store_true', help='log what happens, not only what goes wrong')
+    parser.add_argument('--verbose', action='store_true', help='log informational messages, not only problems')
     parser.add_argument('--version', action='version', version=f'ckptd {__version__}')
     return parser.parse_args(argv)
 
 
 def make_settings(options: argparse.Namespace) -> Settings:
-    """Arguments win over configuration, that over the defaults of the system or the user."""
+    """Combine settings: arguments win over the configuration, and that over the defaults of the system or the user."""
     system = not options.user and os.geteuid() == 0
     conf = config.load(options.config, system)
     spool, runtime = options.spool or conf.spool, options.runtime
@@ -102,21 +100,22 @@ def make_settings(options: argparse.Namespace) -> Settings:
 
 
 class Daemon:
-    """One daemon, from `run` to its end."""
+    """One daemon, from the start of `run` to its end."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self._kept = False      # who listens, for the next one
+        self._kept = False      # the listeners are saved for the next daemon
         self._starter = ServiceManager.take(private=not settings.bus)
         self._spool = Spool(settings.spool)
         self._address = settings.bus
         self._stack = contextlib.AsyncExitStack()
-        self._own_bus = 'system' if os.geteuid() == 0 else 'session'    # where a systemd manages what we may manage
+        # the bus whose systemd manages the units that this daemon may manage
+        self._own_bus = 'system' if os.geteuid() == 0 else 'session'
 
     async def run(self) -> None:
-        """Serve until told to stop. CkptError when it cannot begin, Unavailable when the bus goes away."""
+        """Serve until told to stop. CkptError if the daemon cannot start, Unavailable if the bus goes away."""
         async with self._stack:
             _take_all_fds()
             await asyncio.to_thread(self._prepare)
@@ -146,19 +145,21 @@ class Daemon:
         self._spool.adopt(self._spool.look())
 
     async def _find_bus(self) -> tuple[str, tuple[int, ...]]:
-        """The address to connect to, and the processes that keep this daemon going."""
+        """Return the address to connect to, and the processes that this daemon needs to keep running."""
         if self._settings.bus:
             return self._settings.bus, (os.getpid(),)
         bus = await self._stack.enter_async_context(private_bus())
         return bus.address, (os.getpid(), bus.pid)
 
     async def _export(self, connection: Connection, avoid: tuple[int, ...]) -> Queue:
-        """Everything is there before the name is: whoever activated ckptd has a call waiting."""
+        """Export all objects. This comes before the name is taken, because the caller that activated ckptd is
+        waiting."""
         settings = self._settings
         units = await self._find_systemd()
-        avoid = (*avoid, *await self._pid_of_bus(connection))      # a bus that stands still carries no Thaw
+        avoid = (*avoid, *await self._pid_of_bus(connection))      # a frozen bus carries no Thaw
         announcer = Announcer(self._spool)
-        # a daemon that systemd knows has a sandbox, and a stop that ends all its children: not the place for a restart
+        # A daemon that systemd starts has a sandbox, and its stop ends all its children. So a restart needs a unit of
+        # its own.
         pool = WorkerPool(services=units if settings.bus == self._own_bus else None)
         recovery = Recovery(settings.runtime, self._spool, units, pool)
         quota = Quota(settings.config, self._spool)
@@ -169,7 +170,8 @@ class Daemon:
         polkit = Polkit(connection)
         authorizer = Authorizer(polkit, self._spool, Visibility(queue, request_factory))
         router = self._router = Router(connection, queue.spawn, ROOT, authorizer.sees_all, NODES)
-        if not settings.bus:        # of a client's own, and with what that has
+        # a private bus: callers count as confined only by what confines more than this daemon
+        if not settings.bus:
             router.peers.set_base(own_restrictions())
         polkit.on_changed = router.views_changed
         self._stack.callback(router.peers.close)
@@ -185,20 +187,22 @@ class Daemon:
 
     @staticmethod
     async def _pid_of_bus(connection: Connection) -> list[int]:
-        """Of its process; none where it does not tell."""
+        """Return the pid of the bus's process, or nothing if the bus does not tell."""
         try:
             return await connection.driver('GetConnectionUnixProcessID', 's', DRIVER)
         except DBusError as error:
-            log.info('the process of the bus is not known: %s', error.message)
+            log.info('the pid of the bus is unknown: %s', error.message)
             return []
 
     async def _find_systemd(self) -> Systemd | None:
-        """The manager of the units that this daemon may be asked about; None where none runs. On a connection of its
-        own: however many questions to others wait for a reply on ours, a unit is thawed."""
+        """Return the manager of the units that this daemon may be asked about, or None if none runs.
+
+        It gets a connection of its own, so that a unit can be thawed however many other calls wait for replies on ours.
+        """
         try:
             connection = await self._stack.enter_async_context(await Connection.open(self._own_bus))
         except Unavailable as error:
-            log.info('no systemd: %s', error)
+            log.info('no systemd on the bus: %s', error)
             return None
         systemd = Systemd(Client(connection))
         return systemd if await systemd.is_there() else None
@@ -216,11 +220,11 @@ class Daemon:
         if not self._stop.is_set():
             await self._leave(connection, queue)
         if not connection.connected:
-            raise Unavailable(f'the bus is gone: {connection.error or "it closed the connection"}',
+            raise Unavailable(f'lost the bus: {connection.error or "it closed the connection"}',
                               hint='start the bus, then ckptd')
 
     async def _until_idle(self, queue: Queue) -> None:
-        """Return when it is time to stop, or nobody has wanted anything for as long as the configuration says."""
+        """Return when it is time to stop, or when ckptd has been idle for as long as the configuration says."""
         limit = self._settings.config.idle_exit_usec
         patience = limit / 1e6 if self._settings.idle_exit and limit != config.INFINITY else None
         while True:
@@ -236,30 +240,30 @@ class Daemon:
                 return
 
     async def _leave(self, connection: Connection, queue: Queue) -> None:
-        """Give the name up, and serve the calls that have come until then; the next one activates the next daemon.
+        """Release the name and serve the calls that arrived before. The next call activates the next daemon.
 
-        systemd is told before the bus is. It would take a unit whose name is free for one that runs, and whoever
-        activates that waits in vain; what it knows to be stopping it starts again afterwards (systemd's
-        src/shared/bus-util.c, bus_event_loop_with_idle). That cannot be taken back, so what would outlast the call
-        that asks for it is refused from here on.
+        systemd is told first, then the bus. Otherwise systemd would see a unit that runs without its name, and a caller
+        that activates it would wait in vain. A unit that systemd knows to be stopping is started again afterwards
+        (systemd's src/shared/bus-util.c, bus_event_loop_with_idle). STOPPING=1 cannot be taken back, so from here on
+        calls whose work would outlast them are refused.
         """
-        log.info('nobody wants anything: the bus starts ckptd again when somebody does')
+        log.info('idle: exiting; the bus starts ckptd again for the next call')
         queue.close()
         self._starter.notify('STOPPING=1')
-        await self._keep_listeners(connection)      # for the next one, which may begin before this one ends
-        with contextlib.suppress(TimeoutError, DBusError):      # the latter where the bus is gone
+        await self._keep_listeners(connection)      # The next daemon may begin before this one ends.
+        with contextlib.suppress(TimeoutError, DBusError):      # DBusError: the bus is gone
             await connection.release_name(BUS_NAME)
             async with asyncio.timeout(LAST_CALLS):
                 await self._router.quiet()
 
     def _feed_watchdog(self, interval: float | None) -> None:
-        # from the loop: a daemon whose loop hangs is not fed
+        # The loop itself feeds the watchdog, so a daemon whose loop hangs is not fed.
         if interval is not None:
             self._starter.notify('WATCHDOG=1')
             self._loop.call_later(interval, self._feed_watchdog, interval)
 
     def _follow(self, parent: int) -> None:
-        """Stop when the process that started us ends, however it ends: nobody else knows our bus."""
+        """Stop when the process that started this daemon ends, for whatever reason: only that process knows our bus."""
         try:
             pidfd = os.pidfd_open(parent)
         except ProcessLookupError:
@@ -271,13 +275,14 @@ class Daemon:
 
 
 def _take_all_fds() -> None:
-    """As many as we may have: the soft limit is there for programs that use select(2)."""
+    """Raise the soft limit of open files to the hard limit. The soft limit exists for programs that use select(2)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0 after a stop in order, else that of the error, which is said in one line with its hint."""
+    """Run the daemon. Return 0 after an orderly stop, else the error's exit status after printing the error and its
+    hint."""
     options = parse_arguments(argv)
     logs.setup(options.verbose)
 
@@ -291,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'ckptd: {error.message}' + (f' ({error.hint})' if error.hint else ''), file=sys.stderr)
         return error.exit_status
     finally:
-        abort_all()     # an exit closes what is open, too, and nothing ends a process that waits in there
+        abort_all()     # exit closes open files, too, and a close that waits for a file system would block it for ever
     return 0
 
 

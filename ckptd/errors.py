@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The error tree: each class owns its D-Bus name, errno, exit status and hint; nobody parses a message.
+"""The error tree. Each class owns its D-Bus name, errno, exit status and hint, so no program has to parse a message.
 
 On the bus a CkptError is an error message named ``org.ckptd1.Error.<name>`` with body ``sa{sv}``: one sentence, then
 `CkptError.details()`. As JSON (``ckptctl --json``) it is ``{"error": {"name": ..., "message": ..., **details}}``.
 
-Exit statuses of ckptctl: 0 done, 1 failed, 2 usage, 3 refused, 4 not permitted, 5 no such thing, 6 image damaged,
-69 no daemon (EX_UNAVAILABLE), 75 try again (EX_TEMPFAIL), 124 deadline passed, 130 cancelled.
+Exit statuses of ckptctl: 0 done, 1 failed, 2 usage, 3 refused, 4 not permitted, 5 no such thing, 6 image damaged, 69 no
+daemon (EX_UNAVAILABLE), 75 try again (EX_TEMPFAIL), 124 deadline passed, 130 cancelled.
 """
 
 import errno as _errno
@@ -17,7 +17,7 @@ ERROR_PREFIX = 'org.ckptd1.Error.'
 
 
 def errno_name(number: int) -> str:
-    """'EPERM' for 1; the number itself where the errno has no name."""
+    """Return 'EPERM' for 1, and the number itself for an errno without a name."""
     return _errno.errorcode.get(number, str(number))
 
 
@@ -26,15 +26,11 @@ Severity = Literal['refusal', 'warning']
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Why a tree cannot be dumped (or, severity 'warning', what a dump of it will lack).
-
-    pid: the task as the daemon sees it, 0 for the tree as a whole. resource: what of it, 'ptrace', 'fd 5',
-    'vma 7f0000000000-7f0000001000', 'namespace net'. errno: a name, 'EPERM'.
-    """
-    pid: int
+    """A reason why a tree cannot be dumped or restored or, with severity 'warning', what will be lost."""
+    pid: int         # the task as the daemon sees it, 0 for the tree as a whole
     comm: str
-    resource: str
-    errno: str
+    resource: str    # the part of the task: 'ptrace', 'fd 5', 'vma 7f0000000000-7f0000001000', 'namespace net'
+    errno: str       # a name: 'EPERM'
     reason: str
     hint: str
     severity: Severity = 'refusal'
@@ -45,13 +41,13 @@ class Finding:
 
 
 def finding_from(row: Mapping[str, Any]) -> Finding:
-    """A row of Manager.Check or of warnings; what it lacks is empty."""
+    """Make a finding from a row of Manager.Check or of warnings. A missing field is left empty."""
     return Finding(pid=int(row.get('pid', 0)), severity='warning' if row.get('severity') == 'warning' else 'refusal',
                    **{key: str(row.get(key, '')) for key in ('comm', 'resource', 'errno', 'reason', 'hint')})
 
 
 class CkptError(Exception):
-    """An operation failed. `task` is a pid as the daemon sees it, `phase` the job phase it happened in."""
+    """An operation failed. `task` is a pid as the daemon sees it, `phase` the job phase in which the error happened."""
     name: ClassVar[str] = 'Failed'
     default_errno: ClassVar[int] = _errno.EIO
     exit_status: ClassVar[int] = 1
@@ -71,7 +67,8 @@ class CkptError(Exception):
         return ERROR_PREFIX + self.name
 
     def details(self) -> dict[str, Any]:
-        """{'errno': 'EPERM', 'task': 12, 'resource': 'fd 3', 'phase': 'scan', 'hint': ..., 'refusals': [{...}]}"""
+        """Return {'errno': 'EPERM', 'task': 12, 'resource': 'fd 3', 'phase': 'scan', 'hint': ..., 'refusals':
+        [{...}]}."""
         return {'errno': errno_name(self.errno), 'task': self.task, 'resource': self.resource, 'phase': self.phase,
                 'hint': self.hint, 'refusals': [asdict(refusal) for refusal in self.refusals]}
 
@@ -84,7 +81,7 @@ class InvalidArgument(CkptError):
 
 
 class Refused(CkptError):
-    """The tree cannot be dumped; `refusals` has every reason at once, or on the bus the first hundred."""
+    """The tree cannot be dumped. `refusals` holds every reason; on the bus it holds the first hundred."""
     name = 'Refused'
     default_errno = _errno.EOPNOTSUPP
     exit_status = 3
@@ -92,13 +89,16 @@ class Refused(CkptError):
 
     @classmethod
     def because(cls, refusals: Iterable[Finding], phase: str = '') -> 'CkptError':
-        """The error for these refusals: PermissionDenied if any is EPERM, NotFrozen for EBUSY, else Refused."""
+        """Return the error for these refusals: PermissionDenied if any is EPERM, NotFrozen for EBUSY, else Refused."""
         return cls._of(refusals, phase, {'EPERM': PermissionDenied, 'EBUSY': NotFrozen, 'EAGAIN': TreeChanged})
 
     @classmethod
     def restart(cls, refusals: Iterable[Finding], phase: str = '') -> 'CkptError':
-        """The same for a restart: ImageDamaged for EBADMSG, PermissionDenied for EPERM; Busy if nothing but numbers,
-        files or segments in use (EEXIST, EBUSY) is in the way, else Refused."""
+        """Return the error for the refusals of a restart: ImageDamaged for EBADMSG, PermissionDenied for EPERM.
+
+        If all refusals are EEXIST or EBUSY (a number, file or segment is in use) the error is Busy. Otherwise it is
+        Refused.
+        """
         rows = tuple(refusals)
         kinds: dict[str, type[CkptError]] = {'EBADMSG': ImageDamaged, 'EPERM': PermissionDenied}
         if all(row.errno in ('EEXIST', 'EBUSY') for row in rows):
@@ -125,7 +125,7 @@ class PermissionDenied(CkptError):
 
 
 class NotFrozen(CkptError):
-    """freeze=caller was asked for and a task of the tree runs."""
+    """The option freeze=caller was given, but a task of the tree is running."""
     name = 'NotFrozen'
     default_errno = _errno.EBUSY
     exit_status = 3
@@ -141,7 +141,7 @@ class Busy(CkptError):
 
 
 class TreeChanged(CkptError):
-    """Tasks died or were born while they were counted."""
+    """Tasks of the tree died or were created while they were counted."""
     name = 'TreeChanged'
     default_errno = _errno.EAGAIN
     exit_status = 75
@@ -157,7 +157,7 @@ class FreezeTimeout(CkptError):
 
 
 class NoSuchTarget(CkptError):
-    """No task, unit or cgroup of that name."""
+    """No task, unit or cgroup has that name."""
     name = 'NoSuchTarget'
     default_errno = _errno.ESRCH
     exit_status = 5
@@ -179,7 +179,7 @@ class NoSuchImage(CkptError):
 
 
 class ImageDamaged(CkptError):
-    """A part of an image is missing, cut short, altered, or says what it cannot mean."""
+    """A part of an image is missing, cut short or altered, or has contents that make no sense."""
     name = 'ImageDamaged'
     default_errno = _errno.EBADMSG
     exit_status = 6
@@ -187,10 +187,10 @@ class ImageDamaged(CkptError):
 
 
 class SpoolFailed(CkptError):
-    """The spool cannot take the image: full, over quota, read-only, or gone. Nothing was left behind."""
+    """The spool cannot take the image: it is full, over quota, read-only, or gone. Nothing was left behind."""
     name = 'SpoolFailed'
     default_errno = _errno.ENOSPC
-    default_hint = 'free space in the spool (ckptctl remove IMAGE) or name another with --spool DIR'
+    default_hint = 'free space in the spool (ckptctl remove IMAGE) or choose another spool with --spool DIR'
 
 
 class Cancelled(CkptError):
@@ -215,7 +215,7 @@ class LimitsExceeded(CkptError):
 
 
 class NotSupported(CkptError):
-    """This kernel, machine or installation lacks something that the operation needs."""
+    """The kernel, machine or installation lacks something that the operation needs."""
     name = 'NotSupported'
     default_errno = _errno.EOPNOTSUPP
     default_hint = 'run "ckptctl doctor" to see what is missing and how to get it'
@@ -226,11 +226,11 @@ class Unavailable(CkptError):
     name = 'Unavailable'
     default_errno = _errno.ENOTCONN
     exit_status = 69
-    default_hint = 'start it (systemctl start ckptd), or use --standalone'
+    default_hint = 'start the daemon (systemctl start ckptd), or use --standalone'
 
 
 def all_errors() -> dict[str, type[CkptError]]:
-    """Every class of the tree by its short D-Bus name."""
+    """Return every class of the tree by its short D-Bus name."""
     found: dict[str, type[CkptError]] = {}
     todo: list[type[CkptError]] = [CkptError]
     while todo:
@@ -241,7 +241,10 @@ def all_errors() -> dict[str, type[CkptError]]:
 
 
 def from_details(dbus_name: str, message: str, details: Mapping[str, Any]) -> CkptError:
-    """The error that `details()` described; an unknown name becomes a plain CkptError. Input may be anybody's."""
+    """Rebuild the error that `details()` described. An unknown name becomes a plain CkptError.
+
+    The input may come from any program, so every field is converted or dropped.
+    """
     cls = all_errors().get(dbus_name.removeprefix(ERROR_PREFIX), CkptError)
     number = getattr(_errno, str(details.get('errno', '')), None)
     fields = Finding.__dataclass_fields__

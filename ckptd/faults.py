@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Named fault points: what the tests use to make an operation die where it hurts.
+"""Named fault points, with which tests make an operation fail at a chosen place.
 
     CKPTD_FAULT="POINT=ACTION[,POINT=ACTION]"      ACTION: kill | pause | error:ERRNO | ask     POINT: or * for any
 
-kill ends the worker by SIGKILL. pause stops it there until it is killed; it first writes POINT to the file
-CKPTD_FAULT_FILE (a FIFO), if that is set. error raises OSError with that errno. ask connects to the SOCK_SEQPACKET
-socket CKPTD_FAULT_FILE, sends POINT and waits for one of the other actions, or nothing to go on. An unknown point ends
-the worker.
+kill: the worker ends by SIGKILL. pause: the worker stops there until it is killed. If CKPTD_FAULT_FILE (a FIFO) is set,
+it first writes POINT to that file. error: OSError with that errno is raised. ask: the worker connects to the
+SOCK_SEQPACKET socket CKPTD_FAULT_FILE, sends POINT, and waits for one of the other actions. An empty answer means go
+on. An unknown point ends the worker.
 """
 
 import errno
@@ -22,7 +22,8 @@ POINTS = frozenset((
 IMPORT_POINTS = frozenset(('received', 'verified'))
 RESTORE_POINTS = frozenset((
     'planned', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt', 'ready', 'started'))
-# the freezer's own, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze ...
+# Points of the freezer, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze
+# ...
 PREFIXES = ('freeze-', 'let-run-', 'hold-', 'kill-', 'undo-', 'place-')
 ANY = '*'
 _KNOWN = POINTS | IMPORT_POINTS | RESTORE_POINTS
@@ -42,7 +43,7 @@ _PLAN = _plan()
 
 
 def fault(point: str) -> None:
-    """Do what CKPTD_FAULT says for this point; nothing in normal life."""
+    """Carry out the action of CKPTD_FAULT for this point. Without one, do nothing."""
     action = _PLAN.get(point, _PLAN.get(ANY, ''))
     if action:
         _act(point, _ask(point) if action == 'ask' else action)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""flock(2) as a sign of life: whoever holds the lock of a file lives, and others leave the file alone.
+"""Use flock(2) as a sign of life: a process that holds the lock of a file is alive, and others leave the file alone.
 
-The lock belongs to the open file description, so a forked child holds it as well, and its parent would count as alive
-after its death. There is no close-on-fork: each child closes the locks of its parent before it does anything else.
+The lock belongs to the open file description, so a forked child holds it as well. If the child kept it, its parent
+would count as alive after its death. There is no close-on-fork flag, so each child closes its parent's locks before it
+does anything else.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ _held: set[int] = set()
 
 
 def lock(fd: int, *, wait: bool = True) -> None:
-    """Lock the file for as long as `fd` is open. BlockingIOError if it is not to wait for another one's lock."""
+    """Lock the file for as long as `fd` is open. With wait=False, BlockingIOError if another process holds the lock."""
     fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     _held.add(fd)
 
@@ -25,12 +26,12 @@ def close(fd: int) -> None:
 
 
 def is_locked(path: str | os.PathLike[str]) -> bool:
-    """Whether anybody holds the lock of a file or directory; False for one that is gone."""
+    """Whether a process holds the lock of a file or directory. False if the file is gone."""
     return not _try(path, fcntl.LOCK_NB)
 
 
 def wait_free(path: str | os.PathLike[str]) -> None:
-    """Wait until nobody holds it, or the file is gone."""
+    """Wait until no process holds the lock, or the file is gone."""
     _try(path, 0)
 
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where log messages go: standard error, in the journal's way when that is what reads it.
+"""Set up logging to standard error, with priorities if the journal reads it.
 
-CKPTD_DEBUG=ckptd.worker,ckptd.bus shows debug messages of these modules (and what is below them); CKPTD_DEBUG=ckptd of
-all.
+CKPTD_DEBUG=ckptd.worker,ckptd.bus shows debug messages of these modules and their submodules. CKPTD_DEBUG=ckptd shows
+all of them.
 """
 
 import logging
 import os
 import sys
 
-# sd-daemon(3): a line that begins with <N> has syslog priority N
+# A line that begins with <N> has syslog priority N (sd-daemon(3)).
 PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
 class JournalFormatter(logging.Formatter):
-    """'<4>ckptd.bus: text': the journal has the time already. Every line of a traceback has the priority."""
+    """Format as '<4>ckptd.bus: text'. The journal adds the time itself. Every line of a traceback gets the priority."""
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = f'<{PRIORITY.get(record.levelno, 6)}>'
@@ -22,7 +22,7 @@ class JournalFormatter(logging.Formatter):
 
 
 def is_journal(fd: int) -> bool:
-    """Whether what is written to fd goes to the journal: systemd names its device and inode, systemd.exec(5)."""
+    """Whether fd leads to the journal. systemd sets JOURNAL_STREAM to its device and inode (systemd.exec(5))."""
     try:
         stat = os.fstat(fd)
     except OSError:
@@ -31,7 +31,7 @@ def is_journal(fd: int) -> bool:
 
 
 def setup(verbose: bool) -> None:
-    """Warnings and worse, and who was allowed what; with `verbose` what happens, too."""
+    """Log warnings, errors and authorization decisions; with `verbose`, informational messages too."""
     handler = logging.StreamHandler(sys.stderr)
     text = '%(name)s: %(message)s'
     handler.setFormatter(JournalFormatter(text) if is_journal(2) else logging.Formatter(f'%(asctime)s {text}'))

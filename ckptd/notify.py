@@ -11,14 +11,14 @@ from typing import Self
 log = logging.getLogger(__name__)
 
 PATIENCE = 0.5      # seconds; a datagram socket whose reader sleeps is full after some ten messages (unix(7))
-# what the manager gives the process that it starts, for that process alone: sd_notify(3), sd_watchdog_enabled(3),
-# sd_listen_fds(3), sd_pid_notify_with_fds(3)
+# Variables that a service manager sets for the one process that it starts: sd_notify(3), sd_watchdog_enabled(3),
+# sd_listen_fds(3), sd_pid_notify_with_fds(3).
 _NAMES = frozenset({'NOTIFY_SOCKET', 'FDSTORE'})
 _PREFIXES = ('WATCHDOG_', 'LISTEN_')
 
 
 def without_service_manager(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for a child: without what would let it speak to the service manager in the name of our unit."""
+    """Return a child's environment, without the variables that would let the child speak for our unit."""
     return {name: value for name, value in environment.items() if not _is_for_us_alone(name)}
 
 
@@ -28,20 +28,22 @@ def _is_for_us_alone(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ServiceManager:
-    """Who started us. address: of its notification socket, '' for none. watchdog: seconds between two WATCHDOG=1,
-    half of what it allows (sd_watchdog_enabled(3)); None for no watchdog."""
-    address: str = ''
-    watchdog: float | None = None
+    """The service manager that started this process, if any."""
+    address: str = ''                # address of its notification socket, '' for none
+    watchdog: float | None = None    # seconds between two WATCHDOG=1: half of what the manager allows
+                                     # (sd_watchdog_enabled(3)); None for no watchdog
 
     @classmethod
     def take(cls, private: bool = False) -> Self:
-        """From the environment, and out of it: a dbus-daemon that we start would say READY=1 for us.
+        """Read the service manager's variables and remove them from the environment.
 
-        private: a daemon that a client has started for itself. The unit that it runs in is the client's, or another
-        program's whose client that is, so nothing may be said in its name.
+        Otherwise a dbus-daemon started by ckptd would inherit them and send READY=1 for our unit. private: a client has
+        started this daemon for itself. The unit around it belongs to the client or to a program above the client, so
+        ckptd must not speak in its name.
         """
         given = {name: os.environ.pop(name) for name in list(os.environ) if _is_for_us_alone(name)}
-        # systemd.exec(5): SYSTEMD_EXEC_PID is the process that systemd has started; others have inherited it
+        # SYSTEMD_EXEC_PID is the process that systemd has started. Any other process has inherited it
+        # (systemd.exec(5)).
         if private or not _is_us(os.environ.get('SYSTEMD_EXEC_PID', '')):
             return cls()
         address, usec = given.get('NOTIFY_SOCKET', ''), given.get('WATCHDOG_USEC', '')
@@ -49,10 +51,10 @@ class ServiceManager:
         return cls(address if address.startswith(('/', '@')) else '', int(usec) / 2e6 if ours else None)
 
     def notify(self, *assignments: str) -> bool:
-        """Send 'READY=1', 'STATUS=...'; False where nobody listens."""
+        """Send assignments such as 'READY=1' and 'STATUS=...'. Return False if no manager listens."""
         if not self.address:
             return False
-        # '@' stands for the NUL byte of an abstract socket, unix(7)
+        # '@' stands for the NUL byte of an abstract socket (unix(7)).
         address = '\0' + self.address[1:] if self.address.startswith('@') else self.address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
@@ -66,5 +68,5 @@ class ServiceManager:
 
 
 def _is_us(pid: str) -> bool:
-    """Whether a variable names this process, or is not set."""
+    """Whether a variable names this process or is not set."""
     return pid in ('', str(os.getpid()))

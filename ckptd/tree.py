@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Task and Tree: the picture of a process tree, and the order in which its tasks are created again. Pure."""
+"""Task and Tree: the tasks of a process tree, in the order in which a restart creates them. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,18 +7,15 @@ from typing import NamedTuple
 
 
 class TaskId(NamedTuple):
-    """What makes a task itself and no later one with the same number: tid and start time (clock ticks since boot)."""
+    """The identity of a task: tid and start time (clock ticks since boot). A later task with the same tid differs."""
     tid: int
     start_time: int
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One kernel task. tid, tgid, ... as the daemon sees them; vtid, vtgid, ... as the root's pid namespace does.
-
-    parent_tid: the thread that has this task in its children list (0 for a root; for a thread, its leader).
-    state: the letter of /proc/PID/stat. flags: PF_* of the same line. exit_code: wait(2) status of a zombie.
-    """
+    """One kernel task. tid, tgid, ... are as the daemon sees them; vtid, vtgid, ... as the root's pid namespace
+    does."""
     tid: int
     tgid: int
     ppid: int
@@ -29,14 +26,14 @@ class Task:
     vppid: int
     vpgid: int
     vsid: int
-    parent_tid: int
+    parent_tid: int    # thread that has this task in its children list; 0 for a root; for a thread, its leader
     start_time: int
     comm: str
-    state: str
+    state: str            # letter of /proc/PID/stat
     depth: int
-    flags: int = 0
+    flags: int = 0        # PF_* of /proc/PID/stat
     exit_signal: int = 17
-    exit_code: int = 0
+    exit_code: int = 0    # wait(2) status of a zombie
 
     @property
     def id(self) -> TaskId:
@@ -55,11 +52,10 @@ class Task:
 class Tree:
     """Tasks in depth-first order: a leader, its other threads by tid, then the children of each thread in turn.
 
-    Creating processes in this order finds every parent alive before its child is made. unseen: there are tasks besides
-    that /proc does not show us.
+    Creating processes in this order finds every parent alive before its child is made.
     """
     tasks: tuple[Task, ...]
-    unseen: bool = False
+    unseen: bool = False    # some tasks are hidden from this process in /proc
     _by_tid: dict[int, Task] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,11 +82,12 @@ class Tree:
         return [task for task in self.tasks if task.is_leader]
 
     def threads(self, tgid: int) -> list[Task]:
-        """All tasks of one thread group, the leader first."""
+        """Return all tasks of one thread group, the leader first."""
         return [task for task in self.tasks if task.tgid == tgid]
 
     def alive(self) -> frozenset[int]:
-        """tgids of the processes that have a living thread; the leader may have exited before it."""
+        """Return the tgids of the processes that have a living thread. The leader may have exited before that
+        thread."""
         return frozenset(task.tgid for task in self.tasks if not task.is_zombie)
 
     @property
@@ -98,7 +95,7 @@ class Tree:
         return frozenset(task.id for task in self.tasks)
 
     def changes(self, later: 'Tree') -> list[str]:
-        """What a later scan of the same tree has more and less, one sentence a task; empty when nothing changed."""
+        """Describe how a later scan of the same tree differs, one sentence for each task. Empty if nothing changed."""
         before, after = self.ids, later.ids
         gone = [f'{task.comm}[{task.tid}] is gone' for task in self.tasks if task.id not in after]
         born = [f'{task.comm}[{task.tid}] is new' for task in later.tasks if task.id not in before]

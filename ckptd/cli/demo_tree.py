@@ -35,7 +35,6 @@ _PR_SET_NAME, _PR_SET_PTRACER = 15, 0x59616D61      # <linux/prctl.h>
 _PR_SET_PTRACER_ANY = 2**64 - 1
 
 
-
 class Stop:
     """Set by a signal handler, where threading.Event may wait for ever for the lock that the code it runs in has."""
 

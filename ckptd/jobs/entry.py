@@ -100,6 +100,7 @@ class QueuedJob:
             if timer is not None:
                 timer.cancel()
 
+
 def reason(entry: QueuedJob, error: CkptError, died: str) -> CkptError:
     """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""
     if not isinstance(error, WorkerDied):

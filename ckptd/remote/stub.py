@@ -239,4 +239,3 @@ class Stub:
         yield
         while self.wait() >> 16 != PTRACE_EVENT_STOP:
             tracee.cont()
-

@@ -201,4 +201,3 @@ def _anonymous(size: int, user: ByUser) -> int:
 def may_write(vma: Vma) -> bool:
     """Whether a shared mapping was made of a file that is open for writing."""
     return 'mw' in vma.vm_flags.split()
-

@@ -129,4 +129,3 @@ def _old(reader: ImageReader, memory: Memory) -> Vdso:
     assert text is not None
     first = min((vma.start for vma in memory.vmas if vma.kind == VVAR), default=text.start)
     return Vdso(reader.read_memory(memory, text.start, text.end - text.start), text.start - first)
-

@@ -234,5 +234,3 @@ def test_busctl_by_hand(daemon: Daemon, sleeper: str) -> None:
     refused = daemon.busctl('call', 'org.ckptd1', '/org/ckptd1', MANAGER, 'Scan', 'sa{sv}', sleeper, '1', 'x', 's', 'y')
     assert 'there is no option "x"' in refused.stderr
     assert daemon.busctl('get-property', 'org.ckptd1', path, JOB, 'Operation').stdout == 's "checkpoint"\n'
-
-

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A daemon that the bus starts ends when nobody wants anything; never with a freeze, an inhibitor or a job."""
+"""A daemon that the bus starts exits when idle, but never with a freeze, an inhibitor or a job."""
 
 import asyncio
 import json

@@ -80,7 +80,7 @@ def test_the_runtime_directory_is_ours_alone(tmp_path: Path) -> None:
     prepare_runtime(tmp_path / 'a/b')
     assert (tmp_path / 'a/b').stat().st_mode & 0o777 == 0o700
     (tmp_path / 'a/b').chmod(0o777)
-    with pytest.raises(CkptError, match='can be written by others'):
+    with pytest.raises(CkptError, match='is writable by other users'):
         prepare_runtime(tmp_path / 'a/b')
     (tmp_path / 'file').touch()
     with pytest.raises(CkptError, match='Not a directory'):
