@@ -220,7 +220,7 @@ class Daemon:
         if not self._stop.is_set():
             await self._leave(connection, queue)
         if not connection.connected:
-            raise Unavailable(f'lost the bus: {connection.error or "it closed the connection"}',
+            raise Unavailable(f'the bus is gone: {connection.error or "it closed the connection"}',
                               hint='start the bus, then ckptd')
 
     async def _until_idle(self, queue: Queue) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the queue and the spool tell, said on the bus: objects come and go, signals are sent."""
+"""Announce events of the queue and the spool on the bus: objects come and go, signals are sent."""
 
 import asyncio
 from collections.abc import Sequence
@@ -21,12 +21,13 @@ from ckptd.jobs.state import JobRecord
 
 
 class Announcer:
-    """The queue's listener. Silent until `begin`, for the queue is there before the bus is."""
+    """A listener of the queue. It stays silent until `begin`, because the queue exists before the bus connection."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
         self._lookup = asyncio.Lock()
-        self._asked = self._seen = 0        # looks that were asked for, and how many of these the last one was for
+        # number of looks that were requested, and the value of it when the last look began
+        self._asked = self._seen = 0
         self._jobs: dict[int, JobObject] = {}
 
     def begin(self, router: Router, manager: ManagerObject, queue: Queue, image_service: ImageService,
@@ -60,12 +61,12 @@ class Announcer:
         self._router.unexport(path_of(job))
 
     def job_prepares(self, job: JobRecord, start: bool, inhibitors: Sequence[InhibitorLock]) -> None:
-        """Also to those who hold an inhibitor, whoever asked for the job."""
+        """Send PrepareForCheckpoint to the user of the job and to all holders of the inhibitors."""
         holders = Audience(job.request.asked_by, frozenset(one.sender for one in inhibitors))
         self._manager.PrepareForCheckpoint.to(holders, path_of(job), start)
 
     def tree_restored(self, job: JobRecord, tasks: int) -> None:
-        with suppress(NoSuchImage):     # removed while its tree was made: that runs all the same
+        with suppress(NoSuchImage):     # the image was removed while its tree was made; the tree runs all the same
             image = self._spool.find(job.request.image)
             self._manager.Restored.to(Audience(image.owner), image.id, tasks)
 
@@ -73,7 +74,8 @@ class Announcer:
         self._manager.changed('FrozenTargets', to=Audience(uid))
 
     async def images_changed(self) -> None:
-        """Look into the spool and tell what is new and what is gone. One look is for all who ask before it begins."""
+        """Look into the spool and announce new and removed images. One look serves all callers who ask before it
+        begins."""
         self._asked += 1
         asked = self._asked
         async with self._lookup:

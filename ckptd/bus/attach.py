@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A job is its caller's: who leaves the bus before it is over, and did not say `detach`, wanted it for himself."""
+"""Cancel a job when its caller disconnects, unless `detach` was given."""
 
 from contextlib import suppress
 
@@ -10,7 +10,7 @@ from ckptd.jobs.state import JobRecord
 
 
 async def attach(call: Call, queue: Queue, job: JobRecord) -> None:
-    """Cancel the job when its caller leaves."""
+    """Cancel the job when its caller leaves the bus."""
     def leave() -> None:
         with suppress(NoSuchJob):
             queue.cancel(job.number)
@@ -18,6 +18,6 @@ async def attach(call: Call, queue: Queue, job: JobRecord) -> None:
     try:
         await call.when_gone(leave)
     except BaseException:
-        leave()         # nobody would ever hear of it
+        leave()         # the caller would never hear of the job
         raise
     queue.when_over(job, lambda: call.never_mind(leave))

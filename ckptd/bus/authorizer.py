@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Authorize calls: root may do everything, users what is theirs, and whatever polkit allows them besides.
+"""Authorize calls. Root may do everything, users what is theirs; for anything else polkit decides.
 
-    what it is about        action of polkit
-    a tree of one's own     org.ckptd1.checkpoint-own    freeze-own
-    another tree            org.ckptd1.checkpoint        freeze
-    an image of one's own   org.ckptd1.restore-own       manage-own-images
-    another image           org.ckptd1.restore           manage-images
+    object                   action of polkit
+    own tree                 org.ckptd1.checkpoint-own    freeze-own
+    another user's tree      org.ckptd1.checkpoint        freeze
+    own image                org.ckptd1.restore-own       manage-own-images
+    another user's image     org.ckptd1.restore           manage-images
 
-A tree of one's own that Yama keeps its owner from tracing takes org.ckptd1.trace-under-yama besides.
+If Yama keeps users from tracing their own tree, org.ckptd1.trace-under-yama is needed as well.
 
-A caller in a sandbox (ckptd.kernel.confinement) reaches itself and what is below it: what is not, and every image,
-takes org.ckptd1.leave-confinement first, root included, and then what it takes from others.
+A caller in a sandbox (ckptd.kernel.confinement) reaches itself and the tasks below it. For anything else, and for every
+image, it first needs org.ckptd1.leave-confinement, even as root, and then the action for another user's object.
 
-Of a tree the kernel then decides task by task, before the freeze and after it: for the caller, or for root where that
-was allowed of another tree. Without polkit the first and third row are allowed, the others not. Each decision is a line
-in the log.
+For a tree the kernel then decides task by task, before the freeze and after it. It decides with the caller's rights, or
+with root's if the action for another tree was granted. Without polkit, the rows of own trees and images are allowed and
+the others are not. Each decision is logged in one line.
 """
 
 import contextlib
@@ -42,12 +42,12 @@ from ckptd.kernel.confinement import hint_for, listed
 from ckptd.protocol.messages import Caller
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
-# what an own tree and another one take
+# actions for an own object and for another user's
 ACTIONS: Final[dict[Verb, tuple[str, str]]] = {
     'checkpoint': ('checkpoint-own', 'checkpoint'), 'freeze': ('freeze-own', 'freeze'),
     'restore': ('restore-own', 'restore'), 'manage': ('manage-own-images', 'manage-images')}
 WORDS: Final = {PolkitAnswer.NO: 'polkit does not allow it', PolkitAnswer.DISMISSED: 'the question was dismissed',
-                PolkitAnswer.ABSENT: 'it is not theirs, and there is no polkit to allow it',
+                PolkitAnswer.ABSENT: 'it belongs to another user, and there is no polkit to allow it',
                 PolkitAnswer.SILENT: 'polkit does not answer'}
 LEAVE_WORDS: Final = {PolkitAnswer.ABSENT: 'there is no polkit to allow it'}
 LEAVE: Final = f'{BUS_NAME}.leave-confinement'
@@ -56,27 +56,30 @@ PARTLY: Final = 'not all of which is theirs'
 
 
 class TreeRights(NamedTuple):
-    """caller: with whose rights the work is done. asker: uid of who asked for it. start_time: of the process that a
-    target pid:N was before anybody was asked, 0 for other targets."""
-    caller: Caller
-    asker: int
-    start_time: int
+    """The rights with which an operation on a tree is done."""
+    caller: Caller     # the work is done with these rights
+    asker: int         # uid of the user who asked
+    start_time: int    # start time of the process that the target pid:N named when the call came in; 0 for other
+                       # targets
 
 
 class Authorizer:
-    """Made for one bus."""
+    """The authorizer of one bus."""
 
     def __init__(self, polkit: Polkit, spool: Spool, visibility: Visibility) -> None:
         self._polkit, self._spool, self._visibility = polkit, spool, visibility
 
     async def enter(self, call: Call, verb: Verb, what: str, *, owner: int | None, task: int = 0, refusal: str = '',
                     hint: str | None = None, outside: bool = True) -> Caller:
-        """With whose rights the work is to be done: the caller's for what is owned by its uid, root's where that was
-        allowed for what is not. what: 'pid:12' or 'image X'. owner: None for what may not even be there. task: whose
-        owner that is. refusal: what a caller who is not the owner is told. outside: where a confined one may not reach.
+        """Authorize a call and return the rights for its work: the caller's own, or root's if polkit granted access to
+        another user's object.
+
+        what: 'pid:12' or 'image X'. owner: uid of the object's owner, None for an object that may not even exist. task:
+        the task that the owner belongs to. refusal: words for a caller who is not the owner. outside: the object is
+        beyond what a confined caller may reach.
 
         PermissionDenied with the rule; InteractiveAuthorizationRequired where a person would have to be asked;
-        LimitsExceeded where too many are.
+        LimitsExceeded where too many questions are open.
         """
         caller = await call.credentials()
         if caller.confinement and outside:
@@ -101,9 +104,10 @@ class Authorizer:
                                hint='try again' if answer == PolkitAnswer.SILENT else hint)
 
     async def _leave_confinement(self, call: Call, caller: Caller, verb: Verb, what: str) -> Caller:
-        """The caller as one who may act beyond its sandbox, which an administrator decides. Errors as of `enter`."""
+        """Return the caller as one that may act beyond its sandbox, if an administrator agrees. Errors as for
+        `enter`."""
         answer = PolkitAnswer.NO
-        if caller.uid:      # polkit lets root do everything, and that of a container is root, too
+        if caller.uid:      # polkit allows root everything, and root of a container is root, too
             async with call.attended():
                 answer = await self._polkit.ask(call.sender, caller.uid, LEAVE, {'target': what},
                                                 interactive=call.interactive)
@@ -114,37 +118,40 @@ class Authorizer:
         outside = f'which is outside of what the caller may reach, confined by {listed(caller.confinement)}'
         if answer == PolkitAnswer.ASK:
             raise _takes_a_person(f'{what}, {outside},', LEAVE)
-        rule = LEAVE_WORDS.get(answer, WORDS[answer]) if caller.uid else 'root is not asked, and not let out of one'
+        rule = LEAVE_WORDS.get(answer, WORDS[answer]) if caller.uid else 'root is never let out of a sandbox'
         raise PermissionDenied(f'uid {caller.uid} may not {verb} {what}, {outside} ({LEAVE}: {rule})',
                                resource='confinement',
                                hint='try again' if answer == PolkitAnswer.SILENT else hint_for(caller.confinement))
 
     def own(self, call: Call, caller: Caller, what: str) -> None:
-        """Log that a caller ends something it has started. No authorization is needed."""
+        """Log that a caller ends something that it started. No authorization is needed."""
         audit_call('allowed', call, caller, what, 'owner' if caller.uid else 'root')
 
     async def tree(self, call: Call, verb: Verb, target: str, *, as_root: bool = False) -> TreeRights:
-        """Authorize an operation on a tree. as_root: the caller asks for the rights of root. NoSuchTarget."""
+        """Authorize an operation on a tree. as_root: the caller asks for root's rights. NoSuchTarget."""
         caller = await call.credentials()
         where = parse_target(target, caller)
         async with call.attended() if caller.uid else contextlib.nullcontext():
             owner, pid, start_time, outside = await self._visibility.whose(where, caller)
         refusal = '' if pid else PARTLY
         if as_root and owner == caller.uid:
-            owner, refusal = None, 'which takes the rights of root'
+            owner, refusal = None, "which needs root's rights"
         may = await self.enter(call, verb, where, owner=owner, task=pid, refusal=refusal,
                                hint='run as the owner of the tree, or as root', outside=outside)
         return TreeRights(may, caller.uid, start_time)
 
     async def traces(self, call: Call, caller: Caller, target: str, start_time: int = 0, *,
                      interactive: bool = True) -> bool:
-        """Whether the caller's worker may trace what Yama keeps the caller from tracing; nobody is asked where that is
-        nothing. Where polkit does not allow it, the worker will be told by the kernel, and name the rule. interactive:
-        a person may be asked, and where none may be although one must, that is an error.
+        """Whether the caller's worker may trace tasks that Yama keeps the caller from tracing. False, without a
+        question, where Yama restricts nothing.
+
+        If polkit does not allow it, the worker runs anyway; the kernel then refuses and the error names the rule.
+        interactive: a person may be asked. If one must be asked and this is False, that is an error.
 
         InteractiveAuthorizationRequired, LimitsExceeded, NoSuchTarget.
         """
-        if not caller.uid or os.geteuid():      # root's worker need not ask; that of a user has nothing to give
+        # root's worker needs no permission, and a user's daemon has no rights to give
+        if not caller.uid or os.geteuid():
             return False
         what = parse_target(target, caller)
         async with call.attended():
@@ -158,8 +165,8 @@ class Authorizer:
         return answer == PolkitAnswer.YES
 
     async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
-        """Authorize a thaw; returns what the caller may see. owner: uid that froze the target, or None. A caller that
-        may not see the freeze gets the same error either way. NoSuchTarget."""
+        """Authorize a thaw. Return what the caller may see. `owner` is the uid that froze the target, or None. A caller
+        who may not see the freeze gets the same error either way. NoSuchTarget."""
         caller = await call.credentials()
         if caller.confinement and await self._visibility.is_outside(where, caller):
             caller = await self._leave_confinement(call, caller, 'freeze', where)
@@ -170,7 +177,7 @@ class Authorizer:
         if not viewer.all:
             try:
                 await self.enter(call, 'freeze', where, owner=None, outside=False,
-                                 refusal=f'which uid {caller.uid} has not frozen')
+                                 refusal=f'which uid {caller.uid} did not freeze')
             except PermissionDenied as error:
                 raise not_held(where) from error
         elif owner is not None:
@@ -190,31 +197,31 @@ class Authorizer:
             await self.enter(call, verb, job.name, owner=request.asked_by, outside=False)
 
     async def image(self, call: Call, verb: Verb, image: str) -> ImageRights:
-        """Authorize an operation on an image. A caller that may not see an image gets the error for one that does not
+        """Authorize an operation on an image. A caller who may not see an image gets the error for one that does not
         exist. NoSuchImage."""
         caller = await call.credentials()
         info = self._spool.get(image)
         if info is None and (not caller.uid or not is_image_id(image)):
             self._spool.find(image)
         may = await self.enter(call, verb, f'image {image}', owner=None if info is None else info.owner,
-                               refusal=f'of which uid {caller.uid} has none', hint='ckptctl images shows what there is')
+                               refusal=f'of which uid {caller.uid} has none', hint='"ckptctl list" shows your images')
         return ImageRights(may, caller)
 
     async def sees_all(self, sender: str, uid: int) -> bool:
-        """Whether polkit lets the sender see the images and jobs of others. Nobody is asked but by a call that waits
-        for it. LimitsExceeded."""
+        """Whether polkit lets the sender see other users' images and jobs. A person is asked only for a call that waits
+        for the answer. LimitsExceeded."""
         action = f'{BUS_NAME}.{ACTIONS["manage"][1]}'
         return await self._polkit.ask(sender, uid, action, {}, patience=SHORT) == PolkitAnswer.YES
 
 
 def _takes_a_person(what: str, action: str) -> DBusError:
-    """The error for a call that does not let polkit ask somebody."""
+    """Return the error for a call that does not let polkit ask a person."""
     return DBusError(f'{ERROR}InteractiveAuthorizationRequired',
-                     f'{what} takes an authorization ({action}) that a person must give')
+                     f'{what} needs an authorization ({action}) that a person must give')
 
 
 def _as_root(caller: Caller) -> Caller:
-    """Root's rights for what root's rights are needed for; the pid still says who asked, and from which sandbox."""
+    """Return root's rights. The pid still names the process that asked, and its sandbox still counts."""
     return Caller(0, 0, (0,), caller.pid, label=caller.label, start_time=caller.start_time,
                   confinement=caller.confinement)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One method call as its handler sees it: who calls, what he may see, whether he is still there."""
+"""A method call as its handler sees it: the caller, what the caller may see, and whether the caller is still there."""
 
 import asyncio
 import contextlib
@@ -19,25 +19,28 @@ class Call:
         self.message, self._peers, self._sees_all = message, peers, sees_all
         self.answered = not message.wants_reply
         self._viewer: Viewer | None = None
-        self.audited = False        # there is a line in the log that it was allowed, or not
+        self.audited = False        # the decision, allowed or refused, is in the log
 
     @property
     def sender(self) -> str:
-        """Unique name of the caller, ':1.42'; the bus vouches for it."""
+        """Unique name of the caller, such as ':1.42'. The bus vouches for it."""
         return self.message.sender
 
     @property
     def interactive(self) -> bool:
-        """The caller waits long enough for a person to be asked (ALLOW_INTERACTIVE_AUTHORIZATION)."""
+        """Whether the caller waits long enough for a person to be asked (ALLOW_INTERACTIVE_AUTHORIZATION)."""
         return self.message.interactive
 
     async def credentials(self) -> Caller:
-        """Who calls, as the bus says."""
+        """Return the credentials of the caller, as the bus reports them."""
         return await self._peers.caller(self.sender)
 
     async def viewer(self, can_see: Callable[[Viewer], bool] | None = None) -> Viewer:
-        """What the caller may see, which stays so for this call. can_see: what it is to be; nobody is asked where it
-        needs no more than its own."""
+        """Return what the caller may see. The answer stays the same for this call.
+
+        can_see: whether a viewer sees the object in question. polkit is not asked if the caller sees it without more
+        rights.
+        """
         own = Viewer(await self._peers.uid(self.sender))
         if can_see is not None and can_see(own):
             return own
@@ -46,16 +49,16 @@ class Call:
         return self._viewer
 
     async def when_gone(self, callback: Callable[[], None]) -> None:
-        """Call back once, when the caller leaves the bus; at once if it has left."""
+        """Call back once when the caller leaves the bus, or at once if it has left."""
         await self._peers.when_gone(self.sender, callback)
 
     def never_mind(self, callback: Callable[[], None]) -> None:
-        """No call back any more."""
+        """Cancel a callback of `when_gone`."""
         self._peers.never_mind(self.sender, callback)
 
     @contextlib.asynccontextmanager
     async def attended(self) -> AsyncIterator[None]:
-        """Cancel the block when the caller leaves the bus: nobody waits for its result any more."""
+        """Cancel the block when the caller leaves the bus, since no one waits for its result."""
         task = asyncio.current_task()
         assert task is not None
 
@@ -69,7 +72,7 @@ class Call:
             self.never_mind(leave)
 
     def take(self, fd: int) -> int:
-        """Make an fd argument the handler's own; all others are closed when it returns."""
+        """Hand an fd argument over to the handler. All other fds are closed when the handler returns."""
         return self.message.fds.take(fd)
 
     def __str__(self) -> str:

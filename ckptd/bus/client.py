@@ -34,11 +34,11 @@ from ckptd.errors import (
     from_details,
 )
 
-# errors of the bus and of systemd, as ours; the rest become CkptError
+# errors of the bus and of systemd, as ckptd's; all others become CkptError
 _OTHERS: Final[Mapping[str, type[CkptError]]] = {
     f'{ERROR}ServiceUnknown': Unavailable,
     f'{ERROR}NameHasNoOwner': Unavailable,
-    f'{ERROR}NoReply': Unavailable,             # it died while it worked on the call
+    f'{ERROR}NoReply': Unavailable,             # the service died while it worked on the call
     f'{ERROR}Timeout': Unavailable,
     f'{ERROR}Disconnected': Unavailable,
     f'{ERROR}AccessDenied': PermissionDenied,
@@ -55,7 +55,7 @@ _JOBS = job_path(0).removesuffix('0')
 
 @dataclass(frozen=True, slots=True)
 class ReceivedSignal:
-    """One signal, its arguments plain."""
+    """One signal with plain arguments."""
     path: str
     interface: str
     member: str
@@ -63,14 +63,14 @@ class ReceivedSignal:
 
     @classmethod
     def of(cls, message: Received) -> Self:
-        """ProtocolError for a body that is malformed."""
+        """Make a signal from a message. ProtocolError for a malformed body."""
         return cls(message.path, message.interface, message.member, tuple(message.body()))
 
 
 class Sink(Protocol):
-    """What is told the signals of a service, and once, why there are no more.
+    """A receiver of signals. It learns once why no more will come.
 
-    left: the owner of the service's name is gone. True: who has the name next is to be heard, too; False: it has ended.
+    left(reason): the owner of the service's name is gone. Return True to hear the next owner, too, or False to end.
     """
 
     def add(self, signal: ReceivedSignal) -> None: ...
@@ -79,8 +79,10 @@ class Sink(Protocol):
 
 
 class Signals:
-    """Signals in the order they came. Raises Unavailable when the bus is gone, or the service; follow: of a service
-    those of the next owner of its name follow."""
+    """Signals in the order they came. Raises Unavailable when the bus or the service is gone.
+
+    follow: continue with the next owner of the service's name.
+    """
 
     def __init__(self, *, follow: bool = False) -> None:
         self._follow = follow
@@ -108,7 +110,7 @@ class Signals:
 
 
 class _Owners:
-    """Has a sink hear the owner of a name, and, where it wants that, each that has the name after it."""
+    """Subscriptions of a sink to the owner of a name and, if the sink wants that, to each later owner."""
 
     def __init__(self, connection: Connection, sink: Sink, name: str, match: Match) -> None:
         self._connection, self._sink, self._name, self._match = connection, sink, name, match
@@ -116,13 +118,14 @@ class _Owners:
         self._over = False
 
     async def begin(self, owner: str) -> None:
-        """Hear this one."""
+        """Subscribe to this owner."""
         match = replace(self._match, sender=owner)
         self._heard = self._connection.expect(match, self._add)
         await self._connection.driver('AddMatch', 's', match.rule())
 
     def changed(self, message: Received) -> None:
-        """NameOwnerChanged. What the next one says comes after it, to those whom it knows for having called."""
+        """Handle NameOwnerChanged. Signals of the next owner come after it. Some of them go only to connections that
+        have called that owner."""
         _, old, new = message.body()
         if self._heard is None or self._over:
             return
@@ -143,7 +146,7 @@ class _Owners:
 
 
 class Client:
-    """Calls of one connection; see the module's example."""
+    """Calls of one connection. The module's docstring has an example."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -160,10 +163,10 @@ class Client:
     async def call(self, destination: str, path: str, interface: str, member: str, signature: str = '', *args: Any,
                    timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
                    types: Mapping[str, str] = NO_TYPES, flags: int = 0) -> Any:
-        """Call a method; its only result, None if it has none, a tuple of several.
+        """Call a method. Return its only result, None if it has none, or a tuple of several.
 
-        Values are plain, an 'h' is an open fd, in a variant an Fd; types: of the keys of a{sv} arguments; flags: of the
-        message. Raises the CkptError it answers.
+        Values are plain. An 'h' is an open fd, and in a variant an Fd. types: D-Bus types for the keys of a{sv}
+        arguments. flags: message flags. Raises the CkptError that the method answers with.
         """
         values = await self._values(destination, path, interface, member, signature, args, timeout, types, flags)
         return None if not values else values[0] if len(values) == 1 else tuple(values)
@@ -171,17 +174,17 @@ class Client:
     async def call_for_fd(self, destination: str, path: str, interface: str, member: str, signature: str = '',
                           *args: Any, timeout: float = TIMEOUT,  # noqa: ASYNC109 - part of the call
                           flags: int = 0) -> int:
-        """Call a method whose only result is an 'h': an open fd, the caller's to close."""
+        """Call a method whose only result is an 'h'. Return the open fd, which the caller closes."""
         values = await self._values(destination, path, interface, member, signature, args, timeout, NO_TYPES, flags,
                                     take=True)
         if len(values) != 1 or not isinstance(values[0], UnixFd):
-            raise CkptError(f'{member} of {destination} answered no file descriptor')
+            raise CkptError(f'{member} of {destination} did not return a file descriptor')
         return int(values[0])
 
     async def _values(self, destination: str, path: str, interface: str, member: str, signature: str,
                       args: Sequence[Any], timeout: float,  # noqa: ASYNC109 - part of the call
                       types: Mapping[str, str], flags: int, *, take: bool = False) -> list[Any]:
-        """The body of the reply; take: its first value, if that is an fd, stays open."""
+        """Return the body of the reply. take: if its first value is an fd, that fd stays open."""
         indexed, fds = _index_fds(signature, args)
         message = wire.make_call(destination, path, interface, member, signature, to_body(signature, indexed, types),
                                  flags)
@@ -197,17 +200,18 @@ class Client:
         except DBusError as error:
             raise as_ckpt_error(error, path) from error
         except ProtocolError as error:
-            raise CkptError(f'{destination} answered nonsense: {error}') from error
+            raise CkptError(f'{destination} sent a malformed reply: {error}') from error
 
     async def properties(self, destination: str, path: str, interface: str) -> dict[str, Any]:
-        """All properties of one interface of an object."""
+        """Read all properties of one interface of an object."""
         return dict(await self.call(destination, path, PROPERTIES, 'GetAll', 's', interface))
 
     async def property_(self, destination: str, path: str, interface: str, name: str) -> Any:
         return await self.call(destination, path, PROPERTIES, 'Get', 'ss', interface, name)
 
     async def owner(self, name: str, *, start: bool = False) -> str:
-        """Unique name of the owner of a name; started by the bus if wanted and possible. Unavailable if none."""
+        """Return the unique name of the owner of a name. start: let the bus start the service if possible. Unavailable
+        if there is no owner."""
         if start:
             await self.call(DRIVER, DRIVER_PATH, DRIVER, 'StartServiceByName', 'su', name, 0)
         return str(await self.call(DRIVER, DRIVER_PATH, DRIVER, 'GetNameOwner', 's', name))
@@ -215,7 +219,7 @@ class Client:
     @contextlib.asynccontextmanager
     async def signals(self, service: str, path_namespace: str = '', interface: str = '',
                       member: str = '') -> AsyncIterator[Signals]:
-        """Signals of this service, from its owner of now and from nobody else, until the context ends."""
+        """Receive the signals of this service, from its present owner only, until the context ends."""
         signals = Signals()
         async with self.listening(signals, service, path_namespace, interface, member):
             yield signals
@@ -223,7 +227,8 @@ class Client:
     @contextlib.asynccontextmanager
     async def listening(self, sink: Sink, service: str, path_namespace: str = '', interface: str = '',
                         member: str = '') -> AsyncIterator[None]:
-        """The same, told to a sink, which may want to hear the next owner, too: what that says to this connection."""
+        """Deliver the signals of this service to a sink until the context ends. The sink may go on with the next
+        owner."""
         if not await self._is_there(service):
             await self.owner(service, start=True)
         owners = _Owners(self.connection, sink, service, Match('', interface, member, path_namespace=path_namespace))
@@ -240,12 +245,12 @@ class Client:
             self.connection.on_lost.append(lost)
             stack.callback(self.connection.on_lost.remove, lost)
             try:
-                # ckptd says some things to those only who may know them, and whom it knows for having called
+                # ckptd sends some signals only to connections that have called it and may see the object
                 await self.call(service, path_namespace or '/', PEER, 'Ping')
             except Unavailable:
                 sink.end(f'{service} has left the bus')
             except CkptError:
-                pass        # whoever this is, it is there
+                pass        # the service is there, even if it does not answer Ping
             yield
 
     async def _is_there(self, name: str) -> bool:
@@ -253,18 +258,18 @@ class Client:
 
 
 async def connect(bus: str, *, timeout: float = TIMEOUT) -> Client:  # noqa: ASYNC109 - of several steps
-    """Connect to 'system', 'session' or an address. Unavailable where there is no bus."""
+    """Connect to 'system', 'session' or an address. Unavailable if there is no bus."""
     return Client(await Connection.open(bus, timeout=timeout))
 
 
 def as_ckpt_error(error: DBusError, path: str = '') -> CkptError:
-    """The error of ours that an answer means; path: of the object that was called."""
+    """Convert an error answer to ckptd's class for it. path: the object that was called."""
     details = error.body[1] if len(error.body) > 1 and isinstance(error.body[1], dict) else {}
     if error.name.startswith(ERROR_PREFIX):
         return from_details(error.name, error.message, details)
     if error.name == f'{ERROR}UnknownObject':
         if path.startswith(_JOBS):
-            return NoSuchJob(f'no job {path.removeprefix(_JOBS)}: it ended some time ago')
+            return NoSuchJob(f'no job {path.removeprefix(_JOBS)}: it ended a while ago and was removed')
         return NoSuchImage(error.message)
     kind = Unavailable if error.name.startswith(f'{ERROR}Spawn.') else _OTHERS.get(error.name, CkptError)
     text = error.message if kind is not CkptError else f'{error.name}: {error.message}'
@@ -272,16 +277,16 @@ def as_ckpt_error(error: DBusError, path: str = '') -> CkptError:
 
 
 def _hint(error: DBusError, kind: type[CkptError]) -> str | None:
-    """None: the one of its kind."""
+    """Return a hint for the error, or None to use the default hint of its class."""
     if error.name == f'{ERROR}InteractiveAuthorizationRequired':
         return 'call from a terminal or a desktop session, where polkit can ask, or as root'
     if error.name.startswith(f'{ERROR}Spawn.') or 'activate' in error.message:
-        return 'it does not start: "journalctl -u ckptd" says why'
+        return 'the daemon does not start: see "journalctl -u ckptd"'
     return None if kind is not Unavailable or BUS_NAME in error.message else ''
 
 
 def _index_fds(signature: str, args: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """On the wire an 'h' is an index into the fds that go along."""
+    """Replace each 'h' by its index into the fds of the message."""
     fds: list[int] = []
     values = [index_fds(UnixFd(value) if kind == 'h' else value, fds)
               for kind, value in zip(split_signature(signature), args, strict=True)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Interfaces as data: what an object exports is read off its class once, into typed tables.
+"""Interfaces as data: the exports of a class are read from it once, into typed tables.
 
-router.py has a full example. The tables are what dispatch, introspection and the standard interfaces work from.
+router.py has a full example. Dispatch, introspection and the standard interfaces all use the tables.
 """
 
 import inspect
@@ -18,27 +18,28 @@ F = TypeVar('F', bound=Callable[..., Any])
 EMITS_CHANGED = 'org.freedesktop.DBus.Property.EmitsChangedSignal'
 DEPRECATED = 'org.freedesktop.DBus.Deprecated'
 NO_REPLY = 'org.freedesktop.DBus.Method.NoReply'
-DOC = 'org.gtk.GDBus.DocString'     # gdbus-codegen(1) and documentation tools read it
+DOC = 'org.gtk.GDBus.DocString'     # read by gdbus-codegen(1) and documentation tools
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One argument of a method or signal: a complete type and a name for introspection."""
+    """One argument of a method or signal: a complete type, and a name for introspection."""
     signature: str
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """types: D-Bus types of the keys of a{sv} results, {'pid': 'u'}; an int without one becomes 't'. long: the answer
-    grows with what there is, and is worked on for one call of a user at a time."""
+    """An exported method."""
     name: str
     handler: Callable[..., Awaitable[Any]]
     inputs: tuple[Argument, ...]
     outputs: tuple[Argument, ...]
-    types: Mapping[str, str]
+    types: Mapping[str, str]    # D-Bus types of the keys of a{sv} results, {'pid': 'u'}; an int without an entry
+                                # becomes 't'
     annotations: Annotations
-    long: bool = False
+    long: bool = False          # the answer grows with the number of objects; one such call of a user is served at a
+                                # time
 
     @property
     def in_signature(self) -> str:
@@ -51,29 +52,28 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """A read-only property. emits: what PropertiesChanged says of it; 'const' never changes while the object lives.
-    personal: the getter is told who looks."""
+    """A read-only property."""
     name: str
     getter: Callable[..., Any]
     signature: str
-    emits: Emits
+    emits: Emits    # the EmitsChangedSignal annotation; 'const' never changes while the object lives
     types: Mapping[str, str]
     annotations: Annotations
-    personal: bool = False
+    personal: bool = False    # the value depends on the viewer, who is passed to the getter
 
 
 @dataclass(frozen=True, slots=True)
 class Audience:
-    """Who may see an object, or hear a signal: root, everybody with this uid, and these connections. followers: of all
-    these only the connections in this set, which may grow."""
+    """Viewers who may see an object or hear a signal: root, the user `uid`, and the connections `senders`."""
     uid: int
     senders: frozenset[str] = frozenset()
-    followers: 'set[str] | None' = None
+    followers: 'set[str] | None' = None    # if set, only these of the viewers hear signals of the object; the set may
+                                           # grow
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Who looks. all: also at what is others'."""
+    """A viewer of objects. all: the viewer also sees other users' objects."""
     uid: int
     all: bool = False
 
@@ -81,12 +81,12 @@ class Viewer:
         return audience is None or self.sees(audience.uid)
 
     def sees(self, owner: int) -> bool:
-        """What belongs to this uid."""
+        """Whether this viewer sees objects that belong to the uid."""
         return self.all or self.uid in (0, owner)
 
 
 class Emitter(Protocol):
-    """Where the signals of an exported object go: the router."""
+    """A receiver of the signals of exported objects: the router."""
 
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
              types: Mapping[str, str], audience: Audience | None) -> None: ...
@@ -96,8 +96,8 @@ class Emitter(Protocol):
 
 
 class BoundSignal:
-    """`self.JobNew(7, path)` sends the signal to whoever may see the object, `self.JobNew.to(audience, 7, path)` to
-    others; before export and after unexport it does nothing."""
+    """A signal bound to an object. `self.JobNew(7, path)` sends it to all who may see the object;
+    `self.JobNew.to(audience, 7, path)` sends it to others. Before export and after unexport it does nothing."""
     __slots__ = ('_owner', '_signal')
 
     def __init__(self, signal_: 'SignalMember', owner: 'Exported') -> None:
@@ -114,7 +114,7 @@ class BoundSignal:
 
 @dataclass(slots=True, eq=False)
 class SignalMember:
-    """A signal of the class it is an attribute of."""
+    """A signal, declared as an attribute of a class."""
     arguments: tuple[Argument, ...]
     types: Mapping[str, str]
     annotations: Annotations
@@ -146,11 +146,11 @@ class Interface:
 
 
 class Exported:
-    """Base of everything that the bus can call: one interface at one path. Subclasses set `interface`.
+    """Base of all exported objects: one interface at one path. Subclasses set `interface`.
 
-    audience: who may see it; None: everybody. For all others there is no such object. What it says of itself, to nobody
-    in particular, is heard by its followers, where it has a set of them: those who were given its path, or have called
-    it.
+    audience: viewers who may see the object; None for everyone. For all others the object does not exist. If the
+    audience has a set of followers, the object's signals go to those only: connections that were given its path or have
+    called it.
     """
     interface: ClassVar[str]
     table: ClassVar[Interface]
@@ -171,8 +171,8 @@ class Exported:
             {row.name: row for row in rows if isinstance(row, SignalMember)})
 
     def changed(self, *names: str, to: Audience | None = None) -> None:
-        """Say that these properties have new values: PropertiesChanged, a few a second, the last always. to: those for
-        whom that is so, where it is not so for all who may see the object."""
+        """Announce new values of these properties by PropertiesChanged, at most a few times a second; the last change
+        is always sent. to: viewers for whom the values changed, if not all who see the object."""
         if self.emitter is not None:
             self.emitter.properties_changed(self.path, self, names, to or self.audience)
 
@@ -197,9 +197,9 @@ def method(inputs: str = '', outputs: str = '', names: Sequence[str] = (), *, na
 
 def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: Mapping[str, str] | None = None,
               annotations: Annotations | None = None) -> Callable[[F], F]:
-    """Export `def Name(self) -> value`, or, of a value that not everybody may see, `def Name(self, viewer) -> value`,
-    which cannot be told to all ('invalidates'). One that raises is left out of GetAll and answered with an error by
-    Get."""
+    """Export `def Name(self) -> value` or, for a value that differs between viewers, `def Name(self, viewer) -> value`.
+    Such a value cannot be sent to all ('invalidates'). If the getter raises, GetAll leaves the property out and Get
+    answers with an error."""
     def decorate(getter: F) -> F:
         personal = len(inspect.signature(getter).parameters) > 1
         if personal and emits == 'true':
@@ -216,12 +216,13 @@ def property_(signature: str, *, emits: Emits = 'true', name: str = '', types: M
 
 def signal(signature: str = '', names: Sequence[str] = (), *, name: str = '', types: Mapping[str, str] | None = None,
            annotations: Annotations | None = None, doc: str = '') -> SignalMember:
-    """`JobNew = signal('uo', names=('id', 'job'))`; `self.JobNew(7, path)` sends it. doc: what it means."""
+    """Declare a signal: `JobNew = signal('uo', names=('id', 'job'))`. `self.JobNew(7, path)` sends it. doc: its
+    meaning."""
     return SignalMember(_arguments(signature, names), types or {}, _documented(annotations, doc), name)
 
 
 def _documented(annotations: Annotations | None, doc: str | None) -> Annotations:
-    """A docstring is for readers of the introspection data too, as one paragraph."""
+    """Add the docstring, as one paragraph, to the annotations, so that introspection shows it."""
     return {**({DOC: ' '.join(doc.split())} if doc else {}), **(annotations or {})}
 
 
@@ -236,7 +237,7 @@ def _pair(kinds: Sequence[str], names: Sequence[str]) -> tuple[Argument, ...]:
 
 
 def _dbus_name(name: str) -> str:
-    """'CheckpointProcess' for itself and for 'checkpoint_process'."""
+    """Return the D-Bus name: 'CheckpointProcess' for itself and for 'checkpoint_process'."""
     return name if name[0].isupper() else ''.join(part.capitalize() for part in name.split('_'))
 
 

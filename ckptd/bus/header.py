@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The header of a message, read field by field: what is not known is stepped over and not decoded, for there may be
-much of it (dbus-broker passes on what any client makes up).
+"""Read the header of a message field by field. Unknown fields are skipped without decoding, because there may be many
+(dbus-broker passes on what any client makes up).
 
     endian u8:type u8:flags u8:1 u32:body_length u32:serial a(yv):fields pad8
 """
@@ -12,13 +12,13 @@ from typing import Any, Final
 from ckptd.bus.message import ProtocolError
 from ckptd.bus.wire import Received
 
-FIXED: Final = 16           # bytes of a message that are always there, up to the length of the field array
-MAX_KNOWN: Final = 512      # bytes of a field array that is kept
-MAX_STEPS: Final = 256      # values of unknown fields that are stepped over
+FIXED: Final = 16           # bytes at the start of every message, up to and including the length of the field array
+MAX_KNOWN: Final = 512      # bytes of a field array that is cached
+MAX_STEPS: Final = 256      # values of unknown fields that are skipped at most
 
 _FIXED = {ord('l'): struct.Struct('<BBBBIII'), ord('B'): struct.Struct('>BBBBIII')}
-# number of a header field -> attribute of Received, type; unknown fields must be ignored
-# (D-Bus specification, "Header Fields")
+# number of a header field -> attribute of Received, type. Unknown fields must be ignored (D-Bus specification, "Header
+# Fields").
 _FIELDS = {1: ('path', b'o'), 2: ('interface', b's'), 3: ('member', b's'), 4: ('error_name', b's'),
            5: ('reply_serial', b'u'), 6: ('destination', b's'), 7: ('sender', b's'), 8: ('signature', b'g'),
            9: ('fd_count', b'u')}
@@ -29,13 +29,13 @@ _ALIGNMENTS = _SIZES | {ord(kind): size for kind, size in
 
 
 def lengths(fixed: bytes) -> tuple[int, int]:
-    """(bytes of the field array with its padding, bytes of the body), from the first 16 bytes. ProtocolError."""
+    """Return (bytes of the padded field array, bytes of the body) from the first 16 bytes. ProtocolError."""
     values = read_fixed(fixed)
     return (values[6] + 7) & ~7, values[4]
 
 
 def read_fixed(fixed: bytes) -> tuple[int, ...]:
-    """(endian, type, flags, 1, bytes of the body, serial, bytes of the field array). ProtocolError."""
+    """Return (endian, type, flags, 1, bytes of the body, serial, bytes of the field array). ProtocolError."""
     layout = _FIXED.get(fixed[0])
     if layout is None or fixed[3] != 1:
         raise ProtocolError(f'not a D-Bus message: {fixed!r}')
@@ -43,12 +43,12 @@ def read_fixed(fixed: bytes) -> tuple[int, ...]:
 
 
 def parse_header(fixed: bytes, rest: bytes) -> Received:
-    """A message without its body, from its first 16 bytes and its field array (padded or not). ProtocolError."""
+    """Parse a message without its body from the first 16 bytes and the field array (padded or not). ProtocolError."""
     return parse_fields(read_fixed(fixed), rest)
 
 
 def parse_fields(fixed: tuple[int, ...], rest: bytes) -> Received:
-    """The same from what `read_fixed` gave."""
+    """Parse a message without its body from the result of `read_fixed` and the field array."""
     endian, kind, flags, _, length, serial, size = fixed
     read = _read_fields if size > MAX_KNOWN else _known_fields
     try:
@@ -58,17 +58,17 @@ def parse_fields(fixed: tuple[int, ...], rest: bytes) -> Received:
 
 
 def _read_fields(data: bytes, order: str) -> tuple[Any, ...]:
-    """The values of _FIELDS in a field array, which begins at a multiple of 8 in its message."""
+    """Return the values of _FIELDS in a field array. The array begins at a multiple of 8 in its message."""
     found = _Fields(data, order).read()
     return tuple(found.get(name, 0 if kind == b'u' else '') for name, kind in _FIELDS.values())
 
 
-# whoever sends much sends the same: to read an array anew takes ten times as long as to find it here
+# A busy sender repeats its field array. Finding it here takes a tenth of the time of parsing it again.
 _known_fields = lru_cache(1024)(_read_fields)
 
 
 class _Fields:
-    """Values by their place in the array, which is what they are aligned by."""
+    """Parser of a field array. Values are aligned by their offset in it."""
 
     def __init__(self, data: bytes, order: str) -> None:
         self._data, self._end, self._steps = data, len(data), 0
@@ -78,7 +78,7 @@ class _Fields:
         found: dict[str, Any] = {}
         at = 0
         while at < self._end:
-            at = (at + 7) & ~7      # a structure
+            at = (at + 7) & ~7      # a structure is aligned to 8
             code = self._data[at]
             at, kind = self._signature(at + 1)
             name, wanted = _FIELDS.get(code, ('', b''))
@@ -90,7 +90,7 @@ class _Fields:
                 at, text = self._signature(at) if wanted == b'g' else self._string(at)
                 found[name] = text.decode()
             if at > self._end:
-                raise ValueError('a field goes beyond the others')
+                raise ValueError('a field is longer than the field array')
         return found
 
     def _u32(self, at: int) -> tuple[int, int]:
@@ -106,10 +106,10 @@ class _Fields:
         return end + 1, self._data[at + 1:end]
 
     def _step_over(self, at: int, kinds: bytes, place: int) -> tuple[int, int]:
-        """Behind a value, and behind its type in the signature."""
+        """Return the offsets behind a value and behind its type in the signature."""
         self._steps += 1
         if self._steps > MAX_STEPS or at > self._end:
-            raise ValueError('too much of what is not known')
+            raise ValueError('too many values in unknown fields')
         kind = kinds[place]
         if kind in _SIZES:
             return _align(at, kind) + _SIZES[kind], place + 1

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls that have come and are not served yet.
+"""Calls that have arrived and are not served yet.
 
-    header    refused where there are too many: by a count, before the body is read, and with an answer that is ready
+    header    refused if there are too many: by a count, before the body is read, with a prepared answer
     message   waits in the queue of its user
     begun     a few in each turn of the loop, one user after the other
 
-So the socket of the bus is emptied as fast as anybody fills it, and a user who calls once waits for one call of each
-other user. Whose a connection is has to be asked of the bus, which is done with its first call: until then its calls
-wait in a queue of its own, and such queues together have every other place.
+So the socket of the bus is emptied as fast as clients fill it, and a user's single call waits for one call of each
+other user. The bus has to be asked for the uid of a connection, which happens with its first call. Until then its calls
+wait in a queue of their own, and every other turn goes to these queues.
 """
 
 import asyncio
@@ -20,34 +20,35 @@ from ckptd.bus.turns import Key, Turns
 from ckptd.bus.wire import MAX_BODY, Received
 from ckptd.errors import LimitsExceeded
 
-MAX_CALLS: Final = 32               # in flight, of one sender
-MAX_CALLS_OF_USER: Final = 256      # of all connections of one uid; root has no limit
-MAX_CALLS_OF_UNKNOWN: Final = 1024  # of connections that have not been asked about
+MAX_CALLS: Final = 32               # in flight, from one sender
+MAX_CALLS_OF_USER: Final = 256      # from all connections of one uid; root has no limit
+MAX_CALLS_OF_UNKNOWN: Final = 1024  # from connections whose uid is not known yet
 MAX_CALLS_IN_ALL: Final = 2048
 MAX_WAITING: Final = MAX_CALLS * MAX_BODY       # bytes of arguments in one queue
 MAX_FDS: Final = 16                 # with one call
 MAX_UIDS: Final = 4096              # connections whose uid is remembered
 BEGUN_IN_A_TURN: Final = 2
-# whoever has had calls refused in the last NOISY seconds has one begun every PACE seconds: what is read and refused
-# meanwhile is more than what else the loop does, and behind it is what others have sent
+# A user with calls refused in the last NOISY seconds has one call begun every PACE seconds. Reading and refusing such
+# calls takes more time than all else that the loop does, and other users' messages wait behind them.
 NOISY: Final = 0.25
 PACE: Final = 0.02
 _HINT: Final = 'wait for replies'
 
 
 class Intake:
-    """begin: serves a call, which counts until it is `finished`. refuse: answers one that was put, and is too much."""
+    """Queues of calls. begin: serves a call, which counts until it is `finished`. refuse: answers a call that was put
+    but exceeds a limit."""
 
     def __init__(self, begin: Callable[[Received], None], refuse: Callable[[Received, LimitsExceeded], None]) -> None:
         self._begin, self._refuse = begin, refuse
         self._known, self._unknown = Turns[Received](), Turns[Received]()
-        self._asked: set[str] = set()       # connections by whose first call we get to know the uid
+        self._asked: set[str] = set()       # connections whose first call is asking for their uid
         self._uids: dict[str, int] = {}     # a bus gives no unique name twice, and a connection keeps its uid
         self._of_sender: Counter[str] = Counter()
         self._of_user: Counter[int] = Counter()
-        self._users: dict[Received, int] = {}       # whose count a call is in
-        self._quiet_from: dict[Key, float] = {}     # of those that have had calls refused
-        self._next_begin: dict[Key, float] = {}     # of the same
+        self._users: dict[Received, int] = {}       # the user in whose count a call is
+        self._quiet_from: dict[Key, float] = {}     # of users that had calls refused
+        self._next_begin: dict[Key, float] = {}     # of the same users
         self._loop = asyncio.get_running_loop()
         self._next_turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None      # for queues that have no turn until then
@@ -55,7 +56,7 @@ class Intake:
         self.count = 0      # calls that wait or are served
 
     def refusal(self, header: Received) -> LimitsExceeded | None:
-        """Why a call is not taken in, whoever calls and for what."""
+        """Return why a call is not taken in, whatever its sender and purpose; None if it is."""
         key, queues = self._place(header.sender)
         error = self._excess(header, key, queues)
         if error is not None:
@@ -78,13 +79,13 @@ class Intake:
         return None
 
     def put(self, message: Received) -> None:
-        """Take a call in: it is begun when it is its turn."""
+        """Take a call in. It begins when its turn comes."""
         key, queues = self._place(message.sender)
         self._of_sender[message.sender] += 1
         self.count += 1
         if isinstance(key, int):
             self._enter(message, key)
-        # whoever waits where no turn is about to come has none now
+        # A queue that waits while no turn is scheduled has no turn now.
         if self._next_turn is None and key not in queues and self._may_begin(key):
             self._start(message)
         else:
@@ -92,7 +93,7 @@ class Intake:
         self._schedule()
 
     def belongs_to(self, message: Received, uid: int) -> None:
-        """Count a call, whose user was not known when it came, among those of its user. LimitsExceeded."""
+        """Count a call, whose user was unknown when it came, as one of its user. LimitsExceeded."""
         full = message not in self._users and self._is_full(uid)
         if message not in self._users and not full:
             self._enter(message, uid)
@@ -102,7 +103,7 @@ class Intake:
             raise LimitsExceeded(_of_user(uid), hint=_HINT)
 
     def _know(self, sender: str, uid: int) -> None:
-        """The uid of a sender is known: its calls wait among those of its user."""
+        """Note the uid of a sender. Its calls now wait with those of its user."""
         self._uids[sender] = uid
         if len(self._uids) > MAX_UIDS:
             del self._uids[next(iter(self._uids))]
@@ -118,7 +119,7 @@ class Intake:
 
     def finished(self, message: Received) -> None:
         self.count -= 1
-        if message.sender in self._asked:       # and nothing came of it
+        if message.sender in self._asked:       # the uid was not found out
             self._asked.discard(message.sender)
             self._schedule()
         self._of_sender[message.sender] -= 1
@@ -134,7 +135,7 @@ class Intake:
         return sender in self._of_sender
 
     def clear(self) -> Iterator[Received]:
-        """Begin no more; what waits, once."""
+        """Begin no more calls. Yield each waiting call once."""
         for handle in (self._next_turn, self._timer):
             if handle is not None:
                 handle.cancel()
@@ -143,11 +144,11 @@ class Intake:
             yield message
 
     def key_of(self, destination: str) -> Key:
-        """In whose queue an answer waits; '' for what is no connection's."""
+        """Return the queue in which an answer for a destination waits; '' if it is not a connection."""
         return self._uids.get(destination, destination if destination.startswith(':') else '')
 
     def _place(self, sender: str) -> tuple[Key, Turns[Received]]:
-        """Where calls of a sender wait: behind its earlier ones."""
+        """Return where the calls of a sender wait: behind its earlier ones."""
         uid = self._uids.get(sender)
         if uid is None or sender in self._unknown:
             return sender, self._unknown
@@ -198,7 +199,7 @@ class Intake:
         return first.take(self._may_begin) or second.take(self._may_begin)
 
     def _may_begin(self, key: Key) -> bool:
-        """Asked of a queue that has its turn if so."""
+        """Whether a call of this queue may begin now. Its turn is used if so."""
         if key in self._asked:
             return False
         if key in self._quiet_from:
@@ -211,7 +212,7 @@ class Intake:
 
 @lru_cache(64)
 def _too_many(words: str) -> LimitsExceeded:
-    """Not to be raised: one for all."""
+    """Make the error for excess calls. It is shared, so it must not be raised."""
     return LimitsExceeded(words, hint=_HINT)
 
 
@@ -220,11 +221,11 @@ def _of_user(uid: int) -> str:
 
 
 def require_limits(message: Received) -> None:
-    """LimitsExceeded for a call that is too much by itself."""
+    """Check a call against the limits for a single call. LimitsExceeded."""
     if message.raw is None or message.fds.count > MAX_FDS:
         raise LimitsExceeded(f'a call may have {MAX_BODY} bytes of arguments and {MAX_FDS} file descriptors')
     if message.fds.count != message.fd_count:
-        # the kernel drops what does not fit under RLIMIT_NOFILE (recvmsg(2), MSG_CTRUNC), or what stream.py does not
-        # take in
+        # The kernel drops fds that do not fit under RLIMIT_NOFILE (recvmsg(2), MSG_CTRUNC), and stream.py drops those
+        # it does not take in.
         raise LimitsExceeded(f'{message.fds.count} file descriptors came instead of {message.fd_count}',
                              hint='try again later')

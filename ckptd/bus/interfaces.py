@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The interfaces of ckptd as files, for tools that make bindings: `python -m ckptd.bus.interfaces dbus` writes them."""
+"""Write ckptd's interfaces as XML files for binding generators: `python -m ckptd.bus.interfaces dbus`."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ HEADER = '<!-- SPDX-License-Identifier: LGPL-2.1-or-later -->\n'
 
 
 def documents() -> dict[str, str]:
-    """Content by file name, 'org.ckptd1.Job.xml'."""
+    """Return the content by file name, such as 'org.ckptd1.Job.xml'."""
     return {f'{cls.interface}.xml': introspection_xml([cls.table]).replace('<node>', HEADER + '<node>', 1)
             for cls in INTERFACES}
 

@@ -11,7 +11,7 @@ DOCTYPE = ('<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspectio
 
 
 def introspection_xml(interfaces: Iterable[Interface], children: Iterable[str] = ()) -> str:
-    """The document that Introspect answers, and that dbus/*.xml holds."""
+    """Return the document that Introspect answers and that dbus/*.xml contains."""
     lines = ['<node>']
     for interface in interfaces:
         lines += [' ' + line for line in _interface(interface)]

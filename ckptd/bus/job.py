@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""org.ckptd1.Job at /org/ckptd1/job/N: what a job does, and how far it is."""
+"""org.ckptd1.Job at /org/ckptd1/job/N: a job and its progress."""
 
 from typing import Any
 
@@ -30,111 +30,113 @@ class JobObject(Exported):
 
     def __init__(self, job: JobRecord, queue: Queue, authorizer: Authorizer) -> None:
         self.job, self._queue, self._authorizer = job, queue, authorizer
-        self._outcome: dict[str, Variant] = {}      # its rows may be many, and do not change any more
-        # its progress is much, and of interest to few
+        self._outcome: dict[str, Variant] = {}      # cached: it may have many rows, and it no longer changes
+        # progress signals are frequent and interest few clients
         self.audience = Audience(job.request.asked_by, followers=set())
-        self._told = job.state, job.root        # to all who know of it
+        self._announced = job.state, job.root        # the last state announced to all who know of the job
 
     @method('a{sv}', names=('options',))
     async def Cancel(self, call: Call, options: dict[str, Any]) -> None:
-        """Release the tree and leave nothing; a restored one that runs is let go. A job that is over stays as it is."""
+        """Cancel the job: release its tree and leave nothing behind. A restored tree that already runs goes on. A
+        finished job is not changed."""
         parse_options(options, NONE)
         await self._authorizer.job(call, VERBS.get(self.job.request.operation, 'manage'), self.job)
         self._queue.cancel(self.job.number)
 
-    # a property has the name already
+    # a property is already called Progress
     progressed = signal('sdtt', ('phase', 'progress', 'bytes_done', 'bytes_total'), name='Progress',
-                        doc='How far the job is: at most ten times a second, the last one always.')
+                        doc='Progress of the job, at most ten times a second. The last change is always sent.')
 
     def tell_state(self) -> None:
-        """That it begins, has made a tree, or is over, concerns all who know of it, some few times in its life; how far
-        it is, those who follow it."""
+        """Announce the state. A start, a new root and the end go to all who know of the job, as there are few of these.
+        Progress goes to its followers."""
         now = self.job.state, self.job.root
-        if now != self._told:
-            self._told = now
+        if now != self._announced:
+            self._announced = now
             self.changed('State', 'Phase', 'Root', 'Error', 'Result', *MOVING, to=Audience(self.audience.uid))
         else:
             self.changed('Phase', *MOVING)
 
     def tell_progress(self) -> None:
-        """The signal, and the properties with it."""
+        """Send the signal Progress and the changed properties."""
         job = self.job
         self.progressed(job.phase, job.progress, job.counts.bytes_done, job.counts.bytes_total)
         self.changed(*MOVING)
 
     @property_('s')
     def State(self) -> str:
-        """queued, running, done, failed or cancelled."""
+        """State of the job: queued, running, done, failed or cancelled."""
         return self.job.state.value
 
     @property_('s')
     def Phase(self) -> str:
-        """What it is at, as in the signal Progress; while it is queued '', or 'prepare' where somebody delays it."""
+        """Phase of the job, as in the signal Progress. While the job is queued it is '', or 'prepare' if an inhibitor
+        delays it."""
         return self.job.phase
 
     @property_('s', emits='const')
     def Operation(self) -> str:
-        """checkpoint, restore, freeze, verify, export or import."""
+        """Operation of the job: checkpoint, restore, freeze, verify, export or import."""
         return self.job.request.operation
 
     @property_('s', emits='const')
     def Target(self) -> str:
-        """The tree that it works on; of a restore, the one that was dumped."""
+        """Target of the job. For a restore, the target that was dumped."""
         return self.job.request.target
 
     @property_('s', emits='const')
     def Image(self) -> str:
-        """The id that the image has, or will have; '' for a job that is about none."""
+        """Id of the image that the job reads or makes; '' if there is none."""
         return self.job.request.image
 
     @property_('u')
     def Root(self) -> int:
-        """The pid of a restored tree's root, once it runs; 0 before, and for other jobs."""
+        """Pid of the root of a restored tree, once the tree runs; 0 before, and for other jobs."""
         return self.job.root
 
     @property_('u')
     def TasksDone(self) -> int:
-        """How many tasks it is done with in this phase."""
+        """Number of tasks done in this phase."""
         return self.job.counts.tasks_done
 
     @property_('u')
     def TasksTotal(self) -> int:
-        """Of how many; 0 while that is unknown."""
+        """Number of tasks in this phase; 0 while unknown."""
         return self.job.counts.tasks_total
 
     @property_('t')
     def BytesDone(self) -> int:
-        """How many bytes it is done with in this phase."""
+        """Number of bytes done in this phase."""
         return self.job.counts.bytes_done
 
     @property_('t')
     def BytesTotal(self) -> int:
-        """Of how many; 0 while that is unknown."""
+        """Number of bytes in this phase; 0 while unknown."""
         return self.job.counts.bytes_total
 
     @property_('d')
     def Progress(self) -> float:
-        """The share of the whole that is done, from 0 to 1; it never goes back."""
+        """Share of the whole job that is done, from 0 to 1. It never decreases."""
         return self.job.progress
 
     @property_('t', emits='const')
     def StartTime(self) -> int:
-        """When it was asked for, in microseconds of the real-time clock."""
+        """Time of the request, in microseconds of the real-time clock."""
         return self.job.start_time
 
     @property_('t')
     def ExpectedEndTime(self) -> int:
-        """When it should be over, in the same microseconds; 0 while that is unknown."""
+        """Expected time of the end, in microseconds of the real-time clock; 0 while unknown."""
         return self.job.expected_end
 
     @property_('u', emits='const')
     def StartedByUID(self) -> int:
-        """Who asked for it."""
+        """Uid of the user who asked for the job."""
         return self.job.request.asked_by
 
     @property_('a{sv}')
     def Error(self) -> Variant | dict[str, Any]:
-        """Of a job that failed or was cancelled: name, message, and what an error message has; else empty."""
+        """Error of a failed or cancelled job: name, message, and the details of an error message. Otherwise empty."""
         error = self.job.error
         if error and 'Error' not in self._outcome:
             row = {'name': error.dbus_name, 'message': error.message, **error.details()}
@@ -143,7 +145,7 @@ class JobObject(Exported):
 
     @property_('a{sv}')
     def Result(self) -> Variant | dict[str, Any]:
-        """What came of a job that is done; else empty."""
+        """Result of a finished job. Otherwise empty."""
         if self.job.over and 'Result' not in self._outcome:
             self._outcome['Result'] = to_variant(self.job.result, 'a{sv}', RESULT_TYPES)
         return self._outcome.get('Result', {})

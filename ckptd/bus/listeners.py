@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who listens, kept while no daemon runs: one that has ended is started again, and what it then says goes to those who
-called the last one, too.
+"""Remember the listeners while no daemon runs. When a new daemon starts, its signals go to the connections that called
+the last one, too.
 
-    {runtime}/listeners     JSON: the bus, whose unique names these are, the names, and those asked about
+    {runtime}/listeners     JSON: identity of the bus, unique names of the callers, and those whose view was asked
 """
 
 import json
@@ -19,7 +19,7 @@ FILE = 'listeners'
 
 
 async def keep(runtime: Path, connection: Connection, router: Router) -> None:
-    """Leave word of all who have called. Without a bus there is nobody."""
+    """Save the names of all connections that have called. Without a bus there are none."""
     if not connection.connected:
         return
     try:
@@ -27,11 +27,11 @@ async def keep(runtime: Path, connection: Connection, router: Router) -> None:
                            'viewers': router.peers.viewers})
         (runtime / FILE).write_text(text)
     except (OSError, DBusError) as error:
-        log.warning('who listens is forgotten: %s', error)
+        log.warning('cannot save the listeners: %s', error)
 
 
 async def find_again(runtime: Path, connection: Connection, router: Router) -> None:
-    """Know those again who are still there. A bus gives no unique name twice."""
+    """Load the saved names that are still on the bus. A bus gives no unique name twice."""
     path = runtime / FILE
     try:
         left = json.loads(path.read_text())
@@ -41,7 +41,7 @@ async def find_again(runtime: Path, connection: Connection, router: Router) -> N
     except FileNotFoundError:
         return
     except (OSError, DBusError, ValueError, KeyError, TypeError) as error:
-        log.warning('who listens is not known: %s: %s', path, error)
+        log.warning('cannot load the listeners: %s: %s', path, error)
 
 
 async def _identity(connection: Connection) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""org.ckptd1.Manager at /org/ckptd1: the way in. What it does is in ckptd.jobs."""
+"""org.ckptd1.Manager at /org/ckptd1: the entry point. ckptd.jobs does the work."""
 
 import asyncio
 import contextlib
@@ -26,8 +26,8 @@ from ckptd.jobs.requests import RequestFactory, parse_target
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.protocol.messages import Operation
 
-TOGETHER = 1000         # images that are listed at a time: each takes some 2 us
-MAX_WORDS = 256         # characters that an inhibitor says of itself
+TOGETHER = 1000         # images that are listed without a pause: each takes some 2 us
+MAX_WORDS = 256         # characters of an inhibitor's description
 IMAGE_TYPES = {'path': 'o', 'owner': 'u', 'tasks': 'u'}
 
 
@@ -43,24 +43,25 @@ class ManagerObject(Exported):
 
     @method('sa{sv}', 'o', names=('target', 'options', 'job'))
     async def Checkpoint(self, call: Call, target: str, options: dict[str, Any]) -> str:
-        """Start a job that dumps the tree; the path of its object."""
+        """Start a job that dumps the tree. Returns the path of the job."""
         return await self._checkpoint(call, target, options)
 
     @method('ha{sv}', 'o', names=('pidfd', 'options', 'job'))
     async def CheckpointProcess(self, call: Call, pidfd: int, options: dict[str, Any]) -> str:
-        """Start a checkpoint of the process behind a pidfd; the path of its job. A pid may be reused, a pidfd not."""
+        """Start a job that dumps the process behind a pidfd and its tree. Returns the path of the job. Unlike a pid, a
+        pidfd is never reused."""
         return await self._checkpoint(call, f'pid:{_pid_of(pidfd)}', options, (pidfd,))
 
     @method('a{sv}', 's', names=('options', 'image'))
     async def CheckpointSelf(self, call: Call, options: dict[str, Any]) -> str:
-        """Dump the tree of the caller; answered when the image, its result, is published. Restored from it, the caller
-        reads end-of-file from this bus instead of the answer."""
+        """Dump the tree of the caller. Returns the image once it is published. A caller restored from the image reads
+        end-of-file from this bus instead of the answer."""
         given = parse_options(options, SELF)
         caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', 'self')
         traces = await self._authorizer.traces(call, caller, 'self', start_time)
         request = self._request_factory.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time,
                                                   trace_under_yama=traces, **given)
-        # with after=kill the caller leaves the bus because all went well
+        # with after=kill the caller leaves the bus because the checkpoint succeeded
         async with contextlib.nullcontext() if request.after == 'kill' else call.attended():
             return str((await self._queue.call(request))['image'])
 
@@ -79,12 +80,12 @@ class ManagerObject(Exported):
 
     @method('sa{sv}', 'aa{sv}', names=('target', 'options', 'refusals'), types=ROW_TYPES)
     async def Check(self, call: Call, target: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every refusal and warning that a checkpoint would have; nothing is frozen or written."""
+        """List every refusal and warning of a checkpoint. Nothing is frozen or written."""
         return list((await self._ask('check', call, target, options, CHECK)).get('refusals', ()))
 
     @method('sa{sv}', 'aa{sv}', names=('target', 'options', 'tasks'), types=TASK_TYPES)
     async def Scan(self, call: Call, target: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-        """The tasks of the tree in depth-first order."""
+        """List the tasks of the tree in depth-first order."""
         return list((await self._ask('scan', call, target, options, NONE)).get('tasks', ()))
 
     async def _ask(self, operation: Operation, call: Call, target: str, options: dict[str, Any],
@@ -100,8 +101,8 @@ class ManagerObject(Exported):
 
     @method('sa{sv}', 'u', names=('target', 'options', 'tasks'))
     async def Freeze(self, call: Call, target: str, options: dict[str, Any]) -> int:
-        """Freeze the tree, and keep it so until Thaw, or until the process that was named ends; how many tasks stand
-        still. Once that is answered the freeze outlives its caller."""
+        """Freeze the tree until Thaw, or until the process given in the options ends. Returns the number of frozen
+        tasks. After the reply the freeze outlives its caller."""
         given = parse_options(options, FREEZING)
         detach = given.pop('detach', False)
         caller, asker, start_time = await self._authorizer.tree(call, 'freeze', target)
@@ -111,20 +112,20 @@ class ManagerObject(Exported):
 
     @method('sa{sv}', names=('target', 'options'))
     async def Thaw(self, call: Call, target: str, options: dict[str, Any]) -> None:
-        """Let go of what Freeze, or a checkpoint with after=freeze, left frozen."""
+        """Thaw a tree that Freeze, or a checkpoint with after=freeze, left frozen."""
         parse_options(options, NONE)
         caller = await call.credentials()
         where = parse_target(target, caller)
         owner = self._queue.frozen.get(where)
         viewer = await self._authorizer.hold(call, where, owner)
-        if self._queue.frozen.get(where) != owner:      # what was asked about has ended meanwhile
+        if self._queue.frozen.get(where) != owner:      # the freeze that the question was about has ended meanwhile
             raise not_held(where)
         await self._queue.thaw(where, viewer.sees)
 
     @method('ssa{sv}', 'h', names=('who', 'why', 'options', 'inhibitor'))
     async def Inhibit(self, call: Call, who: str, why: str, options: dict[str, Any]) -> UnixFd:
-        """Have checkpoints of a tree (option target, 'self' by default) wait until the file descriptor is closed, but
-        not for longer than InhibitDelayMaxSec=. PrepareForCheckpoint says when it is time to close it."""
+        """Delay checkpoints of a tree (option target, 'self' by default) until the returned file descriptor is closed,
+        but at most for InhibitDelayMaxSec=. PrepareForCheckpoint tells when to close it."""
         target = parse_options(options, INHIBIT).get('target', 'self')
         caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', target)
         holder = InhibitorLock(who[:MAX_WORDS], why[:MAX_WORDS], parse_target(target, caller), asker, caller.pid,
@@ -133,7 +134,7 @@ class ManagerObject(Exported):
 
     @method('', 'a(sssuu)', names=('inhibitors',), long=True)
     async def ListInhibitors(self, call: Call) -> list[tuple[str, str, str, int, int]]:
-        """(who, why, target, uid, pid) of the inhibitors that are held."""
+        """List (who, why, target, uid, pid) of the inhibitors that are held."""
         viewer = await call.viewer()
         return [(one.who, one.why, one.target, one.uid, one.pid) for one in self._queue.inhibitors.held
                 if viewer.sees(one.uid)]
@@ -142,17 +143,17 @@ class ManagerObject(Exported):
 
     @method('sa{sv}', 'o', names=('image', 'options', 'job'))
     async def Restore(self, call: Call, image: str, options: dict[str, Any]) -> str:
-        """Start a job that brings the tree of an image back; the path of its object."""
+        """Start a job that restores the tree of an image. Returns the path of the job."""
         return await restore(self._image_service, self._authorizer, call, image, options)
 
     @method('sa{sv}', 'aa{sv}', names=('image', 'options', 'refusals'), types=ROW_TYPES)
     async def CheckRestore(self, call: Call, image: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every refusal and warning that such a restore would have; no process is made and nothing changed."""
+        """List every refusal and warning of such a restore. No process is made and nothing is changed."""
         return await check_restore(self._image_service, self._authorizer, call, image, options)
 
     @method('', 'a(uosss)', names=('jobs',), long=True)
     async def ListJobs(self, call: Call) -> list[tuple[int, str, str, str, str]]:
-        """(id, path, operation, target, state) of jobs that wait, work, or ended a moment ago."""
+        """List (id, path, operation, target, state) of jobs that are queued, running, or recently finished."""
         viewer = await call.viewer()
         return [(job.number, path_of(job), job.request.operation, job.request.target, job.state.value)
                 for job in self._queue.jobs if viewer.sees(job.request.asked_by)]
@@ -167,12 +168,12 @@ class ManagerObject(Exported):
             rows += [{'image': info.id, 'path': image_path(info.id), 'target': info.target, 'command': info.command,
                       'created': info.created, 'owner': info.owner, 'tasks': info.tasks, 'size': info.size}
                      for info in seen[start:start + TOGETHER]]
-            await asyncio.sleep(0)      # others have their turn
+            await asyncio.sleep(0)      # let other calls run
         return rows
 
     @method('s', 'o', names=('image', 'path'))
     async def GetImage(self, call: Call, image: str) -> str:
-        """The path of an image's object."""
+        """Return the path of an image's object."""
         info = self._image_service.spool.get(image)
 
         def seen(viewer: Viewer) -> bool:
@@ -184,44 +185,44 @@ class ManagerObject(Exported):
 
     @method('s', 'as', names=('image', 'damages'))
     async def VerifyImage(self, call: Call, image: str) -> list[str]:
-        """List the damages of an image, one sentence each; an intact image has none."""
+        """List the damages of an image, one sentence each. The list of an intact image is empty."""
         rights = await self._authorizer.image(call, 'manage', image)
         async with call.attended():
             return await self._image_service.verify(image, rights)
 
     @method('s', names=('image',))
     async def RemoveImage(self, call: Call, image: str) -> None:
-        """Remove an image; Busy while a job reads it."""
+        """Remove an image. Busy while a job reads it."""
         rights = await self._authorizer.image(call, 'manage', image)
         await self._image_service.remove(image, rights)
 
     @method('ha{sv}', 'o', names=('stream', 'options', 'image'))
     async def Import(self, call: Call, stream: int, options: dict[str, Any]) -> str:
-        """Take an image in from a tar stream, as Image.Open gives it; answered when it is published. It belongs to the
-        caller, and what is restored from it has no right that the caller lacks."""
+        """Import an image from a tar stream, as Image.Open provides it. Returns once it is published. The image belongs
+        to the caller, and a tree restored from it has no right that the caller lacks."""
         parse_options(options, NONE)
         uid = (await call.credentials()).uid
         caller = await self._authorizer.enter(call, 'manage', 'a new image', owner=uid)
         async with call.attended():
             return image_path(await self._image_service.take_in(stream, caller))
 
-    JobNew = signal('uo', ('id', 'job'), doc='A job waits or works.')
-    JobRemoved = signal('uos', ('id', 'job', 'result'), doc='A job is over; its last state is done, failed or '
-                        'cancelled, and its object stays a while.')
-    ImageAdded = signal('so', ('image', 'path'), doc='An image is published.')
-    ImageRemoved = signal('so', ('image', 'path'), doc='An image is gone.')
-    PrepareForCheckpoint = signal('ob', ('job', 'start'), doc='A checkpoint is about to freeze its tree, and waits for '
-                                  'those who delay it (true), or is over, whatever came of it (false).')
-    Restored = signal('su', ('image', 'tasks'), doc='A tree of so many tasks runs again.')
+    JobNew = signal('uo', ('id', 'job'), doc='A job was queued or started.')
+    JobRemoved = signal('uos', ('id', 'job', 'result'), doc='A job is over; the result is done, failed or '
+                        'cancelled. Its object stays for a while.')
+    ImageAdded = signal('so', ('image', 'path'), doc='An image was published.')
+    ImageRemoved = signal('so', ('image', 'path'), doc='An image was removed.')
+    PrepareForCheckpoint = signal('ob', ('job', 'start'), doc='A checkpoint is about to freeze its tree and waits for '
+                                  'inhibitors (true), or it is over, with any result (false).')
+    Restored = signal('su', ('image', 'tasks'), doc='A restored tree runs again; tasks is the number of its tasks.')
 
     @property_('s', emits='const')
     def Version(self) -> str:
-        """The version of ckptd."""
+        """Version of ckptd."""
         return __version__
 
     @property_('s', emits='const')
     def Spool(self) -> str:
-        """The directory of the images."""
+        """Directory of the images."""
         return str(self._image_service.spool.directory)
 
     @property_('u', emits='invalidates')
@@ -236,16 +237,18 @@ class ManagerObject(Exported):
 
     @property_('as', emits='invalidates')
     def FrozenTargets(self, viewer: Viewer) -> list[str]:
-        """Targets that the daemon holds frozen until Thaw, as far as the caller may see them."""
+        """Targets that the daemon holds frozen until Thaw and that the caller may see."""
         return [target for target, uid in self._queue.frozen.items() if viewer.sees(uid)]
 
 
 def _pid_of(pidfd: int) -> int:
-    """The process of a client's pidfd. InvalidArgument for another kind of fd, NoSuchTarget for a dead process."""
+    """Return the process of a client's pidfd. InvalidArgument for another kind of fd, NoSuchTarget for a dead
+    process."""
     try:
         pid = pidfd_pid(pidfd)
     except KeyError:
-        raise InvalidArgument('the file descriptor is no pidfd', resource='pidfd', hint='see pidfd_open(2)') from None
+        raise InvalidArgument('the file descriptor is not a pidfd', resource='pidfd',
+                              hint='see pidfd_open(2)') from None
     if pid <= 0:
-        raise NoSuchTarget('the process of the pidfd is dead, or in no pid namespace of ckptd', resource='pidfd')
+        raise NoSuchTarget('the process of the pidfd is dead or in another pid namespace', resource='pidfd')
     return pid

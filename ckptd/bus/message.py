@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What messages are made of besides bytes: their types and flags, the fds that come with them, errors. Pure."""
+"""Parts of messages other than bytes: types, flags, the fds that come with them, errors. Pure."""
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
@@ -20,13 +20,13 @@ ALLOW_INTERACTIVE: Final = 4
 
 
 class ProtocolError(Exception):
-    """The bus sent what is no message; the connection cannot go on."""
+    """The bus sent bytes that are not a message. The connection cannot go on."""
 
 
 class DBusError(Exception):
-    """An error on the bus: what a call was answered with, or what a call is to be answered with.
+    """An error on the bus: the answer that a call got, or is to get.
 
-    body: of the error message, plain values; by convention the first is a sentence.
+    body: of the error message, as plain values. By convention the first is a sentence.
     """
 
     def __init__(self, name: str, message: str, body: Sequence[Any] = ()) -> None:
@@ -35,12 +35,12 @@ class DBusError(Exception):
 
 
 class UnixFd(int):
-    """An open file descriptor inside a value. On the wire it is an index into the fds of its message: a number that a
-    client writes into a variant never becomes one."""
+    """An open file descriptor inside a value. On the wire it is an index into the fds of its message, so a number that
+    a client writes into a variant never becomes an fd."""
 
 
 class Fds:
-    """File descriptors that came with a message; closed with it unless taken."""
+    """File descriptors that came with a message. They are closed with it unless taken."""
     __slots__ = ('_open', 'count')
 
     def __init__(self, fds: Iterable[int] = ()) -> None:
@@ -57,12 +57,12 @@ class Fds:
         self.count = len(self._open)
 
     def take(self, fd: int) -> int:
-        """Make this fd the caller's; -1 is left in its place."""
+        """Hand this fd over to the caller; -1 stays in its place."""
         self._open[self._open.index(fd)] = -1
         return fd
 
     def close(self) -> None:
-        """Close what nobody took. Again: nothing."""
+        """Close the fds that were not taken. A second call does nothing."""
         for index, fd in enumerate(self._open):
             if fd >= 0:
                 self._open[index] = -1

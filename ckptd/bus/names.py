@@ -6,7 +6,7 @@ ROOT = '/org/ckptd1'
 MANAGER = 'org.ckptd1.Manager'
 JOB = 'org.ckptd1.Job'
 IMAGE = 'org.ckptd1.Image'
-NODES = (f'{ROOT}/job', f'{ROOT}/image')        # above the objects of everybody
+NODES = (f'{ROOT}/job', f'{ROOT}/image')        # nodes above the objects of all users
 
 
 def job_path(number: int) -> str:
@@ -14,13 +14,15 @@ def job_path(number: int) -> str:
 
 
 def token_path(sender: str, token: str) -> str:
-    """Where the job of a call with the option handle_token is. Known before the call, so subscribing cannot race.
+    """Return the path of a job whose call has the option handle_token. It is known before the call, so that a client
+    can subscribe first.
 
-    sender: unique name of the caller, ':1.42'. Never the path of a number, for there are two numbers in it.
+    sender: unique name of the caller, ':1.42'. The path contains two numbers, so it never equals the path of a job
+    number.
     """
     return f'{ROOT}/job/{sender[1:].replace(".", "_")}_{token}'
 
 
 def image_path(image: str) -> str:
-    """Image ids are made of [a-z0-9_], so an id is a path element as it is."""
+    """Return the path of an image. Ids consist of [a-z0-9_], so an id is a path element as it is."""
     return f'{ROOT}/image/{image}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The a{sv} options of methods: which there are, of what type, and what is said of any other."""
+"""The a{sv} options of methods: names, types, and errors for all others."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ MAX_PATH = 4096                     # PATH_MAX
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A named option. `wanted` says what a value must be, in words that follow 'must be'."""
+    """A named option. `wanted` completes the sentence "the option must be ..."."""
     name: str
     wanted: str
     accepts: Callable[[Any], bool]
@@ -30,7 +30,8 @@ def _choice(name: str, choices: tuple[str, ...]) -> Option:
 
 
 def _number(name: str, unit: str, most: int) -> Option:
-    # any integer type will do: nobody should have to know that busctl wants a "t" here. A bool and a UnixFd are ints
+    # Accept any integer type, so that users of busctl need not know that "t" is expected. A bool and a UnixFd are ints,
+    # too.
     return Option(name, f'a number of {unit} from 1 to {most}', lambda value: type(value) is int and 0 < value <= most)
 
 
@@ -44,7 +45,7 @@ def _is_cgroup(value: Any) -> bool:
 
 
 def _is_terminal(value: Any) -> bool:
-    # a plain int would be whatever the daemon has open under that number
+    # a plain int could be any fd of the daemon
     return isinstance(value, UnixFd) and is_terminal(value)
 
 
@@ -66,7 +67,7 @@ DETACH = _flag('detach')
 TARGET = Option('target', 'a target: pid:N, a unit name, cgroup:/path or self', lambda value: isinstance(value, str))
 
 SELF = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT)
-# who waits needs no name of the job, and leaves when it is over
+# a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach
 CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'),
                  TERMINAL)
@@ -78,12 +79,12 @@ NONE: tuple[Option, ...] = ()
 
 
 def parse_options(given: Mapping[str, Any], known: tuple[Option, ...]) -> dict[str, Any]:
-    """The options as they came, each known and of a value that it can have. InvalidArgument."""
+    """Check the options: each must be known and have a valid value. InvalidArgument."""
     by_name = {option.name: option for option in known}
     for name, value in given.items():
         option = by_name.get(name)
         if option is None:
-            raise InvalidArgument(f'there is no option "{name[:64]}"', resource=name[:64],
+            raise InvalidArgument(f'unknown option "{name[:64]}"', resource=name[:64],
                                   hint=f'options here: {", ".join(by_name) or "none"}')
         if not option.accepts(value):
             raise InvalidArgument(f'option "{name}" must be {option.wanted}', resource=name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is at the other end of the bus: credentials of senders, as the bus and the kernel say.
+"""Credentials of senders on the bus, as the bus and the kernel report them.
 
-The uid and groups are those of the connection, from the bus; authorization stands on them. The pid is only good for
-naming a process: it may be dead and its number another's. So it is turned into a pidfd, and the bus is asked again.
+Authorization uses the uid and groups of the connection, which come from the bus. The pid only names a process: that
+process may be dead and its pid reused. So the pid is turned into a pidfd, and then the bus is asked again.
 """
 
 import asyncio
@@ -37,31 +37,29 @@ from ckptd.protocol.messages import Caller
 
 log = logging.getLogger(__name__)
 
-MAX_PEERS: Final = 400      # remembered; each costs a match rule, of which a bus allows some 512, and a pidfd
-MAX_OF_USER: Final = 100    # of these, but for root: a signal goes to each that may hear it, and takes some 50 us
-ATTEMPTS: Final = 3         # to hear what a sender may see, while that changes
-VIEW_LIFE: Final = 30.0     # seconds for which what a sender may see holds, unless polkit says that something changed
+MAX_PEERS: Final = 400      # remembered; each costs a pidfd and a match rule, of which a bus allows some 512
+MAX_OF_USER: Final = 100    # of one user other than root; a signal goes to each that may hear it and takes some 50 us
+ATTEMPTS: Final = 3         # attempts to learn what a sender may see while that changes
+VIEW_LIFE: Final = 30.0     # seconds for which the view of a sender holds, unless polkit reports a change
 NOBODY: Final = 65534       # /proc/sys/kernel/overflowgid
 
 
-SeesAll = Callable[[str, int], Awaitable[bool]]     # whether a sender with this uid may see what is others', too
+SeesAll = Callable[[str, int], Awaitable[bool]]     # whether a sender with this uid may also see other users' objects
 
 
 @dataclass(slots=True, eq=False)
 class Peer:
-    """A connection on the bus. pidfd: of its process, -1 where that is gone or cannot be told. label: of the security
-    module that the kernel has, '' without one. sees_all: also what is others', as was last heard; to be asked again
-    after view_ends of the loop's clock. viewed: that was asked once."""
+    """A connection on the bus."""
     sender: str
     uid: int = -1
-    label: str = ''
+    label: str = ''    # label of the kernel's security module, '' without one
     groups: tuple[int, ...] = ()
     pid: int = 0
-    pidfd: int = -1
+    pidfd: int = -1           # of the connection's process; -1 if that is gone or unknown
     watch: Subscription | None = None
-    sees_all: bool = False
-    view_ends: float = 0.0
-    viewed: bool = False
+    sees_all: bool = False    # the last answer on whether it sees other users' objects, too
+    view_ends: float = 0.0    # time of the loop's clock after which sees_all must be asked again
+    viewed: bool = False      # sees_all was asked at least once
     lookup: asyncio.Lock = field(default_factory=asyncio.Lock)
     on_gone: list[Callable[[], None]] = field(default_factory=list)
 
@@ -74,39 +72,40 @@ class Peer:
             self.watch.cancel()
 
     def status(self) -> Status | None:
-        """/proc/PID/status of this very process, or None when it is gone or has another uid now."""
+        """Read /proc/PID/status of exactly this process, or return None if it is gone or now has another uid."""
         if self.pidfd < 0:
             return None
         try:
             status = read_status(self.pid)
         except (OSError, ValueError, KeyError):
             return None
-        # alive after the file was read: the number was not another's in between
+        # the process is alive after the file was read, so the number was not another process's in between
         return None if wait_dead(self.pidfd, 0) or status.uids[1] != self.uid else status
 
     def confinement(self, status: Status, base: Restrictions) -> tuple[str, ...]:
-        """What keeps this very process, whose status that is, from more than `base`."""
+        """Return what confines exactly this process, whose status is given, beyond `base`."""
         try:
             namespaces = read_namespaces(self.pid)
         except OSError:
-            namespaces = {}     # it ends, or a security module does not let us look: then it is confined by all of them
+            # it is ending, or a security module denies the look: treat it as confined by all of them
+            namespaces = {}
         return UNKNOWN if wait_dead(self.pidfd, 0) else confinement(restrictions_of(status, namespaces), base)
 
 
 class Peers:
-    """Senders that have called, remembered until they leave the bus."""
+    """Senders that have called. Each is remembered until it leaves the bus."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._known: dict[str, Peer] = {}
-        self._asked: dict[str, asyncio.Event] = {}      # who is being asked about
-        self._views = 0         # how often forget_views was called
+        self._asked: dict[str, asyncio.Event] = {}      # senders that are being looked up
+        self._views = 0         # number of calls of forget_views
         self._base: Restrictions | None = None
 
     @property
     def base(self) -> Restrictions:
-        """What a caller who is not confined has: what the machine's processes begin with, or one's own for a daemon
-        that is its user's alone."""
+        """The restrictions of an unconfined caller: those that all processes of the machine begin with or, for a user's
+        own daemon, its own."""
         if self._base is None:
             self._base = own_restrictions() if os.geteuid() else machine_restrictions()
         return self._base
@@ -115,15 +114,15 @@ class Peers:
         self._base = base
 
     async def caller(self, sender: str) -> Caller:
-        """Who this sender is now. PermissionDenied when it has left the bus."""
+        """Return the present credentials of the sender. PermissionDenied when it has left the bus."""
         peer = await self._peer(sender)
         status = peer.status()
         gid = peer.groups[0] if peer.groups else NOBODY
         if status is None:
             return Caller(peer.uid, gid, peer.groups, 0, -1, label=peer.label, confinement=UNKNOWN)
         confined = peer.confinement(status, self.base)
-        # not what it got by running a program since: effective group and capabilities of one with set-group-ID or file
-        # capabilities are not its user's, who has this connection
+        # Leave out what the process gained by running a program since. The effective group and capabilities of a
+        # program with set-group-ID or file capabilities do not belong to the user of this connection.
         if not peer.groups or status.gids[0] in peer.groups:
             gid = status.gids[0]
         return Caller(peer.uid, gid, peer.groups or status.groups, peer.pid, 0 if peer.uid else status.cap_eff,
@@ -132,24 +131,25 @@ class Peers:
 
     @property
     def senders(self) -> list[str]:
-        """Those that are known, the oldest first."""
+        """Return the known senders, the oldest first."""
         return list(self._known)
 
     @property
     def viewers(self) -> list[str]:
-        """Those of whom it was asked what they may see."""
+        """Return the senders whose view was asked."""
         return [peer.sender for peer in self._known.values() if peer.viewed]
 
     def get(self, sender: str) -> Peer | None:
-        """If it is known already."""
+        """Return the peer if it is known already."""
         return self._known.get(sender)
 
     async def uid(self, sender: str) -> int:
-        """Of the connection. PermissionDenied when it has left the bus."""
+        """Return the uid of the connection. PermissionDenied when it has left the bus."""
         return (await self._peer(sender)).uid
 
     async def viewer(self, sender: str, ask: 'SeesAll') -> Viewer:
-        """What the sender may see. The answer holds for a while; where there is none for now, that is its own."""
+        """Return what the sender may see. The answer holds for a while. If there is none yet, the sender sees its own
+        objects only."""
         peer = await self._peer(sender)
         if peer.uid == 0:
             return Viewer(0, True)
@@ -163,25 +163,26 @@ class Peers:
                     answer = await ask(sender, peer.uid)
                 except LimitsExceeded:
                     return Viewer(peer.uid)
-                if asked == self._views:        # else it is that of yesterday
+                if asked == self._views:        # otherwise the answer was overtaken by a change
                     peer.sees_all, peer.view_ends = answer, now() + VIEW_LIFE
             return Viewer(peer.uid, peer.sees_all)
 
     def forget_views(self) -> list[str]:
-        """What senders may see has changed, perhaps: those who were asked about, and are to be again."""
+        """Drop the answers about what senders may see, because these may have changed. Return the senders to ask
+        again."""
         self._views += 1
         for peer in self._known.values():
             peer.sees_all, peer.view_ends = False, 0.0
         return self.viewers
 
     def listeners(self, audience: Audience) -> list[str]:
-        """Those who have called and may hear what is for this audience."""
+        """Return the senders that have called and may hear signals for this audience."""
         wanted = self._known if audience.followers is None else audience.followers & self._known.keys()
         return [sender for sender in wanted if (peer := self._known[sender]).uid in (0, audience.uid)
                 or peer.sees_all or sender in audience.senders]
 
     async def when_gone(self, sender: str, callback: Callable[[], None]) -> None:
-        """Call back once, when the sender leaves the bus; at once if it has left."""
+        """Call back once when the sender leaves the bus, or at once if it has left."""
         try:
             peer = await self._peer(sender)
         except PermissionDenied:
@@ -190,7 +191,7 @@ class Peers:
             peer.on_gone.append(callback)
 
     def never_mind(self, sender: str, callback: Callable[[], None]) -> None:
-        """No call back any more."""
+        """Cancel a callback of `when_gone`."""
         peer = self._known.get(sender)
         if peer is not None and callback in peer.on_gone:
             peer.on_gone.remove(callback)
@@ -201,7 +202,7 @@ class Peers:
         self._known.clear()
 
     async def _peer(self, sender: str) -> Peer:
-        while (asked := self._asked.get(sender)) is not None:      # several calls of one sender at once: one question
+        while (asked := self._asked.get(sender)) is not None:  # several calls of one sender at once ask one question
             await asked.wait()
         if (known := self._known.get(sender)) is not None:
             return known
@@ -227,7 +228,7 @@ class Peers:
                 gone.set()
                 self._left(peer)
 
-        # before the question: who leaves after the answer is noticed
+        # subscribe before asking, so that a sender who leaves after the answer is noticed
         peer.watch = await self._connection.subscribe(
             Match(DRIVER, DRIVER, 'NameOwnerChanged', DRIVER_PATH, arg0=peer.sender), left)
         try:
@@ -244,14 +245,14 @@ class Peers:
         peer.pid = int(facts.get('ProcessID', 0))
         peer.label = bytes(facts.get('LinuxSecurityLabel', b'')).rstrip(b'\0').decode(errors='replace')
         if peer.pidfd < 0 and peer.pid:
-            with contextlib.suppress(OSError):      # dead already; then it stays unknown
+            with contextlib.suppress(OSError):      # the process is dead already; the pidfd stays -1
                 peer.pidfd = pidfd_open(peer.pid)
             again = await self._credentials(Peer(peer.sender))
             if (again.get('ProcessID'), again.get('UnixUserID')) != (peer.pid, peer.uid):
-                raise PermissionDenied(f'the caller {peer.sender} changed while it was asked about')
+                raise PermissionDenied(f'the caller {peer.sender} changed while it was looked up')
 
     async def _credentials(self, peer: Peer) -> dict[str, Any]:
-        """The answer of the bus. ProcessFD, where the bus has it, is the pidfd that nothing can get wrong."""
+        """Return the credentials from the bus. ProcessFD, where the bus has it, is a pidfd without any race."""
         reply = await self._connection.request(wire.make_call(
             DRIVER, DRIVER_PATH, DRIVER, 'GetConnectionCredentials', 's', [peer.sender]))
         try:
@@ -270,17 +271,17 @@ class Peers:
             try:
                 callback()
             except Exception:
-                # a mistake of ours: what others wait for still happens
-                log.exception('%s has left, and not everything that follows was done', peer.sender)
+                # An error in ckptd. The remaining callbacks still run.
+                log.exception('a callback failed after %s left the bus', peer.sender)
 
     def _make_room(self, newcomer: int) -> None:
-        """Keep the table small: whoever has the most connections loses the oldest, and hears of nothing any more until
-        it calls again. One that somebody waits for is kept in any case."""
+        """Keep the table small. The user with the most connections loses the oldest one, which gets no signals until it
+        calls again. A connection that something waits for is kept."""
         counts = Counter(peer.uid for peer in self._known.values())
         if (newcomer and counts[newcomer] >= MAX_OF_USER) or len(self._known) >= MAX_PEERS:
             uid = newcomer if newcomer and counts[newcomer] >= MAX_OF_USER else counts.most_common(1)[0][0]
             peer = next((peer for peer in self._known.values() if peer.uid == uid and not peer.on_gone), None)
             if peer is not None:
-                log.warning('uid %d has many connections: %s is told of nothing until it calls again', uid, peer.sender)
+                log.warning('uid %d has many connections: %s gets no signals until it calls again', uid, peer.sender)
                 del self._known[peer.sender]
                 peer.close()

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polkit: what an administrator has decided, or is asked to (org.freedesktop.PolicyKit1.Authority).
+"""polkit: decisions of an administrator (org.freedesktop.PolicyKit1.Authority).
 
-The answers of any process that has the name would count, so its owner must be root or the user polkitd: where polkit is
-not installed a bus may let anybody have the name.
+Any process that owns the name could answer, so the owner must be root or the user polkitd. Where polkit is not
+installed, a bus may let any client take the name.
 
-A bus lets a connection wait for some number of replies at a time (dbus-daemon(1): max_replies_per_connection, 128), and
-refuses every call beyond. So questions have places, in turn between users:
+A bus lets a connection wait for a limited number of replies at a time (dbus-daemon(1): max_replies_per_connection, 128)
+and refuses every call beyond that. So questions wait for slots, which users get in turn:
 
-    quick       what polkit answers by itself, in milliseconds: every question is first one of these
-    of persons  somebody is asked, which takes minutes: those only that need it
+    quick       polkit answers by itself, in milliseconds; every question is first asked this way
+    of persons  a person is asked, which takes minutes; only for questions that need it
 """
 
 import asyncio
@@ -33,13 +33,13 @@ NAME: Final = 'org.freedesktop.PolicyKit1'
 PATH: Final = '/org/freedesktop/PolicyKit1/Authority'
 AUTHORITY: Final = 'org.freedesktop.PolicyKit1.Authority'
 ALLOW_INTERACTION: Final = 1
-USER: Final = 'polkitd'             # what polkitd runs as
-TIMEOUT: Final = 25.0               # seconds for an answer that needs nobody
-SHORT: Final = 3.0                  # and for one that something else waits for, which can do without
-PATIENCE: Final = 300.0             # seconds for a person
-QUICK: Final = 32, 4                # places in all, and of one user
+USER: Final = 'polkitd'             # the user that polkitd runs as
+TIMEOUT: Final = 25.0               # seconds for an answer that needs no person
+SHORT: Final = 3.0                  # seconds for an answer that something else waits for and can do without
+PATIENCE: Final = 300.0             # seconds for a person to answer
+QUICK: Final = 32, 4                # slots in all, and for one user
 OF_PERSONS: Final = 32, 2
-# there is none, and none is installed; one that does not start, leaves or does not answer is another matter
+# polkit neither runs nor is installed. A polkit that does not start, leaves or does not answer is a different case.
 _ABSENT: Final = frozenset(f'{ERROR}{name}' for name in ('ServiceUnknown', 'Spawn.ServiceNotFound'))
 
 
@@ -47,28 +47,28 @@ class PolkitAnswer(Enum):
     YES = 'yes'
     NO = 'no'
     ASK = 'ask'             # a person would have to be asked, and the caller does not wait for that
-    DISMISSED = 'dismissed'     # a person was asked, and wanted none of it
+    DISMISSED = 'dismissed'     # a person was asked and dismissed the dialog
     ABSENT = 'absent'       # no polkit, or it does not know the action
-    SILENT = 'silent'       # it does not answer, or with an error: who cannot tell does not let in
+    SILENT = 'silent'       # polkit does not answer or answers with an error; access is then denied
 
 
 class Polkit:
-    """The authority on a connection's bus, if it has one."""
+    """The polkit authority on a connection's bus, if there is one."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._trusted: str | None = None        # unique name of an owner that was looked at
+        self._trusted: str | None = None        # unique name of an owner whose uid was checked
         self._watch: Subscription | None = None
         self._numbers = itertools.count(1)
         self._quick, self._of_persons = Slots(*QUICK), Slots(*OF_PERSONS)
-        self.on_changed: Callable[[], None] = lambda: None      # what was answered may be another answer now
+        self.on_changed: Callable[[], None] = lambda: None      # called when earlier answers may have changed
 
     async def ask(self, sender: str, uid: int, action: str, details: Mapping[str, str], *, interactive: bool = False,
                   patience: float = TIMEOUT) -> PolkitAnswer:
-        """May the sender, who has this uid, do this? interactive: it waits until somebody was asked, if need be.
-        patience: seconds, where nobody is; as many for the turn.
+        """Ask whether the sender, who has this uid, may do this. interactive: wait for a person if need be. patience:
+        seconds to wait for an answer without a person, and as long again for the turn.
 
-        LimitsExceeded when its turn does not come, or the bus carries no more questions.
+        LimitsExceeded when the turn does not come, or the bus carries no more questions.
         """
         async with self._turn(self._quick, uid, patience):
             answer = await self._ask(sender, action, details, 0, patience)
@@ -80,12 +80,12 @@ class Polkit:
     @staticmethod
     @contextlib.asynccontextmanager
     async def _turn(slots: Slots, uid: int, patience: float) -> AsyncIterator[None]:
-        """A place in the lane, once it is the user's turn. LimitsExceeded."""
+        """Hold a slot once it is the user's turn. LimitsExceeded."""
         try:
             async with asyncio.timeout(patience):
                 await slots.acquire(uid)
         except TimeoutError:
-            raise _too_many(f'uid {uid} waits for polkit to answer others') from None
+            raise _too_many(f'uid {uid} waits while polkit answers others') from None
         try:
             yield
         finally:
@@ -104,11 +104,11 @@ class Polkit:
             if 'is not registered' in error.message:
                 log.warning('polkit does not know %s: install org.ckptd1.policy', action)
                 return PolkitAnswer.ABSENT
-            # also where it has left meanwhile: that it restarts does not mean that it is not there
+            # This covers a polkit that left meanwhile: while it restarts it does not count as absent.
             return _silent(action, error)
 
     async def _is_there(self) -> bool:
-        """Whether an owner that may be believed has the name; started by the bus if it can be."""
+        """Whether a trusted process owns the name. The bus starts polkit if it can."""
         [there] = await self._connection.driver('NameHasOwner', 's', NAME)
         if not there:
             await self._connection.driver('StartServiceByName', 'su', NAME, 0)
@@ -116,19 +116,19 @@ class Polkit:
         if owner != self._trusted:
             [uid] = await self._connection.driver('GetConnectionUnixUser', 's', owner)
             if uid not in _believed():
-                log.warning('%s is owned by uid %d, and not believed', NAME, uid)
+                log.warning('%s is owned by uid %d, which is not trusted', NAME, uid)
                 return False
             await self._follow(owner)
         return True
 
     async def _follow(self, owner: str) -> None:
-        """Hear when its answers change: rules, sessions, what was granted for a while."""
+        """Subscribe to changes of the answers: rules, sessions, temporary authorizations."""
         watch = await self._connection.subscribe(Match(owner, AUTHORITY, 'Changed', PATH), lambda _: self.on_changed())
         if self._watch is not None:
             self._watch.cancel()
         another, self._trusted, self._watch = self._trusted is not None, owner, watch
         if another:
-            self.on_changed()       # it may answer otherwise
+            self.on_changed()       # the new owner may answer differently
 
     async def _check(self, sender: str, action: str, details: Mapping[str, str], flags: int,
                      patience: float) -> PolkitAnswer:
@@ -138,7 +138,7 @@ class Polkit:
                 self._trusted or NAME, PATH, AUTHORITY, 'CheckAuthorization', '(sa{sv})sa{ss}us',
                 [('system-bus-name', {'name': sender}), action, dict(details), flags, cancellation], timeout=patience)
         except (asyncio.CancelledError, DBusError):
-            # the caller has left, or it took too long: nobody needs to be asked any more
+            # the caller has left, or it took too long: dismiss the dialog
             self._connection.send(wire.make_call(NAME, PATH, AUTHORITY, 'CancelCheckAuthorization', 's', [cancellation],
                                                  NO_REPLY_EXPECTED))
             raise
@@ -150,7 +150,7 @@ class Polkit:
 
 
 def _silent(action: str, error: DBusError) -> PolkitAnswer:
-    if error.name == f'{ERROR}LimitsExceeded':      # says nothing of who may do what
+    if error.name == f'{ERROR}LimitsExceeded':      # the bus's limit says nothing about rights
         raise _too_many(f'the bus carries no more questions: {error.message}') from error
     log.error('polkit does not answer about %s: %s', action, error.message)
     return PolkitAnswer.SILENT
@@ -158,7 +158,7 @@ def _silent(action: str, error: DBusError) -> PolkitAnswer:
 
 def _too_many(why: str) -> LimitsExceeded:
     return LimitsExceeded(f'too many questions to polkit at a time: {why}', resource='polkit',
-                          hint='answer those that wait, then try again')
+                          hint='answer the open dialogs, then try again')
 
 
 def _believed() -> set[int]:

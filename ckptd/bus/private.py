@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A dbus-daemon of our own on a socket that nobody else can reach.
+"""A private dbus-daemon on a socket that no other user can reach.
 
     $TMPDIR/ckptd-bus-XXXXXXXX/     0700
         lock                        flock held while this process or its bus lives
         bus.conf
-        log                         what dbus-daemon says
+        log                         output of dbus-daemon
         bus                         the socket
 """
 
@@ -30,8 +30,8 @@ START_TIMEOUT: Final = 10.0
 STOP_TIMEOUT: Final = 2.0
 SUN_PATH_MAX: Final = 107           # unix(7)
 
-# type session: without rules about users only the uid that the daemon runs as may connect (dbus-daemon(1), <policy>).
-# The limits are for one client, one ckptd and a few tools; a message may carry 32 MiB.
+# Type session without rules about users: only the uid that the daemon runs as may connect (dbus-daemon(1), <policy>).
+# The limits suit one client, one ckptd and a few tools. A message may carry 32 MiB.
 CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -55,14 +55,14 @@ CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Con
 
 @dataclass(frozen=True, slots=True)
 class PrivateBus:
-    """address: for clients. pid: of the dbus-daemon, which must not be in a tree that is frozen."""
-    address: str
-    pid: int
+    """A running private bus."""
+    address: str    # address for clients
+    pid: int        # pid of the dbus-daemon, which must not be in a tree that is frozen
 
 
 @contextlib.asynccontextmanager
 async def private_bus() -> AsyncIterator[PrivateBus]:
-    """Run a dbus-daemon while the context lasts. NotSupported where it is not installed, Unavailable if it fails."""
+    """Run a dbus-daemon while the context lasts. NotSupported if it is not installed, Unavailable if it fails."""
     remove_stale(Path(tempfile.gettempdir()))
     with _directory() as (home, lock):
         process, reader = _start(home, lock)
@@ -73,10 +73,10 @@ async def private_bus() -> AsyncIterator[PrivateBus]:
 
 
 def remove_stale(parent: Path) -> list[Path]:
-    """Remove the directories of buses of ours whose processes were killed; they alone held the locks."""
+    """Remove the directories of private buses whose processes were killed. Only these processes held the locks."""
     removed = []
     for path in parent.glob(PREFIX + '*'):
-        # somebody else's, or gone meanwhile, or a lock that is held: not for us
+        # another user's directory, one removed meanwhile, or one whose lock is held
         with contextlib.suppress(OSError):
             if path.lstat().st_uid == os.geteuid():
                 _remove_if_free(path)
@@ -95,7 +95,7 @@ def _remove_if_free(path: Path) -> None:
 
 @contextlib.contextmanager
 def _directory() -> Iterator[tuple[Path, int]]:
-    """A new directory and its lock, both gone afterwards."""
+    """Make a directory and its lock. Both are removed afterwards."""
     parent = tempfile.gettempdir()
     if len(os.fsencode(parent)) > SUN_PATH_MAX - 40:
         parent = '/tmp'
@@ -103,7 +103,7 @@ def _directory() -> Iterator[tuple[Path, int]]:
     lock = os.open(home / 'lock', os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # under its own name only now: remove_stale never sees it without the lock
+        # Take the final name only now, so that remove_stale never sees the directory without its lock.
         home = home.rename(home.with_name(home.name[1:]))
         yield home, lock
     finally:
@@ -112,7 +112,7 @@ def _directory() -> Iterator[tuple[Path, int]]:
 
 
 def _start(home: Path, lock: int) -> tuple['subprocess.Popen[bytes]', int]:
-    """The process and a pipe on which it says its address."""
+    """Return the process and a pipe on which it prints its address."""
     config = home / 'bus.conf'
     config.write_text(CONFIG.format(socket=home / 'bus'))
     reader, writer = os.pipe()
@@ -132,16 +132,16 @@ def _start(home: Path, lock: int) -> tuple['subprocess.Popen[bytes]', int]:
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """For the child between fork and exec: SIGTERM when the parent's thread ends, prctl(2)."""
+    """Return a function for the child between fork and exec: SIGTERM when the parent's thread ends (prctl(2))."""
     def prepare() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:      # it died before the call above
+        if os.getppid() != parent:      # the parent died before the call above
             os._exit(1)
     return prepare
 
 
 async def _address(reader: int, home: Path) -> str:
-    """The line that it prints once it listens."""
+    """Read the address that the process prints once it listens."""
     line = b''
     try:
         async with asyncio.timeout(START_TIMEOUT):
@@ -157,14 +157,14 @@ async def _address(reader: int, home: Path) -> str:
         os.close(reader)
     if not line.endswith(b'\n'):
         said = (home / 'log').read_text(errors='backslashreplace').strip()
-        raise Unavailable(f'dbus-daemon did not start: {said or "it said nothing"}', hint='')
+        raise Unavailable(f'dbus-daemon did not start: {said or "it printed no error"}', hint='')
     return line.decode().strip()
 
 
 async def _stop(process: 'subprocess.Popen[bytes]') -> None:
     if process.poll() is not None:
         return
-    pidfd = os.pidfd_open(process.pid)      # a child's pid is its own until it is waited for
+    pidfd = os.pidfd_open(process.pid)      # the pid stays the child's until it is waited for
     process.send_signal(signal.SIGTERM)
     try:
         async with asyncio.timeout(STOP_TIMEOUT):

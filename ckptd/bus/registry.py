@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is exported where: objects by path and interface, and the methods a call can mean. Pure.
+"""Exported objects by path and interface, and the methods that calls mean. Pure.
 
-What somebody may not see is not there for him: every answer is that which he had if nobody else had anything.
+Objects that a caller may not see behave exactly as if they did not exist.
 """
 
 from collections import Counter
@@ -14,8 +14,11 @@ ERROR = 'org.freedesktop.DBus.Error.'
 
 
 class Registry:
-    """Objects by path. `common` interfaces are there at every object, `anywhere` at the nodes between them too. nodes:
-    that are there though nothing be below them: whether something is may be nobody's business."""
+    """Objects by path. `common` interfaces exist at every object, and `anywhere` interfaces also at the nodes between
+    them.
+
+    nodes: paths that exist even without an object below them, since the existence of such an object may be private.
+    """
 
     def __init__(self, common: Sequence[Exported] = (), anywhere: Sequence[Exported] = (), nodes: Sequence[str] = ()
                  ) -> None:
@@ -34,7 +37,7 @@ class Registry:
         interfaces[exported.interface] = exported
 
     def remove(self, path: str) -> list[Exported]:
-        """What was exported there; empty if nothing was."""
+        """Remove the object at a path. Return its interfaces; empty if there was none."""
         if path not in self._objects:
             return []
         self._above.subtract(ancestors(path))
@@ -42,11 +45,11 @@ class Registry:
         return list(self._objects.pop(path).values())
 
     def at(self, path: str) -> dict[str, Exported]:
-        """Own interfaces of the object at this path; empty where there is none."""
+        """Return the object's own interfaces at this path. Empty if there is none."""
         return self._objects.get(path, {})
 
     def interfaces(self, path: str) -> dict[str, Exported]:
-        """All interfaces at this path, the standard ones first. UnknownObject where there is no node."""
+        """Return all interfaces at this path, the standard ones first. UnknownObject if there is no node."""
         if path in self._objects:
             return self._common | self._objects[path]
         if path in self._standing or path in self._above:
@@ -54,30 +57,30 @@ class Registry:
         raise unknown_object(path)
 
     def sees(self, viewer: Viewer, path: str) -> bool:
-        """Whether there is something at the path for this viewer: an object, or a node above one."""
+        """Whether the path exists for this viewer, as an object or as a node above one."""
         if path in self._objects:
             return viewer.may_see(self.audience(path))
         return path in self._standing or (path in self._above and bool(self.children(path, viewer)))
 
     def below(self, path: str) -> Iterator[str]:
-        """Paths of the objects below this one."""
+        """Return the paths of the objects below this one."""
         prefix = path.rstrip('/') + '/'
         return (other for other in self._objects if other.startswith(prefix) and other != path)
 
     def children(self, path: str, viewer: Viewer | None = None) -> list[str]:
-        """Names of the child nodes, with or without an object of their own: of '/org' ['ckptd1']. viewer: those only
-        that he may see, or below which he may see something."""
+        """Return the names of the child nodes, with or without an object of their own: ['ckptd1'] for '/org'. viewer:
+        list only nodes that the viewer may see, or below which there is an object that they may see."""
         depth, prefix = len(path.rstrip('/')) + 1, path.rstrip('/') + '/'
         seen = [other for other in self.below(path) if viewer is None or viewer.may_see(self.audience(other))]
         standing = [node for node in self._standing if node.startswith(prefix) and node != path]
         return sorted({other[depth:].partition('/')[0] for other in (*seen, *standing)})
 
     def audience(self, path: str) -> Audience | None:
-        """Who may see the object at a path; None: everybody, as where there is none."""
+        """Return the audience of the object at a path; None for everyone, and if there is no object."""
         return next((exported.audience for exported in self.at(path).values()), None)
 
     def find(self, path: str, interface: str, member: str, viewer: Viewer) -> tuple[Exported, Method]:
-        """The method that a call means; a call need not name an interface."""
+        """Find the method that a call means. A call need not name an interface."""
         if not self.sees(viewer, path):
             raise unknown_object(path)
         found = self.interfaces(path)
@@ -90,7 +93,7 @@ class Registry:
 
 
 def ancestors(path: str) -> Iterator[str]:
-    """The nodes above a path, without '/': of '/a/b/c' '/a/b' and '/a'."""
+    """Yield the nodes above a path, without '/': '/a/b' and '/a' for '/a/b/c'."""
     while (path := path.rpartition('/')[0]):
         yield path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Restore and CheckRestore, which the manager and every image have."""
+"""Restore and CheckRestore, common to the manager and the images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from ckptd.jobs.images import ImageService
 
 async def restore(image_service: ImageService, authorizer: Authorizer, call: Call, image: str,
                   options: Mapping[str, Any]) -> str:
-    """Start the job; its path."""
+    """Start the job. Return its path."""
     wishes, fds = _wishes(options, RESTORE)
     token, detach = wishes.pop('handle_token', ''), wishes.pop('detach', False)
     rights = await authorizer.image(call, 'restore', image)
@@ -28,7 +28,7 @@ async def restore(image_service: ImageService, authorizer: Authorizer, call: Cal
 async def check_restore(image_service: ImageService, authorizer: Authorizer, call: Call, image: str,
                         options: Mapping[str, Any]
                         ) -> list[dict[str, Any]]:
-    """The rows of what stands in the way."""
+    """Return the rows of refusals and warnings."""
     wishes, fds = _wishes(options, CHECK_RESTORE)
     rights = await authorizer.image(call, 'restore', image)
     async with call.attended():
@@ -36,7 +36,7 @@ async def check_restore(image_service: ImageService, authorizer: Authorizer, cal
 
 
 def _wishes(options: Mapping[str, Any], known: tuple[Option, ...]) -> tuple[dict[str, Any], list[int]]:
-    """Fields of JobRequest, and the fds that go with them; these are duplicated by whoever keeps them."""
+    """Return fields of JobRequest and the fds that go with them. A receiver that keeps the fds duplicates them."""
     given = parse_options(options, known)
     terminal = given.pop('terminal', None)
     if terminal is None:

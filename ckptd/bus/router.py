@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Method calls to exported objects: one way in, one way out, and nothing of ours leaks to the caller.
+"""Dispatch of method calls to exported objects. Internal errors are never sent to the caller.
 
     from ckptd.bus.export import Exported, method, property_, signal
     from ckptd.bus.call import Call
@@ -20,7 +20,7 @@
 
         @method('ha{sv}', 'o', names=('pidfd', 'options', 'job'))
         async def CheckpointProcess(self, call: Call, pidfd: int, options: dict[str, Any]) -> str:
-            mine = call.take(pidfd)         # what is not taken is closed when the handler returns
+            mine = call.take(pidfd)         # other fds are closed when the handler returns
             ...
 
         @method('sa{sv}', 'aa{sv}', names=('target', 'options', 'refusals'), types={'pid': 'u'})
@@ -41,8 +41,8 @@
     ...
     router.unexport(path)
 
-Handlers take and return plain Python (values.py): variants are unwrapped, 'h' is an fd, a{sv} results get their types
-from `types` or by guess. They raise CkptError for what the caller is to know.
+Handlers take and return plain Python values (values.py): variants are unwrapped, 'h' is an fd, a{sv} results get types
+from `types` or by guess. An error that the caller should see is a CkptError.
 """
 
 import asyncio
@@ -72,27 +72,27 @@ __all__ = ['MAX_CALLS', 'MAX_FDS', 'Router']
 
 log = logging.getLogger(__name__)
 
-STANDARD = 'org.freedesktop.DBus.'      # interfaces that say nothing which anybody has to be allowed
-LARGE = 1000            # values of a result that another thread marshals: each takes some 5 us
-LONG = 2                # long answers that are worked on at a time, of each user one
+STANDARD = 'org.freedesktop.DBus.'      # prefix of interfaces that need no authorization
+LARGE = 1000            # values in a result from which on a thread marshals it: each takes some 5 us
+LONG = 2                # long answers worked on at a time; one for each user
 ERROR_TYPES = {'task': 'u', 'pid': 'u', 'refusals': 'aa{sv}'}
 
 
 class StartTask(Protocol):
-    """Who owns the tasks: TaskGroup.create_task, or a queue's own."""
+    """The owner of the tasks: TaskGroup.create_task, or that of a queue."""
 
     def __call__(self, coro: Coroutine[Any, Any, None], *, name: str | None = None) -> asyncio.Task[None]: ...
 
 
 async def nobody(sender: str, uid: int) -> bool:
-    """Who sees what is others': nobody but root."""
+    """Let no one but root see other users' objects."""
     return False
 
 
 class Router:
-    """Serves the calls of a connection, each in a task of `spawn`, and sends the signals of what is exported.
+    """Serve the calls of a connection, each in a task of `spawn`, and send the signals of the exported objects.
 
-    sees_all: whether a caller who is not root may see the objects of others, too. nodes: paths that are always there.
+    sees_all: whether a caller other than root may also see other users' objects. nodes: paths that always exist.
     """
 
     def __init__(self, connection: Connection, spawn: StartTask, root: str, sees_all: SeesAll = nobody,
@@ -100,7 +100,7 @@ class Router:
         self.connection, self.peers, self.root = connection, Peers(connection), root
         self._spawn, self._sees_all = spawn, sees_all
         self._intake = Intake(self._begin, self._turn_away)
-        self._quiet = asyncio.Event()           # none is in flight
+        self._quiet = asyncio.Event()           # set while no call is in flight
         self._quiet.set()
         self._long = Slots(LONG, 1)
         self._flooding: set[str] = set()        # senders whose calls are refused until they wait for replies
@@ -115,13 +115,13 @@ class Router:
         connection.on_lost.append(self._lost)
 
     def export(self, path: str, *exported: Exported) -> None:
-        """Make these interfaces one object. Subscribers hear InterfacesAdded, from the root path."""
+        """Export these interfaces as one object. Subscribers get InterfacesAdded, from the root path."""
         for one in exported:
             self._adopt(path, one)
         self.manager.added(path, exported)
 
     def unexport(self, path: str) -> None:
-        """Remove the object; what it had to say is said before InterfacesRemoved."""
+        """Remove the object. Its pending changes are sent before InterfacesRemoved."""
         self._changes.flush(path)
         gone = self.registry.remove(path)
         for one in gone:
@@ -129,14 +129,14 @@ class Router:
         self.manager.removed(path, gone)
 
     def views_changed(self) -> None:
-        """Ask again who may see what is others'."""
+        """Ask again which senders may see other users' objects."""
         if again := self.peers.forget_views():
-            self._spawn(self._look_again(again), name='who may see all')
+            self._spawn(self._look_again(again), name='views of senders')
 
     async def remember(self, senders: Sequence[str], viewers: Sequence[str]) -> None:
-        """Know these as if they had called; some of them, as if they had looked at what may be others'."""
+        """Treat these senders as if they had called, and the viewers as if they had looked at other users' objects."""
         await asyncio.gather(*(self._remember(sender) for sender in senders))
-        self._spawn(self._look_again(viewers), name='who may see all')
+        self._spawn(self._look_again(viewers), name='views of senders')
 
     async def _remember(self, sender: str) -> None:
         with contextlib.suppress(PermissionDenied):     # it has left
@@ -155,23 +155,23 @@ class Router:
 
     def _adopt(self, path: str, exported: Exported) -> None:
         if not wire.is_object_path_valid(path):
-            raise ValueError(f'{path!r} is no object path')
+            raise ValueError(f'{path!r} is not an object path')
         self.registry.add(path, exported)
         exported.path, exported.emitter = path, self
 
     @property
     def in_flight(self) -> int:
-        """Calls that are not answered yet."""
+        """Number of calls that are not answered yet."""
         return self._intake.count
 
     async def quiet(self) -> None:
-        """Until every call is answered."""
+        """Wait until every call is answered."""
         await self._quiet.wait()
 
     def emit(self, path: str, interface: str, name: str, signature: str, values: Sequence[Any],
              types: Mapping[str, str] = NO_TYPES, audience: Audience | None = None) -> None:
-        """Send a signal: to all, or to each of the audience that has called before. Never waits; dropped, and logged,
-        when the bus has not read for long."""
+        """Send a signal to all, or to each of the audience that has called before. It never waits. If the bus has not
+        read for long, the signal is dropped and this is logged."""
         message = wire.make_signal(path, interface, name, signature, to_body(signature, values, types))
         try:
             if audience is None:
@@ -182,7 +182,7 @@ class Router:
             log.error('signal %s of %s: %s', name, path, error)
 
     async def pause(self) -> None:
-        """Between signals of many objects: others have their turn, and the bus reads what was said."""
+        """Pause between signals of many objects, so that other calls run and the bus reads what was sent."""
         await asyncio.sleep(0)
         await self.connection.drain()
 
@@ -191,7 +191,7 @@ class Router:
         self._changes.add(path, exported, names, audience)
 
     def admit(self, header: Received) -> bool:
-        """Whether a call is let in; one that is not is answered."""
+        """Whether a call is let in. A call that is not is answered here."""
         error = self._intake.refusal(header)
         if error is None:
             return True
@@ -199,13 +199,13 @@ class Router:
         return False
 
     def _turn_away(self, message: Received, error: LimitsExceeded) -> None:
-        """Answer a call that nobody is going to serve."""
+        """Answer a call that will not be served."""
         self._audit_flood(message)
         self.connection.refuse(message, _ready(error.message, error.hint))
         message.fds.close()
 
     def route(self, message: Received) -> None:
-        """A method call came in: serve it in a task, at whose end its fds are closed."""
+        """Serve a method call in a task. Its fds are closed when the task ends."""
         try:
             require_limits(message)
         except LimitsExceeded as error:
@@ -222,13 +222,13 @@ class Router:
         task.add_done_callback(lambda _: self._finished(call))
 
     def _audit_flood(self, message: Received) -> None:
-        """Once, and not with each: who floods us is not to flood the log."""
+        """Log the refusal once and not with each call, so that a flood of calls does not flood the log."""
         if message.sender not in self._flooding:
             self._flooding.add(message.sender)
             self._audit(message, 'refused', 'limits')
 
     async def _find(self, call: Call) -> tuple[Exported, Method]:
-        """The method that is meant, at an object that its caller may see; the body is not decoded before."""
+        """Find the method that is meant, at an object that the caller may see. The body is decoded only afterwards."""
         message = call.message
         viewer = await call.viewer(lambda viewer: self.registry.sees(viewer, message.path))
         if self.registry.at(message.path) and not self.registry.sees(viewer, message.path):
@@ -240,14 +240,14 @@ class Router:
         return exported, row
 
     async def serve(self, call: Call) -> None:
-        """Run the handler and answer, whatever happens; if it is cancelled, `_finished` answers."""
+        """Run the handler and answer, whatever happens. If it is cancelled, `_finished` answers."""
         try:
             uid = await self.peers.uid(call.sender)
             self._intake.belongs_to(call.message, uid)
             exported, row = await self._find(call)
             self._follow(call.sender, call.message.path)
             if row.long:
-                await call.viewer()     # polkit, which may be asked for that, is not waited for with a place
+                await call.viewer()     # this may ask polkit; do so before taking a slot
             async with self._long.place(uid) if row.long else contextlib.nullcontext():
                 await self._work(call, exported, row, uid)
         except LimitsExceeded as error:
@@ -256,7 +256,7 @@ class Router:
         except (DBusError, CkptError) as error:
             self._fail(call, error)
         except Exception:
-            # its text and traceback say more about the daemon than a caller should know
+            # Send no text and no traceback: they say more about the daemon than a caller should know.
             log.exception('%s failed', call)
             self._fail(call, CkptError('internal error', hint='see the log of the daemon'))
         await self.connection.drain(call.sender)
@@ -275,10 +275,10 @@ class Router:
               sender=message.sender, label=peer.label if peer else '', what=message.path)
 
     def _follow(self, sender: str, path: str) -> None:
-        """Who has the path of an object, or calls it, hears from now on what it says of itself."""
+        """Add a follower: a connection that has the path of an object, or calls it, gets its signals from now on."""
         audience = self.registry.audience(path)
         if audience is not None and audience.followers is not None:
-            audience.followers.intersection_update(self.peers.senders)      # others have left meanwhile
+            audience.followers.intersection_update(self.peers.senders)      # drop followers that have left the bus
             audience.followers.add(sender)
 
     @staticmethod
@@ -320,11 +320,12 @@ class Router:
         try:
             self.connection.send(wire.make_error(call.message, name, signature, body))
             call.answered = True
-        except LimitsExceeded as error:     # of many refusals
+        except LimitsExceeded as error:     # the error has too many refusals
             self._fail(call, error)
 
     def _finished(self, call: Call) -> None:
-        """The task is done. Cancelled, perhaps before it began, it has not answered: a caller would wait for ever."""
+        """Finish a call. If its task was cancelled, perhaps before it began, answer now, since the caller would wait
+        for ever."""
         self.last_call = asyncio.get_running_loop().time()
         self._intake.finished(call.message)
         if not self._intake.has(call.sender):
@@ -342,5 +343,5 @@ def _ready(words: str, hint: str) -> ReadyError:
 
 
 def error_body(error: CkptError) -> tuple[str, dict[str, Any]]:
-    """(sentence, details) of an error message."""
+    """Return (sentence, details) of an error message."""
     return error.message, error.details()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The standard interfaces, declared like our own (D-Bus specification, "Standard Interfaces")."""
+"""The standard interfaces, declared like ckptd's own (D-Bus specification, "Standard Interfaces")."""
 
 import asyncio
 import logging
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHANGE_INTERVAL: Final = 0.15       # seconds between two PropertiesChanged of one interface: some 7 a second
-TOGETHER: Final = 50                # objects that are described at a time: each takes some 60 us
-NOBODY: Final = Viewer(-1)          # of what is told to several, who all get the same
+TOGETHER: Final = 50                # objects that are described without a pause: each takes some 60 us
+NOBODY: Final = Viewer(-1)          # viewer for signals that go to several receivers with the same content
 MACHINE_ID: Final = (Path('/etc/machine-id'), Path('/var/lib/dbus/machine-id'))
 
 
@@ -39,7 +39,7 @@ class PeerInterface(Exported):
         for path in MACHINE_ID:
             if path.exists():
                 return path.read_text().strip()
-        raise DBusError(f'{ERROR}FileNotFound', 'this machine has no id')
+        raise DBusError(f'{ERROR}FileNotFound', 'this machine has no machine id')
 
 
 class Introspectable(Exported):
@@ -77,10 +77,10 @@ class Properties(Exported):
     @method('ssv', names=('interface_name', 'property_name', 'value'))
     async def Set(self, call: 'Call', interface: str, name: str, value: object) -> None:
         await self.Get(call, interface, name)
-        raise DBusError(f'{ERROR}PropertyReadOnly', f'{name} cannot be set')
+        raise DBusError(f'{ERROR}PropertyReadOnly', f'{name} is read-only')
 
     def _chosen(self, call: 'Call', interface: str) -> list[Exported]:
-        """The interface that is meant; an empty name means all."""
+        """Return the interface that is meant. An empty name means all."""
         found = self.registry.interfaces(call.message.path)
         if interface and interface not in found:
             raise DBusError(f'{ERROR}UnknownInterface', f'no interface {interface} at {call.message.path}')
@@ -88,7 +88,7 @@ class Properties(Exported):
 
 
 class ObjectManager(Exported):
-    """On one root path; its signals come from there, wherever below the object is."""
+    """The object manager, on one root path. Its signals come from there, wherever below it the object is."""
     interface = 'org.freedesktop.DBus.ObjectManager'
 
     def __init__(self, registry: Registry, root: str) -> None:
@@ -105,7 +105,7 @@ class ObjectManager(Exported):
             if self._registry.at(path) and viewer.may_see(self._registry.audience(path)):
                 found[path] = _cache(list(self._registry.at(path).values()))
             if number % TOGETHER == 0:
-                await asyncio.sleep(0)      # others have their turn
+                await asyncio.sleep(0)      # let other calls run
         return found
 
     def added(self, path: str, exported: Sequence[Exported]) -> None:
@@ -118,64 +118,63 @@ class ObjectManager(Exported):
 
 
 def _all_of(audience: Audience | None) -> Audience | None:
-    """That an object comes and goes concerns more than its followers."""
+    """Return the audience for the appearance and removal of an object: not its followers only."""
     return None if audience is None else replace(audience, followers=None)
 
 
-class _Teller(NamedTuple):
-    """Who tells it to whom. uid: of the audience, -1 for everybody; all: not to followers alone. Two of one object
-    differ by that."""
+class _ChangeSource(NamedTuple):
+    """A source of property changes and its receivers. Receivers of one object differ by `uid` and `all`."""
     exported: Exported
-    uid: int
-    all: bool
+    uid: int     # of the audience; -1 for everyone
+    all: bool    # not for followers only
 
 
 class Changes:
-    """PropertiesChanged, throttled: the first at once, further ones gathered, the last always sent."""
+    """PropertiesChanged, throttled: the first is sent at once, later ones are gathered, the last is always sent."""
 
     def __init__(self, emit: Callable[..., None]) -> None:
         self._emit = emit
-        self._waiting: dict[_Teller, dict[str, None]] = {}     # names in the order they changed
-        self._audiences: dict[_Teller, Audience | None] = {}
-        self._timers: dict[_Teller, asyncio.TimerHandle] = {}
+        self._waiting: dict[_ChangeSource, dict[str, None]] = {}     # names in the order in which they changed
+        self._audiences: dict[_ChangeSource, Audience | None] = {}
+        self._timers: dict[_ChangeSource, asyncio.TimerHandle] = {}
 
     def add(self, path: str, exported: Exported, names: Sequence[str], audience: Audience | None) -> None:
-        """These properties have new values."""
-        teller = _Teller(exported, -1 if audience is None else audience.uid,
+        """Note new values of these properties."""
+        source = _ChangeSource(exported, -1 if audience is None else audience.uid,
                          audience is None or audience.followers is None)
-        self._waiting.setdefault(teller, {}).update(dict.fromkeys(names))
-        if teller not in self._timers:
-            self._audiences[teller] = audience
-            # not now: what changes together is told together
-            self._timers[teller] = asyncio.get_running_loop().call_later(0, self._due, teller)
+        self._waiting.setdefault(source, {}).update(dict.fromkeys(names))
+        if source not in self._timers:
+            self._audiences[source] = audience
+            # send it in the next turn of the loop, so that simultaneous changes go out together
+            self._timers[source] = asyncio.get_running_loop().call_later(0, self._due, source)
 
     def flush(self, path: str) -> None:
-        """Send what waits for this object now: it goes away."""
-        for teller in [one for one in self._timers if one.exported.path == path]:
-            self._timers.pop(teller).cancel()
-            self._send(teller)
-            del self._audiences[teller]
+        """Send the pending changes of this object now, because it is being removed."""
+        for source in [one for one in self._timers if one.exported.path == path]:
+            self._timers.pop(source).cancel()
+            self._send(source)
+            del self._audiences[source]
 
     def close(self) -> None:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
 
-    def _due(self, teller: _Teller) -> None:
-        del self._timers[teller]
-        if self._send(teller):
-            self._timers[teller] = asyncio.get_running_loop().call_later(CHANGE_INTERVAL, self._due, teller)
+    def _due(self, source: _ChangeSource) -> None:
+        del self._timers[source]
+        if self._send(source):
+            self._timers[source] = asyncio.get_running_loop().call_later(CHANGE_INTERVAL, self._due, source)
         else:
-            del self._audiences[teller]
+            del self._audiences[source]
 
-    def _send(self, teller: _Teller) -> bool:
-        exported, names = teller.exported, self._waiting.pop(teller, {})
+    def _send(self, source: _ChangeSource) -> bool:
+        exported, names = source.exported, self._waiting.pop(source, {})
         rows = [exported.table.properties[name] for name in names]
         values = _readable(exported, [row for row in rows if row.emits == 'true'], NOBODY)
         gone = [row.name for row in rows if row.emits != 'const' and row.name not in values]
         if values or gone:
             self._emit(exported.path, PROPERTIES, 'PropertiesChanged', 'sa{sv}as', (exported.interface, values, gone),
-                       audience=self._audiences[teller])
+                       audience=self._audiences[source])
         return bool(names)
 
 
@@ -185,7 +184,7 @@ def read_property(exported: Exported, row: Property, viewer: Viewer) -> Variant:
 
 
 def read_properties(exported: Exported, viewer: Viewer) -> dict[str, Variant]:
-    """All that can be read; a getter that fails costs its own property only."""
+    """Read all properties. A getter that fails loses its own property only."""
     return _readable(exported, exported.table.properties.values(), viewer)
 
 
@@ -195,7 +194,7 @@ def _readable(exported: Exported, rows: Any, viewer: Viewer) -> dict[str, Varian
         try:
             values[row.name] = read_property(exported, row, viewer)
         except Exception:
-            # anything at all: the others are still good
+            # any error at all: the other properties are still good
             log.exception('property %s.%s at %s', exported.interface, row.name, exported.path)
     return values
 

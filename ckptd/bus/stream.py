@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Messages and their fds from the bus's socket, never blocking and never without a bound.
+"""Read messages and their fds from the bus's socket, without blocking and with bounds.
 
 The reader asks the kernel for as much as there is, so that a flood of small messages costs few system calls. A bus
-sends each message by itself, its fds with the first byte; and a read ends behind the data that fds came with
-(unix_stream_read_generic in net/unix/af_unix.c). So fds belong to the last message that begins in what was read with
+sends each message by itself, with its fds at the first byte, and a read ends behind the data that fds came with
+(unix_stream_read_generic in net/unix/af_unix.c). So fds belong to the last message that begins in the data read with
 them, whatever its fields say.
 """
 
@@ -21,26 +21,26 @@ from ckptd.kernel.closing import closing
 
 log = logging.getLogger(__name__)
 
-MAX_FIELDS: Final = 8 << 10         # bytes of a field array; ours have some 200
+MAX_FIELDS: Final = 8 << 10         # bytes of a field array; ckptd's own have some 200
 MESSAGES_PER_WAKE: Final = 32
-REFUSED_PER_WAKE: Final = 1024      # messages that are stepped over: some 5 us each
+REFUSED_PER_WAKE: Final = 1024      # messages that are skipped: some 5 us each
 BYTES_PER_WAKE: Final = 4 << 20
 SCM_MAX_FD: Final = 253             # <net/scm.h>: the kernel takes no more in one message
-UNWANTED: Final = -1                # a limit: the message is not to be read at all
+UNWANTED: Final = -1                # a limit: the message is not read at all
 
 _CONTROL = socket.CMSG_SPACE(SCM_MAX_FD * array.array('i').itemsize)
 _BUFFER: Final = 64 << 10
 
 
 class MessageReader:
-    """limit(message without body) -> bytes of body to take, or UNWANTED for a message that nobody is to hear of; what
-    is longer is stepped over.
+    """A reader of messages. limit(message without body) returns how many bytes of body to take, or UNWANTED for a
+    message to ignore. A longer message is skipped.
 
-        stream      ... message | message | mess      of which the buffer has what was read and is not taken yet
-                                 ^ _at    ^ _end      as bytes of the stream; the next byte to take is _buffer[_start]
+        stream      ... message | message | mess      the buffer holds the bytes that were read and not taken yet
+                                 ^ _at    ^ _end      as offsets in the stream; the next byte to take is _buffer[_start]
 
-    Of the current message, which begins at `_began`, the head may be taken: then its body goes to `_body`, where
-    `_have` bytes of it are, or it is stepped over, with `_skip` bytes to go.
+    The current message begins at `_began`. Once its head is taken, its body either goes to `_body`, which then has
+    `_have` bytes, or is skipped, with `_skip` bytes to go.
     """
 
     def __init__(self, sock: socket.socket, limit: Callable[[Received], int]) -> None:
@@ -48,17 +48,17 @@ class MessageReader:
         self._buffer = memoryview(bytearray(_BUFFER))
         self._start = self._at = self._end = 0
         self._taken = False
-        self._message: Received | None = None   # None also for one that nobody hears of
+        self._message: Received | None = None   # None also for a message that is ignored
         self._began = self._skip = self._have = 0
         self._body = bytearray()
-        self._fds: dict[int, Fds] = {}      # by where their message begins
+        self._fds: dict[int, Fds] = {}      # by the offset where their message begins
         self._budget = self._refused = 0
-        self.pending = False    # the last round ended by its bounds: there may be more that no socket tells of
+        self.pending = False    # the last round ended by its bounds: there may be more that no socket reports
 
     def messages(self) -> Iterator[Received]:
-        """Whole messages that are there, up to MESSAGES_PER_WAKE; their fds are the receiver's to close.
+        """Yield whole messages that have arrived, up to MESSAGES_PER_WAKE. The receiver closes their fds.
 
-        EOFError when the bus has closed the connection, ProtocolError for what is no message, OSError.
+        EOFError when the bus has closed the connection, ProtocolError for bytes that are not a message, OSError.
         """
         self._budget, self._refused, count = BYTES_PER_WAKE, 0, 0
         self.pending = True
@@ -78,14 +78,14 @@ class MessageReader:
     # ------------------------------------------------------------ from the socket
 
     def _fill(self) -> bool:
-        """Read more; False when the socket or the budget of this wake-up is empty."""
+        """Read more. Return False when the socket, or the budget of this wake-up, is empty."""
         if self._budget <= 0:
             return False
         into_body, room, ancillary = self._into_body, self._room(), _CONTROL
         try:
             if closing() >= MOST_CLOSING:
-                # Where there is no room for fds the kernel drops them, and so it is to do while too many wait for
-                # somebody's file system; but not with those that we have asked for, the bus's or systemd's own.
+                # Without room for fds the kernel drops them. This is wanted while too many fds wait for some file
+                # system, but not for replies to our own calls, which come from the bus or systemd.
                 room, ancillary = room[:self._wanted()], _CONTROL if self._is_reply() else 0
             count, control, _, _ = self._sock.recvmsg_into([room], ancillary, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -102,7 +102,7 @@ class MessageReader:
 
     @property
     def _into_body(self) -> bool:
-        """Whether the rest of a body is read to where it stays, and nothing behind it."""
+        """Whether the rest of a body is read directly to its place, and nothing behind it."""
         return len(self._body) - self._have > _BUFFER // 2
 
     def _room(self) -> memoryview:
@@ -115,19 +115,19 @@ class MessageReader:
         return self._buffer[self._start + used:]
 
     def _wanted(self) -> int:
-        """Bytes that the current message needs at least."""
+        """Return how many bytes the current message needs at least."""
         if self._taken:
             return self._missing
         used = self._end - self._at
         return FIXED - used if used < FIXED else FIXED + self._lengths(self._at)[0] - used
 
     def _is_reply(self) -> bool:
-        """Of what begins now."""
+        """Whether the message that begins now is a reply."""
         begins = self._at == self._end and not self._taken
         return begins and self._sock.recv(2, socket.MSG_PEEK)[1:] == bytes([MessageType.RETURN])
 
     def _lengths(self, at: int) -> tuple[int, int]:
-        """Of field array and body of the message that begins at this place of the stream."""
+        """Return the lengths of field array and body of the message that begins at this offset of the stream."""
         start = self._start + at - self._at
         return lengths(bytes(self._buffer[start:start + FIXED]))
 
@@ -139,7 +139,7 @@ class MessageReader:
                 self._fds.setdefault(self._last_begin(), Fds()).add(fds)
 
     def _last_begin(self) -> int:
-        """Where the last message begins of which something was read."""
+        """Return where the last message begins of which something was read."""
         begin, at = (self._began, self._at + self._missing) if self._taken else (self._at, self._at)
         while at < self._end:
             begin = at
@@ -151,7 +151,7 @@ class MessageReader:
     # ------------------------------------------------------------ from the buffer
 
     def _advance(self) -> bool:
-        """Whether the current message is whole now."""
+        """Whether the current message is complete now."""
         if not self._taken and not self._take_head():
             return False
         if self._skip:
@@ -165,7 +165,8 @@ class MessageReader:
 
     @property
     def _missing(self) -> int:
-        """Bytes of the current message, its head taken, that are not read yet, or not taken from the buffer."""
+        """Return how many bytes of the current message, behind its head, are not read yet or not taken from the
+        buffer."""
         return self._skip or len(self._body) - self._have
 
     def _consume(self, most: int) -> int:
@@ -174,8 +175,8 @@ class MessageReader:
         return count
 
     def _take_head(self) -> bool:
-        """Decide what becomes of the message that begins here; False where its head is not whole. What is not wanted,
-        and whole in the buffer, is stepped over."""
+        """Decide about the message that begins here. Return False if its head is incomplete. An unwanted message that
+        is whole in the buffer is skipped."""
         while (taken := self._decide()) is None:
             if self._refused >= REFUSED_PER_WAKE:
                 return False
@@ -188,7 +189,7 @@ class MessageReader:
         fixed = read_fixed(bytes(self._buffer[start:start + FIXED]))
         fields, body = (fixed[6] + 7) & ~7, fixed[4]
         if fields > MAX_FIELDS:
-            # not even its sender is known then: nobody to answer
+            # the head is too long to read, so not even the sender is known and no answer can be sent
             self._taken, self._began, self._skip = True, self._at, FIXED + fields + body
             return True
         if used < FIXED + fields:
@@ -199,7 +200,7 @@ class MessageReader:
         try:
             message = parse_fields(fixed, rest)
         except ProtocolError as error:
-            log.warning('a message is not read: %s', error)
+            log.warning('a message is skipped: %s', error)
             self._skip = body
             return True
         limit = self._limit(message)

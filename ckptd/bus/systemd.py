@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""org.freedesktop.systemd1: what ckptd asks of the service manager, org.freedesktop.systemd1(5)."""
+"""org.freedesktop.systemd1: calls of ckptd to the service manager (org.freedesktop.systemd1(5))."""
 
 import asyncio
 import os
@@ -18,16 +18,17 @@ SERVICE: Final = 'org.freedesktop.systemd1'
 PATH: Final = '/org/freedesktop/systemd1'
 MANAGER: Final = 'org.freedesktop.systemd1.Manager'
 UNIT_SERVICE: Final = 'org.freedesktop.systemd1.Service'
-START_TIMEOUT: Final = 25.0     # seconds, of a unit that runs a program which waits for nothing
+START_TIMEOUT: Final = 25.0     # seconds for a unit to start, whose program waits for nothing
 EXIT_TIMEOUT: Final = 10.0      # seconds until systemd has seen a death
 
-# systemd.service(5), .exec(5), .kill(5), .unit(5). No sandbox, no limit that a restored tree did not have. process: the
-# tree that a worker made outlives it. AddRef: it is known until we have asked how it ended, or have left the bus.
+# systemd.service(5), .exec(5), .kill(5), .unit(5). No sandbox, and no limit that the restored tree did not have.
+# KillMode=process: the tree outlives the worker that made it. AddRef: the unit stays known until ckptd has asked for
+# its exit status, or has left the bus.
 TRANSIENT: Final[Mapping[str, tuple[str, Any]]] = {
     'Type': ('s', 'exec'), 'KillMode': ('s', 'process'), 'CollectMode': ('s', 'inactive-or-failed'),
     'AddRef': ('b', True), 'StandardOutput': ('s', 'null'), 'StandardError': ('s', 'journal'),
     'LimitNOFILE': ('t', 524288), 'TasksMax': ('t', 2**64 - 1),
-    # a private session keyring would cut a user's worker off from the user's own keys
+    # a private session keyring would separate a user's worker from the user's own keys
     'KeyringMode': ('s', 'shared'),
 }
 SCOPE: Final[Mapping[str, tuple[str, Any]]] = {
@@ -49,19 +50,20 @@ class Systemd:
             return False
 
     async def freeze(self, unit: str, timeout: float) -> None:  # noqa: ASYNC109 - of the call
-        """Freeze a unit; done when the kernel has confirmed. NoSuchTarget, NotSupported, PermissionDenied."""
+        """Freeze a unit. Return when the kernel has confirmed. NoSuchTarget, NotSupported, PermissionDenied."""
         await self._manager('FreezeUnit', unit, timeout)
 
     async def thaw(self, unit: str, timeout: float = 25) -> None:  # noqa: ASYNC109 - of the call
         await self._manager('ThawUnit', unit, timeout)
 
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
-        """Make a scope of these processes, in a slice if it is named; done when they are in it."""
+        """Put these processes into a new scope, in the given slice if any. Return when they are in it."""
         where = {'Slice': ('s', slice_)} if slice_ else {}
         await self._start(scope, {**SCOPE, **where, 'Description': ('s', description), 'PIDs': ('au', list(pids))})
 
     async def start_service(self, service: Service) -> None:
-        """Start a program without any sandbox; done when it has been executed. `exit_status` ends what is kept."""
+        """Start a program without a sandbox. Return when it has been executed. The unit is kept until `exit_status` is
+        called."""
         command = (service.command[0], list(service.command), False)
         environment = [f'{name}={value}' for name, value in service.environment.items()]
         where = {'Slice': ('s', service.slice)} if service.slice else {}
@@ -73,7 +75,7 @@ class Systemd:
         return int(await self._client.property_(SERVICE, unit_path(unit), UNIT_SERVICE, 'MainPID'))
 
     async def exit_status(self, unit: str) -> int:
-        """Of a service's process, once systemd has reaped it: negative for a signal."""
+        """Return the exit status of a service's process once systemd has reaped it; negative for a signal."""
         path = unit_path(unit)
         try:
             async with asyncio.timeout(EXIT_TIMEOUT), \
@@ -87,7 +89,7 @@ class Systemd:
         return status if code == os.CLD_EXITED else -status
 
     async def _start(self, unit: str, properties: Mapping[str, tuple[str, Any]]) -> None:
-        """Make a transient unit and wait for the end of its start job, which tells its fate."""
+        """Make a transient unit and wait for the end of its start job, which has the result."""
         rows = [(name, to_variant(value, kind) if kind != 'h' else value) for name, (kind, value) in properties.items()]
         try:
             async with asyncio.timeout(START_TIMEOUT), \
@@ -113,6 +115,6 @@ class Systemd:
 
 
 def unit_path(unit: str) -> str:
-    """Where a unit's object is: bytes that no path has are their hex code (sd_bus_path_encode(3))."""
+    """Return the path of a unit's object. Bytes that a path cannot have become hex codes (sd_bus_path_encode(3))."""
     name = re.sub(r'[^A-Za-z0-9]', lambda match: f'_{ord(match[0]):02x}', unit)
     return f'{PATH}/unit/{name}'

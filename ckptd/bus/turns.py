@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Queues that are served in turn, so that nobody waits behind all that another one has queued. Pure."""
+"""Queues that are served in turn, so that no user waits behind everything that another has queued. Pure."""
 
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar('T')
-Key = int | str     # whose a queue is: a uid, or a connection whose uid is not known; '' for ours
+Key = int | str     # owner of a queue: a uid, or a connection whose uid is unknown; '' for ckptd
 
 
 class Turns(Generic[T]):
-    """count, size: of all queues, items and what was said of their sizes."""
+    """Queues served in turn. count: number of all items. size: sum of the sizes given with them."""
 
     def __init__(self) -> None:
-        self._queues: dict[Key, deque[tuple[T, int]]] = {}      # whose turn it is first
+        self._queues: dict[Key, deque[tuple[T, int]]] = {}      # the queue whose turn it is comes first
         self._sizes: Counter[Key] = Counter()
         self.count = self.size = 0
 
@@ -29,14 +29,15 @@ class Turns(Generic[T]):
         self.count, self.size = self.count + 1, self.size + size
 
     def take_all(self, key: Key) -> list[T]:
-        """What is in one queue."""
+        """Remove and return the items of one queue."""
         items = self._queues.pop(key, ())
         size = self._sizes.pop(key, 0)
         self.count, self.size = self.count - len(items), self.size - size
         return [item for item, _ in items]
 
     def take(self, may: Callable[[Key], bool] = lambda key: True) -> T | None:
-        """The first of the queue whose turn it is; None when all are empty. may: whether a queue has turns now."""
+        """Return the first item of the queue whose turn it is; None when all are empty. may: whether a queue has turns
+        now."""
         key = next(filter(may, self._queues), None)
         if key is None:
             return None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Plain Python values and what the wire layer takes: variants are unwrapped on the way in, made on the way out.
+"""Conversion between plain Python values and those of the wire layer. Variants are unwrapped on the way in and made on
+the way out.
 
     s, o, g  str        b  bool       y n q i u x t  int       d  float       ay  bytes
     h  Fd     (...)  list or tuple, list on the way in       a{..}  dict   other arrays  list       v  the value alone
@@ -18,17 +19,17 @@ NO_TYPES: Mapping[str, str] = {}
 
 
 def split_signature(signature: str) -> list[str]:
-    """The complete types of a signature: 'sa{sv}' -> ['s', 'a{sv}']. ValueError for what is none."""
+    """Split a signature into its complete types: 'sa{sv}' -> ['s', 'a{sv}']. ValueError for an invalid one."""
     return [kind.signature for kind in parse_signature(signature)]
 
 
 def to_body(signature: str, values: Iterable[Any], types: Mapping[str, str] = NO_TYPES) -> list[Any]:
-    """Plain values as a message body of that signature."""
+    """Convert plain values to a message body of that signature."""
     return [_wrap(kind, value, types) for kind, value in zip(parse_signature(signature), values, strict=True)]
 
 
 def to_variant(value: Any, signature: str = '', types: Mapping[str, str] = NO_TYPES) -> Variant:
-    """One plain value as a variant, its type guessed where none is given."""
+    """Convert one plain value to a variant. Its type is guessed if none is given."""
     if isinstance(value, Variant):
         return value
     kind = parse_signature(signature or _guess(value))[0]
@@ -36,12 +37,12 @@ def to_variant(value: Any, signature: str = '', types: Mapping[str, str] = NO_TY
 
 
 def to_variants(row: Mapping[str, Any], types: Mapping[str, str] = NO_TYPES) -> dict[str, Variant]:
-    """A plain dict as a{sv}. A value of None says that there is none: its key is left out."""
+    """Convert a plain dict to a{sv}. A key whose value is None is left out."""
     return {key: to_variant(value, types.get(key, ''), types) for key, value in row.items() if value is not None}
 
 
 def is_large(value: Any, most: int) -> bool:
-    """Whether there are more than so many values in it, however deep."""
+    """Whether the value has more than `most` values in it, at any depth."""
     count, todo = 0, [value]
     while todo and count <= most:
         one = todo.pop()
@@ -57,7 +58,8 @@ def is_large(value: Any, most: int) -> bool:
 
 
 def index_fds(value: Any, fds: list[int]) -> Any:
-    """The same value with each UnixFd in it as its index into `fds`, to which they are added. It stays a UnixFd."""
+    """Return the value with each UnixFd in it replaced by its index into `fds`, to which the fds are added. The index
+    stays a UnixFd."""
     match value:
         case UnixFd():
             fds.append(int(value))
@@ -70,7 +72,7 @@ def index_fds(value: Any, fds: list[int]) -> Any:
 
 
 def to_text(value: str) -> str:
-    """A str that D-Bus can carry: bytes of a path that were no UTF-8, and NUL, become visible escapes."""
+    """Return a str that D-Bus can carry. Bytes that are not UTF-8, and NUL, become visible escapes."""
     if value.isascii() and '\0' not in value:
         return value
     return value.replace('\0', '\\x00').encode('utf-8', 'backslashreplace').decode()

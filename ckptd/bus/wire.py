@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # mypy: allow-untyped-calls
-"""dbus-next 0.2.3 as a wire layer: address, SASL and marshalling. The only module that imports it.
+"""dbus-next 0.2.3 as a wire layer: address, SASL and marshalling. No other module imports it.
 
-What is taken: `Message` to make messages, `Variant`, the signature parser, the (un)marshaller, and the connecting half
-of `MessageBus`. Its reader, writer, dispatch and ServiceInterface are not: stream.py, connection.py and router.py are
-ours, because those of the library let any client on the bus stop or disconnect the daemon.
+ckptd uses `Message` to make messages, `Variant`, the signature parser, the (un)marshaller, and the connecting half of
+`MessageBus`. It does not use the library's reader, writer, dispatch and ServiceInterface, because they let any client
+on the bus stop or disconnect the daemon. stream.py, connection.py and router.py replace them.
 
     message = endian u8:type u8:flags u8:1 u32:body_length u32:serial a(yv):fields pad8 body
 """
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 if not hasattr(typing, 'no_type_check_decorator'):
-    # Python 3.15 removed it (deprecated since 3.13) and dbus_next.service imports it at the top: without a stand-in the
-    # import fails. It only ever marked annotations as "not types", so a decorator that does nothing is the same.
+    # Python 3.15 removed it (deprecated since 3.13), and dbus_next.service imports it at the top, so the import would
+    # fail. It only marked annotations as "not types", so a decorator that does nothing replaces it.
     typing.no_type_check_decorator = lambda decorator: decorator
 
-# after the stand-in
+# these imports need the replacement above
 from dbus_next._private.address import get_system_bus_address, parse_address
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.aio.message_bus import MessageBus
@@ -40,17 +40,17 @@ from ckptd.errors import LimitsExceeded
 
 __all__ = ['AuthError', 'Message', 'SignatureType', 'Variant', 'is_object_path_valid']
 
-MAX_SENT: Final = 16 << 20          # half of what a system bus takes, which disconnects whoever sends it more
+MAX_SENT: Final = 16 << 20          # half of what a system bus accepts; the bus disconnects a sender of more
 MAX_BODY: Final = 256 << 10         # of a method call or signal; decoding is pure Python, some 2 MB/s
 MAX_VALUES: Final = 500             # in a method call: decoding takes some 2 us for each
-MAX_VARIANT: Final = 16             # characters of the signature of a variant in a method call: no option has more
+MAX_VARIANT: Final = 16             # characters of the signature of a variant in a method call; no option has more
 MAX_SIGNATURES: Final = 1024
 LINE_LIMIT: Final = 4096
 
 # arrays of these are decoded in one go; D-Bus type -> struct code
 _NUMBERS = {'n': 'h', 'q': 'H', 'i': 'i', 'u': 'I', 'x': 'q', 't': 'Q', 'd': 'd'}
 
-# what the library makes is little-endian
+# messages of the library are little-endian
 _FIXED = struct.Struct('<4sIII')            # endian to version, body_length, serial, bytes of the fields
 _NUMBER = struct.Struct('<BBBBI')           # (yv): number of the field, a variant of signature 'u', its value; or 's',
                                             # and the bytes of the string behind that
@@ -59,13 +59,13 @@ _ERROR_HEAD = bytes([ord('l'), MessageType.ERROR, NO_REPLY_EXPECTED, 1])
 
 @dataclass(frozen=True, slots=True)
 class ReadyError:
-    """An error message that answers many calls, but for serial numbers and addresses: its other fields and its body,
-    marshalled."""
+    """An error message that answers many calls. Its fields and body are marshalled once; serial numbers and address are
+    added for each call."""
     fields: bytes
     body: bytes
 
     def to(self, call: 'Received', serial: int) -> bytes:
-        """The bytes of the answer to one call."""
+        """Return the bytes of the answer to one call."""
         fields = self.fields + _NUMBER.pack(5, 1, ord('u'), 0, call.serial) + _text(6, call.sender)
         return (_FIXED.pack(_ERROR_HEAD, len(self.body), serial, len(fields)) + fields + bytes(-len(fields) % 8)
                 + self.body)
@@ -73,7 +73,7 @@ class ReadyError:
 
 @dataclass(slots=True, eq=False)
 class Received:
-    """A message from the bus. The body stays bytes until somebody who knows what it should be asks for it."""
+    """A message from the bus. The body stays bytes until a reader that knows its expected signature asks for it."""
     type: int
     flags: int
     serial: int
@@ -89,7 +89,7 @@ class Received:
     signature: str = ''
     fd_count: int = 0
     fds: Fds = field(default_factory=Fds)
-    raw: bytes | bytearray | None = b''         # None: longer than the reader takes, thrown away unread
+    raw: bytes | bytearray | None = b''         # None: longer than the reader takes, so it was dropped
     _decoded: list[Any] | None = None
 
     @property
@@ -98,11 +98,11 @@ class Received:
 
     @property
     def interactive(self) -> bool:
-        """The sender waits long enough for a person to be asked."""
+        """Whether the sender waits long enough for a person to be asked."""
         return bool(self.flags & ALLOW_INTERACTIVE)
 
     def body(self) -> list[Any]:
-        """The decoded arguments, plain values. ProtocolError for a body that is not its signature."""
+        """Decode the arguments to plain values. ProtocolError if the body does not match its signature."""
         if self.raw is None:
             raise ProtocolError(f'a body of {self.length} bytes was not read')
         if self._decoded is not None:
@@ -116,10 +116,10 @@ class Received:
 
 
 class _Body(Unmarshaller):
-    """The library's decoder over bytes in memory, with plain values: a variant is what it holds, 'h' is the fd."""
+    """The library's decoder, over bytes in memory and with plain values: a variant is its content, 'h' is the fd."""
 
     def __init__(self, data: bytes | bytearray, endian: int, fds: Fds | None = None) -> None:
-        super().__init__(io.BytesIO())      # an empty stream: reading past the end is EOFError
+        super().__init__(io.BytesIO())      # an empty stream, so that reading past the end is EOFError
         self.buf, self.endian, self._fds = bytearray(data), endian, fds or Fds()
         self.readers['h'] = self._read_fd
 
@@ -146,7 +146,8 @@ class _Body(Unmarshaller):
 
 
 class _Arguments(_Body):
-    """Of a method call, which anybody may have made up: no more than can be decoded while all others wait."""
+    """Decoder for the arguments of a method call. Any client may have made them up, so the number of values is limited
+    to what can be decoded while all others wait."""
 
     def __init__(self, data: bytes | bytearray, endian: int, fds: Fds | None = None) -> None:
         super().__init__(data, endian, fds)
@@ -160,7 +161,7 @@ class _Arguments(_Body):
 
     def read_variant(self, _: object = None) -> Any:
         signature = self.read_signature()
-        if len(signature) > MAX_VARIANT:        # to parse one takes up to half a millisecond
+        if len(signature) > MAX_VARIANT:        # parsing one takes up to half a millisecond
             raise ValueError(f'a variant of {len(signature)} types')
         [kind] = parse_signature(signature)
         return self.read_argument(kind)
@@ -168,18 +169,19 @@ class _Arguments(_Body):
 
 @functools.lru_cache(MAX_SIGNATURES)
 def parse_signature(signature: str) -> list[SignatureType]:
-    """The complete types of a signature. ValueError for what is none."""
-    # the library's own cache (SignatureTree._get) keeps all that it ever saw, and variants bring those of any client
+    """Parse a signature into its complete types. ValueError for an invalid one."""
+    # the library's own cache (SignatureTree._get) keeps everything it ever saw, and variants bring signatures of any
+    # client
     return list(SignatureTree(signature).types)
 
 
 def marshal(message: Message) -> bytes:
-    """The bytes of a message whose serial is set. ValueError where body and signature disagree, LimitsExceeded for more
-    than MAX_SENT."""
+    """Marshal a message whose serial is set. ValueError if body and signature disagree, LimitsExceeded for more than
+    MAX_SENT bytes."""
     data = bytes(message._marshall(negotiate_unix_fd=True))
     if len(data) > MAX_SENT:
-        raise LimitsExceeded(f'the message would have {len(data):,} bytes, of {MAX_SENT:,} at most',
-                             hint='ask about less at a time: a subtree, one image')
+        raise LimitsExceeded(f'the message is too long: {len(data):,} bytes, the limit is {MAX_SENT:,}',
+                             hint='ask for less at a time: a subtree, or one image')
     return data
 
 
@@ -187,7 +189,7 @@ def make_call(destination: str, path: str, interface: str, member: str, signatur
               flags: int = 0) -> Message:
     call = Message(destination=destination, path=path, member=member, flags=_Flag(flags), signature=signature,
                    body=list(body), unix_fds=[])
-    if interface:       # a call need not name one
+    if interface:       # a call need not name an interface
         call.interface = interface
     return call
 
@@ -210,26 +212,26 @@ def ready_error(name: str, signature: str, body: Sequence[Any]) -> ReadyError:
 
 
 def _text(number: int, value: str) -> bytes:
-    """A header field that is a string."""
+    """Marshal a header field that is a string."""
     data = value.encode()
     return _NUMBER.pack(number, 1, ord('s'), 0, len(data)) + data + b'\0'
 
 
 def _signature(value: str) -> bytes:
-    """The header field 8, padded."""
+    """Marshal the header field 8 with padding."""
     field = bytes([8, 1, ord('g'), 0, len(value)]) + value.encode() + b'\0'
     return field + bytes(-len(field) % 8)
 
 
 def make_signal(path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> Message:
-    """For all who listen."""
+    """Make a signal for all listeners."""
     return Message(message_type=_Type.SIGNAL, path=path, interface=interface, member=member, signature=signature,
                    body=list(body), unix_fds=[])
 
 
 def address(data: bytes, serial: int, destination: str) -> bytes:
-    """A marshalled message that is addressed to nobody as one of this serial, for this one alone. Its field comes last:
-    they have no order."""
+    """Address a marshalled message, which has no destination yet, to one receiver and give it this serial. The field
+    for the destination is added at the end, since fields have no order."""
     start, length, _, size = _FIXED.unpack_from(data)
     fields = data[_FIXED.size:_FIXED.size + size] + bytes(-size % 8) + _text(6, destination)
     return (_FIXED.pack(start, length, serial, len(fields)) + fields + bytes(-len(fields) % 8)
@@ -237,7 +239,8 @@ def address(data: bytes, serial: int, destination: str) -> bytes:
 
 
 def resolve_address(bus: str) -> str:
-    """The address that 'system' or 'session' stands for; an address for itself. OSError where there is none."""
+    """Return the address that 'system' or 'session' stands for. Any other address is returned as it is. OSError if
+    there is none."""
     if bus == 'system':
         return str(get_system_bus_address())
     if bus != 'session':
@@ -251,7 +254,8 @@ def resolve_address(bus: str) -> str:
 
 
 def socket_names(address: str) -> list[str]:
-    """Of the unix sockets in an address, in its order: paths, or abstract names with their NUL. ValueError."""
+    """Return the names of the unix sockets in an address, in its order: paths, or abstract names with their NUL.
+    ValueError."""
     return [name for transport, options in parse_address(address)
             if transport == 'unix' and (name := _socket_name(options))]
 
@@ -262,7 +266,7 @@ def _socket_name(options: dict[str, str]) -> str:
 
 
 class _Connecting(MessageBus):
-    """Address, socket and SASL of the library; nothing of it runs once the socket is ours."""
+    """The library's address, socket and SASL code. None of it runs once the socket is ours."""
 
     def _setup_socket(self) -> None:
         errors: list[Exception] = []
@@ -288,7 +292,7 @@ class _Connecting(MessageBus):
         line = b''
         while not line.endswith(b'\r\n'):
             piece = await self._loop.sock_recv(self._sock, 1)
-            # the library's loop never ends at end-of-file, and never yields: the whole process hangs
+            # the library's loop never ends at end-of-file and never yields, so the whole process would hang
             if not piece or len(line) > LINE_LIMIT:
                 raise ConnectionError('the bus closed the connection during authentication')
             line += piece
@@ -296,7 +300,8 @@ class _Connecting(MessageBus):
 
 
 async def open_socket(address: str) -> socket.socket:
-    """A socket after SASL with fd passing agreed. OSError, AuthError, or ValueError (a bad address)."""
+    """Open a socket and authenticate by SASL, with fd passing agreed. OSError, AuthError, or ValueError (a bad
+    address)."""
     bus = _Connecting(address, negotiate_unix_fd=True)
     try:
         await bus._authenticate()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Messages and their fds to the bus's socket, never blocking and never without a bound.
+"""Write messages and their fds to the bus's socket, without blocking and with bounds.
 
-A bus reads as much of one connection as of any other (dbus-daemon: 2 KiB in each round), and what it is sent by sixty
-clients it would have answered by one. So answers wait, in turn between those whom they are for, and few of them in the
-kernel, where none can be preferred (Connection, SO_SNDBUF).
+A bus reads as much from one connection as from any other (dbus-daemon: 2 KiB in each round), so sixty clients can send
+it more than one service can answer. So answers wait here, in turn between their receivers. Only few of them are in the
+kernel's buffer, where they can no longer be reordered (Connection, SO_SNDBUF).
 """
 
 import asyncio
@@ -26,15 +26,15 @@ TOGETHER: Final = 2 << 10           # bytes of refusals that are sent at a time
 
 
 class MessageWriter:
-    """Marshalled messages in front of the socket, in turn between those whom they are for. Those to be refused, who
-    may be many, have every eighth place."""
+    """Queues of marshalled messages in front of the socket, served in turn between receivers. Refusals, which may be
+    many, get every eighth turn."""
 
     def __init__(self, sock: socket.socket, on_error: Callable[[OSError], None]) -> None:
         self._sock, self._on_error = sock, on_error
         self._loop = asyncio.get_running_loop()
         self._messages: Turns[tuple[bytes, list[int]]] = Turns()
         self._refusals: Turns[bytes] = Turns()
-        self._now, self._fds = memoryview(b''), list[int]()      # the rest of what is being sent
+        self._now, self._fds = memoryview(b''), list[int]()      # the rest of the message that is being sent
         self._sent = 0
         self._waits: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._closed = self._blocked = False
@@ -44,24 +44,25 @@ class MessageWriter:
         return len(self._now) + self._messages.size
 
     def send(self, data: bytes, fds: Sequence[int] = (), key: Key = '') -> bool:
-        """Queue one message and send what the socket takes now. False: dropped, because far too much is queued."""
+        """Queue one message and send what the socket takes now. Return False if it was dropped because too much is
+        queued."""
         if self._closed or (self._size and self._size + len(data) > MAX_QUEUE):
             log.warning('a message of %d bytes is dropped: %d bytes wait for the bus', len(data), self._size)
             return False
-        # duplicates: the message may leave later than its sender closes the originals
+        # duplicates, because the message may leave after its sender closes the originals
         self._messages.put(key, (data, [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0) for fd in fds]), len(data))
         self._go_on()
         return True
 
     def refuse(self, data: bytes, key: Key) -> None:
-        """Queue a short message that may wait. Of far too many the last are dropped: there is a bus in between, and
-        who sends so many calls gets no answer that it could wait for."""
+        """Queue a short message that may wait. Beyond MAX_REFUSALS new ones are dropped: there is a bus in between, and
+        a client that sends so many calls cannot wait for each answer."""
         if self._refusals.count < MAX_REFUSALS and not self._closed:
             self._refusals.put(key, data, len(data))
             self._go_on()
 
     async def drain(self, key: Key | None = None) -> None:
-        """Wait until less than HIGH_WATER bytes are queued, for whom it is or for all, or the connection is gone."""
+        """Wait until less than HIGH_WATER bytes are queued, for one receiver or for all, or the connection is gone."""
         await self._until(lambda: (self._size if key is None else self._messages.size_of(key)) < HIGH_WATER)
 
     async def flush(self) -> None:
@@ -98,7 +99,7 @@ class MessageWriter:
             while self._now or self._take():
                 self._send_now()
         except BlockingIOError:
-            # never an error: a burst is faster than any bus reads
+            # never an error: any burst is faster than a bus reads
             if not self._blocked:
                 self._blocked = True
                 self._loop.add_writer(self._sock, self._flush)
@@ -112,7 +113,7 @@ class MessageWriter:
         self._tell()
 
     def _take(self) -> bool:
-        """What is to be sent next; False when nothing waits."""
+        """Choose what is sent next. Return False when nothing waits."""
         self._sent += 1
         if not self._messages.count or (self._refusals.count and not self._sent % REFUSED_SHARE):
             self._now = memoryview(self._some_refusals())
@@ -122,7 +123,7 @@ class MessageWriter:
         return True
 
     def _some_refusals(self) -> bytes:
-        """Together, for the sake of system calls."""
+        """Join some refusals, to save system calls."""
         data = b''
         while len(data) < TOGETHER and (one := self._refusals.take()) is not None:
             data += one

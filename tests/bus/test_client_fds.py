@@ -98,7 +98,7 @@ async def test_images_go_in_and_out(ckptd: Ckptd, other: Other) -> None:
 
 async def test_an_answer_without_an_fd_is_an_error(ckptd: Ckptd, other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ANSWERS, 'Inhibit', ('u', [0], False))
-    with pytest.raises(CkptError, match='no file descriptor'):
+    with pytest.raises(CkptError, match='did not return a file descriptor'):
         await ckptd.inhibit('me', 'why')
 
 

@@ -250,7 +250,7 @@ async def test_images(ckptd: Ckptd, sleeper: str, daemon: Daemon, tmp_path: Path
     assert await image.verify() == []
     with (tmp_path / 'cores.tar').open('wb') as sink:
         await image.export(sink.fileno(), 'core')
-        with pytest.raises(InvalidArgument, match='no format'):
+        with pytest.raises(InvalidArgument, match='unknown format'):
             await image.export(sink.fileno(), 'coer')
     with tarfile.open(tmp_path / 'cores.tar') as tar:
         assert [member.name for member in tar] == [f'core.{sleeper.removeprefix("pid:")}']

@@ -71,7 +71,7 @@ def test_nothing_there_is_the_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('line', 'warning'), [
-    ('Spol=/x', 'unknown key Spol='), ('MaxJobs=many', "'many' is no number"), ('Spool=x', 'no absolute path'),
+    ('Spol=/x', 'unknown key Spol='), ('MaxJobs=many', "'many' is not a number"), ('Spool=x', 'not an absolute path'),
     ('nonsense', 'not an assignment'), ('[Managre]\nMaxJobs=1', r'unknown section \[Managre\]'),
 ])
 def test_what_is_not_understood_is_a_warning_with_its_place(

@@ -72,7 +72,7 @@ async def test_closes_that_are_not_answered(daemon: Served, file: HangingFile) -
     async with await connect(daemon.address) as client, await connect(daemon.address) as other:
         with opened(file) as fd:
             for count in range(1, closing.CROWD + 1):
-                with pytest.raises(InvalidArgument, match='no pidfd'):
+                with pytest.raises(InvalidArgument, match='not a pidfd'):
                     await give(client, fd)
                 if count in (1, closing.CROWD - 1):
                     await asyncio.to_thread(file.wait_held, FLUSH, count)
@@ -87,7 +87,7 @@ async def test_closes_that_are_not_answered(daemon: Served, file: HangingFile) -
 async def test_a_few_closes_that_are_not_answered(daemon: Served, file: HangingFile) -> None:
     """Nobody is given up for them."""
     async with await connect(daemon.address) as client:
-        with opened(file) as fd, pytest.raises(InvalidArgument, match='no pidfd'):
+        with opened(file) as fd, pytest.raises(InvalidArgument, match='not a pidfd'):
             await give(client, fd)
         await asyncio.to_thread(file.wait_held, FLUSH)
         await asyncio.sleep(2 * closing.PATIENCE)
@@ -99,7 +99,7 @@ async def test_a_few_closes_that_are_not_answered(daemon: Served, file: HangingF
 async def test_a_close_that_is_not_answered_and_the_end(daemon: Served, file: HangingFile) -> None:
     """Which is not that client's to put off."""
     async with await connect(daemon.address) as client:
-        with opened(file) as fd, pytest.raises(InvalidArgument, match='no pidfd'):
+        with opened(file) as fd, pytest.raises(InvalidArgument, match='not a pidfd'):
             await give(client, fd)
         await asyncio.to_thread(file.wait_held, FLUSH)
     assert await asyncio.to_thread(daemon.stop) == 0
@@ -144,7 +144,7 @@ async def test_kill_9_of_the_daemon_while_a_close_hangs(any_bus: str, tmp_path: 
     with HangingFile(tmp_path / 'fuse', lambda opcode, process: process == daemon.pid) as file:
         async with await connect(daemon.address) as client:
             await client.call(BUS_NAME, ROOT, MANAGER, 'Freeze', 'sa{sv}', sleeper, {'freeze': mode})
-            with opened(file) as fd, pytest.raises(InvalidArgument, match='no pidfd'):
+            with opened(file) as fd, pytest.raises(InvalidArgument, match='not a pidfd'):
                 await give(client, fd)
             await asyncio.to_thread(file.wait_held, FLUSH)
             assert stands_still(pid)

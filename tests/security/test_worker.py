@@ -489,7 +489,7 @@ async def test_what_root_dumps_itself(serve: Callable[..., Served], attacker: At
 
 def test_a_user_does_not_ask_for_the_rights_of_root(served: Served, attacker: Attacker) -> None:
     program = attacker.start(TREE)
-    with pytest.raises(PermissionDenied, match=r'takes the rights of root \(org\.ckptd1\.checkpoint'):
+    with pytest.raises(PermissionDenied, match=r'needs root.s rights \(org\.ckptd1\.checkpoint'):
         attacker.checkpointing(program, as_root=True).result()
 
 
