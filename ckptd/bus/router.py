@@ -248,7 +248,7 @@ class Router:
             self._follow(call.sender, call.message.path)
             if row.long:
                 await call.viewer()     # this may ask polkit; do so before taking a slot
-            async with self._long.place(uid) if row.long else contextlib.nullcontext():
+            async with self._long.slot(uid) if row.long else contextlib.nullcontext():
                 await self._work(call, exported, row, uid)
         except LimitsExceeded as error:
             self._audit(call.message, 'refused', error.resource or 'limits')
@@ -303,7 +303,7 @@ class Router:
             if not is_large(result, LARGE):
                 self.connection.send(make(), fds)
             else:
-                async with contextlib.nullcontext() if row.long else self._long.place(uid):
+                async with contextlib.nullcontext() if row.long else self._long.slot(uid):
                     await self.connection.send_large(make)
             call.answered = True
         finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which requests may join the queue: not too many of one user, never two at work on one tree. Pure."""
+"""Decide which requests may join the queue. A user may not have too many, and no two jobs may freeze one tree. Pure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -7,26 +7,27 @@ from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
 from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import JobRequest
 
-Overlap = Callable[[str, str], bool]     # of two targets, overlap.py
-Sees = Callable[[int], bool]             # whether what belongs to a uid is known to who asks
-EXCLUSIVE = frozenset({'checkpoint', 'freeze'})      # who has the tree for itself
+Overlap = Callable[[str, str], bool]     # whether two targets share tasks (overlap.py)
+Sees = Callable[[int], bool]             # whether the asker may know of objects that belong to a uid
+EXCLUSIVE = frozenset({'checkpoint', 'freeze'})      # operations that need the tree for themselves
 
 
 def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_all: int) -> None:
-    """LimitsExceeded when a user (never root) has `limit` jobs and freezes already, or all have `in_all`. others: the
-    uid of who asked for each."""
+    """Check the limits on jobs and freezes: `limit` for each user except root, `in_all` for the daemon. others: for
+    each job and freeze, the uid of the user who asked for it. LimitsExceeded."""
     uid = request.asked_by
     own = others.count(uid)
     if uid and len(others) >= in_all:
-        raise LimitsExceeded(f'there are {len(others)} jobs and freezes already', resource='MaxQueuedJobs',
+        raise LimitsExceeded(f'there are {len(others)} jobs and freezes, which is the limit', resource='MaxQueuedJobs',
                              hint='try again later')
     if uid and own >= limit:
-        raise LimitsExceeded(f'uid {uid} has {own} jobs and freezes already', resource='MaxJobsPerUser',
-                             hint='wait for them (ckptctl jobs) or thaw what is frozen')
+        raise LimitsExceeded(f'uid {uid} has {own} jobs and freezes, which is the limit', resource='MaxJobsPerUser',
+                             hint='wait for the jobs (ckptctl jobs) or thaw frozen targets')
 
 
 def refuse_active(target: str, active: Iterable[JobRecord], overlap: Overlap, sees: Sees) -> None:
-    """Busy while a job freezes tasks of this target, or will; which one it is only where that may be seen."""
+    """Check that no job freezes, or will freeze, tasks of this target. The error names the job only if the asker may
+    see it. Busy."""
     for job in active:
         if job.request.operation in EXCLUSIVE and overlap(job.request.target, target):
             what = f'{job.name} works on {job.request.target}' if sees(job.request.asked_by) else 'a job works on it'
@@ -35,10 +36,10 @@ def refuse_active(target: str, active: Iterable[JobRecord], overlap: Overlap, se
 
 def refuse_conflict(request: JobRequest, active: Iterable[JobRecord], held: Mapping[str, int],
                     overlap: Overlap) -> None:
-    """Busy when the request would freeze what another freezes, or hold what is held. held: and the uid of who asked for
-    it, to whom and to root alone it is named.
+    """Check that the request conflicts with no job and no held freeze. Busy. held: targets, each with the uid of the
+    user who asked for the freeze; only that user and root get its name.
 
-    A checkpoint of exactly what is held is welcome: a caller may well freeze, look, and then dump.
+    A checkpoint of exactly the held target is allowed: a caller may freeze, look, and then dump.
     """
     if request.operation not in EXCLUSIVE:
         return
@@ -52,11 +53,11 @@ def refuse_conflict(request: JobRequest, active: Iterable[JobRecord], held: Mapp
         if not exact and overlap(target, request.target):
             if not sees(owner):
                 raise Busy(f'a part of {request.target} is held frozen already', resource=request.target,
-                           hint='have whoever froze it thaw it')
+                           hint='ask the user who froze it to thaw it')
             raise Busy(f'{target} is held frozen already', resource=request.target, hint=f'thaw {target} first')
 
 
 def refuse_token(token: str, known: Iterable[JobRecord]) -> None:
-    """InvalidArgument for a path that another job has."""
+    """Check that no other job uses this token as its path. InvalidArgument."""
     if token and any(job.token == token for job in known):
-        raise InvalidArgument('the handle_token is in use', resource='handle_token', hint='take another')
+        raise InvalidArgument('the handle_token is in use', resource='handle_token', hint='choose another token')

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who was allowed what, and who was not: lines of the log that are always written (ckptd.logs).
+"""The audit log: which calls were allowed and which refused. These lines are always written (ckptd.logs).
 
-A log that is full has none of the others, so of each kind a user (never root) has MOST lines a second, and what is left
-out is counted. A kind is a method (or the operation of a job), allowed or refused: whoever asks for much that is
-harmless has nothing else left out.
+A full log would lose other lines. So each user except root may have MOST lines a second of each kind, and the lines
+left out are counted. A kind is a method (or the operation of a job) together with "allowed" or "refused". So many
+harmless calls cause no other kind of line to be left out.
 """
 
 import asyncio
@@ -20,9 +20,10 @@ log = logging.getLogger('ckptd.audit')
 Decision = Literal['allowed', 'refused']
 
 PLAIN = re.compile(r'[A-Za-z0-9._:-]+')
-LONGEST: Final = 256        # characters of a value: a path on the bus may have as many as its caller likes
+LONGEST: Final = 256        # characters of a value: a path on the bus can be as long as its caller likes
 MOST: Final = 20            # lines of one kind, of one user, in a second
-# said before it is known that there is such a method: of its name a caller can make any number of kinds
+# These refusals come before the method is looked up. A caller can make up any number of method names, so all are one
+# kind.
 BY_RULE: Final = frozenset({'limits', 'not theirs to see'})
 
 
@@ -34,14 +35,14 @@ class _Kind(NamedTuple):
 
 @dataclass(slots=True)
 class _Second:
-    """Of one user: when it began, how many decisions of each kind, and what says at its end which were left out."""
+    """The decisions of one user in one second, with a timer that logs at its end how many were left out."""
     uid: int
     began: float
     decisions: Counter[_Kind] = field(default_factory=Counter)
     timer: asyncio.TimerHandle | None = None
 
     def end(self) -> None:
-        """Say how many were left out."""
+        """Log how many decisions were left out."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
@@ -56,9 +57,12 @@ _seconds: dict[int, _Second] = {}
 
 
 def audit(decision: Decision, rule: str, **fields: str | int) -> None:
-    """One line, 'refused operation=freeze uid=1000 what="pid:7" rule=ptrace', whatever is in the names of things: what
-    is not a plain word is quoted as JSON does it. One of too many is in a line at the end of its second, 'more refused
-    uid=1000 method=Freeze decisions=12'. In a running loop."""
+    """Log one line: 'refused operation=freeze uid=1000 what="pid:7" rule=ptrace'. Values other than plain words are
+    quoted as in JSON.
+
+    A line beyond the limit is counted in a line at the end of its second: 'more refused uid=1000 method=Freeze
+    decisions=12'. Needs a running loop.
+    """
     uid = int(fields['uid'])
     if uid and _too_many(uid, _kind_of(decision, rule, fields)):
         return
@@ -67,7 +71,7 @@ def audit(decision: Decision, rule: str, **fields: str | int) -> None:
 
 
 def flush() -> None:
-    """Say now how many were left out."""
+    """Log now how many decisions were left out."""
     for second in _seconds.values():
         second.end()
     _seconds.clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Jobs by number: those that are not over, and those that are, for a while, so that a late question is answered."""
+"""Jobs by number. A finished job is kept for a while, so that a late question is answered."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from ckptd.errors import NoSuchJob
 from ckptd.jobs.state import JobRecord
 
-MOST_OVER = 128     # of one user: whoever starts and cancels all day has the oldest forgotten
+MOST_OVER = 128     # finished jobs of one user; of more, the oldest are forgotten
 
 
 class KnownJobs:
-    """seconds: for how long one is known that is over. forgotten: called with it then."""
+    """Known jobs. seconds: how long a finished job is kept. forgotten: called with a job when it is dropped."""
 
     def __init__(self, seconds: float, forgotten: Callable[[JobRecord], None]) -> None:
         self._seconds, self._forgotten = seconds, forgotten
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[int, JobRecord] = {}
-        self._timers: dict[int, asyncio.TimerHandle] = {}       # of those that are over, the first first
+        self._timers: dict[int, asyncio.TimerHandle] = {}       # of finished jobs, the oldest first
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -26,21 +26,21 @@ class KnownJobs:
         return iter(list(self._jobs.values()))
 
     def __getitem__(self, number: int) -> JobRecord:
-        """NoSuchJob."""
+        """Return the job of this number. NoSuchJob."""
         try:
             return self._jobs[number]
         except KeyError:
-            raise NoSuchJob(f'there is no job {number}') from None
+            raise NoSuchJob(f'no job {number}') from None
 
     def add(self, job: JobRecord) -> None:
         self._jobs[job.number] = job
 
     def drop(self, job: JobRecord) -> None:
-        """At once, and nobody is told."""
+        """Drop the job at once, without a callback."""
         del self._jobs[job.number]
 
     def over(self, job: JobRecord) -> None:
-        """It is; it will be forgotten."""
+        """Note that the job is over. It will be forgotten after a while."""
         uid = job.request.asked_by
         self._timers[job.number] = self._loop.call_later(self._seconds, self._forget, job)
         own = [number for number in self._timers if self._jobs[number].request.asked_by == uid]

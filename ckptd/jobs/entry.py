@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A job in the queue, with all that belongs to it until it is settled, and who hears of it."""
+"""A job in the queue, with everything that belongs to it until it is settled, and the listener of its events."""
 
 import asyncio
 import logging
@@ -19,12 +19,15 @@ from ckptd.kernel.closing import close_foreign
 
 log = logging.getLogger(__name__)
 
-SILENCE = 10.0      # seconds: a worker that is at work says more
+SILENCE = 10.0      # seconds; a working worker reports more often
 
 
 class Listener(Protocol):
-    """Hears of announced jobs. job_removed: it is over; job_forgotten: nobody can ask about it any more. job_prepares:
-    it is about to freeze its tree, which the inhibitors delay; not start: that is over."""
+    """A listener to the events of announced jobs.
+
+    job_removed: the job is over. job_forgotten: the job is no longer known. job_prepares: the job is about to freeze
+    its tree and inhibitors delay it (start), or the delay and the job are over (not start).
+    """
     def job_new(self, job: JobRecord) -> None: ...
     def job_changed(self, job: JobRecord) -> None: ...
     def job_progress(self, job: JobRecord) -> None: ...
@@ -38,59 +41,59 @@ class Listener(Protocol):
 
 @dataclass(slots=True, eq=False)
 class QueuedJob:
-    """A job in the queue. fds: duplicates that go to its worker. over: set when it is settled. let_go: done when the
-    freeze that it held is gone, with the error if that went wrong. deadline: it was cancelled, and is killed then.
-    in_lane: it has a place in its lane, until it is over or only attends a tree that it has restored. prepared: those
-    who delay it were told of it, and are told of its end. task: its life; begun: it waits for nothing any more. excess:
-    why it was cancelled, where it wrote too much. heard: when its worker said the last thing; listening: for the next.
-    when_over: called then. lineage: of its target, if it has the tree for itself, when it was taken in."""
+    """A job in the queue."""
     job: JobRecord
-    fds: list[int]
+    fds: list[int]    # duplicates that go to its worker
     slots: Slots
     throttle: Throttle
-    over: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # set when the job is settled
     run: Run | None = None
-    let_go: asyncio.Future[None] | None = None
-    deadline: asyncio.TimerHandle | None = None
-    in_slot: bool = False
-    prepared: 'list[InhibitorLock] | None' = None
-    task: asyncio.Task[None] | None = None
-    begun: bool = False
-    excess: LimitsExceeded | None = None
-    heard: float = 0.0
-    listening: asyncio.TimerHandle | None = None
-    when_over: list[Callable[[], None]] = field(default_factory=list)
-    lineage: Lineage = ()
+    let_go: asyncio.Future[None] | None = None          # done when the freeze that it held is gone, with the error if
+                                                        # thawing failed
+    deadline: asyncio.TimerHandle | None = None         # the job was cancelled, and its worker is killed then
+    in_slot: bool = False                               # the job holds a slot, until it is over or only waits for the
+                                                        # end of a restored tree
+    prepared: 'list[InhibitorLock] | None' = None       # inhibitors that delay it; they were told, and will be told of
+                                                        # its end
+    task: asyncio.Task[None] | None = None              # the task that runs it
+    begun: bool = False                                 # it has its slot and waits for nothing any more
+    excess: LimitsExceeded | None = None                # why it was cancelled, if it wrote too much
+    heard: float = 0.0                                  # time of the worker's last message
+    listening: asyncio.TimerHandle | None = None        # timer that waits for the next message
+    when_over: list[Callable[[], None]] = field(default_factory=list)  # called when the job is over
+    lineage: Lineage = ()                               # of its target when the request came in, if the job needs the
+                                                        # tree for itself
 
     async def enter_slot(self) -> None:
         await self.slots.acquire(self.job.request.asked_by)
         self.in_slot = True
 
     def leave_slot(self) -> None:
-        """Again: nothing."""
+        """Release the slot. A second call does nothing."""
         if self.in_slot:
             self.in_slot = False
             self.slots.release(self.job.request.asked_by)
 
     def listen(self) -> None:
-        """Give the place up once the worker has said nothing for long: it waits for something that is not ours."""
+        """Release the slot once the worker has been silent for long: it then waits for something outside of ckptd."""
         loop = asyncio.get_running_loop()
         silent = loop.time() - self.heard
         if silent >= SILENCE:
-            log.info('%s has said nothing for %.0f s: others have its place', self.job.name, silent)
+            log.info('%s has been silent for %.0f s: its slot is released', self.job.name, silent)
             self.leave_slot()
         elif self.in_slot:
             self.listening = loop.call_later(SILENCE - silent, self.listen)
 
     def kill(self) -> None:
         if self.run is not None:
-            log.error('%s does not let go: killing worker %d', self.job.name, self.run.worker.pid)
+            log.error('%s does not end: killing worker %d', self.job.name, self.run.worker.pid)
             self.run.worker.kill()
-            # a system call that waits for somebody's file system does not end by that, and the job has to
+            # SIGKILL does not end a system call that waits for a user's file system, but the job must end
             self.deadline = asyncio.get_running_loop().call_later(LAST_PATIENCE, self.run.worker.give_up)
 
     def close_fds(self) -> None:
-        """Once the worker has them. A terminal that is held here would be in use for as long as the job."""
+        """Close the duplicates once the worker has them. Otherwise a terminal would stay in use for as long as the
+        job."""
         while self.fds:
             close_foreign(self.fds.pop())
 
@@ -102,15 +105,16 @@ class QueuedJob:
 
 
 def reason(entry: QueuedJob, error: CkptError, died: str) -> CkptError:
-    """The error of a job. How its worker died says more than that it did; who cancelled it need not hear of either."""
+    """Return the error of a job. The way its worker died is more useful than the fact that it died. For a cancelled job
+    neither matters."""
     if not isinstance(error, WorkerDied):
         return error
     job = entry.job
     if entry.deadline is not None:
-        return Cancelled(f'{job.name} was cancelled; its worker did not let go and was ended by force')
+        return Cancelled(f'{job.name} was cancelled; its worker did not end and was killed')
     message = f'the worker of {job.name} {died}' if died else error.message
     if job.root:
         return WorkerDied(f'{message}; the tree may run on, as process {job.root}', phase=job.phase,
-                          task=job.root, hint=f'how it ends is not known any more; "ckptctl tree {job.root}" shows it')
-    hint = 'nothing of the tree was left; see the daemon\'s log' if job.request.operation == 'restore' else None
+                          task=job.root, hint=f'its end will not be reported; "ckptctl tree {job.root}" shows it')
+    hint = 'nothing of the tree is left; see the daemon\'s log' if job.request.operation == 'restore' else None
     return WorkerDied(message, phase=job.phase, hint=hint)

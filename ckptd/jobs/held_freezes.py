@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Freezes that outlive their jobs: each keeps its worker until somebody thaws, or the process ends that was named."""
+"""Freezes that outlive their jobs. Each keeps its worker until a thaw, or until the process named in the request
+ends."""
 
 import asyncio
 import logging
@@ -14,21 +15,24 @@ from ckptd.jobs.worker import MAX_STATUS
 
 log = logging.getLogger(__name__)
 
-Bury = Callable[[Run, int, bool], Awaitable[str]]
+EndWorker = Callable[[Run, int, bool], Awaitable[str]]
 
 
 def not_held(target: str) -> NoSuchTarget:
-    """The error for what nobody has left frozen, or nobody that the caller may know of."""
+    """Return the error for a target that is not left frozen, or whose freeze the caller may not see."""
     return NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
-                        hint='the property FrozenTargets names what is')
+                        hint='the property FrozenTargets lists frozen targets')
 
 
 class HeldFreezes:
-    """By target, as parse_target spells it. bury(run, proper status, failed): the end of a worker. changed(uid): who
-    asked for it has one more, or one less."""
+    """Held freezes by target, as parse_target spells it.
 
-    def __init__(self, bury: Bury, changed: Callable[[int], None]) -> None:
-        self._bury, self._changed = bury, changed
+    end_worker(run, proper status, failed): called at the end of a worker. changed(uid): called when the freezes of a
+    user change.
+    """
+
+    def __init__(self, end_worker: EndWorker, changed: Callable[[int], None]) -> None:
+        self._end_worker, self._changed = end_worker, changed
         self._held: dict[str, QueuedJob] = {}
 
     def __len__(self) -> int:
@@ -39,18 +43,18 @@ class HeldFreezes:
 
     @property
     def owners(self) -> dict[str, int]:
-        """What is held, and the uid of who asked for it."""
+        """Return the held targets, each with the uid of the user who asked for the freeze."""
         return {target: entry.job.request.asked_by for target, entry in sorted(self._held.items())}
 
     def begin(self, entry: QueuedJob) -> None:
-        """What the job has frozen stays so; `keep` has to run."""
+        """Hold the freeze that the job made. `keep` must run afterwards."""
         request = entry.job.request
         entry.let_go = asyncio.get_running_loop().create_future()
         self._held[request.target] = entry
         self._changed(request.asked_by)
 
     async def keep(self, entry: QueuedJob, run: Run) -> None:
-        """Until it is let go of."""
+        """Keep the freeze until it is released."""
         request, failure = entry.job.request, None
         life = self._watch(entry)
         try:
@@ -59,7 +63,7 @@ class HeldFreezes:
             failure = error
         if life is not None:
             life.close()
-        died = await self._bury(run, 0 if failure is None else MAX_STATUS, failure is not None)
+        died = await self._end_worker(run, 0 if failure is None else MAX_STATUS, failure is not None)
         if died:
             failure = reason(entry, WorkerDied(''), died)
         del self._held[request.target]
@@ -70,23 +74,24 @@ class HeldFreezes:
         else:
             log.error('%s: the freeze of %s was lost: %s', entry.job.name, request.target, failure)
             entry.let_go.set_exception(failure)
-            entry.let_go.exception()    # where nobody waits for it, the log has it
+            # retrieve the error, which is logged, so that asyncio does not warn if no thaw waits for it
+            entry.let_go.exception()
 
     async def thaw(self, target: str) -> None:
-        """Let go. NoSuchTarget, WorkerDied."""
+        """Release a freeze and wait for it. NoSuchTarget, WorkerDied."""
         entry = self.find(target)
         assert entry.let_go is not None
-        self.let_go(entry)      # it may be about to, and not listen any more
+        self.let_go(entry)      # the worker may be about to do so already and then no longer listens
         await asyncio.shield(entry.let_go)
 
     def find(self, target: str) -> QueuedJob:
-        """The job that has left it frozen. NoSuchTarget."""
+        """Return the job that left the target frozen. NoSuchTarget."""
         if target not in self._held:
             raise not_held(target)
         return self._held[target]
 
     def let_go(self, entry: QueuedJob) -> None:
-        """Begin to."""
+        """Begin to release the freeze."""
         try:
             if entry.run is not None:
                 entry.run.thaw()
@@ -94,7 +99,8 @@ class HeldFreezes:
             log.error('%s: %s', entry.job.name, error)
 
     def _watch(self, entry: QueuedJob) -> ProcessWatch | None:
-        """The number of a process that was killed while it stood still will be another's, whom nobody has frozen."""
+        """Watch the process. If it is killed while frozen, its pid may later belong to another process, which is not
+        frozen."""
         request = entry.job.request
         try:
             return ProcessWatch.of(request.target, request.start_time, partial(self._ended, entry))
@@ -103,5 +109,5 @@ class HeldFreezes:
             return None
 
     def _ended(self, entry: QueuedJob) -> None:
-        log.info('%s: %s has ended, and with it its freeze', entry.job.name, entry.job.request.target)
+        log.info('%s: %s has ended, so its freeze has ended', entry.job.name, entry.job.request.target)
         self.let_go(entry)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What may be done with published images, and by whom: their owner and root."""
+"""Operations on published images. They are for the owner and root."""
 
 import asyncio
 import os
@@ -14,18 +14,17 @@ from ckptd.jobs.spool import Spool, SpooledImage
 from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import Caller, JobRequest, Operation
 
-REMOVALS = 2        # at a time, of each user one: how long one takes is up to the disk, and threads are everybody's
+REMOVALS = 2        # at a time, one for each user: the time depends on the disk, and all users share the threads
 
 
 class ImageRights(NamedTuple):
-    """caller: with whose rights the work is done, root's where an administrator has allowed it. who: has asked for it,
-    sees it, and is limited."""
-    caller: Caller
-    who: Caller
+    """Rights for an operation on an image."""
+    caller: Caller    # the work is done with these rights: root's if an administrator allowed it
+    who: Caller       # the user who asked, who sees the job and to whom limits apply
 
 
 class ImageService:
-    """Reading an image is done by workers: an image is untrusted input, and large."""
+    """Operations on images. Workers read the images, because an image is untrusted input and large."""
 
     def __init__(self, spool: Spool, queue: Queue, request_factory: RequestFactory) -> None:
         self.spool, self.queue = spool, queue
@@ -34,23 +33,23 @@ class ImageService:
         self._removals = Slots(REMOVALS, 1)
 
     async def verify(self, image: str, rights: ImageRights) -> list[str]:
-        """Every damage of the image, one sentence each."""
+        """List the damages of the image, one sentence each."""
         result = await self.queue.call(self._order('verify', image, rights))
         return [str(damage) for damage in result.get('damages', ())]
 
     async def tree(self, image: str, rights: ImageRights) -> list[dict[str, Any]]:
-        """Rows as Manager.Scan has them, from the image."""
+        """List the tasks of the image, in rows like those of Manager.Scan."""
         result = await self.queue.call(self._order('tree', image, rights))
         return list(result.get('tasks', ()))
 
     async def export(self, image: str, output: int, format_: str, rights: ImageRights) -> None:
-        """Write a tar stream to the fd `output`."""
+        """Write the image to the fd `output` as a tar stream."""
         request = self._order('export', image, rights, format=format_, has_output=True, writer=rights.who)
         await self.queue.call(request, [output])
 
     def open(self, image: str, rights: ImageRights) -> int:
-        """A pipe that the image comes out of as a tar stream, by a job that ends with it: the reading end, the caller's
-        to close."""
+        """Return the reading end of a pipe from which the image comes as a tar stream. The caller closes it, and the
+        job ends with it."""
         request = self._order('export', image, rights, format='tar', has_output=True, writer=rights.who)
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         try:
@@ -63,17 +62,18 @@ class ImageService:
         return ours
 
     async def take_in(self, stream: int, caller: Caller) -> str:
-        """An image from a tar stream, which may be anybody's work; it belongs to the caller. Its id."""
+        """Import an image from a tar stream and return its id. The stream is untrusted. The image belongs to the
+        caller."""
         result = await self.queue.call(self._request_factory.on_stream(caller), [stream])
         return str(result['image'])
 
     def restore(self, image: str, rights: ImageRights, fds: Sequence[int], token: str, **wishes: Any) -> JobRecord:
-        """Bring the tree of the image back: a job. wishes: fields of JobRequest."""
+        """Start a job that restores the tree of the image. wishes: fields of JobRequest."""
         return self.queue.submit(self._order('restore', image, rights, **wishes), fds, token)
 
     async def check_restore(self, image: str, rights: ImageRights, fds: Sequence[int], **wishes: Any
                             ) -> list[dict[str, Any]]:
-        """Every refusal and warning that such a restore would have, as rows."""
+        """List every refusal and warning of such a restore, as rows."""
         result = await self.queue.call(self._order('check-restore', image, rights, **wishes), fds)
         return list(result.get('refusals', ()))
 
@@ -83,7 +83,7 @@ class ImageService:
             raise Busy(f'a job reads image {image}', resource=image)
         self._going.add(image)      # from here on no job may begin to read it
         try:
-            async with self._removals.place(rights.who.uid):
+            async with self._removals.slot(rights.who.uid):
                 await asyncio.to_thread(self.spool.remove, info)
         finally:
             self._going.discard(image)

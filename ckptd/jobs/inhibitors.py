@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Delay inhibitors, as logind has them for sleep: a checkpoint of their tree waits a moment until they let go.
+"""Delay inhibitors, like logind's for sleep: the checkpoint of a tree waits a moment until they are released.
 
-Who takes one gets the writing end of a pipe. Nothing is ever written; when all who have it have closed it, by
-themselves or by their end, the reading end says so.
+The holder gets the writing end of a pipe. Nothing is ever written. When all processes that have this end have closed
+it, or died, the reading end reports that.
 """
 
 import asyncio
@@ -21,23 +21,21 @@ MOST = 512
 
 @dataclass(slots=True, eq=False)
 class InhibitorLock:
-    """who, why: in words for people. target: as parse_target spells it. sender: the connection that took it. fd: the
-    end that says when it is let go. life: of the process that the target is, if it is one; lineage: its, when it was
-    taken."""
-    who: str
-    why: str
-    target: str
+    """A held inhibitor."""
+    who: str       # name of the program, for people
+    why: str       # reason, for people
+    target: str    # as parse_target spells it
     uid: int
     pid: int
-    sender: str
-    fd: int = -1
-    life: ProcessWatch | None = None
-    lineage: Lineage = ()
+    sender: str                         # the connection that took it
+    fd: int = -1                        # the reading end, which reports the release
+    life: ProcessWatch | None = None    # of the target, if that is a process
+    lineage: Lineage = ()               # of the target, when the inhibitor was taken
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Inhibitors:
-    """Those that are held."""
+    """All held inhibitors."""
 
     def __init__(self) -> None:
         self._held: list[InhibitorLock] = []
@@ -51,26 +49,27 @@ class Inhibitors:
         return tuple(self._held)
 
     def take(self, one: InhibitorLock, start_time: int = 0) -> int:
-        """A new one: the fd that holds it, the caller's to close. start_time: of the process that is the target, with
-        which it ends. LimitsExceeded, NoSuchTarget."""
+        """Take an inhibitor. Return the fd that holds it, which the caller closes. start_time: start time of the target
+        process, with which the inhibitor ends. LimitsExceeded, NoSuchTarget."""
         own = sum(other.uid == one.uid for other in self._held)
         if one.uid and (own >= MOST_OF_USER or len(self) >= MOST):
-            raise LimitsExceeded(f'uid {one.uid} has {own} inhibitors, and there are {len(self)} in all',
+            raise LimitsExceeded(f'too many inhibitors: uid {one.uid} has {own}, all users have {len(self)}',
                                  resource='inhibitors', hint='close those that are not needed')
         one.life = ProcessWatch.of(one.target, start_time, lambda: self._drop(one))
         one.fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         one.lineage = Relations().lineage(one.target)
         self._held.append(one)
-        self._loop.add_reader(one.fd, self._drop, one)      # also for one who writes, which is not what it is for
+        # a holder that writes, which is not the purpose of the pipe, releases it as well
+        self._loop.add_reader(one.fd, self._drop, one)
         return theirs
 
     def of(self, target: str) -> list[InhibitorLock]:
-        """Those that a checkpoint of this target has to wait for."""
+        """Return the inhibitors that a checkpoint of this target has to wait for."""
         relations = Relations({one.target: one.lineage for one in self._held})
         return [one for one in self._held if relations.overlap(one.target, target)]
 
     async def wait(self, inhibitors: Iterable[InhibitorLock], seconds: float) -> None:
-        """Until they have let go, or the time is over."""
+        """Wait until the inhibitors are released, or the time is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 for one in inhibitors:

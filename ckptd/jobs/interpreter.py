@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the processes of a daemon are started that are Python programs of ckptd's own."""
+"""Command lines for processes of a daemon that run Python modules of ckptd."""
 
 import logging
 import os
@@ -9,27 +9,27 @@ from pathlib import Path
 import ckptd
 from ckptd.notify import without_service_manager
 
-# with -I an interpreter takes nothing from its environment, the working directory or the home of its user
+# -I: the interpreter takes nothing from its environment, the working directory or the user's home
 _ISOLATED = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); '
              'runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)')
 
 
 def home() -> str:
-    """The directory that this ckptd was imported from."""
+    """Return the directory from which this ckptd was imported."""
     return str(Path(ckptd.__file__).parent.parent)
 
 
 def command(module: str) -> tuple[str, ...]:
-    """A command line that runs a module of this very ckptd, to be followed by its arguments."""
+    """Return a command line that runs a module of this ckptd. Append the module's arguments."""
     if os.geteuid() == 0:
         return (sys.executable, '-I', '-c', _ISOLATED, home(), module)
-    # -P: a directory named ckptd where the daemon was started must not be what runs
+    # -P: a directory named ckptd in the working directory must not be imported instead
     return (sys.executable, '-P', '-m', module)
 
 
 def environment() -> dict[str, str]:
-    """Ours, without what systemd says to this process alone; for a Python that is not isolated, the same ckptd; and
-    what of its log anybody will read."""
+    """Return the daemon's environment without the variables that systemd sets for this process alone. For a Python that
+    is not isolated, it leads to the same ckptd."""
     level = logging.getLevelName(logging.getLogger('ckptd.worker').getEffectiveLevel())
     ours = {**without_service_manager(os.environ), 'CKPTD_LOG_LEVEL': level}
     if os.geteuid() == 0:

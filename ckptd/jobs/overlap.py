@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether two targets share tasks, as far as /proc can tell at once.
+"""Tell whether two targets share tasks, as far as a quick look at /proc shows.
 
-A hint, not a lock: trees change, and another daemon may be at work. Who comes second all the same is refused by the
-kernel, which lets a task have one tracer.
+The result is a hint and not a lock, because trees change and another daemon may be at work. If a second job starts all
+the same, the kernel refuses it, since a task can have only one tracer.
 
-The parents of a process are looked at once, when a target is taken in: later it has the same or fewer, for an orphan
-goes to one of them, to 1 (prctl(2), PR_SET_CHILD_SUBREAPER), or to the first of a pid namespace that it had entered.
-Each has its start time, so that a number is no other's.
+The ancestors of a process are read once, when a request comes in. Later it has the same or fewer: an orphan is given to
+one of its ancestors, to pid 1 (prctl(2), PR_SET_CHILD_SUBREAPER), or to the first process of a pid namespace that it
+had entered. Each ancestor is stored with its start time, so that a reused pid is noticed.
 """
 
 import os
@@ -19,34 +19,35 @@ from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
 from ckptd.tree import TaskId
 
-MOST: Final = 128       # processes that are looked at, some 30 us each: who is further up is related to nobody below
+MOST: Final = 128       # ancestors that are read, some 30 us each; more distant ones are ignored
 NONE: Final[Mapping[str, 'Lineage']] = {}
 
-Lineage = tuple[TaskId, ...]    # a process and its parents, nearest first, without 1: nobody dumps that
+Lineage = tuple[TaskId, ...]    # a process and its ancestors, nearest first, without pid 1, which is never dumped
 
 
 def overlap(one: str, other: str) -> bool:
-    """Of two targets alone."""
+    """Whether two targets share tasks."""
     return Relations().overlap(one, other)
 
 
 class Relations:
-    """Of many targets, each of which is looked at once. known: what was seen of some before."""
+    """Relations between many targets. Each target is read once. known: lineages that were read before."""
 
     def __init__(self, known: Mapping[str, Lineage] = NONE) -> None:
         self._lineages = dict(known)
         self._cgroups: dict[int, str] = {}
 
     def lineage(self, target: str) -> Lineage:
-        """Of the root of a tree pid:N; of another target, or where there is no process, empty."""
+        """Return the lineage of the root of a tree pid:N. Empty for other targets and for a process that does not
+        exist."""
         if target not in self._lineages:
             kind, _, rest = target.partition(':')
             self._lineages[target] = _lineage(int(rest)) if kind == 'pid' else ()
         return self._lineages[target]
 
     def overlap(self, one: str, other: str) -> bool:
-        """Two targets as parse_target spells them. Of two units the names are compared alone; with others the names of
-        cgroups, which systemd calls as their units."""
+        """Whether two targets, as parse_target spells them, share tasks. Two units are compared by name. A unit and
+        another target are compared by cgroup names, which systemd takes from unit names."""
         if one == other:
             return True
         for unit, another in ((one, other), (other, one)):
@@ -59,12 +60,12 @@ class Relations:
         if kinds.keys() == {'cgroup'}:
             return _contains(one, other) or _contains(other, one)
         if kinds.keys() == {'pid', 'cgroup'}:
-            # the root is in it; its descendants mostly are where it is
+            # check the root only: its descendants are mostly in the same cgroup
             return _contains(kinds['cgroup'], self._cgroup(int(kinds['pid'])))
         return False
 
     def _cgroup_of(self, target: str) -> str:
-        """That of the root of the tree; '' where there is none."""
+        """Return the cgroup of the root of the tree, or '' if there is none."""
         kind, _, rest = target.partition(':')
         return rest if kind == 'cgroup' else self._cgroup(int(rest))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose a tree is, as far as that decides which question polkit is asked. The kernel decides about each task later."""
+"""Find the owner of a tree, to decide which question polkit is asked. The kernel decides about each task later."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,10 @@ from ckptd.protocol.messages import Caller
 
 
 def stranger_in(target: str, caller: Caller) -> tuple[int, int] | None:
-    """(pid, uid) of the first process of the tree that is not all the caller's; None if there is none. target: as
-    parse_target spells it. NoSuchTarget. Reads /proc for some milliseconds."""
+    """Return (pid, uid) of the first process of the tree that does not wholly belong to the caller, or None. target: as
+    parse_target spells it. NoSuchTarget. This reads /proc for some milliseconds."""
     roots = resolve_target(target, caller.pid).roots
-    # the roots first: of what begins with a stranger the rest is none of the caller's business
+    # Check the roots first. If a root belongs to another user, the caller must not learn about the rest.
     return _first(roots, caller.uid) or _first((task.tgid for task in scan_tree(roots).leaders), caller.uid)
 
 

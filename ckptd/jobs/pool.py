@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who gets which worker: one that a spawner starts, or for a restore a service of its own."""
+"""Choose a worker for each job: one started by a spawner or, for a restore, a service of its own."""
 
 import os
 from collections.abc import Sequence
@@ -11,48 +11,49 @@ from ckptd.jobs.worker import COMMAND, ChildWorker, WorkerHandle
 from ckptd.kernel.liveness import Liveness
 from ckptd.protocol.messages import JobRequest
 
-# what a sandboxed daemon's descendant could not do: make the tree, find out whether it could be made, put files back
+# operations that fail in a descendant of a sandboxed daemon: make the tree, check that it can be made, put files back
 UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover'})
 
 
 def _slice_of(request: JobRequest) -> str:
-    """Where the processes of an ordinary user are, of root's systemd; '' for its default."""
+    """Return the slice for a worker of root's daemon: that of an ordinary user's processes, or '' for the default."""
     uid = request.caller.uid
     return f'user-{uid}.slice' if uid and os.geteuid() == 0 else ''
 
 
 class WorkerPool:
-    """command: a program instead of workers. services: a systemd that starts those which may not be our own."""
+    """A pool of workers. command: a program to run instead of workers. services: a systemd manager that starts workers
+    which must not be children of the daemon."""
 
     def __init__(self, command: Sequence[str] = (), services: Services | None = None) -> None:
         self._command, self._services = command, services
         self._liveness = Liveness()
         self._spawner = SpawnerClient(environment(), self._liveness.pidfd)
         self._taken: dict[WorkerHandle, JobRequest] = {}
-        self._stuck: dict[WorkerHandle, int] = {}     # and the uid of who asked for their job
+        self._stuck: dict[WorkerHandle, int] = {}     # with the uid of the user who asked for the job
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Every worker that there is, and who starts them: none may be in a tree that one of them freezes."""
+        """Pids of all workers and of the spawner. None of them may be in a tree that one of them freezes."""
         pids = (self._spawner.pid, *(worker.pid for worker in (*self._taken, *self._stuck)))
         return tuple(pid for pid in pids if pid)
 
     @property
     def requests(self) -> tuple[JobRequest, ...]:
-        """What the workers do that were taken and not given back."""
+        """Requests of the workers that were taken and not given back."""
         return tuple(self._taken.values())
 
     @property
     def stuck(self) -> tuple[int, ...]:
-        """For each worker that was killed and does not end, the uid of who asked for its job."""
+        """For each worker that was killed and does not end, the uid of the user who asked for its job."""
         return tuple(self._stuck.values())
 
     def start(self) -> None:
-        """Have the spawner, before any client's file is open here: a fork copies those. WorkerDied."""
+        """Start the spawner before the daemon opens any client's file, because a fork copies open files. WorkerDied."""
         self._spawner.start()
 
     async def take(self, request: JobRequest) -> WorkerHandle:
-        """The worker for a job, to be given back. WorkerDied when none can be started."""
+        """Return the worker for a job. It must be given back. WorkerDied if none can be started."""
         worker: WorkerHandle
         if self._services is not None and request.operation in UNSANDBOXED:
             what = f'{request.operation.capitalize()} of {request.image or "files"}'
@@ -64,7 +65,7 @@ class WorkerPool:
         return worker
 
     async def give_back(self, worker: WorkerHandle, patience: float = 5.0) -> int:
-        """The job is over: end its process, whatever state it is in. Its exit status."""
+        """End the process of a finished job, whatever its state. Return its exit status."""
         try:
             return await worker.end(patience)
         finally:
@@ -73,11 +74,11 @@ class WorkerPool:
                 self._stuck[worker] = request.asked_by
 
     async def await_stuck(self, worker: WorkerHandle) -> None:
-        """Until one that is stuck has ended after all."""
+        """Wait until a stuck worker has ended after all."""
         await worker.wait_end()
         del self._stuck[worker]
 
     def close(self) -> None:
-        """Workers have been given back."""
+        """Close the pool, after all workers have been given back."""
         self._spawner.close()
         self._liveness.close()

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The queue: who may work when, and the only owner of asyncio tasks.
+"""The queue: it decides which job runs when, and it is the only owner of asyncio tasks.
 
-A job waits for a place in its lane, works in a process of its own, is settled (done, failed or cancelled) and stays
-known for a while, so that a late question about it is still answered. A job that leaves a freeze behind keeps its
-worker, out of the lane, until somebody thaws; one that attends the end of a restored tree runs on out of it, for as
-long as that takes.
+A job waits for a slot, works in a process of its own, is settled (done, failed or cancelled), and stays known for a
+while, so that a late question about it is answered. A job that leaves a freeze behind keeps its worker, without a slot,
+until a thaw. A job that waits for the end of a restored tree runs on without a slot, too.
 """
 
 import asyncio
@@ -41,15 +40,15 @@ from ckptd.protocol.messages import FromWorker, JobRequest, ProgressReport, Tree
 
 log = logging.getLogger(__name__)
 
-# operations that everybody sees as jobs; the others are short, and only their caller cares
+# operations that are announced as jobs; the others are short, and only their caller needs to know
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'import', 'restore'})
-FREEZING = frozenset({'checkpoint', 'freeze', 'restore'})      # what the journal may still name when it fails
+FREEZING = frozenset({'checkpoint', 'freeze', 'restore'})      # operations that may leave freezes in the journal
 PROGRESS_INTERVAL = 0.1     # seconds
-CANCEL_PATIENCE = 8.0      # a worker that does not let go for so long is killed; recovery then lets go for it
+CANCEL_PATIENCE = 8.0      # seconds after which a worker that does not end is killed; recovery then thaws its tree
 
 
 class Queue:
-    """Made inside a running loop."""
+    """A queue, to be made inside a running loop."""
 
     def __init__(self, config: Config, pool: WorkerPool, recovery: Recovery, units: Units | None,
                  listener: Listener, quota: Quota) -> None:
@@ -61,9 +60,9 @@ class Queue:
         self._numbers = itertools.count(1)
         self._slot_groups = SlotGroups(config)
         self.inhibitors = Inhibitors()
-        self._entries: dict[JobRecord, QueuedJob] = {}    # not over
-        self._known = KnownJobs(config.keep_jobs_usec / 1e6, listener.job_forgotten)      # announced, over or not
-        self._held = HeldFreezes(self._bury, listener.frozen_changed)
+        self._entries: dict[JobRecord, QueuedJob] = {}    # jobs that are not over
+        self._known = KnownJobs(config.keep_jobs_usec / 1e6, listener.job_forgotten)      # announced jobs, over or not
+        self._held = HeldFreezes(self._end_worker, listener.frozen_changed)
         self._stuck: set[asyncio.Task[None]] = set()
         self._stopping = False
 
@@ -71,31 +70,31 @@ class Queue:
 
     @property
     def jobs(self) -> list[JobRecord]:
-        """Announced jobs by number, those that were settled a moment ago included."""
+        """List announced jobs by number, including those settled a moment ago."""
         return list(self._known)
 
     @property
     def frozen(self) -> dict[str, int]:
-        """What is held frozen, and the uid of who asked for it."""
+        """Return the targets held frozen, each with the uid of the user who asked for it."""
         return self._held.owners
 
     @property
     def idle(self) -> bool:
-        """Nothing waits, works, is held, or might still be asked about."""
+        """Whether no job waits, works or may still be asked about, and nothing is held."""
         return not (self._entries or self._held or self._known or self.inhibitors or self._recovery.waiting)
 
     def works_on(self, image: str) -> bool:
-        """Some job reads or writes this image; a tree that was restored and runs needs it no more."""
+        """Whether some job reads or writes this image. A restored tree that runs no longer needs it."""
         return any(job.request.image == image and not job.root for job in self._entries)
 
     # ------------------------------------------------------------ requests
 
     def submit(self, request: JobRequest, fds: Sequence[int] = (), token: str = '') -> JobRecord:
-        """Take a request in. The fds are duplicated. Busy, LimitsExceeded, InvalidArgument, Unavailable."""
+        """Accept a request. The fds are duplicated. Busy, LimitsExceeded, InvalidArgument, Unavailable."""
         return self._enter(request, fds, token).job
 
     async def call(self, request: JobRequest, fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Take a request in and wait for its result or error. A caller that goes away cancels it."""
+        """Accept a request and wait for its result or error. If the caller leaves, the job is cancelled."""
         entry = self._enter(request, fds, '')
         try:
             await entry.over.wait()
@@ -106,7 +105,7 @@ class Queue:
         return entry.job.result
 
     def when_over(self, job: JobRecord, callback: Callable[[], None]) -> None:
-        """Call back once the job is over; at once if it is."""
+        """Call back once the job is over, or at once if it is already."""
         entry = self._entries.get(job)
         if entry is None:
             callback()
@@ -114,18 +113,18 @@ class Queue:
             entry.when_over.append(callback)
 
     def cancel(self, number: int) -> None:
-        """Ask a job to let go and leave nothing. One that is over stays as it is. NoSuchJob."""
+        """Ask a job to release its tree and leave nothing behind. A finished job is not changed. NoSuchJob."""
         if entry := self._entries.get(self._known[number]):
             self._cancel(entry)
 
     async def thaw(self, target: str, sees: Sees = lambda owner: True) -> None:
-        """Let go of what was left frozen. sees: whose jobs an error may name. NoSuchTarget, Busy, WorkerDied."""
+        """Thaw a held target. sees: tells whose jobs an error may name. NoSuchTarget, Busy, WorkerDied."""
         self._held.find(target)
         refuse_active(target, self._entries, self._relations().overlap, sees)
         await self._held.thaw(target)
 
     def inhibit(self, holder: InhibitorLock, start_time: int) -> int:
-        """Delay checkpoints, as Inhibitors.take does. Unavailable."""
+        """Delay checkpoints, like Inhibitors.take. Unavailable."""
         self._refuse_late()
         return self.inhibitors.take(holder, start_time)
 
@@ -159,7 +158,7 @@ class Queue:
             raise Unavailable('ckptd is stopping', hint='try again')
 
     def _relations(self) -> Relations:
-        """With all that works or is held as it was when it was taken in."""
+        """Return relations between the targets of all jobs and freezes, with their lineages when accepted."""
         return Relations({entry.job.request.target: entry.lineage
                           for entry in (*self._held, *self._entries.values()) if entry.lineage})
 
@@ -183,14 +182,14 @@ class Queue:
             self._settle(entry, error)
         finally:
             entry.leave_slot()
-            # nothing above raises but by a mistake of ours, or for one that was cancelled while it waited, and is over:
-            # the caller still gets an answer, the tree its freedom
+            # Only an error in ckptd raises above, or the cancellation of a job that waited and is over. The caller
+            # still gets an answer, and the tree is released.
             if not entry.job.over:
                 entry.kill()
-                self._settle(entry, CkptError(f'{entry.job.name} failed inside ckptd', hint='see its log'))
+                self._settle(entry, CkptError(f'internal error in {entry.job.name}', hint='see the log of the daemon'))
 
     async def _prepare(self, entry: QueuedJob) -> None:
-        """Tell who wants to know that a tree is about to be frozen, and give them a moment, while others may work."""
+        """Announce that a tree is about to be frozen and give inhibitors a moment. Other jobs may run meanwhile."""
         job = entry.job
         if job.request.operation != 'checkpoint':
             return
@@ -206,7 +205,7 @@ class Queue:
 
     async def _begin(self, entry: QueuedJob) -> None:
         worker = await self._pool.take(entry.job.request)
-        if entry.job.over:      # cancelled while systemd started it
+        if entry.job.over:      # it was cancelled while systemd started the worker
             await self._pool.give_back(worker)
             return
         entry.run = Run(entry.job, worker, self._units, partial(self._changed, entry), self._pool.pids)
@@ -219,7 +218,7 @@ class Queue:
             entry.close_fds()
             result = await run.work()
         except CkptError as error:
-            died = await self._bury(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, True)
+            died = await self._end_worker(run, -1 if isinstance(error, WorkerDied) else MAX_STATUS, True)
             self._settle(entry, entry.excess or reason(entry, error, died))
             return
         if run.job.request.operation in ('checkpoint', 'import'):
@@ -232,13 +231,14 @@ class Queue:
                 self._held.let_go(entry)
         self._settle(entry, result)
         if run.frozen is None:
-            await self._bury(run, MAX_STATUS)
+            await self._end_worker(run, MAX_STATUS)
 
-    async def _bury(self, run: Run, proper: int, failed: bool = False) -> str:
-        """End the worker and put right what a dead one left: 'was killed by SIGKILL'; '' after a proper end.
+    async def _end_worker(self, run: Run, proper: int, failed: bool = False) -> str:
+        """End the worker and repair what a dead one left. Return, for example, 'was killed by SIGKILL', or '' after a
+        proper end.
 
-        proper: the highest exit status that is one; -1 for none, since it is known to have died. failed: it said what
-        went wrong, and that may have been the letting go: what the journal still names is then undone here.
+        proper: the highest exit status of a proper end; -1 if the worker is known to have died. failed: the worker
+        reported an error. It may have failed to release the tree, so the journal's entries are undone here.
         """
         status = await self._pool.give_back(run.worker)
         if run.worker.stuck:
@@ -263,7 +263,7 @@ class Queue:
             return
         if isinstance(outcome, CkptError):
             job.fail(outcome)
-            if isinstance(outcome, PermissionDenied):       # by the kernel, or for what the image would give
+            if isinstance(outcome, PermissionDenied):       # the kernel refused, or the rights that the image asks for
                 audit('refused', outcome.resource, operation=job.request.operation, uid=job.request.asked_by,
                       pid=job.request.caller.pid, what=job.request.image or job.request.target, task=outcome.task)
         else:
@@ -277,15 +277,15 @@ class Queue:
             self._listener.job_changed(job)
             self._listener.job_removed(job)
             self._known.over(job)
-        if entry.prepared is not None:      # those who have let go meanwhile most of all
+        if entry.prepared is not None:      # above all the inhibitors that were released meanwhile
             self._listener.job_prepares(job, False, entry.prepared)
         entry.over.set()
         for callback in entry.when_over:
             try:
                 callback()
             except Exception:
-                # a mistake of ours: what others wait for still happens
-                log.exception('%s is over, and not everything that follows was done', job.name)
+                # An error in ckptd. The remaining callbacks still run.
+                log.exception('a callback failed after %s ended', job.name)
 
     def _changed(self, entry: QueuedJob, message: FromWorker | None) -> None:
         entry.heard = self._loop.time()
@@ -315,7 +315,7 @@ class Queue:
         if entry.run is None:
             self._settle(entry, Cancelled(f'{entry.job.name} was cancelled before it began'))
             if not entry.begun and entry.task is not None:
-                entry.task.cancel()     # it waits for its turn, or for inhibitors
+                entry.task.cancel()     # it waits for its turn or for inhibitors
             return
         entry.run.cancel()
         entry.deadline = self._loop.call_later(CANCEL_PATIENCE, entry.kill)
@@ -323,16 +323,16 @@ class Queue:
     # ------------------------------------------------------------ beginning and end
 
     async def start(self) -> None:
-        """Put right what an earlier daemon left."""
+        """Start the pool and repair what an earlier daemon left."""
         self._pool.start()
         await self._recovery.run(0.0)
 
     def close(self) -> None:
-        """Take nothing in any more: who asks for a job, a freeze or an inhibitor is told Unavailable."""
+        """Accept nothing any more: a request for a job, a freeze or an inhibitor fails with Unavailable."""
         self._stopping = True
 
     async def stop(self) -> None:
-        """Cancel every job, thaw every tree, end every worker. Afterwards nothing of this daemon is left."""
+        """Cancel every job, thaw every tree, end every worker. Nothing of this daemon is left afterwards."""
         self.close()
         for entry in list(self._entries.values()):
             self._cancel(entry)

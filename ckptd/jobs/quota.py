@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What images may take of the spool: those of each user, and all of them. What is being written counts. Root has no
-limit."""
+"""Limits on the space of images in the spool: for each user, and for all together. Images that are being written count.
+Root has no limit."""
 
 from collections.abc import Iterable
 
@@ -14,30 +14,31 @@ MOST = (1 << 63) - 1        # bytes
 
 
 class Quota:
-    """Of one spool."""
+    """The quota of one spool."""
 
     def __init__(self, config: Config, spool: Spool) -> None:
         self._config, self._spool = config, spool
         self._writing: set[JobRecord] = set()
 
     def begin(self, job: JobRecord) -> None:
-        """From now on what it writes counts. Of a job that writes no image: nothing."""
+        """Count what this job writes from now on. A job that writes no image is ignored."""
         if job.request.operation in WRITING:
             self._writing.add(job)
 
     def end(self, job: JobRecord) -> None:
-        """It has published its image, or will never."""
+        """Stop counting the job: it has published its image, or never will."""
         self._writing.discard(job)
 
     def room(self, uid: int) -> int:
-        """Bytes that a user may still have in images. LimitsExceeded when there may be no more."""
+        """Return the bytes that a user may still use for images. LimitsExceeded if there is no room for another
+        image."""
         if not uid:
             return MOST
         images, size = self._usage(uid)
         in_all, bytes_in_all = self._usage(None)
         most, most_in_all = self._bytes(self._config.max_bytes_per_user), self._bytes(self._config.max_bytes)
         if in_all >= self._config.max_images or bytes_in_all >= most_in_all:
-            raise LimitsExceeded(f'the spool has {in_all} images of {bytes_in_all:,} bytes, and takes no more',
+            raise LimitsExceeded(f'the spool is full: it has {in_all} images of {bytes_in_all:,} bytes',
                                  resource='spool', hint='remove some (ckptctl remove IMAGE), or ask root to')
         if images >= self._config.max_images_per_user or size >= most:
             allowed = '' if most >= MOST else f' and {most:,} bytes'
@@ -47,11 +48,11 @@ class Quota:
         return min(most - size, most_in_all - bytes_in_all, MOST)
 
     def keep_free(self, uid: int) -> int:
-        """Bytes of the file system that have to stay free when this user writes."""
+        """Return the bytes of the file system that must stay free when this user writes."""
         return self._bytes(self._config.keep_free) if uid else 0
 
     def check(self, job: JobRecord) -> None:
-        """LimitsExceeded when it writes more than there is room for."""
+        """Check that the job does not write more than there is room for. LimitsExceeded."""
         uid = job.request.caller.uid
         if not uid or job not in self._writing:
             return
@@ -64,7 +65,7 @@ class Quota:
                                      hint='remove images (ckptctl remove IMAGE); nothing was left of this one')
 
     def _usage(self, uid: int | None) -> tuple[int, int]:
-        """Images and bytes that a uid has or is about to have, or all."""
+        """Return (images, bytes) that a uid, or all users, have or are about to have."""
         images, size = self._spool.usage(uid)
         sizes = [_size(job) for job in self._of(uid)]
         return images + len(sizes), size + sum(sizes)
@@ -77,5 +78,5 @@ class Quota:
 
 
 def _size(job: JobRecord) -> int:
-    """As far as it is known."""
+    """Return the size, as far as it is known."""
     return max(job.counts.bytes_total, job.counts.bytes_done)

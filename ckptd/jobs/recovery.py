@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""After a worker or a daemon died: thaw what the journal names, remove what was never published, put files back.
+"""Recovery after a worker or a daemon died: thaw the targets in the journal, remove unpublished images, put files back.
 
-What a dead worker left may be locked for a while: a child that it forked has its locks, too, and a worker of an earlier
-daemon may be letting go. It stands, and is recovered as soon as the lock is free.
+An entry of a dead worker may be locked for a while: a child that the worker forked holds its locks, too, and a worker
+of an earlier daemon may still be releasing its tree. Such an entry stays, and is recovered as soon as the lock is free.
 """
 
 import asyncio
@@ -25,24 +25,24 @@ from ckptd.protocol.messages import Caller, Failed, Finished, JobRequest, Start
 
 log = logging.getLogger(__name__)
 
-LOCK_PATIENCE = 2.0         # seconds that the end of a job waits for what its dead worker has left locked
-FREEZE_TIMEOUT = 10.0       # seconds, for a unit that a job had thawed and has to give back frozen
+LOCK_PATIENCE = 2.0         # seconds that the end of a job waits for locks left by its dead worker
+FREEZE_TIMEOUT = 10.0       # seconds, for a unit that a job had thawed and that must be frozen again
 
 
 class Recovery:
-    """One recovery at a time, in a thread: cgroup files and a slow disk must not stop the daemon's loop."""
+    """Recovery, one at a time, in a thread: cgroup files and a slow disk must not stop the daemon's loop."""
 
     def __init__(self, runtime: Path, spool: Spool, units: Units | None, pool: WorkerPool) -> None:
         self._runtime, self._spool, self._units, self._pool = runtime, spool, units, pool
         self._turn = asyncio.Lock()
-        self._locked: dict[Path, asyncio.Future[None]] = {}     # what is waited for by a thread each
-        self.waiting: set[asyncio.Task[None]] = set()           # one at most, to be cancelled where the daemon stops
-        self.spawn: Callable[..., asyncio.Task[None]]           # of the owner of all tasks
+        self._locked: dict[Path, asyncio.Future[None]] = {}     # one thread waits for each
+        self.waiting: set[asyncio.Task[None]] = set()           # at most one; cancelled when the daemon stops
+        self.spawn: Callable[..., asyncio.Task[None]]           # spawn of the owner of all tasks
 
     async def run(self, patience: float = LOCK_PATIENCE) -> None:
-        """Recover what is not locked. For what is, wait up to `patience` seconds here, and then in a task.
+        """Recover everything that is not locked. Wait for locks up to `patience` seconds here, and then in a task.
 
-        Never fails: what cannot be put right is logged, and tried again by the next recovery.
+        This never fails. An error is logged, and the next recovery tries again.
         """
         if not await self._run(patience) and not self.waiting:
             task = self.spawn(self._wait(), name='recovery of what is locked')
@@ -53,8 +53,8 @@ class Recovery:
         await self._run(math.inf)
 
     async def _run(self, patience: float) -> bool:
-        """Recover, and again whenever a lock is freed, for `patience` seconds. Whether all locks of the dead are free.
-        """
+        """Recover now, and again whenever a lock is released, for `patience` seconds. Return whether all locks of dead
+        workers are free."""
         loop = asyncio.get_running_loop()
         end = loop.time() + patience
         while True:
@@ -63,8 +63,9 @@ class Recovery:
                 await self._run_once()
                 after = await self._find_locked()
             if before is None or after is None:
-                return True     # a directory cannot be read, which was logged; the next recovery may find it
-            # freed meanwhile, perhaps too late to be recovered; and a thread of ours has for a moment what it waits for
+                return True     # A directory cannot be read, which was logged. The next recovery may find the entries.
+            # These were released meanwhile, perhaps too late to be recovered. One of our threads holds each of them for
+            # a moment.
             if freed := (waited.keys() | before.keys()) - after.keys():
                 if told := [waited[path] for path in freed & waited.keys()]:
                     await asyncio.wait(told)
@@ -79,7 +80,7 @@ class Recovery:
                                timeout=None if math.isinf(left) else left)
 
     async def _find_locked(self) -> dict[Path, int | str] | None:
-        """Entries and unfinished images that are locked, each with the number of its job or the id of the image."""
+        """Return the locked entries and unfinished images, each with the number of its job or the id of the image."""
         try:
             return await asyncio.to_thread(self._read_locked)
         except OSError:
@@ -92,18 +93,18 @@ class Recovery:
         return {path: whose for path, whose in found.items() if flock.is_locked(path)}
 
     def _of_the_dead(self, locked: Mapping[Path, int | str]) -> list[Path]:
-        """Those that no worker has which is alive."""
+        """Return those that belong to no living worker."""
         alive = self._pool.requests
         theirs = {request.job for request in alive} | {request.image for request in alive}
-        any_import = any(request.operation == 'import' for request in alive)        # it chooses the id by itself
+        any_import = any(request.operation == 'import' for request in alive)        # an import chooses the id itself
         return [path for path, whose in locked.items()
                 if whose not in theirs and not (any_import and isinstance(whose, str))]
 
     def _wait_free(self, path: Path) -> 'asyncio.Future[None]':
-        """A thread of its own, not one of the loop's, whose end would wait for it."""
+        """Wait for a lock in a separate thread, because the loop's own threads would delay its end."""
         if path in self._locked:
             return self._locked[path]
-        log.warning('recovery: %s is locked, by whom is not known: its turn comes when it is free', path)
+        log.warning('recovery: %s is locked by an unknown process; it is recovered when the lock is released', path)
         loop = asyncio.get_running_loop()
         future = self._locked[path] = loop.create_future()
 
@@ -127,10 +128,10 @@ class Recovery:
             if await asyncio.to_thread(left_about_files, Journal(self._runtime)):
                 await self._recover_files()
         except (OSError, CkptError) as error:
-            log.error('cannot recover what the journal in %s names: %s', self._runtime, error)
+            log.error('cannot recover the entries of the journal in %s: %s', self._runtime, error)
         try:
             for image in await asyncio.to_thread(self._spool.remove_stale):
-                log.warning('recovery: removed image %s, which was never finished', image)
+                log.warning('recovery: removed the unfinished image %s', image)
         except CkptError as error:
             log.error('cannot clear the spool: %s', error)
 
@@ -148,7 +149,7 @@ class Recovery:
         return recover(Journal(self._runtime), thaw, freeze)
 
     async def _recover_files(self) -> None:
-        """By a worker: the daemon has a sandbox, and threads."""
+        """Let a worker put files back, because the daemon has a sandbox and threads."""
         request = JobRequest('recover', '', Caller(os.geteuid(), os.getegid()), str(self._spool.directory),
                              str(self._runtime))
         worker = await self._pool.take(request)
@@ -162,6 +163,6 @@ class Recovery:
                         log.warning('recovery: %s', sentence)
                     if not message.more:
                         return
-            raise worker.died('it ended before it had recovered anything')
+            raise worker.died('it ended before the recovery')
         finally:
             await self._pool.give_back(worker)

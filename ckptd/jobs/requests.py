@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From what a caller asks for to the request that a worker gets."""
+"""Make the request for a worker from a caller's call."""
 
 import re
 from contextlib import suppress
@@ -18,17 +18,19 @@ from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import Stat, read_stat
 from ckptd.protocol.messages import Caller, JobRequest, Operation
 
-MAX_TARGET = 4096       # a cgroup's path has this bound from the kernel (PATH_MAX)
+MAX_TARGET = 4096       # the kernel's bound for the path of a cgroup (PATH_MAX)
 UNIT = re.compile(r'[A-Za-z0-9:_.\\@-]{1,255}', re.ASCII)       # systemd.unit(5)
 MAX_TIMEOUT = 3600 * 1_000_000
 
 
 def parse_target(text: str, caller: Caller) -> str:
-    """A target in its one spelling: 'pid:12', 'cgroup:/a/b' or a unit's name; 'self' becomes the caller's pid."""
+    """Parse a target into its one spelling: 'pid:12', 'cgroup:/a/b' or a unit's name. 'self' becomes the caller's
+    pid."""
     kind, colon, rest = text.partition(':')
     if text == 'self':
         if not caller.pid:
-            raise NoSuchTarget('the bus does not say which process calls', resource='self', hint='name it: pid:N')
+            raise NoSuchTarget('the bus does not tell the pid of the caller', resource='self',
+                               hint='name the process: pid:N')
         return f'pid:{caller.pid}'
     if kind == 'pid' and colon and re.fullmatch('[0-9]{1,9}', rest, re.ASCII) and int(rest) > 0:
         return f'pid:{int(rest)}'
@@ -36,12 +38,12 @@ def parse_target(text: str, caller: Caller) -> str:
         return f'cgroup:/{rest.strip("/")}'
     if kind not in ('pid', 'cgroup') and UNIT.fullmatch(text):
         return text if '.' in text else f'{text}.service'
-    raise InvalidArgument(f'{text[:80]!r} is no target', resource='target',
+    raise InvalidArgument(f'{text[:80]!r} is not a target', resource='target',
                           hint='a target is pid:N, a unit name, cgroup:/path or self')
 
 
 def start_time_of(target: str) -> int:
-    """Of the process that is meant by pid:N now, in ticks since boot; 0 for other targets. NoSuchTarget."""
+    """Return the start time, in ticks since boot, of the present process pid:N; 0 for other targets. NoSuchTarget."""
     kind, _, rest = target.partition(':')
     return _stat(int(rest)).start_time if kind == 'pid' else 0
 
@@ -50,11 +52,11 @@ def _stat(pid: int) -> Stat:
     try:
         return read_stat(pid)
     except ProcessLookupError:
-        raise NoSuchTarget(f'there is no process {pid}', resource=f'pid:{pid}') from None
+        raise NoSuchTarget(f'no process {pid}', resource=f'pid:{pid}') from None
 
 
 def command_of(target: str) -> str:
-    """A short name for an image of this target; it says nothing, people just like it in the id."""
+    """Return a short name for an image of this target. It makes ids readable and has no other meaning."""
     kind, _, rest = target.partition(':')
     if kind == 'pid':
         return _stat(int(rest)).comm
@@ -62,7 +64,7 @@ def command_of(target: str) -> str:
 
 
 def _with_bounds(caller: Caller) -> Caller:
-    """Note what bounds the calling process now: it may be gone before its job begins."""
+    """Add the bounds of the calling process now, because it may be gone before its job begins."""
     if not caller.uid or not caller.pid:
         return caller
     with suppress(ProcessLookupError, FileNotFoundError):
@@ -72,24 +74,20 @@ def _with_bounds(caller: Caller) -> Caller:
 
 @dataclass(frozen=True, slots=True)
 class RequestFactory:
-    """What is the same in every request of this daemon.
-
-    avoid: processes that nobody may freeze, the daemon and its own bus. client: the process that started this daemon
-    for itself alone, and waits for its answer, or 0: it may not freeze itself either. bus: inode of this daemon's
-    socket to its bus.
-    """
+    """The fields that are the same in every request of this daemon."""
     config: Config
     spool: Spool
     quota: Quota
     runtime: Path
-    avoid: tuple[int, ...]
-    client: int
+    avoid: tuple[int, ...]    # processes that no job may freeze: the daemon and its own bus
+    client: int               # process that started this daemon for itself alone and waits for its answer, so it must
+                              # not be frozen; or 0
     systemd: bool
-    bus: int = 0
+    bus: int = 0              # inode of this daemon's socket to its bus
 
     def on_target(self, operation: Operation, target: str, caller: Caller, *, freeze: str = 'auto',
                   after: str = 'resume', timeout: int = 0, has_pidfd: bool = False, **more: Any) -> JobRequest:
-        """A request about live tasks; more: further fields of it. InvalidArgument, NoSuchTarget, LimitsExceeded."""
+        """Make a request about live tasks. more: further fields. InvalidArgument, NoSuchTarget, LimitsExceeded."""
         where = parse_target(target, caller)
         image = ''
         if operation == 'checkpoint':
@@ -101,8 +99,8 @@ class RequestFactory:
                              timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT), **more)
 
     def on_image(self, operation: Operation, image: SpooledImage, caller: Caller, **more: Any) -> JobRequest:
-        """A request about an image that is there; whether the caller may ask is checked elsewhere."""
-        if operation == 'restore':      # a rollback keeps in the spool what it changes
+        """Make a request about an existing image. The caller's rights are checked elsewhere."""
+        if operation == 'restore':      # the undo of a restore keeps copies of changed files in the spool
             more['keep_free'] = self.quota.keep_free(caller.uid)
         return self._request(operation, image.target, caller, image=image.id, stall_usec=self._stall_usec, **more)
 
@@ -113,7 +111,7 @@ class RequestFactory:
                           avoid=(*self.avoid, *client), systemd=self.systemd, **more)
 
     def on_stream(self, caller: Caller) -> JobRequest:
-        """A request to take an image in from a stream. LimitsExceeded."""
+        """Make a request to import an image from a stream. LimitsExceeded."""
         return self._request('import', '', caller, has_output=True, save_limit=self.quota.room(caller.uid),
                              keep_free=self.quota.keep_free(caller.uid), stall_usec=self._stall_usec)
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One worker at work on one job: what its messages do to the job.
+"""One worker that works on one job: how its messages change the job.
 
     Start -> Phase, Progress, UnitRequest, ScopeRequest, Log ... -> Finished | Failed | end-of-file (it died)
 
-A worker that said Frozen before Finished holds a freeze: it stays until Thaw, lets go, and ends with status 0. One that
-said Running has made a tree that needs it no longer; if the request says wait, Finished comes when the root has ended.
+A worker that sent Frozen before Finished holds a freeze: it stays until Thaw, releases the tree, and ends with status
+0. A worker that sent Running has made a tree that no longer needs it. If the request has `wait`, Finished comes when
+the root has ended.
 """
 
 import asyncio
@@ -26,16 +27,16 @@ worker_log = logging.getLogger('ckptd.worker')
 
 
 class Units(Protocol):
-    """A systemd manager; timeout in seconds. CkptError when it will not."""
+    """A systemd manager. Timeouts are in seconds. CkptError if it refuses."""
     async def freeze(self, unit: str, timeout: float) -> None: ...  # noqa: ASYNC109 - systemd's own, too
     async def thaw(self, unit: str) -> None: ...
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None: ...
 
 
 class Run:
-    """A job and its worker. `changed` is called when the job began, and after each message that changed it.
+    """A job and its worker. `changed` is called when the job begins and after each message that changed it.
 
-    avoid: the workers there are, this one included; none may be in the tree.
+    avoid: pids of the workers, including this one. None of them may be in the tree.
     """
 
     def __init__(self, job: JobRecord, worker: WorkerHandle, units: Units | None,
@@ -49,7 +50,7 @@ class Run:
         self._clock = asyncio.get_running_loop().time
 
     def start(self, fds: Sequence[int]) -> None:
-        """Say Start. WorkerDied when nobody hears it."""
+        """Send Start. WorkerDied if the worker is gone."""
         self.job.start(self._clock())
         self.job.worker = self.worker.pid
         self._changed(None)
@@ -57,7 +58,8 @@ class Run:
         self.worker.send(messages.Start(request), fds)
 
     async def work(self) -> dict[str, Any]:
-        """From there to the result. The error of the job; WorkerDied when the worker ends without either."""
+        """Receive messages until the result. Raise the error of the job, or WorkerDied if the worker ends without
+        either."""
         while (message := await self.worker.receive()) is not None:
             match message:
                 case messages.Failed():
@@ -70,7 +72,8 @@ class Run:
         raise self.worker.died('it closed its socket before the job was over')
 
     async def hold(self) -> None:
-        """While the worker holds a freeze: until it closes its socket. The error if it could not let go."""
+        """Receive messages while the worker holds a freeze, until it closes its socket. Raise the error if it could not
+        thaw."""
         while (message := await self.worker.receive()) is not None:
             if isinstance(message, messages.Failed):
                 raise message.error()
@@ -80,12 +83,13 @@ class Run:
         self.worker.send(messages.Thaw())
 
     def cancel(self) -> None:
-        """Ask the worker to let go and leave nothing; `work` ends with Cancelled. A dead worker needs no asking."""
+        """Ask the worker to release the tree and leave nothing behind; `work` ends with Cancelled. A dead worker is
+        ignored."""
         with contextlib.suppress(CkptError):
             self.worker.send(messages.Cancel())
 
     def _collect(self, message: messages.Finished) -> bool:
-        """Join a result that came in pieces; True when it is whole."""
+        """Join a result that came in pieces. Return True when it is complete."""
         for key, value in message.result.items():
             if isinstance(value, list):
                 self._result.setdefault(key, []).extend(value)
@@ -110,9 +114,9 @@ class Run:
         self._changed(message)
 
     async def _ask_systemd(self, wish: messages.UnitRequest | messages.ScopeRequest) -> str:
-        """What systemd has against it; '' when it is done."""
+        """Carry out a request to systemd. Return systemd's error, or '' if it succeeded."""
         if self._units is None:
-            return 'no systemd manager can be asked'
+            return 'there is no systemd manager'
         try:
             match wish:
                 case messages.UnitRequest(unit, 'freeze'):

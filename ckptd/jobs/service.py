@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Workers that are services of systemd: no children of the daemon, and under nothing that it is under.
+"""Workers that are services of systemd. They are not children of the daemon and inherit none of its restrictions.
 
     daemon                            systemd                          worker
     socketpair, StartTransientUnit -> ckptd-restore-XXXX.service   -> python -m ckptd.worker.main 0
     Follow, Start, Cancel, ... over the socket, which is the worker's standard input; end-of-file as with a child
 
-systemd keeps the worker's end of the socket open for as long as the service is there, so a worker's death is seen
-by its pidfd.
+systemd keeps the worker's end of the socket open for as long as the service exists, so the daemon notices a worker's
+death by its pidfd.
 """
 
 import contextlib
@@ -24,37 +24,37 @@ from ckptd.jobs.worker import COMMAND, WorkerHandle, socket_pair
 
 log = logging.getLogger(__name__)
 
-# of the daemon's environment: its own settings. The rest is of its unit, and none of the worker's business.
+# Variables that are passed on: ckptd's own settings. The others belong to the daemon's unit.
 KEPT = ('PYTHONPATH', 'CKPTD_')
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A transient service: its program, what it finds in its environment, the fd that is its standard input, and the
-    slice that it is in, '' for the manager's default."""
+    """A transient service."""
     unit: str
     description: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-    stdin: int
-    slice: str = ''
+    command: tuple[str, ...]          # the program and its arguments
+    environment: Mapping[str, str]    # variables added to its environment
+    stdin: int                        # fd that becomes its standard input
+    slice: str = ''                   # '' for the manager's default
 
 
 class Services(Protocol):
-    """A systemd manager. CkptError when it will not."""
+    """A systemd manager. CkptError if it refuses."""
 
     async def start_service(self, service: Service) -> None:
-        """Start it; done when its program runs. It stays known until `exit_status` was asked for."""
+        """Start a service. Return when its program runs. The service stays known until `exit_status` is called."""
 
     async def main_pid(self, unit: str) -> int:
-        """Its process, 0 when that has ended."""
+        """Return the service's process, or 0 if it has ended."""
 
     async def exit_status(self, unit: str) -> int:
-        """Of its process, which has ended or is about to, as subprocess has it. The service is forgotten."""
+        """Return the exit status, as in subprocess, of the service's process, which has ended or is about to. The
+        service is then forgotten."""
 
 
 class ServiceWorker(WorkerHandle):
-    """A worker that systemd has started."""
+    """A worker that systemd started."""
 
     def __init__(self, sock: socket.socket, pid: int, pidfd: int, unit: str, services: Services) -> None:
         super().__init__(sock, pid, pidfd)
@@ -63,8 +63,9 @@ class ServiceWorker(WorkerHandle):
     @classmethod
     async def start(cls, services: Services, description: str, command: Sequence[str] = COMMAND,
                     liveness: int = -1, slice_: str = '') -> Self:
-        """witness: as of `socket_pair`. WorkerDied with systemd's words when there will be none."""
-        # the number of the job would not do: it is one again with each daemon
+        """Start a worker. liveness: as for `socket_pair`. WorkerDied, with systemd's message, if it cannot be
+        started."""
+        # A job number does not suffice, since each daemon begins with 1 again.
         unit = f'ckptd-restore-{secrets.token_hex(4)}.service'
         kept = {name: value for name, value in environment().items() if name.startswith(KEPT)}
         ours, theirs = socket_pair(liveness)
@@ -74,7 +75,7 @@ class ServiceWorker(WorkerHandle):
             pid, pidfd = await _open_main(services, unit)
         except CkptError as error:
             ours.close()
-            raise WorkerDied(f'systemd starts no worker: {error.message}', errno=error.errno,
+            raise WorkerDied(f'systemd cannot start a worker: {error.message}', errno=error.errno,
                              hint=f'journalctl -u {unit} may say more') from error
         except BaseException:
             ours.close()
@@ -85,13 +86,13 @@ class ServiceWorker(WorkerHandle):
         try:
             return await self._services.exit_status(self._unit)
         except CkptError as error:
-            # what it said over its socket counts; this is about how it ended
-            log.warning('how %s ended is not known: %s', self._unit, error)
+            # the worker's messages count; this is only about the way it ended
+            log.warning('the exit status of %s is unknown: %s', self._unit, error)
             return 0
 
 
 async def _open_main(services: Services, unit: str) -> tuple[int, int]:
-    """Pid and pidfd of the service's process: the pid was its own before the pidfd was opened, and is after."""
+    """Return pid and pidfd of the service's process. The pid is checked again after the pidfd was opened."""
     if pid := await services.main_pid(unit):
         with contextlib.ExitStack() as undo, contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)

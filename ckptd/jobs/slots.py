@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Places to work in, given out in turn: to one user after the other, and to each in the order of his requests."""
+"""Slots for work, given to users in turn, and to each user in the order of the requests."""
 
 import asyncio
 import contextlib
@@ -11,17 +11,19 @@ from ckptd.protocol.messages import JobRequest
 
 
 class Slots:
-    """Some places. A user with a thousand requests delays another one's by one at most. each: places that one user may
-    have at a time; root has as many as there are."""
+    """A number of slots. A user with a thousand requests delays another user's request by at most one.
 
-    def __init__(self, places: int, each: int) -> None:
-        self._free, self._each = places, each
+    each: slots that one user may hold at a time. Root may hold all.
+    """
+
+    def __init__(self, slots: int, each: int) -> None:
+        self._free, self._each = slots, each
         self._used: Counter[int] = Counter()
-        self._waiting: dict[int, deque[asyncio.Future[None]]] = {}      # by uid, who is next first
+        self._waiting: dict[int, deque[asyncio.Future[None]]] = {}      # by uid; the uid whose turn it is comes first
 
     @contextlib.asynccontextmanager
-    async def place(self, uid: int) -> AsyncIterator[None]:
-        """One for the length of a block."""
+    async def slot(self, uid: int) -> AsyncIterator[None]:
+        """Hold a slot for the length of a block."""
         await self.acquire(uid)
         try:
             yield
@@ -29,17 +31,17 @@ class Slots:
             self.release(uid)
 
     async def acquire(self, uid: int) -> None:
-        """Wait for a place; `release` gives it back."""
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(uid, deque()).append(place)
+        """Wait for a slot; `release` gives it back."""
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(uid, deque()).append(slot)
         self._give()
         try:
-            await place
+            await slot
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():      # it was given the place in the same moment
+            if slot.done() and not slot.cancelled():      # it was given the slot at the same moment
                 self.release(uid)
             else:
-                self._forget(uid, place)
+                self._forget(uid, slot)
             raise
 
     def release(self, uid: int) -> None:
@@ -51,32 +53,35 @@ class Slots:
 
     def _give(self) -> None:
         while self._free > 0 and (uid := self._next()) is not None:
-            places = self._waiting.pop(uid)
-            place = places.popleft()
-            if places:
-                self._waiting[uid] = places     # behind all others
-            if not place.done():
+            slots = self._waiting.pop(uid)
+            slot = slots.popleft()
+            if slots:
+                self._waiting[uid] = slots     # behind all others
+            if not slot.done():
                 self._free -= 1
                 self._used[uid] += 1
-                place.set_result(None)
+                slot.set_result(None)
 
     def _next(self) -> int | None:
         return next((uid for uid in self._waiting if not uid or self._used[uid] < self._each), None)
 
-    def _forget(self, uid: int, place: asyncio.Future[None]) -> None:
-        places = self._waiting.get(uid, deque())
-        if place in places:
-            places.remove(place)
-        if not places:
+    def _forget(self, uid: int, slot: asyncio.Future[None]) -> None:
+        slots = self._waiting.get(uid, deque())
+        if slot in slots:
+            slots.remove(slot)
+        if not slots:
             self._waiting.pop(uid, None)
 
 
 class SlotGroups:
-    """A long dump does not hold up a quick scan. Nor does who copies for somebody slow: of streams all may have their
-    places at a time, so that a user who does not read or write holds up himself alone."""
+    """Groups of slots, so that a long dump does not delay a quick scan.
+
+    All users may have slots for streams at the same time, so that a user who does not read or write delays only
+    themselves.
+    """
 
     def __init__(self, config: Config) -> None:
-        each = max(1, config.max_jobs - 1)      # one place is never the same user's as all others
+        each = max(1, config.max_jobs - 1)      # one slot is always left for another user
         self._jobs, self._questions = Slots(config.max_jobs, each), Slots(config.max_jobs, each)
         self._streams = Slots(config.max_queued_jobs, each)
 

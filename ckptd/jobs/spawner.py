@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon's end of the process that starts workers, ckptd.worker.spawner."""
+"""The daemon's end of the process that starts workers (ckptd.worker.spawner)."""
 
 import asyncio
 import itertools
@@ -23,21 +23,24 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromSpawner)
 
 COMMAND = command('ckptd.worker.spawner')
 PATIENCE = 2.0      # seconds
-UNKNOWN = 256       # exit status of one whose spawner has died: none that there is, for it may have died, too
+UNKNOWN = 256       # exit status when the spawner died; no process has it, and this one may have died, too
 
 
 @dataclass(slots=True, eq=False)
 class ChildProcess:
-    """A process that was started. pidfd: the owner's to close."""
+    """A process that was started."""
     started: asyncio.Future[None]
     exited: asyncio.Future[int]
     pid: int = 0
-    pidfd: int = field(default=-1)
+    pidfd: int = field(default=-1)    # the owner closes it
 
 
 class SpawnerClient:
-    """Started with the first `spawn`, and again where it has died. environment: of it, and of workers. witness: the
-    pidfd that tells them of our death (ckptd.kernel.liveness), -1 for none."""
+    """A client of the spawner. It starts the spawner with the first `spawn`, and again after its death.
+
+    environment: of the spawner and the workers. liveness: the pidfd that tells them of the daemon's death
+    (ckptd.kernel.liveness), -1 for none.
+    """
 
     def __init__(self, environment: Mapping[str, str], liveness: int = -1) -> None:
         self._environment, self.liveness = environment, liveness
@@ -49,12 +52,12 @@ class SpawnerClient:
 
     @property
     def pid(self) -> int:
-        """0 for one that is not there."""
+        """Pid of the spawner, 0 if it does not run."""
         return self._process.pid if self._process is not None else 0
 
     async def spawn(self, sock: socket.socket, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
                     ) -> ChildProcess:
-        """Start a worker, or a program, with this end of a socketpair. WorkerDied where it cannot be."""
+        """Start a worker, or a program, with this end of a socketpair. WorkerDied if that fails."""
         ours = self._socket or self.start()
         number = next(self._numbers)
         child = self._children[number] = ChildProcess(self._loop.create_future(), self._loop.create_future())
@@ -64,8 +67,8 @@ class SpawnerClient:
         except OSError as error:
             del self._children[number]
             if isinstance(error, BrokenPipeError | ConnectionResetError):
-                self._died()        # the loop has not heard of it yet, and whoever tries again needs another one
-            raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno) from error
+                self._died()        # the loop has not noticed the death yet, and the next try needs a new spawner
+            raise WorkerDied(f'cannot start a worker: {error.strerror}', errno=error.errno) from error
         try:
             await asyncio.shield(child.started)
         except asyncio.CancelledError:
@@ -74,7 +77,7 @@ class SpawnerClient:
         return child
 
     def start(self) -> socket.socket:
-        """Start the process now; its socket. WorkerDied."""
+        """Start the spawner now and return its socket. WorkerDied."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         theirs.setblocking(True)
         with theirs:
@@ -85,14 +88,14 @@ class SpawnerClient:
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(self._environment))
             except OSError as error:
                 ours.close()
-                raise WorkerDied(f'no worker can be started: {error.strerror}', errno=error.errno,
-                                 hint='see limits on processes and memory') from error
+                raise WorkerDied(f'cannot start a worker: {error.strerror}', errno=error.errno,
+                                 hint='check the limits on processes and memory') from error
         self._socket = ours
         self._loop.add_reader(ours, self._readable)
         return ours
 
     def close(self) -> None:
-        """End it. Workers that run are not its business."""
+        """End the spawner. Running workers are not affected."""
         if self._socket is not None:
             self._loop.remove_reader(self._socket)
             self._socket.close()
@@ -115,7 +118,7 @@ class SpawnerClient:
                 data, fds, _, _ = socket.recv_fds(self._socket, MAX_SPAWN, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
-            except ConnectionResetError:       # it has ended with something unread
+            except ConnectionResetError:       # it ended with unread data
                 data, fds = b'', []
             if not data:
                 self._died()
@@ -138,12 +141,12 @@ class SpawnerClient:
         else:
             del self._children[message.number]
             child.started.set_exception(WorkerDied(
-                f'no worker can be started: {os.strerror(message.errno)}', errno=message.errno,
-                hint='see limits on processes and memory'))
+                f'cannot start a worker: {os.strerror(message.errno)}', errno=message.errno,
+                hint='check the limits on processes and memory'))
 
 
 def _forget(child: ChildProcess) -> None:
-    """Nobody wants it any more: its socket is closed, and it ends by that."""
+    """Drop a child that is no longer wanted. Its socket is closed, so it ends."""
     if child.started.exception() is None:
         os.close(child.pidfd)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The process that a target pid:N is: its number is another's once it has ended."""
+"""The process of a target pid:N. Once it has ended, its pid may be reused."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time
 
 
 class ProcessWatch:
-    """Watches one process. on_end: called once when it ends, unless `close` comes first."""
+    """A watch of one process. on_end: called once when the process ends, unless `close` comes first."""
 
     def __init__(self, pidfd: int, on_end: Callable[[], None]) -> None:
         self._pidfd, self._on_end = pidfd, on_end
@@ -21,8 +21,8 @@ class ProcessWatch:
 
     @classmethod
     def of(cls, target: str, start_time: int, on_end: Callable[[], None]) -> Self | None:
-        """Of a target as parse_target spells it; None for what is no process. start_time: of the one that is meant,
-        /proc/PID/stat, 0 for whichever it is. NoSuchTarget when that has ended."""
+        """Watch the process of a target as parse_target spells it. None if the target is not a process. start_time: of
+        the expected process, from /proc/PID/stat; 0 for any. NoSuchTarget if that process has ended."""
         kind, _, rest = target.partition(':')
         if kind != 'pid':
             return None
@@ -33,12 +33,12 @@ class ProcessWatch:
                 if start_time in (0, pidfd_start_time(pidfd, int(rest))):
                     undo.pop_all()
                     return cls(pidfd, on_end)
-            except OSError:     # ESRCH; EINVAL or ENOENT for the number of a thread
+            except OSError:     # ESRCH; EINVAL or ENOENT for the tid of a thread
                 pass
-        raise NoSuchTarget(f'there is no process {rest} any more', resource=target)
+        raise NoSuchTarget(f'process {rest} has ended', resource=target)
 
     def close(self) -> None:
-        """Watch no more. Again: nothing."""
+        """End the watch. A second call does nothing."""
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""asyncio tasks with an owner: none is lost, none fails unseen, none outlives the daemon."""
+"""asyncio tasks with an owner: no task is lost, fails silently, or outlives the daemon."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class Tasks:
-    """Made inside a running loop."""
+    """A set of running tasks, to be made inside a running loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -28,7 +28,7 @@ class Tasks:
             log.error('%s failed', task.get_name(), exc_info=task.exception())
 
     async def drain(self, patience: float, hurry: Callable[[], None]) -> None:
-        """Wait for all to end; after `patience` seconds call `hurry`, after as many again cancel what is left."""
+        """Wait for all tasks to end. After `patience` seconds call `hurry`; after as many again cancel the rest."""
         for last_resort in (hurry, self._cancel, None):
             await self._wait(patience)
             if self._tasks and last_resort is not None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""At most so many calls a second, and the last one always."""
+"""Limit the rate of a call. The last call is always made."""
 
 import asyncio
 from collections.abc import Callable
 
 
 class Throttle:
-    """Calls `emit` at once if it may, later if it is too early; pokes in between are one call."""
+    """A rate limit for `emit`: it is called at once if allowed, else later. Pokes in between are joined into one
+    call."""
 
     def __init__(self, interval: float, emit: Callable[[], None]) -> None:
         self._interval, self._emit = interval, emit
@@ -15,7 +16,7 @@ class Throttle:
         self._timer: asyncio.TimerHandle | None = None
 
     def poke(self) -> None:
-        """There is something new to tell."""
+        """Request a call."""
         if self._timer is not None:
             return
         if self._loop.time() >= self._next:
@@ -24,7 +25,7 @@ class Throttle:
             self._timer = self._loop.call_at(self._next, self._fire)
 
     def flush(self) -> None:
-        """Tell now what waits, if anything does."""
+        """Make a pending call now, if there is one."""
         if self._timer is not None:
             self._fire()
 

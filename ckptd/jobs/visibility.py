@@ -20,30 +20,30 @@ from ckptd.protocol.messages import Caller
 
 
 class TreeOwner(NamedTuple):
-    """uid: of the caller where the whole tree is its own, else of process `stranger`; None, with a stranger of 0, of
-    one that the caller does not see. start_time: of the root of a target pid:N as it is now, 0 for other targets.
-    outside: a confined caller may not reach it: not all of it is below it."""
-    uid: int | None
-    stranger: int
-    start_time: int
-    outside: bool = False
+    """The owner of a tree."""
+    uid: int | None          # the caller's if the whole tree belongs to the caller, else that of process `stranger`;
+                             # None if that process is hidden from the caller
+    stranger: int            # process that does not belong to the caller; 0 for none, or for a hidden one
+    start_time: int          # of the present root of a target pid:N, 0 for other targets
+    outside: bool = False    # a confined caller may not reach the tree, as not all of it is below the caller
 
 
 class Visibility:
     def __init__(self, queue: Queue, request_factory: RequestFactory) -> None:
         self._queue, self._request_factory = queue, request_factory
-        self._looks = Slots(3, 1)        # into /proc: threads are everybody's
+        self._looks = Slots(3, 1)        # for reading /proc: all users share the threads
 
     async def whose(self, target: str, caller: Caller) -> TreeOwner:
-        """target: as parse_target spells it. NoSuchTarget, in the same words for one that the caller does not see."""
+        """Find the owner of a target. target: as parse_target spells it. NoSuchTarget, with the same words for a hidden
+        target."""
         if not caller.uid and not caller.confinement:
-            # root is not asked about anything, and need not wait for a look at its target
+            # root needs no authorization and does not wait for a look at its target
             return TreeOwner(0, 0, start_time_of(target))
         seen = await self._seen(target, caller)
         start_time, outside = start_time_of(target), await self.is_outside(target, caller)
         if not caller.uid:
             return TreeOwner(0, 0, start_time, outside)
-        async with self._looks.place(caller.uid):
+        async with self._looks.slot(caller.uid):
             stranger = await asyncio.to_thread(stranger_in, target, caller)
         if stranger is None:
             return TreeOwner(caller.uid, 0, start_time, outside)
@@ -53,23 +53,23 @@ class Visibility:
         return TreeOwner(uid, pid, start_time, outside)
 
     async def is_outside(self, target: str, caller: Caller) -> bool:
-        """Whether the caller is confined, and the target not all below it. A worker looks again, task by task."""
+        """Whether the caller is confined and the target is not all below it. A worker checks again, task by task."""
         if not caller.confinement:
             return False
-        async with self._looks.place(caller.uid):
+        async with self._looks.slot(caller.uid):
             return await asyncio.to_thread(_is_outside, target, caller)
 
     async def is_kept_by_yama(self, target: str, start_time: int, caller: Caller) -> bool:
-        """Whether Yama keeps the caller from tracing tasks that it may look at, and lets CAP_SYS_PTRACE do it. A worker
-        asks the kernel, as the caller. NoSuchTarget."""
+        """Whether Yama keeps the caller from tracing tasks that it may inspect, while CAP_SYS_PTRACE would allow it. A
+        worker asks the kernel as the caller. NoSuchTarget."""
         if ptrace_scope() not in (DECLARED, CAPABLE):
             return False
         request = self._request_factory.on_target('check-trace', target, caller, start_time=start_time)
         return bool((await self._queue.call(request)).get('forbidden'))
 
     async def _seen(self, target: str, caller: Caller) -> Collection[int] | None:
-        """The tasks of the target that the caller sees; None for all. A worker looks, which becomes the caller for
-        that. NoSuchTarget where it sees none."""
+        """Return the tasks of the target that the caller sees, or None for all. A worker that becomes the caller looks.
+        NoSuchTarget if it sees none."""
         if PID_NAMESPACE not in caller.confinement and not await self._is_hidden(caller):
             return None
         result = await self._queue.call(self._request_factory.on_target('scan', target, caller))
@@ -78,7 +78,7 @@ class Visibility:
     async def _is_hidden(self, caller: Caller) -> bool:
         if not caller.uid:
             return False
-        async with self._looks.place(caller.uid):
+        async with self._looks.slot(caller.uid):
             return await asyncio.to_thread(is_hidden_from, {caller.gid, *caller.groups}, caller.pid, caller.start_time)
 
 
@@ -86,5 +86,5 @@ def _is_outside(target: str, caller: Caller) -> bool:
     try:
         roots = resolve_target(target, caller.pid).roots
     except (NoSuchTarget, InvalidArgument):
-        return True     # what is wrong with it may be nothing that the caller is to know
+        return True     # the error itself may be private, so treat the target as outside
     return not all(is_below(root, caller.pid, caller.start_time) for root in roots)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Notices images that come and go in the spool by other hands: another daemon's, or rm's."""
+"""Notice images that other processes add to or remove from the spool: another daemon, or rm."""
 
 import asyncio
 import logging
@@ -13,13 +13,14 @@ from ckptd.kernel import inotify
 
 log = logging.getLogger(__name__)
 
-# an image appears and goes by rename; somebody's rm or cp makes the other two
+# an image appears and disappears by rename; the other two events come from rm and cp
 MASK = inotify.IN_MOVED_TO | inotify.IN_MOVED_FROM | inotify.IN_CREATE | inotify.IN_DELETE
 SELF = inotify.IN_DELETE_SELF | inotify.IN_MOVE_SELF | inotify.IN_Q_OVERFLOW
 
 
 class SpoolWatch:
-    """Calls `changed` while it is entered. Without inotify (its limits are per user) a daemon still sees its own."""
+    """A context in which `changed` is called for changes of the spool. Without inotify (it has limits per user) a
+    daemon notices only its own changes."""
 
     def __init__(self, directory: Path, changed: Callable[[], None]) -> None:
         self._directory, self._changed = directory, changed
@@ -30,7 +31,7 @@ class SpoolWatch:
         try:
             watch = inotify.Inotify()
         except OSError as error:
-            log.warning('images of others in %s will not be noticed: %s', self._directory, error)
+            log.warning('cannot watch %s: changes by other processes will not be noticed: %s', self._directory, error)
             return self
         self._inotify = watch
         watch.add(self._directory, MASK | inotify.IN_DELETE_SELF | inotify.IN_MOVE_SELF | inotify.IN_ONLYDIR)

@@ -35,7 +35,7 @@ def test_a_target_has_one_spelling(text: str, target: str) -> None:
 @pytest.mark.parametrize('text', ['', 'pid:', 'pid:0', 'pid:-1', 'pid:x', 'pid:1234567890', 'cgroup:', 'cgroup:a',
                                   'cgroup:/a/../b', 'a b', '/etc/passwd', 'pid:１２', 'x' * 300])
 def test_what_is_no_target(text: str) -> None:
-    with pytest.raises(InvalidArgument, match='is no target') as caught:
+    with pytest.raises(InvalidArgument, match='is not a target') as caught:
         parse_target(text, ME)
     assert 'cgroup:/path' in caught.value.hint
 

@@ -81,7 +81,7 @@ async def test_waiting_is_bounded(inhibitors: Inhibitors) -> None:
 
 async def test_limits(inhibitors: Inhibitors) -> None:
     fds = [take(inhibitors) for _ in range(MOST_OF_USER)]
-    with pytest.raises(LimitsExceeded, match='uid 1000 has 32 inhibitors'):
+    with pytest.raises(LimitsExceeded, match='too many inhibitors: uid 1000 has 32'):
         take(inhibitors)
     fds += [take(inhibitors, uid=0) for _ in range(MOST_OF_USER + 1)]
     for fd in fds:

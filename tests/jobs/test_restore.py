@@ -80,7 +80,7 @@ async def test_a_worker_that_dies_before_and_after_the_tree_runs(queue: Queue, h
     await heard.wait('failed', late.number)
     assert isinstance(early.error, WorkerDied)
     assert isinstance(late.error, WorkerDied)
-    assert 'nothing of the tree was left' in early.error.hint
+    assert 'nothing of the tree is left' in early.error.hint
     assert late.error.message == 'the worker of job 2 was killed by SIGKILL; the tree may run on, as process 4242'
     assert 'ckptctl tree 4242' in late.error.hint
 

@@ -109,7 +109,7 @@ async def test_a_deaf_one_is_ended_by_force(queue_of: Callable[[Manager], Queue]
     await heard.wait('cancelled', 1)
 
 
-@pytest.mark.parametrize(('how', 'words'), [('refuses', 'starts no worker: the manager is shutting down'),
+@pytest.mark.parametrize(('how', 'words'), [('refuses', 'cannot start a worker: the manager is shutting down'),
                                             ('stillborn', 'exited with status 1 before it began')])
 async def test_one_that_cannot_be_started(queue_of: Callable[[Manager], Queue], how: str, words: str) -> None:
     with pytest.raises(WorkerDied, match=words) as caught:

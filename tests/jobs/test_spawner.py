@@ -74,7 +74,7 @@ async def test_it_dies(spawner: SpawnerClient) -> None:
             pass
     assert spawner.pid != first
     assert await other.end(10) == 0
-    assert worker.describe(await worker.end(10)) == 'ended, nobody knows how'
+    assert worker.describe(await worker.end(10)) == 'ended with an unknown status'
 
 
 async def test_they_end_with_their_witness() -> None:

@@ -95,7 +95,7 @@ def test_who_is_slower_finds_nothing(spool: Path) -> None:
     write_image(spool)
     one, two = looked(spool), looked(spool)
     one.remove(one.images[0])
-    with pytest.raises(NoSuchImage, match='is gone'):
+    with pytest.raises(NoSuchImage, match='was removed by another process'):
         two.remove(two.images[0])
 
 
