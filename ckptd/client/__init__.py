@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptd for programs.
+"""The client library of ckptd.
 
-With an event loop, `connect` and what it gives, `Ckptd`, `Job`, `Image`; without one, the same names in
-ckptd.client.sync. A program that has its own tree checkpointed needs neither:
+With an event loop: `connect`, and the classes that it gives, `Ckptd`, `Job`, `Image`. Without one: the same names in
+ckptd.client.sync. A program that checkpoints its own tree needs neither:
 
     from ckptd.client import checkpoint_self
 
     for round in work:
         if checkpoint_self() == 'restored':
-            log('here I am again, in round', round)     # another run of the same memory, perhaps days later
+            log('restored, in round', round)     # another run of the same memory, perhaps days later
 
-Like the two returns of fork(2): the call returns once in the tree that goes on, and once in each tree that is restored
-from the image. It needs no event loop and leaves nothing open. Errors are those of ckptd.errors, with their refusals.
+The call returns once in the tree that goes on and once in each tree that is restored from the image, like the two
+returns of fork(2). It needs no event loop and leaves nothing open. Errors are those of ckptd.errors, with their
+refusals.
 """
 
 from ckptd.client.connection import Ckptd, Image, Inhibitor, connect

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptd for programs with an event loop: what the daemon can do, typed."""
+"""A typed client for programs with an event loop."""
 
 import asyncio
 import contextlib
@@ -39,15 +39,15 @@ AnyResult = CheckpointResult | RestoreResult | dict[str, Any]
 
 @contextlib.asynccontextmanager
 async def connect(bus: str = 'system', *, interactive: bool = False) -> AsyncIterator['Ckptd']:
-    """ckptd on the 'system' or 'session' bus, or on the bus at an address; started by the bus if it can be.
+    """Connect to ckptd on the 'system' or 'session' bus, or on the bus at an address. The bus starts ckptd if it can.
 
         async with connect() as ckptd:
             job = await ckptd.checkpoint('pid:42', after='kill')
             result = await job.wait()
             await (await ckptd.restore(result.image)).wait()
 
-    interactive: polkit may ask a person, for as long as it takes. Unavailable where there is no bus; where there is no
-    daemon, the first call says so.
+    interactive: polkit may ask a person, however long that takes. Unavailable if there is no bus. If there is no
+    daemon, the first call raises the error.
     """
     async with await bus_client.connect(bus) as client:
         ckptd = Ckptd(DaemonProxy(client, ALLOW_INTERACTIVE if interactive else 0))
@@ -58,10 +58,11 @@ async def connect(bus: str = 'system', *, interactive: bool = False) -> AsyncIte
 
 
 class Ckptd:
-    """Made by `connect`. Every method raises the CkptError that the daemon answers, Unavailable where there is none.
+    """A connection to the daemon, made by `connect`. Every method raises the CkptError that the daemon answers, or
+    Unavailable if there is no daemon.
 
-    A target is 'pid:N', a unit's name, 'cgroup:/path' or 'self'. Options have the names and units of the bus. A
-    call that is cancelled while it asks for a job takes the job back; a question is worked on until it is answered.
+    A target is 'pid:N', a unit's name, 'cgroup:/path' or 'self'. Options have the names and units of the bus. If a call
+    that starts a job is cancelled, the job is cancelled as well. The daemon works on a question until it is answered.
     """
 
     def __init__(self, daemon: DaemonProxy) -> None:
@@ -70,7 +71,7 @@ class Ckptd:
         self._listening = Listening(daemon)
 
     async def close(self) -> None:
-        """Who waits for a job or an event is told Unavailable. Again: nothing."""
+        """Close the connection. Code that waits for a job or an event gets Unavailable. A second call does nothing."""
         await self._listening.close()
 
     # ------------------------------------------------------------ live trees
@@ -80,30 +81,30 @@ class Ckptd:
         return await self._start(_checkpointed, 'Checkpoint', 'sa{sv}', target, options)
 
     async def checkpoint_process(self, pidfd: int, **options: Unpack[CheckpointOptions]) -> Job[CheckpointResult]:
-        """The same of the tree below the process behind a pidfd, pidfd_open(2)."""
+        """Start to write an image of the tree below the process behind a pidfd (pidfd_open(2))."""
         return await self._start(_checkpointed, 'CheckpointProcess', 'ha{sv}', pidfd, options)
 
     async def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Finding]:
-        """Every refusal and warning that a checkpoint would have; nothing is frozen or written."""
+        """List every refusal and warning of a checkpoint. Nothing is frozen or written."""
         rows = await self._daemon.manager('Check', 'sa{sv}', target, {'freeze': freeze}, seconds=LONG)
         return [finding_from(row) for row in rows]
 
     async def scan(self, target: str) -> list[TaskInfo]:
-        """The tasks of a tree in depth-first order."""
+        """List the tasks of a tree in depth-first order."""
         rows = await self._daemon.manager('Scan', 'sa{sv}', target, {}, seconds=LONG)
         return [from_row(TaskInfo, row) for row in rows]
 
     async def freeze(self, target: str, **options: Unpack[FreezeOptions]) -> int:
-        """Freeze a tree until `thaw`; how many tasks stand still."""
+        """Freeze a tree until `thaw`. Return the number of frozen tasks."""
         return int(await self._daemon.manager('Freeze', 'sa{sv}', target, options, seconds=LONG))
 
     async def thaw(self, target: str) -> None:
-        """Let go of what `freeze`, or a checkpoint with after='freeze', left frozen."""
+        """Thaw a tree that `freeze`, or a checkpoint with after='freeze', left frozen."""
         await self._daemon.manager('Thaw', 'sa{sv}', target, {}, seconds=LONG)
 
     async def inhibit(self, who: str, why: str, target: str = 'self') -> 'Inhibitor':
-        """Have checkpoints of this target wait, at most InhibitDelayMaxSec, until the inhibitor is closed. The event
-        PrepareForCheckpoint says that one is about to begin."""
+        """Delay checkpoints of this target until the inhibitor is closed, at most for InhibitDelayMaxSec. The event
+        PrepareForCheckpoint announces a checkpoint."""
         return Inhibitor(await self._daemon.call_for_fd(ROOT, MANAGER, 'Inhibit', 'ssa{sv}', who, why,
                                                         {'target': target}, seconds=self._quick))
 
@@ -113,11 +114,11 @@ class Ckptd:
     # ------------------------------------------------------------ images
 
     async def restore(self, image: str, **options: Unpack[RestoreOptions]) -> Job[RestoreResult]:
-        """Start to bring the tree of an image back. With wait=True the job ends when the root of the tree does."""
+        """Start to restore the tree of an image. With wait=True the job ends when the root of the tree does."""
         return await self._start(_restored, 'Restore', 'sa{sv}', image, _with_terminal(options))
 
     async def check_restore(self, image: str, **options: Unpack[CheckRestoreOptions]) -> list[Finding]:
-        """Every refusal and warning that such a restore would have; no process is made and nothing changed."""
+        """List every refusal and warning of such a restore. No process is made and nothing is changed."""
         rows = await self._daemon.manager('CheckRestore', 'sa{sv}', image, _with_terminal(options), seconds=LONG)
         return [finding_from(row) for row in rows]
 
@@ -126,22 +127,22 @@ class Ckptd:
         return [from_row(ImageInfo, {'id': row['image'], **row}) for row in rows]
 
     async def image(self, id: str) -> 'Image':
-        """NoSuchImage."""
+        """Return the image of this id. NoSuchImage."""
         return Image(self, self._daemon, id, await self._daemon.manager('GetImage', 's', id))
 
     async def import_image(self, stream: int) -> 'Image':
-        """Take in the tar stream that `Image.open` or `Image.export` with format 'tar' gave, from an open fd."""
+        """Import a tar stream from an open fd: one of `Image.open`, or of `Image.export` with format 'tar'."""
         path = str(await self._daemon.manager('Import', 'ha{sv}', stream, {}, seconds=LONG))
         return Image(self, self._daemon, path.rpartition('/')[2], path)
 
     # ------------------------------------------------------------ jobs and events
 
     async def list_jobs(self) -> list[JobInfo]:
-        """Jobs that wait, work, or ended a moment ago."""
+        """List jobs that are queued, running, or recently finished."""
         return [JobInfo(*row) for row in await self._daemon.manager('ListJobs')]
 
     async def job(self, id: int) -> Job[AnyResult]:
-        """A job of the list. NoSuchJob."""
+        """Return a job of the list. NoSuchJob."""
         hub = await self._listening.hub()
         row = next((row for row in await self.list_jobs() if row.id == id), None)
         if row is None:
@@ -159,7 +160,7 @@ class Ckptd:
 
     @contextlib.asynccontextmanager
     async def events(self, *kinds: type[Event]) -> AsyncIterator[Events]:
-        """What the daemon tells from now on, of these kinds or of all.
+        """Receive the daemon's events from now on, of these kinds or of all.
 
             async with ckptd.events(JobNew, JobRemoved) as events:
                 async for event in events:
@@ -174,16 +175,17 @@ class Ckptd:
 
     async def _start(self, make: Make[R], method: str, signature: str, about: str | int,
                      options: Mapping[str, Any]) -> Job[R]:
-        """Call a method that starts a job. It is listened to before it exists, under a path that is known before."""
+        """Call a method that starts a job. Its path is known before the call, so its signals are received from the
+        start."""
         token = options.get('handle_token') or new_token('client')
         hub = await self._listening.hub()
         job = Job(self._daemon, hub, token_path(self._daemon.client.connection.unique_name, token), make)
         try:
             await self._daemon.manager(method, signature, about, {**options, 'handle_token': token},
                                        seconds=self._quick)
-            if not job.id:      # the signal of its birth was for others
+            if not job.id:      # the signal JobNew was not for this client
                 job.id = next((row.id for row in await self.list_jobs() if row.path == job.path), 0)
-        except (asyncio.CancelledError, Unavailable):       # no answer, or none that was waited for
+        except (asyncio.CancelledError, Unavailable):       # no answer came, or the caller stopped waiting
             job.abandon()
             raise
         except CkptError:
@@ -193,7 +195,7 @@ class Ckptd:
 
 
 class Image:
-    """A published image. id: its name. path: of its object."""
+    """A published image. id: its name. path: the path of its object."""
 
     def __init__(self, ckptd: Ckptd, daemon: DaemonProxy, id: str, path: str) -> None:
         self._ckptd, self._daemon = ckptd, daemon
@@ -203,28 +205,29 @@ class Image:
         return from_properties(ImageDetails, await self._daemon.image_properties(self.id), path=self.path)
 
     async def tree(self) -> list[TaskInfo]:
-        """The tasks that were dumped, as `Ckptd.scan` has them."""
+        """List the tasks that were dumped, as `Ckptd.scan` does."""
         return [from_row(TaskInfo, row) for row in await self._call('Tree')]
 
     async def verify(self) -> list[str]:
-        """What is wrong with it, one sentence each; nothing of one that is whole."""
+        """List the damages, one sentence each. The list of an intact image is empty."""
         return list(await self._call('Verify'))
 
     async def remove(self) -> None:
-        """Busy while a job reads it."""
+        """Remove the image. Busy while a job reads it."""
         await self._call('Remove')
 
     async def export(self, output: int, format: str = 'core') -> None:
-        """Write a tar stream to an open fd, which stays the caller's: of ELF 'core's, or the image itself, 'tar'.
-        Returns when all is written."""
+        """Write a tar stream to an open fd, which the caller still owns: ELF files for 'core', the image itself for
+        'tar'. Returns when all is written."""
         await self._call('Export', 'hsa{sv}', output, format, {})
 
     async def open(self) -> int:
-        """An fd to read the image from as a tar stream, the caller's to close. `import_image` takes it."""
+        """Return an fd to read the image from as a tar stream; the caller closes it. `import_image` takes such a
+        stream."""
         return await self._daemon.call_for_fd(self.path, IMAGE, 'Open', seconds=LONG)
 
     async def restore(self, **options: Unpack[RestoreOptions]) -> Job[RestoreResult]:
-        """As Ckptd.restore."""
+        """Start to restore the tree, as Ckptd.restore does."""
         return await self._ckptd.restore(self.id, **options)
 
     async def check_restore(self, **options: Unpack[CheckRestoreOptions]) -> list[Finding]:
@@ -235,17 +238,18 @@ class Image:
 
 
 class Inhibitor:
-    """Delays checkpoints while it is open: `with await ckptd.inhibit('editor', 'unsaved text'): ...`"""
+    """An inhibitor. It delays checkpoints while it is open: `with await ckptd.inhibit('editor', 'unsaved text'):
+    ...`"""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def fileno(self) -> int:
-        """-1 when closed."""
+        """Return the fd, -1 when closed."""
         return self._fd
 
     def close(self) -> None:
-        """Checkpoints need not wait any more. Again: nothing."""
+        """Release the inhibitor, so that checkpoints need not wait. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -259,7 +263,7 @@ class Inhibitor:
 
 
 def _with_terminal(options: RestoreOptions | CheckRestoreOptions) -> dict[str, Any]:
-    """A plain number would be just that; as an UnixFd it is passed along."""
+    """Convert the terminal to a UnixFd, which is passed as an fd. A plain int would be passed as a number."""
     terminal = options.get('terminal')
     return {**options, **({} if terminal is None else {'terminal': UnixFd(terminal)})}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls of ckptd with plain values, and the life of its jobs: what ckptctl and the typed clients stand on."""
+"""Calls of ckptd with plain values, and the life of its jobs. ckptctl and the typed clients use them."""
 
 import contextlib
 import os
@@ -14,28 +14,25 @@ from ckptd.bus.names import BUS_NAME, IMAGE, JOB, MANAGER, ROOT
 from ckptd.errors import CkptError, NoSuchJob, from_details
 
 QUICK: Final = 30.0             # seconds for an answer that needs no work
-PERSON: Final = 600.0           # until somebody who is asked has typed a password, or not
-LONG: Final = 24 * 3600.0       # for one whose work is as large as the tree or the image
+PERSON: Final = 600.0           # seconds until a person has typed a password, or not
+LONG: Final = 24 * 3600.0       # seconds for an answer whose work grows with the tree or the image
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonProxy:
-    """ckptd at the other end of a bus connection. Values are plain: no variants, dicts for a{sv}.
-
-    flags: of each call, ALLOW_INTERACTIVE where a person may be asked.
-    """
+    """ckptd at the other end of a bus connection. Values are plain: no variants, dicts for a{sv}."""
     client: Client
-    flags: int = 0
+    flags: int = 0    # of each call; ALLOW_INTERACTIVE lets polkit ask a person
 
     async def manager(self, method: str, signature: str = '', *args: Any, seconds: float = QUICK) -> Any:
-        """Call a method of the manager; its result, None if it has none."""
+        """Call a method of the manager. Return its result, None if it has none."""
         return await self.call(ROOT, MANAGER, method, signature, *args, seconds=seconds)
 
     async def manager_properties(self) -> dict[str, Any]:
         return await self.client.properties(BUS_NAME, ROOT, MANAGER)
 
     async def image(self, image: str, method: str, signature: str = '', *args: Any, seconds: float = QUICK) -> Any:
-        """Call a method of an image; GetImage knows its path, and says it best when there is none."""
+        """Call a method of an image. GetImage returns its path, and gives the best error if there is no such image."""
         path = await self.manager('GetImage', 's', image)
         return await self.call(path, IMAGE, method, signature, *args, seconds=seconds)
 
@@ -47,46 +44,46 @@ class DaemonProxy:
 
     async def call(self, path: str, interface: str, method: str, signature: str = '', *args: Any,
                    seconds: float = QUICK) -> Any:
-        """Call a method of any object; seconds: until there has to be an answer."""
+        """Call a method of any object. seconds: time limit for the answer."""
         return await self.client.call(BUS_NAME, path, interface, method, signature, *args,
                                       timeout=self._patience(seconds), flags=self.flags)
 
     async def call_for_fd(self, path: str, interface: str, method: str, signature: str = '', *args: Any,
                           seconds: float = QUICK) -> int:
-        """The same for a method that answers an fd, which is then the caller's to close."""
+        """Call a method that answers an fd. The caller closes the fd."""
         return await self.client.call_for_fd(BUS_NAME, path, interface, method, signature, *args,
                                              timeout=self._patience(seconds), flags=self.flags)
 
     def _patience(self, seconds: float) -> float:
-        """A person takes longer."""
+        """Return the time limit, which is longer if a person may be asked."""
         return max(seconds, PERSON) if self.flags & ALLOW_INTERACTIVE else seconds
 
     @contextlib.asynccontextmanager
     async def signals(self, *, follow: bool = False) -> AsyncIterator[Signals]:
-        """Everything that the daemon says from now on to this caller; follow: and each that is started after it."""
+        """Receive all signals that the daemon sends to this caller. follow: also those of daemons started later."""
         signals = Signals(follow=follow)
         async with self.listening(signals):
             yield signals
 
     @contextlib.asynccontextmanager
     async def listening(self, sink: Sink) -> AsyncIterator[None]:
-        """The same, told to a sink."""
+        """Deliver the signals of the daemon to a sink."""
         async with self.client.listening(sink, BUS_NAME, ROOT):
             yield
 
     async def cancel(self, path: str) -> None:
-        """Cancel the job at this path; one that ended in the meantime has nothing left to cancel."""
+        """Cancel the job at this path. Do nothing if it ended meanwhile."""
         with contextlib.suppress(NoSuchJob):
             await self.call(path, JOB, 'Cancel', 'a{sv}', {})
 
 
 def new_token(prefix: str) -> str:
-    """A handle_token that no other call of this process, or of any other with this prefix, has."""
+    """Return a new handle_token, which no other call of any process with this prefix has."""
     return f'{prefix}_{os.getpid()}_{secrets.token_hex(4)}'
 
 
 def outcome(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The Result of a job that has ended, from its properties; raises what it failed with."""
+    """Return the Result of a finished job from its properties, or raise its error."""
     if properties['State'] == 'done':
         return dict(properties['Result'])
     error = dict(properties['Error'])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The signals of ckptd as typed events. Jobs are named by the path of their object, images by their id."""
+"""The signals of ckptd as typed events. A job is named by the path of its object, an image by its id."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ __all__ = ['Event', 'ImageAdded', 'ImageRemoved', 'JobNew', 'JobRemoved', 'Prepa
 
 @dataclass(frozen=True, slots=True)
 class JobNew:
-    """A job waits or works."""
+    """A job was queued or started."""
     id: int
     job: str
 
@@ -41,26 +41,26 @@ class ImageRemoved:
 
 @dataclass(frozen=True, slots=True)
 class PrepareForCheckpoint:
-    """A checkpoint of what one inhibits is about to begin (start), or over."""
+    """A checkpoint of a tree that this client inhibits is about to begin (start), or is over."""
     job: str
     start: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A tree runs again."""
+    """A restored tree runs again."""
     image: str
     tasks: int
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is. progress: of the whole, 0 to 1. bytes_total: 0 while unknown."""
+    """The progress of a job."""
     job: str
     phase: str
-    progress: float
+    progress: float     # of the whole, 0 to 1
     bytes_done: int
-    bytes_total: int
+    bytes_total: int    # 0 while unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ _OF_MANAGER: Final[Mapping[str, type[Event]]] = {
 
 
 def event_of(signal: ReceivedSignal) -> Event | None:
-    """What a signal tells; None for one that this client does not know, as those of a later daemon."""
+    """Convert a signal to an event. None for an unknown signal, such as one of a later daemon."""
     if signal.interface == MANAGER and signal.member in _OF_MANAGER:
         return _make(_OF_MANAGER[signal.member], signal.args)
     if signal.interface == JOB and signal.member == 'Progress':
@@ -87,6 +87,6 @@ def event_of(signal: ReceivedSignal) -> Event | None:
 
 
 def _make(kind: type[Event], values: tuple[Any, ...]) -> Event | None:
-    """Further arguments are of a later daemon."""
+    """Make an event. Additional arguments come from a later daemon and are ignored."""
     count = len(fields(kind))
     return kind(*values[:count]) if len(values) >= count else None

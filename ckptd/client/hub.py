@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One subscription of a connection to the signals of ckptd, told to all of the program who listen."""
+"""One subscription of a connection to the signals of ckptd, distributed to all listeners in the program."""
 
 import asyncio
 import contextlib
@@ -12,12 +12,12 @@ from ckptd.client.daemon import DaemonProxy
 from ckptd.client.events import Event, event_of
 from ckptd.errors import Unavailable
 
-KEPT = 1024     # events that nobody has read yet; of more the oldest are lost
+KEPT = 1024     # events that were not read yet; of more, the oldest are lost
 
 
-class Hearer(Protocol):
-    """Who listens. left: the daemon has ended; whether who comes after it will do as well. lost: the daemon or the bus
-    is gone, there will be nothing more."""
+class Subscriber(Protocol):
+    """A listener. left: the daemon has ended; return whether the listener goes on with the next daemon. lost: the
+    daemon or the bus is gone, and nothing more will come."""
 
     def hear(self, signal: ReceivedSignal) -> None: ...
     def left(self) -> bool: ...
@@ -25,47 +25,47 @@ class Hearer(Protocol):
 
 
 class Hub:
-    """Told by the bus. After `gone` says why, it is of no use any more.
+    """A distributor of signals. Once `gone` has a reason, it is finished.
 
-    A daemon that nobody needs ends, and the next one knows who listens. A job ends with its daemon: who waits for one
-    hears that, and all others with him.
+    An idle daemon exits, and the next one knows the listeners. A job ends with its daemon, so the code that waits for a
+    job learns of it. All other listeners end with it.
     """
 
     def __init__(self) -> None:
         self.gone = ''
-        self._hearers: list[Hearer] = []
+        self._subscribers: list[Subscriber] = []
 
-    def join(self, hearer: Hearer) -> None:
+    def join(self, subscriber: Subscriber) -> None:
         if self.gone:
-            hearer.lost(self.gone)
+            subscriber.lost(self.gone)
         else:
-            self._hearers.append(hearer)
+            self._subscribers.append(subscriber)
 
-    def leave(self, hearer: Hearer) -> None:
-        """Again: nothing."""
-        if hearer in self._hearers:
-            self._hearers.remove(hearer)
+    def leave(self, subscriber: Subscriber) -> None:
+        """Remove a listener. A second call does nothing."""
+        if subscriber in self._subscribers:
+            self._subscribers.remove(subscriber)
 
     def add(self, signal: ReceivedSignal) -> None:
-        for hearer in list(self._hearers):
-            hearer.hear(signal)
+        for subscriber in list(self._subscribers):
+            subscriber.hear(signal)
 
     def left(self, reason: str) -> bool:
-        """The daemon has ended. Whether all who listen go on with the next."""
-        goes_on = [hearer.left() for hearer in list(self._hearers)]       # each hears of it
+        """Handle the end of the daemon. Return whether all listeners go on with the next one."""
+        goes_on = [subscriber.left() for subscriber in list(self._subscribers)]       # call each of them
         if not all(goes_on):
             self.end(reason)
         return not self.gone
 
     def end(self, reason: str) -> None:
         self.gone = self.gone or reason
-        for hearer in list(self._hearers):
-            self.leave(hearer)
-            hearer.lost(reason)
+        for subscriber in list(self._subscribers):
+            self.leave(subscriber)
+            subscriber.lost(reason)
 
 
 class Listening:
-    """The hub of a connection, made when it is first wanted, and anew when it is gone."""
+    """The hub of a connection. It is made on first use, and again after its end."""
 
     def __init__(self, daemon: DaemonProxy) -> None:
         self._daemon = daemon
@@ -74,10 +74,10 @@ class Listening:
         self._turn = asyncio.Lock()
 
     async def hub(self) -> Hub:
-        """Unavailable where there is no daemon."""
+        """Return the hub. Unavailable if there is no daemon."""
         async with self._turn:
             if self._hub is not None:
-                # what is on its way comes before the answer, also that the daemon has left
+                # signals on their way arrive before the answer, including one that the daemon has left
                 try:
                     await self._daemon.client.owner(BUS_NAME)
                 except Unavailable:
@@ -91,16 +91,15 @@ class Listening:
             return self._hub
 
     async def close(self) -> None:
-        """Who still listens is told that it is over."""
+        """End the hub. All listeners are told."""
         if self._hub is not None:
             self._hub.end('the connection was closed')
         await self._stack.aclose()
 
 
 class Events:
-    """Events in the order they came, of these kinds or of all; those of the daemon that is started after one that has
-    ended follow. Ends with Unavailable when the bus is gone, or the daemon at work on a job that this client waits for.
-    """
+    """Events in the order they came, of these kinds or of all. They continue with the next daemon after one has ended.
+    Raises Unavailable when the bus is gone, or a daemon that works on a job this client waits for."""
     def __init__(self, kinds: tuple[type[Event], ...] = ()) -> None:
         self._kinds = kinds
         self._unread: deque[Event] = deque(maxlen=KEPT)
@@ -125,7 +124,7 @@ class Events:
             self._news.set()
 
     def left(self) -> bool:
-        """The next daemon has events, too."""
+        """Go on: the next daemon has events, too."""
         return True
 
     def lost(self, reason: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Have one's own process tree checkpointed: one blocking call, no event loop, nothing left open."""
+"""Checkpoint the caller's own process tree: one blocking call, no event loop, nothing left open."""
 
 import os
 import socket
@@ -24,15 +24,16 @@ from ckptd.kernel.yama import set_ptracer
 __all__ = ['Outcome', 'checkpoint_self']
 
 Outcome = Literal['checkpointed', 'restored']
-LINE: Final = 4096          # bytes of an answer of SASL, at most
+LINE: Final = 4096          # bytes of a SASL answer, at most
 
 
 def checkpoint_self(bus: str = 'system', **options: Any) -> Outcome:
-    """Checkpoint the tree of the calling process: itself and all that descends from it.
+    """Checkpoint the tree of the calling process: itself and all its descendants.
 
-    bus: where ckptd is, 'system', 'session' or an address. options: those of Manager.CheckpointSelf: after='resume',
-    'kill' or 'freeze', freeze=, timeout= in microseconds. 'checkpointed' when the image is published; 'restored' in a
-    tree that came from it. CkptError: Refused with every reason, PermissionDenied, Unavailable where no ckptd is.
+    bus: the bus of ckptd: 'system', 'session' or an address. options: those of Manager.CheckpointSelf: after='resume',
+    'kill' or 'freeze', freeze=, timeout= in microseconds. Return 'checkpointed' when the image is published, and
+    'restored' in a tree that came from it. CkptError: Refused with every reason, PermissionDenied, Unavailable without
+    a ckptd.
     """
     before = _identity()
     try:
@@ -41,12 +42,12 @@ def checkpoint_self(bus: str = 'system', **options: Any) -> Outcome:
             with _traceable(sock, replies):
                 _call(sock, replies, 2, BUS_NAME, ROOT, MANAGER, 'CheckpointSelf', 'a{sv}', options)
     except (EOFError, OSError) as error:
-        # the bus that this process was connected to belongs to the life before
+        # a restored process has lost the bus connection of its earlier life
         if _identity() != before:
             return 'restored'
-        raise Unavailable(f'the bus is gone: {error}', hint='is it running?') from error
+        raise Unavailable(f'the bus is gone: {error}', hint='is the bus running?') from error
     except ProtocolError as error:
-        raise CkptError(f'the bus sent nonsense: {error}') from error
+        raise CkptError(f'the bus sent a malformed message: {error}') from error
     return 'checkpointed'
 
 
@@ -57,38 +58,39 @@ def _traceable(sock: socket.socket, replies: Iterator[Received]) -> Iterator[Non
     This replaces a tracer that the program has declared itself. Child processes do not inherit the declaration; each
     has to make its own.
     """
-    if not set_ptracer(os.getpid()):        # no Yama; if it is there, this allows nobody anything
+    # no Yama; with Yama, this declares the process itself, which allows nothing new
+    if not set_ptracer(os.getpid()):
         yield
         return
     try:
-        set_ptracer(_daemon(sock, replies))     # and what descends from it, the worker
+        set_ptracer(_daemon(sock, replies))     # this includes ckptd's descendants, such as the worker
         yield
     finally:
         set_ptracer(0)
 
 
 def _daemon(sock: socket.socket, replies: Iterator[Received]) -> int:
-    """Pid of ckptd. The bus starts it if it does not run."""
+    """Return the pid of ckptd. The bus starts it if it does not run."""
     try:
         [pid] = _call(sock, replies, 3, DRIVER, DRIVER_PATH, DRIVER, 'GetConnectionUnixProcessID', 's', BUS_NAME)
-    except CkptError:       # nobody has the name
+    except CkptError:       # no process owns the name
         _call(sock, replies, 4, DRIVER, DRIVER_PATH, DRIVER, 'StartServiceByName', 'su', BUS_NAME, 0)
         [pid] = _call(sock, replies, 5, DRIVER, DRIVER_PATH, DRIVER, 'GetConnectionUnixProcessID', 's', BUS_NAME)
     return int(pid)
 
 
 def _identity() -> tuple[str, int]:
-    """Boot and start time of this process. A restored process has others, even with the same pid."""
+    """Return boot id and start time of this process. A restored process has others, even with the same pid."""
     return boot_id(), parse_stat(Path('/proc/self/stat').read_bytes()).start_time
 
 
 @contextmanager
 def _connected(bus: str) -> Iterator[tuple[socket.socket, Iterator[Received]]]:
-    """A blocking socket after SASL, and what comes from it."""
+    """Open a blocking socket, authenticate, and yield it with its incoming messages."""
     try:
         sock = _connect(bus)
     except (OSError, EOFError, ValueError) as error:
-        raise Unavailable(f'cannot connect to the {bus} bus: {error}', hint='is it running?') from error
+        raise Unavailable(f'cannot connect to the {bus} bus: {error}', hint='is the bus running?') from error
     with sock, closing(MessageReader(sock, lambda _: MAX_REPLY)) as reader:
         yield sock, _messages(reader)
 
@@ -106,11 +108,11 @@ def _connect(bus: str) -> socket.socket:
                 raise
         else:
             return sock
-    raise OSError('its address names no unix socket')
+    raise OSError('its address has no unix socket')
 
 
 def _authenticate(sock: socket.socket) -> None:
-    """SASL EXTERNAL, as the D-Bus specification has it: we are who the kernel says."""
+    """Authenticate by SASL EXTERNAL as the D-Bus specification defines it: the kernel tells the bus our uid."""
     sock.sendall(b'\0AUTH EXTERNAL %s\r\n' % str(os.geteuid()).encode().hex().encode())
     line = b''
     while not line.endswith(b'\r\n'):
@@ -119,7 +121,7 @@ def _authenticate(sock: socket.socket) -> None:
             raise EOFError('it closed the connection during authentication')
         line += piece
     if not line.startswith(b'OK '):
-        raise OSError(f'it does not take us for uid {os.geteuid()}: {line.decode("ascii", "replace").strip()}')
+        raise OSError(f'it does not accept uid {os.geteuid()}: {line.decode("ascii", "replace").strip()}')
     sock.sendall(b'BEGIN\r\n')
 
 
@@ -130,14 +132,14 @@ def _messages(reader: MessageReader) -> Iterator[Received]:
 
 def _call(sock: socket.socket, messages: Iterator[Received], serial: int, destination: str, path: str, interface: str,
           member: str, signature: str = '', *args: Any) -> Sequence[Any]:
-    """Call a method and wait for its answer, however long that takes; its values. The CkptError that it answers."""
+    """Call a method and wait for its answer, however long that takes. Return its values or raise its CkptError."""
     call = wire.make_call(destination, path, interface, member, signature, to_body(signature, args))
     call.serial = serial
     sock.sendall(wire.marshal(call))
     for message in messages:
         try:
             if message.reply_serial != serial or message.type not in (MessageType.RETURN, MessageType.ERROR):
-                continue        # a signal to us, as that of our name
+                continue        # a signal to us, such as NameAcquired
             if message.type == MessageType.ERROR:
                 raise as_ckpt_error(error_of(message), path)
             return message.body()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A job of the daemon, as whoever started it sees it: how far it is, its result, its end."""
+"""A job of the daemon, as its caller sees it: progress, result and end."""
 
 import asyncio
 from collections import deque
@@ -22,10 +22,11 @@ OVER: Final = frozenset({'done', 'failed', 'cancelled'})
 
 
 class Job(Generic[R]):
-    """Made by a client. path: of its object. id: its number. root: pid of a restored tree's root once it runs, else 0.
+    """A job, made by a client. path: the path of its object. id: its number. root: pid of a restored tree's root once
+    it runs, else 0.
 
         job = await ckptd.checkpoint('pid:42')
-        async for event in job:             # Progress and Running, until it has ended; those since it was begun
+        async for event in job:             # Progress and Running, from its start until its end
             print(event)
         print((await job.wait()).image)
     """
@@ -35,26 +36,27 @@ class Job(Generic[R]):
         self._daemon, self._hub, self._make = daemon, hub, make
         self._unread: deque[Progress | Running] = deque(maxlen=KEPT)
         self._news, self._over = asyncio.Event(), asyncio.Event()
-        self._properties: dict[str, Any] = {}       # the last that was told of them, all that matter once it is over
+        self._properties: dict[str, Any] = {}       # the latest properties; all that matter once the job is over
         self._lost = ''
         self._unwanted = False
         hub.join(self)
 
     async def wait(self) -> R:
-        """Its result, once it has ended; that may be asked for again. CkptError: what it failed with, Cancelled,
-        Unavailable when the daemon has gone before. To stop waiting does not stop the job: see `cancel`."""
+        """Wait for the end and return the result. It may be called again. CkptError: the job's error, Cancelled, or
+        Unavailable if the daemon has gone. To stop waiting does not stop the job: see `cancel`."""
         await self._over.wait()
         await self._learn()
-        if not self._is_told:
+        if not self._outcome_known:
             raise Unavailable(f'{self._lost} before the job was over')
         return self._make(outcome(self._properties))
 
     async def cancel(self) -> None:
-        """Ask it to let go and leave nothing; `wait` then raises Cancelled. One that is over stays as it is."""
+        """Ask the job to release its tree and leave nothing behind; `wait` then raises Cancelled. A finished job is not
+        changed."""
         await self._daemon.cancel(self.path)
 
     async def status(self) -> JobStatus:
-        """NoSuchJob a while after it has ended (KeepJobsSec)."""
+        """Read the status. NoSuchJob a while after the job has ended (KeepJobsSec)."""
         return from_properties(JobStatus, await self._daemon.job_properties(self.path))
 
     def __aiter__(self) -> Self:
@@ -65,16 +67,16 @@ class Job(Generic[R]):
             if not self._over.is_set():
                 self._news.clear()
                 await self._news.wait()
-            elif self._is_told or self._lost:
+            elif self._outcome_known or self._lost:
                 raise StopAsyncIteration
             else:
-                await self._learn()     # of a short restore, that the tree runs
+                await self._learn()     # a short restore may have run its tree before the subscription
         return self._unread.popleft()
 
-    # ------------------------------------------------------------ told by the hub and by who made it
+    # ------------------------------------------------------------ called by the hub and by the maker of the job
 
     def hear(self, signal: ReceivedSignal) -> None:
-        """A signal of the daemon, of this job or not."""
+        """Handle a signal of the daemon, whether it is about this job or not."""
         if signal.path == self.path and signal.member == 'PropertiesChanged' and signal.args[0] == JOB:
             self._changed(signal.args[1])
         match event_of(signal):
@@ -82,7 +84,7 @@ class Job(Generic[R]):
                 self.id = number
                 if self._unwanted:
                     self._cancel_unheard()
-            case Running(self.path, root) as event if root != self.root:     # each change of state says it again
+            case Running(self.path, root) as event if root != self.root:     # each change of state repeats it
                 self.root = root
                 self._add(event)
             case Progress(self.path) as event:
@@ -92,48 +94,49 @@ class Job(Generic[R]):
                 self._end()
 
     def left(self) -> bool:
-        """It ends with its daemon, and somebody waits for it. One of this path that the next daemon has is another."""
+        """End with the daemon, if this job is still wanted. A job of the next daemon with the same path is another
+        one."""
         if self._unwanted:
             self._hub.leave(self)
         return self._unwanted
 
     def lost(self, reason: str) -> None:
-        """The daemon is gone."""
+        """Note that the daemon is gone."""
         self._lost = reason
         self._end()
 
     def settle(self, properties: Mapping[str, Any]) -> None:
-        """What was asked about it: all its properties."""
+        """Take over all properties of the job."""
         root = properties.get('Root', 0)
         if root and root != self.root:
             self.root = root
             self._add(Running(self.path, root))
         self._changed(properties)
-        if self._is_told:
+        if self._outcome_known:
             self._end()
 
     def abandon(self) -> None:
-        """Who wanted it was interrupted before it was known to exist; if it does, it is cancelled."""
+        """Cancel the job if it exists. Its caller was interrupted before the answer came."""
         self._unwanted = True
         if self.id:
             self._cancel_unheard()
 
     def forget(self) -> None:
-        """It never was."""
+        """Drop a job that was never made."""
         self._hub.leave(self)
 
     async def _learn(self) -> None:
-        """How it ended, unless the signals have told or cannot any more."""
-        if not self._is_told and not self._lost:
+        """Read how the job ended, unless signals have told it or the daemon is gone."""
+        if not self._outcome_known and not self._lost:
             self.settle(await self._daemon.job_properties(self.path))
 
     @property
-    def _is_told(self) -> bool:
+    def _outcome_known(self) -> bool:
         return self._properties.get('State') in OVER
 
     def _changed(self, values: Mapping[str, Any]) -> None:
         self._properties.update(values)
-        if self._is_told and self._over.is_set():
+        if self._outcome_known and self._over.is_set():
             self._hub.leave(self)
 
     def _add(self, event: Progress | Running) -> None:
@@ -141,10 +144,10 @@ class Job(Generic[R]):
         self._news.set()
 
     def _end(self) -> None:
-        """JobRemoved comes first, the last PropertiesChanged a moment later."""
+        """Mark the job as over. JobRemoved comes first, the last PropertiesChanged a moment later."""
         self._over.set()
         self._news.set()
-        if self._is_told or self._unwanted:
+        if self._outcome_known or self._unwanted:
             self._hub.leave(self)
 
     def _cancel_unheard(self) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Typed answers of ckptd, and the options that it takes. Times are microseconds, sizes bytes.
+"""Typed answers of ckptd, and its options. Times are in microseconds, sizes in bytes.
 
-A field that a daemon does not send has its default; one that this client does not know is left out.
+A field that a daemon does not send has its default. A field that this client does not know is left out.
 """
 
 import re
@@ -19,56 +19,51 @@ T = TypeVar('T')
 
 
 class FreezeOptions(TypedDict, total=False):
-    """freeze: what stops the tree. timeout: microseconds until it has to stand still. detach: go on when this client
-    leaves the bus before it is over."""
-    freeze: FreezeMode
-    timeout: int
-    detach: bool
+    """Options of Freeze."""
+    freeze: FreezeMode    # what stops the tree
+    timeout: int          # microseconds until the tree must be frozen
+    detach: bool          # go on when this client leaves the bus before the job is over
 
 
 class CheckpointOptions(FreezeOptions, total=False):
-    """after: what becomes of the tree. save_files: keep what is open for writing, save_limit bytes in all. as_root: by
-    the rights of root, although the tree is all one user's. handle_token: names the job's object."""
-    after: After
-    save_files: bool
-    save_limit: int
-    as_root: bool
-    handle_token: str
+    """Options of Checkpoint."""
+    after: After         # what happens to the tree afterwards
+    save_files: bool     # keep the content of files that are open for writing
+    save_limit: int      # bytes of such content in all
+    as_root: bool        # use root's rights although the whole tree belongs to one user
+    handle_token: str    # name in the path of the job's object
 
 
 class CheckRestoreOptions(TypedDict, total=False):
-    """cgroup: where the tree is to live. new_pidns: in a pid namespace of its own. clamp: limits and priorities that
-    may not be set come back as the nearest that may. leave_stopped: every process is stopped. changed_files: what to
-    do about files that went on living. wait: the job ends with the root of the tree. terminal: an open fd of one, for
-    a tree that had one."""
-    cgroup: str
-    new_pidns: bool
-    clamp: bool
-    leave_stopped: bool
-    changed_files: ChangedFiles
-    wait: bool
-    terminal: int
+    """Options of CheckRestore."""
+    cgroup: str                    # cgroup for the tree
+    new_pidns: bool                # restore into a new pid namespace
+    clamp: bool                    # limits and priorities that may not be set become the nearest that may
+    leave_stopped: bool            # every process is stopped
+    changed_files: ChangedFiles    # treatment of files that have changed since
+    wait: bool                     # the job ends with the root of the tree
+    terminal: int                  # an open fd of a terminal, for a tree that had one
 
 
 class RestoreOptions(CheckRestoreOptions, total=False):
-    """handle_token, detach: as of a checkpoint."""
+    """Options of Restore. handle_token and detach are those of Checkpoint."""
     handle_token: str
     detach: bool
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointResult:
-    """frozen_time: how long the tree stood still. freeze_mode: what stopped it. warnings: what the image lacks."""
+    """The result of a checkpoint."""
     image: str = ''
     target: str = ''
     command: str = ''
     tasks: int = 0
     processes: int = 0
     size: int = 0
-    freeze_mode: str = ''
-    warnings: tuple[Finding, ...] = ()
+    freeze_mode: str = ''                 # what stopped the tree
+    warnings: tuple[Finding, ...] = ()    # what the image lacks
     freezing_time: int = 0
-    frozen_time: int = 0
+    frozen_time: int = 0                  # how long the tree was frozen
     memdump_time: int = 0
     memwrite_time: int = 0
     total_time: int = 0
@@ -78,28 +73,28 @@ class CheckpointResult:
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
-    """root: pid of the root as everybody sees it; inside: as its own pid namespace does, 0 if that is the same.
-    exit_status: of the root as wait(2) has it, of a restore with wait; None of any other, and of a tree let go of."""
+    """The result of a restore."""
     image: str = ''
-    root: int = 0
-    inside: int = 0
+    root: int = 0      # pid of the root outside of its pid namespace
+    inside: int = 0    # pid of the root in its own pid namespace; 0 if that is the same
     tasks: int = 0
     processes: int = 0
     bytes: int = 0
     cgroup: str = ''
     warnings: tuple[Finding, ...] = ()
     restored_usec: int = 0
-    exit_status: int | None = None
+    exit_status: int | None = None    # of the root, as wait(2) reports it; None without wait, and if the tree was
+                                      # released
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerInfo:
-    """jobs: how many wait or work. frozen_targets: what `thaw` would let go of."""
+    """Properties of the manager."""
     version: str = ''
     spool: str = ''
-    jobs: int = 0
+    jobs: int = 0                           # number of jobs that are queued or running
     images: int = 0
-    frozen_targets: tuple[str, ...] = ()
+    frozen_targets: tuple[str, ...] = ()    # targets that `thaw` would thaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +108,7 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """progress: 0 to 1. start_time, expected_end_time: of the real-time clock; 0 while unknown. error, result: {} until
-    it has ended."""
+    """Properties of a job."""
     state: State = 'queued'
     phase: str = ''
     operation: str = ''
@@ -125,41 +119,40 @@ class JobStatus:
     tasks_total: int = 0
     bytes_done: int = 0
     bytes_total: int = 0
-    progress: float = 0.0
-    start_time: int = 0
-    expected_end_time: int = 0
+    progress: float = 0.0                               # 0 to 1
+    start_time: int = 0                                 # of the real-time clock
+    expected_end_time: int = 0                          # of the real-time clock; 0 while unknown
     started_by_uid: int = 0
-    error: Mapping[str, Any] = field(default_factory=dict)
-    result: Mapping[str, Any] = field(default_factory=dict)
+    error: Mapping[str, Any] = field(default_factory=dict)  # {} until the job has ended
+    result: Mapping[str, Any] = field(default_factory=dict)  # {} until the job has ended
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """A line of the list. created: of the real-time clock. owner: a uid."""
+    """An image in the list."""
     id: str
     path: str = ''
     target: str = ''
     command: str = ''
-    created: int = 0
-    owner: int = 0
+    created: int = 0    # of the real-time clock
+    owner: int = 0      # a uid
     tasks: int = 0
     size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDetails(ImageInfo):
-    """All that is known without reading the image. statistics: times and pages of the checkpoint."""
+    """Everything that is known without reading the image."""
     processes: int = 0
     kernel: str = ''
     architecture: str = ''
     boot_id: str = ''
-    statistics: Mapping[str, int] = field(default_factory=dict)
+    statistics: Mapping[str, int] = field(default_factory=dict)  # times and numbers of pages of the checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """A task of a live tree or of an image, where every id is the tree's own. depth: of its process below the root.
-    rss: bytes, and fds: 'FD LINK', of leaders only; fds_left_out: how many there was no room for."""
+    """A task of a live tree or of an image. In an image, every id is the tree's own."""
     tid: int
     tgid: int = 0
     ppid: int = 0
@@ -169,11 +162,11 @@ class TaskInfo:
     parent_tid: int = 0
     comm: str = ''
     state: str = ''
-    depth: int = 0
-    rss: int = 0
+    depth: int = 0               # of its process below the root
+    rss: int = 0                 # bytes; of leaders only
     uid: int = 0
-    fds: tuple[str, ...] = ()
-    fds_left_out: int = 0
+    fds: tuple[str, ...] = ()    # 'FD LINK'; of leaders only
+    fds_left_out: int = 0        # how many there was no room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,18 +180,18 @@ class InhibitorInfo:
 
 
 def from_row(cls: type[T], row: Mapping[str, Any]) -> T:
-    """A record from a{sv}. TypeError for a row without what the record cannot do without."""
+    """Make a record from a{sv}. TypeError if a required field is missing."""
     known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
     return cls(**{key: _plain(key, value) for key, value in row.items() if key in known})
 
 
 def from_properties(cls: type[T], properties: Mapping[str, Any], **more: Any) -> T:
-    """Make one from the properties of an object."""
+    """Make a record from the properties of an object."""
     return from_row(cls, {snake(key): value for key, value in properties.items()} | more)
 
 
 def snake(name: str) -> str:
-    """'boot_id' for 'BootId', 'started_by_uid' for 'StartedByUID'."""
+    """Return 'boot_id' for 'BootId', 'started_by_uid' for 'StartedByUID'."""
     return re.sub(r'(?<=[a-z])(?=[A-Z])', '_', name).lower()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The same client for programs without an event loop: the same names, options, records and errors.
+"""The client for programs without an event loop, with the same names, options, records and errors.
 
     from ckptd.client.sync import connect
 
@@ -7,7 +7,7 @@
         result = ckptd.checkpoint('pid:42', after='kill').wait(timeout=60)
         ckptd.restore(result.image).wait()
 
-An event loop runs in a thread for as long as the connection lasts, and any thread of the program may call.
+An event loop runs in a thread for as long as the connection lasts. Any thread of the program may call.
 """
 
 import asyncio
@@ -46,13 +46,13 @@ T = TypeVar('T')
 
 
 class LoopThread:
-    """An event loop in a thread of its own while the context lasts; what still runs in it then is cancelled."""
+    """An event loop in a thread of its own while the context lasts. At its end, running tasks are cancelled."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
         self._begun = threading.Event()
-        # daemon: a program that ends without leaving the context is not held up
+        # daemon: a program that ends without leaving the context must not be delayed
         self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), name='ckptd-client', daemon=True)
 
     def __enter__(self) -> Self:
@@ -70,7 +70,8 @@ class LoopThread:
         await self._stop.wait()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Its result. timeout: seconds, after which (or on Ctrl-C) it is cancelled; TimeoutError then."""
+        """Run a coroutine and return its result. timeout: seconds, after which it is cancelled with TimeoutError.
+        Ctrl-C cancels it as well."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout)
@@ -81,7 +82,7 @@ class LoopThread:
 
 @contextlib.contextmanager
 def connect(bus: str = 'system', *, interactive: bool = False) -> Iterator['SyncCkptd']:
-    """As ckptd.client.connect."""
+    """Connect as ckptd.client.connect does."""
     with LoopThread() as thread:
         context = connection.connect(bus, interactive=interactive)
         ckptd = thread.run(_enter(context))
@@ -92,7 +93,7 @@ def connect(bus: str = 'system', *, interactive: bool = False) -> Iterator['Sync
 
 
 class SyncCkptd:
-    """Made by `connect`; see ckptd.client.Ckptd for what each method does."""
+    """A connection to the daemon, made by `connect`. ckptd.client.Ckptd describes the methods."""
 
     def __init__(self, thread: LoopThread, ckptd: connection.Ckptd) -> None:
         self._thread, self._ckptd = thread, ckptd
@@ -156,7 +157,7 @@ class SyncCkptd:
 
 
 class SyncJob(Generic[R]):
-    """As ckptd.client.Job: `for event in job: ...`, then `job.wait()`."""
+    """A job like ckptd.client.Job: `for event in job: ...`, then `job.wait()`."""
 
     def __init__(self, thread: LoopThread, job: AsyncJob[R]) -> None:
         self._thread, self._job = thread, job
@@ -174,7 +175,7 @@ class SyncJob(Generic[R]):
         return self._job.root
 
     def wait(self, timeout: float | None = None) -> R:
-        """TimeoutError after so many seconds; the job goes on."""
+        """Wait for the result. TimeoutError after so many seconds; the job goes on."""
         return self._thread.run(self._job.wait(), timeout)
 
     def cancel(self) -> None:
@@ -194,7 +195,7 @@ class SyncJob(Generic[R]):
 
 
 class SyncImage:
-    """As ckptd.client.Image."""
+    """An image like ckptd.client.Image."""
 
     def __init__(self, thread: LoopThread, image: connection.Image) -> None:
         self._thread, self._image = thread, image
@@ -233,7 +234,7 @@ class SyncImage:
 
 
 class SyncEvents:
-    """As ckptd.client.Events: `for event in events`."""
+    """Events like ckptd.client.Events: `for event in events`."""
 
     def __init__(self, thread: LoopThread, events: AsyncEvents) -> None:
         self._thread, self._events = thread, events
@@ -245,7 +246,7 @@ class SyncEvents:
         return self.next()
 
     def next(self, timeout: float | None = None) -> Event:
-        """The next one. TimeoutError after so many seconds."""
+        """Return the next event. TimeoutError after so many seconds."""
         return self._thread.run(self._events.__anext__(), timeout)
 
 

@@ -197,7 +197,7 @@ async def test_a_call_that_is_interrupted_takes_its_job_back(player: Ckptd, monk
         ended = await anext(events)
     assert isinstance(ended, JobRemoved)
     assert ended.result == 'cancelled'
-    assert not player._listening._hub._hearers    # type: ignore[union-attr]
+    assert not player._listening._hub._subscribers    # type: ignore[union-attr]
 
 
 async def test_a_job_of_the_list(player: Ckptd, scripted: ScriptedDaemon) -> None:
@@ -276,7 +276,7 @@ async def test_errors(ckptd: Ckptd) -> None:
         with pytest.raises(error) as caught:
             await call
         assert caught.value.hint
-    assert not ckptd._listening._hub._hearers    # type: ignore[union-attr]
+    assert not ckptd._listening._hub._subscribers    # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------- events, and their end
