@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""python -m ckptd.cli"""
+"""Run ckptctl by python -m ckptd.cli."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptctl export --format tar, and ckptctl import: images as files, to keep or to bring to another machine."""
+"""ckptctl export --format tar, and ckptctl import: images as files, to store or to take to another machine."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ STDIO = '-'
 
 
 async def write_archive(session: Session) -> int:
-    """Write an image to a file or, as '-', to standard output. Nothing stays of a file that failed."""
+    """Write an image to a file or, for '-', to standard output. If this fails, the file is removed."""
     args, out = session.args, session.out
     async with session.daemon() as daemon:
         with _written(args.directory, args.force) as fd:
@@ -25,7 +25,7 @@ async def write_archive(session: Session) -> int:
 
 
 async def import_(session: Session) -> int:
-    """Take an image in; print its id."""
+    """Import an image and print its id."""
     args, out = session.args, session.out
     async with session.daemon() as daemon:
         with _read(args.file) as fd:
@@ -39,13 +39,13 @@ async def import_(session: Session) -> int:
 def _written(name: str, force: bool) -> Iterator[int]:
     if name == STDIO:
         if sys.stdout.isatty():
-            raise InvalidArgument('an image is nothing for a terminal', hint='name a file, or send it into a pipe')
+            raise InvalidArgument('an image cannot be written to a terminal', hint='give a file, or use a pipe')
         yield 1
         return
     try:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL), 0o600)
     except FileExistsError as error:
-        raise CkptError(f'{name} is there already', errno=error.errno, hint='use --force to overwrite it') from error
+        raise CkptError(f'{name} exists already', errno=error.errno, hint='use --force to overwrite it') from error
     try:
         yield fd
     except BaseException:
@@ -60,7 +60,7 @@ def _written(name: str, force: bool) -> Iterator[int]:
 def _read(name: str) -> Iterator[int]:
     if name == STDIO:
         if sys.stdin.isatty():
-            raise InvalidArgument('an image does not come from a terminal', hint='name a file')
+            raise InvalidArgument('an image cannot be read from a terminal', hint='give a file')
         yield 0
         return
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)

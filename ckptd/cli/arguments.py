@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command line: a table of commands, and the parsers made from it.
 
-The options that every command has may stand before or after its name. A mistake raises InvalidArgument, so that it is
-reported like every other error. The handlers are named, not imported: `ckptctl --help` loads nothing but argparse.
+Common options may stand before or after the name of the command. A mistake raises InvalidArgument, so that it is
+reported like every other error. Handlers are given by name and not imported, so `ckptctl --help` loads nothing but
+argparse.
 """
 
 import argparse
@@ -24,7 +25,7 @@ COMMON_DEFAULTS = {'json': False, 'standalone': False, 'spool': None, 'address':
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises instead of writing usage to stderr and leaving."""
+    """An ArgumentParser that raises an error instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         hint = f'run "{self.prog} --help"'
@@ -40,21 +41,21 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """handler: 'module:coroutine' below ckptd.cli. example: command lines for the end of --help."""
-    handler: str
+    """One command."""
+    handler: str    # 'module:coroutine' below ckptd.cli
     summary: str
-    example: str
+    example: str    # command lines for the end of --help
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     description: str = ''
 
 
 def target(text: str) -> str:
-    """A target as the daemon takes it; a bare number is a pid."""
+    """Return a target as the daemon takes it. A bare number is a pid."""
     return f'pid:{int(text)}' if text.isascii() and text.isdigit() else text
 
 
 def timespan(text: str) -> int:
-    """parse_timespan for argparse, which shows the text of an ArgumentTypeError only."""
+    """Call parse_timespan for argparse, which shows only the text of an ArgumentTypeError."""
     try:
         return parse_timespan(text)
     except ValueError as error:
@@ -62,7 +63,7 @@ def timespan(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """parse_size for argparse."""
+    """Call parse_size for argparse."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -77,7 +78,7 @@ def _target(parser: argparse.ArgumentParser, metavar: str = 'TARGET') -> None:
 def _freezing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--freeze', choices=FREEZE_MODES, default='auto', metavar='MODE',
                         help='what stops the tree: auto (default), cgroup, unit (through systemd), ptrace, or caller '
-                             '(you have frozen it already)')
+                             '(you have already frozen it)')
     parser.add_argument('--timeout', type=timespan, metavar='SPAN',
                         help='give up when the tree is not frozen after SPAN: "10s" (default), "500ms", "2min"')
 
@@ -91,35 +92,35 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     after.add_argument('--leave-frozen', dest='after', action='store_const', const='freeze',
                        help='keep the tree frozen afterwards, until "ckptctl thaw TARGET"')
     parser.add_argument('--save-files', action='store_true',
-                        help='keep the content of files that are open for writing, for "restore --changed-files '
+                        help='also save the content of files that are open for writing, for "restore --changed-files '
                              'rollback"')
     parser.add_argument('--save-limit', type=size, metavar='SIZE',
-                        help='save no more than SIZE of them in all: "64M", "1G" (default)')
+                        help='save at most SIZE of such content in all: "64M", "1G" (default)')
     parser.add_argument('--as-root', action='store_true',
-                        help='dump by the rights of root, also a tree that is all one other user\'s')
-    parser.add_argument('--detach', action='store_true', help='print the job and return while it runs')
-    parser.add_argument('-q', '--quiet', action='store_true', help='print the id of the image and nothing else')
+                        help='dump with root\'s rights, even if the whole tree belongs to one other user')
+    parser.add_argument('--detach', action='store_true', help='print the job and return at once')
+    parser.add_argument('-q', '--quiet', action='store_true', help='print only the id of the image')
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
     _image(parser)
     stay = parser.add_mutually_exclusive_group()
     stay.add_argument('--wait', action='store_true',
-                      help='stay until the root of the tree has ended, pass on signals and the terminal, and end with '
+                      help='stay until the root of the tree has ended, pass on signals and the terminal, and exit with '
                            'its exit status')
     stay.add_argument('--detach', dest='wait', action='store_false',
                       help='return once the tree runs, and print the pid of its root (default)')
     parser.add_argument('--new-pidns', action='store_true',
-                        help='in a new pid namespace, where every pid is free')
+                        help='restore into a new pid namespace, where every pid is free')
     parser.add_argument('--clamp', action='store_true',
-                        help='limits, priorities and locked memory that you may not set: take the nearest that you may')
+                        help='for limits, priorities and locked memory that you may not set: use the nearest value')
     parser.add_argument('--cgroup', metavar='PATH', type=lambda text: text.removeprefix('cgroup:'),
-                        help='the cgroup that the tree is to live in, instead of the one it was in')
-    parser.add_argument('--leave-stopped', action='store_true', help='leave every process stopped, as by SIGSTOP')
+                        help='cgroup for the tree, instead of its former one')
+    parser.add_argument('--leave-stopped', action='store_true', help='stop every process as by SIGSTOP')
     parser.add_argument('--changed-files', choices=CHANGED_FILES, metavar='HOW',
-                        help='of files that went on living since: refuse (default), accept, or rollback to what they '
-                             'were')
-    parser.add_argument('--dry-run', action='store_true', help='list what stands in the way, and change nothing')
+                        help='for files that have changed since: refuse (default), accept, or rollback to their saved '
+                             'content')
+    parser.add_argument('--dry-run', action='store_true', help='list what would prevent a restore, and change nothing')
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
@@ -132,9 +133,9 @@ def _freeze(parser: argparse.ArgumentParser) -> None:
 
 
 def _tree(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('target', metavar='TARGET|IMAGE', type=target, help='what runs, or the id of an image')
+    parser.add_argument('target', metavar='TARGET|IMAGE', type=target, help='a running tree, or the id of an image')
     parser.add_argument('--files', action='store_true', help='draw each open file on a line of its own')
-    parser.add_argument('--threads', action='store_true', help='draw each thread, also where many have one name')
+    parser.add_argument('--threads', action='store_true', help='draw each thread, even if several have the same name')
 
 
 def _job(parser: argparse.ArgumentParser) -> None:
@@ -152,30 +153,30 @@ def _images(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--format', choices=FORMATS, default='core',
                         help='core: one ELF core per process (default); tar: the whole image, for "ckptctl import"')
-    parser.add_argument('--force', action='store_true', help='overwrite files that are there already')
+    parser.add_argument('--force', action='store_true', help='overwrite existing files')
     _image(parser)
     parser.add_argument('directory', metavar='DIR|FILE',
-                        help='where core.N of each process goes, made if it is not there; with --format tar the file, '
+                        help='directory for core.N of each process, made if needed; with --format tar the file, '
                              'or - for standard output')
 
 
 def _import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('file', metavar='FILE',
-                        help='what "ckptctl export --format tar" wrote, or - for standard input')
+                        help='file written by "ckptctl export --format tar", or - for standard input')
 
 
 def _inhibit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--who', metavar='NAME', default='', help='who delays (default: the program)')
-    parser.add_argument('--why', metavar='TEXT', default='a program must end first', help='why')
+    parser.add_argument('--who', metavar='NAME', default='', help='name of the delaying program (default: PROGRAM)')
+    parser.add_argument('--why', metavar='TEXT', default='a program must end first', help='reason of the delay')
     _target(parser)
-    parser.add_argument('program', metavar='PROGRAM', nargs=argparse.REMAINDER, help='what runs meanwhile, with its '
+    parser.add_argument('program', metavar='PROGRAM', nargs=argparse.REMAINDER, help='program to run, with its '
                         'arguments')
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--freeze', choices=('auto', 'cgroup', 'ptrace'), default='auto', metavar='MODE',
                         help='what stops the tree: auto (default), cgroup or ptrace')
-    parser.add_argument('--keep', action='store_true', help='keep the spool and the cores, and say where they are')
+    parser.add_argument('--keep', action='store_true', help='keep the spool and the cores, and print where they are')
 
 
 COMMANDS: dict[str, Command] = {
@@ -186,16 +187,16 @@ COMMANDS: dict[str, Command] = {
         'Freeze the tree below TARGET, write it to an image in the spool, and let it run on. '
         'Ctrl-C cancels: the tree runs on and nothing is left behind.'),
     'restore': Command(
-        'restore:restore', 'Bring the tree of an image back',
+        'restore:restore', 'Restore the tree of an image',
         'ckptctl restore 20240131_235959_sleep_3fa9 --dry-run\nckptctl restore 20240131_235959_sleep_3fa9\n'
         'ckptctl restore 20240131_235959_sleep_3fa9 --wait --new-pidns\n'
         'ckptctl restore 20240131_235959_sort_71c0 --standalone --spool ~/images --changed-files rollback', _restore,
-        'Make every process of IMAGE again and let the tree run on from where it was; nothing runs before all is '
-        'ready. Ctrl-C until then cancels, and nothing is left behind.'),
+        'Make every process of IMAGE again and let the tree continue where it was. No process runs before all are '
+        'ready. Until then Ctrl-C cancels the restore, and nothing is left behind.'),
     'check': Command(
-        'checkpoint:check', 'Say what stands in the way of a checkpoint',
+        'checkpoint:check', 'List what would prevent a checkpoint',
         'ckptctl check 1234\nckptctl check app.service --json', _check,
-        'Run every check of a checkpoint, with nothing frozen and nothing written, and list everything found.'),
+        'Run every check of a checkpoint and list everything found. Nothing is frozen and nothing is written.'),
     'tree': Command(
         'tree:tree', 'Draw a tree of processes, live or from an image',
         'ckptctl tree 1234 --files\nckptctl tree 20240131_235959_sleep_3fa9', _tree,
@@ -203,19 +204,19 @@ COMMANDS: dict[str, Command] = {
     'freeze': Command(
         'freeze:freeze', 'Freeze a tree and hold it',
         'ckptctl freeze app.service\nckptctl freeze 1234 --freeze ptrace --standalone', _freeze,
-        'Return once every task of the tree has stopped; the daemon holds it until "ckptctl thaw". With --standalone '
+        'Return once every task of the tree has stopped. The daemon holds it until "ckptctl thaw". With --standalone '
         'there is no daemon to hold it: the command stays, and thaws the tree on Ctrl-C.'),
     'thaw': Command(
-        'freeze:thaw', 'Let go of a frozen tree', 'ckptctl thaw app.service', _check,
-        'Thaw what "ckptctl freeze" or "ckptctl checkpoint --leave-frozen" holds.'),
+        'freeze:thaw', 'Thaw a frozen tree', 'ckptctl thaw app.service', _check,
+        'Thaw a tree that "ckptctl freeze" or "ckptctl checkpoint --leave-frozen" left frozen.'),
     'jobs': Command('jobs:jobs', 'List the jobs of the daemon', 'ckptctl jobs --json'),
     'cancel': Command('jobs:cancel', 'Cancel jobs', 'ckptctl cancel 7', _job,
-                      'The tree of a cancelled checkpoint runs on, and nothing of its image stays; of a cancelled '
-                      'restore nothing is left. A restore whose tree runs and is waited for lets go of it.'),
+                      'The tree of a cancelled checkpoint runs on, and its image is removed. A restore leaves '
+                      'nothing behind; if its tree already runs, the tree runs on.'),
     'list': Command('images:list_images', 'List the images in the spool', 'ckptctl list\nckptctl list --json'),
-    'show': Command('images:show', 'Show what is known about an image',
+    'show': Command('images:show', 'Show the properties of an image',
                     'ckptctl show 20240131_235959_sleep_3fa9', _image),
-    'verify': Command('images:verify', 'Check that images are whole and unaltered',
+    'verify': Command('images:verify', 'Check that images are complete and unaltered',
                       'ckptctl verify 20240131_235959_sleep_3fa9', _images,
                       'Compare every part with its digest and every record with the grammar, and list all damages.'),
     'remove': Command('images:remove', 'Remove images', 'ckptctl remove 20240131_235959_sleep_3fa9', _images),
@@ -226,29 +227,29 @@ COMMANDS: dict[str, Command] = {
         'Write one ELF core per process to DIR, as core.N with N its pid, for gdb and other debuggers; or the image as '
         'a tar archive.'),
     'import': Command(
-        'archive:import_', 'Take in an image from a file', 'ckptctl import sleep.tar', _import,
-        'The image becomes yours, and is checked as a whole first. What is restored from it has no right that you '
+        'archive:import_', 'Import an image from a file', 'ckptctl import sleep.tar', _import,
+        'The whole image is checked first, and then it becomes yours. A tree restored from it has no right that you '
         'lack.'),
     'inhibit': Command(
-        'inhibit:inhibit', 'Run a program that a checkpoint waits for', 'ckptctl inhibit app.service flush-queues',
-        _inhibit, 'As long as PROGRAM runs a checkpoint of TARGET waits, but not longer than the daemon allows '
+        'inhibit:inhibit', 'Run a program and delay checkpoints meanwhile', 'ckptctl inhibit app.service flush-queues',
+        _inhibit, 'While PROGRAM runs, a checkpoint of TARGET waits, but not longer than the daemon allows '
         '(InhibitDelayMaxSec=, 5 s by default).'),
-    'inhibitors': Command('inhibit:inhibitors', 'List who delays checkpoints', 'ckptctl inhibitors --json'),
+    'inhibitors': Command('inhibit:inhibitors', 'List what delays checkpoints', 'ckptctl inhibitors --json'),
     'monitor': Command('monitor:monitor', 'Show jobs and images as they come and go', 'ckptctl monitor --json',
-                       description='Print every signal of the daemon until Ctrl-C; with --json, one object a line.'),
-    'doctor': Command('doctor:doctor', 'Say what this machine has of what ckptd needs',
+                       description='Print every signal of the daemon until Ctrl-C; with --json one object per line.'),
+    'doctor': Command('doctor:doctor', 'Check that this machine has what ckptd needs',
                       'ckptctl doctor\nsudo ckptctl doctor --json',
-                      description='List every kernel feature and right that ckptd uses, whether it is there, what is '
+                      description='List every kernel feature and right that ckptd uses, whether it is present, what is '
                                   'lost without it and how to get it. Needs no daemon.'),
     'demo': Command('demo:demo', 'Checkpoint and restore a small tree, end to end', 'ckptctl demo', _demo,
-                    'Start a tree of counting processes and a daemon of its own, checkpoint the tree, look at the '
-                    'image in every way there is, kill the tree, restore it, see it count on, and clean up. Needs no '
+                    'Start a tree of counting processes and a private daemon, checkpoint the tree, look at the '
+                    'image in several ways, kill the tree, restore it, see it count on, and clean up. Needs no '
                     'service and no configuration.'),
 }
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line with all defaults filled in. InvalidArgument, or SystemExit after --help and --version."""
+    """Parse the command line and fill in all defaults. InvalidArgument, or SystemExit after --help and --version."""
     parser = build_parser()
     values, rest = parser.parse_known_args(argv)
     if rest:
@@ -258,16 +259,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not hasattr(values, key):
             setattr(values, key, default)
     if values.spool is not None and not values.standalone:
-        raise InvalidArgument('--spool is for --standalone: the spool of a running daemon is its own',
+        raise InvalidArgument('--spool is for --standalone; a running daemon has a spool of its own',
                               hint='add --standalone, or leave out --spool')
     if values.standalone and (values.address or values.bus != 'system'):
-        raise InvalidArgument('--standalone brings a bus of its own',
+        raise InvalidArgument('--standalone uses a bus of its own',
                               hint='leave out --address, --user and --system')
     return values
 
 
 def build_parser() -> Parser:
-    """The whole parser. Also what the completions are checked against."""
+    """Build the whole parser."""
     parser = Parser(prog='ckptctl', usage='ckptctl [OPTION...] COMMAND ...', allow_abbrev=False,
                     formatter_class=Formatter, description='Checkpoint trees of running processes through ckptd.',
                     epilog=_epilog('ckptctl doctor\nckptctl demo\nckptctl checkpoint 1234 --standalone'))
@@ -290,7 +291,8 @@ def _positionals(parser: argparse.ArgumentParser) -> list[str]:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the examples as they are, wraps the description, and leaves room for long option names."""
+    """A help formatter that keeps the lines of the examples, wraps the description, and leaves room for long
+    options."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26)
@@ -307,12 +309,13 @@ def _epilog(example: str) -> str:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Options of every command. SUPPRESS: a sub-parser's default would overwrite what stood before the command."""
+    """Add the options of every command. SUPPRESS: the default of a sub-parser would overwrite a value given before the
+    command."""
     group = parser.add_argument_group('common options')
     bus = group.add_mutually_exclusive_group()
     for add, flag, help_text, how in (
             (group, '--json', 'print JSON instead of text', {'action': 'store_true'}),
-            (group, '--no-legend', 'no heading and no total on lists', {'action': 'store_false', 'dest': 'legend'}),
+            (group, '--no-legend', 'print no heading and no total', {'action': 'store_false', 'dest': 'legend'}),
             (bus, '--system', 'use the system bus (default)',
              {'action': 'store_const', 'dest': 'bus', 'const': 'system'}),
             (bus, '--user', 'use your own daemon, on the session bus',

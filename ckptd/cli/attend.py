@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""In front of a restored tree: its root gets the signals that this command gets, and its terminal is ours.
+"""Run in the foreground for a restored tree: pass on signals to its root and connect it to the terminal.
 
     SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2     passed on to the root
     SIGTSTP, SIGCONT                                  the root and this command stop, and go on
 
-The end of this command ends nothing of the tree, but for what the end of its terminal means to it.
+The end of this command does not end the tree, except that the tree's terminal goes away.
 """
 
 import asyncio
@@ -23,9 +23,10 @@ PASSED_ON = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Attendance:
-    """`begin` once the tree runs; until then signals mean what they mean to any command.
+    """A connection to a restored tree. Until `begin`, which is called once the tree runs, signals have their usual
+    effect.
 
-    begun: called with the root's pid when signals go to it, and before the terminal becomes the tree's.
+    begun: called with the root's pid when signals begin to go to it, before the terminal becomes the tree's.
     """
 
     def __init__(self, interrupts: Interrupts, begun: Callable[[int], None]) -> None:
@@ -43,19 +44,19 @@ class Attendance:
         self._undo.close()
 
     def prepare(self) -> dict[str, Any]:
-        """Options of Restore: a terminal for the tree, if we are on one."""
+        """Return options for Restore: a terminal for the tree, if this command has one."""
         if not os.isatty(0):
             return {}
         self._terminal = self._undo.enter_context(Terminal())
         return {'terminal': UnixFd(self._terminal.slave)}
 
     def begin(self, root: int) -> None:
-        """The tree runs, and its root is the process `root`. Again: nothing."""
+        """Begin: the tree runs and its root is the process `root`. A second call does nothing."""
         if self._pidfd >= 0:
             return
         try:
             self._pidfd = os.pidfd_open(root)
-        except ProcessLookupError:      # the news of its end is on the way
+        except ProcessLookupError:      # it has ended, and the message about that is on its way
             return
         self._undo.callback(os.close, self._pidfd)
         self._undo.callback(setattr, self._interrupts, 'taker', None)
@@ -69,7 +70,7 @@ class Attendance:
             self._terminal.begin()
 
     def _pass_on(self, number: signal.Signals) -> bool:
-        """False when there is nobody to get it: it has ended, or has become another user's (setuid)."""
+        """Send a signal to the root. Return False if it has ended or belongs to another user now (setuid)."""
         try:
             signal.pidfd_send_signal(self._pidfd, number)
         except (ProcessLookupError, PermissionError):
@@ -77,7 +78,7 @@ class Attendance:
         return True
 
     def _stop(self, number: signal.Signals) -> None:
-        # the root's process group is orphaned, where the kernel drops SIGTSTP (setpgid(2), signal(7))
+        # The root's process group is orphaned, and the kernel drops SIGTSTP for those (setpgid(2), signal(7)).
         self._pass_on(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ckptd.cli.follow import Order, run_job
+from ckptd.cli.follow import JobCall, run_job
 from ckptd.cli.freeze import hold
 from ckptd.cli.options import request_options
 from ckptd.cli.output import Output, finding_dict
@@ -19,19 +19,20 @@ PAGE = os.sysconf('SC_PAGE_SIZE')
 
 
 async def checkpoint(session: Session) -> int:
-    """Write an image of a tree; with --detach only start to."""
+    """Write an image of a tree. With --detach, return once the job is started."""
     args, out = session.args, session.out
     if args.detach and args.standalone:
         raise InvalidArgument('a job cannot outlive the private daemon of --standalone', hint='leave out --detach')
     if args.save_limit is not None and not args.save_files:
         raise InvalidArgument('--save-limit is for --save-files', hint='add --save-files')
-    bar = ProgressBar(out, args.target)     # before the tree is frozen: importing rich takes longer than a small dump
+    # made before the tree is frozen, because importing rich takes longer than a small dump
+    bar = ProgressBar(out, args.target)
     async with session.daemon() as daemon:
         if args.detach:
             path = await daemon.manager('Checkpoint', 'sa{sv}', args.target, {**request_options(args), 'detach': True})
             return _report_job(out, path, await daemon.manager('ListJobs'))
         with bar:
-            result = await run_job(daemon, Order('Checkpoint', args.target, request_options(args)), bar)
+            result = await run_job(daemon, JobCall('Checkpoint', args.target, request_options(args)), bar)
         _report(out, result, args)
         if args.standalone and args.after == 'freeze':
             await hold(session, daemon, args.target)
@@ -39,7 +40,7 @@ async def checkpoint(session: Session) -> int:
 
 
 async def check(session: Session) -> int:
-    """List refusals and warnings; the status is that of the error a checkpoint would end with."""
+    """List refusals and warnings. The exit status is that of the error with which a checkpoint would end."""
     target = session.args.target
     async with session.daemon() as daemon:
         rows = await daemon.manager('Check', 'sa{sv}', target, {}, seconds=LONG)
@@ -48,8 +49,8 @@ async def check(session: Session) -> int:
 
 def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str, str], sentence: str,
                     error: Callable[[Iterable[Finding]], CkptError] = Refused.because) -> int:
-    """Rows of Check or CheckRestore; the exit status. about: of the JSON document; sentence: '... can{} be ...'.
-    error: what the operation itself would end with."""
+    """Print rows of Check or CheckRestore and return the exit status. about: fields for the JSON document. sentence:
+    '... can{} be ...'. error: makes the error with which the operation itself would end."""
     findings = [finding_from(row) for row in rows]
     refusals = [finding for finding in findings if finding.severity == 'refusal']
     if out.json:
@@ -62,7 +63,7 @@ def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What a finished checkpoint did, in one line."""
+    """Describe a finished checkpoint in one line."""
     pages = int(result.get('pages_written', 0))
     times = [format_timespan(int(result.get(name, 0))) for name in ('frozen_time', 'total_time')]
     return (f'{format_count(int(result.get("tasks", 0)), "task")}, {format_count(pages, "page")} '
@@ -85,13 +86,14 @@ def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> No
 
 
 def _report_job(out: Output, path: str, jobs: Sequence[Sequence[Any]]) -> int:
-    """jobs: ListJobs, which knows the number; the path has the token of this call instead."""
+    """Print the job. jobs: the result of ListJobs, which has the number, while the path contains the token of this
+    call."""
     number = next((row[0] for row in jobs if row[1] == path), 0)
     if out.json:
         out.document({'job': number, 'path': path})
     else:
         out.line(str(number))
-        out.note(f'job {number} runs: "ckptctl jobs" shows it, "ckptctl cancel {number}" stops it', 'dim')
+        out.note(f'started job {number}: "ckptctl jobs" shows it, "ckptctl cancel {number}" cancels it', 'dim')
     return 0
 
 

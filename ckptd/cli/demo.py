@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptctl demo: a real tree, checkpointed while it counts and killed; every look at its image that ckptctl has; and the
-tree again, counting on."""
+"""ckptctl demo: checkpoint a real tree while it counts, kill it, look at the image in several ways, and restore the
+tree."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from ckptd.cli import demo_tree
 from ckptd.cli.checkpoint import summary
 from ckptd.cli.doctor import report_missing
 from ckptd.cli.export import export_to
-from ckptd.cli.follow import Order, run_job
+from ckptd.cli.follow import JobCall, run_job
 from ckptd.cli.output import Output
 from ckptd.cli.program import run_program
 from ckptd.cli.progress import ProgressBar, ProgressLines
@@ -31,12 +31,12 @@ from ckptd.errors import CkptError, Refused, finding_from
 START_TIMEOUT = 20.0
 GDB_TIMEOUT = 60.0
 BACKTRACE_FRAMES = 5      # of each thread
-WIDTH = 118                # where there is no terminal
+WIDTH = 118                # without a terminal
 
 
 @dataclass(slots=True)
 class Demo:
-    """One run. facts: what --json prints at the end."""
+    """One run of the demo. facts: the object that --json prints at the end."""
     out: Output
     daemon: DaemonProxy
     directory: Path
@@ -49,27 +49,27 @@ class Demo:
         return f'pid:{self.pid}'
 
     async def check(self) -> None:
-        self.title('Check: what stands in the way of a checkpoint of it?', f'ckptctl check {self.pid}')
+        self.title('Check: would a checkpoint of it succeed?', f'ckptctl check {self.pid}')
         rows = await self.daemon.manager('Check', 'sa{sv}', self.target, {}, seconds=LONG)
         findings = [finding_from(row) for row in rows]
         self.out.refusals(findings)
         if refusals := [finding for finding in findings if finding.severity == 'refusal']:
             raise Refused.because(refusals, 'check')
-        self.out.line('nothing: it can be checkpointed', 'green')
+        self.out.line('yes: there is no refusal', 'green')
 
     async def checkpoint(self) -> str:
         self.title('Checkpoint: freeze, scan, check, write; and kill', f'ckptctl checkpoint {self.pid} --kill')
-        order = Order('Checkpoint', self.target, {'freeze': self.freeze, 'after': 'kill'})
+        job_call = JobCall('Checkpoint', self.target, {'freeze': self.freeze, 'after': 'kill'})
         with self._progress() as progress:
-            result = await run_job(self.daemon, order, progress)
+            result = await run_job(self.daemon, job_call, progress)
         self.facts |= {**result, 'counters_before': demo_tree.read_counters(self.directory)}
         self.out.line(f'image {result["image"]}: {summary(result)}', 'green')
         self.out.line(f'what froze the tree: {result["freeze_mode"]}')
-        self.out.line('every process of it is dead now, and what it counted was in their memory')
+        self.out.line('every process of it is dead now; its counts were in their memory')
         return str(result['image'])
 
     async def tree(self, image: str) -> dict[str, Any]:
-        """Draw the image; the row of a process worth a backtrace."""
+        """Draw the image. Return the row of a process whose backtrace is shown."""
         self.title('Tree: the processes in the image', f'ckptctl tree {image}')
         rows = await self.daemon.image(image, 'Tree', seconds=LONG)
         draw_tree(self.out, rows)
@@ -85,17 +85,17 @@ class Demo:
         self.facts['size'] = properties['Size']
 
     async def verify(self, image: str) -> None:
-        self.title('Verify: is the image whole and unaltered?', f'ckptctl verify {image}')
+        self.title('Verify: is the image complete and unaltered?', f'ckptctl verify {image}')
         damages = await self.daemon.manager('VerifyImage', 's', image, seconds=LONG)
         self.facts['damages'] = damages
         for damage in damages:
             self.out.line(damage, 'red')
         if damages:
             raise CkptError(f'the image just written has {format_count(len(damages), "damage")}')
-        self.out.line('every part has its digest, every record its form', 'green')
+        self.out.line('every part matches its digest, every record is valid', 'green')
 
     async def export(self, image: str, row: dict[str, Any]) -> None:
-        """Cores of all processes, and gdb's view of one of them."""
+        """Write cores of all processes and show gdb's view of one."""
         cores = self.directory / 'cores'
         self.title('Export: cores for a debugger', f'ckptctl export --format core {image} cores')
         written = await export_to(self.daemon, image, cores)
@@ -110,7 +110,7 @@ class Demo:
         program = str(await asyncio.to_thread(Path(sys.executable).resolve))
         self.title(f'Backtrace of {core.name}, from the image alone', f'gdb {program} {core.name}')
         if gdb is None:
-            self.out.line('gdb is not installed ("apt-get install gdb"): it would show the stack of every thread here')
+            self.out.line('gdb is not installed (apt-get install gdb); it would show the stack of every thread here')
             return []
         width = shutil.get_terminal_size((WIDTH, 0)).columns
         said = await _run_gdb(gdb, program, core)
@@ -121,19 +121,19 @@ class Demo:
         return lines
 
     async def restart(self, image: str) -> int:
-        """The tree again; its exit status when it was told to end."""
+        """Restore the tree. Return its exit status after it was told to end."""
         self.title('Restart: the same pids, memory, files and threads', f'ckptctl restore {image} --wait')
         root: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         with self._progress() as progress:
-            attended = asyncio.create_task(run_job(self.daemon, Order('Restore', image, {'wait': True}), progress,
+            attended = asyncio.create_task(run_job(self.daemon, JobCall('Restore', image, {'wait': True}), progress,
                                                    lambda pid: None if root.done() else root.set_result(pid)))
-            # which ends first is the root's start, or it failed before
+            # the first of them is the root's start, or an earlier failure
             either: set[asyncio.Future[Any]] = {root, attended}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not root.done():
             await attended
-            raise CkptError('the tree ended before it could be seen')
-        self.out.line(f'it runs, its root is process {root.result()}', 'green')
+            raise CkptError('the tree ended before its root was seen')
+        self.out.line(f'it runs; its root is process {root.result()}', 'green')
         try:
             await self._still_counts()
         finally:
@@ -144,7 +144,7 @@ class Demo:
     async def _still_counts(self) -> None:
         before = self.facts['counters_before']
         async with asyncio.timeout(START_TIMEOUT):
-            # memory that another process writes has no event to wait for
+            # other processes write this memory, and no event reports that
             while not _all_grew(before, demo_tree.read_counters(self.directory)):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         after = demo_tree.read_counters(self.directory)
@@ -163,9 +163,9 @@ class Demo:
 
 
 async def demo(session: Session) -> int:
-    """Everything below one temporary directory, which goes with it; --keep leaves it."""
+    """Run the demo in a temporary directory, which is removed unless --keep is given."""
     out = session.out
-    # the dead of the tree keep their pids until somebody waits for them, which not every machine does at once
+    # The killed tasks keep their pids until they are waited for. Not every init does that at once, so do it here.
     adopt_orphans()
     directory = Path(tempfile.mkdtemp(prefix='ckptd-demo-'))
     out.line('A tree of counting processes, with threads, a pipe and shared memory; a private bus and daemon.', 'bold')
@@ -191,8 +191,9 @@ def _all_grew(before: list[int], now: list[int]) -> bool:
     return all(later > earlier for later, earlier in zip(now, before, strict=True))
 
 
-async def _bury(tree: asyncio.subprocess.Process) -> None:
-    """The killed tree: the root is our child, and what was below it has become that."""
+async def _wait_all(tree: asyncio.subprocess.Process) -> None:
+    """Wait for all processes of the killed tree: the root is our child, and its descendants have become our
+    children."""
     await tree.wait()
     await asyncio.to_thread(_reap, tree.pid)
 
@@ -206,7 +207,7 @@ def _reap(group: int) -> None:
 async def _steps(run: Demo, tree: asyncio.subprocess.Process) -> int:
     await run.check()
     image = await run.checkpoint()
-    await _bury(tree)
+    await _wait_all(tree)
     row = await run.tree(image)
     await run.statistics(image)
     await run.verify(image)
@@ -219,15 +220,16 @@ def _conclude(out: Output, facts: dict[str, Any], status: int | None) -> None:
         out.document(facts)
     out.line()
     if status == 0:
-        out.line('The tree was told to end, found every count where it had left it, and exited with status 0.',
+        out.line('The tree was told to end, found all its counts correct, and exited with status 0.',
                  'bold green')
     else:
-        out.line(f'The tree ended with status {status}: it did not go on where it was.', 'bold red')
+        out.line(f'The tree ended with status {status}: it did not continue correctly.', 'bold red')
 
 
 @contextlib.asynccontextmanager
 async def _counting_tree(directory: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """demo_tree, ready; ended and waited for at the end. A session of its own keeps Ctrl-C away from it."""
+    """Run demo_tree until it is ready; end it and wait for it afterwards. It has a session of its own, so Ctrl-C does
+    not reach it."""
     ready = directory / demo_tree.READY
     os.mkfifo(ready)
     with (directory / 'tree.log').open('wb') as log:
@@ -243,7 +245,8 @@ async def _counting_tree(directory: Path) -> AsyncIterator[asyncio.subprocess.Pr
 
 
 async def _wait_ready(process: asyncio.subprocess.Process, ready: Path, log: Path) -> None:
-    """The FIFO becomes readable once the tree is complete; a tree that ends instead tells why in its log."""
+    """Wait until the FIFO is readable, which means that the tree is complete. If the tree ends instead, its log tells
+    why."""
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[None] = loop.create_future()
     fifo = os.open(ready, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -258,7 +261,7 @@ async def _wait_ready(process: asyncio.subprocess.Process, ready: Path, log: Pat
         ended.cancel()
     if not readable.done():
         said = await asyncio.to_thread(log.read_text)
-        raise CkptError(f'the demo\'s tree did not start: {said.strip() or "it said nothing"}', hint='')
+        raise CkptError(f'the demo\'s tree did not start: {said.strip() or "it printed no error"}', hint='')
 
 
 def _resolve(future: 'asyncio.Future[None]') -> None:
@@ -278,7 +281,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def _run_gdb(gdb: str, program: str, core: Path) -> list[str]:
-    """What gdb says of all threads. No initialization files, no questions, no downloads."""
+    """Return gdb's backtrace of all threads. gdb reads no initialization files, asks no questions and downloads
+    nothing."""
     done = await run_program(
         gdb, '-nx', '-batch', '-iex', 'set debuginfod enabled off', '-ex', 'set print frame-arguments none',
         '-ex', 'set filename-display basename', '-ex', f'thread apply all bt {BACKTRACE_FRAMES}', program, str(core),

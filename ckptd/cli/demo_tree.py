@@ -4,12 +4,12 @@
     supervisor
     ├─ counter      two threads, each counting in a shared file mapping and in memory of its own
     ├─ counter
-    ├─ producer     numbers into a pipe
+    ├─ producer     writes numbers into a pipe
     └─ consumer     reads them, checks that none is missing or twice
 
-DIRECTORY gets `counters`: an array of u64, one per slot below, that the demo reads while the tree runs. The tree says
-that it is ready through the FIFO `ready`, and ends when its supervisor gets SIGTERM: every process then compares what
-it counted privately with what it counted in shared memory, and exits with status 0 only if they agree.
+The file `counters` in DIRECTORY is an array of u64, one for each slot below, which the demo reads while the tree runs.
+The tree reports through the FIFO `ready` that it is complete. It ends when its supervisor gets SIGTERM. Every process
+then compares its private counts with those in shared memory, and exits with status 0 only if they agree.
 """
 
 import ctypes
@@ -36,7 +36,8 @@ _PR_SET_PTRACER_ANY = 2**64 - 1
 
 
 class Stop:
-    """Set by a signal handler, where threading.Event may wait for ever for the lock that the code it runs in has."""
+    """An event that is set by a signal handler. threading.Event does not fit: the code that the handler interrupts may
+    hold its lock."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -54,7 +55,7 @@ _U64 = struct.Struct('=Q')
 
 
 def main(directory: Path) -> int:
-    """Start the children, say so, wait for SIGTERM, end them; 0 if all of them agree with themselves."""
+    """Start the children, report that, wait for SIGTERM, end them. Return 0 if the counts of all of them agree."""
     counters = _map(directory)
     receiver, sender = os.pipe()
     jobs: list[tuple[str, Callable[[], int]]] = [
@@ -74,7 +75,7 @@ def main(directory: Path) -> int:
 
 
 def read_counters(directory: Path) -> list[int]:
-    """What every slot stands at."""
+    """Read the value of every slot."""
     data = (directory / COUNTERS).read_bytes()
     return [_U64.unpack_from(data, slot * _U64.size)[0] for slot in range(len(SLOTS))]
 
@@ -104,14 +105,14 @@ def _end(children: list[int]) -> int:
 
 
 def _introduce(name: str) -> None:
-    """A name for ps, and leave for a tracer that is no ancestor: Yama's ptrace_scope 1 demands it (prctl(2))."""
+    """Set a name for ps, and allow tracers that are not ancestors, which Yama's ptrace_scope 1 requires (prctl(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
     libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(_PR_SET_PTRACER_ANY), 0, 0, 0)
 
 
 def _count(counters: mmap.mmap, first: int, *unused: int) -> int:
-    """Two threads: count in shared and in private memory; they must agree at the end."""
+    """Run two threads that count in shared and in private memory. The counts must agree at the end."""
     for fd in unused:
         os.close(fd)
     ballast = bytearray(os.urandom(BALLAST))
@@ -145,7 +146,7 @@ def _produce(counters: mmap.mmap, sender: int, receiver: int) -> int:
 
 
 def _consume(counters: mmap.mmap, receiver: int, sender: int) -> int:
-    """Until the producer has closed the pipe. A number lost or doubled by a checkpoint is status 1."""
+    """Read until the producer has closed the pipe. Return 1 if a checkpoint lost or doubled a number."""
     os.close(sender)
     expected = 0
     while data := os.read(receiver, _U64.size):

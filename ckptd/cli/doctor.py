@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptctl doctor: what this machine has of what ckptd uses.
+"""ckptctl doctor: check that this machine has what ckptd uses.
 
-The kernel is probed in a process of its own: probing tries things out (namespaces, ptrace, becoming somebody else), and
-the client shall not be the one that they are done to.
+The kernel is probed in a separate process. Probing tries things out (namespaces, ptrace, another uid), and the client
+must not be affected.
 """
 
 import json
@@ -17,10 +17,10 @@ from ckptd.cli.standalone import environment
 from ckptd.errors import CkptError, NotSupported
 
 PROBE_TIMEOUT = 60.0
-YAMA = 'yama ptrace_scope'      # not fatal to everybody: 1 spares the daemon's own children
+YAMA = 'yama ptrace_scope'      # not fatal for all: with value 1 the daemon may still trace its own children
 MARKS = {True: ('yes', 'green'), False: ('no ', 'red'), None: ('?  ', 'yellow')}
 
-# programs that ckptd or its users call: what for, what is lost without, how to get it
+# programs that ckptd or its users call: purpose, what is lost without it, how to get it
 PROGRAMS = {
     'dbus-daemon': ('a private bus', '--standalone and demo', 'apt-get install dbus-daemon'),
     'gdb': ('looking at exported cores', 'backtraces in the demo', 'apt-get install gdb'),
@@ -28,7 +28,7 @@ PROGRAMS = {
 
 
 async def doctor(session: Session) -> int:
-    """List features and programs; status 1 if one is missing without which nothing works."""
+    """List features and programs. The exit status is 1 if a required one is missing."""
     features = await read_features() + [_program(name) for name in PROGRAMS]
     features.append(await _daemon(session))
     if session.out.json:
@@ -41,7 +41,8 @@ async def doctor(session: Session) -> int:
 
 
 async def read_features() -> list[dict[str, Any]]:
-    """What ckptd.kernel.probe finds: name, present (null: cannot be told), required, needed_for, lost, hint, detail."""
+    """Run ckptd.kernel.probe. Its rows have: name, present (null: unknown), required, needed_for, lost, hint,
+    detail."""
     done = await run_program(sys.executable, '-P', '-m', 'ckptd.kernel.probe', seconds=PROBE_TIMEOUT, env=environment())
     if done.status != 0:
         said = done.complaint.strip().splitlines()
@@ -51,20 +52,20 @@ async def read_features() -> list[dict[str, Any]]:
 
 
 async def report_missing(out: Output) -> None:
-    """What no checkpoint can do without and is not there, on the way out of one that failed."""
+    """List the missing features that every checkpoint needs, after a checkpoint failed."""
     try:
         missing = [feature for feature in await read_features() if is_fatal(feature) or (
             feature['present'] is False and feature['name'] == YAMA)]
     except CkptError:
         return      # the failure itself is about to be reported
     if missing:
-        out.line('\nThis machine, or this user, lacks:', 'bold')
+        out.line('\nMissing on this machine or for this user:', 'bold')
     for feature in missing:
         print_feature(out, feature)
 
 
 def print_feature(out: Output, feature: dict[str, Any]) -> None:
-    """One line for what is there; what is lost and how to get it for what is not."""
+    """Print one line for a feature. For a missing one add what is lost and how to get it."""
     mark, style = MARKS[feature['present']]
     detail = f': {feature["detail"]}' if feature['detail'] else ''
     out.line(f'{mark}  {feature["name"]:<30}  {feature["needed_for"]}{detail}', style)
@@ -82,7 +83,7 @@ def _program(name: str) -> dict[str, Any]:
 
 
 async def _daemon(session: Session) -> dict[str, Any]:
-    """Whether ckptd answers on the bus of this command line."""
+    """Check whether ckptd answers on the bus of this command line."""
     name, needed_for = 'ckptd on the bus', 'commands without --standalone'
     try:
         async with session.daemon() as daemon:
@@ -93,7 +94,7 @@ async def _daemon(session: Session) -> dict[str, Any]:
 
 
 def _row(name: str, present: bool, needed_for: str, lost: str, hint: str, detail: str) -> dict[str, Any]:
-    """A row like those of the probe."""
+    """Make a row like those of the probe."""
     return {'name': name, 'present': present, 'required': False, 'needed_for': needed_for, 'lost': lost, 'hint': hint,
             'detail': detail}
 
@@ -102,7 +103,7 @@ def _total(out: Output, features: list[dict[str, Any]]) -> None:
     if not out.legend:
         return
     present = sum(feature['present'] is True for feature in features)
-    out.line(f'\n{present} of {len(features)} are there.')
+    out.line(f'\n{present} of {len(features)} are present.')
     if missing := [feature['name'] for feature in features if is_fatal(feature)]:
         out.line(f'Nothing can be checkpointed without {", ".join(missing)}.', 'bold red')
     else:

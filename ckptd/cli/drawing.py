@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A process tree as lines of text. Pure: rows of Manager.Scan or Image.Tree in, cells of a table out."""
+"""Draw a process tree as lines of text. Pure: rows of Manager.Scan or Image.Tree in, cells of a table out."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ TEE, CORNER, BAR, BLANK = '├─', '└─', '│ ', '  '
 
 @dataclass(slots=True)
 class Node:
-    """One process: its leader's row, its other threads, the processes below it."""
+    """One process: its leader's row, its other threads, its child processes."""
     row: Row
     threads: list[Row] = field(default_factory=list)
     children: list['Node'] = field(default_factory=list)
@@ -36,9 +36,10 @@ class Line:
 
 
 def build(rows: Sequence[Row]) -> list[Node]:
-    """The roots. Rows are in depth-first order, so a parent's row comes before its children's.
+    """Build the trees and return their roots. Rows are in depth-first order: a parent's row comes before its
+    children's.
 
-    A task hangs below the process of the thread that created it; one whose creator is not in the rows is a root.
+    A task hangs below the process of the thread that created it. A task whose creator is not in the rows is a root.
     """
     by_tid: dict[int, Node] = {}
     roots: list[Node] = []
@@ -56,9 +57,10 @@ def build(rows: Sequence[Row]) -> list[Node]:
 
 
 def draw(roots: Sequence[Node], *, all_threads: bool = False, files: bool = False) -> Iterator[Line]:
-    """The lines, top to bottom. Threads of one name share a line unless all_threads; files: a line per open file.
+    """Yield the lines from top to bottom. Threads with one name share a line unless all_threads is set. files: add a
+    line for each open file.
 
-    An explicit stack: a tree may be deeper than Python recurses.
+    It uses an explicit stack, because a tree may be deeper than Python's recursion limit.
     """
     stack = [(node, '', '') for node in reversed(roots)]
     while stack:
@@ -87,7 +89,7 @@ def _thread_labels(threads: Sequence[Row], every: bool) -> Iterator[str]:
 
 
 def count_files(row: Row) -> list[str]:
-    """The open files, those with one name together: ['0-2 /dev/null', '3,5 pipe:[7]']. A row has 'FD LINK' for each."""
+    """List the open files, grouped by name: ['0-2 /dev/null', '3,5 pipe:[7]']. A row has 'FD LINK' for each file."""
     by_link: dict[str, list[int]] = {}
     for file in row.get('fds', ()):
         number, _, link = file.partition(' ')
@@ -97,7 +99,7 @@ def count_files(row: Row) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """'0-2,5' for [0, 1, 2, 5]."""
+    """Return '0-2,5' for [0, 1, 2, 5]."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][-1] == number - 1:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptctl export: the daemon writes a tar stream of cores to a pipe; here it is taken apart.
+"""ckptctl export: unpack a tar stream of cores that the daemon writes to a pipe.
 
-The stream is trusted with nothing but content: a member has to be a regular file called core.N, and is created anew in
-the one directory, never through a link.
+Only the content of the stream is trusted. A member must be a regular file called core.N. It is created anew in the
+given directory, never through a link.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ async def export(session: Session) -> int:
 
 async def export_to(daemon: DaemonProxy, image: str, directory: Path, *, form: str = 'core', force: bool = False,
                     progress: Callable[[str, int], None] = lambda name, done: None) -> list[tuple[str, int]]:
-    """Names and sizes of the cores written. Nothing stays of an export that failed."""
+    """Return names and sizes of the written cores. If the export fails, all of them are removed."""
     made = await asyncio.to_thread(_make, directory)
     reader, writer = os.pipe()
     with os.fdopen(reader, 'rb') as stream:
@@ -67,20 +67,20 @@ async def export_to(daemon: DaemonProxy, image: str, directory: Path, *, form: s
                 for name, _ in await unpack:
                     (directory / name).unlink(missing_ok=True)
             for one in made:
-                with contextlib.suppress(OSError):      # somebody else has put something there
+                with contextlib.suppress(OSError):      # another process has put a file there
                     await asyncio.to_thread(one.rmdir)
             raise
 
 
 def _make(directory: Path) -> list[Path]:
-    """Make a directory, and those above it that are not there; all that were made, the inner ones first."""
+    """Make a directory and its missing parents. Return all that were made, the inner ones first."""
     missing = [one for one in (directory, *directory.parents) if not one.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 async def _why(call: 'asyncio.Future[None]', unpack: 'asyncio.Future[list[tuple[str, int]]]') -> None:
-    """Raise what the daemon says before what was seen of it: its failure looks like a stream cut short from here."""
+    """Raise the daemon's error rather than the local one: its failure looks like a stream cut short here."""
     if unpack.done() and isinstance(unpack.exception(), ImageDamaged):
         await asyncio.wait({call}, timeout=REASON_TIMEOUT)
     for done in (call, unpack):
@@ -89,7 +89,7 @@ async def _why(call: 'asyncio.Future[None]', unpack: 'asyncio.Future[list[tuple[
 
 
 async def _call(daemon: DaemonProxy, image: str, writer: int, form: str) -> None:
-    """Export, and close our copy of the pipe: the stream ends when the daemon's is closed too."""
+    """Call Export and close our copy of the pipe. The stream ends when the daemon's copy is closed, too."""
     try:
         await daemon.image(image, 'Export', 'hsa{sv}', writer, form, {}, seconds=LONG)
     finally:
@@ -98,8 +98,8 @@ async def _call(daemon: DaemonProxy, image: str, writer: int, form: str) -> None
 
 def unpack_cores(stream: IO[bytes], directory: Path, force: bool,
                  progress: Callable[[str, int], None] = lambda name, done: None) -> list[tuple[str, int]]:
-    """Write every core.N of a tar stream into the directory; names and sizes. Runs in a thread. ImageDamaged for a
-    stream that is cut short or holds anything else; what was written is removed then."""
+    """Write every core.N of a tar stream into the directory and return names and sizes. Runs in a thread. ImageDamaged
+    if the stream is cut short or has any other member; the written files are then removed."""
     written: list[tuple[str, int]] = []
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -123,7 +123,7 @@ def unpack_cores(stream: IO[bytes], directory: Path, force: bool,
 def _core_name(member: tarfile.TarInfo) -> str:
     match = _NAME.fullmatch(member.name)
     if match is None or not member.isreg():
-        raise ImageDamaged(f'the exported stream has {member.name!r}, which is no core', hint='')
+        raise ImageDamaged(f'the exported stream has {member.name!r}, which is not a core', hint='')
     return match[1]
 
 
@@ -134,7 +134,7 @@ def _unlink(handle: int, written: list[tuple[str, int]]) -> None:
 
 
 def _create(handle: int, directory: Path, name: str, force: bool) -> IO[bytes]:
-    """A new file; with force, in place of an old one, whatever that is."""
+    """Create a file. With force, it replaces an existing one of any type."""
     if force:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=handle)
@@ -142,13 +142,13 @@ def _create(handle: int, directory: Path, name: str, force: bool) -> IO[bytes]:
     try:
         return os.fdopen(os.open(name, flags, 0o600, dir_fd=handle), 'wb')
     except FileExistsError as error:
-        raise CkptError(f'{directory / name} is there already', errno=error.errno,
-                        hint='use --force to overwrite it, or name another directory') from error
+        raise CkptError(f'{directory / name} exists already', errno=error.errno,
+                        hint='use --force to overwrite it, or choose another directory') from error
 
 
 def _copy(content: IO[bytes] | None, out: IO[bytes], progress: Callable[[int], None]) -> None:
-    """Zeros become holes: most of a core is memory that was never touched."""
-    assert content is not None      # of a regular member
+    """Copy the content and turn zeros into holes, since most of a core is memory that was never touched."""
+    assert content is not None      # true for a regular member
     done = 0
     while chunk := content.read(CHUNK):
         if chunk == _ZEROS[:len(chunk)]:

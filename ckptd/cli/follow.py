@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Start a job and follow it to its end.
 
-The signals are subscribed to before the call, so the first of them cannot be missed however short the job is.
+The signals are subscribed to before the call, so the first of them is not missed however short the job is.
 """
 
 import asyncio
@@ -20,28 +20,25 @@ CANCEL_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """A job to be asked for: a method of the manager, the target or image that it is about, its options.
-
-    lost: what becomes of the tree when the daemon goes away in the middle of it.
-    """
-    method: str
-    about: str
+class JobCall:
+    """A request for a job."""
+    method: str                                     # a method of the manager
+    about: str                                      # the target or image
     options: dict[str, Any]
-    lost: str = 'the tree is released by itself'
+    lost: str = 'the tree is released by itself'    # what happens to the tree if the daemon dies meanwhile
 
 
-async def run_job(daemon: DaemonProxy, order: Order, bar: Follower,
+async def run_job(daemon: DaemonProxy, job_call: JobCall, bar: Follower,
                   running: Callable[[int], None] = lambda root: None) -> dict[str, Any]:
-    """The Result of the job. Raises the job's error; Ctrl-C cancels it and raises Cancelled.
+    """Return the Result of the job, or raise its error. Ctrl-C cancels the job and raises Cancelled.
 
     running: called with the pid of the root once a restored tree runs.
     """
     async with daemon.signals() as signals:
-        with _lost_hint(order):
-            call = asyncio.ensure_future(daemon.manager(order.method, 'sa{sv}', order.about, order.options))
+        with _lost_hint(job_call):
+            call = asyncio.ensure_future(daemon.manager(job_call.method, 'sa{sv}', job_call.about, job_call.options))
             try:
-                # shield: interrupted here, the job exists and its path has to be known before it can be cancelled
+                # shield: if it is interrupted here, the job exists, and it can only be cancelled by its path
                 path = await asyncio.shield(call)
                 await _follow(signals, path, bar, running)
             except asyncio.CancelledError:
@@ -55,17 +52,17 @@ async def run_job(daemon: DaemonProxy, order: Order, bar: Follower,
 
 
 @contextlib.contextmanager
-def _lost_hint(order: Order) -> Iterator[None]:
-    """A daemon that goes away in the middle is another matter than one that was never there."""
+def _lost_hint(job_call: JobCall) -> Iterator[None]:
+    """Add a hint to the error if the daemon went away during the job."""
     try:
         yield
     except Unavailable as error:
-        raise Unavailable(f'{error.message}, while it worked on {order.about}',
-                          hint=f'{order.lost}; see the daemon\'s log (journalctl -u ckptd)') from error
+        raise Unavailable(f'{error.message}, while it worked on {job_call.about}',
+                          hint=f'{job_call.lost}; see the daemon\'s log (journalctl -u ckptd)') from error
 
 
 async def _follow(signals: Signals, path: str, bar: Follower, running: Callable[[int], None]) -> None:
-    """Until JobRemoved says that the job at `path` has ended."""
+    """Update the bar until JobRemoved reports the end of the job at `path`."""
     async for signal in signals:
         match event_of(signal):
             case Running(job, root) if job == path:
@@ -77,7 +74,7 @@ async def _follow(signals: Signals, path: str, bar: Follower, running: Callable[
 
 
 def _forget_interrupt() -> None:
-    """Take back the cancellation of this task: it has been turned into the cancellation of the job."""
+    """Take back the cancellation of this task, which became the cancellation of the job."""
     task = asyncio.current_task()
     if task is not None:
         task.uncancel()

@@ -12,7 +12,7 @@ from ckptd.errors import NoSuchTarget
 
 
 async def freeze(session: Session) -> int:
-    """Freeze a tree. The daemon holds it; a private daemon lives no longer than this command, which therefore stays."""
+    """Freeze a tree. The daemon holds it. A private daemon ends with this command, so the command then stays."""
     args, out = session.args, session.out
     async with session.daemon() as daemon:
         tasks = await daemon.manager('Freeze', 'sa{sv}', args.target, request_options(args), seconds=LONG)
@@ -27,12 +27,12 @@ async def freeze(session: Session) -> int:
 
 
 async def thaw(session: Session) -> int:
-    """Let go of a tree that the daemon holds."""
+    """Thaw a tree that the daemon holds."""
     target = session.args.target
     if session.args.standalone:
         holders = _holders(target)
         raise NoSuchTarget(f'{target} is held by {", ".join(holders)}' if holders else
-                           f'no ckptctl that can be seen here holds {target}', hint=_how_to_end(holders))
+                           f'no ckptctl visible here holds {target}', hint=_how_to_end(holders))
     async with session.daemon() as daemon:
         await daemon.manager('Thaw', 'sa{sv}', target, {})
     if session.out.json:
@@ -51,7 +51,7 @@ async def hold(session: Session, daemon: DaemonProxy, target: str) -> None:
 
 
 def _holders(target: str) -> list[str]:
-    """Commands that hold this target in the foreground: 'ckptctl[123]'."""
+    """List commands that hold this target in the foreground, such as 'ckptctl[123]'."""
     import psutil
     names = {target, target.removeprefix('pid:')}
     found = []
@@ -65,6 +65,6 @@ def _holders(target: str) -> list[str]:
 
 def _how_to_end(holders: list[str]) -> str:
     if not holders:
-        return 'a private daemon holds only what its own command froze; leave out --standalone to ask the system\'s'
+        return 'a private daemon holds only trees that its own command froze: leave out --standalone'
     pids = ' '.join(holder[len('ckptctl['):-1] for holder in holders)
-    return f'press Ctrl-C where it runs, or: kill -INT {pids}'
+    return f'press Ctrl-C in its terminal, or run: kill -INT {pids}'

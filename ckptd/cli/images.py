@@ -32,7 +32,7 @@ async def list_images(session: Session) -> int:
 
 
 async def show(session: Session) -> int:
-    """All properties of an image."""
+    """Show all properties of an image."""
     async with session.daemon() as daemon:
         image = await daemon.image_properties(session.args.image)
     if session.out.json:
@@ -52,7 +52,7 @@ async def show(session: Session) -> int:
 
 
 async def verify(session: Session) -> int:
-    """Check each image; damaged ones are listed with every damage."""
+    """Check each image and list every damage."""
     found: dict[str, list[str]] = {}
     async with session.daemon() as daemon:
         for image in session.args.images:
@@ -65,7 +65,7 @@ async def verify(session: Session) -> int:
 
 
 async def remove(session: Session) -> int:
-    """Remove each; the first failure is reported after all were tried."""
+    """Remove each image. The first failure is reported after all were tried."""
     failures: list[CkptError] = []
     removed = []
     async with session.daemon() as daemon:
@@ -84,7 +84,7 @@ async def remove(session: Session) -> int:
 
 
 def fields(out: Output, rows: list[tuple[str, str]]) -> None:
-    """A value a line, the names right-aligned as systemctl status has them."""
+    """Print one value per line, with right-aligned names as in systemctl status."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         out.line(f'{name:>{width}}: {value}')

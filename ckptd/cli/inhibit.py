@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptctl inhibit and ckptctl inhibitors: who delays the checkpoint of a tree."""
+"""ckptctl inhibit and ckptctl inhibitors: delays of checkpoints."""
 
 import os
 import subprocess
@@ -15,10 +15,10 @@ COLUMNS = (Column('WHO', style='bold'), Column('TARGET', fold=True), Column('USE
 
 
 async def inhibit(session: Session) -> int:
-    """Run a program while a checkpoint of the target has to wait for its end. Its exit status."""
+    """Run a program and delay checkpoints of the target until it ends. Return its exit status."""
     args = session.args
     if not args.program:
-        raise InvalidArgument('there is no program to run', hint='ckptctl inhibit TARGET PROGRAM...')
+        raise InvalidArgument('no program to run is given', hint='ckptctl inhibit TARGET PROGRAM...')
     async with session.daemon() as daemon:
         fd = await daemon.call_for_fd(ROOT, MANAGER, 'Inhibit', 'ssa{sv}', args.who or args.program[0], args.why,
                                       {'target': args.target})

@@ -16,7 +16,7 @@ COLUMNS = (Column('JOB', right=True, style='bold'), Column('OPERATION'), Column(
 
 
 async def jobs(session: Session) -> int:
-    """List jobs, those that ended a moment ago included."""
+    """List jobs, including those that ended recently."""
     async with session.daemon() as daemon:
         listed = await daemon.manager('ListJobs')
         details = await asyncio.gather(*[_details(daemon, row[1]) for row in listed])
@@ -30,7 +30,7 @@ async def jobs(session: Session) -> int:
 
 
 async def cancel(session: Session) -> int:
-    """Cancel each; the first failure is reported after all were tried."""
+    """Cancel each job. The first failure is reported after all were tried."""
     failures: list[CkptError] = []
     cancelled = []
     async with session.daemon() as daemon:
@@ -57,7 +57,7 @@ async def _cancel_one(daemon: DaemonProxy, number: int, path: str | None) -> Non
 
 
 async def _details(daemon: DaemonProxy, path: str) -> dict[str, Any]:
-    """What ListJobs leaves out; nothing of a job whose object has gone since."""
+    """Return what ListJobs leaves out, or nothing if the job's object was removed meanwhile."""
     try:
         job = await daemon.job_properties(path)
     except CkptError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ckptctl: parse, dispatch, report. Exit statuses are those of ckptd.errors; 128 + N after signal N."""
+"""ckptctl: parse, dispatch, report. Exit statuses are those of ckptd.errors, and 128 + N after signal N."""
 
 import asyncio
 import errno
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from ckptd.cli.session import Session
 
 Handler = Callable[['Session'], Awaitable[int]]
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)      # all that Interrupts of session.py is about
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)      # all signals that Interrupts of session.py handles
 SAME_KEY = 0.3          # seconds
-_HINTS = {              # what to do about a file of the user's
-    errno.ENOENT: 'see whether the name is right; the directory that it is in has to be there',
-    errno.ENOTDIR: 'see whether the name is right; one of its parts is no directory',
-    errno.EISDIR: 'name a file in it',
-    errno.EACCES: 'name a file or a directory of your own, or run as its owner',
-    errno.EPERM: 'name a file or a directory of your own, or run as its owner',
-    errno.EROFS: 'name a place on another file system',
-    errno.ENOSPC: 'free some space, or name a place on another file system',
-    errno.EDQUOT: 'free some space, or name a place on another file system',
+_HINTS = {              # hints for errors of the user's files
+    errno.ENOENT: 'check the name; its directory must exist',
+    errno.ENOTDIR: 'check the name; one of its parts is not a directory',
+    errno.EISDIR: 'give a file in it',
+    errno.EACCES: 'choose a file or directory of your own, or run as its owner',
+    errno.EPERM: 'choose a file or directory of your own, or run as its owner',
+    errno.EROFS: 'choose a place on another file system',
+    errno.ENOSPC: 'free some space, or choose a place on another file system',
+    errno.EDQUOT: 'free some space, or choose a place on another file system',
     errno.EMFILE: 'raise the limit of open files (ulimit -n)',
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of one command line."""
+    """Run one command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')   # type: ignore[union-attr]
-    # a wrong command line has to be reported in the form that it asks for, before it can be parsed
+    # An error in the command line is reported in the form that it asks for, before it can be parsed.
     command = next((word for word in argv if word in COMMANDS), '')
     output = Output(json='--json' in argv)
     try:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.error(error, command)
         return error.exit_status
     except BrokenPipeError:
-        # the reader went away (| head): what the interpreter flushes at exit would fail again
+        # The reader went away (| head). The interpreter flushes at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -66,7 +66,8 @@ def _dispatch(argv: Sequence[str], output: Output) -> int:
 
 
 async def _interruptible(handler: Handler, session: 'Session') -> int:
-    """The handler, cancelled by Ctrl-C, SIGTERM and SIGHUP: its context managers clean up before the process ends."""
+    """Run the handler. Ctrl-C, SIGTERM and SIGHUP cancel it, and its context managers clean up before the process
+    ends."""
     task = asyncio.current_task()
     assert task is not None
     received: list[signal.Signals] = []
@@ -78,7 +79,8 @@ async def _interruptible(handler: Handler, session: 'Session') -> int:
         nonlocal deaf_until
         if session.interrupts.taker is not None and session.interrupts.taker(number):
             return
-        # timeout(1) and sudo(8) pass on the SIGINT that the terminal sent us too: one Ctrl-C is not two
+        # timeout(1) and sudo(8) pass on the SIGINT that the terminal has sent to us as well, so one Ctrl-C arrives
+        # twice
         if loop.time() >= deaf_until:
             deaf_until = loop.time() + SAME_KEY
             received.append(number)
@@ -93,7 +95,7 @@ async def _interruptible(handler: Handler, session: 'Session') -> int:
             raise
         return 128 + received[0]
     finally:
-        # what it ends with is settled: a key that is pressed once more changes nothing of that
+        # the exit status is decided, and another Ctrl-C must not change it
         for number in INTERRUPTS:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)

@@ -24,13 +24,13 @@ ARGUMENTS = {
 
 
 async def monitor(session: Session) -> int:
-    """Print signals until Ctrl-C, which ends it as it should: status 0."""
+    """Print signals until Ctrl-C, which is its normal end with status 0."""
     words = Words()
     async with session.daemon() as daemon, daemon.signals(follow=True) as signals:
         session.out.note('watching; Ctrl-C ends it', 'dim')
         with until_interrupted():
             async for signal in signals:
-                if signal.member == 'JobNew':       # who calls a job's object hears of its progress
+                if signal.member == 'JobNew':       # a client that calls a job's object gets its progress signals
                     with contextlib.suppress(CkptError):
                         await daemon.job_properties(str(signal.args[1]))
                 _print(session.out, signal, words.of(signal))
@@ -38,7 +38,7 @@ async def monitor(session: Session) -> int:
 
 
 def as_document(signal: ReceivedSignal) -> dict[str, Any]:
-    """One object per signal: where it came from, and its arguments by name."""
+    """Convert a signal to an object: its origin, and its arguments by name."""
     names = ARGUMENTS.get(signal.member, ())
     if len(names) == len(signal.args):
         arguments: Any = dict(zip(names, signal.args, strict=True))
@@ -49,9 +49,9 @@ def as_document(signal: ReceivedSignal) -> dict[str, Any]:
 
 
 class Words:
-    """Signals in a few words; '' for those that only say again, for machines, what another one says for people.
+    """Short descriptions of signals; '' for those that repeat another one in a form for machines.
 
-    Knows the jobs that it has seen: a Progress signal names its job by path, and JobNew tells no target.
+    It remembers the jobs that it has seen, because a Progress signal names its job by path and JobNew has no target.
     """
 
     def __init__(self) -> None:

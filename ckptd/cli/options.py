@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The a{sv} of options that Checkpoint, Freeze and Restore take, from the command line."""
+"""Options (a{sv}) of Checkpoint, Freeze and Restore, made from the command line."""
 
 import argparse
 from typing import Any

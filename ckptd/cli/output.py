@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ckptctl writes: tables, one JSON document, errors. Colour and rich only on a terminal, and not with NO_COLOR.
+"""Output of ckptctl: tables, one JSON document, errors. Colour and rich are used only on a terminal and without
+NO_COLOR.
 
-rich takes a tenth of a second to import, as long as everything else that a listing does: output to a pipe does without.
+rich takes a tenth of a second to import, as long as everything else in a listing, so output to a pipe does not use it.
 """
 
 import json
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """right: numbers. style: a rich style. fold, cut: gives way when the terminal is too narrow, by going on in the
-    next line, or by ending in an ellipsis."""
+    """A column of a table."""
     title: str
-    right: bool = False
-    style: str = ''
-    fold: bool = False
-    cut: bool = False
+    right: bool = False    # right-aligned, for numbers
+    style: str = ''        # a rich style
+    fold: bool = False     # on a narrow terminal, continue in the next line
+    cut: bool = False      # on a narrow terminal, end in an ellipsis
 
 
 REFUSALS = (Column('PID', right=True), Column('COMMAND', style='bold'), Column('RESOURCE', fold=True),
@@ -33,36 +33,37 @@ REFUSALS = (Column('PID', right=True), Column('COMMAND', style='bold'), Column('
 
 
 def use_colour(stream: IO[str]) -> bool:
-    """https://no-color.org: a NO_COLOR that is not empty turns colour off."""
+    """Whether to use colour. A NO_COLOR that is not empty turns it off (https://no-color.org)."""
     return stream.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
 
 
 @dataclass(slots=True)
 class Output:
-    """Where a command writes: results to stdout, everything else to stderr. json: stdout carries JSON only."""
+    """The output of a command: results go to stdout, everything else to stderr. json: stdout has JSON only."""
     json: bool = False
     legend: bool = True
     stdout: IO[str] = field(default_factory=lambda: sys.stdout)
     stderr: IO[str] = field(default_factory=lambda: sys.stderr)
 
     def document(self, value: Any) -> None:
-        """A JSON document on stdout; indented for a reader on a terminal."""
+        """Print a JSON document on stdout, indented if stdout is a terminal."""
         text = json.dumps(value, ensure_ascii=False, indent=2 if self.stdout.isatty() else None)
         self._write(self.stdout, text)
 
     def line(self, text: str = '', style: str = '') -> None:
-        """One line of a result; nothing with --json."""
+        """Print one line of a result. With --json print nothing."""
         if not self.json:
             self._styled(self.stdout, text, style)
 
     def note(self, text: str, style: str = '') -> None:
-        """One line beside the result, on stderr; nothing with --json."""
+        """Print one line of additional information on stderr. With --json print nothing."""
         if not self.json:
             self._styled(self.stderr, text, style)
 
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str = '',
               what: str = '') -> None:
-        """A listing on stdout. empty: said on stderr where there are no rows; what: names them in the closing count."""
+        """Print a list on stdout. empty: printed on stderr if there are no rows. what: plural noun for the closing
+        count."""
         rows = list(rows)
         if not rows:
             if self.legend and empty:
@@ -73,7 +74,7 @@ class Output:
             self.line(f'\n{len(rows)} {what if len(rows) != 1 else what.removesuffix("s")} listed.')
 
     def refusals(self, refusals: Sequence[Finding], *, on_stderr: bool = False) -> None:
-        """Why a tree cannot be dumped, a row each; then what helps, each hint once."""
+        """Print the reasons why a tree cannot be dumped, a row for each; then each hint once."""
         if self.json or not refusals:
             return
         stream = self.stderr if on_stderr else self.stdout
@@ -82,7 +83,8 @@ class Output:
             self._styled(stream, f'hint: {hint}', 'dim')
 
     def error(self, error: CkptError, command: str) -> None:
-        """One line, a row per refusal, a hint, on stderr; with --json one object on stdout."""
+        """Print the error on stderr: one line, a row for each refusal, a hint. With --json print one object on
+        stdout."""
         if self.json:
             self.document({'error': {'name': error.name, 'message': error.message, **error.details(),
                                      'exit_status': error.exit_status}})
@@ -94,7 +96,7 @@ class Output:
             self._styled(self.stderr, f'hint: {error.hint}', 'dim')
 
     def console(self, stream: IO[str]) -> 'Console':
-        """A rich console that adds nothing of its own to what is printed."""
+        """Return a rich console that adds nothing to the printed text."""
         from rich.console import Console
         # rich's own no_color keeps bold and underline
         return Console(file=stream, highlight=False, markup=False, emoji=False,
@@ -104,7 +106,7 @@ class Output:
                legend: bool = True) -> None:
         if self.json:
             return
-        # a name with a newline must not look like one more row
+        # a name with a newline must not look like another row
         rows = [[printable(cell).replace('\n', '\\n') for cell in row] for row in rows]
         if stream.isatty():
             self._rich_table(stream, columns, rows, legend)
@@ -140,7 +142,8 @@ _SGR = {'bold': '1', 'dim': '2', 'red': '31', 'green': '32', 'yellow': '33', 'cy
 
 
 def printable(text: str) -> str:
-    """Names of processes and files are anybody's bytes: what a terminal would obey is shown as an escape instead."""
+    """Return text that is safe for a terminal. Names of processes and files may have any bytes, so control characters
+    are shown as escapes."""
     return text if text.isprintable() else ''.join(map(_visible, text))
 
 
@@ -151,7 +154,7 @@ def _visible(char: str) -> str:
 
 
 def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], legend: bool = True) -> list[str]:
-    """Columns two blanks apart, nothing cut off: for pipes and files."""
+    """Format columns two blanks apart, with nothing cut off, for pipes and files."""
     lines = [[column.title for column in columns]] if legend else []
     lines += [list(row) for row in rows]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))] if lines else []
@@ -160,7 +163,7 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], legend
 
 
 def finding_cells(refusal: Finding) -> list[str]:
-    """A row of REFUSALS; the tree as a whole has no pid."""
+    """Return the cells of a row of REFUSALS. The tree as a whole has no pid."""
     reason = refusal.reason if refusal.severity == 'refusal' else f'warning: {refusal.reason}'
     return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno, reason]
 

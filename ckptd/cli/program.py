@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Another program, run to its end within a time."""
+"""Run another program with a time limit."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class Done(NamedTuple):
-    """status: as subprocess has it, negative for a signal. What it said, as text."""
-    status: int
-    out: str
-    complaint: str
+    """The result of a program."""
+    status: int       # as in subprocess, negative for a signal
+    out: str          # its standard output
+    complaint: str    # its standard error
 
 
 async def run_program(*command: str, seconds: float, env: Mapping[str, str] | None = None) -> Done:
-    """Run it without input. TimeoutError after `seconds`; however this ends, the program has ended too."""
+    """Run a program without input. TimeoutError after `seconds`. The program has ended in any case."""
     process = await asyncio.create_subprocess_exec(
         *command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE)

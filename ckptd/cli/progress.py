@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The progress bar: phase, share of the whole, bytes and time, on a terminal's stderr; gone when the job has ended."""
+"""The progress bar on a terminal's stderr: phase, share of the whole, bytes and time. It is removed when the job has
+ended."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,7 +10,7 @@ from ckptd.cli.quantities import format_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-# what each phase of a job (ckptd.protocol.messages) does, for people
+# descriptions of the phases of a job (ckptd.protocol.messages)
 PHASES = {
     '': 'waiting', 'resolve': 'finding the tree', 'scan': 'scanning', 'freeze': 'freezing', 'rescan': 'scanning again',
     'seize': 'stopping threads', 'state': 'reading state', 'memory': 'copying memory', 'release': 'letting go',
@@ -18,19 +19,19 @@ PHASES = {
     'fill': 'filling memory', 'rebuild': 'rebuilding state', 'place': 'placing', 'start': 'starting',
     'attend': 'running',
 }
-# the phases that move bytes
+# phases that move bytes
 MOVING = ('memory', 'fill')
 
 
 class Follower(Protocol):
-    """What is told how far a job is."""
+    """A receiver of a job's progress."""
 
     def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None: ...
     def message(self, text: str) -> None: ...
 
 
 class ProgressLines:
-    """A line per signal, for where a bar cannot be drawn and every step is worth seeing."""
+    """One line per signal, where a bar cannot be drawn and every step is worth seeing."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -39,7 +40,7 @@ class ProgressLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """There is nothing to take away."""
+        """Do nothing: there is no bar to remove."""
 
     def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None:
         volume = _volume(phase, bytes_done, bytes_total)
@@ -50,10 +51,11 @@ class ProgressLines:
 
 
 class ProgressBar:
-    """`with ProgressBar(output) as bar: bar.update(...)`. Draws nothing where stderr is no terminal, or with --json."""
+    """A progress bar: `with ProgressBar(output) as bar: bar.update(...)`. It draws nothing with --json, or if stderr is
+    not a terminal."""
 
     def __init__(self, output: Output, what: str, *, keep: bool = False) -> None:
-        """keep: leave the finished bar on the screen."""
+        """Make the bar. keep: leave the finished bar on the screen."""
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._message = ''
@@ -70,13 +72,13 @@ class ProgressBar:
         self.close()
 
     def close(self) -> None:
-        """Take it off the terminal; again: nothing."""
+        """Remove the bar from the terminal. A second call does nothing."""
         if self._progress:
             self._progress.stop()
             self._progress = None
 
     def update(self, phase: str, progress: float, bytes_done: int = 0, bytes_total: int = 0) -> None:
-        """What a Progress signal says. bytes_total 0: unknown."""
+        """Show the values of a Progress signal. bytes_total 0: unknown."""
         if self._progress is None or self._task is None:
             return
         changed: dict[str, Any] = {'phase': self._message or PHASES.get(phase, phase),
@@ -84,14 +86,14 @@ class ProgressBar:
         self._progress.update(self._task, completed=min(max(progress, 0.0), 1.0), refresh=True, **changed)
 
     def message(self, text: str) -> None:
-        """Any text in place of the phase, from now on."""
+        """Show this text in place of the phase from now on."""
         self._message = text
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, phase=text, volume='', refresh=True)
 
 
 def _volume(phase: str, done: int, total: int) -> str:
-    """Bytes of the phases that move them; in the others they stand still at the last count that was sent."""
+    """Return the bytes of a phase that moves them. In other phases the last count is out of date."""
     if phase in PHASES and phase not in MOVING:
         return ''
     return f'{format_bytes(done)} of {format_bytes(total)}' if total else format_bytes(done) if done else ''

@@ -20,7 +20,8 @@ _SPAN = re.compile(r'\s*(\d+(?:\.\d+)?)\s*([a-zµμ]*)')
 
 
 def parse_timespan(text: str) -> int:
-    """Microseconds of '10', '10s', '500ms', '2min', '1min 30s'. ValueError for anything else, and for zero."""
+    """Parse '10', '10s', '500ms', '2min' or '1min 30s' into microseconds. ValueError for anything else, and for
+    zero."""
     at, total = 0, 0.0
     while at < len(text.rstrip()):
         match = _SPAN.match(text, at)
@@ -34,7 +35,7 @@ def parse_timespan(text: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of '4096', '64M', '64 MiB', '1.5G'. ValueError for anything else, and for zero."""
+    """Parse '4096', '64M', '64 MiB' or '1.5G' into bytes. ValueError for anything else, and for zero."""
     match = _SIZE.fullmatch(text.strip())
     total = float(match[1]) * 1024 ** ' KMGT'.index((match[2] or ' ').upper()) if match else 0
     if not 1 <= total < 2**63:
@@ -43,7 +44,7 @@ def parse_size(text: str) -> int:
 
 
 def format_timespan(usec: int) -> str:
-    """Three significant digits up to a minute: '870 us', '3.21 ms', '12.4 s', then '2min 5s'."""
+    """Format a time with three significant digits up to a minute: '870 us', '3.21 ms', '12.4 s', then '2min 5s'."""
     if usec < 1_000:
         return f'{usec} us'
     if usec < USEC_PER_SEC:
@@ -55,7 +56,7 @@ def format_timespan(usec: int) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """'512 B', '4.00 KiB', '12.3 MiB'."""
+    """Format a size: '512 B', '4.00 KiB', '12.3 MiB'."""
     if count < 1024:
         return f'{count} B'
     value = float(count)
@@ -67,13 +68,13 @@ def format_bytes(count: int) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """'1 task', '2 tasks', '3 processes'."""
+    """Format a count: '1 task', '2 tasks', '3 processes'."""
     plural = f'{noun}es' if noun.endswith('s') else f'{noun}s'
     return f'{number} {noun if number == 1 else plural}'
 
 
 def format_time(usec: int) -> str:
-    """Local time of microseconds since 1970, in the form of systemd.time(7)."""
+    """Format microseconds since 1970 as local time, in the form of systemd.time(7)."""
     return time.strftime('%a %Y-%m-%d %H:%M:%S %Z', time.localtime(usec / USEC_PER_SEC)) if usec else 'n/a'
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ckptd.cli.attend import Attendance
 from ckptd.cli.checkpoint import report_findings
-from ckptd.cli.follow import Order, run_job
+from ckptd.cli.follow import JobCall, run_job
 from ckptd.cli.options import restore_options, with_token
 from ckptd.cli.output import Output
 from ckptd.cli.progress import ProgressBar
@@ -14,11 +14,11 @@ from ckptd.cli.quantities import format_count, format_timespan
 from ckptd.cli.session import LONG, Session
 from ckptd.errors import Refused, finding_from
 
-LOST = 'nothing is left of a tree that did not run yet, and one that does runs on'
+LOST = 'a tree that did not run yet is gone, and one that runs goes on'
 
 
 async def restore(session: Session) -> int:
-    """Bring a tree back. With --wait the exit status is that of its root, as a shell has it."""
+    """Restore a tree. With --wait the exit status is that of its root, as a shell reports it."""
     args, out = session.args, session.out
     if args.dry_run:
         return await _dry_run(session)
@@ -26,19 +26,19 @@ async def restore(session: Session) -> int:
     async with session.daemon() as daemon:
         def begun(root: int) -> None:
             bar.close()
-            out.note(f'the tree runs, its root is process {root}', 'dim')
+            out.note(f'the tree runs; its root is process {root}', 'dim')
 
         with bar, Attendance(session.interrupts, begun) as attendance:
             options = with_token(restore_options(args))
             if args.wait:
                 options |= attendance.prepare()
-            order = Order('Restore', args.image, options, LOST)
-            result = await run_job(daemon, order, bar, attendance.begin if args.wait else lambda root: None)
+            job_call = JobCall('Restore', args.image, options, LOST)
+            result = await run_job(daemon, job_call, bar, attendance.begin if args.wait else lambda root: None)
     return _report_end(out, result) if args.wait else _report(out, result, args.leave_stopped)
 
 
 async def _dry_run(session: Session) -> int:
-    """The status is that of the error a restore would end with."""
+    """List what would prevent the restore. The exit status is that of the error with which a restore would end."""
     image = session.args.image
     async with session.daemon() as daemon:
         with Attendance(session.interrupts, lambda root: None) as attendance:
@@ -54,23 +54,23 @@ def _report(out: Output, result: dict[str, Any], stopped: bool) -> int:
         out.document(result)
         return 0
     out.line(str(result['root']))
-    fate = f'It is stopped: "kill -CONT {result["root"]}" lets its root go.' if stopped else 'The tree runs.'
+    fate = f'It is stopped: "kill -CONT {result["root"]}" continues its root.' if stopped else 'The tree runs.'
     out.note(f'{summary(result)}. {fate}', 'dim')
     if result.get('inside'):
-        out.note(f'Its pid namespace knows the root as {result["inside"]}, everybody else as {result["root"]}.', 'dim')
+        out.note(f'The pid of the root is {result["inside"]} in its pid namespace and {result["root"]} outside.', 'dim')
     out.refusals([finding_from(row) for row in result.get('warnings', ())], on_stderr=True)
     return 0
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What a finished restore did, in one line."""
+    """Describe a finished restore in one line."""
     processes = format_count(int(result.get('processes', 0)), 'process')
     return (f'{processes} with {format_count(int(result.get("tasks", 0)), "task")} restored in '
             f'{format_timespan(int(result.get("restored_usec", 0)))}')
 
 
 def _report_end(out: Output, result: dict[str, Any]) -> int:
-    """The end of a tree that was waited for; one that somebody let go of (ckptctl cancel) has none."""
+    """Report the end of a tree. A tree that was released (ckptctl cancel) has no end to report."""
     out.refusals([finding_from(row) for row in result.get('warnings', ())], on_stderr=True)
     if 'exit_status' not in result:
         out.document(result) if out.json else out.note(f'The tree runs on by itself; its root is {result["root"]}.')
@@ -82,6 +82,6 @@ def _report_end(out: Output, result: dict[str, Any]) -> int:
 
 
 def shell_status(status: int) -> int:
-    """A status of wait(2) as $? shows it: 128 + N after signal N."""
+    """Convert a status of wait(2) as $? shows it: 128 + N after signal N."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

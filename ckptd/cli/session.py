@@ -21,20 +21,21 @@ __all__ = ['LONG', 'DaemonProxy', 'ReceivedSignal', 'Session', 'Signals', 'until
 
 @dataclass(slots=True)
 class Interrupts:
-    """What Ctrl-C, SIGTERM and SIGHUP do: they cancel the command, unless there is a taker that wants this one."""
+    """The effect of Ctrl-C, SIGTERM and SIGHUP: they cancel the command, unless `taker` handles the signal and returns
+    True."""
     taker: Callable[[signal.Signals], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What every command gets."""
+    """The context of a command."""
     args: argparse.Namespace
     out: Output
     interrupts: Interrupts = field(default_factory=Interrupts)
 
     @contextlib.asynccontextmanager
     async def daemon(self) -> AsyncIterator[DaemonProxy]:
-        """The daemon that the command line asks for, started for this command with --standalone."""
+        """Connect to the daemon that the command line asks for. With --standalone, start one for this command."""
         if self.args.standalone:
             async with self.private_daemon(self.args.spool) as daemon:
                 yield daemon
@@ -42,14 +43,14 @@ class Session:
         try:
             client = await connect(self.args.address or self.args.bus)
         except Unavailable as error:
-            raise Unavailable(error.message, hint='use --standalone, which brings a bus of its own') from error
+            raise Unavailable(error.message, hint='use --standalone, which starts a bus of its own') from error
         async with client:
-            # on a terminal polkit may have somebody asked
+            # on a terminal polkit may ask the user
             yield DaemonProxy(client, ALLOW_INTERACTIVE if sys.stdin.isatty() else 0)
 
     @contextlib.asynccontextmanager
     async def private_daemon(self, spool: str | Path | None) -> AsyncIterator[DaemonProxy]:
-        """A bus and a daemon of our own, until the context ends."""
+        """Run a private bus and a private daemon until the context ends."""
         from ckptd.cli.standalone import private_daemon
         async with private_daemon(spool) as address, await connect(address) as client:
             yield DaemonProxy(client)
@@ -57,7 +58,7 @@ class Session:
 
 @contextlib.contextmanager
 def until_interrupted() -> Iterator[None]:
-    """Ctrl-C (or SIGTERM) ends the block, as what it waits for; main() turned the signal into a cancellation."""
+    """End the block normally on Ctrl-C or SIGTERM. main() has turned the signal into a cancellation."""
     try:
         yield
     except asyncio.CancelledError:

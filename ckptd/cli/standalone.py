@@ -20,16 +20,16 @@ from ckptd.notify import without_service_manager
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
 READY = b'DBUS_ADDRESS='
-_libc = ctypes.CDLL(None)       # loaded here: not between fork and exec
-KEPT_LINES = 50         # of the daemon's log, for the message when it does not start
+_libc = ctypes.CDLL(None)       # loaded here, and not between fork and exec
+KEPT_LINES = 50         # lines of the daemon's log for the message when it does not start
 
 
 @contextlib.asynccontextmanager
 async def private_daemon(spool: str | Path | None) -> AsyncIterator[str]:
-    """The address of a new private bus with ckptd on it; both end with the context.
+    """Start a private bus with ckptd on it and yield its address. Both end with the context.
 
-    The daemon has a session of its own: Ctrl-C on the terminal is for the client, which cancels its job and then stops
-    the daemon in order. Its log is shown with CKPTD_DEBUG set, or when it does not start.
+    The daemon has a session of its own, so Ctrl-C on the terminal goes to the client only, which cancels its job and
+    then stops the daemon. The daemon's log is shown if CKPTD_DEBUG is set or if it does not start.
     """
     log: deque[str] = deque(maxlen=KEPT_LINES)
     process = await asyncio.create_subprocess_exec(
@@ -40,34 +40,38 @@ async def private_daemon(spool: str | Path | None) -> AsyncIterator[str]:
         yield await _address(process, drain, log)
     finally:
         await _stop(process)
-        # a grandchild that outlives a killed daemon for a moment has the log open too
+        # after a daemon was killed, a grandchild may have the log open for a moment longer
         await asyncio.wait({drain}, timeout=1)
         drain.cancel()
 
 
 def end_with_parent() -> None:
-    """In a new child: SIGTERM when the client is gone, for not even kill -9 of it shall leave anything running.
+    """Arrange, in a new child, for SIGTERM when the client is gone, so that nothing stays running even after kill -9.
 
-    prctl(2): kept across execve(2). The client has one thread that starts processes, and it ends last.
+    The setting is kept across execve(2) (prctl(2)). The client starts processes from one thread, which ends last.
     """
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def adopt_orphans() -> None:
-    """What a child of ours leaves when it ends comes to us, to be waited for (PR_SET_CHILD_SUBREAPER of prctl(2))."""
+    """Become the parent of orphaned descendants, so that they can be waited for (PR_SET_CHILD_SUBREAPER of
+    prctl(2))."""
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def daemon_command(spool: str | Path | None) -> list[str]:
-    """-P: a directory called ckptd in the current directory must not be what root runs (Python 3.11)."""
+    """Return the command line of the daemon. -P: root must not run a directory called ckptd in the current
+    directory."""
     directory = ['--spool', str(Path(spool).absolute())] if spool is not None else []
     return [sys.executable, '-P', '-m', 'ckptd.daemon', '--private', *directory, *_runtime()]
 
 
 def _runtime() -> list[str]:
-    """Where the daemon would find no directory for its journal: cron, containers and su(1) come without
-    XDG_RUNTIME_DIR, or with somebody else's. One name for all runs, so that each undoes what a killed one left; the
-    daemon takes it only if nobody else can write it."""
+    """Return options for the directory of the journal, if the daemon would find none.
+
+    In cron, containers and su(1), XDG_RUNTIME_DIR is not set or belongs to another user. All runs use the same name, so
+    that each undoes what a killed one left. The daemon accepts the directory only if no other user can write it.
+    """
     usual = os.environ.get('XDG_RUNTIME_DIR') or f'/run/user/{os.getuid()}'
     if os.geteuid() == 0 or os.access(usual, os.W_OK):
         return []
@@ -75,8 +79,8 @@ def _runtime() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The daemon is of the same ckptd as the client, from wherever that was imported. It has nothing to say to the
-    service manager: the unit, if we are in one, is ours or that of whoever started us."""
+    """Return the environment of the daemon. It imports the same ckptd as the client. It gets no variables of the
+    service manager, because a unit around us is not the daemon's."""
     home = str(Path(ckptd.__file__).parent.parent)
     others = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and path != home]
     return {**without_service_manager(os.environ), 'PYTHONPATH': os.pathsep.join([home, *others])}
@@ -89,11 +93,11 @@ async def _address(process: asyncio.subprocess.Process, drain: 'asyncio.Task[Non
             line = await process.stdout.readline()
     except TimeoutError:
         raise Unavailable(f'the private daemon did not start within {START_TIMEOUT:.0f} s',
-                          hint='set CKPTD_DEBUG=ckptd and look at what it says') from None
+                          hint='set CKPTD_DEBUG=ckptd and look at the log') from None
     if line.startswith(READY):
         return line.removeprefix(READY).decode().strip()
     await asyncio.wait({drain}, timeout=1)
-    said = [text for text in log if text.strip()] or ['it said nothing']
+    said = [text for text in log if text.strip()] or ['it printed no error']
     status = await process.wait()
     raise Unavailable(f'the private daemon did not start (exit status {status}):\n  ' + '\n  '.join(said),
                       hint='run "ckptctl doctor" to see what is missing')
@@ -112,8 +116,8 @@ async def _drain(stream: asyncio.StreamReader | None, log: deque[str]) -> None:
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    """SIGTERM, then wait: the daemon releases what it holds first. A second interrupt, or a daemon that hangs: SIGKILL,
-    upon which its workers release their trees themselves."""
+    """Send SIGTERM and wait, because the daemon first releases what it holds. On a second interrupt, or if the daemon
+    hangs, send SIGKILL; its workers then release their trees themselves."""
     if process.returncode is not None:
         return
     process.send_signal(signal.SIGTERM)

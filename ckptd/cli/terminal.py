@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A pseudo-terminal between the user's terminal and a tree, pty(7): bytes go both ways, and so does the size.
+"""A pseudo-terminal between the user's terminal and a tree (pty(7)). Bytes go both ways, and so does the window size.
 
     user's terminal, raw  <- fd 0, fd 1 ->  this command  <- master | slave ->  the tree, for which it is any terminal
 
-The tree cannot have the user's own: that is the controlling terminal of the shell's session.
+The tree cannot have the user's own terminal, which is the controlling terminal of the shell's session.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Self
 
 CHUNK = 1 << 16
-WINDOW = bytes(8)       # struct winsize, ioctl_tty(2)
+WINDOW = bytes(8)       # struct winsize (ioctl_tty(2))
 
 
 class Terminal:
-    """Made with the settings and the size of the terminal on fd 0. `slave` is the tree's side, until `begin`."""
+    """A terminal made with the settings and size of the one on fd 0. `slave` is the tree's side, open until `begin`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -38,7 +38,7 @@ class Terminal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
                  ) -> None:
-        """What the tree has written is shown, and the user's terminal is as it was."""
+        """Show what the tree has written and restore the settings of the user's terminal."""
         if self._began:
             with contextlib.suppress(OSError):
                 while True:
@@ -48,7 +48,7 @@ class Terminal:
         os.close(self._master)
 
     def begin(self) -> None:
-        """From now on the user's terminal is the tree's."""
+        """Connect the user's terminal to the tree."""
         self._began = True
         self._close_slave()
         tty.setraw(0, termios.TCSADRAIN)
@@ -58,7 +58,7 @@ class Terminal:
         self._loop.add_reader(self._master, self._write)
 
     def _end(self) -> None:
-        """The user's terminal is the user's. Again: nothing."""
+        """Give the terminal back to the user. A second call does nothing."""
         if not self._began:
             return
         self._began = False
@@ -74,7 +74,7 @@ class Terminal:
             self.slave = -1
 
     def _resize(self) -> None:
-        """The kernel tells the tree by SIGWINCH."""
+        """Set the window size. The kernel sends SIGWINCH to the tree."""
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, WINDOW))
 
     def _write(self) -> None:
@@ -83,17 +83,19 @@ class Terminal:
         except BlockingIOError:
             return
         except OSError:
-            # EIO: the tree has no terminal, or has closed it (pty(7)). Ctrl-C is a signal again, which is passed on.
+            # EIO: the tree has no terminal, or has closed it (pty(7)). Ctrl-C becomes a signal again, which is passed
+            # on.
             self._end()
 
     def _show(self) -> None:
-        """Some of what the tree wrote. BlockingIOError when that was all for now, OSError when nobody can write."""
+        """Show some of the tree's output. BlockingIOError when there is no more for now, OSError when it cannot be
+        written."""
         data = os.read(self._master, CHUNK)
         while data:
             data = data[os.write(1, data):]
 
     def _read(self) -> None:
-        """What was typed; at the end of it (the terminal was hung up) there will be no more."""
+        """Read typed characters. End-of-file means that the terminal was hung up and no more will come."""
         data = b''
         with contextlib.suppress(OSError):
             data = os.read(0, CHUNK)
@@ -103,14 +105,14 @@ class Terminal:
         self._feed()
 
     def _feed(self) -> None:
-        """Hand on what was typed. A tree that does not read it lets it pile up here no further than one CHUNK."""
+        """Pass on typed characters. If the tree does not read them, at most one CHUNK waits here."""
         try:
             del self._typed[:os.write(self._master, self._typed)]
         except BlockingIOError:
             self._loop.remove_reader(0)
             self._loop.add_writer(self._master, self._resume)
         except OSError:
-            self._typed.clear()     # nobody reads; `_write` hears of that too
+            self._typed.clear()     # the tree does not read; `_write` will notice that, too
 
     def _resume(self) -> None:
         self._loop.remove_writer(self._master)

@@ -15,7 +15,7 @@ COLUMNS = (Column('PROCESS'), Column('STATE'), Column('MEMORY', right=True), Col
 
 
 async def tree(session: Session) -> int:
-    """Draw what runs below a target, or what an image has."""
+    """Draw the processes below a target or in an image."""
     args = session.args
     async with session.daemon() as daemon:
         if is_image_id(args.target):
@@ -30,7 +30,7 @@ async def tree(session: Session) -> int:
 
 
 def draw_tree(out: Output, rows: Sequence[dict[str, Any]], *, all_threads: bool = False, files: bool = False) -> None:
-    """The drawing as a table, and a line of totals."""
+    """Draw the tree as a table, with a line of totals."""
     columns = COLUMNS[:-1] if files else COLUMNS
     out.table(columns, list(_cells(draw(build(rows), all_threads=all_threads, files=files), files)), empty='No tasks.')
     if rows and out.legend:

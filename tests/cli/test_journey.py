@@ -99,7 +99,7 @@ def test_a_core_of_every_process_is_exported(ctl: Ctl, tree: Victim, image: str,
     assert all((cores / name).read_bytes()[:4] == b'\x7fELF' for name in names)
     again = ctl('export', image, str(cores))
     assert again.status == 1
-    assert 'is there already' in again.err
+    assert 'exists already' in again.err
     assert ctl('export', '--force', image, str(cores)).status == 0
 
 

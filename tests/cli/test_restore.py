@@ -169,7 +169,7 @@ def test_a_daemon_that_dies_while_it_attends(stage: Callable[..., Stage]) -> Non
     os.kill(here.daemon.pid, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 69
-    assert 'one that does runs on' in err
+    assert 'one that runs goes on' in err
     assert state_of(root) == 'S'
     end(root)
 

@@ -113,7 +113,7 @@ def test_pids_of_its_own(ctl: Ctl, program: Callable[..., 'subprocess.Popen[byte
     image = ctl('checkpoint', str(process.pid), '--quiet').out.strip()
     done = ctl('restore', image, '--new-pidns')
     assert done.status == 0, done.err
-    assert f'Its pid namespace knows the root as {process.pid}, everybody else as {done.out.strip()}.' in done.err
+    assert f'The pid of the root is {process.pid} in its pid namespace and {done.out.strip()} outside.' in done.err
     root = int(done.out)
     numbers = next(line for line in Path(f'/proc/{root}/status').read_text().splitlines() if line.startswith('NSpid'))
     assert numbers.split()[-1] == str(process.pid)

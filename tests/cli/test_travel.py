@@ -70,9 +70,9 @@ def test_what_is_no_image(ctl: Ctl, tmp_path: Path) -> None:
 def test_files_that_cannot_be_used_have_a_hint(ctl: Ctl, image: str, tmp_path: Path) -> None:
     absent = str(tmp_path / 'no' / 'file.tar')
     for words, error, hint in (
-            (('import', absent), 'No such file or directory', 'whether the name is right'),
-            (('export', '--format', 'tar', image, absent), 'No such file or directory', 'has to be there'),
-            (('export', '--format', 'tar', '--force', image, str(tmp_path)), 'Is a directory', 'name a file in it')):
+            (('import', absent), 'No such file or directory', 'check the name'),
+            (('export', '--format', 'tar', image, absent), 'No such file or directory', 'directory must exist'),
+            (('export', '--format', 'tar', '--force', image, str(tmp_path)), 'Is a directory', 'give a file in it')):
         done = ctl(*words)
         assert done.status == 1
         assert error in done.err
@@ -96,7 +96,7 @@ def test_a_program_that_a_checkpoint_waits_for(daemon: Daemon, ctl: Ctl, sleeper
 
 def test_a_program_that_is_not_there(daemon: Daemon, ctl: Ctl, sleeper: str) -> None:
     for program, status, said in ((['/no/such/program'], 1, '/no/such/program: No such file'),
-                                  ([], 2, 'there is no program to run')):
+                                  ([], 2, 'no program to run is given')):
         done = subprocess.run([sys.executable, '-m', 'ckptd.cli', 'inhibit', '--address', daemon.address, sleeper,
                                *program], capture_output=True, text=True, cwd=ROOT, check=False)
         assert done.returncode == status, done.stderr

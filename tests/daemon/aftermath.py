@@ -17,7 +17,7 @@ from tests.programs.conftest import await_that
 
 RSS = 64 << 10              # KiB more than after the first calls
 EXECUTOR = min(32, (os.cpu_count() or 1) + 4)       # threads that asyncio.to_thread makes and keeps, at most
-WORDS = ('Traceback', 'internal error', 'inside ckptd', 'Warning', 'never retrieved')       # of no log
+WORDS = ('Traceback', 'internal error', 'Warning', 'never retrieved')       # of no log
 
 
 @dataclass

@@ -348,7 +348,7 @@ class Fuzzer:
         words = reply.body()[0] if reply.type == MessageType.ERROR and reply.signature.startswith('s') else ''
         if reply.error_name == f'{ERROR_PREFIX}Failed':
             self.tally.vague.append(f'{words}: answer to {what()}')
-        if 'internal error' in words or 'inside ckptd' in words or reply.error_name.endswith('NoReply'):
+        if 'internal error' in words or reply.error_name.endswith('NoReply'):
             self.tally.wrong.append(f'{reply.error_name}: {words}: answer to {what()}')
 
 

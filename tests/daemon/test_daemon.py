@@ -58,7 +58,7 @@ def test_a_spool_that_cannot_be(tmp_path: Path) -> None:
     done = run('--private', '--spool', str(tmp_path / 'file/spool'), '--runtime', str(tmp_path / 'run'))
     assert done.returncode == 1
     assert done.stderr == (f'ckptd: spool {tmp_path}/file/spool: Not a directory '
-                           '(run as a user who may write there, or name another with --spool DIR)\n')
+                           '(choose another spool with --spool DIR, or run as its owner)\n')
 
 
 def test_the_name_is_taken(on_bus: 'subprocess.Popen[bytes]', private_bus: PrivateBus, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ async def test_an_export_into_it(daemon: Served, file: HangingFile, spool: Path)
         os.close(writer)
         assert os.read(reader, len(image)) == image.encode()
         os.close(reader)
-        await asyncio.to_thread(await_that, 'the job is over', lambda: 'does not even end by SIGKILL' in daemon.log, 40)
+        await asyncio.to_thread(await_that, 'the job is over', lambda: 'does not end by SIGKILL' in daemon.log, 40)
         assert await other.call(BUS_NAME, ROOT, MANAGER, 'ListJobs') != []
         file.release()
     await asyncio.get_running_loop().shutdown_default_executor()
