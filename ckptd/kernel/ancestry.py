@@ -9,8 +9,8 @@ _MAX_DEPTH = 1 << 16
 def is_below(pid: int, ancestor: int, start_time: int) -> bool:
     """Whether a process is `ancestor`, which began at start_time, or descends from it.
 
-    What is read in turn may be of several processes that had one number after the other. So all is read twice: a
-    parent that has ended meanwhile is no parent any more, and who has its number has begun later.
+    The files are read one after the other, and a pid may be reused in between. So all is read twice: a parent that has
+    ended meanwhile is no longer a parent, and a new process with its pid has a later start time.
     """
     try:
         line = _line(pid, ancestor)
@@ -20,7 +20,7 @@ def is_below(pid: int, ancestor: int, start_time: int) -> bool:
 
 
 def _line(pid: int, ancestor: int) -> list[Stat]:
-    """From the process up to the ancestor; empty if that is not above it."""
+    """Return the stat lines from the process up to the ancestor; empty if the ancestor is not above it."""
     line = [read_stat(pid)]
     while line[-1].pid != ancestor:
         if line[-1].ppid <= 0 or len(line) > _MAX_DEPTH:

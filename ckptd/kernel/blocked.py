@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which system call a task is blocked in, /proc/PID/syscall, and since when, /proc/PID/sched."""
+"""The system call that a task is blocked in (/proc/PID/syscall), and since when (/proc/PID/sched)."""
 
 import os
 import threading
@@ -12,13 +12,13 @@ from ckptd.kernel.timens import host_monotonic_ns
 
 
 class BlockedCall(NamedTuple):
-    """Number and six arguments, as in the registers."""
+    """A system call: number and six arguments, as in the registers."""
     number: int
     arguments: tuple[int, ...]
 
 
 def read_call(pid: int, tid: int) -> BlockedCall | None:
-    """None for a task that runs, or is blocked outside of a system call, or whose registers we may not see."""
+    """Read the blocked call. None for a task that runs, is blocked outside of a system call, or hides its registers."""
     try:
         return parse_call(read_task_file(task_dir(pid, tid), 'syscall'))
     except (FileNotFoundError, PermissionError):
@@ -26,7 +26,8 @@ def read_call(pid: int, tid: int) -> BlockedCall | None:
 
 
 def parse_call(data: bytes) -> BlockedCall | None:
-    """'230 0x0 0x0 0x7ffedff09a10 0x7ffedff09a50 0x0 0x0 0x7ffedff099f8 0x7ffbb39c3503', 'running' or '-1 SP IP'."""
+    """Parse '230 0x0 0x0 0x7ffedff09a10 0x7ffedff09a50 0x0 0x0 0x7ffedff099f8 0x7ffbb39c3503', 'running' or '-1 SP
+    IP'."""
     fields = data.split()
     if len(fields) != 9:
         return None
@@ -34,15 +35,17 @@ def parse_call(data: bytes) -> BlockedCall | None:
 
 
 class LastRun(NamedTuple):
-    """When the scheduler last counted time for a task: of one that sleeps, when it went to sleep. In nanoseconds of its
-    CPU's own clock, which stands still in interrupts and while a hypervisor runs others (kernel/sched/core.c,
-    update_rq_clock_task)."""
+    """The time when the scheduler last counted time for a task; for a sleeping task, when it went to sleep.
+
+    It is in nanoseconds of the CPU's own clock, which stops during interrupts and while a hypervisor runs others
+    (kernel/sched/core.c, update_rq_clock_task).
+    """
     cpu: int
     at: int
 
 
 def read_last_run(pid: int, tid: int) -> LastRun | None:
-    """None on a kernel without CONFIG_SCHED_DEBUG (< 6.15)."""
+    """Read the last run. None on a kernel without CONFIG_SCHED_DEBUG (< 6.15)."""
     try:
         sched, stat = (read_task_file(task_dir(pid, tid), name) for name in ('sched', 'stat'))
     except FileNotFoundError:
@@ -51,7 +54,7 @@ def read_last_run(pid: int, tid: int) -> LastRun | None:
 
 
 def parse_exec_start(data: bytes) -> int:
-    """The row 'se.exec_start    :    1122093.902481' of milliseconds, as nanoseconds."""
+    """Parse the row 'se.exec_start    :    1122093.902481' of milliseconds into nanoseconds."""
     value = next(line for line in data.split(b'\n') if line.startswith(b'se.exec_start')).rpartition(b':')[2]
     whole, _, fraction = value.strip().partition(b'.')
     return int(whole) * 10**6 + int(fraction)
@@ -59,7 +62,7 @@ def parse_exec_start(data: bytes) -> int:
 
 @contextmanager
 def cpu_clocks() -> Iterator['CpuClocks']:
-    """Reads the clocks of CPUs; this thread goes from one to another meanwhile."""
+    """Provide readings of the CPUs' clocks. Meanwhile this thread moves between CPUs."""
     affinity = os.sched_getaffinity(0)
     try:
         yield CpuClocks()
@@ -68,14 +71,14 @@ def cpu_clocks() -> Iterator['CpuClocks']:
 
 
 class CpuClocks:
-    """How far each CPU's clock is behind CLOCK_MONOTONIC of the initial time namespace, read once."""
+    """The distance of each CPU's clock behind CLOCK_MONOTONIC of the initial time namespace. Each is read once."""
 
     def __init__(self) -> None:
         self._behind: dict[int, int | None] = {}
 
     def monotonic(self, run: LastRun) -> int | None:
-        """A moment as CLOCK_MONOTONIC. It may be too late, by what the CPU spent since in interrupts or not at all, and
-        never too early. None where that CPU is not ours to run on."""
+        """Convert a time to CLOCK_MONOTONIC. The result may be too late by the time that the CPU has since spent in
+        interrupts or not running, and is never too early. None if this process may not run on that CPU."""
         if run.cpu not in self._behind:
             self._behind[run.cpu] = self._read(run.cpu)
         behind = self._behind[run.cpu]
@@ -87,6 +90,6 @@ class CpuClocks:
             os.sched_setaffinity(0, {cpu})
         except OSError:
             return None
-        os.sched_yield()        # has our own time counted
+        os.sched_yield()        # this updates the kernel's count of our own time
         own = read_last_run(os.getpid(), threading.get_native_id())
         return None if own is None or own.cpu != cpu else host_monotonic_ns() - own.at

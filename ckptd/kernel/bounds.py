@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bounds of a process and of all that it starts: limits, priority, cgroups, login uid."""
+"""Bounds of a process and of all its descendants: limits, priority, cgroups, login uid."""
 
 import os
 from typing import NamedTuple
@@ -10,18 +10,18 @@ from ckptd.kernel.task import read_cgroup2, read_limits, read_loginuid, read_oom
 
 
 class Bounds(NamedTuple):
-    """limits: (soft, hard) by RLIMIT_* number. loginuid: -1 for none. cgroup: of the v2 hierarchy, '' without one.
-    old_cgroups: of those v1 hierarchies that limit what runs."""
-    limits: tuple[tuple[int, int], ...] = ()
+    """The bounds of a process."""
+    limits: tuple[tuple[int, int], ...] = ()    # (soft, hard) by RLIMIT_* number
     oom_score_adj: int = 0
     nice: int = 0
-    loginuid: int = -1
-    cgroup: str = ''
-    old_cgroups: tuple[Cgroup1Path, ...] = ()
+    loginuid: int = -1                           # -1 for none
+    cgroup: str = ''                             # in the v2 hierarchy, '' without one
+    old_cgroups: tuple[Cgroup1Path, ...] = ()    # in the v1 hierarchies that limit resources
 
 
 def read_bounds(pid: int, start_time: int, uid: int) -> Bounds:
-    """Read those of the process that began then and is this user's alone. ProcessLookupError if it is no more."""
+    """Read the bounds of the process with this start time that belongs to this user only. ProcessLookupError if it has
+    ended."""
     with held(pid, start_time, uid):
         return Bounds(read_limits(pid), read_oom_score_adj(pid), os.getpriority(os.PRIO_PROCESS, pid),
                       read_loginuid(pid), read_cgroup2(pid), read_places(pid))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""cgroup v2: where it is mounted and what a cgroup directory offers; the kernel's admin-guide/cgroup-v2.rst."""
+"""cgroup v2: the mount and the files of a cgroup directory (the kernel's admin-guide/cgroup-v2.rst)."""
 
 import errno
 import os
@@ -21,7 +21,8 @@ class CgroupMount:
     root: str
 
     def directory(self, cgroup: str) -> Path:
-        """Directory of a cgroup, by its path in /proc/PID/cgroup. FileNotFoundError if this mount does not show it."""
+        """Return the directory of a cgroup by its path in /proc/PID/cgroup. FileNotFoundError if this mount does not
+        show it."""
         path, root = PurePosixPath(cgroup), PurePosixPath(self.root)
         below = path.relative_to(root) if path.is_relative_to(root) else None
         # '/../x' is beside the root of our cgroup namespace (cgroup_namespaces(7)), not above the mount point
@@ -31,13 +32,13 @@ class CgroupMount:
 
 
 def mount_of(mounts: Iterable[Mount]) -> CgroupMount | None:
-    """The v2 hierarchy among mounts; where it is mounted more than once, the mount that shows most of it."""
+    """Return the v2 hierarchy among the mounts. If there are several, return the mount that shows most of it."""
     found = [CgroupMount(Path(mount.mount_point), mount.root) for mount in mounts if mount.fs_type == 'cgroup2']
     return min(found, key=lambda mount: len(mount.root), default=None)
 
 
 def find_mount() -> CgroupMount:
-    """The v2 hierarchy of this mount namespace. FileNotFoundError if there is none."""
+    """Return the v2 hierarchy of this mount namespace. FileNotFoundError if there is none."""
     mount = mount_of(read_mountinfo())
     if mount is None:
         raise FileNotFoundError(errno.ENOENT, 'no cgroup v2 hierarchy is mounted')
@@ -48,23 +49,23 @@ def find_mount() -> CgroupMount:
 class Cgroup:
     """A cgroup, by its directory. Methods raise FileNotFoundError or OSError ENODEV once it is removed.
 
-    The root cgroup has no cgroup.freeze, cgroup.events and cgroup.kill: it is never frozen and cannot be.
+    The root cgroup has no cgroup.freeze, cgroup.events and cgroup.kill. It is never frozen and cannot be.
     """
     path: Path
 
     @classmethod
     def of(cls, pid: int) -> 'Cgroup':
-        """The cgroup of a process (of a threaded one, that of its leader)."""
+        """Return the cgroup of a process. For a threaded one it is the leader's."""
         return cls(find_mount().directory(read_cgroup2(pid) or '/'))
 
     @classmethod
     def named(cls, name: str) -> 'Cgroup':
-        """The cgroup with this path below the mount, '/system.slice/x.service'. It need not exist."""
+        """Return the cgroup with this path below the mount, such as '/system.slice/x.service'. It need not exist."""
         return cls(find_mount().path / name.lstrip('/'))
 
     @property
     def name(self) -> str:
-        """The path below the mount, '/' for the mount itself."""
+        """Path below the mount, '/' for the mount itself."""
         relative = self.path.relative_to(find_mount().path).as_posix()
         return '/' if relative == '.' else f'/{relative}'
 
@@ -75,11 +76,11 @@ class Cgroup:
         return above if (above.path / 'cgroup.procs').exists() else None
 
     def children(self) -> list['Cgroup']:
-        """Cgroups directly below."""
+        """Return the cgroups directly below."""
         return [Cgroup(entry) for entry in sorted(self.path.iterdir()) if entry.is_dir()]
 
     def walk(self) -> Iterator['Cgroup']:
-        """This one and all below, parents first; those that vanish meanwhile are left out."""
+        """Yield this cgroup and all below, parents first. A cgroup that is removed meanwhile is left out."""
         yield self
         try:
             below = self.children()
@@ -89,11 +90,12 @@ class Cgroup:
             yield from child.walk()
 
     def procs(self, recursive: bool = False) -> list[int]:
-        """Pids, ascending: of this cgroup, or of all below it as well. Zombies are in no cgroup.procs file."""
+        """Return the pids in ascending order: in this cgroup, or in all below it as well. No cgroup.procs file lists
+        zombies."""
         return self._members('cgroup.procs', recursive)
 
     def threads(self, recursive: bool = False) -> list[int]:
-        """Ids of threads, ascending: of this cgroup, or of all below it as well."""
+        """Return the thread ids in ascending order: in this cgroup, or in all below it as well."""
         return self._members('cgroup.threads', recursive)
 
     def _members(self, file: str, recursive: bool) -> list[int]:
@@ -103,7 +105,7 @@ class Cgroup:
                 try:
                     found.update(group._numbers(file))
                 except OSError as error:
-                    # gone meanwhile; or threaded, and then its processes are in the cgroup.procs of its domain
+                    # removed meanwhile; or threaded, and then its processes are in the cgroup.procs of its domain
                     if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
                         raise
         return sorted(found)
@@ -131,7 +133,7 @@ class Cgroup:
 
     @property
     def frozen(self) -> bool:
-        """Every task in it and below is frozen, by its own cgroup.freeze or one above (cgroup.events)."""
+        """Whether every task in it and below is frozen, by its own cgroup.freeze or by one above (cgroup.events)."""
         try:
             return _is_set(read_file(f'{self.path}/cgroup.events'), b'frozen')
         except FileNotFoundError:
@@ -139,7 +141,8 @@ class Cgroup:
 
     @property
     def type(self) -> str:
-        """'domain', 'threaded', 'domain threaded' or 'domain invalid'; processes move whole only between domains."""
+        """'domain', 'threaded', 'domain threaded' or 'domain invalid'. A process moves as a whole only between
+        domains."""
         try:
             return read_file(f'{self.path}/cgroup.type').decode().strip()
         except FileNotFoundError:
@@ -147,26 +150,26 @@ class Cgroup:
             return 'domain'
 
     def _absent(self) -> bool:
-        # the root cgroup lacks these files; of any other cgroup they are gone with the cgroup
+        # The root cgroup lacks these files. Any other cgroup that lacks them was removed.
         if not self.path.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         return False
 
     def freeze(self) -> None:
-        """Ask for it; `wait` says when it is so."""
+        """Request a freeze. `wait` reports its completion."""
         self._write('cgroup.freeze', '1')
 
     def thaw(self) -> None:
-        """Ask for it; a cgroup above may keep the tasks frozen."""
+        """Request a thaw. A cgroup above may keep the tasks frozen."""
         self._write('cgroup.freeze', '0')
 
     def wait(self, frozen: bool, deadline_monotonic: float, also: int | None = None) -> bool:
-        """Wait until cgroup.events says `frozen`. False when the deadline (time.monotonic()) passed or the fd `also`
-        became readable before."""
+        """Wait until cgroup.events reports `frozen`. Return False if the deadline (time.monotonic()) passed or the fd
+        `also` became readable first."""
         return self._wait(b'frozen', frozen, deadline_monotonic, also)
 
     def wait_empty(self, deadline_monotonic: float) -> bool:
-        """Wait until no live process is in it or below. False when the deadline passed before."""
+        """Wait until no live process is in it or below. Return False if the deadline passed first."""
         return self._wait(b'populated', False, deadline_monotonic, None)
 
     def _wait(self, key: bytes, wanted: bool, deadline_monotonic: float, also: int | None) -> bool:
@@ -176,7 +179,7 @@ class Cgroup:
             poll.register(fd, select.POLLPRI)
             if also is not None:
                 poll.register(also, select.POLLIN)
-            # kernfs reports a change since the last read, so reading first and polling then misses none
+            # kernfs reports changes since the last read. Reading first and polling then misses none.
             while _is_set(os.pread(fd, 4096, 0), key) != wanted:
                 left = deadline_monotonic - time.monotonic()
                 events = poll.poll(left * 1000) if left > 0 else []
@@ -187,29 +190,30 @@ class Cgroup:
             os.close(fd)
 
     def create(self, name: str) -> 'Cgroup':
-        """A new cgroup below this one. FileExistsError if there is one."""
+        """Make a cgroup below this one. FileExistsError if there is one."""
         child = self.path / name
         child.mkdir(mode=0o755)
         return Cgroup(child)
 
     def attach(self, pid: int) -> None:
-        """Move a process here with all its threads. Frozen or not, it becomes what this cgroup is."""
+        """Move a process here with all its threads. It then becomes frozen or thawed like this cgroup."""
         self._write('cgroup.procs', str(pid))
 
     def remove(self) -> None:
-        """OSError EBUSY while a live process or a cgroup is in it."""
+        """Remove the cgroup. OSError EBUSY while it contains a live process or a cgroup."""
         self.path.rmdir()
 
     def kill(self) -> None:
-        """SIGKILL to all in it and below, frozen or not; since 5.14."""
+        """Send SIGKILL to all tasks in it and below, frozen or not; since 5.14."""
         self._write('cgroup.kill', '1')
 
     def writable(self) -> bool:
-        """The caller may move processes here and make cgroups below. A delegation boundary may still forbid a move."""
+        """Whether the caller may move processes here and make cgroups below. A delegation boundary may still forbid a
+        move."""
         return os.access(self.path, os.W_OK) and os.access(self.path / 'cgroup.procs', os.W_OK)
 
     def _write(self, file: str, value: str) -> None:
-        # one write(2): a kernel file takes each as a command of its own
+        # one write(2): the kernel treats each as a separate command
         fd = os.open(self.path / file, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, value.encode())

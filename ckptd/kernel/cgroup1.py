@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Hierarchies of cgroup v1, which limit what runs on a hybrid machine; cgroups(7)."""
+"""Hierarchies of cgroup v1 that limit resources on a hybrid machine (cgroups(7))."""
 
 import errno
 import os
@@ -12,13 +12,14 @@ from ckptd.kernel.procfs import read_task_file, task_dir, text
 
 
 class Cgroup1Path(NamedTuple):
-    """A cgroup of one hierarchy. controllers: its name in /proc/PID/cgroup, 'memory' or 'cpu,cpuacct'."""
+    """A cgroup of one hierarchy. controllers: the hierarchy's name in /proc/PID/cgroup, 'memory' or 'cpu,cpuacct'."""
     controllers: str
     path: str
 
 
 def read_places(pid: int) -> tuple[Cgroup1Path, ...]:
-    """Read the place of a process in each hierarchy that limits resources. The freezer and named hierarchies do not."""
+    """Read the cgroup of a process in each hierarchy that limits resources. The freezer and named hierarchies do
+    not."""
     found = []
     for line in text(read_task_file(task_dir(pid), 'cgroup')).splitlines():
         number, controllers, path = line.split(':', 2)
@@ -28,7 +29,7 @@ def read_places(pid: int) -> tuple[Cgroup1Path, ...]:
 
 
 def join(places: tuple[Cgroup1Path, ...]) -> None:
-    """Move the calling process there. OSError; FileNotFoundError if one is gone, or not to be seen from here."""
+    """Move the calling process to these cgroups. OSError; FileNotFoundError if one is gone or not visible from here."""
     own = read_places(os.getpid())
     mounts = [mount for mount in read_mountinfo() if mount.fs_type == 'cgroup']
     for place in places:

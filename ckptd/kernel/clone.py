@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""clone3(2): what a new task shares, its number, its cgroup. Done by a remote call, so this is about bytes."""
+"""clone3(2): flags, pid and cgroup of a new task. A remote call executes it, so this module only packs bytes."""
 
 import ctypes
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Closing file descriptors that came from somebody else.
+"""Close file descriptors that came from clients.
 
-close(2) asks the file system (FUSE_FLUSH), and that may be a program of whoever sent the fd, which never answers, not
-even to SIGKILL. So each such close has a thread for itself. Half of all that may wait are not for one user to have, as
-the other half would then be for everybody else: the servers that keep most of them waiting lose their connection. Below
-that nobody does, since the file system may be a slow one of somebody honest.
+close(2) may send a request to the file's file system (FUSE_FLUSH). With FUSE that can be a client's program that never
+answers, and then not even SIGKILL ends the call. So each such close has a thread of its own. When half of the close
+slots are taken, abort the FUSE connections that hold most of them, because otherwise one user could take all slots.
+Below that, abort none: the server may just be slow.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from typing import Final
 from ckptd.kernel import fuse
 from ckptd.kernel.statx import device_of
 
-MOST: Final = 256       # that wait for somebody's file system; while there are so many no fds are taken in
-CROWD: Final = MOST // 2        # from so many on servers are given up
-ROOM: Final = MOST // 4         # until fewer wait
-PATIENCE: Final = 1.0   # seconds; who has answered each close by then is slow, and no more than that
-# what /proc/self/fd says of files that no file system has a say in
+MOST: Final = 256       # closes that wait for a file system; beyond that no fds are taken in
+CROWD: Final = MOST // 2        # from this number on connections are aborted
+ROOM: Final = MOST // 4         # until fewer than this number wait
+PATIENCE: Final = 1.0   # seconds; a server that has answered each close by then is only slow
+# targets of /proc/self/fd for files without a file system
 _OURS: Final = ('pipe:', 'anon_inode:[pidfd]', 'pidfd:')
 
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """A connection to a file server that was ended. device: as of `device_of`; closes: that waited for it."""
-    device: int
-    closes: int
+    """A connection to a file server that was aborted."""
+    device: int    # as returned by `device_of`
+    closes: int    # number of closes that waited for it
 
     def __str__(self) -> str:
         return (f'the connection to the file server of device {self.device >> 20}:{self.device & 0xfffff} was aborted; '
@@ -43,13 +43,13 @@ class Aborted:
 
 @dataclass(slots=True)
 class _Close:
-    """One that waits. device: 0 while it is not known."""
+    """A close that waits."""
     since: float
-    device: int = 0
+    device: int = 0    # 0 while unknown
 
 
 class _Closer:
-    """Closes each fd in a thread that ends with it. report: called in any thread."""
+    """Closes each fd in a thread of its own. report: called in any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -80,7 +80,7 @@ class _Closer:
             self._changed.notify_all()
 
     def _relieve(self) -> None:
-        """The one thread that does it, as long as there is a crowd."""
+        """Abort connections while too many closes wait. Only one thread does this."""
         bound, aborted, vain = CROWD, False, set[int]()
         while True:
             with self._changed:
@@ -97,8 +97,9 @@ class _Closer:
                 continue
 
     def _abort_worst(self, age: float, vain: set[int]) -> bool:
-        """End the connection that most closes wait for, of those of which one waits for longer than `age` seconds.
-        False where none can be. vain: devices whose closes did not end by that, not to be tried again."""
+        """Abort the connection that most closes wait for, among those where a close waits for longer than `age`
+        seconds. Return False if there is none. vain: devices where an abort did not end the closes; they are not tried
+        again."""
         if (directory := fuse.connections()) is None:
             return False
         for aborted in self._late(age):
@@ -110,12 +111,12 @@ class _Closer:
         return False
 
     def _fewer(self, bound: int, timeout: float) -> bool:
-        """Wait until fewer than that wait; False when the time is over."""
+        """Wait until fewer than `bound` closes wait. Return False after the timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: len(self._waiting) < bound, timeout)
 
     def _none_of(self, device: int, timeout: float) -> bool:
-        """The same until none waits for that device."""
+        """Wait until no close waits for that device. Return False after the timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: device not in self._devices(), timeout)
 
@@ -131,12 +132,12 @@ class _Closer:
 
 
 def _start(work: Callable[[], None]) -> None:
-    # a daemon thread: the interpreter does not wait for it at its end
+    # a daemon thread, so that the interpreter does not wait for it at exit
     threading.Thread(target=work, name='close', daemon=True).start()
 
 
 def _close(fd: int) -> None:
-    # an error would be that of a file system that is not ours (close(2), EIO)
+    # an error would be that of a client's file system (close(2), EIO)
     with contextlib.suppress(OSError):
         os.close(fd)
 
@@ -145,8 +146,8 @@ _closer = _Closer()
 
 
 def close_foreign(fd: int) -> None:
-    """Close without an error and without waiting, neither for a file system nor for what a socket has still to send, as
-    its sender may have asked for (SO_LINGER, socket(7))."""
+    """Close without an error and without waiting, neither for a file system nor for unsent data of a socket, which its
+    sender may have requested (SO_LINGER, socket(7))."""
     try:
         link = os.readlink(f'/proc/self/fd/{fd}')  # noqa: PTH115 - fstat(2) may ask a file server
     except OSError:
@@ -162,17 +163,19 @@ def close_foreign(fd: int) -> None:
 
 
 def closing() -> int:
-    """How many fds wait to be closed."""
+    """Return how many fds wait to be closed."""
     return _closer.waiting
 
 
 def report_to(report: Callable[[Aborted], None]) -> None:
-    """Have every connection that is aborted from now on told to somebody, in whichever thread does it."""
+    """Report every later abort of a connection, in the thread that does it."""
     _closer.report = report
 
 
 def abort_all() -> None:
-    """For the end of a process, which could not exit while a close waits. Where some still do after a second, whoever
-    they wait for loses his connection. It blocks for a second, and for not more than another one per connection; no
-    time at all where nothing waits."""
+    """Abort connections at the end of a process, which could not exit while a close waits.
+
+    A close gets one second. Then the connection that it waits for is aborted, which takes at most one more second for
+    each connection. If no close waits, it returns at once.
+    """
     _closer.abort_all()

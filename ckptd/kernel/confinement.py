@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a process has given up for good, for itself and for all that it starts, compared with another one.
+"""Restrictions that a process has put on itself and its descendants for good, compared with those of another process.
 
-Landlock shows nowhere, but takes no_new_privs or CAP_SYS_ADMIN; who has that is confined by nothing else here either.
+Landlock is not visible anywhere, but it requires no_new_privs or CAP_SYS_ADMIN. A process with CAP_SYS_ADMIN is not
+confined by the other means either.
 """
 
 import os
@@ -13,24 +14,23 @@ from ckptd.kernel.stat import PF_KTHREAD, read_stat
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_namespaces
 
-# in the order in which people are told; a time namespace shows other clocks and keeps nothing away
+# in the order in which they are listed to users; a time namespace shows other clocks and denies nothing
 NAMESPACES: Final = {'user': 'user', 'mnt': 'mount', 'pid': 'pid', 'net': 'network', 'uts': 'UTS', 'ipc': 'IPC',
                      'cgroup': 'cgroup'}
 NO_NEW_PRIVS: Final = 'no_new_privs'
 SECCOMP: Final = 'a seccomp filter'
 PID_NAMESPACE: Final = 'a pid namespace of its own'
-UNKNOWN: Final = ('conditions that are not known (it has ended)',)      # of a process that is gone
+UNKNOWN: Final = ('unknown restrictions (it has ended)',)      # of a process that is gone
 _KTHREADD: Final = 2
 
 
 class Restrictions(NamedTuple):
-    """seccomp: 0 off, 1 strict, 2 filter; filters: how many, 0 where the kernel does not count. bounding: capability
-    bounding set, a mask. namespaces: inode by name, as far as they are known."""
+    """The restrictions of a process."""
     no_new_privs: bool
-    seccomp: int
-    filters: int
-    bounding: int
-    namespaces: Mapping[str, int]
+    seccomp: int                     # 0 off, 1 strict, 2 filter
+    filters: int                     # number of seccomp filters, 0 where the kernel does not count
+    bounding: int                    # capability bounding set, a mask
+    namespaces: Mapping[str, int]    # inode by name, as far as known
 
 
 def restrictions_of(status: Status, namespaces: Mapping[str, int]) -> Restrictions:
@@ -38,13 +38,13 @@ def restrictions_of(status: Status, namespaces: Mapping[str, int]) -> Restrictio
 
 
 def own_restrictions() -> Restrictions:
-    """Of the calling process."""
+    """Read the restrictions of the calling process."""
     return restrictions_of(read_status(os.getpid()), read_namespaces(os.getpid()))
 
 
 def machine_restrictions() -> Restrictions:
-    """Of process 1, which every process of this pid namespace begins with. Where a security module, or hidepid=4,
-    keeps it from us, the namespaces of the kernel's own threads are as good, and then ours."""
+    """Read the restrictions of process 1, which every process of this pid namespace begins with. If a security module
+    or hidepid=4 hides its namespaces, use those of the kernel's own threads, and then ours."""
     try:
         status = read_status(1)
     except OSError:
@@ -62,7 +62,7 @@ def _machine_namespaces() -> Mapping[str, int]:
 
 
 def confinement(of: Restrictions, base: Restrictions) -> tuple[str, ...]:
-    """What keeps a process from more than `base`: phrases that follow 'confined by'; empty for nothing."""
+    """List what confines a process beyond `base`, as phrases that follow 'confined by'. Empty for nothing."""
     found = []
     if of.no_new_privs and not base.no_new_privs:
         found.append(NO_NEW_PRIVS)
@@ -76,12 +76,12 @@ def confinement(of: Restrictions, base: Restrictions) -> tuple[str, ...]:
 
 
 def listed(confined: Sequence[str]) -> str:
-    """'a, b and c', which follows 'confined by'."""
+    """Join phrases to 'a, b and c', which follows 'confined by'."""
     return ' and '.join(filter(None, (', '.join(confined[:-1]), confined[-1])))
 
 
 def hint_for(confined: Sequence[str]) -> str:
-    """What a confined caller may do about it."""
+    """Return a hint for a confined caller."""
     if tuple(confined) == UNKNOWN:
-        return 'ask again, and stay until there is an answer'
-    return 'ask from outside of the sandbox (in a unit: ExecStop=+), or about what the caller itself has started'
+        return 'call again, and stay until the answer'
+    return 'call from outside of the sandbox (in a unit: ExecStop=+), or about processes that the caller started'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copying between two files by the kernel alone: shared blocks where the file system can, ioctl_ficlonerange(2), else
+"""Copy between two files inside the kernel: share blocks if the file system can (ioctl_ficlonerange(2)), else
 copy_file_range(2), else sendfile(2)."""
 
 import errno
@@ -12,15 +12,15 @@ from ckptd.kernel.decl import IOW, c_int, c_long, libc
 _CLONE_RANGE = struct.Struct('=qQQQ')       # struct file_clone_range of <linux/fs.h>
 FICLONERANGE = IOW('\x94', 13, _CLONE_RANGE.size)
 
-_MOST = 1 << 30      # bytes a call, so that a signal gets its turn
+_MOST = 1 << 30      # bytes per call, so that signals are handled in between
 _ZEROS = 1 << 20
-# other file systems, a file system without it, files that are no plain ones, an unaligned range
+# different file systems, a file system without support, special files, an unaligned range
 _NOT_SO = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EBADF, errno.EPERM,
            errno.ETXTBSY)
 
 
 def clone_range(source: int, start: int, length: int, target: int, offset: int) -> bool:
-    """Share the blocks. False where that cannot be done. OSError for a full or broken disk."""
+    """Share the blocks. Return False if that is not possible. OSError for a full or broken disk."""
     try:
         fcntl.ioctl(target, FICLONERANGE, _CLONE_RANGE.pack(source, start, length, offset))
     except OSError as error:
@@ -31,7 +31,7 @@ def clone_range(source: int, start: int, length: int, target: int, offset: int) 
 
 
 def copy_range(source: int, start: int, length: int, target: int, offset: int) -> int:
-    """Copy bytes; how many there were: fewer than `length` if the source ends before.
+    """Copy bytes and return their number, which is less than `length` if the source ends before.
 
     target must not be O_APPEND, and its position may move.
     """
@@ -66,7 +66,7 @@ def fallocate(fd: c_int, mode: c_int, offset: c_long, len: c_long) -> c_int: ...
 
 
 def zero_range(fd: int, start: int, end: int) -> None:
-    """Make a hole, or write zeros where the file system has none."""
+    """Make a hole, or write zeros if the file system has no holes."""
     try:
         fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
         return
@@ -78,7 +78,7 @@ def zero_range(fd: int, start: int, end: int) -> None:
 
 
 def copy_with_holes(source: int, start: int, length: int, target: int, offset: int) -> int:
-    """As copy_range, and a hole of the source is one of the target, too, whatever was there."""
+    """Copy like copy_range. A hole of the source becomes a hole of the target, whatever was there."""
     if length and clone_range(source, start, length, target, offset):
         return length
     at, end = start, min(start + length, os.fstat(source).st_size)
@@ -91,7 +91,7 @@ def copy_with_holes(source: int, start: int, length: int, target: int, offset: i
 
 
 def data_bytes(fd: int, start: int, end: int) -> int:
-    """How many bytes of [start, end) are no hole, lseek(2)."""
+    """Return how many bytes of [start, end) are not in a hole (lseek(2))."""
     count, end = 0, min(end, os.fstat(fd).st_size)
     while start < end:
         data, start = _next_data(fd, start, end)
@@ -100,7 +100,7 @@ def data_bytes(fd: int, start: int, end: int) -> int:
 
 
 def _next_data(fd: int, at: int, end: int) -> tuple[int, int]:
-    """[start, end) of the next data from `at` on, lseek(2); empty at `end` if there is none."""
+    """Return [start, end) of the next data from `at` on (lseek(2)); empty at `end` if there is none."""
     try:
         data = os.lseek(fd, at, os.SEEK_DATA)
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Credentials of the calling thread: capabilities(7), and taking another user's for good."""
+"""Credentials of the calling thread: capabilities(7), and a permanent change to another user's credentials."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ from ckptd.kernel.decl import c_int, c_uint, c_void_p, cstruct, libc, u32
 from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, PR_SET_KEEPCAPS, prctl
 from ckptd.kernel.procfs import read_file
 
-# <linux/capability.h>, those that ckptd speaks of
+# <linux/capability.h>, only those that ckptd uses
 CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
@@ -73,23 +73,23 @@ def _capset(header: c_void_p, data: c_void_p) -> c_int: ...
 
 @libc
 def setfsuid(fsuid: c_uint) -> c_uint:
-    """Set the file-system uid, which files are looked up and made with; returns the one before. setfsuid(2)"""
+    """Set the uid for file access and return the previous one (setfsuid(2))."""
 
 
 @libc
 def setfsgid(fsgid: c_uint) -> c_uint:
-    """Set the file-system gid; returns the one before. setfsgid(2)"""
+    """Set the gid for file access and return the previous one (setfsgid(2))."""
 
 
 class Capabilities(NamedTuple):
-    """Three sets as masks: bit n is capability n."""
+    """Three capability sets as masks: bit n is capability n."""
     effective: int
     permitted: int
     inheritable: int
 
 
 def capget(pid: int = 0) -> Capabilities:
-    """The sets of a thread, 0 for the calling one."""
+    """Read the sets of a thread, 0 for the calling one."""
     header = cap_user_header(LINUX_CAPABILITY_VERSION_3, pid)
     low, high = data = (cap_user_data * 2)()
     _capget(ctypes.byref(header), data)
@@ -98,7 +98,7 @@ def capget(pid: int = 0) -> Capabilities:
 
 
 def capset(capabilities: Capabilities) -> None:
-    """Set those of the calling thread (of no other thread of the process)."""
+    """Set the sets of the calling thread, and of no other thread of the process."""
     header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
     data = (cap_user_data * 2)(cap_user_data(*[mask & _LOW for mask in capabilities]),
                                cap_user_data(*[mask >> 32 for mask in capabilities]))
@@ -106,15 +106,15 @@ def capset(capabilities: Capabilities) -> None:
 
 
 def set_keepcaps(keep: bool) -> None:
-    """Whether leaving uid 0 keeps the permitted set; execve(2) turns it off, PR_SET_KEEPCAPS(2const)."""
+    """Choose whether leaving uid 0 keeps the permitted set. execve(2) turns this off (PR_SET_KEEPCAPS(2const))."""
     prctl(PR_SET_KEEPCAPS, int(keep))
 
 
 def become(uid: int, gid: int, groups: Sequence[int], capabilities_mask: int) -> None:
-    """Take these ids, and of the own permitted capabilities only those in the mask. There is no way back.
+    """Take these ids, and keep only those permitted capabilities that are in the mask. This cannot be undone.
 
     For a freshly forked child: capabilities belong to one thread, ids to all. PermissionError if the ids are not the
-    caller's and it has no CAP_SETUID and CAP_SETGID; what has been taken by then stays taken, so exit.
+    caller's and it lacks CAP_SETUID or CAP_SETGID. The changes made until then remain, so exit.
     """
     if capabilities_mask < 0:
         raise ValueError('a capability mask is not negative; unknown is not all')
@@ -127,13 +127,13 @@ def become(uid: int, gid: int, groups: Sequence[int], capabilities_mask: int) ->
 
 
 def give_up_capability(number: int) -> None:
-    """Drop a capability from all sets of the calling thread; it cannot be had back."""
+    """Drop a capability from all sets of the calling thread. It cannot be regained."""
     held = capget()
     capset(Capabilities(*(mask & ~(1 << number) for mask in held)))
 
 
 def _set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
-    # setgroups(2) asks for CAP_SETGID even where nothing would change, and an ordinary user has none
+    # setgroups(2) requires CAP_SETGID even if nothing would change, and an ordinary user has no such capability
     if set(os.getgroups()) != set(groups):
         os.setgroups(groups)
     if os.getresgid() != (gid, gid, gid):
@@ -144,12 +144,12 @@ def _set_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
 
 @contextmanager
 def file_rights(uid: int, gid: int, groups: Sequence[int], capabilities: int = 0) -> Iterator[None]:
-    """Look up and make files as that user in this block, with none but these of our capabilities; as we are where the
-    user is we. For a process of one thread: groups are those of all.
+    """Look up and make files as that user in this block, with only the given capabilities. If the user is our own,
+    nothing changes. For a process of one thread, because groups are those of all threads.
 
-    With the file-system uid go only those that are about permissions (capabilities(7), "Effect of user ID changes on
-    capabilities"). CAP_SYS_PTRACE would lead through /proc/PID/cwd past every directory above it, and a file asks for
-    those of its opener as long as it is open: /proc/kallsyms for CAP_SYSLOG.
+    Changing the file-system uid drops only the capabilities for file permissions (capabilities(7), "Effect of user ID
+    changes on capabilities"). CAP_SYS_PTRACE would lead through /proc/PID/cwd past every directory above it. A file can
+    use its opener's capabilities for as long as it is open: /proc/kallsyms uses CAP_SYSLOG.
     """
     if uid == os.geteuid():
         yield
@@ -162,7 +162,7 @@ def file_rights(uid: int, gid: int, groups: Sequence[int], capabilities: int = 0
         capset(before._replace(effective=capget().effective & capabilities))
         yield
     finally:
-        # back to our own ids takes no capability, setfsuid(2)
+        # returning to our own ids needs no capability (setfsuid(2))
         setfsuid(os.geteuid())
         setfsgid(os.getegid())
         capset(before)
@@ -171,7 +171,7 @@ def file_rights(uid: int, gid: int, groups: Sequence[int], capabilities: int = 0
 
 @contextmanager
 def no_capabilities() -> Iterator[None]:
-    """This thread does what its ids let it do in this block, and no more."""
+    """Run this block with only the rights of this thread's ids."""
     before = capget()
     capset(before._replace(effective=0))
     try:
@@ -182,7 +182,7 @@ def no_capabilities() -> Iterator[None]:
 
 @cache
 def last_capability() -> int:
-    """The highest that this kernel knows."""
+    """Return the highest capability of this kernel."""
     return int(read_file('/proc/sys/kernel/cap_last_cap'))
 
 

@@ -40,7 +40,7 @@ c_long = Annotated[int, ctypes.c_long]
 c_ulong = Annotated[int, ctypes.c_ulong]
 c_size_t = Annotated[int, ctypes.c_size_t]
 c_ssize_t = Annotated[int, ctypes.c_ssize_t]
-# a pointer argument takes what ctypes.byref(), a buffer or an address gives
+# a pointer argument takes ctypes.byref(), a buffer or an address
 c_void_p = Annotated[Any, ctypes.c_void_p]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,7 +53,7 @@ def _ctype(annotation: object) -> Any:
 
 
 def cstruct(size: int) -> Callable[[type[S]], type[S]]:
-    """Fill `_fields_` from the annotations and hold the layout to `size` bytes."""
+    """Fill `_fields_` from the annotations and check that the layout has `size` bytes."""
     def decorate(cls: type[S]) -> type[S]:
         # ctypes fixes the layout when _fields_ is assigned, so a decorator can do what __init_subclass__ cannot
         hints = get_type_hints(cls, include_extras=True)
@@ -66,7 +66,7 @@ def cstruct(size: int) -> Callable[[type[S]], type[S]]:
 
 
 def offset_of(cls: type[ctypes.Structure], name: str) -> int:
-    """offsetof(3) of a member."""
+    """Return the offset of a member (offsetof(3))."""
     return int(getattr(cls, name).offset)
 
 
@@ -105,14 +105,14 @@ def _stub(call: Any, fn: Callable[P, R], fixed: tuple[Any, ...]) -> Callable[P, 
 
 
 def libc(fn: Callable[P, R]) -> Callable[P, R]:
-    """A libc function by the stub's name and annotations."""
-    # a prototype of its own: another stub of the same function may have other types
+    """Make a libc function from the stub's name and annotations."""
+    # a separate prototype, because another stub of the same function may have other types
     pointer = ctypes.cast(getattr(_libc, _call_name(fn)), ctypes.c_void_p).value
     return _stub(_prototype(pointer), fn, ())
 
 
 def syscall(number: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A system call that libc has no wrapper for (or an old libc has none)."""
+    """Make a system call for which libc, or an old libc, has no wrapper."""
     def decorate(fn: Callable[P, R]) -> Callable[P, R]:
         pointer = ctypes.cast(_libc.syscall, ctypes.c_void_p).value
         return _stub(_prototype(pointer), fn, (ctypes.c_long(number),))
@@ -124,7 +124,7 @@ def _prototype(pointer: int | None) -> Any:
 
 
 def _ioc(direction: int, type_: str, number: int, size: int) -> int:
-    """An ioctl number, <asm-generic/ioctl.h>: direction 1 write, 2 read, 3 both."""
+    """Compute an ioctl number (<asm-generic/ioctl.h>). direction: 1 write, 2 read, 3 both."""
     return direction << 30 | size << 16 | ord(type_) << 8 | number
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""epoll(7): an instance of our own as a plain fd, and what /proc says of another's."""
+"""epoll(7): an own instance as a plain fd, and what /proc shows of another process's."""
 
 import os
 import struct
@@ -17,18 +17,18 @@ def epoll_create1(flags: c_int) -> c_int: ...
 
 
 def pack_event(events: int, data: int) -> bytes:
-    """struct epoll_event."""
+    """Pack a struct epoll_event."""
     return _EVENT.pack(events, data)
 
 
 class EpollTarget(NamedTuple):
-    """tfd: the number that it had when it was added, in the table of who added it. events: EPOLL*."""
-    tfd: int
-    events: int
+    """A file that an epoll instance watches."""
+    tfd: int       # its fd in the table of the task that added it
+    events: int    # EPOLL*
     data: int
 
 
 def parse_target(row: str) -> EpollTarget:
-    """'       5 events:       19 data:                5  pos:0 ino:e6f sdev:d', a tfd row of fdinfo."""
+    """Parse a tfd row of fdinfo: '       5 events:       19 data:                5  pos:0 ino:e6f sdev:d'."""
     tfd, _, events, _, data, *_ = row.split()
     return EpollTarget(int(tfd), int(events, 16), int(data, 16))

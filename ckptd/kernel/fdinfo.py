@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""/proc/PID/fdinfo/FD: what the kernel says of an open file description, proc_pid_fdinfo(5)."""
+"""/proc/PID/fdinfo/FD: the state of an open file description (proc_pid_fdinfo(5))."""
 
 from typing import NamedTuple
 
@@ -7,17 +7,17 @@ from ckptd.kernel.procfs import list_numbers, read_task_file, task_dir, text
 
 
 class FdInfo(NamedTuple):
-    """pos: bytes. flags: O_*, with O_CLOEXEC for this slot. ino: 0 before Linux 5.14.
-    fields: every line by its first word ('tfd', 'inotify', 'eventfd-count', 'lock'), values in the order of lines."""
-    pos: int
-    flags: int
+    """The contents of an fdinfo file."""
+    pos: int                        # bytes
+    flags: int                      # O_*, with O_CLOEXEC for this fd
     mnt_id: int
-    ino: int
-    fields: dict[str, list[str]]
+    ino: int                        # 0 before Linux 5.14
+    fields: dict[str, list[str]]    # every line by its first word ('tfd', 'inotify', 'eventfd-count', 'lock'), values
+                                    # in the order of lines
 
 
 def parse_fdinfo(data: bytes) -> FdInfo:
-    """Lines are 'key: value' or, of inotify and fanotify, 'key name:value name:value'."""
+    """Parse an fdinfo file. Lines are 'key: value' or, for inotify and fanotify, 'key name:value name:value'."""
     fields: dict[str, list[str]] = {}
     for line in text(data).split('\n'):
         if line:
@@ -35,10 +35,11 @@ def _split(line: str) -> tuple[str, str]:
 
 
 def read_fdinfo(pid: int, fd: int) -> FdInfo:
-    """FileNotFoundError if the process has no such fd, ProcessLookupError if it is gone."""
+    """Read an fdinfo file. FileNotFoundError if the process has no such fd, ProcessLookupError if it is gone."""
     return parse_fdinfo(read_task_file(task_dir(pid), f'fdinfo/{fd}'))
 
 
 def list_fds(pid: int) -> list[int]:
-    """Open fds of a process, ascending. Of the calling process, the fd that does the listing is among them."""
+    """List the open fds of a process in ascending order. For the calling process, the fd of this listing is among
+    them."""
     return list_numbers(task_dir(pid), 'fd')

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Small experiments for probe.py, one per kernel feature. Each returns a detail, or raises OSError (absent) or Unknown.
 
-Experiments run in a process of their own (probe.py) and leave nothing there but what `Child` and `probe_cgroup` undo.
+They run in a separate process (probe.py). Everything they create is removed by `TestChild` and `probe_cgroup`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from ckptd.kernel.creds import CAP_SYS_PTRACE, capget
 from ckptd.kernel.decl import c_long, c_size_t, c_void_p, syscall
 
 CGROUP_PREFIX = 'ckptd-probe-'
-PATIENCE = 1.0                  # seconds that any one experiment waits
+PATIENCE = 1.0                  # seconds that each experiment may wait
 LARGE_TREE = 10_000             # tasks, with one pidfd each
 
 _TEXT = b'what a child shares with its parent'
@@ -33,7 +33,7 @@ _ADDRESS = ctypes.addressof(_BUFFER)
 
 
 class Unknown(Exception):
-    """A feature that cannot be tried here, so that the answer is unknown."""
+    """A feature cannot be tried here, so the answer is unknown."""
 
 
 @syscall(NR['clone3'])
@@ -41,7 +41,8 @@ def _clone3(args: c_void_p, size: c_size_t) -> c_long: ...
 
 
 class TestChild:
-    """A process that waits for the end of a pipe, so it dies with us however we do. `fd` is open in it only."""
+    """A process that waits for the end of a pipe, so it dies with this process in any case. `fd` is open in the child
+    only."""
 
     def __enter__(self) -> Self:
         self.fd, self._end = os.pipe2(os.O_CLOEXEC)
@@ -61,11 +62,11 @@ class TestChild:
 
 @contextlib.contextmanager
 def probe_cgroup() -> Iterator[cgroup.Cgroup]:
-    """An empty cgroup below our own; Unknown where we may make none."""
+    """Make an empty cgroup below our own. Unknown if that is not allowed."""
     try:
         group = cgroup.Cgroup.of(os.getpid()).create(f'{CGROUP_PREFIX}{os.getpid()}')
     except OSError as error:
-        raise Unknown(f'no cgroup can be made to try it in ({error.strerror})') from None
+        raise Unknown(f'cannot make a cgroup for the test ({error.strerror})') from None
     try:
         yield group
     finally:
@@ -107,7 +108,7 @@ def compare() -> str:
 def children_files() -> str:
     with TestChild() as child:
         if child.pid not in task.read_children(os.getpid(), os.getpid()):
-            raise Unknown('a child of ours is not listed')
+            raise Unknown('an own child is not listed')
     return ''
 
 
@@ -120,7 +121,7 @@ def map_files() -> str:
     mapping = next((one for one in maps.read_maps(os.getpid()) if one.file_path), None)
     if mapping is None:
         raise Unknown('this process maps no file')
-    # following the link is what takes a capability; reading it is free
+    # following the link needs a capability, reading it does not
     os.close(os.open(f'/proc/self/map_files/{mapping.start:x}-{mapping.end:x}', os.O_PATH | os.O_CLOEXEC))
     return ''
 
@@ -169,7 +170,7 @@ def write_memory() -> str:
 
 def ptrace_scope() -> str:
     if not Path(yama.PTRACE_SCOPE).exists():
-        return 'this kernel has no yama'
+        return 'this kernel has no Yama'
     scope = yama.ptrace_scope()
     capable = capget().effective >> CAP_SYS_PTRACE & 1
     if scope == yama.NOBODY or (scope and not capable):
@@ -182,7 +183,7 @@ def readv() -> str:
     with TestChild() as child:
         memory.read_into(child.pid, [(_ADDRESS, _ADDRESS + len(_TEXT))], ctypes.addressof(local))
     if local.raw != _TEXT:
-        raise OSError(errno.EIO, 'process_vm_readv copies something else')
+        raise OSError(errno.EIO, 'process_vm_readv copied other data')
     return ''
 
 
@@ -208,7 +209,7 @@ def guard_regions() -> str:
 def soft_dirty() -> str:
     with mmap.mmap(-1, mmap.PAGESIZE):      # every new mapping starts as dirty
         if not any('sd' in one.vm_flags for one in maps.read_smaps(os.getpid())):
-            raise OSError(errno.EOPNOTSUPP, 'no mapping has the flag')
+            raise OSError(errno.EOPNOTSUPP, 'a new mapping lacks the flag')
     return ''
 
 
@@ -239,7 +240,7 @@ def cgroup_freeze() -> str:
         began = time.monotonic()
         group.freeze()
         if not group.wait(True, began + PATIENCE):
-            raise OSError(errno.ETIMEDOUT, f'a sleeping process is not frozen within {PATIENCE:.0f} s')
+            raise OSError(errno.ETIMEDOUT, f'a sleeping process was not frozen within {PATIENCE:.0f} s')
         return f'{(time.monotonic() - began) * 1000:.1f} ms'
 
 
@@ -249,14 +250,14 @@ def cgroup_kill() -> str:
         with _opened(pidfd.pidfd_open(child.pid)) as fd:
             group.kill()
             if not pidfd.wait_dead(fd, PATIENCE):
-                raise OSError(errno.ETIMEDOUT, 'a process survives it')
+                raise OSError(errno.ETIMEDOUT, 'a process survived it')
     return ''
 
 
 # ---------------------------------------------------------------- creating tasks, netlink, rights
 
 def set_tid() -> str:
-    # our own pid is taken, so the kernel checks the right to choose and then makes nothing
+    # Our own pid is taken, so the kernel checks the right to choose a pid and then makes no task.
     wanted = ctypes.c_int(os.getpid())
     args = clone_args(exit_signal=signal.SIGCHLD, set_tid=ctypes.addressof(wanted), set_tid_size=1)
     try:
@@ -281,7 +282,7 @@ def sock_diag() -> str:
 
 
 def capability(number: int) -> Callable[[], str]:
-    """The experiment for one CAP_*: whether it is effective now."""
+    """Make the experiment for one CAP_*: whether it is effective now."""
     def test() -> str:
         own = capget()
         if not own.effective >> number & 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From whom /proc hides the processes of others: its mount options hidepid= and gid=, proc(5)."""
+"""Visibility of other users' processes in /proc: the mount options hidepid= and gid= (proc(5))."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -17,19 +17,22 @@ NOT_PTRACEABLE = 4
 
 
 class Hiding(NamedTuple):
-    """The options of one mount. At level 1 the entries of others are listed and cannot be read, at 2 they are not
-    listed either; members of the group gid are exempt from both. At level 4 nobody is."""
+    """The options of one mount.
+
+    Level 1: entries of other users are listed and cannot be read. Level 2: they are not listed either. Members of the
+    group gid are exempt from both. Level 4: only processes that the reader may trace are listed, with no exempt group.
+    """
     level: int
     gid: int = 0
 
     def concerns(self, groups: Collection[int]) -> bool:
-        """Whether a process in these groups sees no more than what it may trace (fs/proc/base.c,
+        """Whether a process in these groups sees only processes that it may trace (fs/proc/base.c,
         has_pid_permissions)."""
         return self.level >= NOT_PTRACEABLE or (self.level > 0 and self.gid not in groups)
 
 
 def parse_hiding(mounts: Sequence[Mount]) -> Hiding:
-    """The options of what is on top at /proc. Where that is no proc file system, no process can be seen at all."""
+    """Return the options of the topmost mount at /proc. If that is not a proc file system, no process is visible."""
     top = next((mount for mount in reversed(mounts) if mount.mount_point == PROC), None)
     if top is None or top.fs_type != 'proc':
         return Hiding(NOT_PTRACEABLE)
@@ -39,11 +42,11 @@ def parse_hiding(mounts: Sequence[Mount]) -> Hiding:
 
 
 def is_hidden_from(groups: Collection[int], pid: int, start_time: int) -> bool:
-    """Whether the kernel hides processes of others from a process in these groups. groups: with its gid. start_time:
-    of the process, as of `held`; of one that is gone, or that we may not look at, its own /proc does not count.
+    """Whether the kernel hides other users' processes from a process in these groups, which include its gid.
+    start_time: of the process, as for `held`. Its own /proc is ignored if it is gone or may not be inspected.
 
-    The own /proc of the process counts, ours, and that of process 1: a service may have one that hides more than that
-    of the machine (systemd.exec(5), ProtectProc=), and ckptd may be such a service.
+    Three mounts of /proc count: that of the process, ours, and that of process 1. A service may have a /proc that hides
+    more than that of the machine (systemd.exec(5), ProtectProc=), and ckptd may be such a service.
     """
     with suppress(OSError), held(pid, start_time):
         theirs = parse_hiding(read_mountinfo(pid))
@@ -56,7 +59,7 @@ def is_hidden_from(groups: Collection[int], pid: int, start_time: int) -> bool:
 
 
 def is_hidden(pid: int) -> bool:
-    """Whether a process lives that /proc does not show us, of another user or not dumpable."""
+    """Whether a process exists that this /proc hides: it belongs to another user or is not dumpable."""
     try:
         read_stat(pid)
     except PermissionError:

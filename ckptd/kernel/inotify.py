@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""inotify(7): see what changes in a directory."""
+"""inotify(7): watch a directory for changes."""
 
 import os
 import struct
@@ -32,13 +32,13 @@ def inotify_add_watch(fd: c_int, pathname: c_void_p, mask: c_uint) -> c_int: ...
 
 
 class Event(NamedTuple):
-    """name: '' where the event is the watched directory's own, or an overflow of the queue."""
+    """An event. name: '' if the event is about the watched directory itself, or is an overflow of the queue."""
     mask: int
     name: str
 
 
 def parse_events(data: bytes) -> Iterator[Event]:
-    """Events of one read(2): whole structs, each followed by a name padded with NUL bytes."""
+    """Parse the events of one read(2): whole structs, each followed by a name padded with NUL bytes."""
     at = 0
     while at < len(data):
         _, mask, _, length = _EVENT.unpack_from(data, at)
@@ -57,7 +57,7 @@ class Inotify:
         inotify_add_watch(self.fd, os.fsencode(path), mask)
 
     def read(self) -> list[Event]:
-        """What happened since the last call; empty when nothing did."""
+        """Return the events since the last call; empty if there are none."""
         try:
             return list(parse_events(os.read(self.fd, 64 << 10)))
         except BlockingIOError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keyrings of the calling process, keyctl(2)."""
+"""Keyrings of the calling process (keyctl(2))."""
 
 from ckptd.kernel.arch.x86_64 import NR
 from ckptd.kernel.decl import c_int, c_long, c_ulong, c_void_p, syscall

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A thread whose end tells of its process's death.
+"""A thread whose end reports the death of its process.
 
 While one thread of a killed process waits for a file server in close(2), which not even SIGKILL ends, all its files
-stay open, so that no end-of-file comes from it, and its pidfd is not readable. That of a thread is, once that thread
-has ended; but not the first thread's, which waits for all others ("pidfs: improve multi-threaded exec and premature
-thread-group leader exit polling", v6.15). So this one is there for nothing else, and touches no file.
+stay open. So its sockets give no end-of-file, and its pidfd is not readable. The pidfd of another thread is readable
+once that thread has ended, except that of the first thread, which waits for all others ("pidfs: improve multi-threaded
+exec and premature thread-group leader exit polling", v6.15). So this thread has no other purpose and touches no file.
 """
 
 import errno
@@ -15,7 +15,8 @@ from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_open
 
 
 class Liveness:
-    """Of this process. pidfd: readable when it is dead; -1 where no thread can have one, before Linux 6.9."""
+    """The liveness of this process. pidfd: readable when it is dead; -1 before Linux 6.9, where no thread can have a
+    pidfd."""
 
     def __init__(self) -> None:
         self._over = threading.Event()
@@ -24,7 +25,7 @@ class Liveness:
         self.pidfd = _open_thread(self._thread.native_id or 0)
 
     def close(self) -> None:
-        """The same as death, to whoever has a copy of the pidfd."""
+        """End the thread. To holders of a copy of the pidfd this looks like the death of the process."""
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1

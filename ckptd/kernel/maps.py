@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""/proc/PID/maps and smaps: the memory mappings of a process, proc_pid_maps(5), proc_pid_smaps(5)."""
+"""/proc/PID/maps and smaps: the memory mappings of a process (proc_pid_maps(5), proc_pid_smaps(5))."""
 
 import os
 from functools import lru_cache
@@ -11,23 +11,21 @@ DELETED = ' (deleted)'
 
 
 class Mapping(NamedTuple):
-    """One virtual memory area. start, end, offset: bytes. path: the rest of the line as it stands, '' for nameless
-    anonymous memory, else a path (perhaps with ' (deleted)'), '[heap]', '[anon:NAME]' ... vm_flags: two-letter codes
-    of smaps, empty when made from maps; pkey: protection key, pkeys(7), 0 likewise.
-    """
-    start: int
-    end: int
+    """One virtual memory area."""
+    start: int    # bytes
+    end: int      # bytes
     read: bool
     write: bool
     execute: bool
     shared: bool
-    offset: int
+    offset: int    # bytes
     major: int
     minor: int
     inode: int
-    path: str
-    vm_flags: frozenset[str] = frozenset()
-    pkey: int = 0
+    path: str                                 # '' for nameless anonymous memory, else a path (perhaps with '
+                                              # (deleted)'), '[heap]', '[anon:NAME]' ...
+    vm_flags: frozenset[str] = frozenset()    # two-letter codes of smaps; empty if read from maps
+    pkey: int = 0                             # protection key (pkeys(7)); 0 if read from maps
 
     @property
     def size(self) -> int:
@@ -35,12 +33,13 @@ class Mapping(NamedTuple):
 
     @property
     def anonymous(self) -> bool:
-        """Nothing is mapped. An inode of 0 alone does not say so: the first System V segment has it, too."""
+        """Whether no file is mapped. An inode of 0 alone does not show that: the first System V segment has it, too."""
         return not self.inode and not self.path.startswith('/')
 
     @property
     def deleted(self) -> bool:
-        """The kernel says that the file has no name any more. A name may also end so: inode and stat(2) decide."""
+        """Whether the kernel reports that the file has no name. A name may also end like this, so inode and stat(2)
+        decide."""
         return self.path.endswith(DELETED)
 
     @property
@@ -48,17 +47,17 @@ class Mapping(NamedTuple):
         """Path of the mapped file without ' (deleted)', or '' if no file is mapped."""
         if not self.path.startswith('/'):
             return ''
-        # newline is the one character that the kernel escapes here (seq_file_path(m, file, "\n"))
+        # the kernel escapes no character here but newline (seq_file_path(m, file, "\n"))
         return self.path.removesuffix(DELETED).replace('\\012', '\n')
 
 
 def parse_maps(data: bytes) -> list[Mapping]:
-    """Mappings in ascending order. A path may have any byte but newline, so lines end at newline only."""
+    """Parse mappings in ascending order. A path may contain any byte but newline, so lines end at newlines only."""
     return [_parse_line(line) for line in data.split(b'\n') if line]
 
 
 def parse_smaps(data: bytes) -> list[Mapping]:
-    """The same with the flags of smaps."""
+    """Parse mappings with the flags of smaps."""
     # each mapping is its line of maps, some twenty "Name: value" lines, and VmFlags as the last one
     found: list[Mapping] = []
     blocks = data.split(b'\nVmFlags:')
@@ -71,23 +70,25 @@ def parse_smaps(data: bytes) -> list[Mapping]:
 
 
 def read_maps(pid: int) -> list[Mapping]:
-    """Mappings of a process; none for a kernel thread or a zombie. PermissionError without PTRACE_MODE_READ access."""
+    """Read the mappings of a process; none for a kernel thread or a zombie. PermissionError without PTRACE_MODE_READ
+    access."""
     return parse_maps(read_memory_file(task_dir(pid), 'maps'))
 
 
 def read_smaps(pid: int) -> list[Mapping]:
-    """The same with flags. The kernel walks every page table for it: some milliseconds per GiB of touched memory."""
+    """Read the mappings with flags. The kernel walks every page table for this: some milliseconds per GiB of touched
+    memory."""
     return parse_smaps(read_memory_file(task_dir(pid), 'smaps'))
 
 
 def map_file(pid: int, mapping: Mapping) -> str:
-    """A magic link to the mapped file itself, deleted or not, proc_pid_map_files(5); to follow it takes
+    """Return a magic link to the mapped file itself, deleted or not (proc_pid_map_files(5)). Following it needs
     CAP_CHECKPOINT_RESTORE."""
     return f'/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}'
 
 
 def stat_mapped(pid: int, mapping: Mapping) -> os.stat_result | None:
-    """stat(2) of the mapped file; None if we may not, or if the mapping is gone."""
+    """Return stat(2) of the mapped file; None if that is not allowed or the mapping is gone."""
     try:
         return os.stat(map_file(pid, mapping))  # noqa: PTH116
     except (PermissionError, FileNotFoundError):
@@ -103,7 +104,7 @@ def _parse_line(line: bytes) -> Mapping:
 
 
 def _pkey(block: bytes) -> int:
-    """Of the field in front of VmFlags; a processor without protection keys has none."""
+    """Parse the field in front of VmFlags. Without protection keys in the processor there is no such field."""
     name, _, value = block.rpartition(b'\n')[2].partition(b':')
     return int(value) if name == b'ProtectionKey' else 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The memory of another process: reading and writing it, and which of its pages are worth reading."""
+"""Memory of another process: read and write it, and find the pages that need to be read."""
 
 import array
 import ctypes
@@ -76,8 +76,9 @@ def process_vm_readv(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_i
 
 
 def read_into(pid: int, ranges: Sequence[Range], address: int) -> int:
-    """Copy the ranges of process pid, in a row, to our memory at `address`; at most IOV_MAX ranges. Bytes copied: fewer
-    than asked for where a page cannot be read. EFAULT where the first one cannot."""
+    """Copy the ranges of process pid, one after the other, to our memory at `address`; at most IOV_MAX ranges. Return
+    the number of bytes copied, which is smaller than requested if a page cannot be read. EFAULT if the first one
+    cannot."""
     remote = (iovec * len(ranges))(*[iovec(start, end - start) for start, end in ranges])
     local = iovec(address, sum(end - start for start, end in ranges))
     return process_vm_readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0)
@@ -93,7 +94,7 @@ def process_vm_writev(pid: c_int, local_iov: c_void_p, liovcnt: c_ulong, remote_
 
 
 def read_bytes(pid: int, address: int, length: int) -> bytes:
-    """A few bytes of readable memory, without an fd of /proc/PID/mem. EFAULT."""
+    """Read a few bytes of readable memory, without an fd of /proc/PID/mem. EFAULT."""
     buffer = ctypes.create_string_buffer(length)
     if read_into(pid, [(address, address + length)], ctypes.addressof(buffer)) != length:
         raise OSError(errno.EFAULT, f'process {pid}: no {length} bytes at {address:#x}')
@@ -101,20 +102,20 @@ def read_bytes(pid: int, address: int, length: int) -> bytes:
 
 
 def write_bytes(pid: int, address: int, data: bytes) -> None:
-    """The same for writable memory."""
+    """Write to writable memory, without an fd of /proc/PID/mem. EFAULT."""
     local = iovec(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0, len(data))
     remote = iovec(address, len(data))
     if process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0) != len(data):
         raise OSError(errno.EFAULT, f'process {pid}: no room for {len(data)} bytes at {address:#x}')
 
 
-_memcmp = ctypes.CDLL(None).memcmp      # no stub of decl.py: -1 is no error
+_memcmp = ctypes.CDLL(None).memcmp      # not a stub of decl.py, because -1 is not an error
 _memcmp.argtypes, _memcmp.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
 
 
 def differing(first: int, second: int, length: int) -> list[Range]:
-    """Runs of whole pages, as offsets, that differ between two places in our memory; by halves, so that where nothing
-    differs there is one comparison."""
+    """Return runs of whole pages, as offsets, that differ between two places in our memory. The search halves the
+    range, so equal ranges take one comparison."""
     found: list[Range] = []
     todo = [(0, length)]
     while todo:
@@ -130,7 +131,7 @@ def differing(first: int, second: int, length: int) -> list[Range]:
 
 
 class Mem:
-    """/proc/PID/mem: reads and writes whatever a tracer may, protections notwithstanding. One owner, one `with`."""
+    """/proc/PID/mem: reads and writes memory as a tracer may, regardless of page protections. One owner, one `with`."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -147,7 +148,7 @@ class Mem:
         self.fd = -1
 
     def read(self, address: int, length: int) -> bytes:
-        """EIO where nothing is mapped. Addresses above 2**63 cannot be asked for."""
+        """Read bytes. EIO if nothing is mapped. Addresses above 2**63 cannot be read."""
         data = os.pread(self.fd, length, address)
         if len(data) != length:
             raise OSError(errno.EIO, f'process {self.pid}: {len(data)} of {length} bytes at {address:#x}')
@@ -159,9 +160,9 @@ class Mem:
 
 
 class PageMap:
-    """/proc/PID/pagemap: which pages hold something of their own. PAGEMAP_SCAN where the kernel has it."""
+    """/proc/PID/pagemap: find pages with content of their own. Uses PAGEMAP_SCAN where the kernel has it."""
 
-    _categories: int | None = None      # what the ioctl knows; 0: it does not exist; None: not asked yet
+    _categories: int | None = None      # categories that the ioctl knows; 0: it does not exist; None: not probed yet
     _VEC = 2048
 
     def __init__(self, pid: int) -> None:
@@ -176,9 +177,11 @@ class PageMap:
         self.fd = -1
 
     def anonymous(self, spans: Sequence[Range]) -> list[Range]:
-        """Runs of private pages: present or swapped, and neither of a file, nor the zero page, nor a guard.
+        """Return runs of private pages that are present or swapped and are not of a file, not the zero page, and no
+        guard.
 
-        spans: what to look at, ascending; where the ioctl does the looking, what lies between is looked at, too."""
+        spans: ranges to look at, in ascending order. The ioctl also looks at what lies between them.
+        """
         known = self._probe()
         if not known:
             return self._words(spans, lambda word: bool(word & (_PM_PRESENT | _PM_SWAP))
@@ -187,7 +190,8 @@ class PageMap:
         return self._scan(*_hull(spans), inverted=never, mask=never, anyof=PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
 
     def guards(self, spans: Sequence[Range]) -> list[Range]:
-        """Runs that madvise(MADV_GUARD_INSTALL) closed (6.13); empty where the kernel cannot tell (< 6.15)."""
+        """Return runs closed by madvise(MADV_GUARD_INSTALL) (6.13). Empty where the kernel cannot report them (<
+        6.15)."""
         known = self._probe()
         if not known:
             return self._words(spans, lambda word: bool(word & _PM_GUARD))
@@ -220,7 +224,8 @@ class PageMap:
         return found
 
     def _words(self, spans: Sequence[Range], wanted: Callable[[int], bool]) -> list[Range]:
-        # mapping by mapping: from the program to the stack are 40 TB of nothing: ten thousand million words
+        # Mapping by mapping, because from the program to the stack are 40 TB of unmapped addresses: ten thousand
+        # million words.
         found: list[Range] = []
         step = 512 * PAGE
         for base, stop in ((base, min(base + step, end)) for start, end in spans for base in range(start, end, step)):
@@ -236,7 +241,7 @@ def _hull(spans: Sequence[Range]) -> Range:
 
 
 def _append(ranges: list[Range], start: int, end: int) -> None:
-    """Add a run, joined to the last one where they touch."""
+    """Add a run. If it touches the last one, join them."""
     if ranges and ranges[-1][1] == start:
         ranges[-1] = (ranges[-1][0], end)
     else:

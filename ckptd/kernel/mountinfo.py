@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""/proc/PID/mountinfo, proc_pid_mountinfo(5)."""
+"""/proc/PID/mountinfo (proc_pid_mountinfo(5))."""
 
 import re
 from typing import NamedTuple
@@ -24,17 +24,17 @@ class Mount(NamedTuple):
 
 
 def parse_mountinfo(data: bytes) -> list[Mount]:
-    """Mounts in the kernel's order: of two at one mount point the later one is on top."""
+    """Parse mounts in the kernel's order: of two at one mount point the later one is on top."""
     return [_parse_line(line) for line in data.split(b'\n') if line]
 
 
 def read_mountinfo(pid: int | None = None) -> list[Mount]:
-    """The mounts that a process sees, by default the caller."""
+    """Read the mounts that a process sees, by default the caller."""
     return parse_mountinfo(read_task_file('/proc/self' if pid is None else f'/proc/{pid}', 'mountinfo'))
 
 
 def _parse_line(line: bytes) -> Mount:
-    # between the sixth field and ' - ' stand any number of optional ones
+    # between the sixth field and ' - ' there are any number of optional ones
     before, _, after = line.partition(b' - ')
     number, parent, device, root, point, options, *_ = before.split(b' ')
     fs_type, source, super_options = [*after.split(b' '), b'', b''][:3]

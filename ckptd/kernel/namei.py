@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Paths that /proc shows of another task, and what they lead to."""
+"""Resolve paths that /proc shows of another task."""
 
 import ctypes
 import errno
@@ -24,17 +24,16 @@ class open_how(ctypes.Structure):
 
 @syscall(NR['openat2'])
 def openat2(dirfd: c_int, path: c_void_p, how: c_void_p, size: c_size_t) -> c_long:
-    """A new fd, openat2(2), since 5.6."""
+    """Open a file and return a new fd (openat2(2), since 5.6)."""
 
 
 def open_direct(path: str, flags: int, mode: int = 0) -> int:
-    """open(2) of a path that has no symbolic link in it; else ELOOP. Close-on-exec."""
+    """Open a path that has no symbolic link in it, as open(2) does; else ELOOP. Close-on-exec."""
     return _open(path, flags, mode, RESOLVE_NO_SYMLINKS)
 
 
 def open_plain(path: str, flags: int, mode: int = 0) -> int:
-    """open(2) of a path that has no link of the kernel's own in it, /proc/PID/fd/N or cwd; else ELOOP. Close-on-exec.
-    """
+    """Open a path that has no magic link in it (/proc/PID/fd/N or cwd), as open(2) does; else ELOOP. Close-on-exec."""
     return _open(path, flags, mode, RESOLVE_NO_MAGICLINKS)
 
 
@@ -42,7 +41,7 @@ def _open(path: str, flags: int, mode: int, resolve: int) -> int:
     name = os.fsencode(path)
     if b'\0' in name:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    if flags & os.O_PATH:       # openat2(2) refuses what open(2) ignores
+    if flags & os.O_PATH:       # openat2(2) rejects flags that open(2) ignores
         flags &= _WITH_PATH
     how = open_how(flags | os.O_CLOEXEC, mode, resolve)
     try:
@@ -52,10 +51,11 @@ def _open(path: str, flags: int, mode: int, resolve: int) -> int:
 
 
 def lstat_of_task(tid: int, path: str) -> os.stat_result | None:
-    """What an absolute path from a link or map of task `tid` names there; None if nothing, or nothing we may see.
+    """Return lstat(2) of an absolute path, taken from a link or map of task `tid`, as the task sees it. None if there
+    is nothing, or nothing that we may see.
 
-    d_path() in fs/d_path.c goes up to the reader's root or, in another mount namespace, to the root of that one; so a
-    chroot of the task is in the path when we share its mount namespace, and its root leads there when we do not.
+    d_path() in fs/d_path.c goes up to the reader's root or, in another mount namespace, to the root of that namespace.
+    So a chroot of the task is part of the path if we share its mount namespace; otherwise its root link leads there.
     """
     prefix = '' if _mount_namespace('self') == _mount_namespace(str(tid)) else f'/proc/{tid}/root'
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What netlink tells: forks and exits as they happen (proc connector), and unix sockets with their peers (sock_diag).
+"""netlink: forks and exits as they happen (proc connector), and unix sockets with their peers (sock_diag).
 
-pyroute2 knows the messages of sock_diag, with their attributes. The sockets are plain ones, as its readers do not time
-out where a kernel does not answer; it takes 0.3 s to import, so it is imported where it is used. Proc events are read
-without it: a flood of them makes its reader raise, and a struct says all there is.
+pyroute2 parses the messages of sock_diag with their attributes. The sockets are plain ones, because its readers have no
+timeout if a kernel does not answer. It takes 0.3 s to import, so it is imported on first use. Proc events are read
+without it: a flood of them makes its reader raise, and a struct is enough to parse them.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SO_RCVBUFFORCE = 33     # <asm-generic/socket.h>
 _HEADER = struct.Struct('=IHHII')       # struct nlmsghdr
 _CONNECTOR = struct.Struct('=4I2H')     # struct cn_msg
 _RECV = 1 << 16
-_ANSWER_TIMEOUT = 0.05  # seconds; a kernel that answers does so before sendto(2) returns
+_ANSWER_TIMEOUT = 0.05  # seconds; a kernel with an answer sends it before sendto(2) returns
 
 # <linux/cn_proc.h>: offsets after nlmsghdr (16) and cn_msg (20)
 _EVENT = struct.Struct('=I4xQ')
@@ -38,20 +38,20 @@ _EVENT_NONE, _EVENT_FORK, _EVENT_EXIT = 0, 1, 0x80000000
 
 
 class TaskEvent(NamedTuple):
-    """A task was born or has died. parent_tgid: its parent process; exit_code: a wait(2) status, 0 for a fork."""
+    """A birth or death of a task."""
     kind: Literal['fork', 'exit']
     tid: int
     tgid: int
-    parent_tgid: int
-    exit_code: int
+    parent_tgid: int    # its parent process
+    exit_code: int      # a wait(2) status, 0 for a fork
 
 
 class ForkWatch:
     """Forks and exits of all tasks of the machine from here on, and whether any may have been missed.
 
-    It is a hint that spares a scan, never the truth: pidfds are. Where the kernel has no proc connector for us (it
-    wants the first pid and network namespace, CONFIG_PROC_EVENTS and, before Linux 6.6, CAP_NET_ADMIN), `available` is
-    False, `reason` says why and `lost` stays True: a caller that rescans when `lost` needs no other fallback.
+    It is a hint that saves a scan and never the truth; pidfds are. The proc connector needs the first pid and network
+    namespace, CONFIG_PROC_EVENTS and, before Linux 6.6, CAP_NET_ADMIN. Without it, `available` is False, `reason` says
+    why and `lost` stays True. So a caller that rescans when `lost` is set needs no other fallback.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class ForkWatch:
         self.close()
 
     def fileno(self) -> int:
-        """Readable when there are events; -1 where there is no connector."""
+        """Return an fd that is readable when there are events; -1 without a connector."""
         return -1 if self._socket is None else self._socket.fileno()
 
     def close(self) -> None:
@@ -85,7 +85,8 @@ class ForkWatch:
         self.available, self.lost = False, True
 
     def read(self) -> list[TaskEvent]:
-        """The events that have arrived; never waits. Anything odd sets `lost`: the caller then looks at /proc."""
+        """Return the events that have arrived, without waiting. Any anomaly sets `lost`: the caller then reads
+        /proc."""
         found: list[TaskEvent] = []
         for data in self._datagrams():
             try:
@@ -97,11 +98,11 @@ class ForkWatch:
     def _start(self) -> None:
         self._socket = sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC,
                                             NETLINK_CONNECTOR)
-        with contextlib.suppress(OSError):      # not everybody may exceed the machine's limit
+        with contextlib.suppress(OSError):      # not every user may exceed the machine's limit
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
         sock.bind((0, CN_IDX_PROC))
         sock.sendto(_control(listen=True), (0, 0))
-        # outside of the first namespaces the kernel ignores the request without a word
+        # outside of the first namespaces the kernel ignores the request silently
         if not select.select([sock], [], [], _ANSWER_TIMEOUT)[0]:
             raise OSError(errno.EOPNOTSUPP, 'the proc connector does not answer in this namespace')
         self.lost = False
@@ -111,7 +112,7 @@ class ForkWatch:
 
     def _acknowledged(self) -> None:
         assert self._socket is not None
-        for _ in range(1000):       # events of others may have come first
+        for _ in range(1000):       # events of other tasks may have come first
             data = self._socket.recv(_RECV)
             if _EVENT.unpack_from(data, _EVENT_AT)[0] == _EVENT_NONE:
                 number = struct.unpack_from('=I', data, _EVENT_DATA_AT)[0]
@@ -156,31 +157,29 @@ def _task_events(data: bytes) -> Iterator[TaskEvent]:
 
 
 class UnixSocket(NamedTuple):
-    """name: b'' if unbound, a path, or an abstract name with its leading NUL. peer: inode, 0 if not connected.
-    file: (major, minor, inode modulo 2**32) of the bound path. pending: inodes of connections not accepted yet.
-    queued, unsent: bytes in the receive and send queue; of a listener, connections waiting and its backlog. shutdown:
-    RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>."""
+    """A unix socket."""
     inode: int
     type: int
     state: int
-    name: bytes
-    peer: int
-    file: tuple[int, int, int] | None
-    pending: tuple[int, ...]
-    queued: int
-    unsent: int
-    shutdown: int = 0
+    name: bytes                          # b'' if unbound, a path, or an abstract name with its leading NUL
+    peer: int                            # inode, 0 if not connected
+    file: tuple[int, int, int] | None    # (major, minor, inode modulo 2**32) of the bound path
+    pending: tuple[int, ...]             # inodes of connections not accepted yet
+    queued: int                          # bytes in the receive queue; of a listener, the waiting connections
+    unsent: int                          # bytes in the send queue; of a listener, its backlog
+    shutdown: int = 0                    # RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>
 
 
 def unix_sockets() -> dict[int, UnixSocket]:
-    """Every unix socket of the caller's network namespace by inode, from sock_diag(7). OSError where it has none."""
+    """Return every unix socket of the caller's network namespace by inode, from sock_diag(7). OSError if it is not
+    available."""
     found = [_unix_socket(message) for data in _dump_unix() for message in _unix_messages(data)]
     return {one.inode: one for one in found}
 
 
 def load() -> None:
-    """Import what is imported late, as it takes long: a process that gives up its rights may not be able to read the
-    code any more."""
+    """Import modules that are otherwise imported on first use. A process that gives up its rights may be unable to read
+    their code later."""
     importlib.import_module('pyroute2.netlink.diag')
 
 
@@ -219,7 +218,7 @@ def _message_type() -> Any:
 
 
 def _unix_messages(data: bytes) -> Iterator[Any]:
-    """pyroute2's messages of one datagram."""
+    """Yield pyroute2's messages of one datagram."""
     at = 0
     while at + _HEADER.size <= len(data):
         length, kind, *_ = _HEADER.unpack_from(data, at)
@@ -237,7 +236,7 @@ def _unix_socket(message: Any) -> UnixSocket:
     if not name.startswith(b'\0'):
         name = name.rstrip(b'\0')       # a path comes with its terminator
     vfs, queue = attribute('UNIX_DIAG_VFS'), attribute('UNIX_DIAG_RQLEN') or {'udiag_rqueue': 0, 'udiag_wqueue': 0}
-    # dev_t as the kernel has it: 12 bits major, 20 bits minor
+    # dev_t as in the kernel: 12 bits major, 20 bits minor
     file = (vfs['udiag_vfs_dev'] >> 20, vfs['udiag_vfs_dev'] & 0xFFFFF, vfs['udiag_vfs_ino']) if vfs else None
     return UnixSocket(message['udiag_ino'], message['udiag_type'], message['udiag_state'], name,
                       attribute('UNIX_DIAG_PEER') or 0, file, struct.unpack(f'={len(pending) // 4}I', pending),

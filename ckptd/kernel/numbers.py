@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which pids are in use, and by whom: a number is also taken by a session or group that is named by it."""
+"""Pids in use and their users. A session or group also takes the pid that it is named by."""
 
 import os
 import select
@@ -12,12 +12,12 @@ from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import pids, read_threads
 
 Numbers = dict[int, str]
-_LOOK_AGAIN = 0.05      # seconds: before 6.9 a pidfd does not tell when its process is reaped
+_LOOK_AGAIN = 0.05      # seconds: before 6.9 a pidfd does not report when its process is reaped
 
 
 def numbers_in_use() -> Numbers:
-    """Name what has each number, 'bash[100]': processes, threads, and groups and sessions that outlive their leaders. A
-    process that is listed and cannot be read (hidepid=1 of proc(5)) has its number alone."""
+    """Return the user of each pid, such as 'bash[100]': processes, threads, and groups and sessions that outlive their
+    leaders. For a process that is listed but cannot be read (hidepid=1 of proc(5)), only its pid is known."""
     found: Numbers = {}
     led: Numbers = {}
     for pid in pids():
@@ -36,8 +36,8 @@ def numbers_in_use() -> Numbers:
 
 
 def await_reaped(numbers: Collection[int], deadline: float) -> None:
-    """Wait for dead processes that have one of these numbers, or a group or session named by one, to be reaped: the
-    first process of a small machine does so every second or two only. deadline: of time.monotonic()."""
+    """Wait until dead processes that use one of these pids, or a group or session named by one, are reaped. The first
+    process of a small machine does that only every second or two. deadline: of time.monotonic()."""
     for pid in pids():
         with suppress(ProcessLookupError, PermissionError):
             while time.monotonic() < deadline and _is_in_the_way(pid, numbers):
@@ -53,7 +53,7 @@ def _await_reaped(pid: int) -> None:
     fd = pidfd_open(pid)
     try:
         poll = select.poll()
-        poll.register(fd, 0)        # POLLHUP: reaped; a zombie alone is POLLIN, which nobody asked for
+        poll.register(fd, 0)        # POLLHUP: reaped; a zombie alone is POLLIN, which is not requested
         poll.poll(_LOOK_AGAIN * 1000)
     finally:
         os.close(fd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pipes: their size, what is in them, and a look at it that takes nothing out, pipe(7), tee(2)."""
+"""Pipes: their size, their content, and reading it without consuming it (pipe(7), tee(2))."""
 
 import array
 import fcntl
@@ -19,7 +19,7 @@ def tee(fd_in: c_int, fd_out: c_int, len: c_size_t, flags: c_uint) -> c_ssize_t:
 
 
 def bytes_in(fd: int) -> int:
-    """Unread bytes of a pipe."""
+    """Return the number of unread bytes of a pipe."""
     count = array.array('i', [0])
     fcntl.ioctl(fd, termios.FIONREAD, count)
     return count[0]
@@ -30,8 +30,8 @@ def capacity(fd: int) -> int:
 
 
 def peek(fd: int) -> Iterator[bytes]:
-    """The content of a pipe by its read end, nothing consumed and nobody woken: a packet of a packet-mode pipe each,
-    else as the kernel has it in its buffers.
+    """Yield the content of a pipe by its read end, without consuming it or waking a reader: one packet at a time for a
+    packet-mode pipe, else the kernel's buffers.
 
     OSError EPERM if the pipe is larger than the caller may make one (/proc/sys/fs/pipe-max-size).
     """
@@ -45,7 +45,7 @@ def peek(fd: int) -> Iterator[bytes]:
         except BlockingIOError:
             return
         while left > 0:
-            # a buffer that stands for a packet (PIPE_BUF_FLAG_PACKET) ends the read, whatever the copy's own mode
+            # a buffer that is a packet (PIPE_BUF_FLAG_PACKET) ends the read, whatever the copy's own mode
             chunk = os.read(read_end, left)
             left -= len(chunk)
             yield chunk
@@ -55,8 +55,8 @@ def peek(fd: int) -> Iterator[bytes]:
 
 
 def other_end_open(fd: int) -> bool:
-    """Whether somebody holds the other end: of a read end a writer, of a write end a reader."""
+    """Whether the other end is open: for a read end a writer, for a write end a reader."""
     poll = select.poll()
     poll.register(fd, 0)
-    # POLLHUP: no writer left; POLLERR: no reader left. Both are reported whether asked for or not, poll(2)
+    # POLLHUP: no writer left; POLLERR: no reader left. Both are reported even if not requested (poll(2)).
     return not any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every kernel feature and right that ckptd uses, whether it is here, what is lost without it, and how to get it.
+"""Probe every kernel feature and right that ckptd uses: whether it is present, what is lost without it, how to get it.
 
-The feature is tried, never the version asked (feature_tests.py has the experiments). They run in a child process:
-should one be killed by a seccomp filter, or not come back, that one is unknown and the next child goes on behind it.
+The feature is tried, and the version is never used (feature_tests.py has the experiments). They run in a child process.
+If a seccomp filter kills the child, or it hangs, that feature is unknown and a new child continues with the next.
 """
 
 import contextlib
@@ -34,15 +34,14 @@ _CR = 'boot a kernel with CONFIG_CHECKPOINT_RESTORE=y'
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """present: None where it cannot be told. required: without it nothing can be checkpointed at all.
-    detail: what was found, or the kernel's error. lost and hint: what its absence costs, and how to get it."""
+    """A feature or right."""
     name: str
-    present: bool | None
-    required: bool
+    present: bool | None    # None if unknown
+    required: bool          # without it no checkpoint is possible
     needed_for: str
-    lost: str
-    hint: str
-    detail: str
+    lost: str               # what its absence costs
+    hint: str               # how to get it
+    detail: str             # what was found, or the kernel's error
 
 
 class _Probe(NamedTuple):
@@ -66,11 +65,11 @@ PROBES: Sequence[_Probe] = (
            'threads are told apart by their start time only', _OLD + ' (6.9)'),
     _Probe('pidfd_getfd', feature_tests.getfd, 'reading open files of a task', 'everything', _PTRACE, True),
     _Probe('kcmp', feature_tests.compare, 'what tasks share, and the permission check', 'everything',
-           'boot a kernel with CONFIG_KCMP=y, and let no seccomp filter forbid kcmp', True),
+           'boot a kernel with CONFIG_KCMP=y, and allow kcmp in seccomp filters', True),
     _Probe('/proc/PID/task/TID/children', feature_tests.children_files, 'scanning a tree', 'everything',
            'boot a kernel with CONFIG_PROC_CHILDREN=y', True),
     _Probe('processes of others in /proc', feature_tests.other_users_processes, 'scanning a tree of several users',
-           'trees of other users are not seen', 'mount /proc with hidepid=0, or ' + _ROOT),
+           'trees of other users are invisible', 'mount /proc with hidepid=0, or ' + _ROOT),
     _Probe('file descriptors', feature_tests.many_fds,
            f'a pidfd per task of a tree of {feature_tests.LARGE_TREE} tasks',
            'large trees cannot be held', 'raise the hard limit: LimitNOFILE= of the service, or ulimit -Hn'),
@@ -81,7 +80,7 @@ PROBES: Sequence[_Probe] = (
     _Probe('PTRACE_GET_RSEQ_CONFIGURATION', feature_tests.rseq_configuration, 'the rseq area of a thread',
            'the restart of programs that use rseq (glibc 2.35 and newer)', _OLD + ' (5.13) with CONFIG_RSEQ=y'),
     _Probe('/proc/PID/mem', feature_tests.write_memory, 'remote system calls', 'everything',
-           'let no kernel option (proc_mem.force_override=never) forbid writing to a tracee', True),
+           'remove the kernel option that forbids writing to a tracee (proc_mem.force_override=never)', True),
     _Probe('yama ptrace_scope', feature_tests.ptrace_scope, 'tracing tasks that ckptd did not start itself',
            'only own children, so --standalone on a running tree fails',
            'sysctl kernel.yama.ptrace_scope=0, or give ckptd CAP_SYS_PTRACE'),
@@ -118,18 +117,18 @@ PROBES: Sequence[_Probe] = (
     _capability('CAP_CHECKPOINT_RESTORE', 'map_files, and choosing pids at restart', 'restart with the same pids'),
     _capability('CAP_SYS_ADMIN', 'namespaces at restart', 'restart in a namespace of its own'),
     _capability('CAP_SYS_RESOURCE', 'raising hard limits at restart', 'limits above those of ckptd are not restored'),
-    _capability('CAP_SYS_NICE', 'timer slack of tasks of others, and real-time scheduling at restart',
+    _capability('CAP_SYS_NICE', 'timer slack of other users\' tasks, and real-time scheduling at restart',
                 'the default timer slack is assumed'),
     _capability('CAP_DAC_READ_SEARCH', 'content of deleted files of other users', 'trees with such files are refused'),
     _capability('CAP_DAC_OVERRIDE', 'cgroups and files of other users', 'the ptrace freezer is used'),
     _capability('CAP_KILL', '--kill of trees of other users', '--kill of own trees only'),
     _capability('CAP_SETUID', 'asking the kernel as the caller, and credentials at restart',
-                'callers other than the own user are turned away'),
+                'only calls of the own user are served'),
     _capability('CAP_SETGID', 'asking the kernel as the caller, and credentials at restart',
-                'callers other than the own user are turned away'),
+                'only calls of the own user are served'),
     _capability('CAP_SETPCAP', 'capability bounds at restart', 'such trees cannot be restarted'),
     _capability('CAP_CHOWN', 'owners of files at restart', 'files belong to the restarting user'),
-    _capability('CAP_FOWNER', 'modes and times of files of others at restart', 'such files are refused at restart'),
+    _capability('CAP_FOWNER', 'modes and times of other users\' files at restart', 'such files are refused at restart'),
     _capability('CAP_SYS_CHROOT', 'trees with a root directory of their own, at restart',
                 'such trees cannot be restarted'),
     _capability('CAP_NET_ADMIN', 'the proc connector before Linux 6.6', 'the tree is scanned again'),
@@ -137,7 +136,7 @@ PROBES: Sequence[_Probe] = (
 
 
 def probe_features() -> list[Feature]:
-    """Try everything, in order; 0.3 s. Leaves no process, fd or cgroup behind."""
+    """Try everything in order; it takes 0.3 s. No process, fd or cgroup is left behind."""
     answers: list[_Answer] = []
     while len(answers) < len(PROBES):
         answers += _try(PROBES[len(answers):])
@@ -151,10 +150,11 @@ class _Answer(NamedTuple):
 
 
 def _try(probes: Sequence[_Probe]) -> list[_Answer]:
-    """Answers to the first of these, at least one: all, unless the child ends early."""
+    """Return answers to the first of these probes, at least one; to all, unless the child ends early."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with warnings.catch_warnings():
-        # 3.12 warns where there are threads: one of them may hold a lock that the child then waits for, up to _TIMEOUT
+        # Python 3.12 warns about fork with threads: one of them may hold a lock that the child then waits for, up to
+        # _TIMEOUT.
         warnings.simplefilter('ignore', DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -188,14 +188,14 @@ def _answer(test: Callable[[], str]) -> _Answer:
     except OSError as error:
         return _Answer(False, error.strerror or str(error))
     except (feature_tests.Unknown, ArithmeticError, LookupError, ValueError, struct.error, ImportError) as error:
-        # text in /proc that we cannot read says nothing about the feature
+        # text in /proc that cannot be parsed proves nothing about the feature
         return _Answer(None, str(error) or type(error).__name__)
 
 
 def _collect(reader: int, pidfd: int, count: int) -> list[_Answer]:
     data, last = b'', time.monotonic()
     while data.count(b'\n') < count:
-        # the end of the pipe says nothing: a frozen child of an experiment may hold its other end
+        # the end of the pipe proves nothing: a frozen child of an experiment may hold its other end
         ready = select.select([reader, pidfd], [], [], max(0.0, last + _TIMEOUT - time.monotonic()))[0]
         if reader not in ready:
             break
@@ -208,7 +208,7 @@ def _collect(reader: int, pidfd: int, count: int) -> list[_Answer]:
 
 
 def _end(pid: int, pidfd: int) -> str:
-    """Reap the child, by force if it still runs, and what it left; returns how it ended."""
+    """Reap the child, by force if it still runs, and remove what it left. Return how it ended."""
     alive = not select.select([pidfd], [], [], _GRACE)[0]
     if alive:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -222,17 +222,18 @@ def _end(pid: int, pidfd: int) -> str:
 
 
 def _remove_cgroup_of(pid: int) -> None:
-    """What a child that was killed in the middle of a cgroup experiment could not remove."""
-    with contextlib.suppress(OSError):      # as a rule there is none
+    """Remove the cgroup of a child that was killed in the middle of a cgroup experiment."""
+    with contextlib.suppress(OSError):      # usually there is none
         group = Cgroup.of(os.getpid()).path / f'{feature_tests.CGROUP_PREFIX}{pid}'
         for member in Cgroup(group).procs():
-            os.kill(member, signal.SIGKILL)     # a frozen task dies of it as well
+            os.kill(member, signal.SIGKILL)     # SIGKILL ends a frozen task, too
         Cgroup(group).wait_empty(time.monotonic() + feature_tests.PATIENCE)
         group.rmdir()
 
 
 def main() -> None:
-    """python -m ckptd.kernel.probe: the features as JSON, for a client, which is not to try such things itself."""
+    """Print the features as JSON: python -m ckptd.kernel.probe. A client runs it, because it must not try such things
+    itself."""
     json.dump([asdict(feature) for feature in probe_features()], sys.stdout)
 
 

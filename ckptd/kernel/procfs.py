@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How every reader of /proc in this package reads it, and how it learns that a task is gone."""
+"""Reading of /proc for all modules of this package, and detection that a task is gone."""
 
 import errno
 import os
@@ -9,12 +9,13 @@ _CHUNK = 1 << 14
 
 
 def task_dir(pid: int, tid: int | None = None) -> str:
-    """'/proc/PID', or '/proc/PID/task/TID' for one thread of it."""
+    """Return '/proc/PID', or '/proc/PID/task/TID' for one thread of it."""
     return f'/proc/{pid}' if tid is None else f'/proc/{pid}/task/{tid}'
 
 
 def read_task_file(directory: str, name: str) -> bytes:
-    """The whole of DIRECTORY/NAME. ProcessLookupError when the task is gone, FileNotFoundError if only the file is."""
+    """Read the whole of DIRECTORY/NAME. ProcessLookupError if the task is gone, FileNotFoundError if only the file
+    is."""
     try:
         return read_file(f'{directory}/{name}')
     except FileNotFoundError as error:
@@ -22,7 +23,7 @@ def read_task_file(directory: str, name: str) -> bytes:
 
 
 def read_memory_file(directory: str, name: str) -> bytes:
-    """The same for a file about the address space: empty for a task that has none, a zombie or a kernel thread."""
+    """Read a file about the address space. It is empty for a task without one: a zombie or a kernel thread."""
     try:
         return read_task_file(directory, name)
     except ProcessLookupError:
@@ -33,7 +34,7 @@ def read_memory_file(directory: str, name: str) -> bytes:
 
 
 def read_file(path: str) -> bytes:
-    """The whole of a file whose size stat(2) does not know."""
+    """Read the whole of a file whose size stat(2) does not report."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # a seq_file ends a read at a record, so a short read is not the end
@@ -52,7 +53,7 @@ def read_file(path: str) -> bytes:
 
 
 def list_numbers(directory: str, name: str) -> list[int]:
-    """The numbers among the entries of DIRECTORY/NAME, ascending."""
+    """Return the numbers among the entries of DIRECTORY/NAME in ascending order."""
     try:
         return sorted(int(entry) for entry in os.listdir(f'{directory}/{name}') if entry.isdecimal())  # noqa: PTH208
     except FileNotFoundError as error:
@@ -60,10 +61,10 @@ def list_numbers(directory: str, name: str) -> list[int]:
 
 
 def gone_or(error: FileNotFoundError, directory: str) -> OSError:
-    """ProcessLookupError if the task of `directory` is gone, else the error itself.
+    """Return ProcessLookupError if the task of `directory` is gone, else the error itself.
 
-    /proc answers ENOENT both for a dead task and for a file that this kernel lacks or that the task has no more
-    (cwd of a zombie); only the directory tells the two apart.
+    /proc answers ENOENT both for a dead task and for a file that this kernel or task lacks (cwd of a zombie). Only the
+    directory distinguishes the two.
     """
     if Path(directory).exists():
         return error
@@ -71,5 +72,5 @@ def gone_or(error: FileNotFoundError, directory: str) -> OSError:
 
 
 def text(data: bytes) -> str:
-    """Bytes of the kernel as a str that gives the same bytes back; names and paths need not be UTF-8."""
+    """Decode bytes of the kernel so that encoding gives the same bytes back. Names and paths need not be UTF-8."""
     return data.decode('utf-8', 'surrogateescape')

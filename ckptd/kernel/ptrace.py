@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ptrace(2) by SEIZE: a Tracee belongs to the thread that seized it (any other gets ESRCH)."""
+"""ptrace(2) with SEIZE. A Tracee belongs to the thread that seized it; any other thread gets ESRCH."""
 
 import ctypes
 import errno
@@ -41,14 +41,14 @@ PTRACE_O_TRACEVFORK = 1 << PTRACE_EVENT_VFORK
 PTRACE_O_TRACECLONE = 1 << PTRACE_EVENT_CLONE
 PTRACE_O_TRACEEXEC = 1 << PTRACE_EVENT_EXEC
 PTRACE_O_EXITKILL = 1 << 20
-_RETURN = 1.0       # seconds; a moment, but a SIGCONT may be faster
-_LOOK = 0.05        # seconds without a stop after which a wait looks whether there can be one
+_RETURN = 1.0       # seconds; the return to the stop takes a moment, and a SIGCONT may come first
+_LOOK = 0.05        # seconds without a stop after which a wait checks whether one can still come
 
 NT_PRSTATUS = 1             # <elf.h>
 WALL = 0x40000000           # __WALL: threads of other processes too
 SIGINFO_SIZE = 128
 SYSCALL_STOP = signal.SIGTRAP | 0x80     # of a task with PTRACE_O_TRACESYSGOOD
-XSTATE_MAX = 16 << 10       # AMX has 11 KiB; the kernel answers with what there is
+XSTATE_MAX = 16 << 10       # AMX has 11 KiB; the kernel returns what there is
 
 
 @cstruct(size=16)
@@ -89,15 +89,15 @@ class ptrace_sud_config(ctypes.Structure):
 def ptrace(request: c_int, pid: c_int, addr: c_void_p, data: c_void_p) -> c_long: ...
 
 
-Patience: TypeAlias = Callable[[int, float], None]  # asked with tid and seconds waited so far; raises to end the wait
+Patience: TypeAlias = Callable[[int, float], None]  # called with tid and seconds waited so far; raises to end the wait
 
 
 def endless(tid: int, waited: float) -> None:
-    """The patience of a wait that only a stop or a death ends."""
+    """Wait without limit: only a stop or a death ends the wait."""
 
 
 class Tracee:
-    """A seized task. `with` detaches at the end; a tracee whose tracer dies is detached by the kernel.
+    """A seized task. `with` detaches at the end. If the tracer dies, the kernel detaches the tracee.
 
     stop_signal: the signal of the group-stop (job control) that the task is in, else 0. deferred: signals that were
     about to be delivered while the task was borrowed; `detach` delivers them. patience: may end a wait.
@@ -110,7 +110,7 @@ class Tracee:
         self.deferred: list[int] = []
         self.stopped = False
         self.attached = True
-        self.is_unreaped = False        # dead, and not to be waited for yet
+        self.is_unreaped = False        # it is dead and cannot be waited for yet
 
     @classmethod
     def seize(cls, tid: int, options: int = 0, patience: Patience = endless) -> Self:
@@ -125,12 +125,12 @@ class Tracee:
         self.detach()
 
     def interrupt(self) -> None:
-        """Ask for a stop; `wait` sees it."""
+        """Request a stop; `wait` reports it."""
         ptrace(PTRACE_INTERRUPT, self.tid, None, None)
 
     def poll(self) -> int:
-        """The status of a stop that has come, as waitpid(2), 0 while there is none. ProcessLookupError: the task died.
-        """
+        """Return the status of a stop that has come, as in waitpid(2), or 0 if there is none. ProcessLookupError if the
+        task died."""
         try:
             pid, status = os.waitpid(self.tid, os.WNOHANG | WALL)
         except ChildProcessError as error:
@@ -147,9 +147,9 @@ class Tracee:
         return status
 
     def wait(self, deadline: float | None = None) -> int:
-        """The status of the next stop. TimeoutError when the deadline, of time.monotonic(), has passed; whatever
-        `patience` raises. SIGCHLD, blocked in this thread, ends the wait; not blocked, it may come up to _LOOK seconds
-        late."""
+        """Return the status of the next stop. TimeoutError when the deadline (time.monotonic()) has passed; any error
+        that `patience` raises. A SIGCHLD that is blocked in this thread ends the wait. If it is not blocked, the stop
+        may be noticed up to _LOOK seconds late."""
         return self.poll() or self._wait_on(deadline)
 
     def _wait_on(self, deadline: float | None) -> int:
@@ -167,22 +167,22 @@ class Tracee:
         raise TimeoutError(errno.ETIMEDOUT, f'task {self.tid} does not stop')
 
     def wait_dead(self) -> None:
-        """See it dead, whatever it stops at before."""
+        """Wait until it is dead, and continue it from any stop before."""
         while self.attached:
             with suppress(ProcessLookupError):
                 self.wait()
                 self.cont()
 
     def has_died(self) -> bool:
-        """Whether the task has ended. waitpid(2) does not tell of a dead leader before its threads are reaped, and
-        those that are traced are reaped by nobody but their tracer (kernel/exit.c, delay_group_leader)."""
+        """Whether the task has ended. waitpid(2) does not report a dead leader before its threads are reaped, and only
+        the tracer reaps traced threads (kernel/exit.c, delay_group_leader)."""
         try:
             return read_stat(self.tid).state in 'ZX'
         except ProcessLookupError:
             return True
 
     def require_alive(self) -> None:
-        """ProcessLookupError if it has died."""
+        """Check that it is alive. ProcessLookupError if it has died."""
         if self.has_died():
             self.reap()
             raise self._died()
@@ -192,10 +192,10 @@ class Tracee:
         return ProcessLookupError(errno.ESRCH, f'task {self.tid} died')
 
     def stop(self, deadline: float | None = None) -> None:
-        """Interrupt and wait for PTRACE_EVENT_STOP. A signal that comes first is delivered, then asked again."""
+        """Interrupt and wait for PTRACE_EVENT_STOP. If a signal comes first, deliver it and interrupt again."""
         self.interrupt()
         while (status := self.wait(deadline)) >> 16 != PTRACE_EVENT_STOP:
-            # any trap clears a pending interrupt (kernel/signal.c, ptrace_stop), so it has to be asked for again
+            # any trap clears a pending interrupt (kernel/signal.c, ptrace_stop), so it must be requested again
             self.cont(os.WSTOPSIG(status))
             self.interrupt()
 
@@ -204,23 +204,23 @@ class Tracee:
         self.stopped = False
 
     def to_syscall(self, sig: int = 0) -> None:
-        """Run on to the entry or the exit of the next system call, whichever comes first; with PTRACE_O_TRACESYSGOOD
-        that is a stop by SIGTRAP | 0x80."""
+        """Continue to the entry or exit of the next system call, whichever comes first. With PTRACE_O_TRACESYSGOOD that
+        is a stop by SIGTRAP | 0x80."""
         ptrace(PTRACE_SYSCALL, self.tid, None, sig)
         self.stopped = False
 
     def set_options(self, options: int) -> None:
-        """PTRACE_O_*, of a stopped tracee."""
+        """Set PTRACE_O_* for a stopped tracee."""
         ptrace(PTRACE_SETOPTIONS, self.tid, None, options)
 
     def event_message(self) -> int:
-        """Of the event that it stopped at: the new task's id, as the tracer sees it."""
+        """Return the message of the event that it stopped at: the new task's id, as the tracer sees it."""
         value = ctypes.c_ulong()
         ptrace(PTRACE_GETEVENTMSG, self.tid, None, ctypes.byref(value))
         return value.value
 
     def detach(self) -> None:
-        """Let go; the task runs on, or stays in the group-stop that it was in. Nothing if it died meanwhile."""
+        """Detach. The task runs on, or stays in the group-stop that it was in. If it died meanwhile, do nothing."""
         if not self.attached:
             return
         self.attached = False
@@ -230,11 +230,11 @@ class Tracee:
                 os.kill(self.tid, sig)
             ptrace(PTRACE_DETACH, self.tid, None, first)
         except ProcessLookupError:
-            # dead or dying: reap it, or as its tracer we would keep the zombie from its parent
+            # Dead or dying: reap it. Otherwise we, as its tracer, would hide the zombie from its parent.
             self.reap()
 
     def reap(self) -> None:
-        """See it dead, if it can be waited for by now."""
+        """Wait for a dead task, if that is possible by now."""
         try:
             self.is_unreaped = os.waitpid(self.tid, os.WNOHANG | WALL)[0] == 0
         except ChildProcessError:
@@ -259,18 +259,18 @@ class Tracee:
         self._regset(PTRACE_SETREGSET, NT_PRSTATUS, regs)
 
     def xstate(self) -> bytes:
-        """All of FPU, SSE, AVX and later, as XSAVE stores them (2,432 bytes with AVX-512)."""
+        """Read all of FPU, SSE, AVX and later state, as XSAVE stores it (2,432 bytes with AVX-512)."""
         buffer = ctypes.create_string_buffer(XSTATE_MAX)
         size = self._regset(PTRACE_GETREGSET, NT_XSTATE, buffer)
         return buffer.raw[:size]        # `raw` is a copy: taken before the call it would hold zeros
 
     def set_xstate(self, area: bytes) -> None:
-        """EINVAL or EFAULT where the area is not of this processor's size."""
+        """Write the state. EINVAL or EFAULT if the area does not have the size for this processor."""
         self._regset(PTRACE_SETREGSET, NT_XSTATE, ctypes.create_string_buffer(area, len(area)))
 
     @property
     def sigmask(self) -> int:
-        """Blocked signals, bit n-1 = signal n; inside sigsuspend(2) the mask that it will put back."""
+        """Blocked signals; bit n-1 is signal n. Inside sigsuspend(2) it is the mask that the call will restore."""
         mask = ctypes.c_uint64()
         ptrace(PTRACE_GETSIGMASK, self.tid, 8, ctypes.byref(mask))
         return mask.value
@@ -281,14 +281,15 @@ class Tracee:
         ptrace(PTRACE_SETSIGMASK, self.tid, 8, ctypes.byref(mask))
 
     def is_stopped(self) -> bool:
-        """Asks the kernel: a tracee leaves its stop only for its tracer, or to die."""
+        """Whether the tracee is stopped, as the kernel reports it. It leaves its stop only for its tracer, or to
+        die."""
         try:
             return self.sigmask >= 0
         except ProcessLookupError:
             return False
 
     def pending(self, *, shared: bool) -> tuple[bytes, ...]:
-        """Queued siginfo_t, of the process (shared) or of this thread, in queue order. Nothing is taken off."""
+        """Read the queued siginfo_t, of the process (shared) or of this thread, in queue order. Nothing is removed."""
         found: list[bytes] = []
         batch = 32
         buffer = ctypes.create_string_buffer(SIGINFO_SIZE * batch)
@@ -300,8 +301,8 @@ class Tracee:
                 return tuple(found)
 
     def user_dispatch(self) -> ptrace_sud_config:
-        """How system calls of the thread are sent to its SIGSYS handler (Syscall User Dispatch), mode 0: not at all, or
-        the kernel cannot say (< 6.4)."""
+        """Return how system calls of the thread are redirected to its SIGSYS handler (Syscall User Dispatch). Mode 0:
+        not at all, or the kernel cannot report it (< 6.4)."""
         config = ptrace_sud_config()
         try:
             ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, self.tid, ctypes.sizeof(config), ctypes.byref(config))
@@ -311,7 +312,8 @@ class Tracee:
         return config
 
     def rseq(self) -> ptrace_rseq_configuration:
-        """Where the thread registered its struct rseq; all zero where it did not, or the kernel cannot say (< 5.13)."""
+        """Return where the thread registered its struct rseq; all zero if it did not, or the kernel cannot report it (<
+        5.13)."""
         config = ptrace_rseq_configuration()
         try:
             ptrace(PTRACE_GET_RSEQ_CONFIGURATION, self.tid, ctypes.sizeof(config), ctypes.byref(config))
@@ -322,8 +324,8 @@ class Tracee:
 
 
 def let_go(tracees: Iterable[Tracee]) -> None:
-    """Detach from all. Those in job-control stop come first, and are in it again before any other runs: until then they
-    count as running, and a parent that asks for its stopped child would be told of none."""
+    """Detach from all. Tracees in job-control stop come first and re-enter that stop before any other runs. Until then
+    they count as running, and a parent that asks for its stopped child would get none."""
     tracees = list(tracees)
     stopped = [tracee for tracee in tracees if tracee.stop_signal]
     for tracee in stopped:
@@ -334,7 +336,7 @@ def let_go(tracees: Iterable[Tracee]) -> None:
             os.sched_yield()        # there is no event: only its parent could wait for it
     for tracee in tracees:
         tracee.detach()
-    # a dead leader after its threads, which have been reaped just now
+    # a dead leader comes after its threads, which have just been reaped
     for tracee in tracees:
         if tracee.is_unreaped:
             tracee.reap()

@@ -8,7 +8,7 @@ from ckptd.kernel.memory import Range
 
 
 class Overlap(NamedTuple):
-    """What two ranges have in common: indices of both, and the range itself."""
+    """The overlap of two ranges: indices of both, and the range itself."""
     first: int
     second: int
     start: int
@@ -16,7 +16,7 @@ class Overlap(NamedTuple):
 
 
 def overlaps(first: Sequence[Range], second: Sequence[Range]) -> Iterator[Overlap]:
-    """Of all ranges of two sets, ascending."""
+    """Yield the overlaps of all ranges of two sets in ascending order."""
     i = j = 0
     while i < len(first) and j < len(second):
         start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
@@ -29,7 +29,7 @@ def overlaps(first: Sequence[Range], second: Sequence[Range]) -> Iterator[Overla
 
 
 def without(ranges: Iterable[Range], taken: Sequence[Range]) -> Iterator[Range]:
-    """What is left of a set when another is taken out."""
+    """Yield the ranges of a set that remain when another set is removed."""
     index = 0
     for start, end in ranges:
         while index < len(taken) and taken[index][1] <= start:

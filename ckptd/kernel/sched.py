@@ -45,21 +45,20 @@ def _ioprio_set(which: c_int, who: c_int, ioprio: c_int) -> c_int: ...
 
 
 class SchedAttr(NamedTuple):
-    """policy: os.SCHED_*. flags: SCHED_FLAG_*. nice: -20 to 19. runtime, deadline, period: nanoseconds.
-    util_min, util_max: utilisation clamps, of 1024; all ones where none was set, 0 on kernels without them."""
-    policy: int
-    flags: int
-    nice: int
+    """Scheduling attributes of a thread."""
+    policy: int      # os.SCHED_*
+    flags: int       # SCHED_FLAG_*
+    nice: int        # -20 to 19
     priority: int
-    runtime: int
-    deadline: int
-    period: int
-    util_min: int
-    util_max: int
+    runtime: int     # nanoseconds
+    deadline: int    # nanoseconds
+    period: int      # nanoseconds
+    util_min: int    # utilisation clamp, of 1024; all ones if none was set, 0 on kernels without clamps
+    util_max: int    # likewise
 
 
 def sched_getattr(tid: int) -> SchedAttr:
-    """Attributes of one thread, 0 for the caller. ProcessLookupError when it is gone."""
+    """Read the attributes of one thread, 0 for the caller. ProcessLookupError when it is gone."""
     attr = sched_attr()
     _sched_getattr(tid, ctypes.byref(attr), ctypes.sizeof(attr))
     return SchedAttr(attr.sched_policy, attr.sched_flags, attr.sched_nice, attr.sched_priority, attr.sched_runtime,
@@ -67,15 +66,15 @@ def sched_getattr(tid: int) -> SchedAttr:
 
 
 def ioprio_get(tid: int) -> int:
-    """I/O class << 13 | level of one thread, 0 for the caller."""
+    """Read I/O class << 13 | level of one thread, 0 for the caller."""
     return _ioprio_get(IOPRIO_WHO_PROCESS, tid)
 
 
 def sched_setattr(tid: int, to: SchedAttr) -> None:
-    """Set what sched_getattr gave. PermissionError: a better priority without CAP_SYS_NICE."""
+    """Set attributes as sched_getattr returns them. PermissionError: a better priority without CAP_SYS_NICE."""
     size, flags = ctypes.sizeof(sched_attr), to.flags
     for value, flag in ((to.util_min, SCHED_FLAG_UTIL_CLAMP_MIN), (to.util_max, SCHED_FLAG_UTIL_CLAMP_MAX)):
-        # what was never set is not set: kernels without clamps refuse the flags
+        # clamps that were never set are not set: kernels without clamps reject the flags
         flags |= flag if 0 < value <= SCHED_CAPACITY else 0
     if not flags & (SCHED_FLAG_UTIL_CLAMP_MIN | SCHED_FLAG_UTIL_CLAMP_MAX):
         size = SCHED_ATTR_SIZE_VER0

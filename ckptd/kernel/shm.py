@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""System V shared memory segments, shmctl(2). A mapping of one shows its shmid as inode in /proc/PID/maps."""
+"""System V shared memory segments (shmctl(2)). /proc/PID/maps shows the shmid of a mapped segment as its inode."""
 
 import ctypes
 import errno
@@ -28,7 +28,7 @@ IPC_CREAT, IPC_EXCL = 0o1000, 0o2000
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000    # of shmat(2)
 SHM_DEST = 0o1000       # <linux/shm.h>, of mode: destroyed at the last detach
 SHM_LOCKED = 0o2000
-SHM_HUGETLB = 0o4000    # of shmget(2), also seen in mode
+SHM_HUGETLB = 0o4000    # of shmget(2), also visible in mode
 
 
 @cstruct(size=48)
@@ -78,15 +78,15 @@ def _shmdt(shmaddr: c_void_p) -> c_int: ...
 
 
 class ShmidDs(NamedTuple):
-    """size: bytes. mode: permission bits, | SHM_DEST, SHM_LOCKED, SHM_HUGETLB. key: unsigned, 0 for IPC_PRIVATE."""
+    """A segment."""
     shmid: int
-    key: int
-    mode: int
+    key: int     # unsigned, 0 for IPC_PRIVATE
+    mode: int    # permission bits, | SHM_DEST, SHM_LOCKED, SHM_HUGETLB
     uid: int
     gid: int
     cuid: int
     cgid: int
-    size: int
+    size: int    # bytes
     attached: int
     creator: int
     last: int
@@ -102,7 +102,7 @@ def shmctl_stat(shmid: int) -> ShmidDs:
 
 
 def shmget_at(shmid: int, key: int, size: int, mode: int) -> None:
-    """A new segment with this very id. EEXIST: another one has the id or the key; EPERM without
+    """Make a segment with exactly this id. EEXIST: another one has the id or the key; EPERM without
     CAP_CHECKPOINT_RESTORE (sysctl kernel.shm_next_id, proc_sys_kernel(5))."""
     with open('/proc/sys/kernel/shm_next_id', 'wb', buffering=0) as file:  # noqa: PTH123
         file.write(str(shmid).encode())
@@ -113,7 +113,7 @@ def shmget_at(shmid: int, key: int, size: int, mode: int) -> None:
 
 
 def shmctl_set(shmid: int, uid: int, gid: int, mode: int) -> None:
-    """IPC_SET: owner and permission bits."""
+    """IPC_SET: set owner and permission bits."""
     data = shmid_ds()
     _shmctl(shmid, IPC_STAT, ctypes.byref(data))
     data.shm_perm.uid, data.shm_perm.gid, data.shm_perm.mode = uid, gid, mode
@@ -121,13 +121,13 @@ def shmctl_set(shmid: int, uid: int, gid: int, mode: int) -> None:
 
 
 def shmctl_remove(shmid: int) -> None:
-    """IPC_RMID: gone with its last user."""
+    """IPC_RMID: remove the segment with its last user."""
     _shmctl(shmid, IPC_RMID, None)
 
 
 @contextmanager
 def attached(shmid: int, size: int) -> Iterator[memoryview]:
-    """The segment's memory, for the time of the block."""
+    """Map the segment's memory for the duration of the block."""
     address = _shmat(shmid, None, 0)
     try:
         yield memoryview((ctypes.c_ubyte * size).from_address(address)).cast('B')

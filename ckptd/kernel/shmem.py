@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel's own tmpfs mount, where memfds, shared anonymous memory and System V segments live without a name."""
+"""The kernel's own tmpfs mount, which holds memfds, shared anonymous memory and System V segments without a name."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ import os
 
 @functools.cache
 def shm_device() -> int:
-    """st_dev of that mount; no mountinfo lists it, but every memfd is on it (shm_mnt of mm/shmem.c)."""
+    """Return st_dev of that mount. No mountinfo lists it, but every memfd is on it (shm_mnt of mm/shmem.c)."""
     fd = os.memfd_create('ckptd', os.MFD_CLOEXEC)
     try:
         return os.fstat(fd).st_dev

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""SIGCHLD as an fd, signalfd(2): stops and deaths of children and tracees, in one poll(2) with other fds."""
+"""SIGCHLD as an fd (signalfd(2)), to wait for children, tracees and other fds in one poll(2)."""
 
 import ctypes
 import errno
@@ -14,7 +14,7 @@ from ckptd.kernel.decl import c_int, c_void_p, libc
 SFD_NONBLOCK, SFD_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC     # <sys/signalfd.h>
 SIGSET_SIZE = 128                                           # sizeof(sigset_t) of libc
 SIGINFO_SIZE = 128                                          # sizeof(struct signalfd_siginfo)
-_LATE = 0.25                # seconds after which to look anyway
+_LATE = 0.25                # seconds after which to check in any case
 
 
 @libc
@@ -22,9 +22,9 @@ def signalfd(fd: c_int, mask: c_void_p, flags: c_int) -> c_int: ...
 
 
 class ChildSignals:
-    """`with ChildSignals() as children`: SIGCHLD is blocked in this thread and read from `children.fd`.
+    """A context, `with ChildSignals() as children`: SIGCHLD is blocked in this thread and read from `children.fd`.
 
-    Signals of the same number are one while they are pending, so a wait says only that something happened.
+    Pending signals of the same number are merged, so a wait only tells that something happened.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,9 @@ class ChildSignals:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
     def wait(self, timeout: float, also: int | None = None) -> None:
-        """Until a child or tracee changes state, the fd `also` becomes readable, or `timeout` seconds have passed.
+        """Wait until a child or tracee changes state, the fd `also` becomes readable, or `timeout` seconds have passed.
 
-        At times it returns sooner: a thread that has SIGCHLD not blocked, if there is one, may have been given it.
+        It may return early: another thread in which SIGCHLD is not blocked may have received the signal.
         """
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)

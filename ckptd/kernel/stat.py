@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""/proc/PID/stat: the one-line picture of a task, proc_pid_stat(5). Read twice per task of a scan, so it is fast."""
+"""/proc/PID/stat: the state of a task in one line (proc_pid_stat(5)). A scan reads it twice per task, so parsing is
+fast."""
 
 from typing import NamedTuple
 
@@ -14,22 +15,21 @@ PF_KTHREAD = 0x00200000
 
 
 class Stat(NamedTuple):
-    """A named tuple and not a dataclass: ten thousand are made while a tree is frozen, and these cost a fifth.
+    """A named tuple rather than a dataclass, since ten thousand are made while a tree is frozen and it costs a fifth.
 
-    state: one letter. flags: PF_*. start_time: clock ticks since boot. exit_code: wait(2) status of a zombie.
-    Addresses, exit_code and those after env_start are 0 for a reader without PTRACE_MODE_READ access to the task.
+    Addresses, exit_code and the fields after env_start are 0 for a reader without PTRACE_MODE_READ access to the task.
     """
     pid: int
     comm: str
-    state: str
+    state: str    # one letter
     ppid: int
     pgrp: int
     session: int
     tty_nr: int
     tpgid: int
-    flags: int
+    flags: int         # PF_*
     num_threads: int
-    start_time: int
+    start_time: int    # clock ticks since boot
     nice: int
     start_code: int
     end_code: int
@@ -44,12 +44,12 @@ class Stat(NamedTuple):
     arg_end: int
     env_start: int
     env_end: int
-    exit_code: int
+    exit_code: int    # wait(2) status of a zombie
 
 
 def parse_stat(data: bytes) -> Stat:
-    """The record of one line. ValueError if it is no such line."""
-    # comm stands unescaped in parentheses and may itself have any of ') (\n', so its end is the last ')'
+    """Parse one line. ValueError if it is malformed."""
+    # comm stands unescaped in parentheses and may contain any of ') (\n', so its end is the last ')'
     start, end = data.index(b'('), data.rindex(b')')
     field = data[end + 2:].split()      # field[0] is number 3 of the man page
     return Stat(
@@ -61,5 +61,5 @@ def parse_stat(data: bytes) -> Stat:
 
 
 def read_stat(pid: int, tid: int | None = None) -> Stat:
-    """The stat line of a process, or of its thread `tid`. ProcessLookupError when it is gone."""
+    """Read the stat line of a process, or of its thread `tid`. ProcessLookupError when it is gone."""
     return parse_stat(read_task_file(task_dir(pid, tid), 'stat'))

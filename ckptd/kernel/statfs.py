@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which file system a file is on, statfs(2): what tells a file of tmpfs from a secret or a message queue."""
+"""The file system of a file (statfs(2)). It distinguishes a file of tmpfs from a secret or a message queue."""
 
 import ctypes
 from typing import Annotated
@@ -27,7 +27,7 @@ SYSFS_MAGIC = 0x62656572
 TMPFS_MAGIC = 0x01021994
 TRACEFS_MAGIC = 0x74726163
 
-# file systems whose files are made when they are read
+# file systems whose files are generated when they are read
 MADE_UP = frozenset({BINFMTFS_MAGIC, BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, CGROUP_SUPER_MAGIC, DEBUGFS_MAGIC,
                      EFIVARFS_MAGIC, PROC_SUPER_MAGIC, SECURITYFS_MAGIC, SYSFS_MAGIC, TRACEFS_MAGIC})
 
@@ -44,7 +44,7 @@ def statfs(path: c_void_p, buf: c_void_p) -> c_int: ...
 
 
 def file_system(path: str) -> int:
-    """The magic number of the file system that `path` is on; /proc/PID/fd/N is followed to the open file itself."""
+    """Return the magic number of the file system of `path`. /proc/PID/fd/N is followed to the open file itself."""
     buf = statfs_buf()
     statfs(path.encode('utf-8', 'surrogateescape'), ctypes.byref(buf))
     return buf.f_type & 0xFFFFFFFF

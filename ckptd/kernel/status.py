@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""/proc/PID/status: ids, masks and capabilities of a task, proc_pid_status(5)."""
+"""/proc/PID/status: ids, masks and capabilities of a task (proc_pid_status(5))."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,10 @@ Four = tuple[int, int, int, int]
 
 
 class Status(NamedTuple):
-    """uids, gids: real, effective, saved, file system. ns_*: the id in each pid namespace, outermost (the reader's)
-    first. vm_rss, vm_lck: bytes. Masks: bit n-1 is signal n; cap_*: bit n is capability n. seccomp: 0 off, 1 strict,
-    2 filter.
+    """The contents of a status file.
 
-    What a zombie has no more is 0 or empty (umask, vm_rss, tracer). kthread is False where the kernel does not say
-    (then Stat.flags has PF_KTHREAD), seccomp_filters 0 where it does not count them.
+    Signal masks: bit n-1 is signal n. cap_*: bit n is capability n. ns_*: the id in each pid namespace, the outermost
+    (the reader's) first. Fields that a zombie lacks are 0 or empty (umask, vm_rss, tracer).
     """
     name: str
     umask: int
@@ -23,16 +21,16 @@ class Status(NamedTuple):
     pid: int
     ppid: int
     tracer_pid: int
-    uids: Four
-    gids: Four
+    uids: Four    # real, effective, saved, file system
+    gids: Four    # real, effective, saved, file system
     groups: tuple[int, ...]
     ns_tgid: tuple[int, ...]
     ns_pid: tuple[int, ...]
     ns_pgid: tuple[int, ...]
     ns_sid: tuple[int, ...]
-    kthread: bool
-    vm_rss: int
-    vm_lck: int
+    kthread: bool    # False where the kernel does not report it; then Stat.flags has PF_KTHREAD
+    vm_rss: int      # bytes
+    vm_lck: int      # bytes
     threads: int
     sig_pnd: int
     shd_pnd: int
@@ -45,13 +43,13 @@ class Status(NamedTuple):
     cap_bnd: int
     cap_amb: int
     no_new_privs: bool
-    seccomp: int
-    seccomp_filters: int
+    seccomp: int            # 0 off, 1 strict, 2 filter
+    seccomp_filters: int    # 0 where the kernel does not count them
 
 
 def parse_status(data: bytes) -> Status:
-    """The record of one file. KeyError or ValueError if it is no such file."""
-    # processor and memory masks, a third of the text, come last and are not wanted
+    """Parse a status file. KeyError or ValueError if it is malformed."""
+    # processor and memory masks, a third of the text, come last and are not needed
     lines = data.partition(b'\nCpus_allowed:')[0].rstrip(b'\n').split(b'\n')
     field: dict[bytes, bytes] = dict([line.split(b':\t', 1) for line in lines])
     get = field.get
@@ -70,7 +68,7 @@ def parse_status(data: bytes) -> Status:
 
 
 class NsIds(NamedTuple):
-    """The ids of a task in each pid namespace, outermost (the reader's) first."""
+    """The ids of a task in each pid namespace, the outermost (the reader's) first."""
     tgid: tuple[int, ...]
     pid: tuple[int, ...]
     pgid: tuple[int, ...]
@@ -78,18 +76,18 @@ class NsIds(NamedTuple):
 
 
 def parse_ns_ids(data: bytes) -> NsIds:
-    """Four neighbouring lines of the file, for a scan: a tenth of the time of parse_status."""
+    """Parse four neighbouring lines of the file, for a scan. It takes a tenth of the time of parse_status."""
     tgid, pid, pgid, sid, _ = data[data.index(b'\nNStgid:') + 1:].split(b'\n', 4)
     return NsIds(_ints(tgid[7:]), _ints(pid[6:]), _ints(pgid[7:]), _ints(sid[6:]))
 
 
 def read_ns_ids(pid: int, tid: int | None = None) -> NsIds:
-    """ProcessLookupError when the task is gone."""
+    """Read the namespace ids of a task. ProcessLookupError when it is gone."""
     return parse_ns_ids(read_task_file(task_dir(pid, tid), 'status'))
 
 
 def read_status(pid: int, tid: int | None = None) -> Status:
-    """The status of a process, or of its thread `tid`. ProcessLookupError when it is gone."""
+    """Read the status of a process, or of its thread `tid`. ProcessLookupError when it is gone."""
     return parse_status(read_task_file(task_dir(pid, tid), 'status'))
 
 

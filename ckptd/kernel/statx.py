@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an open file is, asked of nobody: statx(2) with AT_STATX_DONT_SYNC answers from memory, where fstat(2) may wait
-for a file server that never answers."""
+"""The type and device of an open file without a request to its file system: statx(2) with AT_STATX_DONT_SYNC answers
+from memory, while fstat(2) may wait for a file server that never answers."""
 
 import contextlib
 import ctypes
@@ -36,7 +36,7 @@ def statx(dirfd: c_int, path: c_void_p, flags: c_int, mask: c_uint, buf: c_void_
 
 
 def _statx(fd: int, mask: int) -> statx_buf:
-    """All zeros where nothing can be told."""
+    """Call statx(2). The result is all zeros if nothing is known."""
     buf = statx_buf()
     with contextlib.suppress(OSError):
         statx(fd, b'', AT_EMPTY_PATH | AT_STATX_DONT_SYNC, mask, ctypes.byref(buf))
@@ -44,18 +44,20 @@ def _statx(fd: int, mask: int) -> statx_buf:
 
 
 def file_type(fd: int) -> int:
-    """S_IFMT of the open file, 0 where it cannot be told."""
+    """Return S_IFMT of the open file, 0 if unknown."""
     return stat.S_IFMT(_statx(fd, STATX_TYPE).stx_mode)
 
 
 def device_of(fd: int) -> int:
-    """The device of the open file's file system as the kernel counts (MAJOR << 20 | MINOR, linux/kdev_t.h), 0 where it
-    cannot be told."""
-    # asked for no attribute FUSE tells it to those, too, whom its owner lets see nothing (fuse_getattr() of fs/fuse)
+    """Return the device of the open file's file system in the kernel's form (MAJOR << 20 | MINOR, linux/kdev_t.h), 0 if
+    unknown."""
+    # no attribute is requested: then FUSE answers even users to whom the file system's owner denies access
+    # (fuse_getattr() of fs/fuse)
     buf = _statx(fd, 0)
     return buf.stx_dev_major << 20 | buf.stx_dev_minor
 
 
 def is_terminal(fd: int) -> bool:
-    """isatty(3), where that asks a driver: the same request to a regular file goes to its file system."""
+    """Whether the file is a terminal (isatty(3)). Only a character device is asked: for a regular file the request
+    would go to its file system."""
     return file_type(fd) == stat.S_IFCHR and os.isatty(fd)

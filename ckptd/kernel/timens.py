@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Time namespaces, time_namespaces(7): what CLOCK_MONOTONIC and CLOCK_BOOTTIME say to a task."""
+"""Time namespaces (time_namespaces(7)): CLOCK_MONOTONIC and CLOCK_BOOTTIME as a task sees them."""
 
 import functools
 import os
@@ -12,16 +12,16 @@ from ckptd.kernel.task import read_namespaces
 
 
 class Offsets(NamedTuple):
-    """Nanoseconds that a namespace adds to what the initial one says; may be negative."""
+    """Nanoseconds that a namespace adds to the clocks of the initial one; may be negative."""
     monotonic: int = 0
     boottime: int = 0
 
 
 def read_offsets(pid: int) -> Offsets:
-    """Of a task's own namespace; zero where the kernel has none (CONFIG_TIME_NS)."""
+    """Read the offsets of a task's own namespace; zero where the kernel has none (CONFIG_TIME_NS)."""
     links = read_namespaces(pid)
-    # the file has those of the namespace that its children are born in. Where that is another one, the task has called
-    # unshare(2) itself, and its own is the one that it came with
+    # The file has the offsets of the namespace for the task's children. If that is another one, the task has called
+    # unshare(2) itself, and its own namespace is the one that it was born in.
     if links.get('time') != links.get('time_for_children'):
         return Offsets() if pid == os.getpid() else read_offsets(os.getpid())
     try:
@@ -36,12 +36,12 @@ def _own_offsets() -> Offsets:
 
 
 def host_monotonic_ns() -> int:
-    """CLOCK_MONOTONIC of the initial namespace, in which the kernel counts."""
+    """Return CLOCK_MONOTONIC of the initial namespace, which the kernel uses internally."""
     return time.monotonic_ns() - _own_offsets().monotonic
 
 
 def parse_offsets(data: bytes) -> Offsets:
-    """Lines of a clock's name, seconds and nanoseconds: b'monotonic          0         0'."""
+    """Parse lines of a clock's name, seconds and nanoseconds: b'monotonic          0         0'."""
     rows = {name: int(seconds) * 10**9 + int(nanoseconds)
             for name, seconds, nanoseconds in (line.split() for line in data.splitlines())}
     return Offsets(rows.get(b'monotonic', 0), rows.get(b'boottime', 0))
@@ -49,16 +49,16 @@ def parse_offsets(data: bytes) -> Offsets:
 
 @libc
 def unshare(flags: c_int) -> c_int:
-    """Leave namespaces that are shared. Of a time namespace it is the children that are born in the new one."""
+    """Leave shared namespaces. For a time namespace, children are then born in the new one."""
 
 
 @libc
 def setns(fd: c_int, nstype: c_int) -> c_int:
-    """Enter the namespace of an fd; a time namespace by a process of one thread only, setns(2)."""
+    """Enter the namespace of an fd. Only a process of one thread may enter a time namespace (setns(2))."""
 
 
 def write_offsets(offsets: Offsets, pid: int | str = 'self') -> None:
-    """Set the clocks of the namespace that children of a process are to be born in, while nobody is in it. OSError."""
+    """Set the clocks of the namespace for the children of a process, while that namespace is empty. OSError."""
     lines = [f'{name} {offset // 10**9} {offset % 10**9}'
              for name, offset in zip(('monotonic', 'boottime'), offsets, strict=True)]
     fd = os.open(f'/proc/{pid}/timens_offsets', os.O_WRONLY | os.O_CLOEXEC)
@@ -69,7 +69,7 @@ def write_offsets(offsets: Offsets, pid: int | str = 'self') -> None:
 
 
 class ClockReadings(NamedTuple):
-    """What the clocks say to a task at one moment, nanoseconds. host: by CLOCK_*, as the initial namespace has them."""
+    """The clocks of a task at one moment, in nanoseconds. host: by CLOCK_*, as in the initial namespace."""
     monotonic: int
     boottime: int
     monotonic_offset: int
@@ -78,7 +78,7 @@ class ClockReadings(NamedTuple):
 
     @classmethod
     def read(cls, pid: int) -> 'ClockReadings':
-        """Now, for task `pid`."""
+        """Read the clocks of task `pid` now."""
         its, ours = read_offsets(pid), read_offsets(os.getpid())
         host = {clock: time.clock_gettime_ns(clock) for clock in
                 (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME, time.CLOCK_TAI)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""/proc/timer_list: every timer that is armed, of all CPUs (kernel/time/timer_list.c). For root only.
+"""/proc/timer_list: every armed timer of all CPUs (kernel/time/timer_list.c). Readable by root only.
 
     cpu: 0
      clock 0:
@@ -22,18 +22,21 @@ _LINE = re.compile(rb'^ clock (\d+):|, hrtimer_wakeup, S:\w+\n # expires at (\d+
 
 
 class End(NamedTuple):
-    """When a sleep ends: nanoseconds of CLOCK_*. What the kernel may add to serve several timers at once is not in."""
+    """The end of a sleep, in nanoseconds of CLOCK_*. It does not include slack that the kernel may add to serve several
+    timers at once."""
     clock: int
     at: int
 
 
 def read_sleeps() -> Counter[End]:
-    """The end of every sleep in the kernel that has one, and how many have it. PermissionError, FileNotFoundError."""
+    """Read the end of every sleep in the kernel that has one, with the number of sleeps for each. PermissionError,
+    FileNotFoundError."""
     return parse_sleeps(read_file('/proc/timer_list'))
 
 
 def parse_sleeps(data: bytes) -> Counter[End]:
-    """The timers whose function is hrtimer_wakeup: of nanosleep, poll, select, epoll_wait, futex and the like."""
+    """Parse the timers whose function is hrtimer_wakeup: those of nanosleep, poll, select, epoll_wait, futex and the
+    like."""
     found: Counter[End] = Counter()
     clock = 0
     for base, soft in _LINE.findall(data):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ckptd.kernel.decl import IOW, c_int, c_void_p, libc
 
 CLOCK_REALTIME_ALARM, CLOCK_BOOTTIME_ALARM = 8, 9       # <linux/time.h>
-# they wake a machine that is suspended, and take CAP_WAKE_ALARM, timer_create(2)
+# they wake a suspended machine and need CAP_WAKE_ALARM (timer_create(2))
 ALARM_CLOCKS = {CLOCK_REALTIME_ALARM: 'CLOCK_REALTIME_ALARM', CLOCK_BOOTTIME_ALARM: 'CLOCK_BOOTTIME_ALARM'}
 TFD_CLOEXEC, TFD_NONBLOCK = os.O_CLOEXEC, os.O_NONBLOCK
 TFD_TIMER_ABSTIME = 1
@@ -22,7 +22,7 @@ _ITIMERSPEC = struct.Struct('=qqqq')        # it_interval, it_value
 
 
 class Setting(NamedTuple):
-    """Nanoseconds. value: until it expires, 0 if it is not armed."""
+    """A setting in nanoseconds. value: time until it expires, 0 if it is not armed."""
     interval: int
     value: int
 
@@ -45,7 +45,8 @@ def timerfd_settime(fd: int, flags: int, setting: Setting) -> None:
 
 
 def timerfd_gettime(fd: int) -> Setting:
-    """As timerfd_gettime(2): of an interval timer that has expired unread it counts the expirations up to now."""
+    """Read a setting like timerfd_gettime(2). For an interval timer that has expired unread, the kernel counts the
+    expirations up to now."""
     spec = ctypes.create_string_buffer(_ITIMERSPEC.size)
     _timerfd_gettime(fd, spec)
     seconds, interval, until, value = _ITIMERSPEC.unpack(spec.raw)
@@ -53,5 +54,5 @@ def timerfd_gettime(fd: int) -> Setting:
 
 
 def set_ticks(fd: int, ticks: int) -> None:
-    """Make it readable with this many expirations. OSError ENOTTY without CONFIG_CHECKPOINT_RESTORE."""
+    """Make the timer readable with this many expirations. OSError ENOTTY without CONFIG_CHECKPOINT_RESTORE."""
     fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack('=Q', ticks))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where a systemd keeps the cgroups of its units, https://systemd.io/CGROUP_DELEGATION.
+"""The cgroups of systemd's units (https://systemd.io/CGROUP_DELEGATION).
 
     ROOT/init.scope                                      the manager itself
-    ROOT/system.slice/app.service                        a unit: below slices, which alone have other units in them
-    ROOT/system.slice/app.service/ssh.service            none: its name was given by whoever app.service is delegated to
+    ROOT/system.slice/app.service                        a unit: below slices, which alone contain other units
+    ROOT/system.slice/app.service/ssh.service            not a unit: app.service, to which it is delegated, named it
     ROOT/user.slice/user-1000.slice/user@1000.service    a unit of the system, and the ROOT of that user's manager
 """
 
@@ -19,8 +19,9 @@ _SLICE = '.slice'
 
 
 def unit_directories(mount: CgroupMount, uid: int, unit: str) -> list[Path]:
-    """The cgroup of a unit of uid 0's manager, which is the system's, or of another user's. Empty where it has none, or
-    no such manager runs. More than one only of a unit that moved to another slice and left processes behind."""
+    """Return the cgroup of a unit of uid 0's manager, which is the system's, or of another user's. Empty if the unit
+    has none, or no such manager runs. There are several only if the unit moved to another slice and left processes
+    behind."""
     try:
         root = system_root(mount)
     except FileNotFoundError:
@@ -30,9 +31,9 @@ def unit_directories(mount: CgroupMount, uid: int, unit: str) -> list[Path]:
 
 
 def system_root(mount: CgroupMount) -> Path:
-    """Where the system's manager begins: above the init.scope that PID 1 is in, in a container at the container's
-    cgroup. Where PID 1 is in none (no systemd) or hidden (hidepid= of proc(5)), at the top of the mount: what is there
-    in slices, root has made. FileNotFoundError if the mount does not show it."""
+    """Return where the system's manager begins: above the init.scope of PID 1; in a container, at the container's
+    cgroup. If PID 1 is in no init.scope (no systemd) or hidden (hidepid= of proc(5)), it is the top of the mount, where
+    slices are made by root only. FileNotFoundError if the mount does not show it."""
     return mount.directory(_manager_cgroup())
 
 
@@ -45,7 +46,7 @@ def _manager_cgroup() -> str:
 
 
 def find_unit(root: Path, unit: str) -> list[Path]:
-    """The directories that are this unit for the manager whose cgroup is `root`."""
+    """Return the directories of this unit for the manager whose cgroup is `root`."""
     found: list[Path] = []
     slices = [root]
     while slices:
@@ -57,7 +58,8 @@ def find_unit(root: Path, unit: str) -> list[Path]:
 
 
 def units_of(cgroup: str, uid: int) -> tuple[str, ...]:
-    """The units of uid 0's manager, or of another user's, that a cgroup is in: slices, and the one that is in them."""
+    """Return the units of uid 0's manager, or of another user's, that contain a cgroup: slices, and the unit in
+    them."""
     root, path = PurePosixPath(_manager_cgroup()), PurePosixPath(cgroup)
     if not path.is_relative_to(root):
         return ()
@@ -79,12 +81,12 @@ def _units_in(parts: tuple[str, ...]) -> tuple[str, ...]:
 
 def _children(directory: Path) -> list[str]:
     names: list[str] = []
-    with suppress(OSError), os.scandir(directory) as entries:       # gone meanwhile, or not for us to see
+    with suppress(OSError), os.scandir(directory) as entries:       # removed meanwhile, or not readable
         names += [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     return names
 
 
 def _unescaped(name: str) -> str:
-    # '_' stands before a name that could be a file of the cgroup file system ('_memory.service', '_cgroup.slice') or
-    # has it itself: cg_escape in systemd's src/basic/cgroup-util.c
+    # '_' is added to a name that could be a file of the cgroup file system ('_memory.service', '_cgroup.slice') or
+    # begins with '_' itself: cg_escape in systemd's src/basic/cgroup-util.c
     return name.removeprefix('_')

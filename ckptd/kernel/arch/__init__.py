@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The machine's tables: registers, system call numbers, code. One module per architecture, the same names in each."""
+"""Tables of the architecture: registers, system call numbers, code. One module per architecture, with the same
+names."""
 
 import platform
 

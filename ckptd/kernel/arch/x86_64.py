@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""x86-64: registers, system call numbers, and the code that makes a stopped task do system calls.
+"""x86-64: registers, system call numbers, and the code with which a stopped task does system calls.
 
-The code blob runs in the tracee, from a place that holds nothing (see ckptd.remote.borrow). It uses no stack and no
-FPU register, and its end puts every register back by itself:
+The code blob runs in the tracee, in otherwise unused memory (see ckptd.remote.borrow). It uses no stack and no FPU
+register, and its end restores every register by itself:
 
-    entry:  straight system call, arguments as immediates    (BOOT), or a walk over a table of calls at rbx (LOOP)
+    entry:  one system call, arguments as immediates         (BOOT), or a walk over a table of calls at rbx (LOOP)
     trap:   tgkill(self, a signal that is ignored by default): a tracer sees a signal-delivery-stop and takes over;
-            without one nothing happens and the code goes on
+            without a tracer nothing happens and the code goes on
     heal:   munmap(r15, r14), rt_sigprocmask(original mask), flags, 15 registers, jmp to where the task was
 
-So a tracee whose tracer vanishes in the middle heals itself, and, unlike with rt_sigreturn, keeps its restart block:
-an interrupted nanosleep goes on with the time that was left. (Linux kernel/signal.c: rt_sigreturn sets
+So a tracee whose tracer dies in the middle repairs itself. Unlike with rt_sigreturn, it keeps its restart block: an
+interrupted nanosleep continues with the remaining time. (Linux kernel/signal.c: rt_sigreturn sets
 do_no_restart_syscall; arch/x86/kernel/signal.c: a restart needs rax and rip - 2 only.)
 """
 
@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from ckptd.kernel.decl import cstruct, u64
 
 EM = 62                     # EM_X86_64 of <elf.h>
-TASK_SIZE = 0x7ffffffff000  # what mmap(2) without a hint above it uses, also with five-level page tables
-# <asm/prctl.h>: maps vvar at the address and the vdso behind it
+TASK_SIZE = 0x7ffffffff000  # upper limit for mmap(2) without a hint above it, also with five-level page tables
+# <asm/prctl.h>: map vvar at the address and the vdso behind it
 ARCH_MAP_VDSO_64 = 0x2003
 NT_XSTATE = 0x202           # NT_X86_XSTATE
-CS_64 = 0x33                # __USER_CS: any other code segment is a 32-bit task
+CS_64 = 0x33                # __USER_CS; any other code segment is a 32-bit task
 GPR_SIZE = 216
 
-# <asm/unistd_64.h>: what is called by number, here or in a tracee
+# <asm/unistd_64.h>: calls that are made by number, here or in a tracee
 NR = {
     'close': 3, 'poll': 7, 'lseek': 8, 'mmap': 9, 'mprotect': 10, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13,
     'rt_sigprocmask': 14, 'ioctl': 16, 'mremap': 25, 'madvise': 28, 'shmat': 30, 'nanosleep': 35, 'getitimer': 36,
@@ -51,7 +51,7 @@ NR = {
 # semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2
 _NEVER_RESTARTED = frozenset((65, 69, 70, 128, 208, 220, 232, 281, 333, 441))
 
-# include/linux/errno.h: what rax holds in a task that was interrupted inside a system call
+# include/linux/errno.h: rax of a task that was interrupted inside a system call
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 
 SIG_SETMASK = 2
@@ -130,8 +130,8 @@ _UNMAP = b'\x4c\x89\xff' + b'\x4c\x89\xf6' + _mov('rax', NR['munmap']) + _SYSCAL
 
 
 def interrupted(regs: user_regs_struct) -> user_regs_struct:
-    """The registers with which the task goes on from user mode as the kernel would have let it: a system call that was
-    interrupted and is to be restarted is issued again, by rip - 2."""
+    """Return the registers with which the task continues in user mode as the kernel would have done it: an interrupted
+    system call that is to be restarted is issued again, by rip - 2."""
     after = user_regs_struct.from_buffer_copy(regs)
     if ctypes.c_int64(regs.orig_rax).value >= 0:
         code = -ctypes.c_int64(regs.rax).value
@@ -148,33 +148,34 @@ def interrupted_for_good(regs: user_regs_struct) -> bool:
 
 
 def in_restart_block(regs: user_regs_struct) -> bool:
-    """Whether the task goes on with a system call whose end the kernel keeps in its restart block."""
+    """Whether the task will continue a system call whose end is in its restart block in the kernel."""
     return (ctypes.c_int64(regs.rax).value == -ERESTART_RESTARTBLOCK
             and ctypes.c_int64(regs.orig_rax).value >= 0)
 
 
 def again(regs: user_regs_struct) -> user_regs_struct:
-    """Registers with which the task issues the system call again that it is returning from."""
+    """Return registers with which the task issues the system call again that it is returning from."""
     after = user_regs_struct.from_buffer_copy(regs)
     after.rax, after.rip, after.orig_rax = regs.orig_rax, regs.rip - 2, _MASK64
     return after
 
 
 def _flags(eflags: int) -> bytes:
-    """Load the flags without the stack: sahf takes SF ZF AF PF CF from ah; 0x7f added to al = 1 overflows, to 0 not."""
+    """Return code that loads the flags without the stack: sahf takes SF ZF AF PF CF from ah. Adding 0x7f to al
+    overflows if al is 1, and does not if it is 0."""
     ax = (eflags & 0xFF) << 8 | bool(eflags & _EFLAGS_OF)
     direction = b'\xfd' if eflags & _EFLAGS_DF else b'\xfc'
     return _mov('rax', ax) + b'\x04\x7f' + b'\x9e' + direction
 
 
 def _tail(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -> bytes:
-    """trap and heal. tgid, tid: as the tracee's own pid namespace has them."""
+    """Return the code for trap and heal. tgid, tid: as in the tracee's own pid namespace."""
     after = interrupted(regs)
-    trap = _call(NR['tgkill'], (tgid, tid, signal))             # it ends at trap_offset
+    trap = _call(NR['tgkill'], (tgid, tid, signal))             # the code for it ends at trap_offset
     after_lea = _mov('rdx', 0) + _mov('r10', 8) + _mov('rax', NR['rt_sigprocmask']) + _SYSCALL
     registers = _flags(regs.eflags) + b''.join(_mov(name, getattr(after, name)) for name in _ENCODING)
     jump = b'\xff\x25' + struct.pack('<i', 8)                                            # jmp [rip + 8]
-    # the original mask lies behind the jump, where it jumps to behind the mask
+    # the original mask lies behind the jump
     distance = len(after_lea) + len(registers) + len(jump)
     lea_rsi = b'\x48\x8d\x35' + struct.pack('<i', distance)                             # lea rsi, [rip + distance]
     set_mask = _mov('rdi', SIG_SETMASK) + lea_rsi + after_lea
@@ -183,46 +184,47 @@ def _tail(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -
 
 def boot_code(number: int, arguments: Sequence[int], regs: user_regs_struct, mask: int, tgid: int, tid: int,
               signal: int) -> bytes:
-    """One system call; at the trap its result is in r15."""
+    """Return code for one system call. At the trap its result is in r15."""
     return _call(number, arguments) + b'\x49\x89\xc7' + _tail(regs, mask, tgid, tid, signal)    # mov r15, rax
 
 
 def loop_code(regs: user_regs_struct, mask: int, tgid: int, tid: int, signal: int) -> bytes:
-    """The calls of the table at rbx, up to a row whose number is -1."""
+    """Return code for the calls of the table at rbx, up to a row whose number is -1."""
     return _LOOP + _tail(regs, mask, tgid, tid, signal)
 
 
 def trap_offset(code: bytes) -> int:
-    """Where in the code a task stands when it has sent itself the trap signal: behind the system call before heal."""
+    """Return the offset at which a task stands when it has sent itself the trap signal: behind that system call, before
+    heal."""
     return code.index(_UNMAP)
 
 
 def start_registers(regs: user_regs_struct, code: int, table: int, area: int, length: int) -> user_regs_struct:
-    """Registers to run the blob with: orig_rax -1 tells the kernel that there is no system call to restart."""
+    """Return registers to run the blob with. orig_rax -1 tells the kernel that there is no system call to restart."""
     start = user_regs_struct.from_buffer_copy(regs)
     start.rip, start.rbx, start.r15, start.r14 = code, table, area, length
     start.orig_rax, start.rax = _MASK64, 0
     return start
 
 
-# ---------------------------------------------------------------- a restart's stub
+# ---------------------------------------------------------------- stubs of a restart
 
-# The calls of the table at rbx, then int3: a tracer takes over, and there always is one (PTRACE_O_EXITKILL).
+# The calls of the table at rbx, then int3: a tracer takes over. A stub always has one (PTRACE_O_EXITKILL).
 STUB = _LOOP + b'\xcc'
 
 
 def stub_registers(code: int, table: int, stack: int = 0) -> user_regs_struct:
-    """Registers to run STUB with, placed at address `code`; it uses no stack, other code may."""
+    """Return registers to run STUB with, placed at address `code`. STUB uses no stack, but other code may."""
     return user_regs_struct(rip=code, rbx=table, rsp=stack, orig_rax=_MASK64, cs=CS_64, ss=0x2B, eflags=0x202)
 
 
 def stub_trapped(code: int) -> int:
-    """rip of a task that has done all calls of its table."""
+    """Return rip of a task that has done all calls of its table."""
     return code + len(STUB)
 
 
 def stub_program(address: int) -> bytes:
-    """A static program of one page at `address` that does nothing but trap."""
+    """Return a static program of one page at `address` that only traps."""
     page = 4096
     ident = b'\x7fELF\x02\x01\x01'        # 64-bit, little-endian; type 2 is ET_EXEC
     header = struct.pack('<16sHHIQQQIHHHHHH', ident, 2, EM, 1, address + 120, 64, 0, 0, 64, 56, 1, 0, 0, 0)
@@ -231,11 +233,12 @@ def stub_program(address: int) -> bytes:
 
 
 def jump(to: int) -> bytes:
-    """Code that goes on at an address: mov r11, to; jmp r11. r11 is the caller's to lose in any call."""
+    """Return code that continues at an address: mov r11, to; jmp r11. Any call may overwrite r11."""
     return b'\x49\xbb' + struct.pack('<Q', to) + b'\x41\xff\xe3'
 
 
-# The first process of a pid namespace: reaps whatever dies, and ends as its `pid` ended when there is nobody left.
+# The first process of a pid namespace reaps dead processes. When none is left, it exits with the status of process
+# `pid`.
 _REAPER = (
     '4531e4'                # xor r12d, r12d
     '48c7c7ffffffff'        # loop: mov rdi, -1
@@ -250,7 +253,7 @@ _REAPER = (
     '75d3'                  # jne loop
     '4489e7' '83e77f'       # mov edi, r12d; and edi, 0x7f
     '7408'                  # jz exited
-    '81c780000000'          # add edi, 128: as a shell tells of a signal
+    '81c780000000'          # add edi, 128: as a shell reports a signal
     'eb0c'                  # jmp end
     '4489e7' 'c1ef08'       # exited: mov edi, r12d; shr edi, 8
     '81e7ff000000'          # and edi, 0xff
@@ -259,5 +262,5 @@ _REAPER = (
 
 
 def reaper(pid: int) -> bytes:
-    """Code of a namespace's first process; it needs 128 bytes below rsp."""
+    """Return the code of a namespace's first process. It needs 128 bytes below rsp."""
     return bytes.fromhex(_REAPER.replace('{pid}', struct.pack('<I', pid).hex()))
