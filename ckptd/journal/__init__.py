@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The freeze journal: each change to the system that a freeze makes is written down before it is made.
+"""The freeze journal. Each change to the system that a freeze makes is written down before it is made.
 
     RUNTIME/freezes/         0700; flock(2) held while entries are made, listed or claimed
         17-9f3ac2d1.jsonl    one freeze; flock(2) held while its owner lives; only ever appended to, each line fsynced
@@ -9,9 +9,9 @@
             {"type":"Move","to":"/a/ckptd-17-9f3ac2d1","processes":[[4242,99887,"/a"]]}
             {"type":"Undone","step":1}
 
-A line that does not end was being written when its owner died, so the step that it names was never taken: a log that is
-only appended to needs no other care. Steps are undone newest first; undoing one twice does no harm. The lock dies with
-the last process that has the file open, so an entry whose lock is free has no owner (`Journal.claim`).
+A line without an end was being written when its owner died, so its step was never taken. A log that is only appended to
+needs no other care. Steps are undone newest first, and undoing a step twice is harmless. The lock ends with the last
+process that has the file open, so an entry whose lock is free has no owner (`Journal.claim`).
 """
 
 from ckptd.journal.recover import recover

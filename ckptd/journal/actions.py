@@ -40,30 +40,31 @@ from ckptd.kernel.task import read_cgroup2, read_threads
 UnitCall = Callable[[str], None]
 FaultPoint = Callable[[str], None]
 
-ROUNDS = 64                 # of moving what is in a cgroup; in a frozen one nothing is born, so two are the rule
-EMPTY_SECONDS = 5.0         # how long a killed process may take to leave its cgroup
+ROUNDS = 64                 # of moving the processes of a cgroup; none is born in a frozen one, so two are usually
+                            # enough
+EMPTY_SECONDS = 5.0         # time for a killed process to leave its cgroup
 GONE = (errno.ENOENT, errno.ENODEV)
 
 
 def no_fault(point: str) -> None:
-    """The fault point of those who inject none."""
+    """Do nothing at a fault point."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actions:
-    """The targets of steps. freeze_unit, thaw_unit: ask systemd; OSError or CkptError when it does not do it."""
+    """Actions for the steps. freeze_unit, thaw_unit: ask systemd; OSError or CkptError if it fails."""
     mount: CgroupMount | None
     freeze_unit: UnitCall | None = None
     thaw_unit: UnitCall | None = None
 
     def cgroup(self, name: str) -> Cgroup:
-        """The cgroup of a name in /proc/PID/cgroup. FileNotFoundError if no mount shows it."""
+        """Return the cgroup of a name in /proc/PID/cgroup. FileNotFoundError if no mount shows it."""
         if self.mount is None:
             raise FileNotFoundError(errno.ENOENT, 'no cgroup v2 hierarchy is mounted', name)
         return Cgroup(self.mount.directory(name))
 
     def name_of(self, cgroup: Cgroup) -> str:
-        """The opposite of `cgroup`."""
+        """Return the name of a cgroup as in /proc/PID/cgroup."""
         if self.mount is None:
             raise FileNotFoundError(errno.ENOENT, 'no cgroup v2 hierarchy is mounted')
         return str(PurePosixPath(self.mount.root) / cgroup.path.relative_to(self.mount.path))
@@ -71,7 +72,7 @@ class Actions:
     # ------------------------------------------------------------ take
 
     def take(self, step: AnyStep) -> None:
-        """Change the system. Processes that died meanwhile are passed over; else OSError."""
+        """Take a step: change the system. Processes that died meanwhile are skipped. OSError for other failures."""
         match step:
             case MakeCgroup(cgroup):
                 path = PurePosixPath(cgroup)
@@ -88,26 +89,27 @@ class Actions:
             case MakeHome(cgroup):
                 self.cgroup(cgroup).path.mkdir(parents=True, exist_ok=True)
             case Born() | MakeSegment() | MakeFile() | KeepFile() | EndProcesses():
-                return      # whoever wrote it down does it
+                return      # the code that wrote the step takes it
 
     def _move(self, process: Moved, work: Cgroup) -> None:
-        """A process is moved by its number alone, which may be another process's by now: that one goes back at once."""
+        """Move a process. A move uses the pid alone, which may have been reused: then that process is moved back at
+        once."""
         try:
             before = self.cgroup(read_cgroup2(process.pid) or '/')
             work.attach(process.pid)
             if read_stat(process.pid).start_time != process.start_time:
                 before.attach(process.pid)
         except ProcessLookupError:
-            return      # died; its cgroup forgets it by itself
+            return      # it died, and its cgroup drops it
 
     # ------------------------------------------------------------ undo
 
     def undo(self, step: AnyStep, origins: Mapping[int, Moved]) -> None:
-        """The opposite, also if the step was not taken, or undone before. origins: `Entry.origins`."""
+        """Undo a step, even if it was not taken, or was undone before. origins: `Entry.origins`."""
         try:
             self._undo(step, origins)
         except OSError as error:
-            if error.errno not in GONE:     # a cgroup that is no more keeps nothing frozen
+            if error.errno not in GONE:     # a cgroup that was removed keeps nothing frozen
                 raise
 
     def _undo(self, step: AnyStep, origins: Mapping[int, Moved]) -> None:
@@ -141,14 +143,14 @@ class Actions:
                     os.close(kept)
 
     def _end(self, born: Cgroup) -> None:
-        """Kill what is in a cgroup, frozen or not, and see it gone: zombies are in no cgroup."""
+        """Kill everything in a cgroup, frozen or not, and wait until it is empty. Zombies are in no cgroup."""
         for pid in born.procs(recursive=True):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         born.wait_empty(time.monotonic() + EMPTY_SECONDS)
 
     def _remove_empty(self, home: Cgroup) -> None:
-        """This cgroup and those above it, as far as nobody is in them."""
+        """Remove this cgroup and those above it, as long as they are empty."""
         at: Cgroup | None = home
         while at is not None and at.exists:
             try:
@@ -160,11 +162,12 @@ class Actions:
             at = at.parent
 
     def _bring_back(self, work: Cgroup, origins: dict[int, Moved]) -> None:
-        """Empty a work cgroup: each process to where it was, one that was born there to where its parent was."""
-        work.freeze()           # or a tree that forks could outrun us
+        """Empty a work cgroup. Each process goes back to its cgroup; one that was born here goes to its parent's."""
+        work.freeze()           # otherwise a tree that forks could be faster
         for number in range(ROUNDS):
             inside = _processes_by_thread(work) if number else work.procs(recursive=True)
-            if number > 1:      # what exits cannot be moved any more, and leaves by itself: `_remove` waits for it
+            # an exiting process can no longer be moved, and leaves by itself: `_remove` waits for it
+            if number > 1:
                 inside = [pid for pid in inside if not _is_dying(pid)]
             if number and not inside:
                 return
@@ -185,16 +188,17 @@ class Actions:
         _attach(self._nearest(known.cgroup), pid)
 
     def _nearest(self, name: str) -> Cgroup:
-        """The cgroup, or if it was removed meanwhile the next one above it."""
+        """Return the cgroup or, if it was removed meanwhile, the next one above it."""
         path = PurePosixPath(name)
         return next(cgroup for above in (path, *path.parents) if (cgroup := self.cgroup(str(above))).exists)
 
 
 def undo_all(entry: JournalEntry, actions: Actions, at: FaultPoint = no_fault) -> list[str]:
-    """Undo what stands, newest first; one sentence for each step that could not be. The entry is deleted if all was.
+    """Undo the standing steps, newest first. Return one sentence for each failure. The entry is deleted if there is
+    none.
 
-    A tree that is not alive yet, or not to live any more, is ended before all else: at home, where it would be brought
-    next, it would run.
+    A tree that does not live yet, or is to be ended, is ended first. Otherwise the undo would move it home, where it
+    would run.
     """
     origins, failures, needed = entry.origins(), [], set[str]()
     for _, step in sorted(entry.standing(), key=lambda one: not isinstance(one[1], Born | EndProcesses)):
@@ -205,7 +209,7 @@ def undo_all(entry: JournalEntry, actions: Actions, at: FaultPoint = no_fault) -
             actions.undo(step, origins)
         except (OSError, CkptError) as error:
             if isinstance(step, KeepFile):
-                needed.add(step.kept)       # the only place where its content is
+                needed.add(step.kept)       # the only copy of the file's content
             failures.append(f'cannot undo {describe(step)}: {error}')
     if not failures:
         entry.finish()
@@ -213,7 +217,7 @@ def undo_all(entry: JournalEntry, actions: Actions, at: FaultPoint = no_fault) -
 
 
 def describe(step: AnyStep) -> str:
-    """For a person: 'freezing cgroup /a'."""
+    """Describe a step for people: 'freezing cgroup /a'."""
     match step:
         case MakeCgroup(cgroup):
             return f'making cgroup {cgroup}'
@@ -257,7 +261,7 @@ def _is_dying(pid: int) -> bool:
 
 
 def _end_processes(processes: Sequence[Known]) -> None:
-    """Kill them all, then see them dead."""
+    """Kill all processes, then wait until they are dead."""
     for process in processes:
         _with_pidfd(process, lambda pidfd: pidfd_send_signal(pidfd, signal.SIGKILL))
     deadline = time.monotonic() + EMPTY_SECONDS
@@ -266,7 +270,7 @@ def _end_processes(processes: Sequence[Known]) -> None:
 
 
 def _with_pidfd(process: Known, work: Callable[[int], object]) -> None:
-    """Do the work with a pidfd of a process; nothing if it has exited."""
+    """Do the work with a pidfd of a process. Do nothing if it has exited."""
     with suppress(ProcessLookupError):
         pidfd = open_process(process.pid, process.start_time)
         try:
@@ -280,25 +284,25 @@ def _thaw(cgroup: Cgroup) -> None:
         cgroup.thaw()
     except PermissionError:
         if cgroup.frozen_wanted:
-            raise       # else the freeze was not permitted either, and there is nothing to undo
+            raise       # otherwise the freeze was not permitted either, and there is nothing to undo
 
 
 def _attach(cgroup: Cgroup, pid: int) -> None:
     try:
         cgroup.attach(pid)
     except ProcessLookupError:
-        return      # died; its cgroup forgets it by itself
+        return      # it died, and its cgroup drops it
 
 
 def _remove(cgroup: Cgroup) -> None:
     try:
         cgroup.remove()
     except OSError as error:
-        # a process that was killed is in its cgroup until it has let go of its memory
+        # a killed process stays in its cgroup until its memory is released
         if error.errno != errno.EBUSY or not cgroup.wait_empty(time.monotonic() + EMPTY_SECONDS):
             raise
         cgroup.remove()
 
 
 def _no_systemd(unit: str) -> NoReturn:
-    raise OSError(errno.EOPNOTSUPP, f'no systemd to ask for {unit}')
+    raise OSError(errno.EOPNOTSUPP, f'no systemd for unit {unit}')

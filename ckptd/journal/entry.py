@@ -20,24 +20,24 @@ _first_line = msgspec.json.Decoder(Begin)
 
 
 class Contents(NamedTuple):
-    """What an entry says. damaged: lines that say nothing; None stands for such a step, to keep the numbering."""
+    """The contents of an entry."""
     begin: Begin
-    steps: list[AnyStep | None]
+    steps: list[AnyStep | None]    # None stands for a damaged line, to keep the numbering
     undone: set[int]
-    damaged: int
+    damaged: int                   # number of lines that cannot be parsed
 
 
 def parse_entry(data: bytes) -> Contents:
-    """Every line that can be understood; ValueError if the first one cannot be."""
+    """Parse every valid line. ValueError if the first one is not."""
     first, *lines = data.split(b'\n')
     try:
         contents = Contents(_first_line.decode(first), [], set(), 0)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f'not a freeze entry: {error}') from None
     if contents.begin.version != VERSION:
-        raise ValueError(f'version {contents.begin.version} of the journal is not known here')
+        raise ValueError(f'version {contents.begin.version} of the journal is unknown')
     damaged = 0
-    for line in lines[:-1]:         # what follows the last newline was never finished
+    for line in lines[:-1]:         # text behind the last newline was never finished
         try:
             step = _line.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -55,7 +55,7 @@ def parse_entry(data: bytes) -> Contents:
 
 
 class JournalEntry:
-    """One freeze in the journal. Owns the locked fd; `finish` deletes the file, `close` leaves it for a recovery."""
+    """One freeze in the journal. It owns the locked fd. `finish` deletes the file, `close` leaves it for a recovery."""
 
     def __init__(self, path: Path, fd: int, contents: Contents) -> None:
         self.path = path
@@ -68,7 +68,7 @@ class JournalEntry:
 
     @property
     def work_name(self) -> str:
-        """The name of the cgroup that this freeze may make."""
+        """Name of the cgroup that this freeze may make."""
         return WORK_PREFIX + self.name
 
     @property
@@ -76,36 +76,37 @@ class JournalEntry:
         return self._fd == -1
 
     def add(self, step: AnyStep) -> int:
-        """Write a step down before it is taken; its number."""
+        """Write a step down before it is taken. Return its number."""
         self.append(step)
         self.steps.append(step)
         return len(self.steps) - 1
 
     def undone(self, *numbers: int) -> None:
-        """These steps were undone while later ones stand, or are not to be undone any more: all, or none of them."""
+        """Note that these steps were undone while later ones stand, or are not to be undone any more: all of them, or
+        none."""
         self.append(*map(Undone, numbers))
         self._undone.update(numbers)
 
     def redone(self, number: int) -> None:
-        """Written before step `number`, which was undone, is taken once more."""
+        """Note that step `number`, which was undone, is about to be taken again."""
         self.append(Redone(number))
         self._undone.discard(number)
 
     def released(self) -> list[tuple[int, AnyStep]]:
-        """Steps that were undone out of turn, oldest first."""
+        """Return the steps that were undone out of order, oldest first."""
         return [(number, step) for number, step in enumerate(self.steps) if step is not None and number in self._undone]
 
     def standing(self) -> list[tuple[int, AnyStep]]:
-        """Steps that are still to be undone, newest first."""
+        """Return the steps that still need to be undone, newest first."""
         return [(number, step) for number, step in reversed(list(enumerate(self.steps)))
                 if step is not None and number not in self._undone]
 
     def origins(self) -> dict[int, Moved]:
-        """Where each process was that a step has moved."""
+        """Return the original cgroup of each process that was moved."""
         return {process.pid: process for step in self.steps if isinstance(step, Move) for process in step.processes}
 
     def finish(self) -> None:
-        """All is undone. Twice does nothing."""
+        """Delete the entry: everything is undone. A second call does nothing."""
         if not self.closed:
             self.path.unlink(missing_ok=True)
             self.close()
@@ -116,7 +117,7 @@ class JournalEntry:
             flock.close(fd)
 
     def append(self, *lines: AnyStep | Begin | Undone | Redone) -> None:
-        """Write lines at once and fsync; CkptError if that cannot be, and then nothing was added."""
+        """Write lines at once and fsync. CkptError if that fails; then nothing was added."""
         end = os.fstat(self._fd).st_size
         try:
             data = b''.join(map(_encode, lines))
@@ -125,7 +126,7 @@ class JournalEntry:
             write_all(self._fd, data)
             os.fsync(self._fd)
         except OSError as error:
-            # half a line would spoil the next one
+            # half a line would damage the next one
             os.ftruncate(self._fd, end)
             raise journal_failed(self.path, error) from error
 
@@ -138,7 +139,7 @@ def _encode(line: msgspec.Struct) -> bytes:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """write(2) until all is written."""
+    """Call write(2) until all is written."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view):]
@@ -146,4 +147,4 @@ def write_all(fd: int, data: bytes) -> None:
 
 def journal_failed(path: Path, error: OSError) -> CkptError:
     return CkptError(f'cannot write the freeze journal {path}: {error.strerror}', errno=error.errno, resource='journal',
-                     phase='freeze', hint='name another directory with --runtime DIR')
+                     phase='freeze', hint='choose another directory with --runtime DIR')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files and segments that a restart makes and changes, and how that is undone: with the rights of who made them."""
+"""Files and segments that a restart makes and changes. They are undone with the rights of the user who made them."""
 
 import errno
 import os
@@ -17,10 +17,11 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def keep(fd: int, start: int, kept: int, room: Callable[[int], None] = lambda size: None) -> None:
-    """Copy what a file has from `start` on into an empty one, holes as holes; shared where the file system can.
+    """Copy a file's content from `start` on into an empty file. Holes stay holes, and blocks are shared where possible.
 
-    room(n) is called before up to n bytes are written, first of all for the whole; it raises where they do not fit. The
-    file may get more content meanwhile, so it is asked again for each piece."""
+    room(n) is called before up to n bytes are written, first for the whole; it raises if they do not fit. The file may
+    grow meanwhile, so it is called again for each piece.
+    """
     length = max(os.fstat(fd).st_size - start, 0)
     room(data_bytes(fd, start, start + length))
     for at in range(0, length, _PIECE):
@@ -28,13 +29,13 @@ def keep(fd: int, start: int, kept: int, room: Callable[[int], None] = lambda si
         if at:
             room(data_bytes(fd, start + at, start + at + piece))
         if copy_with_holes(fd, start + at, piece, kept, at) < piece:
-            raise OSError(errno.EIO, 'it became shorter while it was copied')
+            raise OSError(errno.EIO, 'the file became shorter while it was copied')
     os.ftruncate(kept, length)
 
 
 def put_back(step: KeepFile, kept: int) -> None:
-    """Make a file what it was when it was kept, by the rights that we have. kept: the content, open for reading. A file
-    that has another inode by now is left alone: it is a new one."""
+    """Restore a file to its kept state, with the rights of this process. kept: the content, open for reading. A file
+    that has another inode by now is a new file and is left alone."""
     try:
         fd = os.open(step.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -47,14 +48,14 @@ def put_back(step: KeepFile, kept: int) -> None:
             return
         copy_with_holes(kept, 0, max(step.size - step.start, 0), fd, step.start)
         os.ftruncate(fd, step.size)
-        with suppress(PermissionError):     # the owner's right, and a writer need not be the owner
+        with suppress(PermissionError):     # the right of the owner, and the writer need not be the owner
             os.utime(fd, ns=(found.st_atime_ns, step.mtime))
     finally:
         os.close(fd)
 
 
 def unmake(step: MakeFile) -> None:
-    """Unlink a file, by the rights that we have."""
+    """Unlink a file with the rights of this process."""
     with suppress(FileNotFoundError, NotADirectoryError):
         found = os.lstat(step.path)
         if not step.inode or (found.st_dev, found.st_ino) == (step.device, step.inode):
@@ -62,19 +63,19 @@ def unmake(step: MakeFile) -> None:
 
 
 def remove_segment(step: MakeSegment) -> None:
-    """Remove a System V segment, by the rights that we have, if it is the one that was made."""
+    """Remove a System V segment with the rights of this process, if it is still the one that was made."""
     try:
         found = shmctl_stat(step.shmid)
         if (found.key, found.size, found.cuid) == (step.key, step.size, step.uid):
             shmctl_remove(step.shmid)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EIDRM):      # gone by itself
+        if error.errno not in (errno.EINVAL, errno.EIDRM):      # it is gone already
             raise
 
 
 def as_maker(step: MakeFile | KeepFile | MakeSegment, work: Callable[[], None]) -> None:
-    """Do the work by the rights that the step was taken with: as root in a child that becomes that user and has no
-    capability. The OSError of the child is ours."""
+    """Do the work with the rights with which the step was taken. Root does it in a child that becomes that user and has
+    no capability. An OSError of the child is raised here."""
     if step.uid == os.geteuid():
         work()
         return
@@ -89,7 +90,7 @@ def as_maker(step: MakeFile | KeepFile | MakeSegment, work: Callable[[], None]) 
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # Python 3.12 warns where there are threads, for locks that they may hold; the child takes none
+        # Python 3.12 warns about fork with threads, which may hold locks; the child takes none
         warnings.simplefilter('ignore', DeprecationWarning)
         return os.fork()
 

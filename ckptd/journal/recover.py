@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What dead owners left: every freeze in the journal that nobody holds is undone."""
+"""Recovery: undo every freeze in the journal whose owner is dead."""
 
 from collections.abc import Iterable
 
@@ -14,12 +14,15 @@ from ckptd.kernel.task import boot_id
 
 def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: UnitCall | None = None, *,
             files: bool = False) -> list[str]:
-    """Undo each entry whose owner is dead; one sentence for each thing done or not done. Twice does no harm.
+    """Undo each entry whose owner is dead. Return one sentence for each thing done or not done. A second call is
+    harmless.
 
-    files: those that are about files, which a sandbox may hide, and that take a process of one thread; else all others.
+    files: undo the entries about files, which a sandbox may hide and which need a process of one thread; else all
+    others.
 
-    Owners that live are left alone. A worker that was killed holds its lock until it is a zombie: wait for it first.
-    An entry that cannot be undone wholly stays, for the next time. OSError if the journal itself cannot be read.
+    Entries with a living owner are left alone. A killed worker holds its lock until it is a zombie, so wait for that
+    first. An entry that cannot be undone completely stays for the next time. OSError if the journal itself cannot be
+    read.
     """
     actions = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
     report: list[str] = []
@@ -31,17 +34,17 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
         else:
             path, reason = found
             path.unlink(missing_ok=True)
-            report.append(f'{path.name}: removed, it says nothing: {reason}')
+            report.append(f'{path.name}: removed, it is unreadable: {reason}')
     return report
 
 
 def about_files(steps: Iterable[AnyStep]) -> bool:
-    """Whether they are undone in a process of one thread, as they are about files or belong to a user."""
+    """Whether the steps must be undone in a process of one thread, because they are about files or belong to a user."""
     return any(isinstance(step, KeepFile | MakeFile | MakeSegment) for step in steps)
 
 
 def left_about_files(journal: Journal) -> bool:
-    """Whether there is an entry, its owner dead, that `recover` passed over for being about files."""
+    """Whether there is an entry of a dead owner that `recover` skipped because it is about files."""
     return any(not one.alive and about_files(one.steps) for one in journal.entries())
 
 

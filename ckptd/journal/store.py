@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The directory of entries: making, listing and claiming them."""
+"""The directory of entries: make, list and claim them."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ MAX_ENTRIES = 4096
 
 
 class Listing(NamedTuple):
-    """An entry as others see it. alive: its owner is."""
+    """An entry as other processes see it. alive: its owner lives."""
     name: str
     alive: bool
     begin: Begin
@@ -34,7 +34,7 @@ class Journal:
         self.directory = runtime / 'freezes'
 
     def begin(self, job: int, target: str, mode: str) -> JournalEntry:
-        """A new entry, owned by this process."""
+        """Make an entry that this process owns."""
         begin = Begin(VERSION, boot_id(), job, target[:4096], mode)
         try:
             with self._locked() as directory:
@@ -49,11 +49,11 @@ class Journal:
             raise journal_failed(self.directory, error) from error
 
     def path(self, entry: Listing) -> Path:
-        """The file of an entry."""
+        """Return the file of an entry."""
         return self.directory / f'{entry.name}{SUFFIX}'
 
     def entries(self) -> list[Listing]:
-        """What is there, by name; files that are no entries are left out."""
+        """List the entries by name. Other files are left out."""
         found: list[Listing] = []
         with self._locked():
             for path in self._paths():
@@ -71,7 +71,8 @@ class Journal:
         return found
 
     def claim(self) -> Iterator[JournalEntry | tuple[Path, str]]:
-        """Entries without an owner, now owned by this process; or for a file that is none, its path and why."""
+        """Claim the entries without an owner for this process. For a file that is not an entry, yield its path and the
+        reason."""
         with self._locked():
             claimed = [found for path in self._paths() if (found := _claim(path)) is not None]
         yield from claimed
@@ -82,14 +83,14 @@ class Journal:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        # mode is of the last directory only: parents get theirs from the umask
+        # the mode applies to the last directory only: parents get theirs from the umask
         self.directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             facts = os.fstat(fd)
             if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-                raise PermissionError(errno.EPERM, 'it must be ours, and nobody else may write there')
+                raise PermissionError(errno.EPERM, 'it must be ours, and not writable by other users')
             flock.lock(fd)
             yield fd
         finally:
@@ -97,7 +98,8 @@ class Journal:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """The fd of an entry and whether somebody else has it; if not, the fd has the lock now. OSError for no entry."""
+    """Return the fd of an entry and whether another process holds it. If none does, the fd has the lock now. OSError if
+    it is not an entry."""
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         facts = os.fstat(fd)
@@ -117,7 +119,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _claim(path: Path) -> JournalEntry | tuple[Path, str] | None:
-    """None if it has an owner or is gone."""
+    """Claim one entry. None if it has an owner or is gone."""
     try:
         fd, alive = _open(path)
     except FileNotFoundError:

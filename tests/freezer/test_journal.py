@@ -60,7 +60,7 @@ def test_directory_is_ours_alone(journal: Journal) -> None:
     assert stat.S_IMODE(entry.path.stat().st_mode) == 0o600
     entry.finish()
     journal.directory.chmod(0o777)
-    with pytest.raises(CkptError, match='nobody else may write'):
+    with pytest.raises(CkptError, match='not writable by other users'):
         journal.begin(1, 'x', 'ptrace')
     journal.directory.chmod(0o700)
 
