@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files of an image: opening, writing and reading them with errors that say which path failed and what to do.
+"""Files of an image: open, write and read them, with errors that name the path and say what to do.
 
-An image may come from anybody, so a reader follows no symbolic link and opens nothing but regular files.
+An image may come from any source, so a reader follows no symbolic link and opens only regular files.
 """
 
 import errno
@@ -17,32 +17,33 @@ from ckptd.errors import ImageDamaged, SpoolFailed
 
 BUFFER = 4 << 20
 _BY_FD = ('/', 'proc', 'self', 'fd')
-_PIECE = 64 << 10       # what was read is still in the processor's cache: a quarter less time than 256 KiB at once take
+_PIECE = 64 << 10       # data just read is still in the processor's cache: this takes a quarter less time than 256 KiB
+                        # at once
 
 _HINTS = {
-    errno.ENOSPC: 'free space on the file system of the spool (ckptctl remove IMAGE), or name another with --spool DIR',
-    errno.EDQUOT: 'remove images (ckptctl remove IMAGE) or raise the quota, or name another spool with --spool DIR',
-    errno.EROFS: 'mount the file system of the spool read-write, or name another with --spool DIR',
-    errno.ENOENT: 'the spool has vanished: mount or create it again, or name another with --spool DIR',
-    errno.ENOTDIR: 'the spool must be a directory: create it, or name another with --spool DIR',
-    errno.ESTALE: 'the network file system of the spool went away: mount it again, or name another with --spool DIR',
-    errno.EACCES: 'ckptd needs to write in the spool: correct its owner and mode, or name another with --spool DIR',
-    errno.EIO: 'the disk of the spool fails: see the kernel log (journalctl -k), and name another with --spool DIR',
-    errno.EEXIST: 'an image of this name is there: try again, ids are drawn anew each time',
+    errno.ENOSPC: 'free space on the file system of the spool (ckptctl remove IMAGE) or choose another with --spool DIR',
+    errno.EDQUOT: 'remove images (ckptctl remove IMAGE) or raise the quota, or choose another spool with --spool DIR',
+    errno.EROFS: 'mount the file system of the spool read-write, or choose another with --spool DIR',
+    errno.ENOENT: 'the spool has vanished: mount or create it again, or choose another with --spool DIR',
+    errno.ENOTDIR: 'the spool must be a directory: create it, or choose another with --spool DIR',
+    errno.ESTALE: 'the network file system of the spool went away: mount it again, or choose another with --spool DIR',
+    errno.EACCES: 'ckptd must write in the spool: correct its owner and mode, or choose another with --spool DIR',
+    errno.EIO: 'the disk of the spool fails: see the kernel log (journalctl -k), and choose another with --spool DIR',
+    errno.EEXIST: 'an image of this name exists: try again, as ids are random',
     errno.EFBIG: 'the image is larger than a file may be: raise the file size limit (ulimit -f) of ckptd',
 }
 _HINTS[errno.EPERM], _HINTS[errno.ENOTEMPTY] = _HINTS[errno.EACCES], _HINTS[errno.EEXIST]
 
 
 def spool_failed(path: Path, error: OSError) -> SpoolFailed:
-    """The SpoolFailed for an OSError on `path`."""
+    """Make the SpoolFailed for an OSError on `path`."""
     number, shown = error.errno or errno.EIO, _shown(path)
     return SpoolFailed(f'cannot write {shown}: {os.strerror(number)}', errno=number, resource=shown, phase='write',
                        hint=_HINTS.get(number))
 
 
 def _shown(path: Path) -> str:
-    """A path for people: one below an open directory by the name that the directory has."""
+    """Return a path for people. A path below an open directory is shown with the directory's name."""
     if path.parts[:4] != _BY_FD:
         return str(path)
     try:
@@ -53,7 +54,7 @@ def _shown(path: Path) -> str:
 
 @contextmanager
 def spooling(path: Path) -> Iterator[None]:
-    """OSError of the body becomes SpoolFailed naming `path`."""
+    """Convert an OSError of the body to a SpoolFailed that names `path`."""
     try:
         yield
     except OSError as error:
@@ -61,9 +62,10 @@ def spooling(path: Path) -> Iterator[None]:
 
 
 def require_room(path: Path, size: int, keep_free: int, *, at: int | None = None, phase: str = 'write') -> None:
-    """SpoolFailed if `size` more bytes in the file system of `path` would leave less than `keep_free` of it.
+    """Check that `size` more bytes leave at least `keep_free` in the file system of `path`. SpoolFailed.
 
-    at: an open file in it, where the path may be another's by now. f_bavail: what root alone may write is not free.
+    at: an open file in the file system, if the path may be another's by now. f_bavail: space reserved for root is not
+    free.
     """
     with spooling(path):
         found = os.statvfs(path if at is None else at)
@@ -71,18 +73,18 @@ def require_room(path: Path, size: int, keep_free: int, *, at: int | None = None
         if free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if free - size < keep_free:
-        raise SpoolFailed(f'cannot write {path}: {size:,} bytes more would leave {free - size:,} free, and '
-                          f'{keep_free:,} are to stay so', resource=str(path), phase=phase, hint='free space on the '
+        raise SpoolFailed(f'cannot write {path}: {size:,} more bytes would leave {free - size:,} free, but '
+                          f'{keep_free:,} must stay free', resource=str(path), phase=phase, hint='free space on the '
                           'file system of the spool (ckptctl remove IMAGE), or lower KeepFree= of ckptd')
 
 
 def create(path: Path) -> int:
-    """A new file for the owner only, open for reading and writing."""
+    """Make a file that only the owner may access, open for reading and writing."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
-    """write(2) until nothing is left: a full disk or a signal may cut one call short."""
+    """Call write(2) until nothing is left. A full disk or a signal may end one call early."""
     view = memoryview(data)
     while len(view):
         view = view[os.write(fd, view):]
@@ -96,7 +98,7 @@ def wait_writable(fd: int) -> None:
 
 
 def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """pwrite(2) until nothing is left."""
+    """Call pwrite(2) until nothing is left."""
     view = memoryview(data)
     while len(view):
         done = os.pwrite(fd, view, offset)
@@ -104,7 +106,7 @@ def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> No
 
 
 def sync_directory(path: Path) -> None:
-    """fsync of a directory: names made or changed in it are on the disk after this."""
+    """Call fsync for a directory, so that names made or changed in it are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -113,8 +115,8 @@ def sync_directory(path: Path) -> None:
 
 
 def open_regular(directory: int, name: str) -> int:
-    """`name` in an open directory, for reading. ImageDamaged where it is missing or no regular file."""
-    # O_NONBLOCK: a FIFO put there would hold an open(2) for ever; regular files ignore the flag
+    """Open `name` in an open directory for reading. ImageDamaged if it is missing or not a regular file."""
+    # O_NONBLOCK: open(2) of a FIFO would wait for ever; regular files ignore the flag
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(name, flags, dir_fd=directory)
@@ -128,7 +130,7 @@ def open_regular(directory: int, name: str) -> int:
 
 
 def digest_file(fd: int, on_bytes: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """Size and sha256 of a whole file, read with a buffer of its own (the file position stays).
+    """Return size and sha256 of a whole file. It is read with its own buffer, and the file position stays.
 
     on_bytes(n) is called after every n bytes, some MiB, for progress and cancel.
     """

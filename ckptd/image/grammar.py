@@ -12,10 +12,10 @@ All integers are little-endian.
             | bytes: u32:length byte[length]      | str: the same, UTF-8 (surrogateescape: paths are bytes)
             | list:  u32:count field[count]       | struct: its fields in a row
 
-crc is zlib.crc32 over the record's first eight bytes and its payload. flags: 1 = optional, a reader that does not know
-the tag skips it; an unknown tag without it is an error. A newer version of a record only adds fields at its end, each
-with a default: an older payload gets the defaults, a reader ignores what it does not know at the end of a newer one.
-The fields of a struct never change, for nothing tells where the next one of a list begins.
+crc is zlib.crc32 over the record's first eight bytes and its payload. flags: 1 = optional: a reader skips the record if
+the tag is unknown. An unknown tag without this flag is an error. A newer version of a record only adds fields with
+defaults at its end. An older payload gets the defaults; a reader ignores unknown fields at the end of a newer one. The
+fields of a struct never change, because nothing marks the begin of the next struct in a list.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ FORMAT = 1
 MAGIC = b'CKPTDIMG'
 END = 0xFFFF
 OPTIONAL = 1
-MAX_RECORD = 16 << 20       # bounds what a hostile length makes a reader allocate; long lists go into several records
+MAX_RECORD = 16 << 20       # bounds the allocation for a hostile length; long lists go into several records
 
 _HEADER = struct.Struct('<8sHHI')
 _RECORD = struct.Struct('<HBBII')
-_HEAD = struct.Struct('<HBBI')      # what the checksum covers of it
+_HEAD = struct.Struct('<HBBI')      # the part that the checksum covers
 _CRC = struct.Struct('<I')
 _LENGTH = struct.Struct('<I')
 
@@ -63,25 +63,25 @@ RECORDS: dict[int, type['Record']] = {}
 
 
 class Struct:
-    """A group of fields without a tag of its own, for ever as it is. Subclasses are made by @layout."""
+    """A group of fields without a tag. Its layout never changes. Subclasses are made by @layout."""
     __slots__ = ()
     _codec: ClassVar['Codec']
 
     def encode(self) -> bytes:
-        """The payload: this object's fields in a row."""
+        """Return the payload: this object's fields in a row."""
         out = bytearray()
         self._codec.encode(self, out)
         return bytes(out)
 
     @classmethod
     def decode(cls: type[T], payload: bytes | memoryview) -> T:
-        """The object back; ImageDamaged where the bytes do not fit. Bytes after the last known field are ignored."""
+        """Rebuild the object. ImageDamaged if the bytes do not fit. Bytes after the last known field are ignored."""
         codec = cast(Codec, cls._codec)  # type: ignore[attr-defined]
         return cast(T, codec.decode(memoryview(payload), 0, partial=True)[0])
 
 
 class Record(Struct):
-    """A tagged group of fields: what a record file is a sequence of."""
+    """A tagged group of fields. A record file is a sequence of records."""
     __slots__ = ()
     tag: ClassVar[int]
     version: ClassVar[int]
@@ -90,7 +90,7 @@ class Record(Struct):
 
 @dataclass_transform(frozen_default=True)
 def layout(cls: type[T]) -> type[T]:
-    """A frozen dataclass with slots and a codec compiled from its annotations."""
+    """Make a frozen dataclass with slots, and a codec from its annotations."""
     made = dataclasses.dataclass(frozen=True, slots=True)(cls)
     made._codec = Codec(made)  # type: ignore[attr-defined]
     return made
@@ -98,7 +98,7 @@ def layout(cls: type[T]) -> type[T]:
 
 @dataclass_transform(frozen_default=True)
 def record(tag: int, *, version: int = 1, optional: bool = False) -> Callable[[type[T]], type[T]]:
-    """@layout with a tag; the tag is the format's for ever."""
+    """Apply @layout and set the tag. A tag is never reused."""
     def decorate(cls: type[T]) -> type[T]:
         made = cast(Any, layout(cls))
         made.tag, made.version, made.optional = tag, version, optional
@@ -110,7 +110,7 @@ def record(tag: int, *, version: int = 1, optional: bool = False) -> Callable[[t
 
 
 class Codec:
-    """Encode and decode one class: runs of integers are packed at once, everything else field by field."""
+    """Encoder and decoder of one class. Runs of integers are packed at once, all else field by field."""
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -130,7 +130,7 @@ class Codec:
             else:
                 self.steps.append(((field.name,), None, *_field_codec(hints[field.name])))
         self._flush(run)
-        self.packer = self.steps[0][1] if len(self.steps) == 1 else None        # of nothing but integers
+        self.packer = self.steps[0][1] if len(self.steps) == 1 else None        # if all fields are integers
 
     def _flush(self, run: list[tuple[str, str]]) -> None:
         if run:
@@ -260,12 +260,12 @@ def _int_list_codec(code: str) -> tuple[Encoder, Decoder]:
 
 
 def encode_header(part: bytes) -> bytes:
-    """The first bytes of a record file; part is its four-letter code."""
+    """Return the first bytes of a record file. part is its four-letter code."""
     return _HEADER.pack(MAGIC, FORMAT, 0, int.from_bytes(part.ljust(4), 'little'))
 
 
 def encode_record(value: Record) -> bytes:
-    """One record: header, checksum, payload. ValueError where a value does not fit its field."""
+    """Encode one record: header, checksum, payload. ValueError if a value does not fit its field."""
     payload = value.encode()
     if len(payload) > MAX_RECORD:
         raise ValueError(f'{type(value).__name__} of {len(payload)} bytes: a record has at most {MAX_RECORD}')
@@ -273,7 +273,7 @@ def encode_record(value: Record) -> bytes:
 
 
 def encode_end(records: int) -> bytes:
-    """The last bytes of a record file of so many records."""
+    """Return the last bytes of a record file of so many records."""
     return _frame(END, 1, 0, struct.pack('<Q', records))
 
 
@@ -283,14 +283,14 @@ def _frame(tag: int, version: int, flags: int, payload: bytes) -> bytes:
 
 
 def decode_records(data: bytes | memoryview, part: bytes, name: str) -> Iterator[Record]:
-    """The records of one file that is in memory; see `read_records`."""
+    """Yield the records of one file that is in memory; see `read_records`."""
     return read_records(io.BytesIO(data), part, name)
 
 
 def read_records(file: BinaryIO, part: bytes, name: str) -> Iterator[Record]:
-    """The records of one file, one in memory at a time. name is for messages.
+    """Yield the records of one file, one in memory at a time. name is for messages.
 
-    ImageDamaged at the first byte that is not as it must be, before anything is allocated for it.
+    ImageDamaged at the first wrong byte, before anything is allocated for it.
     """
     _read_header(file, part, name)
     at, count = _HEADER.size, 0
@@ -319,7 +319,7 @@ def _read_header(file: BinaryIO, part: bytes, name: str) -> None:
 
 
 def _read_frame(file: BinaryIO, at: int, name: str) -> tuple[int, int, int, bytes]:
-    """tag, version, flags and payload of the record at byte `at`."""
+    """Return tag, version, flags and payload of the record at byte `at`."""
     head = file.read(_RECORD.size)
     if len(head) < _RECORD.size:
         raise ImageDamaged(f'{name}: cut short at byte {at}', resource=name)
@@ -335,7 +335,7 @@ def _read_frame(file: BinaryIO, at: int, name: str) -> tuple[int, int, int, byte
 
 
 def _decode_payload(tag: int, version: int, flags: int, payload: bytes, where: str) -> Record | None:
-    """The record; None for one that is unknown and optional."""
+    """Decode a record. None for an unknown optional one."""
     cls = RECORDS.get(tag)
     if cls is None:
         if flags & OPTIONAL:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether a file is still the one that an image speaks of, and how it is not. Pure: what was, against a stat."""
+"""Compare a file with the state that an image has of it. Pure: a record against a stat."""
 
 import os
 import stat
@@ -14,13 +14,12 @@ _TYPES = {stat.S_IFREG: 'regular file', stat.S_IFDIR: 'directory', stat.S_IFCHR:
 
 
 class FileIdentity(NamedTuple):
-    """What an image keeps of a file. mode: st_mode. mtime: nanoseconds. A device number is not in it: it changes from
-    boot to boot. made_up: the file system makes the content, so that size, time and inode say nothing."""
-    mode: int
+    """The identity of a file in an image. The device number is left out, because it changes from boot to boot."""
+    mode: int    # st_mode
     inode: int
     size: int
-    mtime: int
-    made_up: bool = False
+    mtime: int               # nanoseconds
+    made_up: bool = False    # the file system generates the content, so size, time and inode are meaningless
 
     @classmethod
     def of_backing(cls, backing: Backing) -> 'FileIdentity':
@@ -28,16 +27,16 @@ class FileIdentity(NamedTuple):
 
 
 def changes(saved: FileIdentity, found: os.stat_result | None) -> list[str]:
-    """Each way in which the file differs, as words that follow its name; empty if it is the same.
+    """List each difference of the file, as words that follow its name. Empty if it is the same.
 
-    'is missing' | 'is no regular file any more' | 'is another file (inode 7, not 5)' | 'has 9,000 bytes, not 5,000' |
+    'is missing' | 'is no longer a regular file' | 'is another file (inode 7, not 5)' | 'has 9,000 bytes, not 5,000' |
     'was written at 2026-01-02 03:04:05, not at 2026-01-01 00:00:00 (mtime)'
     """
     if found is None:
         return [MISSING]
     kind = stat.S_IFMT(saved.mode)
     if stat.S_IFMT(found.st_mode) != kind:
-        return [f'is no {_TYPES.get(kind, "such file")} any more']
+        return [f'is no longer a {_TYPES.get(kind, "file of this type")}']
     if saved.made_up or kind != stat.S_IFREG:
         return []
     words = []
@@ -51,7 +50,7 @@ def changes(saved: FileIdentity, found: os.stat_result | None) -> list[str]:
 
 
 def _when(now: int, then: int) -> str:
-    """'A, not at B', to the second unless they are of the same one."""
+    """Return 'A, not at B', in seconds unless both are in the same second."""
     if now // 10**9 != then // 10**9:
         return f'{_clock(now)}, not at {_clock(then)}'
     return f'{_clock(now)}.{now % 10**9:09}, not at {_clock(then)}.{then % 10**9:09}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""manifest.json: what an image is, written last. JSON for people and tools, sealed by a digest of its own.
+"""manifest.json: the description of an image, written last. It is JSON for people and tools, sealed by its own digest.
 
     {
       "format": 1,
@@ -12,7 +12,7 @@
       "digest": "<sha256 of every byte before this line>"
     }
 
-A manifest that somebody edits by hand no longer fits its digest: that is damage, as in any other part.
+An edited manifest no longer matches its digest, which is damage as in any other part.
 """
 
 import hashlib
@@ -44,26 +44,25 @@ PartName = Annotated[str, Meta(pattern=r'^(tree|tasks|files|memory|data-(0|[1-9]
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of the image: its size in bytes and sha256 as 64 hexadecimal digits."""
+    """A file of the image: its size in bytes, and sha256 as 64 hexadecimal digits."""
     size: Count
     sha256: Annotated[str, Meta(pattern=r'^[0-9a-f]{64}\Z')]
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Microseconds and pages. freezing_time: until all stood still; frozen_time: how long the tree stood still;
-    memdump_time: reading memory, memwrite_time: writing it and bringing it to the disk; total_time: the whole job."""
-    freezing_time: Count = 0
-    frozen_time: Count = 0
-    memdump_time: Count = 0
-    memwrite_time: Count = 0
-    total_time: Count = 0
+    """Times in microseconds, and numbers of pages."""
+    freezing_time: Count = 0    # until all tasks were frozen
+    frozen_time: Count = 0      # how long the tree was frozen
+    memdump_time: Count = 0     # reading memory
+    memwrite_time: Count = 0    # writing memory and bringing it to the disk
+    total_time: Count = 0       # the whole job
     pages_scanned: Count = 0
     pages_written: Count = 0
 
 
 class Clocks(msgspec.Struct, frozen=True, kw_only=True):
-    """CLOCK_MONOTONIC and CLOCK_BOOTTIME in nanoseconds at the moment of the dump, as the first root saw them. The
-    offsets of its time namespace are in them already, time_namespaces(7)."""
+    """CLOCK_MONOTONIC and CLOCK_BOOTTIME in nanoseconds at the moment of the dump, as the first root saw them. They
+    include the offsets of its time namespace (time_namespaces(7))."""
     monotonic: Count = 0
     boottime: Count = 0
     monotonic_offset: Offset = 0
@@ -71,31 +70,29 @@ class Clocks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """created_usec: realtime. root: vpid of the first root, command: its comm. kernel: release of the kernel.
-    target: as asked for. freeze_mode: what froze the tree. warnings: what the image lacks. imported: it came from
-    elsewhere as a stream, so nobody here can say whether there ever was such a tree; the owner is who brought it.
-    own_pidns: it lived in another pid namespace than this machine's processes. parts: by file name."""
+    """The contents of manifest.json."""
     format: Annotated[int, Meta(ge=1, lt=1 << 16)] = FORMAT
     image: Text
-    created_usec: Moment
+    created_usec: Moment    # realtime
     ckptd_version: Text
-    kernel: Text
+    kernel: Text            # release of the kernel
     architecture: Text = 'x86-64'
     boot_id: Text
     owner_uid: Uid
     owner_gid: Uid
-    target: Text
-    root: Count
-    command: Text
+    target: Text     # as in the request
+    root: Count      # vpid of the first root
+    command: Text    # comm of the first root
     tasks: Count
     processes: Count
-    freeze_mode: Text
+    freeze_mode: Text    # what froze the tree
     clocks: Clocks = Clocks()
     statistics: Statistics = Statistics()
-    warnings: tuple[Finding, ...] = ()
-    imported: bool = False
-    own_pidns: bool = False
-    parts: dict[PartName, Part] = {}
+    warnings: tuple[Finding, ...] = ()    # what the image lacks
+    imported: bool = False                # it came as a stream, so its tree may never have existed; the owner is the
+                                          # importing user
+    own_pidns: bool = False               # the tree lived in another pid namespace than the machine's processes
+    parts: dict[PartName, Part] = {}      # by file name
 
     @property
     def size(self) -> int:
@@ -104,14 +101,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json."""
+    """Encode manifest.json."""
     text = msgspec.json.format(msgspec.json.encode(_printable(msgspec.to_builtins(manifest))), indent=2)
     body = text.removesuffix(b'\n}')
     return body + b',\n  "digest": "' + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
 
 
 def _printable(value: Any) -> Any:
-    # a comm or path is bytes, kept as surrogates where it is no UTF-8, and JSON has no surrogates: U+FFFD instead
+    # a comm or path is bytes, kept as surrogates where it is not UTF-8. JSON has no surrogates, so use U+FFFD.
     if isinstance(value, str):
         return value.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
     if isinstance(value, dict):
@@ -122,10 +119,10 @@ def _printable(value: Any) -> Any:
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """The manifest that these bytes hold. ImageDamaged where digest, types or bounds do not fit."""
+    """Decode a manifest. ImageDamaged if digest, types or bounds do not fit."""
     tail = _TAIL.fullmatch(data[-_TAIL_SIZE:])
     if tail is None or hashlib.sha256(data[:-_TAIL_SIZE]).hexdigest() != tail[1].decode():
-        raise ImageDamaged(f'{NAME}: its digest does not fit its content', resource=NAME)
+        raise ImageDamaged(f'{NAME}: its digest does not match its content', resource=NAME)
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -134,12 +131,12 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ImageDamaged(f'{NAME}: format {manifest.format} is newer than this ckptd ({FORMAT})', resource=NAME,
                            hint='use the ckptd that wrote the image, or a newer one')
     if not is_image_id(manifest.image):
-        raise ImageDamaged(f'{NAME}: "{manifest.image}" is no image id', resource=NAME)
+        raise ImageDamaged(f'{NAME}: "{manifest.image}" is not an image id', resource=NAME)
     return manifest
 
 
 def read_manifest_of(files: ImageFiles) -> Manifest:
-    """The manifest among the files of an image. ImageDamaged."""
+    """Read the manifest among the files of an image. ImageDamaged."""
     fd = files.open(NAME)
     try:
         size = os.fstat(fd).st_size
@@ -153,6 +150,6 @@ def read_manifest_of(files: ImageFiles) -> Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the image in `directory`. ImageDamaged."""
+    """Read the manifest of the image in `directory`. ImageDamaged."""
     with files_of(directory) as files:
         return read_manifest_of(files)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bulk bytes of an image: data-N.img, written at reserved page-aligned offsets, and the page runs that point there."""
+"""Bulk bytes of an image: data-N.img, written at reserved page-aligned offsets, and the page runs that refer to
+them."""
 
 import os
 import threading
@@ -13,24 +14,25 @@ RUNS_PER_RECORD = 1 << 16       # 1.4 MiB a record
 
 
 def page_align(length: int) -> int:
-    """`length` rounded up to whole pages."""
+    """Round `length` up to whole pages."""
     return -(-length // PAGE) * PAGE
 
 
 def page_runs(owner_kind: int, owner: int, runs: Sequence[PageRun]) -> Iterator[PageRuns]:
-    """The records for all runs of one owner, each of a size that a reader takes."""
+    """Yield the records for all runs of one owner, each within the size limit of a record."""
     for first in range(0, len(runs), RUNS_PER_RECORD):
         yield PageRuns(owner_kind, owner, tuple(runs[first:first + RUNS_PER_RECORD]))
 
 
 class DataWriter:
-    """One data-N.img. Threads reserve their own extents and write into them, by `pwrite` or by pwrite(2) on `fileno`.
+    """The writer of one data-N.img. Threads reserve extents and write into them, by `pwrite` or by pwrite(2) on
+    `fileno`.
 
         with spooling(data.path):                       # a full disk: SpoolFailed
             libc.pwritev(data.fileno(), iov, ..., data.reserve(length).offset)
 
-    An extent that was reserved and not written reads as zeros. keep_free: bytes of the file system that nothing of
-    this takes: asked for as an extent is reserved, for all of it, and again as it is written, as others write, too.
+    An extent that was reserved and not written reads as zeros. keep_free: bytes of the file system that must stay free.
+    This is checked when an extent is reserved and again when it is written, since others write, too.
     """
 
     def __init__(self, directory: Path, part: int, keep_free: int = 0) -> None:
@@ -50,7 +52,7 @@ class DataWriter:
         return self._end
 
     def reserve(self, length: int) -> Extent:
-        """`length` bytes at the next page boundary, for the caller alone. SpoolFailed."""
+        """Reserve `length` bytes at the next page boundary. SpoolFailed."""
         self._require_room(length)
         with self._lock:
             return self._take(length)
@@ -62,7 +64,7 @@ class DataWriter:
             pwrite_all(self._fd, data, offset)
 
     def add(self, chunks: Iterable[bytes | bytearray | memoryview]) -> Extent:
-        """Everything that `chunks` gives as one extent; other threads' reservations wait. SpoolFailed."""
+        """Write all `chunks` as one extent. Other threads' reservations wait. SpoolFailed."""
         with self._lock:
             start, length = self._end, 0
             for chunk in chunks:
@@ -80,12 +82,12 @@ class DataWriter:
         return extent
 
     def finish(self) -> None:
-        """Give the file its full size: the last page is whole, so that mmap(2) and preadv(2) of pages find it."""
+        """Give the file its full size. The last page is completed for mmap(2) and preadv(2) of whole pages."""
         with spooling(self.path):
             os.ftruncate(self._fd, self._end)
 
     def close(self) -> None:
-        """Close the file; a network file system reports a full disk only here. SpoolFailed."""
+        """Close the file. A network file system reports a full disk only here. SpoolFailed."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             with spooling(self.path):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ImageReader: the records of one image by type and id, and its bulk bytes. Believes nothing: else ImageDamaged."""
+"""ImageReader: the records of one image by type and id, and its bulk bytes. It trusts nothing: errors are
+ImageDamaged."""
 
 import os
 from bisect import bisect_right
@@ -42,7 +43,7 @@ CHUNK = 1 << 20     # bytes of an extent held in memory at a time
 
 @dataclass(frozen=True, slots=True)
 class ImageTask:
-    """A task with its ids, in depth-first order as the image has them."""
+    """A task with its ids. Tasks are in depth-first order in the image."""
     vpid: int
     vtgid: int
     vppid: int
@@ -57,7 +58,8 @@ class ImageTask:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """An address space: its VMAs, where in the data parts its pages are, and its guard regions; all ascending."""
+    """An address space: its VMAs, the locations of its pages in the data parts, and its guard regions, all
+    ascending."""
     mm: Mm
     vmas: tuple[Vma, ...]
     runs: tuple[PageRun, ...]
@@ -65,7 +67,7 @@ class Memory:
 
 
 class _Index:
-    """Records of one part by class, and there by their id (the first field)."""
+    """Records of one part by class, and for each class by id (the first field)."""
 
     def __init__(self, name: str, records: Iterator[Record]) -> None:
         self.lists: dict[type[Record], list[Record]] = defaultdict(list)
@@ -85,8 +87,7 @@ class _Index:
 
 
 class ImageReader:
-    """An open image. Parts are read when they are first asked for. outside: a block in which files are opened that are
-    not the image's."""
+    """An open image. Parts are read on first use. outside: a block in which files outside of the image are opened."""
 
     def __init__(self, image: Path | ImageFiles, outside: Callable[[], AbstractContextManager[None]] = nullcontext
                  ) -> None:
@@ -109,7 +110,7 @@ class ImageReader:
         self.close()
 
     def close(self) -> None:
-        """Close every file; a second call does nothing."""
+        """Close every file. A second call does nothing."""
         for fd in self._data.values():
             os.close(fd)
         self._data.clear()
@@ -118,7 +119,7 @@ class ImageReader:
     # ------------------------------------------------------------ records
 
     def records(self, code: str) -> Iterator[Record]:
-        """Records of the part 'TREE', 'TASK', 'FILE' or 'MEM ' in their order, one in memory at a time."""
+        """Yield the records of the part 'TREE', 'TASK', 'FILE' or 'MEM ' in order, one in memory at a time."""
         name = PARTS[code]
         with open_part(self._files, name) as file:
             try:
@@ -130,15 +131,15 @@ class ImageReader:
                 raise ImageDamaged(f'{name} cannot be read: {error.strerror}', resource=name) from error
 
     def every(self, cls: type[R]) -> Sequence[R]:
-        """All records of a class, in their order."""
+        """Return all records of a class in order."""
         return cast(Sequence[R], self._index(cls).lists[cls])
 
     def table(self, cls: type[R]) -> Mapping[int, R]:
-        """All records of a class by id: the first field, a vpid or mm_id or file_id ..."""
+        """Return all records of a class by id: the first field, a vpid or mm_id or file_id ..."""
         return cast(Mapping[int, R], self._index(cls).table(cls))
 
     def get(self, cls: type[R], key: int) -> R:
-        """The record of that id; ImageDamaged where the image has none."""
+        """Return the record of that id. ImageDamaged if the image has none."""
         found = self.table(cls).get(key)
         if found is None:
             name = _part_of(cls)
@@ -185,17 +186,17 @@ class ImageReader:
         return {vtgid: tuple(sorted(group, key=lambda task: not task.is_leader)) for vtgid, group in groups.items()}
 
     def memory(self, mm_id: int) -> Memory:
-        """The address space `mm_id`."""
+        """Return the address space `mm_id`."""
         vmas = sorted(self._by_mm.get(mm_id, ()), key=lambda vma: vma.start)
         guards = sorted(self._guards_by_mm.get(mm_id, ()), key=lambda one: one.start)
         return Memory(self.get(Mm, mm_id), tuple(vmas), self.runs(OF_MM, mm_id), tuple(guards))
 
     def runs(self, owner_kind: int, owner: int) -> tuple[PageRun, ...]:
-        """Page runs of an address space or shared object, ascending."""
+        """Return the page runs of an address space or shared object, ascending."""
         return self._runs.get((owner_kind, owner), ())
 
     def shared_runs(self, shm_id: int) -> tuple[PageRun, ...]:
-        """Page runs of a SharedMemory object; `start` is a byte offset into it."""
+        """Return the page runs of a SharedMemory object. `start` is a byte offset into it."""
         return self.runs(OF_SHARED_MEMORY, shm_id)
 
     @cached_property
@@ -222,16 +223,16 @@ class ImageReader:
     # ------------------------------------------------------------ bulk bytes
 
     def size_of(self, name: str) -> int:
-        """Size in bytes of a file of the image by the manifest, 0 if the manifest does not have it."""
+        """Return the size in bytes of a file of the image from the manifest; 0 if it is not listed."""
         part = self.manifest.parts.get(name)
         return part.size if part else 0
 
     def data_fd(self, part: int) -> int:
-        """An fd of data-<part>.img, open for reading; the reader's own, do not close."""
+        """Return an fd of data-<part>.img, open for reading. The reader owns it, so do not close it."""
         if part not in self._data:
             name = data_name(part)
             if name not in self.manifest.parts:
-                raise ImageDamaged(f'{name} is named by a record and not by the manifest', resource=name)
+                raise ImageDamaged(f'{name} is named by a record but not by the manifest', resource=name)
             self._data[part] = self._files.open(name)
         return self._data[part]
 
@@ -244,11 +245,11 @@ class ImageReader:
             except (OSError, OverflowError) as error:
                 raise ImageDamaged(f'{name} cannot be read at byte {offset}: {error}', resource=name) from error
             if not done:
-                raise ImageDamaged(f'{name} ends at byte {offset}, a record says otherwise', resource=name)
+                raise ImageDamaged(f'{name} ends at byte {offset}, before the end that a record claims', resource=name)
             buffer, offset = buffer[done:], offset + done
 
     def read_memory(self, memory: Memory, start: int, length: int) -> bytes:
-        """Private memory at an address, for small lengths; zeros where the image has nothing."""
+        """Read private memory at an address, for small lengths. Absent pages are zeros."""
         found = bytearray(length)
         for run in runs_between(memory.runs, start, start + length):
             low, high = max(run.start, start), min(run.start + run.pages * PAGE, start + length)
@@ -256,7 +257,7 @@ class ImageReader:
         return bytes(found)
 
     def read_extent(self, extent: Extent) -> Iterator[bytes]:
-        """The bytes of an extent in chunks of at most 1 MiB, whatever length a record claims."""
+        """Yield the bytes of an extent in chunks of at most 1 MiB, whatever length the record claims."""
         at, end = extent.offset, extent.offset + extent.length
         while at < end:
             chunk = bytearray(min(CHUNK, end - at))
@@ -266,8 +267,8 @@ class ImageReader:
 
 
 def runs_between(runs: Sequence[PageRun], start: int, end: int) -> Iterator[PageRun]:
-    """The runs that touch [start, end), of ascending `runs`."""
-    # one that begins before `start` may reach into the range
+    """Yield the runs that touch [start, end). `runs` is ascending."""
+    # a run that begins before `start` may reach into the range
     first = max(0, bisect_right(runs, start, key=attrgetter('start')) - 1)
     for index in range(first, len(runs)):
         if runs[index].start >= end:

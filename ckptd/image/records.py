@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every record of an image. Drawn by part; the order inside a part is the order of the dump.
+"""Every record of an image, by part. The order inside a part is the order of the dump.
 
     tree.img    Header, Namespaces, TaskIds (chunks of 256), Task per task in depth-first order
     tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers per task, SleepLeft of those that
@@ -9,9 +9,9 @@
     memory.img  Mm, Vma, PageRuns per address space; SharedMemory and its PageRuns per object; Backing per mapped file
     data-N.img  page-aligned bytes, no records: page data and the content of deleted files and pipes
 
-Ids (mm_id, files_id, ...) count from 1 inside an image; 0 means none. All ids of tasks are vpids, as the root's pid
-namespace has them; 0 where the task is outside of it. Addresses, sizes and masks are the kernel's own numbers.
-A negative kernel number is stored as its unsigned two's complement of the field's width.
+Ids (mm_id, files_id, ...) count from 1 inside an image; 0 means none. All ids of tasks are vpids, as in the root's pid
+namespace; 0 for a task outside of it. Addresses, sizes and masks are the kernel's numbers. A negative kernel number is
+stored as its unsigned two's complement in the width of the field.
 """
 
 from ckptd.image.grammar import U8, U16, U32, U64, Record, Struct, layout, record
@@ -19,12 +19,12 @@ from ckptd.image.grammar import U8, U16, U32, U64, Record, Struct, layout, recor
 CHUNK = 256             # tasks per TaskIds record, as in Linux-CR
 PAGE = 4096
 
-# four-letter code of a part: its file. A record's part is the high byte of its tag: 0 tree, 1 tasks, 2 files, 3 memory
+# Four-letter code of a part: its file. The high byte of a record's tag is its part: 0 tree, 1 tasks, 2 files, 3 memory.
 PARTS = {'TREE': 'tree.img', 'TASK': 'tasks.img', 'FILE': 'files.img', 'MEM ': 'memory.img'}
 
 
 def data_name(part: int) -> str:
-    """File name of a data part."""
+    """Return the file name of a data part."""
     return f'data-{part}.img'
 
 
@@ -40,18 +40,18 @@ class Extent(Struct):
 
 @record(0x0001)
 class Header(Record):
-    """root: vpid of the first root. realtime: nanoseconds at the moment of the dump; the manifest has other clocks."""
-    root: U32
+    """General facts about the tree. The manifest has further clocks."""
+    root: U32    # vpid of the first root
     tasks: U32
     processes: U32
-    realtime: U64
+    realtime: U64    # nanoseconds at the moment of the dump
     page_size: U32
     machine: str
 
 
 @record(0x0002)
 class TaskIds(Record):
-    """Up to 256 tasks, five parallel lists."""
+    """The ids of up to 256 tasks, in five parallel lists."""
     vpid: tuple[U32, ...]
     vtgid: tuple[U32, ...]
     vppid: tuple[U32, ...]
@@ -61,18 +61,15 @@ class TaskIds(Record):
 
 @record(0x0003)
 class TaskRecord(Record):
-    """parent: vpid of the thread that created it (its parent's thread), 0 for a root.
-    state: letter of /proc/PID/stat as a number; stop_signal: of a task in job-control stop, else 0.
-    exit_code: wait(2) status of a zombie; of a process in job-control stop the signal, until its parent has waited for
-    it. pf_flags: PF_* of /proc/PID/stat."""
+    """One task."""
     vpid: U32
-    parent: U32
+    parent: U32         # vpid of the thread that created it (its parent's thread), 0 for a root
     comm: str
-    state: U8
-    exit_code: U32
+    state: U8           # letter of /proc/PID/stat as a number
+    exit_code: U32      # wait(2) status of a zombie; in job-control stop, the signal until the parent has waited for it
     exit_signal: U32
-    stop_signal: U32
-    pf_flags: U64
+    stop_signal: U32    # in job-control stop, its signal; else 0
+    pf_flags: U64       # PF_* of /proc/PID/stat
     mm_id: U32
     files_id: U32
     fs_id: U32
@@ -82,16 +79,15 @@ class TaskRecord(Record):
 
 @layout
 class Namespace(Struct):
-    """name: of the link in /proc/PID/ns. own: 1 where it is that of the machine's first process,
-    or of the one who dumped."""
-    name: str
+    """A namespace."""
+    name: str    # of the link in /proc/PID/ns
     inode: U64
-    own: U8
+    own: U8      # 1 if it is that of the machine's first process, or of the dumping process
 
 
 @record(0x0004, optional=True)
 class Namespaces(Record):
-    """Namespaces of the first root, which all other tasks share. A restart has to make those that are not `own`."""
+    """Namespaces of the first root, which all other tasks share. A restart makes those that are not `own`."""
     namespaces: tuple[Namespace, ...]
 
     @property
@@ -104,13 +100,12 @@ class Namespaces(Record):
 
 @record(0x0101)
 class Credentials(Record):
-    """uids, gids: real, effective, saved, file system. capabilities: inheritable, permitted, effective, bounding,
-    ambient."""
+    """The credentials of a task."""
     vpid: U32
-    uids: tuple[U32, ...]
-    gids: tuple[U32, ...]
+    uids: tuple[U32, ...]            # real, effective, saved, file system
+    gids: tuple[U32, ...]            # real, effective, saved, file system
     groups: tuple[U32, ...]
-    capabilities: tuple[U64, ...]
+    capabilities: tuple[U64, ...]    # inheritable, permitted, effective, bounding, ambient
     securebits: U32
     no_new_privs: U8
     keepcaps: U8
@@ -118,41 +113,40 @@ class Credentials(Record):
 
 @record(0x0102)
 class Scheduling(Record):
-    """sched_getattr(2) and friends. nice: 0..39 (nice value + 20). affinity: CPU bit mask, little-endian bytes.
-    timer_slack in nanoseconds. ioprio: ioprio_get(2). util_min, util_max: utilisation clamps, of 1024."""
+    """Scheduling attributes (sched_getattr(2) and others)."""
     vpid: U32
     policy: U32
     flags: U64
-    nice: U8
+    nice: U8    # 0..39 (nice value + 20)
     priority: U32
     runtime: U64
     deadline: U64
     period: U64
-    affinity: bytes
-    ioprio: U32
-    timer_slack: U64
-    util_min: U32 = 0
-    util_max: U32 = 0
+    affinity: bytes      # CPU bit mask, little-endian bytes
+    ioprio: U32          # ioprio_get(2)
+    timer_slack: U64     # nanoseconds
+    util_min: U32 = 0    # utilisation clamp, of 1024
+    util_max: U32 = 0    # likewise
 
 
 @record(0x0103)
 class Registers(Record):
-    """gpr: struct user_regs_struct. xstate: NT_X86_XSTATE regset (XSAVE, standard format). machine: EM_* of <elf.h>."""
+    """The registers of a thread."""
     vpid: U32
-    machine: U16
-    gpr: bytes
-    xstate: bytes
+    machine: U16     # EM_* of <elf.h>
+    gpr: bytes       # struct user_regs_struct
+    xstate: bytes    # NT_X86_XSTATE regset (XSAVE, standard format)
 
 
 @record(0x0104)
 class ThreadSignals(Record):
-    """mask: blocked signals, bit n-1 = signal n. pending: siginfo_t of 128 bytes each, in queue order."""
+    """The signal state of a thread."""
     vpid: U32
-    mask: U64
+    mask: U64    # blocked signals, bit n-1 = signal n
     altstack_sp: U64
     altstack_flags: U32
     altstack_size: U64
-    pending: tuple[bytes, ...]
+    pending: tuple[bytes, ...]    # siginfo_t of 128 bytes each, in queue order
 
 
 @record(0x0105)
@@ -169,42 +163,36 @@ class ThreadPointers(Record):
     pdeath_signal: U32
 
 
-# SleepLeft.left_ns: the call has no end, or one that stands in its arguments as a point in time
+# SleepLeft.left_ns: the call has no end, or its arguments contain the end as a point in time
 ENDLESS = 2**64 - 1
 
 
 @record(0x0106)
 class SleepLeft(Record):
-    """A system call that was interrupted in the middle of a wait, of which the kernel keeps the end in a place that
-    dies with the task: the restart block (rax of Registers is -516, ERESTART_RESTARTBLOCK), or nowhere.
+    """A system call that was interrupted during a wait. Its end was in the restart block, which dies with the task (rax
+    of Registers is -516, ERESTART_RESTARTBLOCK), or nowhere in the kernel.
 
-    number: of the system call that the program made; orig_rax may say 219, restart_syscall. The argument registers are
-    those of that call. left_ns: nanoseconds from the clocks of Header to its end; 0 if that was past; or ENDLESS.
-    clock: CLOCK_* that the end was counted on. exact: 0 where the end could only be bounded: left_ns is then at most
-    too long, never longer than the whole timeout.
-
-    A restart, before it lets the task go, for rax -516: ENDLESS: issue call `number` with its arguments as they are
-    (rax = number, rip - 2). Else have the task issue `number` by a remote call with the same arguments but a timeout of
-    left_ns, in memory of its own where the timeout is a pointer (nanosleep rdi, clock_nanosleep rdx, futex r10; poll:
-    milliseconds in edx, rounded up), interrupt it there (PTRACE_INTERRUPT), and set Registers with rax = -516: the new
-    restart block then has the right end, and the address for the remaining time that the program gave. Where that call
-    ends before it is interrupted, its result is what the task gets, in rax.
-    For other values of rax (a call that Registers issues again, see ckptd.dump.resume): the timeout in the arguments
-    is the whole one, except where it is a register (epoll_wait, epoll_pwait: r10), which has the rest already; exact is
-    then to some milliseconds.
+    A restart treats rax -516 as follows before it releases the task. ENDLESS: issue call `number` with its arguments
+    unchanged (rax = number, rip - 2). Otherwise let the task issue `number` by a remote call with the same arguments
+    but a timeout of left_ns, in memory of its own where the timeout is a pointer (nanosleep rdi, clock_nanosleep rdx,
+    futex r10; poll: milliseconds in edx, rounded up). Interrupt it there (PTRACE_INTERRUPT) and set Registers with rax
+    = -516. The new restart block then has the right end, and the program's address for the remaining time. If the call
+    ends before it is interrupted, the task gets its result in rax. For other values of rax (a call that Registers
+    issues again, see ckptd.dump.resume) the timeout in the arguments is the whole one, except where it is a register
+    (epoll_wait, epoll_pwait: r10), which already has the rest. exact is then accurate to some milliseconds.
     """
     vpid: U32
-    number: U32
-    left_ns: U64
-    clock: U32
-    exact: U8
+    number: U32     # system call that the program made (orig_rax may be 219, restart_syscall); the argument registers
+                    # are those of this call
+    left_ns: U64    # nanoseconds from the clocks of Header to its end; 0 if that was past; or ENDLESS
+    clock: U32      # CLOCK_* on which the end was counted
+    exact: U8       # 0 if the end is only bounded: left_ns is then at most too long, and never longer than the whole
+                    # timeout
 
 
 @record(0x0108)
 class TaskAttribute(Record):
-    """An attribute that no other record has, where it is not that of a new task. owner: vpid, mm_id, sighand_id or
-    fs_id, by scope: Scope of ckptd.objects.attributes.base. name: of the class in ckptd.objects.attributes that wrote
-    `data` and reads it back."""
+    """Settings of a thread by prctl(2)."""
     owner: U32
     scope: U8
     name: str
@@ -213,8 +201,7 @@ class TaskAttribute(Record):
 
 @record(0x0110)
 class ProcessState(Record):
-    """oom_score_adj: 0..2000 (value + 1000). shared_pending: siginfo_t of 128 bytes each.
-    tty: device number of the controlling terminal, 0 for none; tpgid: its foreground group as a vpid."""
+    """The state of a process."""
     vpid: U32
     personality: U32
     oom_score_adj: U16
@@ -225,7 +212,7 @@ class ProcessState(Record):
 
 @layout
 class Limit(Struct):
-    """RLIM_INFINITY is 2**64 - 1."""
+    """A resource limit. RLIM_INFINITY is 2**64 - 1."""
     soft: U64
     hard: U64
 
@@ -239,7 +226,7 @@ class Limits(Record):
 
 @layout
 class IntervalTimer(Struct):
-    """Microseconds."""
+    """An interval timer in microseconds."""
     interval: U64
     value: U64
 
@@ -253,13 +240,13 @@ class IntervalTimers(Record):
 
 @layout
 class PosixTimer(Struct):
-    """clock: clockid_t as u32. notify: SIGEV_* (| 4 with a thread). vtid: of SIGEV_THREAD_ID, else 0. Nanoseconds."""
+    """A POSIX timer."""
     id: U32
-    clock: U32
-    notify: U32
+    clock: U32     # clockid_t as u32
+    notify: U32    # SIGEV_* (| 4 with a thread)
     signal: U32
     value: U64
-    vtid: U32
+    vtid: U32    # of SIGEV_THREAD_ID, else 0
     interval_ns: U64
     value_ns: U64
     overrun: U32
@@ -300,22 +287,19 @@ class Fs(Record):
 
 @record(0x0201)
 class SavedFile(Record):
-    """An open file description. kind: tag of the class in ckptd.objects.files that wrote `data` and reads it back.
-    flags: O_* as in fdinfo, without O_CLOEXEC. link: what /proc/PID/fd shows, for people.
-    owner: fcntl F_GETOWN_EX, type (F_OWNER_*) and vpid; owner_signal: F_GETSIG; owner_uid, owner_euid: whose rights
-    decide whether the signal may be sent."""
+    """An open file description."""
     file_id: U32
-    kind: str
-    flags: U32
+    kind: str     # tag of the class in ckptd.objects.files that wrote `data` and reads it back
+    flags: U32    # O_* as in fdinfo, without O_CLOEXEC
     position: U64
     mode: U32
-    owner_type: U32
-    owner: U32
-    owner_signal: U32
-    link: str
+    owner_type: U32        # of F_GETOWN_EX: F_OWNER_*
+    owner: U32             # of F_GETOWN_EX: a vpid
+    owner_signal: U32      # F_GETSIG
+    link: str              # the link of /proc/PID/fd, for people
     data: bytes
-    owner_uid: U32 = 0
-    owner_euid: U32 = 0
+    owner_uid: U32 = 0     # the rights of this uid decide whether the owner's signal may be sent
+    owner_euid: U32 = 0    # likewise
 
 
 @layout
@@ -336,44 +320,41 @@ class FdTable(Record):
 
 @record(0x0301)
 class Mm(Record):
-    """layout: start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end, env_start,
-    env_end (struct prctl_mm_map). exe: backing_id of the executable. auxv: as /proc/PID/auxv. lock_future: mlockall(2),
-    1 MCL_FUTURE, 2 with MCL_ONFAULT. pkeys: protection keys that are allocated, pkey_alloc(2), bit n is key n."""
+    """An address space."""
     mm_id: U32
-    layout: tuple[U64, ...]
-    auxv: bytes
-    exe: U32
+    layout: tuple[U64, ...]    # start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start,
+                               # arg_end, env_start, env_end (struct prctl_mm_map)
+    auxv: bytes                # as in /proc/PID/auxv
+    exe: U32                   # backing_id of the executable
     dumpable: U8
     lock_future: U8 = 0
     pkeys: U16 = 0
 
 
-# Vma.kind. Pages of a VDSO are in the image as those of ANON are: another kernel's would not fit its callers
+# Vma.kind. The image has the pages of a VDSO like those of ANON, since another kernel's would not fit its callers.
 ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP = range(1, 10)
 
 
 @record(0x0302)
 class Vma(Record):
-    """protection: PROT_*. flags: MAP_* that make it again. vm_flags: two-letter codes of smaps, a space between.
-    offset: bytes into the object. object: backing_id or shm_id by kind. name: of PR_SET_VMA_ANON_NAME, or as in maps.
-    locked: 0 no, 1 mlock, 2 on fault. pkey: protection key, pkeys(7)."""
+    """A mapping."""
     mm_id: U32
     start: U64
     end: U64
-    protection: U32
-    flags: U32
+    protection: U32    # PROT_*
+    flags: U32         # MAP_* to map it again
     kind: U8
-    offset: U64
-    object: U32
-    locked: U8
-    vm_flags: str
-    name: str
-    pkey: U8 = 0
+    offset: U64        # bytes into the object
+    object: U32        # backing_id or shm_id, by kind
+    locked: U8         # 0 no, 1 mlock, 2 on fault
+    vm_flags: str      # two-letter codes of smaps, separated by blanks
+    name: str          # of PR_SET_VMA_ANON_NAME, or as in maps
+    pkey: U8 = 0       # protection key (pkeys(7))
 
 
 @layout
 class PageRun(Struct):
-    """`pages` pages from address (in a shared object: byte offset) `start`, at byte `offset` of data-<part>.img."""
+    """`pages` pages from address `start` (in a shared object: byte offset), at byte `offset` of data-<part>.img."""
     start: U64
     pages: U32
     part: U16
@@ -386,7 +367,8 @@ OF_MM, OF_SHARED_MEMORY = 1, 2
 
 @record(0x0303)
 class PageRuns(Record):
-    """Ascending by start; what no run names was absent or zero (or, in a private file mapping, is as in the file)."""
+    """Page runs, ascending by start. All other pages were absent or zero or, in a private file mapping, are as in the
+    file."""
     owner_kind: U8
     owner: U32
     runs: tuple[PageRun, ...]
@@ -400,7 +382,7 @@ class Range(Struct):
 
 @record(0x0304)
 class GuardRegions(Record):
-    """madvise(MADV_GUARD_INSTALL) ranges."""
+    """Ranges of madvise(MADV_GUARD_INSTALL)."""
     mm_id: U32
     ranges: tuple[Range, ...]
 
@@ -411,30 +393,29 @@ SHMEM, MEMFD, SYSV = 1, 2, 3
 
 @record(0x0305)
 class SharedMemory(Record):
-    """A shared object whose content is in the image, once. seals, name: of a memfd. key, shmid: of a SysV segment."""
+    """A shared object whose content is in the image once."""
     shm_id: U32
     kind: U8
     size: U64
-    name: str
-    seals: U32
+    name: str     # of a memfd
+    seals: U32    # of a memfd
     mode: U32
     uid: U32
     gid: U32
-    key: U32
-    shmid: U32
+    key: U32      # of a System V segment
+    shmid: U32    # of a System V segment
 
 
 @record(0x0306)
 class Backing(Record):
-    """A mapped file or an executable, by path. device, inode: st_dev and st_ino of the file itself. mtime in
-    nanoseconds. deleted: the path is gone or another file's. content: of a deleted file, and of a small one that is
-    written through the mapping: its bytes from 0 on, all but the last extent whole pages."""
+    """A mapped file or an executable, by path."""
     backing_id: U32
     path: str
-    device: U64
-    inode: U64
+    device: U64                    # st_dev of the file itself
+    inode: U64                     # st_ino of the file itself
     size: U64
-    mtime: U64
+    mtime: U64                     # nanoseconds
     mode: U32
-    deleted: U8
-    content: tuple[Extent, ...]
+    deleted: U8                    # the path is gone or belongs to another file
+    content: tuple[Extent, ...]    # of a deleted file, and of a small one that is written through the mapping: its
+                                   # bytes from 0 on; all but the last extent are whole pages

@@ -39,7 +39,7 @@ from ckptd.image.shapes import flaws, tree_flaws
 
 MAX_DAMAGES = 1000
 
-# field of a record: the class of the record whose id it holds; 0 means none
+# field of a record: the class of the record whose id it contains; 0 means none
 _REFERENCES: dict[type[Record], dict[str, type[Record]]] = {
     TaskRecord: {'mm_id': Mm, 'files_id': FdTable, 'fs_id': Fs, 'sighand_id': SignalActions, 'parent': TaskRecord},
     Mm: {'exe': Backing},
@@ -56,7 +56,7 @@ _DEAD = (ord('Z'), ord('X'))
 
 
 class RecordChecker:
-    """Takes all records of an image in their order and says what does not fit together. `sizes`: bytes by file name."""
+    """A checker that takes all records of an image in order and lists inconsistencies. `sizes`: bytes by file name."""
 
     def __init__(self, sizes: dict[str, int], damages: list[str]) -> None:
         self.sizes = sizes
@@ -81,7 +81,7 @@ class RecordChecker:
             self._damages.append(text)
 
     def add(self, one: Record) -> None:
-        """Check one record for itself; remember what it is and what it names."""
+        """Check one record on its own, and remember its id and its references."""
         cls = type(one)
         first = cls._codec.fields[0].name
         key = getattr(one, first)
@@ -165,9 +165,9 @@ class RecordChecker:
             self._check_extent(where, run.part, run.offset, length)
 
     def _check_range(self, where: str, sequence: object, start: int, end: int) -> None:
-        """Whole pages, not empty, after what came before in the same sequence."""
+        """Check a range: whole pages, not empty, and after the previous one of the sequence."""
         if start % PAGE or end % PAGE or start >= end or end > 1 << 64:
-            self._damage(f'{where}: no range of pages')
+            self._damage(f'{where}: not a range of pages')
         elif start < self._ends.get(sequence, 0):
             self._damage(f'{where}: {start:x} is not in ascending order')
         self._ends[sequence] = max(end, self._ends.get(sequence, 0))
@@ -175,17 +175,17 @@ class RecordChecker:
     def _check_extent(self, where: str, part: int, offset: int, length: int) -> None:
         name = data_name(part)
         if offset % PAGE:
-            self._damage(f'{where}: byte {offset} of {name} is no page boundary')
+            self._damage(f'{where}: byte {offset} of {name} is not a page boundary')
         elif offset + length > self.sizes.get(name, 0):
             self._damage(f'{where}: bytes {offset} to {offset + length} are not in {name}')
 
     # ------------------------------------------------------------ all together
 
     def finish(self, manifest: Manifest | None) -> None:
-        """Check what only the whole image shows: references to missing records, and counts."""
+        """Check the whole image: references to missing records, and counts."""
         for where, target, key in sorted(self._uses, key=lambda use: (use[0], use[1].tag, use[2])):
             if key not in self._ids.get(target, ()):
-                self._damage(f'{where}: there is no {target.__name__} {key}')
+                self._damage(f'{where}: no {target.__name__} {key}')
         tasks = self._ids.get(TaskRecord, set())
         if len(self._headers) != 1:
             self._damage(f'{PARTS["TREE"]}: {len(self._headers)} headers')
@@ -193,7 +193,7 @@ class RecordChecker:
         if len(listed) != len(set(listed)) or set(listed) != tasks:
             self._damage(f'{PARTS["TREE"]}: TaskIds and TaskRecord records differ')
         else:
-            # a parent that is no task has been told of above
+            # a parent that is not a task was reported above
             for flaw in tree_flaws((vpid, vtgid, parent if (parent := self._parents[vpid]) in tasks else 0)
                                    for vpid, vtgid in self._listed):
                 self._damage(f'{PARTS["TREE"]}: {flaw}')
@@ -203,11 +203,11 @@ class RecordChecker:
                 self._damage(f'{name}: {one.tasks} tasks in {one.processes} processes, '
                              f'but there are {len(tasks)} in {self._leaders}')
             if one.root not in tasks:
-                self._damage(f'{name}: the root {one.root} is no task of the image')
+                self._damage(f'{name}: the root {one.root} is not a task of the image')
 
 
 def _extents(value: Struct) -> Iterable[Extent]:
-    """Extents among the fields of a record."""
+    """Yield the extents among the fields of a record."""
     for field in value._codec.fields:
         content = getattr(value, field.name)
         if isinstance(content, Extent):

@@ -39,7 +39,7 @@ _SIGINFO = 128                          # sizeof(siginfo_t)
 _SIGNALS = 64
 _MAX_NOTIFY = 7                         # SIGEV_* of <asm-generic/siginfo.h>
 
-# items of a list that is always as long
+# items of a list of fixed length
 _LENGTHS: dict[type[Record], dict[str, int]] = {
     Credentials: {'uids': 4, 'gids': 4, 'capabilities': 5},
     Limits: {'limits': 16},
@@ -65,13 +65,13 @@ _HIGHEST: dict[type[Record], dict[str, int]] = {
 
 
 def flaws(one: Record) -> Iterator[str]:
-    """Violations within a record, one sentence each that begins with the field."""
+    """Yield violations within a record, one sentence each that begins with the field."""
     for rule in _RULES[type(one)]:
         yield from rule(one)
 
 
 def tree_flaws(tasks: Iterable[tuple[int, int, int]]) -> Iterator[str]:
-    """Violations of the order of tasks, given as (vpid, vtgid, parent): depth first, each after the leader of its
+    """Yield violations of the order of tasks, given as (vpid, vtgid, parent): depth first, each after the leader of its
     process and after the task that created it."""
     leaders: set[int] = set()
     seen = {0}
@@ -123,22 +123,22 @@ def _registers(one: Registers) -> Iterator[str]:
 def _limits(one: Limits) -> Iterator[str]:
     for number, limit in enumerate(one.limits):
         if any(MAX_FILE < value < INFINITY for value in (limit.soft, limit.hard)):
-            yield f'limit {number} is above what a limit can be'
+            yield f'limit {number} is above the highest possible value'
         elif limit.soft > limit.hard:
             yield f'limit {number} is {limit.soft}, above its hard limit {limit.hard}'
 
 
 def _timers(one: PosixTimers) -> Iterator[str]:
     if any(timer.notify > _MAX_NOTIFY or timer.id > MAX_PID for timer in one.timers):
-        yield 'a timer with another notification or number than a kernel has'
+        yield 'a timer with an impossible notification or number'
 
 
 def _fds(one: FdTable) -> Iterator[str]:
     numbers = [fd.fd for fd in one.fds]
     if not all(fd.file_id for fd in one.fds):
-        yield 'an fd of no file'
+        yield 'an fd without a file'
     if len(numbers) != len(set(numbers)) or max(numbers, default=0) > MAX_FD:
-        yield 'a number that is there twice, or that no fd has'
+        yield 'an fd number that is there twice or is too large'
 
 
 def _paths(one: Fs) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _all_rules() -> Mapping[type[Record], Sequence[Callable[[Any], Iterator[str]
     found: dict[type[Record], list[Callable[[Any], Iterator[str]]]] = {cls: [] for cls in RECORDS.values()}
     for cls, rules in _OWN.items():
         found[cls] += rules
-    # a core can be had of an image whose mapped file has an impossible name; `verify` tells of it
+    # a core can be exported from an image whose mapped file has an impossible name; `verify` reports it
     texts = {cls: {name: 0 for name, hint in get_type_hints(cls).items() if hint is str}
              for cls in RECORDS.values() if cls is not Backing}
     for cls, rule in (*_table(_LENGTHS, lambda one: one.length), *_table(_SIZES, lambda one: one.size),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The files of an image, read-only: a directory, or fds that another process has opened.
 
-A worker that is an ordinary user cannot enter the spool. It is handed the files of one image as fds.
+A worker of an ordinary user cannot enter the spool. It gets the files of one image as fds.
 """
 
 import io
@@ -16,22 +16,22 @@ from ckptd.image.files import open_regular
 
 
 class ImageFiles(Protocol):
-    """Where the bytes of an image are. Owned by whoever made it, until `close`."""
+    """The files of an image. Their maker owns them until `close`."""
 
     def names(self) -> list[str]:
-        """Every name that is there, whatever it is."""
+        """Return every name in the image, whatever it is."""
         ...
 
     def open(self, name: str) -> int:
-        """A new fd of a regular file, read by offset only: others may share its position. ImageDamaged."""
+        """Open a regular file. Read it by offset only, because others may share its position. ImageDamaged."""
         ...
 
     def close(self) -> None: ...
 
 
 class DirectoryFiles:
-    """An image by its directory. ImageDamaged if it cannot be opened. own: the path is ours, and may be a link in /proc
-    to a directory that we have open."""
+    """An image by its directory. ImageDamaged if it cannot be opened. own: the path is ckptd's own and may be a link in
+    /proc to an open directory."""
 
     def __init__(self, directory: Path, *, own: bool = False) -> None:
         try:
@@ -53,7 +53,7 @@ class DirectoryFiles:
 
 
 class GivenFiles:
-    """An image by the open fds of its files. Owner of the fds."""
+    """An image by the open fds of its files, which this object owns."""
 
     def __init__(self, fds: Mapping[str, int]) -> None:
         self._fds = dict(fds)
@@ -72,7 +72,7 @@ class GivenFiles:
 
 
 class _AtOffset(io.RawIOBase):
-    """A file read from its beginning by pread(2), so that no other reader of the description is in the way."""
+    """A file that is read from its beginning by pread(2), so that other readers of the description do not interfere."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
@@ -94,13 +94,13 @@ class _AtOffset(io.RawIOBase):
 
 
 def open_part(files: ImageFiles, name: str) -> io.BufferedReader:
-    """A part to be read from its beginning. ImageDamaged."""
+    """Open a part for reading from its beginning. ImageDamaged."""
     return io.BufferedReader(_AtOffset(files.open(name)), 1 << 16)
 
 
 @contextmanager
 def files_of(image: Path | ImageFiles) -> Iterator[ImageFiles]:
-    """The files of an image for the time of a block: those of a directory are closed at its end, given ones stay."""
+    """Provide the files of an image for a block. Those of a directory are closed at its end; given ones stay open."""
     if not isinstance(image, Path):
         yield image
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""verify: every damage of an image at once: files, digests, grammar, and what the records say of each other."""
+"""verify: find every damage of an image: files, digests, grammar, and references between records."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -15,16 +15,16 @@ from ckptd.image.source import ImageFiles, files_of, open_part
 
 
 def verify(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """One sentence per damage of an image; empty for a sound one. At most `MAX_DAMAGES`.
+    """List the damages of an image, one sentence each, at most `MAX_DAMAGES`. Empty for an intact image.
 
-    on_bytes(n) is called after every n bytes that have their digest, for progress, and with 0 after every record; what
-    it raises ends this.
+    on_bytes(n) is called for progress after every n bytes that were hashed, and with 0 after every record. An error
+    that it raises ends this.
     """
     return [*verify_records(image, on_bytes), *verify_data(image, on_bytes)][:MAX_DAMAGES]
 
 
 def verify_records(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """All but the digests of the data parts: what there is to know before anything is planned. At most
+    """List all damages except wrong digests of the data parts: everything that a plan needs to know. At most
     `MAX_DAMAGES`. on_bytes: as for `verify`."""
     damages: list[str] = []
     try:
@@ -39,23 +39,24 @@ def _verify_all(files: ImageFiles, damages: list[str], on_bytes: Callable[[int],
     manifest = _read_manifest(files, damages)
     found = files.names()
     _verify_names(found, manifest, damages)
-    # without a manifest, whatever data part is there may be meant
+    # without a manifest, any existing data part may belong to the image
     names = manifest.parts if manifest else {name for name in found if name.startswith('data-')}
     sizes = {name: _verify_file(files, name, manifest, damages, on_bytes)
              for name in sorted({*names, *PARTS.values()})}
     checker = RecordChecker({name: size for name, size in sizes.items() if size is not None}, damages)
     whole = [_verify_records(files, code, checker, damages, on_bytes) for code, name in PARTS.items()
              if sizes.get(name) is not None]
-    # a part that broke off lacks records that others name: those are no damages of their own
+    # a part that broke off lacks records that others refer to; these are not further damages
     if len(whole) == len(PARTS) and all(whole):
         checker.finish(manifest)
 
 
 def verify_data(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """The digests of the data parts that have the right size, nearly all the time of `verify`; what `verify_records`
-    tells of is not told again. In a thread: digests are computed without the interpreter's lock.
+    """Check the digests of the data parts that have the right size. This takes nearly all the time of `verify`. Damages
+    that `verify_records` reports are not repeated. It can run in a thread, since digests are computed without the
+    interpreter's lock.
 
-    on_bytes(n) is called after every n bytes, for progress; what it raises ends this.
+    on_bytes(n) is called after every n bytes, for progress. An error that it raises ends this.
     """
     damages: list[str] = []
     try:
@@ -80,12 +81,12 @@ def _verify_names(found: Iterable[str], manifest: Manifest | None, damages: list
     if manifest is not None:
         expected = {NAME, *manifest.parts}
         damages += [f'{name} does not belong to the image' for name in sorted(set(found) - expected)]
-        damages += [f'{NAME}: names no part {name}' for name in PARTS.values() if name not in expected]
+        damages += [f'{NAME}: part {name} is not listed' for name in PARTS.values() if name not in expected]
 
 
 def _verify_file(files: ImageFiles, name: str, manifest: Manifest | None, damages: list[str],
                  on_bytes: Callable[[int], None] | None) -> int | None:
-    """Its size; None where there is no such file."""
+    """Check a file and return its size; None if it does not exist."""
     part = manifest.parts.get(name) if manifest else None
     try:
         fd = files.open(name)
@@ -108,10 +109,10 @@ def _verify_digest(files: ImageFiles, name: str, part: Part, damages: list[str],
     try:
         fd = files.open(name)
     except ImageDamaged:
-        return          # told already
+        return          # reported already
     try:
         if os.fstat(fd).st_size == part.size and digest_file(fd, on_bytes)[1] != part.sha256:
-            damages.append(f'{name}: its digest does not fit its content')
+            damages.append(f'{name}: its digest does not match its content')
     except OSError as error:
         damages.append(f'{name} cannot be read: {error.strerror}')
     finally:

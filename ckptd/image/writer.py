@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Incoming, ImageWriter: one image on its way into the spool, published whole or never seen.
+"""Incoming, ImageWriter: one image on its way into the spool. It is published as a whole or never visible.
 
     SPOOL/
         20240131_235959_sleep_3fa9/         a published image; its name never names anything incomplete
             tree.img tasks.img files.img memory.img data-0.img ... manifest.json
         .incoming-20240131_235959_.../      0700, being written: its writer holds a flock(2) on the directory
 
-A writer that dies leaves a directory whose lock is free: `remove_stale` takes it away. Order of publishing: parts and
+A writer that dies leaves a directory whose lock is free, and `remove_stale` removes it. Order of publishing: parts and
 their digests, manifest, each with fsync; the directory; rename; the spool.
 """
 
@@ -36,7 +36,7 @@ FLUSH = 1 << 20
 
 
 class PartWriter:
-    """One record file, tree.img and its like. keep_free: as in DataWriter."""
+    """The writer of one record file, such as tree.img. keep_free: as in DataWriter."""
 
     def __init__(self, directory: Path, code: str, keep_free: int = 0) -> None:
         self.path, self._keep_free = directory / PARTS[code], keep_free
@@ -75,7 +75,7 @@ class PartWriter:
 
 
 class Incoming:
-    """Owner of SPOOL/.incoming-IMAGE, which becomes SPOOL/IMAGE; leaving the `with` before that removes it.
+    """Owner of SPOOL/.incoming-IMAGE, which becomes SPOOL/IMAGE. Leaving the `with` before that removes it.
 
         with Incoming(spool, image) as incoming:
             ...                                 # parts in incoming.path, each with fsync
@@ -85,7 +85,7 @@ class Incoming:
 
     def __init__(self, spool: Path, image: str) -> None:
         if not is_image_id(image):
-            raise ValueError(f'{image!r} is no image id')
+            raise ValueError(f'{image!r} is not an image id')
         self.spool, self.image = spool, image
         self.path = spool / f'{INCOMING}{image}'
         self._lock = _make_locked(self.path)
@@ -114,14 +114,14 @@ class Incoming:
             with spooling(self.spool):
                 sync_directory(self.spool)
         except SpoolFailed:
-            shutil.rmtree(final, ignore_errors=True)    # not surely on the disk is not published
+            shutil.rmtree(final, ignore_errors=True)    # an image that may not be on the disk is not published
             raise
 
     def abort(self) -> None:
-        """Remove what is not published; nothing to do after `show`. Never fails: `remove_stale` comes later."""
+        """Remove an unpublished image. After `show` do nothing. This never fails: `remove_stale` comes later."""
         if self._lock < 0:
             return
-        # the spool may have another path by now, or none: the directory is known by its fd
+        # the spool may have another path by now, or none, so the directory is found by its fd
         here = Path(os.readlink(f'/proc/self/fd/{self._lock}'))  # noqa: PTH115
         shutil.rmtree(here if _is_at(self._lock, here) else self.path, ignore_errors=True)
         self._unlock()
@@ -133,7 +133,7 @@ class Incoming:
 
 
 class Destination(Protocol):
-    """A directory that an image is written to, as Incoming."""
+    """A directory that an image is written to, such as Incoming."""
     path: Path
     image: str
 
@@ -146,12 +146,12 @@ class Destination(Protocol):
 
 
 class ImageWriter:
-    """An image that is made here, record by record. keep_free: as in DataWriter.
+    """An image that is written record by record. keep_free: as in DataWriter.
 
         with ImageWriter(Incoming(spool, image)) as writer:
             writer.part('TREE').write(record)
             writer.data.add(chunks)
-            writer.seal()                       # after the tree was let go: reads everything again for the digests
+            writer.seal()                       # after the tree was released: reads everything again for the digests
             writer.publish(manifest)
     """
 
@@ -170,18 +170,18 @@ class ImageWriter:
         self.abort()
 
     def part(self, code: str) -> PartWriter:
-        """The writer of 'TREE', 'TASK', 'FILE' or 'MEM '; the file is made at the first call. SpoolFailed."""
+        """Return the writer of 'TREE', 'TASK', 'FILE' or 'MEM '. The file is made at the first call. SpoolFailed."""
         if code not in self._parts:
             self._parts[code] = PartWriter(self.path, code, self._keep_free)
         return self._parts[code]
 
     @property
     def data(self) -> DataWriter:
-        """data-0.img."""
+        """The writer of data-0.img."""
         return self._data[0] if self._data else self.new_data()
 
     def new_data(self) -> DataWriter:
-        """A further data-N.img, for a process or thread that writes on its own. SpoolFailed."""
+        """Make a further data-N.img, for a process or thread that writes on its own. SpoolFailed."""
         self._data.append(DataWriter(self.path, len(self._data), self._keep_free))
         return self._data[-1]
 
@@ -193,15 +193,15 @@ class ImageWriter:
     def seal(self, on_bytes: Callable[[int], None] | None = None) -> dict[str, Part]:
         """Complete all parts, bring them to the disk, return their sizes and digests. SpoolFailed.
 
-        on_bytes(n) is called after every n bytes that have their digest; what it raises ends the work.
+        on_bytes(n) is called after every n bytes that were hashed. An error that it raises ends the work.
         """
         if self._sealed is None:
-            for code in PARTS:      # a part without records is still there: missing files are damage
+            for code in PARTS:      # a part without records is written, too, since missing files are damage
                 self.part(code)
             writers: list[PartWriter | DataWriter] = [self.data, *self._data[1:], *self._parts.values()]
             for writer in writers:
                 writer.finish()
-            # the disk and sha256 work at the same time: both leave the interpreter's lock alone
+            # the disk and sha256 work at the same time; neither needs the interpreter's lock
             with ThreadPoolExecutor(1, 'fsync') as pool:
                 synced = [pool.submit(_sync, writer) for writer in writers]
                 sealed = {writer.path.name: _digest(writer, on_bytes) for writer in writers}
@@ -213,7 +213,7 @@ class ImageWriter:
         return self._sealed
 
     def publish(self, manifest: Manifest) -> Manifest:
-        """Make the image visible; the manifest with its parts filled in. SpoolFailed."""
+        """Make the image visible. Return the manifest with its parts filled in. SpoolFailed."""
         manifest = msgspec.structs.replace(manifest, image=self._destination.image, parts=self.seal())
         self._destination.write_manifest(manifest)
         self._destination.show()
@@ -240,14 +240,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def _make_locked(path: Path) -> int:
-    """A new directory and the fd that holds its lock. SpoolFailed."""
+    """Make a directory and return the fd that holds its lock. SpoolFailed."""
     while True:
         with spooling(path):
             path.mkdir(mode=0o700)
         try:
             fd = _open_directory(path)
         except FileNotFoundError:
-            continue            # `remove_stale` saw it before it was locked
+            continue            # `remove_stale` removed it before it was locked
         except OSError as error:
             raise spool_failed(path, error) from error
         flock.lock(fd)
@@ -280,12 +280,12 @@ def _digest(writer: PartWriter | DataWriter, on_bytes: Callable[[int], None] | N
 
 
 def remove_stale(spool: Path) -> list[str]:
-    """Remove what dead writers left behind; ids of the images that were never finished. SpoolFailed."""
+    """Remove the directories of dead writers. Return the ids of the unfinished images. SpoolFailed."""
     with spooling(spool):
         entries = sorted(path for path in spool.iterdir() if path.name.startswith(INCOMING))
     removed = []
     for path in entries:
-        # whoever removes it at the same time goes on where this one stops
+        # another process that removes it at the same time continues where this one stops
         with spooling(path), suppress(FileNotFoundError):
             if _remove_unlocked(path):
                 removed.append(path.name.removeprefix(INCOMING))
@@ -299,7 +299,7 @@ def _remove_unlocked(path: Path) -> bool:
         return False
     try:
         flock.lock(fd, wait=False)
-        # between listing and locking it may have been published: the lock of what is still here has no other owner
+        # It may have been published between listing and locking. If it is still here, its lock has no other owner.
         if not _is_at(fd, path):
             return False
         shutil.rmtree(path)

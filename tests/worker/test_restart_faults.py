@@ -224,7 +224,7 @@ class Trial:
             if status := await ended(self.victim.pid):
                 self.failures.append(f'{action}: the root ended with {status:#x}')
         except (ChildProcessError, ProcessLookupError):
-            self.failures.append(f'{action}: there is no root of the tree')
+            self.failures.append(f'{action}: no root of the tree')
         except TimeoutError:
             self.failures.append(f'{action}: {self.victim} did not end: {settled.describe(self.victim.pid)}')
         if self.victim.output:

@@ -196,7 +196,7 @@ def make_directory(path: Path) -> None:
 
 HOW = [(write_more, 'ESTALE', ['has 12 bytes, not 6', '(mtime)']), (touch, 'ESTALE', ['1970-01-01', '(mtime)']),
        (put_another, 'ESTALE', ['is another file (inode']), (Path.unlink, 'ENOENT', ['is missing']),
-       (make_directory, 'ESTALE', ['is no regular file any more'])]
+       (make_directory, 'ESTALE', ['is no longer a regular file'])]
 
 
 @pytest.mark.parametrize(('change', 'errno', 'words'), HOW, ids=['more', 'touched', 'another', 'missing', 'directory'])

@@ -125,7 +125,7 @@ def free(disk: Path) -> int:
 
 def test_a_checkpoint_is_not_begun_where_too_little_would_stay_free(subject: Subject, disk: Path) -> None:
     place = Place(disk).make()
-    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+    with pytest.raises(SpoolFailed, match='must stay free') as caught:
         place.checkpoint(subject.victim.pid, keep_free=10 * MIB)
     assert (caught.value.errno, caught.value.phase) == (errno.ENOSPC, 'scan')
     assert 'KeepFree=' in caught.value.hint
@@ -147,7 +147,7 @@ def large() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_checkpoint_ends_before_too_little_stays_free(large: 'subprocess.Popen[bytes]', disk: Path) -> None:
     """How much memory it has, nobody knows before; the file system would take it, and what is to stay free not."""
     place, keep_free = Place(disk).make(), 7 * MIB + MIB // 2
-    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+    with pytest.raises(SpoolFailed, match='must stay free') as caught:
         place.checkpoint(large.pid, keep_free=keep_free)
     assert (caught.value.errno, 'KeepFree=' in caught.value.hint) == (errno.ENOSPC, True)
     assert [*place.spool.iterdir(), *left_in_journal(place.runtime)] == []
@@ -173,7 +173,7 @@ def test_a_rollback_keeps_no_more_than_stays_free(disk: Path, tmp_path: Path, ho
     def run(keep_free: int) -> int:
         with DirectWorker() as worker:
             return int(worker.run(msgspec.structs.replace(request, keep_free=keep_free))['root'])
-    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+    with pytest.raises(SpoolFailed, match='must stay free') as caught:
         run(free(disk) - 9 * MIB)
     settled.reap_orphans()
     assert (caught.value.errno, 'KeepFree=' in caught.value.hint) == (errno.ENOSPC, True)
@@ -228,13 +228,13 @@ def test_an_import_leaves_what_is_to_stay_free(stream: int, disk: Path) -> None:
     """Nothing is begun where there is too little, nor goes on when somebody else takes it."""
     spool, size = Place(disk).make().spool, os.fstat(stream).st_size
     watcher, keep_free = Neighbour(disk, 0), free(disk) - size // 2
-    with pytest.raises(SpoolFailed, match='are to stay so'):
+    with pytest.raises(SpoolFailed, match='must stay free'):
         read_archive(stream, destination_in(spool, keep_free), 1, 1, 1 << 30, watcher, keep_free)
     assert (watcher.left, list(spool.iterdir())) == ([], [])
     os.lseek(stream, 0, os.SEEK_SET)
     keep_free = free(disk) - size - MIB
     watcher = Neighbour(disk, 2 * MIB)
-    with pytest.raises(SpoolFailed, match='are to stay so') as caught:
+    with pytest.raises(SpoolFailed, match='must stay free') as caught:
         read_archive(stream, destination_in(spool, keep_free), 1, 1, 1 << 30, watcher, keep_free)
     assert 'KeepFree=' in caught.value.hint
     assert min(watcher.left) >= keep_free
@@ -247,7 +247,7 @@ def test_an_import_leaves_what_is_to_stay_free(stream: int, disk: Path) -> None:
 
 def test_an_import_by_a_worker(stream: int, disk: Path) -> None:
     place = Place(disk).make()
-    with DirectWorker() as worker, pytest.raises(SpoolFailed, match='are to stay so'):
+    with DirectWorker() as worker, pytest.raises(SpoolFailed, match='must stay free'):
         worker.run(place.request(0, target='', operation='import', image='', has_output=True, keep_free=20 * MIB),
                    (stream,))
     assert list(place.spool.iterdir()) == []

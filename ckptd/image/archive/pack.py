@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image as a tar stream, out of the spool. archive_reader.py takes it back in.
+"""Write an image as a tar stream, out of the spool. unpack.py reads it back in.
 
-    20240131_235959_sleep_3fa9/                 0700, so that who unpacks it has it private
-    20240131_235959_sleep_3fa9/manifest.json    first: it says what follows
+    20240131_235959_sleep_3fa9/                 0700, so that it is private where it is unpacked
+    20240131_235959_sleep_3fa9/manifest.json    first: it lists what follows
     20240131_235959_sleep_3fa9/tree.img         then tasks.img, files.img, memory.img, data-0.img, data-1.img ...
     two blocks of zeros
 
-A ustar archive; a part of 8 GiB or more has a pax record `size` before it, pax(1). The sink may be a pipe or a socket:
-it is never sought in, and the kernel moves the bytes, sendfile(2).
+It is a ustar archive. A part of 8 GiB or more has a pax record `size` before it (pax(1)). The sink may be a pipe or a
+socket: it is never seeked, and the kernel moves the bytes (sendfile(2)).
 """
 
 import errno
@@ -26,20 +26,20 @@ from ckptd.image.source import ImageFiles, files_of
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
-_MOST = 1 << 30         # bytes a call of sendfile(2)
+_MOST = 1 << 30         # bytes per call of sendfile(2)
 
 
 def part_order(names: Iterable[str]) -> list[str]:
-    """Names of parts as an archive has them: records first, then data by number."""
+    """Return the names of parts in the order of an archive: records first, then data by number."""
     known = list(PARTS.values())
     return sorted(names, key=lambda name: (known.index(name), 0) if name in known else
                   (len(known), int(name.removeprefix('data-').removesuffix('.img'))))
 
 
 def write_archive(image: Path | ImageFiles, sink: int) -> list[str]:
-    """Write an image to an fd; names of its files in the stream. ImageDamaged; CkptError for the sink.
+    """Write an image to an fd. Return the names of its files in the stream. ImageDamaged; CkptError for the sink.
 
-    The digests are not looked at: who takes the stream in does that. Sizes are, before anything is written.
+    Digests are not checked here, but by the receiver of the stream. Sizes are checked before anything is written.
     """
     with files_of(image) as files:
         manifest = read_manifest_of(files)
@@ -55,7 +55,7 @@ def write_archive(image: Path | ImageFiles, sink: int) -> list[str]:
 
 
 def _sizes(files: ImageFiles, manifest: Manifest) -> dict[str, int]:
-    """Bytes by file name, in the order of the archive. ImageDamaged where a part has others than it should."""
+    """Return bytes by file name, in the order of the archive. ImageDamaged if a part has a wrong size."""
     sizes = {}
     for name in (NAME, *part_order(manifest.parts)):
         fd = files.open(name)
@@ -93,7 +93,7 @@ def _send(sink: int, fd: int, at: int, length: int) -> int:
     try:
         return _patiently(sink, os.sendfile, sink, fd, at, min(length, _MOST))
     except OSError as error:
-        # a sink that is open for appending, sendfile(2), or one that knows write(2) only
+        # a sink that is open for appending (sendfile(2)), or one that supports write(2) only
         if error.errno not in (errno.EINVAL, errno.ENOSYS):
             raise
     data = os.pread(fd, min(length, CHUNK), at)
@@ -108,7 +108,7 @@ def _write(sink: int, data: bytes) -> None:
 
 
 def _patiently(sink: int, call: Callable[..., int], *args: Any) -> int:
-    """A call that waits for room also where the caller's fd itself does not (O_NONBLOCK)."""
+    """Make a call that waits for room, even if the caller's fd does not (O_NONBLOCK)."""
     while True:
         try:
             return call(*args)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A tar stream of anybody becomes an image in the spool, or an error and nothing.
+"""Import an image into the spool from a tar stream, which may come from anyone. A failed import leaves nothing.
 
-Only what archive.py writes is taken, and what other tars make of the same files: ustar, GNU and pax headers, one top
-directory or none, padding at the end. Everything else is ImageDamaged: a member that is no part of an image or comes
-twice, a link, a device, a sparse file, another size than the manifest says, an end that comes too early or too late.
+It accepts only what pack.py writes, and what other tars make of the same files: ustar, GNU and pax headers, one top
+directory or none, padding at the end. Everything else is ImageDamaged: a member that is not part of an image or comes
+twice, a link, a device, a sparse file, a size other than in the manifest, an end that is too early or too late.
 
-    manifest.json       at most MAX_MANIFEST; says which parts may follow, and how large each is
+    manifest.json       at most MAX_MANIFEST; lists the parts that may follow, and their sizes
     parts               in any order, into SPOOL/.incoming-IMAGE, which is made only now
     verify              digests, grammar, references: no damage at all
-    manifest            sealed anew: other owner, imported, mostly another id
+    manifest            sealed again: other owner, imported, usually another id
 
-Memory: a chunk, the manifest, and a pax header of at most MAX_PAX. Only `verify` needs more, some twenty times the size
-of the records at worst, and gets MEMORY at most.
+Memory: a chunk, the manifest, and a pax header of at most MAX_PAX. Only `verify` needs more, in the worst case twenty
+times the size of the records, and gets MEMORY at most.
 """
 
 import errno
@@ -36,10 +36,10 @@ from ckptd.image.verify import verify
 from ckptd.image.writer import Destination, Incoming
 
 MAX_PAX = 8 << 10           # bytes of one pax header: times and names have some hundred
-MAX_PADDING = 1 << 20       # zeros behind the end: tar(1) fills a record, of 10 KiB if not told otherwise
-MEMORY = 1 << 30            # bytes that the process may have for `verify`
+MAX_PADDING = 1 << 20       # zeros behind the end: tar(1) fills a record, 10 KiB by default
+MEMORY = 1 << 30            # bytes that the process may use for `verify`
 _TRIES = 16                 # ids
-_HINT = 'send the whole of what "ckptctl export --format tar" writes, uncompressed'
+_HINT = 'send the complete, uncompressed output of "ckptctl export --format tar"'
 _IGNORED = frozenset(('mtime', 'atime', 'ctime', 'uid', 'gid', 'uname', 'gname', 'comment'))     # pax records
 
 
@@ -47,20 +47,20 @@ Place = TypeVar('Place', bound=Incoming)
 
 
 class Watcher(Protocol):
-    """Who looks on. What a call raises ends the work, and nothing is left."""
+    """A listener to the progress. An error that it raises ends the import, and nothing is left."""
     def phase(self, name: str) -> None: ...                     # 'receive', 'verify', 'publish'
-    def wait_readable(self, fd: int) -> None: ...               # or at its end
+    def wait_readable(self, fd: int) -> None: ...               # readable, or at its end
     def progress(self, done: int, total: int) -> None: ...      # bytes of this phase
 
 
 def read_archive(fd: int, destination: Callable[[Manifest], Destination], uid: int, gid: int, limit: int,
                  watcher: Watcher, keep_free: int = 0) -> Manifest:
-    """Take in the image that comes from `fd`, to its end-of-file; the manifest under which it is in the spool.
+    """Import the image that comes from `fd`, up to end-of-file. Return the manifest that it has in the spool.
 
-    destination: makes the directory for an image, see `incoming`. uid, gid: its owner from now on. limit: bytes of all
-    parts. keep_free: bytes of the file system that stay free, whoever else writes meanwhile.
+    destination: makes the directory for an image, see `incoming`. uid, gid: its new owner. limit: bytes of all parts.
+    keep_free: bytes of the file system that must stay free, even if others write meanwhile.
 
-    ImageDamaged, LimitsExceeded, SpoolFailed; CkptError where the fd cannot be read.
+    ImageDamaged, LimitsExceeded, SpoolFailed; CkptError if the fd cannot be read.
     """
     watcher.phase('receive')
     archive = _Archive(_Stream(fd, watcher))
@@ -80,11 +80,11 @@ def read_archive(fd: int, destination: Callable[[Manifest], Destination], uid: i
 
 
 def _damaged(words: str) -> ImageDamaged:
-    return ImageDamaged(f'the stream is no image: {words}', hint=_HINT)
+    return ImageDamaged(f'the stream is not an image: {words}', hint=_HINT)
 
 
 class _Stream:
-    """The bytes of the fd, once and in their order."""
+    """The bytes of the fd, read once and in order."""
 
     def __init__(self, fd: int, watcher: Watcher) -> None:
         self._fd, self._watcher = fd, watcher
@@ -92,12 +92,12 @@ class _Stream:
         self.at = 0
 
     def some(self, most: int) -> memoryview:
-        """At least one byte, good until the next call; none at the end."""
+        """Read at least one byte, valid until the next call; none at the end."""
         while True:
             self._watcher.wait_readable(self._fd)
             try:
                 done = os.readv(self._fd, [self._buffer[:most]])
-            except BlockingIOError:         # somebody else has read it
+            except BlockingIOError:         # another process has read it
                 continue
             except OSError as error:
                 raise CkptError(f'cannot read the stream: {error.strerror}', errno=error.errno,
@@ -106,7 +106,7 @@ class _Stream:
             return self._buffer[:done]
 
     def chunks(self, length: int) -> Iterator[memoryview]:
-        """The next `length` bytes."""
+        """Yield the next `length` bytes."""
         while length:
             chunk = self.some(min(length, CHUNK))
             if not chunk:
@@ -118,20 +118,20 @@ class _Stream:
         return b''.join(bytes(chunk) for chunk in self.chunks(length))
 
     def padding(self, length: int) -> None:
-        """What fills a block after so many bytes."""
+        """Read the padding of a block after so many bytes."""
         if any(self.exactly(-length % BLOCK)):
             raise _damaged(f'no padding before byte {self.at}')
 
 
 class _Archive:
-    """The members, one after the other."""
+    """The members of the archive, one after the other."""
 
     def __init__(self, stream: _Stream) -> None:
         self._stream = stream
-        self._directory: str | None = None      # the name of the first member's, '' if it has none
+        self._directory: str | None = None      # the directory of the first member, '' if it has none
 
     def manifest(self) -> Manifest:
-        """The first file. Whatever else comes first is no image."""
+        """Read the first file, which must be the manifest."""
         name, size = self._next() or ('', 0)
         if name != NAME:
             raise _damaged(f'it begins with {name!r}, not with {NAME}')
@@ -140,14 +140,15 @@ class _Archive:
         try:
             manifest = decode_manifest(self._stream.exactly(size))
         except ImageDamaged as error:
-            if error.hint == ImageDamaged.default_hint:     # nothing is in the spool that could be verified
+            # the default hint is to verify the image, but it is not in the spool
+            if error.hint == ImageDamaged.default_hint:
                 error.hint = _HINT
             raise
         self._stream.padding(size)
         return manifest
 
     def receive(self, directory: Path, manifest: Manifest, watcher: Watcher, keep_free: int) -> None:
-        """Every part into a file of its own, and the end of the stream."""
+        """Write every part into a file of its own, and read the end of the stream."""
         missing, done = dict(manifest.parts), 0
 
         def on_bytes(count: int) -> None:
@@ -183,7 +184,7 @@ class _Archive:
         self._stream.padding(size)
 
     def _next(self) -> tuple[str, int] | None:
-        """Name in its directory and size of the next file; None at the end mark."""
+        """Return name in its directory and size of the next file; None at the end mark."""
         block = self._stream.exactly(BLOCK)
         if not any(block):
             return None
@@ -196,11 +197,11 @@ class _Archive:
             self._directory = info.name
             return self._next()
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise _damaged(f'{info.name[:256]!r} is no regular file')
+            raise _damaged(f'{info.name[:256]!r} is not a regular file')
         return self._strip(info.name), info.size
 
     def _pax(self, size: int) -> int | None:
-        """What a pax header says of the size of the next member."""
+        """Return the size of the next member if the pax header has it."""
         if not 0 <= size <= MAX_PAX:
             raise _damaged(f'a pax header of {size} bytes')
         records = parse_pax(self._stream.exactly(size))
@@ -213,7 +214,7 @@ class _Archive:
         return None if text is None else int(text)
 
     def _strip(self, path: str) -> str:
-        """The name without the one directory that all members are in."""
+        """Remove the one directory that contains all members from a name."""
         directory, slash, name = path.rpartition('/')
         if self._directory is None and (is_image_id(directory) or not slash):
             self._directory = directory
@@ -222,7 +223,7 @@ class _Archive:
         return name
 
     def _end(self) -> None:
-        """The second block of the end mark, then zeros to the end-of-file."""
+        """Read the second block of the end mark, then zeros to the end-of-file."""
         at = self._stream.at
         if any(self._stream.exactly(BLOCK)):
             raise _damaged(f'half an end mark at byte {at}')
@@ -232,9 +233,9 @@ class _Archive:
 
 
 def _parse_header(block: bytes) -> tarfile.TarInfo:
-    """A header of ustar or GNU tar, with its checksum right."""
+    """Parse a header of ustar or GNU tar with a correct checksum."""
     if block[257:262] != b'ustar':
-        raise _damaged('a block that is no tar header')
+        raise _damaged('a block that is not a tar header')
     try:
         info = tarfile.TarInfo.frombuf(block, 'utf-8', 'surrogateescape')
     except tarfile.HeaderError as error:
@@ -243,7 +244,8 @@ def _parse_header(block: bytes) -> tarfile.TarInfo:
 
 
 def parse_pax(data: bytes) -> dict[str, str]:
-    """The records of a pax header: '%d %s=%s\\n', the length of the whole record first. ImageDamaged."""
+    r"""Parse the records of a pax header: '%d %s=%s\\n', beginning with the length of the whole record.
+    ImageDamaged."""
     records: dict[str, str] = {}
     at = 0
     while at < len(data):
@@ -251,7 +253,7 @@ def parse_pax(data: bytes) -> dict[str, str]:
         length = int(head) if space and head.isdigit() else 0
         key, equals, value = data[at + len(head) + 1:at + length].partition(b'=')
         if not equals or not value.endswith(b'\n') or at + length > len(data):
-            raise _damaged('a pax header that is none')
+            raise _damaged('an invalid pax header')
         name = key.decode('utf-8', 'surrogateescape')
         if name in records:
             raise _damaged(f'two pax records {name[:64]!r}')
@@ -262,10 +264,10 @@ def parse_pax(data: bytes) -> dict[str, str]:
 
 def incoming(spool: Path, image: str, size: int, keep_free: int = 0, *, keep_id: bool = True,
              make: Callable[[Path, str], Place]) -> Place:
-    """Where an image of `size` bytes is received. SpoolFailed, also where there is no room.
+    """Make the directory in which an image of `size` bytes is received. SpoolFailed, also if there is no room.
 
-    keep_id: its id stays where it is free; otherwise it never does, and who sends the stream does not learn whether
-    there is such an image. make: Incoming, or a subclass.
+    keep_id: keep the id if it is free. Otherwise it is always changed, so that the sender does not learn whether such
+    an image exists. make: Incoming, or a subclass.
     """
     require_room(spool, size, keep_free)
     image = image if keep_id else other_image_id(image)
@@ -276,7 +278,7 @@ def incoming(spool: Path, image: str, size: int, keep_free: int = 0, *, keep_id:
             if error.errno != errno.EEXIST:
                 raise
         else:
-            # looked at only now: nobody publishes an id who does not own its directory
+            # checked only now: an id can be published only by the owner of its directory
             if not os.path.lexists(spool / image):
                 return found
             found.abort()
@@ -285,12 +287,12 @@ def incoming(spool: Path, image: str, size: int, keep_free: int = 0, *, keep_id:
 
 
 def destination_in(spool: Path, keep_free: int = 0, *, keep_id: bool = True) -> Callable[[Manifest], Destination]:
-    """For `read_archive`: a directory in the spool itself."""
+    """Return a destination for `read_archive`: a directory in the spool itself."""
     return lambda manifest: incoming(spool, manifest.image, manifest.size, keep_free, keep_id=keep_id, make=Incoming)
 
 
 def _verify(directory: Path, manifest: Manifest, watcher: Watcher) -> None:
-    """All of it, while another thread brings it to the disk. ImageDamaged, SpoolFailed."""
+    """Verify the image while another thread brings it to the disk. ImageDamaged, SpoolFailed."""
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -316,14 +318,14 @@ def _verify(directory: Path, manifest: Manifest, watcher: Watcher) -> None:
 
 @contextmanager
 def _bounded_memory() -> Iterator[None]:
-    """MemoryError of the body becomes LimitsExceeded, and comes before the machine has none."""
+    """Limit the memory of the body: its MemoryError becomes LimitsExceeded, before the machine is out of memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    # RLIM_INFINITY is -1: no limit is above any
+    # RLIM_INFINITY is -1: no limit is above it
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY if soft < 0 else min(MEMORY, soft), hard))
     try:
         yield
     except MemoryError:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))      # what undoes the rest needs some
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))      # undoing the rest needs some memory
         raise LimitsExceeded(f'verifying the records takes more than {MEMORY >> 20} MiB of memory') from None
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -331,8 +333,8 @@ def _bounded_memory() -> Iterator[None]:
 
 def _sync(path: Path) -> None:
     with spooling(path):
-        # an error of writing back that nobody has heard of is told to whoever opens the file after it, too:
-        # Linux b4678df184b3 "errseq: Always report a writeback error once" (v4.17)
+        # A writeback error that no process has seen is also reported to a process that opens the file later: Linux
+        # b4678df184b3 "errseq: Always report a writeback error once" (v4.17)
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(fd)

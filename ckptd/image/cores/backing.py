@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""BackingFile: bytes of a mapped file that the image does not have, from the file itself while it is still the same."""
+"""BackingFile: bytes of a mapped file that are not in the image, read from the file itself while it is unchanged."""
 
 import os
 import stat
@@ -9,17 +9,17 @@ from contextlib import AbstractContextManager, contextmanager
 from ckptd.image.records import Backing
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: what was a file may have become a FIFO since it was looked at
+# O_NONBLOCK: the file may have been replaced by a FIFO since it was checked
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class BackingFile:
-    """A file named by a Backing record. It is opened for each piece and never held: a thousand libraries cost no fds.
+    """A file named by a Backing record. It is opened for each piece and not held, so a thousand libraries cost no fds.
 
-    The export may read images, which whoever asks for it may not, and he may have made this one up: a file that he may
-    stat(2) is not one that he may read. So it is opened by his ids alone; root's open everything, and as the owner of
-    the image may put a symbolic link anywhere on a path of his, and that of a mapping has none, none is followed.
-    outside: the block that does it.
+    The export may read images that the caller may not read. The caller may also have made this image up, and may be
+    able to stat(2) files that they cannot read. So the file is opened with the caller's ids only. Root may open
+    everything, but the owner of the image could put symbolic links on a path of theirs. The path of a mapping has none,
+    so none is followed. outside: the block that sets the ids.
     """
 
     def __init__(self, record: Backing, outside: Callable[[], AbstractContextManager[None]]) -> None:
@@ -27,7 +27,7 @@ class BackingFile:
 
     @contextmanager
     def _open(self) -> Iterator[int]:
-        """An fd; -1 where the path leads to nothing or to another file."""
+        """Open the file. The fd is -1 if the path leads to nothing or to another file."""
         fd = self._open_same()
         try:
             yield fd
@@ -42,7 +42,7 @@ class BackingFile:
         try:
             with self._outside():
                 fd = _open_without_links(path)
-        except (OSError, ValueError):       # ValueError: a zero byte in a path, from a hostile image
+        except (OSError, ValueError):       # ValueError: a zero byte in a path from a hostile image
             return -1
         if fd >= 0 and not self._is_same(os.fstat(fd)):
             os.close(fd)
@@ -55,12 +55,12 @@ class BackingFile:
             record.device, record.inode, record.size, record.mtime)
 
     def is_unchanged(self) -> bool:
-        """Whether the file is still there, the same, and can be read."""
+        """Whether the file still exists, is unchanged, and can be read."""
         with self._open() as fd:
             return fd >= 0
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset`; zeros behind the end, and where the file can no longer be read."""
+        """Fill `buffer` from byte `offset`. Bytes behind the end, or that can no longer be read, are zeros."""
         buffer[:] = bytes(len(buffer))
         with self._open() as fd:
             while fd >= 0 and len(buffer) and offset < self.record.size:
@@ -74,7 +74,8 @@ class BackingFile:
 
 
 def _open_without_links(path: bytes) -> int:
-    """A regular file for reading, no component of its path a symbolic link; -1 where it is no regular file."""
+    """Open a regular file for reading if no component of its path is a symbolic link; -1 if it is not a regular
+    file."""
     *directories, name = [part for part in path.split(b'/') if part] or [b'.']
     at = os.open('/', _DIRECTORY)
     try:

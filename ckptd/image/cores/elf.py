@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """ELF64 core files, byte by byte: headers and notes as Linux writes them. Pure.
 
-Layouts from <elf.h>, <linux/elfcore.h> and arch/x86/include/asm/elf.h; fs/binfmt_elf.c has the order of the notes.
+Layouts are from <elf.h>, <linux/elfcore.h> and arch/x86/include/asm/elf.h; fs/binfmt_elf.c has the order of the notes.
 """
 
 import struct
@@ -13,7 +13,7 @@ ET_CORE = 4
 EM_X86_64 = 62
 PT_LOAD, PT_NOTE = 1, 4
 PF_X, PF_W, PF_R = 1, 2, 4
-PN_XNUM = 0xFFFF        # e_phnum when there are as many or more: section header 0 then has the number in sh_info
+PN_XNUM = 0xFFFF        # e_phnum for this number or more: section header 0 then has the number in sh_info
 
 NT_PRSTATUS, NT_FPREGSET, NT_PRPSINFO, NT_AUXV = 1, 2, 3, 6
 NT_FILE = 0x46494C45
@@ -21,7 +21,7 @@ NT_SIGINFO = 0x53494749
 NT_X86_XSTATE = 0x202   # note name LINUX; the others are CORE
 
 GPR_SIZE = 27 * 8       # struct user_regs_struct
-FPREGS_SIZE = 512       # struct user_i387_struct: the legacy area that every XSAVE image begins with
+FPREGS_SIZE = 512       # struct user_i387_struct: the legacy area at the start of every XSAVE image
 SIGINFO_SIZE = 128
 
 EHDR = struct.Struct('<16sHHIQQQIHHHHHH')
@@ -50,8 +50,8 @@ class Phdr(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prstatus:
-    """struct elf_prstatus without the times. signal: the one that stopped the thread, 0 for none."""
-    signal: int
+    """struct elf_prstatus without the times."""
+    signal: int    # the signal that stopped the thread, 0 for none
     pending: int
     blocked: int
     pid: int
@@ -67,9 +67,9 @@ class Prstatus:
 
 @dataclass(frozen=True, slots=True)
 class Prpsinfo:
-    """struct elf_prpsinfo. state: the letter. nice: -20..19."""
-    state: str
-    nice: int
+    """struct elf_prpsinfo."""
+    state: str    # the letter
+    nice: int     # -20..19
     flags: int
     uid: int
     gid: int
@@ -87,33 +87,33 @@ class Prpsinfo:
 
 
 class MappedFile(NamedTuple):
-    """One entry of NT_FILE. offset in bytes."""
+    """One entry of NT_FILE."""
     start: int
     end: int
-    offset: int
+    offset: int    # bytes
     path: bytes
 
 
 def note(type_: int, desc: bytes, name: bytes = b'CORE') -> bytes:
-    """One note, both parts padded to four bytes."""
+    """Encode one note, with both parts padded to four bytes."""
     name += b'\0'
     return b''.join((_NOTE.pack(len(name), len(desc), type_), name, bytes(-len(name) % 4), desc, bytes(-len(desc) % 4)))
 
 
 def file_note(files: Sequence[MappedFile], page_size: int) -> bytes:
-    """NT_FILE: which file is mapped where."""
+    """Encode NT_FILE: the mapped files and their addresses."""
     table = [_FILE_ENTRY.pack(one.start, one.end, one.offset // page_size) for one in files]
     names = [one.path + b'\0' for one in files]
     return note(NT_FILE, b''.join((_FILE_HEAD.pack(len(files), page_size), *table, *names)))
 
 
 def headers_size(count: int) -> int:
-    """Bytes of ELF header, `count` program headers and, where needed, the one section header."""
+    """Return the bytes of ELF header, `count` program headers and, if needed, the one section header."""
     return EHDR.size + count * PHDR.size + (SHDR.size if count >= PN_XNUM else 0)
 
 
 def encode_headers(machine: int, phdrs: Sequence[Phdr]) -> bytes:
-    """Everything before the notes, `headers_size` bytes."""
+    """Encode everything before the notes, `headers_size` bytes."""
     extended = len(phdrs) >= PN_XNUM
     shoff = EHDR.size + len(phdrs) * PHDR.size if extended else 0
     ident = b'\x7fELF\x02\x01\x01' + bytes(9)       # 64 bit, little-endian, current version, System V

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writing of cores: into a file, a directory, or a tar stream. Holes stay holes; a megabyte of memory is enough.
+"""Write cores into a file, a directory, or a tar stream. Holes stay holes, and one megabyte of memory is enough.
 
-A tar stream holds cores in GNU sparse format 1.0 of POSIX (pax) archives, which GNU tar, libarchive and Python's
-tarfile unpack into sparse files: header, then as decimal lines the number of pieces and each one's offset and length,
-padded to 512 bytes, then the pieces, each padded so, too. See "Storing Sparse Files" in the manual of GNU tar.
+A tar stream has cores in GNU sparse format 1.0 of POSIX (pax) archives, which GNU tar, libarchive and Python's tarfile
+unpack into sparse files. A member is a header, then as decimal lines the number of pieces and the offset and length of
+each, padded to 512 bytes, then the pieces, each padded likewise. See "Storing Sparse Files" in the manual of GNU tar.
 """
 
 import errno
@@ -31,7 +31,7 @@ _HINTS = {
 
 @contextmanager
 def writing(name: str) -> Iterator[None]:
-    """OSError of the body becomes CkptError saying what could not be written, and what to do."""
+    """Convert an OSError of the body to a CkptError that says what could not be written and what to do."""
     try:
         yield
     except OSError as error:
@@ -51,7 +51,7 @@ def _write(out: BinaryIO, data: bytes | memoryview) -> None:
 
 
 def core_name(vpid: int) -> str:
-    """File name of the core of a process."""
+    """Return the file name of the core of a process."""
     return f'core.{vpid}'
 
 
@@ -61,14 +61,15 @@ def write_core(reader: ImageReader, vpid: int, out: BinaryIO) -> None:
     with writing(core_name(vpid)):
         base = out.tell()
         for at, chunk in _chunks(core):
-            out.seek(base + at)     # what is jumped over becomes a hole
+            out.seek(base + at)     # skipped bytes become a hole
             _write(out, chunk)
         out.flush()
         out.truncate(base + core.size)
 
 
 def export(reader: ImageReader, sink: Path | BinaryIO) -> list[str]:
-    """Write a core of every process that had memory; their names. sink: a directory, or where a tar stream goes."""
+    """Write a core of every process that had memory. Return their names. sink: a directory, or the file for a tar
+    stream."""
     vpids = exportable(reader)
     if isinstance(sink, Path):
         for vpid in vpids:
@@ -85,7 +86,7 @@ def export(reader: ImageReader, sink: Path | BinaryIO) -> list[str]:
 
 def _export_file(reader: ImageReader, vpid: int, path: Path) -> None:
     with writing(str(path)):
-        # a core is as secret as the memory it shows; never written through a link that lies there
+        # a core is as secret as the memory in it, so it is never written through an existing link
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with writing(str(path)), os.fdopen(fd, 'wb') as out:
@@ -96,7 +97,7 @@ def _export_file(reader: ImageReader, vpid: int, path: Path) -> None:
 
 
 def _chunks(core: Core) -> Iterator[tuple[int, memoryview]]:
-    """(offset in the core, bytes), ascending; the bytes are good until the next one."""
+    """Yield (offset in the core, bytes) in ascending order. The bytes are valid until the next one."""
     yield 0, memoryview(core.head)
     buffer = memoryview(bytearray(_CHUNK))
     for piece in core.pieces():
@@ -126,9 +127,10 @@ def _export_member(reader: ImageReader, vpid: int, out: BinaryIO) -> None:
 
 
 def _extents(core: Core) -> list[tuple[int, int]]:
-    """(offset, length) of what is no hole; the last is empty and says where the file ends, as GNU tar has it."""
-    # GNU tar reads whole blocks of each piece, others in a row: padding that counts suits both. Pieces begin at pages,
-    # so what is added is zero in the core
+    """Return (offset, length) of all parts that are not holes. The last one is empty and marks the end of the file, as
+    in GNU tar."""
+    # GNU tar reads whole blocks of each piece, others read all pieces in a row. Padding that counts as content suits
+    # both. Pieces begin at pages, so the added bytes are zero in the core.
     extents = [(0, _blocks(len(core.head)))]
     for piece in core.pieces():
         at, length = extents[-1]

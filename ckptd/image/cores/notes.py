@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The PT_NOTE segment of a process: who it was, its threads with their registers, its files and auxiliary vector."""
+"""The PT_NOTE segment of a process: its ids, its threads with their registers, its files and auxiliary vector."""
 
 import struct
 from collections.abc import Iterable, Sequence
@@ -35,16 +35,16 @@ from ckptd.image.records import (
     ThreadSignals,
 )
 
-_ARG_START, _ARG_END = 7, 8     # places in Mm.layout
+_ARG_START, _ARG_END = 7, 8     # indices into Mm.layout
 _PSARGS = 79
 
 
 def encode_notes(reader: ImageReader, tasks: Sequence[ImageTask], memory: Memory) -> bytes:
-    """All notes of a process; `tasks` are its living threads, the leader first where it lives."""
+    """Encode all notes of a process. `tasks` are its living threads, the leader first if it lives."""
     process = [note(NT_PRPSINFO, _prpsinfo(reader, tasks[0], memory).encode()), note(NT_AUXV, memory.mm.auxv),
                file_note(_mapped_files(reader, memory), PAGE)]
-    # a debugger gives a note to the thread of the last NT_PRSTATUS; what is of the process follows the first, as in
-    # the kernel's own cores
+    # A debugger assigns a note to the thread of the last NT_PRSTATUS. Notes of the process follow the first, as in the
+    # kernel's own cores.
     first, *others = [_thread_notes(reader, task) for task in tasks]
     return b''.join((first[0], *process, *first[1:], *(one for notes in others for one in notes)))
 
@@ -74,7 +74,7 @@ def _shared_pending(reader: ImageReader, task: ImageTask) -> tuple[bytes, ...]:
 
 
 def _siginfo(task: ImageTask, pending: Sequence[bytes]) -> bytes:
-    """The siginfo a debugger should show: the stop's, else the first that waits, else none."""
+    """Return the siginfo that a debugger should show: that of the stop, else the first pending one, else none."""
     if task.record.stop_signal:
         return struct.pack('<i', task.record.stop_signal & 0x7F).ljust(SIGINFO_SIZE, b'\0')
     return pending[0].ljust(SIGINFO_SIZE, b'\0')[:SIGINFO_SIZE] if pending else b''
@@ -90,7 +90,8 @@ def _mask(pending: Iterable[bytes]) -> int:
 
 
 def _pid(value: int) -> int:
-    return value & 0x7FFFFFFF       # pid_t is signed, fields of an image are not: no number makes packing fail
+    # pid_t is signed, fields of an image are not; masking ensures that packing never fails
+    return value & 0x7FFFFFFF
 
 
 def _prpsinfo(reader: ImageReader, task: ImageTask, memory: Memory) -> Prpsinfo:
@@ -107,7 +108,7 @@ def _prpsinfo(reader: ImageReader, task: ImageTask, memory: Memory) -> Prpsinfo:
 
 
 def _arguments(reader: ImageReader, memory: Memory) -> bytes:
-    """The command line as the process has it in its memory, blanks for the zeros between."""
+    """Return the command line from the process's memory, with blanks for zeros."""
     layout = memory.mm.layout
     start, end = (layout[_ARG_START], layout[_ARG_END]) if len(layout) > _ARG_END else (0, 0)
     text = reader.read_memory(memory, start, max(0, min(_PSARGS, end - start)))
@@ -120,6 +121,6 @@ def _mapped_files(reader: ImageReader, memory: Memory) -> list[MappedFile]:
 
 
 def _path(backing: Backing) -> bytes:
-    # as the kernel writes it: without, a debugger would take the file that is at the path now for the one that was
+    # as in the kernel: without this mark, a debugger would use the file that is at the path now
     deleted = b' (deleted)' if backing.deleted else b''
     return backing.path.encode('utf-8', 'surrogateescape').replace(b'\0', b'?') + deleted

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The plan of a core: which bytes of an image go where in an ELF core, before any is written.
+"""The plan of a core: the position of each byte of an image in an ELF core, before any is written.
 
     ELF header, program headers (, section header 0 for 65,535 and more of them)
-    PT_NOTE                 see core_notes
+    PT_NOTE                 see notes.py
     PT_LOAD per VMA         page-aligned; absent pages are holes of the file
 
-What a PT_LOAD has of its VMA, much as core(5) has it:
+The content of a PT_LOAD for each type of VMA, mostly as in core(5):
 
     private and shared memory       all, if the image has a page of it; else p_filesz 0
-    private file, changed           all: changed pages from the image, the others from the file. Where the file is gone
+    private file, changed           all: changed pages from the image, the others from the file. If the file is gone
                                     or changed, a PT_LOAD for each changed piece, so that nothing is shown as zeros
-    file, deleted                   all: nobody else has it
-    file, unchanged                 the first page if it is an ELF header: debuggers know the file by its build id
+    file, deleted                   all: no other copy exists
+    file, unchanged                 the first page if it is an ELF header: debuggers find the file by its build id
     vvar, vsyscall, MADV_DONTDUMP   nothing
 """
 
@@ -38,13 +38,13 @@ from ckptd.image.records import (
     Vma,
 )
 
-MAX_CORE = 1 << 62      # bytes, holes counted: below what off_t holds
+MAX_CORE = 1 << 62      # bytes, including holes; below the limit of off_t
 _DEAD = (ord('Z'), ord('X'))
 _ELF_MAGIC = b'\x7fELF'
 
 
 class Source(Protocol):
-    """Where bytes of a core come from."""
+    """A source of bytes for a core."""
     def read_into(self, buffer: memoryview, offset: int) -> None: ...
 
 
@@ -60,7 +60,7 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`length` bytes for byte `at` of the core (of the segment, inside one): `offset` of `source`."""
+    """`length` bytes for byte `at` of the core (or of its segment), from `offset` of `source`."""
     at: int
     length: int
     source: Source
@@ -69,7 +69,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class CoreSegment:
-    """A PT_LOAD to be: [start, end) of which the first `filesz` bytes are in the core; what no piece has is zero."""
+    """A future PT_LOAD: [start, end), of which the first `filesz` bytes are in the core. Bytes without a piece are
+    zero."""
     start: int
     end: int
     protection: int
@@ -83,7 +84,7 @@ class CoreSegment:
 
 
 class Core:
-    """The plan of one core: its head (headers and notes), its pieces in ascending order and its size."""
+    """The plan of one core: its head (headers and notes), its pieces in ascending order, and its size."""
 
     def __init__(self, reader: ImageReader, tasks: Sequence[ImageTask]) -> None:
         memory = reader.memory(tasks[0].record.mm_id)
@@ -105,7 +106,7 @@ class Core:
                 raise ImageDamaged(f'memory.img: a VMA of {one.filesz} bytes', resource='memory.img')
 
     def pieces(self) -> Iterator[Piece]:
-        """Everything after the head that is no hole."""
+        """Yield everything after the head that is not a hole."""
         at = self._data_start
         for segment in self._segments:
             for piece in segment.pieces:
@@ -114,12 +115,12 @@ class Core:
 
 
 def exportable(reader: ImageReader) -> list[int]:
-    """vtgid of each process that had memory: zombies have no core."""
+    """Return the vtgid of each process that had memory. Zombies have no core."""
     return [vtgid for vtgid in reader.processes if _living(reader, vtgid)]
 
 
 def plan_core(reader: ImageReader, vpid: int) -> Core:
-    """The plan for one process. NoSuchTarget where the image has none of that number, or it was a zombie."""
+    """Plan the core of one process. NoSuchTarget if the image has no such process, or it was a zombie."""
     tasks = _living(reader, vpid)
     if not tasks:
         raise NoSuchTarget(f'the image has no living process {vpid}', resource=f'vpid {vpid}',
@@ -135,7 +136,7 @@ def _living(reader: ImageReader, vtgid: int) -> list[ImageTask]:
 # ---------------------------------------------------------------- segments
 
 def segments(reader: ImageReader, memory: Memory) -> Iterator[CoreSegment]:
-    """The PT_LOADs for every VMA of an address space."""
+    """Yield the PT_LOADs for every VMA of an address space."""
     for vma in memory.vmas:
         if vma.start >= vma.end or vma.start % PAGE or vma.end % PAGE:
             raise ImageDamaged(f'memory.img: a VMA {vma.start:x}-{vma.end:x}', resource='memory.img')
@@ -154,12 +155,12 @@ def _whole(vma: Vma, pieces: list[Piece]) -> CoreSegment:
 
 
 def _clip(reader: ImageReader, runs: Sequence[PageRun], start: int, length: int) -> list[Piece]:
-    """What `runs` have of [start, start + length), as pieces relative to `start`."""
+    """Return what `runs` contain of [start, start + length), as pieces relative to `start`."""
     pieces, done = [], start
     for run in runs_between(runs, start, start + length):
         if run.start % PAGE:
             raise ImageDamaged(f'memory.img: a page at {run.start:x}', resource='memory.img')
-        # runs of a hostile image may overlap; a core is written forward only
+        # runs of a hostile image may overlap, but a core is written forward only
         low, high = max(run.start, done), min(run.start + run.pages * PAGE, start + length)
         if low < high:
             pieces.append(Piece(low - start, high - low, DataSource(reader, run.part), run.offset + low - run.start))
@@ -184,7 +185,7 @@ def _file_segments(reader: ImageReader, memory: Memory, vma: Vma) -> Iterator[Co
 
 
 def _file_pieces(reader: ImageReader, backing: Backing, vma: Vma) -> list[Piece]:
-    """The mapped bytes as they are in the file, from `vma.offset` on; none where they cannot be had any more."""
+    """Return the mapped bytes as they are in the file, from `vma.offset` on; none if they are no longer available."""
     if not backing.deleted:
         file = BackingFile(backing, reader.outside)
         length = min(vma.end - vma.start, page_align(max(0, backing.size - vma.offset)))
@@ -210,7 +211,7 @@ def _is_elf(file: Sequence[Piece]) -> bool:
 
 
 def _overlay(below: Sequence[Piece], above: Sequence[Piece]) -> Iterator[Piece]:
-    """Pieces of both in ascending order; where both have something, `above` wins."""
+    """Yield pieces of both in ascending order. Where both overlap, `above` wins."""
     at = 0
     rest = list(reversed(below))
     for piece in above:
@@ -221,7 +222,8 @@ def _overlay(below: Sequence[Piece], above: Sequence[Piece]) -> Iterator[Piece]:
 
 
 def _between(stack: list[Piece], start: int, end: int) -> Iterator[Piece]:
-    """What the pieces on `stack` (the first on top) have of [start, end); those that end before `end` are popped."""
+    """Yield what the pieces on `stack` (the first on top) contain of [start, end). Pieces that end before `end` are
+    popped."""
     while stack and stack[-1].at < end:
         one = stack[-1]
         low, high = max(one.at, start), min(one.at + one.length, end)
@@ -233,7 +235,8 @@ def _between(stack: list[Piece], start: int, end: int) -> Iterator[Piece]:
 
 
 def _alone(vma: Vma, changed: Sequence[Piece]) -> Iterator[CoreSegment]:
-    """A segment for each changed piece and one without data for each gap: a debugger then asks the file it knows."""
+    """Yield a segment for each changed piece and one without data for each gap. A debugger then uses the file for the
+    gap."""
     at = vma.start
     for piece in changed:
         start = vma.start + piece.at

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The XSAVE area of a core as debuggers expect it. Pure.
+"""The XSAVE area of a core in the form that debuggers expect. Pure.
 
 The standard format puts each component where CPUID leaf 0xD of that processor says, and an image has the area as the
-processor had it. Intel's keep the place of MPX (960 to 1088) and more before AVX-512 and PKRU; AMD's, which never had
-MPX, close the gap. gdb before version 14 knows Intel's places only, and later ones guess from the size alone
+processor had it. Intel's processors keep the place of MPX (960 to 1088) and more before AVX-512 and PKRU; AMD's, which
+never had MPX, close the gap. gdb before version 14 knows Intel's places only, and later ones guess from the size alone
 (gdb/i387-tdep.c, i387_guess_xsave_layout): any other area is "too small" to them and the vector registers are lost.
 
 AMX tiles come behind PKRU, from 2752 on. No gdb knows them: it computes the size of the area from the components that
-it does know, and warns about any other, so a core has the area without them. The image keeps the tiles.
+it does know, and warns about any other. So a core has the area without the tiles. The image keeps them.
 """
 
 import struct
@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 HEADER_END = 576        # legacy area, then the XSAVE header; AVX comes next in every layout
 _XCR0 = struct.Struct('<Q')
-_XCR0_AT = 464          # where NT_X86_XSTATE says which components there are, <asm/user.h>
-_XSTATE_BV_AT = 512     # which of them are not in their initial state
+_XCR0_AT = 464          # NT_X86_XSTATE has the mask of its components here (<asm/user.h>)
+_XSTATE_BV_AT = 512     # the mask of components that are not in their initial state
 
 
 class _Component(NamedTuple):
-    """bit: in XCR0. closed: its offset with the gap closed, by the size of the whole area."""
-    bit: int
+    """A component of the XSAVE area."""
+    bit: int    # in XCR0
     size: int
     offset: int
-    closed: dict[int, int]
+    closed: dict[int, int]    # its offset with the gap closed, by the size of the whole area
 
 
 _AVX_END = 832
@@ -35,11 +35,12 @@ _COMPONENTS = (
     _Component(9, 8, 2688, {2440: 2432, 840: 832}),         # PKRU
 )
 _AMX = 1 << 17 | 1 << 18        # TILECFG and TILEDATA, of Intel's processors only
-_KNOWN = 0b111 | sum(1 << one.bit for one in _COMPONENTS)   # x87, SSE, AVX and those
+_KNOWN = 0b111 | sum(1 << one.bit for one in _COMPONENTS)   # x87, SSE, AVX and these
 
 
 def for_debuggers(xstate: bytes) -> bytes:
-    """The same area with Intel's offsets; as it is where it has them already or is of a kind unknown here."""
+    """Return the area with Intel's offsets. An area that has them already, or of an unknown type, is returned
+    unchanged."""
     if len(xstate) < HEADER_END:
         return xstate
     [xcr0] = _XCR0.unpack_from(xstate, _XCR0_AT)
@@ -57,7 +58,7 @@ def for_debuggers(xstate: bytes) -> bytes:
 
 
 def _without_tiles(xstate: bytes, xcr0: int) -> bytes:
-    """The area up to the end of the last component of `xcr0`, in Intel's layout."""
+    """Return the area up to the end of the last component of `xcr0`, in Intel's layout."""
     present = [one for one in _COMPONENTS if xcr0 >> one.bit & 1]
     cut = bytearray(xstate[:present[-1].offset + present[-1].size if present else _AVX_END])
     _XCR0.pack_into(cut, _XCR0_AT, xcr0)

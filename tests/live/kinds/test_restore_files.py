@@ -135,7 +135,7 @@ def test_file_that_is_none_any_more(saved: Saved, restart: Start, tmp_path: Path
     Path('file').unlink()
     Path('file').mkdir()
     assert restart(changed_files=changed_files).obstacles(one) == [
-        ('refusal', 'ESTALE', f'{tmp_path}/file is no regular file any more')]
+        ('refusal', 'ESTALE', f'{tmp_path}/file is no longer a regular file')]
 
 
 def test_file_without_the_right(saved: Saved, restart: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,8 +405,8 @@ HOSTILE: dict[str, tuple[str, Callable[[Kit], bytes]]] = {
     # no such stream
     'nothing': ('ends at byte 0', lambda kit: b''),
     'text': ('ends at byte', lambda kit: b'this is no tar'),
-    'long text': ('no tar header', lambda kit: b'this is no tar\n' * 100),
-    'compressed': ('no tar header', lambda kit: gzip.compress(random.Random(1).randbytes(4 * BLOCK))),
+    'long text': ('not a tar header', lambda kit: b'this is no tar\n' * 100),
+    'compressed': ('not a tar header', lambda kit: gzip.compress(random.Random(1).randbytes(4 * BLOCK))),
     'zeros': ("begins with ''", lambda kit: bytes(10 * BLOCK)),
     'an empty archive': ("begins with ''", lambda kit: END),
     'a wrong checksum': ('bad checksum', lambda kit: kit.head.replace(b'0000644', b'0000645', 1) + kit.rest() + END),
@@ -426,28 +426,28 @@ HOSTILE: dict[str, tuple[str, Callable[[Kit], bytes]]] = {
     'a name with a newline': ('no part of it', lambda kit: kit.instead('tree.img', member('tree.img\n', kit.tree))),
     'no utf-8': ('no part of it', lambda kit: kit.before(member('\udcff.img', b'x'))),
     # kinds
-    'a symbolic link': ('no regular', lambda kit: kit.instead('tree.img', member(
+    'a symbolic link': ('not a regular', lambda kit: kit.instead('tree.img', member(
         'tree.img', type=tarfile.SYMTYPE, linkname='/etc/shadow'))),
-    'a hard link': ('no regular', lambda kit: kit.instead('tree.img', member(
+    'a hard link': ('not a regular', lambda kit: kit.instead('tree.img', member(
         'tree.img', type=tarfile.LNKTYPE, linkname='files.img'))),
-    'a device': ('no regular', lambda kit: kit.instead('tree.img', member(
+    'a device': ('not a regular', lambda kit: kit.instead('tree.img', member(
         'tree.img', type=tarfile.CHRTYPE, devmajor=1, devminor=5))),
-    'a block device': ('no regular', lambda kit: kit.instead('tree.img', member('tree.img', type=tarfile.BLKTYPE))),
-    'a fifo': ('no regular', lambda kit: kit.instead('tree.img', member('tree.img', type=tarfile.FIFOTYPE))),
-    'a contiguous file': ('no regular', lambda kit: kit.instead('tree.img', member(
+    'a block device': ('not a regular', lambda kit: kit.instead('tree.img', member('tree.img', type=tarfile.BLKTYPE))),
+    'a fifo': ('not a regular', lambda kit: kit.instead('tree.img', member('tree.img', type=tarfile.FIFOTYPE))),
+    'a contiguous file': ('not a regular', lambda kit: kit.instead('tree.img', member(
         'tree.img', kit.tree, type=tarfile.CONTTYPE))),
-    'a directory inside': ('no regular', lambda kit: kit.before(member('tree.img', type=tarfile.DIRTYPE))),
-    'a directory of its name': ('no regular', lambda kit: kit.before(member(IMAGE, type=tarfile.DIRTYPE))),
-    'the directory twice': ('no regular', lambda kit: member(IMAGE, type=tarfile.DIRTYPE) * 2 + kit.head),
-    'a directory with a size': ('no regular', lambda kit: member(IMAGE, b'x', type=tarfile.DIRTYPE) + kit.head),
-    'a directory that is no id': ('no regular', lambda kit: member('sample', type=tarfile.DIRTYPE) + kit.head),
-    'a sparse file': ('no regular', lambda kit: kit.instead('tree.img', member(
+    'a directory inside': ('not a regular', lambda kit: kit.before(member('tree.img', type=tarfile.DIRTYPE))),
+    'a directory of its name': ('not a regular', lambda kit: kit.before(member(IMAGE, type=tarfile.DIRTYPE))),
+    'the directory twice': ('not a regular', lambda kit: member(IMAGE, type=tarfile.DIRTYPE) * 2 + kit.head),
+    'a directory with a size': ('not a regular', lambda kit: member(IMAGE, b'x', type=tarfile.DIRTYPE) + kit.head),
+    'a directory that is no id': ('not a regular', lambda kit: member('sample', type=tarfile.DIRTYPE) + kit.head),
+    'a sparse file': ('not a regular', lambda kit: kit.instead('tree.img', member(
         'tree.img', kit.tree, type=tarfile.GNUTYPE_SPARSE))),
-    'a long name': ('no regular', lambda kit: kit.before(member('././@LongLink', b'tree.img\0', type=b'L'))),
-    'a long link': ('no regular', lambda kit: kit.before(member('././@LongLink', b'tree.img\0', type=b'K'))),
-    'an unknown kind': ('no regular', lambda kit: kit.before(member('tree.img', type=b'Z'))),
+    'a long name': ('not a regular', lambda kit: kit.before(member('././@LongLink', b'tree.img\0', type=b'L'))),
+    'a long link': ('not a regular', lambda kit: kit.before(member('././@LongLink', b'tree.img\0', type=b'K'))),
+    'an unknown kind': ('not a regular', lambda kit: kit.before(member('tree.img', type=b'Z'))),
     # pax
-    'a global header': ('no regular', lambda kit: global_pax() + kit.head + kit.rest() + END),
+    'a global header': ('not a regular', lambda kit: global_pax() + kit.head + kit.rest() + END),
     'a sparse file by pax': ('GNU.sparse.major', lambda kit: kit.before(pax(record('GNU.sparse.major', '1')))),
     'a name by pax': ("'path'", lambda kit: kit.before(pax(record('path', '/etc/shadow')))),
     'a size that is none': ('a size of', lambda kit: kit.before(pax(record('size', '-1')))),
@@ -455,16 +455,16 @@ HOSTILE: dict[str, tuple[str, Callable[[Kit], bytes]]] = {
     'a size without end': ('a size of', lambda kit: kit.before(pax(record('size', '9' * 4000)))),
     'another size by pax': ('bytes, not', lambda kit: kit.before(pax(record('size', '7')))),
     'one record twice': ('two pax records', lambda kit: kit.before(pax(record('mtime', '7') * 2))),
-    'a record too long': ('none', lambda kit: kit.before(pax(b'99 mtime=7\n'))),
-    'a record without end': ('none', lambda kit: kit.before(pax(b'11 mtime=77'))),
-    'a record without length': ('none', lambda kit: kit.before(pax(b'mtime=7\n'))),
-    'a record of nothing': ('none', lambda kit: kit.before(pax(b'0 mtime=7\n'))),
-    'a negative record': ('none', lambda kit: kit.before(pax(b'-9 mtime=7\n'))),
+    'a record too long': ('an invalid pax header', lambda kit: kit.before(pax(b'99 mtime=7\n'))),
+    'a record without end': ('an invalid pax header', lambda kit: kit.before(pax(b'11 mtime=77'))),
+    'a record without length': ('an invalid pax header', lambda kit: kit.before(pax(b'mtime=7\n'))),
+    'a record of nothing': ('an invalid pax header', lambda kit: kit.before(pax(b'0 mtime=7\n'))),
+    'a negative record': ('an invalid pax header', lambda kit: kit.before(pax(b'-9 mtime=7\n'))),
     'a large pax header': ('a pax header of', lambda kit: kit.before(pax(record('comment', 'x' * MAX_PAX)))),
     'a huge pax header': ('a pax header of', lambda kit: kit.before(pax(b'x', claim=1 << 60))),
     'a negative pax header': ('a pax header of', lambda kit: kit.before(pax(b'', claim=-1))),
-    'pax upon pax': ('no regular', lambda kit: kit.before(pax(record('mtime', '7')) * 2)),
-    'pax and no more': ('no tar header', lambda kit: kit.head + pax(record('mtime', '7')) + END),
+    'pax upon pax': ('not a regular', lambda kit: kit.before(pax(record('mtime', '7')) * 2)),
+    'pax and no more': ('not a tar header', lambda kit: kit.head + pax(record('mtime', '7')) + END),
     # the manifest
     'the manifest last': ("begins with 'tree.img'", lambda kit: kit.rest() + kit.head + END),
     'the manifest twice': ('no part of it', lambda kit: kit.before(kit.head)),
@@ -475,10 +475,10 @@ HOSTILE: dict[str, tuple[str, Callable[[Kit], bytes]]] = {
     'an edited manifest': ('digest', lambda kit: member(NAME, kit.text.replace(b'sample', b'simple', 1)) + kit.rest()),
     'a manifest with the path of a part': ('parts', lambda kit: member(NAME, altered(
         parts={'../x': Part(size=1, sha256='0' * 64)}))),
-    'a manifest of no id': ('no image id', lambda kit: member(NAME, altered(image='../../etc'))),
+    'a manifest of no id': ('not an image id', lambda kit: member(NAME, altered(image='../../etc'))),
     'a manifest of a later year': ('created_usec', lambda kit: member(NAME, altered(created_usec=1 << 60))),
     'a manifest of a later ckptd': ('newer than', lambda kit: member(NAME, altered(format=2))),
-    'a manifest that lacks a part': ('names no part tree.img', lambda kit: member(NAME, altered(
+    'a manifest that lacks a part': ('part tree.img is not listed', lambda kit: member(NAME, altered(
         parts={key: value for key, value in kit.manifest.parts.items() if key != 'tree.img'})) + kit.rest('tree.img')
         + END),
     'other counts': ('tasks', lambda kit: member(NAME, altered(tasks=2, parts=kit.manifest.parts)) + kit.rest() + END),

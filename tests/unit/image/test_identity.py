@@ -31,7 +31,7 @@ CHANGES = {
     'another device, as after a reboot': (found(device=9), []),
     'permissions': (found(stat.S_IFREG | 0o600), []),
     'gone': (None, ['is missing']),
-    'another type': (found(stat.S_IFDIR | 0o755, 7), ['is no regular file any more']),
+    'another type': (found(stat.S_IFDIR | 0o755, 7), ['is no longer a regular file']),
     'another file': (found(inode=7), ['is another file (inode 7, not 5)']),
     'size': (found(size=9000), ['has 9,000 bytes, not 5,000']),
     'time': (found(mtime=THEN + 3600 * 10**9),
@@ -58,13 +58,13 @@ def test_of_a_file_that_is_made_up_only_its_being_there_counts() -> None:
 def test_of_a_device_only_its_type_counts() -> None:
     device = FileIdentity(stat.S_IFCHR | 0o666, 5, 0, 0)
     assert changes(device, found(stat.S_IFCHR | 0o666, 8)) == []
-    assert changes(device, found()) == ['is no character device any more']
+    assert changes(device, found()) == ['is no longer a character device']
 
 
 def test_what_a_strange_image_may_say() -> None:
     assert changes(SAVED._replace(mtime=2**64 - 1), found()) == [
         'was written at 2020-09-13 12:26:40, not at 2554-07-21 23:34:33 (mtime)']
-    assert changes(SAVED._replace(mode=0), found()) == ['is no such file any more']
+    assert changes(SAVED._replace(mode=0), found()) == ['is no longer a file of this type']
 
 
 def test_of_a_mapped_file() -> None:

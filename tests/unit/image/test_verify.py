@@ -135,26 +135,26 @@ RANGE = r.PageRun(0x10000, 1, 0, 0)
 
 
 @pytest.mark.parametrize(('memory', 'damage'), [
-    ([vma(0x10000, 0)], 'Vma 10000-10000 of mm 1: no range of pages'),
-    ([vma(0x10001, 1)], 'Vma 10001-11001 of mm 1: no range of pages'),
+    ([vma(0x10000, 0)], 'Vma 10000-10000 of mm 1: not a range of pages'),
+    ([vma(0x10001, 1)], 'Vma 10001-11001 of mm 1: not a range of pages'),
     ([vma(0x20000, 1), vma(0x10000, 1)], 'Vma 10000-11000 of mm 1: 10000 is not in ascending order'),
     ([vma(0x10000, 2), vma(0x11000, 1)], 'Vma 11000-12000 of mm 1: 11000 is not in ascending order'),
-    ([vma(0x10000, 1, mm_id=2)], 'Vma 2: there is no Mm 2'),
-    ([vma(0x10000, 1, kind=r.FILE_PRIVATE, object=4)], 'Vma 10000-11000 of mm 1: there is no Backing 4'),
-    ([vma(0x10000, 1, kind=r.SHARED_MEMORY, object=4)], 'Vma 10000-11000 of mm 1: there is no SharedMemory 4'),
+    ([vma(0x10000, 1, mm_id=2)], 'Vma 2: no Mm 2'),
+    ([vma(0x10000, 1, kind=r.FILE_PRIVATE, object=4)], 'Vma 10000-11000 of mm 1: no Backing 4'),
+    ([vma(0x10000, 1, kind=r.SHARED_MEMORY, object=4)], 'Vma 10000-11000 of mm 1: no SharedMemory 4'),
     ([r.Mm(1, LAYOUT, b'', 0, 1, 0)], 'Mm 1: its id is taken'),
     ([r.Mm(0, LAYOUT, b'', 0, 1, 0)], 'Mm 0: its id is 0'),
-    ([r.PageRuns(r.OF_MM, 3, (RANGE,))], 'PageRuns of Mm 3: there is no Mm 3'),
+    ([r.PageRuns(r.OF_MM, 3, (RANGE,))], 'PageRuns of Mm 3: no Mm 3'),
     ([r.PageRuns(9, 1, (RANGE,))], 'PageRuns of 1: owner kind 9'),
     ([r.PageRuns(r.OF_MM, 1, (RANGE, RANGE))], 'PageRuns of Mm 1: 10000 is not in ascending order'),
     ([r.PageRuns(r.OF_MM, 1, (replace(RANGE, pages=2),))], 'PageRuns of Mm 1: bytes 0 to 8192 are not in data-0.img'),
     ([r.PageRuns(r.OF_MM, 1, (replace(RANGE, part=7),))], 'PageRuns of Mm 1: bytes 0 to 4096 are not in data-7.img'),
     ([r.PageRuns(r.OF_MM, 1, (replace(RANGE, offset=8),))],
-     'PageRuns of Mm 1: byte 8 of data-0.img is no page boundary'),
-    ([r.PageRuns(r.OF_MM, 1, (replace(RANGE, pages=0),))], 'PageRuns of Mm 1: no range of pages'),
+     'PageRuns of Mm 1: byte 8 of data-0.img is not a page boundary'),
+    ([r.PageRuns(r.OF_MM, 1, (replace(RANGE, pages=0),))], 'PageRuns of Mm 1: not a range of pages'),
     ([r.Backing(1, '/x', 0, 0, 0, 0, 0, 1, (r.Extent(0, PAGE, 1),))],
      'Backing 1: bytes 4096 to 4097 are not in data-0.img'),
-    ([r.GuardRegions(1, (r.Range(0x2000, 0x1000),))], 'GuardRegions 2000-1000 of mm 1: no range of pages'),
+    ([r.GuardRegions(1, (r.Range(0x2000, 0x1000),))], 'GuardRegions 2000-1000 of mm 1: not a range of pages'),
 ])
 def test_memory_that_cannot_be(spool: Path, memory: Iterable[Record], damage: str) -> None:
     assert damages_of(spool, image_parts(*memory)) == [damage]
@@ -164,15 +164,15 @@ def test_tasks_that_name_nothing(spool: Path) -> None:
     parts = image_parts()
     parts['TREE'][2] = task(mm_id=2, files_id=3, fs_id=4, sighand_id=5, parent=6)
     assert damages_of(spool, parts) == [
-        'TaskRecord 7: there is no TaskRecord 6', 'TaskRecord 7: there is no SignalActions 5',
-        'TaskRecord 7: there is no Fs 4',
-        'TaskRecord 7: there is no FdTable 3', 'TaskRecord 7: there is no Mm 2']
+        'TaskRecord 7: no TaskRecord 6', 'TaskRecord 7: no SignalActions 5',
+        'TaskRecord 7: no Fs 4',
+        'TaskRecord 7: no FdTable 3', 'TaskRecord 7: no Mm 2']
 
 
 def test_a_living_task_without_registers(spool: Path) -> None:
     parts = image_parts()
     parts['TASK'] = [one for one in parts['TASK'] if not isinstance(one, r.Registers)]
-    assert damages_of(spool, parts) == ['TaskRecord 7: there is no Registers 7']
+    assert damages_of(spool, parts) == ['TaskRecord 7: no Registers 7']
 
 
 def test_a_zombie_needs_none(spool: Path) -> None:
@@ -185,13 +185,13 @@ def test_a_zombie_needs_none(spool: Path) -> None:
 def test_an_fd_of_no_file(spool: Path) -> None:
     parts = image_parts()
     parts['FILE'][1] = r.FdTable(1, (r.Fd(5, 8, 0),))
-    assert damages_of(spool, parts) == ['FdTable 1: fd 5: there is no SavedFile 8']
+    assert damages_of(spool, parts) == ['FdTable 1: fd 5: no SavedFile 8']
 
 
 def test_counts_that_do_not_agree(spool: Path) -> None:
     assert damages_of(spool, image_parts(), tasks=2, root=9) == [
         'manifest.json: 2 tasks in 1 processes, but there are 1 in 1',
-        'manifest.json: the root 9 is no task of the image']
+        'manifest.json: the root 9 is not a task of the image']
 
 
 def test_ids_and_tasks_that_differ(spool: Path) -> None:
@@ -234,7 +234,7 @@ def test_records_and_data_apart(image: Path) -> None:
     data, records = image / 'data-0.img', image / 'tree.img'
     data.write_bytes(bytes(data.stat().st_size))
     assert verify_records(image) == []
-    assert verify_data(image) == ['data-0.img: its digest does not fit its content'] == verify(image)
+    assert verify_data(image) == ['data-0.img: its digest does not match its content'] == verify(image)
     records.write_bytes(records.read_bytes()[:-1] + b'x')
     assert all('tree.img' in line for line in verify_records(image))
     assert len(verify_data(image)) == 1

@@ -95,7 +95,7 @@ def test_an_error_of_the_body_removes_the_image(spool: Path) -> None:
 
 def test_an_id_is_never_a_path(spool: Path) -> None:
     for wrong in ('..', '../x', 'x/y', '', IMAGE.upper(), IMAGE + '\n'):
-        with pytest.raises(ValueError, match='no image id'):
+        with pytest.raises(ValueError, match='not an image id'):
             ImageWriter(Incoming(spool, wrong))
 
 
