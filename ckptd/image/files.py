@@ -21,7 +21,7 @@ _PIECE = 64 << 10       # data just read is still in the processor's cache: this
                         # at once
 
 _HINTS = {
-    errno.ENOSPC: 'free space on the file system of the spool (ckptctl remove IMAGE) or choose another with --spool DIR',
+    errno.ENOSPC: "free space on the spool's file system (ckptctl remove IMAGE) or choose another with --spool DIR",
     errno.EDQUOT: 'remove images (ckptctl remove IMAGE) or raise the quota, or choose another spool with --spool DIR',
     errno.EROFS: 'mount the file system of the spool read-write, or choose another with --spool DIR',
     errno.ENOENT: 'the spool has vanished: mount or create it again, or choose another with --spool DIR',

@@ -3,17 +3,17 @@
 
     call            answer                          checked by the broker
     OpenImage       names; fds of the files         the image is the job's and its owner the user; regular files
-    NewImage        image; fd of its directory      one a job; of the user's, below the spool, which only root can enter
-    Publish         the manifest                    names, types, sizes and link counts; all is root's again before
+    NewImage        image; fd of its directory      one per job; in a directory that only root and the worker reach
+    Publish         the manifest                    names, types, sizes and link counts; root owns all files before
     FreezeTree      mode, moved                     every uid of every task is the user's, before and after
     LetRun, HoldTree, RestoreTree                   the tree that FreezeTree froze
-    EndTree         -                               the same; its image is published, every uid still the user's
-    ReadTimers      ends of sleeps                  tasks that the worker traces and that sleep; what came and went with
-                                                    them
+    EndTree         -                               likewise; its image is published, every uid still the user's
+    ReadTimers      ends of sleeps                  tasks that the worker traces and that sleep; only timers that come
+                                                    and go with them
     PlaceTree       -                               stubs: traced by the worker, younger than it, the user's uids
     StartTree       -                               after PlaceTree; from here on the tree lives
-    Note            -                               a file or segment that the worker makes, for whoever undoes it
-    KeepContent     path; fd of an empty file       for what a rollback overwrites
+    Note            -                               a file or segment that the worker makes, for a later undo
+    KeepContent     path; fd of an empty file       for content that a rollback overwrites
 """
 
 import msgspec
@@ -28,18 +28,17 @@ class OpenImage(Message, frozen=True):
 
 
 class NewImage(Message, frozen=True):
-    """Make the directory that the image is written to. image: the id of one that is imported, a similar one will be its
-    own; size: its bytes."""
-    image: str = ''
-    size: Count = 0
+    """Make the directory that the image is written to."""
+    image: str = ''    # id of an imported image; the new id will be similar
+    size: Count = 0    # bytes of the image
 
 
 class Publish(Message, frozen=True):
-    """Make the image visible. Its manifest is among the files; what it says of owner, id and origin does not count."""
+    """Make the image visible. Its manifest is among the files, but its fields for owner, id and origin are ignored."""
 
 
 class FreezeTree(Message, frozen=True):
-    """Bring the job's tree to rest. remote_calls: it must be able to run for its tracer."""
+    """Freeze the job's tree. remote_calls: the tree must be able to run for its tracer."""
     mode: FreezeMode
     remote_calls: bool
 
@@ -49,39 +48,39 @@ class LetRun(Message, frozen=True):
 
 
 class HoldTree(Message, frozen=True):
-    """Freeze again what LetRun has thawed."""
+    """Freeze the tree again after LetRun."""
 
 
 class RestoreTree(Message, frozen=True):
-    """Bring back the state that was found."""
+    """Restore the state that was found before the freeze."""
 
 
 class EndTree(Message, frozen=True):
-    """The worker ends the tree now; what it leaves alive, the broker or a recovery ends."""
+    """Announce that the worker ends the tree now. Tasks that it leaves alive are ended by the broker or a recovery."""
 
 
 class ReadTimers(Message, frozen=True):
-    """Read /proc/timer_list, while no task of the job sleeps, or while these do."""
+    """Read /proc/timer_list: while no task of the job sleeps, or while these tasks sleep."""
     asleep: tuple[Pid, ...] = ()
 
 
 class Placed(msgspec.Struct, array_like=True, frozen=True):
-    """A process that was restored: its pid, and the cgroup that it was in."""
+    """A restored process: its pid, and the cgroup that it was in."""
     pid: Pid
     cgroup: str
 
 
 class PlaceTree(Message, frozen=True):
-    """Put the processes of a restored tree where they are to start, frozen."""
+    """Put the processes of a restored tree into their cgroups, frozen."""
     processes: tuple[Placed, ...]
 
 
 class StartTree(Message, frozen=True):
-    """All tasks were let go of: thaw them. They are no longer ended when the worker dies."""
+    """Thaw the tree, after all tasks were released. From now on they are not ended when the worker dies."""
 
 
 class NoteStep(Message, frozen=True):
-    """Write a step down, for whoever has to undo it as this user."""
+    """Write a step to the journal, to be undone with this user's rights."""
     step: MakeFile | KeepFile | MakeSegment
 
 
@@ -89,7 +88,7 @@ class KeepContent(Message, frozen=True):
     """Make a file in the spool for the content of one that is about to be changed."""
 
 
-MAX_FILES = 200         # fds of a message; the kernel takes SCM_MAX_FD, 253 (include/net/scm.h)
+MAX_FILES = 200         # fds in a message; the kernel accepts SCM_MAX_FD, 253 (include/net/scm.h)
 
 BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | EndTree | ReadTimers
               | PlaceTree | StartTree | NoteStep | KeepContent)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The worker's end of its socket: messages out, Cancel and end-of-file in; as which counts the daemon's pidfd, too."""
+"""The worker's end of its socket: messages out, Cancel and end-of-file in. The end of the daemon's pidfd counts as
+end-of-file, too."""
 
 import array
 import errno
@@ -36,10 +37,10 @@ from ckptd.protocol.messages import (
     cut,
 )
 
-PROGRESS_INTERVAL = 0.05    # seconds; the daemon thins out what it sends on
-CHECK_INTERVAL = 0.1        # seconds, of a worker that waits for somebody else
-MAX_RESULT = 24 << 20   # bytes of all rows: more than a bus takes, see ckptd.bus.wire
-MAX_ROW = 64 << 10      # bytes of a row: half of it are some 1500 open files of a process
+PROGRESS_INTERVAL = 0.05    # seconds; the daemon passes on fewer
+CHECK_INTERVAL = 0.1        # seconds, while the worker waits for another process
+MAX_RESULT = 24 << 20   # bytes of all rows: more than a bus accepts, see ckptd.bus.wire
+MAX_ROW = 64 << 10      # bytes of a row: half of it holds some 1500 open files of a process
 _MAX_FDS = 253              # SCM_MAX_FD, include/net/scm.h
 
 _encoder = msgspec.msgpack.Encoder()
@@ -54,7 +55,7 @@ def _encode(message: object) -> bytes:
 
 
 def _printable(value: object) -> object:
-    """The same with each byte that is no UTF-8 as '\\xff': messages are for people, the image has the bytes."""
+    r"""Replace each byte that is not UTF-8 by '\\xff'. Messages are for people; the image has the bytes."""
     match value:
         case str():
             return value.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
@@ -66,7 +67,7 @@ def _printable(value: object) -> object:
 
 
 def _shortened(value: object) -> object:
-    """A row above MAX_ROW, cut: its texts at MAX_TEXT characters, its list at half of MAX_ROW."""
+    """Shorten a row above MAX_ROW: its texts to MAX_TEXT characters, its list to half of MAX_ROW."""
     match value:
         case str():
             return cut(value)
@@ -84,18 +85,18 @@ def _shortened(value: object) -> object:
 
 
 def stalled(what: str, seconds: float) -> CkptError:
-    """The error of a stream that does not move."""
+    """Return the error of a stream that does not move."""
     return CkptError(f'{what} for {seconds:g} s', errno=errno.ETIMEDOUT, resource='StreamStallSec',
-                     hint='ask again, and keep the stream moving')
+                     hint='try again, and keep the stream moving')
 
 
 class Channel:
-    """Owner of the socket and of the daemon's pidfd. A dead daemon is a Cancelled like any other: the tree is released,
-    nothing is finished."""
+    """Owner of the socket and of the daemon's pidfd. The death of the daemon acts like a Cancel: the tree is released
+    and nothing is finished."""
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
-        self._socket.set_inheritable(False)     # it was inherited from the daemon, and goes no further
+        self._socket.set_inheritable(False)     # inherited from the daemon, but not passed on
         self._daemon = -1
         self._inputs = select.epoll()       # both
         self._inputs.register(self._socket, select.EPOLLIN)
@@ -104,7 +105,7 @@ class Channel:
         self.phase_name = ''
 
     def fileno(self) -> int:
-        """For poll(2): readable when `receive` does not wait."""
+        """Return an fd for poll(2), readable when `receive` does not wait."""
         return self._inputs.fileno()
 
     def close(self) -> None:
@@ -117,14 +118,14 @@ class Channel:
     # ------------------------------------------------------------ in
 
     def receive(self) -> tuple[Message | None, list[int]]:
-        """The next message and its fds, waiting for it; None at end-of-file."""
-        # what the daemon said before its death comes first
+        """Wait for the next message. Return it with its fds; None at end-of-file."""
+        # messages sent by the daemon before its death come first
         if self._socket.fileno() not in dict(self._inputs.poll()):
             return None, []
         try:
             data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(_MAX_FDS * 4),
                                                          socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError:        # it has ended with something of ours unread
+        except ConnectionResetError:        # it ended with unread data of ours
             return None, []
         fds = array.array('i')
         for level, kind, payload in ancillary:
@@ -133,7 +134,7 @@ class Channel:
         return (_decode(data) if data else None), list(fds)
 
     def wait_start(self) -> tuple[Start, list[int]] | None:
-        """The job; None when the daemon has none for this worker."""
+        """Wait for the job. None if the daemon has none for this worker."""
         message, fds = self.receive()
         if isinstance(message, Follow):
             [self._daemon] = fds
@@ -142,12 +143,12 @@ class Channel:
         return (message, fds) if isinstance(message, Start) else None
 
     def wait_thaw(self) -> None:
-        """Wait until the daemon wants the tree back, or is gone."""
+        """Wait until the daemon asks for a thaw, or is gone."""
         while not isinstance(self.receive()[0], Thaw | Cancel | None):
             continue
 
     def check(self) -> None:
-        """Cancelled if the daemon said so or is gone. Costs one poll(2)."""
+        """Raise Cancelled if the daemon sent Cancel or is gone. It costs one poll(2)."""
         if not self._cancelled and self._inputs.poll(0):
             message, fds = self.receive()
             for fd in fds:
@@ -158,34 +159,35 @@ class Channel:
 
     @property
     def cancelled(self) -> bool:
-        """The daemon has said so, as far as anything was received."""
+        """Whether a Cancel has been received."""
         return self._cancelled
 
     def cancel(self) -> None:
-        """From a signal handler: the next `check` raises."""
+        """Cancel from a signal handler: the next `check` raises."""
         self._cancelled = True
 
     def wait_readable(self, fd: int, stall: float = 0.0) -> None:
-        """Wait until there is something to read from somebody else's pipe or socket, or its end. Cancelled; CkptError
-        after `stall` seconds, if that is not 0."""
+        """Wait until a client's pipe or socket is readable or at its end. Cancelled; CkptError after `stall` seconds,
+        if that is not 0."""
         end = time.monotonic() + stall
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         poll.register(self._inputs, select.POLLIN)
         while True:
             self.check()
-            # SIGTERM alone does not end poll(2): PEP 475
+            # SIGTERM alone does not end poll(2) (PEP 475)
             if fd in dict(poll.poll(CHECK_INTERVAL * 1000)):
                 return
             if stall and time.monotonic() > end:
-                raise stalled('nothing has come', stall)
+                raise stalled('nothing arrived on the stream', stall)
 
     @contextmanager
     def interrupting(self, stall: float = 0.0) -> Iterator[None]:
-        """In the block, a Cancel ends also a system call that waits for somebody else, whatever kind of file it is on;
-        and so do `stall` seconds, if that is not 0, in which nothing was written.
+        """Let a Cancel interrupt the block, even in a system call that waits for another process, on any kind of file.
+        The same happens after `stall` seconds, if that is not 0, in which nothing was written.
 
-        Cancelled or CkptError may come out of any statement there: for work that has nothing to undo.
+        Cancelled or CkptError may come out of any statement of the block, so use it only for work that has nothing to
+        undo.
         """
         written, since = -1, time.monotonic()
 
@@ -196,13 +198,13 @@ class Channel:
                 if stall and (now := bytes_written()) != written:
                     written, since = now, time.monotonic()
                 elif stall and time.monotonic() - since > stall:
-                    raise stalled('nobody has read', stall)
+                    raise stalled('the stream was not read', stall)
             except CkptError:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 raise
 
         signal.signal(signal.SIGALRM, on_alarm)
-        # again and again, as one alarm may come between the last look at it and the call that then waits
+        # repeatedly, because one alarm may come between the check and the call that then waits
         signal.setitimer(signal.ITIMER_REAL, CHECK_INTERVAL, CHECK_INTERVAL)
         try:
             yield
@@ -212,7 +214,7 @@ class Channel:
     # ------------------------------------------------------------ out
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Send and wait for room; Cancelled when the daemon is gone."""
+        """Send a message and wait for room. Cancelled when the daemon is gone."""
         data = _encode(message)
         try:
             while not self._send(data, fds):
@@ -230,7 +232,7 @@ class Channel:
         return True
 
     def _wait_room(self) -> None:
-        """BrokenPipeError where the daemon dies: nobody reads any more."""
+        """Wait for room. BrokenPipeError when the daemon dies, since no process reads any more."""
         poll = select.poll()
         poll.register(self._socket, select.POLLOUT)
         if self._daemon >= 0:
@@ -245,7 +247,7 @@ class Channel:
 
     def progress(self, tasks_done: int, tasks_total: int, bytes_done: int, bytes_total: int, *,
                  last: bool = False) -> None:
-        """Tell the daemon, not more than twenty times a second, and look whether it wants to stop."""
+        """Report progress, at most twenty times a second, and check for a Cancel."""
         now = time.monotonic()
         if now < self._next_progress and not last:
             return
@@ -254,7 +256,7 @@ class Channel:
         self.send(ProgressReport(tasks_done, tasks_total, bytes_done, bytes_total))
 
     def finish(self, rows_name: str, rows: Sequence[object], result: dict[str, object] | None = None) -> None:
-        """Finished, in as many packets as the rows need. A row that none has room for is cut (_shortened).
+        """Send Finished, in as many packets as the rows need. A row that is too long is cut (_shortened).
         LimitsExceeded for more than MAX_RESULT in all."""
         head = dict(result or {})
         rest, room = list(rows), MAX_RESULT
@@ -267,22 +269,22 @@ class Channel:
                 taken.append(rest.pop(0))
             room -= size
             if room < 0:
-                raise LimitsExceeded(f'there is more to say than {MAX_RESULT:,} bytes hold', hint='ask about a subtree')
+                raise LimitsExceeded(f'the result is larger than {MAX_RESULT:,} bytes', hint='ask about a subtree')
             self.send(Finished({**head, rows_name: taken} if rows_name else head, more=bool(rest)))
             if not rest:
                 return
             head = {}
 
     def unit(self, unit: str, action: str) -> None:
-        """Have the daemon ask systemd to freeze or thaw a unit. CkptError with systemd's words if it does not."""
+        """Let the daemon ask systemd to freeze or thaw a unit. CkptError with systemd's message if that fails."""
         self._ask(UnitRequest(unit, 'freeze' if action == 'freeze' else 'thaw'), f'{action} {unit}', unit)
 
     def scope(self, scope: str, pids: Sequence[int], slice_: str = '') -> None:
-        """The same to make a scope of processes."""
+        """Let the daemon ask systemd to make a scope of processes. CkptError with systemd's message if that fails."""
         self._ask(ScopeRequest(scope, tuple(pids), slice_), f'make {scope}', scope)
 
     def call(self, call: Message, fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
-        """Have the broker do something, and wait for its answer. The error of the broker; Cancelled if it is gone."""
+        """Call the broker and wait for its answer. Raises the broker's error; Cancelled if the broker is gone."""
         self.send(call, fds)
         while True:
             message, received = self.receive()
@@ -303,7 +305,7 @@ class Channel:
             message, _ = self.receive()
             if isinstance(message, UnitDone):
                 if message.error:
-                    raise CkptError(f'systemd does not {what}: {message.error}', resource=resource,
+                    raise CkptError(f'systemd cannot {what}: {message.error}', resource=resource,
                                     phase=self.phase_name)
                 return
             if isinstance(message, Cancel | None):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Messages between daemon and worker: tagged msgpack, one per packet of a SOCK_SEQPACKET socketpair.
 
-Between the two, for a job of an ordinary user, is a broker (worker/broker), which passes them on. Its worker sends it
-the calls of protocol/broker_calls.py as well, and gets an Answer for each.
+For a job of an ordinary user, a broker (worker/broker) is between the two and passes the messages on. Its worker also
+sends it the calls of protocol/broker_calls.py and gets an Answer for each.
 
     daemon -> worker    Follow (with a pidfd, first of all, where the kernel has such pidfds)
                         Start (with fds: pidfd of the target, output of an export or input of an import, a terminal,
@@ -10,8 +10,9 @@ the calls of protocol/broker_calls.py as well, and gets an Answer for each.
     worker -> daemon    Phase   Progress   UnitRequest   ScopeRequest   Frozen   Running   Log
                         and last: Finished or Failed
 
-End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up. To a
-worker the pidfd of Follow means the same, as the files of a dead daemon may stay open (ckptd.kernel.liveness).
+End-of-file means that the other side is dead: the worker then releases its tree and exits, the daemon cleans up. For a
+worker the end of the pidfd of Follow means the same, as the files of a dead daemon may stay open
+(ckptd.kernel.liveness).
 """
 
 from collections.abc import Iterable
@@ -22,10 +23,10 @@ import msgspec
 from ckptd.errors import CkptError, Finding, from_details
 from ckptd.kernel.bounds import Bounds
 
-MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so a packet is never refused for its size
+MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so that no packet is refused for its size
 MAX_TEXT = 1000             # characters of a text in a row
-MAX_SENTENCE = 16_000       # of the sentence of an error, and of a line of the log
-MAX_ROWS = 100              # of an error and of a result: signals carry them, and a bus takes no signal of any size
+MAX_SENTENCE = 16_000       # of the message of an error, and of a line of the log
+MAX_ROWS = 100              # of an error and of a result: signals carry them, and a bus limits the size of signals
 MAX_ROWS_SIZE = 96 << 10    # bytes of the texts in them
 
 Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'import',
@@ -40,100 +41,83 @@ RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place'
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """The caller, as the bus reports it.
-
-    capabilities, bounding: effective and bounding set of the calling process as masks, -1 if unknown. no_new_privs,
-    seccomp: restrictions of the process, which its request must not lift. label: of a security module, for the log.
-    start_time: of the process, as in Stat, 0 if unknown; the pid alone may belong to another process later
-    (ckptd.kernel.pidfd.held). bounds: of the process at the time of the call, None if unknown. confinement: names of
-    what confines the process (ckptd.kernel.confinement); empty if an administrator lets it act beyond that.
-    """
+    """The caller, as the bus reports it."""
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
-    pid: int = 0
-    capabilities: int = -1
-    bounding: int = -1
-    no_new_privs: bool = False
-    seccomp: bool = False
-    label: str = ''
-    start_time: int = 0
-    bounds: Bounds | None = None
-    confinement: tuple[str, ...] = ()
+    pid: int = 0                         # of the calling process
+    capabilities: int = -1               # effective set of the calling process as a mask, -1 if unknown
+    bounding: int = -1                   # bounding set of the calling process, -1 if unknown
+    no_new_privs: bool = False           # restriction of the process, which its request must not lift
+    seccomp: bool = False                # likewise
+    label: str = ''                      # of a security module, for the log
+    start_time: int = 0                  # of the process, as in Stat; 0 if unknown. The pid alone may belong to another
+                                         # process later (ckptd.kernel.pidfd.held).
+    bounds: Bounds | None = None         # of the process at the time of the call, None if unknown
+    confinement: tuple[str, ...] = ()    # names of what confines the process (ckptd.kernel.confinement); empty if an
+                                         # administrator lets it act beyond that
 
 
 class JobRequest(msgspec.Struct, frozen=True):
-    """A request for one operation. target: 'pid:N', a unit name, 'cgroup:/path'; 'self' and pidfds have become pid:N
-    with has_pidfd.
-
-    timeout_usec: deadline of the freeze. spool: directory of images; image: id of the image to write or read.
-    runtime: directory of the freeze journal. systemd: a systemd manager can be asked to freeze units (UnitRequest).
-    avoid: pids that must not be in the tree (the daemon, its bus, its client).
-    sever: of a request about the caller itself, inode of the daemon's own socket to the bus: what the tree has
-    connected to that bus does not outlive the dump. Else 0.
-    asker: uid of who asked, where that is not the caller, by whose rights the work is done: with an administrator's
-    authorization root's. Else -1.
-    start_time: of the process that a target pid:N is, /proc/PID/stat: its number may be another's by now. Else 0.
-    has_output: the caller gives an fd, where an export goes, or where an import comes from. format: of an export,
-    'core' or 'tar'. Of an import: image is not looked at, the caller becomes the owner, save_limit: bytes it may have.
-    stall_usec: of both, how long the stream may stand still, 0 for ever. writer: of an export, by whose rights it is
-    written, where that is not the caller.
-    save_files: a checkpoint keeps the content of regular files open for writing, up to save_limit bytes in all.
-    brokered: the worker is an ordinary user, and what takes a right of root's is done by its broker. hard_limits: of a
-    restart by such a worker, those of the calling process by RLIMIT_* number; not all of them bind the worker itself.
-    trace_under_yama: a user's worker keeps CAP_SYS_PTRACE until it traces the tree. as_root: root's worker is to dump a
-    tree although it is all one user's.
-    keep_free: of a checkpoint, an import and a restart: bytes of the spool's file system that stay free, whatever is
-    written.
-    Of a restart: cgroup: where it is to live, '' for where it was. new_pidns: in a pid namespace of its own.
-    clamp: limits and priorities that may not be set come back as the nearest that may. leave_stopped: every process is
-    stopped, as by SIGSTOP. wait: the worker stays the root's parent, and Finished comes when the root has ended.
-    changed_files: what to do about files that went on living. has_terminal: the caller gives a terminal for those that
-    the image only names.
-    """
+    """A request for one operation."""
     operation: Operation
-    target: str
-    caller: Caller
-    spool: str
-    runtime: str
-    job: int = 0
-    image: str = ''
-    freeze: FreezeMode = 'auto'
-    after: After = 'resume'
-    timeout_usec: int = 10_000_000
-    has_pidfd: bool = False
-    has_output: bool = False
-    format: str = ''
-    avoid: tuple[int, ...] = ()
-    systemd: bool = False
-    sever: int = 0
-    save_files: bool = False
-    save_limit: int = 1 << 30
-    cgroup: str = ''
-    new_pidns: bool = False
-    clamp: bool = False
-    leave_stopped: bool = False
-    wait: bool = False
-    changed_files: ChangedFiles = 'refuse'
-    has_terminal: bool = False
-    asker: int = -1
-    start_time: int = 0
-    stall_usec: int = 0
-    keep_free: int = 0
-    writer: Caller | None = None
-    brokered: bool = False
-    hard_limits: tuple[int, ...] = ()
-    trace_under_yama: bool = False
-    as_root: bool = False
+    target: str                               # 'pid:N', a unit name or 'cgroup:/path'; 'self' and pidfds have become
+                                              # pid:N
+    caller: Caller                            # the work is done with the rights of this caller
+    spool: str                                # directory of images
+    runtime: str                              # directory of the freeze journal
+    job: int = 0                              # number of the job, 0 if it is not announced
+    image: str = ''                           # id of the image to write or read; ignored by an import
+    freeze: FreezeMode = 'auto'               # what stops the tree
+    after: After = 'resume'                   # what happens to the tree after a checkpoint
+    timeout_usec: int = 10_000_000            # deadline of the freeze
+    has_pidfd: bool = False                   # the caller gave a pidfd of the target
+    has_output: bool = False                  # the caller gave an fd for the output of an export or the input of an
+                                              # import
+    format: str = ''                          # of an export: 'core' or 'tar'
+    avoid: tuple[int, ...] = ()               # pids that must not be in the tree: the daemon, its bus, its client
+    systemd: bool = False                     # a systemd manager can be asked to freeze units (UnitRequest)
+    sever: int = 0                            # for a request of the caller about itself: inode of the daemon's socket
+                                              # to the bus. The tree's connections to that bus do not outlive the dump.
+                                              # Else 0.
+    save_files: bool = False                  # a checkpoint keeps the content of regular files open for writing
+    save_limit: int = 1 << 30                 # bytes of such content in all; for an import, bytes that the image may
+                                              # have
+    cgroup: str = ''                          # of a restore: cgroup for the tree, '' for its former one
+    new_pidns: bool = False                   # of a restore: use a new pid namespace
+    clamp: bool = False                       # of a restore: limits and priorities that may not be set become the
+                                              # nearest that may
+    leave_stopped: bool = False               # of a restore: stop every process, as by SIGSTOP
+    wait: bool = False                        # of a restore: the worker stays the root's parent, and Finished comes
+                                              # when the root has ended
+    changed_files: ChangedFiles = 'refuse'    # of a restore: treatment of files that have changed since
+    has_terminal: bool = False                # of a restore: the caller gave a terminal, for files that are only named
+                                              # in the image
+    asker: int = -1                           # uid of the user who asked, if not `caller`: with an administrator's
+                                              # authorization the caller is root. Else -1.
+    start_time: int = 0                       # of the process of a target pid:N (/proc/PID/stat), as its pid may be
+                                              # reused; 0 for other targets
+    stall_usec: int = 0                       # of an export or import: microseconds that the stream may stand still, 0
+                                              # for no limit
+    keep_free: int = 0                        # bytes of the spool's file system that must stay free, whatever is
+                                              # written
+    writer: Caller | None = None              # of an export: it is written with this caller's rights, if not those of
+                                              # `caller`
+    brokered: bool = False                    # the worker is an ordinary user, and its broker does what needs root's
+                                              # rights
+    hard_limits: tuple[int, ...] = ()         # of a restore by such a worker: hard limits of the calling process by
+                                              # RLIMIT_* number; not all of them bind the worker itself
+    trace_under_yama: bool = False            # the user's worker keeps CAP_SYS_PTRACE until it traces the tree
+    as_root: bool = False                     # root's worker dumps the tree although it belongs wholly to one user
 
     @property
     def asked_by(self) -> int:
-        """uid of who asked."""
+        """Uid of the user who asked."""
         return self.caller.uid if self.asker < 0 else self.asker
 
 
 class Message(msgspec.Struct, tag=True, frozen=True):
-    """Base of all."""
+    """Base of all messages."""
 
 
 class Start(Message, frozen=True):
@@ -141,7 +125,7 @@ class Start(Message, frozen=True):
 
 
 class Follow(Message, frozen=True):
-    """Its pidfd is readable when the daemon is dead."""
+    """Tell the worker to watch the daemon: the pidfd of this message is readable when the daemon is dead."""
 
 
 class Cancel(Message, frozen=True):
@@ -149,17 +133,18 @@ class Cancel(Message, frozen=True):
 
 
 class Thaw(Message, frozen=True):
-    """Let go of what Frozen announced; the worker answers Finished."""
+    """Release the freeze that Frozen announced. The worker answers Finished."""
 
 
 class Answer(Message, frozen=True):
-    """Answer of a broker to a call of its worker, with the fds that the call asks for. failed: instead of a value."""
+    """The answer of a broker to a call of its worker, with the fds that the call asks for. failed: an error instead of
+    a value."""
     value: dict[str, Any] = {}
     failed: 'Failed | None' = None
 
 
 class UnitDone(Message, frozen=True):
-    """Answer to UnitRequest and ScopeRequest; error is empty on success."""
+    """Answer to UnitRequest and ScopeRequest. error is empty on success."""
     error: str = ''
 
 
@@ -175,21 +160,22 @@ class ProgressReport(Message, frozen=True):
 
 
 class UnitRequest(Message, frozen=True):
-    """Please FreezeUnit or ThawUnit."""
+    """Ask the daemon to call FreezeUnit or ThawUnit."""
     unit: str
     action: Literal['freeze', 'thaw']
 
 
 class ScopeRequest(Message, frozen=True):
-    """Please have systemd make a scope of these processes (StartTransientUnit); answered when it is there. slice: where
-    it is, '' for the manager's default."""
+    """Ask the daemon to let systemd make a scope of these processes (StartTransientUnit). It answers when the scope
+    exists. slice: for the scope, '' for the manager's default."""
     scope: str
     pids: tuple[int, ...]
     slice: str = ''
 
 
 class TreeRuns(Message, frozen=True):
-    """The restored tree runs. root: its pid as the worker sees it. With `wait` the worker now attends its end."""
+    """The restored tree runs. root: its pid as the worker sees it. With `wait` the worker now waits for the root's
+    end."""
     root: int
     tasks: int
 
@@ -207,17 +193,19 @@ class Log(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """result: checkpoint: the manifest's summary; check, check-restore: {'refusals': [...], 'tasks': N};
-    scan, tree: {'tasks': [...]}; verify: {'damages': [...]}; export: {'files': names in the stream}; import: {'image',
-    'bytes': of its parts}; recover: {'report': [...]}; restore: {'image', 'root',
-    'inside', 'tasks', 'processes', 'cgroup', 'warnings': [...], 'restored_usec', times in microseconds}, with `wait`
-    also {'exit_status': as of wait(2)}. Results above MAX_MESSAGE come as `more` packets: each a list to append."""
+    """The job is done. Results above MAX_MESSAGE come as several packets with `more`; each has a list to append.
+
+    result: checkpoint: the manifest's summary; check, check-restore: {'refusals': [...], 'tasks': N}; scan, tree:
+    {'tasks': [...]}; verify: {'damages': [...]}; export: {'files': names in the stream}; import: {'image', 'bytes': of
+    its parts}; recover: {'report': [...]}; restore: {'image', 'root', 'inside', 'tasks', 'processes', 'cgroup',
+    'warnings': [...], 'restored_usec', times in microseconds}, with `wait` also {'exit_status': as of wait(2)}.
+    """
     result: dict[str, Any] = {}
     more: bool = False
 
 
 class Failed(Message, frozen=True):
-    """A failed job, with its first refusals (first_rows). The message says how many there are."""
+    """The job has failed. It carries the first refusals only (first_rows); the message says how many there are."""
     name: str
     message: str
     details: dict[str, Any]
@@ -236,7 +224,7 @@ FromWorker = Phase | ProgressReport | UnitRequest | ScopeRequest | Frozen | Tree
 
 
 def finding_row(refusal: Finding) -> dict[str, Any]:
-    """A refusal as a message carries it."""
+    """Return a refusal as a row of a message."""
     row = {field: getattr(refusal, field) for field in Finding.__dataclass_fields__}
     return {field: cut(value) if isinstance(value, str) else value for field, value in row.items()}
 
@@ -255,7 +243,7 @@ def first_rows(refusals: Iterable[Finding]) -> list[dict[str, Any]]:
 
 
 def cut(text: str, most: int = MAX_TEXT) -> str:
-    """The text, or its first `most` characters, which then end in '...'."""
+    """Return the text, or its first `most` characters, which then end in '...'."""
     return text if len(text) <= most else text[:most - 3] + '...'
 
 
@@ -265,21 +253,21 @@ MAX_SPAWN = 1 << 17     # bytes of a message
 
 
 class SpawnWorker(Message, frozen=True):
-    """command: a program instead of a worker, which gets the number of its socket as its last argument."""
+    """Start a worker. command: a program to run instead; it gets the number of its socket as its last argument."""
     number: int
     command: tuple[str, ...] = ()
     environment: dict[str, str] = {}
 
 
 class Spawned(Message, frozen=True):
-    """pid: 0 where it could not be started, for the reason of errno."""
+    """A worker was started. pid: 0 if it could not be started, for the reason in errno."""
     number: int
     pid: int
     errno: int = 0
 
 
 class Exited(Message, frozen=True):
-    """status: as subprocess has it."""
+    """A worker has ended. status: as in subprocess."""
     number: int
     status: int
 
