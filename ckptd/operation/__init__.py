@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every operation of a worker has: its request, its tree, deadlines, and the broker."""
+"""Parts common to the operations of a worker: the request, the tree, deadlines, and the broker."""

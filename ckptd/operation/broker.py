@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The worker's end of the broker's calls. An error of the broker is raised here as it was there."""
+"""The worker's end of the broker's calls. An error of the broker is raised here again."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ class BrokerClient:
         self._channel = channel
 
     def open_image(self) -> GivenFiles:
-        """The files of the job's image. NoSuchImage, PermissionDenied, ImageDamaged."""
+        """Open the files of the job's image. NoSuchImage, PermissionDenied, ImageDamaged."""
         found: dict[str, int] = {}
         while True:
             value, fds = self._channel.call(OpenImage(len(found)))
@@ -43,7 +43,7 @@ class BrokerClient:
                 return GivenFiles(found)
 
     def new_image(self, image: str, size: int = 0) -> 'LentDirectory':
-        """A directory for the image that is to be written. SpoolFailed."""
+        """Make a directory for a new image. SpoolFailed."""
         value, [fd] = self._channel.call(NewImage(image, size))
         return LentDirectory(fd, str(value['image']), self._channel)
 
@@ -51,7 +51,7 @@ class BrokerClient:
         self._channel.call(PlaceTree(tuple(processes)))
 
     def start_tree(self) -> list[str]:
-        """Sentences of warning."""
+        """Start the tree. Return warnings, one sentence each."""
         value, _ = self._channel.call(StartTree())
         return list(value['warnings'])
 
@@ -59,7 +59,7 @@ class BrokerClient:
         self._channel.call(NoteStep(step))
 
     def keep_content(self) -> tuple[str, int]:
-        """Path and fd of an empty file, for the content of another one. SpoolFailed."""
+        """Make an empty file for the content of another one. Return its path and fd. SpoolFailed."""
         value, [fd] = self._channel.call(KeepContent())
         return str(value['path']), fd
 
@@ -68,8 +68,8 @@ class BrokerClient:
 
 
 class LentTimers:
-    """The timers of the machine, see operation.timers.Timers. The broker reads them, and tells of none but those that
-    come and go with tasks of the job."""
+    """The timers of the machine, see operation.timers.Timers. The broker reads them, and returns only those that come
+    and go with tasks of the job."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -107,12 +107,12 @@ class LentDirectory:
         write_manifest(self.path, manifest)
 
     def show(self) -> None:
-        """Have the broker publish the image. SpoolFailed."""
+        """Let the broker publish the image. SpoolFailed."""
         self._channel.call(Publish())
         self.abort()
 
     def abort(self) -> None:
-        """Close it; the broker removes what was not published."""
+        """Close the directory. The broker removes an unpublished image."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

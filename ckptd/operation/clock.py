@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long each part of a job takes."""
+"""The time that each part of a job takes."""
 
 import time
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A job as the worker has it: the request, the way to the daemon, and the target's tree."""
+"""A job as its worker sees it: the request, the connection to the daemon, and the target's tree."""
 
 import os
 import time
@@ -36,21 +36,20 @@ from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import JobRequest
 from ckptd.tree import Tree
 
-LEAST_ROOM = 16 << 20       # bytes: a spool with less takes no image
+LEAST_ROOM = 16 << 20       # bytes; a spool with less free space accepts no image
 
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """pidfd: of the target, if the caller gave one, else -1. output: where an export goes or an import
-    comes from, else -1. terminal: for a restart, else -1."""
+    """The context of a job."""
     request: JobRequest
     channel: Channel
-    pidfd: int = -1
-    output: int = -1
-    terminal: int = -1
+    pidfd: int = -1       # of the target, if the caller gave one, else -1
+    output: int = -1      # output of an export or input of an import, else -1
+    terminal: int = -1    # for a restart, else -1
 
     def resolve(self) -> Target:
-        """The target as it is now. NoSuchTarget also when the pidfd's process has died and its number is another's."""
+        """Resolve the target now. NoSuchTarget also if the pidfd's process has died and its pid was reused."""
         name = self.request.target
         if self.pidfd >= 0:
             pid = pidfd_pid(self.pidfd)
@@ -60,23 +59,23 @@ class JobContext:
         caller = self.request.caller
         if name.startswith('pid:'):
             require_visibility(int(name.removeprefix('pid:')), caller)
-        # the worker of a user is not the user's own service: it was root's that was asked
+        # the request was made to root's service, and this worker of a user is not the user's own service
         target = resolve_target(name, caller.pid, 0 if self.request.brokered else None)
         if self.request.start_time and target.kind == 'pid':
             try:
                 with held(target.roots[0], self.request.start_time):
                     pass
             except ProcessLookupError:
-                raise NoSuchTarget(f'{target.description} is another one than was asked for, which has ended',
+                raise NoSuchTarget(f'{target.description} is another process: the requested one has ended',
                                    phase='resolve') from None
         return target
 
     def scan(self) -> Tree:
-        """Resolve and scan; again after a while, as a cgroup may have got further roots since."""
+        """Resolve and scan. A cgroup may have got further roots since the last time."""
         return scan_tree(self.resolve().roots)
 
     def look(self) -> Tree:
-        """The tree as far as the caller sees it. NoSuchTarget where that is nothing."""
+        """Scan the tree as far as the caller sees it. NoSuchTarget if that is nothing."""
         target = self.resolve()
         tree = without_hidden(scan_tree(target.roots), self.request.caller)
         if not len(tree):
@@ -84,27 +83,26 @@ class JobContext:
         return tree
 
     def cache(self, *, at_rest: bool = False) -> ProcCache:
-        """Make an empty cache of /proc.
-
-        In a request about the caller itself, its connections to our bus count as severed."""
+        """Make an empty cache of /proc. For a request of the caller about itself, its connections to our bus count as
+        disconnected."""
         severed: Collection[int] = ()
         if self.request.sever:
-            with suppress(OSError):     # no sock_diag: they are refused, as any socket is
+            with suppress(OSError):     # without sock_diag: they are refused like any socket
                 severed = clients_beside(self.request.sever, unix_sockets())
         return ProcCache(severed, self.request.caller, at_rest=at_rest)
 
     def refusals(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
-        """All refusals and warnings. picture: of a tree at rest, what is read of it; PTRACE_SEIZE then tells who may
-        trace it."""
+        """List all refusals and warnings. cache: of a frozen tree, whose contents are reused; PTRACE_SEIZE then decides
+        about tracing."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
                           avoid=self._avoid, cache=cache or self.cache(),
                           trace=cache is None and not self.request.trace_under_yama)
 
     def require(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
-        """The warnings; Refused, PermissionDenied and so on where there is a refusal, with all of them.
+        """Return the warnings. If there is any refusal, raise Refused, PermissionDenied and so on with all of them.
 
-        Of a running tree (no picture) a task that dies meanwhile is no reason, or no shell script could be frozen: who
-        is there then is checked again.
+        In a running tree (without a cache) a task that dies meanwhile is not an error, or no shell script could be
+        frozen. The tasks are checked again later.
         """
         rows = self.refusals(tree, cache)
         if cache is None:
@@ -112,7 +110,7 @@ class JobContext:
         return self._warnings(rows)
 
     def require_access(self, tree: Tree) -> None:
-        """Only what a freeze needs: the caller's right to these tasks."""
+        """Check only what a freeze needs: the caller's right to these tasks."""
         self._warnings(told_dead(tree, check_rights(tree, self.request.caller, self._avoid)))
 
     @property
@@ -127,7 +125,7 @@ class JobContext:
 
     @contextmanager
     def frozen(self, target: Target, tree: Tree, *, remote_calls: bool, traced: bool = True) -> Iterator[FrozenTree]:
-        """The tree at rest for the time of the block, by what the request asks for. traced: by ptrace, if need be."""
+        """Freeze the tree for the block, in the way that the request asks for. traced: ptrace may be used if needed."""
         request, channel = self.request, self.channel
 
         def unit_call(action: str) -> Callable[[str], None] | None:
@@ -148,7 +146,7 @@ class JobContext:
             yield frozen
 
     def timers(self) -> Timers:
-        """Access to the timers of the machine, which only root may read."""
+        """Return access to the timers of the machine, which only root may read."""
         return BrokerClient(self.channel).timers() if self.request.brokered else OwnTimers()
 
     # ------------------------------------------------------------ images
@@ -166,13 +164,13 @@ class JobContext:
         request = self.request
         if request.brokered:
             return BrokerClient(self.channel).new_image(manifest.image, manifest.size)
-        # root, or the user whose own ckptd this is, sees all images that there are
+        # root, or the user of a user's own ckptd, may know of all images in the spool
         return destination_in(Path(request.spool), request.keep_free,
                               keep_id=request.caller.uid in (0, os.geteuid()))(manifest)
 
     @contextmanager
     def image_files(self) -> Iterator[ImageFiles]:
-        """The files of the image that the job is about. NoSuchImage, ImageDamaged."""
+        """Open the files of the image that the job is about. NoSuchImage, ImageDamaged."""
         files = BrokerClient(self.channel).open_image() if self.request.brokered else DirectoryFiles(image_path(self))
         try:
             yield files
@@ -181,7 +179,7 @@ class JobContext:
 
 
 def require_some_room(spool: Path, keep_free: int) -> None:
-    """SpoolFailed where the spool has no room for any image."""
+    """Check that the spool has room for an image at all. SpoolFailed."""
     with spooling(spool):
         at = os.statvfs(spool)
     free = at.f_bavail * at.f_frsize
@@ -191,7 +189,7 @@ def require_some_room(spool: Path, keep_free: int) -> None:
 
 
 def image_path(job: JobContext) -> Path:
-    """The directory of the image that the job is about. NoSuchImage."""
+    """Return the directory of the image that the job is about. NoSuchImage."""
     path = Path(job.request.spool) / job.request.image
     if not is_image_id(job.request.image) or not path.is_dir():
         raise NoSuchImage(f'no image {job.request.image!r}')

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A freeze that the broker makes: the worker has no right to a cgroup, the broker journals each step.
+"""A freeze by the broker. The worker has no right to a cgroup, and the broker journals each step.
 
-Where the broker has no cgroup for the tree, and any freezer will do, the worker stops the tree by ptrace.
+If the broker has no cgroup for the tree and any freezer may be used, the worker stops the tree by ptrace.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from ckptd.tree import Tree
 
 
 class LentFreeze(FrozenTree):
-    """A tree that the broker has brought to rest. The tracees are the worker's own."""
+    """A tree that the broker has frozen. The tracees are the worker's own."""
 
     def __init__(self, tree: Tree, freeze_request: FreezeRequest, channel: Channel) -> None:
         super().__init__(tree, freeze_request)
@@ -26,7 +26,7 @@ class LentFreeze(FrozenTree):
         self._moved = self._is_restored = False
 
     def freeze_as(self, mode: FreezeMode) -> None:
-        """NotSupported where the broker has nothing to freeze the tree with."""
+        """Ask the broker for a freeze. NotSupported if it has no means to freeze the tree."""
         value, _ = self._channel.call(FreezeTree(mode, self._freeze_request.remote_calls))
         self.mode, self._moved = str(value['mode']), bool(value['moved'])
         self.tree = self.rescan()
@@ -34,7 +34,7 @@ class LentFreeze(FrozenTree):
     def rescan(self) -> Tree:
         if not self._moved or self._freeze_request.target.cgroup is None:
             return super().rescan()
-        # moved away from the cgroup that was asked for, the tree is no more what is in it; but its roots are known
+        # once moved, the tree is no longer in the requested cgroup, but its roots are known
         return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
 
     def let_run(self) -> None:
@@ -55,7 +55,7 @@ class LentFreeze(FrozenTree):
 @contextmanager
 def lent_freeze(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel,
                 close_after: Callable[[FrozenTree, BaseException], None]) -> Iterator[FrozenTree]:
-    """A tree at rest for the time of the block, as ckptd.freezer.freeze."""
+    """Freeze a tree for the block, like ckptd.freezer.freeze."""
     frozen = _first_that_can(tree, freeze_request, mode, channel, close_after)
     try:
         yield frozen

@@ -18,8 +18,8 @@ class Timers(Protocol):
         """Read the list while these tasks sleep."""
 
     def ends(self) -> set[End]:
-        """Read the list when they have stopped again. Ends that it had while they slept, and neither before nor
-        after."""
+        """Read the list when the tasks have stopped again. Return ends that it had while they slept, and neither before
+        nor after."""
 
 
 class OwnTimers:
