@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The freezer: brings a tree to rest, and the state that was found back.
+"""The freezer: bring a tree to rest, and later restore the state that was found.
 
     with freeze(tree, target, 'auto', deadline, journal, rescan) as frozen:
         seize every thread              adds to frozen.tracees; frozen.tree is the tree to work with
         frozen.let_run()                only the tracer's remote system calls run now
         ...
         frozen.restore()                or frozen.hold(), to leave the tree frozen until the block ends
-    at the end of the block, whatever happened: the state found is back, then the tracees run
+    at the end of the block, in any case: the found state is restored, then the tracees run
 
-    mode        what brings the tree to rest
-    auto        unit, cgroup or ptrace: the first of them that can
+    mode        means
+    auto        unit, cgroup or ptrace: the first of them that is possible
     cgroup      cgroup.freeze                                               groups.py
     unit        systemd's FreezeUnit                                        units.py
     ptrace      PTRACE_SEIZE and PTRACE_INTERRUPT of every thread           traced.py
-    caller      the caller has done so; a task that is not frozen is EBUSY  caller.py
+    caller      the caller has frozen it; a task that is not frozen is EBUSY    caller.py
 
-Synchronous, in the thread that traces. What a freeze changes is in the journal before it is changed, so that
-ckptd.journal.recover undoes what a killed owner leaves.
+It is synchronous and runs in the tracing thread. Each change is in the journal before it is made, so
+ckptd.journal.recover can undo what a killed owner leaves.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,11 +50,11 @@ def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal
            job: int = 0, freeze_unit: UnitCall | None = None, thaw_unit: UnitCall | None = None,
            also: int | None = None, check: Callable[[], None] = nothing_to_check, remote_calls: bool = True,
            traced: bool = True, at: FaultPoint = no_fault) -> Iterator[FrozenTree]:
-    """A tree at rest for the time of the block; base.Terms says what the arguments are.
+    """Freeze a tree for the block. base.FreezeRequest describes the arguments.
 
-    freeze_unit and thaw_unit are None where no systemd can be asked. traced: stop the tree by ptrace where nothing else
-    can. FreezeTimeout names the tasks that did not come to
-    rest; NotFrozen, NotSupported, TreeChanged, PermissionDenied, Cancelled. Nothing is left changed by any of them.
+    freeze_unit and thaw_unit are None if there is no systemd. traced: stop the tree by ptrace if nothing else is
+    possible. FreezeTimeout names the tasks that did not stop; NotFrozen, NotSupported, TreeChanged, PermissionDenied,
+    Cancelled. After an error nothing is left changed.
     """
     refuse_own_tree(tree)
     actions = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
@@ -69,7 +69,7 @@ def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal
 
 
 def _freezers(tree: Tree, mode: str, freeze_request: FreezeRequest, *, traced: bool) -> list[type[FrozenTree]]:
-    """What may bring the tree to rest in this mode, the best first."""
+    """Return the freezers that this mode allows, the best first."""
     match mode:
         case 'caller':
             return _for_caller(tree, freeze_request)
@@ -88,7 +88,7 @@ def _for_caller(tree: Tree, freeze_request: FreezeRequest) -> list[type[FrozenTr
     refusals = check_frozen(tree, freeze_request.actions)
     if refusals:
         raise Refused.because(refusals, 'freeze')
-    # frozen by a cgroup, the tree runs no remote system call: it has to move to a frozen cgroup that may be thawed
+    # Frozen by a cgroup, the tree runs no remote system call. It must move to a frozen cgroup that may be thawed.
     stopped = all(task.state in 'TtZX' for task in tree)
     return [FrozenTree] if stopped or not freeze_request.remote_calls else [CgroupFrozen]
 
@@ -111,7 +111,7 @@ def _first_that_can(freezers: list[type[FrozenTree]], tree: Tree, freeze_request
 
 
 def close_after(frozen: FrozenTree, error: BaseException) -> None:
-    """Undo after a failure; what cannot be undone is told along with the failure, and is left to a recovery."""
+    """Undo after a failure. Steps that cannot be undone are added to the error as notes, and left to a recovery."""
     try:
         frozen.close()
     except CkptError as failure:

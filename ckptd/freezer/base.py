@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Common parts of all freezers: the terms of a freeze, and a frozen tree with the way back."""
+"""Common parts of all freezers: the parameters of a freeze, and a frozen tree with the means to restore it."""
 
 import os
 import time
@@ -16,14 +16,15 @@ from ckptd.kernel.ptrace import Tracee, let_go
 from ckptd.kernel.wchan import read_wchan
 from ckptd.tree import Task, Tree
 
-# names of a freezer's sleep in wchan (older kernels have do_freezer_trap inlined), and of a parent in vfork(2), which
-# sleeps in state D and yet counts as frozen: kernel/signal.c and wait_for_vfork_done in kernel/fork.c
+# Functions in wchan of a task that is frozen (older kernels have do_freezer_trap inlined), or that waits for its child
+# in vfork(2). The latter is in state D and yet counts as frozen (kernel/signal.c, and wait_for_vfork_done in
+# kernel/fork.c).
 RESTING = ('do_freezer_trap', 'get_signal', 'ptrace_stop', 'do_signal_stop', 'kernel_clone', 'wait_for_vfork_done')
 MAX_NAMED = 64              # tasks that an error names
 
 
 class FreezeTarget(Protocol):
-    """The fields of inspect.scan.Target that a freezer needs. cgroup: the tree is everything in it, if not None."""
+    """The fields of inspect.scan.Target that a freezer needs. cgroup: if not None, the tree is everything in it."""
     @property
     def cgroup(self) -> str | None: ...
     @property
@@ -34,48 +35,45 @@ class FreezeTarget(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FreezeRequest:
-    """The parameters of a freeze.
-
-    deadline: of time.monotonic(). journal: None where there are tracees to let go of and nothing else. rescan: scans
-    the tree again. also: an fd that ends a wait early when readable; `check` is called then and between rounds, reads
-    what is there, and raises Cancelled if that is what it says.
-    remote_calls: the tree must be able to run for its tracer (let_run), so no cgroup that was found frozen may hold it.
-    at: called with the name of each fault point.
-    """
+    """The parameters of a freeze."""
     target: FreezeTarget
-    deadline: float
-    journal: Journal | None
+    deadline: float               # of time.monotonic()
+    journal: Journal | None       # None if there are only tracees to detach from
     actions: Actions
-    rescan: Callable[[], Tree]
+    rescan: Callable[[], Tree]    # scans the tree again
     job: int
-    also: int | None
-    check: Callable[[], None]
-    remote_calls: bool
-    at: FaultPoint
+    also: int | None              # an fd that ends a wait early when readable
+    check: Callable[[], None]     # called when `also` is readable and between rounds; reads the message, and raises
+                                  # Cancelled if it is one
+    remote_calls: bool            # the tree must be able to run for its tracer (let_run), so a cgroup that was found
+                                  # frozen must not hold it
+    at: FaultPoint                # called with the name of each fault point
 
     def next_round(self) -> None:
-        """Between two rounds of catching up with a tree that forks: Cancelled, or FreezeTimeout."""
+        """Check the limits between two rounds of catching up with a tree that forks: Cancelled, or FreezeTimeout."""
         self.check()
         if time.monotonic() >= self.deadline:
             raise FreezeTimeout(f'{self.target.description} forks faster than it can be frozen', phase='freeze')
 
 
 class CannotFreezeError(Exception):
-    """This freezer cannot, another one may. Says why; nothing is left changed."""
+    """Failure of one freezer, where another one may succeed. The message gives the reason. Nothing is left
+    changed."""
 
 
 class FrozenTree:
-    """A tree at rest, and what it takes to bring back the state that was found. This one was at rest already.
+    """A tree at rest, and the means to restore the state that was found. This class is for a tree that was already at
+    rest.
 
         tree        as scanned last, with every task at rest
-        tracees     by tid; stopped under ptrace. The ptrace freezer fills it, a dump adds its own; all of them are
-                    detached at the end, after the state found is back, so what was found frozen never runs in between
-        rescan()    the tree as it is now
-        let_run()   thaw, so that tracees can run remote system calls; needs every thread to be stopped under ptrace
-        hold()      freeze again what let_run has thawed
-        condemn()   freeze it again to be ended: who undoes the freeze from here on, a recovery too, ends the tree
-        restore()   bring back the state that was found; the tracees stay stopped
-        close()     restore, then let the tracees go
+        tracees     by tid; stopped under ptrace. The ptrace freezer fills it, a dump adds its own. All of them are
+                    detached at the end, after the state is restored, so a tree found frozen never runs in between
+        rescan()    scan the tree again
+        let_run()   thaw, so that tracees can run remote system calls; every thread must be stopped under ptrace
+        hold()      freeze again after let_run
+        condemn()   freeze it again to be ended: from here on an undo of the freeze, also by a recovery, ends the tree
+        restore()   restore the state that was found; the tracees stay stopped
+        close()     restore, then detach from the tracees
     """
     mode: str = 'caller'
 
@@ -87,18 +85,18 @@ class FrozenTree:
 
     @property
     def moved(self) -> bool:
-        """The tree is in another cgroup than it was found in."""
+        """Whether the tree is in another cgroup than it was found in."""
         return False
 
     def freeze(self) -> None:
         """Bring the tree to rest. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then `close` undoes it."""
 
     def rescan(self) -> Tree:
-        """The tree as it is now, wherever the freeze has put it."""
+        """Scan the tree again, wherever the freeze has moved it."""
         return self._freeze_request.rescan()
 
     def let_run(self) -> None:
-        """CkptError if the system does not let us."""
+        """Thaw the tree, with its tasks stopped. CkptError if that fails."""
         for number, step in self._brakes():
             self._freeze_request.at(f'let-run-{step.point}')
             try:
@@ -109,7 +107,8 @@ class FrozenTree:
             self._freeze_request.at(f'let-run-{step.point}-done')
 
     def hold(self) -> None:
-        """CkptError if the system does not let us; FreezeTimeout. Nothing where let_run had nothing to thaw."""
+        """Freeze the tree again after let_run. CkptError if that fails; FreezeTimeout. Do nothing if let_run thawed
+        nothing."""
         for number, step in self._entry.released() if self._entry else ():
             self._journal().redone(number)
             self._freeze_request.at(f'hold-{step.point}')
@@ -123,13 +122,13 @@ class FrozenTree:
         """Write down all processes before the first one is killed, so that a recovery never leaves half a tree.
         CkptError.
 
-        A worker that is an ordinary user and freezes by ptrace has no journal, and writes nothing.
+        A worker of an ordinary user that freezes by ptrace has no journal and writes nothing.
         """
-        FrozenTree.hold(self)       # what is stopped need not be waited for
+        FrozenTree.hold(self)       # tasks that are stopped need no wait
         self._write_end()
 
     def restore(self) -> None:
-        """Bring back the state that was found; a second call does nothing. CkptError if a step cannot be undone: the
+        """Restore the state that was found. A second call does nothing. CkptError if a step cannot be undone; the
         journal keeps it for a recovery."""
         if self._entry is None or self._entry.closed:
             return
@@ -162,7 +161,7 @@ class FrozenTree:
         return self._entry
 
     def _take(self, step: AnyStep) -> None:
-        """Write the step down, then take it. CannotFreezeError if the system does not let us."""
+        """Write the step down, then take it. CannotFreezeError if that fails."""
         try:
             self._journal().add(step)
             self._freeze_request.at(f'freeze-{step.point}')
@@ -178,24 +177,24 @@ class FrozenTree:
                                                    if task.tgid in alive)))
 
     def _brakes(self) -> list[tuple[int, FreezeCgroup | FreezeUnit]]:
-        """Steps that keep the tree from running, newest first."""
+        """Return the steps that keep the tree from running, newest first."""
         standing = self._entry.standing() if self._entry else []
         return [(number, step) for number, step in standing if isinstance(step, FreezeCgroup | FreezeUnit)]
 
 
 def nothing_to_check() -> None:
-    """The `check` of those who have no control socket."""
+    """Check nothing: a `check` for processes without a control socket."""
 
 
 def refuse_own_tree(tree: Tree) -> None:
-    """A process that freezes itself can thaw nothing any more."""
+    """Refuse a tree that contains this process, which could thaw nothing once it is frozen."""
     if os.getpid() in tree:
-        raise InvalidArgument('the tree holds the process that would freeze it', task=os.getpid(), phase='freeze',
-                              hint='name a smaller target')
+        raise InvalidArgument('the tree contains the process that would freeze it', task=os.getpid(), phase='freeze',
+                              hint='choose a smaller target')
 
 
 def timed_out(tasks: list[Task], what: str) -> NoReturn:
-    """FreezeTimeout that names these tasks, each with its state and where it sleeps."""
+    """Raise FreezeTimeout with these tasks, each with its state and the function it sleeps in."""
     rows = [_row(task, what) for task in tasks[:MAX_NAMED]]
     if not rows:
         raise FreezeTimeout('the tree did not come to rest in time', phase='freeze')
@@ -205,10 +204,10 @@ def timed_out(tasks: list[Task], what: str) -> NoReturn:
                         phase='freeze', refusals=rows)
 
 
-def restless(tree: Tree) -> list[Task]:
-    """Tasks that keep a cgroup from being frozen. The kernel does not tell them, but shows where they sleep."""
+def unfrozen_tasks(tree: Tree) -> list[Task]:
+    """List tasks that keep a cgroup from being frozen. The kernel does not report them, but shows where they sleep."""
     awake = [task for task in tree if task.state not in 'TtZXx' and _place(task) not in RESTING]
-    # without wchan a frozen task looks like any that sleeps; one in D or R is not frozen for certain
+    # without wchan a frozen task looks like any sleeping one; a task in D or R is certainly not frozen
     return [task for task in awake if task.state in 'DR'] or awake
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""freeze=caller: the caller has brought the tree to rest already, and ckptd only looks."""
+"""freeze=caller: the caller has already frozen the tree, and ckptd only checks that."""
 
 from ckptd.errors import Finding, NotFrozen
 from ckptd.journal.actions import Actions
@@ -8,7 +8,8 @@ from ckptd.tree import Task, Tree
 
 
 def check_frozen(tree: Tree, actions: Actions) -> list[Finding]:
-    """Tasks that are neither in a frozen cgroup (cgroup.events, so by one above it as well) nor stopped by a signal."""
+    """List tasks that are neither in a frozen cgroup (cgroup.events, so also by a cgroup above) nor stopped by a
+    signal."""
     known: dict[str, bool] = {}
     return [_refusal(task) for task in tree
             if not task.is_zombie and task.state not in 'Tt' and not _in_frozen(task, actions, known)]
@@ -20,7 +21,7 @@ def _in_frozen(task: Task, actions: Actions, known: dict[str, bool]) -> bool:
         if place not in known:
             known[place] = actions.cgroup(place).frozen
     except ProcessLookupError:
-        return True         # died: a scan will tell
+        return True         # it died, which a scan will show
     except FileNotFoundError:
         return False
     return known[place]

@@ -2,12 +2,12 @@
 """The cgroup freezer: `cgroup.freeze` of the tree's own cgroup, or of a work cgroup that the tree is moved to.
 
     the tree is all of /a/b, nothing frozen         freeze /a/b
-    the tree shares /a/b with strangers             /a/b/ckptd-JOB-RANDOM    frozen; the tree moves there and back
+    /a/b contains other processes, too              /a/b/ckptd-JOB-RANDOM    frozen; the tree moves there and back
     ... and /a/b or /a was found frozen             /ckptd-JOB-RANDOM        beside the topmost frozen one
 
-Moved from one frozen cgroup to another a task stays asleep all the way, and what was found frozen is not touched at
-all. The work cgroup is frozen before the first process moves in, so a process that is in it forks no more, and each
-round of moving leaves fewer outside.
+A task that moves from one frozen cgroup to another stays asleep all the way, and a cgroup that was found frozen is not
+changed at all. The work cgroup is frozen before the first process moves in. So a process in it cannot fork, and each
+round of moving leaves fewer processes outside.
 """
 
 import os
@@ -17,18 +17,18 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 
 from ckptd.errors import TreeChanged
-from ckptd.freezer.base import CannotFreezeError, FreezeRequest, FrozenTree, restless, timed_out
+from ckptd.freezer.base import CannotFreezeError, FreezeRequest, FrozenTree, timed_out, unfrozen_tasks
 from ckptd.inspect.scan import scan_tree
 from ckptd.journal.actions import Actions
 from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Tree
 
-ROUNDS = 64                 # of moving what was born outside meanwhile
+ROUNDS = 64                 # of moving processes that were born outside meanwhile
 
 
 class CgroupFrozen(FrozenTree):
-    """Frozen through cgroup.freeze."""
+    """A tree frozen through cgroup.freeze."""
     mode = 'cgroup'
 
     def __init__(self, tree: Tree, freeze_request: FreezeRequest) -> None:
@@ -43,7 +43,7 @@ class CgroupFrozen(FrozenTree):
         try:
             places = read_places(self.tree)
             if not places:
-                return          # all dead
+                return          # all tasks are dead
             own = self._own_cgroup(places)
             if own is None:
                 self._make_work_cgroup(places)
@@ -62,7 +62,7 @@ class CgroupFrozen(FrozenTree):
     def rescan(self) -> Tree:
         if not self.moved:
             return super().rescan()
-        # moved away from the cgroup that was asked for, the tree is no more what is in it; but its roots are known
+        # once moved, the tree is no longer in the requested cgroup, but its roots are known
         return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
 
     def hold(self) -> None:
@@ -71,7 +71,8 @@ class CgroupFrozen(FrozenTree):
             self._wait()
 
     def _own_cgroup(self, places: dict[int, str]) -> str | None:
-        """The cgroup that may be frozen as it is: it holds this tree and nobody else, and was not found frozen."""
+        """Return the cgroup that may be frozen as it is: it contains this tree and nothing else, and was not found
+        frozen."""
         actions = self._freeze_request.actions
         own = self._freeze_request.target.cgroup or common(places.values())
         found_frozen = (any(topmost_frozen(actions, place) for place in {own, *places.values()})
@@ -83,7 +84,7 @@ class CgroupFrozen(FrozenTree):
             return False
         members = set(self._freeze_request.actions.cgroup(own).procs(recursive=True))
         if not members <= places.keys():
-            # a child that was born since the scan is no stranger
+            # a child born since the scan belongs to the tree
             self.tree = self.rescan()
             places.clear()
             places.update(read_places(self.tree))
@@ -104,7 +105,7 @@ class CgroupFrozen(FrozenTree):
         self._moves = True
 
     def _settle(self, places: dict[int, str]) -> None:
-        """Bring in what is outside and wait, until a scan of the frozen tree finds nothing outside."""
+        """Move in the processes that are outside and wait, until a scan of the frozen tree finds none outside."""
         for _ in range(ROUNDS):
             outside = {tgid: place for tgid, place in places.items() if not is_below(place, self._cgroup)}
             if outside:
@@ -131,7 +132,7 @@ class CgroupFrozen(FrozenTree):
             while not cgroup.wait(True, freeze_request.deadline, freeze_request.also):
                 freeze_request.check()
                 if time.monotonic() >= freeze_request.deadline:
-                    timed_out(restless(self.rescan()), 'does not freeze')
+                    timed_out(unfrozen_tasks(self.rescan()), 'does not freeze')
         except OSError as error:
             raise TreeChanged(f'cgroup {self._cgroup}: {error.strerror}', phase='freeze') from error
 
@@ -139,7 +140,7 @@ class CgroupFrozen(FrozenTree):
 # ---------------------------------------------------------------- where the processes are
 
 def read_places(tree: Tree) -> dict[int, str]:
-    """The same as `read_cgroups`; CannotFreezeError where one is none that we see."""
+    """Read the cgroups of the processes as `read_cgroups` does. CannotFreezeError if one is not visible here."""
     places = read_cgroups(tree)
     for tgid, place in places.items():
         if '/..' in place:
@@ -148,7 +149,7 @@ def read_places(tree: Tree) -> dict[int, str]:
 
 
 def read_cgroups(tree: Tree) -> dict[int, str]:
-    """The cgroup of each process of the tree that has a living thread, by tgid."""
+    """Read the cgroup of each process of the tree that has a living thread, by tgid."""
     places: dict[int, str] = {}
     for task in tree:
         # a leader may be dead while other threads live, and a dead task keeps the name of the cgroup it died in
@@ -160,7 +161,7 @@ def read_cgroups(tree: Tree) -> dict[int, str]:
 
 
 def common(names: Iterable[str]) -> str:
-    """The deepest cgroup that has all of these in it or below."""
+    """Return the deepest cgroup that contains all of these."""
     return os.path.commonpath(list(names))
 
 
@@ -170,13 +171,13 @@ def is_below(name: str, above: str) -> bool:
 
 
 def ways_up(name: str) -> Iterator[str]:
-    """The cgroup and all above it, '/' last."""
+    """Yield the cgroup and all above it, '/' last."""
     path = PurePosixPath(name)
     yield from map(str, (path, *path.parents))
 
 
 def topmost_frozen(actions: Actions, name: str) -> str:
-    """Of this cgroup and those above it the highest whose cgroup.freeze is 1; '' if none is."""
+    """Return the highest cgroup whose cgroup.freeze is 1 among this one and those above it; '' if there is none."""
     frozen = ''
     for above in ways_up(name):
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The ptrace freezer: every thread is seized and interrupted, where no cgroup can be written.
+"""The ptrace freezer: seize and interrupt every thread, if no cgroup can be written.
 
-Stopped tasks fork no more, so each scan finds fewer that run. No journal is needed to undo it: the kernel detaches the
-tracees of a tracer that dies, and they run on.
+Stopped tasks do not fork, so each scan finds fewer running ones. No journal is needed: if the tracer dies, the kernel
+detaches the tracees and they run on.
 """
 
 import os
@@ -18,11 +18,11 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.yama import untraceable
 from ckptd.tree import Task
 
-ROUNDS = 64                 # of seizing what was born meanwhile
+ROUNDS = 64                 # of seizing tasks that were born meanwhile
 
 
 class TracedFrozen(FrozenTree):
-    """Frozen by ptrace: `tracees` has every living thread of `tree`, and a dump works with these."""
+    """A tree frozen by ptrace. `tracees` has every living thread of `tree`, and a dump uses these."""
     mode = 'ptrace'
 
     def freeze(self) -> None:
@@ -46,16 +46,16 @@ class TracedFrozen(FrozenTree):
         raise TreeChanged(f'{freeze_request.target.description} forks faster than it can be stopped', phase='freeze')
 
     def let_run(self) -> None:
-        """Do nothing: each tracee is stopped by itself."""
+        """Do nothing, because each tracee is stopped by itself."""
 
     def _refuse_frozen(self) -> None:
-        # a frozen task can be stopped, but runs no remote system call: it goes back to the freezer's sleep first
+        # a frozen task can be stopped, but runs no remote system call: it first goes back to the freezer's sleep
         actions = self._freeze_request.actions
         if not self._freeze_request.remote_calls or actions.mount is None:
             return
         for place in set(read_places(self.tree).values()):
             if frozen := topmost_frozen(actions, place):
-                raise CannotFreezeError(f'cgroup {frozen} is frozen, and what is in it cannot run for its tracer')
+                raise CannotFreezeError(f'cgroup {frozen} is frozen, so its tasks cannot run for a tracer')
 
     def _seize(self, task: Task, *, again: bool = True) -> None:
         try:
@@ -63,11 +63,11 @@ class TracedFrozen(FrozenTree):
             self.tracees[task.tid] = tracee
             tracee.interrupt()
         except ProcessLookupError:
-            self.tracees.pop(task.tid, None)        # died; the next scan does not find it
+            self.tracees.pop(task.tid, None)        # it died; the next scan does not find it
         except PermissionError as error:
             if not is_alive(task):
                 return
-            # in an execve(2) of another thread the leader dies, EPERM, and that thread takes its number, alive
+            # In an execve(2) by another thread the leader dies (EPERM), and that thread takes its tid and lives.
             if not again:
                 raise not_permitted(task, 'freeze') from error
             self._seize(task, again=False)
@@ -82,7 +82,7 @@ class TracedFrozen(FrozenTree):
             self._forget_dead(task.tid)
 
     def _is_settled(self, tid: int) -> bool:
-        """Whether it has stopped, or has died and is forgotten. Does not wait."""
+        """Whether it has stopped, or has died and is dropped. Does not wait."""
         tracee = self.tracees.get(tid)
         if tracee is None or tracee.stopped:
             return True
@@ -91,7 +91,7 @@ class TracedFrozen(FrozenTree):
             if status >> 16 == PTRACE_EVENT_STOP:
                 return True
             if status:
-                # a signal was being delivered; any trap clears the interrupt, so it has to be asked for again
+                # a signal was being delivered; any trap clears the interrupt, so it must be requested again
                 tracee.cont(os.WSTOPSIG(status))
                 tracee.interrupt()
         except ProcessLookupError:
@@ -113,7 +113,7 @@ def not_permitted(task: Task, phase: str) -> PermissionDenied:
     except ProcessLookupError:
         tracer = 0
     if tracer:
-        reason, hint = f'is being traced by process {tracer}', 'let the other tracer go'
+        reason, hint = f'is being traced by process {tracer}', 'detach the other tracer'
     else:
         forbidden = untraceable()
         reason, hint = f'may not be traced: {forbidden.reason}', forbidden.hint

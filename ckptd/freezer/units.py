@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The unit freezer: systemd freezes a unit that is exactly the tree. Attributes of its cgroup are systemd's to write,
-and its watchdog kills a unit that was frozen behind its back."""
+"""The unit freezer: systemd freezes a unit that is exactly the tree. systemd alone may write attributes of the unit's
+cgroup, and its watchdog would kill a unit that was frozen without its knowledge."""
 
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument
 from ckptd.freezer.base import CannotFreezeError, FreezeRequest
@@ -10,7 +10,8 @@ from ckptd.tree import Tree
 
 
 class UnitFrozen(CgroupFrozen):
-    """Frozen through FreezeUnit. A unit that was found frozen is thawed by let_run only, and then frozen again."""
+    """A tree frozen through FreezeUnit. A unit that was found frozen is thawed by let_run only, and then frozen
+    again."""
     mode = 'unit'
 
     def __init__(self, tree: Tree, freeze_request: FreezeRequest) -> None:
@@ -25,11 +26,11 @@ class UnitFrozen(CgroupFrozen):
     def freeze(self) -> None:
         actions = self._freeze_request.actions
         if actions.freeze_unit is None or actions.thaw_unit is None:
-            raise CannotFreezeError('no systemd can be asked')
+            raise CannotFreezeError('there is no systemd')
         try:
             places = read_places(self.tree)
             if not self._is_exactly(self._cgroup, places):
-                raise CannotFreezeError(f'unit {self._unit} has processes that are not of the tree')
+                raise CannotFreezeError(f'unit {self._unit} has processes outside of the tree')
             frozen = {top for place in places.values() if (top := topmost_frozen(actions, place))}
         except OSError as error:
             raise CannotFreezeError(f'{error.strerror}: {error.filename}') from error
@@ -46,7 +47,7 @@ class UnitFrozen(CgroupFrozen):
         except (Cancelled, FreezeTimeout):
             raise
         except CkptError as error:
-            raise CannotFreezeError(f'systemd does not freeze {self._unit}: {error.message}') from error
+            raise CannotFreezeError(f'systemd cannot freeze {self._unit}: {error.message}') from error
 
     def let_run(self) -> None:
         if self._found_frozen:
@@ -59,7 +60,7 @@ class UnitFrozen(CgroupFrozen):
 
     def condemn(self) -> None:
         if self._found_frozen:
-            self._write_end()       # frozen again it is given back, and the entry ends
+            self._write_end()       # the unit is returned frozen, and the entry ends
         else:
             super().condemn()
 
