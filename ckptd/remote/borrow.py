@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Remote system calls: a batch of calls that a stopped task does itself, for one stop in all.
+"""Remote system calls: a stopped task executes a batch of calls, which costs one stop in all.
 
     batch = Batch()
     out = batch.buffer(32)                      32 bytes of the tracee's memory, for a result
@@ -12,10 +12,10 @@
         results.value(call), results.data(out)
         yield from remote.close()
 
-The code lies in bytes of an executable private mapping that hold nothing: the zeros behind the end of the vdso, or of
-any other text page. Nothing runs there, so a tracer that dies leaves no damage, and the task heals itself (see
-kernel/arch/x86_64.py). The table of calls and the buffers lie in pages that the first remote call maps and the last
-one unmaps.
+The code lies in unused bytes of an executable private mapping: the zeros behind the end of the vdso, or of any other
+text page. No other code runs there, so a tracer that dies does no damage, and the task repairs itself (see
+kernel/arch/x86_64.py). The table of calls and the buffers lie in pages that the first remote call maps and the last one
+unmaps.
 """
 
 import ctypes
@@ -45,13 +45,13 @@ _QUIET = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)      # ignored by defa
 
 
 class OwnIds(NamedTuple):
-    """A task's ids as its own pid namespace has them."""
+    """A task's ids in its own pid namespace."""
     tgid: int
     tid: int
 
 
 def find_room(mem: Mem, mappings: Iterable[Mapping]) -> int:
-    """Address of CODE_ROOM bytes that hold nothing in an executable private mapping: the vdso first, then any text."""
+    """Find CODE_ROOM unused bytes in an executable private mapping: in the vdso first, then in any text."""
     text = [m for m in mappings if m.execute and not m.shared and m.path != '[vsyscall]']
     for mapping in sorted(text, key=lambda m: m.path != '[vdso]'):
         address = (mapping.end - CODE_ROOM) & ~15
@@ -67,7 +67,7 @@ def find_room(mem: Mem, mappings: Iterable[Mapping]) -> int:
 class Remote:
     """System calls in one address space, through any stopped thread of it, one at a time.
 
-    Once it is open it must be closed, on failure too: by `close`, or where nothing can be yielded by finish(close()).
+    Once opened it must be closed, on failure too: by `close` or, where nothing can be yielded, by finish(close()).
     """
 
     def __init__(self, tracee: Tracee, ids: OwnIds, mappings: Iterable[Mapping]) -> None:
@@ -75,7 +75,7 @@ class Remote:
         self._mem = Mem(tracee.tid)
         self._length = AREA_PAGES * PAGE
         self._area = self._result = 0
-        self._is_lost = False       # a task has not come back from a call: it may still run the code
+        self._is_lost = False       # a task has not returned from a call and may still run the code
         try:
             self._code = find_room(self._mem, mappings)
             self._caught = read_status(tracee.tid).sig_cgt
@@ -94,7 +94,7 @@ class Remote:
         try:
             yield from self._single('mmap', arguments)
         finally:
-            # also if the others failed and this generator is closed: the pages are there, and `close` unmaps them
+            # also if the others failed and this generator is closed: the pages exist, and `close` unmaps them
             self._area = max(self._result, 0)
         if self._result < 0:
             tid, error = self._tracee.tid, -self._result
@@ -105,8 +105,8 @@ class Remote:
         fault('remote-mapped')
 
     def close(self) -> Steps[None]:
-        """Unmap them, and put back the zeros that the code lay on. A process that was killed has nothing to undo; one
-        that has not come back from a call undoes it by itself when its tracer has gone."""
+        """Unmap the pages, and restore the zeros where the code was. A killed process has nothing to undo. A task that
+        has not returned from a call undoes it by itself when its tracer is gone."""
         area, self._area = self._area, 0
         if self._is_lost:
             self._mem.close()
@@ -125,7 +125,7 @@ class Remote:
             self._mem.close()
 
     def run(self, tracee: Tracee, ids: OwnIds, batch: Batch) -> Steps[Results]:
-        """Have the task do all calls of the batch. It ends as it was."""
+        """Let the task execute all calls of the batch. Its state afterwards is unchanged."""
         memory = batch.encode(self._area)
         if len(memory) > self._length:
             raise ValueError(f'batch of {len(memory)} bytes is too large')
@@ -139,13 +139,13 @@ class Remote:
         return batch.decode(self._mem.read(self._area, len(memory)))
 
     def _single(self, name: str, arguments: tuple[int, ...]) -> Steps[None]:
-        """One call without the table; its result, or -errno, is then in `_result`, 0 if it was not done."""
+        """Make one call without the table. `_result` is then its result or -errno; 0 if it was not made."""
         ids = self._ids
         self._result = 0
         with _Borrowed(self._tracee, self._mem, self._caught) as borrowed:
             code = arch.boot_code(arch.NR[name], arguments, borrowed.resume, borrowed.mask, ids.tgid, ids.tid,
                                   borrowed.signal)
-            # r14 is the length that a task without a tracer unmaps at r15, the result: right after mmap, nothing else
+            # r14 is the length that a task without a tracer unmaps at r15, the result: only right after mmap
             length = self._length if name == 'mmap' else 0
             try:
                 yield from borrowed.run(self._code, code, table=0, area=0, length=length)
@@ -155,9 +155,9 @@ class Remote:
 
 
 class _Borrowed:
-    """A stopped task lent for remote calls: registers, signal mask and rseq are put back at the end.
+    """A stopped task lent for remote calls. Registers, signal mask and rseq are restored at the end.
 
-    While it runs, every signal but one is blocked; the one, ignored by default and without a handler, is the trap.
+    While it runs, every signal but one is blocked. That one, ignored by default and without a handler, is the trap.
     """
 
     def __init__(self, tracee: Tracee, mem: Mem, caught: int) -> None:
@@ -171,14 +171,15 @@ class _Borrowed:
         self._rseq_at, self._rseq_cs = self._rseq()
 
     def _choose_signal(self, caught: int) -> int:
-        """One that has no handler and is not pending: unblocked for the trap, it would be taken off its queue. What is
-        neither blocked nor caught is never pending, the kernel drops it (kernel/signal.c, sig_ignored)."""
+        """Choose a signal that has no handler and is not pending: as it is unblocked for the trap, a pending one would
+        be taken off its queue. A signal that is neither blocked nor caught is never pending, as the kernel drops it
+        (kernel/signal.c, sig_ignored)."""
         free = [sig for sig in _QUIET if not (caught | self.mask) >> sig - 1 & 1]
         if free:
             return free[0]
         status = read_status(self.tracee.tid)
         pending = status.sig_pnd | status.shd_pnd
-        # with a handler for each of them, a task whose tracer dies right now runs one of the handlers once
+        # if each of them has a handler, a task whose tracer dies right now runs one of the handlers once
         return min(_QUIET, key=lambda sig: (pending >> sig - 1 & 1, caught >> sig - 1 & 1))
 
     def _rseq(self) -> tuple[int, int]:
@@ -190,7 +191,8 @@ class _Borrowed:
 
     @property
     def resume(self) -> arch.user_regs_struct:
-        """Where a task without a tracer goes on: inside a restartable sequence at its abort handler."""
+        """Return the registers with which a task without a tracer continues. Inside a restartable sequence, it
+        continues at the abort handler."""
         if not self._rseq_cs:
             return self.regs
         start, length, abort = struct.unpack('<8x3Q', self._mem.read(self._rseq_cs, 32))
@@ -201,14 +203,14 @@ class _Borrowed:
 
     @property
     def is_lost(self) -> bool:
-        """It lives and has not come back."""
+        """Whether it lives and has not returned."""
         return self.tracee.attached and not self.tracee.stopped
 
     def __enter__(self) -> Self:
         return self
 
     def run(self, at: int, code: bytes, *, table: int, area: int, length: int) -> Steps[None]:
-        """Run the code, placed at address `at`, to its trap; r15 as it left it is then in `result`."""
+        """Run the code, placed at address `at`, up to its trap. `result` is then its r15."""
         tracee = self.tracee
         self._mem.write(at, code)
         tracee.sigmask = _ALL_ONES & ~(1 << self.signal - 1)
@@ -224,14 +226,17 @@ class _Borrowed:
             self.result = tracee.regs.r15
 
     def _signal_to_go_on(self, status: int, trap: int) -> int | None:
-        """None at the trap. A stop by something else is passed: a group-stop shows itself and leaves the task to its
-        tracer, so does one that begins now, since SIGSTOP cannot be blocked; a trap signal of somebody else's, which is
-        not blocked either, is kept for the task."""
+        """Return None at the trap, else the signal to continue with.
+
+        Other stops are passed. A group-stop shows itself and leaves the task to its tracer. So does one that begins
+        now, since SIGSTOP cannot be blocked. A trap signal from another process, which is not blocked either, is kept
+        for the task.
+        """
         if status >> 16 == PTRACE_EVENT_STOP:
             return 0
         sig = os.WSTOPSIG(status)
         if sig == signal.SIGSTOP:
-            return sig      # the kernel has to know of it: a SIGCONT that comes now takes it back
+            return sig      # the kernel must know of it, so that a SIGCONT that comes now cancels it
         if sig == self.signal and self.tracee.regs.rip == trap:
             return None
         if sig == self.signal:
@@ -245,7 +250,7 @@ class _Borrowed:
             return
         self.tracee.regs = self.regs
         self.tracee.sigmask = self.mask
-        # running elsewhere made the kernel clear rseq_cs (kernel/rseq.c, clear_rseq_cs): without it the task would go
-        # on in the middle of a sequence that it must start again
+        # Running elsewhere made the kernel clear rseq_cs (kernel/rseq.c, clear_rseq_cs). Without it the task would
+        # continue in the middle of a sequence that it must start again.
         if self._rseq_cs:
             self._mem.write(self._rseq_at, struct.pack('<Q', self._rseq_cs))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Work that waits for tasks to stop, interleaved: a generator that yields wherever it would wait.
+"""Interleave work that waits for tasks to stop: a generator yields wherever it would wait.
 
     def work() -> Steps[int]:
         start something
-        yield                       by the time that it goes on here, it need not wait
+        yield                       when it continues here, it need not wait
         return result
 
     interleave(work(i) for i in ...)        many at a time
@@ -22,7 +22,7 @@ WIDTH = 32          # enough to hide a wake-up; each has a few pages of its task
 
 
 def finish(work: Steps[T]) -> T:
-    """Do all steps; the result."""
+    """Do all steps. Return the result."""
     while True:
         try:
             next(work)
@@ -32,8 +32,8 @@ def finish(work: Steps[T]) -> T:
 
 
 def interleave(works: Iterable[Steps[None]], width: int = WIDTH) -> None:
-    """Do all works, at most `width` at a time, started in their order. The first error ends it: the others are closed,
-    and undo what they have begun."""
+    """Do all works, at most `width` at a time, started in order. The first error ends all: the others are closed and
+    undo what they have begun."""
     active: deque[Steps[None]] = deque()
     try:
         for work in works:

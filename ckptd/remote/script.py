@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls for one task in a row, in as many batches as its arena makes of them."""
+"""A sequence of calls for one task, split into as many batches as its arena requires."""
 
 import errno
 import os
@@ -14,7 +14,8 @@ _NO_NOTE: tuple[str, int | None] = '', None
 
 
 class Script:
-    """`call` collects, `run` has the task do it all. An error names the call and, if `about` was said, the matter."""
+    """A sequence of calls. `call` collects them, `run` lets the task execute them. An error names the call and, if
+    given, `about`."""
 
     def __init__(self, stub: Stub) -> None:
         self._stub = stub
@@ -22,8 +23,8 @@ class Script:
         self._notes: list[dict[int, tuple[str, int | None]]] = [{}]
 
     def call(self, name: str, *arguments: int | bytes, about: str = '', expect: int | None = None) -> None:
-        """Add a system call. Bytes become a buffer of the task, and its address the argument. expect: what it must
-        return; else anything that is no error will do."""
+        """Add a system call. Bytes become a buffer of the task, and the argument is its address. expect: the value that
+        it must return; without it any result but an error is accepted."""
         buffers = [len(one) + 8 for one in arguments if isinstance(one, bytes)]
         self._make_room(sum(buffers))
         batch = self._batches[-1]
@@ -37,8 +38,8 @@ class Script:
 
     def call_with_pointer(self, name: str, arguments: tuple[int, ...], position: int, content: bytes, at: int,
                           target: bytes, *, about: str = '') -> None:
-        """A call whose argument number `position` is a buffer of `content`, in which the eight bytes at `at` are the
-        address of another one, `target`."""
+        """Add a call whose argument number `position` is a buffer of `content`. The eight bytes at `at` in it are the
+        address of another buffer, `target`."""
         self._make_room(len(content) + len(target) + 16)
         batch = self._batches[-1]
         outer, inner = batch.buffer(len(content), content), batch.buffer(len(target), target)
@@ -52,7 +53,7 @@ class Script:
             self._notes.append({})
 
     def run(self) -> Steps[None]:
-        """Do what was collected; more can be collected afterwards."""
+        """Execute the collected calls. More can be collected afterwards."""
         batches, notes = self._batches, self._notes
         self._batches, self._notes = [Batch()], [{}]
         for batch, note in zip(batches, notes, strict=True):
@@ -68,7 +69,7 @@ class Script:
                     raise self._failed(results.names[row], errno.EIO, about or f'{value} and not {expect}')
 
     def call_now(self, name: str, *arguments: int | bytes) -> int:
-        """One call at once; its result. OSError."""
+        """Make one call at once. Return its result. OSError."""
         batch = Batch()
         row = batch.call(name, *[batch.buffer(len(one), one) if isinstance(one, bytes) else one for one in arguments])
         return self._stub.do(batch).value(row)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A task that is being made: a stub that does batches of system calls, and what of it the tracer holds.
+"""A task that is being made: a stub that executes batches of system calls, and the tracer's data about it.
 
-Each has the same few pages at the same place, the arena, inherited from the first one:
+All stubs have the same few pages at the same place, the arena, inherited from the first one:
 
     arena      one page of code (kernel/arch, STUB): walks the table of calls, then int3
-    + PAGE     the table and its buffers; a stack for what needs one ends at the arena's end
+    + PAGE     the table and its buffers; a stack, for calls that need one, ends at the arena's end
 
-Tasks that share memory have the arena in common, so of these only one at a time can do a batch: see `alone`.
+Tasks that share memory share the arena, so only one of them at a time can execute a batch: see `alone`.
 
-It is born stopped (PTRACE_O_TRACECLONE and its like) and dies with its tracer (PTRACE_O_EXITKILL), so a restart that
-breaks off leaves nothing. While it is a stub every signal but SIGTRAP is blocked.
+A stub is born stopped (PTRACE_O_TRACECLONE and the like) and dies with its tracer (PTRACE_O_EXITKILL), so an
+interrupted restart leaves nothing. Every signal but SIGTRAP is blocked in a stub.
 """
 
 import ctypes
@@ -49,16 +49,16 @@ _BIRTHS = (PTRACE_EVENT_FORK, PTRACE_EVENT_VFORK, PTRACE_EVENT_CLONE)
 
 
 class Arena(NamedTuple):
-    """Where the pages of the stubs are, the same in all. room: bytes for a batch."""
+    """The addresses of the stubs' pages, the same in all."""
     start: int
     length: int
     code: int
     table: int
-    room: int
+    room: int    # bytes for a batch
 
     @classmethod
     def at(cls, start: int, length: int) -> Self:
-        """The last page is left to a stack."""
+        """Lay out the arena. The last page is left for a stack."""
         return cls(start, length, start, start + PAGE, length - 2 * PAGE)
 
     @property
@@ -72,15 +72,18 @@ def was_killed(tid: int) -> CkptError:
 
 
 class Turn:
-    """Whether somebody is using the arena of an address space."""
+    """A lock for the arena of an address space."""
 
     def __init__(self) -> None:
         self.taken = False
 
 
 class Stub:
-    """A stopped stub. turn: that of the task that it shares memory with. born: tids of the tasks that its last batch
-    made, as we see them. is_dead: it has ended as one thread of several."""
+    """A stopped stub.
+
+    turn: that of the task that it shares memory with. born: tids of the tasks that its last batch made, as we see them.
+    is_dead: it has ended as one thread of several.
+    """
 
     def __init__(self, tracee: Tracee, arena: Arena, turn: Turn | None = None) -> None:
         self.tracee, self.arena = tracee, arena
@@ -93,21 +96,21 @@ class Stub:
         return self.tracee.tid
 
     def do(self, batch: Batch) -> Results:
-        """Have it do a batch. OSError of any call that fails; CkptError if it dies."""
+        """Let it execute a batch. OSError if a call fails; CkptError if it dies."""
         return finish(self.run(batch))
 
     def run(self, batch: Batch) -> Steps[Results]:
-        """The same in steps, see interleave.py."""
+        """Let it execute a batch in steps, see interleave.py. OSError if a call fails; CkptError if it dies."""
         results = yield from self.attempt(batch)
         results.require()
         return results
 
     def attempt(self, batch: Batch) -> Steps[Results]:
-        """The same, whatever the calls return."""
+        """Let it execute a batch in steps and return the results, whether calls failed or not."""
         return self.alone(self._attempt(batch))
 
     def alone(self, work: Steps[T]) -> Steps[T]:
-        """Work with the arena, which begins when nobody else's of this address space is under way."""
+        """Do work with the arena. It begins when no other task of this address space uses the arena."""
         while self.turn.taken:
             yield
         self.turn.taken = True
@@ -129,7 +132,7 @@ class Stub:
         write_bytes(self.tid, at, batch.encode(at))
 
     def go(self, table: int) -> Steps[None]:
-        """Run the code over the table at this address. It takes registers only, so the memory need not be dumpable."""
+        """Run the code over the table at this address. This sets registers only, so the memory need not be dumpable."""
         self.born = []
         self.tracee.regs = arch.stub_registers(self.arena.code, table)
         self.tracee.cont()
@@ -139,14 +142,15 @@ class Stub:
             self.tracee.cont()
 
     def wait(self) -> int:
-        """The status of its next stop; CkptError if it died."""
+        """Return the status of its next stop. CkptError if it died."""
         try:
             return self.tracee.wait()
         except ProcessLookupError as error:
             raise was_killed(self.tid) from error
 
     def _has_trapped(self, status: int, trap: int) -> bool:
-        """Births are noted, and stops of others' making (a SIGSTOP cannot be blocked) are passed by."""
+        """Whether it stopped at its trap. Births are noted, and stops caused by others (SIGSTOP cannot be blocked) are
+        passed."""
         if status >> 16 in _BIRTHS:
             self.born.append(self.tracee.event_message())
             return False
@@ -158,14 +162,15 @@ class Stub:
         return self.tracee.regs.rip == trap
 
     def die(self, status: int) -> None:
-        """End with a wait(2) status, and see it dead. A parent other than us may still wait for it."""
+        """End it with a wait(2) status, and wait for its death. A parent other than the tracer may still wait for
+        it."""
         if status & 0x7F:
-            # injected instead of the SIGTRAP that it has stopped for; without dumpable memory no core is written, nor
-            # the program of core_pattern(5) run
+            # The signal replaces the SIGTRAP that it has stopped for. Without dumpable memory no core is written, and
+            # the program of core_pattern(5) is not run.
             batch = Batch()
             batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
             self.write(batch, self.arena.table)
-            finish(self.go(self.arena.table))       # what it returns may not be read any more, but by root
+            finish(self.go(self.arena.table))       # only root may read the result of this call now
             self.tracee.sigmask = 0
             self.tracee.cont(status & 0x7F)
         else:
@@ -173,11 +178,12 @@ class Stub:
         self.tracee.wait_dead()
 
     def exit_thread(self, status: int) -> None:
-        """End as one thread of several, with a wait(2) status, which only /proc shows: the last one's is the process's.
+        """End it as one thread of several, with a wait(2) status that only /proc shows. The last thread's is that of
+        the process.
 
-        The tracer lets go of it first. A dead leader that is still traced when its tracer ends gets the SIGKILL of
-        PTRACE_O_EXITKILL, which stays pending in it (kernel/ptrace.c, exit_ptrace); and until the tracer has waited for
-        it, its parent does not hear of the end of the process.
+        The tracer detaches first. A dead leader that is still traced when its tracer ends gets the SIGKILL of
+        PTRACE_O_EXITKILL, which stays pending in it (kernel/ptrace.c, exit_ptrace). Also, its parent does not hear of
+        the end of the process until the tracer has waited for it.
         """
         self._prepare('exit', status >> 8)
         tracee, began = self.tracee, time.monotonic()
@@ -193,15 +199,15 @@ class Stub:
         self.tracee.cont()
 
     def _prepare(self, name: str, *arguments: int) -> None:
-        """Have its next instructions be a call that does not return."""
+        """Set it up so that it next makes a call that does not return."""
         batch = Batch()
         batch.call(name, *arguments)
         self.write(batch, self.arena.table)
         self.tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
-        self.tracee.sigmask = 0     # which /proc goes on to show of the dead
+        self.tracee.sigmask = 0     # /proc continues to show the mask of the dead task
 
     def adopt(self, tid: int, *, shares_memory: bool) -> 'Stub':
-        """The task that was just born: traced by us already, about to stop."""
+        """Take over the task that was just born. It is already traced by us and about to stop."""
         tracee = Tracee(tid, self.tracee.patience)
         status = tracee.wait()
         if status >> 16 != PTRACE_EVENT_STOP:
@@ -209,12 +215,12 @@ class Stub:
         return Stub(tracee, self.arena, self.turn if shares_memory else None)
 
     def leave(self, last: Batch, *, unmap: bool) -> Steps[None]:
-        """Do the last calls, and unmap the arena unless others still use it. The task then stands wherever its
+        """Execute the last calls, and unmap the arena unless others still use it. The task then stands wherever its
         registers are set to.
 
-        It never runs from pages that are gone, nor into the int3: it stops at the entry and the end of each call, and
-        an interrupt that waits at the last end makes it stop again where signals are handled. There the kernel restarts
-        a call that the task was interrupted in, as for any task (arch_do_signal_or_restart).
+        It never runs from unmapped pages, nor into the int3: it stops at the entry and the end of each call. An
+        interrupt that is pending at the last end makes it stop again where signals are handled. There the kernel
+        restarts a call in which the task was interrupted, as for any task (arch_do_signal_or_restart).
         """
         if unmap:
             last.call('munmap', self.arena.start, self.arena.length)
