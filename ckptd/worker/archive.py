@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The operations export and import: an image as a stream, to and from an fd of the caller's, that may stall for ever.
+"""The operations export and import: an image as a stream, to or from an fd of the caller, which may stall for ever.
 
-    receive -> verify -> publish     an import; cancelled or failed before the image is there, it leaves nothing
+    receive -> verify -> publish     an import; cancelled or failed before the image exists, it leaves nothing
 """
 
 import os
@@ -19,18 +19,18 @@ from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, become, no_capabilities
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import FORMATS
 
-_FAULTS = {'verify': 'received', 'publish': 'verified'}      # points just before a phase
+_FAULTS = {'verify': 'received', 'publish': 'verified'}      # fault points just before a phase
 
 
 def export_image(job: JobContext) -> None:
-    """A tar stream: of cores, one per process, or of the image itself."""
+    """Export an image as a tar stream: of cores, one per process, or of the image itself."""
     if job.request.format not in FORMATS:
         raise InvalidArgument(f'unknown format {job.request.format!r}', hint=f'formats: {", ".join(FORMATS)}')
     rights = job.request.writer or job.request.caller
     with job.image_files() as files:
         if rights.uid != os.geteuid():
-            # what a write to somebody's fd may do is decided by who writes, for some files (/proc, netlink(7)); of
-            # root's rights only reading the image is left
+            # For some files (/proc, netlink(7)) the writer's rights decide about a write. The fd is the caller's, so of
+            # root's rights only that to read the image is kept.
             become(rights.uid, rights.gid, rights.groups, 1 << CAP_DAC_READ_SEARCH)
         with job.channel.interrupting(job.request.stall_usec / 1e6):
             names = (write_archive(files, job.output) if job.request.format == 'tar'
@@ -39,14 +39,14 @@ def export_image(job: JobContext) -> None:
 
 
 def _export_cores(files: ImageFiles, output: int) -> list[str]:
-    # reading the image is what is left of root's rights, and no right of whoever asks
+    # the only right of root that is kept is to read the image; other files are opened without any of its capabilities
     outside = no_capabilities if os.geteuid() else nullcontext
     with ImageReader(files, outside) as reader, os.fdopen(os.dup(output), 'wb', buffering=0) as sink:
         return export(reader, sink)
 
 
 class _Watcher:
-    """Shows the daemon how an import goes, and stops it when the daemon says so."""
+    """A listener that reports the progress of an import to the daemon, and stops it when the daemon cancels."""
 
     def __init__(self, job: JobContext) -> None:
         self._channel, self._stall = job.channel, job.request.stall_usec / 1e6
@@ -64,12 +64,12 @@ class _Watcher:
 
 
 def import_image(job: JobContext) -> None:
-    """An image from a tar stream into the spool. Its owner is the caller."""
+    """Import an image from a tar stream into the spool. Its owner is the caller."""
     request = job.request
-    # of other things, a process say, nothing may ever be readable
+    # other files, such as a pidfd, may never become readable
     if job.output < 0 or not any(kind(os.fstat(job.output).st_mode) for kind in (stat.S_ISREG, stat.S_ISFIFO,
                                                                                 stat.S_ISSOCK)):
-        raise InvalidArgument('no stream to import from', hint='give the fd of a pipe, a socket or a file')
+        raise InvalidArgument('the input is not a stream', hint='give the fd of a pipe, a socket or a file')
     manifest = read_archive(job.output, job.import_destination, request.caller.uid, request.caller.gid,
                             request.save_limit, _Watcher(job), request.keep_free)
     job.channel.finish('', (), {'image': manifest.image, 'bytes': manifest.size})

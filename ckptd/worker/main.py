@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The worker process: one job, one tree, one thread that traces. A job of an ordinary user makes it the broker of a
-worker that is that user (worker/broker). Forked by spawner.py; or started by a systemd as
+"""The worker process: one job, one tree, one tracing thread. For a job of an ordinary user it becomes the broker of a
+worker that is that user (worker/broker). It is forked by spawner.py, or started by systemd as
 
     python -m ckptd.worker.main FD        FD: its end of a SOCK_SEQPACKET socketpair, see messages.py
 """
@@ -27,7 +27,7 @@ log = logging.getLogger('ckptd.worker')
 
 
 class _ToDaemon(logging.Handler):
-    """The worker's log lines go to the daemon's log."""
+    """A log handler that sends the worker's log lines to the daemon's log."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ class _ToDaemon(logging.Handler):
         try:
             self._channel.send(Log(record.levelno, cut(self.format(record), MAX_SENTENCE)))
         except Cancelled:
-            return          # nobody is left to read it
+            return          # no process is left to read it
 
 
 def _set_up_signals(channel: Channel) -> None:
     # SIGCHLD is waited for (Tracee.wait with a deadline), never handled
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    # Ctrl-C in a terminal reaches the whole group; it is the client's to turn into Cancel
+    # Ctrl-C in a terminal reaches the whole process group; the client turns it into Cancel
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
@@ -62,13 +62,13 @@ def _error_of(error: BaseException, phase: str) -> CkptError:
     if isinstance(error, OSError):
         log.debug('in phase %s', phase, exc_info=error)
         return CkptError(str(error), errno=error.errno, phase=phase,
-                         hint='the daemon log has more with CKPTD_DEBUG=ckptd.worker')
+                         hint='the daemon log shows more with CKPTD_DEBUG=ckptd.worker')
     log.error('internal error in phase %s', phase, exc_info=error)
     return CkptError('internal error', phase=phase, hint='this is a bug of ckptd: see the daemon log')
 
 
 def run(channel: Channel) -> int:
-    """Wait for the job and do it; the exit status."""
+    """Wait for the job and do it. Return the exit status."""
     got = channel.wait_start()
     if got is None:
         return 0
@@ -100,11 +100,11 @@ def _manifest(request: JobRequest) -> Manifest | None:
     try:
         return read_manifest(Path(request.spool) / request.image)
     except ImageDamaged:
-        return None     # the operation tells all that is damaged
+        return None     # the operation reports all damages
 
 
 def _identity(job: JobContext, manifest: Manifest | None) -> Identity | None:
-    """The identity of the worker; None if this process does the job itself."""
+    """Return the identity of the worker; None if this process does the job itself."""
     request = job.request
     if os.geteuid() or request.caller.uid or request.operation != 'checkpoint':
         return identity_of(request, manifest)

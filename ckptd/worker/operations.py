@@ -20,7 +20,7 @@ from ckptd.worker.archive import export_image, import_image
 
 
 def check(job: JobContext) -> None:
-    """Every refusal and warning; nothing is frozen and nothing written."""
+    """List every refusal and warning. Nothing is frozen and nothing is written."""
     job.channel.phase('resolve')
     target = job.resolve()
     job.channel.phase('scan')
@@ -29,7 +29,7 @@ def check(job: JobContext) -> None:
 
 
 def scan(job: JobContext) -> None:
-    """The tree as rows; memory and open files of those tasks only that the caller may look at."""
+    """List the tree as rows, with memory and open files only of tasks that the caller may inspect."""
     job.channel.phase('scan')
     tree = job.look()
     caller = job.request.caller
@@ -59,19 +59,19 @@ def freeze(job: JobContext) -> None:
 
 
 def verify_image(job: JobContext) -> None:
-    """Every damage of an image."""
+    """List every damage of an image."""
     with job.image_files() as files:
         job.channel.finish('damages', verify(files))
 
 
 def image_tree(job: JobContext) -> None:
-    """The tree of an image as rows."""
+    """List the tree of an image as rows."""
     with job.image_files() as files, ImageReader(files) as reader:
         job.channel.finish('tasks', image_rows(reader))
 
 
 def recover_files(job: JobContext) -> None:
-    """Undo what dead workers have left of files."""
+    """Undo the file steps of dead workers."""
     job.channel.finish('report', recover(Journal(Path(job.request.runtime)), files=True))
 
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The process that starts workers, so that the daemon never forks. Started by the daemon at its beginning as
+"""The process that starts workers, so that the daemon never forks. The daemon starts it at its beginning as
 
     python -m ckptd.worker.spawner FD [PIDFD]       FD: its end of a SOCK_SEQPACKET socketpair; PIDFD: of a thread of
                                                     the daemon (ckptd.kernel.liveness), as its files may outlive it
 
-A fork copies every open file, execve(2) closes the copies, and a close asks the file system: with a client's file open
-that never answers, the daemon would wait in fork for ever. This process has no client's files. It has all modules of a
-worker already, so that one begins in some milliseconds; and it ends when the daemon does.
+A fork copies every open file, execve(2) closes the copies, and a close may wait for the file system. With a client's
+file open that never answers, the daemon would wait in fork for ever. This process has no client's files. It has loaded
+all modules of a worker, so a worker starts in some milliseconds. It ends when the daemon does.
 
     daemon                        spawner
     Spawn, the worker's socket -> fork
                                <- Spawned, a pidfd
-                               <- Exited       when it has ended, however
+                               <- Exited       when it has ended in any way
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Spawner:
             self._poll.register(daemon, select.POLLIN)
 
     def serve(self) -> None:
-        """Until the daemon has closed its end, or is dead."""
+        """Serve until the daemon has closed its end or is dead."""
         while self._daemon not in (ready := dict(self._poll.poll())):
             for fd in ready:
                 if fd != self._socket.fileno():
@@ -64,7 +64,7 @@ class Spawner:
             except OSError as error:
                 self._say(Spawned(wish.number, 0, error.errno or 0))
                 return True
-        pidfd = os.pidfd_open(pid)      # a child's pid is its own until it is waited for
+        pidfd = os.pidfd_open(pid)      # the pid stays the child's until it is waited for
         self._children[pidfd] = wish.number, pid
         self._poll.register(pidfd, select.POLLIN)
         self._say(Spawned(wish.number, pid), pidfd)
@@ -75,7 +75,7 @@ class Spawner:
             return pid
         status = 1
         try:
-            os.setsid()         # a terminal's Ctrl-C reaches the daemon only
+            os.setsid()         # so that a terminal's Ctrl-C reaches the daemon only
             for fd in (self._socket.fileno(), self._daemon, *self._children):
                 if fd >= 0:
                     os.close(fd)
@@ -100,21 +100,21 @@ class Spawner:
         self._say(Exited(number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 
     def _say(self, message: FromSpawner, *fds: int) -> None:
-        # without a daemon: the next read says so
+        # without a daemon the next read fails
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             socket.send_fds(self._socket, [_encode(message)], fds)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Not SIG_IGN, which a program that is started would inherit."""
+    """Ignore a signal. Unlike SIG_IGN, a program that is started does not inherit this."""
 
 
 def main() -> int:
-    # who stops the daemon signals all that is in its cgroup or session; workers are needed until its end
+    # A stop of the daemon signals everything in its cgroup or session, but workers are needed until its end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)
     netlink.load()
-    gc.freeze()         # what is here now stays: no page of it is copied for the collector's sake
+    gc.freeze()         # objects that exist now stay, so the garbage collector does not cause copies of their pages
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         daemon = int(sys.argv[2]) if len(sys.argv) > 2 else -1
         for fd in (sock.fileno(), daemon):

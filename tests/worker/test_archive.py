@@ -216,10 +216,10 @@ def test_a_limit(other: Place, image: Path, stream: Path) -> None:
 
 def test_requests_that_cannot_be(home: Place, image: Path) -> None:
     pidfd = os.pidfd_open(os.getpid())      # never readable while the process lives
-    with DirectWorker() as worker, pytest.raises(InvalidArgument, match='no stream'):
+    with DirectWorker() as worker, pytest.raises(InvalidArgument, match='not a stream'):
         worker.run(request(home, 'import', image=''), (pidfd,))
     os.close(pidfd)
-    with DirectWorker() as worker, pytest.raises(InvalidArgument, match='no stream'):
+    with DirectWorker() as worker, pytest.raises(InvalidArgument, match='not a stream'):
         worker.run(home.request(0, target='', operation='import'))
     with Path('/dev/null').open('wb') as sink:
         for format_, name, kind in (('zip', image.name, InvalidArgument), ('tar', 'nothing', NoSuchImage)):
@@ -303,7 +303,7 @@ def test_a_reader_that_stalls_for_too_long(home: Place, image: Path, format_: st
     try:
         with DirectWorker() as worker:
             worker.send(Start(request(home, 'export', image=image.name, format=format_, stall_usec=300_000)), (writer,))
-            with pytest.raises(CkptError, match='nobody has read') as caught:
+            with pytest.raises(CkptError, match='the stream was not read') as caught:
                 worker.result()
     finally:
         os.close(reader)
@@ -332,7 +332,7 @@ def test_a_sender_that_stalls_for_too_long(other: Place, stream: Path, part: int
         start = file.read(part)
     with sending(other, stall_usec=2_000_000) as (worker, writer):
         os.write(writer, start)
-        with pytest.raises(CkptError, match='nothing has come') as caught:
+        with pytest.raises(CkptError, match='nothing arrived on the stream') as caught:
             worker.result()
     assert caught.value.errno == errno.ETIMEDOUT
     assert in_spool(other) == []

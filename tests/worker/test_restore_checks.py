@@ -347,7 +347,7 @@ def test_the_image_of_somebody_else(place: Place, asleep: Sleeper, importer: Cal
     assert about(rows, 'uid').reason == f'runs as uid 0, the caller is uid {ORDINARY_UID}'
     assert about(rows, 'gid').errno == 'EPERM'
     assert 'CAP_CHOWN' in about(rows, 'capabilities').reason
-    with DirectWorker() as worker, pytest.raises(PermissionDenied, match=f'is not of uid {importer.uid}'):
+    with DirectWorker() as worker, pytest.raises(PermissionDenied, match=f'does not belong to uid {importer.uid}'):
         worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer))
 
 

@@ -3,11 +3,11 @@
 
     daemon (root) -- socket -- broker (root, one per job) -- socket -- worker (the user)
 
-    identity.py     whose rights a job is done with, and taking them for good: the launcher
-    calls.py        the table of what a broker does for its worker
-    powers.py       how it does that; each call is checked against the job
+    identity.py     the rights with which a job is done, and taking them for good: the launcher
+    answers.py      the calls that a broker answers; each is checked against the job
+    placement.py    the cgroups of a restored tree
     process.py      the broker: starts the worker, passes messages on, answers calls, cleans up
-    client.py       the worker's end of the calls
 
-The kernel decides about everything else, at the very call, as for any program of that user.
+The calls are in ckptd.protocol.broker_calls, the worker's end of them in ckptd.operation.broker. The kernel decides
+about everything else, at each system call, as for any program of that user.
 """

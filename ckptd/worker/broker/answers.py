@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The calls that a broker answers for its worker (calls.py), each checked against the job.
+"""The calls that a broker answers for its worker (protocol/broker_calls.py), each checked against the job.
 
 The worker is not trusted. It works on untrusted images with the rights of the user, who may stop or kill it at any
 moment. So the broker checks every path and pid of the worker with the kernel.
@@ -55,7 +55,7 @@ Reply = tuple[dict[str, object], list[int]]
 
 
 class BrokerAnswers:
-    """The powers of one job. `close` undoes what the worker leaves behind, however it ended."""
+    """The answers to the calls of one job. `close` undoes what the worker leaves behind, however it ended."""
 
     def __init__(self, job: JobContext, identity: Identity, worker: int) -> None:
         self._job, self._identity = job, identity
@@ -76,16 +76,16 @@ class BrokerAnswers:
             KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
-        """Do it: the value, and fds that are the caller's to close. CkptError, OSError."""
+        """Carry out a call. Return the value, and fds that the caller closes. CkptError, OSError."""
         return self._answers[type(call)](call)
 
     def check_room(self) -> None:
-        """SpoolFailed where the image that is being written leaves less room than is to stay free."""
+        """Check that the image being written leaves enough free space. SpoolFailed."""
         if self._incoming is not None:
             require_room(self._incoming.path, 0, self._job.request.keep_free)
 
     def close(self) -> None:
-        """Thaw what is frozen, end a tree that does not live yet, remove an image that is not published."""
+        """Thaw the tree, end a tree that does not live yet, remove an unpublished image."""
         with ExitStack() as stack:      # each of them, whatever the others raise
             if self._incoming is not None:
                 stack.callback(self._incoming.abort)
@@ -100,7 +100,7 @@ class BrokerAnswers:
         try:
             manifest = read_manifest_of(files)
             if manifest.owner_uid != uid and self._job.request.caller.uid:
-                raise PermissionDenied(f'image {self._job.request.image} is not of uid {uid}',
+                raise PermissionDenied(f'image {self._job.request.image} does not belong to uid {uid}',
                                        resource=self._job.request.image)
             names = sorted({NAME, *files.names()})
             chosen = names[call.first:call.first + MAX_FILES]
@@ -117,13 +117,13 @@ class BrokerAnswers:
     def _new_image(self, call: NewImage) -> Reply:
         request = self._job.request
         if self._incoming is not None or request.operation not in ('checkpoint', 'import'):
-            raise PermissionDenied('the job writes no further image')
+            raise PermissionDenied('the job may not write another image')
         make, spool = partial(UsersImage, identity=self._identity), Path(request.spool)
         if request.operation == 'checkpoint':
             require_some_room(spool, request.keep_free)
             self._incoming = make(spool, request.image)
         elif not is_image_id(call.image):
-            raise PermissionDenied('the stream names no image')
+            raise PermissionDenied('the stream has no image id')
         else:
             self._incoming = incoming(spool, call.image, call.size, request.keep_free, keep_id=False, make=make)
         return {'image': self._incoming.image}, [self._incoming.duplicate()]
@@ -139,25 +139,26 @@ class BrokerAnswers:
 
     def _freeze_tree(self, call: FreezeTree) -> Reply:
         if self._frozen is not None or self._job.request.operation not in ('checkpoint', 'freeze'):
-            raise PermissionDenied('the job freezes nothing more')
+            raise PermissionDenied('the job may not freeze again')
         target = self._job.resolve()
         tree = scan_tree(target.roots)
         self._require_users(tree)
         self._frozen = self._freeze.enter_context(
             self._job.frozen(target, tree, remote_calls=call.remote_calls, traced=False))
-        # a set-user-ID program may have been run in between
+        # a set-user-ID program may have been executed in between
         self._require_users(self._frozen.tree)
         return {'mode': self._frozen.mode, 'moved': self._frozen.moved}, []
 
     def _require_users(self, tree: Tree) -> None:
-        """PermissionDenied unless every uid of every task is the user's: what they may stop by SIGSTOP anyway."""
+        """Check that every uid of every task is the user's. They may stop such tasks by SIGSTOP anyway.
+        PermissionDenied."""
         for task in tree:
             try:
                 status = read_status(task.tgid, task.tid)
             except ProcessLookupError:
                 continue
             if {*status.uids} != {self._identity.uid}:
-                raise PermissionDenied(f'{task.comm}[{task.tid}] is not of uid {self._identity.uid} alone',
+                raise PermissionDenied(f'{task.comm}[{task.tid}] does not belong to uid {self._identity.uid} only',
                                        task=task.tid, resource='uid', phase='freeze')
 
     def _tree(self) -> FrozenTree:
@@ -180,9 +181,9 @@ class BrokerAnswers:
     def _end_tree(self, call: EndTree) -> Reply:
         frozen = self._tree()
         if self._job.request.after != 'kill' or not self._is_published:
-            raise PermissionDenied('the job ends no tree, or has no image of it yet')
+            raise PermissionDenied('the job may not end the tree, or has no image of it yet')
         frozen.hold()
-        # from here on it runs nothing: what is the user's now is when it is ended
+        # it is frozen, so tasks that belong to the user now still do when it is ended
         self._require_users(frozen.tree)
         frozen.condemn()
         return {}, []
@@ -191,7 +192,7 @@ class BrokerAnswers:
 
     def _read_timers(self, call: ReadTimers) -> Reply:
         if self._job.request.operation != 'checkpoint':
-            raise PermissionDenied('the job dumps nothing')
+            raise PermissionDenied('the job is not a checkpoint')
         if call.asleep:
             for tid in call.asleep:
                 self._require_tracee(tid)
@@ -205,7 +206,7 @@ class BrokerAnswers:
         return {'ends': sorted(self._timers.ends())}, []
 
     def _require_tracee(self, tid: int) -> None:
-        """PermissionDenied unless it is the user's and the worker traces it."""
+        """Check that the task is the user's and that the worker traces it. PermissionDenied."""
         try:
             found = read_status(tid)
         except ProcessLookupError:
@@ -226,7 +227,7 @@ class BrokerAnswers:
 
     def _require_restore(self) -> None:
         if self._job.request.operation != 'restore':
-            raise PermissionDenied('the job restores nothing')
+            raise PermissionDenied('the job is not a restore')
 
     def _note(self, call: NoteStep) -> Reply:
         self._require_restore()
@@ -234,9 +235,9 @@ class BrokerAnswers:
         return {}, []
 
     def _owned(self, step: MakeFile | KeepFile | MakeSegment) -> MakeFile | KeepFile | MakeSegment:
-        """The step as this user's, by whose rights alone it will be undone."""
+        """Return the step with this user's ids; it will be undone with the rights of this user only."""
         if isinstance(step, KeepFile) and step.kept not in self._kept:
-            raise PermissionDenied(f'{step.kept} is no file that was kept', resource=step.kept)
+            raise PermissionDenied(f'{step.kept} is not a kept file', resource=step.kept)
         identity = self._identity
         return msgspec.structs.replace(step, uid=identity.uid, gid=identity.gid, groups=identity.groups)
 
@@ -248,7 +249,7 @@ class BrokerAnswers:
 
 
 class UsersImage(Incoming):
-    """An image on its way in a directory of the user's below the spool, which only root can enter."""
+    """A new image in a directory of the user below the spool, which only root can enter."""
 
     def __init__(self, spool: Path, image: str, identity: Identity) -> None:
         super().__init__(spool, image)
@@ -257,11 +258,11 @@ class UsersImage(Incoming):
             os.fchown(self._lock, identity.uid, identity.gid)
 
     def duplicate(self) -> int:
-        """An fd of the directory, for the worker."""
+        """Return an fd of the directory, for the worker."""
         return os.dup(self._lock)
 
     def take_back(self, job: JobContext) -> None:
-        """Make root's what is there, see that it is an image and nothing else, and show it. SpoolFailed."""
+        """Give the files to root, check that they are an image and nothing else, and publish it. SpoolFailed."""
         with spooling(self.path):
             os.fchown(self._lock, 0, 0)         # from here on the worker can neither make nor rename anything
         files = DirectoryFiles(self.path)
@@ -272,7 +273,7 @@ class UsersImage(Incoming):
             for name in (NAME, *manifest.parts):
                 self._take_back_file(files, name, manifest)
         except ImageDamaged as error:
-            raise SpoolFailed(f'the worker left no whole image: {error.message}', phase='publish') from error
+            raise SpoolFailed(f'the image of the worker is incomplete: {error.message}', phase='publish') from error
         finally:
             files.close()
         with spooling(self.path / NAME):
@@ -294,7 +295,7 @@ class UsersImage(Incoming):
                 os.fchmod(fd, 0o600)
                 found = os.fstat(fd)
             if found.st_nlink != 1 or not stat.S_ISREG(found.st_mode):
-                raise SpoolFailed(f'{name} has another name as well', resource=name, phase='publish')
+                raise SpoolFailed(f'{name} has another hard link', resource=name, phase='publish')
             if name in manifest.parts and manifest.parts[name].size != found.st_size:
                 raise SpoolFailed(f'{name} has {found.st_size} bytes, not {manifest.parts[name].size}', resource=name,
                                   phase='publish')
@@ -304,7 +305,7 @@ class UsersImage(Incoming):
 
 @contextmanager
 def powers(job: JobContext, identity: Identity, worker: int) -> Iterator[BrokerAnswers]:
-    """Make the powers of a job. The end of the block undoes what is not meant to last."""
+    """Provide the answers for a job. The end of the block undoes everything temporary."""
     made = BrokerAnswers(job, identity, worker)
     try:
         yield made
@@ -313,5 +314,5 @@ def powers(job: JobContext, identity: Identity, worker: int) -> Iterator[BrokerA
 
 
 def failure_of(error: CkptError | OSError) -> CkptError:
-    """An error as the worker is told of it."""
+    """Convert an error to the one that is sent to the worker."""
     return error if isinstance(error, CkptError) else CkptError(str(error), errno=error.errno)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The user whose rights a job is done with, and the launcher, which turns a process of root into that user for good.
+"""The user with whose rights a job is done, and the launcher, which turns a process of root into that user for good.
 
     caller          job                             the worker is
-    root            any but these                   root
+    root            all but these                   root
     root            a checkpoint of a tree of one   that user
                     user, who might trace all of it
     a user          any                             that user, with CAP_CHECKPOINT_RESTORE and no other capability
@@ -11,9 +11,9 @@
                                                     the kernel is asked about each task as that user without it
     root            a restore of a user's image     that user
 
-CAP_CHECKPOINT_RESTORE is for choosing pids (set_tid), map_files and PR_SET_MM_MAP with an executable. It leads to no
-file and no process of others. The worker is not dumpable (a change of ids sees to that), and no process that lacks the
-capability may trace it; so no other process of that uid may ever have it.
+CAP_CHECKPOINT_RESTORE is needed to choose pids (set_tid), for map_files and for PR_SET_MM_MAP with an executable. It
+gives access to no file and no process of other users. The worker is not dumpable (changing its ids clears that), and no
+process without the capability may trace it. So no other process of that uid may ever have the capability.
 """
 
 import errno
@@ -48,29 +48,28 @@ from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
 from ckptd.protocol.messages import Caller, JobRequest
 
 _KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
-# what bounds the tree, and would end the worker in the middle of its work: the plan of a restart compares these
+# limits for the tree that would end the worker in the middle of its work; the plan of a restart compares them
 _NOT_FOR_THE_WORKER = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
 _IMAGE_OPERATIONS = ('restore', 'check-restore')
 
 
 class Identity(NamedTuple):
-    """A user, and what bounds their calling process and so the tree. bounding: capability bounding set, a mask.
-    capabilities: of the worker, a mask. new_pidns: its children are to be born in a new pid namespace, so the first of
-    them is process 1 there."""
+    """A user, and the bounds of their calling process, which apply to the tree."""
     uid: int
     gid: int
     groups: tuple[int, ...]
-    bounding: int = (1 << 64) - 1
-    capabilities: int = _KEPT_CAPABILITIES
+    bounding: int = (1 << 64) - 1             # capability bounding set, a mask
+    capabilities: int = _KEPT_CAPABILITIES    # of the worker, a mask
     bounds: Bounds = Bounds()
-    new_pidns: bool = False
+    new_pidns: bool = False                   # children of the worker are born in a new pid namespace, where the first
+                                              # of them is process 1
 
 
 def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | None:
-    """The user that the worker of this job becomes; None if it stays what it is.
+    """Return the user that the worker of this job becomes; None if it stays what it is.
 
-    manifest: of the image that the job is about, if any. NoSuchTarget for a restart if the calling process is gone and
-    nobody has noted what bounded it.
+    manifest: of the job's image, if any. NoSuchTarget for a restart if the calling process is gone and its bounds are
+    unknown.
     """
     if os.geteuid() != 0:
         return None
@@ -90,8 +89,9 @@ def _of_caller(request: JobRequest) -> Identity:
         with suppress(ProcessLookupError, FileNotFoundError):
             bounds = read_bounds(caller.pid, caller.start_time, caller.uid)
     if bounds is None and request.operation in _IMAGE_OPERATIONS:
-        raise NoSuchTarget('the calling process is gone, whose limits hold for the tree', phase='plan',
-                           hint='ask again, and stay until there is an answer')
+        raise NoSuchTarget('the calling process is gone, so its limits, which apply to the tree, are unknown',
+                           phase='plan',
+                           hint='call again, and stay until the answer')
     bounds = bounds or Bounds()
     if request.operation not in _IMAGE_OPERATIONS:
         bounds = bounds._replace(old_cgroups=())    # nothing that this worker starts stays
@@ -100,16 +100,16 @@ def _of_caller(request: JobRequest) -> Identity:
 
 
 def _kept(request: JobRequest) -> int:
-    # root needs nobody's leave
+    # root needs no permission
     traces = request.operation == 'checkpoint' and (request.trace_under_yama or not request.caller.uid)
     return _KEPT_CAPABILITIES | (1 << CAP_SYS_PTRACE if traces and ptrace_scope() in (DECLARED, CAPABLE) else 0)
 
 
 def identity_of_owner(roots: Sequence[int], request: JobRequest) -> Identity | None:
-    """The user that the worker of a checkpoint by root becomes: the one whose tree it is, and who might trace every
-    task of it. None for root's tree, or one of several.
+    """Return the user that the worker of a checkpoint by root becomes: the owner of the tree, if they might trace every
+    task of it. None for root's tree, or one of several users.
 
-    A task that the user might not trace has more rights than the user, or had them and has given them up.
+    A task that the user might not trace has more rights than the user, or had them and has dropped them.
     """
     try:
         root = read_status(roots[0])
@@ -117,7 +117,7 @@ def identity_of_owner(roots: Sequence[int], request: JobRequest) -> Identity | N
         return None         # the checkpoint finds out what has become of it
     uid = root.uids[1]
     if not uid or not _is_all_of(root, uid):
-        return None         # nearly always root's: its tree is not scanned for this
+        return None         # nearly always it is root's, so its tree is not scanned for this
     tree = scan_tree(roots)
     for task in tree:
         with suppress(ProcessLookupError):
@@ -134,7 +134,7 @@ def _is_all_of(status: Status, uid: int) -> bool:
 
 
 def _of_account(uid: int, gid: int) -> Identity:
-    """A user by the machine's accounts, which say what groups they are in."""
+    """Return a user with the groups from the machine's accounts."""
     with suppress(KeyError):
         account = pwd.getpwuid(uid)
         return Identity(uid, account.pw_gid, tuple(os.getgrouplist(account.pw_name, account.pw_gid)),
@@ -156,7 +156,7 @@ def enter_clocks(offsets: Offsets) -> None:
 
 
 def become(identity: Identity) -> None:
-    """Take the identity in the calling process, of one thread. OSError: what was taken stays taken, so exit."""
+    """Take the identity in the calling process, of one thread. After an OSError the changes so far remain, so exit."""
     _take_bounds(identity)
     if identity.new_pidns:
         unshare(CLONE_NEWPID)
@@ -170,14 +170,14 @@ def become(identity: Identity) -> None:
     os.setresuid(identity.uid, identity.uid, identity.uid)
     capset(Capabilities(identity.capabilities, identity.capabilities, 0))
     set_keepcaps(False)
-    with suppress(OSError):     # a kernel without keyrings, or a user whose quota is full: the user keyring is enough
+    with suppress(OSError):     # a kernel without keyrings, or a user whose quota is full: the user keyring suffices
         join_new_session_keyring()
     _require(identity)
 
 
 def _take_bounds(identity: Identity) -> None:
     bounds = identity.bounds
-    cgroup1.join(bounds.old_cgroups)        # in v2 the broker puts the tree in its place
+    cgroup1.join(bounds.old_cgroups)        # in v2 the broker moves the tree
     for number, (soft, hard) in enumerate(bounds.limits):
         if number not in _NOT_FOR_THE_WORKER:
             _limit(number, soft, hard)
@@ -193,7 +193,7 @@ def _take_bounds(identity: Identity) -> None:
 
 
 def _limit(number: int, soft: int, hard: int) -> None:
-    """The limit of the caller, or the nearest that we may set without CAP_SYS_RESOURCE."""
+    """Set the limit of the caller, or the nearest that is possible without CAP_SYS_RESOURCE."""
     most = _unsigned(resource.getrlimit(number)[1])
     hard = min(hard, most)
     if number == resource.RLIMIT_MEMLOCK:
@@ -210,7 +210,7 @@ def _signed(value: int) -> int:
 
 
 def _require(identity: Identity) -> None:
-    """See in /proc that nothing of root's is left. CkptError if it is."""
+    """Check in /proc that no right of root is left. CkptError."""
     status = read_status(os.getpid())
     held_ids = (*status.uids, *status.gids)
     wanted = (*(identity.uid,) * 4, *(identity.gid,) * 4)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the processes of a user's restored tree live, and that all of them run or none.
+"""The cgroups of a user's restored tree, and a barrier that lets all of its processes run or none.
 
-The worker makes them where it is itself. The broker moves them, stopped, into a frozen cgroup of its own; when the
-worker has let go of all of them it thaws that, in one write. A tree whose worker dies before is ended.
+The worker makes the processes in its own cgroup. The broker moves them, stopped, into a frozen cgroup of its own. When
+the worker has released all of them, the broker thaws that cgroup with one write. If the worker dies before, the tree is
+ended.
 
-A process goes back to the cgroup that it was in, where that is the user's: below the user's slice or the calling
-process's cgroup, or delegated to the user. Else systemd makes a scope in the user's slice; without a systemd it goes to
-the cgroup of the calling process. What the image says is the user's word and can never lead to a cgroup of others.
+A process goes back to its former cgroup if that belongs to the user: below the user's slice or the calling process's
+cgroup, or delegated to the user. Otherwise systemd makes a scope in the user's slice; without systemd it goes to the
+cgroup of the calling process. The image is the user's own statement and can never lead to a cgroup of others.
 """
 
 import os
@@ -36,19 +37,20 @@ class TreePlace:
         self._is_settled = False
 
     def note(self, step: MakeFile | KeepFile | MakeSegment) -> None:
-        """Write a step of the worker's down. CkptError if the journal cannot be written."""
+        """Write a step of the worker to the journal. CkptError if that fails."""
         self._birth_cgroup().note(step)
 
     def keep_content(self) -> tuple[str, int]:
-        """As BirthCgroup has it."""
+        """Make a file for kept content, as BirthCgroup does."""
         return self._birth_cgroup().keep_content()
 
     def settle(self, processes: Sequence[Placed]) -> None:
-        """Put stopped processes where they start, frozen. PermissionDenied for what is no stub of the worker's."""
+        """Put stopped processes into their cgroups, frozen. PermissionDenied for a process that is not a stub of the
+        worker."""
         if self._is_settled or not processes:
-            raise PermissionDenied('the tree has its place already, or has no process')
+            raise PermissionDenied('the tree is placed already, or has no process')
         self._is_settled = True
-        # /proc of the worker shows other start times, if it is in a time namespace
+        # /proc of the worker shows other start times if it is in a time namespace
         born = {process.pid: self._require_stub(process.pid) for process in processes}
         homes = self._homes(processes)
         place = self._birth_cgroup()
@@ -59,14 +61,15 @@ class TreePlace:
             raise PermissionDenied('a process of this restart has died, and another one has its pid')
 
     def start(self) -> list[str]:
-        """The worker has let go of all: from here on the tree lives. Warnings, one sentence each."""
+        """Start the tree: the worker has released all tasks. From here on the tree lives. Return warnings, one sentence
+        each."""
         if self._place is None or not self._is_settled:
-            raise PermissionDenied('the tree has no place yet')
+            raise PermissionDenied('the tree is not placed yet')
         self._place.lift_barrier()
         return [warning.reason for warning in self._place.warnings]
 
     def close(self) -> None:
-        """End a tree that does not live yet, and undo what was noted for it."""
+        """End a tree that does not live yet, and undo the steps noted for it."""
         if self._place is not None:
             self._place.__exit__(None, None, None)
 
@@ -76,7 +79,8 @@ class TreePlace:
         return self._place
 
     def _require_stub(self, pid: int) -> int:
-        """When it began. It is traced by the worker, younger than it, the user's, and has no right that they lack."""
+        """Return the start time of a stub. It must be traced by the worker, younger than it, the user's, and without
+        further rights."""
         try:
             stat, status = read_stat(pid), read_status(pid)
             is_stub = (stat.start_time >= read_stat(self._worker).start_time and status.tracer_pid == self._worker
@@ -85,24 +89,24 @@ class TreePlace:
         except ProcessLookupError:
             raise CkptError(f'process {pid} died while it was restored', task=pid) from None
         if not is_stub:
-            raise PermissionDenied(f'process {pid} is no stub of this restart', task=pid)
+            raise PermissionDenied(f'process {pid} is not a stub of this restart', task=pid)
         return stat.start_time
 
-    # ------------------------------------------------------------ homes
+    # ------------------------------------------------------------ cgroups of the processes
 
     def _homes(self, processes: Sequence[Placed]) -> dict[int, str]:
-        """A cgroup by pid; '' where systemd is to make a scope."""
+        """Return a cgroup by pid; '' where systemd is to make a scope."""
         own = self._callers_cgroup()
         fallback = '' if self._job.request.systemd else own
         asked = self._job.request.cgroup
         if asked and self._job.request.caller.uid and not self._is_users(asked, own):
             raise PermissionDenied(f'the caller may not put processes into cgroup {asked}', resource=asked,
-                                   hint='name one that may be written with --cgroup')
+                                   hint='choose a writable one with --cgroup')
         return {process.pid: process.cgroup if process.cgroup and self._is_users(process.cgroup, own) else fallback
                 for process in processes}
 
     def _callers_cgroup(self) -> str:
-        """That of the calling process, when it called."""
+        """Return the cgroup of the calling process at the time of its call."""
         caller = self._job.request.caller
         if own := self._identity.bounds.cgroup:
             return own
@@ -113,7 +117,7 @@ class TreePlace:
             return ''
 
     def _is_users(self, name: str, own: str) -> bool:
-        """Whether a cgroup is there and the user's own processes may be in it."""
+        """Whether a cgroup exists and the user's own processes may be in it."""
         if '..' in name.split('/') or not name.startswith('/'):
             return False
         group = self._existing(name)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The broker of one job: a process of root's between the daemon and a worker that is an ordinary user.
+"""The broker of one job: a process of root between the daemon and a worker that is an ordinary user.
 
     daemon <-> broker       the messages of protocol/messages.py
-    broker <-> worker       the same, and the calls of calls.py
+    broker <-> worker       the same, and the calls of protocol/broker_calls.py
 
 It starts the worker, passes messages on and answers calls. The user may stop, kill or limit the worker at any moment,
-and the broker is out of their reach. It kills a worker that is still stopped when the deadline of the job has passed.
-Whatever ends the worker, the broker then thaws the tree, ends one that does not live yet, and removes what was not
-published.
+but cannot reach the broker. It kills a worker that is still stopped when the deadline of the job has passed. After any
+end of the worker, the broker thaws the tree, ends a tree that does not live yet, and removes an unpublished image.
 """
 
 import contextlib
@@ -57,12 +56,12 @@ log = logging.getLogger('ckptd.worker')
 _decode = msgspec.msgpack.Decoder(FromUsersWorker).decode
 _encode = msgspec.msgpack.Encoder().encode
 _NAMING_SOCKETS, _RESTORING = ('checkpoint', 'check'), ('restore', 'check-restore')
-INTERVAL = 0.5          # seconds between two looks at a worker that writes or is stopped
-LAST_PATIENCE = 5.0     # seconds for a worker to end whose daemon is gone, or that has said its last word
+INTERVAL = 0.5          # seconds between two checks of a worker that writes or is stopped
+LAST_PATIENCE = 5.0     # seconds for the end of a worker whose daemon is gone, or that has sent its last message
 
 
 class UserWorker:
-    """The process of the user. `with`: dead and reaped at the end."""
+    """The process of the user. At the end of the `with` it is dead and reaped."""
 
     def __init__(self, identity: Identity, clocks: Offsets | None, run: Callable[[int], int],
                  close_others: Callable[[], None]) -> None:
@@ -81,7 +80,7 @@ class UserWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the socket, by which it ends; SIGKILL where it does not."""
+        """Close the socket, upon which it ends; otherwise send SIGKILL."""
         self.socket.close()
         deadline = time.monotonic() + LAST_PATIENCE
         with ChildSignals() as signals:
@@ -95,7 +94,7 @@ class UserWorker:
                     signals.wait(left)
 
     def look(self) -> None:
-        """Learn whether it was stopped, goes on or has ended."""
+        """Check whether it was stopped, was continued or has ended."""
         while self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if not pid:
@@ -109,17 +108,17 @@ class UserWorker:
 
     def kill(self) -> None:
         if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)       # a child's pid is its own until it is waited for
+            os.kill(self.pid, signal.SIGKILL)       # the pid stays the child's until it is waited for
 
     def receive(self) -> bytes:
-        """The next packet; b'' at end-of-file."""
+        """Return the next packet; b'' at end-of-file."""
         try:
             return self.socket.recv(MAX_MESSAGE + 1)
         except ConnectionResetError:
             return b''
 
     def send(self, message: Message, fds: list[int]) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):       # dead: the next look says so
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):       # dead, which the next check finds
             socket.send_fds(self.socket, [_encode(message)], fds)
 
     def describe(self) -> str:
@@ -129,7 +128,7 @@ class UserWorker:
 
 
 def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], int], theirs: socket.socket) -> None:
-    """Take the identity and work, in the child; never returns."""
+    """Take the identity and work, in the child. Never returns."""
     status = 1
     try:
         os.setsid()
@@ -140,7 +139,7 @@ def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], 
         become(identity)
         status = run(theirs.detach())
     except BaseException:
-        log.exception('the worker cannot begin')
+        log.exception('the worker cannot start')
     finally:
         os._exit(status)
 
@@ -150,18 +149,20 @@ class Broker:
 
     def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity) -> None:
         self._channel, self._request, self._fds, self._identity = channel, start.request, fds, identity
-        # by the rights of the user whose tree it is
+        # with the rights of the tree's owner
         self._dumps_for_root = self._request.operation == 'checkpoint' and not self._request.caller.uid
-        self._is_over = False           # the worker has said its last word
+        self._is_over = False           # the worker has sent its last message
         self._cancel_told = False
         self._failure: CkptError | None = None
 
     def run(self, run_worker: Callable[[int], int], clocks: Offsets | None) -> int:
-        """Until the worker has ended; the exit status. run_worker: what the worker does with the fd of its socket."""
+        """Run until the worker has ended. Return the exit status. run_worker: the worker's main function, called with
+        the fd of its socket."""
         if self._request.operation in _NAMING_SOCKETS:
             netlink.load()
         elif self._request.operation in _RESTORING:
-            own_xstate()        # asked by a fork, which RLIMIT_NPROC of the user may forbid; the worker inherits it
+            # this forks, which RLIMIT_NPROC of the user may forbid later; the worker inherits the result
+            own_xstate()
         with UserWorker(self._identity, clocks, run_worker, self._close_for_worker) as worker:
             self._worker = worker
             job = JobContext(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
@@ -206,7 +207,7 @@ class Broker:
                 return
 
     def _from_worker(self) -> bool:
-        """False at end-of-file."""
+        """Pass on messages of the worker. Return False at end-of-file."""
         data = self._worker.receive()
         if not data:
             return False
@@ -215,14 +216,14 @@ class Broker:
             self._answer(message)
         else:
             self._note(message)
-            self._channel.send(self._told_to_root(message) if self._dumps_for_root else message)
+            self._channel.send(self._with_root_hint(message) if self._dumps_for_root else message)
         return True
 
-    def _told_to_root(self, message: FromWorker) -> FromWorker:
+    def _with_root_hint(self, message: FromWorker) -> FromWorker:
         """Add the hint --as-root to a refusal that comes from the rights of the owner of the tree."""
         if not isinstance(message, Failed) or message.name not in (Refused.name, PermissionDenied.name):
             return message
-        hint = f'it was dumped by the rights of uid {self._identity.uid}, whose tree it is; by those of root: --as-root'
+        hint = f"the dump used the rights of uid {self._identity.uid}, who owns the tree; --as-root uses root's"
         return msgspec.structs.replace(message, details={**message.details, 'hint': hint})
 
     def _note(self, message: FromWorker) -> None:
@@ -233,7 +234,7 @@ class Broker:
                 self._is_over = True
 
     def _from_daemon(self) -> bool:
-        """False where the daemon is gone."""
+        """Pass on messages of the daemon. Return False when the daemon is gone."""
         message, fds = self._channel.receive()
         for fd in fds:
             os.close(fd)
@@ -262,7 +263,7 @@ class Broker:
     # ------------------------------------------------------------ the worker
 
     def _supervise(self) -> None:
-        """Kill a worker that fills the disk, or was stopped for as long as a freeze may take."""
+        """Kill a worker that fills the disk, or that was stopped for as long as a freeze may take."""
         worker = self._worker
         worker.look()
         try:
@@ -271,13 +272,13 @@ class Broker:
             self._failure = error
             worker.kill()
         if worker.stopped_at and time.monotonic() - worker.stopped_at > self._request.timeout_usec / 1e6:
-            self._failure = FreezeTimeout(f'worker {worker.pid} was stopped by a signal and did not go on',
+            self._failure = FreezeTimeout(f'worker {worker.pid} was stopped by a signal and not continued',
                                           task=worker.pid, resource='worker', phase=self._channel.phase_name,
                                           hint='do not stop processes of ckptd')
             worker.kill()
 
     def _await_end(self) -> None:
-        """The socket is closed: see the worker dead, whose tracees run only then."""
+        """Wait for the worker's death after its socket is closed. Only then do its tracees run."""
         deadline = time.monotonic() + LAST_PATIENCE
         self._worker.socket.shutdown(socket.SHUT_RDWR)
         while self._worker.status is None:
@@ -288,7 +289,7 @@ class Broker:
                 self._signals.wait(max(deadline - time.monotonic(), INTERVAL))
 
     def _end(self) -> int:
-        """Tell the daemon of a worker that died without a word; the exit status."""
+        """Report a worker that died without a message. Return the exit status."""
         if self._is_over:
             return os.waitstatus_to_exitcode(self._worker.status or 0) if os.WIFEXITED(self._worker.status or 0) else 1
         failure = self._failure or WorkerDied(f'worker {self._worker.pid} {self._worker.describe()}',
