@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unix sockets, unix(7): what waits in one, and who is at its other end."""
+"""Unix sockets (unix(7)): their unread data, and the other end."""
 
 import array
 import errno
@@ -29,39 +29,39 @@ _GROUPS = 1 << 16               # NGROUPS_MAX of <linux/limits.h>
 _FILTER = 8 * 4096              # bytes of BPF_MAXINSNS instructions, <linux/bpf_common.h>
 
 
-class Credentials(NamedTuple):
-    """The sender of a message, or the maker of a connection. pid: in our pid namespace, 0 for one that is not in it."""
+class SocketCredentials(NamedTuple):
+    """The sender of a message, or the maker of a connection. pid: in our pid namespace, 0 if it is not in it."""
     pid: int
     uid: int
     gid: int
 
 
 def other_end_gone(sock: socket.socket, own: UnixSocket) -> bool:
-    """Whether it was connected and its other end is closed; else the other end waits to be accepted. A datagram socket
-    needs no accept(2)."""
+    """Whether it was connected and its other end is closed. Otherwise the other end waits to be accepted. A datagram
+    socket needs no accept(2)."""
     poll = select.poll()
-    poll.register(sock, 0)      # poll(2) reports POLLHUP unasked
-    # a socket that was never connected reports POLLHUP as well, and so does one that has shut both directions down
+    poll.register(sock, 0)      # POLLHUP is reported even if not requested (poll(2))
+    # POLLHUP also comes for a socket that was never connected, and for one that has shut down both directions
     hangs_up = any(events & select.POLLHUP for _, events in poll.poll(0))
     return own.state == SS_ESTABLISHED and not own.peer and (hangs_up or sock.type == socket.SOCK_DGRAM)
 
 
 def has_error(sock: socket.socket) -> bool:
-    """Whether an error waits in the socket. recv(2) would take it, also with MSG_PEEK."""
+    """Whether the socket has a pending error. recv(2) would consume it, even with MSG_PEEK."""
     poll = select.poll()
     poll.register(sock, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def bytes_in(sock: socket.socket) -> int:
-    """Bytes that wait, FIONREAD; of datagrams those of the first one."""
+    """Return the unread bytes (FIONREAD); for datagrams, those of the first one."""
     count = array.array('i', [0])
     fcntl.ioctl(sock, termios.FIONREAD, count)
     return count[0]
 
 
 def is_empty(sock: socket.socket) -> bool:
-    """Whether nothing waits to be received."""
+    """Whether there is nothing to receive."""
     if sock.type == socket.SOCK_STREAM:
         return not bytes_in(sock)      # at end-of-file a stream polls as readable
     poll = select.poll()
@@ -69,13 +69,13 @@ def is_empty(sock: socket.socket) -> bool:
     return not any(events & select.POLLRDNORM for _, events in poll.poll(0))
 
 
-def peer_credentials(sock: socket.socket) -> Credentials:
-    """SO_PEERCRED. The pid is 0 where the process is not in our pid namespace, or there is no peer."""
-    return Credentials(*UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)))
+def peer_credentials(sock: socket.socket) -> SocketCredentials:
+    """Return SO_PEERCRED. The pid is 0 if the process is not in our pid namespace, or there is no peer."""
+    return SocketCredentials(*UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)))
 
 
 def peer_groups(sock: socket.socket) -> tuple[int, ...]:
-    """SO_PEERGROUPS: supplementary groups of the process that SO_PEERCRED names."""
+    """Return SO_PEERGROUPS: supplementary groups of the process that SO_PEERCRED names."""
     with suppress(OSError):     # ENODATA: there is no peer
         data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _GROUPS)
         return struct.unpack(f'={len(data) // 4}I', data)
@@ -89,7 +89,7 @@ class Holder(NamedTuple):
 
 
 def holder_of(inode: int) -> Holder | None:
-    """The first process found that has an fd of this socket; None if there is none, or none that we may look at."""
+    """Return the first process found that has an fd of this socket. None if there is none that we may inspect."""
     link = f'socket:[{inode}]'
     for process in Path('/proc').glob('[0-9]*'):
         with suppress(OSError):
@@ -99,7 +99,7 @@ def holder_of(inode: int) -> Holder | None:
 
 
 def has_filter(sock: socket.socket) -> bool:
-    """Whether a filter is attached, SO_ATTACH_FILTER or SO_ATTACH_BPF."""
+    """Whether a filter is attached (SO_ATTACH_FILTER or SO_ATTACH_BPF)."""
     try:
         return bool(sock.getsockopt(socket.SOL_SOCKET, SO_GET_FILTER, _FILTER))
     except OSError as error:
@@ -107,9 +107,11 @@ def has_filter(sock: socket.socket) -> bool:
 
 
 def clients_beside(inode: int, sockets: Mapping[int, UnixSocket]) -> frozenset[int]:
-    """Inodes of the stream sockets that are connected to what the socket `inode` is connected to, itself included.
+    """Return the inodes of the stream sockets that are connected to the same listener as the socket `inode`, itself
+    included.
 
-    A socket that is not connected, or not to a name, has none. The name alone is not enough: a path can be bound again.
+    Empty if it is not connected, or not connected to a name. The name alone is not enough, because a path can be bound
+    again.
     """
     own = sockets.get(inode)
     server = sockets.get(own.peer) if own else None
@@ -121,7 +123,7 @@ def clients_beside(inode: int, sockets: Mapping[int, UnixSocket]) -> frozenset[i
 
 
 def sockets_by_inode() -> Mapping[int, UnixSocket]:
-    """All unix sockets of our network namespace, none where there is no sock_diag."""
+    """Return all unix sockets of our network namespace; none without sock_diag."""
     with suppress(OSError):
         return unix_sockets()
     return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The receive queue of a unix socket, looked at with MSG_PEEK: its messages, with their borders, files and senders."""
+"""The receive queue of a unix socket, read with MSG_PEEK: its messages, with their borders, files and senders."""
 
 import ctypes
 import errno
@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from ckptd.kernel.memory import PAGE, mprotect
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.kernel.status import read_status
-from ckptd.kernel.unix import UCRED, Credentials, bytes_in, has_error
+from ckptd.kernel.unix import UCRED, SocketCredentials, bytes_in, has_error
 
 SO_PEEK_OFF: Final = 42         # <asm-generic/socket.h>
 SCM_PIDFD: Final = 4            # <linux/socket.h>
@@ -25,7 +25,7 @@ SIOCATMARK: Final = 0x8905      # <asm-generic/sockios.h>
 
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _CONTROL = socket.CMSG_SPACE(4 * SCM_MAX_FD) + 8192     # fds, credentials, a pidfd, a security label
-_LONGEST = 1 << 20              # bytes of one look
+_LONGEST = 1 << 20              # bytes of one peek
 
 
 class MessagePassedOver(OSError):
@@ -33,18 +33,18 @@ class MessagePassedOver(OSError):
 
 
 class Queued(NamedTuple):
-    """One message of a receive queue; of a stream, the bytes up to the next border."""
+    """One message of a receive queue; for a stream, the bytes up to the next border."""
     data: bytes
-    fds: tuple[int, ...] = ()                   # our duplicates of the files that come along, for the caller to close
-    sender: Credentials | None = None           # None where the receiver has not asked for it (SO_PASSCRED)
-    urgent: bool = False                        # the one byte of send(2) MSG_OOB
+    fds: tuple[int, ...] = ()                   # our duplicates of the attached files; the caller closes them
+    sender: SocketCredentials | None = None           # None if the receiver has not requested it (SO_PASSCRED)
+    urgent: bool = False                        # the one byte of send(2) with MSG_OOB
     address: bytes = b''                        # of a datagram: the name that its sender is bound to
 
 
 def walk_queue(sock: socket.socket) -> list[Queued]:
-    """Every message of the receive queue; none is taken out. The caller closes the fds.
+    """Return every message of the receive queue without taking any out. The caller closes the fds.
 
-    SO_PEEK_OFF is set to walk, and stays set: the caller puts the old value back, whatever happens.
+    This sets SO_PEEK_OFF and leaves it set: the caller must restore the old value in any case.
     """
     found: list[Queued] = []
     try:
@@ -65,8 +65,8 @@ def close_fds(queue: list[Queued]) -> None:
 
 
 def _walk_datagrams(sock: socket.socket, found: list[Queued]) -> None:
-    """Walk datagrams or packets. The kernel marks an empty one that was looked at, and a later walk passes over it
-    (skb_set_peeked in net/core/datagram.c): MessagePassedOver where the first one is such."""
+    """Walk datagrams or packets. The kernel marks an empty one that was peeked at, and a later walk passes over it
+    (skb_set_peeked in net/core/datagram.c): MessagePassedOver if the first one is marked."""
     # at end-of-file recvmsg(2) returns nothing for ever
     ends = sock.type == socket.SOCK_SEQPACKET and _is_shut_down(sock)
     left = bytes_in(sock)
@@ -86,7 +86,7 @@ def _walk_datagrams(sock: socket.socket, found: list[Queued]) -> None:
     for fd in first.queued.fds if first else ():
         os.close(fd)
     if first and not first.queued.data and not ends and (not found or found[0].data):
-        raise MessagePassedOver(errno.EAGAIN, 'an empty message that was looked at before waits in front of others')
+        raise MessagePassedOver(errno.EAGAIN, 'an empty message that was peeked at before is in front of others')
 
 
 def _is_shut_down(sock: socket.socket) -> bool:
@@ -96,10 +96,10 @@ def _is_shut_down(sock: socket.socket) -> bool:
 
 
 def _walk_stream(sock: socket.socket, found: list[Queued]) -> None:
-    left, at = bytes_in(sock), 0       # recvmsg(2) of an empty queue would take a pending error away
+    left, at = bytes_in(sock), 0       # recvmsg(2) of an empty queue would consume a pending error
     inline = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE))
     if left and _at_mark(sock) and not inline:
-        # a look passes over an urgent byte at the head, and its offsets do not count it
+        # a peek passes over an urgent byte at the head, and its offsets do not count it
         found.append(Queued(sock.recv(1, socket.MSG_OOB | _PEEK), urgent=True))
         left -= 1
     while left > 0:
@@ -112,7 +112,7 @@ def _walk_stream(sock: socket.socket, found: list[Queued]) -> None:
         at += len(queued.data)
         left -= len(queued.data)
         if queued.fds and (plain := _plain_bytes(sock, at - len(queued.data), len(queued.data))):
-            # a look joins bytes without files to those behind them that have some; a read may end in between
+            # a peek joins bytes without files to the following bytes with files; a read may end in between
             found[-1:] = [queued._replace(data=queued.data[:plain], fds=()),
                           queued._replace(data=queued.data[plain:])]
     if found and not found[0].urgent:
@@ -120,11 +120,11 @@ def _walk_stream(sock: socket.socket, found: list[Queued]) -> None:
 
 
 def _plain_bytes(sock: socket.socket, at: int, length: int) -> int:
-    """How many of these bytes, that files come with, are in front of the files.
+    """Return how many of these bytes, which have files attached, are in front of the files.
 
     The kernel copies one send(2) after the other (unix_stream_read_generic in net/unix/af_unix.c) and stops at one that
-    does not fit into memory. So behind a buffer that is one byte too short for all there is memory that cannot be
-    written: what was copied are the whole sends before the last one, to which the files belong.
+    does not fit into memory. So the memory behind a buffer that is one byte too short is made unwritable: the kernel
+    then copies the whole sends before the last one, and the files belong to the last one.
     """
     size = (length - 1 + PAGE - 1) // PAGE * PAGE
     with mmap.mmap(-1, size + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
@@ -144,7 +144,7 @@ def _plain_bytes(sock: socket.socket, at: int, length: int) -> int:
 
 
 def _split_urgent(sock: socket.socket, found: list[Queued], *, inline: bool) -> None:
-    """Split off the urgent byte, send(2) MSG_OOB: a look ends in front of it without any other reason."""
+    """Split off the urgent byte (send(2) with MSG_OOB): a peek ends in front of it without any other reason."""
     borders = [0] if inline and _at_mark(sock) else [
         number for number in range(1, len(found))
         if not found[number - 1].fds and not found[number].fds and found[number - 1].sender == found[number].sender
@@ -171,7 +171,7 @@ class _Look(NamedTuple):
 
 
 def _peek(sock: socket.socket, length: int) -> _Look | None:
-    """One look of recvmsg(2). None where nothing more waits."""
+    """Peek once by recvmsg(2). None if there is nothing more."""
     try:
         data, control, flags, address = sock.recvmsg(length, _CONTROL, _PEEK)
     except BlockingIOError:
@@ -181,16 +181,16 @@ def _peek(sock: socket.socket, length: int) -> _Look | None:
     return _Look(Queued(data, fds, sender, address=name), flags)
 
 
-def _parse_control(control: list[Any]) -> tuple[tuple[int, ...], Credentials | None]:
+def _parse_control(control: list[Any]) -> tuple[tuple[int, ...], SocketCredentials | None]:
     fds: tuple[int, ...] = ()
-    sender: Credentials | None = None
+    sender: SocketCredentials | None = None
     for level, kind, value in control:
         if level != socket.SOL_SOCKET:
             continue
         if kind == socket.SCM_RIGHTS:
             fds = struct.unpack(f'={len(value) // 4}i', value[:len(value) // 4 * 4])
         elif kind == socket.SCM_CREDENTIALS:
-            sender = Credentials(*UCRED.unpack(value[:UCRED.size]))
+            sender = SocketCredentials(*UCRED.unpack(value[:UCRED.size]))
         elif kind == SCM_PIDFD:
             [pidfd] = struct.unpack('=i', value[:4])
             sender = sender or _owner_of(pidfd)
@@ -199,13 +199,13 @@ def _parse_control(control: list[Any]) -> tuple[tuple[int, ...], Credentials | N
     return fds, sender
 
 
-def _owner_of(pidfd: int) -> Credentials:
-    """The process of a pidfd, with the ids that it has now."""
+def _owner_of(pidfd: int) -> SocketCredentials:
+    """Return the process of a pidfd, with its present ids."""
     with suppress(OSError):
         pid = pidfd_pid(pidfd)
         status = read_status(pid)
-        return Credentials(pid, status.uids[1], status.gids[1])
-    return Credentials(0, 0, 0)
+        return SocketCredentials(pid, status.uids[1], status.gids[1])
+    return SocketCredentials(0, 0, 0)
 
 
 def _seek(sock: socket.socket, offset: int) -> None:
@@ -215,14 +215,14 @@ def _seek(sock: socket.socket, offset: int) -> None:
 # ---------------------------------------------------------------- peek offsets
 
 def peek_offset(sock: socket.socket) -> int:
-    """SO_PEEK_OFF: -1, or where the next look of the program's begins."""
+    """Return SO_PEEK_OFF: -1, or the offset at which the program's next peek begins."""
     return sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
 
 
 def sockets_below(sock: socket.socket, wanted: Mapping[int, int]) -> Iterator[socket.socket]:
-    """Those of the sockets `wanted` (by inode) that this one is or that wait in its queue, at any depth.
+    """Yield the sockets of `wanted` (by inode) that are this one or are in its queue, at any depth.
 
-    Each is closed when the next one is asked for.
+    Each is closed when the next one is requested.
     """
     todo, seen = [os.dup(sock.fileno())], set[int]()
     try:
@@ -233,7 +233,7 @@ def sockets_below(sock: socket.socket, wanted: Mapping[int, int]) -> Iterator[so
                     continue
                 seen.add(inode)
                 if inode in wanted and not has_error(one):
-                    # before the old value is back, a look finds what waits in the queue
+                    # the queue must be walked before the old value is restored
                     todo += [fd for message in walk_queue(one) for fd in message.fds if _keep_socket(fd)]
                 if inode in wanted:
                     yield one
@@ -243,7 +243,7 @@ def sockets_below(sock: socket.socket, wanted: Mapping[int, int]) -> Iterator[so
 
 
 def _keep_socket(fd: int) -> bool:
-    """Whether this fd of ours is a socket; closed where it is not."""
+    """Whether this fd of ours is a socket. Any other file is closed."""
     try:
         socket.socket(fileno=os.dup(fd)).close()
     except OSError as error:

@@ -10,7 +10,7 @@ from ckptd.errors import Finding
 from ckptd.inspect.checks.rows import ProcessIds, guarded, processes, refuse, warn
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import KCMP_FILES, kcmp
-from ckptd.objects.files.base import End, Endpoint, Kind, OpenFile, finding
+from ckptd.objects.files.base import Endpoint, FileEnd, Kind, OpenFile, finding
 from ckptd.tree import Task
 
 
@@ -49,7 +49,7 @@ class _Check:
         self._verdicts: dict[tuple[Any, ...], _Verdict] = {}
         self._warned: set[tuple[str, str]] = set()
         self._tasks: dict[int, Task] = {}
-        self._ends: dict[Kind[Any], list[End]] = {}
+        self._ends: dict[Kind[Any], list[FileEnd]] = {}
         self._holders: dict[int, tuple[Task, int]] = {}     # of what is in flight: by our fd, where it was found
 
     def table(self, task: Task) -> list[Finding]:
@@ -64,7 +64,7 @@ class _Check:
     def _rows(self, task: Task, file: OpenFile) -> list[Finding]:
         verdict = self._verdict(file)
         if verdict.endpoint:
-            self._ends.setdefault(verdict.kind, []).append(End(file, verdict.endpoint))
+            self._ends.setdefault(verdict.kind, []).append(FileEnd(file, verdict.endpoint))
         found = [row for reason in verdict.reasons if (row := self._row(task, file, reason))]
         return found + (self._in_flight(task, file, verdict.kind) if self._cache.at_rest else [])
 

@@ -132,7 +132,7 @@ class Endpoint(NamedTuple):
     lacks: frozenset[str]
 
 
-class End(NamedTuple):
+class FileEnd(NamedTuple):
     """An open file that is an end of something. fd: in the table of task `file.tid`."""
     file: OpenFile
     endpoint: Endpoint
@@ -169,7 +169,7 @@ class Kind(ABC, Generic[R]):
         """Fds of ours, duplicates of what waits in the file's queue; `close` closes them."""
         return ()
 
-    def link(self, ends: Sequence[End], *, is_whole: bool) -> Iterator[tuple[End, Finding]]:
+    def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
         """Findings about ends that lack their other ends. is_whole: the tree stands still, and what is in flight has
         been discovered."""
         held: dict[Hashable, set[str]] = {}

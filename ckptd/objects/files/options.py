@@ -30,22 +30,22 @@ _BUFFERS = ((socket.SO_SNDBUF, SO_SNDBUFFORCE, 1), (socket.SO_RCVBUF, SO_RCVBUFF
 
 
 @layout
-class Option(Struct):
+class SocketOption(Struct):
     """name: SO_*. value: as getsockopt(2) gives it."""
     name: U32
     value: bytes
 
 
-def dump_options(sock: socket.socket) -> tuple[Option, ...]:
+def dump_options(sock: socket.socket) -> tuple[SocketOption, ...]:
     """The options that are not what a fresh socket of the same family and type has."""
     fresh = _fresh_options(sock.family, sock.type, sock.proto)
-    found = [Option(name, value) for name, value in _read_all(sock).items() if fresh.get(name) != value]
+    found = [SocketOption(name, value) for name, value in _read_all(sock).items() if fresh.get(name) != value]
     locks = buffer_locks(sock)
-    found += [Option(name, _buffer(sock, name)) for name, _, lock in _BUFFERS if locks & lock]
-    return (*found, Option(SO_BUF_LOCK, locks.to_bytes(_INT, 'little'))) if locks else tuple(found)
+    found += [SocketOption(name, _buffer(sock, name)) for name, _, lock in _BUFFERS if locks & lock]
+    return (*found, SocketOption(SO_BUF_LOCK, locks.to_bytes(_INT, 'little'))) if locks else tuple(found)
 
 
-def set_options(sock: socket.socket, options: tuple[Option, ...], link: str) -> None:
+def set_options(sock: socket.socket, options: tuple[SocketOption, ...], link: str) -> None:
     """CkptError for a value that may not be set here."""
     for option in options:
         if option.name in (socket.SO_SNDBUF, socket.SO_RCVBUF):

@@ -24,8 +24,8 @@ from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.netlink import UnixSocket
-from ckptd.objects.files.base import Content, End, Endpoint, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.options import SO_BUF_LOCK, Option, buffer_locks, dump_options, set_buffer, set_options
+from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.files.options import SO_BUF_LOCK, SocketOption, buffer_locks, dump_options, set_buffer, set_options
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import describe
 
@@ -61,7 +61,7 @@ class UnixSocketEnd(Struct):
     shutdown: U8                    # RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>
     maker: Sender                   # SO_PEERCRED
     groups: tuple[U32, ...]         # SO_PEERGROUPS
-    options: tuple[Option, ...]
+    options: tuple[SocketOption, ...]
     queue: tuple[UnixMessage, ...]
 
 
@@ -106,7 +106,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         low, high = sorted((own.inode, own.peer))
         return Endpoint(('unix', low, high), frozenset({str(own.inode)}), frozenset({str(own.peer)}))
 
-    def link(self, ends: Sequence[End], *, is_whole: bool) -> Iterator[tuple[End, Finding]]:
+    def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
         held = {name for end in ends for name in end.endpoint.holds}
         for end in ends:
             if end.endpoint.lacks <= held:
@@ -270,7 +270,7 @@ def _socket(file: OpenFile) -> Iterator[socket.socket]:
         yield sock
 
 
-def _sender(credentials: unix.Credentials, content: Content) -> Sender:
+def _sender(credentials: unix.SocketCredentials, content: Content) -> Sender:
     return Sender(content.vpid(credentials.pid), credentials.uid, credentials.gid)
 
 
