@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What /proc says of the tasks of a tree, each file read once for all that ask.
+"""A cache of /proc for the tasks of a tree: each file is read once for all users.
 
-Only what a tree at rest shows stays true: a check of a running tree makes a picture of its own, and throws it away.
+The contents stay true only for a tree at rest. A check of a running tree makes a cache of its own and drops it.
 """
 
 import os
@@ -20,7 +20,7 @@ from ckptd.tree import Task
 
 
 class Recipient(Protocol):
-    """Who is to have the image."""
+    """The user who gets the image."""
     @property
     def uid(self) -> int: ...
     @property
@@ -30,10 +30,10 @@ class Recipient(Protocol):
 
 
 class ProcCache:
-    """Errors are those of the readers: ProcessLookupError for a task that is gone, PermissionError.
+    """The cache. Errors are those of the readers: ProcessLookupError for a task that is gone, PermissionError.
 
-    severed: inodes of sockets that do not outlive the dump. caller: who is to have the image. at_rest: the tree stands
-    still. kinds: of the open files of this look.
+    severed: inodes of sockets that do not outlive the dump. caller: the user who gets the image. at_rest: the tree is
+    at rest. kinds: kinds of open files for this cache.
     """
 
     def __init__(self, severed: Collection[int] = (), caller: Recipient | None = None, *,
@@ -50,13 +50,13 @@ class ProcCache:
         return self._statuses[task.tid]
 
     def mappings(self, task: Task) -> list[Mapping]:
-        """Of the task's address space, with flags."""
+        """Return the mappings of the task's address space, with flags."""
         if task.tid not in self._mappings:
             self._mappings[task.tid] = read_smaps(task.tid)
         return self._mappings[task.tid]
 
     def files(self, task: Task) -> list[OpenFile]:
-        """Of the task's table, by fd. One that is closed while the table is read is left out."""
+        """Return the files of the task's fd table, by fd. A file that is closed while the table is read is left out."""
         if task.tid not in self._files:
             self._files[task.tid] = self._read_files(task)
         return self._files[task.tid]
@@ -72,7 +72,7 @@ class ProcCache:
         return found
 
     def file_in_flight(self, fd: int) -> OpenFile:
-        """The open file behind an fd of ours, which a kind has discovered in the queue of another one."""
+        """Return the open file behind an fd of ours, which a kind has found in the queue of another file."""
         return self._with_marks(read_open_file(os.getpid(), fd))
 
     def _with_marks(self, file: OpenFile) -> OpenFile:
@@ -83,24 +83,25 @@ class ProcCache:
         return file
 
     def forget(self, task: Task) -> None:
-        """The task was dumped: what was read of it takes no more room."""
+        """Drop everything that was read of a task, after it was dumped."""
         self._statuses.pop(task.tid, None)
         self._mappings.pop(task.tid, None)
         self._files.pop(task.tid, None)
 
 
 def may_read(file: OpenFile, caller: Recipient) -> bool:
-    """Whether a regular file is open for reading, or could be opened so by the caller. A service has its log opened for
-    it before it gives up its rights, and what others write into that is not its user's."""
+    """Whether a regular file is open for reading, or could be opened for reading by the caller. A service's log is
+    opened for it before it gives up its rights, and text by others in that log does not belong to its user."""
     if not stat.S_ISREG(file.stat.st_mode) or file.readable or file.is_path:
         return True
-    if caller.uid in (0, file.stat.st_uid):       # who owns it may change its mode
+    if caller.uid in (0, file.stat.st_uid):       # the owner may change the mode
         return True
-    # the link is followed by the right to trace the task, which was asked about; the file is opened by the ids alone
+    # the right to trace the task, which was checked, allows following the link; opening the file depends on the ids
+    # only
     with file_rights(caller.uid, caller.gid, caller.groups, 1 << CAP_SYS_PTRACE):
         return os.access(file.proc_path, os.R_OK, effective_ids=True)
 
 
 def _socket(file: OpenFile) -> int:
-    """The inode of a socket, proc_pid_fd(5), 0 for another file."""
+    """Return the inode of a socket (proc_pid_fd(5)), 0 for another file."""
     return file.stat.st_ino if file.link.startswith('socket:') else 0

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The live tree: from the name of a target to its roots, from roots to a Tree, and a hold on each task of it.
+"""The live tree: from the name of a target to its roots, from the roots to a Tree, and a pidfd for each process.
 
     resolve_target('demo.service', 0)   Target(kind='unit', roots=(100, 140), cgroup='/system.slice/demo.service', ...)
     scan_tree((100, 140))               100 leader, 100's other threads by tid, then for each thread of 100 its
                                         children, each the same way; then 140
     Handles(tree)                       a pidfd per process
 
-A scan reads one stat line per task and one children list per thread, so its time grows linearly with the tasks.
-Nothing is held still meanwhile: a task that vanishes during the scan is left out, one that is born may be missed. Two
-scans that agree, the later one with the tree frozen, are the proof (Tree.changes).
+A scan reads one stat line per task and one children list per thread, so its time grows linearly with the tasks. The
+tasks run meanwhile: one that vanishes during the scan is left out, one that is born may be missed. Two scans that
+agree, the later one with the tree frozen, are the proof (Tree.changes).
 """
 
 import errno
@@ -36,18 +36,17 @@ UNIT_SUFFIXES = ('.service', '.scope', '.slice', '.socket', '.mount', '.swap')  
 # ---------------------------------------------------------------- targets
 
 class Target(NamedTuple):
-    """The target of a checkpoint. roots: pids, the main one first. cgroup: the path below the v2 mount when the
-    target is exactly that cgroup and everything in it, None for a tree of processes wherever they are."""
+    """The target of a checkpoint."""
     kind: Literal['pid', 'unit', 'cgroup']
-    roots: tuple[int, ...]
-    cgroup: str | None
+    roots: tuple[int, ...]      # pids, the main one first
+    cgroup: str | None          # path below the v2 mount of a target that is all of a cgroup; None for other trees
     unit: str | None
     description: str
 
 
 def resolve_target(target: str, caller_pid: int, manager: int | None = None) -> Target:
-    """'pid:N', 'foo.service', 'cgroup:/path' or 'self' (the process `caller_pid`). InvalidArgument, NoSuchTarget.
-    manager: uid of the service manager whose units are meant, 0 for the system's; None for ours."""
+    """Resolve 'pid:N', 'foo.service', 'cgroup:/path' or 'self' (the process `caller_pid`). InvalidArgument,
+    NoSuchTarget. manager: uid of the service manager of the unit, 0 for the system's; None for ours."""
     if target == 'self':
         return _process(caller_pid, f'the calling process {caller_pid}')
     scheme, colon, rest = target.partition(':')
@@ -78,12 +77,12 @@ def no_process(pid: int) -> NoSuchTarget:
 
 
 def _require_life(pid: int) -> None:
-    """NoSuchTarget for a process that is nothing but a zombie. One whose first thread alone has ended lives."""
+    """Check that some thread of a process lives, perhaps not the leader. NoSuchTarget for a zombie."""
     try:
         stat = read_stat(pid)
         dead = stat.state in 'ZX' and all(read_stat(pid, tid).state in 'ZX' for tid in read_threads(pid))
     except ProcessLookupError:
-        return      # whatever comes next finds that
+        return      # the next step finds that
     if dead:
         raise NoSuchTarget(f'process {pid} has ended, and only its exit status is left (a zombie)', task=pid,
                            hint=f'its parent, process {stat.ppid}, has not waited for it yet')
@@ -94,7 +93,7 @@ def _cgroup(path: str) -> Target:
     if parts[:1] != ('/',) or '..' in parts or '\0' in path:
         raise InvalidArgument(f'not a cgroup path: {path!r}', hint='write cgroup:/PATH as /proc/PID/cgroup shows it')
     if len(parts) == 1:
-        raise InvalidArgument('the root cgroup holds the whole system and cannot be frozen')
+        raise InvalidArgument('the root cgroup contains the whole system and cannot be frozen')
     name = '/' + '/'.join(parts[1:])
     directory = _mount().path.joinpath(*parts[1:])
     if not directory.is_dir():
@@ -103,34 +102,34 @@ def _cgroup(path: str) -> Target:
 
 
 def _unit(unit: str, uid: int) -> Target:
-    """A unit of the manager that may be asked to freeze it, the system's for uid 0."""
+    """Resolve a unit of the manager that may be asked to freeze it, the system's for uid 0."""
     if '/' in unit or '\0' in unit:
         raise InvalidArgument(f'not a unit name: {unit!r}')
     mount = _mount()
     found = unit_directories(mount, uid, unit)
     if not found and uid:
         raise NoSuchTarget(f'no unit {unit} of the manager of uid {uid} has a cgroup',
-                           hint=f'is it running? systemctl --user status {unit}; other units: cgroup:/PATH')
+                           hint=f'check "systemctl --user status {unit}"; for other units use cgroup:/PATH')
     if not found:
         raise NoSuchTarget(f'no unit {unit} has a cgroup',
-                           hint=f'is it running, and is that its own name, no alias? systemctl status {unit}')
+                           hint=f'check "systemctl status {unit}": it may not run, or this is an alias')
     names = [f'/{path.relative_to(mount.path)}' for path in found]
     if len(found) > 1:
-        raise InvalidArgument(f'{unit} has {len(found)} cgroups: {", ".join(names)}', hint='name one: cgroup:/PATH')
+        raise InvalidArgument(f'{unit} has {len(found)} cgroups: {", ".join(names)}', hint='choose one: cgroup:/PATH')
     return Target('unit', _cgroup_roots(found[0], f'unit {unit}'), names[0], unit, f'unit {unit}')
 
 
 def _mount() -> CgroupMount:
     mount = mount_of(read_mountinfo())
     if mount is None:
-        raise NoSuchTarget('no cgroup v2 hierarchy is mounted', hint='name a process: pid:N')
+        raise NoSuchTarget('no cgroup v2 hierarchy is mounted', hint='choose a process: pid:N')
     return mount
 
 
 def _cgroup_roots(directory: Path, description: str) -> tuple[int, ...]:
-    """Processes of the cgroup and those below it that no other one of them is the parent of; the oldest first.
+    """Return processes of the cgroup and those below it whose parent is not one of them; the oldest first.
 
-    A service manager starts the main process first, daemons that forked twice are younger.
+    A service manager starts the main process first, and daemons that forked twice are younger.
     """
     found: list[Stat] = []
     for pid in Cgroup(directory).procs(recursive=True):
@@ -146,7 +145,7 @@ def _cgroup_roots(directory: Path, description: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------- the scan
 
 class _Visit(NamedTuple):
-    """A process still to be read. parent_*: the thread that has it among its children, 0 for a root."""
+    """A process that is still to be read. parent_*: the thread that has it among its children, 0 for a root."""
     tgid: int
     parent_tid: int
     parent_tgid: int
@@ -155,16 +154,16 @@ class _Visit(NamedTuple):
 
 
 def scan_tree(roots: Sequence[int]) -> Tree:
-    """The tasks below `roots` (pids of processes), themselves included. NoSuchTarget if no root is alive."""
+    """Scan the tasks below `roots` (pids of processes), including these. NoSuchTarget if no root is alive."""
     level = pid_level(roots)
-    # a stack and not recursion: a chain of 10,000 processes is a legal tree
+    # a stack rather than recursion: a chain of 10,000 processes is a legal tree
     stack = [_Visit(root, 0, 0, _outer_parent(root, level), 0) for root in reversed(roots)]
     tasks: list[Task] = []
     seen: set[int] = set()
     unseen = False
     while stack:
         visit = stack.pop()
-        if visit.tgid in seen:      # reparented while we looked, from a thread already read to a later one
+        if visit.tgid in seen:      # reparented during the scan, from a thread already read to a later one
             continue
         seen.add(visit.tgid)
         threads = _scan_process(visit, level)
@@ -179,7 +178,7 @@ def scan_tree(roots: Sequence[int]) -> Tree:
 
 
 def pid_level(roots: Sequence[int]) -> int:
-    """Depth of the first living root below the pid namespace of this /proc: the index of its vpid in NSpid."""
+    """Return the depth of the first living root below the pid namespace of /proc: the index of its vpid in NSpid."""
     for root in roots:
         with suppress(ProcessLookupError):
             return len(read_status(root).ns_pid) - 1
@@ -191,21 +190,21 @@ def _no_task(roots: Sequence[int]) -> NoSuchTarget:
 
 
 def _outer_parent(root: int, level: int) -> int:
-    """vpid of a root's parent, which is not in the tree; 0 if it is outside of the root's pid namespace, or hidden."""
+    """Return the vpid of a root's parent outside of the tree; 0 if it is hidden or not in the root's pid namespace."""
     try:
         parent = read_stat(root).ppid
         return _at(read_status(parent).ns_tgid, level) if parent else 0
-    except (ProcessLookupError, PermissionError):       # hidden from us, hidepid= of proc(5)
+    except (ProcessLookupError, PermissionError):       # hidden from us (hidepid= of proc(5))
         return 0
 
 
 def _scan_process(visit: _Visit, level: int) -> list[Task]:
-    """Threads of one process, the leader first; empty when it is gone or is not the process that was listed."""
+    """Return the threads of one process, the leader first; empty if it is gone or is not the listed process."""
     tasks: list[Task] = []
     with suppress(ProcessLookupError, PermissionError):
         for tid in read_threads(visit.tgid):
             task = _scan_task(visit, tid, level)
-            # the listed child has died and a stranger has its number: a child of ours would have our process as parent
+            # with another parent it is no child of ours: that has died, and another process has its pid
             if task and visit.parent_tgid and task.ppid != visit.parent_tgid:
                 return []
             tasks += [task] if task else []
@@ -224,7 +223,7 @@ def _scan_task(visit: _Visit, tid: int, level: int) -> Task | None:
 
 
 def _virtual_ids(stat: Stat, tgid: int, level: int) -> tuple[int, int, int, int]:
-    # a root in the namespace of this /proc has there the ids that stat shows; status, thrice as long, is not needed
+    # in the namespace of this /proc the ids are those in stat; reading status takes three times as long
     if level == 0:
         return stat.pid, tgid, stat.pgrp, stat.session
     status = read_status(tgid, stat.pid)
@@ -248,12 +247,13 @@ def _children(thread: Task) -> list[int]:
 # ---------------------------------------------------------------- the hold
 
 class Handles:
-    """A pidfd for every process of a tree: `with Handles(tree) as handles`. None is reused while it is open.
+    """A pidfd for every process of a tree: `with Handles(tree) as handles`. No pid is reused while its pidfd is open.
 
-    Where RLIMIT_NOFILE ends before the tree does, the rest is known by its start time alone (`complete` is False).
+    If RLIMIT_NOFILE is too low for the tree, the other processes are identified by start time only (`complete` is
+    False).
     """
 
-    SPARE = 256         # fds left for everything else that the process does
+    SPARE = 256         # fds left for everything else in this process
 
     def __init__(self, tree: Tree) -> None:
         self._fds: dict[TaskId, int] = {}
@@ -279,7 +279,7 @@ class Handles:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 return False
             raise
-        # the pidfd is of whoever has the number now; only the start time says that it is the task that was scanned
+        # the pidfd is that of the pid's present owner; the start time shows whether that is the scanned task
         if is_same(task):
             self._fds[task.id] = fd
         else:
@@ -288,14 +288,14 @@ class Handles:
         return True
 
     def __getitem__(self, task: Task) -> int:
-        """The pidfd of a process; KeyError if there is none (a thread, or the limit was reached)."""
+        """Return the pidfd of a process; KeyError if there is none (a thread, or the limit was reached)."""
         return self._fds[task.id]
 
     def __len__(self) -> int:
         return len(self._fds)
 
     def dead(self, tree: Tree) -> list[Task]:
-        """Processes that have exited since they were scanned; what was dead by then is left aside."""
+        """Return processes that have exited since they were scanned, without those that were dead before."""
         alive = tree.alive()
         return [task for task in tree.leaders if task.tgid in alive and self._is_dead(task)]
 
@@ -304,12 +304,12 @@ class Handles:
         return not is_same(task) if fd is None else wait_dead(fd, 0)
 
     def send_signal(self, task: Task, sig: int) -> None:
-        """To this process and no other; nothing if it is dead."""
+        """Send a signal to exactly this process. Do nothing if it is dead."""
         fd = self._fds.get(task.id)
         with suppress(ProcessLookupError):
             if fd is not None:
                 pidfd_send_signal(fd, sig)
-            elif is_same(task):     # a stopped tracee keeps its number until its tracer has seen it die
+            elif is_same(task):     # a stopped tracee keeps its pid until its tracer has seen its death
                 os.kill(task.tid, sig)
 
     def close(self) -> None:
@@ -324,7 +324,7 @@ class Handles:
 
 
 def is_same(task: Task) -> bool:
-    """Whether the task that was scanned still has its number."""
+    """Whether the scanned task still has its tid."""
     try:
         return read_stat(task.tgid, task.tid).start_time == task.start_time
     except ProcessLookupError:
@@ -332,7 +332,7 @@ def is_same(task: Task) -> bool:
 
 
 def is_alive(task: Task) -> bool:
-    """Whether the task still lives that was scanned; one that was a zombie then, whether it is still there."""
+    """Whether the scanned task still lives. For a task that was a zombie then, whether it is still there."""
     try:
         stat = read_stat(task.tgid, task.tid)
     except ProcessLookupError:
@@ -341,7 +341,7 @@ def is_alive(task: Task) -> bool:
 
 
 def _raise_nofile(wanted: int) -> int:
-    """Raise the soft limit of open files if need be, at most to the hard one; the limit that holds then."""
+    """Raise the soft limit of open files if needed, at most to the hard one. Return the resulting limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return max(soft, wanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A tree as rows for people and programs: live, or from an image; the same keys in both."""
+"""Rows that describe a tree for people and programs. Live trees and images have the same keys."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -21,17 +21,17 @@ MAX_ALL_LINKS = 8 << 20
 
 
 def live_rows(tree: Tree, denied: Collection[int] = ()) -> list[Row]:
-    """A row a task: ids, comm, state, depth, uid; of a process also rss (bytes) and fds ('FD LINK'), as many as there
-    is room for, and how many are left out.
+    """Return one row per task: ids, comm, state, depth, uid; for a process also rss (bytes) and fds ('FD LINK') as far
+    as there is room, and the number of fds left out.
 
-    denied: tasks of which only that is told which everybody may know. 0 stands for all.
+    denied: tasks for which only public facts are listed. 0 stands for all tasks.
     """
     return list(_with_links(_live_row(task, show=task.is_leader and 0 not in denied and task.tid not in denied)
                             for task in tree))
 
 
 def _with_links(made: Iterable[tuple[Row, Iterable[str | None]]]) -> Iterator[Row]:
-    """The rows, each with those of its links that there is room for. None: there is none any more."""
+    """Yield the rows, each with as many links as there is room for. None: the fd was closed meanwhile."""
     left = MAX_ALL_LINKS
     for row, links in made:
         taken: list[str] = []
@@ -55,7 +55,7 @@ def _live_row(task: Task, *, show: bool) -> tuple[Row, Iterable[str | None]]:
         rss, uid = (status.vm_rss if show else 0), status.uids[0]
         fds = _links(task) if show else ()
     except ProcessLookupError:
-        pass            # it died since the scan: what was read stays
+        pass            # it died since the scan; what was read is kept
     return {'tid': task.tid, 'tgid': task.tgid, 'ppid': task.ppid, 'pgid': task.pgid, 'sid': task.sid,
             'vtid': task.vtid, 'parent_tid': task.parent_tid, 'comm': task.comm, 'state': task.state,
             'depth': task.depth, 'rss': rss, 'uid': uid}, fds
@@ -71,7 +71,7 @@ def _links(task: Task) -> Iterator[str | None]:
 
 
 def image_rows(reader: ImageReader) -> list[Row]:
-    """The same of an image, where every id is a vpid."""
+    """Return the rows of an image. Every id in them is a vpid."""
     return list(_with_links(_image_rows(reader)))
 
 

@@ -178,7 +178,7 @@ def test_a_tracer_of_another_has_no_name(hiding: PrivateBus) -> None:
                       Busctl(hiding, uid).call(MANAGER, 'Check', 'sa{sv}', f'pid:{process.pid}', '0')[0]
                       if row['resource']['data'] == 'ptrace'] for uid in (0, NOBODY)}
         assert f'[{tracer.pid}]' in str(said[0])
-        assert said[NOBODY] == ['is traced by another process, and a task has one tracer only']
+        assert said[NOBODY] == ['is traced by another process, and a task can have one tracer only']
 
 
 def test_who_has_a_number_is_not_told(hiding: PrivateBus, tmp_path: Path) -> None:

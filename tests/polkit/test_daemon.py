@@ -454,6 +454,6 @@ def test_a_process_that_can_become_root(polkit: Polkit, daemon: Served, privileg
 def test_a_process_that_is_not_dumpable(polkit: Polkit, daemon: Served, undumpable: int) -> None:
     """polkit has nothing against it; the kernel has."""
     answer = manager(polkit, 'alice', 'Freeze', 'sa{sv}', f'pid:{undumpable}', '0')
-    assert 'may not look at this task' in answer
+    assert 'may not inspect this task' in answer
     assert 'EPERM' in answer or 'EACCES' in answer
     assert f'refused operation=freeze uid={USERS["alice"]}' in daemon.log

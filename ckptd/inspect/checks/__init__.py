@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Why a tree cannot be dumped: every refusal of every task at once, and warnings of what a dump will lack.
+"""Checks that tell why a tree cannot be dumped: every refusal of every task at once, and warnings of what will be lost.
 
-    check_access    may the caller look at these tasks? Asked of the kernel, with the caller's credentials
-    hidden          tasks that /proc does not even show to the caller
+    check_access    may the caller inspect these tasks? The kernel is asked with the caller's credentials
+    hidden          tasks that /proc hides from the caller
     confined        tasks that a caller in a sandbox may not reach
     check_tasks     state, tracer, namespaces, kernel threads, 32-bit programs, seccomp
     check_frozen    freeze=caller only: is everything at rest?
-    check_vmas      mappings whose memory no code can dump
+    check_vmas      mappings whose memory cannot be dumped
     check_files     open files of no known kind
 
-Nothing is told of a task that the caller may not look at but that it may not.
+For a task that the caller may not inspect, only that fact is reported.
 """
 
 from collections.abc import Collection
@@ -33,11 +33,12 @@ __all__ = ['CallerRights', 'check_access', 'check_confinement', 'check_files', '
 
 def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = False,
                avoid: Collection[int] = (), cache: ProcCache | None = None, trace: bool = False) -> list[Finding]:
-    """Every refusal and warning, in the tree's order by check. NotSupported if the kernel cannot be asked at all.
+    """List every refusal and warning, by check and in the tree's order. NotSupported if the kernel cannot be asked at
+    all.
 
-    frozen_required: the caller says that it has frozen the tree. avoid: processes that must not be in it. picture: of a
-    tree at rest, what is read for the checks and what others want to know as well. trace: ask the kernel whether the
-    caller may trace each task.
+    frozen_required: the caller claims to have frozen the tree. avoid: processes that must not be in it. cache: of a
+    tree at rest; other users of the cache reuse what the checks read. trace: ask the kernel whether the caller may
+    trace each task.
     """
     cache = cache or ProcCache()
     visible = without_hidden(tree, caller)
@@ -46,7 +47,7 @@ def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = Fals
              *check_confinement(visible, caller)]
     denied = {refusal.pid for refusal in found}
     if 0 in denied or avoided:
-        # a tree that holds the daemon is most of the machine: to read all of it takes seconds and changes nothing
+        # A tree that contains the daemon is most of the machine. Reading all of it takes seconds and changes nothing.
         return told_dead(tree, hidden + found)
     seen = [task for task in visible if task.tid not in denied]
     found = hidden + found + check_tasks(visible, seen, cache, caller)
@@ -69,10 +70,10 @@ def check_hidden(tree: Tree, visible: Tree, caller: CallerRights) -> list[Findin
     if len(visible) == len(tree) and not tree.unseen:
         return []
     return [Finding(0, '', 'ptrace', 'EPERM', f'has tasks that uid {caller.uid} does not see in /proc (hidepid=)',
-                    'ask as root')]
+                    'run as root')]
 
 
 def check_avoid(tree: Tree, avoid: Collection[int]) -> list[Finding]:
-    """The daemon, its bus and its worker, which a freeze would stop for good."""
+    """Refuse the daemon, its bus and its worker, which a freeze would stop for good."""
     return [refuse(tree[pid], 'task', 'EDEADLK', 'is needed for the checkpoint itself and cannot be frozen',
                    'checkpoint a tree without it') for pid in avoid if pid in tree]

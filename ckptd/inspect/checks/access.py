@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Ask the kernel, with the credentials of the caller, whether it may inspect and trace these tasks.
 
-A forked child takes the caller's uid, gid, groups and capabilities and calls kcmp(tid, tid, KCMP_VM), which asks
-ptrace_may_access(PTRACE_MODE_READ_REALCREDS) with all that goes into it: ids, capabilities, dumpable, LSMs. Then it
-calls pidfd_getfd(2) for an fd that no process has, which asks the same with PTRACE_MODE_ATTACH_REALCREDS: Yama and
-other LSMs let more processes read than trace. All tasks are asked in one child; it answers with one errno per task
-through a pipe.
+A forked child takes the caller's uid, gid, groups and capabilities and calls kcmp(tid, tid, KCMP_VM). The kernel then
+checks ptrace_may_access(PTRACE_MODE_READ_REALCREDS) with everything that counts: ids, capabilities, dumpable, LSMs.
+Next the child calls pidfd_getfd(2) for an fd that no process has. This checks PTRACE_MODE_ATTACH_REALCREDS: Yama and
+other LSMs let more processes read than trace. One child asks about all tasks and returns one errno per task through a
+pipe.
 """
 
 import array
@@ -25,12 +25,15 @@ from ckptd.kernel.yama import untraceable
 from ckptd.tree import Task, Tree
 
 ALL_CAPABILITIES = (1 << 64) - 1
-_NO_FD = -1         # EBADF for who may have fds of that task
+_NO_FD = -1         # EBADF for a process that may get fds of the task
 
 
 class CallerRights(Recipient, Protocol):
-    """The calling process. capabilities: its effective set as a mask, -1 if unknown. start_time: 0 if unknown.
-    confinement: names of what confines it to itself and its descendants."""
+    """The calling process.
+
+    capabilities: its effective set as a mask, -1 if unknown. start_time: 0 if unknown. confinement: names of what
+    confines it to itself and its descendants.
+    """
     @property
     def pid(self) -> int: ...
     @property
@@ -42,9 +45,9 @@ class CallerRights(Recipient, Protocol):
 
 
 def check_access(tree: Tree, caller: CallerRights, *, trace: bool = False) -> list[Finding]:
-    """A refusal for each task that the caller may not look at; one for the tree if we cannot ask as the caller.
+    """List a refusal for each task that the caller may not inspect; a single one if ckptd cannot act as the caller.
 
-    trace: and for each living one that the caller may look at and not trace.
+    trace: list also each living task that the caller may inspect but not trace.
     """
     answers = probe(caller, [task.tid for task in tree], trace=trace)
     if isinstance(answers, int):
@@ -56,15 +59,15 @@ def check_access(tree: Tree, caller: CallerRights, *, trace: bool = False) -> li
         if answer == errno.ESRCH:
             rows.append(dead(task))
         elif answer > 0:
-            rows.append(refuse(task, 'ptrace', errno_name(answer), f'uid {caller.uid} may not look at this task',
-                               'ask as the owner of the task, or as root'))
+            rows.append(refuse(task, 'ptrace', errno_name(answer), f'uid {caller.uid} may not inspect this task',
+                               'run as the owner of the task, or as root'))
         elif answer < 0 and not task.is_zombie:
             rows.append(_untraceable(task, caller.uid, -answer))
     return rows
 
 
 def is_untraceable(tree: Tree, caller: CallerRights) -> bool:
-    """Whether there are living tasks that the caller may look at and not trace."""
+    """Whether there are living tasks that the caller may inspect but not trace."""
     answers = probe(caller, [task.tid for task in tree], trace=True)
     return not isinstance(answers, int) and any(
         answer < 0 and not task.is_zombie for task, answer in zip(tree, answers, strict=True))
@@ -72,14 +75,14 @@ def is_untraceable(tree: Tree, caller: CallerRights) -> bool:
 
 def _untraceable(task: Task, uid: int, answer: int) -> Finding:
     forbidden = untraceable()
-    return refuse(task, 'ptrace', errno_name(answer), f'uid {uid} may look at this task and not trace it: '
+    return refuse(task, 'ptrace', errno_name(answer), f'uid {uid} may inspect this task but not trace it: '
                   + forbidden.reason, forbidden.hint)
 
 
 def probe(caller: CallerRights, tids: Sequence[int], *, trace: bool = False) -> list[int] | int:
-    """errno of each task, 0 for yes; or one errno if the child could not become the caller. NotSupported.
+    """Return an errno for each task, 0 if allowed; or one errno if the child could not become the caller. NotSupported.
 
-    trace: where a task may be looked at and not traced, that errno is negative.
+    trace: for a task that may be inspected but not traced, the errno is negative.
     """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     with os.fdopen(read_end, 'rb') as answer:
@@ -92,19 +95,19 @@ def probe(caller: CallerRights, tids: Sequence[int], *, trace: bool = False) -> 
         data = answer.read()
     _, status = os.waitpid(child, 0)
     if status:
-        # killed by its new owner, or refused the ids: either way the kernel did not say yes
+        # it was killed by its new owner, or could not take the ids: in any case the kernel did not allow it
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EPERM
     found = array.array('i', data)
     if found[0]:
-        raise NotSupported(f'kcmp(2) is not to be had: {os.strerror(found[0])}', errno=found[0], resource='kcmp',
-                           hint='a kernel with CONFIG_KCMP, and a container profile that allows kcmp, are needed')
+        raise NotSupported(f'kcmp(2) is not available: {os.strerror(found[0])}', errno=found[0], resource='kcmp',
+                           hint='use a kernel with CONFIG_KCMP and a container profile that allows kcmp')
     return list(found[1:])
 
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # Python 3.12 warns where there are threads, for locks that they may hold; the child takes none, it only does
-        # system calls and _exit()
+        # Python 3.12 warns about fork with threads, which may hold locks. The child takes none: it only makes system
+        # calls and calls _exit().
         warnings.simplefilter('ignore', DeprecationWarning)
         return os.fork()
 
@@ -113,10 +116,10 @@ def _child(caller: CallerRights, tids: Sequence[int], answer: int, trace: bool) 
     status = errno.EIO
     try:
         become(caller.uid, *_groups(caller), _capabilities(caller))
-        # the first answer, about the child itself, tells a missing system call from a missing right
-        found = array.array('i', [_may_look(tid) for tid in (os.getpid(), *tids)])
-        if trace and not _may_trace(os.getpid()):
-            found[1:] = array.array('i', [look or -_may_trace(tid) for look, tid in zip(found[1:], tids, strict=True)])
+        # the first answer, about the child itself, distinguishes a missing system call from a missing right
+        found = array.array('i', [_inspect_errno(tid) for tid in (os.getpid(), *tids)])
+        if trace and not _trace_errno(os.getpid()):
+            found[1:] = array.array('i', [one or -_trace_errno(tid) for one, tid in zip(found[1:], tids, strict=True)])
         left = memoryview(found).cast('B')
         while left:
             left = left[os.write(answer, left):]
@@ -127,8 +130,8 @@ def _child(caller: CallerRights, tids: Sequence[int], answer: int, trace: bool) 
         os._exit(status)
 
 
-def _may_look(tid: int) -> int:
-    """Errno of looking at a task, 0 for yes."""
+def _inspect_errno(tid: int) -> int:
+    """Return the errno of inspecting a task, 0 if allowed."""
     try:
         kcmp(tid, tid, KCMP_VM)
     except OSError as error:
@@ -136,12 +139,13 @@ def _may_look(tid: int) -> int:
     return 0
 
 
-def _may_trace(tid: int) -> int:
-    """Errno of tracing a task that may be looked at, 0 for yes. Also 0 where the kernel cannot be asked."""
+def _trace_errno(tid: int) -> int:
+    """Return the errno of tracing a task that may be inspected, 0 if allowed. Also 0 if the kernel cannot be asked."""
     try:
         pidfd = pidfd_open(tid, PIDFD_THREAD)
     except OSError:
-        return 0        # gone; or a kernel before 6.9, which has pidfds of leaders alone: the tracer will be told
+        # It is gone; or the kernel is older than 6.9 and has pidfds of leaders only. The tracer will get the error.
+        return 0
     try:
         pidfd_getfd(pidfd, _NO_FD)
     except OSError as error:
@@ -159,15 +163,17 @@ def _groups(caller: CallerRights) -> tuple[int, Sequence[int]]:
 
 
 def _capabilities(caller: CallerRights) -> int:
-    """The mask of what the caller may use here. Unknown is all for root and nothing for everybody else."""
+    """Return the mask of capabilities that the caller may use here. Unknown means all for root and none for other
+    users."""
     mask = caller.capabilities if caller.capabilities >= 0 else ALL_CAPABILITIES if caller.uid == 0 else 0
     return mask if not mask or _same_user_namespace(caller) else 0
 
 
 def _same_user_namespace(caller: CallerRights) -> bool:
-    """A capability counts in the user namespace of its holder, and root of a container has them all.
+    """Whether the caller is in our user namespace. A capability counts only there, and root of a container has them
+    all.
 
-    A caller that is gone can be asked no more; then only uid 0, which is root here or was made from it, is believed.
+    If the caller is gone, this is assumed only for uid 0, which is root here or was made from it.
     """
     try:
         with held(caller.pid, caller.start_time):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a confined caller may reach: itself and what descends from it. The kernel asks no more than ids of who traces;
-what a sandbox keeps a process from, ckptd would do for it.
-"""
+"""The reach of a confined caller: itself and its descendants. For tracing, the kernel checks only ids. ckptd must not
+do for a process what its sandbox denies."""
 
 from ckptd.errors import Finding
 from ckptd.inspect.checks.access import CallerRights
@@ -12,7 +11,7 @@ from ckptd.tree import Tree
 
 
 def check_confinement(tree: Tree, caller: CallerRights) -> list[Finding]:
-    """A refusal for each task that is not below a caller who is confined."""
+    """List a refusal for each task that is not a confined caller itself or a descendant of it."""
     if not caller.confinement:
         return []
     outside = {task.tgid for task in tree.leaders if not is_below(task.tgid, caller.pid, caller.start_time)}

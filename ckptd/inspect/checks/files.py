@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open files: what their kinds refuse, and which have an end outside of the tree."""
+"""Check open files: refusals of their kinds, and files with an end outside of the tree."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,8 @@ from ckptd.tree import Task
 
 
 def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
-    """One row for each refused fd, resource 'fd N'. The same warning about the same file stands once for the tree."""
+    """List one row for each refused fd, resource 'fd N'. The same warning about the same file appears once in the
+    tree."""
     check = _Check(cache)
     for process in processes(tasks):
         for task in _tables(process):
@@ -24,14 +25,14 @@ def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
 
 
 def _tables(process: ProcessIds) -> Iterator[Task]:
-    """One thread for each fd table of the process; threads without CLONE_FILES are rare and legal."""
+    """Yield one thread for each fd table of the process. Threads without CLONE_FILES are rare and legal."""
     yield process.reader
     for thread in process.threads:
         try:
             if thread is not process.reader and kcmp(process.reader.tid, thread.tid, KCMP_FILES):
                 yield thread
         except OSError:
-            continue        # it exits; another check says so
+            continue        # it is exiting, which another check reports
 
 
 class _Verdict(NamedTuple):
@@ -41,7 +42,7 @@ class _Verdict(NamedTuple):
 
 
 class _Check:
-    """One look at a tree. Files that look alike in all that a kind goes by get one verdict."""
+    """One check of a tree. Files that are alike in everything that their kind considers get one verdict."""
 
     def __init__(self, cache: ProcCache) -> None:
         self._cache = cache
@@ -50,10 +51,10 @@ class _Check:
         self._warned: set[tuple[str, str]] = set()
         self._tasks: dict[int, Task] = {}
         self._ends: dict[Kind[Any], list[FileEnd]] = {}
-        self._holders: dict[int, tuple[Task, int]] = {}     # of what is in flight: by our fd, where it was found
+        self._holders: dict[int, tuple[Task, int]] = {}     # of files in flight: by our fd, the fd where it was found
 
     def table(self, task: Task) -> list[Finding]:
-        """Rows of one fd table."""
+        """List rows of one fd table."""
         found: list[Finding] = []
         self._tasks[task.tid] = task
         for file in self._cache.files(task):
@@ -69,7 +70,7 @@ class _Check:
         return found + (self._in_flight(task, file, verdict.kind) if self._cache.at_rest else [])
 
     def _in_flight(self, task: Task, file: OpenFile, kind: Kind[Any]) -> list[Finding]:
-        """Rows of the files that wait in the queue of this one, and in theirs."""
+        """List rows of the files in the queue of this one, and in their queues."""
         found: list[Finding] = []
         for fd in kind.discover(file):
             if fd not in self._holders:     # a file may be in flight in itself
@@ -90,7 +91,7 @@ class _Check:
     def _verdict(self, file: OpenFile) -> _Verdict:
         key = (file.link, file.stat.st_dev, file.stat.st_ino, file.stat.st_rdev, file.stat.st_mode, file.flags,
                tuple(file.info.fields.get('lock', ())),
-               # of what watches fds it counts whose those are
+               # for a file that watches fds, it matters in which table these fds are
                file.proc_path if 'tfd' in file.info.fields else '')
         if key not in self._verdicts:
             kind = self._cache.kinds.of(file)
@@ -101,7 +102,7 @@ class _Check:
         return file.pid == os.getpid()
 
     def lacking(self) -> list[Finding]:
-        """Ends whose other ends are outside of the tree."""
+        """List ends whose other ends are outside of the tree."""
         return [row for kind, ends in self._ends.items()
                 for end, reason in kind.link(ends, is_whole=self._cache.at_rest)
                 if (row := self._row(self._task_of(end.file), end.file, reason))]

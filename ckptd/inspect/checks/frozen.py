@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""freeze=caller: is every task at rest, as its caller says?"""
+"""freeze=caller: check that every task is at rest, as the caller claims."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,8 @@ from ckptd.tree import Task
 
 
 def check_frozen(tasks: Iterable[Task], self_pid: int) -> list[Finding]:
-    """EBUSY for each task whose cgroup is not frozen. The calling process `self_pid` is exempt: it waits for us."""
+    """List EBUSY for each task whose cgroup is not frozen. The calling process `self_pid` is exempt, because it waits
+    for us."""
     states = _Cgroups()
     found: list[Finding] = []
     for task in tasks:
@@ -29,7 +30,7 @@ def _check(task: Task, states: '_Cgroups') -> list[Finding]:
 
 
 class _Cgroups:
-    """cgroup.events of each cgroup, read once."""
+    """The contents of cgroup.events of each cgroup, read once."""
 
     def __init__(self) -> None:
         self._known: dict[str, bool] = {}

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which tasks the kernel hides from the caller (hidepid= of proc(5)). For a caller who is not root these are not there:
-nothing is told of them, and not that they are.
-"""
+"""Tasks that the kernel hides from the caller (hidepid= of proc(5)). For a caller other than root they do not exist:
+nothing is reported about them, not even their existence."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,39 +20,40 @@ ANOTHER = 'another process'
 def sees_all(caller: CallerRights) -> bool:
     """Whether /proc shows every process to the caller."""
     if PID_NAMESPACE in caller.confinement:
-        return False        # whatever its /proc shows it, we are not in there
+        return False        # whatever its /proc shows, we are not in that namespace
     return not caller.uid or not is_hidden_from({caller.gid, *caller.groups}, caller.pid, caller.start_time)
 
 
 def without_hidden(tree: Tree, caller: CallerRights) -> Tree:
-    """The tree as far as the caller sees it, which may be nothing of it."""
+    """Return the tree as far as the caller sees it, which may be empty."""
     if sees_all(caller):
         return tree
     return Tree(tuple(_visible(tree.tasks, caller)))
 
 
 def require_visibility(pid: int, caller: CallerRights) -> None:
-    """NoSuchTarget, in the words of a process that is not there, for one that the caller does not see."""
+    """Check that the caller sees a process. Otherwise NoSuchTarget, with the words for a process that does not
+    exist."""
     if not sees_all(caller) and not _may_see([pid], caller)[0]:
         raise no_process(pid)
 
 
 def name_of(pid: int, name: str, caller: CallerRights) -> str:
-    """'NAME[PID]' for what another process is called, if the caller may know."""
+    """Return 'NAME[PID]' of another process, if the caller may know it."""
     return f'{name}[{pid}]' if sees_all(caller) or _may_see([pid], caller)[0] else ANOTHER
 
 
 def _visible(tasks: Iterable[Task], caller: CallerRights) -> list[Task]:
     tasks = list(tasks)
     answers = _may_see([task.tid for task in tasks], caller)
-    # the kernel was asked about a number, which may be another task's since the scan: of the one that was scanned then
-    # nothing is known
+    # The kernel was asked about a tid, which may belong to another task since the scan. Then nothing is known about the
+    # scanned task.
     return [task for task, visible in zip(tasks, answers, strict=True) if visible and is_same(task)]
 
 
 def _may_see(tids: list[int], caller: CallerRights) -> list[bool]:
-    """Whether each may be seen where /proc hides others: what /proc asks is what kcmp(2) asks. In a pid namespace of
-    its own the caller sees what is in it, or below."""
+    """Return for each task whether the caller sees it where /proc hides others. /proc checks the same access as
+    kcmp(2). In a pid namespace of its own, the caller sees what is in it or below."""
     if PID_NAMESPACE in caller.confinement:
         return _in_namespace_of(caller, tids)
     answers = probe(caller, tids)
@@ -69,7 +69,7 @@ def _in_namespace_of(caller: CallerRights, tids: list[int]) -> list[bool]:
 
 
 def _pid_namespace(pid: int) -> int | None:
-    """None where that is not known."""
+    """Return the inode of the pid namespace, None if unknown."""
     try:
         return read_namespaces(pid).get('pid')
     except OSError:

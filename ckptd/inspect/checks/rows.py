@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Rows that all checks make, and what becomes of a task that vanishes or cannot be read while it is checked."""
+"""Rows that all checks make, and the treatment of a task that vanishes or cannot be read during a check."""
 
 import errno as errnos
 from collections.abc import Callable, Iterable
@@ -13,9 +13,9 @@ P = ParamSpec('P')
 
 
 class ProcessIds(NamedTuple):
-    """A process by its leader, and the thread through which /proc shows what all of them share.
+    """A process by its leader, and the thread through which /proc shows what all its threads share.
 
-    reader: the first thread that lives; a leader that has exited before its threads shows neither files nor memory.
+    reader: the first living thread. A leader that has exited before its threads shows neither files nor memory.
     """
     leader: Task
     reader: Task
@@ -23,7 +23,7 @@ class ProcessIds(NamedTuple):
 
 
 def processes(tasks: Iterable[Task]) -> list[ProcessIds]:
-    """The processes of the tasks, those left out of which nothing but a zombie remains."""
+    """Return the processes of the tasks. A process that is only a zombie is left out."""
     groups: dict[int, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.tgid, []).append(task)
@@ -44,8 +44,8 @@ def dead(task: Task) -> Finding:
 
 
 def told_dead(tree: Tree, found: Iterable[Finding]) -> list[Finding]:
-    """Each row once. A refusal of a task that has died since may come from its death: it has no files, namespaces or
-    memory any more, and its number may be another's. So the death is what is told."""
+    """Return each row once. A refusal of a task that has died since may be a consequence of its death: it no longer has
+    files, namespaces or memory, and its tid may be reused. So its death is reported instead."""
     rows = list(dict.fromkeys(found))
     died = {pid for pid in {row.pid for row in rows if row.severity == 'refusal'}
             if pid in tree and not is_alive(tree[pid])}
@@ -54,7 +54,7 @@ def told_dead(tree: Tree, found: Iterable[Finding]) -> list[Finding]:
 
 def guarded(task: Task, resource: str, check: Callable[P, list[Finding]], *args: P.args,
             **kwargs: P.kwargs) -> list[Finding]:
-    """What check(*args) finds; a task that is gone, or that we may not read, is a finding too."""
+    """Return the findings of check(*args). A task that is gone, or that we may not read, is a finding, too."""
     try:
         return check(*args, **kwargs)
     except ProcessLookupError:
@@ -66,4 +66,4 @@ def guarded(task: Task, resource: str, check: Callable[P, list[Finding]], *args:
         if error.errno != errnos.ENAMETOOLONG:
             raise
         return [refuse(task, resource, 'ENAMETOOLONG', f'the path of {error.filename} is longer than 4095 bytes',
-                       'no call can tell such a path: use a shorter one')]
+                       'no system call returns such a path: use a shorter one')]

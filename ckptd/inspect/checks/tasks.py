@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a task is and does that forbids a dump of it: its state, tracer, namespaces, program, filters."""
+"""Check each task for a state, tracer, namespace, program or filter that prevents a dump."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,13 +21,13 @@ PF_IO_WORKER = 0x00000010
 PF_USER_WORKER = 0x00004000
 
 DELETED = ' (deleted)'
-# <asm/unistd_64.h>: clone, fork, vfork, clone3; in state D, a parent in one of these waits for a CLONE_VFORK child
+# <asm/unistd_64.h>: clone, fork, vfork, clone3. A parent in one of these and in state D waits for a CLONE_VFORK child.
 _FORKS = {56, 57, 58, 435}
 _FOR_CHILDREN = '_for_children'
 
 
 def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: CallerRights) -> list[Finding]:
-    """The checks of one task each. `tasks` are those of the tree that may be looked at."""
+    """Run the checks of single tasks. `tasks` are those of the tree that may be inspected."""
     tasks = list(tasks)
     home = _root_namespaces(tree)
     found: list[Finding] = []
@@ -40,7 +40,7 @@ def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: Cal
 
 def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: CallerRights) -> list[Finding]:
     if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
-        return check_kthread(task)      # it has nothing else to look at
+        return check_kthread(task)      # nothing else of it needs a check
     status = cache.status(task)
     if status.state in 'Xx':
         return [dead(task)]
@@ -60,8 +60,8 @@ def check_tracer(task: Task, status: Status, caller: CallerRights) -> list[Findi
     if not tracer or Path(f'/proc/self/task/{tracer}').exists():
         return []
     name = name_of(tracer, _name(tracer), caller)
-    return [refuse(task, 'ptrace', 'EBUSY', f'is traced by {name}, and a task has one tracer only',
-                   'let the debugger or strace detach first')]
+    return [refuse(task, 'ptrace', 'EBUSY', f'is traced by {name}, and a task can have one tracer only',
+                   'detach the debugger or strace first')]
 
 
 def _name(pid: int) -> str:
@@ -72,7 +72,8 @@ def _name(pid: int) -> str:
 
 
 def check_seccomp(task: Task, status: Status) -> list[Finding]:
-    """ckptd needs system calls of the task itself; a filter may kill it for one, strict mode does."""
+    """Refuse seccomp. ckptd needs system calls by the task itself; a filter may kill it for one, and strict mode
+    does."""
     if status.seccomp == 0:
         return []
     mode = 'strict mode' if status.seccomp == 1 else f'{status.seccomp_filters or "a"} filter(s)'
@@ -81,14 +82,15 @@ def check_seccomp(task: Task, status: Status) -> list[Finding]:
 
 
 def check_vfork(task: Task, status: Status) -> list[Finding]:
-    """A parent suspended by vfork(2) or posix_spawn(3) cannot be stopped until the child execs or exits."""
+    """Refuse a parent suspended by vfork(2) or posix_spawn(3), which cannot be stopped until the child execs or
+    exits."""
     if status.state != 'D':
         return []
     number = read_task_file(task_dir(task.tgid, task.tid), 'syscall').split()[0]
     if not number.isdigit() or int(number) not in _FORKS:
         return []
     return [refuse(task, 'task', 'EAGAIN', 'waits in vfork for its child to run a program',
-                   'try again; if it lasts, the child is one that never runs a program, and cannot be dumped yet')]
+                   'try again; a child that never runs a program cannot be dumped yet')]
 
 
 def _root_namespaces(tree: Tree) -> dict[str, int]:
@@ -103,7 +105,7 @@ def _root_namespaces(tree: Tree) -> dict[str, int]:
 
 
 def check_namespaces(task: Task, home: dict[str, int]) -> list[Finding]:
-    """Any namespace other than the root's; also those that its next children will be in (pid_for_children)."""
+    """Refuse any namespace other than the root's, including those for future children (pid_for_children)."""
     own = read_namespaces(task.tgid, task.tid)
     if 'pid' in own:
         # a new pid namespace has no link before its first process is in it (kernel/pid_namespace.c)
@@ -118,28 +120,29 @@ def _check_process(process: ProcessIds) -> list[Finding]:
 
 
 def check_32bit(process: ProcessIds) -> list[Finding]:
-    """A program that was started as 32-bit: its auxiliary vector has 32-bit words (fs/compat_binfmt_elf.c).
+    """Refuse a program that was started as 32-bit: its auxiliary vector has 32-bit words (fs/compat_binfmt_elf.c).
 
     The vector is the kernel's copy from exec, so neither a changed exe nor setarch(8) misleads. A 64-bit program that
-    jumps to a 32-bit code segment is seen by its registers only, once it is stopped.
+    jumps to a 32-bit code segment is detected by its registers only, once it is stopped.
     """
     words = read_auxv(process.reader.tid)[:8]
-    # the first key, below 64: eight bytes of a 64-bit vector; with 32-bit words the value stands in the upper four
+    # The first key is below 64. In a 64-bit vector it takes eight bytes; with 32-bit words the upper four bytes are its
+    # value.
     if int.from_bytes(words, 'little') < 1 << 32:
         return []
     return [refuse(process.leader, 'exe', 'EOPNOTSUPP', 'is a 32-bit program', 'only 64-bit tasks can be checkpointed')]
 
 
 def check_paths(process: ProcessIds) -> list[Finding]:
-    """Directories and program that a restart will look for by name."""
+    """Check directories and the program that a restart will look for by name."""
     found: list[Finding] = []
     for name in ('cwd', 'root', 'exe'):
         try:
             path = read_link(process.reader.tid, name)
-        except FileNotFoundError:       # it exits
+        except FileNotFoundError:       # it is exiting
             continue
         if path.endswith(DELETED) and lstat_of_task(process.reader.tid, path) is None:
             found.append(warn(process.leader, name, 'ENOENT', f'{path.removesuffix(DELETED)} is deleted',
                               'the image keeps a deleted program' if name == 'exe' else
-                              'a restart needs a directory there: make it again'))
+                              'a restart needs this directory: make it again'))
     return found

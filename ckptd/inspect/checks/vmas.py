@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Mappings whose memory no code can dump, and mapped files that a restart will not find."""
+"""Check for mappings whose memory cannot be dumped, and for mapped files that a restart will not find."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from ckptd.tree import Task
 
 
 class _Fact(NamedTuple):
-    """What is wrong with a mapping."""
+    """A problem with a mapping."""
     errno: str
     reason: str
     hint: str
@@ -26,7 +26,7 @@ class _Fact(NamedTuple):
 
 _CLOSE = 'let the program release it before the checkpoint'
 
-# VmFlags of proc_pid_smaps(5) that say: the pages are not ordinary memory, or a page fault is somebody else's business
+# VmFlags of proc_pid_smaps(5) for pages that are not ordinary memory, or whose page faults another process serves
 _FLAGS = {
     'ht': _Fact('EOPNOTSUPP', 'huge pages (hugetlb) cannot be dumped yet', 'use transparent huge pages instead'),
     'io': _Fact('EOPNOTSUPP', 'memory of a device', _CLOSE),
@@ -38,7 +38,7 @@ _FLAGS = {
     'um': _Fact('EOPNOTSUPP', 'page faults are served by a userfaultfd (missing)', _CLOSE),
     'uw': _Fact('EOPNOTSUPP', 'writes are watched by a userfaultfd (write-protect)', _CLOSE),
 }
-# what the kernel itself maps into every process, arch/x86/entry/vdso; vvar has 'pf' and 'io'
+# mappings that the kernel makes in every process (arch/x86/entry/vdso); vvar has 'pf' and 'io'
 _OWN = {'[heap]', '[stack]', '[vdso]', '[vvar]', '[vvar_vclock]', '[vsyscall]'}
 _NAMED = ('[anon:', '[anon_shmem:')
 _PATHS = (
@@ -53,7 +53,7 @@ _DEV_ZERO = os.makedev(1, 5)
 
 
 def check_vmas(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
-    """One row for each mapping, resource 'vma START-END'. A warning about a file stands once for the tree."""
+    """List one row for each mapping, resource 'vma START-END'. A warning about a file appears once in the tree."""
     files = MappedFiles()
     found: list[Finding] = []
     for process in processes(tasks):
@@ -70,7 +70,7 @@ def _check_process(process: ProcessIds, files: 'MappedFiles', cache: ProcCache) 
 
 
 def check_mapping(mapping: Mapping) -> _Fact | None:
-    """What its line and flags say."""
+    """Check a mapping by its line and flags."""
     path = mapping.path
     if path in _OWN or path.startswith(_NAMED):
         path = ''
@@ -83,7 +83,8 @@ def check_mapping(mapping: Mapping) -> _Fact | None:
 
 
 def _check_segment(tid: int, mapping: Mapping) -> _Fact | None:
-    """shmctl(2) asks the caller's IPC namespace, where the same number is another segment or none."""
+    """Refuse a segment of another IPC namespace. shmctl(2) uses the caller's namespace, where the same id is another
+    segment or none."""
     if not mapping.path.startswith('/SYSV') or os.makedev(mapping.major, mapping.minor) != shm_device():
         return None
     if os.path.samefile(f'/proc/{tid}/ns/ipc', '/proc/self/ns/ipc'):  # noqa: PTH121
@@ -92,13 +93,13 @@ def _check_segment(tid: int, mapping: Mapping) -> _Fact | None:
 
 
 class MappedFiles:
-    """What is mapped by name, each file looked at once: a thousand processes map the same libraries."""
+    """Files mapped by name. Each is checked once, because a thousand processes may map the same libraries."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int, int, str], _Fact | None] = {}
 
     def check(self, tid: int, mapping: Mapping) -> _Fact | None:
-        # memfds, System V segments and shared anonymous memory have no name that could lead anywhere
+        # memfds, System V segments and shared anonymous memory have no name in the file system
         if not mapping.path.startswith('/') or os.makedev(mapping.major, mapping.minor) == shm_device():
             return None
         key = (mapping.major, mapping.minor, mapping.inode, mapping.path)
@@ -125,8 +126,8 @@ def _check_file(tid: int, mapping: Mapping) -> _Fact | None:
                      'run ckptd as root (it needs CAP_CHECKPOINT_RESTORE for /proc/PID/map_files)')
     if mapping.deleted:
         return None         # its content goes into the image
-    return _Fact('ENOENT', f'{mapping.path} is another file now, or covered by a mount',
-                 'a restart maps files by path: uncover the mount or put the file back', 'warning')
+    return _Fact('ENOENT', f'{mapping.path} is another file now, or hidden by a mount',
+                 'a restart maps files by path: remove the mount or put the file back', 'warning')
 
 
 def _device(sort: str, mapping: Mapping, of: os.stat_result) -> _Fact:
