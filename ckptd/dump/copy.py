@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copying page data into the image: one thread reads the next chunk while another writes the last.
+"""Copy page data into the image: one thread reads the next chunk while another writes the last.
 
-process_vm_readv(2) and pwrite(2) both leave the interpreter's lock alone, so the two overlap; each byte is copied
-twice, by the kernel, and no page passes through a Python object.
+process_vm_readv(2) and pwrite(2) both run without the interpreter's lock, so the two overlap. The kernel copies each
+byte twice, and no page passes through a Python object.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ MAX_PIECES = 32            # runs of changed pages in a chunk that are worth a w
 
 
 class _Buffer:
-    """CHUNK_SIZE bytes that ctypes and pwrite both take."""
+    """CHUNK_SIZE bytes for both ctypes and pwrite."""
 
     def __init__(self) -> None:
         self.view = memoryview(mmap.mmap(-1, CHUNK_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -33,9 +33,10 @@ class _Buffer:
 
 
 class Copier:
-    """Writes memory of stopped processes to a data part. on_bytes(n) is called after each chunk: progress, cancel.
+    """A copier of the memory of stopped processes to a data part. on_bytes(n) is called after each chunk, for progress
+    and cancel.
 
-    Leaving the `with` waits for the writer; an error of a write (SpoolFailed) shows at the next copy or in `flush`.
+    Leaving the `with` waits for the writer. An error of a write (SpoolFailed) is raised by the next copy or by `flush`.
     """
 
     def __init__(self, data: DataWriter, on_bytes: Callable[[int], None]) -> None:
@@ -49,8 +50,8 @@ class Copier:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # buffers are unmapped with the last reference: the traceback of a write that failed holds a slice of one, and
-        # closing that would be a BufferError
+        # Buffers are unmapped with the last reference. The traceback of a failed write holds a slice of one, and
+        # closing that would be a BufferError.
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def flush(self) -> None:
@@ -69,12 +70,12 @@ class Copier:
         return self._free.popleft()
 
     def _write(self, buffer: _Buffer, length: int, offset: int) -> None:
-        """Hand a full buffer to the writing thread."""
+        """Pass a full buffer to the writing thread."""
         self._busy.append((self._pool.submit(self.data.pwrite, buffer.view[:length], offset), buffer))
         self._on_bytes(length)
 
     def copy_memory(self, mem: Mem, ranges: Sequence[Range], *, base: int = 0) -> list[PageRun]:
-        """Copy page-aligned ranges of a process; the runs, whose start is the address minus `base`."""
+        """Copy page-aligned ranges of a process. Return the runs, whose start is the address minus `base`."""
         extent = self.data.reserve(sum(end - start for start, end in ranges))
         offset = extent.offset
         for chunk in _chunks(ranges):
@@ -85,11 +86,11 @@ class Copier:
         return _runs(ranges, extent, base)
 
     def copy_changed(self, mem: Mem, origin: Mem, runs: Sequence[PageRun]) -> list[PageRun]:
-        """Copy what differs from process `origin`, whose pages are at the same addresses and, as `runs` say, in the
-        image already; where nothing does, the runs returned are the same, or parts of them. They are ascending.
+        """Copy what differs from process `origin`, whose pages have the same addresses and are already in the image at
+        `runs`. Equal parts keep the runs of `origin`. The result is ascending.
 
-        After a chunk that has changed for the most part, or in too many places, a few are copied unseen, each time
-        twice as many: where all is different, comparing costs next to nothing.
+        After a chunk that has mostly changed, or in too many places, the next ones are copied without a comparison,
+        each time twice as many. So where everything differs, comparing costs next to nothing.
         """
         made: list[PageRun] = []
         skip, skipped = 1, 0
@@ -112,7 +113,7 @@ class Copier:
 
     def _write_changed(self, buffer: _Buffer, changed: Sequence[Range], chunk: Sequence[PageRun],
                        length: int) -> Iterable[PageRun]:
-        """Write those parts of a full buffer; the runs of all of it."""
+        """Write the changed parts of a full buffer. Return the runs of the whole buffer."""
         if not changed:
             self._free.append(buffer)
             self._on_bytes(length)
@@ -129,7 +130,8 @@ class Copier:
             offset += len(view)
 
     def copy_file(self, fd: int, size: int) -> list[PageRun]:
-        """Copy the data of a file or shared object, without its holes; the runs, by byte offset, whole pages."""
+        """Copy the data of a file or shared object, without its holes. Return the runs of whole pages, by byte
+        offset."""
         ranges = list(data_ranges(fd, size))
         extent = self.data.reserve(sum(end - start for start, end in ranges))
         offset = extent.offset
@@ -138,14 +140,14 @@ class Copier:
             for start, end in chunk:
                 view = buffer.view[length:length + end - start]
                 done = os.preadv(fd, [view], start)
-                view[done:] = bytes(len(view) - done)       # the end of the last page, or cut off meanwhile
+                view[done:] = bytes(len(view) - done)  # the end of the last page, or a part that was cut off meanwhile
                 length += end - start
             self._write(buffer, length, offset)
             offset += length
         return _runs(ranges, extent, 0)
 
     def copy_whole(self, fd: int, size: int) -> Extent:
-        """Copy a file as one extent. Its holes are holes in the data part, too, so they cost no room."""
+        """Copy a file as one extent. Its holes are holes in the data part, too, so they take no space."""
         extent = self.data.reserve(size)
         for start, end in data_ranges(fd, size):
             for at in range(start, end, CHUNK_SIZE):
@@ -157,13 +159,13 @@ class Copier:
 
 
 def data_ranges(fd: int, size: int) -> Iterator[Range]:
-    """Page-aligned ranges of a file that may hold data, lseek(2) SEEK_DATA."""
+    """Yield page-aligned ranges of a file that may have data (lseek(2), SEEK_DATA)."""
     at = 0
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
         except OSError as error:
-            if error.errno != errno.ENXIO:      # nothing but a hole up to the end
+            if error.errno != errno.ENXIO:      # only a hole up to the end
                 raise
             return
         at = os.lseek(fd, start, os.SEEK_HOLE)
@@ -174,7 +176,7 @@ def data_ranges(fd: int, size: int) -> Iterator[Range]:
 
 
 def _chunks(ranges: Iterable[Range]) -> Iterator[list[Range]]:
-    """The same bytes in groups that fit into a buffer and into one process_vm_readv."""
+    """Group the ranges so that each group fits into a buffer and into one process_vm_readv."""
     group: list[Range] = []
     room = CHUNK_SIZE
     for start, end in ranges:
@@ -191,7 +193,8 @@ def _chunks(ranges: Iterable[Range]) -> Iterator[list[Range]]:
 
 
 def _read(mem: Mem, ranges: Sequence[Range], buffer: _Buffer) -> int:
-    """Fill the buffer; bytes read. What has no read permission is read through /proc/PID/mem, as a tracer may."""
+    """Fill the buffer. Return the bytes read. Pages without read permission are read through /proc/PID/mem, as a tracer
+    may."""
     total = sum(end - start for start, end in ranges)
     try:
         done = read_into(mem.pid, ranges, buffer.address)
@@ -214,7 +217,7 @@ def _runs(ranges: Sequence[Range], extent: Extent, base: int) -> list[PageRun]:
 
 
 def _run_chunks(runs: Iterable[PageRun]) -> Iterator[list[PageRun]]:
-    """The same runs in groups that fit into a buffer."""
+    """Group the runs so that each group fits into a buffer."""
     group: list[PageRun] = []
     room = CHUNK_SIZE // PAGE
     for run in runs:
@@ -231,14 +234,14 @@ def _run_chunks(runs: Iterable[PageRun]) -> Iterator[list[PageRun]]:
 
 
 def part_of(run: PageRun, first: int, pages: int) -> PageRun:
-    """`pages` pages of a run from its page `first` on."""
+    """Return the `pages` pages of a run from its page `first` on."""
     return PageRun(run.start + first * PAGE, pages, run.part, run.offset + first * PAGE)
 
 
 def _changed_runs(chunk: Iterable[PageRun], changed: Iterable[Range], extent: Extent) -> Iterator[PageRun]:
-    """The runs of a chunk, with what has changed (byte ranges of the chunk) in a row at `extent`."""
+    """Yield the runs of a chunk. Changed byte ranges of it are stored one after the other at `extent`."""
     left = deque(changed)
-    at, offset = 0, extent.offset           # of the chunk, of the extent
+    at, offset = 0, extent.offset           # in the chunk, in the extent
     for run in chunk:
         done = 0
         while done < run.pages:
@@ -256,7 +259,7 @@ def _changed_runs(chunk: Iterable[PageRun], changed: Iterable[Range], extent: Ex
 
 
 def _joined(runs: Iterable[PageRun]) -> Iterator[PageRun]:
-    """Runs whose memory and bytes both go on where the last one's end become one with it."""
+    """Join runs whose memory and bytes both continue those of the previous run."""
     last: PageRun | None = None
     for run in runs:
         if last and (last.start + last.pages * PAGE, last.part, last.offset + last.pages * PAGE) == \

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Deaths in a stopped tree: SIGKILL reaches a task that is frozen and traced, and half of it must not become an image.
+"""Deaths in a stopped tree. SIGKILL reaches a task that is frozen and traced, and an incomplete tree must not become an
+image.
 
-The proc connector tells of an exit as it happens, where the kernel has one for us; the pidfds, asked at the end, are
-the truth everywhere.
+Where the kernel has a proc connector for us, it reports an exit as it happens. The pidfds, checked at the end, are the
+truth everywhere.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,13 @@ from ckptd.tree import Task, Tree
 
 
 class Deaths:
-    """Watches the tasks of a tree at rest. `handles` has their pidfds."""
+    """A watch of the tasks of a tree at rest. `handles` has their pidfds."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._alive = {task.tid: task for task in tree if not task.is_zombie}
         with ExitStack() as stack:
-            # the watch first: who dies after its pidfd was opened is told of
+            # the watch comes first, so that a death after its pidfd was opened is reported
             self._watch = stack.enter_context(ForkWatch())
             self.handles = stack.enter_context(Handles(tree))
             self._stack = stack.pop_all()
@@ -35,30 +36,30 @@ class Deaths:
         self._stack.close()
 
     def check(self) -> None:
-        """TreeChanged if an exit has been told of. Costs one recvfrom(2)."""
+        """Raise TreeChanged if an exit has been reported. It costs one recvfrom(2)."""
         for event in self._watch.read():
             if event.kind == 'exit' and event.tid in self._alive:
                 raise self._died(self._alive[event.tid])
 
     def require_none(self, tracees: Mapping[int, Tracee]) -> None:
-        """TreeChanged if any task has died since the scan, told of or not."""
+        """Raise TreeChanged if any task has died since the scan, reported or not."""
         for task in self.handles.dead(self._tree):
             raise self._died(task)
-        # one that was killed may take long to let go of its memory, and counts as alive until then; but it is not
-        # stopped any more, and its memory looks empty
+        # A killed task may take long to release its memory and counts as alive until then. But it is no longer stopped,
+        # and its memory looks empty.
         for tid, tracee in tracees.items():
             if tracee.stopped and not tracee.is_stopped():
                 raise self._died(self._tree[tid])
 
     @contextmanager
-    def told(self, tracees: Mapping[int, Tracee]) -> Iterator[None]:
-        """Whatever fails in the block for the death of a task becomes TreeChanged."""
+    def explaining(self, tracees: Mapping[int, Tracee]) -> Iterator[None]:
+        """Turn any failure in the block that was caused by the death of a task into TreeChanged."""
         try:
             yield
         except (Cancelled, TreeChanged):
             raise
         except Exception:
-            # what cannot be read, or looks odd, may be a task that was killed
+            # an unreadable or odd value may come from a task that was killed
             self.require_none(tracees)
             raise
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open files of stopped tasks: each description once, with the tables of fds that lead to it."""
+"""Open files of stopped tasks: each description once, with the fd tables that refer to it."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from ckptd.objects.files.base import OpenFile
 
 
 class _Content:
-    """Bulk bytes go to the data part, and so do named files that are to be saved; shared memory goes with the address
-    spaces that map it."""
+    """The destination of a kind's content: bulk bytes and saved named files go to the data part, shared memory goes
+    with the address spaces that map it."""
 
     def __init__(self, data: DataWriter, objects: MappingObjects, saved: SavedFiles, file_id: Callable[[int], int],
                  ids: Mapping[int, int]) -> None:
@@ -37,8 +37,10 @@ class _Content:
 
 
 class FileDump:
-    """Descriptions and tables of a tree. ids: vpid (of a task or a group) by pid, for the owners of signals.
-    save_limit: bytes of named files to keep."""
+    """File descriptions and fd tables of a tree.
+
+    ids: vpid (of a task or a group) by pid, for the owners of signals. save_limit: bytes of named files to keep.
+    """
 
     def __init__(self, data: DataWriter, objects: MappingObjects, ids: Mapping[int, int], cache: ProcCache,
                  save_limit: int = 0) -> None:
@@ -46,14 +48,14 @@ class FileDump:
         self._content = _Content(data, objects, self.saved, self._id_in_flight, ids)
         self._cache = cache
         self._ids = ids
-        # who has the same flags, position and inode may have the same description; kcmp(2) tells
+        # files with equal flags, position and inode may share one description; kcmp(2) decides
         self._sharing = Sharing[tuple[int, int]](lambda a, b: kcmp_file(*a, *b))
         self._holders: dict[int, list[OpenFile]] = {}
         self._files: list[records.SavedFile] = []
         self._tables: list[records.FdTable] = []
 
     def enter(self, files_id: int, files: Iterable[OpenFile]) -> None:
-        """Enter the table of a task."""
+        """Add the fd table of a task."""
         self._tables.append(records.FdTable(files_id, tuple(self._enter(file) for file in files)))
 
     def _enter(self, file: OpenFile) -> records.Fd:
@@ -63,7 +65,7 @@ class FileDump:
         return records.Fd(file.fd, file_id, cloexec)
 
     def _id_in_flight(self, fd: int) -> int:
-        """The id of the description behind an fd of ours, which a kind has discovered."""
+        """Return the id of the description behind an fd of ours, which a kind has discovered."""
         file = self._cache.file_in_flight(fd)
         file_id = self._id_of(file)
         self._holders.setdefault(file_id, [file])
@@ -77,9 +79,9 @@ class FileDump:
         return file_id
 
     def describe(self) -> None:
-        """Dump each description, when all tables are entered: a kind may want to know every process that has it.
+        """Dump each description after all tables were added, because a kind may need every process that has it.
 
-        Those in flight are entered by the kinds of the files that they wait in, and so on until there are no more.
+        Descriptions in flight are added by the kinds of the files that they are queued in, until there are no more.
         """
         done: set[int] = set()
         while todo := [file_id for file_id in self._holders if file_id not in done]:
@@ -98,6 +100,6 @@ class FileDump:
                                  data, owner.uid, owner.euid)
 
     def records(self) -> Iterator[Record]:
-        """Everything for files.img."""
+        """Yield all records of files.img."""
         yield from self._files
         yield from self._tables

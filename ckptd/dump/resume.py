@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""System calls that answer EINTR to any stop are issued again: the task is not to know that it was stopped.
+"""Issue system calls again that return EINTR after any stop, so that the task does not notice the stop.
 
-Most interrupted calls are restarted by the kernel. A few are not, not even when no handler ran (signal(7),
-"Interruption of system calls and library functions by stop signals"): a stop by a freezer or a tracer shows in them as
-EINTR, which nobody has asked for and few programs expect. Nothing was done by such a call, so to issue it again changes
-nothing, but that a timeout of it begins anew. Where the timeout is a register (epoll_wait) it becomes what is left: a
-function of the C library has no more use for that register, and a program with the call in its own code, in a loop,
-would go on with the rest, which is what it wants where the loop only sees to EINTR. Timeouts in memory stay whole.
+The kernel restarts most interrupted calls. A few are not restarted, even if no handler ran (signal(7), "Interruption of
+system calls and library functions by stop signals"). After a stop by a freezer or a tracer they return EINTR, which few
+programs expect. Such a call has done nothing, so issuing it again changes nothing, except that its timeout begins
+again. If the timeout is a register (epoll_wait), it is set to the remaining time. A function of the C library no longer
+uses that register. A program with the call in its own code, in a loop, would continue with the remaining time, which is
+right if the loop only handles EINTR. Timeouts in memory stay whole.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from ckptd.kernel.timens import host_monotonic_ns
 
 
 def issue_again(tracees: Mapping[int, Tracee], notes: WaitNotes) -> dict[int, Wait]:
-    """Do so for every stopped thread, unless a signal is about to run its handler: then EINTR is what it must see.
-    Returns those whose call has a timeout, by tid."""
+    """Issue such calls again in every stopped thread, unless a signal is about to run its handler: then the program
+    must see EINTR. Return the calls that have a timeout, by tid."""
     waits = {}
     for tid, tracee in tracees.items():
         regs = tracee.regs
@@ -39,16 +39,16 @@ def issue_again(tracees: Mapping[int, Tracee], notes: WaitNotes) -> dict[int, Wa
 
 
 def wait_on(tracees: Mapping[int, Tracee], waits: Mapping[int, Wait]) -> None:
-    """Before the tasks run on: timeouts in registers have become shorter since."""
+    """Reduce the timeouts in registers just before the tasks run on."""
     now = host_monotonic_ns()
     for tid, wait in waits.items():
-        with suppress(ProcessLookupError):      # killed by now, and none the worse for us
+        with suppress(ProcessLookupError):      # it was killed meanwhile, and nothing is lost
             regs = tracees[tid].regs
             set_timeout(regs, wait, now)
             tracees[tid].regs = regs
 
 
 def has_signal(tracee: Tracee) -> bool:
-    """Whether one is pending that it does not block."""
+    """Whether a signal is pending that the thread does not block."""
     status = read_status(tracee.tid)
     return bool((status.sig_pnd | status.shd_pnd) & ~tracee.sigmask)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The operation checkpoint: the order of a dump, and what a failure leaves behind (nothing).
+"""The operation checkpoint: the order of a dump. A failure leaves nothing behind.
 
-    resolve, scan       roots, tree, all refusals; the spool takes an image
-    freeze, rescan      everything at rest, looked at once more
+    resolve, scan       roots, tree, all refusals; the spool accepts an image
+    freeze, rescan      everything at rest, checked again
     seize, state, memory
     release             after=resume: the tree runs on from here, and only then is the image brought to the disk
     write, publish
-    release             after=kill and after=freeze: not before the image is safe
+    release             after=kill and after=freeze: only once the image is safe
 """
 
 import os
@@ -42,7 +42,7 @@ from ckptd.tree import Tree
 
 
 def checkpoint(job: JobContext) -> None:
-    """Dump the tree, publish the image, leave the tree as `request.after` says, tell the daemon."""
+    """Dump the tree, publish the image, leave the tree as `request.after` says, and report to the daemon."""
     Checkpoint(job).run()
 
 
@@ -63,7 +63,7 @@ class Checkpoint:
         self._job.require(tree)
         cgroups = read_cgroups(tree)      # before the freeze, which may move it
         fault('scanned')
-        # the spool is tried before anything is frozen: where it is full or read-only, the tree never stops
+        # the spool is tried before anything is frozen: if it is full or read-only, the tree never stops
         with ImageWriter(self._job.destination(), self._request.keep_free) as writer, ExitStack() as stack:
             self._channel.phase('freeze')
             notes = note_waits(tree)
@@ -80,7 +80,7 @@ class Checkpoint:
 
     def _dump(self, frozen: FrozenTree, cgroups: Mapping[int, str], notes: WaitNotes, writer: ImageWriter,
               deaths: Deaths) -> Dump:
-        """Everything that needs the tree to stand still."""
+        """Do everything that needs the tree to be at rest."""
         fault('frozen')
         self._channel.phase('rescan')
         cache = self._job.cache(at_rest=True)
@@ -88,12 +88,12 @@ class Checkpoint:
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
         patience = Patience(self._request.timeout_usec / 1e6, self._channel.check)
-        with deaths.told(frozen.tracees), ExitStack() as undo:
+        with deaths.explaining(frozen.tracees), ExitStack() as undo:
             seize_all(tree, frozen.tracees, deadline, patience,
                       lambda count: self._channel.progress(count, len(tree), 0, 0))
             self._give_up_tracing(is_read=False)
             waits = issue_again(frozen.tracees, notes)
-            # stopped by ptrace, the tasks stay where they are without the freezer; only so can they do remote calls
+            # stopped by ptrace, the tasks stay stopped without the freezer, and only so can they make remote calls
             frozen.let_run()
             self._channel.phase('state')
 
@@ -116,13 +116,13 @@ class Checkpoint:
 
     def _give_up_tracing(self, *, is_read: bool) -> None:
         """Give up CAP_SYS_PTRACE, which was lent to trace the tree. is_read: the memory of the tree has been read."""
-        # with ptrace_scope 2 Yama lets not even its tracer read a task without that right
+        # with ptrace_scope 2, Yama lets not even the tracer read a task without that capability
         lent = self._request.brokered and self._request.trace_under_yama
         if lent and (is_read or ptrace_scope() != CAPABLE):
             give_up_capability(CAP_SYS_PTRACE)
 
     def _rescan(self, frozen: FrozenTree, cache: ProcCache) -> Tree:
-        """The tree once more, now that nothing moves: the same tasks, and every check again."""
+        """Scan the tree again, now that it is at rest: it must have the same tasks, and every check is repeated."""
         tree = frozen.rescan()
         changes = frozen.tree.changes(tree)
         if changes:
@@ -151,7 +151,8 @@ class Checkpoint:
         return manifest
 
     def _seal(self, writer: ImageWriter, tasks: int) -> None:
-        """Digests and disk: the longest part of a large image, and cancelled like any other."""
+        """Compute digests and write to the disk: the longest part of a large image, which can be cancelled like any
+        other."""
         done = 0
 
         def on_bytes(count: int) -> None:
@@ -205,21 +206,22 @@ def summary(manifest: Manifest) -> dict[str, object]:
 
 
 def hold(frozen: FrozenTree) -> None:
-    """Leave the tree frozen. Where a cgroup holds it, the tracees are let go: a debugger may want them."""
+    """Leave the tree frozen. If a cgroup holds it, detach from the tracees, because a debugger may want them."""
     frozen.hold()
     if frozen.mode != 'ptrace':
         frozen.let_go()
 
 
 def kill(frozen: FrozenTree, handles: Handles) -> None:
-    """End every process of the tree at once, and see it dead. Parents outside get to know as of any death."""
+    """Kill every process of the tree at once, and wait until they are dead. Parents outside are notified as of any
+    death."""
     frozen.condemn()
     alive = frozen.tree.alive()
     for task in frozen.tree.leaders:
         if task.tgid in alive:
             handles.send_signal(task, SIGKILL)
             fault('kill-one')
-    # a tracer has to see its tracees die, the leader of a process after its other threads; a Cancel changes nothing now
+    # A tracer must see its tracees die, the leader of a process after its other threads. A Cancel has no effect now.
     patience = dying_patience()
     for task in sorted(frozen.tree, key=lambda task: task.is_leader):
         tracee = frozen.tracees.pop(task.tid, None)

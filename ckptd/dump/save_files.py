@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Named files that the tree writes, kept as they are at the freeze: checkpoint --save-files."""
+"""Named files that the tree writes, saved in their state at the freeze: checkpoint --save-files."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,28 +15,29 @@ Inode = tuple[int, int]
 
 
 class Unsaved(NamedTuple):
-    """why: what follows the name, 'has 5,000 bytes, more than ...'."""
+    """A file that was not saved. why: words that follow the name, 'has 5,000 bytes, more than ...'."""
     file: OpenFile
     errno: str
     why: str
 
 
 class SavedFiles:
-    """Data of files, each once, at most `limit` bytes in all (0: none) of what is no hole.
+    """The data of saved files, each once, at most `limit` bytes in all (0: none), without holes.
 
-    They go into the data part by reflink where it is on the same file system and that can, else by the kernel's copy.
+    They go into the data part by reflink if it is on the same file system and that supports it, else by the kernel's
+    copy.
     """
 
     def __init__(self, data: DataWriter, limit: int) -> None:
         self._data, self._limit = data, limit
         self._room = limit
         self._written: set[Inode] = set()
-        self._read: dict[Inode, OpenFile] = {}      # a description that is open for reading, of those that have one
+        self._read: dict[Inode, OpenFile] = {}      # for each file with one, a description that is open for reading
         self._done: dict[Inode, tuple[ContentSegment, ...] | None] = {}
         self.unsaved: list[Unsaved] = []
 
     def enter(self, file: OpenFile) -> None:
-        """Take notice of a description of the tree."""
+        """Note a description of the tree."""
         if file.writable:
             self._written.add(_inode(file))
         if not file.unread and not file.is_path and not (file.readable and self._is_known(file)):
@@ -47,21 +48,21 @@ class SavedFiles:
         return known is not None and known.readable
 
     def written(self, file: OpenFile) -> bool:
-        """Whether any description of the tree may write it."""
+        """Whether any description of the tree may write the file."""
         return _inode(file) in self._written
 
     def reads(self, file: OpenFile) -> bool:
-        """Whether the tree or whoever has it checkpointed may read it; noted in `unsaved` where not."""
+        """Whether the tree or the user who checkpoints it may read the file. If not, it is added to `unsaved`."""
         key = _inode(file)
         if key in self._read:
             return True
         if self._limit and key not in self._done:
             self._done[key] = None
-            self.unsaved.append(Unsaved(file, 'EACCES', 'may be written, and not be read'))
+            self.unsaved.append(Unsaved(file, 'EACCES', 'is writable, but not readable'))
         return False
 
     def save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
-        """The data of a file; None, with the reason in `unsaved`, where it is not kept. SpoolFailed."""
+        """Save the data of a file. If it is not saved, return None and add the reason to `unsaved`. SpoolFailed."""
         if not self._limit:
             return None
         key = _inode(file)
@@ -70,7 +71,7 @@ class SavedFiles:
                 self._done[key] = self._save(file)
             except PermissionError:
                 self._done[key] = None
-                self.unsaved.append(Unsaved(file, 'EACCES', 'may not be read'))
+                self.unsaved.append(Unsaved(file, 'EACCES', 'is not readable'))
         return self._done[key]
 
     def _save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
@@ -86,7 +87,7 @@ class SavedFiles:
 
     @contextmanager
     def _reading(self, file: OpenFile) -> Iterator[int]:
-        """An fd to read a file by: opened anew, or where we may not open it, that of the tree."""
+        """Return an fd to read a file: opened anew or, if we may not open it, that of the tree."""
         with ExitStack() as stack:
             try:
                 fd = stack.enter_context(open_quietly(file))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every thread of a frozen tree stopped under ptrace: it then stays stopped when the cgroup is thawed."""
+"""Stop every thread of a frozen tree by ptrace, so that it stays stopped when the cgroup is thawed."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from ckptd.tree import Task, Tree
 def seize_all(tree: Tree, tracees: dict[int, Tracee], deadline: float, patience: Patience,
               on_task: Callable[[int], None]) -> None:
     """Add every living thread that is not there yet, stopped. The owner of `tracees` detaches them, on failure too.
-    patience: of all waits for them, from here on."""
+    patience: for all waits for them from here on."""
     for tracee in tracees.values():
         tracee.patience = patience
     todo = [task for task in tree if not task.is_zombie and task.tid not in tracees]
@@ -33,7 +33,7 @@ def _seize(task: Task, patience: Patience) -> Tracee:
     except ProcessLookupError as error:
         raise _gone(task) from error
     except PermissionError as error:
-        # so the kernel also answers for what is dead and not reaped (kernel/ptrace.c, ptrace_attach: exit_state)
+        # the kernel also returns this for a dead task that is not reaped (kernel/ptrace.c, ptrace_attach: exit_state)
         if not is_alive(task):
             raise _gone(task) from error
         raise not_permitted(task, 'seize') from error

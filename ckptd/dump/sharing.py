@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which tasks share a kernel object: kcmp(2) orders objects, so one is found by bisection, not by comparing all."""
+"""Find tasks that share a kernel object. kcmp(2) orders objects, so a bisection is enough and not every pair is
+compared."""
 
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -10,9 +11,9 @@ M = TypeVar('M')
 
 
 class Sharing(Generic[M]):
-    """Gives each distinct object an id, from 1. compare(a, b): 0 the same object, 1 a before b, 2 after (kcmp(2)).
+    """Ids for distinct objects, from 1. compare(a, b): 0 the same object, 1 a before b, 2 after (kcmp(2)).
 
-    key: what members of one object surely have in common; only members of the same key are compared.
+    key: a property that members of one object have in common. Only members with the same key are compared.
     """
 
     def __init__(self, compare: Callable[[M, M], int]) -> None:
@@ -21,7 +22,7 @@ class Sharing(Generic[M]):
         self._last = 0
 
     def id_of(self, member: M, key: Hashable = None) -> tuple[int, bool]:
-        """(id, True if this member is the first of its object)."""
+        """Return (id, True if this member is the first of its object)."""
         known = self._sorted.setdefault(key, [])
         low, high = 0, len(known)
         while low < high:
@@ -39,7 +40,7 @@ class Sharing(Generic[M]):
 
 
 class TaskSharing:
-    """mm, files, fs and sighand ids of tasks."""
+    """The mm, files, fs and sighand ids of tasks."""
 
     def __init__(self) -> None:
         self.mm = Sharing[int](lambda a, b: kcmp(a, b, KCMP_VM))

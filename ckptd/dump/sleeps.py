@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find out how much was left of interrupted sleeps.
+"""Find out how much time was left of interrupted sleeps.
 
-A task that was stopped in nanosleep, clock_nanosleep, poll or a futex wait with a relative timeout has the end of it in
-its restart block, which nothing shows. While such a task sleeps, though, its timer is in /proc/timer_list: so each is
-let go on sleeping for a moment, stopped again, and what the list had more meanwhile is its end. A task goes on as the
-kernel would have it go on, from one PTRACE_SYSCALL to the next: one whose tracer dies in between simply sleeps on, and
-one whose sleep ends stands at the exit of the call and has its result, both in the original and in the image.
+A task that was stopped in nanosleep, clock_nanosleep, poll or a futex wait with a relative timeout has the end of the
+sleep in its restart block, which no file shows. While it sleeps, its timer is in /proc/timer_list. So each such task
+continues its sleep for a moment and is stopped again; the timer that the list has only meanwhile is its end. The task
+continues as the kernel would do it, from one PTRACE_SYSCALL to the next. If its tracer dies in between, it simply
+sleeps on. If its sleep ends, it stands at the exit of the call and has its result, in the original and in the image.
 
-The list does not say whose a timer is. The tasks are numbered from 1, and in round k those sleep whose number has bit
-k: the rounds in which a timer was there spell the number of its task. A thousand sleeps take ten rounds.
+The list does not tell the owner of a timer. The tasks are numbered from 1, and in round k those sleep whose number has
+bit k: the rounds in which a timer was present give the number of its task. A thousand sleeps take ten rounds.
 """
 
 import ctypes
@@ -35,18 +35,18 @@ from ckptd.operation.timers import Timers
 _NR = arch.NR
 _U32 = 2**32 - 1
 _PATIENCE = 1.0             # seconds for tasks to come to rest; on a busy machine they have to wait for a CPU
-_ATTEMPTS = 3               # for a task alone, where timers of others came and went meanwhile
+_ATTEMPTS = 3               # for a single task, if timers of others came and went meanwhile
 _FUTEX_COMMAND, _FUTEX_WAIT = 0x7F, 0       # <linux/futex.h>
-# of clock_nanosleep: those that hrtimers count. A relative CLOCK_REALTIME is counted as CLOCK_MONOTONIC by the kernel
+# clocks of clock_nanosleep that use hrtimers. The kernel counts a relative CLOCK_REALTIME as CLOCK_MONOTONIC.
 _HRTIMER_CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME, time.CLOCK_TAI)
-# where the arguments of a call are: the address of its timeout, and of the remaining time that the kernel gives
+# registers with the address of a call's timeout, and of the remaining time that the kernel writes
 _TIMEOUT = {_NR['nanosleep']: 'rdi', _NR['clock_nanosleep']: 'rdx', _NR['futex']: 'r10'}
 _REMAINING = {_NR['nanosleep']: 'rsi', _NR['clock_nanosleep']: 'r10'}
 
 
 @dataclass(slots=True)
 class Sleep:
-    """A thread with a restart block. end: None where it is not known."""
+    """A thread with a restart block. end: None if unknown."""
     tracee: Tracee
     regs: arch.user_regs_struct
     number: int
@@ -54,7 +54,7 @@ class Sleep:
 
     @property
     def endless(self) -> bool:
-        """Whether the sleep has no end, or one that its arguments give as a point in time."""
+        """Whether the sleep has no end, or one that its arguments contain as a point in time."""
         if self.number == _NR['poll']:
             return ctypes.c_int32(self.regs.rdx).value < 0
         return self.number == _NR['futex'] and self.regs.rsi & _FUTEX_COMMAND != _FUTEX_WAIT
@@ -77,7 +77,7 @@ def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers') -> dict[int, Sl
     """
     sleeps = [Sleep(tracee, regs, _number(regs, '')) for tracee in tracees.values()
               if arch.in_restart_block(regs := tracee.regs)]
-    # what has a signal to handle does not sleep on
+    # a thread with a signal to handle does not sleep on
     able = [sleep for sleep in sleeps if not has_signal(sleep.tracee)]
     try:
         _learn_numbers([sleep for sleep in able if sleep.regs.orig_rax == _NR['restart_syscall']])
@@ -94,8 +94,8 @@ def find_sleeps(tracees: Mapping[int, Tracee], timers: 'Timers') -> dict[int, Sl
 
 @contextmanager
 def _asleep(sleeps: Sequence[Sleep]) -> Iterator[list[str]]:
-    """Let them sleep during the block, then stop them again. Yields the kernel function that each sleeps in; '' for one
-    that did not come to rest."""
+    """Let the threads sleep during the block, then stop them again. Yield the kernel function that each sleeps in; ''
+    for one that did not come to rest."""
     tracees = [sleep.tracee for sleep in sleeps]
     try:
         for tracee in tracees:
@@ -116,22 +116,22 @@ def _asleep(sleeps: Sequence[Sleep]) -> Iterator[list[str]]:
 
 
 def _wait_syscall(tracee: Tracee) -> None:
-    """Until it stands at the entry or the exit of a system call. A signal that is about to be delivered before the call
-    has begun is kept for later, as in remote calls; one that comes later stays in its queue."""
+    """Wait until it stands at the entry or the exit of a system call. A signal that is about to be delivered before the
+    call has begun is kept for later, as in remote calls. One that comes later stays in its queue."""
     while (status := tracee.wait()) >> 8 != SYSCALL_STOP:
         sig = os.WSTOPSIG(status)
         if status >> 16 == PTRACE_EVENT_STOP:
             tracee.to_syscall()
         elif sig == signal.SIGSTOP:
-            tracee.to_syscall(sig)      # the kernel has to know of it: a SIGCONT that comes now takes it back
+            tracee.to_syscall(sig)      # the kernel must know of it, so that a SIGCONT that comes now cancels it
         else:
             tracee.deferred.append(sig)
             tracee.to_syscall()
 
 
 def _wait_rest(tracee: Tracee, deadline: float) -> str:
-    """The function that it sleeps in, once it does: then its timer is armed, for wchan names none while it may run.
-    There is no event for that. One whose sleep is over stands in ptrace_stop."""
+    """Return the function that it sleeps in, once it sleeps: then its timer is armed, because wchan is empty while it
+    may run. There is no event for that. A thread whose sleep is over is in ptrace_stop."""
     while not (function := read_wchan(tracee.tid)) and time.monotonic() < deadline:
         os.sched_yield()
     return function
@@ -139,7 +139,7 @@ def _wait_rest(tracee: Tracee, deadline: float) -> str:
 
 def _learn_numbers(sleeps: Sequence[Sleep]) -> None:
     """Find the call numbers of sleeps that were interrupted before. All have the number of restart_syscall(2); only the
-    function that they sleep in tells them apart."""
+    function that they sleep in distinguishes them."""
     if sleeps:
         with _asleep(sleeps) as functions:
             for sleep, function in zip(sleeps, functions, strict=True):
@@ -147,12 +147,13 @@ def _learn_numbers(sleeps: Sequence[Sleep]) -> None:
 
 
 def _number(regs: arch.user_regs_struct, function: str) -> int:
-    """Number of the call that the program made. function: the kernel function that it sleeps in, '' if unknown."""
+    """Return the number of the call that the program made. function: the kernel function that it sleeps in, '' if
+    unknown."""
     number, first = regs.orig_rax, regs.rdi
     if number != _NR['restart_syscall']:
         return int(number)
     name = next((name for name in ('futex', 'poll') if name in function), 'nanosleep')
-    # nanosleep(2) begins with an address, clock_nanosleep(2) with a clock, that of CPU time being negative
+    # the first argument of nanosleep(2) is an address, that of clock_nanosleep(2) a clock, negative for CPU time
     negative = first >> 32 in (0, _U32) and -PAGE < ctypes.c_int32(first).value < 0
     if name == 'nanosleep' and (first < PAGE or negative):
         name = 'clock_nanosleep'
@@ -160,13 +161,13 @@ def _number(regs: arch.user_regs_struct, function: str) -> int:
 
 
 class _Measurement:
-    """Finds out when sleeps end."""
+    """A measurement of the ends of sleeps."""
 
     def __init__(self, sleeps: Sequence[Sleep], timers: Timers) -> None:
         self._sleeps, self._timers = sleeps, timers
 
     def run(self) -> None:
-        """Set `end` of each. Do nothing if the list cannot be read, by an ordinary user without a broker."""
+        """Set `end` of each sleep. Do nothing if the list is not readable, for an ordinary user without a broker."""
         if self._sleeps:
             try:
                 self._timers.at_rest()
@@ -191,7 +192,7 @@ class _Measurement:
                 [sleep.end] = found[number]
 
     def _find_one(self, sleep: Sleep) -> None:
-        """Measure one sleep alone, as two may end in the same nanosecond and other timers come and go."""
+        """Measure one sleep alone, because two may end in the same nanosecond and other timers come and go."""
         ends = self._ends_of([sleep])
         for _ in range(_ATTEMPTS):
             if len(ends) == 1:
@@ -200,7 +201,7 @@ class _Measurement:
             ends &= self._ends_of([sleep])
 
     def _ends_of(self, sleeps: Iterable[Sleep]) -> set[End]:
-        """Ends that are in the list while they sleep, and neither before nor after."""
+        """Return ends that are in the list while the sleeps run, and neither before nor after."""
         group = [sleep for sleep in sleeps if arch.in_restart_block(sleep.tracee.regs)]
         if not group:
             return set()
@@ -213,7 +214,7 @@ class _Measurement:
 # ---------------------------------------------------------------- records
 
 def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: WaitNotes) -> SleepLeft:
-    """The record. clocks: what each clock said at the time of the dump, nanoseconds."""
+    """Make the record. clocks: the value of each clock at the time of the dump, in nanoseconds."""
     clock = sleep.clock & _U32
     if sleep.endless:
         return SleepLeft(vpid, sleep.number, ENDLESS, clock, 1)
@@ -223,13 +224,13 @@ def sleep_left(sleep: Sleep, vpid: int, clocks: Mapping[int, int], notes: WaitNo
         with Mem(sleep.tracee.tid) as mem:
             left = _left_by_arguments(sleep, mem, clocks, notes)
     except OSError:
-        left = 0        # the address of the timeout is not mapped any more
+        left = 0        # the address of the timeout is no longer mapped
     return SleepLeft(vpid, sleep.number, min(left, ENDLESS - 1), clock, 0)
 
 
 def _left_by_arguments(sleep: Sleep, mem: Mem, clocks: Mapping[int, int], notes: WaitNotes) -> int:
-    """Time that is left by the arguments of the call: the remaining time that the kernel has written, if the program
-    asked for it; else the timeout, less the time since the task was seen to sleep."""
+    """Return the time left according to the arguments of the call: the remaining time that the kernel has written, if
+    the program asked for it; else the timeout, less the time since the task was seen to sleep."""
     number, regs = sleep.number, sleep.regs
     remaining = getattr(regs, _REMAINING.get(number, ''), 0)
     if remaining:
@@ -237,7 +238,7 @@ def _left_by_arguments(sleep: Sleep, mem: Mem, clocks: Mapping[int, int], notes:
     whole = ctypes.c_int32(regs.rdx).value * 10**6 if number == _NR['poll'] \
         else _timespec(mem, getattr(regs, _TIMEOUT[number]))
     begun = notes.begun(sleep.tracee.tid, regs)
-    # of CPU time nothing passes while a task sleeps
+    # CPU time does not pass while a task sleeps
     if begun is None or sleep.clock not in _HRTIMER_CLOCKS:
         return whole
     return min(whole, max(0, begun + whole - clocks[time.CLOCK_MONOTONIC]))

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When waits have begun that a stop makes an end of, noted before it.
+"""Notes, made before a stop, of when waits began that the stop ends.
 
     notes = note_waits(tree)                    just before the freeze
     waits = issue_again(tracees, notes)         see resume.py: those whose calls are issued again
 
-epoll_wait(2) and its like know only how long they wait; a restart of one begins anew, and nothing in the stopped task
-says when it began. While it sleeps its timer is in /proc/timer_list, as a point in time; when the scheduler sent it to
-sleep is in /proc/PID/sched, by a clock that is not quite true. The timer whose end is the timeout after that moment, or
-not long before, is the task's. Where the list cannot be read, that moment alone gives the end, not exactly.
+epoll_wait(2) and the like have only the length of the wait. A restarted call begins again, and nothing in the stopped
+task tells when it began. While it sleeps, its timer is in /proc/timer_list as a point in time. /proc/PID/sched has the
+time when the scheduler put it to sleep, by a clock that is not quite accurate. The task's timer is the one whose end is
+the timeout after that time, or shortly before. If the list is not readable, that time alone gives the end, less
+precisely.
 """
 
 import ctypes
@@ -24,34 +25,34 @@ from ckptd.kernel.memory import Mem
 from ckptd.kernel.timer_list import End, read_sleeps
 from ckptd.tree import Task
 
-# system calls that no kernel restarts and that have a timeout: where it is, in milliseconds or as an address
+# system calls with a timeout that no kernel restarts: the register of the timeout, in milliseconds or as an address
 _MILLISECONDS = {arch.NR['epoll_wait']: 'r10', arch.NR['epoll_pwait']: 'r10'}
 _TIMESPEC = {arch.NR['rt_sigtimedwait']: 'rdx', arch.NR['io_getevents']: 'r8', arch.NR['semtimedop']: 'r10',
              arch.NR['io_pgetevents']: 'r8', arch.NR['epoll_pwait2']: 'r10'}
 _NEVER_RESTARTED = {*_MILLISECONDS, *_TIMESPEC}
 _RESTARTED = {arch.NR[name] for name in ('nanosleep', 'clock_nanosleep', 'poll', 'futex', 'restart_syscall')}
 _ARGUMENTS = ('rdi', 'rsi', 'rdx', 'r10', 'r8', 'r9')
-_EARLIER = 250_000_000      # ns that a CPU's clock may be behind for having stood still since, and a part of the time
+_EARLIER = 250_000_000      # ns that a CPU's clock may be behind because it stood still, plus a fraction of the time
 _EARLIER_PART = 20
 _LATER = 1_000_000          # ns between the two readings of a clock
-_ALIKE = 10_000_000         # ns: of timers so near each other any will do
+_ALIKE = 10_000_000         # ns: of timers this close to each other any will do
 
 
 @dataclass(frozen=True, slots=True)
 class WaitNote:
-    """A blocked thread. begun: CLOCK_MONOTONIC, nanoseconds; perhaps too late, never too early."""
+    """A blocked thread. begun: CLOCK_MONOTONIC in nanoseconds; it may be too late, and is never too early."""
     call: BlockedCall
     begun: int
 
 
 @dataclass(slots=True)
 class WaitNotes:
-    """By tid. ends: of all timers, None where they may not be read."""
+    """Notes by tid. ends: of all timers, None if they are not readable."""
     notes: dict[int, WaitNote] = field(default_factory=dict)
     ends: Counter[End] | None = None
 
     def begun(self, tid: int, regs: arch.user_regs_struct) -> int | None:
-        """When the call began in which the thread was stopped; None where that is not known."""
+        """Return when the call began in which the thread was stopped; None if unknown."""
         note = self.notes.get(tid)
         same = note and note.call == BlockedCall(regs.orig_rax, tuple(getattr(regs, name) for name in _ARGUMENTS))
         return note.begun if note and same else None
@@ -59,14 +60,14 @@ class WaitNotes:
 
 @dataclass(slots=True)
 class Wait:
-    """A call that is issued again. end: of CLOCK_MONOTONIC. exact: to some milliseconds."""
+    """A call that is issued again."""
     number: int
     whole_ns: int
-    end: int
-    exact: bool
+    end: int       # of CLOCK_MONOTONIC
+    exact: bool    # to some milliseconds
 
     def milliseconds(self, now: int) -> int:
-        """What is left, rounded up."""
+        """Return the remaining time, rounded up."""
         return min(max(0, -(-(self.end - now) // 10**6)), self.whole_ns // 10**6)
 
     def record(self, vpid: int, clocks: Mapping[int, int]) -> SleepLeft:
@@ -75,10 +76,10 @@ class Wait:
 
 
 def note_waits(tasks: Iterable[Task]) -> WaitNotes:
-    """Of those that live. What dies or moves meanwhile is not noted."""
+    """Note the waits of living tasks. A task that dies or continues meanwhile is left out."""
     notes = WaitNotes()
     readable = _read_ends() is not None
-    # the others have a restart block, see sleeps.py, that tells more where the list can be read
+    # the others have a restart block, which tells more if the list is readable (see sleeps.py)
     wanted = _NEVER_RESTARTED if readable else _NEVER_RESTARTED | _RESTARTED
     with cpu_clocks() as clocks:
         for task in tasks:
@@ -104,7 +105,7 @@ def _read_ends() -> Counter[End] | None:
 
 
 def timeout_of(tid: int, regs: arch.user_regs_struct) -> int | None:
-    """Nanoseconds of a call that is never restarted; None: it has none."""
+    """Return the timeout in nanoseconds of a call that is never restarted; None if it has none."""
     number = regs.orig_rax
     if number in _MILLISECONDS:
         value = ctypes.c_int32(getattr(regs, _MILLISECONDS[number])).value
@@ -121,8 +122,8 @@ def timeout_of(tid: int, regs: arch.user_regs_struct) -> int | None:
 
 
 def wait_of(tid: int, regs: arch.user_regs_struct, notes: WaitNotes, now: int) -> Wait | None:
-    """The wait of a stopped thread; None where it has no timeout. now: CLOCK_MONOTONIC. One that was not noted began
-    since: its end is then the latest that it can be."""
+    """Return the wait of a stopped thread; None if it has no timeout. now: CLOCK_MONOTONIC. A wait without a note began
+    after the notes, so its end is the latest possible."""
     whole, number = timeout_of(tid, regs), int(regs.orig_rax)
     if whole is None:
         return None
@@ -142,7 +143,8 @@ def wait_of(tid: int, regs: arch.user_regs_struct, notes: WaitNotes, now: int) -
 
 
 def set_timeout(regs: arch.user_regs_struct, wait: Wait, now: int) -> None:
-    """What is left, in the argument of a call whose timeout is a register; one in memory is the program's."""
+    """Set the argument of a call whose timeout is a register to the remaining time. A timeout in memory belongs to the
+    program."""
     register = _MILLISECONDS.get(wait.number)
     if register:
         setattr(regs, register, wait.milliseconds(now))

@@ -240,7 +240,7 @@ def test_a_file_that_is_only_written_is_not_read_for_it(place: Place, secret: Pa
         with DirectWorker() as worker:
             result = worker.run(place.request(pid, caller=BOB, save_files=True))
         [row] = [row for row in result['warnings'] if str(secret) in row['reason']]
-        assert (row['errno'], 'may be written, and not be read' in row['reason']) == ('EACCES', True)
+        assert (row['errno'], 'is writable, but not readable' in row['reason']) == ('EACCES', True)
         assert saved(place.spool / str(result['image']), secret) == (False, b'', False)
         assert saved(place.checkpoint(pid, caller=BOB), secret) == (False, b'', False)
         done, tail, there = saved(place.checkpoint(pid, save_files=True, as_root=True), secret)
