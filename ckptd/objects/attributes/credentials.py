@@ -44,7 +44,7 @@ _ROOT = 'restore it as root'
 _SETS = ('inheritable', 'permitted', 'effective', 'bounding', 'ambient')
 
 
-class Credentials(Attribute[records.Credentials, tuple[int, int]], name='credentials', stage=Stage.RIGHTS):
+class CredentialsAttribute(Attribute[records.Credentials, tuple[int, int]], name='credentials', stage=Stage.RIGHTS):
 
     def ask(self, batch: Batch) -> Reader[tuple[int, int]]:
         securebits, keepcaps = batch.call('prctl', PR_GET_SECUREBITS), batch.call('prctl', PR_GET_KEEPCAPS)

@@ -13,7 +13,8 @@ _COUNT = 3          # real, virtual, prof
 _VALUE = struct.Struct('<4q')       # struct itimerval: interval, value
 
 
-class Timers(Attribute[IntervalTimers, tuple[IntervalTimer, ...]], name='interval timers', scope=Scope.PROCESS,
+class IntervalTimersAttribute(Attribute[IntervalTimers, tuple[IntervalTimer, ...]],
+                              name='interval timers', scope=Scope.PROCESS,
              stage=Stage.AFTER_RIGHTS):
 
     def ask(self, batch: Batch) -> Reader[tuple[IntervalTimer, ...]]:

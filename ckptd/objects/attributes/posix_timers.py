@@ -40,7 +40,8 @@ class Left(NamedTuple):
     overrun: int
 
 
-class Timers(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]], name='POSIX timers', scope=Scope.PROCESS,
+class PosixTimersAttribute(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]],
+                           name='POSIX timers', scope=Scope.PROCESS,
              stage=Stage.AFTER_RIGHTS):
 
     def ask_more(self, tid: int) -> Generator[Batch, Results, list[tuple[ProcTimer, Left]]]:

@@ -43,11 +43,11 @@ from ckptd.remote.batch import Batch
 
 
 @layout
-class Setting(Struct):
+class PrctlValue(Struct):
     value: U64
 
 
-class Prctl(Attribute[Setting, int]):
+class Prctl(Attribute[PrctlValue, int]):
     """A setting. reads, sets: PR_*. by_pointer: the option stores the value at an address. since: the Linux that has
     it, '' for every one that ckptd runs on."""
     reads: ClassVar[int]
@@ -69,10 +69,10 @@ class Prctl(Attribute[Setting, int]):
         call = batch.call('prctl', self.reads, 0, 0, 0, 0)
         return lambda results: results.or_else(call, self.default)
 
-    def dump(self, of: DumpedTask, answer: int) -> Setting | None:
-        return Setting(answer) if answer != self.default else None
+    def dump(self, of: DumpedTask, answer: int) -> PrctlValue | None:
+        return PrctlValue(answer) if answer != self.default else None
 
-    def obstacles(self, record: Setting, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
+    def obstacles(self, record: PrctlValue, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
         if self.since and not self._is_there():
             yield about(task.vpid, 'kernel', 'ENOSYS', f'uses prctl {self.name}, which this kernel lacks',
                         f'boot a kernel {self.since} or newer')
@@ -84,7 +84,7 @@ class Prctl(Attribute[Setting, int]):
             return False
         return True
 
-    def restore(self, record: Setting, to: RestoredTask) -> None:
+    def restore(self, record: PrctlValue, to: RestoredTask) -> None:
         to.script.call('prctl', self.sets, *self.arguments(record.value), about=self.name)
 
     def arguments(self, value: int) -> tuple[int, int, int, int]:

@@ -9,7 +9,7 @@ from ckptd.kernel.ptrace import Tracee
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Stage
 
 
-class Registers(Attribute[records.Registers, None], name='registers', stage=Stage.FILTERS):
+class RegistersAttribute(Attribute[records.Registers, None], name='registers', stage=Stage.FILTERS):
 
     def dump(self, of: DumpedTask, answer: None) -> records.Registers:
         return records.Registers(of.task.vtid, arch.EM, bytes(of.tracee.regs), of.tracee.xstate())

@@ -17,7 +17,8 @@ _ACTION = struct.Struct('<4Q')
 _DEFAULT = SigAction(0, 0, 0, 0)
 
 
-class Actions(Attribute[SignalActions, bytes], name='signal actions', scope=Scope.SIGHAND, stage=Stage.AFTER_RIGHTS):
+class SignalActionsAttribute(Attribute[SignalActions, bytes],
+                             name='signal actions', scope=Scope.SIGHAND, stage=Stage.AFTER_RIGHTS):
 
     def ask(self, batch: Batch) -> Reader[bytes]:
         out = batch.buffer(len(_SIGNALS) * _ACTION.size)

@@ -10,7 +10,7 @@ from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Restore
 _U32 = 2**32 - 1
 
 
-class Terminal(Attribute[ProcessState, None], name='terminal', scope=Scope.PROCESS):
+class ControllingTerminal(Attribute[ProcessState, None], name='terminal', scope=Scope.PROCESS):
 
     def dump(self, of: DumpedTask, answer: None) -> Fields:
         """A foreground group outside of the tree is 0."""
