@@ -192,10 +192,10 @@ class SleepLeft(Record):
 
 @record(0x0108)
 class TaskAttribute(Record):
-    """Settings of a thread by prctl(2)."""
-    owner: U32
-    scope: U8
-    name: str
+    """An attribute that no other record has, if it differs from that of a new task."""
+    owner: U32      # vpid, mm_id, sighand_id or fs_id, by scope
+    scope: U8       # Scope of ckptd.objects.attributes.base
+    name: str       # of the class in ckptd.objects.attributes that wrote `data` and reads it back
     data: bytes
 
 
@@ -204,10 +204,10 @@ class ProcessState(Record):
     """The state of a process."""
     vpid: U32
     personality: U32
-    oom_score_adj: U16
-    shared_pending: tuple[bytes, ...]
-    tty: U32
-    tpgid: U32
+    oom_score_adj: U16                   # 0..2000 (value + 1000)
+    shared_pending: tuple[bytes, ...]    # siginfo_t of 128 bytes each
+    tty: U32                             # device number of the controlling terminal, 0 for none
+    tpgid: U32                           # foreground group of the terminal, as a vpid
 
 
 @layout
@@ -327,8 +327,8 @@ class Mm(Record):
     auxv: bytes                # as in /proc/PID/auxv
     exe: U32                   # backing_id of the executable
     dumpable: U8
-    lock_future: U8 = 0
-    pkeys: U16 = 0
+    lock_future: U8 = 0        # mlockall(2): 1 MCL_FUTURE, 2 with MCL_ONFAULT
+    pkeys: U16 = 0             # allocated protection keys (pkey_alloc(2)), bit n is key n
 
 
 # Vma.kind. The image has the pages of a VDSO like those of ANON, since another kernel's would not fit its callers.

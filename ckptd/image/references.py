@@ -50,7 +50,7 @@ _OBJECTS: dict[int, type[Record]] = {FILE_PRIVATE: Backing, FILE_SHARED: Backing
 _OWNERS: dict[int, type[Record]] = {OF_MM: Mm, OF_SHARED_MEMORY: SharedMemory}
 # TaskAttribute.scope: the class of its owner
 _SCOPES: dict[int, type[Record]] = {1: Mm, 2: SignalActions, 3: Fs, 4: TaskRecord, 5: TaskRecord}
-_MANY = (Header, TaskIds, Vma, PageRuns, GuardRegions, TaskAttribute)      # their first field is no id of their own
+_MANY = (Header, TaskIds, Vma, PageRuns, GuardRegions, TaskAttribute)      # their first field is not an id of their own
 _OF_LIVING = (Registers, Credentials, ThreadSignals)
 _DEAD = (ord('Z'), ord('X'))
 

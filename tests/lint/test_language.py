@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / 'ckptd'
 # packages and modules whose text is checked
 DONE = ('errors', 'tree', 'places', 'notify', 'logs', 'flock', 'faults', 'config', 'daemon', 'bus', 'jobs',
-        'client', 'cli', 'kernel', 'journal', 'image', 'protocol', 'operation', 'freezer', 'remote', 'worker')
+        'client', 'cli', 'kernel', 'journal', 'image', 'protocol', 'operation', 'freezer', 'remote', 'worker',
+        'inspect')
 MODULES = sorted(path for path in PACKAGE.rglob('*.py')
                  if path.relative_to(PACKAGE).parts[0].removesuffix('.py') in DONE)
 OTHERS = sorted(path for folder in ('dbus', 'units') for path in (ROOT / folder).rglob('*') if path.is_file())
