@@ -41,7 +41,7 @@ CHECKED = {
     'Directory.inode': 'a directory is opened by its name',
     'Header.machine': 'of this kind of processor, or refused',
     'Header.page_size': 'the same, or refused',
-    **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('content', 'device', 'gid', 'inode', 'uid')},
+    **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('content', 'gid', 'mode', 'seals', 'uid')},
     'Registers.machine': 'of this kind of processor, or refused',
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
@@ -56,7 +56,7 @@ UNREAD = {
     'Header.realtime': 'for people; the time of day goes on',
     'Header.root': 'the first of the tasks',
     'Header.tasks': 'for people; the tasks are counted',
-    **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('mode', 'seals', 'size')},
+    'Memfd.size': _OF_SHARED_MEMORY,
     'Namespace.inode': 'for people; a number of this boot',
     'Pipe.packet_mode': 'is O_DIRECT of OpenFile.flags',
     'PosixTimer.overrun': 'NOT RESTORED: no call sets the count of a timer',
