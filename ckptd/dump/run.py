@@ -17,6 +17,7 @@ from signal import SIGKILL
 
 from ckptd import __version__
 from ckptd.dump.deaths import Deaths
+from ckptd.dump.queues import walk_queues
 from ckptd.dump.resume import issue_again, wait_on
 from ckptd.dump.seize import seize_all
 from ckptd.dump.tree import Dump
@@ -84,6 +85,7 @@ class Checkpoint:
         fault('frozen')
         self._channel.phase('rescan')
         cache = self._job.cache(at_rest=True)
+        walk_queues(frozen.tree, cache, self._job.walking)
         tree = self._rescan(frozen, cache)
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6

@@ -15,6 +15,7 @@ from typing import NoReturn
 from ckptd.errors import CkptError
 from ckptd.journal.entry import JournalEntry
 from ckptd.journal.files import as_maker, put_back, remove_segment, unmake
+from ckptd.journal.sockets import set_old_offsets
 from ckptd.journal.steps import (
     AnyStep,
     Born,
@@ -30,6 +31,7 @@ from ckptd.journal.steps import (
     Move,
     Moved,
     ThawUnit,
+    WalkQueues,
 )
 from ckptd.kernel.cgroup import Cgroup, CgroupMount
 from ckptd.kernel.pidfd import open_process, pidfd_send_signal, wait_dead
@@ -88,7 +90,7 @@ class Actions:
                 (self.thaw_unit or _no_systemd)(unit)
             case MakeHome(cgroup):
                 self.cgroup(cgroup).path.mkdir(parents=True, exist_ok=True)
-            case Born() | MakeSegment() | MakeFile() | KeepFile() | EndProcesses():
+            case Born() | MakeSegment() | MakeFile() | KeepFile() | EndProcesses() | WalkQueues():
                 return      # the code that wrote the step takes it
 
     def _move(self, process: Moved, work: Cgroup) -> None:
@@ -131,6 +133,8 @@ class Actions:
                 self._end(self.cgroup(cgroup))
             case EndProcesses(processes):
                 _end_processes(processes)
+            case WalkQueues():
+                as_maker(step, partial(set_old_offsets, step))
             case MakeSegment():
                 as_maker(step, partial(remove_segment, step))
             case MakeFile():
@@ -239,6 +243,8 @@ def describe(step: AnyStep) -> str:
             return f'making System V segment {shmid}'
         case MakeFile(path):
             return f'making file {path}'
+        case WalkQueues(_, offsets):
+            return f'walking the queues of {len(offsets)} sockets'
         case KeepFile(path=path, kept=kept):
             return f'rolling back {path}, whose content is in {kept}'
 

@@ -126,6 +126,32 @@ class Known(msgspec.Struct, array_like=True, frozen=True):
     start_time: Count
 
 
+class HeldSocket(msgspec.Struct, array_like=True, frozen=True):
+    """A socket, identified by an fd of a process."""
+    pid: Pid
+    start_time: Count
+    fd: Count
+
+
+class PeekOffset(msgspec.Struct, array_like=True, frozen=True):
+    """SO_PEEK_OFF of the socket with this inode."""
+    inode: Count
+    offset: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
+
+
+class WalkQueues(Step, frozen=True):
+    """Receive queues of sockets that are walked with SO_PEEK_OFF. Undo: set the old offsets again.
+
+    A socket that waits in the queue of another one is found through that one.
+    """
+    point = 'walk'
+    holders: tuple[HeldSocket, ...]
+    offsets: tuple[PeekOffset, ...]
+    uid: Count = 0
+    gid: Count = 0
+    groups: tuple[Count, ...] = ()
+
+
 class EndProcesses(Step, frozen=True):
     """End all processes of a tree whose image is published. The step is undone by ending those that are left."""
     point = 'end'
@@ -143,4 +169,4 @@ class Redone(msgspec.Struct, tag=True, frozen=True):
 
 
 AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
-           | KeepFile | EndProcesses)
+           | KeepFile | EndProcesses | WalkQueues)

@@ -44,8 +44,17 @@ class Queued(NamedTuple):
 def walk_queue(sock: socket.socket) -> list[Queued]:
     """Return every message of the receive queue without taking any out. The caller closes the fds.
 
-    This sets SO_PEEK_OFF and leaves it set: the caller must restore the old value in any case.
+    This sets SO_PEEK_OFF and leaves it set: the caller must restore the old value in any case. MessagePassedOver if the
+    walk has missed one.
     """
+    found = _walk(sock)
+    if sock.type != socket.SOCK_STREAM and _has_passed_over(sock, found):
+        close_fds(found)
+        raise MessagePassedOver(errno.EAGAIN, 'an empty message that was peeked at before is in front of others')
+    return found
+
+
+def _walk(sock: socket.socket) -> list[Queued]:
     found: list[Queued] = []
     try:
         if sock.type == socket.SOCK_STREAM:
@@ -65,8 +74,7 @@ def close_fds(queue: list[Queued]) -> None:
 
 
 def _walk_datagrams(sock: socket.socket, found: list[Queued]) -> None:
-    """Walk datagrams or packets. The kernel marks an empty one that was peeked at, and a later walk passes over it
-    (skb_set_peeked in net/core/datagram.c): MessagePassedOver if the first one is marked."""
+    """Walk datagrams or packets."""
     # at end-of-file recvmsg(2) returns nothing for ever
     ends = sock.type == socket.SOCK_SEQPACKET and _is_shut_down(sock)
     left = bytes_in(sock)
@@ -81,12 +89,17 @@ def _walk_datagrams(sock: socket.socket, found: list[Queued]) -> None:
             message = _Look(whole, rest.flags)
         found.append(message.queued)
         left -= len(message.queued.data)
+
+
+def _has_passed_over(sock: socket.socket, found: list[Queued]) -> bool:
+    """Whether the first message is missing. The kernel marks an empty message that was peeked at, and a later walk
+    passes over it (skb_set_peeked in net/core/datagram.c)."""
     _seek(sock, -1)
     first = _peek(sock, _LONGEST)
     for fd in first.queued.fds if first else ():
         os.close(fd)
-    if first and not first.queued.data and not ends and (not found or found[0].data):
-        raise MessagePassedOver(errno.EAGAIN, 'an empty message that was peeked at before is in front of others')
+    # a socket that was shut down returns nothing for ever
+    return bool(first and not first.queued.data and not _is_shut_down(sock) and (not found or found[0].data))
 
 
 def _is_shut_down(sock: socket.socket) -> bool:
@@ -234,7 +247,7 @@ def sockets_below(sock: socket.socket, wanted: Mapping[int, int]) -> Iterator[so
                 seen.add(inode)
                 if inode in wanted and not has_error(one):
                     # the queue must be walked before the old value is restored
-                    todo += [fd for message in walk_queue(one) for fd in message.fds if _keep_socket(fd)]
+                    todo += [fd for message in _walk(one) for fd in message.fds if _keep_socket(fd)]
                 if inode in wanted:
                     yield one
     finally:

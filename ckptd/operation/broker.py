@@ -3,7 +3,8 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -11,12 +12,14 @@ from ckptd.errors import CkptError
 from ckptd.image.manifest import Manifest
 from ckptd.image.source import GivenFiles
 from ckptd.image.writer import write_manifest
-from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment, WalkQueues
 from ckptd.kernel.timer_list import End
 from ckptd.protocol.broker_calls import (
+    EndWalk,
     KeepContent,
     NewImage,
     NoteStep,
+    NoteWalk,
     OpenImage,
     Placed,
     PlaceTree,
@@ -57,6 +60,13 @@ class BrokerClient:
 
     def note(self, step: MakeFile | KeepFile | MakeSegment) -> None:
         self._channel.call(NoteStep(step))
+
+    @contextmanager
+    def walking(self, step: WalkQueues) -> Iterator[None]:
+        """Have the broker set the old offsets if this worker dies in the block."""
+        self._channel.call(NoteWalk(step))
+        yield
+        self._channel.call(EndWalk())
 
     def keep_content(self) -> tuple[str, int]:
         """Make an empty file for the content of another one. Return its path and fd. SpoolFailed."""

@@ -23,6 +23,7 @@ from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Target, is_alive, resolve_target, scan_tree
 from ckptd.journal.actions import Actions
+from ckptd.journal.steps import WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -144,6 +145,20 @@ class JobContext:
                     freeze_unit=unit_call('freeze'), thaw_unit=unit_call('thaw'), also=channel.fileno(),
                     check=channel.check, remote_calls=remote_calls, traced=traced, at=fault) as frozen:
             yield frozen
+
+    @contextmanager
+    def walking(self, step: WalkQueues) -> Iterator[None]:
+        """Have the old offsets set by a recovery if this worker dies in the block, which sets them itself."""
+        if self.request.brokered:
+            with BrokerClient(self.channel).walking(step):
+                yield
+            return
+        entry = Journal(Path(self.request.runtime)).begin(self.request.job, self.request.target, 'walk')
+        entry.add(step)
+        try:
+            yield
+        finally:
+            entry.finish()
 
     def timers(self) -> Timers:
         """Return access to the timers of the machine, which only root may read."""

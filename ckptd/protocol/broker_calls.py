@@ -12,13 +12,14 @@
                                                     and go with them
     PlaceTree       -                               stubs: traced by the worker, younger than it, the user's uids
     StartTree       -                               after PlaceTree; from here on the tree lives
-    Note            -                               a file or segment that the worker makes, for a later undo
+    NoteStep        -                               a file or segment that the worker makes, for a later undo
+    NoteWalk, EndWalk                               sockets whose queues the worker walks, for an undo if it dies
     KeepContent     path; fd of an empty file       for content that a rollback overwrites
 """
 
 import msgspec
 
-from ckptd.journal.steps import Count, KeepFile, MakeFile, MakeSegment, Pid
+from ckptd.journal.steps import Count, KeepFile, MakeFile, MakeSegment, Pid, WalkQueues
 from ckptd.protocol.messages import FreezeMode, FromWorker, Message
 
 
@@ -84,6 +85,15 @@ class NoteStep(Message, frozen=True):
     step: MakeFile | KeepFile | MakeSegment
 
 
+class NoteWalk(Message, frozen=True):
+    """Write to the journal which sockets have their queues walked, until EndWalk."""
+    step: WalkQueues
+
+
+class EndWalk(Message, frozen=True):
+    """The worker has set the old offsets itself."""
+
+
 class KeepContent(Message, frozen=True):
     """Make a file in the spool for the content of one that is about to be changed."""
 
@@ -91,5 +101,5 @@ class KeepContent(Message, frozen=True):
 MAX_FILES = 200         # fds in a message; the kernel accepts SCM_MAX_FD, 253 (include/net/scm.h)
 
 BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | EndTree | ReadTimers
-              | PlaceTree | StartTree | NoteStep | KeepContent)
+              | PlaceTree | StartTree | NoteStep | NoteWalk | EndWalk | KeepContent)
 FromUsersWorker = FromWorker | BrokerCall

@@ -7,6 +7,7 @@ order, each without any effect on the task:
     matches(file)       is this open file of my kind? At most one kind says yes
     findings(file)      why it cannot be dumped, or what its dump will lack
     endpoint(file)      what joins it to other open files, of a pipe its two ends
+    peek_offset(file)   what walking its queue changes for a moment
     discover(file)      open files that no table of fds shows: they wait in its queue
     link(ends)          when all are known: ends whose other ends are outside of the tree
     dump(file, content) the record that is kept, its bulk bytes given to `content`
@@ -163,6 +164,10 @@ class Kind(ABC, Generic[R]):
         return []
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
+        return None
+
+    def peek_offset(self, file: OpenFile) -> int | None:
+        """SO_PEEK_OFF of a file whose queue `discover` is going to walk; None if there is nothing to walk."""
         return None
 
     def discover(self, file: OpenFile) -> Sequence[int]:

@@ -44,6 +44,11 @@ class Kinds:
         """The kind of an open file; `unsupported`, which refuses, where none matches."""
         return next((kind for kind in self.by_tag.values() if kind.matches(file)), self.unsupported)
 
+    def may_have_queue(self, file: OpenFile) -> bool:
+        """Whether a kind that walks queues matches this file."""
+        return any(kind.matches(file) for kind in self.by_tag.values()
+                   if type(kind).peek_offset is not Kind.peek_offset)
+
     def close(self) -> None:
         for kind in self.by_tag.values():
             kind.close()

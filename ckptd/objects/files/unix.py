@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ckptd.errors import CkptError, Finding, Refused
+from ckptd.faults import fault
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import unix, unix_queue
@@ -122,13 +123,13 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     def discover(self, file: OpenFile) -> Sequence[int]:
         return [fd for message in self._queue(file) for fd in message.fds]
 
-    def peeks(self, file: OpenFile) -> tuple[int, int] | None:
+    def peek_offset(self, file: OpenFile) -> int | None:
         if file.severed:
             return None
         with _socket(file) as sock:
             if unix.has_error(sock) or unix.is_empty(sock):
                 return None
-            return file.stat.st_ino, unix_queue.peek_offset(sock)
+            return unix_queue.peek_offset(sock)
 
     def close(self) -> None:
         while self._queues:
@@ -145,6 +146,12 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
                 try:
                     is_empty = unix.has_error(sock) or unix.is_empty(sock)
                     self._queues[inode] = [] if is_empty else unix_queue.walk_queue(sock)
+                    fault('queue-walked')
+                except unix_queue.MessagePassedOver as error:
+                    raise CkptError(f'{file.link} of process {file.pid}: an empty message waits in it that an earlier '
+                                    'checkpoint has marked', errno=error.errno, task=file.pid,
+                                    resource=f'fd {file.fd}',
+                                    hint='try again when the program has received it') from error
                 finally:
                     sock.setsockopt(socket.SOL_SOCKET, unix_queue.SO_PEEK_OFF, before)
         return self._queues[inode]

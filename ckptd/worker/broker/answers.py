@@ -5,41 +5,43 @@ The worker is not trusted. It works on untrusted images with the rights of the u
 moment. So the broker checks every path and pid of the worker with the kernel.
 """
 
+import logging
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from ckptd import __version__
-from ckptd.errors import CkptError, ImageDamaged, PermissionDenied, SpoolFailed
+from ckptd.errors import CkptError, PermissionDenied
 from ckptd.freezer import FrozenTree
 from ckptd.image.archive.unpack import incoming
-from ckptd.image.files import require_room, spooling
+from ckptd.image.files import require_room
 from ckptd.image.ids import is_image_id
-from ckptd.image.manifest import NAME, Manifest, read_manifest_of
+from ckptd.image.manifest import NAME, read_manifest_of
 from ckptd.image.source import DirectoryFiles
-from ckptd.image.writer import Incoming
 from ckptd.inspect.scan import scan_tree
-from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+from ckptd.journal.actions import Actions, undo_all
+from ckptd.journal.entry import JournalEntry
+from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment, WalkQueues
+from ckptd.journal.store import Journal
 from ckptd.kernel.status import read_status
-from ckptd.kernel.task import boot_id
 from ckptd.operation.context import JobContext, image_path, require_some_room
 from ckptd.operation.timers import OwnTimers
 from ckptd.protocol.broker_calls import (
     MAX_FILES,
     BrokerCall,
     EndTree,
+    EndWalk,
     FreezeTree,
     HoldTree,
     KeepContent,
     LetRun,
     NewImage,
     NoteStep,
+    NoteWalk,
     OpenImage,
     PlaceTree,
     Publish,
@@ -50,7 +52,11 @@ from ckptd.protocol.broker_calls import (
 from ckptd.tree import Tree
 from ckptd.worker.broker.identity import Identity
 from ckptd.worker.broker.placement import TreePlace
+from ckptd.worker.broker.users_image import UsersImage
 
+log = logging.getLogger('ckptd.worker')
+
+S = TypeVar('S', MakeFile | KeepFile | MakeSegment, WalkQueues)
 Reply = tuple[dict[str, object], list[int]]
 
 
@@ -66,6 +72,7 @@ class BrokerAnswers:
         self._is_published = False
         self._place = TreePlace(job, identity, worker)
         self._kept: set[str] = set()
+        self._walk: JournalEntry | None = None      # of queues that the worker walks
         self._worker = worker
         self._timers, self._are_asleep = OwnTimers(), False
         self._answers: Mapping[type[BrokerCall], Callable[[Any], Reply]] = {
@@ -73,7 +80,7 @@ class BrokerAnswers:
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
             RestoreTree: self._restore_tree, EndTree: self._end_tree, ReadTimers: self._read_timers,
             PlaceTree: self._place_tree, StartTree: self._start_tree, NoteStep: self._note,
-            KeepContent: self._keep_content}
+            NoteWalk: self._note_walk, EndWalk: self._end_walk, KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
         """Carry out a call. Return the value, and fds that the caller closes. CkptError, OSError."""
@@ -91,6 +98,7 @@ class BrokerAnswers:
                 stack.callback(self._incoming.abort)
             stack.callback(self._place.close)
             stack.callback(self._freeze.close)
+            stack.callback(self._undo_walk)
 
     # ------------------------------------------------------------ images
 
@@ -234,10 +242,37 @@ class BrokerAnswers:
         self._place.note(self._owned(call.step))
         return {}, []
 
+    def _note_walk(self, call: NoteWalk) -> Reply:
+        if self._job.request.operation != 'checkpoint' or self._walk is not None:
+            raise PermissionDenied('the job walks no queues, or walks some already')
+        request = self._job.request
+        self._walk = Journal(Path(request.runtime)).begin(request.job, request.target, 'walk')
+        self._walk.add(self._with_ids(call.step))
+        return {}, []
+
+    def _end_walk(self, call: EndWalk) -> Reply:
+        if self._walk is not None:
+            self._walk.finish()
+            self._walk = None
+        return {}, []
+
+    def _undo_walk(self) -> None:
+        """The worker has ended in the middle of a walk: set the old offsets with the rights of the user."""
+        entry, self._walk = self._walk, None
+        if entry is not None:
+            try:
+                for failure in undo_all(entry, Actions(None)):
+                    log.warning('%s', failure)
+            finally:
+                entry.close()
+
     def _owned(self, step: MakeFile | KeepFile | MakeSegment) -> MakeFile | KeepFile | MakeSegment:
         """Return the step with this user's ids; it will be undone with the rights of this user only."""
         if isinstance(step, KeepFile) and step.kept not in self._kept:
             raise PermissionDenied(f'{step.kept} is not a kept file', resource=step.kept)
+        return self._with_ids(step)
+
+    def _with_ids(self, step: S) -> S:
         identity = self._identity
         return msgspec.structs.replace(step, uid=identity.uid, gid=identity.gid, groups=identity.groups)
 
@@ -246,61 +281,6 @@ class BrokerAnswers:
         path, fd = self._place.keep_content()
         self._kept.add(path)
         return {'path': path}, [fd]
-
-
-class UsersImage(Incoming):
-    """A new image in a directory of the user below the spool, which only root can enter."""
-
-    def __init__(self, spool: Path, image: str, identity: Identity) -> None:
-        super().__init__(spool, image)
-        self._identity = identity
-        with spooling(self.path):
-            os.fchown(self._lock, identity.uid, identity.gid)
-
-    def duplicate(self) -> int:
-        """Return an fd of the directory, for the worker."""
-        return os.dup(self._lock)
-
-    def take_back(self, job: JobContext) -> None:
-        """Give the files to root, check that they are an image and nothing else, and publish it. SpoolFailed."""
-        with spooling(self.path):
-            os.fchown(self._lock, 0, 0)         # from here on the worker can neither make nor rename anything
-        files = DirectoryFiles(self.path)
-        try:
-            manifest = read_manifest_of(files)
-            if surplus := sorted({*files.names()} - {NAME, *manifest.parts}):
-                raise SpoolFailed(f'{surplus[0]} does not belong to the image', resource=surplus[0], phase='publish')
-            for name in (NAME, *manifest.parts):
-                self._take_back_file(files, name, manifest)
-        except ImageDamaged as error:
-            raise SpoolFailed(f'the image of the worker is incomplete: {error.message}', phase='publish') from error
-        finally:
-            files.close()
-        with spooling(self.path / NAME):
-            os.unlink(NAME, dir_fd=self._lock)
-        request = job.request
-        manifest = msgspec.structs.replace(manifest, image=self.image, owner_uid=request.caller.uid,
-                                           owner_gid=request.caller.gid, imported=request.operation == 'import')
-        if not manifest.imported:
-            manifest = msgspec.structs.replace(manifest, ckptd_version=__version__, kernel=os.uname().release,
-                                               boot_id=boot_id(), target=request.target)
-        self.write_manifest(manifest)
-        self.show()
-
-    def _take_back_file(self, files: DirectoryFiles, name: str, manifest: Manifest) -> None:
-        fd = files.open(name)
-        try:
-            with spooling(self.path / name):
-                os.fchown(fd, 0, 0)
-                os.fchmod(fd, 0o600)
-                found = os.fstat(fd)
-            if found.st_nlink != 1 or not stat.S_ISREG(found.st_mode):
-                raise SpoolFailed(f'{name} has another hard link', resource=name, phase='publish')
-            if name in manifest.parts and manifest.parts[name].size != found.st_size:
-                raise SpoolFailed(f'{name} has {found.st_size} bytes, not {manifest.parts[name].size}', resource=name,
-                                  phase='publish')
-        finally:
-            os.close(fd)
 
 
 @contextmanager

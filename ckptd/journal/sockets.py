@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Undo what walking the queue of a socket has changed: SO_PEEK_OFF."""
+
+import os
+import socket
+from contextlib import suppress
+
+from ckptd.journal.steps import HeldSocket, WalkQueues
+from ckptd.kernel.pidfd import open_process, pidfd_getfd
+from ckptd.kernel.unix_queue import SO_PEEK_OFF, sockets_below
+
+
+def set_old_offsets(step: WalkQueues) -> None:
+    """Set the offsets that the sockets had. A process that has exited, or closed its socket, has none to set."""
+    offsets = {one.inode: one.offset for one in step.offsets}
+    for holder in step.holders:
+        with suppress(ProcessLookupError):
+            _set_below(holder, offsets)
+
+
+def _set_below(holder: HeldSocket, offsets: dict[int, int]) -> None:
+    pidfd = open_process(holder.pid, holder.start_time)
+    try:
+        fd = pidfd_getfd(pidfd, holder.fd)
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise
+        return      # EBADF: closed meanwhile
+    finally:
+        os.close(pidfd)
+    try:
+        held = socket.socket(fileno=fd)
+    except OSError:     # ENOTSOCK: the number is another file's by now
+        os.close(fd)
+        return
+    with held:
+        for one in sockets_below(held, offsets):
+            one.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offsets[os.fstat(one.fileno()).st_ino])
