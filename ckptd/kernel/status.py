@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ckptd.kernel.procfs import read_task_file, task_dir, text
 
 Four = tuple[int, int, int, int]
+NO_TAGS = (1 << 64) - 1     # of untag_mask: every bit of an address counts
 
 
 class Status(NamedTuple):
@@ -45,12 +46,15 @@ class Status(NamedTuple):
     no_new_privs: bool
     seccomp: int            # 0 off, 1 strict, 2 filter
     seccomp_filters: int    # 0 where the kernel does not count them
+    untag_mask: int         # bits of an address that count; NO_TAGS without tagged addresses (LAM of x86-64)
 
 
 def parse_status(data: bytes) -> Status:
     """Parse a status file. KeyError or ValueError if it is malformed."""
-    # processor and memory masks, a third of the text, come last and are not needed
-    lines = data.partition(b'\nCpus_allowed:')[0].rstrip(b'\n').split(b'\n')
+    # processor and memory masks, a third of the text, are not needed; behind them are lines of one architecture
+    wanted, _, rest = data.partition(b'\nCpus_allowed:')
+    lines = wanted.rstrip(b'\n').split(b'\n')
+    tags = rest.rpartition(b'\nuntag_mask:\t')[2] if b'\nuntag_mask:' in rest else b''
     field: dict[bytes, bytes] = dict([line.split(b':\t', 1) for line in lines])
     get = field.get
     return Status(
@@ -64,7 +68,8 @@ def parse_status(data: bytes) -> Status:
         int(get(b'SigIgn', b'0'), 16), int(get(b'SigCgt', b'0'), 16),
         int(field[b'CapInh'], 16), int(field[b'CapPrm'], 16), int(field[b'CapEff'], 16), int(field[b'CapBnd'], 16),
         int(get(b'CapAmb', b'0'), 16),
-        get(b'NoNewPrivs') == b'1', int(get(b'Seccomp', b'0')), int(get(b'Seccomp_filters', b'0')))
+        get(b'NoNewPrivs') == b'1', int(get(b'Seccomp', b'0')), int(get(b'Seccomp_filters', b'0')),
+        int(tags.split(b'\n', 1)[0], 16) if tags else NO_TAGS)
 
 
 class NsIds(NamedTuple):

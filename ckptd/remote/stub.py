@@ -21,7 +21,7 @@ from typing import NamedTuple, Self, TypeVar
 from ckptd.errors import CkptError
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import SUID_DUMP_DISABLE
-from ckptd.kernel.memory import PAGE, read_bytes, write_bytes
+from ckptd.kernel.memory import PAGE, Mem, read_bytes, write_bytes
 from ckptd.kernel.prctl import PR_SET_DUMPABLE
 from ckptd.kernel.ptrace import (
     PTRACE_EVENT_CLONE,
@@ -139,6 +139,21 @@ class Stub:
         yield
         trap = arch.stub_trapped(self.arena.code)
         while not self._has_trapped(self.wait(), trap):
+            self.tracee.cont()
+
+    def run_code(self, code: bytes, data: bytes) -> Steps[None]:
+        """Run code that ends in int3, once, with the address of the data in rbx."""
+        return self.alone(self._run_code(code, data))
+
+    def _run_code(self, code: bytes, data: bytes) -> Steps[None]:
+        at = self.arena.code + PAGE // 2        # behind that of the stub
+        with Mem(self.tid) as mem:
+            mem.write(at, code)     # a page that is not writable, as a debugger writes it
+        write_bytes(self.tid, self.arena.table, data)
+        self.tracee.regs = arch.stub_registers(at, self.arena.table)
+        self.tracee.cont()
+        yield
+        while not self._has_trapped(self.wait(), at + len(code)):
             self.tracee.cont()
 
     def wait(self) -> int:

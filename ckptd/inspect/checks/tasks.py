@@ -14,6 +14,7 @@ from ckptd.kernel.procfs import read_task_file, task_dir
 from ckptd.kernel.stat import PF_KTHREAD
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_auxv, read_link, read_namespaces
+from ckptd.objects.attributes.registry import findings
 from ckptd.tree import Task, Tree
 
 # <linux/sched.h>: kernel code that runs as a thread of a process, for io_uring or vhost
@@ -47,7 +48,7 @@ def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: Call
     if status.state == 'Z':
         return []
     return (check_tracer(task, status, caller) + check_seccomp(task, status) + check_namespaces(task, home)
-            + check_vfork(task, status))
+            + check_vfork(task, status) + findings(task, status))
 
 
 def check_kthread(task: Task) -> list[Finding]:

@@ -20,33 +20,42 @@ import struct
 from array import array
 from collections.abc import Sequence
 
-from ckptd.kernel.decl import cstruct, u64
+from ckptd.kernel.decl import c_int, c_void_p, cstruct, syscall, u64
 
 EM = 62                     # EM_X86_64 of <elf.h>
 TASK_SIZE = 0x7ffffffff000  # upper limit for mmap(2) without a hint above it, also with five-level page tables
 # <asm/prctl.h>: map vvar at the address and the vdso behind it
 ARCH_MAP_VDSO_64 = 0x2003
+# <asm/prctl.h>: components of XSAVE that a process has to ask for, as a mask; the request takes a number
+ARCH_GET_XCOMP_SUPP, ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM = 0x1021, 0x1022, 0x1023
+XTILEDATA = 18              # data of AMX tiles; arch/x86/include/asm/fpu/types.h
 NT_XSTATE = 0x202           # NT_X86_XSTATE
 CS_64 = 0x33                # __USER_CS; any other code segment is a 32-bit task
 GPR_SIZE = 216
 
 # <asm/unistd_64.h>: calls that are made by number, here or in a tracee
 NR = {
-    'close': 3, 'poll': 7, 'lseek': 8, 'mmap': 9, 'mprotect': 10, 'munmap': 11, 'brk': 12, 'rt_sigaction': 13,
-    'rt_sigprocmask': 14, 'ioctl': 16, 'mremap': 25, 'madvise': 28, 'shmat': 30, 'nanosleep': 35, 'getitimer': 36,
-    'setitimer': 38, 'getpid': 39, 'recvmsg': 47, 'socketpair': 53, 'exit': 60, 'wait4': 61, 'kill': 62, 'shmdt': 67,
-    'fcntl': 72, 'flock': 73, 'fchdir': 81, 'umask': 95, 'setuid': 105, 'setpgid': 109, 'setsid': 112, 'setgroups': 116,
-    'setresuid': 117, 'setresgid': 119, 'setfsuid': 122, 'setfsgid': 123, 'capset': 126, 'rt_sigtimedwait': 128,
-    'rt_sigqueueinfo': 129, 'sigaltstack': 131, 'personality': 135, 'mlock': 149, 'mlockall': 151, 'prctl': 157,
-    'arch_prctl': 158, 'chroot': 161, 'futex': 202, 'io_getevents': 208, 'set_tid_address': 218, 'restart_syscall': 219,
-    'semtimedop': 220, 'timer_create': 222, 'timer_settime': 223, 'timer_gettime': 224, 'timer_getoverrun': 225,
-    'timer_delete': 226, 'clock_nanosleep': 230, 'exit_group': 231, 'epoll_wait': 232, 'epoll_ctl': 233, 'tgkill': 234,
-    'waitid': 247, 'ioprio_set': 251, 'ioprio_get': 252, 'unshare': 272, 'keyctl': 250, 'set_robust_list': 273,
+    'write': 1, 'close': 3, 'poll': 7, 'lseek': 8, 'mmap': 9, 'mprotect': 10, 'munmap': 11, 'brk': 12,
+    'rt_sigaction': 13, 'rt_sigprocmask': 14, 'ioctl': 16, 'mremap': 25, 'madvise': 28, 'shmat': 30, 'nanosleep': 35,
+    'getitimer': 36, 'setitimer': 38, 'getpid': 39, 'recvmsg': 47, 'socketpair': 53, 'exit': 60, 'wait4': 61,
+    'kill': 62, 'shmdt': 67, 'fcntl': 72, 'flock': 73, 'fchdir': 81, 'umask': 95, 'setuid': 105, 'setpgid': 109,
+    'setsid': 112, 'setgroups': 116, 'setresuid': 117, 'setresgid': 119, 'setfsuid': 122, 'setfsgid': 123,
+    'capset': 126, 'rt_sigtimedwait': 128, 'rt_sigqueueinfo': 129, 'sigaltstack': 131, 'personality': 135,
+    'mlock': 149, 'mlockall': 151, 'modify_ldt': 154, 'prctl': 157, 'arch_prctl': 158, 'chroot': 161, 'futex': 202,
+    'io_getevents': 208, 'set_tid_address': 218, 'restart_syscall': 219, 'semtimedop': 220, 'timer_create': 222,
+    'timer_settime': 223, 'timer_gettime': 224, 'timer_getoverrun': 225, 'timer_delete': 226, 'clock_nanosleep': 230,
+    'exit_group': 231, 'epoll_wait': 232, 'epoll_ctl': 233, 'tgkill': 234, 'waitid': 247, 'keyctl': 250,
+    'ioprio_set': 251, 'ioprio_get': 252, 'openat': 257, 'unshare': 272, 'set_robust_list': 273,
     'get_robust_list': 274, 'epoll_pwait': 281, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297, 'kcmp': 312,
     'sched_setattr': 314, 'sched_getattr': 315, 'execveat': 322, 'membarrier': 324, 'mlock2': 325,
     'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'io_pgetevents': 333, 'rseq': 334, 'clone3': 435,
     'close_range': 436, 'openat2': 437, 'pidfd_getfd': 438, 'epoll_pwait2': 441,
 }
+
+
+@syscall(NR['arch_prctl'])
+def arch_prctl(option: c_int, value: c_void_p) -> c_int: ...
+
 
 # semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2
 _NEVER_RESTARTED = frozenset((65, 69, 70, 128, 208, 220, 232, 281, 333, 441))
@@ -235,6 +244,12 @@ def stub_program(address: int) -> bytes:
 def jump(to: int) -> bytes:
     """Return code that continues at an address: mov r11, to; jmp r11. Any call may overwrite r11."""
     return b'\x49\xbb' + struct.pack('<Q', to) + b'\x41\xff\xe3'
+
+
+# A thread gets room for tiles at its first instruction that uses one (arch/x86/kernel/fpu/xstate.c,
+# xfd_enable_feature): ldtilecfg [rbx]; tilezero tmm0; int3
+USE_TILES = bytes.fromhex('c4e2784903' 'c4e27b49c0' 'cc')
+TILE_CONFIG = struct.pack('<B15xH30xB15x', 1, 4, 1)        # palette 1: one tile, of one row of four bytes
 
 
 # The first process of a pid namespace reaps dead processes. When none is left, it exits with the status of process

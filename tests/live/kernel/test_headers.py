@@ -71,11 +71,13 @@ OWN = {
     'sched': {'SCHED_CAPACITY'},                                            # include/linux/sched.h
     'unix': {'SS_ESTABLISHED', 'SCM_MAX_FD'},                               # net/tcp_states.h, net/scm.h
     'signalfd': {'SIGSET_SIZE'},                                            # include/linux/signal.h
+    'status': {'NO_TAGS'},
     'statfs': {'MQUEUE_MAGIC'},                                             # ipc/mqueue.c
     'feature_tests': {'LARGE_TREE'},
     'shm': {'SHM_DEST', 'SHM_LOCKED'},                                      # include/linux/shm.h
     'arch.x86_64': {'ERESTARTSYS', 'ERESTARTNOINTR', 'ERESTARTNOHAND', 'ERESTART_RESTARTBLOCK',   # linux/errno.h
-                    'CS_64', 'ROW', 'TASK_SIZE'},
+                    'CS_64', 'ROW', 'TASK_SIZE',
+                    'XTILEDATA'},                                           # asm/fpu/types.h
 }
 
 # macros that came after Linux 6.1, which Debian 12 has headers of

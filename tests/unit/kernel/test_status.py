@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from ckptd.kernel.prctl import prctl
-from ckptd.kernel.status import parse_ns_ids, parse_status, read_ns_ids, read_status
+from ckptd.kernel.status import NO_TAGS, parse_ns_ids, parse_status, read_ns_ids, read_status
 
 PR_SET_NAME = 15        # <linux/prctl.h>
 PR_SET_NO_NEW_PRIVS = 38
@@ -50,6 +50,8 @@ NoNewPrivs:\t1
 Seccomp:\t2
 Seccomp_filters:\t3
 Cpus_allowed:\t3
+x86_Thread_features:\t
+untag_mask:\t0x81ffffffffffffff
 """
 ZOMBIE = b"""Name:\tsh
 State:\tZ (zombie)
@@ -80,13 +82,15 @@ def test_every_field_of_a_captured_file() -> None:
         'vm_rss': 1784 * 1024, 'vm_lck': 48 * 1024, 'threads': 2, 'sig_pnd': 1, 'shd_pnd': 2, 'sig_blk': 4,
         'sig_ign': 0x1000, 'sig_cgt': 1 << 63, 'cap_inh': 1, 'cap_prm': 0x1FFFFFFFFFF, 'cap_eff': 3,
         'cap_bnd': 0x1FFFEFFFFFF,
-        'cap_amb': 5, 'no_new_privs': True, 'seccomp': 2, 'seccomp_filters': 3}
+        'cap_amb': 5, 'no_new_privs': True, 'seccomp': 2, 'seccomp_filters': 3,
+        'untag_mask': 0x81FFFFFFFFFFFFFF}
 
 
 def test_a_zombie_on_an_old_kernel_lacks_half_of_it() -> None:
     status = parse_status(ZOMBIE)
     assert (status.state, status.umask, status.vm_rss, status.groups, status.sig_blk) == ('Z', 0, 0, (), 0)
     assert (status.kthread, status.seccomp, status.seccomp_filters, status.no_new_privs) == (False, 0, 0, False)
+    assert status.untag_mask == NO_TAGS
 
 
 def test_ids_alone_are_as_in_the_whole() -> None:

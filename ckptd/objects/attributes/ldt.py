@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A local descriptor table, modify_ldt(2), as Wine and DOS emulators have it. It is refused."""
+
+from ckptd.errors import NotSupported
+from ckptd.image.grammar import Struct
+from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, Scope
+from ckptd.remote.batch import Batch
+
+_READ, _ENTRY = 0, 8        # function of modify_ldt(2); sizeof(struct desc_struct), <asm/desc_defs.h>
+
+
+class Ldt(Attribute[Struct, int], name='LDT', scope=Scope.MM):
+
+    def ask(self, batch: Batch) -> Reader[int]:
+        call = batch.call('modify_ldt', _READ, batch.buffer(_ENTRY), _ENTRY)
+        return lambda results: results.or_else(call, 0)      # a kernel without CONFIG_MODIFY_LDT_SYSCALL has none
+
+    def dump(self, of: DumpedTask, answer: int) -> None:
+        """Refuse a table: read(2)-like, the call returns bytes where there is one."""
+        if answer:
+            task = of.process.leader
+            raise NotSupported(f'{task.comm}[{task.tid}] has a local descriptor table (modify_ldt)', task=task.tid,
+                               resource='LDT', phase='state',
+                               hint='a program that makes segments of its own cannot be checkpointed yet')
