@@ -3,11 +3,12 @@
 
 from collections.abc import Callable, Mapping
 
+from ckptd.errors import Finding
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import Owners, RestoredTask, RestoreMeans, Scope, Stage
 from ckptd.objects.attributes.registry import Kept
-from ckptd.remote.interleave import Steps
+from ckptd.remote.interleave import Steps, finish
 from ckptd.remote.script import Script
 from ckptd.restore.create import TaskBuilder
 from ckptd.restore.plan import Plan, is_users_worker
@@ -29,21 +30,32 @@ def owners_of(plan: Plan) -> Mapping[int, Owners]:
 
 
 class TaskAttributes:
-    """Sets attributes. directory, terminal: see RestoreMeans."""
+    """Sets attributes. directory, terminal, warn: see RestoreMeans."""
 
     def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, allowed: Allowed,
-                 directory: Callable[[str], int], terminal: Callable[[], int]) -> None:
+                 directory: Callable[[str], int], terminal: Callable[[], int],
+                 warn: Callable[[Finding], None]) -> None:
         self._kept, self._builder = Kept(reader), builder
         self._owners = owners_of(plan)
         self._processes = {process.vpid: process for process in plan.processes}
         self._means = RestoreMeans(reader, allowed, directory, terminal, sets_ids=not plan.namespaces.user,
-                                   is_users_worker=is_users_worker(plan))
+                                   is_users_worker=is_users_worker(plan), warn=warn)
+        self._leaders = {process.vpid: process.leader for process in plan.processes}
 
     def set(self, stage: Stage, task: ImageTask, script: Script) -> Steps[None]:
         """Collect in the script what a task does at a stage, and do what we do from outside. A dead task has only
         credentials."""
+        return self._set(stage, task, script, self._owners.get(task.vpid, {Scope.THREAD: task.vpid}))
+
+    def born(self, vpid: int) -> None:
+        """Set what a process has from its birth on. Nothing of one that is no process of the tree."""
+        if leader := self._leaders.get(vpid):
+            script = Script(self._builder[vpid])
+            finish(self._set(Stage.BORN, leader, script, {Scope.PROCESS: vpid}))
+            script.do()
+
+    def _set(self, stage: Stage, task: ImageTask, script: Script, owners: Owners) -> Steps[None]:
         process = self._processes[task.vtgid]
-        owners = self._owners.get(task.vpid, {Scope.THREAD: task.vpid})
         return self._kept.restore(stage, owners, RestoredTask(task, self._builder[task.vpid], script, self._means,
                                                               process.pgid, process.sid))
 

@@ -37,7 +37,7 @@ from ckptd.restore.bootstrap import start_bootstrap
 from ckptd.restore.cgroups import cgroups, place_for
 from ckptd.restore.create import TaskBuilder
 from ckptd.restore.creation_order import SEED, NewProcess
-from ckptd.restore.creation_steps import Clear, Fill, Step
+from ckptd.restore.creation_steps import Clear, CreateTask, Fill, Step
 from ckptd.restore.digests import Digests, damaged
 from ckptd.restore.file_changes import FileChanges
 from ckptd.restore.files import FileBuilder
@@ -143,7 +143,7 @@ class Restore:
                                     cgroup)
         stack.enter_context(self._builder)
         self._attributes = TaskAttributes(self._reader, self._plan, self._builder, self._allowed, self._directory,
-                                          self._terminal)
+                                          self._terminal, self._warnings.append)
         namespaces, numbers = self._plan.namespaces, self._plan.numbers
         self._warnings += namespaces.enter(self._builder[SEED])
         if namespaces.pid:
@@ -164,6 +164,9 @@ class Restore:
                 script = Script(self._builder[vpid])
                 clear(script, self._builder[vpid])
                 script.do()
+            case CreateTask(vpid):
+                self._builder.take(step)
+                self._attributes.born(vpid)
             case _:
                 self._builder.take(step)
 

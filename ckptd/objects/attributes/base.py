@@ -137,13 +137,15 @@ class RestartRights(Protocol):
 class RestoreMeans:
     """What a restart has for attributes. directory: an fd by path; terminal: the fd of the caller's terminal, -1 for
     none. Both are fds of stubs until Stage.LIMITS. sets_ids: False where a user
-    namespace has only one uid and gid. is_users_worker: see RestartRights."""
+    namespace has only one uid and gid. is_users_worker: see RestartRights.
+    warn: told what was lost, where no check could know."""
     reader: ImageReader
     allowed: Allowed
     directory: Callable[[str], int]
     terminal: Callable[[], int]
     sets_ids: bool
     is_users_worker: bool
+    warn: Callable[[Finding], None]
 
 
 @dataclass(frozen=True, slots=True)

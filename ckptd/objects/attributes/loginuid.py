@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The uid of the login that a process descends from, for the audit log: proc_pid_loginuid(5). Only a task itself may
+set it, and each setting begins an audit session. So a process has it set when it is born, if it differs from that of
+its maker: what descends from it inherits both.
+"""
+
+import errno
+import os
+from collections.abc import Iterable
+
+from ckptd.errors import Finding
+from ckptd.image.grammar import U32, Struct, layout
+from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.kernel.creds import CAP_AUDIT_CONTROL
+from ckptd.kernel.task import read_loginuid
+from ckptd.objects.attributes.base import (
+    Attribute,
+    DumpedTask,
+    RestartRights,
+    RestoredTask,
+    Scope,
+    Stage,
+    about,
+)
+from ckptd.remote.batch import Batch
+from ckptd.remote.interleave import Steps
+
+_UNSET = (1 << 32) - 1      # AUDIT_UID_UNSET, <linux/audit.h>
+_FILE = b'proc/thread-self/loginuid\0'
+
+
+@layout
+class LoginUid(Struct):
+    """uid: _UNSET for a process of no login."""
+    uid: U32
+
+
+class LoginUidAttribute(Attribute[LoginUid, None], name='loginuid', scope=Scope.PROCESS, stage=Stage.BORN):
+
+    def dump(self, of: DumpedTask, answer: None) -> LoginUid | None:
+        return LoginUid(read_loginuid(of.tid) & _UNSET)
+
+    def obstacles(self, record: LoginUid, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
+        own = read_loginuid(os.getpid()) & _UNSET
+        may = _is_trusted(rights.reader) and (own == _UNSET or rights.allowed.may(CAP_AUDIT_CONTROL))
+        if record.uid != own and not may:
+            yield _lost(task.vpid, record.uid, own)
+
+    def restore(self, record: LoginUid, to: RestoredTask) -> Steps[None] | None:
+        if not _is_trusted(to.means.reader) or read_loginuid(to.tid) & _UNSET == record.uid:
+            return None
+        return _set(record, to)
+
+
+def _set(record: LoginUid, to: RestoredTask) -> Steps[None]:
+    batch = Batch()
+    batch.call('openat', to.means.directory('/'), batch.buffer(len(_FILE), _FILE), os.O_WRONLY | os.O_CLOEXEC, 0)
+    results = yield from to.stub.run(batch)
+    fd, value = results.value(0), str(record.uid).encode()
+    batch = Batch()
+    batch.call('write', fd, batch.buffer(len(value), value), len(value))
+    batch.call('close', fd)
+    results = yield from to.stub.attempt(batch)
+    try:
+        results.require()
+    except OSError as error:
+        if error.errno != errno.EPERM:      # the rules for the audit say that it stays (auditctl --loginuid-immutable)
+            raise
+        to.means.warn(_lost(to.vpid, record.uid, read_loginuid(to.tid) & _UNSET))
+
+
+def _is_trusted(reader: ImageReader) -> bool:
+    """Whether the audit log may believe the image: it is the worker's user who wrote it. Root would write into the log
+    whatever a user has made up."""
+    return not reader.manifest.imported and reader.manifest.owner_uid == os.geteuid()
+
+
+def _lost(vpid: int, wanted: int, found: int) -> Finding:
+    name = {_UNSET: 'no login'}
+    return about(vpid, 'loginuid', 'EPERM', f'belonged to {name.get(wanted, f"the login of uid {wanted}")} for the '
+                 f'audit log, and comes back with {name.get(found, f"that of uid {found}")}', 'restore it in a session '
+                 'of that login, or as root an image of root', 'warning')
