@@ -436,6 +436,35 @@ def test_a_terminal_is_missed(place: Place, asleep: Sleeper) -> None:
     assert only(found(place, image), 'warning').resource == 'terminal'
 
 
+def test_an_attribute_of_a_newer_ckptd(place: Place, asleep: Sleeper) -> None:
+    """What is not known would be lost, so it is refused by name."""
+    image = asleep.image(place)
+    rewrite(image, r.TaskAttribute, lambda one: dataclasses.replace(one, name=one.name.replace('core', 'more')))
+    row = only(found(place, image))
+    assert (row.resource, row.errno) == ('moredump_filter', 'EOPNOTSUPP')
+
+
+def test_an_attribute_that_no_one_can_decode(place: Place, asleep: Sleeper) -> None:
+    image = asleep.image(place)
+    rewrite(image, r.TaskAttribute, lambda one: dataclasses.replace(one, data=b'\1')
+            if one.name == 'coredump_filter' else one)
+    with pytest.raises(ImageDamaged, match='TaskAttribute coredump_filter of 1: record cut short'):
+        found(place, image)
+
+
+def test_the_login_of_an_image_from_outside(place: Place, asleep: Sleeper) -> None:
+    """It may be made up, and root would write it into the audit log."""
+    if not Path('/proc/self/loginuid').exists():
+        pytest.skip('this kernel has no CONFIG_AUDIT')
+    image = asleep.image(place)
+    rewrite(image, r.TaskAttribute, lambda one: dataclasses.replace(one, data=b'\xe8\3\0\0')
+            if one.name == 'loginuid' else one)
+    assert not found(place, image)
+    (image / NAME).write_bytes(encode_manifest(msgspec.structs.replace(read_manifest(image), imported=True)))
+    row = only(found(place, image), 'warning')
+    assert (row.resource, 'the login of uid 1000' in row.reason) == ('loginuid', True)
+
+
 def test_processors_that_are_not_there(place: Place, asleep: Sleeper) -> None:
     image = asleep.image(place)
     alter(image, r.Scheduling, affinity=bytes(500) + b'\xff')

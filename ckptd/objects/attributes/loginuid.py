@@ -42,29 +42,28 @@ class LoginUidAttribute(Attribute[LoginUid, None], name='loginuid', scope=Scope.
 
     def obstacles(self, record: LoginUid, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
         own = read_loginuid(os.getpid()) & _UNSET
-        may = _is_trusted(rights.reader) and (own == _UNSET or rights.allowed.may(CAP_AUDIT_CONTROL))
+        may = _is_trusted(rights.reader) and not rights.in_user_namespace and (
+            own == _UNSET or rights.allowed.may(CAP_AUDIT_CONTROL))
         if record.uid != own and not may:
             yield _lost(task.vpid, record.uid, own)
 
     def restore(self, record: LoginUid, to: RestoredTask) -> Steps[None] | None:
-        if not _is_trusted(to.means.reader) or read_loginuid(to.tid) & _UNSET == record.uid:
+        if not (_is_trusted(to.means.reader) and to.means.sets_ids) or read_loginuid(to.tid) & _UNSET == record.uid:
             return None
         return _set(record, to)
 
 
 def _set(record: LoginUid, to: RestoredTask) -> Steps[None]:
-    batch = Batch()
-    batch.call('openat', to.means.directory('/'), batch.buffer(len(_FILE), _FILE), os.O_WRONLY | os.O_CLOEXEC, 0)
-    results = yield from to.stub.run(batch)
-    fd, value = results.value(0), str(record.uid).encode()
-    batch = Batch()
-    batch.call('write', fd, batch.buffer(len(value), value), len(value))
-    batch.call('close', fd)
-    results = yield from to.stub.attempt(batch)
+    opening, writing, value = Batch(), Batch(), str(record.uid).encode()
+    opening.call('openat', to.means.directory('/'), opening.buffer(len(_FILE), _FILE), os.O_WRONLY | os.O_CLOEXEC, 0)
     try:
-        results.require()
+        fd = (yield from to.stub.run(opening)).value(0)
+        write = writing.call('write', fd, writing.buffer(len(value), value), len(value))
+        writing.call('close', fd)
+        (yield from to.stub.attempt(writing)).value(write)
     except OSError as error:
-        if error.errno != errno.EPERM:      # the rules for the audit say that it stays (auditctl --loginuid-immutable)
+        # EPERM: the rules for the audit say that it stays (auditctl --loginuid-immutable)
+        if error.errno not in (errno.EPERM, errno.EACCES):
             raise
         to.means.warn(_lost(to.vpid, record.uid, read_loginuid(to.tid) & _UNSET))
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import ckptd.objects.attributes
-from ckptd.errors import Finding
+from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.grammar import Record, Struct
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import TaskAttribute
@@ -146,7 +146,13 @@ class Kept:
         if issubclass(attribute.record, Record):
             return self.reader.get(attribute.record, owner)
         data = self._own.get((attribute.scope, owner), {}).get(attribute.name)
-        return None if data is None else attribute.record.decode(data)
+        if data is None:
+            return None
+        try:
+            return attribute.record.decode(data)
+        except ImageDamaged as error:
+            raise ImageDamaged(f'TaskAttribute {attribute.name} of {owner}: {error.message}',
+                               resource=attribute.name) from error
 
     def obstacles(self, owners: Owners, task: ImageTask, rights: RestartRights) -> Iterator[Finding]:
         """Why attributes of a task cannot be set again."""

@@ -169,6 +169,19 @@ def test_tasks_that_name_nothing(spool: Path) -> None:
         'TaskRecord 7: no FdTable 3', 'TaskRecord 7: no Mm 2']
 
 
+@pytest.mark.parametrize(('attributes', 'damage'), [
+    ([r.TaskAttribute(7, 5, 'x', b'')] * 2, 'TaskAttribute x of 7: it is there twice'),
+    ([r.TaskAttribute(7, 5, 'x', b''), r.TaskAttribute(7, 4, 'x', b'')], ''),
+    ([r.TaskAttribute(7, 6, 'x', b'')], 'TaskAttribute x of 7: it belongs to nothing'),
+    ([r.TaskAttribute(0, 5, 'x', b'')], 'TaskAttribute x of 0: it belongs to nothing'),
+    ([r.TaskAttribute(9, 5, 'x', b'')], 'TaskAttribute x of 9: no TaskRecord 9'),
+    ([r.TaskAttribute(9, 1, 'x', b'')], 'TaskAttribute x of 9: no Mm 9')])
+def test_attributes(spool: Path, attributes: list[Record], damage: str) -> None:
+    parts = image_parts()
+    parts['TASK'] += attributes
+    assert damages_of(spool, parts) == [damage] * bool(damage)
+
+
 def test_a_living_task_without_registers(spool: Path) -> None:
     parts = image_parts()
     parts['TASK'] = [one for one in parts['TASK'] if not isinstance(one, r.Registers)]
