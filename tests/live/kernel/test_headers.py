@@ -69,7 +69,8 @@ OWN = {
     'memory': {'PAGE'},
     'pipe': {'SPLICE_F_NONBLOCK'},                                         # splice(2): C libraries only
     'sched': {'SCHED_CAPACITY'},                                            # include/linux/sched.h
-    'unix': {'SS_ESTABLISHED', 'SCM_MAX_FD'},                               # net/tcp_states.h, net/scm.h
+    'unix': {'SS_ESTABLISHED', 'SS_UNCONNECTED', 'RCV_SHUTDOWN', 'SEND_SHUTDOWN'},  # net/tcp_states.h, net/sock.h
+    'unix_queue': {'SCM_PIDFD', 'SCM_MAX_FD'},                              # include/linux/socket.h, net/scm.h
     'signalfd': {'SIGSET_SIZE'},                                            # include/linux/signal.h
     'status': {'NO_TAGS'},
     'statfs': {'MQUEUE_MAGIC'},                                             # ipc/mqueue.c
@@ -83,7 +84,8 @@ OWN = {
 # macros that came after Linux 6.1, which Debian 12 has headers of
 NEWER = {
     'PIDFD_THREAD', 'PAGEMAP_SCAN', 'PAGE_IS_FILE', 'PAGE_IS_PRESENT', 'PAGE_IS_SWAPPED', 'PAGE_IS_PFNZERO',
-    'MADV_GUARD_INSTALL', 'PR_SET_MEMORY_MERGE', 'PR_GET_MEMORY_MERGE', 'PR_SET_MDWE', 'PR_GET_MDWE',
+    'MADV_GUARD_INSTALL', 'MAP_DROPPABLE', 'MFD_EXEC', 'MFD_NOEXEC_SEAL', 'F_SEAL_EXEC',
+    'PR_SET_MEMORY_MERGE', 'PR_GET_MEMORY_MERGE', 'PR_SET_MDWE', 'PR_GET_MDWE',
     'PR_TIMER_CREATE_RESTORE_IDS', 'PR_FUTEX_HASH', 'PR_FUTEX_HASH_SET_SLOTS', 'PR_FUTEX_HASH_GET_SLOTS',
     'PAGE_IS_GUARD', 'PID_FS_MAGIC', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG',
 }
