@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What only the task itself can say, asked by remote system calls: one batch for a thread, one more for its process."""
+"""Questions that only the task itself can answer, by remote system calls: one batch for each thread; that of the first
+one asks for the process too."""
 
 import errno
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
 
 
 def _lock_future(tracee: Tracee, area: int) -> int:
-    """What mlockall(2) left for new mappings, such as that at `area`: 0 nothing, 1 MCL_FUTURE, 2 with MCL_ONFAULT."""
+    """Read what mlockall(2) left for new mappings, as at `area`: 0 nothing, 1 MCL_FUTURE, 2 with MCL_ONFAULT."""
     if not read_status(tracee.tid).vm_lck:
         return 0
     flags = next(mapping.vm_flags for mapping in read_smaps(tracee.tid) if mapping.start <= area < mapping.end)

@@ -17,7 +17,7 @@ _SHARED = {Scope.MM: 'mm_id', Scope.SIGHAND: 'sighand_id', Scope.FS: 'fs_id'}
 
 
 def owners_of(plan: Plan) -> Mapping[int, Owners]:
-    """What each living task is to set attributes of, by vpid: itself, its process if it is the first thread, and shared
+    """Owners whose attributes each living task sets, by vpid: itself, its process if it is the first thread, and shared
     objects whose first user it is."""
     found = {task.vpid: {Scope.THREAD: task.vpid} for task in plan.alive}
     for process in plan.processes:

@@ -41,7 +41,7 @@ class Leave:
         self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
 
     def run(self) -> None:
-        """Nobody is a stub any more; all are still stopped."""
+        """Make every task leave its stub. All are still stopped afterwards."""
         self._stubs = Counter(task.record.mm_id for process in self._plan.processes for task in process.alive)
         running: list[NewProcess] = []
         # children first: that they stop, their parents hear while they are stubs, and have heard before

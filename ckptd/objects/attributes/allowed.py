@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a restart may set of resource limits, and what follows from them: those of the image, or the nearest.
+"""Resource limits that a restart may set, and what follows from them: those of the image, or the nearest.
 
 A restart is refused where the two differ, unless its caller accepts the nearest (clamp).
 """

@@ -55,7 +55,7 @@ class Stage(IntEnum):
 
 
 class Scope(IntEnum):
-    """What has an attribute: the numbers of TaskAttribute.scope. A stage of a task goes through them in this order."""
+    """Owners of attributes, by the numbers of TaskAttribute.scope. A stage of a task takes them in this order."""
     MM = 1
     SIGHAND = 2
     FS = 3
@@ -107,7 +107,7 @@ class CallerIds(Protocol):
 
 
 class RestartRights(Protocol):
-    """What a restart may set. own: our own process, which every restored task descends from."""
+    """Rights of a restart. own: our own process, which every restored task descends from."""
 
     @property
     def reader(self) -> ImageReader: ...
@@ -135,9 +135,9 @@ class RestartRights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RestoreMeans:
-    """What a restart has for attributes. directory: an fd by path; terminal: the fd of the caller's terminal, -1 for
-    none. Both are fds of stubs until Stage.LIMITS. sets_ids: False where a user
-    namespace has only one uid and gid. is_users_worker: see RestartRights.
+    """Means of a restart to set attributes. directory: an fd by path; terminal: the fd of the caller's terminal, -1
+    for none. Stubs have both fds until Stage.LIMITS. sets_ids: False where a user namespace has only one uid and gid.
+    is_users_worker: see RestartRights.
     warn: told what was lost, where no check could know."""
     reader: ImageReader
     allowed: Allowed

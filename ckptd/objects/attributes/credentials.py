@@ -58,7 +58,7 @@ class CredentialsAttribute(Attribute[records.Credentials, tuple[int, int]], name
         return _record(of.task, of.status, securebits, keepcaps)
 
     def dump_dead(self, task: Task, status: Status) -> records.Credentials:
-        """What is left of a dead task: its parent gets the real uid with the exit code, waitid(2) si_uid."""
+        """Keep the ids of a dead task: its parent gets the real uid with the exit code, waitid(2) si_uid."""
         return _record(task, status, 0, 0)
 
     def obstacles(self, record: records.Credentials, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:

@@ -67,7 +67,7 @@ _FOUND_OUTSIDE = [one for one in ATTRIBUTES if type(one).findings is not Attribu
 # ---------------------------------------------------------------- dump
 
 def findings(task: Task, status: Status) -> list[Finding]:
-    """Why a task cannot be dumped, seen from outside."""
+    """Find reasons why a task cannot be dumped, from outside."""
     return [row for one in _FOUND_OUTSIDE for row in one.findings(task, status)]
 
 
@@ -142,7 +142,7 @@ class Kept:
         return found
 
     def record(self, attribute: Attribute[Any, Any], owner: int) -> Any:
-        """What the image keeps of an attribute; None for what a new task has. ImageDamaged."""
+        """Return what the image keeps of an attribute; None for that of a new task. ImageDamaged."""
         if issubclass(attribute.record, Record):
             return self.reader.get(attribute.record, owner)
         data = self._own.get((attribute.scope, owner), {}).get(attribute.name)
@@ -155,7 +155,7 @@ class Kept:
                                resource=attribute.name) from error
 
     def obstacles(self, owners: Owners, task: ImageTask, rights: RestartRights) -> Iterator[Finding]:
-        """Why attributes of a task cannot be set again."""
+        """Find reasons why attributes of a task cannot be set again."""
         for one in ATTRIBUTES:
             if (owner := owners.get(one.scope)) and (record := self.record(one, owner)) is not None:
                 yield from one.obstacles(record, task, rights)

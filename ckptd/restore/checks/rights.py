@@ -33,7 +33,7 @@ def _ours(context: CheckContext) -> Iterator[Finding]:
 
 
 def _confined(context: CheckContext) -> Iterator[Finding]:
-    """A caller who has given up rights for good, for himself and all that he starts, gets none back by a restart."""
+    """Refuse rights that the caller has given up for good, for themselves and all that they start."""
     caller = context.request.caller
     if not caller.uid or context.plan.namespaces.user:
         return
