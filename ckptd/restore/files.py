@@ -20,7 +20,7 @@ from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.objects.files.base import ChangedFiles, Kind
 from ckptd.objects.files.deleted import deleted_file, whole
-from ckptd.objects.files.registry import Kinds
+from ckptd.objects.verify import decode
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
@@ -215,15 +215,6 @@ def _mail(service_fds: ServiceFds) -> tuple[socket.socket, int]:
 
 def _cloexec(fd: Fd) -> int:
     return os.O_CLOEXEC if fd.cloexec else 0
-
-
-def decode(saved: SavedFile, kinds: Kinds) -> tuple[Kind[Any], Struct]:
-    """The kind that wrote the record of an open file, and what it wrote. ImageDamaged."""
-    kind = kinds.by_tag.get(saved.kind)
-    if kind is None:
-        raise ImageDamaged(f'{saved.link}: a file of kind {saved.kind!r}, which this ckptd does not know',
-                           resource=saved.link, hint='use the ckptd that wrote the image, or a newer one')
-    return kind, kind.record.decode(saved.data)
 
 
 def _set_state(fd: int, saved: SavedFile) -> None:

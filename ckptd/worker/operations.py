@@ -2,16 +2,19 @@
 """The operations of a worker, by name. Each operation sends Finished itself; an exception becomes Failed."""
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 
 from ckptd.dump.run import checkpoint, hold
 from ckptd.image.reader import ImageReader
+from ckptd.image.references import MAX_DAMAGES
 from ckptd.image.verify import verify
 from ckptd.inspect.checks import check_access, check_confinement, is_untraceable
 from ckptd.inspect.scan import scan_tree
 from ckptd.inspect.task_rows import image_rows, live_rows
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
+from ckptd.objects.verify import file_damages
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import Frozen, finding_row
 from ckptd.restore.prepare import check_restore
@@ -61,7 +64,11 @@ def freeze(job: JobContext) -> None:
 def verify_image(job: JobContext) -> None:
     """List every damage of an image."""
     with job.image_files() as files:
-        job.channel.finish('damages', verify(files))
+        damages = verify(files)
+        if not damages:     # else there may be no reading of its records
+            with ImageReader(files) as reader:
+                damages = list(islice(file_damages(reader), MAX_DAMAGES))
+        job.channel.finish('damages', damages)
 
 
 def image_tree(job: JobContext) -> None:

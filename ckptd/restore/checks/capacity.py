@@ -17,9 +17,9 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY, pids, read_cgroup2, read_limits
 from ckptd.objects.files.base import Needs
 from ckptd.objects.files.deleted import deleted_takes, home_of, whole
+from ckptd.objects.verify import decode
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.cow_sharing import CowSharing
-from ckptd.restore.files import decode
 from ckptd.restore.mapped_objects import missing_but_kept
 from ckptd.restore.plan import Plan
 

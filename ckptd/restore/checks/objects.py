@@ -29,9 +29,8 @@ from ckptd.kernel.procfs import read_file
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.objects.files.deleted import deleted_findings, home_of
-from ckptd.objects.files.sound import flaws
+from ckptd.objects.verify import decode, file_ids, payload_flaws
 from ckptd.restore.checks.context import CheckContext, about, once
-from ckptd.restore.files import decode
 from ckptd.restore.mapped_objects import may_write, missing_but_kept
 
 KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
@@ -60,6 +59,7 @@ def _by_whom(context: CheckContext, row: Finding) -> Finding:
 
 def _open_files(context: CheckContext) -> Iterator[Finding]:
     holders, vpids = _holders(context), {task.vpid for task in context.plan.tasks}
+    known = file_ids(context.reader)
     for saved in context.reader.every(SavedFile):
         vpid, fd = holders.get(saved.file_id, (0, -1))
         resource = f'fd {fd}' if vpid else 'file'
@@ -67,7 +67,7 @@ def _open_files(context: CheckContext) -> Iterator[Finding]:
             yield from _owner(context, saved, vpid, resource)
         try:
             kind, record = decode(saved, context.lookup.kinds)
-            for flaw in flaws(record, context.reader.size_of):
+            for flaw in payload_flaws(kind, record, context.reader, known):
                 raise ImageDamaged(f'{saved.link}: {flaw}', resource=resource)
             if not kind.late(record, saved) and (row := _out_of_reach(context, vpid, resource, _path(context, record))):
                 yield row

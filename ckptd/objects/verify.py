@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""verify: damages in the records of open files, whose payload only their kinds can read."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from ckptd.errors import ImageDamaged
+from ckptd.image.grammar import Struct
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import SavedFile
+from ckptd.objects.files.base import Kind
+from ckptd.objects.files.registry import Kinds
+from ckptd.objects.files.sound import flaws
+
+
+def file_ids(reader: ImageReader) -> frozenset[int]:
+    """The ids of the open files of an image."""
+    return frozenset(saved.file_id for saved in reader.every(SavedFile))
+
+
+def decode(saved: SavedFile, kinds: Kinds) -> tuple[Kind[Any], Struct]:
+    """The kind that wrote the record of an open file, and what it wrote. ImageDamaged."""
+    kind = kinds.by_tag.get(saved.kind)
+    if kind is None:
+        raise ImageDamaged(f'{saved.link}: a file of kind {saved.kind!r}, which this ckptd does not know',
+                           resource=saved.link, hint='use the ckptd that wrote the image, or a newer one')
+    return kind, kind.record.decode(saved.data)
+
+
+def payload_flaws(kind: Kind[Any], record: Struct, reader: ImageReader, known: Collection[int]) -> Iterator[str]:
+    """Violations, one sentence each. known: the ids of all open files of the image."""
+    yield from flaws(record, reader.size_of)
+    for file_id in sorted({*kind.references(record)} - set(known)):
+        yield f'it refers to open file {file_id}, which is not in the image'
+
+
+def file_damages(reader: ImageReader) -> Iterator[str]:
+    """Damages of the open files of an image, one sentence each."""
+    kinds, known = Kinds(), file_ids(reader)
+    for saved in reader.every(SavedFile):
+        try:
+            kind, record = decode(saved, kinds)
+        except ImageDamaged as error:
+            yield error.message
+            continue
+        for flaw in payload_flaws(kind, record, reader, known):
+            yield f'{saved.link}: {flaw}'

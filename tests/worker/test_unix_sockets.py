@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Unix sockets of a tree: ends outside of it, images that lie about their queues, and what is refused by name."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.errors import CkptError, Finding, Refused
+from ckptd.image.records import SavedFile
+from ckptd.objects.files.unix import UnixSocketEnd
+from tests.lib import settled
+from tests.lib.altered import rewrite
+from tests.lib.brood import Brood
+from tests.lib.victim import Victim
+from tests.worker.driver import DirectWorker, Place
+from tests.worker.test_restore_checks import checked
+
+pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path).make()
+
+
+@pytest.fixture
+def brood() -> Iterator[Brood]:
+    with Brood() as running:
+        yield running
+
+
+def refused(place: Place, pid: int) -> list[Finding]:
+    with pytest.raises(Refused) as caught:
+        place.checkpoint(pid)
+    return [row for row in caught.value.refusals if row.severity == 'refusal']
+
+
+def test_an_end_outside_is_named(place: Place, brood: Brood) -> None:
+    """The row has the process that holds the other end, and that it is no part of the tree."""
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        both, _ = brood.ask(lambda: theirs.fileno())
+        assert place.checkpoint(both).is_dir()      # it has a copy of each end
+
+        def close_mine() -> int:
+            mine.close()
+            return theirs.fileno()
+        pid, fd = brood.ask(close_mine)
+        [row] = refused(place, pid)
+    assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
+    assert ', outside of the tree' in row.reason
+    assert any(f'[{holder}]' in row.reason for holder in (os.getpid(), both))
+    assert 'both ends' in row.hint
+
+
+@pytest.fixture
+def image(victim: Callable[..., Victim], place: Place) -> Path:
+    """The image of a tree with sockets of every sort; it is dead."""
+    running = victim('unix_sockets')
+    made = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    return made
+
+
+def lie(image: Path, change: Callable[[UnixSocketEnd], UnixSocketEnd]) -> None:
+    rewrite(image, SavedFile, lambda one: one if one.kind != 'unix' else replace(
+        one, data=change(UnixSocketEnd.decode(one.data)).encode()))
+
+
+def verified(place: Place, image: Path) -> Any:
+    with DirectWorker() as worker:
+        return worker.run(place.request(0, target='', operation='verify', image=image.name))['damages']
+
+
+def test_verify_looks_into_queues(place: Place, image: Path) -> None:
+    assert verified(place, image) == []
+
+    def dangling(end: UnixSocketEnd) -> UnixSocketEnd:
+        return replace(end, queue=tuple(replace(message, files=tuple(9999 for _ in message.files))
+                                        for message in end.queue))
+    lie(image, dangling)
+    damages = verified(place, image)
+    assert damages
+    assert all('refers to open file 9999, which is not in the image' in damage for damage in damages)
+    rows = checked(place, image)
+    assert {row.errno for row in rows if row.severity == 'refusal'} == {'EBADMSG'}
+
+
+def test_a_maker_that_is_not_in_the_image_is_a_warning(place: Place, image: Path) -> None:
+    lie(image, lambda end: replace(end, maker=replace(end.maker, vpid=0)))
+    rows = checked(place, image)
+    assert rows
+    assert {row.severity for row in rows} == {'warning'}
+    assert all('SO_PEERCRED' in row.hint or 'credentials' in row.hint for row in rows)
+
+
+def test_numbers_that_no_socket_has(place: Place, image: Path) -> None:
+    """A lie about a socket ends the restart with an error, and leaves nothing."""
+    lie(image, lambda end: replace(end, type=77))
+    with DirectWorker() as worker, pytest.raises(CkptError):
+        worker.run(place.request(0, target='', operation='restore', image=image.name))
+    assert not place.freezes
+
+
+def test_a_listener_is_refused_by_its_name(place: Place, brood: Brood) -> None:
+    name = f'\0ckptd-test-{os.getpid()}'
+
+    def listen() -> int:
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(name)
+        server.listen()
+        return server.detach()
+    pid, _ = brood.ask(listen)
+    [row] = refused(place, pid)
+    assert f'a listening unix stream socket bound to @{name[1:]}' in row.reason
