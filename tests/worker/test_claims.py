@@ -27,9 +27,9 @@ from ckptd.kernel.shm import shmctl_remove, shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
-from ckptd.objects.files.base import F_GETOWNER_UIDS, read_open_file
 from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.locks import EOF, LEASE, Lock
+from ckptd.objects.files.open_file import F_GETOWNER_UIDS, read_open_file
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
