@@ -19,6 +19,7 @@ import pytest
 
 from ckptd.image import grammar
 from ckptd.image import records as r
+from ckptd.kernel.prctl import PR_FUTEX_HASH, PR_FUTEX_HASH_GET_SLOTS, prctl
 from ckptd.objects.attributes.registry import ATTRIBUTES
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.worker import main as worker_module
@@ -33,6 +34,14 @@ pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(12
 # digests, and the look at whether records fit together, are no restart
 _NOT_READING = ('ckptd.image.verify', 'ckptd.image.references', 'ckptd.image.shapes', 'ckptd.objects.files.sound')
 _CHECKS = 'ckptd.restore.checks'
+
+
+def has_futex_hash() -> bool:
+    try:
+        return prctl(PR_FUTEX_HASH, PR_FUTEX_HASH_GET_SLOTS) >= 0
+    except OSError:
+        return False
+
 
 # read before there is a process, to refuse or to warn, and by nothing that comes after
 _OF_SHARED_MEMORY = 'the SharedMemory record of its shm_id has that; every dump makes one'
@@ -65,10 +74,12 @@ UNREAD = {
     'SleepLeft.exact': 'for people',
     'TaskRecord.pf_flags': 'for core files; each is made again by what it tells of',
     'Tty.device': 'the terminal is the caller\'s; without one by its name, see tests/worker/test_restore_checks.py',
-    'Tty.mode': _THERE}
+    'Tty.mode': _THERE,
+    **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
+    **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
-SUBJECTS = ('attributes', 'events', 'files', 'interpreter', 'locks', 'memory', 'shared', 'signals', 'stopped', 'timers',
-            'tree')
+SUBJECTS = ('attributes', 'events', 'files', 'interpreter', 'locks', 'memory', 'settings', 'shared', 'signals',
+            'stopped', 'tiles', 'timers', 'tree')
 
 
 def classes() -> list[type]:
