@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ckptd.dump.names import LinkNames
 from ckptd.dump.save_files import SavedFiles
 from ckptd.dump.sharing import Sharing
 from ckptd.dump.vmas import MappingObjects
@@ -22,8 +23,9 @@ class _Content:
     with the address spaces that map it."""
 
     def __init__(self, data: DataWriter, objects: MappingObjects, saved: SavedFiles, file_id: Callable[[int], int],
-                 ids: Mapping[int, int]) -> None:
+                 ids: Mapping[int, int], names: LinkNames) -> None:
         self._data, self._objects, self.file_id, self._ids = data, objects, file_id, ids
+        self.link_back = names.link_back
         self.written, self.reads, self.save = saved.written, saved.reads, saved.save
 
     def add(self, chunks: Iterable[bytes]) -> Extent:
@@ -43,9 +45,9 @@ class FileDump:
     """
 
     def __init__(self, data: DataWriter, objects: MappingObjects, ids: Mapping[int, int], cache: ProcCache,
-                 save_limit: int = 0) -> None:
+                 names: LinkNames, save_limit: int = 0) -> None:
         self.saved = SavedFiles(data, save_limit)
-        self._content = _Content(data, objects, self.saved, self._id_in_flight, ids)
+        self._content = _Content(data, objects, self.saved, self._id_in_flight, ids, names)
         self._cache = cache
         self._ids = ids
         # files with equal flags, position and inode may share one description; kcmp(2) decides

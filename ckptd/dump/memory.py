@@ -10,6 +10,7 @@ from mmap import MAP_PRIVATE
 from operator import attrgetter
 
 from ckptd.dump.copy import Copier, part_of
+from ckptd.dump.names import LinkNames
 from ckptd.dump.remote_state import RemoteState
 from ckptd.dump.vmas import MappingObjects, Shared, View, mapped_path, vma_record
 from ckptd.image import records
@@ -22,6 +23,7 @@ from ckptd.kernel.ranges import overlaps, without
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import Stat
 from ckptd.kernel.task import read_auxv
+from ckptd.objects.files.linked import DeletedFile
 
 _NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; of these only the vdso's text is kept, for debuggers
 
@@ -43,8 +45,9 @@ class _Space:
 class MemoryDump:
     """All address spaces and shared objects of a tree: `add` each, then `scan`, `copy`, `records`."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: LinkNames) -> None:
         self.objects = MappingObjects()
+        self._names = names
         self._spaces: dict[int, _Space] = {}
         self._shared: list[Record] = []
         self.pages_scanned = 0
@@ -89,7 +92,7 @@ class MemoryDump:
         for shared in self.objects.shared.values():
             self._shared += self._copy_shared(shared, copier)
         for index, view in self.objects.kept.items():
-            self.objects.backings[index] = _with_content(self.objects.backings[index], view, copier)
+            self.objects.backings[index] = _with_content(self.objects.backings[index], view, copier, self._names)
         copier.flush()
 
     def _copy_space(self, space: _Space, copier: Copier) -> None:
@@ -195,7 +198,7 @@ def _copy_views(shared: Shared, copier: Copier) -> list[PageRun]:
     return runs
 
 
-def _with_content(backing: records.Backing, view: View, copier: Copier) -> records.Backing:
+def _with_content(backing: records.Backing, view: View, copier: Copier, names: LinkNames) -> records.Backing:
     """The record of a file with what is in it. One that has a name stays without where the mapping does not let us read
     it: proc_pid_map_files(5) asks for CAP_CHECKPOINT_RESTORE."""
     try:
@@ -207,7 +210,9 @@ def _with_content(backing: records.Backing, view: View, copier: Copier) -> recor
     try:
         at = os.fstat(fd)
         content = copier.copy_whole(fd, at.st_size)
+        link = names.link(DeletedFile(view.tid, view.tid, backing.path, at, mapped_path(view)), fd
+                          ) if backing.deleted and at.st_nlink else ''
     finally:
         os.close(fd)
     return records.Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns,
-                           at.st_mode, backing.deleted, (content,))
+                           at.st_mode, backing.deleted, (content,), link)

@@ -17,6 +17,7 @@ from signal import SIGKILL
 
 from ckptd import __version__
 from ckptd.dump.deaths import Deaths
+from ckptd.dump.names import LinkNames
 from ckptd.dump.queues import walk_queues
 from ckptd.dump.resume import issue_again, wait_on
 from ckptd.dump.seize import seize_all
@@ -66,6 +67,8 @@ class Checkpoint:
         fault('scanned')
         # the spool is tried before anything is frozen: if it is full or read-only, the tree never stops
         with ImageWriter(self._job.destination(), self._request.keep_free) as writer, ExitStack() as stack:
+            self._names = stack.enter_context(self._job.names())
+            self._links = LinkNames(self._names)
             self._channel.phase('freeze')
             notes = note_waits(tree)
             with self._clock.measure('freezing'):
@@ -104,7 +107,7 @@ class Checkpoint:
                 self._channel.progress(tasks_done, tasks, bytes_done, size)
 
             dump = undo.enter_context(Dump(tree, frozen.tracees, cache, cgroups, notes, waits, writer.data, report,
-                                           self._job.timers(),
+                                           self._job.timers(), self._links,
                                            self._request.save_limit if self._request.save_files else 0))
             dump.read_state()
             self._warnings += dump.unsaved
@@ -149,6 +152,8 @@ class Checkpoint:
         fault('sealed')
         self._channel.phase('publish')
         manifest = writer.publish(self._manifest(dump, frozen))
+        fault('name-kept')
+        self._names.keep()
         fault('published')
         return manifest
 
@@ -176,7 +181,7 @@ class Checkpoint:
             target=request.target, root=tree.root.vtid, command=tree.root.comm, tasks=len(tree),
             processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics, clocks=_clocks(dump.clocks),
             warnings=tuple(self._warnings),
-            own_pidns=dump.own_pidns)
+            own_pidns=dump.own_pidns, names=len(self._links))
 
     def _finish(self, frozen: FrozenTree, manifest: Manifest, handles: Handles) -> None:
         after = self._request.after

@@ -19,6 +19,7 @@ from ckptd.dump import state
 from ckptd.dump.copy import Copier
 from ckptd.dump.files import FileDump
 from ckptd.dump.memory import MemoryDump
+from ckptd.dump.names import LinkNames
 from ckptd.dump.remote_state import ask
 from ckptd.dump.sharing import TaskSharing
 from ckptd.dump.sleeps import find_sleeps, sleep_left
@@ -64,7 +65,7 @@ class Dump:
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], cache: ProcCache, cgroups: Mapping[int, str],
                  notes: WaitNotes, waits: Mapping[int, Wait], data: DataWriter, report: Report, timers: Timers,
-                 save_limit: int = 0) -> None:
+                 names: LinkNames, save_limit: int = 0) -> None:
         self.tree, self._cache = tree, cache
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
         self._data, self._notes, self.waits, self._timers = data, notes, waits, timers
@@ -80,8 +81,8 @@ class Dump:
         self.clocks: ClockReadings | None = None
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
-        self._memory = MemoryDump()
-        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids, cache, save_limit)
+        self._memory = MemoryDump(names)
+        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids, cache, names, save_limit)
 
     def __enter__(self) -> Self:
         return self

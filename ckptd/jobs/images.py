@@ -81,6 +81,8 @@ class ImageService:
         info = self._open(image, rights.caller, 'remove')
         if self.queue.works_on(image):
             raise Busy(f'a job reads image {image}', resource=image)
+        if info.names:
+            await self.queue.call(self._order('remove-names', image, rights))
         self._going.add(image)      # from here on no job may begin to read it
         try:
             async with self._removals.slot(rights.who.uid):

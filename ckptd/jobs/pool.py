@@ -11,8 +11,9 @@ from ckptd.jobs.worker import COMMAND, ChildWorker, WorkerHandle
 from ckptd.kernel.liveness import Liveness
 from ckptd.protocol.messages import JobRequest
 
-# operations that fail in a descendant of a sandboxed daemon: make the tree, check that it can be made, put files back
-UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover'})
+# operations that fail in a descendant of a sandboxed daemon: make the tree, check that it can be made, put files back,
+# take names away
+UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover', 'remove-names'})
 
 
 def _slice_of(request: JobRequest) -> str:

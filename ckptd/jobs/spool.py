@@ -46,6 +46,7 @@ class SpooledImage:
     architecture: str = ''
     boot_id: str = ''
     statistics: dict[str, int] = field(default_factory=dict)
+    names: int = 0      # that the checkpoint has left outside of it
     damage: str = ''    # why the manifest could not be read; the image then belongs to the owner of its directory
 
     def check_owner(self, uid: int, verb: str) -> None:
@@ -168,4 +169,4 @@ def _from_manifest(name: str, path: Path, manifest: Manifest) -> SpooledImage:
         created=manifest.created_usec, tasks=manifest.tasks, processes=manifest.processes,
         size=manifest.size, kernel=manifest.kernel,
         architecture=manifest.architecture, boot_id=manifest.boot_id,
-        statistics=msgspec.structs.asdict(manifest.statistics))
+        statistics=msgspec.structs.asdict(manifest.statistics), names=0 if manifest.imported else manifest.names)

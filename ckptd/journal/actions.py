@@ -24,6 +24,7 @@ from ckptd.journal.steps import (
     FreezeUnit,
     KeepFile,
     Known,
+    LinkFile,
     MakeCgroup,
     MakeFile,
     MakeHome,
@@ -90,7 +91,7 @@ class Actions:
                 (self.thaw_unit or _no_systemd)(unit)
             case MakeHome(cgroup):
                 self.cgroup(cgroup).path.mkdir(parents=True, exist_ok=True)
-            case Born() | MakeSegment() | MakeFile() | KeepFile() | EndProcesses() | WalkQueues():
+            case Born() | MakeSegment() | MakeFile() | KeepFile() | LinkFile() | EndProcesses() | WalkQueues():
                 return      # the code that wrote the step takes it
 
     def _move(self, process: Moved, work: Cgroup) -> None:
@@ -139,6 +140,9 @@ class Actions:
                 as_maker(step, partial(remove_segment, step))
             case MakeFile():
                 as_maker(step, partial(unmake, step))
+            case LinkFile(image=image):
+                if not os.path.lexists(image):      # else it was published, and has the name from here on
+                    as_maker(step, partial(unmake, step))
             case KeepFile(kept=path):
                 kept = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
@@ -245,6 +249,8 @@ def describe(step: AnyStep) -> str:
             return f'making file {path}'
         case WalkQueues(_, offsets):
             return f'walking the queues of {len(offsets)} sockets'
+        case LinkFile(path):
+            return f'giving a deleted file the name {path}'
         case KeepFile(path=path, kept=kept):
             return f'rolling back {path}, whose content is in {kept}'
 

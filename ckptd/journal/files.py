@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
-from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment, WalkQueues
+from ckptd.journal.steps import KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
 from ckptd.kernel.copyrange import copy_with_holes, data_bytes
 from ckptd.kernel.creds import become
 from ckptd.kernel.shm import shmctl_remove, shmctl_stat
@@ -54,7 +54,7 @@ def put_back(step: KeepFile, kept: int) -> None:
         os.close(fd)
 
 
-def unmake(step: MakeFile) -> None:
+def unmake(step: MakeFile | LinkFile) -> None:
     """Unlink a file with the rights of this process."""
     with suppress(FileNotFoundError, NotADirectoryError):
         found = os.lstat(step.path)
@@ -73,7 +73,7 @@ def remove_segment(step: MakeSegment) -> None:
             raise
 
 
-def as_maker(step: MakeFile | KeepFile | MakeSegment | WalkQueues, work: Callable[[], None]) -> None:
+def as_maker(step: MakeFile | KeepFile | LinkFile | MakeSegment | WalkQueues, work: Callable[[], None]) -> None:
     """Do the work with the rights with which the step was taken. Root does it in a child that becomes that user and has
     no capability. An OSError of the child is raised here."""
     if step.uid == os.geteuid():
@@ -95,7 +95,7 @@ def _fork() -> int:
         return os.fork()
 
 
-def _as_user(step: MakeFile | KeepFile | MakeSegment | WalkQueues, work: Callable[[], None]) -> None:
+def _as_user(step: MakeFile | KeepFile | LinkFile | MakeSegment | WalkQueues, work: Callable[[], None]) -> None:
     status = errno.EIO
     try:
         become(step.uid, step.gid, step.groups, 0)

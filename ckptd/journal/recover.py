@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from ckptd.journal.actions import Actions, UnitCall, describe, undo_all
 from ckptd.journal.entry import JournalEntry
-from ckptd.journal.steps import AnyStep, KeepFile, MakeFile, MakeSegment, WalkQueues
+from ckptd.journal.steps import AnyStep, KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -40,7 +40,7 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
 
 def about_files(steps: Iterable[AnyStep]) -> bool:
     """Whether the steps must be undone in a process of one thread, because they are about files or belong to a user."""
-    return any(isinstance(step, KeepFile | MakeFile | MakeSegment | WalkQueues) for step in steps)
+    return any(isinstance(step, KeepFile | LinkFile | MakeFile | MakeSegment | WalkQueues) for step in steps)
 
 
 def left_about_files(journal: Journal) -> bool:

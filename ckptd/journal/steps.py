@@ -120,6 +120,19 @@ class KeepFile(Step, frozen=True):
     groups: tuple[Count, ...] = ()
 
 
+class LinkFile(Step, frozen=True):
+    """A name that a checkpoint gives to a deleted file, by the rights of a user: undone by unlinking it while it is
+    that file. image: the directory of the image that needs the name. Once it is there, the name stays."""
+    point = 'link-file'
+    path: Path
+    device: Count
+    inode: Count
+    image: Path
+    uid: Count
+    gid: Count
+    groups: tuple[Count, ...]
+
+
 class Known(msgspec.Struct, array_like=True, frozen=True):
     """A process, identified by pid and start time."""
     pid: Pid
@@ -169,4 +182,4 @@ class Redone(msgspec.Struct, tag=True, frozen=True):
 
 
 AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
-           | KeepFile | EndProcesses | WalkQueues)
+           | KeepFile | LinkFile | EndProcesses | WalkQueues)

@@ -37,7 +37,12 @@ def open_plain(path: str, flags: int, mode: int = 0) -> int:
     return _open(path, flags, mode, RESOLVE_NO_MAGICLINKS)
 
 
-def _open(path: str, flags: int, mode: int, resolve: int) -> int:
+def open_below(root: int, path: str, flags: int) -> int:
+    """open(2) of a path below the directory `root`, without a symbolic link in it; else ELOOP. Close-on-exec."""
+    return _open(path.lstrip('/') or '.', flags, 0, RESOLVE_NO_SYMLINKS, root)
+
+
+def _open(path: str, flags: int, mode: int, resolve: int, at: int = AT_FDCWD) -> int:
     name = os.fsencode(path)
     if b'\0' in name:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -45,7 +50,7 @@ def _open(path: str, flags: int, mode: int, resolve: int) -> int:
         flags &= _WITH_PATH
     how = open_how(flags | os.O_CLOEXEC, mode, resolve)
     try:
-        return openat2(AT_FDCWD, name, ctypes.byref(how), ctypes.sizeof(how))
+        return openat2(at, name, ctypes.byref(how), ctypes.sizeof(how))
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or errno.EIO), path) from None
 
@@ -57,11 +62,20 @@ def lstat_of_task(tid: int, path: str) -> os.stat_result | None:
     d_path() in fs/d_path.c goes up to the reader's root or, in another mount namespace, to the root of that namespace.
     So a chroot of the task is part of the path if we share its mount namespace; otherwise its root link leads there.
     """
-    prefix = '' if _mount_namespace('self') == _mount_namespace(str(tid)) else f'/proc/{tid}/root'
     try:
-        return Path(prefix + path).lstat()
+        return Path(root_of_task(tid) + path).lstat()
     except (OSError, ValueError):
         return None
+
+
+def root_of_task(tid: int) -> str:
+    """What to put before an absolute path that a link or map of task `tid` shows, '' where the path leads there."""
+    return '' if _mount_namespace('self') == _mount_namespace(str(tid)) else f'/proc/{tid}/root'
+
+
+def has_known_mounts(tid: int) -> bool:
+    """Whether a task has the mounts that we have, or those of the first process, as far as we may know these."""
+    return _mount_namespace(str(tid)) in (_mount_namespace('self'), _mount_namespace('1') or _mount_namespace(str(tid)))
 
 
 def _mount_namespace(task: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ckptd.errors import Finding, NoSuchImage, NoSuchTarget, Refused, SpoolFailed
 from ckptd.faults import fault
@@ -23,7 +24,8 @@ from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Target, is_alive, resolve_target, scan_tree
 from ckptd.journal.actions import Actions
-from ckptd.journal.steps import WalkQueues
+from ckptd.journal.names import NameJournal
+from ckptd.journal.steps import LinkFile, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -174,6 +176,16 @@ class JobContext:
         require_some_room(spool, self.request.keep_free)
         return Incoming(spool, self.request.image)
 
+    @contextmanager
+    def names(self) -> Iterator['Names']:
+        """The journal of names that the image needs. Without `keep` they are gone at the end of the block."""
+        request = self.request
+        if request.brokered:        # the broker knows whether it has published the image
+            yield Names(BrokerClient(self.channel).note, '/', lambda: None)
+            return
+        with NameJournal(Journal(Path(request.runtime)), request.job, request.target, fault) as journal:
+            yield Names(journal.note, str(Path(request.spool) / request.image), journal.keep)
+
     def import_destination(self, manifest: Manifest) -> Destination:
         """Open the destination of an image that arrives as a stream. SpoolFailed, also when it does not fit."""
         request = self.request
@@ -191,6 +203,14 @@ class JobContext:
             yield files
         finally:
             files.close()
+
+
+class Names(NamedTuple):
+    """How a name for a deleted file is written down. image: the directory of the image, once it is published. keep: it
+    is published."""
+    note: Callable[[LinkFile], None]
+    image: str
+    keep: Callable[[], None]
 
 
 def require_some_room(spool: Path, keep_free: int) -> None:

@@ -12,14 +12,14 @@
                                                     and go with them
     PlaceTree       -                               stubs: traced by the worker, younger than it, the user's uids
     StartTree       -                               after PlaceTree; from here on the tree lives
-    NoteStep        -                               a file or segment that the worker makes, for a later undo
+    NoteStep        -                               a file, name or segment that the worker makes, for a later undo
     NoteWalk, EndWalk                               sockets whose queues the worker walks, for an undo if it dies
     KeepContent     path; fd of an empty file       for content that a rollback overwrites
 """
 
 import msgspec
 
-from ckptd.journal.steps import Count, KeepFile, MakeFile, MakeSegment, Pid, WalkQueues
+from ckptd.journal.steps import Count, KeepFile, LinkFile, MakeFile, MakeSegment, Pid, WalkQueues
 from ckptd.protocol.messages import FreezeMode, FromWorker, Message
 
 
@@ -82,7 +82,7 @@ class StartTree(Message, frozen=True):
 
 class NoteStep(Message, frozen=True):
     """Write a step to the journal, to be undone with this user's rights."""
-    step: MakeFile | KeepFile | MakeSegment
+    step: MakeFile | KeepFile | LinkFile | MakeSegment
 
 
 class NoteWalk(Message, frozen=True):

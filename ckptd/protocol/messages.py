@@ -30,7 +30,7 @@ MAX_ROWS = 100              # of an error and of a result: signals carry them, a
 MAX_ROWS_SIZE = 96 << 10    # bytes of the texts in them
 
 Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'import',
-                    'restore', 'check-restore', 'check-trace', 'recover']
+                    'restore', 'check-restore', 'check-trace', 'recover', 'remove-names']
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
 ChangedFiles = Literal['refuse', 'accept', 'rollback']

@@ -58,5 +58,24 @@ class FileChanges:
             os.unlink(temporary)  # noqa: PTH108
         fault('place-make-file-done')
 
+    def open_linked(self, link: str, path: str, open_: Callable[[str], int]) -> int:
+        """As objects.files.restoring.RestoreContext.open_linked."""
+        with self._rights.taken():
+            of = os.lstat(link)
+        try:
+            path.encode()
+            fault('place-open-linked')
+            self._note(self._made(path, of.st_dev, of.st_ino))
+            with self._rights.taken():
+                os.link(link, path, follow_symlinks=False)
+        except (UnicodeEncodeError, FileExistsError):
+            return open_(link)
+        try:
+            return open_(path)
+        finally:
+            with self._rights.taken():
+                os.unlink(path)  # noqa: PTH108
+            fault('place-open-linked-done')
+
     def _made(self, path: str, device: int, inode: int) -> MakeFile:
         return MakeFile(path, device, inode, *self._rights)

@@ -44,8 +44,7 @@ class FileBuilder(FileAccess):
     """Opens what the image has, by its kinds; see objects.files.base.Restoring."""
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int
-                 ) -> None:
+                 terminal_fd: int) -> None:
         super().__init__(reader, caller, changed_files, terminal_fd)
         self._service_fds = service_fds
         self._fds: dict[int, int] = {}
@@ -69,6 +68,9 @@ class FileBuilder(FileAccess):
 
     def keep(self, path: str, fd: int, start: int) -> None:
         self.file_changes.keep(path, fd, start)
+
+    def open_linked(self, link: str, path: str, flags: int) -> int:
+        return self.file_changes.open_linked(link, path, lambda name: self.open(name, flags))
 
     def make_file(self, path: str, fill: Callable[[int], None]) -> None:
         self.file_changes.make(path, fill)

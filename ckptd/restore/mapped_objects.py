@@ -37,6 +37,10 @@ class TakeOver(FileLookup, ByUser, Protocol):
         """Whether what is in it may be made what it was."""
         ...
 
+    def open_linked(self, link: str, path: str, flags: int) -> int:
+        """As objects.files.restoring.RestoreContext has it."""
+        ...
+
     def owns(self, found: ShmidDs) -> bool:
         """Whether it may be given its owner and mode again."""
         ...
@@ -60,12 +64,22 @@ class MappedObjects:
     def backing(self, number: int, *, writable: bool) -> int:
         """A mapped file or executable."""
         record = self._reader.get(Backing, number)
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        if record.link:
+            return self._service_fds.once(('backing', number, writable), lambda: self._linked(record, flags))
         if record.deleted or missing_but_kept(record, self._lookup):
             base = self._deleted(record)
             return self._service_fds.once(('backing', number), lambda: open_nameless(base, os.O_RDWR, self._lookup)
                                           ) if writable else base
-        flags = os.O_RDWR if writable else os.O_RDONLY
         return self._service_fds.once(('backing', number, writable), lambda: self._lookup.open(record.path, flags))
+
+    def _linked(self, record: Backing, flags: int) -> int:
+        """A deleted file that has another name, by the one that the checkpoint gave it."""
+        fd = self._lookup.open_linked(record.link, record.path, flags)
+        if os.fstat(fd).st_ino != record.inode:
+            os.close(fd)
+            raise CkptError(f'{record.link} is another file now', errno=errno.ESTALE, resource=record.path)
+        return fd
 
     def shared(self, number: int, *, writable: bool = True) -> int:
         """A shared object that is no System V segment, with its content."""

@@ -42,6 +42,7 @@ from ckptd.restore.digests import Digests, damaged
 from ckptd.restore.file_changes import FileChanges
 from ckptd.restore.files import FileBuilder
 from ckptd.restore.leave import Leave
+from ckptd.restore.linked_names import take_names_away
 from ckptd.restore.mapped_objects import MappedObjects
 from ckptd.restore.memory import Space, clear
 from ckptd.restore.namespaces import make_reaper
@@ -241,6 +242,8 @@ class Restore:
         fault('ready')
         self._builder.require_stopped()
         self._files.commit()
+        # last of all: without its names the image cannot be restored again
+        take_names_away(self._reader, self._files)
         init = self._builder.init
         if init:
             make_reaper(init, self._plan.processes[0].vpid, self._directory('/'))

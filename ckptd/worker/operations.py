@@ -2,10 +2,12 @@
 """The operations of a worker, by name. Each operation sends Finished itself; an exception becomes Failed."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from ckptd.dump.run import checkpoint, hold
+from ckptd.errors import ImageDamaged
 from ckptd.image.reader import ImageReader
 from ckptd.image.references import MAX_DAMAGES
 from ckptd.image.verify import verify
@@ -17,6 +19,7 @@ from ckptd.journal.store import Journal
 from ckptd.objects.verify import file_damages
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import Frozen, finding_row
+from ckptd.restore.linked_names import take_names_away
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.run import restore
 from ckptd.worker.archive import export_image, import_image
@@ -77,6 +80,17 @@ def image_tree(job: JobContext) -> None:
         job.channel.finish('tasks', image_rows(reader))
 
 
+def remove_names(job: JobContext) -> None:
+    """Take away what the checkpoint of an image has left outside of it, as the image is about to be removed.
+
+    An image that came from elsewhere has no names here, whatever it says; one that is damaged is removed all the same.
+    """
+    with suppress(ImageDamaged), job.image_files() as files, ImageReader(files) as reader:
+        if not reader.manifest.imported:
+            take_names_away(reader)
+    job.channel.finish('', (), {})
+
+
 def recover_files(job: JobContext) -> None:
     """Undo the file steps of dead workers."""
     job.channel.finish('report', recover(Journal(Path(job.request.runtime)), files=True))
@@ -85,4 +99,5 @@ def recover_files(job: JobContext) -> None:
 OPERATIONS: Mapping[str, Callable[[JobContext], None]] = {
     'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
     'tree': image_tree, 'export': export_image, 'import': import_image, 'restore': restore,
-    'check-restore': check_restore, 'check-trace': check_trace, 'recover': recover_files}
+    'check-restore': check_restore, 'check-trace': check_trace, 'recover': recover_files,
+    'remove-names': remove_names}

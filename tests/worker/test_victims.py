@@ -23,7 +23,7 @@ ELSEWHERE = {'never_restarted'}
 # when that names the other's threads
 DISTURBED_BY_GDB = {'stopped', 'tree', 'headless', 'sharing'}
 # of a deleted file that is mapped only root can read the content: proc(5), /proc/PID/map_files
-REFUSED_TO_USERS = {'shared': 'is deleted and its content cannot be read'}
+REFUSED_TO_USERS = dict.fromkeys(('linked_map', 'shared'), 'is deleted and its content cannot be read')
 READERS = (views.of_ps, views.of_prlimit, views.of_psutil, views.of_memory, views.of_shared_memory)
 
 

@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple
 from ckptd.errors import Finding
 from ckptd.inspect.checks.rows import ProcessIds, guarded, processes
 from ckptd.inspect.proc_cache import ProcCache
-from ckptd.kernel.maps import Mapping, stat_mapped
+from ckptd.kernel.maps import Mapping, map_file, stat_mapped
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.shmem import shm_device
+from ckptd.objects.files.linked import DeletedFile, link_findings
 from ckptd.tree import Task
 
 
@@ -124,6 +125,9 @@ def _check_file(tid: int, mapping: Mapping) -> _Fact | None:
     if mapped is None and mapping.deleted:
         return _Fact('EPERM', f'{mapping.file_path} is deleted and its content cannot be read',
                      'run ckptd as root (it needs CAP_CHECKPOINT_RESTORE for /proc/PID/map_files)')
+    if mapping.deleted and mapped and mapped.st_nlink:
+        file = DeletedFile(tid, tid, mapping.file_path, mapped, map_file(tid, mapping))
+        return next((_Fact(one.errno, one.reason, one.hint) for one in link_findings(file)), None)
     if mapping.deleted:
         return None         # its content goes into the image
     return _Fact('ENOENT', f'{mapping.path} is another file now, or hidden by a mount',

@@ -77,6 +77,10 @@ class Content(Protocol):
         """The data of a named file, once however many descriptions it has; None if it is not to be kept."""
         ...
 
+    def link_back(self, file: OpenFile) -> str:
+        """The path of the name that a deleted file gets which has another one, see linked.py. CkptError."""
+        ...
+
     def file_id(self, fd: int) -> int:
         """The id of the description behind an fd of ours. It is dumped like those of the tasks."""
         ...

@@ -33,6 +33,7 @@ from ckptd.objects.files.content import (
     set_owner,
 )
 from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, open_nameless
+from ckptd.objects.files.linked import DeletedFile, link_findings
 from ckptd.objects.files.locks import LEASE, Lock, lock_findings, read_locks, restore_locks
 from ckptd.objects.files.rollback import digest_tail, only_appended, roll_back
 
@@ -45,7 +46,8 @@ _VERBS = {os.R_OK: 'read', os.W_OK: 'written', os.R_OK | os.W_OK: 'read and writ
 @layout
 class Regular(Struct):
     """path: from the root of the mount namespace. mtime: nanoseconds. file_system: statfs(2) f_type; on one that makes
-    its files up (proc, sysfs, cgroup) size and mtime say nothing. links: names that are left. content: if deleted."""
+    its files up (proc, sysfs, cgroup) size and mtime say nothing. links: names that are left. content: if deleted.
+    link: of a deleted file that has another name, the one that the checkpoint gave it, by which it is found."""
     path: str
     device: U64
     inode: U64
@@ -62,6 +64,12 @@ class Regular(Struct):
     is_saved: U8 = 0
     saved: tuple[ContentSegment, ...] = ()
     tail: bytes = b''
+    link: str = ''
+
+    @property
+    def place(self) -> str:
+        """The path that it is opened by."""
+        return self.link or self.path
 
 
 class RegularKind(Kind[Regular], tag='regular'):
@@ -82,24 +90,24 @@ class RegularKind(Kind[Regular], tag='regular'):
         return []
 
     def _deleted(self, file: OpenFile) -> list[Finding]:
+        if file.stat.st_nlink:
+            return link_findings(DeletedFile.of(file))
         if file.unread or not os.access(file.proc_path, os.R_OK, effective_ids=True):
             return [finding('EACCES', f'{file.path} is deleted and its content cannot be read',
                             'run as root, or give the file a name (ln) before the checkpoint')]
         if any(lock.kind == LEASE for lock in read_locks(file)):
             # opening a leased file breaks the lease, fcntl(2), and a deleted file must be opened for its content
             return [finding('EBUSY', f'{file.path} is deleted and leased', 'release the lease (F_SETLEASE, F_UNLCK)')]
-        if file.stat.st_nlink:
-            return [finding('ENOENT', f'{file.path} is deleted but has another name',
-                            'a restart makes a file of its own that other name does not share', 'warning')]
         return []
 
     def dump(self, file: OpenFile, content: Content) -> Regular:
         of = file.stat
         locks = read_locks(file)
-        is_saved, saved, tail = (0, (), b'') if file.deleted else self._saved(file, content, locks)
+        link = content.link_back(file) if file.deleted and of.st_nlink else ''
+        is_saved, saved, tail = (0, (), b'') if file.deleted and not link else self._saved(file, content, locks)
         return Regular(file.path, of.st_dev, of.st_ino, of.st_size, max(of.st_mtime_ns, 0), of.st_mode, of.st_uid,
-                       of.st_gid, of.st_nlink, file.magic, file.deleted, self._content(file, content),
-                       locks, is_saved, saved, tail)
+                       of.st_gid, of.st_nlink, file.magic, file.deleted,
+                       () if link else self._content(file, content), locks, is_saved, saved, tail, link)
 
     def _content(self, file: OpenFile, content: Content) -> tuple[ContentSegment, ...]:
         if not file.deleted:
@@ -127,22 +135,25 @@ class RegularKind(Kind[Regular], tag='regular'):
     # ------------------------------------------------------------ restart
 
     def restart_findings(self, record: Regular, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        if record.deleted:
+        if record.deleted and not record.link:
             return [*deleted_findings(record.path, lookup),
                     *owner_findings(record.path, record.uid, record.gid, lookup)]
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
-        found = lookup.lstat(record.path)
+        found = lookup.lstat(record.place)
+        if record.link and (found is None or found.st_ino != record.inode):
+            return [finding('ENOENT', f'{record.path} was deleted, and its name for the image, {record.link}, is gone',
+                            'it can be restored once: a restart takes that name away, and so does whoever removes it')]
         words = changes(_identity(record), found)
         if found is None:
             return self._missing(record, lookup)
         if not stat.S_ISREG(found.st_mode):
-            return [finding('ESTALE', f'{record.path} {words[0]}', 'put the file back')]
-        if not lookup.may(record.path, access_of(saved.flags)):
-            return [finding('EACCES', f'{record.path} may not be {_VERBS[access_of(saved.flags)]}',
+            return [finding('ESTALE', f'{record.place} {words[0]}', 'put the file back')]
+        if not lookup.may(record.place, access_of(saved.flags)):
+            return [finding('EACCES', f'{record.place} may not be {_VERBS[access_of(saved.flags)]}',
                             'run as its owner, or as root')]
         rows = [self._changed(record, words, found, lookup)] if words else []
-        return rows + lock_findings(record.locks, record.path, lookup)
+        return rows + lock_findings(record.locks, record.place, lookup)
 
     def _missing(self, record: Regular, lookup: FileLookup) -> list[Finding]:
         missing = f'{record.path} {MISSING}'
@@ -158,7 +169,7 @@ class RegularKind(Kind[Regular], tag='regular'):
                         'make that directory, writable for whose tree it is')]
 
     def _changed(self, record: Regular, words: list[str], found: os.stat_result, lookup: FileLookup) -> Finding:
-        how = f'{record.path} {" and ".join(words)}'
+        how = f'{record.place} {" and ".join(words)}'
         if lookup.changed_files == 'accept':
             return finding('ESTALE', how, 'the tree finds it as it is now', 'warning')
         if lookup.changed_files == 'refuse':
@@ -172,35 +183,47 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def _no_rollback(self, record: Regular, found: os.stat_result, lookup: FileLookup) -> str:
         """Why the file cannot be brought back, '' if it can."""
-        if not lookup.may(record.path, os.R_OK | os.W_OK):
+        if not lookup.may(record.place, os.R_OK | os.W_OK):
             return 'it may not be read and written'
         if any(lock.kind == LEASE for lock in record.locks):
             return 'it is leased'
         if short := _lacking(record, found, lookup):
             return f'its file system lacks {short:,} bytes for that'
-        if record.is_saved or only_appended(record.path, _identity(record), record.tail, found, lookup):
+        if record.is_saved or only_appended(record.place, _identity(record), record.tail, found, lookup):
             return ''
         if not record.tail:
             return 'the tree did not have it open for writing, or its content could not be read'
         return 'its content was not saved, and it was not only appended to'
 
     def needs(self, record: Regular, saved: SavedFile) -> Needs | None:
-        return deleted_takes(record.path, record.device, record.inode, record.content) if record.deleted else None
+        return deleted_takes(record.path, record.device, record.inode, record.content) if record.content else None
 
     def late(self, record: Regular, saved: SavedFile) -> bool:
         return record.file_system == statfs.PROC_SUPER_MAGIC and of_process(record.path)
 
     def create(self, record: Regular, saved: SavedFile, ctx: RestoreContext) -> int:
+        if record.link:
+            return self._restore_linked(record, saved, ctx)
         if record.deleted:
             return self._restore_deleted(record, saved, ctx)
         if ctx.changed_files == 'rollback' and record.is_saved and ctx.lstat(record.path) is None:
             ctx.make_file(record.path, lambda fd: _fill(record, fd, ctx))
-        fd = ctx.open(record.path, opening(saved.flags))
+        return self._opened(record, ctx.open(record.path, opening(saved.flags)), ctx)
+
+    def _restore_linked(self, record: Regular, saved: SavedFile, ctx: RestoreContext) -> int:
+        fd = ctx.open_linked(record.link, record.path, opening(saved.flags))
+        if os.fstat(fd).st_ino != record.inode:
+            os.close(fd)
+            raise CkptError(f'{record.link} is another file now', errno=errno.ESTALE, resource=record.path)
+        return self._opened(record, fd, ctx)
+
+    @staticmethod
+    def _opened(record: Regular, fd: int, ctx: RestoreContext) -> int:
         words = changes(_identity(record), os.fstat(fd))
         # the file was looked at before; what has happened to it since must not pass unseen
         if words and (ctx.changed_files == 'refuse' or not stat.S_ISREG(os.fstat(fd).st_mode)):
             os.close(fd)
-            raise CkptError(f'{record.path} {" and ".join(words)}', errno=errno.ESTALE, resource=record.path)
+            raise CkptError(f'{record.place} {" and ".join(words)}', errno=errno.ESTALE, resource=record.path)
         return fd
 
     def _restore_deleted(self, record: Regular, saved: SavedFile, ctx: RestoreContext) -> int:
@@ -212,11 +235,11 @@ class RegularKind(Kind[Regular], tag='regular'):
         return fd
 
     def connect(self, record: Regular, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
-        restore_locks(record.locks, record.path, saved, fd, ctx)
+        restore_locks(record.locks, record.place, saved, fd, ctx)
 
     def commit(self, record: Regular, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if ctx.changed_files == 'rollback' and (record.tail or record.is_saved):
-            roll_back(record.path, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
+            roll_back(record.place, _identity(record), record.saved if record.is_saved else None, record.tail, fd, ctx)
 
 
 def _fill(record: Regular, fd: int, ctx: RestoreContext) -> None:
@@ -230,7 +253,7 @@ def _fill(record: Regular, fd: int, ctx: RestoreContext) -> None:
 def _lacking(record: Regular, found: os.stat_result, lookup: FileLookup) -> int:
     """Bytes that the file system has too few to take what was saved; 0 if it has enough."""
     try:
-        fd = lookup.open(record.path, os.O_RDONLY | os.O_NONBLOCK)
+        fd = lookup.open(record.place, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return 0        # that is told as such
     try:

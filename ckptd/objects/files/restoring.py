@@ -75,6 +75,11 @@ class RestoreContext(FileLookup, ByUser, Protocol):
         restart fails. FileExistsError."""
         ...
 
+    def open_linked(self, link: str, path: str, flags: int) -> int:
+        """Open a deleted file by the name that a checkpoint gave it, and for the moment by its old name, where that is
+        free: it is what /proc goes on to show. OSError."""
+        ...
+
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
         restart. Not to be returned by `create`: open_again() of it is. The number may be another than `make` gave."""

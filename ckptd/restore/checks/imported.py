@@ -6,10 +6,14 @@ from collections.abc import Iterator
 
 from ckptd.errors import Finding
 from ckptd.restore.checks.context import CheckContext, about
+from ckptd.restore.linked_names import linked_names
 
 
 def check(context: CheckContext) -> Iterator[Finding]:
     caller, manifest = context.request.caller, context.reader.manifest
+    if manifest.imported and (names := linked_names(context.reader)):
+        yield about(0, 'image', 'ENOENT', f'the image was imported, and needs a deleted file that its checkpoint has '
+                    f'named {min(names)}', 'restore the image that was exported, where it was made')
     if not manifest.imported or context.plan.namespaces.user:
         return
     # root's rights in it would be of the importer's invention; with a broker root restores it as the importer

@@ -29,6 +29,7 @@ from ckptd.kernel.procfs import read_file
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.objects.files.deleted import deleted_findings, home_of
+from ckptd.objects.files.linked import is_name
 from ckptd.objects.verify import decode, file_ids, payload_flaws
 from ckptd.restore.checks.context import CheckContext, about, once
 from ckptd.restore.mapped_objects import may_write, missing_but_kept
@@ -94,8 +95,8 @@ def _owner(context: CheckContext, saved: SavedFile, vpid: int, resource: str) ->
 def _path(context: CheckContext, record: Struct) -> str:
     """Path that a restart opens for an open file; for a deleted file, the directory that it is created in; '' if the
     file has no path."""
-    path = str(getattr(record, 'path', ''))
-    return home_of(path, context.lookup) if getattr(record, 'deleted', 0) else path
+    path, link = str(getattr(record, 'path', '')), str(getattr(record, 'link', ''))
+    return link or (home_of(path, context.lookup) if getattr(record, 'deleted', 0) else path)
 
 
 def _out_of_reach(context: CheckContext, vpid: int, resource: str, path: str) -> Finding | None:
@@ -138,6 +139,9 @@ def _mapped_files(context: CheckContext) -> Iterator[Finding]:
 
 def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
              ) -> Iterator[Finding]:
+    if record.link:
+        yield from _linked(context, record, vpid, resource, access)
+        return
     if record.deleted:
         if row := _out_of_reach(context, vpid, resource, home_of(record.path, context.lookup)):
             yield row
@@ -173,6 +177,16 @@ def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, a
     elif words and not rolled_back:
         yield about(vpid, resource, 'ESTALE', how, 'put the very file back (of a package: the same version); '
                     '--changed-files=accept goes on with what is there, at the risk of a crash')
+
+
+def _linked(context: CheckContext, record: Backing, vpid: int, resource: str, access: int) -> Iterator[Finding]:
+    found = context.lookup.lstat(record.link)
+    if found is None or found.st_ino != record.inode or not is_name(record.link):
+        yield about(vpid, resource, 'ENOENT', f'{record.path} was deleted, and its name for the image, {record.link}, '
+                    'is gone', 'it can be restored once: a restart takes that name away')
+    elif not context.lookup.may(record.link, access):
+        yield about(vpid, resource, 'EACCES', f'{record.link} may not be {_verbs(access)}',
+                    'run as its owner, or as root')
 
 
 def _verbs(access: int) -> str:

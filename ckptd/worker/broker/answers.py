@@ -25,7 +25,8 @@ from ckptd.image.source import DirectoryFiles
 from ckptd.inspect.scan import scan_tree
 from ckptd.journal.actions import Actions, undo_all
 from ckptd.journal.entry import JournalEntry
-from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment, WalkQueues
+from ckptd.journal.names import NameJournal
+from ckptd.journal.steps import KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.status import read_status
 from ckptd.operation.context import JobContext, image_path, require_some_room
@@ -56,7 +57,7 @@ from ckptd.worker.broker.users_image import UsersImage
 
 log = logging.getLogger('ckptd.worker')
 
-S = TypeVar('S', MakeFile | KeepFile | MakeSegment, WalkQueues)
+S = TypeVar('S', MakeFile | KeepFile | MakeSegment, LinkFile, WalkQueues)
 Reply = tuple[dict[str, object], list[int]]
 
 
@@ -71,6 +72,7 @@ class BrokerAnswers:
         self._incoming: UsersImage | None = None
         self._is_published = False
         self._place = TreePlace(job, identity, worker)
+        self._names = NameJournal(Journal(Path(job.request.runtime)), job.request.job, job.request.target)
         self._kept: set[str] = set()
         self._walk: JournalEntry | None = None      # of queues that the worker walks
         self._worker = worker
@@ -96,6 +98,7 @@ class BrokerAnswers:
         with ExitStack() as stack:      # each of them, whatever the others raise
             if self._incoming is not None:
                 stack.callback(self._incoming.abort)
+            stack.callback(self._names.close)
             stack.callback(self._place.close)
             stack.callback(self._freeze.close)
             stack.callback(self._undo_walk)
@@ -141,6 +144,7 @@ class BrokerAnswers:
             raise PermissionDenied('the job has no image to publish')
         self._incoming.take_back(self._job)
         self._incoming, self._is_published = None, True
+        self._names.keep()
         return {}, []
 
     # ------------------------------------------------------------ freeze
@@ -238,6 +242,12 @@ class BrokerAnswers:
             raise PermissionDenied('the job is not a restore')
 
     def _note(self, call: NoteStep) -> Reply:
+        if isinstance(call.step, LinkFile):
+            if self._incoming is None or self._job.request.operation != 'checkpoint':
+                raise PermissionDenied('the job writes no image of a tree')
+            image = str(self._incoming.spool / self._incoming.image)
+            self._names.note(msgspec.structs.replace(self._with_ids(call.step), image=image))
+            return {}, []
         self._require_restore()
         self._place.note(self._owned(call.step))
         return {}, []

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ckptd.errors import CkptError
 from ckptd.image.records import Extent, SavedFile
 from ckptd.objects.files.base import ChangedFiles, Content, Kind, OpenFile, read_open_file
 from ckptd.objects.files.content import ContentSegment
@@ -48,6 +49,9 @@ class Bulk:
 
     def save(self, file: OpenFile) -> tuple[ContentSegment, ...] | None:
         return None
+
+    def link_back(self, file: OpenFile) -> str:
+        raise CkptError(f'{file.path} gets no name here')
 
     def file_id(self, fd: int) -> int:
         self.in_flight.append(fd)
@@ -137,6 +141,9 @@ class Restart:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fill(fd)
         os.close(fd)
+
+    def open_linked(self, link: str, path: str, flags: int) -> int:
+        return self.open(link, flags)
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         if key not in self._once:

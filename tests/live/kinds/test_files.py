@@ -98,13 +98,17 @@ def test_file_that_is_named_like_a_deleted_one(opened: Opened, bulk: Bulk, tmp_p
     assert (record.deleted, record.path) == (0, f'{tmp_path}/x (deleted)')
 
 
-def test_deleted_file_with_another_name_is_a_warning(opened: Opened) -> None:
+def test_deleted_file_with_another_name_needs_the_directory_of_its_old_one(opened: Opened, tmp_path: Path) -> None:
     def work() -> int:
-        fd = os.open('one', os.O_RDWR | os.O_CREAT)
-        os.link('one', 'two')
-        Path('one').unlink()
+        Path('home').mkdir()
+        fd = os.open('home/one', os.O_RDWR | os.O_CREAT)
+        os.link('home/one', 'two')
+        Path('home/one').unlink()
         return fd
-    assert reasons(opened(work)) == [('warning', 'ENOENT')]
+    file = opened(work)
+    assert reasons(file) == []
+    (tmp_path / 'home').rmdir()
+    assert reasons(file) == [('refusal', 'ENOENT')]
 
 
 def test_path_that_leads_to_another_file_is_a_warning(opened: Opened, brood: Brood, tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_record_without_what_came_later(bulk: Bulk, path: Path) -> None:
     saved = save(path, bulk, os.O_RDONLY)
     record = decoded(saved)
     assert (record.is_saved, record.saved, record.tail) == (0, (), b'')
-    older = type(record).decode(saved.data[:-9])
+    older = type(record).decode(saved.data[:-13])
     assert older == record
 
 

@@ -115,7 +115,8 @@ def payload(tag: str, **fields: Any) -> Any:
     record = BY_TAG[tag].record
     sound: dict[type, Any] = {str: '/x', int: 0, bytes: b''}
     hints = get_type_hints(record)
-    return record(**{name: sound.get(hint, ()) for name, hint in hints.items() if name[0] != '_'} | fields)
+    sound_fields = {name: sound.get(hint, ()) for name, hint in hints.items() if name[0] != '_'}
+    return record(**sound_fields | ({'link': ''} if 'link' in hints else {}) | fields)
 
 
 @pytest.mark.parametrize(('one', 'flaw'), [
@@ -123,6 +124,8 @@ def payload(tag: str, **fields: Any) -> Any:
     (payload('regular', path='/a\0'), 'path has a zero byte'),
     (payload('regular', content=(ContentSegment(HUGE, r.Extent(0, 0, 1)),)), f'its content is at byte {HUGE}'),
     (payload('regular', saved=(ContentSegment(0, r.Extent(0, 1, 1)),)), 'bytes 1 to 2 are not in data-0.img'),
+    *((payload('regular', link=link), f'link is {link!r}, which is no name that a checkpoint gives')
+      for link in ('/etc/passwd', '.x.ckptd-0123456789abcdef', '/a/../.x.ckptd-0123456789abcdef')),
     (payload('memfd', size=HUGE), f'size is {HUGE}, above {HUGE - 1}'),
     (payload('memfd', name='a\0'), 'name has a zero byte'),
     (payload('memfd', content=(ContentSegment(0, r.Extent(9, 0, 1)),)), 'bytes 0 to 1 are not in data-9.img'),
