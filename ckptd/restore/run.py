@@ -25,6 +25,7 @@ from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.kernel.ptrace import let_go
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import Stage
+from ckptd.objects.files.deleted import open_directory
 from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import stub_patience
@@ -133,7 +134,7 @@ class Restore:
 
     def _directory(self, path: str) -> int:
         return self._service_fds.once(('directory', path),
-                                      lambda: self._files.open(path, os.O_PATH | os.O_DIRECTORY))
+                                      lambda: open_directory(path, self._files))
 
     def _create(self, stack: ExitStack) -> None:
         cgroup = self._place.cgroup_fd

@@ -141,7 +141,8 @@ def of_psutil(reader: ImageReader) -> Iterator[str]:
         yield from compare(who, 'affinity', [cpu for cpu in range(len(of.affinity) * 8)
                                              if of.affinity[cpu // 8] >> cpu % 8 & 1], process.cpu_affinity())
         yield from compare(who, 'ioprio', (of.ioprio >> 13, of.ioprio & 0x1fff), tuple(process.ionice()))
-        yield from compare(who, 'cwd', reader.get(Fs, task.record.fs_id).cwd, process.cwd())
+        # of a directory that was removed psutil shows the name that it had
+        yield from compare(who, 'cwd', reader.get(Fs, task.record.fs_id).cwd.removesuffix(' (deleted)'), process.cwd())
         yield from compare(who, 'exe', reader.get(Backing, reader.get(Mm, task.record.mm_id).exe).path, process.exe())
         yield from _of_files(reader, task, process)
         yield from _of_mappings(reader, task, process)
@@ -156,12 +157,14 @@ def _of_files(reader: ImageReader, task: ImageTask, process: psutil.Process) -> 
     for view in process.open_files():
         found = files[view.fd]
         yield from compare(who, f'fd {view.fd}', (found.kind, found.link, found.position, found.flags & ~os.O_CLOEXEC),
-                           ('regular', view.path, view.position, view.flags & ~os.O_CLOEXEC))
+                           ('path' if view.flags & os.O_PATH else 'regular', view.path, view.position,
+                            view.flags & ~os.O_CLOEXEC))
     for number, found in files.items():
         at = os.stat(f'/proc/{task.vpid}/fd/{number}')  # noqa: PTH116
         kinds = {stat.S_IFREG: {'regular', 'memfd'}, stat.S_IFDIR: {'directory'}, stat.S_IFCHR: {'chardev', 'tty'},
                  stat.S_IFIFO: {'pipe', 'fifo'}}
-        if found.kind not in kinds.get(stat.S_IFMT(at.st_mode), {found.kind}):
+        expected = {'path'} if found.flags & os.O_PATH else kinds.get(stat.S_IFMT(at.st_mode), {found.kind})
+        if found.kind not in expected:
             yield f'{who}: fd {number} is of kind {found.kind} and mode {at.st_mode:#o}'
 
 

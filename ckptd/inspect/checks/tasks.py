@@ -145,5 +145,5 @@ def check_paths(process: ProcessIds) -> list[Finding]:
         if path.endswith(DELETED) and lstat_of_task(process.reader.tid, path) is None:
             found.append(warn(process.leader, name, 'ENOENT', f'{path.removesuffix(DELETED)} is deleted',
                               'the image keeps a deleted program' if name == 'exe' else
-                              'a restart needs this directory: make it again'))
+                              'a restart makes another directory there, with the usual mode, and removes it'))
     return found

@@ -4,10 +4,11 @@
 import os
 import stat
 
-from ckptd.errors import Finding
-from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.errors import CkptError, Finding
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, access_of, finding, opening
+from ckptd.objects.files.deleted import deleted_findings, device_findings, make_device
 from ckptd.objects.files.device import is_device, open_device
 
 # Documentation/admin-guide/devices.txt
@@ -17,10 +18,11 @@ STATELESS = {os.makedev(1, 3): 'null', os.makedev(1, 5): 'zero', os.makedev(1, 7
 
 @layout
 class CharacterDevice(Struct):
-    """device: its number, which says what it is whatever the path."""
+    """device: its number, which says what it is whatever the path. deleted: the node is made again."""
     path: str
     device: U64
     mode: U32
+    deleted: U8 = 0
 
 
 class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
@@ -29,9 +31,11 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
         return stat.S_ISCHR(file.stat.st_mode) and file.stat.st_rdev in STATELESS and not file.is_path
 
     def dump(self, file: OpenFile, content: Content) -> CharacterDevice:
-        return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode)
+        return CharacterDevice(file.path, file.stat.st_rdev, file.stat.st_mode, file.deleted)
 
     def restart_findings(self, record: CharacterDevice, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+        if record.deleted:
+            return [*deleted_findings(record.path, lookup), *device_findings(record.path, lookup)]
         found = lookup.lstat(record.path)
         if found is None:
             return [finding('ENOENT', f'{record.path} is missing', 'make the device again (mknod)')]
@@ -43,4 +47,13 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
         return []
 
     def create(self, record: CharacterDevice, saved: SavedFile, ctx: RestoreContext) -> int:
+        if record.deleted:
+            return self._make(record, saved, ctx)
         return open_device(record.path, record.device, opening(saved.flags), ctx)
+
+    @staticmethod
+    def _make(record: CharacterDevice, saved: SavedFile, ctx: RestoreContext) -> int:
+        if record.device not in STATELESS:
+            raise CkptError(f'{record.path} was deleted, and is a device that has a state', resource=record.path)
+        mode = stat.S_IFCHR | stat.S_IMODE(record.mode)
+        return make_device(record.path, mode, record.device, opening(saved.flags), ctx)

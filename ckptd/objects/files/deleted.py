@@ -8,13 +8,14 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 
 from ckptd.errors import CkptError, Finding
 from ckptd.image.records import Extent
-from ckptd.objects.files.base import ByUser, FileLookup, Needs, RestoreContext, finding, open_again
+from ckptd.kernel.creds import CAP_MKNOD
+from ckptd.objects.files.base import DELETED, ByUser, FileLookup, Needs, RestoreContext, finding, open_again
 from ckptd.objects.files.content import ContentSegment, content_size, restore_content
 
 TRIES = 100
@@ -88,10 +89,77 @@ def make_nameless(path: str, ctx: RestoreContext, flags: int) -> int:
     raise cannot_make(path)
 
 
-def unlink_new(name: str, home: int, fd: int) -> None:
+def make_symlink(path: str, target: str, flags: int, ctx: RestoreContext) -> int:
+    """A symbolic link of the user's without a name, as an O_PATH fd. CkptError if there is no place for one."""
+    return _make_node(path, lambda name, home: os.symlink(target, name, dir_fd=home), flags | os.O_NOFOLLOW, ctx)
+
+
+def make_device(path: str, mode: int, device: int, flags: int, ctx: RestoreContext) -> int:
+    """A device node of the user's without a name, opened. mknod(2) takes CAP_MKNOD, see `device_findings`."""
+    def make(name: str, home: int) -> None:
+        os.mknod(name, stat.S_IFMT(mode) | 0o600, device, dir_fd=home)
+        os.chmod(name, mode & 0o777, dir_fd=home)
+    # O_NOCTTY: a terminal does not become anybody's controlling one
+    return _make_node(path, make, flags | os.O_NOCTTY, ctx)
+
+
+def device_findings(path: str, lookup: FileLookup) -> list[Finding]:
+    """Why a deleted device node cannot be made again."""
+    if not lookup.uid and lookup.capable(CAP_MKNOD):
+        return []
+    return [finding('EPERM', f'{path} was a device node and is deleted, which only root can make again (mknod)',
+                    'restore as root')]
+
+
+def removed_directory(path: str, mode: int, ctx: RestoreContext) -> int:
+    """A directory that has been removed, made by who asks first for this path, as an O_PATH fd that is not the caller's
+    to close. It is empty and takes no entries. Open files and working directories share it."""
+    def make(name: str, home: int) -> None:
+        os.mkdir(name, 0o700, dir_fd=home)
+        os.chmod(name, mode & 0o1777, dir_fd=home)
+    return ctx.once(('removed', path), lambda: _make_node(path, make, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, ctx,
+                                                          remove=os.rmdir))
+
+
+def is_removed(path: str, lookup: FileLookup) -> bool:
+    """Whether a path that /proc has shown of a working directory is of one that was removed."""
+    return path.endswith(DELETED) and lookup.lstat(path) is None
+
+
+def open_directory(path: str, ctx: RestoreContext) -> int:
+    """A working or root directory, as /proc has shown it, as an O_PATH fd. Nothing tells the mode of one that was
+    removed, unless the tree has it open as well."""
+    flags = os.O_PATH | os.O_DIRECTORY
+    if not is_removed(path, ctx):
+        return ctx.open(path, flags)
+    return open_again(removed_directory(path.removesuffix(DELETED), 0o755, ctx), flags)
+
+
+def _make_node(path: str, make: Callable[[str, int], None], flags: int, ctx: RestoreContext, *,
+               remove: Callable[..., None] = os.unlink) -> int:
+    """Make a node of the file system by the user's rights, open it and take its name away. make(name, directory fd):
+    FileExistsError for a name that is taken. CkptError if there is no place for it."""
+    with opened_home(path, ctx) as home:
+        for name in names_for(path):
+            with ctx.as_user():
+                try:
+                    make(name, home)
+                except FileExistsError:
+                    continue
+                try:
+                    fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=home)
+                except BaseException:
+                    remove(name, dir_fd=home)
+                    raise
+                unlink_new(name, home, fd, remove)
+            return fd
+    raise cannot_make(path)
+
+
+def unlink_new(name: str, home: int, fd: int, remove: Callable[..., None] = os.unlink) -> None:
     """Take the name of a new file away; `fd`, by which it is open, is closed where that fails."""
     try:
-        os.unlink(name, dir_fd=home)
+        remove(name, dir_fd=home)
     except BaseException:
         os.close(fd)
         raise

@@ -5,20 +5,32 @@ import os
 import stat
 
 from ckptd.errors import CkptError, Finding
-from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
-from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding, of_process, opening
+from ckptd.objects.files.base import (
+    Content,
+    FileLookup,
+    Kind,
+    OpenFile,
+    RestoreContext,
+    finding,
+    of_process,
+    open_again,
+    opening,
+)
+from ckptd.objects.files.deleted import deleted_findings, removed_directory
 from ckptd.objects.files.locks import Lock, lock_findings, read_locks, restore_locks
 
 
 @layout
 class Directory(Struct):
-    """path: from the root of the mount namespace."""
+    """path: from the root of the mount namespace. deleted: it was removed, and takes no entries any more."""
     path: str
     device: U64
     inode: U64
     mode: U32
     locks: tuple[Lock, ...]
+    deleted: U8 = 0
 
 
 class DirectoryKind(Kind[Directory], tag='directory'):
@@ -27,17 +39,14 @@ class DirectoryKind(Kind[Directory], tag='directory'):
         return stat.S_ISDIR(file.stat.st_mode) and not file.is_path
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        if file.deleted:
-            # a deleted directory is empty and takes no new entries; no call makes one
-            return [finding('ENOENT', f'{file.path} is a deleted directory', 'let the program leave it first')]
-        if not file.reachable:
+        if not file.deleted and not file.reachable:
             return [finding('ENOENT', f'{file.path} is another directory now, or covered by a mount',
                             'a restart opens directories by path: uncover the mount', 'warning')]
         return []
 
     def dump(self, file: OpenFile, content: Content) -> Directory:
         of = file.stat
-        return Directory(file.path, of.st_dev, of.st_ino, of.st_mode, read_locks(file))
+        return Directory(file.path, of.st_dev, of.st_ino, of.st_mode, read_locks(file), file.deleted)
 
     def late(self, record: Directory, saved: SavedFile) -> bool:
         return of_process(record.path)
@@ -45,6 +54,8 @@ class DirectoryKind(Kind[Directory], tag='directory'):
     def restart_findings(self, record: Directory, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if self.late(record, saved):
             return []       # what it belongs to is yet to be made
+        if record.deleted:
+            return deleted_findings(record.path, lookup)
         found = lookup.lstat(record.path)
         if found is None:
             return [finding('ENOENT', f'{record.path} is missing', 'make the directory again')]
@@ -59,7 +70,10 @@ class DirectoryKind(Kind[Directory], tag='directory'):
         return rows
 
     def create(self, record: Directory, saved: SavedFile, ctx: RestoreContext) -> int:
-        fd = ctx.open(record.path, opening(saved.flags) | os.O_NONBLOCK)
+        flags = opening(saved.flags) | os.O_NONBLOCK
+        if record.deleted:
+            return open_again(removed_directory(record.path, record.mode, ctx), flags | os.O_DIRECTORY)
+        fd = ctx.open(record.path, flags)
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
             raise CkptError(f'{record.path} is no directory any more', resource=record.path)

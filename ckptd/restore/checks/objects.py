@@ -28,7 +28,8 @@ from ckptd.kernel.creds import CAP_SYS_CHROOT
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import read_stat
-from ckptd.objects.files.deleted import deleted_findings, home_of
+from ckptd.objects.files.base import DELETED
+from ckptd.objects.files.deleted import deleted_findings, home_of, is_removed
 from ckptd.objects.files.linked import is_name
 from ckptd.objects.verify import decode, file_ids, payload_flaws
 from ckptd.restore.checks.context import CheckContext, about, once
@@ -210,6 +211,10 @@ def _directories(context: CheckContext) -> Iterator[Finding]:
 
 
 def _directory(context: CheckContext, vpid: int, resource: str, what: str, path: str) -> Iterator[Finding]:
+    if is_removed(path, context.lookup):
+        for one in deleted_findings(path.removesuffix(DELETED), context.lookup):
+            yield replace(one, pid=vpid, resource=resource)
+        return
     if row := _out_of_reach(context, vpid, resource, path):
         yield row
         return

@@ -4,6 +4,7 @@
 import fcntl
 import os
 import pty
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from ckptd.objects.files.memfd import Memfd
 from ckptd.objects.files.regular import Regular
 from ckptd.objects.files.tty import Tty, is_tty, parse_drivers
 from tests.lib.brood import Brood
-from tests.live.kinds.conftest import Bulk, kind_of
+from tests.live.kinds.conftest import Bulk, Restart, kind_of, saved_of
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 MIB = 1 << 20
@@ -187,13 +188,39 @@ def test_directory(opened: Opened, bulk: Bulk, tmp_path: Path) -> None:
     assert (record.path, record.inode, record.locks) == (str(tmp_path), tmp_path.stat().st_ino, ())
 
 
-def test_deleted_directory_is_refused(opened: Opened, tmp_path: Path) -> None:
+def test_deleted_fifo_with_O_PATH_is_refused(opened: Opened) -> None:
+    def work() -> int:
+        os.mkfifo('gone')
+        fd = os.open('gone', os.O_PATH)
+        Path('gone').unlink()
+        return fd
+    [row] = kind_of(file := opened(work)).findings(file)
+    assert (row.severity, row.errno) == ('refusal', 'EOPNOTSUPP')
+    assert row.reason.endswith('gone is a deleted FIFO, open with O_PATH')
+
+
+def test_deleted_device_is_for_root_to_make_again(opened: Opened, bulk: Bulk, restart: Callable[..., Restart],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> int:
+        os.mknod('gone', stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        fd = os.open('gone', os.O_RDWR)
+        Path('gone').unlink()
+        return fd
+    saved, job = saved_of(opened(work), bulk), restart()
+    assert job.obstacles(saved) == []
+    monkeypatch.setattr(job, 'capable', lambda capability: False)
+    [row] = job.obstacles(saved)
+    assert row[:2] == ('refusal', 'EPERM')
+    assert 'only root can make again' in row[2]
+
+
+def test_removed_directory(opened: Opened, tmp_path: Path) -> None:
     def work() -> int:
         Path('gone').mkdir()
         fd = os.open('gone', os.O_RDONLY)
         Path('gone').rmdir()
         return fd
-    assert reasons(opened(work)) == [('refusal', 'ENOENT')]
+    assert reasons(opened(work)) == []
 
 
 def test_device(opened: Opened, bulk: Bulk) -> None:

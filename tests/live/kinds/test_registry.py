@@ -49,6 +49,18 @@ def named_fifo() -> int:
     return os.open('fifo', os.O_RDWR)
 
 
+def symbolic_link() -> int:
+    Path('link').symlink_to('nowhere')
+    return os.open('link', os.O_PATH | os.O_NOFOLLOW)
+
+
+def removed_directory() -> int:
+    Path('directory').mkdir()
+    fd = os.open('directory', os.O_RDONLY)
+    Path('directory').rmdir()
+    return fd
+
+
 SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'regular file': ('regular', lambda: os.open('file', os.O_RDWR | os.O_CREAT)),
     'deleted file': ('regular', deleted_file),
@@ -56,6 +68,10 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'file named like a deleted one': ('regular', lambda: os.open('x (deleted)', os.O_RDWR | os.O_CREAT)),
     'file of proc': ('regular', lambda: os.open('/proc/self/status', os.O_RDONLY)),
     'directory': ('directory', lambda: os.open('.', os.O_RDONLY)),
+    'O_PATH': ('path', lambda: os.open('.', os.O_PATH)),
+    'O_PATH of null': ('path', lambda: os.open('/dev/null', os.O_PATH)),
+    'symbolic link': ('path', symbolic_link),
+    'removed directory': ('directory', removed_directory),
     'null': ('chardev', lambda: os.open('/dev/null', os.O_RDWR)),
     'zero': ('chardev', lambda: os.open('/dev/zero', os.O_RDWR)),
     'full': ('chardev', lambda: os.open('/dev/full', os.O_RDWR)),
@@ -130,8 +146,8 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'file system context': ('a file system context', lambda: libc.syscall(NR['fsopen'], b'tmpfs', 0)),
     'message queue': ('a POSIX message queue', message_queue),
     'namespace': ('a namespace', lambda: os.open('/proc/self/ns/net', os.O_RDONLY)),
-    'O_PATH': ('an O_PATH reference', lambda: os.open('.', os.O_PATH)),
-    'O_PATH of null': ('an O_PATH reference', lambda: os.open('/dev/null', os.O_PATH)),
+    'O_PATH of a pipe': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.pipe()[0]}', os.O_PATH)),
+    'O_PATH of a memfd': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.memfd_create("x")}', os.O_PATH)),
     'stream socket': ('an IPv4 stream socket', lambda: socket.socket().detach()),
     'bound socket': (f'a listening unix stream socket bound to @ckptd-test-{os.getpid()}',
                      lambda: abstract()[0].detach()),
