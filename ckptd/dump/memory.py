@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Address spaces: what is mapped, which pages are worth writing, and where they go."""
+"""Address spaces: their mappings, the pages worth writing, and the places of these in the image."""
 
 import fcntl
 import os
@@ -25,13 +25,13 @@ from ckptd.kernel.stat import Stat
 from ckptd.kernel.task import read_auxv
 from ckptd.objects.files.linked import DeletedFile
 
-_NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; of these only the vdso's text is kept, for debuggers
+_NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; only the vdso's text is kept, for debuggers
 
 
 @dataclass(slots=True)
 class _Space:
-    """One address space, read through the stopped thread `tid`. origin: that of a relative, copied before, which it may
-    have been forked from; 0 none."""
+    """One address space, read through the stopped thread `tid`. origin: that of a relative, copied before, from which
+    it may have been forked; 0 for none."""
     mm_id: int
     origin: int
     tid: int
@@ -55,7 +55,7 @@ class MemoryDump:
 
     def add(self, mm_id: int, tid: int, mappings: Sequence[Mapping], stat: Stat, answers: RemoteState,
             origin: int) -> None:
-        """Enter an address space, once. origin: the mm_id of the parent or a sibling, a smaller one, or 0."""
+        """Add an address space, once. origin: the mm_id of the parent or a sibling, which is smaller, or 0."""
         if mm_id in self._spaces:
             return
         memory = answers.memory
@@ -67,7 +67,7 @@ class MemoryDump:
         self._spaces[mm_id] = _Space(mm_id, origin, tid, mm, vmas)
 
     def scan(self) -> int:
-        """Choose the pages of every address space; bytes to copy (of shared objects: at most)."""
+        """Choose the pages of every address space. Return the bytes to copy (of shared objects: at most)."""
         for space in self._spaces.values():
             self._scan_space(space)
         private = sum(end - start for space in self._spaces.values() for start, end in space.ranges)
@@ -86,7 +86,7 @@ class MemoryDump:
         self.pages_written += sum(end - start for start, end in space.ranges) // PAGE
 
     def copy(self, copier: Copier) -> None:
-        """Copy the chosen pages, the content of shared objects, and mapped files that nobody else keeps."""
+        """Copy the chosen pages, the content of shared objects, and mapped files that nothing else keeps."""
         for _, space in sorted(self._spaces.items()):
             self._copy_space(space, copier)
         for shared in self.objects.shared.values():
@@ -96,7 +96,8 @@ class MemoryDump:
         copier.flush()
 
     def _copy_space(self, space: _Space, copier: Copier) -> None:
-        """What a forked process still shares with its parent, or has the same as it, is in the image once."""
+        """Copy an address space. Pages that a forked process still shares with its parent, or that are equal, are in
+        the image once."""
         origin = self._spaces.get(space.origin)
         common = list(_common(space, origin)) if origin else []
         with Mem(space.tid) as mem:
@@ -117,10 +118,11 @@ class MemoryDump:
                 size, mode, uid, gid = at.st_size, at.st_mode, at.st_uid, at.st_gid
                 runs = copier.copy_file(fd, size)
             else:
-                # only an ordinary user may not open it (CAP_CHECKPOINT_RESTORE), and dumps what is that user's
+                # An ordinary user may not open it (CAP_CHECKPOINT_RESTORE), and dumps only objects that belong to that
+                # user.
                 size, mode, uid, gid = shared.extent, 0o600, os.geteuid(), os.getegid()
                 runs = _copy_views(shared, copier)
-            # F_GET_SEALS asks the inode, so any fd of it does
+            # F_GET_SEALS applies to the inode, so any fd of it will do
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS) if fd >= 0 and shared.kind == MEMFD else 0
         key = 0
         if shared.kind == SYSV:
@@ -133,7 +135,7 @@ class MemoryDump:
         yield from page_runs(OF_SHARED_MEMORY, shared.shm_id, runs)
 
     def records(self) -> Iterator[Record]:
-        """Everything for memory.img."""
+        """Yield all records of memory.img."""
         yield from self.objects.backings
         yield from self._shared
         for space in self._spaces.values():
@@ -145,8 +147,8 @@ class MemoryDump:
 
 
 def _common(space: _Space, origin: _Space) -> Iterator[PageRun]:
-    """Those parts of the origin's runs that the other one may have the same: both have pages there, in private mappings
-    of one kind and object."""
+    """Yield the parts of the origin's runs where the other one may have equal pages: both have pages there, in private
+    mappings of one kind and object."""
     mine, theirs = ([vma for vma in one.vmas if vma.flags & MAP_PRIVATE] for one in (space, origin))
     alike = []
     for both in overlaps(_spans(mine), _spans(theirs)):
@@ -169,7 +171,7 @@ def _covered(runs: Iterable[PageRun]) -> list[Range]:
 
 @contextmanager
 def _map_file(views: Sequence[View]) -> Iterator[int]:
-    """The object behind a mapping, opened; -1 without CAP_CHECKPOINT_RESTORE, which proc_pid_map_files(5) asks for."""
+    """Open the object behind a mapping; -1 without CAP_CHECKPOINT_RESTORE, which proc_pid_map_files(5) requires."""
     fd = -1
     for view in views:
         try:
@@ -185,7 +187,7 @@ def _map_file(views: Sequence[View]) -> Iterator[int]:
 
 
 def _copy_views(shared: Shared, copier: Copier) -> list[PageRun]:
-    """Through the mappings: all that they cover, each part once. Pages that nobody mapped are beyond reach."""
+    """Copy through the mappings: everything that they cover, each part once. Unmapped pages cannot be read."""
     runs: list[PageRun] = []
     done = 0
     for view in sorted(shared.views, key=lambda view: view.mapping.offset):
@@ -199,8 +201,8 @@ def _copy_views(shared: Shared, copier: Copier) -> list[PageRun]:
 
 
 def _with_content(backing: records.Backing, view: View, copier: Copier, names: LinkNames) -> records.Backing:
-    """The record of a file with what is in it. One that has a name stays without where the mapping does not let us read
-    it: proc_pid_map_files(5) asks for CAP_CHECKPOINT_RESTORE."""
+    """Return the record of a file with its content. A file with a name has none if the mapping cannot be opened:
+    proc_pid_map_files(5) requires CAP_CHECKPOINT_RESTORE."""
     try:
         fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError:

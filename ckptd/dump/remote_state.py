@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Questions that only the task itself can answer, by remote system calls: one batch for each thread; that of the first
-one asks for the process too."""
+"""Ask tasks by remote system calls for state that no other interface shows: one batch per thread, one more for its
+process."""
 
 import errno
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from ckptd.remote.batch import Batch, Results
 from ckptd.remote.borrow import OwnIds, Remote
 from ckptd.remote.interleave import Steps, finish
 
-PKEYS = range(1, 16)            # key 0 is everybody's, pkeys(7)
-_NOWHERE = 0xFFFF800000000000   # addresses of the kernel
+PKEYS = range(1, 16)            # key 0 belongs to everyone (pkeys(7))
+_NOWHERE = 0xFFFF800000000000   # an address of the kernel
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryAnswers:
-    """About an address space. pkeys: a bit for each protection key that is allocated. lock_future: as of Mm."""
+    """State of an address space. pkeys: a bit for each allocated protection key. lock_future: as in Mm."""
     brk: int
     dumpable: int
     pkeys: int
@@ -37,7 +37,7 @@ class _Memory:
     def __init__(self, batch: Batch) -> None:
         self._brk = batch.call('brk', 0)
         self._dumpable = batch.call('prctl', PR_GET_DUMPABLE)
-        # where nothing can be mapped this fails, but in another way for a key that is allocated (mm/mprotect.c)
+        # Nothing can be mapped there, so this fails, but with another error for an allocated key (mm/mprotect.c).
         self._pkeys = {key: batch.call('pkey_mprotect', _NOWHERE, PAGE, PROT_READ, key) for key in PKEYS}
 
     def answers(self, results: Results, lock_future: int) -> MemoryAnswers:
@@ -45,7 +45,7 @@ class _Memory:
         return MemoryAnswers(results.value(self._brk), results.value(self._dumpable), pkeys, lock_future)
 
 
-# the same questions for everybody, encoded once
+# the calls are the same for all tasks, so they are encoded once
 _THREAD_BATCH, _FIRST_BATCH = Batch(), Batch()
 _THREAD = Questions(_THREAD_BATCH, [Scope.THREAD])
 _FIRST, _MEMORY = Questions(_FIRST_BATCH, Scope), _Memory(_FIRST_BATCH)
@@ -53,13 +53,14 @@ _FIRST, _MEMORY = Questions(_FIRST_BATCH, Scope), _Memory(_FIRST_BATCH)
 
 @dataclass(frozen=True, slots=True)
 class RemoteState:
-    """Answers of one process: about attributes by tid, those of the first thread for the process as well."""
+    """Answers of one process: attributes by tid; those of the first thread are for the process as well."""
     threads: dict[int, Answers]
     memory: MemoryAnswers
 
 
 def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Steps[RemoteState]:
-    """Ask all stopped threads of one process; the first one speaks for the process. They end as they were."""
+    """Ask all stopped threads of one process; the first one answers for the process. Their state afterwards is
+    unchanged."""
     first, ids = threads[0]
     remote = Remote(first, ids, mappings)
     answers: dict[int, Answers] = {}
@@ -79,7 +80,8 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -
 
 
 def _lock_future(tracee: Tracee, area: int) -> int:
-    """Read what mlockall(2) left for new mappings, as at `area`: 0 nothing, 1 MCL_FUTURE, 2 with MCL_ONFAULT."""
+    """Return the effect of mlockall(2) on new mappings, such as that at `area`: 0 nothing, 1 MCL_FUTURE, 2 with
+    MCL_ONFAULT."""
     if not read_status(tracee.tid).vm_lck:
         return 0
     flags = next(mapping.vm_flags for mapping in read_smaps(tracee.tid) if mapping.start <= area < mapping.end)

@@ -16,7 +16,7 @@ def header(tree: Tree, processes: int) -> records.Header:
 
 
 def _of_the_machine() -> list[tuple[str, int]]:
-    """Namespaces of the first process: a service that dumps has a mount namespace of its own."""
+    """Return the namespaces of the first process, because a service that dumps has a mount namespace of its own."""
     try:
         return list(read_namespaces(1).items())
     except (PermissionError, ProcessLookupError):
@@ -30,7 +30,7 @@ def namespaces(root: Task) -> records.Namespaces:
 
 
 def task_ids(tree: Tree) -> list[records.TaskIds]:
-    """The ids of all tasks, 256 to a record."""
+    """Return the ids of all tasks, 256 per record."""
     chunks = [tree.tasks[first:first + CHUNK] for first in range(0, len(tree), CHUNK)]
     return [records.TaskIds(*(tuple(getattr(task, name) for task in chunk)
                               for name in ('vtid', 'vtgid', 'vppid', 'vpgid', 'vsid'))) for chunk in chunks]

@@ -57,10 +57,11 @@ class _Ids:
 
 
 class Dump:
-    """A dump. cgroups: path by tgid as it was before the freeze. notes, waits: see waits.py. save_limit: bytes
-    of files open for writing that are kept. clocks: at the moment of the dump. Nothing here changes the tree.
+    """A dump. It does not change the tree.
 
-    `with` closes what it has open; the stopped tasks and the data part are their owners'.
+    cgroups: path by tgid as it was before the freeze. notes, waits: see waits.py. save_limit: bytes of files open for
+    writing that are kept. clocks: at the moment of the dump. `with` closes everything that the dump has opened. The
+    stopped tasks and the data part belong to others.
     """
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], cache: ProcCache, cgroups: Mapping[int, str],
@@ -101,7 +102,7 @@ class Dump:
 
     @property
     def unsaved(self) -> list[Finding]:
-        """A warning for each file that was to be saved and is not."""
+        """Warnings about files that should have been saved and were not."""
         return [Finding(file.pid, self.tree[file.tid].comm, f'fd {file.fd}', errno,
                         f'{file.path} is not saved: it {why}',
                         'checkpoint with a higher --save-limit, and as a user who may read it', 'warning')
@@ -110,11 +111,11 @@ class Dump:
     # ------------------------------------------------------------ state
 
     def read_state(self) -> None:
-        """Everything but pages."""
+        """Read everything but pages."""
         try:
             sleeps = find_sleeps(self._tracees, self._timers)
         except ProcessLookupError as error:
-            raise TreeChanged('a task died while it was asked how long it sleeps', phase='state') from error
+            raise TreeChanged('a task died while its remaining sleep was measured', phase='state') from error
         processes: dict[int, list[Task]] = {}
         for task in self.tree:
             processes.setdefault(task.tgid, []).append(task)
@@ -153,13 +154,14 @@ class Dump:
 
     @staticmethod
     def _state(task: Task, tracee: Tracee | None) -> int:
-        """State of a task as it was found. A task that the ptrace freezer has stopped was sleeping or running."""
+        """Return the state of a task as it was found. A task that the ptrace freezer has stopped was sleeping or
+        running."""
         if task.state != 't' or tracee is None:
             return ord(task.state)
         return ord('T' if tracee.stop_signal else 'S')
 
     def _alive(self, leader: Task, alive: list[Task]) -> Steps[None]:
-        """All of a process that has a thread to ask; a leader that has exited is not the one."""
+        """Read a process that has a living thread to ask. A leader that has exited cannot be asked."""
         anchor = alive[0]
         for task in alive:
             self._check_registers(task)
@@ -168,13 +170,13 @@ class Dump:
         self._share(alive)
         mine, stat = self._ids[anchor.tid], read_stat(anchor.tid)
         if self._tracees[anchor.tid].stop_signal:
-            self._exit_codes[anchor.tid] = stat.exit_code      # that of a thread does not tell (fs/proc/array.c)
+            self._exit_codes[anchor.tid] = stat.exit_code      # the value of a thread is not shown (fs/proc/array.c)
         threads = [(self._tracees[task.tid], OwnIds(task.vtgid, task.vtid)) for task in alive]
-        while mine.mm in self._asked:       # processes that share one address space share the place of the code, too
+        while mine.mm in self._asked:       # processes that share one address space also share the place of the code
             yield
         self._asked.add(mine.mm)
         try:
-            # before the task is asked: its trap may take the place of a pending signal
+            # before the task is asked, because its trap may replace a pending signal
             pending = {task.tid: self._tracees[task.tid].pending(shared=False) for task in alive}
             shared = self._tracees[anchor.tid].pending(shared=True)
             answers = yield from ask(threads, mappings)
@@ -190,20 +192,21 @@ class Dump:
             self._cache.forget(task)
 
     def _origin(self, leader: Task, mm: int) -> int:
-        """The address space that a process may have been forked from, copied before its own: its parent's; where that
-        is no part of the tree, a sibling's does as well."""
+        """Return the address space that a process may have been forked from and that was copied before: its parent's
+        or, if that is not part of the tree, a sibling's."""
         parent = self._ids.get(leader.parent_tid, _Ids()).mm
         sibling = self._siblings.setdefault(leader.parent_tid, mm)
         return next((one for one in (parent, sibling) if 0 < one < mm), 0)
 
     def _check_registers(self, task: Task) -> None:
-        """The code segment is the only sure sign of 32-bit code: the check before the freeze sees the program only.
+        """Check the registers. The code segment is the only certain sign of 32-bit code: the check before the freeze
+        sees the program only.
 
-        With Syscall User Dispatch (Wine, emulators) a remote call would be a SIGSYS, and as that is forced while it is
-        blocked, the kernel would set its handler to default (kernel/signal.c, force_sig_info_to_task).
+        With Syscall User Dispatch (Wine, emulators) a remote call would cause a SIGSYS. As that is forced while it is
+        blocked, the kernel would reset its handler to the default (kernel/signal.c, force_sig_info_to_task).
         """
         if self._tracees[task.tid].user_dispatch().mode:
-            raise NotSupported(f'{task.comm}[{task.tid}] has its system calls dispatched to itself', task=task.tid,
+            raise NotSupported(f'{task.comm}[{task.tid}] uses Syscall User Dispatch', task=task.tid,
                                resource='registers', phase='state',
                                hint='a program under Syscall User Dispatch (prctl(2)) cannot be checkpointed yet')
         if self._tracees[task.tid].regs.cs != arch.CS_64:
@@ -211,7 +214,7 @@ class Dump:
                                phase='state', hint='only 64-bit tasks can be checkpointed')
 
     def _share(self, alive: list[Task]) -> None:
-        """Ids of what each thread uses; the first user of a table of files reads it."""
+        """Assign the ids of the objects that each thread uses. The first user of an fd table reads it."""
         anchor = alive[0].tid
         mm, _ = self._sharing.mm.id_of(anchor)
         sighand, _ = self._sharing.sighand.id_of(anchor)
@@ -223,8 +226,8 @@ class Dump:
             self._ids[task.tid] = _Ids(mm, files, fs, sighand)
 
     def _owners(self, task: Task, leader: Task | None) -> dict[Scope, int]:
-        """What a thread speaks for, by id: itself, its process if that has the leader given, and shared objects that
-        nobody has spoken for yet."""
+        """Return the objects that a thread answers for, by id: itself, its process if that has the leader given, and
+        shared objects that no other thread has answered for."""
         ids, owners = self._ids[task.tid], {Scope.THREAD: task.vtid}
         shared = {Scope.FS: ids.fs}
         if leader:
@@ -239,7 +242,7 @@ class Dump:
     # ------------------------------------------------------------ memory
 
     def read_memory(self) -> None:
-        """The chosen pages of all address spaces and the content of shared objects, into the data part."""
+        """Copy the chosen pages of all address spaces and the content of shared objects into the data part."""
         total, done, tasks = self._memory.scan(), 0, len(self.tree)
 
         def on_bytes(count: int) -> None:
@@ -253,10 +256,10 @@ class Dump:
             self._memory.copy(copier)
         fault('memory-read')
 
-    # ------------------------------------------------------------ after the tree was let go
+    # ------------------------------------------------------------ after the tree was released
 
     def write(self, writer: ImageWriter) -> None:
-        """All records. SpoolFailed."""
+        """Write all records. SpoolFailed."""
         parts = {'TREE': self._tree_records, 'TASK': self._task_records, 'FILE': self._files.records(),
                  'MEM ': self._memory.records()}
         for code, rows in parts.items():

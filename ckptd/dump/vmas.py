@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Memory mappings as records: what kind each is, and the files and shared objects behind them."""
+"""Memory mappings as records: their kinds, and the files and shared objects behind them."""
 
 import os
 import stat
@@ -32,21 +32,21 @@ _ANON_PREFIX, _SHARED_ANON_PREFIX = '[anon:', '[anon_shmem:'
 
 _SPECIAL = {'[vdso]': VDSO, '[vvar]': VVAR, '[vvar_vclock]': VVAR, '[vsyscall]': VSYSCALL, '[heap]': HEAP,
             '[stack]': STACK}
-# bytes; a file that is mapped to be written is kept up to here although it has a name. Java's statistics are one,
-# /tmp/hsperfdata_USER/PID: once their process is dead the next java removes them, and so does a boot
+# Bytes; the content of a file that is mapped for writing is kept up to this size although it has a name. One example is
+# Java's statistics, /tmp/hsperfdata_USER/PID: once their process is dead, the next java or a boot removes them.
 KEPT_SIZE = 1 << 20
-# what the kernel calls a shared object that has no name in the file system, mm/shmem.c and ipc/shm.c
+# names that the kernel shows for shared objects without a name in the file system (mm/shmem.c and ipc/shm.c)
 _SHARED_OBJECTS = {'/memfd:': MEMFD, '/SYSV': SYSV, '/dev/zero (deleted)': SHMEM, '[anon_shmem:': SHMEM}
 
 
 def shared_kind(path: str) -> int:
-    """SHMEM, MEMFD or SYSV for the path of a mapping (or of an open file); 0 for anything else."""
+    """Return SHMEM, MEMFD or SYSV for the path of a mapping (or of an open file); 0 for anything else."""
     return next((kind for prefix, kind in _SHARED_OBJECTS.items() if path.startswith(prefix)), 0)
 
 
 def map_flags(mapping: Mapping) -> int:
-    """MAP_* that make such a mapping again. MAP_DROPPABLE (<linux/mman.h>, since 6.11) stands in the place of
-    MAP_PRIVATE, so memory that the kernel may drop at any time is not private here, and its pages are not written."""
+    """Return MAP_* that map it again. MAP_DROPPABLE (<linux/mman.h>, since 6.11) replaces MAP_PRIVATE, so memory that
+    the kernel may drop at any time is not private here, and its pages are not written."""
     flags = MAP_SHARED if mapping.shared else MAP_DROPPABLE if 'dp' in mapping.vm_flags else MAP_PRIVATE
     if mapping.anonymous:
         flags |= MAP_ANONYMOUS
@@ -58,7 +58,7 @@ def map_flags(mapping: Mapping) -> int:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A mapping of a shared object: where process `tid` has which part of it."""
+    """A mapping of a shared object by process `tid`."""
     tid: int
     mapping: Mapping
 
@@ -75,7 +75,7 @@ class Shared:
 
     @property
     def name(self) -> str:
-        """As memfd_create(2) or PR_SET_VMA_ANON_NAME got it."""
+        """Name that was given to memfd_create(2) or PR_SET_VMA_ANON_NAME."""
         for prefix in ('/memfd:', _SHARED_ANON_PREFIX):
             if self.path.startswith(prefix):
                 return self.path.removeprefix(prefix).removesuffix(']')
@@ -92,12 +92,12 @@ class MappingObjects:
 
     def __init__(self) -> None:
         self.backings: list[records.Backing] = []
-        self.kept: dict[int, View] = {}     # files whose content goes along: index into backings, a view to read it by
+        self.kept: dict[int, View] = {}     # files whose content is kept: index into backings, a view to read it by
         self.shared: dict[tuple[int, int, int], Shared] = {}
         self._backing_ids: dict[tuple[int, int, int, str], int] = {}
 
     def backing(self, view: View) -> int:
-        """Id of the file behind a mapping."""
+        """Return the id of the file behind a mapping."""
         mapping = view.mapping
         key = (mapping.major, mapping.minor, mapping.inode, mapping.path)
         if key not in self._backing_ids:
@@ -112,26 +112,26 @@ class MappingObjects:
     def _describe(self, view: View) -> records.Backing:
         mapping, number = view.mapping, len(self.backings) + 1
         mapped = stat_mapped(view.tid, mapping) if mapping.size else os.stat(mapped_path(view))  # noqa: PTH116
-        # a name may itself end in " (deleted)": only the inode tells
+        # a name may itself end in " (deleted)": only the inode is certain
         for path in (mapping.path, mapping.file_path):
             named = lstat_of_task(view.tid, path)
             if named is not None and (os.path.samestat(named, mapped) if mapped else named.st_ino == mapping.inode):
                 return _backing(number, path, named)
         if mapped is None and not mapping.deleted:
-            # out of our sight, and not ours to open: the kernel's numbers, by which a restart knows it again
+            # we can neither see nor open it, so use the kernel's numbers, by which a restart identifies it
             device = os.makedev(mapping.major, mapping.minor)
             return records.Backing(number, mapping.path, device, mapping.inode, 0, 0, 0, 0, ())
         return records.Backing(number, mapping.file_path, 0, mapping.inode, 0, 0, 0, 1, ())
 
     def executable(self, tid: int) -> int:
-        """Backing id of /proc/TID/exe. The link opens the file itself, so a deleted one is found, too."""
+        """Return the backing id of /proc/TID/exe. The link opens the file itself, so a deleted one is found, too."""
         exe = f'/proc/{tid}/exe'
         path, at = os.readlink(exe), os.stat(exe)  # noqa: PTH115, PTH116
         mapping = Mapping(0, 0, True, False, True, False, 0, os.major(at.st_dev), os.minor(at.st_dev), at.st_ino, path)
         return self.backing(View(tid, mapping))
 
     def share(self, view: View, kind: int) -> int:
-        """Id of the shared object behind a mapping."""
+        """Return the id of the shared object behind a mapping."""
         mapping = view.mapping
         key = (mapping.major, mapping.minor, mapping.inode)
         if key not in self.shared:
@@ -141,7 +141,8 @@ class MappingObjects:
         return self.shared[key].shm_id
 
     def share_file(self, at: os.stat_result, path: str, open_path: str) -> int:
-        """Id of the memfd that an open file is, mapped or not. It is opened anew: SEEK_DATA moves a file position."""
+        """Return the id of the memfd behind an open file, mapped or not. It is opened anew, because SEEK_DATA moves a
+        file position."""
         key = (os.major(at.st_dev), os.minor(at.st_dev), at.st_ino)
         shared = self.shared.setdefault(key, Shared(len(self.shared) + 1, MEMFD, path.removesuffix(DELETED), at.st_ino))
         if shared.fd < 0:
@@ -156,23 +157,24 @@ class MappingObjects:
 
 
 def _goes_along(backing: records.Backing, mapping: Mapping) -> bool:
-    """A deleted file, or a small one that is written through the mapping: nobody can say that it will be there."""
+    """Whether to keep the content: of a deleted file, or a small one that is written through the mapping, since it may
+    not exist later."""
     written = mapping.shared and mapping.write and stat.S_ISREG(backing.mode) and backing.size <= KEPT_SIZE
     return bool(backing.deleted) or written
 
 
 def _backing(number: int, path: str, at: os.stat_result) -> records.Backing:
-    # st_dev and not the numbers of maps: on btrfs and overlayfs they differ, and stat(2) is what a restart asks
+    # st_dev and not the numbers in maps: on btrfs and overlayfs they differ, and a restart compares with stat(2)
     return records.Backing(number, path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode, 0, ())
 
 
 def mapped_path(view: View) -> str:
-    """A magic link to the mapped file, deleted or not; for a View without addresses, to the task's program."""
+    """Return a magic link to the mapped file, deleted or not; for a View without addresses, to the task's program."""
     return map_file(view.tid, view.mapping) if view.mapping.size else f'/proc/{view.tid}/exe'
 
 
 def vma_record(mm_id: int, tid: int, mapping: Mapping, objects: MappingObjects) -> records.Vma:
-    """The record of one mapping; its file or shared object is entered in `objects`."""
+    """Make the record of one mapping. Its file or shared object is added to `objects`."""
     kind, number = _classify(View(tid, mapping), objects)
     protection = mapping.read | mapping.write << 1 | mapping.execute << 2
     locked = 2 if 'lf' in mapping.vm_flags else int('lo' in mapping.vm_flags)
@@ -194,7 +196,7 @@ def _classify(view: View, objects: MappingObjects) -> tuple[int, int]:
 
 
 def _name(mapping: Mapping) -> str:
-    """The name that prctl(PR_SET_VMA) gave, or what maps shows."""
+    """Return the name that prctl(PR_SET_VMA) set, or the one in maps."""
     for prefix in (_ANON_PREFIX, _SHARED_ANON_PREFIX):
         if mapping.path.startswith(prefix):
             return mapping.path.removeprefix(prefix).removesuffix(']')

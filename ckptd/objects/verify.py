@@ -19,10 +19,10 @@ def file_ids(reader: ImageReader) -> frozenset[int]:
 
 
 def decode(saved: SavedFile, kinds: Kinds) -> tuple[Kind[Any], Struct]:
-    """The kind that wrote the record of an open file, and what it wrote. ImageDamaged."""
+    """Return the kind that wrote the record of an open file, and its data. ImageDamaged."""
     kind = kinds.by_tag.get(saved.kind)
     if kind is None:
-        raise ImageDamaged(f'{saved.link}: a file of kind {saved.kind!r}, which this ckptd does not know',
+        raise ImageDamaged(f'{saved.link}: a file of the unknown kind {saved.kind!r}',
                            resource=saved.link, hint='use the ckptd that wrote the image, or a newer one')
     return kind, kind.record.decode(saved.data)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From an image to a running tree: plan, create, fill, rebuild, start; or nothing at all."""
+"""The restart: from an image to a running tree: plan, create, fill, rebuild, start. A failure leaves nothing."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attributes of the tasks of a restart, stage by stage. What they are is in objects/attributes, a file for each."""
+"""Attributes of the tasks of a restart, stage by stage. objects/attributes has a file for each."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,8 +17,8 @@ _SHARED = {Scope.MM: 'mm_id', Scope.SIGHAND: 'sighand_id', Scope.FS: 'fs_id'}
 
 
 def owners_of(plan: Plan) -> Mapping[int, Owners]:
-    """Owners whose attributes each living task sets, by vpid: itself, its process if it is the first thread, and shared
-    objects whose first user it is."""
+    """Return the owners of the attributes that each living task sets, by vpid: itself, its process if it is the first
+    thread, and shared objects that it is the first to use."""
     found = {task.vpid: {Scope.THREAD: task.vpid} for task in plan.alive}
     for process in plan.processes:
         if process.alive:
@@ -30,7 +30,7 @@ def owners_of(plan: Plan) -> Mapping[int, Owners]:
 
 
 class TaskAttributes:
-    """Sets attributes. directory, terminal, warn: see RestoreMeans."""
+    """A setter of attributes. directory, terminal: see RestoreMeans."""
 
     def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, allowed: Allowed,
                  directory: Callable[[str], int], terminal: Callable[[], int],
@@ -60,5 +60,5 @@ class TaskAttributes:
                                                               process.pgid, process.sid))
 
     def finish(self, task: ImageTask) -> None:
-        """Set what the tracer sets of a task that has left its stub: registers, signal mask."""
+        """Set the state that the tracer sets after a task has left its stub: registers, signal mask."""
         self._kept.finish(task.vpid, self._builder[task.vpid].tracee)

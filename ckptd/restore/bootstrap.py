@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The first stub: a child of ours that runs a program of one page and then only what it is told to.
+"""The first stub: a child of ours that runs a program of one page and then only executes our calls.
 
-It makes the roots of the tree. Whatever tasks inherit from their maker for ever (no_new_privs, seccomp filters, mount
-namespace, capability bounds) they inherit from this process, so a restart is never at work inside a sandbox.
+It makes the roots of the tree. Tasks inherit some properties from their maker for ever (no_new_privs, seccomp filters,
+mount namespace, capability bounds). They inherit them from this process, so a restart never runs inside a sandbox.
 """
 
 import os
@@ -24,13 +24,13 @@ from ckptd.remote.stub import BLOCK_ALL, OPTIONS, Arena, Stub
 
 _PROGRAM_AT = 0x200000
 ARENA_LENGTH = 64 * PAGE
-_LOWEST = 1 << 32           # above what programs without PIE and their heaps use
-_DISTANCE = 4 << 20         # from anything: a mapping that grows down keeps 256 pages of guard gap, mm/mmap.c
+_LOWEST = 1 << 32           # above the addresses of programs without PIE and their heaps
+_DISTANCE = 4 << 20         # from any mapping: one that grows down keeps 256 pages of guard gap (mm/mmap.c)
 _ANONYMOUS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
 
 
 def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
-    """A place that no address space of the image uses. taken: [start, end) of all mappings."""
+    """Find a place that no address space of the image uses. taken: [start, end) of all mappings."""
     start = _LOWEST
     for low, high in sorted(taken):
         if low >= start + ARENA_LENGTH + _DISTANCE:
@@ -42,15 +42,15 @@ def find_arena(taken: Iterable[tuple[int, int]]) -> Arena:
 
 
 def start_bootstrap(arena: Arena, service_fds: int, patience: Patience = endless) -> Stub:
-    """Start the first stub. Its address space has the arena and nothing else, its files are those from number `bank`
-    on; it is a child of ours. patience: of waits for it, and for all that it makes."""
+    """Start the first stub, a child of ours. Its address space has only the arena, and its files are those from number
+    `service_fds` on. patience: for waits for it and for all that it makes."""
     program = _program()
     try:
         tracee = _start(program, patience)
     finally:
         os.close(program)
     tracee.sigmask = BLOCK_ALL
-    # until it has an arena, its own page holds the code, and the top of its stack the table
+    # until it has an arena, its own page contains the code, and the top of its stack the table
     boot = Arena(_PROGRAM_AT, PAGE, _PROGRAM_AT, (tracee.regs.rsp & -PAGE) - PAGE, PAGE)
     first = Stub(tracee, boot)
     with Mem(tracee.tid) as mem:
@@ -67,14 +67,15 @@ def start_bootstrap(arena: Arena, service_fds: int, patience: Patience = endless
     batch.call('close_range', 0, service_fds - 1, 0)
     default = batch.buffer(32)
     for number in range(1, 65):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):      # what we ignore would be ignored by it, execve(2)
+        # a signal that we ignore would be ignored by it, too (execve(2))
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
             batch.call('rt_sigaction', number, default, 0, 8)
     bootstrap.do(batch)
     return bootstrap
 
 
 def _program() -> int:
-    """An fd of the program, not open for writing, which execve(2) would refuse (ETXTBSY)."""
+    """Return an fd of the program that is not open for writing, which execve(2) would reject (ETXTBSY)."""
     writable = os.memfd_create('ckptd-stub', os.MFD_CLOEXEC)
     try:
         os.write(writable, arch.stub_program(_PROGRAM_AT))
@@ -84,10 +85,10 @@ def _program() -> int:
 
 
 def _keep_rights() -> None:
-    """In the child of a worker that is an ordinary user: let it be traced, and keep its capability over execve(2).
+    """Allow tracing and keep the capability over execve(2), in the child of a worker that is an ordinary user.
 
-    It has the memory of the worker, which is not dumpable. Other processes of the user still may not trace it, as they
-    lack the capability (security/commoncap.c, cap_ptrace_access_check).
+    The child has the memory of the worker, which is not dumpable. Other processes of the user still may not trace it,
+    because they lack the capability (security/commoncap.c, cap_ptrace_access_check).
     """
     prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)
     held = capget()
@@ -102,7 +103,7 @@ def _start(program: int, patience: Patience) -> Tracee:
     wait, go = os.pipe2(os.O_CLOEXEC)
     ready, told = os.pipe2(os.O_CLOEXEC)
     with warnings.catch_warnings():
-        # Python 3.12 warns where there are threads, for locks that they may hold; the child takes none
+        # Python 3.12 warns about fork with threads, which may hold locks; the child takes none
         warnings.simplefilter('ignore', DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -117,16 +118,16 @@ def _start(program: int, patience: Patience) -> Tracee:
             os._exit(127)
     os.close(wait)
     os.close(told)
-    os.read(ready, 1)       # or its end: then it is gone
+    os.read(ready, 1)       # or end-of-file: then it is gone
     os.close(ready)
     try:
         tracee = Tracee.seize(pid, OPTIONS, patience)
     finally:
-        os.close(go)        # it goes on, traced or not
+        os.close(go)        # it continues, traced or not
     try:
         status = tracee.wait(time.monotonic() + 10)
     except ProcessLookupError as error:
-        raise CkptError('the stub cannot be started', hint='see limits on memory and processes') from error
+        raise CkptError('cannot start the stub', hint='check the limits on memory and processes') from error
     if status >> 16 != PTRACE_EVENT_EXEC:
         raise CkptError(f'the stub stopped with status {status:#x}')
     return tracee

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The cgroups of a restored tree: where it is born, and where it lives.
+"""The cgroups of a restored tree during its birth and afterwards.
 
     born in     HOME/ckptd-JOB-RANDOM, a cgroup of its own, where one can be made
-    starts      frozen there: each task is let go of, and only then, in one write, all of them
-    lives in    the cgroup that was asked for, else the one that each process was in; a unit that is not loaded any more
-                is a scope made by systemd, and without systemd a missing cgroup is made again
+    starts      frozen there: each task is released, and only then, in one write, all of them are thawed
+    lives in    the requested cgroup, else the former one of each process; for a unit that is no longer loaded systemd
+                makes a scope, and without systemd a missing cgroup is made again
 
-The journal has each step: as long as the line that says "it is alive" is not written, whoever recovers ends the tree,
-and after it brings it home. So all of it runs in the end, or nothing.
+The journal has each step. Until the line is written that marks the tree as alive, a recovery ends the tree; afterwards
+it moves the tree to its cgroups. So in the end all of it runs, or nothing.
 """
 
 import os
@@ -48,7 +48,7 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Placement(Protocol):
-    """The cgroups of a tree that is restored, and the journal of what is made for it; see BirthCgroup."""
+    """The cgroups of a restored tree, and the journal of what is made for it; see BirthCgroup."""
     cgroup_fd: int
     warnings: list[Finding]
 
@@ -63,9 +63,9 @@ class Placement(Protocol):
 
 
 class BirthCgroup:
-    """The cgroups and the journal entry of a restart. `with`: on failure everything is undone.
+    """The cgroups and the journal entry of a restart. If the `with` fails, everything is undone.
 
-    want: where each process is to live. cgroup_fd: where to be born, -1: where we are.
+    want: the later cgroup of each process. cgroup_fd: the cgroup for the birth, -1 for ours.
     """
 
     def __init__(self, job: JobContext) -> None:
@@ -76,7 +76,7 @@ class BirthCgroup:
         self._entry: JournalEntry = Journal(Path(job.request.runtime)).begin(job.request.job,
                                                                              f'image {job.request.image}',
                                                                              'restore')
-        self._barrier = ''             # the cgroup that all are in when they start
+        self._barrier = ''             # the cgroup that all processes are in when they start
         self.cgroup_fd = -1
         self.warnings: list[Finding] = []
 
@@ -84,8 +84,9 @@ class BirthCgroup:
         return self
 
     def want(self, cgroups: Mapping[int, str], slice_: str | None = None) -> None:
-        """The cgroup of each living process, by a number of its own, '' where there was none. slice_: that of a scope
-        which systemd is to make of them, '' for its default, None where a scope is made of what misses its cgroup."""
+        """Set the cgroup of each living process, by a number of its own; '' for none. slice_: of a scope that systemd
+        is to make for them, '' for its default. With None, a scope is made only for processes whose cgroup is
+        missing."""
         asked = self._job.request.cgroup
         self._wanted = {number: asked or cgroup for number, cgroup in cgroups.items()}
         self._slice = slice_
@@ -100,7 +101,7 @@ class BirthCgroup:
     # ------------------------------------------------------------ before the birth
 
     def prepare(self) -> None:
-        """Make the cgroup to be born in. Where there can be none, the tree is born and starts without."""
+        """Make the cgroup for the birth. If that is not possible, the tree is born and starts without one."""
         for home in sorted(set(self._wanted.values()) - {''}):
             if not self._exists(home) and not self._job.request.systemd:
                 self._make_home(home)
@@ -114,8 +115,8 @@ class BirthCgroup:
             self.cgroup_fd = os.open(self._actions.cgroup(work).path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             if self._job.request.cgroup:
-                raise CkptError(f'cgroup {base} takes no tree: {error.strerror}', errno=error.errno, resource=base,
-                                phase='open', hint='name one that may be written with --cgroup') from error
+                raise CkptError(f'cannot make a cgroup in {base}: {error.strerror}', errno=error.errno, resource=base,
+                                phase='open', hint='choose a writable one with --cgroup') from error
             return
         self._barrier = work
         self._entry.add(Born(work))
@@ -126,15 +127,17 @@ class BirthCgroup:
         except FileNotFoundError:
             return      # no mount of cgroup v2 shows it
         except PermissionError:
-            # the plan has warned of it: who was there lives where we are
+            # the plan has warned about it: its processes live in our cgroup
             self._wanted = {number: '' if cgroup == home else cgroup for number, cgroup in self._wanted.items()}
 
     def note(self, step: MakeSegment | MakeFile | KeepFile) -> None:
-        """Write a step down that somebody else takes, before or, of a segment, whose number nobody knows, after it."""
+        """Write down a step that another process takes, before it or, for a segment, whose id is unknown before, after
+        it."""
         self._entry.add(step)
 
     def keep_content(self) -> tuple[str, int]:
-        """Path and fd of an empty file in the spool, for what is about to be overwritten elsewhere. SpoolFailed."""
+        """Make an empty file in the spool for content that is about to be overwritten elsewhere. Return its path and
+        fd. SpoolFailed."""
         path = Path(self._job.request.spool) / f'{KEPT}{secrets.token_hex(8)}'
         self.note(MakeFile(str(path), 0, 0, os.geteuid(), os.getegid(), ()))
         with spooling(path):
@@ -155,7 +158,8 @@ class BirthCgroup:
     # ------------------------------------------------------------ before the start
 
     def settle(self, pids: Mapping[int, int]) -> None:
-        """All processes are there: say where each belongs, and close the gate. pids: by the numbers of `want`."""
+        """Record the final cgroup of each process and raise the barrier, when all processes exist. pids: by the numbers
+        of `want`."""
         missing = [number for number in pids if self._wanted.get(number) and not self._exists(self._wanted[number])]
         if (missing or self._slice is not None) and self._job.request.systemd:
             self._scope(list(pids.values()))
@@ -163,8 +167,8 @@ class BirthCgroup:
             return
         self._take(FreezeCgroup(self._barrier))
         if self._barrier.endswith(self._entry.work_name):
-            # undone before the freeze is, so each starts as it comes home and is not frozen again: some calls answer
-            # that with EINTR (signal(7))
+            # Undone before the freeze is. So each process starts as it is moved home and is not frozen again, which
+            # some calls answer with EINTR (signal(7)).
             self._take(Move(self._barrier, tuple(
                 Moved(pid, read_stat(pid).start_time, self._wanted[number] or self._outside())
                 for number, pid in pids.items())))
@@ -173,26 +177,27 @@ class BirthCgroup:
         return str(PurePosixPath(self._barrier).parent)
 
     def _scope(self, pids: Sequence[int]) -> None:
-        """systemd makes a scope and moves them there: what was a unit of its is none any more."""
+        """Let systemd make a scope and move processes into it. Their former unit no longer exists."""
         name = f'ckptd-{self._job.request.image}-{secrets.token_hex(2)}.scope'
         self._job.channel.scope(name, pids, self._slice or '')
         self._barrier = read_cgroup2(pids[0])
         for number, step in self._entry.standing():
-            if isinstance(step, Born):          # nobody is there any more
+            if isinstance(step, Born):          # the cgroup is empty now
                 self._entry.undone(number)
         self._entry.add(Born(self._barrier))
 
     def lift_barrier(self) -> None:
-        """All tasks have been let go of. From here on they live: the gate opens, and each goes where it belongs."""
-        # with these lines the tree is alive, and what was made for it stays
+        """Lift the barrier after all tasks have been released. From here on they live, and each is moved to its
+        cgroup."""
+        # with these lines the tree is alive, and the objects made for it stay
         self._entry.undone(*(number for number, step in self._entry.standing() if _lasts(step)))
         fault('place-alive')
         self._undo()
 
     def _undo(self) -> None:
-        """Undo our steps that still stand."""
+        """Undo our standing steps."""
         if undo_all(self._entry, self._actions, fault):
-            # what was in the way once may be gone; what remains in the journal is left to the next recovery
+            # A first obstacle may be gone now. What remains in the journal is left to the next recovery.
             for sentence in undo_all(self._entry, self._actions, fault):
                 self._warn(sentence, 'EBUSY')
         self._entry.close()
@@ -202,8 +207,8 @@ class BirthCgroup:
 
 
 class BrokeredCgroup:
-    """The cgroups of a restart by an ordinary user. The broker does the work (worker/broker/placement.py); the tree is
-    born in the cgroup of the worker."""
+    """The cgroups of a restart by an ordinary user. The broker does the work (worker/broker/placement.py), and the tree
+    is born in the cgroup of the worker."""
 
     def __init__(self, broker: BrokerClient) -> None:
         self._broker = broker
@@ -215,7 +220,7 @@ class BrokeredCgroup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing: the broker undoes what is not alive when the worker has ended."""
+        """Do nothing: when the worker has ended, the broker undoes what is not alive."""
 
     def want(self, cgroups: Mapping[int, str]) -> None:
         self._wanted = dict(cgroups)
@@ -238,7 +243,7 @@ class BrokeredCgroup:
 
 
 def place_for(job: JobContext) -> Placement:
-    """Make the place for the tree of a restart."""
+    """Make the cgroup placement for a restart."""
     return BrokeredCgroup(BrokerClient(job.channel)) if job.request.brokered else BirthCgroup(job)
 
 
@@ -247,12 +252,12 @@ def _warning(sentence: str, errno_name: str) -> Finding:
 
 
 def cgroups(processes: Sequence[NewProcess]) -> dict[int, str]:
-    """The cgroup that each living process was in, by vpid."""
+    """Return the former cgroup of each living process, by vpid."""
     return {process.vpid: process.ids.cgroup for process in processes if process.alive}
 
 
 def _lasts(step: AnyStep) -> bool:
-    """Whether a step stays when the tree lives. A file that only the journal names is not needed any more."""
+    """Whether a step stays when the tree lives. A file that only the journal names is no longer needed."""
     if isinstance(step, MakeFile):
         return step.inode != 0
     return isinstance(step, Born | MakeHome | MakeSegment | KeepFile)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which memory a process has from the one that forks it, so that both share its pages as they did. Pure.
+"""Memory that a process takes over from the one that forks it, so that both share its pages as before. Pure.
 
-The maker is filled first. The child keeps those of its private mappings that lie in one of the maker's kind and have
-pages that are in the image once for both; there it gives back what it has not, and reads what it has otherwise. All
-else that it inherits it unmaps.
+The maker is filled first. The child keeps each private mapping that lies in one of the maker's of the same type and has
+pages that are in the image once for both. In the kept mappings it drops inherited pages that it lacks and reads the
+ones that differ. It unmaps everything else that it inherits.
 
     maker's     |AAAAAAAAAAAAAAAA|      |BBBBBBBB|
     child's     |AAAAAAAAAA|            |CCCCCCCC|
                  kept       unmapped     unmapped, mapped
 
-Compared are mappings as they are first made: what comes later (protections, advice, names, locks) must not be there
-yet when the child is forked, for some advice keeps memory from it, madvise(2) MADV_DONTFORK.
+Mappings are compared in their first state. Later changes (protections, advice, names, locks) must not be made before
+the child is forked, because some advice hides memory from it (madvise(2) MADV_DONTFORK).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,12 +30,12 @@ _KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
 
 
 def ordinary(memory: Memory) -> list[Vma]:
-    """Mappings that are not the kernel's own."""
+    """Return the mappings that are not the kernel's own."""
     return [vma for vma in memory.vmas if vma.kind not in _KERNELS_OWN]
 
 
 def is_filled(memory: Memory, vma: Vma) -> bool:
-    """Whether pages come that the task itself may read into place."""
+    """Whether the mapping gets pages that the task itself may read into place."""
     flags = vma.vm_flags.split()
     return (bool(vma.flags & MAP_PRIVATE)
             and ('ac' in flags or 'nr' in flags or bool(vma.protection & PROT_WRITE) or vma.kind == ANON)
@@ -43,8 +43,9 @@ def is_filled(memory: Memory, vma: Vma) -> bool:
 
 
 def first_protection(memory: Memory, vma: Vma) -> int:
-    """Writable where pages come, and where it once was: as committed memory it shows that ('ac'). Readable where it can
-    only be run: for such memory the kernel takes a protection key (mm/mmap.c), which nobody shall inherit."""
+    """Return the first protection of a mapping. It is writable if pages will be read into it, or if it once was: that
+    shows as committed memory ('ac'). It is readable if the final one is only executable: for such memory the kernel
+    takes a protection key (mm/mmap.c), which must not be inherited."""
     if (vma.flags & MAP_PRIVATE and 'ac' in vma.vm_flags.split()) or is_filled(memory, vma):
         return vma.protection | PROT_WRITE
     return vma.protection | (PROT_READ if vma.protection == PROT_EXEC else 0)
@@ -52,24 +53,24 @@ def first_protection(memory: Memory, vma: Vma) -> int:
 
 @dataclass(frozen=True)
 class CowSharing:
-    """What the address space `mine` has of `theirs`, that of its maker."""
+    """The memory that the address space `mine` takes over from `theirs`, that of its maker."""
     theirs: Memory
     mine: Memory
 
     @cached_property
     def kept(self) -> list[Range]:
-        """Mappings of the child that are there when it is born."""
+        """Mappings of the child that exist when it is born."""
         candidates = list(self._alike())
         found = dict.fromkeys(both.first for both in overlaps(candidates, self._same_pages))
         return [candidates[index] for index in found]
 
     @cached_property
     def same(self) -> list[Range]:
-        """Pages in them that are the same."""
+        """Equal pages in the kept mappings."""
         return [(both.start, both.end) for both in overlaps(self.kept, self._same_pages)]
 
     def dropped(self) -> Iterator[Range]:
-        """Pages in them that the child has not, or has otherwise."""
+        """Yield pages in the kept mappings that the child lacks or that differ."""
         theirs = [(both.start, both.end) for both in overlaps(self.kept, spans(self.theirs.runs))]
         return without(theirs, self.same)
 
@@ -83,7 +84,7 @@ class CowSharing:
 
     @cached_property
     def _same_pages(self) -> list[Range]:
-        """What both have at one address, and the image has once."""
+        """Pages that both have at one address and that are in the image once."""
         mine, theirs = self.mine.runs, self.theirs.runs
         return [(both.start, both.end) for both in overlaps(spans(mine), spans(theirs))
                 if _source(mine[both.first]) == _source(theirs[both.second])]
@@ -94,7 +95,7 @@ def spans(runs: Iterable[PageRun]) -> list[Range]:
 
 
 def remaining(runs: Sequence[PageRun], taken: Sequence[Range]) -> Iterator[PageRun]:
-    """Those parts of runs that are not taken."""
+    """Yield the parts of runs that are not taken."""
     every = spans(runs)
     for both in overlaps(every, list(without(every, taken))):
         run = runs[both.first]
@@ -102,7 +103,7 @@ def remaining(runs: Sequence[PageRun], taken: Sequence[Range]) -> Iterator[PageR
 
 
 def between(ranges: Iterable[Range], start: int, end: int) -> Iterator[Range]:
-    """The gaps that these leave of [start, end)."""
+    """Yield the gaps that these ranges leave in [start, end)."""
     edges = [(start, start), *sorted(ranges), (end, end)]
     return ((one[1], other[0]) for one, other in pairwise(edges) if one[1] < other[0])
 
@@ -112,11 +113,11 @@ def _places(vmas: Iterable[Vma]) -> list[Range]:
 
 
 def _source(run: PageRun) -> tuple[int, int]:
-    """Which part, and where in it what lies at address 0 would be."""
+    """Return the data part, and the offset in it that address 0 would have."""
     return run.part, run.offset - run.start
 
 
 def _first_state(memory: Memory, vma: Vma) -> tuple[int, int, int, int]:
-    """What mmap(2) makes of a mapping, wherever it begins."""
+    """Return the state that mmap(2) gives a mapping, independent of its start."""
     file_offset = 0 if vma.flags & MAP_ANONYMOUS else vma.offset - vma.start
     return first_protection(memory, vma), vma.flags & ~MAP_LOCKED, vma.object, file_offset

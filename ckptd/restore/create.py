@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Carries out the steps of family.py: stubs with the numbers, parents, sessions and groups of the tasks to be."""
+"""Carry out the steps of creation_order.py: make stubs with the pids, parents, sessions and groups of the future
+tasks."""
 
 import ctypes
 import errno
@@ -23,25 +24,25 @@ from ckptd.restore.creation_order import SEED
 from ckptd.restore.creation_steps import TEMPORARY, CreateTask, Dismiss, JoinGroup, NewSession, Step, Subreaper
 
 _DYING_SECONDS = 2.0
-_LOOK = 0.1         # seconds without SIGCHLD after which to look anyway
+_LOOK = 0.1         # seconds without SIGCHLD after which to check anyway
 
 
 class TaskBuilder:
-    """The stubs by vpid. `with` kills them, unless they are `released`: tasks of their own now.
+    """The stubs by vpid. `with` kills them, unless they are `released` and so independent.
 
-    cgroup: an fd of the directory that processes are born into, -1 for ours.
+    cgroup: an fd of the cgroup directory for the birth of processes, -1 for ours.
     """
 
     def __init__(self, bootstrap: Stub, cgroup: int) -> None:
         self.stubs: dict[int, Stub] = {SEED: bootstrap}
         self._cgroup = cgroup
         self.released = False
-        self.init: Stub | None = None     # the first process of a namespace of its own, if it is no task of the tree
+        self.init: Stub | None = None     # the first process of a new pid namespace, if it is not a task of the tree
         self._bootstrap: Stub | None = None
         self._is_init = False           # the bootstrap is the process 1 of the tree, or of its namespace
         self._first_flags = 0
-        self._ours = {bootstrap.tid}         # those whose parent we are
-        self.others: dict[int, Stub] = {}     # by tid: what is no task of the tree
+        self._ours = {bootstrap.tid}         # tasks whose parent we are
+        self.others: dict[int, Stub] = {}     # by tid: tasks outside of the tree
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +92,7 @@ class TaskBuilder:
         self.stubs[step.vpid or TEMPORARY] = child
 
     def clone(self, maker: Stub, vpid: int, flags: int, exit_signal: int = 0) -> Stub:
-        """A new task of that number, 0 for any. Busy if somebody has it."""
+        """Make a task with this pid, 0 for any. Busy if the pid is in use."""
         batch = Batch()
         number = batch.buffer(8, vpid.to_bytes(8, 'little'))
         args = clone_args(flags=flags, exit_signal=exit_signal, set_tid_size=1 if vpid else 0,
@@ -109,17 +110,17 @@ class TaskBuilder:
 
     def _cannot(self, vpid: int, error: OSError) -> CkptError:
         if error.errno == errno.EEXIST:
-            return Busy(f'pid {vpid} has come into use meanwhile', resource=f'pid {vpid}',
+            return Busy(f'pid {vpid} was taken by another process meanwhile', resource=f'pid {vpid}',
                         hint='end that process, or restore with --new-pidns')
-        hint = 'see limits on processes (ulimit -u, pids.max of the cgroup)' if error.errno == errno.EAGAIN else None
-        return CkptError(f'process {vpid} cannot be made: {error.strerror}', errno=error.errno, resource=f'pid {vpid}',
+        hint = 'check the limits (ulimit -u, pids.max of the cgroup)' if error.errno == errno.EAGAIN else None
+        return CkptError(f'cannot make process {vpid}: {error.strerror}', errno=error.errno, resource=f'pid {vpid}',
                          hint=hint)
 
     # ------------------------------------------------------------ a namespace of its own
 
     def new_namespace(self, *, own_init: bool, child_of_us: bool, is_bootstrap: bool) -> None:
-        """Have the seed make its children in a new pid namespace. own_init: the first root is process 1 of it. is_seed:
-        the seed is in a new namespace already, as process 1."""
+        """Let the bootstrap make its children in a new pid namespace. own_init: the first root is its process 1.
+        is_bootstrap: the bootstrap is already in a new namespace, as its process 1."""
         if is_bootstrap:
             self._is_init = True
             if not own_init:
@@ -137,7 +138,7 @@ class TaskBuilder:
         self.stubs[SEED] = self.init
 
     def end_bootstrap(self) -> None:
-        """All roots are there. They go to whoever takes orphans, unless they are ours."""
+        """End the bootstrap after all roots are made. They become children of the subreaper, unless they are ours."""
         if not self._is_init:
             bootstrap = self._bootstrap or self.stubs[SEED]
             bootstrap.die(0)
@@ -147,8 +148,8 @@ class TaskBuilder:
     # ------------------------------------------------------------ ends
 
     def require_all(self, deadline: float = 0.0) -> None:
-        """CkptError if one was killed, by the kernel short of memory say. deadline: of time.monotonic(), to look again
-        until then."""
+        """Check that no stub was killed, for example by the kernel when memory is short. CkptError. deadline: of
+        time.monotonic(), check again until then."""
         while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)) is None:
             if time.monotonic() >= deadline:
                 return
@@ -166,7 +167,7 @@ class TaskBuilder:
                 raise was_killed(stub.tid)
 
     def dismiss(self, vpid: int, waiter: int) -> None:
-        """End a process of the nursery, and have its parent forget it."""
+        """End a temporary process and let its parent reap it."""
         stub = self.stubs.pop(vpid)
         stub.die(0)
         if stub.tid not in self._ours:
@@ -174,12 +175,12 @@ class TaskBuilder:
             self._do(waiter, 'wait4', number, 0, WALL, 0)
 
     def kill(self) -> None:
-        """SIGKILL to all, and see them dead, unless they have been let go of."""
+        """Send SIGKILL to all tasks that were not released, and wait until they are dead."""
         if self.released:
             return
         for stub in [*self.stubs.values(), *self.others.values()]:
             _kill(stub.tid)
-        # in whatever order they go: a leader is not waited for before its threads are
+        # in any order: a leader cannot be waited for before its threads
         deadline = time.monotonic() + LONG
         with suppress(ChildProcessError):
             while (left := deadline - time.monotonic()) > 0:
@@ -187,7 +188,7 @@ class TaskBuilder:
                 if not tid:
                     signal.sigtimedwait({signal.SIGCHLD}, min(left, _LOOK))
                 elif os.WIFSTOPPED(status):
-                    _kill(tid)      # born in the moment that the restart broke off
+                    _kill(tid)      # it was born at the moment of the failure
 
 
 def _kill(tid: int) -> None:

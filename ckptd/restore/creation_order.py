@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The order in which the tasks of an image are made again, as a list of steps. Pure.
 
-Each process is made by the thread that was its parent, with what the two share. Sessions decide the order, for a
-process is born into the session of its maker:
+Each process is made by the thread that was its parent, with the objects that the two share. Sessions decide the order,
+because a process is born into the session of its maker:
 
     child in the parent's session              made by the parent
     child in the session that the parent left  made by the parent before its setsid(2)
     orphan in the session of a sibling         made by the sibling, with CLONE_PARENT
-    orphan in the session of a descendant      made by a child of that one which then dies; the parent is the subreaper
-    member of a session whose leader is dead   made by a ghost: a process of that number, dead before the start
+    orphan in the session of a descendant      made by a child of that descendant, which then dies; the parent is
+                                               the subreaper
+    member of a session whose leader is dead   made by a ghost: a process of that pid that ends before the start
 
-Process groups are joined when all are there; a dead group leader is a ghost, too.
+Process groups are joined when all tasks exist. A dead group leader is a ghost, too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from ckptd.kernel.clone import (
 )
 from ckptd.restore.creation_steps import TEMPORARY, CreateTask, Dismiss, JoinGroup, NewSession, Step, Subreaper
 
-SEED = 0                # the maker of the roots, which is no task of the tree
+SEED = 0                # the maker of the roots, which is not a task of the tree
 _DEAD = (ord('Z'), ord('X'))
 _SHARES = {'mm_id': CLONE_VM, 'files_id': CLONE_FILES, 'fs_id': CLONE_FS, 'sighand_id': CLONE_SIGHAND}
 _OF_THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
@@ -39,7 +40,7 @@ _OF_THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 
 @dataclass(slots=True)
 class NewProcess:
-    """A process of the image. ids: what its first living thread uses. sid, pgid: as they are to be."""
+    """A process of the image. ids: object ids of its first living thread. sid, pgid: the ids that it will have."""
     leader: ImageTask
     threads: list[ImageTask]
     parent: int                 # the thread that has it among its children
@@ -61,7 +62,7 @@ class NewProcess:
 
 
 class CannotMake(Exception):
-    """Why the order does not exist."""
+    """The reason why no order exists."""
 
     def __init__(self, process: NewProcess, reason: str) -> None:
         super().__init__(reason)
@@ -69,7 +70,7 @@ class CannotMake(Exception):
 
 
 def processes_of(tasks: Sequence[ImageTask]) -> list[NewProcess]:
-    """Processes in depth-first order, each with its children."""
+    """Return processes in depth-first order, each with its children."""
     found: dict[int, NewProcess] = {}
     owner = {task.vpid: task.vtgid for task in tasks}
     for task in tasks:
@@ -85,9 +86,10 @@ def processes_of(tasks: Sequence[ImageTask]) -> list[NewProcess]:
 
 
 def settle_sessions(processes: Sequence[NewProcess], taken: Mapping[int, str], *, own: bool) -> list[Finding]:
-    """Sessions and groups whose leaders are outside of the tree and cannot be had: the first member leads a new one.
+    """Replace sessions and groups whose leaders are outside of the tree and unavailable: the first member leads a new
+    one. Return warnings.
 
-    taken: who has a number now. own: never a session of somebody else, for the tree gets a terminal.
+    taken: the present user of each pid. own: never join another process's session, because the tree gets a terminal.
     """
     inside = {process.vpid for process in processes}
     warnings = []
@@ -118,7 +120,7 @@ def _changed(process: NewProcess, what: str, who: str) -> Finding:
 
 
 class CreationOrder:
-    """Makes the list. `child_of_us`: the roots become our children, not those of the seed, which ends."""
+    """A creation order. `child_of_us`: the roots become our children and not those of the bootstrap, which ends."""
 
     def __init__(self, processes: Sequence[NewProcess], *, child_of_us: bool) -> None:
         self._processes = {process.vpid: process for process in processes}
@@ -128,12 +130,12 @@ class CreationOrder:
         self._records = {task.vpid: task.record for process in processes for task in (process.leader, *process.threads)}
         self._session: dict[int, int] = {SEED: -1}      # of each process that has been made
         self._parent: dict[int, int] = {}               # the thread above it
-        self._ghosts: dict[int, int] = {}               # and who reaps it
-        self._shared: set[tuple[str, int]] = set()      # what some task that was made has
+        self._ghosts: dict[int, int] = {}               # and the process that reaps it
+        self._shared: set[tuple[str, int]] = set()      # objects of the tasks that have been made
         self.steps: list[Step] = []
 
     def plan(self) -> list[Step]:
-        """All steps. CannotMake."""
+        """Return all steps. CannotMake."""
         waiting = [process for process in self._order if not process.parent]
         while waiting:
             before, later = len(self._session), self._walk(waiting)
@@ -145,9 +147,9 @@ class CreationOrder:
         return self.steps
 
     def _walk(self, processes: Sequence[NewProcess]) -> list[NewProcess]:
-        """Make these and what is below, depth first; those whose session is not there yet are the result."""
+        """Make these processes and their descendants, depth first. Return those whose session does not exist yet."""
         later: list[NewProcess] = []
-        # a process that is to begin its session stands there twice: before its early children, and after them
+        # a process that begins its session is listed twice: before its early children, and after them
         todo: list[tuple[NewProcess, bool]] = [(process, False) for process in reversed(processes)]
         while todo:
             process, early_made = todo.pop()
@@ -165,7 +167,7 @@ class CreationOrder:
             if _leads(process):
                 self.steps.append(NewSession(process.vpid))
                 self._session[process.vpid] = process.vpid
-            # who had to wait may be in `later` already
+            # a child that had to wait may be in `later` already
             todo += [(child, False) for child in reversed(process.children)
                      if child.vpid not in self._session and child not in later]
         return later
@@ -193,7 +195,7 @@ class CreationOrder:
         return self._make(process)
 
     def _makers(self, above: int, session: int | None) -> Iterator[tuple[int, int]]:
-        """Tasks in the session that can make a child of `above`, with the flag for that."""
+        """Yield tasks in the session that can make a child of `above`, with the flag for that."""
         if session is None or self._session[self._owner.get(above, SEED)] == session:
             yield above, self._for_roots if above == SEED else 0
         for vpid, other in self._session.items():
@@ -201,7 +203,8 @@ class CreationOrder:
                 yield vpid, CLONE_PARENT
 
     def _shares(self, ids: TaskRecord, maker: int) -> int | None:
-        """CLONE_* of what the two share; None if it shares with somebody else what it does not share with `maker`."""
+        """Return CLONE_* for the objects that the two share. None if the task shares an object with another task but
+        not with `maker`."""
         record, flags = self._records.get(maker), 0
         for name, flag in _SHARES.items():
             number = getattr(ids, name)
@@ -213,7 +216,7 @@ class CreationOrder:
         return flags if flags & CLONE_VM else flags & ~CLONE_SIGHAND
 
     def _spawn(self, process: NewProcess, maker: int, flags: int, session: int | None) -> None:
-        # with CLONE_PARENT a child has the exit signal of its maker, clone(2)
+        # with CLONE_PARENT a child has the exit signal of its maker (clone(2))
         signal = 0 if flags & CLONE_PARENT else process.leader.record.exit_signal & 0xFF
         self.steps.append(CreateTask(process.vpid, maker, flags, signal))
         self._session[process.vpid] = self._session[self._owner.get(maker, maker)] if session is None else session
@@ -221,7 +224,7 @@ class CreationOrder:
         self._note(process.ids)
 
     def _spawn_orphan(self, process: NewProcess, maker: int, session: int) -> None:
-        """A grandchild of the maker whose parent dies: it goes to the subreaper above."""
+        """Make a grandchild of the maker whose parent dies, so that it becomes a child of the subreaper above."""
         reaper = self._owner.get(process.parent, SEED)
         if self._shares(process.ids, SEED) is None:
             raise CannotMake(process, 'an orphan that shares with others cannot be made')
@@ -232,7 +235,8 @@ class CreationOrder:
         self._note(process.ids)
 
     def _below(self, above: int, session: int) -> int:
-        """A process in the session that descends from `above`; 0 if none does. The seed cannot take orphans."""
+        """Return a process in the session that descends from `above`; 0 if there is none. The bootstrap cannot adopt
+        orphans."""
         for vpid, other in self._session.items():
             at = vpid
             while other == session and at in self._parent:
@@ -257,7 +261,7 @@ class CreationOrder:
             record = thread.record
             maker = next((one for one in made if _same(one.record, record, 'files_id') and
                           _same(one.record, record, 'fs_id')), process.leader)
-            # a dead leader stands for what its threads have: it was made with that
+            # the maker is a dead leader, which was made with the objects of its threads
             ids = process.ids if maker is process.leader else maker.record
             flags = _OF_THREAD | (CLONE_FILES if _same(ids, record, 'files_id') else 0) | (
                 CLONE_FS if _same(ids, record, 'fs_id') else 0)
@@ -271,7 +275,7 @@ class CreationOrder:
         joined: set[int] = set()
         for process in sorted(self._order, key=lambda one: one.pgid != one.vpid):
             group = process.pgid
-            if process.sid == process.vpid:     # a session leader leads its group, and may not leave it
+            if process.sid == process.vpid:     # a session leader leads its group and may not leave it
                 continue
             if group != process.vpid and group not in self._processes and group not in self._ghosts:
                 self._ghost(group, process.vpid)
@@ -285,16 +289,16 @@ def _leads(process: NewProcess) -> bool:
 
 
 def _birth_session(process: NewProcess) -> int | None:
-    """The session that it must be born into; None: any, as it begins one of its own and no child needs another."""
+    """Return the session that it must be born into. None: any, as it begins its own and no child needs another."""
     if not _leads(process):
         return process.sid
     others = {one.sid for one in process.children if one.sid != process.vpid and not _leads(one)}
-    # those that a descendant leads are no session that it was born into
+    # a session that a descendant leads cannot be the one it was born into
     return min(others - {one.vpid for one in _descendants(process)}, default=None) if others else None
 
 
 def _descendants(process: NewProcess) -> Iterator[NewProcess]:
-    """Itself included."""
+    """Yield the process itself and all its descendants."""
     todo = [process]
     while todo:
         one = todo.pop()

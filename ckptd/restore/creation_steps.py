@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The steps by which the tasks of an image are made again: data, to be shown or carried out. Pure."""
+"""The steps that make the tasks of an image again, as data to be shown or carried out. Pure."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ TEMPORARY = -1          # the maker of an orphan, itself made by a task of the t
 
 @dataclass(frozen=True, slots=True)
 class CreateTask:
-    """Task `maker` makes process `vpid` (0: a number of no importance), or a thread of its own."""
+    """Let task `maker` make process `vpid` (0: any pid), or a thread of its own."""
     vpid: int
     maker: int
     flags: int = 0
@@ -40,7 +40,7 @@ class JoinGroup:
 
 @dataclass(frozen=True, slots=True)
 class Subreaper:
-    """Orphans below `vpid` become its children, while it is on."""
+    """Let `vpid` adopt the orphans below it, while it is on."""
     vpid: int
     on: bool
 
@@ -50,17 +50,17 @@ class Subreaper:
 
 @dataclass(frozen=True, slots=True)
 class Dismiss:
-    """A ghost ends, and `waiter` forgets it."""
+    """End a ghost and let `waiter` reap it."""
     vpid: int
     waiter: int
 
     def __str__(self) -> str:
-        return f'{self.vpid} was only needed for its number, and ends'
+        return f'{self.vpid} was only needed for its pid, and ends'
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Address space `mm_id` gets its pages by the task `vpid`, before others inherit them."""
+    """Let the task `vpid` read the pages of address space `mm_id`, before others inherit them."""
     mm_id: int
     vpid: int
 
@@ -70,7 +70,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """Process `vpid` gives up all memory that it has inherited."""
+    """Let process `vpid` drop all inherited memory."""
     vpid: int
 
     def __str__(self) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The digests of an image's data, computed by a thread while the tree is made of it; it runs only if they fit."""
+"""Check the digests of an image's data in a thread while the tree is made. The tree runs only if they match."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -12,13 +12,14 @@ from ckptd.image.verify import verify_data
 
 
 def damaged(damages: list[str]) -> ImageDamaged:
-    """The error for these damages, of which there is one at least."""
+    """Return the error for these damages, of which there is at least one."""
     more = f' (and {len(damages) - 1} more)' if len(damages) > 1 else ''
     return ImageDamaged(f'{damages[0]}{more}')
 
 
 class Digests:
-    """`with Digests(path) as digests: ...; digests.require()`. A block that ends early does not wait for all."""
+    """A check of digests: `with Digests(path) as digests: ...; digests.require()`. A block that ends early does not
+    wait for it."""
 
     def __init__(self, image: Path | ImageFiles) -> None:
         self._given_up, self._image = False, image
@@ -29,10 +30,10 @@ class Digests:
 
     def _on_bytes(self, count: int) -> None:
         if self._given_up:
-            raise Cancelled('nobody wants to know any more')
+            raise Cancelled('the result is no longer needed')
 
     def require(self) -> None:
-        """Wait for them; ImageDamaged if one does not fit."""
+        """Wait for the result. ImageDamaged if a digest does not match."""
         found = self._damages.result() if self._damages is not None else verify_data(self._image, self._on_bytes)
         if found:
             raise damaged(found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Access to the files of this machine for a restart, by the rights that the files of an image are opened by."""
+"""Access to the files of this machine for a restart, with the rights that apply to the files of an image."""
 
 import os
 from collections.abc import Mapping
@@ -19,10 +19,12 @@ _ENTER_AND_WRITE = os.W_OK | os.X_OK
 
 
 class FileAccess:
-    """What kinds may look at, see objects.files.base.Looking. Paths of an image are those of our own mount namespace.
+    """The file access of kinds, see objects.files.base.FileLookup. Paths of an image are those of our own mount
+    namespace.
 
-    rights: by which all of it is done, before the restart and during it alike. by_root: root's do what these do not, by
-    a path without symbolic links."""
+    rights: used for all access, before the restart and during it. by_root: where they are not sufficient, root's are
+    used, with a path without symbolic links.
+    """
 
     def __init__(self, reader: ImageReader, caller: CallerRights, changed_files: ChangedFiles,
                  terminal_fd: int) -> None:
@@ -42,7 +44,7 @@ class FileAccess:
 
     def capable(self, capability: int) -> bool:
         mask = self._caller.capabilities
-        # unknown: all for root, nothing for anybody else
+        # unknown: all for root, none for other users
         return bool(mask >> capability & 1) if mask >= 0 else not self._caller.uid
 
     def as_user(self) -> AbstractContextManager[object]:
@@ -58,10 +60,10 @@ class FileAccess:
 
     def may(self, path: str, access: int) -> bool:
         with self.rights.taken():
-            # with AT_EACCESS faccessat2(2) goes by the file-system ids (fs/open.c, do_faccessat)
+            # with AT_EACCESS faccessat2(2) uses the file-system ids (fs/open.c, do_faccessat)
             if os.access(path, access, effective_ids=True):
                 return True
-        # nothing is made in a directory by rights that are not the user's
+        # nothing is made in a directory with rights that are not the user's
         return self.by_root and access & _ENTER_AND_WRITE != _ENTER_AND_WRITE and _may_directly(path, access)
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
@@ -76,7 +78,7 @@ class FileAccess:
     def _opened(self, path: str, flags: int, mode: int) -> int:
         try:
             with self.rights.taken(needed := self._needed_for(path)):
-                # what has a link in it may lead anywhere, and past every directory by these rights
+                # a path with a link may lead anywhere, and these rights pass every directory
                 return open_direct(path, flags, mode) if needed else open_within_reach(path, flags, mode)
         except PermissionError:
             if not self.by_root:
@@ -84,7 +86,7 @@ class FileAccess:
         return open_direct(path, flags, mode)
 
     def out_of_reach(self, path: str) -> str:
-        """Why the user's rights get nothing by a path, whatever is there; '' where nothing is against it."""
+        """Return why the user's rights cannot open a path, whatever is there; '' if nothing prevents it."""
         try:
             with self.rights.taken():
                 fd = open_within_reach(path, os.O_PATH)
@@ -95,24 +97,24 @@ class FileAccess:
         except OutOfReach as error:
             return error.reason
         except OSError:
-            return ''       # its kind says so
+            return ''       # its kind reports that
         return ''
 
     def may_take(self, found: ShmidDs) -> bool:
-        """A System V segment that is still there: what is in it is made what it was."""
+        """Whether a System V segment that still exists may be taken over and filled."""
         return self.by_root or self.rights.may_write(found)
 
     def owns(self, found: ShmidDs) -> bool:
         return self.by_root or self.rights.owns(found)
 
     def rights_to(self, path: str) -> FileRights:
-        """Those by which a file may be read and written, for whoever has to do it again."""
+        """Return the rights with which a file may be read and written, for a later undo."""
         with self.rights.taken():
             own = os.access(path, os.R_OK | os.W_OK, effective_ids=True)
         return self.rights if own or not self.by_root else FileRights(os.geteuid(), os.getegid(), ())
 
     def _needed_for(self, path: str) -> int:
-        """Capabilities to open it with, as a mask."""
+        """Return the capabilities needed to open it, as a mask."""
         return 0
 
     def pread(self, extent: Extent, length: int, offset: int) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files outside of the image that a restart makes and changes: each is in the journal, for a restart that fails."""
+"""Files outside of the image that a restart makes and changes. Each is in the journal, in case the restart fails."""
 
 import os
 import secrets
@@ -17,9 +17,12 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class FileChanges:
-    """rights: of whose files they are; rights_to(path): those by which one that is there was opened. place: has the
-    journal, and makes files in the spool. keep_free: bytes of the spool's file system that stay free, whatever is kept
-    there."""
+    """Changes to files.
+
+    rights: of the owner of new files. rights_to(path): the rights with which an existing file was opened. place: has
+    the journal, and makes files in the spool. keep_free: bytes of the spool's file system that must stay free, whatever
+    is kept there.
+    """
 
     def __init__(self, place: Placement, rights: FileRights, rights_to: Callable[[str], FileRights],
                  keep_free: int = 0) -> None:
@@ -27,7 +30,8 @@ class FileChanges:
         self._keep_free = keep_free
 
     def keep(self, path: str, fd: int, start: int) -> None:
-        """As objects.files.base.Restoring.keep. SpoolFailed where too little of the spool would stay free."""
+        """Keep content as objects.files.base.RestoreContext.keep does. SpoolFailed if too little of the spool would
+        stay free."""
         fault('place-keep-file')
         kept, copy = self._place.keep_content()
         try:
@@ -40,7 +44,7 @@ class FileChanges:
         fault('place-keep-file-done')
 
     def make(self, path: str, fill: Callable[[int], None]) -> None:
-        """As objects.files.base.Restoring.make_file."""
+        """Make a file as objects.files.base.RestoreContext.make_file does."""
         pure = PurePath(path)
         temporary = str(pure.with_name(f'.{pure.name[:200]}.{secrets.token_hex(8)}'))
         fault('place-make-file')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open files: each description opened once, in the bank, and handed to the tables that had it."""
+"""Open files: each description is opened once as a service fd, and passed to the tables that had it."""
 
 import fcntl
 import os
@@ -33,15 +33,15 @@ from ckptd.restore.task_sockets import make_socketpair
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_OWNER_PGRP = 2
-# what F_SETFL changes, fcntl(2), but for O_ASYNC
+# flags that F_SETFL changes (fcntl(2)), without O_ASYNC
 _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
-# what a process shows of itself, fdinfo of a task at the deepest
+# files of /proc about a process; the deepest is fdinfo of a task
 _SHOWS = re.compile(r'/proc/(\d{1,10})/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-z_]+)')
 
 
 class FileBuilder(FileAccess):
-    """Opens what the image has, by its kinds; see objects.files.base.Restoring."""
+    """A builder that opens the files of the image through their kinds; see objects.files.base.RestoreContext."""
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
                  terminal_fd: int) -> None:
@@ -56,8 +56,8 @@ class FileBuilder(FileAccess):
         self.file_changes: FileChanges
 
     def _needed_for(self, path: str) -> int:
-        # a task of the tree gets its rights last, and is root's until then: /proc asks who opens its maps for the right
-        # to trace it, proc_pid_maps(5), which its user has
+        # A task of the tree gets its rights last and has root's until then. To open its maps, /proc requires the right
+        # to trace it (proc_pid_maps(5)), which its user has.
         found = _SHOWS.fullmatch(path)
         return 1 << CAP_SYS_PTRACE if found and self._pids.get(int(found[1])) == int(found[1]) else 0
 
@@ -81,7 +81,7 @@ class FileBuilder(FileAccess):
             raise ImageDamaged('a data part ends before an extent does')
 
     def deleted(self, record: Backing) -> int:
-        """A mapped file that had lost its name."""
+        """Make a mapped file that had lost its name."""
         return deleted_file(record.path, record.device, record.inode, record.size, record.mode, whole(record.content),
                             self)
 
@@ -106,7 +106,7 @@ class FileBuilder(FileAccess):
     # ------------------------------------------------------------ all files
 
     def open_all(self, *, late: bool) -> None:
-        """Open the descriptions; late: those that can be only once the tasks exist."""
+        """Open the descriptions. late: those that can be opened only once the tasks exist."""
         for saved in self._reader.every(SavedFile):
             kind, record = decode(saved, self.kinds)
             if kind.late(record, saved) == late:
@@ -117,7 +117,7 @@ class FileBuilder(FileAccess):
         try:
             fd = kind.create(record, saved, self)
         except OSError as error:
-            raise CkptError(f'{saved.link} cannot be opened: {error.strerror}', errno=error.errno, resource=saved.link,
+            raise CkptError(f'cannot open {saved.link}: {error.strerror}', errno=error.errno, resource=saved.link,
                             hint='see "ckptctl restore --dry-run"') from error
         try:
             _set_state(fd, saved)
@@ -127,7 +127,8 @@ class FileBuilder(FileAccess):
         return fd
 
     def attach(self, stubs: Mapping[int, Stub], holders: Mapping[int, list[int]]) -> None:
-        """The tasks are there. holders: a task of each table, by files_id, as (vpids of the processes)."""
+        """Take over the stubs when the tasks exist. holders: a task of each table, by files_id, as (vpids of the
+        processes)."""
         self._stubs = stubs
         self._pids = {vpid: stub.tid for vpid, stub in stubs.items()}
         for table in self._reader.every(FdTable):
@@ -136,7 +137,7 @@ class FileBuilder(FileAccess):
                     self._holders.setdefault(fd.file_id, []).append((vpid, fd.fd))
 
     def install(self, stub: Stub, files_id: int) -> Steps[None]:
-        """Make the table of a task: what it had at its numbers, nothing of the bank."""
+        """Set up the fd table of a task: its own files at their numbers, and no service fds."""
         script = Script(stub)
         for fd in self._reader.get(FdTable, files_id).fds:
             if fd.file_id not in self._late:
@@ -147,7 +148,7 @@ class FileBuilder(FileAccess):
                 self._hand_over(stub, fd)
 
     def _hand_over(self, stub: Stub, fd: Fd) -> None:
-        """Give a stub an fd that it did not inherit, unix(7) SCM_RIGHTS."""
+        """Pass an fd to a stub that did not inherit it (unix(7), SCM_RIGHTS)."""
         ours, theirs = self._mail
         socket.send_fds(ours, [b'f'], [self._fds[fd.file_id]])
         batch = Batch()
@@ -167,7 +168,7 @@ class FileBuilder(FileAccess):
         script.do()
 
     def finish(self) -> None:
-        """What needs the tasks and all files: owners of signals, locks, what an epoll watches."""
+        """Finish what needs the tasks and all files: owners of signals, locks, files watched by an epoll."""
         for saved in self._reader.every(SavedFile):
             kind, record = decode(saved, self.kinds)
             fd = self._fds[saved.file_id]
@@ -183,8 +184,8 @@ class FileBuilder(FileAccess):
             fault('place-committed')
 
     def _set_owner(self, fd: int, saved: SavedFile) -> None:
-        """Who gets SIGIO. Set by the uids that set it then, whose rights decide (fs/fcntl.c, sigio_perm); for a user by
-        the user's own, whatever the image says."""
+        """Set the receiver of SIGIO. It is set with the uids that set it originally, whose rights count (fs/fcntl.c,
+        sigio_perm). For a user it is set with the user's own, whatever the image says."""
         if saved.owner_signal:
             fcntl.fcntl(fd, F_SETSIG, saved.owner_signal)
         pid = self.pid(saved.owner)
@@ -201,7 +202,8 @@ class FileBuilder(FileAccess):
                 os.setresuid(0, 0, 0)
 
     def _set_async(self, fd: int, saved: SavedFile) -> None:
-        """O_ASYNC, by one who has the file: its number there is the si_fd of the signals (fs/fcntl.c, fcntl_setfl)."""
+        """Set O_ASYNC in a task that has the file: its fd number there is the si_fd of the signals (fs/fcntl.c,
+        fcntl_setfl)."""
         flags = saved.flags & (_STATUS_FLAGS | os.O_ASYNC)
         for vpid, number in self.holders(saved.file_id)[:1]:
             self.call(vpid, 'fcntl', number, fcntl.F_SETFL, flags)
@@ -210,7 +212,7 @@ class FileBuilder(FileAccess):
 
 
 def _mail(service_fds: ServiceFds) -> tuple[socket.socket, int]:
-    """A way to send fds to stubs: our end, and theirs in the bank."""
+    """Make a channel to send fds to stubs: our end, and theirs as a service fd."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return ours, service_fds.add(theirs.detach())
 
@@ -220,11 +222,11 @@ def _cloexec(fd: Fd) -> int:
 
 
 def _set_state(fd: int, saved: SavedFile) -> None:
-    """Position and status flags, where a kind could not give them to open(2)."""
+    """Set position and status flags, if a kind could not pass them to open(2)."""
     if saved.flags & os.O_PATH:
         return
     if 0 < saved.position < 1 << 63:
-        with suppress(OSError):     # what has no position has 0, or the kernel's own count
+        with suppress(OSError):     # a file without a position has 0, or the kernel's own count
             os.lseek(fd, saved.position, os.SEEK_SET)
     now = fcntl.fcntl(fd, fcntl.F_GETFL)
     if (now ^ saved.flags) & _STATUS_FLAGS:

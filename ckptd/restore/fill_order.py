@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When address spaces are filled: those that are inherited before the first heir is forked, others at the end. Pure."""
+"""The order in which address spaces are filled: those that are inherited before the first child is forked, others at
+the end. Pure."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,7 +10,7 @@ from ckptd.restore.creation_steps import TEMPORARY, Clear, CreateTask, Fill, Ste
 
 def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[int, int], bool]
                ) -> tuple[list[Step], dict[int, int]]:
-    """The steps with those that memory needs, and who inherits: mm_id of the maker by that of the heir.
+    """Return the steps with those for memory, and the inheritance: mm_id of the maker by mm_id of the child.
 
     mms: mm_id by vpid, of all tasks that have memory. shares(maker's, child's): whether the two have pages in common.
     """
@@ -24,7 +25,7 @@ def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[
             continue
         if step.maker != TEMPORARY:
             child = step.vpid
-            if not child:       # a temporary maker: its child is the next that is made
+            if not child:       # a temporary maker: its child is the next process that is made
                 child = next((after.vpid for after in steps[index + 1:] if isinstance(after, CreateTask)), 0)
             theirs, mine = mms.get(step.maker, 0), mms.get(child, 0)
             inherits = bool(theirs and mine) and shares(theirs, mine)
@@ -35,6 +36,6 @@ def with_fills(steps: Sequence[Step], mms: Mapping[int, int], shares: Callable[[
         if step.vpid and inherits:
             origins[mine] = theirs
         elif step.vpid and (theirs in filled or theirs in origins):
-            # what the maker was filled with, or has inherited itself
+            # memory that the maker was filled with, or has inherited itself
             result.append(Clear(step.vpid))
     return result, origins

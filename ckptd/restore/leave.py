@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The end of the stubs: what a task is given after the shed, and its way out of the arena.
+"""The end of the stubs: the last calls of a task after the shed, and its way out of the arena.
 
-Everything here is done with the rights of the tree itself. This is the place for calls by which memory of the program
+Everything here is done with the rights of the tree itself. Only here may calls be made by which memory of the program
 steers a task: restartable sequences, signal handlers, timers, pending signals, registers.
 """
 
@@ -38,13 +38,13 @@ class Leave:
         self._reader, self._plan, self._builder, self._check = reader, plan, builder, check
         self._attributes = attributes
         self._stops = Stops(plan.processes, all_=all_stopped)
-        self._results: dict[int, user_regs_struct] = {}     # of calls that ended while they were begun again
+        self._results: dict[int, user_regs_struct] = {}     # results of calls that ended while they were begun again
 
     def run(self) -> None:
-        """Make every task leave its stub. All are still stopped afterwards."""
+        """Let all tasks leave. Afterwards none is a stub, and all are still stopped."""
         self._stubs = Counter(task.record.mm_id for process in self._plan.processes for task in process.alive)
         running: list[NewProcess] = []
-        # children first: that they stop, their parents hear while they are stubs, and have heard before
+        # Stop children first, so that the SIGCHLD reaches parents that are still stubs, which discard it.
         for process in reversed(self._plan.processes):
             if process.alive and self._stops.signal_of(process):
                 finish(self._last(process))
@@ -59,9 +59,10 @@ class Leave:
         tasks = [task for process in processes for task in process.alive]
         self._stubs.subtract(task.record.mm_id for task in tasks)
         for task in tasks:
-            # a stub reports by SIGTRAP, and on its way out by stops of the tracer: from here on one can be pending
+            # A stub reports by SIGTRAP, and on its way out by stops of the tracer. From here on a SIGTRAP can be
+            # pending.
             self._builder[task.vpid].tracee.sigmask = _BLOCK_ALL
-        # the pages of the stub go with the last who uses them
+        # the pages of the stub go with their last user
         last = {task.record.mm_id: task for task in reversed(tasks) if not self._stubs[task.record.mm_id]}
         interleave(self._go(task, unmap=False) for task in tasks if last.get(task.record.mm_id) is not task)
         interleave(self._go(task, unmap=True) for task in last.values())
@@ -76,7 +77,7 @@ class Leave:
         for task in process.alive:
             script = Script(builder[task.vpid])
             if task is first:
-                # before there are timers, whose signals are the task's own
+                # before there are timers, whose signals belong to the task
                 yield from drain(builder[task.vpid])
             yield from self._attributes.set(Stage.AFTER_RIGHTS, task, script)
             yield from script.run()
@@ -89,13 +90,13 @@ class Leave:
         yield from self._attributes.set(Stage.FILTERS, task, script)
         batch = script.take()
         if unmap and os.geteuid() != 0 and dumpable_of(self._reader, [task]) != SUID_DUMP_USER:
-            # no memory of the task can be read or written from here on, not even by us
+            # from here on no memory of the task can be read or written, not even by us
             batch.call('prctl', PR_SET_DUMPABLE, SUID_DUMP_DISABLE, 0, 0, 0)
         yield from self._builder[task.vpid].leave(batch, unmap=unmap)
 
 
 def drain(stub: Stub) -> Steps[None]:
-    """Take off what making the tree has sent: SIGCHLD of ghosts and zombies."""
+    """Discard signals that were caused by making the tree: SIGCHLD of ghosts and zombies."""
     tracee = stub.tracee
     while tracee.pending(shared=True) or tracee.pending(shared=False):
         batch = Batch()

@@ -9,7 +9,7 @@ from ckptd.image.records import Backing, SavedFile
 from ckptd.objects.files.base import ByUser
 from ckptd.objects.files.linked import take_away
 from ckptd.objects.files.registry import Kinds
-from ckptd.restore.files import decode
+from ckptd.objects.verify import decode
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What address spaces map: files by their paths, deleted files and shared memory made again with their content."""
+"""Mapped objects of address spaces: files by their paths; deleted files and shared memory made again with their
+content."""
 
 import ctypes
 import errno
@@ -22,8 +23,8 @@ from ckptd.restore.service_fds import ServiceFds
 
 
 def missing_but_kept(record: Backing, lookup: FileLookup) -> bool:
-    """Whether a mapped file that had a name is not there any more, but in the image: it is made again, without a name.
-    One of that name that is somebody else's, as with java's statistics of another process, is left alone."""
+    """Whether a mapped file that had a name is gone, while its content is in the image. It is then made again without a
+    name. A file of that name that belongs to another process, as with Java's statistics, is left alone."""
     if record.deleted or not record.content:
         return False
     found = lookup.lstat(record.path)
@@ -31,10 +32,10 @@ def missing_but_kept(record: Backing, lookup: FileLookup) -> bool:
 
 
 class TakeOver(FileLookup, ByUser, Protocol):
-    """What decides about a System V segment that is still there."""
+    """The rights that decide about a System V segment that still exists."""
 
     def may_take(self, found: ShmidDs) -> bool:
-        """Whether what is in it may be made what it was."""
+        """Whether its content may be replaced by that of the image."""
         ...
 
     def open_linked(self, link: str, path: str, flags: int) -> int:
@@ -42,13 +43,13 @@ class TakeOver(FileLookup, ByUser, Protocol):
         ...
 
     def owns(self, found: ShmidDs) -> bool:
-        """Whether it may be given its owner and mode again."""
+        """Whether its owner and mode may be set again."""
         ...
 
 
 class MappedObjects:
-    """Made when first asked for; fds are those of the bank. deleted: makes a file without a name. note writes
-    down what would outlive a failure."""
+    """Objects that are made on first use, as service fds. deleted: makes a file without a name. note: writes down a
+    step for an object that would outlive a failure."""
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, lookup: TakeOver,
                  deleted: Callable[[Backing], int],
@@ -58,11 +59,11 @@ class MappedObjects:
         self._prepared: set[int] = set()
 
     def data(self, part: int) -> int:
-        """A data part, for preadv(2)."""
+        """Return the fd of a data part, for preadv(2)."""
         return self._service_fds.once(('data', part), lambda: os.dup(self._reader.data_fd(part)))
 
     def backing(self, number: int, *, writable: bool) -> int:
-        """A mapped file or executable."""
+        """Return the fd of a mapped file or executable."""
         record = self._reader.get(Backing, number)
         flags = os.O_RDWR if writable else os.O_RDONLY
         if record.link:
@@ -82,7 +83,7 @@ class MappedObjects:
         return fd
 
     def shared(self, number: int, *, writable: bool = True) -> int:
-        """A shared object that is no System V segment, with its content."""
+        """Return the fd of a shared object other than a System V segment, with its content."""
         fd = self._service_fds.once(('shared', number), lambda: self._make(self._reader.get(SharedMemory, number)))
         if writable:
             return fd
@@ -107,7 +108,7 @@ class MappedObjects:
         return fd
 
     def _new(self, record: SharedMemory) -> int:
-        """An empty one, of the user's."""
+        """Make an empty object that belongs to the user."""
         if record.kind == MEMFD:
             with self._lookup.as_user():
                 return make_memfd(record.name, record.mode, record.seals)
@@ -122,7 +123,7 @@ class MappedObjects:
                 os.fchmod(fd, record.mode & 0o7777)
 
     def _fill(self, fd: int, runs: Iterable[PageRun], size: int) -> None:
-        """By the kernel alone: pages go from the image's page cache into the object's."""
+        """Fill the object inside the kernel: pages go from the image's page cache into the object's."""
         if not size:
             return
         with mmap.mmap(fd, size) as memory, memoryview(memory) as view:
@@ -133,11 +134,11 @@ class MappedObjects:
         self._reader.pread_into(view, part, offset)
 
     def seal(self) -> None:
-        """F_ADD_SEALS, when all is mapped: a sealed memfd cannot be mapped as it was before it was sealed."""
+        """Set the seals (F_ADD_SEALS) when everything is mapped: a sealed memfd cannot be mapped as before."""
         for record in self._reader.every(SharedMemory):
             if record.kind == MEMFD:
                 seals = record.seals
-                # 1 is F_SEAL_SEAL; a memfd made without MFD_ALLOW_SEALING has just that
+                # 1 is F_SEAL_SEAL; a memfd made without MFD_ALLOW_SEALING has only that
                 if seals & ~1:
                     fcntl.fcntl(self.shared(record.shm_id), fcntl.F_ADD_SEALS, seals)
                 elif seals:
@@ -146,7 +147,7 @@ class MappedObjects:
     # ------------------------------------------------------------ System V
 
     def segment(self, number: int) -> int:
-        """The shmid of a segment, which is the same as it was."""
+        """Return the shmid of a segment, which is the same as before."""
         record = self._reader.get(SharedMemory, number)
         if number not in self._prepared:
             self._prepared.add(number)
@@ -160,7 +161,7 @@ class MappedObjects:
             try:
                 shmget_at(record.shmid, record.key, record.size, mode)
             except OSError as error:
-                raise CkptError(f'System V segment {record.shmid} cannot be made: {error.strerror}', errno=error.errno,
+                raise CkptError(f'cannot make System V segment {record.shmid}: {error.strerror}', errno=error.errno,
                                 resource=f'shmid {record.shmid}') from error
             self._note(MakeSegment(record.shmid, record.key, record.size, os.geteuid(), os.getegid(),
                                    tuple(os.getgroups())))
@@ -172,7 +173,7 @@ class MappedObjects:
                 self._read(view[run.start:end], run.part, run.offset)
 
     def _adopt(self, record: SharedMemory) -> ShmidDs | None:
-        """A segment outlives those who used it: the very same one, if nobody uses it now, is taken again."""
+        """Take over a segment, which outlives its users: exactly the same one, if it is not in use now."""
         try:
             found = shmctl_stat(record.shmid)
         except OSError as error:
@@ -181,22 +182,22 @@ class MappedObjects:
             raise
         if (found.key, found.size) != (record.key, record.size) or found.attached:
             raise Busy(f'System V segment {record.shmid} is in use', resource=f'shmid {record.shmid}',
-                       hint='ipcs -m -i shows by whom; ipcrm -m removes it')
+                       hint='"ipcs -m -i" shows its users; "ipcrm -m" removes it')
         if not self._lookup.may_take(found):
             raise PermissionDenied(f'System V segment {record.shmid} may not be written',
                                    resource=f'shmid {record.shmid}')
         return found
 
     def finish(self) -> None:
-        """Segments that were marked for destruction are so again, now that they are attached."""
+        """Mark segments for destruction again that were marked, now that they are attached."""
         for record in self._reader.every(SharedMemory):
             if record.kind == SYSV and record.shm_id in self._prepared and record.mode & SHM_DEST:
                 shmctl_remove(record.shmid)
 
 
 def _anonymous(size: int, user: ByUser) -> int:
-    """The object behind a shared anonymous mapping, opened. Without the right to open it (CAP_CHECKPOINT_RESTORE in
-    the first user namespace, proc_pid_map_files(5)) a memfd, which differs in name only."""
+    """Open the object behind a new shared anonymous mapping. Without the right to open it (CAP_CHECKPOINT_RESTORE in
+    the first user namespace, proc_pid_map_files(5)), make a memfd, which differs in name only."""
     length = max(-(-size // PAGE) * PAGE, PAGE)
     with user.as_user():
         object_ = mmap.mmap(-1, length)
@@ -213,5 +214,5 @@ def _anonymous(size: int, user: ByUser) -> int:
 
 
 def may_write(vma: Vma) -> bool:
-    """Whether a shared mapping was made of a file that is open for writing."""
+    """Whether a shared mapping was made from a file that is open for writing."""
     return 'mw' in vma.vm_flags.split()

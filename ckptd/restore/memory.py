@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An address space, made by one of its own tasks: mapped, its pages read from the image straight into place.
+"""An address space, made by one of its own tasks: mapped, and its pages read from the image directly into place.
 
-    build      of inherited memory, see inherit.py, what is to stay; all else unmapped, pages that differ given back
-               mmap(2) of everything else at its old address, writable where pages are to come
+    build      inherited memory: see cow_sharing.py for the part that stays; unmap the rest, drop pages that differ
+               mmap(2) of everything else at its old address, writable where pages will be read
                preadv(2) by the task from the data part: one copy, by the kernel
     finish     when all processes are born: protection keys, protections, advice, names, locks, guard regions
-    describe   what the kernel knows of the layout
+    describe   the kernel's data about the layout
 
-What no page run names stays untouched: absent, zero, or as in the file.
+Pages that no page run names stay untouched: absent, zero, or as in the file.
 """
 
 import ctypes
@@ -57,15 +57,18 @@ from ckptd.restore.vdso import VdsoPlan
 
 # MADV_*, by VmFlags
 _ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
-_READ_AT_ONCE = 32 << 20        # between two looks at whether the job was cancelled
-# Pages that are made just before they are read into are still in the processor's cache then, and cost no fault each: a
-# fifth of the time. In one piece of all it would be lost again.
+_READ_AT_ONCE = 32 << 20        # bytes between two checks for a Cancel
+# Pages that are populated just before they are read into are still in the processor's cache then and cost no fault
+# each, which saves a fifth of the time. Populating all at once would lose that.
 _PIECE, _POPULATE_FROM = 2 << 20, 64 << 10
 
 
 class Space:
-    """An address space. origin: mm_id of the one that it inherits pages from; 0 for none. locked: see Allowed.locked.
-    on_bytes(n): n bytes of pages are in place."""
+    """An address space.
+
+    origin: mm_id of the one that it inherits pages from; 0 for none. locked: see Allowed.locked. on_bytes(n): n bytes
+    of pages are in place.
+    """
 
     def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: MappedObjects, vdso: VdsoPlan,
                  locked: Collection[int], on_bytes: Callable[[int], None]) -> None:
@@ -78,7 +81,7 @@ class Space:
         self.is_built = False
 
     def open(self) -> None:
-        """Everything that is mapped or read, before the task exists that inherits it."""
+        """Open everything that is mapped or read, before the task exists that inherits it."""
         for vma in self._ordinary:
             if not self._is_segment(vma):
                 self._fd(vma)
@@ -87,7 +90,7 @@ class Space:
         self._objects.backing(self._memory.mm.exe, writable=False)
 
     def build(self, stub: Stub) -> Steps[None]:
-        """Mappings and pages, by a task of this address space."""
+        """Make mappings and pages, by a task of this address space."""
         self._stub = stub
         self.is_built = True
         script = Script(stub)
@@ -106,7 +109,8 @@ class Space:
         self._on_bytes(size)
 
     def finish(self, stub: Stub) -> Steps[None]:
-        """Everything but the layout. Nobody may be forked from here on: advice keeps memory from children."""
+        """Set everything but the layout. From here on no task of it may fork, because some advice hides memory from
+        children."""
         script = Script(stub)
         self._allocate_keys(script)
         for vma in self._ordinary:
@@ -118,7 +122,8 @@ class Space:
         self._vdso.patch(stub.tid, self._reader, self._memory)
 
     def _allocate_keys(self, script: Script) -> None:
-        """pkey_alloc(2) gives the lowest free one, so those between are taken and given back."""
+        """Allocate protection keys. pkey_alloc(2) returns the lowest free key, so allocate them all and free the
+        gaps."""
         wanted = self._memory.mm.pkeys
         for key in range(1, wanted.bit_length()):
             script.call('pkey_alloc', 0, 0, about='protection keys', expect=key)
@@ -146,14 +151,15 @@ class Space:
         return self._objects.backing(vma.object, writable=writable)
 
     def _attach(self, script: Script, vma: Vma, about: str) -> None:
-        """shmat(2) attaches all of a segment: elsewhere, when only a part of it was mapped, which is then moved."""
+        """Attach a segment. shmat(2) attaches all of it. If only a part was mapped, attach it elsewhere and move that
+        part."""
         shmid, size = self._objects.segment(vma.object), self._reader.get(SharedMemory, vma.object).size
         flags = (0 if may_write(vma) else SHM_RDONLY) | (SHM_EXEC if vma.protection & PROT_EXEC else 0)
         length, whole = vma.end - vma.start, -(-size // PAGE) * PAGE
         if not vma.offset and length == whole:
             script.call('shmat', shmid, vma.start, flags, about=about, expect=vma.start)
             return
-        # room for the whole is behind the arena, where nothing of the tree is
+        # behind the arena there is room for the whole, as the tree has no mapping there
         room = self._stub.arena.end + PAGE
         script.call('shmat', shmid, room, flags, about=about, expect=room)
         script.call('mremap', room + vma.offset, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, vma.start, about=about,
@@ -163,17 +169,18 @@ class Space:
     # ------------------------------------------------------------ fill
 
     def _runs(self, filled: bool) -> Iterator[PageRun]:
-        """Runs inside ordinary mappings, by who puts them into place: the task, or we by force."""
+        """Yield runs inside ordinary mappings: those that the task reads into place (filled), or those that we write by
+        force."""
         for vma in self._ordinary:
             if vma.flags & MAP_PRIVATE and is_filled(self._memory, vma) == filled:
                 yield from runs_between(self._memory.runs, vma.start, vma.end)
 
     def _missing(self) -> Iterator[PageRun]:
-        """Page runs that the task has to read."""
+        """Return the page runs that the task must read."""
         return remaining(list(self._runs(True)), self._cow_sharing.same if self._cow_sharing else [])
 
     def _fill(self, script: Script) -> Steps[int]:
-        """Add the reads to the script; returns the bytes that its next run reads. A small address space is read in one
+        """Add the reads to the script. Return the bytes that its next run reads. A small address space is read in one
         run."""
         waiting = 0
         for part, offset, ranges in _reads(self._missing()):
@@ -194,7 +201,8 @@ class Space:
         return self._ordinary[bisect_right(self._ordinary, address, key=attrgetter('start')) - 1].kind == ANON
 
     def _force(self, tid: int) -> None:
-        """Pages of what the program itself could never write, a breakpoint in its text: as a debugger writes them."""
+        """Write pages that the program itself could never write, such as a breakpoint in its text, as a debugger
+        does."""
         with Mem(tid) as mem:
             for run in self._runs(False):
                 for page in range(run.pages):
@@ -206,7 +214,8 @@ class Space:
 
     def _finish(self, script: Script, vma: Vma) -> None:
         about, length = f'{vma.start:x}-{vma.end:x} {vma.name}'.rstrip(), vma.end - vma.start
-        if vma.pkey and self._memory.mm.pkeys >> vma.pkey & 1:      # else the kernel's own, for what can only be run
+        # otherwise it is the kernel's own key for executable-only memory
+        if vma.pkey and self._memory.mm.pkeys >> vma.pkey & 1:
             script.call('pkey_mprotect', vma.start, length, vma.protection, vma.pkey, about=about)
         elif self._is_mapped_otherwise(vma):
             script.call('mprotect', vma.start, length, vma.protection, about=about)
@@ -226,7 +235,7 @@ class Space:
         return vma.kind == SHARED_MEMORY and self._reader.get(SharedMemory, vma.object).kind == SYSV
 
     def describe(self, script: Script) -> None:
-        """Set what the kernel keeps for an address space. The program must be mapped by then, and the stub unmapped."""
+        """Set the kernel's data about an address space. The program must be mapped by then, and the stub unmapped."""
         mm = self._memory.mm
         exe = self._objects.backing(mm.exe, writable=False)
         auxv = mm.auxv.ljust(8, b'\0')
@@ -235,7 +244,7 @@ class Space:
                                  offset_of(prctl_mm_map, 'auxv'), auxv, about='the layout of the address space')
 
     def lock(self, script: Script) -> None:
-        """Set the rule for mappings that are made from now on, mlockall(2)."""
+        """Set the rule for future mappings (mlockall(2))."""
         if future := self._memory.mm.lock_future:
             script.call('mlockall', MCL_FUTURE | (MCL_ONFAULT if future == 2 else 0))
 
@@ -249,14 +258,14 @@ class Space:
 
 
 def clear(script: Script, stub: Stub, kept: Sequence[Range] = ()) -> None:
-    """Unmap all that a task has inherited, but for these ranges and what it needs as a stub."""
+    """Unmap everything that a task has inherited, except these ranges and the pages of its stub."""
     arena = stub.arena
     for start, end in between([*kept, (arena.start, arena.end)], 0, TASK_SIZE):
         script.call('munmap', start, end - start, about='inherited memory')
 
 
 def _reads(runs: Iterator[PageRun]) -> Iterator[tuple[int, int, Sequence[tuple[int, int]]]]:
-    """(part, offset, ranges) of reads that take many runs at a time, where these follow each other in the image."""
+    """Yield (part, offset, ranges) of reads. A read takes many runs if they are contiguous in the image."""
     part = offset = size = 0
     ranges: list[tuple[int, int]] = []
     for run in runs:
@@ -275,5 +284,5 @@ def _reads(runs: Iterator[PageRun]) -> Iterator[tuple[int, int, Sequence[tuple[i
 
 
 def mapped_ranges(reader: ImageReader) -> list[tuple[int, int]]:
-    """All mappings of all address spaces of an image."""
+    """Return all mappings of all address spaces of an image."""
     return [(vma.start, vma.end) for vma in reader.every(records.Vma) if vma.kind != VSYSCALL]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The namespaces that a tree is born into, where those that we are in will not do.
+"""The namespaces that a tree is born into, if ours do not fit.
 
-    pid     asked for (--new-pidns), or because an ordinary user may choose numbers in no other. Its first process is a
+    pid     requested (--new-pidns), or because an ordinary user may choose pids in no other. Its first process is a
             few instructions that reap orphans, unless the tree has a process 1 of its own
     user    for an ordinary user: with that uid and gid mapped to themselves
-    time    clocks go on where they were: after a reboot, or when the tree had offsets, time_namespaces(7)
+    time    clocks continue where they were: after a reboot, or when the tree had offsets (time_namespaces(7))
 """
 
 import os
@@ -29,16 +29,15 @@ from ckptd.remote.stub import Stub
 
 @dataclass(frozen=True, slots=True)
 class BirthNamespaces:
-    """user, pid: a new namespace of that sort. clocks: offsets of CLOCK_MONOTONIC and CLOCK_BOOTTIME in nanoseconds for
-    a new time namespace, None for ours. seed_is_init: our first child is process 1 of the pid namespace."""
-    user: bool
-    pid: bool
-    clocks: Offsets | None
-    bootstrap_is_init: bool = False
+    """The namespaces of a birth."""
+    user: bool                         # a new user namespace
+    pid: bool                          # a new pid namespace
+    clocks: Offsets | None             # offsets in nanoseconds for a new time namespace, None for ours
+    bootstrap_is_init: bool = False    # our first child is process 1 of the pid namespace
 
     def enter(self, bootstrap: Stub) -> list[Finding]:
-        """Have the seed make them, all but that of pids, which only a child can be in. What cannot be had and can be
-        missed is a warning."""
+        """Let the bootstrap make all of them except the pid namespace, which only a child can enter. A namespace that
+        is not available and not required is a warning."""
         if self.user:
             _unshare(bootstrap, CLONE_NEWUSER)
             _map_ids(bootstrap.tid)
@@ -54,7 +53,7 @@ class BirthNamespaces:
 
 
 def may_choose_pids() -> bool:
-    """Whether clone3(2) takes set_tid from us in our own pid namespace."""
+    """Whether clone3(2) accepts set_tid from us in our own pid namespace."""
     effective = capget().effective
     return bool(effective >> CAP_CHECKPOINT_RESTORE & 1 or effective >> CAP_SYS_ADMIN & 1)
 
@@ -63,9 +62,9 @@ def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> BirthName
     """Decide which namespaces the image and our rights call for. The pids of a tree from another pid namespace mean
     nothing in ours.
 
-    brokered: the launcher has made the time namespace that is needed, and with new_pidns that of pids.
+    brokered: the launcher has made the required time namespace and, with new_pidns, the pid namespace.
     """
-    if brokered:        # the launcher has made what there is to be, by the manifest alone
+    if brokered:        # the launcher has made all of them, from the manifest alone
         return BirthNamespaces(False, new_pidns,
                                None if any(read_offsets(os.getpid())) else offsets_for(reader.manifest),
                                bootstrap_is_init=new_pidns)
@@ -75,12 +74,12 @@ def decide(reader: ImageReader, *, new_pidns: bool, brokered: bool) -> BirthName
 
 
 def offsets_for(manifest: Manifest) -> Offsets | None:
-    """The time namespace in which clocks go on where they were, as seen from ours; None where ours will do."""
+    """Return the time namespace, as offsets to ours, in which clocks continue where they were; None if ours fits."""
     clocks = manifest.clocks
     if manifest.boot_id == boot_id():
         offsets = Offsets(clocks.monotonic_offset, clocks.boottime_offset)
         return offsets if any(offsets) else None
-    # as the tree saw them when it was dumped: the time between is no time for it
+    # as the tree saw them when it was dumped: the time since then does not exist for it
     return Offsets(clocks.monotonic - time.clock_gettime_ns(time.CLOCK_MONOTONIC),
                    clocks.boottime - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
 
@@ -94,11 +93,11 @@ def _unshare(bootstrap: Stub, flags: int) -> None:
 def _map_ids(pid: int) -> None:
     uid, gid = os.getuid(), os.getgid()
     try:
-        _write(f'/proc/{pid}/setgroups', 'deny')        # or nobody but root may map groups, user_namespaces(7)
+        _write(f'/proc/{pid}/setgroups', 'deny')        # otherwise only root may map groups (user_namespaces(7))
         _write(f'/proc/{pid}/uid_map', f'{uid} {uid} 1')
         _write(f'/proc/{pid}/gid_map', f'{gid} {gid} 1')
     except OSError as error:
-        raise NotSupported(f'no user namespace can be made: {error.strerror}', errno=error.errno, resource='user',
+        raise NotSupported(f'cannot make a user namespace: {error.strerror}', errno=error.errno, resource='user',
                            hint='allow user namespaces (user.max_user_namespaces), or run as root') from error
 
 
@@ -111,8 +110,8 @@ def _write(path: str, text: str) -> None:
 
 
 def make_reaper(init: Stub, root: int, root_directory: int) -> None:
-    """Turn the first process of a pid namespace into one that reaps orphans, and ends as `root` ended. It stands before
-    its first instruction then; all that it holds is its two pages."""
+    """Turn the first process of a pid namespace into one that reaps orphans and exits like `root`. Afterwards it is
+    before its first instruction, and has only its two pages."""
     script = Script(init)
     script.call('prctl', PR_SET_NAME, b'ckptd-init\0')
     script.call('fchdir', root_directory)

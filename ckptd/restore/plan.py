@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The plan of a restart, as data: made once, shown by a dry run, carried out by run.py."""
+"""The plan of a restart as data: made once, shown by a dry run, carried out by run.py."""
 
 import os
 import time
@@ -28,15 +28,14 @@ _REAPED_WITHIN = 3.0        # seconds
 
 @dataclass(frozen=True)
 class Plan:
-    """world: the namespaces to be born into. processes: in depth-first order. steps: how they are made. arena: where
-    stubs have their code. highest: the largest fd of any table. refusals: why it cannot be made, with warnings.
-    origins: mm_id of the address space that another one is forked from with its pages, by that of the other one."""
-    namespaces: BirthNamespaces
-    processes: list[NewProcess]
-    steps: list[Step]
-    arena: Arena
-    highest: int
-    refusals: list[Finding] = field(default_factory=list)
+    """The plan."""
+    namespaces: BirthNamespaces                         # namespaces to be born into
+    processes: list[NewProcess]                         # in depth-first order
+    steps: list[Step]                                   # steps that make the tasks
+    arena: Arena                                        # place of the stubs' code
+    highest: int                                        # the highest fd of any table
+    refusals: list[Finding] = field(default_factory=list)  # reasons against the restart, and warnings
+    # mm_id of the maker's address space that is inherited with its pages, by mm_id of the child's
     origins: dict[int, int] = field(default_factory=dict)
 
     @cached_property
@@ -50,11 +49,12 @@ class Plan:
 
     @property
     def numbers(self) -> set[int]:
-        """Every pid that is needed, those of ghosts included."""
+        """Every pid that is needed, including those of ghosts."""
         return {step.vpid for step in self.steps if isinstance(step, CreateTask) and step.vpid > 0}
 
     def users(self, name: str) -> dict[int, int]:
-        """The first living task that uses each object of 'mm_id', 'files_id', 'fs_id' or 'sighand_id': vpid by id."""
+        """Return the first living task that uses each object of 'mm_id', 'files_id', 'fs_id' or 'sighand_id': vpid by
+        id."""
         found: dict[int, int] = {}
         for task in self.alive:
             found.setdefault(getattr(task.record, name), task.vpid)
@@ -67,11 +67,11 @@ def is_users_worker(plan: Plan) -> bool:
 
 
 def read_numbers(reader: ImageReader, namespaces: BirthNamespaces, caller: CallerRights) -> Numbers:
-    """Read which pids are in use in the namespace of the tree, and by whom. A caller from whom /proc hides processes
-    gets no names. Dead processes that hold a wanted pid get a moment to be reaped."""
+    """Read the users of pids in the namespace of the tree. A caller from whom /proc hides processes gets no names. Dead
+    processes that hold a wanted pid get a moment to be reaped."""
     if namespaces.pid:
         return {}
-    # of the dead that sessions and groups are named by as well
+    # including the dead that sessions and groups are named by
     wanted = {number for task in reader.tasks for number in (task.vpid, task.vpgid, task.vsid)} - {0}
     await_reaped(wanted, time.monotonic() + _REAPED_WITHIN)
     found = numbers_in_use()
@@ -80,11 +80,12 @@ def read_numbers(reader: ImageReader, namespaces: BirthNamespaces, caller: Calle
 
 def make_plan(reader: ImageReader, namespaces: BirthNamespaces, numbers: Numbers, *, own_session: bool,
               child_of_us: bool) -> Plan:
-    """numbers: who has which pid now; nobody in a new pid namespace. own_session: the tree gets a terminal."""
+    """Make the plan. numbers: the user of each pid; empty in a new pid namespace. own_session: the tree gets a
+    terminal."""
     processes = processes_of(reader.tasks)
     had_terminal = any(state.tty for state in reader.every(ProcessState))
     refusals = settle_sessions(processes, numbers, own=own_session and had_terminal)
-    # the first process of a namespace makes its roots itself, and makes nobody's sibling (CLONE_PARENT is EINVAL)
+    # the first process of a namespace makes its roots itself, and cannot make a sibling (CLONE_PARENT is EINVAL)
     has_init = any(process.vpid == 1 for process in processes)
     child_of_us = child_of_us and (not namespaces.pid or (has_init and not namespaces.bootstrap_is_init))
     roots = [process for process in processes if not process.parent]
@@ -92,8 +93,8 @@ def make_plan(reader: ImageReader, namespaces: BirthNamespaces, numbers: Numbers
         refusals.append(Finding(roots[1].vpid, '', 'pid namespace', 'EOPNOTSUPP', 'has a parent outside of its pid '
                                 'namespace, whose process 1 is in the tree', 'restore as root'))
     if not any(process.alive for process in processes):
-        refusals.append(Finding(0, '', 'image', 'ESRCH', 'every task of the tree had ended: nothing of it can run',
-                                'checkpoint a tree that lives'))
+        refusals.append(Finding(0, '', 'image', 'ESRCH', 'every task of the tree had ended, so nothing can run',
+                                'checkpoint a living tree'))
     steps: list[Step] = []
     try:
         steps = CreationOrder(processes, child_of_us=child_of_us).plan()
@@ -104,13 +105,13 @@ def make_plan(reader: ImageReader, namespaces: BirthNamespaces, numbers: Numbers
     steps, origins = with_fills(steps, _mms(processes), lambda theirs, mine: bool(
         CowSharing(reader.memory(theirs), reader.memory(mine)).kept))
     plan = Plan(namespaces, processes, steps, find_arena(mapped_ranges(reader)), highest, refusals, origins)
-    refusals += [Finding(vpid, '', f'pid {vpid}', 'EEXIST', f'the number is in use by {numbers[vpid]}',
+    refusals += [Finding(vpid, '', f'pid {vpid}', 'EEXIST', f'the pid is in use by {numbers[vpid]}',
                          'end that process, or restore with --new-pidns')
                  for vpid in sorted(plan.numbers & numbers.keys())]
     return plan
 
 
 def _mms(processes: Iterable[NewProcess]) -> dict[int, int]:
-    """mm_id of each task that has memory. A dead leader of living threads is born with theirs."""
+    """Return the mm_id of each task that has memory. A dead leader of living threads is born with theirs."""
     return {task.vpid: process.ids.mm_id for process in processes for task in (process.leader, *process.threads)
             if process.ids.mm_id}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Plan first: what a restart is going to do, and all that stands in its way. A dry run ends here."""
+"""Make the plan first, with everything that prevents it. A dry run ends here."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from ckptd.restore.plan import Plan, make_plan, read_numbers
 
 
 def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Finding]]:
-    """The plan, and every refusal and warning about it, pid by pid as vpids. ImageDamaged. Nothing is changed."""
+    """Return the plan, with every refusal and warning about it; pids are vpids. ImageDamaged. Nothing is changed."""
     request = job.request
     namespaces = decide(reader, new_pidns=request.new_pidns, brokered=request.brokered)
     plan = make_plan(reader, namespaces, read_numbers(reader, namespaces, request.caller),
@@ -29,12 +29,13 @@ def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Finding]]:
 
 
 def refused(rows: Iterable[Finding]) -> CkptError:
-    """The error for the refusals among these rows."""
+    """Return the error for the refusals among these rows."""
     return Refused.restart([row for row in rows if row.severity == 'refusal'], 'plan')
 
 
 def check_restore(job: JobContext) -> None:
-    """Every reason why a restore would be refused, and warnings of what it would lack: damages of the image as well."""
+    """List every reason why a restore would be refused, and warnings of what it would lose, including damages of the
+    image."""
     job.channel.phase('verify')
     tasks = 0
     with job.image_files() as files:
@@ -51,6 +52,6 @@ def check_restore(job: JobContext) -> None:
 
 
 def damage(sentence: str, error: ImageDamaged | None = None) -> Finding:
-    """A damage of the image as a row."""
+    """Convert a damage of the image to a row."""
     error = error or ImageDamaged(sentence)
     return Finding(0, '', error.resource or 'image', errno_name(error.errno), sentence, error.hint)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The operation restore, phase by phase; a failure anywhere before the start leaves nothing.
+"""The operation restore, phase by phase. A failure before the start leaves nothing.
 
-    verify      the image is whole
-    plan        all that stands in the way, at once; nothing has been touched
-    open        files, shared memory, terminals, in the bank
-    create      stubs with the right numbers, parents, sessions, groups
+    verify      the image is complete
+    plan        everything that prevents the restart, at once; nothing has been changed
+    open        files, shared memory, terminals, as service fds
+    create      stubs with the right pids, parents, sessions, groups
     fill        address spaces and their pages
     rebuild     open files, state, rights
     place       cgroups
@@ -54,7 +54,7 @@ from ckptd.restore.shed import Shed
 from ckptd.restore.supervise import attend, cgroup_of
 from ckptd.restore.vdso import VdsoPlan
 
-BESIDE = 16 * PAGE          # how far behind the arena the vdso of another kernel goes
+BESIDE = 16 * PAGE          # distance of another kernel's vdso from the arena
 _NO_LIMIT = (1 << 32) - 1
 TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # phases, microseconds in the result
 
@@ -154,7 +154,7 @@ class Restore:
         for step in self._plan.steps:
             self._take(step)
             fault('created-one')
-            # each is a moment to be cancelled in
+            # a Cancel takes effect between any two of them
             self._channel.progress(len(self._builder.stubs), len(self._plan.tasks), 0, self._bytes_total)
         self._builder.end_bootstrap()
 
@@ -173,7 +173,7 @@ class Restore:
                 self._builder.take(step)
 
     def _fill(self) -> None:
-        """Fill the address spaces that nobody inherits. All tasks exist by then."""
+        """Fill the address spaces that no other one inherits. All tasks exist by then."""
         spaces = [(self._builder[self._mms[mm_id]], space) for mm_id, space in self._spaces.items()]
         interleave(space.build(stub) for stub, space in spaces if not space.is_built)
         interleave(space.finish(stub) for stub, space in spaces)
@@ -187,8 +187,8 @@ class Restore:
         self._files.open_all(late=True)
         interleave(self._files.install(builder[vpid], files_id) for files_id, vpid in self._tables.items())
         interleave(self._process(process) for process in plan.processes if process.alive)
-        # a process that closes any fd of a file gives up all its locks on it, so locks come after the service fds are
-        # closed
+        # A process that closes any fd of a file loses all its locks on it, so locks come after the service fds are
+        # closed.
         interleave(self._close_service_fds(builder[vpid]) for vpid in self._tables.values())
         Shed(self._reader, plan, builder, self._attributes, self._spaces).run()
         fault('shed')
@@ -199,7 +199,7 @@ class Restore:
                 self._become_zombies(task)
 
     def _process(self, process: NewProcess) -> Steps[None]:
-        """All threads of a process: what may need a right, or none."""
+        """Set up all threads of a process: everything that may need a right, or none."""
         for task in process.alive:
             script = Script(self._builder[task.vpid])
             if self._mms[task.record.mm_id] == task.vpid:
@@ -222,7 +222,7 @@ class Restore:
         return self._service_fds.once('terminal', lambda: os.dup(self._job.terminal))
 
     def _become_zombies(self, task: ImageTask) -> None:
-        """A task that was dead."""
+        """Turn the stub of a dead task into a zombie."""
         stub = self._builder[task.vpid]
         script = Script(stub)
         script.call('prctl', PR_SET_NAME, task.record.comm.encode('utf-8', 'surrogateescape')[:15] + b'\0')
@@ -237,7 +237,7 @@ class Restore:
     # ------------------------------------------------------------ start
 
     def _start(self) -> None:
-        """Let go of all. What cannot fail comes last, and what cannot be undone before that."""
+        """Release all tasks. Steps that cannot fail come last, and steps that cannot be undone before them."""
         self._place.settle({process.vpid: self._builder[process.alive[0].vpid].tid for process in self._plan.processes
                             if process.alive})
         fault('ready')
@@ -256,7 +256,8 @@ class Restore:
         self._place.lift_barrier()
 
     def _attend(self) -> None:
-        """The tree runs. Nothing of it is held by us any more, or its pipes and terminals would never end."""
+        """Wait for the end of the running tree. Close everything that we hold of it, or its pipes and terminals would
+        never reach end-of-file."""
         roots = [self._builder[process.vpid].tid for process in self._plan.processes if not process.parent]
         init = self._builder.init
         if self._job.terminal >= 0:
@@ -267,12 +268,12 @@ class Restore:
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
                   'processes': len(self._plan.processes), 'bytes': self._bytes_done, 'cgroup': cgroup_of(roots[0]),
                   'warnings': warnings, 'restored_usec': self._clock.total_usec(), **times}
-        if self._plan.namespaces.pid:        # its number there
+        if self._plan.namespaces.pid:        # its pid there
             result['inside'] = self._plan.processes[0].vpid
         self._channel.send(TreeRuns(roots[0], len(self._plan.tasks)))
         if self._request.wait:
             self._channel.send(Phase('attend'))
-            # of a namespace of its own we have the first process only, which ends as the root did
+            # of a pid namespace of its own we have only the first process, which ends like the root
             status = attend([init.tid] if init else roots, self._channel)
             result |= {} if status is None else {'exit_status': status}
         self._channel.finish('', (), result)
@@ -284,7 +285,7 @@ class Restore:
 
 
 def restore(job: JobContext) -> None:
-    """Bring the tree of an image back."""
+    """Restore the tree of an image."""
     clock = Clock()
     job.channel.phase('verify')
     with ExitStack() as stack:

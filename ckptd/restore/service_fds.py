@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fds that the stubs inherit: everything that tasks are made of is opened here first, above all numbers that they use.
+"""Fds that the stubs inherit: everything that tasks are made from is opened here first, above all fds that the tasks
+use.
 
-    0 .. base-1     what a task has in the end
-    base ..         the bank; each task duplicates from it what it is to have, and then closes the rest at once
+    0 .. base-1     the final fds of a task
+    base ..         service fds; each task duplicates the files that it needs, and then closes the rest at once
 """
 
 import fcntl
@@ -17,7 +18,8 @@ _LEAST = 64
 
 
 class ServiceFds:
-    """Owner of the fds; `with` closes them. They are not close-on-exec: the seed is a program of its own."""
+    """Owner of the service fds; `with` closes them. They are not close-on-exec, because the bootstrap is a program of
+    its own."""
 
     def __init__(self, highest: int) -> None:
         self.base = max(highest + 1, _LEAST)
@@ -35,7 +37,7 @@ class ServiceFds:
         self._known.clear()
 
     def add(self, fd: int) -> int:
-        """Move an fd into the bank; its number there."""
+        """Move an fd to the service fds. Return its number there."""
         try:
             kept = fcntl.fcntl(fd, fcntl.F_DUPFD, self.base)
         except OSError as error:
@@ -48,7 +50,7 @@ class ServiceFds:
         return kept
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
-        """The fd of this key, made by the first who asks."""
+        """Return the fd of this key. The first call makes it."""
         if key not in self._known:
             self._known[key] = self.add(make())
         return self._known[key]

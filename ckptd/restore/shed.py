@@ -57,18 +57,18 @@ class Shed:
         self._mms = plan.users('mm_id')
 
     def run(self) -> None:
-        """CkptError if a task keeps a right, or cannot have its own."""
+        """Run the shed. CkptError if a task keeps a right, or cannot have its own."""
         groups = self._groups()
         if is_users_worker(self._plan):
             interleave(self._clear(group) for group in groups)
-            if self._builder.init:      # no task of the tree, and it goes on
+            if self._builder.init:      # it is not a task of the tree, and continues
                 finish(_clear_capabilities([self._builder.init]))
                 require_no_capability(self._builder.init.tid)
         else:
             interleave(self._take_own(group) for group in groups)
 
     def _groups(self) -> list[list[ImageTask]]:
-        """All tasks, those included that are to be dead, by address space."""
+        """Return all tasks, including the dead ones, by address space."""
         groups: dict[int, list[ImageTask]] = {}
         for task in self._plan.tasks:
             groups.setdefault(id(self._builder[task.vpid].turn), []).append(task)
@@ -89,7 +89,7 @@ class Shed:
 
     def _set_dumpable(self, group: Sequence[ImageTask], script: Script) -> None:
         wanted = dumpable_of(self._reader, group)
-        # SUID_DUMP_ROOT cannot be set; it comes from a change of ids and the sysctl fs.suid_dumpable alone
+        # SUID_DUMP_ROOT cannot be set; it comes only from a change of ids and the sysctl fs.suid_dumpable
         if wanted < SUID_DUMP_ROOT:
             script.call('prctl', PR_SET_DUMPABLE, wanted, 0, 0, 0)
 
@@ -131,7 +131,7 @@ def _clear_capabilities(stubs: Sequence[Stub]) -> Steps[None]:
 
 
 def require_no_capability(tid: int) -> None:
-    """CkptError if a task has one in any set but the bounding set."""
+    """Check that a task has no capability in any set but the bounding set. CkptError."""
     status = read_status(tid)
     if status.cap_inh | status.cap_prm | status.cap_eff | status.cap_amb:
         raise CkptError(f'task {tid} keeps capabilities of the restart', task=tid, resource='capabilities',

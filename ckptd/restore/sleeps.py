@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sleeps that go on with the time that was left.
+"""Continue sleeps with the time that was left.
 
-The end of an interrupted nanosleep, poll or futex is in the kernel's restart block of the task and nowhere else. So the
-new task begins the same call, with what was left as its timeout, and is interrupted in it: it has such a block of its
-own then, and its old registers (rax -516, ERESTART_RESTARTBLOCK) have the kernel go on with it.
+The end of an interrupted nanosleep, poll or futex is only in the kernel's restart block of the task. So the new task
+begins the same call, with the remaining time as its timeout, and is interrupted in it. It then has a restart block of
+its own, and with its old registers (rax -516, ERESTART_RESTARTBLOCK) the kernel continues the sleep.
 """
 
 import ctypes
@@ -19,13 +19,13 @@ from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Stub
 
-# which argument is the timeout: a pointer to a timespec, but of poll milliseconds
+# the argument that is the timeout: a pointer to a timespec or, for poll, milliseconds
 _TIMEOUT = {arch.NR['nanosleep']: 0, arch.NR['clock_nanosleep']: 2, arch.NR['futex']: 3, arch.NR['poll']: 2}
 
 
 def sleep_again(reader: ImageReader, vpid: int, stub: Stub) -> Steps[arch.user_regs_struct | None]:
-    """The registers that the task is to have instead of its old ones, or None. The last that it does as a stub, but for
-    leaving it: another call that is interrupted would take its place."""
+    """Return the registers that replace the task's old ones, or None. It must be the last thing that the task does as a
+    stub before leaving: another interrupted call would overwrite the restart block."""
     left, regs = reader.table(SleepLeft).get(vpid), _registers(reader, vpid)
     if left is None or ctypes.c_int64(regs.rax).value != -arch.ERESTART_RESTARTBLOCK:
         return None
@@ -44,7 +44,7 @@ def _registers(reader: ImageReader, vpid: int) -> arch.user_regs_struct:
 
 
 def _begin(stub: Stub, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[int]:
-    """Have the call begun and interrupted; what it returns."""
+    """Begin the call and interrupt it. Return its result."""
     batch = Batch()
     arguments = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9]
     name = next(name for name, number in arch.NR.items() if number == left.number)
@@ -56,11 +56,11 @@ def _begin(stub: Stub, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[in
     tracee = stub.tracee
     tracee.regs = arch.stub_registers(stub.arena.code, stub.arena.table)
     yield from _to_syscall(stub)
-    # it waits at the entry of the call: with this the call is interrupted at once, unless it need not wait
+    # It waits at the entry of the call. With this the call is interrupted at once, unless it need not wait.
     tracee.interrupt()
     yield from _to_syscall(stub)
     result = ctypes.c_int64(tracee.regs.rax).value
-    tracee.interrupt()      # once more: the stop at the end of the call has used up the first one
+    tracee.interrupt()      # again: the stop at the end of the call has used up the first one
     tracee.cont()
     yield
     while stub.wait() >> 16 != PTRACE_EVENT_STOP:

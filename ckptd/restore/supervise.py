@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""With `wait`: we are the parent of the roots, and stay until the first of them has ended."""
+"""`wait`: this process is the parent of the roots and stays until the first of them has ended."""
 
 import os
 import select
@@ -13,7 +13,7 @@ from ckptd.protocol.messages import Cancel
 
 
 def cgroup_of(root: int) -> str:
-    """'' if it has ended already."""
+    """Return the cgroup of the root; '' if it has ended already."""
     try:
         return read_cgroup2(root)
     except ProcessLookupError:
@@ -21,9 +21,10 @@ def cgroup_of(root: int) -> str:
 
 
 def attend(roots: Sequence[int], channel: Channel) -> int | None:
-    """The wait(2) status of the first root; None if somebody let go of it before (Cancel), or the daemon is gone.
+    """Return the wait(2) status of the first root; None if the tree was released before (Cancel), or the daemon is
+    gone.
 
-    The others are only reaped. None of them is ended by us, whatever comes.
+    The other roots are only reaped. None of them is ended by us in any case.
     """
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sockets that a restored process makes itself, because the kernel tells their peers which process it was."""
+"""Sockets that a restored process makes itself, because the kernel tells their peers which process made them."""
 
 import os
 import socket
@@ -14,10 +14,10 @@ _KEEP = -1      # setresuid(2): this id stays
 
 
 def make_socketpair(stub: Stub, kind: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
-    """Have a stub call socketpair(2), and take both ends over. SO_PEERCRED then names its process and these ids.
+    """Let a stub call socketpair(2), and take over both ends. SO_PEERCRED then names its process and these ids.
 
-    A stub that is root takes the ids for the time of the call. One of an ordinary user has its own, which are the only
-    ones that it could take. OSError.
+    A stub that is root takes the ids for the duration of the call. One of an ordinary user has its own, which are the
+    only ones that it could take. OSError.
     """
     batch = Batch()
     out = batch.buffer(8)

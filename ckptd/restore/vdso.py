@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The vdso, which is the kernel's own: mapped again at its old place, or on another kernel bridged.
+"""The vdso, which belongs to the kernel: mapped again at its old place or, on another kernel, bridged.
 
-Programs keep addresses of functions inside it (libc resolves them once), and another kernel has those elsewhere, with
-other data in vvar. The old text then stays where it was as ordinary memory, each function of it a jump to the one of
-the same name in the new kernel's, which lies elsewhere.
+Programs keep addresses of functions inside it (libc resolves them once). Another kernel has these functions at other
+places, and other data in vvar. So the old text stays at its place as ordinary memory, and each of its functions becomes
+a jump to the function of that name in the new vdso, which is mapped elsewhere.
 """
 
 import os
@@ -29,7 +29,7 @@ _PHDR, _DYN, _SYM = struct.Struct('<IIQQQQQQ'), struct.Struct('<qQ'), struct.Str
 
 @dataclass(frozen=True)
 class Vdso:
-    """Text of a vdso, and how many bytes of vvar lie before it."""
+    """The text of a vdso, and the number of bytes of vvar before it."""
     text: bytes
     data_length: int
 
@@ -41,7 +41,7 @@ class Vdso:
 
 @cache
 def own() -> Vdso:
-    """Of this kernel."""
+    """Return the vdso of this kernel."""
     found = {one.path: one for one in reversed(read_maps(os.getpid())) if one.path in ('[vdso]', '[vvar]')}
     if '[vdso]' not in found:
         return Vdso(b'', 0)
@@ -50,14 +50,14 @@ def own() -> Vdso:
 
 
 def parse_functions(text: bytes) -> dict[str, int]:
-    """The dynamic symbols of the ELF file that a vdso is. ImageDamaged where it is none."""
+    """Parse the dynamic symbols of a vdso, which is an ELF file. ImageDamaged if it is not one."""
     try:
         entries = dict(_dynamic(text))
         symbols, strings = entries[_DT_SYMTAB], entries[_DT_STRTAB]
         if _DT_HASH in entries:
             count = struct.unpack_from('<I', text, entries[_DT_HASH] + 4)[0]
         else:
-            count = (strings - symbols) // _SYM.size      # linkers put the strings right behind
+            count = (strings - symbols) // _SYM.size      # linkers put the strings right behind the symbols
         found = {}
         for index in range(count):
             name, info, _, section, value, _ = _SYM.unpack_from(text, symbols + index * _SYM.size)
@@ -65,7 +65,7 @@ def parse_functions(text: bytes) -> dict[str, int]:
                 found[text[strings + name:text.index(b'\0', strings + name)].decode()] = value
         return found
     except (struct.error, KeyError, ValueError) as error:
-        raise ImageDamaged(f'the vdso of the image is no ELF file: {error}', resource='vdso') from error
+        raise ImageDamaged(f'the vdso of the image is not an ELF file: {error}', resource='vdso') from error
 
 
 def _dynamic(text: bytes) -> list[tuple[int, int]]:
@@ -78,13 +78,13 @@ def _dynamic(text: bytes) -> list[tuple[int, int]]:
 
 
 class VdsoPlan:
-    """How the vdso of an address space comes back. elsewhere: where a bridged one may lie."""
+    """The way in which the vdso of an address space comes back. elsewhere: address for the new one if it is bridged."""
 
     def __init__(self, elsewhere: int) -> None:
         self._elsewhere = elsewhere
 
     def is_bridged(self, reader: ImageReader, memory: Memory) -> bool:
-        """Whether the image's vdso is not this kernel's."""
+        """Whether the image's vdso differs from this kernel's."""
         return _text(memory.vmas) is not None and _old(reader, memory) != own()
 
     def map(self, script: Script, reader: ImageReader, memory: Memory) -> None:
@@ -102,7 +102,7 @@ class VdsoPlan:
             script.call('arch_prctl', arch.ARCH_MAP_VDSO_64, self._elsewhere, about='the vdso')
 
     def patch(self, tid: int, reader: ImageReader, memory: Memory) -> None:
-        """Write the old text with its jumps, where there is one."""
+        """Write the old text with its jumps, if it is bridged."""
         text = _text(memory.vmas)
         if text is None or (old := _old(reader, memory)) == own():
             return
@@ -111,7 +111,7 @@ class VdsoPlan:
 
 
 def bridge(old: Vdso, new: Vdso, at: int) -> bytes:
-    """The old text, each of its functions a jump into the new one, which is mapped at `at`."""
+    """Return the old text, with each of its functions a jump into the new one, which is mapped at `at`."""
     text = bytearray(old.text)
     for name, offset in old.functions.items():
         if name in new.functions:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether this processor has the register state of an image: the components of XSAVE, and where it keeps them."""
+"""Check that this processor supports the register state of an image: the components of XSAVE, and their layout."""
 
 import os
 import signal
@@ -20,11 +20,11 @@ _NAMES = {0: 'x87', 1: 'SSE', 2: 'AVX', 5: 'AVX-512', 6: 'AVX-512', 7: 'AVX-512'
 
 @cache
 def own_xstate() -> bytes:
-    """The state of a process of ours, as PTRACE_GETREGSET has it of any."""
+    """Return the state of a process of ours, as PTRACE_GETREGSET returns it for any."""
     life, end = os.pipe2(os.O_CLOEXEC)
     ready, told = os.pipe2(os.O_CLOEXEC)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)     # 3.12, of threads; the child only waits
+        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12, about threads; the child only waits
         pid = os.fork()
     if pid == 0:
         os.close(end)
@@ -47,7 +47,7 @@ def _wait(life: int, told: int) -> NoReturn:
     """Wait, in the child, until the parent closes the other end of `life` or dies. A child that had stopped itself
     would stay stopped if the parent died."""
     try:
-        prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)      # a worker that is an ordinary user could not trace it else
+        prctl(PR_SET_DUMPABLE, SUID_DUMP_USER)      # otherwise a worker that is an ordinary user could not trace it
         os.write(told, b'r')
         os.read(life, 1)
     finally:
@@ -55,7 +55,7 @@ def _wait(life: int, told: int) -> NoReturn:
 
 
 def shortcoming(xstate: bytes, own: bytes) -> str:
-    """Name the part of this state that the processor cannot take; '' if it takes all."""
+    """Name the part of this state that the processor does not support; '' if it supports all."""
     if len(xstate) < _XSTATE_BV_AT + 8 or len(own) < _XSTATE_BV_AT + 8:
         return '' if len(xstate) == len(own) else 'the register state has another size'
     theirs, ours = (struct.unpack_from('<Q', area, _XCR0_AT)[0] for area in (xstate, own))

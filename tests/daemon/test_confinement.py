@@ -80,7 +80,7 @@ def test_a_sibling_and_ones_own_child(bus: PrivateBus, name: str, uid: int) -> N
     assert [status for status, _ in answers] == [DENIED] * 4 + [0] * 3, answers
     for _, said in answers[:4]:
         assert SANDBOXES[name].words in said
-        assert 'ask from outside of the sandbox' in said
+        assert 'call from outside of the sandbox' in said
 
 
 def test_without_a_sandbox(bus: PrivateBus) -> None:

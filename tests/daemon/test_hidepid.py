@@ -191,8 +191,8 @@ def test_who_has_a_number_is_not_told(hiding: PrivateBus, tmp_path: Path) -> Non
         said = {uid: [row['reason']['data'] for row in
                       Busctl(hiding, uid).call(MANAGER, 'CheckRestore', 'sa{sv}', image, '0')[0]
                       if row['resource']['data'] == f'pid {process.pid}'] for uid in (0, NOBODY)}
-    assert said == {0: [f'the number is in use by sleep[{process.pid}]'],
-                    NOBODY: ['the number is in use by another process']}
+    assert said == {0: [f'the pid is in use by sleep[{process.pid}]'],
+                    NOBODY: ['the pid is in use by another process']}
 
 
 def await_image(spool: Path) -> list[str]:

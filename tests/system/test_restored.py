@@ -86,7 +86,7 @@ def test_what_stands_in_the_way_is_seen_from_outside_the_sandbox(machine: Contai
     image = ctl(machine, 'checkpoint', unit)['image']
     done = machine.run('ckptctl', 'restore', image, '--dry-run', check=False)
     assert done.returncode == 75, done.stdout + done.stderr      # try again: it may end
-    assert f'the number is in use by count[{pid}]' in done.stdout
+    assert f'the pid is in use by count[{pid}]' in done.stdout
     assert 'Read-only' not in done.stdout
 
 

@@ -347,7 +347,7 @@ def test_the_number_of_a_process_that_has_another_one_here(place: Place, image_o
         access = FileAccess(reader, importer, 'accept', -1)
         os.close(access.open(f'/proc/{number}/status', os.O_RDONLY))
         access._pids = {number: number + 1}
-        with pytest.raises(PermissionError, match='has another number here'):
+        with pytest.raises(PermissionError, match='has another pid here'):
             access.open(f'/proc/{number}/status', os.O_RDONLY)
 
 

@@ -325,7 +325,7 @@ int main(void)
 def test_a_program_under_syscall_user_dispatch_is_refused(start: START, place: Place) -> None:
     """It was killed: its handler for SIGSYS was lost."""
     process = start(DISPATCHED)
-    with pytest.raises(NotSupported, match='system calls dispatched'):
+    with pytest.raises(NotSupported, match='Syscall User Dispatch'):
         place.checkpoint(process.pid)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(10) == 0

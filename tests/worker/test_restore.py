@@ -236,7 +236,7 @@ def test_the_same_twice_is_refused_by_pid(generation: Callable[..., Generation])
     tree = generation('memory')
     image = tree.kill()
     tree.restore(image)
-    with pytest.raises(Busy, match=f'pid {tree.victim.pid}: the number is in use by memory') as refused:
+    with pytest.raises(Busy, match=f'pid {tree.victim.pid}: the pid is in use by memory') as refused:
         tree.restore(image)
     assert 'new-pidns' in refused.value.hint
     tree.finish()

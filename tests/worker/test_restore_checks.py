@@ -575,7 +575,7 @@ def test_a_tree_that_had_ended(place: Place, monkeypatch: pytest.MonkeyPatch) ->
         os.waitpid(pid, 0)
     row = only(found(place, image))
     assert (row.pid, row.errno) == (0, 'ESRCH')
-    assert 'nothing of it can run' in row.reason
+    assert 'so nothing can run' in row.reason
 
 
 # ---------------------------------------------------------------- images from outside, and callers in a sandbox

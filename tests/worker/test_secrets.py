@@ -279,7 +279,7 @@ def test_a_memfd_of_another_user(place: Place, start: Start) -> None:
     process = start('', stdout=log)
     os.close(log)
     os.close(fd)
-    with pytest.raises(Refused, match='may not be read'):
+    with pytest.raises(Refused, match='is not readable'):
         place.checkpoint(process.pid, caller=BOB)
     place.checkpoint(process.pid, as_root=True)
     os.kill(process.pid, signal.SIGKILL)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What stands in the way of a restart: all of it at once, before there is any process, and nothing is changed.
+"""Checks of everything that prevents a restart, all at once, before there is any process. Nothing is changed.
 
     machine     architecture, page size, xstate, vdso, features of the kernel
     objects     open files, mapped files, directories, System V segments
-    rights      what the caller has given up, and what it takes to set credentials at all
+    rights      restrictions of the caller, and the rights needed to set credentials at all
     attributes  limits, scheduling, credentials ... of each task
-    resources   memory that takes a privilege
-    imported    of an image from outside, what its importer has not
-    room        memory, numbers of tasks
+    resources   memory that needs a privilege
+    imported    for an imported image, rights that its importer lacks
+    capacity    memory, numbers of tasks
     surroundings    cgroup, namespaces, terminal
 
-That numbers are taken, and that a tree cannot be made at all, is said by the plan itself.
+The plan itself reports pids that are in use, and a tree that cannot be made at all.
 """
 
 from ckptd.errors import Finding
@@ -26,6 +26,6 @@ CHECKS = (machine.check, objects.check, rights.check, attributes.check, resource
 
 
 def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: FileAccess) -> list[Finding]:
-    """Every refusal and warning, by check. pid: as a vpid, 0 for the tree as a whole. ImageDamaged."""
+    """List every refusal and warning, by check. pid: a vpid, 0 for the tree as a whole. ImageDamaged."""
     context = CheckContext(reader, plan, request, access)
     return rows(context, [row for check in CHECKS for row in check(context)])

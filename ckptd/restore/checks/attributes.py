@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attributes of tasks that cannot be set again as they were: each file of objects/attributes says why."""
+"""Attributes of tasks that cannot be restored as they were. Each file of objects/attributes gives the reasons."""
 
 from collections.abc import Iterator
 

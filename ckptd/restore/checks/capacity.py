@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether there is room for the tree: memory, disk, pipes, numbers for its tasks, and what a user may have of these."""
+"""Check the resources for the tree: memory, disk, pipes, pids for its tasks, and a user's limits on these."""
 
 import os
 from collections import Counter
@@ -23,7 +23,7 @@ from ckptd.restore.cow_sharing import CowSharing
 from ckptd.restore.mapped_objects import missing_but_kept
 from ckptd.restore.plan import Plan
 
-_STRICT = 2                 # vm.overcommit_memory: what is reserved counts, proc_sys_vm(5)
+_STRICT = 2                 # vm.overcommit_memory: reserved memory counts (proc_sys_vm(5))
 _PIPES = '/proc/sys/fs/pipe-'
 _LEAST_PIPE = 2             # pages, PIPE_MIN_DEF_BUFFERS in fs/pipe.c
 _NPROC = 6                  # RLIMIT_NPROC, <asm-generic/resource.h>
@@ -39,7 +39,7 @@ def check(context: CheckContext) -> Iterator[Finding]:
 
 
 def _files(context: CheckContext) -> list[Needs]:
-    """What open and mapped files take that are made again, each once."""
+    """List the needs of open and mapped files that are made again, each once."""
     found: dict[Hashable, Needs] = {}
     for one in _every_file(context):
         if one is not None:
@@ -51,7 +51,7 @@ def _files(context: CheckContext) -> list[Needs]:
 
 def _every_file(context: CheckContext) -> Iterator[Needs | None]:
     for saved in context.reader.every(SavedFile):
-        with suppress(ImageDamaged):        # said by obstacles.objects
+        with suppress(ImageDamaged):        # reported by checks.objects
             kind, record = decode(saved, context.lookup.kinds)
             yield kind.needs(record, saved)
     for backing in context.reader.every(Backing):
@@ -62,7 +62,8 @@ def _every_file(context: CheckContext) -> Iterator[Needs | None]:
 # ---------------------------------------------------------------- memory
 
 def bytes_to_read(reader: ImageReader) -> int:
-    """Bytes of pages, those once that several address spaces share. What is only reserved has none."""
+    """Return the bytes of pages, counting once those that several address spaces share. Memory that is only reserved
+    has no pages."""
     ranges = sorted((run.part, run.offset, run.offset + run.pages * PAGE) for chunk in reader.every(PageRuns)
                     for run in chunk.runs)
     total, last, done = 0, -1, 0
@@ -74,7 +75,7 @@ def bytes_to_read(reader: ImageReader) -> int:
 
 
 def parse_meminfo(data: bytes) -> dict[str, int]:
-    """Bytes by name of /proc/meminfo, proc_meminfo(5)."""
+    """Parse /proc/meminfo into bytes by name (proc_meminfo(5))."""
     found = {}
     for line in data.decode().splitlines():
         name, _, value = line.partition(':')
@@ -84,14 +85,15 @@ def parse_meminfo(data: bytes) -> dict[str, int]:
 
 
 def most_to_fill(reader: ImageReader, files: Iterable[Needs]) -> int:
-    """Bytes of memory that a restart fills at most: every page as often as a page run names it, and the content of
-    files in memory. What is only reserved takes none. An image may name one piece of its data any number of times."""
+    """Return the bytes of memory that a restart fills at most: every page as often as a page run names it, and the
+    content of files in memory. Memory that is only reserved takes none. An image may name one piece of its data any
+    number of times."""
     runs = sum(run.pages for chunk in reader.every(PageRuns) for run in chunk.runs)
     return runs * PAGE + sum(one.memory for one in files)
 
 
 def inherited_bytes(reader: ImageReader, plan: Plan) -> int:
-    """Bytes of these that are there already when a process is forked, with its maker's memory."""
+    """Return the bytes of these that a forked process inherits with its maker's memory."""
     total = 0
     for mm_id in plan.users('mm_id'):
         if origin := plan.origins.get(mm_id):
@@ -105,7 +107,7 @@ def _memory(context: CheckContext, files: Sequence[Needs]) -> Iterator[Finding]:
     free, swap = info['MemAvailable'], info['SwapFree']
     what = ''
     if needed > min([free, *(left for _, left in groups)]):
-        # only then it is worth the time to find out what it is
+        # this takes time, so find out only now
         needed -= inherited_bytes(context.reader, context.plan)
         what = f'the tree has {needed:,} bytes of memory, {bytes_to_read(context.reader):,} of them in the image'
     if needed > free + swap:
@@ -127,7 +129,7 @@ def _memory(context: CheckContext, files: Sequence[Needs]) -> Iterator[Finding]:
 
 
 def _own_memory(context: CheckContext, files: Sequence[Needs], known: Container[object]) -> Iterator[Finding]:
-    """Shared objects are filled by us, and charged to the cgroup that we are in
+    """Check memory for shared objects. We fill them, so they are charged to our cgroup
     (Documentation/admin-guide/cgroup-v2.rst, "Memory Ownership")."""
     runs = [run for chunk in context.reader.every(PageRuns) if chunk.owner_kind == OF_SHARED_MEMORY
             for run in chunk.runs]
@@ -140,13 +142,13 @@ def _own_memory(context: CheckContext, files: Sequence[Needs], known: Container[
 
 
 def _left(group: Cgroup) -> int | None:
-    """Bytes that may still be charged to a cgroup; None where it has no limit."""
+    """Return the bytes that may still be charged to a cgroup; None without a limit."""
     limit = _limit(group, 'memory.max')
     return None if limit is None else limit - _used(group)
 
 
 def _used(group: Cgroup) -> int:
-    """Bytes that are charged to a cgroup, less the page cache that it gives back."""
+    """Return the bytes charged to a cgroup, without the page cache that it can release."""
     with suppress(OSError):
         stat = dict(line.split() for line in read_file(f'{group.path}/memory.stat').decode().splitlines())
         return _number(f'{group.path}/memory.current') - int(stat['active_file']) - int(stat['inactive_file'])
@@ -158,14 +160,14 @@ def _number(path: str) -> int:
 
 
 def _limit(group: Cgroup, file: str) -> int | None:
-    """None where there is none, or no such controller."""
-    with suppress(OSError, ValueError):     # 'max' is no number
+    """Return the limit; None if there is none, or no such controller."""
+    with suppress(OSError, ValueError):     # 'max' is not a number
         return _number(f'{group.path}/{file}')
     return None
 
 
 def _above(home: str) -> list[Cgroup]:
-    """A cgroup and all above it; without those that are yet to be made."""
+    """Return a cgroup and all above it, without those that do not exist yet."""
     with suppress(FileNotFoundError):
         group: Cgroup | None = Cgroup.named(home)
         found = []
@@ -179,13 +181,13 @@ def _above(home: str) -> list[Cgroup]:
 # ---------------------------------------------------------------- files
 
 def _disk(context: CheckContext, files: Iterable[Needs]) -> Iterator[Finding]:
-    """Deleted files are made in a directory, with their content."""
+    """Check space for deleted files, which are made in a directory with their content."""
     needed: Counter[str] = Counter()
     for one in files:
         if one.disk:
             needed[home_of(one.path, context.lookup)] += one.disk
     for home, size in needed.items():
-        with suppress(OSError):     # without a directory it is refused as such
+        with suppress(OSError):     # without a directory it is refused for that reason
             fd = context.lookup.open(home, os.O_PATH | os.O_DIRECTORY)
             try:
                 at = os.fstatvfs(fd)
@@ -198,8 +200,8 @@ def _disk(context: CheckContext, files: Iterable[Needs]) -> Iterator[Finding]:
 
 
 def _pipes(context: CheckContext, files: Iterable[Needs]) -> Iterator[Finding]:
-    """Of a user, as fs/pipe.c decides: pipes of two pages are always to be had, larger ones up to the soft limit in
-    all, and none beyond the hard one."""
+    """Check the pipes of a user by the rules of fs/pipe.c: pipes of two pages are always available, larger ones up to
+    the soft limit in all, and none beyond the hard one."""
     if context.lookup.capable(CAP_SYS_RESOURCE) or context.lookup.capable(CAP_SYS_ADMIN):
         return
     sizes = [one.pipe for one in files if one.pipe]
@@ -236,22 +238,23 @@ def _tasks(context: CheckContext) -> Iterator[Finding]:
 
 
 def _own_limit(context: CheckContext, needed: int, running: int) -> Iterator[Finding]:
-    """RLIMIT_NPROC counts all tasks of a uid, getrlimit(2). It is ours, or where we are root that of whoever asks."""
+    """Check RLIMIT_NPROC, which counts all tasks of a uid (getrlimit(2)). It is ours or, if we are root, that of the
+    caller."""
     uid = os.getuid() or context.request.caller.uid
     free = (context.may(CAP_SYS_RESOURCE) or context.may(CAP_SYS_ADMIN)) if os.getuid() else (
         context.lookup.capable(CAP_SYS_RESOURCE) or context.lookup.capable(CAP_SYS_ADMIN))
     if free or not uid:
         return
     soft = _limit_of_tasks(context)
-    # to count those of one uid takes time, and all of the machine are known
+    # counting those of one uid takes time, while the number for the machine is known
     if needed + running > soft and (own := _tasks_of(uid)) + needed > soft:
         yield about(0, 'RLIMIT_NPROC', 'EAGAIN', f'{needed:,} more tasks are needed, uid {uid} has {own:,} and may '
                     f'have {soft:,}', 'raise the limit (ulimit -u)')
 
 
 def _limit_of_tasks(context: CheckContext) -> int:
-    """The soft limit. Whoever asks for a job that outlives them may be gone: then it is the limit that the tree had,
-    which an imported image may have made up, see obstacles.imported."""
+    """Return the soft limit. The caller of a job that outlives them may be gone. Then it is the limit that the tree
+    had, which an imported image may have made up, see checks.imported."""
     caller = context.request.caller
     with suppress(ProcessLookupError, FileNotFoundError):
         if os.getuid():
@@ -263,7 +266,7 @@ def _limit_of_tasks(context: CheckContext) -> int:
 
 
 def _numbers(numbers: Iterable[int]) -> Iterator[Finding]:
-    """A number that a task is to get must be below pid_max (kernel/pid.c, alloc_pid)."""
+    """Check that the pid of each task is below pid_max (kernel/pid.c, alloc_pid)."""
     most, highest = _number('/proc/sys/kernel/pid_max'), max(numbers, default=0)
     if highest >= most:
         yield about(highest, f'pid {highest}', 'EINVAL', f'this machine has numbers below {most:,} only',
@@ -274,6 +277,6 @@ def _tasks_of(uid: int) -> int:
     count = 0
     for pid in pids():
         with suppress(OSError):
-            if read_status(pid).uids[0] == uid:     # the owner of /proc/PID is root where memory may not be dumped
+            if read_status(pid).uids[0] == uid:     # the owner of /proc/PID is root for a process that is not dumpable
                 count += os.stat(f'/proc/{pid}/task').st_nlink - 2  # noqa: PTH116
     return count

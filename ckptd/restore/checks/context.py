@@ -22,12 +22,13 @@ __all__ = ['CheckContext', 'about', 'once', 'rows', 'text_of']
 
 @dataclass(frozen=True)
 class CheckContext:
-    """request: who asks, and for what. looking: the files of this machine, by the rights that the tree's are opened by.
-    own: our own process, which every restored task is a descendant of; `may` by its effective capabilities."""
+    """The input of the checks."""
     reader: ImageReader
     plan: Plan
-    request: JobRequest
-    lookup: FileAccess
+    request: JobRequest                                 # with the caller and the options
+    lookup: FileAccess                                  # the files of this machine, with the rights that the tree's
+                                                        # files are opened with
+    # our own process, from which every restored task descends; `may` uses its effective capabilities
     own: Status = field(default_factory=lambda: read_status(os.getpid()))
 
     @property
@@ -47,7 +48,7 @@ class CheckContext:
         return self.lookup.capable(capability)
 
     def may(self, capability: int) -> bool:
-        """Whether we have this capability, which counts for the machine as a whole."""
+        """Whether we have this capability, in the user namespace of the machine."""
         return self.allowed.may(capability)
 
     def may_here(self, capability: int) -> bool:
@@ -55,9 +56,9 @@ class CheckContext:
         return self.plan.namespaces.user or self.may(capability)
 
     def caller_may(self, path: str, access: int) -> bool:
-        """os.access(2) for the caller, of what the request names."""
+        """Whether the caller has access to a path of the request, as in os.access(2)."""
         if self.request.brokered and not self.request.caller.uid:
-            return True     # root, for whom a worker of another user asks
+            return True     # root, on whose behalf a worker of another user runs
         with rights_of(self.request.caller).taken():
             return os.access(path, access, effective_ids=True)
 
@@ -74,17 +75,17 @@ class CheckContext:
 
     @property
     def for_owner(self) -> int:
-        """uid of the image's owner where files are opened by his rights and the caller is root; else 0."""
+        """Uid of the image's owner, if files are opened with the owner's rights and the caller is root; else 0."""
         return 0 if self.request.caller.uid or self.lookup.by_root else self.lookup.rights.uid
 
     @cached_property
     def home(self) -> str:
-        """The cgroup that the tree is going to be in: as asked for, else as it was, else ours; '' for none."""
+        """The future cgroup of the tree: the requested one, else the former one, else ours; '' for none."""
         return self.request.cgroup or self.plan.processes[0].ids.cgroup or read_cgroup2(os.getpid())
 
     @cached_property
     def leaders(self) -> list[int]:
-        """vpids of the processes that live."""
+        """Vpids of the living processes."""
         return [process.vpid for process in self.plan.processes if process.alive]
 
 
@@ -94,7 +95,7 @@ def text_of(one: Finding) -> tuple[str, str, str, str]:
 
 
 def once(obstacles: Iterable[Finding]) -> list[Finding]:
-    """The first of those that say the same: one file that is missing is open at many places."""
+    """Return the first of the findings with equal text: one missing file may be open in many places."""
     first: dict[tuple[str, str, str, str], Finding] = {}
     for one in obstacles:
         first.setdefault(text_of(one), one)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images that came in from outside. What they say of rights, limits and priorities may be made up: a worker that is the
-importer may have no more than the importer anyway, and no other worker restores them."""
+"""Check images that were imported. Their rights, limits and priorities may be made up. A worker that is the importer
+may have no more than the importer in any case, and no other worker restores them."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ def check(context: CheckContext) -> Iterator[Finding]:
                     f'named {min(names)}', 'restore the image that was exported, where it was made')
     if not manifest.imported or context.plan.namespaces.user:
         return
-    # root's rights in it would be of the importer's invention; with a broker root restores it as the importer
+    # the importer could invent root's rights in it; with a broker, root restores it as the importer
     if caller.uid != manifest.owner_uid and not context.request.brokered:
         yield about(0, 'image', 'EPERM', f'the image was imported by uid {manifest.owner_uid}, who alone may '
                     'restore it', 'restore it as that user, or import it yourself')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether this machine and its kernel can run what the image has: architecture, xstate, vdso, features."""
+"""Check that this machine and its kernel can run the image: architecture, xstate, vdso, features."""
 
 import mmap
 import os
@@ -19,17 +19,17 @@ ARCHITECTURE = 'x86-64'
 def check(context: CheckContext) -> Iterator[Finding]:
     other = list(_architecture(context))
     yield from other
-    if not other:       # of another machine nothing else means anything
+    if not other:       # for another machine nothing else is meaningful
         yield from _xstate(context)
         yield from _vdso(context)
         yield from _features(context)
 
 
 def _architecture(context: CheckContext) -> Iterator[Finding]:
-    header, hint = context.reader.header, 'restore it on a machine like the one that it was made on'
+    header, hint = context.reader.header, 'restore it on a machine of the same architecture'
     machines = {one.machine for one in context.reader.every(Registers)} - {arch.EM}
     if context.reader.manifest.architecture != ARCHITECTURE or header.machine != os.uname().machine:
-        yield about(0, 'architecture', 'EOPNOTSUPP', f'the image is of a machine {header.machine} '
+        yield about(0, 'architecture', 'EOPNOTSUPP', f'the image was made on {header.machine} '
                     f'({context.reader.manifest.architecture}), this one is {os.uname().machine}', hint)
     elif machines:
         yield about(0, 'architecture', 'EOPNOTSUPP', f'the image has registers of ELF machine {min(machines)}, not '
@@ -40,26 +40,27 @@ def _architecture(context: CheckContext) -> Iterator[Finding]:
 
 
 def _xstate(context: CheckContext) -> Iterator[Finding]:
-    """PTRACE_SETREGSET takes the area in the size of this processor only (arch/x86/kernel/fpu/regset.c,
-    xstateregs_set), and a component that XCR0 lacks is a #GP."""
+    """Check the register state. PTRACE_SETREGSET accepts the area only in the size for this processor
+    (arch/x86/kernel/fpu/regset.c, xstateregs_set), and a component that XCR0 lacks causes a #GP."""
     for task in context.plan.alive:
         reason = shortcoming(context.reader.get(Registers, task.vpid).xstate, own_xstate())
-        if reason:      # of one image, all are alike
+        if reason:      # they are alike in one image
             yield about(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the features of '
                         f'the one that it was dumped on (kernel {context.reader.manifest.kernel})')
             return
 
 
 def _vdso(context: CheckContext) -> Iterator[Finding]:
-    """On another kernel its functions become jumps: who stands inside one would go on in the middle of a jump."""
+    """Check the vdso. On another kernel its functions become jumps, so a task inside one would continue in the middle
+    of a jump."""
     reader, plan = context.reader, VdsoPlan(0)
     for mm_id, user in context.plan.users('mm_id').items():
         memory = reader.memory(mm_id)
         if not plan.is_bridged(reader, memory):
             continue
         kernel = reader.manifest.kernel
-        yield about(user, 'vdso', 'ENOSYS', f'its vdso is that of kernel {kernel}: calls of it go to the one of '
-                    'this kernel', 'nothing is lost but the time of a jump', 'warning')
+        yield about(user, 'vdso', 'ENOSYS', f'its vdso is that of kernel {kernel}: calls are redirected to that of '
+                    'this kernel', 'each call takes one more jump', 'warning')
         [text] = [vma for vma in memory.vmas if vma.kind == VDSO][:1]
         for task in context.plan.alive:
             registers = arch.user_regs_struct.from_buffer_copy(reader.get(Registers, task.vpid).gpr)

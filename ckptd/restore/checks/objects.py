@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files and other objects with a name outside the tree: there, unchanged, and whose tree it is may open them."""
+"""Check files and other objects with a name outside of the tree: they must exist, be unchanged, and be accessible to
+the owner of the tree."""
 
 import errno
 import os
@@ -45,15 +46,16 @@ def check(context: CheckContext) -> list[Finding]:
 
 
 def _by_whom(context: CheckContext, row: Finding) -> Finding:
-    """Root sees the file and may do all with it, and would not guess that it is not he who counts."""
+    """Complete the hint for root, who has access to the file and may not expect that the rights of another user
+    count."""
     uid = context.for_owner
     if not uid or row.severity == 'warning':
         return row
     if row.errno in ('EACCES', 'EPERM'):
-        return replace(row, hint=f'files are opened by the rights of uid {uid}, who owns the image: give him the right '
+        return replace(row, hint=f'files are opened with the rights of uid {uid}, who owns the image: give them access '
                             'to it, or checkpoint the tree as root')
     if row.errno == 'ENOENT':
-        return replace(row, hint=f'{row.hint}; it is uid {uid}, who owns the image, that must see it')
+        return replace(row, hint=f'{row.hint}; uid {uid}, who owns the image, must have access to it')
     return row
 
 
@@ -79,23 +81,24 @@ def _open_files(context: CheckContext) -> Iterator[Finding]:
             yield about(vpid, resource, errno_name(error.errno), error.message, error.hint)
         except OSError as error:
             yield about(vpid, resource, errno_name(error.errno or errno.EIO),
-                        f'{saved.link} cannot be looked at: {error.strerror}', 'see whether its file system answers')
+                        f'{saved.link} cannot be inspected: {error.strerror}', 'check that its file system answers')
         else:
             for one in found:
                 yield replace(one, pid=vpid, resource=resource)
 
 
 def _owner(context: CheckContext, saved: SavedFile, vpid: int, resource: str) -> Iterator[Finding]:
-    """Signals of an open file are sent by the rights of who asked for them, fcntl(2), F_SETOWN_EX."""
+    """Check owners of file signals. They are sent with the rights of the user who requested them (fcntl(2),
+    F_SETOWN_EX)."""
     own = context.request.caller.uid
     if strangers := sorted({saved.owner_uid, saved.owner_euid} - {own}) if own else []:
-        yield about(vpid, resource, 'EPERM', f'its signals (F_SETOWN) are sent by the rights of uid {strangers[0]}, '
-                    f'and the caller is uid {own}', 'restore it as root')
+        yield about(vpid, resource, 'EPERM', f'its signals (F_SETOWN) are sent with the rights of uid {strangers[0]}, '
+                    f'but the caller is uid {own}', 'restore it as root')
 
 
 def _path(context: CheckContext, record: Struct) -> str:
-    """Path that a restart opens for an open file; for a deleted file, the directory that it is created in; '' if the
-    file has no path."""
+    """Return the path that a restart opens for an open file; for a deleted file, the directory that it is created in;
+    '' if the file has no path."""
     path, link = str(getattr(record, 'path', '')), str(getattr(record, 'link', ''))
     return link or (home_of(path, context.lookup) if getattr(record, 'deleted', 0) else path)
 
@@ -108,7 +111,7 @@ def _out_of_reach(context: CheckContext, vpid: int, resource: str, path: str) ->
 
 
 def _holders(context: CheckContext) -> dict[int, tuple[int, int]]:
-    """(vpid, fd) that first lead to each description."""
+    """Return the first (vpid, fd) that refers to each description."""
     found: dict[int, tuple[int, int]] = {}
     for files_id, vpid in context.plan.users('files_id').items():
         for fd in context.reader.get(FdTable, files_id).fds:
@@ -131,7 +134,7 @@ def _mapped_files(context: CheckContext) -> Iterator[Finding]:
     for mm in context.reader.every(Mm):
         if mm.mm_id in users and mm.exe:
             first.setdefault(mm.exe, (users[mm.mm_id], 'exe'))
-            # PR_SET_MM_EXE_FILE asks for the right to execute (kernel/sys.c, prctl_set_mm_exe_file)
+            # PR_SET_MM_EXE_FILE requires the right to execute (kernel/sys.c, prctl_set_mm_exe_file)
             access[mm.exe] = access.get(mm.exe, 0) | os.R_OK | os.X_OK
     opened = {saved.link for saved in context.reader.every(SavedFile)}
     for number, (vpid, resource) in first.items():
@@ -153,17 +156,17 @@ def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, a
         yield row
         return
     if not record.mode:
-        return          # it could not be looked at when it was dumped
+        return          # it was not accessible when it was dumped
     if missing_but_kept(record, context.lookup):
         for one in deleted_findings(record.path, context.lookup):
             yield replace(one, pid=vpid, resource=resource)
-        yield about(vpid, resource, 'ENOENT', f'{record.path} {KEPT}', 'nobody else sees what the tree writes there '
-                    'from then on: put the file back if somebody is to', 'warning')
+        yield about(vpid, resource, 'ENOENT', f'{record.path} {KEPT}', 'others do not see what the tree writes there '
+                    'from then on: put the file back if they should', 'warning')
         return
     found = context.lookup.lstat(record.path)
     words = changes(FileIdentity.of_backing(record), found)
     how = f'{record.path} {" and ".join(words)}'
-    # of a file that is open too, its kind says whether it can be put back
+    # if the file is open as well, its kind reports whether it can be rolled back
     rolled_back = context.lookup.changed_files == 'rollback' and record.path in opened
     if found is None:
         if not rolled_back:
@@ -176,8 +179,8 @@ def _backing(context: CheckContext, record: Backing, vpid: int, resource: str, a
     elif words and context.lookup.changed_files == 'accept':
         yield about(vpid, resource, 'ESTALE', how, 'the tree finds it as it is now', 'warning')
     elif words and not rolled_back:
-        yield about(vpid, resource, 'ESTALE', how, 'put the very file back (of a package: the same version); '
-                    '--changed-files=accept goes on with what is there, at the risk of a crash')
+        yield about(vpid, resource, 'ESTALE', how, 'put exactly this file back (of a package: the same version); '
+                    '--changed-files=accept uses the present file, at the risk of a crash')
 
 
 def _linked(context: CheckContext, record: Backing, vpid: int, resource: str, access: int) -> Iterator[Finding]:
@@ -203,7 +206,7 @@ def _directories(context: CheckContext) -> Iterator[Finding]:
         yield from _directory(context, vpid, 'cwd', 'working directory', record.cwd)
         if record.root != '/':
             yield from _directory(context, vpid, 'root', 'root directory', record.root)
-            # who may set up what a program finds in /etc may be anybody to it
+            # a user who may set up /etc as the program sees it can pretend to be anyone to it
             by_root = not context.lookup.rights.uid or context.lookup.by_root
             if not (by_root or context.plan.namespaces.user) or not context.may_here(CAP_SYS_CHROOT):
                 yield about(vpid, 'root', 'EPERM', f'its root directory is {record.root}, and the caller may not '
@@ -222,7 +225,7 @@ def _directory(context: CheckContext, vpid: int, resource: str, what: str, path:
         os.close(context.lookup.open(path, os.O_PATH | os.O_DIRECTORY))
     except (OSError, ValueError) as error:
         number = (error.errno if isinstance(error, OSError) else None) or errno.ENOENT
-        yield about(vpid, resource, errno_name(number), f'its {what} {path} cannot be had: {os.strerror(number)}',
+        yield about(vpid, resource, errno_name(number), f'its {what} {path} is not available: {os.strerror(number)}',
                     'make that directory again')
         return
     if not context.lookup.may(path, os.X_OK):
@@ -244,8 +247,8 @@ def _segments(context: CheckContext) -> Iterator[Finding]:
 
 
 def _segment(context: CheckContext, record: SharedMemory, vpid: int) -> Iterator[Finding]:
-    """Check a System V segment. One that exists and is not attached is used again, see Objects; else its id and key
-    must be free."""
+    """Check a System V segment. One that exists and is not attached is used again, see MappedObjects; otherwise its id
+    and key must be free."""
     resource = f'shmid {record.shmid}'
     try:
         found = shmctl_stat(record.shmid)
@@ -257,10 +260,10 @@ def _segment(context: CheckContext, record: SharedMemory, vpid: int) -> Iterator
     else:
         if (found.key, found.size) != (record.key, record.size) or found.attached:
             yield about(vpid, resource, 'EBUSY', f'its System V segment is in use: attached {found.attached} times, '
-                        f'last by {_name(found.last)}', 'ipcs -m -p shows by whom; ipcrm -m removes it')
+                        f'last by {_name(found.last)}', '"ipcs -m -p" shows its users; "ipcrm -m" removes it')
         elif not context.lookup.may_take(found):
-            yield about(vpid, resource, 'EACCES', f'its System V segment belongs to uid {found.uid}, and may not be '
-                        'written by whose image this is', f'have its owner remove it (ipcrm -m {record.shmid})')
+            yield about(vpid, resource, 'EACCES', f'its System V segment belongs to uid {found.uid}, and is not '
+                        'writable for the owner of the image', f'have its owner remove it (ipcrm -m {record.shmid})')
         return
     if other := _by_key(record.key):
         yield about(vpid, resource, 'EEXIST', f'the key {record.key:#x} of its System V segment is that of segment '
@@ -275,7 +278,7 @@ def _segment(context: CheckContext, record: SharedMemory, vpid: int) -> Iterator
 
 
 def _by_key(key: int) -> int:
-    """The shmid that a key leads to; 0 where there is none (a shmid of 0 has never been free for long)."""
+    """Return the shmid for a key; 0 if there is none (a shmid of 0 has never been free for long)."""
     if key:
         for line in read_file('/proc/sysvipc/shm').splitlines()[1:]:
             found, shmid = line.split(None, 2)[:2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checks of memory that takes a privilege: locked, or at the lowest addresses."""
+"""Check memory that needs a privilege: locked memory, or at the lowest addresses."""
 
 from collections.abc import Iterator
 
@@ -31,8 +31,8 @@ def _locked(context: CheckContext, vpid: int, mm_id: int) -> Iterator[Finding]:
 
 
 def _lowest(context: CheckContext) -> Iterator[Finding]:
-    """Mappings at addresses that the kernel keeps from users: a bug of its own that follows a null pointer would find
-    what they have put there (security/commoncap.c, cap_mmap_addr)."""
+    """Check mappings at addresses that the kernel denies to users: a kernel bug that follows a null pointer would use
+    data that they have put there (security/commoncap.c, cap_mmap_addr)."""
     least, users = int(read_file('/proc/sys/vm/mmap_min_addr')), context.plan.users('mm_id')
     for vma in context.reader.every(Vma):
         if vma.start < least and vma.mm_id in users and not context.lookup.capable(CAP_SYS_RAWIO):

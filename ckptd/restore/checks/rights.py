@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The caller of a restart and the tree as a whole: whose image it is, what the caller has given up, and the rights that
-it takes to set credentials at all. Those of each task: objects/attributes/credentials.py."""
+"""Check the caller of a restart against the tree as a whole: the owner of the image, restrictions of the caller, and
+the rights needed to set credentials at all. objects/attributes/credentials.py checks those of each task."""
 
 import os
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from ckptd.restore.plan import is_users_worker
 def check(context: CheckContext) -> Iterator[Finding]:
     caller, manifest = context.request.caller, context.reader.manifest
     if caller.uid and manifest.owner_uid != caller.uid:
-        yield about(0, 'image', 'EPERM', f'the image was made for uid {manifest.owner_uid}, the caller is uid '
+        yield about(0, 'image', 'EPERM', f'the image belongs to uid {manifest.owner_uid}, the caller is uid '
                     f'{caller.uid}', 'restore it as that user, or as root')
     yield from _ours(context)
     yield from _confined(context)
 
 
 def _ours(context: CheckContext) -> Iterator[Finding]:
-    """Check the rights that it takes to set credentials at all."""
+    """Check the rights that are needed to set credentials at all."""
     if context.plan.namespaces.user or is_users_worker(context.plan):
         return
     uids = {uid for record in context.reader.every(Credentials) for uid in record.uids}
@@ -33,18 +33,19 @@ def _ours(context: CheckContext) -> Iterator[Finding]:
 
 
 def _confined(context: CheckContext) -> Iterator[Finding]:
-    """Refuse rights that the caller has given up for good, for themselves and all that they start."""
+    """Check the restrictions of the caller. A restart must not give back rights that the caller and its descendants
+    have lost for good."""
     caller = context.request.caller
     if not caller.uid or context.plan.namespaces.user:
         return
     if not caller.pid:
-        yield about(0, 'credentials', 'ESRCH', 'it is not known which process asks, and what it has given up',
-                    'ask again, and stay until there is an answer')
+        yield about(0, 'credentials', 'ESRCH', 'the calling process and its restrictions are unknown',
+                    'call again, and stay until the answer')
     if caller.seccomp:
         yield about(0, 'seccomp', 'EPERM', 'the caller runs under a seccomp filter, and the tree would not',
-                    'ask from outside of the sandbox')
+                    'call from outside of the sandbox')
     free = any(not context.reader.get(Credentials, task.vpid).no_new_privs
                for process in context.plan.processes for task in process.alive)
     if caller.no_new_privs and free:
         yield about(0, 'no_new_privs', 'EPERM', 'the caller runs with no_new_privs, and the tree did not',
-                    'ask from outside of the sandbox')
+                    'call from outside of the sandbox')

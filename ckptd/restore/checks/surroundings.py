@@ -15,9 +15,9 @@ from ckptd.restore.cgroups import cgroups
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.job_control import Stops
 
-# a restart makes these anew, or says so itself (restore/namespaces.py)
+# a restart makes these again, or reports them itself (restore/namespaces.py)
 _MADE = frozenset({'pid', 'time'})
-# what depends on them shows them at most
+# programs that depend on these only show them
 _SHOWN_ONLY = frozenset({'uts', 'cgroup'})
 _FOR_CHILDREN = '_for_children'
 
@@ -25,7 +25,7 @@ _FOR_CHILDREN = '_for_children'
 def check(context: CheckContext) -> Iterator[Finding]:
     if context.request.cgroup:
         yield from _cgroup(context, context.request.cgroup)
-    elif not context.request.systemd and not context.request.brokered:      # else they make a place
+    elif not context.request.systemd and not context.request.brokered:      # otherwise they make a place
         yield from _cgroups(context)
     yield from _namespaces(context)
     yield from _terminal(context)
@@ -33,29 +33,29 @@ def check(context: CheckContext) -> Iterator[Finding]:
 
 
 def _cgroup(context: CheckContext, name: str) -> Iterator[Finding]:
-    hint = 'name a cgroup that is there and that the caller may write, with --cgroup'
+    hint = 'choose an existing cgroup that the caller may write, with --cgroup'
     try:
         group = Cgroup.named(name)
     except FileNotFoundError as error:
         yield about(0, f'cgroup {name}', 'ENOENT', str(error.strerror), 'mount cgroup2, or leave out --cgroup')
         return
     if '..' in name.split('/') or not group.exists:
-        # without a systemd, whose they are, it is made for root (restore/cgroups.py)
+        # without systemd, which would own it, it is made for root (restore/cgroups.py)
         if '..' in name.split('/') or context.request.systemd or context.request.caller.uid:
-            yield about(0, f'cgroup {name}', 'ENOENT', 'there is no such cgroup', hint)
+            yield about(0, f'cgroup {name}', 'ENOENT', 'the cgroup does not exist', hint)
     elif not (context.caller_may(str(group.path), os.W_OK)
               and context.caller_may(f'{group.path}/cgroup.procs', os.W_OK)):
         yield about(0, f'cgroup {name}', 'EACCES', 'the caller may not put processes there', hint)
     elif group.type not in ('domain', 'domain threaded'):
         yield about(0, f'cgroup {name}', 'EOPNOTSUPP', f'it is of type "{group.type}" and takes no processes', hint)
     elif group.parent is not None and read_file(f'{group.path}/cgroup.subtree_control').strip():
-        # "no internal process constraint", Documentation/admin-guide/cgroup-v2.rst
-        yield about(0, f'cgroup {name}', 'EBUSY', 'it hands controllers to the cgroups below it, and takes no '
-                    'processes itself', 'name one below it')
+        # "no internal process constraint" (Documentation/admin-guide/cgroup-v2.rst)
+        yield about(0, f'cgroup {name}', 'EBUSY', 'it delegates controllers to the cgroups below it, and takes no '
+                    'processes itself', 'choose one below it')
 
 
 def _cgroups(context: CheckContext) -> Iterator[Finding]:
-    first: dict[str, int] = {}      # of many processes in few cgroups
+    first: dict[str, int] = {}      # many processes may be in few cgroups
     for vpid, name in sorted(cgroups(context.plan.processes).items()):
         first.setdefault(name, vpid)
     for name, vpid in first.items():
@@ -64,7 +64,7 @@ def _cgroups(context: CheckContext) -> Iterator[Finding]:
             nearest = next(above for above in (path, *path.parents) if above.exists())
             if name and nearest != path and not os.access(nearest, os.W_OK):
                 yield about(vpid, f'cgroup {name}', 'EACCES', 'was in a cgroup that is gone, and may not be made '
-                            'again: it comes back in that of ckptd', 'name one with --cgroup', 'warning')
+                            'again: it comes back in that of ckptd', 'choose one with --cgroup', 'warning')
 
 
 def _namespaces(context: CheckContext) -> Iterator[Finding]:
@@ -80,7 +80,7 @@ def _namespaces(context: CheckContext) -> Iterator[Finding]:
                 continue
             what = f'was in another {name} namespace, and comes back in ours'
             if name in _SHOWN_ONLY:
-                yield about(root, f'namespace {name}', 'EOPNOTSUPP', what, 'start the restore inside a like one',
+                yield about(root, f'namespace {name}', 'EOPNOTSUPP', what, 'start the restore inside a similar one',
                             'warning')
             else:
                 yield about(root, f'namespace {name}', 'EOPNOTSUPP', f'was in another {name} namespace, which '
@@ -88,7 +88,7 @@ def _namespaces(context: CheckContext) -> Iterator[Finding]:
 
 
 def _is_ours(context: CheckContext, namespace: Namespace) -> bool:
-    """On the same boot, the one that we are in."""
+    """Whether a namespace of the image is ours, in the same boot."""
     return (context.reader.manifest.boot_id == boot_id()
             and read_namespaces(os.getpid()).get(namespace.name) == namespace.inode)
 
@@ -103,7 +103,8 @@ def _terminal(context: CheckContext) -> Iterator[Finding]:
 
 
 def _stops(context: CheckContext) -> Iterator[Finding]:
-    """A stop by a terminal needs a parent in another group of the session, such as the shell that started the tree."""
+    """Check stops by a terminal, which need a parent in another group of the session, such as the shell that started
+    the tree."""
     stops = Stops(context.plan.processes, all_=False)
     for process in context.plan.processes:
         wanted = process.alive[0].record.stop_signal if process.alive else 0
