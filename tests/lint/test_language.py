@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'ckptd'
 # packages and modules whose text is checked
 DONE = ('errors', 'tree', 'places', 'notify', 'logs', 'flock', 'faults', 'config', 'daemon', 'bus', 'jobs',
         'client', 'cli', 'kernel', 'journal', 'image', 'protocol', 'operation', 'freezer', 'remote', 'worker',
-        'inspect', 'dump', 'restore')
+        'inspect', 'dump', 'restore', 'objects')
 MODULES = sorted(path for path in PACKAGE.rglob('*.py')
                  if path.relative_to(PACKAGE).parts[0].removesuffix('.py') in DONE)
 OTHERS = sorted(path for folder in ('dbus', 'units') for path in (ROOT / folder).rglob('*') if path.is_file())

@@ -311,7 +311,7 @@ def test_an_open_sysctl_is_not_handed_out(place: Place, image_of: Image, importe
     """Root's effective uid may open it for writing."""
     image = image_of(OPEN)
     put_path(image, '/proc/sys/kernel/core_pattern', os.O_RDWR)
-    with DirectWorker() as worker, pytest.raises(CkptError, match='may not be read and written'):
+    with DirectWorker() as worker, pytest.raises(CkptError, match='cannot be read and written'):
         worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer,
                                  changed_files='accept'))
 
@@ -356,7 +356,7 @@ def test_a_rollback_leaves_files_alone_that_are_made_up(place: Place, image_of: 
     image = image_of("file = os.open('file', os.O_RDWR | os.O_CREAT); os.write(file, b'x' * 100)", save_files=True)
     put_path(image, f'/proc/{importer.pid}/comm', os.O_RDWR)
     claim(image, 'regular', lambda one: dataclasses.replace(one, size=0, saved=()))
-    with DirectWorker() as worker, pytest.raises(CkptError, match='keeps no content'):
+    with DirectWorker() as worker, pytest.raises(CkptError, match='without stored content'):
         worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer,
                                  changed_files='rollback'))
 

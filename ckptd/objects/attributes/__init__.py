@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attributes of tasks, one file each, both directions: what to ask, dump, findings, restore. See base.py."""
+"""Attributes of tasks, one file each, for both directions: ask, dump, findings, restore. See base.py."""

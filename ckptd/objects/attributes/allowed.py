@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Resource limits that a restart may set, and what follows from them: those of the image, or the nearest.
 
-A restart is refused where the two differ, unless its caller accepts the nearest (clamp).
+If the two differ, a restart is refused unless its caller accepts the nearest (clamp).
 """
 
 import functools
@@ -33,14 +33,14 @@ class Allowed:
         return bool(self._capabilities >> capability & 1)
 
     def limits(self, vpid: int) -> tuple[Limit, ...]:
-        """Limits of a process, by number."""
+        """Return the limits of a process, by number."""
         if vpid not in self._limits:
             wanted = self._reader.get(Limits, vpid).limits
             self._limits[vpid] = tuple(map(_nearest, wanted, self._most))
         return self._limits[vpid]
 
     def _highest(self, number: int) -> int:
-        """The highest hard limit that we may set."""
+        """Return the highest hard limit that we may set."""
         if self.may(CAP_SYS_RESOURCE):
             most = INFINITY
         else:
@@ -50,11 +50,11 @@ class Allowed:
         return min(most, nr_open()) if number == NOFILE else most
 
     def lockable(self, vpid: int) -> int:
-        """Bytes that a process may lock."""
+        """Return the bytes that a process may lock."""
         return INFINITY if self.may(CAP_IPC_LOCK) else self.limits(vpid)[MEMLOCK].soft
 
     def locked(self, vpid: int, vmas: Iterable[Vma]) -> frozenset[int]:
-        """Start addresses of the mappings that are locked: from the lowest on, as many as the limit allows."""
+        """Return the start addresses of the locked mappings: from the lowest on, as many as the limit allows."""
         room, starts = self.lockable(vpid), []
         for vma in vmas:
             if vma.locked and vma.end - vma.start <= room:
@@ -69,5 +69,5 @@ def _nearest(wanted: Limit, most: int) -> Limit:
 
 @functools.cache
 def nr_open() -> int:
-    """The sysctl fs.nr_open: the most of RLIMIT_NOFILE, whoever asks (kernel/sys.c, do_prlimit)."""
+    """Return the sysctl fs.nr_open: the maximum of RLIMIT_NOFILE for everyone (kernel/sys.c, do_prlimit)."""
     return int(read_file('/proc/sys/fs/nr_open'))

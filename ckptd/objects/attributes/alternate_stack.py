@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The stack for signal handlers of a thread, sigaltstack(2)."""
+"""The stack for signal handlers of a thread (sigaltstack(2))."""
 
 import ctypes
 import struct

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The hooks of an attribute: of what the kernel keeps for a task besides its memory and its open files.
+"""The hooks of an attribute. Attributes are the kernel's state of a task except its memory and its open files.
 
-An attribute is one class in a file of this package, found by registry.py; nobody else names it. Its hooks, in life
+An attribute is one class in a file of this package, found by registry.py. No other module names it. Its hooks in life
 order:
 
-    findings(task, status)      why a task cannot be dumped, seen from outside before the freeze
-    ask(batch)                  adds calls to the batch that a stopped task does anyway; returns how to read the answer
-    ask_more(tid)               further batches, for what a process has any number of
-    dump(of, answer)            what the image keeps; None if the task has what a new task has
-    dump_dead(task, status)     the same of a zombie
+    findings(task, status)      reasons why a task cannot be dumped, seen from outside before the freeze
+    ask(batch)                  adds calls to the one batch of a stopped task; returns a reader of the answer
+    ask_more(tid)               further batches, for objects of which a process has any number
+    dump(of, answer)            the data for the image; None if the task has the values of a new task
+    dump_dead(task, status)     likewise for a zombie
 
-and of a restart:
+and for a restart:
 
-    obstacles(record, ...)      why it cannot be set again, or what it will lack; changes nothing
+    obstacles(record, ...)      reasons why it cannot be set again, or what will be lost; changes nothing
     restore(record, to)         calls of the stub, or of ours from outside, at the attribute's stage
-    finish(record, tracee)      what the tracer sets when the task is no stub any more
+    finish(record, tracee)      state that the tracer sets when the task is no longer a stub
 """
 
 from abc import ABC, abstractmethod
@@ -39,23 +39,24 @@ from ckptd.tree import Task
 R = TypeVar('R', bound=Struct)
 A = TypeVar('A')
 Reader: TypeAlias = Callable[[Results], A]
-Fields: TypeAlias = Mapping[str, Any]       # of a record of the image that several attributes fill
+Fields: TypeAlias = Mapping[str, Any]       # fields of a record of the image that several attributes fill
 
 
 class Stage(IntEnum):
-    """When a restart sets an attribute. Nothing else orders attributes, but that within a stage Scope does."""
-    BORN = 1            # when the task is made, and before it makes others, which inherit it
-    MEMORY = 2          # address spaces, restore/memory.py
-    FILES = 3           # open files, restore/files.py
+    """The stage of a restart at which an attribute is set. Within a stage Scope decides; attributes have no other
+    order."""
+    BORN = 1            # when the task is made, before it makes others, which inherit it
+    MEMORY = 2          # address spaces (restore/memory.py)
+    FILES = 3           # open files (restore/files.py)
     ATTRIBUTES = 4      # with the rights of the restart, and with the service fds
-    LIMITS = 5          # what bounds a process, then what its threads may have within that
-    RIGHTS = 6          # the shed, restore/shed.py
-    AFTER_RIGHTS = 7    # what memory of the program steers, and what a change of ids resets
+    LIMITS = 5          # limits of a process, then settings of its threads within these
+    RIGHTS = 6          # the shed (restore/shed.py)
+    AFTER_RIGHTS = 7    # state through which memory of the program steers, and state that a change of ids resets
     FILTERS = 8         # the last calls of a stub
 
 
 class Scope(IntEnum):
-    """Owners of attributes, by the numbers of TaskAttribute.scope. A stage of a task takes them in this order."""
+    """The owner of an attribute: the numbers of TaskAttribute.scope. A stage of a task handles them in this order."""
     MM = 1
     SIGHAND = 2
     FS = 3
@@ -63,23 +64,24 @@ class Scope(IntEnum):
     THREAD = 5
 
 
-Owners: TypeAlias = Mapping[Scope, int]     # mm_id, sighand_id, fs_id, vpid: of what this task speaks or acts for
+# mm_id, sighand_id, fs_id, vpid: the objects that this task answers or acts for
+Owners: TypeAlias = Mapping[Scope, int]
 
 
 @dataclass(frozen=True, slots=True)
 class DumpedProcess:
-    """A stopped process. pending: siginfo_t queued to the process. vtids: vtid by tid; groups: vpgid by pgid; of the
-    whole tree."""
+    """A stopped process."""
     leader: Task
     stat: Stat
-    pending: tuple[bytes, ...]
-    vtids: Mapping[int, int]
-    groups: Mapping[int, int]
+    pending: tuple[bytes, ...]    # siginfo_t queued to the process
+    vtids: Mapping[int, int]      # vtid by tid, of the whole tree
+    groups: Mapping[int, int]     # vpgid by pgid, of the whole tree
 
 
 @dataclass(frozen=True, slots=True)
 class DumpedTask:
-    """A stopped thread; for what a process has, the thread that was asked. pending: siginfo_t queued to the thread."""
+    """A stopped thread. For state of a process, it is the thread that was asked. pending: siginfo_t queued to the
+    thread."""
     task: Task
     tracee: Tracee
     status: Status
@@ -107,7 +109,7 @@ class CallerIds(Protocol):
 
 
 class RestartRights(Protocol):
-    """Rights of a restart. own: our own process, which every restored task descends from."""
+    """The rights of a restart. own: our own process, from which every restored task descends."""
 
     @property
     def reader(self) -> ImageReader: ...
@@ -124,7 +126,7 @@ class RestartRights(Protocol):
 
     @property
     def is_users_worker(self) -> bool:
-        """Whether an ordinary user's worker makes the tree, with CAP_CHECKPOINT_RESTORE alone."""
+        """Whether an ordinary user's worker makes the tree, with CAP_CHECKPOINT_RESTORE only."""
 
     def capable(self, capability: int) -> bool:
         """Whether the caller has a capability."""
@@ -135,10 +137,7 @@ class RestartRights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RestoreMeans:
-    """Means of a restart to set attributes. directory: an fd by path; terminal: the fd of the caller's terminal, -1
-    for none. Stubs have both fds until Stage.LIMITS. sets_ids: False where a user namespace has only one uid and gid.
-    is_users_worker: see RestartRights.
-    warn: told what was lost, where no check could know."""
+    """The means of a restart for attributes. The fds are those of stubs until Stage.LIMITS."""
     reader: ImageReader
     allowed: Allowed
     directory: Callable[[str], int]
@@ -150,13 +149,13 @@ class RestoreMeans:
 
 @dataclass(frozen=True, slots=True)
 class RestoredTask:
-    """A stub that is given its attributes. `script` collects its calls. pgid, sid: of the process as it is made."""
+    """A stub that gets its attributes. `script` collects its calls."""
     task: ImageTask
     stub: Stub
     script: Script
     means: RestoreMeans
-    pgid: int
-    sid: int
+    pgid: int    # of the process as it is made
+    sid: int     # of the process as it is made
 
     @property
     def vpid(self) -> int:
@@ -171,8 +170,8 @@ class Attribute(ABC, Generic[R, A]):
     """An attribute: `class Personality(Attribute[Value, None], name='personality', scope=Scope.PROCESS,
     stage=Stage.ATTRIBUTES)`.
 
-    R is what the image keeps: a record of image.records with the id of the owner as its first field, or a layout of
-    this file, which is kept in a TaskAttribute. A is the answer to `ask`. name: in images, for ever.
+    R is the data in the image: a record of image.records with the id of the owner as its first field, or a layout of
+    this file, which is stored in a TaskAttribute. A is the answer to `ask`. name: in images, never changes.
     """
     name: ClassVar[str]
     scope: ClassVar[Scope]
@@ -207,7 +206,7 @@ class Attribute(ABC, Generic[R, A]):
         return ()
 
     def restore(self, record: R, to: RestoredTask) -> Steps[None] | None:
-        """Steps only where a call must be done before the next one is known."""
+        """Set the attribute. Steps are needed only if a call must be made before the next one is known."""
         return None
 
     def finish(self, record: R, tracee: Tracee) -> None:
@@ -215,5 +214,6 @@ class Attribute(ABC, Generic[R, A]):
 
 
 def about(vpid: int, resource: str, errno: str, reason: str, hint: str, severity: Severity = 'refusal') -> Finding:
-    """A finding about a task of the image, before the name of its program is known. vpid: 0 for the tree as a whole."""
+    """Make a finding about a task of the image, before the name of its program is known. vpid: 0 for the tree as a
+    whole."""
     return Finding(vpid, '', resource, errno, reason, hint, severity)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kinds of memory that a core dump of a process has, coredump_filter of core(5). Set from outside."""
+"""The kinds of memory in a core dump of a process (coredump_filter, core(5)). It is set from outside."""
 
 from ckptd.image.grammar import U32, Struct, layout
 from ckptd.kernel.task import read_coredump_filter
@@ -12,7 +12,7 @@ class CoredumpFilter(Struct):
 
 
 class CoredumpFilterAttribute(Attribute[CoredumpFilter, None], name='coredump_filter', scope=Scope.MM):
-    """Kept whatever it is: the default is a parameter of the kernel."""
+    """An attribute that is always kept, because its default is a parameter of the kernel."""
 
     def dump(self, of: DumpedTask, answer: None) -> CoredumpFilter:
         return CoredumpFilter(read_coredump_filter(of.tid))

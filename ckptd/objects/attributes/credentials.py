@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ids, groups, capabilities, securebits and no_new_privs of a thread, credentials(7) and capabilities(7).
+"""Ids, groups, capabilities, securebits and no_new_privs of a thread (credentials(7), capabilities(7)).
 
-A caller other than root gets back what is all theirs: their uid, groups that they are in, capabilities that they have.
-In a user namespace of its own (an ordinary user without a service) a tree has one uid and one gid, and no others can be
+A caller other than root gets only what is theirs: their uid, groups that they are in, capabilities that they have. In a
+user namespace of its own (for an ordinary user without a service) a tree has one uid and one gid, and no others can be
 set.
 """
 
@@ -58,7 +58,7 @@ class CredentialsAttribute(Attribute[records.Credentials, tuple[int, int]], name
         return _record(of.task, of.status, securebits, keepcaps)
 
     def dump_dead(self, task: Task, status: Status) -> records.Credentials:
-        """Keep the ids of a dead task: its parent gets the real uid with the exit code, waitid(2) si_uid."""
+        """Dump the rest of a dead task: its parent gets the real uid with the exit code (waitid(2), si_uid)."""
         return _record(task, status, 0, 0)
 
     def obstacles(self, record: records.Credentials, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
@@ -66,7 +66,8 @@ class CredentialsAttribute(Attribute[records.Credentials, tuple[int, int]], name
         yield from _capabilities(record, rights)
 
     def restore(self, record: records.Credentials, to: RestoredTask) -> None:
-        """Without rights, those are left that need none: capabilities are cleared by the shed itself."""
+        """Set the credentials. Without rights, only those are set that need none; the shed itself clears
+        capabilities."""
         if not to.means.is_users_worker:
             _set(record, to.script, ids=to.means.sets_ids)
         if record.no_new_privs:
@@ -83,8 +84,8 @@ def _record(task: Task, status: Status, securebits: int, keepcaps: int) -> recor
 # ---------------------------------------------------------------- restore
 
 def _set(record: records.Credentials, script: Script, *, ids: bool) -> None:
-    """Ids, groups, capabilities, securebits. ids: False where a user namespace gives the only ids that there are, and
-    setgroups(2) is forbidden in it."""
+    """Set ids, groups, capabilities, securebits. ids: False if a user namespace has only one uid and gid, and forbids
+    setgroups(2)."""
     inheritable, permitted, effective, bounding, ambient = record.capabilities
     for capability in range(last_capability() + 1):
         if not bounding >> capability & 1:
@@ -131,8 +132,8 @@ def _ids(record: records.Credentials, rights: RestartRights) -> Iterator[Finding
 
 
 def _ids_of_worker(record: records.Credentials, own: Status) -> Iterator[Finding]:
-    """A worker that is a user has no other ids to give, and calls setgroups(2) for nobody: fewer groups than the user
-    has would open files to them that deny a group."""
+    """Check a worker of a user, which has no other ids to give. It never calls setgroups(2): with fewer groups than the
+    user has, files would be open to them that deny a group."""
     vpid = record.vpid
     if strangers := sorted(set(record.uids) - {own.uids[1]}):
         yield about(vpid, 'uid', 'EPERM', f'runs as uid {_list(strangers)}, and is restored for uid {own.uids[1]}',
@@ -201,4 +202,4 @@ def _capabilities(record: records.Credentials, rights: RestartRights) -> Iterato
 def _of_caller(caller: CallerIds) -> int:
     if caller.capabilities >= 0:
         return caller.capabilities
-    return 0 if caller.uid else (1 << 64) - 1       # unknown: all for root, nothing for anybody else
+    return 0 if caller.uid else (1 << 64) - 1       # unknown: all for root, none for other users

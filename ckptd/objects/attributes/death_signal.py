@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The signal that a process gets when its parent ends, PR_SET_PDEATHSIG(2const). A change of ids clears it
+"""The signal that a process gets when its parent ends (PR_SET_PDEATHSIG(2const)). A change of ids clears it
 (kernel/cred.c, commit_creds), so it is set after the shed."""
 
 from ckptd.image.records import ThreadPointers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Root, working directory and umask of a shared fs struct, clone(2) CLONE_FS."""
+"""Root, working directory and umask of a shared fs struct (clone(2), CLONE_FS)."""
 
 from ckptd.image.records import Fs
 from ckptd.kernel.task import read_link

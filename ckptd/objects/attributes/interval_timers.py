@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Interval timers of a process, setitimer(2). Their signals lead to handlers, so they start after the shed."""
+"""Interval timers of a process (setitimer(2)). Their signals lead to handlers, so they start after the shed."""
 
 import struct
 
@@ -28,8 +28,8 @@ class IntervalTimersAttribute(Attribute[IntervalTimers, tuple[IntervalTimer, ...
 
     def restore(self, record: IntervalTimers, to: RestoredTask) -> None:
         for which, timer in enumerate(record.timers):
-            # one that has rung is started anew when its SIGALRM is taken off the queue, and has no time left meanwhile
-            # (kernel/signal.c, dequeue_signal); setting it to 0 would stop it
+            # An expired timer is started again when its SIGALRM is dequeued, and has no time left until then
+            # (kernel/signal.c, dequeue_signal). Setting it to 0 would stop it.
             value = timer.value or timer.interval
             if value and which != _ITIMER_REAL:
                 value = max(1, value - cpu_itimer_excess())

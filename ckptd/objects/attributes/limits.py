@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Resource limits of a process, prlimit(2). Read from /proc: prlimit(2) on a task of another uid needs
-CAP_SYS_RESOURCE. Set from outside while the stub has our ids: then only a higher hard limit takes a right."""
+"""Resource limits of a process (prlimit(2)). They are read from /proc, because prlimit(2) on a task of another uid
+needs CAP_SYS_RESOURCE. They are set from outside while the stub has our ids: then only a higher hard limit needs a
+right."""
 
 import resource
 from collections.abc import Iterable

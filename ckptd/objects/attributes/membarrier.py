@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Registrations of membarrier(2). Kernels before 6.3 do not tell of them."""
+"""Registrations of membarrier(2). Kernels before 6.3 do not report them."""
 
 from ckptd.image.grammar import U32, Struct, layout
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, RestoredTask, Scope
@@ -10,7 +10,7 @@ MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9       # <linux/membarrier.h>
 
 @layout
 class Registrations(Struct):
-    """MEMBARRIER_CMD_REGISTER_*, each to be called once."""
+    """The registrations. commands: MEMBARRIER_CMD_REGISTER_*, each to be called once."""
     commands: U32
 
 

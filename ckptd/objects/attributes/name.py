@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The name of a thread, PR_SET_NAME(2const): comm of /proc/PID. The scan has read it, and its record is TaskRecord."""
+"""The name of a thread (PR_SET_NAME(2const)): comm of /proc/PID. The scan reads it, and its record is TaskRecord."""
 
 from ckptd.image.records import TaskRecord
 from ckptd.kernel.prctl import PR_SET_NAME

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""oom_score_adj of a process, proc_pid_oom_score_adj(5)."""
+"""oom_score_adj of a process (proc_pid_oom_score_adj(5))."""
 
 import os
 from collections.abc import Iterable
@@ -50,8 +50,8 @@ def _nearest(record: ProcessState, allowed: Allowed) -> int:
 
 
 def _can_lower(value: int) -> bool:
-    """Try the value and set the old one back. The kernel allows values down to oom_score_adj_min (fs/proc/base.c),
-    which no file shows."""
+    """Try the value and restore the old one. The kernel allows values down to oom_score_adj_min (fs/proc/base.c), which
+    no file shows."""
     own = read_oom_score_adj(os.getpid())
     try:
         _set(value)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Signals that are queued to a process or to a thread, with all that they carry. The task sends them to itself, after
-the shed: they lead to its handlers. A SIGTRAP is sent last of all, since a stub that did not block it would take it."""
+"""Signals that are queued to a process or a thread, with all their data. The task sends them to itself after the shed,
+because they lead to its handlers. A SIGTRAP is sent last, since a stub that did not block it would receive it."""
 
 import signal
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The execution domain of a process, personality(2)."""
+"""The execution domain of a process (personality(2))."""
 
 from ckptd.image.records import ProcessState
 from ckptd.kernel.task import read_personality

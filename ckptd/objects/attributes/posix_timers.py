@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""POSIX timers of a process, timer_create(2), with their numbers. Their signals lead to handlers, so they are made
-after the shed."""
+"""POSIX timers of a process (timer_create(2)), with their ids. Their signals lead to handlers, so they are made after
+the shed."""
 
 import ctypes
 import struct
@@ -34,7 +34,7 @@ _VALUE = struct.Struct('<4q')       # struct itimerspec: interval, value
 
 
 class Left(NamedTuple):
-    """Nanoseconds; overruns counted by the last expiry."""
+    """The remaining time of a timer in nanoseconds, and the overruns counted at the last expiry."""
     interval_ns: int
     value_ns: int
     overrun: int
@@ -45,7 +45,7 @@ class PosixTimersAttribute(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]],
              stage=Stage.AFTER_RIGHTS):
 
     def ask_more(self, tid: int) -> Generator[Batch, Results, list[tuple[ProcTimer, Left]]]:
-        """timer_gettime(2) and timer_getoverrun(2) of each."""
+        """Call timer_gettime(2) and timer_getoverrun(2) for each timer."""
         found: list[tuple[ProcTimer, Left]] = []
         timers = read_timers(tid)
         for first in range(0, len(timers), _PER_BATCH):
@@ -71,10 +71,10 @@ class PosixTimersAttribute(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]],
         for timer in record.timers:
             if timer.clock in ALARM_CLOCKS and not rights.capable(CAP_WAKE_ALARM):
                 yield about(record.vpid, f'timer {timer.id}', 'EPERM', f'its timer of {ALARM_CLOCKS[timer.clock]} '
-                            'wakes a suspended machine, which takes CAP_WAKE_ALARM', 'restore it as root')
+                            'wakes a suspended machine, which needs CAP_WAKE_ALARM', 'restore it as root')
 
     def restore(self, record: PosixTimers, to: RestoredTask) -> Steps[None]:
-        # /proc/PID/timers has the newest first
+        # /proc/PID/timers lists the newest first
         timers, stub = record.timers[::-1], to.stub
         if not timers:
             return
@@ -91,7 +91,7 @@ class PosixTimersAttribute(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]],
 
 
 def _restore_ids(stub: Stub, on: bool) -> Steps[bool]:
-    """Whether timer_create(2) now takes the number from its third argument."""
+    """Return whether timer_create(2) now takes the id from its third argument."""
     batch = Batch()
     batch.call('prctl', PR_TIMER_CREATE_RESTORE_IDS, int(on), 0, 0, 0)
     results = yield from stub.attempt(batch)
@@ -107,13 +107,13 @@ def _create(stub: Stub, timer: PosixTimer, *, by_id: bool) -> Steps[int]:
     try:
         results = yield from stub.run(batch)
     except OSError as error:
-        raise CkptError(f'POSIX timer {timer.id} cannot be made: {error.strerror}', errno=error.errno, task=stub.tid,
+        raise CkptError(f'cannot make POSIX timer {timer.id}: {error.strerror}', errno=error.errno, task=stub.tid,
                         resource=f'timer {timer.id}') from error
     return int.from_bytes(results.data(number)[:4], 'little')
 
 
 def _skip_to(stub: Stub, timer: PosixTimer) -> Steps[None]:
-    """Use up the timer numbers before the wanted one. Before Linux 6.15 the kernel gives them in turn."""
+    """Use up the timer ids before the wanted one. Before Linux 6.15 the kernel assigns them in order."""
     while True:
         number = yield from _create(stub, timer, by_id=False)
         batch = Batch()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Settings of prctl(2) that are a number: one class each, all alike but for the options that read and set them.
+"""Settings of prctl(2) that are a number: one class each, which differ only in the options that read and set them.
 
-Only what differs from the default is kept.
+A value is kept only if it differs from the default.
 """
 
 from collections.abc import Iterable
@@ -48,8 +48,11 @@ class PrctlValue(Struct):
 
 
 class Prctl(Attribute[PrctlValue, int]):
-    """A setting. reads, sets: PR_*. by_pointer: the option stores the value at an address. since: the Linux that has
-    it, '' for every one that ckptd runs on."""
+    """A setting.
+
+    reads, sets: PR_*. by_pointer: the option stores the value at an address. since: the first Linux that has it, '' if
+    every supported one does.
+    """
     reads: ClassVar[int]
     sets: ClassVar[int]
     default: ClassVar[int]
@@ -88,17 +91,18 @@ class Prctl(Attribute[PrctlValue, int]):
         to.script.call('prctl', self.sets, *self.arguments(record.value), about=self.name)
 
     def arguments(self, value: int) -> tuple[int, int, int, int]:
-        """Arguments that set a value."""
+        """Return the arguments that set a value."""
         return value, 0, 0, 0
 
 
 class ChildSubreaper(Prctl, name='PR_SET_CHILD_SUBREAPER', scope=Scope.PROCESS, reads=PR_GET_CHILD_SUBREAPER,
                      sets=PR_SET_CHILD_SUBREAPER, by_pointer=True):
-    """Orphans below the process become its children."""
+    """Adopt orphans below the process as its children."""
 
 
 class ThpDisable(Prctl, name='PR_SET_THP_DISABLE', scope=Scope.MM, reads=PR_GET_THP_DISABLE, sets=PR_SET_THP_DISABLE):
-    """No huge pages, bit 0; since 6.18 with flags beside it: bit 1, but where madvise(2) asks for them."""
+    """Use no huge pages (bit 0). Since 6.18 there are flags beside it: bit 1 exempts memory for which madvise(2) asks
+    for them."""
 
     def arguments(self, value: int) -> tuple[int, int, int, int]:
         return value & 1, value & ~1, 0, 0
@@ -106,23 +110,23 @@ class ThpDisable(Prctl, name='PR_SET_THP_DISABLE', scope=Scope.MM, reads=PR_GET_
 
 class MemoryMerge(Prctl, name='PR_SET_MEMORY_MERGE', scope=Scope.MM, reads=PR_GET_MEMORY_MERGE,
                   sets=PR_SET_MEMORY_MERGE, since='6.4 with CONFIG_KSM'):
-    """Equal pages are merged, ksm."""
+    """Merge equal pages (ksm)."""
 
 
 class Mdwe(Prctl, name='PR_SET_MDWE', scope=Scope.MM, reads=PR_GET_MDWE, sets=PR_SET_MDWE, since='6.3'):
-    """No mapping becomes executable later. There is no way back from it."""
+    """Deny making mappings executable later. This cannot be undone."""
 
 
 class Tsc(Prctl, name='PR_SET_TSC', reads=PR_GET_TSC, sets=PR_SET_TSC, default=PR_TSC_ENABLE, by_pointer=True):
-    """Whether the thread may read the time-stamp counter."""
+    """Permission of the thread to read the time-stamp counter."""
 
 
 class MceKill(Prctl, name='PR_MCE_KILL', reads=PR_MCE_KILL_GET, sets=PR_MCE_KILL, default=PR_MCE_KILL_DEFAULT):
-    """When the thread learns that memory is broken."""
+    """Time at which the thread learns of broken memory."""
 
     def arguments(self, value: int) -> tuple[int, int, int, int]:
         return PR_MCE_KILL_SET, value, 0, 0
 
 
 class IoFlusher(Prctl, name='PR_SET_IO_FLUSHER', reads=PR_GET_IO_FLUSHER, sets=PR_SET_IO_FLUSHER):
-    """The thread serves a file system: its allocations of memory wait for none."""
+    """Mark the thread as part of a file system: its memory allocations do not wait for one."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Registers of a thread, general and extended (XSAVE), and its mask of blocked signals. The tracer reads and sets them;
-they are set last, when the task has left its stub."""
+"""Registers of a thread, general and extended (XSAVE), and its mask of blocked signals. The tracer reads and sets them.
+They are set last, when the task has left its stub."""
 
 from ckptd.image import records
 from ckptd.image.records import ThreadSignals

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The attributes that there are: every subclass of Attribute with a name, in a module of this package.
+"""All attributes: every subclass of Attribute with a name, in a module of this package.
 
-A new attribute is a new file, or in prctl.py a few lines; nothing else changes.
+A new attribute is a new file, or a few lines in prctl.py. Nothing else changes.
 """
 
 import importlib
@@ -67,7 +67,7 @@ _FOUND_OUTSIDE = [one for one in ATTRIBUTES if type(one).findings is not Attribu
 # ---------------------------------------------------------------- dump
 
 def findings(task: Task, status: Status) -> list[Finding]:
-    """Find reasons why a task cannot be dumped, from outside."""
+    """List the reasons why a task cannot be dumped, as seen from outside."""
     return [row for one in _FOUND_OUTSIDE for row in one.findings(task, status)]
 
 
@@ -83,7 +83,7 @@ class Questions:
 
 
 def ask_more(tid: int, run: RunBatch) -> Steps[dict[str, Any]]:
-    """The answers of attributes that need batches of their own. run: has the process do one."""
+    """Return the answers of attributes that need batches of their own. run: lets the process execute one."""
     found = {}
     for one in _WITH_MORE:
         questions = one.ask_more(tid)
@@ -99,7 +99,7 @@ def ask_more(tid: int, run: RunBatch) -> Steps[dict[str, Any]]:
 
 
 def dump(owners: Owners, of: DumpedTask, answers: Answers) -> Iterator[Record]:
-    """The records of all attributes that a task speaks for."""
+    """Yield the records of all attributes that a task answers for."""
     shared: dict[type[Record], tuple[int, dict[str, Any]]] = {}
     for one in ATTRIBUTES:
         if not (owner := owners.get(one.scope)):
@@ -119,7 +119,7 @@ def dump(owners: Owners, of: DumpedTask, answers: Answers) -> Iterator[Record]:
 
 
 def dump_dead(task: Task, status: Status) -> Iterator[Record]:
-    """The records of a zombie."""
+    """Yield the records of a zombie."""
     for one in _OF_DEAD:
         if isinstance(found := one.dump_dead(task, status), Record):
             yield found
@@ -128,21 +128,21 @@ def dump_dead(task: Task, status: Status) -> Iterator[Record]:
 # ---------------------------------------------------------------- restart
 
 class Kept:
-    """The attributes that an image has."""
+    """The attributes in an image."""
 
     def __init__(self, reader: ImageReader) -> None:
         self.reader = reader
 
     @cached_property
     def _own(self) -> Mapping[tuple[int, int], dict[str, bytes]]:
-        """Layouts of attributes by scope and owner, and there by name."""
+        """Layouts of attributes by scope and owner, and for each by name."""
         found: dict[tuple[int, int], dict[str, bytes]] = defaultdict(dict)
         for one in self.reader.every(TaskAttribute):
             found[one.scope, one.owner][one.name] = one.data
         return found
 
     def record(self, attribute: Attribute[Any, Any], owner: int) -> Any:
-        """Return what the image keeps of an attribute; None for that of a new task. ImageDamaged."""
+        """Return the data of an attribute in the image; None for the value of a new task. ImageDamaged."""
         if issubclass(attribute.record, Record):
             return self.reader.get(attribute.record, owner)
         data = self._own.get((attribute.scope, owner), {}).get(attribute.name)
@@ -155,26 +155,26 @@ class Kept:
                                resource=attribute.name) from error
 
     def obstacles(self, owners: Owners, task: ImageTask, rights: RestartRights) -> Iterator[Finding]:
-        """Find reasons why attributes of a task cannot be set again."""
+        """Yield the reasons why attributes of a task cannot be set again."""
         for one in ATTRIBUTES:
             if (owner := owners.get(one.scope)) and (record := self.record(one, owner)) is not None:
                 yield from one.obstacles(record, task, rights)
 
     def unknown(self) -> Iterator[Finding]:
-        """Attributes that the image has and this ckptd does not know: they would be lost."""
+        """Yield attributes in the image that this ckptd does not know: they would be lost."""
         for name in sorted({one.name for one in self.reader.every(TaskAttribute)} - BY_NAME.keys()):
             yield about(0, name, 'EOPNOTSUPP', f'the image has the attribute "{name}" of tasks, which this ckptd does '
                         'not know', 'restore it with the ckptd that made it, or a newer one')
 
     def restore(self, stage: Stage, owners: Owners, to: RestoredTask) -> Steps[None]:
-        """Collect what a task does at a stage in its script, and do what we do from outside."""
+        """Collect the calls of a task at a stage in its script, and make our own calls from outside."""
         for one in _BY_STAGE[stage]:
             if (owner := owners.get(one.scope)) and (record := self.record(one, owner)) is not None \
                     and (work := one.restore(record, to)) is not None:
                 yield from work
 
     def finish(self, vpid: int, tracee: Tracee) -> None:
-        """Set what the tracer sets of a thread that is no stub any more."""
+        """Set the state that the tracer sets for a thread that is no longer a stub."""
         for one in _FINISHING:
             if (record := self.record(one, vpid)) is not None:
                 one.finish(record, tracee)

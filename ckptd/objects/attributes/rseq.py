@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Restartable sequences of a thread, rseq(2). Memory of the program says where a sequence that is interrupted goes on,
+"""Restartable sequences of a thread (rseq(2)). Memory of the program decides where an interrupted sequence continues,
 so they are registered after the shed."""
 
 from ckptd.image.records import ThreadPointers

@@ -33,8 +33,8 @@ _HINT = 'run ckptd with CAP_SYS_NICE'
 
 
 class TimerSlack(Attribute[Scheduling, int], name='timer slack'):
-    """PR_SET_TIMERSLACK(2const). A thread with a real-time policy keeps the one that it had before, so this is set
-    before the policy."""
+    """The timer slack (PR_SET_TIMERSLACK(2const)). A thread with a real-time policy keeps its earlier one, so this is
+    set before the policy."""
 
     def ask(self, batch: Batch) -> Reader[int]:
         call = batch.call('prctl', PR_GET_TIMERSLACK)
@@ -48,7 +48,7 @@ class TimerSlack(Attribute[Scheduling, int], name='timer slack'):
 
 
 class SchedulingPolicy(Attribute[Scheduling, None], name='scheduling', stage=Stage.LIMITS):
-    """Set from outside while the stub has our rights, after the limits of the process."""
+    """The scheduling policy. It is set from outside while the stub has our rights, after the limits of the process."""
 
     def dump(self, of: DumpedTask, answer: None) -> Fields:
         attr = sched_getattr(of.tid)
@@ -61,9 +61,9 @@ class SchedulingPolicy(Attribute[Scheduling, None], name='scheduling', stage=Sta
     def obstacles(self, record: Scheduling, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
         nearest, vpid = nearest_scheduling(record, task.vtgid, rights.allowed), task.vpid
         for what, comes in _privileged(record, nearest):
-            yield rights.beyond(about(vpid, 'scheduling', 'EPERM', f'{what}, which takes a privilege', _HINT), comes)
+            yield rights.beyond(about(vpid, 'scheduling', 'EPERM', f'{what}, which needs a privilege', _HINT), comes)
         if record.ioprio != nearest.ioprio and record.ioprio >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_RT:
-            yield rights.beyond(about(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which takes a '
+            yield rights.beyond(about(vpid, 'I/O priority', 'EPERM', 'its I/O is of the real-time class, which needs a '
                                       'privilege', _HINT), 'with the best-effort class')
         if missing := sorted(_processors(record) - os.sched_getaffinity(0)):
             yield about(vpid, 'processors', 'EINVAL', f'ran on processors {ranges_of(missing)} too, which are not '
@@ -74,7 +74,7 @@ class SchedulingPolicy(Attribute[Scheduling, None], name='scheduling', stage=Sta
         here = os.sched_getaffinity(0)
         os.sched_setaffinity(tid, _processors(record) & here or here)
         try:
-            # of these policies alone sched_setattr(2) takes a nice value, but all keep one
+            # sched_setattr(2) takes a nice value for these policies only, but all policies keep one
             os.setpriority(os.PRIO_PROCESS, tid, record.nice - 20)
             sched_setattr(tid, SchedAttr(record.policy, record.flags, record.nice - 20, record.priority, record.runtime,
                                          record.deadline, record.period, record.util_min, record.util_max))
@@ -85,7 +85,7 @@ class SchedulingPolicy(Attribute[Scheduling, None], name='scheduling', stage=Sta
 
 
 def nearest_scheduling(record: Scheduling, vtgid: int, allowed: Allowed) -> Scheduling:
-    """The scheduling that we may give a task within the limits that its process has by then.
+    """Return the scheduling that we may give a task within the limits that its process then has.
 
     See user_check_sched_setscheduler() and can_nice() in kernel/sched/syscalls.c.
     """
@@ -114,7 +114,7 @@ def _processors(record: Scheduling) -> set[int]:
 
 
 def _privileged(record: Scheduling, nearest: Scheduling) -> Iterator[tuple[str, str]]:
-    """Pairs of what is not allowed and of what the task gets instead."""
+    """Yield pairs: a value that is not allowed, and the one that the task gets instead."""
     ordinary = 'with the policy SCHED_OTHER'
     if record.policy == SCHED_DEADLINE != nearest.policy:
         yield 'its policy is SCHED_DEADLINE', ordinary
@@ -129,7 +129,7 @@ def _privileged(record: Scheduling, nearest: Scheduling) -> Iterator[tuple[str, 
 
 
 def ranges_of(numbers: list[int]) -> str:
-    """'2-5, 9'."""
+    """Format numbers as '2-5, 9'."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

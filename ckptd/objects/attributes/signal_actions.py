@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Actions of a shared table of signal handlers, sigaction(2). Memory of the program is where they lead, so they are set
-after the shed; that of SIGTRAP, by which stubs report, is the last."""
+"""Actions of a shared table of signal handlers (sigaction(2)). They lead into memory of the program, so they are set
+after the shed. The action of SIGTRAP, which stubs use to report, is set last."""
 
 import signal
 import struct
@@ -54,6 +54,6 @@ def _decoded(data: bytes) -> tuple[SigAction, ...]:
 
 @lru_cache(maxsize=64)
 def _handled(actions: tuple[SigAction, ...]) -> list[tuple[int, bytes]]:
-    """Signal actions that differ from those of a stub."""
+    """Return the signal actions that differ from those of a stub."""
     return [(number, action.encode()) for number, action in enumerate(actions, 1)
             if number not in (*_NEVER_HANDLED, signal.SIGTRAP) and action != _DEFAULT]

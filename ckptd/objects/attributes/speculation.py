@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Speculation controls of a thread, PR_SET_SPECULATION_CTRL(2const)."""
+"""Speculation controls of a thread (PR_SET_SPECULATION_CTRL(2const))."""
 
 from functools import cache
 
@@ -44,7 +44,7 @@ class Speculation(Attribute[Controls, tuple[int, ...]], name='speculation'):
 
 @cache
 def _own() -> tuple[int, ...]:
-    """The controls of ourselves, which stubs inherit."""
+    """Return our own controls, which stubs inherit."""
     found = []
     for which in _CONTROLS:
         try:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The controlling terminal of a process, and the group in the foreground there. Session leaders take the caller's."""
+"""The controlling terminal of a process, and its foreground process group. Session leaders get the caller's
+terminal."""
 
 import struct
 import termios
@@ -13,7 +14,7 @@ _U32 = 2**32 - 1
 class ControllingTerminal(Attribute[ProcessState, None], name='terminal', scope=Scope.PROCESS):
 
     def dump(self, of: DumpedTask, answer: None) -> Fields:
-        """A foreground group outside of the tree is 0."""
+        """Dump the terminal. A foreground group outside of the tree is 0."""
         stat = of.process.stat
         return {'tty': stat.tty_nr & _U32, 'tpgid': of.process.groups.get(stat.tpgid, 0)}
 

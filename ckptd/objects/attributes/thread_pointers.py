@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Addresses that the kernel keeps for a thread: what it clears at its end, and its list of robust futexes."""
+"""Addresses that the kernel keeps for a thread: the word that it clears at the thread's end, and the list of robust
+futexes."""
 
 from ckptd.image.records import ThreadPointers
 from ckptd.kernel.futex import get_robust_list

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a kind of open file is, and the open file that it is asked about.
+"""The hooks of a kind of open file.
 
-A kind is one class in one file of this package, found by registry.py; nobody else names it. Its hooks in life
-order, each without any effect on the task:
+A kind is one class in one file of this package, found by registry.py. No other module names it. The hooks in life
+order, none of which affects the task:
 
     matches(file)       is this open file of my kind? At most one kind says yes
     findings(file)      why it cannot be dumped, or what its dump will lack
@@ -10,17 +10,17 @@ order, each without any effect on the task:
     peek_offset(file)   what walking its queue changes for a moment
     discover(file)      open files that no table of fds shows: they wait in its queue
     link(ends)          when all are known: ends whose other ends are outside of the tree
-    dump(file, content) the record that is kept, its bulk bytes given to `content`
+    dump(file, content) the record that is kept; bulk bytes are given to `content`
 
-and of a restart, where `saved` is what every kind has in common of the file (image.records.OpenFile):
+and for a restart, where `saved` has the common data of all kinds (image.records.SavedFile):
 
-    restart_findings(record, saved, lookup)  why it cannot be opened again, or what it will lack; changes nothing
+    restart_findings(record, saved, lookup)  reasons why it cannot be opened again, or losses; changes nothing
     references(record)                   ids of other open files that it needs
-    needs(record, saved)                 memory and other room that is needed to make it again
+    needs(record, saved)                 memory and other space that is needed to make it again
     late(record, saved)                  whether it can be opened only when the tasks exist
     create(record, saved, ctx)           a new description: an fd with the access mode and flags of `saved.flags`
-    connect(record, saved, fd, ctx)      what needs the tasks, or the other files: locks, what an epoll watches
-    commit(record, saved, fd, ctx)       what cannot be undone, done when nothing else can fail
+    connect(record, saved, fd, ctx)      everything that needs the tasks, or the other files: locks, watches of an epoll
+    commit(record, saved, fd, ctx)       everything that cannot be undone, done when nothing else can fail
 """
 
 import os
@@ -36,7 +36,7 @@ from ckptd.objects.files.open_file import DELETED, OpenFile, Owner, read_open_fi
 from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, RestoreContext
 from ckptd.objects.files.tables import JobTables
 
-# for kinds, which have all that is common from here
+# re-exported, so that kinds import all common names from here
 __all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'OpenFile', 'Owner', 'RestoreContext', 'read_open_file']
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ R = TypeVar('R', bound=Struct)
 
 _OF_PROCESS = re.compile(r'/proc/(\d{1,10})(?:/|$)')
 _TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
-# fcntl(2), F_GETFL; 0o100000 is O_LARGEFILE of the kernel, which is 0 in C libraries for 64 bit
+# fcntl(2), F_GETFL; 0o100000 is the kernel's O_LARGEFILE, which is 0 in C libraries for 64 bit
 _OF_OPEN_FILES = (os.O_ACCMODE | os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_DIRECTORY | os.O_NOATIME | os.O_NOFOLLOW
                   | os.O_NONBLOCK | os.O_PATH | os.O_SYNC | 0o100000)
-# what open(2) of a magic link stumbles over: it is a link; and O_ASYNC comes by F_SETFL only, open(2)
+# flags that open(2) of a magic link rejects, because it is a link; and O_ASYNC, which only F_SETFL sets (open(2))
 _NOT_AGAIN = os.O_NOFOLLOW | os.O_ASYNC | os.O_CREAT | os.O_EXCL | os.O_TRUNC
 
 
@@ -57,11 +57,11 @@ class Content(Protocol):
     """The image that files are dumped into."""
 
     def add(self, chunks: Iterable[bytes]) -> Extent:
-        """Put bulk bytes into a page-aligned stretch of the image's data file."""
+        """Write bulk bytes into a page-aligned extent of the image's data file."""
         ...
 
     def shared_memory(self, file: OpenFile) -> int:
-        """shm_id of the object of a memfd, which is dumped once, mapped or not."""
+        """Return the shm_id of a memfd's object, which is dumped once, mapped or not."""
         ...
 
     def written(self, file: OpenFile) -> bool:
@@ -70,11 +70,11 @@ class Content(Protocol):
 
     def reads(self, file: OpenFile) -> bool:
         """Whether the tree, or the user who asked for the checkpoint, may read the file, by this description or another
-        one. A file that may not be read and was to be kept is noted."""
+        one. A file that should be kept but may not be read is noted."""
         ...
 
     def save(self, file: OpenFile) -> 'tuple[ContentSegment, ...] | None':
-        """The data of a named file, once however many descriptions it has; None if it is not to be kept."""
+        """Save the data of a named file, once for all its descriptions. None if it is not to be kept."""
         ...
 
     def link_back(self, file: OpenFile) -> str:
@@ -82,63 +82,60 @@ class Content(Protocol):
         ...
 
     def file_id(self, fd: int) -> int:
-        """The id of the description behind an fd of ours. It is dumped like those of the tasks."""
+        """Return the id of the description behind an fd of ours. It is dumped like those of the tasks."""
         ...
 
     def vpid(self, pid: int) -> int:
-        """The number of a process of the tree in its own pid namespace; 0 for one that is not in the tree."""
+        """Return the pid of a process of the tree in its own pid namespace; 0 for a process outside of the tree."""
         ...
 
 
 def open_again(fd: int, flags: int) -> int:
-    """A further description of an open file, proc_pid_fd(5): of a pipe, FIFO, memfd or deleted file, too. A terminal
-    does not become the controlling one of a worker, which is a session leader."""
+    """Open a further description of an open file (proc_pid_fd(5)), even of a pipe, FIFO, memfd or deleted file. A
+    terminal does not become the controlling one of a worker, which is a session leader."""
     return os.open(f'/proc/self/fd/{fd}', opening(flags) & ~_NOT_AGAIN | os.O_CLOEXEC | os.O_NOCTTY)
 
 
 def opening(flags: int) -> int:
-    """Flags of an open file as open(2) takes them to open an existing one: O_TMPFILE, which stays on, makes a file, and
-    flags that no open file has are not the image's to give."""
+    """Return the flags of an open file in the form for open(2) of an existing one. O_TMPFILE, which stays set, would
+    make a file, and an image may not set flags that no open file has."""
     return flags & _OF_OPEN_FILES & ~(os.O_TMPFILE if flags & _TMPFILE else 0)
 
 
 def of_process(path: str) -> bool:
-    """/proc/PID or below it: there once the process is."""
+    """Whether the path is /proc/PID or below it, so that it exists once the process does."""
     found = _OF_PROCESS.match(path)
     return found is not None and int(found[1]) > 0
 
 
 def access_of(flags: int) -> int:
-    """os.R_OK and os.W_OK for an access mode."""
+    """Return os.R_OK and os.W_OK for an access mode."""
     return {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}.get(flags & os.O_ACCMODE, os.R_OK | os.W_OK)
 
 
 def finding(errno: str, reason: str, hint: str, severity: Severity = 'refusal') -> Finding:
-    """A finding about an open file. Whoever asked the kind adds the task and the fd. errno: a name, 'EOPNOTSUPP'."""
+    """Make a finding about an open file. The caller adds the task and the fd. errno: a name, 'EOPNOTSUPP'."""
     return Finding(0, '', '', errno, reason, hint, severity)
 
 
 class Needs(NamedTuple):
-    """What it takes to make a file again. key: equal for all descriptions of the file, which is made once. Bytes:
-    memory, that is filled; pipe, the capacity of one; disk, on the file system of the directory that a deleted file
-    `path` is made in."""
-    key: Hashable
-    memory: int = 0
-    pipe: int = 0
-    disk: int = 0
+    """The resources needed to make a file again."""
+    key: Hashable      # equal for all descriptions of the file, which is made once
+    memory: int = 0    # bytes of memory that is filled
+    pipe: int = 0      # bytes of the capacity of a pipe
+    disk: int = 0      # bytes on the file system of the directory in which the deleted file `path` is made
     path: str = ''
 
 
 class Endpoint(NamedTuple):
-    """One end of something that has several. key: equal for all ends of one object. holds: the ends that this open file
-    is ('read', 'write'); lacks: the ends that somebody has open and this file is not."""
-    key: tuple[str, int, int]
-    holds: frozenset[str]
-    lacks: frozenset[str]
+    """One end of an object with several ends."""
+    key: tuple[str, int, int]    # equal for all ends of one object
+    holds: frozenset[str]        # the ends that this open file is: 'read', 'write'
+    lacks: frozenset[str]        # the ends that are open elsewhere and that this file is not
 
 
 class FileEnd(NamedTuple):
-    """An open file that is an end of something. fd: in the table of task `file.tid`."""
+    """An open file that is an end of an object. fd: in the table of task `file.tid`."""
     file: OpenFile
     endpoint: Endpoint
 
@@ -146,8 +143,8 @@ class FileEnd(NamedTuple):
 class Kind(ABC, Generic[R]):
     """One kind of open file: `class PipeKind(Kind[Pipe], tag='pipe')`. R is the record that dump() makes.
 
-    The class is the rule, an instance is the state of one job. tag: the kind's name in images, for ever. record: R, to
-    decode what dump() gave.
+    The class is the rule, an instance is the state of one job. tag: the kind's name in images, which never changes.
+    record: R, to decode the result of dump().
     """
     tag: ClassVar[str]
     record: ClassVar[type[Struct]]
@@ -175,11 +172,11 @@ class Kind(ABC, Generic[R]):
         return None
 
     def discover(self, file: OpenFile) -> Sequence[int]:
-        """Fds of ours, duplicates of what waits in the file's queue; `close` closes them."""
+        """Return fds of ours, duplicates of the files in the file's queue. `close` closes them."""
         return ()
 
     def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
-        """Findings about ends that lack their other ends. is_whole: the tree stands still, and what is in flight has
+        """Yield findings about ends that lack their other ends. is_whole: the tree is at rest, and files in flight have
         been discovered."""
         held: dict[Hashable, set[str]] = {}
         for end in ends:
@@ -197,7 +194,7 @@ class Kind(ABC, Generic[R]):
     def dump(self, file: OpenFile, content: Content) -> R: ...
 
     def close(self) -> None:
-        """Close what `discover` has opened."""
+        """Close the files that `discover` has opened."""
 
     def references(self, record: R) -> Iterable[int]:
         return ()

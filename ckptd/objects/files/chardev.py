@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The character devices that keep nothing: null, zero, full, random, urandom."""
+"""Character devices without state: null, zero, full, random, urandom."""
 
 import os
 import stat
@@ -43,7 +43,7 @@ class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
             return [finding('ENODEV', f'{record.path} is another file than the device '
                             f'{os.major(record.device)}:{os.minor(record.device)}', 'make the device again (mknod)')]
         if not lookup.may(record.path, access_of(saved.flags)):
-            return [finding('EACCES', f'{record.path} may not be opened', 'run as its owner, or as root')]
+            return [finding('EACCES', f'{record.path} cannot be opened', 'run as its owner, or as root')]
         return []
 
     def create(self, record: CharacterDevice, saved: SavedFile, ctx: RestoreContext) -> int:

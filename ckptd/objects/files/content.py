@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bulk bytes of a file that a restart could not find by its name, holes left out."""
+"""Bulk bytes of a file that a restart could not find by its name, without holes."""
 
 import errno
 import os
@@ -17,19 +17,20 @@ CHUNK = 1 << 20
 
 @layout
 class ContentSegment(Struct):
-    """Bytes of a file from `start`, kept in `extent`. What no segment covers is zero."""
+    """Bytes of a file from `start`, kept in `extent`. Everything outside of the segments is zero."""
     start: U64
     extent: Extent
 
 
 def dump_content(fd: int, size: int, content: Content) -> tuple[ContentSegment, ...]:
-    """The data of a file of `size` bytes, by a description of our own: SEEK_DATA moves the position."""
+    """Dump the data of a file of `size` bytes, by a description of our own, because SEEK_DATA moves the position."""
     return tuple(ContentSegment(start, content.add(_chunks(fd, start, end))) for start, end in data_ranges(fd, size))
 
 
 @contextmanager
 def open_quietly(file: OpenFile) -> Iterator[int]:
-    """A description of our own for reading a named file. Its time of access stays where we have that right, open(2)."""
+    """Open a description of our own to read a named file. Its access time does not change if we have that right
+    (open(2))."""
     with ExitStack() as stack:
         try:
             fd = stack.enter_context(file.reopen(os.O_RDONLY | os.O_NOATIME))
@@ -39,30 +40,30 @@ def open_quietly(file: OpenFile) -> Iterator[int]:
 
 
 def content_size(segments: Iterable[ContentSegment]) -> int:
-    """Bytes that are written, each as often as a segment has it."""
+    """Return the bytes that are written, each as often as a segment has it."""
     return sum(segment.extent.length for segment in segments)
 
 
 def restore_content(fd: int, size: int, segments: Iterable[ContentSegment], ctx: RestoreContext) -> None:
-    """The same data in a new file."""
+    """Write the data into a new file."""
     for segment in segments:
         ctx.copy(segment.extent, fd, segment.start)
-    # what is behind the last segment is a hole; a segment may have been longer than the file, by pages
+    # the end of the file may be a hole; and a segment may have been longer than the file, by pages
     os.ftruncate(fd, size)
 
 
 def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
-    """Set owner and permissions of a new file that the user's rights made, by the user's rights.
+    """Set owner and permissions of a new file, which was made with the user's rights, with these rights.
 
-    An image may name any owner, and a name that others can change may lead to any file: so the kernel decides what the
-    user may do. Where the user may not give the file away, it stays theirs without set-user-ID and set-group-ID, and
-    the plan has said so, see `owner_findings`.
+    An image may name any owner, and a name that others can change may lead to any file, so the kernel decides what the
+    user may do. If the user may not give the file away, it stays theirs, without set-user-ID and set-group-ID. The plan
+    has warned about that, see `owner_findings`.
     """
     with user.as_user():
         of, mode = os.fstat(fd), stat.S_IMODE(mode)
         if (of.st_uid, of.st_gid) != (uid, gid):
             try:
-                os.fchown(fd, uid, gid)     # takes set-user-ID away, so the mode comes after it
+                os.fchown(fd, uid, gid)     # this clears set-user-ID, so the mode is set afterwards
             except PermissionError:
                 mode &= 0o777
         if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
@@ -70,22 +71,22 @@ def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
 
 
 def owner_findings(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Finding]:
-    """A warning where a file that is made again does not get the owner or the group that it had."""
+    """Return a warning if a file that is made again does not get its former owner or group."""
     if lookup.may_own(uid, gid):
         return []
     return [finding('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {lookup.uid} may not give it',
-                    'it belongs to that user now; processes that have it open do not notice', 'warning')]
+                    'it then belongs to that user; processes that have it open do not notice', 'warning')]
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of what is not a hole, lseek(2)."""
+    """Yield [start, end) of everything that is not a hole (lseek(2))."""
     at = 0
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
             at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         except OSError as error:
-            if error.errno == errno.ENXIO:      # nothing but hole up to the end
+            if error.errno == errno.ENXIO:      # only a hole up to the end
                 return
             if error.errno != errno.EINVAL:     # a file system without holes
                 raise
@@ -97,7 +98,7 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
 def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:
     while start < end:
         chunk = os.pread(fd, min(CHUNK, end - start), start)
-        if not chunk:       # truncated meanwhile, by somebody outside of the tree
+        if not chunk:       # truncated meanwhile, from outside of the tree
             return
         start += len(chunk)
         yield chunk

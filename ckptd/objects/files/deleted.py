@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files without a name: made under their old one, or one like it, and unlinked at once.
+"""Files without a name: made under their old name, or a similar one, and unlinked at once.
 
-Several descriptions, and mappings, share one such file. Who asks first makes it; a kind returns `open_nameless` of it.
+Several descriptions and mappings may share one such file. The first user makes it; a kind returns `open_nameless` of
+it.
 """
 
 import errno
@@ -22,8 +23,8 @@ TRIES = 100
 
 
 def home_of(path: str, lookup: FileLookup) -> str:
-    """The directory that a deleted file is made in again: its own, or the next one above that is still there and may be
-    written; '' if there is none."""
+    """Return the directory in which a deleted file is made again: its own, or the next one above that still exists and
+    is writable; '' if there is none."""
     for parent in PurePath(path).parents if path.startswith('/') else ():
         found = lookup.lstat(str(parent))
         if found and stat.S_ISDIR(found.st_mode) and lookup.may(str(parent), os.W_OK | os.X_OK):
@@ -32,11 +33,11 @@ def home_of(path: str, lookup: FileLookup) -> str:
 
 
 def deleted_findings(path: str, lookup: FileLookup) -> list[Finding]:
-    """Of a file that is made again where it was deleted."""
+    """List findings about a file that is made again where it was deleted."""
     home, own = home_of(path, lookup), str(PurePath(path).parent)
     if not home:
         return [finding('EACCES', f'{path} was deleted and cannot be made again in {own}',
-                        'make that directory, writable for whose tree it is')]
+                        'make that directory, writable for the owner of the tree')]
     if home != own:
         return [finding('ENOENT', f'{own} is gone or not writable: the deleted {PurePath(path).name} is made in {home}',
                         f'make {own} again', 'warning')]
@@ -44,7 +45,7 @@ def deleted_findings(path: str, lookup: FileLookup) -> list[Finding]:
 
 
 def names_for(path: str) -> Iterator[str]:
-    """Names to try, the old one first: it is what /proc/PID/fd goes on to show."""
+    """Yield names to try, the old one first, because /proc/PID/fd continues to show it."""
     name = PurePath(path).name
     yield name
     for _ in range(TRIES):
@@ -53,8 +54,8 @@ def names_for(path: str) -> Iterator[str]:
 
 @contextmanager
 def opened_home(path: str, ctx: RestoreContext) -> Iterator[int]:
-    """The directory of `home_of`, opened (O_PATH). Names are made and taken away in this one directory, wherever its
-    path leads by then. CkptError if there is none."""
+    """Open the directory of `home_of` (O_PATH). Names are made and removed in this directory, wherever its path leads
+    later. CkptError if there is none."""
     home = home_of(path, ctx)
     if not home:
         raise cannot_make(path)
@@ -67,14 +68,14 @@ def opened_home(path: str, ctx: RestoreContext) -> Iterator[int]:
 
 def cannot_make(path: str) -> CkptError:
     return CkptError(f'{path} was deleted and cannot be made again', errno=errno.EACCES, resource=path,
-                     hint='make its directory, writable for whose tree it is')
+                     hint='make its directory, writable for the owner of the tree')
 
 
 def make_nameless(path: str, ctx: RestoreContext, flags: int) -> int:
-    """A new empty file (mode 0600) of the user's without a name. CkptError if there is no place for one.
+    """Make an empty file (mode 0600) of the user without a name. CkptError if there is no place for one.
 
-    O_CREAT with O_EXCL opens the file that it makes and no other, open(2), whatever happens to its name afterwards.
-    With O_TMPFILE it would have no name in between, and /proc would show a number in the place of the old name.
+    O_CREAT with O_EXCL opens exactly the file that it makes (open(2)), whatever happens to its name afterwards. With
+    O_TMPFILE the file would never have a name, and /proc would show a number in place of the old name.
     """
     flags |= os.O_CLOEXEC
     with opened_home(path, ctx) as home:
@@ -166,7 +167,7 @@ def unlink_new(name: str, home: int, fd: int, remove: Callable[..., None] = os.u
 
 
 def whole(content: Iterable[Extent]) -> tuple[ContentSegment, ...]:
-    """The content of a Backing record, extents one behind the other from byte 0 on, as segments."""
+    """Return the content of a Backing record, consecutive extents from byte 0 on, as segments."""
     found, at = [], 0
     for extent in content:
         found.append(ContentSegment(at, extent))
@@ -176,10 +177,11 @@ def whole(content: Iterable[Extent]) -> tuple[ContentSegment, ...]:
 
 def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segments: Iterable[ContentSegment],
                  ctx: RestoreContext) -> int:
-    """The file that had this inode, as of Restoring.once: made by who asks first, open for reading. `open_nameless`
-    opens it otherwise: what somebody may write to cannot be a task's program (kernel/fork.c, replace_mm_exe_file).
+    """Return the file that had this inode, as RestoreContext.once does: the first user makes it, open for reading.
+    `open_nameless` opens it in other ways: a file that is open for writing cannot be a task's program (kernel/fork.c,
+    replace_mm_exe_file).
 
-    For descriptions and mappings of one file alike. Its owner is that of a new file, see `set_owner`.
+    It serves descriptions and mappings of one file alike. Its owner is that of a new file, see `set_owner`.
     """
     def make() -> int:
         fd = make_nameless(path, ctx, os.O_RDWR)
@@ -194,7 +196,7 @@ def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segme
 
 
 def deleted_takes(path: str, device: int, inode: int, segments: Iterable[ContentSegment]) -> Needs:
-    """What `deleted_file` takes, first of all for its content."""
+    """Return the needs of `deleted_file`, mainly its content."""
     return Needs(_key(device, inode), disk=content_size(segments), path=path)
 
 
@@ -203,7 +205,8 @@ def _key(device: int, inode: int) -> Hashable:
 
 
 def open_nameless(base: int, flags: int, user: ByUser) -> int:
-    """A description of a file that the user's rights made, also where its mode, set already, would not let them."""
+    """Open a description of a file that was made with the user's rights, even if its mode, which is set already, would
+    not allow it."""
     with user.as_user():
         mode = stat.S_IMODE(os.fstat(base).st_mode)
         if mode & 0o600 == 0o600:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Opening a character device by its name, and making sure that it is the one."""
+"""Open a character device by its name, and check that it is the right one."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ def is_device(found: os.stat_result, device: int) -> bool:
 
 
 def open_device(path: str, device: int, flags: int, ctx: RestoreContext) -> int:
-    """An fd of this device and no other. O_NOCTTY, so that it becomes nobody's controlling terminal."""
+    """Open exactly this device. O_NOCTTY, so that it does not become a controlling terminal."""
     fd = ctx.open(path, flags | os.O_NOCTTY)
     if not is_device(os.fstat(fd), device):
         os.close(fd)

@@ -60,9 +60,9 @@ class DirectoryKind(Kind[Directory], tag='directory'):
         if found is None:
             return [finding('ENOENT', f'{record.path} is missing', 'make the directory again')]
         if not stat.S_ISDIR(found.st_mode):
-            return [finding('ENOTDIR', f'{record.path} is no directory any more', 'put the directory back')]
+            return [finding('ENOTDIR', f'{record.path} is no longer a directory', 'put the directory back')]
         if not lookup.may(record.path, os.R_OK):
-            return [finding('EACCES', f'{record.path} may not be read', 'run as its owner, or as root')]
+            return [finding('EACCES', f'{record.path} is not readable', 'run as its owner, or as root')]
         rows = lock_findings(record.locks, record.path, lookup)
         if found.st_ino != record.inode:
             rows += [finding('ESTALE', f'{record.path} is another directory (inode {found.st_ino}, not {record.inode})',
@@ -76,7 +76,7 @@ class DirectoryKind(Kind[Directory], tag='directory'):
         fd = ctx.open(record.path, flags)
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
-            raise CkptError(f'{record.path} is no directory any more', resource=record.path)
+            raise CkptError(f'{record.path} is no longer a directory', resource=record.path)
         return fd
 
     def connect(self, record: Directory, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An epoll instance: which open files it watches, and for what, epoll(7).
+"""An epoll instance: the open files that it watches, and the events (epoll(7)).
 
-It watches descriptions, and knows each by the number that it had in the table of who added it. So who has that number
-for that file still is looked for at the dump, and adds it again at the restart. What is ready is found out anew: an
-edge-triggered watch may tell once more what it told before.
+It watches descriptions, and knows each by the fd that it had in the table of the task that added it. The dump finds a
+process that still has that fd for that file, and at the restart this process adds it again. Readiness is determined
+again, so an edge-triggered watch may report an event a second time.
 """
 
 import errno
@@ -24,8 +24,8 @@ _HINT = 'the program closed it while another fd keeps it open; let it be removed
 
 @layout
 class Watch(Struct):
-    """fd: its number in the process `vpid`, which has the epoll, too. events: EPOLL*, of a disarmed EPOLLONESHOT
-    without those to wait for."""
+    """A watched file. fd: its number in the process `vpid`, which has the epoll, too. events: EPOLL*; for a disarmed
+    EPOLLONESHOT without the events to wait for."""
     vpid: U32
     fd: U32
     events: U32
@@ -43,7 +43,7 @@ class EpollKind(Kind[Epoll], tag='epoll'):
         return file.link == _LINK and not file.is_path
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        # another process of the tree may have it, which is known when all are looked at: then it is refused in earnest
+        # another process of the tree may have it, which is known only later; then it is refused
         return [finding('EBADF', f'an epoll instance watches a file that is no longer fd {target.tfd} here',
                         f'it cannot be dumped if no process that has it knows that file: {_HINT}', 'warning')
                 for target, nth in _targets(file) if not _watches(file, file.tid, file.fd, target, nth)]
@@ -65,7 +65,7 @@ class EpollKind(Kind[Epoll], tag='epoll'):
         holders = ctx.holders(saved.file_id)
         known = dict(reversed(holders))
         for watch in record.watches:
-            # processes that share a table of fds are one of them there
+            # of processes that share an fd table, only one is listed
             vpid = watch.vpid if watch.vpid in known else holders[0][0]
             try:
                 ctx.call(vpid, 'epoll_ctl', known[vpid], EPOLL_CTL_ADD, watch.fd, pack_event(watch.events, watch.data))
@@ -75,7 +75,7 @@ class EpollKind(Kind[Epoll], tag='epoll'):
 
 
 def _targets(file: OpenFile) -> Iterator[tuple[EpollTarget, int]]:
-    """What it watches, each with its place among those of the same number, as kcmp(2) wants it."""
+    """Yield the watched files, each with its index among those with the same fd, as kcmp(2) needs it."""
     seen: Counter[int] = Counter()
     for row in file.info.fields.get('tfd', ()):
         target = parse_target(row)
@@ -84,7 +84,7 @@ def _targets(file: OpenFile) -> Iterator[tuple[EpollTarget, int]]:
 
 
 def _watches(file: OpenFile, tid: int, epoll: int, target: EpollTarget, nth: int) -> bool:
-    """Whether in the table of `tid` the number still leads to the file that is watched."""
+    """Whether the fd in the table of `tid` still refers to the watched file."""
     try:
         return kcmp_epoll(tid, target.tfd, tid, epoll, target.tfd, nth) == EQUAL
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An eventfd: a 64-bit counter, eventfd(2). fdinfo has all of it; the task need not be asked."""
+"""An eventfd: a 64-bit counter (eventfd(2)). fdinfo shows all of it, so the task is not asked."""
 
 import os
 
@@ -14,7 +14,7 @@ _COUNT, _SEMAPHORE = 'eventfd-count', 'eventfd-semaphore'
 
 @layout
 class Eventfd(Struct):
-    """semaphore: EFD_SEMAPHORE, a read takes 1."""
+    """An eventfd. semaphore: EFD_SEMAPHORE, a read takes 1."""
     count: U64
     semaphore: U8
 
@@ -28,7 +28,7 @@ class EventfdKind(Kind[Eventfd], tag='eventfd'):
         if _SEMAPHORE in file.info.fields:
             return []
         return [finding('ENODATA', 'the kernel does not tell whether an eventfd is a semaphore',
-                        'a restart takes it for a counter; Linux 6.5 tells', 'warning')]
+                        'a restart treats it as a counter; use Linux 6.5 or newer', 'warning')]
 
     def dump(self, file: OpenFile, content: Content) -> Eventfd:
         fields = file.info.fields
@@ -37,6 +37,6 @@ class EventfdKind(Kind[Eventfd], tag='eventfd'):
 
     def create(self, record: Eventfd, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = os.eventfd(0, os.EFD_CLOEXEC | saved.flags & os.O_NONBLOCK | (os.EFD_SEMAPHORE if record.semaphore else 0))
-        if record.count:        # the first value has 32 bits only
+        if record.count:        # the initial value has 32 bits only
             os.eventfd_write(fd, record.count)
         return fd

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One end of a FIFO, a pipe with a name, fifo(7). What is in it goes with the read end."""
+"""One end of a FIFO, a pipe with a name (fifo(7)). Its content is kept with the read end."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, r
 
 @layout
 class Fifo(Struct):
-    """path: from the root of the mount namespace. The rest as in Pipe."""
+    """A FIFO. path: from the root of the mount namespace. The other fields are as in Pipe."""
     path: str
     device: U64
     inode: U64
@@ -38,9 +38,9 @@ class FifoKind(Kind[Fifo], tag='fifo'):
         return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic != PIPEFS_MAGIC
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        if file.deleted or file.reachable:      # a deleted one is made again, its ends find each other by inode
+        if file.deleted or file.reachable:      # a deleted one is made again, and its ends find each other by inode
             return []
-        return [finding('ENOENT', f'{file.path} is another file now, or covered by a mount',
+        return [finding('ENOENT', f'{file.path} is another file now, or hidden by a mount',
                         'a restart opens FIFOs by path: put it back', 'warning')]
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
@@ -61,10 +61,10 @@ class FifoKind(Kind[Fifo], tag='fifo'):
         if found is None:
             return [finding('ENOENT', f'{record.path} is missing', 'make the FIFO again (mkfifo)')]
         if not stat.S_ISFIFO(found.st_mode):
-            return [finding('ESTALE', f'{record.path} is no FIFO any more', 'put the FIFO back')]
-        # a restart opens it both ways, so that neither end waits for the other
+            return [finding('ESTALE', f'{record.path} is no longer a FIFO', 'put the FIFO back')]
+        # a restart opens it for reading and writing, so that neither end waits for the other
         if not lookup.may(record.path, os.R_OK | os.W_OK):
-            return [finding('EACCES', f'{record.path} may not be read and written', 'run as its owner, or as root')]
+            return [finding('EACCES', f'{record.path} is not readable and writable', 'run as its owner, or as root')]
         return []
 
     def needs(self, record: Fifo, saved: SavedFile) -> Needs:
@@ -76,10 +76,10 @@ class FifoKind(Kind[Fifo], tag='fifo'):
             set_capacity(base, record.capacity)
             return base
         fd = restore_end(_key(record), make, saved.flags, ctx)
-        # what others wrote meanwhile came after what was in it then, and cannot be put behind it
+        # data that others wrote meanwhile came after the old content, which cannot be put before it
         if record.data and pipe.bytes_in(fd):
             os.close(fd)
-            raise Busy(f'{record.path} is in use: somebody else\'s data is in it', resource=record.path,
+            raise Busy(f'{record.path} is in use: it contains data of another program', resource=record.path,
                        hint='read it empty, or end the programs that have it open')
         return fd
 
@@ -92,16 +92,16 @@ def _key(record: Fifo) -> Key:
 
 
 def _open(record: Fifo, ctx: RestoreContext) -> int:
-    """Both ends of the FIFO that is there."""
+    """Open the existing FIFO for reading and writing."""
     base = ctx.open(record.path, os.O_RDWR | os.O_NONBLOCK)
     if not stat.S_ISFIFO(os.fstat(base).st_mode):
         os.close(base)
-        raise CkptError(f'{record.path} is no FIFO any more', errno=errno.ESTALE, resource=record.path)
+        raise CkptError(f'{record.path} is no longer a FIFO', errno=errno.ESTALE, resource=record.path)
     return base
 
 
 def _make_deleted(record: Fifo, saved: SavedFile, ctx: RestoreContext) -> int:
-    """Both ends of a new one that had a name for a moment."""
+    """Open a new FIFO, which has a name for a moment only, for reading and writing."""
     with opened_home(record.path, ctx) as home:
         for name in names_for(record.path):
             try:
@@ -120,8 +120,8 @@ def _make_deleted(record: Fifo, saved: SavedFile, ctx: RestoreContext) -> int:
 
 
 def _make_and_open(name: str, home: int) -> tuple[int, os.stat_result]:
-    """Whatever has the name in the directory `home` just after a FIFO was made there, and what it was before the name
-    was taken away."""
+    """Make a FIFO in the directory `home` and open whatever then has the name. Return it with its stat from before the
+    name was removed."""
     os.mkfifo(name, 0o600, dir_fd=home)
     try:
         base = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home)
@@ -134,8 +134,8 @@ def _make_and_open(name: str, home: int) -> tuple[int, os.stat_result]:
 
 
 def _require_own(of: os.stat_result, record: Fifo, ctx: RestoreContext) -> None:
-    """No call makes a FIFO and opens it, and who may write its directory may put something else in its place in between
-    (renameat2(2), RENAME_EXCHANGE) or keep it by another name (link(2))."""
+    """Check that the opened FIFO is ours. No call both makes and opens a FIFO, and a user who may write its directory
+    may replace it in between (renameat2(2), RENAME_EXCHANGE) or keep it by another name (link(2))."""
     if not stat.S_ISFIFO(of.st_mode) or of.st_uid != ctx.uid or of.st_nlink != 1:
         raise CkptError(f'{record.path} was replaced while it was made again', errno=errno.ESTALE,
-                        resource=record.path, hint='see who else writes in its directory')
+                        resource=record.path, hint='find out which other program writes in its directory')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Locks and leases on a file, as its holders' fdinfo has them: fcntl_locking(2), flock(2), F_SETLEASE of fcntl(2)."""
+"""Locks and leases on a file, from fdinfo of its holders: fcntl_locking(2), flock(2), F_SETLEASE of fcntl(2)."""
 
 import errno
 import fcntl
@@ -30,9 +30,12 @@ _NAMES = {'POSIX': POSIX, 'FLOCK': FLOCK, 'OFDLCK': OFD, 'LEASE': LEASE}
 
 @layout
 class Lock(Struct):
-    """kind: POSIX, FLOCK, OFD, LEASE. write: 1 for a write lock or lease. Bytes start to end, both inclusive, EOF: no
-    end. holder: vpid of the process that a POSIX lock belongs to; other locks belong to the description (0).
-    breaking: what a lease is to become for somebody who waits for it or was told to come again, TO_READ or TO_NONE."""
+    """A lock or lease.
+
+    kind: POSIX, FLOCK, OFD, LEASE. write: 1 for a write lock or lease. Bytes start to end, both inclusive, EOF: no end.
+    holder: vpid of the process that a POSIX lock belongs to; other locks belong to the description (0). breaking: the
+    future type of a lease that another process waits for or was refused, TO_READ or TO_NONE.
+    """
     kind: U8
     write: U8
     start: U64
@@ -42,10 +45,11 @@ class Lock(Struct):
 
 
 def parse_lock(line: str, holder: int) -> Lock | None:
-    """'1: POSIX  ADVISORY  WRITE 359 00:13:11691 0 EOF'. None for what is not the task's own, a delegation of nfsd.
+    """Parse '1: POSIX  ADVISORY  WRITE 359 00:13:11691 0 EOF'. None for a delegation of nfsd, which is not the task's
+    own.
 
-    'LEASE  BREAKING  UNLCK' shows what the lease is to become (fs/locks.c, target_leasetype), and only of TO_READ
-    follows that it is a write lease: whether one that is to end is, `read_locks` finds out.
+    'LEASE  BREAKING  UNLCK' shows the future type of the lease (fs/locks.c, target_leasetype). Only TO_READ implies a
+    write lease; for a lease that is to end, `read_locks` finds out its type.
     """
     _, name, state, access, _, _, start, end = line.split()
     kind = _NAMES.get(name)
@@ -57,10 +61,10 @@ def parse_lock(line: str, holder: int) -> Lock | None:
 
 
 def read_locks(file: OpenFile) -> tuple[Lock, ...]:
-    """Locks of the description, and POSIX locks of every process that holds it."""
+    """Read the locks of the description, and the POSIX locks of every process that holds it."""
     found: dict[Lock, None] = {}
     for pid, fd in ((file.tid, file.fd), *file.holders):
-        # of POSIX locks fdinfo shows those of its own process only (fs/locks.c, __show_fd_locks)
+        # fdinfo shows only the POSIX locks of its own process (fs/locks.c, __show_fd_locks)
         info = file.info if (pid, fd) == (file.tid, file.fd) else read_fdinfo(pid, fd)
         lines = info.fields.get('lock', [])
         holder = read_status(pid).ns_tgid[-1] if lines else 0
@@ -70,13 +74,13 @@ def read_locks(file: OpenFile) -> tuple[Lock, ...]:
 
 def _with_type(lease: Lock, file: OpenFile) -> Lock:
     """Find out whether a lease that is to end keeps readers out, as a write lease does. It is being broken already, so
-    that to open the file asks nothing more of its holder (fs/locks.c, __break_lease)."""
+    opening the file has no further effect on its holder (fs/locks.c, __break_lease)."""
     try:
         with file.reopen(os.O_RDONLY):
             return replace(lease, write=0)
     except BlockingIOError:
         return lease
-    except PermissionError:         # a read lease is of a description that cannot be written
+    except PermissionError:         # a read lease belongs to a description that is not writable
         return replace(lease, write=int(file.writable))
 
 
@@ -87,19 +91,20 @@ def has_locks(file: OpenFile) -> bool:
 # ---------------------------------------------------------------- restart
 
 def lock_findings(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
-    """Locks that somebody else has now, and leases that the user may not take. Of flock(2) and leases no call tells
-    without taking one."""
+    """List locks that another program holds now, and leases that the user may not take. For flock(2) and leases no call
+    shows that without taking one."""
     return [*_lease_findings(locks, path, lookup), *_held_ranges(locks, path, lookup)]
 
 
 def _lease_findings(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[Finding]:
-    """Whoever opens a leased file has to wait, so a lease is its owner's to take, fcntl(2), F_SETLEASE."""
+    """List leases that the user may not take. Opening a leased file makes the opener wait, so only the file's owner may
+    take a lease (fcntl(2), F_SETLEASE)."""
     leases = [lock for lock in locks if lock.kind == LEASE]
     found = lookup.lstat(path) if leases else None
     if found is None:
         return []
     if any(lease.breaking == TO_NONE for lease in leases) and not lookup.may(path, os.W_OK):
-        return [finding('EACCES', f'{path} is leased, somebody was about to write it, and uid {lookup.uid} may not',
+        return [finding('EACCES', f'{path} is leased, another program waited to write it, and uid {lookup.uid} may not',
                         'restore as root, or checkpoint again when the program has released the lease')]
     if found.st_uid == lookup.uid or lookup.capable(CAP_LEASE):
         return []
@@ -114,7 +119,7 @@ def _held_ranges(locks: Sequence[Lock], path: str, lookup: FileLookup) -> list[F
     try:
         fd = lookup.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        return []       # not readable for the user; the restart then finds out
+        return []       # the user may not read it; the restart then finds out
     try:
         return [finding('EBUSY', f'{path} is locked by {holder}', 'end that program, or wait for it')
                 for holder in dict.fromkeys(_holder(fd, lock) for lock in ranges) if holder]
@@ -126,14 +131,14 @@ def _holder(fd: int, lock: Lock) -> str:
     kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, F_OFD_GETLK, _flock(lock)))
     if kind == fcntl.F_UNLCK:
         return ''
-    return f'process {pid}' if pid > 0 else 'another program'      # -1: an OFD lock, which is of no process
+    return f'process {pid}' if pid > 0 else 'another program'      # -1: an OFD lock, which belongs to no process
 
 
 def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
-    """Take the locks again. Busy if somebody else has one now.
+    """Take the locks again. Busy if another program has one now.
 
-    POSIX locks are a process's own, and it loses them when it closes any fd of the file, fcntl_locking(2): no process
-    may close one after this.
+    POSIX locks belong to a process, which loses them when it closes any fd of the file (fcntl_locking(2)). So no
+    process may close one after this.
     """
     for lock in locks:
         try:
@@ -144,13 +149,13 @@ def restore_locks(locks: Sequence[Lock], path: str, saved: SavedFile, fd: int, c
                                 resource=path) from error
             if lock.kind == LEASE:
                 raise _no_lease(lock, path) from error
-            raise Busy(f'{path} is locked by somebody else', resource=path,
+            raise Busy(f'{path} is locked by another program', resource=path,
                        hint='end the program that has it locked, or wait for it') from error
 
 
 def _no_lease(lease: Lock, path: str) -> Busy:
-    """A read lease can be had while nobody has the file open for writing, a write lease while nobody has it open at
-    all, fcntl(2)."""
+    """Return the error for a lease. A read lease requires that no other program has the file open for writing, a write
+    lease that none has it open at all (fcntl(2))."""
     name, how = ('write', '') if lease.write else ('read', ' for writing')
     return Busy(f'{path} had a {name} lease, which cannot be taken again while another program has the file open{how}',
                 resource=path, hint=f'end that program (fuser -v {path} shows it), or wait for it')
@@ -164,8 +169,8 @@ def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: RestoreContext)
         fcntl.fcntl(fd, F_OFD_SETLK, _flock(lock))
     else:
         name, *arguments = _call(lock)
-        # of the description, and yet shown as of the process that took it; of a lease that one gets the signal, with
-        # the fd that it took it by (fs/locks.c, lease_setup)
+        # It belongs to the description, but is shown as that of the process that took it. For a lease that process gets
+        # the signal, with the fd that it used (fs/locks.c, lease_setup).
         for vpid, number in ctx.holders(saved.file_id)[:1]:
             ctx.call(vpid, name, number, *arguments)
             break
@@ -176,26 +181,26 @@ def _take(lock: Lock, path: str, saved: SavedFile, fd: int, ctx: RestoreContext)
 
 
 def _break(lease: Lock, path: str, ctx: RestoreContext) -> None:
-    """Begin to break a lease as whoever opened the file did. Its holder has fs.lease-break-time seconds from now on.
+    """Begin to break a lease, as opening the file had done. Its holder has fs.lease-break-time seconds from now on.
 
-    The signal that it gets is taken off before it runs: it has got one already, or has one pending in the image.
+    The signal that it gets is discarded before it runs: it has already received one, or has one pending in the image.
     """
     try:
         os.close(ctx.open(path, (os.O_RDONLY if lease.breaking == TO_READ else os.O_WRONLY) | os.O_NONBLOCK))
     except BlockingIOError:
         return
-    raise CkptError(f'{path} has no lease that somebody else waits for', resource=path)
+    raise CkptError(f'{path} has no lease that another program waits for', resource=path)
 
 
 def _call(lock: Lock) -> tuple[str, *tuple[int, ...]]:
-    """The system call that takes it, without the fd."""
+    """Return the system call that takes the lock, without the fd."""
     if lock.kind == FLOCK:
         return 'flock', (fcntl.LOCK_EX if lock.write else fcntl.LOCK_SH) | fcntl.LOCK_NB
     return 'fcntl', fcntl.F_SETLEASE, fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
 
 
 def _lead(lock: Lock, saved: SavedFile, path: str, ctx: RestoreContext) -> tuple[int, int]:
-    """(vpid, fd): who takes a POSIX lock, and by which fd. Processes that share a table of fds share their locks."""
+    """Return (vpid, fd) of the process that takes a POSIX lock. Processes that share an fd table share their locks."""
     holders = ctx.holders(saved.file_id)
     own = [(vpid, number) for vpid, number in holders if vpid == lock.holder]
     if own or len(holders) == 1:

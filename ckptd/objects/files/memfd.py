@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A memfd: shared memory with an fd and a name for people, memfd_create(2)."""
+"""A memfd: shared memory with an fd and a name for people (memfd_create(2))."""
 
 import fcntl
 import os
@@ -26,8 +26,11 @@ PREFIX = '/memfd:'
 
 @layout
 class Memfd(Struct):
-    """device, inode: equal for every description and mapping of one object. shm_id: the SharedMemory record that has
-    the content, 0 if it is in `content`. seals: F_SEAL_*."""
+    """A memfd.
+
+    device, inode: equal for every description and mapping of one object. shm_id: the SharedMemory record that has the
+    content, 0 if it is in `content`. seals: F_SEAL_*.
+    """
     name: str
     device: U64
     inode: U64
@@ -49,7 +52,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if file.unread:
-            return [finding('EACCES', f'{file.path} is open for writing alone and its content may not be read',
+            return [finding('EACCES', f'{file.path} is open for writing only and its content is not readable',
                             'run as root')]
         return []
 
@@ -85,9 +88,9 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
             nonlocal is_first
             is_first = True
             return os.dup(base)
-        # the kernel counts no writer for the description that memfd_create(2) returns (mm/shmem.c, __shmem_file_setup),
-        # and one for each that is opened anew: with such a writer the file cannot be executed, execve(2) ETXTBSY.
-        # Nothing shows which one that was, so it is the first of those that are open for reading and writing
+        # The kernel counts no writer for the description that memfd_create(2) returns (mm/shmem.c, __shmem_file_setup),
+        # and one for each that is opened later: with such a writer the file cannot be executed (execve(2), ETXTBSY). No
+        # interface shows which description that was, so use the first one that is open for reading and writing.
         original = ctx.once(('original', *_key(record)), take)
         return os.dup(original) if is_first else open_again(base, saved.flags)
 
@@ -109,7 +112,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
 
     def connect(self, record: Memfd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         restore_locks(record.locks, f'memfd {record.name}', saved, fd, ctx)
-        # the seals of an object that the address spaces have are set with its content
+        # the seals of an object that address spaces have are set with its content
         if not record.shm_id and record.seals & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS):
             fcntl.fcntl(self._object(record, ctx), fcntl.F_ADD_SEALS, record.seals)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An open file of a task, as kinds are asked about it."""
+"""An open file of a task, the argument of kinds."""
 
 import errno
 import fcntl
@@ -28,32 +28,28 @@ _UIDS = struct.Struct('=II')
 
 
 class Owner(NamedTuple):
-    """fcntl(2) F_GETOWN_EX and F_GETSIG. type: F_OWNER_TID 0, PID 1, PGRP 2; pid: as the daemon sees it, 0 for none.
-    uid, euid: of who set it, by whose rights the signal is sent; 0 where the kernel does not tell."""
-    type: int
-    pid: int
+    """The owner of a file's signals: fcntl(2) F_GETOWN_EX and F_GETSIG."""
+    type: int    # F_OWNER_TID 0, PID 1, PGRP 2
+    pid: int     # as the daemon sees it, 0 for none
     signal: int
-    uid: int
-    euid: int
+    uid: int     # of the user who set it, with whose rights the signal is sent; 0 where the kernel does not report it
+    euid: int    # likewise
 
 
 @dataclass(frozen=True)
 class OpenFile:
-    """An open file description, known by one fd of one task. tid: the thread whose table has the fd, mostly the leader.
-
-    link: what /proc/PID/fd/FD shows. stat: of the file itself. holders: further (pid, fd) of the same description.
-    severed: a connection that does not outlive the dump, of whoever asked for it to the bus. unread: open for writing
-    alone, and whoever asked may not read the file, so that nothing of its content may get into the image.
-    """
+    """An open file description, known by one fd of one task."""
     pid: int
-    tid: int
+    tid: int                                     # the thread whose table has the fd, mostly the leader
     fd: int
-    link: str
-    stat: os.stat_result
+    link: str                                    # link of /proc/PID/fd/FD
+    stat: os.stat_result                         # of the file itself
     info: FdInfo
-    holders: tuple[tuple[int, int], ...] = ()
-    severed: bool = False
-    unread: bool = False
+    holders: tuple[tuple[int, int], ...] = ()    # further (pid, fd) of the same description
+    severed: bool = False                        # the caller's own connection to the bus, which does not outlive the
+                                                 # dump
+    unread: bool = False                         # open for writing only, and the caller may not read the file, so its
+                                                 # content must not get into the image
 
     @property
     def proc_path(self) -> str:
@@ -62,12 +58,12 @@ class OpenFile:
 
     @cached_property
     def magic(self) -> int:
-        """The file system's number, statfs(2) f_type."""
+        """Number of the file system (statfs(2), f_type)."""
         return file_system(self.proc_path)
 
     @property
     def flags(self) -> int:
-        """O_* of the description; O_CLOEXEC is of this fd."""
+        """O_* of the description; O_CLOEXEC is that of this fd."""
         return self.info.flags
 
     @property
@@ -80,22 +76,23 @@ class OpenFile:
 
     @property
     def is_path(self) -> bool:
-        """Opened with O_PATH: a name and no file."""
+        """Whether it was opened with O_PATH, as a name without a file."""
         return bool(self.flags & os.O_PATH)
 
     @cached_property
     def deleted(self) -> bool:
-        """The name it was opened by is gone. A file may really be named 'x (deleted)': then that name finds it."""
+        """Whether the name is gone by which it was opened. A file may really be named 'x (deleted)': then that name
+        finds it."""
         return self.link.endswith(DELETED) and not self._is_at(self.link)
 
     @property
     def path(self) -> str:
-        """The name it was opened by, as seen from the root of its mount namespace."""
+        """Name by which it was opened, from the root of its mount namespace."""
         return self.link.removesuffix(DELETED) if self.deleted else self.link
 
     @cached_property
     def reachable(self) -> bool:
-        """The same file is found by its path: no other one has taken its name and no mount covers it."""
+        """Whether the path still leads to this file: no other file has taken the name, and no mount hides it."""
         return self._is_at(self.path)
 
     def _is_at(self, path: str) -> bool:
@@ -104,9 +101,10 @@ class OpenFile:
 
     @contextmanager
     def duplicate(self) -> Iterator[int]:
-        """An fd of the same description. Its position and status flags are the task's: read with pread(2) only.
+        """Return an fd of the same description. Its position and status flags are the task's, so read with pread(2)
+        only.
 
-        FileNotFoundError if the task, running, has closed it since.
+        FileNotFoundError if the running task has closed it since.
         """
         pidfd = pidfd_open(self.tid, PIDFD_THREAD if self.tid != self.pid else 0)
         try:
@@ -124,7 +122,7 @@ class OpenFile:
 
     @contextmanager
     def reopen(self, flags: int) -> Iterator[int]:
-        """A description of our own of the same file, deleted or not. Fails as open(2) where the mode forbids it."""
+        """Open a description of our own of the same file, deleted or not. Fails like open(2) if the mode forbids it."""
         fd = os.open(self.proc_path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             yield fd
@@ -132,7 +130,7 @@ class OpenFile:
             os.close(fd)
 
     def owner(self) -> Owner:
-        """Who gets SIGIO. Zeros for an O_PATH file, which has no such thing."""
+        """Return the owner for SIGIO. Zeros for an O_PATH file, which has none."""
         if self.is_path:
             return Owner(0, 0, 0, 0, 0)
         with self.duplicate() as fd:
@@ -151,7 +149,8 @@ def _owner_uids(fd: int) -> tuple[int, int]:
 
 
 def read_open_file(pid: int, fd: int, tid: int | None = None, holders: tuple[tuple[int, int], ...] = ()) -> OpenFile:
-    """ProcessLookupError when the task is gone, FileNotFoundError when the fd is, PermissionError without access."""
+    """Read an open file. ProcessLookupError when the task is gone, FileNotFoundError when the fd is, PermissionError
+    without access."""
     tid = pid if tid is None else tid
     link = read_link(tid, f'fd/{fd}')
     return OpenFile(pid, tid, fd, link, os.stat(f'/proc/{tid}/fd/{fd}'), read_fdinfo(tid, fd), holders)  # noqa: PTH116

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Socket options, socket(7): a table of those that can be read and written, as they differ from a fresh socket's."""
+"""Socket options (socket(7)): a table of those that can be read and written. Only those that differ from a fresh socket
+are kept."""
 
 import errno
 import socket
@@ -9,14 +10,14 @@ from functools import lru_cache
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, Struct, layout
 
-# <asm-generic/socket.h>: those that socket.py lacks
+# <asm-generic/socket.h>: those that the socket module lacks
 SO_PEEK_OFF, SO_BUSY_POLL, SO_BUF_LOCK = 42, 46, 72
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 SO_TIMESTAMP, SO_TIMESTAMPNS, SO_RXQ_OVFL, SO_NOFCS, SO_SELECT_ERR_QUEUE = 29, 35, 40, 43, 45
 SO_PASSPIDFD, SO_RCVMARK, SO_PASSRIGHTS, SO_INQ = 76, 75, 83, 84
 _TIMEVAL, _LINGER, _INT = 16, 8, 4
 
-# option: bytes of its value. Buffers and their locks are not here: they hang together, see below
+# option: bytes of its value. Buffer sizes and their locks depend on each other, so they are below.
 _SIZES = {
     socket.SO_DEBUG: _INT, socket.SO_REUSEADDR: _INT, socket.SO_REUSEPORT: _INT, socket.SO_DONTROUTE: _INT,
     socket.SO_BROADCAST: _INT, socket.SO_KEEPALIVE: _INT, socket.SO_OOBINLINE: _INT, socket.SO_PRIORITY: _INT,
@@ -25,19 +26,19 @@ _SIZES = {
     SO_TIMESTAMPNS: _INT, SO_RXQ_OVFL: _INT, SO_PEEK_OFF: _INT, SO_NOFCS: _INT, SO_SELECT_ERR_QUEUE: _INT,
     SO_BUSY_POLL: _INT, SO_RCVMARK: _INT, SO_PASSPIDFD: _INT, SO_PASSRIGHTS: _INT, SO_INQ: _INT,
 }
-# option, the one that goes above the limit of the machine, and its bit of SO_BUF_LOCK
+# option, the one that may exceed the limit of the machine, and its bit of SO_BUF_LOCK
 _BUFFERS = ((socket.SO_SNDBUF, SO_SNDBUFFORCE, 1), (socket.SO_RCVBUF, SO_RCVBUFFORCE, 2))
 
 
 @layout
 class SocketOption(Struct):
-    """name: SO_*. value: as getsockopt(2) gives it."""
+    """A socket option. name: SO_*. value: as getsockopt(2) returns it."""
     name: U32
     value: bytes
 
 
 def dump_options(sock: socket.socket) -> tuple[SocketOption, ...]:
-    """The options that are not what a fresh socket of the same family and type has."""
+    """Return the options that differ from those of a fresh socket of the same family and type."""
     fresh = _fresh_options(sock.family, sock.type, sock.proto)
     found = [SocketOption(name, value) for name, value in _read_all(sock).items() if fresh.get(name) != value]
     locks = buffer_locks(sock)
@@ -46,7 +47,7 @@ def dump_options(sock: socket.socket) -> tuple[SocketOption, ...]:
 
 
 def set_options(sock: socket.socket, options: tuple[SocketOption, ...], link: str) -> None:
-    """CkptError for a value that may not be set here."""
+    """Set options. CkptError for a value that may not be set here."""
     for option in options:
         if option.name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             set_buffer(sock, option.name, int.from_bytes(option.value, 'little'))
@@ -59,14 +60,14 @@ def set_options(sock: socket.socket, options: tuple[SocketOption, ...], link: st
 
 
 def buffer_locks(sock: socket.socket) -> int:
-    """SO_BUF_LOCK: which buffer sizes were set by the program, 1 send, 2 receive; 0 before Linux 5.15."""
+    """Return SO_BUF_LOCK: the buffer sizes that the program has set, 1 send, 2 receive; 0 before Linux 5.15."""
     with suppress(OSError):
         return sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
     return 0
 
 
 def set_buffer(sock: socket.socket, name: int, size: int) -> None:
-    """Set SO_SNDBUF or SO_RCVBUF. size: as getsockopt(2) tells it, twice what setsockopt(2) takes."""
+    """Set SO_SNDBUF or SO_RCVBUF. size: as getsockopt(2) returns it, twice the argument of setsockopt(2)."""
     force = next(force for option, force, _ in _BUFFERS if option == name)
     try:
         sock.setsockopt(socket.SOL_SOCKET, force, size // 2)
@@ -85,7 +86,7 @@ def _read_all(sock: socket.socket) -> dict[int, bytes]:
             found[name] = sock.getsockopt(socket.SOL_SOCKET, name, size)
         except OSError as error:
             if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
-                raise       # else this kernel, or this family, has no such option
+                raise       # otherwise this kernel, or this family, has no such option
     return found
 
 

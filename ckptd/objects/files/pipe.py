@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One end of a pipe, pipe(7). What is in it goes with the read end, whose holder would have read it.
+"""One end of a pipe (pipe(7)). Its content is kept with the read end, whose holder would have read it.
 
-A restart makes each pipe once, with a base fd that is both ends; the ends of the tree are further descriptions of it.
-The base is closed with the restart: an end whose other ends were outside of the tree then is at its end by itself.
+A restart makes each pipe once, with a base fd that is both ends. The ends in the tree are further descriptions of it.
+The base is closed at the end of the restart, so an end whose other ends were outside of the tree then reads
+end-of-file.
 """
 
 import errno
@@ -35,8 +36,11 @@ O_LARGEFILE = 0o100000      # <asm-generic/fcntl.h>; in C libraries for 64 bit i
 
 @layout
 class Pipe(Struct):
-    """inode: equal for all ends of one pipe. capacity: F_GETPIPE_SZ. data: in order, of a read end only; a write
-    (or packet) each in `lengths`, so that a packet-mode pipe keeps its packets."""
+    """A pipe.
+
+    inode: equal for all ends of one pipe. capacity: F_GETPIPE_SZ. data: in order, for a read end only. lengths: of each
+    write (or packet), so that a packet-mode pipe keeps its packets.
+    """
     inode: U64
     capacity: U32
     packet_mode: U8
@@ -84,7 +88,7 @@ class PipeKind(Kind[Pipe], tag='pipe'):
 
 
 def pipe_endpoint(name: str, file: OpenFile) -> Endpoint:
-    """The ends that `file` is, and the one that it is not if somebody has that open."""
+    """Return the ends that `file` is, and the one that it is not if that is open elsewhere."""
     holds = frozenset(end for end, is_it in (('read', file.readable), ('write', file.writable)) if is_it)
     with file.duplicate() as fd:
         others = {'read', 'write'} - holds if pipe.other_end_open(fd) else set()
@@ -92,19 +96,20 @@ def pipe_endpoint(name: str, file: OpenFile) -> Endpoint:
 
 
 def dump_pipe_data(file: OpenFile, fd: int, content: Content) -> tuple[tuple[Extent, ...], tuple[int, ...]]:
-    """The unread bytes of a pipe or FIFO and the length of each packet or buffer; nothing for a write end."""
+    """Dump the unread bytes of a pipe or FIFO, with the length of each packet or buffer; nothing for a write end."""
     if not file.readable:
         return (), ()
     chunks = list(pipe.peek(fd))
     if sum(map(len, chunks)) != pipe.bytes_in(fd):
-        raise BlockingIOError(errno.EAGAIN, f'{file.link} of task {file.pid} is being written to while it is dumped')
+        raise BlockingIOError(errno.EAGAIN, f'{file.link} of task {file.pid} was written to while it was dumped')
     return ((content.add(chunks),) if chunks else ()), tuple(map(len, chunks))
 
 
 # ---------------------------------------------------------------- restart
 
 def make_pipe(key: Key, ctx: RestoreContext) -> int:
-    """Both ends of a new pipe as one description; the two of pipe(2) are kept for the first that ask for them."""
+    """Return both ends of a new pipe as one description. The two of pipe(2) are kept for the first that ask for
+    them."""
     with ctx.as_user():
         read, write = os.pipe2(os.O_CLOEXEC)
         base = open_again(read, os.O_RDWR | os.O_NONBLOCK)
@@ -119,25 +124,25 @@ def set_capacity(fd: int, capacity: int) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, capacity)
     except PermissionError as error:
-        raise CkptError(f'a pipe of {capacity:,} bytes may not be made', errno=errno.EPERM,
+        raise CkptError(f'a pipe of {capacity:,} bytes is not allowed', errno=errno.EPERM,
                         hint='raise the sysctl fs.pipe-max-size, or run as root') from error
 
 
 def restore_end(key: Key, make: Callable[[], int], flags: int, ctx: RestoreContext) -> int:
-    """An end of the pipe that `make` makes, if no other end did."""
+    """Open an end of the pipe. `make` makes the pipe unless another end has done so."""
     base = ctx.once(key, make)
     fd = _end(key, base, flags, ctx)
-    # open(2) knows no O_DIRECT of pipes, and owners of signals come later
+    # open(2) of a pipe does not accept O_DIRECT, and owners of signals come later
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_ASYNC)
     if flags & os.O_DIRECT and flags & os.O_ACCMODE != os.O_RDONLY:
-        # the sign for `fill` that what the pipe holds came in packets
+        # the mark for `fill` that the pipe contained packets
         ctx.once((*key, 'packets'), lambda: _writer(base, packets=True))
     return fd
 
 
 def _end(key: Key, base: int, flags: int, ctx: RestoreContext) -> int:
-    """A description that is to go into the tree. open(2) sets O_LARGEFILE and nothing takes it away, pipe(2) does not;
-    so the first plain ends are those of pipe(2), and what fcntl(2) F_GETFL tells the program stays the same."""
+    """Return a description for the tree. open(2) sets O_LARGEFILE for good, pipe(2) does not. So the first plain ends
+    are those of pipe(2), and the program still gets the same flags from fcntl(2) F_GETFL."""
     fresh: list[int] = []
 
     def take() -> int:
@@ -146,7 +151,7 @@ def _end(key: Key, base: int, flags: int, ctx: RestoreContext) -> int:
     mode = flags & os.O_ACCMODE
     if mode != os.O_RDWR and key[0] == 'pipe' and not flags & O_LARGEFILE:
         ctx.once((*key, 'taken', mode), take)
-    # an open of one end waits for the other, which the base is
+    # opening one end waits for the other, which the base is
     return os.dup(ctx.once((*key, 'first', mode), lambda: base)) if fresh else open_again(base, mode | os.O_NONBLOCK)
 
 
@@ -158,17 +163,18 @@ def _writer(fd: int, *, packets: bool) -> int:
 
 
 def fill(key: Key, fd: int, data: Sequence[Extent], lengths: Sequence[int], link: str, ctx: RestoreContext) -> None:
-    """Put the content into a pipe by any end of it, once, when all are there: several may have been dumped with it."""
+    """Write the content into a pipe by any end of it, once, when all ends exist: several may have been dumped with
+    it."""
     if not data:
         return
 
     def write() -> int:
         plain = _writer(fd, packets=False)
         try:
-            # several lengths are packets: pipe.peek gives what else there is in one piece
+            # several lengths are packets: pipe.peek returns other content in one piece
             packets = ctx.once((*key, 'packets'), lambda: _writer(fd, packets=len(lengths) > 1))
             for chunk in _chunks(data, lengths, pipe.capacity(fd), link, ctx):
-                # a packet has PIPE_BUF bytes at most, pipe(7), so a longer one is none
+                # a packet has at most PIPE_BUF bytes (pipe(7)), so a longer piece is not a packet
                 _write(packets if len(chunk) <= select.PIPE_BUF else plain, chunk, link)
         except BaseException:
             os.close(plain)
@@ -183,16 +189,16 @@ def _write(fd: int, chunk: bytes, link: str) -> None:
     except BlockingIOError:
         done = 0
     if done != len(chunk):
-        raise CkptError(f'{link} does not take all that was in it', errno=errno.ENOSPC, resource=link)
+        raise CkptError(f'{link} does not accept all of its former content', errno=errno.ENOSPC, resource=link)
 
 
 def _chunks(data: Sequence[Extent], lengths: Sequence[int], room: int, link: str,
             ctx: RestoreContext) -> Iterator[bytes]:
     size = sum(lengths)
     if sum(extent.length for extent in data) != size:
-        raise ImageDamaged(f'{link}: its content has not the length of its packets', resource=link)
+        raise ImageDamaged(f'{link}: the length of its content differs from that of its packets', resource=link)
     if size > room:
-        raise ImageDamaged(f'{link}: a pipe of {room:,} bytes does not have {size:,} in it', resource=link)
+        raise ImageDamaged(f'{link}: a pipe of {room:,} bytes cannot contain {size:,}', resource=link)
     content = b''.join(ctx.pread(extent, extent.length, 0) for extent in data)
     at = 0
     for length in lengths:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kinds there are: every subclass of Kind in a module of this package. A new kind is a new file, nothing else."""
+"""All kinds: every subclass of Kind in a module of this package. A new kind is a new file, and nothing else changes."""
 
 import importlib
 import pkgutil
@@ -27,7 +27,7 @@ BY_TAG = {kind.tag: kind for kind in _discover()}
 
 
 class Kinds:
-    """The kinds of one job. `with` closes what they have opened."""
+    """The kinds of one job. `with` closes everything that they have opened."""
 
     def __init__(self, tables: JobTables | None = None) -> None:
         self._tables = tables or JobTables()
@@ -41,7 +41,7 @@ class Kinds:
         self.close()
 
     def of(self, file: OpenFile) -> Kind[Any]:
-        """The kind of an open file; `unsupported`, which refuses, where none matches."""
+        """Return the kind of an open file. If none matches it is `unsupported`, which refuses."""
         return next((kind for kind in self.by_tag.values() if kind.matches(file)), self.unsupported)
 
     def may_have_queue(self, file: OpenFile) -> bool:

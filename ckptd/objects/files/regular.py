@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A regular file, kept by name; one that has lost its name is kept with its content."""
+"""A regular file, kept by name. One that has lost its name is kept with its content."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ from ckptd.objects.files.linked import DeletedFile, link_findings
 from ckptd.objects.files.locks import LEASE, Lock, lock_findings, read_locks, restore_locks
 from ckptd.objects.files.rollback import digest_tail, only_appended, roll_back
 
-# regular by their mode, and yet no files with a name and content
+# regular by their mode, but not files with a name and content
 _NOT_FILES = {statfs.ANON_INODE_FS_MAGIC, statfs.HUGETLBFS_MAGIC, statfs.MQUEUE_MAGIC, statfs.NSFS_MAGIC,
               statfs.PID_FS_MAGIC, statfs.SECRETMEM_MAGIC}
 _VERBS = {os.R_OK: 'read', os.W_OK: 'written', os.R_OK | os.W_OK: 'read and written'}
@@ -52,14 +52,15 @@ class Regular(Struct):
     device: U64
     inode: U64
     size: U64
-    mtime: U64
+    mtime: U64    # nanoseconds
     mode: U32
     uid: U32
     gid: U32
-    links: U32
-    file_system: U32
+    links: U32                             # names that are left
+    file_system: U32                       # statfs(2) f_type; on a file system that generates its files (proc, sysfs,
+                                           # cgroup) size and mtime are meaningless
     deleted: U8
-    content: tuple[ContentSegment, ...]
+    content: tuple[ContentSegment, ...]    # if deleted
     locks: tuple[Lock, ...]
     is_saved: U8 = 0
     saved: tuple[ContentSegment, ...] = ()
@@ -82,8 +83,8 @@ class RegularKind(Kind[Regular], tag='regular'):
         if file.deleted:
             return self._deleted(file)
         if not file.reachable:
-            return [finding('ENOENT', f'{file.path} is another file now, or covered by a mount',
-                            'a restart opens files by path: uncover the mount or put the file back', 'warning')]
+            return [finding('ENOENT', f'{file.path} is another file now, or hidden by a mount',
+                            'a restart opens files by path: remove the mount or put the file back', 'warning')]
         if file.magic == statfs.PROC_SUPER_MAGIC and of_process(file.path):
             return [finding('ENOENT', f'{file.path} belongs to a process',
                             'a restart needs a process with that pid', 'warning')]
@@ -96,7 +97,7 @@ class RegularKind(Kind[Regular], tag='regular'):
             return [finding('EACCES', f'{file.path} is deleted and its content cannot be read',
                             'run as root, or give the file a name (ln) before the checkpoint')]
         if any(lock.kind == LEASE for lock in read_locks(file)):
-            # opening a leased file breaks the lease, fcntl(2), and a deleted file must be opened for its content
+            # opening a leased file breaks the lease (fcntl(2)), and a deleted file must be opened for its content
             return [finding('EBUSY', f'{file.path} is deleted and leased', 'release the lease (F_SETLEASE, F_UNLCK)')]
         return []
 
@@ -117,7 +118,7 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def _saved(self, file: OpenFile, content: Content,
                locks: tuple[Lock, ...]) -> tuple[int, tuple[ContentSegment, ...], bytes]:
-        """What brings a file back that goes on living: of one that the tree writes, and that can be read."""
+        """Save the content for a rollback: of a file that the tree writes and that is readable."""
         written = content.written(file)
         # opening a leased file breaks the lease
         if not written or file.magic in statfs.MADE_UP or any(lock.kind == LEASE for lock in locks):
@@ -166,14 +167,14 @@ class RegularKind(Kind[Regular], tag='regular'):
             return [finding('ENOENT', missing, 'the rollback makes it again as it was saved', 'warning'),
                     *owner_findings(record.path, record.uid, record.gid, lookup)]
         return [finding('ENOENT', f'{missing} and cannot be made again in {home}',
-                        'make that directory, writable for whose tree it is')]
+                        'make that directory, writable for the owner of the tree')]
 
     def _changed(self, record: Regular, words: list[str], found: os.stat_result, lookup: FileLookup) -> Finding:
         how = f'{record.place} {" and ".join(words)}'
         if lookup.changed_files == 'accept':
             return finding('ESTALE', how, 'the tree finds it as it is now', 'warning')
         if lookup.changed_files == 'refuse':
-            return finding('ESTALE', how, '--changed-files=accept goes on with it, rollback puts it back if the '
+            return finding('ESTALE', how, '--changed-files=accept uses it as it is, rollback puts it back if the '
                            'checkpoint was made with --save-files or it was only appended to')
         why = self._no_rollback(record, found, lookup)
         if why:
@@ -220,7 +221,7 @@ class RegularKind(Kind[Regular], tag='regular'):
     @staticmethod
     def _opened(record: Regular, fd: int, ctx: RestoreContext) -> int:
         words = changes(_identity(record), os.fstat(fd))
-        # the file was looked at before; what has happened to it since must not pass unseen
+        # the file was checked before, and changes since then must be noticed
         if words and (ctx.changed_files == 'refuse' or not stat.S_ISREG(os.fstat(fd).st_mode)):
             os.close(fd)
             raise CkptError(f'{record.place} {" and ".join(words)}', errno=errno.ESTALE, resource=record.path)
@@ -243,7 +244,7 @@ class RegularKind(Kind[Regular], tag='regular'):
 
 
 def _fill(record: Regular, fd: int, ctx: RestoreContext) -> None:
-    """What was saved of a named file, into a new one."""
+    """Write the saved content of a named file into a new one."""
     restore_content(fd, record.size, record.saved, ctx)
     set_owner(fd, record.mode, record.uid, record.gid, ctx)
     with ctx.as_user():
@@ -251,11 +252,11 @@ def _fill(record: Regular, fd: int, ctx: RestoreContext) -> None:
 
 
 def _lacking(record: Regular, found: os.stat_result, lookup: FileLookup) -> int:
-    """Bytes that the file system has too few to take what was saved; 0 if it has enough."""
+    """Return the bytes that the file system lacks for the saved content; 0 if it has enough."""
     try:
         fd = lookup.open(record.place, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
-        return 0        # that is told as such
+        return 0        # this is reported separately
     try:
         room = os.fstatvfs(fd)
     finally:

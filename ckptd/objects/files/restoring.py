@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a restart gives to kinds: a look at this machine before it begins, and means to make files while it is at work.
-"""
+"""The interfaces for kinds in a restart: a look at this machine before it begins, and means to make files during it."""
 
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -13,66 +12,63 @@ ChangedFiles = Literal['refuse', 'accept', 'rollback']
 
 
 class FileLookup(Protocol):
-    """What a kind may look at before a restart begins. Paths are those of the image, looked up by the rights
-    of the user: the caller, or who owns the image where root restores that of somebody else.
-
-    changed_files: what to do about files that went on living. terminal: the caller gives one. by_root: root restores
-    its own image of a user's tree, and root's rights do what the user's do not.
-    """
-    changed_files: ChangedFiles
-    terminal: bool
-    by_root: bool
+    """Access of a kind to this machine before a restart begins. Paths are those of the image. They are looked up with
+    the rights of the user: the caller, or the owner of the image if root restores another user's."""
+    changed_files: ChangedFiles    # treatment of files that have changed since
+    terminal: bool                 # the caller gave a terminal
+    by_root: bool                  # root restores its own image of a user's tree, and root's rights do what the user's
+                                   # do not
 
     @property
     def uid(self) -> int:
-        """The user's uid, which new files belong to."""
+        """The user's uid, which owns new files."""
         ...
 
     def may_own(self, uid: int, gid: int) -> bool:
-        """Whether the user may give a new file this owner and this group, chown(2)."""
+        """Whether the user may give a new file this owner and this group (chown(2))."""
         ...
 
     def capable(self, capability: int) -> bool:
-        """Whether whoever asks for the restart has this capability."""
+        """Whether the caller of the restart has this capability."""
         ...
 
     def lstat(self, path: str) -> os.stat_result | None:
-        """None where there is nothing, or nothing that the user may see."""
+        """Return lstat(2); None if there is nothing, or nothing that the user may see."""
         ...
 
     def may(self, path: str, access: int) -> bool:
-        """os.access(2) for the user: os.R_OK | os.W_OK ..."""
+        """Whether the user has access, as in os.access(2): os.R_OK | os.W_OK ..."""
         ...
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
-        """open(2) by the user's rights, O_CLOEXEC added; the fd is the kind's to close, or to return."""
+        """Open a file with the user's rights, as open(2) does, with O_CLOEXEC. The kind closes or returns the fd."""
         ...
 
     def pread(self, extent: Extent, length: int, offset: int) -> bytes:
-        """A few bytes of an extent of the image."""
+        """Read a few bytes of an extent of the image."""
         ...
 
 
 class ByUser(Protocol):
-    """What has the user's rights."""
+    """An object that provides the user's rights."""
 
     def as_user(self) -> AbstractContextManager[object]:
-        """A block in which what this thread does with files is done by the user's rights: mkfifo(2), fchown(2)."""
+        """Do everything with files in this block with the user's rights: mkfifo(2), fchown(2)."""
         ...
 
 
 class RestoreContext(FileLookup, ByUser, Protocol):
-    """The same while a restart is at work. It closes what `once` makes and what `create` returns, whatever happens."""
-    terminal_fd: int        # of the caller's terminal, -1 without
+    """Means for kinds during a restart. It closes the results of `once` and `create` in any case."""
+    terminal_fd: int        # of the caller's terminal, -1 without one
 
     def keep(self, path: str, fd: int, start: int) -> None:
-        """The file, open for reading, is about to be changed from byte `start` on: what it holds there now is put back
-        if the restart fails after all. OSError without room for that."""
+        """Keep the content of a file, open for reading, that is about to be changed from byte `start` on. It is put
+        back if the restart fails. OSError if there is no room."""
         ...
 
     def make_file(self, path: str, fill: Callable[[int], None]) -> None:
-        """A new file with the content that `fill` gives to its fd; nobody sees it before. It is gone again if the
-        restart fails. FileExistsError."""
+        """Make a file with the content that `fill` gives to its fd. No other process sees it before. It is removed if
+        the restart fails. FileExistsError."""
         ...
 
     def open_linked(self, link: str, path: str, flags: int) -> int:
@@ -81,35 +77,39 @@ class RestoreContext(FileLookup, ByUser, Protocol):
         ...
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
-        """An fd that several records share, such as a pipe: made by the first who asks, closed at the end of the
-        restart. Not to be returned by `create`: open_again() of it is. The number may be another than `make` gave."""
+        """Return an fd that several records share, such as a pipe: the first user makes it, and it is closed at the end
+        of the restart. `create` must not return it but open_again() of it. Its number may differ from the result of
+        `make`."""
         ...
 
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
-        """Bytes of the image into a file at `offset`, by the kernel alone."""
+        """Copy bytes of the image into a file at `offset`, inside the kernel."""
         ...
 
     def shared_memory(self, shm_id: int) -> int:
-        """The fd of a shared object (image.records.SharedMemory), open for reading and writing; as of `once`."""
+        """Return the fd of a shared object (image.records.SharedMemory), open for reading and writing, as `once`
+        does."""
         ...
 
     def pid(self, vpid: int) -> int:
-        """The restored task or group of that number, as we see it; 0 if the tree has none. From `finish` on."""
+        """Return the pid of the restored task or group with that vpid, as we see it; 0 if the tree has none. From
+        `finish` on."""
         ...
 
     def holders(self, file_id: int) -> Sequence[tuple[int, int]]:
-        """(vpid of a process, fd) that lead to a description, one for each table that has it, from `connect` on."""
+        """Return (vpid of a process, fd) that refer to a description, one for each table that has it, from `connect`
+        on."""
         ...
 
     def fd_of(self, file_id: int) -> int:
-        """Our fd of another description of the image, from `connect` on."""
+        """Return our fd of another description of the image, from `connect` on."""
         ...
 
     def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
-        """Our fds of a socketpair(2) that a restored process has made with these ids, for a `late` kind."""
+        """Return our fds of a socketpair(2) that a restored process has made with these ids, for a `late` kind."""
         ...
 
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
-        """A system call by a restored process itself; bytes are put into its memory. Its result; OSError. From
+        """Let a restored process make a system call; bytes are put into its memory. Return its result. OSError. From
         `connect` on."""
         ...

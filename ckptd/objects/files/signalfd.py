@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A signalfd: a set of signals to read, signalfd(2). What is pending is the reader's, not the file's."""
+"""A signalfd: a set of signals to read (signalfd(2)). Pending signals belong to the reader, not to the file."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _LINK = 'anon_inode:[signalfd]'
 
 @layout
 class Signalfd(Struct):
-    """mask: bit n-1 for signal n."""
+    """A signalfd. mask: bit n-1 for signal n."""
     mask: U64
 
 

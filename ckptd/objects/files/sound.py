@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Rules for records of open files of every kind that the grammar does not express."""
+"""Rules for records of all kinds of open files that the grammar does not express."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -13,12 +13,12 @@ from ckptd.objects.files.linked import is_name
 from ckptd.objects.files.locks import EOF, LEASE, POSIX, TO_NONE, TO_READ, Lock
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
-# the highest value of fields by their name, in every kind that has one
+# the highest value of fields by name, in every kind with such a field
 _HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY}
 
 
 def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
-    """Violations, one sentence each. size_of: size in bytes of a file of the image, 0 if there is none."""
+    """Yield violations, one sentence each. size_of: size in bytes of a file of the image, 0 if there is none."""
     for field in fields(cast(Any, record)):
         value = getattr(record, field.name)
         if isinstance(value, str) and '\0' in value:

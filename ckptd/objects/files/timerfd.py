@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A timerfd: a timer that is read, timerfd_create(2)."""
+"""A timerfd: a timer that is read (timerfd_create(2))."""
 
 import os
 import time
@@ -28,14 +28,13 @@ _WALL = (time.CLOCK_REALTIME, CLOCK_REALTIME_ALARM)
 
 @layout
 class Timerfd(Struct):
-    """clock: clockid_t. flags: TFD_TIMER_* it was set with. ticks: expirations not yet read. Nanoseconds: interval;
-    value: until it expires, 0 if it is not armed; now: CLOCK_REALTIME when that was so."""
-    clock: U32
-    flags: U32
-    ticks: U64
+    """A timerfd. Times are in nanoseconds."""
+    clock: U32    # clockid_t
+    flags: U32    # TFD_TIMER_* that it was set with
+    ticks: U64    # expirations not yet read
     interval: U64
-    value: U64
-    now: U64
+    value: U64    # time until it expires, 0 if it is not armed
+    now: U64      # CLOCK_REALTIME at that moment
 
 
 class TimerfdKind(Kind[Timerfd], tag='timerfd'):
@@ -44,8 +43,9 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         return file.link == _LINK and not file.is_path
 
     def dump(self, file: OpenFile, content: Content) -> Timerfd:
-        # the kernel stops an interval timer that has expired until somebody reads it, and fdinfo then shows no time
-        # left; asked by timerfd_gettime(2) it counts what was missed and goes on, which a reader cannot tell apart
+        # The kernel stops an interval timer that has expired until it is read, and fdinfo then shows no time left.
+        # After timerfd_gettime(2) the kernel counts the missed expirations and continues the timer, which a reader
+        # cannot notice.
         with file.duplicate() as fd:
             setting, now = timerfd_gettime(fd), time.time_ns()
         fields = read_fdinfo(file.tid, file.fd).fields
@@ -56,7 +56,7 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
     def restart_findings(self, record: Timerfd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if record.clock not in ALARM_CLOCKS or lookup.capable(CAP_WAKE_ALARM):
             return []
-        return [finding('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which takes '
+        return [finding('EPERM', f'a timerfd of {ALARM_CLOCKS[record.clock]} wakes a suspended machine, which needs '
                         'CAP_WAKE_ALARM', 'restore it as root')]
 
     def create(self, record: Timerfd, saved: SavedFile, ctx: RestoreContext) -> int:
@@ -74,7 +74,8 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         return fd
 
     def _arm(self, record: Timerfd, fd: int) -> None:
-        """A timer goes on with the time that was left; one that was set to a time of day goes off at that time."""
+        """Arm the timer. It continues with the remaining time; one that was set to a time of day expires at that
+        time."""
         if record.flags & TFD_TIMER_ABSTIME and record.clock in _WALL and record.value:
             timerfd_settime(fd, record.flags, Setting(record.interval, record.now + record.value))
         elif record.value or record.interval:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A terminal, kept as a reference: a restart runs on another one. The master of a pseudo-terminal is no such thing."""
+"""A terminal, kept as a reference, because a restart runs on another one. Masters of pseudo-terminals are not
+included."""
 
 import functools
 import os
@@ -29,7 +30,7 @@ OWN = os.makedev(5, 0)
 
 @layout
 class Tty(Struct):
-    """device: 5:0 is /dev/tty, the opener's own terminal whichever that is."""
+    """A terminal. device: 5:0 is /dev/tty, the opener's own terminal."""
     path: str
     device: U64
     mode: U32
@@ -46,7 +47,7 @@ def _drivers() -> tuple[_Driver, ...]:
 
 
 def parse_drivers(data: bytes) -> tuple[_Driver, ...]:
-    """Lines 'pty_slave  /dev/pts  136 0-1048575 pty:slave', the masters left out."""
+    """Parse lines 'pty_slave  /dev/pts  136 0-1048575 pty:slave', without the masters."""
     found = []
     for line in data.decode().splitlines():
         _, _, major, minors, kind = line.split()
@@ -80,7 +81,7 @@ class TtyKind(Kind[Tty], tag='tty'):
         if found is None or not is_device(found, record.device):
             return [finding('ENOTTY', f'{record.path} is a terminal that is gone', 'give the restart a terminal')]
         if not lookup.may(record.path, access_of(saved.flags)):
-            return [finding('EACCES', f'{record.path} is another\'s terminal now', 'give the restart a terminal')]
+            return [finding('EACCES', f'{record.path} belongs to another user now', 'give the restart a terminal')]
         return [finding('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
                         'warning')]
 
@@ -88,5 +89,5 @@ class TtyKind(Kind[Tty], tag='tty'):
         flags = opening(saved.flags)
         if ctx.terminal_fd >= 0:
             return open_again(ctx.terminal_fd, flags)
-        # a serial line waits for its carrier, termios(3)
+        # opening a serial line would wait for its carrier (termios(3))
         return open_device(record.path, record.device, flags | os.O_NONBLOCK, ctx)

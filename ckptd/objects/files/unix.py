@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A unix socket without a name, unix(7): connected to another one of the tree, cut off from one that is gone, or fresh.
+"""A unix socket without a name (unix(7)): connected to another one of the tree, disconnected from one that is gone, or
+fresh.
 
-sock_diag(7) tells the inode of the peer, so both ends are found wherever they are: in a table of fds, or in flight in
-the queue of a third socket. What waits in a queue is looked at with MSG_PEEK, message by message, and sent again by
-the other end.
+sock_diag(7) shows the inode of the peer, so both ends are found wherever they are: in an fd table, or in flight in the
+queue of a third socket. A queue is read with MSG_PEEK, message by message, and the other end sends it again.
 
 A restart makes each connection once, by the process that SO_PEERCRED names to its ends. Files in flight are files of
-the image like others, and the queues are filled when all of them are open: so a socket may be in flight in itself.
+the image like others. The queues are filled when all of them are open, so a socket may be in flight in itself.
 
-A connection to the bus of a program that checkpoints itself is cut off: after a restart it reads end-of-file.
+The connection to the bus of a program that checkpoints itself is disconnected: after a restart it reads end-of-file.
 """
 
 import errno
@@ -47,8 +47,8 @@ class Sender(Struct):
 class UnixMessage(Struct):
     """A message of a receive queue."""
     data: tuple[Extent, ...]        # none for an empty datagram
-    files: tuple[U32, ...]          # ids of open files that come along
-    senders: tuple[Sender, ...]     # one, where the receiver asks for credentials
+    files: tuple[U32, ...]          # ids of attached open files
+    senders: tuple[Sender, ...]     # one, if the receiver asks for credentials
     urgent: U8                      # the byte of MSG_OOB
 
 
@@ -70,7 +70,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
     def __init__(self, tables: JobTables) -> None:
         super().__init__(tables)
-        self._queues: dict[int, list[unix_queue.Queued]] = {}     # by inode, each looked at once
+        self._queues: dict[int, list[unix_queue.Queued]] = {}     # by inode, each read once
 
     def matches(self, file: OpenFile) -> bool:
         if not stat.S_ISSOCK(file.stat.st_mode) or file.is_path:
@@ -82,9 +82,9 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             return False
         if own.state == unix.SS_ESTABLISHED and not own.peer:
             with _socket(file) as sock:
-                return unix.other_end_gone(sock, own)       # else it waits to be accepted
+                return unix.other_end_gone(sock, own)       # otherwise it waits to be accepted
         peer = self._tables.unix_sockets.get(own.peer)
-        # a datagram socket may be connected to one that is not connected to it: that one has a name
+        # a datagram socket may be connected to one that is not connected to it; that one has a name
         return peer is None or not peer.name
 
     def findings(self, file: OpenFile) -> list[Finding]:
@@ -93,7 +93,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
                             'warning')]
         with _socket(file) as sock:
             if unix.has_error(sock):
-                return [finding('EIO', f'an error waits in {file.link}, which a look would take away',
+                return [finding('EIO', f'{file.link} has a pending error, which reading would consume',
                                 'let the program read it (SO_ERROR) before the checkpoint')]
             if unix.has_filter(sock):
                 return [finding('EOPNOTSUPP', f'{describe(file)} ({file.link}) has a filter (SO_ATTACH_FILTER), which '
@@ -115,7 +115,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             [peer] = end.endpoint.lacks
             holder = unix.holder_of(int(peer))
             if holder is None and not is_whole:
-                continue        # it may be in flight within the tree, which is looked at when the tree stands still
+                continue        # it may be in flight within the tree, which is checked when the tree is at rest
             where = f'{holder.comm}[{holder.pid}]' if holder else 'a process'
             yield end, finding('EOPNOTSUPP', f'{describe(end.file)} ({end.file.link}) is connected to {where}, outside '
                                'of the tree', _HINT)
@@ -136,7 +136,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             unix_queue.close_fds(self._queues.popitem()[1])
 
     def _queue(self, file: OpenFile) -> list[unix_queue.Queued]:
-        """What waits in a socket, looked at once."""
+        """Return the queue of a socket, which is read once."""
         inode = file.stat.st_ino
         if file.severed:
             return []
@@ -172,7 +172,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
     def _message(self, file: OpenFile, message: unix_queue.Queued, content: Content) -> UnixMessage:
         if message.address:
-            raise Refused(f'a datagram of a socket with a name waits in {file.link}', errno=errno.EOPNOTSUPP,
+            raise Refused(f'the queue of {file.link} has a datagram from a socket with a name', errno=errno.EOPNOTSUPP,
                           task=file.pid, resource=f'fd {file.fd}', hint='receive it before the checkpoint')
         return UnixMessage((content.add([message.data]),) if message.data else (),
                            tuple(content.file_id(fd) for fd in message.fds),
@@ -188,14 +188,14 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         found = []
         if record.peer and not record.maker.vpid:
             found.append(finding('ESRCH', f'{saved.link} was made by a process outside of the tree',
-                                 'its SO_PEERCRED names another process afterwards', 'warning'))
+                                 'its SO_PEERCRED will name another process', 'warning'))
         elif record.peer and lookup.uid and record.maker.uid != lookup.uid:
             found.append(finding('EPERM', f'{saved.link} was made by a process of uid {record.maker.uid}',
                                  f'its SO_PEERCRED names uid {lookup.uid} afterwards: restore it as root', 'warning'))
         senders = {sender for message in record.queue for sender in message.senders}
         if any(not sender.vpid for sender in senders):
-            found.append(finding('ESRCH', f'a message of a process outside of the tree waits in {saved.link}',
-                                 'its credentials name no process afterwards', 'warning'))
+            found.append(finding('ESRCH', f'the queue of {saved.link} has a message from a process outside of the tree',
+                                 'its credentials will name no process', 'warning'))
         return found
 
     def late(self, record: UnixSocketEnd, saved: SavedFile) -> bool:
@@ -220,7 +220,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             mine, theirs = self._pair(record, ctx)
             ctx.once(('unix', record.inode), lambda: mine)
             ctx.once(('unix', other), lambda: theirs)
-            return _fresh(record.type)      # what stands for the pair itself is of no use
+            return _fresh(record.type)      # a fresh one, as the ends of the pair are already used
         ctx.once(('unix pair', *sorted((record.inode, other))), make)
         return ctx.once(('unix', record.inode), _lost)
 
@@ -272,7 +272,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
 @contextmanager
 def _socket(file: OpenFile) -> Iterator[socket.socket]:
-    """The task's socket itself: only questions may be asked of it."""
+    """Open the task's socket itself. Only read its state."""
     with file.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
         yield sock
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What no kind matches: refused, under its real name."""
+"""Open files that no kind matches: refused, under their real name."""
 
 import errno
 import os
@@ -16,8 +16,8 @@ from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.tty import PTMX
 
-# what follows 'anon_inode:' in the link, brackets and number aside; the names are those of the kernel's callers of
-# anon_inode_getfile() and its like
+# the text behind 'anon_inode:' in the link, without brackets and number; the names come from the kernel's callers of
+# anon_inode_getfile() and similar functions
 _ANON_INODES = {
     'bpf-map': 'a BPF map', 'bpf-prog': 'a BPF program', 'bpf_link': 'a BPF link', 'bpf_iter': 'a BPF iterator',
     'btf': 'a BPF type description (BTF)', 'fanotify': 'a fanotify group',
@@ -37,7 +37,7 @@ _TYPES = {socket.SOCK_STREAM: 'stream', socket.SOCK_DGRAM: 'datagram', socket.SO
 
 
 class Unsupported(Kind[Struct], tag='unsupported'):
-    """The last resort; the registry asks it when no other kind matches."""
+    """The last resort: the registry uses it when no other kind matches."""
 
     def matches(self, file: OpenFile) -> bool:
         return False
@@ -57,7 +57,7 @@ class Unsupported(Kind[Struct], tag='unsupported'):
 
 
 def describe(file: OpenFile) -> str:
-    """What it is, for people: 'an io_uring', 'a listening IPv4 stream socket'."""
+    """Describe a file for people: 'an io_uring', 'a listening IPv4 stream socket'."""
     if file.is_path:
         return 'an O_PATH reference'
     if file.link.startswith('anon_inode:'):
@@ -92,18 +92,18 @@ def _socket(file: OpenFile) -> str:
             listening = 'listening ' if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) else ''
             family, kind = _FAMILIES.get(sock.family), _TYPES.get(sock.type)
     except OSError:
-        return 'a socket'       # the name of its sort is for people and not worth a failure
+        return 'a socket'       # the type name is for people and not worth a failure
     words = f'{listening}{family or f"family {int(sock.family)}"} {kind or f"type {int(sock.type)}"} socket'
     where = _unix_name(file.stat.st_ino) if family == 'unix' else ''
     return f'{"an" if words.startswith("IP") else "a"} {words}{where}'
 
 
 def _unix_name(inode: int) -> str:
-    """' bound to /run/x', ' connected to @abstract' or '': whom to ask for it."""
+    """Return ' bound to /run/x', ' connected to @abstract' or ''."""
     try:
         known = unix_sockets()
     except OSError:
-        return ''       # no sock_diag: the same refusal with less to go by
+        return ''       # without sock_diag: the same refusal with less information
     own = known.get(inode)
     if own is None:     # of another network namespace
         return ''
@@ -114,5 +114,5 @@ def _unix_name(inode: int) -> str:
 
 
 def _printable(name: bytes) -> str:
-    # an abstract name begins with NUL, unix(7), and is shown as ss(8) and netstat(8) do
+    # an abstract name begins with NUL (unix(7)), and is shown as in ss(8) and netstat(8)
     return name.replace(b'\0', b'@').decode('utf-8', 'backslashreplace')

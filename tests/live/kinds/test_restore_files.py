@@ -142,7 +142,7 @@ def test_file_without_the_right(saved: Saved, restart: Start, tmp_path: Path, mo
     one = saved(make_file)
     job = restart()
     monkeypatch.setattr(job, 'may', lambda path, access: access == os.R_OK)
-    assert job.obstacles(one) == [('refusal', 'EACCES', f'{tmp_path}/file may not be read and written')]
+    assert job.obstacles(one) == [('refusal', 'EACCES', f'{tmp_path}/file cannot be read and written')]
 
 
 # ---------------------------------------------------------------- deleted files

@@ -127,7 +127,7 @@ def test_somebody_else_has_it(first: First, bulk: Bulk, restart: Start, brood: B
     assert said is None or rows[0][2].endswith(said)
     fd = job.restore(saved)
     words = {lease: 'file had a write lease, which cannot be taken again while another program has the file open$'}
-    with pytest.raises(Busy, match=words.get(lock, 'file is locked by somebody else')):
+    with pytest.raises(Busy, match=words.get(lock, 'file is locked by another program')):
         job.finish(saved, fd)
 
 
@@ -173,7 +173,7 @@ def test_lease_that_the_user_may_not_break(first: First, bulk: Bulk, restart: St
     monkeypatch.setattr(job, 'may', lambda path, access: access == os.R_OK | os.W_OK)
     [row] = job.obstacles(saved)
     assert row[:2] == ('refusal', 'EACCES')
-    assert 'somebody was about to write it' in row[2]
+    assert 'another program waited to write it' in row[2]
 
 
 def test_lock_of_a_process_without_an_fd(first: First, bulk: Bulk, restart: Start,

@@ -199,7 +199,7 @@ def test_file_that_may_not_be_written_is_refused(job_of: JobOf, path: Path, monk
     overwrite(path)
     job = job_of(bulk)
     monkeypatch.setattr(job, 'may', lambda path, access: access == os.R_OK)
-    assert 'may not be read and written' in job.obstacles(saved)[0][2]
+    assert 'is not readable and writable' in job.obstacles(saved)[0][2]
 
 
 @pytest.mark.parametrize('change', [overwrite, grow, lambda path: os.truncate(path, 10)])
@@ -216,7 +216,7 @@ def test_what_it_is_now_is_kept_first(job_of: JobOf, path: Path, monkeypatch: py
         assert job.kept == [(str(path), now, 0)]
         raise OSError(errno.EIO, 'Input/output error')
     monkeypatch.setattr(job, 'copy', full)
-    with pytest.raises(CkptError, match='cannot be put back as it was: Input/output error'):
+    with pytest.raises(CkptError, match='cannot roll back .*: Input/output error'):
         job.commit(saved, fd)
 
 
