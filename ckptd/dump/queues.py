@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Walk the receive queues of a tree at rest, under a journal: SO_PEEK_OFF is changed to walk, and set back.
+"""Walk the receive queues of a tree at rest, under a journal: this changes SO_PEEK_OFF and restores it.
 
-A file in flight may have a queue of its own, and be in flight in that. So each round walks the queues that the round
-before has found.
+A file in flight may have a queue of its own, with further files in flight. So each round walks the queues that the
+previous round has found.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ Found = tuple[OpenFile, HeldSocket]
 
 
 def walk_queues(tree: Tree, cache: ProcCache, journal: Callable[[WalkQueues], AbstractContextManager[None]]) -> None:
-    """Have the kinds of `cache` look at every queue. journal(step): the block in which the offsets are changed.
+    """Let the kinds of `cache` read every queue. journal(step): the block in which the offsets are changed.
 
-    Files that may not be looked at are passed over; the checks refuse them.
+    Files that may not be inspected are left out; the checks refuse them.
     """
     offsets: dict[int, PeekOffset] = {}
     todo = list(_held_files(tree, cache))
@@ -47,7 +47,7 @@ def _held_files(tree: Tree, cache: ProcCache) -> Iterator[Found]:
 
 
 def _with_queues(files: list[Found], cache: ProcCache, offsets: dict[int, PeekOffset]) -> Iterator[Found]:
-    """Those with a queue that was not walked before, entered into `offsets`."""
+    """Yield the files with a queue that was not walked before, and add their offsets to `offsets`."""
     for file, holder in files:
         inode = file.stat.st_ino
         if inode in offsets or not cache.kinds.may_have_queue(file):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Undo what walking the queue of a socket has changed: SO_PEEK_OFF."""
+"""Restore SO_PEEK_OFF, which walking the queue of a socket changes."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ from ckptd.kernel.unix_queue import SO_PEEK_OFF, sockets_below
 
 
 def set_old_offsets(step: WalkQueues) -> None:
-    """Set the offsets that the sockets had. A process that has exited, or closed its socket, has none to set."""
+    """Restore the old offsets of the sockets. A process that has exited, or has closed its socket, is skipped."""
     offsets = {one.inode: one.offset for one in step.offsets}
     for holder in step.holders:
         with suppress(ProcessLookupError):
@@ -30,7 +30,7 @@ def _set_below(holder: HeldSocket, offsets: dict[int, int]) -> None:
         os.close(pidfd)
     try:
         held = socket.socket(fileno=fd)
-    except OSError:     # ENOTSOCK: the number is another file's by now
+    except OSError:     # ENOTSOCK: the fd belongs to another file now
         os.close(fd)
         return
     with held:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Permissions of a thread to use I/O ports, ioperm(2): a register set of ptrace(2)."""
+"""Permissions of a thread to use I/O ports (ioperm(2)), read as a register set of ptrace(2)."""
 
 import ctypes
 import errno
@@ -8,7 +8,7 @@ from ckptd.kernel.ptrace import PTRACE_GETREGSET, iovec, ptrace
 
 NT_386_IOPERM = 0x201       # <elf.h>
 _BITMAP = 65536 // 8
-_known = {'has': True}      # until the kernel has said that it has no such set
+_known = {'has': True}      # until the kernel has reported that it has no such set
 
 
 def has_io_bitmap(tid: int) -> bool:

@@ -43,12 +43,12 @@ class TaskAttributes:
         self._leaders = {process.vpid: process.leader for process in plan.processes}
 
     def set(self, stage: Stage, task: ImageTask, script: Script) -> Steps[None]:
-        """Collect in the script what a task does at a stage, and do what we do from outside. A dead task has only
-        credentials."""
+        """Collect the calls of a task at a stage in the script, and make our own calls from outside. A dead task has
+        only credentials."""
         return self._set(stage, task, script, self._owners.get(task.vpid, {Scope.THREAD: task.vpid}))
 
     def born(self, vpid: int) -> None:
-        """Set what a process has from its birth on. Nothing of one that is no process of the tree."""
+        """Set the attributes that a process has from its birth on. Do nothing for a process outside of the tree."""
         if leader := self._leaders.get(vpid):
             script = Script(self._builder[vpid])
             finish(self._set(Stage.BORN, leader, script, {Scope.PROCESS: vpid}))

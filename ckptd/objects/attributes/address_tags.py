@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tagged addresses (LAM of x86-64), ARCH_ENABLE_TAGGED_ADDR of arch_prctl(2). They are refused."""
+"""Tagged addresses (LAM of x86-64, ARCH_ENABLE_TAGGED_ADDR of arch_prctl(2)). They are refused."""
 
 from ckptd.errors import Finding
 from ckptd.image.grammar import Struct

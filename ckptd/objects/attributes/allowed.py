@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Resource limits that a restart may set, and what follows from them: those of the image, or the nearest.
+"""Resource limits that a restart may set, and their consequences: those of the image, or the nearest.
 
 If the two differ, a restart is refused unless its caller accepts the nearest (clamp).
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The private hash of futexes of an address space, PR_FUTEX_HASH(2const), since Linux 6.17."""
+"""The private hash of futexes of an address space (PR_FUTEX_HASH(2const), since Linux 6.17)."""
 
 import os
 
@@ -13,7 +13,7 @@ _LEAST, _PER_THREAD = 16, 4     # kernel/futex/core.c, futex_hash_allocate_defau
 
 @layout
 class FutexHash(Struct):
-    """slots: 0 for the hash that all processes share."""
+    """The hash. slots: 0 for the hash that all processes share."""
     slots: U32
 
 
@@ -31,7 +31,7 @@ class FutexHashAttribute(Attribute[FutexHash, int | None], name='PR_FUTEX_HASH',
 
 
 def _usual(threads: int) -> int:
-    """Slots that the kernel has given a process when its last thread was made."""
+    """Return the slots that the kernel has given a process when its last thread was made."""
     if threads < 2:
         return 0
     wanted = _PER_THREAD * min(threads - 1, os.cpu_count() or 1)

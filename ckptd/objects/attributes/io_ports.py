@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Permissions of a thread to use I/O ports, ioperm(2). They are refused. Those of iopl(2) cannot be found: the kernel
-emulates it since Linux 5.5, and shows it nowhere."""
+"""Permissions of a thread to use I/O ports (ioperm(2)). They are refused. Those of iopl(2) are not visible: the kernel
+emulates it since Linux 5.5 and shows it nowhere."""
 
 from ckptd.errors import NotSupported
 from ckptd.image.grammar import Struct

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A local descriptor table, modify_ldt(2), as Wine and DOS emulators have it. It is refused."""
+"""A local descriptor table (modify_ldt(2)), as used by Wine and DOS emulators. It is refused."""
 
 from ckptd.errors import NotSupported
 from ckptd.image.grammar import Struct
@@ -16,7 +16,7 @@ class Ldt(Attribute[Struct, int], name='LDT', scope=Scope.MM):
         return lambda results: results.or_else(call, 0)      # a kernel without CONFIG_MODIFY_LDT_SYSCALL has none
 
     def dump(self, of: DumpedTask, answer: int) -> None:
-        """Refuse a table: read(2)-like, the call returns bytes where there is one."""
+        """Refuse a table. Like read(2), the call returns a number of bytes if there is one."""
         if answer:
             task = of.process.leader
             raise NotSupported(f'{task.comm}[{task.tid}] has a local descriptor table (modify_ldt)', task=task.tid,

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The uid of the login that a process descends from, for the audit log: proc_pid_loginuid(5). Only a task itself may
-set it, and each setting begins an audit session. So a process has it set when it is born, if it differs from that of
-its maker: what descends from it inherits both.
-"""
+"""The uid of the login that a process descends from, for the audit log (proc_pid_loginuid(5)). Only a task itself may
+set it, and each setting begins an audit session. So a process sets it when it is born, if it differs from that of its
+maker; its descendants inherit both."""
 
 import errno
 import os
@@ -31,7 +30,7 @@ _FILE = b'proc/thread-self/loginuid\0'
 
 @layout
 class LoginUid(Struct):
-    """uid: _UNSET for a process of no login."""
+    """The login. uid: _UNSET for a process without a login."""
     uid: U32
 
 
@@ -62,15 +61,15 @@ def _set(record: LoginUid, to: RestoredTask) -> Steps[None]:
         writing.call('close', fd)
         (yield from to.stub.attempt(writing)).value(write)
     except OSError as error:
-        # EPERM: the rules for the audit say that it stays (auditctl --loginuid-immutable)
+        # EPERM: the audit rules forbid changes (auditctl --loginuid-immutable)
         if error.errno not in (errno.EPERM, errno.EACCES):
             raise
         to.means.warn(_lost(to.vpid, record.uid, read_loginuid(to.tid) & _UNSET))
 
 
 def _is_trusted(reader: ImageReader) -> bool:
-    """Whether the audit log may believe the image: it is the worker's user who wrote it. Root would write into the log
-    whatever a user has made up."""
+    """Whether the audit log may trust the image: the worker's user has written it. Otherwise root would write data that
+    a user has made up into the log."""
     return not reader.manifest.imported and reader.manifest.owner_uid == os.geteuid()
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""AMX tiles: the permission of a process to use them (ARCH_REQ_XCOMP_PERM of arch_prctl(2)), and room for them in a
-thread. Their data comes with all other registers, which the kernel refuses for a thread without that room."""
+"""AMX tiles: the permission of a process to use them (ARCH_REQ_XCOMP_PERM of arch_prctl(2)), and space for them in a
+thread. Their data is set with all other registers, which the kernel refuses for a thread without that space."""
 
 import ctypes
 import struct
@@ -29,7 +29,7 @@ _XSTATE_BV_AT = 512         # Intel SDM 1, 13.4.2
 
 @layout
 class Permissions(Struct):
-    """components: of XSAVE, as a mask, those that a process has without asking left out."""
+    """Permissions. components: of XSAVE, as a mask, without those that a process has by default."""
     components: U64
 
 
@@ -37,7 +37,8 @@ class TilePermission(Attribute[Permissions, int], name='xstate permissions', sco
 
     def ask(self, batch: Batch) -> Reader[int]:
         out = batch.buffer(8)
-        batch.call('arch_prctl', arch.ARCH_GET_XCOMP_PERM, out)      # before Linux 5.16 it fails, and there is nothing
+        # before Linux 5.16 it fails, and there is no permission
+        batch.call('arch_prctl', arch.ARCH_GET_XCOMP_PERM, out)
         return lambda results: int.from_bytes(results.data(out), 'little')
 
     def dump(self, of: DumpedTask, answer: int) -> Permissions | None:
@@ -75,7 +76,7 @@ def _make_room(to: RestoredTask) -> Steps[None]:
 
 @cache
 def _own(option: int) -> int:
-    """A mask of components, of a process that has asked for none: ours."""
+    """Return a mask of our own components: those of a process that has asked for none."""
     value = ctypes.c_uint64()
     try:
         arch.arch_prctl(option, ctypes.byref(value))

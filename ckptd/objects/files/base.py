@@ -5,10 +5,10 @@ A kind is one class in one file of this package, found by registry.py. No other 
 order, none of which affects the task:
 
     matches(file)       is this open file of my kind? At most one kind says yes
-    findings(file)      why it cannot be dumped, or what its dump will lack
-    endpoint(file)      what joins it to other open files, of a pipe its two ends
-    peek_offset(file)   what walking its queue changes for a moment
-    discover(file)      open files that no table of fds shows: they wait in its queue
+    findings(file)      reasons why it cannot be dumped, or what will be lost
+    endpoint(file)      its connection to other open files, such as the two ends of a pipe
+    peek_offset(file)   the state that walking its queue changes for a moment
+    discover(file)      open files that are in no fd table: they are in its queue
     link(ends)          when all are known: ends whose other ends are outside of the tree
     dump(file, content) the record that is kept; bulk bytes are given to `content`
 

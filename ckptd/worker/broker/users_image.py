@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image that a worker of an ordinary user writes: checked and taken back by the broker before it is published."""
+"""An image that a worker of an ordinary user writes. The broker takes it back and checks it before it is published."""
 
 import os
 import stat

@@ -216,7 +216,7 @@ def test_what_it_is_now_is_kept_first(job_of: JobOf, path: Path, monkeypatch: py
         assert job.kept == [(str(path), now, 0)]
         raise OSError(errno.EIO, 'Input/output error')
     monkeypatch.setattr(job, 'copy', full)
-    with pytest.raises(CkptError, match='cannot roll back .*: Input/output error'):
+    with pytest.raises(CkptError, match=r'cannot roll back .*: Input/output error'):
         job.commit(saved, fd)
 
 
