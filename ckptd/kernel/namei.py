@@ -69,7 +69,7 @@ def lstat_of_task(tid: int, path: str) -> os.stat_result | None:
 
 
 def root_of_task(tid: int) -> str:
-    """What to put before an absolute path that a link or map of task `tid` shows, '' where the path leads there."""
+    """Return the prefix that makes an absolute path of a link or map of task `tid` lead to its file, '' for none."""
     return '' if _mount_namespace('self') == _mount_namespace(str(tid)) else f'/proc/{tid}/root'
 
 

@@ -206,11 +206,10 @@ class JobContext:
 
 
 class Names(NamedTuple):
-    """How a name for a deleted file is written down. image: the directory of the image, once it is published. keep: it
-    is published."""
-    note: Callable[[LinkFile], None]
-    image: str
-    keep: Callable[[], None]
+    """The journal of names that a checkpoint gives to deleted files."""
+    note: Callable[[LinkFile], None]    # write a name down before it is made
+    image: str                          # directory of the image, once it is published
+    keep: Callable[[], None]            # the image is published: the names stay
 
 
 def require_some_room(spool: Path, keep_free: int) -> None:

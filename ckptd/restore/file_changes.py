@@ -63,7 +63,7 @@ class FileChanges:
         fault('place-make-file-done')
 
     def open_linked(self, link: str, path: str, open_: Callable[[str], int]) -> int:
-        """As objects.files.restoring.RestoreContext.open_linked."""
+        """Open a linked file, see objects.files.restoring.RestoreContext.open_linked."""
         with self._rights.taken():
             of = os.lstat(link)
         try:

@@ -39,7 +39,7 @@ class TakeOver(FileLookup, ByUser, Protocol):
         ...
 
     def open_linked(self, link: str, path: str, flags: int) -> int:
-        """As objects.files.restoring.RestoreContext has it."""
+        """Open a linked file, see objects.files.restoring.RestoreContext.open_linked."""
         ...
 
     def owns(self, found: ShmidDs) -> bool:

@@ -105,7 +105,7 @@ def make_device(path: str, mode: int, device: int, flags: int, ctx: RestoreConte
 
 
 def device_findings(path: str, lookup: FileLookup) -> list[Finding]:
-    """Why a deleted device node cannot be made again."""
+    """List the reasons why a deleted device node cannot be made again."""
     if not lookup.uid and lookup.capable(CAP_MKNOD):
         return []
     return [finding('EPERM', f'{path} was a device node and is deleted, which only root can make again (mknod)',

@@ -63,7 +63,7 @@ def rights_to_link(pid: int) -> Iterator[Rights]:
 
 
 def link_findings(file: DeletedFile) -> list[Finding]:
-    """Why a deleted file cannot get a further name in the directory of its old one."""
+    """List the reasons why a deleted file cannot get another name in the directory of its old one."""
     home = str(PurePath(file.path).parent)
     what = f'{file.path} is deleted but has another name, and cannot get a further one for the image'
     found = lstat_of_task(file.tid, home)

@@ -162,7 +162,7 @@ class PathKind(Kind[PathReference], tag='path'):
 
 
 def _target(file: OpenFile) -> str:
-    """Of a symbolic link; '' for another file."""
+    """Read the target of a symbolic link; '' for another file."""
     if not stat.S_ISLNK(file.stat.st_mode):
         return ''
     with file.duplicate() as fd:

@@ -183,7 +183,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         return finding('ESTALE', how, 'the rollback puts it back as it was', 'warning')
 
     def _no_rollback(self, record: Regular, found: os.stat_result, lookup: FileLookup) -> str:
-        """Why the file cannot be brought back, '' if it can."""
+        """Explain why the file cannot be rolled back, '' if it can."""
         if not lookup.may(record.place, os.R_OK | os.W_OK):
             return 'it may not be read and written'
         if any(lock.kind == LEASE for lock in record.locks):
