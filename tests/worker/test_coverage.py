@@ -51,14 +51,13 @@ CHECKED = {
     'Header.machine': 'of this kind of processor, or refused',
     'Header.page_size': 'the same, or refused',
     **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('content', 'gid', 'mode', 'seals', 'uid')},
+    **{f'PathReference.{name}': 'of a node that is made again; another owner is a refusal' for name in ('gid', 'uid')},
     'Registers.machine': 'of this kind of processor, or refused',
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
 UNREAD = {
-    'CharacterDevice.mode': _THERE,
     'Credentials.keepcaps': 'is a bit of securebits',
     'Directory.device': _THERE,
-    'Directory.mode': _THERE,
     'Fifo.mode': 'OpenFile.mode is the same',
     'Fifo.packet_mode': 'is O_DIRECT of OpenFile.flags',
     'Header.processes': 'for people; the tasks are counted',
@@ -78,8 +77,8 @@ UNREAD = {
     **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
-SUBJECTS = ('attributes', 'events', 'files', 'interpreter', 'locks', 'memory', 'settings', 'shared', 'signals',
-            'stopped', 'tiles', 'timers', 'tree')
+SUBJECTS = ('attributes', 'events', 'files', 'interpreter', 'linked', 'locks', 'memory', 'opath', 'pidfds', 'removed',
+            'settings', 'shared', 'signals', 'stopped', 'tiles', 'timers', 'tree', 'unix_sockets')
 
 
 def classes() -> list[type]:

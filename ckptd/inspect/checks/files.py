@@ -17,6 +17,8 @@ from ckptd.tree import Task
 def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
     """List one row for each refused fd, resource 'fd N'. The same warning about the same file appears once in the
     tree."""
+    tasks = list(tasks)
+    cache.kinds.tables.tasks = frozenset(task.tid for task in tasks)
     check = _Check(cache)
     for process in processes(tasks):
         for task in _tables(process):

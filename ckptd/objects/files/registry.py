@@ -30,9 +30,9 @@ class Kinds:
     """The kinds of one job. `with` closes everything that they have opened."""
 
     def __init__(self, tables: JobTables | None = None) -> None:
-        self._tables = tables or JobTables()
-        self.by_tag: Mapping[str, Kind[Any]] = {tag: cls(self._tables) for tag, cls in BY_TAG.items()}
-        self.unsupported = Unsupported(self._tables)
+        self.tables = tables or JobTables()
+        self.by_tag: Mapping[str, Kind[Any]] = {tag: cls(self.tables) for tag, cls in BY_TAG.items()}
+        self.unsupported = Unsupported(self.tables)
 
     def __enter__(self) -> Self:
         return self

@@ -151,7 +151,7 @@ class RegularKind(Kind[Regular], tag='regular'):
         if not stat.S_ISREG(found.st_mode):
             return [finding('ESTALE', f'{record.place} {words[0]}', 'put the file back')]
         if not lookup.may(record.place, access_of(saved.flags)):
-            return [finding('EACCES', f'{record.place} may not be {_VERBS[access_of(saved.flags)]}',
+            return [finding('EACCES', f'{record.place} cannot be {_VERBS[access_of(saved.flags)]}',
                             'run as its owner, or as root')]
         rows = [self._changed(record, words, found, lookup)] if words else []
         return rows + lock_findings(record.locks, record.place, lookup)
@@ -185,7 +185,7 @@ class RegularKind(Kind[Regular], tag='regular'):
     def _no_rollback(self, record: Regular, found: os.stat_result, lookup: FileLookup) -> str:
         """Explain why the file cannot be rolled back, '' if it can."""
         if not lookup.may(record.place, os.R_OK | os.W_OK):
-            return 'it may not be read and written'
+            return 'it is not readable and writable'
         if any(lock.kind == LEASE for lock in record.locks):
             return 'it is leased'
         if short := _lacking(record, found, lookup):

@@ -87,6 +87,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'epoll': ('epoll', lambda: libc.epoll_create1(0)),
     'signalfd': ('signalfd', lambda: libc.signalfd(-1, ctypes.create_string_buffer(128), 0)),
     'timerfd': ('timerfd', lambda: libc.timerfd_create(1, 0)),
+    'pidfd': ('pidfd', lambda: os.pidfd_open(os.getpid())),
     'datagram socket': ('unix', lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
     'unconnected socket': ('unix', lambda: socket.socket(socket.AF_UNIX).detach()),
     'half of a seqpacket pair': ('unix', lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()),
@@ -134,7 +135,6 @@ def shut_down() -> int:
 REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'inotify': ('an inotify instance', lambda: libc.inotify_init1(0)),
     'fanotify': ('a fanotify group', lambda: libc.fanotify_init(0, 0)),
-    'pidfd': ('a pidfd', lambda: os.pidfd_open(os.getpid())),
     'io_uring': ('an io_uring', lambda: libc.syscall(NR['io_uring_setup'], 4, ctypes.create_string_buffer(120))),
     'userfaultfd': ('a userfaultfd', lambda: libc.syscall(NR['userfaultfd'], 0)),
     'BPF map': ('a BPF map', lambda: libc.syscall(NR['bpf'], 0, struct.pack('5I', 2, 4, 4, 1, 0) + bytes(64), 72)),
@@ -202,7 +202,8 @@ def opened_or_skip(opened: Opened, work: Callable[[], int]) -> OpenFile:
 def test_tags_are_the_formats_for_ever() -> None:
     """An image says 'pipe' and means PipeKind. A tag may be added, never changed."""
     assert {'chardev', 'directory', 'epoll', 'eventfd', 'fifo', 'memfd', 'pipe', 'regular', 'signalfd', 'timerfd',
-            'tty', 'unix'} <= BY_TAG.keys()
+            'tty', 'unix', 'path',
+            'pidfd'} <= BY_TAG.keys()
     assert all(kind.tag == tag for tag, kind in BY_TAG.items())
 
 

@@ -140,7 +140,7 @@ def test_image_that_has_more_than_fits(bulk: Bulk, restart: Start) -> None:
     job = restart()
     fd = job.restore(saved)
     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 4096)
-    with pytest.raises(CkptError, match='does not have 8,192 in it'):
+    with pytest.raises(CkptError, match='cannot contain 8,192'):
         job.finish(saved, fd)
 
 
