@@ -3,6 +3,7 @@
 """
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.lib import settled
 from tests.lib.altered import read_part, write_part
 from tests.lib.bus import Daemon
 from tests.lib.victim import Victim
+from tests.programs.conftest import await_that
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 from tests.worker.test_restore import Generation, generation
 
@@ -176,3 +178,29 @@ def test_the_removal_of_an_image_takes_its_names_away(daemon: Daemon, victim: Ca
     assert names(running) == []
     assert links(running) == (1, 1)
     running.finish()
+
+
+@pytest.mark.needs('dbus', 'cgroup2')
+@pytest.mark.parametrize('point', ['', 'sealed=error:EIO', 'memory-half=kill'])
+def test_the_tree_of_a_user_by_a_broker(start_daemon: Callable[..., Daemon], point: str) -> None:
+    """A worker of the user makes the name, and the broker of root writes it down."""
+    with place_of(ORDINARY_UID) as home:
+        ctl = Ctl('--address', start_daemon(env={'CKPTD_FAULT': point} if point else {}).address)
+        script = 'exec 3<>first; ln first other; rm first; echo; exec >/dev/null; exec sleep 1000'
+        with subprocess.Popen(['/bin/sh', '-c', script], cwd=home,
+                              user=ORDINARY_UID, group=ORDINARY_UID, extra_groups=[], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as sleeper:
+            assert sleeper.stdout is not None
+            sleeper.stdout.readline()
+            await_that('sleep runs', lambda: Path(f'/proc/{sleeper.pid}/comm').read_text() == 'sleep\n')
+            try:
+                done = ctl('checkpoint', str(sleeper.pid), '--json')
+                assert (done.status == 0) == (not point), done.out + done.err
+                assert 'Refused' not in done.out
+                if not point:
+                    [name] = home.glob('.first.ckptd-*')
+                    assert (name.stat().st_uid, name.stat().st_ino) == (ORDINARY_UID, (home / 'other').stat().st_ino)
+                    assert ctl('remove', done.json['image']).status == 0
+                await_that('no name is left', lambda: [path.name for path in home.iterdir()] == ['other'])
+            finally:
+                sleeper.kill()
