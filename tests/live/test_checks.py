@@ -430,9 +430,9 @@ def test_replaced_mapped_file_is_a_warning(brood: Brood, tmp_path: Path) -> None
 
 def test_every_refusal_of_every_task_at_once(brood: Brood) -> None:
     def root() -> list[int]:
-        pair = socket.socketpair()
-        fds = [pair[0].detach(), libc.inotify_init1(0)]
-        pair[1].detach()
+        server = socket.socket(socket.AF_UNIX)
+        server.bind('')         # a name of the kernel's choice, unix(7) "Autobind feature"
+        fds = [server.detach(), libc.inotify_init1(0)]
         return [*fds, brood.fork(allow_everything)]
     pid, (sock, event, child) = brood.ask(root)
     rows = check(pid)
