@@ -16,8 +16,7 @@ PHASES = {
     'seize': 'stopping threads', 'state': 'reading state', 'memory': 'copying memory', 'release': 'letting go',
     'write': 'writing', 'publish': 'publishing',
     'verify': 'verifying', 'plan': 'planning', 'open': 'opening files', 'create': 'making processes',
-    'fill': 'filling memory', 'rebuild': 'rebuilding state', 'place': 'placing', 'start': 'starting',
-    'attend': 'running',
+    'fill': 'filling memory', 'rebuild': 'rebuilding state', 'start': 'starting', 'attend': 'running',
 }
 # phases that move bytes
 MOVING = ('memory', 'fill')

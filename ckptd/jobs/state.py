@@ -59,7 +59,7 @@ CHECKPOINT: dict[str, Slice] = {
 RESTORE: dict[str, Slice] = {
     'verify': Slice(0.0, 0.10, 'bytes'), 'plan': Slice(0.10, 0.13), 'open': Slice(0.13, 0.15),
     'create': Slice(0.15, 0.20, 'tasks'), 'fill': Slice(0.20, 0.88, 'bytes'), 'rebuild': Slice(0.88, 0.97, 'tasks'),
-    'place': Slice(0.97, 0.99), 'start': Slice(0.99, 1.0), 'attend': Slice(1.0, 1.0),
+    'start': Slice(0.97, 1.0), 'attend': Slice(1.0, 1.0),
 }
 IMPORT: dict[str, Slice] = {
     'receive': Slice(0.0, 0.60, 'bytes'), 'verify': Slice(0.60, 0.99, 'bytes'), 'publish': Slice(0.99, 1.0),

@@ -29,7 +29,7 @@ MAX_SENTENCE = 16_000       # of the message of an error, and of a line of the l
 MAX_ROWS = 100              # of an error and of a result: signals carry them, and a bus limits the size of signals
 MAX_ROWS_SIZE = 96 << 10    # bytes of the texts in them
 
-Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'thaw', 'verify', 'tree', 'export', 'import',
+Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'verify', 'tree', 'export', 'import',
                     'restore', 'check-restore', 'check-trace', 'recover', 'remove-names']
 FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
 After = Literal['resume', 'kill', 'freeze']
@@ -37,7 +37,7 @@ ChangedFiles = Literal['refuse', 'accept', 'rollback']
 FORMATS = ('core', 'tar')       # of an export: a core per process, or the image itself
 PHASES = ('resolve', 'scan', 'freeze', 'rescan', 'seize', 'state', 'memory', 'release', 'write', 'publish')
 IMPORT_PHASES = ('receive', 'verify', 'publish')
-RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'place', 'start', 'attend')
+RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start', 'attend')
 
 
 class Caller(msgspec.Struct, frozen=True):

@@ -7,8 +7,7 @@
     create      stubs with the right pids, parents, sessions, groups
     fill        address spaces and their pages
     rebuild     open files, state, rights
-    place       cgroups
-    start       registers; all run
+    start       cgroups and registers; all run
     attend      with `wait`: until the root has ended
 """
 
