@@ -3,13 +3,13 @@
 
 import errno
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
 from ckptd.journal.steps import KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
 from ckptd.kernel.copyrange import copy_with_holes, data_bytes
 from ckptd.kernel.creds import become
+from ckptd.kernel.fork import quiet_fork
 from ckptd.kernel.shm import shmctl_remove, shmctl_stat
 
 _PIECE = 64 << 20       # bytes
@@ -79,20 +79,13 @@ def as_maker(step: MakeFile | KeepFile | LinkFile | MakeSegment | WalkQueues, wo
     if step.uid == os.geteuid():
         work()
         return
-    pid = _fork()
+    pid = quiet_fork()
     if pid == 0:
         _as_user(step, work)
     _, status = os.waitpid(pid, 0)
     number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
     if number:
         raise OSError(number, os.strerror(number))
-
-
-def _fork() -> int:
-    with warnings.catch_warnings():
-        # Python 3.12 warns about fork with threads, which may hold locks; the child takes none
-        warnings.simplefilter('ignore', DeprecationWarning)
-        return os.fork()
 
 
 def _as_user(step: MakeFile | KeepFile | LinkFile | MakeSegment | WalkQueues, work: Callable[[], None]) -> None:

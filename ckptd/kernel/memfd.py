@@ -12,7 +12,7 @@ _FORBIDDEN = b'2'       # of vm.memfd_noexec: every memfd that is not made with 
 
 
 def make_memfd(name: str, mode: int, seals: int) -> int:
-    """An empty memfd that can be given this mode and these seals. Its own mode and seals are the kernel's defaults.
+    """Make an empty memfd that can be given this mode and these seals. Its own are the kernel's defaults.
 
     A call that says neither MFD_EXEC nor MFD_NOEXEC_SEAL gets what vm.memfd_noexec chooses (mm/memfd.c,
     check_sysctl_memfd_noexec), so this says which one it wants. F_SEAL_EXEC freezes the permission to execute, so a

@@ -13,13 +13,13 @@ import signal
 import struct
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ckptd.kernel import creds, feature_tests
 from ckptd.kernel.cgroup import Cgroup
+from ckptd.kernel.fork import quiet_fork
 
 _TIMEOUT = 5.0      # seconds without an answer after which an experiment is given up
 _GRACE = 0.5        # seconds for a child to exit after its last answer
@@ -152,11 +152,7 @@ class _Answer(NamedTuple):
 def _try(probes: Sequence[_Probe]) -> list[_Answer]:
     """Return answers to the first of these probes, at least one; to all, unless the child ends early."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    with warnings.catch_warnings():
-        # Python 3.12 warns about fork with threads: one of them may hold a lock that the child then waits for, up to
-        # _TIMEOUT.
-        warnings.simplefilter('ignore', DeprecationWarning)
-        pid = os.fork()
+    pid = quiet_fork()      # if the child waits for a lock of another thread, it is ended after _TIMEOUT
     if pid == 0:
         _child(probes, writer)
     os.close(writer)

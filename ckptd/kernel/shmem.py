@@ -4,11 +4,13 @@
 import functools
 import os
 
+from ckptd.kernel.memfd import F_SEAL_EXEC, make_memfd
+
 
 @functools.cache
 def shm_device() -> int:
     """Return st_dev of that mount. No mountinfo lists it, but every memfd is on it (shm_mnt of mm/shmem.c)."""
-    fd = os.memfd_create('ckptd', os.MFD_CLOEXEC)
+    fd = make_memfd('ckptd', 0, F_SEAL_EXEC)
     try:
         return os.fstat(fd).st_dev
     finally:

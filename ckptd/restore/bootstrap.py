@@ -8,13 +8,14 @@ mount namespace, capability bounds). They inherit them from this process, so a r
 import os
 import signal
 import time
-import warnings
 from collections.abc import Iterable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 
 from ckptd.errors import CkptError, NotSupported
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.creds import SUID_DUMP_USER, capget, capset
+from ckptd.kernel.fork import quiet_fork
+from ckptd.kernel.memfd import make_memfd
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.mman import MAP_FIXED_NOREPLACE
 from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_SET_DUMPABLE, prctl
@@ -76,7 +77,7 @@ def start_bootstrap(arena: Arena, service_fds: int, patience: Patience = endless
 
 def _program() -> int:
     """Return an fd of the program that is not open for writing, which execve(2) would reject (ETXTBSY)."""
-    writable = os.memfd_create('ckptd-stub', os.MFD_CLOEXEC)
+    writable = make_memfd('ckptd-stub', 0o700, 0)
     try:
         os.write(writable, arch.stub_program(_PROGRAM_AT))
         return os.open(f'/proc/self/fd/{writable}', os.O_RDONLY | os.O_CLOEXEC)
@@ -102,10 +103,7 @@ def _keep_rights() -> None:
 def _start(program: int, patience: Patience) -> Tracee:
     wait, go = os.pipe2(os.O_CLOEXEC)
     ready, told = os.pipe2(os.O_CLOEXEC)
-    with warnings.catch_warnings():
-        # Python 3.12 warns about fork with threads, which may hold locks; the child takes none
-        warnings.simplefilter('ignore', DeprecationWarning)
-        pid = os.fork()
+    pid = quiet_fork()
     if pid == 0:
         try:
             os.close(go)

@@ -208,7 +208,7 @@ def _anonymous(size: int, user: ByUser) -> int:
             return os.open(f'/proc/self/map_files/{at:x}-{at + length:x}', os.O_RDWR | os.O_CLOEXEC)
         except PermissionError:
             with user.as_user():
-                return os.memfd_create('shared', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                return make_memfd('shared', 0o777, 0)
         finally:
             del hold
 

@@ -5,11 +5,11 @@ import os
 import signal
 import struct
 import time
-import warnings
 from functools import cache
 from typing import NoReturn
 
 from ckptd.kernel.creds import SUID_DUMP_USER
+from ckptd.kernel.fork import quiet_fork
 from ckptd.kernel.prctl import PR_SET_DUMPABLE, prctl
 from ckptd.kernel.ptrace import Tracee
 
@@ -23,9 +23,7 @@ def own_xstate() -> bytes:
     """Return the state of a process of ours, as PTRACE_GETREGSET returns it for any."""
     life, end = os.pipe2(os.O_CLOEXEC)
     ready, told = os.pipe2(os.O_CLOEXEC)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12, about threads; the child only waits
-        pid = os.fork()
+    pid = quiet_fork()
     if pid == 0:
         os.close(end)
         _wait(life, told)

@@ -11,7 +11,6 @@ pipe.
 import array
 import errno
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from ckptd.errors import Finding, NotSupported, errno_name
 from ckptd.inspect.checks.rows import dead, refuse
 from ckptd.inspect.proc_cache import Recipient
 from ckptd.kernel.creds import CAP_SETGID, become, capget
+from ckptd.kernel.fork import quiet_fork
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
 from ckptd.kernel.pidfd import PIDFD_THREAD, held, pidfd_getfd, pidfd_open
 from ckptd.kernel.yama import untraceable
@@ -87,7 +87,7 @@ def probe(caller: CallerRights, tids: Sequence[int], *, trace: bool = False) -> 
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     with os.fdopen(read_end, 'rb') as answer:
         try:
-            child = _fork()
+            child = quiet_fork()
             if child == 0:
                 _child(caller, tids, write_end, trace)
         finally:
@@ -102,14 +102,6 @@ def probe(caller: CallerRights, tids: Sequence[int], *, trace: bool = False) -> 
         raise NotSupported(f'kcmp(2) is not available: {os.strerror(found[0])}', errno=found[0], resource='kcmp',
                            hint='use a kernel with CONFIG_KCMP and a container profile that allows kcmp')
     return list(found[1:])
-
-
-def _fork() -> int:
-    with warnings.catch_warnings():
-        # Python 3.12 warns about fork with threads, which may hold locks. The child takes none: it only makes system
-        # calls and calls _exit().
-        warnings.simplefilter('ignore', DeprecationWarning)
-        return os.fork()
 
 
 def _child(caller: CallerRights, tids: Sequence[int], answer: int, trace: bool) -> None:
