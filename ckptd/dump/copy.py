@@ -6,7 +6,6 @@ byte twice, and no page passes through a Python object.
 """
 
 import ctypes
-import errno
 import mmap
 import os
 from collections import deque
@@ -16,6 +15,7 @@ from typing import Self
 
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent, PageRun
+from ckptd.kernel.copyrange import data_ranges
 from ckptd.kernel.memory import IOV_MAX, PAGE, Mem, Range, differing, read_into
 
 CHUNK_SIZE = 512 << 10     # small enough that a chunk is still in the cache when it is written
@@ -132,7 +132,7 @@ class Copier:
     def copy_file(self, fd: int, size: int) -> list[PageRun]:
         """Copy the data of a file or shared object, without its holes. Return the runs of whole pages, by byte
         offset."""
-        ranges = list(data_ranges(fd, size))
+        ranges = list(_page_ranges(fd, size))
         extent = self.data.reserve(sum(end - start for start, end in ranges))
         offset = extent.offset
         for chunk in _chunks(ranges):
@@ -149,7 +149,7 @@ class Copier:
     def copy_whole(self, fd: int, size: int) -> Extent:
         """Copy a file as one extent. Its holes are holes in the data part, too, so they take no space."""
         extent = self.data.reserve(size)
-        for start, end in data_ranges(fd, size):
+        for start, end in _page_ranges(fd, size):
             for at in range(start, end, CHUNK_SIZE):
                 buffer, length = self._take(), min(CHUNK_SIZE, end - at)
                 done = os.preadv(fd, [buffer.view[:length]], at)
@@ -158,21 +158,14 @@ class Copier:
         return extent
 
 
-def data_ranges(fd: int, size: int) -> Iterator[Range]:
-    """Yield page-aligned ranges of a file that may have data (lseek(2), SEEK_DATA)."""
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:      # only a hole up to the end
-                raise
-            return
-        at = os.lseek(fd, start, os.SEEK_HOLE)
-        start, end = start // PAGE * PAGE, -(-min(at, size) // PAGE) * PAGE
+def _page_ranges(fd: int, size: int) -> Iterator[Range]:
+    """Yield the ranges of pages of a file that may have data. They do not overlap."""
+    done = 0
+    for start, end in data_ranges(fd, size):
+        start, end = max(start // PAGE * PAGE, done), -(-end // PAGE) * PAGE
         if start < end:
             yield start, end
-        at = max(at, end)
+            done = end
 
 
 def _chunks(ranges: Iterable[Range]) -> Iterator[list[Range]]:

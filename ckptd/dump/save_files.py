@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from ckptd.image.files import spooling
 from ckptd.image.pages import DataWriter
-from ckptd.kernel.copyrange import copy_range
+from ckptd.kernel.copyrange import copy_range, data_ranges
 from ckptd.objects.files.base import OpenFile
-from ckptd.objects.files.content import ContentSegment, data_ranges, open_quietly
+from ckptd.objects.files.content import ContentSegment, open_quietly
 
 Inode = tuple[int, int]
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 
 from ckptd.kernel.decl import IOW, c_int, c_long, libc
 
@@ -81,33 +82,37 @@ def copy_with_holes(source: int, start: int, length: int, target: int, offset: i
     """Copy like copy_range. A hole of the source becomes a hole of the target, whatever was there."""
     if length and clone_range(source, start, length, target, offset):
         return length
-    at, end = start, min(start + length, os.fstat(source).st_size)
-    while at < end:
-        data, stop = _next_data(source, at, end)
+    at, end = start, max(min(start + length, os.fstat(source).st_size), start)
+    for data, stop in data_ranges(source, end, start):
         _make_hole(target, offset + at - start, offset + data - start)
         copy_range(source, data, stop - data, target, offset + data - start)
         at = stop
+    _make_hole(target, offset + at - start, offset + end - start)
     return end - start
 
 
 def data_bytes(fd: int, start: int, end: int) -> int:
     """Return how many bytes of [start, end) are not in a hole (lseek(2))."""
-    count, end = 0, min(end, os.fstat(fd).st_size)
-    while start < end:
-        data, start = _next_data(fd, start, end)
-        count += start - data
-    return count
+    return sum(stop - data for data, stop in data_ranges(fd, min(end, os.fstat(fd).st_size), start))
 
 
-def _next_data(fd: int, at: int, end: int) -> tuple[int, int]:
-    """Return [start, end) of the next data from `at` on (lseek(2)); empty at `end` if there is none."""
-    try:
-        data = os.lseek(fd, at, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return end, end
-    return (data, min(os.lseek(fd, data, os.SEEK_HOLE), end)) if data < end else (end, end)
+def data_ranges(fd: int, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of [start, end) that are not in a hole (lseek(2))."""
+    at = start
+    while at < end:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+            stop = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:      # only a hole up to the end
+                return
+            if error.errno != errno.EINVAL:     # a file system without holes
+                raise
+            data, stop = at, end
+        if data >= end:
+            return
+        yield data, stop
+        at = stop
 
 
 def _make_hole(fd: int, start: int, end: int) -> None:

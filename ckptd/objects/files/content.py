@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Bulk bytes of a file that a restart could not find by its name, without holes."""
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from ckptd.errors import Finding
 from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import Extent
+from ckptd.kernel.copyrange import data_ranges
 from ckptd.objects.files.base import ByUser, Content, FileLookup, OpenFile, RestoreContext, finding
 
 CHUNK = 1 << 20
@@ -76,23 +76,6 @@ def owner_findings(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Fi
         return []
     return [finding('EPERM', f'{what} belonged to uid {uid} and gid {gid}, which uid {lookup.uid} may not give it',
                     'it then belongs to that user; processes that have it open do not notice', 'warning')]
-
-
-def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield [start, end) of everything that is not a hole (lseek(2))."""
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-            at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        except OSError as error:
-            if error.errno == errno.ENXIO:      # only a hole up to the end
-                return
-            if error.errno != errno.EINVAL:     # a file system without holes
-                raise
-            start, at = at, size
-        if start < at:
-            yield start, at
 
 
 def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:
