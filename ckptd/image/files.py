@@ -83,26 +83,11 @@ def create(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
-def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
-    """Call write(2) until nothing is left. A full disk or a signal may end one call early."""
-    view = memoryview(data)
-    while len(view):
-        view = view[os.write(fd, view):]
-
-
 def wait_writable(fd: int) -> None:
     """Wait for room in a pipe or socket that is O_NONBLOCK."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     poll.poll()
-
-
-def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """Call pwrite(2) until nothing is left."""
-    view = memoryview(data)
-    while len(view):
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def sync_directory(path: Path) -> None:

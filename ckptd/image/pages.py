@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ckptd.image.files import create, pwrite_all, require_room, spooling
+from ckptd.fileio import pwrite_all
+from ckptd.image.files import create, require_room, spooling
 from ckptd.image.records import PAGE, Extent, PageRun, PageRuns, data_name
 
 RUNS_PER_RECORD = 1 << 16       # 1.4 MiB a record

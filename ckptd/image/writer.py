@@ -24,7 +24,8 @@ import msgspec
 
 from ckptd import flock
 from ckptd.errors import SpoolFailed
-from ckptd.image.files import create, digest_file, require_room, spool_failed, spooling, sync_directory, write_all
+from ckptd.fileio import write_all
+from ckptd.image.files import create, digest_file, require_room, spool_failed, spooling, sync_directory
 from ckptd.image.grammar import Record, encode_end, encode_header, encode_record
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import NAME, Manifest, Part, encode_manifest

@@ -10,6 +10,7 @@ import msgspec
 
 from ckptd import flock
 from ckptd.errors import CkptError
+from ckptd.fileio import write_all
 from ckptd.journal.steps import VERSION, WORK_PREFIX, AnyStep, Begin, Move, Moved, Redone, Undone
 
 MAX_ENTRY = 32 << 20        # bytes; a tree of 100,000 processes has about 6 MiB
@@ -136,13 +137,6 @@ def _encode(line: msgspec.Struct) -> bytes:
         return msgspec.json.encode(line) + b'\n'
     except UnicodeEncodeError:
         raise OSError(errno.EILSEQ, 'a name is not UTF-8') from None
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Call write(2) until all is written."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view):]
 
 
 def journal_failed(path: Path, error: OSError) -> CkptError:

@@ -27,8 +27,9 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from ckptd.errors import CkptError, ImageDamaged, LimitsExceeded, SpoolFailed
+from ckptd.fileio import write_all
 from ckptd.image.archive.pack import BLOCK, CHUNK
-from ckptd.image.files import create, require_room, spool_failed, spooling, write_all
+from ckptd.image.files import create, require_room, spool_failed, spooling
 from ckptd.image.ids import is_image_id, other_image_id
 from ckptd.image.manifest import MAX_MANIFEST, NAME, Manifest, decode_manifest
 from ckptd.image.source import DirectoryFiles
