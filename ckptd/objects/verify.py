@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""verify: damages in the records of open files, whose payload only their kinds can read."""
+"""verify: find damages in the records of open files. Only the kind of a file can read the payload of its record."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from ckptd.objects.files.sound import flaws
 
 
 def file_ids(reader: ImageReader) -> frozenset[int]:
-    """The ids of the open files of an image."""
+    """Return the ids of the open files of an image."""
     return frozenset(saved.file_id for saved in reader.every(SavedFile))
 
 
@@ -28,14 +28,14 @@ def decode(saved: SavedFile, kinds: Kinds) -> tuple[Kind[Any], Struct]:
 
 
 def payload_flaws(kind: Kind[Any], record: Struct, reader: ImageReader, known: Collection[int]) -> Iterator[str]:
-    """Violations, one sentence each. known: the ids of all open files of the image."""
+    """Yield the violations, one sentence each. known: the ids of all open files of the image."""
     yield from flaws(record, reader.size_of)
     for file_id in sorted({*kind.references(record)} - set(known)):
         yield f'it refers to open file {file_id}, which is not in the image'
 
 
 def file_damages(reader: ImageReader) -> Iterator[str]:
-    """Damages of the open files of an image, one sentence each."""
+    """Yield the damages of the open files of an image, one sentence each."""
     kinds, known = Kinds(), file_ids(reader)
     for saved in reader.every(SavedFile):
         try:

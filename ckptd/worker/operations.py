@@ -68,7 +68,7 @@ def verify_image(job: JobContext) -> None:
     """List every damage of an image."""
     with job.image_files() as files:
         damages = verify(files)
-        if not damages:     # else there may be no reading of its records
+        if not damages:     # if there are some, its records may be unreadable
             with ImageReader(files) as reader:
                 damages = list(islice(file_damages(reader), MAX_DAMAGES))
         job.channel.finish('damages', damages)
