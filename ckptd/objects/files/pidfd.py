@@ -17,6 +17,7 @@ from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.creds import SUID_DUMP_DISABLE
 from ckptd.kernel.decl import IOWR
+from ckptd.kernel.fork import quiet_fork
 from ckptd.kernel.pidfd import PIDFD_NONBLOCK, PIDFD_THREAD, pidfd_open
 from ckptd.kernel.prctl import PR_SET_DUMPABLE, prctl
 from ckptd.kernel.stat import read_stat
@@ -101,7 +102,7 @@ def _name(pid: int) -> str:
 def _ended(status: int, flags: int) -> int:
     """A pidfd of a process that has ended with this wait status and is reaped."""
     reader, writer = os.pipe()
-    child = os.fork()
+    child = quiet_fork()
     if child == 0:
         _end(reader, writer, status)
     os.close(reader)
