@@ -193,6 +193,9 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             found.append(finding('EPERM', f'{saved.link} was made by a process of uid {record.maker.uid}',
                                  f'its SO_PEERCRED names uid {lookup.uid} afterwards: restore it as root', 'warning'))
         senders = {sender for message in record.queue for sender in message.senders}
+        if senders and os.geteuid():        # only CAP_SYS_ADMIN may name another process, unix(7)
+            found.append(finding('EPERM', f'messages wait in {saved.link} with the credentials of their senders',
+                                 'only root can send them again: restore as root'))
         if any(not sender.vpid for sender in senders):
             found.append(finding('ESRCH', f'the queue of {saved.link} has a message from a process outside of the tree',
                                  'its credentials will name no process', 'warning'))

@@ -166,3 +166,22 @@ def test_clients_of_one_server(tmp_path: Path) -> None:
     finally:
         for sock in made:
             sock.close()
+
+
+@pytest.mark.needs('root')
+def test_credentials_are_sent_again_by_root_alone(bulk: Bulk) -> None:
+    mine, other = socket.socketpair()
+    with mine, other:
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        other.sendall(b'from me')
+        saved = saved_of(own(mine), bulk)
+    restart = Restart(bulk)
+    try:
+        assert restart.obstacles(saved) == []
+        os.seteuid(65534)
+        [(severity, errno, reason)] = restart.obstacles(saved)
+    finally:
+        os.seteuid(0)
+        restart.close()
+    assert (severity, errno) == ('refusal', 'EPERM')
+    assert 'with the credentials of their senders' in reason
