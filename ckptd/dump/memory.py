@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from mmap import MAP_PRIVATE
 from operator import attrgetter
+from pathlib import Path
 
 from ckptd.dump.copy import Copier, part_of
 from ckptd.dump.names import LinkNames
@@ -17,7 +18,7 @@ from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import page_runs
 from ckptd.image.records import MEMFD, OF_MM, OF_SHARED_MEMORY, PAGE, SYSV, VDSO, VSYSCALL, VVAR, PageRun
-from ckptd.kernel.maps import Mapping
+from ckptd.kernel.maps import DELETED, Mapping
 from ckptd.kernel.memory import Mem, PageMap, Range
 from ckptd.kernel.ranges import overlaps, without
 from ckptd.kernel.shm import shmctl_stat
@@ -212,8 +213,9 @@ def _with_content(backing: records.Backing, view: View, copier: Copier, names: L
     try:
         at = os.fstat(fd)
         content = copier.copy_whole(fd, at.st_size)
-        link = names.link(DeletedFile(view.tid, view.tid, backing.path, at, mapped_path(view)), fd
-                          ) if backing.deleted and at.st_nlink else ''
+        # `deleted` is set as well for a file that is only out of our reach by its path
+        is_linked = backing.deleted and at.st_nlink and str(Path(f'/proc/self/fd/{fd}').readlink()).endswith(DELETED)
+        link = names.link(DeletedFile(view.tid, view.tid, backing.path, at, mapped_path(view)), fd) if is_linked else ''
     finally:
         os.close(fd)
     return records.Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns,

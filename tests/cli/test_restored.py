@@ -58,7 +58,7 @@ def test_a_tree_comes_back_and_outlives_the_command(how: str, program: Callable[
     assert (done.json['root'], done.json['tasks'], done.json['image']) == (process.pid, 1, image)
     assert Path(f'/proc/{process.pid}/comm').read_text() == 'sleep\n'
     twice = ctl('restore', image)
-    assert (twice.status, f'pid {process.pid}: the number is in use' in twice.err) == (75, True)
+    assert (twice.status, f'pid {process.pid}: the pid is in use' in twice.err) == (75, True)
     dry = ctl('restore', image, '--dry-run')
     assert dry.status == twice.status
     assert 'cannot be restored' in dry.out

@@ -110,7 +110,7 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({'cgroup': 'a'}, 'absolute path'), ({'cgroup': '/a/../b'}, 'without'), ({'cgroup': '/' + 'a' * 5000}, 'path'),
     ({'new_pidns': 'yes'}, 'true or false'), ({'wait': 1}, 'true or false'), ({'leave_stopped': 0}, 'true or false'),
     ({'changed_files': 'ignore'}, 'one of refuse, accept, rollback'), ({'terminal': 0}, 'descriptor of a terminal'),
-    ({'terminal': '/dev/tty'}, 'descriptor of a terminal'), ({'after': 'kill'}, 'no option "after"'))
+    ({'terminal': '/dev/tty'}, 'descriptor of a terminal'), ({'after': 'kill'}, 'unknown option "after"'))
 
 
 async def test_options_that_cannot_be(api: Api, scripted: ScriptedDaemon) -> None:

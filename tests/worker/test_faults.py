@@ -34,7 +34,7 @@ BEFORE = ('resolved', 'scanned')
 DUMP = ('seized', 'issued-again')
 READ = ('asleep-again', 'running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read')
 RELEASE = ('restored', 'released')
-PUBLISH = ('written', 'sealed', 'published')
+PUBLISH = ('written', 'sealed', 'name-kept', 'published')
 MAKE = ('freeze-begin', 'freeze-make', 'freeze-make-done', 'freeze-freeze', 'freeze-freeze-done', 'freeze-move',
         'freeze-move-done')
 LET_RUN = ('let-run-freeze', 'let-run-freeze-done')
