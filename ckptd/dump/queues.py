@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 
 from ckptd.faults import fault
+from ckptd.inspect.checks.files import fd_tables
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.journal.steps import HeldSocket, PeekOffset, WalkQueues
 from ckptd.objects.files.base import OpenFile
@@ -37,13 +38,10 @@ def walk_queues(tree: Tree, cache: ProcCache, journal: Callable[[WalkQueues], Ab
 
 
 def _held_files(tree: Tree, cache: ProcCache) -> Iterator[Found]:
-    for task in tree:
-        if task.is_zombie:
-            continue
+    for task in fd_tables(tree):
         with suppress(ProcessLookupError, PermissionError):
             for file in cache.files(task):
-                if cache.kinds.may_have_queue(file):
-                    yield file, HeldSocket(task.tgid, tree[task.tgid].start_time, file.fd)
+                yield file, HeldSocket(task.tgid, tree[task.tgid].start_time, file.fd)
 
 
 def _with_queues(files: list[Found], cache: ProcCache, offsets: dict[int, PeekOffset]) -> Iterator[Found]:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ckptd.errors import Finding
-from ckptd.inspect.checks.rows import ProcessIds, guarded, processes, refuse, warn
+from ckptd.inspect.checks.rows import guarded, processes, refuse, warn
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import KCMP_FILES, kcmp
 from ckptd.objects.files.base import Endpoint, FileEnd, Kind, OpenFile, finding
@@ -20,21 +20,21 @@ def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
     tasks = list(tasks)
     cache.kinds.tables.tasks = frozenset(task.tid for task in tasks)
     check = _Check(cache)
-    for process in processes(tasks):
-        for task in _tables(process):
-            check.rows += guarded(task, 'fd', check.table, task)
+    for task in fd_tables(tasks):
+        check.rows += guarded(task, 'fd', check.table, task)
     return check.rows + check.lacking()
 
 
-def _tables(process: ProcessIds) -> Iterator[Task]:
-    """Yield one thread for each fd table of the process. Threads without CLONE_FILES are rare and legal."""
-    yield process.reader
-    for thread in process.threads:
-        try:
-            if thread is not process.reader and kcmp(process.reader.tid, thread.tid, KCMP_FILES):
-                yield thread
-        except OSError:
-            continue        # it is exiting, which another check reports
+def fd_tables(tasks: Iterable[Task]) -> Iterator[Task]:
+    """Yield one thread for each fd table of a process. Threads without CLONE_FILES are rare and legal."""
+    for process in processes(tasks):
+        yield process.reader
+        for thread in process.threads:
+            try:
+                if thread is not process.reader and kcmp(process.reader.tid, thread.tid, KCMP_FILES):
+                    yield thread
+            except OSError:
+                continue        # it is exiting, which another check reports
 
 
 class _Verdict(NamedTuple):

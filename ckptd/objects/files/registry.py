@@ -33,6 +33,7 @@ class Kinds:
         self.tables = tables or JobTables()
         self.by_tag: Mapping[str, Kind[Any]] = {tag: cls(self.tables) for tag, cls in BY_TAG.items()}
         self.unsupported = Unsupported(self.tables)
+        self._with_queues = [kind for kind in self.by_tag.values() if type(kind).peek_offset is not Kind.peek_offset]
 
     def __enter__(self) -> Self:
         return self
@@ -46,8 +47,7 @@ class Kinds:
 
     def may_have_queue(self, file: OpenFile) -> bool:
         """Whether a kind that walks queues matches this file."""
-        return any(kind.matches(file) for kind in self.by_tag.values()
-                   if type(kind).peek_offset is not Kind.peek_offset)
+        return any(kind.matches(file) for kind in self._with_queues)
 
     def close(self) -> None:
         for kind in self.by_tag.values():
