@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """verify: find damages in the records of open files. Only the kind of a file can read the payload of its record."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ckptd.errors import ImageDamaged
@@ -27,10 +27,10 @@ def decode(saved: SavedFile, kinds: Kinds) -> tuple[Kind[Any], Struct]:
     return kind, kind.record.decode(saved.data)
 
 
-def payload_flaws(kind: Kind[Any], record: Struct, reader: ImageReader, known: Collection[int]) -> Iterator[str]:
+def payload_flaws(kind: Kind[Any], record: Struct, reader: ImageReader, known: frozenset[int]) -> Iterator[str]:
     """Yield the violations, one sentence each. known: the ids of all open files of the image."""
     yield from flaws(record, reader.size_of)
-    for file_id in sorted({*kind.references(record)} - set(known)):
+    for file_id in sorted({*kind.references(record)} - known):
         yield f'it refers to open file {file_id}, which is not in the image'
 
 
