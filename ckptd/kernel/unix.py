@@ -8,7 +8,7 @@ import select
 import socket
 import struct
 import termios
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -36,21 +36,24 @@ class SocketCredentials(NamedTuple):
     gid: int
 
 
+def polls(sock: socket.socket, event: int) -> bool:
+    """Whether poll(2) reports this event now."""
+    poll = select.poll()
+    poll.register(sock, event)
+    return any(events & event for _, events in poll.poll(0))
+
+
 def other_end_gone(sock: socket.socket, own: UnixSocket) -> bool:
     """Whether it was connected and its other end is closed. Otherwise the other end waits to be accepted. A datagram
     socket needs no accept(2)."""
-    poll = select.poll()
-    poll.register(sock, 0)      # POLLHUP is reported even if not requested (poll(2))
     # POLLHUP also comes for a socket that was never connected, and for one that has shut down both directions
-    hangs_up = any(events & select.POLLHUP for _, events in poll.poll(0))
-    return own.state == SS_ESTABLISHED and not own.peer and (hangs_up or sock.type == socket.SOCK_DGRAM)
+    return own.state == SS_ESTABLISHED and not own.peer and (
+        sock.type == socket.SOCK_DGRAM or polls(sock, select.POLLHUP))
 
 
 def has_error(sock: socket.socket) -> bool:
     """Whether the socket has a pending error. recv(2) would consume it, even with MSG_PEEK."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    return any(events & select.POLLERR for _, events in poll.poll(0))
+    return polls(sock, select.POLLERR)
 
 
 def bytes_in(sock: socket.socket) -> int:
@@ -64,9 +67,7 @@ def is_empty(sock: socket.socket) -> bool:
     """Whether there is nothing to receive."""
     if sock.type == socket.SOCK_STREAM:
         return not bytes_in(sock)      # at end-of-file a stream polls as readable
-    poll = select.poll()
-    poll.register(sock, select.POLLRDNORM)
-    return not any(events & select.POLLRDNORM for _, events in poll.poll(0))
+    return not polls(sock, select.POLLRDNORM)
 
 
 def peer_credentials(sock: socket.socket) -> SocketCredentials:
@@ -88,14 +89,17 @@ class Holder(NamedTuple):
     comm: str
 
 
-def holder_of(inode: int) -> Holder | None:
-    """Return the first process found that has an fd of this socket. None if there is none that we may inspect."""
-    link = f'socket:[{inode}]'
-    for process in Path('/proc').glob('[0-9]*'):
+def find_holders(inodes: Collection[int]) -> dict[int, Holder]:
+    """Find a process for each of these sockets that has an fd of it. Sockets of processes that we may not inspect are
+    left out."""
+    wanted = {f'socket:[{inode}]': inode for inode in inodes}
+    found: dict[int, Holder] = {}
+    for process in Path('/proc').glob('[0-9]*') if wanted else ():
         with suppress(OSError):
-            if any(str(fd.readlink()) == link for fd in (process / 'fd').iterdir()):
-                return Holder(int(process.name), read_status(int(process.name)).name)
-    return None
+            held = {wanted[link] for fd in (process / 'fd').iterdir() if (link := str(fd.readlink())) in wanted}
+            holder = Holder(int(process.name), read_status(int(process.name)).name) if held - found.keys() else None
+            found |= {inode: holder for inode in held - found.keys() if holder}
+    return found
 
 
 def has_filter(sock: socket.socket) -> bool:

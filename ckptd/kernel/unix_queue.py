@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from ckptd.kernel.memory import PAGE, mprotect
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.kernel.status import read_status
-from ckptd.kernel.unix import UCRED, SocketCredentials, bytes_in, has_error
+from ckptd.kernel.unix import UCRED, SocketCredentials, bytes_in, has_error, polls
 
 SO_PEEK_OFF: Final = 42         # <asm-generic/socket.h>
 SCM_PIDFD: Final = 4            # <linux/socket.h>
@@ -103,9 +103,7 @@ def _has_passed_over(sock: socket.socket, found: list[Queued]) -> bool:
 
 
 def _is_shut_down(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    return any(events & select.POLLRDHUP for _, events in poll.poll(0))
+    return polls(sock, select.POLLRDHUP)
 
 
 def _walk_stream(sock: socket.socket, found: list[Queued]) -> None:

@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +120,12 @@ class OpenFile:
             yield fd
         finally:
             os.close(fd)
+
+    @contextmanager
+    def as_socket(self) -> Iterator[socket.socket]:
+        """Provide the task's socket itself, which may only be asked questions."""
+        with self.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
+            yield sock
 
     @contextmanager
     def reopen(self, flags: int) -> Iterator[int]:

@@ -17,7 +17,6 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from ckptd.errors import CkptError, Finding, Refused
 from ckptd.faults import fault
@@ -81,7 +80,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         if own is None or own.name or own.state not in (unix.SS_ESTABLISHED, unix.SS_UNCONNECTED):
             return False
         if own.state == unix.SS_ESTABLISHED and not own.peer:
-            with _socket(file) as sock:
+            with file.as_socket() as sock:
                 return unix.other_end_gone(sock, own)       # otherwise it waits to be accepted
         peer = self._tables.unix_sockets.get(own.peer)
         # a datagram socket may be connected to one that is not connected to it; that one has a name
@@ -91,13 +90,13 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         if file.severed:
             return [finding('EPIPE', f'{file.link} is a connection to the bus', 'after a restart it reads end-of-file',
                             'warning')]
-        with _socket(file) as sock:
+        with file.as_socket() as sock:
             if unix.has_error(sock):
                 return [finding('EIO', f'{file.link} has a pending error, which reading would consume',
                                 'let the program read it (SO_ERROR) before the checkpoint')]
             if unix.has_filter(sock):
-                return [finding('EOPNOTSUPP', f'{describe(file)} ({file.link}) has a filter (SO_ATTACH_FILTER), which '
-                                'cannot be dumped yet', 'detach it before the checkpoint')]
+                return [finding('EOPNOTSUPP', f'{describe(file, self._tables)} ({file.link}) has a filter '
+                                '(SO_ATTACH_FILTER), which cannot be dumped yet', 'detach it before the checkpoint')]
         return []
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
@@ -109,16 +108,16 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
     def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
         held = {name for end in ends for name in end.endpoint.holds}
-        for end in ends:
-            if end.endpoint.lacks <= held:
-                continue
+        lacking = [end for end in ends if not end.endpoint.lacks <= held]
+        holders = unix.find_holders({int(peer) for end in lacking for peer in end.endpoint.lacks})
+        for end in lacking:
             [peer] = end.endpoint.lacks
-            holder = unix.holder_of(int(peer))
+            holder = holders.get(int(peer))
             if holder is None and not is_whole:
                 continue        # it may be in flight within the tree, which is checked when the tree is at rest
             where = f'{holder.comm}[{holder.pid}]' if holder else 'a process'
-            yield end, finding('EOPNOTSUPP', f'{describe(end.file)} ({end.file.link}) is connected to {where}, outside '
-                               'of the tree', _HINT)
+            yield end, finding('EOPNOTSUPP', f'{describe(end.file, self._tables)} ({end.file.link}) is connected to '
+                               f'{where}, outside of the tree', _HINT)
 
     def discover(self, file: OpenFile) -> Sequence[int]:
         return [fd for message in self._queue(file) for fd in message.fds]
@@ -126,7 +125,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     def peek_offset(self, file: OpenFile) -> int | None:
         if file.severed:
             return None
-        with _socket(file) as sock:
+        with file.as_socket() as sock:
             if unix.has_error(sock) or unix.is_empty(sock):
                 return None
             return unix_queue.peek_offset(sock)
@@ -141,7 +140,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         if file.severed:
             return []
         if inode not in self._queues:
-            with _socket(file) as sock:
+            with file.as_socket() as sock:
                 before = unix_queue.peek_offset(sock)
                 try:
                     is_empty = unix.has_error(sock) or unix.is_empty(sock)
@@ -161,7 +160,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
     def dump(self, file: OpenFile, content: Content) -> UnixSocketEnd:
         own = self._own(file)
-        with _socket(file) as sock:
+        with file.as_socket() as sock:
             if file.severed or own is None:
                 return UnixSocketEnd(file.stat.st_ino, sock.type, 0, 1, 0, Sender(0, 0, 0), (), (), ())
             options = dump_options(sock)
@@ -271,13 +270,6 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
                        unix.RCV_SHUTDOWN | unix.SEND_SHUTDOWN: socket.SHUT_RDWR}.get(record.shutdown)
                 if how is not None:
                     sock.shutdown(how)
-
-
-@contextmanager
-def _socket(file: OpenFile) -> Iterator[socket.socket]:
-    """Open the task's socket itself. Only read its state."""
-    with file.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
-        yield sock
 
 
 def _sender(credentials: unix.SocketCredentials, content: Content) -> Sender:

@@ -11,9 +11,9 @@ from ckptd.errors import Finding, NotSupported, Refused
 from ckptd.image.grammar import Struct
 from ckptd.image.records import SavedFile
 from ckptd.kernel import statfs
-from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.tty import PTMX
 
 # the text behind 'anon_inode:' in the link, without brackets and number; the names come from the kernel's callers of
@@ -43,7 +43,7 @@ class Unsupported(Kind[Struct], tag='unsupported'):
         return False
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        return [finding('EOPNOTSUPP', f'{describe(file)} ({file.link}) cannot be dumped yet',
+        return [finding('EOPNOTSUPP', f'{describe(file, self._tables)} ({file.link}) cannot be dumped yet',
                         'close it before the checkpoint, or checkpoint a tree without it')]
 
     def dump(self, file: OpenFile, content: Content) -> NoReturn:
@@ -56,7 +56,7 @@ class Unsupported(Kind[Struct], tag='unsupported'):
                            hint='use the ckptd that wrote the image, or a newer one')
 
 
-def describe(file: OpenFile) -> str:
+def describe(file: OpenFile, tables: JobTables) -> str:
     """Describe a file for people: 'an io_uring', 'a listening IPv4 stream socket'."""
     if file.is_path:
         return 'an O_PATH reference'
@@ -66,7 +66,7 @@ def describe(file: OpenFile) -> str:
         return _BY_MAGIC[file.magic]
     if on_shm_mount(file.stat):
         return 'shared anonymous memory opened as a file'
-    return _by_mode(file)
+    return _by_mode(file, tables)
 
 
 def _anon_inode(link: str) -> str:
@@ -74,10 +74,10 @@ def _anon_inode(link: str) -> str:
     return _ANON_INODES.get(name.split(':')[0], f'a file of the kernel named {name!r}')
 
 
-def _by_mode(file: OpenFile) -> str:
+def _by_mode(file: OpenFile, tables: JobTables) -> str:
     mode, device = file.stat.st_mode, file.stat.st_rdev
     if stat.S_ISSOCK(mode):
-        return _socket(file)
+        return _socket(file, tables)
     if stat.S_ISCHR(mode):
         name = 'the master of a pseudo-terminal' if device == PTMX else 'a character device'
         return f'{name} {os.major(device)}:{os.minor(device)}'
@@ -86,24 +86,21 @@ def _by_mode(file: OpenFile) -> str:
     return f'a file of unknown type {stat.S_IFMT(mode):#o}'
 
 
-def _socket(file: OpenFile) -> str:
+def _socket(file: OpenFile, tables: JobTables) -> str:
     try:
-        with file.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
+        with file.as_socket() as sock:
             listening = 'listening ' if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) else ''
             family, kind = _FAMILIES.get(sock.family), _TYPES.get(sock.type)
     except OSError:
         return 'a socket'       # the type name is for people and not worth a failure
     words = f'{listening}{family or f"family {int(sock.family)}"} {kind or f"type {int(sock.type)}"} socket'
-    where = _unix_name(file.stat.st_ino) if family == 'unix' else ''
+    where = _unix_name(file.stat.st_ino, tables) if family == 'unix' else ''
     return f'{"an" if words.startswith("IP") else "a"} {words}{where}'
 
 
-def _unix_name(inode: int) -> str:
+def _unix_name(inode: int, tables: JobTables) -> str:
     """Return ' bound to /run/x', ' connected to @abstract' or ''."""
-    try:
-        known = unix_sockets()
-    except OSError:
-        return ''       # without sock_diag: the same refusal with less information
+    known = tables.unix_sockets     # without sock_diag: the same refusal with less information
     own = known.get(inode)
     if own is None:     # of another network namespace
         return ''
