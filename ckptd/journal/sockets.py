@@ -7,7 +7,8 @@ from contextlib import suppress
 
 from ckptd.journal.steps import HeldSocket, WalkQueues
 from ckptd.kernel.pidfd import open_process, pidfd_getfd
-from ckptd.kernel.unix_queue import SO_PEEK_OFF, sockets_below
+from ckptd.kernel.sockopt import SO_PEEK_OFF
+from ckptd.kernel.unix_queue import sockets_below
 
 
 def set_old_offsets(step: WalkQueues) -> None:

@@ -17,6 +17,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Self
 
+from ckptd.kernel.sockopt import SO_RCVBUFFORCE
+
 # <linux/netlink.h>, <linux/connector.h>
 NETLINK_SOCK_DIAG = 4
 NETLINK_CONNECTOR = 11
@@ -24,7 +26,6 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 CN_IDX_PROC = CN_VAL_PROC = 1
 PROC_CN_MCAST_LISTEN, PROC_CN_MCAST_IGNORE = 1, 2     # <linux/cn_proc.h>
-SO_RCVBUFFORCE = 33     # <asm-generic/socket.h>
 
 _HEADER = struct.Struct('=IHHII')       # struct nlmsghdr
 _CONNECTOR = struct.Struct('=4I2H')     # struct cn_msg

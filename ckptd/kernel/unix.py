@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ckptd.kernel.netlink import UnixSocket, unix_sockets
+from ckptd.kernel.sockopt import SO_GET_FILTER, SO_PEERGROUPS
 from ckptd.kernel.status import read_status
 
 # <linux/tcp_states.h>, which unix sockets use as well; TCP_CLOSE is a socket that is not connected
 SS_ESTABLISHED: Final = 1
 SS_UNCONNECTED: Final = 7
 RCV_SHUTDOWN, SEND_SHUTDOWN = 1, 2      # <net/sock.h>
-# <asm-generic/socket.h>
-SO_PEERGROUPS: Final = 59
-SO_GET_FILTER: Final = 26
 
 UCRED = struct.Struct('=3I')   # struct ucred of <linux/socket.h>
 _GROUPS = 1 << 16               # NGROUPS_MAX of <linux/limits.h>

@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple
 
 from ckptd.kernel.memory import PAGE, mprotect
 from ckptd.kernel.pidfd import pidfd_pid
+from ckptd.kernel.sockopt import SO_PEEK_OFF
 from ckptd.kernel.status import read_status
 from ckptd.kernel.unix import UCRED, SocketCredentials, bytes_in, has_error, polls
 
-SO_PEEK_OFF: Final = 42         # <asm-generic/socket.h>
 SCM_PIDFD: Final = 4            # <linux/socket.h>
 SCM_MAX_FD: Final = 253         # <net/scm.h>
 SIOCATMARK: Final = 0x8905      # <asm-generic/sockios.h>

@@ -9,12 +9,23 @@ from functools import lru_cache
 
 from ckptd.errors import CkptError
 from ckptd.image.grammar import U32, Struct, layout
+from ckptd.kernel.sockopt import (
+    SO_BUF_LOCK,
+    SO_BUSY_POLL,
+    SO_INQ,
+    SO_NOFCS,
+    SO_PASSPIDFD,
+    SO_PASSRIGHTS,
+    SO_PEEK_OFF,
+    SO_RCVBUFFORCE,
+    SO_RCVMARK,
+    SO_RXQ_OVFL,
+    SO_SELECT_ERR_QUEUE,
+    SO_SNDBUFFORCE,
+    SO_TIMESTAMP,
+    SO_TIMESTAMPNS,
+)
 
-# <asm-generic/socket.h>: those that the socket module lacks
-SO_PEEK_OFF, SO_BUSY_POLL, SO_BUF_LOCK = 42, 46, 72
-SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
-SO_TIMESTAMP, SO_TIMESTAMPNS, SO_RXQ_OVFL, SO_NOFCS, SO_SELECT_ERR_QUEUE = 29, 35, 40, 43, 45
-SO_PASSPIDFD, SO_RCVMARK, SO_PASSRIGHTS, SO_INQ = 76, 75, 83, 84
 _TIMEVAL, _LINGER, _INT = 16, 8, 4
 
 # option: bytes of its value. Buffer sizes and their locks depend on each other, so they are below.

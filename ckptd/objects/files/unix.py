@@ -24,8 +24,9 @@ from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.netlink import UnixSocket
+from ckptd.kernel.sockopt import SO_BUF_LOCK, SO_PEEK_OFF
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.options import SO_BUF_LOCK, SocketOption, buffer_locks, dump_options, set_buffer, set_options
+from ckptd.objects.files.options import SocketOption, buffer_locks, dump_options, set_buffer, set_options
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import describe
 
@@ -152,7 +153,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
                                     resource=f'fd {file.fd}',
                                     hint='try again when the program has received it') from error
                 finally:
-                    sock.setsockopt(socket.SOL_SOCKET, unix_queue.SO_PEEK_OFF, before)
+                    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
         return self._queues[inode]
 
     def _own(self, file: OpenFile) -> UnixSocket | None:
