@@ -24,7 +24,7 @@ from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Target, is_alive, resolve_target, scan_tree
 from ckptd.journal.actions import Actions
-from ckptd.journal.names import NameJournal
+from ckptd.journal.owner import StepJournal
 from ckptd.journal.steps import LinkFile, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
@@ -155,12 +155,16 @@ class JobContext:
             with BrokerClient(self.channel).walking(step):
                 yield
             return
-        entry = Journal(Path(self.request.runtime)).begin(self.request.job, self.request.target, 'walk')
-        entry.add(step)
+        journal = self._steps('walk')
+        journal.note(step)
         try:
             yield
         finally:
-            entry.finish()
+            journal.finish()
+
+    def _steps(self, mode: str) -> StepJournal:
+        request = self.request
+        return StepJournal(Journal(Path(request.runtime)), request.job, request.target, mode, fault)
 
     def timers(self) -> Timers:
         """Return access to the timers of the machine, which only root may read."""
@@ -183,8 +187,8 @@ class JobContext:
         if request.brokered:        # the broker knows whether it has published the image
             yield Names(BrokerClient(self.channel).note, '/', lambda: None)
             return
-        with NameJournal(Journal(Path(request.runtime)), request.job, request.target, fault) as journal:
-            yield Names(journal.note, str(Path(request.spool) / request.image), journal.keep)
+        with self._steps('names') as journal:
+            yield Names(journal.note, str(Path(request.spool) / request.image), journal.finish)
 
     def import_destination(self, manifest: Manifest) -> Destination:
         """Open the destination of an image that arrives as a stream. SpoolFailed, also when it does not fit."""

@@ -23,9 +23,7 @@ from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import NAME, read_manifest_of
 from ckptd.image.source import DirectoryFiles
 from ckptd.inspect.scan import scan_tree
-from ckptd.journal.actions import Actions, undo_all
-from ckptd.journal.entry import JournalEntry
-from ckptd.journal.names import NameJournal
+from ckptd.journal.owner import StepJournal
 from ckptd.journal.steps import KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.status import read_status
@@ -72,9 +70,9 @@ class BrokerAnswers:
         self._incoming: UsersImage | None = None
         self._is_published = False
         self._place = TreePlace(job, identity, worker)
-        self._names = NameJournal(Journal(Path(job.request.runtime)), job.request.job, job.request.target)
+        steps = partial(StepJournal, Journal(Path(job.request.runtime)), job.request.job, job.request.target)
+        self._names, self._walk = steps('names'), steps('walk')
         self._kept: set[str] = set()
-        self._walk: JournalEntry | None = None      # of queues that the worker walks
         self._worker = worker
         self._timers, self._are_asleep = OwnTimers(), False
         self._answers: Mapping[type[BrokerCall], Callable[[Any], Reply]] = {
@@ -144,7 +142,7 @@ class BrokerAnswers:
             raise PermissionDenied('the job has no image to publish')
         self._incoming.take_back(self._job)
         self._incoming, self._is_published = None, True
-        self._names.keep()
+        self._names.finish()
         return {}, []
 
     # ------------------------------------------------------------ freeze
@@ -253,28 +251,21 @@ class BrokerAnswers:
         return {}, []
 
     def _note_walk(self, call: NoteWalk) -> Reply:
-        if self._job.request.operation != 'checkpoint' or self._walk is not None:
+        if self._job.request.operation != 'checkpoint' or not self._walk.is_empty:
             raise PermissionDenied('the job walks no queues, or walks some already')
-        request = self._job.request
-        self._walk = Journal(Path(request.runtime)).begin(request.job, request.target, 'walk')
-        self._walk.add(self._with_ids(call.step))
+        self._walk.note(self._with_ids(call.step))
         return {}, []
 
     def _end_walk(self, call: EndWalk) -> Reply:
-        if self._walk is not None:
-            self._walk.finish()
-            self._walk = None
+        self._walk.finish()
         return {}, []
 
     def _undo_walk(self) -> None:
-        """The worker has ended in the middle of a walk: set the old offsets with the rights of the user."""
-        entry, self._walk = self._walk, None
-        if entry is not None:
-            try:
-                for failure in undo_all(entry, Actions(None)):
-                    log.warning('%s', failure)
-            finally:
-                entry.close()
+        """Set the old offsets with the rights of the user, if the worker has ended in the middle of a walk."""
+        try:
+            self._walk.close()
+        except CkptError as error:
+            log.warning('%s', error.message)
 
     def _owned(self, step: MakeFile | KeepFile | MakeSegment) -> MakeFile | KeepFile | MakeSegment:
         """Return the step with this user's ids; it will be undone with the rights of this user only."""
