@@ -94,6 +94,7 @@ async def dumped(asker: Attacker, program: Program, gate: Gate, look: Callable[[
         worker.answer()
         async with gate.open():
             image: str = await call
+            await worker.gone()     # it removes the cgroup of the freeze after it has said that it is done
     program.wait_dead()
     return image
 
