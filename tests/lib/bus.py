@@ -57,8 +57,11 @@ def terminate(process: 'subprocess.Popen[bytes]', timeout: float = 15) -> int:
 
 
 def family(pid: int) -> list[int]:
-    """A daemon's spawner, and workers."""
-    children = [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+    """A daemon's spawner, and workers. One that ends meanwhile has none."""
+    try:
+        children = [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return children + [one for child in children for one in family(child)]
 
 

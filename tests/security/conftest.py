@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.daemon.aftermath import idle
 from tests.lib.bus import Served
 from tests.lib.systembus import USERS, SystemBus
 from tests.security.attacker import Attacker
@@ -57,6 +58,14 @@ def served(shared_bus: SystemBus, tmp_path_factory: pytest.TempPathFactory) -> I
     """The daemon of tests that need nothing special of it."""
     with daemon_of(shared_bus, tmp_path_factory.mktemp('served')) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def workers_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A worker cleans up and ends a moment after its last word. A test is over when the shared daemon has none."""
+    yield
+    if 'served' in request.fixturenames:
+        idle(request.getfixturevalue('served').pid)
 
 
 @pytest.fixture
