@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Names for deleted files that still have another one, which nobody knows: link(2) brings the very same file back.
+"""Give a new name to a deleted file that still has another name. link(2) names the file itself, not a copy.
 
-The new name is in the directory of the old one. It is in the journal until the image is published, and in the image
-from then on: a restart opens the file by it and takes it away, and so does the removal of the image.
+The other name of the file cannot be found.
+
+The new name is in the directory of the old one. The journal has it until the image is published. From then on the image
+has it. A restart opens the file by the new name and removes the name. The removal of the image also removes it.
 """
 
 import os
@@ -21,7 +23,7 @@ from ckptd.operation.context import Names
 
 
 class LinkNames:
-    """The names of one checkpoint: each file gets one, however many descriptions it has."""
+    """The new names of one checkpoint. Each file gets one name, even if several descriptions refer to it."""
 
     def __init__(self, names: Names) -> None:
         self._names = names
@@ -31,12 +33,12 @@ class LinkNames:
         return len(self._known)
 
     def link_back(self, file: OpenFile) -> str:
-        """The path of the file's new name. CkptError where it cannot get one."""
+        """Give the file a new name and return its path. CkptError if that fails."""
         with file.duplicate() as fd:
             return self.link(DeletedFile.of(file), fd)
 
     def link(self, file: DeletedFile, fd: int) -> str:
-        """The path of the new name of a file that is open as `fd`. CkptError where it cannot get one."""
+        """Give a file that is open as `fd` a new name and return its path. CkptError if that fails."""
         key = file.stat.st_dev, file.stat.st_ino
         if key not in self._known:
             try:
@@ -56,7 +58,7 @@ class LinkNames:
             try:
                 self._names.note(LinkFile(path, of.st_dev, of.st_ino, self._names.image, *rights))
                 fault('name-link')
-                # linkat(2): AT_EMPTY_PATH takes a right that users lack, and the link of /proc does not
+                # linkat(2): AT_EMPTY_PATH requires a capability, and the link of /proc does not
                 os.link(f'/proc/self/fd/{fd}', name, dst_dir_fd=directory, follow_symlinks=True)
             finally:
                 os.close(directory)
@@ -66,7 +68,7 @@ class LinkNames:
 
 @contextmanager
 def _opened_root(tid: int) -> Iterator[int]:
-    """The directory that paths of a task begin at."""
+    """Open the root directory of the paths of a task."""
     fd = os.open(root_of_task(tid) or '/', os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd

@@ -141,7 +141,7 @@ class Actions:
             case MakeFile():
                 as_maker(step, partial(unmake, step))
             case LinkFile(image=image):
-                if not os.path.lexists(image):      # else it was published, and has the name from here on
+                if not os.path.lexists(image):      # if it exists, the image is published and has the name
                     as_maker(step, partial(unmake, step))
             case KeepFile(kept=path):
                 kept = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -121,8 +121,11 @@ class KeepFile(Step, frozen=True):
 
 
 class LinkFile(Step, frozen=True):
-    """A name that a checkpoint gives to a deleted file, by the rights of a user: undone by unlinking it while it is
-    that file. image: the directory of the image that needs the name. Once it is there, the name stays."""
+    """A name that a checkpoint gives to a deleted file with the rights of a user.
+
+    The undo unlinks the name if it still is that file. If the directory `image` of the image that needs the name
+    exists, the name stays.
+    """
     point = 'link-file'
     path: Path
     device: Count

@@ -38,7 +38,7 @@ def open_plain(path: str, flags: int, mode: int = 0) -> int:
 
 
 def open_below(root: int, path: str, flags: int) -> int:
-    """open(2) of a path below the directory `root`, without a symbolic link in it; else ELOOP. Close-on-exec."""
+    """Open a path below the directory `root`. ELOOP if it has a symbolic link. The fd is close-on-exec."""
     return _open(path.lstrip('/') or '.', flags, 0, RESOLVE_NO_SYMLINKS, root)
 
 
@@ -74,7 +74,7 @@ def root_of_task(tid: int) -> str:
 
 
 def has_known_mounts(tid: int) -> bool:
-    """Whether a task has the mounts that we have, or those of the first process, as far as we may know these."""
+    """Return whether a task has our mount namespace, or that of the first process if we may read it."""
     return _mount_namespace(str(tid)) in (_mount_namespace('self'), _mount_namespace('1') or _mount_namespace(str(tid)))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Names outside of an image that its checkpoint gave to deleted files: taken away with the image or at its restart."""
+"""Remove the names that a checkpoint gave to deleted files, at the restart or the removal of its image."""
 
 import logging
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def linked_names(reader: ImageReader) -> dict[str, int]:
-    """The inode that each name is of. ImageDamaged."""
+    """Return the names, each with the inode of its file. ImageDamaged."""
     found: dict[str, int] = {}
     kinds = Kinds()
     for saved in reader.every(SavedFile):
@@ -26,8 +26,11 @@ def linked_names(reader: ImageReader) -> dict[str, int]:
 
 
 def take_names_away(reader: ImageReader, user: ByUser | None = None) -> None:
-    """Unlink all names by the rights of `user`, or ours. One that cannot be unlinked stays, and the log says so: the
-    tree has its file by then, or nobody can have it any more."""
+    """Unlink all names with the rights of `user`, or ours.
+
+    A name that cannot be unlinked stays, with a warning in the log: the tree already has the file, or the image is
+    being removed.
+    """
     for path, inode in linked_names(reader).items():
         try:
             with user.as_user() if user else nullcontext():

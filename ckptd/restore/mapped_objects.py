@@ -75,7 +75,7 @@ class MappedObjects:
         return self._service_fds.once(('backing', number, writable), lambda: self._lookup.open(record.path, flags))
 
     def _linked(self, record: Backing, flags: int) -> int:
-        """A deleted file that has another name, by the one that the checkpoint gave it."""
+        """Open a deleted file that has another name by the name that the checkpoint gave it."""
         fd = self._lookup.open_linked(record.link, record.path, flags)
         if os.fstat(fd).st_ino != record.inode:
             os.close(fd)

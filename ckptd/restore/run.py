@@ -242,7 +242,7 @@ class Restore:
         fault('ready')
         self._builder.require_stopped()
         self._files.commit()
-        # last of all: without its names the image cannot be restored again
+        # the last step: without its names the image cannot be restored again
         take_names_away(self._reader, self._files)
         init = self._builder.init
         if init:

@@ -81,9 +81,10 @@ def image_tree(job: JobContext) -> None:
 
 
 def remove_names(job: JobContext) -> None:
-    """Take away what the checkpoint of an image has left outside of it, as the image is about to be removed.
+    """Remove the names that the checkpoint of an image made outside of it, before the image is removed.
 
-    An image that came from elsewhere has no names here, whatever it says; one that is damaged is removed all the same.
+    An imported image has no names on this machine, even if its records contain some. A damaged image is ignored: it can
+    be removed as well.
     """
     with suppress(ImageDamaged), job.image_files() as files, ImageReader(files) as reader:
         if not reader.manifest.imported:

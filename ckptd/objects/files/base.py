@@ -78,7 +78,7 @@ class Content(Protocol):
         ...
 
     def link_back(self, file: OpenFile) -> str:
-        """The path of the name that a deleted file gets which has another one, see linked.py. CkptError."""
+        """Give a deleted file that has another name a new one and return its path, see linked.py. CkptError."""
         ...
 
     def file_id(self, fd: int) -> int:

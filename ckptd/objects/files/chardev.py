@@ -18,11 +18,11 @@ STATELESS = {os.makedev(1, 3): 'null', os.makedev(1, 5): 'zero', os.makedev(1, 7
 
 @layout
 class CharacterDevice(Struct):
-    """device: its number, which says what it is whatever the path. deleted: the node is made again."""
+    """A character device."""
     path: str
-    device: U64
+    device: U64         # its number, which identifies the device at any path
     mode: U32
-    deleted: U8 = 0
+    deleted: U8 = 0     # the node is made again
 
 
 class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):

@@ -91,16 +91,16 @@ def make_nameless(path: str, ctx: RestoreContext, flags: int) -> int:
 
 
 def make_symlink(path: str, target: str, flags: int, ctx: RestoreContext) -> int:
-    """A symbolic link of the user's without a name, as an O_PATH fd. CkptError if there is no place for one."""
+    """Make a symbolic link without a name with the user's rights. Return its O_PATH fd. CkptError for lack of room."""
     return _make_node(path, lambda name, home: os.symlink(target, name, dir_fd=home), flags | os.O_NOFOLLOW, ctx)
 
 
 def make_device(path: str, mode: int, device: int, flags: int, ctx: RestoreContext) -> int:
-    """A device node of the user's without a name, opened. mknod(2) takes CAP_MKNOD, see `device_findings`."""
+    """Make a device node without a name with the user's rights and open it. mknod(2) requires CAP_MKNOD."""
     def make(name: str, home: int) -> None:
         os.mknod(name, stat.S_IFMT(mode) | 0o600, device, dir_fd=home)
         os.chmod(name, mode & 0o777, dir_fd=home)
-    # O_NOCTTY: a terminal does not become anybody's controlling one
+    # O_NOCTTY: a terminal does not become a controlling terminal
     return _make_node(path, make, flags | os.O_NOCTTY, ctx)
 
 
@@ -108,13 +108,16 @@ def device_findings(path: str, lookup: FileLookup) -> list[Finding]:
     """List the reasons why a deleted device node cannot be made again."""
     if not lookup.uid and lookup.capable(CAP_MKNOD):
         return []
-    return [finding('EPERM', f'{path} was a device node and is deleted, which only root can make again (mknod)',
+    return [finding('EPERM', f'{path} is a deleted device node, and only root can make it again (mknod)',
                     'restore as root')]
 
 
 def removed_directory(path: str, mode: int, ctx: RestoreContext) -> int:
-    """A directory that has been removed, made by who asks first for this path, as an O_PATH fd that is not the caller's
-    to close. It is empty and takes no entries. Open files and working directories share it."""
+    """Return an O_PATH fd of a removed directory. The caller does not close it.
+
+    The first call for a path makes the directory, and open files and working directories share it. It is empty, and no
+    entries can be added to it.
+    """
     def make(name: str, home: int) -> None:
         os.mkdir(name, 0o700, dir_fd=home)
         os.chmod(name, mode & 0o1777, dir_fd=home)
@@ -123,13 +126,15 @@ def removed_directory(path: str, mode: int, ctx: RestoreContext) -> int:
 
 
 def is_removed(path: str, lookup: FileLookup) -> bool:
-    """Whether a path that /proc has shown of a working directory is of one that was removed."""
+    """Return whether the path of a working directory in /proc is that of a removed directory."""
     return path.endswith(DELETED) and lookup.lstat(path) is None
 
 
 def open_directory(path: str, ctx: RestoreContext) -> int:
-    """A working or root directory, as /proc has shown it, as an O_PATH fd. Nothing tells the mode of one that was
-    removed, unless the tree has it open as well."""
+    """Open a working or root directory by its path in /proc. Return an O_PATH fd.
+
+    The mode of a removed directory is known only if the tree also has it open.
+    """
     flags = os.O_PATH | os.O_DIRECTORY
     if not is_removed(path, ctx):
         return ctx.open(path, flags)
@@ -138,8 +143,10 @@ def open_directory(path: str, ctx: RestoreContext) -> int:
 
 def _make_node(path: str, make: Callable[[str, int], None], flags: int, ctx: RestoreContext, *,
                remove: Callable[..., None] = os.unlink) -> int:
-    """Make a node of the file system by the user's rights, open it and take its name away. make(name, directory fd):
-    FileExistsError for a name that is taken. CkptError if there is no place for it."""
+    """Make a file with the user's rights, open it and remove its name. CkptError if there is no place for it.
+
+    make(name, directory fd) raises FileExistsError if the name exists.
+    """
     with opened_home(path, ctx) as home:
         for name in names_for(path):
             with ctx.as_user():
@@ -158,7 +165,7 @@ def _make_node(path: str, make: Callable[[str, int], None], flags: int, ctx: Res
 
 
 def unlink_new(name: str, home: int, fd: int, remove: Callable[..., None] = os.unlink) -> None:
-    """Take the name of a new file away; `fd`, by which it is open, is closed where that fails."""
+    """Remove the name of a new file. If that fails, close `fd`, the open file."""
     try:
         remove(name, dir_fd=home)
     except BaseException:

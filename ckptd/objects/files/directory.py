@@ -24,13 +24,13 @@ from ckptd.objects.files.locks import Lock, lock_findings, read_locks, restore_l
 
 @layout
 class Directory(Struct):
-    """path: from the root of the mount namespace. deleted: it was removed, and takes no entries any more."""
-    path: str
+    """An open directory."""
+    path: str           # from the root of the mount namespace
     device: U64
     inode: U64
     mode: U32
     locks: tuple[Lock, ...]
-    deleted: U8 = 0
+    deleted: U8 = 0     # it was removed, and no entries can be added to it
 
 
 class DirectoryKind(Kind[Directory], tag='directory'):
@@ -53,7 +53,7 @@ class DirectoryKind(Kind[Directory], tag='directory'):
 
     def restart_findings(self, record: Directory, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if self.late(record, saved):
-            return []       # what it belongs to is yet to be made
+            return []       # its process is not yet made
         if record.deleted:
             return deleted_findings(record.path, lookup)
         found = lookup.lstat(record.path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Deleted files that have another name: nobody knows which, so a checkpoint gives them one more, see dump/names.py."""
+"""Deleted files that have another name. The other name is unknown, so a checkpoint gives a new one: dump/names.py."""
 
 import os
 import re
@@ -23,12 +23,12 @@ Rights = tuple[int, int, tuple[int, ...]]
 
 
 class DeletedFile(NamedTuple):
-    """A file of a task that has lost the name `path`. magic_link: a link of /proc to the file itself."""
+    """A file of a task that has lost the name `path`."""
     pid: int
     tid: int
     path: str
     stat: os.stat_result
-    magic_link: str
+    magic_link: str     # in /proc, to the file itself
 
     @classmethod
     def of(cls, file: OpenFile) -> Self:
@@ -36,7 +36,7 @@ class DeletedFile(NamedTuple):
 
 
 def name_for(path: str, token: str) -> str:
-    """A name that only a checkpoint gives, after the old one where that can be written down."""
+    """Return a name of the form that only a checkpoint uses. It contains the old name if that is printable ASCII."""
     name = PurePath(path).name
     if _OURS.fullmatch(name):
         name = name[1:name.rindex(_MARK)]
@@ -46,13 +46,13 @@ def name_for(path: str, token: str) -> str:
 
 
 def is_name(path: str) -> bool:
-    """Whether a path ends in such a name, and has no way up in it."""
+    """Return whether a path is absolute, has no `..` and ends in such a name."""
     return path.startswith('/') and '..' not in path.split('/') and bool(_OURS.fullmatch(PurePath(path).name))
 
 
 @contextmanager
 def rights_to_link(pid: int) -> Iterator[Rights]:
-    """The rights of a process that has the file, which count where we are root; ours where we are a user."""
+    """Yield the rights to link with: as root, those of a process that has the file; as another user, our own."""
     if os.geteuid():
         yield os.geteuid(), os.getegid(), tuple(os.getgroups())
         return
@@ -68,7 +68,7 @@ def link_findings(file: DeletedFile) -> list[Finding]:
     what = f'{file.path} is deleted but has another name, and cannot get a further one for the image'
     found = lstat_of_task(file.tid, home)
     if not _is_text(home):
-        return [finding('EILSEQ', f'{what}: its directory has a name that is no UTF-8', _HINT)]
+        return [finding('EILSEQ', f'{what}: the name of its directory is not UTF-8', _HINT)]
     if found is None or not stat.S_ISDIR(found.st_mode):
         return [finding('ENOENT', f'{what}: its directory is gone', _HINT)]
     if found.st_dev != file.stat.st_dev:
@@ -86,7 +86,7 @@ def link_findings(file: DeletedFile) -> list[Finding]:
 
 
 def take_away(path: str, inode: int) -> None:
-    """Unlink such a name, if it still is that file. What is gone is gone. OSError."""
+    """Unlink such a name if it still is that file. Do nothing if it does not exist. OSError."""
     if not is_name(path):
         return
     pure = PurePath(path)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A file that is open with O_PATH: a place in the file system, and no way to its content. Symbolic links among them.
+"""A file that is open with O_PATH. Such a description refers to a file and does not give access to its content. The
+file may be a symbolic link.
 
-One that was deleted is made again with what it has: a symbolic link with its target, a directory, a device node, a
-regular file with its content, which other descriptions of the tree share.
+A deleted file is made again: a symbolic link with its target, a directory, a device node, or a regular file with its
+content. Other descriptions of the tree share that file.
 """
 
 import os
@@ -41,8 +42,7 @@ _NAMES = {stat.S_IFIFO: 'FIFO', stat.S_IFSOCK: 'socket'}
 
 @layout
 class PathReference(Struct):
-    """device_number: of a device node. target: of a symbolic link. content: of a deleted regular file without another
-    name; link: of one with another name, see Regular."""
+    """A file that is open with O_PATH."""
     path: str
     device: U64
     inode: U64
@@ -50,22 +50,22 @@ class PathReference(Struct):
     mode: U32
     uid: U32
     gid: U32
-    device_number: U64
+    device_number: U64      # of a device node
     deleted: U8
-    target: str
-    content: tuple[ContentSegment, ...]
-    link: str = ''
+    target: str             # of a symbolic link
+    content: tuple[ContentSegment, ...]     # of a deleted regular file without another name
+    link: str = ''          # of a deleted regular file with another name, see Regular
 
     @property
     def format(self) -> int:
-        """S_IFREG ..."""
+        """The file type: S_IFREG ..."""
         return stat.S_IFMT(self.mode)
 
 
 class PathKind(Kind[PathReference], tag='path'):
 
     def matches(self, file: OpenFile) -> bool:
-        # what has no path is a pipe, a socket or a file of the kernel's own, by its link in /proc
+        # pipes, sockets and internal files of the kernel have a link in /proc that is not a path
         return file.is_path and file.link.startswith('/') and not file.link.startswith('/memfd:')
 
     def findings(self, file: OpenFile) -> list[Finding]:
@@ -88,7 +88,7 @@ class PathKind(Kind[PathReference], tag='path'):
                             'run as root, or give the file a name (ln) before the checkpoint')]
         if sort == stat.S_IFREG and file.flags & os.O_NOFOLLOW:
             return [finding('EOPNOTSUPP', f'O_NOFOLLOW of the deleted {file.path} is not kept',
-                            'fcntl(2) F_GETFL shows the difference, and nothing else does', 'warning')]
+                            'only fcntl(2) F_GETFL shows the difference', 'warning')]
         return []
 
     def dump(self, file: OpenFile, content: Content) -> PathReference:
@@ -109,7 +109,7 @@ class PathKind(Kind[PathReference], tag='path'):
 
     def restart_findings(self, record: PathReference, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         if self.late(record, saved):
-            return []       # what it belongs to is yet to be made
+            return []       # its process is not yet made
         if record.deleted and not record.link:
             return self._deleted_findings(record, lookup)
         found = lookup.lstat(record.link or record.path)

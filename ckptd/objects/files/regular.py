@@ -140,11 +140,11 @@ class RegularKind(Kind[Regular], tag='regular'):
             return [*deleted_findings(record.path, lookup),
                     *owner_findings(record.path, record.uid, record.gid, lookup)]
         if self.late(record, saved):
-            return []       # what it belongs to is yet to be made
+            return []       # its process is not yet made
         found = lookup.lstat(record.place)
         if record.link and (found is None or found.st_ino != record.inode):
             return [finding('ENOENT', f'{record.path} was deleted, and its name for the image, {record.link}, is gone',
-                            'it can be restored once: a restart takes that name away, and so does whoever removes it')]
+                            'it can be restored once: the restart removes that name')]
         words = changes(_identity(record), found)
         if found is None:
             return self._missing(record, lookup)

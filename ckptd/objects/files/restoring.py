@@ -72,8 +72,10 @@ class RestoreContext(FileLookup, ByUser, Protocol):
         ...
 
     def open_linked(self, link: str, path: str, flags: int) -> int:
-        """Open a deleted file by the name that a checkpoint gave it, and for the moment by its old name, where that is
-        free: it is what /proc goes on to show. OSError."""
+        """Open a deleted file by the name that a checkpoint gave it. OSError.
+
+        If the old name is free, the file gets it during open(2): /proc continues to show this name.
+        """
         ...
 
     def once(self, key: Hashable, make: Callable[[], int]) -> int:

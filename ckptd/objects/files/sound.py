@@ -32,7 +32,7 @@ def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
                 if isinstance(one, Struct):
                     yield from flaws(one, size_of)
     if (link := getattr(record, 'link', '')) and not is_name(link):
-        yield f'link is {link!r}, which is no name that a checkpoint gives'
+        yield f'link is {link!r}, which is not a name that a checkpoint gives'
     match record:
         case Extent(part, offset, length):
             if offset % PAGE or offset + length > size_of(data_name(part)):

@@ -211,7 +211,7 @@ def test_deleted_device_is_for_root_to_make_again(opened: Opened, bulk: Bulk, re
     monkeypatch.setattr(job, 'capable', lambda capability: False)
     [row] = job.obstacles(saved)
     assert row[:2] == ('refusal', 'EPERM')
-    assert 'only root can make again' in row[2]
+    assert 'only root can make it again' in row[2]
 
 
 def test_removed_directory(opened: Opened, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def payload(tag: str, **fields: Any) -> Any:
     (payload('regular', path='/a\0'), 'path has a zero byte'),
     (payload('regular', content=(ContentSegment(HUGE, r.Extent(0, 0, 1)),)), f'its content is at byte {HUGE}'),
     (payload('regular', saved=(ContentSegment(0, r.Extent(0, 1, 1)),)), 'bytes 1 to 2 are not in data-0.img'),
-    *((payload('regular', link=link), f'link is {link!r}, which is no name that a checkpoint gives')
+    *((payload('regular', link=link), f'link is {link!r}, which is not a name that a checkpoint gives')
       for link in ('/etc/passwd', '.x.ckptd-0123456789abcdef', '/a/../.x.ckptd-0123456789abcdef')),
     (payload('memfd', size=HUGE), f'size is {HUGE}, above {HUGE - 1}'),
     (payload('memfd', name='a\0'), 'name has a zero byte'),
