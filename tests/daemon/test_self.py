@@ -22,7 +22,7 @@ from ckptd.image.verify import verify
 from ckptd.objects.files.unix import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.bus import ROOT, PrivateBus
-from tests.lib.victim import session_members
+from tests.lib.victim import kill_session
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace', 'dbus')
 
@@ -79,9 +79,7 @@ def start(private_bus: PrivateBus, on_bus: 'subprocess.Popen[bytes]', tmp_path: 
 
     yield run
     for process in running:
-        for pid in session_members(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_session(process.pid)
         process.wait()
 
 

@@ -168,9 +168,7 @@ class Victim:
         """Kill what is left of its session, the way a terminal's end would not spare it either."""
         if self._process is None:
             return
-        for pid in session_members(self.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_session(self.pid)
         self._process.wait()
 
     def __str__(self) -> str:
@@ -190,6 +188,13 @@ def states(root: int) -> str:
         letters += (task / 'stat').read_text(errors='replace').rpartition(')')[2].split()[0]
         letters += ''.join(states(int(child)) for child in (task / 'children').read_text().split())
     return letters
+
+
+def kill_session(sid: int) -> None:
+    """SIGKILL to every process of a session that is there now."""
+    for pid in session_members(sid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def session_members(sid: int) -> list[int]:

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Programs of others, checkpointed with --standalone while they run: nothing here was written with ckptd in mind."""
 
-import contextlib
 import functools
 import hashlib
 import json
 import operator
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +17,7 @@ from typing import Any, Self
 import pytest
 
 from tests.lib import settled
-from tests.lib.victim import session_members
+from tests.lib.victim import kill_session, session_members
 
 ROOT = Path(__file__).parents[2]
 WORK = Path(__file__).parent / 'work'
@@ -114,9 +112,7 @@ def program(tmp_path: Path) -> Iterator[Callable[..., 'subprocess.Popen[bytes]']
 
     yield start
     for process in running:
-        for pid in session_members(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_session(process.pid)
         process.wait()
 
 

@@ -34,7 +34,7 @@ from tests.lib.brood import PR_SET_DUMPABLE, fork, libc
 from tests.lib.bus import read_line
 from tests.lib.gate import cgroup2_mount
 from tests.lib.imgedit import ImageStream
-from tests.lib.victim import VICTIMS, session_members
+from tests.lib.victim import VICTIMS, kill_session
 from tests.worker.faulty import Gate, Standing, readable
 
 T = TypeVar('T')
@@ -112,9 +112,7 @@ class Program:
 
     def close(self) -> None:
         """Kill what is in its session, also what was restored into it."""
-        for pid in session_members(self.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_session(self.pid)
         self.process.wait()
         settled.reap_orphans()
 

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import SYSV, SharedMemory
 from tests.lib import settled
 from tests.lib.bus import Daemon
-from tests.lib.victim import Victim, session_members
+from tests.lib.victim import Victim, kill_session
 from tests.worker.faulty import Api, Gate, Standing, api, end, readable
 from tests.worker.unharmed import left_in_journal, left_in_spool
 
@@ -188,9 +188,7 @@ class Trial:
             settled.reap_orphans()
             await asyncio.sleep(0.01)
         self.failures += [f'{action}: {sentence}' for sentence in left]
-        for pid in session_members(self.victim.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_session(self.victim.pid)
         settled.reap_orphans()
 
     def _left(self) -> Iterator[str]:

@@ -16,7 +16,7 @@ from ckptd.errors import Busy, CkptError
 from ckptd.protocol.messages import Start, TreeRuns
 from tests.lib import settled
 from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks
-from tests.lib.victim import BRIEF, RESTLESS, Victim, build, names, session_members
+from tests.lib.victim import BRIEF, RESTLESS, Victim, build, kill_session, names, session_members
 from tests.worker.driver import DirectWorker, Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
@@ -78,11 +78,7 @@ def generation(victim: Callable[..., Victim], place: Place) -> Iterator[Callable
 
     yield start
     for one in made:
-        for pid in session_members(one.victim.pid):
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                continue
+        kill_session(one.victim.pid)
         settled.reap_orphans()
 
 

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees that never stand still: they fork, exec and start threads. A checkpoint of them is done, or says EAGAIN."""
 
-import contextlib
 import errno
-import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +10,7 @@ import pytest
 
 from ckptd.errors import NoSuchTarget, TreeChanged
 from ckptd.image.verify import verify
-from tests.lib.victim import session_members
+from tests.lib.victim import kill_session
 from tests.worker.driver import Place
 from tests.worker.unharmed import left_in_journal, left_in_spool
 
@@ -76,9 +73,7 @@ def start(tmp_path: Path, cgroup: Path) -> Iterator[Start]:
 
     yield run
     for process in running:
-        for pid in session_members(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_session(process.pid)
         process.wait()
 
 
