@@ -243,7 +243,8 @@ class Restore:
         self._builder.require_stopped()
         self._files.commit()
         # the last step: without its names the image cannot be restored again
-        take_names_away(self._reader, self._files)
+        if self._reader.manifest.names:
+            take_names_away(self._reader, self._files)
         init = self._builder.init
         if init:
             make_reaper(init, self._plan.processes[0].vpid, self._directory('/'))
