@@ -10,14 +10,17 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import PurePath
+from typing import TypeVar
 
 from ckptd.errors import CkptError, Finding
 from ckptd.image.records import Extent
 from ckptd.kernel.creds import CAP_MKNOD
 from ckptd.objects.files.base import DELETED, ByUser, FileLookup, Needs, RestoreContext, finding, open_again
 from ckptd.objects.files.content import ContentSegment, content_size, restore_content
+
+T = TypeVar('T')
 
 TRIES = 100
 
@@ -66,6 +69,18 @@ def opened_home(path: str, ctx: RestoreContext) -> Iterator[int]:
         os.close(fd)
 
 
+def make_in_home(path: str, ctx: RestoreContext, make: Callable[[str, int], T]) -> T:
+    """Return the result of `make(name, directory fd)` with the user's rights, for the first name that is free.
+
+    make raises FileExistsError if the name exists. CkptError if there is no place for the file.
+    """
+    with opened_home(path, ctx) as home:
+        for name in names_for(path):
+            with suppress(FileExistsError), ctx.as_user():
+                return make(name, home)
+    raise cannot_make(path)
+
+
 def cannot_make(path: str) -> CkptError:
     return CkptError(f'{path} was deleted and cannot be made again', errno=errno.EACCES, resource=path,
                      hint='make its directory, writable for the owner of the tree')
@@ -77,17 +92,11 @@ def make_nameless(path: str, ctx: RestoreContext, flags: int) -> int:
     O_CREAT with O_EXCL opens exactly the file that it makes (open(2)), whatever happens to its name afterwards. With
     O_TMPFILE the file would never have a name, and /proc would show a number in place of the old name.
     """
-    flags |= os.O_CLOEXEC
-    with opened_home(path, ctx) as home:
-        for name in names_for(path):
-            with ctx.as_user():
-                try:
-                    fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=home)
-                except FileExistsError:
-                    continue
-                unlink_new(name, home, fd)
-            return fd
-    raise cannot_make(path)
+    def make(name: str, home: int) -> int:
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=home)
+        unlink_new(name, home, fd)
+        return fd
+    return make_in_home(path, ctx, make)
 
 
 def make_symlink(path: str, target: str, flags: int, ctx: RestoreContext) -> int:
@@ -147,21 +156,16 @@ def _make_node(path: str, make: Callable[[str, int], None], flags: int, ctx: Res
 
     make(name, directory fd) raises FileExistsError if the name exists.
     """
-    with opened_home(path, ctx) as home:
-        for name in names_for(path):
-            with ctx.as_user():
-                try:
-                    make(name, home)
-                except FileExistsError:
-                    continue
-                try:
-                    fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=home)
-                except BaseException:
-                    remove(name, dir_fd=home)
-                    raise
-                unlink_new(name, home, fd, remove)
-            return fd
-    raise cannot_make(path)
+    def make_and_open(name: str, home: int) -> int:
+        make(name, home)
+        try:
+            fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=home)
+        except BaseException:
+            remove(name, dir_fd=home)
+            raise
+        unlink_new(name, home, fd, remove)
+        return fd
+    return make_in_home(path, ctx, make_and_open)
 
 
 def unlink_new(name: str, home: int, fd: int, remove: Callable[..., None] = os.unlink) -> None:

@@ -12,7 +12,7 @@ from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
 from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.deleted import cannot_make, deleted_findings, names_for, opened_home, unlink_new
+from ckptd.objects.files.deleted import deleted_findings, make_in_home, unlink_new
 from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
 
 
@@ -102,21 +102,14 @@ def _open(record: Fifo, ctx: RestoreContext) -> int:
 
 def _make_deleted(record: Fifo, saved: SavedFile, ctx: RestoreContext) -> int:
     """Open a new FIFO, which has a name for a moment only, for reading and writing."""
-    with opened_home(record.path, ctx) as home:
-        for name in names_for(record.path):
-            try:
-                with ctx.as_user():
-                    base, of = _make_and_open(name, home)
-            except FileExistsError:
-                continue
-            try:
-                _require_own(of, record, ctx)
-                set_owner(base, saved.mode, record.uid, record.gid, ctx)
-            except BaseException:
-                os.close(base)
-                raise
-            return base
-    raise cannot_make(record.path)
+    base, of = make_in_home(record.path, ctx, _make_and_open)
+    try:
+        _require_own(of, record, ctx)
+        set_owner(base, saved.mode, record.uid, record.gid, ctx)
+    except BaseException:
+        os.close(base)
+        raise
+    return base
 
 
 def _make_and_open(name: str, home: int) -> tuple[int, os.stat_result]:
