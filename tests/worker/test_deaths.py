@@ -21,12 +21,12 @@ from ckptd.tree import Tree
 from tests.lib import settled
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place
 from tests.worker.faulty import asking
-from tests.worker.test_faults import PASSED, WAYS
+from tests.worker.test_faults import PASSED, PUBLISH, RELEASE, WAYS
 
 pytestmark = [pytest.mark.needs('root', 'cgroup2', 'ptrace', 'gcc'), pytest.mark.timeout(60)]
 
 # the image is complete by then
-AFTERWARDS = ('undo-move', 'undo-make', 'restored', 'released', 'written', 'sealed', 'published')
+AFTERWARDS = ('undo-move', 'undo-make', *RELEASE, *PUBLISH)
 CODE = r"""
 #include <pthread.h>
 #include <unistd.h>
