@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import operator
+import os
 import re
 import signal
 import subprocess
@@ -34,8 +35,12 @@ class Standalone:
         return [sys.executable, '-m', 'ckptd.cli', *args, '--standalone', '--spool', str(self._spool), '--json']
 
     def __call__(self, *args: str, timeout: float = 120) -> Any:
-        done = subprocess.run(self._command(*args), capture_output=True, text=True, cwd=ROOT, timeout=timeout,
-                              check=False)
+        for _ in range(20):
+            done = subprocess.run(self._command(*args), capture_output=True, text=True, cwd=ROOT, timeout=timeout,
+                                  check=False)
+            # a shell may be in vfork(2) at that moment; the error says EAGAIN, and that the caller shall try again
+            if done.returncode != os.EX_TEMPFAIL:
+                break
         assert done.returncode == 0, f'{args}: {done.stdout}{done.stderr}'
         return json.loads(done.stdout) if done.stdout.strip() else None
 
