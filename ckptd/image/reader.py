@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from ckptd.errors import ImageDamaged
@@ -74,28 +74,27 @@ class _Index:
         for one in records:
             self.lists[type(one)].append(one)
         self.name = name
-        self._tables: dict[type[Record], dict[int, Record]] = {}
 
     def table(self, cls: type[Record]) -> dict[int, Record]:
-        if cls not in self._tables:
-            key = fields(cast(Any, cls))[0].name
-            table = {getattr(one, key): one for one in self.lists[cls]}
-            if len(table) != len(self.lists[cls]):
-                raise ImageDamaged(f'{self.name}: two {cls.__name__} records have the same {key}', resource=self.name)
-            self._tables[cls] = table
-        return self._tables[cls]
+        key = fields(cast(Any, cls))[0].name
+        table = {getattr(one, key): one for one in self.lists[cls]}
+        if len(table) != len(self.lists[cls]):
+            raise ImageDamaged(f'{self.name}: two {cls.__name__} records have the same {key}', resource=self.name)
+        return table
 
 
 class ImageReader:
-    """An open image. Parts are read on first use. outside: a block in which files outside of the image are opened."""
+    """An open image. Parts are read on first use. outside: a block in which files outside of the image are opened.
+    records: those of each part, if `verify` has read and accepted them."""
 
-    def __init__(self, image: Path | ImageFiles, outside: Callable[[], AbstractContextManager[None]] = nullcontext
-                 ) -> None:
-        self.outside = outside
+    def __init__(self, image: Path | ImageFiles, outside: Callable[[], AbstractContextManager[None]] = nullcontext,
+                 records: Mapping[str, Sequence[Record]] = MappingProxyType({})) -> None:
+        self.outside, self._verified = outside, records
         self._stack = ExitStack()
         self._files = self._stack.enter_context(files_of(image))
         self._data: dict[int, int] = {}
         self._indices: dict[str, _Index] = {}
+        self._tables: dict[type[Record], Mapping[int, Record]] = {}
         try:
             self.manifest = read_manifest_of(self._files)
         except BaseException:
@@ -136,7 +135,10 @@ class ImageReader:
 
     def table(self, cls: type[R]) -> Mapping[int, R]:
         """Return all records of a class by id: the first field, a vpid or mm_id or file_id ..."""
-        return cast(Mapping[int, R], self._index(cls).table(cls))
+        found = self._tables.get(cls)
+        if found is None:
+            found = self._tables[cls] = self._index(cls).table(cls)
+        return cast(Mapping[int, R], found)
 
     def get(self, cls: type[R], key: int) -> R:
         """Return the record of that id. ImageDamaged if the image has none."""
@@ -149,7 +151,8 @@ class ImageReader:
     def _index(self, cls: type[Record]) -> _Index:
         code = _part_of(cls)
         if code not in self._indices:
-            self._indices[code] = _Index(PARTS[code], self.records(code))
+            known = self._verified.get(code)
+            self._indices[code] = _Index(PARTS[code], self.records(code) if known is None else iter(known))
         return self._indices[code]
 
     # ------------------------------------------------------------ views

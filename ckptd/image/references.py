@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks of records against each other: ids that must exist, ranges in order, extents inside their files."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, cast, get_args, get_type_hints
 
-from ckptd.image.grammar import Record, Struct
+from ckptd.image.grammar import Codec, Record, Struct
 from ckptd.image.manifest import NAME, Manifest
 from ckptd.image.records import (
     CHUNK,
@@ -206,11 +207,14 @@ class RecordChecker:
                 self._damage(f'{name}: the root {one.root} is not a task of the image')
 
 
-def _extents(value: Struct) -> Iterable[Extent]:
+def _extents(value: Struct) -> Iterator[Extent]:
     """Yield the extents among the fields of a record."""
-    for field in value._codec.fields:
-        content = getattr(value, field.name)
-        if isinstance(content, Extent):
-            yield content
-        elif isinstance(content, tuple):
-            yield from (one for one in content if isinstance(one, Extent))
+    for name in _extent_fields(value._codec):
+        content = getattr(value, name)
+        yield from content if isinstance(content, tuple) else (content,)
+
+
+@cache
+def _extent_fields(codec: Codec) -> tuple[str, ...]:
+    """Return the names of the fields that are an extent or a list of them."""
+    return tuple(name for name, hint in get_type_hints(codec.cls).items() if hint is Extent or Extent in get_args(hint))

@@ -4,38 +4,44 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 from ckptd.errors import ImageDamaged
 from ckptd.image.files import digest_file
-from ckptd.image.grammar import read_records
+from ckptd.image.grammar import Record, read_records
 from ckptd.image.manifest import NAME, Manifest, Part, read_manifest_of
 from ckptd.image.records import PARTS
 from ckptd.image.references import MAX_DAMAGES, RecordChecker
 from ckptd.image.source import ImageFiles, files_of, open_part
 
+Records: TypeAlias = dict[str, list[Record]]        # the records of each part: 'TREE', 'TASK', ...
 
-def verify(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+
+def verify(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None,
+           records: Records | None = None) -> list[str]:
     """List the damages of an image, one sentence each, at most `MAX_DAMAGES`. Empty for an intact image.
 
     on_bytes(n) is called for progress after every n bytes that were hashed, and with 0 after every record. An error
-    that it raises ends this.
+    that it raises ends this. records: collects the records, for an ImageReader, so that they are decoded once.
     """
-    return [*verify_records(image, on_bytes), *verify_data(image, on_bytes)][:MAX_DAMAGES]
+    return [*verify_records(image, on_bytes, records), *verify_data(image, on_bytes)][:MAX_DAMAGES]
 
 
-def verify_records(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+def verify_records(image: Path | ImageFiles, on_bytes: Callable[[int], None] | None = None,
+                   records: Records | None = None) -> list[str]:
     """List all damages except wrong digests of the data parts: everything that a plan needs to know. At most
-    `MAX_DAMAGES`. on_bytes: as for `verify`."""
+    `MAX_DAMAGES`. on_bytes, records: as for `verify`."""
     damages: list[str] = []
     try:
         with files_of(image) as files:
-            _verify_all(files, damages, on_bytes)
+            _verify_all(files, damages, on_bytes, records)
     except ImageDamaged as error:
         return [error.message]
     return damages[:MAX_DAMAGES]
 
 
-def _verify_all(files: ImageFiles, damages: list[str], on_bytes: Callable[[int], None] | None) -> None:
+def _verify_all(files: ImageFiles, damages: list[str], on_bytes: Callable[[int], None] | None,
+                records: Records | None) -> None:
     manifest = _read_manifest(files, damages)
     found = files.names()
     _verify_names(found, manifest, damages)
@@ -44,7 +50,8 @@ def _verify_all(files: ImageFiles, damages: list[str], on_bytes: Callable[[int],
     sizes = {name: _verify_file(files, name, manifest, damages, on_bytes)
              for name in sorted({*names, *PARTS.values()})}
     checker = RecordChecker({name: size for name, size in sizes.items() if size is not None}, damages)
-    whole = [_verify_records(files, code, checker, damages, on_bytes) for code, name in PARTS.items()
+    whole = [_verify_records(files, code, checker, damages, on_bytes,
+                             None if records is None else records.setdefault(code, [])) for code, name in PARTS.items()
              if sizes.get(name) is not None]
     # a part that broke off lacks records that others refer to; these are not further damages
     if len(whole) == len(PARTS) and all(whole):
@@ -120,7 +127,7 @@ def _verify_digest(files: ImageFiles, name: str, part: Part, damages: list[str],
 
 
 def _verify_records(files: ImageFiles, code: str, checker: RecordChecker, damages: list[str],
-                    on_bytes: Callable[[int], None] | None) -> bool:
+                    on_bytes: Callable[[int], None] | None, kept: list[Record] | None) -> bool:
     name = PARTS[code]
     try:
         with open_part(files, name) as file:
@@ -128,6 +135,8 @@ def _verify_records(files: ImageFiles, code: str, checker: RecordChecker, damage
                 if list(PARTS)[one.tag >> 8:][:1] != [code]:
                     damages.append(f'{name}: a {type(one).__name__} record does not belong there')
                 checker.add(one)
+                if kept is not None:
+                    kept.append(one)
                 if on_bytes:
                     on_bytes(0)
         return True

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ckptd.errors import CkptError, Finding, ImageDamaged, Refused, errno_name
 from ckptd.image.reader import ImageReader
-from ckptd.image.verify import verify
+from ckptd.image.verify import Records, verify
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import finding_row
 from ckptd.restore.checks import obstacles
@@ -38,12 +38,13 @@ def check_restore(job: JobContext) -> None:
     image."""
     job.channel.phase('verify')
     tasks = 0
+    records: Records = {}
     with job.image_files() as files:
-        rows = [damage(sentence) for sentence in verify(files)]
+        rows = [damage(sentence) for sentence in verify(files, records=records)]
         if not rows:
             job.channel.phase('plan')
             try:
-                with ImageReader(files) as reader:
+                with ImageReader(files, records=records) as reader:
                     plan, rows = prepare(job, reader)
                     tasks = len(plan.tasks)
             except ImageDamaged as error:

@@ -19,7 +19,7 @@ from ckptd.errors import Finding
 from ckptd.faults import fault
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import PAGE, Fs
-from ckptd.image.verify import verify_records
+from ckptd.image.verify import Records, verify_records
 from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.kernel.ptrace import let_go
 from ckptd.objects.attributes.allowed import Allowed
@@ -290,11 +290,12 @@ def restore(job: JobContext) -> None:
     job.channel.phase('verify')
     with ExitStack() as stack:
         files = stack.enter_context(job.image_files())
+        records: Records = {}
         with clock.measure('verify'):
-            damages = verify_records(files)
+            damages = verify_records(files, records=records)
         if damages:
             raise damaged(damages)
-        reader = stack.enter_context(ImageReader(files))
+        reader = stack.enter_context(ImageReader(files, records=records))
         digests = stack.enter_context(Digests(files))
         job.channel.phase('plan')
         with clock.measure('plan'):
