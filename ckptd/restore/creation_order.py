@@ -16,6 +16,7 @@ Process groups are joined when all tasks exist. A dead group leader is a ghost, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from signal import SIGCHLD
 
 from ckptd.errors import Finding
@@ -38,9 +39,10 @@ _SHARES = {'mm_id': CLONE_VM, 'files_id': CLONE_FILES, 'fs_id': CLONE_FS, 'sigha
 _OF_THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 
 
-@dataclass(slots=True)
+@dataclass
 class NewProcess:
-    """A process of the image. ids: object ids of its first living thread. sid, pgid: the ids that it will have."""
+    """A process of the image. alive, ids: its living threads, and the object ids of the first one; both are asked for
+    when all threads are known. sid, pgid: the ids that it will have."""
     leader: ImageTask
     threads: list[ImageTask]
     parent: int                 # the thread that has it among its children
@@ -52,11 +54,11 @@ class NewProcess:
     def vpid(self) -> int:
         return self.leader.vpid
 
-    @property
+    @cached_property
     def alive(self) -> list[ImageTask]:
         return [task for task in (self.leader, *self.threads) if task.record.state not in _DEAD]
 
-    @property
+    @cached_property
     def ids(self) -> TaskRecord:
         return (self.alive or [self.leader])[0].record
 
