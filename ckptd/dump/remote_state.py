@@ -11,7 +11,7 @@ from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.memory import PAGE
 from ckptd.kernel.prctl import PR_GET_DUMPABLE
 from ckptd.kernel.ptrace import Tracee
-from ckptd.kernel.status import read_status
+from ckptd.kernel.status import read_locked
 from ckptd.objects.attributes.base import Scope
 from ckptd.objects.attributes.registry import Answers, Questions, ask_more
 from ckptd.remote.batch import Batch, Results
@@ -53,36 +53,36 @@ _FIRST, _MEMORY = Questions(_FIRST_BATCH, Scope), _Memory(_FIRST_BATCH)
 
 @dataclass(frozen=True, slots=True)
 class RemoteState:
-    """Answers of one process: attributes by tid; those of the first thread are for the process as well."""
+    """Answers of one process by tid; those of the first thread are for the process as well."""
     threads: dict[int, Answers]
     memory: MemoryAnswers
 
 
-def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping]) -> Steps[RemoteState]:
+def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping], caught: int) -> Steps[RemoteState]:
     """Ask all stopped threads of one process; the first one answers for the process. Their state afterwards is
-    unchanged."""
+    unchanged. caught: signals with a handler, bit n-1 is signal n."""
     first, ids = threads[0]
-    remote = Remote(first, ids, mappings)
+    remote = Remote(first, ids, mappings, caught)
     answers: dict[int, Answers] = {}
     try:
         yield from remote.open()
         lock_future = _lock_future(first, remote.area)
         results = yield from remote.run(first, ids, _FIRST_BATCH)
         for tracee, own in threads[1:]:
-            answers[tracee.tid] = _THREAD.answers((yield from remote.run(tracee, own, _THREAD_BATCH)))
+            answers[tracee.tid] = Answers(_THREAD, (yield from remote.run(tracee, own, _THREAD_BATCH)), {})
         more = yield from ask_more(first.tid, lambda batch: remote.run(first, ids, batch))
     except BaseException:
         finish(remote.close())
         raise
     yield from remote.close()
-    answers[first.tid] = _FIRST.answers(results) | more
+    answers[first.tid] = Answers(_FIRST, results, more)
     return RemoteState(answers, _MEMORY.answers(results, lock_future))
 
 
 def _lock_future(tracee: Tracee, area: int) -> int:
     """Return the effect of mlockall(2) on new mappings, such as that at `area`: 0 nothing, 1 MCL_FUTURE, 2 with
     MCL_ONFAULT."""
-    if not read_status(tracee.tid).vm_lck:
+    if not read_locked(tracee.tid):
         return 0
     flags = next(mapping.vm_flags for mapping in read_smaps(tracee.tid) if mapping.start <= area < mapping.end)
     return 2 if 'lf' in flags else int('lo' in flags)

@@ -13,6 +13,7 @@ its pages are chosen after them, so that neither shows in the image.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
 
 from ckptd.dump import state
@@ -36,7 +37,8 @@ from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.timens import ClockReadings
 from ckptd.objects.attributes import registry
-from ckptd.objects.attributes.base import DumpedProcess, DumpedTask, Scope
+from ckptd.objects.attributes.base import DumpedProcess, DumpedTask, Owners, Scope
+from ckptd.objects.attributes.registry import Answers
 from ckptd.operation.timers import Timers
 from ckptd.remote.borrow import OwnIds
 from ckptd.remote.interleave import Steps, interleave
@@ -82,6 +84,7 @@ class Dump:
         self.clocks: ClockReadings | None = None
         self._tree_records: list[Record] = []
         self._task_records: list[Record] = []
+        self._dumped: list[tuple[Owners, DumpedTask, Answers]] = []
         self._memory = MemoryDump(names)
         self._files = FileDump(data, self._memory.objects, self._groups | self._vtids, cache, names, save_limit)
 
@@ -179,14 +182,15 @@ class Dump:
             # before the task is asked, because its trap may replace a pending signal
             pending = {task.tid: self._tracees[task.tid].pending(shared=False) for task in alive}
             shared = self._tracees[anchor.tid].pending(shared=True)
-            answers = yield from ask(threads, mappings)
+            answers = yield from ask(threads, mappings, statuses[anchor.tid].sig_cgt)
         finally:
             self._asked.remove(mine.mm)
         process = DumpedProcess(leader, stat, shared, self._vtids, self._groups)
         for task in alive:
-            of = DumpedTask(task, self._tracees[task.tid], statuses[task.tid], pending[task.tid], process)
+            of = DumpedTask(task, statuses[task.tid], pending[task.tid], process)
             owners = self._owners(task, leader if task is anchor else None)
-            self._task_records += registry.dump(owners, of, answers.threads[task.tid])
+            answers.threads[task.tid].look(owners, task, self._tracees[task.tid])
+            self._dumped.append((owners, of, answers.threads[task.tid]))
         self._memory.add(mine.mm, anchor.tid, mappings, stat, answers, self._origin(leader, mine.mm))
         for task in alive:
             self._cache.forget(task)
@@ -260,8 +264,9 @@ class Dump:
 
     def write(self, writer: ImageWriter) -> None:
         """Write all records. SpoolFailed."""
-        parts = {'TREE': self._tree_records, 'TASK': self._task_records, 'FILE': self._files.records(),
-                 'MEM ': self._memory.records()}
+        attributes = (record for dumped in self._dumped for record in registry.dump(*dumped))
+        parts = {'TREE': self._tree_records, 'TASK': chain(self._task_records, attributes),
+                 'FILE': self._files.records(), 'MEM ': self._memory.records()}
         for code, rows in parts.items():
             part = writer.part(code)
             for row in rows:

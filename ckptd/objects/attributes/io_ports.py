@@ -5,13 +5,21 @@ emulates it since Linux 5.5 and shows it nowhere."""
 from ckptd.errors import NotSupported
 from ckptd.image.grammar import Struct
 from ckptd.kernel.io_ports import has_io_bitmap
+from ckptd.kernel.ptrace import Tracee
 from ckptd.objects.attributes.base import Attribute, DumpedTask
+from ckptd.tree import Task
 
 
-class IoPorts(Attribute[Struct, None], name='I/O ports'):
+class IoPorts(Attribute[Struct, bool], name='I/O ports'):
 
-    def dump(self, of: DumpedTask, answer: None) -> None:
-        if has_io_bitmap(of.tid):
-            raise NotSupported(f'{of.task.comm}[{of.tid}] may use I/O ports (ioperm)', task=of.tid,
+    def look(self, tracee: Tracee) -> bool:
+        return has_io_bitmap(tracee.tid)
+
+    def require(self, task: Task, answer: bool) -> None:
+        if answer:
+            raise NotSupported(f'{task.comm}[{task.tid}] may use I/O ports (ioperm)', task=task.tid,
                                resource='I/O ports', phase='state',
                                hint='a program that drives hardware by ports cannot be checkpointed')
+
+    def dump(self, of: DumpedTask, answer: bool) -> None:
+        return None

@@ -5,6 +5,7 @@ from ckptd.errors import NotSupported
 from ckptd.image.grammar import Struct
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, Scope
 from ckptd.remote.batch import Batch
+from ckptd.tree import Task
 
 _READ, _ENTRY = 0, 8        # function of modify_ldt(2); sizeof(struct desc_struct), <asm/desc_defs.h>
 
@@ -15,10 +16,12 @@ class Ldt(Attribute[Struct, int], name='LDT', scope=Scope.MM):
         call = batch.call('modify_ldt', _READ, batch.buffer(_ENTRY), _ENTRY)
         return lambda results: results.or_else(call, 0)      # a kernel without CONFIG_MODIFY_LDT_SYSCALL has none
 
-    def dump(self, of: DumpedTask, answer: int) -> None:
+    def require(self, task: Task, answer: int) -> None:
         """Refuse a table. Like read(2), the call returns a number of bytes if there is one."""
         if answer:
-            task = of.process.leader
             raise NotSupported(f'{task.comm}[{task.tid}] has a local descriptor table (modify_ldt)', task=task.tid,
                                resource='LDT', phase='state',
                                hint='a program that makes segments of its own cannot be checkpointed yet')
+
+    def dump(self, of: DumpedTask, answer: int) -> None:
+        return None

@@ -5,11 +5,13 @@ right."""
 
 import resource
 from collections.abc import Iterable
+from functools import lru_cache
 
 from ckptd.errors import Finding
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import Limit, Limits
-from ckptd.kernel.task import read_limits
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.task import parse_limits, read_limits_file
 from ckptd.objects.attributes.allowed import INFINITY, NOFILE, nr_open
 from ckptd.objects.attributes.base import (
     Attribute,
@@ -27,10 +29,13 @@ _NAMES = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'ME
 _HINT = 'run ckptd with CAP_SYS_RESOURCE, or with limits as high (ulimit -H, systemd: Limit{}=)'
 
 
-class ResourceLimits(Attribute[Limits, None], name='limits', scope=Scope.PROCESS, stage=Stage.LIMITS):
+class ResourceLimits(Attribute[Limits, bytes], name='limits', scope=Scope.PROCESS, stage=Stage.LIMITS):
 
-    def dump(self, of: DumpedTask, answer: None) -> Limits:
-        return Limits(of.process.leader.vtid, tuple(Limit(soft, hard) for soft, hard in read_limits(of.tid)))
+    def look(self, tracee: Tracee) -> bytes:
+        return read_limits_file(tracee.tid)
+
+    def dump(self, of: DumpedTask, answer: bytes) -> Limits:
+        return Limits(of.process.leader.vtid, _decoded(answer))
 
     def obstacles(self, record: Limits, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
         vpid = record.vpid
@@ -50,6 +55,11 @@ class ResourceLimits(Attribute[Limits, None], name='limits', scope=Scope.PROCESS
             wanted = (_limit(limit.soft), _limit(limit.hard))
             if resource.prlimit(to.tid, number) != wanted:
                 resource.prlimit(to.tid, number, wanted)
+
+
+@lru_cache(maxsize=64)      # forked children have their parent's limits
+def _decoded(data: bytes) -> tuple[Limit, ...]:
+    return tuple(Limit(soft, hard) for soft, hard in parse_limits(data))
 
 
 def _amount(value: int) -> str:

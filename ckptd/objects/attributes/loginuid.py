@@ -11,6 +11,7 @@ from ckptd.errors import Finding
 from ckptd.image.grammar import U32, Struct, layout
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.kernel.creds import CAP_AUDIT_CONTROL
+from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_loginuid
 from ckptd.objects.attributes.base import (
     Attribute,
@@ -34,10 +35,13 @@ class LoginUid(Struct):
     uid: U32
 
 
-class LoginUidAttribute(Attribute[LoginUid, None], name='loginuid', scope=Scope.PROCESS, stage=Stage.BORN):
+class LoginUidAttribute(Attribute[LoginUid, int], name='loginuid', scope=Scope.PROCESS, stage=Stage.BORN):
 
-    def dump(self, of: DumpedTask, answer: None) -> LoginUid | None:
-        return LoginUid(read_loginuid(of.tid) & _UNSET)
+    def look(self, tracee: Tracee) -> int:
+        return read_loginuid(tracee.tid) & _UNSET
+
+    def dump(self, of: DumpedTask, answer: int) -> LoginUid:
+        return LoginUid(answer)
 
     def obstacles(self, record: LoginUid, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
         own = read_loginuid(os.getpid()) & _UNSET

@@ -8,6 +8,7 @@ from ckptd.errors import Finding
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import ProcessState
 from ckptd.kernel.creds import CAP_SYS_RESOURCE
+from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_oom_score_adj
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import (
@@ -24,10 +25,13 @@ from ckptd.objects.attributes.base import (
 _LOWEST = -1000     # 0 in the record
 
 
-class OomScoreAdj(Attribute[ProcessState, None], name='oom_score_adj', scope=Scope.PROCESS, stage=Stage.LIMITS):
+class OomScoreAdj(Attribute[ProcessState, int], name='oom_score_adj', scope=Scope.PROCESS, stage=Stage.LIMITS):
 
-    def dump(self, of: DumpedTask, answer: None) -> Fields:
-        return {'oom_score_adj': read_oom_score_adj(of.tid) - _LOWEST}
+    def look(self, tracee: Tracee) -> int:
+        return read_oom_score_adj(tracee.tid)
+
+    def dump(self, of: DumpedTask, answer: int) -> Fields:
+        return {'oom_score_adj': answer - _LOWEST}
 
     def obstacles(self, record: ProcessState, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
         wanted, nearest = record.oom_score_adj + _LOWEST, _nearest(record, rights.allowed)

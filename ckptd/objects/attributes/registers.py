@@ -9,20 +9,26 @@ from ckptd.kernel.ptrace import Tracee
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Stage
 
 
-class RegistersAttribute(Attribute[records.Registers, None], name='registers', stage=Stage.FILTERS):
+class RegistersAttribute(Attribute[records.Registers, tuple[bytes, bytes]], name='registers', stage=Stage.FILTERS):
 
-    def dump(self, of: DumpedTask, answer: None) -> records.Registers:
-        return records.Registers(of.task.vtid, arch.EM, bytes(of.tracee.regs), of.tracee.xstate())
+    def look(self, tracee: Tracee) -> tuple[bytes, bytes]:
+        return bytes(tracee.regs), tracee.xstate()
+
+    def dump(self, of: DumpedTask, answer: tuple[bytes, bytes]) -> records.Registers:
+        return records.Registers(of.task.vtid, arch.EM, *answer)
 
     def finish(self, record: records.Registers, tracee: Tracee) -> None:
         tracee.set_xstate(record.xstate)
         tracee.regs = arch.user_regs_struct.from_buffer_copy(record.gpr)
 
 
-class SignalMask(Attribute[ThreadSignals, None], name='signal mask', stage=Stage.FILTERS):
+class SignalMask(Attribute[ThreadSignals, int], name='signal mask', stage=Stage.FILTERS):
 
-    def dump(self, of: DumpedTask, answer: None) -> Fields:
-        return {'mask': of.tracee.sigmask}
+    def look(self, tracee: Tracee) -> int:
+        return tracee.sigmask
+
+    def dump(self, of: DumpedTask, answer: int) -> Fields:
+        return {'mask': answer}
 
     def finish(self, record: ThreadSignals, tracee: Tracee) -> None:
         tracee.sigmask = record.mask

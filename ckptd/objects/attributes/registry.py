@@ -32,7 +32,6 @@ from ckptd.remote.batch import Batch, Results
 from ckptd.remote.interleave import Steps
 from ckptd.tree import Task
 
-Answers: TypeAlias = Mapping[str, Any]      # by name of the attribute
 RunBatch: TypeAlias = Callable[[Batch], Steps[Results]]
 
 
@@ -59,6 +58,8 @@ BY_NAME = {one.name: one for one in ATTRIBUTES}
 _BY_STAGE = {stage: [one for one in ATTRIBUTES if one.stage is stage and type(one).restore is not Attribute.restore]
              for stage in Stage}
 _FINISHING = [one for one in ATTRIBUTES if type(one).finish is not Attribute.finish]
+_LOOKING = [one for one in ATTRIBUTES if type(one).look is not Attribute.look]
+_REQUIRING = [one for one in ATTRIBUTES if type(one).require is not Attribute.require]
 _WITH_MORE = [one for one in ATTRIBUTES if type(one).ask_more is not Attribute.ask_more]
 _OF_DEAD = [one for one in ATTRIBUTES if type(one).dump_dead is not Attribute.dump_dead]
 _FOUND_OUTSIDE = [one for one in ATTRIBUTES if type(one).findings is not Attribute.findings]
@@ -78,8 +79,33 @@ class Questions:
         self._readers = {one.name: reader for one in ATTRIBUTES if one.scope in scopes
                          if (reader := one.ask(batch)) is not None}
 
-    def answers(self, results: Results) -> dict[str, Any]:
-        return {name: read(results) for name, read in self._readers.items()}
+    def answer(self, name: str, results: Results) -> Any:
+        """Decode an answer; None for an attribute that has not asked."""
+        reader = self._readers.get(name)
+        return reader and reader(results)
+
+
+class Answers:
+    """The answers of a stopped task. Those in the results of a batch are decoded when they are used, since most are
+    used when the tree runs again. found: others, by name of the attribute."""
+    __slots__ = ('_found', '_questions', '_results')
+
+    def __init__(self, questions: Questions, results: Results, found: Mapping[str, Any]) -> None:
+        self._questions, self._results, self._found = questions, results, dict(found)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._found:
+            return self._found[name]
+        return self._questions.answer(name, self._results)
+
+    def look(self, owners: Owners, task: Task, tracee: Tracee) -> None:
+        """Add what only we can read, and check that all of it can be saved. NotSupported."""
+        for one in _LOOKING:
+            if one.scope in owners:
+                self._found[one.name] = one.look(tracee)
+        for one in _REQUIRING:
+            if one.scope in owners:
+                one.require(task, self[one.name])
 
 
 def ask_more(tid: int, run: RunBatch) -> Steps[dict[str, Any]]:
@@ -104,7 +130,7 @@ def dump(owners: Owners, of: DumpedTask, answers: Answers) -> Iterator[Record]:
     for one in ATTRIBUTES:
         if not (owner := owners.get(one.scope)):
             continue
-        found = one.dump(of, answers.get(one.name))
+        found = one.dump(of, answers[one.name])
         match found:
             case None:
                 continue

@@ -3,15 +3,18 @@
 so they are registered after the shed."""
 
 from ckptd.image.records import ThreadPointers
+from ckptd.kernel.ptrace import Tracee, ptrace_rseq_configuration
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Stage
 
 
-class Rseq(Attribute[ThreadPointers, None], name='rseq', stage=Stage.AFTER_RIGHTS):
+class Rseq(Attribute[ThreadPointers, ptrace_rseq_configuration], name='rseq', stage=Stage.AFTER_RIGHTS):
 
-    def dump(self, of: DumpedTask, answer: None) -> Fields:
-        rseq = of.tracee.rseq()
-        return {'rseq': rseq.rseq_abi_pointer, 'rseq_len': rseq.rseq_abi_size, 'rseq_signature': rseq.signature,
-                'rseq_flags': rseq.flags}
+    def look(self, tracee: Tracee) -> ptrace_rseq_configuration:
+        return tracee.rseq()
+
+    def dump(self, of: DumpedTask, answer: ptrace_rseq_configuration) -> Fields:
+        return {'rseq': answer.rseq_abi_pointer, 'rseq_len': answer.rseq_abi_size, 'rseq_signature': answer.signature,
+                'rseq_flags': answer.flags}
 
     def restore(self, record: ThreadPointers, to: RestoredTask) -> None:
         if record.rseq:

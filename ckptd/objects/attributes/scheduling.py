@@ -4,12 +4,14 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 from ckptd.errors import CkptError, Finding
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import Scheduling
 from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_NICE
 from ckptd.kernel.prctl import PR_GET_TIMERSLACK, PR_SET_TIMERSLACK
+from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.sched import SchedAttr, ioprio_get, ioprio_set, sched_getattr, sched_setattr
 from ckptd.objects.attributes.allowed import NICE, RTPRIO, Allowed
 from ckptd.objects.attributes.base import (
@@ -30,6 +32,7 @@ _REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
 # <linux/ioprio.h>
 IOPRIO_CLASS_SHIFT, IOPRIO_CLASS_RT, IOPRIO_CLASS_BE = 13, 1, 2
 _HINT = 'run ckptd with CAP_SYS_NICE'
+_Seen: TypeAlias = tuple[SchedAttr, frozenset[int], int]      # attributes, processors, I/O priority
 
 
 class TimerSlack(Attribute[Scheduling, int], name='timer slack'):
@@ -47,15 +50,19 @@ class TimerSlack(Attribute[Scheduling, int], name='timer slack'):
         to.script.call('prctl', PR_SET_TIMERSLACK, record.timer_slack)
 
 
-class SchedulingPolicy(Attribute[Scheduling, None], name='scheduling', stage=Stage.LIMITS):
+class SchedulingPolicy(Attribute[Scheduling, _Seen], name='scheduling', stage=Stage.LIMITS):
     """The scheduling policy. It is set from outside while the stub has our rights, after the limits of the process."""
 
-    def dump(self, of: DumpedTask, answer: None) -> Fields:
-        attr = sched_getattr(of.tid)
-        mask = sum(1 << cpu for cpu in os.sched_getaffinity(of.tid))
+    def look(self, tracee: Tracee) -> _Seen:
+        tid = tracee.tid
+        return sched_getattr(tid), frozenset(os.sched_getaffinity(tid)), ioprio_get(tid)
+
+    def dump(self, of: DumpedTask, answer: _Seen) -> Fields:
+        attr, processors, ioprio = answer
+        mask = sum(1 << cpu for cpu in processors)
         return {'policy': attr.policy, 'flags': attr.flags, 'nice': attr.nice + 20, 'priority': attr.priority,
                 'runtime': attr.runtime, 'deadline': attr.deadline, 'period': attr.period,
-                'affinity': mask.to_bytes((mask.bit_length() + 63) // 64 * 8, 'little'), 'ioprio': ioprio_get(of.tid),
+                'affinity': mask.to_bytes((mask.bit_length() + 63) // 64 * 8, 'little'), 'ioprio': ioprio,
                 'util_min': attr.util_min, 'util_max': attr.util_max}
 
     def obstacles(self, record: Scheduling, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
