@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument
+from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument, TreeChanged
 from ckptd.journal.actions import Actions, FaultPoint, describe, undo_all
 from ckptd.journal.entry import JournalEntry
 from ckptd.journal.steps import AnyStep, EndProcesses, FreezeCgroup, FreezeUnit, Known
@@ -65,7 +65,7 @@ class FrozenTree:
     """A tree at rest, and the means to restore the state that was found. This class is for a tree that was already at
     rest.
 
-        tree        as scanned last, with every task at rest
+        tree        as scanned last, when every task was at rest: nothing forks then, so no task is missing
         tracees     by tid; stopped under ptrace. The ptrace freezer fills it, a dump adds its own. All of them are
                     detached at the end, after the state is restored, so a tree found frozen never runs in between
         rescan()    scan the tree again
@@ -89,7 +89,13 @@ class FrozenTree:
         return False
 
     def freeze(self) -> None:
-        """Bring the tree to rest. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then `close` undoes it."""
+        """Bring the tree to rest, and scan it then. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then
+        `close` undoes it."""
+        # all tasks of the earlier scan are at rest, but one of them may have made another before
+        tree = self.rescan()
+        if changes := self.tree.changes(tree):
+            raise TreeChanged(f'the tree changed while its caller froze it: {changes[0]}', phase='freeze')
+        self.tree = tree
 
     def rescan(self) -> Tree:
         """Scan the tree again, wherever the freeze has moved it."""

@@ -43,7 +43,8 @@ class CgroupFrozen(FrozenTree):
         try:
             places = read_places(self.tree)
             if not places:
-                return          # all tasks are dead
+                self.tree = self.rescan()       # all tasks are dead: NoSuchTarget for a process
+                return
             own = self._own_cgroup(places)
             if own is None:
                 self._make_work_cgroup(places)

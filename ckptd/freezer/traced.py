@@ -31,10 +31,8 @@ class TracedFrozen(FrozenTree):
         if freeze_request.journal is not None:
             self._journal()
         with ChildSignals() as signals:
+            awake = self._awake()
             for _ in range(ROUNDS):
-                awake = [task for task in self.tree if not task.is_zombie and task.tid not in self.tracees]
-                if not awake:
-                    return
                 for task in awake:
                     self._seize(task)
                 freeze_request.at('freeze-seize')
@@ -43,7 +41,14 @@ class TracedFrozen(FrozenTree):
                 freeze_request.at('freeze-seize-done')
                 freeze_request.next_round()
                 self.tree = freeze_request.rescan()
+                awake = self._awake()
+                if not awake:
+                    return
         raise TreeChanged(f'{freeze_request.target.description} forks faster than it can be stopped', phase='freeze')
+
+    def _awake(self) -> list[Task]:
+        """List the living tasks that are not seized."""
+        return [task for task in self.tree if not task.is_zombie and task.tid not in self.tracees]
 
     def let_run(self) -> None:
         """Do nothing, because each tracee is stopped by itself."""

@@ -7,8 +7,8 @@
     Handles(tree)                       a pidfd per process
 
 A scan reads one stat line per task and one children list per thread, so its time grows linearly with the tasks. The
-tasks run meanwhile: one that vanishes during the scan is left out, one that is born may be missed. Two scans that
-agree, the later one with the tree frozen, are the proof (Tree.changes).
+tasks run meanwhile: one that vanishes during the scan is left out, one that is born may be missed. A scan of a tree at
+rest is complete, because nothing forks: that of the freezer (freezer/base.py).
 """
 
 import errno
