@@ -34,12 +34,13 @@ from ckptd.image.ids import is_image_id
 from ckptd.jobs.audit import audit
 from ckptd.jobs.held_freezes import not_held
 from ckptd.jobs.images import ImageRights
-from ckptd.jobs.requests import parse_target
+from ckptd.jobs.requests import target_for
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import JobRecord
 from ckptd.jobs.visibility import Visibility
 from ckptd.kernel.confinement import hint_for, listed
 from ckptd.protocol.messages import Caller
+from ckptd.target import AnyTarget, Target
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']
 # actions for an own object and for another user's
@@ -57,10 +58,10 @@ PARTLY: Final = 'not all of which is theirs'
 
 class TreeRights(NamedTuple):
     """The rights with which an operation on a tree is done."""
+    target: Target     # the tree
     caller: Caller     # the work is done with these rights
     asker: int         # uid of the user who asked
-    start_time: int    # start time of the process that the target pid:N named when the call came in; 0 for other
-                       # targets
+    start_time: int    # start time of the process of a ProcessTarget when the call came in; 0 for other targets
 
 
 class Authorizer:
@@ -127,20 +128,20 @@ class Authorizer:
         """Log that a caller ends something that it started. No authorization is needed."""
         audit_call('allowed', call, caller, what, 'owner' if caller.uid else 'root')
 
-    async def tree(self, call: Call, verb: Verb, target: str, *, as_root: bool = False) -> TreeRights:
+    async def tree(self, call: Call, verb: Verb, target: AnyTarget, *, as_root: bool = False) -> TreeRights:
         """Authorize an operation on a tree. as_root: the caller asks for root's rights. NoSuchTarget."""
         caller = await call.credentials()
-        where = parse_target(target, caller)
+        where = target_for(target, caller)
         async with call.attended() if caller.uid else contextlib.nullcontext():
             owner, pid, start_time, outside = await self._visibility.whose(where, caller)
         refusal = '' if pid else PARTLY
         if as_root and owner == caller.uid:
             owner, refusal = None, "which needs root's rights"
-        may = await self.enter(call, verb, where, owner=owner, task=pid, refusal=refusal,
+        may = await self.enter(call, verb, str(where), owner=owner, task=pid, refusal=refusal,
                                hint='run as the owner of the tree, or as root', outside=outside)
-        return TreeRights(may, caller.uid, start_time)
+        return TreeRights(where, may, caller.uid, start_time)
 
-    async def traces(self, call: Call, caller: Caller, target: str, start_time: int = 0, *,
+    async def traces(self, call: Call, caller: Caller, target: Target, start_time: int = 0, *,
                      interactive: bool = True) -> bool:
         """Whether the caller's worker may trace tasks that Yama keeps the caller from tracing. False, without a
         question, where Yama restricts nothing.
@@ -153,35 +154,34 @@ class Authorizer:
         # root's worker needs no permission, and a user's daemon has no rights to give
         if not caller.uid or os.geteuid():
             return False
-        what = parse_target(target, caller)
         async with call.attended():
-            if not await self._visibility.is_kept_by_yama(what, start_time, caller):
+            if not await self._visibility.is_kept_by_yama(target, start_time, caller):
                 return False
-            answer = await self._polkit.ask(call.sender, caller.uid, TRACE, {'target': what},
+            answer = await self._polkit.ask(call.sender, caller.uid, TRACE, {'target': str(target)},
                                             interactive=interactive and call.interactive)
-        audit_call('allowed' if answer == PolkitAnswer.YES else 'refused', call, caller, what, TRACE)
+        audit_call('allowed' if answer == PolkitAnswer.YES else 'refused', call, caller, str(target), TRACE)
         if answer == PolkitAnswer.ASK and interactive:
-            raise _takes_a_person(f'{what}, which Yama keeps its owner from tracing,', TRACE)
+            raise _takes_a_person(f'{target}, which Yama keeps its owner from tracing,', TRACE)
         return answer == PolkitAnswer.YES
 
-    async def hold(self, call: Call, where: str, owner: int | None) -> Viewer:
+    async def hold(self, call: Call, where: Target, owner: int | None) -> Viewer:
         """Authorize a thaw. Return what the caller may see. `owner` is the uid that froze the target, or None. A caller
         who may not see the freeze gets the same error either way. NoSuchTarget."""
         caller = await call.credentials()
         if caller.confinement and await self._visibility.is_outside(where, caller):
-            caller = await self._leave_confinement(call, caller, 'freeze', where)
+            caller = await self._leave_confinement(call, caller, 'freeze', str(where))
         if not caller.uid or owner == caller.uid:
-            self.own(call, caller, where)
+            self.own(call, caller, str(where))
             return Viewer(caller.uid)
         viewer = await call.viewer()
         if not viewer.all:
             try:
-                await self.enter(call, 'freeze', where, owner=None, outside=False,
+                await self.enter(call, 'freeze', str(where), owner=None, outside=False,
                                  refusal=f'which uid {caller.uid} did not freeze')
             except PermissionDenied as error:
                 raise not_held(where) from error
         elif owner is not None:
-            await self.enter(call, 'freeze', where, owner=owner, outside=False)
+            await self.enter(call, 'freeze', str(where), owner=owner, outside=False)
         return viewer
 
     async def job(self, call: Call, verb: Verb, job: JobRecord) -> None:

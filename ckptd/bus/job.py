@@ -82,7 +82,7 @@ class JobObject(Exported):
     @property_('s', emits='const')
     def Target(self) -> str:
         """Target of the job. For a restore, the target that was dumped."""
-        return self.job.request.target
+        return self.job.request.about
 
     @property_('s', emits='const')
     def Image(self) -> str:

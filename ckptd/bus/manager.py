@@ -22,9 +22,10 @@ from ckptd.jobs.held_freezes import not_held
 from ckptd.jobs.images import ImageService
 from ckptd.jobs.inhibitors import InhibitorLock
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.requests import RequestFactory, parse_target
+from ckptd.jobs.requests import RequestFactory, target_for
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.protocol.messages import Operation
+from ckptd.target import CALLER, AnyTarget, ProcessTarget, parse_target
 
 TOGETHER = 1000         # images that are listed without a pause: each takes some 2 us
 MAX_WORDS = 256         # characters of an inhibitor's description
@@ -44,35 +45,36 @@ class ManagerObject(Exported):
     @method('sa{sv}', 'o', names=('target', 'options', 'job'))
     async def Checkpoint(self, call: Call, target: str, options: dict[str, Any]) -> str:
         """Start a job that dumps the tree. Returns the path of the job."""
-        return await self._checkpoint(call, target, options)
+        return await self._checkpoint(call, parse_target(target), options)
 
     @method('ha{sv}', 'o', names=('pidfd', 'options', 'job'))
     async def CheckpointProcess(self, call: Call, pidfd: int, options: dict[str, Any]) -> str:
         """Start a job that dumps the process behind a pidfd and its tree. Returns the path of the job. Unlike a pid, a
         pidfd is never reused."""
-        return await self._checkpoint(call, f'pid:{_pid_of(pidfd)}', options, (pidfd,))
+        return await self._checkpoint(call, ProcessTarget(_pid_of(pidfd)), options, (pidfd,))
 
     @method('a{sv}', 's', names=('options', 'image'))
     async def CheckpointSelf(self, call: Call, options: dict[str, Any]) -> str:
         """Dump the tree of the caller. Returns the image once it is published. A caller restored from the image reads
         end-of-file from this bus instead of the answer."""
         given = parse_options(options, SELF)
-        caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', 'self')
-        traces = await self._authorizer.traces(call, caller, 'self', start_time)
-        request = self._request_factory.on_target('checkpoint', 'self', caller, asker=asker, start_time=start_time,
-                                                  trace_under_yama=traces, **given)
+        tree = await self._authorizer.tree(call, 'checkpoint', CALLER)
+        traces = await self._authorizer.traces(call, tree.caller, tree.target, tree.start_time)
+        request = self._request_factory.on_target('checkpoint', tree.target, tree.caller, about_itself=True,
+                                                  asker=tree.asker, start_time=tree.start_time, trace_under_yama=traces,
+                                                  **given)
         # with after=kill the caller leaves the bus because the checkpoint succeeded
         async with contextlib.nullcontext() if request.after == 'kill' else call.attended():
             return str((await self._queue.call(request))['image'])
 
-    async def _checkpoint(self, call: Call, target: str, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
+    async def _checkpoint(self, call: Call, target: AnyTarget, options: dict[str, Any], fds: Sequence[int] = ()) -> str:
         given = parse_options(options, CHECKPOINT)
         token, detach = given.pop('handle_token', ''), given.pop('detach', False)
-        caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', target,
-                                                                as_root=given.get('as_root', False))
-        traces = await self._authorizer.traces(call, caller, target, start_time)
-        request = self._request_factory.on_target('checkpoint', target, caller, has_pidfd=bool(fds), asker=asker,
-                                                  start_time=start_time, trace_under_yama=traces, **given)
+        tree = await self._authorizer.tree(call, 'checkpoint', target, as_root=given.get('as_root', False))
+        traces = await self._authorizer.traces(call, tree.caller, tree.target, tree.start_time)
+        request = self._request_factory.on_target('checkpoint', tree.target, tree.caller,
+                                                  about_itself=target == CALLER, has_pidfd=bool(fds), asker=tree.asker,
+                                                  start_time=tree.start_time, trace_under_yama=traces, **given)
         job = self._queue.submit(request, fds, token and token_path(call.sender, token))
         if not detach:
             await attach(call, self._queue, job)
@@ -90,12 +92,13 @@ class ManagerObject(Exported):
 
     async def _ask(self, operation: Operation, call: Call, target: str, options: dict[str, Any],
                    known: tuple[Option, ...]) -> dict[str, Any]:
-        given = parse_options(options, known)
+        given, wanted = parse_options(options, known), parse_target(target)
         caller = await call.credentials()
+        tree = target_for(wanted, caller)
         if operation == 'check':
-            given['trace_under_yama'] = await self._authorizer.traces(call, caller, target, interactive=False)
-        request = self._request_factory.on_target(operation, target, caller, **given)
-        audit_call('allowed', call, caller, request.target, 'looking')
+            given['trace_under_yama'] = await self._authorizer.traces(call, caller, tree, interactive=False)
+        request = self._request_factory.on_target(operation, tree, caller, about_itself=wanted == CALLER, **given)
+        audit_call('allowed', call, caller, str(tree), 'looking')
         async with call.attended():
             return await self._queue.call(request)
 
@@ -105,8 +108,10 @@ class ManagerObject(Exported):
         tasks. After the reply the freeze outlives its caller."""
         given = parse_options(options, FREEZING)
         detach = given.pop('detach', False)
-        caller, asker, start_time = await self._authorizer.tree(call, 'freeze', target)
-        request = self._request_factory.on_target('freeze', target, caller, asker=asker, start_time=start_time, **given)
+        wanted = parse_target(target)
+        tree = await self._authorizer.tree(call, 'freeze', wanted)
+        request = self._request_factory.on_target('freeze', tree.target, tree.caller, about_itself=wanted == CALLER,
+                                                  asker=tree.asker, start_time=tree.start_time, **given)
         async with contextlib.nullcontext() if detach else call.attended():
             return int((await self._queue.call(request)).get('tasks', 0))
 
@@ -114,8 +119,7 @@ class ManagerObject(Exported):
     async def Thaw(self, call: Call, target: str, options: dict[str, Any]) -> None:
         """Thaw a tree that Freeze, or a checkpoint with after=freeze, left frozen."""
         parse_options(options, NONE)
-        caller = await call.credentials()
-        where = parse_target(target, caller)
+        where = target_for(parse_target(target), await call.credentials())
         owner = self._queue.frozen.get(where)
         viewer = await self._authorizer.hold(call, where, owner)
         if self._queue.frozen.get(where) != owner:      # the freeze that the question was about has ended meanwhile
@@ -126,17 +130,16 @@ class ManagerObject(Exported):
     async def Inhibit(self, call: Call, who: str, why: str, options: dict[str, Any]) -> UnixFd:
         """Delay checkpoints of a tree (option target, 'self' by default) until the returned file descriptor is closed,
         but at most for InhibitDelayMaxSec=. PrepareForCheckpoint tells when to close it."""
-        target = parse_options(options, INHIBIT).get('target', 'self')
-        caller, asker, start_time = await self._authorizer.tree(call, 'checkpoint', target)
-        holder = InhibitorLock(who[:MAX_WORDS], why[:MAX_WORDS], parse_target(target, caller), asker, caller.pid,
-                               call.sender)
-        return UnixFd(self._queue.inhibit(holder, start_time))
+        target = parse_target(parse_options(options, INHIBIT).get('target', str(CALLER)))
+        tree = await self._authorizer.tree(call, 'checkpoint', target)
+        holder = InhibitorLock(who[:MAX_WORDS], why[:MAX_WORDS], tree.target, tree.asker, tree.caller.pid, call.sender)
+        return UnixFd(self._queue.inhibit(holder, tree.start_time))
 
     @method('', 'a(sssuu)', names=('inhibitors',), long=True)
     async def ListInhibitors(self, call: Call) -> list[tuple[str, str, str, int, int]]:
         """List (who, why, target, uid, pid) of the inhibitors that are held."""
         viewer = await call.viewer()
-        return [(one.who, one.why, one.target, one.uid, one.pid) for one in self._queue.inhibitors.held
+        return [(one.who, one.why, str(one.target), one.uid, one.pid) for one in self._queue.inhibitors.held
                 if viewer.sees(one.uid)]
 
     # ------------------------------------------------------------ images
@@ -155,7 +158,7 @@ class ManagerObject(Exported):
     async def ListJobs(self, call: Call) -> list[tuple[int, str, str, str, str]]:
         """List (id, path, operation, target, state) of jobs that are queued, running, or recently finished."""
         viewer = await call.viewer()
-        return [(job.number, path_of(job), job.request.operation, job.request.target, job.state.value)
+        return [(job.number, path_of(job), job.request.operation, job.request.about, job.state.value)
                 for job in self._queue.jobs if viewer.sees(job.request.asked_by)]
 
     @method('', 'aa{sv}', names=('images',), types=IMAGE_TYPES, long=True)
@@ -238,7 +241,7 @@ class ManagerObject(Exported):
     @property_('as', emits='invalidates')
     def FrozenTargets(self, viewer: Viewer) -> list[str]:
         """Targets that the daemon holds frozen until Thaw and that the caller may see."""
-        return [target for target, uid in self._queue.frozen.items() if viewer.sees(uid)]
+        return sorted(str(target) for target, uid in self._queue.frozen.items() if viewer.sees(uid))
 
 
 def _pid_of(pidfd: int) -> int:

@@ -4,17 +4,16 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, get_args
 
 from ckptd.bus.message import UnixFd
 from ckptd.errors import InvalidArgument
 from ckptd.kernel.statx import is_terminal
 from ckptd.protocol.messages import After, ChangedFiles, FreezeMode
+from ckptd.target import WORDS, CgroupTarget, clean_path, is_valid
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds
 MAX_SIZE = 2**63 - 1                # bytes
-MAX_PATH = 4096                     # PATH_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_cgroup(value: Any) -> bool:
-    return (isinstance(value, str) and value.startswith('/') and len(value) < MAX_PATH and '\0' not in value
-            and '..' not in PurePosixPath(value).parts)
+    return isinstance(value, str) and is_valid(CgroupTarget(clean_path(value)))
 
 
 def _is_terminal(value: Any) -> bool:
@@ -64,7 +62,7 @@ CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
 TERMINAL = Option('terminal', 'a file descriptor of a terminal', _is_terminal)
 
 DETACH = _flag('detach')
-TARGET = Option('target', 'a target: pid:N, a unit name, cgroup:/path or self', lambda value: isinstance(value, str))
+TARGET = Option('target', f'the text of a target; {WORDS}', lambda value: isinstance(value, str))
 
 SELF = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT)
 # a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach

@@ -50,8 +50,16 @@ class Command:
 
 
 def target(text: str) -> str:
-    """Return a target as the daemon takes it. A bare number is a pid."""
-    return f'pid:{int(text)}' if text.isascii() and text.isdigit() else text
+    """Return the text of a target for the daemon, which parses it. A bare number is a pid."""
+    if not (text.isascii() and text.isdigit()):
+        return text
+    from ckptd.target import ProcessTarget  # not needed for --help
+    return str(ProcessTarget(int(text)))
+
+
+def _cgroup(text: str) -> str:
+    from ckptd.target import CGROUP
+    return text.removeprefix(CGROUP)
 
 
 def timespan(text: str) -> int:
@@ -114,7 +122,7 @@ def _restore(parser: argparse.ArgumentParser) -> None:
                         help='restore into a new pid namespace, where every pid is free')
     parser.add_argument('--clamp', action='store_true',
                         help='for limits, priorities and locked memory that you may not set: use the nearest value')
-    parser.add_argument('--cgroup', metavar='PATH', type=lambda text: text.removeprefix('cgroup:'),
+    parser.add_argument('--cgroup', metavar='PATH', type=_cgroup,
                         help='cgroup for the tree, instead of its former one')
     parser.add_argument('--leave-stopped', action='store_true', help='stop every process as by SIGSTOP')
     parser.add_argument('--changed-files', choices=CHANGED_FILES, metavar='HOW',

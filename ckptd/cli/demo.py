@@ -27,6 +27,7 @@ from ckptd.cli.session import LONG, DaemonProxy, Session
 from ckptd.cli.standalone import adopt_orphans, end_with_parent, environment
 from ckptd.cli.tree import draw_tree
 from ckptd.errors import CkptError, Refused, finding_from
+from ckptd.target import ProcessTarget
 
 START_TIMEOUT = 20.0
 GDB_TIMEOUT = 60.0
@@ -46,7 +47,7 @@ class Demo:
 
     @property
     def target(self) -> str:
-        return f'pid:{self.pid}'
+        return str(ProcessTarget(self.pid))
 
     async def check(self) -> None:
         self.title('Check: would a checkpoint of it succeed?', f'ckptctl check {self.pid}')

@@ -3,12 +3,16 @@
 
 import asyncio
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+from ckptd.cli.arguments import target as as_target
 from ckptd.cli.options import request_options
 from ckptd.cli.quantities import format_count
 from ckptd.cli.session import LONG, DaemonProxy, Session, until_interrupted
-from ckptd.errors import NoSuchTarget
+from ckptd.errors import InvalidArgument, NoSuchTarget
+from ckptd.target import AnyTarget, parse_target
 
 
 async def freeze(session: Session) -> int:
@@ -30,7 +34,7 @@ async def thaw(session: Session) -> int:
     """Thaw a tree that the daemon holds."""
     target = session.args.target
     if session.args.standalone:
-        holders = _holders(target)
+        holders = _holders(parse_target(target))
         raise NoSuchTarget(f'{target} is held by {", ".join(holders)}' if holders else
                            f'no ckptctl visible here holds {target}', hint=_how_to_end(holders))
     async with session.daemon() as daemon:
@@ -50,17 +54,24 @@ async def hold(session: Session, daemon: DaemonProxy, target: str) -> None:
     session.out.note(f'{target} runs on')
 
 
-def _holders(target: str) -> list[str]:
+def _holders(target: AnyTarget) -> list[str]:
     """List commands that hold this target in the foreground, such as 'ckptctl[123]'."""
     import psutil
-    names = {target, target.removeprefix('pid:')}
     found = []
     for process in psutil.process_iter(['cmdline']):
         words = process.info['cmdline'] or []
         ours = any(Path(word).name in ('ckptctl', 'ckptd.cli') for word in words[:4])
-        if ours and '--standalone' in words and not names.isdisjoint(words) and process.pid != os.getpid():
+        if ours and '--standalone' in words and process.pid != os.getpid() and _names(words, target):
             found.append(f'ckptctl[{process.pid}]')
     return found
+
+
+def _names(words: Iterable[str], target: AnyTarget) -> bool:
+    for word in words:
+        with suppress(InvalidArgument):
+            if parse_target(as_target(word)) == target:
+                return True
+    return False
 
 
 def _how_to_end(holders: list[str]) -> str:

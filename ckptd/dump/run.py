@@ -174,7 +174,7 @@ class Checkpoint:
         return Manifest(
             image=request.image, created_usec=time.time_ns() // 1000, ckptd_version=__version__,
             kernel=os.uname().release, boot_id=boot_id(), owner_uid=request.caller.uid, owner_gid=request.caller.gid,
-            target=request.target, root=tree.root.vtid, command=tree.root.comm, tasks=len(tree),
+            target=request.about, root=tree.root.vtid, command=tree.root.comm, tasks=len(tree),
             processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics, clocks=_clocks(dump.clocks),
             warnings=tuple(self._warnings),
             own_pidns=dump.own_pidns, names=len(self._links))
@@ -187,7 +187,7 @@ class Checkpoint:
         elif after == 'freeze':
             self._channel.phase('release')
             hold(frozen)
-            self._channel.send(Frozen(self._request.target, len(frozen.tree), frozen.mode))
+            self._channel.send(Frozen(len(frozen.tree), frozen.mode))
         self._channel.finish('', (), summary(manifest))
         if after == 'freeze':
             self._channel.wait_thaw()

@@ -24,7 +24,8 @@ MAX_NAMED = 64              # tasks that an error names
 
 
 class FreezeTarget(Protocol):
-    """The fields of inspect.scan.Target that a freezer needs. cgroup: if not None, the tree is everything in it."""
+    """The fields of inspect.scan.ResolvedTarget that a freezer needs. cgroup: if not None, the tree is everything in
+    it."""
     @property
     def cgroup(self) -> str | None: ...
     @property

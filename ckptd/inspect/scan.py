@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The live tree: from the name of a target to its roots, from the roots to a Tree, and a pidfd for each process.
+"""The live tree: from a target to its roots, from the roots to a Tree, and a pidfd for each process.
 
-    resolve_target('demo.service', 0)   Target(kind='unit', roots=(100, 140), cgroup='/system.slice/demo.service', ...)
-    scan_tree((100, 140))               100 leader, 100's other threads by tid, then for each thread of 100 its
-                                        children, each the same way; then 140
-    Handles(tree)                       a pidfd per process
+    resolve_target(UnitTarget('demo.service'))      roots (100, 140), cgroup /system.slice/demo.service ...
+    scan_tree((100, 140))                           100 leader, 100's other threads by tid, then for each thread of 100
+                                                    its children, each the same way; then 140
+    Handles(tree)                                   a pidfd per process
 
 A scan reads one stat line per task and one children list per thread, so its time grows linearly with the tasks. The
 tasks run meanwhile: one that vanishes during the scan is left out, one that is born may be missed. A scan of a tree at
@@ -17,7 +17,7 @@ import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.kernel.cgroup import Cgroup, CgroupMount, mount_of
@@ -28,48 +28,41 @@ from ckptd.kernel.stat import Stat, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
 from ckptd.kernel.units import unit_directories
+from ckptd.target import CgroupTarget, ProcessTarget, Target
 from ckptd.tree import Task, TaskId, Tree
-
-UNIT_SUFFIXES = ('.service', '.scope', '.slice', '.socket', '.mount', '.swap')     # the units that have a cgroup
-
 
 # ---------------------------------------------------------------- targets
 
-class Target(NamedTuple):
-    """The target of a checkpoint."""
-    kind: Literal['pid', 'unit', 'cgroup']
+
+class ResolvedTarget(NamedTuple):
+    """A target as it is found at a moment."""
     roots: tuple[int, ...]      # pids, the main one first
     cgroup: str | None          # path below the v2 mount of a target that is all of a cgroup; None for other trees
     unit: str | None
-    description: str
+    description: str            # for a message: 'process 7', 'unit a.service', 'cgroup /a'
 
 
-def resolve_target(target: str, caller_pid: int, manager: int | None = None) -> Target:
-    """Resolve 'pid:N', 'foo.service', 'cgroup:/path' or 'self' (the process `caller_pid`). InvalidArgument,
-    NoSuchTarget. manager: uid of the service manager of the unit, 0 for the system's; None for ours."""
-    if target == 'self':
-        return _process(caller_pid, f'the calling process {caller_pid}')
-    scheme, colon, rest = target.partition(':')
-    if colon and scheme == 'pid':
-        if not (rest.isascii() and rest.isdecimal() and 0 < int(rest) < 1 << 31):
-            raise InvalidArgument(f'not a pid: {rest!r}', hint='write pid:N with a number N')
-        return _process(int(rest), f'process {int(rest)}')
-    if colon and scheme == 'cgroup':
-        return _cgroup(rest)
-    if target.endswith(UNIT_SUFFIXES):
-        return _unit(target, os.geteuid() if manager is None else manager)
-    raise InvalidArgument(f'not a target: {target!r}', hint=NoSuchTarget.default_hint)
+def resolve_target(target: Target, manager: int | None = None) -> ResolvedTarget:
+    """Find the processes of a target. InvalidArgument, NoSuchTarget. manager: uid of the service manager of the unit, 0
+    for the system's; None for ours."""
+    match target:
+        case ProcessTarget(pid=pid):
+            return _process(pid)
+        case CgroupTarget(path=path):
+            return _cgroup(path)
+    return _unit(target.name, os.geteuid() if manager is None else manager)
 
 
-def _process(pid: int, description: str) -> Target:
+def _process(pid: int) -> ResolvedTarget:
     try:
         tgid = read_status(pid).tgid
     except ProcessLookupError:
         raise no_process(pid) from None
     if tgid != pid:
-        raise InvalidArgument(f'{pid} is a thread of process {tgid}', task=pid, hint=f'name the process: pid:{tgid}')
+        raise InvalidArgument(f'{pid} is a thread of process {tgid}', task=pid,
+                              hint=f'name the process: {ProcessTarget(tgid)}')
     _require_life(pid)
-    return Target('pid', (pid,), None, None, description)
+    return ResolvedTarget((pid,), None, None, f'process {pid}')
 
 
 def no_process(pid: int) -> NoSuchTarget:
@@ -88,23 +81,17 @@ def _require_life(pid: int) -> None:
                            hint=f'its parent, process {stat.ppid}, has not waited for it yet')
 
 
-def _cgroup(path: str) -> Target:
-    parts = Path(path).parts
-    if parts[:1] != ('/',) or '..' in parts or '\0' in path:
-        raise InvalidArgument(f'not a cgroup path: {path!r}', hint='write cgroup:/PATH as /proc/PID/cgroup shows it')
-    if len(parts) == 1:
+def _cgroup(path: str) -> ResolvedTarget:
+    if path == '/':
         raise InvalidArgument('the root cgroup contains the whole system and cannot be frozen')
-    name = '/' + '/'.join(parts[1:])
-    directory = _mount().path.joinpath(*parts[1:])
+    directory = _mount().path / path.removeprefix('/')
     if not directory.is_dir():
-        raise NoSuchTarget(f'no cgroup {name}')
-    return Target('cgroup', _cgroup_roots(directory, f'cgroup {name}'), name, None, f'cgroup {name}')
+        raise NoSuchTarget(f'no cgroup {path}')
+    return ResolvedTarget(_cgroup_roots(directory, f'cgroup {path}'), path, None, f'cgroup {path}')
 
 
-def _unit(unit: str, uid: int) -> Target:
+def _unit(unit: str, uid: int) -> ResolvedTarget:
     """Resolve a unit of the manager that may be asked to freeze it, the system's for uid 0."""
-    if '/' in unit or '\0' in unit:
-        raise InvalidArgument(f'not a unit name: {unit!r}')
     mount = _mount()
     found = unit_directories(mount, uid, unit)
     if not found and uid:
@@ -116,7 +103,7 @@ def _unit(unit: str, uid: int) -> Target:
     names = [f'/{path.relative_to(mount.path)}' for path in found]
     if len(found) > 1:
         raise InvalidArgument(f'{unit} has {len(found)} cgroups: {", ".join(names)}', hint='choose one: cgroup:/PATH')
-    return Target('unit', _cgroup_roots(found[0], f'unit {unit}'), names[0], unit, f'unit {unit}')
+    return ResolvedTarget(_cgroup_roots(found[0], f'unit {unit}'), names[0], unit, f'unit {unit}')
 
 
 def _mount() -> CgroupMount:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
 from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import JobRequest
+from ckptd.target import Target
 
-Overlap = Callable[[str, str], bool]     # whether two targets share tasks (overlap.py)
+Overlap = Callable[[Target, Target], bool]     # whether two targets share tasks (overlap.py)
 Sees = Callable[[int], bool]             # whether the asker may know of objects that belong to a uid
 EXCLUSIVE = frozenset({'checkpoint', 'freeze'})      # operations that need the tree for themselves
 
@@ -25,16 +26,16 @@ def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_a
                              hint='wait for the jobs (ckptctl jobs) or thaw frozen targets')
 
 
-def refuse_active(target: str, active: Iterable[JobRecord], overlap: Overlap, sees: Sees) -> None:
+def refuse_active(target: Target, active: Iterable[JobRecord], overlap: Overlap, sees: Sees) -> None:
     """Check that no job freezes, or will freeze, tasks of this target. The error names the job only if the asker may
     see it. Busy."""
     for job in active:
-        if job.request.operation in EXCLUSIVE and overlap(job.request.target, target):
-            what = f'{job.name} works on {job.request.target}' if sees(job.request.asked_by) else 'a job works on it'
-            raise Busy(what, resource=target)
+        if job.request.operation in EXCLUSIVE and overlap(job.request.tree, target):
+            what = f'{job.name} works on {job.request.tree}' if sees(job.request.asked_by) else 'a job works on it'
+            raise Busy(what, resource=str(target))
 
 
-def refuse_conflict(request: JobRequest, active: Iterable[JobRecord], held: Mapping[str, int],
+def refuse_conflict(request: JobRequest, active: Iterable[JobRecord], held: Mapping[Target, int],
                     overlap: Overlap) -> None:
     """Check that the request conflicts with no job and no held freeze. Busy. held: targets, each with the uid of the
     user who asked for the freeze; only that user and root get its name.
@@ -47,14 +48,14 @@ def refuse_conflict(request: JobRequest, active: Iterable[JobRecord], held: Mapp
     def sees(owner: int) -> bool:
         return request.asked_by in (0, owner)
 
-    refuse_active(request.target, active, overlap, sees)
+    refuse_active(request.tree, active, overlap, sees)
     for target, owner in held.items():
-        exact = request.target == target and request.operation == 'checkpoint' and request.after != 'freeze'
-        if not exact and overlap(target, request.target):
+        exact = request.tree == target and request.operation == 'checkpoint' and request.after != 'freeze'
+        if not exact and overlap(target, request.tree):
             if not sees(owner):
-                raise Busy(f'a part of {request.target} is held frozen already', resource=request.target,
+                raise Busy(f'a part of {request.tree} is held frozen already', resource=str(request.tree),
                            hint='ask the user who froze it to thaw it')
-            raise Busy(f'{target} is held frozen already', resource=request.target, hint=f'thaw {target} first')
+            raise Busy(f'{target} is held frozen already', resource=str(request.tree), hint=f'thaw {target} first')
 
 
 def refuse_token(token: str, known: Iterable[JobRecord]) -> None:

@@ -12,20 +12,21 @@ from ckptd.jobs.entry import QueuedJob, reason
 from ckptd.jobs.run import Run
 from ckptd.jobs.target_process import ProcessWatch
 from ckptd.jobs.worker import MAX_STATUS
+from ckptd.target import Target
 
 log = logging.getLogger(__name__)
 
 EndWorker = Callable[[Run, int, bool], Awaitable[str]]
 
 
-def not_held(target: str) -> NoSuchTarget:
+def not_held(target: Target) -> NoSuchTarget:
     """Return the error for a target that is not left frozen, or whose freeze the caller may not see."""
-    return NoSuchTarget(f'{target} is not frozen by ckptd', resource=target,
+    return NoSuchTarget(f'{target} is not frozen by ckptd', resource=str(target),
                         hint='the property FrozenTargets lists frozen targets')
 
 
 class HeldFreezes:
-    """Held freezes by target, as parse_target spells it.
+    """Held freezes by target.
 
     end_worker(run, proper status, failed): called at the end of a worker. changed(uid): called when the freezes of a
     user change.
@@ -33,7 +34,7 @@ class HeldFreezes:
 
     def __init__(self, end_worker: EndWorker, changed: Callable[[int], None]) -> None:
         self._end_worker, self._changed = end_worker, changed
-        self._held: dict[str, QueuedJob] = {}
+        self._held: dict[Target, QueuedJob] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -42,15 +43,15 @@ class HeldFreezes:
         return iter(list(self._held.values()))
 
     @property
-    def owners(self) -> dict[str, int]:
+    def owners(self) -> dict[Target, int]:
         """Return the held targets, each with the uid of the user who asked for the freeze."""
-        return {target: entry.job.request.asked_by for target, entry in sorted(self._held.items())}
+        return {target: entry.job.request.asked_by for target, entry in self._held.items()}
 
     def begin(self, entry: QueuedJob) -> None:
         """Hold the freeze that the job made. `keep` must run afterwards."""
         request = entry.job.request
         entry.let_go = asyncio.get_running_loop().create_future()
-        self._held[request.target] = entry
+        self._held[request.tree] = entry
         self._changed(request.asked_by)
 
     async def keep(self, entry: QueuedJob, run: Run) -> None:
@@ -66,25 +67,25 @@ class HeldFreezes:
         died = await self._end_worker(run, 0 if failure is None else MAX_STATUS, failure is not None)
         if died:
             failure = reason(entry, WorkerDied(''), died)
-        del self._held[request.target]
+        del self._held[request.tree]
         self._changed(request.asked_by)
         assert entry.let_go is not None
         if failure is None:
             entry.let_go.set_result(None)
         else:
-            log.error('%s: the freeze of %s was lost: %s', entry.job.name, request.target, failure)
+            log.error('%s: the freeze of %s was lost: %s', entry.job.name, request.tree, failure)
             entry.let_go.set_exception(failure)
             # retrieve the error, which is logged, so that asyncio does not warn if no thaw waits for it
             entry.let_go.exception()
 
-    async def thaw(self, target: str) -> None:
+    async def thaw(self, target: Target) -> None:
         """Release a freeze and wait for it. NoSuchTarget, WorkerDied."""
         entry = self.find(target)
         assert entry.let_go is not None
         self.let_go(entry)      # the worker may be about to do so already and then no longer listens
         await asyncio.shield(entry.let_go)
 
-    def find(self, target: str) -> QueuedJob:
+    def find(self, target: Target) -> QueuedJob:
         """Return the job that left the target frozen. NoSuchTarget."""
         if target not in self._held:
             raise not_held(target)
@@ -103,11 +104,11 @@ class HeldFreezes:
         frozen."""
         request = entry.job.request
         try:
-            return ProcessWatch.of(request.target, request.start_time, partial(self._ended, entry))
+            return ProcessWatch.of(request.tree, request.start_time, partial(self._ended, entry))
         except NoSuchTarget:
             self._ended(entry)
             return None
 
     def _ended(self, entry: QueuedJob) -> None:
-        log.info('%s: %s has ended, so its freeze has ended', entry.job.name, entry.job.request.target)
+        log.info('%s: %s has ended, so its freeze has ended', entry.job.name, entry.job.request.tree)
         self.let_go(entry)

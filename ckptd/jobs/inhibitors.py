@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ckptd.errors import LimitsExceeded
 from ckptd.jobs.overlap import Lineage, Relations
 from ckptd.jobs.target_process import ProcessWatch
+from ckptd.target import Target
 
 MOST_OF_USER = 32
 MOST = 512
@@ -24,7 +25,7 @@ class InhibitorLock:
     """A held inhibitor."""
     who: str       # name of the program, for people
     why: str       # reason, for people
-    target: str    # as parse_target spells it
+    target: Target
     uid: int
     pid: int
     sender: str                         # the connection that took it
@@ -63,7 +64,7 @@ class Inhibitors:
         self._loop.add_reader(one.fd, self._drop, one)
         return theirs
 
-    def of(self, target: str) -> list[InhibitorLock]:
+    def of(self, target: Target) -> list[InhibitorLock]:
         """Return the inhibitors that a checkpoint of this target has to wait for."""
         relations = Relations({one.target: one.lineage for one in self._held})
         return [one for one in self._held if relations.overlap(one.target, target)]

@@ -17,15 +17,16 @@ from typing import Final
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
+from ckptd.target import CgroupTarget, ProcessTarget, Target, UnitTarget
 from ckptd.tree import TaskId
 
 MOST: Final = 128       # ancestors that are read, some 30 us each; more distant ones are ignored
-NONE: Final[Mapping[str, 'Lineage']] = {}
+NONE: Final[Mapping[Target, 'Lineage']] = {}
 
 Lineage = tuple[TaskId, ...]    # a process and its ancestors, nearest first, without pid 1, which is never dumped
 
 
-def overlap(one: str, other: str) -> bool:
+def overlap(one: Target, other: Target) -> bool:
     """Whether two targets share tasks."""
     return Relations().overlap(one, other)
 
@@ -33,41 +34,43 @@ def overlap(one: str, other: str) -> bool:
 class Relations:
     """Relations between many targets. Each target is read once. known: lineages that were read before."""
 
-    def __init__(self, known: Mapping[str, Lineage] = NONE) -> None:
+    def __init__(self, known: Mapping[Target, Lineage] = NONE) -> None:
         self._lineages = dict(known)
         self._cgroups: dict[int, str] = {}
 
-    def lineage(self, target: str) -> Lineage:
-        """Return the lineage of the root of a tree pid:N. Empty for other targets and for a process that does not
+    def lineage(self, target: Target) -> Lineage:
+        """Return the lineage of the root of a process's tree. Empty for other targets and for a process that does not
         exist."""
         if target not in self._lineages:
-            kind, _, rest = target.partition(':')
-            self._lineages[target] = _lineage(int(rest)) if kind == 'pid' else ()
+            self._lineages[target] = _lineage(target.pid) if isinstance(target, ProcessTarget) else ()
         return self._lineages[target]
 
-    def overlap(self, one: str, other: str) -> bool:
-        """Whether two targets, as parse_target spells them, share tasks. Two units are compared by name. A unit and
-        another target are compared by cgroup names, which systemd takes from unit names."""
-        if one == other:
-            return True
-        for unit, another in ((one, other), (other, one)):
-            if ':' not in unit:
-                return ':' in another and unit in units_of(self._cgroup_of(another), os.geteuid())
-        kinds = {target.partition(':')[0]: target.partition(':')[2] for target in (one, other)}
-        if kinds.keys() == {'pid'}:
-            first, second = self.lineage(one), self.lineage(other)
-            return bool(first and second) and (first[0] in second or second[0] in first)
-        if kinds.keys() == {'cgroup'}:
-            return _contains(one, other) or _contains(other, one)
-        if kinds.keys() == {'pid', 'cgroup'}:
-            # check the root only: its descendants are mostly in the same cgroup
-            return _contains(kinds['cgroup'], self._cgroup(int(kinds['pid'])))
+    def overlap(self, one: Target, other: Target) -> bool:
+        """Whether two targets share tasks. Two units are compared by name. A unit and another target are compared by
+        cgroup names, which systemd takes from unit names."""
+        match one, other:
+            case UnitTarget(), UnitTarget():
+                return one == other
+            case (UnitTarget() as unit, another) | (another, UnitTarget() as unit):
+                return unit.name in units_of(self._cgroup_of(another), os.geteuid())
+            case ProcessTarget(), ProcessTarget():
+                first, second = self.lineage(one), self.lineage(other)
+                return one == other or (bool(first and second) and (first[0] in second or second[0] in first))
+            case CgroupTarget(), CgroupTarget():
+                return _contains(one.path, other.path) or _contains(other.path, one.path)
+            case (CgroupTarget() as cgroup, process) | (process, CgroupTarget() as cgroup):
+                # check the root only: its descendants are mostly in the same cgroup
+                return _contains(cgroup.path, self._cgroup_of(process))
         return False
 
-    def _cgroup_of(self, target: str) -> str:
+    def _cgroup_of(self, target: Target) -> str:
         """Return the cgroup of the root of the tree, or '' if there is none."""
-        kind, _, rest = target.partition(':')
-        return rest if kind == 'cgroup' else self._cgroup(int(rest))
+        match target:
+            case CgroupTarget():
+                return target.path
+            case ProcessTarget():
+                return self._cgroup(target.pid)
+        return ''
 
     def _cgroup(self, pid: int) -> str:
         if pid not in self._cgroups:
@@ -91,4 +94,4 @@ def _lineage(pid: int) -> Lineage:
 
 
 def _contains(outer: str, inner: str) -> bool:
-    return PurePosixPath(inner.removeprefix('cgroup:')).is_relative_to(outer.removeprefix('cgroup:'))
+    return PurePosixPath(inner).is_relative_to(outer)

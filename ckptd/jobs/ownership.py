@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from ckptd.inspect.scan import resolve_target, scan_tree
 from ckptd.kernel.status import read_status
 from ckptd.protocol.messages import Caller
+from ckptd.target import Target
 
 
-def stranger_in(target: str, caller: Caller) -> tuple[int, int] | None:
-    """Return (pid, uid) of the first process of the tree that does not wholly belong to the caller, or None. target: as
-    parse_target spells it. NoSuchTarget. This reads /proc for some milliseconds."""
-    roots = resolve_target(target, caller.pid).roots
+def stranger_in(target: Target, caller: Caller) -> tuple[int, int] | None:
+    """Return (pid, uid) of the first process of the tree that does not wholly belong to the caller, or None.
+    NoSuchTarget. This reads /proc for some milliseconds."""
+    roots = resolve_target(target).roots
     # Check the roots first. If a root belongs to another user, the caller must not learn about the rest.
     return _first(roots, caller.uid) or _first((task.tgid for task in scan_tree(roots).leaders), caller.uid)
 

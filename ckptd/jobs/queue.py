@@ -37,6 +37,7 @@ from ckptd.jobs.tasks import Tasks
 from ckptd.jobs.throttle import Throttle
 from ckptd.jobs.worker import MAX_STATUS, WorkerHandle
 from ckptd.protocol.messages import FromWorker, JobRequest, ProgressReport, TreeRuns
+from ckptd.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Queue:
         return list(self._known)
 
     @property
-    def frozen(self) -> dict[str, int]:
+    def frozen(self) -> dict[Target, int]:
         """Return the targets held frozen, each with the uid of the user who asked for it."""
         return self._held.owners
 
@@ -117,7 +118,7 @@ class Queue:
         if entry := self._entries.get(self._known[number]):
             self._cancel(entry)
 
-    async def thaw(self, target: str, sees: Sees = lambda owner: True) -> None:
+    async def thaw(self, target: Target, sees: Sees = lambda owner: True) -> None:
         """Thaw a held target. sees: tells whose jobs an error may name. NoSuchTarget, Busy, WorkerDied."""
         self._held.find(target)
         refuse_active(target, self._entries, self._relations().overlap, sees)
@@ -140,7 +141,7 @@ class Queue:
             entry = self._make(request, fds, token)
             undo.callback(entry.close)
             if request.operation in EXCLUSIVE:
-                entry.lineage = relations.lineage(request.target)
+                entry.lineage = relations.lineage(request.tree)
             self._entries[entry.job] = entry
             undo.callback(self._entries.pop, entry.job)
             self._quota.begin(entry.job)
@@ -159,14 +160,13 @@ class Queue:
 
     def _relations(self) -> Relations:
         """Return relations between the targets of all jobs and freezes, with their lineages when accepted."""
-        return Relations({entry.job.request.target: entry.lineage
+        return Relations({entry.job.request.tree: entry.lineage
                           for entry in (*self._held, *self._entries.values()) if entry.lineage})
 
     def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> QueuedJob:
         announced = request.operation in ANNOUNCED
         number = next(self._numbers) if announced else 0
-        request = msgspec.structs.replace(request, job=number)
-        job = JobRecord(number, request, time.time_ns() // 1000, token)
+        job = JobRecord(number, msgspec.structs.replace(request, job=number), time.time_ns() // 1000, token)
         throttle = Throttle(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
         return QueuedJob(job, [os.dup(fd) for fd in fds], self._slot_groups.of(request, announced), throttle)
 
@@ -193,7 +193,7 @@ class Queue:
         job = entry.job
         if job.request.operation != 'checkpoint':
             return
-        inhibitors = self.inhibitors.of(job.request.target)
+        inhibitors = self.inhibitors.of(job.request.tree)
         entry.prepared = inhibitors
         self._listener.job_prepares(job, True, inhibitors)
         if inhibitors:
@@ -226,7 +226,7 @@ class Queue:
             await self._listener.images_changed()
         if run.frozen is not None:
             self._held.begin(entry)
-            self.spawn(self._held.keep(entry, run), name=f'freeze of {run.job.request.target}')
+            self.spawn(self._held.keep(entry, run), name=f'freeze of {run.job.request.tree}')
             if self._stopping:
                 self._held.let_go(entry)
         self._settle(entry, result)
@@ -265,7 +265,7 @@ class Queue:
             job.fail(outcome)
             if isinstance(outcome, PermissionDenied):       # the kernel refused, or the rights that the image asks for
                 audit('refused', outcome.resource, operation=job.request.operation, uid=job.request.asked_by,
-                      pid=job.request.caller.pid, what=job.request.image or job.request.target, task=outcome.task)
+                      pid=job.request.caller.pid, what=job.request.image or job.request.about, task=outcome.task)
         else:
             job.finish(outcome)
         del self._entries[job]

@@ -150,7 +150,7 @@ class Recovery:
 
     async def _recover_files(self) -> None:
         """Let a worker put files back, because the daemon has a sandbox and threads."""
-        request = JobRequest('recover', '', Caller(os.geteuid(), os.getegid()), str(self._spool.directory),
+        request = JobRequest('recover', Caller(os.geteuid(), os.getegid()), str(self._spool.directory),
                              str(self._runtime))
         worker = await self._pool.take(request)
         try:

@@ -91,7 +91,7 @@ class JobRecord:
     @property
     def name(self) -> str:
         """Return 'job 3', or 'scan of pid:12' for an operation that is not announced as a job (number 0)."""
-        return f'job {self.number}' if self.number else f'{self.request.operation} of {self.request.target}'
+        return f'job {self.number}' if self.number else f'{self.request.operation} of {self.request.about}'
 
     @property
     def over(self) -> bool:

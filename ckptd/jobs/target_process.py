@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The process of a target pid:N. Once it has ended, its pid may be reused."""
+"""The process of a ProcessTarget. Once it has ended, its pid may be reused."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,7 @@ from typing import Self
 
 from ckptd.errors import NoSuchTarget
 from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time
+from ckptd.target import ProcessTarget, Target
 
 
 class ProcessWatch:
@@ -20,22 +21,21 @@ class ProcessWatch:
         self._loop.add_reader(pidfd, self._end)
 
     @classmethod
-    def of(cls, target: str, start_time: int, on_end: Callable[[], None]) -> Self | None:
-        """Watch the process of a target as parse_target spells it. None if the target is not a process. start_time: of
+    def of(cls, target: Target, start_time: int, on_end: Callable[[], None]) -> Self | None:
+        """Watch the process of a target. None if the target is not a process. start_time: of
         the expected process, from /proc/PID/stat; 0 for any. NoSuchTarget if that process has ended."""
-        kind, _, rest = target.partition(':')
-        if kind != 'pid':
+        if not isinstance(target, ProcessTarget):
             return None
         with contextlib.ExitStack() as undo:
             try:
-                pidfd = pidfd_open(int(rest))
+                pidfd = pidfd_open(target.pid)
                 undo.callback(os.close, pidfd)
-                if start_time in (0, pidfd_start_time(pidfd, int(rest))):
+                if start_time in (0, pidfd_start_time(pidfd, target.pid)):
                     undo.pop_all()
                     return cls(pidfd, on_end)
             except OSError:     # ESRCH; EINVAL or ENOENT for the tid of a thread
                 pass
-        raise NoSuchTarget(f'process {rest} has ended', resource=target)
+        raise NoSuchTarget(f'process {target.pid} has ended', resource=str(target))
 
     def close(self) -> None:
         """End the watch. A second call does nothing."""

@@ -17,6 +17,7 @@ from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
 from ckptd.protocol.messages import Caller
+from ckptd.target import Target
 
 
 class TreeOwner(NamedTuple):
@@ -24,7 +25,7 @@ class TreeOwner(NamedTuple):
     uid: int | None          # the caller's if the whole tree belongs to the caller, else that of process `stranger`;
                              # None if that process is hidden from the caller
     stranger: int            # process that does not belong to the caller; 0 for none, or for a hidden one
-    start_time: int          # of the present root of a target pid:N, 0 for other targets
+    start_time: int          # of the present root of a ProcessTarget, 0 for other targets
     outside: bool = False    # a confined caller may not reach the tree, as not all of it is below the caller
 
 
@@ -33,9 +34,8 @@ class Visibility:
         self._queue, self._request_factory = queue, request_factory
         self._looks = Slots(3, 1)        # for reading /proc: all users share the threads
 
-    async def whose(self, target: str, caller: Caller) -> TreeOwner:
-        """Find the owner of a target. target: as parse_target spells it. NoSuchTarget, with the same words for a hidden
-        target."""
+    async def whose(self, target: Target, caller: Caller) -> TreeOwner:
+        """Find the owner of a target. NoSuchTarget, with the same words for a hidden target."""
         if not caller.uid and not caller.confinement:
             # root needs no authorization and does not wait for a look at its target
             return TreeOwner(0, 0, start_time_of(target))
@@ -52,14 +52,14 @@ class Visibility:
             return TreeOwner(None, 0, start_time, outside)
         return TreeOwner(uid, pid, start_time, outside)
 
-    async def is_outside(self, target: str, caller: Caller) -> bool:
+    async def is_outside(self, target: Target, caller: Caller) -> bool:
         """Whether the caller is confined and the target is not all below it. A worker checks again, task by task."""
         if not caller.confinement:
             return False
         async with self._looks.slot(caller.uid):
             return await asyncio.to_thread(_is_outside, target, caller)
 
-    async def is_kept_by_yama(self, target: str, start_time: int, caller: Caller) -> bool:
+    async def is_kept_by_yama(self, target: Target, start_time: int, caller: Caller) -> bool:
         """Whether Yama keeps the caller from tracing tasks that it may inspect, while CAP_SYS_PTRACE would allow it. A
         worker asks the kernel as the caller. NoSuchTarget."""
         if ptrace_scope() not in (DECLARED, CAPABLE):
@@ -67,7 +67,7 @@ class Visibility:
         request = self._request_factory.on_target('check-trace', target, caller, start_time=start_time)
         return bool((await self._queue.call(request)).get('forbidden'))
 
-    async def _seen(self, target: str, caller: Caller) -> Collection[int] | None:
+    async def _seen(self, target: Target, caller: Caller) -> Collection[int] | None:
         """Return the tasks of the target that the caller sees, or None for all. A worker that becomes the caller looks.
         NoSuchTarget if it sees none."""
         if PID_NAMESPACE not in caller.confinement and not await self._is_hidden(caller):
@@ -82,9 +82,9 @@ class Visibility:
             return await asyncio.to_thread(is_hidden_from, {caller.gid, *caller.groups}, caller.pid, caller.start_time)
 
 
-def _is_outside(target: str, caller: Caller) -> bool:
+def _is_outside(target: Target, caller: Caller) -> bool:
     try:
-        roots = resolve_target(target, caller.pid).roots
+        roots = resolve_target(target).roots
     except (NoSuchTarget, InvalidArgument):
         return True     # the error itself may be private, so treat the target as outside
     return not all(is_below(root, caller.pid, caller.start_time) for root in roots)

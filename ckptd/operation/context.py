@@ -22,7 +22,7 @@ from ckptd.image.writer import Destination, Incoming
 from ckptd.inspect.checks import check_rights, check_tree, told_dead
 from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
-from ckptd.inspect.scan import Target, is_alive, resolve_target, scan_tree
+from ckptd.inspect.scan import ResolvedTarget, is_alive, resolve_target, scan_tree
 from ckptd.journal.actions import Actions
 from ckptd.journal.owner import StepJournal
 from ckptd.journal.steps import LinkFile, WalkQueues
@@ -37,6 +37,7 @@ from ckptd.operation.freezing import lent_freeze
 from ckptd.operation.timers import OwnTimers, Timers
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import JobRequest
+from ckptd.target import ProcessTarget
 from ckptd.tree import Tree
 
 LEAST_ROOM = 16 << 20       # bytes; a spool with less free space accepts no image
@@ -51,27 +52,26 @@ class JobContext:
     output: int = -1      # output of an export or input of an import, else -1
     terminal: int = -1    # for a restart, else -1
 
-    def resolve(self) -> Target:
+    def resolve(self) -> ResolvedTarget:
         """Resolve the target now. NoSuchTarget also if the pidfd's process has died and its pid was reused."""
-        name = self.request.target
+        target, caller = self.request.tree, self.request.caller
         if self.pidfd >= 0:
             pid = pidfd_pid(self.pidfd)
             if pid < 0:
                 raise NoSuchTarget('the process of the pidfd is dead', phase='resolve')
-            name = f'pid:{pid}'
-        caller = self.request.caller
-        if name.startswith('pid:'):
-            require_visibility(int(name.removeprefix('pid:')), caller)
+            target = ProcessTarget(pid)
+        if isinstance(target, ProcessTarget):
+            require_visibility(target.pid, caller)
         # the request was made to root's service, and this worker of a user is not the user's own service
-        target = resolve_target(name, caller.pid, 0 if self.request.brokered else None)
-        if self.request.start_time and target.kind == 'pid':
+        found = resolve_target(target, 0 if self.request.brokered else None)
+        if self.request.start_time and isinstance(target, ProcessTarget):
             try:
-                with held(target.roots[0], self.request.start_time):
+                with held(target.pid, self.request.start_time):
                     pass
             except ProcessLookupError:
-                raise NoSuchTarget(f'{target.description} is another process: the requested one has ended',
+                raise NoSuchTarget(f'{found.description} is another process: the requested one has ended',
                                    phase='resolve') from None
-        return target
+        return found
 
     def scan(self) -> Tree:
         """Resolve and scan. A cgroup may have got further roots since the last time."""
@@ -127,7 +127,8 @@ class JobContext:
         return rows
 
     @contextmanager
-    def frozen(self, target: Target, tree: Tree, *, remote_calls: bool, traced: bool = True) -> Iterator[FrozenTree]:
+    def frozen(self, target: ResolvedTarget, tree: Tree, *, remote_calls: bool, traced: bool = True
+               ) -> Iterator[FrozenTree]:
         """Freeze the tree for the block, in the way that the request asks for. traced: ptrace may be used if needed."""
         request, channel = self.request, self.channel
 
@@ -164,7 +165,7 @@ class JobContext:
 
     def _steps(self, mode: str) -> StepJournal:
         request = self.request
-        return StepJournal(Journal(Path(request.runtime)), request.job, request.target, mode, fault)
+        return StepJournal(Journal(Path(request.runtime)), request.job, request.about, mode, fault)
 
     def timers(self) -> Timers:
         """Return access to the timers of the machine, which only root may read."""

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from ckptd.errors import CkptError, Finding, from_details
+from ckptd.errors import CkptError, Finding, InvalidArgument, from_details
 from ckptd.kernel.bounds import Bounds
+from ckptd.target import Target
 
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so that no packet is refused for its size
 MAX_TEXT = 1000             # characters of a text in a row
@@ -61,11 +62,12 @@ class Caller(msgspec.Struct, frozen=True):
 class JobRequest(msgspec.Struct, frozen=True):
     """A request for one operation."""
     operation: Operation
-    target: str                               # 'pid:N', a unit name or 'cgroup:/path'; 'self' and pidfds have become
-                                              # pid:N
     caller: Caller                            # the work is done with the rights of this caller
     spool: str                                # directory of images
     runtime: str                              # directory of the freeze journal
+    target: Target | None = None              # tree that the operation is about. 'self' and pidfds have become a
+                                              # process. None for an operation on an image.
+    dumped: str = ''                          # of an operation on an image: text of the target that was dumped
     job: int = 0                              # number of the job, 0 if it is not announced
     image: str = ''                           # id of the image to write or read; ignored by an import
     freeze: FreezeMode = 'auto'               # what stops the tree
@@ -95,7 +97,7 @@ class JobRequest(msgspec.Struct, frozen=True):
                                               # in the image
     asker: int = -1                           # uid of the user who asked, if not `caller`: with an administrator's
                                               # authorization the caller is root. Else -1.
-    start_time: int = 0                       # of the process of a target pid:N (/proc/PID/stat), as its pid may be
+    start_time: int = 0                       # of the process of a ProcessTarget (/proc/PID/stat), as its pid may be
                                               # reused; 0 for other targets
     stall_usec: int = 0                       # of an export or import: microseconds that the stream may stand still, 0
                                               # for no limit
@@ -114,6 +116,18 @@ class JobRequest(msgspec.Struct, frozen=True):
     def asked_by(self) -> int:
         """Uid of the user who asked."""
         return self.caller.uid if self.asker < 0 else self.asker
+
+    @property
+    def tree(self) -> Target:
+        """Target of an operation on live tasks. InvalidArgument for another operation."""
+        if self.target is None:
+            raise InvalidArgument(f'{self.operation} needs a target', resource='target')
+        return self.target
+
+    @property
+    def about(self) -> str:
+        """Text of the target; for an image, of the target that was dumped."""
+        return str(self.target) if self.target else self.dumped
 
 
 class Message(msgspec.Struct, tag=True, frozen=True):
@@ -182,7 +196,6 @@ class TreeRuns(Message, frozen=True):
 
 class Frozen(Message, frozen=True):
     """The tree is frozen and this worker holds it (operation freeze, or after=freeze once the image is published)."""
-    target: str
     tasks: int
     mode: str
 

@@ -59,7 +59,7 @@ def freeze(job: JobContext) -> None:
     job.channel.phase('freeze')
     with job.frozen(target, tree, remote_calls=False) as frozen:
         hold(frozen)
-        job.channel.send(Frozen(job.request.target, len(frozen.tree), frozen.mode))
+        job.channel.send(Frozen(len(frozen.tree), frozen.mode))
         job.channel.finish('', (), {'tasks': len(frozen.tree), 'freeze_mode': frozen.mode})
         job.channel.wait_thaw()
 

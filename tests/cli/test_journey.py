@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands one after the other on a real tree, as a user would give them."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from ckptd.bus.client import connect
+from ckptd.bus.names import BUS_NAME, MANAGER
+from ckptd.bus.names import ROOT as OBJECT
+from ckptd.errors import InvalidArgument
 from ckptd.image.ids import is_image_id
 from tests.cli.conftest import Ctl
-from tests.lib.bus import ROOT
+from tests.lib.bus import ROOT, Daemon
 from tests.lib.victim import Victim
 
 pytestmark = pytest.mark.needs('dbus', 'ptrace')
@@ -139,6 +144,28 @@ def test_check_lists_refusals_on_stdout_with_the_same_status(ctl: Ctl, with_a_so
     assert 'cannot be checkpointed' in done.out.splitlines()[-1]
 
 
+def test_a_word_that_is_no_target_is_the_same_error_everywhere(daemon: Daemon, ctl: Ctl, standalone: Ctl) -> None:
+    """From ckptctl, with a daemon and without, and from each method that takes a target."""
+    def error(run: Ctl, command: str) -> tuple[str, str, str]:
+        document = run(command, 'foo.bar', '--json').json['error']
+        return document['name'], document['message'], document['hint']
+
+    said = error(ctl, 'check')
+    assert said[:2] == ('InvalidArgument', "'foo.bar' is not a target")
+    assert 'ends in .service' in said[2]
+    assert [error(standalone, command) for command in ('check', 'thaw')] == [said, said]
+
+    async def call(member: str, signature: str, *arguments: object) -> tuple[str, str, str]:
+        async with await connect(daemon.address) as client:
+            with pytest.raises(InvalidArgument) as caught:
+                await client.call(BUS_NAME, OBJECT, MANAGER, member, signature, *arguments)
+        return caught.value.name, caught.value.message, caught.value.hint
+
+    for member in ('Check', 'Scan', 'Checkpoint', 'Freeze', 'Thaw'):
+        assert asyncio.run(call(member, 'sa{sv}', 'foo.bar', {})) == said
+    assert asyncio.run(call('Inhibit', 'ssa{sv}', 'me', 'why', {'target': 'foo.bar'})) == said
+
+
 @pytest.mark.parametrize(('args', 'status', 'words'), [
     (['show', NO_SUCH_IMAGE], 5, 'no image'),
     (['verify', 'nonsense'], 5, 'no image'),
@@ -150,6 +177,7 @@ def test_check_lists_refusals_on_stdout_with_the_same_status(ctl: Ctl, with_a_so
     (['check', 'no-such-unit.service'], 5, 'no-such-unit.service'),
     (['thaw', '1'], 5, 'not frozen'),
     (['check', 'pid:abc'], 2, 'pid:abc'),
+    (['check', 'foo.bar'], 2, 'foo.bar'),
 ])
 def test_what_is_not_there_is_said_in_one_line_and_a_hint(args: list[str], status: int, words: str, ctl: Ctl) -> None:
     done = ctl(*args)

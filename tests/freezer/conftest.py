@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.inspect.scan import Target, scan_tree
+from ckptd.inspect.scan import ResolvedTarget, scan_tree
 from ckptd.journal import Journal
 from ckptd.kernel.cgroup import find_mount
 from ckptd.kernel.stat import read_stat
@@ -60,8 +60,8 @@ class Ticker:
         return self.process.pid
 
     @property
-    def target(self) -> Target:
-        return Target('pid', (self.pid,), None, None, f'process {self.pid}')
+    def target(self) -> ResolvedTarget:
+        return ResolvedTarget((self.pid,), None, None, f'process {self.pid}')
 
     def scan(self) -> Tree:
         return scan_tree((self.pid,))

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckptd.freezer import freeze
-from ckptd.inspect.scan import Target, scan_tree
+from ckptd.inspect.scan import ResolvedTarget, scan_tree
 from ckptd.journal import Journal
 from ckptd.kernel.ptrace import Tracee
 
 
 def freeze_and_thaw(runtime: str, pid: int, cgroup: str, mode: str, at: Callable[[str], None]) -> None:
-    target = Target('pid', (pid,), None if cgroup == '-' else cgroup, None, f'process {pid}')
+    target = ResolvedTarget((pid,), None if cgroup == '-' else cgroup, None, f'process {pid}')
     with freeze(scan_tree((pid,)), target, mode, time.monotonic() + 5, Journal(Path(runtime)),
                 lambda: scan_tree((pid,)), job=1, at=at) as frozen:
         for task in frozen.tree:

@@ -13,9 +13,10 @@ import pytest
 
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument, NotFrozen, NotSupported
 from ckptd.freezer import FrozenTree, freeze
-from ckptd.inspect.scan import Target, resolve_target, scan_tree
+from ckptd.inspect.scan import ResolvedTarget, resolve_target, scan_tree
 from ckptd.journal import Journal, recover
 from ckptd.kernel.ptrace import Tracee
+from ckptd.target import CgroupTarget
 from tests.freezer.conftest import Ticker, cgroups_of, is_frozen, name_of, put, set_frozen
 
 pytestmark = pytest.mark.needs('root', 'cgroup2', 'ptrace')
@@ -59,7 +60,7 @@ def test_own_cgroup_is_frozen_in_place(cgroup: Path, tick: Tick, frozen: Freeze)
 def test_tree_in_cgroups_below_is_exactly_the_one_above(cgroup: Path, nest: Nest, tick: Tick, frozen: Freeze) -> None:
     ticker, below = tick(children=2), nest('a/b')
     put(below, ticker.pids[1])
-    target = Target('cgroup', (ticker.pid,), name_of(cgroup), None, 'cgroup')
+    target = ResolvedTarget((ticker.pid,), name_of(cgroup), None, 'cgroup')
     with frozen(ticker, target=target):
         assert is_frozen(cgroup)
         assert ticker.stands_still(3)
@@ -133,10 +134,10 @@ def test_cgroup_target_found_frozen(nest: Nest, cgroup: Path, journal: Journal, 
     """Moved elsewhere, it is still found; a new look at the cgroup would find nobody."""
     ticker = tick(cgroup=nest('a/b'), children=1)
     set_frozen(cgroup / frozen_name, True)
-    target = resolve_target(f'cgroup:{name_of(cgroup)}/a', 0)
+    target = resolve_target(CgroupTarget(f'{name_of(cgroup)}/a'))
 
     def scan() -> Any:
-        return scan_tree(resolve_target(f'cgroup:{name_of(cgroup)}/a', 0).roots)
+        return scan_tree(resolve_target(CgroupTarget(f'{name_of(cgroup)}/a')).roots)
 
     with freeze(scan(), target, 'auto', time.monotonic() + 5, journal, scan) as held:
         assert cgroups_of(ticker.pids)[0].rpartition('/')[2].startswith('ckptd-')
@@ -169,7 +170,7 @@ def test_outer_freeze_holds_while_the_inner_one_ends(cgroup: Path, nest: Nest, t
                                                      tmp_path: Path) -> None:
     inner_cgroup = nest('inner')
     outer, inner = tick(), tick(cgroup=inner_cgroup)
-    everything = Target('cgroup', (outer.pid, inner.pid), name_of(cgroup), None, 'both')
+    everything = ResolvedTarget((outer.pid, inner.pid), name_of(cgroup), None, 'both')
 
     def scan() -> Any:
         return scan_tree((outer.pid, inner.pid))
@@ -195,7 +196,7 @@ def test_inner_freeze_holds_while_the_outer_one_ends(cgroup: Path, nest: Nest, t
                                                      tmp_path: Path) -> None:
     inner_cgroup = nest('inner')
     outer, inner = tick(), tick(cgroup=inner_cgroup)
-    everything = Target('cgroup', (outer.pid, inner.pid), name_of(cgroup), None, 'both')
+    everything = ResolvedTarget((outer.pid, inner.pid), name_of(cgroup), None, 'both')
 
     def scan() -> Any:
         return scan_tree((outer.pid, inner.pid))
@@ -402,7 +403,7 @@ def test_own_tree_is_refused(journal: Journal) -> None:
     def scan() -> Any:
         return scan_tree((os.getpid(),))
 
-    target = Target('pid', (os.getpid(),), None, None, 'ourselves')
+    target = ResolvedTarget((os.getpid(),), None, None, 'ourselves')
     with pytest.raises(InvalidArgument), freeze(scan(), target, 'auto', time.monotonic() + 1, journal, scan):
         pass
 
@@ -427,7 +428,7 @@ class Units:
 def test_unit_is_frozen_by_its_manager(cgroup: Path, tick: Tick, frozen: Freeze, mode: str, found: bool) -> None:
     ticker, units = tick(children=1), Units(cgroup)
     set_frozen(cgroup, found)
-    target = Target('unit', (ticker.pid,), name_of(cgroup), 'x.service', 'unit x.service')
+    target = ResolvedTarget((ticker.pid,), name_of(cgroup), 'x.service', 'unit x.service')
     with frozen(ticker, mode, target=target, freeze_unit=units.freeze, thaw_unit=units.thaw) as held:
         assert held.mode == 'unit'
         assert ticker.stands_still(2)
@@ -447,7 +448,7 @@ def test_unit_is_frozen_by_its_manager(cgroup: Path, tick: Tick, frozen: Freeze,
 
 def test_unit_with_strangers_is_not_frozen(cgroup: Path, tick: Tick, frozen: Freeze) -> None:
     ticker, stranger, units = tick(), tick(), Units(cgroup)
-    target = Target('unit', (ticker.pid,), name_of(cgroup), 'x.service', 'unit x.service')
+    target = ResolvedTarget((ticker.pid,), name_of(cgroup), 'x.service', 'unit x.service')
     with pytest.raises(NotSupported), frozen(ticker, 'unit', target=target, freeze_unit=units.freeze,
                                              thaw_unit=units.thaw):
         pass
@@ -462,7 +463,7 @@ def test_manager_that_refuses_leaves_it_to_cgroup_freeze(cgroup: Path, tick: Tic
         raise CkptError(f'{unit}: no')
 
     ticker = tick()
-    target = Target('unit', (ticker.pid,), name_of(cgroup), 'x.service', 'unit x.service')
+    target = ResolvedTarget((ticker.pid,), name_of(cgroup), 'x.service', 'unit x.service')
     with frozen(ticker, 'auto', target=target, freeze_unit=no, thaw_unit=lambda unit: None) as held:
         assert held.mode == 'cgroup'
         assert is_frozen(cgroup)

@@ -15,7 +15,7 @@ import pytest
 
 from ckptd.errors import Cancelled, FreezeTimeout, NotSupported, PermissionDenied
 from ckptd.freezer import FrozenTree, freeze
-from ckptd.inspect.scan import Target, scan_tree
+from ckptd.inspect.scan import ResolvedTarget, scan_tree
 from ckptd.journal import Journal
 from ckptd.kernel.ptrace import Tracee, let_go
 from ckptd.kernel.stat import read_stat
@@ -195,7 +195,7 @@ def test_ordinary_user_gets_the_ptrace_freezer(tmp_path: Path) -> None:
         def scan() -> Tree:
             return scan_tree((victim,))
 
-        target = Target('pid', (victim,), None, None, 'victim')
+        target = ResolvedTarget((victim,), None, None, 'victim')
         deadline = time.monotonic() + 5
         with freeze(scan(), target, 'auto', deadline, Journal(runtime), scan) as frozen:
             assert (frozen.mode, scan().root.state) == ('ptrace', 't')

@@ -129,7 +129,7 @@ def _deadline() -> Iterator[None]:
 
 def look_at(user: User, images: Sequence[Mutable], numbers: range, seed: int, processes: int) -> Report:
     """The crafted images of these numbers, by several processes of the user."""
-    request = user.place.request(0, target='', operation='check-restore', image=images[0].manifest.image,
+    request = user.place.request(0, operation='check-restore', image=images[0].manifest.image,
                                  caller=user.caller)
     identity = identity_of(request, None)
     assert identity is not None

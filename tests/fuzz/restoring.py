@@ -76,7 +76,7 @@ def attempt(user: User, image: Mutable, edits: Sequence[Edit]) -> Trial:
 
 
 def _do(user: User, trial: Trial, operation: str, fds: tuple[int, ...] = (), **more: Any) -> dict[str, Any]:
-    request = user.place.request(0, **{'operation': operation, 'target': '', 'caller': user.caller, **more})
+    request = user.place.request(0, **{'operation': operation, 'caller': user.caller, **more})
     outcome, answer = 'answer', {}
     with LoggedWorker() as worker:
         try:

@@ -19,12 +19,13 @@ from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import JobRecord
 from ckptd.protocol.messages import Caller, JobRequest
+from ckptd.target import CgroupTarget
 
 PLAYER = (sys.executable, str(Path(__file__).with_name('player.py')))
 
 
 def request_of(scene: str, operation: str = 'checkpoint', uid: int = 0, **more: object) -> JobRequest:
-    return JobRequest(operation, f'cgroup:/{scene}', Caller(uid, uid), '/nowhere', '/nowhere', **more)
+    return JobRequest(operation, Caller(uid, uid), '/nowhere', '/nowhere', CgroupTarget(f'/{scene}'), **more)
 
 
 class Heard:

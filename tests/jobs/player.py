@@ -117,7 +117,7 @@ class Player:
                  Finished({'tasks': [{'tid': 3}]}))
 
     def hold(self, start: Start) -> None:
-        self.say(Phase('freeze'), Frozen(start.request.target, 3, 'cgroup'), Finished({'tasks': 3}))
+        self.say(Phase('freeze'), Frozen(3, 'cgroup'), Finished({'tasks': 3}))
         while not isinstance(self.hear(), Thaw | Cancel | None):
             pass
 
@@ -199,7 +199,7 @@ def main() -> None:
     player = Player(int(sys.argv[1]))
     start = player.hear()
     if isinstance(start, Start):
-        scene = os.environ.get('PLAYER_SCENE') or start.request.target.removeprefix('cgroup:/').partition('/')[0]
+        scene = os.environ.get('PLAYER_SCENE') or start.request.about.removeprefix('cgroup:/').partition('/')[0]
         getattr(player, scene)(start)
 
 

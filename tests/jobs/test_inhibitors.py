@@ -15,6 +15,7 @@ from ckptd.jobs.inhibitors import MOST_OF_USER, InhibitorLock, Inhibitors
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import State
 from ckptd.kernel.stat import read_stat
+from ckptd.target import CgroupTarget, ProcessTarget, Target
 from tests.jobs.conftest import Heard, request_of
 
 
@@ -25,14 +26,17 @@ async def inhibitors() -> AsyncIterator[Inhibitors]:
     made.close()
 
 
-def take(inhibitors: Inhibitors, target: str = 'cgroup:/a', uid: int = 1000, start_time: int = 0) -> int:
+A = CgroupTarget('/a')
+
+
+def take(inhibitors: Inhibitors, target: Target = A, uid: int = 1000, start_time: int = 0) -> int:
     return inhibitors.take(InhibitorLock('who', 'why', target, uid, 42, ':1.7'), start_time)
 
 
 async def test_it_is_held_until_the_last_has_closed_it(inhibitors: Inhibitors) -> None:
     fd = take(inhibitors)
-    [one] = inhibitors.of('cgroup:/a/b')
-    assert inhibitors.of('cgroup:/c') == []
+    [one] = inhibitors.of(CgroupTarget('/a/b'))
+    assert inhibitors.of(CgroupTarget('/c')) == []
     other = os.dup(fd)
     os.close(fd)
     for _ in range(10):
@@ -56,16 +60,16 @@ async def test_who_writes_has_let_go(inhibitors: Inhibitors) -> None:
 async def test_it_ends_with_the_process_that_it_is_about(inhibitors: Inhibitors,
                                                          doomed: 'subprocess.Popen[bytes]') -> None:
     """Else it would delay whoever gets the number next."""
-    fd = take(inhibitors, f'pid:{doomed.pid}', start_time=read_stat(doomed.pid).start_time)
+    fd = take(inhibitors, ProcessTarget(doomed.pid), start_time=read_stat(doomed.pid).start_time)
     [one] = inhibitors.held
     doomed.kill()
     async with asyncio.timeout(10):
         await one.released.wait()
     assert len(inhibitors) == 0
     with pytest.raises(NoSuchTarget):
-        take(inhibitors, 'pid:1', start_time=read_stat(1).start_time + 1)
+        take(inhibitors, ProcessTarget(1), start_time=read_stat(1).start_time + 1)
     with pytest.raises(NoSuchTarget):
-        take(inhibitors, 'pid:4194305')
+        take(inhibitors, ProcessTarget(4194305))
     assert len(inhibitors) == 0
     os.close(fd)
 
@@ -90,7 +94,7 @@ async def test_limits(inhibitors: Inhibitors) -> None:
 
 async def test_a_checkpoint_waits_for_it(make_queue: Callable[..., Queue], heard: Heard) -> None:
     queue = make_queue(inhibit_delay_usec=60_000_000, max_jobs=1)
-    fd = take(queue.inhibitors, 'cgroup:/finish')
+    fd = take(queue.inhibitors, CgroupTarget('/finish'))
     job = queue.submit(request_of('finish'))
     await heard.wait('prepare', 1)
     assert heard.prepared == [(1, True, ['who'])]
@@ -107,7 +111,7 @@ async def test_a_checkpoint_waits_for_it(make_queue: Callable[..., Queue], heard
 
 async def test_it_delays_no_longer_than_configured(make_queue: Callable[..., Queue], heard: Heard) -> None:
     queue = make_queue(inhibit_delay_usec=100_000)
-    fd = take(queue.inhibitors, 'cgroup:/finish')
+    fd = take(queue.inhibitors, CgroupTarget('/finish'))
     queue.submit(request_of('finish'))
     await heard.wait('done', 1)
     assert [start for _, start, _ in heard.prepared] == [True, False]
@@ -116,7 +120,7 @@ async def test_it_delays_no_longer_than_configured(make_queue: Callable[..., Que
 
 async def test_cancel_while_it_waits(make_queue: Callable[..., Queue], heard: Heard) -> None:
     queue = make_queue(inhibit_delay_usec=60_000_000)
-    fd = take(queue.inhibitors, 'cgroup:/finish')
+    fd = take(queue.inhibitors, CgroupTarget('/finish'))
     queue.submit(request_of('finish'))
     await heard.wait('prepare', 1)
     queue.cancel(1)

@@ -33,6 +33,7 @@ from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import JobRecord, State
 from ckptd.jobs.worker import ChildWorker
 from ckptd.kernel.stat import read_stat
+from ckptd.target import CgroupTarget, ProcessTarget
 from tests.jobs.conftest import Heard, request_of
 
 
@@ -276,7 +277,7 @@ async def test_a_token_is_taken_once(queue: Queue, heard: Heard) -> None:
 
 
 async def test_freeze_holds_until_thaw(queue: Queue, heard: Heard) -> None:
-    target = 'cgroup:/hold'
+    target = CgroupTarget('/hold')
     assert await queue.call(request_of('hold', 'freeze', uid=1000)) == {'tasks': 3}
     assert queue.frozen == {target: 1000}
     with pytest.raises(Busy, match='held frozen already'):
@@ -291,7 +292,7 @@ async def test_a_freeze_ends_with_the_process_that_was_named(
         queue: Queue, heard: Heard, monkeypatch: pytest.MonkeyPatch, doomed: 'subprocess.Popen[bytes]') -> None:
     """Its number will be another's."""
     monkeypatch.setenv('PLAYER_SCENE', 'hold')
-    target, start_time = f'pid:{doomed.pid}', read_stat(doomed.pid).start_time
+    target, start_time = ProcessTarget(doomed.pid), read_stat(doomed.pid).start_time
     request = msgspec.structs.replace(request_of('hold', 'freeze'), target=target, start_time=start_time)
     await queue.call(request)
     assert list(queue.frozen) == [target]
@@ -302,8 +303,8 @@ async def test_a_freeze_ends_with_the_process_that_was_named(
 async def test_a_checkpoint_may_leave_its_tree_frozen(queue: Queue, heard: Heard) -> None:
     job = await run(queue, heard, 'hold', after='freeze')
     assert job.state is State.DONE
-    assert list(queue.frozen) == ['cgroup:/hold']
-    await queue.thaw('cgroup:/hold')
+    assert list(queue.frozen) == [CgroupTarget('/hold')]
+    await queue.thaw(CgroupTarget('/hold'))
 
 
 async def test_a_holder_that_is_killed(queue: Queue, heard: Heard) -> None:
@@ -315,7 +316,7 @@ async def test_a_holder_that_is_killed(queue: Queue, heard: Heard) -> None:
 async def test_thaw_tells_of_a_holder_that_dies(queue: Queue, heard: Heard) -> None:
     await run(queue, heard, 'drop', after='freeze')
     with pytest.raises(WorkerDied, match='SIGKILL'):
-        await queue.thaw('cgroup:/drop')
+        await queue.thaw(CgroupTarget('/drop'))
 
 
 async def test_progress_ten_times_a_second_and_the_last(queue: Queue, heard: Heard) -> None:

@@ -44,7 +44,7 @@ async def test_a_worker(spawner: SpawnerClient) -> None:
     worker = await ChildWorker.start(spawner)
     await asyncio.to_thread(await_that, 'its session', lambda: os.getsid(worker.pid) == worker.pid, 10)
     await asyncio.to_thread(await_that, 'these alone', lambda: kinds(worker.pid) == ALONE, 10)
-    worker.send(Start(JobRequest('verify', '', Caller(0, 0), '/nowhere', '/nowhere', image='none')))
+    worker.send(Start(JobRequest('verify', Caller(0, 0), '/nowhere', '/nowhere', image='none')))
     message = await worker.receive()
     assert isinstance(message, Failed)
     assert await worker.end(10) == message.error().exit_status

@@ -15,6 +15,7 @@ import pytest
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.inspect.scan import Handles, is_same, resolve_target, scan_tree
 from ckptd.kernel.cgroup import Cgroup
+from ckptd.target import CgroupTarget, ProcessTarget, UnitTarget
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, libc
 
@@ -92,9 +93,9 @@ def test_zombie_keeps_its_exit_code(brood: Brood) -> None:
 def test_a_zombie_is_no_target(brood: Brood) -> None:
     parent, zombie = brood.ask(leave_a_zombie)
     with pytest.raises(NoSuchTarget, match='has ended, and only its exit status is left') as caught:
-        resolve_target(f'pid:{zombie}', 1)
+        resolve_target(ProcessTarget(zombie))
     assert str(parent) in caught.value.hint
-    assert resolve_target(f'pid:{parent}', 1).roots == (parent,)
+    assert resolve_target(ProcessTarget(parent)).roots == (parent,)
 
 
 def test_threads_outlive_their_leader(brood: Brood) -> None:
@@ -193,30 +194,27 @@ def test_chain(brood: Brood) -> None:
 
 def test_process_targets(brood: Brood) -> None:
     pid = brood.fork()
-    target = resolve_target(f'pid:{pid}', 0)
-    assert (target.kind, target.roots, target.cgroup, target.unit) == ('pid', (pid,), None, None)
-    assert resolve_target('self', pid).roots == (pid,)
+    target = resolve_target(ProcessTarget(pid))
+    assert (target.roots, target.cgroup, target.unit) == ((pid,), None, None)
 
 
 def test_thread_is_not_a_target(brood: Brood) -> None:
     root, (_, _, _, thread, _) = family(brood)
     with pytest.raises(InvalidArgument, match='thread') as caught:
-        resolve_target(f'pid:{thread}', 0)
+        resolve_target(ProcessTarget(thread))
     assert str(root) in caught.value.hint
 
 
-@pytest.mark.parametrize('target', ['', 'pid:', 'pid:x', 'pid:0', 'pid:-1', 'pid:²', f'pid:{1 << 40}', 'cgroup:x',
-                                    'cgroup:', 'cgroup:/a/../b', 'cgroup:/', 'cgroup:/a\0b', 'what', '../x.service',
-                                    'a/b.scope', 'a\0.slice'])
-def test_bad_targets(target: str) -> None:
-    with pytest.raises(InvalidArgument):
-        resolve_target(target, 0)
+def test_the_root_cgroup_is_not_a_target() -> None:
+    with pytest.raises(InvalidArgument, match='whole system'):
+        resolve_target(CgroupTarget('/'))
 
 
 def test_targets_that_are_not_there() -> None:
-    for target in (f'pid:{dead_pid()}', 'no-such-unit-anywhere.service', 'cgroup:/no/such/cgroup'):
+    for target in (ProcessTarget(dead_pid()), UnitTarget('no-such-unit-anywhere.service'),
+                   CgroupTarget('/no/such/cgroup')):
         with pytest.raises(NoSuchTarget):
-            resolve_target(target, 0)
+            resolve_target(target)
 
 
 def unit(cgroup: Path, name: str, *pids: int) -> Path:
@@ -239,11 +237,11 @@ def test_cgroup_and_unit_with_a_daemonized_task(brood: Brood, manager: Path) -> 
     daemon = brood.fork()
     path = unit(manager, 'a.slice/ckptd-test.service', daemon, main)
     unit(path, 'below', child)
-    by_unit = resolve_target('ckptd-test.service', 0)
-    assert (by_unit.kind, by_unit.unit, by_unit.roots) == ('unit', 'ckptd-test.service', (main, daemon))
+    by_unit = resolve_target(UnitTarget('ckptd-test.service'))
+    assert (by_unit.unit, by_unit.roots) == ('ckptd-test.service', (main, daemon))
     assert by_unit.cgroup == f'{Cgroup(manager).name}/a.slice/ckptd-test.service'
-    by_path = resolve_target(f'cgroup:{by_unit.cgroup}', 0)
-    assert (by_path.kind, by_path.unit, by_path.roots) == ('cgroup', None, (main, daemon))
+    by_path = resolve_target(CgroupTarget(by_unit.cgroup))
+    assert (by_path.unit, by_path.roots) == (None, (main, daemon))
     assert [task.tid for task in scan_tree(by_unit.roots)] == [main, child, daemon]
 
 
@@ -252,22 +250,22 @@ def test_a_unit_of_somebody_elses_making(brood: Brood, manager: Path) -> None:
     real, fake = brood.fork(), brood.fork()
     unit(manager, 'user.slice/user@4242.service/ckptd-twice.service', fake)
     with pytest.raises(NoSuchTarget, match='no unit'):
-        resolve_target('ckptd-twice.service', 0)
+        resolve_target(UnitTarget('ckptd-twice.service'))
     unit(manager, 'system.slice/ckptd-twice.service', real)
-    assert resolve_target('ckptd-twice.service', 0).roots == (real,)
+    assert resolve_target(UnitTarget('ckptd-twice.service')).roots == (real,)
 
 
 def test_empty_cgroup(manager: Path) -> None:
     unit(manager, 'ckptd-empty.service')
     with pytest.raises(NoSuchTarget, match='no processes'):
-        resolve_target('ckptd-empty.service', 0)
+        resolve_target(UnitTarget('ckptd-empty.service'))
 
 
 def test_a_unit_that_has_moved_and_left_processes_behind(brood: Brood, manager: Path) -> None:
     unit(manager, 'a.slice/ckptd-twice.scope', brood.fork())
     unit(manager, 'b.slice/ckptd-twice.scope')
     with pytest.raises(InvalidArgument) as caught:
-        resolve_target('ckptd-twice.scope', 0)
+        resolve_target(UnitTarget('ckptd-twice.scope'))
     assert '/a.slice/ckptd-twice.scope' in caught.value.message
     assert '/b.slice/ckptd-twice.scope' in caught.value.message
 

@@ -167,7 +167,7 @@ def straced(pid: int, output: Path) -> Iterator[None]:
 def watched(user: User, image: Mutable, edits: list[Edit], output: Path) -> list[str]:
     """Restore an image under the watch; what the broker did that it may not."""
     written = image.write(user.place.spool / new_image_id('watch'), edits)
-    request = user.place.request(0, operation='restore', target='', caller=user.caller, image=written.name)
+    request = user.place.request(0, operation='restore', caller=user.caller, image=written.name)
     with LoggedWorker() as worker, straced(worker.pid, output), suppress(CkptError):
         worker.run(request)
     assert worker.log == []

@@ -23,6 +23,7 @@ from ckptd.image.ids import new_image_id
 from ckptd.jobs.interpreter import environment
 from ckptd.jobs.worker import COMMAND
 from ckptd.protocol.messages import MAX_MESSAGE, Caller, Failed, Finished, FromWorker, JobRequest, Message, Start
+from ckptd.target import ProcessTarget
 from ckptd.worker import main as worker_module
 from tests.lib.brood import become, fork
 
@@ -63,7 +64,8 @@ class Place:
         return list((self.runtime / 'freezes').glob('*.jsonl'))
 
     def request(self, pid: int, **more: Any) -> JobRequest:
-        return JobRequest(**{'operation': 'checkpoint', 'target': f'pid:{pid}', 'caller': me(), 'job': 1,
+        target = ProcessTarget(pid) if pid else None
+        return JobRequest(**{'operation': 'checkpoint', 'target': target, 'caller': me(), 'job': 1,
                              'spool': str(self.spool), 'runtime': str(self.runtime), 'image': new_image_id('test'),
                              **more})
 

@@ -78,7 +78,7 @@ def stream(home: Place, image: Path) -> Path:
 
 
 def request(place: Place, operation: str, **more: Any) -> JobRequest:
-    return place.request(0, target='', operation=operation, has_output=True, **more)
+    return place.request(0, operation=operation, has_output=True, **more)
 
 
 def export(place: Place, image: Path, path: Path, format_: str = 'tar') -> list[str]:
@@ -118,10 +118,10 @@ def test_a_tree_travels(generation: Callable[..., Generation], place: Place, oth
     assert read_manifest(there) == msgspec.structs.replace(read_manifest(image), image=name, owner_uid=1234,
                                                            owner_gid=4321, imported=True)
     with DirectWorker() as worker, pytest.raises(PermissionDenied, match='runs as uid 0, and is restored for uid 1234'):
-        worker.run(other.request(0, target='', operation='restore', image=name))
+        worker.run(other.request(0, operation='restore', image=name))
     mine = take_in(other, path, caller=me())['image']
     with DirectWorker() as worker:
-        restored = worker.run(other.request(0, target='', operation='restore', image=mine))
+        restored = worker.run(other.request(0, operation='restore', image=mine))
     assert restored['root'] == tree.victim.pid
     assert changes(before, tree.look(), brief=False) == []
     tree.finish()
@@ -220,7 +220,7 @@ def test_requests_that_cannot_be(home: Place, image: Path) -> None:
         worker.run(request(home, 'import', image=''), (pidfd,))
     os.close(pidfd)
     with DirectWorker() as worker, pytest.raises(InvalidArgument, match='not a stream'):
-        worker.run(home.request(0, target='', operation='import'))
+        worker.run(home.request(0, operation='import'))
     with Path('/dev/null').open('wb') as sink:
         for format_, name, kind in (('zip', image.name, InvalidArgument), ('tar', 'nothing', NoSuchImage)):
             with DirectWorker() as worker, pytest.raises(kind):

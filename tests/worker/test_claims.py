@@ -118,7 +118,7 @@ def claim(image: Path, tag: str, change: Callable[[Any], Struct] = lambda record
 
 def restored(place: Place, image: Path, caller: Caller, **more: object) -> int:
     with DirectWorker() as worker:
-        return int(worker.run(place.request(0, target='', operation='restore', image=image.name, caller=caller,
+        return int(worker.run(place.request(0, operation='restore', image=image.name, caller=caller,
                                             **more))['root'])
 
 
@@ -133,7 +133,7 @@ def refused(place: Place, image: Path, caller: Caller, **more: object) -> Findin
     [row] = [row for row in checked(place, image, caller=caller, **more) if row.severity == 'refusal']
     assert row.hint
     with DirectWorker() as worker, pytest.raises(CkptError) as caught:
-        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=caller, **more))
+        worker.run(place.request(0, operation='restore', image=image.name, caller=caller, **more))
     # how much memory is left changes in between
     assert [(one.pid, one.resource, one.errno, one.hint) for one in caught.value.refusals
             if one.severity == 'refusal'] == [(row.pid, row.resource, row.errno, row.hint)]
@@ -312,7 +312,7 @@ def test_an_open_sysctl_is_not_handed_out(place: Place, image_of: Image, importe
     image = image_of(OPEN)
     put_path(image, '/proc/sys/kernel/core_pattern', os.O_RDWR)
     with DirectWorker() as worker, pytest.raises(CkptError, match='cannot be read and written'):
-        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer,
+        worker.run(place.request(0, operation='restore', image=image.name, caller=importer,
                                  changed_files='accept'))
 
 
@@ -357,7 +357,7 @@ def test_a_rollback_leaves_files_alone_that_are_made_up(place: Place, image_of: 
     put_path(image, f'/proc/{importer.pid}/comm', os.O_RDWR)
     claim(image, 'regular', lambda one: dataclasses.replace(one, size=0, saved=()))
     with DirectWorker() as worker, pytest.raises(CkptError, match='without stored content'):
-        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer,
+        worker.run(place.request(0, operation='restore', image=image.name, caller=importer,
                                  changed_files='rollback'))
 
 
@@ -536,7 +536,7 @@ def test_memory_that_is_inherited_counts_once(victim: Callable[..., Victim], pla
     image = place.checkpoint(running.pid, after='kill')
     running.process.wait()
     settled.reap_orphans()
-    request = place.request(0, target='', operation='restore', image=image.name)
+    request = place.request(0, operation='restore', image=image.name)
     with ImageReader(image) as reader:
         plan, _ = prepare(JobContext(request, cast(Channel, None)), reader)
         every, inherited = most_to_fill(reader, ()), inherited_bytes(reader, plan)
@@ -624,7 +624,7 @@ def test_more_tasks_than_the_asker_may_have(place: Place, image_of: Image) -> No
         image = image_of(OPEN)
         rows = [row for row in checked(place, image, caller=caller) if row.severity == 'refusal']
         with DirectWorker() as worker, pytest.raises(CkptError) as caught:
-            worker.run(place.request(0, target='', operation='restore', image=image.name, caller=caller))
+            worker.run(place.request(0, operation='restore', image=image.name, caller=caller))
         assert [(one.resource, one.errno) for one in caught.value.refusals] == [
             (row.resource, row.errno) for row in rows] == [('RLIMIT_NPROC', 'EPERM'), ('RLIMIT_NPROC', 'EAGAIN')]
         row = rows[1]

@@ -161,7 +161,7 @@ class Reading:
         """The pid of its root."""
         settled.reap_orphans()
         with NotingWorker(self._notes) as worker:
-            result = worker.run(self.place.request(0, target='', operation='restore', image=image.name, **more), fds)
+            result = worker.run(self.place.request(0, operation='restore', image=image.name, **more), fds)
         for name, how in json.loads(self._notes.read_text()):
             if self.fields.get(name) != 'restart':
                 self.fields[name] = how

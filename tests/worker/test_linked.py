@@ -81,7 +81,7 @@ def test_a_restart_that_fails_leaves_the_names(generation: Callable[..., Generat
     tree = generation('linked')
     image = tree.kill()
     with DirectWorker(env={'CKPTD_FAULT': 'ready=error:EIO'}) as worker, pytest.raises(CkptError):
-        worker.run(tree.place.request(0, target='', operation='restore', image=image.name))
+        worker.run(tree.place.request(0, operation='restore', image=image.name))
     assert names(tree.victim) == ['.first', '.first']
     assert not (tree.victim.directory / 'first').exists()
     settled.reap_orphans()

@@ -35,7 +35,7 @@ def restored() -> Iterator[Callable[..., int]]:
     def run(place: Place, image: Path, **more: object) -> int:
         settled.reap_orphans()
         with DirectWorker() as worker:
-            result = worker.run(place.request(0, target='', operation='restore', image=image.name, **more))
+            result = worker.run(place.request(0, operation='restore', image=image.name, **more))
         roots.append(int(result['root']))
         return roots[-1]
 

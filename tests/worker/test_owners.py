@@ -94,13 +94,13 @@ def asking() -> Iterator[Caller]:
 def restored(place: Place, image: Path, **more: object) -> int:
     """Root restores it; the pid."""
     with DirectWorker() as worker:
-        return int(worker.run(place.request(0, target='', operation='restore', image=image.name, **more))['root'])
+        return int(worker.run(place.request(0, operation='restore', image=image.name, **more))['root'])
 
 
 def refused(place: Place, image: Path, **more: object) -> list[Finding]:
     """Root does not get it restored, and nothing is there; what a dry run says, which is the same."""
     with DirectWorker() as worker, pytest.raises((Refused, PermissionDenied)) as caught:
-        worker.run(place.request(0, target='', operation='restore', image=image.name, **more))
+        worker.run(place.request(0, operation='restore', image=image.name, **more))
     assert [path.name for path in place.spool.iterdir()] == [image.name]
     assert not place.freezes
     rows = [row for row in checked(place, image, **more) if row.severity == 'refusal']
@@ -350,6 +350,6 @@ def test_a_rollback_of_roots_log_is_undone_by_roots_rights(place: Place, bob: Bo
     image = bob.image(place, me())
     bob.output.write_bytes(b'another thing')
     with DirectWorker(env={'CKPTD_FAULT': 'place-keep-file-done=error:EIO'}) as worker, pytest.raises(CkptError):
-        worker.run(place.request(0, target='', operation='restore', image=image.name, changed_files='rollback'))
+        worker.run(place.request(0, operation='restore', image=image.name, changed_files='rollback'))
     assert bob.output.read_bytes() == b'another thing'
     assert not place.freezes

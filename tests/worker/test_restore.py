@@ -58,7 +58,7 @@ class Generation:
 
     def restore(self, image: Path, **more: object) -> None:
         with DirectWorker() as worker:
-            result = worker.run(self.place.request(0, target='', operation='restore', image=image.name, **more))
+            result = worker.run(self.place.request(0, operation='restore', image=image.name, **more))
         assert result['root'] == self.victim.pid
 
     def finish(self) -> None:
@@ -183,7 +183,7 @@ def test_a_subshell_that_has_started_a_program(place: Place) -> None:
             shell.wait()
             settled.reap_orphans()
             with DirectWorker() as worker:
-                worker.run(place.request(0, target='', operation='restore', image=image.name))
+                worker.run(place.request(0, operation='restore', image=image.name))
             os.kill(sleeping[0], 9)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4
         finally:
@@ -204,7 +204,7 @@ def test_dead_leaders_of_a_tree_that_is_waited_for(generation: Callable[..., Gen
     tree = generation('headless')
     image = tree.kill()
     with DirectWorker() as worker:
-        worker.send(Start(tree.place.request(0, target='', operation='restore', image=image.name, wait=True)))
+        worker.send(Start(tree.place.request(0, operation='restore', image=image.name, wait=True)))
         while not isinstance(worker.receive(), TreeRuns):
             continue
         dead = [status for pid in session_members(tree.victim.pid)

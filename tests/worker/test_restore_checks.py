@@ -95,13 +95,13 @@ class Sleeper:
 def checked(place: Place, image: Path, **more: Any) -> Rows:
     """What a dry run by a worker says."""
     with DirectWorker() as worker:
-        result = worker.run(place.request(0, target='', operation='check-restore', image=image.name, **more))
+        result = worker.run(place.request(0, operation='check-restore', image=image.name, **more))
     return [Finding(**row) for row in result['refusals']]
 
 
 def found(place: Place, image: Path, **more: Any) -> Rows:
     """The same without a worker: of an image that is no more than read."""
-    request = place.request(0, target='', operation='check-restore', image=image.name, **more)
+    request = place.request(0, operation='check-restore', image=image.name, **more)
     with ImageReader(image) as reader:
         return prepare(JobContext(request, cast(Channel, None)), reader)[1]
 
@@ -139,7 +139,7 @@ def test_all_at_once(place: Place, asleep: Sleeper) -> None:
     assert {row.errno for row in rows} == {'ENOENT'}
     assert {(row.pid, row.comm) for row in rows} == {(asleep.process.pid, 'snooze')}
     with DirectWorker() as worker, pytest.raises(Refused) as caught:
-        worker.run(place.request(0, target='', operation='restore', image=image.name))
+        worker.run(place.request(0, operation='restore', image=image.name))
     assert list(caught.value.refusals) == rows
     assert caught.value.phase == 'plan'
     assert not Path(f'/proc/{asleep.process.pid}').exists()
@@ -152,7 +152,7 @@ def test_a_pid_in_use(place: Place, asleep: Sleeper) -> None:
     assert (row.pid, row.comm, row.errno) == (pid, 'snooze', 'EEXIST')
     assert f'snooze[{pid}]' in row.reason
     with DirectWorker() as worker, pytest.raises(Busy) as caught:
-        worker.run(place.request(0, target='', operation='restore', image=image.name))
+        worker.run(place.request(0, operation='restore', image=image.name))
     assert caught.value.exit_status == 75
     assert checked(place, image, new_pidns=True) == []
 
@@ -166,7 +166,7 @@ def test_damages_are_rows(place: Place, asleep: Sleeper) -> None:
     assert [name for name in ('files.img', 'data-0.img') if any(name in row.reason for row in rows)] == [
         'files.img', 'data-0.img']
     with DirectWorker() as worker, pytest.raises(ImageDamaged):
-        worker.run(place.request(0, target='', operation='restore', image=image.name))
+        worker.run(place.request(0, operation='restore', image=image.name))
 
 
 # ---------------------------------------------------------------- files
@@ -216,7 +216,7 @@ def test_accepted_changes_are_warnings_and_told_again(place: Place, asleep: Slee
     rows = found(place, image, changed_files='accept')
     assert 'has 12 bytes' in only(rows, 'warning').reason
     with DirectWorker() as worker:
-        result = worker.run(place.request(0, target='', operation='restore', image=image.name, changed_files='accept'))
+        result = worker.run(place.request(0, operation='restore', image=image.name, changed_files='accept'))
     os.kill(result['root'], signal.SIGKILL)
     assert [row['reason'] for row in result['warnings']] == [row.reason for row in rows]
 
@@ -348,7 +348,7 @@ def test_the_image_of_somebody_else(place: Place, asleep: Sleeper, importer: Cal
     assert about(rows, 'gid').errno == 'EPERM'
     assert 'CAP_CHOWN' in about(rows, 'capabilities').reason
     with DirectWorker() as worker, pytest.raises(PermissionDenied, match=f'does not belong to uid {importer.uid}'):
-        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=importer))
+        worker.run(place.request(0, operation='restore', image=image.name, caller=importer))
 
 
 def test_groups_of_the_caller(place: Place, asleep: Sleeper) -> None:
@@ -395,7 +395,7 @@ def test_shared_pages_count_once(victim: Callable[..., Victim], place: Place) ->
 
 def test_a_number_that_the_machine_does_not_have(place: Place, asleep: Sleeper) -> None:
     image = asleep.image(place)
-    request = place.request(0, target='', operation='check-restore', image=image.name)
+    request = place.request(0, operation='check-restore', image=image.name)
     with ImageReader(image) as reader:
         plan, _ = prepare(JobContext(request, cast(Channel, None)), reader)
         plan.steps.append(CreateTask(1 << 30, 0))
@@ -422,7 +422,7 @@ def test_a_stop_that_needs_another_parent(place: Place, asleep: Sleeper, wanted:
     assert (row.resource, row.pid) == ('job control', asleep.process.pid)
     assert f'stopped by {signal.Signals(wanted).name}, and comes back stopped by SIGSTOP' in row.reason
     with DirectWorker() as worker:
-        worker.run(place.request(0, target='', operation='restore', image=image.name))
+        worker.run(place.request(0, operation='restore', image=image.name))
     # proc(5): exit_code of a stopped process is the signal
     fields = Path(f'/proc/{asleep.process.pid}/stat').read_text().rpartition(')')[2].split()
     os.kill(asleep.process.pid, signal.SIGKILL)
@@ -612,7 +612,7 @@ def test_an_imported_image_of_nobody_who_is_there(place: Place, asleep: Sleeper,
 
 @pytest.mark.parametrize('way', ['ended', 'reused', 'set-user-ID'])
 def test_limits_of_whoever_has_the_number_now_are_not_the_callers(place: Place, importer: Caller, way: str) -> None:
-    assert identity_of(place.request(0, operation='restore', target='', caller=importer), None)
+    assert identity_of(place.request(0, operation='restore', caller=importer), None)
     other = importer
     if way == 'ended':
         os.kill(importer.pid, signal.SIGKILL)
@@ -622,7 +622,7 @@ def test_limits_of_whoever_has_the_number_now_are_not_the_callers(place: Place, 
         same = read_stat(os.getpid()).start_time
         other = msgspec.structs.replace(importer, pid=os.getpid(), start_time=same - (way == 'reused'))
     with pytest.raises(NoSuchTarget, match='the calling process is gone'):
-        identity_of(place.request(0, operation='restore', target='', caller=other), None)
+        identity_of(place.request(0, operation='restore', caller=other), None)
 
 
 def test_an_imported_image_is_its_importers_alone(place: Place, asleep: Sleeper, importer: Caller) -> None:
@@ -649,7 +649,7 @@ def test_where_a_users_tree_lives(place: Place, importer: Caller) -> None:
     own, foreign = read_cgroup2(importer.pid), '/ckptd-test-foreign'
     group = Cgroup.named(foreign)
     group.path.mkdir()
-    request = place.request(0, operation='restore', target='', caller=importer)
+    request = place.request(0, operation='restore', caller=importer)
     tree = TreePlace(SimpleNamespace(request=request), identity_of(request, None), 1)  # type: ignore[arg-type]
     try:
         said = {7: foreign, 8: own, 9: '/../x', 10: '', 11: '/not-there'}

@@ -104,7 +104,7 @@ def test_private_file_mappings_share_the_page_cache(generation: Callable[..., Ge
 def restored(tree: Generation, image: Path) -> list[str]:
     """What a restore warns of."""
     with DirectWorker() as worker:
-        result = worker.run(tree.place.request(0, target='', operation='restore', image=image.name))
+        result = worker.run(tree.place.request(0, operation='restore', image=image.name))
     return [row['reason'] for row in result['warnings']]
 
 

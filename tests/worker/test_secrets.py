@@ -212,7 +212,7 @@ def test_what_its_own_processes_show_is_opened_again(place: Place, start: Start,
 def test_no_way_leads_from_there_to_others(place: Place, start: Start, bob: Caller, name: str) -> None:
     image, pid = opens_instead(place, start, lambda pid: f'/proc/{pid}/{name.format(us=os.getpid(), pid=pid)}')
     with DirectWorker() as worker, pytest.raises(CkptError, match='Permission denied'):
-        worker.run(place.request(0, target='', operation='restore', image=image.name, caller=bob))
+        worker.run(place.request(0, operation='restore', image=image.name, caller=bob))
     settled.reap_orphans()
     assert not Path(f'/proc/{pid}').exists()
 

@@ -168,7 +168,7 @@ def test_a_rollback_keeps_no_more_than_stays_free(disk: Path, tmp_path: Path, ho
     before = b'b' * MIB if how == 'saved' else b'a' * MIB
     path.write_bytes(before + b'm' * 10 * MIB)
     now = path.stat()
-    request = place.request(0, target='', operation='restore', image=image.name, changed_files='rollback')
+    request = place.request(0, operation='restore', image=image.name, changed_files='rollback')
 
     def run(keep_free: int) -> int:
         with DirectWorker() as worker:
@@ -248,7 +248,7 @@ def test_an_import_leaves_what_is_to_stay_free(stream: int, disk: Path) -> None:
 def test_an_import_by_a_worker(stream: int, disk: Path) -> None:
     place = Place(disk).make()
     with DirectWorker() as worker, pytest.raises(SpoolFailed, match='must stay free'):
-        worker.run(place.request(0, target='', operation='import', image='', has_output=True, keep_free=20 * MIB),
+        worker.run(place.request(0, operation='import', image='', has_output=True, keep_free=20 * MIB),
                    (stream,))
     assert list(place.spool.iterdir()) == []
 

@@ -75,7 +75,7 @@ def lie(image: Path, change: Callable[[UnixSocketEnd], UnixSocketEnd]) -> None:
 
 def verified(place: Place, image: Path) -> Any:
     with DirectWorker() as worker:
-        return worker.run(place.request(0, target='', operation='verify', image=image.name))['damages']
+        return worker.run(place.request(0, operation='verify', image=image.name))['damages']
 
 
 def test_verify_looks_into_queues(place: Place, image: Path) -> None:
@@ -104,7 +104,7 @@ def test_numbers_that_no_socket_has(place: Place, image: Path) -> None:
     """A lie about a socket ends the restart with an error, and leaves nothing."""
     lie(image, lambda end: replace(end, type=77))
     with DirectWorker() as worker, pytest.raises(CkptError):
-        worker.run(place.request(0, target='', operation='restore', image=image.name))
+        worker.run(place.request(0, operation='restore', image=image.name))
     assert not place.freezes
 
 

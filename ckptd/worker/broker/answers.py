@@ -70,7 +70,7 @@ class BrokerAnswers:
         self._incoming: UsersImage | None = None
         self._is_published = False
         self._place = TreePlace(job, identity, worker)
-        steps = partial(StepJournal, Journal(Path(job.request.runtime)), job.request.job, job.request.target)
+        steps = partial(StepJournal, Journal(Path(job.request.runtime)), job.request.job, job.request.about)
         self._names, self._walk = steps('names'), steps('walk')
         self._kept: set[str] = set()
         self._worker = worker

@@ -53,7 +53,7 @@ class UsersImage(Incoming):
                                            owner_gid=request.caller.gid, imported=request.operation == 'import')
         if not manifest.imported:
             manifest = msgspec.structs.replace(manifest, ckptd_version=__version__, kernel=os.uname().release,
-                                               boot_id=boot_id(), target=request.target)
+                                               boot_id=boot_id(), target=request.about)
         self.write_manifest(manifest)
         self.show()
 

@@ -29,8 +29,9 @@ from ckptd.protocol.messages import (
     Thaw,
     ToWorker,
 )
+from ckptd.target import ProcessTarget
 
-START = Start(JobRequest('scan', 'pid:1', Caller(0, 0), '/nowhere', '/nowhere'))
+START = Start(JobRequest('scan', Caller(0, 0), '/nowhere', '/nowhere', ProcessTarget(1)))
 
 
 @dataclass
