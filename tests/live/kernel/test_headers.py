@@ -61,6 +61,7 @@ EXPRESSIONS = {
 OWN = {
     'yama': {'ANYBODY', 'DECLARED', 'CAPABLE', 'NOBODY'},                   # admin-guide/LSM/Yama.rst
     'closing': {'MOST', 'CROWD', 'ROOM'},
+    'inotify': {'KEPT_BITS'},
     'hidepid': {'NOT_PTRACEABLE'},                                          # include/linux/proc_fs.h
     'creds': {'SUID_DUMP_DISABLE', 'SUID_DUMP_USER', 'SUID_DUMP_ROOT'},     # include/linux/sched/coredump.h
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)

@@ -9,6 +9,16 @@ import psutil
 import pytest
 
 from ckptd.kernel.fdinfo import list_fds, parse_fdinfo, read_fdinfo
+from ckptd.kernel.fhandle import FileHandle
+from ckptd.kernel.inotify import (
+    IN_EXCL_UNLINK,
+    IN_MODIFY,
+    IN_ONESHOT,
+    IN_ONLYDIR,
+    Inotify,
+    InotifyWatch,
+    watches_of,
+)
 
 
 def test_captured_epoll() -> None:
@@ -66,3 +76,25 @@ def test_a_closed_fd_is_not_a_dead_process(forked: Callable[..., int]) -> None:
         read_fdinfo(2**22 + 1, 0)
     with pytest.raises(ProcessLookupError):
         list_fds(2**22 + 1)
+
+
+def test_watches_with_and_without_handles() -> None:
+    """All numbers are hexadecimal; the newest watch is the first line."""
+    info = parse_fdinfo(b'pos:\t0\nflags:\t04000\nmnt_id:\t15\nino:\t2057\n'
+                        b'inotify wd:b ino:1 sdev:1a mask:fff ignored_mask:0 fhandle-bytes:c fhandle-type:81 '
+                        b'f_handle:010000000000000000000000\n'
+                        b'inotify wd:2 ino:20c03c sdev:fe00010 mask:84000002 ignored_mask:0 fhandle-bytes:8 '
+                        b'fhandle-type:1 f_handle:3cc020000859a8da\n'
+                        b'inotify wd:1 ino:192627 sdev:800013 mask:800afce ignored_mask:0\n')
+    assert watches_of(info) == [
+        InotifyWatch(1, 0xFCE, os.makedev(8, 0x13), 0x192627, FileHandle(-1, b'')),
+        InotifyWatch(2, IN_MODIFY | IN_EXCL_UNLINK | IN_ONESHOT, os.makedev(254, 16), 0x20c03c,
+                     FileHandle(1, bytes.fromhex('3cc020000859a8da'))),
+        InotifyWatch(11, 0xFFF, os.makedev(0, 0x1a), 1, FileHandle(0x81, b'\1' + bytes(11)))]
+
+
+def test_watches_as_this_kernel_shows_them(tmp_path: Path) -> None:
+    with Inotify() as ours:
+        ours.add(tmp_path, IN_MODIFY | IN_ONESHOT | IN_EXCL_UNLINK | IN_ONLYDIR)
+        [watch] = watches_of(read_fdinfo(os.getpid(), ours.fd))
+    assert (watch.wd, watch.mask, watch.inode) == (1, IN_MODIFY | IN_ONESHOT | IN_EXCL_UNLINK, tmp_path.stat().st_ino)
