@@ -3,7 +3,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -14,8 +14,10 @@ from ckptd.image.source import GivenFiles
 from ckptd.image.writer import write_manifest
 from ckptd.journal.steps import KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
 from ckptd.kernel.timer_list import End
+from ckptd.objects.files.base import OpenFile
 from ckptd.protocol.broker_calls import (
     EndWalk,
+    FindWatched,
     KeepContent,
     NewImage,
     NoteStep,
@@ -67,6 +69,19 @@ class BrokerClient:
         self._channel.call(NoteWalk(step))
         yield
         self._channel.call(EndWalk())
+
+    def watched_paths(self, file: OpenFile, tid: int) -> Mapping[int, str]:
+        """Return paths of watched files, see objects.files.tables.JobTables. OSError of the broker."""
+        found: dict[int, str] = {}
+        after = 0
+        while True:
+            try:
+                value, _ = self._channel.call(FindWatched(file.tid, file.fd, tid, after))
+            except CkptError as error:
+                raise OSError(error.errno, error.message) from error
+            found |= {wd: os.fsdecode(path) for wd, path in value['paths']}
+            if not (after := value['more']):
+                return found
 
     def keep_content(self) -> tuple[str, int]:
         """Make an empty file for the content of another one. Return its path and fd. SpoolFailed."""

@@ -92,7 +92,11 @@ class JobContext:
         if self.request.sever:
             with suppress(OSError):     # without sock_diag: they are refused like any socket
                 severed = clients_beside(self.request.sever, unix_sockets())
-        return ProcCache(severed, self.request.caller, at_rest=at_rest)
+        cache = ProcCache(severed, self.request.caller, at_rest=at_rest)
+        if self.request.brokered:
+            tables = cache.kinds.tables
+            tables.has_handles, tables.watched_paths = True, BrokerClient(self.channel).watched_paths
+        return cache
 
     def refusals(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """List all refusals and warnings. cache: of a frozen tree, whose contents are reused; PTRACE_SEIZE then decides

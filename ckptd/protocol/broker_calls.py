@@ -10,6 +10,7 @@
     EndTree         -                               likewise; its image is published, every uid still the user's
     ReadTimers      ends of sleeps                  tasks that the worker traces and that sleep; only timers that come
                                                     and go with them
+    FindWatched     paths of watched files          the user may inspect the task, and reaches the file by the path
     PlaceTree       -                               stubs: traced by the worker, younger than it, the user's uids
     StartTree       -                               after PlaceTree; from here on the tree lives
     NoteStep        -                               a file, name or segment that the worker makes, for a later undo
@@ -65,6 +66,15 @@ class ReadTimers(Message, frozen=True):
     asleep: tuple[Pid, ...] = ()
 
 
+class FindWatched(Message, frozen=True):
+    """Find the files that an inotify instance watches: fd `fd` of task `tid`, or of the worker. Files with a number
+    above `after` are found, as many as fit into the answer. The paths are those of task `seen_by`."""
+    tid: Pid
+    fd: Count
+    seen_by: Pid
+    after: Count = 0
+
+
 class Placed(msgspec.Struct, array_like=True, frozen=True):
     """A restored process: its pid, and the cgroup that it was in."""
     pid: Pid
@@ -101,5 +111,5 @@ class KeepContent(Message, frozen=True):
 MAX_FILES = 200         # fds in a message; the kernel accepts SCM_MAX_FD, 253 (include/net/scm.h)
 
 BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | EndTree | ReadTimers
-              | PlaceTree | StartTree | NoteStep | NoteWalk | EndWalk | KeepContent)
+              | FindWatched | PlaceTree | StartTree | NoteStep | NoteWalk | EndWalk | KeepContent)
 FromUsersWorker = FromWorker | BrokerCall

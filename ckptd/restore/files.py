@@ -7,7 +7,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from ckptd.errors import CkptError, ImageDamaged
@@ -51,6 +51,7 @@ class FileBuilder(FileAccess):
         self._stubs: Mapping[int, Stub] = {}
         self._holders: dict[int, list[tuple[int, int]]] = {}
         self._late: set[int] = set()
+        self._armed: list[tuple[Kind[Any], Struct, SavedFile]] = []     # files that watch others
         self._mail = _mail(service_fds)
         self.objects: MappedObjects
         self.file_changes: FileChanges
@@ -173,6 +174,8 @@ class FileBuilder(FileAccess):
             kind, record = decode(saved, self.kinds)
             fd = self._fds[saved.file_id]
             kind.connect(record, saved, fd, self)
+            if type(kind).arm is not Kind.arm:
+                self._armed.append((kind, record, saved))
             self._set_owner(fd, saved)
             if saved.flags & os.O_ASYNC:
                 self._set_async(fd, saved)
@@ -182,6 +185,20 @@ class FileBuilder(FileAccess):
             kind, record = decode(saved, self.kinds)
             kind.commit(record, saved, self._fds[saved.file_id], self)
             fault('place-committed')
+
+    def arm(self) -> None:
+        """Begin to watch files, the last step before the tasks run. The service fds are closed before if there is
+        something to watch, because a file that is closed later would cause an event."""
+        if not self._armed:
+            return
+        with ExitStack() as stack:
+            fds = []
+            for _, _, saved in self._armed:
+                fds.append(os.dup(self._fds[saved.file_id]))
+                stack.callback(os.close, fds[-1])
+            self._service_fds.close()
+            for fd, (kind, record, saved) in zip(fds, self._armed, strict=True):
+                kind.arm(record, saved, fd, self)
 
     def _set_owner(self, fd: int, saved: SavedFile) -> None:
         """Set the receiver of SIGIO. It is set with the uids that set it originally, whose rights count (fs/fcntl.c,

@@ -106,6 +106,7 @@ class Restore:
         reader, request = self._reader, self._request
         self._service_fds = stack.enter_context(ServiceFds(self._plan.highest))
         self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.terminal)
+        stack.callback(self._files.kinds.close)
         self._place = stack.enter_context(place_for(self._job))
         self._place.want(cgroups(self._plan.processes))
         self._place.prepare()
@@ -248,6 +249,7 @@ class Restore:
         init = self._builder.init
         if init:
             make_reaper(init, self._plan.processes[0].vpid, self._directory('/'))
+        self._files.arm()
         let_go(stub.tracee for _, stub in self._builder)
         if init:
             init.tracee.detach()        # last: if it dies now, it takes the whole namespace along

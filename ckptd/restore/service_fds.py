@@ -32,6 +32,10 @@ class ServiceFds:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all. Nothing can be made from them afterwards."""
         while self._fds:
             os.close(self._fds.pop())
         self._known.clear()

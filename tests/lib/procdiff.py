@@ -131,6 +131,9 @@ def _add_files(picture: Picture, pid: int, moving: bool) -> None:
                     name, _, value = line.partition(':')
                     if name == 'tfd':       # a row for each file that an epoll watches, in no order
                         name, value = f'tfd {" ".join(value.split()[:5])}', ''
+                    elif name == 'inotify wd':      # a row for each watch
+                        number, _, value = value.partition(' ')
+                        name = f'inotify {number}'
                     if not (moving and name == 'pos') and name not in FILES_OWN:
                         picture.add(pid, f'fd {entry.name}', name, value.strip())
 

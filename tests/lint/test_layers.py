@@ -107,7 +107,7 @@ def test_the_package_itself_imports_nothing() -> None:
 # modules of a package of objects that are not an object
 COMMON = {
     'files': {'__init__', 'base', 'content', 'deleted', 'linked', 'open_file', 'options', 'registry', 'rollback',
-              'sound', 'tables', 'unsupported'},
+              'sound', 'tables', 'unsupported', 'watched'},
     'attributes': {'__init__', 'allowed', 'base', 'registry'},
 }
 

@@ -432,13 +432,13 @@ def test_every_refusal_of_every_task_at_once(brood: Brood) -> None:
     def root() -> list[int]:
         server = socket.socket(socket.AF_UNIX)
         server.bind('')         # a name of the kernel's choice, unix(7) "Autobind feature"
-        fds = [server.detach(), libc.inotify_init1(0)]
+        fds = [server.detach(), os.open('/proc/self/ns/net', os.O_RDONLY)]
         return [*fds, brood.fork(allow_everything)]
-    pid, (sock, event, child) = brood.ask(root)
+    pid, (sock, namespace, child) = brood.ask(root)
     rows = check(pid)
     found = {(row.pid, row.resource) for row in rows if row.severity == 'refusal'}
-    assert found >= {(pid, f'fd {sock}'), (pid, f'fd {event}'), (child, f'fd {sock}'), (child, f'fd {event}'),
-                     (child, 'seccomp')}
+    assert found >= {(pid, f'fd {sock}'), (pid, f'fd {namespace}'), (child, f'fd {sock}'),
+                     (child, f'fd {namespace}'), (child, 'seccomp')}
     assert 'a unix stream socket' in fd_rows(rows, sock)[0][2]
 
 
@@ -483,14 +483,14 @@ def test_thread_with_its_own_fd_table(brood: Brood) -> None:
 
         def thread() -> None:
             assert libc.unshare(0x400) == 0     # CLONE_FILES
-            found.append(libc.inotify_init1(0))
+            found.append(os.open('/proc/self/ns/net', os.O_RDONLY))
             started.set()
             brood.wait()
         threading.Thread(target=thread, daemon=True).start()
         started.wait()
         return found[0]
-    pid, event = brood.ask(root)
-    assert ('refusal', 'EOPNOTSUPP') in [row[:2] for row in fd_rows(check(pid), event)]
+    pid, namespace = brood.ask(root)
+    assert ('refusal', 'EOPNOTSUPP') in [row[:2] for row in fd_rows(check(pid), namespace)]
 
 
 def test_lock_on_what_keeps_none_is_a_warning(brood: Brood) -> None:

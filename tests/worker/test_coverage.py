@@ -50,6 +50,7 @@ CHECKED = {
     'Directory.inode': 'a directory is opened by its name',
     'Header.machine': 'of this kind of processor, or refused',
     'Header.page_size': 'the same, or refused',
+    'InotifyInstance.unread': 'for a warning; events cannot be put back',
     **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('content', 'gid', 'mode', 'seals', 'uid')},
     **{f'PathReference.{name}': 'of a node that is made again; another owner is a refusal' for name in ('gid', 'uid')},
     'Registers.machine': 'of this kind of processor, or refused',
@@ -77,8 +78,8 @@ UNREAD = {
     **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
-SUBJECTS = ('attributes', 'events', 'files', 'interpreter', 'linked', 'locks', 'memory', 'opath', 'pidfds', 'removed',
-            'settings', 'shared', 'signals', 'stopped', 'tiles', 'timers', 'tree', 'unix_sockets')
+SUBJECTS = ('attributes', 'events', 'files', 'inotify', 'interpreter', 'linked', 'locks', 'memory', 'opath', 'pidfds',
+            'removed', 'settings', 'shared', 'signals', 'stopped', 'tiles', 'timers', 'tree', 'unix_sockets')
 
 
 def classes() -> list[type]:

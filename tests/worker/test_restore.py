@@ -94,6 +94,8 @@ def changes(before: Picture, after: Picture, *, brief: bool) -> list[str]:
                 continue        # restart_syscall for what it restarts; of cgroup the dead keep a name that is gone
             if name in ('SigIgn', 'SigCgt', 'SigBlk') and before.rows.get((task, 'status', 'State'), '')[:1] == 'Z':
                 continue        # of a dead task, as ckptd-restore-limits(7) says
+            if name.startswith('inotify'):      # the inode of a nameless file is a new one
+                value = re.sub(r'ino:\w+ sdev:\w+|fhandle-.*', '', value)
             if brief and (task not in tasks or name in ('threads', 'Threads')):
                 continue
             kept.rows[task, source, name] = NAMELESS.sub(r'\1\2', value)

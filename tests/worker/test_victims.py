@@ -20,10 +20,12 @@ pytestmark = pytest.mark.needs('ptrace', 'gcc')
 # its calls wait with another signal mask than the one they put back, and to gdb they answer EINTR
 ELSEWHERE = {'never_restarted'}
 # gdb lets what SIGTSTP stopped run, attaches to no zombie, and believes the memory of a process that shares another's
-# when that names the other's threads
-DISTURBED_BY_GDB = {'stopped', 'tree', 'headless', 'sharing'}
+# when that names the other's threads; it opens mapped files, which one that watches them reads about
+DISTURBED_BY_GDB = {'stopped', 'tree', 'headless', 'sharing', 'inotify'}
 # of a deleted file that is mapped only root can read the content: proc(5), /proc/PID/map_files
 REFUSED_TO_USERS = dict.fromkeys(('linked_map', 'shared'), 'is deleted and its content cannot be read')
+# and only root finds files by their handles
+REFUSED_TO_USERS['inotify'] = 'of an inotify instance is on inode .*, whose path is not known'
 READERS = (views.of_ps, views.of_prlimit, views.of_psutil, views.of_memory, views.of_shared_memory)
 
 

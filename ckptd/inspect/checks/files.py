@@ -18,9 +18,11 @@ def check_files(tasks: Iterable[Task], cache: ProcCache) -> list[Finding]:
     """List one row for each refused fd, resource 'fd N'. The same warning about the same file appears once in the
     tree."""
     tasks = list(tasks)
+    tables = list(fd_tables(tasks))
     cache.kinds.tables.tasks = frozenset(task.tid for task in tasks)
+    cache.kinds.tables.table_owners = tuple(task.tid for task in tables)
     check = _Check(cache)
-    for task in fd_tables(tasks):
+    for task in tables:
         check.rows += guarded(task, 'fd', check.table, task)
     return check.rows + check.lacking()
 
@@ -41,6 +43,7 @@ class _Verdict(NamedTuple):
     kind: Kind[Any]
     reasons: list[Finding]
     endpoint: Endpoint | None
+    of_one: str     # the file in /proc, if the verdict is about this one only
 
 
 class _Check:
@@ -50,7 +53,7 @@ class _Check:
         self._cache = cache
         self.rows: list[Finding] = []
         self._verdicts: dict[tuple[Any, ...], _Verdict] = {}
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str, str]] = set()
         self._tasks: dict[int, Task] = {}
         self._ends: dict[Kind[Any], list[FileEnd]] = {}
         self._holders: dict[int, tuple[Task, int]] = {}     # of files in flight: by our fd, the fd where it was found
@@ -68,7 +71,7 @@ class _Check:
         verdict = self._verdict(file)
         if verdict.endpoint:
             self._ends.setdefault(verdict.kind, []).append(FileEnd(file, verdict.endpoint))
-        found = [row for reason in verdict.reasons if (row := self._row(task, file, reason))]
+        found = [row for reason in verdict.reasons if (row := self._row(task, file, reason, verdict.of_one))]
         return found + (self._in_flight(task, file, verdict.kind) if self._cache.at_rest else [])
 
     def _in_flight(self, task: Task, file: OpenFile, kind: Kind[Any]) -> list[Finding]:
@@ -80,24 +83,24 @@ class _Check:
                 found += self._rows(task, self._cache.file_in_flight(fd))
         return found
 
-    def _row(self, task: Task, file: OpenFile, reason: Finding) -> Finding | None:
+    def _row(self, task: Task, file: OpenFile, reason: Finding, of_one: str = '') -> Finding | None:
         number = self._holders[file.fd][1] if self._is_in_flight(file) else file.fd
         resource = f'fd {number}'
         if reason.severity == 'refusal':
             return refuse(task, resource, reason.errno, reason.reason, reason.hint)
-        if (file.link, reason.reason) in self._warned:
+        if (key := (file.link, reason.reason, of_one)) in self._warned:
             return None
-        self._warned.add((file.link, reason.reason))
+        self._warned.add(key)
         return warn(task, resource, reason.errno, reason.reason, reason.hint)
 
     def _verdict(self, file: OpenFile) -> _Verdict:
+        of_one = file.proc_path if self._cache.kinds.is_unlike_others(file) else ''
         key = (file.link, file.stat.st_dev, file.stat.st_ino, file.stat.st_rdev, file.stat.st_mode, file.flags,
-               tuple(file.info.fields.get('lock', ())),
-               # for a file that watches fds, it matters in which table these fds are
-               file.proc_path if 'tfd' in file.info.fields else '')
+               tuple(file.info.fields.get('lock', ())), of_one)
         if key not in self._verdicts:
             kind = self._cache.kinds.of(file)
-            self._verdicts[key] = _Verdict(kind, kind.findings(file) + _lost_locks(kind, file), kind.endpoint(file))
+            self._verdicts[key] = _Verdict(kind, kind.findings(file) + _lost_locks(kind, file), kind.endpoint(file),
+                                           of_one)
         return self._verdicts[key]
 
     def _is_in_flight(self, file: OpenFile) -> bool:

@@ -21,6 +21,8 @@ and for a restart, where `saved` has the common data of all kinds (image.records
     create(record, saved, ctx)           a new description: an fd with the access mode and flags of `saved.flags`
     connect(record, saved, fd, ctx)      everything that needs the tasks, or the other files: locks, watches of an epoll
     commit(record, saved, fd, ctx)       everything that cannot be undone, done when nothing else can fail
+    arm(record, saved, fd, ctx)          the last step before the tasks run: begin to watch other files, which only the
+                                         tasks have open by then. It must not fail
 """
 
 import os
@@ -144,14 +146,16 @@ class Kind(ABC, Generic[R]):
     """One kind of open file: `class PipeKind(Kind[Pipe], tag='pipe')`. R is the record that dump() makes.
 
     The class is the rule, an instance is the state of one job. tag: the kind's name in images, which never changes.
-    record: R, to decode the result of dump().
+    record: R, to decode the result of dump(). alike: files of equal link, inode, mode, flags and locks have equal
+    findings.
     """
     tag: ClassVar[str]
     record: ClassVar[type[Struct]]
+    alike: ClassVar[bool]
 
-    def __init_subclass__(cls, *, tag: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, tag: str, alike: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.tag = tag
+        cls.tag, cls.alike = tag, alike
         cls.record = next(get_args(base)[0] for base in cls.__orig_bases__  # type: ignore[attr-defined]
                           if get_origin(base) is Kind)
 
@@ -194,7 +198,7 @@ class Kind(ABC, Generic[R]):
     def dump(self, file: OpenFile, content: Content) -> R: ...
 
     def close(self) -> None:
-        """Close the files that `discover` has opened."""
+        """Close the files that the kind has opened for itself."""
 
     def references(self, record: R) -> Iterable[int]:
         return ()
@@ -215,4 +219,7 @@ class Kind(ABC, Generic[R]):
         return
 
     def commit(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        return
+
+    def arm(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         return

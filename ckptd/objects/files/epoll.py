@@ -37,7 +37,7 @@ class Epoll(Struct):
     watches: tuple[Watch, ...]
 
 
-class EpollKind(Kind[Epoll], tag='epoll'):
+class EpollKind(Kind[Epoll], tag='epoll', alike=False):
 
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path

@@ -33,6 +33,7 @@ class Kinds:
         self.tables = tables or JobTables()
         self.by_tag: Mapping[str, Kind[Any]] = {tag: cls(self.tables) for tag, cls in BY_TAG.items()}
         self.unsupported = Unsupported(self.tables)
+        self._unlike = [kind for kind in self.by_tag.values() if not kind.alike]
         self._with_queues = [kind for kind in self.by_tag.values() if type(kind).peek_offset is not Kind.peek_offset]
 
     def __enter__(self) -> Self:
@@ -44,6 +45,10 @@ class Kinds:
     def of(self, file: OpenFile) -> Kind[Any]:
         """Return the kind of an open file. If none matches it is `unsupported`, which refuses."""
         return next((kind for kind in self.by_tag.values() if kind.matches(file)), self.unsupported)
+
+    def is_unlike_others(self, file: OpenFile) -> bool:
+        """Whether the findings about a file may differ from those about one that looks the same (Kind.alike)."""
+        return any(kind.matches(file) for kind in self._unlike)
 
     def may_have_queue(self, file: OpenFile) -> bool:
         """Whether a kind that walks queues matches this file."""

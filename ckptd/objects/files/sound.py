@@ -13,8 +13,9 @@ from ckptd.objects.files.linked import is_name
 from ckptd.objects.files.locks import EOF, LEASE, POSIX, TO_NONE, TO_READ, Lock
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
+_MAX_WD = (1 << 31) - 1             # of an inotify instance: fs/notify/inotify/inotify_user.c, inotify_ioctl
 # the highest value of fields by name, in every kind with such a field
-_HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY}
+_HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY, 'wd': _MAX_WD}
 
 
 def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:

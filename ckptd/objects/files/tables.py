@@ -1,19 +1,39 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tables that the kernel shows for all objects of a type at once, read at most once per job."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
+from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, capget
+from ckptd.kernel.inotify import watches_of
 from ckptd.kernel.netlink import UnixSocket
 from ckptd.kernel.unix import sockets_by_inode
+from ckptd.objects.files.open_file import OpenFile
+from ckptd.objects.files.watched import Neighbourhood, paths_by_handle
+
+
+def _watched_paths(file: OpenFile, tid: int) -> Mapping[int, str]:
+    return paths_by_handle(tid, watches_of(file.info))
 
 
 class JobTables:
     """The tables for one look at a tree. A running tree changes, so each look has its own."""
 
-    tasks: Collection[int] | None = None        # tids of the tree, None while they are not known
+    def __init__(self) -> None:
+        self.tasks: Collection[int] | None = None       # tids of the tree, None while they are not known
+        self.table_owners: Sequence[int] = ()           # tids of the tree, one for each table of fds
+        # whether the next one can find files: by CAP_DAC_READ_SEARCH, or through a broker
+        self.has_handles = bool(capget().effective >> CAP_DAC_READ_SEARCH & 1)
+        # the paths of the files that an inotify instance watches, by wd, as far as the kernel finds them by handle;
+        # paths of the task given. OSError
+        self.watched_paths: Callable[[OpenFile, int], Mapping[int, str]] = _watched_paths
 
     @cached_property
     def unix_sockets(self) -> Mapping[int, UnixSocket]:
         """Unix sockets of our network namespace by inode; none without sock_diag."""
         return sockets_by_inode()
+
+    @cached_property
+    def neighbourhood(self) -> Neighbourhood:
+        """The files of the tree, among which the kernel identifies a watched one."""
+        return Neighbourhood(self.table_owners)

@@ -21,7 +21,7 @@ from ckptd.objects.files.tty import PTMX
 _ANON_INODES = {
     'bpf-map': 'a BPF map', 'bpf-prog': 'a BPF program', 'bpf_link': 'a BPF link', 'bpf_iter': 'a BPF iterator',
     'btf': 'a BPF type description (BTF)', 'fanotify': 'a fanotify group',
-    'fscontext': 'a file system context (fsopen)', 'inotify': 'an inotify instance', 'io_uring': 'an io_uring',
+    'fscontext': 'a file system context (fsopen)', 'io_uring': 'an io_uring',
     'kvm-vcpu': 'a KVM virtual CPU', 'kvm-vm': 'a KVM virtual machine', 'landlock-ruleset': 'a Landlock ruleset',
     'perf_event': 'a perf event', 'pidfd': 'a pidfd', 'seccomp notify': 'a seccomp listener',
     'userfaultfd': 'a userfaultfd',

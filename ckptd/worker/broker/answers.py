@@ -34,6 +34,7 @@ from ckptd.protocol.broker_calls import (
     BrokerCall,
     EndTree,
     EndWalk,
+    FindWatched,
     FreezeTree,
     HoldTree,
     KeepContent,
@@ -52,6 +53,7 @@ from ckptd.tree import Tree
 from ckptd.worker.broker.identity import Identity
 from ckptd.worker.broker.placement import TreePlace
 from ckptd.worker.broker.users_image import UsersImage
+from ckptd.worker.broker.watched import find_watched
 
 log = logging.getLogger('ckptd.worker')
 
@@ -79,8 +81,8 @@ class BrokerAnswers:
             OpenImage: self._open_image, NewImage: self._new_image, Publish: self._publish,
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
             RestoreTree: self._restore_tree, EndTree: self._end_tree, ReadTimers: self._read_timers,
-            PlaceTree: self._place_tree, StartTree: self._start_tree, NoteStep: self._note,
-            NoteWalk: self._note_walk, EndWalk: self._end_walk, KeepContent: self._keep_content}
+            FindWatched: self._find_watched, PlaceTree: self._place_tree, StartTree: self._start_tree,
+            NoteStep: self._note, NoteWalk: self._note_walk, EndWalk: self._end_walk, KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
         """Carry out a call. Return the value, and fds that the caller closes. CkptError, OSError."""
@@ -223,6 +225,11 @@ class BrokerAnswers:
             found = None
         if found is None or found.tracer_pid != self._worker or {*found.uids} != {self._identity.uid}:
             raise PermissionDenied(f'task {tid} is not traced by the worker', task=tid, resource='ptrace')
+
+    def _find_watched(self, call: FindWatched) -> Reply:
+        if self._job.request.operation not in ('checkpoint', 'check'):
+            raise PermissionDenied('the job does not look at open files')
+        return find_watched(call, self._identity, self._worker), []
 
     # ------------------------------------------------------------ restored trees
 

@@ -88,6 +88,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'signalfd': ('signalfd', lambda: libc.signalfd(-1, ctypes.create_string_buffer(128), 0)),
     'timerfd': ('timerfd', lambda: libc.timerfd_create(1, 0)),
     'pidfd': ('pidfd', lambda: os.pidfd_open(os.getpid())),
+    'inotify': ('inotify', lambda: libc.inotify_init1(0)),
     'datagram socket': ('unix', lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
     'unconnected socket': ('unix', lambda: socket.socket(socket.AF_UNIX).detach()),
     'half of a seqpacket pair': ('unix', lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()),
@@ -133,7 +134,6 @@ def shut_down() -> int:
 
 
 REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
-    'inotify': ('an inotify instance', lambda: libc.inotify_init1(0)),
     'fanotify': ('a fanotify group', lambda: libc.fanotify_init(0, 0)),
     'io_uring': ('an io_uring', lambda: libc.syscall(NR['io_uring_setup'], 4, ctypes.create_string_buffer(120))),
     'userfaultfd': ('a userfaultfd', lambda: libc.syscall(NR['userfaultfd'], 0)),

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The broker's answer to FindWatched. open_by_handle_at(2) requires CAP_DAC_READ_SEARCH, which no user's worker has.
+
+The handles come from fdinfo, never from the worker. The kernel decides with the rights of the user, and without any
+capability, whether fdinfo may be read, and whether the path that the kernel shows leads to that file. So users learn
+what /proc/PID/fd would show them if the file were open.
+"""
+
+import errno
+import os
+from functools import partial
+
+from ckptd.kernel.creds import file_rights
+from ckptd.kernel.fdinfo import read_fdinfo
+from ckptd.kernel.inotify import watches_of
+from ckptd.kernel.namei import lstat_of_task
+from ckptd.objects.files.watched import paths_by_handle
+from ckptd.protocol.broker_calls import FindWatched
+from ckptd.protocol.messages import MAX_MESSAGE
+from ckptd.worker.broker.identity import Identity
+
+_MOST = 1000                # watches for each call
+_ROOM = MAX_MESSAGE // 2    # bytes of paths in an answer
+
+
+def find_watched(call: FindWatched, identity: Identity, worker: int) -> dict[str, object]:
+    """Return 'paths', pairs of a wd and a path in bytes, and 'more': the `after` of the next call, or 0. OSError."""
+    as_user = partial(file_rights, identity.uid, identity.gid, identity.groups)
+
+    def lookup(tid: int, path: str) -> os.stat_result | None:
+        with as_user():
+            return lstat_of_task(tid, path)
+    if call.tid == worker:      # a file in flight. The worker is not dumpable, and has no other files than the user's
+        info = read_fdinfo(call.tid, call.fd)
+    elif call.tid == os.getpid():
+        # the kernel lets every process inspect itself
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    else:
+        with as_user():
+            info = read_fdinfo(call.tid, call.fd)
+    left = [watch for watch in watches_of(info) if watch.wd > call.after]
+    found = paths_by_handle(call.seen_by, left[:_MOST], lookup)
+    paths: list[tuple[int, bytes]] = []
+    room = _ROOM
+    for wd, path in sorted(found.items()):
+        paths.append((wd, os.fsencode(path)))
+        room -= len(paths[-1][1]) + 16
+        if room < 0:
+            return {'paths': paths, 'more': wd}
+    return {'paths': paths, 'more': left[_MOST - 1].wd if len(left) > _MOST else 0}
