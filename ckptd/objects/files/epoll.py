@@ -10,7 +10,7 @@ import errno
 from collections import Counter
 from collections.abc import Iterator
 
-from ckptd.errors import CkptError, Finding, NotSupported
+from ckptd.errors import CkptError, Finding, ImageDamaged, NotSupported
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.epoll import EPOLL_CLOEXEC, EPOLL_CTL_ADD, EpollTarget, epoll_create1, pack_event, parse_target
@@ -63,6 +63,8 @@ class EpollKind(Kind[Epoll], tag='epoll', alike=False):
 
     def connect(self, record: Epoll, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         holders = ctx.holders(saved.file_id)
+        if record.watches and not holders:      # the dump finds no process that knows the watched files
+            raise ImageDamaged('an epoll instance that no process has watches files', resource=saved.link)
         known = dict(reversed(holders))
         for watch in record.watches:
             # of processes that share an fd table, only one is listed
