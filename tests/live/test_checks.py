@@ -369,9 +369,10 @@ def vma(line: str, flags: str = 'rd wr mr mw me ac') -> Any:
     return check_mapping(parse_smaps(f'{line}\nRss:  4 kB\nVmFlags: {flags} \n'.encode())[0])
 
 
+@pytest.mark.parametrize('name', ['', '[heap]', '[stack]', '[anon:jit]'])
 @pytest.mark.parametrize('flags', ['ht', 'pf', 'io', 'um', 'uw', 'ui', 'ss', 'sf'])
-def test_flags_of_special_memory(flags: str) -> None:
-    assert vma('7f0000000000-7f0000001000 rw-p 00000000 00:00 0', f'rd wr {flags}').errno == 'EOPNOTSUPP'
+def test_flags_of_special_memory(flags: str, name: str) -> None:
+    assert vma(f'7f0000000000-7f0000001000 rw-p 00000000 00:00 0    {name}', f'rd wr {flags}').errno == 'EOPNOTSUPP'
 
 
 @pytest.mark.parametrize('path', ['/[aio] (deleted)', 'anon_inode:[perf_event]', 'anon_inode:[io_uring]', '[uprobes]',

@@ -40,8 +40,8 @@ _FLAGS = {
     'uw': _Fact('EOPNOTSUPP', 'writes are watched by a userfaultfd (write-protect)', _CLOSE),
 }
 # mappings that the kernel makes in every process (arch/x86/entry/vdso); vvar has 'pf' and 'io'
-_OWN = {'[heap]', '[stack]', '[vdso]', '[vvar]', '[vvar_vclock]', '[vsyscall]'}
-_NAMED = ('[anon:', '[anon_shmem:')
+_OWN = {'[vdso]', '[vvar]', '[vvar_vclock]', '[vsyscall]'}
+_NAMED = ('[anon:', '[anon_shmem:', '[heap]', '[stack]')
 _PATHS = (
     (re.compile(r'/\[aio\]'), 'a ring of asynchronous I/O (io_setup)'),
     (re.compile(r'/secretmem\b'), 'secret memory (memfd_secret), which only the task can read'),
@@ -73,13 +73,13 @@ def _check_process(process: ProcessIds, files: 'MappedFiles', cache: ProcCache) 
 def check_mapping(mapping: Mapping) -> _Fact | None:
     """Check a mapping by its line and flags."""
     path = mapping.path
-    if path in _OWN or path.startswith(_NAMED):
+    if path in _OWN:
+        return None
+    if path.startswith(_NAMED):
         path = ''
     for pattern, what in _PATHS:
         if pattern.match(path):
             return _Fact('EOPNOTSUPP', f'{what}: {path}', _CLOSE)
-    if mapping.path in _OWN:
-        return None
     return next((fact for flag, fact in _FLAGS.items() if flag in mapping.vm_flags), None)
 
 
