@@ -4,7 +4,13 @@
 import functools
 import os
 
+from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memfd import F_SEAL_EXEC, make_memfd
+
+# names that /proc shows for objects of that mount (mm/memfd.c, ipc/shm.c, mm/shmem.c)
+MEMFD_PREFIX, SYSV_PREFIX = '/memfd:', '/SYSV'
+SHARED_ANONYMOUS = ('/dev/zero (deleted)', '[anon_shmem:')
+_PREFIXES = (MEMFD_PREFIX, SYSV_PREFIX, *SHARED_ANONYMOUS)
 
 
 @functools.cache
@@ -19,3 +25,13 @@ def shm_device() -> int:
 
 def on_shm_mount(stat: os.stat_result) -> bool:
     return stat.st_dev == shm_device()
+
+
+def is_of_shm_mount(mapping: Mapping) -> bool:
+    return os.makedev(mapping.major, mapping.minor) == shm_device()
+
+
+def is_object_of_shm_mount(mapping: Mapping) -> bool:
+    """Whether a mapping is of a memfd, a System V segment or shared anonymous memory. A file may have such a name,
+    too."""
+    return mapping.path.startswith(_PREFIXES) and is_of_shm_mount(mapping)

@@ -21,11 +21,11 @@ from ckptd.errors import Finding, Refused
 from ckptd.inspect import checks
 from ckptd.inspect.checks import check_tree
 from ckptd.inspect.checks.tasks import check_kthread, check_seccomp
-from ckptd.inspect.checks.vmas import MappedFiles, check_mapping
 from ckptd.inspect.scan import scan_tree
 from ckptd.kernel.maps import parse_maps, parse_smaps
 from ckptd.kernel.stat import PF_KTHREAD, read_stat
 from ckptd.kernel.status import read_status
+from ckptd.objects.mappings.registry import MappingKinds
 from ckptd.protocol.messages import Caller
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, become, fork, libc
@@ -366,7 +366,8 @@ def freeze(cgroup: Path, wanted: bool) -> None:
 # ---------------------------------------------------------------- mappings
 
 def vma(line: str, flags: str = 'rd wr mr mw me ac') -> Any:
-    return check_mapping(parse_smaps(f'{line}\nRss:  4 kB\nVmFlags: {flags} \n'.encode())[0])
+    mapping = parse_smaps(f'{line}\nRss:  4 kB\nVmFlags: {flags} \n'.encode())[0]
+    return MappingKinds().finding(os.getpid(), mapping)
 
 
 @pytest.mark.parametrize('name', ['', '[heap]', '[stack]', '[anon:jit]'])
@@ -420,11 +421,11 @@ def test_replaced_mapped_file_is_a_warning(brood: Brood, tmp_path: Path) -> None
     """A rename over a mapped file makes it deleted, a mount over it does not; the line is made up, the file is real."""
     (tmp_path / 'file').write_bytes(bytes(4096))
     mapping = parse_maps(f'7f0000000000-7f0000001000 r--p 00000000 fe:00 1    {tmp_path}/file\n'.encode())[0]
-    files = MappedFiles()
-    fact = files.check(os.getpid(), mapping)
+    kinds = MappingKinds()
+    fact = kinds.finding(os.getpid(), mapping)
     assert fact is not None
     assert (fact.severity, fact.errno) == ('warning', 'ENOENT')
-    assert files.check(os.getpid(), mapping) is None        # once for the tree
+    assert kinds.finding(os.getpid(), mapping) is None        # once for the tree
 
 
 # ---------------------------------------------------------------- open files

@@ -9,7 +9,7 @@ from ckptd.errors import Finding
 from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.memfd import is_forbidden, make_memfd
-from ckptd.kernel.shmem import on_shm_mount
+from ckptd.kernel.shmem import MEMFD_PREFIX, on_shm_mount
 from ckptd.objects.files.base import Content, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding, open_again
 from ckptd.objects.files.content import (
     ContentSegment,
@@ -20,8 +20,6 @@ from ckptd.objects.files.content import (
     set_owner,
 )
 from ckptd.objects.files.locks import Lock, read_locks, restore_locks
-
-PREFIX = '/memfd:'
 
 
 @layout
@@ -48,7 +46,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
 
     def matches(self, file: OpenFile) -> bool:
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)
-                and file.link.startswith(PREFIX))
+                and file.link.startswith(MEMFD_PREFIX))
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if file.unread:
@@ -62,8 +60,8 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
         segments = () if shm_id else self._content(file, content)
         with file.duplicate() as fd:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        return Memfd(file.path.removeprefix(PREFIX), of.st_dev, of.st_ino, of.st_size, of.st_mode, of.st_uid, of.st_gid,
-                     seals, shm_id, segments, read_locks(file))
+        return Memfd(file.path.removeprefix(MEMFD_PREFIX), of.st_dev, of.st_ino, of.st_size, of.st_mode, of.st_uid,
+                     of.st_gid, seals, shm_id, segments, read_locks(file))
 
     def _content(self, file: OpenFile, content: Content) -> tuple[ContentSegment, ...]:
         with file.reopen(os.O_RDONLY) as fd:

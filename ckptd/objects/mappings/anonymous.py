@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Private memory without a file: of mmap(2), the heap of brk(2), and stacks."""
+
+from ckptd.image.records import ANON, HEAP, STACK
+from ckptd.kernel.maps import Mapping
+from ckptd.objects.mappings.base import MappingKind
+
+_GROWS_DOWN, _DROPPABLE = 'gd', 'dp'        # VmFlags of proc_pid_smaps(5)
+_OTHERS = frozenset({_GROWS_DOWN, _DROPPABLE})
+
+
+class AnonymousMapping(MappingKind, numbers=[ANON]):
+    """Ordinary memory."""
+
+    def matches(self, mapping: Mapping) -> bool:
+        return mapping.anonymous and mapping.vm_flags.isdisjoint(_OTHERS)
+
+
+class HeapMapping(MappingKind, numbers=[HEAP], names=['[heap]']):
+    """The heap."""
+
+
+class StackMapping(MappingKind, numbers=[STACK], names=['[stack]']):
+    """The stack of the first thread, or other memory that grows downwards (MAP_GROWSDOWN)."""
+
+    def matches(self, mapping: Mapping) -> bool:
+        return mapping.anonymous and _GROWS_DOWN in mapping.vm_flags

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The vdso and its relatives, which belong to the kernel."""
+
+from ckptd.image.records import VDSO, VSYSCALL, VVAR
+from ckptd.objects.mappings.base import MappingKind
+
+
+class VdsoMapping(MappingKind, numbers=[VDSO], names=['[vdso]']):
+    """The text of the vdso."""
+    is_kernels = True
+
+
+class VvarMapping(MappingKind, numbers=[VVAR], names=['[vvar]', '[vvar_vclock]']):
+    """The data of the vdso, before its text."""
+    is_kernels = True
+
+
+class VsyscallMapping(MappingKind, numbers=[VSYSCALL], names=['[vsyscall]']):
+    """The page of old system calls, above the addresses of programs."""
+    is_kernels = True
