@@ -8,7 +8,6 @@ from dataclasses import replace
 from ckptd.dump.names import LinkNames
 from ckptd.dump.save_files import SavedFiles
 from ckptd.dump.sharing import Sharing
-from ckptd.dump.vmas import MappingObjects
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
@@ -16,15 +15,16 @@ from ckptd.image.records import Extent
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import kcmp_file
 from ckptd.objects.files.base import OpenFile
+from ckptd.objects.mappings.registry import MappingKinds
 
 
 class _Content:
     """The destination of a kind's content: bulk bytes and saved named files go to the data part, shared memory goes
     with the address spaces that map it."""
 
-    def __init__(self, data: DataWriter, objects: MappingObjects, saved: SavedFiles, file_id: Callable[[int], int],
+    def __init__(self, data: DataWriter, mappings: MappingKinds, saved: SavedFiles, file_id: Callable[[int], int],
                  ids: Mapping[int, int], names: LinkNames) -> None:
-        self._data, self._objects, self.file_id, self._ids = data, objects, file_id, ids
+        self._data, self._mappings, self.file_id, self._ids = data, mappings, file_id, ids
         self.link_back = names.link_back
         self.written, self.reads, self.save = saved.written, saved.reads, saved.save
 
@@ -32,7 +32,7 @@ class _Content:
         return self._data.add(chunks)
 
     def shared_memory(self, file: OpenFile) -> int:
-        return self._objects.share_file(file.stat, file.path, file.proc_path)
+        return self._mappings.share_file(file.stat, file.path, file.proc_path)
 
     def vpid(self, pid: int) -> int:
         return self._ids.get(pid, 0)
@@ -44,10 +44,10 @@ class FileDump:
     ids: vpid (of a task or a group) by pid, for the owners of signals. save_limit: bytes of named files to keep.
     """
 
-    def __init__(self, data: DataWriter, objects: MappingObjects, ids: Mapping[int, int], cache: ProcCache,
+    def __init__(self, data: DataWriter, mappings: MappingKinds, ids: Mapping[int, int], cache: ProcCache,
                  names: LinkNames, save_limit: int = 0) -> None:
         self.saved = SavedFiles(data, save_limit)
-        self._content = _Content(data, objects, self.saved, self._id_in_flight, ids, names)
+        self._content = _Content(data, mappings, self.saved, self._id_in_flight, ids, names)
         self._cache = cache
         self._ids = ids
         # files with equal flags, position and inode may share one description; kcmp(2) decides

@@ -1,32 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Address spaces: their mappings, the pages worth writing, and the places of these in the image."""
 
-import fcntl
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from mmap import MAP_PRIVATE
 from operator import attrgetter
-from pathlib import Path
 
 from ckptd.dump.copy import Copier, part_of
 from ckptd.dump.names import LinkNames
 from ckptd.dump.remote_state import RemoteState
-from ckptd.dump.vmas import MappingObjects, Shared, View, mapped_path, vma_record
+from ckptd.dump.vmas import vma_record
 from ckptd.image import records
 from ckptd.image.grammar import Record
 from ckptd.image.pages import page_runs
-from ckptd.image.records import MEMFD, OF_MM, OF_SHARED_MEMORY, PAGE, SYSV, VDSO, VSYSCALL, VVAR, PageRun
-from ckptd.kernel.maps import DELETED, Mapping
+from ckptd.image.records import OF_MM, OF_SHARED_MEMORY, PAGE, PageRun
+from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memory import Mem, PageMap, Range
 from ckptd.kernel.ranges import overlaps, without
-from ckptd.kernel.shm import shmctl_stat
 from ckptd.kernel.stat import Stat
 from ckptd.kernel.task import read_auxv
-from ckptd.objects.files.linked import DeletedFile
-
-_NO_PAGES = (VDSO, VVAR, VSYSCALL)      # the kernel's own; only the vdso's text is kept, for debuggers
+from ckptd.objects.mappings.registry import KEPT_WHOLE, KERNELS_OWN, MappingKinds
 
 
 @dataclass(slots=True)
@@ -47,7 +40,7 @@ class MemoryDump:
     """All address spaces and shared objects of a tree: `add` each, then `scan`, `copy`, `records`."""
 
     def __init__(self, names: LinkNames) -> None:
-        self.objects = MappingObjects()
+        self.kinds = MappingKinds()
         self._names = names
         self._spaces: dict[int, _Space] = {}
         self._shared: list[Record] = []
@@ -62,9 +55,9 @@ class MemoryDump:
         memory = answers.memory
         layout = (stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, memory.brk,
                   stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end)
-        mm = records.Mm(mm_id, layout, read_auxv(tid), self.objects.executable(tid), memory.dumpable,
+        mm = records.Mm(mm_id, layout, read_auxv(tid), self.kinds.executable(tid), memory.dumpable,
                         memory.lock_future, memory.pkeys)
-        vmas = [vma_record(mm_id, tid, mapping, self.objects) for mapping in mappings]
+        vmas = [vma_record(mm_id, tid, mapping, self.kinds) for mapping in mappings]
         self._spaces[mm_id] = _Space(mm_id, origin, tid, mm, vmas)
 
     def scan(self) -> int:
@@ -72,28 +65,26 @@ class MemoryDump:
         for space in self._spaces.values():
             self._scan_space(space)
         private = sum(end - start for space in self._spaces.values() for start, end in space.ranges)
-        return private + sum(shared.extent for shared in self.objects.shared.values())
+        return private + self.kinds.shared_extent
 
     def _scan_space(self, space: _Space) -> None:
-        private = [vma for vma in space.vmas if vma.flags & MAP_PRIVATE and vma.kind not in _NO_PAGES]
+        private = [vma for vma in space.vmas if vma.flags & MAP_PRIVATE and vma.kind not in KERNELS_OWN]
         spans = _spans(private)
         with PageMap(space.tid) as pagemap:
             chosen = pagemap.anonymous(spans)
             space.guards = pagemap.guards(spans)
-        text = _spans(vma for vma in space.vmas if vma.kind == VDSO)
+        whole = _spans(vma for vma in space.vmas if vma.kind in KEPT_WHOLE)
         # never across the border of two mappings
-        space.ranges = sorted([*((part.start, part.end) for part in overlaps(chosen, spans)), *text])
+        space.ranges = sorted([*((part.start, part.end) for part in overlaps(chosen, spans)), *whole])
         self.pages_scanned += sum(vma.end - vma.start for vma in space.vmas) // PAGE
         self.pages_written += sum(end - start for start, end in space.ranges) // PAGE
 
     def copy(self, copier: Copier) -> None:
-        """Copy the chosen pages, the content of shared objects, and mapped files that nothing else keeps."""
+        """Copy the chosen pages, and the content of shared objects and files that nothing else keeps."""
         for _, space in sorted(self._spaces.items()):
             self._copy_space(space, copier)
-        for shared in self.objects.shared.values():
-            self._shared += self._copy_shared(shared, copier)
-        for index, view in self.objects.kept.items():
-            self.objects.backings[index] = _with_content(self.objects.backings[index], view, copier, self._names)
+        self._shared += self._copy_shared(copier)
+        self.kinds.copy_files(copier, self._names)
         copier.flush()
 
     def _copy_space(self, space: _Space, copier: Copier) -> None:
@@ -111,33 +102,16 @@ class MemoryDump:
                 self.pages_written -= sum(run.pages for run in common) - written
                 space.runs = sorted([*space.runs, *runs], key=attrgetter('start'))
 
-    def _copy_shared(self, shared: Shared, copier: Copier) -> Iterator[Record]:
-        with ExitStack() as stack:
-            fd = shared.fd if shared.fd >= 0 else stack.enter_context(_map_file(shared.views))
-            if fd >= 0:
-                at = os.fstat(fd)
-                size, mode, uid, gid = at.st_size, at.st_mode, at.st_uid, at.st_gid
-                runs = copier.copy_file(fd, size)
-            else:
-                # An ordinary user may not open it (CAP_CHECKPOINT_RESTORE), and dumps only objects that belong to that
-                # user.
-                size, mode, uid, gid = shared.extent, 0o600, os.geteuid(), os.getegid()
-                runs = _copy_views(shared, copier)
-            # F_GET_SEALS applies to the inode, so any fd of it will do
-            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS) if fd >= 0 and shared.kind == MEMFD else 0
-        key = 0
-        if shared.kind == SYSV:
-            ipc = shmctl_stat(shared.inode)
-            key, mode, uid, gid, size = ipc.key, ipc.mode, ipc.uid, ipc.gid, ipc.size
-        self.pages_scanned += -(-size // PAGE)
-        self.pages_written += sum(run.pages for run in runs)
-        yield records.SharedMemory(shared.shm_id, shared.kind, size, shared.name, seals, mode, uid, gid, key,
-                                   shared.inode if shared.kind == SYSV else 0)
-        yield from page_runs(OF_SHARED_MEMORY, shared.shm_id, runs)
+    def _copy_shared(self, copier: Copier) -> Iterator[Record]:
+        for record, runs in self.kinds.copy_shared(copier):
+            self.pages_scanned += -(-record.size // PAGE)
+            self.pages_written += sum(run.pages for run in runs)
+            yield record
+            yield from page_runs(OF_SHARED_MEMORY, record.shm_id, runs)
 
     def records(self) -> Iterator[Record]:
         """Yield all records of memory.img."""
-        yield from self.objects.backings
+        yield from self.kinds.records()
         yield from self._shared
         for space in self._spaces.values():
             yield space.mm
@@ -168,55 +142,3 @@ def _spans(vmas: Iterable[records.Vma]) -> list[Range]:
 
 def _covered(runs: Iterable[PageRun]) -> list[Range]:
     return [(run.start, run.start + run.pages * PAGE) for run in runs]
-
-
-@contextmanager
-def _map_file(views: Sequence[View]) -> Iterator[int]:
-    """Open the object behind a mapping; -1 without CAP_CHECKPOINT_RESTORE, which proc_pid_map_files(5) requires."""
-    fd = -1
-    for view in views:
-        try:
-            fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
-        except PermissionError:
-            continue
-        break
-    try:
-        yield fd
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def _copy_views(shared: Shared, copier: Copier) -> list[PageRun]:
-    """Copy through the mappings: everything that they cover, each part once. Unmapped pages cannot be read."""
-    runs: list[PageRun] = []
-    done = 0
-    for view in sorted(shared.views, key=lambda view: view.mapping.offset):
-        start, end = max(view.mapping.offset, done), view.mapping.offset + view.mapping.size
-        if start < end:
-            base = view.mapping.start - view.mapping.offset
-            with Mem(view.tid) as mem:
-                runs += copier.copy_memory(mem, [(base + start, base + end)], base=base)
-            done = end
-    return runs
-
-
-def _with_content(backing: records.Backing, view: View, copier: Copier, names: LinkNames) -> records.Backing:
-    """Return the record of a file with its content. A file with a name has none if the mapping cannot be opened:
-    proc_pid_map_files(5) requires CAP_CHECKPOINT_RESTORE."""
-    try:
-        fd = os.open(mapped_path(view), os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError:
-        if backing.deleted:
-            raise
-        return backing
-    try:
-        at = os.fstat(fd)
-        content = copier.copy_whole(fd, at.st_size)
-        # `deleted` is set as well for a file that is only out of our reach by its path
-        is_linked = backing.deleted and at.st_nlink and str(Path(f'/proc/self/fd/{fd}').readlink()).endswith(DELETED)
-        link = names.link(DeletedFile(view.tid, view.tid, backing.path, at, mapped_path(view)), fd) if is_linked else ''
-    finally:
-        os.close(fd)
-    return records.Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns,
-                           at.st_mode, backing.deleted, (content,), link)

@@ -86,14 +86,14 @@ class Dump:
         self._task_records: list[Record] = []
         self._dumped: list[tuple[Owners, DumpedTask, Answers]] = []
         self._memory = MemoryDump(names)
-        self._files = FileDump(data, self._memory.objects, self._groups | self._vtids, cache, names, save_limit)
+        self._files = FileDump(data, self._memory.kinds, self._groups | self._vtids, cache, names, save_limit)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._cache.kinds.close()
-        self._memory.objects.close()
+        self._memory.kinds.close()
 
     @property
     def pages_scanned(self) -> int:

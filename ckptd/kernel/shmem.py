@@ -9,7 +9,8 @@ from ckptd.kernel.memfd import F_SEAL_EXEC, make_memfd
 
 # names that /proc shows for objects of that mount (mm/memfd.c, ipc/shm.c, mm/shmem.c)
 MEMFD_PREFIX, SYSV_PREFIX = '/memfd:', '/SYSV'
-SHARED_ANONYMOUS = ('/dev/zero (deleted)', '[anon_shmem:')
+NAMED_ANONYMOUS = '[anon_shmem:'        # with a name by PR_SET_VMA_ANON_NAME
+SHARED_ANONYMOUS = ('/dev/zero (deleted)', NAMED_ANONYMOUS)
 _PREFIXES = (MEMFD_PREFIX, SYSV_PREFIX, *SHARED_ANONYMOUS)
 
 

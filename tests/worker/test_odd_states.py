@@ -30,6 +30,7 @@ from ckptd.image.records import (
 from ckptd.kernel.maps import parse_maps
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
+from ckptd.objects.mappings.registry import MappingKinds
 from ckptd.protocol.messages import Cancel
 from tests.lib.gate import own_cgroup
 from tests.lib.procdiff import take_picture
@@ -142,7 +143,7 @@ def test_the_first_segment_is_no_private_memory() -> None:
     (segment,) = parse_maps(line)
     (nothing,) = parse_maps(b'7f00-8f00 rw-p 00000000 00:00 0 \n')
     assert not segment.anonymous
-    assert map_flags(segment) == 1
+    assert map_flags(MappingKinds().of(segment), segment) == 1
     assert nothing.anonymous
 
 

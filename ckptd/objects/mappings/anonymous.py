@@ -3,24 +3,24 @@
 
 from ckptd.image.records import ANON, HEAP, STACK
 from ckptd.kernel.maps import Mapping
-from ckptd.objects.mappings.base import MappingKind
+from ckptd.objects.mappings.base import PrivateMemoryKind
 
 _GROWS_DOWN, _DROPPABLE = 'gd', 'dp'        # VmFlags of proc_pid_smaps(5)
 _OTHERS = frozenset({_GROWS_DOWN, _DROPPABLE})
 
 
-class AnonymousMapping(MappingKind, numbers=[ANON]):
+class AnonymousMapping(PrivateMemoryKind, numbers=[ANON]):
     """Ordinary memory."""
 
     def matches(self, mapping: Mapping) -> bool:
         return mapping.anonymous and mapping.vm_flags.isdisjoint(_OTHERS)
 
 
-class HeapMapping(MappingKind, numbers=[HEAP], names=['[heap]']):
+class HeapMapping(PrivateMemoryKind, numbers=[HEAP], names=['[heap]']):
     """The heap."""
 
 
-class StackMapping(MappingKind, numbers=[STACK], names=['[stack]']):
+class StackMapping(PrivateMemoryKind, numbers=[STACK], names=['[stack]']):
     """The stack of the first thread, or other memory that grows downwards (MAP_GROWSDOWN)."""
 
     def matches(self, mapping: Mapping) -> bool:

@@ -3,17 +3,22 @@
 changes."""
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator
 
 import ckptd.objects.mappings
 from ckptd.errors import Finding
+from ckptd.image.grammar import Record
+from ckptd.image.records import FILE_PRIVATE, PageRun, SharedMemory
 from ckptd.kernel.maps import Mapping
-from ckptd.objects.mappings.base import MappingKind
+from ckptd.objects.mappings.base import Links, MappingKind, MappingTables, PageCopier, View
+from ckptd.objects.mappings.shared_memory import SharedMemoryKind
 from ckptd.objects.mappings.special import special_memory
 
 
 def _kinds_of(cls: type[MappingKind]) -> Iterator[type[MappingKind]]:
+    """Yield the classes below a class that have none below them; the others are what several kinds have in common."""
     for one in cls.__subclasses__():
         if not one.__subclasses__():
             yield one
@@ -24,19 +29,25 @@ def _discover() -> tuple[type[MappingKind], ...]:
     for module in pkgutil.iter_modules(ckptd.objects.mappings.__path__):
         if module.name != 'registry':
             importlib.import_module(f'ckptd.objects.mappings.{module.name}')
-    return tuple(sorted(_kinds_of(MappingKind), key=lambda cls: cls.__name__))
+    kinds = _kinds_of(MappingKind)  # type: ignore[type-abstract]
+    return tuple(sorted(kinds, key=lambda cls: cls.__name__))
 
 
-KINDS = _discover()
+_KINDS = _discover()
+# Vma.kind
+KERNELS_OWN = frozenset(number for kind in _KINDS if kind.is_kernels for number in kind.numbers)
+KEPT_WHOLE = frozenset(number for kind in _KINDS if kind.keeps_all_pages for number in kind.numbers)
 
 
 class MappingKinds:
     """The kinds of one job."""
 
     def __init__(self) -> None:
-        self.all = [cls() for cls in KINDS]
-        self._by_name = {name: kind for kind in self.all for name in kind.names}
-        self._matching = [kind for kind in self.all if type(kind).matches is not MappingKind.matches]
+        self._tables = MappingTables()
+        self._all = [cls(self._tables) for cls in _KINDS]
+        self._by_name = {name: kind for kind in self._all for name in kind.names}
+        self._by_number = {number: kind for kind in self._all for number in kind.numbers}
+        self._matching = [kind for kind in self._all if type(kind).matches is not MappingKind.matches]
 
     def of(self, mapping: Mapping) -> MappingKind:
         """Return the kind of a mapping."""
@@ -52,3 +63,44 @@ class MappingKinds:
         kind = self.of(mapping)
         # vvar has the flags of device memory
         return None if kind.is_kernels else special_memory(mapping) or kind.finding(tid, mapping)
+
+    # ------------------------------------------------------------ objects behind mappings, each once
+
+    def executable(self, tid: int) -> int:
+        """Return the backing id of /proc/TID/exe. The link opens the file itself, so a deleted one is found, too."""
+        exe = f'/proc/{tid}/exe'
+        path, at = os.readlink(exe), os.stat(exe)  # noqa: PTH115, PTH116
+        mapping = Mapping(0, 0, True, False, True, False, 0, os.major(at.st_dev), os.minor(at.st_dev), at.st_ino, path)
+        _, backing_id = self._by_number[FILE_PRIVATE].object_of(View(tid, mapping))
+        return backing_id
+
+    def share_file(self, at: os.stat_result, path: str, open_path: str) -> int:
+        """Return the shm_id of the object behind an open file, mapped or not."""
+        [kind] = [one for one in self._all if isinstance(one, SharedMemoryKind) and path.startswith(one.prefixes)]
+        return kind.share_file(at, path, open_path)
+
+    @property
+    def shared_extent(self) -> int:
+        """Bytes of shared objects that mappings cover."""
+        return sum(shared.extent for shared in self._tables.shared.values())
+
+    def copy_shared(self, copier: PageCopier) -> Iterator[tuple[SharedMemory, list[PageRun]]]:
+        """Copy the content of shared objects. Yield their records and page runs."""
+        for shared in self._tables.shared.values():
+            yield shared.kind.copy_object(shared, copier)
+
+    def copy_files(self, copier: PageCopier, links: Links) -> None:
+        """Copy mapped files that nothing else keeps."""
+        for kind in self._all:
+            kind.copy(copier, links)
+
+    def records(self) -> Iterator[Record]:
+        """Yield the records of mapped files."""
+        for kind in self._all:
+            yield from kind.records()
+
+    def close(self) -> None:
+        for shared in self._tables.shared.values():
+            if shared.fd >= 0:
+                os.close(shared.fd)
+                shared.fd = -1
