@@ -21,24 +21,23 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 
 from ckptd.dump.copy import part_of
 from ckptd.image.reader import Memory, runs_between
-from ckptd.image.records import ANON, PAGE, VDSO, VSYSCALL, VVAR, PageRun, Vma
+from ckptd.image.records import PAGE, PageRun, Vma
 from ckptd.kernel.memory import Range
 from ckptd.kernel.mman import MAP_LOCKED
 from ckptd.kernel.ranges import overlaps, without
-
-_KERNELS_OWN = (VDSO, VVAR, VSYSCALL)
+from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN
 
 
 def ordinary(memory: Memory) -> list[Vma]:
     """Return the mappings that are not the kernel's own."""
-    return [vma for vma in memory.vmas if vma.kind not in _KERNELS_OWN]
+    return [vma for vma in memory.vmas if vma.kind not in KERNELS_OWN]
 
 
 def is_filled(memory: Memory, vma: Vma) -> bool:
     """Whether the mapping gets pages that the task itself may read into place."""
     flags = vma.vm_flags.split()
     return (bool(vma.flags & MAP_PRIVATE)
-            and ('ac' in flags or 'nr' in flags or bool(vma.protection & PROT_WRITE) or vma.kind == ANON)
+            and ('ac' in flags or 'nr' in flags or bool(vma.protection & PROT_WRITE) or vma.kind in ANONYMOUS)
             and any(runs_between(memory.runs, vma.start, vma.end)))
 
 

@@ -14,12 +14,12 @@ from ckptd.errors import CkptError, ImageDamaged
 from ckptd.faults import fault
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import Backing, Extent, Fd, FdTable, SavedFile
+from ckptd.image.records import Extent, Fd, FdTable, SavedFile
 from ckptd.inspect.checks import CallerRights
 from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.objects.files.base import ChangedFiles, Kind
-from ckptd.objects.files.deleted import deleted_file, whole
+from ckptd.objects.mappings.registry import MappedObjects
 from ckptd.objects.verify import decode
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
@@ -27,7 +27,6 @@ from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_changes import FileChanges
-from ckptd.restore.mapped_objects import MappedObjects
 from ckptd.restore.service_fds import ServiceFds
 from ckptd.restore.task_sockets import make_socketpair
 
@@ -80,11 +79,6 @@ class FileBuilder(FileAccess):
         done = copy_with_holes(self._reader.data_fd(extent.part), extent.offset, extent.length, fd, offset)
         if done < extent.length:
             raise ImageDamaged('a data part ends before an extent does')
-
-    def deleted(self, record: Backing) -> int:
-        """Make a mapped file that had lost its name."""
-        return deleted_file(record.path, record.device, record.inode, record.size, record.mode, whole(record.content),
-                            self)
 
     def shared_memory(self, shm_id: int) -> int:
         return self.objects.shared(shm_id)

@@ -14,25 +14,20 @@ import ctypes
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
-from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC
+from mmap import MADV_DONTNEED, MAP_PRIVATE
 from operator import attrgetter
 
-from ckptd.image import records
 from ckptd.image.reader import ImageReader, Memory, runs_between
-from ckptd.image.records import ANON, PAGE, SHARED_MEMORY, SYSV, VSYSCALL, PageRun, SharedMemory, Vma
+from ckptd.image.records import PAGE, PageRun, Vma
 from ckptd.kernel.arch.x86_64 import TASK_SIZE
 from ckptd.kernel.decl import offset_of
 from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
 from ckptd.kernel.mman import (
     MADV_GUARD_INSTALL,
     MADV_POPULATE_WRITE,
-    MAP_FIXED_NOREPLACE,
-    MAP_LOCKED,
     MCL_FUTURE,
     MCL_ONFAULT,
     MLOCK_ONFAULT,
-    MREMAP_FIXED,
-    MREMAP_MAYMOVE,
 )
 from ckptd.kernel.prctl import (
     PR_SET_MM,
@@ -40,7 +35,8 @@ from ckptd.kernel.prctl import (
     PR_SET_VMA,
     PR_SET_VMA_ANON_NAME,
 )
-from ckptd.kernel.shm import SHM_EXEC, SHM_RDONLY
+from ckptd.objects.mappings.base import MappedSpace, label
+from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, MappedObjects
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
@@ -52,8 +48,6 @@ from ckptd.restore.cow_sharing import (
     ordinary,
     remaining,
 )
-from ckptd.restore.mapped_objects import MappedObjects, may_write
-from ckptd.restore.vdso import VdsoPlan
 
 # MADV_*, by VmFlags
 _ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
@@ -66,15 +60,15 @@ _PIECE, _POPULATE_FROM = 2 << 20, 64 << 10
 class Space:
     """An address space.
 
-    origin: mm_id of the one that it inherits pages from; 0 for none. locked: see Allowed.locked. on_bytes(n): n bytes
-    of pages are in place.
+    origin: mm_id of the one that it inherits pages from; 0 for none. data: gives the fd of a data part, for preadv(2).
+    locked: see Allowed.locked. on_bytes(n): n bytes of pages are in place.
     """
 
-    def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: MappedObjects, vdso: VdsoPlan,
+    def __init__(self, reader: ImageReader, mm_id: int, origin: int, objects: MappedObjects, data: Callable[[int], int],
                  locked: Collection[int], on_bytes: Callable[[int], None]) -> None:
         self.mm_id = mm_id
         self._memory: Memory = reader.memory(mm_id)
-        self._reader, self._objects, self._vdso = reader, objects, vdso
+        self._reader, self._objects, self._data = reader, objects, data
         self._locked, self._on_bytes = locked, on_bytes
         self._ordinary = ordinary(self._memory)
         self._cow_sharing = CowSharing(reader.memory(origin), self._memory) if origin else None
@@ -83,27 +77,25 @@ class Space:
     def open(self) -> None:
         """Open everything that is mapped or read, before the task exists that inherits it."""
         for vma in self._ordinary:
-            if not self._is_segment(vma):
-                self._fd(vma)
+            self._objects.kind_of(vma).open(vma, self._objects.means)
         for run in self._memory.runs:
-            self._objects.data(run.part)
-        self._objects.backing(self._memory.mm.exe, writable=False)
+            self._data(run.part)
+        self._objects.executable(self._memory.mm)
 
     def build(self, stub: Stub) -> Steps[None]:
         """Make mappings and pages, by a task of this address space."""
-        self._stub = stub
         self.is_built = True
-        script = Script(stub)
+        script, space = Script(stub), self._space(stub)
         kept = self._cow_sharing.kept if self._cow_sharing else []
         if self._cow_sharing:
             clear(script, stub, kept)
             for start, end in self._cow_sharing.dropped():
                 script.call('madvise', start, end - start, MADV_DONTNEED, about='inherited pages')
         there = set(kept)
-        for vma in self._ordinary:
+        kernels_own = [vma for vma in self._memory.vmas if vma.kind in KERNELS_OWN]
+        for vma in (*self._ordinary, *kernels_own):
             if (vma.start, vma.end) not in there:
-                self._map(script, vma)
-        self._vdso.map(script, self._reader, self._memory)
+                self._objects.kind_of(vma).map(vma, first_protection(self._memory, vma), script, space)
         size = yield from self._fill(script)
         yield from script.run()
         self._on_bytes(size)
@@ -119,7 +111,11 @@ class Space:
             script.call('madvise', guard.start, guard.end - guard.start, MADV_GUARD_INSTALL, about='guard region')
         yield from script.run()
         self._force(stub.tid)
-        self._vdso.patch(stub.tid, self._reader, self._memory)
+        for vma in self._memory.vmas:
+            self._objects.kind_of(vma).patch(vma, self._space(stub))
+
+    def _space(self, stub: Stub) -> MappedSpace:
+        return MappedSpace(self._memory, stub, self._objects.means)
 
     def _allocate_keys(self, script: Script) -> None:
         """Allocate protection keys. pkey_alloc(2) returns the lowest free key, so allocate them all and free the
@@ -130,41 +126,6 @@ class Space:
         for key in range(1, wanted.bit_length()):
             if not wanted >> key & 1:
                 script.call('pkey_free', key)
-
-    # ------------------------------------------------------------ map
-
-    def _map(self, script: Script, vma: Vma) -> None:
-        about = f'{vma.start:x}-{vma.end:x} {vma.name}'.rstrip()
-        if self._is_segment(vma):
-            self._attach(script, vma, about)
-            return
-        flags = vma.flags & ~MAP_LOCKED | MAP_FIXED_NOREPLACE
-        script.call('mmap', vma.start, vma.end - vma.start, first_protection(self._memory, vma), flags,
-                    self._fd(vma), vma.offset, about=about, expect=vma.start)
-
-    def _fd(self, vma: Vma) -> int:
-        if vma.flags & MAP_ANONYMOUS:
-            return -1
-        writable = not vma.flags & MAP_PRIVATE and may_write(vma)
-        if vma.kind == SHARED_MEMORY:
-            return self._objects.shared(vma.object, writable=writable)
-        return self._objects.backing(vma.object, writable=writable)
-
-    def _attach(self, script: Script, vma: Vma, about: str) -> None:
-        """Attach a segment. shmat(2) attaches all of it. If only a part was mapped, attach it elsewhere and move that
-        part."""
-        shmid, size = self._objects.segment(vma.object), self._reader.get(SharedMemory, vma.object).size
-        flags = (0 if may_write(vma) else SHM_RDONLY) | (SHM_EXEC if vma.protection & PROT_EXEC else 0)
-        length, whole = vma.end - vma.start, -(-size // PAGE) * PAGE
-        if not vma.offset and length == whole:
-            script.call('shmat', shmid, vma.start, flags, about=about, expect=vma.start)
-            return
-        # behind the arena there is room for the whole, as the tree has no mapping there
-        room = self._stub.arena.end + PAGE
-        script.call('shmat', shmid, room, flags, about=about, expect=room)
-        script.call('mremap', room + vma.offset, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, vma.start, about=about,
-                    expect=vma.start)
-        script.call('munmap', room, whole)
 
     # ------------------------------------------------------------ fill
 
@@ -189,7 +150,7 @@ class Space:
                 if end - start >= _POPULATE_FROM and self._is_anonymous(start):
                     script.call('madvise', start, end - start, MADV_POPULATE_WRITE, about='memory for pages')
             iov = b''.join(struct.pack('<QQ', start, end - start) for start, end in ranges)
-            script.call('preadv', self._objects.data(part), iov, len(ranges), offset, 0, about='pages', expect=size)
+            script.call('preadv', self._data(part), iov, len(ranges), offset, 0, about='pages', expect=size)
             waiting += size
             if waiting >= _READ_AT_ONCE:
                 yield from script.run()
@@ -198,7 +159,7 @@ class Space:
         return waiting
 
     def _is_anonymous(self, address: int) -> bool:
-        return self._ordinary[bisect_right(self._ordinary, address, key=attrgetter('start')) - 1].kind == ANON
+        return self._ordinary[bisect_right(self._ordinary, address, key=attrgetter('start')) - 1].kind in ANONYMOUS
 
     def _force(self, tid: int) -> None:
         """Write pages that the program itself could never write, such as a breakpoint in its text, as a debugger
@@ -213,31 +174,25 @@ class Space:
     # ------------------------------------------------------------ finish
 
     def _finish(self, script: Script, vma: Vma) -> None:
-        about, length = f'{vma.start:x}-{vma.end:x} {vma.name}'.rstrip(), vma.end - vma.start
+        kind, about, length = self._objects.kind_of(vma), label(vma), vma.end - vma.start
         # otherwise it is the kernel's own key for executable-only memory
         if vma.pkey and self._memory.mm.pkeys >> vma.pkey & 1:
             script.call('pkey_mprotect', vma.start, length, vma.protection, vma.pkey, about=about)
-        elif self._is_mapped_otherwise(vma):
+        elif kind.ignores_protection or first_protection(self._memory, vma) != vma.protection:
             script.call('mprotect', vma.start, length, vma.protection, about=about)
         for flag in vma.vm_flags.split():
             if flag in _ADVICE:
                 script.call('madvise', vma.start, length, _ADVICE[flag], about=about)
         if vma.start in self._locked:
             script.call('mlock2', vma.start, length, MLOCK_ONFAULT if vma.locked == 2 else 0, about=about)
-        if vma.name and not vma.name.startswith(('/', '[')) and vma.kind in (ANON, SHARED_MEMORY):
+        if kind.takes_name and vma.name and not vma.name.startswith(('/', '[')):
             name = vma.name.encode('utf-8', 'surrogateescape') + b'\0'
             script.call('prctl', PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, length, name, about=about)
-
-    def _is_mapped_otherwise(self, vma: Vma) -> bool:
-        return self._is_segment(vma) or first_protection(self._memory, vma) != vma.protection
-
-    def _is_segment(self, vma: Vma) -> bool:
-        return vma.kind == SHARED_MEMORY and self._reader.get(SharedMemory, vma.object).kind == SYSV
 
     def describe(self, script: Script) -> None:
         """Set the kernel's data about an address space. The program must be mapped by then, and the stub unmapped."""
         mm = self._memory.mm
-        exe = self._objects.backing(mm.exe, writable=False)
+        exe = self._objects.executable(mm)
         auxv = mm.auxv.ljust(8, b'\0')
         layout = prctl_mm_map(*mm.layout, 0, len(mm.auxv), exe)
         script.call_with_pointer('prctl', (PR_SET_MM, PR_SET_MM_MAP, ctypes.sizeof(layout), 0), 2, bytes(layout),
@@ -284,5 +239,5 @@ def _reads(runs: Iterator[PageRun]) -> Iterator[tuple[int, int, Sequence[tuple[i
 
 
 def mapped_ranges(reader: ImageReader) -> list[tuple[int, int]]:
-    """Return all mappings of all address spaces of an image."""
-    return [(vma.start, vma.end) for vma in reader.every(records.Vma) if vma.kind != VSYSCALL]
+    """Return all mappings of all address spaces of an image at the addresses of programs."""
+    return [(vma.start, vma.end) for vma in reader.every(Vma) if vma.start < TASK_SIZE]

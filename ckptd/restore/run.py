@@ -18,13 +18,15 @@ from contextlib import ExitStack, contextmanager
 from ckptd.errors import Finding
 from ckptd.faults import fault
 from ckptd.image.reader import ImageReader, ImageTask
-from ckptd.image.records import PAGE, Fs
+from ckptd.image.records import Fs
 from ckptd.image.verify import Records, verify_records
 from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.kernel.ptrace import let_go
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import Stage
 from ckptd.objects.files.deleted import open_directory
+from ckptd.objects.mappings.means import MappingMeans
+from ckptd.objects.mappings.registry import MappedObjects
 from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import stub_patience
@@ -43,7 +45,6 @@ from ckptd.restore.file_changes import FileChanges
 from ckptd.restore.files import FileBuilder
 from ckptd.restore.leave import Leave
 from ckptd.restore.linked_names import take_names_away
-from ckptd.restore.mapped_objects import MappedObjects
 from ckptd.restore.memory import Space, clear
 from ckptd.restore.namespaces import make_reaper
 from ckptd.restore.plan import DEAD, Plan
@@ -51,9 +52,7 @@ from ckptd.restore.prepare import prepare, refused
 from ckptd.restore.service_fds import ServiceFds
 from ckptd.restore.shed import Shed
 from ckptd.restore.supervise import attend, cgroup_of
-from ckptd.restore.vdso import VdsoPlan
 
-BESIDE = 16 * PAGE          # distance of another kernel's vdso from the arena
 _NO_LIMIT = (1 << 32) - 1
 TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # phases, microseconds in the result
 
@@ -110,13 +109,12 @@ class Restore:
         self._place = stack.enter_context(place_for(self._job))
         self._place.want(cgroups(self._plan.processes))
         self._place.prepare()
-        self._objects = MappedObjects(reader, self._service_fds, self._files, self._files.deleted, self._place.note)
+        self._objects = MappedObjects(MappingMeans(reader, self._files, self._place.note))
         self._files.objects = self._objects
         self._files.file_changes = FileChanges(self._place, self._files.rights, self._files.rights_to,
                                                request.keep_free)
         self._files.open_all(late=False)
-        vdso = VdsoPlan(self._plan.arena.end + BESIDE)
-        self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, vdso,
+        self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, self._data,
                                      self._locked(mm_id), self._on_bytes) for mm_id in self._mms}
         for space in self._spaces.values():
             space.open()
@@ -127,6 +125,9 @@ class Restore:
             self._directory(record.root)
         self._directory('/')
         self._terminal()
+
+    def _data(self, part: int) -> int:
+        return self._service_fds.once(('data', part), lambda: os.dup(self._reader.data_fd(part)))
 
     def _locked(self, mm_id: int) -> frozenset[int]:
         owner = next(process.vpid for process in self._plan.processes if process.ids.mm_id == mm_id and process.alive)

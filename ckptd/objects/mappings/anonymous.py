@@ -11,6 +11,8 @@ _OTHERS = frozenset({_GROWS_DOWN, _DROPPABLE})
 
 class AnonymousMapping(PrivateMemoryKind, numbers=[ANON]):
     """Ordinary memory."""
+    is_anonymous = True
+    takes_name = True
 
     def matches(self, mapping: Mapping) -> bool:
         return mapping.anonymous and mapping.vm_flags.isdisjoint(_OTHERS)

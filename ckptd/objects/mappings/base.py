@@ -9,20 +9,46 @@ order, none of which affects the task:
     object_of(view)         the file or shared object behind it, which is noted once in the tree
     copy(copier, links)     content of these objects that nothing else keeps
     records()               their records
+
+and for a restart:
+
+    lacks(context)              reasons why this machine cannot map it again
+    restart_findings(context)   reasons why the objects behind such mappings cannot be had again; changes nothing
+    needs(reader, lookup)       space that is needed to make these objects again
+    open(vma, means)            opens the object, before the task exists that inherits it
+    map(vma, ...)               calls of the task that map it at its old address
+    patch(vma, space)           writes what the task itself cannot, when everything is mapped
+    seal(means)                 state of objects that would prevent mapping them
+    finish(means)               state of objects that is set when nothing else can fail
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from mmap import MAP_PRIVATE
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ckptd.errors import Finding
 from ckptd.image.grammar import Record
-from ckptd.image.records import Extent, PageRun
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import Vma
 from ckptd.kernel.maps import Mapping, map_file
-from ckptd.kernel.memory import Mem, Range
-from ckptd.objects.files.linked import DeletedFile
+from ckptd.kernel.mman import MAP_FIXED_NOREPLACE, MAP_LOCKED
+from ckptd.objects.attributes.base import about
+from ckptd.objects.files.base import FileLookup, Needs
+from ckptd.objects.mappings.means import (
+    Links,
+    MappedSpace,
+    MappingCheck,
+    MappingContext,
+    MappingLookup,
+    MappingMeans,
+    PageCopier,
+)
+from ckptd.remote.script import Script
+
+# re-exported, so that kinds import all common names from here
+__all__ = ['Links', 'MappedSpace', 'MappingCheck', 'MappingContext', 'MappingLookup', 'MappingMeans', 'PageCopier']
 
 if TYPE_CHECKING:
     from ckptd.objects.mappings.shared_memory import SharedMemoryKind
@@ -67,30 +93,6 @@ class MappingTables:
         self.shared: dict[tuple[int, int, int], SharedObject] = {}
 
 
-class PageCopier(Protocol):
-    """A copier of pages into the image."""
-
-    def copy_memory(self, mem: Mem, ranges: Sequence[Range], *, base: int = 0) -> list[PageRun]:
-        """Copy page-aligned ranges of a process. The start of a run is the address minus `base`."""
-        ...
-
-    def copy_file(self, fd: int, size: int) -> list[PageRun]:
-        """Copy the data of a file without its holes. The start of a run is a byte offset."""
-        ...
-
-    def copy_whole(self, fd: int, size: int) -> Extent:
-        """Copy a file as one extent."""
-        ...
-
-
-class Links(Protocol):
-    """The new names of deleted files, see objects/files/linked.py."""
-
-    def link(self, file: DeletedFile, fd: int) -> str:
-        """Give a file that is open as `fd` a new name and return its path. CkptError."""
-        ...
-
-
 # ---------------------------------------------------------------- kinds
 
 class MappingKind(ABC):
@@ -104,6 +106,9 @@ class MappingKind(ABC):
     map_type: ClassVar[int] = MAP_PRIVATE       # MAP_* of a mapping that is not shared
     is_kernels: ClassVar[bool] = False          # the kernel makes it in every process (arch/x86/entry/vdso)
     keeps_all_pages: ClassVar[bool] = False     # the image has all pages of it, written or not
+    is_anonymous: ClassVar[bool] = False        # a task can make it writable, whatever its protection will be
+    takes_name: ClassVar[bool] = False          # PR_SET_VMA_ANON_NAME can name it
+    ignores_protection: ClassVar[bool] = False  # `map` leaves its protection to mprotect(2)
 
     def __init_subclass__(cls, *, numbers: Collection[int] = (), names: Collection[str] = (), **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -128,6 +133,39 @@ class MappingKind(ABC):
     def records(self) -> Iterable[Record]:
         return ()
 
+    # ------------------------------------------------------------ restart
+
+    def lacks(self, context: MappingCheck) -> Iterable[Finding]:
+        return ()
+
+    def restart_findings(self, context: MappingCheck) -> Iterable[Finding]:
+        return ()
+
+    def needs(self, reader: ImageReader, lookup: FileLookup) -> Iterable[Needs]:
+        return ()
+
+    def fd(self, number: int, means: MappingMeans, *, writable: bool) -> int:
+        """Return the service fd of a file or shared object by its id; -1 for a kind that has none."""
+        return -1
+
+    def open(self, vma: Vma, means: MappingMeans) -> int:
+        """Return the service fd that is mapped. The first call opens it."""
+        return self.fd(vma.object, means, writable=not vma.flags & MAP_PRIVATE and may_write(vma))
+
+    def map(self, vma: Vma, protection: int, script: Script, space: MappedSpace) -> None:
+        flags = vma.flags & ~MAP_LOCKED | MAP_FIXED_NOREPLACE
+        script.call('mmap', vma.start, vma.end - vma.start, protection, flags, self.open(vma, space.means), vma.offset,
+                    about=label(vma), expect=vma.start)
+
+    def patch(self, vma: Vma, space: MappedSpace) -> None:
+        return
+
+    def seal(self, means: MappingMeans) -> None:
+        return
+
+    def finish(self, means: MappingMeans) -> None:
+        return
+
 
 class PrivateMemoryKind(MappingKind):
     """A kind of memory without a file or shared object behind it."""
@@ -135,3 +173,19 @@ class PrivateMemoryKind(MappingKind):
     def object_of(self, view: View) -> tuple[int, int]:
         [number] = self.numbers
         return number, 0
+
+
+def may_write(vma: Vma) -> bool:
+    """Whether a shared mapping was made from a file that is open for writing."""
+    return 'mw' in vma.vm_flags.split()
+
+
+def label(vma: Vma) -> str:
+    """Return the addresses and the name of a mapping, for errors."""
+    return f'{vma.start:x}-{vma.end:x} {vma.name}'.rstrip()
+
+
+def lacking(vpid: int, what: str, since: str) -> Finding:
+    """Make a finding about a feature of the kernel."""
+    return about(vpid, 'kernel', 'ENOSYS', f'uses {what}, which this kernel lacks',
+                 f'boot a kernel {since} or newer')

@@ -1,23 +1,42 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A mapped file."""
 
+import errno
 import os
 import stat
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from ckptd.errors import Finding
-from ckptd.image.records import FILE_PRIVATE, FILE_SHARED, Backing
+from ckptd.errors import CkptError, Finding
+from ckptd.image.identity import FileIdentity, changes
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import FILE_PRIVATE, FILE_SHARED, Backing, Mm, SavedFile, Vma
 from ckptd.kernel.maps import DELETED, Mapping, map_file, stat_mapped
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.shmem import is_object_of_shm_mount, is_of_shm_mount
-from ckptd.objects.files.base import finding
-from ckptd.objects.files.linked import DeletedFile, link_findings
-from ckptd.objects.mappings.base import RELEASE, Links, MappingKind, MappingTables, PageCopier, View
+from ckptd.objects.attributes.base import about
+from ckptd.objects.files.base import FileLookup, Needs, finding
+from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, home_of, open_nameless, whole
+from ckptd.objects.files.linked import DeletedFile, is_name, link_findings
+from ckptd.objects.mappings.base import (
+    RELEASE,
+    Links,
+    MappingCheck,
+    MappingContext,
+    MappingKind,
+    MappingMeans,
+    MappingTables,
+    PageCopier,
+    View,
+    may_write,
+)
 
 _DEV_ZERO = os.makedev(1, 5)
 # Bytes; the content of a file that is mapped for writing is kept up to this size although it has a name. One example is
 # Java's statistics, /tmp/hsperfdata_USER/PID: once their process is dead, the next java or a boot removes them.
 KEPT_SIZE = 1 << 20
+_KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
 
 
 class FileMapping(MappingKind, numbers=[FILE_PRIVATE, FILE_SHARED]):
@@ -63,6 +82,29 @@ class FileMapping(MappingKind, numbers=[FILE_PRIVATE, FILE_SHARED]):
 
     def records(self) -> list[Backing]:
         return self._backings
+
+    # ------------------------------------------------------------ restart
+
+    def restart_findings(self, context: MappingCheck) -> Iterator[Finding]:
+        """Check the mapped files, by their first user and by the access that each needs: os.R_OK ..."""
+        return map(context.by_whom, _findings(context))
+
+    def needs(self, reader: ImageReader, lookup: FileLookup) -> Iterator[Needs]:
+        for backing in reader.every(Backing):
+            if backing.deleted or _missing_but_kept(backing, lookup):
+                yield deleted_takes(backing.path, backing.device, backing.inode, whole(backing.content))
+
+    def fd(self, number: int, means: MappingMeans, *, writable: bool) -> int:
+        """Return the fd of a mapped file or executable."""
+        files, record = means.files, means.reader.get(Backing, number)
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        if record.link:
+            return files.once(('backing', number, writable), lambda: _open_linked(record, flags, files))
+        if record.deleted or _missing_but_kept(record, files):
+            base = deleted_file(record.path, record.device, record.inode, record.size, record.mode,
+                                whole(record.content), files)
+            return files.once(('backing', number), lambda: open_nameless(base, os.O_RDWR, files)) if writable else base
+        return files.once(('backing', number, writable), lambda: files.open(record.path, flags))
 
 
 # ---------------------------------------------------------------- findings
@@ -140,3 +182,99 @@ def _with_content(backing: Backing, view: View, copier: PageCopier, links: Links
         os.close(fd)
     return Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode,
                    backing.deleted, (content,), link)
+
+
+# ---------------------------------------------------------------- restart
+
+def _missing_but_kept(record: Backing, lookup: FileLookup) -> bool:
+    """Whether a mapped file that had a name is gone, while its content is in the image. It is then made again without a
+    name. A file of that name that belongs to another process, as with Java's statistics, is left alone."""
+    if record.deleted or not record.content:
+        return False
+    found = lookup.lstat(record.path)
+    return found is None or (found.st_ino != record.inode and lookup.changed_files != 'accept')
+
+
+def _open_linked(record: Backing, flags: int, files: MappingContext) -> int:
+    """Open a deleted file that has another name by the name that the checkpoint gave it."""
+    fd = files.open_linked(record.link, record.path, flags)
+    if os.fstat(fd).st_ino != record.inode:
+        os.close(fd)
+        raise CkptError(f'{record.link} is another file now', errno=errno.ESTALE, resource=record.path)
+    return fd
+
+
+def _findings(context: MappingCheck) -> Iterator[Finding]:
+    users = context.mm_users
+    first: dict[int, tuple[int, str]] = {}
+    access: dict[int, int] = {}
+    for vma in context.reader.every(Vma):
+        if vma.kind in (FILE_PRIVATE, FILE_SHARED) and vma.mm_id in users:
+            first.setdefault(vma.object, (users[vma.mm_id], f'vma {vma.start:x}-{vma.end:x}'))
+            wanted = os.R_OK | (os.W_OK if vma.kind == FILE_SHARED and may_write(vma) else 0)
+            access[vma.object] = access.get(vma.object, 0) | wanted
+    for mm in context.reader.every(Mm):
+        if mm.mm_id in users and mm.exe:
+            first.setdefault(mm.exe, (users[mm.mm_id], 'exe'))
+            # PR_SET_MM_EXE_FILE requires the right to execute (kernel/sys.c, prctl_set_mm_exe_file)
+            access[mm.exe] = access.get(mm.exe, 0) | os.R_OK | os.X_OK
+    opened = {saved.link for saved in context.reader.every(SavedFile)}
+    for number, (vpid, resource) in first.items():
+        yield from _check_backing(context, context.reader.get(Backing, number), vpid, resource, access[number], opened)
+
+
+def _check_backing(context: MappingCheck, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
+                   ) -> Iterator[Finding]:
+    if record.link:
+        yield from _check_linked(context, record, vpid, resource, access)
+        return
+    if record.deleted:
+        if row := context.out_of_reach(vpid, resource, home_of(record.path, context.lookup)):
+            yield row
+        for one in deleted_findings(record.path, context.lookup):
+            yield replace(one, pid=vpid, resource=resource)
+        return
+    if row := context.out_of_reach(vpid, resource, record.path):
+        yield row
+        return
+    if not record.mode:
+        return          # it was not accessible when it was dumped
+    if _missing_but_kept(record, context.lookup):
+        for one in deleted_findings(record.path, context.lookup):
+            yield replace(one, pid=vpid, resource=resource)
+        yield about(vpid, resource, 'ENOENT', f'{record.path} {_KEPT}', 'others do not see what the tree writes there '
+                    'from then on: put the file back if they should', 'warning')
+        return
+    found = context.lookup.lstat(record.path)
+    words = changes(FileIdentity.of_backing(record), found)
+    how = f'{record.path} {" and ".join(words)}'
+    # if the file is open as well, its kind reports whether it can be rolled back
+    rolled_back = context.lookup.changed_files == 'rollback' and record.path in opened
+    if found is None:
+        if not rolled_back:
+            yield about(vpid, resource, 'ENOENT', how, 'put the file back where it was')
+    elif stat.S_IFMT(found.st_mode) != stat.S_IFMT(record.mode):
+        yield about(vpid, resource, 'ESTALE', how, 'put the file back')
+    elif not context.lookup.may(record.path, access):
+        yield about(vpid, resource, 'EACCES', f'{record.path} may not be {_verbs(access)}',
+                    'run as its owner, or as root')
+    elif words and context.lookup.changed_files == 'accept':
+        yield about(vpid, resource, 'ESTALE', how, 'the tree finds it as it is now', 'warning')
+    elif words and not rolled_back:
+        yield about(vpid, resource, 'ESTALE', how, 'put exactly this file back (of a package: the same version); '
+                    '--changed-files=accept uses the present file, at the risk of a crash')
+
+
+def _check_linked(context: MappingCheck, record: Backing, vpid: int, resource: str, access: int) -> Iterator[Finding]:
+    found = context.lookup.lstat(record.link)
+    if found is None or found.st_ino != record.inode or not is_name(record.link):
+        yield about(vpid, resource, 'ENOENT', f'{record.path} was deleted, and its name for the image, {record.link}, '
+                    'is gone', 'it can be restored once: a restart takes that name away')
+    elif not context.lookup.may(record.link, access):
+        yield about(vpid, resource, 'EACCES', f'{record.link} may not be {_verbs(access)}',
+                    'run as its owner, or as root')
+
+
+def _verbs(access: int) -> str:
+    names = {os.R_OK: 'read', os.W_OK: 'written', os.X_OK: 'executed'}
+    return ' and '.join(name for bit, name in names.items() if access & bit)

@@ -8,11 +8,21 @@ import pkgutil
 from collections.abc import Iterator
 
 import ckptd.objects.mappings
-from ckptd.errors import Finding
+from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.grammar import Record
-from ckptd.image.records import FILE_PRIVATE, PageRun, SharedMemory
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import FILE_PRIVATE, SHARED_MEMORY, Mm, PageRun, SharedMemory, Vma
 from ckptd.kernel.maps import Mapping
-from ckptd.objects.mappings.base import Links, MappingKind, MappingTables, PageCopier, View
+from ckptd.objects.files.base import FileLookup, Needs
+from ckptd.objects.mappings.base import (
+    Links,
+    MappingCheck,
+    MappingKind,
+    MappingMeans,
+    MappingTables,
+    PageCopier,
+    View,
+)
 from ckptd.objects.mappings.shared_memory import SharedMemoryKind
 from ckptd.objects.mappings.special import special_memory
 
@@ -37,6 +47,7 @@ _KINDS = _discover()
 # Vma.kind
 KERNELS_OWN = frozenset(number for kind in _KINDS if kind.is_kernels for number in kind.numbers)
 KEPT_WHOLE = frozenset(number for kind in _KINDS if kind.keeps_all_pages for number in kind.numbers)
+ANONYMOUS = frozenset(number for kind in _KINDS if kind.is_anonymous for number in kind.numbers)
 
 
 class MappingKinds:
@@ -44,10 +55,11 @@ class MappingKinds:
 
     def __init__(self) -> None:
         self._tables = MappingTables()
-        self._all = [cls(self._tables) for cls in _KINDS]
-        self._by_name = {name: kind for kind in self._all for name in kind.names}
-        self._by_number = {number: kind for kind in self._all for number in kind.numbers}
-        self._matching = [kind for kind in self._all if type(kind).matches is not MappingKind.matches]
+        self.all = [cls(self._tables) for cls in _KINDS]
+        self._by_name = {name: kind for kind in self.all for name in kind.names}
+        self._by_record = {(number, kind.object_kind if isinstance(kind, SharedMemoryKind) else 0): kind
+                           for kind in self.all for number in kind.numbers}
+        self._matching = [kind for kind in self.all if type(kind).matches is not MappingKind.matches]
 
     def of(self, mapping: Mapping) -> MappingKind:
         """Return the kind of a mapping."""
@@ -64,6 +76,14 @@ class MappingKinds:
         # vvar has the flags of device memory
         return None if kind.is_kernels else special_memory(mapping) or kind.finding(tid, mapping)
 
+    def of_record(self, number: int, object_kind: int = 0) -> MappingKind:
+        """Return the kind for Vma.kind and, for a shared object, SharedMemory.kind. ImageDamaged."""
+        kind = self._by_record.get((number, object_kind))
+        if kind is None:
+            raise ImageDamaged(f'memory.img: a mapping of the unknown kind {number}, {object_kind}',
+                               resource='memory.img', hint='use the ckptd that wrote the image, or a newer one')
+        return kind
+
     # ------------------------------------------------------------ objects behind mappings, each once
 
     def executable(self, tid: int) -> int:
@@ -71,12 +91,12 @@ class MappingKinds:
         exe = f'/proc/{tid}/exe'
         path, at = os.readlink(exe), os.stat(exe)  # noqa: PTH115, PTH116
         mapping = Mapping(0, 0, True, False, True, False, 0, os.major(at.st_dev), os.minor(at.st_dev), at.st_ino, path)
-        _, backing_id = self._by_number[FILE_PRIVATE].object_of(View(tid, mapping))
+        _, backing_id = self.of_record(FILE_PRIVATE).object_of(View(tid, mapping))
         return backing_id
 
     def share_file(self, at: os.stat_result, path: str, open_path: str) -> int:
         """Return the shm_id of the object behind an open file, mapped or not."""
-        [kind] = [one for one in self._all if isinstance(one, SharedMemoryKind) and path.startswith(one.prefixes)]
+        [kind] = [one for one in self.all if isinstance(one, SharedMemoryKind) and path.startswith(one.prefixes)]
         return kind.share_file(at, path, open_path)
 
     @property
@@ -91,12 +111,12 @@ class MappingKinds:
 
     def copy_files(self, copier: PageCopier, links: Links) -> None:
         """Copy mapped files that nothing else keeps."""
-        for kind in self._all:
+        for kind in self.all:
             kind.copy(copier, links)
 
     def records(self) -> Iterator[Record]:
         """Yield the records of mapped files."""
-        for kind in self._all:
+        for kind in self.all:
             yield from kind.records()
 
     def close(self) -> None:
@@ -104,3 +124,55 @@ class MappingKinds:
             if shared.fd >= 0:
                 os.close(shared.fd)
                 shared.fd = -1
+
+
+# ---------------------------------------------------------------- restart
+
+class MappedObjects:
+    """The files and shared objects of an image, opened on first use as service fds."""
+
+    def __init__(self, means: MappingMeans) -> None:
+        self.means = means
+        self._kinds = MappingKinds()
+
+    def kind_of(self, vma: Vma) -> MappingKind:
+        """Return the kind of a mapping. ImageDamaged."""
+        shared = self.means.reader.get(SharedMemory, vma.object).kind if vma.kind == SHARED_MEMORY else 0
+        return self._kinds.of_record(vma.kind, shared)
+
+    def executable(self, mm: Mm) -> int:
+        """Return the fd of a program."""
+        return self._kinds.of_record(FILE_PRIVATE).fd(mm.exe, self.means, writable=False)
+
+    def shared(self, shm_id: int) -> int:
+        """Return the fd of a shared object, open for reading and writing, with its content. ImageDamaged."""
+        record = self.means.reader.get(SharedMemory, shm_id)
+        return self._kinds.of_record(SHARED_MEMORY, record.kind).fd(shm_id, self.means, writable=True)
+
+    def seal(self) -> None:
+        """Set the state of objects that would prevent mapping them, when everything is mapped."""
+        for kind in self._kinds.all:
+            kind.seal(self.means)
+
+    def finish(self) -> None:
+        """Set the state of objects that cannot be undone, or that needs all users."""
+        for kind in self._kinds.all:
+            kind.finish(self.means)
+
+
+def lacks(context: MappingCheck) -> Iterator[Finding]:
+    """Yield the reasons why this machine cannot map an image."""
+    for kind in MappingKinds().all:
+        yield from kind.lacks(context)
+
+
+def restart_findings(context: MappingCheck) -> Iterator[Finding]:
+    """Yield the reasons why the objects behind the mappings of an image cannot be had again."""
+    for kind in MappingKinds().all:
+        yield from kind.restart_findings(context)
+
+
+def needs(reader: ImageReader, lookup: FileLookup) -> Iterator[Needs]:
+    """Yield what is needed to make the objects behind mappings again."""
+    for kind in MappingKinds().all:
+        yield from kind.needs(reader, lookup)

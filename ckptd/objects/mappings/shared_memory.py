@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Shared memory without a name in the file system: the object behind a shared anonymous mapping, and its relatives."""
 
+import ctypes
+import mmap
 import os
-from collections.abc import Collection, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from ckptd.image import records
-from ckptd.image.records import SHARED_MEMORY, SHMEM, PageRun
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import PAGE, SHARED_MEMORY, SHMEM, PageRun
 from ckptd.kernel.maps import DELETED, Mapping
+from ckptd.kernel.memfd import make_memfd
 from ckptd.kernel.memory import Mem
 from ckptd.kernel.shmem import NAMED_ANONYMOUS, SHARED_ANONYMOUS, is_of_shm_mount
-from ckptd.objects.mappings.base import MappingKind, PageCopier, SharedObject, View
+from ckptd.objects.mappings.base import MappingKind, MappingMeans, PageCopier, SharedObject, View
 
 
 class SharedMemoryKind(MappingKind, numbers=[SHARED_MEMORY]):
     """A kind of shared object, with the hooks of its object:
 
-        share_file(at, path, open_path)     note an object that is open, mapped or not
+        share_file(at, path, open_path)     notes an object that is open, mapped or not
         copy_object(shared, copier)         its record and its content
-        complete(record, shared, fd)        the fields that only this kind has
+        complete(record, shared, fd)        adds the fields that only this kind has
 
     object_kind: SharedMemory.kind in images. prefixes: of its paths in /proc.
     """
     object_kind: ClassVar[int]
     prefixes: ClassVar[tuple[str, ...]]
+    takes_name = True
 
-    def __init_subclass__(cls, *, object_kind: int, prefixes: Collection[str], **more: Any) -> None:
+    def __init_subclass__(cls, *, object_kind: int = 0, prefixes: Collection[str] = (), **more: Any) -> None:
         super().__init_subclass__(**more)
         cls.object_kind, cls.prefixes = object_kind, tuple(prefixes)
 
@@ -77,13 +83,76 @@ class SharedMemoryKind(MappingKind, numbers=[SHARED_MEMORY]):
         return record
 
 
-class SharedAnonymousMapping(SharedMemoryKind, object_kind=SHMEM, prefixes=SHARED_ANONYMOUS):
+class NamelessFileKind(SharedMemoryKind):
+    """A kind of shared object that is opened as a file, with further hooks:
+
+        make_empty(record, means)           makes it again
+        set_owner(fd, record, means)        when it has its content
+    """
+
+    def fd(self, number: int, means: MappingMeans, *, writable: bool) -> int:
+        """Return the fd of a shared object with its content."""
+        files, record = means.files, means.reader.get(records.SharedMemory, number)
+        fd = files.once(('shared', number), lambda: self._make(record, means))
+        if writable:
+            return fd
+        return files.once(('shared', number, 'r'), lambda: os.open(f'/proc/self/fd/{fd}', os.O_RDONLY))
+
+    def _make(self, record: records.SharedMemory, means: MappingMeans) -> int:
+        runs = means.reader.shared_runs(record.shm_id)
+        fd = self.make_empty(record, means)
+        try:
+            whole = -(-record.size // PAGE) * PAGE
+            if os.fstat(fd).st_size != whole:
+                os.ftruncate(fd, whole)
+            _fill(fd, runs, whole, means.reader)
+            if whole != record.size:
+                os.ftruncate(fd, record.size)
+            self.set_owner(fd, record, means)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    @abstractmethod
+    def make_empty(self, record: records.SharedMemory, means: MappingMeans) -> int:
+        """Make an empty object that belongs to the user."""
+
+    @abstractmethod
+    def set_owner(self, fd: int, record: records.SharedMemory, means: MappingMeans) -> None: ...
+
+
+class SharedAnonymousMapping(NamelessFileKind, object_kind=SHMEM, prefixes=SHARED_ANONYMOUS):
     """Memory of mmap(2) with MAP_SHARED and MAP_ANONYMOUS."""
 
     def name_of(self, path: str) -> str:
         """Return the name of PR_SET_VMA_ANON_NAME."""
         return path.removeprefix(NAMED_ANONYMOUS).removesuffix(']') if path.startswith(NAMED_ANONYMOUS) else ''
 
+    def make_empty(self, record: records.SharedMemory, means: MappingMeans) -> int:
+        """Open the object behind a new shared anonymous mapping. Without the right to open it (CAP_CHECKPOINT_RESTORE
+        in the first user namespace, proc_pid_map_files(5)), make a memfd, which differs in name only."""
+        length = max(-(-record.size // PAGE) * PAGE, PAGE)
+        with means.files.as_user():
+            object_ = mmap.mmap(-1, length)
+        with object_ as memory:
+            hold = ctypes.c_char.from_buffer(memory)
+            at = ctypes.addressof(hold)
+            try:
+                return os.open(f'/proc/self/map_files/{at:x}-{at + length:x}', os.O_RDWR | os.O_CLOEXEC)
+            except PermissionError:
+                with means.files.as_user():
+                    return make_memfd('shared', 0o777, 0)
+            finally:
+                del hold
+
+    def set_owner(self, fd: int, record: records.SharedMemory, means: MappingMeans) -> None:
+        with means.files.as_user():
+            if os.fstat(fd).st_mode & 0o7777 != record.mode & 0o7777:
+                os.fchmod(fd, record.mode & 0o7777)
+
+
+# ---------------------------------------------------------------- dump
 
 @contextmanager
 def _opened(shared: SharedObject) -> Iterator[int]:
@@ -120,3 +189,14 @@ def _copy_views(shared: SharedObject, copier: PageCopier) -> list[PageRun]:
                 runs += copier.copy_memory(mem, [(base + start, base + end)], base=base)
             done = end
     return runs
+
+
+# ---------------------------------------------------------------- restart
+
+def _fill(fd: int, runs: Iterable[PageRun], size: int, reader: ImageReader) -> None:
+    """Fill the object inside the kernel: pages go from the image's page cache into the object's."""
+    if not size:
+        return
+    with mmap.mmap(fd, size) as memory, memoryview(memory) as view:
+        for run in runs:
+            reader.pread_into(view[run.start:run.start + run.pages * PAGE], run.part, run.offset)

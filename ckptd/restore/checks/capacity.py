@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import OF_SHARED_MEMORY, PAGE, Backing, Limits, PageRuns, SavedFile, Vma
+from ckptd.image.records import OF_SHARED_MEMORY, PAGE, Limits, PageRuns, SavedFile, Vma
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.creds import CAP_SYS_ADMIN, CAP_SYS_RESOURCE
 from ckptd.kernel.pidfd import held
@@ -16,11 +16,11 @@ from ckptd.kernel.procfs import read_file
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import RLIM_INFINITY, pids, read_cgroup2, read_limits
 from ckptd.objects.files.base import Needs
-from ckptd.objects.files.deleted import deleted_takes, home_of, whole
+from ckptd.objects.files.deleted import home_of
+from ckptd.objects.mappings.registry import needs
 from ckptd.objects.verify import decode
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.cow_sharing import CowSharing
-from ckptd.restore.mapped_objects import missing_but_kept
 from ckptd.restore.plan import Plan
 
 _STRICT = 2                 # vm.overcommit_memory: reserved memory counts (proc_sys_vm(5))
@@ -54,9 +54,7 @@ def _every_file(context: CheckContext) -> Iterator[Needs | None]:
         with suppress(ImageDamaged):        # reported by checks.objects
             kind, record = decode(saved, context.lookup.kinds)
             yield kind.needs(record, saved)
-    for backing in context.reader.every(Backing):
-        if backing.deleted or missing_but_kept(backing, context.lookup):
-            yield deleted_takes(backing.path, backing.device, backing.inode, whole(backing.content))
+    yield from needs(context.reader, context.lookup)
 
 
 # ---------------------------------------------------------------- memory

@@ -2,12 +2,12 @@
 """The input of every check of a restart, and the rows that checks make."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ckptd.errors import Finding
-from ckptd.image.reader import ImageReader
+from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.objects.attributes.allowed import Allowed
@@ -78,10 +78,40 @@ class CheckContext:
         """Uid of the image's owner, if files are opened with the owner's rights and the caller is root; else 0."""
         return 0 if self.request.caller.uid or self.lookup.by_root else self.lookup.rights.uid
 
+    def by_whom(self, row: Finding) -> Finding:
+        """Complete the hint for root, who has access to the file and may not expect that the rights of another user
+        count."""
+        uid = self.for_owner
+        if not uid or row.severity == 'warning':
+            return row
+        if row.errno in ('EACCES', 'EPERM'):
+            return replace(row, hint=f'files are opened with the rights of uid {uid}, who owns the image: give them '
+                                'access to it, or checkpoint the tree as root')
+        if row.errno == 'ENOENT':
+            return replace(row, hint=f'{row.hint}; uid {uid}, who owns the image, must have access to it')
+        return row
+
+    def out_of_reach(self, vpid: int, resource: str, path: str) -> Finding | None:
+        """Return a finding if the user's rights cannot open a path, whatever is there."""
+        if path and (reason := self.lookup.out_of_reach(path)):
+            return about(vpid, resource, 'EACCES', f'{path} is not opened: {reason}', 'put back what was there at the '
+                         'time of the checkpoint')
+        return None
+
     @cached_property
     def home(self) -> str:
         """The future cgroup of the tree: the requested one, else the former one, else ours; '' for none."""
         return self.request.cgroup or self.plan.processes[0].ids.cgroup or read_cgroup2(os.getpid())
+
+    @cached_property
+    def mm_users(self) -> Mapping[int, int]:
+        """Vpid of the first living task of each address space, by mm_id."""
+        return self.plan.users('mm_id')
+
+    @property
+    def alive(self) -> Sequence[ImageTask]:
+        """All living tasks."""
+        return self.plan.alive
 
     @cached_property
     def leaders(self) -> list[int]:

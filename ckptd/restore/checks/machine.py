@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 
 from ckptd.errors import Finding
-from ckptd.image.records import PAGE, VDSO, GuardRegions, Registers, Vma
+from ckptd.image.records import PAGE, GuardRegions, Registers
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.mman import MADV_GUARD_INSTALL, MAP_DROPPABLE
+from ckptd.kernel.mman import MADV_GUARD_INSTALL
+from ckptd.objects.mappings.registry import lacks
 from ckptd.restore.checks.context import CheckContext, about
-from ckptd.restore.vdso import VdsoPlan
 from ckptd.restore.xstate import own_xstate, shortcoming
 
 ARCHITECTURE = 'x86-64'
@@ -21,7 +21,7 @@ def check(context: CheckContext) -> Iterator[Finding]:
     yield from other
     if not other:       # for another machine nothing else is meaningful
         yield from _xstate(context)
-        yield from _vdso(context)
+        yield from lacks(context)
         yield from _features(context)
 
 
@@ -50,38 +50,12 @@ def _xstate(context: CheckContext) -> Iterator[Finding]:
             return
 
 
-def _vdso(context: CheckContext) -> Iterator[Finding]:
-    """Check the vdso. On another kernel its functions become jumps, so a task inside one would continue in the middle
-    of a jump."""
-    reader, plan = context.reader, VdsoPlan(0)
-    for mm_id, user in context.plan.users('mm_id').items():
-        memory = reader.memory(mm_id)
-        if not plan.is_bridged(reader, memory):
-            continue
-        kernel = reader.manifest.kernel
-        yield about(user, 'vdso', 'ENOSYS', f'its vdso is that of kernel {kernel}: calls are redirected to that of '
-                    'this kernel', 'each call takes one more jump', 'warning')
-        [text] = [vma for vma in memory.vmas if vma.kind == VDSO][:1]
-        for task in context.plan.alive:
-            registers = arch.user_regs_struct.from_buffer_copy(reader.get(Registers, task.vpid).gpr)
-            if task.record.mm_id == mm_id and text.start <= registers.rip < text.end:
-                yield about(task.vpid, 'vdso', 'EOPNOTSUPP', 'stands inside a function of the vdso, which another '
-                            'kernel does not have', f'boot kernel {kernel} again, or checkpoint at another moment')
-
-
 def _features(context: CheckContext) -> Iterator[Finding]:
-    reader, users = context.reader, context.plan.users('mm_id')
+    reader = context.reader
     guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
     if guarded and not _has_guard_regions():
-        yield _lacking(users.get(guarded, 0), 'guard regions (madvise MADV_GUARD_INSTALL)', '6.13')
-    droppable = next((one.mm_id for one in reader.every(Vma) if one.flags & MAP_DROPPABLE), 0)
-    if droppable and not _has_droppable_memory():
-        yield _lacking(users.get(droppable, 0), 'droppable memory (MAP_DROPPABLE)', '6.11')
-
-
-def _lacking(vpid: int, what: str, since: str) -> Finding:
-    return about(vpid, 'kernel', 'ENOSYS', f'uses {what}, which this kernel lacks',
-                 f'boot a kernel {since} or newer')
+        yield about(context.mm_users.get(guarded, 0), 'kernel', 'ENOSYS', 'uses guard regions (madvise '
+                    'MADV_GUARD_INSTALL), which this kernel lacks', 'boot a kernel 6.13 or newer')
 
 
 def _has_guard_regions() -> bool:
@@ -90,12 +64,4 @@ def _has_guard_regions() -> bool:
             page.madvise(MADV_GUARD_INSTALL)
         except OSError:
             return False
-    return True
-
-
-def _has_droppable_memory() -> bool:
-    try:
-        mmap.mmap(-1, PAGE, flags=MAP_DROPPABLE | mmap.MAP_ANONYMOUS).close()
-    except OSError:
-        return False
     return True

@@ -8,15 +8,18 @@ import pytest
 
 from ckptd.errors import Busy, CkptError, Finding, ImageDamaged, PermissionDenied, Refused
 from ckptd.kernel.creds import capability_names
-from ckptd.objects import attributes
+from ckptd.objects import attributes, mappings
 from ckptd.objects.attributes.scheduling import ranges_of
 from ckptd.restore import checks
 from ckptd.restore.checks.capacity import parse_meminfo
 from ckptd.restore.checks.context import about, once
 
-# the check of attributes asks the files of objects/attributes
-MODULES = [(path.stem, path) for path in sorted(Path(checks.__file__).parent.glob('*.py'))]
-MODULES += [('attributes', path) for path in sorted(Path(attributes.__file__).parent.glob('*.py'))]
+# checks that ask the files of a package of objects; context.py makes the rows that they have in common
+OF_OBJECTS = {attributes: 'attributes', mappings: 'objects'}
+MODULES = [('objects' if path.stem == 'context' else path.stem, path)
+           for path in sorted(Path(checks.__file__).parent.glob('*.py'))]
+MODULES += [(name, path) for package, name in OF_OBJECTS.items()
+            for path in sorted(Path(str(package.__file__)).parent.glob('*.py'))]
 ROWS = [(name, call) for name, path in MODULES for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == 'about']
 
