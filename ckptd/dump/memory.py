@@ -19,7 +19,7 @@ from ckptd.kernel.memory import Mem, PageMap, Range
 from ckptd.kernel.ranges import overlaps, without
 from ckptd.kernel.stat import Stat
 from ckptd.kernel.task import read_auxv
-from ckptd.objects.mappings.registry import KEPT_WHOLE, KERNELS_OWN, MappingKinds
+from ckptd.objects.mappings.registry import KEPT_WHOLE, KERNELS_OWN, REGIONS, MappingKinds
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class _Space:
     mm: records.Mm
     vmas: list[records.Vma]
     ranges: list[Range] = field(default_factory=list)
-    guards: list[Range] = field(default_factory=list)
+    regions: list[list[Range]] = field(default_factory=list)        # as in REGIONS
     runs: list[PageRun] = field(default_factory=list)
 
 
@@ -72,7 +72,7 @@ class MemoryDump:
         spans = _spans(private)
         with PageMap(space.tid) as pagemap:
             chosen = pagemap.anonymous(spans)
-            space.guards = pagemap.guards(spans)
+            space.regions = [kind.scan(pagemap, spans) for kind in REGIONS]
         whole = _spans(vma for vma in space.vmas if vma.kind in KEPT_WHOLE)
         # never across the border of two mappings
         space.ranges = sorted([*((part.start, part.end) for part in overlaps(chosen, spans)), *whole])
@@ -117,8 +117,9 @@ class MemoryDump:
             yield space.mm
             yield from space.vmas
             yield from page_runs(OF_MM, space.mm_id, space.runs)
-            if space.guards:
-                yield records.GuardRegions(space.mm_id, tuple(records.Range(*guard) for guard in space.guards))
+            for kind, found in zip(REGIONS, space.regions, strict=True):
+                if found:
+                    yield kind.record(space.mm_id, found)
 
 
 def _common(space: _Space, origin: _Space) -> Iterator[PageRun]:

@@ -4,7 +4,7 @@
     build      inherited memory: see cow_sharing.py for the part that stays; unmap the rest, drop pages that differ
                mmap(2) of everything else at its old address, writable where pages will be read
                preadv(2) by the task from the data part: one copy, by the kernel
-    finish     when all processes are born: protection keys, protections, advice, names, locks, guard regions
+    finish     when all processes are born: protection keys, protections, advice, names, locks, regions
     describe   the kernel's data about the layout
 
 Pages that no page run names stay untouched: absent, zero, or as in the file.
@@ -23,7 +23,6 @@ from ckptd.kernel.arch.x86_64 import TASK_SIZE
 from ckptd.kernel.decl import offset_of
 from ckptd.kernel.memory import IOV_MAX, Mem, Range, prctl_mm_map
 from ckptd.kernel.mman import (
-    MADV_GUARD_INSTALL,
     MADV_POPULATE_WRITE,
     MCL_FUTURE,
     MCL_ONFAULT,
@@ -36,7 +35,7 @@ from ckptd.kernel.prctl import (
     PR_SET_VMA_ANON_NAME,
 )
 from ckptd.objects.mappings.base import MappedSpace, label
-from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, MappedObjects
+from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, REGIONS, MappedObjects
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
@@ -107,8 +106,8 @@ class Space:
         self._allocate_keys(script)
         for vma in self._ordinary:
             self._finish(script, vma)
-        for guard in self._memory.guards:
-            script.call('madvise', guard.start, guard.end - guard.start, MADV_GUARD_INSTALL, about='guard region')
+        for region in REGIONS:
+            region.restore(self._memory, script)
         yield from script.run()
         self._force(stub.tid)
         for vma in self._memory.vmas:

@@ -109,7 +109,7 @@ COMMON = {
     'files': {'__init__', 'base', 'content', 'deleted', 'linked', 'open_file', 'options', 'registry', 'rollback',
               'sound', 'tables', 'unsupported', 'watched'},
     'attributes': {'__init__', 'allowed', 'base', 'registry'},
-    'mappings': {'__init__', 'base', 'registry'},
+    'mappings': {'__init__', 'base', 'means', 'registry'},
 }
 
 

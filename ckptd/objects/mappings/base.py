@@ -20,19 +20,27 @@ and for a restart:
     patch(vma, space)           writes what the task itself cannot, when everything is mapped
     seal(means)                 state of objects that would prevent mapping them
     finish(means)               state of objects that is set when nothing else can fail
+
+A kind of region is state of ranges of an address space that no mapping shows. Its hooks:
+
+    scan(pagemap, spans)        the ranges in the private mappings of an address space
+    record(mm_id, found)        their record
+    lacks(context)              as above
+    restore(memory, script)     calls of the task that make them again, when all tasks exist
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from mmap import MAP_PRIVATE
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ckptd.errors import Finding
 from ckptd.image.grammar import Record
-from ckptd.image.reader import ImageReader
+from ckptd.image.reader import ImageReader, Memory
 from ckptd.image.records import Vma
 from ckptd.kernel.maps import Mapping, map_file
+from ckptd.kernel.memory import PageMap, Range
 from ckptd.kernel.mman import MAP_FIXED_NOREPLACE, MAP_LOCKED
 from ckptd.objects.attributes.base import about
 from ckptd.objects.files.base import FileLookup, Needs
@@ -173,6 +181,22 @@ class PrivateMemoryKind(MappingKind):
     def object_of(self, view: View) -> tuple[int, int]:
         [number] = self.numbers
         return number, 0
+
+
+class RegionKind(ABC):
+    """One kind of region."""
+
+    @abstractmethod
+    def scan(self, pagemap: PageMap, spans: Sequence[Range]) -> list[Range]: ...
+
+    @abstractmethod
+    def record(self, mm_id: int, found: Sequence[Range]) -> Record: ...
+
+    def lacks(self, context: MappingCheck) -> Iterable[Finding]:
+        return ()
+
+    @abstractmethod
+    def restore(self, memory: Memory, script: Script) -> None: ...
 
 
 def may_write(vma: Vma) -> bool:

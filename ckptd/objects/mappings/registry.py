@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All kinds: every subclass of MappingKind in a module of this package. A new kind is a new file, and nothing else
-changes."""
+"""All kinds: every subclass of MappingKind or RegionKind in a module of this package. A new kind is a new file, and
+nothing else changes."""
 
 import importlib
 import os
 import pkgutil
 from collections.abc import Iterator
+from typing import TypeVar
 
 import ckptd.objects.mappings
 from ckptd.errors import Finding, ImageDamaged
@@ -21,13 +22,16 @@ from ckptd.objects.mappings.base import (
     MappingMeans,
     MappingTables,
     PageCopier,
+    RegionKind,
     View,
 )
 from ckptd.objects.mappings.shared_memory import SharedMemoryKind
 from ckptd.objects.mappings.special import special_memory
 
+K = TypeVar('K')
 
-def _kinds_of(cls: type[MappingKind]) -> Iterator[type[MappingKind]]:
+
+def _kinds_of(cls: type[K]) -> Iterator[type[K]]:
     """Yield the classes below a class that have none below them; the others are what several kinds have in common."""
     for one in cls.__subclasses__():
         if not one.__subclasses__():
@@ -35,15 +39,15 @@ def _kinds_of(cls: type[MappingKind]) -> Iterator[type[MappingKind]]:
         yield from _kinds_of(one)
 
 
-def _discover() -> tuple[type[MappingKind], ...]:
+def _discover(cls: type[K]) -> tuple[type[K], ...]:
     for module in pkgutil.iter_modules(ckptd.objects.mappings.__path__):
         if module.name != 'registry':
             importlib.import_module(f'ckptd.objects.mappings.{module.name}')
-    kinds = _kinds_of(MappingKind)  # type: ignore[type-abstract]
-    return tuple(sorted(kinds, key=lambda cls: cls.__name__))
+    return tuple(sorted(_kinds_of(cls), key=lambda one: one.__name__))
 
 
-_KINDS = _discover()
+_KINDS = _discover(MappingKind)  # type: ignore[type-abstract]
+REGIONS = tuple(cls() for cls in _discover(RegionKind))  # type: ignore[type-abstract]
 # Vma.kind
 KERNELS_OWN = frozenset(number for kind in _KINDS if kind.is_kernels for number in kind.numbers)
 KEPT_WHOLE = frozenset(number for kind in _KINDS if kind.keeps_all_pages for number in kind.numbers)
@@ -162,7 +166,8 @@ class MappedObjects:
 
 def lacks(context: MappingCheck) -> Iterator[Finding]:
     """Yield the reasons why this machine cannot map an image."""
-    for kind in MappingKinds().all:
+    kinds: list[MappingKind | RegionKind] = [*MappingKinds().all, *REGIONS]
+    for kind in kinds:
         yield from kind.lacks(context)
 
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Check that this machine and its kernel can run the image: architecture, xstate, vdso, features."""
+"""Check that this machine and its kernel can run the image: architecture, xstate, and what its mappings need."""
 
-import mmap
 import os
 from collections.abc import Iterator
 
 from ckptd.errors import Finding
-from ckptd.image.records import PAGE, GuardRegions, Registers
+from ckptd.image.records import PAGE, Registers
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.mman import MADV_GUARD_INSTALL
 from ckptd.objects.mappings.registry import lacks
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.xstate import own_xstate, shortcoming
@@ -22,7 +20,6 @@ def check(context: CheckContext) -> Iterator[Finding]:
     if not other:       # for another machine nothing else is meaningful
         yield from _xstate(context)
         yield from lacks(context)
-        yield from _features(context)
 
 
 def _architecture(context: CheckContext) -> Iterator[Finding]:
@@ -48,20 +45,3 @@ def _xstate(context: CheckContext) -> Iterator[Finding]:
             yield about(task.vpid, 'xstate', 'EOPNOTSUPP', reason, 'restore it on a processor with the features of '
                         f'the one that it was dumped on (kernel {context.reader.manifest.kernel})')
             return
-
-
-def _features(context: CheckContext) -> Iterator[Finding]:
-    reader = context.reader
-    guarded = next((one.mm_id for one in reader.every(GuardRegions) if one.ranges), 0)
-    if guarded and not _has_guard_regions():
-        yield about(context.mm_users.get(guarded, 0), 'kernel', 'ENOSYS', 'uses guard regions (madvise '
-                    'MADV_GUARD_INSTALL), which this kernel lacks', 'boot a kernel 6.13 or newer')
-
-
-def _has_guard_regions() -> bool:
-    with mmap.mmap(-1, PAGE) as page:
-        try:
-            page.madvise(MADV_GUARD_INSTALL)
-        except OSError:
-            return False
-    return True
