@@ -22,7 +22,7 @@ from ckptd.inspect import checks
 from ckptd.inspect.checks import check_tree
 from ckptd.inspect.checks.tasks import check_kthread, check_seccomp
 from ckptd.inspect.scan import scan_tree
-from ckptd.kernel.maps import parse_maps, parse_smaps
+from ckptd.kernel.maps import parse_maps, parse_smaps, read_smaps
 from ckptd.kernel.stat import PF_KTHREAD, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.objects.mappings.registry import MappingKinds
@@ -392,6 +392,22 @@ def test_ordinary_memory(path: str) -> None:
 @pytest.mark.parametrize('name', ['[vvar]', '[vvar_vclock]', '[vdso]'])
 def test_the_kernels_own_mappings(name: str) -> None:
     assert vma(f'7f0000000000-7f0000001000 r--p 00000000 00:00 0    {name}', 'rd mr pf io de dd') is None
+
+
+def test_a_mapping_is_of_one_kind(tmp_path: Path) -> None:
+    """Also one whose flags or whose device make it what its path is not."""
+    (tmp_path / '[anon_shmem:x]').write_bytes(bytes(4096))
+    with (tmp_path / '[anon_shmem:x]').open('r+b') as file, mmap.mmap(-1, 4096), \
+            mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE):
+        own = read_smaps(os.getpid())
+    flags = [frozenset(one.split()) for one in ('rd wr', 'rd wr gd', 'rd wr dp')]
+    made_up = [mapping._replace(vm_flags=one) for mapping in own for one in flags]
+    kinds = MappingKinds()
+    for mapping in own + made_up:
+        matching = [kind for kind in kinds.all if mapping.path in kind.names]
+        matching = matching or [kind for kind in kinds.all if kind.matches(mapping)]
+        assert matching == [kinds.of(mapping)], mapping
+    assert len({kinds.of(mapping) for mapping in own}) > 5
 
 
 def test_mappings_of_this_process_are_ordinary(brood: Brood) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks of everything that prevents a restart, all at once, before there is any process. Nothing is changed.
 
-    machine     architecture, page size, xstate, vdso, features of the kernel
+    machine     architecture, page size, xstate, vdso, features of the kernel that mappings need
     objects     open files, mapped files, directories, System V segments
     rights      restrictions of the caller, and the rights needed to set credentials at all
     attributes  limits, scheduling, credentials ... of each task
