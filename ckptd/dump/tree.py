@@ -39,6 +39,7 @@ from ckptd.kernel.timens import ClockReadings
 from ckptd.objects.attributes import registry
 from ckptd.objects.attributes.base import DumpedProcess, DumpedTask, Owners, Scope
 from ckptd.objects.attributes.registry import Answers
+from ckptd.objects.namespaces import registry as namespace_kinds
 from ckptd.operation.timers import Timers
 from ckptd.remote.borrow import OwnIds
 from ckptd.remote.interleave import Steps, interleave
@@ -125,7 +126,7 @@ class Dump:
         interleave(self._process(threads) for threads in processes.values())
         self._files.describe()
         self.clocks = clocks = ClockReadings.read(self.tree.root.tid)
-        namespaces = state.namespaces(self.tree.root)
+        namespaces = namespace_kinds.record(self.tree.root)
         self.own_pidns = namespaces.own_pidns
         self._tree_records += [state.header(self.tree, len(processes)), namespaces, *state.task_ids(self.tree)]
         self._task_records += [sleep_left(sleep, self._vtids[tid], clocks.host, self._notes)

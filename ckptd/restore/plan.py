@@ -13,6 +13,7 @@ from ckptd.image.records import FdTable, ProcessState
 from ckptd.inspect.checks import CallerRights
 from ckptd.inspect.checks.hidden import ANOTHER, sees_all
 from ckptd.kernel.numbers import Numbers, await_reaped, numbers_in_use
+from ckptd.objects.namespaces.birth import BirthNamespaces
 from ckptd.remote.stub import Arena
 from ckptd.restore.bootstrap import find_arena
 from ckptd.restore.cow_sharing import CowSharing
@@ -20,7 +21,6 @@ from ckptd.restore.creation_order import CannotMake, CreationOrder, NewProcess, 
 from ckptd.restore.creation_steps import CreateTask, Step
 from ckptd.restore.fill_order import with_fills
 from ckptd.restore.memory import mapped_ranges
-from ckptd.restore.namespaces import BirthNamespaces
 
 DEAD = (ord('Z'), ord('X'))
 _REAPED_WITHIN = 3.0        # seconds

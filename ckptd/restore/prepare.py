@@ -7,11 +7,11 @@ from dataclasses import replace
 from ckptd.errors import CkptError, Finding, ImageDamaged, Refused, errno_name
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import Records, verify
+from ckptd.objects.namespaces.birth import decide
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import finding_row
 from ckptd.restore.checks import obstacles
 from ckptd.restore.file_access import FileAccess
-from ckptd.restore.namespaces import decide
 from ckptd.restore.plan import Plan, make_plan, read_numbers
 
 

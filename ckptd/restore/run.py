@@ -27,6 +27,8 @@ from ckptd.objects.attributes.base import Stage
 from ckptd.objects.files.deleted import open_directory
 from ckptd.objects.mappings.means import MappingMeans
 from ckptd.objects.mappings.registry import MappedObjects
+from ckptd.objects.namespaces.birth import make_reaper
+from ckptd.objects.namespaces.registry import enter
 from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import stub_patience
@@ -46,7 +48,6 @@ from ckptd.restore.files import FileBuilder
 from ckptd.restore.leave import Leave
 from ckptd.restore.linked_names import take_names_away
 from ckptd.restore.memory import Space, clear
-from ckptd.restore.namespaces import make_reaper
 from ckptd.restore.plan import DEAD, Plan
 from ckptd.restore.prepare import prepare, refused
 from ckptd.restore.service_fds import ServiceFds
@@ -148,7 +149,7 @@ class Restore:
         self._attributes = TaskAttributes(self._reader, self._plan, self._builder, self._allowed, self._directory,
                                           self._terminal, self._warnings.append)
         namespaces, numbers = self._plan.namespaces, self._plan.numbers
-        self._warnings += namespaces.enter(self._builder[SEED])
+        self._warnings += enter(namespaces, self._builder[SEED])
         if namespaces.pid:
             self._builder.new_namespace(own_init=1 in numbers, child_of_us=self._request.wait,
                                         is_bootstrap=namespaces.bootstrap_is_init)

@@ -15,10 +15,10 @@ from types import FrameType
 from ckptd.errors import Cancelled, CkptError, ImageDamaged
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest, read_manifest
+from ckptd.objects.namespaces.birth import offsets_for
 from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import MAX_SENTENCE, Failed, JobRequest, Log, Start, cut
-from ckptd.restore.namespaces import offsets_for
 from ckptd.worker.broker.identity import Identity, identity_of, identity_of_owner
 from ckptd.worker.broker.process import Broker
 from ckptd.worker.operations import OPERATIONS

@@ -110,6 +110,7 @@ COMMON = {
               'sound', 'tables', 'unsupported', 'watched'},
     'attributes': {'__init__', 'allowed', 'base', 'registry'},
     'mappings': {'__init__', 'base', 'means', 'registry'},
+    'namespaces': {'__init__', 'base', 'birth', 'registry'},
 }
 
 

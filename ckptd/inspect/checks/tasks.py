@@ -15,6 +15,7 @@ from ckptd.kernel.stat import PF_KTHREAD
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_auxv, read_link, read_namespaces
 from ckptd.objects.attributes.registry import findings
+from ckptd.objects.namespaces import registry as namespace_kinds
 from ckptd.tree import Task, Tree
 
 # <linux/sched.h>: kernel code that runs as a thread of a process, for io_uring or vhost
@@ -24,7 +25,6 @@ PF_USER_WORKER = 0x00004000
 DELETED = ' (deleted)'
 # <asm/unistd_64.h>: clone, fork, vfork, clone3. A parent in one of these and in state D waits for a CLONE_VFORK child.
 _FORKS = {56, 57, 58, 435}
-_FOR_CHILDREN = '_for_children'
 
 
 def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: CallerRights) -> list[Finding]:
@@ -47,7 +47,7 @@ def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: Call
         return [dead(task)]
     if status.state == 'Z':
         return []
-    return (check_tracer(task, status, caller) + check_seccomp(task, status) + check_namespaces(task, home)
+    return (check_tracer(task, status, caller) + check_seccomp(task, status) + namespace_kinds.findings(task, home)
             + check_vfork(task, status) + findings(task, status))
 
 
@@ -103,17 +103,6 @@ def _root_namespaces(tree: Tree) -> dict[str, int]:
         if not task.is_zombie and found:
             return found
     return {}
-
-
-def check_namespaces(task: Task, home: dict[str, int]) -> list[Finding]:
-    """Refuse any namespace other than the root's, including those for future children (pid_for_children)."""
-    own = read_namespaces(task.tgid, task.tid)
-    if 'pid' in own:
-        # a new pid namespace has no link before its first process is in it (kernel/pid_namespace.c)
-        own.setdefault('pid_for_children', 0)
-    other = sorted(name for name, inode in own.items() if inode != home.get(name.removesuffix(_FOR_CHILDREN), inode))
-    return [refuse(task, f'namespace {name}', 'EPERM', f'is in another {name} namespace than the root of the tree',
-                   'checkpoint the tree below the task that made the namespace') for name in other]
 
 
 def _check_process(process: ProcessIds) -> list[Finding]:

@@ -7,19 +7,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ckptd.errors import Finding
-from ckptd.image.records import Namespace, Namespaces, ProcessState
+from ckptd.image.records import ProcessState
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
-from ckptd.kernel.task import boot_id, read_namespaces
+from ckptd.objects.namespaces.registry import restart_findings
 from ckptd.restore.cgroups import cgroups
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.job_control import Stops
-
-# a restart makes these again, or reports them itself (restore/namespaces.py)
-_MADE = frozenset({'pid', 'time'})
-# programs that depend on these only show them
-_SHOWN_ONLY = frozenset({'uts', 'cgroup'})
-_FOR_CHILDREN = '_for_children'
 
 
 def check(context: CheckContext) -> Iterator[Finding]:
@@ -27,7 +21,7 @@ def check(context: CheckContext) -> Iterator[Finding]:
         yield from _cgroup(context, context.request.cgroup)
     elif not context.request.systemd and not context.request.brokered:      # otherwise they make a place
         yield from _cgroups(context)
-    yield from _namespaces(context)
+    yield from restart_findings(context.reader, context.plan.processes[0].vpid, context.plan.namespaces)
     yield from _terminal(context)
     yield from _stops(context)
 
@@ -65,32 +59,6 @@ def _cgroups(context: CheckContext) -> Iterator[Finding]:
             if name and nearest != path and not os.access(nearest, os.W_OK):
                 yield about(vpid, f'cgroup {name}', 'EACCES', 'was in a cgroup that is gone, and may not be made '
                             'again: it comes back in that of ckptd', 'choose one with --cgroup', 'warning')
-
-
-def _namespaces(context: CheckContext) -> Iterator[Finding]:
-    root = context.plan.processes[0].vpid
-    for record in context.reader.every(Namespaces):
-        for one in record.namespaces:
-            name = one.name.removesuffix(_FOR_CHILDREN)
-            made = name in _MADE or (name == 'user' and context.plan.namespaces.user)
-            if name == 'pid' and not one.own and not context.plan.namespaces.pid:
-                yield about(root, 'namespace pid', 'EOPNOTSUPP', 'was in another pid namespace, of which its '
-                            'manifest says nothing', 'restore it with --new-pidns')
-            if one.own or made or name != one.name or _is_ours(context, one):
-                continue
-            what = f'was in another {name} namespace, and comes back in ours'
-            if name in _SHOWN_ONLY:
-                yield about(root, f'namespace {name}', 'EOPNOTSUPP', what, 'start the restore inside a similar one',
-                            'warning')
-            else:
-                yield about(root, f'namespace {name}', 'EOPNOTSUPP', f'was in another {name} namespace, which '
-                            'is not made again', 'checkpoint and restore it from inside that namespace (nsenter)')
-
-
-def _is_ours(context: CheckContext, namespace: Namespace) -> bool:
-    """Whether a namespace of the image is ours, in the same boot."""
-    return (context.reader.manifest.boot_id == boot_id()
-            and read_namespaces(os.getpid()).get(namespace.name) == namespace.inode)
 
 
 def _terminal(context: CheckContext) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ from ckptd.inspect.checks.access import probe
 from ckptd.inspect.scan import scan_tree
 from ckptd.kernel import cgroup1
 from ckptd.kernel.bounds import Bounds, read_bounds
-from ckptd.kernel.clone import CLONE_NEWPID, CLONE_NEWTIME
+from ckptd.kernel.clone import CLONE_NEWPID
 from ckptd.kernel.creds import (
     CAP_CHECKPOINT_RESTORE,
     CAP_SYS_PTRACE,
@@ -43,7 +43,7 @@ from ckptd.kernel.keyctl import join_new_session_keyring
 from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, PR_CAPBSET_DROP, prctl
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import RLIM_INFINITY
-from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
+from ckptd.kernel.timens import unshare
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
 from ckptd.protocol.messages import Caller, JobRequest
 
@@ -143,17 +143,6 @@ def _of_account(uid: int, gid: int) -> Identity:
 
 
 # ---------------------------------------------------------------- the launcher
-
-def enter_clocks(offsets: Offsets) -> None:
-    """Move the calling process, of one thread, into a new time namespace. OSError."""
-    unshare(CLONE_NEWTIME)
-    write_offsets(offsets)
-    fd = os.open('/proc/self/ns/time_for_children', os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        setns(fd, CLONE_NEWTIME)
-    finally:
-        os.close(fd)
-
 
 def become(identity: Identity) -> None:
     """Take the identity in the calling process, of one thread. After an OSError the changes so far remain, so exit."""

@@ -32,6 +32,7 @@ from ckptd.errors import (
 from ckptd.kernel import netlink
 from ckptd.kernel.signalfd import ChildSignals
 from ckptd.kernel.timens import Offsets
+from ckptd.objects.namespaces.birth import enter_clocks
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import BrokerCall, FromUsersWorker
 from ckptd.protocol.channel import Channel
@@ -49,7 +50,7 @@ from ckptd.protocol.messages import (
 )
 from ckptd.restore.xstate import own_xstate
 from ckptd.worker.broker.answers import failure_of, powers
-from ckptd.worker.broker.identity import Identity, become, enter_clocks
+from ckptd.worker.broker.identity import Identity, become
 
 log = logging.getLogger('ckptd.worker')
 

@@ -8,14 +8,14 @@ import pytest
 
 from ckptd.errors import Busy, CkptError, Finding, ImageDamaged, PermissionDenied, Refused
 from ckptd.kernel.creds import capability_names
-from ckptd.objects import attributes, mappings
+from ckptd.objects import attributes, mappings, namespaces
 from ckptd.objects.attributes.scheduling import ranges_of
 from ckptd.restore import checks
 from ckptd.restore.checks.capacity import parse_meminfo
 from ckptd.restore.checks.context import about, once
 
 # checks that ask the files of a package of objects; context.py makes the rows that they have in common
-OF_OBJECTS = {attributes: 'attributes', mappings: 'objects'}
+OF_OBJECTS = {attributes: 'attributes', mappings: 'objects', namespaces: 'surroundings'}
 MODULES = [('objects' if path.stem == 'context' else path.stem, path)
            for path in sorted(Path(checks.__file__).parent.glob('*.py'))]
 MODULES += [(name, path) for package, name in OF_OBJECTS.items()

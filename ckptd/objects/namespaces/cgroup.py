@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Cgroup namespaces (cgroup_namespaces(7)): the root of the paths of cgroups. They are not made."""
+
+from ckptd.objects.namespaces.base import NamespaceKind
+
+
+class CgroupNamespace(NamespaceKind, name='cgroup'):
+    """A cgroup namespace."""
+    is_only_shown = True
