@@ -338,17 +338,17 @@ def test_images_that_lie(program: Program) -> None:
 
     def verified() -> list[str]:
         with DirectWorker() as worker:
-            return list(worker.run(tree.place.request(0, target='', operation='verify', image=image.name))['damages'])
+            return list(worker.run(tree.place.request(0, operation='verify', image=image.name))['damages'])
     assert verified() == []
     lie(wd=1 << 31)
     assert any('wd is 2147483648, above 2147483647' in damage for damage in verified())
     lie(wd=0)
     with DirectWorker() as worker, pytest.raises(CkptError, match='cannot be watched again'):
-        worker.run(tree.place.request(0, target='', operation='restore', image=image.name))
+        worker.run(tree.place.request(0, operation='restore', image=image.name))
     settled.reap_orphans()
     lie(wd=1, path='/proc/self/mem', inode=0)
     with DirectWorker() as worker, pytest.raises(CkptError):
-        worker.run(tree.place.request(0, target='', operation='restore', image=image.name))
+        worker.run(tree.place.request(0, operation='restore', image=image.name))
     settled.reap_orphans()
     lie(path='', file_id=999)
     assert any('it refers to open file 999, which is not in the image' in damage for damage in verified())
