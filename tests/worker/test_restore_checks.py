@@ -21,6 +21,7 @@ import pytest
 
 from ckptd.errors import Busy, Finding, ImageDamaged, NoSuchTarget, PermissionDenied, Refused
 from ckptd.image import records as r
+from ckptd.image.grammar import Record
 from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.image.reader import ImageReader
 from ckptd.kernel.cgroup import Cgroup
@@ -270,6 +271,20 @@ def test_an_unknown_kind(place: Place, asleep: Sleeper) -> None:
     alter(image, r.SavedFile, kind='crystal ball')
     assert {row.errno for row in found(place, image)} == {'EBADMSG'}
     assert all("'crystal ball'" in row.reason and 'newer' in row.hint for row in found(place, image))
+
+
+@pytest.mark.parametrize(('record', 'what'), [(r.Vma, 'a mapping'), (r.SharedMemory, 'a shared object')])
+def test_an_unknown_kind_of_memory(victim: Callable[..., Victim], place: Place, record: type[Record], what: str
+                                   ) -> None:
+    running = victim('shared')
+    image = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    alter(image, record, kind=77)
+    row = about(found(place, image), 'memory')
+    assert (row.errno, row.reason) == ('EBADMSG', f'memory.img: {what} of kind 77, which is unknown')
+    with DirectWorker() as worker, pytest.raises(ImageDamaged, match='of kind 77'):
+        worker.run(place.request(0, operation='restore', image=image.name))
 
 
 def test_a_segment_in_use(victim: Callable[..., Victim], place: Place) -> None:

@@ -14,6 +14,7 @@ from ckptd.image.grammar import Record
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import FILE_PRIVATE, SHARED_MEMORY, Mm, PageRun, SharedMemory, Vma
 from ckptd.kernel.maps import Mapping
+from ckptd.objects.attributes.base import about
 from ckptd.objects.files.base import FileLookup, Needs
 from ckptd.objects.mappings.base import (
     Links,
@@ -84,7 +85,8 @@ class MappingKinds:
         """Return the kind for Vma.kind and, for a shared object, SharedMemory.kind. ImageDamaged."""
         kind = self._by_record.get((number, object_kind))
         if kind is None:
-            raise ImageDamaged(f'memory.img: a mapping of the unknown kind {number}, {object_kind}',
+            what = f'shared object of kind {object_kind}' if number == SHARED_MEMORY else f'mapping of kind {number}'
+            raise ImageDamaged(f'memory.img: a {what}, which is unknown',
                                resource='memory.img', hint='use the ckptd that wrote the image, or a newer one')
         return kind
 
@@ -173,7 +175,15 @@ def lacks(context: MappingCheck) -> Iterator[Finding]:
 
 def restart_findings(context: MappingCheck) -> Iterator[Finding]:
     """Yield the reasons why the objects behind the mappings of an image cannot be had again."""
-    for kind in MappingKinds().all:
+    kinds = MappingKinds()
+    found = {(vma.kind, 0) for vma in context.reader.every(Vma) if vma.kind != SHARED_MEMORY}
+    found |= {(SHARED_MEMORY, shared.kind) for shared in context.reader.every(SharedMemory)}
+    for number, object_kind in sorted(found):
+        try:
+            kinds.of_record(number, object_kind)
+        except ImageDamaged as error:
+            yield about(0, 'memory', 'EBADMSG', error.message, error.hint)
+    for kind in kinds.all:
         yield from kind.restart_findings(context)
 
 
