@@ -117,6 +117,33 @@ def test_checkpoint_of_a_unit_frozen_by_systemd(machine: Container, service: Cal
     machine.run('ckptctl', 'verify', result['image'])
 
 
+WATCHER = """
+import ctypes, os, tempfile
+path = tempfile.mkdtemp(dir='/tmp')
+os.mkdir(path + '/below')
+watched = ctypes.CDLL(None).inotify_init1(0)
+assert ctypes.CDLL(None).inotify_add_watch(watched, os.fsencode(path + '/below'), 0x100) == 1
+os.chdir('/')
+print(path, flush=True)
+os.read(watched, 4096)
+"""
+
+
+@pytest.mark.parametrize('user', ['root', 'nobody'])
+def test_watched_files_are_found_in_the_sandbox(machine: Container, user: str) -> None:
+    """The system call for it is none that services make, and the paths are those of another mount namespace."""
+    machine.run('systemd-run', '--unit=watcher', f'--uid={user}', '-pStandardOutput=append:/run/watcher.log', '--',
+                '/usr/bin/python3', '-I', '-c', WATCHER)
+    try:
+        await_that('it watches', lambda: '/tmp/' in machine.run('cat', '/run/watcher.log', check=False).stdout)
+        result = ctl(machine, 'checkpoint', 'watcher.service')
+        path = machine.output('cat', '/run/watcher.log').strip()
+        machine.run('grep', '-aFq', f'{path}/below', f'/var/spool/ckptd/{result["image"]}/files.img')
+    finally:
+        machine.run('systemctl', 'stop', 'watcher.service')
+        machine.run('rm', '-f', '/run/watcher.log')
+
+
 def test_automatic_choice_for_a_unit_is_systemd(machine: Container, service: Callable[[str], str]) -> None:
     unit = service('counter.service')
     _, before = await_count(machine, unit, 0)

@@ -13,7 +13,7 @@ if the tree has a watch that reports this.
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ _OF_READING = IN_ACCESS | IN_OPEN | IN_CLOSE_NOWRITE     # events of the reading
 MAX_ENTRIES = 50_000        # of directories, which are listed while the tree is at rest: some 50 ms
 
 INOTIFY_LINK = 'anon_inode:inotify'
-Lookup = Callable[[int, str], os.stat_result | None]
+Rights = Callable[[], AbstractContextManager[None]]
 Identity = tuple[int, int, FileHandle]
 
 
@@ -53,10 +53,11 @@ class WatchedFile(NamedTuple):
 
 # ---------------------------------------------------------------- by handle
 
-def paths_by_handle(tid: int, watches: Sequence[InotifyWatch], lookup: Lookup = lstat_of_task) -> dict[int, str]:
+def paths_by_handle(tid: int, watches: Sequence[InotifyWatch], rights: Rights = nullcontext) -> dict[int, str]:
     """Return the paths of watched files by wd, as far as their handles tell them. Empty without CAP_DAC_READ_SEARCH.
 
-    lookup(tid, path): lstat(2) of a path of the task. A path that it does not lead to the file is left out.
+    tid: the task whose paths they are. rights(): the block in which the paths are looked up. A path that does not lead
+    to the file is left out.
     """
     root = root_of_task(tid)
     mounts = read_mountinfo(tid if root else None)
@@ -66,7 +67,9 @@ def paths_by_handle(tid: int, watches: Sequence[InotifyWatch], lookup: Lookup = 
         for mount in _mounts_of(device, mounts):
             if not todo:
                 break
-            found |= _on_mount(mount, root, tid, list(todo.values()), lookup)
+            shown = _on_mount(mount, root, todo.values())
+            with rights():
+                found |= {wd: path for wd, (path, of) in shown.items() if _is_same(_lstat(root + path), of)}
             todo = {wd: watch for wd, watch in todo.items() if wd not in found}
     return found
 
@@ -77,8 +80,9 @@ def _mounts_of(device: int, mounts: Iterable[Mount]) -> list[Mount]:
                   key=lambda mount: mount.root != '/')
 
 
-def _on_mount(mount: Mount, root: str, tid: int, watches: Iterable[InotifyWatch], lookup: Lookup) -> dict[int, str]:
-    found: dict[int, str] = {}
+def _on_mount(mount: Mount, root: str, watches: Iterable[InotifyWatch]) -> dict[int, tuple[str, os.stat_result]]:
+    """Return the paths that the kernel shows of files on a mount, and what the files are, by wd."""
+    found = {}
     with ExitStack() as stack:
         try:
             directory = os.open(root + mount.mount_point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -89,22 +93,25 @@ def _on_mount(mount: Mount, root: str, tid: int, watches: Iterable[InotifyWatch]
             return {}
         with working_directory(directory):
             for watch in watches:
-                if path := _path_of(watch.handle, tid, lookup):
-                    found[watch.wd] = path
+                # ESTALE, EOPNOTSUPP, EPERM: the file system does not find it, or we may not ask
+                with suppress(OSError):
+                    found[watch.wd] = _file_of(watch.handle)
     return found
 
 
-def _path_of(handle: FileHandle, tid: int, lookup: Lookup) -> str:
-    """Return the path of a file on the mount of the working directory; '' if there is none."""
+def _file_of(handle: FileHandle) -> tuple[str, os.stat_result]:
+    """Open a file on the mount of the working directory. Return its path, and what it is. OSError."""
+    fd = open_handle_here(handle)
     try:
-        fd = open_handle_here(handle)
-    except OSError:
-        return ''       # ESTALE, EOPNOTSUPP, EPERM: the file system does not find it, or we may not ask
-    try:
-        path, of = os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd)  # noqa: PTH115
+        return os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd)  # noqa: PTH115
     finally:
         os.close(fd)
-    return path if _is_same(lookup(tid, path), of) else ''
+
+
+def _lstat(path: str) -> os.stat_result | None:
+    with suppress(OSError):
+        return os.lstat(path)
+    return None
 
 
 def _is_same(found: os.stat_result | None, of: os.stat_result) -> bool:

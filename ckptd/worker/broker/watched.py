@@ -13,7 +13,6 @@ from functools import partial
 from ckptd.kernel.creds import file_rights
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.inotify import watches_of
-from ckptd.kernel.namei import lstat_of_task
 from ckptd.objects.files.watched import paths_by_handle
 from ckptd.protocol.broker_calls import FindWatched
 from ckptd.protocol.messages import MAX_MESSAGE
@@ -27,9 +26,6 @@ def find_watched(call: FindWatched, identity: Identity, worker: int) -> dict[str
     """Return 'paths', pairs of a wd and a path in bytes, and 'more': the `after` of the next call, or 0. OSError."""
     as_user = partial(file_rights, identity.uid, identity.gid, identity.groups)
 
-    def lookup(tid: int, path: str) -> os.stat_result | None:
-        with as_user():
-            return lstat_of_task(tid, path)
     if call.tid == worker:      # a file in flight. The worker is not dumpable, and has no other files than the user's
         info = read_fdinfo(call.tid, call.fd)
     elif call.tid == os.getpid():
@@ -39,7 +35,7 @@ def find_watched(call: FindWatched, identity: Identity, worker: int) -> dict[str
         with as_user():
             info = read_fdinfo(call.tid, call.fd)
     left = [watch for watch in watches_of(info) if watch.wd > call.after]
-    found = paths_by_handle(call.seen_by, left[:_MOST], lookup)
+    found = paths_by_handle(call.seen_by, left[:_MOST], as_user)
     paths: list[tuple[int, bytes]] = []
     room = _ROOM
     for wd, path in sorted(found.items()):
