@@ -35,7 +35,9 @@ from ckptd.freezer.caller import check_frozen
 from ckptd.freezer.groups import CgroupFrozen
 from ckptd.freezer.traced import TracedFrozen
 from ckptd.freezer.units import UnitFrozen
-from ckptd.journal.actions import Actions, FaultPoint, UnitCall, no_fault
+from ckptd.journal.entry import FaultPoint, no_fault
+from ckptd.journal.steps import StepContext
+from ckptd.journal.steps.base import UnitCall
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -57,8 +59,8 @@ def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal
     Cancelled. After an error nothing is left changed.
     """
     refuse_own_tree(tree)
-    actions = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
-    freeze_request = FreezeRequest(target, deadline, journal, actions, rescan, job, also, check, remote_calls, at)
+    context = StepContext(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    freeze_request = FreezeRequest(target, deadline, journal, context, rescan, job, also, check, remote_calls, at)
     frozen = _first_that_can(_freezers(tree, mode, freeze_request, traced=traced), tree, freeze_request)
     try:
         yield frozen
@@ -79,13 +81,13 @@ def _freezers(tree: Tree, mode: str, freeze_request: FreezeRequest, *, traced: b
             return [CgroupFrozen]
         case 'ptrace':
             return [TracedFrozen]
-    by_systemd = freeze_request.target.unit and freeze_request.actions.freeze_unit
+    by_systemd = freeze_request.target.unit and freeze_request.context.freeze_unit
     with_unit: list[type[FrozenTree]] = [UnitFrozen] if by_systemd else []
     return [*with_unit, CgroupFrozen, *([TracedFrozen] if traced else [])]
 
 
 def _for_caller(tree: Tree, freeze_request: FreezeRequest) -> list[type[FrozenTree]]:
-    refusals = check_frozen(tree, freeze_request.actions)
+    refusals = check_frozen(tree, freeze_request.context)
     if refusals:
         raise Refused.because(refusals, 'freeze')
     # Frozen by a cgroup, the tree runs no remote system call. It must move to a frozen cgroup that may be thawed.

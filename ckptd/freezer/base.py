@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument, TreeChanged
-from ckptd.journal.actions import Actions, FaultPoint, describe, undo_all
-from ckptd.journal.entry import JournalEntry
-from ckptd.journal.steps import AnyStep, EndProcesses, FreezeCgroup, FreezeUnit, Known
+from ckptd.journal.entry import FaultPoint, JournalEntry
+from ckptd.journal.steps import AnyStep, EndProcesses, Known, StepContext
 from ckptd.journal.store import Journal
 from ckptd.kernel.ptrace import Tracee, let_go
 from ckptd.kernel.wchan import read_wchan
@@ -40,7 +39,7 @@ class FreezeRequest:
     target: FreezeTarget
     deadline: float               # of time.monotonic()
     journal: Journal | None       # None if there are only tracees to detach from
-    actions: Actions
+    context: StepContext
     rescan: Callable[[], Tree]    # scans the tree again
     job: int
     also: int | None              # an fd that ends a wait early when readable
@@ -107,9 +106,9 @@ class FrozenTree:
         for number, step in self._brakes():
             self._freeze_request.at(f'let-run-{step.point}')
             try:
-                self._freeze_request.actions.undo(step, {})
+                step.undo(self._freeze_request.context, {})
             except OSError as error:
-                raise CkptError(f'cannot undo {describe(step)}: {error.strerror}', errno=error.errno) from error
+                raise CkptError(f'cannot undo {step.describe()}: {error.strerror}', errno=error.errno) from error
             self._journal().undone(number)
             self._freeze_request.at(f'let-run-{step.point}-done')
 
@@ -120,9 +119,9 @@ class FrozenTree:
             self._journal().redone(number)
             self._freeze_request.at(f'hold-{step.point}')
             try:
-                self._freeze_request.actions.take(step)
+                step.take(self._freeze_request.context)
             except OSError as error:
-                raise CkptError(f'{describe(step)}: {error.strerror}', errno=error.errno) from error
+                raise CkptError(f'{step.describe()}: {error.strerror}', errno=error.errno) from error
             self._freeze_request.at(f'hold-{step.point}-done')
 
     def condemn(self) -> None:
@@ -140,7 +139,7 @@ class FrozenTree:
         if self._entry is None or self._entry.closed:
             return
         try:
-            failures = undo_all(self._entry, self._freeze_request.actions, self._freeze_request.at)
+            failures = self._entry.undo(self._freeze_request.context, self._freeze_request.at)
         finally:
             self._entry.close()
         if failures:
@@ -172,9 +171,9 @@ class FrozenTree:
         try:
             self._journal().add(step)
             self._freeze_request.at(f'freeze-{step.point}')
-            self._freeze_request.actions.take(step)
+            step.take(self._freeze_request.context)
         except OSError as error:
-            raise CannotFreezeError(f'{describe(step)}: {error.strerror or error}') from error
+            raise CannotFreezeError(f'{step.describe()}: {error.strerror or error}') from error
         self._freeze_request.at(f'freeze-{step.point}-done')
 
     def _write_end(self) -> None:
@@ -183,10 +182,10 @@ class FrozenTree:
             self._journal().add(EndProcesses(tuple(Known(task.tgid, task.start_time) for task in self.tree.leaders
                                                    if task.tgid in alive)))
 
-    def _brakes(self) -> list[tuple[int, FreezeCgroup | FreezeUnit]]:
+    def _brakes(self) -> list[tuple[int, AnyStep]]:
         """Return the steps that keep the tree from running, newest first."""
         standing = self._entry.standing() if self._entry else []
-        return [(number, step) for number, step in standing if isinstance(step, FreezeCgroup | FreezeUnit)]
+        return [(number, step) for number, step in standing if step.stops_tree]
 
 
 def nothing_to_check() -> None:

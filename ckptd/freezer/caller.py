@@ -2,24 +2,24 @@
 """freeze=caller: the caller has already frozen the tree, and ckptd only checks that."""
 
 from ckptd.errors import Finding, NotFrozen
-from ckptd.journal.actions import Actions
+from ckptd.journal.steps import StepContext
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Task, Tree
 
 
-def check_frozen(tree: Tree, actions: Actions) -> list[Finding]:
+def check_frozen(tree: Tree, context: StepContext) -> list[Finding]:
     """List tasks that are neither in a frozen cgroup (cgroup.events, so also by a cgroup above) nor stopped by a
     signal."""
     known: dict[str, bool] = {}
     return [_refusal(task) for task in tree
-            if not task.is_zombie and task.state not in 'Tt' and not _in_frozen(task, actions, known)]
+            if not task.is_zombie and task.state not in 'Tt' and not _in_frozen(task, context, known)]
 
 
-def _in_frozen(task: Task, actions: Actions, known: dict[str, bool]) -> bool:
+def _in_frozen(task: Task, context: StepContext, known: dict[str, bool]) -> bool:
     try:
         place = read_cgroup2(task.tid)
         if place not in known:
-            known[place] = actions.cgroup(place).frozen
+            known[place] = context.cgroup(place).frozen
     except ProcessLookupError:
         return True         # it died, which a scan will show
     except FileNotFoundError:

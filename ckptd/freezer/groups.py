@@ -19,8 +19,7 @@ from pathlib import PurePosixPath
 from ckptd.errors import TreeChanged
 from ckptd.freezer.base import CannotFreezeError, FreezeRequest, FrozenTree, timed_out, unfrozen_tasks
 from ckptd.inspect.scan import scan_tree
-from ckptd.journal.actions import Actions
-from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved
+from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved, StepContext
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Tree
 
@@ -37,8 +36,8 @@ class CgroupFrozen(FrozenTree):
         self._moves = False
 
     def freeze(self) -> None:
-        actions = self._freeze_request.actions
-        if actions.mount is None:
+        context = self._freeze_request.context
+        if context.mount is None:
             raise CannotFreezeError('no cgroup v2 hierarchy is mounted')
         try:
             places = read_places(self.tree)
@@ -74,16 +73,16 @@ class CgroupFrozen(FrozenTree):
     def _own_cgroup(self, places: dict[int, str]) -> str | None:
         """Return the cgroup that may be frozen as it is: it contains this tree and nothing else, and was not found
         frozen."""
-        actions = self._freeze_request.actions
+        context = self._freeze_request.context
         own = self._freeze_request.target.cgroup or common(places.values())
-        found_frozen = (any(topmost_frozen(actions, place) for place in {own, *places.values()})
-                        if self._freeze_request.remote_calls else own != '/' and actions.cgroup(own).frozen_wanted)
+        found_frozen = (any(topmost_frozen(context, place) for place in {own, *places.values()})
+                        if self._freeze_request.remote_calls else own != '/' and context.cgroup(own).frozen_wanted)
         return own if not found_frozen and self._is_exactly(own, places) else None
 
     def _is_exactly(self, own: str, places: dict[int, str]) -> bool:
         if own == '/' or not all(is_below(place, own) for place in places.values()):
             return False
-        members = set(self._freeze_request.actions.cgroup(own).procs(recursive=True))
+        members = set(self._freeze_request.context.cgroup(own).procs(recursive=True))
         if not members <= places.keys():
             # a child born since the scan belongs to the tree
             self.tree = self.rescan()
@@ -92,13 +91,13 @@ class CgroupFrozen(FrozenTree):
         return members <= places.keys()
 
     def _make_work_cgroup(self, places: dict[int, str]) -> None:
-        actions = self._freeze_request.actions
-        threaded = [place for place in sorted(set(places.values())) if actions.cgroup(place).type != 'domain']
+        context = self._freeze_request.context
+        threaded = [place for place in sorted(set(places.values())) if context.cgroup(place).type != 'domain']
         if threaded:
             raise CannotFreezeError(f'cgroup {threaded[0]} is threaded, its processes cannot be moved')
         base = common(places.values())
         if self._freeze_request.remote_calls:
-            frozen = [top for place in set(places.values()) if (top := topmost_frozen(actions, place))]
+            frozen = [top for place in set(places.values()) if (top := topmost_frozen(context, place))]
             base = common([base, *(str(PurePosixPath(top).parent) for top in frozen)])
         self._cgroup = str(PurePosixPath(base) / self._journal().work_name)
         self._take(MakeCgroup(self._cgroup))
@@ -128,7 +127,7 @@ class CgroupFrozen(FrozenTree):
 
     def _wait(self) -> None:
         freeze_request = self._freeze_request
-        cgroup = freeze_request.actions.cgroup(self._cgroup)
+        cgroup = freeze_request.context.cgroup(self._cgroup)
         try:
             while not cgroup.wait(True, freeze_request.deadline, freeze_request.also):
                 freeze_request.check()
@@ -177,12 +176,12 @@ def ways_up(name: str) -> Iterator[str]:
     yield from map(str, (path, *path.parents))
 
 
-def topmost_frozen(actions: Actions, name: str) -> str:
+def topmost_frozen(context: StepContext, name: str) -> str:
     """Return the highest cgroup whose cgroup.freeze is 1 among this one and those above it; '' if there is none."""
     frozen = ''
     for above in ways_up(name):
         try:
-            frozen = above if actions.cgroup(above).frozen_wanted else frozen
+            frozen = above if context.cgroup(above).frozen_wanted else frozen
         except FileNotFoundError:
             break       # above what the mount shows
     return frozen

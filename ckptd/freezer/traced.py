@@ -55,11 +55,11 @@ class TracedFrozen(FrozenTree):
 
     def _refuse_frozen(self) -> None:
         # a frozen task can be stopped, but runs no remote system call: it first goes back to the freezer's sleep
-        actions = self._freeze_request.actions
-        if not self._freeze_request.remote_calls or actions.mount is None:
+        context = self._freeze_request.context
+        if not self._freeze_request.remote_calls or context.mount is None:
             return
         for place in set(read_places(self.tree).values()):
-            if frozen := topmost_frozen(actions, place):
+            if frozen := topmost_frozen(context, place):
                 raise CannotFreezeError(f'cgroup {frozen} is frozen, so its tasks cannot run for a tracer')
 
     def _seize(self, task: Task, *, again: bool = True) -> None:

@@ -24,14 +24,14 @@ class UnitFrozen(CgroupFrozen):
         self._found_frozen = False
 
     def freeze(self) -> None:
-        actions = self._freeze_request.actions
-        if actions.freeze_unit is None or actions.thaw_unit is None:
+        context = self._freeze_request.context
+        if context.freeze_unit is None or context.thaw_unit is None:
             raise CannotFreezeError('there is no systemd')
         try:
             places = read_places(self.tree)
             if not self._is_exactly(self._cgroup, places):
                 raise CannotFreezeError(f'unit {self._unit} has processes outside of the tree')
-            frozen = {top for place in places.values() if (top := topmost_frozen(actions, place))}
+            frozen = {top for place in places.values() if (top := topmost_frozen(context, place))}
         except OSError as error:
             raise CannotFreezeError(f'{error.strerror}: {error.filename}') from error
         if frozen - {self._cgroup}:

@@ -3,18 +3,43 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 from ckptd import flock
 from ckptd.errors import CkptError
 from ckptd.fileio import write_all
-from ckptd.journal.steps import VERSION, WORK_PREFIX, AnyStep, Begin, Move, Moved, Redone, Undone
+from ckptd.journal.steps import AnyStep, Count, Lifetime, Move, Moved, StepContext
 
+FaultPoint = Callable[[str], None]
+
+VERSION = 1
+WORK_PREFIX = 'ckptd-'
 MAX_ENTRY = 32 << 20        # bytes; a tree of 100,000 processes has about 6 MiB
 SUFFIX = '.jsonl'
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """The first line of an entry. boot: pids and cgroups of an earlier boot are meaningless."""
+    version: Count
+    boot: Annotated[str, msgspec.Meta(max_length=64)]
+    job: Count
+    target: Annotated[str, msgspec.Meta(max_length=4096)]
+    mode: Annotated[str, msgspec.Meta(max_length=16)]
+
+
+class Undone(msgspec.Struct, tag=True, frozen=True):
+    """Step number `step` (0 is the first one after Begin) was undone out of order."""
+    step: Count
+
+
+class Redone(msgspec.Struct, tag=True, frozen=True):
+    """Step number `step` is about to be taken again. It keeps its place: later steps are undone before it."""
+    step: Count
+
 
 _line: msgspec.json.Decoder[AnyStep | Undone | Redone] = msgspec.json.Decoder(AnyStep | Undone | Redone)
 _first_line = msgspec.json.Decoder(Begin)
@@ -53,6 +78,10 @@ def parse_entry(data: bytes) -> Contents:
             case _:
                 contents.steps.append(step)
     return contents._replace(damaged=damaged)
+
+
+def no_fault(point: str) -> None:
+    """Do nothing at a fault point."""
 
 
 class JournalEntry:
@@ -105,6 +134,31 @@ class JournalEntry:
     def origins(self) -> dict[int, Moved]:
         """Return the original cgroup of each process that was moved."""
         return {process.pid: process for step in self.steps if isinstance(step, Move) for process in step.processes}
+
+    def keep(self, lifetime: Lifetime) -> None:
+        """Note that the standing steps of this lifetime are not to be undone any more."""
+        self.undone(*(number for number, step in self.standing() if step.lifetime is lifetime))
+
+    def undo(self, context: StepContext, at: FaultPoint = no_fault) -> list[str]:
+        """Undo the standing steps, newest first. Return one sentence for each failure. The entry is deleted if there is
+        none.
+
+        A tree that does not live yet, or is to be ended, is ended first. Otherwise the undo would move it home, where
+        it would run.
+        """
+        origins, failures, needed = self.origins(), [], set[str]()
+        for _, step in sorted(self.standing(), key=lambda one: not one[1].ends_tree):
+            if step.makes in needed:
+                continue
+            try:
+                at(f'undo-{step.point}')
+                step.undo(context, origins)
+            except (OSError, CkptError) as error:
+                needed.update(step.needs)
+                failures.append(f'cannot undo {step.describe()}: {error}')
+        if not failures:
+            self.finish()
+        return failures
 
     def finish(self) -> None:
         """Delete the entry: everything is undone. A second call does nothing."""

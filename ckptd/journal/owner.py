@@ -4,9 +4,8 @@
 from typing import Self
 
 from ckptd.errors import CkptError
-from ckptd.journal.actions import Actions, FaultPoint, no_fault, undo_all
-from ckptd.journal.entry import JournalEntry
-from ckptd.journal.steps import AnyStep
+from ckptd.journal.entry import FaultPoint, JournalEntry, no_fault
+from ckptd.journal.steps import AnyStep, StepContext
 from ckptd.journal.store import Journal
 
 
@@ -49,7 +48,7 @@ class StepJournal:
         if entry is None:
             return
         try:
-            failures = undo_all(entry, Actions(None), self._at)
+            failures = entry.undo(StepContext(None), self._at)
         finally:
             entry.close()
         if failures:

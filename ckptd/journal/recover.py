@@ -3,9 +3,9 @@
 
 from collections.abc import Iterable
 
-from ckptd.journal.actions import Actions, UnitCall, describe, undo_all
 from ckptd.journal.entry import JournalEntry
-from ckptd.journal.steps import AnyStep, KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
+from ckptd.journal.steps import AnyStep, StepContext
+from ckptd.journal.steps.base import UnitCall
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -24,13 +24,13 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
     first. An entry that cannot be undone completely stays for the next time. OSError if the journal itself cannot be
     read.
     """
-    actions = Actions(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
+    context = StepContext(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
     report: list[str] = []
     for found in journal.claim():
         if isinstance(found, JournalEntry) and files != about_files(step for _, step in found.standing()):
             found.close()
         elif isinstance(found, JournalEntry):
-            report += _recover_entry(found, actions)
+            report += _recover_entry(found, context)
         else:
             path, reason = found
             path.unlink(missing_ok=True)
@@ -40,7 +40,7 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
 
 def about_files(steps: Iterable[AnyStep]) -> bool:
     """Whether the steps must be undone in a process of one thread, because they are about files or belong to a user."""
-    return any(isinstance(step, KeepFile | LinkFile | MakeFile | MakeSegment | WalkQueues) for step in steps)
+    return any(step.by_user for step in steps)
 
 
 def left_about_files(journal: Journal) -> bool:
@@ -48,14 +48,14 @@ def left_about_files(journal: Journal) -> bool:
     return any(not one.alive and about_files(one.steps) for one in journal.entries())
 
 
-def _recover_entry(entry: JournalEntry, actions: Actions) -> list[str]:
+def _recover_entry(entry: JournalEntry, context: StepContext) -> list[str]:
     try:
         if entry.begin.boot != boot_id():
             entry.finish()
             return [f'{entry.name}: removed, it is of an earlier boot']
         damage = [f'{entry.name}: {entry.damaged} damaged lines'] if entry.damaged else []
-        done = [f'{entry.name}: undone {describe(step)}' for _, step in entry.standing()]
-        failures = undo_all(entry, actions)
+        done = [f'{entry.name}: undone {step.describe()}' for _, step in entry.standing()]
+        failures = entry.undo(context)
         return damage + ([f'{entry.name}: {failure}' for failure in failures] or done)
     finally:
         entry.close()

@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptd import flock
-from ckptd.journal.entry import MAX_ENTRY, SUFFIX, Contents, JournalEntry, journal_failed, parse_entry
-from ckptd.journal.steps import VERSION, AnyStep, Begin
+from ckptd.journal.entry import (
+    MAX_ENTRY,
+    SUFFIX,
+    VERSION,
+    Begin,
+    Contents,
+    JournalEntry,
+    journal_failed,
+    parse_entry,
+)
+from ckptd.journal.steps import AnyStep
 from ckptd.kernel.procfs import read_file
 from ckptd.kernel.task import boot_id
 

@@ -23,9 +23,8 @@ from ckptd.inspect.checks import check_rights, check_tree, told_dead
 from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import ResolvedTarget, is_alive, resolve_target, scan_tree
-from ckptd.journal.actions import Actions
 from ckptd.journal.owner import StepJournal
-from ckptd.journal.steps import LinkFile, WalkQueues
+from ckptd.journal.steps import LinkFile, StepContext, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -142,7 +141,7 @@ class JobContext:
         deadline = time.monotonic() + request.timeout_usec / 1e6
         if request.brokered:
             refuse_own_tree(tree)
-            freeze_request = FreezeRequest(target, deadline, None, Actions(mount_of(read_mountinfo())), self.scan,
+            freeze_request = FreezeRequest(target, deadline, None, StepContext(mount_of(read_mountinfo())), self.scan,
                                            request.job,
                                            channel.fileno(), channel.check, remote_calls, fault)
             with lent_freeze(tree, freeze_request, request.freeze, channel, close_after) as frozen:

@@ -19,19 +19,20 @@ from typing import Protocol, Self
 from ckptd.errors import CkptError, Finding
 from ckptd.faults import fault
 from ckptd.image.files import spooling
-from ckptd.journal.actions import Actions, undo_all
 from ckptd.journal.entry import JournalEntry
 from ckptd.journal.steps import (
     AnyStep,
     Born,
     FreezeCgroup,
     KeepFile,
+    Lifetime,
     MakeCgroup,
     MakeFile,
     MakeHome,
     MakeSegment,
     Move,
     Moved,
+    StepContext,
 )
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
@@ -70,7 +71,7 @@ class BirthCgroup:
 
     def __init__(self, job: JobContext) -> None:
         self._job = job
-        self._actions = Actions(mount_of(read_mountinfo()))
+        self._context = StepContext(mount_of(read_mountinfo()))
         self._wanted: dict[int, str] = {}
         self._slice: str | None = None
         self._entry: JournalEntry = Journal(Path(job.request.runtime)).begin(job.request.job,
@@ -112,7 +113,7 @@ class BirthCgroup:
         work = str(PurePosixPath(base) / self._entry.work_name)
         try:
             self._take(MakeCgroup(work))
-            self.cgroup_fd = os.open(self._actions.cgroup(work).path, os.O_RDONLY | os.O_DIRECTORY)
+            self.cgroup_fd = os.open(self._context.cgroup(work).path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             if self._job.request.cgroup:
                 raise CkptError(f'cannot make a cgroup in {base}: {error.strerror}', errno=error.errno, resource=base,
@@ -145,14 +146,14 @@ class BirthCgroup:
 
     def _exists(self, cgroup: str) -> bool:
         try:
-            return self._actions.cgroup(cgroup).exists
+            return self._context.cgroup(cgroup).exists
         except FileNotFoundError:
             return False
 
     def _take(self, step: AnyStep) -> None:
         fault(f'place-{step.point}')
         self._entry.add(step)
-        self._actions.take(step)
+        step.take(self._context)
         fault(f'place-{step.point}-done')
 
     # ------------------------------------------------------------ before the start
@@ -190,15 +191,15 @@ class BirthCgroup:
         """Lift the barrier after all tasks have been released. From here on they live, and each is moved to its
         cgroup."""
         # with these lines the tree is alive, and the objects made for it stay
-        self._entry.undone(*(number for number, step in self._entry.standing() if _lasts(step)))
+        self._entry.keep(Lifetime.TREE)
         fault('place-alive')
         self._undo()
 
     def _undo(self) -> None:
         """Undo our standing steps."""
-        if undo_all(self._entry, self._actions, fault):
+        if self._entry.undo(self._context, fault):
             # A first obstacle may be gone now. What remains in the journal is left to the next recovery.
-            for sentence in undo_all(self._entry, self._actions, fault):
+            for sentence in self._entry.undo(self._context, fault):
                 self._warn(sentence, 'EBUSY')
         self._entry.close()
 
@@ -254,10 +255,3 @@ def _warning(sentence: str, errno_name: str) -> Finding:
 def cgroups(processes: Sequence[NewProcess]) -> dict[int, str]:
     """Return the former cgroup of each living process, by vpid."""
     return {process.vpid: process.ids.cgroup for process in processes if process.alive}
-
-
-def _lasts(step: AnyStep) -> bool:
-    """Whether a step stays when the tree lives. A file that only the journal names is no longer needed."""
-    if isinstance(step, MakeFile):
-        return step.inode != 0
-    return isinstance(step, Born | MakeHome | MakeSegment | KeepFile)

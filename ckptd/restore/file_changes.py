@@ -8,8 +8,8 @@ from pathlib import Path, PurePath
 
 from ckptd.faults import fault
 from ckptd.image.files import require_room
-from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile
+from ckptd.journal.steps.files import keep
 from ckptd.restore.cgroups import Placement
 from ckptd.restore.file_rights import FileRights
 

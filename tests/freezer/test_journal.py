@@ -7,6 +7,7 @@ import resource
 import signal
 import stat
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -14,9 +15,27 @@ from hypothesis import strategies as st
 
 from ckptd.errors import CkptError
 from ckptd.journal import Journal, recover
-from ckptd.journal.actions import Actions, undo_all
 from ckptd.journal.entry import JournalEntry, parse_entry
-from ckptd.journal.steps import FreezeCgroup, FreezeUnit, MakeCgroup, Move, Moved, ThawUnit
+from ckptd.journal.steps import (
+    AnyStep,
+    Born,
+    EndProcesses,
+    FreezeCgroup,
+    FreezeUnit,
+    KeepFile,
+    Known,
+    Lifetime,
+    LinkFile,
+    MakeCgroup,
+    MakeFile,
+    MakeHome,
+    MakeSegment,
+    Move,
+    Moved,
+    StepContext,
+    ThawUnit,
+    WalkQueues,
+)
 from ckptd.kernel.task import boot_id
 
 BEGIN = b'{"type":"Begin","version":1,"boot":"%s","job":1,"target":"x","mode":"cgroup"}\n' % boot_id().encode()
@@ -51,6 +70,28 @@ def test_steps_are_read_back(journal: Journal) -> None:
     entry.finish()
     entry.finish()
     assert journal.entries() == []
+
+
+def test_each_step_has_a_name_of_its_own_and_an_undo() -> None:
+    steps = get_args(AnyStep)
+    assert len({step.point for step in steps} - {''}) == len(steps)
+    assert [step.__name__ for step in steps if not {'describe', '_undo'} <= vars(step).keys()] == []
+
+
+def test_steps_that_last_as_long_as_the_tree_are_kept(journal: Journal) -> None:
+    """A file that only the journal names is removed also when the tree lives."""
+    entry = journal.begin(1, 'image x', 'restore')
+    work, temporary = '/a/ckptd-1-ab', MakeFile('/a/.b.tmp', 0, 0, 0, 0, ())
+    undone = [MakeCgroup(work), FreezeCgroup(work), Move(work, ()), temporary, EndProcesses((Known(5, 6),)),
+              LinkFile('/a/b', 1, 2, '/spool/x', 0, 0, ()), WalkQueues((), ())]
+    kept = [Born(work), MakeHome('/a/c'), MakeSegment(1, 2, 3), MakeFile('/a/b', 1, 2, 0, 0, ()),
+            KeepFile('/a/b', 1, 2, 3, 4, 5, '/kept')]
+    for step in (*undone, *kept):
+        entry.add(step)
+    entry.keep(Lifetime.TREE)
+    assert [step for _, step in reversed(entry.standing())] == undone
+    assert [step for _, step in entry.released()] == kept
+    entry.finish()
 
 
 def test_directory_is_ours_alone(journal: Journal) -> None:
@@ -149,7 +190,7 @@ def test_cgroup_that_is_gone_needs_no_thaw(tmp_path: Path) -> None:
     step = FreezeCgroup('/gone')
     entry = JournalEntry(tmp_path / 'x.jsonl', -1, parse_entry(BEGIN)._replace(steps=[step, ThawUnit('x.service')]))
     calls: list[str] = []
-    assert undo_all(entry, Actions(None, freeze_unit=calls.append)) == []
+    assert entry.undo(StepContext(None, freeze_unit=calls.append)) == []
     assert calls == ['x.service']
 
 

@@ -10,9 +10,9 @@ import pytest
 from ckptd.errors import CkptError
 from ckptd.journal import Journal, recover
 from ckptd.journal.entry import JournalEntry
-from ckptd.journal.files import keep
 from ckptd.journal.recover import left_about_files
 from ckptd.journal.steps import KeepFile, MakeFile
+from ckptd.journal.steps.files import keep
 
 NOW = b'now' * 5000
 MTIME = 1_600_000_000_123_456_789
@@ -92,7 +92,7 @@ def test_holes_stay_holes(journal: Journal, path: Path, kept: Path) -> None:
 
 def test_room_is_asked_for_before_anything_is_written(path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all of it, and again for each piece: holes may be filled meanwhile. Holes themselves need none."""
-    monkeypatch.setattr('ckptd.journal.files._PIECE', 1 << 20)
+    monkeypatch.setattr('ckptd.journal.steps.files._PIECE', 1 << 20)
     with path.open('r+b') as file:
         file.truncate(3 << 20)
         os.pwrite(file.fileno(), b'x' * 4096, 1 << 20)
@@ -131,7 +131,7 @@ def test_the_copy_stays_where_it_cannot_be_put_back(journal: Journal, path: Path
     path.write_bytes(b'half')
     entry.close()
     with monkeypatch.context() as patched:
-        patched.setattr('ckptd.journal.files.copy_with_holes', full)
+        patched.setattr('ckptd.journal.steps.files.copy_with_holes', full)
         report = recover(journal, files=True)
     assert f'cannot undo rolling back {path}, whose content is in {kept}: ' in report[0]
     assert kept.read_bytes() == NOW

@@ -94,8 +94,8 @@ HALF_ROLLED_BACK = """
 import os
 from pathlib import Path
 from ckptd.journal import Journal
-from ckptd.journal.files import keep
 from ckptd.journal.steps import KeepFile, MakeFile
+from ckptd.journal.steps.files import keep
 path, kept = '/root/of-the-tree', '/var/spool/ckptd/.kept-test'
 Path(path).write_text('as it was found')
 entry = Journal(Path('/run/ckptd')).begin(1, 'image x', 'restore')

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The steps of the journal. Each class is the record of a change to the system and the code that takes, undoes and
+describes it."""
+
+from ckptd.journal.steps.base import Count, Lifetime, Moved, Pid, Step, StepContext
+from ckptd.journal.steps.cgroups import Born, FreezeCgroup, MakeCgroup, MakeHome, Move
+from ckptd.journal.steps.files import KeepFile, LinkFile, MakeFile
+from ckptd.journal.steps.processes import EndProcesses, Known
+from ckptd.journal.steps.segments import MakeSegment
+from ckptd.journal.steps.units import FreezeUnit, ThawUnit
+from ckptd.journal.steps.walks import HeldSocket, PeekOffset, WalkQueues
+
+__all__ = ['AnyStep', 'Born', 'Count', 'EndProcesses', 'FreezeCgroup', 'FreezeUnit', 'HeldSocket', 'KeepFile', 'Known',
+           'Lifetime', 'LinkFile', 'MakeCgroup', 'MakeFile', 'MakeHome', 'MakeSegment', 'Move', 'Moved', 'PeekOffset',
+           'Pid', 'Step', 'StepContext', 'ThawUnit', 'WalkQueues']
+
+AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
+           | KeepFile | LinkFile | EndProcesses | WalkQueues)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Undo a step with the rights of the user who took it."""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from ckptd.kernel.creds import become
+from ckptd.kernel.fork import quiet_fork
+
+
+class UserStep(Protocol):
+    """A step taken with these ids."""
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def groups(self) -> tuple[int, ...]: ...
+
+
+def as_maker(step: UserStep, work: Callable[[], None]) -> None:
+    """Do the work with the rights with which the step was taken. Root does it in a child that becomes that user and has
+    no capability. An OSError of the child is raised here."""
+    if step.uid == os.geteuid():
+        work()
+        return
+    pid = quiet_fork()
+    if pid == 0:
+        _as_user(step, work)
+    _, status = os.waitpid(pid, 0)
+    number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+def _as_user(step: UserStep, work: Callable[[], None]) -> None:
+    status = errno.EIO
+    try:
+        become(step.uid, step.gid, step.groups, 0)
+        work()
+        status = 0
+    except OSError as error:
+        status = error.errno or errno.EIO
+    finally:
+        os._exit(status)
