@@ -10,8 +10,9 @@
             {"type":"Undone","step":1}
 
 A line without an end was being written when its owner died, so its step was never taken. A log that is only appended to
-needs no other care. Steps are undone newest first, and undoing a step twice is harmless. The lock ends with the last
-process that has the file open, so an entry whose lock is free has no owner (`Journal.claim`).
+needs no other care. `steps/` has a class for each type of line but Begin, Undone and Redone. Steps are undone newest
+first, and undoing a step twice is harmless. The lock ends with the last process that has the file open, so an entry
+whose lock is free has no owner (`Journal.claim`).
 """
 
 from ckptd.journal.recover import recover
