@@ -19,10 +19,9 @@ It is synchronous and runs in the tracing thread. Each change is in the journal 
 ckptd.journal.recover can undo what a killed owner leaves.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from ckptd.errors import CkptError, NotSupported, Refused
+from ckptd.errors import NotSupported, Refused
 from ckptd.freezer.base import (
     CannotFreezeError,
     FreezeRequest,
@@ -43,16 +42,15 @@ from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.tree import Tree
 
-__all__ = ['FrozenTree', 'close_after', 'freeze']
+__all__ = ['FrozenTree', 'freeze']
 
 
-@contextmanager
 def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal: Journal, rescan: Callable[[], Tree],
            *,
            job: int = 0, freeze_unit: UnitCall | None = None, thaw_unit: UnitCall | None = None,
            also: int | None = None, check: Callable[[], None] = nothing_to_check, remote_calls: bool = True,
-           traced: bool = True, at: FaultPoint = no_fault) -> Iterator[FrozenTree]:
-    """Freeze a tree for the block. base.FreezeRequest describes the arguments.
+           traced: bool = True, at: FaultPoint = no_fault) -> FrozenTree:
+    """Freeze a tree and return it, for `with`. base.FreezeRequest describes the arguments.
 
     freeze_unit and thaw_unit are None if there is no systemd. traced: stop the tree by ptrace if nothing else is
     possible. FreezeTimeout names the tasks that did not stop; NotFrozen, NotSupported, TreeChanged, PermissionDenied,
@@ -61,13 +59,7 @@ def freeze(tree: Tree, target: FreezeTarget, mode: str, deadline: float, journal
     refuse_own_tree(tree)
     context = StepContext(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
     freeze_request = FreezeRequest(target, deadline, journal, context, rescan, job, also, check, remote_calls, at)
-    frozen = _first_that_can(_freezers(tree, mode, freeze_request, traced=traced), tree, freeze_request)
-    try:
-        yield frozen
-    except BaseException as error:
-        close_after(frozen, error)
-        raise
-    frozen.close()
+    return _first_that_can(_freezers(tree, mode, freeze_request, traced=traced), tree, freeze_request)
 
 
 def _freezers(tree: Tree, mode: str, freeze_request: FreezeRequest, *, traced: bool) -> list[type[FrozenTree]]:
@@ -105,16 +97,8 @@ def _first_that_can(freezers: list[type[FrozenTree]], tree: Tree, freeze_request
             frozen.close()
             reasons.append(f'{freezer.mode} freezer: {error}')
         except BaseException as error:
-            close_after(frozen, error)
+            frozen.close_after(error)
             raise
         else:
             return frozen
     raise NotSupported(f'{freeze_request.target.description} cannot be frozen: {"; ".join(reasons)}', phase='freeze')
-
-
-def close_after(frozen: FrozenTree, error: BaseException) -> None:
-    """Undo after a failure. Steps that cannot be undone are added to the error as notes, and left to a recovery."""
-    try:
-        frozen.close()
-    except CkptError as failure:
-        error.add_note(failure.message)

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, Self
 
 from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument, TreeChanged
 from ckptd.journal.entry import FaultPoint, JournalEntry
@@ -73,7 +73,7 @@ class FrozenTree:
         hold()      freeze again after let_run
         condemn()   freeze it again to be ended: from here on an undo of the freeze, also by a recovery, ends the tree
         restore()   restore the state that was found; the tracees stay stopped
-        close()     restore, then detach from the tracees
+        close()     restore, then detach from the tracees; the end of a `with` does it
     """
     mode: str = 'caller'
 
@@ -82,6 +82,15 @@ class FrozenTree:
         self.tracees: dict[int, Tracee] = {}
         self._freeze_request = freeze_request
         self._entry: JournalEntry | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.close_after(error)
 
     @property
     def moved(self) -> bool:
@@ -150,6 +159,14 @@ class FrozenTree:
             self.restore()
         finally:
             self.let_go()
+
+    def close_after(self, error: BaseException) -> None:
+        """Close after a failure. Steps that cannot be undone are added to the error as notes, and left to a
+        recovery."""
+        try:
+            self.close()
+        except CkptError as failure:
+            error.add_note(failure.message)
 
     def let_go(self) -> None:
         let_go(self.tracees.values())

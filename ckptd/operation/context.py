@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ckptd.errors import Finding, NoSuchImage, NoSuchTarget, Refused, SpoolFailed
 from ckptd.faults import fault
-from ckptd.freezer import FrozenTree, close_after, freeze
+from ckptd.freezer import FrozenTree, freeze
 from ckptd.freezer.base import FreezeRequest, refuse_own_tree
 from ckptd.image.archive.unpack import destination_in
 from ckptd.image.files import require_room, spooling
@@ -129,10 +129,9 @@ class JobContext:
             raise Refused.because(refusals, self.channel.phase_name)
         return rows
 
-    @contextmanager
-    def frozen(self, target: ResolvedTarget, tree: Tree, *, remote_calls: bool, traced: bool = True
-               ) -> Iterator[FrozenTree]:
-        """Freeze the tree for the block, in the way that the request asks for. traced: ptrace may be used if needed."""
+    def frozen(self, target: ResolvedTarget, tree: Tree, *, remote_calls: bool, traced: bool = True) -> FrozenTree:
+        """Freeze the tree in the way that the request asks for, and return it, for `with`. traced: ptrace may be used
+        if needed."""
         request, channel = self.request, self.channel
 
         def unit_call(action: str) -> Callable[[str], None] | None:
@@ -144,13 +143,10 @@ class JobContext:
             freeze_request = FreezeRequest(target, deadline, None, StepContext(mount_of(read_mountinfo())), self.scan,
                                            request.job,
                                            channel.fileno(), channel.check, remote_calls, fault)
-            with lent_freeze(tree, freeze_request, request.freeze, channel, close_after) as frozen:
-                yield frozen
-            return
-        with freeze(tree, target, request.freeze, deadline, Journal(Path(request.runtime)), self.scan, job=request.job,
-                    freeze_unit=unit_call('freeze'), thaw_unit=unit_call('thaw'), also=channel.fileno(),
-                    check=channel.check, remote_calls=remote_calls, traced=traced, at=fault) as frozen:
-            yield frozen
+            return lent_freeze(tree, freeze_request, request.freeze, channel)
+        return freeze(tree, target, request.freeze, deadline, Journal(Path(request.runtime)), self.scan,
+                      job=request.job, freeze_unit=unit_call('freeze'), thaw_unit=unit_call('thaw'),
+                      also=channel.fileno(), check=channel.check, remote_calls=remote_calls, traced=traced, at=fault)
 
     @contextmanager
     def walking(self, step: WalkQueues) -> Iterator[None]:

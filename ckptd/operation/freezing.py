@@ -4,9 +4,6 @@
 If the broker has no cgroup for the tree and any freezer may be used, the worker stops the tree by ptrace.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 from ckptd.errors import NotSupported
 from ckptd.freezer.base import FreezeRequest, FrozenTree
 from ckptd.freezer.traced import TracedFrozen
@@ -52,21 +49,8 @@ class LentFreeze(FrozenTree):
             self._channel.call(RestoreTree())
 
 
-@contextmanager
-def lent_freeze(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel,
-                close_after: Callable[[FrozenTree, BaseException], None]) -> Iterator[FrozenTree]:
-    """Freeze a tree for the block, like ckptd.freezer.freeze."""
-    frozen = _first_that_can(tree, freeze_request, mode, channel, close_after)
-    try:
-        yield frozen
-    except BaseException as error:
-        close_after(frozen, error)
-        raise
-    frozen.close()
-
-
-def _first_that_can(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel,
-                    close_after: Callable[[FrozenTree, BaseException], None]) -> FrozenTree:
+def lent_freeze(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel) -> FrozenTree:
+    """Freeze a tree and return it, for `with`, like ckptd.freezer.freeze."""
     if mode != 'ptrace':
         lent = LentFreeze(tree, freeze_request, channel)
         try:
@@ -75,7 +59,7 @@ def _first_that_can(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode,
             if mode != 'auto':
                 raise
         except BaseException as error:
-            close_after(lent, error)
+            lent.close_after(error)
             raise
         else:
             return lent
@@ -83,6 +67,6 @@ def _first_that_can(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode,
     try:
         traced.freeze()
     except BaseException as error:
-        close_after(traced, error)
+        traced.close_after(error)
         raise
     return traced
