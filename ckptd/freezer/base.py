@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol, Self
 
 from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument, TreeChanged
+from ckptd.inspect.scan import scan_tree
 from ckptd.journal.entry import FaultPoint, JournalEntry
 from ckptd.journal.steps import AnyStep, EndProcesses, Known, StepContext
 from ckptd.journal.store import Journal
@@ -94,7 +95,7 @@ class FrozenTree:
 
     @property
     def moved(self) -> bool:
-        """Whether the tree is in another cgroup than it was found in."""
+        """Whether the tree is in a cgroup outside of the requested one."""
         return False
 
     def freeze(self) -> None:
@@ -108,7 +109,10 @@ class FrozenTree:
 
     def rescan(self) -> Tree:
         """Scan the tree again, wherever the freeze has moved it."""
-        return self._freeze_request.rescan()
+        if not self.moved:
+            return self._freeze_request.rescan()
+        # once moved, the tree is no longer in the requested cgroup, but its roots are known
+        return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
 
     def let_run(self) -> None:
         """Thaw the tree, with its tasks stopped. CkptError if that fails."""

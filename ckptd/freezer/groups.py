@@ -18,7 +18,6 @@ from pathlib import PurePosixPath
 
 from ckptd.errors import TreeChanged
 from ckptd.freezer.base import CannotFreezeError, FreezeRequest, FrozenTree, timed_out, unfrozen_tasks
-from ckptd.inspect.scan import scan_tree
 from ckptd.journal.steps import FreezeCgroup, MakeCgroup, Move, Moved, StepContext
 from ckptd.kernel.task import read_cgroup2
 from ckptd.tree import Tree
@@ -58,12 +57,6 @@ class CgroupFrozen(FrozenTree):
     def moved(self) -> bool:
         target = self._freeze_request.target.cgroup
         return self._moves and target is not None and not is_below(self._cgroup, target)
-
-    def rescan(self) -> Tree:
-        if not self.moved:
-            return super().rescan()
-        # once moved, the tree is no longer in the requested cgroup, but its roots are known
-        return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
 
     def hold(self) -> None:
         super().hold()

@@ -7,7 +7,6 @@ If the broker has no cgroup for the tree and any freezer may be used, the worker
 from ckptd.errors import NotSupported
 from ckptd.freezer.base import FreezeRequest, FrozenTree
 from ckptd.freezer.traced import TracedFrozen
-from ckptd.inspect.scan import scan_tree
 from ckptd.protocol.broker_calls import EndTree, FreezeTree, HoldTree, LetRun, RestoreTree
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import FreezeMode
@@ -28,11 +27,9 @@ class LentFreeze(FrozenTree):
         self.mode, self._moved = str(value['mode']), bool(value['moved'])
         self.tree = self.rescan()
 
-    def rescan(self) -> Tree:
-        if not self._moved or self._freeze_request.target.cgroup is None:
-            return super().rescan()
-        # once moved, the tree is no longer in the requested cgroup, but its roots are known
-        return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
+    @property
+    def moved(self) -> bool:
+        return self._moved
 
     def let_run(self) -> None:
         self._channel.call(LetRun())
