@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """fork(2) for a child that only makes system calls and calls _exit()."""
 
+import errno
 import os
 import warnings
+from collections.abc import Callable
+from typing import NoReturn
 
 
 def quiet_fork() -> int:
@@ -13,3 +16,15 @@ def quiet_fork() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)
         return os.fork()
+
+
+def run_and_exit(work: Callable[[], object]) -> NoReturn:
+    """Do the work in a child and end with status 0, the errno of an OSError, or EIO for any other exception."""
+    status = errno.EIO
+    try:
+        work()
+        status = 0
+    except OSError as error:
+        status = error.errno or errno.EIO
+    finally:
+        os._exit(status)

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ckptd.errors import Finding, NotSupported, errno_name
+from ckptd.fileio import write_all
 from ckptd.inspect.checks.rows import dead, refuse
 from ckptd.inspect.proc_cache import Recipient
 from ckptd.kernel.creds import CAP_SETGID, become, capget
-from ckptd.kernel.fork import quiet_fork
+from ckptd.kernel.fork import quiet_fork, run_and_exit
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
 from ckptd.kernel.pidfd import PIDFD_THREAD, held, pidfd_getfd, pidfd_open
 from ckptd.kernel.yama import untraceable
@@ -89,7 +90,7 @@ def probe(caller: CallerRights, tids: Sequence[int], *, trace: bool = False) -> 
         try:
             child = quiet_fork()
             if child == 0:
-                _child(caller, tids, write_end, trace)
+                run_and_exit(lambda: _answer(caller, tids, write_end, trace))
         finally:
             os.close(write_end)
         data = answer.read()
@@ -104,22 +105,14 @@ def probe(caller: CallerRights, tids: Sequence[int], *, trace: bool = False) -> 
     return list(found[1:])
 
 
-def _child(caller: CallerRights, tids: Sequence[int], answer: int, trace: bool) -> None:
-    status = errno.EIO
-    try:
-        become(caller.uid, *_groups(caller), _capabilities(caller))
-        # the first answer, about the child itself, distinguishes a missing system call from a missing right
-        found = array.array('i', [_inspect_errno(tid) for tid in (os.getpid(), *tids)])
-        if trace and not _trace_errno(os.getpid()):
-            found[1:] = array.array('i', [one or -_trace_errno(tid) for one, tid in zip(found[1:], tids, strict=True)])
-        left = memoryview(found).cast('B')
-        while left:
-            left = left[os.write(answer, left):]
-        status = 0
-    except OSError as error:
-        status = error.errno or errno.EIO
-    finally:
-        os._exit(status)
+def _answer(caller: CallerRights, tids: Sequence[int], answer: int, trace: bool) -> None:
+    """Become the caller, try every task and write the answers of `probe` to the pipe."""
+    become(caller.uid, *_groups(caller), _capabilities(caller))
+    # the first answer, about the child itself, distinguishes a missing system call from a missing right
+    found = array.array('i', [_inspect_errno(tid) for tid in (os.getpid(), *tids)])
+    if trace and not _trace_errno(os.getpid()):
+        found[1:] = array.array('i', [one or -_trace_errno(tid) for one, tid in zip(found[1:], tids, strict=True)])
+    write_all(answer, found.tobytes())
 
 
 def _inspect_errno(tid: int) -> int:

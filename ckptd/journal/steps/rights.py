@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ckptd.kernel.creds import become
-from ckptd.kernel.fork import quiet_fork
+from ckptd.kernel.fork import quiet_fork, run_and_exit
 
 
 class UserStep(Protocol):
@@ -26,22 +26,15 @@ def as_maker(step: UserStep, work: Callable[[], None]) -> None:
     if step.uid == os.geteuid():
         work()
         return
+
+    def as_user() -> None:
+        become(step.uid, step.gid, step.groups, 0)
+        work()
+
     pid = quiet_fork()
     if pid == 0:
-        _as_user(step, work)
+        run_and_exit(as_user)
     _, status = os.waitpid(pid, 0)
     number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
     if number:
         raise OSError(number, os.strerror(number))
-
-
-def _as_user(step: UserStep, work: Callable[[], None]) -> None:
-    status = errno.EIO
-    try:
-        become(step.uid, step.gid, step.groups, 0)
-        work()
-        status = 0
-    except OSError as error:
-        status = error.errno or errno.EIO
-    finally:
-        os._exit(status)
