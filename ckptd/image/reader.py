@@ -144,12 +144,12 @@ class ImageReader:
         """Return the record of that id. ImageDamaged if the image has none."""
         found = self.table(cls).get(key)
         if found is None:
-            name = _part_of(cls)
+            name = part_code(cls)
             raise ImageDamaged(f'{PARTS[name]}: no {cls.__name__} {key}', resource=PARTS[name])
         return found
 
     def _index(self, cls: type[Record]) -> _Index:
-        code = _part_of(cls)
+        code = part_code(cls)
         if code not in self._indices:
             known = self._verified.get(code)
             self._indices[code] = _Index(PARTS[code], self.records(code) if known is None else iter(known))
@@ -280,5 +280,6 @@ def runs_between(runs: Sequence[PageRun], start: int, end: int) -> Iterator[Page
             yield runs[index]
 
 
-def _part_of(cls: type[Record]) -> str:
+def part_code(cls: type[Record]) -> str:
+    """Return the code of the part that has the records of a class. The high byte of their tag counts the parts."""
     return list(PARTS)[cls.tag >> 8]

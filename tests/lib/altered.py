@@ -12,8 +12,9 @@ import msgspec
 
 from ckptd.image.grammar import Record, read_records
 from ckptd.image.manifest import NAME, Part, encode_manifest, read_manifest
+from ckptd.image.reader import part_code
 from ckptd.image.records import PARTS
-from tests.lib.imgedit import encode_part, part_of
+from tests.lib.imgedit import encode_part
 
 R = TypeVar('R', bound=Record)
 
@@ -51,7 +52,7 @@ def copy(image: Path, to: Path) -> Path:
 
 def rewrite(image: Path, cls: type[R], change: Callable[[R], R]) -> None:
     """Change every record of a class; digests and manifest fit afterwards."""
-    code = part_of(cls)
+    code = part_code(cls)
     write_part(image, code, [change(one) if isinstance(one, cls) else one for one in read_part(image, code)])
 
 

@@ -25,6 +25,7 @@ import msgspec
 from ckptd.image.grammar import RECORDS, Record, Struct, decode_records, encode_end, encode_header, encode_record
 from ckptd.image.manifest import NAME as MANIFEST
 from ckptd.image.manifest import Manifest, Part, decode_manifest, encode_manifest
+from ckptd.image.reader import part_code
 from ckptd.image.records import PAGE, PARTS, Extent, SavedFile, data_name
 from ckptd.objects.files.registry import BY_TAG
 
@@ -39,11 +40,6 @@ KINDS: dict[str, type[Struct]] = {tag: kind.record for tag, kind in BY_TAG.items
 FIELDS: dict[str,
              tuple[str, ...]] = {name: tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
                                       for name, cls in (NAMES | KINDS).items()}
-
-
-def part_of(cls: type[Record]) -> str:
-    """Code of the part that has the records of a class: the high byte of its tag counts them."""
-    return list(PARTS)[cls.tag >> 8]
 
 
 @dataclasses.dataclass
@@ -84,7 +80,7 @@ class ImageStream:
     def every(self, name: str) -> list[Any]:
         """The records of a class, in their order."""
         cls = NAMES[name]
-        return [record for record in self.records[part_of(cls)] if type(record) is cls]
+        return [record for record in self.records[part_code(cls)] if type(record) is cls]
 
     def one(self, name: str) -> Any:
         """The only record of a class."""
@@ -94,7 +90,7 @@ class ImageStream:
     def change(self, name: str, change: Change) -> int:
         """Replace each record of a class by what `change` makes of it. How many have become another, or are gone."""
         cls, count, kept = NAMES[name], 0, []
-        code = part_of(cls)
+        code = part_code(cls)
         for record in self.records[code]:
             new = change(record) if type(record) is cls else record
             count += new != record
@@ -109,11 +105,11 @@ class ImageStream:
     def add(self, *records: Record) -> None:
         """Put records at the end of their parts."""
         for record in records:
-            self.records[part_of(type(record))].append(record)
+            self.records[part_code(type(record))].append(record)
 
     def sort(self, name: str, key: Callable[[Any], Any]) -> None:
         """Bring the records of a class into order; those of other classes stay where they are."""
-        cls, code = NAMES[name], part_of(NAMES[name])
+        cls, code = NAMES[name], part_code(NAMES[name])
         ordered = iter(sorted(self.every(name), key=key))
         self.records[code] = [next(ordered) if type(record) is cls else record for record in self.records[code]]
 

@@ -8,10 +8,11 @@ import pytest
 
 from ckptd.image.grammar import read_records
 from ckptd.image.manifest import read_manifest
+from ckptd.image.reader import part_code
 from ckptd.image.records import PARTS, Credentials, Fd, FdTable, SavedFile
 from ckptd.image.verify import verify
 from ckptd.objects.files.memfd import Memfd
-from tests.lib.imgedit import FIELDS, KINDS, NAMES, ImageStream, part_of
+from tests.lib.imgedit import FIELDS, KINDS, NAMES, ImageStream
 from tests.unit.image.samples import IMAGE, small_image
 from tests.unit.image.test_archive import contents, receive, stream_of
 
@@ -32,7 +33,7 @@ def imported(stream: bytes, directory: Path) -> Path:
 
 
 def records_in(image: Path, name: str) -> list[object]:
-    code = part_of(NAMES[name])
+    code = part_code(NAMES[name])
     with (image / PARTS[code]).open('rb') as file:
         return [one for one in read_records(file, code.encode(), name) if type(one) is NAMES[name]]
 
