@@ -22,6 +22,12 @@ class Out(NamedTuple):
     length: int
 
 
+def errno_of(value: int) -> int:
+    """Return the errno in the result of a system call, 0 if it succeeded. Errors are -4095 to -1 (MAX_ERRNO of
+    <linux/err.h>)."""
+    return -value if -4096 < value < 0 else 0
+
+
 class Batch:
     """Calls and buffers, which any task can run any number of times."""
 
@@ -92,8 +98,8 @@ class Results(NamedTuple):
     def value(self, call: int) -> int:
         """Return the result of a call. OSError if it failed."""
         value = self.values[call]
-        if -4096 < value < 0:
-            raise OSError(-value, f'remote {self.names[call]}: {os.strerror(-value)}')
+        if number := errno_of(value):
+            raise OSError(number, f'remote {self.names[call]}: {os.strerror(number)}')
         return value
 
     def or_else(self, call: int, default: int) -> int:

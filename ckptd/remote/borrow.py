@@ -33,7 +33,8 @@ from ckptd.kernel.maps import Mapping
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, Tracee
 from ckptd.kernel.status import read_status
-from ckptd.remote.batch import Batch, Results
+from ckptd.remote.batch import Batch, Results, errno_of
+from ckptd.remote.executor import Executor
 from ckptd.remote.interleave import Steps
 
 AREA_PAGES = 8
@@ -64,6 +65,14 @@ def find_room(mem: Mem, mappings: Iterable[Mapping]) -> int:
                        task=mem.pid, resource='vdso')
 
 
+class CallMemory(NamedTuple):
+    """The memory that remote calls use in an address space."""
+    mem: Mem
+    code: int       # address of the code
+    area: int       # address of the pages for calls and buffers, 0 while there are none
+    length: int     # of these pages
+
+
 class Remote:
     """System calls in one address space, through any stopped thread of it, one at a time.
 
@@ -73,32 +82,32 @@ class Remote:
 
     def __init__(self, tracee: Tracee, ids: OwnIds, mappings: Iterable[Mapping], caught: int) -> None:
         self._tracee, self._ids = tracee, ids
-        self._mem, self._caught = Mem(tracee.tid), caught
-        self._length = AREA_PAGES * PAGE
-        self._area = self._result = 0
+        self._caught, self._result = caught, 0
         self._is_lost = False       # a task has not returned from a call and may still run the code
+        mem = Mem(tracee.tid)
         try:
-            self._code = find_room(self._mem, mappings)
+            self._memory = CallMemory(mem, find_room(mem, mappings), 0, AREA_PAGES * PAGE)
         except BaseException:
-            self._mem.close()
+            mem.close()
             raise
 
     @property
     def area(self) -> int:
         """Address of the pages for calls and buffers, 0 while there are none."""
-        return self._area
+        return self._memory.area
 
     def open(self) -> Steps[None]:
         """Map the pages for calls and buffers."""
-        arguments = (0, self._length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, _ALL_ONES, 0)
+        length = self._memory.length
+        arguments = (0, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, _ALL_ONES, 0)
         try:
             yield from self._single('mmap', arguments)
         finally:
             # also if the others failed and this generator is closed: the pages exist, and `close` unmaps them
-            self._area = max(self._result, 0)
-        if self._result < 0:
-            tid, error = self._tracee.tid, -self._result
-            raise CkptError(f'process {tid} gets no memory for remote calls: mmap of {self._length >> 10} KiB:'
+            self._memory = self._memory._replace(area=max(self._result, 0))
+        if error := errno_of(self._result):
+            tid = self._tracee.tid
+            raise CkptError(f'process {tid} gets no memory for remote calls: mmap of {length >> 10} KiB:'
                             f' {os.strerror(error)}', errno=error, task=tid, resource='mmap', phase='state',
                             hint=f'raise its limits meanwhile: prlimit --pid {tid} --as= --data= (and --memlock= after'
                                  ' mlockall), or vm.max_map_count')
@@ -107,67 +116,58 @@ class Remote:
     def close(self) -> Steps[None]:
         """Unmap the pages, and restore the zeros where the code was. A killed process has nothing to undo. A task that
         has not returned from a call undoes it by itself when its tracer is gone."""
-        area, self._area = self._area, 0
+        mem, code, area, length = self._memory
+        self._memory = self._memory._replace(area=0)
         if self._is_lost:
-            self._mem.close()
+            mem.close()
             return
         try:
             try:
                 if area and self._tracee.attached:
-                    yield from self._single('munmap', (area, self._length))
+                    yield from self._single('munmap', (area, length))
             finally:
                 if not self._is_lost:
-                    self._mem.write(self._code, bytes(CODE_ROOM))
+                    mem.write(code, bytes(CODE_ROOM))
         except OSError:
             if self._tracee.attached and read_status(self._tracee.tid).state not in 'ZX':
                 raise
         finally:
-            self._mem.close()
+            mem.close()
 
     def run(self, tracee: Tracee, ids: OwnIds, batch: Batch) -> Steps[Results]:
         """Let the task execute all calls of the batch. Its state afterwards is unchanged."""
-        memory = batch.encode(self._area)
-        if len(memory) > self._length:
-            raise ValueError(f'batch of {len(memory)} bytes is too large')
-        self._mem.write(self._area, memory)
-        with _Borrowed(tracee, self._mem, self._caught) as borrowed:
-            code = arch.loop_code(borrowed.resume, borrowed.mask, ids.tgid, ids.tid, borrowed.signal)
+        with _Borrowed(tracee, ids, self._memory, self._caught) as borrowed:
             try:
-                yield from borrowed.run(self._code, code, table=self._area, area=self._area, length=self._length)
+                return (yield from borrowed.execute(batch))
             finally:
                 self._is_lost |= borrowed.is_lost
-        return batch.decode(self._mem.read(self._area, len(memory)))
 
     def _single(self, name: str, arguments: tuple[int, ...]) -> Steps[None]:
         """Make one call without the table. `_result` is then its result or -errno; 0 if it was not made."""
-        ids = self._ids
         self._result = 0
-        with _Borrowed(self._tracee, self._mem, self._caught) as borrowed:
-            code = arch.boot_code(arch.NR[name], arguments, borrowed.resume, borrowed.mask, ids.tgid, ids.tid,
-                                  borrowed.signal)
-            # r14 is the length that a task without a tracer unmaps at r15, the result: only right after mmap
-            length = self._length if name == 'mmap' else 0
+        with _Borrowed(self._tracee, self._ids, self._memory, self._caught) as borrowed:
             try:
-                yield from borrowed.run(self._code, code, table=0, area=0, length=length)
+                yield from borrowed.call(name, arguments)
             finally:
                 self._is_lost |= borrowed.is_lost
-                self._result = ctypes.c_int64(borrowed.result).value
+                self._result = borrowed.result
 
 
-class _Borrowed:
+class _Borrowed(Executor):
     """A stopped task lent for remote calls. Registers, signal mask and rseq are restored at the end.
 
     While it runs, every signal but one is blocked. That one, ignored by default and without a handler, is the trap.
     """
+    must_return = True
 
-    def __init__(self, tracee: Tracee, mem: Mem, caught: int) -> None:
-        self.tracee, self._mem = tracee, mem
-        self.result = 0
+    def __init__(self, tracee: Tracee, ids: OwnIds, memory: CallMemory, caught: int) -> None:
+        super().__init__(tracee, memory.area, memory.length)
+        self._ids, self._memory, self._mem = ids, memory, memory.mem
         self.regs = tracee.regs
         if self.regs.cs != arch.CS_64:
             raise NotSupported(f'task {tracee.tid} runs 32-bit code', task=tracee.tid, resource='architecture')
         self.mask = tracee.sigmask
-        self.signal = self._choose_signal(caught)
+        self.trap_signal = self._choose_signal(caught)
         self._rseq_at, self._rseq_cs = self._rseq()
 
     def _choose_signal(self, caught: int) -> int:
@@ -206,44 +206,55 @@ class _Borrowed:
         """Whether it lives and has not returned."""
         return self.tracee.attached and not self.tracee.stopped
 
+    @property
+    def result(self) -> int:
+        """The result of `call`, which is negative if it failed; 0 if it was not made."""
+        return ctypes.c_int64(self._trapped.r15).value if self._trapped else 0
+
     def __enter__(self) -> Self:
         return self
 
-    def run(self, at: int, code: bytes, *, table: int, area: int, length: int) -> Steps[None]:
-        """Run the code, placed at address `at`, up to its trap. `result` is then its r15."""
-        tracee = self.tracee
-        self._mem.write(at, code)
-        tracee.sigmask = _ALL_ONES & ~(1 << self.signal - 1)
-        tracee.regs = arch.start_registers(self.regs, at, table, area, length)
+    def go(self, table: int) -> Steps[None]:
+        code = arch.loop_code(self.resume, self.mask, *self._ids, self.trap_signal)
+        return self._run_code(code, table, table, self._memory.length)
+
+    def call(self, name: str, arguments: tuple[int, ...]) -> Steps[None]:
+        """Make one call without the table."""
+        code = arch.boot_code(arch.NR[name], arguments, self.resume, self.mask, *self._ids, self.trap_signal)
+        # r14 is the length that a task without a tracer unmaps at r15, the result: only right after mmap
+        return self._run_code(code, 0, 0, self._memory.length if name == 'mmap' else 0)
+
+    def _run_code(self, code: bytes, table: int, area: int, length: int) -> Steps[None]:
+        """Run code whose end restores the task by itself. A task without a tracer unmaps the area."""
+        at = self._memory.code
+        self._write(at, code)
+        return self._run(arch.start_registers(self.regs, at, table, area, length), at + arch.trap_offset(code))
+
+    def _set_state(self, regs: arch.user_regs_struct) -> None:
+        self.tracee.sigmask = _ALL_ONES & ~(1 << self.trap_signal - 1)
+        super()._set_state(regs)
         fault('running-remote')
-        tracee.cont()
-        try:
-            yield
-        finally:
-            trap = at + arch.trap_offset(code)
-            while (sig := self._signal_to_go_on(tracee.wait(), trap)) is not None:
-                tracee.cont(sig)
-            self.result = tracee.regs.r15
 
-    def _signal_to_go_on(self, status: int, trap: int) -> int | None:
-        """Return None at the trap, else the signal to continue with.
-
-        Other stops are passed. A group-stop shows itself and leaves the task to its tracer. So does one that begins
-        now, since SIGSTOP cannot be blocked. A trap signal from another process, which is not blocked either, is kept
-        for the task.
-        """
+    def _pass(self, status: int) -> int:
+        """Pass other stops. A group-stop shows itself and leaves the task to its tracer. So does one that begins now,
+        since SIGSTOP cannot be blocked. A trap signal from another process, which is not blocked either, is kept for
+        the task."""
         if status >> 16 == PTRACE_EVENT_STOP:
             return 0
         sig = os.WSTOPSIG(status)
         if sig == signal.SIGSTOP:
             return sig      # the kernel must know of it, so that a SIGCONT that comes now cancels it
-        if sig == self.signal and self.tracee.regs.rip == trap:
-            return None
-        if sig == self.signal:
+        if sig == self.trap_signal:
             self.tracee.deferred.append(sig)
             return 0
         raise CkptError(f'task {self.tracee.tid} stopped with status {status:#x} in a remote call',
                         task=self.tracee.tid, resource='ptrace')
+
+    def _write(self, at: int, data: bytes) -> None:
+        self._mem.write(at, data)
+
+    def _read(self, at: int, length: int) -> bytes:
+        return self._mem.read(at, length)
 
     def __exit__(self, *_: object) -> None:
         if not self.tracee.attached or self.is_lost:

@@ -6,7 +6,7 @@ import os
 from typing import cast
 
 from ckptd.errors import CkptError
-from ckptd.remote.batch import Batch
+from ckptd.remote.batch import Batch, errno_of
 from ckptd.remote.interleave import Steps, finish
 from ckptd.remote.stub import Stub
 
@@ -63,8 +63,8 @@ class Script:
             # the first failure is the one that counts
             for row, value in enumerate(results.values):
                 about, expect = note.get(row, _NO_NOTE)
-                if -4096 < value < 0:
-                    raise self._failed(results.names[row], -value, about)
+                if value < 0 and (number := errno_of(value)):
+                    raise self._failed(results.names[row], number, about)
                 if expect is not None and value != expect:
                     raise self._failed(results.names[row], errno.EIO, about or f'{value} and not {expect}')
 

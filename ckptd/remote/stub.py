@@ -37,7 +37,8 @@ from ckptd.kernel.ptrace import (
     SYSCALL_STOP,
     Tracee,
 )
-from ckptd.remote.batch import Batch, Results
+from ckptd.remote.batch import Batch, Results, errno_of
+from ckptd.remote.executor import Executor
 from ckptd.remote.interleave import Steps, finish
 
 T = TypeVar('T')
@@ -78,15 +79,17 @@ class Turn:
         self.taken = False
 
 
-class Stub:
+class Stub(Executor):
     """A stopped stub.
 
     turn: that of the task that it shares memory with. born: tids of the tasks that its last batch made, as we see them.
     is_dead: it has ended as one thread of several.
     """
+    trap_signal = signal.SIGTRAP
 
     def __init__(self, tracee: Tracee, arena: Arena, turn: Turn | None = None) -> None:
-        self.tracee, self.arena = tracee, arena
+        super().__init__(tracee, arena.table, arena.room)
+        self.arena = arena
         self.turn = turn or Turn()
         self.born: list[int] = []
         self.is_dead = False
@@ -107,7 +110,7 @@ class Stub:
 
     def attempt(self, batch: Batch) -> Steps[Results]:
         """Let it execute a batch in steps and return the results, whether calls failed or not."""
-        return self.alone(self._attempt(batch))
+        return self.alone(self.execute(batch))
 
     def alone(self, work: Steps[T]) -> Steps[T]:
         """Do work with the arena. It begins when no other task of this address space uses the arena."""
@@ -119,27 +122,14 @@ class Stub:
         finally:
             self.turn.taken = False
 
-    def _attempt(self, batch: Batch) -> Steps[Results]:
-        memory = batch.encode(self.arena.table)
-        if len(memory) > self.arena.room:
-            raise ValueError(f'batch of {len(memory)} bytes is too large')
-        write_bytes(self.tid, self.arena.table, memory)
-        yield from self.go(self.arena.table)
-        return batch.decode(read_bytes(self.tid, self.arena.table, len(memory)))
-
     def write(self, batch: Batch, at: int) -> None:
         """Put a batch into the arena, at an address of its own, for `go`."""
-        write_bytes(self.tid, at, batch.encode(at))
+        self._write(at, batch.encode(at))
 
     def go(self, table: int) -> Steps[None]:
         """Run the code over the table at this address. This sets registers only, so the memory need not be dumpable."""
         self.born = []
-        self.tracee.regs = arch.stub_registers(self.arena.code, table)
-        self.tracee.cont()
-        yield
-        trap = arch.stub_trapped(self.arena.code)
-        while not self._has_trapped(self.wait(), trap):
-            self.tracee.cont()
+        return self._run(arch.stub_registers(self.arena.code, table), arch.stub_trapped(self.arena.code))
 
     def run_code(self, code: bytes, data: bytes) -> Steps[None]:
         """Run code that ends in int3, once, with the address of the data in rbx."""
@@ -149,12 +139,8 @@ class Stub:
         at = self.arena.code + PAGE // 2        # behind that of the stub
         with Mem(self.tid) as mem:
             mem.write(at, code)     # a page that is not writable, as a debugger writes it
-        write_bytes(self.tid, self.arena.table, data)
-        self.tracee.regs = arch.stub_registers(at, self.arena.table)
-        self.tracee.cont()
-        yield
-        while not self._has_trapped(self.wait(), at + len(code)):
-            self.tracee.cont()
+        self._write(self.arena.table, data)
+        yield from self._run(arch.stub_registers(at, self.arena.table), at + len(code))
 
     def wait(self) -> int:
         """Return the status of its next stop. CkptError if it died."""
@@ -163,18 +149,20 @@ class Stub:
         except ProcessLookupError as error:
             raise was_killed(self.tid) from error
 
-    def _has_trapped(self, status: int, trap: int) -> bool:
-        """Whether it stopped at its trap. Births are noted, and stops caused by others (SIGSTOP cannot be blocked) are
-        passed."""
+    def _pass(self, status: int) -> int:
+        """Note births, and pass stops caused by others: SIGSTOP cannot be blocked."""
         if status >> 16 in _BIRTHS:
             self.born.append(self.tracee.event_message())
-            return False
-        if status >> 16 or os.WSTOPSIG(status) != signal.SIGTRAP:
-            if os.WSTOPSIG(status) in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL):
-                raise CkptError(f'task {self.tid} got {signal.Signals(os.WSTOPSIG(status)).name} while it was restored',
-                                task=self.tid)
-            return False
-        return self.tracee.regs.rip == trap
+        elif os.WSTOPSIG(status) in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL):
+            raise CkptError(f'task {self.tid} got {signal.Signals(os.WSTOPSIG(status)).name} while it was restored',
+                            task=self.tid)
+        return 0
+
+    def _write(self, at: int, data: bytes) -> None:
+        write_bytes(self.tid, at, data)
+
+    def _read(self, at: int, length: int) -> bytes:
+        return read_bytes(self.tid, at, length)
 
     def die(self, status: int) -> None:
         """End it with a wait(2) status, and wait for its death. A parent other than the tracer may still wait for
@@ -248,15 +236,23 @@ class Stub:
         tracee = self.tracee
         tracee.regs = arch.stub_registers(self.arena.code, self.arena.table)
         for _ in range(len(last)):
-            for _ in ('entry', 'end'):
-                tracee.to_syscall()
-                yield
-                while os.WSTOPSIG(self.wait()) != SYSCALL_STOP:
-                    tracee.to_syscall()
-            if -4096 < (result := ctypes.c_int64(tracee.regs.rax).value) < 0:
-                raise CkptError(f'task {self.tid} cannot leave its stub: {os.strerror(-result)}', task=self.tid)
-        tracee.interrupt()
-        tracee.cont()
+            yield from self.to_syscall()        # its entry
+            yield from self.to_syscall()        # its end
+            if number := errno_of(ctypes.c_int64(tracee.regs.rax).value):
+                raise CkptError(f'task {self.tid} cannot leave its stub: {os.strerror(number)}', task=self.tid)
+        yield from self.interrupt()
+
+    def to_syscall(self) -> Steps[None]:
+        """Run to the entry or the end of the next system call, whichever comes first."""
+        self.tracee.to_syscall()
+        yield
+        while os.WSTOPSIG(self.wait()) != SYSCALL_STOP:
+            self.tracee.to_syscall()
+
+    def interrupt(self) -> Steps[None]:
+        """Run with an interrupt pending, to the stop where signals are handled."""
+        self.tracee.interrupt()
+        self.tracee.cont()
         yield
         while self.wait() >> 16 != PTRACE_EVENT_STOP:
-            tracee.cont()
+            self.tracee.cont()

@@ -7,14 +7,11 @@ its own, and with its old registers (rax -516, ERESTART_RESTARTBLOCK) the kernel
 """
 
 import ctypes
-import os
 import struct
 
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import ENDLESS, Registers, SleepLeft
 from ckptd.kernel.arch import x86_64 as arch
-from ckptd.kernel.memory import write_bytes
-from ckptd.kernel.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Stub
@@ -52,24 +49,13 @@ def _begin(stub: Stub, left: SleepLeft, regs: arch.user_regs_struct) -> Steps[in
     rest = batch.buffer(16, struct.pack('<qq', *divmod(left.left_ns, 10**9)))
     timeout = -(-left.left_ns // 10**6) if name == 'poll' else rest
     batch.call(name, *arguments[:position], timeout, *arguments[position + 1:])
-    write_bytes(stub.tid, stub.arena.table, batch.encode(stub.arena.table))
+    stub.write(batch, stub.arena.table)
     tracee = stub.tracee
     tracee.regs = arch.stub_registers(stub.arena.code, stub.arena.table)
-    yield from _to_syscall(stub)
+    yield from stub.to_syscall()
     # It waits at the entry of the call. With this the call is interrupted at once, unless it need not wait.
     tracee.interrupt()
-    yield from _to_syscall(stub)
+    yield from stub.to_syscall()
     result = ctypes.c_int64(tracee.regs.rax).value
-    tracee.interrupt()      # again: the stop at the end of the call has used up the first one
-    tracee.cont()
-    yield
-    while stub.wait() >> 16 != PTRACE_EVENT_STOP:
-        tracee.cont()
+    yield from stub.interrupt()     # again: the stop at the end of the call has used up the first one
     return result
-
-
-def _to_syscall(stub: Stub) -> Steps[None]:
-    stub.tracee.to_syscall()
-    yield
-    while os.WSTOPSIG(stub.wait()) != SYSCALL_STOP:
-        stub.tracee.to_syscall()

@@ -59,6 +59,25 @@ def test_a_batch_leaves_no_trace(victim: Any, tracer: Stop, name: str) -> None:
     one.finish()
 
 
+def test_a_batch_that_is_given_up_leaves_no_trace(victim: Any, tracer: Stop) -> None:
+    """The task is waited for, or its code would be overwritten while it runs."""
+    one = victim('registers')
+    tracee, ids = tracer(one.pid)
+    before, batch = picture(tracee), Batch()
+    batch.call('nanosleep', batch.buffer(16, struct.pack('<2q', 0, 10_000_000)), 0)
+    remote = Remote(tracee, ids, read_maps(tracee.tid), read_status(tracee.tid).sig_cgt)
+    try:
+        finish(remote.open())
+        begun = remote.run(tracee, ids, batch)
+        next(begun)
+        begun.close()
+    finally:
+        finish(remote.close())
+    assert picture(tracee) == before
+    tracee.detach()
+    one.finish()
+
+
 def picture(tracee: Tracee) -> dict[str, Any]:
     """Whatever a remote call might disturb."""
     status = read_status(tracee.tid)
