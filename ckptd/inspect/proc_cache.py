@@ -6,27 +6,16 @@ The contents stay true only for a tree at rest. A check of a running tree makes 
 
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Protocol
 
-from ckptd.kernel.creds import CAP_SYS_PTRACE, file_rights
+from ckptd.kernel.creds import CAP_SYS_PTRACE, UserIds, file_rights
 from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.status import Status, read_status
 from ckptd.objects.files.base import OpenFile, read_open_file
 from ckptd.objects.files.registry import Kinds
 from ckptd.tree import Task
-
-
-class Recipient(Protocol):
-    """The user who gets the image."""
-    @property
-    def uid(self) -> int: ...
-    @property
-    def gid(self) -> int: ...
-    @property
-    def groups(self) -> Sequence[int]: ...
 
 
 class ProcCache:
@@ -36,7 +25,7 @@ class ProcCache:
     at rest. kinds: kinds of open files for this cache.
     """
 
-    def __init__(self, severed: Collection[int] = (), caller: Recipient | None = None, *,
+    def __init__(self, severed: Collection[int] = (), caller: UserIds | None = None, *,
                  at_rest: bool = False) -> None:
         self._severed, self._caller, self.at_rest = severed, caller, at_rest
         self.kinds = Kinds()
@@ -89,7 +78,7 @@ class ProcCache:
         self._files.pop(task.tid, None)
 
 
-def may_read(file: OpenFile, caller: Recipient) -> bool:
+def may_read(file: OpenFile, caller: UserIds) -> bool:
     """Whether a regular file is open for reading, or could be opened for reading by the caller. A service's log is
     opened for it before it gives up its rights, and text by others in that log does not belong to its user."""
     if not stat.S_ISREG(file.stat.st_mode) or file.readable or file.is_path:

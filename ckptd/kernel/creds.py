@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ckptd.kernel.decl import c_int, c_uint, c_void_p, cstruct, libc, u32
 from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, PR_SET_KEEPCAPS, prctl
@@ -110,6 +110,16 @@ def capset(capabilities: Capabilities) -> None:
 def set_keepcaps(keep: bool) -> None:
     """Choose whether leaving uid 0 keeps the permitted set. execve(2) turns this off (PR_SET_KEEPCAPS(2const))."""
     prctl(PR_SET_KEEPCAPS, int(keep))
+
+
+class UserIds(Protocol):
+    """The ids of a user."""
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def groups(self) -> Sequence[int]: ...
 
 
 def become(uid: int, gid: int, groups: Sequence[int], capabilities_mask: int) -> None:

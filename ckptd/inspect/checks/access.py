@@ -17,8 +17,7 @@ from typing import Protocol
 from ckptd.errors import Finding, NotSupported, errno_name
 from ckptd.fileio import write_all
 from ckptd.inspect.checks.rows import dead, refuse
-from ckptd.inspect.proc_cache import Recipient
-from ckptd.kernel.creds import CAP_SETGID, become, capget
+from ckptd.kernel.creds import CAP_SETGID, UserIds, become, capget
 from ckptd.kernel.fork import quiet_fork, run_and_exit
 from ckptd.kernel.kcmp import KCMP_VM, kcmp
 from ckptd.kernel.pidfd import PIDFD_THREAD, held, pidfd_getfd, pidfd_open
@@ -29,7 +28,7 @@ ALL_CAPABILITIES = (1 << 64) - 1
 _NO_FD = -1         # EBADF for a process that may get fds of the task
 
 
-class CallerRights(Recipient, Protocol):
+class CallerRights(UserIds, Protocol):
     """The calling process.
 
     capabilities: its effective set as a mask, -1 if unknown. start_time: 0 if unknown. confinement: names of what

@@ -4,23 +4,12 @@
 import errno
 import os
 from collections.abc import Callable
-from typing import Protocol
 
-from ckptd.kernel.creds import become
+from ckptd.kernel.creds import UserIds, become
 from ckptd.kernel.fork import quiet_fork, run_and_exit
 
 
-class UserStep(Protocol):
-    """A step taken with these ids."""
-    @property
-    def uid(self) -> int: ...
-    @property
-    def gid(self) -> int: ...
-    @property
-    def groups(self) -> tuple[int, ...]: ...
-
-
-def as_maker(step: UserStep, work: Callable[[], None]) -> None:
+def as_maker(step: UserIds, work: Callable[[], None]) -> None:
     """Do the work with the rights with which the step was taken. Root does it in a child that becomes that user and has
     no capability. An OSError of the child is raised here."""
     if step.uid == os.geteuid():

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, get_arg
 from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.kernel.creds import UserIds
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import Stat
 from ckptd.kernel.status import Status
@@ -93,15 +94,9 @@ class DumpedTask:
     process: DumpedProcess
 
 
-class CallerIds(Protocol):
+class CallerIds(UserIds, Protocol):
     """The caller of a restart. capabilities, bounding: masks, -1 if unknown."""
 
-    @property
-    def uid(self) -> int: ...
-    @property
-    def gid(self) -> int: ...
-    @property
-    def groups(self) -> tuple[int, ...]: ...
     @property
     def capabilities(self) -> int: ...
     @property
