@@ -12,7 +12,7 @@ from ckptd.errors import CkptError
 from ckptd.image.manifest import Manifest
 from ckptd.image.source import GivenFiles
 from ckptd.image.writer import write_manifest
-from ckptd.journal.steps import KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
+from ckptd.journal.steps import LinkFile, RestartStep, WalkQueues
 from ckptd.kernel.timer_list import End
 from ckptd.objects.files.base import OpenFile
 from ckptd.protocol.broker_calls import (
@@ -60,7 +60,7 @@ class BrokerClient:
         value, _ = self._channel.call(StartTree())
         return list(value['warnings'])
 
-    def note(self, step: MakeFile | KeepFile | LinkFile | MakeSegment) -> None:
+    def note(self, step: RestartStep | LinkFile) -> None:
         self._channel.call(NoteStep(step))
 
     @contextmanager

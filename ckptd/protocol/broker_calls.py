@@ -20,7 +20,7 @@
 
 import msgspec
 
-from ckptd.journal.steps import Count, KeepFile, LinkFile, MakeFile, MakeSegment, Pid, WalkQueues
+from ckptd.journal.steps import Count, LinkFile, Pid, RestartStep, WalkQueues
 from ckptd.protocol.messages import FreezeMode, FromWorker, Message
 
 
@@ -92,7 +92,7 @@ class StartTree(Message, frozen=True):
 
 class NoteStep(Message, frozen=True):
     """Write a step to the journal, to be undone with this user's rights."""
-    step: MakeFile | KeepFile | LinkFile | MakeSegment
+    step: RestartStep | LinkFile
 
 
 class NoteWalk(Message, frozen=True):

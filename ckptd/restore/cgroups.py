@@ -24,14 +24,13 @@ from ckptd.journal.steps import (
     AnyStep,
     Born,
     FreezeCgroup,
-    KeepFile,
     Lifetime,
     MakeCgroup,
     MakeFile,
     MakeHome,
-    MakeSegment,
     Move,
     Moved,
+    RestartStep,
     StepContext,
 )
 from ckptd.journal.store import Journal
@@ -57,7 +56,7 @@ class Placement(Protocol):
     def __exit__(self, *_: object) -> None: ...
     def want(self, cgroups: Mapping[int, str]) -> None: ...
     def prepare(self) -> None: ...
-    def note(self, step: MakeSegment | MakeFile | KeepFile) -> None: ...
+    def note(self, step: RestartStep) -> None: ...
     def keep_content(self) -> tuple[str, int]: ...
     def settle(self, pids: Mapping[int, int]) -> None: ...
     def lift_barrier(self) -> None: ...
@@ -131,7 +130,7 @@ class BirthCgroup:
             # the plan has warned about it: its processes live in our cgroup
             self._wanted = {number: '' if cgroup == home else cgroup for number, cgroup in self._wanted.items()}
 
-    def note(self, step: MakeSegment | MakeFile | KeepFile) -> None:
+    def note(self, step: RestartStep) -> None:
         """Write down a step that another process takes, before it or, for a segment, whose id is unknown before, after
         it."""
         self._entry.add(step)
@@ -229,7 +228,7 @@ class BrokeredCgroup:
     def prepare(self) -> None:
         """Do nothing: the broker makes its cgroup when the tree is ready."""
 
-    def note(self, step: MakeSegment | MakeFile | KeepFile) -> None:
+    def note(self, step: RestartStep) -> None:
         self._broker.note(step)
 
     def keep_content(self) -> tuple[str, int]:

@@ -12,7 +12,9 @@ from ckptd.journal.steps.walks import HeldSocket, PeekOffset, WalkQueues
 
 __all__ = ['AnyStep', 'Born', 'Count', 'EndProcesses', 'FreezeCgroup', 'FreezeUnit', 'HeldSocket', 'KeepFile', 'Known',
            'Lifetime', 'LinkFile', 'MakeCgroup', 'MakeFile', 'MakeHome', 'MakeSegment', 'Move', 'Moved', 'PeekOffset',
-           'Pid', 'Step', 'StepContext', 'ThawUnit', 'WalkQueues']
+           'Pid', 'RestartStep', 'Step', 'StepContext', 'ThawUnit', 'WalkQueues']
 
 AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
            | KeepFile | LinkFile | EndProcesses | WalkQueues)
+# steps by which a restart makes and changes objects outside of its tree, with the rights of the user
+RestartStep = MakeSegment | MakeFile | KeepFile

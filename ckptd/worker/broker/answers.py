@@ -24,7 +24,7 @@ from ckptd.image.manifest import NAME, read_manifest_of
 from ckptd.image.source import DirectoryFiles
 from ckptd.inspect.scan import scan_tree
 from ckptd.journal.owner import StepJournal
-from ckptd.journal.steps import KeepFile, LinkFile, MakeFile, MakeSegment, WalkQueues
+from ckptd.journal.steps import KeepFile, LinkFile, RestartStep, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.status import read_status
 from ckptd.operation.context import JobContext, image_path, require_some_room
@@ -57,7 +57,7 @@ from ckptd.worker.broker.watched import find_watched
 
 log = logging.getLogger('ckptd.worker')
 
-S = TypeVar('S', MakeFile | KeepFile | MakeSegment, LinkFile, WalkQueues)
+S = TypeVar('S', RestartStep, LinkFile, WalkQueues)
 Reply = tuple[dict[str, object], list[int]]
 
 
@@ -274,7 +274,7 @@ class BrokerAnswers:
         except CkptError as error:
             log.warning('%s', error.message)
 
-    def _owned(self, step: MakeFile | KeepFile | MakeSegment) -> MakeFile | KeepFile | MakeSegment:
+    def _owned(self, step: RestartStep) -> RestartStep:
         """Return the step with this user's ids; it will be undone with the rights of this user only."""
         if isinstance(step, KeepFile) and step.kept not in self._kept:
             raise PermissionDenied(f'{step.kept} is not a kept file', resource=step.kept)

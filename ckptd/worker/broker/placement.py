@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ckptd.errors import CkptError, PermissionDenied
 from ckptd.freezer.groups import is_below
-from ckptd.journal.steps import KeepFile, MakeFile, MakeSegment
+from ckptd.journal.steps import RestartStep
 from ckptd.kernel.cgroup import Cgroup, find_mount
 from ckptd.kernel.creds import file_rights
 from ckptd.kernel.pidfd import held
@@ -36,7 +36,7 @@ class TreePlace:
         self._place: BirthCgroup | None = None
         self._is_settled = False
 
-    def note(self, step: MakeFile | KeepFile | MakeSegment) -> None:
+    def note(self, step: RestartStep) -> None:
         """Write a step of the worker to the journal. CkptError if that fails."""
         self._birth_cgroup().note(step)
 
