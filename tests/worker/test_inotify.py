@@ -20,6 +20,7 @@ from tests.lib.altered import rewrite
 from tests.lib.gate import own_cgroup
 from tests.lib.victim import Victim
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
+from tests.worker.faulty import asking
 from tests.worker.test_restore import Generation, generation
 from tests.worker.test_restore_checks import checked
 
@@ -321,6 +322,29 @@ def test_files_that_are_in_the_way(program: Program) -> None:
     [row] = checked(tree.place, image, changed_files='accept')
     assert 'is no longer a regular file' in row.reason
     assert row.severity == 'refusal'
+
+
+def test_a_file_that_is_deleted_while_the_tree_is_made(program: Program, tmp_path: Path) -> None:
+    """The program hears of the end of its watch, as it would have while it ran."""
+    tree = program(f'''
+touch('file')
+touch('other')
+delete_self, ignored = 0x400, 0x8000
+watch('file', {IN_ALL_EVENTS})
+watch('other', {IN_ATTRIB})
+ready()
+wait_for_go()
+assert events() == [(1, delete_self, ''), (1, ignored, '')]
+os.chmod('other', 0o600)
+assert events() == [(2, {IN_ATTRIB}, '')]
+touch('file')
+assert watch('file', {IN_ATTRIB}) == 3
+''')
+    image = tree.kill()
+    with (asking(tmp_path / 'asked', 'ready', 1, (tree.victim.directory / 'file').unlink) as environment,
+          DirectWorker(env=environment) as worker):
+        worker.run(tree.place.request(0, operation='restore', image=image.name))
+    tree.finish()
 
 
 def test_images_that_lie(program: Program) -> None:

@@ -227,7 +227,11 @@ def _recognize(candidates: Iterable[_Candidate]) -> dict[Identity, _Candidate]:
     """Return the candidates by their inodes, as the kernel identifies them for inotify. Of several names of one inode,
     the first is returned."""
     by_wd: dict[int, _Candidate] = {}
-    with Inotify() as ours:
+    try:
+        ours = Inotify()
+    except OSError:
+        return {}       # EMFILE: the user has too many instances
+    with ours:
         for candidate in candidates:
             follow = IN_DONT_FOLLOW if candidate.path else 0
             with suppress(OSError):     # it is gone, may not be read, or the user has too many watches (ENOSPC)
