@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Constants of mmap(2) and its relatives that the module mmap lacks, from <linux/mman.h>."""
+"""mseal(2), and constants of mmap(2) and its relatives that the module mmap lacks, from <linux/mman.h>."""
+
+from ckptd.kernel.arch.x86_64 import NR
+from ckptd.kernel.decl import c_int, c_size_t, c_ulong, syscall
 
 MAP_DROPPABLE = 0x08                # since 6.11
 MAP_LOCKED = 0x2000
@@ -9,3 +12,8 @@ MCL_FUTURE, MCL_ONFAULT = 2, 4
 MLOCK_ONFAULT = 1
 MADV_POPULATE_WRITE = 23
 MADV_GUARD_INSTALL = 102            # since 6.13
+
+
+@syscall(NR['mseal'])
+def mseal(start: c_ulong, length: c_size_t, flags: c_ulong = 0) -> c_int:
+    """Forbid any later change of mappings, since 6.10. It cannot be undone."""

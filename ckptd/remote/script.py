@@ -3,14 +3,22 @@
 
 import errno
 import os
-from typing import cast
+from typing import NamedTuple, cast
 
 from ckptd.errors import CkptError
 from ckptd.remote.batch import Batch, errno_of
 from ckptd.remote.interleave import Steps, finish
 from ckptd.remote.stub import Stub
 
-_NO_NOTE: tuple[str, int | None] = '', None
+
+class _Note(NamedTuple):
+    """Data about a call, see Script.call."""
+    about: str = ''
+    expect: int | None = None
+    accept: int = 0
+
+
+_NO_NOTE = _Note()
 
 
 class Script:
@@ -20,11 +28,12 @@ class Script:
     def __init__(self, stub: Stub) -> None:
         self._stub = stub
         self._batches = [Batch()]
-        self._notes: list[dict[int, tuple[str, int | None]]] = [{}]
+        self._notes: list[dict[int, _Note]] = [{}]
 
-    def call(self, name: str, *arguments: int | bytes, about: str = '', expect: int | None = None) -> None:
+    def call(self, name: str, *arguments: int | bytes, about: str = '', expect: int | None = None,
+             accept: int = 0) -> None:
         """Add a system call. Bytes become a buffer of the task, and the argument is its address. expect: the value that
-        it must return; without it any result but an error is accepted."""
+        it must return; without it any result but an error is accepted. accept: an errno that is no failure."""
         buffers = [len(one) + 8 for one in arguments if isinstance(one, bytes)]
         self._make_room(sum(buffers))
         batch = self._batches[-1]
@@ -33,8 +42,8 @@ class Script:
                                      for one in arguments])
         else:
             row = batch.call(name, *cast(tuple[int, ...], arguments))
-        if about or expect is not None:
-            self._notes[-1][row] = about, expect
+        if about or accept or expect is not None:
+            self._notes[-1][row] = _Note(about, expect, accept)
 
     def call_with_pointer(self, name: str, arguments: tuple[int, ...], position: int, content: bytes, at: int,
                           target: bytes, *, about: str = '') -> None:
@@ -45,7 +54,7 @@ class Script:
         outer, inner = batch.buffer(len(content), content), batch.buffer(len(target), target)
         batch.pointer(outer.offset + at, inner)
         row = batch.call(name, *arguments[:position], outer, *arguments[position:])
-        self._notes[-1][row] = about, None
+        self._notes[-1][row] = _Note(about)
 
     def _make_room(self, length: int) -> None:
         if self._batches[-1].size + length + 2 * 64 > self._stub.arena.room:
@@ -62,8 +71,8 @@ class Script:
             results = yield from self._stub.attempt(batch)
             # the first failure is the one that counts
             for row, value in enumerate(results.values):
-                about, expect = note.get(row, _NO_NOTE)
-                if value < 0 and (number := errno_of(value)):
+                about, expect, accept = note.get(row, _NO_NOTE)
+                if value < 0 and (number := errno_of(value)) not in (0, accept):
                     raise self._failed(results.names[row], number, about)
                 if expect is not None and value != expect:
                     raise self._failed(results.names[row], errno.EIO, about or f'{value} and not {expect}')

@@ -11,6 +11,7 @@ Pages that no page run names stay untouched: absent, zero, or as in the file.
 """
 
 import ctypes
+import errno
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,8 +35,9 @@ from ckptd.kernel.prctl import (
     PR_SET_VMA,
     PR_SET_VMA_ANON_NAME,
 )
+from ckptd.kernel.shmem import SHARED_ANONYMOUS
 from ckptd.objects.mappings.base import MappedSpace, label
-from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, REGIONS, MappedObjects
+from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, REGIONS, MappedObjects, seal_mappings
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
@@ -108,6 +110,7 @@ class Space:
             self._finish(script, vma)
         for region in REGIONS:
             region.restore(self._memory, script)
+        seal_mappings(self._ordinary, script)
         yield from script.run()
         self._force(stub.tid)
         for vma in self._memory.vmas:
@@ -183,10 +186,14 @@ class Space:
             if flag in _ADVICE:
                 script.call('madvise', vma.start, length, _ADVICE[flag], about=about)
         if vma.start in self._locked:
-            script.call('mlock2', vma.start, length, MLOCK_ONFAULT if vma.locked == 2 else 0, about=about)
-        if kind.takes_name and vma.name and not vma.name.startswith(('/', '[')):
+            # ENOMEM: it is locked, and some pages cannot be there, as without access or behind the end of a file
+            script.call('mlock2', vma.start, length, MLOCK_ONFAULT if vma.locked == 2 else 0, about=about,
+                        accept=errno.ENOMEM)
+        if kind.takes_name and vma.name and not vma.name.startswith('[') and vma.name not in SHARED_ANONYMOUS:
             name = vma.name.encode('utf-8', 'surrogateescape') + b'\0'
-            script.call('prctl', PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, length, name, about=about)
+            # EBADF: the shared memory of an ordinary user is a memfd, which takes no name
+            script.call('prctl', PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, length, name, about=about,
+                        accept=errno.EBADF)
 
     def describe(self, script: Script) -> None:
         """Set the kernel's data about an address space. The program must be mapped by then, and the stub unmapped."""

@@ -20,10 +20,12 @@ class AnonymousMapping(PrivateMemoryKind, numbers=[ANON]):
 
 class HeapMapping(PrivateMemoryKind, numbers=[HEAP], names=['[heap]']):
     """The heap."""
+    takes_name = True
 
 
 class StackMapping(PrivateMemoryKind, numbers=[STACK], names=['[stack]']):
     """The stack of the first thread, or other memory that grows downwards (MAP_GROWSDOWN)."""
+    takes_name = True
 
     def matches(self, mapping: Mapping) -> bool:
         return mapping.anonymous and _GROWS_DOWN in mapping.vm_flags

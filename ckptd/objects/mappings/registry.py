@@ -5,7 +5,7 @@ nothing else changes."""
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import ckptd.objects.mappings
@@ -16,6 +16,7 @@ from ckptd.image.records import FILE_PRIVATE, SHARED_MEMORY, Mm, PageRun, Shared
 from ckptd.kernel.maps import Mapping
 from ckptd.objects.attributes.base import about
 from ckptd.objects.files.base import FileLookup, Needs
+from ckptd.objects.mappings import seals
 from ckptd.objects.mappings.base import (
     Links,
     MappingCheck,
@@ -28,6 +29,7 @@ from ckptd.objects.mappings.base import (
 )
 from ckptd.objects.mappings.shared_memory import SharedMemoryKind
 from ckptd.objects.mappings.special import special_memory
+from ckptd.remote.script import Script
 
 K = TypeVar('K')
 
@@ -171,6 +173,12 @@ def lacks(context: MappingCheck) -> Iterator[Finding]:
     kinds: list[MappingKind | RegionKind] = [*MappingKinds().all, *REGIONS]
     for kind in kinds:
         yield from kind.lacks(context)
+    yield from seals.lacks(context)
+
+
+def seal_mappings(vmas: Iterable[Vma], script: Script) -> None:
+    """Seal mappings again, as the last change of them."""
+    seals.restore(vmas, script)
 
 
 def restart_findings(context: MappingCheck) -> Iterator[Finding]:

@@ -30,7 +30,6 @@ class SharedMemoryKind(MappingKind, numbers=[SHARED_MEMORY]):
     """
     object_kind: ClassVar[int]
     prefixes: ClassVar[tuple[str, ...]]
-    takes_name = True
 
     def __init_subclass__(cls, *, object_kind: int = 0, prefixes: Collection[str] = (), **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -124,6 +123,7 @@ class NamelessFileKind(SharedMemoryKind):
 
 class SharedAnonymousMapping(NamelessFileKind, object_kind=SHMEM, prefixes=SHARED_ANONYMOUS):
     """Memory of mmap(2) with MAP_SHARED and MAP_ANONYMOUS."""
+    takes_name = True
 
     def name_of(self, path: str) -> str:
         """Return the name of PR_SET_VMA_ANON_NAME."""
