@@ -1,17 +1,45 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Socket options and control messages that the module socket lacks, from <asm-generic/socket.h>."""
+"""Socket options and control messages that the module socket lacks, from <asm-generic/socket.h>, and getsockopt(2) for
+values above the 1024 bytes that its method takes."""
 
+import ctypes
+import socket
+
+from ckptd.kernel.decl import c_int, c_void_p, libc
+
+SO_NO_CHECK = 11
 SO_GET_FILTER = 26                  # SO_ATTACH_FILTER, for getsockopt(2)
-SO_TIMESTAMP, SO_TIMESTAMPNS = 29, 35
+SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING = 29, 35, 37
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 SO_RXQ_OVFL = 40
+SO_WIFI_STATUS = 41
 SO_PEEK_OFF = 42
 SO_NOFCS = 43
+SO_LOCK_FILTER = 44
 SO_SELECT_ERR_QUEUE = 45
 SO_BUSY_POLL = 46
+SO_MAX_PACING_RATE = 47
+SO_INCOMING_CPU = 49
 SO_PEERGROUPS = 59
+SO_TXTIME = 61                      # since 4.19
+SO_BINDTOIFINDEX = 62               # since 5.1, as are the next ones
+SO_TIMESTAMP_NEW, SO_TIMESTAMPNS_NEW, SO_TIMESTAMPING_NEW = 63, 64, 65
+SO_PREFER_BUSY_POLL, SO_BUSY_POLL_BUDGET = 69, 70       # since 5.11
 SO_BUF_LOCK = 72                    # since 5.15
+SO_TXREHASH = 74                    # since 6.0
 SO_RCVMARK = 75                     # since 6.0
 SO_PASSPIDFD = 76                   # since 6.5
+SO_RCVPRIORITY = 82                 # since 6.14
 SO_PASSRIGHTS = 83                  # since 6.16
 SO_INQ = 84                         # since 6.17
+
+
+@libc
+def _getsockopt(sockfd: c_int, level: c_int, optname: c_int, optval: c_void_p, optlen: c_void_p) -> c_int: ...
+
+
+def read_option(sock: socket.socket, name: int, size: int) -> bytes:
+    """Return an option of SOL_SOCKET with up to `size` bytes. OSError."""
+    value, length = ctypes.create_string_buffer(size), ctypes.c_uint32(size)
+    _getsockopt(sock.fileno(), socket.SOL_SOCKET, name, ctypes.addressof(value), ctypes.addressof(length))
+    return value.raw[:length.value]

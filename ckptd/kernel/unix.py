@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ckptd.kernel.netlink import UnixSocket, unix_sockets
-from ckptd.kernel.sockopt import SO_GET_FILTER, SO_PEERGROUPS
+from ckptd.kernel.sockopt import SO_GET_FILTER, SO_PEERGROUPS, read_option
 from ckptd.kernel.status import read_status
 
 # <linux/tcp_states.h>, which unix sockets use as well; TCP_CLOSE is a socket that is not connected
@@ -24,6 +24,7 @@ RCV_SHUTDOWN, SEND_SHUTDOWN = 1, 2      # <net/sock.h>
 
 UCRED = struct.Struct('=3I')   # struct ucred of <linux/socket.h>
 _GROUPS = 1 << 16               # NGROUPS_MAX of <linux/limits.h>
+_FEW = 256                      # bytes, for the groups of most processes
 _FILTER = 8 * 4096              # bytes of BPF_MAXINSNS instructions, <linux/bpf_common.h>
 
 
@@ -75,8 +76,15 @@ def peer_credentials(sock: socket.socket) -> SocketCredentials:
 
 def peer_groups(sock: socket.socket) -> tuple[int, ...]:
     """Return SO_PEERGROUPS: supplementary groups of the process that SO_PEERCRED names."""
-    with suppress(OSError):     # ENODATA: there is no peer
-        data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _GROUPS)
+    for size in (_FEW, 4 * _GROUPS):
+        try:
+            data = read_option(sock, SO_PEERGROUPS, size)
+        except OSError as error:
+            if error.errno == errno.ERANGE:
+                continue
+            if error.errno == errno.ENODATA:        # there is no peer
+                break
+            raise
         return struct.unpack(f'={len(data) // 4}I', data)
     return ()
 
@@ -103,7 +111,7 @@ def find_holders(inodes: Collection[int]) -> dict[int, Holder]:
 def has_filter(sock: socket.socket) -> bool:
     """Whether a filter is attached (SO_ATTACH_FILTER or SO_ATTACH_BPF)."""
     try:
-        return bool(sock.getsockopt(socket.SOL_SOCKET, SO_GET_FILTER, _FILTER))
+        return bool(read_option(sock, SO_GET_FILTER, _FILTER))      # the result counts instructions, not bytes
     except OSError as error:
         return error.errno == errno.EACCES      # an eBPF program
 

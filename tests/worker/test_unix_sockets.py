@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Unix sockets of a tree: ends outside of it, images that lie about their queues, and what is refused by name."""
 
+import ctypes
+import functools
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +15,17 @@ import pytest
 
 from ckptd.errors import CkptError, Finding, Refused
 from ckptd.image.records import SavedFile
+from ckptd.kernel.unix import peer_groups
 from ckptd.objects.files.unix import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood
 from tests.lib.victim import Victim
+from tests.worker.conftest import in_child
 from tests.worker.driver import DirectWorker, Place
 from tests.worker.test_restore_checks import checked
+
+SO_ATTACH_FILTER, BPF_RET_K = 26, 6         # <asm-generic/socket.h>, <linux/bpf_common.h>
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
@@ -119,3 +126,29 @@ def test_a_listener_is_refused_by_its_name(place: Place, brood: Brood) -> None:
     pid, _ = brood.ask(listen)
     [row] = refused(place, pid)
     assert f'a listening unix stream socket bound to @{name[1:]}' in row.reason
+
+
+def test_a_filter_is_refused(place: Place, brood: Brood) -> None:
+    """A filter of one instruction, and one that is as long as can be."""
+    def attach(instructions: int) -> int:
+        sock = socket.socket(socket.AF_UNIX)
+        code = ctypes.create_string_buffer(struct.pack('=HBBI', BPF_RET_K, 0, 0, 0xFFFF) * instructions)
+        program = struct.pack('=HxxxxxxQ', instructions, ctypes.addressof(code))        # struct sock_fprog
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        return sock.detach()
+    for instructions in (1, 4096):
+        pid, fd = brood.ask(functools.partial(attach, instructions))
+        [row] = refused(place, pid)
+        assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
+        assert 'has a filter (SO_ATTACH_FILTER)' in row.reason
+
+
+@pytest.mark.parametrize('groups', [(), (1, 2, 3), tuple(range(1000, 2000))])
+def test_groups_of_the_other_end(groups: tuple[int, ...]) -> None:
+    """SO_PEERGROUPS, also of more groups than most processes have."""
+    def look() -> None:
+        os.setgroups(groups)
+        one, other = socket.socketpair()
+        with one, other:
+            assert peer_groups(one) == groups
+    assert os.waitstatus_to_exitcode(in_child(look)) == 0
