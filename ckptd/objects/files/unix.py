@@ -26,11 +26,13 @@ from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.netlink import UnixSocket
 from ckptd.kernel.sockopt import SO_BUF_LOCK, SO_PEEK_OFF
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.options import SocketOption, buffer_locks, dump_options, set_buffer, set_options
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import describe
 
 _UCRED = struct.Struct('=3I')
+_NO_ID = (1 << 32) - 1
 _OVERHEAD = 4096        # bytes that the kernel charges for a message, above its data
 _HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends'
 
@@ -41,6 +43,9 @@ class Sender(Struct):
     vpid: U32
     uid: U32
     gid: U32
+
+
+_NOBODY = Sender(0, _NO_ID, _NO_ID)     # SO_PEERCRED of a socket that was never connected
 
 
 @layout
@@ -62,6 +67,8 @@ class UnixSocketEnd(Struct):
     shutdown: U8                    # RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>
     maker: Sender                   # SO_PEERCRED
     groups: tuple[U32, ...]         # SO_PEERGROUPS
+    uid: U32                        # of the socket itself (fchown(2))
+    gid: U32                        # likewise
     options: tuple[SocketOption, ...]
     queue: tuple[UnixMessage, ...]
 
@@ -160,15 +167,15 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         return self._tables.unix_sockets.get(file.stat.st_ino)
 
     def dump(self, file: OpenFile, content: Content) -> UnixSocketEnd:
-        own = self._own(file)
+        own, of = self._own(file), file.stat
         with file.as_socket() as sock:
             if file.severed or own is None:
-                return UnixSocketEnd(file.stat.st_ino, sock.type, 0, 1, 0, Sender(0, 0, 0), (), (), ())
+                return UnixSocketEnd(of.st_ino, sock.type, 0, 1, 0, _NOBODY, (), of.st_uid, of.st_gid, (), ())
             options = dump_options(sock)
             maker, groups = unix.peer_credentials(sock), unix.peer_groups(sock)
         queue = tuple(self._message(file, message, content) for message in self._queue(file))
         return UnixSocketEnd(own.inode, own.type, own.peer, own.state == unix.SS_ESTABLISHED, own.shutdown,
-                             _sender(maker, content), groups, options, queue)
+                             _sender(maker, content), groups, of.st_uid, of.st_gid, options, queue)
 
     def _message(self, file: OpenFile, message: unix_queue.Queued, content: Content) -> UnixMessage:
         if message.address:
@@ -185,11 +192,11 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             yield from message.files
 
     def restart_findings(self, record: UnixSocketEnd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        found = []
-        if record.peer and not record.maker.vpid:
+        found = owner_findings(saved.link, record.uid, record.gid, lookup)
+        if record.connected and record.maker != _NOBODY and not record.maker.vpid:
             found.append(finding('ESRCH', f'{saved.link} was made by a process outside of the tree',
                                  'its SO_PEERCRED will name another process', 'warning'))
-        elif record.peer and lookup.uid and record.maker.uid != lookup.uid:
+        elif record.maker.vpid and lookup.uid and record.maker.uid != lookup.uid:
             found.append(finding('EPERM', f'{saved.link} was made by a process of uid {record.maker.uid}',
                                  f'its SO_PEERCRED names uid {lookup.uid} afterwards: restore it as root', 'warning'))
         senders = {sender for message in record.queue for sender in message.senders}
@@ -202,13 +209,14 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         return found
 
     def late(self, record: UnixSocketEnd, saved: SavedFile) -> bool:
-        return bool(record.peer and record.maker.vpid)
+        return bool(record.connected and record.maker.vpid)
 
     def create(self, record: UnixSocketEnd, saved: SavedFile, ctx: RestoreContext) -> int:
         fd = os.dup(self._end(record, ctx))
         try:
             with socket.socket(fileno=os.dup(fd)) as sock:
                 set_options(sock, record.options, saved.link)
+            set_owner(fd, saved.mode, record.uid, record.gid, ctx)
         except BaseException:
             os.close(fd)
             raise
@@ -229,7 +237,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
     def _pair(self, record: UnixSocketEnd, ctx: RestoreContext) -> tuple[int, int]:
         maker = record.maker
-        if record.peer and ctx.pid(maker.vpid):
+        if ctx.pid(maker.vpid):
             return ctx.socketpair(record.type, maker.vpid, maker.uid, maker.gid, record.groups)
         mine, theirs = socket.socketpair(socket.AF_UNIX, record.type)
         return mine.detach(), theirs.detach()
