@@ -7,13 +7,24 @@ again, so an edge-triggered watch may report an event a second time.
 """
 
 import errno
+import os
 from collections import Counter
 from collections.abc import Iterator
 
 from ckptd.errors import CkptError, Finding, ImageDamaged, NotSupported
-from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
-from ckptd.kernel.epoll import EPOLL_CLOEXEC, EPOLL_CTL_ADD, EpollTarget, epoll_create1, pack_event, parse_target
+from ckptd.kernel.epoll import (
+    EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD,
+    BusyPoll,
+    EpollTarget,
+    epoll_create1,
+    pack_event,
+    parse_target,
+    read_busy_poll,
+    set_busy_poll,
+)
 from ckptd.kernel.kcmp import EQUAL, kcmp_epoll
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
@@ -34,7 +45,11 @@ class Watch(Struct):
 
 @layout
 class Epoll(Struct):
+    """An instance. usecs, budget, prefer: see kernel.epoll.BusyPoll."""
     watches: tuple[Watch, ...]
+    usecs: U32 = 0
+    budget: U32 = 0
+    prefer: U8 = 0
 
 
 class EpollKind(Kind[Epoll], tag='epoll', alike=False):
@@ -49,7 +64,9 @@ class EpollKind(Kind[Epoll], tag='epoll', alike=False):
                 for target, nth in _targets(file) if not _watches(file, file.tid, file.fd, target, nth)]
 
     def dump(self, file: OpenFile, content: Content) -> Epoll:
-        return Epoll(tuple(self._watch(file, target, nth) for target, nth in _targets(file)))
+        watches = tuple(self._watch(file, target, nth) for target, nth in _targets(file))
+        with file.duplicate() as fd:
+            return Epoll(watches, *read_busy_poll(fd))
 
     def _watch(self, file: OpenFile, target: EpollTarget, nth: int) -> Watch:
         for tid, fd in ((file.tid, file.fd), *file.holders):
@@ -59,7 +76,17 @@ class EpollKind(Kind[Epoll], tag='epoll', alike=False):
                            f'{target.tfd}', task=file.pid, resource=f'fd {file.fd}', hint=_HINT)
 
     def create(self, record: Epoll, saved: SavedFile, ctx: RestoreContext) -> int:
-        return epoll_create1(EPOLL_CLOEXEC)
+        fd = epoll_create1(EPOLL_CLOEXEC)
+        busy_poll = BusyPoll(record.usecs, record.budget, record.prefer)
+        try:
+            if any(busy_poll):
+                set_busy_poll(fd, busy_poll)
+        except OSError as error:
+            os.close(fd)
+            raise CkptError(f'{saved.link}: its parameters for busy polling cannot be set again: {error.strerror}',
+                            errno=error.errno, resource=saved.link,
+                            hint='restore it as root, on a kernel with CONFIG_NET_RX_BUSY_POLL') from error
+        return fd
 
     def connect(self, record: Epoll, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         holders = ctx.holders(saved.file_id)
