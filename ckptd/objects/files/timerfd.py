@@ -11,6 +11,7 @@ from ckptd.kernel.creds import CAP_WAKE_ALARM
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.timerfd import (
     ALARM_CLOCKS,
+    CLOCK_BOOTTIME_ALARM,
     CLOCK_REALTIME_ALARM,
     TFD_CLOEXEC,
     TFD_TIMER_ABSTIME,
@@ -74,9 +75,11 @@ class TimerfdKind(Kind[Timerfd], tag='timerfd'):
         return fd
 
     def _arm(self, record: Timerfd, fd: int) -> None:
-        """Arm the timer. It continues with the remaining time; one that was set to a time of day expires at that
-        time."""
-        if record.flags & TFD_TIMER_ABSTIME and record.clock in _WALL and record.value:
-            timerfd_settime(fd, record.flags, Setting(record.interval, record.now + record.value))
-        elif record.value or record.interval:
-            timerfd_settime(fd, 0, Setting(record.interval, record.value))
+        """Arm the timer with its flags. It continues with the remaining time; one that was set to a time of day expires
+        at that time."""
+        value = record.value
+        if value and record.flags & TFD_TIMER_ABSTIME:
+            value += record.now if record.clock in _WALL else time.clock_gettime_ns(
+                time.CLOCK_BOOTTIME if record.clock == CLOCK_BOOTTIME_ALARM else record.clock)
+        if record.flags or value or record.interval:
+            timerfd_settime(fd, record.flags, Setting(record.interval, value))
