@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""pidfds of tasks of the tree: alive, a zombie, dead and reaped."""
+"""pidfds of tasks of the tree, processes and threads (PIDFD_THREAD): alive, a zombie, dead and reaped."""
 
 import fcntl
 import os
 import select
 import signal
 import struct
+import threading
+from pathlib import Path
 
 from victim import not_the_one_to_report, ready, wait_for_go
 
 INFO = struct.Struct('=2Q11Ii')         # struct pidfd_info of <linux/pidfd.h>
 GET_INFO = 3 << 30 | INFO.size << 16 | 0xFF << 8 | 11
 EXIT = 1 << 3
+THREAD = os.O_EXCL       # PIDFD_THREAD, since Linux 6.9
 
 
 def start(status: int | None) -> int:
@@ -48,6 +51,62 @@ def exit_code(pidfd: int) -> int | None:
     return code if mask & EXIT else None
 
 
+class Threads:
+    """Threads and their pidfds: one waits, one has ended, and one is the leader of the process."""
+
+    def __init__(self) -> None:
+        self._writers: dict[threading.Thread, int] = {}
+        self._waits, ended = self._start(), self._start()
+        self._pidfds = [os.pidfd_open(task, THREAD) for task in (self._waits.native_id, os.getpid(), ended.native_id)]
+        self._flagged = os.pidfd_open(self._waits.native_id, THREAD | os.O_NONBLOCK)
+        self._let_go(ended)
+
+    def _start(self) -> threading.Thread:
+        reader, writer = os.pipe()
+        thread = threading.Thread(target=os.read, args=(reader, 1), daemon=True)
+        thread.start()
+        self._writers[thread] = writer
+        return thread
+
+    def _let_go(self, thread: threading.Thread) -> None:
+        os.write(self._writers[thread], b'x')
+        thread.join()
+
+    def check(self) -> None:
+        of_waiting, of_leader, of_ended = self._pidfds
+        assert [task_of(pidfd) for pidfd in self._pidfds] == [self._waits.native_id, os.getpid(), -1]
+        assert all(fcntl.fcntl(pidfd, fcntl.F_GETFL) & THREAD for pidfd in self._pidfds)
+        assert fcntl.fcntl(self._flagged, fcntl.F_GETFL) & (THREAD | os.O_NONBLOCK) == THREAD | os.O_NONBLOCK
+        assert [has_ended(pidfd) for pidfd in self._pidfds] == [False, False, True]
+        assert os.fstat(of_waiting).st_ino == os.fstat(self._flagged).st_ino != os.fstat(of_leader).st_ino
+        signal.pidfd_send_signal(of_waiting, 0)
+        self._let_go(self._waits)
+        assert await_end(of_waiting)
+        assert not has_ended(of_leader)
+        assert has_ended(of_ended)
+
+
+def is_there() -> bool:
+    """Whether this kernel has PIDFD_THREAD."""
+    try:
+        os.close(os.pidfd_open(os.getpid(), THREAD))
+    except OSError:
+        return False
+    return True
+
+
+def task_of(pidfd: int) -> int:
+    """The task of a pidfd, -1 if it is dead and reaped."""
+    lines = Path(f'/proc/self/fdinfo/{pidfd}').read_text().splitlines()
+    return int(next(line for line in lines if line.startswith('Pid:')).split()[1])
+
+
+def await_end(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(10_000))
+
+
 def main() -> None:
     alive, zombie, reaped, killed = start(None), start(3), start(7), start(None)
     itself = os.pidfd_open(os.getpid())
@@ -58,6 +117,7 @@ def main() -> None:
     assert os.waitpid(reaped, 0)[1] == 7 << 8
     assert os.waitpid(killed, 0)[1] == signal.SIGTERM
     os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+    threads = Threads() if is_there() else None
     codes = [exit_code(of_reaped), exit_code(of_killed)]
     ready()
     wait_for_go()
@@ -78,6 +138,8 @@ def main() -> None:
     except ProcessLookupError:
         pass
     signal.pidfd_send_signal(itself, 0)
+    if threads is not None:
+        threads.check()
 
 
 main()

@@ -107,7 +107,7 @@ def _ended(status: int, flags: int) -> int:
         _end(reader, writer, status)
     os.close(reader)
     try:
-        return pidfd_open(child, flags & ~PIDFD_THREAD)
+        return pidfd_open(child, flags)     # with PIDFD_THREAD, of its only thread
     finally:
         os.close(writer)
         os.waitpid(child, 0)
