@@ -55,7 +55,11 @@ class SchedulingPolicy(Attribute[Scheduling, _Seen], name='scheduling', stage=St
 
     def look(self, tracee: Tracee) -> _Seen:
         tid = tracee.tid
-        return sched_getattr(tid), frozenset(os.sched_getaffinity(tid)), ioprio_get(tid)
+        attr = sched_getattr(tid)
+        if attr.policy == SCHED_DEADLINE or attr.policy in _REAL_TIME:
+            # their nice value is not in the answer (kernel/sched/syscalls.c, get_params), and counts when they leave it
+            attr = attr._replace(nice=os.getpriority(os.PRIO_PROCESS, tid))
+        return attr, frozenset(os.sched_getaffinity(tid)), ioprio_get(tid)
 
     def dump(self, of: DumpedTask, answer: _Seen) -> Fields:
         attr, processors, ioprio = answer
