@@ -28,6 +28,6 @@ class AlternateStack(Attribute[ThreadSignals, tuple[int, int, int]], name='alter
 
     def restore(self, record: ThreadSignals, to: RestoredTask) -> None:
         flags = record.altstack_flags & ~SS_ONSTACK
-        if not flags & SS_DISABLE and record.altstack_size:
+        if flags != SS_DISABLE:     # a stub has no stack; a disabled one may have SS_AUTODISARM
             stack = _STACK.pack(record.altstack_sp, ctypes.c_int32(flags).value, record.altstack_size)
             to.script.call('sigaltstack', stack, 0, about='the stack for signal handlers')
