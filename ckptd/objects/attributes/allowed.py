@@ -5,12 +5,12 @@ If the two differ, a restart is refused unless its caller accepts the nearest (c
 """
 
 import functools
-import resource
 from collections.abc import Iterable, Sequence
 
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Limit, Limits, Vma
 from ckptd.kernel.creds import CAP_IPC_LOCK, CAP_SYS_RESOURCE, capget
+from ckptd.kernel.prlimit import read_limit
 from ckptd.kernel.procfs import read_file
 
 # <asm-generic/resource.h>
@@ -44,8 +44,7 @@ class Allowed:
         if self.may(CAP_SYS_RESOURCE):
             most = INFINITY
         else:
-            own = resource.getrlimit(number)[1]
-            most = INFINITY if own == resource.RLIM_INFINITY else own
+            most = read_limit(0, number)[1]
             most = min(most, self._hard_limits[number]) if number < len(self._hard_limits) else most
         return min(most, nr_open()) if number == NOFILE else most
 

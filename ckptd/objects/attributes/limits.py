@@ -3,13 +3,13 @@
 needs CAP_SYS_RESOURCE. They are set from outside while the stub has our ids: then only a higher hard limit needs a
 right."""
 
-import resource
 from collections.abc import Iterable
 from functools import lru_cache
 
 from ckptd.errors import Finding
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import Limit, Limits
+from ckptd.kernel.prlimit import read_limit, set_limit
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import parse_limits, read_limits_file
 from ckptd.objects.attributes.allowed import INFINITY, NOFILE, nr_open
@@ -52,9 +52,8 @@ class ResourceLimits(Attribute[Limits, bytes], name='limits', scope=Scope.PROCES
 
     def restore(self, record: Limits, to: RestoredTask) -> None:
         for number, limit in enumerate(to.means.allowed.limits(record.vpid)):
-            wanted = (_limit(limit.soft), _limit(limit.hard))
-            if resource.prlimit(to.tid, number) != wanted:
-                resource.prlimit(to.tid, number, wanted)
+            if read_limit(to.tid, number) != (limit.soft, limit.hard):
+                set_limit(to.tid, number, limit.soft, limit.hard)
 
 
 @lru_cache(maxsize=64)      # forked children have their parent's limits
@@ -64,7 +63,3 @@ def _decoded(data: bytes) -> tuple[Limit, ...]:
 
 def _amount(value: int) -> str:
     return 'unlimited' if value == INFINITY else f'{value:,}'
-
-
-def _limit(value: int) -> int:
-    return resource.RLIM_INFINITY if value == INFINITY else value

@@ -35,7 +35,6 @@ IMPOSSIBLE = [
     (r.Limits(7, ()), 'Limits 7: limits has 0 items, not 16'),
     (r.Limits(7, LIMITS * 2), 'Limits 7: limits has 32 items, not 16'),
     (r.Limits(7, (r.Limit(2, 1), *LIMITS[1:])), 'Limits 7: limit 0 is 2, above its hard limit 1'),
-    (r.Limits(7, (r.Limit(HUGE, HUGE), *LIMITS[1:])), 'Limits 7: limit 0 is above the highest possible value'),
     (r.IntervalTimers(7, ()), 'IntervalTimers 7: timers has 0 items, not 3'),
     (r.SignalActions(1, ()), 'SignalActions 1: actions has 0 items, not 64'),
     (replace(MM, layout=()), 'Mm 1: layout has 0 items, not 11'),
