@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Check each task for a state, tracer, namespace, program or filter that prevents a dump."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from ckptd.errors import Finding
@@ -25,6 +26,7 @@ PF_USER_WORKER = 0x00004000
 DELETED = ' (deleted)'
 # <asm/unistd_64.h>: clone, fork, vfork, clone3. A parent in one of these and in state D waits for a CLONE_VFORK child.
 _FORKS = {56, 57, 58, 435}
+_OF_PROCESS = re.compile(r'/proc/(\d+)(?:/|$)')
 
 
 def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: CallerRights) -> list[Finding]:
@@ -35,7 +37,7 @@ def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: Cal
     for task in tasks:
         found += guarded(task, 'task', _check_task, task, home, cache, caller)
     for process in processes(tasks):
-        found += guarded(process.leader, 'process', _check_process, process)
+        found += guarded(process.leader, 'process', _check_process, process, {task.vtgid for task in tree})
     return found
 
 
@@ -105,8 +107,8 @@ def _root_namespaces(tree: Tree) -> dict[str, int]:
     return {}
 
 
-def _check_process(process: ProcessIds) -> list[Finding]:
-    return check_32bit(process) + check_paths(process)
+def _check_process(process: ProcessIds, vpids: Set[int]) -> list[Finding]:
+    return check_32bit(process) + check_paths(process, vpids)
 
 
 def check_32bit(process: ProcessIds) -> list[Finding]:
@@ -123,15 +125,19 @@ def check_32bit(process: ProcessIds) -> list[Finding]:
     return [refuse(process.leader, 'exe', 'EOPNOTSUPP', 'is a 32-bit program', 'only 64-bit tasks can be checkpointed')]
 
 
-def check_paths(process: ProcessIds) -> list[Finding]:
-    """Check directories and the program that a restart will look for by name."""
+def check_paths(process: ProcessIds, vpids: Set[int]) -> list[Finding]:
+    """Check directories and the program that a restart will look for by name. vpids: processes of the tree, whose
+    directories in /proc are not there when a restart begins."""
     found: list[Finding] = []
     for name in ('cwd', 'root', 'exe'):
         try:
             path = read_link(process.reader.tid, name)
         except FileNotFoundError:       # it is exiting
             continue
-        if path.endswith(DELETED) and lstat_of_task(process.reader.tid, path) is None:
+        if (shown := _OF_PROCESS.match(path)) and int(shown[1]) in vpids:
+            found.append(refuse(process.leader, name, 'EOPNOTSUPP', f'{path} exists only while that process does',
+                                'let the program leave that directory before the checkpoint'))
+        elif path.endswith(DELETED) and lstat_of_task(process.reader.tid, path) is None:
             found.append(warn(process.leader, name, 'ENOENT', f'{path.removesuffix(DELETED)} is deleted',
                               'the image keeps a deleted program' if name == 'exe' else
                               'a restart makes another directory there, with the usual mode, and removes it'))
