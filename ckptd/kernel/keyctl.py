@@ -5,8 +5,10 @@ from ckptd.kernel.arch.x86_64 import NR
 from ckptd.kernel.decl import c_int, c_long, c_ulong, c_void_p, syscall
 
 # <linux/keyctl.h>
+KEYCTL_GET_KEYRING_ID = 0
 KEYCTL_JOIN_SESSION_KEYRING = 1
 KEYCTL_LINK = 8
+KEY_SPEC_THREAD_KEYRING, KEY_SPEC_PROCESS_KEYRING = -1, -2
 KEY_SPEC_SESSION_KEYRING = -3
 KEY_SPEC_USER_KEYRING = -4
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Scheduling attributes of a thread: sched_getattr(2), ioprio_get(2). Affinity: os.sched_getaffinity."""
+"""Scheduling attributes of a thread: sched_getattr(2), ioprio_get(2), and autogroups. Affinity:
+os.sched_getaffinity."""
 
 import ctypes
+from pathlib import Path
 from typing import NamedTuple
 
 from ckptd.kernel.arch.x86_64 import NR
@@ -86,3 +88,19 @@ def sched_setattr(tid: int, to: SchedAttr) -> None:
 def ioprio_set(tid: int, ioprio: int) -> None:
     """Set I/O class << 13 | level of one thread."""
     _ioprio_set(IOPRIO_WHO_PROCESS, tid, ioprio)
+
+
+def read_autogroup_nice(pid: int) -> int:
+    """Read the nice value of the autogroup of a process (sched(7)); 0 without CONFIG_SCHED_AUTOGROUP."""
+    try:
+        text = Path(f'/proc/{pid}/autogroup').read_text()
+    except FileNotFoundError:
+        return 0
+    return int(text.rpartition(' ')[2] or 0)        # '/autogroup-31 nice 5'
+
+
+def write_autogroup_nice(pid: int, nice: int) -> None:
+    """Set the nice value of the autogroup of a process. OSError: EPERM, EAGAIN (twice in a tenth of a second without
+    CAP_SYS_ADMIN)."""
+    with open(f'/proc/{pid}/autogroup', 'rb+', buffering=0) as file:  # noqa: PTH123
+        file.write(str(nice).encode())

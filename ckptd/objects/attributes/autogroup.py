@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The nice value of the autogroup of a session (sched(7)). Each session is made with a new group, so the leader keeps
+the value for all its processes. It is set from outside."""
+
+import os
+
+from ckptd.image.grammar import U8, Struct, layout
+from ckptd.kernel.ptrace import Tracee
+from ckptd.kernel.sched import read_autogroup_nice, write_autogroup_nice
+from ckptd.objects.attributes.base import Attribute, DumpedTask, RestoredTask, Scope, Stage, about
+
+_LOWEST = -20       # 0 in the record
+
+
+@layout
+class Autogroup(Struct):
+    """A group. nice: 0..39 (nice value + 20)."""
+    nice: U8
+
+
+class AutogroupAttribute(Attribute[Autogroup, int], name='autogroup', scope=Scope.PROCESS, stage=Stage.LIMITS):
+
+    def look(self, tracee: Tracee) -> int:
+        return read_autogroup_nice(tracee.tid) if os.getsid(tracee.tid) == tracee.tid else 0
+
+    def dump(self, of: DumpedTask, answer: int) -> Autogroup | None:
+        return Autogroup(answer - _LOWEST) if answer else None
+
+    def restore(self, record: Autogroup, to: RestoredTask) -> None:
+        if to.sid != to.vpid:       # it has joined a session of the restart, whose group keeps its value
+            return
+        nice = record.nice + _LOWEST
+        try:
+            write_autogroup_nice(to.tid, nice)
+        except OSError as error:
+            # EPERM below the limit RLIMIT_NICE; EAGAIN when another user has set one a tenth of a second ago
+            to.means.warn(about(to.vpid, 'autogroup', 'EPERM', f'the nice value of its autogroup is {nice} and cannot '
+                                f'be set again ({error.strerror})', 'it is 0 now; restore it as root', 'warning'))
