@@ -21,11 +21,11 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--require-hashes --only-binary :all: --no-deps
 
-.PHONY: help venv demo test check unit unit-others unit-all lint bench fuzz kills man lock dist install uninstall clean
+.PHONY: help venv demo test check unit unit-others unit-all lint bench fuzz kills programs man lock dist install uninstall clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
-	@echo 'variables: PYTHON=, PYTEST_ARGS=, of fuzz: N=, SEED=, and for install: DESTDIR=, PREFIX=$(PREFIX), SYSCONFDIR=$(SYSCONFDIR)'
+	@echo 'variables: PYTHON=, PYTEST_ARGS=, of fuzz, kills and programs: N=, SEED=, and for install: DESTDIR=, PREFIX=$(PREFIX), SYSCONFDIR=$(SYSCONFDIR)'
 
 $(BIN)/python:
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
@@ -79,12 +79,14 @@ lint: $(VENV)/.test  ## ruff and mypy
 kills: $(VENV)/.test  ## kill ckptd at N=1000 random moments of checkpoints and restores; SEED= repeats a run
 	$(BIN)/python -m tests.kills --count $(or $(N),1000) $(if $(SEED),--seed $(SEED))
 
+programs: $(VENV)/.test  ## checkpoint and restore N=2000 random programs, as root; SEED= repeats a run
+	$(BIN)/python -m tests.generated --count $(or $(N),2000) $(if $(SEED),--seed $(SEED))
+
 bench: $(VENV)/.test  ## scan, checkpoints, restarts and calls: times, and MB/s beside a plain write(2) and read(2)
 	$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
-N ?= 100000
-fuzz: $(VENV)/.test  ## N crafted images and N random messages, as root; SEED= repeats a run
-	$(BIN)/python -m tests.fuzz --images $(N) --messages $(N) $(if $(SEED),--seed $(SEED))
+fuzz: $(VENV)/.test  ## N=100000 crafted images and as many random messages, as root; SEED= repeats a run
+	$(BIN)/python -m tests.fuzz --images $(or $(N),100000) --messages $(or $(N),100000) $(if $(SEED),--seed $(SEED))
 
 man: $(VENV)/.run  ## man pages of docs/*.N.md below build/man; read one with `man -M build/man ckptctl`
 	@$(MAKE_MAN) --into build/man $(MANUALS)

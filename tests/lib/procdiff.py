@@ -23,6 +23,15 @@ MOVING = frozenset({'State', 'SigPnd', 'ShdPnd', 'SigBlk', 'VmSize', 'VmData', '
 FILES_OWN = frozenset({'it_value', 'eventfd-id'})
 # names of the smaps flags that the kernel sets by itself: soft-dirty
 KERNELS_OWN = {'sd'}
+# PF_MCE_PROCESS, MEMALLOC_NOFS, MEMALLOC_NOIO, LOCAL_THROTTLE, MCE_EARLY of <linux/sched.h>: those that a task sets
+KEPT_FLAGS = 0x80 | 0x40000 | 0x80000 | 0x100000 | 0x8000000
+# rows that a restart does not bring back for a dead task
+OF_LIVING = {'SigPnd', 'ShdPnd', 'SigIgn', 'SigCgt', 'SigBlk', 'flags'}
+O_TMPFILE = 0o20200000      # of fcntl.h
+# what is told of a task and cannot be the same: when it was made, and numbers that the kernel draws by itself
+BORN_ANEW = {('stat', 'start'), ('status', 'FDSize')}
+NAMELESS = re.compile(r'(pipe|socket|anon_inode):\[\d+\]|(00:01) \d+ (?=/memfd:|/dev/zero|/SYSV|\[anon_shmem:)'
+                      r'|(?<=[\da-f]{2}:[\da-f]{2}) \d+ (?=/.* \(deleted\)$)|(?<=00:01):\d+ (?=\d+ (\d+|EOF)$)')
 
 
 @dataclass
@@ -64,14 +73,46 @@ def differences(before: Picture, after: Picture) -> list[str]:
     return found
 
 
+def changes_of_restart(before: Picture, after: Picture, *, brief: bool = False) -> list[str]:
+    """What is not as it was after a restart, but for what no restart brings back. brief: threads may have ended."""
+    tasks = whole_tasks(before, after)
+    expected, found = Picture(), Picture()
+    for rows, kept in ((before.rows, expected), (after.rows, found)):
+        for (task, source, name), value in rows.items():
+            if (source, name) in BORN_ANEW or name == 'ino' or name.startswith('tfd'):
+                continue
+            if source == 'file' and name in ('syscall', 'cgroup'):
+                continue        # restart_syscall for what it restarts; of cgroup the dead keep a name that is gone
+            if name in OF_LIVING and before.rows.get((task, 'status', 'State'), '').startswith('Z'):
+                continue        # as ckptd-restore-limits(7) says
+            if name.startswith('inotify'):      # the inode of a nameless file is a new one
+                value = re.sub(r'ino:\w+ sdev:\w+|fhandle-.*', '', value)
+            if brief and (task not in tasks or name in ('threads', 'Threads')):
+                continue
+            if source.startswith('fd ') and name == 'flags' and int(value, 8) & O_TMPFILE == O_TMPFILE:
+                # it stays set in the description that made a file without a name; a restart opens an existing file
+                value = f'0{int(value, 8) & ~O_TMPFILE:o}'
+            kept.rows[task, source, name] = NAMELESS.sub(r'\1\2', value)
+    return differences(expected, found)
+
+
 def _add_process(picture: Picture, pid: int, moving: bool) -> None:
     proc = Path(f'/proc/{pid}')
     for name in ('exe', 'cwd', 'root'):
         with contextlib.suppress(OSError):      # a zombie has none
             picture.add(pid, 'link', name, str((proc / name).readlink()))
-    for name in ('cmdline', 'oom_score_adj', 'loginuid', 'cgroup', 'timers', 'personality', 'coredump_filter'):
+    for name in ('cmdline', 'environ', 'oom_score_adj', 'loginuid', 'cgroup', 'cpuset', 'timers', 'personality',
+                 'coredump_filter', 'uid_map', 'gid_map', 'projid_map', 'setgroups'):
         with contextlib.suppress(OSError):
             picture.add(pid, 'file', name, (proc / name).read_text(errors='surrogateescape'))
+    with contextlib.suppress(OSError):
+        picture.add(pid, 'file', 'auxv', (proc / 'auxv').read_bytes().hex())
+        # "/autogroup-NUMBER nice NICE": each session gets a new number
+        picture.add(pid, 'file', 'autogroup', (proc / 'autogroup').read_text().partition(' ')[2])
+    for line in _lines(proc / 'ksm_stat'):
+        name, _, value = line.partition(':')
+        if name in ('ksm_merge_any', 'ksm_mergeable'):
+            picture.add(pid, 'ksm_stat', name, value.strip())
     for line in _lines(proc / 'limits'):
         picture.add(pid, 'limits', line[:25].strip(), ' '.join(line[25:].split()))
     if not moving:
@@ -97,10 +138,16 @@ def _add_thread(picture: Picture, task: Path, moving: bool) -> None:
         if name not in left_out:
             picture.add(tid, 'status', name, value.strip())
     fields = (task / 'stat').read_text(errors='replace').rpartition(')')[2].split()
-    # proc(5): exit_signal, rt_priority, policy, nice, number of threads, start time
-    for name, number in {'ppid': 4, 'pgrp': 5, 'session': 6, 'tty': 7, 'nice': 19, 'threads': 20, 'start': 22,
-                         'exit_signal': 38, 'rt_priority': 40, 'policy': 41, 'exit_code': 52}.items():
+    # proc(5): by the numbers of its table
+    for name, number in {'ppid': 4, 'pgrp': 5, 'session': 6, 'tty': 7, 'tpgid': 8, 'nice': 19,
+                         'threads': 20, 'start': 22, 'startcode': 26, 'endcode': 27, 'startstack': 28,
+                         'exit_signal': 38, 'rt_priority': 40, 'policy': 41, 'start_data': 45, 'end_data': 46,
+                         'start_brk': 47, 'arg_start': 48, 'arg_end': 49, 'env_start': 50, 'env_end': 51,
+                         'exit_code': 52}.items():
         picture.add(tid, 'stat', name, fields[number - 3])
+    picture.add(tid, 'stat', 'flags', f'{int(fields[9 - 3]) & KEPT_FLAGS:#x}')
+    with contextlib.suppress(OSError):
+        picture.add(tid, 'file', 'timerslack_ns', Path(f'/proc/{tid}/timerslack_ns').read_text())
     with contextlib.suppress(OSError):
         for link in sorted((task / 'ns').iterdir()):
             picture.add(tid, 'ns', link.name, str(link.readlink()))
@@ -111,15 +158,21 @@ def _add_thread(picture: Picture, task: Path, moving: bool) -> None:
 
 def _add_mappings(picture: Picture, pid: int) -> None:
     name = ''
+    policies = dict(line.split(' ')[:2] for line in _lines(Path(f'/proc/{pid}/numa_maps')))
     for line in _lines(Path(f'/proc/{pid}/smaps')):
         if re.match('[0-9a-f]+-[0-9a-f]+ ', line):
             name, _, rest = line.partition(' ')
             picture.add(pid, 'maps', name, ' '.join(rest.split()))
+            picture.add(pid, 'maps policy', name, policies.get(name.partition('-')[0], ''))
         elif line.startswith('VmFlags:'):
             flags = set(line.split()[1:]) - KERNELS_OWN
             picture.add(pid, 'maps flags', name, ' '.join(sorted(flags)))
-        elif line.startswith('Locked:'):
-            picture.add(pid, 'maps locked', name, line.split()[1])
+            # Which pages are there depends on what was touched, if they are locked on fault. Pages of a file are
+            # divided among all who map them (Pss).
+            if 'lf' in flags or picture.rows[pid, 'maps', name].split()[3] != '0':
+                picture.rows.pop((pid, 'maps Locked', name))
+        elif line.startswith(('Locked:', 'ProtectionKey:', 'KernelPageSize:')):
+            picture.add(pid, f'maps {line.partition(":")[0]}', name, line.split()[1])
 
 
 def _add_files(picture: Picture, pid: int, moving: bool) -> None:

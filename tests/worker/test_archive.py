@@ -35,9 +35,10 @@ from ckptd.image.writer import INCOMING, remove_stale
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH
 from ckptd.kernel.status import read_status
 from ckptd.protocol.messages import IMPORT_PHASES, Caller, Cancel, Finished, JobRequest, Phase, ProgressReport, Start
+from tests.lib.procdiff import changes_of_restart
 from tests.lib.victim import Victim
 from tests.worker.driver import DirectWorker, Place, me
-from tests.worker.test_restore import Generation, changes, generation, place
+from tests.worker.test_restore import Generation, generation, place
 
 __all__ = ['generation', 'place']       # fixtures
 
@@ -123,7 +124,7 @@ def test_a_tree_travels(generation: Callable[..., Generation], place: Place, oth
     with DirectWorker() as worker:
         restored = worker.run(other.request(0, operation='restore', image=mine))
     assert restored['root'] == tree.victim.pid
-    assert changes(before, tree.look(), brief=False) == []
+    assert changes_of_restart(before, tree.look()) == []
     tree.finish()
 
 

@@ -15,16 +15,11 @@ import pytest
 from ckptd.errors import Busy, CkptError
 from ckptd.protocol.messages import Start, TreeRuns
 from tests.lib import settled
-from tests.lib.procdiff import Picture, differences, take_picture, whole_tasks
+from tests.lib.procdiff import Picture, changes_of_restart, take_picture
 from tests.lib.victim import BRIEF, RESTLESS, Victim, build, kill_session, names, session_members
 from tests.worker.driver import DirectWorker, Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
-
-# what is told of a task and cannot be the same: when it was made, and numbers that the kernel draws by itself
-BORN_ANEW = {('stat', 'start'), ('status', 'FDSize')}
-NAMELESS = re.compile(r'(pipe|socket|anon_inode):\[\d+\]|(00:01) \d+ (?=/memfd:|/dev/zero|/SYSV)'
-                      r'|(?<=[\da-f]{2}:[\da-f]{2}) \d+ (?=/.* \(deleted\)$)')
 
 
 @pytest.fixture
@@ -82,32 +77,12 @@ def generation(victim: Callable[..., Victim], place: Place) -> Iterator[Callable
         settled.reap_orphans()
 
 
-def changes(before: Picture, after: Picture, *, brief: bool) -> list[str]:
-    """What is not as it was, but for what no restart brings back."""
-    tasks = whole_tasks(before, after)
-    expected, found = Picture(), Picture()
-    for rows, kept in ((before.rows, expected), (after.rows, found)):
-        for (task, source, name), value in rows.items():
-            if (source, name) in BORN_ANEW or name == 'ino' or name.startswith('tfd'):
-                continue
-            if source == 'file' and name in ('syscall', 'cgroup'):
-                continue        # restart_syscall for what it restarts; of cgroup the dead keep a name that is gone
-            if name in ('SigIgn', 'SigCgt', 'SigBlk') and before.rows.get((task, 'status', 'State'), '')[:1] == 'Z':
-                continue        # of a dead task, as ckptd-restore-limits(7) says
-            if name.startswith('inotify'):      # the inode of a nameless file is a new one
-                value = re.sub(r'ino:\w+ sdev:\w+|fhandle-.*', '', value)
-            if brief and (task not in tasks or name in ('threads', 'Threads')):
-                continue
-            kept.rows[task, source, name] = NAMELESS.sub(r'\1\2', value)
-    return differences(expected, found)
-
-
 @pytest.mark.parametrize('name', sorted(names()))
 def test_comes_back(generation: Callable[..., Generation], name: str) -> None:
     tree = generation(name)
     before = tree.look()
     tree.restore(tree.kill())
-    assert changes(before, tree.look(), brief=name in BRIEF) == []
+    assert changes_of_restart(before, tree.look(), brief=name in BRIEF) == []
     tree.finish()
 
 
@@ -118,7 +93,7 @@ def test_second_generation(generation: Callable[..., Generation], name: str) -> 
     before = tree.look()
     tree.restore(tree.kill())
     tree.restore(tree.kill(freeze='ptrace'))
-    assert changes(before, tree.look(), brief=name in BRIEF) == []
+    assert changes_of_restart(before, tree.look(), brief=name in BRIEF) == []
     tree.finish()
 
 
@@ -166,7 +141,7 @@ def test_a_program_that_was_deleted(generation: Callable[..., Generation], tmp_p
     after = tree.look()
     for key, value in after.rows.items():       # its own name, where that is free
         after.rows[key] = re.sub(r'/[.](program)[.]\w{8}(?= [(]deleted)', r'/\1', value) if upgraded else value
-    assert changes(before, after, brief=False) == []
+    assert changes_of_restart(before, after) == []
     tree.restore(tree.kill())
     tree.finish()
 

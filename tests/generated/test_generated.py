@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Programs that did not come back as they were, each of which does now; and some random ones, the same in each run.
+
+`make programs` runs more, and different ones.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.generated.memory import MAP_GROWSDOWN, MAP_LOCKED, PRIVATE, SHARED
+from tests.generated.programs import Operation
+from tests.generated.trial import Outcome, Trial
+from tests.worker.driver import Place
+
+pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
+
+
+def do(name: str, /, **arguments: object) -> Operation:
+    return Operation(name, dict(arguments))
+
+
+# what was lost: a program that has it
+ONCE_LOST = {
+    'nothing': [],
+    'a seal of a mapping (mseal)': [
+        do('map_anonymous', page=1, length=3, protection=3, flags=0, sharing=PRIVATE),
+        do('write_memory', page=1, length=2), do('seal', page=1, length=2)],
+    'a name of a mapping that is a path, or of one that grows down': [
+        do('map_anonymous', page=1, length=3, protection=3, flags=0, sharing=PRIVATE),
+        do('name_memory', page=1, length=1, name=b'/path'),
+        do('map_anonymous', page=9, length=3, protection=3, flags=0, sharing=SHARED),
+        do('name_memory', page=9, length=1, name=b'/path'),
+        do('map_anonymous', page=17, length=3, protection=3, flags=MAP_GROWSDOWN, sharing=PRIVATE),
+        do('name_memory', page=17, length=3, name=b'x')],
+    'busy polling of an epoll (EPIOCSPARAMS)': [
+        do('make_eventfd', value=0, flags=0), do('watch', to=0, events=1, data=1, new=True, instance=0),
+        do('set_epoll_parameters', file=1, usecs=100, budget=8, prefer=True)],
+    'memory policy and nice value of the autogroup': [
+        do('set_policy', policy=2, nodes=1), do('write_proc', name_value=('autogroup', '5')),
+        do('fork', inner=[do('lead_group', call='setsid', child=0), do('write_proc', name_value=('autogroup', '7'))])],
+    'SS_AUTODISARM of an alternate stack that is disabled': [
+        do('set_alternate_stack', flags=0x80000002, address=3, size=2048)],
+    'limits above 2**63': [do('set_high_limit', which=1, soft=10**9, files=300)],
+    'owner and mode of a socket': [
+        do('make_socketpair', kind=1, flags=0), do('change_mode', file=0, mode=0o600, owner=61001),
+        do('make_socket', kind=2), do('change_mode', file=2, mode=0o600, owner=61001)],
+    'a locked mapping without access': [
+        do('map_anonymous', page=1, length=3, protection=0, flags=MAP_LOCKED, sharing=SHARED),
+        do('map_anonymous', page=9, length=3, protection=0, flags=MAP_LOCKED, sharing=PRIVATE)],
+    'nice value under a real-time policy': [
+        do('set_nice', nice=3, who=0), do('set_scheduling', policy=1, flags=0, nice=0, priority=1, runtime=0)],
+    'SO_PEERCRED of a socket whose other end is closed': [
+        do('make_socketpair', kind=5, flags=0), do('close', file=1)],
+    'flags of timerfd_settime(2)': [
+        do('make_timerfd', clock=clock, flags=0, setting=3, interval=2, armed=True) for clock in (0, 1, 7)],
+    'SO_PEERGROUPS': [do('set_groups', groups=[0, 1, 61001]), do('make_socketpair', kind=1, flags=0)],
+    'socket options': [
+        do('make_socketpair', kind=1, flags=0),
+        # SO_NO_CHECK, TIMESTAMPING, WIFI_STATUS, LOCK_FILTER, MAX_PACING_RATE, INCOMING_CPU, BINDTOIFINDEX,
+        # PREFER_BUSY_POLL, RCVPRIORITY; and formats of timestamps
+        *[do('set_socket_option', file=0, option=option, value=1) for option in (11, 37, 41, 44, 47, 49, 62, 69, 82)],
+        *[do('set_socket_option', file=1, option=option, value=2) for option in (63, 65)]],
+}
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Callable[[list[Operation]], Outcome]:
+    """Run a program once: checkpoint, kill, restore, compare."""
+    tmp_path.chmod(0o755)
+    place = Place(tmp_path).make()
+    return lambda steps: Trial(place, tmp_path / 'trial', steps).run()
+
+
+@pytest.mark.parametrize('lost', sorted(ONCE_LOST))
+def test_once_lost(attempt: Callable[[list[Operation]], Outcome], lost: str) -> None:
+    outcome = attempt(ONCE_LOST[lost])
+    assert (outcome.what, outcome.wrong) == ('restored', [])
+
+
+def test_keyrings_are_named(attempt: Callable[[list[Operation]], Outcome]) -> None:
+    """No other process can read the keys of a thread or of its process."""
+    outcome = attempt([do('add_key', keyring=-1, name=b'user'), do('add_key', keyring=-2, name=b'user')])
+    assert (outcome.what, outcome.wrong) == ('restored', [])
+    assert 'had a keyring of its thread and its process' in outcome.warnings
+
+
+def test_a_working_directory_of_its_own_process_is_refused(attempt: Callable[[list[Operation]], Outcome]) -> None:
+    outcome = attempt([do('change_directory', path='/proc/self')])
+    assert outcome.what.startswith('checkpoint refused: Refused')
+    assert 'exists only while that process does' in outcome.what
+    assert outcome.wrong == []
