@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ O_TMPFILE = 0o20200000      # of fcntl.h
 # a warning, and the differences that it announces
 ANNOUNCED = {
     'a lock on .* is not kept': r'fd \d+ lock',
+    'belonged to uid': r'fd\d+-stat',
 }
 _OUT = re.compile(r'^(\d+) (before|after) (\S+) (.*)$', re.MULTILINE)
 
@@ -206,8 +208,28 @@ class Trial:
 
 
 def take(pid: int) -> Picture:
-    """The picture of a tree, with mappings merged that have one state: when the kernel merges depends on history."""
-    return merged(take_picture(pid))
+    """The picture of a tree, with mappings merged that have one state: when the kernel merges depends on history. With
+    the content of the memory that programs use."""
+    picture = merged(take_picture(pid))
+    window = memory.BASE, memory.BASE + 2 * memory.PAGES * memory.PAGE
+    for (task, source, name), flags in [*picture.rows.items()]:
+        start = int(name.partition('-')[0], 16) if source == 'maps flags' else 0
+        # droppable memory may be gone at any time
+        if window[0] <= start < window[1] and 'dp' not in flags.split():
+            picture.add(task, 'content', name, _content(task, start, int(name.partition('-')[2], 16)))
+    return picture
+
+
+def _content(pid: int, start: int, end: int) -> str:
+    """A digest of each page, '-' for one that cannot be read: guard regions, and pages behind the end of a file."""
+    found = []
+    with open(f'/proc/{pid}/mem', 'rb', buffering=0) as file:  # noqa: PTH123
+        for address in range(start, end, memory.PAGE):
+            try:
+                found.append(f'{zlib.crc32(os.pread(file.fileno(), memory.PAGE, address)):x}')
+            except OSError:
+                found.append('-')
+    return ' '.join(found)
 
 
 def merged(picture: Picture) -> Picture:

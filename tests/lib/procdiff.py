@@ -26,7 +26,8 @@ KERNELS_OWN = {'sd'}
 # PF_MCE_PROCESS, MEMALLOC_NOFS, MEMALLOC_NOIO, LOCAL_THROTTLE, MCE_EARLY of <linux/sched.h>: those that a task sets
 KEPT_FLAGS = 0x80 | 0x40000 | 0x80000 | 0x100000 | 0x8000000
 # rows that a restart does not bring back for a dead task
-OF_LIVING = {'SigPnd', 'ShdPnd', 'SigIgn', 'SigCgt', 'SigBlk', 'flags'}
+OF_LIVING = {'SigPnd', 'ShdPnd', 'SigIgn', 'SigCgt', 'SigBlk', 'flags', 'personality', 'Cpus_allowed',
+             'Cpus_allowed_list'}
 O_TMPFILE = 0o20200000      # of fcntl.h
 # what is told of a task and cannot be the same: when it was made, and numbers that the kernel draws by itself
 BORN_ANEW = {('stat', 'start'), ('status', 'FDSize')}
@@ -83,7 +84,8 @@ def changes_of_restart(before: Picture, after: Picture, *, brief: bool = False) 
                 continue
             if source == 'file' and name in ('syscall', 'cgroup'):
                 continue        # restart_syscall for what it restarts; of cgroup the dead keep a name that is gone
-            if name in OF_LIVING and before.rows.get((task, 'status', 'State'), '').startswith('Z'):
+            is_dead = before.rows.get((task, 'status', 'State'), '').startswith('Z')
+            if is_dead and (name in OF_LIVING or source == 'limits'):
                 continue        # as ckptd-restore-limits(7) says
             if name.startswith('inotify'):      # the inode of a nameless file is a new one
                 value = re.sub(r'ino:\w+ sdev:\w+|fhandle-.*', '', value)
