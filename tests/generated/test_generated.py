@@ -5,12 +5,14 @@
 """
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.generated.memory import MAP_GROWSDOWN, MAP_LOCKED, PRIVATE, SHARED
-from tests.generated.programs import Operation
+from tests.generated.programs import Operation, programs
 from tests.generated.trial import Outcome, Trial
 from tests.worker.driver import Place
 
@@ -77,6 +79,20 @@ def attempt(tmp_path: Path) -> Callable[[list[Operation]], Outcome]:
 def test_once_lost(attempt: Callable[[list[Operation]], Outcome], lost: str) -> None:
     outcome = attempt(ONCE_LOST[lost])
     assert (outcome.what, outcome.wrong) == ('restored', [])
+
+
+def test_random_programs(tmp_path: Path) -> None:
+    """Some that are the same in each run."""
+    tmp_path.chmod(0o755)
+    place, numbers = Place(tmp_path).make(), count()
+
+    @settings(max_examples=10, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(programs())
+    def is_as_before(steps: list[Operation]) -> None:
+        outcome = Trial(place, tmp_path / f'trial-{next(numbers)}', steps).run()
+        assert outcome.wrong == [], steps
+    is_as_before()
 
 
 def test_keyrings_are_named(attempt: Callable[[list[Operation]], Outcome]) -> None:
