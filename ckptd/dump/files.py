@@ -99,7 +99,7 @@ class FileDump:
         data = kind.dump(file, self._content).encode()
         return records.SavedFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
                                  file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
-                                 data, owner.uid, owner.euid)
+                                 data, owner.uid, owner.euid, owner.write_hint)
 
     def records(self) -> Iterator[Record]:
         """Yield all records of files.img."""

@@ -300,6 +300,7 @@ class SavedFile(Record):
     data: bytes
     owner_uid: U32 = 0     # the rights of this uid decide whether the owner's signal may be sent
     owner_euid: U32 = 0    # likewise
+    write_hint: U32 = 0    # F_GET_RW_HINT
 
 
 @layout

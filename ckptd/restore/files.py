@@ -31,6 +31,7 @@ from ckptd.restore.service_fds import ServiceFds
 from ckptd.restore.task_sockets import make_socketpair
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
+F_SET_RW_HINT = 1036                    # <linux/fcntl.h>
 F_OWNER_PGRP = 2
 # flags that F_SETFL changes (fcntl(2)), without O_ASYNC
 _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
@@ -171,6 +172,7 @@ class FileBuilder(FileAccess):
             if type(kind).arm is not Kind.arm:
                 self._armed.append((kind, record, saved))
             self._set_owner(fd, saved)
+            self._set_write_hint(fd, saved)
             if saved.flags & os.O_ASYNC:
                 self._set_async(fd, saved)
 
@@ -211,6 +213,12 @@ class FileBuilder(FileAccess):
         finally:
             if others:
                 os.setresuid(0, 0, 0)
+
+    def _set_write_hint(self, fd: int, saved: SavedFile) -> None:
+        """Set the expected lifetime of written data, an advice to the device. Only the owner of a file may give it."""
+        if saved.write_hint:
+            with self.as_user(), suppress(OSError):
+                fcntl.fcntl(fd, F_SET_RW_HINT, struct.pack('=Q', saved.write_hint))
 
     def _set_async(self, fd: int, saved: SavedFile) -> None:
         """Set O_ASYNC in a task that has the file: its fd number there is the si_fd of the signals (fs/fcntl.c,

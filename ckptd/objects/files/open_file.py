@@ -24,17 +24,19 @@ DELETED = ' (deleted)'
 F_GETSIG = 11
 F_GETOWN_EX = 16
 F_GETOWNER_UIDS = 17        # uid_t[2], with CONFIG_CHECKPOINT_RESTORE
+F_GET_RW_HINT = 1035        # <linux/fcntl.h>, u64
 _OWNER = struct.Struct('=ii')
 _UIDS = struct.Struct('=II')
 
 
 class Owner(NamedTuple):
-    """The owner of a file's signals: fcntl(2) F_GETOWN_EX and F_GETSIG."""
+    """The owner of a file's signals: fcntl(2) F_GETOWN_EX and F_GETSIG; and F_GET_RW_HINT."""
     type: int    # F_OWNER_TID 0, PID 1, PGRP 2
     pid: int     # as the daemon sees it, 0 for none
     signal: int
     uid: int     # of the user who set it, with whose rights the signal is sent; 0 where the kernel does not report it
     euid: int    # likewise
+    write_hint: int     # RWH_* for the inode, 0 for none
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,10 @@ class OpenFile:
     def owner(self) -> Owner:
         """Return the owner for SIGIO. Zeros for an O_PATH file, which has none."""
         if self.is_path:
-            return Owner(0, 0, 0, 0, 0)
+            return Owner(0, 0, 0, 0, 0, 0)
         with self.duplicate() as fd:
             kind, pid = _OWNER.unpack(fcntl.fcntl(fd, F_GETOWN_EX, _OWNER.pack(0, 0)))
-            return Owner(kind, pid, fcntl.fcntl(fd, F_GETSIG), *_owner_uids(fd))
+            return Owner(kind, pid, fcntl.fcntl(fd, F_GETSIG), *_owner_uids(fd), _write_hint(fd))
 
 
 def _owner_uids(fd: int) -> tuple[int, int]:
@@ -153,6 +155,15 @@ def _owner_uids(fd: int) -> tuple[int, int]:
             raise
         return 0, 0
     return uid, euid
+
+
+def _write_hint(fd: int) -> int:
+    try:
+        return int.from_bytes(fcntl.fcntl(fd, F_GET_RW_HINT, bytes(8)), 'little')
+    except OSError as error:
+        if error.errno != errno.EINVAL:     # before Linux 4.13
+            raise
+        return 0
 
 
 def read_open_file(pid: int, fd: int, tid: int | None = None, holders: tuple[tuple[int, int], ...] = ()) -> OpenFile:
