@@ -58,6 +58,8 @@ ONCE_LOST = {
     'flags of timerfd_settime(2)': [
         do('make_timerfd', clock=clock, flags=0, setting=3, interval=2, armed=True) for clock in (0, 1, 7)],
     'SO_PEERGROUPS': [do('set_groups', groups=[0, 1, 61001]), do('make_socketpair', kind=1, flags=0)],
+    'write hint of a file without a name': [
+        do('make_nameless', flags=2), do('set_hint', file=0, command=1036, hint=3)],
     'socket options': [
         do('make_socketpair', kind=1, flags=0),
         # SO_NO_CHECK, TIMESTAMPING, WIFI_STATUS, LOCK_FILTER, MAX_PACING_RATE, INCOMING_CPU, BINDTOIFINDEX,

@@ -35,6 +35,7 @@ O_TMPFILE = 0o20200000      # of fcntl.h
 ANNOUNCED = {
     'a lock on .* is not kept': r'fd \d+ lock',
     'belonged to uid': r'fd\d+-stat',
+    'the deleted .* is made in': r'(fd|maps) .*\(deleted\)',
 }
 _OUT = re.compile(r'^(\d+) (before|after) (\S+) (.*)$', re.MULTILINE)
 
