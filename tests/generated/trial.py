@@ -237,7 +237,8 @@ def merged(picture: Picture) -> Picture:
     found = Picture({key: value for key, value in picture.rows.items() if not key[1].startswith('maps')})
     spaces: dict[int, dict[tuple[int, int], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for (pid, source, name), value in picture.rows.items():
-        if source.startswith('maps'):
+        # a policy keeps mappings apart, and is lost (see procdiff)
+        if source.startswith('maps') and source != 'maps policy':
             start, end = (int(one, 16) for one in name.split('-'))
             spaces[pid][start, end][source] = value
     for pid, space in spaces.items():

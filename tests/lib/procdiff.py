@@ -82,6 +82,8 @@ def changes_of_restart(before: Picture, after: Picture, *, brief: bool = False) 
         for (task, source, name), value in rows.items():
             if (source, name) in BORN_ANEW or name == 'ino' or name.startswith('tfd'):
                 continue
+            if source == 'maps policy':
+                continue        # of single mappings (mbind(2)); they are lost, as ckptd-restore-limits(7) says
             if source == 'file' and name in ('syscall', 'cgroup'):
                 continue        # restart_syscall for what it restarts; of cgroup the dead keep a name that is gone
             is_dead = before.rows.get((task, 'status', 'State'), '').startswith('Z')

@@ -128,6 +128,27 @@ def test_a_listener_is_refused_by_its_name(place: Place, brood: Brood) -> None:
     assert f'a listening unix stream socket bound to @{name[1:]}' in row.reason
 
 
+def test_an_accepted_connection_is_refused_by_its_name(place: Place, brood: Brood) -> None:
+    """The ends of a connection name two processes (SO_PEERCRED) only if it was accepted, and listen(2) takes no socket
+    without a name: the accepted end keeps that name when the listener is closed."""
+    name = f'\0ckptd-test-{os.getpid()}'
+
+    def connect() -> tuple[int, int]:
+        server, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        with pytest.raises(OSError, match='Invalid argument'):
+            server.listen()
+        server.bind(name)
+        server.listen()
+        client.connect(name)
+        accepted, _ = server.accept()
+        server.close()
+        return client.detach(), accepted.detach()
+    pid, fds = brood.ask(connect)
+    rows = refused(place, pid)
+    assert {row.resource for row in rows} == {f'fd {fd}' for fd in fds}
+    assert all(f'@{name[1:]}' in row.reason for row in rows)
+
+
 def test_a_filter_is_refused(place: Place, brood: Brood) -> None:
     """A filter of one instruction, and one that is as long as can be."""
     def attach(instructions: int) -> int:
