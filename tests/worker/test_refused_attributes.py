@@ -18,7 +18,7 @@ from tests.worker.driver import Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace')]
 
-SEMGET, SEMOP, SEMCTL, MODIFY_LDT, IOPERM = 64, 65, 66, 154, 173       # <asm/unistd_64.h>
+MODIFY_LDT, IOPERM = 154, 173       # <asm/unistd_64.h>
 WRITE = 0x11                        # function of modify_ldt(2)
 SEGMENT = b''.join(number.to_bytes(4, 'little') for number in (3, 0x1000, 0xFFF, 1 | 1 << 6))       # struct user_desc
 
@@ -60,15 +60,3 @@ def test_tagged_addresses() -> None:
     [row] = findings(task, status._replace(untag_mask=0x81FFFFFFFFFFFFFF))
     assert (row.resource, row.errno, row.severity) == ('address tags', 'EOPNOTSUPP', 'refusal')
     assert '0x81ffffffffffffff' in row.reason
-
-
-def test_semaphores_that_are_undone(forked: Callable[..., int]) -> None:
-    """SEM_UNDO: nothing shows what would be undone, so it is a warning."""
-    semaphores = call(SEMGET, 0, 1, 0o600)
-    try:
-        pid = forked(lambda: call(SEMOP, semaphores, ctypes.create_string_buffer(bytes((0, 0, 1, 0, 0, 0x10))), 1))
-        [row] = findings(scan_tree([pid]).root, read_status(pid))
-        assert (row.resource, row.severity) == ('SEM_UNDO', 'warning')
-        assert findings(scan_tree([os.getpid()]).root, read_status(os.getpid())) == []
-    finally:
-        call(SEMCTL, semaphores, 0, 0)      # IPC_RMID
