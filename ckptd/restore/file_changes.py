@@ -30,7 +30,7 @@ class FileChanges:
         self._keep_free = keep_free
 
     def keep(self, path: str, fd: int, start: int) -> None:
-        """Keep content as objects.files.base.RestoreContext.keep does. SpoolFailed if too little of the spool would
+        """Keep content as objects.files.restoring.FileMaking.keep does. SpoolFailed if too little of the spool would
         stay free."""
         fault('place-keep-file')
         kept, copy = self._place.keep_content()
@@ -44,7 +44,7 @@ class FileChanges:
         fault('place-keep-file-done')
 
     def make(self, path: str, fill: Callable[[int], None]) -> None:
-        """Make a file as objects.files.base.RestoreContext.make_file does."""
+        """Make a file as objects.files.restoring.FileMaking.make_file does."""
         pure = PurePath(path)
         temporary = str(pure.with_name(f'.{pure.name[:200]}.{secrets.token_hex(8)}'))
         fault('place-make-file')
@@ -63,7 +63,7 @@ class FileChanges:
         fault('place-make-file-done')
 
     def open_linked(self, link: str, path: str, open_: Callable[[str], int]) -> int:
-        """Open a linked file, see objects.files.restoring.RestoreContext.open_linked."""
+        """Open a linked file, see objects.files.restoring.FileMaking.open_linked."""
         with self._rights.taken():
             of = os.lstat(link)
         try:

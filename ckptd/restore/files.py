@@ -3,30 +3,28 @@
 
 import fcntl
 import os
-import re
 import socket
 import struct
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from ckptd.errors import CkptError, ImageDamaged
+from ckptd.errors import CkptError
 from ckptd.faults import fault
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import Extent, Fd, FdTable, SavedFile
+from ckptd.image.records import Fd, FdTable, SavedFile
 from ckptd.inspect.checks import CallerRights
-from ckptd.kernel.copyrange import copy_with_holes
-from ckptd.kernel.creds import CAP_SYS_PTRACE
 from ckptd.objects.files.base import ChangedFiles, Kind
+from ckptd.objects.mappings.means import MappingMeans
 from ckptd.objects.mappings.registry import MappedObjects
 from ckptd.objects.verify import decode
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
-from ckptd.restore.file_access import FileAccess
-from ckptd.restore.file_changes import FileChanges
+from ckptd.restore.cgroups import Placement
+from ckptd.restore.file_maker import FileMaker
 from ckptd.restore.service_fds import ServiceFds
 from ckptd.restore.task_sockets import make_socketpair
 
@@ -36,50 +34,26 @@ F_OWNER_PGRP = 2
 # flags that F_SETFL changes (fcntl(2)), without O_ASYNC
 _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 _TO_THE_END = (1 << 32) - 1
-# files of /proc about a process; the deepest is fdinfo of a task
-_SHOWS = re.compile(r'/proc/(\d{1,10})/(?:task/\d{1,10}/)?(?:fdinfo/\d{1,10}|[a-z_]+)')
 
 
-class FileBuilder(FileAccess):
-    """A builder that opens the files of the image through their kinds; see objects.files.base.RestoreContext."""
+class FileBuilder(FileMaker):
+    """A builder that opens the files of the image through their kinds; see objects.files.base.RestoreContext.
+
+    objects: the mapped objects, whose shared memory open files refer to.
+    """
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int) -> None:
-        super().__init__(reader, caller, changed_files, terminal_fd)
-        self._service_fds = service_fds
+                 terminal_fd: int, place: Placement, keep_free: int) -> None:
+        super().__init__(reader, service_fds, caller, changed_files, terminal_fd, place, keep_free)
+        self.objects = MappedObjects(MappingMeans(reader, self, place.note))
         self._fds: dict[int, int] = {}
         self._stubs: Mapping[int, Stub] = {}
         self._holders: dict[int, list[tuple[int, int]]] = {}
         self._late: set[int] = set()
         self._armed: list[tuple[Kind[Any], Struct, SavedFile]] = []     # files that watch others
         self._mail = _mail(service_fds)
-        self.objects: MappedObjects
-        self.file_changes: FileChanges
-
-    def _needed_for(self, path: str) -> int:
-        # A task of the tree gets its rights last and has root's until then. To open its maps, /proc requires the right
-        # to trace it (proc_pid_maps(5)), which its user has.
-        found = _SHOWS.fullmatch(path)
-        return 1 << CAP_SYS_PTRACE if found and self._pids.get(int(found[1])) == int(found[1]) else 0
 
     # ------------------------------------------------------------ for kinds
-
-    def once(self, key: Hashable, make: Callable[[], int]) -> int:
-        return self._service_fds.once(key, make)
-
-    def keep(self, path: str, fd: int, start: int) -> None:
-        self.file_changes.keep(path, fd, start)
-
-    def open_linked(self, link: str, path: str, flags: int) -> int:
-        return self.file_changes.open_linked(link, path, lambda name: self.open(name, flags))
-
-    def make_file(self, path: str, fill: Callable[[int], None]) -> None:
-        self.file_changes.make(path, fill)
-
-    def copy(self, extent: Extent, fd: int, offset: int) -> None:
-        done = copy_with_holes(self._reader.data_fd(extent.part), extent.offset, extent.length, fd, offset)
-        if done < extent.length:
-            raise ImageDamaged('a data part ends before an extent does')
 
     def shared_memory(self, shm_id: int) -> int:
         return self.objects.shared(shm_id)
@@ -171,7 +145,10 @@ class FileBuilder(FileAccess):
             kind.connect(record, saved, fd, self)
             if type(kind).arm is not Kind.arm:
                 self._armed.append((kind, record, saved))
-            self._set_owner(fd, saved)
+            if saved.owner_signal:
+                fcntl.fcntl(fd, F_SETSIG, saved.owner_signal)
+            if pid := self.pid(saved.owner):
+                set_owner_of_signals(fd, saved, pid, self._caller.uid)
             self._set_write_hint(fd, saved)
             if saved.flags & os.O_ASYNC:
                 self._set_async(fd, saved)
@@ -196,24 +173,6 @@ class FileBuilder(FileAccess):
             for fd, (kind, record, saved) in zip(fds, self._armed, strict=True):
                 kind.arm(record, saved, fd, self)
 
-    def _set_owner(self, fd: int, saved: SavedFile) -> None:
-        """Set the receiver of SIGIO. It is set with the uids that set it originally, whose rights count (fs/fcntl.c,
-        sigio_perm). For a user it is set with the user's own, whatever the image says."""
-        if saved.owner_signal:
-            fcntl.fcntl(fd, F_SETSIG, saved.owner_signal)
-        pid = self.pid(saved.owner)
-        if not pid:
-            return
-        uids = (self._caller.uid,) * 2 if self._caller.uid else (saved.owner_uid, saved.owner_euid)
-        others = os.geteuid() == 0 and any(uids)
-        if others:
-            os.setresuid(*uids, 0)
-        try:
-            fcntl.fcntl(fd, F_SETOWN_EX, struct.pack('=ii', saved.owner_type, pid))
-        finally:
-            if others:
-                os.setresuid(0, 0, 0)
-
     def _set_write_hint(self, fd: int, saved: SavedFile) -> None:
         """Set the expected lifetime of written data, an advice to the device. Only the owner of a file may give it."""
         if saved.write_hint:
@@ -228,6 +187,21 @@ class FileBuilder(FileAccess):
             self.call(vpid, 'fcntl', number, fcntl.F_SETFL, flags)
             return
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+
+
+def set_owner_of_signals(fd: int, saved: SavedFile, pid: int, caller: int) -> None:
+    """Set the receiver of SIGIO. It is set with the uids that set it originally, whose rights count (fs/fcntl.c,
+    sigio_perm). For a user it is set with the user's own, whatever the image says. caller: uid of the restart's
+    caller."""
+    uids = (caller, caller) if caller else (saved.owner_uid, saved.owner_euid)
+    others = os.geteuid() == 0 and any(uids)
+    if others:
+        os.setresuid(*uids, 0)
+    try:
+        fcntl.fcntl(fd, F_SETOWN_EX, struct.pack('=ii', saved.owner_type, pid))
+    finally:
+        if others:
+            os.setresuid(0, 0, 0)
 
 
 def _mail(service_fds: ServiceFds) -> tuple[socket.socket, int]:

@@ -25,8 +25,6 @@ from ckptd.kernel.ptrace import let_go
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import Stage
 from ckptd.objects.files.deleted import open_directory
-from ckptd.objects.mappings.means import MappingMeans
-from ckptd.objects.mappings.registry import MappedObjects
 from ckptd.objects.namespaces.birth import make_reaper
 from ckptd.objects.namespaces.registry import enter
 from ckptd.operation.clock import Clock
@@ -43,7 +41,6 @@ from ckptd.restore.create import TaskBuilder
 from ckptd.restore.creation_order import SEED, NewProcess
 from ckptd.restore.creation_steps import Clear, CreateTask, Fill, Step
 from ckptd.restore.digests import Digests, damaged
-from ckptd.restore.file_changes import FileChanges
 from ckptd.restore.files import FileBuilder
 from ckptd.restore.leave import Leave
 from ckptd.restore.linked_names import take_names_away
@@ -105,15 +102,13 @@ class Restore:
         """Open files before any task exists, so that all tasks inherit them."""
         reader, request = self._reader, self._request
         self._service_fds = stack.enter_context(ServiceFds(self._plan.highest))
-        self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.terminal)
-        stack.callback(self._files.kinds.close)
         self._place = stack.enter_context(place_for(self._job))
         self._place.want(cgroups(self._plan.processes))
         self._place.prepare()
-        self._objects = MappedObjects(MappingMeans(reader, self._files, self._place.note))
-        self._files.objects = self._objects
-        self._files.file_changes = FileChanges(self._place, self._files.rights, self._files.rights_to,
-                                               request.keep_free)
+        self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.terminal,
+                                  self._place, request.keep_free)
+        stack.callback(self._files.kinds.close)
+        self._objects = self._files.objects
         self._files.open_all(late=False)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, self._data,
                                      self._locked(mm_id), self._on_bytes) for mm_id in self._mms}

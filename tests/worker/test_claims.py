@@ -37,9 +37,8 @@ from ckptd.protocol.messages import Caller
 from ckptd.restore.checks import capacity
 from ckptd.restore.checks.capacity import inherited_bytes, most_to_fill, parse_meminfo
 from ckptd.restore.file_access import FileAccess
-from ckptd.restore.files import FileBuilder
+from ckptd.restore.files import set_owner_of_signals
 from ckptd.restore.prepare import prepare
-from ckptd.restore.service_fds import ServiceFds
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
 from tests.lib.brood import Brood, libc
@@ -392,16 +391,12 @@ def test_signals_are_sent_by_the_users_own_rights(place: Place, image_of: Image,
         assert owner_uids(pid) == {(ORDINARY_UID, ORDINARY_UID)}
     finally:
         end(pid)
-    with ImageReader(image) as reader, ServiceFds(100) as service_fds:
-        files = FileBuilder(reader, service_fds, importer, 'refuse', -1)
-        files._pids = {1: os.getpid()}
-        read, write = os.pipe()
-        for name, uid in (('root', 0), ('another', 1234)):
-            files._set_owner(read, r.SavedFile(1, name, 0, 0, 0, 1, 1, 0, '', b'', uid, uid))
-            assert fcntl.fcntl(read, F_GETOWNER_UIDS, bytes(8)) == struct.pack('II', *[ORDINARY_UID] * 2)
-        os.close(read)
-        os.close(write)
-        files._mail[0].close()
+    read, write = os.pipe()
+    for name, uid in (('root', 0), ('another', 1234)):
+        set_owner_of_signals(read, r.SavedFile(1, name, 0, 0, 0, 1, 1, 0, '', b'', uid, uid), os.getpid(), importer.uid)
+        assert fcntl.fcntl(read, F_GETOWNER_UIDS, bytes(8)) == struct.pack('II', *[ORDINARY_UID] * 2)
+    os.close(read)
+    os.close(write)
 
 
 def owner_uids(pid: int) -> set[tuple[int, int]]:

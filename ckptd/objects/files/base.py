@@ -35,11 +35,12 @@ from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent, SavedFile
 from ckptd.objects.files.open_file import DELETED, OpenFile, Owner, read_open_file
-from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, RestoreContext
+from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, FileMaking, RestoreContext
 from ckptd.objects.files.tables import JobTables
 
 # re-exported, so that kinds import all common names from here
-__all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'OpenFile', 'Owner', 'RestoreContext', 'read_open_file']
+__all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'FileMaking', 'OpenFile', 'Owner', 'RestoreContext',
+           'read_open_file']
 
 if TYPE_CHECKING:
     from ckptd.objects.files.content import ContentSegment

@@ -10,7 +10,7 @@ from ckptd.errors import Finding
 from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import Extent
 from ckptd.kernel.copyrange import data_ranges
-from ckptd.objects.files.base import ByUser, Content, FileLookup, OpenFile, RestoreContext, finding
+from ckptd.objects.files.base import ByUser, Content, FileLookup, FileMaking, OpenFile, finding
 
 CHUNK = 1 << 20
 
@@ -44,7 +44,7 @@ def content_size(segments: Iterable[ContentSegment]) -> int:
     return sum(segment.extent.length for segment in segments)
 
 
-def restore_content(fd: int, size: int, segments: Iterable[ContentSegment], ctx: RestoreContext) -> None:
+def restore_content(fd: int, size: int, segments: Iterable[ContentSegment], ctx: FileMaking) -> None:
     """Write the data into a new file."""
     for segment in segments:
         ctx.copy(segment.extent, fd, segment.start)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from ckptd.errors import CkptError, Finding
 from ckptd.image.records import Extent
 from ckptd.kernel.creds import CAP_MKNOD
-from ckptd.objects.files.base import DELETED, ByUser, FileLookup, Needs, RestoreContext, finding, open_again
+from ckptd.objects.files.base import DELETED, ByUser, FileLookup, FileMaking, Needs, finding, open_again
 from ckptd.objects.files.content import ContentSegment, content_size, restore_content
 
 T = TypeVar('T')
@@ -56,7 +56,7 @@ def names_for(path: str) -> Iterator[str]:
 
 
 @contextmanager
-def opened_home(path: str, ctx: RestoreContext) -> Iterator[int]:
+def opened_home(path: str, ctx: FileMaking) -> Iterator[int]:
     """Open the directory of `home_of` (O_PATH). Names are made and removed in this directory, wherever its path leads
     later. CkptError if there is none."""
     home = home_of(path, ctx)
@@ -69,7 +69,7 @@ def opened_home(path: str, ctx: RestoreContext) -> Iterator[int]:
         os.close(fd)
 
 
-def make_in_home(path: str, ctx: RestoreContext, make: Callable[[str, int], T]) -> T:
+def make_in_home(path: str, ctx: FileMaking, make: Callable[[str, int], T]) -> T:
     """Return the result of `make(name, directory fd)` with the user's rights, for the first name that is free.
 
     make raises FileExistsError if the name exists. CkptError if there is no place for the file.
@@ -86,7 +86,7 @@ def cannot_make(path: str) -> CkptError:
                      hint='make its directory, writable for the owner of the tree')
 
 
-def make_nameless(path: str, ctx: RestoreContext, flags: int) -> int:
+def make_nameless(path: str, ctx: FileMaking, flags: int) -> int:
     """Make an empty file (mode 0600) of the user without a name. CkptError if there is no place for one.
 
     O_CREAT with O_EXCL opens exactly the file that it makes (open(2)), whatever happens to its name afterwards. With
@@ -99,12 +99,12 @@ def make_nameless(path: str, ctx: RestoreContext, flags: int) -> int:
     return make_in_home(path, ctx, make)
 
 
-def make_symlink(path: str, target: str, flags: int, ctx: RestoreContext) -> int:
+def make_symlink(path: str, target: str, flags: int, ctx: FileMaking) -> int:
     """Make a symbolic link without a name with the user's rights. Return its O_PATH fd. CkptError for lack of room."""
     return _make_node(path, lambda name, home: os.symlink(target, name, dir_fd=home), flags | os.O_NOFOLLOW, ctx)
 
 
-def make_device(path: str, mode: int, device: int, flags: int, ctx: RestoreContext) -> int:
+def make_device(path: str, mode: int, device: int, flags: int, ctx: FileMaking) -> int:
     """Make a device node without a name with the user's rights and open it. mknod(2) requires CAP_MKNOD."""
     def make(name: str, home: int) -> None:
         os.mknod(name, stat.S_IFMT(mode) | 0o600, device, dir_fd=home)
@@ -121,7 +121,7 @@ def device_findings(path: str, lookup: FileLookup) -> list[Finding]:
                     'restore as root')]
 
 
-def removed_directory(path: str, mode: int, ctx: RestoreContext) -> int:
+def removed_directory(path: str, mode: int, ctx: FileMaking) -> int:
     """Return an O_PATH fd of a removed directory. The caller does not close it.
 
     The first call for a path makes the directory, and open files and working directories share it. It is empty, and no
@@ -139,7 +139,7 @@ def is_removed(path: str, lookup: FileLookup) -> bool:
     return path.endswith(DELETED) and lookup.lstat(path) is None
 
 
-def open_directory(path: str, ctx: RestoreContext) -> int:
+def open_directory(path: str, ctx: FileMaking) -> int:
     """Open a working or root directory by its path in /proc. Return an O_PATH fd.
 
     The mode of a removed directory is known only if the tree also has it open.
@@ -150,7 +150,7 @@ def open_directory(path: str, ctx: RestoreContext) -> int:
     return open_again(removed_directory(path.removesuffix(DELETED), 0o755, ctx), flags)
 
 
-def _make_node(path: str, make: Callable[[str, int], None], flags: int, ctx: RestoreContext, *,
+def _make_node(path: str, make: Callable[[str, int], None], flags: int, ctx: FileMaking, *,
                remove: Callable[..., None] = os.unlink) -> int:
     """Make a file with the user's rights, open it and remove its name. CkptError if there is no place for it.
 
@@ -187,8 +187,8 @@ def whole(content: Iterable[Extent]) -> tuple[ContentSegment, ...]:
 
 
 def deleted_file(path: str, device: int, inode: int, size: int, mode: int, segments: Iterable[ContentSegment],
-                 ctx: RestoreContext) -> int:
-    """Return the file that had this inode, as RestoreContext.once does: the first user makes it, open for reading.
+                 ctx: FileMaking) -> int:
+    """Return the file that had this inode, as FileMaking.once does: the first user makes it, open for reading.
     `open_nameless` opens it in other ways: a file that is open for writing cannot be a task's program (kernel/fork.c,
     replace_mm_exe_file).
 

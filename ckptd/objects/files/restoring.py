@@ -57,9 +57,9 @@ class ByUser(Protocol):
         ...
 
 
-class RestoreContext(FileLookup, ByUser, Protocol):
-    """Means for kinds during a restart. It closes the results of `once` and `create` in any case."""
-    terminal_fd: int        # of the caller's terminal, -1 without one
+class FileMaking(FileLookup, ByUser, Protocol):
+    """Means to open and make files during a restart, which need no task. The results of `once` are closed in any
+    case."""
 
     def keep(self, path: str, fd: int, start: int) -> None:
         """Keep the content of a file, open for reading, that is about to be changed from byte `start` on. It is put
@@ -87,6 +87,11 @@ class RestoreContext(FileLookup, ByUser, Protocol):
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
         """Copy bytes of the image into a file at `offset`, inside the kernel."""
         ...
+
+
+class RestoreContext(FileMaking, Protocol):
+    """Means for kinds during a restart. It closes the results of `create` in any case."""
+    terminal_fd: int        # of the caller's terminal, -1 without one
 
     def shared_memory(self, shm_id: int) -> int:
         """Return the fd of a shared object (image.records.SharedMemory), open for reading and writing, as `once`

@@ -12,7 +12,7 @@ from ckptd.image.records import Extent, PageRun
 from ckptd.journal.steps import MakeSegment
 from ckptd.kernel.memory import Mem, Range
 from ckptd.kernel.shm import ShmidDs
-from ckptd.objects.files.base import FileLookup, RestoreContext
+from ckptd.objects.files.base import FileLookup, FileMaking
 from ckptd.objects.files.linked import DeletedFile
 from ckptd.remote.stub import Stub
 
@@ -61,7 +61,7 @@ class MappingLookup(FileLookup, SegmentRights, Protocol):
     """Access to this machine before a restart begins."""
 
 
-class MappingContext(RestoreContext, SegmentRights, Protocol):
+class MappingContext(FileMaking, SegmentRights, Protocol):
     """Means for files and segments during a restart."""
 
 
