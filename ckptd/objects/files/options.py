@@ -71,9 +71,13 @@ def dump_options(sock: socket.socket) -> tuple[SocketOption, ...]:
     """Return the options that differ from those of a fresh socket of the same family and type."""
     fresh = _fresh_options(sock.family, sock.type, sock.proto)
     found = [SocketOption(name, value) for name, value in _read_all(sock).items() if fresh.get(name) != value]
-    locks = buffer_locks(sock)
-    found += [SocketOption(name, _buffer(sock, name)) for name, _, lock in _BUFFERS if locks & lock]
-    return (*found, SocketOption(SO_BUF_LOCK, locks.to_bytes(_INT, 'little'))) if locks else tuple(found)
+    locks, usual = buffer_locks(sock), _fresh_buffers(sock.family, sock.type, sock.proto)
+    # a program may have taken back the lock of a size that it has set
+    sizes = [SocketOption(name, _buffer(sock, name)) for name, _, lock in _BUFFERS
+             if locks & lock or _buffer(sock, name) != usual[name]]
+    if sizes or locks:
+        sizes.append(SocketOption(SO_BUF_LOCK, locks.to_bytes(_INT, 'little')))
+    return *found, *sizes
 
 
 def set_options(sock: socket.socket, options: tuple[SocketOption, ...], link: str) -> None:
@@ -118,6 +122,12 @@ def _read_all(sock: socket.socket) -> dict[int, bytes]:
             if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
                 raise       # otherwise this kernel, or this family, has no such option
     return found
+
+
+@lru_cache(maxsize=16)
+def _fresh_buffers(family: int, kind: int, protocol: int) -> dict[int, bytes]:
+    with socket.socket(family, kind, protocol) as sock:
+        return {name: _buffer(sock, name) for name, _, _ in _BUFFERS}
 
 
 @lru_cache(maxsize=16)
