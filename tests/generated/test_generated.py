@@ -60,6 +60,9 @@ ONCE_LOST = {
     'SO_PEERGROUPS': [do('set_groups', groups=[0, 1, 61001]), do('make_socketpair', kind=1, flags=0)],
     'write hint of a file without a name': [
         do('make_nameless', flags=2), do('set_hint', file=0, command=1036, hint=3)],
+    'size of a buffer whose lock was taken back (SO_BUF_LOCK)': [
+        do('make_socketpair', kind=1, flags=0), do('set_socket_option', file=0, option=7, value=5000),
+        do('set_socket_option', file=0, option=72, value=0)],
     'socket options': [
         do('make_socketpair', kind=1, flags=0),
         # SO_NO_CHECK, TIMESTAMPING, WIFI_STATUS, LOCK_FILTER, MAX_PACING_RATE, INCOMING_CPU, BINDTOIFINDEX,

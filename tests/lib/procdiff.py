@@ -170,6 +170,8 @@ def _add_mappings(picture: Picture, pid: int) -> None:
             picture.add(pid, 'maps policy', name, policies.get(name.partition('-')[0], ''))
         elif line.startswith('VmFlags:'):
             flags = set(line.split()[1:]) - KERNELS_OWN
+            if 'mw' not in flags:       # set or not by how the file was open, and of no effect (mm/mmap.c, do_mmap)
+                flags -= {'sh'}
             picture.add(pid, 'maps flags', name, ' '.join(sorted(flags)))
             # Which pages are there depends on what was touched, if they are locked on fault. Pages of a file are
             # divided among all who map them (Pss).
