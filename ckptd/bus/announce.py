@@ -67,7 +67,7 @@ class Announcer:
 
     def tree_restored(self, job: JobRecord, tasks: int) -> None:
         with suppress(NoSuchImage):     # the image was removed while its tree was made; the tree runs all the same
-            image = self._spool.find(job.request.image)
+            image = self._spool.find(job.request.image_id)
             self._manager.Restored.to(Audience(image.owner), image.id, tasks)
 
     def frozen_changed(self, uid: int) -> None:

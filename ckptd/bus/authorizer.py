@@ -39,7 +39,7 @@ from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import JobRecord
 from ckptd.jobs.visibility import Visibility
 from ckptd.kernel.confinement import hint_for, listed
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.target import AnyTarget, Target
 
 Verb = Literal['checkpoint', 'restore', 'freeze', 'manage']

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from ckptd.bus.export import Viewer
 from ckptd.bus.peers import Peers, SeesAll
 from ckptd.bus.wire import Received
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 
 
 class Call:

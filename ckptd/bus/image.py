@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """org.ckptd1.Image at /org/ckptd1/image/ID: a published image."""
 
-from typing import Any
+from typing import Any, cast
 
 from ckptd.bus.authorizer import Authorizer
 from ckptd.bus.call import Call
@@ -13,7 +13,7 @@ from ckptd.bus.restore import check_restore, restore
 from ckptd.errors import InvalidArgument
 from ckptd.jobs.images import ImageService
 from ckptd.jobs.spool import SpooledImage
-from ckptd.protocol.messages import FORMATS
+from ckptd.protocol.requests import FORMATS, Format
 
 # types in the rows of Scan and Tree; all others are 's', or 't' for a number
 TASK_TYPES = {'tid': 'u', 'tgid': 'u', 'ppid': 'u', 'pgid': 'u', 'sid': 'u', 'vtid': 'u', 'parent_tid': 'u',
@@ -44,7 +44,7 @@ class ImageObject(Exported):
             raise InvalidArgument(f'unknown format {format[:32]!r}', hint=f'formats: {", ".join(FORMATS)}')
         rights = await self._authorizer.image(call, 'manage', self.info.id)
         async with call.attended():
-            await self._image_service.export(self.info.id, output, format, rights)
+            await self._image_service.export(self.info.id, output, cast(Format, format), rights)
 
     @method('', 'h', names=('stream',))
     async def Open(self, call: Call) -> UnixFd:

@@ -87,7 +87,7 @@ class JobObject(Exported):
     @property_('s', emits='const')
     def Image(self) -> str:
         """Id of the image that the job reads or makes; '' if there is none."""
-        return self.job.request.image
+        return self.job.request.image_id
 
     @property_('u')
     def Root(self) -> int:

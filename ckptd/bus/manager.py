@@ -15,7 +15,7 @@ from ckptd.bus.image import ROW_TYPES, TASK_TYPES
 from ckptd.bus.job import path_of
 from ckptd.bus.message import UnixFd
 from ckptd.bus.names import MANAGER, image_path, token_path
-from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, Option, parse_options
+from ckptd.bus.options import CHECK, CHECKPOINT, FREEZING, INHIBIT, NONE, SELF, parse_options
 from ckptd.bus.restore import check_restore, restore
 from ckptd.errors import InvalidArgument, NoSuchTarget
 from ckptd.jobs.held_freezes import not_held
@@ -24,7 +24,7 @@ from ckptd.jobs.inhibitors import InhibitorLock
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.requests import RequestFactory, target_for
 from ckptd.kernel.pidfd import pidfd_pid
-from ckptd.protocol.messages import Operation
+from ckptd.protocol.requests import CheckRequest, ScanRequest
 from ckptd.target import CALLER, AnyTarget, ProcessTarget, parse_target
 
 TOGETHER = 1000         # images that are listed without a pause: each takes some 2 us
@@ -60,9 +60,8 @@ class ManagerObject(Exported):
         given = parse_options(options, SELF)
         tree = await self._authorizer.tree(call, 'checkpoint', CALLER)
         traces = await self._authorizer.traces(call, tree.caller, tree.target, tree.start_time)
-        request = self._request_factory.on_target('checkpoint', tree.target, tree.caller, about_itself=True,
-                                                  asker=tree.asker, start_time=tree.start_time, trace_under_yama=traces,
-                                                  **given)
+        request = self._request_factory.checkpoint(CALLER, tree.caller, asker=tree.asker, start_time=tree.start_time,
+                                                   trace_under_yama=traces, **given)
         # with after=kill the caller leaves the bus because the checkpoint succeeded
         async with contextlib.nullcontext() if request.after == 'kill' else call.attended():
             return str((await self._queue.call(request))['image'])
@@ -72,9 +71,8 @@ class ManagerObject(Exported):
         token, detach = given.pop('handle_token', ''), given.pop('detach', False)
         tree = await self._authorizer.tree(call, 'checkpoint', target, as_root=given.get('as_root', False))
         traces = await self._authorizer.traces(call, tree.caller, tree.target, tree.start_time)
-        request = self._request_factory.on_target('checkpoint', tree.target, tree.caller,
-                                                  about_itself=target == CALLER, has_pidfd=bool(fds), asker=tree.asker,
-                                                  start_time=tree.start_time, trace_under_yama=traces, **given)
+        request = self._request_factory.checkpoint(target, tree.caller, asker=tree.asker, start_time=tree.start_time,
+                                                   trace_under_yama=traces, **given)
         job = self._queue.submit(request, fds, token and token_path(call.sender, token))
         if not detach:
             await attach(call, self._queue, job)
@@ -83,22 +81,21 @@ class ManagerObject(Exported):
     @method('sa{sv}', 'aa{sv}', names=('target', 'options', 'refusals'), types=ROW_TYPES)
     async def Check(self, call: Call, target: str, options: dict[str, Any]) -> list[dict[str, Any]]:
         """List every refusal and warning of a checkpoint. Nothing is frozen or written."""
-        return list((await self._ask('check', call, target, options, CHECK)).get('refusals', ()))
+        given, wanted = parse_options(options, CHECK), parse_target(target)
+        caller = await call.credentials()
+        traces = await self._authorizer.traces(call, caller, target_for(wanted, caller), interactive=False)
+        request = self._request_factory.check(wanted, caller, trace_under_yama=traces, **given)
+        return list((await self._look(call, request)).get('refusals', ()))
 
     @method('sa{sv}', 'aa{sv}', names=('target', 'options', 'tasks'), types=TASK_TYPES)
     async def Scan(self, call: Call, target: str, options: dict[str, Any]) -> list[dict[str, Any]]:
         """List the tasks of the tree in depth-first order."""
-        return list((await self._ask('scan', call, target, options, NONE)).get('tasks', ()))
+        parse_options(options, NONE)
+        request = self._request_factory.scan(parse_target(target), await call.credentials())
+        return list((await self._look(call, request)).get('tasks', ()))
 
-    async def _ask(self, operation: Operation, call: Call, target: str, options: dict[str, Any],
-                   known: tuple[Option, ...]) -> dict[str, Any]:
-        given, wanted = parse_options(options, known), parse_target(target)
-        caller = await call.credentials()
-        tree = target_for(wanted, caller)
-        if operation == 'check':
-            given['trace_under_yama'] = await self._authorizer.traces(call, caller, tree, interactive=False)
-        request = self._request_factory.on_target(operation, tree, caller, about_itself=wanted == CALLER, **given)
-        audit_call('allowed', call, caller, str(tree), 'looking')
+    async def _look(self, call: Call, request: CheckRequest | ScanRequest) -> dict[str, Any]:
+        audit_call('allowed', call, request.caller, request.about, 'looking')
         async with call.attended():
             return await self._queue.call(request)
 
@@ -110,8 +107,7 @@ class ManagerObject(Exported):
         detach = given.pop('detach', False)
         wanted = parse_target(target)
         tree = await self._authorizer.tree(call, 'freeze', wanted)
-        request = self._request_factory.on_target('freeze', tree.target, tree.caller, about_itself=wanted == CALLER,
-                                                  asker=tree.asker, start_time=tree.start_time, **given)
+        request = self._request_factory.hold(wanted, tree.caller, asker=tree.asker, start_time=tree.start_time, **given)
         async with contextlib.nullcontext() if detach else call.attended():
             return int((await self._queue.call(request)).get('tasks', 0))
 

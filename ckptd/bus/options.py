@@ -9,7 +9,7 @@ from typing import Any, get_args
 from ckptd.bus.message import UnixFd
 from ckptd.errors import InvalidArgument
 from ckptd.kernel.statx import is_terminal
-from ckptd.protocol.messages import After, ChangedFiles, FreezeMode
+from ckptd.protocol.requests import After, ChangedFiles, FreezeMode
 from ckptd.target import WORDS, CgroupTarget, clean_path, is_valid
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds

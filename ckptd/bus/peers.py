@@ -33,7 +33,7 @@ from ckptd.kernel.confinement import (
 from ckptd.kernel.pidfd import pidfd_open, pidfd_start_time, wait_dead
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_namespaces
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 
 log = logging.getLogger(__name__)
 

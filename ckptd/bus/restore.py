@@ -36,9 +36,7 @@ async def check_restore(image_service: ImageService, authorizer: Authorizer, cal
 
 
 def _wishes(options: Mapping[str, Any], known: tuple[Option, ...]) -> tuple[dict[str, Any], list[int]]:
-    """Return fields of JobRequest and the fds that go with them. A receiver that keeps the fds duplicates them."""
+    """Return fields of RestoreRequest and the fds that go with them. A receiver that keeps the fds duplicates them."""
     given = parse_options(options, known)
     terminal = given.pop('terminal', None)
-    if terminal is None:
-        return given, []
-    return {**given, 'has_terminal': True}, [terminal]
+    return given, [] if terminal is None else [terminal]

@@ -40,10 +40,11 @@ from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import Patience, dying_patience
 from ckptd.protocol.messages import Frozen, first_rows
+from ckptd.protocol.requests import CheckpointRequest
 from ckptd.tree import Tree
 
 
-def checkpoint(job: JobContext) -> None:
+def checkpoint(job: JobContext[CheckpointRequest]) -> None:
     """Dump the tree, publish the image, leave the tree as `request.after` says, and report to the daemon."""
     Checkpoint(job).run()
 
@@ -51,7 +52,7 @@ def checkpoint(job: JobContext) -> None:
 class Checkpoint:
     """A checkpoint, phase by phase."""
 
-    def __init__(self, job: JobContext) -> None:
+    def __init__(self, job: JobContext[CheckpointRequest]) -> None:
         self._job, self._request, self._channel = job, job.request, job.channel
         self._clock = Clock()
         self._warnings: list[Finding] = []

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ckptd.errors import Busy, InvalidArgument, LimitsExceeded
 from ckptd.jobs.state import JobRecord
-from ckptd.protocol.messages import JobRequest
+from ckptd.protocol.requests import CheckpointRequest, HoldRequest, JobRequest
 from ckptd.target import Target
 
 Overlap = Callable[[Target, Target], bool]     # whether two targets share tasks (overlap.py)
 Sees = Callable[[int], bool]             # whether the asker may know of objects that belong to a uid
-EXCLUSIVE = frozenset({'checkpoint', 'freeze'})      # operations that need the tree for themselves
+Exclusive = CheckpointRequest | HoldRequest      # requests that need the tree for themselves
 
 
 def refuse_too_many(request: JobRequest, others: Sequence[int], limit: int, in_all: int) -> None:
@@ -30,8 +30,8 @@ def refuse_active(target: Target, active: Iterable[JobRecord], overlap: Overlap,
     """Check that no job freezes, or will freeze, tasks of this target. The error names the job only if the asker may
     see it. Busy."""
     for job in active:
-        if job.request.operation in EXCLUSIVE and overlap(job.request.tree, target):
-            what = f'{job.name} works on {job.request.tree}' if sees(job.request.asked_by) else 'a job works on it'
+        if isinstance(job.request, Exclusive) and overlap(job.request.target, target):
+            what = f'{job.name} works on {job.request.target}' if sees(job.request.asked_by) else 'a job works on it'
             raise Busy(what, resource=str(target))
 
 
@@ -42,20 +42,20 @@ def refuse_conflict(request: JobRequest, active: Iterable[JobRecord], held: Mapp
 
     A checkpoint of exactly the held target is allowed: a caller may freeze, look, and then dump.
     """
-    if request.operation not in EXCLUSIVE:
+    if not isinstance(request, Exclusive):
         return
 
     def sees(owner: int) -> bool:
         return request.asked_by in (0, owner)
 
-    refuse_active(request.tree, active, overlap, sees)
+    refuse_active(request.target, active, overlap, sees)
     for target, owner in held.items():
-        exact = request.tree == target and request.operation == 'checkpoint' and request.after != 'freeze'
-        if not exact and overlap(target, request.tree):
+        exact = request.target == target and isinstance(request, CheckpointRequest) and request.after != 'freeze'
+        if not exact and overlap(target, request.target):
             if not sees(owner):
-                raise Busy(f'a part of {request.tree} is held frozen already', resource=str(request.tree),
+                raise Busy(f'a part of {request.target} is held frozen already', resource=str(request.target),
                            hint='ask the user who froze it to thaw it')
-            raise Busy(f'{target} is held frozen already', resource=str(request.tree), hint=f'thaw {target} first')
+            raise Busy(f'{target} is held frozen already', resource=str(request.target), hint=f'thaw {target} first')
 
 
 def refuse_token(token: str, known: Iterable[JobRecord]) -> None:

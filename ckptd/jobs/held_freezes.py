@@ -12,6 +12,7 @@ from ckptd.jobs.entry import QueuedJob, reason
 from ckptd.jobs.run import Run
 from ckptd.jobs.target_process import ProcessWatch
 from ckptd.jobs.worker import MAX_STATUS
+from ckptd.protocol.requests import FreezerRequest
 from ckptd.target import Target
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,12 @@ def not_held(target: Target) -> NoSuchTarget:
     """Return the error for a target that is not left frozen, or whose freeze the caller may not see."""
     return NoSuchTarget(f'{target} is not frozen by ckptd', resource=str(target),
                         hint='the property FrozenTargets lists frozen targets')
+
+
+def _request(entry: QueuedJob) -> FreezerRequest:
+    request = entry.job.request
+    assert isinstance(request, FreezerRequest)      # no other job can hold a freeze (Run)
+    return request
 
 
 class HeldFreezes:
@@ -49,14 +56,14 @@ class HeldFreezes:
 
     def begin(self, entry: QueuedJob) -> None:
         """Hold the freeze that the job made. `keep` must run afterwards."""
-        request = entry.job.request
+        request = _request(entry)
         entry.let_go = asyncio.get_running_loop().create_future()
-        self._held[request.tree] = entry
+        self._held[request.target] = entry
         self._changed(request.asked_by)
 
     async def keep(self, entry: QueuedJob, run: Run) -> None:
         """Keep the freeze until it is released."""
-        request, failure = entry.job.request, None
+        request, failure = _request(entry), None
         life = self._watch(entry)
         try:
             await run.hold()
@@ -67,13 +74,13 @@ class HeldFreezes:
         died = await self._end_worker(run, 0 if failure is None else MAX_STATUS, failure is not None)
         if died:
             failure = reason(entry, WorkerDied(''), died)
-        del self._held[request.tree]
+        del self._held[request.target]
         self._changed(request.asked_by)
         assert entry.let_go is not None
         if failure is None:
             entry.let_go.set_result(None)
         else:
-            log.error('%s: the freeze of %s was lost: %s', entry.job.name, request.tree, failure)
+            log.error('%s: the freeze of %s was lost: %s', entry.job.name, request.target, failure)
             entry.let_go.set_exception(failure)
             # retrieve the error, which is logged, so that asyncio does not warn if no thaw waits for it
             entry.let_go.exception()
@@ -102,13 +109,13 @@ class HeldFreezes:
     def _watch(self, entry: QueuedJob) -> ProcessWatch | None:
         """Watch the process. If it is killed while frozen, its pid may later belong to another process, which is not
         frozen."""
-        request = entry.job.request
+        request = _request(entry)
         try:
-            return ProcessWatch.of(request.tree, request.start_time, partial(self._ended, entry))
+            return ProcessWatch.of(request.target, request.start_time, partial(self._ended, entry))
         except NoSuchTarget:
             self._ended(entry)
             return None
 
     def _ended(self, entry: QueuedJob) -> None:
-        log.info('%s: %s has ended, so its freeze has ended', entry.job.name, entry.job.request.tree)
+        log.info('%s: %s has ended, so its freeze has ended', entry.job.name, entry.job.request.about)
         self.let_go(entry)

@@ -8,11 +8,21 @@ from typing import Any, NamedTuple
 
 from ckptd.errors import Busy, NoSuchImage
 from ckptd.jobs.queue import Queue
-from ckptd.jobs.requests import RequestFactory
+from ckptd.jobs.requests import R, RequestFactory
 from ckptd.jobs.slots import Slots
 from ckptd.jobs.spool import Spool, SpooledImage
 from ckptd.jobs.state import JobRecord
-from ckptd.protocol.messages import Caller, JobRequest, Operation
+from ckptd.protocol.requests import (
+    Caller,
+    CheckRestoreRequest,
+    ExportRequest,
+    Format,
+    ImageTreeRequest,
+    RemoveNamesRequest,
+    RestoreRequest,
+    VerifyRequest,
+    operation_of,
+)
 
 REMOVALS = 2        # at a time, one for each user: the time depends on the disk, and all users share the threads
 
@@ -34,23 +44,23 @@ class ImageService:
 
     async def verify(self, image: str, rights: ImageRights) -> list[str]:
         """List the damages of the image, one sentence each."""
-        result = await self.queue.call(self._order('verify', image, rights))
+        result = await self.queue.call(self._order(VerifyRequest, image, rights))
         return [str(damage) for damage in result.get('damages', ())]
 
     async def tree(self, image: str, rights: ImageRights) -> list[dict[str, Any]]:
         """List the tasks of the image, in rows like those of Manager.Scan."""
-        result = await self.queue.call(self._order('tree', image, rights))
+        result = await self.queue.call(self._order(ImageTreeRequest, image, rights))
         return list(result.get('tasks', ()))
 
-    async def export(self, image: str, output: int, format_: str, rights: ImageRights) -> None:
+    async def export(self, image: str, output: int, format_: Format, rights: ImageRights) -> None:
         """Write the image to the fd `output` as a tar stream."""
-        request = self._order('export', image, rights, format=format_, has_output=True, writer=rights.who)
+        request = self._order(ExportRequest, image, rights, format=format_, writer=rights.who)
         await self.queue.call(request, [output])
 
     def open(self, image: str, rights: ImageRights) -> int:
         """Return the reading end of a pipe from which the image comes as a tar stream. The caller closes it, and the
         job ends with it."""
-        request = self._order('export', image, rights, format='tar', has_output=True, writer=rights.who)
+        request = self._order(ExportRequest, image, rights, format='tar', writer=rights.who)
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         try:
             self.queue.submit(request, [theirs])
@@ -68,13 +78,13 @@ class ImageService:
         return str(result['image'])
 
     def restore(self, image: str, rights: ImageRights, fds: Sequence[int], token: str, **wishes: Any) -> JobRecord:
-        """Start a job that restores the tree of the image. wishes: fields of JobRequest."""
-        return self.queue.submit(self._order('restore', image, rights, **wishes), fds, token)
+        """Start a job that restores the tree of the image. wishes: fields of RestoreRequest."""
+        return self.queue.submit(self._order(RestoreRequest, image, rights, **wishes), fds, token)
 
     async def check_restore(self, image: str, rights: ImageRights, fds: Sequence[int], **wishes: Any
                             ) -> list[dict[str, Any]]:
         """List every refusal and warning of such a restore, as rows."""
-        result = await self.queue.call(self._order('check-restore', image, rights, **wishes), fds)
+        result = await self.queue.call(self._order(CheckRestoreRequest, image, rights, **wishes), fds)
         return list(result.get('refusals', ()))
 
     async def remove(self, image: str, rights: ImageRights) -> None:
@@ -82,7 +92,7 @@ class ImageService:
         if self.queue.works_on(image):
             raise Busy(f'a job reads image {image}', resource=image)
         if info.names:
-            await self.queue.call(self._order('remove-names', image, rights))
+            await self.queue.call(self._order(RemoveNamesRequest, image, rights))
         self._going.add(image)      # from here on no job may begin to read it
         try:
             async with self._removals.slot(rights.who.uid):
@@ -90,9 +100,9 @@ class ImageService:
         finally:
             self._going.discard(image)
 
-    def _order(self, operation: Operation, image: str, rights: ImageRights, **more: Any) -> JobRequest:
-        info = self._open(image, rights.caller, operation)
-        return self._request_factory.on_image(operation, info, rights.caller, asker=rights.who.uid, **more)
+    def _order(self, kind: type[R], image: str, rights: ImageRights, **more: Any) -> R:
+        info = self._open(image, rights.caller, operation_of(kind))
+        return self._request_factory.on_image(kind, info, rights.caller, asker=rights.who.uid, **more)
 
     def _open(self, image: str, caller: Caller, verb: str) -> SpooledImage:
         info = self.spool.find(image)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from ckptd.inspect.scan import resolve_target, scan_tree
 from ckptd.kernel.status import read_status
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.target import Target
 
 

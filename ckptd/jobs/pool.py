@@ -9,7 +9,7 @@ from ckptd.jobs.service import Services, ServiceWorker
 from ckptd.jobs.spawner import SpawnerClient
 from ckptd.jobs.worker import COMMAND, ChildWorker, WorkerHandle
 from ckptd.kernel.liveness import Liveness
-from ckptd.protocol.messages import JobRequest
+from ckptd.protocol.requests import JobRequest
 
 # operations that fail in a descendant of a sandboxed daemon: make the tree, check that it can be made, put files back,
 # take names away
@@ -57,7 +57,7 @@ class WorkerPool:
         """Return the worker for a job. It must be given back. WorkerDied if none can be started."""
         worker: WorkerHandle
         if self._services is not None and request.operation in UNSANDBOXED:
-            what = f'{request.operation.capitalize()} of {request.image or "files"}'
+            what = f'{request.operation.capitalize()} of {request.image_id or "files"}'
             worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._liveness.pidfd,
                                                _slice_of(request))
         else:

@@ -20,7 +20,7 @@ import msgspec
 
 from ckptd.config import Config
 from ckptd.errors import Cancelled, CkptError, LimitsExceeded, PermissionDenied, Unavailable, WorkerDied
-from ckptd.jobs.admission import EXCLUSIVE, Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
+from ckptd.jobs.admission import Exclusive, Sees, refuse_active, refuse_conflict, refuse_token, refuse_too_many
 from ckptd.jobs.audit import audit
 from ckptd.jobs.by_number import KnownJobs
 from ckptd.jobs.entry import Listener, QueuedJob, reason
@@ -36,7 +36,8 @@ from ckptd.jobs.state import JobRecord
 from ckptd.jobs.tasks import Tasks
 from ckptd.jobs.throttle import Throttle
 from ckptd.jobs.worker import MAX_STATUS, WorkerHandle
-from ckptd.protocol.messages import FromWorker, JobRequest, ProgressReport, TreeRuns
+from ckptd.protocol.messages import FromWorker, ProgressReport, TreeRuns
+from ckptd.protocol.requests import CheckpointRequest, Request, RestoreRequest
 from ckptd.target import Target
 
 log = logging.getLogger(__name__)
@@ -86,15 +87,15 @@ class Queue:
 
     def works_on(self, image: str) -> bool:
         """Whether some job reads or writes this image. A restored tree that runs no longer needs it."""
-        return any(job.request.image == image and not job.root for job in self._entries)
+        return any(job.request.image_id == image and not job.root for job in self._entries)
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, request: JobRequest, fds: Sequence[int] = (), token: str = '') -> JobRecord:
+    def submit(self, request: Request, fds: Sequence[int] = (), token: str = '') -> JobRecord:
         """Accept a request. The fds are duplicated. Busy, LimitsExceeded, InvalidArgument, Unavailable."""
         return self._enter(request, fds, token).job
 
-    async def call(self, request: JobRequest, fds: Sequence[int] = ()) -> dict[str, Any]:
+    async def call(self, request: Request, fds: Sequence[int] = ()) -> dict[str, Any]:
         """Accept a request and wait for its result or error. If the caller leaves, the job is cancelled."""
         entry = self._enter(request, fds, '')
         try:
@@ -129,7 +130,7 @@ class Queue:
         self._refuse_late()
         return self.inhibitors.take(holder, start_time)
 
-    def _enter(self, request: JobRequest, fds: Sequence[int], token: str) -> QueuedJob:
+    def _enter(self, request: Request, fds: Sequence[int], token: str) -> QueuedJob:
         self._refuse_late()
         users = [job.request.asked_by for job in (*self._entries, *(entry.job for entry in self._held))]
         refuse_too_many(request, (*users, *self._pool.stuck), self._config.max_jobs_per_user,
@@ -140,8 +141,8 @@ class Queue:
         with contextlib.ExitStack() as undo:
             entry = self._make(request, fds, token)
             undo.callback(entry.close)
-            if request.operation in EXCLUSIVE:
-                entry.lineage = relations.lineage(request.tree)
+            if isinstance(request, Exclusive):
+                entry.lineage = relations.lineage(request.target)
             self._entries[entry.job] = entry
             undo.callback(self._entries.pop, entry.job)
             self._quota.begin(entry.job)
@@ -160,15 +161,14 @@ class Queue:
 
     def _relations(self) -> Relations:
         """Return relations between the targets of all jobs and freezes, with their lineages when accepted."""
-        return Relations({entry.job.request.tree: entry.lineage
-                          for entry in (*self._held, *self._entries.values()) if entry.lineage})
+        return Relations({request.target: entry.lineage for entry in (*self._held, *self._entries.values())
+                          if entry.lineage and isinstance(request := entry.job.request, Exclusive)})
 
-    def _make(self, request: JobRequest, fds: Sequence[int], token: str) -> QueuedJob:
-        announced = request.operation in ANNOUNCED
-        number = next(self._numbers) if announced else 0
+    def _make(self, request: Request, fds: Sequence[int], token: str) -> QueuedJob:
+        number = next(self._numbers) if request.operation in ANNOUNCED else 0
         job = JobRecord(number, msgspec.structs.replace(request, job=number), time.time_ns() // 1000, token)
         throttle = Throttle(PROGRESS_INTERVAL, partial(self._listener.job_progress, job))
-        return QueuedJob(job, [os.dup(fd) for fd in fds], self._slot_groups.of(request, announced), throttle)
+        return QueuedJob(job, [os.dup(fd) for fd in fds], self._slot_groups.of(request, number > 0), throttle)
 
     # ------------------------------------------------------------ the life of a job
 
@@ -191,9 +191,9 @@ class Queue:
     async def _prepare(self, entry: QueuedJob) -> None:
         """Announce that a tree is about to be frozen and give inhibitors a moment. Other jobs may run meanwhile."""
         job = entry.job
-        if job.request.operation != 'checkpoint':
+        if not isinstance(job.request, CheckpointRequest):
             return
-        inhibitors = self.inhibitors.of(job.request.tree)
+        inhibitors = self.inhibitors.of(job.request.target)
         entry.prepared = inhibitors
         self._listener.job_prepares(job, True, inhibitors)
         if inhibitors:
@@ -226,7 +226,7 @@ class Queue:
             await self._listener.images_changed()
         if run.frozen is not None:
             self._held.begin(entry)
-            self.spawn(self._held.keep(entry, run), name=f'freeze of {run.job.request.tree}')
+            self.spawn(self._held.keep(entry, run), name=f'freeze of {run.job.request.about}')
             if self._stopping:
                 self._held.let_go(entry)
         self._settle(entry, result)
@@ -265,7 +265,7 @@ class Queue:
             job.fail(outcome)
             if isinstance(outcome, PermissionDenied):       # the kernel refused, or the rights that the image asks for
                 audit('refused', outcome.resource, operation=job.request.operation, uid=job.request.asked_by,
-                      pid=job.request.caller.pid, what=job.request.image or job.request.about, task=outcome.task)
+                      pid=job.request.caller.pid, what=job.request.image_id or job.request.about, task=outcome.task)
         else:
             job.finish(outcome)
         del self._entries[job]
@@ -291,7 +291,7 @@ class Queue:
         entry.heard = self._loop.time()
         if isinstance(message, TreeRuns):
             self._listener.tree_restored(entry.job, message.tasks)
-            if entry.job.request.wait:
+            if isinstance(entry.job.request, RestoreRequest) and entry.job.request.wait:
                 entry.leave_slot()
         if entry.job.number and not entry.job.over:
             if isinstance(message, ProgressReport):

@@ -60,7 +60,7 @@ class Quota:
                                   (None, 'the spool', self._config.max_bytes)):
             size = self._usage(whose)[1]
             if size > self._bytes(most):
-                raise LimitsExceeded(f'with image {job.request.image} {name} would have {size:,} bytes of images; '
+                raise LimitsExceeded(f'with image {job.request.image_id} {name} would have {size:,} bytes of images; '
                                      f'{self._bytes(most):,} are allowed', resource='spool',
                                      hint='remove images (ckptctl remove IMAGE); nothing was left of this one')
 

@@ -21,7 +21,8 @@ from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
 from ckptd.journal import Journal, recover
 from ckptd.journal.recover import left_about_files
-from ckptd.protocol.messages import Caller, Failed, Finished, JobRequest, Start
+from ckptd.protocol.messages import Failed, Finished, Start
+from ckptd.protocol.requests import Caller, RecoverRequest
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Recovery:
     def _of_the_dead(self, locked: Mapping[Path, int | str]) -> list[Path]:
         """Return those that belong to no living worker."""
         alive = self._pool.requests
-        theirs = {request.job for request in alive} | {request.image for request in alive}
+        theirs = {request.job for request in alive} | {request.image_id for request in alive}
         any_import = any(request.operation == 'import' for request in alive)        # an import chooses the id itself
         return [path for path, whose in locked.items()
                 if whose not in theirs and not (any_import and isinstance(whose, str))]
@@ -150,8 +151,8 @@ class Recovery:
 
     async def _recover_files(self) -> None:
         """Let a worker put files back, because the daemon has a sandbox and threads."""
-        request = JobRequest('recover', Caller(os.geteuid(), os.getegid()), str(self._spool.directory),
-                             str(self._runtime))
+        request = RecoverRequest(caller=Caller(os.geteuid(), os.getegid()), spool=str(self._spool.directory),
+                                 runtime=str(self._runtime))
         worker = await self._pool.take(request)
         try:
             worker.send(Start(request))

@@ -4,7 +4,7 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,10 +15,26 @@ from ckptd.jobs.quota import Quota
 from ckptd.jobs.spool import Spool, SpooledImage
 from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import Stat, read_stat
-from ckptd.protocol.messages import Caller, JobRequest, Operation
-from ckptd.target import AnyTarget, CallerTarget, CgroupTarget, ProcessTarget, Target
+from ckptd.protocol.requests import (
+    Caller,
+    CheckpointRequest,
+    CheckRequest,
+    CheckRestoreRequest,
+    ExportRequest,
+    HoldRequest,
+    ImageTreeRequest,
+    ImportRequest,
+    RemoveNamesRequest,
+    RestoreRequest,
+    ScanRequest,
+    TraceRequest,
+    VerifyRequest,
+)
+from ckptd.target import CALLER, AnyTarget, CallerTarget, CgroupTarget, ProcessTarget, Target
 
 MAX_TIMEOUT = 3600 * 1_000_000
+R = TypeVar('R', bound=VerifyRequest | ImageTreeRequest | RemoveNamesRequest | ExportRequest | RestoreRequest
+            | CheckRestoreRequest)
 
 
 def target_for(target: AnyTarget, caller: Caller) -> Target:
@@ -70,37 +86,59 @@ class RequestFactory:
     systemd: bool
     bus: int = 0              # inode of this daemon's socket to its bus
 
-    def on_target(self, operation: Operation, target: Target, caller: Caller, *, about_itself: bool = False,
-                  freeze: str = 'auto', after: str = 'resume', timeout: int = 0, has_pidfd: bool = False,
-                  **more: Any) -> JobRequest:
-        """Make a request about live tasks. about_itself: the caller named the target as itself. more: further fields.
-        NoSuchTarget, LimitsExceeded."""
-        image = ''
-        if operation == 'checkpoint':
-            self.quota.room(caller.uid)
-            image = new_image_id(command_of(target))
+    def scan(self, target: AnyTarget, caller: Caller) -> ScanRequest:
+        """Make a request to list tasks. NoSuchTarget."""
+        return ScanRequest(**self._on_tree(target, caller))
+
+    def trace(self, target: AnyTarget, caller: Caller, start_time: int) -> TraceRequest:
+        """Make a request to ask a security module. NoSuchTarget."""
+        return TraceRequest(**self._on_tree(target, caller), start_time=start_time)
+
+    def check(self, target: AnyTarget, caller: Caller, **more: Any) -> CheckRequest:
+        """Make a request to check a tree. more: further fields. NoSuchTarget."""
+        return CheckRequest(**self._on_tree(target, caller), **self._dumped(target, caller), **more)
+
+    def hold(self, target: AnyTarget, caller: Caller, *, timeout: int = 0, **more: Any) -> HoldRequest:
+        """Make a request to freeze a tree. timeout: microseconds, 0 for the configured ones. more: further fields.
+        NoSuchTarget."""
+        return HoldRequest(**self._on_tree(target, caller, timeout), avoid=self._avoid(caller), **more)
+
+    def checkpoint(self, target: AnyTarget, caller: Caller, *, timeout: int = 0, **more: Any) -> CheckpointRequest:
+        """Make a request for an image of a tree. timeout: as for `hold`. more: further fields. NoSuchTarget,
+        LimitsExceeded."""
+        tree = self._on_tree(target, caller, timeout)
+        self.quota.room(caller.uid)
+        return CheckpointRequest(**tree, **self._dumped(target, caller), image=new_image_id(command_of(tree['target'])),
+                                 keep_free=self.quota.keep_free(caller.uid), **more)
+
+    def on_image(self, kind: type[R], image: SpooledImage, caller: Caller, **more: Any) -> R:
+        """Make a request about an existing image. The caller's rights are checked elsewhere. more: further fields."""
+        if issubclass(kind, RestoreRequest):    # the undo of a restore keeps copies of changed files in the spool
             more['keep_free'] = self.quota.keep_free(caller.uid)
-        return self._request(operation, caller, target=target, image=image, freeze=freeze, after=after,
-                             has_pidfd=has_pidfd, sever=self.bus if about_itself else 0,
-                             timeout_usec=timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT), **more)
+        if issubclass(kind, ExportRequest):
+            more['stall_usec'] = self._stall_usec
+        return kind(**self._common(caller), image=image.id, dumped=image.target, **more)
 
-    def on_image(self, operation: Operation, image: SpooledImage, caller: Caller, **more: Any) -> JobRequest:
-        """Make a request about an existing image. The caller's rights are checked elsewhere."""
-        if operation == 'restore':      # the undo of a restore keeps copies of changed files in the spool
-            more['keep_free'] = self.quota.keep_free(caller.uid)
-        return self._request(operation, caller, dumped=image.target, image=image.id, stall_usec=self._stall_usec,
-                             **more)
-
-    def _request(self, operation: Operation, caller: Caller, **more: Any) -> JobRequest:
-        client = (self.client,) if self.client and self.client == caller.pid else ()
-        caller = _with_bounds(caller)
-        return JobRequest(operation, caller, str(self.spool.directory), str(self.runtime),
-                          avoid=(*self.avoid, *client), systemd=self.systemd, **more)
-
-    def on_stream(self, caller: Caller) -> JobRequest:
+    def on_stream(self, caller: Caller) -> ImportRequest:
         """Make a request to import an image from a stream. LimitsExceeded."""
-        return self._request('import', caller, has_output=True, save_limit=self.quota.room(caller.uid),
+        return ImportRequest(**self._common(caller), size_limit=self.quota.room(caller.uid),
                              keep_free=self.quota.keep_free(caller.uid), stall_usec=self._stall_usec)
+
+    # ------------------------------------------------------------ fields that several requests have
+
+    def _common(self, caller: Caller) -> dict[str, Any]:
+        return {'caller': _with_bounds(caller), 'spool': str(self.spool.directory), 'runtime': str(self.runtime),
+                'systemd': self.systemd}
+
+    def _on_tree(self, target: AnyTarget, caller: Caller, timeout: int = 0) -> dict[str, Any]:
+        return {**self._common(caller), 'target': target_for(target, caller),
+                'timeout_usec': timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT)}
+
+    def _dumped(self, target: AnyTarget, caller: Caller) -> dict[str, Any]:
+        return {'avoid': self._avoid(caller), 'sever': self.bus if target == CALLER else 0}
+
+    def _avoid(self, caller: Caller) -> tuple[int, ...]:
+        return (*self.avoid, self.client) if self.client and self.client == caller.pid else self.avoid
 
     @property
     def _stall_usec(self) -> int:

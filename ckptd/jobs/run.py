@@ -21,6 +21,7 @@ from ckptd.jobs.state import JobRecord
 from ckptd.jobs.worker import WorkerHandle
 from ckptd.protocol import messages
 from ckptd.protocol.messages import FromWorker
+from ckptd.protocol.requests import FreezerRequest
 
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger('ckptd.worker')
@@ -54,7 +55,9 @@ class Run:
         self.job.start(self._clock())
         self.job.worker = self.worker.pid
         self._changed(None)
-        request = msgspec.structs.replace(self.job.request, avoid=(*self.job.request.avoid, *self._avoid))
+        request = self.job.request
+        if isinstance(request, FreezerRequest):
+            request = msgspec.structs.replace(request, avoid=(*request.avoid, *self._avoid))
         self.worker.send(messages.Start(request), fds)
 
     async def work(self) -> dict[str, Any]:
@@ -103,7 +106,7 @@ class Run:
                 self.job.enter(name, self._clock())
             case messages.ProgressReport():
                 self.job.advance(message, self._clock())
-            case messages.Frozen():
+            case messages.Frozen() if isinstance(self.job.request, FreezerRequest):     # a user's worker may send any
                 self.frozen = message
             case messages.Log(level, text):
                 worker_log.log(level, '%s: %s', self.job.name, text)
@@ -124,7 +127,7 @@ class Run:
                 case messages.UnitRequest(unit, 'thaw'):
                     await self._units.thaw(unit)
                 case messages.ScopeRequest(scope, pids, slice_):
-                    await self._units.scope(scope, pids, f'Restored from {self.job.request.image}', slice_)
+                    await self._units.scope(scope, pids, f'Restored from {self.job.request.image_id}', slice_)
         except CkptError as error:
             log.warning('%s: %s: %s', self.job.name, wish, error)
             return error.message

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator
 
 from ckptd.config import Config
-from ckptd.protocol.messages import JobRequest
+from ckptd.protocol.requests import JobRequest
 
 
 class Slots:

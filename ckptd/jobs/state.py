@@ -15,7 +15,8 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from ckptd.errors import Cancelled, CkptError
-from ckptd.protocol.messages import JobRequest, ProgressReport
+from ckptd.protocol.messages import ProgressReport
+from ckptd.protocol.requests import Request
 
 NOTHING = ProgressReport(0, 0, 0, 0)
 
@@ -72,7 +73,7 @@ SLICES = {'import': IMPORT, 'restore': RESTORE, 'check-restore': RESTORE}
 class JobRecord:
     """A job. Times are seconds of a monotonic clock unless stated otherwise."""
     number: int
-    request: JobRequest
+    request: Request
     start_time: int    # time of the request, microseconds of the real-time clock
     token: str = ''    # a second name, chosen by the caller; or ''
     state: State = State.QUEUED

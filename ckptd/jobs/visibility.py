@@ -16,7 +16,7 @@ from ckptd.kernel.ancestry import is_below
 from ckptd.kernel.confinement import PID_NAMESPACE
 from ckptd.kernel.hidepid import is_hidden_from
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.target import Target
 
 
@@ -64,7 +64,7 @@ class Visibility:
         worker asks the kernel as the caller. NoSuchTarget."""
         if ptrace_scope() not in (DECLARED, CAPABLE):
             return False
-        request = self._request_factory.on_target('check-trace', target, caller, start_time=start_time)
+        request = self._request_factory.trace(target, caller, start_time)
         return bool((await self._queue.call(request)).get('forbidden'))
 
     async def _seen(self, target: Target, caller: Caller) -> Collection[int] | None:
@@ -72,7 +72,7 @@ class Visibility:
         NoSuchTarget if it sees none."""
         if PID_NAMESPACE not in caller.confinement and not await self._is_hidden(caller):
             return None
-        result = await self._queue.call(self._request_factory.on_target('scan', target, caller))
+        result = await self._queue.call(self._request_factory.scan(target, caller))
         return frozenset(row['tid'] for row in result['tasks'])
 
     async def _is_hidden(self, caller: Caller) -> bool:

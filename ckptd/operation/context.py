@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from ckptd.errors import Finding, NoSuchImage, NoSuchTarget, Refused, SpoolFailed
 from ckptd.faults import fault
@@ -35,27 +35,41 @@ from ckptd.operation.broker import BrokerClient
 from ckptd.operation.freezing import lent_freeze
 from ckptd.operation.timers import OwnTimers, Timers
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import JobRequest
+from ckptd.protocol.requests import (
+    CheckpointRequest,
+    DumpRequest,
+    FreezerRequest,
+    ImageRequest,
+    ImportRequest,
+    JobRequest,
+    TreeRequest,
+)
 from ckptd.target import ProcessTarget
 from ckptd.tree import Tree
 
 LEAST_ROOM = 16 << 20       # bytes; a spool with less free space accepts no image
 
 
-@dataclass(frozen=True, slots=True)
-class JobContext:
-    """The context of a job."""
-    request: JobRequest
-    channel: Channel
-    pidfd: int = -1       # of the target, if the caller gave one, else -1
-    output: int = -1      # output of an export or input of an import, else -1
-    terminal: int = -1    # for a restart, else -1
+R_co = TypeVar('R_co', bound=JobRequest, covariant=True)
+R = TypeVar('R', bound=JobRequest)
 
-    def resolve(self) -> ResolvedTarget:
+
+@dataclass(frozen=True, slots=True)
+class JobContext(Generic[R_co]):
+    """The context of a job. A function names the request that it needs: JobContext[CheckpointRequest]."""
+    request: R_co
+    channel: Channel
+    fd: int = -1        # the fd that came with the request (protocol/requests.py), else -1
+
+    def narrowed(self, kind: type[R]) -> 'JobContext[R] | None':
+        """Return this job if it has a request of that kind, else None."""
+        return JobContext(self.request, self.channel, self.fd) if isinstance(self.request, kind) else None
+
+    def resolve(self: 'JobContext[TreeRequest]') -> ResolvedTarget:
         """Resolve the target now. NoSuchTarget also if the pidfd's process has died and its pid was reused."""
-        target, caller = self.request.tree, self.request.caller
-        if self.pidfd >= 0:
-            pid = pidfd_pid(self.pidfd)
+        target, caller = self.request.target, self.request.caller
+        if self.fd >= 0:
+            pid = pidfd_pid(self.fd)
             if pid < 0:
                 raise NoSuchTarget('the process of the pidfd is dead', phase='resolve')
             target = ProcessTarget(pid)
@@ -72,11 +86,11 @@ class JobContext:
                                    phase='resolve') from None
         return found
 
-    def scan(self) -> Tree:
+    def scan(self: 'JobContext[TreeRequest]') -> Tree:
         """Resolve and scan. A cgroup may have got further roots since the last time."""
         return scan_tree(self.resolve().roots)
 
-    def look(self) -> Tree:
+    def look(self: 'JobContext[TreeRequest]') -> Tree:
         """Scan the tree as far as the caller sees it. NoSuchTarget if that is nothing."""
         target = self.resolve()
         tree = without_hidden(scan_tree(target.roots), self.request.caller)
@@ -84,7 +98,7 @@ class JobContext:
             raise NoSuchTarget(f'{target.description} has no processes')
         return tree
 
-    def cache(self, *, at_rest: bool = False) -> ProcCache:
+    def cache(self: 'JobContext[DumpRequest]', *, at_rest: bool = False) -> ProcCache:
         """Make an empty cache of /proc. For a request of the caller about itself, its connections to our bus count as
         disconnected."""
         severed: Collection[int] = ()
@@ -97,14 +111,14 @@ class JobContext:
             tables.has_handles, tables.watched_paths = True, BrokerClient(self.channel).watched_paths
         return cache
 
-    def refusals(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
+    def refusals(self: 'JobContext[DumpRequest]', tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """List all refusals and warnings. cache: of a frozen tree, whose contents are reused; PTRACE_SEIZE then decides
         about tracing."""
         return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
                           avoid=self._avoid, cache=cache or self.cache(),
                           trace=cache is None and not self.request.trace_under_yama)
 
-    def require(self, tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
+    def require(self: 'JobContext[DumpRequest]', tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """Return the warnings. If there is any refusal, raise Refused, PermissionDenied and so on with all of them.
 
         In a running tree (without a cache) a task that dies meanwhile is not an error, or no shell script could be
@@ -115,12 +129,12 @@ class JobContext:
             rows = [row for row in rows if row.pid not in tree or is_alive(tree[row.pid])]
         return self._warnings(rows)
 
-    def require_access(self, tree: Tree) -> None:
+    def require_access(self: 'JobContext[FreezerRequest]', tree: Tree) -> None:
         """Check only what a freeze needs: the caller's right to these tasks."""
         self._warnings(told_dead(tree, check_rights(tree, self.request.caller, self._avoid)))
 
     @property
-    def _avoid(self) -> set[int]:
+    def _avoid(self: 'JobContext[FreezerRequest]') -> set[int]:
         return {os.getpid(), *self.request.avoid}
 
     def _warnings(self, rows: list[Finding]) -> list[Finding]:
@@ -129,7 +143,8 @@ class JobContext:
             raise Refused.because(refusals, self.channel.phase_name)
         return rows
 
-    def frozen(self, target: ResolvedTarget, tree: Tree, *, remote_calls: bool, traced: bool = True) -> FrozenTree:
+    def frozen(self: 'JobContext[FreezerRequest]', target: ResolvedTarget, tree: Tree, *, remote_calls: bool,
+               traced: bool = True) -> FrozenTree:
         """Freeze the tree in the way that the request asks for, and return it, for `with`. traced: ptrace may be used
         if needed."""
         request, channel = self.request, self.channel
@@ -149,7 +164,7 @@ class JobContext:
                       also=channel.fileno(), check=channel.check, remote_calls=remote_calls, traced=traced, at=fault)
 
     @contextmanager
-    def walking(self, step: WalkQueues) -> Iterator[None]:
+    def walking(self: 'JobContext[CheckpointRequest]', step: WalkQueues) -> Iterator[None]:
         """Have the old offsets set by a recovery if this worker dies in the block, which sets them itself."""
         if self.request.brokered:
             with BrokerClient(self.channel).walking(step):
@@ -162,7 +177,7 @@ class JobContext:
         finally:
             journal.finish()
 
-    def _steps(self, mode: str) -> StepJournal:
+    def _steps(self: 'JobContext[CheckpointRequest]', mode: str) -> StepJournal:
         request = self.request
         return StepJournal(Journal(Path(request.runtime)), request.job, request.about, mode, fault)
 
@@ -172,7 +187,7 @@ class JobContext:
 
     # ------------------------------------------------------------ images
 
-    def destination(self) -> Destination:
+    def destination(self: 'JobContext[CheckpointRequest]') -> Destination:
         """Open the destination of the image that the job writes. SpoolFailed, also when the spool is nearly full."""
         if self.request.brokered:
             return BrokerClient(self.channel).new_image(self.request.image)
@@ -181,7 +196,7 @@ class JobContext:
         return Incoming(spool, self.request.image)
 
     @contextmanager
-    def names(self) -> Iterator['Names']:
+    def names(self: 'JobContext[CheckpointRequest]') -> Iterator['Names']:
         """The journal of names that the image needs. Without `keep` they are gone at the end of the block."""
         request = self.request
         if request.brokered:        # the broker knows whether it has published the image
@@ -190,7 +205,7 @@ class JobContext:
         with self._steps('names') as journal:
             yield Names(journal.note, str(Path(request.spool) / request.image), journal.finish)
 
-    def import_destination(self, manifest: Manifest) -> Destination:
+    def import_destination(self: 'JobContext[ImportRequest]', manifest: Manifest) -> Destination:
         """Open the destination of an image that arrives as a stream. SpoolFailed, also when it does not fit."""
         request = self.request
         if request.brokered:
@@ -200,7 +215,7 @@ class JobContext:
                               keep_id=request.caller.uid in (0, os.geteuid()))(manifest)
 
     @contextmanager
-    def image_files(self) -> Iterator[ImageFiles]:
+    def image_files(self: 'JobContext[ImageRequest]') -> Iterator[ImageFiles]:
         """Open the files of the image that the job is about. NoSuchImage, ImageDamaged."""
         files = BrokerClient(self.channel).open_image() if self.request.brokered else DirectoryFiles(image_path(self))
         try:
@@ -226,7 +241,7 @@ def require_some_room(spool: Path, keep_free: int) -> None:
     require_room(spool, LEAST_ROOM, keep_free, phase='scan')
 
 
-def image_path(job: JobContext) -> Path:
+def image_path(job: JobContext[ImageRequest]) -> Path:
     """Return the directory of the image that the job is about. NoSuchImage."""
     path = Path(job.request.spool) / job.request.image
     if not is_image_id(job.request.image) or not path.is_dir():

@@ -9,7 +9,7 @@ from ckptd.freezer.base import FreezeRequest, FrozenTree
 from ckptd.freezer.traced import TracedFrozen
 from ckptd.protocol.broker_calls import EndTree, FreezeTree, HoldTree, LetRun, RestoreTree
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import FreezeMode
+from ckptd.protocol.requests import FreezeMode
 from ckptd.tree import Tree
 
 

@@ -21,7 +21,8 @@
 import msgspec
 
 from ckptd.journal.steps import Count, LinkFile, Pid, RestartStep, WalkQueues
-from ckptd.protocol.messages import FreezeMode, FromWorker, Message
+from ckptd.protocol.messages import FromWorker, Message
+from ckptd.protocol.requests import FreezeMode
 
 
 class OpenImage(Message, frozen=True):

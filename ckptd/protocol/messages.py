@@ -5,8 +5,7 @@ For a job of an ordinary user, a broker (worker/broker) is between the two and p
 sends it the calls of protocol/broker_calls.py and gets an Answer for each.
 
     daemon -> worker    Follow (with a pidfd, first of all, where the kernel has such pidfds)
-                        Start (with fds: pidfd of the target, output of an export or input of an import, a terminal,
-                        if any, in this order)   Cancel   Thaw   UnitDone
+                        Start (perhaps with an fd, see protocol/requests.py)   Cancel   Thaw   UnitDone
     worker -> daemon    Phase   Progress   UnitRequest   ScopeRequest   Frozen   Running   Log
                         and last: Finished or Failed
 
@@ -20,9 +19,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from ckptd.errors import CkptError, Finding, InvalidArgument, from_details
-from ckptd.kernel.bounds import Bounds
-from ckptd.target import Target
+from ckptd.errors import CkptError, Finding, from_details
+from ckptd.protocol.requests import Request
 
 MAX_MESSAGE = 192 << 10     # below the default SO_SNDBUF, so that no packet is refused for its size
 MAX_TEXT = 1000             # characters of a text in a row
@@ -30,104 +28,9 @@ MAX_SENTENCE = 16_000       # of the message of an error, and of a line of the l
 MAX_ROWS = 100              # of an error and of a result: signals carry them, and a bus limits the size of signals
 MAX_ROWS_SIZE = 96 << 10    # bytes of the texts in them
 
-Operation = Literal['checkpoint', 'check', 'scan', 'freeze', 'verify', 'tree', 'export', 'import',
-                    'restore', 'check-restore', 'check-trace', 'recover', 'remove-names']
-FreezeMode = Literal['auto', 'cgroup', 'unit', 'ptrace', 'caller']
-After = Literal['resume', 'kill', 'freeze']
-ChangedFiles = Literal['refuse', 'accept', 'rollback']
-FORMATS = ('core', 'tar')       # of an export: a core per process, or the image itself
 PHASES = ('resolve', 'scan', 'freeze', 'rescan', 'seize', 'state', 'memory', 'release', 'write', 'publish')
 IMPORT_PHASES = ('receive', 'verify', 'publish')
 RESTORE_PHASES = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start', 'attend')
-
-
-class Caller(msgspec.Struct, frozen=True):
-    """The caller, as the bus reports it."""
-    uid: int
-    gid: int
-    groups: tuple[int, ...] = ()
-    pid: int = 0                         # of the calling process
-    capabilities: int = -1               # effective set of the calling process as a mask, -1 if unknown
-    bounding: int = -1                   # bounding set of the calling process, -1 if unknown
-    no_new_privs: bool = False           # restriction of the process, which its request must not lift
-    seccomp: bool = False                # likewise
-    label: str = ''                      # of a security module, for the log
-    start_time: int = 0                  # of the process, as in Stat; 0 if unknown. The pid alone may belong to another
-                                         # process later (ckptd.kernel.pidfd.held).
-    bounds: Bounds | None = None         # of the process at the time of the call, None if unknown
-    confinement: tuple[str, ...] = ()    # names of what confines the process (ckptd.kernel.confinement); empty if an
-                                         # administrator lets it act beyond that
-
-
-class JobRequest(msgspec.Struct, frozen=True):
-    """A request for one operation."""
-    operation: Operation
-    caller: Caller                            # the work is done with the rights of this caller
-    spool: str                                # directory of images
-    runtime: str                              # directory of the freeze journal
-    target: Target | None = None              # tree that the operation is about. 'self' and pidfds have become a
-                                              # process. None for an operation on an image.
-    dumped: str = ''                          # of an operation on an image: text of the target that was dumped
-    job: int = 0                              # number of the job, 0 if it is not announced
-    image: str = ''                           # id of the image to write or read; ignored by an import
-    freeze: FreezeMode = 'auto'               # what stops the tree
-    after: After = 'resume'                   # what happens to the tree after a checkpoint
-    timeout_usec: int = 10_000_000            # deadline of the freeze
-    has_pidfd: bool = False                   # the caller gave a pidfd of the target
-    has_output: bool = False                  # the caller gave an fd for the output of an export or the input of an
-                                              # import
-    format: str = ''                          # of an export: 'core' or 'tar'
-    avoid: tuple[int, ...] = ()               # pids that must not be in the tree: the daemon, its bus, its client
-    systemd: bool = False                     # a systemd manager can be asked to freeze units (UnitRequest)
-    sever: int = 0                            # for a request of the caller about itself: inode of the daemon's socket
-                                              # to the bus. The tree's connections to that bus do not outlive the dump.
-                                              # Else 0.
-    save_files: bool = False                  # a checkpoint keeps the content of regular files open for writing
-    save_limit: int = 1 << 30                 # bytes of such content in all; for an import, bytes that the image may
-                                              # have
-    cgroup: str = ''                          # of a restore: cgroup for the tree, '' for its former one
-    new_pidns: bool = False                   # of a restore: use a new pid namespace
-    clamp: bool = False                       # of a restore: limits and priorities that may not be set become the
-                                              # nearest that may
-    leave_stopped: bool = False               # of a restore: stop every process, as by SIGSTOP
-    wait: bool = False                        # of a restore: the worker stays the root's parent, and Finished comes
-                                              # when the root has ended
-    changed_files: ChangedFiles = 'refuse'    # of a restore: treatment of files that have changed since
-    has_terminal: bool = False                # of a restore: the caller gave a terminal, for files that are only named
-                                              # in the image
-    asker: int = -1                           # uid of the user who asked, if not `caller`: with an administrator's
-                                              # authorization the caller is root. Else -1.
-    start_time: int = 0                       # of the process of a ProcessTarget (/proc/PID/stat), as its pid may be
-                                              # reused; 0 for other targets
-    stall_usec: int = 0                       # of an export or import: microseconds that the stream may stand still, 0
-                                              # for no limit
-    keep_free: int = 0                        # bytes of the spool's file system that must stay free, whatever is
-                                              # written
-    writer: Caller | None = None              # of an export: it is written with this caller's rights, if not those of
-                                              # `caller`
-    brokered: bool = False                    # the worker is an ordinary user, and its broker does what needs root's
-                                              # rights
-    hard_limits: tuple[int, ...] = ()         # of a restore by such a worker: hard limits of the calling process by
-                                              # RLIMIT_* number; not all of them bind the worker itself
-    trace_under_yama: bool = False            # the user's worker keeps CAP_SYS_PTRACE until it traces the tree
-    as_root: bool = False                     # root's worker dumps the tree although it belongs wholly to one user
-
-    @property
-    def asked_by(self) -> int:
-        """Uid of the user who asked."""
-        return self.caller.uid if self.asker < 0 else self.asker
-
-    @property
-    def tree(self) -> Target:
-        """Target of an operation on live tasks. InvalidArgument for another operation."""
-        if self.target is None:
-            raise InvalidArgument(f'{self.operation} needs a target', resource='target')
-        return self.target
-
-    @property
-    def about(self) -> str:
-        """Text of the target; for an image, of the target that was dumped."""
-        return str(self.target) if self.target else self.dumped
 
 
 class Message(msgspec.Struct, tag=True, frozen=True):
@@ -135,7 +38,7 @@ class Message(msgspec.Struct, tag=True, frozen=True):
 
 
 class Start(Message, frozen=True):
-    request: JobRequest
+    request: Request
 
 
 class Follow(Message, frozen=True):

@@ -41,6 +41,7 @@ from ckptd.kernel.task import read_cgroup2
 from ckptd.operation.broker import BrokerClient
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
+from ckptd.protocol.requests import RestoreRequest
 from ckptd.restore.creation_order import NewProcess
 
 KEPT = '.kept-'     # files of the spool
@@ -68,7 +69,7 @@ class BirthCgroup:
     want: the later cgroup of each process. cgroup_fd: the cgroup for the birth, -1 for ours.
     """
 
-    def __init__(self, job: JobContext) -> None:
+    def __init__(self, job: JobContext[RestoreRequest]) -> None:
         self._job = job
         self._context = StepContext(mount_of(read_mountinfo()))
         self._wanted: dict[int, str] = {}
@@ -242,7 +243,7 @@ class BrokeredCgroup:
         self.warnings += [_warning(sentence, 'EBUSY') for sentence in self._broker.start_tree()]
 
 
-def place_for(job: JobContext) -> Placement:
+def place_for(job: JobContext[RestoreRequest]) -> Placement:
     """Make the cgroup placement for a restart."""
     return BrokeredCgroup(BrokerClient(job.channel)) if job.request.brokered else BirthCgroup(job)
 

@@ -10,19 +10,20 @@ from ckptd.image.verify import Records, verify
 from ckptd.objects.namespaces.birth import decide
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import finding_row
+from ckptd.protocol.requests import CheckRestoreRequest, RestartRequest
 from ckptd.restore.checks import obstacles
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.plan import Plan, make_plan, read_numbers
 
 
-def prepare(job: JobContext, reader: ImageReader) -> tuple[Plan, list[Finding]]:
+def prepare(job: JobContext[RestartRequest], reader: ImageReader) -> tuple[Plan, list[Finding]]:
     """Return the plan, with every refusal and warning about it; pids are vpids. ImageDamaged. Nothing is changed."""
     request = job.request
     namespaces = decide(reader, new_pidns=request.new_pidns, brokered=request.brokered)
     plan = make_plan(reader, namespaces, read_numbers(reader, namespaces, request.caller),
-                     own_session=job.terminal >= 0,
+                     own_session=job.fd >= 0,
                      child_of_us=request.wait)
-    access = FileAccess(reader, request.caller, request.changed_files, job.terminal)
+    access = FileAccess(reader, request.caller, request.changed_files, job.fd)
     names = {task.vpid: task.record.comm for task in reader.tasks}
     rows = [replace(row, comm=row.comm or names.get(row.pid, '')) for row in plan.refusals]
     return plan, list(dict.fromkeys([*rows, *obstacles(reader, plan, request, access)]))
@@ -33,7 +34,7 @@ def refused(rows: Iterable[Finding]) -> CkptError:
     return Refused.restart([row for row in rows if row.severity == 'refusal'], 'plan')
 
 
-def check_restore(job: JobContext) -> None:
+def check_restore(job: JobContext[CheckRestoreRequest]) -> None:
     """List every reason why a restore would be refused, and warnings of what it would lose, including damages of the
     image."""
     job.channel.phase('verify')

@@ -31,6 +31,7 @@ from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import stub_patience
 from ckptd.protocol.messages import Phase, TreeRuns, first_rows
+from ckptd.protocol.requests import RestoreRequest
 from ckptd.remote.interleave import Steps, finish, interleave
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
@@ -58,7 +59,7 @@ TIMED = ('verify', 'plan', 'open', 'create', 'fill', 'rebuild', 'start')     # p
 class Restore:
     """A restart."""
 
-    def __init__(self, job: JobContext, reader: ImageReader, plan: Plan, warnings: Sequence[Finding],
+    def __init__(self, job: JobContext[RestoreRequest], reader: ImageReader, plan: Plan, warnings: Sequence[Finding],
                  clock: Clock) -> None:
         self._job, self._channel, self._request = job, job.channel, job.request
         self._reader, self._plan, self._clock = reader, plan, clock
@@ -105,7 +106,7 @@ class Restore:
         self._place = stack.enter_context(place_for(self._job))
         self._place.want(cgroups(self._plan.processes))
         self._place.prepare()
-        self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.terminal,
+        self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.fd,
                                   self._place, request.keep_free)
         stack.callback(self._files.kinds.close)
         self._objects = self._files.objects
@@ -216,7 +217,7 @@ class Restore:
     def _terminal(self) -> int:
         if not self._files.terminal:
             return -1
-        return self._service_fds.once('terminal', lambda: os.dup(self._job.terminal))
+        return self._service_fds.once('terminal', lambda: os.dup(self._job.fd))
 
     def _become_zombies(self, task: ImageTask) -> None:
         """Turn the stub of a dead task into a zombie."""
@@ -259,9 +260,9 @@ class Restore:
         never reach end-of-file."""
         roots = [self._builder[process.vpid].tid for process in self._plan.processes if not process.parent]
         init = self._builder.init
-        if self._job.terminal >= 0:
+        if self._job.fd >= 0:
             with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
-                os.dup2(nothing.fileno(), self._job.terminal, inheritable=False)
+                os.dup2(nothing.fileno(), self._job.fd, inheritable=False)
         warnings = first_rows((*self._warnings, *self._place.warnings))
         times = {f'{phase}_time': self._clock.usec(phase) for phase in TIMED}
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),
@@ -283,7 +284,7 @@ class Restore:
         self._channel.progress(tasks, tasks, self._bytes_done, self._bytes_total)
 
 
-def restore(job: JobContext) -> None:
+def restore(job: JobContext[RestoreRequest]) -> None:
     """Restore the tree of an image."""
     clock = Clock()
     job.channel.phase('verify')

@@ -17,15 +17,13 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.source import ImageFiles
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, become, no_capabilities
 from ckptd.operation.context import JobContext
-from ckptd.protocol.messages import FORMATS
+from ckptd.protocol.requests import ExportRequest, ImportRequest
 
 _FAULTS = {'verify': 'received', 'publish': 'verified'}      # fault points just before a phase
 
 
-def export_image(job: JobContext) -> None:
+def export_image(job: JobContext[ExportRequest]) -> None:
     """Export an image as a tar stream: of cores, one per process, or of the image itself."""
-    if job.request.format not in FORMATS:
-        raise InvalidArgument(f'unknown format {job.request.format!r}', hint=f'formats: {", ".join(FORMATS)}')
     rights = job.request.writer or job.request.caller
     with job.image_files() as files:
         if rights.uid != os.geteuid():
@@ -33,8 +31,8 @@ def export_image(job: JobContext) -> None:
             # root's rights only that to read the image is kept.
             become(rights.uid, rights.gid, rights.groups, 1 << CAP_DAC_READ_SEARCH)
         with job.channel.interrupting(job.request.stall_usec / 1e6):
-            names = (write_archive(files, job.output) if job.request.format == 'tar'
-                     else _export_cores(files, job.output))
+            names = (write_archive(files, job.fd) if job.request.format == 'tar'
+                     else _export_cores(files, job.fd))
     job.channel.finish('files', names)
 
 
@@ -48,7 +46,7 @@ def _export_cores(files: ImageFiles, output: int) -> list[str]:
 class _Watcher:
     """A listener that reports the progress of an import to the daemon, and stops it when the daemon cancels."""
 
-    def __init__(self, job: JobContext) -> None:
+    def __init__(self, job: JobContext[ImportRequest]) -> None:
         self._channel, self._stall = job.channel, job.request.stall_usec / 1e6
 
     def wait_readable(self, fd: int) -> None:
@@ -63,13 +61,13 @@ class _Watcher:
         self._channel.progress(0, 0, done, total)
 
 
-def import_image(job: JobContext) -> None:
+def import_image(job: JobContext[ImportRequest]) -> None:
     """Import an image from a tar stream into the spool. Its owner is the caller."""
     request = job.request
     # other files, such as a pidfd, may never become readable
-    if job.output < 0 or not any(kind(os.fstat(job.output).st_mode) for kind in (stat.S_ISREG, stat.S_ISFIFO,
+    if job.fd < 0 or not any(kind(os.fstat(job.fd).st_mode) for kind in (stat.S_ISREG, stat.S_ISFIFO,
                                                                                 stat.S_ISSOCK)):
         raise InvalidArgument('the input is not a stream', hint='give the fd of a pipe, a socket or a file')
-    manifest = read_archive(job.output, job.import_destination, request.caller.uid, request.caller.gid,
-                            request.save_limit, _Watcher(job), request.keep_free)
+    manifest = read_archive(job.fd, job.import_destination, request.caller.uid, request.caller.gid,
+                            request.size_limit, _Watcher(job), request.keep_free)
     job.channel.finish('', (), {'image': manifest.image, 'bytes': manifest.size})

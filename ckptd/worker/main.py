@@ -18,10 +18,11 @@ from ckptd.image.manifest import Manifest, read_manifest
 from ckptd.objects.namespaces.birth import offsets_for
 from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import MAX_SENTENCE, Failed, JobRequest, Log, Start, cut
+from ckptd.protocol.messages import MAX_SENTENCE, Failed, Log, cut
+from ckptd.protocol.requests import CheckpointRequest, Request, RestartRequest, RestoreRequest
 from ckptd.worker.broker.identity import Identity, identity_of, identity_of_owner
 from ckptd.worker.broker.process import Broker
-from ckptd.worker.operations import OPERATIONS
+from ckptd.worker.operations import operate
 
 log = logging.getLogger('ckptd.worker')
 
@@ -75,11 +76,11 @@ def run(channel: Channel) -> int:
     start, fds = got
     try:
         manifest = _manifest(start.request)
-        job = _job(start, fds, channel)
-        if (identity := _identity(job, manifest)) is not None:
-            clocks = offsets_for(manifest) if manifest and start.request.operation == 'restore' else None
-            return Broker(channel, start, fds, identity).run(main, clocks)
-        OPERATIONS[start.request.operation](job)
+        fd = fds[0] if fds else -1
+        if (identity := _identity(start.request, channel, fd, manifest)) is not None:
+            clocks = offsets_for(manifest) if manifest and isinstance(start.request, RestoreRequest) else None
+            return Broker(channel, start.request, fds, identity).run(main, clocks)
+        operate(start.request, channel, fd)
     except Exception as error:  # noqa: BLE001 - the boundary of the process: every failure becomes a message
         failure = _error_of(error, channel.phase_name)
         try:
@@ -93,9 +94,9 @@ def run(channel: Channel) -> int:
     return 0
 
 
-def _manifest(request: JobRequest) -> Manifest | None:
+def _manifest(request: Request) -> Manifest | None:
     """Read the manifest of a restart, which names the owner of the image and the clocks of the tree."""
-    if os.geteuid() != 0 or request.operation not in ('restore', 'check-restore') or not is_image_id(request.image):
+    if os.geteuid() != 0 or not isinstance(request, RestartRequest) or not is_image_id(request.image):
         return None
     try:
         return read_manifest(Path(request.spool) / request.image)
@@ -103,23 +104,14 @@ def _manifest(request: JobRequest) -> Manifest | None:
         return None     # the operation reports all damages
 
 
-def _identity(job: JobContext, manifest: Manifest | None) -> Identity | None:
+def _identity(request: Request, channel: Channel, fd: int, manifest: Manifest | None) -> Identity | None:
     """Return the identity of the worker; None if this process does the job itself."""
-    request = job.request
-    if os.geteuid() or request.caller.uid or request.operation != 'checkpoint':
+    if os.geteuid() or request.caller.uid or not isinstance(request, CheckpointRequest):
         return identity_of(request, manifest)
     if request.as_root:
         return None
-    job.channel.phase('resolve')
-    return identity_of_owner(job.resolve().roots, request)
-
-
-def _job(start: Start, fds: list[int], channel: Channel) -> JobContext:
-    given = iter(fds)
-    pidfd = next(given, -1) if start.request.has_pidfd else -1
-    output = next(given, -1) if start.request.has_output else -1
-    terminal = next(given, -1) if start.request.has_terminal else -1
-    return JobContext(start.request, channel, pidfd, output, terminal)
+    channel.phase('resolve')
+    return identity_of_owner(JobContext(request, channel, fd).resolve().roots, request)
 
 
 def main(fd: int) -> int:

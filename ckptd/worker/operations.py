@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operations of a worker, by name. Each operation sends Finished itself; an exception becomes Failed."""
 
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import assert_never
 
 from ckptd.dump.run import checkpoint, hold
 from ckptd.errors import ImageDamaged
@@ -18,14 +18,31 @@ from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
 from ckptd.objects.verify import file_damages
 from ckptd.operation.context import JobContext
+from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import Frozen, finding_row
+from ckptd.protocol.requests import (
+    CheckpointRequest,
+    CheckRequest,
+    CheckRestoreRequest,
+    ExportRequest,
+    HoldRequest,
+    ImageTreeRequest,
+    ImportRequest,
+    RecoverRequest,
+    RemoveNamesRequest,
+    Request,
+    RestoreRequest,
+    ScanRequest,
+    TraceRequest,
+    VerifyRequest,
+)
 from ckptd.restore.linked_names import take_names_away
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.run import restore
 from ckptd.worker.archive import export_image, import_image
 
 
-def check(job: JobContext) -> None:
+def check(job: JobContext[CheckRequest]) -> None:
     """List every refusal and warning. Nothing is frozen and nothing is written."""
     job.channel.phase('resolve')
     target = job.resolve()
@@ -34,7 +51,7 @@ def check(job: JobContext) -> None:
     job.channel.finish('refusals', [finding_row(row) for row in job.refusals(tree)], {'tasks': len(tree)})
 
 
-def scan(job: JobContext) -> None:
+def scan(job: JobContext[ScanRequest]) -> None:
     """List the tree as rows, with memory and open files only of tasks that the caller may inspect."""
     job.channel.phase('scan')
     tree = job.look()
@@ -43,13 +60,13 @@ def scan(job: JobContext) -> None:
     job.channel.finish('tasks', live_rows(tree, denied))
 
 
-def check_trace(job: JobContext) -> None:
+def check_trace(job: JobContext[TraceRequest]) -> None:
     """Tell whether a security module forbids the caller to trace tasks that it may inspect."""
     job.channel.phase('scan')
     job.channel.finish('', (), {'forbidden': is_untraceable(job.look(), job.request.caller)})
 
 
-def freeze(job: JobContext) -> None:
+def freeze(job: JobContext[HoldRequest]) -> None:
     """Freeze, and hold until Thaw, Cancel or the daemon's end."""
     job.channel.phase('resolve')
     target = job.resolve()
@@ -64,7 +81,7 @@ def freeze(job: JobContext) -> None:
         job.channel.wait_thaw()
 
 
-def verify_image(job: JobContext) -> None:
+def verify_image(job: JobContext[VerifyRequest]) -> None:
     """List every damage of an image."""
     with job.image_files() as files:
         damages = verify(files)
@@ -74,13 +91,13 @@ def verify_image(job: JobContext) -> None:
         job.channel.finish('damages', damages)
 
 
-def image_tree(job: JobContext) -> None:
+def image_tree(job: JobContext[ImageTreeRequest]) -> None:
     """List the tree of an image as rows."""
     with job.image_files() as files, ImageReader(files) as reader:
         job.channel.finish('tasks', image_rows(reader))
 
 
-def remove_names(job: JobContext) -> None:
+def remove_names(job: JobContext[RemoveNamesRequest]) -> None:
     """Remove the names that the checkpoint of an image made outside of it, before the image is removed.
 
     An imported image has no names on this machine, even if its records contain some. A damaged image is ignored: it can
@@ -92,13 +109,39 @@ def remove_names(job: JobContext) -> None:
     job.channel.finish('', (), {})
 
 
-def recover_files(job: JobContext) -> None:
+def recover_files(job: JobContext[RecoverRequest]) -> None:
     """Undo the file steps of dead workers."""
     job.channel.finish('report', recover(Journal(Path(job.request.runtime)), files=True))
 
 
-OPERATIONS: Mapping[str, Callable[[JobContext], None]] = {
-    'checkpoint': checkpoint, 'check': check, 'scan': scan, 'freeze': freeze, 'verify': verify_image,
-    'tree': image_tree, 'export': export_image, 'import': import_image, 'restore': restore,
-    'check-restore': check_restore, 'check-trace': check_trace, 'recover': recover_files,
-    'remove-names': remove_names}
+def operate(request: Request, channel: Channel, fd: int) -> None:
+    """Do the operation of a request. fd: the one that came with it, else -1."""
+    match request:
+        case CheckpointRequest():
+            checkpoint(JobContext(request, channel, fd))
+        case CheckRequest():
+            check(JobContext(request, channel, fd))
+        case ScanRequest():
+            scan(JobContext(request, channel, fd))
+        case TraceRequest():
+            check_trace(JobContext(request, channel, fd))
+        case HoldRequest():
+            freeze(JobContext(request, channel, fd))
+        case VerifyRequest():
+            verify_image(JobContext(request, channel, fd))
+        case ImageTreeRequest():
+            image_tree(JobContext(request, channel, fd))
+        case RemoveNamesRequest():
+            remove_names(JobContext(request, channel, fd))
+        case ExportRequest():
+            export_image(JobContext(request, channel, fd))
+        case ImportRequest():
+            import_image(JobContext(request, channel, fd))
+        case RestoreRequest():
+            restore(JobContext(request, channel, fd))
+        case CheckRestoreRequest():
+            check_restore(JobContext(request, channel, fd))
+        case RecoverRequest():
+            recover_files(JobContext(request, channel, fd))
+        case _:
+            assert_never(request)

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from ckptd.inspect.checks import check_tree
 from ckptd.inspect.scan import Handles, scan_tree
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 
 PID_RESERVE = 1000      # pids left to everybody else
 FORKER = r"""

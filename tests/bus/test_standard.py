@@ -20,7 +20,7 @@ from ckptd.bus.standard import read_properties
 from ckptd.errors import Finding, Refused
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.state import JobRecord
-from ckptd.protocol.messages import Caller, JobRequest
+from ckptd.protocol.requests import Caller, ScanRequest
 from ckptd.target import ProcessTarget
 from tests.bus.conftest import Service
 from tests.bus.sample import INTERFACE, ITEM, NAME, ROOT, Item, Sample
@@ -208,7 +208,8 @@ async def test_busctl_monitor(service: Service, tmp_path: Path) -> None:
 
 def test_the_rows_of_an_outcome_are_made_once() -> None:
     """There may be hundreds, and anybody who may see the job can ask for them as often as he likes."""
-    job = JobRecord(1, JobRequest('checkpoint', Caller(0, 0), '/nowhere', '/nowhere', ProcessTarget(1)), 0)
+    request = ScanRequest(caller=Caller(0, 0), spool='/nowhere', runtime='/nowhere', target=ProcessTarget(1))
+    job = JobRecord(1, request, 0)
     shown = JobObject(job, cast('Queue', None), cast('Authorizer', None))
     assert (shown.Error(), shown.Result()) == ({}, {})
     job.fail(Refused.because([Finding(42, 'sleep', 'ptrace', 'EPERM', 'no access', 'be root')] * 2))

@@ -14,7 +14,7 @@ from pathlib import Path
 from ckptd.kernel.bounds import read_bounds
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from tests.lib import settled
 from tests.lib.gate import own_cgroup
 from tests.lib.mutate import Mutable

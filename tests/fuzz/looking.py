@@ -26,7 +26,8 @@ from ckptd.errors import CkptError
 from ckptd.image.source import GivenFiles, ImageFiles
 from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import Failed, JobRequest, Message
+from ckptd.protocol.messages import Failed, Message
+from ckptd.protocol.requests import CheckRestoreRequest
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.xstate import own_xstate
 from ckptd.worker.archive import _export_cores
@@ -61,7 +62,7 @@ class Unheard(Channel):
     def send(self, message: Message, fds: object = ()) -> None: ...
 
 
-class _Job(JobContext):
+class _Job(JobContext[Any]):
     """A job about files that are open already."""
     __slots__ = ('_given',)
     _given: ImageFiles
@@ -75,7 +76,7 @@ class _Job(JobContext):
         yield self._given
 
 
-def _export(job: JobContext) -> None:
+def _export(job: JobContext[Any]) -> None:
     with job.image_files() as files, open(os.devnull, 'wb') as sink:  # noqa: PTH123
         _export_cores(files, sink.fileno())
 
@@ -91,13 +92,13 @@ def dice_of(seed: int, number: int) -> random.Random:
     return random.Random(f'{seed}/{number}')
 
 
-def look(files: GivenFiles, request: JobRequest, dice: random.Random) -> Iterator[tuple[str, str]]:
+def look(files: GivenFiles, request: CheckRestoreRequest, dice: random.Random) -> Iterator[tuple[str, str]]:
     """(operation and outcome, traceback of what is none)."""
-    operations: list[tuple[str, Callable[[JobContext], None]]] = [('check-restore', check_restore)]
+    operations: list[tuple[str, Callable[[JobContext[Any]], None]]] = [('check-restore', check_restore)]
     operations += [('verify', verify_image)] if dice.random() < 0.1 else []
     operations += [('tree', image_tree), ('export', _export)] if dice.random() < 0.33 else []
     for operation, work in operations:
-        job = _Job(msgspec.structs.replace(request, operation=operation), Unheard()).over(files)
+        job = _Job(request, Unheard()).over(files)      # the others read only the caller of the request
         outcome, trace = 'answer', ''
         try:
             with _deadline():
@@ -170,7 +171,8 @@ def _begin(identity: Identity, work: Callable[[], Any]) -> tuple[int, int]:
         os._exit(1)
 
 
-def _shard(images: Sequence[Mutable], numbers: range, seed: int, request: JobRequest) -> tuple[Counter[str], list[str]]:
+def _shard(images: Sequence[Mutable], numbers: range, seed: int, request: CheckRestoreRequest
+           ) -> tuple[Counter[str], list[str]]:
     counts: Counter[str] = Counter()
     findings: list[str] = []
     first: set[str] | None = None

@@ -65,7 +65,7 @@ def attempt(user: User, image: Mutable, edits: Sequence[Edit]) -> Trial:
     """Import and restore; nothing is left afterwards."""
     trial = Trial()
     with _stream(image, edits) as fd:
-        answer = _do(user, trial, 'import', (fd,), has_output=True, image='')
+        answer = _do(user, trial, 'import', (fd,))
     name = str(answer['image']) if 'image' in answer else image.write(user.place.spool / new_image_id('fuzz'),
                                                                      edits).name
     _do(user, trial, 'restore', image=name)

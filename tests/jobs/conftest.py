@@ -18,14 +18,18 @@ from ckptd.jobs.recovery import Recovery
 from ckptd.jobs.run import Units
 from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import JobRecord
-from ckptd.protocol.messages import Caller, JobRequest
+from ckptd.protocol.requests import Caller, Request
 from ckptd.target import CgroupTarget
+from tests.lib.requests import make_request
 
 PLAYER = (sys.executable, str(Path(__file__).with_name('player.py')))
 
 
-def request_of(scene: str, operation: str = 'checkpoint', uid: int = 0, **more: object) -> JobRequest:
-    return JobRequest(operation, Caller(uid, uid), '/nowhere', '/nowhere', CgroupTarget(f'/{scene}'), **more)
+def request_of(scene: str, operation: str = 'checkpoint', uid: int = 0, **more: object) -> Request:
+    target = CgroupTarget(f'/{scene}')
+    return make_request(operation, {
+        'caller': Caller(uid, uid), 'spool': '/nowhere', 'runtime': '/nowhere', 'target': target, 'dumped': str(target),
+        'image': '', 'format': 'tar', 'size_limit': 1 << 30}, **more)
 
 
 class Heard:

@@ -72,7 +72,8 @@ class Player:
     def finish(self, start: Start) -> None:
         self.say(Phase('scan'), ProgressReport(1, 2, 0, 0), Phase('memory'), ProgressReport(2, 2, 50, 100),
                  Log(20, 'half'),
-                 Finished({'image': start.request.image, 'tasks': 2, 'avoid': list(start.request.avoid)}))
+                 Finished({'image': start.request.image_id, 'tasks': 2,
+                           'avoid': list(getattr(start.request, 'avoid', ()))}))
 
     def refuse(self, start: Start) -> None:
         rows = [Finding(7, 'sh', 'fd 3', 'EOPNOTSUPP', 'is a socket', 'close it')] * 2
@@ -179,7 +180,7 @@ class Player:
         self.program(start, blind=True)
 
     def obstacles(self, start: Start) -> None:
-        where = ' on its terminal' if start.request.has_terminal else ''
+        where = ' on its terminal' if self.fds else ''
         rows = [{'pid': 7, 'comm': 'sh', 'resource': f'pid {number}', 'errno': 'EEXIST',
                  'reason': f'in use by cat[8]{where}',
                  'hint': 'use --new-pidns', 'severity': severity}

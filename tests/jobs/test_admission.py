@@ -17,7 +17,7 @@ from ckptd.jobs.spool import Spool, SpooledImage
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.units import units_of
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller, RestoreRequest
 from ckptd.target import CALLER, CgroupTarget, ProcessTarget, UnitTarget
 from ckptd.tree import TaskId
 from tests.jobs.conftest import request_of
@@ -46,12 +46,12 @@ def test_the_name_in_an_image_id() -> None:
 
 @pytest.mark.parametrize(('operation', 'after', 'busy'), [
     ('checkpoint', 'resume', False), ('checkpoint', 'kill', False), ('checkpoint', 'freeze', True),
-    ('freeze', 'resume', True), ('scan', 'resume', False),
+    ('freeze', '', True), ('scan', '', False),
 ])
 def test_what_may_be_done_to_a_held_tree(operation: str, after: str, busy: bool) -> None:
-    request = request_of('a', operation, after=after)
+    request = request_of('a', operation, **({'after': after} if after else {}))
     try:
-        refuse_conflict(request, [], {request.tree: 0}, overlap)
+        refuse_conflict(request, [], {request.target: 0}, overlap)
     except Busy:
         assert busy
     else:
@@ -102,14 +102,14 @@ def request_factory(spool: Spool, **settings: object) -> RequestFactory:
 
 
 def test_a_request_has_what_the_worker_needs() -> None:
-    request = request_factory(Spool(Path('/spool'))).on_target('checkpoint', A_SERVICE, ME, freeze='unit', timeout=7)
+    request = request_factory(Spool(Path('/spool'))).checkpoint(A_SERVICE, ME, freeze='unit', timeout=7)
     assert (request.spool, request.runtime, request.freeze, request.timeout_usec) == ('/spool', '/run/x', 'unit', 7)
     assert request.systemd
     assert '_a_' in request.image
     # the daemon, its bus, and the client that waits for it alone
     assert request.avoid == (5, 6, 4242)
-    other = request_factory(Spool(Path('/spool'))).on_target('check', A_SERVICE, Caller(1000, 1000, pid=1))
-    assert (other.avoid, other.timeout_usec, other.image) == ((5, 6), 10_000_000, '')
+    other = request_factory(Spool(Path('/spool'))).check(A_SERVICE, Caller(1000, 1000, pid=1))
+    assert (other.avoid, other.timeout_usec, other.image_id) == ((5, 6), 10_000_000, '')
 
 
 def test_what_a_user_leaves_free() -> None:
@@ -117,10 +117,10 @@ def test_what_a_user_leaves_free() -> None:
     spool.capacity = 1000
     for uid, keep_free in ((1000, 50), (0, 0)):
         made = request_factory(spool, keep_free=Percent(5))
-        assert made.on_target('checkpoint', A_SERVICE, Caller(uid, uid)).keep_free == keep_free
+        assert made.checkpoint(A_SERVICE, Caller(uid, uid)).keep_free == keep_free
         assert made.on_stream(Caller(uid, uid)).keep_free == keep_free
         image = SpooledImage('20240131_235959_a_0001', Path('/spool/20240131_235959_a_0001'), owner=uid)
-        assert made.on_image('restore', image, Caller(uid, uid)).keep_free == keep_free
+        assert made.on_image(RestoreRequest, image, Caller(uid, uid)).keep_free == keep_free
 
 
 @pytest.mark.parametrize('settings', [{'max_images_per_user': 2}, {'max_bytes_per_user': 30}])
@@ -129,7 +129,7 @@ def test_a_full_share_of_the_spool(settings: dict[str, int]) -> None:
     ids = ['20240131_235959_a_0001', '20240131_235959_a_0002']
     spool.adopt({name: SpooledImage(name, Path('/spool') / name, owner=1000, size=20) for name in ids})
     with pytest.raises(LimitsExceeded, match='has 2 images of 40 bytes'):
-        request_factory(spool, **settings).on_target('checkpoint', A_SERVICE, ME)
+        request_factory(spool, **settings).checkpoint(A_SERVICE, ME)
     for caller in (Caller(0, 0), Caller(1001, 1001)):
-        request_factory(spool, **settings).on_target('checkpoint', A_SERVICE, caller)
-    request_factory(spool, **settings).on_target('check', A_SERVICE, ME)
+        request_factory(spool, **settings).checkpoint(A_SERVICE, caller)
+    request_factory(spool, **settings).check(A_SERVICE, ME)

@@ -352,7 +352,7 @@ async def test_fds_go_along(queue: Queue, tmp_path: Path) -> None:
     path = tmp_path / 'output'
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        await queue.call(request_of('write', 'export', has_output=True), [fd])
+        await queue.call(request_of('write', 'export'), [fd])
     finally:
         os.close(fd)
     assert path.read_bytes() == b'written by the worker'

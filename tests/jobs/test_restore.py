@@ -43,7 +43,7 @@ async def test_who_attends_is_out_of_the_lane_and_needs_no_image(make_queue: Cal
     queue = make_queue(max_jobs=1)
     reader, writer = os.pipe()
     try:
-        job = queue.submit(request_of('watch', 'restore', image=IMAGE, wait=True, has_terminal=True), [reader])
+        job = queue.submit(request_of('watch', 'restore', image=IMAGE, wait=True), [reader])
         await heard.wait('attend', 1)
         assert (job.state, job.root, job.progress) == (State.RUNNING, 4242, 1.0)
         assert not queue.works_on(IMAGE)

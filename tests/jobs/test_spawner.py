@@ -16,7 +16,8 @@ from ckptd.jobs.spawner import SpawnerClient
 from ckptd.jobs.worker import ChildWorker, environment
 from ckptd.kernel.liveness import Liveness
 from ckptd.kernel.pidfd import wait_dead
-from ckptd.protocol.messages import Caller, Failed, JobRequest, Start
+from ckptd.protocol.messages import Failed, Start
+from ckptd.protocol.requests import Caller, VerifyRequest
 from tests.programs.conftest import await_that
 
 ALONE = ['/dev/null', '/dev/null', 'anon_inode:', 'socket:']       # its epoll and its socket
@@ -44,7 +45,7 @@ async def test_a_worker(spawner: SpawnerClient) -> None:
     worker = await ChildWorker.start(spawner)
     await asyncio.to_thread(await_that, 'its session', lambda: os.getsid(worker.pid) == worker.pid, 10)
     await asyncio.to_thread(await_that, 'these alone', lambda: kinds(worker.pid) == ALONE, 10)
-    worker.send(Start(JobRequest('verify', Caller(0, 0), '/nowhere', '/nowhere', image='none')))
+    worker.send(Start(VerifyRequest(caller=Caller(0, 0), spool='/nowhere', runtime='/nowhere', image='none')))
     message = await worker.receive()
     assert isinstance(message, Failed)
     assert await worker.end(10) == message.error().exit_status

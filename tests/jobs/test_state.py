@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from ckptd.errors import Cancelled, CkptError
 from ckptd.jobs.state import CHECKPOINT, IMPORT, NEXT, RESTORE, JobRecord, Slice, State
-from ckptd.protocol.messages import IMPORT_PHASES, PHASES, RESTORE_PHASES, Operation, ProgressReport
+from ckptd.protocol.messages import IMPORT_PHASES, PHASES, RESTORE_PHASES, ProgressReport
+from ckptd.protocol.requests import Operation
 from tests.jobs.conftest import request_of
 
 START = 1_700_000_000_000_000

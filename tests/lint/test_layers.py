@@ -35,14 +35,15 @@ ONLY_LAYERS = {
 WORKERS = ['remote', 'objects', 'protocol', 'operation', 'dump', 'restore',
            'worker']
 NOT = {layer: {*WORKERS, 'inspect'} for layer in ('jobs', 'bus', 'daemon')}
+DAEMONS = {'ckptd.protocol.messages', 'ckptd.protocol.requests'}
 # finer than a layer: what of another layer may be used
 ONLY = {
     # doctor is a plain function of the kernel layer that needs no daemon
     'cli': {'bus': {'ckptd.bus.names', 'ckptd.bus.wire', 'ckptd.bus.client', 'ckptd.bus.message'},
             'kernel': {'ckptd.kernel.probe', 'ckptd.kernel.prctl'}},
-    'jobs': {'protocol': {'ckptd.protocol.messages'}, 'inspect': {'ckptd.inspect.scan'}},
-    'bus': {'protocol': {'ckptd.protocol.messages'}},
-    'daemon': {'protocol': {'ckptd.protocol.messages'}},
+    'jobs': {'protocol': DAEMONS, 'inspect': {'ckptd.inspect.scan'}},
+    'bus': {'protocol': DAEMONS},
+    'daemon': {'protocol': DAEMONS},
 }
 
 

@@ -26,7 +26,7 @@ from ckptd.kernel.maps import parse_maps, parse_smaps, read_smaps
 from ckptd.kernel.stat import PF_KTHREAD, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.objects.mappings.registry import MappingKinds
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.tree import Tree
 from tests.lib.brood import Brood, become, fork, libc
 from tests.lib.ways import let_others_through

@@ -22,10 +22,12 @@ from ckptd.errors import CkptError
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.interpreter import environment
 from ckptd.jobs.worker import COMMAND
-from ckptd.protocol.messages import MAX_MESSAGE, Caller, Failed, Finished, FromWorker, JobRequest, Message, Start
+from ckptd.protocol.messages import MAX_MESSAGE, Failed, Finished, FromWorker, Message, Start
+from ckptd.protocol.requests import Caller, Request
 from ckptd.target import ProcessTarget
 from ckptd.worker import main as worker_module
 from tests.lib.brood import become, fork
+from tests.lib.requests import make_request
 
 ORDINARY_UID = 65534        # owns nothing; on every Linux
 
@@ -63,11 +65,11 @@ class Place:
         """Entries of the freeze journal."""
         return list((self.runtime / 'freezes').glob('*.jsonl'))
 
-    def request(self, pid: int, **more: Any) -> JobRequest:
-        target = ProcessTarget(pid) if pid else None
-        return JobRequest(**{'operation': 'checkpoint', 'target': target, 'caller': me(), 'job': 1,
-                             'spool': str(self.spool), 'runtime': str(self.runtime), 'image': new_image_id('test'),
-                             **more})
+    def request(self, pid: int, operation: str = 'checkpoint', **more: Any) -> Request:
+        """A request about the tree of a process, or about an image (pid 0)."""
+        return make_request(operation, {
+            'target': ProcessTarget(pid), 'caller': me(), 'job': 1, 'spool': str(self.spool),
+            'runtime': str(self.runtime), 'image': new_image_id('test'), 'size_limit': 1 << 30}, **more)
 
     def checkpoint(self, pid: int, *, forked: bool = False, **more: Any) -> Path:
         """The image of a tree, made by a worker of its own."""
@@ -126,7 +128,7 @@ class DirectWorker:
         self._socket.sendmsg([_encode(message)],
                              [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else [])
 
-    def run(self, request: JobRequest, fds: tuple[int, ...] = ()) -> dict[str, Any]:
+    def run(self, request: Request, fds: tuple[int, ...] = ()) -> dict[str, Any]:
         """The result; raises the error that the worker reports."""
         self.send(Start(request), fds)
         return self.result()

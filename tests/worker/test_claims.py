@@ -33,7 +33,7 @@ from ckptd.objects.files.open_file import F_GETOWNER_UIDS, read_open_file
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.restore.checks import capacity
 from ckptd.restore.checks.capacity import inherited_bytes, most_to_fill, parse_meminfo
 from ckptd.restore.file_access import FileAccess

@@ -185,7 +185,7 @@ class Reading:
         os.close(master)
         master, terminal = pty.openpty()
         try:
-            root = self.restore(image, (terminal,), has_terminal=True)
+            root = self.restore(image, (terminal,))
             assert os.tcgetpgrp(master) == root
             os.kill(root, signal.SIGKILL)
             os.waitpid(root, 0)

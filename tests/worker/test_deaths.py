@@ -16,7 +16,7 @@ from ckptd.inspect.scan import scan_tree
 from ckptd.journal import Journal, recover
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.tree import Tree
 from tests.lib import settled
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place

@@ -20,7 +20,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.kernel.creds import capget
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
-from ckptd.protocol.messages import Caller, ChangedFiles
+from ckptd.protocol.requests import Caller, ChangedFiles
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_rights import FileRights, rights_for, rights_of
 from tests.lib import settled

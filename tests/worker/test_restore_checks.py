@@ -33,7 +33,7 @@ from ckptd.kernel.task import read_cgroup2
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.restore.checks import obstacles
 from ckptd.restore.checks.capacity import bytes_to_read
 from ckptd.restore.creation_order import CreateTask

@@ -20,7 +20,7 @@ from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.regular import Regular
-from ckptd.protocol.messages import Caller
+from ckptd.protocol.requests import Caller
 from ckptd.restore.file_rights import FileRights
 from tests.lib import settled
 from tests.lib.altered import rewrite

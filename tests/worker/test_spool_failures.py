@@ -248,7 +248,7 @@ def test_an_import_leaves_what_is_to_stay_free(stream: int, disk: Path) -> None:
 def test_an_import_by_a_worker(stream: int, disk: Path) -> None:
     place = Place(disk).make()
     with DirectWorker() as worker, pytest.raises(SpoolFailed, match='must stay free'):
-        worker.run(place.request(0, operation='import', image='', has_output=True, keep_free=20 * MIB),
+        worker.run(place.request(0, operation='import', keep_free=20 * MIB),
                    (stream,))
     assert list(place.spool.iterdir()) == []
 

@@ -15,7 +15,7 @@ The plan itself reports pids that are in use, and a tree that cannot be made at 
 
 from ckptd.errors import Finding
 from ckptd.image.reader import ImageReader
-from ckptd.protocol.messages import JobRequest
+from ckptd.protocol.requests import RestartRequest
 from ckptd.restore.checks import attributes, capacity, imported, machine, objects, resources, rights, surroundings
 from ckptd.restore.checks.context import CheckContext, rows
 from ckptd.restore.file_access import FileAccess
@@ -25,7 +25,7 @@ CHECKS = (machine.check, objects.check, rights.check, attributes.check, resource
           surroundings.check)
 
 
-def obstacles(reader: ImageReader, plan: Plan, request: JobRequest, access: FileAccess) -> list[Finding]:
+def obstacles(reader: ImageReader, plan: Plan, request: RestartRequest, access: FileAccess) -> list[Finding]:
     """List every refusal and warning, by check. pid: a vpid, 0 for the tree as a whole. ImageDamaged."""
     context = CheckContext(reader, plan, request, access)
     return rows(context, [row for check in CHECKS for row in check(context)])

@@ -12,7 +12,7 @@ from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import about
-from ckptd.protocol.messages import Caller, JobRequest
+from ckptd.protocol.requests import Caller, RestartRequest
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_rights import rights_of
 from ckptd.restore.plan import Plan, is_users_worker
@@ -25,7 +25,7 @@ class CheckContext:
     """The input of the checks."""
     reader: ImageReader
     plan: Plan
-    request: JobRequest                                 # with the caller and the options
+    request: RestartRequest                             # with the caller and the options
     lookup: FileAccess                                  # the files of this machine, with the rights that the tree's
                                                         # files are opened with
     # our own process, from which every restored task descends; `may` uses its effective capabilities

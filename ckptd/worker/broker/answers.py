@@ -49,6 +49,15 @@ from ckptd.protocol.broker_calls import (
     RestoreTree,
     StartTree,
 )
+from ckptd.protocol.requests import (
+    CheckpointRequest,
+    FreezerRequest,
+    HoldRequest,
+    ImageRequest,
+    ImportRequest,
+    JobRequest,
+    RestoreRequest,
+)
 from ckptd.tree import Tree
 from ckptd.worker.broker.identity import Identity
 from ckptd.worker.broker.placement import TreePlace
@@ -64,14 +73,15 @@ Reply = tuple[dict[str, object], list[int]]
 class BrokerAnswers:
     """The answers to the calls of one job. `close` undoes what the worker leaves behind, however it ended."""
 
-    def __init__(self, job: JobContext, identity: Identity, worker: int) -> None:
+    def __init__(self, job: JobContext[JobRequest], identity: Identity, worker: int) -> None:
         self._job, self._identity = job, identity
         self._stack = ExitStack()
         self._freeze = ExitStack()
         self._frozen: FrozenTree | None = None
         self._incoming: UsersImage | None = None
         self._is_published = False
-        self._place = TreePlace(job, identity, worker)
+        restore = job.narrowed(RestoreRequest)
+        self._place = TreePlace(restore, identity, worker) if restore else None
         steps = partial(StepJournal, Journal(Path(job.request.runtime)), job.request.job, job.request.about)
         self._names, self._walk = steps('names'), steps('walk')
         self._kept: set[str] = set()
@@ -91,7 +101,7 @@ class BrokerAnswers:
     def check_room(self) -> None:
         """Check that the image being written leaves enough free space. SpoolFailed."""
         if self._incoming is not None:
-            require_room(self._incoming.path, 0, self._job.request.keep_free)
+            require_room(self._incoming.path, 0, self._writing().keep_free)
 
     def close(self) -> None:
         """Thaw the tree, end a tree that does not live yet, remove an unpublished image."""
@@ -99,20 +109,24 @@ class BrokerAnswers:
             if self._incoming is not None:
                 stack.callback(self._incoming.abort)
             stack.callback(self._names.close)
-            stack.callback(self._place.close)
+            if self._place is not None:
+                stack.callback(self._place.close)
             stack.callback(self._freeze.close)
             stack.callback(self._undo_walk)
 
     # ------------------------------------------------------------ images
 
     def _open_image(self, call: OpenImage) -> Reply:
-        path, uid = image_path(self._job), self._identity.uid
+        job, uid = self._job.narrowed(ImageRequest), self._identity.uid
+        if job is None:
+            raise PermissionDenied('the job reads no image')
+        path = image_path(job)
         files = DirectoryFiles(path)
         try:
             manifest = read_manifest_of(files)
-            if manifest.owner_uid != uid and self._job.request.caller.uid:
-                raise PermissionDenied(f'image {self._job.request.image} does not belong to uid {uid}',
-                                       resource=self._job.request.image)
+            if manifest.owner_uid != uid and job.request.caller.uid:
+                raise PermissionDenied(f'image {job.request.image} does not belong to uid {uid}',
+                                       resource=job.request.image)
             names = sorted({NAME, *files.names()})
             chosen = names[call.first:call.first + MAX_FILES]
             with ExitStack() as undo:
@@ -126,11 +140,11 @@ class BrokerAnswers:
             files.close()
 
     def _new_image(self, call: NewImage) -> Reply:
-        request = self._job.request
-        if self._incoming is not None or request.operation not in ('checkpoint', 'import'):
+        request = self._writing()
+        if self._incoming is not None:
             raise PermissionDenied('the job may not write another image')
         make, spool = partial(UsersImage, identity=self._identity), Path(request.spool)
-        if request.operation == 'checkpoint':
+        if isinstance(request, CheckpointRequest):
             require_some_room(spool, request.keep_free)
             self._incoming = make(spool, request.image)
         elif not is_image_id(call.image):
@@ -139,10 +153,17 @@ class BrokerAnswers:
             self._incoming = incoming(spool, call.image, call.size, request.keep_free, keep_id=False, make=make)
         return {'image': self._incoming.image}, [self._incoming.duplicate()]
 
+    def _writing(self) -> CheckpointRequest | ImportRequest:
+        """Return the request of a job that writes an image. PermissionDenied for any other."""
+        request = self._job.request
+        if not isinstance(request, CheckpointRequest | ImportRequest):
+            raise PermissionDenied('the job may not write an image')
+        return request
+
     def _publish(self, call: Publish) -> Reply:
         if self._incoming is None:
             raise PermissionDenied('the job has no image to publish')
-        self._incoming.take_back(self._job)
+        self._incoming.take_back(self._writing())
         self._incoming, self._is_published = None, True
         self._names.finish()
         return {}, []
@@ -150,13 +171,15 @@ class BrokerAnswers:
     # ------------------------------------------------------------ freeze
 
     def _freeze_tree(self, call: FreezeTree) -> Reply:
-        if self._frozen is not None or self._job.request.operation not in ('checkpoint', 'freeze'):
-            raise PermissionDenied('the job may not freeze again')
-        target = self._job.resolve()
+        job: JobContext[FreezerRequest] | None = (self._job.narrowed(CheckpointRequest)
+                                                  or self._job.narrowed(HoldRequest))
+        if self._frozen is not None or job is None:
+            raise PermissionDenied('the job may not freeze, or not again')
+        target = job.resolve()
         tree = scan_tree(target.roots)
         self._require_users(tree)
         self._frozen = self._freeze.enter_context(
-            self._job.frozen(target, tree, remote_calls=call.remote_calls, traced=False))
+            job.frozen(target, tree, remote_calls=call.remote_calls, traced=False))
         # a set-user-ID program may have been executed in between
         self._require_users(self._frozen.tree)
         return {'mode': self._frozen.mode, 'moved': self._frozen.moved}, []
@@ -191,8 +214,8 @@ class BrokerAnswers:
         return {}, []
 
     def _end_tree(self, call: EndTree) -> Reply:
-        frozen = self._tree()
-        if self._job.request.after != 'kill' or not self._is_published:
+        frozen, request = self._tree(), self._job.request
+        if not isinstance(request, CheckpointRequest) or request.after != 'kill' or not self._is_published:
             raise PermissionDenied('the job may not end the tree, or has no image of it yet')
         frozen.hold()
         # it is frozen, so tasks that belong to the user now still do when it is ended
@@ -203,7 +226,7 @@ class BrokerAnswers:
     # ------------------------------------------------------------ timers
 
     def _read_timers(self, call: ReadTimers) -> Reply:
-        if self._job.request.operation != 'checkpoint':
+        if not isinstance(self._job.request, CheckpointRequest):
             raise PermissionDenied('the job is not a checkpoint')
         if call.asleep:
             for tid in call.asleep:
@@ -234,31 +257,30 @@ class BrokerAnswers:
     # ------------------------------------------------------------ restored trees
 
     def _place_tree(self, call: PlaceTree) -> Reply:
-        self._require_restore()
-        self._place.settle(call.processes)
+        self._restoring().settle(call.processes)
         return {}, []
 
     def _start_tree(self, call: StartTree) -> Reply:
-        self._require_restore()
-        return {'warnings': self._place.start()}, []
+        return {'warnings': self._restoring().start()}, []
 
-    def _require_restore(self) -> None:
-        if self._job.request.operation != 'restore':
+    def _restoring(self) -> TreePlace:
+        """Return the place of the tree of a restore. PermissionDenied for another job."""
+        if self._place is None:
             raise PermissionDenied('the job is not a restore')
+        return self._place
 
     def _note(self, call: NoteStep) -> Reply:
         if isinstance(call.step, LinkFile):
-            if self._incoming is None or self._job.request.operation != 'checkpoint':
+            if self._incoming is None or not isinstance(self._job.request, CheckpointRequest):
                 raise PermissionDenied('the job writes no image of a tree')
             image = str(self._incoming.spool / self._incoming.image)
             self._names.note(msgspec.structs.replace(self._with_ids(call.step), image=image))
             return {}, []
-        self._require_restore()
-        self._place.note(self._owned(call.step))
+        self._restoring().note(self._owned(call.step))
         return {}, []
 
     def _note_walk(self, call: NoteWalk) -> Reply:
-        if self._job.request.operation != 'checkpoint' or not self._walk.is_empty:
+        if not isinstance(self._job.request, CheckpointRequest) or not self._walk.is_empty:
             raise PermissionDenied('the job walks no queues, or walks some already')
         self._walk.note(self._with_ids(call.step))
         return {}, []
@@ -285,14 +307,13 @@ class BrokerAnswers:
         return msgspec.structs.replace(step, uid=identity.uid, gid=identity.gid, groups=identity.groups)
 
     def _keep_content(self, call: KeepContent) -> Reply:
-        self._require_restore()
-        path, fd = self._place.keep_content()
+        path, fd = self._restoring().keep_content()
         self._kept.add(path)
         return {'path': path}, [fd]
 
 
 @contextmanager
-def powers(job: JobContext, identity: Identity, worker: int) -> Iterator[BrokerAnswers]:
+def powers(job: JobContext[JobRequest], identity: Identity, worker: int) -> Iterator[BrokerAnswers]:
     """Provide the answers for a job. The end of the block undoes everything temporary."""
     made = BrokerAnswers(job, identity, worker)
     try:

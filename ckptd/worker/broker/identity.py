@@ -45,12 +45,11 @@ from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import unshare
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
-from ckptd.protocol.messages import Caller, JobRequest
+from ckptd.protocol.requests import Caller, CheckpointRequest, JobRequest, RestartRequest
 
 _KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
 # limits for the tree that would end the worker in the middle of its work; the plan of a restart compares them
 _NOT_FOR_THE_WORKER = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
-_IMAGE_OPERATIONS = ('restore', 'check-restore')
 
 
 class Identity(NamedTuple):
@@ -75,12 +74,13 @@ def identity_of(request: JobRequest, manifest: Manifest | None) -> Identity | No
         return None
     if request.caller.uid:
         identity = _of_caller(request)
-    elif manifest is not None and manifest.owner_uid and request.operation in _IMAGE_OPERATIONS:
+    elif manifest is not None and manifest.owner_uid and isinstance(request, RestartRequest):
         identity = _of_account(manifest.owner_uid, manifest.owner_gid)
     else:
         return None
-    is_elsewhere = request.new_pidns or (manifest is not None and manifest.own_pidns)
-    return identity._replace(new_pidns=request.operation in _IMAGE_OPERATIONS and is_elsewhere)
+    if not isinstance(request, RestartRequest):
+        return identity
+    return identity._replace(new_pidns=request.new_pidns or (manifest is not None and manifest.own_pidns))
 
 
 def _of_caller(request: JobRequest) -> Identity:
@@ -88,12 +88,12 @@ def _of_caller(request: JobRequest) -> Identity:
     if bounds is None and caller.pid:
         with suppress(ProcessLookupError, FileNotFoundError):
             bounds = read_bounds(caller.pid, caller.start_time, caller.uid)
-    if bounds is None and request.operation in _IMAGE_OPERATIONS:
+    if bounds is None and isinstance(request, RestartRequest):
         raise NoSuchTarget('the calling process is gone, so its limits, which apply to the tree, are unknown',
                            phase='plan',
                            hint='call again, and stay until the answer')
     bounds = bounds or Bounds()
-    if request.operation not in _IMAGE_OPERATIONS:
+    if not isinstance(request, RestartRequest):
         bounds = bounds._replace(old_cgroups=())    # nothing that this worker starts stays
     bounding = caller.bounding if caller.bounding >= 0 else (1 << 64) - 1
     return Identity(caller.uid, caller.gid, tuple(caller.groups), bounding, _kept(request), bounds)
@@ -101,11 +101,11 @@ def _of_caller(request: JobRequest) -> Identity:
 
 def _kept(request: JobRequest) -> int:
     # root needs no permission
-    traces = request.operation == 'checkpoint' and (request.trace_under_yama or not request.caller.uid)
+    traces = isinstance(request, CheckpointRequest) and (request.trace_under_yama or not request.caller.uid)
     return _KEPT_CAPABILITIES | (1 << CAP_SYS_PTRACE if traces and ptrace_scope() in (DECLARED, CAPABLE) else 0)
 
 
-def identity_of_owner(roots: Sequence[int], request: JobRequest) -> Identity | None:
+def identity_of_owner(roots: Sequence[int], request: CheckpointRequest) -> Identity | None:
     """Return the user that the worker of a checkpoint by root becomes: the owner of the tree, if they might trace every
     task of it. None for root's tree, or one of several users.
 

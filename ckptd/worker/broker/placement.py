@@ -24,6 +24,7 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
+from ckptd.protocol.requests import RestoreRequest
 from ckptd.restore.cgroups import BirthCgroup
 from ckptd.worker.broker.identity import Identity
 
@@ -31,7 +32,7 @@ from ckptd.worker.broker.identity import Identity
 class TreePlace:
     """The place of one tree, and the journal of what the worker makes for it."""
 
-    def __init__(self, job: JobContext, identity: Identity, worker: int) -> None:
+    def __init__(self, job: JobContext[RestoreRequest], identity: Identity, worker: int) -> None:
         self._job, self._identity, self._worker = job, identity, worker
         self._place: BirthCgroup | None = None
         self._is_settled = False

@@ -36,18 +36,8 @@ from ckptd.objects.namespaces.birth import enter_clocks
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import BrokerCall, FromUsersWorker
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import (
-    MAX_MESSAGE,
-    Answer,
-    Cancel,
-    Failed,
-    Finished,
-    FromWorker,
-    JobRequest,
-    Message,
-    Phase,
-    Start,
-)
+from ckptd.protocol.messages import MAX_MESSAGE, Answer, Cancel, Failed, Finished, FromWorker, Message, Phase, Start
+from ckptd.protocol.requests import CheckpointRequest, DumpRequest, Request, RestartRequest, TreeRequest
 from ckptd.restore.xstate import own_xstate
 from ckptd.worker.broker.answers import failure_of, powers
 from ckptd.worker.broker.identity import Identity, become
@@ -56,7 +46,6 @@ log = logging.getLogger('ckptd.worker')
 
 _decode = msgspec.msgpack.Decoder(FromUsersWorker).decode
 _encode = msgspec.msgpack.Encoder().encode
-_NAMING_SOCKETS, _RESTORING = ('checkpoint', 'check'), ('restore', 'check-restore')
 INTERVAL = 0.5          # seconds between two checks of a worker that writes or is stopped
 LAST_PATIENCE = 5.0     # seconds for the end of a worker whose daemon is gone, or that has sent its last message
 
@@ -148,10 +137,10 @@ def _be_worker(identity: Identity, clocks: Offsets | None, run: Callable[[int], 
 class Broker:
     """The broker of one job."""
 
-    def __init__(self, channel: Channel, start: Start, fds: list[int], identity: Identity) -> None:
-        self._channel, self._request, self._fds, self._identity = channel, start.request, fds, identity
+    def __init__(self, channel: Channel, request: Request, fds: list[int], identity: Identity) -> None:
+        self._channel, self._request, self._fds, self._identity = channel, request, fds, identity
         # with the rights of the tree's owner
-        self._dumps_for_root = self._request.operation == 'checkpoint' and not self._request.caller.uid
+        self._dumps_for_root = isinstance(request, CheckpointRequest) and not request.caller.uid
         self._is_over = False           # the worker has sent its last message
         self._cancel_told = False
         self._failure: CkptError | None = None
@@ -159,14 +148,16 @@ class Broker:
     def run(self, run_worker: Callable[[int], int], clocks: Offsets | None) -> int:
         """Run until the worker has ended. Return the exit status. run_worker: the worker's main function, called with
         the fd of its socket."""
-        if self._request.operation in _NAMING_SOCKETS:
-            netlink.load()
-        elif self._request.operation in _RESTORING:
+        if isinstance(self._request, DumpRequest):
+            netlink.load()      # it names sockets
+        elif isinstance(self._request, RestartRequest):
             # this forks, which RLIMIT_NPROC of the user may forbid later; the worker inherits the result
             own_xstate()
         with UserWorker(self._identity, clocks, run_worker, self._close_for_worker) as worker:
             self._worker = worker
-            job = JobContext(self._request, self._channel, self._fds[0] if self._request.has_pidfd else -1)
+            # of the fds only a pidfd is for the broker
+            pidfd = self._fds[0] if self._fds and isinstance(self._request, TreeRequest) else -1
+            job = JobContext(self._request, self._channel, pidfd)
             with powers(job, self._identity, worker.pid) as self._powers, ChildSignals() as self._signals:
                 worker.send(Start(self._workers_request()), self._fds)
                 try:
@@ -176,14 +167,17 @@ class Broker:
                 self._await_end()
         return self._end()
 
-    def _workers_request(self) -> JobRequest:
-        request, identity = self._request, self._identity
-        if self._dumps_for_root:
+    def _workers_request(self) -> Request:
+        identity = self._identity
+        request = msgspec.structs.replace(self._request, brokered=True)
+        if isinstance(request, RestartRequest):
+            return msgspec.structs.replace(request, new_pidns=identity.new_pidns,
+                                           hard_limits=tuple(hard for _, hard in identity.bounds.limits))
+        if isinstance(request, CheckpointRequest) and self._dumps_for_root:
             caller = msgspec.structs.replace(request.caller, uid=identity.uid, gid=identity.gid, groups=identity.groups,
                                              capabilities=0)
-            request = msgspec.structs.replace(request, caller=caller, trace_under_yama=True)
-        return msgspec.structs.replace(request, brokered=True, new_pidns=identity.new_pidns,
-                                       hard_limits=tuple(hard for _, hard in identity.bounds.limits))
+            return msgspec.structs.replace(request, caller=caller, trace_under_yama=True)
+        return request
 
     def _close_for_worker(self) -> None:
         """Close the fds of the broker, in the worker. It gets those that it needs by message."""

@@ -14,7 +14,7 @@ from ckptd.image.manifest import NAME, Manifest, read_manifest_of
 from ckptd.image.source import DirectoryFiles
 from ckptd.image.writer import Incoming
 from ckptd.kernel.task import boot_id
-from ckptd.operation.context import JobContext
+from ckptd.protocol.requests import CheckpointRequest, ImportRequest
 from ckptd.worker.broker.identity import Identity
 
 
@@ -31,7 +31,7 @@ class UsersImage(Incoming):
         """Return an fd of the directory, for the worker."""
         return os.dup(self._lock)
 
-    def take_back(self, job: JobContext) -> None:
+    def take_back(self, request: CheckpointRequest | ImportRequest) -> None:
         """Give the files to root, check that they are an image and nothing else, and publish it. SpoolFailed."""
         with spooling(self.path):
             os.fchown(self._lock, 0, 0)         # from here on the worker can neither make nor rename anything
@@ -48,9 +48,8 @@ class UsersImage(Incoming):
             files.close()
         with spooling(self.path / NAME):
             os.unlink(NAME, dir_fd=self._lock)
-        request = job.request
         manifest = msgspec.structs.replace(manifest, image=self.image, owner_uid=request.caller.uid,
-                                           owner_gid=request.caller.gid, imported=request.operation == 'import')
+                                           owner_gid=request.caller.gid, imported=isinstance(request, ImportRequest))
         if not manifest.imported:
             manifest = msgspec.structs.replace(manifest, ckptd_version=__version__, kernel=os.uname().release,
                                                boot_id=boot_id(), target=request.about)

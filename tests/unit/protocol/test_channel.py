@@ -19,19 +19,18 @@ from ckptd.protocol.messages import (
     MAX_MESSAGE,
     MAX_ROWS,
     MAX_TEXT,
-    Caller,
     Failed,
     Finished,
     Follow,
-    JobRequest,
     Log,
     Start,
     Thaw,
     ToWorker,
 )
+from ckptd.protocol.requests import Caller, ScanRequest
 from ckptd.target import ProcessTarget
 
-START = Start(JobRequest('scan', Caller(0, 0), '/nowhere', '/nowhere', ProcessTarget(1)))
+START = Start(ScanRequest(caller=Caller(0, 0), spool='/nowhere', runtime='/nowhere', target=ProcessTarget(1)))
 
 
 @dataclass
