@@ -39,6 +39,7 @@ from ckptd.restore.checks.capacity import bytes_to_read
 from ckptd.restore.creation_order import CreateTask
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.prepare import prepare
+from ckptd.restore.xstate import own_xstate
 from ckptd.worker.broker.identity import identity_of
 from ckptd.worker.broker.placement import TreePlace
 from tests.lib import settled
@@ -547,6 +548,8 @@ def test_what_an_ordinary_user_may_not_have(cls: type[Any], fields: dict[str, An
 
 @pytest.mark.needs('user-namespaces')
 def test_limits_are_not_raised_again() -> None:
+    own_xstate()        # this forks, which the limit forbids later: a broker does the same
+
     def work(place: Place, image: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, 500))
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
