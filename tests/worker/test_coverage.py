@@ -52,6 +52,7 @@ CHECKED = {
     'Header.page_size': 'the same, or refused',
     'InotifyInstance.unread': 'for a warning; events cannot be put back',
     **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('content', 'gid', 'mode', 'seals', 'uid')},
+    'Namespace.inode': 'whether it is ours, in the same boot',
     **{f'PathReference.{name}': 'of a node that is made again; another owner is a refusal' for name in ('gid', 'uid')},
     'Registers.machine': 'of this kind of processor, or refused',
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
@@ -66,7 +67,6 @@ UNREAD = {
     'Header.root': 'the first of the tasks',
     'Header.tasks': 'for people; the tasks are counted',
     'Memfd.size': _OF_SHARED_MEMORY,
-    'Namespace.inode': 'for people; a number of this boot',
     'Pipe.packet_mode': 'is O_DIRECT of OpenFile.flags',
     'PosixTimer.overrun': 'NOT RESTORED: no call sets the count of a timer',
     'Regular.links': 'for people; names are not made again',
