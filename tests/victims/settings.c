@@ -1,12 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * Settings that newer kernels have: huge pages off but where madvise(2) asks for them, a private hash of futexes; and
- * the id of the login that a process descends from, for the audit log. A child inherits that with the session.
+ * Settings that newer kernels have: huge pages off but where madvise(2) asks for them, a private hash of futexes; a
+ * NUMA memory policy; the nice value of the autogroup; and the id of the login that a process descends from, for the
+ * audit log. A child inherits that with the session. It has a keyring, too, which is lost.
  */
 #include "victim.h"
 
+#include <linux/keyctl.h>
+#include <linux/mempolicy.h>
 #include <pthread.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 /* <linux/prctl.h> of Linux 6.18 and 6.17 */
@@ -19,9 +23,12 @@
 #define PR_FUTEX_HASH_GET_SLOTS 2
 #endif
 
+#define AUTOGROUP "/proc/self/autogroup"       /* /autogroup-NUMBER nice N */
+
 struct settings {
-    int thp_disable, slots;
-    char login[16], session[16];
+    int thp_disable, slots, policy;
+    unsigned long nodes;
+    char login[16], session[16], autogroup[64];
 };
 
 static struct settings look(void)
@@ -29,6 +36,9 @@ static struct settings look(void)
     struct settings seen = {.thp_disable = prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0),
                             .slots = prctl(PR_FUTEX_HASH, PR_FUTEX_HASH_GET_SLOTS, 0, 0, 0)};
 
+    syscall(SYS_get_mempolicy, &seen.policy, &seen.nodes, 8 * sizeof seen.nodes, NULL, 0);
+    if (access(AUTOGROUP, R_OK) == 0)       /* with CONFIG_SCHED_AUTOGROUP */
+        read_file(AUTOGROUP, seen.autogroup, sizeof seen.autogroup);
     if (access("/proc/self/loginuid", R_OK) == 0) {     /* with CONFIG_AUDIT */
         read_file("/proc/self/loginuid", seen.login, sizeof seen.login);
         read_file("/proc/self/sessionid", seen.session, sizeof seen.session);
@@ -42,6 +52,10 @@ static void check(const struct settings *before)
 
     CHECK(before->thp_disable == after.thp_disable, "thp_disable %d, not %d", after.thp_disable, before->thp_disable);
     CHECK(before->slots == after.slots, "futex hash of %d slots, not %d", after.slots, before->slots);
+    CHECK(before->policy == after.policy && before->nodes == after.nodes,
+          "memory policy %d of nodes %#lx, not %d of %#lx", after.policy, after.nodes, before->policy, before->nodes);
+    CHECK(strcmp(strchrnul(before->autogroup, ' '), strchrnul(after.autogroup, ' ')) == 0, "autogroup %s, not %s",
+          after.autogroup, before->autogroup);
     CHECK(strcmp(before->login, after.login) == 0, "loginuid %s, not %s", after.login, before->login);
 }
 
@@ -57,6 +71,16 @@ static void log_in(const char *uid)
     }
 }
 
+static void set_autogroup(const char *nice)
+{
+    int fd = open(AUTOGROUP, O_WRONLY | O_CLOEXEC);
+
+    if (fd >= 0) {
+        CHECK(write(fd, nice, strlen(nice)) > 0, "autogroup");
+        close(fd);
+    }
+}
+
 static pthread_barrier_t checked;
 
 static void *thread_main(void *unused)
@@ -68,11 +92,15 @@ static void *thread_main(void *unused)
 int main(void)
 {
     struct settings before, child_before, after, child_after;
+    unsigned long first_node = 1;
     int go[2], told[2], status;
     pthread_t thread;
     pid_t child;
 
     log_in("54321");
+    set_autogroup("5");
+    syscall(SYS_set_mempolicy, MPOL_PREFERRED, &first_node, 8 * sizeof first_node);     /* ENOSYS without CONFIG_NUMA */
+    syscall(SYS_add_key, "user", "victim", "secret", 6, KEY_SPEC_THREAD_KEYRING);
     if (prctl(PR_SET_THP_DISABLE, 1, PR_THP_DISABLE_EXCEPT_ADVISED, 0, 0) != 0)
         MUST(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
     MUST(pipe(go));

@@ -51,6 +51,7 @@ CHECKED = {
     'Header.machine': 'of this kind of processor, or refused',
     'Header.page_size': 'the same, or refused',
     'InotifyInstance.unread': 'for a warning; events cannot be put back',
+    'Keyrings.mask': 'for a warning; nobody else can read the keys',
     **{f'Memfd.{name}': _OF_SHARED_MEMORY for name in ('content', 'gid', 'mode', 'seals', 'uid')},
     'Namespace.inode': 'whether it is ours, in the same boot',
     **{f'PathReference.{name}': 'of a node that is made again; another owner is a refusal' for name in ('gid', 'uid')},
