@@ -115,7 +115,7 @@ class Codec:
     def __init__(self, cls: type) -> None:
         self.cls = cls
         self.fields = dataclasses.fields(cls)
-        hints = get_type_hints(cls, include_extras=True)
+        self.hints = hints = get_type_hints(cls, include_extras=True)
         self.steps: list[tuple[tuple[str, ...], struct.Struct | None, Encoder | None, Decoder | None]] = []
         run: list[tuple[str, str]] = []
         for field in self.fields:

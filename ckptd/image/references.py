@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast, get_args
 
 from ckptd.image.grammar import Codec, Record, Struct
 from ckptd.image.manifest import NAME, Manifest
@@ -217,4 +217,4 @@ def _extents(value: Struct) -> Iterator[Extent]:
 @cache
 def _extent_fields(codec: Codec) -> tuple[str, ...]:
     """Return the names of the fields that are an extent or a list of them."""
-    return tuple(name for name, hint in get_type_hints(codec.cls).items() if hint is Extent or Extent in get_args(hint))
+    return tuple(name for name, hint in codec.hints.items() if hint is Extent or Extent in get_args(hint))
