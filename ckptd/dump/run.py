@@ -2,7 +2,7 @@
 """The operation checkpoint: the order of a dump. A failure leaves nothing behind.
 
     resolve, scan       roots, tree, all refusals; the spool accepts an image
-    freeze, rescan      everything at rest; scanned by the freezer, checked again
+    freeze, rescan      everything at rest, checked again
     seize, state, memory
     release             after=resume: the tree runs on from here, and only then is the image brought to the disk
     write, publish
@@ -23,7 +23,7 @@ from ckptd.dump.resume import issue_again, wait_on
 from ckptd.dump.seize import seize_all
 from ckptd.dump.tree import Dump
 from ckptd.dump.waits import WaitNotes, note_waits
-from ckptd.errors import Finding
+from ckptd.errors import Finding, TreeChanged
 from ckptd.faults import fault
 from ckptd.freezer import FrozenTree
 from ckptd.freezer.groups import read_cgroups
@@ -89,9 +89,8 @@ class Checkpoint:
         fault('frozen')
         self._channel.phase('rescan')
         cache = self._job.cache(at_rest=True)
-        tree = frozen.tree
-        walk_queues(tree, cache, self._job.walking)
-        self._check_again(tree, cache)
+        walk_queues(frozen.tree, cache, self._job.walking)
+        tree = self._rescan(frozen, cache)
         self._channel.phase('seize')
         deadline = time.monotonic() + self._request.timeout_usec / 1e6
         patience = Patience(self._request.timeout_usec / 1e6, self._channel.check)
@@ -128,10 +127,19 @@ class Checkpoint:
         if lent and (is_read or ptrace_scope() != CAPABLE):
             give_up_capability(CAP_SYS_PTRACE)
 
-    def _check_again(self, tree: Tree, cache: ProcCache) -> None:
-        """Repeat every check. Only now that the tree is at rest does nothing change any more."""
+    def _rescan(self, frozen: FrozenTree, cache: ProcCache) -> Tree:
+        """Scan the tree again, now that it is at rest: it must have the same tasks, and every check is repeated.
+
+        The freezer's last scan is no proof by itself. A task that it did not know may have exited meanwhile, and left
+        its children to a parent whose children had been read.
+        """
+        tree = frozen.rescan()
+        changes = frozen.tree.changes(tree)
+        if changes:
+            raise TreeChanged(f'the tree changed while it was frozen: {changes[0]}', phase='rescan')
         self._warnings = self._job.require(tree, cache)
         fault('rescanned')
+        return tree
 
     def _release(self, frozen: FrozenTree) -> None:
         self._channel.phase('release')

@@ -4,10 +4,11 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, Self
 
-from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument, TreeChanged
+from ckptd.errors import CkptError, Finding, FreezeTimeout, InvalidArgument, NoSuchTarget
 from ckptd.inspect.scan import scan_tree
 from ckptd.journal.entry import FaultPoint, JournalEntry
 from ckptd.journal.steps import AnyStep, EndProcesses, Known, StepContext
@@ -66,7 +67,7 @@ class FrozenTree:
     """A tree at rest, and the means to restore the state that was found. This class is for a tree that was already at
     rest.
 
-        tree        as scanned last, when every task was at rest: nothing forks then, so no task is missing
+        tree        as scanned last, with every task at rest
         tracees     by tid; stopped under ptrace. The ptrace freezer fills it, a dump adds its own. All of them are
                     detached at the end, after the state is restored, so a tree found frozen never runs in between
         rescan()    scan the tree again
@@ -99,20 +100,19 @@ class FrozenTree:
         return False
 
     def freeze(self) -> None:
-        """Bring the tree to rest, and scan it then. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then
-        `close` undoes it."""
-        # all tasks of the earlier scan are at rest, but one of them may have made another before
-        tree = self.rescan()
-        if changes := self.tree.changes(tree):
-            raise TreeChanged(f'the tree changed while its caller froze it: {changes[0]}', phase='freeze')
-        self.tree = tree
+        """Bring the tree to rest. CannotFreezeError, FreezeTimeout, TreeChanged, Cancelled: then `close` undoes it."""
 
     def rescan(self) -> Tree:
         """Scan the tree again, wherever the freeze has moved it."""
         if not self.moved:
             return self._freeze_request.rescan()
         # once moved, the tree is no longer in the requested cgroup, but its roots are known
-        return scan_tree([task.tid for task in self.tree.leaders if not task.depth])
+        roots = [task.tid for task in self.tree.leaders if not task.depth]
+        # except for orphans that an earlier scan has missed
+        with suppress(NoSuchTarget):
+            roots += [task.tid for task in self._freeze_request.rescan().leaders
+                      if not task.depth and task.tid not in roots]
+        return scan_tree(roots)
 
     def let_run(self) -> None:
         """Thaw the tree, with its tasks stopped. CkptError if that fails."""

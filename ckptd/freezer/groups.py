@@ -41,8 +41,7 @@ class CgroupFrozen(FrozenTree):
         try:
             places = read_places(self.tree)
             if not places:
-                self.tree = self.rescan()       # all tasks are dead: NoSuchTarget for a process
-                return
+                return          # all tasks are dead
             own = self._own_cgroup(places)
             if own is None:
                 self._make_work_cgroup(places)

@@ -7,8 +7,8 @@
     Handles(tree)                                   a pidfd per process
 
 A scan reads one stat line per task and one children list per thread, so its time grows linearly with the tasks. The
-tasks run meanwhile: one that vanishes during the scan is left out, one that is born may be missed. A scan of a tree at
-rest is complete, because nothing forks: that of the freezer (freezer/base.py).
+tasks run meanwhile: one that vanishes during the scan is left out, one that is born may be missed. Two scans that
+agree, the later one with the tree frozen, are the proof (Tree.changes).
 """
 
 import errno
@@ -85,7 +85,7 @@ def _cgroup(path: str) -> ResolvedTarget:
     if path == '/':
         raise InvalidArgument('the root cgroup contains the whole system and cannot be frozen')
     directory = _mount().path / path.removeprefix('/')
-    if not directory.is_dir():
+    if not Cgroup(directory).exists:
         raise NoSuchTarget(f'no cgroup {path}')
     return ResolvedTarget(_cgroup_roots(directory, f'cgroup {path}'), path, None, f'cgroup {path}')
 
