@@ -78,7 +78,7 @@ class BrokerClient:
             try:
                 value, _ = self._channel.call(FindWatched(file.tid, file.fd, tid, after))
             except CkptError as error:
-                raise OSError(error.errno, error.message) from error
+                raise OSError(error.errno or errno.EIO, error.message) from error
             found |= {wd: os.fsdecode(path) for wd, path in value['paths']}
             if not (after := value['more']):
                 return found

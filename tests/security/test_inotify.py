@@ -99,8 +99,8 @@ def test_what_a_worker_may_ask(attacker: Attacker, other: Attacker, tmp_path: Pa
                 made.answer(FindWatched(pid, fd, mine.pid))
         with pytest.raises(FileNotFoundError):
             made.answer(FindWatched(mine.pid, 999, mine.pid))
-        # an open file of another kind has no watches
-        assert made.answer(FindWatched(mine.pid, 0, mine.pid)) == ({'paths': [], 'more': 0}, [])
+        with pytest.raises(OSError, match='not an inotify instance'):
+            made.answer(FindWatched(mine.pid, 0, mine.pid))
 
 
 def test_files_of_the_worker_itself(attacker: Attacker, tmp_path: Path, inotify: Callable[[Path], int]) -> None:
@@ -115,6 +115,12 @@ def test_files_of_the_worker_itself(attacker: Attacker, tmp_path: Path, inotify:
             {'paths': [(1, os.fsencode(program.directory))], 'more': 0}, [])
         hidden = inotify(secret / 'file')
         assert made.answer(FindWatched(os.getpid(), hidden, program.pid)) == ({'paths': [], 'more': 0}, [])
+        # in a directory that can be entered, but not listed, a name is a secret
+        secret.chmod(0o711)
+        assert made.answer(FindWatched(os.getpid(), hidden, program.pid)) == ({'paths': [], 'more': 0}, [])
+        secret.chmod(0o755)
+        told = {'paths': [(1, os.fsencode(secret / 'file'))], 'more': 0}
+        assert made.answer(FindWatched(os.getpid(), hidden, program.pid)) == (told, [])
 
 
 def test_other_jobs_do_not_ask(attacker: Attacker, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from ckptd.errors import CkptError, Finding, NotSupported
 from ckptd.image.grammar import U32, U64, Struct, layout
@@ -98,12 +99,21 @@ class InotifyKind(Kind[InotifyInstance], tag='inotify', alike=False):
         key = tuple(file.info.fields.get('inotify', ()))
         if key not in self._places:
             watches = watches_of(file.info)
-            paths = self._tables.watched_paths(file, self._task_of(file))
+            paths = self._paths(file)
             found = {wd: WatchedFile(path) for wd, path in paths.items()}
             if rest := [watch for watch in watches if watch.wd not in found]:
                 found |= self._tables.neighbourhood.find(rest)
             self._places[key] = found
         return self._places[key]
+
+    def _paths(self, file: OpenFile) -> Mapping[int, str]:
+        """Return the paths that handles lead to. A mount that does not answer leads nowhere."""
+        try:
+            return self._tables.watched_paths(file, self._task_of(file))
+        except ProcessLookupError:
+            raise
+        except OSError:
+            return {}
 
     def _task_of(self, file: OpenFile) -> int:
         """Return a task that sees the paths. A file in flight is known by an fd of ours."""
@@ -181,9 +191,15 @@ class InotifyKind(Kind[InotifyInstance], tag='inotify', alike=False):
 
     def arm(self, record: InotifyInstance, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         for watch, file in self._armed.pop(saved.file_id):
-            if (got := _set(fd, file, watch.mask & KEPT_BITS, ctx)) != watch.wd:
-                # it was deleted meanwhile, and the program reads that its watch has ended (IN_IGNORED)
-                inotify_rm_watch(fd, got)
+            # Nothing may fail here. If the file was deleted or closed to the user meanwhile, the watch ends, and the
+            # program reads that (IN_IGNORED).
+            got = -1
+            with suppress(OSError):
+                got = _set(fd, file, watch.mask & KEPT_BITS, ctx)
+            if got != watch.wd:
+                for number in {watch.wd, got} - {-1}:
+                    with suppress(OSError):
+                        inotify_rm_watch(fd, number)
 
 
 def _nameless(watch: InotifyWatch) -> str:
@@ -202,14 +218,10 @@ def _unread(file: OpenFile) -> int:
 
 
 def _set(fd: int, file: int, mask: int, ctx: RestoreContext) -> int:
-    """Watch a file with the rights of the user, who must be able to read it, or root's where ckptd may use them."""
-    try:
-        with ctx.as_user():
-            return set_watch(fd, file, mask)
-    except PermissionError:
-        if not ctx.by_root:
-            raise
-    return set_watch(fd, file, mask)
+    """Watch a file with the rights of the user. Root's would show the names in a directory to which the user's path may
+    lead by now."""
+    with ctx.as_user():
+        return set_watch(fd, file, mask)
 
 
 def _file_findings(watch: SavedWatch, found: os.stat_result | None, lookup: FileLookup) -> list[Finding]:

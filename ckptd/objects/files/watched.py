@@ -36,6 +36,10 @@ from ckptd.kernel.namei import lstat_of_task, root_of_task
 from ckptd.kernel.task import read_link
 
 _OF_READING = IN_ACCESS | IN_OPEN | IN_CLOSE_NOWRITE     # events of the reading of a directory
+MAX_MOUNTS = 16             # of one file system, which has as many as a user likes
+# Types of file systems, or their beginnings, whose server may never answer, or that mount something when they are
+# entered. A privileged process does not touch them for a user.
+_OF_SERVERS = ('fuse', 'autofs', 'nfs', 'cifs', 'smb', '9p', 'ceph', 'afs')
 MAX_ENTRIES = 50_000        # of directories, which are listed while the tree is at rest: some 50 ms
 
 INOTIFY_LINK = 'anon_inode:inotify'
@@ -69,15 +73,17 @@ def paths_by_handle(tid: int, watches: Sequence[InotifyWatch], rights: Rights = 
                 break
             shown = _on_mount(mount, root, todo.values())
             with rights():
-                found |= {wd: path for wd, (path, of) in shown.items() if _is_same(_lstat(root + path), of)}
+                found |= {wd: path for wd, (path, of) in shown.items()
+                          if _is_same(_lstat(root + path), of) and _is_listed(root + path)}
             todo = {wd: watch for wd, watch in todo.items() if wd not in found}
     return found
 
 
 def _mounts_of(device: int, mounts: Iterable[Mount]) -> list[Mount]:
-    """Return the mounts of a file system, those of the whole of it first: a bind mount may not show the file."""
-    return sorted((mount for mount in mounts if os.makedev(mount.major, mount.minor) == device),
-                  key=lambda mount: mount.root != '/')
+    """Return mounts of a file system, those of the whole of it first: a bind mount may not show the file."""
+    found = [mount for mount in mounts
+             if os.makedev(mount.major, mount.minor) == device and not mount.fs_type.startswith(_OF_SERVERS)]
+    return sorted(found, key=lambda mount: mount.root != '/')[:MAX_MOUNTS]
 
 
 def _on_mount(mount: Mount, root: str, watches: Iterable[InotifyWatch]) -> dict[int, tuple[str, os.stat_result]]:
@@ -91,7 +97,8 @@ def _on_mount(mount: Mount, root: str, watches: Iterable[InotifyWatch]) -> dict[
         stack.callback(os.close, directory)
         if read_fdinfo(os.getpid(), directory).mnt_id != mount.id:
             return {}
-        with working_directory(directory):
+        # EACCES: a bind mount of a directory that we may not enter
+        with suppress(OSError), working_directory(directory):
             for watch in watches:
                 # ESTALE, EOPNOTSUPP, EPERM: the file system does not find it, or we may not ask
                 with suppress(OSError):
@@ -112,6 +119,12 @@ def _lstat(path: str) -> os.stat_result | None:
     with suppress(OSError):
         return os.lstat(path)
     return None
+
+
+def _is_listed(path: str) -> bool:
+    """Whether the directory of a file may be read. The kernel shows any name of the file, and one in another directory
+    is told only to those who can see it there."""
+    return os.access(os.path.dirname(path) or '/', os.R_OK, effective_ids=True)  # noqa: PTH120
 
 
 def _is_same(found: os.stat_result | None, of: os.stat_result) -> bool:
