@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 from ckptd.errors import CkptError, NoSuchTarget, WorkerDied
+from ckptd.jobs.admission import Exclusive
 from ckptd.jobs.entry import QueuedJob, reason
 from ckptd.jobs.run import Run
 from ckptd.jobs.target_process import ProcessWatch
 from ckptd.jobs.worker import MAX_STATUS
-from ckptd.protocol.requests import FreezerRequest
 from ckptd.target import Target
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ def not_held(target: Target) -> NoSuchTarget:
                         hint='the property FrozenTargets lists frozen targets')
 
 
-def _request(entry: QueuedJob) -> FreezerRequest:
+def _request(entry: QueuedJob) -> Exclusive:
     request = entry.job.request
-    assert isinstance(request, FreezerRequest)      # no other job can hold a freeze (Run)
+    assert isinstance(request, Exclusive)      # no other job can hold a freeze (Run)
     return request
 
 

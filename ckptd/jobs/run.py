@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from ckptd.errors import CkptError
+from ckptd.jobs.admission import Exclusive
 from ckptd.jobs.state import JobRecord
 from ckptd.jobs.worker import WorkerHandle
 from ckptd.protocol import messages
@@ -106,7 +107,7 @@ class Run:
                 self.job.enter(name, self._clock())
             case messages.ProgressReport():
                 self.job.advance(message, self._clock())
-            case messages.Frozen() if isinstance(self.job.request, FreezerRequest):     # a user's worker may send any
+            case messages.Frozen() if isinstance(self.job.request, Exclusive):      # a user's worker may send any
                 self.frozen = message
             case messages.Log(level, text):
                 worker_log.log(level, '%s: %s', self.job.name, text)

@@ -122,6 +122,9 @@ class Player:
         while not isinstance(self.hear(), Thaw | Cancel | None):
             pass
 
+    def claim(self, start: Start) -> None:
+        self.say(Phase('freeze'), Frozen(3, 'cgroup'), Finished({'refusals': []}))
+
     def drop(self, start: Start) -> None:
         self.hold(start)
         os.kill(os.getpid(), signal.SIGKILL)

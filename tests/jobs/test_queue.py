@@ -307,6 +307,12 @@ async def test_a_checkpoint_may_leave_its_tree_frozen(queue: Queue, heard: Heard
     await queue.thaw(CgroupTarget('/hold'))
 
 
+async def test_a_check_holds_no_freeze(queue: Queue) -> None:
+    """A user's worker may say what it likes."""
+    assert await queue.call(request_of('claim', 'check')) == {'refusals': []}
+    assert not queue.frozen
+
+
 async def test_a_holder_that_is_killed(queue: Queue, heard: Heard) -> None:
     job = await run(queue, heard, 'hold', after='freeze')
     os.kill(job.worker, signal.SIGKILL)

@@ -36,7 +36,20 @@ from ckptd.objects.namespaces.birth import enter_clocks
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import BrokerCall, FromUsersWorker
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import MAX_MESSAGE, Answer, Cancel, Failed, Finished, FromWorker, Message, Phase, Start
+from ckptd.protocol.messages import (
+    MAX_MESSAGE,
+    Answer,
+    Cancel,
+    Failed,
+    Finished,
+    FromWorker,
+    Message,
+    Phase,
+    ScopeRequest,
+    Start,
+    UnitDone,
+    UnitRequest,
+)
 from ckptd.protocol.requests import CheckpointRequest, DumpRequest, Request, RestartRequest, TreeRequest
 from ckptd.restore.xstate import own_xstate
 from ckptd.worker.broker.answers import failure_of, powers
@@ -209,6 +222,9 @@ class Broker:
         message = _decode(data)
         if isinstance(message, BrokerCall):
             self._answer(message)
+        elif isinstance(message, UnitRequest | ScopeRequest):
+            # only the broker itself asks systemd, for a tree that it has checked
+            self._worker.send(UnitDone('the worker of an ordinary user may not ask systemd'), [])
         else:
             self._note(message)
             self._channel.send(self._with_root_hint(message) if self._dumps_for_root else message)
