@@ -19,6 +19,7 @@ import msgspec
 
 from ckptd.errors import InvalidArgument, NoSuchTarget
 
+MAX_PATH = 4096             # PATH_MAX of <linux/limits.h>, with a NUL at the end
 MAX_PID = 0x3fffffff        # no tid is above FUTEX_TID_MASK (<linux/futex.h>), whatever pid_max says
 UNIT_TYPES = ('service', 'scope', 'slice', 'socket', 'mount', 'swap')       # the units that have a cgroup
 WITHOUT_CGROUP = ('target', 'device', 'automount', 'timer', 'path')         # all other types of systemd.unit(5)
@@ -34,7 +35,7 @@ CGROUP_PATH = r'\A(/|(/(?!\.{1,2}(/|\Z))[^/\0\n]{1,255})+)\Z'
 
 Pid = Annotated[int, msgspec.Meta(ge=1, le=MAX_PID)]
 UnitName = Annotated[str, msgspec.Meta(pattern=UNIT_NAME, max_length=255)]
-CgroupPath = Annotated[str, msgspec.Meta(pattern=CGROUP_PATH, max_length=4095)]     # PATH_MAX with its NUL
+CgroupPath = Annotated[str, msgspec.Meta(pattern=CGROUP_PATH, max_length=MAX_PATH - 1)]
 
 
 class ProcessTarget(msgspec.Struct, frozen=True, tag='process'):

@@ -10,7 +10,7 @@ from ckptd.bus.message import UnixFd
 from ckptd.errors import InvalidArgument
 from ckptd.kernel.statx import is_terminal
 from ckptd.protocol.requests import After, ChangedFiles, FreezeMode
-from ckptd.target import WORDS, CgroupTarget, clean_path, is_valid
+from ckptd.target import MAX_PATH, WORDS, CgroupTarget, clean_path, is_valid
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds
 MAX_SIZE = 2**63 - 1                # bytes
@@ -39,7 +39,8 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_cgroup(value: Any) -> bool:
-    return isinstance(value, str) and is_valid(CgroupTarget(clean_path(value)))
+    # the kernel's bound for the path is for all of it, with its double slashes
+    return isinstance(value, str) and len(value) < MAX_PATH and is_valid(CgroupTarget(clean_path(value)))
 
 
 def _is_terminal(value: Any) -> bool:
