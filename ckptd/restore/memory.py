@@ -15,7 +15,7 @@ import errno
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
-from mmap import MADV_DONTNEED, MAP_PRIVATE
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE
 from operator import attrgetter
 
 from ckptd.image.reader import ImageReader, Memory, runs_between
@@ -186,9 +186,11 @@ class Space:
             if flag in _ADVICE:
                 script.call('madvise', vma.start, length, _ADVICE[flag], about=about)
         if vma.start in self._locked:
-            # ENOMEM: it is locked, and some pages cannot be there, as without access or behind the end of a file
+            # ENOMEM: it is locked, and some pages cannot be there: without access, or behind the end of a file. For
+            # other memory it means that the limit is too low, and nothing is locked.
+            lacks_pages = not vma.protection or not vma.flags & MAP_ANONYMOUS
             script.call('mlock2', vma.start, length, MLOCK_ONFAULT if vma.locked == 2 else 0, about=about,
-                        accept=errno.ENOMEM)
+                        accept=errno.ENOMEM if lacks_pages else 0)
         if kind.takes_name and vma.name and not vma.name.startswith('[') and vma.name not in SHARED_ANONYMOUS:
             name = vma.name.encode('utf-8', 'surrogateescape') + b'\0'
             # EBADF: the shared memory of an ordinary user is a memfd, which takes no name
