@@ -82,7 +82,7 @@ def test_more_than_fits(half: Half, bulk: Bulk) -> None:
     """A bound of the system, and not of ours, is named as such."""
     file = own(half())
     message = UnixMessage((bulk.add([bytes(64 << 20)]),), (), (), 0)
-    record = UnixSocketEnd(1, socket.SOCK_STREAM, 0, 1, 0, Sender(0, 0, 0), (), (), (message,))
+    record = UnixSocketEnd(1, socket.SOCK_STREAM, 0, 1, 0, Sender(0, 0, 0), (), 0, 0, (), (message,))
     saved = SavedFile(1, 'unix', file.flags, 0, file.stat.st_mode, 0, 0, 0, file.link, record.encode())
     restart = Restart(bulk)
     try:
