@@ -30,10 +30,8 @@ from ckptd.restore.task_sockets import make_socketpair
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_SET_RW_HINT = 1036                    # <linux/fcntl.h>
-F_OWNER_PGRP = 2
 # flags that F_SETFL changes (fcntl(2)), without O_ASYNC
 _STATUS_FLAGS = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
-_TO_THE_END = (1 << 32) - 1
 
 
 class FileBuilder(FileMaker):
