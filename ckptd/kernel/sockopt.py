@@ -4,10 +4,12 @@ values above the 1024 bytes that its method takes."""
 
 import ctypes
 import socket
+import struct
 
 from ckptd.kernel.decl import c_int, c_void_p, libc
 
 SO_NO_CHECK = 11
+SO_ATTACH_FILTER = 26
 SO_GET_FILTER = 26                  # SO_ATTACH_FILTER, for getsockopt(2)
 SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING = 29, 35, 37
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
@@ -33,6 +35,10 @@ SO_RCVPRIORITY = 82                 # since 6.14
 SO_PASSRIGHTS = 83                  # since 6.16
 SO_INQ = 84                         # since 6.17
 
+BPF_MAXINSNS = 4096                 # <linux/bpf_common.h>
+SOCK_FILTER = struct.Struct('=HBBI')        # struct sock_filter of <linux/filter.h>
+_SOCK_FPROG = struct.Struct('=HxxxxxxQ')    # struct sock_fprog
+
 
 @libc
 def _getsockopt(sockfd: c_int, level: c_int, optname: c_int, optval: c_void_p, optlen: c_void_p) -> c_int: ...
@@ -40,6 +46,24 @@ def _getsockopt(sockfd: c_int, level: c_int, optname: c_int, optval: c_void_p, o
 
 def read_option(sock: socket.socket, name: int, size: int) -> bytes:
     """Return an option of SOL_SOCKET with up to `size` bytes. OSError."""
+    return _read(sock, name, size)[0]
+
+
+def read_filter(sock: socket.socket) -> bytes:
+    """Return the classic filter of a socket: its struct sock_filter in a row, b'' for none. PermissionError for an eBPF
+    program, which cannot be read."""
+    value, count = _read(sock, SO_GET_FILTER, BPF_MAXINSNS * SOCK_FILTER.size, whole=True)
+    return value[:count * SOCK_FILTER.size]     # the kernel counts instructions, not bytes
+
+
+def attach_filter(sock: socket.socket, program: bytes) -> None:
+    """Attach a classic filter, as SO_ATTACH_FILTER does. OSError."""
+    code = ctypes.create_string_buffer(program, len(program))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
+                    _SOCK_FPROG.pack(len(program) // SOCK_FILTER.size, ctypes.addressof(code)))
+
+
+def _read(sock: socket.socket, name: int, size: int, *, whole: bool = False) -> tuple[bytes, int]:
     value, length = ctypes.create_string_buffer(size), ctypes.c_uint32(size)
     _getsockopt(sock.fileno(), socket.SOL_SOCKET, name, ctypes.addressof(value), ctypes.addressof(length))
-    return value.raw[:length.value]
+    return value.raw if whole else value.raw[:length.value], length.value

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ckptd.kernel.netlink import UnixSocket, unix_sockets
-from ckptd.kernel.sockopt import SO_GET_FILTER, SO_PEERGROUPS, read_option
+from ckptd.kernel.sockopt import SO_PEERGROUPS, read_option
 from ckptd.kernel.status import read_status
 
 # <linux/tcp_states.h>, which unix sockets use as well; TCP_CLOSE is a socket that is not connected
@@ -25,7 +25,6 @@ RCV_SHUTDOWN, SEND_SHUTDOWN = 1, 2      # <net/sock.h>
 UCRED = struct.Struct('=3I')   # struct ucred of <linux/socket.h>
 _GROUPS = 1 << 16               # NGROUPS_MAX of <linux/limits.h>
 _FEW = 256                      # bytes, for the groups of most processes
-_FILTER = 8 * 4096              # bytes of BPF_MAXINSNS instructions, <linux/bpf_common.h>
 
 
 class SocketCredentials(NamedTuple):
@@ -106,14 +105,6 @@ def find_holders(inodes: Collection[int]) -> dict[int, Holder]:
             holder = Holder(int(process.name), read_status(int(process.name)).name) if held - found.keys() else None
             found |= {inode: holder for inode in held - found.keys() if holder}
     return found
-
-
-def has_filter(sock: socket.socket) -> bool:
-    """Whether a filter is attached (SO_ATTACH_FILTER or SO_ATTACH_BPF)."""
-    try:
-        return bool(read_option(sock, SO_GET_FILTER, _FILTER))      # the result counts instructions, not bytes
-    except OSError as error:
-        return error.errno == errno.EACCES      # an eBPF program
 
 
 def clients_beside(inode: int, sockets: Mapping[int, UnixSocket]) -> frozenset[int]:

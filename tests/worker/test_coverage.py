@@ -80,13 +80,15 @@ UNREAD = {
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
 SUBJECTS = ('attributes', 'events', 'files', 'inotify', 'interpreter', 'linked', 'locks', 'memory', 'opath', 'pidfds',
-            'removed', 'settings', 'shared', 'signals', 'stopped', 'tiles', 'timers', 'tree', 'unix_sockets')
+            'removed', 'settings', 'shared', 'signals', 'socket_filters', 'stopped', 'tiles', 'timers', 'tree',
+            'unix_sockets')
 
 
 def classes() -> list[type]:
     """Records, and the groups of fields in them and in those of kinds and attributes."""
     modules = {r.__name__, *(kind.__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
-               'ckptd.objects.files.locks', *(type(one).__module__ for one in ATTRIBUTES)}
+               'ckptd.objects.files.locks', 'ckptd.objects.files.socket_filter',
+               *(type(one).__module__ for one in ATTRIBUTES)}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []
     while todo:

@@ -2,7 +2,6 @@
 """Unix sockets of a tree: ends outside of it, images that lie about their queues, and what is refused by name."""
 
 import ctypes
-import functools
 import os
 import socket
 import struct
@@ -16,6 +15,7 @@ import pytest
 from ckptd.errors import CkptError, Finding, Refused
 from ckptd.image.records import SavedFile
 from ckptd.kernel.unix import peer_groups
+from ckptd.objects.files.socket_filter import SocketFilter
 from ckptd.objects.files.unix import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.altered import rewrite
@@ -25,7 +25,12 @@ from tests.worker.conftest import in_child
 from tests.worker.driver import DirectWorker, Place
 from tests.worker.test_restore_checks import checked
 
-SO_ATTACH_FILTER, BPF_RET_K = 26, 6         # <asm-generic/socket.h>, <linux/bpf_common.h>
+SO_ATTACH_BPF = 50                          # <asm-generic/socket.h>
+BPF_JA, BPF_MOV_R0, BPF_EXIT = 0x05, 0xb7, 0x95     # <linux/bpf_common.h>, <linux/bpf.h>
+BPF_PROG_LOAD, BPF_PROG_TYPE_SOCKET_FILTER = 5, 1   # <linux/bpf.h>
+SYS_BPF = 321                               # <asm/unistd_64.h>
+
+libc = ctypes.CDLL(None, use_errno=True)
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
@@ -149,19 +154,36 @@ def test_an_accepted_connection_is_refused_by_its_name(place: Place, brood: Broo
     assert all(f'@{name[1:]}' in row.reason for row in rows)
 
 
-def test_a_filter_is_refused(place: Place, brood: Brood) -> None:
-    """A filter of one instruction, and one that is as long as can be."""
-    def attach(instructions: int) -> int:
+def test_an_ebpf_filter_is_refused(place: Place, brood: Brood) -> None:
+    def attach() -> int:
+        code = ctypes.create_string_buffer(struct.pack('=BBhiBBhi', BPF_MOV_R0, 0, 0, -1, BPF_EXIT, 0, 0, 0))
+        license_ = ctypes.create_string_buffer(b'GPL')
+        about = ctypes.create_string_buffer(struct.pack('=IIQQ', BPF_PROG_TYPE_SOCKET_FILTER, 2, ctypes.addressof(code),
+                                                        ctypes.addressof(license_)), 128)      # union bpf_attr
+        program = libc.syscall(SYS_BPF, BPF_PROG_LOAD, about, 128)
+        assert program >= 0
         sock = socket.socket(socket.AF_UNIX)
-        code = ctypes.create_string_buffer(struct.pack('=HBBI', BPF_RET_K, 0, 0, 0xFFFF) * instructions)
-        program = struct.pack('=HxxxxxxQ', instructions, ctypes.addressof(code))        # struct sock_fprog
-        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program)
+        os.close(program)
         return sock.detach()
-    for instructions in (1, 4096):
-        pid, fd = brood.ask(functools.partial(attach, instructions))
-        [row] = refused(place, pid)
-        assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
-        assert 'has a filter (SO_ATTACH_FILTER)' in row.reason
+    pid, fd = brood.ask(attach)
+    [row] = refused(place, pid)
+    assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
+    assert 'has an eBPF filter (SO_ATTACH_BPF)' in row.reason
+
+
+def test_a_filter_that_the_kernel_rejects(place: Place, victim: Callable[..., Victim]) -> None:
+    """A program that jumps out of itself, and half an instruction: the restart fails and leaves nothing."""
+    running = victim('socket_filters')
+    image = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    lie(image, lambda end: replace(end, filter=SocketFilter(struct.pack('=HBBI', BPF_JA, 0, 0, 1 << 20), 0)))
+    with DirectWorker() as worker, pytest.raises(CkptError, match='its filter cannot be attached again'):
+        worker.run(place.request(0, operation='restore', image=image.name))
+    assert not place.freezes
+    lie(image, lambda end: replace(end, filter=SocketFilter(b'half', 0)))
+    assert any('a socket filter of 4 bytes' in damage for damage in verified(place, image))
 
 
 @pytest.mark.parametrize('groups', [(), (1, 2, 3), tuple(range(1000, 2000))])

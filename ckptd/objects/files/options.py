@@ -16,7 +16,6 @@ from ckptd.kernel.sockopt import (
     SO_BUSY_POLL_BUDGET,
     SO_INCOMING_CPU,
     SO_INQ,
-    SO_LOCK_FILTER,
     SO_MAX_PACING_RATE,
     SO_NO_CHECK,
     SO_NOFCS,
@@ -44,14 +43,14 @@ from ckptd.kernel.sockopt import (
 _TIMEVAL, _LINGER, _INT, _PAIR = 16, 8, 4, 8
 
 # Option: bytes of its value. They are set in this order: among the options of timestamps the last one decides about the
-# format. Buffer sizes and their locks depend on each other, so they are below.
+# format. Buffer sizes and their locks depend on each other, so they are below; SO_LOCK_FILTER is in socket_filter.py.
 _SIZES = {
     socket.SO_DEBUG: _INT, socket.SO_REUSEADDR: _INT, socket.SO_REUSEPORT: _INT, socket.SO_DONTROUTE: _INT,
     socket.SO_BROADCAST: _INT, socket.SO_KEEPALIVE: _INT, socket.SO_OOBINLINE: _INT, SO_NO_CHECK: _INT,
     socket.SO_PRIORITY: _INT, socket.SO_LINGER: _LINGER, socket.SO_PASSCRED: _INT, socket.SO_PASSSEC: _INT,
     socket.SO_RCVLOWAT: _INT, socket.SO_RCVTIMEO: _TIMEVAL, socket.SO_SNDTIMEO: _TIMEVAL, socket.SO_MARK: _INT,
     SO_TIMESTAMP: _INT, SO_TIMESTAMPNS: _INT, SO_TIMESTAMPING: _PAIR, SO_RXQ_OVFL: _INT, SO_WIFI_STATUS: _INT,
-    SO_PEEK_OFF: _INT, SO_NOFCS: _INT, SO_LOCK_FILTER: _INT, SO_SELECT_ERR_QUEUE: _INT, SO_BUSY_POLL: _INT,
+    SO_PEEK_OFF: _INT, SO_NOFCS: _INT, SO_SELECT_ERR_QUEUE: _INT, SO_BUSY_POLL: _INT,
     SO_MAX_PACING_RATE: 8, SO_INCOMING_CPU: _INT, SO_TXTIME: _PAIR, SO_BINDTOIFINDEX: _INT, SO_TIMESTAMP_NEW: _INT,
     SO_TIMESTAMPNS_NEW: _INT, SO_TIMESTAMPING_NEW: _PAIR, SO_PREFER_BUSY_POLL: _INT, SO_BUSY_POLL_BUDGET: _INT,
     SO_TXREHASH: _INT, SO_RCVMARK: _INT, SO_PASSPIDFD: _INT, SO_RCVPRIORITY: _INT, SO_PASSRIGHTS: _INT, SO_INQ: _INT,

@@ -8,9 +8,11 @@ from typing import Any, cast
 from ckptd.image.grammar import Struct
 from ckptd.image.records import PAGE, Extent, data_name
 from ckptd.image.shapes import MAX_FILE
+from ckptd.kernel.sockopt import BPF_MAXINSNS, SOCK_FILTER
 from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.linked import is_name
 from ckptd.objects.files.locks import EOF, LEASE, POSIX, TO_NONE, TO_READ, Lock
+from ckptd.objects.files.socket_filter import SocketFilter
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
 _MAX_WD = (1 << 31) - 1             # of an inotify instance: fs/notify/inotify/inotify_user.c, inotify_ioctl
@@ -41,6 +43,9 @@ def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
         case ContentSegment(start, extent):
             if start + extent.length > MAX_FILE:
                 yield f'its content is at byte {start}'
+        case SocketFilter(program, _):
+            if len(program) % SOCK_FILTER.size or len(program) > BPF_MAXINSNS * SOCK_FILTER.size:
+                yield f'a socket filter of {len(program)} bytes'
         case Lock(kind, write, start, end, _, breaking):
             if not POSIX <= kind <= LEASE or start > min(end, MAX_FILE) or MAX_FILE < end < EOF:
                 yield f'a lock of kind {kind} on bytes {start} to {end}'

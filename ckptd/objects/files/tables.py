@@ -4,6 +4,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
+from ckptd.external import Policies
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, capget
 from ckptd.kernel.inotify import watches_of
 from ckptd.kernel.netlink import UnixSocket
@@ -24,6 +25,7 @@ class JobTables:
         self.table_owners: Sequence[int] = ()           # tids of the tree, one for each table of fds
         # whether the next one can find files: by CAP_DAC_READ_SEARCH, or through a broker
         self.has_handles = bool(capget().effective >> CAP_DAC_READ_SEARCH & 1)
+        self.external = Policies()                      # for peers outside of the tree
         # the paths of the files that an inotify instance watches, by wd, as far as the kernel finds them by handle;
         # paths of the task given. OSError
         self.watched_paths: Callable[[OpenFile, int], Mapping[int, str]] = _watched_paths

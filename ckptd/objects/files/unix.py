@@ -28,6 +28,7 @@ from ckptd.kernel.sockopt import SO_BUF_LOCK, SO_PEEK_OFF
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.options import SocketOption, buffer_locks, dump_options, set_buffer, set_options
+from ckptd.objects.files.socket_filter import NO_FILTER, SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import describe
 
@@ -71,6 +72,7 @@ class UnixSocketEnd(Struct):
     gid: U32                        # likewise
     options: tuple[SocketOption, ...]
     queue: tuple[UnixMessage, ...]
+    filter: SocketFilter = NO_FILTER
 
 
 class UnixKind(Kind[UnixSocketEnd], tag='unix'):
@@ -102,10 +104,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             if unix.has_error(sock):
                 return [finding('EIO', f'{file.link} has a pending error, which reading would consume',
                                 'let the program read it (SO_ERROR) before the checkpoint')]
-            if unix.has_filter(sock):
-                return [finding('EOPNOTSUPP', f'{describe(file, self._tables)} ({file.link}) has a filter '
-                                '(SO_ATTACH_FILTER), which cannot be dumped yet', 'detach it before the checkpoint')]
-        return []
+            return filter_findings(sock, f'{describe(file, self._tables)} ({file.link})')
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         own = self._own(file)
@@ -171,11 +170,11 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         with file.as_socket() as sock:
             if file.severed or own is None:
                 return UnixSocketEnd(of.st_ino, sock.type, 0, 1, 0, _NOBODY, (), of.st_uid, of.st_gid, (), ())
-            options = dump_options(sock)
+            options, attached = dump_options(sock), dump_filter(sock)
             maker, groups = unix.peer_credentials(sock), unix.peer_groups(sock)
         queue = tuple(self._message(file, message, content) for message in self._queue(file))
         return UnixSocketEnd(own.inode, own.type, own.peer, own.state == unix.SS_ESTABLISHED, own.shutdown,
-                             _sender(maker, content), groups, of.st_uid, of.st_gid, options, queue)
+                             _sender(maker, content), groups, of.st_uid, of.st_gid, options, queue, attached)
 
     def _message(self, file: OpenFile, message: unix_queue.Queued, content: Content) -> UnixMessage:
         if message.address:
@@ -243,8 +242,12 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         return mine.detach(), theirs.detach()
 
     def connect(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
-        if not record.queue:
-            return
+        if record.queue:
+            self._fill(record, saved, ctx)
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            set_filter(sock, record.filter, saved.link)
+
+    def _fill(self, record: UnixSocketEnd, saved: SavedFile, ctx: RestoreContext) -> None:
         other = ctx.once(('unix', record.peer or -record.inode), _lost)
         with socket.socket(fileno=os.dup(other)) as sock:
             size, locks = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF), buffer_locks(sock)

@@ -34,7 +34,7 @@ INCLUDES = (
     'linux/pidfd.h',
     'linux/prctl.h', 'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h',
     'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
-    'linux/unix_diag.h', 'linux/wait.h',
+    'linux/filter.h', 'linux/unix_diag.h', 'linux/wait.h',
 )
 
 ENUMERATORS = {

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Policies for connections to peers outside of the tree: `--external=WHAT:ACTION`. Pure.
+
+    WHAT                        the peer
+    /run/app.sock               a unix socket bound to this path
+    @name                       a unix socket with this abstract name; '@' stands for each NUL, as in ss(8)
+    tcp:192.0.2.1:5432          a TCP address and port; tcp:[2001:db8::1]:5432
+    any                         every peer that no other policy names
+
+    ACTION                      the connection after a restart
+    refuse                      none: the checkpoint is refused (default)
+    close                       its peer has closed it
+    reconnect                   a new one, to the same path or abstract name
+    inherit                     the file descriptor that the caller of the restart gives for WHAT
+"""
+
+import ipaddress
+import os
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal, NamedTuple, cast, get_args
+
+from ckptd.errors import InvalidArgument
+
+Action = Literal['refuse', 'close', 'reconnect', 'inherit']
+ACTIONS: Final = get_args(Action)
+ANY: Final = 'any'
+TCP: Final = 'tcp:'
+MAX_WHAT = 512          # characters; sun_path has 108 bytes, unix(7)
+_ONLY_NAMES = ('reconnect',)        # actions that need a path or an abstract name
+
+
+class Policy(NamedTuple):
+    """One policy. str() gives the text that `parse` takes."""
+    what: str       # as `unix_peer` and `tcp_peer` return it, or ANY
+    action: Action
+
+    def __str__(self) -> str:
+        return f'{self.what}:{self.action}'
+
+
+def parse(text: str) -> Policy:
+    """Parse WHAT:ACTION. InvalidArgument."""
+    what, colon, action = text.rpartition(':')
+    if not colon or action not in ACTIONS:
+        raise InvalidArgument(f'{text[:MAX_WHAT]!r} is not WHAT:ACTION', resource='external',
+                              hint=f'ACTION is one of {", ".join(ACTIONS)}')
+    policy = Policy(parse_what(what), cast(Action, action))
+    if policy.what.startswith(TCP) and policy.action in _ONLY_NAMES:
+        raise InvalidArgument(f'{text[:MAX_WHAT]!r}: only a unix socket can be connected again by its name',
+                              resource='external', hint='use close or inherit')
+    return policy
+
+
+def parse_what(text: str) -> str:
+    """Return the only spelling of a peer. InvalidArgument."""
+    if text == ANY or (len(text) <= MAX_WHAT and '\0' not in text and text[:1] in ('/', '@') and len(text) > 1):
+        return text
+    address, _, port = text.removeprefix(TCP).rpartition(':')
+    if text.startswith(TCP) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16:
+        try:
+            return tcp_peer(address.removeprefix('[').removesuffix(']'), int(port))
+        except ValueError:
+            pass        # the message is that for all other texts
+    raise InvalidArgument(f'{text[:MAX_WHAT]!r} is no peer', resource='external',
+                          hint=f'it is a path, @NAME, {TCP}ADDRESS:PORT, or {ANY}')
+
+
+def unix_peer(name: bytes) -> str:
+    """Return WHAT for the name that a unix socket is bound to; '' for none. An abstract name begins with NUL."""
+    return os.fsdecode(name.replace(b'\0', b'@'))
+
+
+def tcp_peer(address: str, port: int) -> str:
+    """Return WHAT for a TCP address. ValueError."""
+    parsed = ipaddress.ip_address(address)
+    return f'{TCP}[{parsed}]:{port}' if parsed.version == 6 else f'{TCP}{parsed}:{port}'
+
+
+class Policies:
+    """The policies of one job. Of two policies for one peer the later counts."""
+
+    def __init__(self, policies: Iterable[Policy] = ()) -> None:
+        self._actions: Mapping[str, Action] = dict(policies)
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> 'Policies':
+        """Parse several texts. InvalidArgument."""
+        return cls(map(parse, texts))
+
+    def action_of(self, what: str) -> Action:
+        """Return the action for a peer; '' is a peer without a name."""
+        return self._actions.get(what) or self._actions.get(ANY, 'refuse')
