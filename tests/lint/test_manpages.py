@@ -55,7 +55,8 @@ def source(name: str) -> str:
 
 
 def test_there_are_pages() -> None:
-    assert {'ckptctl.1', 'ckptd.8', 'org.ckptd1.7', 'ckptd-restore-limits.7'} == set(NAMES)
+    assert {'ckptctl.1', 'ckptd.8', 'org.ckptd1.7', 'ckptd-restore-limits.7',
+            'ckptd-objects.7'} == set(NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -44,7 +44,7 @@ def test_nothing_installed_names_the_stage(installed: Path) -> None:
 
 
 @pytest.mark.needs('man')
-@pytest.mark.parametrize('name', ['ckptctl', 'ckptd', 'org.ckptd1', 'ckptd-restore-limits'])
+@pytest.mark.parametrize('name', ['ckptctl', 'ckptd', 'org.ckptd1', 'ckptd-restore-limits', 'ckptd-objects'])
 def test_man_finds_the_manuals(installed: Path, name: str) -> None:
     done = subprocess.run([MAN, '-M', installed / 'usr/share/man', name], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f'{name.upper()}(')

@@ -10,6 +10,7 @@ import pytest
 from ckptd.errors import PermissionDenied
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
+from tests.lib.shown import missing
 from tests.lib.victim import BRIEF, RESTLESS, VICTIMS, Victim, build, names
 from tests.worker import views
 from tests.worker.driver import ORDINARY_UID, Place, as_user, place_of
@@ -51,6 +52,7 @@ def test_as_root(victim: Callable[..., Victim], place: Place, name: str, freeze:
     image = dump_and_go_on(running, place, freeze=freeze)
     with ImageReader(image) as reader:
         assert reader.manifest.freeze_mode == {'auto': 'cgroup'}.get(freeze, freeze)
+        assert missing(name, reader) == set()
     running.finish()
 
 

@@ -5,10 +5,12 @@ from ckptd.errors import Finding
 from ckptd.image.grammar import Struct
 from ckptd.kernel.status import NO_TAGS, Status
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Scope
+from ckptd.objects.support import Support
 from ckptd.tree import Task
 
 
 class AddressTags(Attribute[Struct, None], name='address tags', scope=Scope.MM):
+    support = Support('tagged addresses (LAM)', dumped='no', restored='no', refused='all')
 
     def findings(self, task: Task, status: Status) -> list[Finding]:
         if status.untag_mask == NO_TAGS:

@@ -6,6 +6,7 @@ import struct
 
 from ckptd.image.records import ThreadSignals
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Reader, RestoredTask
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch, Results
 
 SS_ONSTACK, SS_DISABLE = 1, 2       # <asm-generic/signal-defs.h>
@@ -13,6 +14,7 @@ _STACK = struct.Struct('<QixxxxQ')  # stack_t
 
 
 class AlternateStack(Attribute[ThreadSignals, tuple[int, int, int]], name='alternate stack'):
+    support = Support('alternate signal stack')
 
     def ask(self, batch: Batch) -> Reader[tuple[int, int, int]]:
         out = batch.buffer(_STACK.size)

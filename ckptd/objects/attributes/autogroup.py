@@ -10,6 +10,7 @@ from ckptd.image.grammar import U8, Struct, layout
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.sched import read_autogroup_nice, write_autogroup_nice
 from ckptd.objects.attributes.base import Attribute, DumpedTask, RestoredTask, Scope, Stage, about
+from ckptd.objects.support import Support
 
 _LOWEST = -20       # 0 in the record
 # Without CAP_SYS_ADMIN only one value is set in a tenth of a second, on the whole machine; then EAGAIN
@@ -24,6 +25,7 @@ class Autogroup(Struct):
 
 
 class AutogroupAttribute(Attribute[Autogroup, int], name='autogroup', scope=Scope.PROCESS, stage=Stage.LIMITS):
+    support = Support('nice value of the autogroup of a session', warned='a value that may not be set')
 
     def look(self, tracee: Tracee) -> int:
         return read_autogroup_nice(tracee.tid) if os.getsid(tracee.tid) == tracee.tid else 0

@@ -5,6 +5,7 @@ from ckptd.image.grammar import U32, Struct, layout
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_coredump_filter
 from ckptd.objects.attributes.base import Attribute, DumpedTask, RestoredTask, Scope
+from ckptd.objects.support import Support
 
 
 @layout
@@ -14,6 +15,7 @@ class CoredumpFilter(Struct):
 
 class CoredumpFilterAttribute(Attribute[CoredumpFilter, int], name='coredump_filter', scope=Scope.MM):
     """An attribute that is always kept, because its default is a parameter of the kernel."""
+    support = Support('coredump_filter')
 
     def look(self, tracee: Tracee) -> int:
         return read_coredump_filter(tracee.tid)

@@ -34,6 +34,7 @@ from ckptd.objects.attributes.base import (
     Stage,
     about,
 )
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch, Results
 from ckptd.remote.script import Script
 from ckptd.tree import Task
@@ -45,6 +46,9 @@ _SETS = ('inheritable', 'permitted', 'effective', 'bounding', 'ambient')
 
 
 class CredentialsAttribute(Attribute[records.Credentials, tuple[int, int]], name='credentials', stage=Stage.RIGHTS):
+    support = Support('ids, groups, capabilities, securebits and no_new_privs',
+                      refused='more rights than the caller of the restart has',
+                      user='other ids, capabilities and securebits are refused; other groups are a warning')
 
     def ask(self, batch: Batch) -> Reader[tuple[int, int]]:
         securebits, keepcaps = batch.call('prctl', PR_GET_SECUREBITS), batch.call('prctl', PR_GET_KEEPCAPS)

@@ -5,10 +5,12 @@
 from ckptd.image.records import ThreadPointers
 from ckptd.kernel.prctl import PR_GET_PDEATHSIG, PR_SET_PDEATHSIG
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Reader, RestoredTask, Stage
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 
 class DeathSignal(Attribute[ThreadPointers, int], name='death signal', stage=Stage.AFTER_RIGHTS):
+    support = Support('signal at the end of the parent (PR_SET_PDEATHSIG)')
 
     def ask(self, batch: Batch) -> Reader[int]:
         out = batch.buffer(8)

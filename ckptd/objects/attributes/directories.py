@@ -5,9 +5,11 @@ from ckptd.image.records import Fs
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.task import read_link
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Scope
+from ckptd.objects.support import Support
 
 
 class Directories(Attribute[Fs, tuple[str, str]], name='directories', scope=Scope.FS):
+    support = Support('root, working directory and umask', dumped='name', user='another root directory is refused')
 
     def look(self, tracee: Tracee) -> tuple[str, str]:
         return read_link(tracee.tid, 'cwd'), read_link(tracee.tid, 'root')

@@ -6,6 +6,7 @@ import os
 from ckptd.image.grammar import U32, Struct, layout
 from ckptd.kernel.prctl import PR_FUTEX_HASH, PR_FUTEX_HASH_GET_SLOTS, PR_FUTEX_HASH_SET_SLOTS
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, RestoredTask, Scope
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 _LEAST, _PER_THREAD = 16, 4     # kernel/futex/core.c, futex_hash_allocate_default
@@ -18,6 +19,7 @@ class FutexHash(Struct):
 
 
 class FutexHashAttribute(Attribute[FutexHash, int | None], name='PR_FUTEX_HASH', scope=Scope.MM):
+    support = Support('private hash of futexes')
 
     def ask(self, batch: Batch) -> Reader[int | None]:
         call = batch.call('prctl', PR_FUTEX_HASH, PR_FUTEX_HASH_GET_SLOTS, 0, 0, 0)

@@ -6,6 +6,7 @@ import struct
 from ckptd.image.records import IntervalTimer, IntervalTimers
 from ckptd.kernel.itimer import cpu_itimer_excess
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Reader, RestoredTask, Scope, Stage
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 _ITIMER_REAL = 0
@@ -16,6 +17,7 @@ _VALUE = struct.Struct('<4q')       # struct itimerval: interval, value
 class IntervalTimersAttribute(Attribute[IntervalTimers, tuple[IntervalTimer, ...]],
                               name='interval timers', scope=Scope.PROCESS,
              stage=Stage.AFTER_RIGHTS):
+    support = Support('interval timers (setitimer)')
 
     def ask(self, batch: Batch) -> Reader[tuple[IntervalTimer, ...]]:
         outs = [batch.buffer(_VALUE.size) for _ in range(_COUNT)]

@@ -7,10 +7,12 @@ from ckptd.image.grammar import Struct
 from ckptd.kernel.io_ports import has_io_bitmap
 from ckptd.kernel.ptrace import Tracee
 from ckptd.objects.attributes.base import Attribute, DumpedTask
+from ckptd.objects.support import Support
 from ckptd.tree import Task
 
 
 class IoPorts(Attribute[Struct, bool], name='I/O ports'):
+    support = Support('permissions of I/O ports (ioperm)', dumped='no', restored='no', refused='all')
 
     def look(self, tracee: Tracee) -> bool:
         return has_io_bitmap(tracee.tid)

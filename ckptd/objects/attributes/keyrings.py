@@ -9,6 +9,7 @@ from ckptd.image.grammar import U8, Struct, layout
 from ckptd.image.reader import ImageTask
 from ckptd.kernel.keyctl import KEY_SPEC_PROCESS_KEYRING, KEY_SPEC_THREAD_KEYRING, KEYCTL_GET_KEYRING_ID
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, RestartRights, about
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 _NAMES = ('thread', 'process')
@@ -21,6 +22,7 @@ class Keyrings(Struct):
 
 
 class KeyringsAttribute(Attribute[Keyrings, int], name='keyrings'):
+    support = Support('keyrings of threads and processes', dumped='no', restored='no', warned='the keys')
 
     def ask(self, batch: Batch) -> Reader[int]:
         calls = [batch.call('keyctl', KEYCTL_GET_KEYRING_ID, which, 0, 0, 0)

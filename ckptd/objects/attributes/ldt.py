@@ -4,6 +4,7 @@
 from ckptd.errors import NotSupported
 from ckptd.image.grammar import Struct
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, Scope
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 from ckptd.tree import Task
 
@@ -11,6 +12,7 @@ _READ, _ENTRY = 0, 8        # function of modify_ldt(2); sizeof(struct desc_stru
 
 
 class Ldt(Attribute[Struct, int], name='LDT', scope=Scope.MM):
+    support = Support('local descriptor table', dumped='no', restored='no', refused='all')
 
     def ask(self, batch: Batch) -> Reader[int]:
         call = batch.call('modify_ldt', _READ, batch.buffer(_ENTRY), _ENTRY)

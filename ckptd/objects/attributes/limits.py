@@ -22,6 +22,7 @@ from ckptd.objects.attributes.base import (
     Stage,
     about,
 )
+from ckptd.objects.support import Support
 
 # by number, <asm-generic/resource.h>
 _NAMES = ('CPU', 'FSIZE', 'DATA', 'STACK', 'CORE', 'RSS', 'NPROC', 'NOFILE', 'MEMLOCK', 'AS', 'LOCKS', 'SIGPENDING',
@@ -30,6 +31,9 @@ _HINT = 'run ckptd with CAP_SYS_RESOURCE, or with limits as high (ulimit -H, sys
 
 
 class ResourceLimits(Attribute[Limits, bytes], name='limits', scope=Scope.PROCESS, stage=Stage.LIMITS):
+    support = Support('resource limits',
+                      refused='higher hard limits than those of the restart, without CAP_SYS_RESOURCE; --clamp '
+                              'accepts the nearest')
 
     def look(self, tracee: Tracee) -> bytes:
         return read_limits_file(tracee.tid)

@@ -22,6 +22,7 @@ from ckptd.objects.attributes.base import (
     Stage,
     about,
 )
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 
@@ -36,6 +37,9 @@ class LoginUid(Struct):
 
 
 class LoginUidAttribute(Attribute[LoginUid, int], name='loginuid', scope=Scope.PROCESS, stage=Stage.BORN):
+    support = Support('login uid',
+                      warned='the uid, in an image of another user or an imported one',
+                      user='the login uid of the user')
 
     def look(self, tracee: Tracee) -> int:
         return read_loginuid(tracee.tid) & _UNSET

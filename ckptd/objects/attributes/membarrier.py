@@ -3,6 +3,7 @@
 
 from ckptd.image.grammar import U32, Struct, layout
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, RestoredTask, Scope
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9       # <linux/membarrier.h>
@@ -15,6 +16,7 @@ class Registrations(Struct):
 
 
 class Membarrier(Attribute[Registrations, int], name='membarrier', scope=Scope.MM):
+    support = Support('registrations of membarrier(2)')
 
     def ask(self, batch: Batch) -> Reader[int]:
         call = batch.call('membarrier', MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0)

@@ -9,6 +9,7 @@ from ckptd.image.grammar import U32, Struct, layout
 from ckptd.image.reader import ImageTask
 from ckptd.kernel.mempolicy import MASK_BITS, MASK_SIZE, MPOL_DEFAULT, allowed_nodes
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, RestartRights, RestoredTask, about
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch, Results
 
 
@@ -20,6 +21,7 @@ class MemoryPolicy(Struct):
 
 
 class MemoryPolicyAttribute(Attribute[MemoryPolicy, tuple[int, bytes]], name='memory policy'):
+    support = Support('NUMA policy of a thread', warned='a policy whose nodes are not there')
 
     def ask(self, batch: Batch) -> Reader[tuple[int, bytes]]:
         mode, mask = batch.buffer(8), batch.buffer(MASK_SIZE)

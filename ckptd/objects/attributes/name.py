@@ -4,11 +4,13 @@
 from ckptd.image.records import TaskRecord
 from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.objects.attributes.base import Attribute, DumpedTask, RestoredTask
+from ckptd.objects.support import Support
 
 _LONGEST = 15       # TASK_COMM_LEN, <linux/sched.h>
 
 
 class Name(Attribute[TaskRecord, None], name='name'):
+    support = Support('name of a thread')
 
     def dump(self, of: DumpedTask, answer: None) -> None:
         return None

@@ -21,11 +21,14 @@ from ckptd.objects.attributes.base import (
     Stage,
     about,
 )
+from ckptd.objects.support import Support
 
 _LOWEST = -1000     # 0 in the record
 
 
 class OomScoreAdj(Attribute[ProcessState, int], name='oom_score_adj', scope=Scope.PROCESS, stage=Stage.LIMITS):
+    support = Support('oom_score_adj',
+                      user='a lower value than that of the restart is refused; --clamp accepts the nearest')
 
     def look(self, tracee: Tracee) -> int:
         return read_oom_score_adj(tracee.tid)

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from ckptd.image.records import ProcessState, ThreadSignals
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Scope, Stage
+from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 
 
 class ProcessQueue(Attribute[ProcessState, None], name='signals of the process', scope=Scope.PROCESS,
                    stage=Stage.AFTER_RIGHTS):
+    support = Support('pending signals, with their data')
 
     def dump(self, of: DumpedTask, answer: None) -> Fields:
         return {'shared_pending': of.process.pending}
@@ -22,6 +24,7 @@ class ProcessQueue(Attribute[ProcessState, None], name='signals of the process',
 
 class ProcessTraps(Attribute[ProcessState, None], name='SIGTRAP of the process', scope=Scope.PROCESS,
                    stage=Stage.FILTERS):
+    support = ProcessQueue.support
 
     def dump(self, of: DumpedTask, answer: None) -> None:
         return None
@@ -31,6 +34,7 @@ class ProcessTraps(Attribute[ProcessState, None], name='SIGTRAP of the process',
 
 
 class ThreadQueue(Attribute[ThreadSignals, None], name='signals of the thread', stage=Stage.AFTER_RIGHTS):
+    support = ProcessQueue.support
 
     def dump(self, of: DumpedTask, answer: None) -> Fields:
         return {'pending': of.pending}
@@ -40,6 +44,7 @@ class ThreadQueue(Attribute[ThreadSignals, None], name='signals of the thread', 
 
 
 class ThreadTraps(Attribute[ThreadSignals, None], name='SIGTRAP of the thread', stage=Stage.FILTERS):
+    support = ProcessQueue.support
 
     def dump(self, of: DumpedTask, answer: None) -> None:
         return None

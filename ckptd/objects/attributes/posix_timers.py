@@ -24,6 +24,7 @@ from ckptd.objects.attributes.base import (
     Stage,
     about,
 )
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch, Results
 from ckptd.remote.interleave import Steps
 from ckptd.remote.stub import Stub
@@ -43,6 +44,7 @@ class Left(NamedTuple):
 class PosixTimersAttribute(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]],
                            name='POSIX timers', scope=Scope.PROCESS,
              stage=Stage.AFTER_RIGHTS):
+    support = Support('POSIX timers, with their ids', user='alarm clocks are refused')
 
     def ask_more(self, tid: int) -> Generator[Batch, Results, list[tuple[ProcTimer, Left]]]:
         """Call timer_gettime(2) and timer_getoverrun(2) for each timer."""

@@ -39,6 +39,7 @@ from ckptd.objects.attributes.base import (
     Scope,
     about,
 )
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 
@@ -98,11 +99,13 @@ class Prctl(Attribute[PrctlValue, int]):
 class ChildSubreaper(Prctl, name='PR_SET_CHILD_SUBREAPER', scope=Scope.PROCESS, reads=PR_GET_CHILD_SUBREAPER,
                      sets=PR_SET_CHILD_SUBREAPER, by_pointer=True):
     """Adopt orphans below the process as its children."""
+    support = Support('reaper of orphans (PR_SET_CHILD_SUBREAPER)')
 
 
 class ThpDisable(Prctl, name='PR_SET_THP_DISABLE', scope=Scope.MM, reads=PR_GET_THP_DISABLE, sets=PR_SET_THP_DISABLE):
     """Use no huge pages (bit 0). Since 6.18 there are flags beside it: bit 1 exempts memory for which madvise(2) asks
     for them."""
+    support = Support('transparent huge pages off (PR_SET_THP_DISABLE)')
 
     def arguments(self, value: int) -> tuple[int, int, int, int]:
         return value & 1, value & ~1, 0, 0
@@ -111,18 +114,22 @@ class ThpDisable(Prctl, name='PR_SET_THP_DISABLE', scope=Scope.MM, reads=PR_GET_
 class MemoryMerge(Prctl, name='PR_SET_MEMORY_MERGE', scope=Scope.MM, reads=PR_GET_MEMORY_MERGE,
                   sets=PR_SET_MEMORY_MERGE, since='6.4 with CONFIG_KSM'):
     """Merge equal pages (ksm)."""
+    support = Support('merging of equal pages (PR_SET_MEMORY_MERGE)', refused='a kernel that lacks it')
 
 
 class Mdwe(Prctl, name='PR_SET_MDWE', scope=Scope.MM, reads=PR_GET_MDWE, sets=PR_SET_MDWE, since='6.3'):
     """Deny making mappings executable later. This cannot be undone."""
+    support = Support('no memory that is both writable and executable (PR_SET_MDWE)', refused='a kernel that lacks it')
 
 
 class Tsc(Prctl, name='PR_SET_TSC', reads=PR_GET_TSC, sets=PR_SET_TSC, default=PR_TSC_ENABLE, by_pointer=True):
     """Permission of the thread to read the time-stamp counter."""
+    support = Support('access to the time stamp counter (PR_SET_TSC)')
 
 
 class MceKill(Prctl, name='PR_MCE_KILL', reads=PR_MCE_KILL_GET, sets=PR_MCE_KILL, default=PR_MCE_KILL_DEFAULT):
     """Time at which the thread learns of broken memory."""
+    support = Support('policy for memory errors (PR_MCE_KILL)')
 
     def arguments(self, value: int) -> tuple[int, int, int, int]:
         return PR_MCE_KILL_SET, value, 0, 0
@@ -130,3 +137,4 @@ class MceKill(Prctl, name='PR_MCE_KILL', reads=PR_MCE_KILL_GET, sets=PR_MCE_KILL
 
 class IoFlusher(Prctl, name='PR_SET_IO_FLUSHER', reads=PR_GET_IO_FLUSHER, sets=PR_SET_IO_FLUSHER):
     """Mark the thread as part of a file system: its memory allocations do not wait for one."""
+    support = Support('PR_SET_IO_FLUSHER', user='refused')

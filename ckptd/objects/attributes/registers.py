@@ -7,9 +7,12 @@ from ckptd.image.records import ThreadSignals
 from ckptd.kernel.arch import x86_64 as arch
 from ckptd.kernel.ptrace import Tracee
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Stage
+from ckptd.objects.support import Support
 
 
 class RegistersAttribute(Attribute[records.Registers, tuple[bytes, bytes]], name='registers', stage=Stage.FILTERS):
+    support = Support('registers, with all XSAVE components',
+                      refused='32-bit code; Syscall User Dispatch; components that the processor of the restart lacks')
 
     def look(self, tracee: Tracee) -> tuple[bytes, bytes]:
         return bytes(tracee.regs), tracee.xstate()
@@ -23,6 +26,7 @@ class RegistersAttribute(Attribute[records.Registers, tuple[bytes, bytes]], name
 
 
 class SignalMask(Attribute[ThreadSignals, int], name='signal mask', stage=Stage.FILTERS):
+    support = Support('blocked signals')
 
     def look(self, tracee: Tracee) -> int:
         return tracee.sigmask

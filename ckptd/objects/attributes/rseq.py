@@ -5,9 +5,11 @@ so they are registered after the shed."""
 from ckptd.image.records import ThreadPointers
 from ckptd.kernel.ptrace import Tracee, ptrace_rseq_configuration
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Stage
+from ckptd.objects.support import Support
 
 
 class Rseq(Attribute[ThreadPointers, ptrace_rseq_configuration], name='rseq', stage=Stage.AFTER_RIGHTS):
+    support = Support('restartable sequences')
 
     def look(self, tracee: Tracee) -> ptrace_rseq_configuration:
         return tracee.rseq()

@@ -24,6 +24,7 @@ from ckptd.objects.attributes.base import (
     Stage,
     about,
 )
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 # <linux/sched.h>
@@ -38,6 +39,7 @@ _Seen: TypeAlias = tuple[SchedAttr, frozenset[int], int]      # attributes, proc
 class TimerSlack(Attribute[Scheduling, int], name='timer slack'):
     """The timer slack (PR_SET_TIMERSLACK(2const)). A thread with a real-time policy keeps its earlier one, so this is
     set before the policy."""
+    support = Support('timer slack')
 
     def ask(self, batch: Batch) -> Reader[int]:
         call = batch.call('prctl', PR_GET_TIMERSLACK)
@@ -52,6 +54,9 @@ class TimerSlack(Attribute[Scheduling, int], name='timer slack'):
 
 class SchedulingPolicy(Attribute[Scheduling, _Seen], name='scheduling', stage=Stage.LIMITS):
     """The scheduling policy. It is set from outside while the stub has our rights, after the limits of the process."""
+    support = Support('scheduling: policy, priority, processors, I/O priority',
+                      refused='higher priorities than the caller of the restart may set; --clamp accepts the nearest',
+                      warned='processors that are not there')
 
     def look(self, tracee: Tracee) -> _Seen:
         tid = tracee.tid

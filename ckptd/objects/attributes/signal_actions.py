@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from ckptd.image.records import SigAction, SignalActions
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Reader, RestoredTask, Scope, Stage
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch, Out
 
 _SIGNALS = range(1, 65)
@@ -19,6 +20,7 @@ _DEFAULT = SigAction(0, 0, 0, 0)
 
 class SignalActionsAttribute(Attribute[SignalActions, bytes],
                              name='signal actions', scope=Scope.SIGHAND, stage=Stage.AFTER_RIGHTS):
+    support = Support('actions of signals')
 
     def ask(self, batch: Batch) -> Reader[bytes]:
         out = batch.buffer(len(_SIGNALS) * _ACTION.size)
@@ -37,6 +39,7 @@ class SignalActionsAttribute(Attribute[SignalActions, bytes],
 
 
 class TrapAction(Attribute[SignalActions, None], name='action of SIGTRAP', scope=Scope.SIGHAND, stage=Stage.FILTERS):
+    support = SignalActionsAttribute.support
 
     def dump(self, of: DumpedTask, answer: None) -> None:
         return None

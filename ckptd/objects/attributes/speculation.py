@@ -14,6 +14,7 @@ from ckptd.kernel.prctl import (
     prctl,
 )
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, RestoredTask
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 _CONTROLS = (PR_SPEC_STORE_BYPASS, PR_SPEC_INDIRECT_BRANCH, PR_SPEC_L1D_FLUSH)
@@ -27,6 +28,7 @@ class Controls(Struct):
 
 
 class Speculation(Attribute[Controls, tuple[int, ...]], name='speculation'):
+    support = Support('speculation controls')
 
     def ask(self, batch: Batch) -> Reader[tuple[int, ...]]:
         calls = [batch.call('prctl', PR_GET_SPECULATION_CTRL, which, 0, 0, 0) for which in _CONTROLS]

@@ -7,11 +7,13 @@ import termios
 
 from ckptd.image.records import ProcessState
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, RestoredTask, Scope
+from ckptd.objects.support import Support
 
 _U32 = 2**32 - 1
 
 
 class ControllingTerminal(Attribute[ProcessState, None], name='terminal', scope=Scope.PROCESS):
+    support = Support('controlling terminal and foreground process group', restored='partly')
 
     def dump(self, of: DumpedTask, answer: None) -> Fields:
         """Dump the terminal. A foreground group outside of the tree is 0."""

@@ -7,11 +7,13 @@ from ckptd.kernel.futex import get_robust_list
 from ckptd.kernel.prctl import PR_GET_TID_ADDRESS
 from ckptd.kernel.ptrace import Tracee
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Fields, Reader, RestoredTask
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 
 
 class ClearedWord(Attribute[ThreadPointers, int], name='clear_child_tid'):
     """The word that the kernel clears when the thread ends (set_tid_address(2))."""
+    support = Support('clear_child_tid of a thread')
 
     def ask(self, batch: Batch) -> Reader[int]:
         out = batch.buffer(8)
@@ -27,6 +29,7 @@ class ClearedWord(Attribute[ThreadPointers, int], name='clear_child_tid'):
 
 class RobustList(Attribute[ThreadPointers, tuple[int, int]], name='robust list'):
     """The head of the list of robust futexes (set_robust_list(2))."""
+    support = Support('robust futexes')
 
     def look(self, tracee: Tracee) -> tuple[int, int]:
         return get_robust_list(tracee.tid)

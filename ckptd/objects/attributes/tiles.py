@@ -21,6 +21,7 @@ from ckptd.objects.attributes.base import (
     Scope,
     about,
 )
+from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 
@@ -34,6 +35,7 @@ class Permissions(Struct):
 
 
 class TilePermission(Attribute[Permissions, int], name='xstate permissions', scope=Scope.PROCESS):
+    support = Support('permission to use AMX', refused='a processor that lacks it')
 
     def ask(self, batch: Batch) -> Reader[int]:
         out = batch.buffer(8)
@@ -58,6 +60,7 @@ class TilePermission(Attribute[Permissions, int], name='xstate permissions', sco
 
 
 class RoomForTiles(Attribute[Registers, None], name='room for tiles'):
+    support = TilePermission.support
 
     def dump(self, of: DumpedTask, answer: None) -> None:
         return None

@@ -10,6 +10,7 @@ from ckptd.image.records import SavedFile
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, access_of, finding, opening
 from ckptd.objects.files.deleted import deleted_findings, device_findings, make_device
 from ckptd.objects.files.device import is_device, open_device
+from ckptd.objects.support import Support
 
 # Documentation/admin-guide/devices.txt
 STATELESS = {os.makedev(1, 3): 'null', os.makedev(1, 5): 'zero', os.makedev(1, 7): 'full', os.makedev(1, 8): 'random',
@@ -26,6 +27,7 @@ class CharacterDevice(Struct):
 
 
 class CharacterDeviceKind(Kind[CharacterDevice], tag='chardev'):
+    support = Support('devices null, zero, full, random and urandom', dumped='name', refused='other devices')
 
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISCHR(file.stat.st_mode) and file.stat.st_rdev in STATELESS and not file.is_path

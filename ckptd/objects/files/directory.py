@@ -20,6 +20,7 @@ from ckptd.objects.files.base import (
 )
 from ckptd.objects.files.deleted import deleted_findings, removed_directory
 from ckptd.objects.files.locks import Lock, lock_findings, read_locks, restore_locks
+from ckptd.objects.support import Support
 
 
 @layout
@@ -34,6 +35,7 @@ class Directory(Struct):
 
 
 class DirectoryKind(Kind[Directory], tag='directory'):
+    support = Support('directories', dumped='name', user='the directory must be accessible')
 
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISDIR(file.stat.st_mode) and not file.is_path

@@ -28,6 +28,7 @@ from ckptd.kernel.epoll import (
 from ckptd.kernel.kcmp import EQUAL, kcmp_epoll
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.support import Support
 
 _LINK = 'anon_inode:[eventpoll]'
 _HINT = 'the program closed it while another fd keeps it open; let it be removed from the epoll (EPOLL_CTL_DEL) first'
@@ -53,6 +54,8 @@ class Epoll(Struct):
 
 
 class EpollKind(Kind[Epoll], tag='epoll', alike=False):
+    support = Support('epoll instances', refused='an entry of a file whose descriptor was closed',
+                      warned='an edge that was reported may be reported again')
 
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path

@@ -7,6 +7,7 @@ from ckptd.errors import Finding
 from ckptd.image.grammar import U8, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.support import Support
 
 _LINK = 'anon_inode:[eventfd]'
 _COUNT, _SEMAPHORE = 'eventfd-count', 'eventfd-semaphore'
@@ -20,6 +21,7 @@ class Eventfd(Struct):
 
 
 class EventfdKind(Kind[Eventfd], tag='eventfd'):
+    support = Support('counters (eventfd)', warned='EFD_SEMAPHORE, before Linux 6.5')
 
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path

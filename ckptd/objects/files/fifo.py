@@ -14,6 +14,7 @@ from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs,
 from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.deleted import deleted_findings, make_in_home, unlink_new
 from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
+from ckptd.objects.support import Support
 
 
 @layout
@@ -33,6 +34,8 @@ class Fifo(Struct):
 
 
 class FifoKind(Kind[Fifo], tag='fifo'):
+    support = Support('FIFOs, with unread bytes', refused='deleted ones that are only referred to',
+                      user='the FIFO must be accessible')
 
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic != PIPEFS_MAGIC

@@ -45,6 +45,7 @@ from ckptd.objects.files.base import (
 )
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.watched import INOTIFY_LINK, WatchedFile
+from ckptd.objects.support import Support
 
 _HINT = 'let the program open the file and leave it open, or remove the watch before the checkpoint'
 _HINT_FOR_USERS = f'checkpoint it by a ckptd that runs as root; or {_HINT}'
@@ -68,6 +69,9 @@ class InotifyInstance(Struct):
 
 
 class InotifyKind(Kind[InotifyInstance], tag='inotify', alike=False):
+    support = Support('inotify instances, with their watches', restored='partly',
+                      refused='watches of files whose path cannot be found', warned='unread events',
+                      user='paths are found only near files that the tree has open')
 
     def __init__(self, tables: JobTables) -> None:
         super().__init__(tables)

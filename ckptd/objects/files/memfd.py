@@ -20,6 +20,7 @@ from ckptd.objects.files.content import (
     set_owner,
 )
 from ckptd.objects.files.locks import Lock, read_locks, restore_locks
+from ckptd.objects.support import Support
 
 
 @layout
@@ -43,6 +44,7 @@ class Memfd(Struct):
 
 
 class MemfdKind(Kind[Memfd], tag='memfd'):
+    support = Support('memfds, with seals', refused='those of huge pages')
 
     def matches(self, file: OpenFile) -> bool:
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)

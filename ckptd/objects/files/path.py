@@ -35,6 +35,7 @@ from ckptd.objects.files.deleted import (
     removed_directory,
 )
 from ckptd.objects.files.linked import DeletedFile, link_findings
+from ckptd.objects.support import Support
 
 _MADE_AGAIN = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK})
 _NAMES = {stat.S_IFIFO: 'FIFO', stat.S_IFSOCK: 'socket'}
@@ -63,6 +64,9 @@ class PathReference(Struct):
 
 
 class PathKind(Kind[PathReference], tag='path'):
+    support = Support('references without access (O_PATH)', dumped='name',
+                      refused='those without a path: of pipes, sockets and memfds, and of deleted FIFOs and sockets',
+                      user='deleted nodes of devices are refused')
 
     def matches(self, file: OpenFile) -> bool:
         # pipes, sockets and internal files of the kernel have a link in /proc that is not a path

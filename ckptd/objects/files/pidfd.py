@@ -22,6 +22,7 @@ from ckptd.kernel.pidfd import PIDFD_NONBLOCK, PIDFD_THREAD, pidfd_open
 from ckptd.kernel.prctl import PR_SET_DUMPABLE, prctl
 from ckptd.kernel.stat import read_stat
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.support import Support
 
 _LINK = 'anon_inode:[pidfd]'
 # <linux/pidfd.h>, since 6.15: struct pidfd_info {mask, cgroupid: u64; 11 ids: u32; exit_code: s32; ...}
@@ -39,6 +40,8 @@ class Pidfd(Struct):
 
 
 class PidfdKind(Kind[Pidfd], tag='pidfd'):
+    support = Support('pidfds', refused='those of processes outside of the tree',
+                      warned='the exit status of a reaped process, before Linux 6.15')
 
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path

@@ -29,6 +29,7 @@ from ckptd.objects.files.base import (
     open_again,
 )
 from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.support import Support
 
 Key = tuple[str, int, int]
 O_LARGEFILE = 0o100000      # <asm-generic/fcntl.h>; in C libraries for 64 bit it is 0
@@ -51,6 +52,9 @@ class Pipe(Struct):
 
 
 class PipeKind(Kind[Pipe], tag='pipe'):
+    support = Support('pipes, with unread bytes',
+                      warned='an end that a process outside of the tree holds: it is closed after a restart',
+                      user='a capacity above pipe-max-size is refused')
 
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic == PIPEFS_MAGIC

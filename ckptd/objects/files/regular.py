@@ -36,6 +36,7 @@ from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_
 from ckptd.objects.files.linked import DeletedFile, link_findings
 from ckptd.objects.files.locks import LEASE, Lock, lock_findings, read_locks, restore_locks
 from ckptd.objects.files.rollback import digest_tail, only_appended, roll_back
+from ckptd.objects.support import Support
 
 # regular by their mode, but not files with a name and content
 _NOT_FILES = {statfs.ANON_INODE_FS_MAGIC, statfs.HUGETLBFS_MAGIC, statfs.MQUEUE_MAGIC, statfs.NSFS_MAGIC,
@@ -74,6 +75,9 @@ class Regular(Struct):
 
 
 class RegularKind(Kind[Regular], tag='regular'):
+    support = Support('regular files: position, flags, locks and leases', dumped='name',
+                      refused='a file that has changed since, unless --changed-files says otherwise',
+                      user='the file must be accessible')
 
     def matches(self, file: OpenFile) -> bool:
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and not on_shm_mount(file.stat)

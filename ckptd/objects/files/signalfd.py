@@ -8,6 +8,7 @@ from ckptd.image.grammar import U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.signalfd import SFD_CLOEXEC, SIGSET_SIZE, signalfd
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext
+from ckptd.objects.support import Support
 
 _LINK = 'anon_inode:[signalfd]'
 
@@ -19,6 +20,7 @@ class Signalfd(Struct):
 
 
 class SignalfdKind(Kind[Signalfd], tag='signalfd'):
+    support = Support('signals as files (signalfd)')
 
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path

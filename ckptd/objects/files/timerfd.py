@@ -22,6 +22,7 @@ from ckptd.kernel.timerfd import (
     timerfd_settime,
 )
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.support import Support
 
 _LINK = 'anon_inode:[timerfd]'
 _WALL = (time.CLOCK_REALTIME, CLOCK_REALTIME_ALARM)
@@ -39,6 +40,7 @@ class Timerfd(Struct):
 
 
 class TimerfdKind(Kind[Timerfd], tag='timerfd'):
+    support = Support('timers as files (timerfd)', user='alarm clocks are refused')
 
     def matches(self, file: OpenFile) -> bool:
         return file.link == _LINK and not file.is_path

@@ -23,6 +23,7 @@ from ckptd.objects.files.base import (
     opening,
 )
 from ckptd.objects.files.device import is_device, open_device
+from ckptd.objects.support import Support
 
 PTMX = os.makedev(5, 2)
 OWN = os.makedev(5, 0)
@@ -63,6 +64,8 @@ def is_tty(device: int) -> bool:
 
 
 class TtyKind(Kind[Tty], tag='tty'):
+    support = Support('terminals', dumped='name', restored='partly', refused='masters of pseudo-terminals',
+                      warned='the terminal of the restart replaces it')
 
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISCHR(file.stat.st_mode) and not file.is_path and is_tty(file.stat.st_rdev)

@@ -31,6 +31,7 @@ from ckptd.objects.files.options import SocketOption, buffer_locks, dump_options
 from ckptd.objects.files.socket_filter import NO_FILTER, SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import describe
+from ckptd.objects.support import Support
 
 _UCRED = struct.Struct('=3I')
 _NO_ID = (1 << 32) - 1
@@ -76,6 +77,9 @@ class UnixSocketEnd(Struct):
 
 
 class UnixKind(Kind[UnixSocketEnd], tag='unix'):
+    support = Support('unix sockets without a name, with unread messages and files in flight',
+                      refused='sockets that are connected to a process outside of the tree',
+                      user='messages with credentials of their senders are refused')
 
     def __init__(self, tables: JobTables) -> None:
         super().__init__(tables)

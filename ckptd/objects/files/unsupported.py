@@ -15,6 +15,7 @@ from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.tty import PTMX
+from ckptd.objects.support import Support
 
 # the text behind 'anon_inode:' in the link, without brackets and number; the names come from the kernel's callers of
 # anon_inode_getfile() and similar functions
@@ -38,6 +39,8 @@ _TYPES = {socket.SOCK_STREAM: 'stream', socket.SOCK_DGRAM: 'datagram', socket.SO
 
 class Unsupported(Kind[Struct], tag='unsupported'):
     """The last resort: the registry uses it when no other kind matches."""
+    support = Support('all other files: other sockets, fanotify, userfaultfd, io_uring, POSIX message queues, '
+                      'namespaces, BPF, perf events, KVM, devices', dumped='no', restored='no', refused='all')
 
     def matches(self, file: OpenFile) -> bool:
         return False

@@ -13,12 +13,14 @@ from ckptd.image.records import ANON, PAGE, Vma
 from ckptd.kernel.maps import Mapping
 from ckptd.kernel.mman import MAP_DROPPABLE
 from ckptd.objects.mappings.base import MappingCheck, MappingKind, View, lacking
+from ckptd.objects.support import Support
 
 _DROPPABLE = 'dp'       # VmFlags of proc_pid_smaps(5)
 
 
 class DroppableMapping(MappingKind):
     """Droppable memory. A restart maps it like any anonymous memory, with its own flags."""
+    support = Support('droppable memory (MAP_DROPPABLE)')
     map_type = MAP_DROPPABLE
 
     def matches(self, mapping: Mapping) -> bool:

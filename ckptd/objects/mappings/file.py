@@ -31,6 +31,7 @@ from ckptd.objects.mappings.base import (
     View,
     may_write,
 )
+from ckptd.objects.support import Support
 
 _DEV_ZERO = os.makedev(1, 5)
 # Bytes; the content of a file that is mapped for writing is kept up to this size although it has a name. One example is
@@ -41,6 +42,9 @@ _KEPT = 'is not the file that it was: the tree gets its own, with the content th
 
 class FileMapping(MappingKind, numbers=[FILE_PRIVATE, FILE_SHARED]):
     """A mapping of a file with a name, or of one that has lost its name."""
+    support = Support('mapped files; of private ones, the pages that were written',
+                      refused='a file that has changed since, unless --changed-files says otherwise',
+                      warned='a file that another one hides now', user='the file must be accessible')
 
     def __init__(self, tables: MappingTables) -> None:
         super().__init__(tables)

@@ -11,11 +11,13 @@ from ckptd.image.records import Range as Region
 from ckptd.kernel.memory import PageMap, Range
 from ckptd.kernel.mman import MADV_GUARD_INSTALL
 from ckptd.objects.mappings.base import MappingCheck, RegionKind, lacking
+from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 
 
 class Guards(RegionKind):
     """The guard regions of an address space."""
+    support = Support('guard regions')
 
     def scan(self, pagemap: PageMap, spans: Sequence[Range]) -> list[Range]:
         return pagemap.guards(spans)

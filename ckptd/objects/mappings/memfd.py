@@ -11,10 +11,12 @@ from ckptd.kernel.shmem import MEMFD_PREFIX
 from ckptd.objects.files.content import set_owner
 from ckptd.objects.mappings.base import MappingMeans, SharedObject
 from ckptd.objects.mappings.shared_memory import NamelessFileKind
+from ckptd.objects.support import Support
 
 
 class MemfdMapping(NamelessFileKind, object_kind=MEMFD, prefixes=[MEMFD_PREFIX]):
     """A memfd that is mapped, or only open."""
+    support = Support('mapped memfds')
 
     def name_of(self, path: str) -> str:
         return path.removeprefix(MEMFD_PREFIX)

@@ -17,6 +17,7 @@ from ckptd.kernel.memfd import make_memfd
 from ckptd.kernel.memory import Mem
 from ckptd.kernel.shmem import NAMED_ANONYMOUS, SHARED_ANONYMOUS, is_of_shm_mount
 from ckptd.objects.mappings.base import MappingKind, MappingMeans, PageCopier, SharedObject, View
+from ckptd.objects.support import Support
 
 
 class SharedMemoryKind(MappingKind, numbers=[SHARED_MEMORY]):
@@ -123,6 +124,7 @@ class NamelessFileKind(SharedMemoryKind):
 
 class SharedAnonymousMapping(NamelessFileKind, object_kind=SHMEM, prefixes=SHARED_ANONYMOUS):
     """Memory of mmap(2) with MAP_SHARED and MAP_ANONYMOUS."""
+    support = Support('shared anonymous memory', user='it is shown as a memfd')
     takes_name = True
 
     def name_of(self, path: str) -> str:

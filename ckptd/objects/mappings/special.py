@@ -7,6 +7,10 @@ from ckptd.errors import Finding
 from ckptd.kernel.maps import Mapping
 from ckptd.objects.files.base import finding
 from ckptd.objects.mappings.base import RELEASE
+from ckptd.objects.support import Support
+
+SUPPORT = Support('special memory: huge pages (hugetlb), secret memory, memory of devices, rings of asynchronous I/O, '
+                  'shadow stacks, memory that a userfaultfd serves', dumped='no', restored='no', refused='all')
 
 # VmFlags of proc_pid_smaps(5) for pages that are not ordinary memory, or whose page faults another process serves
 _FLAGS = {

@@ -40,6 +40,7 @@ from ckptd.objects.mappings.base import (
     may_write,
 )
 from ckptd.objects.mappings.shared_memory import SharedMemoryKind
+from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
@@ -47,6 +48,9 @@ _NEXT_ID = '/proc/sys/kernel/shm_next_id'
 
 class SystemVMapping(SharedMemoryKind, object_kind=SYSV, prefixes=[SYSV_PREFIX]):
     """A segment, or a part of one."""
+    support = Support('System V shared memory that is mapped',
+                      refused='a segment of another IPC namespace; an id or key that is taken',
+                      user='a segment of another user must be attachable for writing')
     ignores_protection = True       # of shmat(2)
 
     def __init__(self, tables: MappingTables) -> None:

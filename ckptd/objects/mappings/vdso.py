@@ -22,6 +22,7 @@ from ckptd.kernel.memory import Mem, read_bytes
 from ckptd.kernel.mman import MAP_FIXED_NOREPLACE
 from ckptd.objects.attributes.base import about
 from ckptd.objects.mappings.base import MappedSpace, MappingCheck, PrivateMemoryKind
+from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 
 _BESIDE = 16 * PAGE         # distance of another kernel's vdso from the arena of the stubs
@@ -90,14 +91,18 @@ class KernelsOwnKind(PrivateMemoryKind):
 
 class VvarMapping(KernelsOwnKind, numbers=[VVAR], names=['[vvar]', '[vvar_vclock]']):
     """The data of the vdso, before its text. The kernel maps both at once."""
+    support = Support('vdso and vvar', warned='the vdso of another kernel: calls are redirected',
+                      refused='a task inside of a function of the vdso of another kernel')
 
 
 class VsyscallMapping(KernelsOwnKind, numbers=[VSYSCALL], names=['[vsyscall]']):
     """The page of old system calls, above the addresses of programs."""
+    support = VvarMapping.support
 
 
 class VdsoMapping(KernelsOwnKind, numbers=[VDSO], names=['[vdso]']):
     """The text of the vdso. The image has it for debuggers, and for a restart on another kernel."""
+    support = VvarMapping.support
     keeps_all_pages = True
 
     def lacks(self, context: MappingCheck) -> Iterator[Finding]:

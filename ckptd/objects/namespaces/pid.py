@@ -16,12 +16,14 @@ from ckptd.kernel.memory import Mem
 from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.objects.attributes.base import about
 from ckptd.objects.namespaces.base import FOR_CHILDREN, BirthNamespaces, NamespaceKind
+from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
 
 
 class PidNamespace(NamespaceKind, name='pid'):
     """A pid namespace."""
+    support = Support('pid', warned='/proc is that of the outer namespace')
 
     def complete(self, links: dict[str, int]) -> None:
         if self.name in links:

@@ -11,11 +11,13 @@ from ckptd.kernel.clone import CLONE_NEWTIME
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import Offsets, setns, unshare, write_offsets
 from ckptd.objects.namespaces.base import BirthNamespaces, NamespaceKind, unshare_stub
+from ckptd.objects.support import Support
 from ckptd.remote.stub import Stub
 
 
 class TimeNamespace(NamespaceKind, name='time'):
     """A time namespace. One that is not available is a warning."""
+    support = Support('time', warned='clocks that jump where no time namespace can be made')
 
     def is_made(self, birth: BirthNamespaces) -> bool:
         return True

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from ckptd.errors import Finding, NotSupported
 from ckptd.kernel.clone import CLONE_NEWUSER
 from ckptd.objects.namespaces.base import BirthNamespaces, NamespaceKind, unshare_stub
+from ckptd.objects.support import Support
 from ckptd.remote.stub import Stub
 
 
 class UserNamespace(NamespaceKind, name='user'):
     """A user namespace."""
+    support = Support('user', restored='no', refused='another one than that of the restart')
     is_first = True
 
     def is_made(self, birth: BirthNamespaces) -> bool:

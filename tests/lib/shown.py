@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What shows that an object is treated as its row of ckptd-objects(7) says: a victim by its name, or a test.
+
+By class of ckptd.objects; `SUPPORT of X` is the row of a module. A new object needs an entry, and an entry an object.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ckptd.image.reader import ImageReader
+from ckptd.image.records import SavedFile, SharedMemory, TaskAttribute
+from ckptd.objects.attributes.registry import ATTRIBUTES
+from ckptd.objects.files.registry import BY_TAG
+from ckptd.objects.files.unsupported import Unsupported
+from ckptd.objects.mappings.registry import REGIONS, MappingKinds
+from ckptd.objects.mappings.shared_memory import SharedMemoryKind
+from ckptd.objects.namespaces.base import NamespaceKind
+
+_CHECKS, _NAMESPACES = 'tests/live/test_checks.py', 'tests/worker/test_namespaces.py'
+_COVERAGE = 'tests/worker/test_coverage.py::test_every_field_is_read'
+_ATTRIBUTES = 'tests/worker/test_refused_attributes.py'
+
+SHOWN: dict[str, tuple[str, ...]] = {
+    # files
+    'CharacterDeviceKind': ('files',),
+    'DirectoryKind': ('files', 'removed'),
+    'EpollKind': ('events',),
+    'EventfdKind': ('events',),
+    'FifoKind': ('pipes', 'removed'),
+    'InotifyKind': ('inotify',),
+    'MemfdKind': ('memfds', 'shared'),
+    'PathKind': ('opath',),
+    'PidfdKind': ('pidfds',),
+    'PipeKind': ('pipes',),
+    'RegularKind': ('files', 'locks', 'leases', 'linked'),
+    'SignalfdKind': ('events',),
+    'TimerfdKind': ('events',),
+    'TtyKind': (f'{_CHECKS}::test_same_terminal_is_told_of_once', _COVERAGE),
+    'UnixKind': ('unix_sockets',),
+    'Unsupported': ('tests/live/kinds/test_registry.py::test_what_no_kind_matches_is_refused_by_its_name',),
+    # tasks
+    'AddressTags': (f'{_ATTRIBUTES}::test_tagged_addresses',),
+    'AlternateStack': ('signals',),
+    'AutogroupAttribute': ('settings',),
+    'ChildSubreaper': ('attributes', 'tree'),
+    'ClearedWord': ('threads',),
+    'ControllingTerminal': (_COVERAGE,),
+    'CoredumpFilterAttribute': ('attributes',),
+    'CredentialsAttribute': ('creds',),
+    'DeathSignal': ('attributes',),
+    'Directories': ('files', 'removed'),
+    'FutexHashAttribute': ('settings',),
+    'IntervalTimersAttribute': ('timers',),
+    'IoFlusher': ('attributes',),
+    'IoPorts': (f'{_ATTRIBUTES}::test_ports',),
+    'KeyringsAttribute': ('settings',),
+    'Ldt': (f'{_ATTRIBUTES}::test_a_local_descriptor_table',),
+    'LoginUidAttribute': ('attributes',),
+    'MceKill': ('attributes',),
+    'Mdwe': ('attributes',),
+    'Membarrier': ('attributes',),
+    'MemoryMerge': ('attributes',),
+    'MemoryPolicyAttribute': ('settings',),
+    'Name': ('threads',),
+    'OomScoreAdj': ('attributes',),
+    'Personality': ('attributes',),
+    'PosixTimersAttribute': ('timers',),
+    'ProcessQueue': ('signals',),
+    'ProcessTraps': ('signals',),
+    'RegistersAttribute': ('registers',),
+    'ResourceLimits': ('attributes',),
+    'RobustList': ('threads',),
+    'RoomForTiles': ('tiles',),
+    'Rseq': ('threads',),
+    'SchedulingPolicy': ('attributes',),
+    'SignalActionsAttribute': ('signals',),
+    'SignalMask': ('signals',),
+    'Speculation': ('attributes',),
+    'ThpDisable': ('attributes', 'settings'),
+    'ThreadQueue': ('signals',),
+    'ThreadTraps': ('signals',),
+    'TilePermission': ('tiles',),
+    'TimerSlack': ('attributes',),
+    'TrapAction': ('signals',),
+    'Tsc': ('attributes',),
+    # memory
+    'AnonymousMapping': ('memory',),
+    'DroppableMapping': ('droppable',),
+    'FileMapping': ('memory', 'linked_map'),
+    'Guards': ('memory',),
+    'HeapMapping': ('memory',),
+    'MemfdMapping': ('memfds', 'shared'),
+    'SUPPORT of special': (f'{_CHECKS}::test_flags_of_special_memory', f'{_CHECKS}::test_names_of_special_memory'),
+    'SharedAnonymousMapping': ('shared',),
+    'StackMapping': ('memory',),
+    'SystemVMapping': ('shared',),
+    'VdsoMapping': ('memory',),
+    'VsyscallMapping': ('memory',),
+    'VvarMapping': ('memory',),
+    # namespaces
+    'CgroupNamespace': ('tests/worker/test_restore_checks.py::test_namespaces_that_are_not_made_again',),
+    'OtherNamespace': ('tests/worker/test_restore_checks.py::test_namespaces_that_are_not_made_again',),
+    'PidNamespace': (f'{_NAMESPACES}::test_new_pid_namespace',),
+    'TimeNamespace': (f'{_NAMESPACES}::test_clocks_go_on_after_a_reboot',),
+    'UserNamespace': ('tests/worker/test_restore_checks.py::test_namespaces_that_are_not_made_again',),
+    'UtsNamespace': ('tests/worker/test_restore_checks.py::test_namespaces_that_are_not_made_again',),
+}
+
+
+def objects() -> list[type]:
+    """Every class that needs a row."""
+    return [*BY_TAG.values(), Unsupported, *map(type, ATTRIBUTES), *map(type, MappingKinds().all), *map(type, REGIONS),
+            *NamespaceKind.__subclasses__()]
+
+
+def missing(victim: str, reader: ImageReader) -> set[str]:
+    """The objects that a victim shows and that the image of that victim lacks."""
+    return {name for name, shown in SHOWN.items() if victim in shown} & _found_in_images() - set(_in_image(reader))
+
+
+def _found_in_images() -> set[str]:
+    """The classes whose objects a record of the image names."""
+    own = {type(one) for one in ATTRIBUTES if one.name in _OPTIONAL}
+    return {cls.__name__ for cls in (*BY_TAG.values(), *own, *(type(one) for one in MappingKinds().all if one.numbers))}
+
+
+_OPTIONAL = ('PR_SET_CHILD_SUBREAPER', 'PR_SET_THP_DISABLE', 'PR_SET_MDWE', 'PR_MCE_KILL', 'memory policy', 'keyrings',
+             'coredump_filter', 'loginuid', 'membarrier', 'speculation', 'autogroup')
+
+
+def _in_image(reader: ImageReader) -> Iterator[str]:
+    by_name: dict[str, Any] = {one.name: one for one in ATTRIBUTES}
+    yield from (BY_TAG[one.kind].__name__ for one in reader.every(SavedFile))
+    yield from (type(by_name[one.name]).__name__ for one in reader.every(TaskAttribute))
+    kinds, objects_of = MappingKinds().all, {one.shm_id: one.kind for one in reader.every(SharedMemory)}
+    for mm_id in {task.record.mm_id for task in reader.tasks} - {0}:
+        for vma in reader.memory(mm_id).vmas:
+            yield from (type(one).__name__ for one in kinds if vma.kind in one.numbers
+                        and (not isinstance(one, SharedMemoryKind) or one.object_kind == objects_of.get(vma.object)))
