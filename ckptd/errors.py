@@ -11,9 +11,10 @@ daemon (EX_UNAVAILABLE), 75 try again (EX_TEMPFAIL), 124 deadline passed, 130 ca
 import errno as _errno
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 ERROR_PREFIX = 'org.ckptd1.Error.'
+NAMESPACE = 'namespace '        # begin of Finding.resource for a namespace
 
 
 def errno_name(number: int) -> str:
@@ -21,12 +22,14 @@ def errno_name(number: int) -> str:
     return _errno.errorcode.get(number, str(number))
 
 
-Severity = Literal['refusal', 'warning']
+# unrestorable: a warning while the tree goes on, as no restart can bring it back; a refusal where it would be killed
+Severity = Literal['refusal', 'warning', 'unrestorable']
+_SEVERITIES: Mapping[str, Severity] = {name: name for name in get_args(Severity)}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A reason why a tree cannot be dumped or restored or, with severity 'warning', what will be lost."""
+    """A reason why a tree cannot be dumped or restored. With another severity than 'refusal': what will be lost."""
     pid: int         # the task as the daemon sees it, 0 for the tree as a whole
     comm: str
     resource: str    # the part of the task: 'ptrace', 'fd 5', 'vma 7f0000000000-7f0000001000', 'namespace net'
@@ -42,7 +45,7 @@ class Finding:
 
 def finding_from(row: Mapping[str, Any]) -> Finding:
     """Make a finding from a row of Manager.Check or of warnings. A missing field is left empty."""
-    return Finding(pid=int(row.get('pid', 0)), severity='warning' if row.get('severity') == 'warning' else 'refusal',
+    return Finding(pid=int(row.get('pid', 0)), severity=_SEVERITIES.get(str(row.get('severity')), 'refusal'),
                    **{key: str(row.get(key, '')) for key in ('comm', 'resource', 'errno', 'reason', 'hint')})
 
 
@@ -89,7 +92,10 @@ class Refused(CkptError):
 
     @classmethod
     def because(cls, refusals: Iterable[Finding], phase: str = '') -> 'CkptError':
-        """Return the error for these refusals: PermissionDenied if any is EPERM, NotFrozen for EBUSY, else Refused."""
+        """Return the error for these refusals: PermissionDenied if any is EPERM, NotFrozen for EBUSY, else Refused.
+
+        A namespace is refused with EPERM (as in Linux-CR), but it is not a right that is missing.
+        """
         return cls._of(refusals, phase, {'EPERM': PermissionDenied, 'EBUSY': NotFrozen, 'EAGAIN': TreeChanged})
 
     @classmethod
@@ -108,9 +114,9 @@ class Refused(CkptError):
     @classmethod
     def _of(cls, refusals: Iterable[Finding], phase: str, kinds: 'Mapping[str, type[CkptError]]') -> 'CkptError':
         rows = tuple(refusals)
-        first = next((row for name in ('EBADMSG', 'EPERM') if name in kinds for row in rows if row.errno == name),
-                     rows[0])
-        kind = kinds.get(first.errno, Refused)
+        first = next((row for name in ('EBADMSG', 'EPERM') if name in kinds for row in rows
+                      if row.errno == name and not row.resource.startswith(NAMESPACE)), rows[0])
+        kind = Refused if first.resource.startswith(NAMESPACE) else kinds.get(first.errno, Refused)
         more = f' (and {len(rows) - 1} more)' if len(rows) > 1 else ''
         return kind(f'{first}{more}', errno=getattr(_errno, first.errno, kind.default_errno), task=first.pid,
                     resource=first.resource, phase=phase, hint=first.hint, refusals=rows)

@@ -65,7 +65,7 @@ TERMINAL = Option('terminal', 'a file descriptor of a terminal', _is_terminal)
 DETACH = _flag('detach')
 TARGET = Option('target', f'the text of a target; {WORDS}', lambda value: isinstance(value, str))
 
-SELF = (FREEZE, AFTER, TIMEOUT, SAVE_FILES, SAVE_LIMIT)
+SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT)
 # a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach
 CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'),

@@ -99,6 +99,8 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
                        help='kill the tree once its image is published')
     after.add_argument('--leave-frozen', dest='after', action='store_const', const='freeze',
                        help='keep the tree frozen afterwards, until "ckptctl thaw TARGET"')
+    parser.add_argument('--force', action='store_true',
+                        help='with --kill: kill the tree even if a restore would be refused')
     parser.add_argument('--save-files', action='store_true',
                         help='also save the content of files that are open for writing, for "restore --changed-files '
                              'rollback"')

@@ -23,6 +23,8 @@ async def checkpoint(session: Session) -> int:
     args, out = session.args, session.out
     if args.detach and args.standalone:
         raise InvalidArgument('a job cannot outlive the private daemon of --standalone', hint='leave out --detach')
+    if args.force and args.after != 'kill':
+        raise InvalidArgument('--force is for --kill', hint='leave out --force')
     if args.save_limit is not None and not args.save_files:
         raise InvalidArgument('--save-limit is for --save-files', hint='add --save-files')
     # made before the tree is frozen, because importing rich takes longer than a small dump
@@ -56,7 +58,7 @@ def report_findings(out: Output, rows: Sequence[dict[str, Any]], about: dict[str
     if out.json:
         out.document({**about, 'possible': not refusals,
                       'refusals': [finding_dict(finding) for finding in refusals],
-                      'warnings': [finding_dict(finding) for finding in findings if finding.severity == 'warning']})
+                      'warnings': [finding_dict(finding) for finding in findings if finding.severity != 'refusal']})
     else:
         _report_check(out, sentence, findings, refusals)
     return error(refusals).exit_status if refusals else 0

@@ -15,7 +15,7 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.command == 'checkpoint':
         options['after'] = args.after
         options['handle_token'] = new_token('ckptctl')
-        options |= {name: True for name in ('save_files', 'as_root') if getattr(args, name)}
+        options |= {name: True for name in ('force', 'save_files', 'as_root') if getattr(args, name)}
         if args.save_limit is not None:
             options['save_limit'] = args.save_limit
     return options

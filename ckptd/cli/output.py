@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from ckptd.errors import CkptError, Finding
+from ckptd.errors import CkptError, Finding, Severity
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,10 +162,13 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], legend
                       for cell, width, column in zip(line, widths, columns, strict=True)).rstrip() for line in lines]
 
 
+_PREFIXES: dict[Severity, str] = {'refusal': '', 'warning': 'warning: ', 'unrestorable': 'refused with --kill: '}
+
+
 def finding_cells(refusal: Finding) -> list[str]:
     """Return the cells of a row of REFUSALS. The tree as a whole has no pid."""
-    reason = refusal.reason if refusal.severity == 'refusal' else f'warning: {refusal.reason}'
-    return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno, reason]
+    return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno,
+            _PREFIXES[refusal.severity] + refusal.reason]
 
 
 def finding_dict(refusal: Finding) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class FreezeOptions(TypedDict, total=False):
 class CheckpointOptions(FreezeOptions, total=False):
     """Options of Checkpoint."""
     after: After         # what happens to the tree afterwards
+    force: bool          # kill the tree although a restore would be refused
     save_files: bool     # keep the content of files that are open for writing
     save_limit: int      # bytes of such content in all
     as_root: bool        # use root's rights although the whole tree belongs to one user

@@ -33,6 +33,7 @@ from ckptd.image.writer import ImageWriter
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Handles, scan_tree
 from ckptd.kernel.creds import CAP_SYS_PTRACE, give_up_capability
+from ckptd.kernel.reaping import wait_dead
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import ClockReadings
 from ckptd.kernel.yama import CAPABLE, ptrace_scope
@@ -233,10 +234,5 @@ def kill(frozen: FrozenTree, handles: Handles) -> None:
         if task.tgid in alive:
             handles.send_signal(task, SIGKILL)
             fault('kill-one')
-    # A tracer must see its tracees die, the leader of a process after its other threads. A Cancel has no effect now.
-    patience = dying_patience()
-    for task in sorted(frozen.tree, key=lambda task: task.is_leader):
-        tracee = frozen.tracees.pop(task.tid, None)
-        if tracee is not None:
-            tracee.patience = patience
-            tracee.wait_dead()
+    # a tracer must see its tracees die; a Cancel has no effect now
+    wait_dead([frozen.tracees.pop(task.tid) for task in frozen.tree if task.tid in frozen.tracees], dying_patience())

@@ -82,13 +82,23 @@ class Namespace(Struct):
     """A namespace."""
     name: str    # of the link in /proc/PID/ns
     inode: U64
-    own: U8      # 1 if it is that of the machine's first process, or of the dumping process
+    own: U8      # 1 if it is that of the machine's first process, 2 if only that of the dumping process, else 0
 
 
-@record(0x0004, optional=True)
+@layout
+class NamespaceHolder(Struct):
+    """A process outside of the tree."""
+    pid: U32            # as the dumping process sees it
+    start_time: U64     # as in /proc/PID/stat
+
+
+@record(0x0004, version=2, optional=True)
 class Namespaces(Record):
     """Namespaces of the first root, which all other tasks share. A restart makes those that are not `own`."""
     namespaces: tuple[Namespace, ...]
+    ids: tuple[U64, ...] = ()                       # of each of them (NS_GET_ID), which no other has until the next
+                                                    # boot; empty before version 2, and where the kernel has none
+    holders: tuple[NamespaceHolder, ...] = ()       # without ids: some processes that are in all of them
 
     @property
     def own_pidns(self) -> bool:

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Self, TypeAlias
 
 from ckptd.kernel.arch.x86_64 import GPR_SIZE, NT_XSTATE, user_regs_struct
@@ -165,13 +164,6 @@ class Tracee:
                 self.patience(self.tid, now - began)
                 look = now + _LOOK
         raise TimeoutError(errno.ETIMEDOUT, f'task {self.tid} does not stop')
-
-    def wait_dead(self) -> None:
-        """Wait until it is dead, and continue it from any stop before."""
-        while self.attached:
-            with suppress(ProcessLookupError):
-                self.wait()
-                self.cont()
 
     def has_died(self) -> bool:
         """Whether the task has ended. waitpid(2) does not report a dead leader before its threads are reaped, and only

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -124,10 +124,16 @@ class JobContext(Generic[R_co]):
         In a running tree (without a cache) a task that dies meanwhile is not an error, or no shell script could be
         frozen. The tasks are checked again later.
         """
-        rows = self.refusals(tree, cache)
+        rows = [self._weigh(row) for row in self.refusals(tree, cache)]
         if cache is None:
             rows = [row for row in rows if row.pid not in tree or is_alive(tree[row.pid])]
         return self._warnings(rows)
+
+    def _weigh(self: 'JobContext[DumpRequest]', row: Finding) -> Finding:
+        """A tree that is to be killed must be able to come back, unless the caller forces the checkpoint."""
+        request = self.request
+        is_final = isinstance(request, CheckpointRequest) and request.after == 'kill' and not request.force
+        return replace(row, severity='refusal') if row.severity == 'unrestorable' and is_final else row
 
     def require_access(self: 'JobContext[FreezerRequest]', tree: Tree) -> None:
         """Check only what a freeze needs: the caller's right to these tasks."""

@@ -145,6 +145,7 @@ class CheckpointRequest(DumpRequest, frozen=True, kw_only=True, tag='checkpoint'
     """Write an image of the tree."""
     image: str                          # id of the new image
     after: After = 'resume'             # what happens to the tree afterwards
+    force: bool = False                 # the tree may be killed although a restart would be refused
     save_files: bool = False            # the content of regular files that are open for writing is kept
     save_limit: int = 1 << 30           # bytes of such content in all
     keep_free: int = 0                  # bytes of the spool's file system that must stay free

@@ -37,6 +37,7 @@ from ckptd.kernel.ptrace import (
     SYSCALL_STOP,
     Tracee,
 )
+from ckptd.kernel.reaping import wait_dead
 from ckptd.remote.batch import Batch, Results, errno_of
 from ckptd.remote.executor import Executor
 from ckptd.remote.interleave import Steps, finish
@@ -178,7 +179,7 @@ class Stub(Executor):
             self.tracee.cont(status & 0x7F)
         else:
             self._begin('exit_group', status >> 8)
-        self.tracee.wait_dead()
+        wait_dead([self.tracee], self.tracee.patience)
 
     def exit_thread(self, status: int) -> None:
         """End it as one thread of several, with a wait(2) status that only /proc shows. The last thread's is that of

@@ -48,6 +48,7 @@ PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'after': [Variant('s', 'resume'), Variant('s', '')],
     'timeout': [Variant('u', 1), Variant('t', 3_000_000), Variant('x', -1), Variant('t', 2**64 - 1)],
     'handle_token': [Variant('s', 'a'), Variant('s', 'b'), Variant('s', '_' * 64), Variant('s', '/')],
+    'force': [Variant('b', True), Variant('b', False)],
     'save_files': [Variant('b', True), Variant('b', False)],
     'save_limit': [Variant('t', 0), Variant('t', 1), Variant('t', 2**63)],
     'changed_files': [Variant('s', 'refuse'), Variant('s', 'accept')],

@@ -39,7 +39,7 @@ _ckptctl() {
     local common='--help --json --no-legend --system --user --address --standalone --spool'
     local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export import inhibit inhibitors monitor doctor demo'
     local -A options=(
-        [checkpoint]='--freeze --timeout --kill --leave-frozen --save-files --save-limit --as-root --detach --quiet'
+        [checkpoint]='--freeze --timeout --kill --force --leave-frozen --save-files --save-limit --as-root --detach --quiet'
         [restore]='--wait --detach --new-pidns --clamp --cgroup --leave-stopped --changed-files --dry-run'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'

@@ -36,6 +36,8 @@ def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: Cal
     found: list[Finding] = []
     for task in tasks:
         found += guarded(task, 'task', _check_task, task, home, cache, caller)
+    if root := next((task for task in tasks if not task.is_zombie), None):
+        found += guarded(root, 'task', namespace_kinds.unrestorable, root)
     for process in processes(tasks):
         found += guarded(process.leader, 'process', _check_process, process, {task.vtgid for task in tree})
     return found

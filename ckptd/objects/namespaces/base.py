@@ -5,6 +5,7 @@ A kind is one class in one file of this package, found by registry.py. No other 
 record is the same for all kinds (image.records.Namespace). The hooks in life order:
 
     complete(links)             adds what the links of a task in /proc/PID/ns do not show
+    is_lost(one, ...)           whether a restart would be without it, known at the dump already
 
 and for a restart:
 
@@ -53,10 +54,14 @@ class NamespaceKind(ABC):
     def is_made(self, birth: BirthNamespaces) -> bool:
         return False
 
+    def is_lost(self, one: Namespace, birth: BirthNamespaces) -> bool:
+        """Whether a tree of that namespace comes back in another one, if we are not in it."""
+        return not (one.own or one.name != self.name or self.is_made(birth))
+
     def restart_findings(self, one: Namespace, vpid: int, birth: BirthNamespaces, *, is_ours: bool
                          ) -> Iterable[Finding]:
         """Yield findings about a namespace of the image. vpid: of the root. is_ours: we are in this namespace."""
-        if one.own or is_ours or one.name != self.name or self.is_made(birth):
+        if is_ours or not self.is_lost(one, birth):
             return
         if self.is_only_shown:
             yield about(vpid, f'namespace {self.name}', 'EOPNOTSUPP', f'was in another {self.name} namespace, and '

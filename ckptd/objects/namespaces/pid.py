@@ -30,9 +30,12 @@ class PidNamespace(NamespaceKind, name='pid'):
             # a new pid namespace has no link before its first process is in it (kernel/pid_namespace.c)
             links.setdefault(self.name + FOR_CHILDREN, 0)
 
+    def is_lost(self, one: Namespace, birth: BirthNamespaces) -> bool:
+        return not one.own and not birth.pid
+
     def restart_findings(self, one: Namespace, vpid: int, birth: BirthNamespaces, *, is_ours: bool
                          ) -> Iterator[Finding]:
-        if not one.own and not birth.pid:
+        if self.is_lost(one, birth):
             yield about(vpid, 'namespace pid', 'EOPNOTSUPP', 'was in another pid namespace, of which its manifest says '
                         'nothing', 'restore it with --new-pidns')
 

@@ -30,6 +30,7 @@ from ckptd.errors import (
     WorkerDied,
 )
 from ckptd.kernel import netlink
+from ckptd.kernel.nsfs import machine_namespaces
 from ckptd.kernel.signalfd import ChildSignals
 from ckptd.kernel.timens import Offsets
 from ckptd.objects.namespaces.birth import enter_clocks
@@ -161,6 +162,7 @@ class Broker:
     def run(self, run_worker: Callable[[int], int], clocks: Offsets | None) -> int:
         """Run until the worker has ended. Return the exit status. run_worker: the worker's main function, called with
         the fd of its socket."""
+        machine_namespaces()        # the user may not read them, and the worker inherits the answer
         if isinstance(self._request, DumpRequest):
             netlink.load()      # it names sockets
         elif isinstance(self._request, RestartRequest):
