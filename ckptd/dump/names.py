@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Give a new name to a deleted file that still has another name. link(2) names the file itself, not a copy.
-
-The other name of the file cannot be found.
+"""Give a new name to a deleted file that still has another name, which is not found. link(2) names the file itself, not
+a copy.
 
 The new name is in the directory of the old one. The journal has it until the image is published. From then on the image
 has it. A restart opens the file by the new name and removes the name. The removal of the image also removes it.
@@ -19,6 +18,7 @@ from ckptd.journal.steps import LinkFile
 from ckptd.kernel.namei import open_below, root_of_task
 from ckptd.objects.files.base import OpenFile
 from ckptd.objects.files.linked import DeletedFile, name_for, rights_to_link
+from ckptd.objects.files.other_names import living_name
 from ckptd.operation.context import Names
 
 
@@ -28,18 +28,24 @@ class LinkNames:
     def __init__(self, names: Names) -> None:
         self._names = names
         self._known: dict[tuple[int, int], str] = {}
+        self._living: dict[tuple[int, int], str] = {}       # '' if none was found before the new one was made
 
     def __len__(self) -> int:
+        """Return the number of new names."""
         return len(self._known)
 
     def link_back(self, file: OpenFile) -> str:
-        """Give the file a new name and return its path. CkptError if that fails."""
+        """Return a living name of the file, or give it a new one. CkptError if that fails."""
         with file.duplicate() as fd:
             return self.link(DeletedFile.of(file), fd)
 
     def link(self, file: DeletedFile, fd: int) -> str:
-        """Give a file that is open as `fd` a new name and return its path. CkptError if that fails."""
+        """Return a living name of a file that is open as `fd`, or give it a new one. CkptError if that fails."""
         key = file.stat.st_dev, file.stat.st_ino
+        if key not in self._living:
+            self._living[key] = living_name(file.tid, file.path, *key)
+        if self._living[key]:
+            return self._living[key]
         if key not in self._known:
             try:
                 self._known[key] = self._link(file, fd)

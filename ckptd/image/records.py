@@ -430,4 +430,4 @@ class Backing(Record):
     deleted: U8                    # the path is gone or belongs to another file
     content: tuple[Extent, ...]    # of a deleted file, and of a small one that is written through the mapping: its
                                    # bytes from 0 on; all but the last extent are whole pages
-    link: str = ''                 # of a deleted file with another name: the name that the checkpoint gave it
+    link: str = ''                 # of a deleted file with another name: that name, or one that the checkpoint gave it

@@ -8,6 +8,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import Backing, SavedFile
 from ckptd.objects.files.base import ByUser
 from ckptd.objects.files.linked import take_away
+from ckptd.objects.files.other_names import is_name
 from ckptd.objects.files.registry import Kinds
 from ckptd.objects.verify import decode
 
@@ -15,14 +16,15 @@ log = logging.getLogger(__name__)
 
 
 def linked_names(reader: ImageReader) -> dict[str, int]:
-    """Return the names, each with the inode of its file. ImageDamaged."""
+    """Return the names that the checkpoint gave, each with the inode of its file. ImageDamaged."""
     found: dict[str, int] = {}
     kinds = Kinds()
     for saved in reader.every(SavedFile):
         _, record = decode(saved, kinds)
         if link := str(getattr(record, 'link', '')):
             found[link] = int(getattr(record, 'inode', 0))
-    return found | {record.link: record.inode for record in reader.every(Backing) if record.link}
+    found |= {record.link: record.inode for record in reader.every(Backing)}
+    return {link: inode for link, inode in found.items() if is_name(link)}
 
 
 def take_names_away(reader: ImageReader, user: ByUser | None = None) -> None:

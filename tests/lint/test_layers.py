@@ -108,8 +108,8 @@ def test_the_package_itself_imports_nothing() -> None:
 
 # modules of a package of objects that are not an object
 COMMON = {
-    'files': {'__init__', 'base', 'content', 'deleted', 'linked', 'open_file', 'options', 'registry', 'rollback',
-              'sound', 'tables', 'unsupported', 'watched'},
+    'files': {'__init__', 'base', 'content', 'deleted', 'linked', 'open_file', 'options', 'other_names', 'registry',
+              'rollback', 'sound', 'tables', 'unsupported', 'watched'},
     'attributes': {'__init__', 'allowed', 'base', 'registry'},
     'mappings': {'__init__', 'base', 'means', 'registry'},
     'namespaces': {'__init__', 'base', 'birth', 'registry'},

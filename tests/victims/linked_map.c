@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
  * Mapped files that were deleted and have another name, one of them open as well: what is written to the memory is read
- * from the file by its other name, and by the fd.
+ * from the file by its other name, which is in another directory, and by the fd.
  */
 #include "victim.h"
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #define SIZE 20000
 
@@ -41,11 +42,12 @@ static void check(char *at, const char *other, int kept)
 
 int main(void)
 {
-    open_too = map("open", "other open", &fd);
-    closed = map("closed", "other closed", NULL);
+    MUST(mkdir("elsewhere", 0700));
+    open_too = map("open", "elsewhere/open", &fd);
+    closed = map("closed", "elsewhere/closed", NULL);
     ready();
     wait_for_go();
-    check(open_too, "other open", fd);
-    check(closed, "other closed", -1);
+    check(open_too, "elsewhere/open", fd);
+    check(closed, "elsewhere/closed", -1);
     return 0;
 }

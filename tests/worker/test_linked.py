@@ -35,13 +35,13 @@ def names(victim: Victim) -> list[str]:
     return sorted(path.name.split('.ckptd-')[0] for path in victim.directory.rglob('.*.ckptd-*'))
 
 
-def links(victim: Victim) -> tuple[int, int]:
-    return (victim.directory / 'other').stat().st_nlink, (victim.directory / 'directory/other').stat().st_nlink
+def links(victim: Victim) -> tuple[int, ...]:
+    return tuple((victim.directory / 'elsewhere' / name).stat().st_nlink for name in ('other', 'another'))
 
 
 def test_a_restart_takes_the_names_away(generation: Callable[..., Generation]) -> None:
     tree = generation('linked')
-    inode = (tree.victim.directory / 'other').stat().st_ino
+    inode = (tree.victim.directory / 'elsewhere/other').stat().st_ino
     image = tree.kill()
     assert names(tree.victim) == ['.first', '.first']
     assert read_manifest(image).names == 2
@@ -135,7 +135,6 @@ def test_a_worker_that_dies_after_the_image_is_published(victim: Callable[..., V
 
 def test_a_directory_that_is_gone(victim: Callable[..., Victim], place: Place) -> None:
     running = victim('linked')
-    (running.directory / 'directory/other').rename(running.directory / 'moved')
     (running.directory / 'directory').rmdir()
     with pytest.raises(CkptError, match='for the image: its directory is gone'):
         place.checkpoint(running.pid)
@@ -186,7 +185,8 @@ def test_the_tree_of_a_user_by_a_broker(start_daemon: Callable[..., Daemon], poi
     """A worker of the user makes the name, and the broker of root writes it down."""
     with place_of(ORDINARY_UID) as home:
         ctl = Ctl('--address', start_daemon(env={'CKPTD_FAULT': point} if point else {}).address)
-        script = 'exec 3<>first; ln first other; rm first; echo; exec >/dev/null; exec sleep 1000'
+        script = ('exec 3<>first; mkdir elsewhere; ln first elsewhere/other; rm first; echo; exec >/dev/null; '
+                  'exec sleep 1000')
         with subprocess.Popen(['/bin/sh', '-c', script], cwd=home,
                               user=ORDINARY_UID, group=ORDINARY_UID, extra_groups=[], stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as sleeper:
@@ -199,8 +199,9 @@ def test_the_tree_of_a_user_by_a_broker(start_daemon: Callable[..., Daemon], poi
                 assert 'Refused' not in done.out
                 if not point:
                     [name] = home.glob('.first.ckptd-*')
-                    assert (name.stat().st_uid, name.stat().st_ino) == (ORDINARY_UID, (home / 'other').stat().st_ino)
+                    inode = (home / 'elsewhere/other').stat().st_ino
+                    assert (name.stat().st_uid, name.stat().st_ino) == (ORDINARY_UID, inode)
                     assert ctl('remove', done.json['image']).status == 0
-                await_that('no name is left', lambda: [path.name for path in home.iterdir()] == ['other'])
+                await_that('no name is left', lambda: [path.name for path in home.iterdir()] == ['elsewhere'])
             finally:
                 sleeper.kill()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Deleted files that have another name. The other name is unknown, so a checkpoint gives a new one: dump/names.py."""
+"""Deleted files that have another name. If that is found (other_names.py), a restart opens the file by it. Otherwise a
+checkpoint gives the file a new name: dump/names.py."""
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +14,8 @@ from ckptd.kernel.creds import CAP_SYS_PTRACE, file_rights
 from ckptd.kernel.namei import has_known_mounts, lstat_of_task, open_direct, root_of_task
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.base import OpenFile, finding
+from ckptd.objects.files.other_names import MARK, is_name, living_name
 
-_MARK = '.ckptd-'
-_OURS = re.compile(r'\..*\.ckptd-[0-9a-f]{16}', re.DOTALL)
 _HINT = 'delete the other name, or give the file its name back (ln)'
 
 Rights = tuple[int, int, tuple[int, ...]]
@@ -38,16 +37,11 @@ class DeletedFile(NamedTuple):
 def name_for(path: str, token: str) -> str:
     """Return a name of the form that only a checkpoint uses. It contains the old name if that is printable ASCII."""
     name = PurePath(path).name
-    if _OURS.fullmatch(name):
-        name = name[1:name.rindex(_MARK)]
+    if is_name(path):
+        name = name[1:name.rindex(MARK)]
     if not name.isascii() or not name.isprintable():
         name = 'deleted'
-    return f'.{name[:200]}{_MARK}{token}'
-
-
-def is_name(path: str) -> bool:
-    """Return whether a path is absolute, has no `..` and ends in such a name."""
-    return path.startswith('/') and '..' not in path.split('/') and bool(_OURS.fullmatch(PurePath(path).name))
+    return f'.{name[:200]}{MARK}{token}'
 
 
 @contextmanager
@@ -63,7 +57,10 @@ def rights_to_link(pid: int) -> Iterator[Rights]:
 
 
 def link_findings(file: DeletedFile) -> list[Finding]:
-    """List the reasons why a deleted file cannot get another name in the directory of its old one."""
+    """List the reasons why a deleted file whose other name is not found cannot get one in the directory of its old
+    one."""
+    if living_name(file.tid, file.path, file.stat.st_dev, file.stat.st_ino):
+        return []
     home = str(PurePath(file.path).parent)
     what = f'{file.path} is deleted but has another name, and cannot get a further one for the image'
     found = lstat_of_task(file.tid, home)
@@ -83,6 +80,14 @@ def link_findings(file: DeletedFile) -> list[Finding]:
         reason = f'{home} may not be written' if not may else 'it belongs to another user'
         return [finding('EACCES', f'{what}: {reason}', _HINT)]
     return []
+
+
+def lost_name(path: str, link: str) -> tuple[str, str]:
+    """Return reason and hint for a file that is no longer found by its other name."""
+    if is_name(link):
+        return (f'{path} was deleted, and its name for the image, {link}, is gone',
+                'it can be restored once: the restart removes that name')
+    return f'{path} was deleted, and its other name, {link}, is gone', 'put exactly that file back'
 
 
 def take_away(path: str, inode: int) -> None:

@@ -33,7 +33,7 @@ from ckptd.objects.files.content import (
     set_owner,
 )
 from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, open_nameless
-from ckptd.objects.files.linked import DeletedFile, link_findings
+from ckptd.objects.files.linked import DeletedFile, link_findings, lost_name
 from ckptd.objects.files.locks import LEASE, Lock, lock_findings, read_locks, restore_locks
 from ckptd.objects.files.rollback import digest_tail, only_appended, roll_back
 from ckptd.objects.support import Support
@@ -147,8 +147,7 @@ class RegularKind(Kind[Regular], tag='regular'):
             return []       # its process is not yet made
         found = lookup.lstat(record.place)
         if record.link and (found is None or found.st_ino != record.inode):
-            return [finding('ENOENT', f'{record.path} was deleted, and its name for the image, {record.link}, is gone',
-                            'it can be restored once: the restart removes that name')]
+            return [finding('ENOENT', *lost_name(record.path, record.link))]
         words = changes(_identity(record), found)
         if found is None:
             return self._missing(record, lookup)

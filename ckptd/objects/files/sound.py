@@ -10,8 +10,8 @@ from ckptd.image.records import PAGE, Extent, data_name
 from ckptd.image.shapes import MAX_FILE
 from ckptd.kernel.sockopt import BPF_MAXINSNS, SOCK_FILTER
 from ckptd.objects.files.content import ContentSegment
-from ckptd.objects.files.linked import is_name
 from ckptd.objects.files.locks import EOF, LEASE, POSIX, TO_NONE, TO_READ, Lock
+from ckptd.objects.files.other_names import is_link
 from ckptd.objects.files.socket_filter import SocketFilter
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
@@ -34,8 +34,8 @@ def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
             for one in value:
                 if isinstance(one, Struct):
                     yield from flaws(one, size_of)
-    if (link := getattr(record, 'link', '')) and not is_name(link):
-        yield f'link is {link!r}, which is not a name that a checkpoint gives'
+    if (link := getattr(record, 'link', '')) and not is_link(link):
+        yield f'link is {link!r}, which is not the path of a file'
     match record:
         case Extent(part, offset, length):
             if offset % PAGE or offset + length > size_of(data_name(part)):

@@ -11,14 +11,15 @@ from pathlib import Path
 from ckptd.errors import CkptError, Finding
 from ckptd.image.identity import FileIdentity, changes
 from ckptd.image.reader import ImageReader
-from ckptd.image.records import FILE_PRIVATE, FILE_SHARED, Backing, Mm, SavedFile, Vma
+from ckptd.image.records import FILE_PRIVATE, FILE_SHARED, Backing, Extent, Mm, SavedFile, Vma
 from ckptd.kernel.maps import DELETED, Mapping, map_file, stat_mapped
-from ckptd.kernel.namei import lstat_of_task
+from ckptd.kernel.namei import lstat_of_task, root_of_task
 from ckptd.kernel.shmem import is_object_of_shm_mount, is_of_shm_mount
 from ckptd.objects.attributes.base import about
 from ckptd.objects.files.base import FileLookup, Needs, finding
 from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, home_of, open_nameless, whole
-from ckptd.objects.files.linked import DeletedFile, is_name, link_findings
+from ckptd.objects.files.linked import DeletedFile, link_findings, lost_name
+from ckptd.objects.files.other_names import is_link, is_name, living_name
 from ckptd.objects.mappings.base import (
     RELEASE,
     Links,
@@ -38,6 +39,7 @@ _DEV_ZERO = os.makedev(1, 5)
 # Java's statistics, /tmp/hsperfdata_USER/PID: once their process is dead, the next java or a boot removes them.
 KEPT_SIZE = 1 << 20
 _KEPT = 'is not the file that it was: the tree gets its own, with the content that the image has, and without a name'
+_OTHERS = 'others do not see what the tree writes there from then on: put the file back if they should'
 
 
 class FileMapping(MappingKind, numbers=[FILE_PRIVATE, FILE_SHARED]):
@@ -95,14 +97,14 @@ class FileMapping(MappingKind, numbers=[FILE_PRIVATE, FILE_SHARED]):
 
     def needs(self, reader: ImageReader, lookup: FileLookup) -> Iterator[Needs]:
         for backing in reader.every(Backing):
-            if backing.deleted or _missing_but_kept(backing, lookup):
+            if not _is_at_link(backing, lookup) and (backing.deleted or _missing_but_kept(backing, lookup)):
                 yield deleted_takes(backing.path, backing.device, backing.inode, whole(backing.content))
 
     def fd(self, number: int, means: MappingMeans, *, writable: bool) -> int:
         """Return the fd of a mapped file or executable."""
         files, record = means.files, means.reader.get(Backing, number)
         flags = os.O_RDWR if writable else os.O_RDONLY
-        if record.link:
+        if _is_at_link(record, files):
             return files.once(('backing', number, writable), lambda: _open_linked(record, flags, files))
         if record.deleted or _missing_but_kept(record, files):
             base = deleted_file(record.path, record.device, record.inode, record.size, record.mode,
@@ -122,7 +124,7 @@ def _check_file(tid: int, mapping: Mapping) -> Finding | None:
         return None if of.st_rdev == _DEV_ZERO else _device('character', mapping, of)
     if of and stat.S_ISBLK(of.st_mode):
         return _device('block', mapping, of)
-    if is_there:
+    if is_there or (mapping.deleted and _living_name(tid, mapping, mapped)):
         return None
     if mapped is None and mapping.deleted:
         return finding('EPERM', f'{mapping.file_path} is deleted and its content cannot be read',
@@ -157,7 +159,16 @@ def _describe(number: int, view: View) -> Backing:
     if mapped is None and not mapping.deleted:
         # we can neither see nor open it, so use the kernel's numbers, by which a restart identifies it
         return Backing(number, mapping.path, os.makedev(mapping.major, mapping.minor), mapping.inode, 0, 0, 0, 0, ())
-    return Backing(number, mapping.file_path, 0, mapping.inode, 0, 0, 0, 1, ())
+    return Backing(number, mapping.file_path, 0, mapping.inode, 0, 0, 0, 1, (),
+                   _living_name(view.tid, mapping, mapped) if mapping.deleted else '')
+
+
+def _living_name(tid: int, mapping: Mapping, mapped: os.stat_result | None) -> str:
+    """Return a living name of a deleted file; '' if none is found. Without the right to see the file itself, it is
+    identified by the numbers in maps, which on most file systems are those of stat(2)."""
+    if mapped is None:
+        return living_name(tid, mapping.file_path, os.makedev(mapping.major, mapping.minor), mapping.inode)
+    return living_name(tid, mapping.file_path, mapped.st_dev, mapped.st_ino) if mapped.st_nlink else ''
 
 
 def _goes_along(backing: Backing, mapping: Mapping) -> bool:
@@ -171,24 +182,51 @@ def _with_content(backing: Backing, view: View, copier: PageCopier, links: Links
     """Return the record of a file with its content. A file with a name has none if the mapping cannot be opened:
     proc_pid_map_files(5) requires CAP_CHECKPOINT_RESTORE."""
     try:
-        fd = os.open(view.magic_link, os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open_mapped(backing, view)
     except PermissionError:
         if backing.deleted:
             raise
         return backing
     try:
         at = os.fstat(fd)
+        if backing.link and at.st_size > KEPT_SIZE:
+            return _of(backing, at, (), backing.link)
         content = copier.copy_whole(fd, at.st_size)
         # `deleted` is set as well for a file that is only out of our reach by its path
         is_linked = backing.deleted and at.st_nlink and str(Path(f'/proc/self/fd/{fd}').readlink()).endswith(DELETED)
-        link = links.link(DeletedFile(view.tid, view.tid, backing.path, at, view.magic_link), fd) if is_linked else ''
+        link = backing.link
+        if is_linked and not link:
+            link = links.link(DeletedFile(view.tid, view.tid, backing.path, at, view.magic_link), fd)
     finally:
         os.close(fd)
+    return _of(backing, at, (content,), link)
+
+
+def _open_mapped(backing: Backing, view: View) -> int:
+    """Open a mapped file for reading: by its mapping or, if we may not, by the living name that it has."""
+    try:
+        return os.open(view.magic_link, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        if not backing.link:
+            raise
+    return os.open(root_of_task(view.tid) + backing.link, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _of(backing: Backing, at: os.stat_result, content: tuple[Extent, ...], link: str) -> Backing:
     return Backing(backing.backing_id, backing.path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode,
-                   backing.deleted, (content,), link)
+                   backing.deleted, content, link)
 
 
 # ---------------------------------------------------------------- restart
+
+def _is_at_link(record: Backing, lookup: FileLookup) -> bool:
+    """Whether a deleted file that has another name is opened by that. A living name may be gone by now, with the file.
+    Then the tree gets the file again without a name, if the image has its content."""
+    if not record.link or is_name(record.link) or not record.content:
+        return bool(record.link)
+    found = lookup.lstat(record.link)
+    return found is not None and found.st_ino == record.inode
+
 
 def _missing_but_kept(record: Backing, lookup: FileLookup) -> bool:
     """Whether a mapped file that had a name is gone, while its content is in the image. It is then made again without a
@@ -229,9 +267,11 @@ def _findings(context: MappingCheck) -> Iterator[Finding]:
 
 def _check_backing(context: MappingCheck, record: Backing, vpid: int, resource: str, access: int, opened: set[str]
                    ) -> Iterator[Finding]:
-    if record.link:
+    if _is_at_link(record, context.lookup):
         yield from _check_linked(context, record, vpid, resource, access)
         return
+    if record.link:
+        yield about(vpid, resource, 'ENOENT', f'{record.link} {_KEPT}', _OTHERS, 'warning')
     if record.deleted:
         if row := context.out_of_reach(vpid, resource, home_of(record.path, context.lookup)):
             yield row
@@ -246,8 +286,7 @@ def _check_backing(context: MappingCheck, record: Backing, vpid: int, resource: 
     if _missing_but_kept(record, context.lookup):
         for one in deleted_findings(record.path, context.lookup):
             yield replace(one, pid=vpid, resource=resource)
-        yield about(vpid, resource, 'ENOENT', f'{record.path} {_KEPT}', 'others do not see what the tree writes there '
-                    'from then on: put the file back if they should', 'warning')
+        yield about(vpid, resource, 'ENOENT', f'{record.path} {_KEPT}', _OTHERS, 'warning')
         return
     found = context.lookup.lstat(record.path)
     words = changes(FileIdentity.of_backing(record), found)
@@ -271,9 +310,9 @@ def _check_backing(context: MappingCheck, record: Backing, vpid: int, resource: 
 
 def _check_linked(context: MappingCheck, record: Backing, vpid: int, resource: str, access: int) -> Iterator[Finding]:
     found = context.lookup.lstat(record.link)
-    if found is None or found.st_ino != record.inode or not is_name(record.link):
-        yield about(vpid, resource, 'ENOENT', f'{record.path} was deleted, and its name for the image, {record.link}, '
-                    'is gone', 'it can be restored once: a restart takes that name away')
+    if found is None or found.st_ino != record.inode or not is_link(record.link):
+        reason, hint = lost_name(record.path, record.link)
+        yield about(vpid, resource, 'ENOENT', reason, hint)
     elif not context.lookup.may(record.link, access):
         yield about(vpid, resource, 'EACCES', f'{record.link} may not be {_verbs(access)}',
                     'run as its owner, or as root')

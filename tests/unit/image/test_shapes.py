@@ -123,8 +123,8 @@ def payload(tag: str, **fields: Any) -> Any:
     (payload('regular', path='/a\0'), 'path has a zero byte'),
     (payload('regular', content=(ContentSegment(HUGE, r.Extent(0, 0, 1)),)), f'its content is at byte {HUGE}'),
     (payload('regular', saved=(ContentSegment(0, r.Extent(0, 1, 1)),)), 'bytes 1 to 2 are not in data-0.img'),
-    *((payload('regular', link=link), f'link is {link!r}, which is not a name that a checkpoint gives')
-      for link in ('/etc/passwd', '.x.ckptd-0123456789abcdef', '/a/../.x.ckptd-0123456789abcdef')),
+    *((payload('regular', link=link), f'link is {link!r}, which is not the path of a file')
+      for link in ('other', '.x.ckptd-0123456789abcdef', '/a/../.x.ckptd-0123456789abcdef', '/\udcff')),
     (payload('memfd', size=HUGE), f'size is {HUGE}, above {HUGE - 1}'),
     (payload('memfd', name='a\0'), 'name has a zero byte'),
     (payload('memfd', content=(ContentSegment(0, r.Extent(9, 0, 1)),)), 'bytes 0 to 1 are not in data-9.img'),
