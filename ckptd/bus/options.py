@@ -14,6 +14,7 @@ from ckptd.target import MAX_PATH, WORDS, CgroupTarget, clean_path, is_valid
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds
 MAX_SIZE = 2**63 - 1                # bytes
+DETACHED = 'detach'                 # the option terminal, for a tree that gets none
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def _is_cgroup(value: Any) -> bool:
 
 def _is_terminal(value: Any) -> bool:
     # a plain int could be any fd of the daemon
-    return isinstance(value, UnixFd) and is_terminal(value)
+    return value == DETACHED if isinstance(value, str) else isinstance(value, UnixFd) and is_terminal(value)
 
 
 def _flag(name: str) -> Option:
@@ -60,7 +61,7 @@ SAVE_FILES = _flag('save_files')
 SAVE_LIMIT = _number('save_limit', 'bytes', MAX_SIZE)
 CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgroup)
 CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
-TERMINAL = Option('terminal', 'a file descriptor of a terminal', _is_terminal)
+TERMINAL = Option('terminal', f'a file descriptor of a terminal, or "{DETACHED}"', _is_terminal)
 
 DETACH = _flag('detach')
 TARGET = Option('target', f'the text of a target; {WORDS}', lambda value: isinstance(value, str))

@@ -9,7 +9,7 @@ from ckptd.bus.authorizer import Authorizer
 from ckptd.bus.call import Call
 from ckptd.bus.job import path_of
 from ckptd.bus.names import token_path
-from ckptd.bus.options import CHECK_RESTORE, RESTORE, Option, parse_options
+from ckptd.bus.options import CHECK_RESTORE, DETACHED, RESTORE, Option, parse_options
 from ckptd.jobs.images import ImageService
 
 
@@ -39,4 +39,6 @@ def _wishes(options: Mapping[str, Any], known: tuple[Option, ...]) -> tuple[dict
     """Return fields of RestoreRequest and the fds that go with them. A receiver that keeps the fds duplicates them."""
     given = parse_options(options, known)
     terminal = given.pop('terminal', None)
+    if terminal == DETACHED:
+        return {**given, 'detach_terminal': True}, []
     return given, [] if terminal is None else [terminal]

@@ -130,6 +130,8 @@ def _restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--changed-files', choices=CHANGED_FILES, metavar='HOW',
                         help='for files that have changed since: refuse (default), accept, or rollback to their saved '
                              'content')
+    parser.add_argument('--terminal', choices=('detach',), metavar='detach',
+                        help='restore a tree without the terminal that it ran on: it reads end-of-file there')
     parser.add_argument('--dry-run', action='store_true', help='list what would prevent a restore, and change nothing')
 
 

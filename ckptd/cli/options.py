@@ -24,7 +24,8 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 def restore_options(args: argparse.Namespace) -> dict[str, Any]:
     """Build the options of CheckRestore. Restore adds a handle_token, and perhaps a terminal."""
     flags = {name: True for name in ('wait', 'new_pidns', 'clamp', 'leave_stopped') if getattr(args, name)}
-    texts = {name: getattr(args, name) for name in ('cgroup', 'changed_files') if getattr(args, name) is not None}
+    texts = {name: getattr(args, name) for name in ('cgroup', 'changed_files', 'terminal')
+             if getattr(args, name) is not None}
     return {**flags, **texts}
 
 

@@ -30,7 +30,7 @@ async def restore(session: Session) -> int:
 
         with bar, Attendance(session.interrupts, begun) as attendance:
             options = with_token(restore_options(args))
-            if args.wait:
+            if args.wait and not args.terminal:
                 options |= attendance.prepare()
             job_call = JobCall('Restore', args.image, options, LOST)
             result = await run_job(daemon, job_call, bar, attendance.begin if args.wait else lambda root: None)
@@ -43,7 +43,9 @@ async def _dry_run(session: Session) -> int:
     async with session.daemon() as daemon:
         with Attendance(session.interrupts, lambda root: None) as attendance:
             # with the terminal that the tree would get
-            options = restore_options(session.args) | (attendance.prepare() if session.args.wait else {})
+            options = restore_options(session.args)
+            if session.args.wait and not session.args.terminal:
+                options |= attendance.prepare()
             rows = await daemon.manager('CheckRestore', 'sa{sv}', image, options, seconds=LONG)
     return report_findings(session.out, rows, {'image': image}, f'{image} can{{}} be restored',
                            Refused.restart)

@@ -265,7 +265,7 @@ class Inhibitor:
 def _with_terminal(options: RestoreOptions | CheckRestoreOptions) -> dict[str, Any]:
     """Convert the terminal to a UnixFd, which is passed as an fd. A plain int would be passed as a number."""
     terminal = options.get('terminal')
-    return {**options, **({} if terminal is None else {'terminal': UnixFd(terminal)})}
+    return {**options, **({'terminal': UnixFd(terminal)} if isinstance(terminal, int) else {})}
 
 
 def _checkpointed(result: Mapping[str, Any]) -> CheckpointResult:

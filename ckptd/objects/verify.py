@@ -2,6 +2,7 @@
 """verify: find damages in the records of open files. Only the kind of a file can read the payload of its record."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from ckptd.errors import ImageDamaged
@@ -25,6 +26,17 @@ def decode(saved: SavedFile, kinds: Kinds) -> tuple[Kind[Any], Struct]:
         raise ImageDamaged(f'{saved.link}: a file of the unknown kind {saved.kind!r}',
                            resource=saved.link, hint='use the ckptd that wrote the image, or a newer one')
     return kind, kind.record.decode(saved.data)
+
+
+def sessions(reader: ImageReader, kinds: Kinds) -> set[int]:
+    """Return the vpids of session leaders that get a controlling terminal of the tree. Damaged records, which other
+    checks report, give none."""
+    found: set[int] = set()
+    for saved in reader.every(SavedFile):
+        with suppress(ImageDamaged):
+            kind, record = decode(saved, kinds)
+            found.update(kind.sessions(record))
+    return found - {0}
 
 
 def payload_flaws(kind: Kind[Any], record: Struct, reader: ImageReader, known: frozenset[int]) -> Iterator[str]:

@@ -197,6 +197,7 @@ class RestartRequest(ImageRequest, frozen=True, kw_only=True):
     new_pidns: bool = False                     # use a new pid namespace
     clamp: bool = False                         # limits and priorities that may not be set become the nearest that may
     leave_stopped: bool = False                 # stop every process, as by SIGSTOP
+    detach_terminal: bool = False               # the tree gets no terminal in place of one outside of it
     wait: bool = False                          # the worker stays the root's parent, and Finished comes when the root
                                                 # has ended
     changed_files: ChangedFiles = 'refuse'      # treatment of files that have changed since the checkpoint

@@ -33,7 +33,7 @@ class TaskAttributes:
     """A setter of attributes. directory, terminal: see RestoreMeans."""
 
     def __init__(self, reader: ImageReader, plan: Plan, builder: TaskBuilder, allowed: Allowed,
-                 directory: Callable[[str], int], terminal: Callable[[], int],
+                 directory: Callable[[str], int], terminal: Callable[[int], int],
                  warn: Callable[[Finding], None]) -> None:
         self._kept, self._builder = Kept(reader), builder
         self._owners = owners_of(plan)
@@ -49,9 +49,16 @@ class TaskAttributes:
 
     def born(self, vpid: int) -> None:
         """Set the attributes that a process has from its birth on. Do nothing for a process outside of the tree."""
+        self._early(Stage.BORN, vpid)
+
+    def begins_session(self, vpid: int) -> None:
+        """Set the attributes of a new session, which the children of its leader inherit."""
+        self._early(Stage.SESSION, vpid)
+
+    def _early(self, stage: Stage, vpid: int) -> None:
         if leader := self._leaders.get(vpid):
             script = Script(self._builder[vpid])
-            finish(self._set(Stage.BORN, leader, script, {Scope.PROCESS: vpid}))
+            finish(self._set(stage, leader, script, {Scope.PROCESS: vpid}))
             script.do()
 
     def _set(self, stage: Stage, task: ImageTask, script: Script, owners: Owners) -> Steps[None]:

@@ -27,11 +27,11 @@ class FileAccess:
     """
 
     def __init__(self, reader: ImageReader, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int) -> None:
+                 terminal_fd: int, *, detach_terminal: bool = False) -> None:
         self._reader, self._caller, self.rights = reader, caller, rights_for(reader, caller)
         self.by_root = is_users(reader, caller)
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
-        self.terminal = terminal_fd >= 0
+        self.terminal, self.detach_terminal = terminal_fd >= 0, detach_terminal
         self.kinds = Kinds()
         self._pids: Mapping[int, int] = {}
 

@@ -27,8 +27,8 @@ class FileMaker(FileAccess):
     """
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int, place: Placement, keep_free: int) -> None:
-        super().__init__(reader, caller, changed_files, terminal_fd)
+                 terminal_fd: int, place: Placement, keep_free: int, *, detach_terminal: bool) -> None:
+        super().__init__(reader, caller, changed_files, terminal_fd, detach_terminal=detach_terminal)
         self._service_fds = service_fds
         self._changes = FileChanges(place, self.rights, self.rights_to, keep_free)
 

@@ -26,7 +26,7 @@ from ckptd.remote.stub import Stub
 from ckptd.restore.cgroups import Placement
 from ckptd.restore.file_maker import FileMaker
 from ckptd.restore.service_fds import ServiceFds
-from ckptd.restore.task_sockets import make_socketpair
+from ckptd.restore.task_files import make_socketpair, open_by_task
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_SET_RW_HINT = 1036                    # <linux/fcntl.h>
@@ -41,8 +41,9 @@ class FileBuilder(FileMaker):
     """
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int, place: Placement, keep_free: int) -> None:
-        super().__init__(reader, service_fds, caller, changed_files, terminal_fd, place, keep_free)
+                 terminal_fd: int, place: Placement, keep_free: int, *, detach_terminal: bool) -> None:
+        super().__init__(reader, service_fds, caller, changed_files, terminal_fd, place, keep_free,
+                         detach_terminal=detach_terminal)
         self.objects = MappedObjects(MappingMeans(reader, self, place.note))
         self._fds: dict[int, int] = {}
         self._stubs: Mapping[int, Stub] = {}
@@ -67,6 +68,9 @@ class FileBuilder(FileMaker):
 
     def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
         return make_socketpair(self._stubs[vpid], kind, uid, gid, groups)
+
+    def open_by(self, vpid: int, path: str, flags: int) -> int:
+        return open_by_task(self._stubs[vpid], path, flags)
 
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
         return Script(self._stubs[vpid]).call_now(name, *arguments)

@@ -23,7 +23,7 @@ def prepare(job: JobContext[RestartRequest], reader: ImageReader) -> tuple[Plan,
     plan = make_plan(reader, namespaces, read_numbers(reader, namespaces, request.caller),
                      own_session=job.fd >= 0,
                      child_of_us=request.wait)
-    access = FileAccess(reader, request.caller, request.changed_files, job.fd)
+    access = FileAccess(reader, request.caller, request.changed_files, job.fd, detach_terminal=request.detach_terminal)
     names = {task.vpid: task.record.comm for task in reader.tasks}
     rows = [replace(row, comm=row.comm or names.get(row.pid, '')) for row in plan.refusals]
     return plan, list(dict.fromkeys([*rows, *obstacles(reader, plan, request, access)]))

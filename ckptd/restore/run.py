@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from ckptd.errors import Finding
 from ckptd.faults import fault
 from ckptd.image.reader import ImageReader, ImageTask
-from ckptd.image.records import Fs
+from ckptd.image.records import Fs, ProcessState
 from ckptd.image.verify import Records, verify_records
 from ckptd.kernel.prctl import PR_SET_NAME
 from ckptd.kernel.ptrace import let_go
@@ -40,7 +40,7 @@ from ckptd.restore.bootstrap import start_bootstrap
 from ckptd.restore.cgroups import cgroups, place_for
 from ckptd.restore.create import TaskBuilder
 from ckptd.restore.creation_order import SEED, NewProcess
-from ckptd.restore.creation_steps import Clear, CreateTask, Fill, Step
+from ckptd.restore.creation_steps import Clear, CreateTask, Fill, NewSession, Step
 from ckptd.restore.digests import Digests, damaged
 from ckptd.restore.files import FileBuilder
 from ckptd.restore.leave import Leave
@@ -107,7 +107,7 @@ class Restore:
         self._place.want(cgroups(self._plan.processes))
         self._place.prepare()
         self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.fd,
-                                  self._place, request.keep_free)
+                                  self._place, request.keep_free, detach_terminal=request.detach_terminal)
         stack.callback(self._files.kinds.close)
         self._objects = self._files.objects
         self._files.open_all(late=False)
@@ -121,7 +121,7 @@ class Restore:
             self._directory(record.cwd)
             self._directory(record.root)
         self._directory('/')
-        self._terminal()
+        self._give_terminal()
 
     def _data(self, part: int) -> int:
         return self._service_fds.once(('data', part), lambda: os.dup(self._reader.data_fd(part)))
@@ -167,6 +167,9 @@ class Restore:
             case CreateTask(vpid):
                 self._builder.take(step)
                 self._attributes.born(vpid)
+            case NewSession(vpid):
+                self._builder.take(step)
+                self._attributes.begins_session(vpid)
             case _:
                 self._builder.take(step)
 
@@ -214,10 +217,18 @@ class Restore:
         script.call('close_range', self._service_fds.base, _NO_LIMIT, 0)
         return script.run()
 
-    def _terminal(self) -> int:
-        if not self._files.terminal:
-            return -1
-        return self._service_fds.once('terminal', lambda: os.dup(self._job.fd))
+    def _terminal(self, session: int) -> int:
+        """Return the terminal of a session. Kinds of files have added those that are in the tree."""
+        return self._service_fds.find(('terminal', session))
+
+    def _give_terminal(self) -> None:
+        """Give the caller's terminal to the first session that has none of the tree."""
+        if self._files.terminal and not self._request.detach_terminal:
+            for process in self._plan.processes:
+                if (process.sid == process.vpid and self._terminal(process.vpid) < 0
+                        and self._reader.get(ProcessState, process.vpid).tty):
+                    self._service_fds.once(('terminal', process.vpid), lambda: os.dup(self._job.fd))
+                    return
 
     def _become_zombies(self, task: ImageTask) -> None:
         """Turn the stub of a dead task into a zombie."""

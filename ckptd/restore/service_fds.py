@@ -53,6 +53,10 @@ class ServiceFds:
         self._fds.add(kept)
         return kept
 
+    def find(self, key: Hashable) -> int:
+        """Return the fd of this key; -1 if it was not made."""
+        return self._known.get(key, -1)
+
     def once(self, key: Hashable, make: Callable[[], int]) -> int:
         """Return the fd of this key. The first call makes it."""
         if key not in self._known:

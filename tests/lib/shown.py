@@ -35,7 +35,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'RegularKind': ('files', 'locks', 'leases', 'linked'),
     'SignalfdKind': ('events',),
     'TimerfdKind': ('events',),
-    'TtyKind': (f'{_CHECKS}::test_same_terminal_is_told_of_once', _COVERAGE),
+    'TtyKind': ('terminals',),
     'UnixKind': ('unix_sockets',),
     'Unsupported': ('tests/live/kinds/test_registry.py::test_what_no_kind_matches_is_refused_by_its_name',),
     # tasks
@@ -44,7 +44,8 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'AutogroupAttribute': ('settings',),
     'ChildSubreaper': ('attributes', 'tree'),
     'ClearedWord': ('threads',),
-    'ControllingTerminal': (_COVERAGE,),
+    'ControllingTerminal': ('terminals',),
+    'ForegroundGroup': ('terminals',),
     'CoredumpFilterAttribute': ('attributes',),
     'CredentialsAttribute': ('creds',),
     'DeathSignal': ('attributes',),

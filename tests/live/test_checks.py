@@ -483,15 +483,30 @@ def test_pipe_whose_other_end_is_closed_is_none(brood: Brood) -> None:
     assert fd_rows(check(pid), read) == []
 
 
-def test_same_terminal_is_told_of_once(brood: Brood) -> None:
+def test_terminal_with_both_ends_in_the_tree(brood: Brood) -> None:
     def on_terminal() -> list[int]:
         master, slave = os.openpty()
         brood.fork()
         return [master, slave]
     pid, (master, slave) = brood.ask(on_terminal)
     rows = check(pid)
-    assert [severity for severity, _, _ in fd_rows(rows, slave)] == ['warning']
-    assert [severity for severity, _, _ in fd_rows(rows, master)] == ['refusal', 'refusal']
+    assert fd_rows(rows, slave) == fd_rows(rows, master) == []
+
+
+def test_same_terminal_is_told_of_once(brood: Brood) -> None:
+    master, slave = os.openpty()
+
+    def on_terminal() -> int:
+        os.close(master)
+        brood.fork()
+        return slave
+    try:
+        pid, fd = brood.ask(on_terminal)
+        [(severity, _, reason)] = fd_rows(check(pid), fd)
+        assert (severity, 'outside of the tree' in reason) == ('warning', True)
+    finally:
+        os.close(master)
+        os.close(slave)
 
 
 def test_thread_with_its_own_fd_table(brood: Brood) -> None:

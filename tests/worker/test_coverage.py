@@ -57,6 +57,7 @@ CHECKED = {
     'Namespaces.holders': 'the same, without ids',
     'Namespaces.ids': 'the same',
     **{f'PathReference.{name}': 'of a node that is made again; another owner is a refusal' for name in ('gid', 'uid')},
+    'Pty.name': 'whether another terminal has the number',
     'Registers.machine': 'of this kind of processor, or refused',
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
@@ -77,20 +78,19 @@ UNREAD = {
     'SleepLeft.clock': 'for people; left_ns was counted by it',
     'SleepLeft.exact': 'for people',
     'TaskRecord.pf_flags': 'for core files; each is made again by what it tells of',
-    'Tty.device': 'the terminal is the caller\'s; without one by its name, see tests/worker/test_restore_checks.py',
     'Tty.mode': _THERE,
     **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
 SUBJECTS = ('attributes', 'events', 'files', 'inotify', 'interpreter', 'linked', 'locks', 'memory', 'opath', 'pidfds',
-            'removed', 'settings', 'shared', 'signals', 'socket_filters', 'stopped', 'tiles', 'timers', 'tree',
-            'unix_sockets')
+            'removed', 'settings', 'shared', 'signals', 'socket_filters', 'stopped', 'terminals', 'tiles', 'timers',
+            'tree', 'unix_sockets')
 
 
 def classes() -> list[type]:
     """Records, and the groups of fields in them and in those of kinds and attributes."""
     modules = {r.__name__, *(kind.__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
-               'ckptd.objects.files.locks', 'ckptd.objects.files.socket_filter',
+               'ckptd.objects.files.locks', 'ckptd.objects.files.socket_filter', 'ckptd.objects.files.terminal',
                *(type(one).__module__ for one in ATTRIBUTES)}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []

@@ -41,12 +41,13 @@ class Generation:
 
     def kill(self, **more: object) -> Path:
         """The image of the tree, which is dead and gone afterwards."""
+        members = set(session_members(self.victim.pid))     # of other sessions, too, which have lost their parents then
         image = self.place.checkpoint(self.victim.pid, after='kill', **more)
         if self._alive_by_popen:
             self.victim.process.wait()
             self._alive_by_popen = False
         deadline = time.monotonic() + 10
-        while session_members(self.victim.pid) and time.monotonic() < deadline:
+        while any(Path(f'/proc/{pid}').exists() for pid in members) and time.monotonic() < deadline:
             settled.reap_orphans()      # parents first: what they leave becomes ours
             os.sched_yield()
         return image

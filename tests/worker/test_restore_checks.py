@@ -449,7 +449,9 @@ def test_a_stop_that_needs_another_parent(place: Place, asleep: Sleeper, wanted:
 def test_a_terminal_is_missed(place: Place, asleep: Sleeper) -> None:
     image = asleep.image(place)
     alter(image, r.ProcessState, tty=os.makedev(136, 1))
-    assert only(found(place, image), 'warning').resource == 'terminal'
+    row = only(found(place, image), 'refusal')
+    assert (row.resource, '--terminal=detach' in row.hint) == ('terminal', True)
+    assert only(found(place, image, detach_terminal=True), 'warning').resource == 'terminal'
 
 
 def test_an_attribute_of_a_newer_ckptd(place: Place, asleep: Sleeper) -> None:

@@ -52,13 +52,14 @@ class Stage(IntEnum):
     """The stage of a restart at which an attribute is set. Within a stage Scope decides; attributes have no other
     order."""
     BORN = 1            # when the task is made, before it makes others, which inherit it
-    MEMORY = 2          # address spaces (restore/memory.py)
-    FILES = 3           # open files (restore/files.py)
-    ATTRIBUTES = 4      # with the rights of the restart, and with the service fds
-    LIMITS = 5          # limits of a process, then settings of its threads within these
-    RIGHTS = 6          # the shed (restore/shed.py)
-    AFTER_RIGHTS = 7    # state through which memory of the program steers, and state that a change of ids resets
-    FILTERS = 8         # the last calls of a stub
+    SESSION = 2         # when a leader has begun its session, before it makes others in it
+    MEMORY = 3          # address spaces (restore/memory.py)
+    FILES = 4           # open files (restore/files.py)
+    ATTRIBUTES = 5      # with the rights of the restart, and with the service fds
+    LIMITS = 6          # limits of a process, then settings of its threads within these
+    RIGHTS = 7          # the shed (restore/shed.py)
+    AFTER_RIGHTS = 8    # state through which memory of the program steers, and state that a change of ids resets
+    FILTERS = 9         # the last calls of a stub
 
 
 class Scope(IntEnum):
@@ -136,7 +137,7 @@ class RestoreMeans:
     reader: ImageReader
     allowed: Allowed
     directory: Callable[[str], int]
-    terminal: Callable[[], int]
+    terminal: Callable[[int], int]  # the terminal of a session, -1 for none
     sets_ids: bool
     is_users_worker: bool
     warn: Callable[[Finding], None]

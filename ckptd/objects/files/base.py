@@ -16,6 +16,8 @@ and for a restart, where `saved` has the common data of all kinds (image.records
 
     restart_findings(record, saved, lookup)  reasons why it cannot be opened again, or losses; changes nothing
     references(record)                   ids of other open files that it needs
+    sessions(record)                     vpids of session leaders that it gives a controlling terminal. `create` keeps
+                                         that for them, as ctx.once(('terminal', vpid), ...)
     needs(record, saved)                 memory and other space that is needed to make it again
     late(record, saved)                  whether it can be opened only when the tasks exist
     create(record, saved, ctx)           a new description: an fd with the access mode and flags of `saved.flags`
@@ -206,6 +208,9 @@ class Kind(ABC, Generic[R]):
 
     def restart_findings(self, record: R, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         return []
+
+    def sessions(self, record: R) -> Iterable[int]:
+        return ()
 
     def needs(self, record: R, saved: SavedFile) -> Needs | None:
         return None

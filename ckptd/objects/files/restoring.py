@@ -16,6 +16,7 @@ class FileLookup(Protocol):
     the rights of the user: the caller, or the owner of the image if root restores another user's."""
     changed_files: ChangedFiles    # treatment of files that have changed since
     terminal: bool                 # the caller gave a terminal
+    detach_terminal: bool          # files of terminals outside of the tree come back hung up
     by_root: bool                  # root restores its own image of a user's tree, and root's rights do what the user's
                                    # do not
 
@@ -114,6 +115,11 @@ class RestoreContext(FileMaking, Protocol):
 
     def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
         """Return our fds of a socketpair(2) that a restored process has made with these ids, for a `late` kind."""
+        ...
+
+    def open_by(self, vpid: int, path: str, flags: int) -> int:
+        """Return our fd of a file that a restored process has opened, for a `late` kind: what the path leads to depends
+        on the process. OSError."""
         ...
 
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:

@@ -9,15 +9,18 @@ from ckptd.image.grammar import Struct
 from ckptd.image.records import PAGE, Extent, data_name
 from ckptd.image.shapes import MAX_FILE
 from ckptd.kernel.sockopt import BPF_MAXINSNS, SOCK_FILTER
+from ckptd.kernel.tty import LOCKED_SIZE, TERMIOS_SIZE
 from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.locks import EOF, LEASE, POSIX, TO_NONE, TO_READ, Lock
 from ckptd.objects.files.other_names import is_link
 from ckptd.objects.files.socket_filter import SocketFilter
+from ckptd.objects.files.terminal import TerminalState
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
+_MAX_PTS = (1 << 20) - 1           # of a pseudo-terminal: drivers/tty/pty.c, NR_UNIX98_PTY_MAX
 _MAX_WD = (1 << 31) - 1             # of an inotify instance: fs/notify/inotify/inotify_user.c, inotify_ioctl
 # the highest value of fields by name, in every kind with such a field
-_HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY, 'wd': _MAX_WD}
+_HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY, 'wd': _MAX_WD, 'pts': _MAX_PTS}
 
 
 def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
@@ -40,6 +43,9 @@ def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:
         case Extent(part, offset, length):
             if offset % PAGE or offset + length > size_of(data_name(part)):
                 yield f'bytes {offset} to {offset + length} are not in {data_name(part)}'
+        case TerminalState(settings, locks):
+            if (len(settings), len(locks)) != (TERMIOS_SIZE, LOCKED_SIZE):
+                yield f'the settings of a terminal have {len(settings)} and {len(locks)} bytes'
         case ContentSegment(start, extent):
             if start + extent.length > MAX_FILE:
                 yield f'its content is at byte {start}'

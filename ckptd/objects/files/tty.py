@@ -1,18 +1,35 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A terminal, kept as a reference, because a restart runs on another one. Masters of pseudo-terminals are not
-included."""
+"""A terminal: either end of a pseudo-terminal (pty(7)), a virtual console, a serial line, or /dev/tty.
 
-import functools
+    the master is in the tree       a restart makes a new pseudo-terminal, with the old number if that is free
+    the master is outside of it     the terminal is a reference: a restart gets the caller's terminal in its place, or
+                                    opens it by its name, or none (`detach`): then all files of it are hung up
+    hung up                         a slave whose master is closed
+    /dev/tty                        opened again by a process of its session
+    console, serial line            opened again by its name, with its settings
+
+Settings, size, session and so on exist once for each terminal (terminal.py). What waits between the two ends cannot be
+looked at without taking it out, so a checkpoint of it fails with EAGAIN.
+"""
+
+import errno
 import os
+import select
+import signal
 import stat
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
-from ckptd.errors import Finding
-from ckptd.image.grammar import U32, U64, Struct, layout
+from ckptd.errors import Busy, CkptError, Finding, ImageDamaged
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
-from ckptd.kernel.procfs import read_file
+from ckptd.kernel import tty
+from ckptd.kernel.namei import lstat_of_task
+from ckptd.kernel.tty_drivers import driver_of
 from ckptd.objects.files.base import (
     Content,
+    Endpoint,
+    FileEnd,
     FileLookup,
     Kind,
     OpenFile,
@@ -22,75 +39,283 @@ from ckptd.objects.files.base import (
     open_again,
     opening,
 )
+from ckptd.objects.files.content import owner_findings
 from ckptd.objects.files.device import is_device, open_device
+from ckptd.objects.files.tables import JobTables
+from ckptd.objects.files.terminal import (
+    CLOSED,
+    NEVER_OPENED,
+    OPEN,
+    PTMX,
+    Pty,
+    TerminalState,
+    controlling,
+    dump_terminal,
+    hung_up,
+    is_slave,
+    make_pty,
+    slave_of,
+    slave_path,
+)
 from ckptd.objects.support import Support
 
-PTMX = os.makedev(5, 2)
 OWN = os.makedev(5, 0)
+REFERENCE, SLAVE, MASTER, HUNG_UP = range(4)
 
 
 @layout
 class Tty(Struct):
-    """A terminal. device: 5:0 is /dev/tty, the opener's own terminal."""
+    """An open file of a terminal. device: 5:0 is /dev/tty, the opener's own terminal."""
     path: str
     device: U64
     mode: U32
-
-
-class _Driver(NamedTuple):
-    major: int
-    minors: range
-
-
-@functools.cache
-def _drivers() -> tuple[_Driver, ...]:
-    return parse_drivers(read_file('/proc/tty/drivers'))
-
-
-def parse_drivers(data: bytes) -> tuple[_Driver, ...]:
-    """Parse lines 'pty_slave  /dev/pts  136 0-1048575 pty:slave', without the masters."""
-    found = []
-    for line in data.decode().splitlines():
-        _, _, major, minors, kind = line.split()
-        first, _, last = minors.partition('-')
-        if kind not in ('pty:master', 'system:/dev/ptmx') and int(major) >= 0:
-            found.append(_Driver(int(major), range(int(first), int(last or first) + 1)))
-    return tuple(found)
+    side: U8 = REFERENCE
+    exclusive: U8 = 0                       # TIOCEXCL
+    state: tuple[TerminalState, ...] = ()   # one, unless it is hung up
+    pty: tuple[Pty, ...] = ()               # one, if the master is in the tree
 
 
 def is_tty(device: int) -> bool:
-    major, minor = os.major(device), os.minor(device)
-    return device != PTMX and any(major == driver.major and minor in driver.minors for driver in _drivers())
+    return device != PTMX and bool(driver_of(device))
 
 
-class TtyKind(Kind[Tty], tag='tty'):
-    support = Support('terminals', dumped='name', restored='partly', refused='masters of pseudo-terminals',
-                      warned='the terminal of the restart replaces it')
+def _is_device_of_its_own(device: int) -> bool:
+    """Whether it is a serial line or a console, which has no master, and which a restart finds by its name."""
+    return device != OWN and not is_slave(device)
+
+
+class TtyKind(Kind[Tty], tag='tty', alike=False):
+    support = Support('terminals, and both ends of pseudo-terminals', restored='partly',
+                      refused='line disciplines other than N_TTY',
+                      warned='the terminal of the restart replaces one whose program is outside of the tree')
+
+    def __init__(self, tables: JobTables) -> None:
+        super().__init__(tables)
+        self._masters: dict[tuple[int, int], OpenFile] = {}     # by device of the devpts file system, and number
+        self._slaves: dict[tuple[int, int], OpenFile] = {}      # likewise, one for each pseudo-terminal
+        self._is_drawn = False
 
     def matches(self, file: OpenFile) -> bool:
-        return stat.S_ISCHR(file.stat.st_mode) and not file.is_path and is_tty(file.stat.st_rdev)
+        device = file.stat.st_rdev
+        return stat.S_ISCHR(file.stat.st_mode) and not file.is_path and (device == PTMX or is_tty(device))
+
+    # ------------------------------------------------------------ dump
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        return [finding('ENOTTY', f'{file.path} is a terminal and kept by name only',
-                        'a restart attaches the tree to the terminal it is started from', 'warning')]
+        with file.duplicate() as fd:
+            if file.stat.st_rdev != PTMX and tty.is_hung_up(fd):
+                return []
+            if file.stat.st_rdev == PTMX and lstat_of_task(file.tid, slave_of(file, fd)) is None:
+                return [finding('ENOENT', f'{file.link} is the master of {slave_of(file, fd)}, which is not there',
+                                'mount the devpts file system at that place again, or close the terminal')]
+            if number := tty.line_discipline(fd):
+                return [finding('EOPNOTSUPP', f'{file.link} has the line discipline {number}', 'only terminals in '
+                                'line discipline 0 (N_TTY) can be dumped: let the program set it back (TIOCSETD)')]
+        return []
+
+    def endpoint(self, file: OpenFile) -> Endpoint | None:
+        with file.duplicate() as fd:
+            if file.stat.st_rdev == PTMX:
+                key = self._key_of_master(file, fd)
+                self._masters[key] = file
+                return Endpoint(('pty', *key), frozenset({'master'}), frozenset())
+            if tty.is_hung_up(fd):
+                return None
+            key = self._key_of(file, fd)
+            if is_slave(tty.device_of(fd)):
+                self._slaves.setdefault(key, file)
+                return Endpoint(('pty', *key), frozenset({'slave'}), frozenset({'master'}))
+            return Endpoint(('tty', *key), frozenset({'line'}), frozenset({'name'}))
+
+    @staticmethod
+    def _key_of_master(file: OpenFile, fd: int) -> tuple[int, int]:
+        found = lstat_of_task(file.tid, slave_of(file, fd))
+        return found.st_dev if found else 0, tty.peer_number(fd)
+
+    @staticmethod
+    def _key_of(file: OpenFile, fd: int) -> tuple[int, int]:
+        """Return a key of a terminal, equal for both ends of a pseudo-terminal."""
+        if file.stat.st_rdev != OWN:
+            of = file.stat
+            return (of.st_dev, os.minor(of.st_rdev)) if is_slave(of.st_rdev) else (of.st_rdev, 0)
+        device = tty.device_of(fd)
+        if not is_slave(device):
+            return device, 0
+        found = lstat_of_task(file.tid, slave_path('/dev/ptmx', os.minor(device), in_devpts=False))
+        return found.st_dev if found else 0, os.minor(device)
+
+    def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
+        held = {end.endpoint.key for end in ends if 'master' in end.endpoint.holds}
+        told = set(held)
+        for end in ends:
+            if end.endpoint.key in told:
+                continue
+            told.add(end.endpoint.key)
+            what = ('the program that shows it is outside of the tree' if end.endpoint.key[0] == 'pty' else
+                    'it is kept by its name')
+            yield end, finding('ENOTTY', f'{end.file.path} is a terminal, and {what}',
+                               'restore with --wait, which gives the tree your terminal in its place', 'warning')
 
     def dump(self, file: OpenFile, content: Content) -> Tty:
-        return Tty(file.path, file.stat.st_rdev, file.stat.st_mode)
+        of = file.stat
+        with file.duplicate() as fd:
+            if of.st_rdev == PTMX:
+                key = self._key_of_master(file, fd)
+                self._require_empty(key, file, fd)
+                return Tty(file.path, of.st_rdev, of.st_mode, MASTER, 0, (self._state_of(fd, content),),
+                           (self._pty(key, file, fd),))
+            if tty.is_hung_up(fd):
+                return Tty(file.path, of.st_rdev, of.st_mode, HUNG_UP)
+            exclusive = tty.is_exclusive(fd)
+            master = self._masters.get(key := self._key_of(file, fd))
+            if master is None:
+                state = dump_terminal(fd, *controlling(file, tty.device_of(fd)), content)
+                return Tty(file.path, of.st_rdev, of.st_mode, REFERENCE, exclusive, (state,))
+            with master.duplicate() as peer:
+                return Tty(file.path, of.st_rdev, of.st_mode, SLAVE, exclusive, (self._state_of(peer, content),),
+                           (self._pty(key, master, peer),))
+
+    def _require_empty(self, key: tuple[int, int], file: OpenFile, master: int) -> None:
+        """Check that nothing waits to be read at either end. Busy. No call shows an incomplete line: it is not kept."""
+        name, waits = slave_of(file, master), tty.polls(master, select.POLLIN | select.POLLPRI)
+        slave = self._slaves.get(key)
+        if not waits and slave is not None:
+            with slave.duplicate() as fd:
+                waits = tty.polls(fd, select.POLLIN)
+        if waits:
+            raise Busy(f'what was written to {name} and its master has not been read yet', errno=errno.EAGAIN,
+                       task=file.pid, resource=f'fd {file.fd}', hint='try again when the programs have read it')
+
+    @staticmethod
+    def _state_of(master: int, content: Content) -> TerminalState:
+        return dump_terminal(master, tty.session_of(master), tty.foreground_of(master), content)
+
+    def _pty(self, key: tuple[int, int], file: OpenFile, master: int) -> Pty:
+        name = slave_of(file, master)
+        of = lstat_of_task(file.tid, name) or file.stat
+        slave = self._slaves.get(key)
+        is_open = OPEN if slave else CLOSED if tty.polls(master, select.POLLHUP) else NEVER_OPENED
+        return Pty(key[0] << 32 | key[1], file.path, name, key[1], file.flags & ~os.O_CLOEXEC, of.st_mode, of.st_uid,
+                   of.st_gid, is_open, tty.is_locked(master), tty.in_packet_mode(master))
+
+    # ------------------------------------------------------------ restart
+
+    def sessions(self, record: Tty) -> Iterable[int]:
+        return [state.session for state in record.state if record.pty]
 
     def restart_findings(self, record: Tty, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        if lookup.terminal:
+        if record.side in (MASTER, SLAVE) and not (record.pty and record.state):
+            raise ImageDamaged(f'{saved.link}: a pseudo-terminal without its state', resource=saved.link)
+        if record.pty:
+            return _pty_findings(record.pty[0], saved, lookup)
+        if record.side == HUNG_UP or record.device == OWN:
             return []
-        found = None if record.device == OWN else lookup.lstat(record.path)
+        if not _is_device_of_its_own(record.device):
+            if lookup.detach_terminal:
+                return [finding('ENOTTY', f'{record.path} comes back hung up', 'reading from it gives end-of-file',
+                                'warning')]
+            if lookup.terminal:
+                return []
+        found = lookup.lstat(record.path)
         if found is None or not is_device(found, record.device):
-            return [finding('ENOTTY', f'{record.path} is a terminal that is gone', 'give the restart a terminal')]
+            return [finding('ENOTTY', f'{record.path} is a terminal that is gone', 'restore with --wait in a terminal, '
+                            'which takes its place, or with --terminal=detach')]
         if not lookup.may(record.path, access_of(saved.flags)):
-            return [finding('EACCES', f'{record.path} belongs to another user now', 'give the restart a terminal')]
+            return [finding('EACCES', f'{record.path} belongs to another user now', 'restore with --wait in a '
+                            'terminal, which takes its place, or with --terminal=detach')]
         return [finding('ENOTTY', f'{record.path} is opened again by its name', 'it may be another window now',
                         'warning')]
 
+    def late(self, record: Tty, saved: SavedFile) -> bool:
+        return record.device == OWN and record.side in (REFERENCE, SLAVE)
+
     def create(self, record: Tty, saved: SavedFile, ctx: RestoreContext) -> int:
         flags = opening(saved.flags)
-        if ctx.terminal_fd >= 0:
-            return open_again(ctx.terminal_fd, flags)
+        if record.side == HUNG_UP:
+            return hung_up(record.device, flags, ctx)
+        if record.device == OWN:
+            return self._open_own(record, saved, ctx)
+        if record.pty:
+            master = _master(record, ctx)
+            return os.dup(master) if record.side == MASTER else tty.open_slave(master, flags)
+        if not _is_device_of_its_own(record.device):
+            if ctx.detach_terminal:
+                return hung_up(record.device, flags, ctx)
+            if ctx.terminal_fd >= 0:
+                return open_again(ctx.terminal_fd, flags)
         # opening a serial line would wait for its carrier (termios(3))
         return open_device(record.path, record.device, flags | os.O_NONBLOCK, ctx)
+
+    @staticmethod
+    def _open_own(record: Tty, saved: SavedFile, ctx: RestoreContext) -> int:
+        """Let a process that has the file open /dev/tty. If it has no controlling terminal, it gets the terminal that
+        the file was of."""
+        flags = opening(saved.flags)
+        for vpid, _ in ctx.holders(saved.file_id):
+            try:
+                return ctx.open_by(vpid, '/dev/tty', flags | os.O_NOCTTY)
+            except OSError as error:
+                if error.errno not in (errno.ENXIO, errno.EIO):
+                    raise
+        if record.pty:
+            return tty.open_slave(_master(record, ctx), flags)
+        return open_again(ctx.terminal_fd, flags) if ctx.terminal_fd >= 0 else hung_up(record.device, flags, ctx)
+
+    def connect(self, record: Tty, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        # all files of the terminal are open now, which the next ones would prevent
+        if record.side == SLAVE and record.exclusive:
+            tty.set_exclusive(fd)
+        if record.side == MASTER:
+            [pty], [state] = record.pty, record.state
+            if any(state.locks):
+                _set_locks(fd, state.locks, saved)
+            if pty.locked:
+                tty.set_locked(fd, True)
+            if pty.packet_mode:
+                tty.set_packet_mode(fd)
+
+    def commit(self, record: Tty, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        if record.side != REFERENCE or not record.state:
+            return
+        [state] = record.state
+        if record.device != OWN and _is_device_of_its_own(record.device):
+            tty.set_settings(fd, state.settings)
+        elif ctx.terminal_fd >= 0 and not ctx.detach_terminal and state.foreground and not self._is_drawn:
+            self._is_drawn = True
+            tty.set_settings(ctx.terminal_fd, state.settings)
+            with suppress(ProcessLookupError, PermissionError):
+                _redraw(ctx.pid(state.foreground))
+
+
+def _redraw(group: int) -> None:
+    """Let full-screen programs of the foreground group draw again, on a terminal that does not show what they drew
+    before and may have another size."""
+    if group and os.getpgid(group) == group:
+        os.killpg(group, signal.SIGWINCH)
+
+
+def _master(record: Tty, ctx: RestoreContext) -> int:
+    [pty], [state] = record.pty, record.state
+    return ctx.once(('pty', pty.id), lambda: make_pty(pty, state, ctx))
+
+
+def _set_locks(fd: int, locks: bytes, saved: SavedFile) -> None:
+    try:
+        tty.set_locks(fd, locks)
+    except PermissionError as error:
+        raise CkptError(f'{saved.link}: its settings were locked (TIOCSLCKTRMIOS), which is not allowed',
+                        errno=errno.EPERM, resource=saved.link, hint='restore it as root') from error
+
+
+def _pty_findings(pty: Pty, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+    found = lookup.lstat(pty.ptmx)
+    if found is None or not is_device(found, PTMX):
+        return [finding('ENOENT', f'{pty.ptmx}, which makes pseudo-terminals, is missing',
+                        'mount a devpts file system at its old place')]
+    if not lookup.may(pty.ptmx, os.R_OK | os.W_OK):
+        return [finding('EACCES', f'{pty.ptmx} cannot be opened', 'run as its owner, or as root')]
+    rows = owner_findings(pty.name, pty.uid, pty.gid, lookup)
+    if lookup.lstat(pty.name) is not None:
+        rows.append(finding('EEXIST', f'{pty.name} is another terminal now', 'it gets another number: SSH_TTY, '
+                            'GPG_TTY, utmp and what the program remembers name the old one', 'warning'))
+    return rows

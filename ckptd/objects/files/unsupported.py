@@ -14,7 +14,6 @@ from ckptd.kernel import statfs
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.tty import PTMX
 from ckptd.objects.support import Support
 
 # the text behind 'anon_inode:' in the link, without brackets and number; the names come from the kernel's callers of
@@ -82,8 +81,7 @@ def _by_mode(file: OpenFile, tables: JobTables) -> str:
     if stat.S_ISSOCK(mode):
         return _socket(file, tables)
     if stat.S_ISCHR(mode):
-        name = 'the master of a pseudo-terminal' if device == PTMX else 'a character device'
-        return f'{name} {os.major(device)}:{os.minor(device)}'
+        return f'a character device {os.major(device)}:{os.minor(device)}'
     if stat.S_ISBLK(mode):
         return f'a block device {os.major(device)}:{os.minor(device)}'
     return f'a file of unknown type {stat.S_IFMT(mode):#o}'

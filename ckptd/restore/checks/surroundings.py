@@ -11,6 +11,7 @@ from ckptd.image.records import ProcessState
 from ckptd.kernel.cgroup import Cgroup
 from ckptd.kernel.procfs import read_file
 from ckptd.objects.namespaces.registry import restart_findings
+from ckptd.objects.verify import sessions
 from ckptd.restore.cgroups import cgroups
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.job_control import Stops
@@ -62,12 +63,20 @@ def _cgroups(context: CheckContext) -> Iterator[Finding]:
 
 
 def _terminal(context: CheckContext) -> Iterator[Finding]:
-    if context.lookup.terminal:
+    lookup, own = context.lookup, sessions(context.reader, context.lookup.kinds)
+    if lookup.terminal and not lookup.detach_terminal:
         return
-    first = next((vpid for vpid in context.leaders if context.reader.get(ProcessState, vpid).tty), 0)
-    if first:
+    sessions_of = {process.vpid: process.leader.vsid for process in context.plan.processes}
+    first = next((vpid for vpid in context.leaders
+                  if context.reader.get(ProcessState, vpid).tty and sessions_of[vpid] not in own), 0)
+    if not first:
+        return
+    if lookup.detach_terminal:
         yield about(first, 'terminal', 'ENOTTY', 'had a controlling terminal, and comes back without one',
                     'restore with --wait in a terminal', 'warning')
+    else:
+        yield about(first, 'terminal', 'ENOTTY', 'had a controlling terminal, whose program is outside of the tree',
+                    'restore with --wait in a terminal, which takes its place, or with --terminal=detach')
 
 
 def _stops(context: CheckContext) -> Iterator[Finding]:

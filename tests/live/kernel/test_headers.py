@@ -25,7 +25,8 @@ from ckptd.kernel.arch.x86_64 import NR
 pytestmark = pytest.mark.needs('gcc')
 
 INCLUDES = (
-    'stddef.h', 'stdio.h', 'elf.h', 'sys/user.h', 'asm/statfs.h', 'linux/fcntl.h', 'asm/socket.h', 'linux/memfd.h',
+    'stddef.h', 'stdio.h', 'elf.h', 'asm/termbits.h', 'asm/ioctls.h',
+    'sys/user.h', 'asm/statfs.h', 'linux/fcntl.h', 'asm/socket.h', 'linux/memfd.h',
     'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/eventpoll.h', 'linux/falloc.h',
     'linux/timerfd.h', 'asm/prctl.h',
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
@@ -51,6 +52,7 @@ EXPRESSIONS = {
                 '_EVENT_DATA_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg) + offsetof(struct proc_event, event_data)',
                 '_EVENT_NONE': 'PROC_EVENT_NONE', '_EVENT_FORK': 'PROC_EVENT_FORK', '_EVENT_EXIT': 'PROC_EVENT_EXIT'},
     'memory': {'IOV_MAX': 'UIO_MAXIOV'},
+    'tty': {'TERMIOS_SIZE': 'sizeof(struct termios2)', 'LOCKED_SIZE': 'sizeof(struct termios)'},
     'signalfd': {'SIGINFO_SIZE': 'sizeof(struct signalfd_siginfo)'},
     'ptrace': {'WALL': '__WALL', 'SYSCALL_STOP': 'SIGTRAP | 0x80', 'SIGINFO_SIZE': 'sizeof(siginfo_t)'},
     'task': {'RLIM_INFINITY': 'RLIM64_INFINITY'},

@@ -95,11 +95,12 @@ def opened(brood: Brood) -> Callable[[Callable[[], int]], OpenFile]:
 class Restart:
     """A Restoring whose restored process is the test itself: vpid is its pid, and fds are as `place` puts them."""
 
-    def __init__(self, bulk: Bulk, changed_files: ChangedFiles = 'refuse', terminal_fd: int = -1) -> None:
+    def __init__(self, bulk: Bulk, changed_files: ChangedFiles = 'refuse', terminal_fd: int = -1,
+                 detach_terminal: bool = False) -> None:
         self.bulk = bulk
         self.changed_files: ChangedFiles = changed_files
         self.terminal_fd = terminal_fd
-        self.terminal, self.by_root = terminal_fd >= 0, False
+        self.terminal, self.detach_terminal, self.by_root = terminal_fd >= 0, detach_terminal, False
         self.vpid, self.uid = os.getpid(), os.geteuid()
         self.shared: dict[int, int] = {}
         self.kept: list[tuple[str, bytes, int]] = []
@@ -175,6 +176,10 @@ class Restart:
         assert vpid == self.vpid
         mine, theirs = socket.socketpair(socket.AF_UNIX, kind)
         return mine.detach(), theirs.detach()
+
+    def open_by(self, vpid: int, path: str, flags: int) -> int:
+        assert vpid == self.vpid
+        return os.open(path, flags | os.O_CLOEXEC)
 
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:
         assert vpid == self.vpid

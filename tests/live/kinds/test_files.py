@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.objects.files.base import Content, OpenFile, read_open_file
+from ckptd.kernel.tty_drivers import parse_drivers
+from ckptd.objects.files.base import Content, FileEnd, OpenFile, read_open_file
 from ckptd.objects.files.chardev import CharacterDevice
 from ckptd.objects.files.directory import Directory
 from ckptd.objects.files.locks import EOF, FLOCK, LEASE, OFD, POSIX, Lock, parse_lock
 from ckptd.objects.files.memfd import Memfd
 from ckptd.objects.files.regular import Regular
-from ckptd.objects.files.tty import Tty, is_tty, parse_drivers
+from ckptd.objects.files.tty import REFERENCE, Tty, is_tty
 from tests.lib.brood import Brood
 from tests.live.kinds.conftest import Bulk, Restart, kind_of, saved_of
 
@@ -229,12 +230,18 @@ def test_device(opened: Opened, bulk: Bulk) -> None:
     assert (record.path, record.device) == ('/dev/full', os.makedev(1, 7))
 
 
-def test_terminal_is_a_reference_with_a_warning(opened: Opened, bulk: Bulk) -> None:
+def test_terminal_without_its_master_is_a_reference(opened: Opened, bulk: Bulk) -> None:
     file = opened(lambda: pty.openpty()[1])
     record = dump(file, bulk)
     assert isinstance(record, Tty)
     assert record.path.startswith('/dev/pts/')
-    assert reasons(file) == [('warning', 'ENOTTY')]
+    assert (record.side, record.pty, reasons(file)) == (REFERENCE, (), [])
+    kind = kind_of(file)
+    endpoint = kind.endpoint(file)
+    assert endpoint
+    end = FileEnd(file, endpoint)
+    [(told, finding)] = kind.link([end, end], is_whole=True)
+    assert (told, finding.severity, finding.errno) == (end, 'warning', 'ENOTTY')
 
 
 def test_terminal_drivers() -> None:

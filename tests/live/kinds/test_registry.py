@@ -81,6 +81,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'pipe, write end': ('pipe', lambda: os.pipe()[1]),
     'FIFO': ('fifo', named_fifo),
     'terminal': ('tty', lambda: pty.openpty()[1]),
+    'master of a terminal': ('tty', lambda: pty.openpty()[0]),
     'memfd': ('memfd', lambda: os.memfd_create('x')),
     'eventfd': ('eventfd', lambda: libc.eventfd(0, 0)),
     'semaphore eventfd': ('eventfd', lambda: libc.eventfd(1, 1)),
@@ -155,7 +156,6 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'socket in a queue': ('a unix stream socket', not_accepted),
     'listening socket': ('a listening IPv4 stream socket', lambda: socket.create_server(('127.0.0.1', 0)).detach()),
     'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
-    'pty master': ('the master of a pseudo-terminal 5:2', lambda: pty.openpty()[0]),
     'device': ('a character device 1:11', lambda: os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)),
     'huge page memfd': ('a file of huge pages', lambda: os.memfd_create('x', os.MFD_HUGETLB)),
 }

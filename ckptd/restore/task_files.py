@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sockets that a restored process makes itself, because the kernel tells their peers which process made them."""
+"""Files that a restored process makes itself: sockets, because the kernel tells their peers which process made them,
+and files whose path leads to different files for different processes."""
 
 import os
 import socket
 import struct
 from collections.abc import Sequence
 
+from ckptd.kernel.namei import AT_FDCWD
 from ckptd.kernel.pidfd import pidfd_getfd, pidfd_open
 from ckptd.remote.batch import Batch
+from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
 
 _KEEP = -1      # setresuid(2): this id stays
@@ -33,7 +36,8 @@ def make_socketpair(stub: Stub, kind: int, uid: int, gid: int, groups: Sequence[
         _set_groups(batch, os.getgroups())
     first, second = struct.unpack('=2i', stub.do(batch).data(out))
     try:
-        return _take_over(stub, first, second)
+        mine, theirs = _take_over(stub, first, second)
+        return mine, theirs
     finally:
         batch = Batch()
         batch.call('close', first)
@@ -45,14 +49,28 @@ def _set_groups(batch: Batch, groups: Sequence[int]) -> None:
     batch.call('setgroups', len(groups), batch.buffer(4 * len(groups) or 4, struct.pack(f'={len(groups)}I', *groups)))
 
 
-def _take_over(stub: Stub, first: int, second: int) -> tuple[int, int]:
+def open_by_task(stub: Stub, path: str, flags: int) -> int:
+    """Let a stub open a path. Return our fd of the file. OSError."""
+    script = Script(stub)
+    fd = script.call_now('openat', AT_FDCWD, os.fsencode(path) + b'\0', flags | os.O_CLOEXEC, 0)
+    try:
+        [mine] = _take_over(stub, fd)
+        return mine
+    finally:
+        script.call_now('close', fd)
+
+
+def _take_over(stub: Stub, *fds: int) -> list[int]:
+    """Return our own fds of files of a stub."""
+    found: list[int] = []
     pidfd = pidfd_open(stub.tid)
     try:
-        mine = pidfd_getfd(pidfd, first)
-        try:
-            return mine, pidfd_getfd(pidfd, second)
-        except BaseException:
-            os.close(mine)
-            raise
+        for fd in fds:
+            found.append(pidfd_getfd(pidfd, fd))
+    except BaseException:
+        for fd in found:
+            os.close(fd)
+        raise
     finally:
         os.close(pidfd)
+    return found

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Pseudo-terminals whose masters are in the tree: settings, size, names, sessions, packet mode, what is hung up."""
+
+import fcntl
+import os
+import select
+import signal
+import struct
+import termios
+import traceback
+
+from victim import not_the_one_to_report, ready, wait_for_go
+
+TIOCGPTN, TIOCSPTLCK, TIOCGPTLCK = 0x80045430, 0x40045431, 0x80045439
+TIOCGPKT, TIOCGEXCL, TIOCGSID, TIOCGPTPEER = 0x80045438, 0x80045440, 0x5429, 0x5441
+TIOCPKT_FLUSHWRITE = 2
+
+
+def number(fd: int, request: int) -> int:
+    return struct.unpack('i', fcntl.ioctl(fd, request, bytes(4)))[0]
+
+
+def size_of(fd: int) -> tuple[int, ...]:
+    return struct.unpack('4H', fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))
+
+
+def polls(fd: int) -> int:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN | select.POLLPRI)
+    return next((events for _, events in poll.poll(0)), 0)
+
+
+def fails(call: object, *arguments: object) -> int:
+    try:
+        call(*arguments)    # type: ignore[operator]
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+class Pair:
+    """A pseudo-terminal with unusual settings."""
+
+    def __init__(self, rows: int) -> None:
+        self.master, self.slave = os.openpty()
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack('4H', rows, 77, 640, 480))
+        settings = termios.tcgetattr(self.slave)
+        settings[0] |= termios.IXOFF
+        settings[3] &= ~(termios.ECHO | termios.ICANON)
+        settings[4] = settings[5] = termios.B19200
+        settings[6][termios.VINTR] = b'\x07'
+        settings[6][termios.VMIN] = 3
+        termios.tcsetattr(self.slave, termios.TCSANOW, settings)
+        self.noted = self.look()
+
+    def look(self) -> list[object]:
+        of = os.fstat(self.slave)
+        return [termios.tcgetattr(self.slave), size_of(self.slave), os.ttyname(self.slave),
+                number(self.master, TIOCGPTN), number(self.master, TIOCGPTLCK), number(self.master, TIOCGPKT),
+                number(self.slave, TIOCGEXCL), of.st_mode, of.st_uid, of.st_gid, polls(self.master), polls(self.slave)]
+
+    def check(self) -> None:
+        assert self.look() == self.noted, f'{self.look()} is not {self.noted}'
+        os.write(self.slave, b'one\n')
+        prefix = b'\0' if number(self.master, TIOCGPKT) else b''
+        assert os.read(self.master, 100) == prefix + b'one\r\n'
+        os.write(self.master, b'key')
+        assert os.read(self.slave, 100) == b'key'
+
+    def close(self) -> None:
+        os.close(self.master)
+        os.close(self.slave)
+
+
+class Odd:
+    """Ends that are alone."""
+
+    def __init__(self) -> None:
+        self.fresh = os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY)      # nobody has opened its slave, which is locked
+        self.left, slave = os.openpty()
+        os.close(slave)
+        master, self.hung = os.openpty()
+        os.close(master)
+
+    def check(self) -> None:
+        assert number(self.fresh, TIOCGPTLCK) == 1
+        assert polls(self.fresh) == 0
+        assert polls(self.left) & select.POLLHUP
+        assert fails(os.read, self.left, 1) == 5
+        assert os.read(self.hung, 1) == b''
+        assert fails(os.write, self.hung, b'x') == 5
+        fcntl.ioctl(self.fresh, TIOCSPTLCK, struct.pack('i', 0))
+        slave = fcntl.ioctl(self.fresh, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+        os.write(slave, b'first')
+        assert os.read(self.fresh, 10) == b'first'
+        # the one that was left can be opened again
+        again = fcntl.ioctl(self.left, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+        assert not polls(self.left)
+        os.close(again)
+
+
+def program(slave: int, master: int, said: int, told: int) -> None:
+    """The leader of a session on the slave, with a child in the background and one in the foreground."""
+    os.close(master)
+    os.setsid()
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    own = os.open('/dev/tty', os.O_RDWR)
+    got = []
+    signal.signal(signal.SIGWINCH, lambda *_: got.append('size'))
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    children = [child(work, slave) for work in (waits, waits, gives_up)]
+    front = children[0][0]
+    os.tcsetpgrp(slave, front)
+    os.write(said, b'!')
+    assert os.read(told, 1) == b'?'     # not from the terminal, where it is in the background
+    assert got == [], got
+    assert os.tcgetpgrp(slave) == os.tcgetpgrp(own) == front
+    assert os.ttyname(slave) == os.ttyname(0) == os.ttyname(own).replace('/dev/tty', os.ttyname(0))
+    for pid, go in children:
+        os.write(go, b'?')
+        assert os.waitpid(pid, 0) == (pid, 0)
+    os.write(own, b'all right\n')
+
+
+def child(work: object, slave: int) -> tuple[int, int]:
+    """A child in a group of its own, and a pipe that tells it to check itself."""
+    read, write = os.pipe()
+    told, go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            work(slave, write, told)      # type: ignore[operator]
+            status = 0
+        except (AssertionError, OSError):
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(write)
+    assert os.read(read, 1) == b'!'
+    os.close(read)
+    return pid, go
+
+
+def waits(slave: int, said: int, told: int) -> None:
+    os.write(said, b'!')
+    os.close(said)
+    os.read(told, 1)
+    assert number(slave, TIOCGSID) == os.getsid(0)
+    os.close(os.open('/dev/tty', os.O_RDWR))
+
+
+def gives_up(slave: int, said: int, told: int) -> None:
+    fcntl.ioctl(slave, termios.TIOCNOTTY)
+    os.write(said, b'!')
+    os.close(said)
+    os.read(told, 1)
+    assert fails(os.open, '/dev/tty', os.O_RDWR) == 6
+
+
+def main() -> None:
+    plain, packets, exclusive = Pair(33), Pair(34), Pair(35)
+    os.fchmod(plain.slave, 0o622)
+    fcntl.ioctl(packets.master, termios.TIOCPKT, struct.pack('i', 1))
+    fcntl.ioctl(exclusive.slave, termios.TIOCEXCL)
+    pairs = [plain, packets, exclusive]
+    for pair in pairs:
+        pair.noted = pair.look()
+    odd = Odd()
+    master, slave = os.openpty()
+    read, write = os.pipe()
+    told, tell = os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        status = 1
+        try:
+            not_the_one_to_report()
+            for pair in pairs:
+                pair.close()
+            os.dup2(slave, 0)
+            program(slave, master, write, told)
+            status = 0
+        except (AssertionError, OSError):
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(slave)
+    os.close(write)
+    assert os.read(read, 1) == b'!'
+    os.close(read)
+    assert number(master, TIOCGSID) == leader
+    ready()
+    wait_for_go()
+    for pair in pairs:
+        pair.check()
+    odd.check()
+    assert number(master, TIOCGSID) == leader
+    os.write(tell, b'?')
+    assert os.read(master, 100) == b'all right\r\n'
+    assert os.waitpid(leader, 0) == (leader, 0)
+
+
+main()
