@@ -23,10 +23,12 @@ SO_BUSY_POLL = 46
 SO_MAX_PACING_RATE = 47
 SO_INCOMING_CPU = 49
 SO_PEERGROUPS = 59
+SO_ZEROCOPY = 60                    # since 4.14
 SO_TXTIME = 61                      # since 4.19
 SO_BINDTOIFINDEX = 62               # since 5.1, as are the next ones
 SO_TIMESTAMP_NEW, SO_TIMESTAMPNS_NEW, SO_TIMESTAMPING_NEW = 63, 64, 65
 SO_PREFER_BUSY_POLL, SO_BUSY_POLL_BUDGET = 69, 70       # since 5.11
+SO_NETNS_COOKIE = 71                # since 5.14
 SO_BUF_LOCK = 72                    # since 5.15
 SO_TXREHASH = 74                    # since 6.0
 SO_RCVMARK = 75                     # since 6.0
@@ -44,15 +46,17 @@ _SOCK_FPROG = struct.Struct('=HxxxxxxQ')    # struct sock_fprog
 def _getsockopt(sockfd: c_int, level: c_int, optname: c_int, optval: c_void_p, optlen: c_void_p) -> c_int: ...
 
 
-def read_option(sock: socket.socket, name: int, size: int) -> bytes:
-    """Return an option of SOL_SOCKET with up to `size` bytes. OSError."""
-    return _read(sock, name, size)[0]
+def read_option(sock: socket.socket, name: int, size: int, level: int = socket.SOL_SOCKET, given: bytes = b'') -> bytes:
+    """Return an option with up to `size` bytes. given: the first bytes of the buffer, for options that ask about
+    something. OSError."""
+    value, length = _read(sock, name, size, level, given)
+    return value[:length]
 
 
 def read_filter(sock: socket.socket) -> bytes:
     """Return the classic filter of a socket: its struct sock_filter in a row, b'' for none. PermissionError for an eBPF
     program, which cannot be read."""
-    value, count = _read(sock, SO_GET_FILTER, BPF_MAXINSNS * SOCK_FILTER.size, whole=True)
+    value, count = _read(sock, SO_GET_FILTER, BPF_MAXINSNS * SOCK_FILTER.size)
     return value[:count * SOCK_FILTER.size]     # the kernel counts instructions, not bytes
 
 
@@ -63,7 +67,8 @@ def attach_filter(sock: socket.socket, program: bytes) -> None:
                     _SOCK_FPROG.pack(len(program) // SOCK_FILTER.size, ctypes.addressof(code)))
 
 
-def _read(sock: socket.socket, name: int, size: int, *, whole: bool = False) -> tuple[bytes, int]:
-    value, length = ctypes.create_string_buffer(size), ctypes.c_uint32(size)
-    _getsockopt(sock.fileno(), socket.SOL_SOCKET, name, ctypes.addressof(value), ctypes.addressof(length))
-    return value.raw if whole else value.raw[:length.value], length.value
+def _read(sock: socket.socket, name: int, size: int, level: int = socket.SOL_SOCKET,
+          given: bytes = b'') -> tuple[bytes, int]:
+    value, length = ctypes.create_string_buffer(given, size), ctypes.c_uint32(size)
+    _getsockopt(sock.fileno(), level, name, ctypes.addressof(value), ctypes.addressof(length))
+    return value.raw, length.value

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The receive queue of a unix socket, read with MSG_PEEK: its messages, with their borders, files and senders."""
+"""The receive queue of a unix or UDP socket, read with MSG_PEEK: its messages, with their borders, files and
+senders."""
 
 import ctypes
 import errno
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
+from ckptd.kernel.inet import Address, address_of
 from ckptd.kernel.memory import PAGE, mprotect
 from ckptd.kernel.pidfd import pidfd_pid
 from ckptd.kernel.sockopt import SO_PEEK_OFF
@@ -39,6 +41,7 @@ class Queued(NamedTuple):
     sender: SocketCredentials | None = None           # None if the receiver has not requested it (SO_PASSCRED)
     urgent: bool = False                        # the one byte of send(2) with MSG_OOB
     address: bytes = b''                        # of a datagram: the name that its sender is bound to
+    sender_address: Address | None = None       # likewise, of an internet socket
 
 
 def walk_queue(sock: socket.socket) -> list[Queued]:
@@ -188,6 +191,8 @@ def _peek(sock: socket.socket, length: int) -> _Look | None:
     except BlockingIOError:
         return None
     fds, sender = _parse_control(control)
+    if isinstance(address, tuple):
+        return _Look(Queued(data, fds, sender, sender_address=address_of(address)), flags)
     name = address if isinstance(address, bytes) else os.fsencode(address or '')
     return _Look(Queued(data, fds, sender, address=name), flags)
 
@@ -240,10 +245,10 @@ def sockets_below(sock: socket.socket, wanted: Mapping[int, int]) -> Iterator[so
         while todo:
             with socket.socket(fileno=todo.pop()) as one:
                 inode = os.fstat(one.fileno()).st_ino
-                if one.family != socket.AF_UNIX or inode in seen:
+                if one.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) or inode in seen:
                     continue
                 seen.add(inode)
-                if inode in wanted and not has_error(one):
+                if inode in wanted and one.family == socket.AF_UNIX and not has_error(one):
                     # the queue must be walked before the old value is restored
                     todo += [fd for message in _walk(one) for fd in message.fds if _keep_socket(fd)]
                 if inode in wanted:

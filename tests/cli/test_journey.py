@@ -2,6 +2,7 @@
 """The commands one after the other on a real tree, as a user would give them."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,8 +39,9 @@ def image(ctl: Ctl, tree: Victim) -> str:
 @pytest.fixture
 def with_a_socket() -> Iterator[int]:
     """A process that cannot be dumped yet."""
-    program = 'import socket; s = socket.socket(); print(flush=True); input()'
-    with subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with socket.create_server(('127.0.0.1', 0)) as server, subprocess.Popen(
+            [sys.executable, '-c', f'import socket; s = socket.create_connection({server.getsockname()!r}); '
+             'print(flush=True); input()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         yield process.pid

@@ -115,9 +115,10 @@ def test_a_tree_that_is_killed_when_it_is_safe(start: Start, tmp_path: Path) -> 
 
 def test_only_the_connection_to_the_bus_is_severed(start: Start, tmp_path: Path) -> None:
     """Any other socket is refused as ever, and leaves the bus connection as it is."""
-    process = start(before='import socket; server = socket.create_server(("127.0.0.1", 0)); pair = socket.socketpair()',
-                    after='assert server.fileno() == 3')
-    assert process.wait(30) == 0, (tmp_path / 'output').read_text()
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        process = start(before=f'import socket; client = socket.create_connection({server.getsockname()!r}); '
+                        'pair = socket.socketpair()', after='assert client.fileno() == 3')
+        assert process.wait(30) == 0, (tmp_path / 'output').read_text()
     name, *resources = (tmp_path / 'output').read_text().split()
     assert name == 'Refused'
     assert ' '.join(resources) == 'fd 3'

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees of which there is more to say than one message holds."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ def running(code: str) -> Iterator[str]:
 
 async def test_refusals(ckptd: Ckptd) -> None:
     """A check has all, an error the first of them, on whatever way it comes, and how many there are."""
-    with running(f'kept = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range({SOCKETS})]') as target:
+    with socket.create_server(('127.0.0.1', 0), backlog=SOCKETS) as server, running(
+            f'kept = [socket.create_connection({server.getsockname()!r}) for _ in range({SOCKETS})]') as target:
         sockets = [row for row in await ckptd.check(target) if row.severity == 'refusal']
         assert len(sockets) >= SOCKETS
         job = await ckptd.checkpoint(target)

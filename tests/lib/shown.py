@@ -35,7 +35,10 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'RegularKind': ('files', 'locks', 'leases', 'linked'),
     'SignalfdKind': ('events',),
     'TimerfdKind': ('events',),
+    'RawKind': ('tests/worker/test_inet_sockets.py::test_raw_sockets_come_back',),
+    'TcpKind': ('inet_sockets',),
     'TtyKind': ('terminals',),
+    'UdpKind': ('inet_sockets',),
     'UnixKind': ('unix_sockets',),
     'Unsupported': ('tests/live/kinds/test_registry.py::test_what_no_kind_matches_is_refused_by_its_name',),
     # tasks

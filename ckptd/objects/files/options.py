@@ -38,6 +38,7 @@ from ckptd.kernel.sockopt import (
     SO_TXREHASH,
     SO_TXTIME,
     SO_WIFI_STATUS,
+    SO_ZEROCOPY,
 )
 
 _TIMEVAL, _LINGER, _INT, _PAIR = 16, 8, 4, 8
@@ -53,7 +54,8 @@ _SIZES = {
     SO_PEEK_OFF: _INT, SO_NOFCS: _INT, SO_SELECT_ERR_QUEUE: _INT, SO_BUSY_POLL: _INT,
     SO_MAX_PACING_RATE: 8, SO_INCOMING_CPU: _INT, SO_TXTIME: _PAIR, SO_BINDTOIFINDEX: _INT, SO_TIMESTAMP_NEW: _INT,
     SO_TIMESTAMPNS_NEW: _INT, SO_TIMESTAMPING_NEW: _PAIR, SO_PREFER_BUSY_POLL: _INT, SO_BUSY_POLL_BUDGET: _INT,
-    SO_TXREHASH: _INT, SO_RCVMARK: _INT, SO_PASSPIDFD: _INT, SO_RCVPRIORITY: _INT, SO_PASSRIGHTS: _INT, SO_INQ: _INT,
+    SO_TXREHASH: _INT, SO_ZEROCOPY: _INT, SO_RCVMARK: _INT, SO_PASSPIDFD: _INT, SO_RCVPRIORITY: _INT,
+    SO_PASSRIGHTS: _INT, SO_INQ: _INT,
 }
 # option, the one that may exceed the limit of the machine, and its bit of SO_BUF_LOCK
 _BUFFERS = ((socket.SO_SNDBUF, SO_SNDBUFFORCE, 1), (socket.SO_RCVBUF, SO_RCVBUFFORCE, 2))
@@ -69,11 +71,11 @@ class SocketOption(Struct):
 def dump_options(sock: socket.socket) -> tuple[SocketOption, ...]:
     """Return the options that differ from those of a fresh socket of the same family and type."""
     fresh = _fresh_options(sock.family, sock.type, sock.proto)
-    found = [SocketOption(name, value) for name, value in _read_all(sock).items() if fresh.get(name) != value]
+    found = [SocketOption(name, value) for name, value in read_options(sock).items() if fresh.get(name) != value]
     locks, usual = buffer_locks(sock), _fresh_buffers(sock.family, sock.type, sock.proto)
     # a program may have taken back the lock of a size that it has set
     sizes = [SocketOption(name, _buffer(sock, name)) for name, _, lock in _BUFFERS
-             if locks & lock or _buffer(sock, name) != usual[name]]
+             if locks & lock or _buffer(sock, name) != usual.get(name)]
     if sizes or locks:
         sizes.append(SocketOption(SO_BUF_LOCK, locks.to_bytes(_INT, 'little')))
     return *found, *sizes
@@ -83,8 +85,11 @@ def set_options(sock: socket.socket, options: tuple[SocketOption, ...], link: st
     """Set options. CkptError for a value that may not be set here."""
     for option in options:
         if option.name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            set_buffer(sock, option.name, int.from_bytes(option.value, 'little'))
+            set_buffer(sock, option.name, int.from_bytes(option.value[:_INT], 'little'))
             continue
+        if option.name not in (*_SIZES, SO_BUF_LOCK):
+            raise CkptError(f'{link}: socket option {option.name} is not one that a checkpoint keeps',
+                            errno=errno.EBADMSG, resource=link)
         try:
             sock.setsockopt(socket.SOL_SOCKET, option.name, option.value)
         except OSError as error:
@@ -112,7 +117,8 @@ def _buffer(sock: socket.socket, name: int) -> bytes:
     return sock.getsockopt(socket.SOL_SOCKET, name, _INT)
 
 
-def _read_all(sock: socket.socket) -> dict[int, bytes]:
+def read_options(sock: socket.socket) -> dict[int, bytes]:
+    """Return all options of the table that this socket has, without buffer sizes."""
     found = {}
     for name, size in _SIZES.items():
         try:
@@ -125,11 +131,13 @@ def _read_all(sock: socket.socket) -> dict[int, bytes]:
 
 @lru_cache(maxsize=16)
 def _fresh_buffers(family: int, kind: int, protocol: int) -> dict[int, bytes]:
-    with socket.socket(family, kind, protocol) as sock:
+    with suppress(PermissionError), socket.socket(family, kind, protocol) as sock:
         return {name: _buffer(sock, name) for name, _, _ in _BUFFERS}
+    return {}       # of a kind that only root may make
 
 
 @lru_cache(maxsize=16)
 def _fresh_options(family: int, kind: int, protocol: int) -> dict[int, bytes]:
-    with socket.socket(family, kind, protocol) as sock:
-        return _read_all(sock)
+    with suppress(PermissionError), socket.socket(family, kind, protocol) as sock:
+        return read_options(sock)
+    return {}

@@ -11,7 +11,15 @@ from ckptd.image.records import Extent
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
 
 
-class FileLookup(Protocol):
+class ByUser(Protocol):
+    """An object that provides the user's rights."""
+
+    def as_user(self) -> AbstractContextManager[object]:
+        """Do everything with files in this block with the user's rights: mkfifo(2), fchown(2)."""
+        ...
+
+
+class FileLookup(ByUser, Protocol):
     """Access of a kind to this machine before a restart begins. Paths are those of the image. They are looked up with
     the rights of the user: the caller, or the owner of the image if root restores another user's."""
     changed_files: ChangedFiles    # treatment of files that have changed since
@@ -50,15 +58,7 @@ class FileLookup(Protocol):
         ...
 
 
-class ByUser(Protocol):
-    """An object that provides the user's rights."""
-
-    def as_user(self) -> AbstractContextManager[object]:
-        """Do everything with files in this block with the user's rights: mkfifo(2), fchown(2)."""
-        ...
-
-
-class FileMaking(FileLookup, ByUser, Protocol):
+class FileMaking(FileLookup, Protocol):
     """Means to open and make files during a restart, which need no task. The results of `once` are closed in any
     case."""
 

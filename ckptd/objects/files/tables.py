@@ -2,15 +2,21 @@
 """Tables that the kernel shows for all objects of a type at once, read at most once per job."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ckptd.external import Policies
 from ckptd.kernel.creds import CAP_DAC_READ_SEARCH, capget
+from ckptd.kernel.inet_diag import DiagSocket, inet_sockets
 from ckptd.kernel.inotify import watches_of
 from ckptd.kernel.netlink import UnixSocket
 from ckptd.kernel.unix import sockets_by_inode
 from ckptd.objects.files.open_file import OpenFile
 from ckptd.objects.files.watched import Neighbourhood, paths_by_handle
+
+if TYPE_CHECKING:
+    from ckptd.objects.files.inet import SocketType
 
 
 def _watched_paths(file: OpenFile, tid: int) -> Mapping[int, str]:
@@ -23,6 +29,8 @@ class JobTables:
     def __init__(self) -> None:
         self.tasks: Collection[int] | None = None       # tids of the tree, None while they are not known
         self.table_owners: Sequence[int] = ()           # tids of the tree, one for each table of fds
+        self.socket_types: dict[int, SocketType | None] = {}     # by inode, as far as they were inspected
+        self._inet_sockets: dict[int, Mapping[int, DiagSocket]] = {}         # by protocol
         # whether the next one can find files: by CAP_DAC_READ_SEARCH, or through a broker
         self.has_handles = bool(capget().effective >> CAP_DAC_READ_SEARCH & 1)
         self.external = Policies()                      # for peers outside of the tree
@@ -34,6 +42,15 @@ class JobTables:
     def unix_sockets(self) -> Mapping[int, UnixSocket]:
         """Unix sockets of our network namespace by inode; none without sock_diag."""
         return sockets_by_inode()
+
+    def inet_sockets(self, protocol: int) -> Mapping[int, DiagSocket]:
+        """Return the sockets of a protocol (IPPROTO_TCP ...) in our network namespace that have an fd, by inode; none
+        without sock_diag."""
+        if protocol not in self._inet_sockets:
+            self._inet_sockets[protocol] = {}
+            with suppress(OSError):
+                self._inet_sockets[protocol] = {one.inode: one for one in inet_sockets(protocol) if one.inode}
+        return self._inet_sockets[protocol]
 
     @cached_property
     def neighbourhood(self) -> Neighbourhood:

@@ -35,10 +35,12 @@ INCLUDES = (
     'linux/pidfd.h',
     'linux/prctl.h', 'linux/ptrace.h', 'linux/resource.h', 'linux/sched.h', 'linux/sched/types.h', 'linux/shm.h',
     'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
-    'linux/filter.h', 'linux/unix_diag.h', 'linux/wait.h',
+    'linux/filter.h', 'linux/unix_diag.h', 'linux/wait.h', 'linux/in.h', 'linux/in6.h', 'linux/tcp.h', 'linux/udp.h',
+    'linux/inet_diag.h',
 )
 
 ENUMERATORS = {
+    'inet_diag': ['INET_DIAG_INFO', 'INET_DIAG_SHUTDOWN', 'INET_DIAG_MD5SIG'],
     'kcmp': ['KCMP_FILE', 'KCMP_VM', 'KCMP_FILES', 'KCMP_FS', 'KCMP_SIGHAND', 'KCMP_IO', 'KCMP_SYSVSEM',
              'KCMP_EPOLL_TFD'],
     'mempolicy': ['MPOL_DEFAULT'],
@@ -65,6 +67,10 @@ OWN = {
     'yama': {'ANYBODY', 'DECLARED', 'CAPABLE', 'NOBODY'},                   # admin-guide/LSM/Yama.rst
     'closing': {'MOST', 'CROWD', 'ROOM'},
     'inotify': {'KEPT_BITS'},
+    # net/tcp_states.h, linux/socket.h, linux/icmp.h, linux/icmpv6.h
+    'inet': {'TCP_ESTABLISHED', 'TCP_SYN_SENT', 'TCP_SYN_RECV', 'TCP_FIN_WAIT1', 'TCP_FIN_WAIT2', 'TCP_TIME_WAIT',
+             'TCP_CLOSE', 'TCP_CLOSE_WAIT', 'TCP_LAST_ACK', 'TCP_LISTEN', 'TCP_CLOSING', 'SOL_RAW', 'ICMP_FILTER',
+             'ICMPV6_FILTER'},
     'hidepid': {'NOT_PTRACEABLE'},                                          # include/linux/proc_fs.h
     'creds': {'SUID_DUMP_DISABLE', 'SUID_DUMP_USER', 'SUID_DUMP_ROOT'},     # include/linux/sched/coredump.h
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
@@ -94,6 +100,7 @@ NEWER = {
     'PR_TIMER_CREATE_RESTORE_IDS', 'PR_FUTEX_HASH', 'PR_FUTEX_HASH_SET_SLOTS', 'PR_FUTEX_HASH_GET_SLOTS',
     'PAGE_IS_GUARD', 'PID_FS_MAGIC', 'SO_PASSPIDFD', 'SO_PASSRIGHTS', 'SO_INQ',
     'NS_GET_ID', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG', 'EPIOCSPARAMS', 'EPIOCGPARAMS', 'SO_RCVPRIORITY',
+    'IP_LOCAL_PORT_RANGE', 'TCP_RTO_MAX_MS',
 }
 NEWER_CALLS = {'mseal'}        # likewise, since 6.10
 
