@@ -2,7 +2,7 @@
 """Open files of stopped tasks: each description once, with the fd tables that refer to it."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptd.dump.names import LinkNames
@@ -22,9 +22,10 @@ class _Content:
     """The destination of a kind's content: bulk bytes and saved named files go to the data part, shared memory goes
     with the address spaces that map it."""
 
-    def __init__(self, data: DataWriter, mappings: MappingKinds, saved: SavedFiles, file_id: Callable[[int], int],
+    def __init__(self, data: DataWriter, mappings: MappingKinds, saved: SavedFiles, files: 'FileDump',
                  ids: Mapping[int, int], names: LinkNames) -> None:
-        self._data, self._mappings, self.file_id, self._ids = data, mappings, file_id, ids
+        self._data, self._mappings, self._ids = data, mappings, ids
+        self.file_id, self.found, self.every = files.id_in_flight, files.found, files.every
         self.link_back = names.link_back
         self.written, self.reads, self.save = saved.written, saved.reads, saved.save
 
@@ -47,12 +48,13 @@ class FileDump:
     def __init__(self, data: DataWriter, mappings: MappingKinds, ids: Mapping[int, int], cache: ProcCache,
                  names: LinkNames, save_limit: int = 0) -> None:
         self.saved = SavedFiles(data, save_limit)
-        self._content = _Content(data, mappings, self.saved, self._id_in_flight, ids, names)
+        self._content = _Content(data, mappings, self.saved, self, ids, names)
         self._cache = cache
         self._ids = ids
         # files with equal flags, position and inode may share one description; kcmp(2) decides
         self._sharing = Sharing[tuple[int, int]](lambda a, b: kcmp_file(*a, *b))
         self._holders: dict[int, list[OpenFile]] = {}
+        self._known: dict[tuple[int, int], int] = {}        # file_id by task and fd
         self._files: list[records.SavedFile] = []
         self._tables: list[records.FdTable] = []
 
@@ -62,18 +64,27 @@ class FileDump:
 
     def _enter(self, file: OpenFile) -> records.Fd:
         cloexec = int(bool(file.flags & os.O_CLOEXEC))
-        file_id = self._id_of(file)
+        file_id = self._known[file.tid, file.fd] = self._shared_id(file)
         self._holders.setdefault(file_id, []).append(file)
         return records.Fd(file.fd, file_id, cloexec)
 
-    def _id_in_flight(self, fd: int) -> int:
+    def found(self, tid: int, fd: int) -> tuple[int, OpenFile] | None:
+        """Return the description behind an fd of a task, with its id."""
+        file_id = self._known.get((tid, fd), 0)
+        return (file_id, self._holders[file_id][0]) if file_id else None
+
+    def every(self) -> Iterator[tuple[int, OpenFile]]:
+        """Yield all descriptions with their ids."""
+        return ((file_id, holders[0]) for file_id, holders in self._holders.items())
+
+    def id_in_flight(self, fd: int) -> int:
         """Return the id of the description behind an fd of ours, which a kind has discovered."""
         file = self._cache.file_in_flight(fd)
-        file_id = self._id_of(file)
+        file_id = self._shared_id(file)
         self._holders.setdefault(file_id, [file])
         return file_id
 
-    def _id_of(self, file: OpenFile) -> int:
+    def _shared_id(self, file: OpenFile) -> int:
         self.saved.enter(file)
         flags = file.flags & ~os.O_CLOEXEC
         key = (file.stat.st_dev, file.stat.st_ino, flags, file.info.pos)
@@ -87,6 +98,8 @@ class FileDump:
         """
         done: set[int] = set()
         while todo := [file_id for file_id in self._holders if file_id not in done]:
+            others = [file_id for file_id in todo if not self._cache.kinds.of(self._holders[file_id][0]).last]
+            todo = others or todo
             for file_id in todo:
                 self._files.append(self._describe(file_id, self._holders[file_id]))
             done.update(todo)

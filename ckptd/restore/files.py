@@ -141,10 +141,13 @@ class FileBuilder(FileMaker):
 
     def finish(self) -> None:
         """Finish what needs the tasks and all files: owners of signals, locks, files watched by an epoll."""
+        watching: list[tuple[Kind[Any], Struct, SavedFile]] = []
         for saved in self._reader.every(SavedFile):
             kind, record = decode(saved, self.kinds)
             fd = self._fds[saved.file_id]
             kind.connect(record, saved, fd, self)
+            if type(kind).watch is not Kind.watch:
+                watching.append((kind, record, saved))
             if type(kind).arm is not Kind.arm:
                 self._armed.append((kind, record, saved))
             if saved.owner_signal:
@@ -154,6 +157,8 @@ class FileBuilder(FileMaker):
             self._set_write_hint(fd, saved)
             if saved.flags & os.O_ASYNC:
                 self._set_async(fd, saved)
+        for kind, record, saved in watching:
+            kind.watch(record, saved, self._fds[saved.file_id], self)
 
     def commit(self) -> None:
         for saved in self._reader.every(SavedFile):

@@ -24,7 +24,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     # files
     'CharacterDeviceKind': ('files',),
     'DirectoryKind': ('files', 'removed'),
-    'EpollKind': ('events',),
+    'EpollKind': ('epolls', 'events'),
     'EventfdKind': ('events',),
     'FifoKind': ('pipes', 'removed'),
     'InotifyKind': ('inotify',),

@@ -82,9 +82,9 @@ UNREAD = {
     **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
-SUBJECTS = ('attributes', 'events', 'files', 'inet_options', 'inet_sockets', 'inotify', 'interpreter', 'linked',
-            'locks', 'memory', 'opath', 'pidfds', 'removed', 'settings', 'shared', 'signals', 'socket_filters',
-            'stopped', 'terminals', 'tiles', 'timers', 'tree', 'unix_sockets')
+SUBJECTS = ('attributes', 'epolls', 'events', 'files', 'inet_options', 'inet_sockets', 'inotify', 'interpreter',
+            'linked', 'locks', 'memory', 'opath', 'pidfds', 'removed', 'settings', 'shared', 'signals',
+            'socket_filters', 'stopped', 'terminals', 'tiles', 'timers', 'tree', 'unix_sockets')
 
 
 def classes() -> list[type]:

@@ -21,7 +21,9 @@ and for a restart, where `saved` has the common data of all kinds (image.records
     needs(record, saved)                 memory and other space that is needed to make it again
     late(record, saved)                  whether it can be opened only when the tasks exist
     create(record, saved, ctx)           a new description: an fd with the access mode and flags of `saved.flags`
-    connect(record, saved, fd, ctx)      everything that needs the tasks, or the other files: locks, watches of an epoll
+    connect(record, saved, fd, ctx)      everything that needs the tasks, or the other files: locks, data in flight
+    watch(record, saved, fd, ctx)        everything that depends on the data of other files, which is in place by then:
+                                         the entries of an epoll
     commit(record, saved, fd, ctx)       everything that cannot be undone, done when nothing else can fail
     arm(record, saved, fd, ctx)          the last step before the tasks run: begin to watch other files, which only the
                                          tasks have open by then. It must not fail
@@ -90,6 +92,15 @@ class Content(Protocol):
         """Return the id of the description behind an fd of ours. It is dumped like those of the tasks."""
         ...
 
+    def found(self, tid: int, fd: int) -> tuple[int, OpenFile] | None:
+        """Return the description behind an fd of a task of the tree, with its id."""
+        ...
+
+    def every(self) -> Iterable[tuple[int, OpenFile]]:
+        """Yield all descriptions of the tree with their ids. For a kind that is `last` those in flight are among
+        them."""
+        ...
+
     def vpid(self, pid: int) -> int:
         """Return the pid of a process of the tree in its own pid namespace; 0 for a process outside of the tree."""
         ...
@@ -150,15 +161,16 @@ class Kind(ABC, Generic[R]):
 
     The class is the rule, an instance is the state of one job. tag: the kind's name in images, which never changes.
     record: R, to decode the result of dump(). alike: files of equal link, inode, mode, flags and locks have equal
-    findings.
+    findings. last: they are dumped when all others are, so all descriptions are known.
     """
     tag: ClassVar[str]
     record: ClassVar[type[Struct]]
     alike: ClassVar[bool]
+    last: ClassVar[bool]
 
-    def __init_subclass__(cls, *, tag: str, alike: bool = True, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, tag: str, alike: bool = True, last: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.tag, cls.alike = tag, alike
+        cls.tag, cls.alike, cls.last = tag, alike, last
         cls.record = next(get_args(base)[0] for base in cls.__orig_bases__  # type: ignore[attr-defined]
                           if get_origin(base) is Kind)
 
@@ -222,6 +234,9 @@ class Kind(ABC, Generic[R]):
     def create(self, record: R, saved: SavedFile, ctx: RestoreContext) -> int: ...
 
     def connect(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        return
+
+    def watch(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         return
 
     def commit(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:

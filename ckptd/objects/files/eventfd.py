@@ -9,7 +9,7 @@ from ckptd.image.records import SavedFile
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.support import Support
 
-_LINK = 'anon_inode:[eventfd]'
+EVENTFD_LINK = 'anon_inode:[eventfd]'
 _COUNT, _SEMAPHORE = 'eventfd-count', 'eventfd-semaphore'
 
 
@@ -24,7 +24,7 @@ class EventfdKind(Kind[Eventfd], tag='eventfd'):
     support = Support('counters (eventfd)', warned='EFD_SEMAPHORE, before Linux 6.5')
 
     def matches(self, file: OpenFile) -> bool:
-        return file.link == _LINK and not file.is_path
+        return file.link == EVENTFD_LINK and not file.is_path
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if _SEMAPHORE in file.info.fields:

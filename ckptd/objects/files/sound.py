@@ -19,8 +19,9 @@ from ckptd.objects.files.terminal import TerminalState
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
 _MAX_PTS = (1 << 20) - 1           # of a pseudo-terminal: drivers/tty/pty.c, NR_UNIX98_PTY_MAX
 _MAX_WD = (1 << 31) - 1             # of an inotify instance: fs/notify/inotify/inotify_user.c, inotify_ioctl
+_MAX_FD = (1 << 31) - 1
 # the highest value of fields by name, in every kind with such a field
-_HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY, 'wd': _MAX_WD, 'pts': _MAX_PTS}
+_HIGHEST = {'size': MAX_FILE, 'capacity': _MAX_CAPACITY, 'wd': _MAX_WD, 'pts': _MAX_PTS, 'fd': _MAX_FD}
 
 
 def flaws(record: Struct, size_of: Callable[[str], int]) -> Iterator[str]:

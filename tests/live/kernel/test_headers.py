@@ -66,6 +66,7 @@ EXPRESSIONS = {
 OWN = {
     'yama': {'ANYBODY', 'DECLARED', 'CAPABLE', 'NOBODY'},                   # admin-guide/LSM/Yama.rst
     'closing': {'MOST', 'CROWD', 'ROOM'},
+    'epoll': {'POLL_BITS', 'PRIVATE_BITS'},
     'inotify': {'KEPT_BITS'},
     # net/tcp_states.h, linux/socket.h, linux/icmp.h, linux/icmpv6.h
     'inet': {'TCP_ESTABLISHED', 'TCP_SYN_SENT', 'TCP_SYN_RECV', 'TCP_FIN_WAIT1', 'TCP_FIN_WAIT2', 'TCP_TIME_WAIT',

@@ -32,6 +32,7 @@ class Bulk:
     def __init__(self) -> None:
         self.stretches: list[bytes] = []
         self.in_flight: list[int] = []
+        self.known: dict[tuple[int, int], tuple[int, OpenFile]] = {}    # descriptions of the tree by task and fd
 
     def add(self, chunks: Iterable[bytes]) -> Extent:
         data = b''.join(chunks)
@@ -56,6 +57,12 @@ class Bulk:
     def file_id(self, fd: int) -> int:
         self.in_flight.append(fd)
         return len(self.in_flight)
+
+    def found(self, tid: int, fd: int) -> tuple[int, OpenFile] | None:
+        return self.known.get((tid, fd))
+
+    def every(self) -> Iterable[tuple[int, OpenFile]]:
+        return self.known.values()
 
     def vpid(self, pid: int) -> int:
         return pid
@@ -209,6 +216,9 @@ class Restart:
     def finish(self, saved: SavedFile, fd: int) -> None:
         BY_TAG[saved.kind].connect(decoded(saved), saved, fd, self)
 
+    def watch(self, saved: SavedFile, fd: int) -> None:
+        BY_TAG[saved.kind].watch(decoded(saved), saved, fd, self)
+
     def commit(self, saved: SavedFile, fd: int) -> None:
         BY_TAG[saved.kind].commit(decoded(saved), saved, fd, self)
 
@@ -216,6 +226,7 @@ class Restart:
         """All of it for a file that depends on no other."""
         fd = self.restore(saved, at=at)
         self.finish(saved, fd)
+        self.watch(saved, fd)
         self.commit(saved, fd)
         return fd
 

@@ -2,7 +2,6 @@
 """eventfds, epolls, timerfds and signalfds: what they hold, what they watch, what was missed meanwhile."""
 
 import ctypes
-import errno
 import fcntl
 import os
 import select
@@ -10,6 +9,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +18,10 @@ from ckptd.errors import CkptError, NotSupported
 from ckptd.image.records import SavedFile
 from ckptd.kernel import timerfd
 from ckptd.kernel.epoll import EpollTarget, parse_target
+from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.timerfd import Setting, timerfd_create, timerfd_gettime, timerfd_settime
 from ckptd.objects.files.base import OpenFile, read_open_file
-from ckptd.objects.files.epoll import Epoll, Watch, _watches
+from ckptd.objects.files.epoll import Epoll, EpollKind, Watch
 from ckptd.objects.files.eventfd import Eventfd, EventfdKind
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.timerfd import Timerfd
@@ -110,12 +111,16 @@ def bring_back(job: Restart, saved: dict[int, SavedFile]) -> None:
         job.restore(one, at=number)
     for number, one in saved.items():
         job.finish(one, number)
+    for number, one in saved.items():
+        job.watch(one, number)
 
 
 def save_own(fds: list[int], bulk: Bulk, job: Restart) -> dict[int, SavedFile]:
     """Records of fds of the test process, which is the restored one, too: the new files take the place of these."""
     assert job.vpid == os.getpid()
-    return {fd: saved_of(read_open_file(os.getpid(), fd), bulk, number) for number, fd in enumerate(fds, 1)}
+    files = {fd: (number, read_open_file(os.getpid(), fd)) for number, fd in enumerate(fds, 1)}
+    bulk.known = {(os.getpid(), fd): one for fd, one in files.items()}
+    return {fd: saved_of(file, bulk, number) for fd, (number, file) in files.items()}
 
 
 def test_epoll(bulk: Bulk, restart: Start, polls: Callable[[int], Poll]) -> None:
@@ -180,16 +185,29 @@ def replaced_but_watched() -> int:
 
 
 @pytest.mark.parametrize('work', [closed_but_watched, replaced_but_watched])
-def test_what_cannot_be_added_again_is_refused(opened: Opened, bulk: Bulk, work: Callable[[], int]) -> None:
+def test_file_that_the_tree_does_not_have(opened: Opened, bulk: Bulk, work: Callable[[], int]) -> None:
     file = opened(work)
     assert [(reason.severity, reason.errno) for reason in kind_of(file).findings(file)] == [('warning', 'EBADF')]
-    with pytest.raises(NotSupported, match='no longer fd') as caught:
+    with pytest.raises(NotSupported, match='no process of the tree has open') as caught:
         kind_of(file).dump(file, bulk)
     assert (caught.value.task, caught.value.resource) == (file.pid, f'fd {file.fd}')
 
 
-def test_number_that_two_files_had(opened: Opened, bulk: Bulk) -> None:
-    """The epoll has two targets under one number; the one that still has it is told from the other."""
+@pytest.mark.parametrize('work', [closed_but_watched, replaced_but_watched])
+def test_file_that_the_tree_has_under_another_number(opened: Opened, bulk: Bulk, work: Callable[[], int]) -> None:
+    file = opened(work)
+    kind = EpollKind(tables := JobTables())
+    tables.table_owners = (file.tid,)
+    assert kind.findings(file) == []
+    bulk.known = {(file.tid, fd): (fd, read_open_file(file.pid, fd)) for fd in list_fds(file.tid)}
+    [found] = kind.dump(file, bulk).watches
+    [row] = file.info.fields['tfd']
+    assert (found.fd, found.data) == (parse_target(row).tfd, parse_target(row).data)
+    assert found.file_id not in (found.fd, file.fd)
+
+
+def test_number_that_two_files_had(bulk: Bulk) -> None:
+    """The epoll has two entries of one number; each is told from the other."""
     def work() -> list[int]:
         epoll, event = libc.epoll_create1(0), os.eventfd(1)
         watch(epoll, event, select.EPOLLIN, 1)
@@ -198,54 +216,58 @@ def test_number_that_two_files_had(opened: Opened, bulk: Bulk) -> None:
         watch(epoll, event, select.EPOLLIN, 2)
         return [epoll, event, kept]
     with Brood() as own:
-        pid, (epoll, event, _) = own.ask(work)
+        pid, (epoll, event, kept) = own.ask(work)
+        bulk.known = {(pid, fd): (fd, read_open_file(pid, fd)) for fd in list_fds(pid)}
         file = read_open_file(pid, epoll)
-        kind: Any = kind_of(file)
-        targets = [parse_target(row) for row in file.info.fields['tfd']]
-        assert sorted(target.data for target in targets) == [1, 2]
-        watches = []
-        for nth, target in enumerate(targets):
-            if _watches(file, pid, epoll, target, nth):
-                watches.append(target.data)
-        assert watches == [2]
-        assert [reason.reason for reason in kind.findings(file)] == [
-            f'an epoll instance watches a file that is no longer fd {event} here']
+        found: Any = kind_of(file).dump(file, bulk)
+        assert {one.data: one.file_id for one in found.watches} == {1: kept, 2: event}
+        assert {one.fd for one in found.watches} == {event}
 
 
-def test_watch_of_another_process(brood: Brood, bulk: Bulk, restart: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a child added is known by the child's number."""
-    def parent() -> list[int]:
-        epoll = libc.epoll_create1(0)
-
-        def child() -> int:
-            event = os.eventfd(1)
-            watch(epoll, event, select.EPOLLIN)
-            return event
-        return [epoll, *brood.ask(child)]
-    pid, (epoll, child, event) = brood.ask(parent)
-    alone = read_open_file(pid, epoll)
-    assert [reason.severity for reason in kind_of(alone).findings(alone)] == ['warning']
-    file = read_open_file(pid, epoll, holders=((child, epoll),))
-    saved = saved_of(file, bulk)
-    assert decoded(saved) == Epoll((Watch(child, event, select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP, event),))
-    job, asked = restart(), []
-    fd = job.restore(saved)
-    monkeypatch.setattr(job, 'holders', lambda file_id: [(pid, 3), (child, 4)])
-    monkeypatch.setattr(job, 'call', lambda *arguments: asked.append(arguments[:5]))
-    job.finish(saved, fd)
-    assert asked == [(child, 'epoll_ctl', 4, 1, event)]
+@pytest.mark.parametrize('ready', [False, True])
+def test_edge_that_was_reported(bulk: Bulk, restart: Start, polls: Callable[[int], Poll], ready: bool) -> None:
+    """It is not reported again, unless the epoll has something else to report at the checkpoint."""
+    epoll, event, level = libc.epoll_create1(0), os.eventfd(1), os.eventfd(int(ready))
+    watch(epoll, event, select.EPOLLIN | select.EPOLLET)
+    watch(epoll, level, select.EPOLLIN)
+    polls(epoll).ready()
+    job = restart()
+    bring_back(job, save_own([epoll, event, level], bulk, job))
+    assert polls(epoll).ready() == ({event: select.EPOLLIN, level: select.EPOLLIN} if ready else {})
+    os.eventfd_write(event, 1)
+    assert polls(epoll).ready()[event] == select.EPOLLIN
 
 
-def test_watch_that_cannot_be_added(bulk: Bulk, restart: Start) -> None:
+def test_edge_of_an_event_that_is_new(bulk: Bulk, restart: Start, polls: Callable[[int], Poll]) -> None:
+    """Between checkpoint and restart the file has got another event."""
+    epoll, (read, write) = libc.epoll_create1(0), os.pipe()
+    watch(epoll, read, select.EPOLLIN | select.EPOLLET)
+    os.write(write, b'x')
+    assert polls(epoll).ready() == {read: select.EPOLLIN}
+    job = restart()
+    saved = save_own([epoll, read, write], bulk, job)
+    assert [one.reported for one in decoded(saved[epoll]).watches] == [select.EPOLLIN]
+    for number, one in saved.items():
+        job.restore(one, at=number)
+        job.finish(one, number)
+    job.let_go(write)
+    job.close_shared()
+    job.watch(saved[epoll], epoll)
+    assert polls(epoll).ready() == {read: select.EPOLLIN | select.EPOLLHUP}
+
+
+@pytest.mark.parametrize('record', [Watch(2, 1 << 30, 1, 0, 0), Watch(1, 9, 1, 0, 0)])
+def test_watch_that_cannot_be_added(bulk: Bulk, restart: Start, record: Watch) -> None:
+    """A number that no fd can have, and an epoll that watches itself."""
     epoll, event = libc.epoll_create1(0), os.eventfd(1)
-    watch(epoll, event, select.EPOLLIN)
     job = restart()
     saved = save_own([epoll, event], bulk, job)
+    job.restore(saved[event], at=event)
     fd = job.restore(saved[epoll], at=epoll)
-    os.close(event)
-    with pytest.raises(CkptError, match=f'cannot watch fd {event} of process') as caught:
-        job.finish(saved[epoll], fd)
-    assert caught.value.errno == errno.EBADF
+    before = list_fds(os.getpid())
+    with pytest.raises(CkptError, match=f'an epoll instance cannot watch fd {record.fd} again'):
+        job.watch(replace(saved[epoll], data=Epoll((record,)).encode()), fd)
+    assert list_fds(os.getpid()) == before
 
 
 def test_row_of_fdinfo() -> None:

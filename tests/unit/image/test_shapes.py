@@ -14,6 +14,7 @@ from ckptd.image.grammar import Record
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
 from ckptd.objects.files.content import ContentSegment
+from ckptd.objects.files.epoll import Watch
 from ckptd.objects.files.locks import EOF, FLOCK, LEASE, OFD, POSIX, Lock
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.sound import flaws
@@ -126,6 +127,7 @@ def payload(tag: str, **fields: Any) -> Any:
     *((payload('regular', link=link), f'link is {link!r}, which is not the path of a file')
       for link in ('other', '.x.ckptd-0123456789abcdef', '/a/../.x.ckptd-0123456789abcdef', '/\udcff')),
     (payload('memfd', size=HUGE), f'size is {HUGE}, above {HUGE - 1}'),
+    (payload('epoll', watches=(Watch(1, 1 << 31, 1, 0, 0),)), f'fd is {1 << 31}, above {(1 << 31) - 1}'),
     (payload('memfd', name='a\0'), 'name has a zero byte'),
     (payload('memfd', content=(ContentSegment(0, r.Extent(9, 0, 1)),)), 'bytes 0 to 1 are not in data-9.img'),
     (payload('pipe', capacity=1 << 31), f'capacity is {1 << 31}, above {(1 << 31) - 1}'),
