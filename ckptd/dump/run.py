@@ -37,6 +37,7 @@ from ckptd.kernel.reaping import wait_dead
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import ClockReadings
 from ckptd.kernel.yama import CAPABLE, ptrace_scope
+from ckptd.objects.attributes.registry import lend
 from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import Patience, dying_patience
@@ -99,6 +100,8 @@ class Checkpoint:
             seize_all(tree, frozen.tracees, deadline, patience,
                       lambda count: self._channel.progress(count, len(tree), 0, 0))
             self._give_up_tracing(is_read=False)
+            for tid, tracee in frozen.tracees.items():
+                lend(cache.status(tree[tid]), tracee)
             waits = issue_again(frozen.tracees, notes)
             # stopped by ptrace, the tasks stay stopped without the freezer, and only so can they make remote calls
             frozen.let_run()

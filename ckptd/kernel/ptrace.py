@@ -40,6 +40,7 @@ PTRACE_O_TRACEVFORK = 1 << PTRACE_EVENT_VFORK
 PTRACE_O_TRACECLONE = 1 << PTRACE_EVENT_CLONE
 PTRACE_O_TRACEEXEC = 1 << PTRACE_EVENT_EXEC
 PTRACE_O_EXITKILL = 1 << 20
+PTRACE_O_SUSPEND_SECCOMP = 1 << 21
 _RETURN = 1.0       # seconds; the return to the stop takes a moment, and a SIGCONT may come first
 _LOOK = 0.05        # seconds without a stop after which a wait checks whether one can still come
 
@@ -110,6 +111,7 @@ class Tracee:
         self.stopped = False
         self.attached = True
         self.is_unreaped = False        # it is dead and cannot be waited for yet
+        self._lasting = 0               # PTRACE_O_* that set_options keeps
 
     @classmethod
     def seize(cls, tid: int, options: int = 0, patience: Patience = endless) -> Self:
@@ -203,7 +205,13 @@ class Tracee:
 
     def set_options(self, options: int) -> None:
         """Set PTRACE_O_* for a stopped tracee."""
-        ptrace(PTRACE_SETOPTIONS, self.tid, None, options)
+        ptrace(PTRACE_SETOPTIONS, self.tid, None, options | self._lasting)
+
+    def suspend_seccomp(self) -> None:
+        """Hide the calls of a stopped tracee from its seccomp filters until the end of the trace. EPERM without
+        CAP_SYS_ADMIN or under a filter of our own."""
+        self._lasting = PTRACE_O_SUSPEND_SECCOMP
+        self.set_options(0)
 
     def event_message(self) -> int:
         """Return the message of the event that it stopped at: the new task's id, as the tracer sees it."""

@@ -19,7 +19,7 @@ from ckptd.kernel.memfd import make_memfd
 from ckptd.kernel.memory import PAGE, Mem
 from ckptd.kernel.mman import MAP_FIXED_NOREPLACE
 from ckptd.kernel.prctl import PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_SET_DUMPABLE, prctl
-from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, Patience, Tracee, endless
+from ckptd.kernel.ptrace import PTRACE_EVENT_EXEC, PTRACE_O_SUSPEND_SECCOMP, Patience, Tracee, endless
 from ckptd.remote.batch import Batch
 from ckptd.remote.stub import BLOCK_ALL, OPTIONS, Arena, Stub
 
@@ -85,6 +85,15 @@ def _program() -> int:
         os.close(writable)
 
 
+def _seize(pid: int, patience: Patience) -> Tracee:
+    """Trace the stub. All that it makes inherit the options. They may be given seccomp filters before their last call
+    for us."""
+    try:
+        return Tracee.seize(pid, OPTIONS | PTRACE_O_SUSPEND_SECCOMP, patience)
+    except PermissionError:     # without CAP_SYS_ADMIN; then the plan has refused any filters
+        return Tracee.seize(pid, OPTIONS, patience)
+
+
 def _keep_rights() -> None:
     """Allow tracing and keep the capability over execve(2), in the child of a worker that is an ordinary user.
 
@@ -119,7 +128,7 @@ def _start(program: int, patience: Patience) -> Tracee:
     os.read(ready, 1)       # or end-of-file: then it is gone
     os.close(ready)
     try:
-        tracee = Tracee.seize(pid, OPTIONS, patience)
+        tracee = _seize(pid, patience)
     finally:
         os.close(go)        # it continues, traced or not
     try:

@@ -77,6 +77,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'RoomForTiles': ('tiles',),
     'Rseq': ('threads',),
     'SchedulingPolicy': ('attributes',),
+    'Seccomp': ('seccomp',),
     'SignalActionsAttribute': ('signals',),
     'SignalMask': ('signals',),
     'Speculation': ('attributes',),

@@ -4,7 +4,7 @@
     check_access    may the caller inspect these tasks? The kernel is asked with the caller's credentials
     hidden          tasks that /proc hides from the caller
     confined        tasks that a caller in a sandbox may not reach
-    check_tasks     state, tracer, namespaces, kernel threads, 32-bit programs, seccomp
+    check_tasks     state, tracer, namespaces, kernel threads, 32-bit programs, attributes
     check_frozen    freeze=caller only: is everything at rest?
     check_vmas      mappings whose memory cannot be dumped
     check_files     open files of no known kind

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Check each task for a state, tracer, namespace, program or filter that prevents a dump."""
+"""Check each task for a state, tracer, namespace or program that prevents a dump."""
 
 import re
 from collections.abc import Iterable, Set
@@ -51,7 +51,7 @@ def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: Call
         return [dead(task)]
     if status.state == 'Z':
         return []
-    return (check_tracer(task, status, caller) + check_seccomp(task, status) + namespace_kinds.findings(task, home)
+    return (check_tracer(task, status, caller) + namespace_kinds.findings(task, home)
             + check_vfork(task, status) + findings(task, status))
 
 
@@ -74,16 +74,6 @@ def _name(pid: int) -> str:
         return read_status(pid).name
     except OSError:
         return '?'
-
-
-def check_seccomp(task: Task, status: Status) -> list[Finding]:
-    """Refuse seccomp. ckptd needs system calls by the task itself; a filter may kill it for one, and strict mode
-    does."""
-    if status.seccomp == 0:
-        return []
-    mode = 'strict mode' if status.seccomp == 1 else f'{status.seccomp_filters or "a"} filter(s)'
-    return [refuse(task, 'seccomp', 'EOPNOTSUPP', f'runs under seccomp: {mode}',
-                   'start it without a filter (systemd: SystemCallFilter=, RestrictNamespaces= and others set one)')]
 
 
 def check_vfork(task: Task, status: Status) -> list[Finding]:

@@ -48,7 +48,7 @@ NR = {
     'get_mempolicy': 239, 'waitid': 247, 'keyctl': 250,
     'ioprio_set': 251, 'ioprio_get': 252, 'openat': 257, 'unshare': 272, 'set_robust_list': 273,
     'get_robust_list': 274, 'epoll_pwait': 281, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297,
-    'open_by_handle_at': 304, 'kcmp': 312, 'sched_setattr': 314, 'sched_getattr': 315, 'execveat': 322,
+    'open_by_handle_at': 304, 'kcmp': 312, 'sched_setattr': 314, 'sched_getattr': 315, 'seccomp': 317, 'execveat': 322,
     'membarrier': 324, 'mlock2': 325, 'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'io_pgetevents': 333,
     'rseq': 334, 'clone3': 435, 'close_range': 436, 'openat2': 437, 'pidfd_getfd': 438, 'epoll_pwait2': 441,
     'mseal': 462,

@@ -5,6 +5,7 @@ An attribute is one class in a file of this package, found by registry.py. No ot
 order:
 
     findings(task, status)      reasons why a task cannot be dumped, seen from outside before the freeze
+    lend(status, tracee)        prepares a stopped task for calls that it makes for us; undone when the tracer detaches
     ask(batch)                  adds calls to the one batch of a stopped task; returns a reader of the answer
     ask_more(tid)               further batches, for objects of which a process has any number
     look(tracee)                reads the answer from outside, with /proc and ptrace(2)
@@ -185,6 +186,9 @@ class Attribute(ABC, Generic[R, A]):
 
     def findings(self, task: Task, status: Status) -> list[Finding]:
         return []
+
+    def lend(self, status: Status, tracee: Tracee) -> None:
+        return
 
     def ask(self, batch: Batch) -> Reader[A] | None:
         return None

@@ -62,6 +62,7 @@ _LOOKING = [one for one in ATTRIBUTES if type(one).look is not Attribute.look]
 _REQUIRING = [one for one in ATTRIBUTES if type(one).require is not Attribute.require]
 _WITH_MORE = [one for one in ATTRIBUTES if type(one).ask_more is not Attribute.ask_more]
 _OF_DEAD = [one for one in ATTRIBUTES if type(one).dump_dead is not Attribute.dump_dead]
+_LENDING = [one for one in ATTRIBUTES if type(one).lend is not Attribute.lend]
 _FOUND_OUTSIDE = [one for one in ATTRIBUTES if type(one).findings is not Attribute.findings]
 
 
@@ -70,6 +71,12 @@ _FOUND_OUTSIDE = [one for one in ATTRIBUTES if type(one).findings is not Attribu
 def findings(task: Task, status: Status) -> list[Finding]:
     """List the reasons why a task cannot be dumped, as seen from outside."""
     return [row for one in _FOUND_OUTSIDE for row in one.findings(task, status)]
+
+
+def lend(status: Status, tracee: Tracee) -> None:
+    """Prepare a stopped task for calls that it makes for us."""
+    for one in _LENDING:
+        one.lend(status, tracee)
 
 
 class Questions:
