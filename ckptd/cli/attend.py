@@ -4,7 +4,7 @@
     SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2     passed on to the root
     SIGTSTP, SIGCONT                                  the root and this command stop, and go on
 
-The end of this command does not end the tree, except that the tree's terminal goes away.
+The end of this command does not end the tree. A process of its own then keeps the tree's terminal open (keeper.py).
 """
 
 import asyncio
@@ -49,6 +49,11 @@ class Attendance:
             return {}
         self._terminal = self._undo.enter_context(Terminal())
         return {'terminal': UnixFd(self._terminal.slave)}
+
+    @property
+    def has_terminal(self) -> bool:
+        """Whether the tree gets a terminal."""
+        return self._terminal is not None
 
     def begin(self, root: int) -> None:
         """Begin: the tree runs and its root is the process `root`. A second call does nothing."""

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -72,6 +73,13 @@ def summary(result: dict[str, Any]) -> str:
             f'({format_bytes(pages * PAGE)}) written, frozen for {times[0]}, {times[1]} in all')
 
 
+def restore_command(args: argparse.Namespace, image: str) -> str:
+    """Return the command that restores an image which this command line has made."""
+    where = ['--standalone', *(['--spool', args.spool] if args.spool else [])] if args.standalone else (
+        ['--address', args.address] if args.address else ['--user'] if args.bus == 'session' else [])
+    return shlex.join(['ckptctl', 'restore', image, *map(str, where)])
+
+
 def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> None:
     if out.json:
         out.document({**result, 'target': args.target})
@@ -84,6 +92,8 @@ def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> No
     if args.standalone and args.after == 'freeze':
         fate = 'The tree stays frozen.'
     out.note(f'{summary(result)}. {fate}', 'dim')
+    if args.after == 'kill':
+        out.note(f'To bring it back: {restore_command(args, str(result["image"]))}')
     out.refusals([finding_from(row) for row in result.get('warnings', ())], on_stderr=True)
 
 

@@ -60,6 +60,16 @@ class Output:
         if not self.json:
             self._styled(self.stderr, text, style)
 
+    def passing_note(self, text: str) -> None:
+        """Print additional information on a terminal that is about to show something else, and clear the line again."""
+        if self.json:
+            return
+        if self.stderr.isatty() and os.environ.get('TERM') != 'dumb':
+            self.stderr.write(f'{text}\r\x1b[2K')
+            self.stderr.flush()
+        else:
+            self.note(text)
+
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str = '',
               what: str = '') -> None:
         """Print a list on stdout. empty: printed on stderr if there are no rows. what: plural noun for the closing

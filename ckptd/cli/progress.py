@@ -20,6 +20,7 @@ PHASES = {
 }
 # phases that move bytes
 MOVING = ('memory', 'fill')
+_BESIDE = 4 + 35 + 7 + 5     # columns
 
 
 class Follower(Protocol):
@@ -100,8 +101,15 @@ def _volume(phase: str, done: int, total: int) -> str:
 
 def _make(output: Output, keep: bool) -> 'Progress':
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+    console = output.console(output.stderr)
+    # what is left by percentage, phase with volume, time, and spaces
+    room = max(console.width - _BESIDE, 20)
+    bar = min(30, room // 3)
     return Progress(
-        TextColumn('{task.description}', style='bold'), BarColumn(bar_width=30),
+        TextColumn('{task.description}', style='bold',
+                   table_column=Column(no_wrap=True, overflow='ellipsis', max_width=room - bar)),
+        BarColumn(bar_width=bar),
         TextColumn('{task.percentage:>3.0f}%'), TextColumn('{task.fields[phase]}', style='cyan'),
         TextColumn('{task.fields[volume]}', style='dim'), TimeElapsedColumn(),
-        console=output.console(output.stderr), transient=not keep)
+        console=console, transient=not keep)

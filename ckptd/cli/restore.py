@@ -26,7 +26,8 @@ async def restore(session: Session) -> int:
     async with session.daemon() as daemon:
         def begun(root: int) -> None:
             bar.close()
-            out.note(f'the tree runs; its root is process {root}', 'dim')
+            text = f'the tree runs; its root is process {root}'
+            out.passing_note(text) if attendance.has_terminal else out.note(text, 'dim')
 
         with bar, Attendance(session.interrupts, begun) as attendance:
             options = with_token(restore_options(args))

@@ -16,6 +16,8 @@ import tty
 from types import TracebackType
 from typing import Self
 
+from ckptd.cli.keeper import Keeper
+
 CHUNK = 1 << 16
 WINDOW = bytes(8)       # struct winsize (ioctl_tty(2))
 
@@ -31,7 +33,8 @@ class Terminal:
         self._resize()
         os.set_blocking(self._master, False)
         self._typed = bytearray()
-        self._began = False
+        self._began = self._is_trees = False
+        self._keeper = Keeper(self._master)
 
     def __enter__(self) -> Self:
         return self
@@ -45,11 +48,12 @@ class Terminal:
                     self._show()
             self._end()
         self._close_slave()
+        self._keeper.close(is_ours=not self._is_trees)
         os.close(self._master)
 
     def begin(self) -> None:
         """Connect the user's terminal to the tree."""
-        self._began = True
+        self._began = self._is_trees = True
         self._close_slave()
         tty.setraw(0, termios.TCSADRAIN)
         self._loop.add_signal_handler(signal.SIGWINCH, self._resize)

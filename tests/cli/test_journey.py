@@ -2,6 +2,7 @@
 """The commands one after the other on a real tree, as a user would give them."""
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
@@ -125,6 +126,8 @@ def test_kill_ends_the_tree_once_it_is_in_the_image(ctl: Ctl, tree: Victim) -> N
     done = ctl('checkpoint', str(tree.pid), '--kill')
     assert done.status == 0, done.err
     assert 'The tree was killed.' in done.err
+    [command] = [line for line in done.err.splitlines() if line.startswith('To bring it back: ')]
+    assert re.fullmatch(rf'ckptctl restore {done.out.strip()} --address \S+', command.partition(': ')[2]), command
     assert tree.process.wait(10) == -9
 
 

@@ -22,6 +22,7 @@ from tests.cli.conftest import Ctl, Fifo
 from tests.jobs.scripted import ScriptedDaemon
 from tests.jobs.test_spool import write_image
 from tests.lib.bus import ROOT, read_line
+from tests.lib.settled import children
 from tests.programs.conftest import await_that
 
 pytestmark = pytest.mark.needs('dbus')
@@ -303,6 +304,32 @@ def test_all_that_was_written_is_shown_and_the_terminal_is_as_it_was(stage: Call
         seen.until('20000')
         assert seen.end() == 0
         assert termios.tcgetattr(seen.fd) == before
+
+
+def test_the_death_of_the_command_does_not_hang_up_the_terminal(stage: Callable[..., Stage], tmp_path: Path) -> None:
+    """The tree goes on writing, more than fits into the terminal."""
+    count = tmp_path / 'count'
+    line = 'x' * 2000
+    here = stage('program', f'trap "exit 9" HUP; i=0; while echo {line}; do i=$((i+1)); echo $i > {count}; done')
+    with screen(here) as seen:
+        seen.until(line)
+        root = int(seen.said.split('its root is process ')[1].split('\r')[0])
+        os.kill(seen.pid, signal.SIGKILL)
+        os.waitpid(seen.pid, 0)
+        [keeper] = [pid for pid in children() if Path(f'/proc/{pid}/cmdline').read_bytes().find(b'ckptd.cli') >= 0]
+        before = int(count.read_text() or 0)
+        await_that('the tree writes on', lambda: int(count.read_text() or 0) > before + 200)
+        end(root)
+        assert os.waitpid(keeper, 0) == (keeper, 0)
+
+
+def test_the_line_of_the_command_is_cleared(stage: Callable[..., Stage]) -> None:
+    with screen(stage('program', 'echo begin; read name')) as seen:
+        seen.until('its root is process')
+        seen.until('\r\x1b[2K')
+        seen.until('begin')
+        seen.type('\r')
+        assert seen.end() == 0
 
 
 def test_a_tree_without_a_terminal_leaves_ours_alone(stage: Callable[..., Stage]) -> None:

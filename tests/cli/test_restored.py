@@ -5,6 +5,7 @@ import os
 import pty
 import signal
 import subprocess
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -128,11 +129,7 @@ def test_a_terminal_for_the_one_that_is_gone(daemon: Daemon, ctl: Ctl) -> None:
     said = b''
     while b'name:' not in said:
         said += os.read(fd, 4096)
-    done = ctl('checkpoint', str(pid), '--kill', '--quiet')
-    assert done.status == 0, done.err
-    os.waitpid(pid, 0)
-    os.close(fd)
-    seen = Screen('restore', done.out.strip(), '--wait', '--address', daemon.address)
+    seen = Screen('restore', dumped_on_terminal(ctl, pid, fd), '--wait', '--address', daemon.address)
     try:
         seen.until('its root is process')
         seen.type('alpha\r')
@@ -140,3 +137,62 @@ def test_a_terminal_for_the_one_that_is_gone(daemon: Daemon, ctl: Ctl) -> None:
         assert 'it is alpha' in seen.said
     finally:
         seen.close()
+
+
+@pytest.mark.needs('less')
+def test_a_full_screen_program_draws_again(daemon: Daemon, ctl: Ctl, tmp_path: Path) -> None:
+    """less(1), with the settings that it had set. Ours are as before when it has ended."""
+    text = tmp_path / 'text'
+    text.write_text(''.join(f'row {number}\n' for number in range(300)))
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execvpe('less', ['less', str(text)], {**os.environ, 'TERM': 'xterm', 'LESS': ''})
+    said = b''
+    while b'row 20' not in said:
+        said += os.read(fd, 4096)
+    settings = termios.tcgetattr(fd)
+    image = dumped_on_terminal(ctl, pid, fd)
+    refused = ctl('restore', image)
+    assert (refused.status, '--terminal=detach' in refused.err) == (3, True), refused.err
+    seen = Screen('restore', image, '--wait', '--address', daemon.address)
+    try:
+        before = termios.tcgetattr(seen.fd)
+        seen.until('its root is process')
+        seen.until('row 20')
+        at = Path(f'/proc/{pid}/fd/1').readlink()
+        inside = os.open(at, os.O_RDWR | os.O_NOCTTY)
+        assert termios.tcgetattr(inside) == settings
+        os.close(inside)
+        seen.type('G')
+        seen.until('row 299')
+        seen.type('q')
+        assert seen.end() == 0, seen.said
+        assert termios.tcgetattr(seen.fd) == before
+    finally:
+        seen.close()
+
+
+def test_a_tree_without_its_terminal(ctl: Ctl, tmp_path: Path) -> None:
+    """cat(1) reads end-of-file from a terminal that is hung up."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execvp('sh', ['sh', '-c', f'echo ready; read line; tty > {tmp_path}/said; echo "$?" >> {tmp_path}/said'])
+    said = b''
+    while b'ready\r\n' not in said:
+        said += os.read(fd, 4096)
+    image = dumped_on_terminal(ctl, pid, fd)
+    dry = ctl('restore', image, '--terminal=detach', '--dry-run', '--json').json
+    assert {row['resource'] for row in dry['warnings']} >= {'terminal', 'fd 0'}
+    done = ctl('restore', image, '--terminal=detach')
+    assert done.status == 0, done.err
+    os.waitpid(pid, 0)
+    assert (tmp_path / 'said').read_text() == 'not a tty\n1\n'
+
+
+def dumped_on_terminal(ctl: Ctl, pid: int, fd: int) -> str:
+    """The image of a program that is dead now, as is its terminal."""
+    done = ctl('checkpoint', str(pid), '--kill', '--quiet')
+    assert done.status == 0, done.err
+    os.waitpid(pid, 0)
+    os.close(fd)
+    return done.out.strip()

@@ -195,6 +195,7 @@ NEEDS = {
     'gcc': Need(_program('gcc'), APT + 'gcc libc6-dev'),
     'fuse': Need(_fuse, 'sudo modprobe fuse'),
     'gdb': Need(_program('gdb'), APT + 'gdb'),
+    'less': Need(_program('less'), APT + 'less'),
     'strace': Need(_program('strace'), APT + 'strace'),
     'sqlite3': Need(_program('sqlite3'), APT + 'sqlite3'),
     'perl': Need(_program('perl'), APT + 'perl'),

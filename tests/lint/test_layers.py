@@ -41,7 +41,7 @@ DAEMONS = {'ckptd.protocol.messages', 'ckptd.protocol.requests'}
 ONLY = {
     # doctor is a plain function of the kernel layer that needs no daemon
     'cli': {'bus': {'ckptd.bus.names', 'ckptd.bus.wire', 'ckptd.bus.client', 'ckptd.bus.message'},
-            'kernel': {'ckptd.kernel.probe', 'ckptd.kernel.prctl'}},
+            'kernel': {'ckptd.kernel.probe', 'ckptd.kernel.prctl', 'ckptd.kernel.fork'}},
     'jobs': {'protocol': DAEMONS, 'inspect': {'ckptd.inspect.scan'}},
     'bus': {'protocol': DAEMONS},
     'daemon': {'protocol': DAEMONS},

@@ -3,10 +3,12 @@
 
 import io
 import json
+import re
 
 import pytest
 
 from ckptd.cli.output import Column, Output, plain_table, printable, use_colour
+from ckptd.cli.progress import ProgressBar
 from ckptd.errors import Finding, Refused, finding_from
 
 COLUMNS = (Column('NAME'), Column('SIZE', right=True))
@@ -123,3 +125,18 @@ def test_what_a_terminal_would_obey_is_shown_instead(given: str, shown: str) -> 
 def test_a_row_of_check_becomes_a_refusal_whatever_it_lacks() -> None:
     refusal = finding_from({'pid': 3, 'reason': 'because', 'severity': 'warning', 'unknown': 1})
     assert (refusal.pid, refusal.comm, refusal.severity) == (3, '', 'warning')
+
+
+@pytest.mark.parametrize('width', [80, 100, 140])
+def test_the_progress_bar_fits_on_its_line(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv('COLUMNS', str(width))
+    monkeypatch.setenv('NO_COLOR', '1')
+    monkeypatch.setenv('TERM', 'xterm')
+    stream = Terminal()
+    with ProgressBar(Output(stderr=stream), '20240131_235959_postgres_3fa9') as bar:
+        bar.update('memory', 0.999, (1023 << 30) + (1 << 29), (1023 << 30) + (1 << 29))
+        bar.update('fill', 1.0, 999 << 20, (45 << 30) + 1)
+    shown = [line for line in re.split(r'\r|\n|\x1b\[\?25[hl]|\x1b\[\d?[AK]', text(stream)) if line]
+    assert any('100% filling memory 999 MiB of 45.0 GiB' in ' '.join(line.split()) for line in shown), shown
+    assert all('20240131_23' in line for line in shown)
+    assert max(map(len, shown)) <= width
