@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 ERROR_PREFIX = 'org.ckptd1.Error.'
 NAMESPACE = 'namespace '        # begin of Finding.resource for a namespace
+SECCOMP = 'seccomp'             # Finding.resource: a worker outside of the daemon's sandbox may be able to
 
 
 def errno_name(number: int) -> str:

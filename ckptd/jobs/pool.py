@@ -12,7 +12,7 @@ from ckptd.kernel.liveness import Liveness
 from ckptd.protocol.requests import JobRequest
 
 # operations that fail in a descendant of a sandboxed daemon: make the tree, check that it can be made, put files back,
-# take names away
+# take names away. A dump fails there only for some trees, and its worker says so (messages.Confined).
 UNSANDBOXED = frozenset({'restore', 'check-restore', 'recover', 'remove-names'})
 
 
@@ -55,13 +55,23 @@ class WorkerPool:
 
     async def take(self, request: JobRequest) -> WorkerHandle:
         """Return the worker for a job. It must be given back. WorkerDied if none can be started."""
-        worker: WorkerHandle
-        if self._services is not None and request.operation in UNSANDBOXED:
-            what = f'{request.operation.capitalize()} of {request.image_id or "files"}'
-            worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._liveness.pidfd,
-                                               _slice_of(request))
-        else:
-            worker = await ChildWorker.start(self._spawner, self._command)
+        if request.operation in UNSANDBOXED and self.has_services:
+            return await self.take_outside(request)
+        worker = await ChildWorker.start(self._spawner, self._command)
+        self._taken[worker] = request
+        return worker
+
+    @property
+    def has_services(self) -> bool:
+        """Whether there can be workers outside of the daemon's sandbox."""
+        return self._services is not None
+
+    async def take_outside(self, request: JobRequest) -> WorkerHandle:
+        """Return a worker outside of the daemon's sandbox, as `take` does."""
+        assert self._services is not None
+        what = f'{request.operation.capitalize()} of {request.image_id or request.about or "files"}'
+        worker = await ServiceWorker.start(self._services, what, self._command or COMMAND, self._liveness.pidfd,
+                                           _slice_of(request))
         self._taken[worker] = request
         return worker
 

@@ -208,7 +208,7 @@ class Queue:
         if entry.job.over:      # it was cancelled while systemd started the worker
             await self._pool.give_back(worker)
             return
-        entry.run = Run(entry.job, worker, self._units, partial(self._changed, entry), self._pool.pids)
+        entry.run = Run(entry.job, worker, self._units, partial(self._changed, entry), self._pool.pids, self._pool)
         await self._work(entry, entry.run)
 
     async def _work(self, entry: QueuedJob, run: Run) -> None:

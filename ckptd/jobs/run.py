@@ -2,6 +2,7 @@
 """One worker that works on one job: how its messages change the job.
 
     Start -> Phase, Progress, UnitRequest, ScopeRequest, Log ... -> Finished | Failed | end-of-file (it died)
+    Start -> Phase, Log ... -> Confined: the same with another worker, outside of the daemon's sandbox
 
 A worker that sent Frozen before Finished holds a freeze: it stays until Thaw, releases the tree, and ends with status
 0. A worker that sent Running has made a tree that no longer needs it. If the request has `wait`, Finished comes when
@@ -11,18 +12,20 @@ the root has ended.
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from ckptd.errors import CkptError
+from ckptd.errors import CkptError, NotSupported, WorkerDied
 from ckptd.jobs.admission import Exclusive
+from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.state import JobRecord
 from ckptd.jobs.worker import WorkerHandle
 from ckptd.protocol import messages
 from ckptd.protocol.messages import FromWorker
-from ckptd.protocol.requests import FreezerRequest
+from ckptd.protocol.requests import DumpRequest, FreezerRequest
 
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger('ckptd.worker')
@@ -38,13 +41,17 @@ class Units(Protocol):
 class Run:
     """A job and its worker. `changed` is called when the job begins and after each message that changed it.
 
-    avoid: pids of the workers, including this one. None of them may be in the tree.
+    avoid: pids of the workers, including this one. None of them may be in the tree. pool: of the worker, None if no
+    other one can take over.
     """
 
     def __init__(self, job: JobRecord, worker: WorkerHandle, units: Units | None,
                  changed: Callable[[FromWorker | None], None],
-                 avoid: Sequence[int] = ()) -> None:
+                 avoid: Sequence[int] = (), pool: WorkerPool | None = None) -> None:
         self.job, self.worker = job, worker
+        self._pool = pool if pool and pool.has_services and isinstance(job.request, DumpRequest) else None
+        self._fds: list[int] = []       # for another worker
+        self._is_cancelled = False
         self.frozen: messages.Frozen | None = None
         self._units, self._changed = units, changed
         self._avoid = tuple(avoid)
@@ -54,16 +61,30 @@ class Run:
     def start(self, fds: Sequence[int]) -> None:
         """Send Start. WorkerDied if the worker is gone."""
         self.job.start(self._clock())
+        if self._pool is not None:
+            self._fds = [os.dup(fd) for fd in fds]      # of a dump that is a pidfd, which closes at once
+        self._send_start(fds)
+
+    def _send_start(self, fds: Sequence[int]) -> None:
         self.job.worker = self.worker.pid
         self._changed(None)
         request = self.job.request
         if isinstance(request, FreezerRequest):
             request = msgspec.structs.replace(request, avoid=(*request.avoid, *self._avoid))
+        if isinstance(request, DumpRequest):
+            request = msgspec.structs.replace(request, may_move=self._pool is not None)
         self.worker.send(messages.Start(request), fds)
 
     async def work(self) -> dict[str, Any]:
         """Receive messages until the result. Raise the error of the job, or WorkerDied if the worker ends without
         either."""
+        try:
+            return await self._work()
+        finally:
+            while self._fds:
+                os.close(self._fds.pop())
+
+    async def _work(self) -> dict[str, Any]:
         while (message := await self.worker.receive()) is not None:
             match message:
                 case messages.Failed():
@@ -71,9 +92,25 @@ class Run:
                 case messages.Finished():
                     if self._collect(message):
                         return self._result
+                case messages.Confined() if self._pool is not None:
+                    await self._move(self._pool)
                 case _:
                     await self._note(message)
         raise self.worker.died('it closed its socket before the job was over')
+
+    async def _move(self, pool: WorkerPool) -> None:
+        """Begin again with a worker outside of the daemon's sandbox."""
+        self._pool = None
+        try:
+            worker, self.worker = self.worker, await pool.take_outside(self.job.request)
+        except WorkerDied as error:     # the first worker is well
+            raise NotSupported(f"the tree needs a worker outside of the daemon's sandbox: {error.message}",
+                               hint=error.hint) from error
+        await pool.give_back(worker)
+        self._avoid = (*self._avoid, self.worker.pid)
+        self._send_start(self._fds)
+        if self._is_cancelled:
+            self.cancel()
 
     async def hold(self) -> None:
         """Receive messages while the worker holds a freeze, until it closes its socket. Raise the error if it could not
@@ -89,6 +126,7 @@ class Run:
     def cancel(self) -> None:
         """Ask the worker to release the tree and leave nothing behind; `work` ends with Cancelled. A dead worker is
         ignored."""
+        self._is_cancelled = True
         with contextlib.suppress(CkptError):
             self.worker.send(messages.Cancel())
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from ckptd.errors import Finding, NoSuchImage, NoSuchTarget, Refused, SpoolFailed
+from ckptd.errors import SECCOMP, Finding, NoSuchImage, NoSuchTarget, Refused, SpoolFailed
 from ckptd.faults import fault
 from ckptd.freezer import FrozenTree, freeze
 from ckptd.freezer.base import FreezeRequest, refuse_own_tree
@@ -52,6 +52,10 @@ LEAST_ROOM = 16 << 20       # bytes; a spool with less free space accepts no ima
 
 R_co = TypeVar('R_co', bound=JobRequest, covariant=True)
 R = TypeVar('R', bound=JobRequest)
+
+
+class TooConfined(Exception):
+    """The worker inherits a sandbox of the daemon, in which the tree cannot be dumped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +118,12 @@ class JobContext(Generic[R_co]):
     def refusals(self: 'JobContext[DumpRequest]', tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """List all refusals and warnings. cache: of a frozen tree, whose contents are reused; PTRACE_SEIZE then decides
         about tracing."""
-        return check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
+        rows = check_tree(tree, self.request.caller, frozen_required=self.request.freeze == 'caller',
                           avoid=self._avoid, cache=cache or self.cache(),
                           trace=cache is None and not self.request.trace_under_yama)
+        if self.request.may_move and any(row.resource == SECCOMP and row.severity == 'refusal' for row in rows):
+            raise TooConfined
+        return rows
 
     def require(self: 'JobContext[DumpRequest]', tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
         """Return the warnings. If there is any refusal, raise Refused, PermissionDenied and so on with all of them.

@@ -103,6 +103,10 @@ class Frozen(Message, frozen=True):
     mode: str
 
 
+class Confined(Message, frozen=True):
+    """The worker is too confined for the tree: it inherits the daemon's sandbox. It has done nothing, and ends."""
+
+
 class Log(Message, frozen=True):
     level: int
     text: str
@@ -136,7 +140,8 @@ class Failed(Message, frozen=True):
 
 
 ToWorker = Follow | Start | Cancel | Thaw | UnitDone | Answer
-FromWorker = Phase | ProgressReport | UnitRequest | ScopeRequest | Frozen | TreeRuns | Log | Finished | Failed
+FromWorker = (Phase | ProgressReport | UnitRequest | ScopeRequest | Frozen | TreeRuns | Confined | Log | Finished
+              | Failed)
 
 
 def finding_row(refusal: Finding) -> dict[str, Any]:

@@ -134,6 +134,8 @@ class DumpRequest(FreezerRequest, frozen=True, kw_only=True):
     """A request to save a tree, or to check whether that is possible."""
     sever: int = 0                      # for a request of the caller about itself: inode of the daemon's socket to the
                                         # bus. The tree's connections to that bus do not outlive the dump. Else 0.
+    may_move: bool = False              # a worker outside of the daemon's sandbox can take over, if this one says that
+                                        # it is Confined
     trace_under_yama: bool = False      # the user's worker keeps CAP_SYS_PTRACE until it traces the tree
 
 

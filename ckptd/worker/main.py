@@ -16,9 +16,9 @@ from ckptd.errors import Cancelled, CkptError, ImageDamaged
 from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest, read_manifest
 from ckptd.objects.namespaces.birth import offsets_for
-from ckptd.operation.context import JobContext
+from ckptd.operation.context import JobContext, TooConfined
 from ckptd.protocol.channel import Channel
-from ckptd.protocol.messages import MAX_SENTENCE, Failed, Log, cut
+from ckptd.protocol.messages import MAX_SENTENCE, Confined, Failed, Log, cut
 from ckptd.protocol.requests import CheckpointRequest, Request, RestartRequest, RestoreRequest
 from ckptd.worker.broker.identity import Identity, identity_of, identity_of_owner
 from ckptd.worker.broker.process import Broker
@@ -81,6 +81,8 @@ def run(channel: Channel) -> int:
             clocks = offsets_for(manifest) if manifest and isinstance(start.request, RestoreRequest) else None
             return Broker(channel, start.request, fds, identity).run(main, clocks)
         operate(start.request, channel, fd)
+    except TooConfined:
+        channel.send(Confined())
     except Exception as error:  # noqa: BLE001 - the boundary of the process: every failure becomes a message
         failure = _error_of(error, channel.phase_name)
         try:

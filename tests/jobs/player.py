@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import termios
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -22,6 +23,7 @@ from ckptd.errors import Cancelled, Finding, Refused
 from ckptd.protocol.messages import (
     MAX_MESSAGE,
     Cancel,
+    Confined,
     Failed,
     Finished,
     Follow,
@@ -74,6 +76,21 @@ class Player:
                  Log(20, 'half'),
                  Finished({'image': start.request.image_id, 'tasks': 2,
                            'avoid': list(getattr(start.request, 'avoid', ()))}))
+
+    def confined(self, start: Start) -> None:
+        """As of a tree that needs a worker outside of the sandbox."""
+        if getattr(start.request, 'may_move', False):
+            self.say(Phase('scan'), Confined())
+            sys.exit(0)
+        pidfd = str(Path(f'/proc/self/fd/{self.fds[0]}').readlink()) if self.fds else ''
+        self.say(Phase('scan'), Finished({'worker': os.getpid(), 'avoid': list(start.request.avoid), 'pidfd': pidfd}))
+
+    def confined_late(self, start: Start) -> None:
+        """The one outside waits to be cancelled."""
+        if start.request.may_move:
+            self.confined(start)
+        self.say(Phase('memory'))
+        self.until_cancelled()
 
     def refuse(self, start: Start) -> None:
         rows = [Finding(7, 'sh', 'fd 3', 'EOPNOTSUPP', 'is a socket', 'close it')] * 2

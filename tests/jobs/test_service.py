@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.config import Config
-from ckptd.errors import CkptError, WorkerDied
+from ckptd.errors import CkptError, NotSupported, WorkerDied
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.queue import Queue
 from ckptd.jobs.quota import Quota
@@ -88,6 +88,44 @@ async def test_restores_are_done_by_services_and_nothing_else_is(queue_of: Calla
     assert {name.partition('_')[0] for name in first.environment} <= {'PYTHONPATH', 'CKPTD'}
     await queue.stop()
     assert manager.processes == {}
+
+
+async def test_a_dump_that_is_too_much_for_the_sandbox(queue_of: Callable[[Manager], Queue]) -> None:
+    """It begins again with a worker outside, which gets the same pidfd."""
+    manager = Manager()
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        result = await queue_of(manager).call(request_of('confined', 'check'), [pidfd])
+    finally:
+        os.close(pidfd)
+    [service] = manager.services
+    assert service.description == 'Check of cgroup:/confined'
+    assert result['worker'] in result['avoid']
+    assert 'pidfd' in result['pidfd']
+
+
+async def test_cancel_after_the_move(queue_of: Callable[[Manager], Queue], heard: Heard) -> None:
+    queue = queue_of(Manager())
+    queue.submit(request_of('confined_late'))
+    await heard.wait('memory', 1)
+    queue.cancel(1)
+    await heard.wait('cancelled', 1)
+
+
+async def test_cancel_during_the_move(queue_of: Callable[[Manager], Queue], heard: Heard) -> None:
+    manager = Manager()
+    manager.may_start.clear()
+    queue = queue_of(manager)
+    queue.submit(request_of('confined_late'))
+    await manager.started.wait()
+    queue.cancel(1)
+    manager.may_start.set()
+    await heard.wait('cancelled', 1)
+
+
+async def test_no_worker_outside_can_be_started(queue_of: Callable[[Manager], Queue]) -> None:
+    with pytest.raises(NotSupported, match='cannot start a worker'):
+        await queue_of(Manager(refuses=True)).call(request_of('confined', 'check'))
 
 
 async def test_one_that_is_killed_is_heard_of(queue_of: Callable[[Manager], Queue], heard: Heard) -> None:

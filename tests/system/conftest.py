@@ -31,11 +31,17 @@ Description=Counts
 ExecStart=/usr/local/bin/count /run/%N
 StandardOutput=append:/run/%N.log
 """
+FILTERS = """SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+RestrictRealtime=yes
+LockPersonality=yes
+"""
 USER, UID = 'alice', 4242
 HOOK = ROOT / 'units/checkpoint-before-stop.conf'
 FILES = {
     '/usr/local/bin/count': COUNTER,
     '/etc/systemd/system/counter.service': UNIT,
+    '/etc/systemd/system/filtered.service': UNIT + FILTERS,
     '/etc/systemd/system/hooked.service': UNIT,
     '/etc/systemd/system/hooked.service.d/checkpoint-before-stop.conf': HOOK.read_text(),
     '/etc/systemd/system/of-nobody.service': UNIT.replace('/run/%N', '/tmp/%N') + 'User=nobody\n',

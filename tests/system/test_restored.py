@@ -10,7 +10,8 @@ from tests.system.test_service import await_count, count_of, ctl
 
 pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl')
 
-KEPT = ('Seccomp', 'NoNewPrivs', 'CapBnd', 'CapEff', 'CapPrm', 'CapInh', 'CapAmb', 'Uid', 'Gid', 'Groups')
+KEPT = ('Seccomp', 'Seccomp_filters', 'NoNewPrivs', 'CapBnd', 'CapEff', 'CapPrm', 'CapInh', 'CapAmb', 'Uid', 'Gid',
+        'Groups')
 NAMESPACES = ('mnt', 'pid', 'net', 'ipc', 'uts', 'user', 'cgroup', 'time')
 
 
@@ -29,10 +30,10 @@ def picture(machine: Container, pid: int) -> dict[str, str]:
     return {name: rows[name].strip() for name in KEPT} | spaces
 
 
-def counted_on(machine: Container, pid: int, above: int) -> None:
+def counted_on(machine: Container, pid: int, above: int, name: str = 'counter') -> None:
     """The restored counter writes its file again, under its old pid."""
     machine.run('timeout', '20', 'sh', '-c',
-                f'until read -r pid count < /run/counter; [ "$pid" = {pid} ] && [ "$count" -gt {above} ]; '
+                f'until read -r pid count < /run/{name}; [ "$pid" = {pid} ] && [ "$count" -gt {above} ]; '
                 'do sleep 0.05; done')
 
 
@@ -63,6 +64,23 @@ def test_it_goes_on_outside_of_the_daemon(machine: Container, killed: tuple[str,
     _, count = count_of(machine, 'counter.service')
     counted_on(machine, pid, count)
     assert machine.output('systemctl', 'list-units', '--all', '--plain', '--no-legend', 'ckptd-restore-*') == ''
+
+
+def test_a_service_with_filters(machine: Container, service: Callable[[str], str]) -> None:
+    """The daemon is under filters itself, so a worker outside of its sandbox dumps and checks it."""
+    unit = service('filtered.service')
+    pid, _ = await_count(machine, unit, 5)
+    before = picture(machine, pid)
+    assert before['Seccomp'] == '2'
+    assert int(before['Seccomp_filters']) >= 3
+    assert ctl(machine, 'check', unit)['refusals'] == []
+    image = ctl(machine, 'checkpoint', unit, '--kill')['image']
+    machine.run('sh', '-c', f'while [ -e /proc/{pid} ]; do sleep 0.02; done')
+    _, count = count_of(machine, unit)
+    assert ctl(machine, 'restore', image)['root'] == pid
+    counted_on(machine, pid, count, 'filtered')
+    assert picture(machine, pid) == before
+    machine.run('kill', '-KILL', str(pid))
 
 
 def test_a_daemon_that_stops_lets_go_of_what_it_attends(machine: Container,

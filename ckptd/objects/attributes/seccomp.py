@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from ckptd.errors import Finding, NotSupported
+from ckptd.errors import SECCOMP, Finding, NotSupported
 from ckptd.image.grammar import U8, U32, Struct, layout
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import TaskAttribute
@@ -46,7 +46,7 @@ from ckptd.objects.attributes.base import (
 from ckptd.objects.support import Support
 from ckptd.tree import Task
 
-_NAME = 'seccomp'
+_NAME = SECCOMP
 _MODES = {SECCOMP_MODE_STRICT: 'strict mode', SECCOMP_MODE_FILTER: 'filters'}
 _SIZE = 8               # of struct sock_filter
 _DEAD = (ord('Z'), ord('X'))

@@ -41,6 +41,7 @@ from ckptd.protocol.messages import (
     MAX_MESSAGE,
     Answer,
     Cancel,
+    Confined,
     Failed,
     Finished,
     FromWorker,
@@ -185,6 +186,8 @@ class Broker:
     def _workers_request(self) -> Request:
         identity = self._identity
         request = msgspec.structs.replace(self._request, brokered=True)
+        if isinstance(request, DumpRequest):        # outside of the sandbox the user has no more rights
+            request = msgspec.structs.replace(request, may_move=False)
         if isinstance(request, RestartRequest):
             return msgspec.structs.replace(request, new_pidns=identity.new_pidns,
                                            hard_limits=tuple(hard for _, hard in identity.bounds.limits))
@@ -224,6 +227,8 @@ class Broker:
         message = _decode(data)
         if isinstance(message, BrokerCall):
             self._answer(message)
+        elif isinstance(message, Confined):
+            return False
         elif isinstance(message, UnitRequest | ScopeRequest):
             # only the broker itself asks systemd, for a tree that it has checked
             self._worker.send(UnitDone('the worker of an ordinary user may not ask systemd'), [])
