@@ -185,7 +185,8 @@ def _add_files(picture: Picture, pid: int, moving: bool) -> None:
     with contextlib.suppress(OSError):
         for entry in sorted(Path(f'/proc/{pid}/fd').iterdir()):
             with contextlib.suppress(FileNotFoundError):
-                picture.add(pid, 'fd', entry.name, str(entry.readlink()))
+                link = entry.readlink()
+                picture.add(pid, 'fd', entry.name, str(link))
                 for line in _lines(Path(f'/proc/{pid}/fdinfo/{entry.name}')):
                     name, _, value = line.partition(':')
                     if name == 'tfd':       # a row for each file that an epoll watches, in no order
@@ -193,6 +194,9 @@ def _add_files(picture: Picture, pid: int, moving: bool) -> None:
                     elif name == 'inotify wd':      # a row for each watch
                         number, _, value = value.partition(' ')
                         name = f'inotify {number}'
+                    elif name == 'flags' and str(link.parent) == '/' and str(link) != '/':
+                        # a message queue: open(2) sets O_LARGEFILE, and mq_open(2) does not
+                        value = f'{int(value, 8) & ~0o100000:#o}'
                     if not (moving and name == 'pos') and name not in FILES_OWN:
                         picture.add(pid, f'fd {entry.name}', name, value.strip())
 

@@ -29,6 +29,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'FifoKind': ('pipes', 'removed'),
     'InotifyKind': ('inotify',),
     'MemfdKind': ('memfds', 'shared'),
+    'MessageQueueKind': ('mqueues', 'tests/worker/test_mqueues.py::test_an_unlinked_queue_with_messages'),
     'PathKind': ('opath',),
     'PidfdKind': ('pidfds',),
     'PipeKind': ('pipes',),

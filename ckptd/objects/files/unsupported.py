@@ -27,7 +27,7 @@ _ANON_INODES = {
     'userfaultfd': 'a userfaultfd',
 }
 _BY_MAGIC = {
-    statfs.HUGETLBFS_MAGIC: 'a file of huge pages', statfs.MQUEUE_MAGIC: 'a POSIX message queue',
+    statfs.HUGETLBFS_MAGIC: 'a file of huge pages',
     statfs.NSFS_MAGIC: 'a namespace', statfs.PID_FS_MAGIC: 'a pidfd', statfs.SECRETMEM_MAGIC: 'secret memory',
 }
 _FAMILIES = {socket.AF_UNIX: 'unix', socket.AF_INET: 'IPv4', socket.AF_INET6: 'IPv6', socket.AF_NETLINK: 'netlink',
@@ -38,7 +38,7 @@ _TYPES = {socket.SOCK_STREAM: 'stream', socket.SOCK_DGRAM: 'datagram', socket.SO
 
 class Unsupported(Kind[Struct], tag='unsupported'):
     """The last resort: the registry uses it when no other kind matches."""
-    support = Support('all other files: other sockets, fanotify, userfaultfd, io_uring, POSIX message queues, '
+    support = Support('all other files: other sockets, fanotify, userfaultfd, io_uring, '
                       'namespaces, BPF, perf events, KVM, devices', dumped='no', restored='no', refused='all')
 
     def matches(self, file: OpenFile) -> bool:
