@@ -169,6 +169,7 @@ class UnixSocket(NamedTuple):
     queued: int                          # bytes in the receive queue; of a listener, the waiting connections
     unsent: int                          # bytes in the send queue; of a listener, its backlog
     shutdown: int = 0                    # RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>
+    has_peer: bool = False               # with peer 0: the peer is closed, or waits to be accepted
 
 
 def unix_sockets() -> dict[int, UnixSocket]:
@@ -241,4 +242,5 @@ def _unix_socket(message: Any) -> UnixSocket:
     file = (vfs['udiag_vfs_dev'] >> 20, vfs['udiag_vfs_dev'] & 0xFFFFF, vfs['udiag_vfs_ino']) if vfs else None
     return UnixSocket(message['udiag_ino'], message['udiag_type'], message['udiag_state'], name,
                       attribute('UNIX_DIAG_PEER') or 0, file, struct.unpack(f'={len(pending) // 4}I', pending),
-                      queue['udiag_rqueue'], queue['udiag_wqueue'], attribute('UNIX_DIAG_SHUTDOWN') or 0)
+                      queue['udiag_rqueue'], queue['udiag_wqueue'], attribute('UNIX_DIAG_SHUTDOWN') or 0,
+                      attribute('UNIX_DIAG_PEER') is not None)

@@ -2,8 +2,10 @@
 """Unix sockets (unix(7)): their unread data, and the other end."""
 
 import array
+import ctypes
 import errno
 import fcntl
+import os
 import select
 import socket
 import struct
@@ -13,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from ckptd.kernel.decl import c_int, c_uint, c_void_p, libc
 from ckptd.kernel.netlink import UnixSocket, unix_sockets
 from ckptd.kernel.sockopt import SO_PEERGROUPS, read_option
 from ckptd.kernel.status import read_status
@@ -20,7 +23,10 @@ from ckptd.kernel.status import read_status
 # <linux/tcp_states.h>, which unix sockets use as well; TCP_CLOSE is a socket that is not connected
 SS_ESTABLISHED: Final = 1
 SS_UNCONNECTED: Final = 7
+SS_LISTEN: Final = 10
 RCV_SHUTDOWN, SEND_SHUTDOWN = 1, 2      # <net/sock.h>
+
+SIOCUNIXFILE: Final = 0x89E0     # <linux/un.h>: SIOCPROTOPRIVATE
 
 UCRED = struct.Struct('=3I')   # struct ucred of <linux/socket.h>
 _GROUPS = 1 << 16               # NGROUPS_MAX of <linux/limits.h>
@@ -88,6 +94,14 @@ def peer_groups(sock: socket.socket) -> tuple[int, ...]:
     return ()
 
 
+def peer_name(sock: socket.socket) -> bytes:
+    """Return the name of the other end, also when that is closed; b'' for none."""
+    with suppress(OSError):
+        name = sock.getpeername()
+        return name if isinstance(name, bytes) else os.fsencode(name or '')
+    return b''
+
+
 class Holder(NamedTuple):
     """A process that has a socket open."""
     pid: int
@@ -105,6 +119,46 @@ def find_holders(inodes: Collection[int]) -> dict[int, Holder]:
             holder = Holder(int(process.name), read_status(int(process.name)).name) if held - found.keys() else None
             found |= {inode: holder for inode in held - found.keys() if holder}
     return found
+
+
+@libc
+def _bind(sockfd: c_int, addr: c_void_p, addrlen: c_uint) -> c_int: ...
+
+
+def encode_address(name: bytes) -> bytes:
+    """Return the struct sockaddr_un of a name (unix(7)): a path, or an abstract name with its leading NUL."""
+    return struct.pack('=H', socket.AF_UNIX) + name + (b'' if name.startswith(b'\0') else b'\0')
+
+
+def bind_name(fd: int, name: bytes) -> None:
+    """Bind a socket. OSError. The method of the module socket rejects a path of 108 bytes."""
+    address = encode_address(name)
+    _bind(fd, ctypes.create_string_buffer(address, len(address)), min(len(address), 110))
+
+
+def open_bound(sock: socket.socket) -> int:
+    """Open the file that a socket is bound to, with O_PATH, wherever its name is. OSError: this requires CAP_NET_ADMIN
+    and a path."""
+    return fcntl.ioctl(sock, SIOCUNIXFILE)
+
+
+def is_dead(path: str) -> bool:
+    """Whether no socket is bound to the file of a unix socket any more. OSError if we may not write it, or there is
+    none.
+
+    A connection by the wrong type of socket reaches no listener: EPROTOTYPE. The kernel looks for the socket before it
+    compares the types (net/unix/af_unix.c, unix_find_bsd).
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            if error.errno in (errno.EPROTOTYPE, errno.EPERM):
+                return False
+            if error.errno == errno.ECONNREFUSED:
+                return True
+            raise
+    return False
 
 
 def clients_beside(inode: int, sockets: Mapping[int, UnixSocket]) -> frozenset[int]:

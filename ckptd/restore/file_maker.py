@@ -50,6 +50,9 @@ class FileMaker(FileAccess):
     def make_file(self, path: str, fill: Callable[[int], None]) -> None:
         self._changes.make(path, fill)
 
+    def bind(self, path: str, bind: Callable[[], None]) -> int:
+        return self._changes.bind(path, bind)
+
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
         done = copy_with_holes(self._reader.data_fd(extent.part), extent.offset, extent.length, fd, offset)
         if done < extent.length:

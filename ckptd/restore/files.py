@@ -5,8 +5,8 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ckptd.errors import CkptError
@@ -15,18 +15,17 @@ from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Fd, FdTable, SavedFile
 from ckptd.inspect.checks import CallerRights
-from ckptd.objects.files.base import ChangedFiles, Kind
+from ckptd.objects.files.base import ChangedFiles, Kind, Maker
 from ckptd.objects.mappings.means import MappingMeans
 from ckptd.objects.mappings.registry import MappedObjects
 from ckptd.objects.verify import decode
-from ckptd.remote.batch import Batch
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
 from ckptd.restore.cgroups import Placement
 from ckptd.restore.file_maker import FileMaker
 from ckptd.restore.service_fds import ServiceFds
-from ckptd.restore.task_files import make_socketpair, open_by_task
+from ckptd.restore.task_files import connect_as, listen_as, make_socketpair, open_by_task, receive_in
 
 F_SETSIG, F_SETOWN_EX = 10, 15          # <asm-generic/fcntl.h>
 F_SET_RW_HINT = 1036                    # <linux/fcntl.h>
@@ -66,8 +65,14 @@ class FileBuilder(FileMaker):
     def fd_of(self, file_id: int) -> int:
         return self._fds[file_id]
 
-    def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
-        return make_socketpair(self._stubs[vpid], kind, uid, gid, groups)
+    def socketpair(self, kind: int, maker: Maker) -> tuple[int, int]:
+        return make_socketpair(self._stubs[maker.vpid], kind, maker)
+
+    def listen(self, fd: int, backlog: int, maker: Maker) -> None:
+        listen_as(self._stubs[maker.vpid], self._mail, fd, backlog, maker)
+
+    def connect_socket(self, fd: int, address: bytes, at: int, maker: Maker) -> None:
+        connect_as(self._stubs[maker.vpid], self._mail, fd, address, at, maker)
 
     def open_by(self, vpid: int, path: str, flags: int) -> int:
         return open_by_task(self._stubs[vpid], path, flags)
@@ -84,13 +89,19 @@ class FileBuilder(FileMaker):
             if kind.late(record, saved) == late:
                 self._fds[saved.file_id] = self._service_fds.add(self._open(kind, record, saved))
                 self._late |= {saved.file_id} if late else set()
+        if late:
+            self._all_opened()
+
+    def _all_opened(self) -> None:
+        for saved in self._reader.every(SavedFile):
+            kind, record = decode(saved, self.kinds)
+            if type(kind).opened is not Kind.opened:
+                with _opening(saved):
+                    kind.opened(record, saved, self._fds[saved.file_id], self)
 
     def _open(self, kind: Kind[Any], record: Struct, saved: SavedFile) -> int:
-        try:
+        with _opening(saved):
             fd = kind.create(record, saved, self)
-        except OSError as error:
-            raise CkptError(f'cannot open {saved.link}: {error.strerror}', errno=error.errno, resource=saved.link,
-                            hint='see "ckptctl restore --dry-run"') from error
         try:
             _set_state(fd, saved)
         except BaseException:
@@ -121,16 +132,7 @@ class FileBuilder(FileMaker):
 
     def _hand_over(self, stub: Stub, fd: Fd) -> None:
         """Pass an fd to a stub that did not inherit it (unix(7), SCM_RIGHTS)."""
-        ours, theirs = self._mail
-        socket.send_fds(ours, [b'f'], [self._fds[fd.file_id]])
-        batch = Batch()
-        byte, iov, control = batch.buffer(8), batch.buffer(16, struct.pack('<QQ', 0, 1)), batch.buffer(24)
-        header = batch.buffer(56, struct.pack('<QIxxxxQQQQi', 0, 0, 0, 1, 0, 24, 0))
-        batch.pointer(iov.offset, byte)
-        batch.pointer(header.offset + 16, iov)
-        batch.pointer(header.offset + 32, control)
-        batch.call('recvmsg', theirs, header, 0)
-        [received] = struct.unpack_from('<i', stub.do(batch).data(control), 16)
+        received = receive_in(stub, self._mail, self._fds[fd.file_id])
         script = Script(stub)
         if received != fd.fd:
             script.call('dup3', received, fd.fd, _cloexec(fd))
@@ -209,6 +211,16 @@ def set_owner_of_signals(fd: int, saved: SavedFile, pid: int, caller: int) -> No
     finally:
         if others:
             os.setresuid(0, 0, 0)
+
+
+@contextmanager
+def _opening(saved: SavedFile) -> Iterator[None]:
+    """Name the file in an error of the kernel."""
+    try:
+        yield
+    except OSError as error:
+        raise CkptError(f'cannot open {saved.link}: {error.strerror}', errno=error.errno, resource=saved.link,
+                        hint='see "ckptctl restore --dry-run"') from error
 
 
 def _mail(service_fds: ServiceFds) -> tuple[socket.socket, int]:

@@ -18,6 +18,7 @@ from ckptd.journal import Journal, recover
 from ckptd.journal.entry import JournalEntry, parse_entry
 from ckptd.journal.steps import (
     AnyStep,
+    BindSocket,
     Born,
     EndProcesses,
     FreezeCgroup,
@@ -85,7 +86,7 @@ def test_steps_that_last_as_long_as_the_tree_are_kept(journal: Journal) -> None:
     undone = [MakeCgroup(work), FreezeCgroup(work), Move(work, ()), temporary, EndProcesses((Known(5, 6),)),
               LinkFile('/a/b', 1, 2, '/spool/x', 0, 0, ()), WalkQueues((), ())]
     kept = [Born(work), MakeHome('/a/c'), MakeSegment(1, 2, 3), MakeFile('/a/b', 1, 2, 0, 0, ()),
-            KeepFile('/a/b', 1, 2, 3, 4, 5, '/kept')]
+            KeepFile('/a/b', 1, 2, 3, 4, 5, '/kept'), BindSocket('/a/s', '/a/.s.0', 1, 2)]
     for step in (*undone, *kept):
         entry.add(step)
     entry.keep(Lifetime.TREE)

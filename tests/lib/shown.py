@@ -40,7 +40,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'TcpKind': ('inet_sockets',),
     'TtyKind': ('terminals',),
     'UdpKind': ('inet_sockets',),
-    'UnixKind': ('unix_sockets',),
+    'UnixKind': ('unix_sockets', 'unix_names', 'socket_filters'),
     'Unsupported': ('tests/live/kinds/test_registry.py::test_what_no_kind_matches_is_refused_by_its_name',),
     # tasks
     'AddressTags': (f'{_ATTRIBUTES}::test_tagged_addresses',),

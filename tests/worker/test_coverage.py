@@ -84,13 +84,15 @@ UNREAD = {
 # together they have every field that any victim has
 SUBJECTS = ('attributes', 'epolls', 'events', 'files', 'inet_options', 'inet_sockets', 'inotify', 'interpreter',
             'linked', 'locks', 'memory', 'mqueues', 'opath', 'pidfds', 'removed', 'seccomp', 'settings', 'shared',
-            'signals', 'socket_filters', 'stopped', 'terminals', 'tiles', 'timers', 'tree', 'unix_sockets')
+            'signals', 'socket_filters', 'stopped', 'terminals', 'tiles', 'timers', 'tree', 'unix_names',
+            'unix_sockets')
 
 
 def classes() -> list[type]:
     """Records, and the groups of fields in them and in those of kinds and attributes."""
     modules = {r.__name__, *(kind.__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
                'ckptd.objects.files.locks', 'ckptd.objects.files.socket_filter', 'ckptd.objects.files.terminal',
+               'ckptd.objects.files.unix_messages', 'ckptd.objects.files.unix_names', 'ckptd.objects.files.unix_record',
                *(type(one).__module__ for one in ATTRIBUTES)}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []

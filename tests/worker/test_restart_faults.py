@@ -51,7 +51,9 @@ CASES = [*(Case(VICTIMS[number % len(VICTIMS)], point) for number, point in enum
          Case('shared', 'started'), Case('stopped', 'started'),
          *(Case(REWRITTEN, point, nth) for point in ('place-keep-file', 'place-keep-file-done') for nth in (1, 2)),
          *(Case(REWRITTEN, point) for point in ('place-committed', 'started', 'place-alive', FORGOTTEN)),
-         *(Case(REWRITTEN, point) for point in GONE)]
+         *(Case(REWRITTEN, point) for point in GONE),
+         *(Case('unix_names', point) for point in ('place-bind-socket', 'place-bind-socket-done', 'rebuilt', 'started',
+                                                   'place-alive'))]
 
 
 def segments(shmids: set[int]) -> set[int]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from ckptd.errors import CkptError, Finding, Refused
+from ckptd.errors import CkptError, Finding, Refused, TreeChanged
 from ckptd.image.records import SavedFile
 from ckptd.kernel.unix import peer_groups
 from ckptd.objects.files.socket_filter import SocketFilter
-from ckptd.objects.files.unix import UnixSocketEnd
+from ckptd.objects.files.unix_record import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood
@@ -120,7 +120,28 @@ def test_numbers_that_no_socket_has(place: Place, image: Path) -> None:
     assert not place.freezes
 
 
-def test_a_listener_is_refused_by_its_name(place: Place, brood: Brood) -> None:
+def test_unaccepted_data_is_refused(place: Place, brood: Brood) -> None:
+    """Only accept(2) reaches it. The tree goes on, and accepts it then."""
+    name = f'\0ckptd-test-{os.getpid()}'
+
+    def connect() -> int:
+        server, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        server.bind(name)
+        server.listen()
+        client.connect(name)
+        client.send(b'12345')
+        client.detach()
+        return server.detach()
+    pid, fd = brood.ask(connect)
+    with pytest.raises(TreeChanged) as caught:
+        place.checkpoint(pid)
+    [row] = caught.value.refusals
+    assert (caught.value.exit_status, row.errno, row.resource) == (75, 'EAGAIN', f'fd {fd}')
+    assert f'a listening unix stream socket bound to @{name[1:]}' in row.reason
+
+
+def test_a_client_outside_is_named(place: Place, brood: Brood) -> None:
+    """One that waits to be accepted, and the listener of one that does."""
     name = f'\0ckptd-test-{os.getpid()}'
 
     def listen() -> int:
@@ -129,29 +150,16 @@ def test_a_listener_is_refused_by_its_name(place: Place, brood: Brood) -> None:
         server.listen()
         return server.detach()
     pid, _ = brood.ask(listen)
-    [row] = refused(place, pid)
-    assert f'a listening unix stream socket bound to @{name[1:]}' in row.reason
 
-
-def test_an_accepted_connection_is_refused_by_its_name(place: Place, brood: Brood) -> None:
-    """The ends of a connection name two processes (SO_PEERCRED) only if it was accepted, and listen(2) takes no socket
-    without a name: the accepted end keeps that name when the listener is closed."""
-    name = f'\0ckptd-test-{os.getpid()}'
-
-    def connect() -> tuple[int, int]:
-        server, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-        with pytest.raises(OSError, match='Invalid argument'):
-            server.listen()
-        server.bind(name)
-        server.listen()
+    def connect() -> int:
+        client = socket.socket(socket.AF_UNIX)
         client.connect(name)
-        accepted, _ = server.accept()
-        server.close()
-        return client.detach(), accepted.detach()
-    pid, fds = brood.ask(connect)
-    rows = refused(place, pid)
-    assert {row.resource for row in rows} == {f'fd {fd}' for fd in fds}
-    assert all(f'@{name[1:]}' in row.reason for row in rows)
+        return client.detach()
+    other, _ = brood.ask(connect)
+    for one, peer in ((pid, other), (other, pid)):
+        [row] = refused(place, one)
+        assert row.errno == 'EOPNOTSUPP'
+        assert f'[{peer}], outside of the tree' in row.reason
 
 
 def test_an_ebpf_filter_is_refused(place: Place, brood: Brood) -> None:

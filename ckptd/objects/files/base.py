@@ -21,6 +21,7 @@ and for a restart, where `saved` has the common data of all kinds (image.records
     needs(record, saved)                 memory and other space that is needed to make it again
     late(record, saved)                  whether it can be opened only when the tasks exist
     create(record, saved, ctx)           a new description: an fd with the access mode and flags of `saved.flags`
+    opened(record, saved, fd, ctx)       what needs all files to be open, and tasks that have all rights of the restart
     connect(record, saved, fd, ctx)      everything that needs the tasks, or the other files: locks, data in flight
     watch(record, saved, fd, ctx)        everything that depends on the data of other files, which is in place by then:
                                          the entries of an epoll
@@ -39,12 +40,12 @@ from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent, SavedFile
 from ckptd.objects.files.open_file import DELETED, OpenFile, Owner, read_open_file
-from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, FileMaking, RestoreContext
+from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, FileMaking, Maker, RestoreContext
 from ckptd.objects.files.tables import JobTables
 
 # re-exported, so that kinds import all common names from here
-__all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'FileMaking', 'OpenFile', 'Owner', 'RestoreContext',
-           'read_open_file']
+__all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'FileMaking', 'Maker', 'OpenFile', 'Owner',
+           'RestoreContext', 'read_open_file']
 
 if TYPE_CHECKING:
     from ckptd.objects.files.content import ContentSegment
@@ -232,6 +233,9 @@ class Kind(ABC, Generic[R]):
 
     @abstractmethod
     def create(self, record: R, saved: SavedFile, ctx: RestoreContext) -> int: ...
+
+    def opened(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        return
 
     def connect(self, record: R, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         return

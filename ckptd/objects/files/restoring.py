@@ -4,7 +4,7 @@
 import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ckptd.image.records import Extent
 
@@ -17,6 +17,14 @@ class ByUser(Protocol):
     def as_user(self) -> AbstractContextManager[object]:
         """Do everything with files in this block with the user's rights: mkfifo(2), fchown(2)."""
         ...
+
+
+class Maker(NamedTuple):
+    """A restored process that makes a socket, and the ids that it has meanwhile: others read them (SO_PEERCRED)."""
+    vpid: int
+    uid: int
+    gid: int
+    groups: Sequence[int]
 
 
 class FileLookup(ByUser, Protocol):
@@ -85,6 +93,12 @@ class FileMaking(FileLookup, Protocol):
         `make`."""
         ...
 
+    def bind(self, path: str, bind: Callable[[], None]) -> int:
+        """Let `bind` bind a unix socket to a path with the user's rights. The file of a dead socket there is put aside,
+        and comes back if the restart fails. Return an O_PATH fd of the new file. OSError: EADDRINUSE if anything else
+        has the name."""
+        ...
+
     def copy(self, extent: Extent, fd: int, offset: int) -> None:
         """Copy bytes of the image into a file at `offset`, inside the kernel."""
         ...
@@ -113,13 +127,23 @@ class RestoreContext(FileMaking, Protocol):
         """Return our fd of another description of the image, from `connect` on."""
         ...
 
-    def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
+    def socketpair(self, kind: int, maker: Maker) -> tuple[int, int]:
         """Return our fds of a socketpair(2) that a restored process has made with these ids, for a `late` kind."""
         ...
 
     def open_by(self, vpid: int, path: str, flags: int) -> int:
         """Return our fd of a file that a restored process has opened, for a `late` kind: what the path leads to depends
         on the process. OSError."""
+        ...
+
+    def listen(self, fd: int, backlog: int, maker: Maker) -> None:
+        """Let a restored process call listen(2) for our socket with these ids, for a `late` kind. OSError."""
+        ...
+
+    def connect_socket(self, fd: int, address: bytes, at: int, maker: Maker) -> None:
+        """Let a restored process call connect(2) for our socket with these ids, for a `late` kind. address: struct
+        sockaddr_un. at: our O_PATH fd of the file of the other socket, which is connected to instead; -1 for none.
+        OSError."""
         ...
 
     def call(self, vpid: int, name: str, *arguments: int | bytes) -> int:

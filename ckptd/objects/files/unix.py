@@ -1,140 +1,125 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A unix socket without a name (unix(7)): connected to another one of the tree, disconnected from one that is gone, or
-fresh.
+"""A unix socket (unix(7)): listening, bound, connected to another one of the tree, disconnected from one that is gone,
+or fresh.
 
 sock_diag(7) shows the inode of the peer, so both ends are found wherever they are: in an fd table, or in flight in the
 queue of a third socket. A queue is read with MSG_PEEK, message by message, and the other end sends it again.
 
-A restart makes each connection once, by the process that SO_PEERCRED names to its ends. Files in flight are files of
-the image like others. The queues are filled when all of them are open, so a socket may be in flight in itself.
+A restart makes each connection once, by the processes that SO_PEERCRED names to its ends: by socketpair(2) if both ends
+have no name, else by listen(2), connect(2) and accept(2), because an accepted socket has the name of its listener.
+Files in flight are files of the image like others. The queues are filled when all of them are open, so a socket may be
+in flight in itself. Connections that nobody has accepted yet are made last, in their order.
 
 The connection to the bus of a program that checkpoints itself is disconnected: after a restart it reads end-of-file.
 """
 
-import errno
 import os
 import socket
 import stat
-import struct
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from ckptd.errors import CkptError, Finding, Refused
+from ckptd.errors import CkptError, Finding
 from ckptd.faults import fault
-from ckptd.image.grammar import U8, U32, U64, Struct, layout
-from ckptd.image.records import Extent, SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.netlink import UnixSocket
-from ckptd.kernel.sockopt import SO_BUF_LOCK, SO_PEEK_OFF
+from ckptd.kernel.sockopt import SO_PEEK_OFF
+from ckptd.kernel.status import read_status
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.options import SocketOption, buffer_locks, dump_options, set_buffer, set_options
-from ckptd.objects.files.socket_filter import NO_FILTER, SocketFilter, dump_filter, filter_findings, set_filter
+from ckptd.objects.files.options import dump_options, set_options
+from ckptd.objects.files.socket_filter import dump_filter, filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
+from ckptd.objects.files.unix_connections import connect_waiting, fill, listen, make_socket
+from ckptd.objects.files.unix_messages import NOBODY, Sender, dump_message, dump_sender
+from ckptd.objects.files.unix_names import NO_NAME, SocketName, connect_to, dump_name, name_findings, name_refusals
+from ckptd.objects.files.unix_record import BOTH_WAYS, ONE_WAY, OTHER_END, THIS_END, UnixSocketEnd, WaitingClient
 from ckptd.objects.files.unsupported import describe
 from ckptd.objects.support import Support
 
-_UCRED = struct.Struct('=3I')
-_NO_ID = (1 << 32) - 1
-_OVERHEAD = 4096        # bytes that the kernel charges for a message, above its data
 _HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends'
 
 
-@layout
-class Sender(Struct):
-    """A process, with the ids that it had. vpid: 0 for one outside of the tree."""
-    vpid: U32
-    uid: U32
-    gid: U32
-
-
-_NOBODY = Sender(0, _NO_ID, _NO_ID)     # SO_PEERCRED of a socket that was never connected
-
-
-@layout
-class UnixMessage(Struct):
-    """A message of a receive queue."""
-    data: tuple[Extent, ...]        # none for an empty datagram
-    files: tuple[U32, ...]          # ids of attached open files
-    senders: tuple[Sender, ...]     # one, if the receiver asks for credentials
-    urgent: U8                      # the byte of MSG_OOB
-
-
-@layout
-class UnixSocketEnd(Struct):
-    """One end of a connection, or a socket that has none."""
-    inode: U64
-    type: U32
-    peer: U64                       # inode of the other end, 0 for none
-    connected: U8                   # with peer 0: the other end is gone
-    shutdown: U8                    # RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>
-    maker: Sender                   # SO_PEERCRED
-    groups: tuple[U32, ...]         # SO_PEERGROUPS
-    uid: U32                        # of the socket itself (fchown(2))
-    gid: U32                        # likewise
-    options: tuple[SocketOption, ...]
-    queue: tuple[UnixMessage, ...]
-    filter: SocketFilter = NO_FILTER
+class _Known(NamedTuple):
+    """A socket of the tree, and what SO_PEERCRED and SO_PEERGROUPS tell of it."""
+    file: OpenFile
+    maker: unix.SocketCredentials
+    groups: tuple[int, ...]
 
 
 class UnixKind(Kind[UnixSocketEnd], tag='unix'):
-    support = Support('unix sockets without a name, with unread messages and files in flight',
-                      refused='sockets that are connected to a process outside of the tree',
+    support = Support('unix sockets with their names, listeners, connections, unread messages and files in flight',
+                      refused='sockets that are connected to a process outside of the tree; eBPF filters; unread data '
+                              'of connections that nobody has accepted',
                       user='messages with credentials of their senders are refused')
 
     def __init__(self, tables: JobTables) -> None:
         super().__init__(tables)
         self._queues: dict[int, list[unix_queue.Queued]] = {}     # by inode, each read once
+        self._known: dict[int, _Known] = {}                       # by inode
 
     def matches(self, file: OpenFile) -> bool:
         if not stat.S_ISSOCK(file.stat.st_mode) or file.is_path:
             return False
         if file.severed:
             return True
-        own = self._tables.unix_sockets.get(file.stat.st_ino)
-        if own is None or own.name or own.state not in (unix.SS_ESTABLISHED, unix.SS_UNCONNECTED):
+        own = self._own(file)
+        if own is None or own.state not in (unix.SS_ESTABLISHED, unix.SS_UNCONNECTED, unix.SS_LISTEN):
             return False
-        if own.state == unix.SS_ESTABLISHED and not own.peer:
+        if own.has_peer and not own.peer and own.type != socket.SOCK_DGRAM:
             with file.as_socket() as sock:
-                return unix.other_end_gone(sock, own)       # otherwise it waits to be accepted
-        peer = self._tables.unix_sockets.get(own.peer)
-        # a datagram socket may be connected to one that is not connected to it; that one has a name
-        return peer is None or not peer.name
+                return unix.other_end_gone(sock, own) or self._listener_of(own) is not None
+        return True
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if file.severed:
             return [finding('EPIPE', f'{file.link} is a connection to the bus', 'after a restart it reads end-of-file',
                             'warning')]
+        own = self._own(file)
         with file.as_socket() as sock:
             if unix.has_error(sock):
                 return [finding('EIO', f'{file.link} has a pending error, which reading would consume',
                                 'let the program read it (SO_ERROR) before the checkpoint')]
-            return filter_findings(sock, f'{describe(file, self._tables)} ({file.link})')
+            self._known[file.stat.st_ino] = _Known(file, unix.peer_credentials(sock), unix.peer_groups(sock))
+            found = filter_findings(sock, f'{describe(file, self._tables)} ({file.link})')
+            found += name_refusals(own, sock, file.tid, self._tables) if own else []
+        return found + (self._backlog_findings(file, own) if own else [])
+
+    def _backlog_findings(self, file: OpenFile, own: UnixSocket) -> list[Finding]:
+        clients = [self._tables.unix_sockets.get(inode) for inode in own.pending]
+        if all(client and not client.unsent for client in clients):
+            return []
+        return [finding('EAGAIN', f'{describe(file, self._tables)} ({file.link}) has a connection with data that '
+                        'nobody has accepted', 'try again when the program has accepted it: only accept(2) reaches '
+                        'the data')]
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         own = self._own(file)
-        if file.severed or own is None or not own.peer:
+        if file.severed or own is None:
             return None
-        low, high = sorted((own.inode, own.peer))
-        return Endpoint(('unix', low, high), frozenset({str(own.inode)}), frozenset({str(own.peer)}))
+        listener = self._listener_of(own)
+        others = {own.peer, listener.inode if listener else 0, *own.pending} - {0}
+        return Endpoint(('unix', own.inode, own.peer), frozenset({str(own.inode)}), frozenset(map(str, others)))
 
     def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
         held = {name for end in ends for name in end.endpoint.holds}
         lacking = [end for end in ends if not end.endpoint.lacks <= held]
-        holders = unix.find_holders({int(peer) for end in lacking for peer in end.endpoint.lacks})
+        holders = unix.find_holders({int(peer) for end in lacking for peer in end.endpoint.lacks - held})
         for end in lacking:
-            [peer] = end.endpoint.lacks
-            holder = holders.get(int(peer))
-            if holder is None and not is_whole:
-                continue        # it may be in flight within the tree, which is checked when the tree is at rest
-            where = f'{holder.comm}[{holder.pid}]' if holder else 'a process'
-            yield end, finding('EOPNOTSUPP', f'{describe(end.file, self._tables)} ({end.file.link}) is connected to '
-                               f'{where}, outside of the tree', _HINT)
+            for peer in sorted(end.endpoint.lacks - held, key=int):
+                holder = holders.get(int(peer))
+                if holder is None and not is_whole:
+                    continue        # it may be in flight within the tree, which is checked when the tree is at rest
+                where = f'{holder.comm}[{holder.pid}]' if holder else 'a process'
+                yield end, finding('EOPNOTSUPP', f'{describe(end.file, self._tables)} ({end.file.link}) is connected '
+                                   f'to {where}, outside of the tree', _HINT)
 
     def discover(self, file: OpenFile) -> Sequence[int]:
         return [fd for message in self._queue(file) for fd in message.fds]
 
     def peek_offset(self, file: OpenFile) -> int | None:
-        if file.severed:
+        if file.severed or self._is_listening(file):
             return None
         with file.as_socket() as sock:
             if unix.has_error(sock) or unix.is_empty(sock):
@@ -148,7 +133,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     def _queue(self, file: OpenFile) -> list[unix_queue.Queued]:
         """Return the queue of a socket, which is read once."""
         inode = file.stat.st_ino
-        if file.severed:
+        if file.severed or self._is_listening(file):
             return []
         if inode not in self._queues:
             with file.as_socket() as sock:
@@ -169,24 +154,77 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     def _own(self, file: OpenFile) -> UnixSocket | None:
         return self._tables.unix_sockets.get(file.stat.st_ino)
 
+    def _is_listening(self, file: OpenFile) -> bool:
+        own = self._own(file)
+        return own is not None and own.state == unix.SS_LISTEN
+
+    def _listener_of(self, own: UnixSocket) -> UnixSocket | None:
+        """Return the listener that has not accepted this client yet."""
+        if own.state != unix.SS_ESTABLISHED or own.peer:
+            return None
+        return next((one for one in self._tables.unix_sockets.values() if own.inode in one.pending), None)
+
     def dump(self, file: OpenFile, content: Content) -> UnixSocketEnd:
         own, of = self._own(file), file.stat
         with file.as_socket() as sock:
             if file.severed or own is None:
-                return UnixSocketEnd(of.st_ino, sock.type, 0, 1, 0, _NOBODY, (), of.st_uid, of.st_gid, (), ())
+                return UnixSocketEnd(of.st_ino, sock.type, 0, 1, 0, NOBODY, (), of.st_uid, of.st_gid, (), ())
             options, attached = dump_options(sock), dump_filter(sock)
             maker, groups = unix.peer_credentials(sock), unix.peer_groups(sock)
-        queue = tuple(self._message(file, message, content) for message in self._queue(file))
-        return UnixSocketEnd(own.inode, own.type, own.peer, own.state == unix.SS_ESTABLISHED, own.shutdown,
-                             _sender(maker, content), groups, of.st_uid, of.st_gid, options, queue, attached)
+            name, peer_name = dump_name(own, sock, file.tid, self._tables), self._peer_name(own, sock, file.tid)
+        peer = self._known.get(own.peer)
+        queued = self._queue(file)
+        addresses = tuple(message.address for message in queued) if own.type == socket.SOCK_DGRAM else ()
+        joined = self._joined(own, maker)
+        is_listening = own.state == unix.SS_LISTEN
+        return UnixSocketEnd(
+            own.inode, own.type, own.peer, own.state == unix.SS_ESTABLISHED and own.has_peer, own.shutdown,
+            dump_sender(maker, content), groups, of.st_uid, of.st_gid, options,
+            tuple(dump_message(message, content) for message in queued), attached, name, peer_name,
+            dump_sender(peer.maker, content) if peer else NOBODY, peer.groups if peer else (),
+            0 if joined else self._accepted(own, name, peer_name), joined, is_listening,
+            own.unsent if is_listening else 0, tuple(self._waiting(inode, content) for inode in own.pending),
+            self._listener_of(own) is not None, addresses if any(addresses) else ())
 
-    def _message(self, file: OpenFile, message: unix_queue.Queued, content: Content) -> UnixMessage:
-        if message.address:
-            raise Refused(f'the queue of {file.link} has a datagram from a socket with a name', errno=errno.EOPNOTSUPP,
-                          task=file.pid, resource=f'fd {file.fd}', hint='receive it before the checkpoint')
-        return UnixMessage((content.add([message.data]),) if message.data else (),
-                           tuple(content.file_id(fd) for fd in message.fds),
-                           (_sender(message.sender, content),) if message.sender else (), message.urgent)
+    def _peer_name(self, own: UnixSocket, sock: socket.socket, tid: int) -> SocketName:
+        """Return the name of the other end. One that is gone has no file any more."""
+        if peer := self._tables.unix_sockets.get(own.peer):
+            known = self._known.get(own.peer)
+            if known is None:
+                return dump_name(peer, None, tid, self._tables)
+            with known.file.as_socket() as other:
+                return dump_name(peer, other, tid, self._tables)
+        name = unix.peer_name(sock) if own.has_peer else b''
+        return SocketName(name, '', 0, 0, 0, 0, 0, 1) if name else NO_NAME
+
+    def _joined(self, own: UnixSocket, maker: unix.SocketCredentials) -> int:
+        """See UnixSocketEnd.joined. A datagram socket of a socketpair(2) is the only one with a maker."""
+        peer = self._tables.unix_sockets.get(own.peer)
+        if own.type != socket.SOCK_DGRAM or peer is None:
+            return 0
+        if peer.peer != own.inode:
+            return ONE_WAY
+        return BOTH_WAYS if maker.uid == NOBODY.uid else 0
+
+    def _accepted(self, own: UnixSocket, name: SocketName, peer_name: SocketName) -> int:
+        """See UnixSocketEnd.accepted. If both ends have a name, the accepted one shares it with a listener."""
+        if own.state != unix.SS_ESTABLISHED or own.type == socket.SOCK_DGRAM or not (name.name or peer_name.name):
+            return 0
+        if not name.name or not peer_name.name:
+            return THIS_END if name.name else OTHER_END
+        peer = self._tables.unix_sockets.get(own.peer, own)
+        listeners = {(one.name, one.file) for one in self._tables.unix_sockets.values() if one.state == unix.SS_LISTEN}
+        if (own.name, own.file) in listeners or (peer.name, peer.file) in listeners:
+            return THIS_END if (own.name, own.file) in listeners else OTHER_END
+        return THIS_END if own.inode < own.peer or not own.peer else OTHER_END
+
+    def _waiting(self, inode: int, content: Content) -> WaitingClient:
+        """Return a client that waits to be accepted. The process that connected it is unknown until then."""
+        own, file = self._tables.unix_sockets[inode], self._known[inode].file
+        status = read_status(file.pid)
+        with file.as_socket() as sock:
+            return WaitingClient(inode, dump_name(own, sock, file.tid, self._tables),
+                                 Sender(content.vpid(file.pid), status.uids[1], status.gids[1]), status.groups)
 
     # ------------------------------------------------------------ restart
 
@@ -196,7 +234,10 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
     def restart_findings(self, record: UnixSocketEnd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         found = owner_findings(saved.link, record.uid, record.gid, lookup)
-        if record.connected and record.maker != _NOBODY and not record.maker.vpid:
+        if record.peer or not record.connected:
+            found += name_findings(record.name, record.type, saved.link, lookup, self._tables)
+        makes = record.listening or record.connected
+        if makes and record.maker != NOBODY and not record.maker.vpid:
             found.append(finding('ESRCH', f'{saved.link} was made by a process outside of the tree',
                                  'its SO_PEERCRED will name another process', 'warning'))
         elif record.maker.vpid and lookup.uid and record.maker.uid != lookup.uid:
@@ -212,10 +253,12 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         return found
 
     def late(self, record: UnixSocketEnd, saved: SavedFile) -> bool:
-        return bool(record.connected and record.maker.vpid)
+        if record.waits or record.joined:
+            return False
+        return bool(record.connected and (record.maker.vpid or record.peer_maker.vpid))
 
     def create(self, record: UnixSocketEnd, saved: SavedFile, ctx: RestoreContext) -> int:
-        fd = os.dup(self._end(record, ctx))
+        fd = os.dup(make_socket(record, ctx))
         try:
             with socket.socket(fileno=os.dup(fd)) as sock:
                 set_options(sock, record.options, saved.link)
@@ -225,87 +268,25 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             raise
         return fd
 
-    def _end(self, record: UnixSocketEnd, ctx: RestoreContext) -> int:
-        if not record.connected:
-            return ctx.once(('unix', record.inode), lambda: _fresh(record.type))
-        other = record.peer or -record.inode
-
-        def make() -> int:
-            mine, theirs = self._pair(record, ctx)
-            ctx.once(('unix', record.inode), lambda: mine)
-            ctx.once(('unix', other), lambda: theirs)
-            return _fresh(record.type)      # a fresh one, as the ends of the pair are already used
-        ctx.once(('unix pair', *sorted((record.inode, other))), make)
-        return ctx.once(('unix', record.inode), _lost)
-
-    def _pair(self, record: UnixSocketEnd, ctx: RestoreContext) -> tuple[int, int]:
-        maker = record.maker
-        if ctx.pid(maker.vpid):
-            return ctx.socketpair(record.type, maker.vpid, maker.uid, maker.gid, record.groups)
-        mine, theirs = socket.socketpair(socket.AF_UNIX, record.type)
-        return mine.detach(), theirs.detach()
+    def opened(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        if record.listening:        # connections that were accepted are made before, and change what listen(2) sets
+            listen(fd, record.backlog, record.maker, record.groups, ctx)
+            connect_waiting(record, ctx)
 
     def connect(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if record.queue:
-            self._fill(record, saved, ctx)
+            fill(record, saved, ctx)
         with socket.socket(fileno=os.dup(fd)) as sock:
             set_filter(sock, record.filter, saved.link)
-
-    def _fill(self, record: UnixSocketEnd, saved: SavedFile, ctx: RestoreContext) -> None:
-        other = ctx.once(('unix', record.peer or -record.inode), _lost)
-        with socket.socket(fileno=os.dup(other)) as sock:
-            size, locks = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF), buffer_locks(sock)
-            needed = sum(extent.length for message in record.queue for extent in message.data)
-            set_buffer(sock, socket.SO_SNDBUF, max(size, 2 * needed + _OVERHEAD * len(record.queue)))
-            for message in record.queue:
-                self._send(sock, message, saved, ctx)
-            set_buffer(sock, socket.SO_SNDBUF, size)
-            sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, locks)
-
-    def _send(self, sock: socket.socket, message: UnixMessage, saved: SavedFile, ctx: RestoreContext) -> None:
-        data = b''.join(ctx.pread(extent, extent.length, 0) for extent in message.data)
-        control: list[tuple[int, int, bytes]] = []
-        if message.files:
-            fds = [ctx.fd_of(file_id) for file_id in message.files]
-            control.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f'={len(fds)}i', *fds)))
-        for sender in message.senders:
-            if pid := ctx.pid(sender.vpid):
-                control.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, _UCRED.pack(pid, sender.uid, sender.gid)))
-        flags = socket.MSG_DONTWAIT | (socket.MSG_OOB if message.urgent else 0)
-        try:
-            done = sock.sendmsg([data], control, flags)
-        except OSError as error:
-            raise _not_sent(saved, len(data), error) from error
-        if done != len(data):
-            raise _not_sent(saved, len(data), None)
+        if record.joined == ONE_WAY:
+            connect_to(fd, record.peer_name, record.type, ctx)
 
     def commit(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
-        if record.connected and record.peer:
+        if record.joined == BOTH_WAYS:      # from then on no other socket may be connected to it (unix_may_send)
+            connect_to(fd, record.peer_name, record.type, ctx)
+        if record.connected and (record.peer or record.waits):
             with socket.socket(fileno=os.dup(fd)) as sock:
                 how = {unix.RCV_SHUTDOWN: socket.SHUT_RD, unix.SEND_SHUTDOWN: socket.SHUT_WR,
                        unix.RCV_SHUTDOWN | unix.SEND_SHUTDOWN: socket.SHUT_RDWR}.get(record.shutdown)
                 if how is not None:
                     sock.shutdown(how)
-
-
-def _sender(credentials: unix.SocketCredentials, content: Content) -> Sender:
-    return Sender(content.vpid(credentials.pid), credentials.uid, credentials.gid)
-
-
-def _fresh(kind: int) -> int:
-    return socket.socket(socket.AF_UNIX, kind).detach()
-
-
-def _lost() -> int:
-    raise CkptError('the other end of a connection was not made', errno=errno.ENOTCONN)
-
-
-def _not_sent(saved: SavedFile, size: int, error: OSError | None) -> CkptError:
-    if isinstance(error, PermissionError):
-        return CkptError(f'{saved.link}: a message cannot be sent again in the name of its sender', errno=errno.EPERM,
-                         resource=saved.link, hint='restore it as root')
-    if error is None or isinstance(error, BlockingIOError):
-        return CkptError(f'{saved.link}: a message of {size:,} bytes does not fit into the socket', errno=errno.ENOBUFS,
-                         resource=saved.link, hint='raise the sysctl net.core.wmem_max, or restore as root')
-    return CkptError(f'{saved.link}: a message cannot be sent again: {error.strerror}', errno=error.errno,
-                     resource=saved.link)

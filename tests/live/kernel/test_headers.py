@@ -83,7 +83,8 @@ OWN = {
     'mempolicy': {'MASK_BITS', 'MASK_SIZE'},
     'pipe': {'SPLICE_F_NONBLOCK'},                                         # splice(2): C libraries only
     'sched': {'SCHED_CAPACITY'},                                            # include/linux/sched.h
-    'unix': {'SS_ESTABLISHED', 'SS_UNCONNECTED', 'RCV_SHUTDOWN', 'SEND_SHUTDOWN'},  # net/tcp_states.h, net/sock.h
+    # net/tcp_states.h, net/sock.h; linux/un.h clashes with the C library's header
+    'unix': {'SS_ESTABLISHED', 'SS_UNCONNECTED', 'SS_LISTEN', 'RCV_SHUTDOWN', 'SEND_SHUTDOWN', 'SIOCUNIXFILE'},
     'unix_queue': {'SCM_PIDFD', 'SCM_MAX_FD'},                              # include/linux/socket.h, net/scm.h
     'signalfd': {'SIGSET_SIZE'},                                            # include/linux/signal.h
     'status': {'NO_TAGS'},

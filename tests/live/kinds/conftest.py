@@ -13,7 +13,7 @@ import pytest
 
 from ckptd.errors import CkptError
 from ckptd.image.records import Extent, SavedFile
-from ckptd.objects.files.base import ChangedFiles, Content, Kind, OpenFile, read_open_file
+from ckptd.objects.files.base import ChangedFiles, Content, Kind, Maker, OpenFile, read_open_file
 from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.registry import Kinds
 from tests.lib.brood import Brood, libc
@@ -179,8 +179,8 @@ class Restart:
     def fd_of(self, file_id: int) -> int:
         return self._held[file_id][0][1]
 
-    def socketpair(self, kind: int, vpid: int, uid: int, gid: int, groups: Sequence[int]) -> tuple[int, int]:
-        assert vpid == self.vpid
+    def socketpair(self, kind: int, maker: Maker) -> tuple[int, int]:
+        assert maker.vpid == self.vpid
         mine, theirs = socket.socketpair(socket.AF_UNIX, kind)
         return mine.detach(), theirs.detach()
 

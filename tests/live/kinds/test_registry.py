@@ -101,6 +101,9 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'UDP socket': ('udp', lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).detach()),
     'UDP-Lite socket': ('udp', lambda: socket.socket(type=socket.SOCK_DGRAM, proto=socket.IPPROTO_UDPLITE).detach()),
     'socket whose other end is gone': ('unix', lambda: socket.socketpair()[0].detach()),
+    'bound socket': ('unix', lambda: abstract()[0].detach()),
+    'connected socket': ('unix', lambda: connected()),
+    'socket in a queue': ('unix', lambda: not_accepted()),
 }
 
 
@@ -154,10 +157,6 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'namespace': ('a namespace', lambda: os.open('/proc/self/ns/net', os.O_RDONLY)),
     'O_PATH of a pipe': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.pipe()[0]}', os.O_PATH)),
     'O_PATH of a memfd': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.memfd_create("x")}', os.O_PATH)),
-    'bound socket': (f'a listening unix stream socket bound to @ckptd-test-{os.getpid()}',
-                     lambda: abstract()[0].detach()),
-    'connected socket': (f'a unix stream socket connected to @ckptd-test-{os.getpid()}', connected),
-    'socket in a queue': ('a unix stream socket', not_accepted),
     'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
     'device': ('a character device 1:11', lambda: os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)),
     'huge page memfd': ('a file of huge pages', lambda: os.memfd_create('x', os.MFD_HUGETLB)),
