@@ -17,8 +17,8 @@ import threading
 
 POINTS = frozenset((
     'resolved', 'scanned', 'frozen', 'rescanned', 'seized-one', 'seized', 'issued-again', 'asleep-again',
-    'running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'restored', 'released', 'written',
-    'sealed', 'published'))
+    'running-remote', 'remote-mapped', 'state-read', 'memory-half', 'memory-read', 'taken-one', 'taken-out',
+    'restored', 'released', 'written', 'sealed', 'published'))
 IMPORT_POINTS = frozenset(('received', 'verified'))
 RESTORE_POINTS = frozenset((
     'planned', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt', 'ready', 'started'))

@@ -2,7 +2,7 @@
 """Open files of stopped tasks: each description once, with the fd tables that refer to it."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptd.dump.names import LinkNames
@@ -13,9 +13,12 @@ from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
 from ckptd.inspect.proc_cache import ProcCache
+from ckptd.journal.steps import TakeFromTerminal
 from ckptd.kernel.kcmp import kcmp_file
-from ckptd.objects.files.base import OpenFile
+from ckptd.objects.files.base import Kind, OpenFile
 from ckptd.objects.mappings.registry import MappingKinds
+
+Note = Callable[[TakeFromTerminal], None]
 
 
 class _Content:
@@ -23,8 +26,8 @@ class _Content:
     with the address spaces that map it."""
 
     def __init__(self, data: DataWriter, mappings: MappingKinds, saved: SavedFiles, files: 'FileDump',
-                 ids: Mapping[int, int], names: LinkNames) -> None:
-        self._data, self._mappings, self._ids = data, mappings, ids
+                 ids: Mapping[int, int], names: LinkNames, note: Note | None) -> None:
+        self._data, self._mappings, self._ids, self._note = data, mappings, ids, note
         self.file_id, self.found, self.every = files.id_in_flight, files.found, files.every
         self.link_back = names.link_back
         self.written, self.reads, self.save = saved.written, saved.reads, saved.save
@@ -35,6 +38,14 @@ class _Content:
     def shared_memory(self, file: OpenFile) -> int:
         return self._mappings.share_file(file.stat, file.path, file.proc_path)
 
+    @property
+    def is_taken(self) -> bool:
+        return self._note is not None
+
+    def note(self, step: TakeFromTerminal) -> None:
+        if self._note is not None:
+            self._note(step)
+
     def vpid(self, pid: int) -> int:
         return self._ids.get(pid, 0)
 
@@ -42,13 +53,14 @@ class _Content:
 class FileDump:
     """File descriptions and fd tables of a tree.
 
-    ids: vpid (of a task or a group) by pid, for the owners of signals. save_limit: bytes of named files to keep.
+    ids: vpid (of a task or a group) by pid, for the owners of signals. save_limit: bytes of named files to keep. note:
+    journal of what `take_out` takes, None if the tree is not killed.
     """
 
     def __init__(self, data: DataWriter, mappings: MappingKinds, ids: Mapping[int, int], cache: ProcCache,
-                 names: LinkNames, save_limit: int = 0) -> None:
+                 names: LinkNames, save_limit: int = 0, note: Note | None = None) -> None:
         self.saved = SavedFiles(data, save_limit)
-        self._content = _Content(data, mappings, self.saved, self, ids, names)
+        self._content = _Content(data, mappings, self.saved, self, ids, names, note)
         self._cache = cache
         self._ids = ids
         # files with equal flags, position and inode may share one description; kcmp(2) decides
@@ -56,6 +68,7 @@ class FileDump:
         self._holders: dict[int, list[OpenFile]] = {}
         self._known: dict[tuple[int, int], int] = {}        # file_id by task and fd
         self._files: list[records.SavedFile] = []
+        self._to_take: list[tuple[int, OpenFile]] = []      # index in _files, of a kind with `take`
         self._tables: list[records.FdTable] = []
 
     def enter(self, files_id: int, files: Iterable[OpenFile]) -> None:
@@ -110,9 +123,18 @@ class FileDump:
         file = replace(holders[0], holders=tuple((other.tid, other.fd) for other in holders[1:]))
         kind, owner = self._cache.kinds.of(file), file.owner()
         data = kind.dump(file, self._content).encode()
+        if type(kind).take is not Kind.take:
+            self._to_take.append((len(self._files), file))
         return records.SavedFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
                                  file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
                                  data, owner.uid, owner.euid, owner.write_hint)
+
+    def take_out(self) -> None:
+        """Take out what cannot be read otherwise. The tree stands still, and is killed afterwards."""
+        for index, file in self._to_take:
+            saved, kind = self._files[index], self._cache.kinds.of(file)
+            record = kind.take(kind.record.decode(saved.data), file, self._content)
+            self._files[index] = replace(saved, data=record.encode())
 
     def records(self) -> Iterator[Record]:
         """Yield all records of files.img."""

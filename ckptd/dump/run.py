@@ -17,6 +17,7 @@ from signal import SIGKILL
 
 from ckptd import __version__
 from ckptd.dump.deaths import Deaths
+from ckptd.dump.files import Note
 from ckptd.dump.names import LinkNames
 from ckptd.dump.queues import walk_queues
 from ckptd.dump.resume import issue_again, wait_on
@@ -77,8 +78,9 @@ class Checkpoint:
             with self._clock.measure('freezing'):
                 frozen = stack.enter_context(self._job.frozen(target, tree, remote_calls=True))
             with self._clock.measure('frozen'):
+                note = stack.enter_context(self._job.taking()) if self._request.after == 'kill' else None
                 deaths = stack.enter_context(Deaths(frozen.tree))
-                dump = stack.enter_context(self._dump(frozen, cgroups, notes, writer, deaths))
+                dump = stack.enter_context(self._dump(frozen, cgroups, notes, writer, deaths, note))
                 if self._request.after == 'resume':
                     wait_on(frozen.tracees, dump.waits)
                     self._release(frozen)
@@ -86,7 +88,7 @@ class Checkpoint:
             self._finish(frozen, manifest, deaths.handles)
 
     def _dump(self, frozen: FrozenTree, cgroups: Mapping[int, str], notes: WaitNotes, writer: ImageWriter,
-              deaths: Deaths) -> Dump:
+              deaths: Deaths, note: Note | None) -> Dump:
         """Do everything that needs the tree to be at rest."""
         fault('frozen')
         self._channel.phase('rescan')
@@ -113,12 +115,14 @@ class Checkpoint:
 
             dump = undo.enter_context(Dump(tree, frozen.tracees, cache, cgroups, notes, waits, writer.data, report,
                                            self._job.timers(), self._links,
-                                           self._request.save_limit if self._request.save_files else 0))
+                                           self._request.save_limit if self._request.save_files else 0, note))
             dump.read_state()
             self._warnings += dump.unsaved
             self._channel.phase('memory')
             with self._clock.measure('memdump'):
                 dump.read_memory()
+                if note is not None:
+                    dump.take_out()
             self._give_up_tracing(is_read=True)
             deaths.require_none(frozen.tracees)
             undo.pop_all()

@@ -18,7 +18,7 @@ from typing import Self
 
 from ckptd.dump import state
 from ckptd.dump.copy import Copier
-from ckptd.dump.files import FileDump
+from ckptd.dump.files import FileDump, Note
 from ckptd.dump.memory import MemoryDump
 from ckptd.dump.names import LinkNames
 from ckptd.dump.remote_state import ask
@@ -69,7 +69,7 @@ class Dump:
 
     def __init__(self, tree: Tree, tracees: Mapping[int, Tracee], cache: ProcCache, cgroups: Mapping[int, str],
                  notes: WaitNotes, waits: Mapping[int, Wait], data: DataWriter, report: Report, timers: Timers,
-                 names: LinkNames, save_limit: int = 0) -> None:
+                 names: LinkNames, save_limit: int = 0, note: Note | None = None) -> None:
         self.tree, self._cache = tree, cache
         self._tracees, self._cgroups, self._report = tracees, cgroups, report
         self._data, self._notes, self.waits, self._timers = data, notes, waits, timers
@@ -87,7 +87,8 @@ class Dump:
         self._task_records: list[Record] = []
         self._dumped: list[tuple[Owners, DumpedTask, Answers]] = []
         self._memory = MemoryDump(names)
-        self._files = FileDump(data, self._memory.kinds, self._groups | self._vtids, cache, names, save_limit)
+        self._files = FileDump(data, self._memory.kinds, self._groups | self._vtids, cache, names, save_limit,
+                               note)
 
     def __enter__(self) -> Self:
         return self
@@ -260,6 +261,11 @@ class Dump:
         with Copier(self._data, on_bytes) as copier:
             self._memory.copy(copier)
         fault('memory-read')
+
+    def take_out(self) -> None:
+        """Take out of the kernel what cannot be read otherwise, last of all, from a tree that is killed then."""
+        self._files.take_out()
+        fault('taken-out')
 
     # ------------------------------------------------------------ after the tree was released
 

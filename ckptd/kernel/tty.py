@@ -152,6 +152,10 @@ def set_packet_mode(master: int) -> None:
     fcntl.ioctl(master, termios.TIOCPKT, struct.pack('=i', 1))
 
 
+def end_packet_mode(master: int) -> None:
+    fcntl.ioctl(master, termios.TIOCPKT, struct.pack('=i', 0))
+
+
 def session_of(master: int) -> int:
     """Return the leader of the session whose controlling terminal the slave is; 0 without one."""
     try:

@@ -3,7 +3,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -12,15 +12,17 @@ from ckptd.errors import CkptError
 from ckptd.image.manifest import Manifest
 from ckptd.image.source import GivenFiles
 from ckptd.image.writer import write_manifest
-from ckptd.journal.steps import LinkFile, RestartStep, WalkQueues
+from ckptd.journal.steps import LinkFile, RestartStep, TakeFromTerminal, WalkQueues
 from ckptd.kernel.timer_list import End
 from ckptd.objects.files.base import OpenFile
 from ckptd.protocol.broker_calls import (
+    EndTaken,
     EndWalk,
     FindWatched,
     KeepContent,
     NewImage,
     NoteStep,
+    NoteTaken,
     NoteWalk,
     OpenImage,
     Placed,
@@ -69,6 +71,18 @@ class BrokerClient:
         self._channel.call(NoteWalk(step))
         yield
         self._channel.call(EndWalk())
+
+    @contextmanager
+    def taking(self) -> Iterator[Callable[[TakeFromTerminal], None]]:
+        """Have the broker put back what was taken out of the tree, unless the block ends normally."""
+        noted: list[TakeFromTerminal] = []
+
+        def note(step: TakeFromTerminal) -> None:
+            self._channel.call(NoteTaken(step))
+            noted.append(step)
+        yield note
+        if noted:
+            self._channel.call(EndTaken())
 
     def watched_paths(self, file: OpenFile, tid: int) -> Mapping[int, str]:
         """Return paths of watched files, see objects.files.tables.JobTables. OSError of the broker."""

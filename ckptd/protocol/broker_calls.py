@@ -15,12 +15,13 @@
     StartTree       -                               after PlaceTree; from here on the tree lives
     NoteStep        -                               a file, name or segment that the worker makes, for a later undo
     NoteWalk, EndWalk                               sockets whose queues the worker walks, for an undo if it dies
+    NoteTaken, EndTaken                             data that it takes out of a tree which it then kills, likewise
     KeepContent     path; fd of an empty file       for content that a rollback overwrites
 """
 
 import msgspec
 
-from ckptd.journal.steps import Count, LinkFile, Pid, RestartStep, WalkQueues
+from ckptd.journal.steps import Count, LinkFile, Pid, RestartStep, TakeFromTerminal, WalkQueues
 from ckptd.protocol.messages import FromWorker, Message
 from ckptd.protocol.requests import FreezeMode
 
@@ -105,6 +106,15 @@ class EndWalk(Message, frozen=True):
     """The worker has set the old offsets itself."""
 
 
+class NoteTaken(Message, frozen=True):
+    """Write to the journal what is taken out of a terminal, until EndTaken."""
+    step: TakeFromTerminal
+
+
+class EndTaken(Message, frozen=True):
+    """The tree is dead, and the image has what was taken."""
+
+
 class KeepContent(Message, frozen=True):
     """Make a file in the spool for the content of one that is about to be changed."""
 
@@ -112,5 +122,6 @@ class KeepContent(Message, frozen=True):
 MAX_FILES = 200         # fds in a message; the kernel accepts SCM_MAX_FD, 253 (include/net/scm.h)
 
 BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | EndTree | ReadTimers
-              | FindWatched | PlaceTree | StartTree | NoteStep | NoteWalk | EndWalk | KeepContent)
+              | FindWatched | PlaceTree | StartTree | NoteStep | NoteWalk | EndWalk | NoteTaken | EndTaken
+              | KeepContent)
 FromUsersWorker = FromWorker | BrokerCall

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pseudo-terminals whose masters are in the tree: settings, size, names, sessions, packet mode, what is hung up."""
+"""Pseudo-terminals whose masters are in the tree: settings, size, names, sessions, packet mode, what is hung up. With
+the argument "unread": data that waits in them."""
 
 import fcntl
 import os
 import select
 import signal
 import struct
+import sys
 import termios
 import traceback
 
@@ -14,6 +16,19 @@ from victim import not_the_one_to_report, ready, wait_for_go
 TIOCGPTN, TIOCSPTLCK, TIOCGPTLCK = 0x80045430, 0x40045431, 0x80045439
 TIOCGPKT, TIOCGEXCL, TIOCGSID, TIOCGPTPEER = 0x80045438, 0x80045440, 0x5429, 0x5441
 TIOCPKT_FLUSHWRITE = 2
+_held: list[int] = []
+
+
+def open_high() -> None:
+    """Let os.openpty() return numbers from here on that other programs get only when hundreds of terminals are open."""
+    first = 64 + os.getpid() % 32 * 16
+    while not _held or number(_held[-1], TIOCGPTN) < first:
+        _held.append(os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY))
+
+
+def close_low() -> None:
+    while _held:
+        os.close(_held.pop())
 
 
 def number(fd: int, request: int) -> int:
@@ -99,6 +114,80 @@ class Odd:
         os.close(again)
 
 
+class Unread:
+    """Data that waits at both ends."""
+
+    def __init__(self) -> None:
+        self.lines, self.raw, self.packets, self.closed, self.stopped = pairs = [os.openpty() for _ in range(5)]
+        # the fourth character of a terminal's settings ends a line without being part of it
+        write_and_await(self.lines, b'first\nwithout its end\x04\x04half ox\x7ff a line')
+        os.write(self.lines[1], b'out\n')
+        for pair in pairs[1:]:
+            settings = termios.tcgetattr(pair[1])
+            settings[0] &= ~termios.ICRNL
+            settings[1] &= ~termios.OPOST
+            settings[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
+            settings[6][termios.VMIN] = 200
+            termios.tcsetattr(pair[1], termios.TCSANOW, settings)
+        os.write(self.raw[0], bytes(range(0x20, 0x100)) * 2)
+        for _ in range(20):
+            os.write(self.raw[1], bytes(range(256)))
+        fcntl.ioctl(self.packets[0], termios.TIOCPKT, struct.pack('i', 1))
+        termios.tcflush(self.packets[1], termios.TCOFLUSH)
+        os.write(self.packets[1], b'in packets')
+        os.write(self.closed[1], b'last words')
+        os.close(self.closed[1])
+        os.write(self.stopped[0], b'\x13')
+        while ready_to_write(self.stopped[1]):
+            os.sched_yield()
+        self.settings = [termios.tcgetattr(slave) for _, slave in pairs if slave != self.closed[1]]
+
+    def check(self) -> None:
+        pairs = (self.lines, self.raw, self.packets, self.stopped)
+        assert [termios.tcgetattr(slave) for _, slave in pairs] == self.settings
+        master, slave = self.lines
+        # what was echoed is part of the output
+        assert os.read(master, 1000) == b'first\r\nwithout its endhalf ox\x08 \x08f a lineout\r\n'
+        assert [os.read(slave, 100) for _ in range(3)] == [b'first\n', b'without its end', b'']
+        assert not polls(slave)
+        os.write(master, b'\n')
+        assert os.read(slave, 100) == b'half of a line\n'
+        master, slave = self.raw
+        assert take(slave, 448) == bytes(range(0x20, 0x100)) * 2
+        assert take(master, 5120) == bytes(range(256)) * 20
+        master, slave = self.packets
+        assert os.read(master, 100) == bytes([TIOCPKT_FLUSHWRITE])
+        assert os.read(master, 100) == b'\0in packets'
+        assert not polls(master)
+        assert os.read(self.closed[0], 100) == b'last words'
+        assert fails(os.read, self.closed[0], 1) == 5
+        master, slave = self.stopped
+        assert not ready_to_write(slave)
+        os.write(master, b'\x11')
+        while not ready_to_write(slave):
+            os.sched_yield()
+
+
+def write_and_await(pair: tuple[int, int], data: bytes) -> None:
+    """Write to a terminal with lines and wait until its end has come: a kernel thread passes it on."""
+    os.write(pair[0], data)
+    while number(pair[0], termios.FIONREAD) < len(b'first\r\nwithout its endhalf ox\x08 \x08f a line'):
+        os.sched_yield()
+
+
+def ready_to_write(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def take(fd: int, size: int) -> bytes:
+    data = b''
+    while len(data) < size:
+        data += os.read(fd, size - len(data))
+    return data
+
+
 def program(slave: int, master: int, said: int, told: int) -> None:
     """The leader of a session on the slave, with a child in the background and one in the foreground."""
     os.close(master)
@@ -159,7 +248,17 @@ def gives_up(slave: int, said: int, told: int) -> None:
     assert fails(os.open, '/dev/tty', os.O_RDWR) == 6
 
 
+def unread() -> None:
+    open_high()
+    data = Unread()
+    close_low()
+    ready()
+    wait_for_go()
+    data.check()
+
+
 def main() -> None:
+    open_high()
     plain, packets, exclusive = Pair(33), Pair(34), Pair(35)
     os.fchmod(plain.slave, 0o622)
     fcntl.ioctl(packets.master, termios.TIOCPKT, struct.pack('i', 1))
@@ -169,6 +268,7 @@ def main() -> None:
         pair.noted = pair.look()
     odd = Odd()
     master, slave = os.openpty()
+    close_low()
     read, write = os.pipe()
     told, tell = os.pipe()
     leader = os.fork()
@@ -201,4 +301,4 @@ def main() -> None:
     assert os.waitpid(leader, 0) == (leader, 0)
 
 
-main()
+unread() if sys.argv[1:] == ['unread'] else main()

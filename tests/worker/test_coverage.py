@@ -84,8 +84,8 @@ UNREAD = {
 # together they have every field that any victim has
 SUBJECTS = ('attributes', 'epolls', 'events', 'files', 'inet_options', 'inet_sockets', 'inotify', 'interpreter',
             'linked', 'locks', 'memory', 'mqueues', 'opath', 'pidfds', 'removed', 'seccomp', 'settings', 'shared',
-            'signals', 'socket_filters', 'stopped', 'terminals', 'tiles', 'timers', 'tree', 'unix_names',
-            'unix_sockets')
+            'signals', 'socket_filters', 'stopped', 'terminals', 'terminals unread', 'tiles', 'timers', 'tree',
+            'unix_names', 'unix_sockets')
 
 
 def classes() -> list[type]:
@@ -206,7 +206,7 @@ class Reading:
 def test_every_field_is_read(tmp_path: Path, victim: Callable[..., Victim]) -> None:
     reading = Reading(tmp_path)
     for name in SUBJECTS:
-        running = victim(name)
+        running = victim(*name.split())
         image = reading.kill(running, save_files=True)
         if name == 'memory':
             other_boot(image)

@@ -63,6 +63,8 @@ class Case(NamedTuple):
 
 # passed where something waits in the queue of a socket
 QUEUES = ('walking-queues', 'queue-walked', 'walked-queues')
+# passed where something waits in a terminal of a tree that is killed
+TAKEN = ('taken-one', 'taken-out')
 CASES = [
     *(Case('moved', point) for point in PASSED['moved'] if point != 'asleep-again'),
     # the first run of code in a process maps memory, the next ones ask, the last one unmaps
@@ -75,6 +77,8 @@ CASES = [
     *(Case('hold', point) for point in ('published', 'hold-freeze', 'hold-freeze-done')),
     *(Case('kill', point) for point in ('memory-read', 'sealed', 'published')),
     *(Case('moved', point) for point in QUEUES),
+    *(Case('kill', point) for point in TAKEN),
+    Case('kill', 'taken-one', 2),
     Case('moved', 'asleep-again')]
 VICTIMS = ('interrupted', 'signals', 'tree', 'registers', 'pipes', 'threads')
 ERRORS = ('ENOSPC', 'EIO')
@@ -106,8 +110,9 @@ class Trial:
         name = VICTIMS[(self._number + len(self._subjects)) % len(VICTIMS)]
         if self.case.point in QUEUES:
             name = 'unix_sockets'
+        name, args = ('terminals', ['unread']) if self.case.point in TAKEN else (name, [])
         self._subjects.append(Subject.of(self._start_victim(
-            name, env=ROUGH, cgroup=self._cgroup if self.case.way == 'in-place' else None)))
+            name, *args, env=ROUGH, cgroup=self._cgroup if self.case.way == 'in-place' else None)))
         return self._subjects[-1]
 
     async def stand(self) -> Standing:
@@ -254,7 +259,7 @@ async def test_every_point_is_passed(way: str, gate: Gate, start_daemon: Callabl
 
 
 def test_no_point_was_forgotten() -> None:
-    assert {point for points in PASSED.values() for point in points} | {*QUEUES} >= POINTS
+    assert {point for points in PASSED.values() for point in points} | {*QUEUES, *TAKEN} >= POINTS
     assert {case.point for case in CASES} >= POINTS
 
 

@@ -11,6 +11,9 @@ order, none of which affects the task:
     discover(file)      open files that are in no fd table: they are in its queue
     link(ends)          when all are known: ends whose other ends are outside of the tree
     dump(file, content) the record that is kept; bulk bytes are given to `content`
+    take(record, file, content)
+                        last of all, if the tree is killed then: the record with data that can only be taken out of the
+                        kernel. It is noted in a journal, which puts it back if the tree lives on
 
 and for a restart, where `saved` has the common data of all kinds (image.records.SavedFile):
 
@@ -39,6 +42,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, 
 from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent, SavedFile
+from ckptd.journal.steps import TakeFromTerminal
 from ckptd.objects.files.open_file import DELETED, OpenFile, Owner, read_open_file
 from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, FileMaking, Maker, RestoreContext
 from ckptd.objects.files.tables import JobTables
@@ -100,6 +104,15 @@ class Content(Protocol):
     def every(self) -> Iterable[tuple[int, OpenFile]]:
         """Yield all descriptions of the tree with their ids. For a kind that is `last` those in flight are among
         them."""
+        ...
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the tree is killed once it is in the image, so that `take` follows."""
+        ...
+
+    def note(self, step: TakeFromTerminal) -> None:
+        """Write down what `take` does, before and after."""
         ...
 
     def vpid(self, pid: int) -> int:
@@ -212,6 +225,9 @@ class Kind(ABC, Generic[R]):
 
     @abstractmethod
     def dump(self, file: OpenFile, content: Content) -> R: ...
+
+    def take(self, record: R, file: OpenFile, content: Content) -> R:
+        return record
 
     def close(self) -> None:
         """Close the files that the kind has opened for itself."""

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The state that the kernel keeps once for each terminal, and pseudo-terminals that a restart makes again (pty(7))."""
 
+import errno
 import os
+from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
 
+from ckptd.errors import CkptError, ImageDamaged
+from ckptd.faults import fault
 from ckptd.image.grammar import U8, U16, U32, U64, Struct, layout
+from ckptd.image.records import Extent
+from ckptd.journal.steps import TakeFromTerminal
 from ckptd.kernel import tty
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.statfs import DEVPTS_SUPER_MAGIC
+from ckptd.kernel.tty_queue import Waiting, put_back, take_out
 from ckptd.objects.files.base import Content, OpenFile, RestoreContext, opening
 from ckptd.objects.files.content import set_owner
 from ckptd.objects.files.device import open_device
@@ -15,6 +22,7 @@ from ckptd.objects.files.device import open_device
 PTMX = os.makedev(5, 2)
 _SLAVES = 136       # major number, Documentation/admin-guide/devices.txt
 _ATTEMPTS = 4096    # the sysctl kernel.pty.max is not higher by default
+_MOST_INPUT = 4095      # bytes, drivers/tty/n_tty.c: N_TTY_BUF_SIZE
 NEVER_OPENED, OPEN, CLOSED = range(3)
 
 
@@ -45,6 +53,16 @@ class Pty(Struct):
     slave: U8                   # NEVER_OPENED, OPEN, or CLOSED: the master then reads EIO
     locked: U8                  # the slave cannot be opened yet
     packet_mode: U8             # TIOCPKT
+
+
+@layout
+class Unread(Struct):
+    """Data that waits in a pseudo-terminal, see kernel.tty_queue.Waiting."""
+    output: tuple[Extent, ...]      # for the master
+    input: tuple[Extent, ...]       # for the slave
+    lines: tuple[U32, ...]          # lengths in `input`
+    events: U8
+    stopped: U8                     # the output is stopped (tcflow(3), Ctrl-S)
 
 
 # ---------------------------------------------------------------- dump
@@ -102,7 +120,13 @@ def open_numbered(ptmx: str, number: int, flags: int, ctx: RestoreContext) -> in
     made: list[int] = []
     try:
         while True:
-            made.append(open_master(ptmx, flags, ctx))
+            try:
+                made.append(open_master(ptmx, flags, ctx))
+            except OSError as error:
+                # too many of them are open, by us or by all (kernel.pty.max)
+                if not made or error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOSPC):
+                    raise
+                return made.pop(0)
             got = tty.peer_number(made[-1])
             if got == number:
                 return made.pop()
@@ -146,3 +170,35 @@ def hung_up(device: int, flags: int, ctx: RestoreContext) -> int:
         return tty.open_slave(master, opening(flags) & ~os.O_NONBLOCK)
     finally:
         os.close(master)
+
+
+# ---------------------------------------------------------------- data
+
+def take_unread(file: OpenFile, master: int, content: Content) -> Unread | None:
+    """Take out what waits in a pseudo-terminal. None if nothing waits."""
+    step = TakeFromTerminal(file.pid, read_stat(file.pid).start_time, file.fd, tty.peer_number(master),
+                            tty.read_settings(master))
+    content.note(step)
+    waiting = take_out(master)
+    if not waiting:
+        return None
+    content.note(step.with_data(waiting))
+    fault('taken-one')
+    data = b''.join(waiting.lines)
+    return Unread((content.add([waiting.output]),) if waiting.output else (), (content.add([data]),) if data else (),
+                  tuple(map(len, waiting.lines)), waiting.events, waiting.stopped)
+
+
+def give_unread(unread: Unread, master: int, link: str, ctx: RestoreContext) -> None:
+    """Put back what waited, into the terminal with its old settings."""
+    output, data = (b''.join(ctx.pread(extent, extent.length, 0) for extent in extents)
+                    for extents in (unread.output, unread.input))
+    if sum(unread.lines) != len(data) or len(data) > _MOST_INPUT or len(unread.lines) > _MOST_INPUT:
+        raise ImageDamaged(f'{link}: {len(data):,} bytes of input in {len(unread.lines):,} lines', resource=link)
+    ends = [*accumulate(unread.lines, initial=0)]
+    lines = tuple(data[start:end] for start, end in pairwise(ends))
+    try:
+        put_back(master, Waiting(output, lines, unread.events, bool(unread.stopped)))
+    except (BlockingIOError, TimeoutError) as error:
+        raise CkptError(f'{link}: the terminal does not accept all of its former data', errno=errno.ENOSPC,
+                        resource=link) from error

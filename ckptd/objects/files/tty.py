@@ -8,8 +8,8 @@
     /dev/tty                        opened again by a process of its session
     console, serial line            opened again by its name, with its settings
 
-Settings, size, session and so on exist once for each terminal (terminal.py). What waits between the two ends cannot be
-looked at without taking it out, so a checkpoint of it fails with EAGAIN.
+Settings, size, session and so on exist once for each terminal (terminal.py). What waits between the two ends can only
+be taken out. If the tree is killed, that is done last of all; otherwise the checkpoint fails with EAGAIN.
 """
 
 import errno
@@ -19,6 +19,7 @@ import signal
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from ckptd.errors import Busy, CkptError, Finding, ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
@@ -26,6 +27,7 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel import tty
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.tty_drivers import driver_of
+from ckptd.kernel.tty_queue import is_stopped
 from ckptd.objects.files.base import (
     Content,
     Endpoint,
@@ -49,13 +51,16 @@ from ckptd.objects.files.terminal import (
     PTMX,
     Pty,
     TerminalState,
+    Unread,
     controlling,
     dump_terminal,
+    give_unread,
     hung_up,
     is_slave,
     make_pty,
     slave_of,
     slave_path,
+    take_unread,
 )
 from ckptd.objects.support import Support
 
@@ -73,6 +78,7 @@ class Tty(Struct):
     exclusive: U8 = 0                       # TIOCEXCL
     state: tuple[TerminalState, ...] = ()   # one, unless it is hung up
     pty: tuple[Pty, ...] = ()               # one, if the master is in the tree
+    unread: tuple[Unread, ...] = ()         # of the master
 
 
 def is_tty(device: int) -> bool:
@@ -161,9 +167,11 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         with file.duplicate() as fd:
             if of.st_rdev == PTMX:
                 key = self._key_of_master(file, fd)
-                self._require_empty(key, file, fd)
+                if not content.is_taken:
+                    self._require_empty(key, file, fd)
+                unread = (Unread((), (), (), 0, 1),) if self._is_stopped(key, fd) else ()
                 return Tty(file.path, of.st_rdev, of.st_mode, MASTER, 0, (self._state_of(fd, content),),
-                           (self._pty(key, file, fd),))
+                           (self._pty(key, file, fd),), unread)
             if tty.is_hung_up(fd):
                 return Tty(file.path, of.st_rdev, of.st_mode, HUNG_UP)
             exclusive = tty.is_exclusive(fd)
@@ -175,6 +183,13 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
                 return Tty(file.path, of.st_rdev, of.st_mode, SLAVE, exclusive, (self._state_of(peer, content),),
                            (self._pty(key, master, peer),))
 
+    def take(self, record: Tty, file: OpenFile, content: Content) -> Tty:
+        if record.side != MASTER or record.pty[0].slave == NEVER_OPENED or record.pty[0].locked:
+            return record
+        with file.duplicate() as fd:
+            unread = take_unread(file, fd, content)
+        return replace(record, unread=(unread,)) if unread else record
+
     def _require_empty(self, key: tuple[int, int], file: OpenFile, master: int) -> None:
         """Check that nothing waits to be read at either end. Busy. No call shows an incomplete line: it is not kept."""
         name, waits = slave_of(file, master), tty.polls(master, select.POLLIN | select.POLLPRI)
@@ -183,8 +198,9 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
             with slave.duplicate() as fd:
                 waits = tty.polls(fd, select.POLLIN)
         if waits:
-            raise Busy(f'what was written to {name} and its master has not been read yet', errno=errno.EAGAIN,
-                       task=file.pid, resource=f'fd {file.fd}', hint='try again when the programs have read it')
+            raise Busy(f'what was written to {name} or its master has not been read yet', errno=errno.EAGAIN,
+                       task=file.pid, resource=f'fd {file.fd}', hint='try again when the programs have read it, or '
+                       'use --kill')
 
     @staticmethod
     def _state_of(master: int, content: Content) -> TerminalState:
@@ -197,6 +213,13 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         is_open = OPEN if slave else CLOSED if tty.polls(master, select.POLLHUP) else NEVER_OPENED
         return Pty(key[0] << 32 | key[1], file.path, name, key[1], file.flags & ~os.O_CLOEXEC, of.st_mode, of.st_uid,
                    of.st_gid, is_open, tty.is_locked(master), tty.in_packet_mode(master))
+
+    def _is_stopped(self, key: tuple[int, int], master: int) -> bool:
+        slave = self._slaves.get(key)
+        if slave is None or not slave.writable or tty.polls(master, select.POLLIN):
+            return False        # with output that waits, the terminal may be full; `take` finds out
+        with slave.duplicate() as fd:
+            return is_stopped(fd)
 
     # ------------------------------------------------------------ restart
 
@@ -273,6 +296,8 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
                 tty.set_locked(fd, True)
             if pty.packet_mode:
                 tty.set_packet_mode(fd)
+            for unread in record.unread[:1]:
+                give_unread(unread, fd, saved.link, ctx)
 
     def commit(self, record: Tty, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if record.side != REFERENCE or not record.state:

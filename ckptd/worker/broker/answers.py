@@ -24,7 +24,7 @@ from ckptd.image.manifest import NAME, read_manifest_of
 from ckptd.image.source import DirectoryFiles
 from ckptd.inspect.scan import scan_tree
 from ckptd.journal.owner import StepJournal
-from ckptd.journal.steps import KeepFile, LinkFile, RestartStep, WalkQueues
+from ckptd.journal.steps import KeepFile, LinkFile, RestartStep, TakeFromTerminal, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.status import read_status
 from ckptd.operation.context import JobContext, image_path, require_some_room
@@ -32,6 +32,7 @@ from ckptd.operation.timers import OwnTimers
 from ckptd.protocol.broker_calls import (
     MAX_FILES,
     BrokerCall,
+    EndTaken,
     EndTree,
     EndWalk,
     FindWatched,
@@ -41,6 +42,7 @@ from ckptd.protocol.broker_calls import (
     LetRun,
     NewImage,
     NoteStep,
+    NoteTaken,
     NoteWalk,
     OpenImage,
     PlaceTree,
@@ -66,7 +68,7 @@ from ckptd.worker.broker.watched import find_watched
 
 log = logging.getLogger('ckptd.worker')
 
-S = TypeVar('S', RestartStep, LinkFile, WalkQueues)
+S = TypeVar('S', RestartStep, LinkFile, WalkQueues, TakeFromTerminal)
 Reply = tuple[dict[str, object], list[int]]
 
 
@@ -83,7 +85,7 @@ class BrokerAnswers:
         restore = job.narrowed(RestoreRequest)
         self._place = TreePlace(restore, identity, worker) if restore else None
         steps = partial(StepJournal, Journal(Path(job.request.runtime)), job.request.job, job.request.about)
-        self._names, self._walk = steps('names'), steps('walk')
+        self._names, self._walk, self._taken = steps('names'), steps('walk'), steps('take')
         self._kept: set[str] = set()
         self._worker = worker
         self._timers, self._are_asleep = OwnTimers(), False
@@ -92,7 +94,8 @@ class BrokerAnswers:
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
             RestoreTree: self._restore_tree, EndTree: self._end_tree, ReadTimers: self._read_timers,
             FindWatched: self._find_watched, PlaceTree: self._place_tree, StartTree: self._start_tree,
-            NoteStep: self._note, NoteWalk: self._note_walk, EndWalk: self._end_walk, KeepContent: self._keep_content}
+            NoteStep: self._note, NoteWalk: self._note_walk, EndWalk: self._end_walk,
+            NoteTaken: self._note_taken, EndTaken: self._end_taken, KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
         """Carry out a call. Return the value, and fds that the caller closes. CkptError, OSError."""
@@ -112,7 +115,8 @@ class BrokerAnswers:
             if self._place is not None:
                 stack.callback(self._place.close)
             stack.callback(self._freeze.close)
-            stack.callback(self._undo_walk)
+            stack.callback(self._undo, self._walk)
+            stack.callback(self._undo, self._taken)
 
     # ------------------------------------------------------------ images
 
@@ -289,10 +293,22 @@ class BrokerAnswers:
         self._walk.finish()
         return {}, []
 
-    def _undo_walk(self) -> None:
-        """Set the old offsets with the rights of the user, if the worker has ended in the middle of a walk."""
+    def _note_taken(self, call: NoteTaken) -> Reply:
+        request = self._job.request
+        if not isinstance(request, CheckpointRequest) or request.after != 'kill':
+            raise PermissionDenied('the job takes nothing out of its tree')
+        self._taken.note(self._with_ids(call.step))
+        return {}, []
+
+    def _end_taken(self, call: EndTaken) -> Reply:
+        self._taken.finish()
+        return {}, []
+
+    @staticmethod
+    def _undo(journal: StepJournal) -> None:
+        """Undo the steps with the rights of the user, if the worker has ended before it has done so."""
         try:
-            self._walk.close()
+            journal.close()
         except CkptError as error:
             log.warning('%s', error.message)
 
