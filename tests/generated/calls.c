@@ -150,6 +150,61 @@ static void report_signals(struct report *report, const char *moment)
     }
 }
 
+/* levels of getsockopt(2) with the options that say nothing about the socket, or change it, or belong to iptables:
+ * of TCP the state of a repair, TCP_INFO, TCP_TIMESTAMP, TCP_CC_INFO, TCP_SAVED_SYN, TCP_ZEROCOPY_RECEIVE */
+static const struct level {
+    int number, options;
+    unsigned char skipped[10];
+} LEVELS[] = {
+    {0, 64, {0}}, {41, 90, {64, 65, 68, 69}}, {6, 44, {11, 19, 20, 21, 22, 24, 26, 28, 35}}, {17, 105, {0}},
+    {136, 105, {0}}, {255, 10, {0}},
+};
+
+static void report_options(struct report *report, const char *moment, int fd, const struct level *level)
+{
+    char what[32], data[64];
+
+    snprintf(what, sizeof what, "fd%d-option-%d", fd, level->number);
+    for (int option = 1; option < level->options; option++) {
+        socklen_t size = 32;
+
+        memset(data, 0, sizeof data);
+        if (!memchr(level->skipped, option, sizeof level->skipped)
+            && getsockopt(fd, level->number, option, data, &size) == 0)
+            say_bytes(report, moment, what, option, data, size);
+    }
+}
+
+static void report_socket(struct report *report, const char *moment, int fd)
+{
+    char what[32], data[128];
+    socklen_t size = sizeof data;
+
+    for (size_t i = 0; i < sizeof LEVELS / sizeof *LEVELS; i++)
+        report_options(report, moment, fd, &LEVELS[i]);
+    snprintf(what, sizeof what, "fd%d-name", fd);
+    if (getsockname(fd, (struct sockaddr *)data, &size) == 0)
+        say_bytes(report, moment, what, 0, data, size);
+    size = sizeof data;
+    if (getpeername(fd, (struct sockaddr *)data, &size) == 0)
+        say_bytes(report, moment, what, 1, data, size);
+}
+
+static void report_terminal(struct report *report, const char *moment, int fd)
+{
+    /* TCGETS2, TIOCGWINSZ, TIOCGPGRP, TIOCGSID, TIOCGPTN, TIOCGPKT, TIOCGPTLCK, TIOCGEXCL, TIOCGETD */
+    static const unsigned REQUESTS[] = {0x802c542a, 0x5413, 0x540f, 0x5429, 0x80045430, 0x80045438, 0x80045439,
+                                        0x80045440, 0x5424};
+    char what[32], data[64];
+
+    snprintf(what, sizeof what, "fd%d-terminal", fd);
+    for (size_t i = 0; i < sizeof REQUESTS / sizeof *REQUESTS; i++) {
+        memset(data, 0, sizeof data);
+        if (ioctl(fd, REQUESTS[i], data) == 0)
+            say_bytes(report, moment, what, (long)i, data, 48);
+    }
+}
+
 static void report_files(struct report *report, const char *moment)
 {
     for (int fd = 3; fd < FDS; fd++) {
@@ -179,13 +234,25 @@ static void report_files(struct report *report, const char *moment)
         snprintf(what, sizeof what, "fd%d-option", fd);
         for (int option = 1; S_ISSOCK(st.st_mode) && option < 90; option++) {
             socklen_t size = 32;
+            int domain = 0, protocol = 0, locks = 0;
 
             memset(data, 0, sizeof data);
-            /* SO_ERROR is consumed; SO_MEMINFO and SO_COOKIE count; SO_PEERPIDFD opens a file */
-            if (option != SO_ERROR && option != 55 && option != 57 && option != 77
+            getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &(socklen_t){sizeof domain});
+            getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &(socklen_t){sizeof protocol});
+            getsockopt(fd, SOL_SOCKET, 72 /* SO_BUF_LOCK */, &locks, &(socklen_t){sizeof locks});
+            /* the size of a buffer of MPTCP that the program has not set changes with time */
+            if (protocol == 262 && ((option == SO_SNDBUF && !(locks & 1)) || (option == SO_RCVBUF && !(locks & 2))))
+                continue;
+            /* SO_ERROR is consumed; SO_MEMINFO and SO_COOKIE count; SO_PEERPIDFD opens a file; SO_INCOMING_CPU of the
+             * internet is that of the last packet */
+            if ((option != 49 || domain == AF_UNIX) && option != SO_ERROR && option != 55 && option != 57 && option != 77
                 && getsockopt(fd, SOL_SOCKET, option, data, &size) == 0)
                 say_bytes(report, moment, what, option, data, size);
         }
+        if (S_ISSOCK(st.st_mode))
+            report_socket(report, moment, fd);
+        if (S_ISCHR(st.st_mode))
+            report_terminal(report, moment, fd);
     }
 }
 

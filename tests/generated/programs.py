@@ -98,6 +98,7 @@ def operation(**strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., N
     """Make a function an operation: it gets the program, and an argument from each strategy."""
     def add(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__
+        assert name not in _DO, f'two operations {name}'
         _DO[name] = function
         _STRATEGIES.append(st.builds(lambda **drawn: Operation(name, drawn), **strategies))
         return function

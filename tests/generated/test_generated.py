@@ -57,6 +57,11 @@ ONCE_LOST = {
         do('make_socketpair', kind=5, flags=0), do('close', file=1)],
     'flags of timerfd_settime(2)': [
         do('make_timerfd', clock=clock, flags=0, setting=3, interval=2, armed=True) for clock in (0, 1, 7)],
+    'IPV6_V6ONLY of a datagram socket that is bound to all addresses and connected': [
+        do('make_internet_socket', family=10, sort=(2, 0), flags=0),
+        do('bind_socket', file=0, family=10, host=1, reuse=0), do('connect_datagrams', file=0, family=10, host=0)],
+    'size of a buffer of MPTCP that the kernel has chosen': [
+        do('make_internet_socket', family=2, sort=(1, 262), flags=0), do('listen', file=0, backlog=1)],
     'SO_PEERGROUPS': [do('set_groups', groups=[0, 1, 61001]), do('make_socketpair', kind=1, flags=0)],
     'write hint of a file without a name': [
         do('make_nameless', flags=2), do('set_hint', file=0, command=1036, hint=3)],

@@ -20,7 +20,7 @@ from typing import Any
 
 from ckptd.errors import CkptError
 from tests.fuzz.restoring import LoggedWorker
-from tests.generated import attributes, files, memory  # noqa: F401 - they add operations
+from tests.generated import attributes, files, memory, sockets, terminals  # noqa: F401 - they add operations
 from tests.generated.programs import Operation, Program
 from tests.lib import settled
 from tests.lib.procdiff import Picture, changes_of_restart, differences, take_picture
@@ -33,6 +33,7 @@ _INTERNAL = 'internal error'
 O_TMPFILE = 0o20200000      # of fcntl.h
 # a warning, and the differences that it announces
 ANNOUNCED = {
+    'is another terminal now': r'tty-index|/dev/pts|terminal-4',
     'a lock on .* is not kept': r'fd \d+ lock',
     'belonged to uid': r'fd\d+-stat',
     'the deleted .* is made in': r'(fd|maps) .*\(deleted\)',

@@ -119,9 +119,20 @@ def dump_socket(file: OpenFile, sock: socket.socket, *, is_connected: bool = Fal
     own, of = local_address(sock), file.stat
     if sock.type == socket.SOCK_RAW:
         own = own._replace(port=0)      # getsockname(2) returns the protocol there
+    own = _as_bound(sock, own)
     options = dump_inet_options(sock, dump_options(sock), is_connected=is_connected)
     return InetSocket(sock.family, sock.type, sock.proto, of.st_uid, of.st_gid,
                       () if own.is_any else (keep_address(own),), options, tuple(_groups(sock)), dump_filter(sock))
+
+
+def _as_bound(sock: socket.socket, own: Address) -> Address:
+    """Return the address that was given to bind(2). A datagram socket that is bound to all addresses gets one of them
+    when it is connected. bind(2) to a single one, if it is not an IPv4 address, sets IPV6_V6ONLY
+    (net/ipv6/af_inet6.c)."""
+    if sock.family != socket.AF_INET6 or sock.type == socket.SOCK_STREAM or own.is_any or (
+            own.host.startswith('::ffff:') or sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)):
+        return own
+    return own._replace(host='::', scope=0)
 
 
 def _groups(sock: socket.socket) -> Iterator[MulticastGroup]:

@@ -73,10 +73,12 @@ def dump_options(sock: socket.socket) -> tuple[SocketOption, ...]:
     fresh = _fresh_options(sock.family, sock.type, sock.proto)
     found = [SocketOption(name, value) for name, value in read_options(sock).items() if fresh.get(name) != value]
     locks, usual = buffer_locks(sock), _fresh_buffers(sock.family, sock.type, sock.proto)
-    # a program may have taken back the lock of a size that it has set
+    # A program may have taken back the lock of a size that it has set. MPTCP cannot do that (net/mptcp/sockopt.c), so
+    # a size without a lock is left to the kernel.
+    can_unlock = sock.proto != socket.IPPROTO_MPTCP
     sizes = [SocketOption(name, _buffer(sock, name)) for name, _, lock in _BUFFERS
-             if locks & lock or _buffer(sock, name) != usual.get(name)]
-    if sizes or locks:
+             if locks & lock or (can_unlock and _buffer(sock, name) != usual.get(name))]
+    if can_unlock and (sizes or locks):
         sizes.append(SocketOption(SO_BUF_LOCK, locks.to_bytes(_INT, 'little')))
     return *found, *sizes
 
