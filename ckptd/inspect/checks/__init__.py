@@ -8,6 +8,7 @@
     check_frozen    freeze=caller only: is everything at rest?
     check_vmas      mappings whose memory cannot be dumped
     check_files     open files of no known kind
+    check_system_v  semaphores and message queues that are outside of the tree
 
 For a task that the caller may not inspect, only that fact is reported.
 """
@@ -21,6 +22,7 @@ from ckptd.inspect.checks.files import check_files
 from ckptd.inspect.checks.frozen import check_frozen
 from ckptd.inspect.checks.hidden import without_hidden
 from ckptd.inspect.checks.rows import refuse, told_dead
+from ckptd.inspect.checks.system_v import check_system_v
 from ckptd.inspect.checks.tasks import check_tasks
 from ckptd.inspect.checks.vmas import check_vmas
 from ckptd.inspect.proc_cache import ProcCache
@@ -55,6 +57,7 @@ def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = Fals
         found += check_frozen(seen, caller.pid)
     found += check_vmas(seen, cache)
     found += check_files(seen, cache)
+    found += check_system_v(seen)
     return told_dead(tree, found)
 
 

@@ -32,7 +32,7 @@ INCLUDES = (
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/keyctl.h', 'linux/magic.h', 'linux/mempolicy.h', 'linux/mman.h', 'asm/mman.h',
     'linux/netlink.h', 'linux/nsfs.h', 'linux/openat2.h',
-    'linux/mqueue.h', 'linux/pidfd.h',
+    'linux/mqueue.h', 'linux/pidfd.h', 'linux/sem.h',
     'linux/prctl.h', 'linux/ptrace.h', 'linux/resource.h', 'linux/bpf_common.h', 'linux/seccomp.h', 'linux/sched.h',
     'linux/sched/types.h', 'linux/shm.h',
     'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
