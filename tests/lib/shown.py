@@ -30,6 +30,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'InotifyKind': ('inotify',),
     'MemfdKind': ('memfds', 'shared'),
     'MessageQueueKind': ('mqueues', 'tests/worker/test_mqueues.py::test_an_unlinked_queue_with_messages'),
+    'NamespaceFileKind': ('namespace_files',),
     'PathKind': ('opath',),
     'PidfdKind': ('pidfds',),
     'PipeKind': ('pipes',),

@@ -451,17 +451,22 @@ def test_replaced_mapped_file_is_a_warning(brood: Brood, tmp_path: Path) -> None
 
 # ---------------------------------------------------------------- open files
 
+def unnameable() -> int:
+    """An O_PATH reference to a pipe, which no kind matches."""
+    return os.open(f'/proc/thread-self/fd/{os.pipe()[0]}', os.O_PATH)
+
+
 def test_every_refusal_of_every_task_at_once(brood: Brood) -> None:
     def root() -> list[int]:
         server = socket.socket(socket.AF_UNIX)
         server.bind('')         # a name of the kernel's choice, unix(7) "Autobind feature"
-        fds = [server.detach(), os.open('/proc/self/ns/net', os.O_RDONLY)]
+        fds = [server.detach(), unnameable()]
         return [*fds, brood.fork()]
-    pid, (sock, namespace, child) = brood.ask(root)
+    pid, (sock, context, child) = brood.ask(root)
     rows = check(pid)
     found = {(row.pid, row.resource) for row in rows if row.severity == 'refusal'}
-    assert found >= {(pid, f'fd {sock}'), (pid, f'fd {namespace}'), (child, f'fd {sock}'),
-                     (child, f'fd {namespace}')}
+    assert found >= {(pid, f'fd {sock}'), (pid, f'fd {context}'), (child, f'fd {sock}'),
+                     (child, f'fd {context}')}
     assert 'a unix stream socket' in fd_rows(rows, sock)[0][2]
 
 
@@ -521,14 +526,14 @@ def test_thread_with_its_own_fd_table(brood: Brood) -> None:
 
         def thread() -> None:
             assert libc.unshare(0x400) == 0     # CLONE_FILES
-            found.append(os.open('/proc/self/ns/net', os.O_RDONLY))
+            found.append(unnameable())
             started.set()
             brood.wait()
         threading.Thread(target=thread, daemon=True).start()
         started.wait()
         return found[0]
-    pid, namespace = brood.ask(root)
-    assert ('refusal', 'EOPNOTSUPP') in [row[:2] for row in fd_rows(check(pid), namespace)]
+    pid, context = brood.ask(root)
+    assert ('refusal', 'EOPNOTSUPP') in [row[:2] for row in fd_rows(check(pid), context)]
 
 
 def test_lock_on_what_keeps_none_is_a_warning(brood: Brood) -> None:

@@ -161,7 +161,7 @@ def _of_files(reader: ImageReader, task: ImageTask, process: psutil.Process) -> 
                             view.flags & ~os.O_CLOEXEC))
     for number, found in files.items():
         at = os.stat(f'/proc/{task.vpid}/fd/{number}')  # noqa: PTH116
-        kinds = {stat.S_IFREG: {'regular', 'memfd', 'mqueue'}, stat.S_IFDIR: {'directory'},
+        kinds = {stat.S_IFREG: {'regular', 'memfd', 'mqueue', 'namespace'}, stat.S_IFDIR: {'directory'},
                  stat.S_IFCHR: {'chardev', 'tty'},
                  stat.S_IFIFO: {'pipe', 'fifo'}}
         expected = {'path'} if found.flags & os.O_PATH else kinds.get(stat.S_IFMT(at.st_mode), {found.kind})

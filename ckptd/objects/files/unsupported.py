@@ -11,6 +11,7 @@ from ckptd.errors import Finding, NotSupported, Refused
 from ckptd.image.grammar import Struct
 from ckptd.image.records import SavedFile
 from ckptd.kernel import statfs
+from ckptd.kernel.devices import driver_of
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.tables import JobTables
@@ -18,6 +19,7 @@ from ckptd.objects.support import Support
 
 # the text behind 'anon_inode:' in the link, without brackets and number; the names come from the kernel's callers of
 # anon_inode_getfile() and similar functions
+_ANON = 'anon_inode:'
 _ANON_INODES = {
     'bpf-map': 'a BPF map', 'bpf-prog': 'a BPF program', 'bpf_link': 'a BPF link', 'bpf_iter': 'a BPF iterator',
     'btf': 'a BPF type description (BTF)', 'fanotify': 'a fanotify group',
@@ -29,6 +31,26 @@ _ANON_INODES = {
 _BY_MAGIC = {
     statfs.HUGETLBFS_MAGIC: 'a file of huge pages',
     statfs.NSFS_MAGIC: 'a namespace', statfs.PID_FS_MAGIC: 'a pidfd', statfs.SECRETMEM_MAGIC: 'secret memory',
+}
+# what to do about a file of the kernel or of a driver, by the name in the link or in /proc/devices and /proc/misc
+_CLOSE = 'close it before the checkpoint, or checkpoint a tree without it'
+_BPF = 'pin it (bpftool), close it before the checkpoint, and open it again by that path'
+_OF_MACHINE = 'shut the virtual machine down, or save it by its own means'
+_INTERFACE = 'make the interface persistent (ip tuntap), and close it before the checkpoint'
+_OF_SESSION = 'checkpoint the programs of the session without its display server'
+_HINTS = {
+    **dict.fromkeys(('bpf-map', 'bpf-prog', 'bpf_link'), _BPF),
+    **dict.fromkeys(('kvm', 'kvm-vm', 'kvm-vcpu'), _OF_MACHINE),
+    **dict.fromkeys(('tun', 'macvtap'), _INTERFACE),
+    **dict.fromkeys(('drm', 'input', 'hidraw'), _OF_SESSION),
+    'fscontext': 'let the mount be made or given up first (fsmount)',
+    'perf_event': 'end the measurement (perf, or a profiler in the program) first',
+    'seccomp notify': 'checkpoint the supervised tree without its supervisor; its filters are refused too',
+    'fuse': 'unmount the file system first, as requests of others are in its queue',
+    'autofs': 'stop the automounter first, as mounts wait for its answers',
+    'alsa': 'close the sound device first, or let a sound server have it',
+    'rtc': 'close it first; an alarm that was set in it stays',
+    'loop': 'detach the loop device first (losetup -d)',
 }
 _FAMILIES = {socket.AF_UNIX: 'unix', socket.AF_INET: 'IPv4', socket.AF_INET6: 'IPv6', socket.AF_NETLINK: 'netlink',
              socket.AF_PACKET: 'packet'}
@@ -46,7 +68,7 @@ class Unsupported(Kind[Struct], tag='unsupported'):
 
     def findings(self, file: OpenFile) -> list[Finding]:
         return [finding('EOPNOTSUPP', f'{describe(file, self._tables)} ({file.link}) cannot be dumped yet',
-                        'close it before the checkpoint, or checkpoint a tree without it')]
+                        _HINTS.get(_driver(file), _CLOSE))]
 
     def dump(self, file: OpenFile, content: Content) -> NoReturn:
         reason = self.findings(file)[0]
@@ -62,7 +84,7 @@ def describe(file: OpenFile, tables: JobTables) -> str:
     """Describe a file for people: 'an io_uring', 'a listening IPv4 stream socket'."""
     if file.is_path:
         return 'an O_PATH reference'
-    if file.link.startswith('anon_inode:'):
+    if file.link.startswith(_ANON):
         return _anon_inode(file.link)
     if file.magic in _BY_MAGIC:
         return _BY_MAGIC[file.magic]
@@ -71,8 +93,20 @@ def describe(file: OpenFile, tables: JobTables) -> str:
     return _by_mode(file, tables)
 
 
+def _driver(file: OpenFile) -> str:
+    """Return the name of the part of the kernel that made the file, as in _HINTS."""
+    if file.link.startswith(_ANON):
+        return _anon_name(file.link).split(':')[0]
+    mode = file.stat.st_mode
+    return driver_of(mode, file.stat.st_rdev) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else ''
+
+
+def _anon_name(link: str) -> str:
+    return link.removeprefix(_ANON).removeprefix('[').removesuffix(']')
+
+
 def _anon_inode(link: str) -> str:
-    name = link.removeprefix('anon_inode:').removeprefix('[').removesuffix(']')
+    name = _anon_name(link)
     return _ANON_INODES.get(name.split(':')[0], f'a file of the kernel named {name!r}')
 
 
@@ -80,10 +114,10 @@ def _by_mode(file: OpenFile, tables: JobTables) -> str:
     mode, device = file.stat.st_mode, file.stat.st_rdev
     if stat.S_ISSOCK(mode):
         return _socket(file, tables)
-    if stat.S_ISCHR(mode):
-        return f'a character device {os.major(device)}:{os.minor(device)}'
-    if stat.S_ISBLK(mode):
-        return f'a block device {os.major(device)}:{os.minor(device)}'
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        what = 'character' if stat.S_ISCHR(mode) else 'block'
+        driver = driver_of(mode, device)
+        return f'a {what} device {os.major(device)}:{os.minor(device)}' + (f' of the driver {driver}' if driver else '')
     return f'a file of unknown type {stat.S_IFMT(mode):#o}'
 
 

@@ -13,12 +13,15 @@ import pytest
 
 from ckptd.errors import Refused
 from ckptd.objects.files.base import OpenFile
+from ckptd.objects.files.namespace import NamespaceFileKind
 from ckptd.objects.files.registry import Kinds
-from tests.lib.brood import libc
+from ckptd.objects.files.tables import JobTables
+from tests.lib.brood import Brood, libc
 from tests.live.kinds.conftest import BY_TAG, kind_of
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 
+CLONE_NEWUTS = 0x04000000       # <linux/sched.h>
 # <asm/unistd_64.h>
 NR = {'userfaultfd': 323, 'bpf': 321, 'perf_event_open': 298, 'io_uring_setup': 425, 'memfd_secret': 447,
       'landlock_create_ruleset': 444, 'fsopen': 430}
@@ -91,6 +94,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'timerfd': ('timerfd', lambda: libc.timerfd_create(1, 0)),
     'pidfd': ('pidfd', lambda: os.pidfd_open(os.getpid())),
     'inotify': ('inotify', lambda: libc.inotify_init1(0)),
+    'namespace': ('namespace', lambda: os.open('/proc/self/ns/net', os.O_RDONLY)),
     'datagram socket': ('unix', lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
     'unconnected socket': ('unix', lambda: socket.socket(socket.AF_UNIX).detach()),
     'half of a seqpacket pair': ('unix', lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()),
@@ -154,11 +158,13 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
                          lambda: libc.syscall(NR['landlock_create_ruleset'], b'\1' + bytes(7), 8, 0)),
     'secret memory': ('secret memory', lambda: libc.syscall(NR['memfd_secret'], 0)),
     'file system context': ('a file system context', lambda: libc.syscall(NR['fsopen'], b'tmpfs', 0)),
-    'namespace': ('a namespace', lambda: os.open('/proc/self/ns/net', os.O_RDONLY)),
+    'tun': ('a character device 10:200 of the driver tun', lambda: os.open('/dev/net/tun', os.O_RDWR)),
+    'fuse': ('a character device 10:229 of the driver fuse', lambda: os.open('/dev/fuse', os.O_RDWR)),
+    'kvm': ('a character device 10:232 of the driver kvm', lambda: os.open('/dev/kvm', os.O_RDWR)),
     'O_PATH of a pipe': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.pipe()[0]}', os.O_PATH)),
     'O_PATH of a memfd': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.memfd_create("x")}', os.O_PATH)),
     'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
-    'device': ('a character device 1:11', lambda: os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)),
+    'device': ('a character device 1:11 of the driver mem', lambda: os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)),
     'huge page memfd': ('a file of huge pages', lambda: os.memfd_create('x', os.MFD_HUGETLB)),
 }
 
@@ -192,6 +198,20 @@ def test_what_no_kind_matches_is_refused_by_its_name(opened: Opened, name: str, 
         Kinds().unsupported.dump(file, None)    # type: ignore[arg-type]
     assert (caught.value.task, caught.value.resource) == (file.pid, f'fd {file.fd}')
     assert file.link in caught.value.message
+
+
+def test_a_driver_has_a_hint(opened: Opened) -> None:
+    file = opened_or_skip(opened, lambda: os.open('/dev/net/tun', os.O_RDWR))
+    assert 'make the interface persistent' in Kinds().unsupported.findings(file)[0].hint
+
+
+@pytest.mark.needs('root')
+def test_a_namespace_outside_of_the_tree(opened: Opened, brood: Brood) -> None:
+    """It is refused by its name; that of process 1 is not."""
+    stranger = brood.fork(lambda: libc.unshare(CLONE_NEWUTS))
+    [row] = NamespaceFileKind(JobTables()).findings(opened(lambda: os.open(f'/proc/{stranger}/ns/uts', os.O_RDONLY)))
+    assert (row.errno, row.severity) == ('EOPNOTSUPP', 'refusal')
+    assert 'outside of the tree' in row.reason
 
 
 def opened_or_skip(opened: Opened, work: Callable[[], int]) -> OpenFile:
