@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckptd.external import parse_list
+
 log = logging.getLogger(__name__)
 
 SECTION = 'Manager'
@@ -52,6 +54,7 @@ class Config:
     keep_jobs_usec: int = 30_000_000        # how long the object of a finished job stays
     inhibit_delay_usec: int = 5_000_000     # how long programs may delay the checkpoint of their tree
     idle_exit_usec: int = 120_000_000       # time without anything to do, after which a bus-activated daemon exits
+    external: tuple[str, ...] = ()          # policies for connections to the outside, see ckptd.external
     stream_stall_usec: int = 300_000_000    # time after which an export that is not read, or an import that is not
                                             # written, fails
 
@@ -124,6 +127,7 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     'KeepJobsSec': ('keep_jobs_usec', parse_span),
     'InhibitDelayMaxSec': ('inhibit_delay_usec', parse_span),
     'IdleExitSec': ('idle_exit_usec', parse_span),
+    'External': ('external', parse_list),
     'StreamStallSec': ('stream_stall_usec', parse_span),
 }
 

@@ -16,6 +16,7 @@
 
 import ipaddress
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal, NamedTuple, cast, get_args
 
@@ -25,7 +26,8 @@ Action = Literal['refuse', 'close', 'reconnect', 'inherit']
 ACTIONS: Final = get_args(Action)
 ANY: Final = 'any'
 TCP: Final = 'tcp:'
-MAX_WHAT = 512          # characters; sun_path has 108 bytes, unix(7)
+MAX_POLICIES: Final = 64
+MAX_WHAT: Final = 512          # characters; sun_path has 108 bytes, unix(7)
 _ONLY_NAMES = ('reconnect',)        # actions that need a path or an abstract name
 
 
@@ -51,6 +53,14 @@ def parse(text: str) -> Policy:
     return policy
 
 
+def is_policy(text: object) -> bool:
+    """Whether `parse` takes this value."""
+    try:
+        return isinstance(text, str) and bool(parse(text))
+    except InvalidArgument:
+        return False
+
+
 def parse_what(text: str) -> str:
     """Return the only spelling of a peer. InvalidArgument."""
     if text == ANY or (len(text) <= MAX_WHAT and '\0' not in text and text[:1] in ('/', '@') and len(text) > 1):
@@ -63,6 +73,15 @@ def parse_what(text: str) -> str:
             pass        # the message is that for all other texts
     raise InvalidArgument(f'{text[:MAX_WHAT]!r} is no peer', resource='external',
                           hint=f'it is a path, @NAME, {TCP}ADDRESS:PORT, or {ANY}')
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """Parse policies that are separated by spaces, as in a configuration file; a shell's quotes may be used.
+    ValueError."""
+    try:
+        return tuple(str(parse(word)) for word in shlex.split(text))
+    except InvalidArgument as error:
+        raise ValueError(error.message) from error
 
 
 def unix_peer(name: bytes) -> str:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from ckptd.bus.message import UnixFd
 from ckptd.errors import InvalidArgument
+from ckptd.external import MAX_POLICIES, is_policy
 from ckptd.kernel.statx import is_terminal
 from ckptd.protocol.requests import After, ChangedFiles, FreezeMode
 from ckptd.target import MAX_PATH, WORDS, CgroupTarget, clean_path, is_valid
@@ -49,6 +50,10 @@ def _is_terminal(value: Any) -> bool:
     return value == DETACHED if isinstance(value, str) else isinstance(value, UnixFd) and is_terminal(value)
 
 
+def _is_external(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) <= MAX_POLICIES and all(map(is_policy, value))
+
+
 def _flag(name: str) -> Option:
     return Option(name, 'true or false', lambda value: isinstance(value, bool))
 
@@ -59,6 +64,7 @@ TIMEOUT = _number('timeout', 'microseconds', MAX_TIMEOUT)
 HANDLE_TOKEN = Option('handle_token', '1 to 64 characters of A-Z a-z 0-9 _', _is_token)
 SAVE_FILES = _flag('save_files')
 SAVE_LIMIT = _number('save_limit', 'bytes', MAX_SIZE)
+EXTERNAL = Option('external', f'up to {MAX_POLICIES} texts WHAT:ACTION', _is_external)
 CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgroup)
 CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
 TERMINAL = Option('terminal', f'a file descriptor of a terminal, or "{DETACHED}"', _is_terminal)
@@ -66,14 +72,14 @@ TERMINAL = Option('terminal', f'a file descriptor of a terminal, or "{DETACHED}"
 DETACH = _flag('detach')
 TARGET = Option('target', f'the text of a target; {WORDS}', lambda value: isinstance(value, str))
 
-SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT)
+SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT, EXTERNAL)
 # a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach
 CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'),
                  TERMINAL)
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
 INHIBIT = (TARGET,)
-CHECK = (FREEZE,)
+CHECK = (FREEZE, EXTERNAL)
 FREEZING = (FREEZE, TIMEOUT, DETACH)
 NONE: tuple[Option, ...] = ()
 

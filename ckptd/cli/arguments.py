@@ -106,10 +106,17 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
                              'rollback"')
     parser.add_argument('--save-limit', type=size, metavar='SIZE',
                         help='save at most SIZE of such content in all: "64M", "1G" (default)')
+    _external(parser)
     parser.add_argument('--as-root', action='store_true',
                         help='dump with root\'s rights, even if the whole tree belongs to one other user')
     parser.add_argument('--detach', action='store_true', help='print the job and return at once')
     parser.add_argument('-q', '--quiet', action='store_true', help='print only the id of the image')
+
+
+def _external(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--external', action='append', default=[], metavar='WHAT:ACTION',
+                        help='what becomes of a connection to a process outside of the tree; WHAT: a path, @NAME, '
+                             'tcp:ADDRESS:PORT or any; ACTION: refuse (default), close, reconnect or inherit')
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +143,11 @@ def _restore(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
+    _target(parser)
+    _external(parser)
+
+
+def _thaw(parser: argparse.ArgumentParser) -> None:
     _target(parser)
 
 
@@ -219,7 +231,7 @@ COMMANDS: dict[str, Command] = {
         'Return once every task of the tree has stopped. The daemon holds it until "ckptctl thaw". With --standalone '
         'there is no daemon to hold it: the command stays, and thaws the tree on Ctrl-C.'),
     'thaw': Command(
-        'freeze:thaw', 'Thaw a frozen tree', 'ckptctl thaw app.service', _check,
+        'freeze:thaw', 'Thaw a frozen tree', 'ckptctl thaw app.service', _thaw,
         'Thaw a tree that "ckptctl freeze" or "ckptctl checkpoint --leave-frozen" left frozen.'),
     'jobs': Command('jobs:jobs', 'List the jobs of the daemon', 'ckptctl jobs --json'),
     'cancel': Command('jobs:cancel', 'Cancel jobs', 'ckptctl cancel 7', _job,

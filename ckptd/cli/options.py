@@ -18,7 +18,13 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
         options |= {name: True for name in ('force', 'save_files', 'as_root') if getattr(args, name)}
         if args.save_limit is not None:
             options['save_limit'] = args.save_limit
+        options |= external_options(args)
     return options
+
+
+def external_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Build the option of Checkpoint and Check about peers outside of the tree."""
+    return {'external': args.external} if args.external else {}
 
 
 def restore_options(args: argparse.Namespace) -> dict[str, Any]:

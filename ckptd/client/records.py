@@ -5,7 +5,7 @@ A field that a daemon does not send has its default. A field that this client do
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar
 
@@ -31,6 +31,7 @@ class CheckpointOptions(FreezeOptions, total=False):
     force: bool          # kill the tree although a restore would be refused
     save_files: bool     # keep the content of files that are open for writing
     save_limit: int      # bytes of such content in all
+    external: Sequence[str]     # policies for connections to the outside: '/run/app.sock:close'
     as_root: bool        # use root's rights although the whole tree belongs to one user
     handle_token: str    # name in the path of the job's object
 

@@ -96,7 +96,7 @@ class RequestFactory:
 
     def check(self, target: AnyTarget, caller: Caller, **more: Any) -> CheckRequest:
         """Make a request to check a tree. more: further fields. NoSuchTarget."""
-        return CheckRequest(**self._on_tree(target, caller), **self._dumped(target, caller), **more)
+        return CheckRequest(**self._on_tree(target, caller), **self._dumped(target, caller, more), **more)
 
     def hold(self, target: AnyTarget, caller: Caller, *, timeout: int = 0, **more: Any) -> HoldRequest:
         """Make a request to freeze a tree. timeout: microseconds, 0 for the configured ones. more: further fields.
@@ -108,7 +108,8 @@ class RequestFactory:
         LimitsExceeded."""
         tree = self._on_tree(target, caller, timeout)
         self.quota.room(caller.uid)
-        return CheckpointRequest(**tree, **self._dumped(target, caller), image=new_image_id(command_of(tree['target'])),
+        return CheckpointRequest(**tree, **self._dumped(target, caller, more),
+                                 image=new_image_id(command_of(tree['target'])),
                                  keep_free=self.quota.keep_free(caller.uid), **more)
 
     def on_image(self, kind: type[R], image: SpooledImage, caller: Caller, **more: Any) -> R:
@@ -134,8 +135,10 @@ class RequestFactory:
         return {**self._common(caller), 'target': target_for(target, caller),
                 'timeout_usec': timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT)}
 
-    def _dumped(self, target: AnyTarget, caller: Caller) -> dict[str, Any]:
-        return {'avoid': self._avoid(caller), 'sever': self.bus if target == CALLER else 0}
+    def _dumped(self, target: AnyTarget, caller: Caller, more: dict[str, Any]) -> dict[str, Any]:
+        """Return fields of a dump. The policies for peers are taken out of `more`."""
+        return {'avoid': self._avoid(caller), 'sever': self.bus if target == CALLER else 0,
+                'external': (*self.config.external, *more.pop('external', ()))}
 
     def _avoid(self, caller: Caller) -> tuple[int, ...]:
         return (*self.avoid, self.client) if self.client and self.client == caller.pid else self.avoid

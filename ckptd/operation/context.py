@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from ckptd.errors import SECCOMP, Finding, NoSuchImage, NoSuchTarget, Refused, SpoolFailed
+from ckptd.external import Policies
 from ckptd.faults import fault
 from ckptd.freezer import FrozenTree, freeze
 from ckptd.freezer.base import FreezeRequest, refuse_own_tree
@@ -110,8 +111,9 @@ class JobContext(Generic[R_co]):
             with suppress(OSError):     # without sock_diag: they are refused like any socket
                 severed = clients_beside(self.request.sever, unix_sockets())
         cache = ProcCache(severed, self.request.caller, at_rest=at_rest)
+        tables = cache.kinds.tables
+        tables.external = Policies.parse(self.request.external)
         if self.request.brokered:
-            tables = cache.kinds.tables
             tables.has_handles, tables.watched_paths = True, BrokerClient(self.channel).watched_paths
         return cache
 

@@ -136,6 +136,7 @@ class DumpRequest(FreezerRequest, frozen=True, kw_only=True):
                                         # bus. The tree's connections to that bus do not outlive the dump. Else 0.
     may_move: bool = False              # a worker outside of the daemon's sandbox can take over, if this one says that
                                         # it is Confined
+    external: tuple[str, ...] = ()      # policies for connections to the outside (ckptd.external), the later counts
     trace_under_yama: bool = False      # the user's worker keeps CAP_SYS_PTRACE until it traces the tree
 
 

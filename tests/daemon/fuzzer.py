@@ -50,6 +50,7 @@ PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'handle_token': [Variant('s', 'a'), Variant('s', 'b'), Variant('s', '_' * 64), Variant('s', '/')],
     'force': [Variant('b', True), Variant('b', False)],
     'save_files': [Variant('b', True), Variant('b', False)],
+    'external': [Variant('as', []), Variant('as', ['any:close']), Variant('as', ['x']), Variant('s', 'any:close')],
     'save_limit': [Variant('t', 0), Variant('t', 1), Variant('t', 2**63)],
     'changed_files': [Variant('s', 'refuse'), Variant('s', 'accept')],
     'leave_stopped': [Variant('b', True)],

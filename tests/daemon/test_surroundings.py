@@ -106,5 +106,5 @@ def test_values_that_an_option_cannot_have(name: str, value: object, words: str)
 def test_an_unknown_option_hears_of_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match='unknown option "aftr"') as caught:
         parse_options({'aftr': 'kill'}, CHECKPOINT)
-    assert caught.value.hint == 'options here: freeze, after, force, timeout, save_files, save_limit, as_root, ' \
-        'detach, handle_token'
+    assert caught.value.hint == 'options here: freeze, after, force, timeout, save_files, save_limit, external, ' \
+        'as_root, detach, handle_token'

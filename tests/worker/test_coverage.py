@@ -59,6 +59,7 @@ CHECKED = {
     **{f'PathReference.{name}': 'of a node that is made again; another owner is a refusal' for name in ('gid', 'uid')},
     'Pty.name': 'whether another terminal has the number',
     'Registers.machine': 'of this kind of processor, or refused',
+    'UnixSocketEnd.identifier': 'of a connection to the journal, see tests/worker/test_unix_outside.py',
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
 UNREAD = {

@@ -68,6 +68,7 @@ def test_an_end_outside_is_named(place: Place, brood: Brood) -> None:
     assert ', outside of the tree' in row.reason
     assert any(f'[{holder}]' in row.reason for holder in (os.getpid(), both))
     assert 'both ends' in row.hint
+    assert '--external=any:close' in row.hint
 
 
 @pytest.fixture

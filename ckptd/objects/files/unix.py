@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ckptd.errors import CkptError, Finding
+from ckptd.external import Action
 from ckptd.faults import fault
 from ckptd.image.records import SavedFile
 from ckptd.kernel import unix, unix_queue
@@ -28,17 +29,16 @@ from ckptd.kernel.sockopt import SO_PEEK_OFF
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.options import dump_options, set_options
-from ckptd.objects.files.socket_filter import dump_filter, filter_findings, set_filter
+from ckptd.objects.files.options import SocketOption, dump_options, set_options
+from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unix_connections import connect_waiting, fill, listen, make_socket
 from ckptd.objects.files.unix_messages import NOBODY, Sender, dump_message, dump_sender
 from ckptd.objects.files.unix_names import NO_NAME, SocketName, connect_to, dump_name, name_findings, name_refusals
+from ckptd.objects.files.unix_outside import action_for, outside_findings, reconnect, reconnect_findings
 from ckptd.objects.files.unix_record import BOTH_WAYS, ONE_WAY, OTHER_END, THIS_END, UnixSocketEnd, WaitingClient
 from ckptd.objects.files.unsupported import describe
 from ckptd.objects.support import Support
-
-_HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends'
 
 
 class _Known(NamedTuple):
@@ -50,14 +50,15 @@ class _Known(NamedTuple):
 
 class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     support = Support('unix sockets with their names, listeners, connections, unread messages and files in flight',
-                      refused='sockets that are connected to a process outside of the tree; eBPF filters; unread data '
-                              'of connections that nobody has accepted',
+                      refused='connections to processes outside of the tree without --external; eBPF filters; unread '
+                              'data of connections that nobody has accepted',
                       user='messages with credentials of their senders are refused')
 
     def __init__(self, tables: JobTables) -> None:
         super().__init__(tables)
         self._queues: dict[int, list[unix_queue.Queued]] = {}     # by inode, each read once
         self._known: dict[int, _Known] = {}                       # by inode
+        self._outside: dict[tuple[int, int], Action] = {}         # by inode, and that of the peer outside of the tree
 
     def matches(self, file: OpenFile) -> bool:
         if not stat.S_ISSOCK(file.stat.st_mode) or file.is_path:
@@ -84,15 +85,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             self._known[file.stat.st_ino] = _Known(file, unix.peer_credentials(sock), unix.peer_groups(sock))
             found = filter_findings(sock, f'{describe(file, self._tables)} ({file.link})')
             found += name_refusals(own, sock, file.tid, self._tables) if own else []
-        return found + (self._backlog_findings(file, own) if own else [])
-
-    def _backlog_findings(self, file: OpenFile, own: UnixSocket) -> list[Finding]:
-        clients = [self._tables.unix_sockets.get(inode) for inode in own.pending]
-        if all(client and not client.unsent for client in clients):
-            return []
-        return [finding('EAGAIN', f'{describe(file, self._tables)} ({file.link}) has a connection with data that '
-                        'nobody has accepted', 'try again when the program has accepted it: only accept(2) reaches '
-                        'the data')]
+        return found
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         own = self._own(file)
@@ -106,14 +99,26 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         held = {name for end in ends for name in end.endpoint.holds}
         lacking = [end for end in ends if not end.endpoint.lacks <= held]
         holders = unix.find_holders({int(peer) for end in lacking for peer in end.endpoint.lacks - held})
+        yield from self._unreachable(ends, held)
         for end in lacking:
-            for peer in sorted(end.endpoint.lacks - held, key=int):
-                holder = holders.get(int(peer))
+            own = self._tables.unix_sockets[end.file.stat.st_ino]
+            for inode in sorted(map(int, end.endpoint.lacks - held)):
+                holder, peer = holders.get(inode), self._tables.unix_sockets.get(inode)
                 if holder is None and not is_whole:
                     continue        # it may be in flight within the tree, which is checked when the tree is at rest
-                where = f'{holder.comm}[{holder.pid}]' if holder else 'a process'
-                yield end, finding('EOPNOTSUPP', f'{describe(end.file, self._tables)} ({end.file.link}) is connected '
-                                   f'to {where}, outside of the tree', _HINT)
+                action = action_for(own, peer, self._tables)
+                self._outside[own.inode, inode] = action
+                yield from outside_findings(end, own, peer, holder, action, self._tables)
+
+    def _unreachable(self, ends: Sequence[FileEnd], held: set[str]) -> Iterator[tuple[FileEnd, Finding]]:
+        """Yield listeners with connections of the tree whose data only accept(2) reaches."""
+        for end in ends:
+            pending = self._tables.unix_sockets[end.file.stat.st_ino].pending
+            clients = [self._tables.unix_sockets.get(inode) for inode in pending if not inode or str(inode) in held]
+            if not all(client and not client.unsent for client in clients):
+                yield end, finding('EAGAIN', f'{describe(end.file, self._tables)} ({end.file.link}) has a connection '
+                                   'with data that nobody has accepted', 'try again when the program has accepted it: '
+                                   'only accept(2) reaches the data')
 
     def discover(self, file: OpenFile) -> Sequence[int]:
         return [fd for message in self._queue(file) for fd in message.fds]
@@ -175,16 +180,33 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         peer = self._known.get(own.peer)
         queued = self._queue(file)
         addresses = tuple(message.address for message in queued) if own.type == socket.SOCK_DGRAM else ()
-        joined = self._joined(own, maker)
+        action = self._action(own)
+        if action == 'reconnect':
+            return self._reconnected(file, own, name, peer_name, options, attached, content)
+        joined = 0 if action else self._joined(own, maker)
         is_listening = own.state == unix.SS_LISTEN
+        waiting = [inode for inode in own.pending if (own.inode, inode) not in self._outside]
         return UnixSocketEnd(
-            own.inode, own.type, own.peer, own.state == unix.SS_ESTABLISHED and own.has_peer, own.shutdown,
-            dump_sender(maker, content), groups, of.st_uid, of.st_gid, options,
+            own.inode, own.type, 0 if action else own.peer, own.state == unix.SS_ESTABLISHED and own.has_peer,
+            own.shutdown, dump_sender(maker, content), groups, of.st_uid, of.st_gid, options,
             tuple(dump_message(message, content) for message in queued), attached, name, peer_name,
             dump_sender(peer.maker, content) if peer else NOBODY, peer.groups if peer else (),
             0 if joined else self._accepted(own, name, peer_name), joined, is_listening,
-            own.unsent if is_listening else 0, tuple(self._waiting(inode, content) for inode in own.pending),
-            self._listener_of(own) is not None, addresses if any(addresses) else ())
+            own.unsent if is_listening else 0, tuple(self._waiting(inode, content) for inode in waiting),
+            self._listener_of(own) is not None and not action, addresses=addresses if any(addresses) else ())
+
+    def _action(self, own: UnixSocket) -> Action | None:
+        """Return what becomes of the connection if the other end is outside of the tree, else None."""
+        listener = self._listener_of(own)
+        return self._outside.get((own.inode, listener.inode if listener else own.peer))
+
+    def _reconnected(self, file: OpenFile, own: UnixSocket, name: SocketName, peer_name: SocketName,
+                     options: tuple[SocketOption, ...], attached: SocketFilter, content: Content) -> UnixSocketEnd:
+        """Make the record of a client that a restart connects to its server outside of the tree again."""
+        client = self._waiting(own.inode, content)
+        return UnixSocketEnd(own.inode, own.type, 0, 1, own.shutdown, NOBODY, (), file.stat.st_uid, file.stat.st_gid,
+                             options, (), attached, name, peer_name, client.maker, client.groups, outside=1,
+                             identifier=read_status(file.pid).name)
 
     def _peer_name(self, own: UnixSocket, sock: socket.socket, tid: int) -> SocketName:
         """Return the name of the other end. One that is gone has no file any more."""
@@ -236,6 +258,8 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         found = owner_findings(saved.link, record.uid, record.gid, lookup)
         if record.peer or not record.connected:
             found += name_findings(record.name, record.type, saved.link, lookup, self._tables)
+        if record.outside:
+            found += reconnect_findings(record, saved.link, lookup, self._tables)
         makes = record.listening or record.connected
         if makes and record.maker != NOBODY and not record.maker.vpid:
             found.append(finding('ESRCH', f'{saved.link} was made by a process outside of the tree',
@@ -253,7 +277,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         return found
 
     def late(self, record: UnixSocketEnd, saved: SavedFile) -> bool:
-        if record.waits or record.joined:
+        if record.waits or record.joined or record.outside:
             return False
         return bool(record.connected and (record.maker.vpid or record.peer_maker.vpid))
 
@@ -269,6 +293,8 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         return fd
 
     def opened(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        if record.outside:
+            reconnect(record, fd, ctx)
         if record.listening:        # connections that were accepted are made before, and change what listen(2) sets
             listen(fd, record.backlog, record.maker, record.groups, ctx)
             connect_waiting(record, ctx)
@@ -284,7 +310,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     def commit(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if record.joined == BOTH_WAYS:      # from then on no other socket may be connected to it (unix_may_send)
             connect_to(fd, record.peer_name, record.type, ctx)
-        if record.connected and (record.peer or record.waits):
+        if record.connected and (record.peer or record.waits or record.outside):
             with socket.socket(fileno=os.dup(fd)) as sock:
                 how = {unix.RCV_SHUTDOWN: socket.SHUT_RD, unix.SEND_SHUTDOWN: socket.SHUT_WR,
                        unix.RCV_SHUTDOWN | unix.SEND_SHUTDOWN: socket.SHUT_RDWR}.get(record.shutdown)

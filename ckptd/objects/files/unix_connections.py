@@ -22,7 +22,7 @@ _SOME = 64      # a backlog, while a restart accepts its own connections
 
 def make_socket(record: UnixSocketEnd, ctx: RestoreContext) -> int:
     """Make a socket with its name and, if it needs tasks only to be made, its connection. Return it as `once` does."""
-    if not record.connected or record.joined or record.waits:
+    if not record.connected or record.joined or record.waits or record.outside:
         return _unconnected(record.inode, record.name, record.type, ctx)
     other = record.peer or -record.inode
 
@@ -89,7 +89,7 @@ def _accept(kind: int, name: SocketName, client_name: SocketName, listener: Ids,
 
 
 def _accept_from(server: int, pid: int) -> int:
-    with socket.socket(fileno=os.dup(server)) as listener, _not_blocking(server):
+    with socket.socket(fileno=os.dup(server)) as listener, not_blocking(server):
         while True:
             accepted, _ = listener.accept()
             if peer_credentials(accepted).pid == pid:
@@ -98,7 +98,7 @@ def _accept_from(server: int, pid: int) -> int:
 
 
 @contextmanager
-def _not_blocking(fd: int) -> Iterator[None]:
+def not_blocking(fd: int) -> Iterator[None]:
     """Set O_NONBLOCK in this block. All fds of the description have it."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
@@ -121,7 +121,7 @@ def connect_waiting(record: UnixSocketEnd, ctx: RestoreContext) -> None:
     """Connect the clients of a listener that nobody has accepted yet, in their order."""
     for client in record.waiting:
         mine = _unconnected(client.inode, client.name, record.type, ctx)
-        with _not_blocking(mine):
+        with not_blocking(mine):
             _connect(mine, record.name, record.type, (client.maker, client.groups), ctx)
 
 

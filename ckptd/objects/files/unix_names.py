@@ -228,7 +228,11 @@ def file_of(name: SocketName, kind: int, ctx: FileMaking) -> int:
 
 def connect_to(fd: int, name: SocketName, kind: int, ctx: FileMaking) -> None:
     """Connect a socket to one that was bound before. OSError."""
-    at = file_of(name, kind, ctx)
+    connect_to_path(fd, name, file_of(name, kind, ctx))
+
+
+def connect_to_path(fd: int, name: SocketName, at: int) -> None:
+    """Connect a socket to the one with this abstract name, or with the file of an O_PATH fd. OSError."""
     with socket.socket(fileno=os.dup(fd)) as sock:
         sock.connect(name.name if at < 0 else f'/proc/self/fd/{at}')
 

@@ -45,4 +45,6 @@ class UnixSocketEnd(Struct):
     backlog: U32 = 0                # of listen(2)
     waiting: tuple[WaitingClient, ...] = ()     # of a listener, first come first
     waits: U8 = 0                   # such a client
+    outside: U8 = 0                 # connected to the peer_name outside of the tree, and to be connected there again
+    identifier: str = ''            # of a process that has it, for the journal
     addresses: tuple[bytes, ...] = ()       # of datagrams in the queue: names of their senders; none if all are b''
