@@ -6,7 +6,7 @@
                                     opens it by its name, or none (`detach`): then all files of it are hung up
     hung up                         a slave whose master is closed
     /dev/tty                        opened again by a process of its session
-    console, serial line            opened again by its name, with its settings
+    console, serial line            opened again by its name, with its settings, unless it was the controlling terminal
 
 Settings, size, session and so on exist once for each terminal (terminal.py). What waits between the two ends can only
 be taken out. If the tree is killed, that is done last of all; otherwise the checkpoint fails with EAGAIN.
@@ -85,9 +85,11 @@ def is_tty(device: int) -> bool:
     return device != PTMX and bool(driver_of(device))
 
 
-def _is_device_of_its_own(device: int) -> bool:
-    """Whether it is a serial line or a console, which has no master, and which a restart finds by its name."""
-    return device != OWN and not is_slave(device)
+def _is_line(record: Tty) -> bool:
+    """Whether it is a serial line or a console, which a restart finds by its name. As a controlling terminal it is like
+    a window."""
+    is_controlling = any(state.session or state.foreground for state in record.state)
+    return record.device != OWN and not is_slave(record.device) and not is_controlling
 
 
 class TtyKind(Kind[Tty], tag='tty', alike=False):
@@ -233,7 +235,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
             return _pty_findings(record.pty[0], saved, lookup)
         if record.side == HUNG_UP or record.device == OWN:
             return []
-        if not _is_device_of_its_own(record.device):
+        if not _is_line(record):
             if lookup.detach_terminal:
                 return [finding('ENOTTY', f'{record.path} comes back hung up', 'reading from it gives end-of-file',
                                 'warning')]
@@ -261,7 +263,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         if record.pty:
             master = _master(record, ctx)
             return os.dup(master) if record.side == MASTER else tty.open_slave(master, flags)
-        if not _is_device_of_its_own(record.device):
+        if not _is_line(record):
             if ctx.detach_terminal:
                 return hung_up(record.device, flags, ctx)
             if ctx.terminal_fd >= 0:
@@ -303,7 +305,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         if record.side != REFERENCE or not record.state:
             return
         [state] = record.state
-        if record.device != OWN and _is_device_of_its_own(record.device):
+        if _is_line(record):
             tty.set_settings(fd, state.settings)
         elif ctx.terminal_fd >= 0 and not ctx.detach_terminal and state.foreground and not self._is_drawn:
             self._is_drawn = True

@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import stat
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -366,6 +367,42 @@ def test_terminal_that_is_gone(saved: Saved, restart: Start, monkeypatch: pytest
     job = restart()
     monkeypatch.setattr(job, 'lstat', lambda path: None)
     assert [row[:2] for row in job.obstacles(one)] == [('refusal', 'ENOTTY')]
+
+
+def test_terminal_that_is_detached(saved: Saved, restart: Start, terminal: int) -> None:
+    """It is hung up, whatever else could take its place."""
+    one = saved(lambda: os.open(os.ttyname(terminal), os.O_RDWR | os.O_NOCTTY))
+    job = restart(detach_terminal=True, terminal_fd=terminal)
+    assert [row[:2] for row in job.obstacles(one)] == [('warning', 'ENOTTY')]
+    fd = job.whole(one)
+    assert os.read(fd, 1) == b''
+    with pytest.raises(OSError, match='Input/output error'):
+        os.write(fd, b'x')
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('path', ['/dev/tty63', '/dev/ttyS0'])
+def test_console_and_serial_line(saved: Saved, restart: Start, terminal: int, path: str) -> None:
+    """They are opened again by their names, with the settings that they had, also beside a terminal of the caller."""
+    try:
+        line = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        pytest.skip(f'{path} cannot be opened here: {error.strerror}')
+    before = termios.tcgetattr(line)
+    try:
+        other = [*before[:3], before[3] ^ termios.ECHO, *before[4:]]
+        termios.tcsetattr(line, termios.TCSANOW, other)
+        one = saved(lambda: os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+        termios.tcsetattr(line, termios.TCSANOW, before)
+        job = restart(terminal_fd=terminal)
+        assert [row[:2] for row in job.obstacles(one)] == [('warning', 'ENOTTY')]
+        fd = job.whole(one)
+        assert os.fstat(fd).st_rdev == os.stat(path).st_rdev  # noqa: PTH116
+        assert termios.tcgetattr(line) == other
+        assert flags_of(fd) == one.flags
+    finally:
+        termios.tcsetattr(line, termios.TCSANOW, before)
+        os.close(line)
 
 
 # ---------------------------------------------------------------- what all have
