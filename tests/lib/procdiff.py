@@ -194,6 +194,9 @@ def _add_files(picture: Picture, pid: int, moving: bool) -> None:
                     elif name == 'inotify wd':      # a row for each watch
                         number, _, value = value.partition(' ')
                         name = f'inotify {number}'
+                    elif name == 'fanotify ino':    # a row for each mark
+                        number, _, value = value.partition(' ')
+                        name = f'fanotify {number}'
                     elif name == 'flags' and str(link.parent) == '/' and str(link) != '/':
                         # a message queue: open(2) sets O_LARGEFILE, and mq_open(2) does not
                         value = f'{int(value, 8) & ~0o100000:#o}'

@@ -27,6 +27,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'EpollKind': ('epolls', 'events'),
     'EventfdKind': ('events',),
     'FifoKind': ('pipes', 'removed'),
+    'FanotifyKind': ('fanotify', 'tests/worker/test_fanotify.py::test_permission_events_are_refused'),
     'InotifyKind': ('inotify',),
     'MemfdKind': ('memfds', 'shared'),
     'MessageQueueKind': ('mqueues', 'tests/worker/test_mqueues.py::test_an_unlinked_queue_with_messages'),

@@ -48,6 +48,7 @@ _OF_SHARED_MEMORY = 'the SharedMemory record of its shm_id has that; every dump 
 CHECKED = {
     'Backing.mtime': 'a mapped file is opened as it is',
     'Directory.inode': 'a directory is opened by its name',
+    'Fanotify.unread': 'for a warning; events cannot be put back',
     'Header.machine': 'of this kind of processor, or refused',
     'Header.page_size': 'the same, or refused',
     'InotifyInstance.unread': 'for a warning; events cannot be put back',
@@ -59,6 +60,7 @@ CHECKED = {
     **{f'PathReference.{name}': 'of a node that is made again; another owner is a refusal' for name in ('gid', 'uid')},
     'Pty.name': 'whether another terminal has the number',
     'Registers.machine': 'of this kind of processor, or refused',
+    'SavedMark.inode': 'of a marked file; another one is a refusal',
     'UnixSocketEnd.identifier': 'of a connection to the journal, see tests/worker/test_unix_outside.py',
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
@@ -83,10 +85,10 @@ UNREAD = {
     **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
-SUBJECTS = ('attributes', 'epolls', 'events', 'files', 'inet_options', 'inet_sockets', 'inotify', 'interpreter',
-            'linked', 'locks', 'memory', 'mqueues', 'namespace_files', 'opath', 'pidfds', 'removed', 'seccomp',
-            'settings', 'shared', 'signals', 'socket_filters', 'stopped', 'terminals', 'terminals unread', 'tiles',
-            'timers', 'tree', 'unix_names', 'unix_sockets')
+SUBJECTS = ('attributes', 'epolls', 'events', 'fanotify', 'files', 'inet_options', 'inet_sockets', 'inotify',
+            'interpreter', 'linked', 'locks', 'memory', 'mqueues', 'namespace_files', 'opath', 'pidfds', 'removed',
+            'seccomp', 'settings', 'shared', 'signals', 'socket_filters', 'stopped', 'terminals', 'terminals unread',
+            'tiles', 'timers', 'tree', 'unix_names', 'unix_sockets')
 
 
 def classes() -> list[type]:

@@ -26,6 +26,7 @@ DISTURBED_BY_GDB = {'stopped', 'tree', 'headless', 'sharing', 'inotify'}
 # of a deleted file that is mapped only root can read the content: proc(5), /proc/PID/map_files
 REFUSED_TO_USERS = dict.fromkeys(('linked_map', 'shared'), 'is deleted and its content cannot be read')
 # and only root finds files by their handles
+REFUSED_TO_USERS['fanotify'] = 'a fanotify mark is on inode .*, whose path is not known'
 REFUSED_TO_USERS['inotify'] = 'of an inotify instance is on inode .*, whose path is not known'
 # and only root reads filters
 REFUSED_TO_USERS['seccomp'] = 'runs under seccomp'

@@ -22,7 +22,7 @@ from ckptd.objects.support import Support
 _ANON = 'anon_inode:'
 _ANON_INODES = {
     'bpf-map': 'a BPF map', 'bpf-prog': 'a BPF program', 'bpf_link': 'a BPF link', 'bpf_iter': 'a BPF iterator',
-    'btf': 'a BPF type description (BTF)', 'fanotify': 'a fanotify group',
+    'btf': 'a BPF type description (BTF)',
     'fscontext': 'a file system context (fsopen)', 'io_uring': 'an io_uring',
     'kvm-vcpu': 'a KVM virtual CPU', 'kvm-vm': 'a KVM virtual machine', 'landlock-ruleset': 'a Landlock ruleset',
     'perf_event': 'a perf event', 'pidfd': 'a pidfd', 'seccomp notify': 'a seccomp listener',
@@ -60,7 +60,7 @@ _TYPES = {socket.SOCK_STREAM: 'stream', socket.SOCK_DGRAM: 'datagram', socket.SO
 
 class Unsupported(Kind[Struct], tag='unsupported'):
     """The last resort: the registry uses it when no other kind matches."""
-    support = Support('all other files: other sockets, fanotify, userfaultfd, io_uring, '
+    support = Support('all other files: other sockets, userfaultfd, io_uring, '
                       'namespaces, BPF, perf events, KVM, devices', dumped='no', restored='no', refused='all')
 
     def matches(self, file: OpenFile) -> bool:

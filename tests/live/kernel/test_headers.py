@@ -32,7 +32,7 @@ INCLUDES = (
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/keyctl.h', 'linux/magic.h', 'linux/mempolicy.h', 'linux/mman.h', 'asm/mman.h',
     'linux/netlink.h', 'linux/nsfs.h', 'linux/openat2.h',
-    'linux/mqueue.h', 'linux/pidfd.h', 'linux/sem.h',
+    'linux/fanotify.h', 'linux/mqueue.h', 'linux/pidfd.h', 'linux/sem.h',
     'linux/prctl.h', 'linux/ptrace.h', 'linux/resource.h', 'linux/bpf_common.h', 'linux/seccomp.h', 'linux/sched.h',
     'linux/sched/types.h', 'linux/shm.h',
     'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
@@ -69,6 +69,7 @@ OWN = {
     'yama': {'ANYBODY', 'DECLARED', 'CAPABLE', 'NOBODY'},                   # admin-guide/LSM/Yama.rst
     'closing': {'MOST', 'CROWD', 'ROOM'},
     'epoll': {'POLL_BITS', 'PRIVATE_BITS'},
+    'fanotify': {'MARK_FLAGS', 'PERMISSION_EVENTS', 'FAN_PRE_ACCESS'},      # the last one since Linux 6.14
     'inotify': {'KEPT_BITS'},
     # net/tcp_states.h, linux/socket.h, linux/icmp.h, linux/icmpv6.h
     'inet': {'TCP_ESTABLISHED', 'TCP_SYN_SENT', 'TCP_SYN_RECV', 'TCP_FIN_WAIT1', 'TCP_FIN_WAIT2', 'TCP_TIME_WAIT',
