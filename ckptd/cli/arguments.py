@@ -21,7 +21,7 @@ FREEZE_MODES = ('auto', 'cgroup', 'unit', 'ptrace', 'caller')
 CHANGED_FILES = ('refuse', 'accept', 'rollback')
 FORMATS = ('core', 'tar')
 COMMON_DEFAULTS = {'json': False, 'standalone': False, 'spool': None, 'address': None, 'bus': 'system',
-                   'legend': True}
+                   'legend': True, 'all': False}
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,8 +99,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
                        help='kill the tree once its image is published')
     after.add_argument('--leave-frozen', dest='after', action='store_const', const='freeze',
                        help='keep the tree frozen afterwards, until "ckptctl thaw TARGET"')
-    parser.add_argument('--force', action='store_true',
-                        help='with --kill: kill the tree even if a restore would be refused')
+    parser.add_argument('--force', action='store_true', help='with --kill: even if a restore would be refused')
     parser.add_argument('--save-files', action='store_true',
                         help='also save the content of files that are open for writing, for "restore --changed-files '
                              'rollback"')
@@ -340,6 +339,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     for add, flag, help_text, how in (
             (group, '--json', 'print JSON instead of text', {'action': 'store_true'}),
             (group, '--no-legend', 'print no heading and no total', {'action': 'store_false', 'dest': 'legend'}),
+            (group, '--all', 'list each refusal and warning by itself', {'action': 'store_true'}),
             (bus, '--system', 'use the system bus (default)',
              {'action': 'store_const', 'dest': 'bus', 'const': 'system'}),
             (bus, '--user', 'use your own daemon, on the session bus',

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: Sequence[str], output: Output) -> int:
     args = parse(argv)
-    output.json, output.legend = args.json, args.legend
+    output.json, output.legend, output.every = args.json, args.legend, args.all
     from ckptd.cli.session import Session
     module, _, name = COMMANDS[args.command].handler.partition(':')
     handler = cast(Handler, getattr(importlib.import_module(f'ckptd.cli.{module}'), name))

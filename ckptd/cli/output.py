@@ -8,11 +8,12 @@ rich takes a tenth of a second to import, as long as everything else in a listin
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from ckptd.errors import CkptError, Finding, Severity
+from ckptd.cli.findings import blocks
+from ckptd.errors import CkptError, Finding
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,9 +40,11 @@ def use_colour(stream: IO[str]) -> bool:
 
 @dataclass(slots=True)
 class Output:
-    """The output of a command: results go to stdout, everything else to stderr. json: stdout has JSON only."""
+    """The output of a command: results go to stdout, everything else to stderr. json: stdout has JSON only. every: no
+    finding stands for others that are alike."""
     json: bool = False
     legend: bool = True
+    every: bool = False
     stdout: IO[str] = field(default_factory=lambda: sys.stdout)
     stderr: IO[str] = field(default_factory=lambda: sys.stderr)
 
@@ -84,13 +87,17 @@ class Output:
             self.line(f'\n{len(rows)} {what if len(rows) != 1 else what.removesuffix("s")} listed.')
 
     def refusals(self, refusals: Sequence[Finding], *, on_stderr: bool = False) -> None:
-        """Print the reasons why a tree cannot be dumped, a row for each; then each hint once."""
+        """Print the reasons why a tree cannot be dumped, those that are alike in one row; each hint after its rows."""
         if self.json or not refusals:
             return
         stream = self.stderr if on_stderr else self.stdout
-        self._table(stream, REFUSALS, [finding_cells(refusal) for refusal in refusals])
-        for hint in dict.fromkeys(refusal.hint for refusal in refusals if refusal.hint):
-            self._styled(stream, f'hint: {hint}', 'dim')
+        rows: list[list[str]] = []
+        hints: dict[int, str] = {}
+        for block in blocks(refusals, every=self.every):
+            rows += block.rows
+            if block.hint:
+                hints[len(rows) - 1] = f'hint: {block.hint}'
+        self._table(stream, REFUSALS, rows, notes=hints)
 
     def error(self, error: CkptError, command: str) -> None:
         """Print the error on stderr: one line, a row for each refusal, a hint. With --json print one object on
@@ -113,27 +120,35 @@ class Output:
                        color_system='auto' if use_colour(stream) else None)
 
     def _table(self, stream: IO[str], columns: Sequence[Column], rows: Sequence[Sequence[str]],
-               legend: bool = True) -> None:
+               legend: bool = True, notes: Mapping[int, str] | None = None) -> None:
+        """Print a table. notes: lines that follow rows, by the number of the row."""
         if self.json:
             return
         # a name with a newline must not look like another row
         rows = [[printable(cell).replace('\n', '\\n') for cell in row] for row in rows]
+        notes = {number: printable(note) for number, note in (notes or {}).items()}
         if stream.isatty():
-            self._rich_table(stream, columns, rows, legend)
-        else:
-            self._write(stream, '\n'.join(plain_table(columns, rows, legend)))
+            self._rich_table(stream, columns, rows, legend, notes)
+            return
+        lines = plain_table(columns, rows, legend)
+        for number in sorted(notes, reverse=True):
+            lines.insert(number + 1 + legend, notes[number])
+        self._write(stream, '\n'.join(lines))
 
     def _rich_table(self, stream: IO[str], columns: Sequence[Column], rows: Sequence[Sequence[str]],
-                    legend: bool) -> None:
+                    legend: bool, notes: Mapping[int, str]) -> None:
         from rich.table import Table
         from rich.text import Text
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=legend, header_style='underline', pad_edge=False)
         for column in columns:
             table.add_column(column.title, justify='right' if column.right else 'left', style=column.style,
                              no_wrap=not (column.fold or column.cut))
-        for row in rows:
-            table.add_row(*[Text(cell, no_wrap=column.cut or None, overflow='ellipsis' if column.cut else 'fold')
-                            for cell, column in zip(row, columns, strict=True)])
+        for number, row in enumerate(rows):
+            cells = [Text(cell, no_wrap=column.cut or None, overflow='ellipsis' if column.cut else 'fold')
+                     for cell, column in zip(row, columns, strict=True)]
+            if number in notes:
+                cells[-1].append(f'\n{notes[number]}', 'dim')
+            table.add_row(*cells)
         self.console(stream).print(table)
 
     def _styled(self, stream: IO[str], text: str, style: str) -> None:
@@ -170,15 +185,6 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], legend
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))] if lines else []
     return ['  '.join(cell.rjust(width) if column.right else cell.ljust(width)
                       for cell, width, column in zip(line, widths, columns, strict=True)).rstrip() for line in lines]
-
-
-_PREFIXES: dict[Severity, str] = {'refusal': '', 'warning': 'warning: ', 'unrestorable': 'refused with --kill: '}
-
-
-def finding_cells(refusal: Finding) -> list[str]:
-    """Return the cells of a row of REFUSALS. The tree as a whole has no pid."""
-    return [str(refusal.pid or '-'), refusal.comm or '-', refusal.resource, refusal.errno,
-            _PREFIXES[refusal.severity] + refusal.reason]
 
 
 def finding_dict(refusal: Finding) -> dict[str, Any]:

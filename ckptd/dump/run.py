@@ -32,7 +32,7 @@ from ckptd.image import manifest as manifests
 from ckptd.image.manifest import Manifest, Statistics
 from ckptd.image.writer import ImageWriter
 from ckptd.inspect.proc_cache import ProcCache
-from ckptd.inspect.scan import Handles, scan_tree
+from ckptd.inspect.scan import Handles
 from ckptd.kernel.creds import CAP_SYS_PTRACE, give_up_capability
 from ckptd.kernel.reaping import wait_dead
 from ckptd.kernel.task import boot_id
@@ -65,8 +65,7 @@ class Checkpoint:
         target = self._job.resolve()
         fault('resolved')
         self._channel.phase('scan')
-        tree = scan_tree(target.roots)
-        self._job.require(tree)
+        tree = self._job.require_running(target.roots)
         cgroups = read_cgroups(tree)      # before the freeze, which may move it
         fault('scanned')
         # the spool is tried before anything is frozen: if it is full or read-only, the tree never stops

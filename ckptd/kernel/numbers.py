@@ -24,7 +24,9 @@ def numbers_in_use() -> Numbers:
         try:
             stat = read_stat(pid)
             name = f'{stat.comm}[{pid}]'
-            found |= dict.fromkeys(read_threads(pid), name)
+            # a leader may have ended before its threads
+            dead = f', dead: its parent, process {stat.ppid}, has not waited for it'
+            found |= dict.fromkeys(read_threads(pid), name + dead * (stat.state in 'ZX' and stat.num_threads <= 1))
             for number, what in ((stat.pgrp, 'group'), (stat.session, 'session')):
                 led.setdefault(number, f'{name}, whose {what} it is')
         except PermissionError:

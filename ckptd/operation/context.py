@@ -3,7 +3,7 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +48,8 @@ from ckptd.protocol.requests import (
 from ckptd.target import ProcessTarget
 from ckptd.tree import Tree
 
+_LOOKING = 1.0              # seconds in which a running tree is looked at again
+_PAUSE = 0.01               # seconds between two looks
 LEAST_ROOM = 16 << 20       # bytes; a spool with less free space accepts no image
 
 
@@ -127,16 +129,32 @@ class JobContext(Generic[R_co]):
             raise TooConfined
         return rows
 
-    def require(self: 'JobContext[DumpRequest]', tree: Tree, cache: ProcCache | None = None) -> list[Finding]:
-        """Return the warnings. If there is any refusal, raise Refused, PermissionDenied and so on with all of them.
+    def look_for_refusals(self: 'JobContext[DumpRequest]', roots: Sequence[int]) -> tuple[Tree, list[Finding]]:
+        """Scan a running tree, and list its refusals and warnings.
 
-        In a running tree (without a cache) a task that dies meanwhile is not an error, or no shell script could be
-        frozen. The tasks are checked again later.
+        Tasks that are born and die meanwhile cause EAGAIN, so look again while there is nothing else in the way. What
+        remains is reported, but for tasks that have died: a checkpoint is not refused for them either.
         """
-        rows = [self._weigh(row) for row in self.refusals(tree, cache)]
-        if cache is None:
-            rows = [row for row in rows if row.pid not in tree or is_alive(tree[row.pid])]
-        return self._warnings(rows)
+        end = time.monotonic() + _LOOKING
+        while True:
+            tree = scan_tree(roots)
+            rows = self.refusals(tree)
+            refusals = [row for row in rows if row.severity == 'refusal']
+            if not refusals or any(row.errno != 'EAGAIN' for row in refusals) or time.monotonic() >= end:
+                return tree, [row for row in rows if row.pid not in tree or is_alive(tree[row.pid])]
+            self.channel.check()
+            time.sleep(_PAUSE)      # a parent in vfork(2) gives no event that a stranger could wait for
+
+    def require_running(self: 'JobContext[DumpRequest]', roots: Sequence[int]) -> Tree:
+        """Scan a running tree and check that it can be dumped. Refused, PermissionDenied and so on."""
+        tree, rows = self.look_for_refusals(roots)
+        self._warnings([self._weigh(row) for row in rows])
+        return tree
+
+    def require(self: 'JobContext[DumpRequest]', tree: Tree, cache: ProcCache) -> list[Finding]:
+        """Return the warnings about a tree at rest. If there is any refusal, raise Refused, PermissionDenied and so on
+        with all of them."""
+        return self._warnings([self._weigh(row) for row in self.refusals(tree, cache)])
 
     def _weigh(self: 'JobContext[DumpRequest]', row: Finding) -> Finding:
         """A tree that is to be killed must be able to come back, unless the caller forces the checkpoint."""

@@ -47,8 +47,8 @@ def check(job: JobContext[CheckRequest]) -> None:
     job.channel.phase('resolve')
     target = job.resolve()
     job.channel.phase('scan')
-    tree = scan_tree(target.roots)
-    job.channel.finish('refusals', [finding_row(row) for row in job.refusals(tree)], {'tasks': len(tree)})
+    tree, rows = job.look_for_refusals(target.roots)
+    job.channel.finish('refusals', [finding_row(row) for row in rows], {'tasks': len(tree)})
 
 
 def scan(job: JobContext[ScanRequest]) -> None:

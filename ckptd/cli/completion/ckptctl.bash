@@ -36,7 +36,7 @@ __ckptctl_words() {
 
 _ckptctl() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command='' i
-    local common='--help --json --no-legend --system --user --address --standalone --spool'
+    local common='--help --json --no-legend --all --system --user --address --standalone --spool'
     local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export import inhibit inhibitors monitor doctor demo'
     local -A options=(
         [checkpoint]='--freeze --timeout --kill --force --leave-frozen --save-files --save-limit --external --as-root --detach --quiet'
