@@ -114,6 +114,7 @@ class JobContext(Generic[R_co]):
                 severed = clients_beside(self.request.sever, unix_sockets())
         cache = ProcCache(severed, self.request.caller, at_rest=at_rest)
         tables = cache.kinds.tables
+        tables.is_taken = isinstance(self.request, CheckpointRequest) and self.request.after == 'kill'
         tables.external = Policies.parse(self.request.external)
         if self.request.brokered:
             tables.has_handles, tables.watched_paths = True, BrokerClient(self.channel).watched_paths

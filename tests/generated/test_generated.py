@@ -62,6 +62,10 @@ ONCE_LOST = {
         do('bind_socket', file=0, family=10, host=1, reuse=0), do('connect_datagrams', file=0, family=10, host=0)],
     'size of a buffer of MPTCP that the kernel has chosen': [
         do('make_internet_socket', family=2, sort=(1, 262), flags=0), do('listen', file=0, backlog=1)],
+    'SO_PEERCRED of a datagram socket whose peer is closed': [
+        do('make_socketpair', kind=2, flags=0), do('close', file=0)],
+    **{f'a connection with a named client whose socket {file} is closed': [
+        do('connect_by_name', kind=5, accept=True, client_bound=True), do('close', file=file)] for file in range(3)},
     'SO_PEERGROUPS': [do('set_groups', groups=[0, 1, 61001]), do('make_socketpair', kind=1, flags=0)],
     'write hint of a file without a name': [
         do('make_nameless', flags=2), do('set_hint', file=0, command=1036, hint=3)],

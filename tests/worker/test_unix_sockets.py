@@ -141,6 +141,47 @@ def test_unaccepted_data_is_refused(place: Place, brood: Brood) -> None:
     assert f'a listening unix stream socket bound to @{name[1:]}' in row.reason
 
 
+def test_unaccepted_data_of_a_tree_that_is_killed(place: Place, tmp_path: Path) -> None:
+    """accept(2) comes last of all. One client has closed its end, and one has sent nothing."""
+    program = tmp_path / 'program.py'
+    program.write_text("""
+import os, socket, struct
+from victim import ready, wait_for_go
+server = socket.socket(socket.AF_UNIX)
+server.bind('socket')
+server.listen()
+clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+for number, client in enumerate(clients):
+    client.connect('socket')
+    if number != 1:
+        client.send(b'12345')
+clients[0].close()
+ready()
+wait_for_go()
+first, second, third = [server.accept()[0] for _ in clients]
+assert first.recv(100) == b'12345'
+assert first.recv(100) == b''
+clients[1].send(b'later')
+assert second.recv(100) == b'later'
+assert third.recv(100) == b'12345'
+clients[2].send(b'more')
+assert third.recv(100) == b'more'
+for one in (first, second, third):
+    assert struct.unpack('3I', one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == os.getpid()
+""")
+    with Victim('program', directory=tmp_path / 'victim', program=program) as running:
+        with pytest.raises(TreeChanged):
+            place.checkpoint(running.pid)
+        image = place.checkpoint(running.pid, after='kill')
+        running.process.wait()
+        settled.reap_orphans()
+        assert verified(place, image) == []
+        with DirectWorker() as worker:
+            root = int(worker.run(place.request(0, operation='restore', image=image.name))['root'])
+        running.go()
+        assert os.waitpid(root, 0) == (root, 0), running.output
+
+
 def test_a_client_outside_is_named(place: Place, brood: Brood) -> None:
     """One that waits to be accepted, and the listener of one that does."""
     name = f'\0ckptd-test-{os.getpid()}'

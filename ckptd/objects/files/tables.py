@@ -33,6 +33,7 @@ class JobTables:
         self._inet_sockets: dict[int, Mapping[int, DiagSocket]] = {}         # by protocol
         # whether the next one can find files: by CAP_DAC_READ_SEARCH, or through a broker
         self.has_handles = bool(capget().effective >> CAP_DAC_READ_SEARCH & 1)
+        self.is_taken = False                           # the tree is killed at the end, so Kind.take is called
         self.external = Policies()                      # for peers outside of the tree
         # the paths of the files that an inotify instance watches, by wd, as far as the kernel finds them by handle;
         # paths of the task given. OSError

@@ -17,6 +17,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ckptd.errors import CkptError, Finding
@@ -32,7 +33,7 @@ from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.unix_connections import connect_waiting, fill, listen, make_socket
+from ckptd.objects.files.unix_connections import connect_waiting, fill, listen, make_socket, take_clients
 from ckptd.objects.files.unix_messages import NOBODY, Sender, dump_message, dump_sender
 from ckptd.objects.files.unix_names import NO_NAME, SocketName, connect_to, dump_name, name_findings, name_refusals
 from ckptd.objects.files.unix_outside import action_for, outside_findings, reconnect, reconnect_findings
@@ -50,8 +51,8 @@ class _Known(NamedTuple):
 
 class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     support = Support('unix sockets with their names, listeners, connections, unread messages and files in flight',
-                      refused='connections to processes outside of the tree without --external; eBPF filters; unread '
-                              'data of connections that nobody has accepted',
+                      refused='connections to processes outside of the tree without --external; eBPF filters; '
+                              'unread data of connections that nobody has accepted, without --kill',
                       user='messages with credentials of their senders are refused')
 
     def __init__(self, tables: JobTables) -> None:
@@ -99,7 +100,8 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         held = {name for end in ends for name in end.endpoint.holds}
         lacking = [end for end in ends if not end.endpoint.lacks <= held]
         holders = unix.find_holders({int(peer) for end in lacking for peer in end.endpoint.lacks - held})
-        yield from self._unreachable(ends, held)
+        if not self._tables.is_taken:
+            yield from self._unreachable(ends, held)
         for end in lacking:
             own = self._tables.unix_sockets[end.file.stat.st_ino]
             for inode in sorted(map(int, end.endpoint.lacks - held)):
@@ -114,11 +116,15 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         """Yield listeners with connections of the tree whose data only accept(2) reaches."""
         for end in ends:
             pending = self._tables.unix_sockets[end.file.stat.st_ino].pending
-            clients = [self._tables.unix_sockets.get(inode) for inode in pending if not inode or str(inode) in held]
-            if not all(client and not client.unsent for client in clients):
+            if self._has_unread([inode for inode in pending if not inode or str(inode) in held]):
                 yield end, finding('EAGAIN', f'{describe(end.file, self._tables)} ({end.file.link}) has a connection '
-                                   'with data that nobody has accepted', 'try again when the program has accepted it: '
-                                   'only accept(2) reaches the data')
+                                   'with data that nobody has accepted', 'try again when the program has accepted it, '
+                                   'or use --kill: only accept(2) reaches the data')
+
+    def _has_unread(self, pending: Sequence[int]) -> bool:
+        """Whether any of these connections, which nobody has accepted, has data. That of a closed client may have."""
+        clients = [self._tables.unix_sockets.get(inode) for inode in pending]
+        return not all(client and not client.unsent for client in clients)
 
     def discover(self, file: OpenFile) -> Sequence[int]:
         return [fd for message in self._queue(file) for fd in message.fds]
@@ -185,7 +191,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             return self._reconnected(file, own, name, peer_name, options, attached, content)
         joined = 0 if action else self._joined(own, maker)
         is_listening = own.state == unix.SS_LISTEN
-        waiting = [inode for inode in own.pending if (own.inode, inode) not in self._outside]
+        waiting = [inode for inode in own.pending if inode and (own.inode, inode) not in self._outside]
         return UnixSocketEnd(
             own.inode, own.type, 0 if action else own.peer, own.state == unix.SS_ESTABLISHED and own.has_peer,
             own.shutdown, dump_sender(maker, content), groups, of.st_uid, of.st_gid, options,
@@ -194,6 +200,16 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             0 if joined else self._accepted(own, name, peer_name), joined, is_listening,
             own.unsent if is_listening else 0, tuple(self._waiting(inode, content) for inode in waiting),
             self._listener_of(own) is not None and not action, addresses=addresses if any(addresses) else ())
+
+    def take(self, record: UnixSocketEnd, file: OpenFile, content: Content) -> UnixSocketEnd:
+        own = self._own(file)
+        if not record.listening or own is None or not self._has_unread(own.pending):
+            return record
+        known = {client.inode: client for client in record.waiting}
+        with file.duplicate() as fd:
+            clients = list(take_clients(fd, own.pending, known, content))
+        return replace(record, waiting=tuple(client for inode, client in zip(own.pending, clients, strict=False)
+                                             if (own.inode, inode) not in self._outside))
 
     def _action(self, own: UnixSocket) -> Action | None:
         """Return what becomes of the connection if the other end is outside of the tree, else None."""
@@ -236,9 +252,11 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             return THIS_END if name.name else OTHER_END
         peer = self._tables.unix_sockets.get(own.peer, own)
         listeners = {(one.name, one.file) for one in self._tables.unix_sockets.values() if one.state == unix.SS_LISTEN}
+        if peer is own:         # the other end is gone, and only its name is known
+            return OTHER_END if peer_name.name in {one for one, _ in listeners} else THIS_END
         if (own.name, own.file) in listeners or (peer.name, peer.file) in listeners:
             return THIS_END if (own.name, own.file) in listeners else OTHER_END
-        return THIS_END if own.inode < own.peer or not own.peer else OTHER_END
+        return THIS_END if own.inode < own.peer else OTHER_END
 
     def _waiting(self, inode: int, content: Content) -> WaitingClient:
         """Return a client that waits to be accepted. The process that connected it is unknown until then."""
@@ -246,7 +264,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         status = read_status(file.pid)
         with file.as_socket() as sock:
             return WaitingClient(inode, dump_name(own, sock, file.tid, self._tables),
-                                 Sender(content.vpid(file.pid), status.uids[1], status.gids[1]), status.groups)
+                                 Sender(content.vpid(file.pid), status.uids[1], status.gids[1]), status.groups, ())
 
     # ------------------------------------------------------------ restart
 
@@ -297,7 +315,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             reconnect(record, fd, ctx)
         if record.listening:        # connections that were accepted are made before, and change what listen(2) sets
             listen(fd, record.backlog, record.maker, record.groups, ctx)
-            connect_waiting(record, ctx)
+            connect_waiting(record, saved, ctx)
 
     def connect(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if record.queue:

@@ -5,16 +5,26 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ckptd.errors import CkptError
 from ckptd.image.records import SavedFile
-from ckptd.kernel.unix import encode_address, peer_credentials
-from ckptd.objects.files.base import Maker, RestoreContext
-from ckptd.objects.files.unix_messages import Sender, send_all
-from ckptd.objects.files.unix_names import SocketName, bind_again, bound_socket, connect_to, file_of, sender_named
-from ckptd.objects.files.unix_record import THIS_END, UnixSocketEnd
+from ckptd.kernel import unix_queue
+from ckptd.kernel.unix import encode_address, peer_credentials, peer_groups
+from ckptd.objects.files.base import Content, Maker, RestoreContext
+from ckptd.objects.files.unix_messages import NOBODY, Sender, dump_message, dump_sender, send_all
+from ckptd.objects.files.unix_names import (
+    NO_NAME,
+    SocketName,
+    bind_again,
+    bound_socket,
+    connect_to,
+    file_of,
+    sender_named,
+)
+from ckptd.objects.files.unix_record import THIS_END, UnixSocketEnd, WaitingClient
 
 Ids = tuple[Sender, Sequence[int]]      # a process, and its groups
 _SOME = 64      # a backlog, while a restart accepts its own connections
@@ -117,12 +127,42 @@ def listen(fd: int, backlog: int, maker: Sender, groups: Sequence[int], ctx: Res
         sock.listen(backlog)
 
 
-def connect_waiting(record: UnixSocketEnd, ctx: RestoreContext) -> None:
-    """Connect the clients of a listener that nobody has accepted yet, in their order."""
+def take_clients(fd: int, pending: Sequence[int], known: Mapping[int, WaitingClient],
+                 content: Content) -> Iterator[WaitingClient]:
+    """Accept the connections of a listener that is about to be killed, and yield their clients with what they have
+    sent. pending: inodes of the clients, in their order. CkptError for files in flight, which cannot be kept."""
+    with socket.socket(fileno=os.dup(fd)) as listener, not_blocking(fd):
+        for inode in pending:
+            try:
+                accepted, _ = listener.accept()
+            except BlockingIOError:
+                return
+            with accepted:
+                client = known.get(inode) or WaitingClient(0, NO_NAME, NOBODY, (), ())
+                queued = unix_queue.walk_queue(accepted)
+                if any(message.fds for message in queued):
+                    unix_queue.close_fds(queued)
+                    raise CkptError('a connection that nobody has accepted has files in flight, and was lost',
+                                    errno=errno.EOPNOTSUPP, hint='try again when the program has accepted all')
+                yield replace(client, maker=dump_sender(peer_credentials(accepted), content),
+                              groups=peer_groups(accepted),
+                              queue=tuple(dump_message(message, content) for message in queued))
+
+
+def connect_waiting(record: UnixSocketEnd, saved: SavedFile, ctx: RestoreContext) -> None:
+    """Connect the clients of a listener that nobody has accepted yet, in their order. They send again what they have
+    sent."""
     for client in record.waiting:
-        mine = _unconnected(client.inode, client.name, record.type, ctx)
-        with not_blocking(mine):
-            _connect(mine, record.name, record.type, (client.maker, client.groups), ctx)
+        is_closed = not client.inode
+        mine = _fresh(record.type) if is_closed else _unconnected(client.inode, client.name, record.type, ctx)
+        try:
+            with not_blocking(mine):
+                _connect(mine, record.name, record.type, (client.maker, client.groups), ctx)
+            if client.queue:
+                send_all(mine, client.queue, saved, ctx)
+        finally:
+            if is_closed:
+                os.close(mine)
 
 
 def _unconnected(inode: int, name: SocketName, kind: int, ctx: RestoreContext) -> int:

@@ -14,10 +14,11 @@ THIS_END, OTHER_END = 1, 2      # of UnixSocketEnd.accepted
 @layout
 class WaitingClient(Struct):
     """A client that waits to be accepted."""
-    inode: U64
+    inode: U64                      # 0 for one that is closed
     name: SocketName
     maker: Sender                   # a process that has it, whose ids the accepted socket tells (SO_PEERCRED)
     groups: tuple[U32, ...]
+    queue: tuple[UnixMessage, ...]  # what it has sent
 
 
 @layout
