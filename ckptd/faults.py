@@ -24,7 +24,7 @@ RESTORE_POINTS = frozenset((
     'planned', 'opened', 'created-one', 'created', 'filled', 'shed', 'rebuilt', 'ready', 'started'))
 # Points of the freezer, one before and one after each change to the system: freeze-make, freeze-move-done, undo-freeze
 # ...
-PREFIXES = ('freeze-', 'let-run-', 'hold-', 'kill-', 'undo-', 'place-', 'name-')
+PREFIXES = ('freeze-', 'let-run-', 'hold-', 'kill-', 'undo-', 'place-', 'name-', 'queue-')
 ANY = '*'
 _KNOWN = POINTS | IMPORT_POINTS | RESTORE_POINTS
 

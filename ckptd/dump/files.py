@@ -4,6 +4,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ckptd.dump.names import LinkNames
 from ckptd.dump.save_files import SavedFiles
@@ -70,6 +71,7 @@ class FileDump:
         self._files: list[records.SavedFile] = []
         self._to_take: list[tuple[int, OpenFile]] = []      # index in _files, of a kind with `take`
         self._tables: list[records.FdTable] = []
+        self._dying: list[tuple[Kind[Any], OpenFile]] = []      # files with the hook `die`
 
     def enter(self, files_id: int, files: Iterable[OpenFile]) -> None:
         """Add the fd table of a task."""
@@ -122,6 +124,8 @@ class FileDump:
     def _describe(self, file_id: int, holders: Sequence[OpenFile]) -> records.SavedFile:
         file = replace(holders[0], holders=tuple((other.tid, other.fd) for other in holders[1:]))
         kind, owner = self._cache.kinds.of(file), file.owner()
+        if type(kind).die is not Kind.die:
+            self._dying.append((kind, file))
         data = kind.dump(file, self._content).encode()
         if type(kind).take is not Kind.take:
             self._to_take.append((len(self._files), file))
@@ -135,6 +139,11 @@ class FileDump:
             saved, kind = self._files[index], self._cache.kinds.of(file)
             record = kind.take(kind.record.decode(saved.data), file, self._content)
             self._files[index] = replace(saved, data=record.encode())
+
+    def die(self) -> None:
+        """Prepare the files for the end of the tree."""
+        for kind, file in self._dying:
+            kind.die(file)
 
     def records(self) -> Iterator[Record]:
         """Yield all records of files.img."""

@@ -24,13 +24,15 @@ def walk_queues(tree: Tree, cache: ProcCache, journal: Callable[[WalkQueues], Ab
     Files that may not be inspected are left out; the checks refuse them.
     """
     offsets: dict[int, PeekOffset] = {}
+    holders: dict[HeldSocket, None] = {}        # of every round: a kind may change a socket of an earlier one again
     todo = list(_held_files(tree, cache))
     while todo:
         found = list(_with_queues(todo, cache, offsets))
         todo = []
         if not found:
             return
-        with journal(WalkQueues(tuple(dict.fromkeys(holder for _, holder in found)), tuple(offsets.values()))):
+        holders.update(dict.fromkeys(holder for _, holder in found))
+        with journal(WalkQueues(tuple(holders), tuple(offsets.values()))):
             fault('walking-queues')
             for file, holder in found:
                 todo += [(cache.file_in_flight(fd), holder) for fd in cache.kinds.of(file).discover(file)]

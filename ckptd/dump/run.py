@@ -11,7 +11,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from signal import SIGKILL
 
@@ -84,7 +84,7 @@ class Checkpoint:
                     wait_on(frozen.tracees, dump.waits)
                     self._release(frozen)
             manifest = self._publish(writer, dump, frozen)
-            self._finish(frozen, manifest, deaths.handles)
+            self._finish(frozen, manifest, dump, deaths.handles)
 
     def _dump(self, frozen: FrozenTree, cgroups: Mapping[int, str], notes: WaitNotes, writer: ImageWriter,
               deaths: Deaths, note: Note | None) -> Dump:
@@ -195,11 +195,11 @@ class Checkpoint:
             warnings=tuple(self._warnings),
             own_pidns=dump.own_pidns, names=len(self._links))
 
-    def _finish(self, frozen: FrozenTree, manifest: Manifest, handles: Handles) -> None:
+    def _finish(self, frozen: FrozenTree, manifest: Manifest, dump: Dump, handles: Handles) -> None:
         after = self._request.after
         if after == 'kill':
             self._channel.phase('release')
-            kill(frozen, handles)
+            kill(frozen, handles, dump.die)
         elif after == 'freeze':
             self._channel.phase('release')
             hold(frozen)
@@ -231,10 +231,11 @@ def hold(frozen: FrozenTree) -> None:
         frozen.let_go()
 
 
-def kill(frozen: FrozenTree, handles: Handles) -> None:
+def kill(frozen: FrozenTree, handles: Handles, prepare: Callable[[], None]) -> None:
     """Kill every process of the tree at once, and wait until they are dead. Parents outside are notified as of any
-    death."""
+    death. prepare: called when the tree is condemned and still whole."""
     frozen.condemn()
+    prepare()
     alive = frozen.tree.alive()
     for task in frozen.tree.leaders:
         if task.tgid in alive:

@@ -269,6 +269,10 @@ class Dump:
 
     # ------------------------------------------------------------ after the tree was released
 
+    def die(self) -> None:
+        """Prepare the open files for the end of the tree."""
+        self._files.die()
+
     def write(self, writer: ImageWriter) -> None:
         """Write all records. SpoolFailed."""
         attributes = (record for dumped in self._dumped for record in registry.dump(*dumped))

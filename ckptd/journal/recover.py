@@ -2,6 +2,7 @@
 """Recovery: undo every freeze in the journal whose owner is dead."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from ckptd.journal.entry import JournalEntry
 from ckptd.journal.steps import AnyStep, StepContext
@@ -26,7 +27,7 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
     """
     context = StepContext(mount_of(read_mountinfo()), freeze_unit, thaw_unit)
     report: list[str] = []
-    for found in journal.claim():
+    for found in sorted(journal.claim(), key=_order):
         if isinstance(found, JournalEntry) and files != about_files(step for _, step in found.standing()):
             found.close()
         elif isinstance(found, JournalEntry):
@@ -36,6 +37,10 @@ def recover(journal: Journal, thaw_unit: UnitCall | None = None, freeze_unit: Un
             path.unlink(missing_ok=True)
             report.append(f'{path.name}: removed, it is unreadable: {reason}')
     return report
+
+
+def _order(found: JournalEntry | tuple[Path, str]) -> bool:
+    return not (isinstance(found, JournalEntry) and any(step.before_thaw for _, step in found.standing()))
 
 
 def about_files(steps: Iterable[AnyStep]) -> bool:

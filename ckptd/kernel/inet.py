@@ -5,6 +5,7 @@ states."""
 import errno
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
@@ -51,7 +52,7 @@ STATES: Final = {
     TCP_FIN_WAIT1: 'fin-wait-1', TCP_FIN_WAIT2: 'fin-wait-2', TCP_TIME_WAIT: 'time-wait', TCP_CLOSE: 'closed',
     TCP_CLOSE_WAIT: 'close-wait', TCP_LAST_ACK: 'last-ack', TCP_LISTEN: 'listening', TCP_CLOSING: 'closing'}
 
-_UNACKED_AT = 24            # offsets in struct tcp_info
+_UNACKED_AT, _LAST_ACK_AT = 24, 56      # offsets in struct tcp_info, <linux/tcp.h>
 _INFO = struct.Struct(f'=B{_UNACKED_AT - 1}xII')
 
 
@@ -87,6 +88,12 @@ def tcp_state(sock: socket.socket) -> TcpState:
     """Return the state of a TCP or MPTCP socket. OSError."""
     info = read_option(sock, socket.TCP_INFO, _INFO.size, socket.IPPROTO_TCP)
     return TcpState(*_INFO.unpack(info))
+
+
+def last_packet(sock: socket.socket) -> int:
+    """Return the time of the last packet that acknowledged something, milliseconds of CLOCK_MONOTONIC."""
+    info = read_option(sock, socket.TCP_INFO, _LAST_ACK_AT + 4, socket.IPPROTO_TCP)
+    return time.monotonic_ns() // 1_000_000 - int.from_bytes(info[_LAST_ACK_AT:], 'little')
 
 
 def local_address(sock: socket.socket) -> Address:

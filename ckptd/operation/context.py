@@ -4,7 +4,7 @@
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -25,7 +25,7 @@ from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import ResolvedTarget, is_alive, resolve_target, scan_tree
 from ckptd.journal.owner import StepJournal
-from ckptd.journal.steps import LinkFile, StepContext, TakeFromTerminal, WalkQueues
+from ckptd.journal.steps import LinkFile, RepairSockets, StepContext, TakeFromTerminal, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -204,12 +204,16 @@ class JobContext(Generic[R_co]):
             with BrokerClient(self.channel).walking(step):
                 yield
             return
-        journal = self._steps('walk')
-        journal.note(step)
-        try:
+        with ExitStack() as stack:
+            # an entry of its own: it is undone before the tree runs, and the other one by the user
+            noted: list[WalkQueues | RepairSockets] = [step]
+            if os.geteuid() == 0:
+                noted.append(RepairSockets(step.holders))
+            for one in noted:
+                journal = self._steps(one.point)
+                stack.callback(journal.finish)
+                journal.note(one)
             yield
-        finally:
-            journal.finish()
 
     @contextmanager
     def taking(self: 'JobContext[CheckpointRequest]') -> Iterator[Callable[[TakeFromTerminal], None]]:

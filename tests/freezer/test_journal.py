@@ -23,6 +23,7 @@ from ckptd.journal.steps import (
     EndProcesses,
     FreezeCgroup,
     FreezeUnit,
+    HeldSocket,
     KeepFile,
     Known,
     Lifetime,
@@ -33,6 +34,7 @@ from ckptd.journal.steps import (
     MakeSegment,
     Move,
     Moved,
+    RepairSockets,
     StepContext,
     TakeFromTerminal,
     ThawUnit,
@@ -85,7 +87,8 @@ def test_steps_that_last_as_long_as_the_tree_are_kept(journal: Journal) -> None:
     entry = journal.begin(1, 'image x', 'restore')
     work, temporary = '/a/ckptd-1-ab', MakeFile('/a/.b.tmp', 0, 0, 0, 0, ())
     undone = [MakeCgroup(work), FreezeCgroup(work), Move(work, ()), temporary, EndProcesses((Known(5, 6),)),
-              LinkFile('/a/b', 1, 2, '/spool/x', 0, 0, ()), WalkQueues((), ()), TakeFromTerminal(1, 2, 3, 4, b'')]
+              LinkFile('/a/b', 1, 2, '/spool/x', 0, 0, ()), WalkQueues((), ()), TakeFromTerminal(1, 2, 3, 4, b''),
+              RepairSockets((HeldSocket(1, 2, 3),))]
     kept = [Born(work), MakeHome('/a/c'), MakeSegment(1, 2, 3), MakeFile('/a/b', 1, 2, 0, 0, ()),
             KeepFile('/a/b', 1, 2, 3, 4, 5, '/kept'), BindSocket('/a/s', '/a/.s.0', 1, 2)]
     for step in (*undone, *kept):

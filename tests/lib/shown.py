@@ -39,6 +39,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'SignalfdKind': ('events',),
     'TimerfdKind': ('events',),
     'RawKind': ('tests/worker/test_inet_sockets.py::test_raw_sockets_come_back',),
+    'TcpConnectionKind': ('tcp_connections',),
     'TcpKind': ('inet_sockets',),
     'TtyKind': ('terminals',),
     'UdpKind': ('inet_sockets',),

@@ -87,8 +87,8 @@ UNREAD = {
 # together they have every field that any victim has
 SUBJECTS = ('attributes', 'epolls', 'events', 'fanotify', 'files', 'inet_options', 'inet_sockets', 'inotify',
             'interpreter', 'linked', 'locks', 'memory', 'mqueues', 'namespace_files', 'opath', 'pidfds', 'removed',
-            'seccomp', 'settings', 'shared', 'signals', 'socket_filters', 'stopped', 'terminals', 'terminals unread',
-            'tiles', 'timers', 'tree', 'unix_names', 'unix_sockets')
+            'seccomp', 'settings', 'shared', 'signals', 'socket_filters', 'stopped', 'tcp_connections', 'terminals',
+            'terminals unread', 'tiles', 'timers', 'tree', 'unix_names', 'unix_sockets')
 
 
 def classes() -> list[type]:
@@ -96,6 +96,7 @@ def classes() -> list[type]:
     modules = {r.__name__, *(kind.__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
                'ckptd.objects.files.locks', 'ckptd.objects.files.socket_filter', 'ckptd.objects.files.terminal',
                'ckptd.objects.files.unix_messages', 'ckptd.objects.files.unix_names', 'ckptd.objects.files.unix_record',
+               'ckptd.objects.files.inet', 'ckptd.objects.files.inet_options', 'ckptd.objects.files.tcp_record',
                *(type(one).__module__ for one in ATTRIBUTES)}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []

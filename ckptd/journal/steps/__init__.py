@@ -6,6 +6,7 @@ from ckptd.journal.steps.base import Count, Lifetime, Moved, Pid, Step, StepCont
 from ckptd.journal.steps.cgroups import Born, FreezeCgroup, MakeCgroup, MakeHome, Move
 from ckptd.journal.steps.files import KeepFile, LinkFile, MakeFile
 from ckptd.journal.steps.processes import EndProcesses, Known
+from ckptd.journal.steps.repair import RepairSockets
 from ckptd.journal.steps.segments import MakeSegment
 from ckptd.journal.steps.sockets import BindSocket
 from ckptd.journal.steps.terminals import TakeFromTerminal
@@ -14,10 +15,11 @@ from ckptd.journal.steps.walks import HeldSocket, PeekOffset, WalkQueues
 
 __all__ = ['AnyStep', 'BindSocket', 'Born', 'Count', 'EndProcesses', 'FreezeCgroup', 'FreezeUnit', 'HeldSocket',
            'KeepFile', 'Known', 'Lifetime', 'LinkFile', 'MakeCgroup', 'MakeFile', 'MakeHome', 'MakeSegment', 'Move',
-           'Moved', 'PeekOffset', 'Pid', 'RestartStep', 'Step', 'StepContext', 'TakeFromTerminal', 'ThawUnit',
-           'WalkQueues']
+           'Moved', 'PeekOffset', 'Pid', 'RepairSockets', 'RestartStep', 'Step', 'StepContext', 'TakeFromTerminal',
+           'ThawUnit', 'WalkQueues']
 
 AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
-           | KeepFile | LinkFile | EndProcesses | WalkQueues | BindSocket | TakeFromTerminal)
+           | KeepFile | LinkFile | EndProcesses | WalkQueues | BindSocket | TakeFromTerminal
+           | RepairSockets)
 # steps by which a restart makes and changes objects outside of its tree, with the rights of the user
 RestartStep = MakeSegment | MakeFile | KeepFile | BindSocket

@@ -75,6 +75,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     by_user: ClassVar[bool] = False         # undone with the rights of a user, in a process of one thread
     ends_tree: ClassVar[bool] = False       # the undo ends the tree, and comes before all others
     stops_tree: ClassVar[bool] = False      # keeps the tree from running
+    before_thaw: ClassVar[bool] = False     # a recovery undoes it before the tree runs
 
     @property
     def lifetime(self) -> Lifetime:

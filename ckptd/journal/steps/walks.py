@@ -13,6 +13,7 @@ from ckptd.journal.steps.base import Count, Moved, Pid, Step, StepContext
 from ckptd.journal.steps.rights import as_maker
 from ckptd.kernel.pidfd import open_process, pidfd_getfd
 from ckptd.kernel.sockopt import SO_PEEK_OFF
+from ckptd.kernel.tcp import set_peek_offset
 from ckptd.kernel.unix_queue import sockets_below
 
 
@@ -73,4 +74,8 @@ def _set_below(holder: HeldSocket, offsets: dict[int, int]) -> None:
         return
     with held:
         for one in sockets_below(held, offsets):
-            one.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offsets[os.fstat(one.fileno()).st_ino])
+            offset = offsets[os.fstat(one.fileno()).st_ino]
+            if one.family != socket.AF_UNIX and one.type == socket.SOCK_STREAM:
+                set_peek_offset(one, offset)
+            else:
+                one.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)

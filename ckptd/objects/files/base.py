@@ -2,7 +2,7 @@
 """The hooks of a kind of open file.
 
 A kind is one class in one file of this package, found by registry.py. No other module names it. The hooks in life
-order, none of which affects the task:
+order, none of which affects the task, except `die`:
 
     matches(file)       is this open file of my kind? At most one kind says yes
     findings(file)      reasons why it cannot be dumped, or what will be lost
@@ -14,6 +14,8 @@ order, none of which affects the task:
     take(record, file, content)
                         last of all, if the tree is killed then: the record with data that can only be taken out of the
                         kernel. It is noted in a journal, which puts it back if the tree lives on
+    die(file)           the image is safe, and the tree is about to be killed: change the file so that its end leaves
+                        nothing in the kernel that would hinder a restart. Called only if the tree is to be killed
 
 and for a restart, where `saved` has the common data of all kinds (image.records.SavedFile):
 
@@ -228,6 +230,10 @@ class Kind(ABC, Generic[R]):
 
     def take(self, record: R, file: OpenFile, content: Content) -> R:
         return record
+
+    def die(self, file: OpenFile) -> None:
+        """Prepare the end of the file. It must not fail."""
+        return
 
     def close(self) -> None:
         """Close the files that the kind has opened for itself."""

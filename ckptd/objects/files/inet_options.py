@@ -62,8 +62,12 @@ TABLE: Mapping[int, Mapping[int, int]] = {
     inet.SOL_RAW: {inet.ICMP_FILTER: _INT}, IPPROTO_ICMPV6: {inet.ICMPV6_FILTER: 32},
 }
 # of a connection they are the kernel's: getsockopt(2) returns what the two ends have agreed on
-_OF_UNCONNECTED = {socket.TCP_MAXSEG, socket.TCP_WINDOW_CLAMP, socket.TCP_FASTOPEN, inet.TCP_FASTOPEN_CONNECT,
-                   inet.TCP_FASTOPEN_KEY}
+_OF_UNCONNECTED = {(IPPROTO_TCP, name) for name in (
+    socket.TCP_MAXSEG, socket.TCP_WINDOW_CLAMP, socket.TCP_FASTOPEN, inet.TCP_FASTOPEN_CONNECT, inet.TCP_FASTOPEN_KEY,
+)} | {(IPPROTO_IPV6, socket.IPV6_V6ONLY)}
+# of a TCP socket they mean nothing and cannot be set; an accepted one has there what came with its first packet
+_OF_DATAGRAMS = {(IPPROTO_IP, name) for name in (socket.IP_MULTICAST_IF, socket.IP_MULTICAST_TTL)} | {
+    (IPPROTO_IPV6, name) for name in (socket.IPV6_MULTICAST_IF, socket.IPV6_MULTICAST_HOPS)}
 _NOT_HERE = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTCONN, errno.EADDRNOTAVAIL)
 # another interface may have the number after a boot, so the name is kept; the CPU is that of the last packet
 _NOT_KEPT = (SO_BINDTOIFINDEX, SO_INCOMING_CPU)
@@ -152,7 +156,9 @@ def _read_all(sock: socket.socket, *, is_connected: bool) -> dict[Name, bytes]:
     found = {}
     for level in _levels(sock):
         for name, size in TABLE[level].items():
-            if is_connected and level == IPPROTO_TCP and name in _OF_UNCONNECTED:
+            if is_connected and (level, name) in _OF_UNCONNECTED:
+                continue
+            if sock.type == socket.SOCK_STREAM and (level, name) in _OF_DATAGRAMS:
                 continue
             try:
                 found[level, name] = read_option(sock, name, size, level)

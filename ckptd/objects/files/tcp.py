@@ -42,6 +42,7 @@ from ckptd.objects.files.inet import (
     socket_type,
 )
 from ckptd.objects.files.socket_filter import filter_findings, set_filter
+from ckptd.objects.files.tables import JobTables
 from ckptd.objects.support import Support
 
 _PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_MPTCP)
@@ -59,30 +60,26 @@ class TcpSocket(Struct):
 
 class TcpKind(Kind[TcpSocket], tag='tcp'):
     support = Support('TCP and MPTCP sockets without a connection: fresh, bound, listening',
-                      refused='connections, keys (TCP_MD5SIG), upper layer protocols such as kTLS, eBPF filters',
+                      refused='MPTCP connections, keys (TCP_MD5SIG), upper layer protocols such as kTLS, eBPF filters',
                       warned='connections that wait to be accepted, programs of SO_REUSEPORT groups',
                       user='ports and options that need a right are refused')
 
     def matches(self, file: OpenFile) -> bool:
         kind = socket_type(file, self._tables)
-        return kind is not None and kind.type == socket.SOCK_STREAM and kind.protocol in _PROTOCOLS and (
-            kind.family in (socket.AF_INET, socket.AF_INET6))
+        if kind is None or kind.type != socket.SOCK_STREAM or kind.protocol not in _PROTOCOLS or (
+                kind.family not in (socket.AF_INET, socket.AF_INET6)):
+            return False
+        if kind.protocol == socket.IPPROTO_MPTCP:
+            return True
+        with file.as_socket() as sock:
+            return not is_connection(sock)
 
     def findings(self, file: OpenFile) -> list[Finding]:
         kind = socket_type(file, self._tables)
         if kind and (found := foreign_findings(file, kind)):
             return found
         with file.as_socket() as sock:
-            return [*_state_findings(file, sock), *self._feature_findings(file, sock)]
-
-    def _feature_findings(self, file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
-        yield from filter_findings(sock, file.link)
-        if (own := self._tables.inet_sockets(socket.IPPROTO_TCP).get(file.stat.st_ino)) and own.is_signed:
-            yield finding('EOPNOTSUPP', f'{file.link} has keys that sign its packets (TCP_MD5SIG), which nothing reads',
-                          'close it before the checkpoint')
-        if (ulp := _ulp(sock)) and sock.proto == socket.IPPROTO_TCP:      # MPTCP is one itself
-            yield finding('EOPNOTSUPP', f'{file.link} has the upper layer protocol {ulp!r} (TCP_ULP), whose state '
-                          'nothing reads', 'close it before the checkpoint')
+            return [*_state_findings(file, sock), *feature_findings(file, sock, self._tables)]
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         kind = socket_type(file, self._tables)
@@ -140,11 +137,27 @@ def _state_findings(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
             yield finding('ECONNABORTED', f'{now.waiting} connections to {local_address(sock)} wait to be accepted',
                           'a restart begins without them; their clients see a reset', 'warning')
         return
-    peer = peer_address(sock)
-    if now.state != TCP_CLOSE or unix.polls(sock, select.POLLRDHUP) or has_error(sock):
-        what = f'a TCP connection to {peer}' if peer else 'the rest of a TCP connection'
-        yield finding('EOPNOTSUPP', f'{file.link} is {what} ({STATES.get(now.state, "unknown")}), which cannot be '
-                      'dumped yet', 'close it before the checkpoint')
+    if sock.proto == socket.IPPROTO_MPTCP and is_connection(sock):
+        yield finding('EOPNOTSUPP', f'{file.link} is an MPTCP connection to {peer_address(sock)} '
+                      f'({STATES.get(now.state, "unknown")}), which cannot be made again',
+                      'close it before the checkpoint, or let the program use TCP')
+
+
+def is_connection(sock: socket.socket) -> bool:
+    """Whether a TCP socket is or was connected, or is connecting."""
+    state = tcp_state(sock).state
+    return state != TCP_LISTEN and (state != TCP_CLOSE or unix.polls(sock, select.POLLRDHUP) or has_error(sock))
+
+
+def feature_findings(file: OpenFile, sock: socket.socket, tables: JobTables) -> Iterator[Finding]:
+    """Yield refusals of what nothing reads."""
+    yield from filter_findings(sock, file.link)
+    if (own := tables.inet_sockets(socket.IPPROTO_TCP).get(file.stat.st_ino)) and own.is_signed:
+        yield finding('EOPNOTSUPP', f'{file.link} has keys that sign its packets (TCP_MD5SIG), which nothing reads',
+                      'close it before the checkpoint')
+    if (ulp := _ulp(sock)) and sock.proto == socket.IPPROTO_TCP:      # MPTCP is one itself
+        yield finding('EOPNOTSUPP', f'{file.link} has the upper layer protocol {ulp!r} (TCP_ULP), whose state nothing '
+                      'reads', 'close it before the checkpoint')
 
 
 def _ulp(sock: socket.socket) -> str:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The queues of a TCP connection (tcp(7)), read without taking anything out."""
+
+import array
+import errno
+import fcntl
+import socket
+import struct
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple
+
+from ckptd.kernel.sockopt import SO_PEEK_OFF
+
+# <linux/tcp.h>
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+TCP_REPAIR_ON, TCP_REPAIR_OFF_NO_WP = 1, -1         # the second one sends no window probe
+TCP_NO_QUEUE, TCP_RECV_QUEUE, TCP_SEND_QUEUE = 0, 1, 2
+
+SIOCATMARK: Final = 0x8905          # <asm-generic/sockios.h>
+
+_LOW: Final = (1 << 32) - 1         # sequence numbers are modulo 2**32
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+
+def unsent(sock: socket.socket) -> int:
+    """Return the bytes that the peer has not acknowledged (SIOCOUTQ), and one for a FIN."""
+    return _count(sock, termios.TIOCOUTQ)
+
+
+def unread(sock: socket.socket) -> int:
+    """Return the bytes in the receive queue (FIONREAD), up to an urgent byte."""
+    return _count(sock, termios.FIONREAD)
+
+
+def _count(sock: socket.socket, request: int) -> int:
+    count = array.array('i', [0])
+    fcntl.ioctl(sock, request, count)
+    return count[0]
+
+
+class Stream(NamedTuple):
+    """The receive queue of a connection. urgent: a byte of MSG_OOB between the other two, b'' for none."""
+    data: bytes
+    urgent: bytes = b''
+    later: bytes = b''
+
+
+def peek_stream(sock: socket.socket) -> Stream:
+    """Return the receive queue. Sets SO_PEEK_OFF: the caller must restore the old value in any case. Without it, before
+    Linux 6.9, nothing behind an urgent byte is found: OSError EAGAIN."""
+    urgent, inline = _urgent(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
+    at_mark = bool(struct.unpack('=i', fcntl.ioctl(sock, SIOCATMARK, bytes(4)))[0])
+    can_seek = _seek(sock)
+    data = _peek(sock)
+    if at_mark:
+        # a peek passes over an urgent byte at the head, unless that is part of the stream
+        return Stream(b'', data[:1], data[1:]) if inline else Stream(b'', urgent, data)
+    later = _peek(sock) if can_seek else b''        # a peek ends at an urgent byte
+    if urgent and not can_seek:
+        raise OSError(errno.EAGAIN, 'an urgent byte (MSG_OOB) waits in it')
+    if later and inline:
+        return Stream(data, later[:1], later[1:])
+    return Stream(data, urgent, later)
+
+
+def _urgent(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(1, socket.MSG_OOB | _PEEK)
+    except OSError:             # EINVAL: there is none, it was read, or it is part of the stream
+        return b''
+
+
+def _seek(sock: socket.socket) -> bool:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
+def _peek(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(2 * sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), _PEEK)   # more than it can have
+    except BlockingIOError:
+        return b''
+
+
+def peek_offset(sock: socket.socket) -> int:
+    """Return SO_PEEK_OFF; -1 before Linux 6.9, which has none for TCP."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOPROTOOPT):
+            raise
+        return -1
+
+
+def set_peek_offset(sock: socket.socket, offset: int) -> None:
+    """Set SO_PEEK_OFF. Does nothing for a kernel that has none for TCP."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+
+
+@contextmanager
+def in_repair(sock: socket.socket) -> Iterator[None]:
+    """Keep the socket in repair mode in this block, where its send queue and its sequence numbers can be read. It sends
+    nothing meanwhile. PermissionError without CAP_NET_ADMIN."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON)
+    try:
+        yield
+    finally:
+        leave_repair(sock)
+
+
+def leave_repair(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)
+
+
+def sequence(sock: socket.socket, queue: int) -> int:
+    """Return the number behind the last byte of a queue, of a socket in repair mode."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+    return int(struct.unpack('=I', sock.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, 4))[0])
+
+
+def peek_unsent(sock: socket.socket, received: int, *, has_fin: bool) -> bytes:
+    """Return the bytes of the send queue from sequence number `received` on, of a socket in repair mode."""
+    end = sequence(sock, TCP_SEND_QUEUE) - has_fin
+    size = end - received & _LOW
+    if not size or size > 1 << 31:      # its FIN has arrived as well
+        return b''
+    queued = sock.recv(unsent(sock), _PEEK)
+    return queued[len(queued) - size:]

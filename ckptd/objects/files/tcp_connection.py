@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A TCP connection (tcp(7)) whose both ends are in the tree, or whose other end is closed.
+
+A restart connects the two ends again by a real handshake, before the listener of their port listens, and each end sends
+what the other one has not read. So no process gets a connection with numbers of an image's choice. An end whose other
+end is closed gets one for a moment, which sends, and is closed. A connection that waits to be accepted is connected
+again when the listener listens.
+
+At the dump the tree is at rest, and the kernel delivers what is on its way. Bytes that do not fit into the other end's
+queue are read from the send queue, which root may do (TCP_REPAIR).
+"""
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+from ckptd.errors import CkptError, Finding, ImageDamaged
+from ckptd.faults import fault
+from ckptd.image.records import Extent, SavedFile
+from ckptd.kernel import inet, tcp, unix
+from ckptd.kernel.inet import STATES, Address, last_packet, local_address, peer_address, tcp_state
+from ckptd.kernel.inet_diag import DiagSocket
+from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.inet import (
+    dump_socket,
+    foreign_findings,
+    given_address,
+    has_error,
+    keep_address,
+    probe,
+    require_dumpable,
+    rights,
+    settle,
+    shut_down,
+    socket_type,
+)
+from ckptd.objects.files.inet_options import set_inet_options
+from ckptd.objects.files.socket_filter import set_filter
+from ckptd.objects.files.tables import JobTables
+from ckptd.objects.files.tcp import feature_findings, is_connection
+from ckptd.objects.files.tcp_handshake import bound, connect_pair, connect_to, send_all, wait_until_sent
+from ckptd.objects.files.tcp_record import CLOSED, INSIDE, TICK, WAITING, TcpConnection, addresses, in_order
+from ckptd.objects.files.tcp_table import TcpTable, plain
+from ckptd.objects.support import Support
+
+_OF_OUR_OWN_FIN = (inet.TCP_FIN_WAIT1, inet.TCP_CLOSING, inet.TCP_LAST_ACK, inet.TCP_FIN_WAIT2)
+_SUPPORTED = (inet.TCP_ESTABLISHED, inet.TCP_CLOSE_WAIT, inet.TCP_CLOSE, *_OF_OUR_OWN_FIN)
+_PATIENCE = 1.0                         # seconds in which the kernel delivers what is on its way
+_HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends'
+
+
+class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
+    support = Support('TCP connections within the tree, with unread bytes',
+                      refused='connections to the outside, MPTCP connections, pending errors, upper layer protocols '
+                              'such as kTLS, unread bytes of a connection that nobody has accepted',
+                      user='unsent bytes that do not fit into the queue of the other end are refused')
+
+    def __init__(self, tables: JobTables) -> None:
+        super().__init__(tables)
+        self._ends: dict[tuple[Address, Address], tuple[OpenFile, int]] = {}    # by addresses: end and its family
+        self._pairs: dict[int, tuple[Address, Address]] = {}                    # by inode: addresses
+        self._others: dict[int, int] = {}               # by inode: INSIDE, CLOSED or WAITING
+        self._received: dict[int, tcp.Stream] = {}      # by inode
+        self._unsent: dict[int, bytes] = {}             # by inode of the sender
+        self._temporary: dict[int, int] = {}            # by file_id: an end that is being made
+        self._to_accept: list[tuple[TcpConnection, int, str]] = []
+
+    def matches(self, file: OpenFile) -> bool:
+        kind = socket_type(file, self._tables)
+        if kind is None or kind.type != socket.SOCK_STREAM or kind.protocol != socket.IPPROTO_TCP or (
+                kind.family not in (socket.AF_INET, socket.AF_INET6)):
+            return False
+        with file.as_socket() as sock:
+            return is_connection(sock)
+
+    def findings(self, file: OpenFile) -> list[Finding]:
+        kind = socket_type(file, self._tables)
+        if kind and (found := foreign_findings(file, kind)):
+            return found
+        with file.as_socket() as sock:
+            return [*_state_findings(file, sock), *feature_findings(file, sock, self._tables)]
+
+    def endpoint(self, file: OpenFile) -> Endpoint | None:
+        kind = socket_type(file, self._tables)
+        if kind is None or kind.foreign:
+            return None
+        with file.as_socket() as sock:
+            own, far = plain(local_address(sock)), peer_address(sock)
+        if far is None:         # both directions are closed
+            return None
+        peer = plain(far)
+        self._ends[own, peer], self._pairs[file.stat.st_ino] = (file, kind.family), (own, peer)
+        low, high = sorted((str(own), str(peer)))
+        return Endpoint((f'{self.tag} {low} {high}', 0, 0), frozenset({str(own)}), frozenset({str(peer)}))
+
+    def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
+        table = TcpTable()
+        for end in ends:
+            own, peer = self._pairs[end.file.stat.st_ino]
+            if (peer, own) in self._ends:
+                self._others[end.file.stat.st_ino] = INSIDE
+            elif reason := self._elsewhere(end.file, own, peer, table, is_whole=is_whole):
+                yield end, reason
+
+    def _elsewhere(self, file: OpenFile, own: Address, peer: Address, table: TcpTable, *,
+                   is_whole: bool) -> Finding | None:
+        """Find the other end of a connection that is in no fd table of the tree."""
+        inode, other = file.stat.st_ino, table.get(peer, own)
+        if other and other.inode:
+            holder = unix.find_holders({other.inode}).get(other.inode)
+            if holder is None and not is_whole:
+                return None     # it may be in flight within the tree, which is checked when the tree is at rest
+            return _outside(file, peer, holder)
+        if other and (listener := table.listener(peer)):
+            return self._unaccepted(file, other, listener, peer)
+        with file.as_socket() as sock:
+            state = tcp_state(sock).state
+        if state in (inet.TCP_CLOSE_WAIT, inet.TCP_LAST_ACK) and table.is_local(peer):
+            self._others[inode] = CLOSED
+            if other and other.unsent > 1:
+                return finding('EAGAIN', f'{file.link} has not received all that its closed peer {peer} has sent',
+                               'try again when the program has read some of it')
+            return None
+        return _outside(file, peer)
+
+    def _unaccepted(self, file: OpenFile, other: DiagSocket, listener: DiagSocket, peer: Address) -> Finding | None:
+        holder = unix.find_holders({listener.inode}).get(listener.inode)
+        if holder is None or holder.pid not in (self._tables.tasks or ()):
+            return _outside(file, peer, holder)
+        with file.as_socket() as sock:
+            waiting = other.queued or tcp.unsent(sock) or tcp.unread(sock)
+        self._others[file.stat.st_ino] = WAITING
+        if waiting:
+            return finding('EAGAIN', f'{file.link} is a connection that {holder.comm}[{holder.pid}] has not accepted, '
+                           'with bytes that only accept(2) can reach', 'try again when the program has accepted it')
+        return None
+
+    # ------------------------------------------------------------ queues
+
+    def peek_offset(self, file: OpenFile) -> int | None:
+        with file.as_socket() as sock:
+            return None if has_error(sock) else tcp.peek_offset(sock)
+
+    def discover(self, file: OpenFile) -> Sequence[int]:
+        if file.stat.st_ino in self._received:
+            return ()
+        with file.as_socket() as sock:
+            if has_error(sock):
+                return ()
+            before = tcp.peek_offset(sock)
+            own, peer = local_address(sock), peer_address(sock)
+            if peer:
+                self._ends[plain(own), plain(peer)] = file, sock.family
+                if other := self._ends.get((plain(peer), plain(own))):
+                    with other[0].as_socket() as far:
+                        self._read_unsent(file, sock, other[0], far)
+                        self._read_unsent(other[0], far, file, sock)
+            try:
+                self._received[file.stat.st_ino] = tcp.peek_stream(sock)
+                fault('queue-walked')
+            except BlockingIOError as error:
+                raise _not_now(file, error.strerror or 'urgent data waits in it') from error
+            finally:
+                tcp.set_peek_offset(sock, before)
+        return ()
+
+    def _read_unsent(self, file: OpenFile, sock: socket.socket, other: OpenFile, far: socket.socket) -> None:
+        """Note the bytes that `file` has sent and `other` has not received."""
+        if not wait_until_sent(sock, 0):
+            return
+        try:
+            if os.getpid() in (file.pid, other.pid):
+                raise PermissionError       # in flight, where no journal finds a socket in repair mode
+            with ExitStack() as stack:
+                stack.enter_context(tcp.in_repair(sock))
+                stack.enter_context(tcp.in_repair(far))
+                fault('queue-in-repair')
+                self._unsent[file.stat.st_ino] = tcp.peek_unsent(
+                    sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE), has_fin=tcp_state(sock).state in _OF_OUR_OWN_FIN)
+        except PermissionError as error:
+            if left := wait_until_sent(sock, _PATIENCE):
+                raise _not_now(file, f'process {other.pid} has no room for {left:,} bytes that were sent to it, and '
+                               'only root can read them') from error
+
+    # ------------------------------------------------------------ dump
+
+    def dump(self, file: OpenFile, content: Content) -> TcpConnection:
+        require_dumpable(file, self.findings(file))
+        inode = file.stat.st_ino
+        received = self._received.get(inode, tcp.Stream(b''))
+        with file.as_socket() as sock:
+            own, peer, state = local_address(sock), peer_address(sock), tcp_state(sock).state
+            common = dump_socket(file, sock, is_connected=True)
+            since = last_packet(sock)
+        other = self._ends.get((plain(peer), plain(own))) if peer else None
+        later = received.later + (self._unsent.get(other[0].stat.st_ino, b'') if other else b'')
+        known = self._tables.inet_sockets(socket.IPPROTO_TCP).get(inode)
+        return TcpConnection(common, self._others.get(inode, CLOSED), state, (keep_address(peer),) if peer else (),
+                             other[1] if other else common.family, since, inode, known.shutdown if known else 0,
+                             _kept(received.data, content), received.urgent, _kept(later, content))
+
+    def die(self, file: OpenFile) -> None:
+        """Let the end of the tree close the connection without a trace: time-wait would hold its port for a minute."""
+        with suppress(OSError), file.as_socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('=ii', 1, 0))
+
+    # ------------------------------------------------------------ restart
+
+    def restart_findings(self, record: TcpConnection, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+        one = record.socket
+        if record.state == inet.TCP_CLOSE:      # it has no port any more, which may be that of a time-wait
+            one = replace(one, bound=())
+        return [*owner_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
+
+    def create(self, record: TcpConnection, saved: SavedFile, ctx: RestoreContext) -> int:
+        one = record.socket
+        own, peer = addresses(record)
+        with rights(ctx):
+            if record.other == INSIDE:
+                fd = os.dup(self._inside(record, own, peer, saved, ctx))
+            elif record.other == WAITING:
+                fd = bound(one.family, own, saved.link).detach()
+            else:
+                fd = self._closed(record, own, peer, saved, ctx)
+        try:
+            set_owner(fd, saved.mode, one.uid, one.gid, ctx)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _inside(self, record: TcpConnection, own: Address, peer: Address, saved: SavedFile, ctx: RestoreContext) -> int:
+        """Return the fd of an end of a connection that is made once, with both ends."""
+        def make() -> int:
+            mine, theirs = connect_pair((record.socket.family, own), (record.peer_family, peer), saved.link)
+            ctx.once(_key(peer, own), lambda: theirs)
+            return mine
+        return ctx.once(_key(own, peer), make)
+
+    def _closed(self, record: TcpConnection, own: Address, peer: Address, saved: SavedFile, ctx: RestoreContext) -> int:
+        """Return the fd of an end whose other end is going to be closed."""
+        def make() -> int:
+            family, free = record.socket.family, own._replace(port=0)
+            try:
+                mine, theirs = connect_pair((family, own), (family, peer), saved.link)
+            except CkptError as error:
+                if error.errno != errno.EADDRINUSE or record.state != inet.TCP_CLOSE:
+                    raise
+                mine, theirs = connect_pair((family, free), (family, peer), saved.link)
+            self._temporary[saved.file_id] = mine
+            return theirs
+        ctx.once(('tcp closed', saved.file_id), make)
+        return self._temporary.pop(saved.file_id)
+
+    def connect(self, record: TcpConnection, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        one = record.socket
+        own, peer = addresses(record)
+        with rights(ctx), socket.socket(fileno=os.dup(fd)) as sock:
+            if record.other != WAITING:
+                key = _key(peer, own) if record.other == INSIDE else ('tcp closed', saved.file_id)
+                with socket.socket(fileno=os.dup(ctx.once(key, _lost))) as far:
+                    parts = [b''.join(ctx.pread(extent, extent.length, 0) for extent in extents)
+                             for extents in (record.data, record.later)]
+                    send_all(far, sock, tcp.Stream(parts[0], record.urgent[:1], parts[1]), saved.link)
+                    if record.other == CLOSED:
+                        far.shutdown(socket.SHUT_WR)
+            else:
+                self._to_accept.append((record, fd, saved.link))
+            set_inet_options(sock, one.options, saved.link)
+            set_filter(sock, one.filter, saved.link)
+            settle(sock, one, saved.link)
+
+    def commit(self, record: TcpConnection, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        # the listeners listen by now; the oldest connection is the first one to be accepted
+        for one, waiting, link in in_order(self._to_accept):
+            with rights(ctx), socket.socket(fileno=os.dup(waiting)) as sock:
+                connect_to(sock, given_address(one.peer[0], one.socket.family), link)
+            time.sleep(2 * TICK / 1000)        # so that the next checkpoint finds the same order
+        self._to_accept.clear()
+        how = record.shutdown
+        if record.state in (inet.TCP_CLOSE_WAIT, inet.TCP_LAST_ACK, inet.TCP_CLOSING):
+            how &= unix.SEND_SHUTDOWN       # the FIN of the other end does the rest
+        if record.state == inet.TCP_CLOSE:
+            how = unix.SEND_SHUTDOWN
+        shut_down(fd, how)
+
+
+def _key(own: Address, peer: Address) -> tuple[str, Address, Address]:
+    return 'tcp end', plain(own), plain(peer)
+
+
+def _lost() -> int:
+    raise ImageDamaged('the other end of a connection is not in the image')
+
+
+def _kept(data: bytes, content: Content) -> tuple[Extent, ...]:
+    return (content.add([data]),) if data else ()
+
+
+def _outside(file: OpenFile, peer: Address, holder: unix.Holder | None = None) -> Finding:
+    where = f' ({holder.comm}[{holder.pid}])' if holder else ''
+    return finding('EOPNOTSUPP', f'{file.link} is a TCP connection to {peer}{where}, outside of the tree', _HINT)
+
+
+def _not_now(file: OpenFile, why: str) -> CkptError:
+    return CkptError(f'{file.link} of process {file.pid}: {why}', errno=errno.EAGAIN, task=file.pid,
+                     resource=f'fd {file.fd}', hint='try again when the program has read some of it')
+
+
+def _state_findings(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
+    state, peer = tcp_state(sock).state, peer_address(sock)
+    if has_error(sock):
+        yield finding('EIO', f'{file.link} is a TCP connection with a pending error, which reading would consume',
+                      'let the program read it (SO_ERROR) before the checkpoint')
+    elif state not in _SUPPORTED:
+        yield finding('EAGAIN' if state == inet.TCP_SYN_SENT else 'EOPNOTSUPP', f'{file.link} is a TCP connection to '
+                      f'{peer} ({STATES.get(state, "unknown")})', 'try again when it is established')
+    elif peer and plain(peer) == plain(local_address(sock)):
+        yield finding('EOPNOTSUPP', f'{file.link} is a TCP connection to itself', _HINT)

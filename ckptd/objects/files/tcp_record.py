@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The record of a TCP connection in an image, and the order in which connections wait to be accepted."""
+
+import socket
+from collections.abc import Iterator, Sequence
+
+from ckptd.errors import ImageDamaged
+from ckptd.image.grammar import U8, U32, U64, Struct, layout
+from ckptd.image.records import Extent
+from ckptd.kernel.inet import Address
+from ckptd.objects.files.inet import InetAddress, InetSocket, given_address
+
+# the other end
+INSIDE, CLOSED, WAITING = 1, 2, 3       # in the tree; closed; waits in the tree to be accepted
+TICK = 10                  # milliseconds: the longest jiffy, in which the kernel counts the time of packets
+
+
+@layout
+class TcpConnection(Struct):
+    """One end of a connection. Its queue has `data`, then an urgent byte (MSG_OOB) if there is one, then `later`: what
+    was received, and what the other end had sent."""
+    socket: InetSocket
+    other: U8                       # INSIDE, CLOSED or WAITING
+    state: U8                       # TCP_* of ckptd.kernel.inet
+    peer: tuple[InetAddress, ...]   # none in the state CLOSE
+    peer_family: U32                # family of the other end, if it is in the tree
+    since: U64                      # milliseconds: time of the last packet, which orders the connections that wait
+    inode: U64                      # orders those of one moment
+    shutdown: U8                    # RCV_SHUTDOWN and SEND_SHUTDOWN of <net/sock.h>
+    data: tuple[Extent, ...]
+    urgent: bytes
+    later: tuple[Extent, ...]
+
+
+def in_order(rows: Sequence[tuple[TcpConnection, int, str]]) -> Iterator[tuple[TcpConnection, int, str]]:
+    """Yield the connections as they were made. Those of one moment are ordered by their inodes, which grow."""
+    group: list[tuple[TcpConnection, int, str]] = []
+    for row in sorted(rows, key=lambda row: row[0].since):
+        if group and row[0].since - group[-1][0].since >= TICK:
+            yield from sorted(group, key=lambda row: row[0].inode)
+            group.clear()
+        group.append(row)
+    yield from sorted(group, key=lambda row: row[0].inode)
+
+
+def addresses(record: TcpConnection) -> tuple[Address, Address]:
+    """Return the addresses of both ends. The other end of a closed connection gets any. ImageDamaged."""
+    family = record.socket.family
+    host = '127.0.0.1' if family == socket.AF_INET else '::1'
+    own = next((given_address(one, family) for one in record.socket.bound), Address(host, 0))
+    peer = next((given_address(one, family) for one in record.peer), own._replace(port=0))
+    if record.other in (INSIDE, WAITING) and not (own.port and peer.port and record.peer):
+        raise ImageDamaged(f'a connection from {own} to {peer}')
+    return own, peer

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""TCP connections within a tree: full queues, what is refused, a worker that dies in repair mode, images that lie."""
+
+import errno
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.errors import CkptError, Finding, Refused
+from ckptd.image.records import SavedFile
+from ckptd.journal.recover import recover
+from ckptd.journal.store import Journal
+from ckptd.kernel.inet_diag import inet_sockets
+from ckptd.kernel.tcp import TCP_REPAIR
+from ckptd.objects.files.inet import InetAddress
+from ckptd.objects.files.tcp_record import TcpConnection
+from tests.lib import settled
+from tests.lib.altered import rewrite
+from tests.lib.brood import Brood
+from tests.lib.victim import Victim
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
+from tests.worker.test_inet_sockets import reaped, restored, sockets_of
+from tests.worker.test_restore_checks import checked
+
+pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
+
+# sends until nothing fits any more and shuts down; after SIGUSR1 reads all of it and says what the digest is
+FULL = '''
+import hashlib, os, signal, socket, sys
+server = socket.create_server(('127.0.0.1', 0))
+client = socket.create_connection(server.getsockname())
+end = server.accept()[0]
+client.setblocking(False)
+digest, block = hashlib.sha256(), os.urandom(1 << 20)
+try:
+    while True:
+        digest.update(block[:client.send(block)])
+except BlockingIOError:
+    pass
+client.shutdown(socket.SHUT_WR)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+print('ready', flush=True)
+signal.sigwait([signal.SIGUSR1])
+found = hashlib.sha256()
+while data := end.recv(1 << 20):
+    found.update(data)
+sys.exit(7 if found.digest() == digest.digest() else 1)
+'''
+ASYNCIO = '''
+import asyncio, signal, sys
+async def serve(reader, writer):
+    while line := await reader.readline():
+        writer.write(b'echo ' + line)
+        await writer.drain()
+    writer.close()
+async def main():
+    server = await asyncio.start_server(serve, '127.0.0.1', 0)
+    clients = [await asyncio.open_connection(*server.sockets[0].getsockname()) for _ in range(5)]
+    go = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, go.set)
+    for number, (reader, writer) in enumerate(clients):
+        writer.write(b'%d\\n' % number)
+        assert await reader.readline() == b'echo %d\\n' % number
+    print('ready', flush=True)
+    await go.wait()
+    clients += [await asyncio.open_connection(*server.sockets[0].getsockname())]
+    for number, (reader, writer) in enumerate(clients):
+        writer.write(b'again %d\\n' % number)
+        assert await reader.readline() == b'echo again %d\\n' % number
+        writer.close()
+    sys.exit(7)
+asyncio.run(main())
+'''
+HTTP = '''
+import http.client, http.server, signal, sys, threading
+class Handler(http.server.SimpleHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header('Content-Length', '5')
+        self.end_headers()
+        self.wfile.write(b'hello')
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+threading.Thread(target=server.serve_forever, daemon=True).start()
+client = http.client.HTTPConnection(*server.server_address)
+def get():
+    client.request('GET', '/')
+    assert client.getresponse().read() == b'hello'
+get()
+kept = client.sock
+print('ready', flush=True)
+signal.sigwait([signal.SIGUSR1])
+get()
+assert client.sock is kept
+sys.exit(7)
+'''
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path).make()
+
+
+@pytest.fixture
+def brood() -> Iterator[Brood]:
+    with Brood() as running:
+        yield running
+
+
+@contextmanager
+def program(source: str) -> Iterator['subprocess.Popen[bytes]']:
+    """A program that has said that it is ready."""
+    process = subprocess.Popen([sys.executable, '-c', source], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b'ready\n'
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize('source', [FULL, ASYNCIO, HTTP], ids=['full', 'asyncio', 'http'])
+def test_programs_go_on(place: Place, source: str) -> None:
+    """After a checkpoint, and after a restart of another one."""
+    with program(source) as running:
+        place.checkpoint(running.pid)
+        image = place.checkpoint(running.pid, after='kill')
+        running.wait()
+    settled.reap_orphans()
+    pid = restored(place, image)
+    os.kill(pid, signal.SIGUSR1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.parametrize('source', [FULL, ASYNCIO, HTTP], ids=['full', 'asyncio', 'http'])
+def test_a_checkpoint_does_not_harm_them(place: Place, source: str) -> None:
+    with program(source) as running:
+        place.checkpoint(running.pid)
+        running.send_signal(signal.SIGUSR1)
+        assert running.wait(30) == 7
+
+
+def test_a_killed_tree_leaves_no_port_behind(place: Place) -> None:
+    with program(ASYNCIO) as running:
+        with sockets_of(running.pid) as found:
+            ports = {one.getsockname()[1] for one in found.values() if one.family == socket.AF_INET}
+        assert len(ports) == 6
+        place.checkpoint(running.pid, after='kill')
+        running.wait()
+    assert [one for one in inet_sockets(socket.IPPROTO_TCP) if {one.local.port, one.peer.port} & ports] == []
+
+
+def test_a_user_cannot_read_what_was_not_delivered() -> None:
+    def work() -> None:
+        place = Place(Path.cwd()).make()
+        with program(FULL) as running:
+            with pytest.raises(CkptError, match='only root can read them') as caught:
+                place.checkpoint(running.pid, forked=True, freeze='ptrace')
+            assert caught.value.errno == errno.EAGAIN
+            running.send_signal(signal.SIGUSR1)
+            assert running.wait(30) == 7
+
+    with place_of(ORDINARY_UID) as home:
+        as_user(ORDINARY_UID, home, work)
+
+
+@pytest.mark.parametrize('point', ['queue-in-repair', 'queue-walked'])
+def test_a_worker_that_dies_leaves_no_socket_in_repair(place: Place, point: str) -> None:
+    with program(FULL) as running:
+        with DirectWorker(env={'CKPTD_FAULT': f'{point}=kill'}) as worker, pytest.raises(
+                (AssertionError, ConnectionResetError)):
+            worker.run(place.request(running.pid))
+        if point == 'queue-in-repair':
+            with sockets_of(running.pid) as found:
+                assert sum(one.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR) for one in found.values()) == 2
+        sentences = recover(Journal(place.runtime))
+        assert 'reading the send queues' in sentences[0]        # before the tree runs
+        recover(Journal(place.runtime), files=True)
+        with sockets_of(running.pid) as found:
+            for one in found.values():
+                assert one.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR) == 0
+                assert one.getsockopt(socket.SOL_SOCKET, 42) == -1      # SO_PEEK_OFF
+        running.send_signal(signal.SIGUSR1)
+        assert running.wait(30) == 7
+
+
+# ---------------------------------------------------------------- refused
+
+def refusals(place: Place, pid: int) -> list[Finding]:
+    with pytest.raises(Refused) as caught:
+        place.checkpoint(pid)
+    return [row for row in caught.value.refusals if row.severity == 'refusal']
+
+
+def test_an_end_outside_is_named(place: Place, brood: Brood) -> None:
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        address = server.getsockname()
+
+        def connect() -> int:
+            server.close()
+            return socket.create_connection(address).detach()
+        pid, fd = brood.ask(connect)
+        with server.accept()[0]:
+            [row] = refusals(place, pid)
+    assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
+    assert f'a TCP connection to 127.0.0.1:{address[1]} (' in row.reason
+    assert f'[{os.getpid()}]), outside of the tree' in row.reason
+
+
+def test_unread_bytes_of_an_unaccepted_connection(place: Place, brood: Brood) -> None:
+    """A checkpoint says EAGAIN, and accept(2) still reads them."""
+    def wait() -> list[int]:
+        server = socket.create_server(('127.0.0.1', 0))
+        client = socket.create_connection(server.getsockname())
+        client.sendall(b'hello')
+        return [server.detach(), client.detach()]
+    pid, (listener, client) = brood.ask(wait)
+    with pytest.raises(CkptError, match='has not accepted') as caught:
+        place.checkpoint(pid)
+    assert (caught.value.errno, caught.value.exit_status) == (errno.EAGAIN, 75)
+    with sockets_of(pid) as found, found[listener].accept()[0] as accepted:
+        assert accepted.recv(10) == b'hello'
+        assert accepted.getpeername() == found[client].getsockname()
+
+
+def test_a_pending_error_is_refused(place: Place, brood: Brood) -> None:
+    def reset() -> int:
+        server = socket.create_server(('127.0.0.1', 0))
+        client = socket.create_connection(server.getsockname())
+        end = server.accept()[0]
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        end.close()
+        server.close()
+        return client.detach()
+    pid, fd = brood.ask(reset)
+    [row] = refusals(place, pid)
+    assert (row.errno, row.resource) == ('EIO', f'fd {fd}')
+
+
+def test_mptcp_connections_are_refused(place: Place, brood: Brood) -> None:
+    def connect() -> list[int]:
+        server = socket.socket(proto=socket.IPPROTO_MPTCP)
+        server.bind(('127.0.0.1', 0))
+        server.listen()
+        client = socket.socket(proto=socket.IPPROTO_MPTCP)
+        client.connect(server.getsockname())
+        return [client.detach(), server.accept()[0].detach(), server.detach()]
+    pid, fds = brood.ask(connect)
+    rows = refusals(place, pid)
+    assert {row.resource for row in rows} == {f'fd {fd}' for fd in fds[:2]}
+    assert all('an MPTCP connection to 127.0.0.1:' in row.reason for row in rows)
+
+
+# ---------------------------------------------------------------- images that lie
+
+@pytest.fixture
+def image(victim: Callable[..., Victim], place: Place) -> Path:
+    running = victim('tcp_connections')
+    made = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    return made
+
+
+def lie(image: Path, change: Callable[[TcpConnection], Any]) -> None:
+    rewrite(image, SavedFile, lambda one: one if one.kind != 'tcp-connection' else replace(
+        one, data=change(TcpConnection.decode(one.data)).encode()))
+
+
+LIES: dict[str, Callable[[TcpConnection], TcpConnection]] = {
+    'no peer': lambda one: replace(one, peer=()) if one.other == 1 else one,
+    'a peer elsewhere': lambda one: replace(one, peer=(InetAddress('192.0.2.1', 9, 0, 0),), peer_family=2)
+    if one.other == 1 else one,
+    'a name': lambda one: replace(one, peer=(InetAddress('example.invalid', 9, 0, 0),)) if one.peer else one,
+    'a family': lambda one: replace(one, peer_family=77),
+    'no other end': lambda one: replace(one, other=1, peer=(InetAddress('127.0.0.1', 9, 0, 0),), peer_family=2)
+    if one.socket.family == 2 else one,
+}
+
+
+@pytest.mark.parametrize('what', LIES)
+def test_an_image_that_lies_ends_with_an_error(place: Place, image: Path, what: str) -> None:
+    lie(image, LIES[what])
+    checked(place, image)       # says what it says, and does not fail
+    with DirectWorker() as worker, pytest.raises(CkptError):
+        worker.run(place.request(0, operation='restore', image=image.name))
+    assert not place.freezes
+
+
+def test_its_addresses_in_use_are_named(place: Place, image: Path) -> None:
+    ports: list[int] = []
+    lie(image, lambda one: (ports.append(one.socket.bound[0].port) if one.other == 1 else None, one)[1])
+    with socket.create_server(('127.0.0.1', ports[0])):
+        rows = [row for row in checked(place, image) if row.severity == 'refusal']
+        assert rows
+        assert all(f'127.0.0.1:{ports[0]} is in use by ' in row.reason and f'[{os.getpid()}]' in row.reason
+                   for row in rows)
+    with reaped(restored(place, image)):
+        pass
