@@ -128,9 +128,12 @@ def peer_number(master: int) -> int:
 
 def open_slave(master: int, flags: int) -> int:
     """Open the slave, wherever its file system is mounted (since 4.13). It does not become the controlling terminal.
-    OSError with EIO while it is locked."""
-    fd = fcntl.ioctl(master, TIOCGPTPEER, flags & ~os.O_CLOEXEC | os.O_NOCTTY)
-    os.set_inheritable(fd, False)       # O_CLOEXEC would stay a flag of the file (drivers/tty/pty.c, ptm_open_peer)
+    OSError with EIO while it is locked.
+
+    O_CLOEXEC in `flags` stays a flag of the file (drivers/tty/pty.c, ptm_open_peer). The fd is close-on-exec anyway.
+    """
+    fd = fcntl.ioctl(master, TIOCGPTPEER, flags | os.O_NOCTTY)
+    os.set_inheritable(fd, False)
     return fd
 
 

@@ -53,6 +53,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'ClearedWord': ('threads',),
     'ControllingTerminal': ('terminals',),
     'ForegroundGroup': ('terminals',),
+    'CloseOnExec': ('terminals',),
     'CoredumpFilterAttribute': ('attributes',),
     'CredentialsAttribute': ('creds',),
     'DeathSignal': ('attributes',),

@@ -95,7 +95,15 @@ class Odd:
         self.left, slave = os.openpty()
         os.close(slave)
         master, self.hung = os.openpty()
+        os.fchmod(self.hung, 0o604)
         os.close(master)
+        # O_CLOEXEC is a flag of this file, and FD_CLOEXEC one of the first fd only
+        self.master = os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY)
+        fcntl.ioctl(self.master, termios.TIOCEXCL)
+        fcntl.ioctl(self.master, TIOCSPTLCK, struct.pack('i', 0))
+        self.closing = fcntl.ioctl(self.master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        self.staying = os.dup(self.closing)
+        os.set_inheritable(self.staying, True)
 
     def check(self) -> None:
         assert number(self.fresh, TIOCGPTLCK) == 1
@@ -103,6 +111,10 @@ class Odd:
         assert polls(self.left) & select.POLLHUP
         assert fails(os.read, self.left, 1) == 5
         assert os.read(self.hung, 1) == b''
+        assert os.fstat(self.hung).st_mode & 0o7777 == 0o604
+        assert number(self.master, TIOCGEXCL) == 1
+        assert fcntl.fcntl(self.closing, fcntl.F_GETFL) & os.O_CLOEXEC
+        assert [os.get_inheritable(fd) for fd in (self.closing, self.staying)] == [False, True]
         assert fails(os.write, self.hung, b'x') == 5
         fcntl.ioctl(self.fresh, TIOCSPTLCK, struct.pack('i', 0))
         slave = fcntl.ioctl(self.fresh, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)

@@ -6,7 +6,7 @@ import os
 from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
 
-from ckptd.errors import CkptError, ImageDamaged
+from ckptd.errors import CkptError, Finding, ImageDamaged
 from ckptd.faults import fault
 from ckptd.image.grammar import U8, U16, U32, U64, Struct, layout
 from ckptd.image.records import Extent
@@ -15,9 +15,9 @@ from ckptd.kernel import tty
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.statfs import DEVPTS_SUPER_MAGIC
 from ckptd.kernel.tty_queue import Waiting, put_back, take_out
-from ckptd.objects.files.base import Content, OpenFile, RestoreContext, opening
-from ckptd.objects.files.content import set_owner
-from ckptd.objects.files.device import open_device
+from ckptd.objects.files.base import Content, FileLookup, OpenFile, RestoreContext, finding, opening
+from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.device import is_device, open_device
 
 PTMX = os.makedev(5, 2)
 _SLAVES = 136       # major number, Documentation/admin-guide/devices.txt
@@ -162,14 +162,35 @@ def _open_first(master: int, pty: Pty, state: TerminalState, ctx: RestoreContext
         os.close(slave)
 
 
-def hung_up(device: int, flags: int, ctx: RestoreContext) -> int:
+def pty_findings(pty: Pty, lookup: FileLookup) -> list[Finding]:
+    found = lookup.lstat(pty.ptmx)
+    if found is None or not is_device(found, PTMX):
+        return [finding('ENOENT', f'{pty.ptmx}, which makes pseudo-terminals, is missing',
+                        'mount a devpts file system at its old place')]
+    if not lookup.may(pty.ptmx, os.R_OK | os.W_OK):
+        return [finding('EACCES', f'{pty.ptmx} cannot be opened', 'run as its owner, or as root')]
+    rows = owner_findings(pty.name, pty.uid, pty.gid, lookup)
+    if lookup.lstat(pty.name) is not None:
+        rows.append(finding('EEXIST', f'{pty.name} is another terminal now', 'it gets another number: SSH_TTY, '
+                            'GPG_TTY, utmp and what the program remembers name the old one', 'warning'))
+    return rows
+
+
+def hung_up(device: int, flags: int, ctx: RestoreContext, owner: tuple[int, int, int] | None = None) -> int:
     """Return a terminal whose master is closed: it reads end-of-file, and writing to it fails with EIO. device: of the
-    former terminal."""
+    former terminal. owner: mode, uid and gid of the file."""
     master = open_numbered('/dev/ptmx', os.minor(device) if is_slave(device) else 0, os.O_RDWR, ctx)
     try:
-        return tty.open_slave(master, opening(flags) & ~os.O_NONBLOCK)
+        fd = tty.open_slave(master, flags & ~os.O_NONBLOCK)
     finally:
         os.close(master)
+    try:
+        if owner is not None:
+            set_owner(fd, *owner, ctx)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 # ---------------------------------------------------------------- data

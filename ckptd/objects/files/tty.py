@@ -13,6 +13,7 @@ be taken out. If the tree is killed, that is done last of all; otherwise the che
 """
 
 import errno
+import fcntl
 import os
 import select
 import signal
@@ -41,7 +42,6 @@ from ckptd.objects.files.base import (
     open_again,
     opening,
 )
-from ckptd.objects.files.content import owner_findings
 from ckptd.objects.files.device import is_device, open_device
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.terminal import (
@@ -58,6 +58,7 @@ from ckptd.objects.files.terminal import (
     hung_up,
     is_slave,
     make_pty,
+    pty_findings,
     slave_of,
     slave_path,
     take_unread,
@@ -79,6 +80,9 @@ class Tty(Struct):
     state: tuple[TerminalState, ...] = ()   # one, unless it is hung up
     pty: tuple[Pty, ...] = ()               # one, if the master is in the tree
     unread: tuple[Unread, ...] = ()         # of the master
+    uid: U32 = 0                            # of the file itself, as is its mode; for one that is hung up
+    gid: U32 = 0
+    cloexec: U8 = 0                         # O_CLOEXEC is a flag of the file, see kernel.tty.open_slave
 
 
 def is_tty(device: int) -> bool:
@@ -172,10 +176,12 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
                 if not content.is_taken:
                     self._require_empty(key, file, fd)
                 unread = (Unread((), (), (), 0, 1),) if self._is_stopped(key, fd) else ()
-                return Tty(file.path, of.st_rdev, of.st_mode, MASTER, 0, (self._state_of(fd, content),),
+                return Tty(file.path, of.st_rdev, of.st_mode, MASTER, tty.is_exclusive(fd),
+                           (self._state_of(fd, content),),
                            (self._pty(key, file, fd),), unread)
+            cloexec = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_CLOEXEC)
             if tty.is_hung_up(fd):
-                return Tty(file.path, of.st_rdev, of.st_mode, HUNG_UP)
+                return Tty(file.path, of.st_rdev, of.st_mode, HUNG_UP, uid=of.st_uid, gid=of.st_gid, cloexec=cloexec)
             exclusive = tty.is_exclusive(fd)
             master = self._masters.get(key := self._key_of(file, fd))
             if master is None:
@@ -183,7 +189,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
                 return Tty(file.path, of.st_rdev, of.st_mode, REFERENCE, exclusive, (state,))
             with master.duplicate() as peer:
                 return Tty(file.path, of.st_rdev, of.st_mode, SLAVE, exclusive, (self._state_of(peer, content),),
-                           (self._pty(key, master, peer),))
+                           (self._pty(key, master, peer),), cloexec=cloexec)
 
     def take(self, record: Tty, file: OpenFile, content: Content) -> Tty:
         if record.side != MASTER or record.pty[0].slave == NEVER_OPENED or record.pty[0].locked:
@@ -232,7 +238,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         if record.side in (MASTER, SLAVE) and not (record.pty and record.state):
             raise ImageDamaged(f'{saved.link}: a pseudo-terminal without its state', resource=saved.link)
         if record.pty:
-            return _pty_findings(record.pty[0], saved, lookup)
+            return pty_findings(record.pty[0], lookup)
         if record.side == HUNG_UP or record.device == OWN:
             return []
         if not _is_line(record):
@@ -255,9 +261,9 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         return record.device == OWN and record.side in (REFERENCE, SLAVE)
 
     def create(self, record: Tty, saved: SavedFile, ctx: RestoreContext) -> int:
-        flags = opening(saved.flags)
+        flags = opening(saved.flags) | (os.O_CLOEXEC if record.cloexec else 0)
         if record.side == HUNG_UP:
-            return hung_up(record.device, flags, ctx)
+            return hung_up(record.device, flags, ctx, (record.mode, record.uid, record.gid))
         if record.device == OWN:
             return self._open_own(record, saved, ctx)
         if record.pty:
@@ -288,7 +294,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
 
     def connect(self, record: Tty, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         # all files of the terminal are open now, which the next ones would prevent
-        if record.side == SLAVE and record.exclusive:
+        if record.side in (SLAVE, MASTER) and record.exclusive:
             tty.set_exclusive(fd)
         if record.side == MASTER:
             [pty], [state] = record.pty, record.state
@@ -332,17 +338,3 @@ def _set_locks(fd: int, locks: bytes, saved: SavedFile) -> None:
     except PermissionError as error:
         raise CkptError(f'{saved.link}: its settings were locked (TIOCSLCKTRMIOS), which is not allowed',
                         errno=errno.EPERM, resource=saved.link, hint='restore it as root') from error
-
-
-def _pty_findings(pty: Pty, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-    found = lookup.lstat(pty.ptmx)
-    if found is None or not is_device(found, PTMX):
-        return [finding('ENOENT', f'{pty.ptmx}, which makes pseudo-terminals, is missing',
-                        'mount a devpts file system at its old place')]
-    if not lookup.may(pty.ptmx, os.R_OK | os.W_OK):
-        return [finding('EACCES', f'{pty.ptmx} cannot be opened', 'run as its owner, or as root')]
-    rows = owner_findings(pty.name, pty.uid, pty.gid, lookup)
-    if lookup.lstat(pty.name) is not None:
-        rows.append(finding('EEXIST', f'{pty.name} is another terminal now', 'it gets another number: SSH_TTY, '
-                            'GPG_TTY, utmp and what the program remembers name the old one', 'warning'))
-    return rows
