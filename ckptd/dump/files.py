@@ -69,7 +69,7 @@ class FileDump:
         self._holders: dict[int, list[OpenFile]] = {}
         self._known: dict[tuple[int, int], int] = {}        # file_id by task and fd
         self._files: list[records.SavedFile] = []
-        self._to_take: list[tuple[int, OpenFile]] = []      # index in _files, of a kind with `take`
+        self._to_take: list[tuple[int, OpenFile, Kind[Any]]] = []       # index in _files, and a kind with `take`
         self._tables: list[records.FdTable] = []
         self._dying: list[tuple[Kind[Any], OpenFile]] = []      # files with the hook `die`
 
@@ -128,15 +128,15 @@ class FileDump:
             self._dying.append((kind, file))
         data = kind.dump(file, self._content).encode()
         if type(kind).take is not Kind.take:
-            self._to_take.append((len(self._files), file))
+            self._to_take.append((len(self._files), file, kind))
         return records.SavedFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
                                  file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
                                  data, owner.uid, owner.euid, owner.write_hint)
 
     def take_out(self) -> None:
         """Take out what cannot be read otherwise. The tree stands still, and is killed afterwards."""
-        for index, file in self._to_take:
-            saved, kind = self._files[index], self._cache.kinds.of(file)
+        for index, file, kind in self._to_take:
+            saved = self._files[index]
             record = kind.take(kind.record.decode(saved.data), file, self._content)
             self._files[index] = replace(saved, data=record.encode())
 
