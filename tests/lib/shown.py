@@ -54,6 +54,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'ControllingTerminal': ('terminals',),
     'ForegroundGroup': ('terminals',),
     'CloseOnExec': ('terminals',),
+    'CoreScheduling': (f'{_ATTRIBUTES}::test_a_cookie_of_core_scheduling',),
     'CoredumpFilterAttribute': ('attributes',),
     'CredentialsAttribute': ('creds',),
     'DeathSignal': ('attributes',),

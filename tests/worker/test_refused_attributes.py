@@ -11,14 +11,17 @@ import pytest
 from ckptd.errors import NotSupported
 from ckptd.inspect.scan import scan_tree
 from ckptd.kernel.io_ports import has_io_bitmap
+from ckptd.kernel.prctl import PR_SCHED_CORE, PR_SCHED_CORE_SCOPE_THREAD, core_cookie
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.status import NO_TAGS, read_status
+from ckptd.objects.attributes import core_scheduling
 from ckptd.objects.attributes.registry import findings
 from tests.worker.driver import Place
 
 pytestmark = [pytest.mark.needs('root', 'ptrace')]
 
 MODIFY_LDT, IOPERM = 154, 173       # <asm/unistd_64.h>
+PR_SCHED_CORE_CREATE = 1            # <linux/prctl.h>
 WRITE = 0x11                        # function of modify_ldt(2)
 SEGMENT = b''.join(number.to_bytes(4, 'little') for number in (3, 0x1000, 0xFFF, 1 | 1 << 6))       # struct user_desc
 
@@ -60,3 +63,18 @@ def test_tagged_addresses() -> None:
     [row] = findings(task, status._replace(untag_mask=0x81FFFFFFFFFFFFFF))
     assert (row.resource, row.errno, row.severity) == ('address tags', 'EOPNOTSUPP', 'refusal')
     assert '0x81ffffffffffffff' in row.reason
+
+
+def test_a_cookie_of_core_scheduling(forked: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel or the processor has none, a value stands in for one."""
+    def make_cookie() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(PR_SCHED_CORE, PR_SCHED_CORE_CREATE, 0, PR_SCHED_CORE_SCOPE_THREAD, 0)
+
+    pid = forked(make_cookie)
+    task, status = scan_tree([pid]).root, read_status(pid)
+    if not core_cookie(pid):
+        assert findings(task, status) == []
+        monkeypatch.setattr(core_scheduling, 'core_cookie', lambda tid: 77)
+    [row] = findings(task, status)
+    assert (row.resource, row.severity, row.pid) == ('core scheduling', 'warning', pid)
