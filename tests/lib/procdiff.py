@@ -26,7 +26,7 @@ KERNELS_OWN = {'sd'}
 # PF_MCE_PROCESS, MEMALLOC_NOFS, MEMALLOC_NOIO, LOCAL_THROTTLE, MCE_EARLY of <linux/sched.h>: those that a task sets
 KEPT_FLAGS = 0x80 | 0x40000 | 0x80000 | 0x100000 | 0x8000000
 # rows that a restart does not bring back for a dead task
-OF_LIVING = {'SigPnd', 'ShdPnd', 'SigIgn', 'SigCgt', 'SigBlk', 'flags', 'personality', 'Cpus_allowed',
+OF_LIVING = {'SigPnd', 'ShdPnd', 'SigIgn', 'SigCgt', 'SigBlk', 'flags', 'nice', 'personality', 'Cpus_allowed',
              'Cpus_allowed_list'}
 O_TMPFILE = 0o20200000      # of fcntl.h
 # what is told of a task and cannot be the same: when it was made, and numbers that the kernel draws by itself

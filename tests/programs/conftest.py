@@ -91,6 +91,11 @@ class Restored:
         out, errors = self._process.communicate(timeout=timeout)
         assert self._process.returncode == 0, f'{out}{errors}'
 
+    def await_end(self, timeout: float = 60) -> None:
+        """Wait for the root, which was killed."""
+        self._process.communicate(timeout=timeout)
+        assert self._process.returncode == 128 + signal.SIGKILL
+
     def await_that(self, what: str, holds: Callable[[], Any]) -> Any:
         """As the function, and fail with the words of ckptctl when it has ended."""
         def still() -> Any:
