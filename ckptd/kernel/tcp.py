@@ -2,6 +2,7 @@
 """The queues of a TCP connection (tcp(7)), read without taking anything out."""
 
 import array
+import ctypes
 import errno
 import fcntl
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
+from ckptd.kernel.decl import c_int, c_uint, c_void_p, libc
 from ckptd.kernel.sockopt import SO_PEEK_OFF
 
 # <linux/tcp.h>
@@ -20,6 +22,7 @@ TCP_NO_QUEUE, TCP_RECV_QUEUE, TCP_SEND_QUEUE = 0, 1, 2
 
 SIOCATMARK: Final = 0x8905          # <asm-generic/sockios.h>
 
+_SOCKADDR: Final = 16               # sizeof(struct sockaddr); zeros are AF_UNSPEC
 _LOW: Final = (1 << 32) - 1         # sequence numbers are modulo 2**32
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
@@ -38,6 +41,10 @@ def _count(sock: socket.socket, request: int) -> int:
     count = array.array('i', [0])
     fcntl.ioctl(sock, request, count)
     return count[0]
+
+
+@libc
+def _connect(sockfd: c_int, addr: c_void_p, addrlen: c_uint) -> c_int: ...
 
 
 class Stream(NamedTuple):
@@ -121,6 +128,12 @@ def in_repair(sock: socket.socket) -> Iterator[None]:
 
 def leave_repair(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)
+
+
+def reset(sock: socket.socket) -> None:
+    """End a connection by a reset, as connect(2) to AF_UNSPEC does. OSError."""
+    address = ctypes.create_string_buffer(_SOCKADDR)
+    _connect(sock.fileno(), ctypes.addressof(address), _SOCKADDR)
 
 
 def sequence(sock: socket.socket, queue: int) -> int:

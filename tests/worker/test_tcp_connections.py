@@ -120,10 +120,10 @@ def brood() -> Iterator[Brood]:
 
 
 @contextmanager
-def program(source: str) -> Iterator['subprocess.Popen[bytes]']:
+def program(source: str, *arguments: str) -> Iterator['subprocess.Popen[bytes]']:
     """A program that has said that it is ready."""
-    process = subprocess.Popen([sys.executable, '-c', source], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-c', source, *arguments], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == b'ready\n'
@@ -220,6 +220,44 @@ def test_an_end_outside_is_named(place: Place, brood: Brood) -> None:
     assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
     assert f'a TCP connection to 127.0.0.1:{address[1]} (' in row.reason
     assert f'[{os.getpid()}]), outside of the tree' in row.reason
+
+
+OUTSIDE = '''
+import signal, socket, sys
+client = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+print('ready', flush=True)
+signal.sigwait([signal.SIGUSR1])
+assert client.recv(100) == b'before'
+try:
+    client.recv(100)
+except ConnectionResetError:
+    sys.exit(7)
+'''
+
+
+@pytest.mark.parametrize('what', ['tcp:127.0.0.1:{}', 'any'])
+def test_a_connection_to_the_outside_that_a_policy_closes(place: Place, what: str) -> None:
+    """After the restart it has what was unread, and then a reset. A row says so; without the policy it is refused."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+        with program(OUTSIDE, str(port)) as running, server.accept()[0] as far:
+            far.sendall(b'before')
+            [row] = refusals(place, running.pid)
+            assert f'--external=tcp:127.0.0.1:{port}:close' in row.hint
+            policy = f'{what.format(port)}:close'
+            with DirectWorker() as worker:
+                result = worker.run(place.request(running.pid, external=[policy]))
+                assert [row['hint'] for row in result['warnings'] if row['errno'] == 'ECONNRESET'] == [
+                    'after a restart its peer has reset it']
+            image = place.checkpoint(running.pid, after='kill', external=[policy])
+            running.wait()
+            with pytest.raises(ConnectionResetError):
+                far.recv(1)
+        settled.reap_orphans()
+        pid = restored(place, image)
+        os.kill(pid, signal.SIGUSR1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
 def test_unread_bytes_of_an_unaccepted_connection(place: Place, brood: Brood) -> None:

@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from ckptd.errors import CkptError, Finding, ImageDamaged
+from ckptd.external import tcp_peer
 from ckptd.faults import fault
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import inet, tcp, unix
@@ -45,7 +46,17 @@ from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.tcp import feature_findings, is_connection
 from ckptd.objects.files.tcp_handshake import bound, connect_pair, connect_to, send_all, wait_until_sent
-from ckptd.objects.files.tcp_record import CLOSED, INSIDE, TICK, WAITING, TcpConnection, addresses, in_order
+from ckptd.objects.files.tcp_record import (
+    CLOSED,
+    INSIDE,
+    RESET,
+    TICK,
+    WAITING,
+    TcpConnection,
+    addresses,
+    in_order,
+    loopback,
+)
 from ckptd.objects.files.tcp_table import TcpTable, plain
 from ckptd.objects.support import Support
 
@@ -57,8 +68,8 @@ _HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends
 
 class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
     support = Support('TCP connections within the tree, with unread bytes',
-                      refused='connections to the outside, MPTCP connections, pending errors, upper layer protocols '
-                              'such as kTLS, unread bytes of a connection that nobody has accepted',
+                      refused='connections to the outside without --external, MPTCP connections, kTLS and other upper '
+                              'layer protocols, pending errors, unread bytes of a connection that nobody has accepted',
                       user='unsent bytes that do not fit into the queue of the other end are refused')
 
     def __init__(self, tables: JobTables) -> None:
@@ -116,7 +127,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             holder = unix.find_holders({other.inode}).get(other.inode)
             if holder is None and not is_whole:
                 return None     # it may be in flight within the tree, which is checked when the tree is at rest
-            return _outside(file, peer, holder)
+            return self._outside(file, peer, holder)
         if other and (listener := table.listener(peer)):
             return self._unaccepted(file, other, listener, peer)
         with file.as_socket() as sock:
@@ -127,19 +138,33 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 return finding('EAGAIN', f'{file.link} has not received all that its closed peer {peer} has sent',
                                'try again when the program has read some of it')
             return None
-        return _outside(file, peer)
+        return self._outside(file, peer)
 
     def _unaccepted(self, file: OpenFile, other: DiagSocket, listener: DiagSocket, peer: Address) -> Finding | None:
         holder = unix.find_holders({listener.inode}).get(listener.inode)
         if holder is None or holder.pid not in (self._tables.tasks or ()):
-            return _outside(file, peer, holder)
+            return self._outside(file, peer, holder)
+        self._others[file.stat.st_ino] = WAITING
         with file.as_socket() as sock:
             waiting = other.queued or tcp.unsent(sock) or tcp.unread(sock)
-        self._others[file.stat.st_ino] = WAITING
         if waiting:
             return finding('EAGAIN', f'{file.link} is a connection that {holder.comm}[{holder.pid}] has not accepted, '
                            'with bytes that only accept(2) can reach', 'try again when the program has accepted it')
         return None
+
+    def _outside(self, file: OpenFile, peer: Address, holder: unix.Holder | None = None) -> Finding:
+        """Return the row about a connection to the outside, by the policy for its peer."""
+        what = tcp_peer(peer.host, peer.port)
+        where = f' ({holder.comm}[{holder.pid}])' if holder else ''
+        reason = f'{file.link} is a TCP connection to {peer}{where}, outside of the tree'
+        match self._tables.external.action_of(what):
+            case 'close':
+                self._others[file.stat.st_ino] = RESET
+                return finding('ECONNRESET', reason, 'after a restart its peer has reset it', 'warning')
+            case 'inherit':
+                return finding('EOPNOTSUPP', reason, 'no restart can be handed this socket yet: use close')
+        return finding('EOPNOTSUPP', reason, 'checkpoint a tree that has both ends, or say what a restart does: '
+                       f'--external={what}:close')
 
     # ------------------------------------------------------------ queues
 
@@ -214,13 +239,12 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
 
     def restart_findings(self, record: TcpConnection, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         one = record.socket
-        if record.state == inet.TCP_CLOSE:      # it has no port any more, which may be that of a time-wait
-            one = replace(one, bound=())
+        if record.other == RESET or record.state == inet.TCP_CLOSE:
+            one = replace(one, bound=())        # it has no port any more, or another one does as well
         return [*owner_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
 
     def create(self, record: TcpConnection, saved: SavedFile, ctx: RestoreContext) -> int:
-        one = record.socket
-        own, peer = addresses(record)
+        one, (own, peer) = record.socket, addresses(record)
         with rights(ctx):
             if record.other == INSIDE:
                 fd = os.dup(self._inside(record, own, peer, saved, ctx))
@@ -246,13 +270,15 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
     def _closed(self, record: TcpConnection, own: Address, peer: Address, saved: SavedFile, ctx: RestoreContext) -> int:
         """Return the fd of an end whose other end is going to be closed."""
         def make() -> int:
-            family, free = record.socket.family, own._replace(port=0)
+            family = record.socket.family
             try:
                 mine, theirs = connect_pair((family, own), (family, peer), saved.link)
             except CkptError as error:
-                if error.errno != errno.EADDRINUSE or record.state != inet.TCP_CLOSE:
+                is_over = record.other == RESET or record.state == inet.TCP_CLOSE
+                if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) or not is_over:
                     raise
-                mine, theirs = connect_pair((family, free), (family, peer), saved.link)
+                free = loopback(family)
+                mine, theirs = connect_pair((family, free), (family, free), saved.link)
             self._temporary[saved.file_id] = mine
             return theirs
         ctx.once(('tcp closed', saved.file_id), make)
@@ -283,6 +309,10 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 connect_to(sock, given_address(one.peer[0], one.socket.family), link)
             time.sleep(2 * TICK / 1000)        # so that the next checkpoint finds the same order
         self._to_accept.clear()
+        if record.other == RESET:
+            with socket.socket(fileno=os.dup(ctx.once(('tcp closed', saved.file_id), _lost))) as far:
+                tcp.reset(far)
+            return
         how = record.shutdown
         if record.state in (inet.TCP_CLOSE_WAIT, inet.TCP_LAST_ACK, inet.TCP_CLOSING):
             how &= unix.SEND_SHUTDOWN       # the FIN of the other end does the rest
@@ -301,11 +331,6 @@ def _lost() -> int:
 
 def _kept(data: bytes, content: Content) -> tuple[Extent, ...]:
     return (content.add([data]),) if data else ()
-
-
-def _outside(file: OpenFile, peer: Address, holder: unix.Holder | None = None) -> Finding:
-    where = f' ({holder.comm}[{holder.pid}])' if holder else ''
-    return finding('EOPNOTSUPP', f'{file.link} is a TCP connection to {peer}{where}, outside of the tree', _HINT)
 
 
 def _not_now(file: OpenFile, why: str) -> CkptError:

@@ -11,7 +11,8 @@ from ckptd.kernel.inet import Address
 from ckptd.objects.files.inet import InetAddress, InetSocket, given_address
 
 # the other end
-INSIDE, CLOSED, WAITING = 1, 2, 3       # in the tree; closed; waits in the tree to be accepted
+# in the tree; closed; waits in the tree to be accepted; outside of the tree, where a policy resets the connection
+INSIDE, CLOSED, WAITING, RESET = 1, 2, 3, 4
 TICK = 10                  # milliseconds: the longest jiffy, in which the kernel counts the time of packets
 
 
@@ -20,7 +21,7 @@ class TcpConnection(Struct):
     """One end of a connection. Its queue has `data`, then an urgent byte (MSG_OOB) if there is one, then `later`: what
     was received, and what the other end had sent."""
     socket: InetSocket
-    other: U8                       # INSIDE, CLOSED or WAITING
+    other: U8                       # INSIDE, CLOSED, WAITING or RESET
     state: U8                       # TCP_* of ckptd.kernel.inet
     peer: tuple[InetAddress, ...]   # none in the state CLOSE
     peer_family: U32                # family of the other end, if it is in the tree
@@ -43,12 +44,18 @@ def in_order(rows: Sequence[tuple[TcpConnection, int, str]]) -> Iterator[tuple[T
     yield from sorted(group, key=lambda row: row[0].inode)
 
 
+def loopback(family: int) -> Address:
+    """Return the address of this machine for itself, with any port."""
+    return Address('127.0.0.1' if family == socket.AF_INET else '::1', 0)
+
+
 def addresses(record: TcpConnection) -> tuple[Address, Address]:
     """Return the addresses of both ends. The other end of a closed connection gets any. ImageDamaged."""
     family = record.socket.family
-    host = '127.0.0.1' if family == socket.AF_INET else '::1'
-    own = next((given_address(one, family) for one in record.socket.bound), Address(host, 0))
+    own = next((given_address(one, family) for one in record.socket.bound), loopback(family))
     peer = next((given_address(one, family) for one in record.peer), own._replace(port=0))
+    if record.other == RESET:
+        peer = own._replace(port=0)
     if record.other in (INSIDE, WAITING) and not (own.port and peer.port and record.peer):
         raise ImageDamaged(f'a connection from {own} to {peer}')
     return own, peer
