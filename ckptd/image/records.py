@@ -343,7 +343,7 @@ class Mm(Record):
 
 
 # Vma.kind. The image has the pages of a VDSO like those of ANON, since another kernel's would not fit its callers.
-ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP = range(1, 10)
+ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP, HUGE = range(1, 11)
 
 
 @record(0x0302)

@@ -3,6 +3,7 @@
 
 import os
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from ckptd.kernel.procfs import read_memory_file, task_dir, text
@@ -26,6 +27,8 @@ class Mapping(NamedTuple):
                                               # (deleted)'), '[heap]', '[anon:NAME]' ...
     vm_flags: frozenset[str] = frozenset()    # two-letter codes of smaps; empty if read from maps
     pkey: int = 0                             # protection key (pkeys(7)); 0 if read from maps
+    huge: int = 0                             # size of a huge page (hugetlb) in bytes; 0 for others, or if read from
+                                              # maps
 
     @property
     def size(self) -> int:
@@ -62,9 +65,10 @@ def parse_smaps(data: bytes) -> list[Mapping]:
     found: list[Mapping] = []
     blocks = data.split(b'\nVmFlags:')
     line, key = blocks[0].partition(b'\n')[0], _pkey(blocks[0])
-    for block in blocks[1:]:
+    for before, block in pairwise(blocks):
         flags, _, after = block.partition(b'\n')
-        found.append(_parse_line(line)._replace(vm_flags=_flags(flags), pkey=key))
+        found.append(_parse_line(line)._replace(vm_flags=_flags(flags), pkey=key,
+                                                huge=_page_size(before) if b' ht' in flags else 0))
         line, key = after.partition(b'\n')[0], _pkey(after)
     return found
 
@@ -107,6 +111,12 @@ def _pkey(block: bytes) -> int:
     """Parse the field in front of VmFlags. Without protection keys in the processor there is no such field."""
     name, _, value = block.rpartition(b'\n')[2].partition(b':')
     return int(value) if name == b'ProtectionKey' else 0
+
+
+def _page_size(block: bytes) -> int:
+    """Parse the field KernelPageSize, in kB; 0 if there is none."""
+    _, found, value = block.rpartition(b'\nKernelPageSize:')
+    return int(value.split(None, 1)[0]) << 10 if found else 0
 
 
 @lru_cache(maxsize=256)     # a process has thousands of mappings and a dozen sets of flags

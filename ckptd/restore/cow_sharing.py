@@ -25,7 +25,7 @@ from ckptd.image.records import PAGE, PageRun, Vma
 from ckptd.kernel.memory import Range
 from ckptd.kernel.mman import MAP_LOCKED
 from ckptd.kernel.ranges import overlaps, without
-from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN
+from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, NOT_INHERITED
 
 
 def ordinary(memory: Memory) -> list[Vma]:
@@ -77,7 +77,8 @@ class CowSharing:
         mine, theirs = ordinary(self.mine), ordinary(self.theirs)
         for both in overlaps(_places(mine), _places(theirs)):
             vma, other = mine[both.first], theirs[both.second]
-            if ((both.start, both.end) == (vma.start, vma.end) and is_filled(self.mine, vma)
+            if ((both.start, both.end) == (vma.start, vma.end) and vma.kind not in NOT_INHERITED
+                    and is_filled(self.mine, vma)
                     and _first_state(self.mine, vma) == _first_state(self.theirs, other)):
                 yield both.start, both.end
 

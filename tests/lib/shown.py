@@ -95,6 +95,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'TrapAction': ('signals',),
     'Tsc': ('attributes',),
     # memory
+    'HugePagesMapping': ('tests/worker/test_hugetlb.py::test_it_comes_back',),
     'AnonymousMapping': ('memory',),
     'DroppableMapping': ('droppable',),
     'FileMapping': ('memory', 'linked_map'),

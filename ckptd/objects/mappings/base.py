@@ -115,6 +115,7 @@ class MappingKind(ABC):
     is_kernels: ClassVar[bool] = False          # the kernel makes it in every process (arch/x86/entry/vdso)
     keeps_all_pages: ClassVar[bool] = False     # the image has all pages of it, written or not
     is_anonymous: ClassVar[bool] = False        # a task can make it writable, whatever its protection will be
+    is_inherited: ClassVar[bool] = True         # a child can take over its pages at the fork
     takes_name: ClassVar[bool] = False          # PR_SET_VMA_ANON_NAME can name it
     ignores_protection: ClassVar[bool] = False  # `map` leaves its protection to mprotect(2)
 

@@ -9,12 +9,14 @@ from ckptd.objects.files.base import finding
 from ckptd.objects.mappings.base import RELEASE
 from ckptd.objects.support import Support
 
-SUPPORT = Support('special memory: huge pages (hugetlb), secret memory, memory of devices, rings of asynchronous I/O, '
-                  'shadow stacks, memory that a userfaultfd serves', dumped='no', restored='no', refused='all')
+SUPPORT = Support('special memory: shared huge pages (hugetlb), secret memory, memory of devices, rings of '
+                  'asynchronous I/O, shadow stacks, memory that a userfaultfd serves', dumped='no', restored='no',
+                  refused='all')
 
 # VmFlags of proc_pid_smaps(5) for pages that are not ordinary memory, or whose page faults another process serves
 _FLAGS = {
-    'ht': ('huge pages (hugetlb) cannot be dumped yet', 'use transparent huge pages instead'),
+    'ht': ('shared huge pages (hugetlb), or those of a file, cannot be dumped yet',
+           'use transparent huge pages instead'),
     'io': ('memory of a device', RELEASE),
     'pf': ('raw page frames of a device', RELEASE),
     'sf': ('a synchronous mapping (MAP_SYNC) of persistent memory', RELEASE),
@@ -24,6 +26,7 @@ _FLAGS = {
     'um': ('page faults are served by a userfaultfd (missing)', RELEASE),
     'uw': ('writes are watched by a userfaultfd (write-protect)', RELEASE),
 }
+_ANONYMOUS_HUGE = '/anon_hugepage (deleted)'    # fs/hugetlbfs/inode.c, HUGETLB_ANON_FILE
 _ORDINARY = frozenset({'', '[heap]', '[stack]'})
 _NAMED = ('[anon:', '[anon_shmem:')
 # an ordinary path begins with a slash and with none of these
@@ -37,6 +40,11 @@ _PATHS = (
 )
 
 
+def is_private_huge(mapping: Mapping) -> bool:
+    """Whether it is private memory of huge pages without a file of hugetlbfs."""
+    return 'ht' in mapping.vm_flags and mapping.path == _ANONYMOUS_HUGE and not mapping.shared
+
+
 def special_memory(mapping: Mapping) -> Finding | None:
     """Refuse a mapping whose pages the kernel or another process serves in its own way."""
     path = mapping.path
@@ -44,6 +52,6 @@ def special_memory(mapping: Mapping) -> Finding | None:
         for pattern, what in _PATHS:
             if pattern.match(path):
                 return finding('EOPNOTSUPP', f'{what}: {path}', RELEASE)
-    if mapping.vm_flags.isdisjoint(_FLAGS):
+    if is_private_huge(mapping) or mapping.vm_flags.isdisjoint(_FLAGS):
         return None
     return next(finding('EOPNOTSUPP', *fact) for flag, fact in _FLAGS.items() if flag in mapping.vm_flags)

@@ -82,3 +82,10 @@ def test_a_zombie_has_none(forked: Callable[..., int]) -> None:
     assert read_maps(pid) == read_smaps(pid) == []
     with pytest.raises(ProcessLookupError):
         read_maps(2**22 + 1)
+
+
+def test_size_of_huge_pages() -> None:
+    line = b'7f0000000000-7f0000400000 rw-p 00000000 00:10 7    /anon_hugepage (deleted)\n'
+    block = line + b'Size:               4096 kB\nKernelPageSize:     2048 kB\nMMUPageSize:        2048 kB\nVmFlags: '
+    assert [one.huge for one in parse_smaps(block + b'rd wr ht sd\n')] == [2 << 20]
+    assert [one.huge for one in parse_smaps(block + b'rd wr sd\n')] == [0]
