@@ -3,6 +3,8 @@
 
 import os
 import pty
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,14 @@ import pytest
 from ckptd.errors import Busy, CkptError
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SavedFile
+from ckptd.kernel import tty
 from ckptd.objects.files.terminal import Unread
 from ckptd.objects.files.tty import MASTER, SLAVE, Tty
 from tests.lib import settled
 from tests.lib.altered import rewrite
+from tests.lib.brood import fork
 from tests.lib.victim import Victim, kill_session
+from tests.programs.conftest import await_that
 from tests.worker.driver import DirectWorker, Place
 from tests.worker.test_restore import Generation
 from tests.worker.test_restore_checks import checked
@@ -127,3 +132,42 @@ def test_sessions_of_others_get_no_terminal(generation: Callable[..., Generation
     lie(image, lambda one: replace(one, state=tuple(replace(state, session=1, foreground=1) for state in one.state)))
     tree.restore(image)
     tree.finish()
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[Path]:
+    """A devpts file system of its own."""
+    where = tmp_path / 'instance'
+    where.mkdir()
+    subprocess.run(['mount', '-t', 'devpts', '-o', 'newinstance,ptmxmode=0666,mode=620', 'devpts', where], check=True)
+    yield where
+    subprocess.run(['umount', where], check=True)
+
+
+def test_a_file_system_of_its_own(place: Place, instance: Path) -> None:
+    """Terminals of two file systems may have one number."""
+    def work() -> None:
+        masters = [os.open(path, os.O_RDWR | os.O_NOCTTY) for path in (instance / 'ptmx', instance / 'ptmx')]
+        slaves = [tty.open_slave(master, os.O_RDWR) for master in masters if not tty.set_locked(master, False)]
+        assert len(slaves) == 2
+        signal.pause()
+
+    pid = fork()
+    if pid == 0:
+        os.setsid()
+        work()
+    links = await_that('it has its terminals', lambda: found if len(found := links_of(pid, instance)) == 4 else None)
+    image = place.checkpoint(pid, after='kill')
+    os.waitpid(pid, 0)
+    assert {one.pty[0].pts for one in terminals(image) if one.pty} == {0, 1}
+    with DirectWorker() as worker:
+        root = worker.run(place.request(0, operation='restore', image=image.name))['root']
+    assert links_of(root, instance) == links
+    os.kill(root, signal.SIGKILL)
+    os.waitpid(root, 0)
+
+
+def links_of(pid: int, below: Path) -> dict[str, str]:
+    """The files of a process below a directory, by fd."""
+    return {path.name: str(path.readlink()) for path in Path(f'/proc/{pid}/fd').iterdir()
+            if str(path.readlink()).startswith(f'{below}/')}
