@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptd.kernel.task import read_children
 from tests.cli.conftest import Ctl
 from tests.cli.test_restore import Screen, end, state_of
 from tests.lib.bus import Daemon, read_line
@@ -196,3 +197,35 @@ def dumped_on_terminal(ctl: Ctl, pid: int, fd: int) -> str:
     os.waitpid(pid, 0)
     os.close(fd)
     return done.out.strip()
+
+
+@pytest.mark.needs('less')
+def test_a_job_of_a_shell_draws_again(daemon: Daemon, ctl: Ctl, tmp_path: Path) -> None:
+    """The shell, which leads the session and shows the prompt, is no part of the tree."""
+    (tmp_path / 'text').write_text(''.join(f'row {number}\n' for number in range(300)))
+    shell, fd = pty.fork()
+    if shell == 0:
+        os.chdir(tmp_path)
+        os.execvpe('bash', ['bash', '--norc', '-i'], {**os.environ, 'TERM': 'xterm', 'LESS': '', 'PS1': '$ '})
+    os.write(fd, b'less text\r')
+    said = b''
+    while b'row 20' not in said:
+        said += os.read(fd, 4096)
+    [pid] = read_children(shell, shell)
+    assert os.getpgid(pid) == pid
+    done = ctl('checkpoint', str(pid), '--kill', '--quiet')
+    assert done.status == 0, done.err
+    os.kill(shell, signal.SIGKILL)
+    os.waitpid(shell, 0)
+    os.close(fd)
+    seen = Screen('restore', done.out.strip(), '--wait', '--address', daemon.address)
+    try:
+        seen.until('its root is process')
+        seen.until('row 20')
+        assert os.getsid(pid) == pid
+        seen.type('G')
+        seen.until('row 299')
+        seen.type('q')
+        assert seen.end() == 0, seen.said
+    finally:
+        seen.close()

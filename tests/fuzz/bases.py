@@ -18,14 +18,14 @@ from ckptd.protocol.requests import Caller
 from tests.lib import settled
 from tests.lib.gate import own_cgroup
 from tests.lib.mutate import Mutable
-from tests.lib.victim import build
+from tests.lib.victim import VICTIMS, build
 from tests.security.attacker import PYTHON, Attacker
 from tests.worker.driver import Place, place_of
 
 UID = 61001         # alice, see tests/lib/systembus.py
-# victims: between them they have every record, and every kind of open file that needs no terminal
+# victims: between them they have every record, and every kind of open file
 ALL = ('attributes', 'events', 'files', 'headless', 'inotify', 'interrupted', 'locks', 'memory', 'pipes', 'registers',
-       'shared', 'sharing', 'signals', 'stopped', 'timers', 'tree')
+       'shared', 'sharing', 'signals', 'stopped', 'terminals', 'timers', 'tree')
 FEW = ('events', 'files', 'headless', 'memory', 'timers')
 
 
@@ -46,7 +46,8 @@ class User:
 
     def image(self, name: str) -> Mutable:
         """The image of a victim, which is dead."""
-        program = Path(shutil.copy(build(name), self.attacker.home / name))
+        program = Path(shutil.copy(build(name), self.attacker.home))
+        shutil.copy(VICTIMS / 'victim.py', self.attacker.home)      # what a script imports
         argv: Sequence[str | Path] = (program,) if program.suffix != '.py' else (PYTHON, program)
         tree = self.attacker.start('', argv=tuple(argv))
         image = self.place.checkpoint(tree.pid, forked=True, caller=self.caller, after='kill')

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.errors import PermissionDenied
+from ckptd.errors import Busy, PermissionDenied
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SavedFile
 from ckptd.journal.steps import TakeFromTerminal
@@ -18,7 +18,8 @@ from tests.security.test_inotify import asked
 # a session on a terminal whose master is in the tree; a line and output wait in another one
 WITH_TERMINALS = """
 import pty, termios
-waiting = os.openpty()
+waiting, exclusive = os.openpty(), os.openpty()
+fcntl.ioctl(exclusive[1], termios.TIOCEXCL)
 os.write(waiting[1], b'output')
 os.write(waiting[0], b'a line\\n')
 while not struct.unpack('i', fcntl.ioctl(waiting[1], termios.FIONREAD, bytes(4)))[0]:
@@ -41,11 +42,12 @@ name = os.readlink(f'/proc/{pid}/fd/0')
 ready()
 wait_for_go()
 answer = [os.read(waiting[0], 100), os.read(waiting[1], 100),
-          struct.unpack('4H', fcntl.ioctl(master, termios.TIOCGWINSZ, bytes(8)))[:2]]
+          struct.unpack('4H', fcntl.ioctl(master, termios.TIOCGWINSZ, bytes(8)))[:2],
+          fcntl.ioctl(exclusive[1], 0x80045440, bytes(4))[0]]
 os.write(tell, b'?')
 say([*answer, os.read(master, 100).decode() == f'{name} True'])
 """
-ANSWER = str([b'outputa line\r\n', b'a line\n', (33, 44), True])
+ANSWER = str([b'outputa line\r\n', b'a line\n', (33, 44), 1, True])
 
 
 def test_a_users_terminals_come_back(served: Served, attacker: Attacker) -> None:
@@ -57,6 +59,14 @@ def test_a_users_terminals_come_back(served: Served, attacker: Attacker) -> None
     assert sum(bool(record.unread) for record in records if record.side == MASTER) == 1
     outcome = attacker.restore(image)
     assert outcome.root == program.pid, outcome.words
+    assert program.ask() == ANSWER
+
+
+def test_what_waits_in_an_exclusive_terminal(attacker: Attacker) -> None:
+    """Its slave cannot be opened by a user, so nothing is taken out and the tree lives on."""
+    program = attacker.start(WITH_TERMINALS.replace('os.openpty(), os.openpty()', '(one := os.openpty()), one'))
+    with pytest.raises(Busy, match='has not been read yet'):
+        attacker.checkpoint(program)
     assert program.ask() == ANSWER
 
 

@@ -193,6 +193,14 @@ def hung_up(device: int, flags: int, ctx: RestoreContext, owner: tuple[int, int,
     return fd
 
 
+def set_locks(master: int, locks: bytes, link: str) -> None:
+    try:
+        tty.set_locks(master, locks)
+    except PermissionError as error:
+        raise CkptError(f'{link}: its settings were locked (TIOCSLCKTRMIOS), which is not allowed', errno=errno.EPERM,
+                        resource=link, hint='restore it as root') from error
+
+
 # ---------------------------------------------------------------- data
 
 def take_unread(file: OpenFile, master: int, content: Content) -> Unread | None:

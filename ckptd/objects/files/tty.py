@@ -22,10 +22,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from ckptd.errors import Busy, CkptError, Finding, ImageDamaged
+from ckptd.errors import Busy, Finding, ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel import tty
+from ckptd.kernel.creds import CAP_SYS_ADMIN, capget
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.tty_drivers import driver_of
 from ckptd.kernel.tty_queue import is_stopped
@@ -59,6 +60,7 @@ from ckptd.objects.files.terminal import (
     is_slave,
     make_pty,
     pty_findings,
+    set_locks,
     slave_of,
     slave_path,
     take_unread,
@@ -173,7 +175,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         with file.duplicate() as fd:
             if of.st_rdev == PTMX:
                 key = self._key_of_master(file, fd)
-                if not content.is_taken:
+                if not content.is_taken or self._is_exclusive(key):
                     self._require_empty(key, file, fd)
                 unread = (Unread((), (), (), 0, 1),) if self._is_stopped(key, fd) else ()
                 return Tty(file.path, of.st_rdev, of.st_mode, MASTER, tty.is_exclusive(fd),
@@ -195,8 +197,18 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         if record.side != MASTER or record.pty[0].slave == NEVER_OPENED or record.pty[0].locked:
             return record
         with file.duplicate() as fd:
+            if self._is_exclusive(self._key_of_master(file, fd)):
+                return record
             unread = take_unread(file, fd, content)
         return replace(record, unread=(unread,)) if unread else record
+
+    def _is_exclusive(self, key: tuple[int, int]) -> bool:
+        """Whether we may not open the slave, through which data is taken out."""
+        slave = self._slaves.get(key)
+        if slave is None or capget().effective >> CAP_SYS_ADMIN & 1:
+            return False
+        with slave.duplicate() as fd:
+            return tty.is_exclusive(fd)
 
     def _require_empty(self, key: tuple[int, int], file: OpenFile, master: int) -> None:
         """Check that nothing waits to be read at either end. Busy. No call shows an incomplete line: it is not kept."""
@@ -293,19 +305,20 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         return open_again(ctx.terminal_fd, flags) if ctx.terminal_fd >= 0 else hung_up(record.device, flags, ctx)
 
     def connect(self, record: Tty, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
-        # all files of the terminal are open now, which the next ones would prevent
-        if record.side in (SLAVE, MASTER) and record.exclusive:
-            tty.set_exclusive(fd)
         if record.side == MASTER:
             [pty], [state] = record.pty, record.state
             if any(state.locks):
-                _set_locks(fd, state.locks, saved)
+                set_locks(fd, state.locks, saved.link)
             if pty.locked:
                 tty.set_locked(fd, True)
             if pty.packet_mode:
                 tty.set_packet_mode(fd)
             for unread in record.unread[:1]:
                 give_unread(unread, fd, saved.link, ctx)
+
+    def watch(self, record: Tty, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        if record.side in (SLAVE, MASTER) and record.exclusive:
+            tty.set_exclusive(fd)       # nothing opens it any more
 
     def commit(self, record: Tty, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if record.side != REFERENCE or not record.state:
@@ -330,11 +343,3 @@ def _redraw(group: int) -> None:
 def _master(record: Tty, ctx: RestoreContext) -> int:
     [pty], [state] = record.pty, record.state
     return ctx.once(('pty', pty.id), lambda: make_pty(pty, state, ctx))
-
-
-def _set_locks(fd: int, locks: bytes, saved: SavedFile) -> None:
-    try:
-        tty.set_locks(fd, locks)
-    except PermissionError as error:
-        raise CkptError(f'{saved.link}: its settings were locked (TIOCSLCKTRMIOS), which is not allowed',
-                        errno=errno.EPERM, resource=saved.link, hint='restore it as root') from error
