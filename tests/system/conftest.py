@@ -42,6 +42,7 @@ FILES = {
     '/usr/local/bin/count': COUNTER,
     '/etc/systemd/system/counter.service': UNIT,
     '/etc/systemd/system/filtered.service': UNIT + FILTERS,
+    '/etc/systemd/system/private.service': UNIT + 'PrivateTmp=yes\n',
     '/etc/systemd/system/hooked.service': UNIT,
     '/etc/systemd/system/hooked.service.d/checkpoint-before-stop.conf': HOOK.read_text(),
     '/etc/systemd/system/of-nobody.service': UNIT.replace('/run/%N', '/tmp/%N') + 'User=nobody\n',

@@ -83,6 +83,26 @@ def test_a_service_with_filters(machine: Container, service: Callable[[str], str
     machine.run('kill', '-KILL', str(pid))
 
 
+def test_a_service_that_no_restart_brings_back_is_not_killed(machine: Container,
+                                                             service: Callable[[str], str]) -> None:
+    """It has a mount namespace of its own, as for PrivateTmp=, which ends with it."""
+    unit = service('private.service')
+    pid, count = await_count(machine, unit, 5)
+    warnings = ctl(machine, 'check', unit)['warnings']
+    assert [(row['resource'], row['severity']) for row in warnings if row['resource'].startswith('namespace')] == [
+        ('namespace mnt', 'unrestorable')]
+    refused = machine.run('ckptctl', 'checkpoint', unit, '--kill', check=False)
+    assert refused.returncode == 3, refused.stderr
+    assert 'mnt namespace of its own' in refused.stderr
+    counted_on(machine, pid, count, 'private')
+    image = ctl(machine, 'checkpoint', unit)['image']
+    there = machine.run('ckptctl', 'restore', image, '--new-pidns', '--dry-run', check=False)
+    assert there.returncode == 3, there.stdout
+    assert 'namespace mnt' in there.stdout
+    ctl(machine, 'checkpoint', unit, '--kill', '--force')
+    machine.run('sh', '-c', f'while [ -e /proc/{pid} ]; do sleep 0.02; done')
+
+
 def test_a_daemon_that_stops_lets_go_of_what_it_attends(machine: Container,
                                                         killed: tuple[str, int, dict[str, str]]) -> None:
     image, pid, _ = killed
