@@ -38,6 +38,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'RegularKind': ('files', 'locks', 'leases', 'linked'),
     'SignalfdKind': ('events',),
     'TimerfdKind': ('events',),
+    'NetlinkKind': ('netlink',),
     'RawKind': ('tests/worker/test_inet_sockets.py::test_raw_sockets_come_back',),
     'TcpConnectionKind': ('tcp_connections',),
     'TcpKind': ('inet_sockets',),

@@ -219,6 +219,17 @@ def test_keys_that_sign_are_refused(place: Place, brood: Brood) -> None:
     assert 'TCP_MD5SIG' in row.reason
 
 
+def test_unread_netlink_messages_are_refused(place: Place, brood: Brood) -> None:
+    def ask() -> int:
+        one = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        one.send(struct.pack('=IHHII', 32, 18, 0x301, 1, 0) + bytes(16))       # RTM_GETLINK
+        return one.detach()
+    pid, fd = brood.ask(ask)
+    with pytest.raises(CkptError, match=f'fd {fd}: .*unread messages') as caught:
+        place.checkpoint(pid)
+    assert caught.value.errno == errno.EAGAIN
+
+
 def warned(place: Place, pid: int) -> list[str]:
     with DirectWorker() as worker:
         return [row['reason'] for row in worker.run(place.request(pid))['warnings']]

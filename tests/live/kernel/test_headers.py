@@ -73,6 +73,7 @@ OWN = {
     'fanotify': {'MARK_FLAGS', 'PERMISSION_EVENTS', 'FAN_PRE_ACCESS'},      # the last one since Linux 6.14
     'inotify': {'KEPT_BITS'},
     # net/tcp_states.h, linux/socket.h, linux/icmp.h, linux/icmpv6.h
+    'netlink_options': {'SOL_NETLINK'},
     'inet': {'TCP_ESTABLISHED', 'TCP_SYN_SENT', 'TCP_SYN_RECV', 'TCP_FIN_WAIT1', 'TCP_FIN_WAIT2', 'TCP_TIME_WAIT',
              'TCP_CLOSE', 'TCP_CLOSE_WAIT', 'TCP_LAST_ACK', 'TCP_LISTEN', 'TCP_CLOSING', 'SOL_RAW', 'ICMP_FILTER',
              'ICMPV6_FILTER'},

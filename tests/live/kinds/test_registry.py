@@ -100,6 +100,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'unconnected socket': ('unix', lambda: socket.socket(socket.AF_UNIX).detach()),
     'half of a seqpacket pair': ('unix', lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()),
     'socket that was shut down': ('unix', lambda: shut_down()),
+    'netlink socket': ('netlink', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
     'TCP socket': ('tcp', lambda: socket.socket().detach()),
     'TCP listener': ('tcp', lambda: socket.create_server(('127.0.0.1', 0)).detach()),
     'MPTCP socket': ('tcp', lambda: socket.socket(proto=socket.IPPROTO_MPTCP).detach()),
@@ -163,7 +164,6 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'kvm': ('a character device 10:232 of the driver kvm', lambda: os.open('/dev/kvm', os.O_RDWR)),
     'O_PATH of a pipe': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.pipe()[0]}', os.O_PATH)),
     'O_PATH of a memfd': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.memfd_create("x")}', os.O_PATH)),
-    'netlink socket': ('a netlink raw socket', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()),
     'device': ('a character device 1:11 of the driver mem', lambda: os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)),
     'huge page memfd': ('a file of huge pages', lambda: os.memfd_create('x', os.MFD_HUGETLB)),
 }
