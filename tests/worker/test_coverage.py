@@ -61,7 +61,6 @@ CHECKED = {
     'Pty.name': 'whether another terminal has the number',
     'Registers.machine': 'of this kind of processor, or refused',
     'SavedMark.inode': 'of a marked file; another one is a refusal',
-    'UnixSocketEnd.identifier': 'of a connection to the journal, see tests/worker/test_unix_outside.py',
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
 UNREAD = {
@@ -82,6 +81,7 @@ UNREAD = {
     'SleepLeft.exact': 'for people',
     'TaskRecord.pf_flags': 'for core files; each is made again by what it tells of',
     'Tty.mode': _THERE,
+    'UnixSocketEnd.identifier': 'of a connection to the journal, see tests/worker/test_unix_outside.py',
     **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has

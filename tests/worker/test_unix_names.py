@@ -145,3 +145,21 @@ def listed(pid: int) -> list[str]:
     lines = subprocess.run(['ss', '-xapH'], capture_output=True, text=True, check=True).stdout.splitlines()
     mine = [re.sub(r'(?<=\s)\d+(?=\s)', 'N', line) for line in lines if f'pid={pid},' in line]
     return sorted(' '.join(line.split()) for line in mine)
+
+
+@pytest.mark.parametrize('name', ['asyncio_unix', 'managers'])
+def test_programs(place: Place, tmp_path: Path, name: str) -> None:
+    """An asyncio program; and multiprocessing with a fork server, a manager and workers. Each is used after two
+    restarts."""
+    program = Path(__file__).parent / f'scripts/{name}.py'
+    with Victim(name, directory=tmp_path / 'victim', program=program) as running:
+        root = running.pid
+        for _ in range(2):
+            image = place.checkpoint(root, after='kill')
+            if root == running.pid:
+                running.process.wait()
+            settled.reap_orphans()
+            with DirectWorker() as worker:
+                root = int(worker.run(place.request(0, operation='restore', image=image.name))['root'])
+        running.go()
+        assert os.waitpid(root, 0) == (root, 0), running.output
