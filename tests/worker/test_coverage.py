@@ -80,7 +80,6 @@ UNREAD = {
     'SleepLeft.clock': 'for people; left_ns was counted by it',
     'SleepLeft.exact': 'for people',
     'TaskRecord.pf_flags': 'for core files; each is made again by what it tells of',
-    'Tty.mode': _THERE,
     'UnixSocketEnd.identifier': 'of a connection to the journal, see tests/worker/test_unix_outside.py',
     **({} if 'amx_tile' in Path('/proc/cpuinfo').read_text() else {'Permissions.components': 'needs AMX'}),
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
