@@ -11,7 +11,8 @@
     refuse                      none: the checkpoint is refused (default)
     close                       its peer has closed it
     reconnect                   a new one, to the same path or abstract name
-    inherit                     the file descriptor that the caller of the restart gives for WHAT
+    inherit                     reserved for a file descriptor that the caller of the restart gives for WHAT: the
+                                checkpoint is refused
 """
 
 import ipaddress
