@@ -24,7 +24,7 @@ while True:
     os.rename(path + '.new', path)
     time.sleep(0.01)
 """
-# a file instead of the journal's socket, which cannot be dumped yet
+# a file, so that the unit has no socket
 UNIT = """[Unit]
 Description=Counts
 [Service]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.system.container import Container
-from tests.system.test_service import await_count, count_of, ctl
+from tests.system.test_service import await_count, await_that, count_of, ctl
 
 pytestmark = pytest.mark.needs('systemd', 'unshare', 'busctl')
 
@@ -157,3 +157,57 @@ def test_files_are_put_back_outside_of_the_sandbox(machine: Container) -> None:
     assert machine.run('ls', '/var/spool/ckptd/.kept-test', check=False).returncode != 0
     assert 'undone rolling back /root/of-the-tree' in machine.journal('ckptd.service')
     machine.run('rm', '/root/of-the-tree')
+
+
+# a server with a client of it, over TCP and a unix socket, whose output is the journal's
+SERVER = """
+import os, socket
+tcp, datagrams, unix = socket.create_server(('127.0.0.1', 7777)), socket.socket(type=socket.SOCK_DGRAM), socket.socket(1)
+datagrams.bind(('127.0.0.1', 7777))
+unix.bind('/run/server.sock')
+unix.listen()
+client, local = socket.create_connection(('127.0.0.1', 7777)), socket.socket(1)
+local.connect('/run/server.sock')
+accepted, near = tcp.accept()[0], unix.accept()[0]
+client.send(b'one')
+print('ready', flush=True)
+with open('/run/server.ready', 'w') as file:
+    file.write(str(os.getpid()))
+request, number = b'', 0
+while True:
+    request, sender = datagrams.recvfrom(100)
+    number += 1
+    near.send(b'%d' % number)
+    accepted.send(local.recv(100))
+    print('round', number, flush=True)
+    datagrams.sendto(client.recv(100) + accepted.recv(100, socket.MSG_PEEK), sender)
+"""
+ASK = """
+import socket
+with socket.socket(type=socket.SOCK_DGRAM) as sock:
+    sock.settimeout(10)
+    sock.sendto(b'?', ('127.0.0.1', 7777))
+    print(sock.recv(100).decode())
+"""
+
+
+@pytest.mark.parametrize('user', ['root', 'nobody'])
+def test_a_server_comes_back(machine: Container, user: str) -> None:
+    """It is dumped from within the daemon's sandbox, and is connected to the journal again."""
+    machine.run('install', '-d', '-m', '1777', '/run')
+    machine.run('systemd-run', '--unit=server', f'--uid={user}', '--', '/usr/bin/python3', '-I', '-c', SERVER)
+    ask = ('/usr/bin/python3', '-I', '-c', ASK)
+    try:
+        await_that('it serves', lambda: machine.run('cat', '/run/server.ready', check=False).stdout)
+        pid = machine.output('cat', '/run/server.ready')
+        assert machine.output(*ask) == '1one'
+        image = ctl(machine, 'checkpoint', f'pid:{pid}', '--kill')['image']
+        ctl(machine, 'restore', image)
+        assert machine.output(*ask) == '2one'
+        machine.run('journalctl', '--sync')
+        assert 'round 2' in machine.output('journalctl', '-b', '--no-pager', '-o', 'cat')
+    finally:
+        machine.run('kill', '-KILL', pid, check=False)
+        machine.run('systemctl', 'stop', 'server.service', check=False)
+        machine.run('systemctl', 'reset-failed', 'server.service', check=False)
+        machine.run('rm', '-f', '/run/server.ready', '/run/server.sock')
