@@ -20,8 +20,11 @@ SECONDS = 1000
 
 @operation(path=st.sampled_from(PATHS), mode=st.sampled_from([0, 2, 1]), flags=open_flags)
 def open_file(program: Program, path: str, mode: int, flags: int) -> None:
-    mode = 2 if path == 'fifo' else mode            # else it would wait
-    program.add_file(program.call('open', path.encode() + b'\0', mode | flags, 0))
+    if path == 'fifo':
+        mode = 2            # else it would wait
+    elif path.startswith('/etc'):
+        mode = 0
+    program.add_file(program.call('open', path.encode() + b'\0', mode | flags, 0), is_shared=path.startswith('/'))
 
 
 @operation(path=st.sampled_from(PATHS), flags=st.sampled_from([0, 0o400000, O_CLOEXEC]))
@@ -122,7 +125,8 @@ def set_epoll_parameters(program: Program, file: int, usecs: int, budget: int, p
 
 @operation(file=number, to=st.integers(20, 40), flags=st.sampled_from([0, O_CLOEXEC]))
 def duplicate(program: Program, file: int, to: int, flags: int) -> None:
-    program.add_file(program.call('dup3', program.file(file), to, flags))
+    source = program.file(file)
+    program.add_file(program.call('dup3', source, to, flags), is_shared=source in program.shared)
 
 
 @operation(file=number)
@@ -166,8 +170,12 @@ def allocate(program: Program, file: int, mode: int, offset: int) -> None:
 
 @operation(file=number, mode=st.sampled_from([0o600, 0o2755, 0]), owner=st.sampled_from([-1, 0, 61001]))
 def change_mode(program: Program, file: int, mode: int, owner: int) -> None:
-    program.call('fchmod', program.file(file), mode)
-    program.call('fchown', program.file(file), owner, -1)
+    changed = program.file(file)
+    # An fd may have become another file's: what dup3(2) closes, the next open file gets. So a program that has a file
+    # of the machine changes none.
+    if not program.shared:
+        program.call('fchmod', changed, mode)
+        program.call('fchown', changed, owner, -1)
 
 
 @operation(file=number, command=st.sampled_from([

@@ -30,11 +30,13 @@ def system_calls() -> dict[str, int]:
 
 @dataclass
 class Program:
-    """The steps so far. files: arguments that are open files. children: those that are pids of children."""
+    """The steps so far. files: arguments that are open files. children: those that are pids of children. shared: files
+    of the machine, whose mode and owner must not be changed."""
     lines: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     children: list[str] = field(default_factory=list)
     timers: list[str] = field(default_factory=list)
+    shared: set[str] = field(default_factory=set)
 
     def call(self, name: str, *arguments: int | str | bytes) -> str:
         """Add a system call; the argument that is its result."""
@@ -42,8 +44,9 @@ class Program:
         self.lines.append(' '.join([str(system_calls()[name]), *words]))
         return f'${len(self.lines) - 1}'
 
-    def add_file(self, *arguments: str) -> None:
+    def add_file(self, *arguments: str, is_shared: bool = False) -> None:
         self.files += arguments
+        self.shared |= {*arguments} if is_shared else set()
 
     def buffer(self, word: int) -> str:
         """The argument that is a word of the output buffer of the last step."""

@@ -31,7 +31,7 @@ def make_terminal(program: Program, flags: int, slave: str, locked: bool, orphan
     if orphan:
         program.call('close', master)
     else:
-        program.add_file(master)
+        program.add_file(master, is_shared=True)        # its mode is that of /dev/ptmx
 
 
 @operation(file=number, rows=st.integers(0, 200), columns=st.sampled_from([0, 80, 65535]))

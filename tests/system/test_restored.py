@@ -162,7 +162,8 @@ def test_files_are_put_back_outside_of_the_sandbox(machine: Container) -> None:
 # a server with a client of it, over TCP and a unix socket, whose output is the journal's
 SERVER = """
 import os, socket
-tcp, datagrams, unix = socket.create_server(('127.0.0.1', 7777)), socket.socket(type=socket.SOCK_DGRAM), socket.socket(1)
+tcp, datagrams = socket.create_server(('127.0.0.1', 7777)), socket.socket(type=socket.SOCK_DGRAM)
+unix = socket.socket(1)
 datagrams.bind(('127.0.0.1', 7777))
 unix.bind('/run/server.sock')
 unix.listen()
