@@ -9,6 +9,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -167,6 +168,15 @@ def test_disarmed_one_shot_stays_disarmed(bulk: Bulk, restart: Start, polls: Cal
     assert poll.ready() == {event: select.EPOLLIN}
 
 
+def known(pid: int) -> dict[tuple[int, int], tuple[int, OpenFile]]:
+    """All open files of a child. It may just be closing one."""
+    found = {}
+    for fd in list_fds(pid):
+        with suppress(FileNotFoundError):
+            found[pid, fd] = fd, read_open_file(pid, fd)
+    return found
+
+
 def closed_but_watched() -> int:
     """The file is kept open by another number, so the epoll still watches it."""
     epoll, event = libc.epoll_create1(0), os.eventfd(1)
@@ -199,7 +209,7 @@ def test_file_that_the_tree_has_under_another_number(opened: Opened, bulk: Bulk,
     kind = EpollKind(tables := JobTables())
     tables.table_owners = (file.tid,)
     assert kind.findings(file) == []
-    bulk.known = {(file.tid, fd): (fd, read_open_file(file.pid, fd)) for fd in list_fds(file.tid)}
+    bulk.known = known(file.pid)
     [found] = kind.dump(file, bulk).watches
     [row] = file.info.fields['tfd']
     assert (found.fd, found.data) == (parse_target(row).tfd, parse_target(row).data)
@@ -217,7 +227,7 @@ def test_number_that_two_files_had(bulk: Bulk) -> None:
         return [epoll, event, kept]
     with Brood() as own:
         pid, (epoll, event, kept) = own.ask(work)
-        bulk.known = {(pid, fd): (fd, read_open_file(pid, fd)) for fd in list_fds(pid)}
+        bulk.known = known(pid)
         file = read_open_file(pid, epoll)
         found: Any = kind_of(file).dump(file, bulk)
         assert {one.data: one.file_id for one in found.watches} == {1: kept, 2: event}
