@@ -11,6 +11,8 @@
     refuse                      none: the checkpoint is refused (default)
     close                       its peer has closed it
     reconnect                   a new one, to the same path or abstract name
+    keep                        the same one, if root restores it within a quarter of an hour after "checkpoint --kill";
+                                else as with close (TCP only)
     inherit                     reserved for a file descriptor that the caller of the restart gives for WHAT: the
                                 checkpoint is refused
 """
@@ -23,13 +25,14 @@ from typing import Final, Literal, NamedTuple, cast, get_args
 
 from ckptd.errors import InvalidArgument
 
-Action = Literal['refuse', 'close', 'reconnect', 'inherit']
+Action = Literal['refuse', 'close', 'reconnect', 'keep', 'inherit']
 ACTIONS: Final = get_args(Action)
 ANY: Final = 'any'
 TCP: Final = 'tcp:'
 MAX_POLICIES: Final = 64
 MAX_WHAT: Final = 512          # characters; sun_path has 108 bytes, unix(7)
 _ONLY_NAMES = ('reconnect',)        # actions that need a path or an abstract name
+_ONLY_TCP = ('keep',)
 
 
 class Policy(NamedTuple):
@@ -50,7 +53,10 @@ def parse(text: str) -> Policy:
     policy = Policy(parse_what(what), cast(Action, action))
     if policy.what.startswith(TCP) and policy.action in _ONLY_NAMES:
         raise InvalidArgument(f'{text[:MAX_WHAT]!r}: only a unix socket can be connected again by its name',
-                              resource='external', hint='use close or inherit')
+                              resource='external', hint='use close or keep')
+    if policy.action in _ONLY_TCP and policy.what != ANY and not policy.what.startswith(TCP):
+        raise InvalidArgument(f'{text[:MAX_WHAT]!r}: only a TCP connection can be kept', resource='external',
+                              hint='use close or reconnect')
     return policy
 
 

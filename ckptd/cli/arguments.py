@@ -115,7 +115,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 def _external(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--external', action='append', default=[], metavar='WHAT:ACTION',
                         help='what becomes of a connection to a process outside of the tree; WHAT: a path, @NAME, '
-                             'tcp:ADDRESS:PORT or any; ACTION: refuse (default), close or reconnect')
+                             'tcp:ADDRESS:PORT or any; ACTION: refuse (default), close, keep or reconnect')
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:

@@ -14,12 +14,12 @@ from ckptd.image.grammar import Record
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
 from ckptd.inspect.proc_cache import ProcCache
-from ckptd.journal.steps import TakeFromTerminal
+from ckptd.journal.steps import TakeStep
 from ckptd.kernel.kcmp import kcmp_file
 from ckptd.objects.files.base import Kind, OpenFile
 from ckptd.objects.mappings.registry import MappingKinds
 
-Note = Callable[[TakeFromTerminal], None]
+Note = Callable[[TakeStep], None]
 
 
 class _Content:
@@ -43,7 +43,7 @@ class _Content:
     def is_taken(self) -> bool:
         return self._note is not None
 
-    def note(self, step: TakeFromTerminal) -> None:
+    def note(self, step: TakeStep) -> None:
         if self._note is not None:
             self._note(step)
 

@@ -17,12 +17,19 @@ from ckptd.kernel.sockopt import SO_PEEK_OFF
 
 # <linux/tcp.h>
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
-TCP_REPAIR_ON, TCP_REPAIR_OFF_NO_WP = 1, -1         # the second one sends no window probe
+TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 22, 24, 29
+TCP_REPAIR_ON, TCP_REPAIR_OFF, TCP_REPAIR_OFF_NO_WP = 1, 0, -1      # the last one sends no window probe
 TCP_NO_QUEUE, TCP_RECV_QUEUE, TCP_SEND_QUEUE = 0, 1, 2
 
 SIOCATMARK: Final = 0x8905          # <asm-generic/sockios.h>
 
 _SOCKADDR: Final = 16               # sizeof(struct sockaddr); zeros are AF_UNSPEC
+TCPI_OPT_TIMESTAMPS, TCPI_OPT_SACK, TCPI_OPT_WSCALE = 1, 2, 4
+_OPT_MSS, _OPT_WINDOW, _OPT_SACK, _OPT_TIMESTAMP = 2, 3, 4, 8       # <net/tcp.h>, TCPOPT_*
+_OPTIONS_AT, _SCALES_AT = 5, 6      # offsets in struct tcp_info, <linux/tcp.h>
+_WINDOW = 20                        # sizeof(struct tcp_repair_window)
+_PIECE = 1 << 16                    # bytes that are put into a queue at once
+
 _LOW: Final = (1 << 32) - 1         # sequence numbers are modulo 2**32
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
@@ -150,3 +157,92 @@ def peek_unsent(sock: socket.socket, received: int, *, has_fin: bool) -> bytes:
         return b''
     queued = sock.recv(unsent(sock), _PEEK)
     return queued[len(queued) - size:]
+
+
+# ---------------------------------------------------------------- a connection that goes on in another socket
+
+class Repair(NamedTuple):
+    """The state of an established connection, read in repair mode, that is needed to go on with it."""
+    received: int           # sequence number behind the last byte received
+    sent: int               # sequence number behind the last byte that the program has sent
+    mss: int                # TCP_MAXSEG
+    options: int            # TCPI_OPT_*
+    send_scale: int         # window scale of what the peer receives
+    receive_scale: int      # window scale of what is received
+    timestamp: int
+    window: bytes           # struct tcp_repair_window
+
+
+def read_repair(sock: socket.socket) -> Repair:
+    """Read the state of a socket in repair mode."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+    return Repair(sequence(sock, TCP_RECV_QUEUE), sequence(sock, TCP_SEND_QUEUE),
+                  sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG), info[_OPTIONS_AT],
+                  info[_SCALES_AT] & 15, info[_SCALES_AT] >> 4,
+                  int(struct.unpack('=I', sock.getsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP, 4))[0]),
+                  sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, _WINDOW))
+
+
+def connect_in_repair(sock: socket.socket, peer: tuple[object, ...], state: Repair, unread: int, unsent_bytes: int
+                      ) -> None:
+    """Make a bound socket in repair mode one end of an established connection. No packet is sent. unread,
+    unsent_bytes: lengths of the queues, which `fill_queue` fills afterwards. OSError."""
+    for queue, end, length in ((TCP_RECV_QUEUE, state.received, unread), (TCP_SEND_QUEUE, state.sent, unsent_bytes)):
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, struct.pack('=I', end - length & _LOW))
+    sock.connect(peer)
+    options = [(_OPT_MSS, state.mss)]
+    if state.options & TCPI_OPT_WSCALE:
+        options.append((_OPT_WINDOW, state.send_scale | state.receive_scale << 16))
+    if state.options & TCPI_OPT_SACK:
+        options.append((_OPT_SACK, 0))
+    if state.options & TCPI_OPT_TIMESTAMPS:
+        options.append((_OPT_TIMESTAMP, 0))
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_OPTIONS,
+                    b''.join(struct.pack('=II', *option) for option in options))
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP, struct.pack('=I', state.timestamp))
+
+
+def fill_queue(sock: socket.socket, queue: int, data: bytes) -> None:
+    """Put bytes into a queue of a socket in repair mode. What is in the send queue counts as sent."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[sock.send(rest[:_PIECE]):]
+
+
+def set_window(sock: socket.socket, window: bytes) -> None:
+    """Set struct tcp_repair_window, after the queues are filled."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, window)
+
+
+def enter_repair(sock: socket.socket) -> None:
+    """Begin repair mode. A socket that is closed in it sends nothing. PermissionError without CAP_NET_ADMIN."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON)
+
+
+def resume(sock: socket.socket) -> None:
+    """End repair mode, and send a window probe, which tells both ends how far they are."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF)
+
+
+def peek_send_queue(sock: socket.socket) -> bytes:
+    """Return all bytes that the peer has not acknowledged, of a socket in repair mode."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+    count = unsent(sock)
+    return sock.recv(count, _PEEK) if count else b''
+
+
+def peek_whole(sock: socket.socket) -> bytes | None:
+    """Return the whole receive queue of a socket in repair mode; None if an urgent byte waits, whose mark would be
+    lost."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
+    before = peek_offset(sock)
+    try:
+        stream = peek_stream(sock)
+    except BlockingIOError:
+        return None
+    finally:
+        set_peek_offset(sock, before)
+    return None if stream.urgent or stream.later else stream.data

@@ -12,7 +12,7 @@ from ckptd.errors import CkptError
 from ckptd.image.manifest import Manifest
 from ckptd.image.source import GivenFiles
 from ckptd.image.writer import write_manifest
-from ckptd.journal.steps import LinkFile, RestartStep, TakeFromTerminal, WalkQueues
+from ckptd.journal.steps import LinkFile, RestartStep, TakeFromTerminal, TakeStep, WalkQueues
 from ckptd.kernel.timer_list import End
 from ckptd.objects.files.base import OpenFile
 from ckptd.protocol.broker_calls import (
@@ -73,11 +73,12 @@ class BrokerClient:
         self._channel.call(EndWalk())
 
     @contextmanager
-    def taking(self) -> Iterator[Callable[[TakeFromTerminal], None]]:
+    def taking(self) -> Iterator[Callable[[TakeStep], None]]:
         """Have the broker put back what was taken out of the tree, unless the block ends normally."""
-        noted: list[TakeFromTerminal] = []
+        noted: list[TakeStep] = []
 
-        def note(step: TakeFromTerminal) -> None:
+        def note(step: TakeStep) -> None:
+            assert isinstance(step, TakeFromTerminal), 'the other steps take root'
             self._channel.call(NoteTaken(step))
             noted.append(step)
         yield note

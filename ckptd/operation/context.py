@@ -25,7 +25,7 @@ from ckptd.inspect.checks.hidden import require_visibility, without_hidden
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import ResolvedTarget, is_alive, resolve_target, scan_tree
 from ckptd.journal.owner import StepJournal
-from ckptd.journal.steps import LinkFile, RepairSockets, StepContext, TakeFromTerminal, WalkQueues
+from ckptd.journal.steps import LinkFile, RepairSockets, StepContext, TakeStep, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.cgroup import mount_of
 from ckptd.kernel.mountinfo import read_mountinfo
@@ -216,7 +216,7 @@ class JobContext(Generic[R_co]):
             yield
 
     @contextmanager
-    def taking(self: 'JobContext[CheckpointRequest]') -> Iterator[Callable[[TakeFromTerminal], None]]:
+    def taking(self: 'JobContext[CheckpointRequest]') -> Iterator[Callable[[TakeStep], None]]:
         """The journal of what is taken out of a tree that is killed. It is put back unless the block ends normally."""
         if self.request.brokered:
             with BrokerClient(self.channel).taking() as note:

@@ -20,6 +20,7 @@ from ckptd.journal.steps import (
     AnyStep,
     BindSocket,
     Born,
+    DropPackets,
     EndProcesses,
     FreezeCgroup,
     FreezeUnit,
@@ -88,7 +89,7 @@ def test_steps_that_last_as_long_as_the_tree_are_kept(journal: Journal) -> None:
     work, temporary = '/a/ckptd-1-ab', MakeFile('/a/.b.tmp', 0, 0, 0, 0, ())
     undone = [MakeCgroup(work), FreezeCgroup(work), Move(work, ()), temporary, EndProcesses((Known(5, 6),)),
               LinkFile('/a/b', 1, 2, '/spool/x', 0, 0, ()), WalkQueues((), ()), TakeFromTerminal(1, 2, 3, 4, b''),
-              RepairSockets((HeldSocket(1, 2, 3),))]
+              RepairSockets((HeldSocket(1, 2, 3),)), DropPackets('ckptd-0123456789abcdef')]
     kept = [Born(work), MakeHome('/a/c'), MakeSegment(1, 2, 3), MakeFile('/a/b', 1, 2, 0, 0, ()),
             KeepFile('/a/b', 1, 2, 3, 4, 5, '/kept'), BindSocket('/a/s', '/a/.s.0', 1, 2)]
     for step in (*undone, *kept):

@@ -40,7 +40,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'TimerfdKind': ('events',),
     'NetlinkKind': ('netlink',),
     'RawKind': ('tests/worker/test_inet_sockets.py::test_raw_sockets_come_back',),
-    'TcpConnectionKind': ('tcp_connections',),
+    'TcpConnectionKind': ('tcp_connections', 'tests/worker/test_tcp_keep.py::test_a_client_sees_a_pause'),
     'TcpKind': ('inet_sockets',),
     'TtyKind': ('terminals',),
     'UdpKind': ('inet_sockets',),

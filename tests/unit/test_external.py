@@ -12,7 +12,8 @@ NAMES = st.binary(min_size=1, max_size=107).filter(lambda name: name[0] not in b
 UNIX = st.one_of(NAMES.map(lambda name: unix_peer(b'\0' + name)),
                  NAMES.filter(lambda name: 0 not in name).map(lambda name: unix_peer(b'/' + name)))
 TCP = st.builds(lambda address, port: tcp_peer(str(address), port), st.ip_addresses(), st.integers(1, 65535))
-POLICIES = st.one_of(st.builds(Policy, st.one_of(UNIX, st.just(ANY)), st.sampled_from(ACTIONS)),
+POLICIES = st.one_of(st.builds(Policy, UNIX, st.sampled_from([one for one in ACTIONS if one != 'keep'])),
+                     st.builds(Policy, st.just(ANY), st.sampled_from(ACTIONS)),
                      st.builds(Policy, TCP, st.sampled_from([one for one in ACTIONS if one != 'reconnect'])))
 
 
@@ -40,6 +41,7 @@ def test_one_spelling(text: str, what: str) -> None:
 @pytest.mark.parametrize('text', [
     '', ':', '/run/a', '/run/a:stay', 'run/a:close', '/:close', '@:close', ':close', 'tcp:127.0.0.1:close',
     'tcp:127.0.0.1:0:close', 'tcp:127.0.0.1:65536:close', 'tcp:host:80:close', 'tcp:127.0.0.1:80:reconnect',
+    '/run/a:keep', '@a:keep',
     f'/{"a" * 600}:close', '/a\0b:close', 'anyone:close'])
 def test_what_is_no_policy(text: str) -> None:
     with pytest.raises(InvalidArgument):

@@ -64,6 +64,9 @@ CHECKED = {
     'Tty.path': 'whether it is within reach; the terminal is the caller\'s'}
 _THERE = 'what is there is opened as it is'
 UNREAD = {
+    **{f'KeptConnection.{name}': 'of a connection to the outside, see tests/worker/test_tcp_keep.py' for name in (
+        'boot', 'mss', 'options', 'receive_scale', 'received', 'send_scale', 'sent', 'table', 'timestamp',
+        'unacknowledged', 'unread', 'until', 'window')},
     'Credentials.keepcaps': 'is a bit of securebits',
     'Directory.device': _THERE,
     'Fifo.mode': 'OpenFile.mode is the same',
@@ -95,7 +98,8 @@ def classes() -> list[type]:
     modules = {r.__name__, *(kind.__module__ for kind in BY_TAG.values()), 'ckptd.objects.files.content',
                'ckptd.objects.files.locks', 'ckptd.objects.files.socket_filter', 'ckptd.objects.files.terminal',
                'ckptd.objects.files.unix_messages', 'ckptd.objects.files.unix_names', 'ckptd.objects.files.unix_record',
-               'ckptd.objects.files.inet', 'ckptd.objects.files.inet_options', 'ckptd.objects.files.tcp_record',
+               'ckptd.objects.files.inet', 'ckptd.objects.files.inet_options', 'ckptd.objects.files.tcp_keep',
+               'ckptd.objects.files.tcp_record',
                *(type(one).__module__ for one in ATTRIBUTES)}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())
     found = []

@@ -54,7 +54,7 @@ _ckptctl() {
         --format) __ckptctl_words $'core\ntar'; return ;;
         --timeout) __ckptctl_words $'500ms\n10s\n30s\n2min'; return ;;
         --save-limit) __ckptctl_words $'64M\n256M\n1G\n4G'; return ;;
-        --external) __ckptctl_words $'any:close\nany:reconnect'; return ;;
+        --external) __ckptctl_words $'any:close\nany:keep\nany:reconnect'; return ;;
         --changed-files) __ckptctl_words $'refuse\naccept\nrollback'; return ;;
         --terminal) __ckptctl_words 'detach'; return ;;
         --cgroup) __ckptctl_words "$(__ckptctl_cgroups)"; return ;;

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, 
 from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent, SavedFile
-from ckptd.journal.steps import TakeFromTerminal
+from ckptd.journal.steps import TakeStep
 from ckptd.objects.files.open_file import DELETED, OpenFile, Owner, read_open_file
 from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, FileMaking, Maker, RestoreContext
 from ckptd.objects.files.tables import JobTables
@@ -113,7 +113,7 @@ class Content(Protocol):
         """Whether the tree is killed once it is in the image, so that `take` follows."""
         ...
 
-    def note(self, step: TakeFromTerminal) -> None:
+    def note(self, step: TakeStep) -> None:
         """Write down what `take` does, before and after."""
         ...
 

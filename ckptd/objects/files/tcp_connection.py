@@ -4,7 +4,7 @@
 A restart connects the two ends again by a real handshake, before the listener of their port listens, and each end sends
 what the other one has not read. So no process gets a connection with numbers of an image's choice. An end whose other
 end is closed gets one for a moment, which sends, and is closed. A connection that waits to be accepted is connected
-again when the listener listens.
+again when the listener listens. One to the outside that is kept: tcp_keep.py.
 
 At the dump the tree is at rest, and the kernel delivers what is on its way. Bytes that do not fit into the other end's
 queue are read from the send queue, which root may do (TCP_REPAIR).
@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from ckptd.errors import CkptError, Finding, ImageDamaged
+from ckptd.errors import CkptError, Finding
 from ckptd.external import tcp_peer
 from ckptd.faults import fault
-from ckptd.image.records import Extent, SavedFile
+from ckptd.image.records import SavedFile
 from ckptd.kernel import inet, tcp, unix
-from ckptd.kernel.inet import STATES, Address, last_packet, local_address, peer_address, tcp_state
+from ckptd.kernel.inet import Address, last_packet, local_address, peer_address, tcp_state
 from ckptd.kernel.inet_diag import DiagSocket
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
@@ -46,6 +46,8 @@ from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.tcp import feature_findings, is_connection
 from ckptd.objects.files.tcp_handshake import bound, connect_pair, connect_to, send_all, wait_until_sent
+from ckptd.objects.files.tcp_keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
+from ckptd.objects.files.tcp_outside import OF_OUR_OWN_FIN, connection_findings, kept_finding, outside_finding
 from ckptd.objects.files.tcp_record import (
     CLOSED,
     INSIDE,
@@ -56,18 +58,17 @@ from ckptd.objects.files.tcp_record import (
     addresses,
     in_order,
     loopback,
+    lost,
+    tcp_end,
 )
 from ckptd.objects.files.tcp_table import TcpTable, plain
 from ckptd.objects.support import Support
 
-_OF_OUR_OWN_FIN = (inet.TCP_FIN_WAIT1, inet.TCP_CLOSING, inet.TCP_LAST_ACK, inet.TCP_FIN_WAIT2)
-_SUPPORTED = (inet.TCP_ESTABLISHED, inet.TCP_CLOSE_WAIT, inet.TCP_CLOSE, *_OF_OUR_OWN_FIN)
 _PATIENCE = 1.0                         # seconds in which the kernel delivers what is on its way
-_HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends'
 
 
 class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
-    support = Support('TCP connections within the tree, with unread bytes',
+    support = Support('TCP connections within the tree, with unread bytes; for root also to the outside',
                       refused='connections to the outside without --external, MPTCP connections, kTLS and other upper '
                               'layer protocols, pending errors, unread bytes of a connection that nobody has accepted',
                       user='unsent bytes that do not fit into the queue of the other end are refused')
@@ -81,6 +82,9 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         self._unsent: dict[int, bytes] = {}             # by inode of the sender
         self._temporary: dict[int, int] = {}            # by file_id: an end that is being made
         self._to_accept: list[tuple[TcpConnection, int, str]] = []
+        self._to_keep: set[int] = set()                 # inodes
+        self._keeper = TcpKeeper()
+        self._held: dict[int, bool] = {}                # by file_id: whether the restart goes on with it
 
     def matches(self, file: OpenFile) -> bool:
         kind = socket_type(file, self._tables)
@@ -95,7 +99,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         if kind and (found := foreign_findings(file, kind)):
             return found
         with file.as_socket() as sock:
-            return [*_state_findings(file, sock), *feature_findings(file, sock, self._tables)]
+            return [*connection_findings(file, sock), *feature_findings(file, sock, self._tables)]
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         kind = socket_type(file, self._tables)
@@ -155,16 +159,12 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
     def _outside(self, file: OpenFile, peer: Address, holder: unix.Holder | None = None) -> Finding:
         """Return the row about a connection to the outside, by the policy for its peer."""
         what = tcp_peer(peer.host, peer.port)
-        where = f' ({holder.comm}[{holder.pid}])' if holder else ''
-        reason = f'{file.link} is a TCP connection to {peer}{where}, outside of the tree'
-        match self._tables.external.action_of(what):
-            case 'close':
-                self._others[file.stat.st_ino] = RESET
-                return finding('ECONNRESET', reason, 'after a restart its peer has reset it', 'warning')
-            case 'inherit':
-                return finding('EOPNOTSUPP', reason, 'no restart can be handed this socket yet: use close')
-        return finding('EOPNOTSUPP', reason, 'checkpoint a tree that has both ends, or say what a restart does: '
-                       f'--external={what}:close')
+        action, inode = self._tables.external.action_of(what), file.stat.st_ino
+        row = outside_finding(file, peer, holder, action, what)
+        if row.severity != 'refusal':
+            self._others[inode] = RESET
+            self._to_keep |= {inode} if action == 'keep' else set()
+        return row
 
     # ------------------------------------------------------------ queues
 
@@ -190,7 +190,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 self._received[file.stat.st_ino] = tcp.peek_stream(sock)
                 fault('queue-walked')
             except BlockingIOError as error:
-                raise _not_now(file, error.strerror or 'urgent data waits in it') from error
+                raise not_now(file, error.strerror or 'urgent data waits in it') from error
             finally:
                 tcp.set_peek_offset(sock, before)
         return ()
@@ -207,10 +207,10 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 stack.enter_context(tcp.in_repair(far))
                 fault('queue-in-repair')
                 self._unsent[file.stat.st_ino] = tcp.peek_unsent(
-                    sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE), has_fin=tcp_state(sock).state in _OF_OUR_OWN_FIN)
+                    sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE), has_fin=tcp_state(sock).state in OF_OUR_OWN_FIN)
         except PermissionError as error:
             if left := wait_until_sent(sock, _PATIENCE):
-                raise _not_now(file, f'process {other.pid} has no room for {left:,} bytes that were sent to it, and '
+                raise not_now(file, f'process {other.pid} has no room for {left:,} bytes that were sent to it, and '
                                'only root can read them') from error
 
     # ------------------------------------------------------------ dump
@@ -228,7 +228,13 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         known = self._tables.inet_sockets(socket.IPPROTO_TCP).get(inode)
         return TcpConnection(common, self._others.get(inode, CLOSED), state, (keep_address(peer),) if peer else (),
                              other[1] if other else common.family, since, inode, known.shutdown if known else 0,
-                             _kept(received.data, content), received.urgent, _kept(later, content))
+                             keep_bytes(received.data, content), received.urgent, keep_bytes(later, content))
+
+    def take(self, record: TcpConnection, file: OpenFile, content: Content) -> TcpConnection:
+        if file.stat.st_ino not in self._to_keep:
+            return record
+        kept = self._keeper.keep(file, content)
+        return replace(record, kept=(kept,)) if kept else record
 
     def die(self, file: OpenFile) -> None:
         """Let the end of the tree close the connection without a trace: time-wait would hold its port for a minute."""
@@ -239,14 +245,21 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
 
     def restart_findings(self, record: TcpConnection, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         one = record.socket
-        if record.other == RESET or record.state == inet.TCP_CLOSE:
+        is_held = any(kept.is_held for kept in record.kept)
+        if (record.other == RESET and not is_held) or record.state == inet.TCP_CLOSE:
             one = replace(one, bound=())        # it has no port any more, or another one does as well
-        return [*owner_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
+        found = [*owner_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
+        if record.kept and not is_held:
+            found.append(kept_finding(saved.link))
+        return found
 
     def create(self, record: TcpConnection, saved: SavedFile, ctx: RestoreContext) -> int:
         one, (own, peer) = record.socket, addresses(record)
         with rights(ctx):
-            if record.other == INSIDE:
+            if self._is_held(record, saved):
+                far = given_address(record.peer[0], one.family)
+                fd = make_kept(one.family, own, far, record.kept[0], saved.link, ctx)
+            elif record.other == INSIDE:
                 fd = os.dup(self._inside(record, own, peer, saved, ctx))
             elif record.other == WAITING:
                 fd = bound(one.family, own, saved.link).detach()
@@ -259,13 +272,17 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             raise
         return fd
 
+    def _is_held(self, record: TcpConnection, saved: SavedFile) -> bool:
+        """Whether the restart goes on with the connection. It is decided once."""
+        return self._held.setdefault(saved.file_id, any(kept.is_held for kept in record.kept))
+
     def _inside(self, record: TcpConnection, own: Address, peer: Address, saved: SavedFile, ctx: RestoreContext) -> int:
         """Return the fd of an end of a connection that is made once, with both ends."""
         def make() -> int:
             mine, theirs = connect_pair((record.socket.family, own), (record.peer_family, peer), saved.link)
-            ctx.once(_key(peer, own), lambda: theirs)
+            ctx.once(tcp_end(peer, own), lambda: theirs)
             return mine
-        return ctx.once(_key(own, peer), make)
+        return ctx.once(tcp_end(own, peer), make)
 
     def _closed(self, record: TcpConnection, own: Address, peer: Address, saved: SavedFile, ctx: RestoreContext) -> int:
         """Return the fd of an end whose other end is going to be closed."""
@@ -288,9 +305,11 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         one = record.socket
         own, peer = addresses(record)
         with rights(ctx), socket.socket(fileno=os.dup(fd)) as sock:
-            if record.other != WAITING:
-                key = _key(peer, own) if record.other == INSIDE else ('tcp closed', saved.file_id)
-                with socket.socket(fileno=os.dup(ctx.once(key, _lost))) as far:
+            if self._is_held(record, saved):
+                pass
+            elif record.other != WAITING:
+                key = tcp_end(peer, own) if record.other == INSIDE else ('tcp closed', saved.file_id)
+                with socket.socket(fileno=os.dup(ctx.once(key, lost))) as far:
                     parts = [b''.join(ctx.pread(extent, extent.length, 0) for extent in extents)
                              for extents in (record.data, record.later)]
                     send_all(far, sock, tcp.Stream(parts[0], record.urgent[:1], parts[1]), saved.link)
@@ -309,8 +328,14 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 connect_to(sock, given_address(one.peer[0], one.socket.family), link)
             time.sleep(2 * TICK / 1000)        # so that the next checkpoint finds the same order
         self._to_accept.clear()
+        for kept in record.kept:
+            if self._is_held(record, saved):
+                with socket.socket(fileno=os.dup(fd)) as sock:
+                    go_on(sock, kept)
+                return
+            let_go(kept)
         if record.other == RESET:
-            with socket.socket(fileno=os.dup(ctx.once(('tcp closed', saved.file_id), _lost))) as far:
+            with socket.socket(fileno=os.dup(ctx.once(('tcp closed', saved.file_id), lost))) as far:
                 tcp.reset(far)
             return
         how = record.shutdown
@@ -319,32 +344,3 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         if record.state == inet.TCP_CLOSE:
             how = unix.SEND_SHUTDOWN
         shut_down(fd, how)
-
-
-def _key(own: Address, peer: Address) -> tuple[str, Address, Address]:
-    return 'tcp end', plain(own), plain(peer)
-
-
-def _lost() -> int:
-    raise ImageDamaged('the other end of a connection is not in the image')
-
-
-def _kept(data: bytes, content: Content) -> tuple[Extent, ...]:
-    return (content.add([data]),) if data else ()
-
-
-def _not_now(file: OpenFile, why: str) -> CkptError:
-    return CkptError(f'{file.link} of process {file.pid}: {why}', errno=errno.EAGAIN, task=file.pid,
-                     resource=f'fd {file.fd}', hint='try again when the program has read some of it')
-
-
-def _state_findings(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
-    state, peer = tcp_state(sock).state, peer_address(sock)
-    if has_error(sock):
-        yield finding('EIO', f'{file.link} is a TCP connection with a pending error, which reading would consume',
-                      'let the program read it (SO_ERROR) before the checkpoint')
-    elif state not in _SUPPORTED:
-        yield finding('EAGAIN' if state == inet.TCP_SYN_SENT else 'EOPNOTSUPP', f'{file.link} is a TCP connection to '
-                      f'{peer} ({STATES.get(state, "unknown")})', 'try again when it is established')
-    elif peer and plain(peer) == plain(local_address(sock)):
-        yield finding('EOPNOTSUPP', f'{file.link} is a TCP connection to itself', _HINT)

@@ -9,6 +9,8 @@ from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent
 from ckptd.kernel.inet import Address
 from ckptd.objects.files.inet import InetAddress, InetSocket, given_address
+from ckptd.objects.files.tcp_keep import KeptConnection
+from ckptd.objects.files.tcp_table import plain
 
 # the other end
 # in the tree; closed; waits in the tree to be accepted; outside of the tree, where a policy resets the connection
@@ -31,6 +33,7 @@ class TcpConnection(Struct):
     data: tuple[Extent, ...]
     urgent: bytes
     later: tuple[Extent, ...]
+    kept: tuple[KeptConnection, ...] = ()   # one, if the policy is to go on with it; with RESET, if that fails
 
 
 def in_order(rows: Sequence[tuple[TcpConnection, int, str]]) -> Iterator[tuple[TcpConnection, int, str]]:
@@ -54,8 +57,15 @@ def addresses(record: TcpConnection) -> tuple[Address, Address]:
     family = record.socket.family
     own = next((given_address(one, family) for one in record.socket.bound), loopback(family))
     peer = next((given_address(one, family) for one in record.peer), own._replace(port=0))
-    if record.other == RESET:
-        peer = own._replace(port=0)
-    if record.other in (INSIDE, WAITING) and not (own.port and peer.port and record.peer):
+    if (record.other in (INSIDE, WAITING) or record.kept) and not (own.port and peer.port and record.peer):
         raise ImageDamaged(f'a connection from {own} to {peer}')
-    return own, peer
+    return own, own._replace(port=0) if record.other == RESET else peer
+
+
+def tcp_end(own: Address, peer: Address) -> tuple[str, Address, Address]:
+    """Return the key by which the files of a restart share an end (RestoreContext.once)."""
+    return 'tcp end', plain(own), plain(peer)
+
+
+def lost() -> int:
+    raise ImageDamaged('the other end of a connection is not in the image')

@@ -37,10 +37,12 @@ INCLUDES = (
     'linux/sched/types.h', 'linux/shm.h',
     'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
     'linux/filter.h', 'linux/unix_diag.h', 'linux/wait.h', 'linux/in.h', 'linux/in6.h', 'linux/tcp.h', 'linux/udp.h',
-    'linux/inet_diag.h',
+    'linux/inet_diag.h', 'linux/netfilter.h', 'linux/netfilter/nfnetlink.h', 'linux/netfilter/nf_tables.h',
 )
 
 ENUMERATORS = {
+    'nftables': ['NFPROTO_INET', 'NFPROTO_IPV4', 'NFPROTO_IPV6', 'NFT_MSG_NEWTABLE', 'NFT_MSG_GETTABLE',
+                 'NFT_MSG_DELTABLE', 'NFT_MSG_NEWCHAIN', 'NFT_MSG_NEWRULE', 'NFT_MSG_NEWSET', 'NFT_MSG_NEWSETELEM'],
     'tcp': ['TCP_NO_QUEUE', 'TCP_RECV_QUEUE', 'TCP_SEND_QUEUE'],
     'inet_diag': ['INET_DIAG_INFO', 'INET_DIAG_SHUTDOWN', 'INET_DIAG_MD5SIG'],
     'kcmp': ['KCMP_FILE', 'KCMP_VM', 'KCMP_FILES', 'KCMP_FS', 'KCMP_SIGHAND', 'KCMP_IO', 'KCMP_SYSVSEM',

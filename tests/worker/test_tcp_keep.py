@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""TCP connections to the outside that a restart goes on with, over a veth into a namespace of the test's own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ckptd.journal.recover import recover
+from ckptd.journal.store import Journal
+from ckptd.kernel.nftables import tables
+from ckptd.kernel.tcp import TCP_REPAIR
+from ckptd.kernel.timens import setns, unshare
+from ckptd.objects.files import tcp_keep
+from tests.lib import settled
+from tests.worker.driver import DirectWorker, Place
+from tests.worker.test_inet_sockets import sockets_of
+
+pytestmark = [pytest.mark.needs('root', 'ptrace', 'ip', 'unshare'), pytest.mark.timeout(120)]
+
+CLONE_NEWNET = 0x40000000       # <linux/sched.h>
+OURS, THEIRS = {socket.AF_INET: '10.77.0.1', socket.AF_INET6: 'fd77::1'}, {
+    socket.AF_INET: '10.77.0.2', socket.AF_INET6: 'fd77::2'}
+PORT = 7070
+# counts what it is asked
+SERVER = """
+import socket, sys
+with socket.create_server((sys.argv[1], 7070), family=int(sys.argv[2])) as server:
+    connection, _ = server.accept()
+count = 0
+try:
+    while connection.recv(5, socket.MSG_WAITALL):
+        count += 1
+        connection.sendall(b'%05d' % count + b'x' * 20000)
+except ConnectionResetError:
+    sys.exit(7)
+"""
+# asks until there is a file `stop`; the last line of its output is the longest wait
+CLIENT = """
+import os, socket, sys, time
+longest, count = 0.0, 0
+with socket.create_connection((sys.argv[1], 7070)) as sock:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while not os.path.exists('stop'):
+        begun = time.monotonic()
+        sock.sendall(b'%05d' % count)
+        answer = sock.recv(20005, socket.MSG_WAITALL)
+        count += 1
+        assert answer == b'%05d' % count + b'x' * 20000, answer[:20]
+        longest = max(longest, time.monotonic() - begun)
+        with open('count.new', 'w') as file:
+            file.write(str(count))
+        os.rename('count.new', 'count')
+        time.sleep(0.002)
+print(longest)
+"""
+
+
+def ip(*words: str) -> None:
+    subprocess.run(['ip', *words], check=True)
+
+
+@pytest.fixture
+def other_net() -> Iterator[int]:
+    """A process in a network namespace that a veth joins to a new one of ours."""
+    with contextlib.ExitStack() as stack:
+        old = os.open('/proc/self/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, old)
+        neighbour = subprocess.Popen(['unshare', '-n', 'sh', '-c', 'echo; exec sleep 1000'], stdout=subprocess.PIPE)
+        stack.callback(neighbour.wait)
+        stack.callback(neighbour.kill)
+        assert neighbour.stdout
+        with neighbour.stdout as ready:
+            assert ready.readline()
+        unshare(CLONE_NEWNET)
+        stack.callback(setns, old, CLONE_NEWNET)
+        ip('link', 'set', 'lo', 'up')
+        ip('link', 'add', 'ours', 'type', 'veth', 'peer', 'name', 'theirs', 'netns', str(neighbour.pid))
+        there = ('nsenter', '-t', str(neighbour.pid), '-n')
+        for hosts, name, inside in ((OURS, 'ours', ()), (THEIRS, 'theirs', there)):
+            for host in hosts.values():
+                length = '64' if ':' in host else '24'
+                nodad = ['nodad'] if ':' in host else []
+                subprocess.run([*inside, 'ip', 'address', 'add', f'{host}/{length}', 'dev', name, *nodad], check=True)
+            subprocess.run([*inside, 'ip', 'link', 'set', name, 'up'], check=True)
+        yield neighbour.pid
+
+
+class Talk:
+    """A server in our namespace and a client of it in the other one."""
+
+    def __init__(self, server: 'subprocess.Popen[bytes]', client: 'subprocess.Popen[str]', directory: Path) -> None:
+        self.server, self.client, self._directory = server, client, directory
+
+    @property
+    def count(self) -> int:
+        path = self._directory / 'count'
+        return int(path.read_text()) if path.exists() else 0
+
+    def goes_on(self, rounds: int = 20) -> None:
+        wanted, deadline = self.count + rounds, time.monotonic() + 30
+        while self.count < wanted:
+            assert self.client.poll() is None, 'the client has ended'
+            assert time.monotonic() < deadline, f'{self.count} rounds, not {wanted}'
+            time.sleep(0.01)
+
+    def finish(self) -> float:
+        """The longest pause that the client has seen, without an error."""
+        (self._directory / 'stop').touch()
+        output, _ = self.client.communicate(timeout=30)
+        assert self.client.returncode == 0
+        return float(output)
+
+
+@contextmanager
+def talking(other_net: int, family: int, directory: Path) -> Iterator[Talk]:
+    server = subprocess.Popen([sys.executable, '-I', '-c', SERVER, OURS[family], str(int(family))], cwd=directory,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True)
+    client: subprocess.Popen[str] | None = None
+    try:
+        while f':{PORT} ' not in subprocess.check_output(['ss', '-Hltn'], text=True):
+            time.sleep(0.01)
+        client = subprocess.Popen(['nsenter', '-t', str(other_net), '-n', sys.executable, '-I', '-c', CLIENT,
+                                   OURS[family]], cwd=directory, stdout=subprocess.PIPE, text=True)
+        talk = Talk(server, client, directory)
+        talk.goes_on()
+        yield talk
+    finally:
+        for process in (server, client):
+            if process is not None:
+                process.kill()
+                process.wait()
+                if process.stdout:
+                    process.stdout.close()
+
+
+def features(family: int) -> set[str]:
+    """What ss(8) says of the connection that two ends have agreed on."""
+    host = f'[{OURS[family]}]' if family == socket.AF_INET6 else OURS[family]
+    text = subprocess.check_output(['ss', '-Htine', 'state', 'established', 'src', f'{host}:{PORT}'], text=True)
+    return {word for word in text.split() if word in ('ts', 'sack') or word.startswith(('wscale:', 'mss:'))}
+
+
+def restore(place: Place, image: Path, pid: int) -> 'Callable[[], int]':
+    """Restore the server: kill it and return its exit status."""
+    with DirectWorker() as worker:
+        worker.run(place.request(0, operation='restore', image=image.name))
+
+    def end() -> int:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return end
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    settled.become_subreaper()
+    return Place(tmp_path).make()
+
+
+@pytest.mark.parametrize('family', OURS, ids=['IPv4', 'IPv6'])
+def test_a_client_sees_a_pause(other_net: int, place: Place, tmp_path: Path, family: int) -> None:
+    with talking(other_net, family, tmp_path) as talk:
+        before = features(family)
+        assert {'ts', 'sack'} <= before
+        image = place.checkpoint(talk.server.pid, after='kill', external=['any:keep'])
+        talk.server.wait()
+        assert [name for name in tables() if name.startswith('ckptd-')]
+        count, begun = talk.count, time.monotonic()
+        while time.monotonic() < begun + 1:         # the client sends its request again and again
+            time.sleep(0.05)
+        assert talk.count <= count + 1
+        end = restore(place, image, talk.server.pid)
+        try:
+            assert tables() == []
+            talk.goes_on()
+            assert features(family) == before
+            again = place.checkpoint(talk.server.pid, after='kill', external=['any:keep'])
+            assert end() == -signal.SIGKILL
+            end = restore(place, again, talk.server.pid)
+            talk.goes_on()
+            assert talk.finish() > 1
+        finally:
+            end()
+
+
+def test_after_the_deadline_it_is_reset(other_net: int, place: Place, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_keep, 'PATIENCE', 1)
+    with talking(other_net, socket.AF_INET, tmp_path) as talk:
+        image = place.checkpoint(talk.server.pid, forked=True, after='kill', external=[f'tcp:{THEIRS[socket.AF_INET]}:'
+                                 f'{peer_port()}:keep'])
+        talk.server.wait()
+        deadline = time.monotonic() + 1.5           # of the kernel; the margin of a restart is longer
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+        with DirectWorker() as worker:
+            result = worker.run(place.request(0, operation='check-restore', image=image.name))
+        assert [row for row in result['refusals'] if 'was kept for' in row['reason'] and row['severity'] == 'warning']
+        restore(place, image, talk.server.pid)
+        assert os.waitstatus_to_exitcode(os.waitpid(talk.server.pid, 0)[1]) == 7
+        assert tables() == []
+
+
+def peer_port() -> int:
+    text = subprocess.check_output(['ss', '-Htn', 'state', 'established', f'( sport = :{PORT} )'], text=True)
+    return int(text.split()[-1].rpartition(':')[2])
+
+
+def test_a_checkpoint_that_goes_on_keeps_nothing(other_net: int, place: Place, tmp_path: Path) -> None:
+    with talking(other_net, socket.AF_INET, tmp_path) as talk:
+        place.checkpoint(talk.server.pid, external=['any:keep'])
+        assert tables() == []
+        talk.goes_on()
+        talk.finish()
+
+
+def test_a_worker_that_dies_holds_nothing(other_net: int, place: Place, tmp_path: Path) -> None:
+    """Neither the packets nor the socket."""
+    with talking(other_net, socket.AF_INET, tmp_path) as talk:
+        with DirectWorker(env={'CKPTD_FAULT': 'taken-one=kill'}) as worker, pytest.raises(
+                (AssertionError, ConnectionResetError)):
+            worker.run(place.request(talk.server.pid, after='kill', external=['any:keep']))
+        assert tables() != []
+        recover(Journal(place.runtime))
+        recover(Journal(place.runtime), files=True)
+        assert tables() == []
+        with sockets_of(talk.server.pid) as found:
+            assert [one.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR) for one in found.values()] == [0]
+        talk.goes_on()
+        talk.finish()
