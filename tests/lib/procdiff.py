@@ -12,6 +12,7 @@ change by itself: counters, times, how many of its pages are there. `moving` lea
 
 import contextlib
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,9 +75,54 @@ def differences(before: Picture, after: Picture) -> list[str]:
     return found
 
 
+def merged(picture: Picture) -> Picture:
+    """The picture with neighbouring mappings of one state as one: when the kernel merges them depends on history."""
+    found = Picture({key: value for key, value in picture.rows.items() if not key[1].startswith('maps')})
+    spaces: dict[int, dict[tuple[int, int], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for (pid, source, name), value in picture.rows.items():
+        # a policy keeps mappings apart, and is lost (see procdiff)
+        if source.startswith('maps') and source != 'maps policy':
+            start, end = (int(one, 16) for one in name.split('-'))
+            spaces[pid][start, end][source] = value
+    for pid, space in spaces.items():
+        last: tuple[int, int, dict[str, str]] | None = None
+        for (start, end), rows in sorted(space.items()):
+            if last and last[1] == start and _continues(last, rows):
+                last = last[0], end, {**last[2], **_sum(last[2], rows)}
+                continue
+            _put(found, pid, last)
+            last = start, end, rows
+        _put(found, pid, last)
+    return found
+
+
+def _sum(rows: dict[str, str], others: dict[str, str]) -> dict[str, str]:
+    """What two mappings together have locked."""
+    if 'maps Locked' not in rows:
+        return {}
+    return {'maps Locked': str(int(rows['maps Locked']) + int(others['maps Locked']))}
+
+
+def _put(picture: Picture, pid: int, one: tuple[int, int, dict[str, str]] | None) -> None:
+    if one:
+        for source, value in one[2].items():
+            picture.add(pid, source, f'{one[0]:x}-{one[1]:x}', value)
+
+
+def _continues(last: tuple[int, int, dict[str, str]], rows: dict[str, str]) -> bool:
+    """Whether the second mapping goes on where the first ends, also in its file."""
+    words, others = last[2]['maps'].split(' '), rows['maps'].split(' ')
+    offset = int(others[1], 16) - int(words[1], 16)
+    words[1] = others[1] = ''
+    same = rows.keys() == last[2].keys() and all(
+        last[2][source] == rows[source] for source in rows.keys() - {'maps', 'maps Locked'})
+    return words == others and offset in (0, last[1] - last[0]) and same
+
+
 def changes_of_restart(before: Picture, after: Picture, *, brief: bool = False) -> list[str]:
     """What is not as it was after a restart, but for what no restart brings back. brief: threads may have ended."""
     tasks = whole_tasks(before, after)
+    before, after = merged(before), merged(after)
     expected, found = Picture(), Picture()
     for rows, kept in ((before.rows, expected), (after.rows, found)):
         for (task, source, name), value in rows.items():
