@@ -146,7 +146,8 @@ def test_what_an_option_takes_can_be_sent_on(option: Option) -> None:
     for value in (True, 1, 1.0, 'auto', '/a', 'u', UnixFd(1), b'a', [], ['auto'], [1], (1,), {}, {'a': 1},
                   Variant('u', 1)):
         if option.accepts(value):
-            assert type(value) in (bool, int, str)
+            for one in value if isinstance(value, list) else [value]:
+                assert type(one) in (bool, int, str)
 
 
 def test_a_number_is_no_file_descriptor() -> None:

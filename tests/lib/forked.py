@@ -10,6 +10,22 @@ from collections.abc import Callable, Iterator
 import pytest
 
 
+def _open_files() -> list[int]:
+    found = [int(name) for name in os.listdir('/proc/self/fd')]     # noqa: PTH208
+    return [fd for fd in found if fd > 2 and os.path.lexists(f'/proc/self/fd/{fd}')]
+
+
+# those of pytest itself: a log that it writes to is not as it was when a child is restored
+_PYTESTS_OWN = _open_files()
+
+
+def close_pytests_files() -> None:
+    """For a child: close the files of pytest, but for standard input and output."""
+    for fd in _PYTESTS_OWN:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
 @pytest.fixture
 def forked() -> Iterator[Callable[..., int]]:
     """forked(setup) is the pid of a child that has run setup() and waits; it is killed and reaped after the test."""
@@ -22,6 +38,7 @@ def forked() -> Iterator[Callable[..., int]]:
             if pid == 0:
                 try:
                     os.close(ready)
+                    close_pytests_files()
                     setup()
                     os.write(done, b'!')
                     signal.pause()

@@ -21,6 +21,7 @@ from ckptd.objects.files.tty import MASTER, SLAVE, Tty
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import fork
+from tests.lib.forked import close_pytests_files
 from tests.lib.victim import Victim, kill_session
 from tests.programs.conftest import await_that
 from tests.worker.driver import DirectWorker, Place
@@ -154,6 +155,7 @@ def test_a_file_system_of_its_own(place: Place, instance: Path) -> None:
 
     pid = fork()
     if pid == 0:
+        close_pytests_files()
         os.setsid()
         work()
     links = await_that('it has its terminals', lambda: found if len(found := links_of(pid, instance)) == 4 else None)
