@@ -84,10 +84,14 @@ def _read_filters(tid: int) -> Iterator[Filter]:
         number += 1
 
 
-@cache
 def may_suspend() -> bool:
-    """Whether we may keep filters of a tracee from seeing its calls, and read them. The kernel is asked, with a
-    child."""
+    """Whether we may keep filters of a tracee from seeing its calls, and read them. The kernel is asked once in each
+    process, because a worker of a user has other rights than the process that it was forked from."""
+    return _may_suspend(os.getpid())
+
+
+@cache
+def _may_suspend(_: int) -> bool:
     pid = quiet_fork()
     if pid == 0:
         while True:

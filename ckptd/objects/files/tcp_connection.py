@@ -116,6 +116,8 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
 
     def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
         table = TcpTable()
+        pairs = (self._pairs[end.file.stat.st_ino] for end in ends)
+        table.look_up_holders((own, peer) for own, peer in pairs if (peer, own) not in self._ends)
         for end in ends:
             own, peer = self._pairs[end.file.stat.st_ino]
             if (peer, own) in self._ends:
@@ -128,12 +130,12 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         """Find the other end of a connection that is in no fd table of the tree."""
         inode, other = file.stat.st_ino, table.get(peer, own)
         if other and other.inode:
-            holder = unix.find_holders({other.inode}).get(other.inode)
+            holder = table.holder(other.inode)
             if holder is None and not is_whole:
                 return None     # it may be in flight within the tree, which is checked when the tree is at rest
             return self._outside(file, peer, holder)
         if other and (listener := table.listener(peer)):
-            return self._unaccepted(file, other, listener, peer)
+            return self._unaccepted(file, other, peer, table.holder(listener.inode))
         with file.as_socket() as sock:
             state = tcp_state(sock).state
         if state in (inet.TCP_CLOSE_WAIT, inet.TCP_LAST_ACK) and table.is_local(peer):
@@ -144,8 +146,8 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             return None
         return self._outside(file, peer)
 
-    def _unaccepted(self, file: OpenFile, other: DiagSocket, listener: DiagSocket, peer: Address) -> Finding | None:
-        holder = unix.find_holders({listener.inode}).get(listener.inode)
+    def _unaccepted(self, file: OpenFile, other: DiagSocket, peer: Address, holder: unix.Holder | None
+                    ) -> Finding | None:
         if holder is None or holder.pid not in (self._tables.tasks or ()):
             return self._outside(file, peer, holder)
         self._others[file.stat.st_ino] = WAITING

@@ -2,11 +2,14 @@
 """All TCP sockets of our network namespace, with those that have no fd: they wait to be accepted, or are closed."""
 
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 
 from ckptd.kernel import inet
 from ckptd.kernel.inet import Address
 from ckptd.kernel.inet_diag import DiagSocket, inet_sockets
+from ckptd.kernel.unix import Holder, find_holders
 
 
 def plain(address: Address) -> Address:
@@ -18,22 +21,42 @@ class TcpTable:
     """The sockets, read when they are needed. Addresses are in their IPv4 form where they have one."""
 
     def __init__(self) -> None:
-        self._rows: list[DiagSocket] | None = None
+        self._holders: dict[int, Holder] = {}
 
-    def _all(self) -> list[DiagSocket]:
-        if self._rows is None:
-            self._rows = []
-            with suppress(OSError):
-                self._rows = inet_sockets(socket.IPPROTO_TCP)
-        return self._rows
+    @cached_property
+    def _rows(self) -> list[DiagSocket]:
+        with suppress(OSError):
+            return inet_sockets(socket.IPPROTO_TCP)
+        return []
+
+    @cached_property
+    def _connections(self) -> dict[tuple[Address, Address], DiagSocket]:
+        return {(plain(one.local), plain(one.peer)): one for one in self._rows
+                if one.state not in (inet.TCP_TIME_WAIT, inet.TCP_LISTEN)}
+
+    @cached_property
+    def _listeners(self) -> dict[int, list[DiagSocket]]:
+        found: dict[int, list[DiagSocket]] = {}
+        for one in self._rows:
+            if one.state == inet.TCP_LISTEN:
+                found.setdefault(one.local.port, []).append(one)
+        return found
 
     def get(self, own: Address, peer: Address) -> DiagSocket | None:
-        return next((one for one in self._all() if one.state != inet.TCP_TIME_WAIT
-                     and (plain(one.local), plain(one.peer)) == (own, peer)), None)
+        return self._connections.get((own, peer))
+
+    def look_up_holders(self, pairs: Iterable[tuple[Address, Address]]) -> None:
+        """Find the processes that have the other ends of connections, or their listeners, all at once."""
+        rows = (row for own, peer in pairs for row in (self.get(peer, own), self.listener(peer)))
+        self._holders = find_holders({row.inode for row in rows if row and row.inode})
+
+    def holder(self, inode: int) -> Holder | None:
+        """Return a process that has a socket, of those that were looked up."""
+        return self._holders.get(inode)
 
     def listener(self, address: Address) -> DiagSocket | None:
         """Return the listener that has an address, if a connection to it waits to be accepted."""
-        found = [one for one in self._all() if one.state == inet.TCP_LISTEN and one.local.port == address.port]
+        found = self._listeners.get(address.port, [])
         exact = [one for one in found if one.local.plain == address.plain]
         return next(iter(exact or [one for one in found if one.local.host in ('0.0.0.0', '::')]), None)
 
