@@ -122,7 +122,12 @@ def program(tmp_path: Path) -> Iterator[Callable[..., 'subprocess.Popen[bytes]']
 
     yield start
     for process in running:
-        kill_session(process.pid)
+        # a server may replace a worker that is killed before it is
+        deadline = time.monotonic() + 10
+        while session_members(process.pid) and time.monotonic() < deadline:
+            kill_session(process.pid)
+            process.poll()
+            settled.reap_orphans()
         process.wait()
 
 

@@ -46,7 +46,7 @@ def talk(directory: Path, restored: Restored | None = None) -> Iterator[Callable
         yield use
 
 
-def said(fd: int, seconds: float = 60) -> int:
+def said(fd: int, seconds: float = 100) -> int:
     assert select.select([fd], [], [], seconds)[0], 'no answer'
     line = os.read(fd, 8192).decode()
     assert line.strip().isdecimal(), line
