@@ -2,28 +2,24 @@
 """A child to look at."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 
-def _open_files() -> list[int]:
-    found = [int(name) for name in os.listdir('/proc/self/fd')]     # noqa: PTH208
-    return [fd for fd in found if fd > 2 and os.path.lexists(f'/proc/self/fd/{fd}')]
-
-
-# those of pytest itself: a log that it writes to is not as it was when a child is restored
-_PYTESTS_OWN = _open_files()
-
-
 def close_pytests_files() -> None:
-    """For a child: close the files of pytest, but for standard input and output."""
-    for fd in _PYTESTS_OWN:
+    """For a child: close files that are open for writing and do not belong to a test, such as a log that pytest writes
+    to. It would not be as it was when the child is restored."""
+    for name in os.listdir('/proc/self/fd'):    # noqa: PTH208
         with contextlib.suppress(OSError):
-            os.close(fd)
+            link, flags = os.readlink(f'/proc/self/fd/{name}'), fcntl.fcntl(int(name), fcntl.F_GETFL)   # noqa: PTH115
+            if int(name) > 2 and Path(link).is_file() and flags & os.O_ACCMODE and 'pytest-of-' not in link:
+                os.close(int(name))
 
 
 @pytest.fixture
