@@ -3,8 +3,8 @@
 
 import os
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 import msgspec
@@ -53,29 +53,38 @@ class WalkQueues(Step, frozen=True):
         """Restore the old offsets of the sockets. A process that has exited, or has closed its socket, is skipped."""
         offsets = {one.inode: one.offset for one in self.offsets}
         for holder in self.holders:
-            with suppress(ProcessLookupError):
-                _set_below(holder, offsets)
+            with suppress(ProcessLookupError), socket_of(holder) as held:
+                if held:
+                    _set_below(held, offsets)
 
 
-def _set_below(holder: HeldSocket, offsets: dict[int, int]) -> None:
+@contextmanager
+def socket_of(holder: HeldSocket) -> Iterator[socket.socket | None]:
+    """Provide a held socket; None if the process has closed it. ProcessLookupError if it has exited."""
     pidfd = open_process(holder.pid, holder.start_time)
     try:
         fd = pidfd_getfd(pidfd, holder.fd)
     except OSError as error:
         if isinstance(error, PermissionError):
             raise
-        return      # EBADF: closed meanwhile
+        yield None      # EBADF: closed meanwhile
+        return
     finally:
         os.close(pidfd)
     try:
-        held = socket.socket(fileno=fd)
+        sock = socket.socket(fileno=fd)
     except OSError:     # ENOTSOCK: the fd belongs to another file now
         os.close(fd)
+        yield None
         return
-    with held:
-        for one in sockets_below(held, offsets):
-            offset = offsets[os.fstat(one.fileno()).st_ino]
-            if one.family != socket.AF_UNIX and one.type == socket.SOCK_STREAM:
-                set_peek_offset(one, offset)
-            else:
-                one.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
+    with sock:
+        yield sock
+
+
+def _set_below(held: socket.socket, offsets: dict[int, int]) -> None:
+    for one in sockets_below(held, offsets):
+        offset = offsets[os.fstat(one.fileno()).st_ino]
+        if one.family != socket.AF_UNIX and one.type == socket.SOCK_STREAM:
+            set_peek_offset(one, offset)
+        else:
+            one.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)

@@ -21,7 +21,8 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel import multicast, unix
 from ckptd.kernel.inet import TCP_TIME_WAIT, Address, local_address, netns_cookie, sockaddr
 from ckptd.kernel.inet_diag import inet_sockets
-from ckptd.objects.files.base import Endpoint, FileEnd, FileLookup, OpenFile, finding
+from ckptd.objects.files.base import Endpoint, FileEnd, FileLookup, OpenFile, RestoreContext, finding
+from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.inet_options import InetOptions, dump_inet_options, set_inet_options, settle_options
 from ckptd.objects.files.options import dump_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter
@@ -234,6 +235,30 @@ def join_groups(sock: socket.socket, record: InetSocket, link: str) -> None:
             number = error.errno if isinstance(error, OSError) and error.errno else errno.EBADMSG
             raise CkptError(f'{link}: cannot join the group {one.address} on {one.interface}: {error}', errno=number,
                             resource=link, hint='restore it where that interface exists') from error
+
+
+def make_datagram_socket(record: InetSocket, peer: Sequence[InetAddress], saved: SavedFile, ctx: RestoreContext
+                         ) -> socket.socket:
+    """Make a socket with its address, groups, peer and owner. OSError, CkptError."""
+    with rights(ctx):
+        sock = make_socket(record, saved.link)
+        try:
+            bind_socket(sock, record, saved.link)
+            join_groups(sock, record, saved.link)
+            connect_socket(sock, record, peer)
+            settle(sock, record, saved.link)
+            set_owner(sock.fileno(), saved.mode, record.uid, record.gid, ctx)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+def datagram_findings(record: InetSocket, peer: Sequence[InetAddress], saved: SavedFile, lookup: FileLookup
+                      ) -> list[Finding]:
+    """List the reasons why a restart cannot make such a socket."""
+    return [*owner_findings(saved.link, record.uid, record.gid, lookup),
+            *probe(record, saved, lookup, lambda sock: connect_socket(sock, record, peer))]
 
 
 def settle(sock: socket.socket, record: InetSocket, link: str) -> None:

@@ -11,22 +11,16 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel import unix
 from ckptd.kernel.inet import peer_address, raw_peers
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.inet import (
     InetAddress,
     InetSocket,
-    bind_socket,
-    connect_socket,
+    datagram_findings,
     dump_socket,
     foreign_findings,
     has_error,
-    join_groups,
     keep_address,
-    make_socket,
-    probe,
+    make_datagram_socket,
     require_dumpable,
-    rights,
-    settle,
     shut_down,
     socket_type,
 )
@@ -71,19 +65,10 @@ class RawKind(Kind[RawSocket], tag='raw'):
     # ------------------------------------------------------------ restart
 
     def restart_findings(self, record: RawSocket, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        one = record.socket
-        return [*owner_findings(saved.link, one.uid, one.gid, lookup),
-                *probe(one, saved, lookup, lambda sock: connect_socket(sock, one, record.peer))]
+        return datagram_findings(record.socket, record.peer, saved, lookup)
 
     def create(self, record: RawSocket, saved: SavedFile, ctx: RestoreContext) -> int:
-        one = record.socket
-        with rights(ctx), make_socket(one, saved.link) as sock:
-            bind_socket(sock, one, saved.link)
-            join_groups(sock, one, saved.link)
-            connect_socket(sock, one, record.peer)
-            settle(sock, one, saved.link)
-            set_owner(sock.fileno(), saved.mode, one.uid, one.gid, ctx)
-            return sock.detach()
+        return make_datagram_socket(record.socket, record.peer, saved, ctx).detach()
 
     def connect(self, record: RawSocket, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         with socket.socket(fileno=os.dup(fd)) as sock:

@@ -23,23 +23,17 @@ from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.inet import Address, local_address, peer_address, sockaddr
 from ckptd.kernel.sockopt import SO_PEEK_OFF
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.inet import (
     InetAddress,
     InetSocket,
-    bind_socket,
-    connect_socket,
+    datagram_findings,
     dump_socket,
     foreign_findings,
     given_address,
     has_error,
-    join_groups,
     keep_address,
-    make_socket,
-    probe,
+    make_datagram_socket,
     require_dumpable,
-    rights,
-    settle,
     shared_ports,
     shut_down,
     socket_type,
@@ -153,18 +147,10 @@ class UdpKind(Kind[UdpSocket], tag='udp'):
     # ------------------------------------------------------------ restart
 
     def restart_findings(self, record: UdpSocket, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        one = record.socket
-        return [*owner_findings(saved.link, one.uid, one.gid, lookup),
-                *probe(one, saved, lookup, lambda sock: connect_socket(sock, one, record.peer))]
+        return datagram_findings(record.socket, record.peer, saved, lookup)
 
     def create(self, record: UdpSocket, saved: SavedFile, ctx: RestoreContext) -> int:
-        one = record.socket
-        with rights(ctx), make_socket(one, saved.link) as sock:
-            bind_socket(sock, one, saved.link)
-            join_groups(sock, one, saved.link)
-            connect_socket(sock, one, record.peer)
-            settle(sock, one, saved.link)
-            set_owner(sock.fileno(), saved.mode, one.uid, one.gid, ctx)
+        with make_datagram_socket(record.socket, record.peer, saved, ctx) as sock:
             own = local_address(sock)
             ctx.once(('udp', own.plain, own.port), lambda: os.dup(sock.fileno()))
             return sock.detach()
