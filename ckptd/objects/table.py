@@ -9,12 +9,11 @@ Each section of the page that TABLES names has one table.
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from types import ModuleType
 
 from ckptd.objects import attributes, files, mappings, namespaces
+from ckptd.objects.modules import modules_of
 from ckptd.objects.support import Support
 
 # the package of the objects, by section of the page
@@ -26,13 +25,8 @@ _TABLE = r'(^## {}\n(?:(?!## |\|).*\n)*)(?:\|.*\n)+'
 
 def rows(package: ModuleType) -> list[Support]:
     """Return the rows of a package: those of its classes, and SUPPORT of modules without one. Each row once."""
-    found = {row: None for module in _modules(package) for row in _rows_of(module)}
+    found = {row: None for module in modules_of(package) for row in _rows_of(module)}
     return sorted(found, key=lambda row: row.what.lower())
-
-
-def _modules(package: ModuleType) -> Iterator[ModuleType]:
-    for module in iter_modules(package.__path__):
-        yield import_module(f'{package.__name__}.{module.name}')
 
 
 def _rows_of(module: ModuleType) -> Iterator[Support]:

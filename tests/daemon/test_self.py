@@ -19,7 +19,7 @@ from ckptd.errors import Unavailable
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import verify
-from ckptd.objects.files.unix import UnixSocketEnd
+from ckptd.objects.files.unix.socket import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.bus import ROOT, PrivateBus
 from tests.lib.victim import kill_session

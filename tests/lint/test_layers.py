@@ -119,8 +119,8 @@ COMMON = {
 @pytest.mark.parametrize('package', sorted(COMMON))
 def test_no_object_is_named_outside_its_package(package: str) -> None:
     common, folder = COMMON[package], PACKAGE / 'objects' / package
-    kinds = {module_name(path) for path in folder.glob('*.py') if path.stem not in common}
-    named = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES if path.parent != folder
+    kinds = {module_name(path) for path in folder.rglob('*.py') if path.parent != folder or path.stem not in common}
+    named = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES if folder not in path.parents
              for line, name in imports_of(path) if name in kinds]
     assert not named
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.objects import attributes, files, mappings, namespaces, table
+from ckptd.objects.modules import modules_of
 from ckptd.objects.support import Support
 from tests.lib.shown import SHOWN, objects
 from tests.lib.victim import names
@@ -17,7 +18,7 @@ PAGE = ROOT / 'docs' / 'ckptd-objects.7.md'
 
 def rows_of_modules() -> dict[str, Support]:
     return {f'SUPPORT of {module.__name__.rpartition(".")[2]}': module.SUPPORT
-            for package in (files, attributes, mappings, namespaces) for module in table._modules(package)
+            for package in (files, attributes, mappings, namespaces) for module in modules_of(package)
             if hasattr(module, 'SUPPORT')}
 
 

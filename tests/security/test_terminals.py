@@ -9,7 +9,7 @@ from ckptd.errors import Busy, PermissionDenied
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SavedFile
 from ckptd.journal.steps import TakeFromTerminal
-from ckptd.objects.files.tty import MASTER, Tty
+from ckptd.objects.files.terminal.tty import MASTER, Tty
 from ckptd.protocol.broker_calls import NoteTaken
 from tests.lib.bus import Served
 from tests.security.attacker import Attacker

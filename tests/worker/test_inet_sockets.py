@@ -22,11 +22,11 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.inet import Address, raw_peers
 from ckptd.kernel.pidfd import pidfd_getfd, pidfd_open
-from ckptd.objects.files.inet import InetAddress, MulticastGroup
-from ckptd.objects.files.inet_options import TABLE, LevelOption, Name, _fresh, _read_all
+from ckptd.objects.files.inet.options import TABLE, LevelOption, Name, _fresh, _read_all
+from ckptd.objects.files.inet.socket import InetAddress, MulticastGroup
+from ckptd.objects.files.inet.udp import UdpSocket
 from ckptd.objects.files.options import SocketOption, read_options
-from ckptd.objects.files.tcp import TcpSocket
-from ckptd.objects.files.udp import UdpSocket
+from ckptd.objects.files.tcp.socket import TcpSocket
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood

@@ -22,8 +22,8 @@ from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
 from ckptd.kernel.inet_diag import inet_sockets
 from ckptd.kernel.tcp import TCP_REPAIR
-from ckptd.objects.files.inet import InetAddress
-from ckptd.objects.files.tcp_record import TcpConnection
+from ckptd.objects.files.inet.socket import InetAddress
+from ckptd.objects.files.tcp.record import TcpConnection
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood

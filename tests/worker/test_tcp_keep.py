@@ -19,7 +19,7 @@ from ckptd.journal.store import Journal
 from ckptd.kernel.nftables import tables
 from ckptd.kernel.tcp import TCP_REPAIR
 from ckptd.kernel.timens import setns, unshare
-from ckptd.objects.files import tcp_keep
+from ckptd.objects.files.tcp import keep
 from tests.lib import settled
 from tests.worker.driver import DirectWorker, Place
 from tests.worker.test_inet_sockets import sockets_of
@@ -196,7 +196,7 @@ def test_a_client_sees_a_pause(other_net: int, place: Place, tmp_path: Path, fam
 
 def test_after_the_deadline_it_is_reset(other_net: int, place: Place, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp_keep, 'PATIENCE', 1)
+    monkeypatch.setattr(keep, 'PATIENCE', 1)
     with talking(other_net, socket.AF_INET, tmp_path) as talk:
         image = place.checkpoint(talk.server.pid, forked=True, after='kill', external=[f'tcp:{THEIRS[socket.AF_INET]}:'
                                  f'{peer_port()}:keep'])

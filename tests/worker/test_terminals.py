@@ -16,8 +16,8 @@ from ckptd.errors import Busy, CkptError
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import SavedFile
 from ckptd.kernel import tty
-from ckptd.objects.files.terminal import Unread
-from ckptd.objects.files.tty import MASTER, SLAVE, Tty
+from ckptd.objects.files.terminal.state import Unread
+from ckptd.objects.files.terminal.tty import MASTER, SLAVE, Tty
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import fork

@@ -14,8 +14,8 @@ import pytest
 
 from ckptd.errors import CkptError
 from ckptd.image.records import SavedFile
-from ckptd.objects.files.unix_names import SocketName
-from ckptd.objects.files.unix_record import UnixSocketEnd
+from ckptd.objects.files.unix.names import SocketName
+from ckptd.objects.files.unix.record import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood

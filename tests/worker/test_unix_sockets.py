@@ -16,7 +16,7 @@ from ckptd.errors import CkptError, Finding, Refused, TreeChanged
 from ckptd.image.records import SavedFile
 from ckptd.kernel.unix import peer_groups
 from ckptd.objects.files.socket_filter import SocketFilter
-from ckptd.objects.files.unix_record import UnixSocketEnd
+from ckptd.objects.files.unix.record import UnixSocketEnd
 from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood

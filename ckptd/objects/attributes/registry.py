@@ -4,20 +4,18 @@
 A new attribute is a new file, or a few lines in prctl.py. Nothing else changes.
 """
 
-import importlib
-import pkgutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import ckptd.objects.attributes
 from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.grammar import Record, Struct
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import TaskAttribute
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.status import Status
+from ckptd.objects import attributes
 from ckptd.objects.attributes.base import (
     Attribute,
     DumpedTask,
@@ -28,6 +26,7 @@ from ckptd.objects.attributes.base import (
     Stage,
     about,
 )
+from ckptd.objects.modules import modules_of
 from ckptd.remote.batch import Batch, Results
 from ckptd.remote.interleave import Steps
 from ckptd.tree import Task
@@ -43,9 +42,7 @@ def _named(cls: type[Attribute[Any, Any]]) -> Iterator[Attribute[Any, Any]]:
 
 
 def _discover() -> tuple[Attribute[Any, Any], ...]:
-    for module in pkgutil.iter_modules(ckptd.objects.attributes.__path__):
-        if module.name != 'registry':
-            importlib.import_module(f'ckptd.objects.attributes.{module.name}')
+    modules_of(attributes)
     found = list(_named(Attribute))  # type: ignore[type-abstract]
     names = [one.name for one in found]
     if len(set(names)) != len(names):

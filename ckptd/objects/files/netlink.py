@@ -12,7 +12,7 @@ from ckptd.kernel import netlink_options as netlink
 from ckptd.kernel import unix
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.inet import foreign_findings, has_error, require_dumpable, rights, socket_type
+from ckptd.objects.files.inet.socket import foreign_findings, has_error, require_dumpable, rights, socket_type
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.support import Support

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All kinds: every subclass of Kind in a module of this package. A new kind is a new file, and nothing else changes."""
+"""All kinds: every subclass of Kind in a module below this package. A new kind is a new file: nothing else changes."""
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, Self
 
-import ckptd.objects.files
+from ckptd.objects import files
 from ckptd.objects.files.base import Kind, OpenFile
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import Unsupported
+from ckptd.objects.modules import modules_of
 
 
 def _discover() -> tuple[type[Kind[Any]], ...]:
-    for module in pkgutil.iter_modules(ckptd.objects.files.__path__):
-        if module.name != 'registry':
-            importlib.import_module(f'ckptd.objects.files.{module.name}')
+    modules_of(files)
     kinds = [cls for cls in Kind.__subclasses__() if cls is not Unsupported]
     tags = [kind.tag for kind in kinds]
     if len(set(tags)) != len(tags):

@@ -14,7 +14,7 @@ from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.locks import EOF, LEASE, POSIX, TO_NONE, TO_READ, Lock
 from ckptd.objects.files.other_names import is_link
 from ckptd.objects.files.socket_filter import SocketFilter
-from ckptd.objects.files.terminal import TerminalState
+from ckptd.objects.files.terminal.state import TerminalState
 
 _MAX_CAPACITY = (1 << 31) - 1       # of a pipe: fs/pipe.c, round_pipe_size
 _MAX_PTS = (1 << 20) - 1           # of a pseudo-terminal: drivers/tty/pty.c, NR_UNIX98_PTY_MAX

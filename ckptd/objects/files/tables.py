@@ -16,7 +16,7 @@ from ckptd.objects.files.open_file import OpenFile
 from ckptd.objects.files.watched import Neighbourhood, paths_by_handle
 
 if TYPE_CHECKING:
-    from ckptd.objects.files.inet import SocketType
+    from ckptd.objects.files.inet.socket import SocketType
 
 
 def _watched_paths(file: OpenFile, tid: int) -> Mapping[int, str]:

@@ -2,18 +2,16 @@
 """All kinds: every subclass of MappingKind or RegionKind in a module of this package. A new kind is a new file, and
 nothing else changes."""
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-import ckptd.objects.mappings
 from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.grammar import Record
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import FILE_PRIVATE, SHARED_MEMORY, Mm, PageRun, SharedMemory, Vma
 from ckptd.kernel.maps import Mapping
+from ckptd.objects import mappings
 from ckptd.objects.attributes.base import about
 from ckptd.objects.files.base import FileLookup, Needs
 from ckptd.objects.mappings import seals
@@ -29,6 +27,7 @@ from ckptd.objects.mappings.base import (
 )
 from ckptd.objects.mappings.shared_memory import SharedMemoryKind
 from ckptd.objects.mappings.special import special_memory
+from ckptd.objects.modules import modules_of
 from ckptd.remote.script import Script
 
 K = TypeVar('K')
@@ -43,9 +42,7 @@ def _kinds_of(cls: type[K]) -> Iterator[type[K]]:
 
 
 def _discover(cls: type[K]) -> tuple[type[K], ...]:
-    for module in pkgutil.iter_modules(ckptd.objects.mappings.__path__):
-        if module.name != 'registry':
-            importlib.import_module(f'ckptd.objects.mappings.{module.name}')
+    modules_of(mappings)
     return tuple(sorted(_kinds_of(cls), key=lambda one: one.__name__))
 
 

@@ -2,14 +2,11 @@
 """All kinds: every subclass of NamespaceKind with a name, in a module of this package. A new kind is a new file, and
 nothing else changes."""
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-import ckptd.objects.namespaces
 from ckptd.errors import Finding
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Namespace, NamespaceHolder, Namespaces
@@ -18,6 +15,8 @@ from ckptd.kernel.nsfs import NamespaceId, machine_namespaces, read_namespace_id
 from ckptd.kernel.pidfd import held
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import boot_id, pids, read_namespaces
+from ckptd.objects import namespaces
+from ckptd.objects.modules import modules_of
 from ckptd.objects.namespaces.base import FOR_CHILDREN, BirthNamespaces, NamespaceKind
 from ckptd.objects.namespaces.other import OtherNamespace
 from ckptd.objects.namespaces.pid import may_choose_pids
@@ -26,9 +25,7 @@ from ckptd.tree import Task
 
 
 def _discover() -> tuple[NamespaceKind, ...]:
-    for module in pkgutil.iter_modules(ckptd.objects.namespaces.__path__):
-        if module.name != 'registry':
-            importlib.import_module(f'ckptd.objects.namespaces.{module.name}')
+    modules_of(namespaces)
     found = [cls() for cls in NamespaceKind.__subclasses__() if cls.name]
     return tuple(sorted(found, key=lambda one: (not one.is_first, one.name)))
 

@@ -18,7 +18,7 @@ from ckptd.objects.files.directory import Directory
 from ckptd.objects.files.locks import EOF, FLOCK, LEASE, OFD, POSIX, Lock, parse_lock
 from ckptd.objects.files.memfd import Memfd
 from ckptd.objects.files.regular import Regular
-from ckptd.objects.files.tty import REFERENCE, Tty, is_tty
+from ckptd.objects.files.terminal.tty import REFERENCE, Tty, is_tty
 from tests.lib.brood import Brood
 from tests.live.kinds.conftest import Bulk, Restart, kind_of, saved_of
 

@@ -14,8 +14,8 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel.netlink import unix_sockets
 from ckptd.kernel.unix import clients_beside
 from ckptd.objects.files.base import OpenFile, read_open_file
-from ckptd.objects.files.unix_messages import Sender, UnixMessage
-from ckptd.objects.files.unix_record import UnixSocketEnd
+from ckptd.objects.files.unix.messages import Sender, UnixMessage
+from ckptd.objects.files.unix.record import UnixSocketEnd
 from tests.live.kinds.conftest import Bulk, Restart, kind_of, saved_of
 
 OPEN = Path('/proc/self/fd')

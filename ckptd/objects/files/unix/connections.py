@@ -14,8 +14,8 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel import unix_queue
 from ckptd.kernel.unix import encode_address, peer_credentials, peer_groups
 from ckptd.objects.files.base import Content, Maker, RestoreContext
-from ckptd.objects.files.unix_messages import NOBODY, Sender, dump_message, dump_sender, send_all
-from ckptd.objects.files.unix_names import (
+from ckptd.objects.files.unix.messages import NOBODY, Sender, dump_message, dump_sender, send_all
+from ckptd.objects.files.unix.names import (
     NO_NAME,
     SocketName,
     bind_again,
@@ -24,7 +24,7 @@ from ckptd.objects.files.unix_names import (
     file_of,
     sender_named,
 )
-from ckptd.objects.files.unix_record import THIS_END, UnixSocketEnd, WaitingClient
+from ckptd.objects.files.unix.record import THIS_END, UnixSocketEnd, WaitingClient
 
 Ids = tuple[Sender, Sequence[int]]      # a process, and its groups
 _SOME = 64      # a backlog, while a restart accepts its own connections

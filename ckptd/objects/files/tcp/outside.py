@@ -10,9 +10,9 @@ from ckptd.external import Action
 from ckptd.kernel import inet, unix
 from ckptd.kernel.inet import STATES, Address, local_address, peer_address, tcp_state
 from ckptd.objects.files.base import OpenFile, finding
-from ckptd.objects.files.inet import has_error
-from ckptd.objects.files.tcp_keep import PATIENCE
-from ckptd.objects.files.tcp_table import plain
+from ckptd.objects.files.inet.socket import has_error
+from ckptd.objects.files.tcp.keep import PATIENCE
+from ckptd.objects.files.tcp.table import plain
 
 OF_OUR_OWN_FIN = (inet.TCP_FIN_WAIT1, inet.TCP_CLOSING, inet.TCP_LAST_ACK, inet.TCP_FIN_WAIT2)
 _SUPPORTED = (inet.TCP_ESTABLISHED, inet.TCP_CLOSE_WAIT, inet.TCP_CLOSE, *OF_OUR_OWN_FIN)

@@ -28,7 +28,7 @@ from ckptd.kernel.nftables import TcpEnds, drop_connections, remove_table, table
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.task import boot_id
 from ckptd.objects.files.base import Content, OpenFile, RestoreContext
-from ckptd.objects.files.tcp_handshake import bound
+from ckptd.objects.files.tcp.handshake import bound
 
 PATIENCE = 900          # seconds: as long as a peer with unanswered packets waits (tcp_retries2 of tcp(7))
 _TABLE = 'ckptd-'

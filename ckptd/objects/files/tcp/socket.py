@@ -26,7 +26,7 @@ from ckptd.kernel.inet import (
 from ckptd.kernel.sockopt import read_option
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.inet import (
+from ckptd.objects.files.inet.socket import (
     InetSocket,
     bind_socket,
     dump_socket,

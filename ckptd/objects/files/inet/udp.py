@@ -23,7 +23,7 @@ from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.inet import Address, local_address, peer_address, sockaddr
 from ckptd.kernel.sockopt import SO_PEEK_OFF
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.inet import (
+from ckptd.objects.files.inet.socket import (
     InetAddress,
     InetSocket,
     datagram_findings,

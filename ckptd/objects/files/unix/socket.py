@@ -33,11 +33,11 @@ from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.unix_connections import connect_waiting, fill, listen, make_socket, take_clients
-from ckptd.objects.files.unix_messages import NOBODY, Sender, dump_message, dump_sender
-from ckptd.objects.files.unix_names import NO_NAME, SocketName, connect_to, dump_name, name_findings, name_refusals
-from ckptd.objects.files.unix_outside import action_for, outside_findings, reconnect, reconnect_findings
-from ckptd.objects.files.unix_record import BOTH_WAYS, ONE_WAY, OTHER_END, THIS_END, UnixSocketEnd, WaitingClient
+from ckptd.objects.files.unix.connections import connect_waiting, fill, listen, make_socket, take_clients
+from ckptd.objects.files.unix.messages import NOBODY, Sender, dump_message, dump_sender
+from ckptd.objects.files.unix.names import NO_NAME, SocketName, connect_to, dump_name, name_findings, name_refusals
+from ckptd.objects.files.unix.outside import action_for, outside_findings, reconnect, reconnect_findings
+from ckptd.objects.files.unix.record import BOTH_WAYS, ONE_WAY, OTHER_END, THIS_END, UnixSocketEnd, WaitingClient
 from ckptd.objects.files.unsupported import describe
 from ckptd.objects.support import Support
 

@@ -23,7 +23,7 @@ from ckptd.kernel.inet import TCP_TIME_WAIT, Address, local_address, netns_cooki
 from ckptd.kernel.inet_diag import inet_sockets
 from ckptd.objects.files.base import Endpoint, FileEnd, FileLookup, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.inet_options import InetOptions, dump_inet_options, set_inet_options, settle_options
+from ckptd.objects.files.inet.options import InetOptions, dump_inet_options, set_inet_options, settle_options
 from ckptd.objects.files.options import dump_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter
 from ckptd.objects.files.tables import JobTables

@@ -28,7 +28,8 @@ from ckptd.kernel.inet import Address, last_packet, local_address, peer_address,
 from ckptd.kernel.inet_diag import DiagSocket
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.inet import (
+from ckptd.objects.files.inet.options import set_inet_options
+from ckptd.objects.files.inet.socket import (
     dump_socket,
     foreign_findings,
     given_address,
@@ -41,14 +42,12 @@ from ckptd.objects.files.inet import (
     shut_down,
     socket_type,
 )
-from ckptd.objects.files.inet_options import set_inet_options
 from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.tcp import feature_findings, is_connection
-from ckptd.objects.files.tcp_handshake import bound, connect_pair, connect_to, send_all, wait_until_sent
-from ckptd.objects.files.tcp_keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
-from ckptd.objects.files.tcp_outside import OF_OUR_OWN_FIN, connection_findings, kept_finding, outside_finding
-from ckptd.objects.files.tcp_record import (
+from ckptd.objects.files.tcp.handshake import bound, connect_pair, connect_to, send_all, wait_until_sent
+from ckptd.objects.files.tcp.keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
+from ckptd.objects.files.tcp.outside import OF_OUR_OWN_FIN, connection_findings, kept_finding, outside_finding
+from ckptd.objects.files.tcp.record import (
     CLOSED,
     INSIDE,
     RESET,
@@ -61,7 +60,8 @@ from ckptd.objects.files.tcp_record import (
     lost,
     tcp_end,
 )
-from ckptd.objects.files.tcp_table import TcpTable, plain
+from ckptd.objects.files.tcp.socket import feature_findings, is_connection
+from ckptd.objects.files.tcp.table import TcpTable, plain
 from ckptd.objects.support import Support
 
 _PATIENCE = 1.0                         # seconds in which the kernel delivers what is on its way

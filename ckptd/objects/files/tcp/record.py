@@ -8,9 +8,9 @@ from ckptd.errors import ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent
 from ckptd.kernel.inet import Address
-from ckptd.objects.files.inet import InetAddress, InetSocket, given_address
-from ckptd.objects.files.tcp_keep import KeptConnection
-from ckptd.objects.files.tcp_table import plain
+from ckptd.objects.files.inet.socket import InetAddress, InetSocket, given_address
+from ckptd.objects.files.tcp.keep import KeptConnection
+from ckptd.objects.files.tcp.table import plain
 
 # the other end
 # in the tree; closed; waits in the tree to be accepted; outside of the tree, where a policy resets the connection

@@ -4,8 +4,8 @@
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.objects.files.options import SocketOption
 from ckptd.objects.files.socket_filter import NO_FILTER, SocketFilter
-from ckptd.objects.files.unix_messages import NOBODY, Sender, UnixMessage
-from ckptd.objects.files.unix_names import NO_NAME, SocketName
+from ckptd.objects.files.unix.messages import NOBODY, Sender, UnixMessage
+from ckptd.objects.files.unix.names import NO_NAME, SocketName
 
 ONE_WAY, BOTH_WAYS = 1, 2       # of UnixSocketEnd.joined
 THIS_END, OTHER_END = 1, 2      # of UnixSocketEnd.accepted

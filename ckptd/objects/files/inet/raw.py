@@ -11,7 +11,7 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel import unix
 from ckptd.kernel.inet import peer_address, raw_peers
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.inet import (
+from ckptd.objects.files.inet.socket import (
     InetAddress,
     InetSocket,
     datagram_findings,

@@ -45,7 +45,7 @@ from ckptd.objects.files.base import (
 )
 from ckptd.objects.files.device import is_device, open_device
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.terminal import (
+from ckptd.objects.files.terminal.state import (
     CLOSED,
     NEVER_OPENED,
     OPEN,

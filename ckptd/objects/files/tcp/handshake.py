@@ -13,7 +13,7 @@ from ckptd.errors import CkptError
 from ckptd.kernel.inet import Address, address_of, sockaddr
 from ckptd.kernel.sockopt import SO_BUF_LOCK
 from ckptd.kernel.tcp import Stream, unsent
-from ckptd.objects.files.inet import not_bound
+from ckptd.objects.files.inet.socket import not_bound
 from ckptd.objects.files.options import buffer_locks, set_buffer
 
 End = tuple[int, Address]       # family, address

@@ -14,9 +14,9 @@ from ckptd.kernel.task import read_cgroup2
 from ckptd.kernel.unix import Holder, encode_address
 from ckptd.objects.files.base import FileEnd, FileLookup, Maker, RestoreContext, finding
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.unix_connections import not_blocking
-from ckptd.objects.files.unix_names import connect_to_path, identity
-from ckptd.objects.files.unix_record import UnixSocketEnd
+from ckptd.objects.files.unix.connections import not_blocking
+from ckptd.objects.files.unix.names import connect_to_path, identity
+from ckptd.objects.files.unix.record import UnixSocketEnd
 from ckptd.objects.files.unsupported import describe
 
 # servers that remember nothing of their clients: systemd-journald(8), syslog(3), sd_notify(3)
