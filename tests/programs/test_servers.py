@@ -17,8 +17,11 @@ from tests.programs.conftest import WORK, Restored, Standalone
 from tests.programs.test_programs import Program
 
 pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'root'), pytest.mark.timeout(240)]
-OF_OTHERS = ('java', 'memcached', 'mosquitto', 'nginx', 'node', 'postgres', 'redis')
-SERVERS = ['asyncio', 'multiprocessing', *(pytest.param(name, marks=pytest.mark.needs(name)) for name in OF_OTHERS)]
+# of work/served, by what the gate calls the program
+OF_OTHERS = {'java': 'web.Java', 'memcached': 'databases.Memcached', 'mosquitto': 'databases.Mosquitto',
+             'nginx': 'web.Nginx', 'node': 'web.Node', 'postgres': 'databases.Postgres', 'redis': 'databases.Redis'}
+SERVERS = [*(pytest.param(name, id=name) for name in ('python.Asyncio', 'python.Manager')),
+           *(pytest.param(name, id=program, marks=pytest.mark.needs(program)) for program, name in OF_OTHERS.items())]
 
 
 def free_port() -> int:
@@ -57,7 +60,7 @@ def said(fd: int, seconds: float = 100) -> int:
 def test_server_with_its_client(program: Program, standalone: Standalone, tmp_path: Path, name: str) -> None:
     for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         directory.chmod(0o711)      # for a server that runs as another user
-    process = program(sys.executable, '-I', WORK / 'served.py', name, str(free_port()))
+    process = program(sys.executable, '-I', WORK / 'served', name, str(free_port()))
     wait_for(tmp_path / 'answer')
     with talk(tmp_path) as use:
         assert use() == 1
