@@ -129,10 +129,10 @@ class Copier:
             self.data.pwrite(view, offset)
             offset += len(view)
 
-    def copy_file(self, fd: int, size: int) -> list[PageRun]:
-        """Copy the data of a file or shared object, without its holes. Return the runs of whole pages, by byte
-        offset."""
-        ranges = list(_page_ranges(fd, size))
+    def copy_file(self, fd: int, size: int, ranges: Iterable[Range] | None = None) -> list[PageRun]:
+        """Copy the data of a file or shared object, without its holes, or only these ranges of whole pages. Return the
+        runs of whole pages, by byte offset."""
+        ranges = list(_page_ranges(fd, size) if ranges is None else ranges)
         extent = self.data.reserve(sum(end - start for start, end in ranges))
         offset = extent.offset
         for chunk in _chunks(ranges):

@@ -23,7 +23,7 @@ def vma_record(mm_id: int, tid: int, mapping: Mapping, kinds: MappingKinds) -> r
     protection = mapping.read | mapping.write << 1 | mapping.execute << 2
     locked = 2 if 'lf' in mapping.vm_flags else int('lo' in mapping.vm_flags)
     return records.Vma(mm_id, mapping.start, mapping.end, protection, map_flags(kind, mapping), number,
-                       mapping.huge or mapping.offset, object_id, locked, _text(mapping.vm_flags), _name(mapping),
+                       kind.offset_of(mapping), object_id, locked, _text(mapping.vm_flags), _name(mapping),
                        mapping.pkey)
 
 

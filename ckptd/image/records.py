@@ -355,7 +355,7 @@ class Vma(Record):
     protection: U32    # PROT_*
     flags: U32         # MAP_* to map it again
     kind: U8
-    offset: U64        # bytes into the object
+    offset: U64        # bytes into the object; of HUGE the size of a huge page
     object: U32        # backing_id or shm_id, by kind
     locked: U8         # 0 no, 1 mlock, 2 on fault
     vm_flags: str      # two-letter codes of smaps, separated by blanks
@@ -415,6 +415,7 @@ class SharedMemory(Record):
     gid: U32
     key: U32      # of a System V segment
     shmid: U32    # of a System V segment
+    huge: U64 = 0     # size in bytes of a huge page, of memory that has such pages
 
 
 @record(0x0306)

@@ -16,7 +16,7 @@ MADV_GUARD_INSTALL = 102            # since 6.13
 
 
 def huge_page_flags(size: int) -> int:
-    """Return the bits of mmap(2) for huge pages of this size in bytes."""
+    """Return the bits of mmap(2), memfd_create(2) and shmget(2) for huge pages of this size in bytes."""
     return (size.bit_length() - 1 & 0x3F) << MAP_HUGE_SHIFT
 
 

@@ -22,13 +22,14 @@ from ckptd.kernel.decl import (
     u32,
     u64,
 )
+from ckptd.kernel.mman import huge_page_flags
 
 IPC_RMID, IPC_SET, IPC_STAT = 0, 1, 2       # <linux/ipc.h>
 IPC_CREAT, IPC_EXCL = 0o1000, 0o2000
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000    # of shmat(2)
 SHM_DEST = 0o1000       # <linux/shm.h>, of mode: destroyed at the last detach
 SHM_LOCKED = 0o2000
-SHM_HUGETLB = 0o4000    # of shmget(2), also visible in mode
+SHM_HUGETLB = 0o4000    # of shmget(2)
 
 
 @cstruct(size=48)
@@ -81,7 +82,7 @@ class ShmidDs(NamedTuple):
     """A segment."""
     shmid: int
     key: int     # unsigned, 0 for IPC_PRIVATE
-    mode: int    # permission bits, | SHM_DEST, SHM_LOCKED, SHM_HUGETLB
+    mode: int    # permission bits, | SHM_DEST, SHM_LOCKED
     uid: int
     gid: int
     cuid: int
@@ -101,12 +102,14 @@ def shmctl_stat(shmid: int) -> ShmidDs:
                    data.shm_nattch, data.shm_cpid, data.shm_lpid)
 
 
-def shmget_at(shmid: int, key: int, size: int, mode: int) -> None:
+def shmget_at(shmid: int, key: int, size: int, mode: int, huge: int = 0) -> None:
     """Make a segment with exactly this id. EEXIST: another one has the id or the key; EPERM without
-    CAP_CHECKPOINT_RESTORE (sysctl kernel.shm_next_id, proc_sys_kernel(5))."""
+    CAP_CHECKPOINT_RESTORE (sysctl kernel.shm_next_id, proc_sys_kernel(5)). huge: size of its pages in bytes, if they
+    are huge pages; EPERM without CAP_IPC_LOCK (vm.hugetlb_shm_group)."""
     with open('/proc/sys/kernel/shm_next_id', 'wb', buffering=0) as file:  # noqa: PTH123
         file.write(str(shmid).encode())
-    got = _shmget(ctypes.c_int(key).value, size, mode | IPC_CREAT | IPC_EXCL)
+    flags = SHM_HUGETLB | huge_page_flags(huge) if huge else 0
+    got = _shmget(ctypes.c_int(key).value, size, ctypes.c_int(mode | flags | IPC_CREAT | IPC_EXCL).value)
     if got != shmid:
         shmctl_remove(got)
         raise OSError(errno.EEXIST, f'shmget: {os.strerror(errno.EEXIST)}: id {got} instead of {shmid}')

@@ -23,9 +23,9 @@ from ckptd.dump.copy import part_of
 from ckptd.image.reader import Memory, runs_between
 from ckptd.image.records import PAGE, PageRun, Vma
 from ckptd.kernel.memory import Range
-from ckptd.kernel.mman import MAP_LOCKED
+from ckptd.kernel.mman import MAP_HUGETLB, MAP_LOCKED
 from ckptd.kernel.ranges import overlaps, without
-from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, NOT_INHERITED
+from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN
 
 
 def ordinary(memory: Memory) -> list[Vma]:
@@ -77,7 +77,8 @@ class CowSharing:
         mine, theirs = ordinary(self.mine), ordinary(self.theirs)
         for both in overlaps(_places(mine), _places(theirs)):
             vma, other = mine[both.first], theirs[both.second]
-            if ((both.start, both.end) == (vma.start, vma.end) and vma.kind not in NOT_INHERITED
+            # huge pages are taken from the pool for each process
+            if ((both.start, both.end) == (vma.start, vma.end) and not vma.flags & MAP_HUGETLB
                     and is_filled(self.mine, vma)
                     and _first_state(self.mine, vma) == _first_state(self.theirs, other)):
                 yield both.start, both.end

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # lines of /proc/PID/status that are counters, or say what another task does at the moment
-COUNTERS = frozenset({'VmPeak', 'VmHWM', 'VmRSS', 'RssAnon', 'RssFile', 'RssShmem', 'VmSwap', 'VmPTE',
+COUNTERS = frozenset({'VmPeak', 'VmHWM', 'VmRSS', 'RssAnon', 'RssFile', 'RssShmem', 'HugetlbPages', 'VmSwap', 'VmPTE',
                       'voluntary_ctxt_switches', 'nonvoluntary_ctxt_switches', 'THP_enabled', 'SigQ'})
 MOVING = frozenset({'State', 'SigPnd', 'ShdPnd', 'SigBlk', 'VmSize', 'VmData', 'VmStk', 'VmLck'})
 # of a timerfd the time that is left; the number of an eventfd

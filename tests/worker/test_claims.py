@@ -194,6 +194,24 @@ def test_no_segment_is_made_for_somebody_else(place: Place, image_of: Image, imp
         shmctl_stat(shmid)
 
 
+def test_no_segment_of_huge_pages_is_made_by_just_anybody(place: Place, image_of: Image, importer: Caller) -> None:
+    image = image_of('import ctypes; libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p\n'
+                     'number = libc.shmget(0, 4096, 0o1600); libc.shmat(number, None, 0)')
+    with ImageReader(image) as reader:
+        [shmid] = [one.shmid for one in reader.every(r.SharedMemory) if one.kind == r.SYSV]
+    shmctl_remove(shmid)
+    alter(image, r.SharedMemory, huge=2 << 20)
+    rows = [row for row in found(place, image, caller=importer) if row.resource == f'shmid {shmid}']
+    assert [row.errno for row in rows] == ['EPERM']
+
+
+def test_huge_pages_of_an_odd_size(place: Place, image_of: Image, importer: Caller) -> None:
+    image = image_of(MEMORY)
+    alter(image, r.SharedMemory, huge=3 << 20)
+    row = refused(place, image, importer)
+    assert (row.resource, row.errno) == ('memory', 'EINVAL')
+
+
 @pytest.mark.parametrize('saved', [True, False], ids=['put back', 'cut back'])
 def test_a_rollback_writes_as_the_user_does(place: Place, home: Path, image_of: Image, importer: Caller, saved: bool
                                             ) -> None:

@@ -44,7 +44,7 @@ class Memfd(Struct):
 
 
 class MemfdKind(Kind[Memfd], tag='memfd'):
-    support = Support('memfds, with seals', refused='those of huge pages')
+    support = Support('memfds, with seals', refused='a restart without enough free huge pages')
 
     def matches(self, file: OpenFile) -> bool:
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and on_shm_mount(file.stat)

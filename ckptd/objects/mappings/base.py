@@ -7,6 +7,7 @@ order, none of which affects the task:
     matches(mapping)        is this mapping of my kind? At most one kind says yes
     finding(tid, mapping)   the reason why it cannot be dumped, or what will be lost
     object_of(view)         the file or shared object behind it, which is noted once in the tree
+    offset_of(mapping)      its place in that object
     copy(copier, links)     content of these objects that nothing else keeps
     records()               their records
 
@@ -80,13 +81,17 @@ class View:
 
 @dataclass(slots=True)
 class SharedObject:
-    """A shared object and the mappings through which it can be read. fd: of the object, -1 if it is not open."""
+    """A shared object and the mappings through which it can be read.
+
+    fd: of the object, -1 if it is not open. huge: size of its huge pages in bytes, 0 if it has none.
+    """
     shm_id: int
     kind: 'SharedMemoryKind'
     path: str
     inode: int
     views: list[View] = field(default_factory=list)
     fd: int = -1
+    huge: int = 0
 
     @property
     def extent(self) -> int:
@@ -115,7 +120,6 @@ class MappingKind(ABC):
     is_kernels: ClassVar[bool] = False          # the kernel makes it in every process (arch/x86/entry/vdso)
     keeps_all_pages: ClassVar[bool] = False     # the image has all pages of it, written or not
     is_anonymous: ClassVar[bool] = False        # a task can make it writable, whatever its protection will be
-    is_inherited: ClassVar[bool] = True         # a child can take over its pages at the fork
     takes_name: ClassVar[bool] = False          # PR_SET_VMA_ANON_NAME can name it
     ignores_protection: ClassVar[bool] = False  # `map` leaves its protection to mprotect(2)
 
@@ -135,6 +139,10 @@ class MappingKind(ABC):
     @abstractmethod
     def object_of(self, view: View) -> tuple[int, int]:
         """Return Vma.kind and Vma.object."""
+
+    def offset_of(self, mapping: Mapping) -> int:
+        """Return Vma.offset."""
+        return mapping.offset
 
     def copy(self, copier: PageCopier, links: Links) -> None:
         return

@@ -32,7 +32,6 @@ from ckptd.objects.mappings.base import (
     View,
     may_write,
 )
-from ckptd.objects.mappings.special import is_private_huge
 from ckptd.objects.support import Support
 
 _DEV_ZERO = os.makedev(1, 5)
@@ -57,7 +56,7 @@ class FileMapping(MappingKind, numbers=[FILE_PRIVATE, FILE_SHARED]):
         self._ids: dict[tuple[int, int, int, str], int] = {}
 
     def matches(self, mapping: Mapping) -> bool:
-        return not mapping.anonymous and not is_object_of_shm_mount(mapping) and not is_private_huge(mapping)
+        return not mapping.anonymous and not is_object_of_shm_mount(mapping)
 
     def finding(self, tid: int, mapping: Mapping) -> Finding | None:
         """Check a file once, because a thousand processes may map the same libraries. A warning appears once in the

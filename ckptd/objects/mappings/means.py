@@ -2,7 +2,7 @@
 """The interfaces for kinds of mappings: a copier of pages for a dump, a look at this machine before a restart, and
 means to map during it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,8 +26,9 @@ class PageCopier(Protocol):
         """Copy page-aligned ranges of a process. The start of a run is the address minus `base`."""
         ...
 
-    def copy_file(self, fd: int, size: int) -> list[PageRun]:
-        """Copy the data of a file without its holes. The start of a run is a byte offset."""
+    def copy_file(self, fd: int, size: int, ranges: Iterable[Range] | None = None) -> list[PageRun]:
+        """Copy the data of a file without its holes, or only these ranges of whole pages. The start of a run is a byte
+        offset."""
         ...
 
     def copy_whole(self, fd: int, size: int) -> Extent:

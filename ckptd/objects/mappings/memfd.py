@@ -27,7 +27,7 @@ class MemfdMapping(NamelessFileKind, object_kind=MEMFD, prefixes=[MEMFD_PREFIX])
 
     def make_empty(self, record: records.SharedMemory, means: MappingMeans) -> int:
         with means.files.as_user():
-            return make_memfd(record.name, record.mode, record.seals)
+            return make_memfd(record.name, record.mode, record.seals, record.huge)
 
     def set_owner(self, fd: int, record: records.SharedMemory, means: MappingMeans) -> None:
         set_owner(fd, record.mode, record.uid, record.gid, means.files)

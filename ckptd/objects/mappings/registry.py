@@ -51,7 +51,6 @@ REGIONS = tuple(cls() for cls in _discover(RegionKind))  # type: ignore[type-abs
 # Vma.kind
 KERNELS_OWN = frozenset(number for kind in _KINDS if kind.is_kernels for number in kind.numbers)
 KEPT_WHOLE = frozenset(number for kind in _KINDS if kind.keeps_all_pages for number in kind.numbers)
-NOT_INHERITED = frozenset(number for kind in _KINDS if not kind.is_inherited for number in kind.numbers)
 ANONYMOUS = frozenset(number for kind in _KINDS if kind.is_anonymous for number in kind.numbers)
 
 

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 from ckptd.image import records
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import PAGE, SHARED_MEMORY, SHMEM, PageRun
+from ckptd.kernel.hugetlb import hugetlb_devices, written_pages
 from ckptd.kernel.maps import DELETED, Mapping
 from ckptd.kernel.memfd import make_memfd
 from ckptd.kernel.memory import Mem
-from ckptd.kernel.shmem import NAMED_ANONYMOUS, SHARED_ANONYMOUS, is_of_shm_mount
+from ckptd.kernel.mman import MAP_HUGETLB, MAP_NORESERVE, huge_page_flags
+from ckptd.kernel.shmem import ANONYMOUS_HUGE, NAMED_ANONYMOUS, SHARED_ANONYMOUS, is_of_shm_mount
 from ckptd.objects.mappings.base import MappingKind, MappingMeans, PageCopier, SharedObject, View
 from ckptd.objects.support import Support
 
@@ -44,6 +46,7 @@ class SharedMemoryKind(MappingKind, numbers=[SHARED_MEMORY]):
         mapping = view.mapping
         shared = self._shared((mapping.major, mapping.minor, mapping.inode), mapping.path)
         shared.views.append(view)
+        shared.huge = mapping.huge
         return SHARED_MEMORY, shared.shm_id
 
     def share_file(self, at: os.stat_result, path: str, open_path: str) -> int:
@@ -51,6 +54,7 @@ class SharedMemoryKind(MappingKind, numbers=[SHARED_MEMORY]):
         shared = self._shared((os.major(at.st_dev), os.minor(at.st_dev), at.st_ino), path)
         if shared.fd < 0:
             shared.fd = os.open(open_path, os.O_RDONLY | os.O_CLOEXEC)
+            shared.huge = at.st_blksize if at.st_dev in hugetlb_devices() else 0
         return shared.shm_id
 
     def _shared(self, key: tuple[int, int, int], path: str) -> SharedObject:
@@ -64,14 +68,14 @@ class SharedMemoryKind(MappingKind, numbers=[SHARED_MEMORY]):
             if fd >= 0:
                 at = os.fstat(fd)
                 size, mode, uid, gid = at.st_size, at.st_mode, at.st_uid, at.st_gid
-                runs = copier.copy_file(fd, size)
+                runs = copier.copy_file(fd, size, written_pages(fd, size, shared.huge) if shared.huge else None)
             else:
                 # An ordinary user may not open it (CAP_CHECKPOINT_RESTORE), and dumps only objects that belong to that
                 # user.
                 size, mode, uid, gid = shared.extent, 0o600, os.geteuid(), os.getegid()
                 runs = _copy_views(shared, copier)
             record = records.SharedMemory(shared.shm_id, self.object_kind, size, self.name_of(shared.path), 0, mode,
-                                          uid, gid, 0, 0)
+                                          uid, gid, 0, 0, shared.huge)
             return self.complete(record, shared, fd), runs
 
     def name_of(self, path: str) -> str:
@@ -102,11 +106,11 @@ class NamelessFileKind(SharedMemoryKind):
         runs = means.reader.shared_runs(record.shm_id)
         fd = self.make_empty(record, means)
         try:
-            whole = -(-record.size // PAGE) * PAGE
+            whole = whole_size(record)
             if os.fstat(fd).st_size != whole:
                 os.ftruncate(fd, whole)
             _fill(fd, runs, whole, means.reader)
-            if whole != record.size:
+            if whole != record.size and not record.huge:
                 os.ftruncate(fd, record.size)
             self.set_owner(fd, record, means)
         except BaseException:
@@ -123,9 +127,12 @@ class NamelessFileKind(SharedMemoryKind):
 
 
 class SharedAnonymousMapping(NamelessFileKind, object_kind=SHMEM, prefixes=SHARED_ANONYMOUS):
-    """Memory of mmap(2) with MAP_SHARED and MAP_ANONYMOUS."""
+    """Memory of mmap(2) with MAP_SHARED and MAP_ANONYMOUS, perhaps also MAP_HUGETLB."""
     support = Support('shared anonymous memory', user='it is shown as a memfd')
     takes_name = True
+
+    def matches(self, mapping: Mapping) -> bool:
+        return super().matches(mapping) and (mapping.shared or mapping.path != ANONYMOUS_HUGE)
 
     def name_of(self, path: str) -> str:
         """Return the name of PR_SET_VMA_ANON_NAME."""
@@ -134,9 +141,12 @@ class SharedAnonymousMapping(NamelessFileKind, object_kind=SHMEM, prefixes=SHARE
     def make_empty(self, record: records.SharedMemory, means: MappingMeans) -> int:
         """Open the object behind a new shared anonymous mapping. Without the right to open it (CAP_CHECKPOINT_RESTORE
         in the first user namespace, proc_pid_map_files(5)), make a memfd, which differs in name only."""
-        length = max(-(-record.size // PAGE) * PAGE, PAGE)
+        length = whole_size(record) or record.huge or PAGE
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+        if record.huge:
+            flags |= MAP_HUGETLB | huge_page_flags(record.huge) | MAP_NORESERVE
         with means.files.as_user():
-            object_ = mmap.mmap(-1, length)
+            object_ = mmap.mmap(-1, length, flags)
         with object_ as memory:
             hold = ctypes.c_char.from_buffer(memory)
             at = ctypes.addressof(hold)
@@ -144,7 +154,7 @@ class SharedAnonymousMapping(NamelessFileKind, object_kind=SHMEM, prefixes=SHARE
                 return os.open(f'/proc/self/map_files/{at:x}-{at + length:x}', os.O_RDWR | os.O_CLOEXEC)
             except PermissionError:
                 with means.files.as_user():
-                    return make_memfd('shared', 0o777, 0)
+                    return make_memfd('shared', 0o777, 0, record.huge)
             finally:
                 del hold
 
@@ -195,10 +205,20 @@ def _copy_views(shared: SharedObject, copier: PageCopier) -> list[PageRun]:
 
 # ---------------------------------------------------------------- restart
 
+def whole_size(record: records.SharedMemory) -> int:
+    """Return the bytes of an object in whole pages."""
+    return rounded_up(record.size, record.huge or PAGE)
+
+
+def rounded_up(size: int, page: int) -> int:
+    return -(-size // page) * page
+
+
 def _fill(fd: int, runs: Iterable[PageRun], size: int, reader: ImageReader) -> None:
     """Fill the object inside the kernel: pages go from the image's page cache into the object's."""
     if not size:
         return
-    with mmap.mmap(fd, size) as memory, memoryview(memory) as view:
+    # of huge pages only those are taken that are filled
+    with mmap.mmap(fd, size, mmap.MAP_SHARED | MAP_NORESERVE) as memory, memoryview(memory) as view:
         for run in runs:
             reader.pread_into(view[run.start:run.start + run.pages * PAGE], run.part, run.offset)

@@ -5,18 +5,18 @@ import re
 
 from ckptd.errors import Finding
 from ckptd.kernel.maps import Mapping
+from ckptd.kernel.shmem import is_object_of_shm_mount
 from ckptd.objects.files.base import finding
 from ckptd.objects.mappings.base import RELEASE
 from ckptd.objects.support import Support
 
-SUPPORT = Support('special memory: shared huge pages (hugetlb), secret memory, memory of devices, rings of '
-                  'asynchronous I/O, shadow stacks, memory that a userfaultfd serves', dumped='no', restored='no',
+SUPPORT = Support('special memory: files of huge pages (hugetlbfs), secret memory, memory of devices, rings '
+                  'of asynchronous I/O, shadow stacks, memory that a userfaultfd serves', dumped='no', restored='no',
                   refused='all')
 
 # VmFlags of proc_pid_smaps(5) for pages that are not ordinary memory, or whose page faults another process serves
 _FLAGS = {
-    'ht': ('shared huge pages (hugetlb), or those of a file, cannot be dumped yet',
-           'use transparent huge pages instead'),
+    'ht': ('huge pages of a file (hugetlbfs) cannot be dumped yet', 'use MAP_HUGETLB or MFD_HUGETLB instead'),
     'io': ('memory of a device', RELEASE),
     'pf': ('raw page frames of a device', RELEASE),
     'sf': ('a synchronous mapping (MAP_SYNC) of persistent memory', RELEASE),
@@ -26,7 +26,7 @@ _FLAGS = {
     'um': ('page faults are served by a userfaultfd (missing)', RELEASE),
     'uw': ('writes are watched by a userfaultfd (write-protect)', RELEASE),
 }
-_ANONYMOUS_HUGE = '/anon_hugepage (deleted)'    # fs/hugetlbfs/inode.c, HUGETLB_ANON_FILE
+_HUGE = frozenset({'ht'})
 _ORDINARY = frozenset({'', '[heap]', '[stack]'})
 _NAMED = ('[anon:', '[anon_shmem:')
 # an ordinary path begins with a slash and with none of these
@@ -40,11 +40,6 @@ _PATHS = (
 )
 
 
-def is_private_huge(mapping: Mapping) -> bool:
-    """Whether it is private memory of huge pages without a file of hugetlbfs."""
-    return 'ht' in mapping.vm_flags and mapping.path == _ANONYMOUS_HUGE and not mapping.shared
-
-
 def special_memory(mapping: Mapping) -> Finding | None:
     """Refuse a mapping whose pages the kernel or another process serves in its own way."""
     path = mapping.path
@@ -52,6 +47,5 @@ def special_memory(mapping: Mapping) -> Finding | None:
         for pattern, what in _PATHS:
             if pattern.match(path):
                 return finding('EOPNOTSUPP', f'{what}: {path}', RELEASE)
-    if is_private_huge(mapping) or mapping.vm_flags.isdisjoint(_FLAGS):
-        return None
-    return next(finding('EOPNOTSUPP', *fact) for flag, fact in _FLAGS.items() if flag in mapping.vm_flags)
+    found = mapping.vm_flags - (_HUGE if is_object_of_shm_mount(mapping) else frozenset())
+    return next((finding('EOPNOTSUPP', *fact) for flag, fact in _FLAGS.items() if flag in found), None)

@@ -11,6 +11,7 @@ from mmap import PROT_EXEC
 from ckptd.errors import Busy, CkptError, Finding, ImageDamaged, PermissionDenied, errno_name
 from ckptd.image.records import PAGE, SHARED_MEMORY, SYSV, SharedMemory, Vma
 from ckptd.journal.steps import MakeSegment
+from ckptd.kernel.hugetlb import shm_group
 from ckptd.kernel.maps import Mapping
 from ckptd.kernel.mman import MREMAP_FIXED, MREMAP_MAYMOVE
 from ckptd.kernel.procfs import read_file
@@ -39,7 +40,7 @@ from ckptd.objects.mappings.base import (
     label,
     may_write,
 )
-from ckptd.objects.mappings.shared_memory import SharedMemoryKind
+from ckptd.objects.mappings.shared_memory import SharedMemoryKind, rounded_up, whole_size
 from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 
@@ -94,12 +95,12 @@ class SystemVMapping(SharedMemoryKind, object_kind=SYSV, prefixes=[SYSV_PREFIX])
         record, words = space.means.reader.get(SharedMemory, vma.object), label(vma)
         shmid = self._segment(record, space.means)
         flags = (0 if may_write(vma) else SHM_RDONLY) | (SHM_EXEC if vma.protection & PROT_EXEC else 0)
-        length, whole = vma.end - vma.start, -(-record.size // PAGE) * PAGE
+        length, whole = vma.end - vma.start, whole_size(record)
         if not vma.offset and length == whole:
             script.call('shmat', shmid, vma.start, flags, about=words, expect=vma.start)
             return
         # behind the arena there is room for the whole, as the tree has no mapping there
-        room = space.stub.arena.end + PAGE
+        room = rounded_up(space.stub.arena.end + PAGE, record.huge or PAGE)
         script.call('shmat', shmid, room, flags, about=words, expect=room)
         script.call('mremap', room + vma.offset, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, vma.start, about=words,
                     expect=vma.start)
@@ -124,7 +125,7 @@ def _make_segment(record: SharedMemory, means: MappingMeans) -> None:
     found = _adopt(record, means)
     if not found:
         try:
-            shmget_at(record.shmid, record.key, record.size, mode)
+            shmget_at(record.shmid, record.key, record.size, mode, record.huge)
         except OSError as error:
             raise CkptError(f'cannot make System V segment {record.shmid}: {error.strerror}', errno=error.errno,
                             resource=f'shmid {record.shmid}') from error
@@ -132,7 +133,7 @@ def _make_segment(record: SharedMemory, means: MappingMeans) -> None:
                                tuple(os.getgroups())))
     if not found or means.files.owns(found):
         shmctl_set(record.shmid, record.uid, record.gid, mode)
-    with attached(record.shmid, record.size) as view:
+    with attached(record.shmid, whole_size(record)) as view:
         for run in means.reader.shared_runs(record.shm_id):
             end = min(run.start + run.pages * PAGE, len(view))
             means.reader.pread_into(view[run.start:end], run.part, run.offset)
@@ -181,6 +182,9 @@ def _check_segment(context: MappingCheck, record: SharedMemory, vpid: int) -> It
         yield about(vpid, resource, 'EPERM', f'its System V segment belonged to uid {record.uid} and gid '
                     f'{record.gid}, and is gone: uid {context.lookup.uid} may not make one of theirs',
                     'keep the segment, or restore it as root')
+    if record.huge and not (context.lookup.by_root or context.lookup.may_own(context.lookup.uid, shm_group())):
+        yield about(vpid, resource, 'EPERM', 'a System V segment of huge pages cannot be made',
+                    'restore it as root, or put the user into the group of the sysctl vm.hugetlb_shm_group')
     if not os.access(_NEXT_ID, os.W_OK, effective_ids=True):
         yield about(vpid, resource, 'EPERM', 'a System V segment with its old id cannot be made',
                     'restore it as root, or keep the segment (ipcs -m)')
