@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.lib import gate, settled
+from tests.lib.brood import Brood
 from tests.lib.bus import Daemon, PrivateBus
 from tests.lib.victim import Victim
 
@@ -53,6 +54,13 @@ def test_cgroup() -> Iterator[Path | None]:
     settled.become_subreaper()
     with settled.cgroup_of_our_own() as own:
         yield own
+
+
+@pytest.fixture
+def brood() -> Iterator[Brood]:
+    """Children that do what they are asked for."""
+    with Brood() as running:
+        yield running
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from ckptd.kernel.tty import (
 
 _CHUNK = 4096
 _SECONDS = 5.0          # until a kernel thread has passed on some KiB
+_PAUSE = 0.001          # between two looks whether it has
 _EOT, _XON, _XOFF = 4, 0x11, 0x13
 _ERASING = (termios.VERASE, termios.VKILL, termios.VWERASE, termios.VLNEXT, termios.VREPRINT)
 # <asm/ioctls.h>, ioctl_tty(2)
@@ -185,9 +186,18 @@ def _await_lines(slave: int) -> None:
 
 
 def _write(fd: int, data: bytes) -> None:
+    """Write all of the data. The buffers are full for a moment if the kernel thread that passes it on is late, and that
+    thread wakes no writer."""
+    deadline = time.monotonic() + _SECONDS
     while data:
-        done = os.write(fd, data[:_CHUNK])
-        data = data[done:]
+        try:
+            done = os.write(fd, data[:_CHUNK])
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE)
+        else:
+            data = data[done:]
 
 
 def _cause(slave: int, settings: bytes, waiting: Waiting) -> None:

@@ -10,7 +10,7 @@ import select
 import signal
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,12 +39,6 @@ CLONE_NEWUTS = 0x04000000
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
 PTRACE_SEIZE = 0x4206
 needs_root = pytest.mark.needs('root')
-
-
-@pytest.fixture
-def brood() -> Iterator[Brood]:
-    with Brood() as running:
-        yield running
 
 
 def check(pid: int, caller: Caller | None = None, **options: Any) -> list[Finding]:

@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,12 +19,6 @@ from ckptd.tree import Tree
 from tests.lib.brood import Brood, libc
 
 CLONE_NEWPID = 0x20000000
-
-
-@pytest.fixture
-def brood() -> Iterator[Brood]:
-    with Brood() as running:
-        yield running
 
 
 def dead_pid() -> int:

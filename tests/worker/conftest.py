@@ -5,15 +5,23 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from ckptd.kernel.ptrace import Tracee
 from ckptd.remote.borrow import OwnIds
 from tests.lib.forked import forked
+from tests.worker.driver import Place
 from tests.worker.faulty import Gate
 
 __all__ = ['forked', 'in_child', 'tracer']
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """Where checkpoints of a worker without a daemon go."""
+    return Place(tmp_path).make()
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from typing import Any, Self
 
 import msgspec
 import pyroute2.netlink.diag  # noqa: F401 - it is imported late, and then a user who cannot read the code has it not
+import pytest
 
-from ckptd.errors import CkptError
+from ckptd.errors import CkptError, Finding, Refused
 from ckptd.image.ids import new_image_id
 from ckptd.jobs.interpreter import environment
 from ckptd.jobs.worker import COMMAND
@@ -80,6 +81,13 @@ class Place:
         assert not self.freezes
         self.images.append(image)
         return image
+
+
+def refusals(place: Place, pid: int) -> list[Finding]:
+    """What a checkpoint is refused for."""
+    with pytest.raises(Refused) as caught:
+        place.checkpoint(pid)
+    return [row for row in caught.value.refusals if row.severity == 'refusal']
 
 
 class DirectWorker:

@@ -39,9 +39,9 @@ from ckptd.protocol.requests import Caller, Request
 from tests.lib.procdiff import changes_of_restart
 from tests.lib.victim import Victim
 from tests.worker.driver import DirectWorker, Place, me
-from tests.worker.test_restore import Generation, generation, place
+from tests.worker.test_restore import Generation, generation
 
-__all__ = ['generation', 'place']       # fixtures
+__all__ = ['generation']       # a fixture
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 

@@ -64,11 +64,6 @@ def done():
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
 def home() -> Iterator[Path]:
     """The user's own directory."""
     with place_of(ORDINARY_UID) as path:

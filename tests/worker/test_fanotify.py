@@ -37,11 +37,6 @@ pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(12
 FAN_CLASS_CONTENT, FAN_CLOSE_WRITE, FAN_OPEN = 4, 8, 0x20
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 def marked(path: Path, *marks: FanotifyMark, flags: int = 0) -> int:
     group = fanotify_init(flags, os.O_RDONLY)
     file = os.open(path, os.O_PATH)

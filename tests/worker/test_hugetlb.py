@@ -10,7 +10,6 @@ import pytest
 
 from ckptd.errors import CkptError
 from tests.lib.procdiff import changes_of_restart
-from tests.worker.driver import Place
 from tests.worker.test_restore import Generation, generation
 
 __all__ = ['generation']
@@ -20,11 +19,6 @@ POOL = Path('/proc/sys/vm/nr_hugepages')
 FREE = Path('/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages')
 NEEDED = 14         # 4 in each process, and 2 for each of three shared objects
 PAGES = NEEDED + 2
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
 
 
 @pytest.fixture

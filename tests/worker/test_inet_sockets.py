@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ckptd.errors import CkptError, Finding, Refused
+from ckptd.errors import CkptError
 from ckptd.image.records import SavedFile
 from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.inet import Address, raw_peers
@@ -31,7 +31,7 @@ from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood
 from tests.lib.victim import Victim
-from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of, refusals
 from tests.worker.test_restore_checks import checked
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
@@ -40,23 +40,6 @@ V4, V6, STREAM, DGRAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_STREAM, soc
 UDP_CORK, CLONE_NEWNET = 1, 0x40000000
 # options that the victim sets on no socket: IPV6_RTHDR needs a kernel with mobile IPv6
 NOT_SET = {(socket.IPPROTO_IPV6, socket.IPV6_RTHDR)}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
-def brood() -> Iterator[Brood]:
-    with Brood() as running:
-        yield running
-
-
-def refusals(place: Place, pid: int) -> list[Finding]:
-    with pytest.raises(Refused) as caught:
-        place.checkpoint(pid)
-    return [row for row in caught.value.refusals if row.severity == 'refusal']
 
 
 @contextmanager

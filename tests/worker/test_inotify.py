@@ -57,11 +57,6 @@ Program = Callable[[str], Generation]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
 def program(generation: Callable[..., Generation], tmp_path: Path) -> Program:
     """Start a program that has `fd`, watch(), events() and so on. It works in tmp_path/victim or the like."""
     def start(source: str) -> Generation:

@@ -25,11 +25,6 @@ __all__ = ['generation']
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 def names(victim: Victim) -> list[str]:
     """The names that checkpoints have given, in the directories of the victim."""
     return sorted(path.name.split('.ckptd-')[0] for path in victim.directory.rglob('.*.ckptd-*'))

@@ -31,11 +31,6 @@ int main(int argc, char **argv)
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
 def vfork(tmp_path: Path) -> Iterator[Callable[[int], int]]:
     """vfork(usec): the pid of a process whose child runs a program after that time."""
     running: list[subprocess.Popen[bytes]] = []

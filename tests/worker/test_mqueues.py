@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -39,11 +38,6 @@ SEND = "assert libc.mq_send(queue, b'x', 1, 7) == 0; "
 UNLINK = 'assert libc.mq_unlink(name) == 0; '
 NOTIFY = ("event = bytes(8) + (10).to_bytes(4, 'little') + (0).to_bytes(4, 'little') + bytes(48); "
           "assert libc.mq_notify(queue, event) == 0; ")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
 
 
 @pytest.fixture

@@ -23,11 +23,6 @@ SECOND = 10**9
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
 def restored() -> Iterator[Callable[..., int]]:
     """The host's pid of a root that was restored; what is left of its tree at the end is killed."""
     roots: list[int] = []

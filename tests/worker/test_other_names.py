@@ -15,7 +15,7 @@ from ckptd.image.manifest import read_manifest
 from ckptd.image.records import Backing
 from tests.lib.altered import read_part, rewrite
 from tests.lib.victim import Victim
-from tests.worker.driver import DirectWorker, Place
+from tests.worker.driver import DirectWorker
 from tests.worker.test_linked import names
 from tests.worker.test_restore import Generation, generation
 
@@ -50,11 +50,6 @@ if __name__ == '__main__':
         assert exit_status_of_child(lock) == 3, 'the child has another lock'
     assert exit_status_of_child(lock) == 0
 """
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
 
 
 @pytest.fixture

@@ -31,11 +31,6 @@ pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
 def apart() -> Iterator[START]:
     """apart('--mount'): a sleeping process in new namespaces, of unshare(1)."""
     running: list[subprocess.Popen[bytes]] = []

@@ -36,11 +36,6 @@ ACCOUNT_GROUPS = tuple(os.getgrouplist(pwd.getpwuid(ORDINARY_UID).pw_name, ORDIN
 SECRET = b'of root alone, and longer than what bob wrote'
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 @dataclass
 class Bob:
     """His process, which has the file `output` open and works in its directory."""

@@ -22,11 +22,6 @@ from tests.worker.driver import DirectWorker, Place
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 class Generation:
     """A victim's tree under one pid, killed and restored any number of times."""
 

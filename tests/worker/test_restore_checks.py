@@ -53,11 +53,6 @@ Rows = list[Finding]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
 def asleep(tmp_path: Path) -> Iterator['Sleeper']:
     with Sleeper(tmp_path / 'work') as sleeper:
         yield sleeper

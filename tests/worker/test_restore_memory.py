@@ -11,7 +11,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.image.records import PAGE, VDSO, VVAR, Backing, Vma
 from tests.lib.altered import rewrite
 from tests.lib.victim import session_members
-from tests.worker.driver import DirectWorker, Place
+from tests.worker.driver import DirectWorker
 from tests.worker.test_restore import Generation, generation
 
 __all__ = ['generation']
@@ -20,11 +20,6 @@ pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(12
 # pages of each process that the kernel and the C library write at a restart: rseq, the stack of signal handlers
 TOUCHED = 8
 HEAP = 8192 * PAGE      # of the victim `forked`
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
 
 
 def rollup(pid: int) -> dict[str, int]:

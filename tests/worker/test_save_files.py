@@ -17,11 +17,6 @@ from tests.worker.driver import DirectWorker, Place
 pytestmark = pytest.mark.needs('ptrace', 'gcc', 'root')
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 def files_of(reader: ImageReader) -> dict[str, Regular]:
     """Regular files by name, those that still have one."""
     found = [BY_TAG[one.kind].record.decode(one.data) for one in reader.every(SavedFile) if one.kind == 'regular']

@@ -51,11 +51,6 @@ def install(code: bytes, flags: int = 0) -> int:
     return int(libc.syscall(SECCOMP, 1, flags, struct.pack('=HxxxxxxQ', len(code) // 8, ctypes.addressof(buffer))))
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 def test_a_filter_that_asks_a_supervisor(forked: Callable[..., int], place: Place) -> None:
     """The listener is no fd of the tree. Its other end could not answer a restored task."""
     def supervised() -> None:

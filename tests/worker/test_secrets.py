@@ -26,9 +26,7 @@ from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, place_of
 from tests.worker.test_archive import export, request
-from tests.worker.test_owners import BOB, end, place, refused, restored
-
-__all__ = ['place']     # a fixture
+from tests.worker.test_owners import BOB, end, refused, restored
 
 pytestmark = [pytest.mark.needs('root', 'ptrace'), pytest.mark.timeout(120)]
 

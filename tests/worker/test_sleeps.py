@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,11 +70,6 @@ def left(place: Place, pid: int, **options: Any) -> tuple[dict[int, int], dict[i
 
 def refuse() -> None:
     raise PermissionError
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
 
 
 @pytest.mark.needs('root')

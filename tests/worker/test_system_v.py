@@ -5,7 +5,6 @@ import ctypes
 import os
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +16,6 @@ from tests.worker.driver import Place
 pytestmark = [pytest.mark.needs('root', 'ptrace'), pytest.mark.timeout(60)]
 
 IPC_RMID, SEM_UNDO = 0, 0o10000
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ckptd.errors import CkptError, Finding, Refused
+from ckptd.errors import CkptError
 from ckptd.image.records import SavedFile
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
@@ -28,7 +28,7 @@ from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import Brood
 from tests.lib.victim import Victim
-from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of, refusals
 from tests.worker.test_inet_sockets import reaped, restored, sockets_of
 from tests.worker.test_restore_checks import checked
 
@@ -106,17 +106,6 @@ get()
 assert client.sock is kept
 sys.exit(7)
 '''
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
-def brood() -> Iterator[Brood]:
-    with Brood() as running:
-        yield running
 
 
 @contextmanager
@@ -200,12 +189,6 @@ def test_a_worker_that_dies_leaves_no_socket_in_repair(place: Place, point: str)
 
 
 # ---------------------------------------------------------------- refused
-
-def refusals(place: Place, pid: int) -> list[Finding]:
-    with pytest.raises(Refused) as caught:
-        place.checkpoint(pid)
-    return [row for row in caught.value.refusals if row.severity == 'refusal']
-
 
 def test_an_end_outside_is_named(place: Place, brood: Brood) -> None:
     with socket.create_server(('127.0.0.1', 0)) as server:

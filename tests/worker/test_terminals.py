@@ -32,11 +32,6 @@ pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(12
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
 def generation(victim: Callable[..., Victim], place: Place) -> Iterator[Callable[..., Generation]]:
     made: list[Generation] = []
 

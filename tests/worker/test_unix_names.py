@@ -26,11 +26,6 @@ from tests.worker.test_restore_checks import checked
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 class Dead:
     """The image of the victim unix_names, which is dead."""
 

@@ -46,11 +46,6 @@ else:
 """
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 class Client:
     """A client in the tree, whose server is this process."""
 

@@ -5,14 +5,14 @@ import ctypes
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptd.errors import CkptError, Finding, Refused, TreeChanged
+from ckptd.errors import CkptError, TreeChanged
 from ckptd.image.records import SavedFile
 from ckptd.kernel.unix import peer_groups
 from ckptd.objects.files.socket_filter import SocketFilter
@@ -22,7 +22,7 @@ from tests.lib.altered import rewrite
 from tests.lib.brood import Brood
 from tests.lib.victim import Victim
 from tests.worker.conftest import in_child
-from tests.worker.driver import DirectWorker, Place
+from tests.worker.driver import DirectWorker, Place, refusals
 from tests.worker.test_restore_checks import checked
 
 SO_ATTACH_BPF = 50                          # <asm-generic/socket.h>
@@ -33,23 +33,6 @@ SYS_BPF = 321                               # <asm/unistd_64.h>
 libc = ctypes.CDLL(None, use_errno=True)
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
-@pytest.fixture
-def brood() -> Iterator[Brood]:
-    with Brood() as running:
-        yield running
-
-
-def refused(place: Place, pid: int) -> list[Finding]:
-    with pytest.raises(Refused) as caught:
-        place.checkpoint(pid)
-    return [row for row in caught.value.refusals if row.severity == 'refusal']
 
 
 def test_an_end_outside_is_named(place: Place, brood: Brood) -> None:
@@ -63,7 +46,7 @@ def test_an_end_outside_is_named(place: Place, brood: Brood) -> None:
             mine.close()
             return theirs.fileno()
         pid, fd = brood.ask(close_mine)
-        [row] = refused(place, pid)
+        [row] = refusals(place, pid)
     assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
     assert ', outside of the tree' in row.reason
     assert any(f'[{holder}]' in row.reason for holder in (os.getpid(), both))
@@ -199,7 +182,7 @@ def test_a_client_outside_is_named(place: Place, brood: Brood) -> None:
         return client.detach()
     other, _ = brood.ask(connect)
     for one, peer in ((pid, other), (other, pid)):
-        [row] = refused(place, one)
+        [row] = refusals(place, one)
         assert row.errno == 'EOPNOTSUPP'
         assert f'[{peer}], outside of the tree' in row.reason
 
@@ -217,7 +200,7 @@ def test_an_ebpf_filter_is_refused(place: Place, brood: Brood) -> None:
         os.close(program)
         return sock.detach()
     pid, fd = brood.ask(attach)
-    [row] = refused(place, pid)
+    [row] = refusals(place, pid)
     assert (row.errno, row.resource) == ('EOPNOTSUPP', f'fd {fd}')
     assert 'has an eBPF filter (SO_ATTACH_BPF)' in row.reason
 

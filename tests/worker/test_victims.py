@@ -42,11 +42,6 @@ def dump_and_go_on(running: Victim, place: Place, *, freeze: str, forked: bool =
     return image
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path).make()
-
-
 @pytest.mark.needs('root')
 @pytest.mark.parametrize('freeze', ['auto', 'ptrace'])
 @pytest.mark.parametrize('name', names())

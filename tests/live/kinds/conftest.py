@@ -86,12 +86,6 @@ def bulk() -> Bulk:
 
 
 @pytest.fixture
-def brood() -> Iterator[Brood]:
-    with Brood() as running:
-        yield running
-
-
-@pytest.fixture
 def opened(brood: Brood) -> Callable[[Callable[[], int]], OpenFile]:
     """opened(work): work() runs in a child and returns an fd; the file that it is, as ckptd sees it."""
     def run(work: Callable[[], int]) -> OpenFile:
