@@ -139,10 +139,7 @@ class FrozenTree:
 
     def condemn(self) -> None:
         """Write down all processes before the first one is killed, so that a recovery never leaves half a tree.
-        CkptError.
-
-        A worker of an ordinary user that freezes by ptrace has no journal and writes nothing.
-        """
+        CkptError."""
         FrozenTree.hold(self)       # tasks that are stopped need no wait
         self._write_end()
 
@@ -197,11 +194,14 @@ class FrozenTree:
             raise CannotFreezeError(f'{step.describe()}: {error.strerror or error}') from error
         self._freeze_request.at(f'freeze-{step.point}-done')
 
+    def living(self) -> tuple[Known, ...]:
+        """Return the processes that are alive."""
+        alive = self.tree.alive()
+        return tuple(Known(task.tgid, task.start_time) for task in self.tree.leaders if task.tgid in alive)
+
     def _write_end(self) -> None:
         if self._freeze_request.journal is not None:
-            alive = self.tree.alive()
-            self._journal().add(EndProcesses(tuple(Known(task.tgid, task.start_time) for task in self.tree.leaders
-                                                   if task.tgid in alive)))
+            self._journal().add(EndProcesses(self.living()))
 
     def _brakes(self) -> list[tuple[int, AnyStep]]:
         """Return the steps that keep the tree from running, newest first."""

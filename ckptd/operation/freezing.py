@@ -46,6 +46,17 @@ class LentFreeze(FrozenTree):
             self._channel.call(RestoreTree())
 
 
+class _LentTraced(TracedFrozen):
+    """A tree that the worker has stopped by ptrace. The broker journals its end."""
+
+    def __init__(self, tree: Tree, freeze_request: FreezeRequest, channel: Channel) -> None:
+        super().__init__(tree, freeze_request)
+        self._channel = channel
+
+    def condemn(self) -> None:
+        self._channel.call(EndTree(self.living()))
+
+
 def lent_freeze(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel) -> FrozenTree:
     """Freeze a tree and return it, for `with`, like ckptd.freezer.freeze."""
     if mode != 'ptrace':
@@ -60,7 +71,7 @@ def lent_freeze(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, cha
             raise
         else:
             return lent
-    traced = TracedFrozen(tree, freeze_request)
+    traced = _LentTraced(tree, freeze_request, channel)
     try:
         traced.freeze()
     except BaseException as error:

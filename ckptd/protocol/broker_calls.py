@@ -7,7 +7,8 @@
     Publish         the manifest                    names, types, sizes and link counts; root owns all files before
     FreezeTree      mode, moved                     every uid of every task is the user's, before and after
     LetRun, HoldTree, RestoreTree                   the tree that FreezeTree froze
-    EndTree         -                               likewise; its image is published, every uid still the user's
+    EndTree         -                               likewise, or the worker traces its processes; its image is
+                                                    published, every uid still the user's
     ReadTimers      ends of sleeps                  tasks that the worker traces and that sleep; only timers that come
                                                     and go with them
     FindWatched     paths of watched files          the user may inspect the task, and reaches the file by the path
@@ -21,7 +22,7 @@
 
 import msgspec
 
-from ckptd.journal.steps import Count, LinkFile, Pid, RestartStep, TakeFromTerminal, WalkQueues
+from ckptd.journal.steps import Count, Known, LinkFile, Pid, RestartStep, TakeFromTerminal, WalkQueues
 from ckptd.protocol.messages import FromWorker, Message
 from ckptd.protocol.requests import FreezeMode
 
@@ -60,7 +61,9 @@ class RestoreTree(Message, frozen=True):
 
 
 class EndTree(Message, frozen=True):
-    """Announce that the worker ends the tree now. Tasks that it leaves alive are ended by the broker or a recovery."""
+    """Announce that the worker ends the tree now. Tasks that it leaves alive are ended by the broker or a recovery.
+    processes: of a tree that the worker has stopped by ptrace."""
+    processes: tuple[Known, ...] = ()
 
 
 class ReadTimers(Message, frozen=True):

@@ -22,6 +22,7 @@ from ckptd.journal.steps import (
     Born,
     DropPackets,
     EndProcesses,
+    EndUsersProcesses,
     FreezeCgroup,
     FreezeUnit,
     HeldSocket,
@@ -89,6 +90,7 @@ def test_steps_that_last_as_long_as_the_tree_are_kept(journal: Journal) -> None:
     work, temporary = '/a/ckptd-1-ab', MakeFile('/a/.b.tmp', 0, 0, 0, 0, ())
     undone = [MakeCgroup(work), FreezeCgroup(work), Move(work, ()), temporary, EndProcesses((Known(5, 6),)),
               LinkFile('/a/b', 1, 2, '/spool/x', 0, 0, ()), WalkQueues((), ()), TakeFromTerminal(1, 2, 3, 4, b''),
+              EndUsersProcesses((Known(5, 6),)),
               RepairSockets((HeldSocket(1, 2, 3),)), DropPackets('ckptd-0123456789abcdef')]
     kept = [Born(work), MakeHome('/a/c'), MakeSegment(1, 2, 3), MakeFile('/a/b', 1, 2, 0, 0, ()),
             KeepFile('/a/b', 1, 2, 3, 4, 5, '/kept'), BindSocket('/a/s', '/a/.s.0', 1, 2)]

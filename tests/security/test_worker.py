@@ -277,14 +277,15 @@ def swapped(directory: Path, link: Path) -> None:
 # ---------------------------------------------------------------- a tree that is ended
 
 @pytest.mark.needs('cgroup2')
-@pytest.mark.parametrize('dead', ['worker', 'broker', 'both', 'all'])
+@pytest.mark.parametrize(('dead', 'freeze'), [('worker', 'auto'), ('broker', 'auto'), ('both', 'auto'), ('all', 'auto'),
+                                              ('worker', 'ptrace'), ('all', 'ptrace')])
 async def test_who_dies_while_it_ends_the_tree(serve: Callable[..., Served], attacker: Attacker, gate: Gate,
-                                               dead: str) -> None:
+                                               dead: str, freeze: str) -> None:
     """The first process of the tree is dead by then: none may stay, and all come back from the image."""
     daemon = serve(env=gate.environment)
     program = attacker.start(TREE)
     tree = tree_of(program.pid)
-    with attacker.checkpointing(program) as call, await standing(gate, 'kill-one', call) as worker:
+    with attacker.checkpointing(program, freeze=freeze) as call, await standing(gate, 'kill-one', call) as worker:
         broker = int(status(worker.pid)['PPid'])
         if dead == 'all':
             daemon.process.kill()

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The step that ends a tree after its checkpoint."""
+"""The steps that end a tree after its checkpoint."""
 
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import msgspec
 
 from ckptd.journal.steps.base import EMPTY_SECONDS, Count, Moved, Pid, Step, StepContext
+from ckptd.journal.steps.rights import as_maker
 from ckptd.kernel.pidfd import open_process, pidfd_send_signal, wait_dead
 
 
@@ -29,12 +30,37 @@ class EndProcesses(Step, frozen=True):
         return f'ending {len(self.processes)} processes'
 
     def _undo(self, context: StepContext, origins: Mapping[int, Moved]) -> None:
-        """Kill all processes, then wait until they are dead."""
-        for process in self.processes:
+        _end(self.processes)
+
+
+class EndUsersProcesses(Step, frozen=True):
+    """End processes of a user that their worker has stopped by ptrace, likewise. They are free while the worker is
+    dead, so the kernel decides which of them are still the user's."""
+    point = 'end-users'
+    by_user = True
+    ends_tree = True
+    processes: tuple[Known, ...]
+    uid: Count = 0
+    gid: Count = 0
+    groups: tuple[Count, ...] = ()
+
+    def describe(self) -> str:
+        return f'ending {len(self.processes)} processes of uid {self.uid}'
+
+    def _undo(self, context: StepContext, origins: Mapping[int, Moved]) -> None:
+        as_maker(self, lambda: _end(self.processes))
+
+
+def _end(processes: Sequence[Known]) -> None:
+    """Kill all processes, then wait until they are dead. Those that may not be killed are another user's now."""
+    ended = []
+    for process in processes:
+        with suppress(PermissionError):
             _with_pidfd(process, lambda pidfd: pidfd_send_signal(pidfd, signal.SIGKILL))
-        deadline = time.monotonic() + EMPTY_SECONDS
-        for process in self.processes:
-            _with_pidfd(process, lambda pidfd: wait_dead(pidfd, deadline - time.monotonic()))
+            ended.append(process)
+    deadline = time.monotonic() + EMPTY_SECONDS
+    for process in ended:
+        _with_pidfd(process, lambda pidfd: wait_dead(pidfd, deadline - time.monotonic()))
 
 
 def _with_pidfd(process: Known, work: Callable[[int], object]) -> None:

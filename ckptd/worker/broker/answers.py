@@ -24,7 +24,7 @@ from ckptd.image.manifest import NAME, read_manifest_of
 from ckptd.image.source import DirectoryFiles
 from ckptd.inspect.scan import scan_tree
 from ckptd.journal.owner import StepJournal
-from ckptd.journal.steps import KeepFile, LinkFile, RestartStep, TakeFromTerminal, WalkQueues
+from ckptd.journal.steps import EndUsersProcesses, KeepFile, LinkFile, RestartStep, TakeFromTerminal, WalkQueues
 from ckptd.journal.store import Journal
 from ckptd.kernel.status import read_status
 from ckptd.operation.context import JobContext, image_path, require_some_room
@@ -68,7 +68,7 @@ from ckptd.worker.broker.watched import find_watched
 
 log = logging.getLogger('ckptd.worker')
 
-S = TypeVar('S', RestartStep, LinkFile, WalkQueues, TakeFromTerminal)
+S = TypeVar('S', RestartStep, LinkFile, WalkQueues, TakeFromTerminal, EndUsersProcesses)
 Reply = tuple[dict[str, object], list[int]]
 
 
@@ -85,7 +85,7 @@ class BrokerAnswers:
         restore = job.narrowed(RestoreRequest)
         self._place = TreePlace(restore, identity, worker) if restore else None
         steps = partial(StepJournal, Journal(Path(job.request.runtime)), job.request.job, job.request.about)
-        self._names, self._walk, self._taken = steps('names'), steps('walk'), steps('take')
+        self._names, self._walk, self._taken, self._ended = steps('names'), steps('walk'), steps('take'), steps('end')
         self._kept: set[str] = set()
         self._worker = worker
         self._timers, self._are_asleep = OwnTimers(), False
@@ -115,6 +115,7 @@ class BrokerAnswers:
             if self._place is not None:
                 stack.callback(self._place.close)
             stack.callback(self._freeze.close)
+            stack.callback(self._undo, self._ended)
             stack.callback(self._undo, self._walk)
             stack.callback(self._undo, self._taken)
 
@@ -218,9 +219,15 @@ class BrokerAnswers:
         return {}, []
 
     def _end_tree(self, call: EndTree) -> Reply:
-        frozen, request = self._tree(), self._job.request
+        request = self._job.request
         if not isinstance(request, CheckpointRequest) or request.after != 'kill' or not self._is_published:
             raise PermissionDenied('the job may not end the tree, or has no image of it yet')
+        if self._frozen is None and call.processes:
+            for process in call.processes:
+                self._require_tracee(process.pid)
+            self._ended.note(self._with_ids(EndUsersProcesses(call.processes)))
+            return {}, []
+        frozen = self._tree()
         frozen.hold()
         # it is frozen, so tasks that belong to the user now still do when it is ended
         self._require_users(frozen.tree)
