@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # of the unit that the tests run in: a daemon that they start as a service manager does is not that process
     os.environ.pop('SYSTEMD_EXEC_PID', None)
     config.addinivalue_line('markers', 'needs(*names): what the test needs of the machine, names of tests/lib/gate.py')
+    config.addinivalue_line('markers', 'heavy: a real program that `make test` leaves out; `make programs` runs it')
     config.addinivalue_line('markers', 'lint: a linter run as a test')
     try:
         gate.required()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Random programs are checkpointed, killed and restored: `make programs`, or python -m tests.generated [--count N]
+"""Random programs are checkpointed, killed and restored: `make random`, or python -m tests.generated [--count N]
 [--seed SEED]
 
 As root. The seed is printed; with the same seed and number the same programs are run. A program that does not come back

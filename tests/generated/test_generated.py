@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Programs that did not come back as they were, each of which does now; and some random ones, the same in each run.
 
-`make programs` runs more, and different ones.
+`make random` runs more, and different ones.
 """
 
 from collections.abc import Callable

@@ -25,9 +25,11 @@ NR_KEYCTL, KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING = 250, 0, -3
 
 @dataclass(frozen=True)
 class Need:
-    """missing() is a sentence when the thing is not there, else ''. fix is the command that brings it."""
+    """missing() is a sentence when the thing is not there, else ''. fix is the command that brings it. heavy: only
+    tests with the marker `heavy` need it."""
     missing: Callable[[], str]
     fix: str
+    heavy: bool = False
 
 
 def _program(*names: str) -> Callable[[], str]:
@@ -215,6 +217,9 @@ NEEDS = {
     'man': Need(_program('man', 'groff', 'lexgrog'), APT + 'man-db'),
     'mandoc': Need(_program('mandoc'), APT + 'mandoc'),
     'unshare': Need(_program('unshare', 'nsenter'), APT + 'util-linux'),
+    # of `make programs`; CONTRIBUTING.md has the packages in one line
+    'emacs': Need(_program('emacs'), APT + 'emacs-nox', heavy=True),
+    'htop': Need(_program('htop'), APT + 'htop', heavy=True),
 }
 
 
@@ -245,8 +250,9 @@ def verdict(names: Iterable[str]) -> tuple[str, bool]:
 
 
 def summary() -> list[str]:
-    """One line for each thing that is not there."""
-    return [f'{name}: {missing(name)}. To have it: {need.fix}' for name, need in NEEDS.items() if missing(name)]
+    """One line for each thing that `make test` needs and that is not there."""
+    return [f'{name}: {missing(name)}. To have it: {need.fix}' for name, need in NEEDS.items()
+            if not need.heavy and missing(name)]
 
 
 if __name__ == '__main__':

@@ -33,8 +33,8 @@ def test_shell_scripts_parse(script: str) -> None:
 def test_make_help_lists_every_public_target() -> None:
     shown = subprocess.run(['make', 'help'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     listed = {line.split()[0] for line in shown.splitlines()}
-    assert {'demo', 'test', 'check', 'lint', 'unit', 'unit-all', 'bench', 'fuzz', 'install', 'uninstall',
-            'dist'} <= listed
+    assert {'demo', 'test', 'check', 'lint', 'unit', 'unit-all', 'bench', 'fuzz', 'random', 'programs', 'install',
+            'uninstall', 'dist'} <= listed
 
 
 @pytest.mark.parametrize('lock', sorted(ROOT.glob('requirements*.lock')), ids=lambda path: path.name)

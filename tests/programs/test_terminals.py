@@ -68,9 +68,12 @@ class Tmux:
     def type(self, window: int, *keys: str) -> None:
         self('send-keys', '-t', f':{window}', *keys)
 
+    def pids(self) -> list[int]:
+        """The first process of each window."""
+        return [int(line) for line in self('list-panes', '-s', '-F', '#{pane_pid}').split()]
+
     def look(self) -> list[tuple[str, str]]:
-        pids = [int(line) for line in self('list-panes', '-s', '-F', '#{pane_pid}').split()]
-        return [(self.screen(window), settings(pid)) for window, pid in enumerate(pids)]
+        return [(self.screen(window), settings(pid)) for window, pid in enumerate(self.pids())]
 
 
 @pytest.fixture
