@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from ckptd.kernel.families import duplicate_socket
 from ckptd.kernel.fdinfo import FdInfo, read_fdinfo
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.pidfd import PIDFD_THREAD, pidfd_getfd, pidfd_open
@@ -126,7 +127,7 @@ class OpenFile:
     @contextmanager
     def as_socket(self) -> Iterator[socket.socket]:
         """Provide the task's socket itself, which may only be asked questions."""
-        with self.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as sock:
+        with self.duplicate() as fd, duplicate_socket(fd) as sock:
             yield sock
 
     @contextmanager

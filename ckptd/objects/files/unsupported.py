@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import stat
+from contextlib import suppress
 from typing import NoReturn
 
 from ckptd.errors import Finding, NotSupported, Refused
@@ -12,8 +13,10 @@ from ckptd.image.grammar import Struct
 from ckptd.image.records import SavedFile
 from ckptd.kernel import statfs
 from ckptd.kernel.devices import driver_of
+from ckptd.kernel.families import arguments_of
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
+from ckptd.objects.files.other_sockets import SocketName, article, name_of
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.support import Support
 
@@ -52,10 +55,6 @@ _HINTS = {
     'rtc': 'close it first; an alarm that was set in it stays',
     'loop': 'detach the loop device first (losetup -d)',
 }
-_FAMILIES = {socket.AF_UNIX: 'unix', socket.AF_INET: 'IPv4', socket.AF_INET6: 'IPv6', socket.AF_NETLINK: 'netlink',
-             socket.AF_PACKET: 'packet'}
-_TYPES = {socket.SOCK_STREAM: 'stream', socket.SOCK_DGRAM: 'datagram', socket.SOCK_SEQPACKET: 'seqpacket',
-          socket.SOCK_RAW: 'raw'}
 
 
 class Unsupported(Kind[Struct], tag='unsupported'):
@@ -67,8 +66,10 @@ class Unsupported(Kind[Struct], tag='unsupported'):
         return False
 
     def findings(self, file: OpenFile) -> list[Finding]:
+        name = _socket_name(file)
+        hint = name.hint if name else _HINTS.get(_driver(file), '')
         return [finding('EOPNOTSUPP', f'{describe(file, self._tables)} ({file.link}) cannot be dumped yet',
-                        _HINTS.get(_driver(file), _CLOSE))]
+                        hint or _CLOSE)]
 
     def dump(self, file: OpenFile, content: Content) -> NoReturn:
         reason = self.findings(file)[0]
@@ -121,16 +122,28 @@ def _by_mode(file: OpenFile, tables: JobTables) -> str:
     return f'a file of unknown type {stat.S_IFMT(mode):#o}'
 
 
+def _socket_name(file: OpenFile) -> SocketName | None:
+    """Return the name of a socket; None for another file, or one that we may not inspect."""
+    if file.is_path or not stat.S_ISSOCK(file.stat.st_mode):
+        return None
+    with suppress(OSError), file.duplicate() as fd:
+        return name_of(*arguments_of(fd))
+    return None
+
+
 def _socket(file: OpenFile, tables: JobTables) -> str:
-    try:
-        with file.as_socket() as sock:
-            listening = 'listening ' if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) else ''
-            family, kind = _FAMILIES.get(sock.family), _TYPES.get(sock.type)
-    except OSError:
-        return 'a socket'       # the type name is for people and not worth a failure
-    words = f'{listening}{family or f"family {int(sock.family)}"} {kind or f"type {int(sock.type)}"} socket'
-    where = _unix_name(file.stat.st_ino, tables) if family == 'unix' else ''
-    return f'{"an" if words.startswith("IP") else "a"} {words}{where}'
+    name = _socket_name(file)
+    if name is None:        # the name is for people and not worth a failure
+        return 'a socket'
+    words = f'{"listening " if _is_listening(file) else ""}{name}'
+    where = _unix_name(file.stat.st_ino, tables) if name.family == 'unix' else ''
+    return f'{article(words)} {words}{where}'
+
+
+def _is_listening(file: OpenFile) -> bool:
+    with suppress(OSError), file.as_socket() as sock:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return False
 
 
 def _unix_name(inode: int, tables: JobTables) -> str:

@@ -45,6 +45,7 @@ ENUMERATORS = {
                  'NFT_MSG_DELTABLE', 'NFT_MSG_NEWCHAIN', 'NFT_MSG_NEWRULE', 'NFT_MSG_NEWSET', 'NFT_MSG_NEWSETELEM'],
     'tcp': ['TCP_NO_QUEUE', 'TCP_RECV_QUEUE', 'TCP_SEND_QUEUE'],
     'inet_diag': ['INET_DIAG_INFO', 'INET_DIAG_SHUTDOWN', 'INET_DIAG_MD5SIG'],
+    'families': ['IPPROTO_DCCP', 'IPPROTO_L2TP', 'IPPROTO_SCTP'],
     'kcmp': ['KCMP_FILE', 'KCMP_VM', 'KCMP_FILES', 'KCMP_FS', 'KCMP_SIGHAND', 'KCMP_IO', 'KCMP_SYSVSEM',
              'KCMP_EPOLL_TFD'],
     'mempolicy': ['MPOL_DEFAULT'],
@@ -79,6 +80,10 @@ OWN = {
     'inet': {'TCP_ESTABLISHED', 'TCP_SYN_SENT', 'TCP_SYN_RECV', 'TCP_FIN_WAIT1', 'TCP_FIN_WAIT2', 'TCP_TIME_WAIT',
              'TCP_CLOSE', 'TCP_CLOSE_WAIT', 'TCP_LAST_ACK', 'TCP_LISTEN', 'TCP_CLOSING', 'SOL_RAW', 'ICMP_FILTER',
              'ICMPV6_FILTER'},
+    # include/linux/socket.h; sys/socket.h of the C library clashes with others
+    'families': {'AF_APPLETALK', 'AF_X25', 'AF_KEY', 'AF_ATMPVC', 'AF_ATMSVC', 'AF_RDS', 'AF_PPPOX', 'AF_LLC', 'AF_CAN',
+                 'AF_TIPC', 'AF_BLUETOOTH', 'AF_IUCV', 'AF_RXRPC', 'AF_ISDN', 'AF_PHONET', 'AF_IEEE802154', 'AF_CAIF',
+                 'AF_ALG', 'AF_NFC', 'AF_VSOCK', 'AF_KCM', 'AF_QIPCRTR', 'AF_SMC', 'AF_XDP', 'AF_MCTP'},
     'hidepid': {'NOT_PTRACEABLE'},                                          # include/linux/proc_fs.h
     'creds': {'SUID_DUMP_DISABLE', 'SUID_DUMP_USER', 'SUID_DUMP_ROOT'},     # include/linux/sched/coredump.h
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
@@ -109,7 +114,7 @@ NEWER = {
     'PR_TIMER_CREATE_RESTORE_IDS', 'PR_FUTEX_HASH', 'PR_FUTEX_HASH_SET_SLOTS', 'PR_FUTEX_HASH_GET_SLOTS',
     'PAGE_IS_GUARD', 'PID_FS_MAGIC', 'SO_PASSPIDFD', 'SO_PASSRIGHTS', 'SO_INQ',
     'NS_GET_ID', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG', 'EPIOCSPARAMS', 'EPIOCGPARAMS', 'SO_RCVPRIORITY',
-    'IP_LOCAL_PORT_RANGE', 'TCP_RTO_MAX_MS',
+    'IP_LOCAL_PORT_RANGE', 'TCP_RTO_MAX_MS', 'IPPROTO_SMC',
 }
 NEWER_CALLS = {'mseal'}        # likewise, since 6.10
 

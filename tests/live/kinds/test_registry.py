@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import Refused
+from ckptd.kernel import families
 from ckptd.objects.files.base import OpenFile
 from ckptd.objects.files.namespace import NamespaceFileKind
+from ckptd.objects.files.other_sockets import article, name_of
 from ckptd.objects.files.registry import Kinds
 from ckptd.objects.files.tables import JobTables
 from tests.lib.brood import Brood, libc
@@ -203,6 +205,72 @@ def test_what_no_kind_matches_is_refused_by_its_name(opened: Opened, name: str, 
 def test_a_driver_has_a_hint(opened: Opened) -> None:
     file = opened_or_skip(opened, lambda: os.open('/dev/net/tun', os.O_RDWR))
     assert 'make the interface persistent' in Kinds().unsupported.findings(file)[0].hint
+
+
+# arguments of socket(2): how the refusal begins, and a part of its hint
+OTHER_SOCKETS = {
+    (40, socket.SOCK_STREAM, 0): ('a vsock stream socket', 'in another machine'),
+    (40, socket.SOCK_SEQPACKET, 0): ('a vsock seqpacket socket', 'in another machine'),
+    (38, socket.SOCK_SEQPACKET, 0): ('an AF_ALG (kernel crypto) seqpacket socket', 'keys'),
+    (44, socket.SOCK_RAW, 0): ('an XDP raw socket', 'queue of a device'),
+    (41, socket.SOCK_DGRAM, 0): ('a KCM datagram socket', 'SIOCKCMUNATTACH'),
+    (43, socket.SOCK_STREAM, 0): ('an SMC stream socket', 'smc_run'),
+    (socket.AF_INET, socket.SOCK_STREAM, 256): ('an SMC stream socket', 'smc_run'),
+    (socket.AF_INET, socket.SOCK_STREAM, 132): ('an SCTP stream socket', 'use TCP'),
+    (socket.AF_INET6, socket.SOCK_SEQPACKET, 132): ('an SCTP seqpacket socket', 'use TCP'),
+    (socket.AF_INET, 6, 33): ('a DCCP type 6 socket', 'use TCP'),
+    (socket.AF_INET, socket.SOCK_DGRAM, 115): ('an L2TP datagram socket', 'ip l2tp'),
+    (31, socket.SOCK_RAW, 1): ('a Bluetooth raw socket', 'in a device'),
+    (29, socket.SOCK_RAW, 1): ('a CAN raw socket', 'in a device'),
+    (30, socket.SOCK_RDM, 0): ('a TIPC reliable datagram socket', 'use TCP'),
+    (21, socket.SOCK_SEQPACKET, 0): ('an RDS seqpacket socket', 'use TCP'),
+    (24, socket.SOCK_STREAM, 0): ('a PPPoX stream socket', 'poff'),
+    (15, socket.SOCK_RAW, 2): ('a PF_KEY (IPsec) raw socket', 'XFRM'),
+}
+
+
+def test_the_numbers_of_families_are_those_of_python() -> None:
+    ours = {name: value for name, value in vars(families).items() if name.startswith('AF_')}
+    theirs = {name: int(getattr(socket, name)) for name in ours if hasattr(socket, name)}
+    assert len(theirs) > 10
+    assert theirs == {name: ours[name] for name in theirs}
+
+
+@pytest.mark.parametrize('arguments', OTHER_SOCKETS, ids=lambda one: '-'.join(map(str, map(int, one))))
+def test_names_of_other_sockets(arguments: tuple[int, int, int]) -> None:
+    """What is said of a socket, whether this kernel has the family or not."""
+    begin, hint = OTHER_SOCKETS[arguments]
+    name = name_of(*arguments)
+    assert f'{article(str(name))} {name}' == begin
+    assert hint in name.hint
+
+
+@pytest.mark.parametrize('arguments', OTHER_SOCKETS, ids=lambda one: '-'.join(map(str, map(int, one))))
+def test_sockets_of_other_families_are_refused_by_name(opened: Opened, arguments: tuple[int, int, int]) -> None:
+    begin, hint = OTHER_SOCKETS[arguments]
+    try:
+        socket.socket(*arguments).close()
+    except OSError as error:
+        pytest.skip(f'this kernel or user has no {name_of(*arguments)}: {error.strerror}')
+    file = opened(lambda: socket.socket(*arguments).detach())
+    assert kind_of(file).tag == 'unsupported'
+    [row] = kind_of(file).findings(file)
+    assert row.reason == f'{begin} ({file.link}) cannot be dumped yet'
+    assert hint in row.hint
+
+
+def test_a_listening_socket_of_another_family_is_said_to_listen(opened: Opened) -> None:
+    def listen() -> int:
+        one = socket.socket(40, socket.SOCK_STREAM)
+        one.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+        one.listen()
+        return one.detach()
+    try:
+        socket.socket(40, socket.SOCK_STREAM).close()
+    except OSError as error:
+        pytest.skip(f'this kernel has no vsock: {error.strerror}')
+    file = opened(listen)
+    assert kind_of(file).findings(file)[0].reason.startswith('a listening vsock stream socket')
 
 
 @pytest.mark.needs('root')
