@@ -38,6 +38,7 @@ TCP_THIN_LINEAR_TIMEOUTS: Final = 16
 TCP_SAVE_SYN, TCP_FASTOPEN_CONNECT, TCP_ULP = 27, 30, 31
 TCP_FASTOPEN_KEY, TCP_FASTOPEN_NO_COOKIE = 33, 34
 TCP_INQ, TCP_TX_DELAY = 36, 37
+TCP_AO_INFO: Final = 40                             # since 6.7
 TCP_RTO_MAX_MS: Final = 44                          # since 6.15
 # <linux/udp.h>
 UDP_CORK, UDP_ENCAP, UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX, UDP_SEGMENT, UDP_GRO = 1, 100, 101, 102, 103, 104
@@ -54,6 +55,7 @@ STATES: Final = {
 
 _UNACKED_AT, _LAST_ACK_AT = 24, 56      # offsets in struct tcp_info, <linux/tcp.h>
 _INFO = struct.Struct(f'=B{_UNACKED_AT - 1}xII')
+_AO_INFO = 48                           # sizeof(struct tcp_ao_info_opt)
 
 
 class Address(NamedTuple):
@@ -88,6 +90,18 @@ def tcp_state(sock: socket.socket) -> TcpState:
     """Return the state of a TCP or MPTCP socket. OSError."""
     info = read_option(sock, socket.TCP_INFO, _INFO.size, socket.IPPROTO_TCP)
     return TcpState(*_INFO.unpack(info))
+
+
+def has_ao_keys(sock: socket.socket) -> bool:
+    """Whether a TCP socket has keys of TCP-AO (RFC 5925), which sign its packets. OSError."""
+    try:
+        read_option(sock, TCP_AO_INFO, _AO_INFO, socket.IPPROTO_TCP)
+    except OSError as error:
+        # it has none; the kernel has no TCP-AO; MPTCP has none
+        if error.errno in (errno.ENOENT, errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
 
 
 def last_packet(sock: socket.socket) -> int:

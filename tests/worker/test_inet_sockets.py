@@ -22,10 +22,13 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel.fdinfo import list_fds
 from ckptd.kernel.inet import Address, raw_peers
 from ckptd.kernel.pidfd import pidfd_getfd, pidfd_open
+from ckptd.kernel.sockopt import SO_ZEROCOPY
+from ckptd.objects.files.base import read_open_file
 from ckptd.objects.files.inet.options import TABLE, LevelOption, Name, _fresh, _read_all
 from ckptd.objects.files.inet.socket import InetAddress, MulticastGroup
 from ckptd.objects.files.inet.udp import UdpSocket
 from ckptd.objects.files.options import SocketOption, read_options
+from ckptd.objects.files.registry import Kinds
 from ckptd.objects.files.tcp.socket import TcpSocket
 from tests.lib import settled
 from tests.lib.altered import rewrite
@@ -200,6 +203,102 @@ def test_keys_that_sign_are_refused(place: Place, brood: Brood) -> None:
         pytest.skip('a kernel without CONFIG_TCP_MD5SIG')
     [row] = refusals(place, pid)
     assert 'TCP_MD5SIG' in row.reason
+
+
+def test_keys_of_tcp_ao_are_refused(place: Place, brood: Brood) -> None:
+    # struct tcp_ao_add: address, algorithm, interface, flags, reserved, prefix, ids, lengths, key
+    key = struct.pack('=H2x4s120x64siIH6B80s', V4, socket.inet_aton('127.0.0.1'), b'hmac(sha1)', 0, 0, 0, 32, 1, 1, 0,
+                      0, 3, b'key')
+
+    def sign() -> int:
+        one = socket.socket(V4, STREAM)
+        try:
+            one.setsockopt(socket.IPPROTO_TCP, 38, key)     # TCP_AO_ADD_KEY
+        except OSError:
+            return -1
+        return one.detach()
+    pid, fd = brood.ask(sign)
+    if fd < 0:
+        pytest.skip('a kernel without CONFIG_TCP_AO')
+    [row] = refusals(place, pid)
+    assert 'TCP-AO' in row.reason
+
+
+def test_an_upper_layer_protocol_is_refused_by_its_name(place: Place, brood: Brood) -> None:
+    def protect() -> int:
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            one = socket.create_connection(server.getsockname())
+            kept.append(server.accept()[0])
+        try:
+            one.setsockopt(socket.IPPROTO_TCP, 31, b'tls')      # TCP_ULP
+        except OSError:
+            return -1
+        return one.detach()
+    kept: list[socket.socket] = []
+    pid, fd = brood.ask(protect)
+    if fd < 0:
+        pytest.skip('a kernel without CONFIG_TLS')
+    [row] = refusals(place, pid)
+    assert "'tls'" in row.reason
+
+
+ZEROCOPY = """
+import array, fcntl, select, signal, socket, termios
+MSG_ZEROCOPY, left = 0x4000000, array.array('i', [1])
+server = socket.create_server(('127.0.0.1', 0))
+one = socket.create_connection(server.getsockname())
+other, _ = server.accept()
+one.setsockopt(socket.SOL_SOCKET, 60, 1)        # SO_ZEROCOPY
+one.setblocking(False)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+def read_notifications():
+    while True:
+        try:
+            one.recvmsg(1, 100, socket.MSG_ERRQUEUE)
+        except BlockingIOError:
+            return
+def step():
+    print('ready', flush=True)
+    signal.sigwait([signal.SIGUSR1])
+try:
+    while True:
+        one.send(bytes(1 << 16), MSG_ZEROCOPY)
+except BlockingIOError:
+    pass
+while any(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[24:]):    # some is on its way: tcpi_unacked
+    pass
+read_notifications()
+step()
+other.setblocking(False)
+while left[0]:
+    try:
+        other.recv(1 << 20)
+    except BlockingIOError:
+        pass
+    fcntl.ioctl(one, termios.TIOCOUTQ, left)
+poll = select.poll()
+poll.register(one, 0)
+poll.poll()
+step()
+read_notifications()
+step()
+"""
+
+
+def test_sends_without_a_copy(place: Place) -> None:
+    """Refused while they are on their way or their notifications are unread; then a warning tells of their numbers."""
+    with program(ZEROCOPY) as running:
+        for text in ('not finished', 'unread notifications of MSG_ZEROCOPY'):
+            with sockets_of(running.pid) as found:
+                [fd] = [fd for fd, one in found.items() if one.getsockopt(socket.SOL_SOCKET, SO_ZEROCOPY)]
+            file = read_open_file(running.pid, fd)
+            [row] = Kinds().of(file).findings(file)
+            assert (row.errno, row.severity) == ('EAGAIN', 'refusal')
+            assert text in row.reason
+            running.send_signal(signal.SIGUSR1)
+            assert running.stdout
+            assert running.stdout.readline() == b'ready\n'
+        assert sum('uses MSG_ZEROCOPY' in reason for reason in warned(place, running.pid)) == 1
 
 
 def test_unread_netlink_messages_are_refused(place: Place, brood: Brood) -> None:

@@ -33,27 +33,27 @@ _AN = ('AF_', 'AppleTalk', 'ATM', 'IEEE', 'IPv', 'ISDN', 'IUCV', 'L2TP', 'LLC', 
        'SMC', 'X.25', 'XDP')
 
 
-class SocketName(NamedTuple):
+class FamilyName(NamedTuple):
     """The names of a socket for people. family: of its protocol, where that says more; '' if it is not known."""
     family: str
     type: str
 
     @property
     def hint(self) -> str:
-        """What to do about it; '' if there is nothing special."""
+        """Advice about it; '' if there is nothing special to say."""
         return _HINTS.get(self.family, '')
 
     def __str__(self) -> str:
         return f'{self.family} {self.type} socket'
 
 
-def name_of(family: int, kind: int, protocol: int) -> SocketName:
+def name_of(family: int, kind: int, protocol: int) -> FamilyName:
     """Return the names for the arguments of socket(2)."""
     if family in (socket.AF_INET, socket.AF_INET6) and protocol in families.PROTOCOL_NAMES:
         name = families.PROTOCOL_NAMES[protocol]
     else:
         name = _FAMILIES.get(family, f'family {family}')
-    return SocketName(name, _TYPES.get(kind, f'type {kind}'))
+    return FamilyName(name, _TYPES.get(kind, f'type {kind}'))
 
 
 def article(words: str) -> str:

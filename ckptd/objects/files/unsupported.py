@@ -16,7 +16,7 @@ from ckptd.kernel.devices import driver_of
 from ckptd.kernel.families import arguments_of
 from ckptd.kernel.shmem import on_shm_mount
 from ckptd.objects.files.base import Content, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.other_sockets import SocketName, article, name_of
+from ckptd.objects.files.other_sockets import FamilyName, article, name_of
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.support import Support
 
@@ -122,7 +122,7 @@ def _by_mode(file: OpenFile, tables: JobTables) -> str:
     return f'a file of unknown type {stat.S_IFMT(mode):#o}'
 
 
-def _socket_name(file: OpenFile) -> SocketName | None:
+def _socket_name(file: OpenFile) -> FamilyName | None:
     """Return the name of a socket; None for another file, or one that we may not inspect."""
     if file.is_path or not stat.S_ISSOCK(file.stat.st_mode):
         return None

@@ -38,6 +38,7 @@ from ckptd.objects.files.inet.socket import (
     shut_down,
     socket_type,
 )
+from ckptd.objects.files.inet.zerocopy import zerocopy_findings
 from ckptd.objects.files.socket_filter import filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.support import Support
@@ -83,7 +84,7 @@ class UdpKind(Kind[UdpSocket], tag='udp'):
         if kind and (found := foreign_findings(file, kind)):
             return found
         with file.as_socket() as sock:
-            return [*_state_findings(file, sock), *filter_findings(sock, file.link)]
+            return [*_state_findings(file, sock), *zerocopy_findings(file, sock), *filter_findings(sock, file.link)]
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         kind = socket_type(file, self._tables)

@@ -11,6 +11,7 @@ from ckptd.kernel import inet, unix
 from ckptd.kernel.inet import STATES, Address, local_address, peer_address, tcp_state
 from ckptd.objects.files.base import OpenFile, finding
 from ckptd.objects.files.inet.socket import has_error
+from ckptd.objects.files.inet.zerocopy import zerocopy_findings
 from ckptd.objects.files.tcp.keep import PATIENCE
 from ckptd.objects.files.tcp.table import plain
 
@@ -22,7 +23,11 @@ _HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends
 def connection_findings(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
     """Yield the reasons why a connection cannot be dumped, wherever its other end is."""
     state, peer = tcp_state(sock).state, peer_address(sock)
+    zerocopy = list(zerocopy_findings(file, sock))
+    yield from zerocopy
     if has_error(sock):
+        if zerocopy:
+            return
         yield finding('EIO', f'{file.link} is a TCP connection with a pending error, which reading would consume',
                       'let the program read it (SO_ERROR) before the checkpoint')
     elif state not in _SUPPORTED:

@@ -19,6 +19,7 @@ from ckptd.kernel.inet import (
     TCP_CLOSE,
     TCP_LISTEN,
     TCP_ULP,
+    has_ao_keys,
     local_address,
     peer_address,
     tcp_state,
@@ -60,7 +61,8 @@ class TcpSocket(Struct):
 
 class TcpKind(Kind[TcpSocket], tag='tcp'):
     support = Support('TCP and MPTCP sockets without a connection: fresh, bound, listening',
-                      refused='MPTCP connections, keys (TCP_MD5SIG), upper layer protocols such as kTLS, eBPF filters',
+                      refused='MPTCP connections, keys (TCP_MD5SIG, TCP-AO), upper layer protocols such as kTLS, '
+                              'eBPF filters',
                       warned='connections that wait to be accepted, programs of SO_REUSEPORT groups',
                       user='ports and options that need a right are refused')
 
@@ -155,6 +157,9 @@ def feature_findings(file: OpenFile, sock: socket.socket, tables: JobTables) -> 
     if (own := tables.inet_sockets(socket.IPPROTO_TCP).get(file.stat.st_ino)) and own.is_signed:
         yield finding('EOPNOTSUPP', f'{file.link} has keys that sign its packets (TCP_MD5SIG), which nothing reads',
                       'close it before the checkpoint')
+    if has_ao_keys(sock):
+        yield finding('EOPNOTSUPP', f'{file.link} has keys that sign its packets (TCP-AO), of which nothing reads the '
+                      'secret', 'close it before the checkpoint')
     if (ulp := _ulp(sock)) and sock.proto == socket.IPPROTO_TCP:      # MPTCP is one itself
         yield finding('EOPNOTSUPP', f'{file.link} has the upper layer protocol {ulp!r} (TCP_ULP), whose state nothing '
                       'reads', 'close it before the checkpoint')
