@@ -19,7 +19,7 @@ _REQUEST = struct.Struct('=4BI48x')     # struct inet_diag_req_v2, of every sock
 _ADDRESSES = struct.Struct('>HH16s16s')  # struct inet_diag_sockid, as far as it is in network byte order
 _REST = struct.Struct('=IQ5I')          # its interface and cookie, then the rest of struct inet_diag_msg
 _ATTRIBUTE = struct.Struct('=HH')       # struct nlattr: length, type
-_ADDRESSES_AT = _HEADER.size + 4
+_ADDRESSES_AT = 4                       # in struct inet_diag_msg
 _ATTRIBUTES_AT = _ADDRESSES_AT + _ADDRESSES.size + _REST.size
 _EVERY_STATE = (1 << 32) - 1
 _RECV = 1 << 16
@@ -42,14 +42,15 @@ class DiagSocket(NamedTuple):
 def inet_sockets(protocol: int) -> list[DiagSocket]:
     """Return every socket of a protocol (IPPROTO_TCP, IPPROTO_UDP ...) in our network namespace, IPv4 and IPv6. OSError
     if sock_diag is not available."""
-    return [one for family in (socket.AF_INET, socket.AF_INET6) for data in _dump(family, protocol)
-            for one in _sockets(data)]
-
-
-def _dump(family: int, protocol: int) -> Iterator[bytes]:
     # the keys come only together with the information
     wanted = 1 << INET_DIAG_INFO - 1 if protocol == socket.IPPROTO_TCP else 0
-    body = _REQUEST.pack(family, protocol, wanted, 0, _EVERY_STATE)
+    return [_socket(message) for family in (socket.AF_INET, socket.AF_INET6)
+            for message in dump(_REQUEST.pack(family, protocol, wanted, 0, _EVERY_STATE))]
+
+
+def dump(body: bytes) -> Iterator[bytes]:
+    """Yield the answers to a request for all sockets of a family, without their headers. body: of the request, which
+    begins with the family. OSError."""
     header = _HEADER.pack(_HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as sock:
         sock.settimeout(_ANSWER_TIMEOUT)
@@ -62,26 +63,31 @@ def _dump(family: int, protocol: int) -> Iterator[bytes]:
                 if number:
                     raise OSError(number, f'sock_diag: {os.strerror(number)}')
                 return
-            yield data
+            yield from _messages(data)
 
 
-def _sockets(data: bytes) -> Iterator[DiagSocket]:
+def _messages(data: bytes) -> Iterator[bytes]:
     at = 0
     while at + _HEADER.size <= len(data):
         length, kind, *_ = _HEADER.unpack_from(data, at)
-        if kind != SOCK_DIAG_BY_FAMILY or length < _ATTRIBUTES_AT:
+        if kind != SOCK_DIAG_BY_FAMILY or length < _HEADER.size:
             return
-        family, state = data[at + _HEADER.size], data[at + _HEADER.size + 1]
-        port, peer_port, local, peer = _ADDRESSES.unpack_from(data, at + _ADDRESSES_AT)
-        interface, _, _, queued, unsent, _, inode = _REST.unpack_from(data, at + _ADDRESSES_AT + _ADDRESSES.size)
-        attributes = dict(_attributes(data[at + _ATTRIBUTES_AT:at + length]))
-        yield DiagSocket(inode, state, Address(_host(family, local), port), Address(_host(family, peer), peer_port),
-                         interface, queued, unsent, int.from_bytes(attributes.get(INET_DIAG_SHUTDOWN, b''), 'little'),
-                         INET_DIAG_MD5SIG in attributes)
+        yield data[at + _HEADER.size:at + length]
         at += length + 3 & ~3
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _socket(message: bytes) -> DiagSocket:
+    family, state = message[:2]
+    port, peer_port, local, peer = _ADDRESSES.unpack_from(message, _ADDRESSES_AT)
+    interface, _, _, queued, unsent, _, inode = _REST.unpack_from(message, _ADDRESSES_AT + _ADDRESSES.size)
+    known = dict(attributes(message[_ATTRIBUTES_AT:]))
+    return DiagSocket(inode, state, Address(_host(family, local), port), Address(_host(family, peer), peer_port),
+                      interface, queued, unsent, int.from_bytes(known.get(INET_DIAG_SHUTDOWN, b''), 'little'),
+                      INET_DIAG_MD5SIG in known)
+
+
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (type, value) of each struct nlattr."""
     at = 0
     while at + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, at)

@@ -39,6 +39,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'SignalfdKind': ('events',),
     'TimerfdKind': ('events',),
     'NetlinkKind': ('netlink',),
+    'PacketKind': ('packet_sockets', 'tests/worker/test_packet_sockets.py::test_a_user_is_refused'),
     'RawKind': ('tests/worker/test_inet_sockets.py::test_raw_sockets_come_back',),
     'TcpConnectionKind': ('tcp_connections', 'tests/worker/test_tcp_keep.py::test_a_client_sees_a_pause'),
     'TcpKind': ('inet_sockets',),

@@ -37,7 +37,8 @@ INCLUDES = (
     'linux/sched/types.h', 'linux/shm.h',
     'linux/signal.h', 'linux/signalfd.h', 'linux/sock_diag.h', 'linux/stat.h', 'linux/uio.h',
     'linux/filter.h', 'linux/unix_diag.h', 'linux/wait.h', 'linux/in.h', 'linux/in6.h', 'linux/tcp.h', 'linux/udp.h',
-    'linux/inet_diag.h', 'linux/netfilter.h', 'linux/netfilter/nfnetlink.h', 'linux/netfilter/nf_tables.h',
+    'linux/inet_diag.h', 'linux/if_packet.h', 'linux/packet_diag.h',
+    'linux/netfilter.h', 'linux/netfilter/nfnetlink.h', 'linux/netfilter/nf_tables.h',
 )
 
 ENUMERATORS = {
@@ -46,6 +47,8 @@ ENUMERATORS = {
     'tcp': ['TCP_NO_QUEUE', 'TCP_RECV_QUEUE', 'TCP_SEND_QUEUE'],
     'inet_diag': ['INET_DIAG_INFO', 'INET_DIAG_SHUTDOWN', 'INET_DIAG_MD5SIG'],
     'families': ['IPPROTO_DCCP', 'IPPROTO_L2TP', 'IPPROTO_SCTP'],
+    'packet': ['PACKET_DIAG_INFO', 'PACKET_DIAG_MCLIST', 'PACKET_DIAG_RX_RING', 'PACKET_DIAG_TX_RING',
+               'PACKET_DIAG_FANOUT'],
     'kcmp': ['KCMP_FILE', 'KCMP_VM', 'KCMP_FILES', 'KCMP_FS', 'KCMP_SIGHAND', 'KCMP_IO', 'KCMP_SYSVSEM',
              'KCMP_EPOLL_TFD'],
     'mempolicy': ['MPOL_DEFAULT'],
@@ -84,6 +87,7 @@ OWN = {
     'families': {'AF_APPLETALK', 'AF_X25', 'AF_KEY', 'AF_ATMPVC', 'AF_ATMSVC', 'AF_RDS', 'AF_PPPOX', 'AF_LLC', 'AF_CAN',
                  'AF_TIPC', 'AF_BLUETOOTH', 'AF_IUCV', 'AF_RXRPC', 'AF_ISDN', 'AF_PHONET', 'AF_IEEE802154', 'AF_CAIF',
                  'AF_ALG', 'AF_NFC', 'AF_VSOCK', 'AF_KCM', 'AF_QIPCRTR', 'AF_SMC', 'AF_XDP', 'AF_MCTP'},
+    'packet': {'SOL_PACKET', 'SOCK_PACKET', 'MAX_ADDR_LEN'},     # include/linux/socket.h, net.h, netdevice.h
     'hidepid': {'NOT_PTRACEABLE'},                                          # include/linux/proc_fs.h
     'creds': {'SUID_DUMP_DISABLE', 'SUID_DUMP_USER', 'SUID_DUMP_ROOT'},     # include/linux/sched/coredump.h
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
@@ -114,7 +118,7 @@ NEWER = {
     'PR_TIMER_CREATE_RESTORE_IDS', 'PR_FUTEX_HASH', 'PR_FUTEX_HASH_SET_SLOTS', 'PR_FUTEX_HASH_GET_SLOTS',
     'PAGE_IS_GUARD', 'PID_FS_MAGIC', 'SO_PASSPIDFD', 'SO_PASSRIGHTS', 'SO_INQ',
     'NS_GET_ID', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG', 'EPIOCSPARAMS', 'EPIOCGPARAMS', 'SO_RCVPRIORITY',
-    'IP_LOCAL_PORT_RANGE', 'TCP_RTO_MAX_MS', 'TCP_AO_INFO', 'IPPROTO_SMC',
+    'IP_LOCAL_PORT_RANGE', 'TCP_RTO_MAX_MS', 'TCP_AO_INFO', 'IPPROTO_SMC', 'PACKET_VNET_HDR_SZ',
 }
 NEWER_CALLS = {'mseal'}        # likewise, since 6.10
 
