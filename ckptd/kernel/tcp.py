@@ -65,10 +65,10 @@ def peek_stream(sock: socket.socket) -> Stream:
     """Return the receive queue. Sets SO_PEEK_OFF: the caller must restore the old value in any case. Without it, before
     Linux 6.9, nothing behind an urgent byte is found: OSError EAGAIN."""
     urgent, inline = _urgent(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
-    at_mark = bool(struct.unpack('=i', fcntl.ioctl(sock, SIOCATMARK, bytes(4)))[0])
+    is_first = at_mark(sock)
     can_seek = _seek(sock)
     data = _peek(sock)
-    if at_mark:
+    if is_first:
         # a peek passes over an urgent byte at the head, unless that is part of the stream
         return Stream(b'', data[:1], data[1:]) if inline else Stream(b'', urgent, data)
     later = _peek(sock) if can_seek else b''        # a peek ends at an urgent byte
@@ -77,6 +77,11 @@ def peek_stream(sock: socket.socket) -> Stream:
     if later and inline:
         return Stream(data, later[:1], later[1:])
     return Stream(data, urgent, later)
+
+
+def at_mark(sock: socket.socket) -> bool:
+    """Whether an urgent byte is the next one of the receive queue (SIOCATMARK, sockatmark(3))."""
+    return bool(struct.unpack('=i', fcntl.ioctl(sock, SIOCATMARK, bytes(4)))[0])
 
 
 def _urgent(sock: socket.socket) -> bytes:

@@ -343,7 +343,7 @@ def test_what_is_lost_is_a_warning(place: Place, brood: Brood) -> None:
         with sockets_of(pid) as held:       # and the queue is untouched
             [one] = [one for one in held.values() if one.getsockname()[1] == single]
             assert one.recv(10, socket.MSG_DONTWAIT) == b'hello'
-    assert sum(f'1 connections to 127.0.0.1:{port} wait to be accepted' in text for text in found) == 1
+    assert sum(f'1 connections to 127.0.0.1:{port} from outside of the tree wait' in text for text in found) == 1
     assert sum('1 unread datagrams' in text for text in found) == 1
     assert sum('3 sockets share UDP port' in text for text in found) == 1
     assert sum('pending error' in text for text in found) == 1

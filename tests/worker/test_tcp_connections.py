@@ -259,6 +259,84 @@ def test_unread_bytes_of_an_unaccepted_connection(place: Place, brood: Brood) ->
         assert accepted.getpeername() == found[client].getsockname()
 
 
+# clients that nobody has accepted: with 5 bytes; without any; with an urgent byte, and more than the queue of the other
+# end takes; shut down. After SIGUSR1 it accepts those of the tree and compares
+UNACCEPTED = """
+import signal, socket, sys
+server = socket.create_server(('127.0.0.1', int(sys.argv[1])))
+clients = [socket.create_connection(server.getsockname()) for _ in range(4)]
+bulk = bytes(range(256)) * 1200
+clients[2].settimeout(10)
+clients[2].send(b'before')
+clients[2].send(b'!', socket.MSG_OOB)
+clients[2].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+clients[2].sendall(bulk)
+clients[0].sendall(b'hello')
+clients[3].sendall(b'last')
+clients[3].shutdown(socket.SHUT_WR)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+print('ready', flush=True)
+signal.sigwait([signal.SIGUSR1])
+ends = [server.accept() for _ in clients]
+assert [name for _, name in ends] == [one.getsockname() for one in clients]
+one, none, many, shut = (end for end, _ in ends)
+assert one.recv(100) == b'hello'
+assert [many.recv(100), many.recv(1, socket.MSG_OOB)] == [b'before', b'!']
+assert many.recv(len(bulk), socket.MSG_WAITALL) == bulk
+assert [shut.recv(100), shut.recv(100)] == [b'last', b'']
+for end, client in zip((one, none, many, shut), clients):
+    end.sendall(b'answer')
+    assert client.recv(100) == b'answer'
+server.setblocking(False)
+try:
+    server.accept()
+except BlockingIOError:
+    sys.exit(7)
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(('127.0.0.1', 0)) as one:
+        return int(one.getsockname()[1])
+
+
+def test_a_killed_tree_keeps_what_nobody_has_accepted(place: Place) -> None:
+    """Through two restarts. A client outside of the tree is dropped, and a warning counts it."""
+    port = free_port()
+    with program(UNACCEPTED, str(port)) as running, socket.create_connection(('127.0.0.1', port)) as stranger:
+        stranger.sendall(b'who are you')
+        with DirectWorker() as worker:
+            result = worker.run(place.request(running.pid, after='kill'))
+        assert [row['reason'] for row in result['warnings'] if 'wait to be accepted' in row['reason']] == [
+            f'1 connections to 127.0.0.1:{port} from outside of the tree wait to be accepted']
+        running.wait()
+        with pytest.raises(ConnectionResetError):
+            stranger.recv(1)
+    settled.reap_orphans()
+    pid = restored(place, place.spool / str(result['image']))
+    again = place.checkpoint(pid, after='kill')
+    os.waitpid(pid, 0)
+    pid = restored(place, again)
+    os.kill(pid, signal.SIGUSR1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_a_user_keeps_what_nobody_has_accepted() -> None:
+    def work() -> None:
+        place = Place(Path.cwd()).make()
+        with program(UNACCEPTED, str(port)) as running:
+            image = place.checkpoint(running.pid, forked=True, freeze='ptrace', after='kill')
+            running.wait()
+        found: list[TcpConnection] = []
+        lie(image, lambda one: found.append(one) or one)        # type: ignore[func-returns-value]
+        lengths = [sum(extent.length for extent in (*one.data, *one.later)) for one in found]
+        assert (lengths, [one.urgent for one in found]) == ([5, 0, 6 + 307_200, 4], [b'', b'', b'!', b''])
+
+    port = free_port()
+    with place_of(ORDINARY_UID) as home:
+        as_user(ORDINARY_UID, home, work)
+
+
 def test_a_pending_error_is_refused(place: Place, brood: Brood) -> None:
     def reset() -> int:
         server = socket.create_server(('127.0.0.1', 0))

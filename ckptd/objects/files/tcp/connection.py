@@ -4,7 +4,7 @@
 A restart connects the two ends again by a real handshake, before the listener of their port listens, and each end sends
 what the other one has not read. So no process gets a connection with numbers of an image's choice. An end whose other
 end is closed gets one for a moment, which sends, and is closed. A connection that waits to be accepted is connected
-again when the listener listens. One to the outside that is kept: tcp_keep.py.
+again when the listener listens (waiting.py). One to the outside that is kept: keep.py.
 
 At the dump the tree is at rest, and the kernel delivers what is on its way. Bytes that do not fit into the other end's
 queue are read from the send queue, which root may do (TCP_REPAIR).
@@ -14,7 +14,6 @@ import errno
 import os
 import socket
 import struct
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -44,24 +43,23 @@ from ckptd.objects.files.inet.socket import (
 )
 from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.tcp.handshake import bound, connect_pair, connect_to, send_all, wait_until_sent
+from ckptd.objects.files.tcp.handshake import bound, connect_pair, send_all, wait_until_sent
 from ckptd.objects.files.tcp.keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
 from ckptd.objects.files.tcp.outside import OF_OUR_OWN_FIN, connection_findings, kept_finding, outside_finding
 from ckptd.objects.files.tcp.record import (
     CLOSED,
     INSIDE,
     RESET,
-    TICK,
     WAITING,
     TcpConnection,
     addresses,
-    in_order,
     loopback,
     lost,
     tcp_end,
 )
 from ckptd.objects.files.tcp.socket import feature_findings, is_connection
 from ckptd.objects.files.tcp.table import TcpTable, plain
+from ckptd.objects.files.tcp.waiting import WaitingConnections, stream_of
 from ckptd.objects.support import Support
 
 _PATIENCE = 1.0                         # seconds in which the kernel delivers what is on its way
@@ -70,7 +68,8 @@ _PATIENCE = 1.0                         # seconds in which the kernel delivers w
 class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
     support = Support('TCP connections within the tree, with unread bytes; for root also to the outside',
                       refused='connections to the outside without --external, MPTCP connections, kTLS and other upper '
-                              'layer protocols, pending errors, unread bytes of a connection that nobody has accepted',
+                              'layer protocols, pending errors, unread bytes of a connection that nobody has accepted, '
+                              'without --kill',
                       user='unsent bytes that do not fit into the queue of the other end are refused')
 
     def __init__(self, tables: JobTables) -> None:
@@ -81,7 +80,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         self._received: dict[int, tcp.Stream] = {}      # by inode
         self._unsent: dict[int, bytes] = {}             # by inode of the sender
         self._temporary: dict[int, int] = {}            # by file_id: an end that is being made
-        self._to_accept: list[tuple[TcpConnection, int, str]] = []
+        self._waiting = WaitingConnections()
         self._to_keep: set[int] = set()                 # inodes
         self._keeper = TcpKeeper()
         self._held: dict[int, bool] = {}                # by file_id: whether the restart goes on with it
@@ -135,7 +134,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 return None     # it may be in flight within the tree, which is checked when the tree is at rest
             return self._outside(file, peer, holder)
         if other and (listener := table.listener(peer)):
-            return self._unaccepted(file, other, peer, table.holder(listener.inode))
+            return self._not_accepted(file, other, peer, table.holder(listener.inode))
         with file.as_socket() as sock:
             state = tcp_state(sock).state
         if state in (inet.TCP_CLOSE_WAIT, inet.TCP_LAST_ACK) and table.is_local(peer):
@@ -146,16 +145,20 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             return None
         return self._outside(file, peer)
 
-    def _unaccepted(self, file: OpenFile, other: DiagSocket, peer: Address, holder: unix.Holder | None
-                    ) -> Finding | None:
+    def _not_accepted(self, file: OpenFile, other: DiagSocket, peer: Address, holder: unix.Holder | None
+                      ) -> Finding | None:
         if holder is None or holder.pid not in (self._tables.tasks or ()):
             return self._outside(file, peer, holder)
         self._others[file.stat.st_ino] = WAITING
         with file.as_socket() as sock:
-            waiting = other.queued or tcp.unsent(sock) or tcp.unread(sock)
-        if waiting:
+            # a FIN counts as a byte
+            has_sent = other.queued > (other.state == inet.TCP_CLOSE_WAIT) or tcp.unsent(sock)
+        if has_sent and self._tables.is_taken:
+            self._waiting.add_sender(file, peer)
+        elif has_sent:
             return finding('EAGAIN', f'{file.link} is a connection that {holder.comm}[{holder.pid}] has not accepted, '
-                           'with bytes that only accept(2) can reach', 'try again when the program has accepted it')
+                           'with bytes that only accept(2) can reach',
+                           'try again when the program has accepted it, or use --kill, which keeps them')
         return None
 
     def _outside(self, file: OpenFile, peer: Address, holder: unix.Holder | None = None) -> Finding:
@@ -226,6 +229,8 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             common = dump_socket(file, sock, is_connected=True)
             since = last_packet(sock)
         other = self._ends.get((plain(peer), plain(own))) if peer else None
+        if peer and self._others.get(inode) == WAITING:
+            self._waiting.look_for_listener(peer, content)
         later = received.later + (self._unsent.get(other[0].stat.st_ino, b'') if other else b'')
         known = self._tables.inet_sockets(socket.IPPROTO_TCP).get(inode)
         return TcpConnection(common, self._others.get(inode, CLOSED), state, (keep_address(peer),) if peer else (),
@@ -233,6 +238,8 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                              keep_bytes(received.data, content), received.urgent, keep_bytes(later, content))
 
     def take(self, record: TcpConnection, file: OpenFile, content: Content) -> TcpConnection:
+        if record.other == WAITING:
+            return self._waiting.take(record, file, self._ends, content)
         if file.stat.st_ino not in self._to_keep:
             return record
         kept = self._keeper.keep(file, content)
@@ -312,24 +319,17 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             elif record.other != WAITING:
                 key = tcp_end(peer, own) if record.other == INSIDE else ('tcp closed', saved.file_id)
                 with socket.socket(fileno=os.dup(ctx.once(key, lost))) as far:
-                    parts = [b''.join(ctx.pread(extent, extent.length, 0) for extent in extents)
-                             for extents in (record.data, record.later)]
-                    send_all(far, sock, tcp.Stream(parts[0], record.urgent[:1], parts[1]), saved.link)
+                    send_all(far, sock, stream_of(record, ctx), saved.link)
                     if record.other == CLOSED:
                         far.shutdown(socket.SHUT_WR)
             else:
-                self._to_accept.append((record, fd, saved.link))
+                self._waiting.add_to_connect(record, fd, saved.link)
             set_inet_options(sock, one.options, saved.link)
             set_filter(sock, one.filter, saved.link)
             settle(sock, one, saved.link)
 
     def commit(self, record: TcpConnection, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
-        # the listeners listen by now; the oldest connection is the first one to be accepted
-        for one, waiting, link in in_order(self._to_accept):
-            with rights(ctx), socket.socket(fileno=os.dup(waiting)) as sock:
-                connect_to(sock, given_address(one.peer[0], one.socket.family), link)
-            time.sleep(2 * TICK / 1000)        # so that the next checkpoint finds the same order
-        self._to_accept.clear()
+        self._waiting.connect_all(ctx)      # the listeners listen by now
         for kept in record.kept:
             if self._is_held(record, saved):
                 with socket.socket(fileno=os.dup(fd)) as sock:

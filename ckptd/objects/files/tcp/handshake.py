@@ -111,6 +111,14 @@ def send_all(sock: socket.socket, receiver: socket.socket, stream: Stream, link:
         _send_stream(sock, stream, size, link)
 
 
+def send_waiting(sock: socket.socket, stream: Stream, link: str) -> None:
+    """Send what waits for a process that accepts the connection. The send queue gets enough room for it. CkptError."""
+    size = len(stream.data) + len(stream.urgent) + len(stream.later)
+    if size:
+        with roomy(sock, socket.SO_SNDBUF, 4 * size):
+            _send_stream(sock, stream, size, link)
+
+
 @contextmanager
 def roomy(sock: socket.socket, name: int, size: int) -> Iterator[None]:
     """Give a buffer that size in this block, as far as the user may."""

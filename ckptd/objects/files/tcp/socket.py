@@ -44,6 +44,7 @@ from ckptd.objects.files.inet.socket import (
 )
 from ckptd.objects.files.socket_filter import filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
+from ckptd.objects.files.tcp.table import TcpTable
 from ckptd.objects.support import Support
 
 _PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_MPTCP)
@@ -81,7 +82,7 @@ class TcpKind(Kind[TcpSocket], tag='tcp'):
         if kind and (found := foreign_findings(file, kind)):
             return found
         with file.as_socket() as sock:
-            return [*_state_findings(file, sock), *feature_findings(file, sock, self._tables)]
+            return [*_state_findings(file, sock, self._tables), *feature_findings(file, sock, self._tables)]
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         kind = socket_type(file, self._tables)
@@ -132,11 +133,13 @@ def _listen(sock: socket.socket, record: TcpSocket, saved: SavedFile) -> None:
                         resource=saved.link, hint='stop the program that has the address') from error
 
 
-def _state_findings(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
+def _state_findings(file: OpenFile, sock: socket.socket, tables: JobTables) -> Iterator[Finding]:
     now = tcp_state(sock)
     if now.state == TCP_LISTEN:
-        if now.waiting:
-            yield finding('ECONNABORTED', f'{now.waiting} connections to {local_address(sock)} wait to be accepted',
+        own = local_address(sock)
+        # another listener of the port may have some of them
+        if now.waiting and (lost := min(now.waiting, TcpTable().clients_outside(own, tables.tasks or ()))):
+            yield finding('ECONNABORTED', f'{lost} connections to {own} from outside of the tree wait to be accepted',
                           'a restart begins without them; their clients see a reset', 'warning')
         return
     if sock.proto == socket.IPPROTO_MPTCP and is_connection(sock):

@@ -2,7 +2,7 @@
 """All TCP sockets of our network namespace, with those that have no fd: they wait to be accepted, or are closed."""
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from functools import cached_property
 
@@ -10,6 +10,8 @@ from ckptd.kernel import inet
 from ckptd.kernel.inet import Address
 from ckptd.kernel.inet_diag import DiagSocket, inet_sockets
 from ckptd.kernel.unix import Holder, find_holders
+
+_ANY = ('0.0.0.0', '::')
 
 
 def plain(address: Address) -> Address:
@@ -58,7 +60,17 @@ class TcpTable:
         """Return the listener that has an address, if a connection to it waits to be accepted."""
         found = self._listeners.get(address.port, [])
         exact = [one for one in found if one.local.plain == address.plain]
-        return next(iter(exact or [one for one in found if one.local.host in ('0.0.0.0', '::')]), None)
+        return next(iter(exact or [one for one in found if one.local.host in _ANY]), None)
+
+    def clients_outside(self, address: Address, tasks: Collection[int]) -> int:
+        """Count the connections to a listener that wait to be accepted, and whose clients are not in the tree. tasks:
+        tids of the tree."""
+        pairs = [(own, peer) for (own, peer), one in self._connections.items() if not one.inode and
+                 own.port == address.port and (address.host in _ANY or own.plain == address.plain)]
+        self.look_up_holders(pairs)
+        clients = [self.get(peer, own) for own, peer in pairs]
+        holders = [self.holder(client.inode) if client else None for client in clients]
+        return sum(holder is None or holder.pid not in tasks for holder in holders)
 
     def is_local(self, address: Address) -> bool:
         """Whether it is an address of this machine."""
