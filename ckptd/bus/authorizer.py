@@ -53,6 +53,8 @@ WORDS: Final = {PolkitAnswer.NO: 'polkit does not allow it', PolkitAnswer.DISMIS
 LEAVE_WORDS: Final = {PolkitAnswer.ABSENT: 'there is no polkit to allow it'}
 LEAVE: Final = f'{BUS_NAME}.leave-confinement'
 TRACE: Final = f'{BUS_NAME}.trace-under-yama'
+STOP: Final = 'org.freedesktop.systemd1.manage-units'
+STOP_WORDS: Final = {**WORDS, PolkitAnswer.ABSENT: 'there is no polkit to allow it'}
 PARTLY: Final = 'not all of which is theirs'
 
 
@@ -163,6 +165,22 @@ class Authorizer:
         if answer == PolkitAnswer.ASK and interactive:
             raise _takes_a_person(f'{target}, which Yama keeps its owner from tracing,', TRACE)
         return answer == PolkitAnswer.YES
+
+    async def stop(self, call: Call, tree: TreeRights) -> None:
+        """Authorize the stop of a unit, as systemd would. Root's daemon asks systemd for it, so polkit is asked about
+        the user who called. PermissionDenied, InteractiveAuthorizationRequired, LimitsExceeded."""
+        # the manager of a user's daemon is that user's
+        if not tree.asker or os.geteuid():
+            return
+        async with call.attended():
+            answer = await self._polkit.ask(call.sender, tree.asker, STOP, {'unit': str(tree.target), 'verb': 'stop'},
+                                            interactive=call.interactive)
+        audit_call('allowed' if answer == PolkitAnswer.YES else 'refused', call, tree.caller, str(tree.target), STOP)
+        if answer == PolkitAnswer.ASK:
+            raise _takes_a_person(f'the stop of {tree.target}', STOP)
+        if answer != PolkitAnswer.YES:
+            raise PermissionDenied(f'uid {tree.asker} may not stop {tree.target} ({STOP}: {STOP_WORDS.get(answer)})',
+                                   resource=STOP, hint='name its main process, pid:N; for systemd that then fails')
 
     async def hold(self, call: Call, where: Target, owner: int | None) -> Viewer:
         """Authorize a thaw. Return what the caller may see. `owner` is the uid that froze the target, or None. A caller

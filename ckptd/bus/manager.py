@@ -70,6 +70,8 @@ class ManagerObject(Exported):
         given = parse_options(options, CHECKPOINT)
         token, detach = given.pop('handle_token', ''), given.pop('detach', False)
         tree = await self._authorizer.tree(call, 'checkpoint', target, as_root=given.get('as_root', False))
+        if self._request_factory.stops_unit(target, given):
+            await self._authorizer.stop(call, tree)
         traces = await self._authorizer.traces(call, tree.caller, tree.target, tree.start_time)
         request = self._request_factory.checkpoint(target, tree.caller, asker=tree.asker, start_time=tree.start_time,
                                                    trace_under_yama=traces, **given)

@@ -2,24 +2,32 @@
 """org.freedesktop.systemd1: calls of ckptd to the service manager (org.freedesktop.systemd1(5))."""
 
 import asyncio
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
-from ckptd.bus.client import Client
+from ckptd.bus.client import Client, Signals
 from ckptd.bus.connection import PROPERTIES
 from ckptd.bus.message import UnixFd
 from ckptd.bus.values import to_variant
-from ckptd.errors import CkptError, Unavailable
+from ckptd.errors import CkptError, NoSuchTarget, Unavailable
 from ckptd.jobs.service import Service
+
+log = logging.getLogger(__name__)
 
 SERVICE: Final = 'org.freedesktop.systemd1'
 PATH: Final = '/org/freedesktop/systemd1'
 MANAGER: Final = 'org.freedesktop.systemd1.Manager'
+UNIT: Final = 'org.freedesktop.systemd1.Unit'
+JOB: Final = 'org.freedesktop.systemd1.Job'
 UNIT_SERVICE: Final = 'org.freedesktop.systemd1.Service'
 START_TIMEOUT: Final = 25.0     # seconds for a unit to start, whose program waits for nothing
 EXIT_TIMEOUT: Final = 10.0      # seconds until systemd has seen a death
+STOPPING: Final = 'deactivating'
+STOPPED: Final = ('inactive', 'failed')
 
 # systemd.service(5), .exec(5), .kill(5), .unit(5). No sandbox, and no limit that the restored tree did not have.
 # KillMode=process: the tree outlives the worker that made it. AddRef: the unit stays known until ckptd has asked for
@@ -55,6 +63,53 @@ class Systemd:
 
     async def thaw(self, unit: str, timeout: float = 25) -> None:  # noqa: ASYNC109 - of the call
         await self._manager('ThawUnit', unit, timeout)
+
+    async def stop(self, unit: str, timeout: float) -> bool:  # noqa: ASYNC109 - of the beginning
+        """Stop a unit. Return when its processes have been told. False if it was being stopped already.
+
+        A job that has not begun by then, because units that need this one stop before it, is cancelled: CkptError.
+        """
+        async with self._watching(unit) as changes:
+            if await self._active_state(unit) == STOPPING:
+                return False
+            job = str(await self._manager('StopUnit', unit, more=('fail',)))
+            try:
+                async with asyncio.timeout(timeout):
+                    while await self._active_state(unit) not in (STOPPING, *STOPPED):
+                        await anext(changes)
+            except TimeoutError:
+                await self._client.call(SERVICE, job, JOB, 'Cancel')
+                raise CkptError(f'the stop of {unit} did not begin within {timeout:.0f} s', resource=f'unit {unit}',
+                                hint='stop the units that need it first: systemctl list-dependencies --reverse '
+                                     f'{unit}') from None
+        return True
+
+    async def await_stop(self, unit: str) -> None:
+        """Wait until a unit that is being stopped is inactive. Do not wait for long: what is left of it, as its
+        ExecStopPost=, is not our work."""
+        try:
+            async with asyncio.timeout(EXIT_TIMEOUT), self._watching(unit) as changes:
+                while (state := await self._active_state(unit)) not in STOPPED:
+                    await anext(changes)
+                if state != STOPPED[0]:
+                    log.warning('%s was stopped, and systemd calls it %s', unit, state)
+        except TimeoutError:
+            log.warning('%s is still being stopped after %.0f s', unit, EXIT_TIMEOUT)
+        except NoSuchTarget:        # it was transient
+            return
+
+    async def _active_state(self, unit: str) -> str:
+        return str(await self._client.property_(SERVICE, unit_path(unit), UNIT, 'ActiveState'))
+
+    @contextlib.asynccontextmanager
+    async def _watching(self, unit: str) -> AsyncIterator[Signals]:
+        """Receive the changes of a unit. systemd sends them for units that somebody refers to."""
+        async with self._client.signals(SERVICE, unit_path(unit), PROPERTIES, 'PropertiesChanged') as changes:
+            await self._manager('RefUnit', unit)
+            try:
+                yield changes
+            finally:
+                await self._manager('UnrefUnit', unit)
 
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
         """Put these processes into a new scope, in the given slice if any. Return when they are in it."""
@@ -106,9 +161,11 @@ class Systemd:
         if signal.args[3] != 'done':
             raise CkptError(f'{unit} did not start: {signal.args[3]}', resource=f'unit {unit}')
 
-    async def _manager(self, method: str, unit: str, timeout: float = 25) -> object:  # noqa: ASYNC109 - of the call
+    async def _manager(self, method: str, unit: str, timeout: float = 25, *,  # noqa: ASYNC109 - of the call
+                       more: tuple[str, ...] = ()) -> object:
         try:
-            return await self._client.call(SERVICE, PATH, MANAGER, method, 's', unit, timeout=timeout)
+            return await self._client.call(SERVICE, PATH, MANAGER, method, 's' * (1 + len(more)), unit, *more,
+                                           timeout=timeout)
         except CkptError as error:
             error.resource = error.resource or f'unit {unit}'
             raise

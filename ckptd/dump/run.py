@@ -11,12 +11,12 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from signal import SIGKILL
 
 from ckptd import __version__
 from ckptd.dump.deaths import Deaths
+from ckptd.dump.end import TreeEnd
 from ckptd.dump.files import Note
 from ckptd.dump.names import LinkNames
 from ckptd.dump.queues import walk_queues
@@ -24,7 +24,7 @@ from ckptd.dump.resume import issue_again, wait_on
 from ckptd.dump.seize import seize_all
 from ckptd.dump.tree import Dump
 from ckptd.dump.waits import WaitNotes, note_waits
-from ckptd.errors import Finding, TreeChanged
+from ckptd.errors import CkptError, Finding, TreeChanged
 from ckptd.faults import fault
 from ckptd.freezer import FrozenTree
 from ckptd.freezer.groups import read_cgroups
@@ -34,14 +34,13 @@ from ckptd.image.writer import ImageWriter
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.inspect.scan import Handles
 from ckptd.kernel.creds import CAP_SYS_PTRACE, give_up_capability
-from ckptd.kernel.reaping import wait_dead
 from ckptd.kernel.task import boot_id
 from ckptd.kernel.timens import ClockReadings
 from ckptd.kernel.yama import CAPABLE, ptrace_scope
 from ckptd.objects.attributes.registry import lend
 from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
-from ckptd.operation.deadline import Patience, dying_patience
+from ckptd.operation.deadline import Patience
 from ckptd.protocol.messages import Frozen, first_rows
 from ckptd.protocol.requests import CheckpointRequest
 from ckptd.tree import Tree
@@ -199,7 +198,7 @@ class Checkpoint:
         after = self._request.after
         if after == 'kill':
             self._channel.phase('release')
-            kill(frozen, handles, dump.die)
+            TreeEnd(frozen, handles, dump.die).run(self._stop_unit if self._request.stop_unit else None)
         elif after == 'freeze':
             self._channel.phase('release')
             hold(frozen)
@@ -207,6 +206,15 @@ class Checkpoint:
         self._channel.finish('', (), summary(manifest))
         if after == 'freeze':
             self._channel.wait_thaw()
+
+    def _stop_unit(self) -> None:
+        """Have the unit that is the tree stopped. CkptError if its manager refuses."""
+        try:
+            self._job.stop_unit()
+        except CkptError as error:
+            error.hint = '. '.join(filter(None, (f'the tree runs on; image {self._request.image} is complete',
+                                                 error.hint)))
+            raise
 
 
 def _clocks(clocks: ClockReadings | None) -> manifests.Clocks:
@@ -229,17 +237,3 @@ def hold(frozen: FrozenTree) -> None:
     frozen.hold()
     if frozen.mode != 'ptrace':
         frozen.let_go()
-
-
-def kill(frozen: FrozenTree, handles: Handles, prepare: Callable[[], None]) -> None:
-    """Kill every process of the tree at once, and wait until they are dead. Parents outside are notified as of any
-    death. prepare: called when the tree is condemned and still whole."""
-    frozen.condemn()
-    prepare()
-    alive = frozen.tree.alive()
-    for task in frozen.tree.leaders:
-        if task.tgid in alive:
-            handles.send_signal(task, SIGKILL)
-            fault('kill-one')
-    # a tracer must see its tracees die; a Cancel has no effect now
-    wait_dead([frozen.tracees.pop(task.tid) for task in frozen.tree if task.tid in frozen.tracees], dying_patience())

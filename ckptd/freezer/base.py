@@ -73,7 +73,8 @@ class FrozenTree:
         rescan()    scan the tree again
         let_run()   thaw, so that tracees can run remote system calls; every thread must be stopped under ptrace
         hold()      freeze again after let_run
-        condemn()   freeze it again to be ended: from here on an undo of the freeze, also by a recovery, ends the tree
+        condemn()   freeze it again to be ended: from here on an undo of the freeze, also by a recovery, ends the tree.
+                    With `again` false it is not frozen, because its tasks exit themselves
         restore()   restore the state that was found; the tracees stay stopped
         close()     restore, then detach from the tracees; the end of a `with` does it
     """
@@ -137,10 +138,11 @@ class FrozenTree:
                 raise CkptError(f'{step.describe()}: {error.strerror}', errno=error.errno) from error
             self._freeze_request.at(f'hold-{step.point}-done')
 
-    def condemn(self) -> None:
+    def condemn(self, *, again: bool = True) -> None:
         """Write down all processes before the first one is killed, so that a recovery never leaves half a tree.
-        CkptError."""
-        FrozenTree.hold(self)       # tasks that are stopped need no wait
+        CkptError. again: freeze the tree before."""
+        if again:
+            FrozenTree.hold(self)       # tasks that are stopped need no wait
         self._write_end()
 
     def restore(self) -> None:

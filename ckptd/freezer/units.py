@@ -58,11 +58,14 @@ class UnitFrozen(CgroupFrozen):
         else:
             super().let_run()
 
-    def condemn(self) -> None:
-        if self._found_frozen:
-            self._write_end()       # the unit is returned frozen, and the entry ends
-        else:
-            super().condemn()
+    def condemn(self, *, again: bool = True) -> None:
+        if not self._found_frozen:
+            super().condemn(again=again)
+            return
+        self._write_end()       # the unit is returned frozen, and the entry ends
+        if not again:           # or not: its manager stops it
+            journal = self._journal()
+            journal.undone(*(number for number, step in journal.standing() if isinstance(step, ThawUnit)))
 
     def hold(self) -> None:
         if self._found_frozen:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Make the request for a worker from a caller's call."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,7 +31,7 @@ from ckptd.protocol.requests import (
     TraceRequest,
     VerifyRequest,
 )
-from ckptd.target import CALLER, AnyTarget, CallerTarget, CgroupTarget, ProcessTarget, Target
+from ckptd.target import CALLER, AnyTarget, CallerTarget, CgroupTarget, ProcessTarget, Target, UnitTarget
 
 MAX_TIMEOUT = 3600 * 1_000_000
 R = TypeVar('R', bound=VerifyRequest | ImageTreeRequest | RemoveNamesRequest | ExportRequest | RestoreRequest
@@ -108,9 +109,15 @@ class RequestFactory:
         LimitsExceeded."""
         tree = self._on_tree(target, caller, timeout)
         self.quota.room(caller.uid)
-        return CheckpointRequest(**tree, **self._dumped(target, caller, more),
+        return CheckpointRequest(**tree, stop_unit=self.stops_unit(target, more), **self._dumped(target, caller, more),
                                  image=new_image_id(command_of(tree['target'])),
                                  keep_free=self.quota.keep_free(caller.uid), **more)
+
+    def stops_unit(self, target: AnyTarget, options: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with these options stops its unit. The stop of a slice would wait for all units in it,
+        and the processes of other units are no more than helpers of systemd."""
+        return (self.systemd and options.get('after') == 'kill' and isinstance(target, UnitTarget)
+                and target.name.endswith(('.service', '.scope')))
 
     def on_image(self, kind: type[R], image: SpooledImage, caller: Caller, **more: Any) -> R:
         """Make a request about an existing image. The caller's rights are checked elsewhere. more: further fields."""

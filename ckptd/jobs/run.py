@@ -35,6 +35,8 @@ class Units(Protocol):
     """A systemd manager. Timeouts are in seconds. CkptError if it refuses."""
     async def freeze(self, unit: str, timeout: float) -> None: ...  # noqa: ASYNC109 - systemd's own, too
     async def thaw(self, unit: str) -> None: ...
+    async def stop(self, unit: str, timeout: float) -> bool: ...  # noqa: ASYNC109 - until the stop begins
+    async def await_stop(self, unit: str) -> None: ...
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None: ...
 
 
@@ -52,6 +54,7 @@ class Run:
         self._pool = pool if pool and pool.has_services and isinstance(job.request, DumpRequest) else None
         self._fds: list[int] = []       # for another worker
         self._is_cancelled = False
+        self._stopping = ''     # the unit that the job stops
         self.frozen: messages.Frozen | None = None
         self._units, self._changed = units, changed
         self._avoid = tuple(avoid)
@@ -91,6 +94,7 @@ class Run:
                     raise message.error()
                 case messages.Finished():
                     if self._collect(message):
+                        await self._await_stop()
                         return self._result
                 case messages.Confined() if self._pool is not None:
                     await self._move(self._pool)
@@ -130,6 +134,14 @@ class Run:
         with contextlib.suppress(CkptError):
             self.worker.send(messages.Cancel())
 
+    async def _await_stop(self) -> None:
+        """Wait until the unit that the job has stopped is inactive, so that it can be started and restored again."""
+        if self._stopping and self._units is not None:
+            try:
+                await self._units.await_stop(self._stopping)
+            except CkptError as error:      # the tree is dead, and its image complete
+                log.warning('%s: the end of %s is unknown: %s', self.job.name, self._stopping, error)
+
     def _collect(self, message: messages.Finished) -> bool:
         """Join a result that came in pieces. Return True when it is complete."""
         for key, value in message.result.items():
@@ -165,6 +177,9 @@ class Run:
                     await self._units.freeze(unit, self.job.request.timeout_usec / 1e6)
                 case messages.UnitRequest(unit, 'thaw'):
                     await self._units.thaw(unit)
+                case messages.UnitRequest(unit, 'stop'):
+                    if await self._units.stop(unit, self.job.request.timeout_usec / 1e6):
+                        self._stopping = unit
                 case messages.ScopeRequest(scope, pids, slice_):
                     await self._units.scope(scope, pids, f'Restored from {self.job.request.image_id}', slice_)
         except CkptError as error:

@@ -30,6 +30,7 @@ from ckptd.protocol.broker_calls import (
     Publish,
     ReadTimers,
     StartTree,
+    StopUnit,
 )
 from ckptd.protocol.channel import Channel
 
@@ -61,6 +62,10 @@ class BrokerClient:
         """Start the tree. Return warnings, one sentence each."""
         value, _ = self._channel.call(StartTree())
         return list(value['warnings'])
+
+    def stop_unit(self) -> None:
+        """Have the unit of the tree stopped. CkptError of its manager."""
+        self._channel.call(StopUnit())
 
     def note(self, step: RestartStep | LinkFile) -> None:
         self._channel.call(NoteStep(step))

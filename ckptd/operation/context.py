@@ -36,6 +36,7 @@ from ckptd.operation.broker import BrokerClient
 from ckptd.operation.freezing import lent_freeze
 from ckptd.operation.timers import OwnTimers, Timers
 from ckptd.protocol.channel import Channel
+from ckptd.protocol.messages import UnitAction
 from ckptd.protocol.requests import (
     CheckpointRequest,
     DumpRequest,
@@ -183,7 +184,7 @@ class JobContext(Generic[R_co]):
         if needed."""
         request, channel = self.request, self.channel
 
-        def unit_call(action: str) -> Callable[[str], None] | None:
+        def unit_call(action: UnitAction) -> Callable[[str], None] | None:
             return (lambda unit: channel.unit(unit, action)) if request.systemd else None
 
         deadline = time.monotonic() + request.timeout_usec / 1e6
@@ -196,6 +197,14 @@ class JobContext(Generic[R_co]):
         return freeze(tree, target, request.freeze, deadline, Journal(Path(request.runtime)), self.scan,
                       job=request.job, freeze_unit=unit_call('freeze'), thaw_unit=unit_call('thaw'),
                       also=channel.fileno(), check=channel.check, remote_calls=remote_calls, traced=traced, at=fault)
+
+    def stop_unit(self: 'JobContext[CheckpointRequest]') -> None:
+        """Have the unit that is the tree stopped by its manager. Return when the stop has begun. CkptError if the
+        manager refuses, and nothing has changed."""
+        if self.request.brokered:
+            BrokerClient(self.channel).stop_unit()
+        else:
+            self.channel.unit(str(self.request.target), 'stop')
 
     @contextmanager
     def walking(self: 'JobContext[CheckpointRequest]', step: WalkQueues) -> Iterator[None]:

@@ -37,8 +37,8 @@ class LentFreeze(FrozenTree):
     def hold(self) -> None:
         self._channel.call(HoldTree())
 
-    def condemn(self) -> None:
-        self._channel.call(EndTree())
+    def condemn(self, *, again: bool = True) -> None:
+        self._channel.call(EndTree(again=again))
 
     def restore(self) -> None:
         if not self._is_restored:
@@ -53,8 +53,8 @@ class _LentTraced(TracedFrozen):
         super().__init__(tree, freeze_request)
         self._channel = channel
 
-    def condemn(self) -> None:
-        self._channel.call(EndTree(self.living()))
+    def condemn(self, *, again: bool = True) -> None:
+        self._channel.call(EndTree(self.living(), again))
 
 
 def lent_freeze(tree: Tree, freeze_request: FreezeRequest, mode: FreezeMode, channel: Channel) -> FrozenTree:

@@ -7,8 +7,10 @@
     Publish         the manifest                    names, types, sizes and link counts; root owns all files before
     FreezeTree      mode, moved                     every uid of every task is the user's, before and after
     LetRun, HoldTree, RestoreTree                   the tree that FreezeTree froze
-    EndTree         -                               likewise, or the worker traces its processes; its image is
-                                                    published, every uid still the user's
+    StopUnit        -                               the job kills a unit, its image is published, and polkit lets the
+                                                    user stop the unit
+    EndTree         -                               the tree that FreezeTree froze, or the worker traces its processes;
+                                                    its image is published, every uid still the user's
     ReadTimers      ends of sleeps                  tasks that the worker traces and that sleep; only timers that come
                                                     and go with them
     FindWatched     paths of watched files          the user may inspect the task, and reaches the file by the path
@@ -60,10 +62,16 @@ class RestoreTree(Message, frozen=True):
     """Restore the state that was found before the freeze."""
 
 
+class StopUnit(Message, frozen=True):
+    """Have the unit of the tree stopped by its manager. The answer comes when the stop has begun."""
+
+
 class EndTree(Message, frozen=True):
     """Announce that the worker ends the tree now. Tasks that it leaves alive are ended by the broker or a recovery.
-    processes: of a tree that the worker has stopped by ptrace."""
+    processes: of a tree that the worker has stopped by ptrace. again: freeze the tree before; False only after
+    StopUnit."""
     processes: tuple[Known, ...] = ()
+    again: bool = True
 
 
 class ReadTimers(Message, frozen=True):
@@ -124,7 +132,7 @@ class KeepContent(Message, frozen=True):
 
 MAX_FILES = 200         # fds in a message; the kernel accepts SCM_MAX_FD, 253 (include/net/scm.h)
 
-BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | EndTree | ReadTimers
-              | FindWatched | PlaceTree | StartTree | NoteStep | NoteWalk | EndWalk | NoteTaken | EndTaken
+BrokerCall = (OpenImage | NewImage | Publish | FreezeTree | LetRun | HoldTree | RestoreTree | StopUnit | EndTree
+              | ReadTimers | FindWatched | PlaceTree | StartTree | NoteStep | NoteWalk | EndWalk | NoteTaken | EndTaken
               | KeepContent)
 FromUsersWorker = FromWorker | BrokerCall

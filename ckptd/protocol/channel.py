@@ -32,6 +32,7 @@ from ckptd.protocol.messages import (
     Start,
     Thaw,
     ToWorker,
+    UnitAction,
     UnitDone,
     UnitRequest,
     cut,
@@ -275,9 +276,9 @@ class Channel:
                 return
             head = {}
 
-    def unit(self, unit: str, action: str) -> None:
-        """Let the daemon ask systemd to freeze or thaw a unit. CkptError with systemd's message if that fails."""
-        self._ask(UnitRequest(unit, 'freeze' if action == 'freeze' else 'thaw'), f'{action} {unit}', unit)
+    def unit(self, unit: str, action: UnitAction) -> None:
+        """Let the daemon ask systemd to freeze, thaw or stop a unit. CkptError with systemd's message if that fails."""
+        self._ask(UnitRequest(unit, action), f'{action} {unit}', unit)
 
     def scope(self, scope: str, pids: Sequence[int], slice_: str = '') -> None:
         """Let the daemon ask systemd to make a scope of processes. CkptError with systemd's message if that fails."""

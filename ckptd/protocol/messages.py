@@ -76,10 +76,14 @@ class ProgressReport(Message, frozen=True):
     bytes_total: int
 
 
+UnitAction = Literal['freeze', 'thaw', 'stop']
+
+
 class UnitRequest(Message, frozen=True):
-    """Ask the daemon to call FreezeUnit or ThawUnit."""
+    """Ask the daemon to call FreezeUnit, ThawUnit or StopUnit. To `stop` it answers when the stop has begun, and it
+    waits for the end of the stop when the job has finished."""
     unit: str
-    action: Literal['freeze', 'thaw']
+    action: UnitAction
 
 
 class ScopeRequest(Message, frozen=True):

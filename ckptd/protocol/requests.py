@@ -148,6 +148,7 @@ class CheckpointRequest(DumpRequest, frozen=True, kw_only=True, tag='checkpoint'
     """Write an image of the tree."""
     image: str                          # id of the new image
     after: After = 'resume'             # what happens to the tree afterwards
+    stop_unit: bool = False             # the tree is a unit, which its manager stops when the tree is killed
     force: bool = False                 # the tree may be killed although a restart would be refused
     save_files: bool = False            # the content of regular files that are open for writing is kept
     save_limit: int = 1 << 30           # bytes of such content in all

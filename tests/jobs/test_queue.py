@@ -342,6 +342,12 @@ class Units:
     async def thaw(self, unit: str) -> None:
         raise CkptError(f'{unit} is masked')
 
+    async def stop(self, unit: str, timeout: float) -> bool:  # noqa: ASYNC109 - as Units has it
+        raise CkptError(f'{unit} is masked')
+
+    async def await_stop(self, unit: str) -> None:
+        raise CkptError(f'{unit} is masked')
+
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
         raise CkptError(f'{scope} of {list(pids)} cannot be made')
 

@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +17,7 @@ from ckptd.objects.files.inotify import InotifyInstance
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import FindWatched
 from ckptd.protocol.channel import Channel
-from ckptd.worker.broker.answers import BrokerAnswers, powers
+from ckptd.worker.broker.answers import BrokerAnswers
 from ckptd.worker.broker.identity import Identity
 from tests.lib.bus import Served
 from tests.security.attacker import Attacker, Program
@@ -79,7 +79,7 @@ def asked(attacker: Attacker, program: Program, tmp_path: Path, operation: str =
           ) -> Iterator[BrokerAnswers]:
     """The answers of a broker of this user. worker: its pid."""
     job = JobContext(Place(tmp_path).make().request(program.pid, operation=operation), cast(Channel, None))
-    with powers(job, Identity(attacker.uid, attacker.uid, attacker.groups), worker) as made:
+    with closing(BrokerAnswers(job, Identity(attacker.uid, attacker.uid, attacker.groups), worker)) as made:
         yield made
 
 

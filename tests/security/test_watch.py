@@ -212,8 +212,8 @@ def test_crafted_images(user: User, images: list[Mutable], tmp_path: Path) -> No
 
 def test_the_table_is_the_brokers() -> None:
     """Each call of calls.py that a restore makes has a row here; the others belong to other jobs."""
-    others = {'NewImage', 'Publish', 'FreezeTree', 'LetRun', 'HoldTree', 'RestoreTree', 'EndTree', 'ReadTimers',
-              'FindWatched', 'NoteWalk', 'EndWalk', 'NoteTaken', 'EndTaken'}
+    others = {'NewImage', 'Publish', 'FreezeTree', 'LetRun', 'HoldTree', 'RestoreTree', 'StopUnit', 'EndTree',
+              'ReadTimers', 'FindWatched', 'NoteWalk', 'EndWalk', 'NoteTaken', 'EndTaken'}
     assert others.isdisjoint(TABLE)
     assert {call.__name__ for call in broker_calls.BrokerCall.__args__} == {*TABLE, *others} - {'', 'end'}
 

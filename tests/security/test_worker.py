@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from ckptd.client.sync import SyncCkptd
@@ -22,9 +23,9 @@ from ckptd.kernel.stat import read_stat
 from ckptd.kernel.timens import unshare
 from ckptd.kernel.wchan import read_wchan
 from ckptd.operation.context import JobContext
-from ckptd.protocol.broker_calls import ReadTimers
+from ckptd.protocol.broker_calls import ReadTimers, StopUnit
 from ckptd.protocol.channel import Channel
-from ckptd.worker.broker.answers import powers
+from ckptd.worker.broker.answers import BrokerAnswers
 from ckptd.worker.broker.identity import Identity
 from tests.lib.bus import Served, family
 from tests.programs.conftest import await_that
@@ -450,12 +451,22 @@ def test_timers_of_others_are_not_told(attacker: Attacker, tmp_path: Path) -> No
     """A worker may ask about tasks that it traces, and hears of ends that come and go with them."""
     program = attacker.start(NAP)
     job = JobContext(Place(tmp_path).make().request(program.pid), cast(Channel, None))
-    with powers(job, Identity(attacker.uid, attacker.uid, ()), os.getpid()) as made:
+    with contextlib.closing(BrokerAnswers(job, Identity(attacker.uid, attacker.uid, ()), os.getpid())) as made:
         assert made.answer(ReadTimers()) == ({'ends': []}, [])
         for tid in (1, os.getpid(), program.pid):
             with pytest.raises(PermissionDenied, match='not traced by the worker'):
                 made.answer(ReadTimers((tid,)))
         assert made.answer(ReadTimers()) == ({'ends': []}, [])
+
+
+def test_no_unit_is_stopped_for_a_worker_alone(attacker: Attacker, tmp_path: Path) -> None:
+    """The request must be to kill a unit, which polkit has allowed, and there must be an image of it."""
+    asked = Place(tmp_path).make().request(attacker.start(NAP).pid)
+    for request in (asked, msgspec.structs.replace(asked, after='kill', stop_unit=True)):
+        job = JobContext(request, cast(Channel, None))
+        with contextlib.closing(BrokerAnswers(job, Identity(attacker.uid, attacker.uid, ()), os.getpid())) as made, \
+                pytest.raises(PermissionDenied, match='may not end the tree, or has no image of it yet'):
+            made.answer(StopUnit())
 
 
 # ---------------------------------------------------------------- root's checkpoints

@@ -243,6 +243,11 @@ def stub_program(address: int) -> bytes:
     return (header + load + b'\xcc').ljust(page, b'\xcc')
 
 
+def exit_code() -> bytes:
+    """Return code that ends the process with status 0: xor edi, edi; mov eax, exit_group; syscall."""
+    return bytes.fromhex('31ff' 'b8e7000000' '0f05')
+
+
 def jump(to: int) -> bytes:
     """Return code that continues at an address: mov r11, to; jmp r11. Any call may overwrite r11."""
     return b'\x49\xbb' + struct.pack('<Q', to) + b'\x41\xff\xe3'

@@ -7,8 +7,8 @@ moment. So the broker checks every path and pid of the worker with the kernel.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +50,7 @@ from ckptd.protocol.broker_calls import (
     ReadTimers,
     RestoreTree,
     StartTree,
+    StopUnit,
 )
 from ckptd.protocol.requests import (
     CheckpointRequest,
@@ -81,7 +82,7 @@ class BrokerAnswers:
         self._freeze = ExitStack()
         self._frozen: FrozenTree | None = None
         self._incoming: UsersImage | None = None
-        self._is_published = False
+        self._is_published = self._is_stopping = False
         restore = job.narrowed(RestoreRequest)
         self._place = TreePlace(restore, identity, worker) if restore else None
         steps = partial(StepJournal, Journal(Path(job.request.runtime)), job.request.job, job.request.about)
@@ -92,9 +93,9 @@ class BrokerAnswers:
         self._answers: Mapping[type[BrokerCall], Callable[[Any], Reply]] = {
             OpenImage: self._open_image, NewImage: self._new_image, Publish: self._publish,
             FreezeTree: self._freeze_tree, LetRun: self._let_run, HoldTree: self._hold_tree,
-            RestoreTree: self._restore_tree, EndTree: self._end_tree, ReadTimers: self._read_timers,
-            FindWatched: self._find_watched, PlaceTree: self._place_tree, StartTree: self._start_tree,
-            NoteStep: self._note, NoteWalk: self._note_walk, EndWalk: self._end_walk,
+            RestoreTree: self._restore_tree, StopUnit: self._stop_unit, EndTree: self._end_tree,
+            ReadTimers: self._read_timers, FindWatched: self._find_watched, PlaceTree: self._place_tree,
+            StartTree: self._start_tree, NoteStep: self._note, NoteWalk: self._note_walk, EndWalk: self._end_walk,
             NoteTaken: self._note_taken, EndTaken: self._end_taken, KeepContent: self._keep_content}
 
     def answer(self, call: BrokerCall) -> Reply:
@@ -218,20 +219,34 @@ class BrokerAnswers:
         self._tree().restore()
         return {}, []
 
-    def _end_tree(self, call: EndTree) -> Reply:
-        request = self._job.request
-        if not isinstance(request, CheckpointRequest) or request.after != 'kill' or not self._is_published:
+    def _ending(self) -> JobContext[CheckpointRequest]:
+        """Return a job that may end its tree now. PermissionDenied for any other."""
+        job = self._job.narrowed(CheckpointRequest)
+        if job is None or job.request.after != 'kill' or not self._is_published:
             raise PermissionDenied('the job may not end the tree, or has no image of it yet')
+        return job
+
+    def _stop_unit(self, call: StopUnit) -> Reply:
+        if not (job := self._ending()).request.stop_unit:
+            raise PermissionDenied('the job may not stop a unit')
+        job.stop_unit()
+        self._is_stopping = True
+        return {}, []
+
+    def _end_tree(self, call: EndTree) -> Reply:
+        self._ending()
         if self._frozen is None and call.processes:
             for process in call.processes:
                 self._require_tracee(process.pid)
             self._ended.note(self._with_ids(EndUsersProcesses(call.processes)))
             return {}, []
         frozen = self._tree()
-        frozen.hold()
+        # a unit that is being stopped is ended by its manager, whatever it executes meanwhile
+        if call.again or not self._is_stopping:
+            frozen.hold()
         # it is frozen, so tasks that belong to the user now still do when it is ended
         self._require_users(frozen.tree)
-        frozen.condemn()
+        frozen.condemn(again=call.again or not self._is_stopping)
         return {}, []
 
     # ------------------------------------------------------------ timers
@@ -333,18 +348,3 @@ class BrokerAnswers:
         path, fd = self._restoring().keep_content()
         self._kept.add(path)
         return {'path': path}, [fd]
-
-
-@contextmanager
-def powers(job: JobContext[JobRequest], identity: Identity, worker: int) -> Iterator[BrokerAnswers]:
-    """Provide the answers for a job. The end of the block undoes everything temporary."""
-    made = BrokerAnswers(job, identity, worker)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def failure_of(error: CkptError | OSError) -> CkptError:
-    """Convert an error to the one that is sent to the worker."""
-    return error if isinstance(error, CkptError) else CkptError(str(error), errno=error.errno)

@@ -54,7 +54,7 @@ from ckptd.protocol.messages import (
 )
 from ckptd.protocol.requests import CheckpointRequest, DumpRequest, Request, RestartRequest, TreeRequest
 from ckptd.restore.xstate import own_xstate
-from ckptd.worker.broker.answers import failure_of, powers
+from ckptd.worker.broker.answers import BrokerAnswers
 from ckptd.worker.broker.identity import Identity, become
 
 log = logging.getLogger('ckptd.worker')
@@ -174,7 +174,8 @@ class Broker:
             # of the fds only a pidfd is for the broker
             pidfd = self._fds[0] if self._fds and isinstance(self._request, TreeRequest) else -1
             job = JobContext(self._request, self._channel, pidfd)
-            with powers(job, self._identity, worker.pid) as self._powers, ChildSignals() as self._signals:
+            with contextlib.closing(BrokerAnswers(job, self._identity, worker.pid)) as self._powers, \
+                    ChildSignals() as self._signals:
                 worker.send(Start(self._workers_request()), self._fds)
                 try:
                     self._relay()
@@ -269,7 +270,7 @@ class Broker:
             answer = Answer(value)
         except (CkptError, OSError) as error:
             log.debug('%s: %s', type(call).__name__, error)
-            answer = Answer(failed=Failed.of(failure_of(error)))
+            answer = Answer(failed=Failed.of(_failure_of(error)))
         self._worker.send(answer, fds)
         for fd in fds:
             os.close(fd)
@@ -315,3 +316,8 @@ class Broker:
         with contextlib.suppress(Cancelled):
             self._channel.send(Failed.of(failure))
         return failure.exit_status
+
+
+def _failure_of(error: CkptError | OSError) -> CkptError:
+    """Convert an error to the one that is sent to the worker."""
+    return error if isinstance(error, CkptError) else CkptError(str(error), errno=error.errno)
