@@ -50,6 +50,12 @@ class UnitTarget(msgspec.Struct, frozen=True, tag='unit'):
     """All processes of a systemd unit."""
     name: UnitName      # with its suffix
 
+    @property
+    def is_program(self) -> bool:
+        """Whether its manager starts and stops its processes as one program. A slice has other units, and the processes
+        of the other types are helpers of systemd."""
+        return self.name.endswith(('.service', '.scope'))
+
     def __str__(self) -> str:
         return self.name
 

@@ -75,8 +75,8 @@ TARGET = Option('target', f'the text of a target; {WORDS}', lambda value: isinst
 SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT, EXTERNAL)
 # a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach
 CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
-CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('leave_stopped'), CHANGED_FILES, _flag('wait'),
-                 TERMINAL)
+CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('force'), _flag('leave_stopped'), CHANGED_FILES,
+                 _flag('wait'), TERMINAL)
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
 INHIBIT = (TARGET,)
 CHECK = (FREEZE, EXTERNAL)

@@ -130,8 +130,8 @@ def _restore(parser: argparse.ArgumentParser) -> None:
                         help='restore into a new pid namespace, where every pid is free')
     parser.add_argument('--clamp', action='store_true',
                         help='for limits, priorities and locked memory that you may not set: use the nearest value')
-    parser.add_argument('--cgroup', metavar='PATH', type=_cgroup,
-                        help='cgroup for the tree, instead of its former one')
+    parser.add_argument('--force', action='store_true', help='restore beside another instance of the same unit')
+    parser.add_argument('--cgroup', metavar='PATH', type=_cgroup, help='cgroup for the tree, not its former one')
     parser.add_argument('--leave-stopped', action='store_true', help='stop every process as by SIGSTOP')
     parser.add_argument('--changed-files', choices=CHANGED_FILES, metavar='HOW',
                         help='for files that have changed since: refuse (default), accept, or rollback to their saved '

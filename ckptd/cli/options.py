@@ -29,7 +29,7 @@ def external_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def restore_options(args: argparse.Namespace) -> dict[str, Any]:
     """Build the options of CheckRestore. Restore adds a handle_token, and perhaps a terminal."""
-    flags = {name: True for name in ('wait', 'new_pidns', 'clamp', 'leave_stopped') if getattr(args, name)}
+    flags = {name: True for name in ('wait', 'new_pidns', 'clamp', 'force', 'leave_stopped') if getattr(args, name)}
     texts = {name: getattr(args, name) for name in ('cgroup', 'changed_files', 'terminal')
              if getattr(args, name) is not None}
     return {**flags, **texts}

@@ -41,6 +41,7 @@ class CheckRestoreOptions(TypedDict, total=False):
     cgroup: str                    # cgroup for the tree
     new_pidns: bool                # restore into a new pid namespace
     clamp: bool                    # limits and priorities that may not be set become the nearest that may
+    force: bool                    # another instance of the unit may run
     leave_stopped: bool            # every process is stopped
     changed_files: ChangedFiles    # treatment of files that have changed since
     wait: bool                     # the job ends with the root of the tree

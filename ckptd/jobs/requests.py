@@ -114,10 +114,9 @@ class RequestFactory:
                                  keep_free=self.quota.keep_free(caller.uid), **more)
 
     def stops_unit(self, target: AnyTarget, options: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with these options stops its unit. The stop of a slice would wait for all units in it,
-        and the processes of other units are no more than helpers of systemd."""
+        """Whether a checkpoint with these options stops its unit."""
         return (self.systemd and options.get('after') == 'kill' and isinstance(target, UnitTarget)
-                and target.name.endswith(('.service', '.scope')))
+                and target.is_program)
 
     def on_image(self, kind: type[R], image: SpooledImage, caller: Caller, **more: Any) -> R:
         """Make a request about an existing image. The caller's rights are checked elsewhere. more: further fields."""

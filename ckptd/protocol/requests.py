@@ -200,6 +200,7 @@ class RestartRequest(ImageRequest, frozen=True, kw_only=True):
     cgroup: str = ''                            # cgroup for the tree, '' for its former one
     new_pidns: bool = False                     # use a new pid namespace
     clamp: bool = False                         # limits and priorities that may not be set become the nearest that may
+    force: bool = False                         # another instance of the unit may run
     leave_stopped: bool = False                 # stop every process, as by SIGSTOP
     detach_terminal: bool = False               # the tree gets no terminal in place of one outside of it
     wait: bool = False                          # the worker stays the root's parent, and Finished comes when the root

@@ -128,6 +128,22 @@ def test_what_stands_in_the_way_is_seen_from_outside_the_sandbox(machine: Contai
     assert 'Read-only' not in done.stdout
 
 
+def test_not_beside_another_instance(machine: Container, killed: tuple[str, int, dict[str, str]]) -> None:
+    image, pid, _ = killed
+    machine.run('systemctl', 'start', 'counter.service')
+    refused = machine.run('ckptctl', 'restore', image, check=False)
+    assert refused.returncode == 75, refused.stderr
+    assert 'another instance of it runs' in refused.stderr
+    assert 'systemctl stop counter.service' in refused.stderr
+    # what the unit itself asks for is no other instance
+    within = 'echo $$ > /sys/fs/cgroup/system.slice/counter.service/cgroup.procs && exec "$@"'
+    machine.run('sh', '-c', within, 'sh', 'ckptctl', 'restore', image, '--dry-run')
+    assert ctl(machine, 'restore', image, '--force')['root'] == pid
+    machine.run('kill', '-KILL', str(pid), check=False)     # it may have failed already: both write one file
+    machine.run('systemctl', 'stop', 'counter.service')
+    assert ctl(machine, 'restore', image)['root'] == pid
+
+
 HALF_ROLLED_BACK = """
 import os
 from pathlib import Path

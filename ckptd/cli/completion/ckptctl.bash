@@ -40,7 +40,7 @@ _ckptctl() {
     local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export import inhibit inhibitors monitor doctor demo'
     local -A options=(
         [checkpoint]='--freeze --timeout --kill --force --leave-frozen --save-files --save-limit --external --as-root --detach --quiet'
-        [restore]='--wait --detach --new-pidns --clamp --cgroup --leave-stopped --changed-files --terminal --dry-run'
+        [restore]='--wait --detach --new-pidns --clamp --force --cgroup --leave-stopped --changed-files --terminal --dry-run'
         [check]='--external'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'

@@ -8,7 +8,7 @@
     resources   memory that needs a privilege
     imported    for an imported image, rights that its importer lacks
     capacity    memory, numbers of tasks
-    surroundings    cgroup, namespaces, terminal
+    surroundings    unit, cgroup, namespaces, terminal
 
 The plan itself reports pids that are in use, and a tree that cannot be made at all.
 """

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checks of the surroundings of a tree: its cgroup, its namespaces, its controlling terminal and job control."""
+"""Checks of the surroundings of a tree: its unit, cgroup, namespaces, controlling terminal and job control."""
 
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ckptd.errors import Finding
+from ckptd.errors import Finding, InvalidArgument
 from ckptd.image.records import ProcessState
-from ckptd.kernel.cgroup import Cgroup
+from ckptd.kernel.cgroup import Cgroup, find_mount
 from ckptd.kernel.procfs import read_file
+from ckptd.kernel.units import unit_directories
 from ckptd.objects.namespaces.registry import restart_findings
 from ckptd.objects.verify import sessions
 from ckptd.restore.cgroups import cgroups
 from ckptd.restore.checks.context import CheckContext, about
 from ckptd.restore.job_control import Stops
+from ckptd.target import UnitTarget, parse_target
 
 
 def check(context: CheckContext) -> Iterator[Finding]:
@@ -22,9 +24,28 @@ def check(context: CheckContext) -> Iterator[Finding]:
         yield from _cgroup(context, context.request.cgroup)
     elif not context.request.systemd and not context.request.brokered:      # otherwise they make a place
         yield from _cgroups(context)
+    yield from _unit(context)
     yield from restart_findings(context.reader, context.plan.processes[0].vpid, context.plan.namespaces)
     yield from _terminal(context)
     yield from _stops(context)
+
+
+def _unit(context: CheckContext) -> Iterator[Finding]:
+    """Look for another instance of the unit that was dumped. A restart that the unit itself asks for is no other
+    one."""
+    request = context.request
+    try:
+        unit = parse_target(context.reader.manifest.target)
+        mount = find_mount()
+    except (InvalidArgument, FileNotFoundError):
+        return
+    if request.force or not isinstance(unit, UnitTarget) or not unit.is_program:
+        return
+    for directory in unit_directories(mount, 0 if request.brokered else os.geteuid(), unit.name):
+        members = Cgroup(directory).procs(recursive=True)
+        if members and request.caller.pid not in members:
+            yield about(0, f'unit {unit}', 'EBUSY', 'another instance of it runs',
+                        f'systemctl stop {unit}, or restore beside it with --force')
 
 
 def _cgroup(context: CheckContext, name: str) -> Iterator[Finding]:
