@@ -28,6 +28,7 @@ START_TIMEOUT: Final = 25.0     # seconds for a unit to start, whose program wai
 EXIT_TIMEOUT: Final = 10.0      # seconds until systemd has seen a death
 STOPPING: Final = 'deactivating'
 STOPPED: Final = ('inactive', 'failed')
+ENDING: Final = (STOPPING, *STOPPED)
 
 # systemd.service(5), .exec(5), .kill(5), .unit(5). No sandbox, and no limit that the restored tree did not have.
 # KillMode=process: the tree outlives the worker that made it. AddRef: the unit stays known until ckptd has asked for
@@ -62,7 +63,12 @@ class Systemd:
         await self._manager('FreezeUnit', unit, timeout)
 
     async def thaw(self, unit: str, timeout: float = 25) -> None:  # noqa: ASYNC109 - of the call
-        await self._manager('ThawUnit', unit, timeout)
+        """Thaw a unit. A unit that is gone, or that systemd has thawed to stop it, is thawed."""
+        try:
+            await self._manager('ThawUnit', unit, timeout)
+        except CkptError as error:
+            if not isinstance(error, NoSuchTarget) and await self._property(unit, 'FreezerState') != 'running':
+                raise
 
     async def stop(self, unit: str, timeout: float) -> bool:  # noqa: ASYNC109 - of the beginning
         """Stop a unit. Return when its processes have been told. False if it was being stopped already.
@@ -70,12 +76,12 @@ class Systemd:
         A job that has not begun by then, because units that need this one stop before it, is cancelled: CkptError.
         """
         async with self._watching(unit) as changes:
-            if await self._active_state(unit) == STOPPING:
+            if await self._property(unit, 'ActiveState') == STOPPING:
                 return False
             job = str(await self._manager('StopUnit', unit, more=('fail',)))
             try:
                 async with asyncio.timeout(timeout):
-                    while await self._active_state(unit) not in (STOPPING, *STOPPED):
+                    while await self._property(unit, 'ActiveState') not in ENDING:
                         await anext(changes)
             except TimeoutError:
                 await self._client.call(SERVICE, job, JOB, 'Cancel')
@@ -89,7 +95,7 @@ class Systemd:
         ExecStopPost=, is not our work."""
         try:
             async with asyncio.timeout(EXIT_TIMEOUT), self._watching(unit) as changes:
-                while (state := await self._active_state(unit)) not in STOPPED:
+                while (state := await self._property(unit, 'ActiveState')) not in STOPPED:
                     await anext(changes)
                 if state != STOPPED[0]:
                     log.warning('%s was stopped, and systemd calls it %s', unit, state)
@@ -98,8 +104,14 @@ class Systemd:
         except NoSuchTarget:        # it was transient
             return
 
-    async def _active_state(self, unit: str) -> str:
-        return str(await self._client.property_(SERVICE, unit_path(unit), UNIT, 'ActiveState'))
+    async def await_end(self, unit: str) -> None:
+        """Wait until something begins to stop a unit, or it has ended."""
+        async with self._watching(unit) as changes:
+            while await self._property(unit, 'ActiveState') not in ENDING:
+                await anext(changes)
+
+    async def _property(self, unit: str, name: str) -> str:
+        return str(await self._client.property_(SERVICE, unit_path(unit), UNIT, name))
 
     @contextlib.asynccontextmanager
     async def _watching(self, unit: str) -> AsyncIterator[Signals]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Freezes that outlive their jobs. Each keeps its worker until a thaw, or until the process named in the request
-ends."""
+"""Freezes that outlive their jobs. Each keeps its worker until a thaw, until the process named in the request ends, or
+until the unit named there is stopped."""
 
 import asyncio
 import logging
@@ -10,10 +10,10 @@ from functools import partial
 from ckptd.errors import CkptError, NoSuchTarget, WorkerDied
 from ckptd.jobs.admission import Exclusive
 from ckptd.jobs.entry import QueuedJob, reason
-from ckptd.jobs.run import Run
+from ckptd.jobs.run import Run, Units
 from ckptd.jobs.target_process import ProcessWatch
 from ckptd.jobs.worker import MAX_STATUS
-from ckptd.target import Target
+from ckptd.target import Target, UnitTarget
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ class HeldFreezes:
     """Held freezes by target.
 
     end_worker(run, proper status, failed): called at the end of a worker. changed(uid): called when the freezes of a
-    user change.
+    user change. units: the manager of units, None if there is none.
     """
 
-    def __init__(self, end_worker: EndWorker, changed: Callable[[int], None]) -> None:
-        self._end_worker, self._changed = end_worker, changed
+    def __init__(self, end_worker: EndWorker, changed: Callable[[int], None], units: Units | None) -> None:
+        self._end_worker, self._changed, self._units = end_worker, changed, units
         self._held: dict[Target, QueuedJob] = {}
 
     def __len__(self) -> int:
@@ -65,10 +65,13 @@ class HeldFreezes:
         """Keep the freeze until it is released."""
         request, failure = _request(entry), None
         life = self._watch(entry)
-        try:
-            await run.hold()
-        except CkptError as error:
-            failure = error
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(self._follow_unit(entry))
+            try:
+                await run.hold()
+            except CkptError as error:
+                failure = error
+            following.cancel()
         if life is not None:
             life.close()
         died = await self._end_worker(run, 0 if failure is None else MAX_STATUS, failure is not None)
@@ -115,6 +118,20 @@ class HeldFreezes:
         except NoSuchTarget:
             self._ended(entry)
             return None
+
+    async def _follow_unit(self, entry: QueuedJob) -> None:
+        """Release the freeze of a unit when the unit is stopped. Its processes are then told to end, which they cannot
+        while they are frozen."""
+        target = _request(entry).target
+        if self._units is None or not isinstance(target, UnitTarget):
+            return
+        try:
+            await self._units.await_end(target.name)
+        except CkptError as error:
+            log.warning('%s: the freeze of %s outlasts its stop: %s', entry.job.name, target, error)
+        else:
+            log.info('%s: %s is being stopped, so its freeze ends', entry.job.name, target)
+            self.let_go(entry)
 
     def _ended(self, entry: QueuedJob) -> None:
         log.info('%s: %s has ended, so its freeze has ended', entry.job.name, entry.job.request.about)

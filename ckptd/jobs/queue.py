@@ -64,7 +64,7 @@ class Queue:
         self.inhibitors = Inhibitors()
         self._entries: dict[JobRecord, QueuedJob] = {}    # jobs that are not over
         self._known = KnownJobs(config.keep_jobs_usec / 1e6, listener.job_forgotten)      # announced jobs, over or not
-        self._held = HeldFreezes(self._end_worker, listener.frozen_changed)
+        self._held = HeldFreezes(self._end_worker, listener.frozen_changed, units)
         self._stuck: set[asyncio.Task[None]] = set()
         self._stopping = False
 

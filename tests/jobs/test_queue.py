@@ -348,6 +348,9 @@ class Units:
     async def await_stop(self, unit: str) -> None:
         raise CkptError(f'{unit} is masked')
 
+    async def await_end(self, unit: str) -> None:
+        raise CkptError(f'{unit} is masked')
+
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
         raise CkptError(f'{scope} of {list(pids)} cannot be made')
 

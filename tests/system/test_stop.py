@@ -147,6 +147,21 @@ def test_a_worker_that_dies_meanwhile(machine: Container, start: Callable[..., l
     assert len(ctl(machine, 'list')) == images + 1
 
 
+@pytest.mark.parametrize(('command', 'mode'), [
+    (('freeze',), 'unit'), (('freeze',), 'ptrace'), (('checkpoint', '--leave-frozen'), 'cgroup')])
+def test_a_freeze_ends_with_its_unit(machine: Container, start: Callable[..., list[int]], command: tuple[str, ...],
+                                     mode: str) -> None:
+    """Otherwise the unit is killed after its TimeoutStopSec=."""
+    start('-pTimeoutStopSec=60')
+    machine.run('ckptctl', *command, UNIT, '--freeze', mode)
+    machine.run('systemctl', 'stop', UNIT, timeout=30)
+    assert state(machine) == ENDED
+    assert machine.path(f'{PLACE}/handled').exists()
+    held = ('busctl', 'get-property', 'org.ckptd1', '/org/ckptd1', 'org.ckptd1.Manager', 'FrozenTargets')
+    await_that('it is held no more', lambda: machine.output(*held) == 'as 0')
+    assert list(machine.path('/run/ckptd/freezes').iterdir()) == []
+
+
 def test_a_scope(machine: Container, start: Callable[..., list[int]]) -> None:
     """It has no main process."""
     machine.run('systemd-run', '--unit=starts-scope', '--', 'systemd-run', '--scope', '--unit=stopped', 'sleep', '1000')
