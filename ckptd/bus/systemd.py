@@ -15,6 +15,7 @@ from ckptd.bus.message import UnixFd
 from ckptd.bus.values import to_variant
 from ckptd.errors import CkptError, NoSuchTarget, Unavailable
 from ckptd.jobs.service import Service
+from ckptd.protocol.requests import UnitFacts
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,12 @@ class Systemd:
                 yield changes
             finally:
                 await self._manager('UnrefUnit', unit)
+
+    async def facts(self, unit: str) -> UnitFacts:
+        """Return what systemd knows of a unit that is to be frozen. CkptError."""
+        if not unit.endswith('.service'):
+            return UnitFacts()
+        return UnitFacts(int(await self._client.property_(SERVICE, unit_path(unit), UNIT_SERVICE, 'ControlPID')))
 
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
         """Put these processes into a new scope, in the given slice if any. Return when they are in it."""

@@ -42,15 +42,16 @@ class ResolvedTarget(NamedTuple):
     description: str            # for a message: 'process 7', 'unit a.service', 'cgroup /a'
 
 
-def resolve_target(target: Target, manager: int | None = None) -> ResolvedTarget:
+def resolve_target(target: Target, manager: int | None = None, control: int = 0) -> ResolvedTarget:
     """Find the processes of a target. InvalidArgument, NoSuchTarget. manager: uid of the service manager of the unit, 0
-    for the system's; None for ours."""
+    for the system's; None for ours. control: process of a command of the unit, such as ExecStop=. It and its
+    descendants are no part of the tree; 0 for none."""
     match target:
         case ProcessTarget(pid=pid):
             return _process(pid)
         case CgroupTarget(path=path):
             return _cgroup(path)
-    return _unit(target.name, os.geteuid() if manager is None else manager)
+    return _unit(target.name, os.geteuid() if manager is None else manager, control)
 
 
 def _process(pid: int) -> ResolvedTarget:
@@ -90,7 +91,7 @@ def _cgroup(path: str) -> ResolvedTarget:
     return ResolvedTarget(_cgroup_roots(directory, f'cgroup {path}'), path, None, f'cgroup {path}')
 
 
-def _unit(unit: str, uid: int) -> ResolvedTarget:
+def _unit(unit: str, uid: int, control: int) -> ResolvedTarget:
     """Resolve a unit of the manager that may be asked to freeze it, the system's for uid 0."""
     mount = _mount()
     found = unit_directories(mount, uid, unit)
@@ -103,7 +104,7 @@ def _unit(unit: str, uid: int) -> ResolvedTarget:
     names = [f'/{path.relative_to(mount.path)}' for path in found]
     if len(found) > 1:
         raise InvalidArgument(f'{unit} has {len(found)} cgroups: {", ".join(names)}', hint='choose one: cgroup:/PATH')
-    return ResolvedTarget(_cgroup_roots(found[0], f'unit {unit}'), names[0], unit, f'unit {unit}')
+    return ResolvedTarget(_cgroup_roots(found[0], f'unit {unit}', control), names[0], unit, f'unit {unit}')
 
 
 def _mount() -> CgroupMount:
@@ -113,8 +114,9 @@ def _mount() -> CgroupMount:
     return mount
 
 
-def _cgroup_roots(directory: Path, description: str) -> tuple[int, ...]:
-    """Return processes of the cgroup and those below it whose parent is not one of them; the oldest first.
+def _cgroup_roots(directory: Path, description: str, without: int = 0) -> tuple[int, ...]:
+    """Return processes of the cgroup and those below it whose parent is not one of them; the oldest first. without: a
+    process that does not count.
 
     A service manager starts the main process first, and daemons that forked twice are younger.
     """
@@ -125,7 +127,9 @@ def _cgroup_roots(directory: Path, description: str) -> tuple[int, ...]:
     members = {stat.pid for stat in found}
     if not members:
         raise NoSuchTarget(f'{description} has no processes')
-    roots = [stat for stat in found if stat.ppid not in members]
+    roots = [stat for stat in found if stat.ppid not in members and stat.pid != without]
+    if not roots:
+        raise NoSuchTarget(f'{description} has no processes but that of a command of it')
     return tuple(stat.pid for stat in sorted(roots, key=lambda stat: (stat.start_time, stat.pid)))
 
 

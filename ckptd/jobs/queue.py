@@ -29,8 +29,8 @@ from ckptd.jobs.inhibitors import InhibitorLock, Inhibitors
 from ckptd.jobs.overlap import Relations
 from ckptd.jobs.pool import WorkerPool
 from ckptd.jobs.quota import Quota
-from ckptd.jobs.recovery import Recovery
-from ckptd.jobs.run import Run, Units
+from ckptd.jobs.recovery import FREEZING, Recovery
+from ckptd.jobs.run import Run, Units, with_facts
 from ckptd.jobs.slots import SlotGroups
 from ckptd.jobs.state import JobRecord
 from ckptd.jobs.tasks import Tasks
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 # operations that are announced as jobs; the others are short, and only their caller needs to know
 ANNOUNCED = frozenset({'checkpoint', 'freeze', 'verify', 'export', 'import', 'restore'})
-FREEZING = frozenset({'checkpoint', 'freeze', 'restore'})      # operations that may leave freezes in the journal
 PROGRESS_INTERVAL = 0.1     # seconds
 CANCEL_PATIENCE = 8.0      # seconds after which a worker that does not end is killed; recovery then thaws its tree
 
@@ -204,6 +203,7 @@ class Queue:
             await entry.enter_slot()
 
     async def _begin(self, entry: QueuedJob) -> None:
+        entry.job.request = await with_facts(entry.job.request, self._units)
         worker = await self._pool.take(entry.job.request)
         if entry.job.over:      # it was cancelled while systemd started the worker
             await self._pool.give_back(worker)

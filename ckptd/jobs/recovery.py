@@ -26,6 +26,8 @@ from ckptd.protocol.requests import Caller, RecoverRequest
 
 log = logging.getLogger(__name__)
 
+FREEZING = frozenset({'checkpoint', 'freeze', 'restore'})      # operations that may leave freezes in the journal
+
 LOCK_PATIENCE = 2.0         # seconds that the end of a job waits for locks left by its dead worker
 FREEZE_TIMEOUT = 10.0       # seconds, for a unit that a job had thawed and that must be frozen again
 

@@ -25,7 +25,8 @@ from ckptd.jobs.state import JobRecord
 from ckptd.jobs.worker import WorkerHandle
 from ckptd.protocol import messages
 from ckptd.protocol.messages import FromWorker
-from ckptd.protocol.requests import DumpRequest, FreezerRequest
+from ckptd.protocol.requests import DumpRequest, FreezerRequest, Request, UnitFacts
+from ckptd.target import UnitTarget
 
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger('ckptd.worker')
@@ -38,7 +39,19 @@ class Units(Protocol):
     async def stop(self, unit: str, timeout: float) -> bool: ...  # noqa: ASYNC109 - until the stop begins
     async def await_stop(self, unit: str) -> None: ...
     async def await_end(self, unit: str) -> None: ...
+    async def facts(self, unit: str) -> UnitFacts: ...
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None: ...
+
+
+async def with_facts(request: Request, units: Units | None) -> Request:
+    """Return a request with what the manager knows of its unit."""
+    if units is None or not isinstance(request, FreezerRequest) or not isinstance(request.target, UnitTarget):
+        return request
+    try:
+        return msgspec.structs.replace(request, unit=await units.facts(request.target.name))
+    except CkptError as error:
+        log.warning('%s is unknown to systemd: %s', request.target, error)
+        return request
 
 
 class Run:

@@ -84,7 +84,9 @@ class JobContext(Generic[R_co]):
         if isinstance(target, ProcessTarget):
             require_visibility(target.pid, caller)
         # the request was made to root's service, and this worker of a user is not the user's own service
-        found = resolve_target(target, 0 if self.request.brokered else None)
+        freezing = self.narrowed(FreezerRequest)
+        found = resolve_target(target, 0 if self.request.brokered else None,
+                               freezing.request.unit.control_pid if freezing else 0)
         if self.request.start_time and isinstance(target, ProcessTarget):
             try:
                 with held(target.pid, self.request.start_time):

@@ -120,8 +120,14 @@ class TraceRequest(TreeRequest, frozen=True, kw_only=True, tag='check-trace'):
     """Tell whether a security module forbids the caller to trace tasks that it may inspect."""
 
 
+class UnitFacts(msgspec.Struct, frozen=True):
+    """State of a unit when the job begins, as its manager knows it."""
+    control_pid: int = 0        # process of a command of the unit, such as ExecStop=, which is no part of the tree
+
+
 class FreezerRequest(TreeRequest, frozen=True, kw_only=True):
     """A request to freeze a tree, or to check whether that is possible."""
+    unit: UnitFacts = UnitFacts()       # of a UnitTarget, if there is a manager
     freeze: FreezeMode = 'auto'         # what stops the tree; with 'caller' it must be at rest already
     avoid: tuple[int, ...] = ()         # pids that must not be in the tree: the daemon, its bus, its client, workers
 

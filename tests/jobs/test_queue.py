@@ -33,6 +33,7 @@ from ckptd.jobs.spool import Spool
 from ckptd.jobs.state import JobRecord, State
 from ckptd.jobs.worker import ChildWorker
 from ckptd.kernel.stat import read_stat
+from ckptd.protocol.requests import UnitFacts
 from ckptd.target import CgroupTarget, ProcessTarget
 from tests.jobs.conftest import Heard, request_of
 
@@ -349,6 +350,9 @@ class Units:
         raise CkptError(f'{unit} is masked')
 
     async def await_end(self, unit: str) -> None:
+        raise CkptError(f'{unit} is masked')
+
+    async def facts(self, unit: str) -> UnitFacts:
         raise CkptError(f'{unit} is masked')
 
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:

@@ -192,10 +192,22 @@ def test_hook_checkpoints_before_the_stop(machine: Container, service: Callable[
     machine.run('systemctl', 'stop', unit)
     images = ctl(machine, 'list')
     assert len(images) == 1, machine.journal(unit)
-    assert images[0]['tasks'] == 1
-    tree = machine.output('ckptctl', 'tree', images[0]['image'])
-    assert str(pid) in tree
+    assert (images[0]['tasks'], images[0]['target']) == (1, unit)
     assert machine.property(unit, 'Result') == 'success'
+    assert machine.output('cat', '/run/hooked.log') == ''
+    machine.run('rm', '/run/hooked')
+    assert ctl(machine, 'restore', images[0]['image'])['root'] == pid
+    await_that('it counts on', lambda: count_of(machine, unit)[0] == pid)
+    machine.run('kill', '-KILL', str(pid))
+
+
+def test_hook_of_a_service_that_has_ended(machine: Container, service: Callable[[str], str]) -> None:
+    unit = service('hooked.service')
+    pid, _ = await_count(machine, unit, 0)
+    machine.run('kill', '-TERM', str(pid))
+    await_that('it has ended', lambda: machine.property(unit, 'ActiveState') in ('inactive', 'failed'))
+    assert ctl(machine, 'list') == []
+    assert machine.output('cat', '/run/hooked.log') == ''
 
 
 def test_users_have_their_own_and_no_others(machine: Container, service: Callable[[str], str]) -> None:
