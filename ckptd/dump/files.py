@@ -133,6 +133,11 @@ class FileDump:
                                  file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
                                  data, owner.uid, owner.euid, owner.write_hint)
 
+    @property
+    def must_take_out(self) -> bool:
+        """Whether a kind may have to take data out of the kernel."""
+        return bool(self._to_take)
+
     def take_out(self) -> None:
         """Take out what cannot be read otherwise. The tree stands still, and is killed afterwards."""
         for index, file, kind in self._to_take:

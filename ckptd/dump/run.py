@@ -119,7 +119,9 @@ class Checkpoint:
             self._channel.phase('memory')
             with self._clock.measure('memdump'):
                 dump.read_memory()
-                if note is not None:
+                if note is not None and dump.must_take_out:
+                    # if the worker dies in the middle, the tree does not run before the journal has put things back
+                    frozen.hold()
                     dump.take_out()
             self._give_up_tracing(is_read=True)
             deaths.require_none(frozen.tracees)

@@ -262,6 +262,11 @@ class Dump:
             self._memory.copy(copier)
         fault('memory-read')
 
+    @property
+    def must_take_out(self) -> bool:
+        """Whether `take_out` may have something to do."""
+        return self._files.must_take_out
+
     def take_out(self) -> None:
         """Take out of the kernel what cannot be read otherwise, last of all, from a tree that is killed then."""
         self._files.take_out()

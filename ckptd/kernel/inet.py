@@ -52,6 +52,9 @@ STATES: Final = {
     TCP_ESTABLISHED: 'established', TCP_SYN_SENT: 'connecting', TCP_SYN_RECV: 'connecting',
     TCP_FIN_WAIT1: 'fin-wait-1', TCP_FIN_WAIT2: 'fin-wait-2', TCP_TIME_WAIT: 'time-wait', TCP_CLOSE: 'closed',
     TCP_CLOSE_WAIT: 'close-wait', TCP_LAST_ACK: 'last-ack', TCP_LISTEN: 'listening', TCP_CLOSING: 'closing'}
+# an end that has sent its FIN, or received that of its peer
+HAVE_SENT_FIN = (TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSING, TCP_LAST_ACK)
+HAVE_RECEIVED_FIN = (TCP_CLOSE_WAIT, TCP_CLOSING, TCP_LAST_ACK)
 
 _UNACKED_AT, _LAST_ACK_AT = 24, 56      # offsets in struct tcp_info, <linux/tcp.h>
 _INFO = struct.Struct(f'=B{_UNACKED_AT - 1}xII')

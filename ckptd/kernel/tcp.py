@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from ckptd.kernel.decl import c_int, c_uint, c_void_p, libc
 from ckptd.kernel.sockopt import SO_PEEK_OFF
+from ckptd.kernel.tcp_segment import ACK, FIN, Segment, deliver
 
 # <linux/tcp.h>
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
@@ -27,7 +28,7 @@ _SOCKADDR: Final = 16               # sizeof(struct sockaddr); zeros are AF_UNSP
 TCPI_OPT_TIMESTAMPS, TCPI_OPT_SACK, TCPI_OPT_WSCALE = 1, 2, 4
 _OPT_MSS, _OPT_WINDOW, _OPT_SACK, _OPT_TIMESTAMP = 2, 3, 4, 8       # <net/tcp.h>, TCPOPT_*
 _OPTIONS_AT, _SCALES_AT = 5, 6      # offsets in struct tcp_info, <linux/tcp.h>
-_WINDOW = 20                        # sizeof(struct tcp_repair_window)
+_WINDOW = struct.Struct('=5I')      # struct tcp_repair_window
 _PIECE = 1 << 16                    # bytes that are put into a queue at once
 
 _LOW: Final = (1 << 32) - 1         # sequence numbers are modulo 2**32
@@ -167,7 +168,7 @@ def peek_unsent(sock: socket.socket, received: int, *, has_fin: bool) -> bytes:
 # ---------------------------------------------------------------- a connection that goes on in another socket
 
 class Repair(NamedTuple):
-    """The state of an established connection, read in repair mode, that is needed to go on with it."""
+    """The state of a connection, read in repair mode, that is needed to go on with it. Its FINs are not counted."""
     received: int           # sequence number behind the last byte received
     sent: int               # sequence number behind the last byte that the program has sent
     mss: int                # TCP_MAXSEG
@@ -178,19 +179,39 @@ class Repair(NamedTuple):
     window: bytes           # struct tcp_repair_window
 
 
-def read_repair(sock: socket.socket) -> Repair:
+def read_repair(sock: socket.socket, *, has_received_fin: bool, has_sent_fin: bool) -> Repair:
     """Read the state of a socket in repair mode."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
-    return Repair(sequence(sock, TCP_RECV_QUEUE), sequence(sock, TCP_SEND_QUEUE),
+    received = sequence(sock, TCP_RECV_QUEUE) - has_received_fin & _LOW
+    return Repair(received, sequence(sock, TCP_SEND_QUEUE) - has_sent_fin & _LOW,
                   sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG), info[_OPTIONS_AT],
                   info[_SCALES_AT] & 15, info[_SCALES_AT] >> 4,
                   int(struct.unpack('=I', sock.getsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP, 4))[0]),
-                  sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, _WINDOW))
+                  _window_before(received, sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, _WINDOW.size),
+                                 has_received_fin=has_received_fin))
+
+
+def _window_before(received: int, window: bytes, *, has_received_fin: bool) -> bytes:
+    """Return struct tcp_repair_window as it was before the FIN of the peer."""
+    sent_at, sent, largest, open_, told_at = _WINDOW.unpack(window)
+    if has_received_fin and told_at == received + 1 & _LOW:
+        told_at, open_ = received, open_ + 1
+    return _WINDOW.pack(sent_at, sent, largest, open_, told_at)
+
+
+def receive_fin(sock: socket.socket, state: Repair, unsent_bytes: int) -> None:
+    """Let a socket that has left repair mode receive the FIN of its peer, which does not send it again. OSError."""
+    (host, port, *_), (peer, peer_port, *_) = sock.getsockname(), sock.getpeername()
+    ends = [(address.partition('%')[0].removeprefix('::ffff:') if '.' in address else address.partition('%')[0], number)
+            for address, number in ((peer, peer_port), (host, port))]
+    family = socket.AF_INET if '.' in ends[0][0] else socket.AF_INET6
+    window = min(_WINDOW.unpack(state.window)[1] >> state.send_scale, (1 << 16) - 1)
+    deliver(family, ends[0], ends[1], Segment(FIN | ACK, state.received, state.sent - unsent_bytes & _LOW, window))
 
 
 def connect_in_repair(sock: socket.socket, peer: tuple[object, ...], state: Repair, unread: int, unsent_bytes: int
                       ) -> None:
-    """Make a bound socket in repair mode one end of an established connection. No packet is sent. unread,
+    """Make a bound socket in repair mode one end of a connection. No packet is sent. unread,
     unsent_bytes: lengths of the queues, which `fill_queue` fills afterwards. OSError."""
     for queue, end, length in ((TCP_RECV_QUEUE, state.received, unread), (TCP_SEND_QUEUE, state.sent, unsent_bytes)):
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)

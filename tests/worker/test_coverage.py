@@ -66,7 +66,7 @@ CHECKED = {
 _THERE = 'what is there is opened as it is'
 UNREAD = {
     **{f'KeptConnection.{name}': 'of a connection to the outside, see tests/worker/test_tcp_keep.py' for name in (
-        'boot', 'mss', 'options', 'receive_scale', 'received', 'send_scale', 'sent', 'table', 'timestamp',
+        'boot', 'mss', 'options', 'receive_scale', 'received', 'send_scale', 'sent', 'state', 'table', 'timestamp',
         'unacknowledged', 'unread', 'until', 'window')},
     'Credentials.keepcaps': 'is a bit of securebits',
     'Directory.device': _THERE,

@@ -16,7 +16,7 @@ import pytest
 
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
-from ckptd.kernel.nftables import tables
+from ckptd.kernel.nftables import TcpEnds, drop_connections, remove_table, tables
 from ckptd.kernel.tcp import TCP_REPAIR
 from ckptd.kernel.timens import setns, unshare
 from ckptd.objects.files.tcp import keep
@@ -192,6 +192,105 @@ def test_a_client_sees_a_pause(other_net: int, place: Place, tmp_path: Path, fam
             assert talk.finish() > 1
         finally:
             end()
+
+
+# a server that has one client, and shuts down if it is told to. After SIGUSR1 it reads to the end, and answers
+HALF = """
+import signal, socket, sys
+with socket.create_server((sys.argv[1], 7070), family=int(sys.argv[2])) as server:
+    print('listening', flush=True)
+    end, _ = server.accept()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2])
+print('ready', flush=True)
+if signal.sigwait([signal.SIGUSR1, signal.SIGUSR2]) == signal.SIGUSR2:
+    end.sendall(b'last')
+    end.shutdown(socket.SHUT_WR)
+    print('shut', flush=True)
+    signal.sigwait([signal.SIGUSR1])
+data = b''
+while piece := end.recv(1000):
+    data += piece
+assert data in (b'request', b'requestlate'), data
+try:
+    end.sendall(b'answer')
+except BrokenPipeError:
+    pass
+sys.exit(7)
+"""
+# how the connection is being closed when the tree is killed: the client or the server has shut down; the FIN of the
+# server got lost
+CLOSING = {'close-wait': ('client',), 'fin-wait-2': ('server',), 'fin-wait-1': ('server', 'lost'),
+           'last-ack': ('client', 'server', 'lost')}
+LOSS = 'ckptd-test-loss'        # a table of nftables
+
+
+def socket_in(net: int, family: int) -> socket.socket:
+    """A socket of the network namespace of a process."""
+    with Path('/proc/self/ns/net').open() as ours, Path(f'/proc/{net}/ns/net').open() as theirs:
+        setns(theirs.fileno(), CLONE_NEWNET)
+        try:
+            return socket.socket(family)
+        finally:
+            setns(ours.fileno(), CLONE_NEWNET)
+
+
+def wait_for_state(state: str) -> None:
+    """Wait until ss(8) shows our end of the connection in a state."""
+    deadline = time.monotonic() + 10
+    while not subprocess.check_output(['ss', '-Htn', 'state', state, f'( sport = :{PORT} )']):
+        assert time.monotonic() < deadline, subprocess.check_output(['ss', '-tan'], text=True)
+        time.sleep(0.01)
+
+
+@contextmanager
+def half_closed(other_net: int, family: int, state: str) -> 'Iterator[tuple[subprocess.Popen[bytes], socket.socket]]':
+    """A server and its client, whose connection is in this state."""
+    server = subprocess.Popen([sys.executable, '-I', '-c', HALF, OURS[family], str(int(family))],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              start_new_session=True)
+    with server, socket_in(other_net, family) as client:
+        try:
+            assert server.stdout
+            assert server.stdout.readline() == b'listening\n'
+            client.settimeout(20)
+            client.connect((OURS[family], PORT))
+            assert server.stdout.readline() == b'ready\n'
+            client.sendall(b'request')
+            if 'client' in CLOSING[state]:
+                client.shutdown(socket.SHUT_WR)
+                wait_for_state('close-wait')
+            if 'lost' in CLOSING[state]:
+                drop_connections(LOSS, [TcpEnds((OURS[family], PORT), client.getsockname()[:2])], 60_000)
+            if 'server' in CLOSING[state]:
+                server.send_signal(signal.SIGUSR2)
+                assert server.stdout.readline() == b'shut\n'
+            wait_for_state(state)
+            yield server, client
+        finally:
+            remove_table(LOSS)
+            server.kill()
+
+
+@pytest.mark.parametrize(('family', 'state'), [(socket.AF_INET, state) for state in CLOSING] + [
+    (socket.AF_INET6, 'last-ack')])
+def test_one_that_is_being_closed(other_net: int, place: Place, family: int, state: str) -> None:
+    """Both ends get what was on its way, and the end of it."""
+    with half_closed(other_net, family, state) as (server, client):
+        image = place.checkpoint(server.pid, after='kill', external=['any:keep'])
+        server.wait()
+        remove_table(LOSS)
+        restore(place, image, server.pid)
+        assert tables() == []
+        if 'server' in CLOSING[state]:
+            assert [client.recv(100), client.recv(100)] == [b'last', b'']
+        if 'client' not in CLOSING[state]:
+            wait_for_state('fin-wait-2')
+            client.sendall(b'late')
+            client.shutdown(socket.SHUT_WR)
+        os.kill(server.pid, signal.SIGUSR1)
+        if 'server' not in CLOSING[state]:
+            assert [client.recv(100), client.recv(100)] == [b'answer', b'']
+        assert os.waitstatus_to_exitcode(os.waitpid(server.pid, 0)[1]) == 7
 
 
 def test_after_the_deadline_it_is_reset(other_net: int, place: Place, tmp_path: Path,

@@ -45,7 +45,7 @@ from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.tcp.handshake import bound, connect_pair, send_all, wait_until_sent
 from ckptd.objects.files.tcp.keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
-from ckptd.objects.files.tcp.outside import OF_OUR_OWN_FIN, connection_findings, kept_finding, outside_finding
+from ckptd.objects.files.tcp.outside import connection_findings, kept_finding, outside_finding
 from ckptd.objects.files.tcp.record import (
     CLOSED,
     INSIDE,
@@ -212,7 +212,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 stack.enter_context(tcp.in_repair(far))
                 fault('queue-in-repair')
                 self._unsent[file.stat.st_ino] = tcp.peek_unsent(
-                    sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE), has_fin=tcp_state(sock).state in OF_OUR_OWN_FIN)
+                    sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE), has_fin=tcp_state(sock).state in inet.HAVE_SENT_FIN)
         except PermissionError as error:
             if left := wait_until_sent(sock, _PATIENCE):
                 raise not_now(file, f'process {other.pid} has no room for {left:,} bytes that were sent to it, and '
@@ -334,6 +334,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             if self._is_held(record, saved):
                 with socket.socket(fileno=os.dup(fd)) as sock:
                     go_on(sock, kept)
+                shut_down(fd, record.shutdown & (unix.SEND_SHUTDOWN if kept.state in inet.HAVE_RECEIVED_FIN else ~0))
                 return
             let_go(kept)
         if record.other == RESET:
@@ -341,7 +342,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 tcp.reset(far)
             return
         how = record.shutdown
-        if record.state in (inet.TCP_CLOSE_WAIT, inet.TCP_LAST_ACK, inet.TCP_CLOSING):
+        if record.state in inet.HAVE_RECEIVED_FIN:
             how &= unix.SEND_SHUTDOWN       # the FIN of the other end does the rest
         if record.state == inet.TCP_CLOSE:
             how = unix.SEND_SHUTDOWN

@@ -4,7 +4,8 @@
     checkpoint --kill   a packet filter drops its packets, in both directions, until the restart or a deadline. Then its
                         state is read in repair mode (TCP_REPAIR). The reset that the end of the tree sends is dropped.
     restart             a new socket gets the state in repair mode, the filter is taken away, and a window probe tells
-                        both ends how far they are.
+                        both ends how far they are. A FIN that the tree has sent is sent again; one that it has received
+                        is given to the socket as if the peer sent it again.
 
 The peer sees a pause. After the deadline, or another boot, it gets a reset from the kernel, and the tree one as well.
 The kernel removes the elements of the filter at the deadline by itself (kernel/nftables.py).
@@ -51,6 +52,7 @@ class KeptConnection(Struct):
     window: bytes
     unread: tuple[Extent, ...]      # the receive queue
     unacknowledged: tuple[Extent, ...]      # the send queue
+    state: U8 = inet.TCP_ESTABLISHED        # TCP_* of ckptd.kernel.inet, when its packets were dropped
 
     @property
     def repair(self) -> tcp.Repair:
@@ -86,22 +88,24 @@ class TcpKeeper:
         self._until = 0
 
     def keep(self, file: OpenFile, content: Content) -> KeptConnection | None:
-        """Cut off a connection and read its state; the tree is killed afterwards. None if it is not established any
-        more. CkptError."""
+        """Cut off a connection and read its state; the tree is killed afterwards. None if it is over. CkptError."""
         with file.as_socket() as sock:
             peer = peer_address(sock)
-            if tcp_state(sock).state != inet.TCP_ESTABLISHED or peer is None:
+            if peer is None or tcp_state(sock).state == inet.TCP_CLOSE:
                 return None
             self._drop(TcpEnds(_end(local_address(sock)), _end(peer)), file, content)
+            now = tcp_state(sock).state         # no packet changes it any more
             content.note(RepairSockets((HeldSocket(file.pid, read_stat(file.pid).start_time, file.fd),)))
             with tcp.in_repair(sock):
                 stream = tcp.peek_whole(sock)
-                state, queued = tcp.read_repair(sock), tcp.peek_send_queue(sock)
+                state = tcp.read_repair(sock, has_received_fin=now in inet.HAVE_RECEIVED_FIN,
+                                        has_sent_fin=now in inet.HAVE_SENT_FIN)
+                queued = tcp.peek_send_queue(sock)
         if stream is None:
             raise not_now(file, 'urgent data waits in it')
         fault('taken-one')
         return KeptConnection(self._table, boot_id(), self._until, *state, keep_bytes(stream, content),
-                              keep_bytes(queued, content))
+                              keep_bytes(queued, content), now)
 
     def _drop(self, connection: TcpEnds, file: OpenFile, content: Content) -> None:
         """Drop its packets from here on, with those of the connections before."""
@@ -155,6 +159,10 @@ def make_kept(family: int, own: Address, peer: Address, kept: KeptConnection, li
 def go_on(sock: socket.socket, kept: KeptConnection) -> None:
     """Let the connection run."""
     remove_table(kept.table)
+    if kept.state in inet.HAVE_RECEIVED_FIN:
+        tcp.leave_repair(sock)
+        tcp.receive_fin(sock, kept.repair, sum(extent.length for extent in kept.unacknowledged))
+        return
     tcp.resume(sock)
 
 

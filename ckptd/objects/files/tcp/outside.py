@@ -15,8 +15,7 @@ from ckptd.objects.files.inet.zerocopy import zerocopy_findings
 from ckptd.objects.files.tcp.keep import PATIENCE
 from ckptd.objects.files.tcp.table import plain
 
-OF_OUR_OWN_FIN = (inet.TCP_FIN_WAIT1, inet.TCP_CLOSING, inet.TCP_LAST_ACK, inet.TCP_FIN_WAIT2)
-_SUPPORTED = (inet.TCP_ESTABLISHED, inet.TCP_CLOSE_WAIT, inet.TCP_CLOSE, *OF_OUR_OWN_FIN)
+_SUPPORTED = (inet.TCP_ESTABLISHED, inet.TCP_CLOSE_WAIT, inet.TCP_CLOSE, *inet.HAVE_SENT_FIN)
 _HINT = 'close it before the checkpoint, or checkpoint a tree that has both ends'
 
 
