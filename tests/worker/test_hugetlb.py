@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Huge pages (hugetlb), which need a pool of them."""
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +24,15 @@ PAGES = NEEDED + 2
 
 @pytest.fixture
 def pool() -> Iterator[None]:
-    before = POOL.read_text()
-    try:
-        POOL.write_text(str(int(before) + PAGES))
-    except OSError as error:
-        pytest.skip(f'huge pages cannot be reserved: {error.strerror}')
-    yield
-    POOL.write_text(before)
+    with POOL.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # another test may run at the same time
+        before = POOL.read_text()
+        try:
+            POOL.write_text(str(int(before) + PAGES))
+        except OSError as error:
+            pytest.skip(f'huge pages cannot be reserved: {error.strerror}')
+        yield
+        POOL.write_text(before)
 
 
 @pytest.mark.usefixtures('pool')
