@@ -70,7 +70,7 @@ def ask(threads: Sequence[tuple[Tracee, OwnIds]], mappings: Sequence[Mapping], c
         results = yield from remote.run(first, ids, _FIRST_BATCH)
         for tracee, own in threads[1:]:
             answers[tracee.tid] = Answers(_THREAD, (yield from remote.run(tracee, own, _THREAD_BATCH)), {})
-        more = yield from ask_more(first.tid, lambda batch: remote.run(first, ids, batch))
+        more = yield from ask_more(first.tid, mappings, lambda batch: remote.run(first, ids, batch))
     except BaseException:
         finish(remote.close())
         raise

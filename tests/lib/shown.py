@@ -72,6 +72,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'Mdwe': ('attributes',),
     'Membarrier': ('attributes',),
     'MemoryMerge': ('attributes',),
+    'MappingPoliciesAttribute': ('settings',),
     'MemoryPolicyAttribute': ('settings',),
     'Name': ('threads',),
     'OomScoreAdj': ('attributes',),
@@ -138,8 +139,8 @@ def _found_in_images() -> set[str]:
     return {cls.__name__ for cls in (*BY_TAG.values(), *own, *(type(one) for one in MappingKinds().all if one.numbers))}
 
 
-_OPTIONAL = ('PR_SET_CHILD_SUBREAPER', 'PR_SET_THP_DISABLE', 'PR_SET_MDWE', 'PR_MCE_KILL', 'memory policy', 'keyrings',
-             'coredump_filter', 'loginuid', 'membarrier', 'speculation', 'autogroup')
+_OPTIONAL = ('PR_SET_CHILD_SUBREAPER', 'PR_SET_THP_DISABLE', 'PR_SET_MDWE', 'PR_MCE_KILL', 'memory policy',
+             'mapping policies', 'keyrings', 'coredump_filter', 'loginuid', 'membarrier', 'speculation', 'autogroup')
 
 
 def _in_image(reader: ImageReader) -> Iterator[str]:

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * Settings that newer kernels have: huge pages off but where madvise(2) asks for them, a private hash of futexes; a
- * NUMA memory policy; the nice value of the autogroup; and the id of the login that a process descends from, for the
- * audit log. A child inherits that with the session. It has a keyring, too, which is lost.
+ * Settings that newer kernels have: huge pages off but where madvise(2) asks for them, a private hash of futexes; NUMA
+ * memory policies, of a thread and of mappings; the nice value of the autogroup; and the id of the login that a process
+ * descends from, for the audit log. A child inherits that with the session. It has a keyring, too, which is lost.
  */
 #include "victim.h"
 
 #include <linux/keyctl.h>
 #include <linux/mempolicy.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -26,10 +27,12 @@
 #define AUTOGROUP "/proc/self/autogroup"       /* /autogroup-NUMBER nice N */
 
 struct settings {
-    int thp_disable, slots, policy;
-    unsigned long nodes;
+    int thp_disable, slots, policy, of_mapping, of_heap;
+    unsigned long nodes, nodes_of_mapping;
     char login[16], session[16], autogroup[64];
 };
+
+static char *bound;
 
 static struct settings look(void)
 {
@@ -37,6 +40,8 @@ static struct settings look(void)
                             .slots = prctl(PR_FUTEX_HASH, PR_FUTEX_HASH_GET_SLOTS, 0, 0, 0)};
 
     syscall(SYS_get_mempolicy, &seen.policy, &seen.nodes, 8 * sizeof seen.nodes, NULL, 0);
+    syscall(SYS_get_mempolicy, &seen.of_mapping, &seen.nodes_of_mapping, 8 * sizeof seen.nodes, bound, MPOL_F_ADDR);
+    syscall(SYS_get_mempolicy, &seen.of_heap, NULL, 0, sbrk(0) - 1, MPOL_F_ADDR);
     if (access(AUTOGROUP, R_OK) == 0)       /* with CONFIG_SCHED_AUTOGROUP */
         read_file(AUTOGROUP, seen.autogroup, sizeof seen.autogroup);
     if (access("/proc/self/loginuid", R_OK) == 0) {     /* with CONFIG_AUDIT */
@@ -54,6 +59,10 @@ static void check(const struct settings *before)
     CHECK(before->slots == after.slots, "futex hash of %d slots, not %d", after.slots, before->slots);
     CHECK(before->policy == after.policy && before->nodes == after.nodes,
           "memory policy %d of nodes %#lx, not %d of %#lx", after.policy, after.nodes, before->policy, before->nodes);
+    CHECK(before->of_mapping == after.of_mapping && before->nodes_of_mapping == after.nodes_of_mapping,
+          "policy %#x of a mapping and nodes %#lx, not %#x of %#lx", after.of_mapping, after.nodes_of_mapping,
+          before->of_mapping, before->nodes_of_mapping);
+    CHECK(before->of_heap == after.of_heap, "policy %d of the heap, not %d", after.of_heap, before->of_heap);
     CHECK(strcmp(strchrnul(before->autogroup, ' '), strchrnul(after.autogroup, ' ')) == 0, "autogroup %s, not %s",
           after.autogroup, before->autogroup);
     CHECK(strcmp(before->login, after.login) == 0, "loginuid %s, not %s", after.login, before->login);
@@ -100,6 +109,9 @@ int main(void)
     log_in("54321");
     set_autogroup("5");
     syscall(SYS_set_mempolicy, MPOL_PREFERRED, &first_node, 8 * sizeof first_node);     /* ENOSYS without CONFIG_NUMA */
+    bound = MUST(mmap(NULL, 16 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    fill(bound, 4 * 4096, 1);
+    syscall(SYS_mbind, bound, 8 * 4096, MPOL_BIND | MPOL_F_STATIC_NODES, &first_node, 8 * sizeof first_node, 0);
     syscall(SYS_add_key, "user", "victim", "secret", 6, KEY_SPEC_THREAD_KEYRING);
     if (prctl(PR_SET_THP_DISABLE, 1, PR_THP_DISABLE_EXCEPT_ADVISED, 0, 0) != 0)
         MUST(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));

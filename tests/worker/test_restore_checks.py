@@ -30,6 +30,8 @@ from ckptd.kernel.shm import attached
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
+from ckptd.objects.attributes.mapping_policies import MappingPolicies
+from ckptd.objects.attributes.memory_policy import MemoryPolicy
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
 from ckptd.protocol.channel import Channel
@@ -44,7 +46,7 @@ from ckptd.worker.broker.identity import identity_of
 from ckptd.worker.broker.placement import TreePlace
 from tests.lib import settled
 from tests.lib.altered import alter, rewrite
-from tests.lib.victim import Victim
+from tests.lib.victim import Victim, kill_session
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc')]
@@ -281,6 +283,34 @@ def test_an_unknown_kind_of_memory(victim: Callable[..., Victim], place: Place, 
     assert (row.errno, row.reason) == ('EBADMSG', f'memory.img: {what} of kind 77, which is unknown')
     with DirectWorker() as worker, pytest.raises(ImageDamaged, match='of kind 77'):
         worker.run(place.request(0, operation='restore', image=image.name))
+
+
+def test_numa_nodes_that_are_not_there(victim: Callable[..., Victim], place: Place) -> None:
+    """Of another machine: a thread and a mapping lose their policies, and the tree is restored."""
+    running = victim('settings')
+    image = place.checkpoint(running.pid, after='kill')
+    running.process.wait()
+    settled.reap_orphans()
+    far = bytes(100) + b'\x01'
+
+    def moved(one: r.TaskAttribute) -> r.TaskAttribute:
+        if one.name == 'memory policy':
+            return dataclasses.replace(one, data=MemoryPolicy(1, far).encode())
+        if one.name != 'mapping policies':
+            return one
+        policies = MappingPolicies.decode(one.data).policies
+        return dataclasses.replace(one, data=MappingPolicies(tuple(
+            dataclasses.replace(policy, nodes=far) for policy in policies)).encode())
+
+    rewrite(image, r.TaskAttribute, moved)
+    rows = [row for row in found(place, image) if row.resource == 'memory policy']
+    assert len(rows) == 4       # of threads, and of mappings, in two processes
+    assert {(row.errno, row.severity) for row in rows} == {('EINVAL', 'warning')}
+    with DirectWorker() as worker:
+        root = int(worker.run(place.request(0, operation='restore', image=image.name))['root'])
+    assert ' default ' in Path(f'/proc/{root}/numa_maps').read_text()
+    kill_session(root)
+    settled.reap_orphans()
 
 
 def test_a_segment_in_use(victim: Callable[..., Victim], place: Place) -> None:

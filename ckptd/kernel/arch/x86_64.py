@@ -45,13 +45,13 @@ NR = {
     'arch_prctl': 158, 'chroot': 161, 'futex': 202, 'io_getevents': 208, 'set_tid_address': 218,
     'restart_syscall': 219, 'semtimedop': 220, 'timer_create': 222, 'timer_settime': 223, 'timer_gettime': 224,
     'timer_getoverrun': 225, 'timer_delete': 226, 'clock_nanosleep': 230, 'exit_group': 231, 'epoll_wait': 232,
-    'epoll_ctl': 233, 'tgkill': 234, 'set_mempolicy': 238, 'get_mempolicy': 239, 'mq_open': 240, 'mq_unlink': 241,
-    'mq_notify': 244, 'mq_getsetattr': 245, 'waitid': 247, 'keyctl': 250, 'ioprio_set': 251, 'ioprio_get': 252,
-    'openat': 257, 'unshare': 272, 'set_robust_list': 273, 'get_robust_list': 274, 'epoll_pwait': 281, 'dup3': 292,
-    'preadv': 295, 'rt_tgsigqueueinfo': 297, 'open_by_handle_at': 304, 'kcmp': 312, 'sched_setattr': 314,
-    'sched_getattr': 315, 'seccomp': 317, 'execveat': 322, 'membarrier': 324, 'mlock2': 325, 'pkey_mprotect': 329,
-    'pkey_alloc': 330, 'pkey_free': 331, 'io_pgetevents': 333, 'rseq': 334, 'clone3': 435, 'close_range': 436,
-    'openat2': 437, 'pidfd_getfd': 438, 'epoll_pwait2': 441, 'mseal': 462,
+    'epoll_ctl': 233, 'tgkill': 234, 'mbind': 237, 'set_mempolicy': 238, 'get_mempolicy': 239, 'mq_open': 240,
+    'mq_unlink': 241, 'mq_notify': 244, 'mq_getsetattr': 245, 'waitid': 247, 'keyctl': 250, 'ioprio_set': 251,
+    'ioprio_get': 252, 'openat': 257, 'unshare': 272, 'set_robust_list': 273, 'get_robust_list': 274,
+    'epoll_pwait': 281, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297, 'open_by_handle_at': 304, 'kcmp': 312,
+    'sched_setattr': 314, 'sched_getattr': 315, 'seccomp': 317, 'execveat': 322, 'membarrier': 324, 'mlock2': 325,
+    'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'io_pgetevents': 333, 'rseq': 334, 'clone3': 435,
+    'close_range': 436, 'openat2': 437, 'pidfd_getfd': 438, 'epoll_pwait2': 441, 'mseal': 462,
 }
 
 

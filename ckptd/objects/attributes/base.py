@@ -7,7 +7,7 @@ order:
     findings(task, status)      reasons why a task cannot be dumped, seen from outside before the freeze
     lend(status, tracee)        prepares a stopped task for calls that it makes for us; undone when the tracer detaches
     ask(batch)                  adds calls to the one batch of a stopped task; returns a reader of the answer
-    ask_more(tid)               further batches, for objects of which a process has any number
+    ask_more(tid, mappings)     further batches, for objects of which a process has any number
     look(tracee)                reads the answer from outside, with /proc and ptrace(2)
     require(task, answer)       refuses what cannot be saved and only the stopped task shows
     dump(of, answer)            the data for the image; None if the task has the values of a new task
@@ -24,7 +24,7 @@ For a restart:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, get_args, get_origin
@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, get_arg
 from ckptd.errors import Finding, Severity
 from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader, ImageTask
+from ckptd.kernel import maps
 from ckptd.kernel.creds import UserIds
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.stat import Stat
@@ -193,7 +194,7 @@ class Attribute(ABC, Generic[R, A]):
     def ask(self, batch: Batch) -> Reader[A] | None:
         return None
 
-    def ask_more(self, tid: int) -> Generator[Batch, Results, A] | None:
+    def ask_more(self, tid: int, mappings: Sequence[maps.Mapping]) -> Generator[Batch, Results, A] | None:
         return None
 
     def look(self, tracee: Tracee) -> A | None:

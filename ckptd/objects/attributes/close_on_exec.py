@@ -7,10 +7,11 @@ ptm_open_peer), so that fdinfo shows it for each fd of the file (fs/proc/fd.c, s
 
 import fcntl
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from ckptd.image.grammar import U32, Struct, layout
 from ckptd.kernel.fdinfo import list_fds, read_fdinfo
+from ckptd.kernel.maps import Mapping
 from ckptd.kernel.task import read_link
 from ckptd.objects.attributes.base import Attribute, DumpedTask, RestoredTask, Scope
 from ckptd.objects.support import Support
@@ -29,7 +30,7 @@ class KeptOpen(Struct):
 class CloseOnExec(Attribute[KeptOpen, list[int]], name='close-on-exec', scope=Scope.PROCESS):
     support = Support('close-on-exec flags of terminals')
 
-    def ask_more(self, tid: int) -> Generator[Batch, Results, list[int]]:
+    def ask_more(self, tid: int, mappings: Sequence[Mapping]) -> Generator[Batch, Results, list[int]]:
         """Call fcntl(2) F_GETFD for each fd in question."""
         found: list[int] = []
         fds = [fd for fd in list_fds(tid) if _is_unclear(tid, fd)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The NUMA memory policy of a thread (set_mempolicy(2)). Policies of single mappings (mbind(2)) are not kept."""
+"""The NUMA memory policy of a thread (set_mempolicy(2))."""
 
 import struct
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ckptd.errors import Finding
 from ckptd.image.grammar import U32, Struct, layout
 from ckptd.image.reader import ImageTask
-from ckptd.kernel.mempolicy import MASK_BITS, MASK_SIZE, MPOL_DEFAULT, allowed_nodes
+from ckptd.kernel.mempolicy import MASK_BITS, MASK_SIZE, MPOL_DEFAULT, are_nodes_gone
 from ckptd.objects.attributes.base import Attribute, DumpedTask, Reader, RestartRights, RestoredTask, about
 from ckptd.objects.support import Support
 from ckptd.remote.batch import Batch, Results
@@ -35,17 +35,11 @@ class MemoryPolicyAttribute(Attribute[MemoryPolicy, tuple[int, bytes]], name='me
         return MemoryPolicy(*answer) if answer[0] != MPOL_DEFAULT else None
 
     def obstacles(self, record: MemoryPolicy, task: ImageTask, rights: RestartRights) -> Iterable[Finding]:
-        if _is_lost(record):
+        if are_nodes_gone(record.nodes):
             yield about(task.vpid, 'memory policy', 'EINVAL', 'takes memory of NUMA nodes that are not there, or not '
                         'ours', 'it takes the memory that is nearest', 'warning')
 
     def restore(self, record: MemoryPolicy, to: RestoredTask) -> None:
-        if not _is_lost(record):
+        if not are_nodes_gone(record.nodes):
             to.script.call('set_mempolicy', record.mode, record.nodes.ljust(MASK_SIZE, b'\0'), MASK_BITS,
                            about='the memory policy')
-
-
-def _is_lost(record: MemoryPolicy) -> bool:
-    """Whether no node of the policy is there: the kernel then refuses it (EINVAL). Some policies name no node."""
-    nodes = int.from_bytes(record.nodes[:MASK_SIZE], 'little')
-    return bool(nodes) and not nodes & allowed_nodes()

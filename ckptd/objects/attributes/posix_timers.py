@@ -4,13 +4,14 @@ the shed."""
 
 import ctypes
 import struct
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 from ckptd.errors import CkptError, Finding
 from ckptd.image.reader import ImageTask
 from ckptd.image.records import PosixTimer, PosixTimers
 from ckptd.kernel.creds import CAP_WAKE_ALARM
+from ckptd.kernel.maps import Mapping
 from ckptd.kernel.prctl import PR_TIMER_CREATE_RESTORE_IDS
 from ckptd.kernel.task import SIGEV_THREAD_ID, ProcTimer, read_timers
 from ckptd.kernel.timerfd import ALARM_CLOCKS
@@ -46,7 +47,8 @@ class PosixTimersAttribute(Attribute[PosixTimers, list[tuple[ProcTimer, Left]]],
              stage=Stage.AFTER_RIGHTS):
     support = Support('POSIX timers, with their ids', user='alarm clocks are refused')
 
-    def ask_more(self, tid: int) -> Generator[Batch, Results, list[tuple[ProcTimer, Left]]]:
+    def ask_more(self, tid: int, mappings: Sequence[Mapping]
+                 ) -> Generator[Batch, Results, list[tuple[ProcTimer, Left]]]:
         """Call timer_gettime(2) and timer_getoverrun(2) for each timer."""
         found: list[tuple[ProcTimer, Left]] = []
         timers = read_timers(tid)

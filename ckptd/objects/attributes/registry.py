@@ -5,7 +5,7 @@ A new attribute is a new file, or a few lines in prctl.py. Nothing else changes.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from ckptd.errors import Finding, ImageDamaged
 from ckptd.image.grammar import Record, Struct
 from ckptd.image.reader import ImageReader, ImageTask
 from ckptd.image.records import TaskAttribute
+from ckptd.kernel import maps
 from ckptd.kernel.ptrace import Tracee
 from ckptd.kernel.status import Status
 from ckptd.objects import attributes
@@ -112,11 +113,11 @@ class Answers:
                 one.require(task, self[one.name])
 
 
-def ask_more(tid: int, run: RunBatch) -> Steps[dict[str, Any]]:
+def ask_more(tid: int, mappings: Sequence[maps.Mapping], run: RunBatch) -> Steps[dict[str, Any]]:
     """Return the answers of attributes that need batches of their own. run: lets the process execute one."""
     found = {}
     for one in _WITH_MORE:
-        questions = one.ask_more(tid)
+        questions = one.ask_more(tid, mappings)
         if questions is None:
             continue
         try:

@@ -51,7 +51,7 @@ ENUMERATORS = {
                'PACKET_DIAG_FANOUT'],
     'kcmp': ['KCMP_FILE', 'KCMP_VM', 'KCMP_FILES', 'KCMP_FS', 'KCMP_SIGHAND', 'KCMP_IO', 'KCMP_SYSVSEM',
              'KCMP_EPOLL_TFD'],
-    'mempolicy': ['MPOL_DEFAULT'],
+    'mempolicy': ['MPOL_DEFAULT', 'MPOL_F_ADDR', 'MPOL_MF_MOVE'],
     'sched': ['IOPRIO_WHO_PROCESS'],
 }
 
