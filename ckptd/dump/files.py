@@ -37,7 +37,7 @@ class _Content:
         return self._data.add(chunks)
 
     def shared_memory(self, file: OpenFile) -> int:
-        return self._mappings.share_file(file.stat, file.path, file.proc_path)
+        return self._mappings.share_file(file.stat, file.link, file.proc_path)
 
     @property
     def is_taken(self) -> bool:

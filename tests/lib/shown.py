@@ -36,6 +36,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'PidfdKind': ('pidfds',),
     'PipeKind': ('pipes',),
     'RegularKind': ('files', 'locks', 'leases', 'linked'),
+    'SharedMemoryFileKind': ('shared',),
     'SignalfdKind': ('events',),
     'TimerfdKind': ('events',),
     'NetlinkKind': ('netlink',),

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 from collections.abc import Iterator
+from mmap import MAP_PRIVATE
 from pathlib import Path
 
 import psutil
@@ -161,7 +162,7 @@ def _of_files(reader: ImageReader, task: ImageTask, process: psutil.Process) -> 
                             view.flags & ~os.O_CLOEXEC))
     for number, found in files.items():
         at = os.stat(f'/proc/{task.vpid}/fd/{number}')  # noqa: PTH116
-        kinds = {stat.S_IFREG: {'regular', 'memfd', 'mqueue', 'namespace'}, stat.S_IFDIR: {'directory'},
+        kinds = {stat.S_IFREG: {'regular', 'memfd', 'mqueue', 'namespace', 'shmem'}, stat.S_IFDIR: {'directory'},
                  stat.S_IFCHR: {'chardev', 'tty'},
                  stat.S_IFIFO: {'pipe', 'fifo'}}
         expected = {'path'} if found.flags & os.O_PATH else kinds.get(stat.S_IFMT(at.st_mode), {found.kind})
@@ -215,7 +216,7 @@ def of_shared_memory(reader: ImageReader) -> Iterator[str]:
     users = {task.record.mm_id: task.vpid for task in alive(reader)}
     for mm_id, pid in users.items():
         for vma in reader.memory(mm_id).vmas:
-            if vma.kind != SHARED_MEMORY or not vma.protection & 1:
+            if vma.kind != SHARED_MEMORY or not vma.protection & 1 or vma.flags & MAP_PRIVATE:
                 continue
             size = min(vma.end - vma.start, reader.get(SharedMemory, vma.object).size - vma.offset)
             content = bytearray(size)

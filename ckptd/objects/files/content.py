@@ -78,6 +78,13 @@ def owner_findings(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Fi
                     'it then belongs to that user; processes that have it open do not notice', 'warning')]
 
 
+def unread_findings(file: OpenFile) -> list[Finding]:
+    """Return a refusal if the content of a file without a name must not get into the image."""
+    if not file.unread:
+        return []
+    return [finding('EACCES', f'{file.path} is open for writing only and its content is not readable', 'run as root')]
+
+
 def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:
     while start < end:
         chunk = os.pread(fd, min(CHUNK, end - start), start)

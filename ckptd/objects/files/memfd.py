@@ -18,6 +18,7 @@ from ckptd.objects.files.content import (
     owner_findings,
     restore_content,
     set_owner,
+    unread_findings,
 )
 from ckptd.objects.files.locks import Lock, read_locks, restore_locks
 from ckptd.objects.support import Support
@@ -51,10 +52,7 @@ class MemfdKind(Kind[Memfd], tag='memfd'):
                 and file.link.startswith(MEMFD_PREFIX))
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        if file.unread:
-            return [finding('EACCES', f'{file.path} is open for writing only and its content is not readable',
-                            'run as root')]
-        return []
+        return unread_findings(file)
 
     def dump(self, file: OpenFile, content: Content) -> Memfd:
         of = file.stat

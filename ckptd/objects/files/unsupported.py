@@ -90,7 +90,7 @@ def describe(file: OpenFile, tables: JobTables) -> str:
     if file.magic in _BY_MAGIC:
         return _BY_MAGIC[file.magic]
     if on_shm_mount(file.stat):
-        return 'shared anonymous memory opened as a file'
+        return 'a System V segment opened as a file'
     return _by_mode(file, tables)
 
 

@@ -60,7 +60,9 @@ class SystemVMapping(SharedMemoryKind, object_kind=SYSV, prefixes=[SYSV_PREFIX])
 
     def finding(self, tid: int, mapping: Mapping) -> Finding | None:
         """Refuse a segment of another IPC namespace. shmctl(2) uses the caller's namespace, where the same id is
-        another segment or none."""
+        another segment or none. shmat(2) makes no private mapping; mmap(2) does, of a link in /proc/PID/map_files."""
+        if not mapping.shared:
+            return finding('EOPNOTSUPP', 'a private mapping of a System V segment', RELEASE)
         if os.path.samefile(f'/proc/{tid}/ns/ipc', '/proc/self/ns/ipc'):  # noqa: PTH121
             return None
         return finding('EOPNOTSUPP', 'a System V segment of another IPC namespace than that of ckptd', RELEASE)

@@ -2,6 +2,7 @@
 """Every kind is tried on every sort of open file: exactly one matches, or none and it is refused by its real name."""
 
 import ctypes
+import mmap
 import os
 import pty
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from ckptd.errors import Refused
 from ckptd.kernel import families
+from ckptd.kernel.shm import shmctl_remove
 from ckptd.objects.files.base import OpenFile
 from ckptd.objects.files.namespace import NamespaceFileKind
 from ckptd.objects.files.other_sockets import article, name_of
@@ -90,6 +92,8 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'terminal': ('tty', lambda: pty.openpty()[1]),
     'master of a terminal': ('tty', lambda: pty.openpty()[0]),
     'memfd': ('memfd', lambda: os.memfd_create('x')),
+    'memfd of huge pages': ('memfd', lambda: os.memfd_create('x', os.MFD_HUGETLB)),
+    'anonymous memory': ('shmem', lambda: memory_as_file(mmap.mmap(-1, 4096))),
     'eventfd': ('eventfd', lambda: libc.eventfd(0, 0)),
     'semaphore eventfd': ('eventfd', lambda: libc.eventfd(1, 1)),
     'epoll': ('epoll', lambda: libc.epoll_create1(0)),
@@ -151,6 +155,21 @@ def shut_down() -> int:
     return one.detach()
 
 
+def memory_as_file(memory: mmap.mmap) -> int:
+    """Shared memory, opened by the link of its mapping."""
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return os.open(f'/proc/self/map_files/{at:x}-{at + len(memory):x}', os.O_RDWR)
+
+
+def segment() -> int:
+    """A System V segment, opened likewise. It is removed with this process."""
+    shmid = libc.shmget(0, 4096, 0o600)
+    libc.shmat.restype = ctypes.c_void_p
+    at = libc.shmat(shmid, None, 0)
+    shmctl_remove(shmid)
+    return os.open(f'/proc/self/map_files/{at:x}-{at + 4096:x}', os.O_RDWR)
+
+
 REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'io_uring': ('an io_uring', lambda: libc.syscall(NR['io_uring_setup'], 4, ctypes.create_string_buffer(120))),
     'userfaultfd': ('a userfaultfd', lambda: libc.syscall(NR['userfaultfd'], 0)),
@@ -167,7 +186,7 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'O_PATH of a pipe': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.pipe()[0]}', os.O_PATH)),
     'O_PATH of a memfd': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.memfd_create("x")}', os.O_PATH)),
     'device': ('a character device 1:11 of the driver mem', lambda: os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)),
-    'huge page memfd': ('a file of huge pages', lambda: os.memfd_create('x', os.MFD_HUGETLB)),
+    'segment as a file': ('a System V segment opened as a file', lambda: segment()),
 }
 
 
