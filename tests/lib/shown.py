@@ -106,6 +106,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'Guards': ('memory',),
     'HeapMapping': ('memory',),
     'MemfdMapping': ('memfds', 'shared'),
+    'SUPPORT of seals': ('memory',),
     'SUPPORT of special': (f'{_CHECKS}::test_flags_of_special_memory', f'{_CHECKS}::test_names_of_special_memory'),
     'SharedAnonymousMapping': ('shared',),
     'StackMapping': ('memory',),

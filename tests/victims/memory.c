@@ -12,6 +12,9 @@
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102          /* since 6.13 */
 #endif
+#ifndef SYS_mseal
+#define SYS_mseal 462                   /* since 6.10 */
+#endif
 #ifndef PR_SET_VMA
 #define PR_SET_VMA 0x53564d41           /* since 5.17 */
 #define PR_SET_VMA_ANON_NAME 0
@@ -133,6 +136,23 @@ static void check_keys(void)
     CHECK(pkey_alloc(0, 0) == freed_key, "key %d is not the lowest free one", freed_key);
 }
 
+static char *sealed;
+static bool has_seals;
+
+static void prepare_seal(void)
+{
+    sealed = filled(2, 9);
+    MUST(mprotect(sealed, 2 * PAGE, PROT_READ));
+    has_seals = syscall(SYS_mseal, sealed, 2 * PAGE, 0) == 0;
+}
+
+static void check_seal(void)
+{
+    check_filled(sealed, 2 * PAGE, 9, "sealed memory");
+    if (has_seals)
+        CHECK(mprotect(sealed, PAGE, PROT_NONE) == -1 && errno == EPERM, "the seal is gone");
+}
+
 static void check_anonymous(void)
 {
     for (size_t page = 0; page < 64; page++)
@@ -229,11 +249,13 @@ int main(void)
     prepare_heap();
     prepare_files();
     prepare_keys();
+    prepare_seal();
     wait_with_a_deep_stack();
     check_anonymous();
     check_guards();
     check_files();
     check_keys();
+    check_seal();
     for (size_t i = 0; i < 64; i++)
         check_filled(heap[i], (i + 1) * 1000 / 8 * 8, 200 + i, "heap");
     return 0;

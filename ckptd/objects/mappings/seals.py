@@ -8,8 +8,10 @@ from ckptd.errors import Finding
 from ckptd.image.records import Vma
 from ckptd.kernel.mman import mseal
 from ckptd.objects.mappings.base import MappingCheck, lacking
+from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 
+SUPPORT = Support('seals of mappings (mseal)')
 _SEALED = 'sl'      # VmFlags of proc_pid_smaps(5)
 
 
