@@ -70,6 +70,7 @@ class FileDump:
         self._known: dict[tuple[int, int], int] = {}        # file_id by task and fd
         self._files: list[records.SavedFile] = []
         self._to_take: list[tuple[int, OpenFile, Kind[Any]]] = []       # index in _files, and a kind with `take`
+        self.left_outside = 0       # records with something that lasts outside of the image
         self._tables: list[records.FdTable] = []
         self._dying: list[tuple[Kind[Any], OpenFile]] = []      # files with the hook `die`
 
@@ -144,6 +145,7 @@ class FileDump:
             saved = self._files[index]
             record = kind.take(kind.record.decode(saved.data), file, self._content)
             self._files[index] = replace(saved, data=record.encode())
+            self.left_outside += kind.leaves(record)
 
     def die(self) -> None:
         """Prepare the files for the end of the tree."""

@@ -194,7 +194,7 @@ class Checkpoint:
             target=request.about, root=tree.root.vtid, command=tree.root.comm, tasks=len(tree),
             processes=len(tree.leaders), freeze_mode=frozen.mode, statistics=statistics, clocks=_clocks(dump.clocks),
             warnings=tuple(self._warnings),
-            own_pidns=dump.own_pidns, names=len(self._links))
+            own_pidns=dump.own_pidns, names=len(self._links) + dump.left_outside)
 
     def _finish(self, frozen: FrozenTree, manifest: Manifest, dump: Dump, handles: Handles) -> None:
         after = self._request.after

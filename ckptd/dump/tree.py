@@ -267,6 +267,11 @@ class Dump:
         """Whether `take_out` may have something to do."""
         return self._files.must_take_out
 
+    @property
+    def left_outside(self) -> int:
+        """Number of records with something that lasts outside of the image until a restart."""
+        return self._files.left_outside
+
     def take_out(self) -> None:
         """Take out of the kernel what cannot be read otherwise, last of all, from a tree that is killed then."""
         self._files.take_out()

@@ -92,7 +92,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     imported: bool = False                # it came as a stream, so its tree may never have existed; the owner is the
                                           # importing user
     own_pidns: bool = False               # the tree lived in another pid namespace than the machine's processes
-    names: Count = 0                      # how many names the checkpoint gave to deleted files
+    names: Count = 0                      # how many things the checkpoint made outside of the image: names of deleted
+                                          # files, and filters that hold connections
     parts: dict[PartName, Part] = {}      # by file name
 
     @property

@@ -46,7 +46,7 @@ class SpooledImage:
     architecture: str = ''
     boot_id: str = ''
     statistics: dict[str, int] = field(default_factory=dict)
-    names: int = 0      # how many names of deleted files the checkpoint made outside of the image
+    names: int = 0      # how many things the checkpoint made outside of the image, see Manifest.names
     damage: str = ''    # why the manifest could not be read; the image then belongs to the owner of its directory
 
     def check_owner(self, uid: int, verb: str) -> None:

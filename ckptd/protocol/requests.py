@@ -14,7 +14,7 @@ Start message.
       ImageRequest              an operation on a published image
         VerifyRequest           verify          list damages
         ImageTreeRequest        tree            list the tasks
-        RemoveNamesRequest      remove-names    remove names outside of the image
+        RemoveNamesRequest      remove-names    remove what the image has outside of it
         ExportRequest           export          write a stream                      the output
         RestartRequest          the tree is restored, or it is checked whether it could be
                                                                                     a terminal, for files that are only
@@ -191,7 +191,8 @@ class ImageTreeRequest(ImageRequest, frozen=True, kw_only=True, tag='tree'):
 
 
 class RemoveNamesRequest(ImageRequest, frozen=True, kw_only=True, tag='remove-names'):
-    """Remove the names that the checkpoint made outside of the image."""
+    """Remove what the checkpoint made outside of the image: names of deleted files, and filters that hold
+    connections."""
 
 
 class ExportRequest(ImageRequest, frozen=True, kw_only=True, tag='export'):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Remove the names that a checkpoint gave to deleted files, at the restart or the removal of its image."""
+"""Remove what a checkpoint made outside of its image: the names of deleted files, at the restart or the removal of the
+image, and what kinds of open files have left there."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
+from ckptd.errors import ImageDamaged
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Backing, SavedFile
 from ckptd.objects.files.base import ByUser
@@ -39,3 +41,12 @@ def take_names_away(reader: ImageReader, user: ByUser | None = None) -> None:
                 take_away(path, inode)
         except OSError as error:
             log.warning('%s stays: %s', path, error.strerror)
+
+
+def forget_files(reader: ImageReader) -> None:
+    """Remove what the kinds of open files have left outside of the image. Damaged records leave it there."""
+    kinds = Kinds()
+    for saved in reader.every(SavedFile):
+        with suppress(ImageDamaged):
+            kind, record = decode(saved, kinds)
+            kind.forget(record)

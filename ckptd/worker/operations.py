@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operations of a worker, by name. Each operation sends Finished itself; an exception becomes Failed."""
 
+import os
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,7 @@ from ckptd.protocol.requests import (
     TraceRequest,
     VerifyRequest,
 )
-from ckptd.restore.linked_names import take_names_away
+from ckptd.restore.linked_names import forget_files, take_names_away
 from ckptd.restore.prepare import check_restore
 from ckptd.restore.run import restore
 from ckptd.worker.archive import export_image, import_image
@@ -98,14 +99,17 @@ def image_tree(job: JobContext[ImageTreeRequest]) -> None:
 
 
 def remove_names(job: JobContext[RemoveNamesRequest]) -> None:
-    """Remove the names that the checkpoint of an image made outside of it, before the image is removed.
+    """Remove what the checkpoint of an image made outside of it, before the image is removed.
 
-    An imported image has no names on this machine, even if its records contain some. A damaged image is ignored: it can
-    be removed as well.
+    An imported image has nothing on this machine, even if its records name something. A damaged image is ignored: it
+    can be removed as well.
     """
     with suppress(ImageDamaged), job.image_files() as files, ImageReader(files) as reader:
         if not reader.manifest.imported:
             take_names_away(reader)
+            # an image of another user does not say what root removes
+            if reader.manifest.owner_uid == os.geteuid() == 0:
+                forget_files(reader)
     job.channel.finish('', (), {})
 
 

@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
+from ckptd.image.ids import new_image_id
+from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
 from ckptd.kernel.nftables import TcpEnds, drop_connections, remove_table, tables
@@ -21,7 +24,8 @@ from ckptd.kernel.tcp import TCP_REPAIR
 from ckptd.kernel.timens import setns, unshare
 from ckptd.objects.files.tcp import keep
 from tests.lib import settled
-from tests.worker.driver import DirectWorker, Place
+from tests.lib.altered import copy, write_file
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place
 from tests.worker.test_inet_sockets import sockets_of
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'ip', 'unshare'), pytest.mark.timeout(120)]
@@ -308,6 +312,25 @@ def test_after_the_deadline_it_is_reset(other_net: int, place: Place, tmp_path: 
         assert [row for row in result['refusals'] if 'was kept for' in row['reason'] and row['severity'] == 'warning']
         restore(place, image, talk.server.pid)
         assert os.waitstatus_to_exitcode(os.waitpid(talk.server.pid, 0)[1]) == 7
+        assert tables() == []
+
+
+def test_the_removal_of_an_image_removes_its_filter(other_net: int, place: Place, tmp_path: Path) -> None:
+    """If root has made the image: another user's does not say what root removes."""
+    def forget(image: Path) -> None:
+        with DirectWorker() as worker:
+            worker.run(place.request(0, operation='remove-names', image=image.name))
+
+    with talking(other_net, socket.AF_INET, tmp_path) as talk:
+        image = place.checkpoint(talk.server.pid, after='kill', external=['any:keep'])
+        talk.server.wait()
+        assert read_manifest(image).names == 1
+        held = tables()
+        foreign = copy(image, place.spool / new_image_id('foreign'))
+        write_file(foreign / NAME, encode_manifest(structs.replace(read_manifest(foreign), owner_uid=ORDINARY_UID)))
+        forget(foreign)
+        assert tables() == held != []
+        forget(image)
         assert tables() == []
 
 

@@ -16,6 +16,8 @@ order, none of which affects the task, except `die`:
                         kernel. It is noted in a journal, which puts it back if the tree lives on
     die(file)           the image is safe, and the tree is about to be killed: change the file so that its end leaves
                         nothing in the kernel that would hinder a restart. Called only if the tree is to be killed
+    leaves(record)      whether `take` has made something that lasts outside of the image
+    forget(record)      the image of root is removed: remove that, if no restart has
 
 and for a restart, where `saved` has the common data of all kinds (image.records.SavedFile):
 
@@ -233,6 +235,12 @@ class Kind(ABC, Generic[R]):
 
     def die(self, file: OpenFile) -> None:
         """Prepare the end of the file. It must not fail."""
+        return
+
+    def leaves(self, record: R) -> bool:
+        return False
+
+    def forget(self, record: R) -> None:
         return
 
     def close(self) -> None:

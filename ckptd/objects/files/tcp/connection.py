@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 from ckptd.errors import CkptError, Finding
@@ -43,7 +43,7 @@ from ckptd.objects.files.inet.socket import (
 )
 from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.tcp.handshake import bound, connect_pair, send_all, wait_until_sent
+from ckptd.objects.files.tcp.handshake import bound, connect_pair, send_all
 from ckptd.objects.files.tcp.keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
 from ckptd.objects.files.tcp.outside import connection_findings, kept_finding, outside_finding
 from ckptd.objects.files.tcp.record import (
@@ -59,10 +59,9 @@ from ckptd.objects.files.tcp.record import (
 )
 from ckptd.objects.files.tcp.socket import feature_findings, is_connection
 from ckptd.objects.files.tcp.table import TcpTable, plain
+from ckptd.objects.files.tcp.unsent import read_unsent
 from ckptd.objects.files.tcp.waiting import WaitingConnections, stream_of
 from ckptd.objects.support import Support
-
-_PATIENCE = 1.0                         # seconds in which the kernel delivers what is on its way
 
 
 class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
@@ -189,8 +188,8 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                 self._ends[plain(own), plain(peer)] = file, sock.family
                 if other := self._ends.get((plain(peer), plain(own))):
                     with other[0].as_socket() as far:
-                        self._read_unsent(file, sock, other[0], far)
-                        self._read_unsent(other[0], far, file, sock)
+                        self._unsent[file.stat.st_ino] = read_unsent(file, sock, other[0], far)
+                        self._unsent[other[0].stat.st_ino] = read_unsent(other[0], far, file, sock)
             try:
                 self._received[file.stat.st_ino] = tcp.peek_stream(sock)
                 fault('queue-walked')
@@ -199,24 +198,6 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             finally:
                 tcp.set_peek_offset(sock, before)
         return ()
-
-    def _read_unsent(self, file: OpenFile, sock: socket.socket, other: OpenFile, far: socket.socket) -> None:
-        """Note the bytes that `file` has sent and `other` has not received."""
-        if not wait_until_sent(sock, 0):
-            return
-        try:
-            if os.getpid() in (file.pid, other.pid):
-                raise PermissionError       # in flight, where no journal finds a socket in repair mode
-            with ExitStack() as stack:
-                stack.enter_context(tcp.in_repair(sock))
-                stack.enter_context(tcp.in_repair(far))
-                fault('queue-in-repair')
-                self._unsent[file.stat.st_ino] = tcp.peek_unsent(
-                    sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE), has_fin=tcp_state(sock).state in inet.HAVE_SENT_FIN)
-        except PermissionError as error:
-            if left := wait_until_sent(sock, _PATIENCE):
-                raise not_now(file, f'process {other.pid} has no room for {left:,} bytes that were sent to it, and '
-                               'only root can read them') from error
 
     # ------------------------------------------------------------ dump
 
@@ -249,6 +230,13 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         """Let the end of the tree close the connection without a trace: time-wait would hold its port for a minute."""
         with suppress(OSError), file.as_socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('=ii', 1, 0))
+
+    def leaves(self, record: TcpConnection) -> bool:
+        return bool(record.kept)
+
+    def forget(self, record: TcpConnection) -> None:
+        for kept in record.kept:
+            let_go(kept)
 
     # ------------------------------------------------------------ restart
 
