@@ -343,7 +343,7 @@ class Mm(Record):
 
 
 # Vma.kind. The image has the pages of a VDSO like those of ANON, since another kernel's would not fit its callers.
-ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP, HUGE = range(1, 11)
+ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP, HUGE, IO_URING = range(1, 12)
 
 
 @record(0x0302)
@@ -356,7 +356,7 @@ class Vma(Record):
     flags: U32         # MAP_* to map it again
     kind: U8
     offset: U64        # bytes into the object; of HUGE the size of a huge page
-    object: U32        # backing_id or shm_id, by kind
+    object: U32        # backing_id, shm_id or inode of an io_uring, by kind
     locked: U8         # 0 no, 1 mlock, 2 on fault
     vm_flags: str      # two-letter codes of smaps, separated by blanks
     name: str          # of PR_SET_VMA_ANON_NAME, or as in maps

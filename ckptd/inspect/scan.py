@@ -24,7 +24,7 @@ from ckptd.kernel.cgroup import Cgroup, CgroupMount, mount_of
 from ckptd.kernel.hidepid import is_hidden
 from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.pidfd import pidfd_open, pidfd_send_signal, wait_dead
-from ckptd.kernel.stat import Stat, read_stat
+from ckptd.kernel.stat import PF_IO_WORKER, Stat, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_children, read_threads
 from ckptd.kernel.units import unit_directories
@@ -190,7 +190,8 @@ def _outer_parent(root: int, level: int) -> int:
 
 
 def _scan_process(visit: _Visit, level: int) -> list[Task]:
-    """Return the threads of one process, the leader first; empty if it is gone or is not the listed process."""
+    """Return the threads of one process, the leader first; empty if it is gone or is not the listed process. Without
+    those that the kernel has made for requests of an io_uring: it makes new ones when it needs them."""
     tasks: list[Task] = []
     with suppress(ProcessLookupError, PermissionError):
         for tid in read_threads(visit.tgid):
@@ -198,7 +199,7 @@ def _scan_process(visit: _Visit, level: int) -> list[Task]:
             # with another parent it is no child of ours: that has died, and another process has its pid
             if task and visit.parent_tgid and task.ppid != visit.parent_tgid:
                 return []
-            tasks += [task] if task else []
+            tasks += [task] if task and not task.flags & PF_IO_WORKER else []
     return tasks
 
 

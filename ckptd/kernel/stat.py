@@ -8,9 +8,11 @@ from ckptd.kernel.procfs import read_task_file, task_dir, text
 
 # <linux/sched.h>, of Stat.flags
 PF_EXITING = 0x00000004
+PF_IO_WORKER = 0x00000010        # runs requests of an io_uring, as a thread of the process that submitted them
 PF_FORKNOEXEC = 0x00000040
 PF_SUPERPRIV = 0x00000100
 PF_SIGNALED = 0x00000400
+PF_USER_WORKER = 0x00004000      # kernel code that runs as a thread of a process, for io_uring or vhost
 PF_KTHREAD = 0x00200000
 
 

@@ -4,7 +4,8 @@
     build      inherited memory: see cow_sharing.py for the part that stays; unmap the rest, drop pages that differ
                mmap(2) of everything else at its old address, writable where pages will be read
                preadv(2) by the task from the data part: one copy, by the kernel
-    finish     when all processes are born: protection keys, protections, advice, names, locks, regions
+    finish     when all processes are born: mappings that the kernel places, protection keys,
+               protections, advice, names, locks, regions
     describe   the kernel's data about the layout
 
 Pages that no page run names stay untouched: absent, zero, or as in the file.
@@ -37,7 +38,7 @@ from ckptd.kernel.prctl import (
 )
 from ckptd.kernel.shmem import SHARED_ANONYMOUS
 from ckptd.objects.mappings.base import MappedSpace, label
-from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, REGIONS, MappedObjects, seal_mappings
+from ckptd.objects.mappings.registry import ANONYMOUS, KERNELS_OWN, PLACED, REGIONS, MappedObjects, seal_mappings
 from ckptd.remote.interleave import Steps
 from ckptd.remote.script import Script
 from ckptd.remote.stub import Stub
@@ -49,6 +50,7 @@ from ckptd.restore.cow_sharing import (
     ordinary,
     remaining,
 )
+from ckptd.restore.placing import place
 
 # MADV_*, by VmFlags
 _ADVICE = {'rr': 1, 'sr': 2, 'dc': 10, 'mg': 12, 'hg': 14, 'nh': 15, 'dd': 16, 'wf': 18}
@@ -95,7 +97,7 @@ class Space:
         there = set(kept)
         kernels_own = [vma for vma in self._memory.vmas if vma.kind in KERNELS_OWN]
         for vma in (*self._ordinary, *kernels_own):
-            if (vma.start, vma.end) not in there:
+            if (vma.start, vma.end) not in there and vma.kind not in PLACED:
                 self._objects.kind_of(vma).map(vma, first_protection(self._memory, vma), script, space)
         size = yield from self._fill(script)
         yield from script.run()
@@ -105,6 +107,7 @@ class Space:
         """Set everything but the layout. From here on no task of it may fork, because some advice hides memory from
         children."""
         script = Script(stub)
+        self._place(script, stub)
         self._allocate_keys(script)
         for vma in self._ordinary:
             self._finish(script, vma)
@@ -115,6 +118,14 @@ class Space:
         self._force(stub.tid)
         for vma in self._memory.vmas:
             self._objects.kind_of(vma).patch(vma, self._space(stub))
+
+    def _place(self, script: Script, stub: Stub) -> None:
+        """Make the mappings whose addresses the kernel chooses."""
+        space = self._space(stub)
+
+        def map_one(vma: Vma) -> None:
+            self._objects.kind_of(vma).map(vma, vma.protection, script, space)
+        place(stub.tid, script, [vma for vma in self._ordinary if vma.kind in PLACED], map_one)
 
     def _space(self, stub: Stub) -> MappedSpace:
         return MappedSpace(self._memory, stub, self._objects.means)

@@ -33,7 +33,8 @@ O_TMPFILE = 0o20200000      # of fcntl.h
 # what is told of a task and cannot be the same: when it was made, and numbers that the kernel draws by itself
 BORN_ANEW = {('stat', 'start'), ('status', 'FDSize')}
 NAMELESS = re.compile(r'(pipe|socket|anon_inode):\[\d+\]|(00:01) \d+ (?=/memfd:|/dev/zero|/SYSV|\[anon_shmem:)'
-                      r'|(?<=[\da-f]{2}:[\da-f]{2}) \d+ (?=/.* \(deleted\)$)|(?<=00:01):\d+ (?=\d+ (\d+|EOF)$)')
+                      r'|(?<=[\da-f]{2}:[\da-f]{2}) \d+ (?=/.* \(deleted\)$|anon_inode:)'
+                      r'|(?<=00:01):\d+ (?=\d+ (\d+|EOF)$)')
 
 
 @dataclass
@@ -168,7 +169,9 @@ def _add_process(picture: Picture, pid: int, moving: bool) -> None:
     if not moving:
         _add_mappings(picture, pid)
     _add_files(picture, pid, moving)
-    for task in sorted(proc.glob('task/*')):
+    tasks = sorted(proc.glob('task/*'))
+    own = [task for task in tasks if moving or not _is_kernels(task)]
+    for task in own:
         if moving:
             thread = Picture()
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # it has ended since
@@ -178,6 +181,13 @@ def _add_process(picture: Picture, pid: int, moving: bool) -> None:
                     picture.rows.update(thread.rows)
         else:
             _add_thread(picture, task, moving)
+            for source, name in (('stat', 'threads'), ('status', 'Threads')):
+                picture.add(int(task.name), source, name, str(len(own)))
+
+
+def _is_kernels(task: Path) -> bool:
+    """Whether the kernel has made it for requests of an io_uring (PF_IO_WORKER of <linux/sched.h>)."""
+    return bool(int((task / 'stat').read_text(errors='replace').rpartition(')')[2].split()[9 - 3]) & 0x10)
 
 
 def _add_thread(picture: Picture, task: Path, moving: bool) -> None:

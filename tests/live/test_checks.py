@@ -23,7 +23,7 @@ from ckptd.inspect.checks.tasks import check_kthread
 from ckptd.inspect.scan import scan_tree
 from ckptd.kernel.maps import parse_maps, parse_smaps, read_smaps
 from ckptd.kernel.seccomp import may_suspend
-from ckptd.kernel.stat import PF_KTHREAD, read_stat
+from ckptd.kernel.stat import PF_KTHREAD, PF_USER_WORKER, read_stat
 from ckptd.kernel.status import read_status
 from ckptd.objects.attributes import seccomp
 from ckptd.objects.mappings.registry import MappingKinds
@@ -246,7 +246,7 @@ def test_seccomp_that_may_not_be_read(brood: Brood, monkeypatch: pytest.MonkeyPa
 def test_kernel_thread(brood: Brood) -> None:
     task = scan_tree([brood.fork()]).root
     assert 'kernel thread' in check_kthread(dataclasses.replace(task, flags=PF_KTHREAD))[0].reason
-    assert 'io_uring' in check_kthread(dataclasses.replace(task, flags=0x10))[0].reason
+    assert 'vhost' in check_kthread(dataclasses.replace(task, flags=PF_USER_WORKER))[0].reason
 
 
 def test_vfork_wait(brood: Brood, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_flags_of_special_memory(flags: str, name: str) -> None:
     assert vma(f'7f0000000000-7f0000001000 rw-p 00000000 00:00 0    {name}', f'rd wr {flags}').errno == 'EOPNOTSUPP'
 
 
-@pytest.mark.parametrize('path', ['/[aio] (deleted)', 'anon_inode:[perf_event]', 'anon_inode:[io_uring]', '[uprobes]',
+@pytest.mark.parametrize('path', ['/[aio] (deleted)', 'anon_inode:[perf_event]', '[uprobes]',
                                   'anon_inode:kvm-vcpu:0', '/secretmem (deleted)', 'socket:[123]', '[new]'])
 def test_names_of_special_memory(path: str) -> None:
     fact = vma(f'7f0000000000-7f0000001000 rw-s 00000000 00:0e 1031                       {path}')

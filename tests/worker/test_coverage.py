@@ -89,7 +89,7 @@ UNREAD = {
     **({} if has_futex_hash() else {'FutexHash.slots': 'needs Linux 6.17'})}
 # together they have every field that any victim has
 SUBJECTS = ('attributes', 'epolls', 'events', 'fanotify', 'files', 'inet_options', 'inet_sockets', 'inotify',
-            'interpreter', 'linked', 'locks', 'memory', 'mqueues', 'namespace_files', 'netlink', 'opath',
+            'interpreter', 'io_urings', 'linked', 'locks', 'memory', 'mqueues', 'namespace_files', 'netlink', 'opath',
             'packet_sockets', 'pidfds', 'removed', 'seccomp', 'settings', 'shared', 'signals', 'socket_filters',
             'stopped', 'tcp_connections', 'terminals', 'terminals unread', 'tiles', 'timers', 'tree', 'unix_names',
             'unix_sockets')

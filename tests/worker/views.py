@@ -9,7 +9,7 @@ import re
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from mmap import MAP_PRIVATE
 from pathlib import Path
 
@@ -64,6 +64,12 @@ def processes(reader: ImageReader) -> list[ImageTask]:
     return [task for task in alive(reader) if task.is_leader]
 
 
+def own_threads(pid: int, tids: Iterable[int]) -> list[int]:
+    """Those that the program has made. The kernel makes others for requests of an io_uring, and the image has none of
+    them."""
+    return [tid for tid in tids if not Path(f'/proc/{pid}/task/{tid}/comm').read_text().startswith('iou-wrk-')]
+
+
 def compare(name: str, what: str, image: object, view: object) -> Iterator[str]:
     if image != view:
         yield f'{name}: {what}: the image has {image!r}, it is {view!r}'
@@ -76,7 +82,8 @@ def of_ps(reader: ImageReader) -> Iterator[str]:
     pids = ','.join(str(task.vpid) for task in reader.tasks if task.is_leader)
     columns = [word for column in COLUMNS for word in ('-o', f'{column}=')]
     rows = [line.split(None, len(COLUMNS) - 1) for line in tool('ps', '-L', '-p', pids, '-ww', *columns).splitlines()]
-    seen = {int(row[0]): dict(zip(COLUMNS, row, strict=True)) for row in rows}
+    seen = {int(row[0]): dict(zip(COLUMNS, row, strict=True)) for row in rows
+            if own_threads(int(row[1]), [int(row[0])])}
     yield from compare('ps', 'tasks', sorted(task.vpid for task in reader.tasks), sorted(seen))
     for task in reader.tasks:
         yield from _of_ps_row(reader, task, seen[task.vpid])
@@ -137,7 +144,8 @@ def of_psutil(reader: ImageReader) -> Iterator[str]:
         process = psutil.Process(task.vpid)
         who = f'psutil {task.vpid}'
         threads = [one.vpid for one in alive(reader) if one.vtgid == task.vpid]
-        yield from compare(who, 'threads', sorted(threads), sorted(thread.id for thread in process.threads()))
+        seen = own_threads(task.vpid, (thread.id for thread in process.threads()))
+        yield from compare(who, 'threads', sorted(threads), sorted(seen))
         of = reader.get(Scheduling, task.vpid)
         yield from compare(who, 'affinity', [cpu for cpu in range(len(of.affinity) * 8)
                                              if of.affinity[cpu // 8] >> cpu % 8 & 1], process.cpu_affinity())
@@ -247,6 +255,7 @@ def of_gdb(reader: ImageReader, directory: Path) -> Iterator[str]:
         program = Path(f'/proc/{leader}/exe').readlink()
         ours, theirs = (_registers(gdb(program, *source, commands=commands))
                         for source in ((core,), ('-p', str(leader))))
+        theirs = {tid: theirs[tid] for tid in own_threads(leader, theirs)}
         yield from compare(f'gdb {leader}', 'threads', sorted(ours), sorted(theirs))
         for tid in ours.keys() & theirs.keys():
             for name in ours[tid].keys() | theirs[tid].keys():

@@ -4,10 +4,11 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ckptd.errors import Finding
-from ckptd.inspect.checks.rows import guarded, processes, refuse, warn
+from ckptd.inspect.checks.rows import guarded, processes
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.kcmp import KCMP_FILES, kcmp
 from ckptd.objects.files.base import Endpoint, FileEnd, Kind, OpenFile, finding
@@ -85,13 +86,11 @@ class _Check:
 
     def _row(self, task: Task, file: OpenFile, reason: Finding, of_one: str = '') -> Finding | None:
         number = self._holders[file.fd][1] if self._is_in_flight(file) else file.fd
-        resource = f'fd {number}'
-        if reason.severity == 'refusal':
-            return refuse(task, resource, reason.errno, reason.reason, reason.hint)
-        if (key := (file.link, reason.reason, of_one)) in self._warned:
-            return None
-        self._warned.add(key)
-        return warn(task, resource, reason.errno, reason.reason, reason.hint)
+        if reason.severity != 'refusal':
+            if (key := (file.link, reason.reason, of_one)) in self._warned:
+                return None
+            self._warned.add(key)
+        return replace(reason, pid=task.tid, comm=task.comm, resource=f'fd {number}')
 
     def _verdict(self, file: OpenFile) -> _Verdict:
         of_one = file.proc_path if self._cache.kinds.is_unlike_others(file) else ''

@@ -12,16 +12,12 @@ from ckptd.inspect.checks.rows import ProcessIds, dead, guarded, processes, refu
 from ckptd.inspect.proc_cache import ProcCache
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.procfs import read_task_file, task_dir
-from ckptd.kernel.stat import PF_KTHREAD
+from ckptd.kernel.stat import PF_KTHREAD, PF_USER_WORKER
 from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import read_auxv, read_link, read_namespaces
 from ckptd.objects.attributes.registry import findings
 from ckptd.objects.namespaces import registry as namespace_kinds
 from ckptd.tree import Task, Tree
-
-# <linux/sched.h>: kernel code that runs as a thread of a process, for io_uring or vhost
-PF_IO_WORKER = 0x00000010
-PF_USER_WORKER = 0x00004000
 
 DELETED = ' (deleted)'
 # <asm/unistd_64.h>: clone, fork, vfork, clone3. A parent in one of these and in state D waits for a CLONE_VFORK child.
@@ -44,7 +40,7 @@ def check_tasks(tree: Tree, tasks: Iterable[Task], cache: ProcCache, caller: Cal
 
 
 def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: CallerRights) -> list[Finding]:
-    if task.flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER):
+    if task.flags & (PF_KTHREAD | PF_USER_WORKER):
         return check_kthread(task)      # nothing else of it needs a check
     status = cache.status(task)
     if status.state in 'Xx':
@@ -56,7 +52,7 @@ def _check_task(task: Task, home: dict[str, int], cache: ProcCache, caller: Call
 
 
 def check_kthread(task: Task) -> list[Finding]:
-    what = 'is a kernel thread' if task.flags & PF_KTHREAD else 'is a worker thread of the kernel (io_uring, vhost)'
+    what = 'is a kernel thread' if task.flags & PF_KTHREAD else 'is a worker thread of the kernel (vhost)'
     return [refuse(task, 'task', 'EOPNOTSUPP', what, 'only user programs can be checkpointed')]
 
 

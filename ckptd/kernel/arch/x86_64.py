@@ -51,6 +51,7 @@ NR = {
     'epoll_pwait': 281, 'dup3': 292, 'preadv': 295, 'rt_tgsigqueueinfo': 297, 'open_by_handle_at': 304, 'kcmp': 312,
     'sched_setattr': 314, 'sched_getattr': 315, 'seccomp': 317, 'execveat': 322, 'membarrier': 324, 'mlock2': 325,
     'pkey_mprotect': 329, 'pkey_alloc': 330, 'pkey_free': 331, 'io_pgetevents': 333, 'rseq': 334, 'clone3': 435,
+    'io_uring_enter': 426,
     'close_range': 436, 'openat2': 437, 'pidfd_getfd': 438, 'epoll_pwait2': 441, 'mseal': 462,
 }
 

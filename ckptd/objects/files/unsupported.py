@@ -59,7 +59,7 @@ _HINTS = {
 
 class Unsupported(Kind[Struct], tag='unsupported'):
     """The last resort: the registry uses it when no other kind matches."""
-    support = Support('all other files: other sockets, userfaultfd, io_uring, '
+    support = Support('all other files: other sockets, userfaultfd, '
                       'namespaces, BPF, perf events, KVM, devices', dumped='no', restored='no', refused='all')
 
     def matches(self, file: OpenFile) -> bool:

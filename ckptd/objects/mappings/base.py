@@ -119,6 +119,8 @@ class MappingKind(ABC):
     map_type: ClassVar[int] = MAP_PRIVATE       # MAP_* of a mapping that is not shared
     is_kernels: ClassVar[bool] = False          # the kernel makes it in every process (arch/x86/entry/vdso)
     keeps_all_pages: ClassVar[bool] = False     # the image has all pages of it, written or not
+    is_special: ClassVar[bool] = False          # the kernel uses it, and this kind can make it again (special.py)
+    is_placed: ClassVar[bool] = False           # the kernel chooses where it is mapped (restore/placing.py)
     is_anonymous: ClassVar[bool] = False        # a task can make it writable, whatever its protection will be
     takes_name: ClassVar[bool] = False          # PR_SET_VMA_ANON_NAME can name it
     ignores_protection: ClassVar[bool] = False  # `map` leaves its protection to mprotect(2)

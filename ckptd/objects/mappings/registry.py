@@ -51,6 +51,7 @@ REGIONS = tuple(cls() for cls in _discover(RegionKind))  # type: ignore[type-abs
 # Vma.kind
 KERNELS_OWN = frozenset(number for kind in _KINDS if kind.is_kernels for number in kind.numbers)
 KEPT_WHOLE = frozenset(number for kind in _KINDS if kind.keeps_all_pages for number in kind.numbers)
+PLACED = frozenset(number for kind in _KINDS if kind.is_placed for number in kind.numbers)
 ANONYMOUS = frozenset(number for kind in _KINDS if kind.is_anonymous for number in kind.numbers)
 
 
@@ -78,7 +79,9 @@ class MappingKinds:
         """Return the reason why a mapping of task `tid` cannot be dumped, or what will be lost."""
         kind = self.of(mapping)
         # vvar has the flags of device memory
-        return None if kind.is_kernels else special_memory(mapping) or kind.finding(tid, mapping)
+        if kind.is_kernels:
+            return None
+        return (None if kind.is_special else special_memory(mapping)) or kind.finding(tid, mapping)
 
     def of_record(self, number: int, object_kind: int = 0) -> MappingKind:
         """Return the kind for Vma.kind and, for a shared object, SharedMemory.kind. ImageDamaged."""

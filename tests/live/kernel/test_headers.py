@@ -28,7 +28,7 @@ INCLUDES = (
     'stddef.h', 'stdio.h', 'elf.h', 'asm/termbits.h', 'asm/ioctls.h',
     'sys/user.h', 'asm/statfs.h', 'linux/fcntl.h', 'asm/socket.h', 'linux/memfd.h',
     'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/eventpoll.h', 'linux/falloc.h',
-    'linux/timerfd.h', 'asm/prctl.h',
+    'linux/timerfd.h', 'asm/prctl.h', 'linux/io_uring.h',
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/keyctl.h', 'linux/magic.h', 'linux/mempolicy.h', 'linux/mman.h', 'asm/mman.h',
     'linux/netlink.h', 'linux/nsfs.h', 'linux/openat2.h',
@@ -51,6 +51,7 @@ ENUMERATORS = {
                'PACKET_DIAG_FANOUT'],
     'kcmp': ['KCMP_FILE', 'KCMP_VM', 'KCMP_FILES', 'KCMP_FS', 'KCMP_SIGHAND', 'KCMP_IO', 'KCMP_SYSVSEM',
              'KCMP_EPOLL_TFD'],
+    'io_uring': ['IORING_REGISTER_EVENTFD', 'IORING_REGISTER_PROBE'],
     'mempolicy': ['MPOL_DEFAULT', 'MPOL_F_ADDR', 'MPOL_MF_MOVE'],
     'sched': ['IOPRIO_WHO_PROCESS'],
 }
@@ -61,6 +62,7 @@ EXPRESSIONS = {
                 '_EVENT_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg)',
                 '_EVENT_DATA_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg) + offsetof(struct proc_event, event_data)',
                 '_EVENT_NONE': 'PROC_EVENT_NONE', '_EVENT_FORK': 'PROC_EVENT_FORK', '_EVENT_EXIT': 'PROC_EVENT_EXIT'},
+    'io_uring': {'SQE_SIZE': 'sizeof(struct io_uring_sqe)', 'CQE_SIZE': 'sizeof(struct io_uring_cqe)'},
     'mqueue': {'SIGEVENT_SIZE': 'sizeof(struct sigevent)'},
     'memory': {'IOV_MAX': 'UIO_MAXIOV'},
     'tty': {'TERMIOS_SIZE': 'sizeof(struct termios2)', 'LOCKED_SIZE': 'sizeof(struct termios)'},
@@ -88,10 +90,15 @@ OWN = {
                  'AF_TIPC', 'AF_BLUETOOTH', 'AF_IUCV', 'AF_RXRPC', 'AF_ISDN', 'AF_PHONET', 'AF_IEEE802154', 'AF_CAIF',
                  'AF_ALG', 'AF_NFC', 'AF_VSOCK', 'AF_KCM', 'AF_QIPCRTR', 'AF_SMC', 'AF_XDP', 'AF_MCTP'},
     'packet': {'SOL_PACKET', 'SOCK_PACKET', 'MAX_ADDR_LEN'},     # include/linux/socket.h, net.h, netdevice.h
+    # linux/io_uring_types.h; io_uring/io_uring.h; members of an enum since 6.8 and 6.9
+    'io_uring': {'IO_RINGFD_REG_MAX', 'IORING_MAX_ENTRIES', 'BUFFER_GROUPS', 'IORING_REGISTER_PBUF_STATUS',
+                 'IORING_REGISTER_NAPI'},
     'hidepid': {'NOT_PTRACEABLE'},                                          # include/linux/proc_fs.h
     'creds': {'SUID_DUMP_DISABLE', 'SUID_DUMP_USER', 'SUID_DUMP_ROOT'},     # include/linux/sched/coredump.h
     'kcmp': {'EQUAL', 'LESS', 'GREATER', 'UNEQUAL'},                        # kcmp(2)
-    'stat': {'PF_EXITING', 'PF_FORKNOEXEC', 'PF_SUPERPRIV', 'PF_SIGNALED', 'PF_KTHREAD'},   # include/linux/sched.h
+    # include/linux/sched.h
+    'stat': {'PF_EXITING', 'PF_IO_WORKER', 'PF_FORKNOEXEC', 'PF_SUPERPRIV', 'PF_SIGNALED', 'PF_USER_WORKER',
+             'PF_KTHREAD'},
     'ptrace': {'XSTATE_MAX'},
     'memory': {'PAGE'},
     'mempolicy': {'MASK_BITS', 'MASK_SIZE'},
@@ -119,6 +126,7 @@ NEWER = {
     'PAGE_IS_GUARD', 'PID_FS_MAGIC', 'SO_PASSPIDFD', 'SO_PASSRIGHTS', 'SO_INQ',
     'NS_GET_ID', 'PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG', 'EPIOCSPARAMS', 'EPIOCGPARAMS', 'SO_RCVPRIORITY',
     'IP_LOCAL_PORT_RANGE', 'TCP_RTO_MAX_MS', 'TCP_AO_INFO', 'IPPROTO_SMC', 'PACKET_VNET_HDR_SZ',
+    'IORING_SETUP_NO_SQARRAY',
 }
 NEWER_CALLS = {'mseal'}        # likewise, since 6.10
 
@@ -135,6 +143,11 @@ class CStruct:
 STRUCTS = {
     'arch.x86_64.user_regs_struct': CStruct('struct user_regs_struct'),
     'clone.clone_args': CStruct('struct clone_args'),
+    'io_uring.io_sqring_offsets': CStruct('struct io_sqring_offsets', fields={'user_addr': ''}),     # since 6.5
+    'io_uring.io_cqring_offsets': CStruct('struct io_cqring_offsets', fields={'user_addr': ''}),
+    'io_uring.io_uring_params': CStruct('struct io_uring_params', fields={f'resv{number}': f'resv[{number}]'
+                                                                          for number in range(3)}),
+    'io_uring.io_uring_buf_status': CStruct('struct io_uring_buf_status', 'IORING_SETUP_NO_SQARRAY'),
     'creds.cap_user_data': CStruct('struct __user_cap_data_struct'),
     'creds.cap_user_header': CStruct('struct __user_cap_header_struct'),
     'mqueue.mq_attr': CStruct('struct mq_attr', fields={f'reserved{number}': f'__reserved[{number}]'

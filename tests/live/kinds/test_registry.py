@@ -76,6 +76,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[], int]]] = {
     'file of proc': ('regular', lambda: os.open('/proc/self/status', os.O_RDONLY)),
     'directory': ('directory', lambda: os.open('.', os.O_RDONLY)),
     'message queue': ('mqueue', message_queue),
+    'io_uring': ('io_uring', lambda: libc.syscall(NR['io_uring_setup'], 4, ctypes.create_string_buffer(120))),
     'fanotify': ('fanotify', lambda: libc.fanotify_init(0, 0)),
     'O_PATH': ('path', lambda: os.open('.', os.O_PATH)),
     'O_PATH of null': ('path', lambda: os.open('/dev/null', os.O_PATH)),
@@ -171,7 +172,6 @@ def segment() -> int:
 
 
 REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
-    'io_uring': ('an io_uring', lambda: libc.syscall(NR['io_uring_setup'], 4, ctypes.create_string_buffer(120))),
     'userfaultfd': ('a userfaultfd', lambda: libc.syscall(NR['userfaultfd'], 0)),
     'BPF map': ('a BPF map', lambda: libc.syscall(NR['bpf'], 0, struct.pack('5I', 2, 4, 4, 1, 0) + bytes(64), 72)),
     'perf event': ('a perf event', lambda: libc.syscall(NR['perf_event_open'],
