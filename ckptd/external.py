@@ -13,8 +13,7 @@
     reconnect                   a new one, to the same path or abstract name
     keep                        the same one, if root restores it within a quarter of an hour after "checkpoint --kill";
                                 else as with close (TCP only)
-    inherit                     reserved for a file descriptor that the caller of the restart gives for WHAT: the
-                                checkpoint is refused
+    inherit                     a socket that the caller of the restart gives for WHAT; a restart without is refused
 """
 
 import ipaddress
@@ -31,6 +30,7 @@ ANY: Final = 'any'
 TCP: Final = 'tcp:'
 MAX_POLICIES: Final = 64
 MAX_WHAT: Final = 512          # characters; sun_path has 108 bytes, unix(7)
+MAX_INHERITED: Final = 15      # file descriptors for one restart; a call has 16, and one may be a terminal
 _ONLY_NAMES = ('reconnect',)        # actions that need a path or an abstract name
 _ONLY_TCP = ('keep',)
 
@@ -68,6 +68,14 @@ def is_policy(text: object) -> bool:
         return False
 
 
+def is_what(text: str) -> bool:
+    """Whether `parse_what` takes this text."""
+    try:
+        return bool(parse_what(text))
+    except InvalidArgument:
+        return False
+
+
 def parse_what(text: str) -> str:
     """Return the only spelling of a peer. InvalidArgument."""
     if text == ANY or (len(text) <= MAX_WHAT and '\0' not in text and text[:1] in ('/', '@') and len(text) > 1):
@@ -80,6 +88,15 @@ def parse_what(text: str) -> str:
             pass        # the message is that for all other texts
     raise InvalidArgument(f'{text[:MAX_WHAT]!r} is no peer', resource='external',
                           hint=f'it is a path, @NAME, {TCP}ADDRESS:PORT, or {ANY}')
+
+
+def parse_inherited(text: str) -> tuple[str, int]:
+    """Parse WHAT=FD: a peer, and the number of an open file descriptor. InvalidArgument."""
+    what, _, number = text.rpartition('=')
+    if not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise InvalidArgument(f'{text[:MAX_WHAT]!r} is not WHAT=FD', resource='inherit',
+                              hint='FD is the number of an open file descriptor')
+    return parse_what(what), int(number)
 
 
 def parse_list(text: str) -> tuple[str, ...]:

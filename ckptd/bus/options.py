@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from ckptd.bus.message import UnixFd
 from ckptd.errors import InvalidArgument
-from ckptd.external import MAX_POLICIES, is_policy
-from ckptd.kernel.statx import is_terminal
+from ckptd.external import MAX_INHERITED, MAX_POLICIES, is_policy, is_what
+from ckptd.kernel.statx import is_socket, is_terminal
 from ckptd.protocol.requests import After, ChangedFiles, FreezeMode
 from ckptd.target import MAX_PATH, WORDS, CgroupTarget, clean_path, is_valid
 
@@ -54,6 +54,17 @@ def _is_external(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) <= MAX_POLICIES and all(map(is_policy, value))
 
 
+def _is_inherited(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) <= MAX_INHERITED and all(map(_is_given, value))
+
+
+def _is_given(value: Any) -> bool:
+    match value:
+        case [str(what), UnixFd() as fd]:
+            return is_what(what) and is_socket(fd)
+    return False
+
+
 def _flag(name: str) -> Option:
     return Option(name, 'true or false', lambda value: isinstance(value, bool))
 
@@ -67,6 +78,7 @@ SAVE_LIMIT = _number('save_limit', 'bytes', MAX_SIZE)
 EXTERNAL = Option('external', f'up to {MAX_POLICIES} texts WHAT:ACTION', _is_external)
 CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgroup)
 CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
+INHERIT = Option('inherit', f'up to {MAX_INHERITED} pairs (WHAT, file descriptor of a socket)', _is_inherited)
 TERMINAL = Option('terminal', f'a file descriptor of a terminal, or "{DETACHED}"', _is_terminal)
 
 DETACH = _flag('detach')
@@ -76,7 +88,7 @@ SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT, EXTERNAL
 # a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach
 CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('force'), _flag('leave_stopped'), CHANGED_FILES,
-                 _flag('wait'), TERMINAL)
+                 _flag('wait'), INHERIT, TERMINAL)
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
 INHIBIT = (TARGET,)
 CHECK = (FREEZE, EXTERNAL)

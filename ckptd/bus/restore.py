@@ -10,6 +10,7 @@ from ckptd.bus.call import Call
 from ckptd.bus.job import path_of
 from ckptd.bus.names import token_path
 from ckptd.bus.options import CHECK_RESTORE, DETACHED, RESTORE, Option, parse_options
+from ckptd.external import parse_what
 from ckptd.jobs.images import ImageService
 
 
@@ -38,7 +39,9 @@ async def check_restore(image_service: ImageService, authorizer: Authorizer, cal
 def _wishes(options: Mapping[str, Any], known: tuple[Option, ...]) -> tuple[dict[str, Any], list[int]]:
     """Return fields of RestoreRequest and the fds that go with them. A receiver that keeps the fds duplicates them."""
     given = parse_options(options, known)
-    terminal = given.pop('terminal', None)
+    terminal, inherited = given.pop('terminal', None), given.pop('inherit', ())
+    given['inherit'] = tuple(parse_what(what) for what, _ in inherited)
+    fds = [fd for _, fd in inherited]
     if terminal == DETACHED:
-        return {**given, 'detach_terminal': True}, []
-    return given, [] if terminal is None else [terminal]
+        return {**given, 'detach_terminal': True}, fds
+    return given, fds if terminal is None else [terminal, *fds]

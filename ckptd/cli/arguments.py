@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ckptd import __version__
-from ckptd.cli.quantities import parse_size, parse_timespan
+from ckptd.cli.argument_types import cgroup, inherited, size, target, timespan
 from ckptd.errors import InvalidArgument
 
 FREEZE_MODES = ('auto', 'cgroup', 'unit', 'ptrace', 'caller')
@@ -47,35 +47,6 @@ class Command:
     example: str    # command lines for the end of --help
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     description: str = ''
-
-
-def target(text: str) -> str:
-    """Return the text of a target for the daemon, which parses it. A bare number is a pid."""
-    if not (text.isascii() and text.isdigit()):
-        return text
-    from ckptd.target import ProcessTarget  # not needed for --help
-    return str(ProcessTarget(int(text)))
-
-
-def _cgroup(text: str) -> str:
-    from ckptd.target import CGROUP
-    return text.removeprefix(CGROUP)
-
-
-def timespan(text: str) -> int:
-    """Call parse_timespan for argparse, which shows only the text of an ArgumentTypeError."""
-    try:
-        return parse_timespan(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def size(text: str) -> int:
-    """Call parse_size for argparse."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _target(parser: argparse.ArgumentParser, metavar: str = 'TARGET') -> None:
@@ -115,7 +86,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 def _external(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--external', action='append', default=[], metavar='WHAT:ACTION',
                         help='what becomes of a connection to a process outside of the tree; WHAT: a path, @NAME, '
-                             'tcp:ADDRESS:PORT or any; ACTION: refuse (default), close, keep or reconnect')
+                             'tcp:ADDRESS:PORT or any; ACTION: refuse (default), close, keep, reconnect or inherit')
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
@@ -131,13 +102,16 @@ def _restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--clamp', action='store_true',
                         help='for limits, priorities and locked memory that you may not set: use the nearest value')
     parser.add_argument('--force', action='store_true', help='restore beside another instance of the same unit')
-    parser.add_argument('--cgroup', metavar='PATH', type=_cgroup, help='cgroup for the tree, not its former one')
+    parser.add_argument('--cgroup', metavar='PATH', type=cgroup, help='cgroup for the tree, not its former one')
     parser.add_argument('--leave-stopped', action='store_true', help='stop every process as by SIGSTOP')
     parser.add_argument('--changed-files', choices=CHANGED_FILES, metavar='HOW',
                         help='for files that have changed since: refuse (default), accept, or rollback to their saved '
                              'content')
     parser.add_argument('--terminal', choices=('detach',), metavar='detach',
                         help='restore a tree without the terminal that it ran on: it reads end-of-file there')
+    parser.add_argument('--inherit', action='append', default=[], metavar='WHAT=FD', type=inherited,
+                        help='give the tree this open socket, a file descriptor of ckptctl, for its connection to '
+                             'WHAT, if the checkpoint had --external=WHAT:inherit')
     parser.add_argument('--dry-run', action='store_true', help='list what would prevent a restore, and change nothing')
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ckptd.cli.arguments import target as as_target
+from ckptd.cli.argument_types import target as as_target
 from ckptd.cli.options import request_options
 from ckptd.cli.quantities import format_count
 from ckptd.cli.session import LONG, DaemonProxy, Session, until_interrupted

@@ -4,6 +4,7 @@
 import argparse
 from typing import Any
 
+from ckptd.bus.message import UnixFd
 from ckptd.client.daemon import new_token
 
 
@@ -32,7 +33,8 @@ def restore_options(args: argparse.Namespace) -> dict[str, Any]:
     flags = {name: True for name in ('wait', 'new_pidns', 'clamp', 'force', 'leave_stopped') if getattr(args, name)}
     texts = {name: getattr(args, name) for name in ('cgroup', 'changed_files', 'terminal')
              if getattr(args, name) is not None}
-    return {**flags, **texts}
+    inherited = [(what, UnixFd(fd)) for what, fd in args.inherit]
+    return {**flags, **texts, **({'inherit': inherited} if inherited else {})}
 
 
 def with_token(options: dict[str, Any]) -> dict[str, Any]:

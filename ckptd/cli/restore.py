@@ -2,6 +2,7 @@
 """ckptctl restore."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from ckptd.cli.attend import Attendance
@@ -26,6 +27,7 @@ async def restore(session: Session) -> int:
     async with session.daemon() as daemon:
         def begun(root: int) -> None:
             bar.close()
+            _close(args.inherit)
             text = f'the tree runs; its root is process {root}'
             out.passing_note(text) if attendance.has_terminal else out.note(text, 'dim')
 
@@ -36,6 +38,13 @@ async def restore(session: Session) -> int:
             job_call = JobCall('Restore', args.image, options, LOST)
             result = await run_job(daemon, job_call, bar, attendance.begin if args.wait else lambda root: None)
     return _report_end(out, result) if args.wait else _report(out, result, args.leave_stopped)
+
+
+def _close(inherited: Iterable[tuple[str, int]]) -> None:
+    """Close the sockets that the tree has got, whose peers read end-of-file when nobody has them any more. Standard
+    streams stay open."""
+    for fd in {fd for _, fd in inherited if fd > 2}:
+        os.close(fd)
 
 
 async def _dry_run(session: Session) -> int:

@@ -115,11 +115,11 @@ class Ckptd:
 
     async def restore(self, image: str, **options: Unpack[RestoreOptions]) -> Job[RestoreResult]:
         """Start to restore the tree of an image. With wait=True the job ends when the root of the tree does."""
-        return await self._start(_restored, 'Restore', 'sa{sv}', image, _with_terminal(options))
+        return await self._start(_restored, 'Restore', 'sa{sv}', image, _with_fds(options))
 
     async def check_restore(self, image: str, **options: Unpack[CheckRestoreOptions]) -> list[Finding]:
         """List every refusal and warning of such a restore. No process is made and nothing is changed."""
-        rows = await self._daemon.manager('CheckRestore', 'sa{sv}', image, _with_terminal(options), seconds=LONG)
+        rows = await self._daemon.manager('CheckRestore', 'sa{sv}', image, _with_fds(options), seconds=LONG)
         return [finding_from(row) for row in rows]
 
     async def list_images(self) -> list[ImageInfo]:
@@ -262,10 +262,15 @@ class Inhibitor:
         self.close()
 
 
-def _with_terminal(options: RestoreOptions | CheckRestoreOptions) -> dict[str, Any]:
-    """Convert the terminal to a UnixFd, which is passed as an fd. A plain int would be passed as a number."""
-    terminal = options.get('terminal')
-    return {**options, **({'terminal': UnixFd(terminal)} if isinstance(terminal, int) else {})}
+def _with_fds(options: RestoreOptions | CheckRestoreOptions) -> dict[str, Any]:
+    """Convert the terminal and the sockets to UnixFds, which are passed as fds. A plain int would be passed as a
+    number."""
+    made: dict[str, Any] = {**options}
+    if isinstance(terminal := options.get('terminal'), int):
+        made['terminal'] = UnixFd(terminal)
+    if 'inherit' in options:
+        made['inherit'] = [(what, UnixFd(fd)) for what, fd in options['inherit']]
+    return made
 
 
 def _checkpointed(result: Mapping[str, Any]) -> CheckpointResult:

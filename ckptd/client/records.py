@@ -45,6 +45,7 @@ class CheckRestoreOptions(TypedDict, total=False):
     leave_stopped: bool            # every process is stopped
     changed_files: ChangedFiles    # treatment of files that have changed since
     wait: bool                     # the job ends with the root of the tree
+    inherit: Sequence[tuple[str, int]]  # peers of connections, each with an open fd of a socket that takes the place
     terminal: int | Literal['detach']   # an open fd of a terminal, for a tree that had one; or it gets none
 
 

@@ -10,7 +10,7 @@ from ckptd.dump.names import LinkNames
 from ckptd.dump.save_files import SavedFiles
 from ckptd.dump.sharing import Sharing
 from ckptd.image import records
-from ckptd.image.grammar import Record
+from ckptd.image.grammar import Record, Struct
 from ckptd.image.pages import DataWriter
 from ckptd.image.records import Extent
 from ckptd.inspect.proc_cache import ProcCache
@@ -124,15 +124,21 @@ class FileDump:
 
     def _describe(self, file_id: int, holders: Sequence[OpenFile]) -> records.SavedFile:
         file = replace(holders[0], holders=tuple((other.tid, other.fd) for other in holders[1:]))
-        kind, owner = self._cache.kinds.of(file), file.owner()
+        if inherited := self._cache.kinds.inherited(file):
+            return self._saved(file_id, file, *inherited)
+        kind = self._cache.kinds.of(file)
         if type(kind).die is not Kind.die:
             self._dying.append((kind, file))
-        data = kind.dump(file, self._content).encode()
+        record = kind.dump(file, self._content)
         if type(kind).take is not Kind.take:
             self._to_take.append((len(self._files), file, kind))
-        return records.SavedFile(file_id, kind.tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
+        return self._saved(file_id, file, kind.tag, record)
+
+    def _saved(self, file_id: int, file: OpenFile, tag: str, record: Struct) -> records.SavedFile:
+        owner = file.owner()
+        return records.SavedFile(file_id, tag, file.flags & ~os.O_CLOEXEC, file.info.pos & (1 << 64) - 1,
                                  file.stat.st_mode, owner.type, self._ids.get(owner.pid, 0), owner.signal, file.link,
-                                 data, owner.uid, owner.euid, owner.write_hint)
+                                 record.encode(), owner.uid, owner.euid, owner.write_hint)
 
     @property
     def must_take_out(self) -> bool:

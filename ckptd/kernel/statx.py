@@ -57,6 +57,11 @@ def device_of(fd: int) -> int:
     return buf.stx_dev_major << 20 | buf.stx_dev_minor
 
 
+def is_socket(fd: int) -> bool:
+    """Whether the file is a socket."""
+    return file_type(fd) == stat.S_IFSOCK
+
+
 def is_terminal(fd: int) -> bool:
     """Whether the file is a terminal (isatty(3)). Only a character device is asked: for a regular file the request
     would go to its file system."""

@@ -68,10 +68,12 @@ class JobContext(Generic[R_co]):
     request: R_co
     channel: Channel
     fd: int = -1        # the fd that came with the request (protocol/requests.py), else -1
+    inherited: tuple[int, ...] = ()     # the fds of RestartRequest.inherit
 
     def narrowed(self, kind: type[R]) -> 'JobContext[R] | None':
         """Return this job if it has a request of that kind, else None."""
-        return JobContext(self.request, self.channel, self.fd) if isinstance(self.request, kind) else None
+        return (JobContext(self.request, self.channel, self.fd, self.inherited) if isinstance(self.request, kind)
+                else None)
 
     def resolve(self: 'JobContext[TreeRequest]') -> ResolvedTarget:
         """Resolve the target now. NoSuchTarget also if the pidfd's process has died and its pid was reused."""

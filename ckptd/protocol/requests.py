@@ -18,7 +18,8 @@ Start message.
         ExportRequest           export          write a stream                      the output
         RestartRequest          the tree is restored, or it is checked whether it could be
                                                                                     a terminal, for files that are only
-                                                                                    named in the image
+                                                                                    named in the image; then the sockets
+                                                                                    of `inherit`, in their order
           RestoreRequest        restore
           CheckRestoreRequest   check-restore
       ImportRequest             import          read a stream                       the input
@@ -210,6 +211,8 @@ class RestartRequest(ImageRequest, frozen=True, kw_only=True):
     force: bool = False                         # another instance of the unit may run
     leave_stopped: bool = False                 # stop every process, as by SIGSTOP
     detach_terminal: bool = False               # the tree gets no terminal in place of one outside of it
+    inherit: tuple[str, ...] = ()               # peers outside of the tree (ckptd.external), for whose connections the
+                                                # caller gives a socket; the last fds of the request
     wait: bool = False                          # the worker stays the root's parent, and Finished comes when the root
                                                 # has ended
     changed_files: ChangedFiles = 'refuse'      # treatment of files that have changed since the checkpoint

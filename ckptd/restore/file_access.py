@@ -10,7 +10,7 @@ from ckptd.image.records import Extent
 from ckptd.inspect.checks import CallerRights
 from ckptd.kernel.namei import open_direct
 from ckptd.kernel.shm import ShmidDs
-from ckptd.objects.files.base import ChangedFiles
+from ckptd.objects.files.base import ChangedFiles, InheritedFiles
 from ckptd.objects.files.registry import Kinds
 from ckptd.restore.file_rights import FileRights, is_users, rights_for
 from ckptd.restore.procfs_paths import OutOfReach, open_within_reach, require_reach
@@ -27,11 +27,12 @@ class FileAccess:
     """
 
     def __init__(self, reader: ImageReader, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int, *, detach_terminal: bool = False) -> None:
+                 terminal_fd: int, inherited: InheritedFiles, *, detach_terminal: bool = False) -> None:
         self._reader, self._caller, self.rights = reader, caller, rights_for(reader, caller)
         self.by_root = is_users(reader, caller)
         self.changed_files, self.terminal_fd = changed_files, terminal_fd
         self.terminal, self.detach_terminal = terminal_fd >= 0, detach_terminal
+        self.inherited = inherited
         self.kinds = Kinds()
         self._pids: Mapping[int, int] = {}
 

@@ -10,7 +10,7 @@ from ckptd.image.records import Extent
 from ckptd.inspect.checks import CallerRights
 from ckptd.kernel.copyrange import copy_with_holes
 from ckptd.kernel.creds import CAP_SYS_PTRACE
-from ckptd.objects.files.base import ChangedFiles
+from ckptd.objects.files.base import ChangedFiles, InheritedFiles
 from ckptd.restore.cgroups import Placement
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_changes import FileChanges
@@ -27,8 +27,9 @@ class FileMaker(FileAccess):
     """
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int, place: Placement, keep_free: int, *, detach_terminal: bool) -> None:
-        super().__init__(reader, caller, changed_files, terminal_fd, detach_terminal=detach_terminal)
+                 terminal_fd: int, inherited: InheritedFiles, place: Placement, keep_free: int, *,
+                 detach_terminal: bool) -> None:
+        super().__init__(reader, caller, changed_files, terminal_fd, inherited, detach_terminal=detach_terminal)
         self._service_fds = service_fds
         self._changes = FileChanges(place, self.rights, self.rights_to, keep_free)
 

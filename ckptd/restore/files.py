@@ -15,7 +15,7 @@ from ckptd.image.grammar import Struct
 from ckptd.image.reader import ImageReader
 from ckptd.image.records import Fd, FdTable, SavedFile
 from ckptd.inspect.checks import CallerRights
-from ckptd.objects.files.base import ChangedFiles, Kind, Maker
+from ckptd.objects.files.base import ChangedFiles, InheritedFiles, Kind, Maker
 from ckptd.objects.mappings.means import MappingMeans
 from ckptd.objects.mappings.registry import MappedObjects
 from ckptd.objects.verify import decode
@@ -40,8 +40,9 @@ class FileBuilder(FileMaker):
     """
 
     def __init__(self, reader: ImageReader, service_fds: ServiceFds, caller: CallerRights, changed_files: ChangedFiles,
-                 terminal_fd: int, place: Placement, keep_free: int, *, detach_terminal: bool) -> None:
-        super().__init__(reader, service_fds, caller, changed_files, terminal_fd, place, keep_free,
+                 terminal_fd: int, inherited: InheritedFiles, place: Placement, keep_free: int, *,
+                 detach_terminal: bool) -> None:
+        super().__init__(reader, service_fds, caller, changed_files, terminal_fd, inherited, place, keep_free,
                          detach_terminal=detach_terminal)
         self.objects = MappedObjects(MappingMeans(reader, self, place.note))
         self._fds: dict[int, int] = {}

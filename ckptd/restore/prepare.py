@@ -7,6 +7,7 @@ from dataclasses import replace
 from ckptd.errors import CkptError, Finding, ImageDamaged, Refused, errno_name
 from ckptd.image.reader import ImageReader
 from ckptd.image.verify import Records, verify
+from ckptd.objects.files.base import InheritedFiles
 from ckptd.objects.namespaces.birth import decide
 from ckptd.operation.context import JobContext
 from ckptd.protocol.messages import finding_row
@@ -23,10 +24,16 @@ def prepare(job: JobContext[RestartRequest], reader: ImageReader) -> tuple[Plan,
     plan = make_plan(reader, namespaces, read_numbers(reader, namespaces, request.caller),
                      own_session=job.fd >= 0,
                      child_of_us=request.wait)
-    access = FileAccess(reader, request.caller, request.changed_files, job.fd, detach_terminal=request.detach_terminal)
+    access = FileAccess(reader, request.caller, request.changed_files, job.fd, inherited_files(job),
+                        detach_terminal=request.detach_terminal)
     names = {task.vpid: task.record.comm for task in reader.tasks}
     rows = [replace(row, comm=row.comm or names.get(row.pid, '')) for row in plan.refusals]
     return plan, list(dict.fromkeys([*rows, *obstacles(reader, plan, request, access)]))
+
+
+def inherited_files(job: JobContext[RestartRequest]) -> InheritedFiles:
+    """Return what the caller gives for connections to the outside."""
+    return InheritedFiles(zip(job.request.inherit, job.inherited, strict=True))
 
 
 def refused(rows: Iterable[Finding]) -> CkptError:

@@ -47,7 +47,7 @@ from ckptd.restore.leave import Leave
 from ckptd.restore.linked_names import take_names_away
 from ckptd.restore.memory import Space, clear
 from ckptd.restore.plan import DEAD, Plan
-from ckptd.restore.prepare import prepare, refused
+from ckptd.restore.prepare import inherited_files, prepare, refused
 from ckptd.restore.service_fds import ServiceFds
 from ckptd.restore.shed import Shed
 from ckptd.restore.supervise import attend, cgroup_of
@@ -107,7 +107,8 @@ class Restore:
         self._place.want(cgroups(self._plan.processes))
         self._place.prepare()
         self._files = FileBuilder(reader, self._service_fds, request.caller, request.changed_files, self._job.fd,
-                                  self._place, request.keep_free, detach_terminal=request.detach_terminal)
+                                  inherited_files(self._job), self._place, request.keep_free,
+                                  detach_terminal=request.detach_terminal)
         stack.callback(self._files.kinds.close)
         self._objects = self._files.objects
         self._files.open_all(late=False)
@@ -271,9 +272,9 @@ class Restore:
         never reach end-of-file."""
         roots = [self._builder[process.vpid].tid for process in self._plan.processes if not process.parent]
         init = self._builder.init
-        if self._job.fd >= 0:
-            with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
-                os.dup2(nothing.fileno(), self._job.fd, inheritable=False)
+        with open(os.devnull, 'rb') as nothing:  # noqa: PTH123
+            for fd in {self._job.fd, *self._job.inherited} - {-1}:
+                os.dup2(nothing.fileno(), fd, inheritable=False)
         warnings = first_rows((*self._warnings, *self._place.warnings))
         times = {f'{phase}_time': self._clock.usec(phase) for phase in TIMED}
         result = {'image': self._request.image, 'root': roots[0], 'tasks': len(self._plan.tasks),

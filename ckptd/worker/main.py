@@ -80,7 +80,7 @@ def run(channel: Channel) -> int:
         if (identity := _identity(start.request, channel, fd, manifest)) is not None:
             clocks = offsets_for(manifest) if manifest and isinstance(start.request, RestoreRequest) else None
             return Broker(channel, start.request, fds, identity).run(main, clocks)
-        operate(start.request, channel, fd)
+        operate(start.request, channel, fds)
     except TooConfined:
         channel.send(Confined())
     except Exception as error:  # noqa: BLE001 - the boundary of the process: every failure becomes a message

@@ -2,6 +2,7 @@
 """The operations of a worker, by name. Each operation sends Finished itself; an exception becomes Failed."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ from ckptd.protocol.requests import (
     RecoverRequest,
     RemoveNamesRequest,
     Request,
+    RestartRequest,
     RestoreRequest,
     ScanRequest,
     TraceRequest,
@@ -118,8 +120,10 @@ def recover_files(job: JobContext[RecoverRequest]) -> None:
     job.channel.finish('report', recover(Journal(Path(job.request.runtime)), files=True))
 
 
-def operate(request: Request, channel: Channel, fd: int) -> None:
-    """Do the operation of a request. fd: the one that came with it, else -1."""
+def operate(request: Request, channel: Channel, fds: Sequence[int]) -> None:
+    """Do the operation of a request. fds: those that came with it (protocol/requests.py)."""
+    inherited = tuple(fds[-len(request.inherit):]) if isinstance(request, RestartRequest) and request.inherit else ()
+    fd = next(iter(fds[:len(fds) - len(inherited)]), -1)
     match request:
         case CheckpointRequest():
             checkpoint(JobContext(request, channel, fd))
@@ -142,9 +146,9 @@ def operate(request: Request, channel: Channel, fd: int) -> None:
         case ImportRequest():
             import_image(JobContext(request, channel, fd))
         case RestoreRequest():
-            restore(JobContext(request, channel, fd))
+            restore(JobContext(request, channel, fd, inherited))
         case CheckRestoreRequest():
-            check_restore(JobContext(request, channel, fd))
+            check_restore(JobContext(request, channel, fd, inherited))
         case RecoverRequest():
             recover_files(JobContext(request, channel, fd))
         case _:

@@ -38,9 +38,9 @@ def program() -> Iterator[Callable[..., 'subprocess.Popen[bytes]']]:
         process.wait()
 
 
-def dumped(ctl: Ctl, process: 'subprocess.Popen[bytes]') -> str:
+def dumped(ctl: Ctl, process: 'subprocess.Popen[bytes]', *options: str) -> str:
     """The image of a program that is dead now, and reaped with its children, who are ours since: its pid is free."""
-    done = ctl('checkpoint', str(process.pid), '--kill', '--quiet')
+    done = ctl('checkpoint', str(process.pid), '--kill', '--quiet', *options)
     assert done.status == 0, done.err
     assert process.wait(10) == -signal.SIGKILL
     for pid in children():

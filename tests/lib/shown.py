@@ -35,6 +35,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'NamespaceFileKind': ('namespace_files',),
     'PathKind': ('opath',),
     'PidfdKind': ('pidfds',),
+    'InheritedKind': ('tests/worker/test_inherited.py::test_a_socket_of_the_caller',),
     'PipeKind': ('pipes',),
     'RegularKind': ('files', 'locks', 'leases', 'linked'),
     'SharedMemoryFileKind': ('shared',),

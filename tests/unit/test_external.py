@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.errors import InvalidArgument
-from ckptd.external import ACTIONS, ANY, Policies, Policy, parse, parse_what, tcp_peer, unix_peer
+from ckptd.external import ACTIONS, ANY, Policies, Policy, parse, parse_inherited, parse_what, tcp_peer, unix_peer
 
 NAMES = st.binary(min_size=1, max_size=107).filter(lambda name: name[0] not in b'/@:')
 UNIX = st.one_of(NAMES.map(lambda name: unix_peer(b'\0' + name)),
@@ -46,6 +46,17 @@ def test_one_spelling(text: str, what: str) -> None:
 def test_what_is_no_policy(text: str) -> None:
     with pytest.raises(InvalidArgument):
         parse(text)
+
+
+@given(st.one_of(UNIX, TCP, st.just(ANY)), st.integers(0, 999_999_999))
+def test_a_peer_and_a_file_descriptor(what: str, fd: int) -> None:
+    assert parse_inherited(f'{what}={fd}') == (what, fd)
+
+
+@pytest.mark.parametrize('text', ['', '=', 'any', 'any=', '=3', 'any=-1', 'any=x', 'any=3.0', 'any=9999999999', 'x=3'])
+def test_what_is_no_peer_with_a_file_descriptor(text: str) -> None:
+    with pytest.raises(InvalidArgument):
+        parse_inherited(text)
 
 
 def test_the_later_and_the_exact_one_counts() -> None:

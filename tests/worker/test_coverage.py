@@ -68,6 +68,8 @@ UNREAD = {
     **{f'KeptConnection.{name}': 'of a connection to the outside, see tests/worker/test_tcp_keep.py' for name in (
         'boot', 'mss', 'options', 'receive_scale', 'received', 'send_scale', 'sent', 'state', 'table', 'timestamp',
         'unacknowledged', 'unread', 'until', 'window')},
+    **{f'InheritedSocket.{name}': 'of a connection to the outside, see tests/worker/test_inherited.py' for name in (
+        'what', 'family', 'type', 'protocol')},
     'Credentials.keepcaps': 'is a bit of securebits',
     'Directory.device': _THERE,
     'Fifo.mode': 'OpenFile.mode is the same',

@@ -40,7 +40,7 @@ _ckptctl() {
     local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export import inhibit inhibitors monitor doctor demo'
     local -A options=(
         [checkpoint]='--freeze --timeout --kill --force --leave-frozen --save-files --save-limit --external --as-root --detach --quiet'
-        [restore]='--wait --detach --new-pidns --clamp --force --cgroup --leave-stopped --changed-files --terminal --dry-run'
+        [restore]='--wait --detach --new-pidns --clamp --force --cgroup --leave-stopped --changed-files --terminal --inherit --dry-run'
         [check]='--external'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'
@@ -54,16 +54,17 @@ _ckptctl() {
         --format) __ckptctl_words $'core\ntar'; return ;;
         --timeout) __ckptctl_words $'500ms\n10s\n30s\n2min'; return ;;
         --save-limit) __ckptctl_words $'64M\n256M\n1G\n4G'; return ;;
-        --external) __ckptctl_words $'any:close\nany:keep\nany:reconnect'; return ;;
+        --external) __ckptctl_words $'any:close\nany:keep\nany:reconnect\nany:inherit'; return ;;
         --changed-files) __ckptctl_words $'refuse\naccept\nrollback'; return ;;
         --terminal) __ckptctl_words 'detach'; return ;;
+        --inherit) __ckptctl_words 'any='; return ;;
         --cgroup) __ckptctl_words "$(__ckptctl_cgroups)"; return ;;
         --spool) compopt -o filenames; COMPREPLY=($(compgen -d -- "$cur")); return ;;
         --address|--who|--why) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
-            --address|--spool|--freeze|--timeout|--save-limit|--external|--changed-files|--terminal|--cgroup|--format|--who|--why) i=$((i + 1)) ;;
+            --address|--spool|--freeze|--timeout|--save-limit|--external|--changed-files|--terminal|--inherit|--cgroup|--format|--who|--why) i=$((i + 1)) ;;
             -*) ;;
             *) command=${COMP_WORDS[i]}; break ;;
         esac

@@ -10,6 +10,8 @@ order, none of which affects the task, except `die`:
     peek_offset(file)   the state that walking its queue changes for a moment
     discover(file)      open files that are in no fd table: they are in its queue
     link(ends)          when all are known: ends whose other ends are outside of the tree
+    inherited(file)     the name under which the caller of a restart gives the file, if a policy says so
+                        (ckptd.external). Then no other kind than inherited.py knows of it from here on
     dump(file, content) the record that is kept; bulk bytes are given to `content`
     take(record, file, content)
                         last of all, if the tree is killed then: the record with data that can only be taken out of the
@@ -48,12 +50,20 @@ from ckptd.image.grammar import Struct
 from ckptd.image.records import Extent, SavedFile
 from ckptd.journal.steps import TakeStep
 from ckptd.objects.files.open_file import DELETED, OpenFile, Owner, read_open_file
-from ckptd.objects.files.restoring import ByUser, ChangedFiles, FileLookup, FileMaking, Maker, RestoreContext
+from ckptd.objects.files.restoring import (
+    ByUser,
+    ChangedFiles,
+    FileLookup,
+    FileMaking,
+    InheritedFiles,
+    Maker,
+    RestoreContext,
+)
 from ckptd.objects.files.tables import JobTables
 
 # re-exported, so that kinds import all common names from here
-__all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'FileMaking', 'Maker', 'OpenFile', 'Owner',
-           'RestoreContext', 'read_open_file']
+__all__ = ['DELETED', 'ByUser', 'ChangedFiles', 'FileLookup', 'FileMaking', 'InheritedFiles', 'Maker', 'OpenFile',
+           'Owner', 'RestoreContext', 'read_open_file']
 
 if TYPE_CHECKING:
     from ckptd.objects.files.content import ContentSegment
@@ -226,6 +236,9 @@ class Kind(ABC, Generic[R]):
                 told.add(key)
                 yield end, finding('EPIPE', f'the {min(missing)} end of {end.file.link} is held outside of the tree',
                                    'a restart cannot join it to that process again', 'warning')
+
+    def inherited(self, file: OpenFile) -> str:
+        return ''
 
     @abstractmethod
     def dump(self, file: OpenFile, content: Content) -> R: ...

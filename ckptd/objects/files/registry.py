@@ -4,8 +4,10 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
+from ckptd.image.grammar import Struct
 from ckptd.objects import files
 from ckptd.objects.files.base import Kind, OpenFile
+from ckptd.objects.files.inherited import InheritedKind, dump_inherited
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unsupported import Unsupported
 from ckptd.objects.modules import modules_of
@@ -42,6 +44,11 @@ class Kinds:
     def of(self, file: OpenFile) -> Kind[Any]:
         """Return the kind of an open file. If none matches it is `unsupported`, which refuses."""
         return next((kind for kind in self.by_tag.values() if kind.matches(file)), self.unsupported)
+
+    def inherited(self, file: OpenFile) -> tuple[str, Struct] | None:
+        """Return the tag and the record of a file that the caller of a restart gives, None for another one."""
+        what = self.of(file).inherited(file)
+        return (InheritedKind.tag, dump_inherited(file, what)) if what else None
 
     def is_unlike_others(self, file: OpenFile) -> bool:
         """Whether the findings about a file may differ from those about one that looks the same (Kind.alike)."""

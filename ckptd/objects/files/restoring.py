@@ -2,13 +2,37 @@
 """The interfaces for kinds in a restart: a look at this machine before it begins, and means to make files during it."""
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
 from ckptd.image.records import Extent
 
 ChangedFiles = Literal['refuse', 'accept', 'rollback']
+
+
+class InheritedFiles:
+    """Sockets that the caller of the restart has given in place of those of the image. fds: of the caller, each with
+    the name of the peer (ckptd.external). Of several with one name, the first is for the first open file."""
+
+    def __init__(self, fds: Iterable[tuple[str, int]] = ()) -> None:
+        self._left = list(fds)
+        self._taken: dict[int, int] = {}        # by file_id
+
+    def take(self, what: str, file_id: int) -> int:
+        """Return the fd for an open file of the image, -1 for none. A second call returns the same."""
+        if file_id not in self._taken:
+            found = next((one for one in self._left if one[0] == what), None)
+            if found is None:
+                return -1
+            self._left.remove(found)
+            self._taken[file_id] = found[1]
+        return self._taken[file_id]
+
+    @property
+    def left(self) -> Sequence[str]:
+        """Names of the peers whose fds no open file has taken."""
+        return [what for what, _ in self._left]
 
 
 class ByUser(Protocol):
@@ -33,6 +57,7 @@ class FileLookup(ByUser, Protocol):
     changed_files: ChangedFiles    # treatment of files that have changed since
     terminal: bool                 # the caller gave a terminal
     detach_terminal: bool          # files of terminals outside of the tree come back hung up
+    inherited: InheritedFiles      # what the caller gave for connections to the outside
     by_root: bool                  # root restores its own image of a user's tree, and root's rights do what the user's
                                    # do not
 

@@ -19,7 +19,7 @@ from ckptd.restore.checks.context import CheckContext, about, once
 
 
 def check(context: CheckContext) -> list[Finding]:
-    return once([*map(context.by_whom, _open_files(context)), *restart_findings(context),
+    return once([*map(context.by_whom, _open_files(context)), *_given(context), *restart_findings(context),
                  *map(context.by_whom, _directories(context))])
 
 
@@ -49,6 +49,13 @@ def _open_files(context: CheckContext) -> Iterator[Finding]:
         else:
             for one in found:
                 yield replace(one, pid=vpid, resource=resource)
+
+
+def _given(context: CheckContext) -> Iterator[Finding]:
+    """Check that every file that the caller gave has a place. `_open_files` comes before."""
+    for what in context.lookup.inherited.left:
+        yield about(0, 'inherit', 'EINVAL', f'a file descriptor was given for {what}, but the image has no connection '
+                    'left that takes it', 'leave it out, or give it for another peer')
 
 
 def _owner(context: CheckContext, saved: SavedFile, vpid: int, resource: str) -> Iterator[Finding]:

@@ -177,6 +177,7 @@ class Broker:
             with contextlib.closing(BrokerAnswers(job, self._identity, worker.pid)) as self._powers, \
                     ChildSignals() as self._signals:
                 worker.send(Start(self._workers_request()), self._fds)
+                self._close_restarts_fds()
                 try:
                     self._relay()
                 except Cancelled:       # the daemon is gone
@@ -203,6 +204,12 @@ class Broker:
         self._channel.close()
         for fd in self._fds:
             os.close(fd)
+
+    def _close_restarts_fds(self) -> None:
+        """Close the fds that a restored tree has, because it gets no end-of-file from files that are still open
+        here."""
+        while self._fds and isinstance(self._request, RestartRequest):
+            os.close(self._fds.pop())
 
     # ------------------------------------------------------------ messages
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ckptd.errors import CkptError, Finding
-from ckptd.external import tcp_peer
+from ckptd.external import Policy, tcp_peer
 from ckptd.faults import fault
 from ckptd.image.records import SavedFile
 from ckptd.kernel import inet, tcp, unix
@@ -53,6 +53,7 @@ from ckptd.objects.files.tcp.record import (
     WAITING,
     TcpConnection,
     addresses,
+    closed_directions,
     loopback,
     lost,
     tcp_end,
@@ -80,7 +81,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         self._unsent: dict[int, bytes] = {}             # by inode of the sender
         self._temporary: dict[int, int] = {}            # by file_id: an end that is being made
         self._waiting = WaitingConnections()
-        self._to_keep: set[int] = set()                 # inodes
+        self._policies: dict[int, Policy] = {}          # by inode: of connections to the outside
         self._keeper = TcpKeeper()
         self._held: dict[int, bool] = {}                # by file_id: whether the restart goes on with it
 
@@ -167,7 +168,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         row = outside_finding(file, peer, holder, action, what)
         if row.severity != 'refusal':
             self._others[inode] = RESET
-            self._to_keep |= {inode} if action == 'keep' else set()
+            self._policies[inode] = Policy(what, action)
         return row
 
     # ------------------------------------------------------------ queues
@@ -218,10 +219,15 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
                              other[1] if other else common.family, since, inode, known.shutdown if known else 0,
                              keep_bytes(received.data, content), received.urgent, keep_bytes(later, content))
 
+    def inherited(self, file: OpenFile) -> str:
+        policy = self._policies.get(file.stat.st_ino)
+        return policy.what if policy and policy.action == 'inherit' else ''
+
     def take(self, record: TcpConnection, file: OpenFile, content: Content) -> TcpConnection:
         if record.other == WAITING:
             return self._waiting.take(record, file, self._ends, content)
-        if file.stat.st_ino not in self._to_keep:
+        policy = self._policies.get(file.stat.st_ino)
+        if policy is None or policy.action != 'keep':
             return record
         kept = self._keeper.keep(file, content)
         return replace(record, kept=(kept,)) if kept else record
@@ -329,9 +335,4 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             with socket.socket(fileno=os.dup(ctx.once(('tcp closed', saved.file_id), lost))) as far:
                 tcp.reset(far)
             return
-        how = record.shutdown
-        if record.state in inet.HAVE_RECEIVED_FIN:
-            how &= unix.SEND_SHUTDOWN       # the FIN of the other end does the rest
-        if record.state == inet.TCP_CLOSE:
-            how = unix.SEND_SHUTDOWN
-        shut_down(fd, how)
+        shut_down(fd, closed_directions(record))

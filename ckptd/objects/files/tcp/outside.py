@@ -12,6 +12,7 @@ from ckptd.kernel.inet import STATES, Address, local_address, peer_address, tcp_
 from ckptd.objects.files.base import OpenFile, finding
 from ckptd.objects.files.inet.socket import has_error
 from ckptd.objects.files.inet.zerocopy import zerocopy_findings
+from ckptd.objects.files.inherited import asked_for
 from ckptd.objects.files.tcp.keep import PATIENCE
 from ckptd.objects.files.tcp.table import plain
 
@@ -50,7 +51,7 @@ def outside_finding(file: OpenFile, peer: Address, holder: unix.Holder | None, a
             return finding('ECONNRESET', reason, f'after --kill, a restart within {PATIENCE // 60} minutes goes on '
                            'with it; to any other one its peer has reset it', 'warning')
         case 'inherit':
-            return finding('EOPNOTSUPP', reason, 'no restart can be handed this socket yet: use close or keep')
+            return finding('ECONNRESET', reason, asked_for(what), 'warning')
     return finding('EOPNOTSUPP', reason, 'checkpoint a tree that has both ends, or say what a restart does: '
                    f'--external={what}:close or, as root, --external={what}:keep')
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ckptd.errors import ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent
+from ckptd.kernel import inet, unix
 from ckptd.kernel.inet import Address
 from ckptd.objects.files.inet.socket import InetAddress, InetSocket, given_address
 from ckptd.objects.files.tcp.keep import KeptConnection
@@ -60,6 +61,15 @@ def addresses(record: TcpConnection) -> tuple[Address, Address]:
     if (record.other in (INSIDE, WAITING) or record.kept) and not (own.port and peer.port and record.peer):
         raise ImageDamaged(f'a connection from {own} to {peer}')
     return own, own._replace(port=0) if record.other == RESET else peer
+
+
+def closed_directions(record: TcpConnection) -> int:
+    """Return RCV_SHUTDOWN and SEND_SHUTDOWN for the end itself. A FIN of the other end does the rest."""
+    if record.state == inet.TCP_CLOSE:
+        return unix.SEND_SHUTDOWN
+    if record.state in inet.HAVE_RECEIVED_FIN:
+        return record.shutdown & unix.SEND_SHUTDOWN
+    return record.shutdown
 
 
 def tcp_end(own: Address, peer: Address) -> tuple[str, Address, Address]:

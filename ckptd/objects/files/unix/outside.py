@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from ckptd.errors import CkptError, Finding
-from ckptd.external import Action, unix_peer
+from ckptd.external import ANY, Action, unix_peer
 from ckptd.kernel.netlink import UnixSocket
 from ckptd.kernel.task import read_cgroup2
-from ckptd.kernel.unix import Holder, encode_address
+from ckptd.kernel.unix import SS_LISTEN, Holder, encode_address
 from ckptd.objects.files.base import FileEnd, FileLookup, Maker, RestoreContext, finding
+from ckptd.objects.files.inherited import asked_for
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unix.connections import not_blocking
 from ckptd.objects.files.unix.names import connect_to_path, identity
@@ -62,7 +63,11 @@ def outside_findings(end: FileEnd, own: UnixSocket, peer: UnixSocket | None, hol
                 hint += ' (a program that exits then can end its connection itself, as an inhibitor: ckptctl inhibit)'
             yield end, finding('EOPNOTSUPP', reason, hint)
         case 'inherit':
-            yield end, finding('EOPNOTSUPP', reason, 'no restart can be handed this socket yet: use close or reconnect')
+            if own.state == SS_LISTEN:
+                yield end, finding('EOPNOTSUPP', f'{reason}, and has not accepted it',
+                                   'use close: only an accepted connection can be handed over')
+            else:
+                yield end, finding('ECONNRESET', reason, asked_for(what or ANY), 'warning')
         case 'close':
             yield end, finding('EPIPE', reason, 'after a restart its peer has closed it', 'warning')
         case 'reconnect' if tables.external.action_of(what) == 'reconnect':

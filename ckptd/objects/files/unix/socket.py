@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ckptd.errors import CkptError, Finding
-from ckptd.external import Action
+from ckptd.external import ANY, Action
 from ckptd.faults import fault
 from ckptd.image.records import SavedFile
 from ckptd.kernel import unix, unix_queue
@@ -36,7 +36,7 @@ from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unix.connections import connect_waiting, fill, listen, make_socket, take_clients
 from ckptd.objects.files.unix.messages import NOBODY, Sender, dump_message, dump_sender
 from ckptd.objects.files.unix.names import NO_NAME, SocketName, connect_to, dump_name, name_findings, name_refusals
-from ckptd.objects.files.unix.outside import action_for, outside_findings, reconnect, reconnect_findings
+from ckptd.objects.files.unix.outside import action_for, outside_findings, reconnect, reconnect_findings, what_of
 from ckptd.objects.files.unix.record import BOTH_WAYS, ONE_WAY, OTHER_END, THIS_END, UnixSocketEnd, WaitingClient
 from ckptd.objects.files.unsupported import describe
 from ckptd.objects.support import Support
@@ -200,6 +200,12 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             0 if joined else self._accepted(own, name, peer_name), joined, is_listening,
             own.unsent if is_listening else 0, tuple(self._waiting(inode, content) for inode in waiting),
             self._listener_of(own) is not None and not action, addresses=addresses if any(addresses) else ())
+
+    def inherited(self, file: OpenFile) -> str:
+        own = self._own(file)
+        if file.severed or own is None or self._action(own) != 'inherit':
+            return ''
+        return what_of(own, self._listener_of(own) or self._tables.unix_sockets.get(own.peer)) or ANY
 
     def take(self, record: UnixSocketEnd, file: OpenFile, content: Content) -> UnixSocketEnd:
         own = self._own(file)
