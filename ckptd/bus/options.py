@@ -11,6 +11,7 @@ from ckptd.errors import InvalidArgument
 from ckptd.external import MAX_INHERITED, MAX_POLICIES, is_policy, is_what
 from ckptd.kernel.statx import is_socket, is_terminal
 from ckptd.protocol.requests import After, ChangedFiles, FreezeMode
+from ckptd.sysv import MAX_NAMES, is_name
 from ckptd.target import MAX_PATH, WORDS, CgroupTarget, clean_path, is_valid
 
 MAX_TIMEOUT = 3600 * 1_000_000      # microseconds
@@ -54,6 +55,10 @@ def _is_external(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) <= MAX_POLICIES and all(map(is_policy, value))
 
 
+def _is_sysv(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) <= MAX_NAMES and all(map(is_name, value))
+
+
 def _is_inherited(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) <= MAX_INHERITED and all(map(_is_given, value))
 
@@ -76,6 +81,7 @@ HANDLE_TOKEN = Option('handle_token', '1 to 64 characters of A-Z a-z 0-9 _', _is
 SAVE_FILES = _flag('save_files')
 SAVE_LIMIT = _number('save_limit', 'bytes', MAX_SIZE)
 EXTERNAL = Option('external', f'up to {MAX_POLICIES} texts WHAT:ACTION', _is_external)
+SYSV = Option('sysv', f'up to {MAX_NAMES} texts ID, sem:ID or msg:ID', _is_sysv)
 CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgroup)
 CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
 INHERIT = Option('inherit', f'up to {MAX_INHERITED} pairs (WHAT, file descriptor of a socket)', _is_inherited)
@@ -84,14 +90,14 @@ TERMINAL = Option('terminal', f'a file descriptor of a terminal, or "{DETACHED}"
 DETACH = _flag('detach')
 TARGET = Option('target', f'the text of a target; {WORDS}', lambda value: isinstance(value, str))
 
-SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT, EXTERNAL)
+SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT, EXTERNAL, SYSV)
 # a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach
 CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('force'), _flag('leave_stopped'), CHANGED_FILES,
                  _flag('wait'), INHERIT, TERMINAL)
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
 INHIBIT = (TARGET,)
-CHECK = (FREEZE, EXTERNAL)
+CHECK = (FREEZE, EXTERNAL, SYSV)
 FREEZING = (FREEZE, TIMEOUT, DETACH)
 NONE: tuple[Option, ...] = ()
 

@@ -36,6 +36,15 @@ def inherited(text: str) -> tuple[str, int]:
     return what, fd
 
 
+def sysv(text: str) -> list[str]:
+    """Return the names of System V objects, which are separated by commas."""
+    from ckptd.sysv import parse_name
+    try:
+        return [str(parse_name(name)) for name in text.split(',')]
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(f'{error.message}: {error.hint}') from error
+
+
 def timespan(text: str) -> int:
     """Call parse_timespan."""
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ckptd import __version__
-from ckptd.cli.argument_types import cgroup, inherited, size, target, timespan
+from ckptd.cli.argument_types import cgroup, inherited, size, sysv, target, timespan
 from ckptd.errors import InvalidArgument
 
 FREEZE_MODES = ('auto', 'cgroup', 'unit', 'ptrace', 'caller')
@@ -77,6 +77,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--save-limit', type=size, metavar='SIZE',
                         help='save at most SIZE of such content in all: "64M", "1G" (default)')
     _external(parser)
+    _sysv(parser)
     parser.add_argument('--as-root', action='store_true',
                         help='dump with root\'s rights, even if the whole tree belongs to one other user')
     parser.add_argument('--detach', action='store_true', help='print the job and return at once')
@@ -87,6 +88,12 @@ def _external(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--external', action='append', default=[], metavar='WHAT:ACTION',
                         help='what becomes of a connection to a process outside of the tree; WHAT: a path, @NAME, '
                              'tcp:ADDRESS:PORT or any; ACTION: refuse (default), close, keep, reconnect or inherit')
+
+
+def _sysv(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--sysv', action='extend', default=[], metavar='ID,...', type=sysv,
+                        help='save these System V semaphores and message queues, too: ids (ipcs -s -q), sem:ID or '
+                             'msg:ID')
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +125,7 @@ def _restore(parser: argparse.ArgumentParser) -> None:
 def _check(parser: argparse.ArgumentParser) -> None:
     _target(parser)
     _external(parser)
+    _sysv(parser)
 
 
 def _thaw(parser: argparse.ArgumentParser) -> None:

@@ -19,13 +19,13 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
         options |= {name: True for name in ('force', 'save_files', 'as_root') if getattr(args, name)}
         if args.save_limit is not None:
             options['save_limit'] = args.save_limit
-        options |= external_options(args)
+        options |= outside_options(args)
     return options
 
 
-def external_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Build the option of Checkpoint and Check about peers outside of the tree."""
-    return {'external': args.external} if args.external else {}
+def outside_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Build the options of Checkpoint and Check about peers and objects outside of the tree."""
+    return {name: value for name in ('external', 'sysv') if (value := getattr(args, name))}
 
 
 def restore_options(args: argparse.Namespace) -> dict[str, Any]:

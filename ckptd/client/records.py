@@ -32,6 +32,7 @@ class CheckpointOptions(FreezeOptions, total=False):
     save_files: bool     # keep the content of files that are open for writing
     save_limit: int      # bytes of such content in all
     external: Sequence[str]     # policies for connections to the outside: '/run/app.sock:close'
+    sysv: Sequence[str]         # System V objects to save, too: 'sem:ID', 'msg:ID' or 'ID'
     as_root: bool        # use root's rights although the whole tree belongs to one user
     handle_token: str    # name in the path of the job's object
 

@@ -39,6 +39,7 @@ from ckptd.kernel.timens import ClockReadings
 from ckptd.objects.attributes import registry
 from ckptd.objects.attributes.base import DumpedProcess, DumpedTask, Owners, Scope
 from ckptd.objects.attributes.registry import Answers
+from ckptd.objects.ipc import registry as ipc
 from ckptd.objects.namespaces import registry as namespace_kinds
 from ckptd.operation.timers import Timers
 from ckptd.remote.borrow import OwnIds
@@ -134,6 +135,7 @@ class Dump:
                                for tid, sleep in sleeps.items()]
         self._task_records += [wait.record(self._vtids[tid], clocks.host) for tid, wait in self.waits.items()]
         self._tree_records += [self._task(task) for task in self.tree]
+        self._tree_records += ipc.dump(self._cache.sysv)
         fault('state-read')
 
     def _process(self, threads: list[Task]) -> Steps[None]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every record of an image, by part. The order inside a part is the order of the dump.
 
-    tree.img    Header, Namespaces, TaskIds (chunks of 256), Task per task in depth-first order
+    tree.img    Header, Namespaces, TaskIds (chunks of 256), Task per task in depth-first order; SystemVObject each
     tasks.img   Credentials, Scheduling, Registers, ThreadSignals, ThreadPointers per task, SleepLeft of those that
                 slept in a system call; ProcessState, Limits, IntervalTimers, PosixTimers per process; SignalActions,
                 Fs per object; TaskAttribute per attribute of any of these that differs from a new task's
@@ -104,6 +104,15 @@ class Namespaces(Record):
     def own_pidns(self) -> bool:
         """Whether the tree lived in a pid namespace of its own."""
         return any(one.name == 'pid' and not one.own for one in self.namespaces)
+
+
+@record(0x0005, optional=True)
+class SystemVObject(Record):
+    """A set of System V semaphores, or a message queue. It belongs to no task."""
+    number: U32     # counts from 1
+    type: str       # of ckptd.sysv
+    id: U32
+    data: bytes     # of its type, see ckptd.objects.ipc
 
 
 # ---------------------------------------------------------------- tasks.img

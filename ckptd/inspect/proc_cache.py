@@ -6,7 +6,7 @@ The contents stay true only for a tree at rest. A check of a running tree makes 
 
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ckptd.kernel.creds import CAP_SYS_PTRACE, UserIds, file_rights
@@ -15,6 +15,7 @@ from ckptd.kernel.maps import Mapping, read_smaps
 from ckptd.kernel.status import Status, read_status
 from ckptd.objects.files.base import OpenFile, read_open_file
 from ckptd.objects.files.registry import Kinds
+from ckptd.sysv import SysvName
 from ckptd.tree import Task
 
 
@@ -29,6 +30,7 @@ class ProcCache:
                  at_rest: bool = False) -> None:
         self._severed, self._caller, self.at_rest = severed, caller, at_rest
         self.kinds = Kinds()
+        self.sysv: Sequence[SysvName] = ()      # System V objects that belong to the image
         self._statuses: dict[int, Status] = {}
         self._mappings: dict[int, list[Mapping]] = {}
         self._files: dict[int, list[OpenFile]] = {}

@@ -142,9 +142,9 @@ class RequestFactory:
                 'timeout_usec': timeout or min(self.config.freeze_timeout_usec, MAX_TIMEOUT)}
 
     def _dumped(self, target: AnyTarget, caller: Caller, more: dict[str, Any]) -> dict[str, Any]:
-        """Return fields of a dump. The policies for peers are taken out of `more`."""
+        """Return fields of a dump. Policies for peers and names of objects are taken out of `more`."""
         return {'avoid': self._avoid(caller), 'sever': self.bus if target == CALLER else 0,
-                'external': (*self.config.external, *more.pop('external', ()))}
+                'external': (*self.config.external, *more.pop('external', ())), 'sysv': tuple(more.pop('sysv', ()))}
 
     def _avoid(self, caller: Caller) -> tuple[int, ...]:
         return (*self.avoid, self.client) if self.client and self.client == caller.pid else self.avoid

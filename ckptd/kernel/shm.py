@@ -18,33 +18,15 @@ from ckptd.kernel.decl import (
     libc,
     s32,
     s64,
-    u16,
-    u32,
     u64,
 )
+from ckptd.kernel.ipc import IPC_CREAT, IPC_EXCL, IPC_RMID, IPC_SET, IPC_STAT, choose_next_id, ipc_perm
 from ckptd.kernel.mman import huge_page_flags
 
-IPC_RMID, IPC_SET, IPC_STAT = 0, 1, 2       # <linux/ipc.h>
-IPC_CREAT, IPC_EXCL = 0o1000, 0o2000
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000    # of shmat(2)
 SHM_DEST = 0o1000       # <linux/shm.h>, of mode: destroyed at the last detach
 SHM_LOCKED = 0o2000
 SHM_HUGETLB = 0o4000    # of shmget(2)
-
-
-@cstruct(size=48)
-class ipc_perm(ctypes.Structure):
-    """struct ipc64_perm of <asm-generic/ipcbuf.h>"""
-    key: s32
-    uid: u32
-    gid: u32
-    cuid: u32
-    cgid: u32
-    mode: u32
-    seq: u16
-    pad2: u16
-    unused1: c_ulong
-    unused2: c_ulong
 
 
 @cstruct(size=112)
@@ -106,8 +88,7 @@ def shmget_at(shmid: int, key: int, size: int, mode: int, huge: int = 0) -> None
     """Make a segment with exactly this id. EEXIST: another one has the id or the key; EPERM without
     CAP_CHECKPOINT_RESTORE (sysctl kernel.shm_next_id, proc_sys_kernel(5)). huge: size of its pages in bytes, if they
     are huge pages; EPERM without CAP_IPC_LOCK (vm.hugetlb_shm_group)."""
-    with open('/proc/sys/kernel/shm_next_id', 'wb', buffering=0) as file:  # noqa: PTH123
-        file.write(str(shmid).encode())
+    choose_next_id('shm', shmid)
     flags = SHM_HUGETLB | huge_page_flags(huge) if huge else 0
     got = _shmget(ctypes.c_int(key).value, size, ctypes.c_int(mode | flags | IPC_CREAT | IPC_EXCL).value)
     if got != shmid:

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from ckptd.objects import attributes, files, mappings, namespaces
+from ckptd.objects import attributes, files, ipc, mappings, namespaces
 from ckptd.objects.modules import modules_of
 from ckptd.objects.support import Support
 
 # the package of the objects, by section of the page
 TABLES: Mapping[str, ModuleType] = {'OPEN FILES': files, 'TASKS': attributes, 'MEMORY': mappings,
-                                    'NAMESPACES': namespaces}
+                                    'SYSTEM V IPC': ipc, 'NAMESPACES': namespaces}
 _HEADING = '| | dumped | restored | |\n|---|---|---|---|\n'
 _TABLE = r'(^## {}\n(?:(?!## |\|).*\n)*)(?:\|.*\n)+'
 

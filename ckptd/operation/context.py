@@ -46,6 +46,7 @@ from ckptd.protocol.requests import (
     JobRequest,
     TreeRequest,
 )
+from ckptd.sysv import parse_name
 from ckptd.target import ProcessTarget
 from ckptd.tree import Tree
 
@@ -121,6 +122,7 @@ class JobContext(Generic[R_co]):
         tables = cache.kinds.tables
         tables.is_taken = isinstance(self.request, CheckpointRequest) and self.request.after == 'kill'
         tables.external = Policies.parse(self.request.external)
+        cache.sysv = tuple(map(parse_name, self.request.sysv))
         if self.request.brokered:
             tables.has_handles, tables.watched_paths = True, BrokerClient(self.channel).watched_paths
         return cache

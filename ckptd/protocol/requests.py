@@ -144,6 +144,7 @@ class DumpRequest(FreezerRequest, frozen=True, kw_only=True):
     may_move: bool = False              # a worker outside of the daemon's sandbox can take over, if this one says that
                                         # it is Confined
     external: tuple[str, ...] = ()      # policies for connections to the outside (ckptd.external), the later counts
+    sysv: tuple[str, ...] = ()          # System V objects that belong to the image (ckptd.sysv)
     trace_under_yama: bool = False      # the user's worker keeps CAP_SYS_PTRACE until it traces the tree
 
 

@@ -25,6 +25,7 @@ from ckptd.kernel.ptrace import let_go
 from ckptd.objects.attributes.allowed import Allowed
 from ckptd.objects.attributes.base import Stage
 from ckptd.objects.files.deleted import open_directory
+from ckptd.objects.ipc.registry import make_all
 from ckptd.objects.namespaces.birth import make_reaper
 from ckptd.objects.namespaces.registry import enter
 from ckptd.operation.clock import Clock
@@ -112,6 +113,7 @@ class Restore:
         stack.callback(self._files.kinds.close)
         self._objects = self._files.objects
         self._files.open_all(late=False)
+        make_all(reader, self._place.note)
         self._spaces = {mm_id: Space(reader, mm_id, self._plan.origins.get(mm_id, 0), self._objects, self._data,
                                      self._locked(mm_id), self._on_bytes) for mm_id in self._mms}
         for space in self._spaces.values():

@@ -4,7 +4,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import assert_never
 
@@ -18,6 +18,7 @@ from ckptd.inspect.scan import scan_tree
 from ckptd.inspect.task_rows import image_rows, live_rows
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
+from ckptd.objects.ipc.registry import damages as system_v_damages
 from ckptd.objects.verify import file_damages
 from ckptd.operation.context import JobContext
 from ckptd.protocol.channel import Channel
@@ -90,7 +91,7 @@ def verify_image(job: JobContext[VerifyRequest]) -> None:
         damages = verify(files)
         if not damages:     # if there are some, its records may be unreadable
             with ImageReader(files) as reader:
-                damages = list(islice(file_damages(reader), MAX_DAMAGES))
+                damages = list(islice(chain(file_damages(reader), system_v_damages(reader)), MAX_DAMAGES))
         job.channel.finish('damages', damages)
 
 

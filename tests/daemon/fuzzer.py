@@ -51,6 +51,8 @@ PLAUSIBLE: dict[str, Sequence[Variant]] = {
     'force': [Variant('b', True), Variant('b', False)],
     'save_files': [Variant('b', True), Variant('b', False)],
     'external': [Variant('as', []), Variant('as', ['any:close']), Variant('as', ['x']), Variant('s', 'any:close')],
+    'sysv': [Variant('as', []), Variant('as', ['sem:2147483647']), Variant('as', ['x']), Variant('s', '0')],
+    'inherit': [Variant('a(sh)', []), Variant('as', ['any']), Variant('a(ss)', [['any', '0']])],
     'save_limit': [Variant('t', 0), Variant('t', 1), Variant('t', 2**63)],
     'changed_files': [Variant('s', 'refuse'), Variant('s', 'accept')],
     'leave_stopped': [Variant('b', True)],

@@ -107,4 +107,4 @@ def test_an_unknown_option_hears_of_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match='unknown option "aftr"') as caught:
         parse_options({'aftr': 'kill'}, CHECKPOINT)
     assert caught.value.hint == 'options here: freeze, after, force, timeout, save_files, save_limit, external, ' \
-        'as_root, detach, handle_token'
+        'sysv, as_root, detach, handle_token'

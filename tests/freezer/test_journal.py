@@ -34,6 +34,7 @@ from ckptd.journal.steps import (
     MakeFile,
     MakeHome,
     MakeSegment,
+    MakeSystemV,
     Move,
     Moved,
     RepairSockets,
@@ -92,7 +93,8 @@ def test_steps_that_last_as_long_as_the_tree_are_kept(journal: Journal) -> None:
               LinkFile('/a/b', 1, 2, '/spool/x', 0, 0, ()), WalkQueues((), ()), TakeFromTerminal(1, 2, 3, 4, b''),
               EndUsersProcesses((Known(5, 6),)),
               RepairSockets((HeldSocket(1, 2, 3),)), DropPackets('ckptd-0123456789abcdef')]
-    kept = [Born(work), MakeHome('/a/c'), MakeSegment(1, 2, 3), MakeFile('/a/b', 1, 2, 0, 0, ()),
+    kept = [Born(work), MakeHome('/a/c'), MakeSegment(1, 2, 3), MakeSystemV(1, 2, is_queue=True),
+            MakeFile('/a/b', 1, 2, 0, 0, ()),
             KeepFile('/a/b', 1, 2, 3, 4, 5, '/kept'), BindSocket('/a/s', '/a/.s.0', 1, 2)]
     for step in (*undone, *kept):
         entry.add(step)

@@ -12,6 +12,7 @@ from ckptd.image.records import SavedFile, SharedMemory, TaskAttribute
 from ckptd.objects.attributes.registry import ATTRIBUTES
 from ckptd.objects.files.registry import BY_TAG
 from ckptd.objects.files.unsupported import Unsupported
+from ckptd.objects.ipc.base import SystemVKind
 from ckptd.objects.mappings.registry import REGIONS, MappingKinds
 from ckptd.objects.mappings.shared_memory import SharedMemoryKind
 from ckptd.objects.namespaces.base import NamespaceKind
@@ -118,6 +119,9 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'VdsoMapping': ('memory',),
     'VsyscallMapping': ('memory',),
     'VvarMapping': ('memory',),
+    # System V objects
+    'QueuesKind': ('tests/worker/test_system_v.py::test_named_objects_are_made_again',),
+    'SemaphoresKind': ('tests/worker/test_system_v.py::test_named_objects_are_made_again',),
     # namespaces
     'CgroupNamespace': ('tests/worker/test_restore_checks.py::test_namespaces_that_are_not_made_again',),
     'OtherNamespace': ('tests/worker/test_restore_checks.py::test_namespaces_that_are_not_made_again',),
@@ -131,7 +135,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
 def objects() -> list[type]:
     """Every class that needs a row."""
     return [*BY_TAG.values(), Unsupported, *map(type, ATTRIBUTES), *map(type, MappingKinds().all), *map(type, REGIONS),
-            *NamespaceKind.__subclasses__()]
+            *SystemVKind.__subclasses__(), *NamespaceKind.__subclasses__()]
 
 
 def missing(victim: str, reader: ImageReader) -> set[str]:

@@ -27,8 +27,8 @@ SECTIONS = {
     'ckptd-restore-limits.7.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'REFUSED AT THE CHECKPOINT',
                                   'INTERRUPTED SYSTEM CALLS', 'CHANGED BY A RESTART', 'LOST WITHOUT A WARNING',
                                   'SEE ALSO'),
-    'ckptd-objects.7.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'OPEN FILES', 'TASKS', 'MEMORY', 'NAMESPACES',
-                           'SEE ALSO'),
+    'ckptd-objects.7.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'OPEN FILES', 'TASKS', 'MEMORY', 'SYSTEM V IPC',
+                           'NAMESPACES', 'SEE ALSO'),
     'ckptctl.1.md': ('NAME', 'SYNOPSIS', 'DESCRIPTION', 'COMMANDS', 'OPTIONS', 'EXIT STATUS', 'EXAMPLES', 'SEE ALSO'),
 }
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob('*.md'), *DOCS.glob('*.md')))

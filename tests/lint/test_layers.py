@@ -19,18 +19,19 @@ LONG_TABLES = {'ckptd.image.records': 450}
 
 # a layer may import from the layers before it, and from itself
 ORDER = ['errors', 'faults', 'fileio', 'flock', 'logs', 'places', 'notify', 'external', 'config', 'tree', 'target',
-         'kernel',
+         'sysv', 'kernel',
          'image', 'journal', 'remote', 'objects', 'inspect', 'freezer', 'protocol', 'operation',
          'dump', 'restore', 'worker', 'jobs', 'bus', 'client', 'cli', 'daemon']
 # finer than the order. These layers know nothing of the others, whatever stands before them
 ONLY_LAYERS = {
     'faults': set(), 'fileio': set(), 'flock': set(), 'logs': set(), 'places': {'errors'}, 'notify': {'errors'},
     'external': {'errors'}, 'config': {'errors', 'external'}, 'tree': {'errors'}, 'target': {'errors'},
+    'sysv': {'errors'},
     'kernel': {'errors', 'tree'},               # no policy
     'image': {'errors', 'tree', 'fileio', 'flock'},     # no kernel
     'journal': {'errors', 'tree', 'kernel', 'fileio', 'flock'},
     'client': {'errors', 'kernel', 'bus'},
-    'cli': {'errors', 'external', 'target', 'image', 'bus', 'client', 'notify', 'kernel'},
+    'cli': {'errors', 'external', 'sysv', 'target', 'image', 'bus', 'client', 'notify', 'kernel'},
 }
 # the daemon never touches a tracee: it and its layers know of a worker no more than how to talk to it
 WORKERS = ['remote', 'objects', 'protocol', 'operation', 'dump', 'restore',
@@ -112,6 +113,7 @@ COMMON = {
               'rollback', 'sound', 'tables', 'unsupported', 'watched'},
     'attributes': {'__init__', 'allowed', 'base', 'registry'},
     'mappings': {'__init__', 'base', 'means', 'registry'},
+    'ipc': {'__init__', 'base', 'registry'},
     'namespaces': {'__init__', 'base', 'birth', 'registry'},
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.objects import attributes, files, mappings, namespaces, table
+from ckptd.objects import attributes, files, ipc, mappings, namespaces, table
 from ckptd.objects.modules import modules_of
 from ckptd.objects.support import Support
 from tests.lib.shown import SHOWN, objects
@@ -18,7 +18,7 @@ PAGE = ROOT / 'docs' / 'ckptd-objects.7.md'
 
 def rows_of_modules() -> dict[str, Support]:
     return {f'SUPPORT of {module.__name__.rpartition(".")[2]}': module.SUPPORT
-            for package in (files, attributes, mappings, namespaces) for module in modules_of(package)
+            for package in (files, attributes, mappings, ipc, namespaces) for module in modules_of(package)
             if hasattr(module, 'SUPPORT')}
 
 

@@ -70,6 +70,8 @@ UNREAD = {
         'unacknowledged', 'unread', 'until', 'window')},
     **{f'InheritedSocket.{name}': 'of a connection to the outside, see tests/worker/test_inherited.py' for name in (
         'what', 'family', 'type', 'protocol')},
+    **{f'SystemVObject.{name}': 'of an object that is named, see tests/worker/test_system_v.py' for name in (
+        'number', 'type', 'id', 'data')},
     'Credentials.keepcaps': 'is a bit of securebits',
     'Directory.device': _THERE,
     'Fifo.mode': 'OpenFile.mode is the same',

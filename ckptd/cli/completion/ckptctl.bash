@@ -28,6 +28,14 @@ __ckptctl_cgroups() {
         while read -r directory; do printf '%s\n' "${directory#/sys/fs/cgroup}"; done
 }
 
+__ckptctl_sysv() {
+    # semaphores and message queues: sem:ID, msg:ID
+    local type
+    for type in sem msg; do
+        tail -n +2 "/proc/sysvipc/$type" 2>/dev/null | while read -r _ id _; do echo "$type:$id"; done
+    done
+}
+
 __ckptctl_words() {
     # the words of $1, one a line on standard input or in the argument, that begin with what was typed
     local IFS=$'\n'
@@ -39,9 +47,9 @@ _ckptctl() {
     local common='--help --json --no-legend --all --system --user --address --standalone --spool'
     local commands='checkpoint restore check tree freeze thaw jobs cancel list show verify remove export import inhibit inhibitors monitor doctor demo'
     local -A options=(
-        [checkpoint]='--freeze --timeout --kill --force --leave-frozen --save-files --save-limit --external --as-root --detach --quiet'
+        [checkpoint]='--freeze --timeout --kill --force --leave-frozen --save-files --save-limit --external --sysv --as-root --detach --quiet'
         [restore]='--wait --detach --new-pidns --clamp --force --cgroup --leave-stopped --changed-files --terminal --inherit --dry-run'
-        [check]='--external'
+        [check]='--external --sysv'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'
         [export]='--format --force'
@@ -55,6 +63,7 @@ _ckptctl() {
         --timeout) __ckptctl_words $'500ms\n10s\n30s\n2min'; return ;;
         --save-limit) __ckptctl_words $'64M\n256M\n1G\n4G'; return ;;
         --external) __ckptctl_words $'any:close\nany:keep\nany:reconnect\nany:inherit'; return ;;
+        --sysv) __ckptctl_words "$(__ckptctl_sysv)"; return ;;
         --changed-files) __ckptctl_words $'refuse\naccept\nrollback'; return ;;
         --terminal) __ckptctl_words 'detach'; return ;;
         --inherit) __ckptctl_words 'any='; return ;;
@@ -64,7 +73,7 @@ _ckptctl() {
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
-            --address|--spool|--freeze|--timeout|--save-limit|--external|--changed-files|--terminal|--inherit|--cgroup|--format|--who|--why) i=$((i + 1)) ;;
+            --address|--spool|--freeze|--timeout|--save-limit|--external|--sysv|--changed-files|--terminal|--inherit|--cgroup|--format|--who|--why) i=$((i + 1)) ;;
             -*) ;;
             *) command=${COMP_WORDS[i]}; break ;;
         esac

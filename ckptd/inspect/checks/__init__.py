@@ -57,7 +57,7 @@ def check_tree(tree: Tree, caller: CallerRights, *, frozen_required: bool = Fals
         found += check_frozen(seen, caller.pid)
     found += check_vmas(seen, cache)
     found += check_files(seen, cache)
-    found += check_system_v(seen)
+    found += check_system_v(seen, cache.sysv)
     return told_dead(tree, found)
 
 

@@ -10,19 +10,21 @@ from ckptd.journal.steps.processes import EndProcesses, EndUsersProcesses, Known
 from ckptd.journal.steps.repair import RepairSockets
 from ckptd.journal.steps.segments import MakeSegment
 from ckptd.journal.steps.sockets import BindSocket
+from ckptd.journal.steps.system_v import MakeSystemV
 from ckptd.journal.steps.terminals import TakeFromTerminal
 from ckptd.journal.steps.units import FreezeUnit, ThawUnit
 from ckptd.journal.steps.walks import HeldSocket, PeekOffset, WalkQueues
 
 __all__ = ['AnyStep', 'BindSocket', 'Born', 'Count', 'DropPackets', 'EndProcesses', 'EndUsersProcesses',
            'FreezeCgroup', 'FreezeUnit', 'HeldSocket', 'KeepFile', 'Known', 'Lifetime', 'LinkFile', 'MakeCgroup',
-           'MakeFile', 'MakeHome', 'MakeSegment', 'Move', 'Moved', 'PeekOffset', 'Pid', 'RepairSockets',
-           'RestartStep', 'Step', 'StepContext', 'TakeFromTerminal', 'TakeStep', 'ThawUnit', 'WalkQueues']
+           'MakeFile', 'MakeHome', 'MakeSegment', 'MakeSystemV', 'Move', 'Moved', 'PeekOffset', 'Pid',
+           'RepairSockets', 'RestartStep', 'Step', 'StepContext', 'TakeFromTerminal', 'TakeStep', 'ThawUnit',
+           'WalkQueues']
 
 AnyStep = (MakeCgroup | FreezeCgroup | Move | FreezeUnit | ThawUnit | MakeHome | Born | MakeSegment | MakeFile
            | KeepFile | LinkFile | EndProcesses | EndUsersProcesses | WalkQueues | BindSocket
-           | TakeFromTerminal | RepairSockets | DropPackets)
+           | TakeFromTerminal | RepairSockets | DropPackets | MakeSystemV)
 # steps by which a checkpoint takes out of the kernel what it kills the tree for
 TakeStep = TakeFromTerminal | RepairSockets | DropPackets
 # steps by which a restart makes and changes objects outside of its tree, with the rights of the user
-RestartStep = MakeSegment | MakeFile | KeepFile | BindSocket
+RestartStep = MakeSegment | MakeSystemV | MakeFile | KeepFile | BindSocket

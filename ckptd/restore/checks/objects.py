@@ -13,6 +13,7 @@ from ckptd.image.records import FdTable, Fs, SavedFile
 from ckptd.kernel.creds import CAP_SYS_CHROOT
 from ckptd.objects.files.base import DELETED
 from ckptd.objects.files.deleted import deleted_findings, home_of, is_removed
+from ckptd.objects.ipc import registry as ipc
 from ckptd.objects.mappings.registry import restart_findings
 from ckptd.objects.verify import decode, file_ids, payload_flaws
 from ckptd.restore.checks.context import CheckContext, about, once
@@ -20,6 +21,7 @@ from ckptd.restore.checks.context import CheckContext, about, once
 
 def check(context: CheckContext) -> list[Finding]:
     return once([*map(context.by_whom, _open_files(context)), *_given(context), *restart_findings(context),
+                 *ipc.restart_findings(context),
                  *map(context.by_whom, _directories(context))])
 
 
