@@ -253,9 +253,6 @@ def _add_files(picture: Picture, pid: int, moving: bool) -> None:
                     elif name == 'fanotify ino':    # a row for each mark
                         number, _, value = value.partition(' ')
                         name = f'fanotify {number}'
-                    elif name == 'flags' and str(link.parent) == '/' and str(link) != '/':
-                        # a message queue: open(2) sets O_LARGEFILE, and mq_open(2) does not
-                        value = f'{int(value, 8) & ~0o100000:#o}'
                     if not (moving and name == 'pos') and name not in FILES_OWN:
                         picture.add(pid, f'fd {entry.name}', name, value.strip())
 

@@ -72,9 +72,10 @@ R = TypeVar('R', bound=Struct)
 
 _OF_PROCESS = re.compile(r'/proc/(\d{1,10})(?:/|$)')
 _TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
-# fcntl(2), F_GETFL; 0o100000 is the kernel's O_LARGEFILE, which is 0 in C libraries for 64 bit
+O_LARGEFILE = 0o100000      # of the kernel; it is 0 in C libraries for 64 bit
+# fcntl(2), F_GETFL
 _OF_OPEN_FILES = (os.O_ACCMODE | os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_DIRECTORY | os.O_NOATIME | os.O_NOFOLLOW
-                  | os.O_NONBLOCK | os.O_PATH | os.O_SYNC | 0o100000)
+                  | os.O_NONBLOCK | os.O_PATH | os.O_SYNC | O_LARGEFILE)
 # flags that open(2) of a magic link rejects, because it is a link; and O_ASYNC, which only F_SETFL sets (open(2))
 _NOT_AGAIN = os.O_NOFOLLOW | os.O_ASYNC | os.O_CREAT | os.O_EXCL | os.O_TRUNC
 

@@ -26,9 +26,20 @@ from ckptd.kernel.mqueue import (
     parse_state,
     sigevent,
 )
-from ckptd.objects.files.base import DELETED, Content, FileLookup, Kind, OpenFile, RestoreContext, finding, opening
+from ckptd.objects.files.base import (
+    DELETED,
+    O_LARGEFILE,
+    Content,
+    FileLookup,
+    Kind,
+    OpenFile,
+    RestoreContext,
+    finding,
+    opening,
+)
 from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.deleted import open_nameless
+from ckptd.objects.files.tables import JobTables
 from ckptd.objects.support import Support
 
 _MOST = (1 << 31) - 1       # ipc/mqueue.c, HARD_MSGMAX and HARD_MSGSIZEMAX are below
@@ -61,6 +72,10 @@ class MessageQueueKind(Kind[MessageQueue], tag='mqueue'):
     support = Support('POSIX message queues', dumped='name', restored='partly',
                       refused='one that was unlinked while it has messages, a notification by a thread, another IPC '
                       'namespace', warned='the value of a notification')
+
+    def __init__(self, tables: JobTables) -> None:
+        super().__init__(tables)
+        self._opened: dict[tuple[int, int], int] = {}       # fds of queues, by inode and access mode
 
     def matches(self, file: OpenFile) -> bool:
         return not file.is_path and stat.S_ISREG(file.stat.st_mode) and file.magic == statfs.MQUEUE_MAGIC
@@ -126,14 +141,36 @@ class MessageQueueKind(Kind[MessageQueue], tag='mqueue'):
 
     def create(self, record: MessageQueue, saved: SavedFile, ctx: RestoreContext) -> int:
         if record.unlinked:
-            base = ctx.once(('mqueue', record.inode), lambda: _make(record, ctx))
-            return open_nameless(base, saved.flags, ctx)
+            base = ctx.once(('mqueue', record.inode), lambda: self._make(record, ctx))
+            key = record.inode, saved.flags & (os.O_ACCMODE | O_LARGEFILE)
+            return self._opened.pop(key) if key in self._opened else open_nameless(base, saved.flags, ctx)
         with ctx.as_user():
             fd = mq_open(record.name, opening(saved.flags))
         if os.fstat(fd).st_ino != record.inode and ctx.changed_files != 'accept':
             os.close(fd)
             raise CkptError(f'the message queue {record.name} is another one', resource=saved.link)
         return fd
+
+    def _make(self, record: MessageQueue, ctx: RestoreContext) -> int:
+        """Make an empty queue without a name, and open it once in each access mode while it has one: open(2) of a magic
+        link sets O_LARGEFILE, which mq_open(2) does not. /proc shows the old name, if it is free."""
+        names = (record.name, *(f'{record.name[:200]}.{secrets.token_hex(4)}' for _ in range(_TRIES)))
+        for name in names:
+            with suppress(FileExistsError):
+                with ctx.as_user():
+                    fd = mq_create(name, min(record.maxmsg, _MOST), min(record.msgsize, _MOST))
+                    try:
+                        for access in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+                            self._opened[record.inode, access] = mq_open(name, access)
+                    finally:
+                        mq_unlink(name)
+                set_owner(fd, record.mode, record.uid, record.gid, ctx)
+                return fd
+        raise CkptError(f'the message queue {record.name} cannot be made again', resource=record.name)
+
+    def close(self) -> None:
+        while self._opened:
+            os.close(self._opened.popitem()[1])
 
     def connect(self, record: MessageQueue, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         """Register for notifications again. The kernel ends one when its process closes any fd of the queue."""
@@ -155,16 +192,3 @@ def _name(file: OpenFile) -> str:
 def _read_state(file: OpenFile) -> QueueState:
     with file.reopen(os.O_RDONLY) as fd:
         return parse_state(os.read(fd, 256))
-
-
-def _make(record: MessageQueue, ctx: RestoreContext) -> int:
-    """Make an empty queue without a name. /proc shows the old one, if it is free."""
-    names = (record.name, *(f'{record.name[:200]}.{secrets.token_hex(4)}' for _ in range(_TRIES)))
-    for name in names:
-        with suppress(FileExistsError):
-            with ctx.as_user():
-                fd = mq_create(name, min(record.maxmsg, _MOST), min(record.msgsize, _MOST))
-                mq_unlink(name)
-            set_owner(fd, record.mode, record.uid, record.gid, ctx)
-            return fd
-    raise CkptError(f'the message queue {record.name} cannot be made again', resource=record.name)

@@ -19,6 +19,7 @@ from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
 from ckptd.objects.files.base import (
+    O_LARGEFILE,
     Content,
     Endpoint,
     FileLookup,
@@ -32,7 +33,6 @@ from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.support import Support
 
 Key = tuple[str, int, int]
-O_LARGEFILE = 0o100000      # <asm-generic/fcntl.h>; in C libraries for 64 bit it is 0
 
 
 @layout
