@@ -197,6 +197,7 @@ NEEDS = {
     'gcc': Need(_program('gcc'), APT + 'gcc libc6-dev'),
     'fuse': Need(_fuse, 'sudo modprobe fuse'),
     'gdb': Need(_program('gdb'), APT + 'gdb'),
+    'mariadb': Need(_program('mariadbd', 'mariadb', 'mariadb-install-db'), APT + 'mariadb-server'),
     'memcached': Need(_program('memcached'), APT + 'memcached'),
     'mosquitto': Need(_program('mosquitto', 'mosquitto_sub'), APT + 'mosquitto mosquitto-clients'),
     'nginx': Need(_program('nginx'), APT + 'nginx-light'),

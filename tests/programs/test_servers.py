@@ -18,8 +18,9 @@ from tests.programs.test_programs import Program
 
 pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'root'), pytest.mark.timeout(240)]
 # of work/served, by what the gate calls the program
-OF_OTHERS = {'java': 'web.Java', 'memcached': 'databases.Memcached', 'mosquitto': 'databases.Mosquitto',
-             'nginx': 'web.Nginx', 'node': 'web.Node', 'postgres': 'databases.Postgres', 'redis': 'databases.Redis'}
+OF_OTHERS = {'java': 'web.Java', 'mariadb': 'databases.Mariadb', 'memcached': 'databases.Memcached',
+             'mosquitto': 'databases.Mosquitto', 'nginx': 'web.Nginx', 'node': 'web.Node',
+             'postgres': 'databases.Postgres', 'redis': 'databases.Redis'}
 SERVERS = [*(pytest.param(name, id=name) for name in ('python.Asyncio', 'python.Manager')),
            *(pytest.param(name, id=program, marks=pytest.mark.needs(program)) for program, name in OF_OTHERS.items())]
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Servers of data: redis, memcached, postgres, mosquitto."""
+"""Servers of data: redis, memcached, postgres, mariadb, mosquitto."""
 
 import os
 import pwd
+import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -86,6 +88,66 @@ class Postgres(Served):
         if number == 5:
             is_(self.ask('commit; select count(*) from t;'), '6')
             is_(self.once('select count(*) from t'), '6')
+
+
+class Mariadb(Served):
+    """Two servers, one with io_uring and one without; a session with each in a transaction, over TCP and over a unix
+    socket; and new sessions in each round, which have pages written to the disk."""
+
+    def start(self) -> None:
+        data = Path('uring').absolute()
+        options = ['--no-defaults', '--user=root', '--innodb-log-file-size=4M', '--innodb-buffer-pool-size=8M']
+        subprocess.run(['mariadb-install-db', *options, f'--datadir={data}', '--skip-test-db',
+                        '--auth-root-authentication-method=normal'], stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, check=True)
+        shutil.copytree(data, 'plain')
+        for name, more in (('plain', ['--skip-networking', '--innodb-use-native-aio=0']),
+                           ('uring', [f'--port={self.port}', f'--bind-address={HOST}'])):
+            self.run('mariadbd', *options, f'--datadir={Path(name).absolute()}', '--socket=socket', '--pid-file=pid',
+                     *more)
+            while self.once(name, 'select 1') != '1':
+                is_(self.server.poll(), None)
+                time.sleep(0.01)
+            self.once(name, 'create database d; create table d.t(n int primary key); create table d.s(n int)')
+        self.sessions = [
+            subprocess.Popen(self.client(*where), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for where in (['--socket=plain/socket'], ['--protocol=tcp', f'--host={HOST}', f'--port={self.port}'])]
+        for session in self.sessions:
+            is_(self.ask(session, 'begin; insert into t values (0); select count(*) from t;'), '1')
+        self.submitted = self.requests()
+
+    def client(self, *where: str) -> list[str]:
+        return ['mariadb', '--no-defaults', '-uroot', '-NBn', *where, 'd']
+
+    def once(self, name: str, commands: str) -> str:
+        done = subprocess.run([*self.client(f'--socket={name}/socket')[:-1], '-e', commands], capture_output=True,
+                              text=True, check=False)
+        return done.stdout.strip()
+
+    def ask(self, session: 'subprocess.Popen[str]', commands: str) -> str:
+        assert session.stdin
+        assert session.stdout
+        session.stdin.write(commands + '\n')
+        session.stdin.flush()
+        return session.stdout.readline().strip()
+
+    def requests(self) -> int:
+        """The requests of the io_uring of the second server."""
+        files = Path(f'/proc/{self.server.pid}/fd')
+        [ring] = [file.name for file in files.iterdir() if str(file.readlink()) == 'anon_inode:[io_uring]']
+        text = (files.parent / 'fdinfo' / ring).read_text()
+        return int(re.findall(r'^SqHead:\s+(\d+)', text, re.MULTILINE)[0])
+
+    def use(self, number: int) -> None:
+        for name, session in zip(('plain', 'uring'), self.sessions, strict=True):
+            is_(self.ask(session, f'insert into t values ({number}); select count(*) from t;'), str(number + 1))
+            is_(self.once(name, f'insert into d.s values ({number}); flush tables d.s for export; unlock tables; '
+                          'select count(*) from d.s; select count(*) from d.t'), f'{number}\n0')
+            if number == 5:
+                is_(self.ask(session, 'commit; select count(*) from t;'), '6')
+                is_(self.once(name, 'select count(*) from d.t'), '6')
+        before, self.submitted = self.submitted, self.requests()
+        assert self.submitted > before, 'no request of the io_uring'
 
 
 class Mosquitto(Served):
