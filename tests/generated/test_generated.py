@@ -4,6 +4,7 @@
 `make random` runs more, and different ones.
 """
 
+import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -66,6 +67,14 @@ ONCE_LOST = {
         do('make_socketpair', kind=2, flags=0), do('close', file=0)],
     **{f'a connection with a named client whose socket {file} is closed': [
         do('connect_by_name', kind=5, accept=True, client_bound=True), do('close', file=file)] for file in range(3)},
+    'mode of a socket that root has made for a user': [
+        do('make_socket', kind=1), do('change_mode', file=0, mode=0o600, owner=-1),
+        do('set_ids', call='setresuid', real=61001, effective=61001, saved=61001)],
+    'a listener that is shut down': [
+        do('make_named_socket', kind=1, flags=0, name=b'\0generated-%d', backlog=5, gone=False),
+        do('shut_down', file=0, how=2)],
+    'a controlling terminal that nobody has opened': [
+        do('make_terminal', flags=0, slave='never', locked=True, orphan=False), do('take_terminal', file=0)],
     'SO_PEERGROUPS': [do('set_groups', groups=[0, 1, 61001]), do('make_socketpair', kind=1, flags=0)],
     'write hint of a file without a name': [
         do('make_nameless', flags=2), do('set_hint', file=0, command=1036, hint=3)],
@@ -121,3 +130,17 @@ def test_a_working_directory_of_its_own_process_is_refused(attempt: Callable[[li
     assert outcome.what.startswith('checkpoint refused: Refused')
     assert 'exists only while that process does' in outcome.what
     assert outcome.wrong == []
+
+
+def test_echo_of_a_terminal_that_nobody_has_opened(attempt: Callable[[list[Operation]], Outcome]) -> None:
+    """The data at its master can only be taken out through the slave, which must stay unopened."""
+    outcome = attempt([do('make_terminal', flags=0, slave='never', locked=False, orphan=False),
+                       do('write', file=0, size=10)])
+    assert outcome.what.startswith('checkpoint refused: Busy what was written to ')
+    assert outcome.wrong == []
+
+
+def test_a_flag_of_a_deleted_file_is_named(attempt: Callable[[list[Operation]], Outcome]) -> None:
+    outcome = attempt([do('make_file', name='new', flags=os.O_NOFOLLOW, gone='unlink', mode=0o600)])
+    assert (outcome.what, outcome.wrong) == ('restored', [])
+    assert [one.partition(' /')[0] for one in outcome.warnings] == ['O_NOFOLLOW of the deleted']

@@ -29,13 +29,14 @@ from tests.worker.driver import Place
 HERE = Path(__file__).parent
 PATIENCE = 20.0         # seconds for what takes a moment
 _INTERNAL = 'internal error'
-O_TMPFILE = 0o20200000      # of fcntl.h
+O_TMPFILE, O_LARGEFILE = 0o20200000, 0o100000      # of fcntl.h
 # a warning, and the differences that it announces
 ANNOUNCED = {
     'is another terminal now': r'tty-index|/dev/pts|terminal-4',
     'a lock on .* is not kept': r'fd \d+ lock',
     'belonged to uid': r'fd\d+-stat',
     'the deleted .* is made in': r'(fd|maps) .*\(deleted\)',
+    'O_NOFOLLOW of the deleted .* is not kept': r'fd \d+ flags|fd\d+-fcntl-3',
 }
 _OUT = re.compile(r'^(\d+) (before|after) (\S+) (.*)$', re.MULTILINE)
 
@@ -150,7 +151,7 @@ class Trial:
                 self.outcome.what = f'{operation} refused: {error.name}'
                 findings = [f'{row.get("reason")}' for row in getattr(error, 'findings', ())]
                 self.outcome.what += f' {error.message} {findings}'
-                if _INTERNAL in error.message or worker.log or error.name == 'WorkerDied' or not error.hint:
+                if _INTERNAL in error.message or worker.log or error.name in ('WorkerDied', 'Failed') or not error.hint:
                     self.outcome.wrong.append('\n'.join((f'{operation}: {error.message} (hint: {error.hint})',
                                                          *worker.log)))
                 elif operation == 'restore':
@@ -181,7 +182,7 @@ class Trial:
         if not self._await(is_done):
             self.outcome.wrong.append(f'{ends} of {count} tasks have reported {moment}')
         self._await(lambda: 'R' not in states(self._victim.pid))
-        return {f'{tid} {what}': _without_tmpfile(what, value)
+        return {f'{tid} {what}': _without_flags(what, value)
                 for tid, when, what, value in _OUT.findall(self._victim.output) if when == moment}
 
     def _await(self, condition: Any) -> bool:
@@ -238,7 +239,9 @@ def _differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
             if before.get(what) != after.get(what)]
 
 
-def _without_tmpfile(what: str, value: str) -> str:
-    """F_GETFL without O_TMPFILE, see procdiff."""
-    is_flags = what.startswith('fd') and what.endswith('-fcntl-3') and int(value) & O_TMPFILE == O_TMPFILE
-    return str(int(value) & ~O_TMPFILE) if is_flags else value
+def _without_flags(what: str, value: str) -> str:
+    """F_GETFL without O_TMPFILE, see procdiff, and O_LARGEFILE, which procdiff compares."""
+    if not (what.startswith('fd') and what.endswith('-fcntl-3')):
+        return value
+    flags = int(value)
+    return str(flags & ~O_LARGEFILE & ~(O_TMPFILE if flags & O_TMPFILE == O_TMPFILE else 0))

@@ -219,8 +219,16 @@ NEEDS = {
     'mandoc': Need(_program('mandoc'), APT + 'mandoc'),
     'unshare': Need(_program('unshare', 'nsenter'), APT + 'util-linux'),
     # of `make programs`; CONTRIBUTING.md has the packages in one line
+    'chromium': Need(_program('chromium'), APT + 'chromium', heavy=True),
     'emacs': Need(_program('emacs'), APT + 'emacs-nox', heavy=True),
     'htop': Need(_program('htop'), APT + 'htop', heavy=True),
+    'ipython': Need(_file('/usr/bin/ipython3'), APT + 'ipython3', heavy=True),
+    'pexpect': Need(_file('/usr/lib/python3/dist-packages/pexpect'), APT + 'python3-pexpect', heavy=True),
+    'tk': Need(lambda: '' if list(Path('/usr/lib').glob('python3.*/lib-dynload/_tkinter.*')) else 'no tkinter',
+               APT + 'python3-tk', heavy=True),
+    'xdotool': Need(_program('xdotool', 'xwd'), APT + 'xdotool x11-apps', heavy=True),
+    'xterm': Need(_program('xterm'), APT + 'xterm', heavy=True),
+    'xvfb': Need(_program('Xvfb'), APT + 'xvfb', heavy=True),
 }
 
 

@@ -28,7 +28,7 @@ KERNELS_OWN = {'sd'}
 KEPT_FLAGS = 0x80 | 0x40000 | 0x80000 | 0x100000 | 0x8000000
 # rows that a restart does not bring back for a dead task
 OF_LIVING = {'SigPnd', 'ShdPnd', 'SigIgn', 'SigCgt', 'SigBlk', 'flags', 'nice', 'personality', 'Cpus_allowed',
-             'Cpus_allowed_list'}
+             'Cpus_allowed_list', 'policy', 'rt_priority', 'timerslack_ns'}
 O_TMPFILE = 0o20200000      # of fcntl.h
 # what is told of a task and cannot be the same: when it was made, and numbers that the kernel draws by itself
 BORN_ANEW = {('stat', 'start'), ('status', 'FDSize')}
@@ -140,6 +140,10 @@ def changes_of_restart(before: Picture, after: Picture, *, brief: bool = False) 
                 value = re.sub(r'ino:\w+ sdev:\w+|fhandle-.*', '', value)
             if brief and (task not in tasks or name in ('threads', 'Threads')):
                 continue
+            # the name of a file that was made again where another one has its former name
+            value = re.sub(r'/\.([^/]*)\.[\da-f]{8} \(deleted\)$', r'/\1 (deleted)', value)
+            if name == 'lock':      # the inode of a nameless file is a new one
+                value = re.sub(r':\d+ (?=\d+ (\d+|EOF)$)', ' ', value)
             if source.startswith('fd ') and name == 'flags' and int(value, 8) & O_TMPFILE == O_TMPFILE:
                 # it stays set in the description that made a file without a name; a restart opens an existing file
                 value = f'0{int(value, 8) & ~O_TMPFILE:o}'
@@ -217,7 +221,7 @@ def _add_thread(picture: Picture, task: Path, moving: bool) -> None:
 
 
 def _add_mappings(picture: Picture, pid: int) -> None:
-    name = ''
+    name = resident = ''
     policies = dict(line.split(' ')[:2] for line in _lines(Path(f'/proc/{pid}/numa_maps')))
     for line in _lines(Path(f'/proc/{pid}/smaps')):
         if re.match('[0-9a-f]+-[0-9a-f]+ ', line):
@@ -233,7 +237,12 @@ def _add_mappings(picture: Picture, pid: int) -> None:
             # divided among all who map them (Pss).
             if 'lf' in flags or picture.rows[pid, 'maps', name].split()[3] != '0':
                 picture.rows.pop((pid, 'maps Locked', name))
-        elif line.startswith(('Locked:', 'ProtectionKey:', 'KernelPageSize:')):
+        elif line.startswith('Rss:'):
+            resident = line.split()[1]
+        elif line.startswith('Locked:'):
+            # pages that are shared are divided among all who share them
+            picture.add(pid, 'maps Locked', name, resident if line.split()[1] != '0' else '0')
+        elif line.startswith(('ProtectionKey:', 'KernelPageSize:')):
             picture.add(pid, f'maps {line.partition(":")[0]}', name, line.split()[1])
 
 

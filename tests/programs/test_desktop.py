@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Programs that people have open in their terminals: used, checkpointed, killed, restored, and used again, twice."""
+"""Programs that people have open on their desktops: used, checkpointed, killed, restored, and used again, twice.
 
-from collections.abc import Callable, Iterator
+`make test` leaves out those with the marker `heavy`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.lib import settled
 from tests.lib.victim import kill_session
+from tests.programs import test_servers
 from tests.programs.conftest import Standalone, await_that
+from tests.programs.test_programs import Program
 from tests.programs.test_terminals import Tmux, kill, settings
 
-pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'root'), pytest.mark.timeout(240), pytest.mark.heavy]
+pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'root'), pytest.mark.timeout(240)]
+# of work/served, by what the gate calls the programs
+SERVED = {'terminals.Ipython': ['ipython'], 'terminals.Pexpect': ['pexpect'], 'browser.Chromium': ['chromium']}
+WINDOWS = {'windows.XTerm': ['xvfb', 'xdotool', 'xterm'], 'windows.Tk': ['xvfb', 'xdotool', 'tk']}
 
 
 @pytest.fixture
@@ -33,6 +42,7 @@ def generations(standalone: Standalone, pid: int, use: Callable[[int], None]) ->
         use(number)
 
 
+@pytest.mark.heavy
 @pytest.mark.needs('tmux', 'htop', 'emacs')
 def test_tmux_with_emacs_and_htop(tmux: Tmux, standalone: Standalone, tmp_path: Path) -> None:
     """The settings of the terminals stay, both screens are drawn by keys, and the text has what each round typed."""
@@ -58,3 +68,26 @@ def test_tmux_with_emacs_and_htop(tmux: Tmux, standalone: Standalone, tmp_path: 
     tmux.type(1, 'C-x', 'C-c')
     tmux.type(2, 'q')
     await_that('both have ended', lambda: len(tmux.pids()) == 1)
+
+
+def heavy(programs: Mapping[str, Sequence[str]]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.heavy, pytest.mark.needs(*needs)])
+            for name, needs in programs.items()]
+
+
+@pytest.mark.needs('less')
+@pytest.mark.parametrize('name', ['terminals.Terminals', *heavy(SERVED)])
+def test_program_with_its_client(program: Program, standalone: Standalone, tmp_path: Path, name: str) -> None:
+    test_servers.test_server_with_its_client(program, standalone, tmp_path, name)
+
+
+@pytest.mark.parametrize('name', heavy(WINDOWS))
+def test_window(program: Program, standalone: Standalone, tmp_path: Path, name: str) -> None:
+    """A program, the X server that shows it, and who types into it."""
+    try:
+        test_servers.test_server_with_its_client(program, standalone, tmp_path, name)
+    finally:
+        # of an X server that was killed
+        number = (tmp_path / 'display').read_text().removeprefix(':')
+        for path in (Path(f'/tmp/.X11-unix/X{number}'), Path(f'/tmp/.X{number}-lock')):
+            path.unlink(missing_ok=True)

@@ -4,7 +4,7 @@
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from ckptd.errors import Finding
 from ckptd.image.grammar import U64, Struct, layout
@@ -59,8 +59,9 @@ def set_owner(fd: int, mode: int, uid: int, gid: int, user: ByUser) -> None:
     user may do. If the user may not give the file away, it stays theirs, without set-user-ID and set-group-ID. The plan
     has warned about that, see `owner_findings`.
     """
-    with user.as_user():
-        of, mode = os.fstat(fd), stat.S_IMODE(mode)
+    of, mode = os.fstat(fd), stat.S_IMODE(mode)
+    # a socket has no name, and is root's if root made it: a service may have set its mode before it gave up its rights
+    with nullcontext() if user.by_root and stat.S_ISSOCK(of.st_mode) else user.as_user():
         if (of.st_uid, of.st_gid) != (uid, gid):
             try:
                 os.fchown(fd, uid, gid)     # this clears set-user-ID, so the mode is set afterwards
@@ -83,6 +84,11 @@ def unread_findings(file: OpenFile) -> list[Finding]:
     if not file.unread:
         return []
     return [finding('EACCES', f'{file.path} is open for writing only and its content is not readable', 'run as root')]
+
+
+def socket_findings(link: str, uid: int, gid: int, lookup: FileLookup) -> list[Finding]:
+    """Return the same warning about a socket, whose owner root may always set, see `set_owner`."""
+    return [] if lookup.by_root else owner_findings(link, uid, gid, lookup)
 
 
 def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:

@@ -17,7 +17,16 @@ from typing import TypeVar
 from ckptd.errors import CkptError, Finding
 from ckptd.image.records import Extent
 from ckptd.kernel.creds import CAP_MKNOD
-from ckptd.objects.files.base import DELETED, ByUser, FileLookup, FileMaking, Needs, finding, open_again
+from ckptd.objects.files.base import (
+    DELETED,
+    ByUser,
+    FileLookup,
+    FileMaking,
+    Needs,
+    OpenFile,
+    finding,
+    open_again,
+)
 from ckptd.objects.files.content import ContentSegment, content_size, restore_content
 
 T = TypeVar('T')
@@ -53,6 +62,14 @@ def names_for(path: str) -> Iterator[str]:
     yield name
     for _ in range(TRIES):
         yield f'.{name[:200]}.{secrets.token_hex(4)}'
+
+
+def flag_findings(file: OpenFile) -> list[Finding]:
+    """Return a warning about O_NOFOLLOW of a deleted file, which is opened again through a magic link."""
+    if not file.flags & os.O_NOFOLLOW:
+        return []
+    return [finding('EOPNOTSUPP', f'O_NOFOLLOW of the deleted {file.path} is not kept',
+                    'only fcntl(2) F_GETFL shows the difference', 'warning')]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from ckptd.image.records import SavedFile
 from ckptd.kernel import netlink_options as netlink
 from ckptd.kernel import unix
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.content import set_owner, socket_findings
 from ckptd.objects.files.inet.socket import foreign_findings, has_error, require_dumpable, rights, socket_type
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
@@ -66,7 +66,7 @@ class NetlinkKind(Kind[NetlinkSocket], tag='netlink'):
     # ------------------------------------------------------------ restart
 
     def restart_findings(self, record: NetlinkSocket, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        found = owner_findings(saved.link, record.uid, record.gid, lookup)
+        found = socket_findings(saved.link, record.uid, record.gid, lookup)
         try:
             with rights(lookup):
                 _make(record, saved.link).close()

@@ -14,7 +14,7 @@ from ckptd.kernel import packet, unix
 from ckptd.kernel.packet import LinkMembership, PacketSocket, packet_sockets
 from ckptd.kernel.sockopt import SO_BINDTOIFINDEX, SO_INCOMING_CPU
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.content import set_owner, socket_findings
 from ckptd.objects.files.inet.socket import foreign_findings, require_dumpable, rights, socket_type
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
@@ -101,7 +101,7 @@ class PacketKind(Kind[RawPacketSocket], tag='packet'):
     # ------------------------------------------------------------ restart
 
     def restart_findings(self, record: RawPacketSocket, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        found = owner_findings(saved.link, record.uid, record.gid, lookup)
+        found = socket_findings(saved.link, record.uid, record.gid, lookup)
         try:
             with rights(lookup):
                 _make(record, saved.link).close()

@@ -30,6 +30,7 @@ from ckptd.objects.files.deleted import (
     deleted_findings,
     deleted_takes,
     device_findings,
+    flag_findings,
     make_device,
     make_symlink,
     removed_directory,
@@ -90,10 +91,7 @@ class PathKind(Kind[PathReference], tag='path'):
         if sort == stat.S_IFREG and not os.access(file.proc_path, os.R_OK, effective_ids=True):
             return [finding('EACCES', f'{file.path} is deleted and its content cannot be read',
                             'run as root, or give the file a name (ln) before the checkpoint')]
-        if sort == stat.S_IFREG and file.flags & os.O_NOFOLLOW:
-            return [finding('EOPNOTSUPP', f'O_NOFOLLOW of the deleted {file.path} is not kept',
-                            'only fcntl(2) F_GETFL shows the difference', 'warning')]
-        return []
+        return flag_findings(file) if sort == stat.S_IFREG else []
 
     def dump(self, file: OpenFile, content: Content) -> PathReference:
         of, link, segments = file.stat, '', tuple[ContentSegment, ...]()

@@ -32,7 +32,7 @@ from ckptd.objects.files.content import (
     restore_content,
     set_owner,
 )
-from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, open_nameless
+from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, flag_findings, open_nameless
 from ckptd.objects.files.linked import DeletedFile, link_findings, lost_name
 from ckptd.objects.files.locks import LEASE, Lock, lock_findings, read_locks, restore_locks
 from ckptd.objects.files.rollback import digest_tail, only_appended, roll_back
@@ -85,7 +85,7 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if file.deleted:
-            return self._deleted(file)
+            return [*self._deleted(file), *flag_findings(file)]
         if not file.reachable:
             return [finding('ENOENT', f'{file.path} is another file now, or hidden by a mount',
                             'a restart opens files by path: remove the mount or put the file back', 'warning')]

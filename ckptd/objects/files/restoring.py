@@ -37,6 +37,7 @@ class InheritedFiles:
 
 class ByUser(Protocol):
     """An object that provides the user's rights."""
+    by_root: bool       # root restores its own image of a user's tree, and root's rights do what the user's do not
 
     def as_user(self) -> AbstractContextManager[object]:
         """Do everything with files in this block with the user's rights: mkfifo(2), fchown(2)."""
@@ -58,8 +59,6 @@ class FileLookup(ByUser, Protocol):
     terminal: bool                 # the caller gave a terminal
     detach_terminal: bool          # files of terminals outside of the tree come back hung up
     inherited: InheritedFiles      # what the caller gave for connections to the outside
-    by_root: bool                  # root restores its own image of a user's tree, and root's rights do what the user's
-                                   # do not
 
     @property
     def uid(self) -> int:

@@ -22,7 +22,7 @@ from ckptd.kernel import multicast, unix
 from ckptd.kernel.inet import TCP_TIME_WAIT, Address, local_address, netns_cookie, sockaddr
 from ckptd.kernel.inet_diag import inet_sockets
 from ckptd.objects.files.base import Endpoint, FileEnd, FileLookup, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.content import set_owner, socket_findings
 from ckptd.objects.files.inet.options import InetOptions, dump_inet_options, set_inet_options, settle_options
 from ckptd.objects.files.options import dump_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter
@@ -257,7 +257,7 @@ def make_datagram_socket(record: InetSocket, peer: Sequence[InetAddress], saved:
 def datagram_findings(record: InetSocket, peer: Sequence[InetAddress], saved: SavedFile, lookup: FileLookup
                       ) -> list[Finding]:
     """List the reasons why a restart cannot make such a socket."""
-    return [*owner_findings(saved.link, record.uid, record.gid, lookup),
+    return [*socket_findings(saved.link, record.uid, record.gid, lookup),
             *probe(record, saved, lookup, lambda sock: connect_socket(sock, record, peer))]
 
 

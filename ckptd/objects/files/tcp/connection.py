@@ -26,7 +26,7 @@ from ckptd.kernel import inet, tcp, unix
 from ckptd.kernel.inet import Address, last_packet, local_address, peer_address, tcp_state
 from ckptd.kernel.inet_diag import DiagSocket
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.content import set_owner, socket_findings
 from ckptd.objects.files.inet.options import set_inet_options
 from ckptd.objects.files.inet.socket import (
     dump_socket,
@@ -251,7 +251,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         is_held = any(kept.is_held for kept in record.kept)
         if (record.other == RESET and not is_held) or record.state == inet.TCP_CLOSE:
             one = replace(one, bound=())        # it has no port any more, or another one does as well
-        found = [*owner_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
+        found = [*socket_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
         if record.kept and not is_held:
             found.append(kept_finding(saved.link))
         return found

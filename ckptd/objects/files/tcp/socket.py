@@ -26,7 +26,7 @@ from ckptd.kernel.inet import (
 )
 from ckptd.kernel.sockopt import read_option
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.content import set_owner, socket_findings
 from ckptd.objects.files.inet.socket import (
     InetSocket,
     bind_socket,
@@ -105,7 +105,7 @@ class TcpKind(Kind[TcpSocket], tag='tcp'):
 
     def restart_findings(self, record: TcpSocket, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
         one = record.socket
-        return [*owner_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
+        return [*socket_findings(saved.link, one.uid, one.gid, lookup), *probe(one, saved, lookup)]
 
     def create(self, record: TcpSocket, saved: SavedFile, ctx: RestoreContext) -> int:
         one = record.socket

@@ -145,6 +145,9 @@ def make_pty(pty: Pty, state: TerminalState, ctx: RestoreContext) -> int:
         tty.set_size(found, tty.Winsize(state.rows, state.columns, state.x_pixels, state.y_pixels))
         if pty.slave != NEVER_OPENED:
             _open_first(found, pty, state, ctx)
+        elif state.session:
+            # a master stands for its slave (drivers/tty/tty_jobctrl.c, tiocsctty)
+            ctx.once(('terminal', state.session), lambda: os.dup(found))
     except BaseException:
         os.close(found)
         raise

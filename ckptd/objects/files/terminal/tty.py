@@ -98,6 +98,11 @@ def _is_line(record: Tty) -> bool:
     return record.device != OWN and not is_slave(record.device) and not is_controlling
 
 
+def _cannot_open(pty: Pty) -> bool:
+    """Whether the slave, through which data is taken out, cannot be opened, or was never opened and must not be."""
+    return pty.slave == NEVER_OPENED or bool(pty.locked)
+
+
 class TtyKind(Kind[Tty], tag='tty', alike=False):
     support = Support('terminals, and both ends of pseudo-terminals', restored='partly',
                       refused='line disciplines other than N_TTY',
@@ -175,12 +180,12 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         with file.duplicate() as fd:
             if of.st_rdev == PTMX:
                 key = self._key_of_master(file, fd)
-                if not content.is_taken or self._is_exclusive(key):
-                    self._require_empty(key, file, fd)
+                pty = self._pty(key, file, fd)
+                if not content.is_taken or self._is_exclusive(key) or _cannot_open(pty):
+                    self._require_empty(key, file, fd, is_taken=content.is_taken)
                 unread = (Unread((), (), (), 0, 1),) if self._is_stopped(key, fd) else ()
                 return Tty(file.path, of.st_rdev, of.st_mode, MASTER, tty.is_exclusive(fd),
-                           (self._state_of(fd, content),),
-                           (self._pty(key, file, fd),), unread)
+                           (self._state_of(fd, content),), (pty,), unread)
             cloexec = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_CLOEXEC)
             if tty.is_hung_up(fd):
                 return Tty(file.path, of.st_rdev, of.st_mode, HUNG_UP, uid=of.st_uid, gid=of.st_gid, cloexec=cloexec)
@@ -194,7 +199,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
                            (self._pty(key, master, peer),), cloexec=cloexec)
 
     def take(self, record: Tty, file: OpenFile, content: Content) -> Tty:
-        if record.side != MASTER or record.pty[0].slave == NEVER_OPENED or record.pty[0].locked:
+        if record.side != MASTER or _cannot_open(record.pty[0]):
             return record
         with file.duplicate() as fd:
             if self._is_exclusive(self._key_of_master(file, fd)):
@@ -210,7 +215,7 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
         with slave.duplicate() as fd:
             return tty.is_exclusive(fd)
 
-    def _require_empty(self, key: tuple[int, int], file: OpenFile, master: int) -> None:
+    def _require_empty(self, key: tuple[int, int], file: OpenFile, master: int, *, is_taken: bool) -> None:
         """Check that nothing waits to be read at either end. Busy. No call shows an incomplete line: it is not kept."""
         name, waits = slave_of(file, master), tty.polls(master, select.POLLIN | select.POLLPRI)
         slave = self._slaves.get(key)
@@ -219,8 +224,8 @@ class TtyKind(Kind[Tty], tag='tty', alike=False):
                 waits = tty.polls(fd, select.POLLIN)
         if waits:
             raise Busy(f'what was written to {name} or its master has not been read yet', errno=errno.EAGAIN,
-                       task=file.pid, resource=f'fd {file.fd}', hint='try again when the programs have read it, or '
-                       'use --kill')
+                       task=file.pid, resource=f'fd {file.fd}', hint='try again when the programs have read it'
+                       + ('' if is_taken else ', or use --kill'))
 
     @staticmethod
     def _state_of(master: int, content: Content) -> TerminalState:

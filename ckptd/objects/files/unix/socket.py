@@ -29,7 +29,7 @@ from ckptd.kernel.netlink import UnixSocket
 from ckptd.kernel.sockopt import SO_PEEK_OFF
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
-from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.content import set_owner, socket_findings
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.files.tables import JobTables
@@ -279,7 +279,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
             yield from message.files
 
     def restart_findings(self, record: UnixSocketEnd, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        found = owner_findings(saved.link, record.uid, record.gid, lookup)
+        found = socket_findings(saved.link, record.uid, record.gid, lookup)
         if record.peer or not record.connected:
             found += name_findings(record.name, record.type, saved.link, lookup, self._tables)
         if record.outside:
@@ -334,7 +334,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
     def commit(self, record: UnixSocketEnd, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         if record.joined == BOTH_WAYS:      # from then on no other socket may be connected to it (unix_may_send)
             connect_to(fd, record.peer_name, record.type, ctx)
-        if record.connected and (record.peer or record.waits or record.outside):
+        if not record.connected or record.peer or record.waits or record.outside:
             with socket.socket(fileno=os.dup(fd)) as sock:
                 how = {unix.RCV_SHUTDOWN: socket.SHUT_RD, unix.SEND_SHUTDOWN: socket.SHUT_WR,
                        unix.RCV_SHUTDOWN | unix.SEND_SHUTDOWN: socket.SHUT_RDWR}.get(record.shutdown)
