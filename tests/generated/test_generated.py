@@ -5,6 +5,7 @@
 """
 
 import os
+import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -140,7 +141,9 @@ def test_echo_of_a_terminal_that_nobody_has_opened(attempt: Callable[[list[Opera
     assert outcome.wrong == []
 
 
-def test_a_flag_of_a_deleted_file_is_named(attempt: Callable[[list[Operation]], Outcome]) -> None:
-    outcome = attempt([do('make_file', name='new', flags=os.O_NOFOLLOW, gone='unlink', mode=0o600)])
+def test_flags_of_deleted_files_and_fifos_are_named(attempt: Callable[[list[Operation]], Outcome]) -> None:
+    outcome = attempt([do('make_file', name='new', flags=os.O_NOFOLLOW, gone='unlink', mode=0o600),
+                       do('open_file', path='fifo', mode=2, flags=os.O_NOFOLLOW)])
     assert (outcome.what, outcome.wrong) == ('restored', [])
-    assert [one.partition(' /')[0] for one in outcome.warnings] == ['O_NOFOLLOW of the deleted']
+    assert [re.sub('/.*/', '', one) for one in outcome.warnings] == [
+        'O_NOFOLLOW of new is not kept', 'O_NOFOLLOW of fifo is not kept']

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.errors import CkptError
+from tests.fuzz.bases import User
 from tests.fuzz.restoring import LoggedWorker
 from tests.generated import attributes, files, memory, sockets, terminals  # noqa: F401 - they add operations
 from tests.generated.programs import Operation, Program
@@ -36,7 +37,7 @@ ANNOUNCED = {
     'a lock on .* is not kept': r'fd \d+ lock',
     'belonged to uid': r'fd\d+-stat',
     'the deleted .* is made in': r'(fd|maps) .*\(deleted\)',
-    'O_NOFOLLOW of the deleted .* is not kept': r'fd \d+ flags|fd\d+-fcntl-3',
+    'O_NOFOLLOW of .* is not kept': r'fd \d+ flags|fd\d+-fcntl-3',
 }
 _OUT = re.compile(r'^(\d+) (before|after) (\S+) (.*)$', re.MULTILINE)
 
@@ -80,17 +81,19 @@ class Outcome:
 
 
 class Trial:
-    """One run in a directory of its own, which is removed."""
+    """One run in a directory of its own, which is removed. user: an ordinary user, whose program and jobs it is."""
 
-    def __init__(self, place: Place, directory: Path, steps: Sequence[Operation]) -> None:
-        self._place, self._directory, self._steps = place, directory, steps
+    def __init__(self, place: Place, directory: Path, steps: Sequence[Operation], user: User | None = None) -> None:
+        self._place, self._directory, self._steps, self._user = place, directory, steps, user
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
         self._directory.mkdir(mode=0o777)
         program = self._directory / 'program'
         program.write_text(prepared(self._steps).text)
-        self._victim = Victim('calls', str(program), directory=self._directory / 'run', program=build())
+        copy = Path(shutil.copy(build(), self._directory))      # the checkout may be where users cannot read it
+        self._victim = Victim('calls', str(program), directory=self._directory / 'run', program=copy,
+                              uid=self._user and self._user.caller.uid)
         try:
             self._start()
         finally:
@@ -144,6 +147,8 @@ class Trial:
         """The answer; None after a refusal."""
         with LoggedWorker() as worker:
             try:
+                if self._user:
+                    more['caller'] = self._user.caller
                 answer = worker.run(self._place.request(pid, operation=operation, **more))
                 self.outcome.warnings += [str(row['reason']) for row in answer['warnings']]
                 return answer
@@ -199,8 +204,9 @@ class Trial:
             kill_session(victim.pid)
             victim.process.wait()
             deadline = time.monotonic() + PATIENCE
-            while settled.children() and time.monotonic() < deadline:
-                for pid in settled.children():
+            kept = {self._user.asker} if self._user else set()
+            while (left := {*settled.children()} - kept) and time.monotonic() < deadline:
+                for pid in left:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 settled.reap_orphans()

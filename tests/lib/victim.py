@@ -57,12 +57,13 @@ def names() -> list[str]:
 
 
 class Victim:
-    """One run of a victim, in a session of its own. pid is the root of its tree. program: a copy of the built one."""
+    """One run of a victim, in a session of its own. pid is the root of its tree. program: a copy of the built one.
+    uid: that it runs with."""
 
     def __init__(self, name: str, *args: str, directory: Path, env: dict[str, str] | None = None,
-                 cgroup: Path | None = None, program: Path | None = None) -> None:
+                 cgroup: Path | None = None, program: Path | None = None, uid: int | None = None) -> None:
         self.name, self.args, self.directory, self._program = name, args, directory, program
-        self._env, self._cgroup = env or {}, cgroup
+        self._env, self._cgroup, self._uid = env or {}, cgroup, uid
         self._process: subprocess.Popen[bytes] | None = None
         self.extra: dict[str, str] = {}
 
@@ -93,9 +94,13 @@ class Victim:
         ready, theirs = os.pipe()
         try:
             with (self.directory / 'output').open('ab') as output:
+                if self._uid is not None:
+                    os.chown(self.directory, self._uid, self._uid)
+                    os.fchown(output.fileno(), self._uid, self._uid)
                 self._process = subprocess.Popen(
                     [*command, *self.args], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.directory,
                     pass_fds=[theirs], start_new_session=True, preexec_fn=self._enter_cgroup if self._cgroup else None,
+                    user=self._uid, group=self._uid, extra_groups=None if self._uid is None else [self._uid],
                     env={**os.environ, 'CKPTD_VICTIM_READY': str(theirs), 'CKPTD_VICTIM_GO': str(self.fifo),
                          'PYTHONPATH': str(VICTIMS), 'PYTHONDONTWRITEBYTECODE': '1', **self._env})
             os.close(theirs)

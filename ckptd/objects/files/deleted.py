@@ -65,10 +65,10 @@ def names_for(path: str) -> Iterator[str]:
 
 
 def flag_findings(file: OpenFile) -> list[Finding]:
-    """Return a warning about O_NOFOLLOW of a deleted file, which is opened again through a magic link."""
+    """Return a warning about O_NOFOLLOW of a file that a magic link opens again: a deleted one, or a FIFO."""
     if not file.flags & os.O_NOFOLLOW:
         return []
-    return [finding('EOPNOTSUPP', f'O_NOFOLLOW of the deleted {file.path} is not kept',
+    return [finding('EOPNOTSUPP', f'O_NOFOLLOW of {file.path} is not kept',
                     'only fcntl(2) F_GETFL shows the difference', 'warning')]
 
 

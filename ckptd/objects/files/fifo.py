@@ -12,7 +12,7 @@ from ckptd.kernel import pipe
 from ckptd.kernel.statfs import PIPEFS_MAGIC
 from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
-from ckptd.objects.files.deleted import deleted_findings, make_in_home, unlink_new
+from ckptd.objects.files.deleted import deleted_findings, flag_findings, make_in_home, unlink_new
 from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
 from ckptd.objects.support import Support
 
@@ -42,7 +42,7 @@ class FifoKind(Kind[Fifo], tag='fifo'):
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if file.deleted or file.reachable:      # a deleted one is made again, and its ends find each other by inode
-            return []
+            return flag_findings(file)
         return [finding('ENOENT', f'{file.path} is another file now, or hidden by a mount',
                         'a restart opens FIFOs by path: put it back', 'warning')]
 
