@@ -3,7 +3,6 @@
 
 import os
 import select
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,30 +11,28 @@ from pathlib import Path
 import pytest
 
 from tests.lib import settled
+from tests.lib.network import own_network
 from tests.lib.victim import session_members
 from tests.programs.conftest import WORK, Restored, Standalone
 from tests.programs.test_programs import Program
 
-pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'root'), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs('dbus', 'ptrace', 'root', 'ip'), pytest.mark.timeout(240)]
+PORT = '7000'
 # of work/served, by what the gate calls the program
 OF_OTHERS = {'java': 'web.Java', 'mariadb': 'databases.Mariadb', 'memcached': 'databases.Memcached',
              'mosquitto': 'databases.Mosquitto', 'nginx': 'web.Nginx', 'node': 'web.Node',
              'postgres': 'databases.Postgres', 'redis': 'databases.Redis'}
-SERVERS = [*(pytest.param(name, id=name) for name in ('python.Asyncio', 'python.Manager')),
+SERVERS = [pytest.param('agents.Session', id='session',
+                        marks=pytest.mark.needs('curl', 'gpg', 'inotifywait', 'rsync', 'ssh')),
+           *(pytest.param(name, id=name) for name in ('python.Asyncio', 'python.Multiprocessing')),
            *(pytest.param(name, id=program, marks=pytest.mark.needs(program)) for program, name in OF_OTHERS.items())]
 
 
-def free_port() -> int:
-    """A port below those that the kernel gives to others."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(('127.0.0.1', port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError('no free port')
+@pytest.fixture
+def network() -> Iterator[None]:
+    """Ports that nobody else takes while the tree is dead."""
+    with own_network():
+        yield
 
 
 @contextmanager
@@ -57,11 +54,11 @@ def said(fd: int, seconds: float = 100) -> int:
     return int(line)
 
 
+@pytest.mark.usefixtures('network')
 @pytest.mark.parametrize('name', SERVERS)
 def test_server_with_its_client(program: Program, standalone: Standalone, tmp_path: Path, name: str) -> None:
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o711)      # for a server that runs as another user
-    process = program(sys.executable, '-I', WORK / 'served', name, str(free_port()))
+    open_to_all(tmp_path)
+    process = program(sys.executable, '-I', WORK / 'served', name, PORT)
     wait_for(tmp_path / 'answer')
     with talk(tmp_path) as use:
         assert use() == 1
@@ -77,6 +74,13 @@ def test_server_with_its_client(program: Program, standalone: Standalone, tmp_pa
     assert not session_members(process.pid)
     with standalone.restore(second['image']) as restored, talk(tmp_path, restored) as use:
         assert [use(), use()] == [4, 5]
+
+
+def open_to_all(directory: Path) -> None:
+    """Let a server that runs as another user reach its files."""
+    for one in (directory, *directory.parents):
+        if not one.stat().st_mode & 0o1:
+            one.chmod(0o711)
 
 
 def wait_for(fifo: Path) -> None:

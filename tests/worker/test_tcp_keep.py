@@ -21,16 +21,16 @@ from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
 from ckptd.kernel.nftables import TcpEnds, drop_connections, remove_table, tables
 from ckptd.kernel.tcp import TCP_REPAIR
-from ckptd.kernel.timens import setns, unshare
+from ckptd.kernel.timens import setns
 from ckptd.objects.files.tcp import keep
 from tests.lib import settled
 from tests.lib.altered import copy, write_file
+from tests.lib.network import CLONE_NEWNET, own_network
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place
 from tests.worker.test_inet_sockets import sockets_of
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'ip', 'unshare'), pytest.mark.timeout(120)]
 
-CLONE_NEWNET = 0x40000000       # <linux/sched.h>
 OURS, THEIRS = {socket.AF_INET: '10.77.0.1', socket.AF_INET6: 'fd77::1'}, {
     socket.AF_INET: '10.77.0.2', socket.AF_INET6: 'fd77::2'}
 PORT = 7070
@@ -76,17 +76,13 @@ def ip(*words: str) -> None:
 def other_net() -> Iterator[int]:
     """A process in a network namespace that a veth joins to a new one of ours."""
     with contextlib.ExitStack() as stack:
-        old = os.open('/proc/self/ns/net', os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, old)
         neighbour = subprocess.Popen(['unshare', '-n', 'sh', '-c', 'echo; exec sleep 1000'], stdout=subprocess.PIPE)
         stack.callback(neighbour.wait)
         stack.callback(neighbour.kill)
         assert neighbour.stdout
         with neighbour.stdout as ready:
             assert ready.readline()
-        unshare(CLONE_NEWNET)
-        stack.callback(setns, old, CLONE_NEWNET)
-        ip('link', 'set', 'lo', 'up')
+        stack.enter_context(own_network())
         ip('link', 'add', 'ours', 'type', 'veth', 'peer', 'name', 'theirs', 'netns', str(neighbour.pid))
         there = ('nsenter', '-t', str(neighbour.pid), '-n')
         for hosts, name, inside in ((OURS, 'ours', ()), (THEIRS, 'theirs', there)):

@@ -46,7 +46,7 @@ def outside_finding(file: OpenFile, peer: Address, holder: unix.Holder | None, a
         case 'close':
             return finding('ECONNRESET', reason, 'after a restart its peer has reset it', 'warning')
         case 'keep' if os.geteuid():
-            return finding('EPERM', reason, 'only root may keep it: checkpoint as root, or use close')
+            return finding('EPERM', reason, 'only root may keep it: checkpoint as root, with --as-root, or use close')
         case 'keep':
             return finding('ECONNRESET', reason, f'after --kill, a restart within {PATIENCE // 60} minutes goes on '
                            'with it; to any other one its peer has reset it', 'warning')

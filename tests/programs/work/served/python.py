@@ -3,6 +3,7 @@
 
 import asyncio
 import multiprocessing
+from multiprocessing.synchronize import Lock
 
 from base import HOST, Served, is_
 
@@ -34,17 +35,29 @@ class Asyncio(Served):
         is_(await asyncio.to_thread(lambda: number), number)
 
 
-class Manager(Served):
-    """multiprocessing: a manager, a queue and a lock between processes, and a server that forks."""
+class Multiprocessing(Served):
+    """A manager, queues and locks between processes that a server forks, and between such as are spawned."""
 
     def start(self) -> None:
-        context = multiprocessing.get_context('forkserver')
-        self.manager = context.Manager()
+        self.parts = [Processes(method) for method in ('forkserver', 'spawn')]
+
+    def use(self, number: int) -> None:
+        for part in self.parts:
+            part.use(number)
+
+
+class Processes:
+    """A manager, a process that answers, and a lock that nobody else has opened. Each round starts processes that open
+    it by its name; its creator maps it under another name, which is deleted."""
+
+    def __init__(self, method: str) -> None:
+        self.context = multiprocessing.get_context(method)
+        self.manager = self.context.Manager()
         self.rounds = self.manager.list()
-        self.requests, self.answers, self.lock = context.Queue(), context.Queue(), context.Lock()
-        self.child = context.Process(target=answer, args=(self.requests, self.answers, self.lock), daemon=True)
+        self.requests, self.answers = self.context.Queue(), self.context.Queue()
+        self.lock, self.alone = self.context.Lock(), self.context.Lock()
+        self.child = self.context.Process(target=answer, args=(self.requests, self.answers, self.lock), daemon=True)
         self.child.start()
-        self.context = context
 
     def use(self, number: int) -> None:
         self.rounds.append(number)
@@ -52,19 +65,28 @@ class Manager(Served):
         with self.lock:
             self.requests.put(number)
         is_(self.answers.get(timeout=20), number)
-        other = self.context.Process(target=answer_once, args=(number, self.answers))
-        other.start()
-        is_(self.answers.get(timeout=20), -number)
-        other.join(20)
-        is_(other.exitcode, 0)
+        with self.alone:
+            is_(self.tried(), False)
+        is_(self.tried(), True)
+
+    def tried(self) -> object:
+        """Whether a new process could take the lock."""
+        process = self.context.Process(target=try_lock, args=(self.alone, self.answers))
+        process.start()
+        said = self.answers.get(timeout=20)
+        process.join(20)
+        is_(process.exitcode, 0)
+        return said
 
 
-def answer(requests: 'multiprocessing.Queue[int]', answers: 'multiprocessing.Queue[int]', lock: object) -> None:
+def answer(requests: 'multiprocessing.Queue[int]', answers: 'multiprocessing.Queue[int]', lock: Lock) -> None:
     while True:
         number = requests.get()
-        with lock:      # type: ignore[attr-defined]
+        with lock:
             answers.put(number)
 
 
-def answer_once(number: int, answers: 'multiprocessing.Queue[int]') -> None:
-    answers.put(-number)
+def try_lock(lock: Lock, answers: 'multiprocessing.Queue[bool]') -> None:
+    if taken := lock.acquire(block=False):
+        lock.release()
+    answers.put(taken)
