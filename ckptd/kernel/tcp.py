@@ -27,7 +27,7 @@ SIOCATMARK: Final = 0x8905          # <asm-generic/sockios.h>
 _SOCKADDR: Final = 16               # sizeof(struct sockaddr); zeros are AF_UNSPEC
 TCPI_OPT_TIMESTAMPS, TCPI_OPT_SACK, TCPI_OPT_WSCALE = 1, 2, 4
 _OPT_MSS, _OPT_WINDOW, _OPT_SACK, _OPT_TIMESTAMP = 2, 3, 4, 8       # <net/tcp.h>, TCPOPT_*
-_OPTIONS_AT, _SCALES_AT = 5, 6      # offsets in struct tcp_info, <linux/tcp.h>
+_OPTIONS_AT, _SCALES_AT, _ADVERTISED_AT = 5, 6, 84      # offsets in struct tcp_info, <linux/tcp.h>
 _WINDOW = struct.Struct('=5I')      # struct tcp_repair_window
 _PIECE = 1 << 16                    # bytes that are put into a queue at once
 
@@ -177,18 +177,20 @@ class Repair(NamedTuple):
     receive_scale: int      # window scale of what is received
     timestamp: int
     window: bytes           # struct tcp_repair_window
+    advertised: int         # MSS that this end has told its peer, without its options
 
 
 def read_repair(sock: socket.socket, *, has_received_fin: bool, has_sent_fin: bool) -> Repair:
     """Read the state of a socket in repair mode."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ADVERTISED_AT + 4)
     received = sequence(sock, TCP_RECV_QUEUE) - has_received_fin & _LOW
     return Repair(received, sequence(sock, TCP_SEND_QUEUE) - has_sent_fin & _LOW,
                   sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG), info[_OPTIONS_AT],
                   info[_SCALES_AT] & 15, info[_SCALES_AT] >> 4,
                   int(struct.unpack('=I', sock.getsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP, 4))[0]),
                   _window_before(received, sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, _WINDOW.size),
-                                 has_received_fin=has_received_fin))
+                                 has_received_fin=has_received_fin),
+                  int.from_bytes(info[_ADVERTISED_AT:], 'little'))
 
 
 def _window_before(received: int, window: bytes, *, has_received_fin: bool) -> bytes:
@@ -216,7 +218,10 @@ def connect_in_repair(sock: socket.socket, peer: tuple[object, ...], state: Repa
     for queue, end, length in ((TCP_RECV_QUEUE, state.received, unread), (TCP_SEND_QUEUE, state.sent, unsent_bytes)):
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
         sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, struct.pack('=I', end - length & _LOW))
+    # connect(2) takes the MSS of the route, without the room for time stamps, unless the program wants a smaller one
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, state.advertised)
     sock.connect(peer)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 0)
     options = [(_OPT_MSS, state.mss)]
     if state.options & TCPI_OPT_WSCALE:
         options.append((_OPT_WINDOW, state.send_scale | state.receive_scale << 16))

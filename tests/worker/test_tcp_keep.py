@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from ckptd.image.manifest import NAME, encode_manifest, read_manifest
 from ckptd.journal.recover import recover
 from ckptd.journal.store import Journal
 from ckptd.kernel.nftables import TcpEnds, drop_connections, remove_table, tables
+from ckptd.kernel.sockopt import SO_MAX_PACING_RATE
 from ckptd.kernel.tcp import TCP_REPAIR
 from ckptd.kernel.timens import setns
 from ckptd.objects.files.tcp import keep
@@ -143,11 +146,24 @@ def talking(other_net: int, family: int, directory: Path) -> Iterator[Talk]:
                     process.stdout.close()
 
 
-def features(family: int) -> set[str]:
-    """What ss(8) says of the connection that two ends have agreed on."""
+# what ss(8) counts and measures, and the names of the socket
+COUNTED = {
+    'ato', 'rto', 'rtt', 'rcv_rtt', 'minrtt', 'rcvmss', 'cwnd', 'ssthresh', 'bytes_sent', 'bytes_acked',
+    'bytes_received', 'bytes_retrans', 'segs_out', 'segs_in', 'data_segs_out', 'data_segs_in', 'lastsnd',
+    'lastrcv', 'lastack', 'delivered', 'app_limited', 'busy', 'rwnd_limited', 'sndbuf_limited', 'unacked',
+    'retrans', 'lost', 'sacked', 'dsack_dups', 'reordering', 'reord_seen', 'rcv_ooopack', 'rcv_ssthresh',
+    'snd_wnd', 'rcv_wnd', 'notsent', 'backoff', 'ino', 'sk', 'timer'}
+RATES = ('send', 'delivery_rate')       # a word, and its value
+QUEUED = re.compile(r'(?<=[(,])[rtfwo]\d+,?|,bl\d+,d\d+')     # numbers of skmem, but for the sizes of both buffers
+
+
+def shown(family: int) -> list[str]:
+    """All that ss(8) says of the connection, but for what it counts and measures."""
     host = f'[{OURS[family]}]' if family == socket.AF_INET6 else OURS[family]
-    text = subprocess.check_output(['ss', '-Htine', 'state', 'established', 'src', f'{host}:{PORT}'], text=True)
-    return {word for word in text.split() if word in ('ts', 'sack') or word.startswith(('wscale:', 'mss:'))}
+    text = subprocess.check_output(['ss', '-Htionme', 'state', 'established', 'src', f'{host}:{PORT}'], text=True)
+    _, _, *words = QUEUED.sub('', text).split()        # without both queues
+    return [word for before, word in pairwise(['', *words])
+            if word.split(':')[0] not in COUNTED and not {word, before} & set(RATES)]
 
 
 def restore(place: Place, image: Path, pid: int) -> 'Callable[[], int]':
@@ -168,11 +184,23 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path).make()
 
 
+TCP, SOL = socket.IPPROTO_TCP, socket.SOL_SOCKET
+SET: list[tuple[int, int, int | bytes]] = [
+    (TCP, socket.TCP_CONGESTION, b'reno'), (TCP, socket.TCP_NODELAY, 1), (TCP, socket.TCP_USER_TIMEOUT, 30_000),
+    (TCP, socket.TCP_NOTSENT_LOWAT, 4096), (SOL, SO_MAX_PACING_RATE, 10_000_000), (SOL, socket.SO_KEEPALIVE, 1),
+    (SOL, socket.SO_SNDBUF, 60_000), (SOL, socket.SO_RCVBUF, 70_000)]
+
+
 @pytest.mark.parametrize('family', OURS, ids=['IPv4', 'IPv6'])
 def test_a_client_sees_a_pause(other_net: int, place: Place, tmp_path: Path, family: int) -> None:
     with talking(other_net, family, tmp_path) as talk:
-        before = features(family)
-        assert {'ts', 'sack'} <= before
+        with sockets_of(talk.server.pid) as found:
+            [one] = found.values()
+            for level, name, value in SET:
+                one.setsockopt(level, name, value)
+        before = shown(family)
+        assert {'ts', 'sack', 'reno', 'pacing_rate'} <= set(before)
+        assert [word for word in before if word.startswith('advmss:')]
         image = place.checkpoint(talk.server.pid, after='kill', external=['any:keep'])
         talk.server.wait()
         assert [name for name in tables() if name.startswith('ckptd-')]
@@ -184,7 +212,7 @@ def test_a_client_sees_a_pause(other_net: int, place: Place, tmp_path: Path, fam
         try:
             assert tables() == []
             talk.goes_on()
-            assert features(family) == before
+            assert shown(family) == before
             again = place.checkpoint(talk.server.pid, after='kill', external=['any:keep'])
             assert end() == -signal.SIGKILL
             end = restore(place, again, talk.server.pid)

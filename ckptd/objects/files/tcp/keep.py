@@ -52,12 +52,13 @@ class KeptConnection(Struct):
     window: bytes
     unread: tuple[Extent, ...]      # the receive queue
     unacknowledged: tuple[Extent, ...]      # the send queue
+    advertised: U32 = 0
     state: U8 = inet.TCP_ESTABLISHED        # TCP_* of ckptd.kernel.inet, when its packets were dropped
 
     @property
     def repair(self) -> tcp.Repair:
         return tcp.Repair(self.received, self.sent, self.mss, self.options, self.send_scale, self.receive_scale,
-                          self.timestamp, self.window)
+                          self.timestamp, self.window, self.advertised)
 
     @property
     def is_held(self) -> bool:
@@ -104,8 +105,9 @@ class TcpKeeper:
         if stream is None:
             raise not_now(file, 'urgent data waits in it')
         fault('taken-one')
-        return KeptConnection(self._table, boot_id(), self._until, *state, keep_bytes(stream, content),
-                              keep_bytes(queued, content), now)
+        return KeptConnection(self._table, boot_id(), self._until, state.received, state.sent, state.mss, state.options,
+                              state.send_scale, state.receive_scale, state.timestamp, state.window,
+                              keep_bytes(stream, content), keep_bytes(queued, content), state.advertised, now)
 
     def _drop(self, connection: TcpEnds, file: OpenFile, content: Content) -> None:
         """Drop its packets from here on, with those of the connections before."""
