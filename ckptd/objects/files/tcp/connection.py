@@ -322,6 +322,11 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             set_filter(sock, one.filter, saved.link)
             settle(sock, one, saved.link)
 
+    def watch(self, record: TcpConnection, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
+        # all bytes are sent by now; a FIN that came first is sent before the answers to it, in `commit`
+        if record.other == INSIDE and record.state in (inet.TCP_FIN_WAIT1, inet.TCP_FIN_WAIT2, inet.TCP_CLOSING):
+            shut_down(fd, unix.SEND_SHUTDOWN)
+
     def commit(self, record: TcpConnection, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         self._waiting.connect_all(ctx)      # the listeners listen by now
         for kept in record.kept:

@@ -17,7 +17,8 @@ _PATIENCE = 1.0         # seconds in which the kernel delivers what is on its wa
 
 def read_unsent(file: OpenFile, sock: socket.socket, other: OpenFile, far: socket.socket) -> bytes:
     """Return the bytes that `file` has sent and `other` has not received. CkptError: only root can read them."""
-    if not wait_until_sent(sock, 0):
+    has_fin = tcp_state(sock).state in inet.HAVE_SENT_FIN      # which counts as a byte until it is acknowledged
+    if wait_until_sent(sock, 0) <= has_fin:
         return b''
     try:
         if os.getpid() in (file.pid, other.pid):
@@ -26,10 +27,9 @@ def read_unsent(file: OpenFile, sock: socket.socket, other: OpenFile, far: socke
             stack.enter_context(tcp.in_repair(sock))
             stack.enter_context(tcp.in_repair(far))
             fault('queue-in-repair')
-            return tcp.peek_unsent(sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE),
-                                   has_fin=tcp_state(sock).state in inet.HAVE_SENT_FIN)
+            return tcp.peek_unsent(sock, tcp.sequence(far, tcp.TCP_RECV_QUEUE), has_fin=has_fin)
     except PermissionError as error:
-        if left := wait_until_sent(sock, _PATIENCE):
+        if (left := wait_until_sent(sock, _PATIENCE)) > has_fin:
             raise not_now(file, f'process {other.pid} has no room for {left:,} bytes that were sent to it, and only '
                           'root can read them') from error
     return b''
