@@ -29,6 +29,7 @@ START_TIMEOUT: Final = 25.0     # seconds for a unit to start, whose program wai
 EXIT_TIMEOUT: Final = 10.0      # seconds until systemd has seen a death
 STOPPING: Final = 'deactivating'
 STOPPED: Final = ('inactive', 'failed')
+INFINITY: Final = 2**64 - 1     # USEC_INFINITY of systemd's src/basic/time-util.h
 ENDING: Final = (STOPPING, *STOPPED)
 
 # systemd.service(5), .exec(5), .kill(5), .unit(5). No sandbox, and no limit that the restored tree did not have.
@@ -128,7 +129,10 @@ class Systemd:
         """Return what systemd knows of a unit that is to be frozen. CkptError."""
         if not unit.endswith('.service'):
             return UnitFacts()
-        return UnitFacts(int(await self._client.property_(SERVICE, unit_path(unit), UNIT_SERVICE, 'ControlPID')))
+        main, watchdog, control = [
+            int(await self._client.property_(SERVICE, unit_path(unit), UNIT_SERVICE, name))
+            for name in ('MainPID', 'WatchdogUSec', 'ControlPID')]
+        return UnitFacts(main, watchdog if main and watchdog != INFINITY else 0, control)
 
     async def scope(self, scope: str, pids: Sequence[int], description: str, slice_: str = '') -> None:
         """Put these processes into a new scope, in the given slice if any. Return when they are in it."""

@@ -41,6 +41,7 @@ from ckptd.objects.attributes.registry import lend
 from ckptd.operation.clock import Clock
 from ckptd.operation.context import JobContext
 from ckptd.operation.deadline import Patience
+from ckptd.operation.watchdog import StopLimit
 from ckptd.protocol.messages import Frozen, first_rows
 from ckptd.protocol.requests import CheckpointRequest
 from ckptd.tree import Tree
@@ -73,12 +74,13 @@ class Checkpoint:
             self._links = LinkNames(self._names)
             self._channel.phase('freeze')
             notes = note_waits(tree)
+            limit = StopLimit(self._request)
             with self._clock.measure('freezing'):
                 frozen = stack.enter_context(self._job.frozen(target, tree, remote_calls=True))
             with self._clock.measure('frozen'):
                 note = stack.enter_context(self._job.taking()) if self._request.after == 'kill' else None
                 deaths = stack.enter_context(Deaths(frozen.tree))
-                dump = stack.enter_context(self._dump(frozen, cgroups, notes, writer, deaths, note))
+                dump = stack.enter_context(self._dump(frozen, cgroups, notes, writer, deaths, note, limit))
                 if self._request.after == 'resume':
                     wait_on(frozen.tracees, dump.waits)
                     self._release(frozen)
@@ -86,7 +88,7 @@ class Checkpoint:
             self._finish(frozen, manifest, dump, deaths.handles)
 
     def _dump(self, frozen: FrozenTree, cgroups: Mapping[int, str], notes: WaitNotes, writer: ImageWriter,
-              deaths: Deaths, note: Note | None) -> Dump:
+              deaths: Deaths, note: Note | None, limit: StopLimit) -> Dump:
         """Do everything that needs the tree to be at rest."""
         fault('frozen')
         self._channel.phase('rescan')
@@ -109,6 +111,7 @@ class Checkpoint:
 
             def report(tasks_done: int, tasks: int, bytes_done: int, size: int) -> None:
                 deaths.check()
+                limit.check()
                 self._channel.progress(tasks_done, tasks, bytes_done, size)
 
             dump = undo.enter_context(Dump(tree, frozen.tracees, cache, cgroups, notes, waits, writer.data, report,

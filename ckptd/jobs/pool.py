@@ -9,7 +9,7 @@ from ckptd.jobs.service import Services, ServiceWorker
 from ckptd.jobs.spawner import SpawnerClient
 from ckptd.jobs.worker import COMMAND, ChildWorker, WorkerHandle
 from ckptd.kernel.liveness import Liveness
-from ckptd.protocol.requests import JobRequest
+from ckptd.protocol.requests import FreezerRequest, JobRequest
 
 # operations that fail in a descendant of a sandboxed daemon: make the tree, check that it can be made, put files back,
 # take names away. A dump fails there only for some trees, and its worker says so (messages.Confined).
@@ -20,6 +20,11 @@ def _slice_of(request: JobRequest) -> str:
     """Return the slice for a worker of root's daemon: that of an ordinary user's processes, or '' for the default."""
     uid = request.caller.uid
     return f'user-{uid}.slice' if uid and os.geteuid() == 0 else ''
+
+
+def _feeds(request: JobRequest) -> bool:
+    """Whether the worker feeds the watchdog of a unit, which takes CAP_SYS_ADMIN."""
+    return isinstance(request, FreezerRequest) and bool(request.unit.watchdog_usec) and os.geteuid() == 0
 
 
 class WorkerPool:
@@ -55,7 +60,7 @@ class WorkerPool:
 
     async def take(self, request: JobRequest) -> WorkerHandle:
         """Return the worker for a job. It must be given back. WorkerDied if none can be started."""
-        if request.operation in UNSANDBOXED and self.has_services:
+        if (request.operation in UNSANDBOXED or _feeds(request)) and self.has_services:
             return await self.take_outside(request)
         worker = await ChildWorker.start(self._spawner, self._command)
         self._taken[worker] = request

@@ -123,6 +123,8 @@ class TraceRequest(TreeRequest, frozen=True, kw_only=True, tag='check-trace'):
 
 class UnitFacts(msgspec.Struct, frozen=True):
     """State of a unit when the job begins, as its manager knows it."""
+    main_pid: int = 0           # its main process
+    watchdog_usec: int = 0      # time in which that has to send WATCHDOG=1, 0 for no limit
     control_pid: int = 0        # process of a command of the unit, such as ExecStop=, which is no part of the tree
 
 

@@ -17,6 +17,7 @@ from ckptd.image.ids import is_image_id
 from ckptd.image.manifest import Manifest, read_manifest
 from ckptd.objects.namespaces.birth import offsets_for
 from ckptd.operation.context import JobContext, TooConfined
+from ckptd.operation.watchdog import feeding
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import MAX_SENTENCE, Confined, Failed, Log, cut
 from ckptd.protocol.requests import CheckpointRequest, Request, RestartRequest, RestoreRequest
@@ -77,10 +78,11 @@ def run(channel: Channel) -> int:
     try:
         manifest = _manifest(start.request)
         fd = fds[0] if fds else -1
-        if (identity := _identity(start.request, channel, fd, manifest)) is not None:
-            clocks = offsets_for(manifest) if manifest and isinstance(start.request, RestoreRequest) else None
-            return Broker(channel, start.request, fds, identity).run(main, clocks)
-        operate(start.request, channel, fds)
+        with feeding(start.request):
+            if (identity := _identity(start.request, channel, fd, manifest)) is not None:
+                clocks = offsets_for(manifest) if manifest and isinstance(start.request, RestoreRequest) else None
+                return Broker(channel, start.request, fds, identity).run(main, clocks)
+            operate(start.request, channel, fds)
     except TooConfined:
         channel.send(Confined())
     except Exception as error:  # noqa: BLE001 - the boundary of the process: every failure becomes a message
