@@ -73,11 +73,11 @@ def summary(result: dict[str, Any]) -> str:
             f'({format_bytes(pages * PAGE)}) written, frozen for {times[0]}, {times[1]} in all')
 
 
-def restore_command(args: argparse.Namespace, image: str) -> str:
+def restore_command(args: argparse.Namespace, image: str, *options: str) -> str:
     """Return the command that restores an image which this command line has made."""
     where = ['--standalone', *(['--spool', args.spool] if args.spool else [])] if args.standalone else (
         ['--address', args.address] if args.address else ['--user'] if args.bus == 'session' else [])
-    return shlex.join(['ckptctl', 'restore', image, *map(str, where)])
+    return shlex.join(['ckptctl', 'restore', image, *options, *map(str, where)])
 
 
 def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -92,9 +92,12 @@ def _report(out: Output, result: dict[str, Any], args: argparse.Namespace) -> No
     if args.standalone and args.after == 'freeze':
         fate = 'The tree stays frozen.'
     out.note(f'{summary(result)}. {fate}', 'dim')
+    warnings = [finding_from(row) for row in result.get('warnings', ())]
     if args.after == 'kill':
-        out.note(f'To bring it back: {restore_command(args, str(result["image"]))}')
-    out.refusals([finding_from(row) for row in result.get('warnings', ())], on_stderr=True)
+        # a tree on a terminal of the outside comes back on another one
+        options = ['--wait'] if any(one.errno == 'ENOTTY' for one in warnings) else []
+        out.note(f'To bring it back: {restore_command(args, str(result["image"]), *options)}')
+    out.refusals(warnings, on_stderr=True)
 
 
 def _report_job(out: Output, path: str, jobs: Sequence[Sequence[Any]]) -> int:

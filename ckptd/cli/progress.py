@@ -20,7 +20,7 @@ PHASES = {
 }
 # phases that move bytes
 MOVING = ('memory', 'fill')
-_BESIDE = 4 + 35 + 7 + 5     # columns
+_BESIDE, _BAR = 4 + 35 + 7 + 5, range(5, 31)     # columns
 
 
 class Follower(Protocol):
@@ -60,7 +60,7 @@ class ProgressBar:
         self._task: TaskID | None = None
         self._message = ''
         if not output.json and output.stderr.isatty():
-            self._progress = _make(output, keep)
+            self._progress = _make(output, len(what), keep)
             self._task = self._progress.add_task(what, total=1.0, phase=PHASES[''], volume='')
 
     def __enter__(self) -> 'ProgressBar':
@@ -99,13 +99,14 @@ def _volume(phase: str, done: int, total: int) -> str:
     return f'{format_bytes(done)} of {format_bytes(total)}' if total else format_bytes(done) if done else ''
 
 
-def _make(output: Output, keep: bool) -> 'Progress':
+def _make(output: Output, length: int, keep: bool) -> 'Progress':
+    """Make a bar with a description of this length, which is shortened only if the bar would be too short."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Column
     console = output.console(output.stderr)
     # what is left by percentage, phase with volume, time, and spaces
     room = max(console.width - _BESIDE, 20)
-    bar = min(30, room // 3)
+    bar = min(max(room - length, _BAR.start), _BAR.stop - 1)
     return Progress(
         TextColumn('{task.description}', style='bold',
                    table_column=Column(no_wrap=True, overflow='ellipsis', max_width=room - bar)),

@@ -192,8 +192,10 @@ def test_a_tree_without_its_terminal(ctl: Ctl, tmp_path: Path) -> None:
 
 def dumped_on_terminal(ctl: Ctl, pid: int, fd: int) -> str:
     """The image of a program that is dead now, as is its terminal."""
-    done = ctl('checkpoint', str(pid), '--kill', '--quiet')
+    done = ctl('checkpoint', str(pid), '--kill')
     assert done.status == 0, done.err
+    [command] = [line for line in done.err.splitlines() if line.startswith('To bring it back: ')]
+    assert '--wait' in command.split()
     os.waitpid(pid, 0)
     os.close(fd)
     return done.out.strip()
