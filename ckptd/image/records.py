@@ -352,7 +352,8 @@ class Mm(Record):
 
 
 # Vma.kind. The image has the pages of a VDSO like those of ANON, since another kernel's would not fit its callers.
-ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP, HUGE, IO_URING = range(1, 12)
+ANON, STACK, FILE_PRIVATE, FILE_SHARED, SHARED_MEMORY, VDSO, VVAR, VSYSCALL, HEAP, HUGE, IO_URING, \
+    AIO = range(1, 13)
 
 
 @record(0x0302)

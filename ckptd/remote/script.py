@@ -3,6 +3,7 @@
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 from ckptd.errors import CkptError
@@ -45,16 +46,17 @@ class Script:
         if about or accept or expect is not None:
             self._notes[-1][row] = _Note(about, expect, accept)
 
-    def call_with_pointer(self, name: str, arguments: tuple[int, ...], position: int, content: bytes, at: int,
-                          target: bytes, *, about: str = '') -> None:
-        """Add a call whose argument number `position` is a buffer of `content`. The eight bytes at `at` in it are the
-        address of another buffer, `target`."""
+    def call_with_pointer(self, name: str, arguments: tuple[int, ...], position: int, content: bytes,
+                          at: Iterable[int], target: bytes, *, about: str = '', expect: int | None = None) -> None:
+        """Add a call whose argument number `position` is a buffer of `content`. The eight bytes at each of the places
+        `at` are the address of another buffer, `target`."""
         self._make_room(len(content) + len(target) + 16)
         batch = self._batches[-1]
         outer, inner = batch.buffer(len(content), content), batch.buffer(len(target), target)
-        batch.pointer(outer.offset + at, inner)
+        for place in at:
+            batch.pointer(outer.offset + place, inner)
         row = batch.call(name, *arguments[:position], outer, *arguments[position:])
-        self._notes[-1][row] = _Note(about)
+        self._notes[-1][row] = _Note(about, expect)
 
     def _make_room(self, length: int) -> None:
         if self._batches[-1].size + length + 2 * 64 > self._stub.arena.room:

@@ -215,7 +215,7 @@ class Space:
         auxv = mm.auxv.ljust(8, b'\0')
         layout = prctl_mm_map(*mm.layout, 0, len(mm.auxv), exe)
         script.call_with_pointer('prctl', (PR_SET_MM, PR_SET_MM_MAP, ctypes.sizeof(layout), 0), 2, bytes(layout),
-                                 offset_of(prctl_mm_map, 'auxv'), auxv, about='the layout of the address space')
+                                 (offset_of(prctl_mm_map, 'auxv'),), auxv, about='the layout of the address space')
 
     def lock(self, script: Script) -> None:
         """Set the rule for future mappings (mlockall(2))."""

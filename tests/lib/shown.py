@@ -54,6 +54,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'Unsupported': ('tests/live/kinds/test_registry.py::test_what_no_kind_matches_is_refused_by_its_name',),
     # tasks
     'AddressTags': (f'{_ATTRIBUTES}::test_tagged_addresses',),
+    'AioContexts': ('aio_rings', 'tests/worker/test_aio.py::test_requests_that_run'),
     'AlternateStack': ('signals',),
     'AutogroupAttribute': ('settings',),
     'ChildSubreaper': ('attributes', 'tree'),
@@ -105,6 +106,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'Tsc': ('attributes',),
     # memory
     'HugePagesMapping': ('tests/worker/test_hugetlb.py::test_it_comes_back',),
+    'AioRingMapping': ('aio_rings',),
     'AnonymousMapping': ('memory',),
     'DroppableMapping': ('droppable',),
     'FileMapping': ('memory', 'linked_map'),

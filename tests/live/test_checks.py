@@ -374,7 +374,7 @@ def test_flags_of_special_memory(flags: str, name: str) -> None:
     assert vma(f'7f0000000000-7f0000001000 rw-p 00000000 00:00 0    {name}', f'rd wr {flags}').errno == 'EOPNOTSUPP'
 
 
-@pytest.mark.parametrize('path', ['/[aio] (deleted)', 'anon_inode:[perf_event]', '[uprobes]',
+@pytest.mark.parametrize('path', ['anon_inode:[perf_event]', '[uprobes]',
                                   'anon_inode:kvm-vcpu:0', '/secretmem (deleted)', 'socket:[123]', '[new]'])
 def test_names_of_special_memory(path: str) -> None:
     fact = vma(f'7f0000000000-7f0000001000 rw-s 00000000 00:0e 1031                       {path}')
@@ -410,13 +410,6 @@ def test_a_mapping_is_of_one_kind(tmp_path: Path) -> None:
 
 def test_mappings_of_this_process_are_ordinary(brood: Brood) -> None:
     assert not [row for row in check(brood.fork()) if row.resource.startswith('vma') and row.severity == 'refusal']
-
-
-def test_aio_ring(brood: Brood) -> None:
-    context = ctypes.c_ulong(0)
-    pid = brood.fork(lambda: libc.syscall(206, 8, ctypes.byref(context)))
-    rows = [row for row in check(pid) if row.resource.startswith('vma')]
-    assert [(row.errno, 'io_setup' in row.reason) for row in rows] == [('EOPNOTSUPP', True)]
 
 
 @needs_root

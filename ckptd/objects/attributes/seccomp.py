@@ -129,7 +129,7 @@ class Seccomp(Attribute[Filters, tuple[Filter, ...]], name=_NAME, stage=Stage.LI
                     continue
                 flags |= SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_TSYNC_ESRCH
             program = struct.pack('=H6xQ', len(one.program) // _SIZE, 0)       # struct sock_fprog
-            to.script.call_with_pointer('seccomp', (SECCOMP_SET_MODE_FILTER, flags), 2, program, 8, one.program,
+            to.script.call_with_pointer('seccomp', (SECCOMP_SET_MODE_FILTER, flags), 2, program, (8,), one.program,
                                         about=_NAME)
 
 

@@ -10,9 +10,8 @@ from ckptd.objects.files.base import finding
 from ckptd.objects.mappings.base import RELEASE
 from ckptd.objects.support import Support
 
-SUPPORT = Support('special memory: files of huge pages (hugetlbfs), secret memory, memory of devices, rings '
-                  'of asynchronous I/O, shadow stacks, memory that a userfaultfd serves', dumped='no', restored='no',
-                  refused='all')
+SUPPORT = Support('special memory: files of huge pages (hugetlbfs), secret memory, memory of devices, shadow '
+                  'stacks, memory that a userfaultfd serves', dumped='no', restored='no', refused='all')
 
 # VmFlags of proc_pid_smaps(5) for pages that are not ordinary memory, or whose page faults another process serves
 _FLAGS = {
@@ -31,7 +30,6 @@ _ORDINARY = frozenset({'', '[heap]', '[stack]'})
 _NAMED = ('[anon:', '[anon_shmem:')
 # an ordinary path begins with a slash and with none of these
 _PATHS = (
-    (re.compile(r'/\[aio\]'), 'a ring of asynchronous I/O (io_setup)'),
     (re.compile(r'/secretmem\b'), 'secret memory (memfd_secret), which only the task can read'),
     (re.compile(r'\[uprobes\]'), 'instructions displaced by uprobes'),
     (re.compile(r'anon_inode:'), 'a mapping of the kernel object'),

@@ -28,7 +28,7 @@ INCLUDES = (
     'stddef.h', 'stdio.h', 'elf.h', 'asm/termbits.h', 'asm/ioctls.h',
     'sys/user.h', 'asm/statfs.h', 'linux/fcntl.h', 'asm/socket.h', 'linux/memfd.h',
     'asm/ptrace.h', 'asm/shmbuf.h', 'asm/unistd.h', 'linux/eventpoll.h', 'linux/falloc.h',
-    'linux/timerfd.h', 'asm/prctl.h', 'linux/io_uring.h',
+    'linux/aio_abi.h', 'linux/timerfd.h', 'asm/prctl.h', 'linux/io_uring.h',
     'linux/capability.h', 'linux/cn_proc.h', 'linux/connector.h', 'linux/fs.h', 'linux/inotify.h', 'linux/ioprio.h',
     'linux/ipc.h', 'linux/kcmp.h', 'linux/keyctl.h', 'linux/magic.h', 'linux/mempolicy.h', 'linux/mman.h', 'asm/mman.h',
     'linux/netlink.h', 'linux/nsfs.h', 'linux/openat2.h',
@@ -57,6 +57,7 @@ ENUMERATORS = {
 }
 
 EXPRESSIONS = {
+    'aio': {'EVENT_SIZE': 'sizeof(struct io_event)', 'IOCB_SIZE': 'sizeof(struct iocb)'},
     'creds': {'LINUX_CAPABILITY_VERSION_3': '_LINUX_CAPABILITY_VERSION_3'},
     'netlink': {'PROC_CN_MCAST_LISTEN': 'PROC_CN_MCAST_LISTEN', 'PROC_CN_MCAST_IGNORE': 'PROC_CN_MCAST_IGNORE',
                 '_EVENT_AT': 'NLMSG_HDRLEN + sizeof(struct cn_msg)',
@@ -76,6 +77,7 @@ EXPRESSIONS = {
 # what the kernel shows to nobody but the kernel, or what is ours; by module, with the place that has it
 OWN = {
     'yama': {'ANYBODY', 'DECLARED', 'CAPABLE', 'NOBODY'},                   # admin-guide/LSM/Yama.rst
+    'aio': {'RING_NAME', 'HEADER_SIZE'},                                    # fs/aio.c
     'closing': {'MOST', 'CROWD', 'ROOM'},
     'epoll': {'POLL_BITS', 'PRIVATE_BITS'},
     'fanotify': {'MARK_FLAGS', 'PERMISSION_EVENTS', 'FAN_PRE_ACCESS'},      # the last one since Linux 6.14
