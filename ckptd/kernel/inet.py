@@ -81,6 +81,11 @@ class Address(NamedTuple):
         """The host, of an IPv4 address in its IPv4 form: 192.0.2.1 for ::ffff:192.0.2.1."""
         return self.host.removeprefix('::ffff:') if '.' in self.host else self.host
 
+    def in_family(self, family: int) -> 'Address':
+        """Return it as a socket of a family takes it: ::ffff:192.0.2.1 for 192.0.2.1 and AF_INET6."""
+        plain = self.plain
+        return self._replace(host=f'::ffff:{plain}' if family == socket.AF_INET6 and ':' not in plain else plain)
+
 
 class TcpState(NamedTuple):
     """The first fields of struct tcp_info, <linux/tcp.h>."""

@@ -56,7 +56,8 @@ def other_end_gone(sock: socket.socket, own: UnixSocket) -> bool:
 
 
 def has_error(sock: socket.socket) -> bool:
-    """Whether the socket has a pending error. recv(2) would consume it, even with MSG_PEEK."""
+    """Whether a socket of any family has a pending error, or an entry in its error queue (IP_RECVERR). recv(2) would
+    consume the error, even with MSG_PEEK."""
     return polls(sock, select.POLLERR)
 
 

@@ -83,8 +83,15 @@ def main() -> None:
     both = socket.socket(V4, DGRAM)
     both.setsockopt(IP, socket.IP_TOS, 16)
     both.setsockopt(SOL, socket.SO_PRIORITY, 0)
+    # buffers beyond net.core.wmem_max and rmem_max, which root may have
+    large = socket.socket(V4, DGRAM)
+    if os.geteuid() == 0:
+        large.setsockopt(SOL, 32, 8 << 20)      # SO_SNDBUFFORCE
+        large.setsockopt(SOL, 33, 9 << 20)      # SO_RCVBUFFORCE
+    sizes = [large.getsockopt(SOL, name) for name in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
     ready()
     wait_for_go()
+    assert [large.getsockopt(SOL, name) for name in (socket.SO_SNDBUF, socket.SO_RCVBUF)] == sizes
     for one, level, name, value, now in made:
         assert read(one, level, name, value) == now, (level, name)
     assert both.getsockopt(IP, socket.IP_TOS) == 16

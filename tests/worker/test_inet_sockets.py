@@ -382,6 +382,21 @@ def test_an_address_in_use_names_its_user(place: Place, image: Path) -> None:
     assert not [row for row in checked(place, image) if row.severity == 'refusal']
 
 
+def test_an_address_of_a_connection_that_no_process_has_is_named(place: Place, image: Path) -> None:
+    """The server end of it is closed, its client is not."""
+    taken = next(one.socket.bound[0] for one in records(image) if one.listening and one.socket.family == V4)
+    with socket.socket() as server:         # without SO_REUSEADDR
+        server.bind((taken.host, taken.port))
+        server.listen()
+        client = socket.create_connection((taken.host, taken.port))
+        server.accept()[0].close()
+    with client:
+        assert client.recv(1) == b''
+        rows = [row for row in checked(place, image) if row.severity == 'refusal']
+        assert [row.reason.partition(': ')[2] for row in rows] == [
+            f'{taken.host}:{taken.port} is in use by a connection in fin-wait-2 that no process has any more']
+
+
 LIES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     'a family': ('tcp', lambda one: replace(one, socket=replace(one.socket, family=77))),
     'a type': ('tcp', lambda one: replace(one, socket=replace(one.socket, type=0xFFFFFFFF))),

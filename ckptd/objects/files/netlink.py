@@ -12,7 +12,7 @@ from ckptd.kernel import netlink_options as netlink
 from ckptd.kernel import unix
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import set_owner, socket_findings
-from ckptd.objects.files.inet.socket import foreign_findings, has_error, require_dumpable, rights, socket_type
+from ckptd.objects.files.inet.socket import foreign_findings, require_dumpable, rights, socket_type
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
 from ckptd.objects.support import Support
@@ -115,6 +115,6 @@ def _is_on(sock: socket.socket, name: int) -> bool:
 
 
 def _unread(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
-    if has_error(sock) or not unix.is_empty(sock):
+    if unix.has_error(sock) or not unix.is_empty(sock):
         yield finding('EAGAIN', f'{file.link} is a netlink socket with unread messages or a pending error (ENOBUFS)',
                       'try again when the program has read them')

@@ -17,7 +17,6 @@ from ckptd.objects.files.inet.socket import (
     datagram_findings,
     dump_socket,
     foreign_findings,
-    has_error,
     keep_address,
     make_datagram_socket,
     require_dumpable,
@@ -81,6 +80,6 @@ class RawKind(Kind[RawSocket], tag='raw'):
 def _losses(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
     if not unix.is_empty(sock):
         yield finding('ENODATA', f'{file.link} has unread packets', 'a restart loses them, as a network may', 'warning')
-    if has_error(sock):
+    if unix.has_error(sock):
         yield finding('ENODATA', f'{file.link} has a pending error, or messages in its error queue (IP_RECVERR)',
                       'a restart loses them, as a network may', 'warning')

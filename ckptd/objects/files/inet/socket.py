@@ -7,7 +7,6 @@ The plan makes each socket once for a moment, so a dry run says what the restart
 
 import errno
 import os
-import select
 import socket
 import stat
 import zlib
@@ -19,7 +18,7 @@ from ckptd.errors import CkptError, Finding, ImageDamaged, Refused, errno_name
 from ckptd.image.grammar import U8, U16, U32, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel import multicast, unix
-from ckptd.kernel.inet import TCP_TIME_WAIT, Address, local_address, netns_cookie, sockaddr
+from ckptd.kernel.inet import STATES, Address, local_address, netns_cookie, sockaddr
 from ckptd.kernel.inet_diag import inet_sockets
 from ckptd.objects.files.base import Endpoint, FileEnd, FileLookup, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import set_owner, socket_findings
@@ -29,7 +28,7 @@ from ckptd.objects.files.socket_filter import SocketFilter, dump_filter
 from ckptd.objects.files.tables import JobTables
 
 _HIGHEST_FLOW = 0xFFFFF
-_OWN = 'stop the program that has it, or close the socket before the checkpoint'
+_OWN = 'stop the program that has it, or wait a minute if it is closed'
 
 
 @layout
@@ -109,11 +108,6 @@ def given_address(record: InetAddress, family: int) -> Address:
     if record.flow > _HIGHEST_FLOW:
         raise ImageDamaged(f'{record.flow} is no flow label')
     return Address(record.host, record.port, record.flow, record.scope)
-
-
-def has_error(sock: socket.socket) -> bool:
-    """Whether the socket has a pending error, or an entry in its error queue (IP_RECVERR)."""
-    return unix.polls(sock, select.POLLERR)
 
 
 def dump_socket(file: OpenFile, sock: socket.socket, *, is_connected: bool = False) -> InetSocket:
@@ -278,7 +272,7 @@ def not_bound(sock: socket.socket, address: Address, error: OSError) -> tuple[st
 
 
 def _user_of(sock: socket.socket, address: Address) -> str:
-    """Describe what uses an address: 'nginx[123]', 'a connection in time-wait'."""
+    """Describe what uses an address: 'nginx[123]', 'a connection in time-wait that no process has any more'."""
     protocol = socket.IPPROTO_TCP if sock.type == socket.SOCK_STREAM else sock.proto
     found = []
     with suppress(OSError):
@@ -287,8 +281,9 @@ def _user_of(sock: socket.socket, address: Address) -> str:
     holders = unix.find_holders({one.inode for one in found if one.inode})
     for holder in holders.values():
         return f'{holder.comm}[{holder.pid}]'
-    if any(one.state == TCP_TIME_WAIT for one in found):
-        return 'a connection in time-wait, for a minute at most'
+    for one in found:
+        if not one.inode:       # it waits for its peer
+            return f'a connection in {STATES.get(one.state, "an unknown state")} that no process has any more'
     return 'another process'
 
 

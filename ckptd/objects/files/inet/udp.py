@@ -16,12 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from ckptd.errors import CkptError, Finding, ImageDamaged
-from ckptd.faults import fault
 from ckptd.image.grammar import U8, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.inet import Address, local_address, peer_address, sockaddr
-from ckptd.kernel.sockopt import SO_PEEK_OFF
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.inet.socket import (
     InetAddress,
@@ -30,7 +28,6 @@ from ckptd.objects.files.inet.socket import (
     dump_socket,
     foreign_findings,
     given_address,
-    has_error,
     keep_address,
     make_datagram_socket,
     require_dumpable,
@@ -40,6 +37,7 @@ from ckptd.objects.files.inet.socket import (
 )
 from ckptd.objects.files.inet.zerocopy import zerocopy_findings
 from ckptd.objects.files.socket_filter import filter_findings, set_filter
+from ckptd.objects.files.socket_queue import offset_to_restore, read_queue
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.support import Support
 
@@ -111,28 +109,11 @@ class UdpKind(Kind[UdpSocket], tag='udp'):
         return any((host, sender.port) in self._bound for host in (sender.plain, *_ANY))
 
     def peek_offset(self, file: OpenFile) -> int | None:
-        with file.as_socket() as sock:
-            if has_error(sock) or unix.is_empty(sock):
-                return None
-            return unix_queue.peek_offset(sock)
+        return offset_to_restore(file)
 
     def discover(self, file: OpenFile) -> Sequence[int]:
-        inode = file.stat.st_ino
-        if inode not in self._queues:
-            with file.as_socket() as sock:
-                if has_error(sock) or unix.is_empty(sock):
-                    return ()
-                before = unix_queue.peek_offset(sock)
-                try:
-                    self._queues[inode] = unix_queue.walk_queue(sock)
-                    fault('queue-walked')
-                except unix_queue.MessagePassedOver as error:
-                    raise CkptError(f'{file.link} of process {file.pid}: an empty datagram waits in it that an earlier '
-                                    'checkpoint has marked', errno=error.errno, task=file.pid,
-                                    resource=f'fd {file.fd}',
-                                    hint='try again when the program has received it') from error
-                finally:
-                    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
+        if file.stat.st_ino not in self._queues:
+            self._queues[file.stat.st_ino] = read_queue(file)
         return ()
 
     def dump(self, file: OpenFile, content: Content) -> UdpSocket:
@@ -178,7 +159,7 @@ def _state_findings(file: OpenFile, sock: socket.socket) -> Iterator[Finding]:
     if waiting[0]:
         yield finding('EAGAIN', f'{file.link} has an unfinished datagram (UDP_CORK, MSG_MORE), which nothing reads, or '
                       'datagrams that a device has not sent', 'try again later, or let the program finish it')
-    if not has_error(sock):
+    if not unix.has_error(sock):
         return
     if unix.is_empty(sock):
         yield finding('ENODATA', f'{file.link} has a pending error, or messages in its error queue (IP_RECVERR)',
@@ -206,11 +187,8 @@ def _unknown() -> int:
 
 def _send(data: bytes, target: Address, fd: int, saved: SavedFile) -> None:
     with socket.socket(fileno=os.dup(fd)) as sock:
-        host = target.plain
-        if sock.family == socket.AF_INET6 and ':' not in host:
-            host = f'::ffff:{host}'
         try:
-            sock.sendto(data, socket.MSG_DONTWAIT, sockaddr(sock.family, target._replace(host=host)))
+            sock.sendto(data, socket.MSG_DONTWAIT, sockaddr(sock.family, target.in_family(sock.family)))
         except OSError as error:
             raise CkptError(f'{saved.link}: a datagram cannot be sent again: {error.strerror}', errno=error.errno,
                             resource=saved.link) from error

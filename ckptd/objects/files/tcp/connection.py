@@ -32,7 +32,6 @@ from ckptd.objects.files.inet.socket import (
     dump_socket,
     foreign_findings,
     given_address,
-    has_error,
     keep_address,
     probe,
     require_dumpable,
@@ -175,13 +174,13 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
 
     def peek_offset(self, file: OpenFile) -> int | None:
         with file.as_socket() as sock:
-            return None if has_error(sock) else tcp.peek_offset(sock)
+            return None if unix.has_error(sock) else tcp.peek_offset(sock)
 
     def discover(self, file: OpenFile) -> Sequence[int]:
         if file.stat.st_ino in self._received:
             return ()
         with file.as_socket() as sock:
-            if has_error(sock):
+            if unix.has_error(sock):
                 return ()
             before = tcp.peek_offset(sock)
             own, peer = local_address(sock), peer_address(sock)

@@ -37,7 +37,7 @@ def bound(family: int, address: Address, link: str) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(sockaddr(family, address._replace(host=_in_family(address, family))))
+        sock.bind(sockaddr(family, address.in_family(family)))
     except OSError as error:
         reason, hint = not_bound(sock, address, error)
         sock.close()
@@ -60,7 +60,7 @@ def _connect(server: End, client: End, link: str) -> tuple[int, int]:
             listener.listen(_STRANGERS)
             target = address_of(listener.getsockname())
             own = address_of(sock.getsockname())
-            connect_to(sock, target._replace(host=_in_family(target, client[0])), link)
+            connect_to(sock, target.in_family(client[0]), link)
             listener.settimeout(_PATIENCE)
             for _ in range(_STRANGERS):
                 accepted, name = listener.accept()
@@ -95,11 +95,6 @@ def connect_to(sock: socket.socket, target: Address, link: str) -> None:
                                 hint='try again: an old connection of these addresses is in time-wait') from error
             time.sleep(50 * _POLL)
     sock.setblocking(True)
-
-
-def _in_family(address: Address, family: int) -> str:
-    plain = address.plain
-    return f'::ffff:{plain}' if family == socket.AF_INET6 and ':' not in plain else plain
 
 
 def send_all(sock: socket.socket, receiver: socket.socket, stream: Stream, link: str) -> None:

@@ -10,7 +10,6 @@ from ckptd.external import Action
 from ckptd.kernel import inet, unix
 from ckptd.kernel.inet import STATES, Address, local_address, peer_address, tcp_state
 from ckptd.objects.files.base import OpenFile, finding
-from ckptd.objects.files.inet.socket import has_error
 from ckptd.objects.files.inet.zerocopy import zerocopy_findings
 from ckptd.objects.files.inherited import asked_for
 from ckptd.objects.files.tcp.keep import PATIENCE
@@ -25,7 +24,7 @@ def connection_findings(file: OpenFile, sock: socket.socket) -> Iterator[Finding
     state, peer = tcp_state(sock).state, peer_address(sock)
     zerocopy = list(zerocopy_findings(file, sock))
     yield from zerocopy
-    if has_error(sock):
+    if unix.has_error(sock):
         if zerocopy:
             return
         yield finding('EIO', f'{file.link} is a TCP connection with a pending error, which reading would consume',

@@ -32,7 +32,6 @@ from ckptd.objects.files.inet.socket import (
     bind_socket,
     dump_socket,
     foreign_findings,
-    has_error,
     make_socket,
     port_endpoint,
     probe,
@@ -151,7 +150,7 @@ def _state_findings(file: OpenFile, sock: socket.socket, tables: JobTables) -> I
 def is_connection(sock: socket.socket) -> bool:
     """Whether a TCP socket is or was connected, or is connecting."""
     state = tcp_state(sock).state
-    return state != TCP_LISTEN and (state != TCP_CLOSE or unix.polls(sock, select.POLLRDHUP) or has_error(sock))
+    return state != TCP_LISTEN and (state != TCP_CLOSE or unix.polls(sock, select.POLLRDHUP) or unix.has_error(sock))
 
 
 def feature_findings(file: OpenFile, sock: socket.socket, tables: JobTables) -> Iterator[Finding]:

@@ -20,18 +20,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ckptd.errors import CkptError, Finding
+from ckptd.errors import Finding
 from ckptd.external import ANY, Action
-from ckptd.faults import fault
 from ckptd.image.records import SavedFile
 from ckptd.kernel import unix, unix_queue
 from ckptd.kernel.netlink import UnixSocket
-from ckptd.kernel.sockopt import SO_PEEK_OFF
 from ckptd.kernel.status import read_status
 from ckptd.objects.files.base import Content, Endpoint, FileEnd, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import set_owner, socket_findings
 from ckptd.objects.files.options import SocketOption, dump_options, set_options
 from ckptd.objects.files.socket_filter import SocketFilter, dump_filter, filter_findings, set_filter
+from ckptd.objects.files.socket_queue import offset_to_restore, read_queue
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.unix.connections import connect_waiting, fill, listen, make_socket, take_clients
 from ckptd.objects.files.unix.messages import NOBODY, Sender, dump_message, dump_sender
@@ -130,12 +129,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         return [fd for message in self._queue(file) for fd in message.fds]
 
     def peek_offset(self, file: OpenFile) -> int | None:
-        if file.severed or self._is_listening(file):
-            return None
-        with file.as_socket() as sock:
-            if unix.has_error(sock) or unix.is_empty(sock):
-                return None
-            return unix_queue.peek_offset(sock)
+        return None if file.severed or self._is_listening(file) else offset_to_restore(file)
 
     def close(self) -> None:
         while self._queues:
@@ -147,19 +141,7 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
         if file.severed or self._is_listening(file):
             return []
         if inode not in self._queues:
-            with file.as_socket() as sock:
-                before = unix_queue.peek_offset(sock)
-                try:
-                    is_empty = unix.has_error(sock) or unix.is_empty(sock)
-                    self._queues[inode] = [] if is_empty else unix_queue.walk_queue(sock)
-                    fault('queue-walked')
-                except unix_queue.MessagePassedOver as error:
-                    raise CkptError(f'{file.link} of process {file.pid}: an empty message waits in it that an earlier '
-                                    'checkpoint has marked', errno=error.errno, task=file.pid,
-                                    resource=f'fd {file.fd}',
-                                    hint='try again when the program has received it') from error
-                finally:
-                    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
+            self._queues[inode] = read_queue(file)
         return self._queues[inode]
 
     def _own(self, file: OpenFile) -> UnixSocket | None:
