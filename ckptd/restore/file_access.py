@@ -103,7 +103,7 @@ class FileAccess:
 
     def may_take(self, found: ShmidDs) -> bool:
         """Whether a System V segment that still exists may be taken over and filled."""
-        return self.by_root or self.rights.may_write(found)
+        return self.by_root or self.rights.owns(found) or self.rights.may_write(found)
 
     def owns(self, found: ShmidDs) -> bool:
         return self.by_root or self.rights.owns(found)

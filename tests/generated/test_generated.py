@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests.fuzz.bases import user_in
 from tests.generated.memory import MAP_GROWSDOWN, MAP_LOCKED, PRIVATE, SHARED
 from tests.generated.programs import Operation, programs
 from tests.generated.trial import Outcome, Trial
@@ -97,6 +98,20 @@ def attempt(tmp_path: Path) -> Callable[[list[Operation]], Outcome]:
     tmp_path.chmod(0o755)
     place = Place(tmp_path).make()
     return lambda steps: Trial(place, tmp_path / 'trial', steps).run()
+
+
+ONCE_LOST_BY_USERS = {
+    'a System V segment that its owner may only read': [
+        do('attach_segment', page=3, length=2, flags=0x1000, mode=0o400)],
+    'PR_SET_KEEPCAPS': [do('set_prctl', arguments=(8, 1))],
+}
+
+
+@pytest.mark.parametrize('lost', sorted(ONCE_LOST_BY_USERS))
+def test_once_lost_by_users(tmp_path: Path, lost: str) -> None:
+    with user_in(tmp_path) as user:
+        outcome = Trial(user.place, user.attacker.home / 'trial', ONCE_LOST_BY_USERS[lost], user).run()
+    assert (outcome.what, outcome.wrong) == ('restored', [])
 
 
 @pytest.mark.parametrize('lost', sorted(ONCE_LOST))

@@ -20,6 +20,7 @@ from ckptd.kernel.prctl import (
     PR_CAPBSET_DROP,
     PR_GET_KEEPCAPS,
     PR_GET_SECUREBITS,
+    PR_SET_KEEPCAPS,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_SECUREBITS,
 )
@@ -74,6 +75,8 @@ class CredentialsAttribute(Attribute[records.Credentials, tuple[int, int]], name
         capabilities."""
         if not to.means.is_users_worker:
             _set(record, to.script, ids=to.means.sets_ids)
+        elif record.keepcaps:
+            to.script.call('prctl', PR_SET_KEEPCAPS, 1, 0, 0, 0, about='keeping capabilities')
         if record.no_new_privs:
             to.script.call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
@@ -148,9 +151,8 @@ def _ids_of_worker(record: records.Credentials, own: Status) -> Iterator[Finding
     if {*record.groups, own.gids[1]} != {*own.groups, own.gids[1]}:
         yield about(vpid, 'groups', 'EPERM', f'was in the groups {_list(record.groups)}, and comes back in those of '
                     f'the user: {_list(own.groups)}', 'restore it in a session that has the same groups', 'warning')
-    if record.securebits:
-        yield about(vpid, 'securebits', 'EPERM', f'has securebits {record.securebits:#x}, which take a right to set',
-                    _ROOT)
+    if bits := record.securebits & ~SECBIT_KEEP_CAPS:
+        yield about(vpid, 'securebits', 'EPERM', f'has securebits {bits:#x}, which take a right to set', _ROOT)
 
 
 def _ids_in_namespace(record: records.Credentials) -> Iterator[Finding]:
