@@ -81,9 +81,9 @@ def owner_findings(what: str, uid: int, gid: int, lookup: FileLookup) -> list[Fi
 
 def unread_findings(file: OpenFile) -> list[Finding]:
     """Return a refusal if the content of a file without a name must not get into the image."""
-    if not file.unread:
+    if not file.unread and os.access(file.proc_path, os.R_OK, effective_ids=True):
         return []
-    return [finding('EACCES', f'{file.path} is open for writing only and its content is not readable', 'run as root')]
+    return [finding('EACCES', f'the content of {file.path} is not readable', 'run as root')]
 
 
 def socket_findings(link: str, uid: int, gid: int, lookup: FileLookup) -> list[Finding]:

@@ -155,8 +155,10 @@ def _end(key: Key, base: int, flags: int, ctx: RestoreContext) -> int:
     mode = flags & os.O_ACCMODE
     if mode != os.O_RDWR and key[0] == 'pipe' and not flags & O_LARGEFILE:
         ctx.once((*key, 'taken', mode), take)
-    # opening one end waits for the other, which the base is
-    return os.dup(ctx.once((*key, 'first', mode), lambda: base)) if fresh else open_again(base, mode | os.O_NONBLOCK)
+    if fresh:
+        return os.dup(ctx.once((*key, 'first', mode), lambda: base))
+    # opening one end waits for the other, which the base is; O_SYNC and O_DSYNC are set by open(2) only
+    return open_again(base, mode | os.O_NONBLOCK | flags & os.O_SYNC)
 
 
 def _writer(fd: int, *, packets: bool) -> int:
