@@ -213,15 +213,18 @@ static void report_files(struct report *report, const char *moment)
 
         if (fcntl(fd, F_GETFD) == -1)
             continue;
+        fstat(fd, &st);
         snprintf(what, sizeof what, "fd%d-fcntl", fd);
         for (size_t i = 0; i < sizeof FLAGS / sizeof *FLAGS; i++)
             say(report, "%d %s %s-%d %ld\n", my_tid(), moment, what, FLAGS[i], syscall(SYS_fcntl, fd, FLAGS[i], 0));
         for (size_t i = 0; i < sizeof FACTS / sizeof *FACTS; i++) {
+            /* all anonymous files share an inode, whose hint any program of the machine may change */
+            if (FACTS[i] == F_GET_RW_HINT && !(st.st_mode & S_IFMT))
+                continue;
             memset(data, 0, sizeof data);
             syscall(SYS_fcntl, fd, FACTS[i], data);
             say_bytes(report, moment, what, FACTS[i], data, 8);
         }
-        fstat(fd, &st);
         say(report, "%d %s fd%d-stat mode=%o links=%lu owner=%u:%u size=%ld\n", my_tid(), moment, fd, st.st_mode,
             st.st_nlink, st.st_uid, st.st_gid, st.st_size);
         say(report, "%d %s fd%d-position %ld\n", my_tid(), moment, fd, lseek(fd, 0, SEEK_CUR));

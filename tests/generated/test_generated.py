@@ -115,6 +115,15 @@ def test_once_lost_by_users(tmp_path: Path, lost: str) -> None:
     assert (outcome.what, outcome.wrong) == ('restored', [])
 
 
+def test_a_file_that_its_user_cannot_open_any_more(tmp_path: Path) -> None:
+    with user_in(tmp_path) as user:
+        outcome = Trial(user.place, user.attacker.home / 'trial', [
+            do('make_file', name='new', flags=0, gone='no', mode=0o200)], user).run()
+    assert outcome.wrong == []
+    assert outcome.what.startswith('restore refused: Refused')
+    assert [re.sub('/.*/', '', one) for one in outcome.warnings] == ['new may not be opened again']
+
+
 @pytest.mark.parametrize('lost', sorted(ONCE_LOST))
 def test_once_lost(attempt: Callable[[list[Operation]], Outcome], lost: str) -> None:
     outcome = attempt(ONCE_LOST[lost])

@@ -159,7 +159,8 @@ class Trial:
                 if _INTERNAL in error.message or worker.log or error.name in ('WorkerDied', 'Failed') or not error.hint:
                     self.outcome.wrong.append('\n'.join((f'{operation}: {error.message} (hint: {error.hint})',
                                                          *worker.log)))
-                elif operation == 'restore':
+                elif operation == 'restore' and not any('may not be opened again' in one
+                                                        for one in self.outcome.warnings):
                     self.outcome.wrong.append(f'restore: {error.message} (hint: {error.hint})')
             except (AssertionError, TimeoutError) as error:
                 self.outcome.wrong.append(f'{operation}: {type(error).__name__} {error}')

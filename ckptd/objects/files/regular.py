@@ -92,6 +92,9 @@ class RegularKind(Kind[Regular], tag='regular'):
         if file.magic == statfs.PROC_SUPER_MAGIC and of_process(file.path):
             return [finding('ENOENT', f'{file.path} belongs to a process',
                             'a restart needs a process with that pid', 'warning')]
+        if not os.access(file.proc_path, access_of(file.flags), effective_ids=True):
+            return [finding('EACCES', f'{file.path} may not be opened again', 'its mode or owner has changed since it '
+                            'was opened: put it back before a restart, or restore as root', 'warning')]
         return []
 
     def _deleted(self, file: OpenFile) -> list[Finding]:
