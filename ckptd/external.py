@@ -5,7 +5,8 @@
     /run/app.sock               a unix socket bound to this path
     @name                       a unix socket with this abstract name; '@' stands for each NUL, as in ss(8)
     tcp:192.0.2.1:5432          a TCP address and port; tcp:[2001:db8::1]:5432
-    any                         every peer that no other policy names
+    pipe:[123]                  a pipe, as the links of /proc/PID/fd show it (inherit only)
+    any                         every peer that no other policy names, except for pipes
 
     ACTION                      the connection after a restart
     refuse                      none: the checkpoint is refused (default)
@@ -13,11 +14,12 @@
     reconnect                   a new one, to the same path or abstract name
     keep                        the same one, if root restores it within a quarter of an hour after "checkpoint --kill";
                                 else as with close (TCP only)
-    inherit                     a socket that the caller of the restart gives for WHAT; a restart without is refused
+    inherit                     a file that the caller of the restart gives for WHAT; a restart without is refused
 """
 
 import ipaddress
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal, NamedTuple, cast, get_args
@@ -31,6 +33,7 @@ TCP: Final = 'tcp:'
 MAX_POLICIES: Final = 64
 MAX_WHAT: Final = 512          # characters; sun_path has 108 bytes, unix(7)
 MAX_INHERITED: Final = 15      # file descriptors for one restart; a call has 16, and one may be a terminal
+_PIPE: Final = re.compile(r'pipe:\[\d{1,20}\]', re.ASCII)       # pipe(7)
 _ONLY_NAMES = ('reconnect',)        # actions that need a path or an abstract name
 _ONLY_TCP = ('keep',)
 
@@ -54,6 +57,9 @@ def parse(text: str) -> Policy:
     if policy.what.startswith(TCP) and policy.action in _ONLY_NAMES:
         raise InvalidArgument(f'{text[:MAX_WHAT]!r}: only a unix socket can be connected again by its name',
                               resource='external', hint='use close or keep')
+    if _PIPE.fullmatch(policy.what) and policy.action != 'inherit':
+        raise InvalidArgument(f'{text[:MAX_WHAT]!r}: a pipe can only be inherited', resource='external',
+                              hint='without a policy, its other end is closed after a restart')
     if policy.action in _ONLY_TCP and policy.what != ANY and not policy.what.startswith(TCP):
         raise InvalidArgument(f'{text[:MAX_WHAT]!r}: only a TCP connection can be kept', resource='external',
                               hint='use close or reconnect')
@@ -80,6 +86,8 @@ def parse_what(text: str) -> str:
     """Return the only spelling of a peer. InvalidArgument."""
     if text == ANY or (len(text) <= MAX_WHAT and '\0' not in text and text[:1] in ('/', '@') and len(text) > 1):
         return text
+    if _PIPE.fullmatch(text):
+        return text
     address, _, port = text.removeprefix(TCP).rpartition(':')
     if text.startswith(TCP) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16:
         try:
@@ -87,7 +95,7 @@ def parse_what(text: str) -> str:
         except ValueError:
             pass        # the message is that for all other texts
     raise InvalidArgument(f'{text[:MAX_WHAT]!r} is no peer', resource='external',
-                          hint=f'it is a path, @NAME, {TCP}ADDRESS:PORT, or {ANY}')
+                          hint=f'it is a path, @NAME, {TCP}ADDRESS:PORT, pipe:[NUMBER], or {ANY}')
 
 
 def parse_inherited(text: str) -> tuple[str, int]:
@@ -133,3 +141,7 @@ class Policies:
     def action_of(self, what: str) -> Action:
         """Return the action for a peer; '' is a peer without a name."""
         return self._actions.get(what) or self._actions.get(ANY, 'refuse')
+
+    def inherits(self, pipe: str) -> bool:
+        """Whether the caller of a restart gives this pipe."""
+        return self._actions.get(pipe) == 'inherit'

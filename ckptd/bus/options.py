@@ -9,7 +9,7 @@ from typing import Any, get_args
 from ckptd.bus.message import UnixFd
 from ckptd.errors import InvalidArgument
 from ckptd.external import MAX_INHERITED, MAX_POLICIES, is_policy, is_what
-from ckptd.kernel.statx import is_socket, is_terminal
+from ckptd.kernel.statx import is_socket_or_pipe, is_terminal
 from ckptd.protocol.requests import After, ChangedFiles, FreezeMode
 from ckptd.sysv import MAX_NAMES, is_name
 from ckptd.target import MAX_PATH, WORDS, CgroupTarget, clean_path, is_valid
@@ -66,7 +66,7 @@ def _is_inherited(value: Any) -> bool:
 def _is_given(value: Any) -> bool:
     match value:
         case [str(what), UnixFd() as fd]:
-            return is_what(what) and is_socket(fd)
+            return is_what(what) and is_socket_or_pipe(fd)
     return False
 
 
@@ -84,7 +84,7 @@ EXTERNAL = Option('external', f'up to {MAX_POLICIES} texts WHAT:ACTION', _is_ext
 SYSV = Option('sysv', f'up to {MAX_NAMES} texts ID, sem:ID or msg:ID', _is_sysv)
 CGROUP = Option('cgroup', 'an absolute path of a cgroup, without ".."', _is_cgroup)
 CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
-INHERIT = Option('inherit', f'up to {MAX_INHERITED} pairs (WHAT, file descriptor of a socket)', _is_inherited)
+INHERIT = Option('inherit', f'up to {MAX_INHERITED} pairs (WHAT, file descriptor of a socket or pipe)', _is_inherited)
 TERMINAL = Option('terminal', f'a file descriptor of a terminal, or "{DETACHED}"', _is_terminal)
 
 DETACH = _flag('detach')

@@ -117,7 +117,7 @@ def _restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--terminal', choices=('detach',), metavar='detach',
                         help='restore a tree without the terminal that it ran on: it reads end-of-file there')
     parser.add_argument('--inherit', action='append', default=[], metavar='WHAT=FD', type=inherited,
-                        help='give the tree this open socket, a file descriptor of ckptctl, for its connection to '
+                        help='give the tree this open socket or pipe, a file descriptor of ckptctl, for its one to '
                              'WHAT, if the checkpoint had --external=WHAT:inherit')
     parser.add_argument('--dry-run', action='store_true', help='list what would prevent a restore, and change nothing')
 

@@ -57,9 +57,9 @@ def device_of(fd: int) -> int:
     return buf.stx_dev_major << 20 | buf.stx_dev_minor
 
 
-def is_socket(fd: int) -> bool:
-    """Whether the file is a socket."""
-    return file_type(fd) == stat.S_IFSOCK
+def is_socket_or_pipe(fd: int) -> bool:
+    """Whether the file is a socket, a pipe or a FIFO."""
+    return file_type(fd) in (stat.S_IFSOCK, stat.S_IFIFO)
 
 
 def is_terminal(fd: int) -> bool:

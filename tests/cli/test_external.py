@@ -77,7 +77,7 @@ def test_what_cannot_be_inherited(ctl: Ctl) -> None:
         done = ctl('restore', 'image', '--inherit', text)
         assert (done.status, words in done.err) == (2, True), done.err
     done = ctl('restore', 'image', '--inherit', 'any=0')
-    assert 'option "inherit" must be up to 15 pairs (WHAT, file descriptor of a socket)' in done.err
+    assert 'option "inherit" must be up to 15 pairs (WHAT, file descriptor of a socket or pipe)' in done.err
 
 
 def test_a_closed_connection(ctl: Ctl, server: Server) -> None:

@@ -68,7 +68,7 @@ UNREAD = {
     **{f'KeptConnection.{name}': 'of a connection to the outside, see tests/worker/test_tcp_keep.py' for name in (
         'advertised', 'boot', 'mss', 'options', 'receive_scale', 'received', 'send_scale', 'sent', 'state', 'table',
         'timestamp', 'unacknowledged', 'unread', 'until', 'window')},
-    **{f'InheritedSocket.{name}': 'of a connection to the outside, see tests/worker/test_inherited.py' for name in (
+    **{f'InheritedFile.{name}': 'of a connection to the outside, see tests/worker/test_inherited.py' for name in (
         'what', 'family', 'type', 'protocol')},
     **{f'SystemVObject.{name}': 'of an object that is named, see tests/worker/test_system_v.py' for name in (
         'number', 'type', 'id', 'data')},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sockets with a peer outside of the tree that the caller of a restart hands over (--external=WHAT:inherit)."""
+"""Sockets and pipes that lead out of the tree, which the caller of a restart hands over (--external=WHAT:inherit)."""
 
 import fcntl
 import os
@@ -130,19 +130,66 @@ def test_a_socket_of_another_kind(talk: Callable[[str, str], Talk]) -> None:
     with ExitStack() as stack:
         fresh, datagram = socket.socket(socket.AF_UNIX), socket.socketpair(type=socket.SOCK_DGRAM)
         inet, mine = socket.create_server(('127.0.0.1', 0)), one.another()
+        tcp = socket.create_connection(inet.getsockname())
         pipe = os.pipe()
-        for sock in (fresh, *datagram, inet, mine):
+        for sock in (fresh, *datagram, inet, tcp, mine):
             stack.enter_context(sock)
         for sock, words in ((fresh, 'a socket without a connection'), (one.server, 'without a connection'),
-                            (datagram[0], 'AF_UNIX SOCK_DGRAM'), (inet, 'AF_INET SOCK_STREAM (protocol 6)')):
+                            (datagram[0], 'AF_UNIX SOCK_DGRAM'), (inet, 'without a connection'),
+                            (tcp, '(AF_INET SOCK_STREAM, protocol 6)')):
             [row] = one.refused(image, (one.what, sock))
             assert row.errno == 'EPROTOTYPE'
             assert words in row.reason
             assert row.hint == 'give a connected socket (AF_UNIX SOCK_STREAM)'
         request = one.place.request(0, operation='restore', image=image.name, inherit=(one.what,))
-        with DirectWorker(forked=True) as worker, pytest.raises(Refused, match=r'given for @ckptd-test-\d+ is pipe:'):
+        with DirectWorker(forked=True) as worker, pytest.raises(Refused, match='is a pipe open for reading'):
             worker.run(request, pipe[:1])
         for fd in pipe:
             os.close(fd)
         [row] = one.refused(image, (one.what, mine), ('/run/another', mine))
         assert (row.errno, row.resource, '/run/another' in row.reason) == ('EINVAL', 'inherit', True)
+
+
+def test_a_pipe_of_the_caller(tmp_path: Path) -> None:
+    """Both directions: what is in the pipe stays there; an end of another direction is refused."""
+    place, program = Place(tmp_path).make(), tmp_path / 'program.py'
+    program.write_text("""
+import os, sys
+from victim import ready, wait_for_go
+source, sink = os.open(sys.argv[1], os.O_RDONLY), os.open(sys.argv[2], os.O_WRONLY)
+assert os.read(source, 3) == b'one'
+ready()
+wait_for_go()
+assert os.read(source, 100) == b'two'
+assert os.read(source, 100) == b''
+os.write(sink, b'done')
+""")
+    (their_source, source), (sink, their_sink) = os.pipe(), os.pipe()
+    names = [f'pipe:[{os.fstat(fd).st_ino}]' for fd in (source, sink)]
+    os.write(source, b'onefour')
+    ours = Path(f'/proc/{os.getpid()}/fd')
+    with Victim('program', str(ours / str(their_source)), str(ours / str(their_sink)), directory=tmp_path / 'victim',
+                program=program) as running:
+        os.close(their_source)
+        os.close(their_sink)
+        image = place.checkpoint(running.pid, forked=True, after='kill', external=[f'{name}:inherit' for name in names])
+        running.process.wait()
+        settled.reap_orphans()
+        assert os.read(sink, 1) == b''
+        os.close(source)
+        os.close(sink)
+        (their_source, source), (sink, their_sink) = os.pipe(), os.pipe()
+        os.write(source, b'two')
+        os.close(source)
+        request = place.request(0, operation='restore', image=image.name, inherit=tuple(names))
+        with DirectWorker(forked=True) as worker, pytest.raises(Refused, match='is a pipe open for writing'):
+            worker.run(request, (their_sink, their_source))
+        with DirectWorker(forked=True) as worker:
+            root = int(worker.run(request, (their_source, their_sink))['root'])
+        os.close(their_source)
+        os.close(their_sink)
+        running.go()
+        assert os.waitpid(root, 0) == (root, 0), running.output
+        assert os.read(sink, 100) == b'done'
+        assert os.read(sink, 100) == b''
+        os.close(sink)

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A socket with a peer outside of the tree that the caller of a restart hands over: `--external=WHAT:inherit` at the
-checkpoint, `restore --inherit WHAT=FD`.
+"""A socket or pipe whose other end is outside of the tree, and that the caller of a restart hands over:
+`--external=WHAT:inherit` at the checkpoint, `restore --inherit WHAT=FD`.
 
-The tree gets the open socket of the caller itself, with its peer, its unread data and its options; only its file status
-flags, such as O_NONBLOCK, become those of the image. It must be connected, of the family, type and protocol of the one
-that it replaces, because the program goes on to use it as that.
+The tree gets the open file of the caller itself, with its other end, its unread data and its options; only its file
+status flags, such as O_NONBLOCK, become those of the image. It must be of the same form as the file that it replaces,
+because the program goes on to use it as that: a connected socket of the same family, type and protocol, or a pipe that
+is open in the same way.
 """
 
 import fcntl
 import os
 import socket
+import stat
 from contextlib import suppress
-from typing import NamedTuple, NoReturn, Self
+from typing import NamedTuple, NoReturn
 
 from ckptd.errors import Finding
 from ckptd.image.grammar import U32, Struct, layout
@@ -20,34 +22,35 @@ from ckptd.kernel.task import read_link
 from ckptd.objects.files.base import Content, FileLookup, Kind, OpenFile, RestoreContext, finding
 from ckptd.objects.support import Support
 
+_ACCESS = {os.O_RDONLY: 'reading', os.O_WRONLY: 'writing', os.O_RDWR: 'reading and writing'}
+
 
 @layout
-class InheritedSocket(Struct):
-    """A socket that is not in the image."""
+class InheritedFile(Struct):
+    """A file that is not in the image. A pipe has a family, type and protocol of 0."""
     what: str           # the peer, as ckptd.external names it
-    family: U32
-    type: U32
-    protocol: U32
+    family: U32         # of socket(2)
+    type: U32           # likewise
+    protocol: U32       # likewise
 
 
 class _Form(NamedTuple):
-    """The arguments of socket(2) that make such a socket."""
-    family: int
-    type: int
-    protocol: int
-
-    @classmethod
-    def of(cls, record: InheritedSocket) -> Self:
-        return cls(record.family, record.type, record.protocol)
+    """The arguments of socket(2) that make such a socket; or the access mode of a pipe, which has no family."""
+    family: int = 0
+    type: int = 0
+    protocol: int = 0
+    access: int = 0     # O_RDONLY, O_WRONLY, O_RDWR
 
     def __str__(self) -> str:
-        names = (_name(socket.AddressFamily, self.family), _name(socket.SocketKind, self.type))
-        return ' '.join(names) + (f' (protocol {self.protocol})' if self.protocol else '')
+        if not self.family:
+            return f'a pipe open for {_ACCESS.get(self.access, "nothing")}'
+        names = f'{_name(socket.AddressFamily, self.family)} {_name(socket.SocketKind, self.type)}'
+        return f'a connected socket ({names}{f", protocol {self.protocol}" if self.protocol else ""})'
 
 
-class InheritedKind(Kind[InheritedSocket], tag='inherited'):
-    support = Support('sockets connected to the outside, with --external=...:inherit: the restart is handed them',
-                      refused='a restart without --inherit, or with a socket of another kind')
+class InheritedKind(Kind[InheritedFile], tag='inherited'):
+    support = Support('sockets and pipes that lead out of the tree, with --external=...:inherit: the restart is handed '
+                      'them', refused='a restart without --inherit, or with a file of another kind')
 
     def matches(self, file: OpenFile) -> bool:
         return False            # until `dump` each is of its own kind
@@ -55,48 +58,53 @@ class InheritedKind(Kind[InheritedSocket], tag='inherited'):
     def dump(self, file: OpenFile, content: Content) -> NoReturn:
         raise AssertionError('its own kind dumps it, by dump_inherited')
 
-    def restart_findings(self, record: InheritedSocket, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        what, form = record.what, _Form.of(record)
-        fd = lookup.inherited.take(what, saved.file_id)
+    def restart_findings(self, record: InheritedFile, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
+        form, fd = _form(record, saved), lookup.inherited.take(record.what, saved.file_id)
         if fd < 0:
-            return [finding('ENOTCONN', f'{saved.link} is a connection to {what}, which the caller of the restart is '
-                            'to hand over', f'connect a socket ({form}), and give it: --inherit {what}=FD')]
-        if wrong := _wrong(fd, form):
-            return [finding('EPROTOTYPE', f'the file descriptor given for {what} is {wrong}',
-                            f'give a connected socket ({form})')]
+            return [finding('ENOTCONN', f'{saved.link} leads out of the tree, to {record.what}, and the caller of the '
+                            'restart is to hand it over', f'open {form}, and give it: --inherit {record.what}=FD')]
+        if (given := _form_of(fd)) != form:
+            return [finding('EPROTOTYPE', f'the file descriptor given for {record.what} is {given}', f'give {form}')]
         return []
 
-    def create(self, record: InheritedSocket, saved: SavedFile, ctx: RestoreContext) -> int:
+    def create(self, record: InheritedFile, saved: SavedFile, ctx: RestoreContext) -> int:
         return fcntl.fcntl(ctx.inherited.take(record.what, saved.file_id), fcntl.F_DUPFD_CLOEXEC, 0)
 
 
 def asked_for(what: str) -> str:
-    """Return what a checkpoint says about the restart of such a connection."""
-    return f'a restart must be handed a socket for it: restore --inherit {what}=FD'
+    """Return what a checkpoint says about the restart of such a file."""
+    return f'a restart must be handed it: restore --inherit {what}=FD'
 
 
-def dump_inherited(file: OpenFile, what: str) -> InheritedSocket:
-    """Return the record of a socket that another kind has found. what: the name of its peer."""
+def dump_inherited(file: OpenFile, what: str) -> InheritedFile:
+    """Return the record of a file that another kind has found. what: the name of its peer."""
+    if not stat.S_ISSOCK(file.stat.st_mode):
+        return InheritedFile(what, 0, 0, 0)
     with file.as_socket() as sock:
-        return InheritedSocket(what, sock.family, sock.type, sock.proto)
+        return InheritedFile(what, sock.family, sock.type, sock.proto)
 
 
-def _wrong(fd: int, form: _Form) -> str:
-    """Return what an fd is, if it cannot take the place of such a socket; else ''."""
+def _form(record: InheritedFile, saved: SavedFile) -> _Form:
+    """Return the form of the file that is needed."""
+    if record.family:
+        return _Form(record.family, record.type, record.protocol)
+    return _Form(access=saved.flags & os.O_ACCMODE)
+
+
+def _form_of(fd: int) -> _Form | str:
+    """Return the form of what the caller has given; of what cannot be used, a description."""
     link = read_link(os.getpid(), f'fd/{fd}')
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+        return f'{link}, which is not open (O_PATH)'
+    if link.startswith('pipe:['):
+        return _Form(access=fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
     if not link.startswith('socket:['):
         return link
+    sock = socket.socket(fileno=fd)
     try:
-        sock = socket.socket(fileno=fd)
-    except OSError as error:        # O_PATH
-        return f'{link}, which cannot be used: {error.strerror}'
-    try:
-        found = _Form(sock.family, sock.type, sock.proto)
-        if found != form:
-            return f'a socket of another kind ({found})'
         with suppress(OSError):
             sock.getpeername()
-            return ''
+            return _Form(sock.family, sock.type, sock.proto)
         return 'a socket without a connection'
     finally:
         sock.detach()

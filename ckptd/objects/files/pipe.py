@@ -12,6 +12,7 @@ import os
 import select
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from ckptd.errors import CkptError, Finding, ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
@@ -22,6 +23,7 @@ from ckptd.objects.files.base import (
     O_LARGEFILE,
     Content,
     Endpoint,
+    FileEnd,
     FileLookup,
     Kind,
     Needs,
@@ -30,6 +32,8 @@ from ckptd.objects.files.base import (
     open_again,
 )
 from ckptd.objects.files.content import owner_findings, set_owner
+from ckptd.objects.files.inherited import asked_for
+from ckptd.objects.files.tables import JobTables
 from ckptd.objects.support import Support
 
 Key = tuple[str, int, int]
@@ -53,14 +57,30 @@ class Pipe(Struct):
 
 class PipeKind(Kind[Pipe], tag='pipe'):
     support = Support('pipes, with unread bytes',
-                      warned='an end that a process outside of the tree holds: it is closed after a restart',
+                      warned='an end that a process outside of the tree holds: it is closed after a restart, or '
+                             'handed over',
                       user='a capacity above pipe-max-size is refused')
+
+    def __init__(self, tables: JobTables) -> None:
+        super().__init__(tables)
+        self._inherited: set[int] = set()       # inodes
 
     def matches(self, file: OpenFile) -> bool:
         return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic == PIPEFS_MAGIC
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         return pipe_endpoint('pipe', file)
+
+    def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
+        for end, row in super().link(ends, is_whole=is_whole):
+            inode = end.file.stat.st_ino
+            if self._tables.external.inherits(_name(inode)):
+                self._inherited.add(inode)
+                row = replace(row, hint=asked_for(_name(inode)))
+            yield end, row
+
+    def inherited(self, file: OpenFile) -> str:
+        return _name(file.stat.st_ino) if file.stat.st_ino in self._inherited else ''
 
     def dump(self, file: OpenFile, content: Content) -> Pipe:
         with file.duplicate() as fd:
@@ -69,7 +89,7 @@ class PipeKind(Kind[Pipe], tag='pipe'):
                         file.stat.st_gid, data, lengths)
 
     def restart_findings(self, record: Pipe, saved: SavedFile, lookup: FileLookup) -> list[Finding]:
-        return owner_findings(f'pipe:[{record.inode}]', record.uid, record.gid, lookup)
+        return owner_findings(_name(record.inode), record.uid, record.gid, lookup)
 
     def needs(self, record: Pipe, saved: SavedFile) -> Needs:
         return Needs(('pipe', 0, record.inode), pipe=record.capacity)
@@ -89,6 +109,11 @@ class PipeKind(Kind[Pipe], tag='pipe'):
 
     def connect(self, record: Pipe, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         fill(('pipe', 0, record.inode), fd, record.data, record.lengths, saved.link, ctx)
+
+
+def _name(inode: int) -> str:
+    """Return the name of a pipe in /proc and in policies."""
+    return f'pipe:[{inode}]'
 
 
 def pipe_endpoint(name: str, file: OpenFile) -> Endpoint:

@@ -12,8 +12,8 @@ ChangedFiles = Literal['refuse', 'accept', 'rollback']
 
 
 class InheritedFiles:
-    """Sockets that the caller of the restart has given in place of those of the image. fds: of the caller, each with
-    the name of the peer (ckptd.external). Of several with one name, the first is for the first open file."""
+    """Sockets and pipes that the caller of the restart has given in place of those of the image. fds: of the caller,
+    each with the name of the peer (ckptd.external). Of several with one name, the first is for the first open file."""
 
     def __init__(self, fds: Iterable[tuple[str, int]] = ()) -> None:
         self._left = list(fds)
