@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lib.bus import family
 from tests.lib.victim import Victim
 from tests.programs.conftest import WORK, Standalone, await_that, backtraces, pooled
 
@@ -141,3 +142,21 @@ def test_sort_of_a_large_file(program: Program, standalone: Standalone, tmp_path
         assert [int(line) for line in lines] == sorted(numbers)
     core = standalone.cores(result['image'])[process.pid]
     assert backtraces(shutil.which('sort') or '', core)
+
+
+def test_what_gdb_debugs(program: Program, spool: Path, tmp_path: Path) -> None:
+    """It is refused with the name of the tracer, and gdb goes on."""
+    debugger = program('gdb', '--batch', '-nx', '-iex', 'set debuginfod enabled off', '-iex',
+                       'set startup-with-shell off', '-ex', 'starti', '-ex', 'shell touch stopped', '-ex',
+                       'shell while [ ! -e enough ]; do sleep 0.1; done', '-ex', 'continue', '--args', 'true')
+    await_that('the program has stopped', (tmp_path / 'stopped').exists)
+    [inferior] = [pid for pid in family(debugger.pid) if Path(f'/proc/{pid}/comm').read_text() == 'true\n']
+    for command in (['check'], ['checkpoint', '--kill']):
+        done = subprocess.run([sys.executable, '-m', 'ckptd.cli', *command, str(inferior), '--standalone', '--spool',
+                               spool], capture_output=True, text=True, check=False)
+        assert f'is traced by gdb[{debugger.pid}]' in done.stdout + done.stderr
+        assert done.returncode == 3, done.stdout + done.stderr
+    assert not list(spool.glob('20*'))
+    (tmp_path / 'enough').touch()
+    assert debugger.wait(60) == 0
+    assert 'exited normally' in (tmp_path / 'output').read_text()

@@ -36,12 +36,18 @@ SystemCallErrorNumber=EPERM
 RestrictRealtime=yes
 LockPersonality=yes
 """
+# of a unit that a distribution brings: what makes namespaces, which would end with the unit
+WITHOUT_NAMESPACES = '[Service]\n' + ''.join(f'{name}=no\n' for name in (
+    'PrivateDevices', 'PrivateTmp', 'PrivateUsers', 'ProtectControlGroups', 'ProtectHome', 'ProtectHostname',
+    'ProtectKernelLogs', 'ProtectKernelModules', 'ProtectKernelTunables', 'ProtectSystem')) + ''.join(
+    f'{name}=\n' for name in ('ExecPaths', 'NoExecPaths', 'ReadWritePaths')) + 'ProtectProc=default\n'
 USER, UID = 'alice', 4242
 HOOK = ROOT / 'units/checkpoint-before-stop.conf'
 FILES = {
     '/usr/local/bin/count': COUNTER,
     '/etc/systemd/system/counter.service': UNIT,
     '/etc/systemd/system/filtered.service': UNIT + FILTERS,
+    '/etc/systemd/system/redis-server.service.d/without-namespaces.conf': WITHOUT_NAMESPACES,
     '/etc/systemd/system/private.service': UNIT + 'PrivateTmp=yes\n',
     '/etc/systemd/system/hooked.service': UNIT,
     '/etc/systemd/system/hooked.service.d/checkpoint-before-stop.conf': HOOK.read_text(),
