@@ -4,7 +4,8 @@
 import errno
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -16,6 +17,27 @@ def quiet_fork() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)
         return os.fork()
+
+
+@contextmanager
+def waiting_child(end: Callable[[], object] = lambda: None) -> Iterator[int]:
+    """Fork a child, which exists in the block. Then it calls `end`, exits with status 0 unless that has ended it, and
+    is reaped."""
+    reader, writer = os.pipe()
+    child = quiet_fork()
+    if child == 0:
+        try:
+            os.close(writer)
+            os.read(reader, 1)
+            end()
+        finally:
+            os._exit(0)
+    os.close(reader)
+    try:
+        yield child
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
 
 
 def run_and_exit(work: Callable[[], object]) -> NoReturn:

@@ -24,6 +24,7 @@ _ATTRIBUTES = 'tests/worker/test_refused_attributes.py'
 SHOWN: dict[str, tuple[str, ...]] = {
     # files
     'CharacterDeviceKind': ('files',),
+    'DeadProcessKind': ('tests/worker/test_dead_processes.py::test_they_come_back',),
     'DirectoryKind': ('files', 'removed'),
     'EpollKind': ('epolls', 'events'),
     'EventfdKind': ('events',),

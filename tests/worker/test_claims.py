@@ -200,6 +200,15 @@ def test_no_segment_of_huge_pages_is_made_by_just_anybody(place: Place, image_of
     assert [row.errno for row in rows] == ['EPERM']
 
 
+def test_a_file_of_a_dead_process_that_only_root_may_open(place: Place, image_of: Image, importer: Caller) -> None:
+    image = image_of('import signal; pid = os.fork(); pid or signal.pause()\n'
+                     "fd = os.open(f'/proc/{pid}/status', 0); os.kill(pid, 9); os.waitpid(pid, 0)")
+    assert found(place, image, caller=importer) == []
+    claim(image, 'dead', lambda one: dataclasses.replace(one, mode=stat.S_IFREG | 0o400))
+    row = refused(place, image, importer)
+    assert row.errno == 'EACCES'
+
+
 def test_huge_pages_of_an_odd_size(place: Place, image_of: Image, importer: Caller) -> None:
     image = image_of(MEMORY)
     alter(image, r.SharedMemory, huge=3 << 20)

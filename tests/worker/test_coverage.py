@@ -72,6 +72,7 @@ UNREAD = {
         'what', 'family', 'type', 'protocol')},
     **{f'SystemVObject.{name}': 'of an object that is named, see tests/worker/test_system_v.py' for name in (
         'number', 'type', 'id', 'data')},
+    **{f'DeadProcessFile.{name}': 'see tests/worker/test_dead_processes.py' for name in ('mode', 'path')},
     'Credentials.keepcaps': 'is a bit of securebits',
     'Directory.device': _THERE,
     'Fifo.mode': 'OpenFile.mode is the same',

@@ -18,7 +18,9 @@ from ckptd.objects.files.base import (
     open_again,
     opening,
 )
+from ckptd.objects.files.dead_process import is_of_dead_process
 from ckptd.objects.files.deleted import deleted_findings, removed_directory
+from ckptd.objects.files.hidden import hidden_findings
 from ckptd.objects.files.locks import Lock, lock_findings, read_locks, restore_locks
 from ckptd.objects.support import Support
 
@@ -35,16 +37,14 @@ class Directory(Struct):
 
 
 class DirectoryKind(Kind[Directory], tag='directory'):
-    support = Support('directories', dumped='name', user='the directory must be accessible')
+    support = Support('directories', dumped='name', refused='those of mounts that are not attached',
+                      user='the directory must be accessible')
 
     def matches(self, file: OpenFile) -> bool:
-        return stat.S_ISDIR(file.stat.st_mode) and not file.is_path
+        return stat.S_ISDIR(file.stat.st_mode) and not file.is_path and not is_of_dead_process(file)
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        if not file.deleted and not file.reachable:
-            return [finding('ENOENT', f'{file.path} is another directory now, or covered by a mount',
-                            'a restart opens directories by path: uncover the mount', 'warning')]
-        return []
+        return hidden_findings(file, 'directory')
 
     def dump(self, file: OpenFile, content: Content) -> Directory:
         of = file.stat

@@ -13,6 +13,7 @@ from ckptd.kernel.statfs import PIPEFS_MAGIC
 from ckptd.objects.files.base import Content, Endpoint, FileLookup, Kind, Needs, OpenFile, RestoreContext, finding
 from ckptd.objects.files.content import owner_findings, set_owner
 from ckptd.objects.files.deleted import deleted_findings, flag_findings, make_in_home, unlink_new
+from ckptd.objects.files.hidden import hidden_findings
 from ckptd.objects.files.pipe import Key, dump_pipe_data, fill, pipe_endpoint, restore_end, set_capacity
 from ckptd.objects.support import Support
 
@@ -41,10 +42,8 @@ class FifoKind(Kind[Fifo], tag='fifo'):
         return stat.S_ISFIFO(file.stat.st_mode) and not file.is_path and file.magic != PIPEFS_MAGIC
 
     def findings(self, file: OpenFile) -> list[Finding]:
-        if file.deleted or file.reachable:      # a deleted one is made again, and its ends find each other by inode
-            return flag_findings(file)
-        return [finding('ENOENT', f'{file.path} is another file now, or hidden by a mount',
-                        'a restart opens FIFOs by path: put it back', 'warning')]
+        # a deleted one is made again, and its ends find each other by inode
+        return hidden_findings(file, 'FIFO') or flag_findings(file)
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         return pipe_endpoint('fifo', file)

@@ -25,6 +25,7 @@ from ckptd.objects.files.base import (
     opening,
 )
 from ckptd.objects.files.content import ContentSegment, dump_content, owner_findings
+from ckptd.objects.files.dead_process import is_of_dead_process
 from ckptd.objects.files.deleted import (
     deleted_file,
     deleted_findings,
@@ -35,6 +36,7 @@ from ckptd.objects.files.deleted import (
     make_symlink,
     removed_directory,
 )
+from ckptd.objects.files.hidden import hidden_findings
 from ckptd.objects.files.linked import DeletedFile, link_findings
 from ckptd.objects.support import Support
 
@@ -71,15 +73,13 @@ class PathKind(Kind[PathReference], tag='path'):
 
     def matches(self, file: OpenFile) -> bool:
         # pipes, sockets and internal files of the kernel have a link in /proc that is not a path
-        return file.is_path and file.link.startswith('/') and not file.link.startswith('/memfd:')
+        return (file.is_path and file.link.startswith('/') and not file.link.startswith('/memfd:')
+                and not is_of_dead_process(file))
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if file.deleted:
             return self._deleted(file)
-        if not file.reachable:
-            return [finding('ENOENT', f'{file.path} is another file now, or covered by a mount',
-                            'a restart opens files by path: uncover the mount or put the file back', 'warning')]
-        return []
+        return hidden_findings(file)
 
     def _deleted(self, file: OpenFile) -> list[Finding]:
         sort = stat.S_IFMT(file.stat.st_mode)

@@ -17,7 +17,7 @@ from ckptd.image.grammar import U32, U64, Struct, layout
 from ckptd.image.records import SavedFile
 from ckptd.kernel.creds import SUID_DUMP_DISABLE
 from ckptd.kernel.decl import IOWR
-from ckptd.kernel.fork import quiet_fork
+from ckptd.kernel.fork import waiting_child
 from ckptd.kernel.pidfd import PIDFD_NONBLOCK, PIDFD_THREAD, pidfd_open
 from ckptd.kernel.prctl import PR_SET_DUMPABLE, prctl
 from ckptd.kernel.stat import read_stat
@@ -104,23 +104,13 @@ def _name(pid: int) -> str:
 
 def _ended(status: int, flags: int) -> int:
     """A pidfd of a process that has ended with this wait status and is reaped."""
-    reader, writer = os.pipe()
-    child = quiet_fork()
-    if child == 0:
-        _end(reader, writer, status)
-    os.close(reader)
-    try:
+    with waiting_child(lambda: _end(status)) as child:
         return pidfd_open(child, flags)     # with PIDFD_THREAD, of its only thread
-    finally:
-        os.close(writer)
-        os.waitpid(child, 0)
 
 
-def _end(reader: int, writer: int, status: int) -> None:
-    """End as the status says, when the parent has closed its end of the pipe."""
+def _end(status: int) -> None:
+    """End as the status says."""
     try:
-        os.close(writer)
-        os.read(reader, 1)
         if number := status & 0x7F:
             prctl(PR_SET_DUMPABLE, SUID_DUMP_DISABLE)       # no core file
             if number != signal.SIGKILL:

@@ -32,7 +32,9 @@ from ckptd.objects.files.content import (
     restore_content,
     set_owner,
 )
+from ckptd.objects.files.dead_process import is_of_dead_process
 from ckptd.objects.files.deleted import deleted_file, deleted_findings, deleted_takes, flag_findings, open_nameless
+from ckptd.objects.files.hidden import hidden_findings
 from ckptd.objects.files.linked import DeletedFile, link_findings, lost_name
 from ckptd.objects.files.locks import LEASE, Lock, lock_findings, read_locks, restore_locks
 from ckptd.objects.files.rollback import digest_tail, only_appended, roll_back
@@ -81,14 +83,13 @@ class RegularKind(Kind[Regular], tag='regular'):
 
     def matches(self, file: OpenFile) -> bool:
         return (stat.S_ISREG(file.stat.st_mode) and not file.is_path and not on_shm_mount(file.stat)
-                and file.magic not in _NOT_FILES)
+                and file.magic not in _NOT_FILES and not is_of_dead_process(file))
 
     def findings(self, file: OpenFile) -> list[Finding]:
         if file.deleted:
             return [*self._deleted(file), *flag_findings(file)]
-        if not file.reachable:
-            return [finding('ENOENT', f'{file.path} is another file now, or hidden by a mount',
-                            'a restart opens files by path: remove the mount or put the file back', 'warning')]
+        if rows := hidden_findings(file):
+            return rows
         if file.magic == statfs.PROC_SUPER_MAGIC and of_process(file.path):
             return [finding('ENOENT', f'{file.path} belongs to a process',
                             'a restart needs a process with that pid', 'warning')]

@@ -28,7 +28,8 @@ Opened = Callable[[Callable[[], int]], OpenFile]
 CLONE_NEWUTS = 0x04000000       # <linux/sched.h>
 # <asm/unistd_64.h>
 NR = {'userfaultfd': 323, 'bpf': 321, 'perf_event_open': 298, 'io_uring_setup': 425, 'memfd_secret': 447,
-      'landlock_create_ruleset': 444, 'fsopen': 430}
+      'landlock_create_ruleset': 444, 'open_tree': 428, 'fsopen': 430, 'fsconfig': 431, 'fsmount': 432}
+FSCONFIG_CMD_CREATE, OPEN_TREE_CLONE, AT_FDCWD = 6, 1, -100        # <linux/mount.h>, <linux/fcntl.h>
 
 
 def fd_of(result: int) -> int:
@@ -219,6 +220,25 @@ def test_what_no_kind_matches_is_refused_by_its_name(opened: Opened, name: str, 
         Kinds().unsupported.dump(file, None)    # type: ignore[arg-type]
     assert (caught.value.task, caught.value.resource) == (file.pid, f'fd {file.fd}')
     assert file.link in caught.value.message
+
+
+def in_new_mount() -> int:
+    """A file of a file system that is mounted nowhere."""
+    context = fd_of(libc.syscall(NR['fsopen'], b'tmpfs', 0))
+    fd_of(libc.syscall(NR['fsconfig'], context, FSCONFIG_CMD_CREATE, None, None, 0))
+    mount = fd_of(libc.syscall(NR['fsmount'], context, 0, 0))
+    return os.open('new', os.O_RDWR | os.O_CREAT, dir_fd=mount)
+
+
+@pytest.mark.needs('root')
+@pytest.mark.parametrize('work', [lambda: fd_of(libc.syscall(NR['open_tree'], AT_FDCWD, b'.', OPEN_TREE_CLONE)),
+                                  in_new_mount], ids=['open_tree', 'fsmount'])
+def test_mounts_without_a_place(opened: Opened, work: Callable[[], int]) -> None:
+    """Their paths would lead to other files."""
+    file = opened(work)
+    [row] = kind_of(file).findings(file)
+    assert (row.errno, row.severity) == ('EOPNOTSUPP', 'refusal')
+    assert 'of a mount that is not attached' in row.reason
 
 
 def test_a_driver_has_a_hint(opened: Opened) -> None:
