@@ -97,8 +97,8 @@ class Ckptctl:
 
 
 @pytest.mark.parametrize('name', [
-    'files', 'inet_sockets', 'interrupted', 'memory', 'pipes', 'registers', 'signals', 'tcp_connections', 'threads',
-    'timers', 'tree', 'unix_names'])
+    'aio_rings', 'files', 'inet_sockets', 'interrupted', 'io_urings', 'memory', 'pipes', 'registers', 'signals',
+    'tcp_connections', 'threads', 'timers', 'tree', 'unix_names'])
 def test_a_tree_comes_back(home: Path, installed: Path, name: str) -> None:
     """The victim checks itself: pids, thread ids, memory, and whatever it is about."""
     program = Path(shutil.copy(build(name), home.parent))
