@@ -149,6 +149,12 @@ def reset(sock: socket.socket) -> None:
     _connect(sock.fileno(), ctypes.addressof(address), _SOCKADDR)
 
 
+def told(sock: socket.socket) -> tuple[int, int]:
+    """Return what this end of a connection has told its peer: the MSS, without options, and its window scale."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ADVERTISED_AT + 4)
+    return int.from_bytes(info[_ADVERTISED_AT:], 'little'), info[_SCALES_AT] >> 4
+
+
 def sequence(sock: socket.socket, queue: int) -> int:
     """Return the number behind the last byte of a queue, of a socket in repair mode."""
     sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)

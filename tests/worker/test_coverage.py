@@ -106,6 +106,7 @@ def classes() -> list[type]:
                'ckptd.objects.files.locks', 'ckptd.objects.files.socket_filter', 'ckptd.objects.files.terminal.state',
                'ckptd.objects.files.unix.messages', 'ckptd.objects.files.unix.names', 'ckptd.objects.files.unix.record',
                'ckptd.objects.files.inet.socket', 'ckptd.objects.files.inet.options', 'ckptd.objects.files.tcp.keep',
+               'ckptd.objects.files.tcp.agreement',
                'ckptd.objects.files.tcp.record',
                *(type(one).__module__ for one in ATTRIBUTES)}
     todo: list[type[Any]] = list(grammar.Struct.__subclasses__())

@@ -31,6 +31,7 @@ from tests.lib.victim import Victim
 from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of, refusals
 from tests.worker.test_inet_sockets import reaped, restored, sockets_of
 from tests.worker.test_restore_checks import checked
+from tests.worker.test_tcp_keep import shown_by_ss
 
 pytestmark = [pytest.mark.needs('root', 'ptrace', 'gcc'), pytest.mark.timeout(120)]
 
@@ -134,6 +135,53 @@ def test_programs_go_on(place: Place, source: str) -> None:
     pid = restored(place, image)
     os.kill(pid, signal.SIGUSR1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+# four connections, whose options were set before and after the handshake
+AGREED = """
+import signal, socket
+TCP, SOL = socket.IPPROTO_TCP, socket.SOL_SOCKET
+def bound():
+    one = socket.socket()
+    one.bind(('127.0.0.1', 0))
+    return one
+def pair(of_client, of_server):
+    # after a restart the end with the lower port accepts
+    server, client = sorted((bound(), bound()), key=socket.socket.getsockname)
+    for one, options in ((server, of_server), (client, of_client)):
+        for option in options:
+            one.setsockopt(*option)
+    with server:
+        server.listen()
+        client.connect(server.getsockname())
+        return client, server.accept()[0]
+kept = [pair([], []), pair([(TCP, socket.TCP_MAXSEG, 1000), (SOL, socket.SO_RCVBUF, 1 << 19)], []),
+        pair([], [(TCP, socket.TCP_WINDOW_CLAMP, 20000)]), pair([], [(SOL, socket.SO_RCVBUF, 5000)])]
+for one in (end for ends in kept for end in ends):
+    for option in ((TCP, socket.TCP_CONGESTION, b'reno'), (TCP, socket.TCP_USER_TIMEOUT, 9000), (SOL, 47, 1000000)):
+        one.setsockopt(*option)
+print('ready', flush=True)
+signal.pause()
+"""
+
+
+def shown(pid: int) -> dict[int, list[str]]:
+    """What ss(8) says of the connections of a process, but for what it counts and measures, by fd."""
+    with sockets_of(pid) as found:
+        return {fd: shown_by_ss(f'sport = :{one.getsockname()[1]} and dport = :{one.getpeername()[1]}')
+                for fd, one in found.items() if one.family == socket.AF_INET}
+
+
+def test_ss_shows_the_same(place: Place) -> None:
+    with program(AGREED) as running:
+        before = shown(running.pid)
+        image = place.checkpoint(running.pid, after='kill')
+        running.wait()
+    settled.reap_orphans()
+    assert len({word for words in before.values() for word in words if word.startswith('wscale:')}) > 3
+    pid = restored(place, image)
+    with reaped(pid):
+        assert shown(pid) == before
 
 
 @pytest.mark.parametrize('source', [FULL, ASYNCIO, HTTP], ids=['full', 'asyncio', 'http'])

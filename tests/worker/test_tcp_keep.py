@@ -160,7 +160,12 @@ QUEUED = re.compile(r'(?<=[(,])[rtfwo]\d+,?|,bl\d+,d\d+')     # numbers of skmem
 def shown(family: int) -> list[str]:
     """All that ss(8) says of the connection, but for what it counts and measures."""
     host = f'[{OURS[family]}]' if family == socket.AF_INET6 else OURS[family]
-    text = subprocess.check_output(['ss', '-Htionme', 'state', 'established', 'src', f'{host}:{PORT}'], text=True)
+    return shown_by_ss(f'src {host}:{PORT}')
+
+
+def shown_by_ss(which: str) -> list[str]:
+    """The same of the connection that a filter of ss(8) finds."""
+    text = subprocess.check_output(['ss', '-Htionme', 'state', 'established', which], text=True)
     _, _, *words = QUEUED.sub('', text).split()        # without both queues
     return [word for before, word in pairwise(['', *words])
             if word.split(':')[0] not in COUNTED and not {word, before} & set(RATES)]

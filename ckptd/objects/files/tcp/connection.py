@@ -42,7 +42,8 @@ from ckptd.objects.files.inet.socket import (
 )
 from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
-from ckptd.objects.files.tcp.handshake import bound, connect_pair, send_all
+from ckptd.objects.files.tcp.agreement import Agreement, read_agreement
+from ckptd.objects.files.tcp.handshake import MadeEnd, bound, connect_pair, send_all
 from ckptd.objects.files.tcp.keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
 from ckptd.objects.files.tcp.outside import connection_findings, kept_finding, outside_finding
 from ckptd.objects.files.tcp.record import (
@@ -208,15 +209,19 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         with file.as_socket() as sock:
             own, peer, state = local_address(sock), peer_address(sock), tcp_state(sock).state
             common = dump_socket(file, sock, is_connected=True)
-            since = last_packet(sock)
+            since, agreed, peer_agreed = last_packet(sock), read_agreement(sock), Agreement()
         other = self._ends.get((plain(peer), plain(own))) if peer else None
         if peer and self._others.get(inode) == WAITING:
             self._waiting.look_for_listener(peer, content)
+        if other:
+            with other[0].as_socket() as far:
+                peer_agreed = read_agreement(far)
         later = received.later + (self._unsent.get(other[0].stat.st_ino, b'') if other else b'')
         known = self._tables.inet_sockets(socket.IPPROTO_TCP).get(inode)
         return TcpConnection(common, self._others.get(inode, CLOSED), state, (keep_address(peer),) if peer else (),
                              other[1] if other else common.family, since, inode, known.shutdown if known else 0,
-                             keep_bytes(received.data, content), received.urgent, keep_bytes(later, content))
+                             keep_bytes(received.data, content), received.urgent, keep_bytes(later, content), agreed,
+                             peer_agreed)
 
     def inherited(self, file: OpenFile) -> str:
         policy = self._policies.get(file.stat.st_ino)
@@ -281,7 +286,8 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
     def _inside(self, record: TcpConnection, own: Address, peer: Address, saved: SavedFile, ctx: RestoreContext) -> int:
         """Return the fd of an end of a connection that is made once, with both ends."""
         def make() -> int:
-            mine, theirs = connect_pair((record.socket.family, own), (record.peer_family, peer), saved.link)
+            mine, theirs = connect_pair(MadeEnd(record.socket.family, own, record.agreed),
+                                        MadeEnd(record.peer_family, peer, record.peer_agreed), saved.link)
             ctx.once(tcp_end(peer, own), lambda: theirs)
             return mine
         return ctx.once(tcp_end(own, peer), make)
@@ -291,13 +297,13 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         def make() -> int:
             family = record.socket.family
             try:
-                mine, theirs = connect_pair((family, own), (family, peer), saved.link)
+                mine, theirs = connect_pair(MadeEnd(family, own, record.agreed), MadeEnd(family, peer), saved.link)
             except CkptError as error:
                 is_over = record.other == RESET or record.state == inet.TCP_CLOSE
                 if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) or not is_over:
                     raise
                 free = loopback(family)
-                mine, theirs = connect_pair((family, free), (family, free), saved.link)
+                mine, theirs = connect_pair(MadeEnd(family, free, record.agreed), MadeEnd(family, free), saved.link)
             self._temporary[saved.file_id] = mine
             return theirs
         ctx.once(('tcp closed', saved.file_id), make)

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from ckptd.errors import CkptError
 from ckptd.kernel.inet import Address, address_of, sockaddr
@@ -15,8 +16,15 @@ from ckptd.kernel.sockopt import SO_BUF_LOCK
 from ckptd.kernel.tcp import Stream, unsent
 from ckptd.objects.files.inet.socket import not_bound
 from ckptd.objects.files.options import buffer_locks, set_buffer
+from ckptd.objects.files.tcp.agreement import Agreement, complete, prepare
 
-End = tuple[int, Address]       # family, address
+
+class MadeEnd(NamedTuple):
+    """An end of a connection that is made."""
+    family: int
+    address: Address
+    agreed: Agreement = Agreement()
+
 
 _POLL = 0.002                   # seconds; nothing tells that a send queue is empty
 _PATIENCE = 5.0                 # seconds for a handshake or for data, which loopback does at once
@@ -45,28 +53,32 @@ def bound(family: int, address: Address, link: str) -> socket.socket:
     return sock
 
 
-def connect_pair(first: End, second: End, link: str) -> tuple[int, int]:
+def connect_pair(first: MadeEnd, second: MadeEnd, link: str) -> tuple[int, int]:
     """Connect two ends by a handshake. The one with the lower port accepts. Return their fds. CkptError."""
-    if not 0 < second[1].port < (first[1].port or 1 << 16):
+    if not 0 < second.address.port < (first.address.port or 1 << 16):
         accepted, client = _connect(first, second, link)
         return accepted, client
     accepted, client = _connect(second, first, link)
     return client, accepted
 
 
-def _connect(server: End, client: End, link: str) -> tuple[int, int]:
-    with bound(*server, link) as listener, bound(*client, link) as sock:
+def _connect(server: MadeEnd, client: MadeEnd, link: str) -> tuple[int, int]:
+    with bound(server.family, server.address, link) as listener, bound(client.family, client.address, link) as sock:
         try:
+            prepare(listener, server.agreed)
+            prepare(sock, client.agreed)
             listener.listen(_STRANGERS)
             target = address_of(listener.getsockname())
             own = address_of(sock.getsockname())
-            connect_to(sock, target.in_family(client[0]), link)
+            connect_to(sock, target.in_family(client.family), link)
             listener.settimeout(_PATIENCE)
             for _ in range(_STRANGERS):
                 accepted, name = listener.accept()
                 found = address_of(name)
                 if (found.plain, found.port) == (own.plain, own.port):
                     accepted.setblocking(True)
+                    complete(accepted, server.agreed)
+                    complete(sock, client.agreed)
                     return accepted.detach(), sock.detach()
                 accepted.close()        # somebody else, who finds that port closed
         except OSError as error:
@@ -74,9 +86,9 @@ def _connect(server: End, client: End, link: str) -> tuple[int, int]:
     raise _failed(server, client, link, TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
 
 
-def _failed(server: End, client: End, link: str, error: OSError) -> CkptError:
-    return CkptError(f'{link}: {client[1]} and {server[1]} cannot be connected again: {error.strerror or error}',
-                     errno=error.errno or errno.ETIMEDOUT, resource=link,
+def _failed(server: MadeEnd, client: MadeEnd, link: str, error: OSError) -> CkptError:
+    return CkptError(f'{link}: {client.address} and {server.address} cannot be connected again: '
+                     f'{error.strerror or error}', errno=error.errno or errno.ETIMEDOUT, resource=link,
                      hint='check that no packet filter is in between, and that no program uses these addresses')
 
 

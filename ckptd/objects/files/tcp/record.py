@@ -10,6 +10,7 @@ from ckptd.image.records import Extent
 from ckptd.kernel import inet, unix
 from ckptd.kernel.inet import Address
 from ckptd.objects.files.inet.socket import InetAddress, InetSocket, given_address
+from ckptd.objects.files.tcp.agreement import Agreement
 from ckptd.objects.files.tcp.keep import KeptConnection
 from ckptd.objects.files.tcp.table import plain
 
@@ -34,6 +35,8 @@ class TcpConnection(Struct):
     data: tuple[Extent, ...]
     urgent: bytes
     later: tuple[Extent, ...]
+    agreed: Agreement = Agreement()
+    peer_agreed: Agreement = Agreement()    # of the other end, if it is in the tree
     kept: tuple[KeptConnection, ...] = ()   # one, if the policy is to go on with it; with RESET, if that fails
 
 
