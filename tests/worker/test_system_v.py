@@ -23,7 +23,7 @@ from tests.lib import settled
 from tests.lib.altered import rewrite
 from tests.lib.brood import libc
 from tests.lib.victim import Victim
-from tests.worker.driver import DirectWorker, Place
+from tests.worker.driver import ORDINARY_UID, DirectWorker, Place, as_user, place_of
 
 pytestmark = [pytest.mark.needs('root', 'ptrace'), pytest.mark.timeout(60)]
 
@@ -268,3 +268,27 @@ def test_names_of_nothing(place: Place, forked: Callable[..., int], semaphores: 
         with pytest.raises(Refused) as refused:
             place.checkpoint(pid, forked=True, sysv=[name])
         assert [(row.errno, row.resource) for row in refused.value.refusals] == [(errno, f'sysv {name}')]
+
+
+def test_a_user_without_the_right_to_choose_ids() -> None:
+    """A ckptd of the user's own, whose worker lacks CAP_CHECKPOINT_RESTORE: what lives is used, what is gone is
+    refused."""
+    def work() -> None:
+        place, semid = Place(Path.cwd()).make(), libc.semget(0, 2, 0o600)
+        program = Path('program.py').absolute()
+        program.write_text('from victim import ready, wait_for_go\nready()\nwait_for_go()\n')
+        with Victim('program', directory=place.path / 'victim', program=program) as running:
+            image = place.checkpoint(running.pid, forked=True, freeze='ptrace', sysv=[str(semid)])
+            assert f'sem:{semid}' not in refused_resources(place, image)
+            libc.semctl(semid, 0, IPC_RMID)
+            assert f'sem:{semid}' in refused_resources(place, image)
+            running.finish()
+
+    with place_of(ORDINARY_UID) as home:
+        as_user(ORDINARY_UID, home, work)
+
+
+def refused_resources(place: Place, image: Path) -> set[str]:
+    with DirectWorker(forked=True) as worker:
+        rows = worker.run(place.request(0, operation='check-restore', image=image.name))['refusals']
+    return {row['resource'] for row in rows}
