@@ -5,8 +5,9 @@
     /run/app.sock               a unix socket bound to this path
     @name                       a unix socket with this abstract name; '@' stands for each NUL, as in ss(8)
     tcp:192.0.2.1:5432          a TCP address and port; tcp:[2001:db8::1]:5432
+    udp:192.0.2.1:53            a UDP address and port, to which a socket is connected (inherit only)
     pipe:[123]                  a pipe, as the links of /proc/PID/fd show it (inherit only)
-    any                         every peer that no other policy names, except for pipes
+    any                         every peer that no other policy names, but for pipes and UDP
 
     ACTION                      the connection after a restart
     refuse                      none: the checkpoint is refused (default)
@@ -30,12 +31,14 @@ Action = Literal['refuse', 'close', 'reconnect', 'keep', 'inherit']
 ACTIONS: Final = get_args(Action)
 ANY: Final = 'any'
 TCP: Final = 'tcp:'
+UDP: Final = 'udp:'
 MAX_POLICIES: Final = 64
 MAX_WHAT: Final = 512          # characters; sun_path has 108 bytes, unix(7)
 MAX_INHERITED: Final = 15      # file descriptors for one restart; a call has 16, and one may be a terminal
 _PIPE: Final = re.compile(r'pipe:\[\d{1,20}\]', re.ASCII)       # pipe(7)
 _ONLY_NAMES = ('reconnect',)        # actions that need a path or an abstract name
 _ONLY_TCP = ('keep',)
+_ONLY_INHERITED: Final = ('pipe:', UDP)       # beginnings of peers
 
 
 class Policy(NamedTuple):
@@ -57,9 +60,10 @@ def parse(text: str) -> Policy:
     if policy.what.startswith(TCP) and policy.action in _ONLY_NAMES:
         raise InvalidArgument(f'{text[:MAX_WHAT]!r}: only a unix socket can be connected again by its name',
                               resource='external', hint='use close or keep')
-    if _PIPE.fullmatch(policy.what) and policy.action != 'inherit':
-        raise InvalidArgument(f'{text[:MAX_WHAT]!r}: a pipe can only be inherited', resource='external',
-                              hint='without a policy, its other end is closed after a restart')
+    if policy.what.startswith(_ONLY_INHERITED) and policy.action != 'inherit':
+        raise InvalidArgument(f'{text[:MAX_WHAT]!r}: pipes and UDP sockets can only be inherited', resource='external',
+                              hint='without a policy, a restart closes the other end of a pipe, and connects a UDP '
+                                   'socket again')
     if policy.action in _ONLY_TCP and policy.what != ANY and not policy.what.startswith(TCP):
         raise InvalidArgument(f'{text[:MAX_WHAT]!r}: only a TCP connection can be kept', resource='external',
                               hint='use close or reconnect')
@@ -88,14 +92,15 @@ def parse_what(text: str) -> str:
         return text
     if _PIPE.fullmatch(text):
         return text
-    address, _, port = text.removeprefix(TCP).rpartition(':')
-    if text.startswith(TCP) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16:
+    protocol, _, rest = text.partition(':')
+    address, _, port = rest.rpartition(':')
+    if protocol in ('tcp', 'udp') and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16:
         try:
-            return tcp_peer(address.removeprefix('[').removesuffix(']'), int(port))
+            return _inet_peer(f'{protocol}:', address.removeprefix('[').removesuffix(']'), int(port))
         except ValueError:
             pass        # the message is that for all other texts
     raise InvalidArgument(f'{text[:MAX_WHAT]!r} is no peer', resource='external',
-                          hint=f'it is a path, @NAME, {TCP}ADDRESS:PORT, pipe:[NUMBER], or {ANY}')
+                          hint=f'it is a path, @NAME, {TCP}ADDRESS:PORT, {UDP}ADDRESS:PORT, pipe:[NUMBER], or {ANY}')
 
 
 def parse_inherited(text: str) -> tuple[str, int]:
@@ -123,8 +128,17 @@ def unix_peer(name: bytes) -> str:
 
 def tcp_peer(address: str, port: int) -> str:
     """Return WHAT for a TCP address. ValueError."""
+    return _inet_peer(TCP, address, port)
+
+
+def udp_peer(address: str, port: int) -> str:
+    """Return WHAT for a UDP address. ValueError."""
+    return _inet_peer(UDP, address, port)
+
+
+def _inet_peer(protocol: str, address: str, port: int) -> str:
     parsed = ipaddress.ip_address(address)
-    return f'{TCP}[{parsed}]:{port}' if parsed.version == 6 else f'{TCP}{parsed}:{port}'
+    return f'{protocol}[{parsed}]:{port}' if parsed.version == 6 else f'{protocol}{parsed}:{port}'
 
 
 class Policies:
@@ -142,6 +156,6 @@ class Policies:
         """Return the action for a peer; '' is a peer without a name."""
         return self._actions.get(what) or self._actions.get(ANY, 'refuse')
 
-    def inherits(self, pipe: str) -> bool:
-        """Whether the caller of a restart gives this pipe."""
-        return self._actions.get(pipe) == 'inherit'
+    def inherits(self, what: str) -> bool:
+        """Whether a policy names exactly this pipe or UDP peer, which the caller of a restart gives."""
+        return self._actions.get(what) == 'inherit'

@@ -6,14 +6,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.errors import InvalidArgument
-from ckptd.external import ACTIONS, ANY, Policies, Policy, parse, parse_inherited, parse_what, tcp_peer, unix_peer
+from ckptd.external import (
+    ACTIONS,
+    ANY,
+    Policies,
+    Policy,
+    parse,
+    parse_inherited,
+    parse_what,
+    tcp_peer,
+    udp_peer,
+    unix_peer,
+)
 
 NAMES = st.binary(min_size=1, max_size=107).filter(lambda name: name[0] not in b'/@:')
 UNIX = st.one_of(NAMES.map(lambda name: unix_peer(b'\0' + name)),
                  NAMES.filter(lambda name: 0 not in name).map(lambda name: unix_peer(b'/' + name)))
 TCP = st.builds(lambda address, port: tcp_peer(str(address), port), st.ip_addresses(), st.integers(1, 65535))
 PIPE = st.integers(0, 1 << 63).map(lambda inode: f'pipe:[{inode}]')
-POLICIES = st.one_of(st.builds(Policy, PIPE, st.just('inherit')),
+UDP = st.builds(lambda address, port: udp_peer(str(address), port), st.ip_addresses(), st.integers(1, 65535))
+POLICIES = st.one_of(st.builds(Policy, st.one_of(PIPE, UDP), st.just('inherit')),
                      st.builds(Policy, UNIX, st.sampled_from([one for one in ACTIONS if one != 'keep'])),
                      st.builds(Policy, st.just(ANY), st.sampled_from(ACTIONS)),
                      st.builds(Policy, TCP, st.sampled_from([one for one in ACTIONS if one != 'reconnect'])))
@@ -43,14 +55,15 @@ def test_one_spelling(text: str, what: str) -> None:
 @pytest.mark.parametrize('text', [
     '', ':', '/run/a', '/run/a:stay', 'run/a:close', '/:close', '@:close', ':close', 'tcp:127.0.0.1:close',
     'tcp:127.0.0.1:0:close', 'tcp:127.0.0.1:65536:close', 'tcp:host:80:close', 'tcp:127.0.0.1:80:reconnect',
-    '/run/a:keep', '@a:keep', 'pipe:[1]:close', 'pipe:[]:inherit', 'pipe:[-1]:inherit', 'pipe:1:inherit',
+    '/run/a:keep', '@a:keep', 'udp:127.0.0.1:80:close', 'udp:127.0.0.1:inherit',
+    'pipe:[1]:close', 'pipe:[]:inherit', 'pipe:[-1]:inherit', 'pipe:1:inherit',
     f'/{"a" * 600}:close', '/a\0b:close', 'anyone:close'])
 def test_what_is_no_policy(text: str) -> None:
     with pytest.raises(InvalidArgument):
         parse(text)
 
 
-@given(st.one_of(UNIX, TCP, PIPE, st.just(ANY)), st.integers(0, 999_999_999))
+@given(st.one_of(UNIX, TCP, UDP, PIPE, st.just(ANY)), st.integers(0, 999_999_999))
 def test_a_peer_and_a_file_descriptor(what: str, fd: int) -> None:
     assert parse_inherited(f'{what}={fd}') == (what, fd)
 

@@ -47,7 +47,7 @@ class Talk:
         else:
             self.server.bind(('127.0.0.1', 0))
             name = str(self.server.getsockname()[1])
-            self.what = f'tcp:127.0.0.1:{name}'
+            self.what = f'{"udp" if kind == "SOCK_DGRAM" else "tcp"}:127.0.0.1:{name}'
         if kind != 'SOCK_DGRAM':
             self.server.listen()
         program = tmp_path / 'client.py'
@@ -63,7 +63,7 @@ class Talk:
     def another(self) -> socket.socket:
         """A new client."""
         sock = socket.socket(self.server.family, self.server.type)
-        if self.server.type == socket.SOCK_DGRAM:
+        if (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_DGRAM):
             sock.bind('')       # autobound: the server has to answer
         sock.connect(self.server.getsockname())
         return sock
@@ -96,7 +96,7 @@ def talk(tmp_path: Path) -> Iterator[Callable[[str, str], Talk]]:
         yield make
 
 
-@pytest.mark.parametrize(('family', 'kind'), [*UNIX, ('AF_INET', 'SOCK_STREAM')])
+@pytest.mark.parametrize(('family', 'kind'), [*UNIX, ('AF_INET', 'SOCK_STREAM'), ('AF_INET', 'SOCK_DGRAM')])
 def test_a_socket_of_the_caller(talk: Callable[[str, str], Talk], family: str, kind: str) -> None:
     """It is that very socket, and nobody else has it afterwards."""
     one = talk(family, kind)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from ckptd.errors import CkptError, Finding, ImageDamaged
+from ckptd.external import udp_peer
 from ckptd.image.grammar import U8, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import unix, unix_queue
@@ -36,6 +37,7 @@ from ckptd.objects.files.inet.socket import (
     socket_type,
 )
 from ckptd.objects.files.inet.zerocopy import zerocopy_findings
+from ckptd.objects.files.inherited import asked_for
 from ckptd.objects.files.socket_filter import filter_findings, set_filter
 from ckptd.objects.files.socket_queue import offset_to_restore, read_queue
 from ckptd.objects.files.tables import JobTables
@@ -82,7 +84,17 @@ class UdpKind(Kind[UdpSocket], tag='udp'):
         if kind and (found := foreign_findings(file, kind)):
             return found
         with file.as_socket() as sock:
-            return [*_state_findings(file, sock), *zerocopy_findings(file, sock), *filter_findings(sock, file.link)]
+            found = [*_state_findings(file, sock), *zerocopy_findings(file, sock), *filter_findings(sock, file.link)]
+        if what := self.inherited(file):
+            found.append(finding('ECONNRESET', f'{file.link} is a UDP socket that is connected to {what}',
+                                 asked_for(what), 'warning'))
+        return found
+
+    def inherited(self, file: OpenFile) -> str:
+        with file.as_socket() as sock:
+            peer = peer_address(sock)
+        what = udp_peer(peer.plain, peer.port) if peer else ''
+        return what if self._tables.external.inherits(what) else ''
 
     def endpoint(self, file: OpenFile) -> Endpoint | None:
         kind = socket_type(file, self._tables)
