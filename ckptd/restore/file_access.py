@@ -86,11 +86,12 @@ class FileAccess:
                 raise
         return open_direct(path, flags, mode)
 
-    def out_of_reach(self, path: str) -> str:
-        """Return why the user's rights cannot open a path, whatever is there; '' if nothing prevents it."""
+    def out_of_reach(self, path: str, flags: int = 0) -> str:
+        """Return why the user's rights cannot open a path, whatever is there; '' if nothing prevents it. flags: with
+        O_NOFOLLOW, a symbolic link itself is opened."""
         try:
             with self.rights.taken():
-                fd = open_within_reach(path, os.O_PATH)
+                fd = open_within_reach(path, os.O_PATH | flags & os.O_NOFOLLOW)
             try:
                 require_reach(fd, path, self.rights, self._pids)
             finally:

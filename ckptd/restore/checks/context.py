@@ -91,9 +91,9 @@ class CheckContext:
             return replace(row, hint=f'{row.hint}; uid {uid}, who owns the image, must have access to it')
         return row
 
-    def out_of_reach(self, vpid: int, resource: str, path: str) -> Finding | None:
-        """Return a finding if the user's rights cannot open a path, whatever is there."""
-        if path and (reason := self.lookup.out_of_reach(path)):
+    def out_of_reach(self, vpid: int, resource: str, path: str, flags: int = 0) -> Finding | None:
+        """Return a finding if the user's rights cannot open a path with these flags, whatever is there."""
+        if path and (reason := self.lookup.out_of_reach(path, flags)):
             return about(vpid, resource, 'EACCES', f'{path} is not opened: {reason}', 'put back what was there at the '
                          'time of the checkpoint')
         return None

@@ -39,7 +39,8 @@ def _open_files(context: CheckContext) -> Iterator[Finding]:
             kind, record = decode(saved, context.lookup.kinds)
             for flaw in payload_flaws(kind, record, context.reader, known):
                 raise ImageDamaged(f'{saved.link}: {flaw}', resource=resource)
-            if not kind.late(record, saved) and (row := context.out_of_reach(vpid, resource, _path(context, record))):
+            path = _path(context, record)
+            if not kind.late(record, saved) and (row := context.out_of_reach(vpid, resource, path, saved.flags)):
                 yield row
                 continue
             found = kind.restart_findings(record, saved, context.lookup)
