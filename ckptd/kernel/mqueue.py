@@ -49,8 +49,13 @@ class QueueState(NamedTuple):
 
 
 def mq_open(name: str, flags: int) -> int:
-    """Open an existing queue. The fd is close-on-exec. OSError."""
-    return _mq_open(os.fsencode(name), flags | os.O_CLOEXEC, 0, None)
+    """Open an existing queue. OSError.
+
+    O_CLOEXEC in `flags` stays a flag of the file (ipc/mqueue.c, do_mq_open). The fd is close-on-exec anyway.
+    """
+    fd = _mq_open(os.fsencode(name), flags, 0, None)
+    os.set_inheritable(fd, False)
+    return fd
 
 
 def mq_create(name: str, maxmsg: int, msgsize: int) -> int:

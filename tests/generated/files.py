@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Operations on open files."""
 
+import os
 import struct
 
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ open_flags = st.sets(st.sampled_from([0o2000, 0o4000, 0o10000, 0o4010000, 0o4000
 PATHS = ('file', 'other', 'fifo', 'directory', '.', 'link', '/dev/null', '/dev/zero', '/dev/urandom',
          '/proc/self/status', '/proc/self/maps', '/proc/uptime', '/proc/self', '/etc/passwd')
 SECONDS = 1000
+# of this process: it has a name that the machine knows, and trial.py removes it
+QUEUE = f'ckptd-generated-{os.getpid()}'
 
 
 @operation(path=st.sampled_from(PATHS), mode=st.sampled_from([0, 2, 1]), flags=open_flags)
@@ -266,7 +269,7 @@ def make_refused(program: Program, which: str) -> None:
         case 'mount':
             program.call('open_tree', -100, b'/\0', 1)
         case 'queue':
-            program.call('mq_open', b'ckptd-generated\0', 0o102, 0o600, 0)
+            program.call('mq_open', f'{QUEUE}\0'.encode(), 0o102, 0o600, 0)
             program.call('mq_unlink', b'ckptd-generated\0')
         case _:
             program.call('open', b'/proc/self/ns/net\0', 0)

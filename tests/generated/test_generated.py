@@ -79,6 +79,7 @@ ONCE_LOST = {
         do('make_terminal', flags=0, slave='never', locked=True, orphan=False), do('take_terminal', file=0)],
     'O_DSYNC of a FIFO': [do('open_file', path='fifo', mode=2, flags=os.O_DSYNC)],
     'a symbolic link of /proc': [do('open_path', path='/proc/self', flags=os.O_NOFOLLOW)],
+    'flags of a message queue': [do('make_refused', which='queue')],
     'SO_PEERGROUPS': [do('set_groups', groups=[0, 1, 61001]), do('make_socketpair', kind=1, flags=0)],
     'write hint of a file without a name': [
         do('make_nameless', flags=2), do('set_hint', file=0, command=1036, hint=3)],

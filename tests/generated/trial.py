@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.errors import CkptError
+from ckptd.kernel.mqueue import mq_unlink
 from tests.fuzz.bases import User
 from tests.fuzz.restoring import LoggedWorker
 from tests.generated import attributes, files, memory, sockets, terminals  # noqa: F401 - they add operations
@@ -214,6 +215,8 @@ class Trial:
         self.outcome.wrong += [f'{path} was left' for path in self._place.freezes]
         self.outcome.wrong += [f'{path} was left' for path in self._place.spool.iterdir()]
         shutil.rmtree(self._directory, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            mq_unlink(files.QUEUE)
 
 
 def take(pid: int) -> Picture:
