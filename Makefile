@@ -79,8 +79,8 @@ lint: $(VENV)/.test  ## ruff and mypy
 kills: $(VENV)/.test  ## kill ckptd at N=1000 random moments of checkpoints and restores; SEED= repeats a run
 	$(BIN)/python -m tests.kills --count $(or $(N),1000) $(if $(SEED),--seed $(SEED))
 
-random: $(VENV)/.test  ## checkpoint and restore N=2000 random programs, as root; SEED= repeats a run
-	$(BIN)/python -m tests.generated --count $(or $(N),2000) $(if $(SEED),--seed $(SEED))
+random: $(VENV)/.test  ## checkpoint and restore N=2000 random programs, as root, with USERS=1 those of users; SEED= repeats a run
+	$(BIN)/python -m tests.generated --count $(or $(N),2000) $(if $(USERS),--user) $(if $(SEED),--seed $(SEED))
 
 # CONTRIBUTING.md names the packages that they need; one that is missing is a failure
 programs: $(VENV)/.test  ## checkpoint and restore real programs that are too large for `make test`, as root
