@@ -38,12 +38,15 @@ class TreeEnd:
         if stop is None:
             frozen.condemn()
         else:
+            if frozen.mode == 'unit':
+                frozen.let_run()        # it may be frozen again, and systemd stops no frozen unit (since v256)
             stop()
             fault('kill-stop')
             # the processes cannot exit while they are frozen; if this one dies, they die with it
             for tracee in frozen.tracees.values():
                 with suppress(ProcessLookupError):
                     tracee.set_options(PTRACE_O_EXITKILL)
+            frozen.let_run()
             frozen.condemn(again=False)
         self._prepare()
         alive = tree.alive()

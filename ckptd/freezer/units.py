@@ -5,7 +5,7 @@ cgroup, and its watchdog would kill a unit that was frozen without its knowledge
 from ckptd.errors import Cancelled, CkptError, FreezeTimeout, InvalidArgument
 from ckptd.freezer.base import CannotFreezeError, FreezeRequest
 from ckptd.freezer.groups import CgroupFrozen, read_places, topmost_frozen
-from ckptd.journal.steps import FreezeUnit, ThawUnit
+from ckptd.journal.steps import AnyStep, FreezeUnit, ThawUnit
 from ckptd.tree import Tree
 
 
@@ -64,10 +64,22 @@ class UnitFrozen(CgroupFrozen):
             return
         self._write_end()       # the unit is returned frozen, and the entry ends
         if not again:           # or not: its manager stops it
-            journal = self._journal()
-            journal.undone(*(number for number, step in journal.standing() if isinstance(step, ThawUnit)))
+            self._journal().undone(*(number for number, _ in self._thaws()))
 
     def hold(self) -> None:
-        if self._found_frozen:
-            self.restore()
-        super().hold()
+        if not self._found_frozen:
+            super().hold()
+            return
+        # a later let_run thaws it by a step of its own
+        for number, step in self._thaws():
+            try:
+                step.undo(self._freeze_request.context, {})
+            except OSError as error:
+                raise CkptError(f'cannot undo {step.describe()}: {error.strerror}', errno=error.errno) from error
+            self._journal().undone(number)
+        self._wait()
+
+    def _thaws(self) -> list[tuple[int, AnyStep]]:
+        """Return the steps that have thawed a unit which was found frozen."""
+        standing = self._entry.standing() if self._entry else []
+        return [(number, step) for number, step in standing if isinstance(step, ThawUnit)]

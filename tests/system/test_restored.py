@@ -187,6 +187,9 @@ client, local = socket.create_connection(('127.0.0.1', 7777)), socket.socket(1)
 local.connect('/run/server.sock')
 accepted, near = tcp.accept()[0], unix.accept()[0]
 client.send(b'one')
+waiting = socket.socket(1)      # its byte must be taken out of the kernel
+waiting.connect('/run/server.sock')
+waiting.send(b'1')
 print('ready', flush=True)
 with open('/run/server.ready', 'w') as file:
     file.write(str(os.getpid()))
@@ -208,9 +211,11 @@ with socket.socket(type=socket.SOCK_DGRAM) as sock:
 """
 
 
-@pytest.mark.parametrize('user', ['root', 'nobody'])
-def test_a_server_comes_back(machine: Container, user: str) -> None:
-    """It is dumped from within the daemon's sandbox, and is connected to the journal again."""
+@pytest.mark.parametrize(('user', 'mode', 'frozen'), [('root', 'unit', True), ('root', 'cgroup', False),
+                                                      ('nobody', 'unit', False)])
+def test_a_server_comes_back(machine: Container, user: str, mode: str, frozen: bool) -> None:
+    """It is dumped from within the daemon's sandbox, and is connected to the journal again. It is frozen again before
+    its last data is taken, but not when it is stopped."""
     machine.run('install', '-d', '-m', '1777', '/run')
     machine.run('systemd-run', '--unit=server', f'--uid={user}', '--', '/usr/bin/python3', '-I', '-c', SERVER)
     ask = ('/usr/bin/python3', '-I', '-c', ASK)
@@ -218,7 +223,10 @@ def test_a_server_comes_back(machine: Container, user: str) -> None:
         await_that('it serves', lambda: machine.run('cat', '/run/server.ready', check=False).stdout)
         pid = machine.output('cat', '/run/server.ready')
         assert machine.output(*ask) == '1one'
-        image = ctl(machine, 'checkpoint', f'pid:{pid}', '--kill')['image']
+        if frozen:
+            machine.run('systemctl', 'freeze', 'server.service')
+        image = ctl(machine, 'checkpoint', 'server.service', '--kill', '--freeze', mode)['image']
+        assert machine.property('server.service', 'LoadState') == 'not-found'       # and so it has not failed
         ctl(machine, 'restore', image)
         assert machine.output(*ask) == '2one'
         machine.run('journalctl', '--sync')
