@@ -82,8 +82,15 @@ kills: $(VENV)/.test  ## kill ckptd at N=1000 random moments of checkpoints and 
 random: $(VENV)/.test  ## checkpoint and restore N=2000 random programs, as root, with USERS=1 those of users; SEED= repeats a run
 	$(BIN)/python -m tests.generated --count $(or $(N),2000) $(if $(USERS),--user) $(if $(SEED),--seed $(SEED))
 
+PROGRAMS := .cache/programs
+$(PROGRAMS)/.ready: requirements-programs.lock | $(BIN)/python
+	@$(BIN)/python -m venv $(PROGRAMS)
+	@$(PROGRAMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes \
+		--only-binary :all: --no-deps -r requirements-programs.lock
+	@touch $@
+
 # CONTRIBUTING.md names the packages that they need; one that is missing is a failure
-programs: $(VENV)/.test  ## checkpoint and restore real programs that are too large for `make test`, as root
+programs: $(VENV)/.test $(PROGRAMS)/.ready  ## checkpoint and restore real programs that are too large for `make test`, as root
 	CKPTD_REQUIRE=all $(BIN)/pytest -m heavy tests/programs $(PYTEST_ARGS)
 
 bench: $(VENV)/.test  ## scan, checkpoints, restarts and calls: times, and MB/s beside a plain write(2) and read(2)
@@ -100,10 +107,13 @@ man: $(VENV)/.run  ## man pages of docs/*.N.md below build/man; read one with `m
 LOCK = .cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
+PROGRAMS_OF_PYTHON = dask distributed gunicorn ipykernel joblib jupyter-client loky uvicorn
+
 lock: $(BIN)/python  ## resolve the dependencies anew and write the lock files
 	@test -x .cache/lock/bin/uv || { $(BIN)/python -m venv .cache/lock && .cache/lock/bin/python -m pip install --quiet uv; }
 	@$(LOCK) pyproject.toml -o requirements.lock
 	@$(LOCK) --all-extras pyproject.toml -o requirements-test.lock
+	@printf '%s\n' $(PROGRAMS_OF_PYTHON) | $(LOCK) - -o requirements-programs.lock
 	@sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml | $(LOCK) - -o requirements-build.lock
 
 dist:  ## dist/ckptd-VERSION.tar.gz of the committed tree

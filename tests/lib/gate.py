@@ -225,8 +225,13 @@ NEEDS = {
     'unshare': Need(_program('unshare', 'nsenter'), APT + 'util-linux'),
     # of `make programs`; CONTRIBUTING.md has the packages in one line
     'chromium': Need(_program('chromium'), APT + 'chromium', heavy=True),
+    'apache': Need(_program('apache2', 'ab'), APT + 'apache2 apache2-utils', heavy=True),
     'emacs': Need(_program('emacs'), APT + 'emacs-nox', heavy=True),
+    'go': Need(_program('go'), APT + 'golang-go', heavy=True),
     'htop': Need(_program('htop'), APT + 'htop', heavy=True),
+    'programs-of-python': Need(_file('.cache/programs/bin/gunicorn'), 'make programs', heavy=True),
+    'sshd': Need(_program('sshd'), APT + 'openssh-server', heavy=True),
+    'stress-ng': Need(_program('stress-ng'), APT + 'stress-ng', heavy=True),
     'ipython': Need(_file('/usr/bin/ipython3'), APT + 'ipython3', heavy=True),
     'pexpect': Need(_file('/usr/lib/python3/dist-packages/pexpect'), APT + 'python3-pexpect', heavy=True),
     'tk': Need(lambda: '' if list(Path('/usr/lib').glob('python3.*/lib-dynload/_tkinter.*')) else 'no tkinter',

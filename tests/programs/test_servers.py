@@ -57,8 +57,13 @@ def said(fd: int, seconds: float = 100) -> int:
 @pytest.mark.usefixtures('network')
 @pytest.mark.parametrize('name', SERVERS)
 def test_server_with_its_client(program: Program, standalone: Standalone, tmp_path: Path, name: str) -> None:
+    live_on(program, standalone, tmp_path, name, sys.executable)
+
+
+def live_on(program: Program, standalone: Standalone, tmp_path: Path, name: str, python: str | Path) -> None:
+    """Start a server of work/served by an interpreter, and use it in each of its lives."""
     open_to_all(tmp_path)
-    process = program(sys.executable, '-I', WORK / 'served', name, PORT)
+    process = program(python, '-I', WORK / 'served', name, PORT)
     wait_for(tmp_path / 'answer')
     with talk(tmp_path) as use:
         assert use() == 1
