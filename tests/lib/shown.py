@@ -38,7 +38,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     'PathKind': ('opath',),
     'PidfdKind': ('pidfds',),
     'InheritedKind': ('tests/worker/test_inherited.py::test_a_socket_of_the_caller',),
-    'PipeKind': ('pipes',),
+    'PipeKind': ('pipes', 'tests/live/kinds/test_registry.py::test_the_pipe_of_an_automounter',),
     'RegularKind': ('files', 'locks', 'leases', 'linked'),
     'SharedMemoryFileKind': ('shared',),
     'SignalfdKind': ('events',),

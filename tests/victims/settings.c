@@ -2,7 +2,7 @@
  *
  * Settings that newer kernels have: huge pages off but where madvise(2) asks for them, a private hash of futexes; NUMA
  * memory policies, of a thread and of mappings; the nice value of the autogroup; and the id of the login that a process
- * descends from, for the audit log. A child inherits that with the session. It has a keyring, too, which is lost.
+ * descends from, for the audit log. A child inherits that with the session. It has keyrings, too, which are lost.
  */
 #include "victim.h"
 
@@ -113,6 +113,8 @@ int main(void)
     fill(bound, 4 * 4096, 1);
     syscall(SYS_mbind, bound, 8 * 4096, MPOL_BIND | MPOL_F_STATIC_NODES, &first_node, 8 * sizeof first_node, 0);
     syscall(SYS_add_key, "user", "victim", "secret", 6, KEY_SPEC_THREAD_KEYRING);
+    if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) != -1)
+        syscall(SYS_add_key, "user", "of the session", "secret", 6, KEY_SPEC_SESSION_KEYRING);
     if (prctl(PR_SET_THP_DISABLE, 1, PR_THP_DISABLE_EXCEPT_ADVISED, 0, 0) != 0)
         MUST(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
     MUST(pipe(go));

@@ -285,7 +285,7 @@ def test_an_unknown_kind_of_memory(victim: Callable[..., Victim], place: Place, 
         worker.run(place.request(0, operation='restore', image=image.name))
 
 
-def test_numa_nodes_that_are_not_there(victim: Callable[..., Victim], place: Place) -> None:
+def test_numa_nodes_that_are_not_there_and_keys(victim: Callable[..., Victim], place: Place) -> None:
     """Of another machine: a thread and a mapping lose their policies, and the tree is restored."""
     running = victim('settings')
     image = place.checkpoint(running.pid, after='kill')
@@ -303,7 +303,9 @@ def test_numa_nodes_that_are_not_there(victim: Callable[..., Victim], place: Pla
             dataclasses.replace(policy, nodes=far) for policy in policies)).encode())
 
     rewrite(image, r.TaskAttribute, moved)
-    rows = [row for row in found(place, image) if row.resource == 'memory policy']
+    every = found(place, image)
+    assert 'had a keyring of its thread and its session' in {row.reason for row in every if row.resource == 'keyrings'}
+    rows = [row for row in every if row.resource == 'memory policy']
     assert len(rows) == 4       # of threads, and of mappings, in two processes
     assert {(row.errno, row.severity) for row in rows} == {('EINVAL', 'warning')}
     with DirectWorker() as worker:

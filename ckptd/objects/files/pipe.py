@@ -18,6 +18,7 @@ from ckptd.errors import CkptError, Finding, ImageDamaged
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.image.records import Extent, SavedFile
 from ckptd.kernel import pipe
+from ckptd.kernel.mountinfo import read_mountinfo
 from ckptd.kernel.statfs import PIPEFS_MAGIC
 from ckptd.objects.files.base import (
     O_LARGEFILE,
@@ -29,6 +30,7 @@ from ckptd.objects.files.base import (
     Needs,
     OpenFile,
     RestoreContext,
+    finding,
     open_again,
 )
 from ckptd.objects.files.content import owner_findings, set_owner
@@ -56,7 +58,7 @@ class Pipe(Struct):
 
 
 class PipeKind(Kind[Pipe], tag='pipe'):
-    support = Support('pipes, with unread bytes',
+    support = Support('pipes, with unread bytes', refused='that of an automounter (autofs)',
                       warned='an end that a process outside of the tree holds: it is closed after a restart, or '
                              'handed over',
                       user='a capacity above pipe-max-size is refused')
@@ -77,6 +79,9 @@ class PipeKind(Kind[Pipe], tag='pipe'):
             if self._tables.external.inherits(_name(inode)):
                 self._inherited.add(inode)
                 row = replace(row, hint=asked_for(_name(inode)))
+            elif _is_automounters(end.file):
+                row = finding('EOPNOTSUPP', f'{end.file.link} is the pipe on which the driver autofs asks for mounts',
+                              'stop the automounter first, as mounts wait for its answers')
             yield end, row
 
     def inherited(self, file: OpenFile) -> str:
@@ -235,3 +240,10 @@ def _chunks(data: Sequence[Extent], lengths: Sequence[int], room: int, link: str
     for length in lengths:
         yield content[at:at + length]
         at += length
+
+
+def _is_automounters(file: OpenFile) -> bool:
+    """Whether the kernel writes to a pipe for a mount of autofs, whose options show its inode
+    (fs/autofs/inode.c, autofs_show_options)."""
+    wanted = f'pipe_ino={file.stat.st_ino}'
+    return any(mount.fs_type == 'autofs' and wanted in mount.super_options for mount in read_mountinfo(file.tid))

@@ -15,7 +15,7 @@ import pytest
 from ckptd.errors import Refused
 from ckptd.kernel import families
 from ckptd.kernel.shm import shmctl_remove
-from ckptd.objects.files.base import OpenFile
+from ckptd.objects.files.base import FileEnd, OpenFile
 from ckptd.objects.files.namespace import NamespaceFileKind
 from ckptd.objects.files.other_sockets import article, name_of
 from ckptd.objects.files.registry import Kinds
@@ -25,7 +25,8 @@ from tests.live.kinds.conftest import BY_TAG, kind_of
 
 Opened = Callable[[Callable[[], int]], OpenFile]
 
-CLONE_NEWUTS = 0x04000000       # <linux/sched.h>
+CLONE_NEWNS, CLONE_NEWUTS = 0x00020000, 0x04000000       # <linux/sched.h>
+MS_REC, MS_PRIVATE = 1 << 14, 1 << 18                    # <linux/mount.h>
 # <asm/unistd_64.h>
 NR = {'userfaultfd': 323, 'bpf': 321, 'perf_event_open': 298, 'io_uring_setup': 425, 'memfd_secret': 447,
       'landlock_create_ruleset': 444, 'open_tree': 428, 'fsopen': 430, 'fsconfig': 431, 'fsmount': 432}
@@ -239,6 +240,30 @@ def test_mounts_without_a_place(opened: Opened, work: Callable[[], int]) -> None
     [row] = kind_of(file).findings(file)
     assert (row.errno, row.severity) == ('EOPNOTSUPP', 'refusal')
     assert 'of a mount that is not attached' in row.reason
+
+
+def pipe_of_autofs() -> int:
+    """The end of an automounter's pipe that it reads."""
+    fd_of(libc.unshare(CLONE_NEWNS))
+    fd_of(libc.mount(b'none', b'/', None, MS_REC | MS_PRIVATE, None))
+    reader, writer = os.pipe2(os.O_DIRECT)
+    Path('automount').mkdir()
+    options = f'fd={writer},pgrp={os.getpgrp()},minproto=5,maxproto=5,direct'
+    fd_of(libc.mount(b'test', b'automount', b'autofs', 0, options.encode()))
+    os.close(writer)
+    return reader
+
+
+@pytest.mark.needs('root')
+def test_the_pipe_of_an_automounter(opened: Opened) -> None:
+    file = opened(pipe_of_autofs)
+    kind = kind_of(file)
+    endpoint = kind.endpoint(file)
+    assert endpoint is not None
+    [(_, row)] = kind.link([FileEnd(file, endpoint)], is_whole=True)
+    assert (row.errno, row.severity) == ('EOPNOTSUPP', 'refusal')
+    assert 'autofs' in row.reason
+    assert 'automounter' in row.hint
 
 
 def test_a_driver_has_a_hint(opened: Opened) -> None:
