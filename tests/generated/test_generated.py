@@ -75,6 +75,8 @@ ONCE_LOST = {
     'a listener that is shut down': [
         do('make_named_socket', kind=1, flags=0, name=b'\0generated-%d', backlog=5, gone=False),
         do('shut_down', file=0, how=2)],
+    'a seqpacket socket without a connection that is shut down': [
+        do('make_socket', kind=5), do('shut_down', file=0, how=0)],
     'a controlling terminal that nobody has opened': [
         do('make_terminal', flags=0, slave='never', locked=True, orphan=False), do('take_terminal', file=0)],
     'O_DSYNC of a FIFO': [do('open_file', path='fifo', mode=2, flags=os.O_DSYNC)],
@@ -106,6 +108,8 @@ def attempt(tmp_path: Path) -> Callable[[list[Operation]], Outcome]:
 ONCE_LOST_BY_USERS = {
     'a System V segment that its owner may only read': [
         do('attach_segment', page=3, length=2, flags=0x1000, mode=0o400)],
+    'a System V segment that a personality makes executable': [
+        do('set_personality', persona=0x400000), do('attach_segment', page=3, length=2, flags=0x1000, mode=0o600)],
     'PR_SET_KEEPCAPS': [do('set_prctl', arguments=(8, 1))],
 }
 

@@ -45,7 +45,7 @@ from ckptd.objects.support import Support
 from ckptd.remote.script import Script
 
 _NEXT_ID = '/proc/sys/kernel/shm_next_id'
-_TO_WRITE = 0o600       # mode that lets the owner attach a segment
+_TO_ATTACH = 0o700      # mode that lets the owner attach a segment in every way
 
 
 class SystemVMapping(SharedMemoryKind, object_kind=SYSV, prefixes=[SYSV_PREFIX]):
@@ -121,7 +121,7 @@ class SystemVMapping(SharedMemoryKind, object_kind=SYSV, prefixes=[SYSV_PREFIX])
         for record in means.reader.every(SharedMemory):
             if record.kind != SYSV or record.shm_id not in self._prepared:
                 continue
-            if record.mode & _TO_WRITE != _TO_WRITE and means.files.owns(shmctl_stat(record.shmid)):
+            if record.mode & _TO_ATTACH != _TO_ATTACH and means.files.owns(shmctl_stat(record.shmid)):
                 shmctl_set(record.shmid, record.uid, record.gid, record.mode & 0o777)
             if record.mode & SHM_DEST:
                 shmctl_remove(record.shmid)
@@ -132,15 +132,15 @@ def _make_segment(record: SharedMemory, means: MappingMeans) -> None:
     found = _adopt(record, means)
     if not found:
         try:
-            shmget_at(record.shmid, record.key, record.size, mode | _TO_WRITE, record.huge)
+            shmget_at(record.shmid, record.key, record.size, mode | _TO_ATTACH, record.huge)
         except OSError as error:
             raise CkptError(f'cannot make System V segment {record.shmid}: {error.strerror}', errno=error.errno,
                             resource=f'shmid {record.shmid}') from error
         means.note(MakeSegment(record.shmid, record.key, record.size, os.geteuid(), os.getegid(),
                                tuple(os.getgroups())))
     if not found or means.files.owns(found):
-        # its owner may write it until it has its content and is attached; `finish` sets the mode
-        shmctl_set(record.shmid, record.uid, record.gid, mode | _TO_WRITE)
+        # its owner may attach it until it has its content and is attached; `finish` sets the mode
+        shmctl_set(record.shmid, record.uid, record.gid, mode | _TO_ATTACH)
     with attached(record.shmid, whole_size(record)) as view:
         for run in means.reader.shared_runs(record.shm_id):
             end = min(run.start + run.pages * PAGE, len(view))

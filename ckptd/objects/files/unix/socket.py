@@ -137,8 +137,9 @@ class UnixKind(Kind[UnixSocketEnd], tag='unix'):
 
     def _queue(self, file: OpenFile) -> list[unix_queue.Queued]:
         """Return the queue of a socket, which is read once."""
-        inode = file.stat.st_ino
-        if file.severed or self._is_listening(file):
+        inode, own = file.stat.st_ino, self._own(file)
+        # without a connection, recv(2) of a seqpacket socket fails (net/unix/af_unix.c, unix_seqpacket_recvmsg)
+        if file.severed or (own and own.state != unix.SS_ESTABLISHED and own.type != socket.SOCK_DGRAM):
             return []
         if inode not in self._queues:
             self._queues[inode] = read_queue(file)
