@@ -144,6 +144,8 @@ def changes_of_restart(before: Picture, after: Picture, *, brief: bool = False) 
             value = re.sub(r'/\.([^/]*)\.[\da-f]{8} \(deleted\)$', r'/\1 (deleted)', value)
             if name == 'lock':      # the inode of a nameless file is a new one
                 value = re.sub(r':\d+ (?=\d+ (\d+|EOF)$)', ' ', value)
+                # one of flock(2) belongs to the description; the pid is that of the process which called it
+                value = re.sub(r'^(\d+: FLOCK +\w+ +\w+) \d+', r'\1', value)
             if source.startswith('fd ') and name == 'flags' and int(value, 8) & O_TMPFILE == O_TMPFILE:
                 # it stays set in the description that made a file without a name; a restart opens an existing file
                 value = f'0{int(value, 8) & ~O_TMPFILE:o}'
