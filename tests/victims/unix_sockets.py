@@ -5,6 +5,7 @@ import fcntl
 import os
 import socket
 import struct
+from pathlib import Path
 
 from victim import not_the_one_to_report, ready, wait_for_go
 
@@ -76,6 +77,13 @@ class Sockets:
         socket.send_fds(self.outer[1], [b'the inner end'], [inner[0].fileno()])
         inner[0].close()
         inner[1].close()
+        # likewise a memfd and a pidfd
+        self.nameless, self.pid = pair(), os.getpid()
+        memfd, pidfd = os.memfd_create('in flight'), os.pidfd_open(self.pid)
+        os.write(memfd, b'memory')
+        socket.send_fds(self.nameless[1], [b'm'], [memfd, pidfd])
+        os.close(memfd)
+        os.close(pidfd)
 
     def _half_close(self) -> None:
         self.half, self.shut, self.gone = pair(), pair(), pair()
@@ -159,6 +167,9 @@ class Sockets:
             [rights] = [value for _, kind, value in control if kind == socket.SCM_RIGHTS]
         [outer] = struct.unpack('i', rights)
         assert os.path.sameopenfile(outer, self.outer[0].fileno())
+        data, [memfd, pidfd] = take(self.nameless[0])
+        assert (os.pread(memfd, 10, 0), os.lseek(memfd, 0, os.SEEK_CUR)) == (b'memory', 6)
+        assert f'\nPid:\t{self.pid}\n' in Path(f'/proc/self/fdinfo/{pidfd}').read_text()
 
     def _check_options(self) -> None:
         assert self._read_options() == self.expected

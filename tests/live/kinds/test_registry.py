@@ -173,9 +173,18 @@ def segment() -> int:
     return os.open(f'/proc/self/map_files/{at:x}-{at + 4096:x}', os.O_RDWR)
 
 
+def bpf_program() -> int:
+    """A filter of sockets that returns 0: BPF_PROG_LOAD of two instructions (bpf(2))."""
+    code = ctypes.create_string_buffer(bytes((0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0)), 16)
+    license_name = ctypes.create_string_buffer(b'GPL')
+    attributes = struct.pack('=2I2Q', 1, 2, ctypes.addressof(code), ctypes.addressof(license_name)) + bytes(96)
+    return fd_of(libc.syscall(NR['bpf'], 5, attributes, len(attributes)))
+
+
 REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'userfaultfd': ('a userfaultfd', lambda: libc.syscall(NR['userfaultfd'], 0)),
     'BPF map': ('a BPF map', lambda: libc.syscall(NR['bpf'], 0, struct.pack('5I', 2, 4, 4, 1, 0) + bytes(64), 72)),
+    'BPF program': ('a BPF program', lambda: bpf_program()),
     'perf event': ('a perf event', lambda: libc.syscall(NR['perf_event_open'],
                                                         struct.pack('2IQ', 1, 128, 0) + bytes(112), 0, -1, -1, 0)),
     'Landlock ruleset': ('a Landlock ruleset',
@@ -184,6 +193,7 @@ REFUSED: dict[str, tuple[str, Callable[[], int]]] = {
     'file system context': ('a file system context', lambda: libc.syscall(NR['fsopen'], b'tmpfs', 0)),
     'tun': ('a character device 10:200 of the driver tun', lambda: os.open('/dev/net/tun', os.O_RDWR)),
     'fuse': ('a character device 10:229 of the driver fuse', lambda: os.open('/dev/fuse', os.O_RDWR)),
+    'autofs': ('a character device 10:235 of the driver autofs', lambda: os.open('/dev/autofs', os.O_RDONLY)),
     'kvm': ('a character device 10:232 of the driver kvm', lambda: os.open('/dev/kvm', os.O_RDWR)),
     'O_PATH of a pipe': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.pipe()[0]}', os.O_PATH)),
     'O_PATH of a memfd': ('an O_PATH reference', lambda: os.open(f'/proc/self/fd/{os.memfd_create("x")}', os.O_PATH)),
