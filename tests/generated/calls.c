@@ -210,9 +210,12 @@ static void report_files(struct report *report, const char *moment)
     for (int fd = 3; fd < FDS; fd++) {
         char what[32], data[64];
         struct stat st;
+        int events;
 
         if (fcntl(fd, F_GETFD) == -1)
             continue;
+        /* before FIONREAD: the kernel first passes on what is on its way between the ends of a terminal */
+        events = poll(&(struct pollfd){fd, POLLIN | POLLOUT | POLLPRI | POLLRDHUP, 0}, 1, 0);
         fstat(fd, &st);
         snprintf(what, sizeof what, "fd%d-fcntl", fd);
         for (size_t i = 0; i < sizeof FLAGS / sizeof *FLAGS; i++)
@@ -232,8 +235,7 @@ static void report_files(struct report *report, const char *moment)
         ioctl(fd, FIONREAD, data);
         ioctl(fd, EPIOCGPARAMS, data + 8);
         say_bytes(report, moment, "ioctl", fd, data, 16);
-        say(report, "%d %s fd%d-poll %d\n", my_tid(), moment, fd,
-            (poll(&(struct pollfd){fd, POLLIN | POLLOUT | POLLPRI | POLLRDHUP, 0}, 1, 0)));
+        say(report, "%d %s fd%d-poll %d\n", my_tid(), moment, fd, events);
         snprintf(what, sizeof what, "fd%d-option", fd);
         for (int option = 1; S_ISSOCK(st.st_mode) && option < 90; option++) {
             socklen_t size = 32;
