@@ -24,8 +24,8 @@ from tests.worker.driver import Place, place_of
 
 UID = 61001         # alice, see tests/lib/systembus.py
 # victims: between them they have every record, and every kind of open file
-ALL = ('attributes', 'events', 'files', 'headless', 'inotify', 'interrupted', 'locks', 'memory', 'pipes', 'registers',
-       'shared', 'sharing', 'signals', 'stopped', 'terminals', 'timers', 'tree')
+ALL = ('aio_rings', 'attributes', 'events', 'files', 'headless', 'inotify', 'interrupted', 'io_urings', 'locks',
+       'memory', 'pipes', 'registers', 'shared', 'sharing', 'signals', 'stopped', 'terminals', 'timers', 'tree')
 FEW = ('events', 'files', 'headless', 'memory', 'timers')
 
 

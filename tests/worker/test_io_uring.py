@@ -2,17 +2,18 @@
 """io_urings: what is refused and by which words, how far a restart counts, and images that lie about them."""
 
 import ctypes
+import errno
 import os
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from ckptd.errors import Busy, ImageDamaged, NotSupported, Refused
+from ckptd.errors import Busy, ImageDamaged, NotSupported, PermissionDenied, Refused
 from ckptd.image.records import Extent
 from ckptd.kernel.fdinfo import read_fdinfo
 from ckptd.kernel.io_uring import (
@@ -188,6 +189,21 @@ def test_a_record_of_another_kernel() -> None:
     with pytest.raises(NotSupported, match='another layout'):
         Kinds().by_tag['io_uring'].create(IoUring(**{**GOOD, 'completions_at': 128}), SAVED,  # type: ignore[arg-type]
                                           Making(MEMORY))  # type: ignore[arg-type]
+
+
+def test_where_no_ring_can_be_made(forked: Callable[..., int], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with kernel.io_uring_disabled=2, which is one setting of the whole machine."""
+    def forbidden(sq_entries: int, cq_entries: int, flags: int) -> NoReturn:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    pid = forked(ring)
+    monkeypatch.setattr(io_uring, 'make_ring', forbidden)
+    with pytest.raises(PermissionDenied, match='an io_uring cannot be made here') as denied:
+        place.checkpoint(pid, forked=True)
+    assert 'kernel.io_uring_disabled' in denied.value.hint
+    [row] = Kinds().by_tag['io_uring'].restart_findings(IoUring(**GOOD), SAVED,  # type: ignore[arg-type]
+                                                        Making(MEMORY))  # type: ignore[arg-type]
+    assert (row.severity, row.errno) == ('refusal', 'EPERM')
+    assert 'kernel.io_uring_disabled' in row.hint
 
 
 def test_a_record_that_does_not() -> None:
