@@ -66,6 +66,7 @@ EXPRESSIONS = {
     'io_uring': {'SQE_SIZE': 'sizeof(struct io_uring_sqe)', 'CQE_SIZE': 'sizeof(struct io_uring_cqe)'},
     'mqueue': {'SIGEVENT_SIZE': 'sizeof(struct sigevent)'},
     'memory': {'IOV_MAX': 'UIO_MAXIOV'},
+    'tcp_segment': {'FIN': '__builtin_bswap32(TCP_FLAG_FIN) >> 16', 'ACK': '__builtin_bswap32(TCP_FLAG_ACK) >> 16'},
     'tty': {'TERMIOS_SIZE': 'sizeof(struct termios2)', 'LOCKED_SIZE': 'sizeof(struct termios)'},
     'signalfd': {'SIGINFO_SIZE': 'sizeof(struct signalfd_siginfo)'},
     'ptrace': {'WALL': '__WALL', 'SYSCALL_STOP': 'SIGTRAP | 0x80', 'SIGINFO_SIZE': 'sizeof(siginfo_t)'},
