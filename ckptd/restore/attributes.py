@@ -52,8 +52,10 @@ class TaskAttributes:
         self._early(Stage.BORN, vpid)
 
     def begins_session(self, vpid: int) -> None:
-        """Set the attributes of a new session, which the children of its leader inherit."""
-        self._early(Stage.SESSION, vpid)
+        """Set the attributes of a new session, which the children of its leader inherit. A dead leader has no terminal,
+        and the image has no state of a dead process."""
+        if vpid in self._processes and self._processes[vpid].alive:
+            self._early(Stage.SESSION, vpid)
 
     def _early(self, stage: Stage, vpid: int) -> None:
         if leader := self._leaders.get(vpid):

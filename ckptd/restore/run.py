@@ -228,7 +228,7 @@ class Restore:
         """Give the caller's terminal to the first session that has none of the tree."""
         if self._files.terminal and not self._request.detach_terminal:
             for process in self._plan.processes:
-                if (process.sid == process.vpid and self._terminal(process.vpid) < 0
+                if (process.alive and process.sid == process.vpid and self._terminal(process.vpid) < 0
                         and self._reader.get(ProcessState, process.vpid).tty):
                     self._service_fds.once(('terminal', process.vpid), lambda: os.dup(self._job.fd))
                     return

@@ -227,3 +227,28 @@ def test_c_program_with_100_threads(victim: Callable[..., Victim], standalone: S
     with running.told_to_go(), standalone.restore(result['image']) as restored:
         restored.finish()
     assert running.output == ''
+
+
+DEAD_LEADER = """
+import os, time
+pid = os.fork()
+if pid == 0:
+    os.setsid()
+    os._exit(7)
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+open('working', 'w').close()
+while not os.path.exists('enough'):
+    time.sleep(0.01)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_dead_leader_of_a_session(program: Program, standalone: Standalone, tmp_path: Path) -> None:
+    """It gets no terminal of the restart that waits."""
+    process = program(sys.executable, '-I', '-c', DEAD_LEADER)
+    await_that('its child is dead', (tmp_path / 'working').exists)
+    image = standalone.checkpoint_and_kill(process)['image']
+    (tmp_path / 'enough').touch()
+    with standalone.restore(image) as restored:
+        restored.finish()
+    assert (tmp_path / 'output').read_text() == '7\n'
