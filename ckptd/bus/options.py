@@ -87,17 +87,17 @@ CHANGED_FILES = _choice('changed_files', get_args(ChangedFiles))
 INHERIT = Option('inherit', f'up to {MAX_INHERITED} pairs (WHAT, file descriptor of a socket or pipe)', _is_inherited)
 TERMINAL = Option('terminal', f'a file descriptor of a terminal, or "{DETACHED}"', _is_terminal)
 
-DETACH = _flag('detach')
+AS_ROOT, DETACH = _flag('as_root'), _flag('detach')
 TARGET = Option('target', f'the text of a target; {WORDS}', lambda value: isinstance(value, str))
 
 SELF = (FREEZE, AFTER, _flag('force'), TIMEOUT, SAVE_FILES, SAVE_LIMIT, EXTERNAL, SYSV)
 # a caller of CheckpointSelf waits, so it needs neither a name for the job nor detach
-CHECKPOINT = (*SELF, _flag('as_root'), DETACH, HANDLE_TOKEN)
+CHECKPOINT = (*SELF, AS_ROOT, DETACH, HANDLE_TOKEN)
 CHECK_RESTORE = (CGROUP, _flag('new_pidns'), _flag('clamp'), _flag('force'), _flag('leave_stopped'), CHANGED_FILES,
                  _flag('wait'), INHERIT, TERMINAL)
 RESTORE = (*CHECK_RESTORE, DETACH, HANDLE_TOKEN)
 INHIBIT = (TARGET,)
-CHECK = (FREEZE, EXTERNAL, SYSV)
+CHECK = (FREEZE, EXTERNAL, SYSV, AS_ROOT)
 FREEZING = (FREEZE, TIMEOUT, DETACH)
 NONE: tuple[Option, ...] = ()
 

@@ -78,8 +78,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
                         help='save at most SIZE of such content in all: "64M", "1G" (default)')
     _external(parser)
     _sysv(parser)
-    parser.add_argument('--as-root', action='store_true',
-                        help='dump with root\'s rights, even if the whole tree belongs to one other user')
+    _as_root(parser)
     parser.add_argument('--detach', action='store_true', help='print the job and return at once')
     parser.add_argument('-q', '--quiet', action='store_true', help='print only the id of the image')
 
@@ -94,6 +93,11 @@ def _sysv(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--sysv', action='extend', default=[], metavar='ID,...', type=sysv,
                         help='save these System V semaphores and message queues, too: ids (ipcs -s -q), sem:ID or '
                              'msg:ID')
+
+
+def _as_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--as-root', action='store_true',
+                        help="with root's rights, even if the whole tree belongs to one other user")
 
 
 def _restore(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +130,7 @@ def _check(parser: argparse.ArgumentParser) -> None:
     _target(parser)
     _external(parser)
     _sysv(parser)
+    _as_root(parser)
 
 
 def _thaw(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptd.cli.follow import JobCall, run_job
 from ckptd.cli.freeze import hold
-from ckptd.cli.options import outside_options, request_options
+from ckptd.cli.options import dump_options, request_options
 from ckptd.cli.output import Output, finding_dict
 from ckptd.cli.progress import ProgressBar
 from ckptd.cli.quantities import format_bytes, format_count, format_timespan
@@ -46,7 +46,7 @@ async def check(session: Session) -> int:
     """List refusals and warnings. The exit status is that of the error with which a checkpoint would end."""
     target = session.args.target
     async with session.daemon() as daemon:
-        rows = await daemon.manager('Check', 'sa{sv}', target, outside_options(session.args), seconds=LONG)
+        rows = await daemon.manager('Check', 'sa{sv}', target, dump_options(session.args), seconds=LONG)
     return report_findings(session.out, rows, {'target': target}, f'{target} can{{}} be checkpointed')
 
 

@@ -16,16 +16,16 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.command == 'checkpoint':
         options['after'] = args.after
         options['handle_token'] = new_token('ckptctl')
-        options |= {name: True for name in ('force', 'save_files', 'as_root') if getattr(args, name)}
+        options |= {name: True for name in ('force', 'save_files') if getattr(args, name)}
         if args.save_limit is not None:
             options['save_limit'] = args.save_limit
-        options |= outside_options(args)
+        options |= dump_options(args)
     return options
 
 
-def outside_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Build the options of Checkpoint and Check about peers and objects outside of the tree."""
-    return {name: value for name in ('external', 'sysv') if (value := getattr(args, name))}
+def dump_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Build the options of Checkpoint that Check has, too."""
+    return {name: value for name in ('external', 'sysv', 'as_root') if (value := getattr(args, name))}
 
 
 def restore_options(args: argparse.Namespace) -> dict[str, Any]:

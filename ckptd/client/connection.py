@@ -16,10 +16,10 @@ from ckptd.client.events import Event
 from ckptd.client.hub import Events, Listening
 from ckptd.client.job import Job, Make, R
 from ckptd.client.records import (
+    CheckOptions,
     CheckpointOptions,
     CheckpointResult,
     CheckRestoreOptions,
-    FreezeMode,
     FreezeOptions,
     ImageDetails,
     ImageInfo,
@@ -84,9 +84,9 @@ class Ckptd:
         """Start to write an image of the tree below the process behind a pidfd (pidfd_open(2))."""
         return await self._start(_checkpointed, 'CheckpointProcess', 'ha{sv}', pidfd, options)
 
-    async def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Finding]:
+    async def check(self, target: str, **options: Unpack[CheckOptions]) -> list[Finding]:
         """List every refusal and warning of a checkpoint. Nothing is frozen or written."""
-        rows = await self._daemon.manager('Check', 'sa{sv}', target, {'freeze': freeze}, seconds=LONG)
+        rows = await self._daemon.manager('Check', 'sa{sv}', target, options, seconds=LONG)
         return [finding_from(row) for row in rows]
 
     async def scan(self, target: str) -> list[TaskInfo]:

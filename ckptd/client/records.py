@@ -56,6 +56,14 @@ class RestoreOptions(CheckRestoreOptions, total=False):
     detach: bool
 
 
+class CheckOptions(TypedDict, total=False):
+    """Options of Check, which mean what they do for Checkpoint."""
+    freeze: FreezeMode
+    external: Sequence[str]
+    sysv: Sequence[str]
+    as_root: bool
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointResult:
     """The result of a checkpoint."""

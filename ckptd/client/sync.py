@@ -23,10 +23,10 @@ from ckptd.client.hub import Events as AsyncEvents
 from ckptd.client.job import Job as AsyncJob
 from ckptd.client.job import R
 from ckptd.client.records import (
+    CheckOptions,
     CheckpointOptions,
     CheckpointResult,
     CheckRestoreOptions,
-    FreezeMode,
     FreezeOptions,
     ImageDetails,
     ImageInfo,
@@ -104,8 +104,8 @@ class SyncCkptd:
     def checkpoint_process(self, pidfd: int, **options: Unpack[CheckpointOptions]) -> 'SyncJob[CheckpointResult]':
         return SyncJob(self._thread, self._thread.run(self._ckptd.checkpoint_process(pidfd, **options)))
 
-    def check(self, target: str, *, freeze: FreezeMode = 'auto') -> list[Finding]:
-        return self._thread.run(self._ckptd.check(target, freeze=freeze))
+    def check(self, target: str, **options: Unpack[CheckOptions]) -> list[Finding]:
+        return self._thread.run(self._ckptd.check(target, **options))
 
     def scan(self, target: str) -> list[TaskInfo]:
         return self._thread.run(self._ckptd.scan(target))

@@ -148,6 +148,7 @@ class DumpRequest(FreezerRequest, frozen=True, kw_only=True):
     external: tuple[str, ...] = ()      # policies for connections to the outside (ckptd.external), the later counts
     sysv: tuple[str, ...] = ()          # System V objects that belong to the image (ckptd.sysv)
     trace_under_yama: bool = False      # the user's worker keeps CAP_SYS_PTRACE until it traces the tree
+    as_root: bool = False               # root's worker dumps the tree although it belongs wholly to one user
 
 
 class CheckRequest(DumpRequest, frozen=True, kw_only=True, tag='check'):
@@ -163,7 +164,6 @@ class CheckpointRequest(DumpRequest, frozen=True, kw_only=True, tag='checkpoint'
     save_files: bool = False            # the content of regular files that are open for writing is kept
     save_limit: int = 1 << 30           # bytes of such content in all
     keep_free: int = 0                  # bytes of the spool's file system that must stay free
-    as_root: bool = False               # root's worker dumps the tree although it belongs wholly to one user
 
     @property
     def image_id(self) -> str:

@@ -20,7 +20,7 @@ from ckptd.operation.context import JobContext, TooConfined
 from ckptd.operation.watchdog import feeding
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.messages import MAX_SENTENCE, Confined, Failed, Log, cut
-from ckptd.protocol.requests import CheckpointRequest, Request, RestartRequest, RestoreRequest
+from ckptd.protocol.requests import DumpRequest, Request, RestartRequest, RestoreRequest
 from ckptd.worker.broker.identity import Identity, identity_of, identity_of_owner
 from ckptd.worker.broker.process import Broker
 from ckptd.worker.operations import operate
@@ -110,7 +110,7 @@ def _manifest(request: Request) -> Manifest | None:
 
 def _identity(request: Request, channel: Channel, fd: int, manifest: Manifest | None) -> Identity | None:
     """Return the identity of the worker; None if this process does the job itself."""
-    if os.geteuid() or request.caller.uid or not isinstance(request, CheckpointRequest):
+    if os.geteuid() or request.caller.uid or not isinstance(request, DumpRequest):
         return identity_of(request, manifest)
     if request.as_root:
         return None

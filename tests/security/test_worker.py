@@ -518,4 +518,7 @@ def test_a_refusal_tells_root_of_the_other_way(served: Served, attacker: Attacke
     with pytest.raises(CkptError, match='secret') as refused:
         root.checkpointing(program).result()
     assert '--as-root' in (refused.value.hint or '')
+    for as_root in (False, True):
+        rows = root.on_bus(lambda ckptd, as_root=as_root: ckptd.check(f'pid:{program.pid}', as_root=as_root))
+        assert any('secret' in row.reason for row in rows if row.severity == 'refusal') != as_root, rows
     assert root.checkpoint(program, as_root=True)

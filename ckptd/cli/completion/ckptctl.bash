@@ -49,7 +49,7 @@ _ckptctl() {
     local -A options=(
         [checkpoint]='--freeze --timeout --kill --force --leave-frozen --save-files --save-limit --external --sysv --as-root --detach --quiet'
         [restore]='--wait --detach --new-pidns --clamp --force --cgroup --leave-stopped --changed-files --terminal --inherit --dry-run'
-        [check]='--external --sysv'
+        [check]='--external --sysv --as-root'
         [tree]='--files --threads'
         [freeze]='--freeze --timeout'
         [export]='--format --force'

@@ -4,7 +4,8 @@
     caller          job                             the worker is
     root            all but these                   root
     root            a checkpoint of a tree of one   that user
-                    user, who might trace all of it
+                    user, who might trace all of
+                    it, and the check for that
     a user          any                             that user, with CAP_CHECKPOINT_RESTORE and no other capability
     a user          a checkpoint that polkit        the same, with CAP_SYS_PTRACE until the tree is traced (with
                     allows in spite of Yama         ptrace_scope 2: until its memory is read); before and after that,
@@ -45,7 +46,7 @@ from ckptd.kernel.status import Status, read_status
 from ckptd.kernel.task import RLIM_INFINITY
 from ckptd.kernel.timens import unshare
 from ckptd.kernel.yama import CAPABLE, DECLARED, ptrace_scope
-from ckptd.protocol.requests import Caller, CheckpointRequest, JobRequest, RestartRequest
+from ckptd.protocol.requests import Caller, CheckpointRequest, DumpRequest, JobRequest, RestartRequest
 
 _KEPT_CAPABILITIES = 1 << CAP_CHECKPOINT_RESTORE
 # limits for the tree that would end the worker in the middle of its work; the plan of a restart compares them
@@ -105,7 +106,7 @@ def _kept(request: JobRequest) -> int:
     return _KEPT_CAPABILITIES | (1 << CAP_SYS_PTRACE if traces and ptrace_scope() in (DECLARED, CAPABLE) else 0)
 
 
-def identity_of_owner(roots: Sequence[int], request: CheckpointRequest) -> Identity | None:
+def identity_of_owner(roots: Sequence[int], request: DumpRequest) -> Identity | None:
     """Return the user that the worker of a checkpoint by root becomes: the owner of the tree, if they might trace every
     task of it. None for root's tree, or one of several users.
 

@@ -52,7 +52,7 @@ from ckptd.protocol.messages import (
     UnitDone,
     UnitRequest,
 )
-from ckptd.protocol.requests import CheckpointRequest, DumpRequest, Request, RestartRequest, TreeRequest
+from ckptd.protocol.requests import DumpRequest, Request, RestartRequest, TreeRequest
 from ckptd.restore.xstate import own_xstate
 from ckptd.worker.broker.answers import BrokerAnswers
 from ckptd.worker.broker.identity import Identity, become
@@ -155,7 +155,7 @@ class Broker:
     def __init__(self, channel: Channel, request: Request, fds: list[int], identity: Identity) -> None:
         self._channel, self._request, self._fds, self._identity = channel, request, fds, identity
         # with the rights of the tree's owner
-        self._dumps_for_root = isinstance(request, CheckpointRequest) and not request.caller.uid
+        self._dumps_for_root = isinstance(request, DumpRequest) and not request.caller.uid
         self._is_over = False           # the worker has sent its last message
         self._cancel_told = False
         self._failure: CkptError | None = None
@@ -193,7 +193,7 @@ class Broker:
         if isinstance(request, RestartRequest):
             return msgspec.structs.replace(request, new_pidns=identity.new_pidns,
                                            hard_limits=tuple(hard for _, hard in identity.bounds.limits))
-        if isinstance(request, CheckpointRequest) and self._dumps_for_root:
+        if isinstance(request, DumpRequest) and self._dumps_for_root:
             caller = msgspec.structs.replace(request.caller, uid=identity.uid, gid=identity.gid, groups=identity.groups,
                                              capabilities=0)
             return msgspec.structs.replace(request, caller=caller, trace_under_yama=True)
