@@ -120,6 +120,7 @@ class JobContext(Generic[R_co]):
                 severed = clients_beside(self.request.sever, unix_sockets())
         cache = ProcCache(severed, self.request.caller, at_rest=at_rest)
         tables = cache.kinds.tables
+        tables.is_at_rest = at_rest
         tables.is_taken = isinstance(self.request, CheckpointRequest) and self.request.after == 'kill'
         tables.external = Policies.parse(self.request.external)
         cache.sysv = tuple(map(parse_name, self.request.sysv))

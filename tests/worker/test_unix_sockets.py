@@ -5,6 +5,7 @@ import ctypes
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -228,3 +229,27 @@ def test_groups_of_the_other_end(groups: tuple[int, ...]) -> None:
         with one, other:
             assert peer_groups(one) == groups
     assert os.waitstatus_to_exitcode(in_child(look)) == 0
+
+
+def connect_for_ever() -> None:
+    """Listen, connect, accept and close in two threads."""
+    def connect() -> None:
+        while True:
+            with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+                listener.bind('')
+                listener.listen()
+                client.connect(listener.getsockname())
+                listener.accept()[0].close()
+
+    for _ in range(2):
+        threading.Thread(target=connect, daemon=True).start()
+
+
+def test_sockets_that_come_and_go_are_not_refused(forked: Callable[..., int], place: Place) -> None:
+    """Those of a running tree are others than in the table, which is read once. At rest they are the same."""
+    pid = forked(connect_for_ever)
+    for _ in range(5):
+        with DirectWorker() as worker:
+            rows = worker.run(place.request(pid, 'check'))['refusals']
+        assert [row['reason'] for row in rows if row['severity'] == 'refusal'] == []
+        place.checkpoint(pid)
