@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -265,6 +266,28 @@ try:
 except ConnectionResetError:
     sys.exit(7)
 '''
+
+
+def connect_for_ever() -> None:
+    """Connect, accept and close in two threads."""
+    def connect() -> None:
+        with socket.create_server(('127.0.0.1', 0)) as listener:
+            while True:
+                with socket.create_connection(listener.getsockname()) as client, listener.accept()[0] as accepted:
+                    client.sendall(b'hello')
+                    accepted.recv(5)
+
+    for _ in range(2):
+        threading.Thread(target=connect, daemon=True).start()
+
+
+def test_connections_that_come_and_go_are_not_outside(forked: Callable[..., int], place: Place) -> None:
+    """Those of a running tree are others in its fd tables, in the table of all sockets, and a moment later."""
+    pid = forked(connect_for_ever)
+    for _ in range(5):
+        with DirectWorker() as worker:
+            rows = worker.run(place.request(pid, 'check'))['refusals']
+        assert [row['reason'] for row in rows if row['severity'] == 'refusal' and row['errno'] != 'EAGAIN'] == []
 
 
 @pytest.mark.parametrize('what', ['tcp:127.0.0.1:{}', 'any'])

@@ -115,14 +115,15 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
 
     def link(self, ends: Sequence[FileEnd], *, is_whole: bool) -> Iterator[tuple[FileEnd, Finding]]:
         table = TcpTable()
-        pairs = (self._pairs[end.file.stat.st_ino] for end in ends)
+        pairs = [self._pairs[end.file.stat.st_ino] for end in ends]
         table.look_up_holders((own, peer) for own, peer in pairs if (peer, own) not in self._ends)
-        for end in ends:
-            own, peer = self._pairs[end.file.stat.st_ino]
+        for end, (own, peer) in zip(ends, pairs, strict=True):
             if (peer, own) in self._ends:
                 self._others[end.file.stat.st_ino] = INSIDE
-            elif reason := self._elsewhere(end.file, own, peer, table, is_whole=is_whole):
-                yield end, reason
+                continue
+            with suppress(FileNotFoundError):       # the running tree has closed it since
+                if reason := self._elsewhere(end.file, own, peer, table, is_whole=is_whole):
+                    yield end, reason
 
     def _elsewhere(self, file: OpenFile, own: Address, peer: Address, table: TcpTable, *,
                    is_whole: bool) -> Finding | None:
@@ -130,11 +131,13 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         inode, other = file.stat.st_ino, table.get(peer, own)
         if other and other.inode:
             holder = table.holder(other.inode)
-            if holder is None and not is_whole:
-                return None     # it may be in flight within the tree, which is checked when the tree is at rest
-            return self._outside(file, peer, holder)
+            # the tree may have opened it since, or it is in flight, which is looked at when the tree is at rest
+            is_ours = holder is None or holder.pid in (self._tables.tasks or ())
+            return self._outside(file, peer, holder) if is_whole or not is_ours else None
         if other and (listener := table.listener(peer)):
             return self._not_accepted(file, other, peer, table.holder(listener.inode))
+        if other is None and not is_whole and table.is_local(peer):
+            return None         # this end may be closed by now, too
         with file.as_socket() as sock:
             state = tcp_state(sock).state
         if state in (inet.TCP_CLOSE_WAIT, inet.TCP_LAST_ACK) and table.is_local(peer):
@@ -167,8 +170,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         action, inode = self._tables.external.action_of(what), file.stat.st_ino
         row = outside_finding(file, peer, holder, action, what)
         if row.severity != 'refusal':
-            self._others[inode] = RESET
-            self._policies[inode] = Policy(what, action)
+            self._others[inode], self._policies[inode] = RESET, Policy(what, action)
         return row
 
     # ------------------------------------------------------------ queues
