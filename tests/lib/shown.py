@@ -4,7 +4,9 @@
 By class of ckptd.objects; `SUPPORT of X` is the row of a module. A new object needs an entry, and an entry an object.
 """
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ckptd.image.reader import ImageReader
@@ -149,8 +151,14 @@ def missing(victim: str, reader: ImageReader) -> set[str]:
 
 def _found_in_images() -> set[str]:
     """The classes whose objects a record of the image names."""
-    own = {type(one) for one in ATTRIBUTES if one.name in _OPTIONAL}
+    unknown = () if has_speculation_controls() else ('speculation',)
+    own = {type(one) for one in ATTRIBUTES if one.name in _OPTIONAL and one.name not in unknown}
     return {cls.__name__ for cls in (*BY_TAG.values(), *own, *(type(one) for one in MappingKinds().all if one.numbers))}
+
+
+def has_speculation_controls() -> bool:
+    """Whether a thread can set any: the kernel says "thread vulnerable" or the like. Not each processor has them."""
+    return bool(re.search('^Speculation.*thread ', Path('/proc/self/status').read_text(), re.MULTILINE))
 
 
 _OPTIONAL = ('PR_SET_CHILD_SUBREAPER', 'PR_SET_THP_DISABLE', 'PR_SET_MDWE', 'PR_MCE_KILL', 'memory policy',

@@ -382,9 +382,15 @@ def test_names_of_special_memory(path: str) -> None:
 
 
 @pytest.mark.parametrize('path', ['', '[heap]', '[stack]', '[anon:jit]', '[anon_shmem:x]', '/memfd:x (deleted)',
-                                  '/usr/lib/x', '/SYSV00000000 (deleted)', '/dev/zero (deleted)'])
+                                  '/usr/lib/x', '/dev/zero (deleted)'])
 def test_ordinary_memory(path: str) -> None:
     assert vma(f'7f0000000000-7f0000001000 rw-p 00000000 00:01 1031                       {path}') is None
+
+
+@pytest.mark.parametrize(('sharing', 'is_refused'), [('s', False), ('p', True)])
+def test_memory_of_system_v(sharing: str, is_refused: bool) -> None:
+    found = vma(f'7f0000000000-7f0000001000 rw-{sharing} 00000000 00:01 1031              /SYSV00000000 (deleted)')
+    assert (found is not None) == is_refused
 
 
 @pytest.mark.parametrize('name', ['[vvar]', '[vvar_vclock]', '[vdso]'])

@@ -27,6 +27,7 @@ from ckptd.kernel.shm import shmctl_remove, shmctl_stat
 from ckptd.kernel.stat import read_stat
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
+from ckptd.objects.files.base import InheritedFiles
 from ckptd.objects.files.content import ContentSegment
 from ckptd.objects.files.locks import EOF, LEASE, Lock
 from ckptd.objects.files.open_file import F_GETOWNER_UIDS, read_open_file
@@ -273,8 +274,10 @@ def test_a_path_does_not_lead_to_the_worker(place: Place, home: Path, image_of: 
 @pytest.mark.parametrize('way', [*WAYS[:-1], '/proc/PID/maps'])
 def test_no_path_is_opened_that_leads_to_the_worker(place: Place, image_of: Image, importer: Caller, way: str) -> None:
     """What the plan has seen may be another thing when it is opened."""
-    with ImageReader(image_of(OPEN)) as reader, pytest.raises(PermissionError, match='it leads '):
-        FileAccess(reader, importer, 'accept', -1).open(way.replace('PID', str(os.getpid())), os.O_RDONLY)
+    with ImageReader(image_of(OPEN)) as reader:
+        access = FileAccess(reader, importer, 'accept', -1, InheritedFiles(()))
+        with pytest.raises(PermissionError, match='it leads '):
+            access.open(way.replace('PID', str(os.getpid())), os.O_RDONLY)
 
 
 def test_no_path_is_opened_by_another_thread_of_the_worker(place: Place, image_of: Image, importer: Caller) -> None:
@@ -291,7 +294,7 @@ def test_no_path_is_opened_by_another_thread_of_the_worker(place: Place, image_o
     started.wait()
     try:
         with ImageReader(image) as reader, pytest.raises(PermissionError, match='ckptd itself'):
-            FileAccess(reader, me(), 'accept', -1).open(f'/proc/{tids[0]}/maps', os.O_RDONLY)
+            FileAccess(reader, me(), 'accept', -1, InheritedFiles(())).open(f'/proc/{tids[0]}/maps', os.O_RDONLY)
     finally:
         go.set()
         thread.join()
@@ -320,7 +323,7 @@ def test_what_of_proc_a_user_opens(place: Place, image_of: Image, importer: Call
     """PID: a process of that user, which is not of the tree."""
     path = way.replace('PID', str(importer.pid))
     with ImageReader(image_of(OPEN)) as reader:
-        access = FileAccess(reader, importer, 'accept', -1)
+        access = FileAccess(reader, importer, 'accept', -1, InheritedFiles(()))
         if allowed:
             os.close(access.open(path, flags))
         else:
@@ -347,7 +350,7 @@ def test_another_mount_of_proc_is_not_ours(place: Place, home: Path, image_of: I
         assert libc.mount(b'proc', str(home).encode(), b'proc', 0, None) == 0
         said = []
         with ImageReader(image) as reader:
-            access = FileAccess(reader, importer, 'accept', -1)
+            access = FileAccess(reader, importer, 'accept', -1, InheritedFiles(()))
             for name in ('self/maps', f'{importer.pid}/maps', 'cpuinfo'):
                 try:
                     os.close(access.open(f'{home}/{name}', os.O_RDONLY))
@@ -365,7 +368,7 @@ def test_the_number_of_a_process_that_has_another_one_here(place: Place, image_o
     """In a new pid namespace: process 7 of the tree is not our process 7."""
     number = importer.pid
     with ImageReader(image_of(OPEN)) as reader:
-        access = FileAccess(reader, importer, 'accept', -1)
+        access = FileAccess(reader, importer, 'accept', -1, InheritedFiles(()))
         os.close(access.open(f'/proc/{number}/status', os.O_RDONLY))
         access._pids = {number: number + 1}
         with pytest.raises(PermissionError, match='has another pid here'):

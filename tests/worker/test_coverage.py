@@ -7,7 +7,6 @@ A field that the restart proper does not read is in one of two tables, with the 
 import json
 import os
 import pty
-import re
 import signal
 import socket
 import sys
@@ -26,6 +25,7 @@ from ckptd.objects.files.registry import BY_TAG
 from ckptd.worker import main as worker_module
 from tests.lib import settled
 from tests.lib.brood import fork
+from tests.lib.shown import has_speculation_controls
 from tests.lib.victim import Victim
 from tests.worker.driver import DirectWorker, Place
 from tests.worker.test_namespaces import other_boot
@@ -234,6 +234,5 @@ def test_every_field_is_read(tmp_path: Path, victim: Callable[..., Victim]) -> N
     reading.restore_one_on_a_terminal()
     every = {f'{cls.__name__}.{field.name}' for cls in classes() for field in cls._codec.fields}
     assert {name for name, how in reading.fields.items() if how == 'check'} == CHECKED.keys()
-    # a thread can set what the kernel calls "thread vulnerable", "thread mitigated": not on each processor
-    settable = re.search('^Speculation.*thread ', Path('/proc/self/status').read_text(), re.MULTILINE)
-    assert every - reading.fields.keys() == UNREAD.keys() | (set() if settable else {'Controls.states'})
+    unknown = set() if has_speculation_controls() else {'Controls.states'}
+    assert every - reading.fields.keys() == UNREAD.keys() | unknown

@@ -20,6 +20,7 @@ from ckptd.image.reader import ImageReader
 from ckptd.kernel.creds import capget
 from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
+from ckptd.objects.files.base import InheritedFiles
 from ckptd.protocol.requests import Caller, ChangedFiles
 from ckptd.restore.file_access import FileAccess
 from ckptd.restore.file_rights import FileRights, rights_for, rights_of
@@ -177,7 +178,7 @@ def test_a_directory_that_leads_to_roots_files_now(place: Place, bob: Bob, chang
         assert not Path(f'/proc/{pid}').exists()
         # that it is looked at first is no reason to open it by other rights: it may be swapped in between
         with ImageReader(image) as reader, pytest.raises(PermissionError):
-            FileAccess(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
+            FileAccess(reader, me(), changed, -1, InheritedFiles(())).open(str(bob.output), os.O_RDWR)
         after = secret.stat()
         assert secret.read_bytes() == SECRET
         assert (after.st_mtime_ns, after.st_ctime_ns, after.st_ino) == (
@@ -306,7 +307,7 @@ def test_roots_image_leads_to_no_other_file_of_roots(place: Place, bob: Bob, cha
         secret = secret_in(secrets)
         assert about(refused(place, image, changed_files=changed), 'fd 1').errno in ('EACCES', 'ESTALE')
         with ImageReader(image) as reader, pytest.raises(OSError) as caught:
-            FileAccess(reader, me(), changed, -1).open(str(bob.output), os.O_RDWR)
+            FileAccess(reader, me(), changed, -1, InheritedFiles(())).open(str(bob.output), os.O_RDWR)
         assert caught.value.errno == errno.ELOOP
         assert secret.read_bytes() == SECRET
         assert [path.name for path in secrets.iterdir()] == ['output']

@@ -32,6 +32,7 @@ from ckptd.kernel.status import read_status
 from ckptd.kernel.task import read_cgroup2
 from ckptd.objects.attributes.mapping_policies import MappingPolicies
 from ckptd.objects.attributes.memory_policy import MemoryPolicy
+from ckptd.objects.files.base import InheritedFiles
 from ckptd.operation.context import JobContext
 from ckptd.protocol.broker_calls import Placed
 from ckptd.protocol.channel import Channel
@@ -442,7 +443,8 @@ def test_a_number_that_the_machine_does_not_have(place: Place, asleep: Sleeper) 
     with ImageReader(image) as reader:
         plan, _ = prepare(JobContext(request, cast(Channel, None)), reader)
         plan.steps.append(CreateTask(1 << 30, 0))
-        row = only(obstacles(reader, plan, request, FileAccess(reader, request.caller, 'refuse', -1)))
+        access = FileAccess(reader, request.caller, 'refuse', -1, InheritedFiles(()))
+        row = only(obstacles(reader, plan, request, access))
     assert (row.resource, row.errno) == (f'pid {1 << 30}', 'EINVAL')
     assert 'pid_max' in row.hint
 

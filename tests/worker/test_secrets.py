@@ -237,7 +237,7 @@ def test_a_file_that_is_only_written_is_not_read_for_it(place: Place, secret: Pa
     with written_by_bob(secret, start) as pid:
         with DirectWorker() as worker:
             result = worker.run(place.request(pid, caller=BOB, save_files=True))
-        [row] = [row for row in result['warnings'] if str(secret) in row['reason']]
+        [row] = [row for row in result['warnings'] if f'{secret} is not saved' in row['reason']]
         assert (row['errno'], 'is writable, but not readable' in row['reason']) == ('EACCES', True)
         assert saved(place.spool / str(result['image']), secret) == (False, b'', False)
         assert saved(place.checkpoint(pid, caller=BOB), secret) == (False, b'', False)

@@ -278,7 +278,7 @@ def test_a_user_without_the_right_to_choose_ids() -> None:
         program = Path('program.py').absolute()
         program.write_text('from victim import ready, wait_for_go\nready()\nwait_for_go()\n')
         with Victim('program', directory=place.path / 'victim', program=program) as running:
-            image = place.checkpoint(running.pid, forked=True, freeze='ptrace', sysv=[str(semid)])
+            image = place.checkpoint(running.pid, forked=True, freeze='ptrace', sysv=[f'sem:{semid}'])
             assert f'sem:{semid}' not in refused_resources(place, image)
             libc.semctl(semid, 0, IPC_RMID)
             assert f'sem:{semid}' in refused_resources(place, image)

@@ -43,7 +43,7 @@ from ckptd.objects.files.inet.socket import (
 from ckptd.objects.files.socket_filter import set_filter
 from ckptd.objects.files.tables import JobTables
 from ckptd.objects.files.tcp.agreement import Agreement, read_agreement
-from ckptd.objects.files.tcp.handshake import MadeEnd, bound, connect_pair, send_all
+from ckptd.objects.files.tcp.handshake import FirstFins, MadeEnd, bound, connect_pair, send_all
 from ckptd.objects.files.tcp.keep import TcpKeeper, go_on, keep_bytes, let_go, make_kept, not_now
 from ckptd.objects.files.tcp.outside import connection_findings, kept_finding, outside_finding
 from ckptd.objects.files.tcp.record import (
@@ -80,7 +80,7 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
         self._received: dict[int, tcp.Stream] = {}      # by inode
         self._unsent: dict[int, bytes] = {}             # by inode of the sender
         self._temporary: dict[int, int] = {}            # by file_id: an end that is being made
-        self._waiting = WaitingConnections()
+        self._waiting, self._fins = WaitingConnections(), FirstFins()
         self._policies: dict[int, Policy] = {}          # by inode: of connections to the outside
         self._keeper = TcpKeeper()
         self._held: dict[int, bool] = {}                # by file_id: whether the restart goes on with it
@@ -330,12 +330,12 @@ class TcpConnectionKind(Kind[TcpConnection], tag='tcp-connection'):
             settle(sock, one, saved.link)
 
     def watch(self, record: TcpConnection, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
-        # all bytes are sent by now; a FIN that came first is sent before the answers to it, in `commit`
         if record.other == INSIDE and record.state in (inet.TCP_FIN_WAIT1, inet.TCP_FIN_WAIT2, inet.TCP_CLOSING):
-            shut_down(fd, unix.SEND_SHUTDOWN)
+            self._fins.send(fd, record.state)
 
     def commit(self, record: TcpConnection, saved: SavedFile, fd: int, ctx: RestoreContext) -> None:
         self._waiting.connect_all(ctx)      # the listeners listen by now
+        self._fins.await_answers()
         for kept in record.kept:
             if self._is_held(record, saved):
                 with socket.socket(fileno=os.dup(fd)) as sock:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from ckptd.errors import CkptError
-from ckptd.kernel.inet import Address, address_of, sockaddr
+from ckptd.kernel.inet import TCP_FIN_WAIT2, Address, address_of, sockaddr
 from ckptd.kernel.sockopt import SO_BUF_LOCK
 from ckptd.kernel.tcp import Stream, unsent
-from ckptd.objects.files.inet.socket import not_bound
+from ckptd.kernel.unix import SEND_SHUTDOWN
+from ckptd.objects.files.inet.socket import not_bound, shut_down
 from ckptd.objects.files.options import buffer_locks, set_buffer
 from ckptd.objects.files.tcp.agreement import Agreement, complete, prepare
 
@@ -29,6 +30,7 @@ class MadeEnd(NamedTuple):
 _POLL = 0.002                   # seconds; nothing tells that a send queue is empty
 _PATIENCE = 5.0                 # seconds for a handshake or for data, which loopback does at once
 _STRANGERS = 64                 # connections of others that arrive at a listener which is there for a moment
+_ANSWER = 1.0                   # seconds for the answer to a FIN
 _TIME_WAIT = 3.0                # seconds: tcp_tw_reuse lets a loopback address be used again after one
 
 
@@ -160,3 +162,27 @@ def _send(sock: socket.socket, data: bytes, flags: int) -> None:
         except BlockingIOError:
             if not poll.poll(_PATIENCE * 1000):
                 raise
+
+
+class FirstFins:
+    """The FINs of the ends that were closed first. They are sent before the answers to them.
+
+    The answer to a FIN waits up to 200 ms for data to go with, also for a FIN of its own end. If a filter drops that
+    one, the answer is lost too. So the first FINs have their answers before the others are sent.
+    """
+
+    def __init__(self) -> None:
+        self._to_answer: list[int] = []
+
+    def send(self, fd: int, state: int) -> None:
+        """Send the FIN of an end. All its bytes are sent by now. state: the former one, TCP_*."""
+        shut_down(fd, SEND_SHUTDOWN)
+        if state == TCP_FIN_WAIT2:
+            self._to_answer.append(fd)
+
+    def await_answers(self) -> None:
+        """Wait until the other ends have acknowledged what they had acknowledged before."""
+        for fd in self._to_answer:
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                wait_until_sent(sock, _ANSWER)
+        self._to_answer.clear()
