@@ -175,8 +175,9 @@ def test_a_tracer_of_another_has_no_name(hiding: PrivateBus) -> None:
         assert tracer.stdout is not None
         assert tracer.stdout.readline() == b'\n'
         said = {uid: [row['reason']['data'] for row in
-                      Busctl(hiding, uid).call(MANAGER, 'Check', 'sa{sv}', f'pid:{process.pid}', '0')[0]
-                      if row['resource']['data'] == 'ptrace'] for uid in (0, NOBODY)}
+                      Busctl(hiding, uid).call(MANAGER, 'Check', 'sa{sv}', f'pid:{process.pid}', *options)[0]
+                      if row['resource']['data'] == 'ptrace']
+                for uid, options in ((0, ('1', 'as_root', 'b', 'true')), (NOBODY, ('0',)))}
         assert f'[{tracer.pid}]' in str(said[0])
         assert said[NOBODY] == ['is traced by another process, and a task can have one tracer only']
 
