@@ -170,8 +170,10 @@ class Picture:
         if new:
             gc.collect()        # what only a reference cycle still holds is not a leak
             sentences += [f'fd {fd} -> {link} was left open' for fd, link in sorted(self._files_left().items())]
-        sentences += [f'thread {thread.name} was left running'
-                      for thread in threading.enumerate() if thread not in self.threads]
+        for thread in set(threading.enumerate()) - set(self.threads):
+            thread.join(GRACE)          # one that was told to stop may be on its way
+            if thread.is_alive():
+                sentences.append(f'thread {thread.name} was left running')
         if (ignored := _ignored()) != self.ignored:
             sentences.append(f'signals {ignored:#x} are ignored, and {self.ignored:#x} were before')
         return sentences
