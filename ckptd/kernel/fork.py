@@ -40,6 +40,17 @@ def waiting_child(end: Callable[[], object] = lambda: None) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
+def run_in_child(work: Callable[[], object]) -> None:
+    """Do the work in a child, which alone it changes, and wait for its end. An OSError of the child is raised here."""
+    pid = quiet_fork()
+    if pid == 0:
+        run_and_exit(work)
+    _, status = os.waitpid(pid, 0)
+    number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
 def run_and_exit(work: Callable[[], object]) -> NoReturn:
     """Do the work in a child and end with status 0, the errno of an OSError, or EIO for any other exception."""
     status = errno.EIO

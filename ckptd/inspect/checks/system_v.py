@@ -9,11 +9,11 @@ is said to undo something only if it also was the last one that changed a semaph
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from ckptd.errors import Finding, Severity
 from ckptd.inspect.checks.rows import ProcessIds, processes
-from ckptd.kernel.fork import quiet_fork
+from ckptd.kernel.fork import waiting_child
 from ckptd.kernel.kcmp import EQUAL, KCMP_SYSVSEM, kcmp
 from ckptd.kernel.msg import list_queues
 from ckptd.kernel.sem import SemaphoreSet, last_users, list_sets
@@ -57,7 +57,7 @@ def _of_semaphores(used: dict[int, ProcessIds], names: Sequence[SysvName]) -> It
                     changers.setdefault(changer, []).append(one.semid)
     if not changers:
         return
-    with _task_without_list() as other:
+    with waiting_child() as other:      # fork(2) gives a child no list of adjustments
         for pid, sets in changers.items():
             with suppress(OSError):         # no right to look, which another check reports; or it has ended
                 if kcmp(used[pid].reader.tid, other, KCMP_SYSVSEM) != EQUAL:
@@ -96,20 +96,3 @@ def _key(key: int) -> str:
 def _row(process: ProcessIds, resource: str, errno: str, reason: str, hint: str,
          severity: Severity = 'warning') -> Finding:
     return Finding(process.leader.tid, process.leader.comm, resource, errno, reason, hint, severity)
-
-
-@contextmanager
-def _task_without_list() -> Iterator[int]:
-    """Provide a task that has no list of adjustments: fork(2) gives a child none."""
-    reader, writer = os.pipe()
-    child = quiet_fork()
-    if child == 0:
-        os.close(writer)
-        os.read(reader, 1)      # until the end of its parent's block
-        os._exit(0)
-    os.close(reader)
-    try:
-        yield child
-    finally:
-        os.close(writer)
-        os.waitpid(child, 0)

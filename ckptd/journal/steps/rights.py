@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Undo a step with the rights of the user who took it."""
 
-import errno
 import os
 from collections.abc import Callable
 
 from ckptd.kernel.creds import UserIds, become
-from ckptd.kernel.fork import quiet_fork, run_and_exit
+from ckptd.kernel.fork import run_in_child
 
 
 def as_maker(step: UserIds, work: Callable[[], None]) -> None:
@@ -20,10 +19,4 @@ def as_maker(step: UserIds, work: Callable[[], None]) -> None:
         become(step.uid, step.gid, step.groups, 0)
         work()
 
-    pid = quiet_fork()
-    if pid == 0:
-        run_and_exit(as_user)
-    _, status = os.waitpid(pid, 0)
-    number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
-    if number:
-        raise OSError(number, os.strerror(number))
+    run_in_child(as_user)

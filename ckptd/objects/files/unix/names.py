@@ -10,13 +10,13 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path, PurePath
 
 from ckptd.errors import CkptError, Finding
 from ckptd.image.grammar import U8, U32, U64, Struct, layout
 from ckptd.kernel.clone import CLONE_NEWNS
-from ckptd.kernel.fork import quiet_fork, run_and_exit
+from ckptd.kernel.fork import run_in_child
 from ckptd.kernel.mount import MS_PRIVATE, MS_REC, mount
 from ckptd.kernel.namei import lstat_of_task
 from ckptd.kernel.netlink import UnixSocket
@@ -294,7 +294,7 @@ def _bind_below(fd: int, name: SocketName) -> None:
         else:
             os.chdir(name.base)
         bind_name(fd, name.name)
-    _in_child(work)
+    run_in_child(work)
 
 
 def _bind_hidden(fd: int, name: SocketName, ctx: FileMaking) -> int:
@@ -317,7 +317,7 @@ def _bind_hidden(fd: int, name: SocketName, ctx: FileMaking) -> int:
 
     with ours, theirs:
         try:
-            _in_child(work)
+            run_in_child(work)
         except OSError as error:
             raise CkptError(f'the deleted {name.text} cannot be bound again: {error.strerror}', errno=error.errno,
                             resource=name.text, hint='restore as root, with CAP_SYS_ADMIN') from error
@@ -332,16 +332,6 @@ def _bind_for_a_moment(fd: int, name: SocketName, ctx: FileMaking) -> int:
     with ctx.as_user():
         os.unlink(name.path)  # noqa: PTH108
     return at
-
-
-def _in_child(work: Callable[[], None]) -> None:
-    pid = quiet_fork()
-    if pid == 0:
-        run_and_exit(work)
-    _, status = os.waitpid(pid, 0)
-    number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
-    if number:
-        raise OSError(number, os.strerror(number))
 
 
 def _lost() -> int:
